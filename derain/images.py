@@ -1,6 +1,5 @@
 """Image files and pixels: reading any photo, writing without ever leaving half a file."""
 
-import os
 import re
 import uuid
 import warnings
@@ -75,6 +74,20 @@ def opened(path: Path) -> Iterator[Image.Image]:
         raise DerainError(f"{path}: {reason}; expected a whole JPEG, PNG, WebP, TIFF or BMP file") from error
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of the upright image, from the file's head alone.
+
+    Raises:
+        DerainError: If the file is absent or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise DerainError(f"{path}: not an image that can be read; expected a whole image file") from error
+
+
 def read_rgb(path: Path) -> Pixels:
     """Reads a file as upright 8-bit RGB; grey is repeated, transparency dropped, 16 bit scaled down.
 
@@ -118,9 +131,7 @@ class Photo:
         values = np.clip(self.rgb if rgb is None else rgb, 0, 1)
         suffix = path.suffix.lower()
         if suffix not in SUFFIXES:
-            raise DerainError(
-                f"{path}: cannot write '{suffix}' files; end the name in .png, .jpg, .webp, .tif or .bmp"
-            )
+            raise DerainError(f"{path}: cannot write '{suffix}'; end it in .png, .jpg, .webp, .tif or .bmp")
         channels = values.mean(axis=2, keepdims=True) if self.grey else values
         if self.alpha is not None and suffix in {".png", ".webp", ".tif", ".tiff"}:
             channels = np.concatenate([channels, self.alpha[..., None]], axis=2)
@@ -166,7 +177,7 @@ def _read_16_bit(path: Path, info: dict[str, Any]) -> Photo:
     array = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if array is None or array.dtype.kind not in "uf":
         raise DerainError(f"{path}: pixel format is not supported; save it as 8-bit or 16-bit PNG or TIFF")
-    scale = 1.0 if array.dtype.kind == "f" else float(np.iinfo(array.dtype).max)
+    scale = 1.0 if array.dtype.kind == "f" else 255.0 if array.dtype == np.uint8 else 65535.0
     values = np.clip(np.atleast_3d(array).astype(np.float32) / np.float32(scale), 0, 1)
     channels = values.shape[2]
     alpha = values[..., -1] if channels in {2, 4} else None
@@ -219,6 +230,6 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,0 +1,11 @@
+"""What writes or measures during a run."""
+
+from derain.callbacks.ema import EMA
+from derain.callbacks.final_weights import FinalWeights
+from derain.callbacks.panels import ImagePanels
+from derain.callbacks.predictions import SaveImages
+from derain.callbacks.results import TestResults
+from derain.callbacks.seeds import EpochSeeds
+from derain.callbacks.throughput import Throughput
+
+__all__ = ["EMA", "EpochSeeds", "FinalWeights", "ImagePanels", "SaveImages", "TestResults", "Throughput"]

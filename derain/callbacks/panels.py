@@ -1,0 +1,52 @@
+"""Pictures of training: the same few validation images after every validation."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from torch import Tensor
+
+from derain.images import Pixels, write_image
+from derain.pictures import compare
+
+
+def to_pixels(image: Tensor) -> Pixels:
+    """``(3, h, w)`` in [0, 1] to ``(h, w, 3)`` bytes, rounded."""
+    return image.float().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+class ImagePanels(Callback):
+    """Writes ``panels/NAME/epoch-E.png`` (rainy | derained | clean) and sends it to W&B or TensorBoard.
+
+    Args:
+        count: How many of the first validation images.
+    """
+
+    def __init__(self, count: int = 4) -> None:
+        self.count = count
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draws the panel of a chosen image; the ranks write their own images."""
+        if trainer.sanity_checking or trainer.log_dir is None or int(batch["index"][0]) >= self.count:
+            return
+        images = {"rainy": batch["rainy"], "derained": outputs["derained"], "clean": batch["clean"]}
+        panel = compare({label: to_pixels(image[0]) for label, image in images.items()})
+        name = batch["name"][0].replace("/", "-")
+        write_image(Path(trainer.log_dir) / "panels" / name / f"epoch-{trainer.current_epoch:04d}.png", panel)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image(f"panels/{name}", [panel])
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(
+                    f"panels/{name}", np.asarray(panel), trainer.global_step, dataformats="HWC"
+                )

@@ -1,0 +1,53 @@
+"""How fast training goes, and whether it waits for data."""
+
+import time
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+
+class Throughput(Callback):
+    """Logs ``train/images_per_second`` over all devices and ``train/data_wait``, the share of time spent waiting.
+
+    Both are means over an epoch. Time between two batches, when the loop asks for data, counts as waiting.
+    """
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clocks."""
+        self._start = self._free = time.perf_counter()
+        self._waited, self._images = 0.0, 0
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """A batch has come."""
+        self._waited += time.perf_counter() - self._free
+        self._images += len(batch["name"])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The next batch is asked for."""
+        self._free = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops the clocks."""
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves the validation's time out."""
+        if not trainer.sanity_checking:
+            pause = time.perf_counter() - self._paused
+            self._start += pause
+            self._free += pause
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the epoch's means; validation in between does not count."""
+        busy = max(self._free - self._start, 1e-9)
+        pl_module.log_dict(
+            {
+                "train/images_per_second": self._images * trainer.world_size / busy,
+                "train/data_wait": self._waited / busy,
+            },
+            sync_dist=False,
+        )

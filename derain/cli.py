@@ -1,0 +1,71 @@
+"""The ``derain`` command: one line a command, nothing heavy imported until one is chosen."""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+
+import derain
+from derain.errors import DerainError
+
+TRAINER = {
+    "fit": "train a method: derain fit --config experiments/rain100h.yaml",
+    "validate": "judge a method on its validation images",
+    "test": "judge a method on test images: per-image CSV, summary JSON, one table",
+    "predict": "restore the images of a data set, sharded over devices",
+}
+COMMANDS = {
+    "restore": "remove rain from photos: derain restore rainy.jpg clean.jpg --weights W",
+    "score": "judge any method's result folder: derain score DERAINED CLEAN",
+    "data": "list, verify and synthesize data sets",
+    "doctor": "versions, devices, caches and weights found here",
+}
+
+
+def usage() -> str:
+    """All commands, one line each."""
+    lines = [f"  {name:<10}{told}" for name, told in (TRAINER | COMMANDS).items()]
+    return "\n".join(
+        [
+            f"derain {derain.__version__}: single-image rain removal",
+            "",
+            "usage: derain COMMAND [options]     (derain COMMAND --help tells the options)",
+            "",
+            *lines,
+            "",
+            "  --version print the version",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code; bad input gives one line and code 2."""
+    arguments = sys.argv[1:] if argv is None else argv
+    command = arguments[0] if arguments else "--help"
+    level = logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("derain").setLevel(level)
+    if command in {"-h", "--help", "help"}:
+        print(usage())
+        return 0
+    if command == "--version":
+        print(derain.__version__)
+        return 0
+    try:
+        if command in TRAINER:
+            from derain.commands import train
+
+            return train.run(arguments)
+        if command not in COMMANDS:
+            raise DerainError(f"no command {command!r}; known are {', '.join(TRAINER | COMMANDS)}")
+        module = importlib.import_module(f"derain.commands.{command}")
+        parser = argparse.ArgumentParser(f"derain {command}", description=module.__doc__)
+        module.add_arguments(parser)
+        return int(module.run(parser.parse_args(arguments[1:])))
+    except DerainError as error:
+        print(f"derain: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output, `head` for example, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -1,0 +1,128 @@
+"""Remove rain from a photo, a folder of photos (recursively) or a glob."""
+
+import argparse
+import glob
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from derain.errors import DerainError
+from derain.images import SUFFIXES, Photo, Pixels, image_files, natural_key, read_photo, write_image
+from derain.pictures import compare
+from derain.progress import track
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("input", help="a photo, a folder (searched recursively), or a quoted glob")
+    parser.add_argument("output", type=Path, help="the restored photo, or a folder for several")
+    parser.add_argument("--weights", type=Path, help="file of weights, ours or the authors' (recognised)")
+    parser.add_argument("--tile", default="auto", help="side of tiles in pixels, auto (default) or none")
+    parser.add_argument("--ensemble", action="store_true", help="mean over 8 flips and rotations, 8 times slower")
+    parser.add_argument("--compare", action="store_true", help="also write NAME-compare.png: before and after")
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
+    parser.add_argument("--compile", action="store_true", help="compile the network: for many photos of one size")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Restores, and reports broken files at the end; exit code 2 if there were any."""
+    jobs = plan(args.input, args.output)
+    waiting = {source: target for source, target in jobs.items() if args.overwrite or not target.exists()}
+    kept = len(jobs) - len(waiting)
+    if kept and len(jobs) == 1:
+        raise DerainError(f"{args.output}: exists already; add --overwrite to replace it")
+    if args.weights is None:
+        raise DerainError(
+            "--weights: no file given; train one in minutes by `derain fit --config experiments/quickstart.yaml` "
+            "(it writes weights.safetensors), or give the authors' PReNet weights"
+        )
+    from derain.restoration import Restorer
+
+    tile = None if args.tile == "none" else "auto" if args.tile == "auto" else _number("--tile", args.tile)
+    restorer = Restorer(
+        args.weights,
+        device=args.device,
+        precision=args.precision,
+        tile=tile,
+        ensemble=args.ensemble,
+        compile=args.compile,
+    )
+    print(f"{args.weights}: {restorer.note}, on {restorer.device}", file=sys.stderr)
+    broken: list[str] = []
+    for source, target in track(waiting.items(), "Restoring", len(waiting)):
+        try:
+            photo = read_photo(source)
+            derained = restorer(photo.rgb)
+            photo.write(target, derained)
+            if args.compare:
+                write_comparison(photo, derained, target)
+        except DerainError as error:
+            broken.append(str(error))
+    done = len(waiting) - len(broken)
+    told = f"restored {done} of {len(jobs)} photos" + (f", kept {kept} that exist (--overwrite)" if kept else "")
+    print(f"{told}: {args.output}", file=sys.stderr)
+    if broken:
+        raise DerainError("; ".join(broken) if len(broken) == 1 else "\n  ".join([f"{len(broken)} photos:", *broken]))
+    return 0
+
+
+def plan(source: str, output: Path) -> dict[Path, Path]:
+    """Says which file becomes which; names and sub-folders are kept.
+
+    Args:
+        source: A file, a folder or a glob.
+        output: A file for one photo, a folder for several.
+
+    Raises:
+        DerainError: If nothing is found, or two photos would become one file.
+    """
+    path = Path(source)
+    if path.is_dir():
+        inside = output.resolve().is_relative_to(path.resolve())
+        files = [f for f in image_files(path, recursive=True) if not (inside and _within(f, output))]
+        targets = {file: output / file.relative_to(path) for file in files}
+    elif path.is_file():
+        target = output / path.name if output.is_dir() or not output.suffix else output
+        targets = {path: target}
+    else:
+        matches = (Path(name) for name in glob.glob(source, recursive=True))
+        files = sorted((f for f in matches if f.suffix.lower() in SUFFIXES and f.is_file()), key=natural_key)
+        targets = {file: output / file.name for file in files}
+    if not targets:
+        raise DerainError(
+            f"{source}: no such photo, folder or glob with photos ({', '.join(sorted(SUFFIXES))}); check the path"
+        )
+    if path.is_dir() or not path.is_file():
+        if output.is_file() or output.suffix.lower() in SUFFIXES:
+            raise DerainError(f"{output}: is a file, but {source} has several photos; give a folder")
+        twice = [target for target in targets.values() if list(targets.values()).count(target) > 1]
+        if twice:
+            raise DerainError(f"{source}: several photos are named {twice[0].name}; restore their folders one by one")
+    for file, target in targets.items():
+        if target.resolve() == file.resolve():
+            raise DerainError(f"{target}: is the input itself; give another output")
+    return targets
+
+
+def _within(file: Path, folder: Path) -> bool:
+    return file.resolve().is_relative_to(folder.resolve())
+
+
+def write_comparison(photo: Photo, derained: np.ndarray, target: Path) -> None:
+    """Writes ``NAME-compare.png`` beside the restored photo."""
+
+    def pixels(rgb: np.ndarray) -> Pixels:
+        return np.rint(np.clip(rgb, 0, 1) * 255).astype(np.uint8)
+
+    picture = compare({"rainy": pixels(photo.rgb), "derained": pixels(derained)})
+    write_image(target.with_name(f"{target.stem}-compare.png"), picture)
+
+
+def _number(option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise DerainError(f"{option} {text}: expected a number of pixels, auto or none") from None

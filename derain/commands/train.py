@@ -1,0 +1,188 @@
+"""``derain fit``, ``validate``, ``test`` and ``predict``: one LightningCLI."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from derain.callbacks import EpochSeeds, FinalWeights, ImagePanels, SaveImages, TestResults, Throughput
+from derain.data.datamodule import RainDataModule
+from derain.errors import DerainError
+from derain.methods import DerainModule, weights
+from derain.metrics import resolve
+
+
+def commit() -> str | None:
+    """The commit that the working directory is at, with ``-dirty`` where it was changed; None outside git."""
+    try:
+        told = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=True
+        )
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return told.stdout.strip()
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the folder of the run and sends it, with the commit, to the loggers."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Tells the loggers."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        for logger in trainer.loggers:
+            if not isinstance(logger, CSVLogger):
+                logger.log_hyperparams({"config": config, "commit": commit()})
+        (Path(trainer.log_dir or ".") / "commit.txt").write_text(f"{commit()}\n")
+
+
+class DerainCLI(LightningCLI):
+    """Every run has a folder ``runs/EXPERIMENT/COMMAND-N`` of its own; ``--ckpt_path last`` goes on in the last one."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what is neither model nor data nor trainer."""
+        parser.add_argument(
+            "--weights",
+            type=str | None,
+            default=None,
+            help="File of weights (ours or the authors'): fit starts from it; validate, test and predict take "
+            "the method from it too.",
+        )
+        parser.add_argument(
+            "--protocol",
+            type=list[str],
+            default=["matlab-y"],
+            help="How images are judged; the first one names the best checkpoint.",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Chooses the folder of the run."""
+        config = self.config[self.subcommand]
+        self.protocols = tuple(protocol.name for protocol in resolve(config.protocol))
+        first = Path(str(config.config[0])).stem if config.get("config") else "derain"
+        root = Path(config.trainer.default_root_dir or Path("runs") / first)
+        resuming = config.get("ckpt_path") == "last"
+        # Ranks that Lightning starts from this process find their folder in the environment.
+        told = os.environ.get("DERAIN_RUN") if os.environ.get("LOCAL_RANK", "0") != "0" else None
+        self.folder = Path(told or run_folder(root, str(self.subcommand), resuming))
+        os.environ["DERAIN_RUN"] = str(self.folder)
+        config.trainer.default_root_dir = str(self.folder)
+        if resuming:
+            config.ckpt_path = str(self.folder / "checkpoints" / "last.ckpt")
+        if config.get("weights_only", True) is None:
+            config.weights_only = True
+
+    def instantiate_classes(self) -> None:
+        """Builds data, method and trainer; the method comes from ``--weights`` where that is given."""
+        super().instantiate_classes()
+        config = self.config[self.subcommand]
+        self.model = cast(DerainModule, self.model)
+        if config.weights:
+            loaded = weights.load(Path(config.weights))
+            print(f"{config.weights}: {loaded.note}", file=sys.stderr)
+            if self.subcommand == "fit":
+                self._start_from(loaded.module, config.weights)
+            else:
+                self.model = loaded.module
+        self.model.protocols = self.protocols
+
+    def _start_from(self, loaded: DerainModule, path: str) -> None:
+        state, own = loaded.network.state_dict(), self.model.network.state_dict()
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+            raise DerainError(
+                f"--weights {path}: holds {type(loaded).__name__} {dict(loaded.hparams)}, which does not fit the "
+                f"configured {type(self.model).__name__}; configure the same network"
+            )
+        self.model.network.load_state_dict(state)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds the CSV log, checkpoints, pictures and results to whatever the configuration asks for."""
+        config = self.config_init[self.subcommand].trainer
+        config.logger = self._loggers(config.logger)
+        config.callbacks = [*(config.callbacks or []), *self._callbacks(config)]
+        return super().instantiate_trainer(**kwargs)
+
+    def _loggers(self, configured: Any) -> list[Logger] | bool:
+        if configured is False:
+            return False
+        given = configured if isinstance(configured, list) else [configured]
+        csv = CSVLogger(str(self.folder), name="", version="", flush_logs_every_n_steps=10)
+        past = self.folder / "metrics.csv"
+        if past.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
+            _keep_history(csv, past, Path(self.config[self.subcommand].ckpt_path))
+        return [csv, *(logger for logger in given if isinstance(logger, Logger))]
+
+    def _callbacks(self, config: Any) -> list[Callback]:
+        checkpoints = {"enable_version_counter": False, "dirpath": self.folder / "checkpoints"}
+        seed = self.config[self.subcommand].seed_everything
+        callbacks: list[Callback] = [
+            EpochSeeds(seed if isinstance(seed, int) else 0),
+            ImagePanels(),
+            SaveImages(),
+            TestResults(self.config[self.subcommand].weights, commit()),
+        ]
+        if config.enable_checkpointing is not False:
+            callbacks += [
+                ModelCheckpoint(filename="best", monitor="val/psnr", mode="max", **checkpoints),
+                ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **checkpoints),
+                FinalWeights(),
+            ]
+        if config.logger is not False:
+            callbacks += [Throughput(), LearningRateMonitor("epoch")]
+        if config.enable_progress_bar is not False:
+            callbacks.append(RichProgressBar(leave=False))
+        return callbacks
+
+
+def run_folder(root: Path, command: str, resuming: bool) -> Path:
+    """The folder for a run: a new ``root/COMMAND-N``, or the newest one with a checkpoint to resume.
+
+    Raises:
+        DerainError: If there is nothing to resume.
+    """
+    numbered = {
+        int(path.name.rsplit("-", 1)[1]): path
+        for path in root.glob(f"{command}-*")
+        if path.name.rsplit("-", 1)[1].isdecimal()
+    }
+    if not resuming:
+        return root / f"{command}-{max(numbered, default=0) + 1}"
+    with_checkpoint = [n for n, path in numbered.items() if (path / "checkpoints" / "last.ckpt").is_file()]
+    if not with_checkpoint:
+        raise DerainError(f"--ckpt_path last: no {command}-N/checkpoints/last.ckpt in {root}; start without it")
+    return numbered[max(with_checkpoint)]
+
+
+def _keep_history(csv: CSVLogger, past: Path, checkpoint: Path) -> None:
+    """Lets a resumed run append to its metrics, from the checkpoint's step on (the logger would delete them)."""
+    step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    header, *rows = past.read_text().splitlines()
+    place = header.split(",").index("step")
+    kept = [row for row in rows if int(row.split(",")[place]) < step]
+    experiment = csv.experiment
+    past.write_text("\n".join([header, *kept]) + "\n")
+    experiment.metrics_keys = header.split(",")
+
+
+def run(arguments: list[str]) -> int:
+    """Runs a trainer command."""
+    DerainCLI(
+        DerainModule,
+        RainDataModule,
+        subclass_mode_model=True,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 10},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        parser_kwargs={"prog": "derain"},
+        args=arguments,
+    )
+    return 0

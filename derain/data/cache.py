@@ -1,0 +1,196 @@
+"""Decoded pixels of a training set: decoded once, in one buffer that all workers (and ranks) share."""
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import platformdirs
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from derain.progress import track
+
+from derain.data.pairs import Pair
+from derain.errors import DerainError
+from derain.images import Pixels, image_size, replacing
+
+Mode = Literal["auto", "ram", "disk", "off"]
+log = logging.getLogger("derain")
+
+
+def cache_folder() -> Path:
+    """Where derain keeps what can be made again: ``$DERAIN_CACHE``, else the system's cache folder."""
+    return Path(os.environ.get("DERAIN_CACHE") or platformdirs.user_cache_dir("derain", appauthor=False))
+
+
+def fingerprint(pairs: Sequence[Pair]) -> str:
+    """Hash of names and file contents of a set: equal where two people have the same images.
+
+    Example:
+        >>> fingerprint([]) == fingerprint([])
+        True
+    """
+    files = [path for pair in pairs for path in (pair.rainy, pair.clean) if path is not None]
+
+    def digest(path: Path) -> bytes:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+
+    with ThreadPoolExecutor() as threads:
+        digests = list(threads.map(digest, files))
+    whole = hashlib.sha256()
+    for pair in pairs:
+        whole.update(f"{pair.name}\0{pair.clean_side}\0".encode())
+    for one in digests:
+        whole.update(one)
+    return whole.hexdigest()[:16]
+
+
+def read_pair(pair: Pair) -> tuple[Pixels, Pixels]:
+    """Decodes a pair that must have a clean image of the same size.
+
+    Raises:
+        DerainError: If it has none, or of another size.
+    """
+    rainy, clean = pair.read()
+    if clean is None or clean.shape != rainy.shape:
+        found = "no clean image" if clean is None else f"sizes {rainy.shape[:2]} and {clean.shape[:2]}"
+        raise DerainError(f"{pair.rainy}: {found}; `derain data verify` lists all that is wrong with a set")
+    return rainy, clean
+
+
+class PixelCache(Sequence[tuple[Pixels, Pixels]]):
+    """Pairs of pixels in one contiguous uint8 buffer: rainy, then clean, of each pair.
+
+    A Python list of arrays would be copied into every DataLoader worker page by page, since reference
+    counts are written on reading; one buffer is not. On disk it is a memory map, which every rank of a
+    machine shares through the system's page cache; in RAM it is shared memory, one copy a rank.
+
+    Args:
+        index: ``(n, 3)``: offset of the pair in the buffer, height, width.
+        file: The memory-mapped buffer; or
+        memory: the buffer in shared memory.
+    """
+
+    def __init__(
+        self, index: NDArray[np.int64], file: Path | None = None, memory: torch.Tensor | None = None
+    ) -> None:
+        self.index, self.file, self.memory = index, file, memory
+        self._open()
+
+    def _open(self) -> None:
+        if self.file is not None:
+            self._pixels: NDArray[np.uint8] = np.memmap(self.file, np.uint8, "r")
+        elif self.memory is not None:
+            self._pixels = self.memory.numpy()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers that are not forked open the same buffer again instead of receiving a copy."""
+        return {"index": self.index, "file": self.file, "memory": self.memory}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, place: Any) -> Any:
+        offset, height, width = (int(value) for value in self.index[place])
+        pair = self._pixels[offset : offset + 6 * height * width].reshape(2, height, width, 3)
+        return pair[0], pair[1]
+
+
+def decoded_index(pairs: Sequence[Pair]) -> NDArray[np.int64]:
+    """Where each pair will stand in the buffer, from the image files' heads alone.
+
+    Returns:
+        ``(n, 3)``: offset, height, width.
+    """
+
+    def size(pair: Pair) -> tuple[int, int]:
+        height, width = image_size(pair.rainy)
+        return (height, width) if pair.clean_side is None else (height, width // 2)
+
+    with ThreadPoolExecutor() as threads:
+        sizes = np.array(list(threads.map(size, pairs)), np.int64).reshape(-1, 2)
+    ends = np.cumsum(6 * sizes.prod(axis=1))
+    return np.column_stack([np.concatenate([[0], ends[:-1]]), sizes]).astype(np.int64)
+
+
+def open_cache(
+    pairs: Sequence[Pair], mode: Mode = "auto", *, folder: Path | None = None
+) -> PixelCache | None:
+    """Opens the cache of these pairs, decoding them first if nobody has yet.
+
+    Args:
+        pairs: Pairs with a clean image each.
+        mode: ``disk`` (memory map), ``ram`` (shared memory), ``off``, or ``auto``: on disk when it takes
+            at most half of the free space, else in RAM when it takes at most half of the free memory,
+            else off. The size is estimated from the files' heads and told first.
+        folder: Where the memory maps stand; ``cache_folder()`` by default.
+
+    Returns:
+        The cache, or None when it is off.
+
+    Raises:
+        DerainError: If an image cannot be read, or the mode that was asked for has no room.
+    """
+    if mode == "off" or not pairs:
+        return None
+    folder = (folder or cache_folder()) / "pixels"
+    folder.mkdir(parents=True, exist_ok=True)
+    index = decoded_index(pairs)
+    need = int((6 * index[:, 1] * index[:, 2]).sum())
+    ready = folder / fingerprint(pairs)
+    disk, ram = shutil.disk_usage(folder).free, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if mode == "auto":
+        mode = "disk" if ready.exists() or need <= disk / 2 else "ram" if need <= ram / 2 else "off"
+    where = {"disk": str(ready), "ram": "shared memory", "off": "nowhere: too little disk and memory"}[mode]
+    log.info("pixel cache: %d pairs, %.2f GB decoded, kept in %s", len(pairs), need / 1e9, where)
+    if mode == "off":
+        return None
+    if mode == "ram":
+        if need > ram:
+            raise DerainError(
+                f"--data.cache ram: {need / 1e9:.1f} GB do not fit into memory; use disk or off"
+            )
+        memory = torch.empty(need, dtype=torch.uint8).share_memory_()
+        _decode(pairs, index, memory.numpy())
+        return PixelCache(index, memory=memory)
+    # One process decodes; the lock of one that dies is freed by the system, and only a whole file is renamed.
+    with FileLock(f"{ready}.lock"):
+        if not ready.exists():
+            if need > disk:
+                raise DerainError(
+                    f"--data.cache disk: {need / 1e9:.1f} GB do not fit into {folder}; use ram or off"
+                )
+            for left_over in folder.glob(f".*-{ready.name}"):
+                left_over.unlink()
+            with replacing(ready) as temporary:
+                pixels = np.memmap(temporary, np.uint8, "w+", shape=(need,))
+                _decode(pairs, index, pixels)
+                pixels.flush()
+    return PixelCache(index, file=ready)
+
+
+def _decode(pairs: Sequence[Pair], index: NDArray[np.int64], pixels: NDArray[np.uint8]) -> None:
+    """Fills the buffer."""
+
+    def decode(place: int) -> None:
+        rainy, clean = read_pair(pairs[place])
+        offset, height, width = (int(value) for value in index[place])
+        size = 3 * height * width
+        pixels[offset : offset + size] = rainy.reshape(-1)
+        pixels[offset + size : offset + 2 * size] = clean.reshape(-1)
+
+    with ThreadPoolExecutor() as threads:
+        done = threads.map(decode, range(len(pairs)))
+        for _ in track(done, "Decoding", len(pairs)):
+            pass

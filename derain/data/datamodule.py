@@ -1,0 +1,261 @@
+"""The one data module: named sets or folders in, batches out."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from derain.batch import PairBatch
+from derain.data.cache import Mode, PixelCache, fingerprint, open_cache, read_pair
+from derain.data.pairs import Pair, PairSet, find_pairs
+from derain.data.transforms import Augmentation
+from derain.errors import DerainError
+from derain.images import Pixels
+
+log = logging.getLogger("derain")
+Ticket = tuple[int, int]
+
+
+class Tickets(DistributedSampler[Ticket]):
+    """Shuffled ``(epoch, place)`` tickets of this rank.
+
+    A ticket says all that a sample depends on, so the n-th sample of an epoch is the same with any number
+    of workers and after a resume. Ranks get equally many; the first tickets are drawn again to fill up.
+    """
+
+    def __init__(self, count: int, rank: int, world: int, seed: int) -> None:
+        super().__init__(range(count), num_replicas=world, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Ticket]:
+        return ((self.epoch, int(place)) for place in super().__iter__())  # type: ignore[call-overload]
+
+
+class Strided(DistributedSampler[int]):
+    """Every image once over all ranks: rank r judges images r, r + world, …; counts may differ by one."""
+
+    def __init__(self, count: int, rank: int, world: int) -> None:
+        super().__init__(range(count), num_replicas=world, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self.places = range(rank, count, world)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def to_tensor(pixels: Pixels) -> torch.Tensor:
+    """``(h, w, 3)`` pixels to a ``(3, h, w)`` uint8 tensor."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+class TrainingPairs(Dataset[dict[str, Any]]):
+    """Random crops of pairs.
+
+    Args:
+        pairs: The pairs.
+        cache: Their decoded pixels; without it every sample decodes two files.
+        augmentation: What is done to a pair.
+        seed: Seed of the run.
+    """
+
+    def __init__(
+        self, pairs: Sequence[Pair], cache: PixelCache | None, augmentation: Augmentation, seed: int
+    ) -> None:
+        self.pairs, self.cache, self.augmentation, self.seed = pairs, cache, augmentation, seed
+
+    def __getitem__(self, ticket: Ticket) -> dict[str, Any]:
+        epoch, place = ticket
+        index = place % len(self.pairs)
+        rainy, clean = self.cache[index] if self.cache is not None else read_pair(self.pairs[index])
+        rainy, clean = self.augmentation(rainy, clean, (self.seed, epoch, place))
+        return {
+            "rainy": to_tensor(rainy),
+            "clean": to_tensor(clean),
+            "name": self.pairs[index].name,
+            "index": index,
+        }
+
+
+class WholePairs(Dataset[dict[str, Any]]):
+    """Whole images, with the clean one where there is one."""
+
+    def __init__(self, pairs: Sequence[Pair], cache: PixelCache | None = None) -> None:
+        self.pairs, self.cache = pairs, cache
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pair = self.pairs[index]
+        rainy, clean = self.cache[index] if self.cache is not None else pair.read()
+        item = {"rainy": to_tensor(rainy), "name": pair.name, "index": index}
+        return item if clean is None else {**item, "clean": to_tensor(clean)}
+
+
+class RainDataModule(LightningDataModule):
+    """Paired rain images for training and evaluation, rainy images alone for prediction.
+
+    A set is named as in ``derain data list`` and looked up below ``root``, or given as a folder
+    (``path``, its layout is detected and told, or ``layout:path``). Several sets are mixed by a list.
+
+    Args:
+        train: Set or sets to train on.
+        val: Set or sets to validate on; by default a seeded slice of ``train``.
+        test: Set or sets to test on.
+        predict: Folder of rainy images, or a set, for ``derain predict``.
+        root: Where named sets stand; ``$DERAIN_DATA`` by default.
+        crop: Side of the training crops in pixels.
+        batch_size: Crops a batch and device.
+        repeat: Crops an image in one epoch.
+        flips: Random flips, horizontal and vertical.
+        transpose: Random transposition too.
+        val_share: Share of ``train`` that validates when ``val`` names no set; at least one pair.
+        val_limit: Validate on the first so many pairs only; all by default.
+        workers: Loading processes; by default one less than the cores, at most 8.
+        cache: Where decoded training pixels are kept: ``auto``, ``ram``, ``disk`` or ``off``.
+        seed: Seed of slice, order and crops.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | None = None,
+        val: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        predict: str | list[str] | None = None,
+        root: str | None = None,
+        crop: int = 128,
+        batch_size: int = 8,
+        repeat: int = 1,
+        flips: bool = True,
+        transpose: bool = False,
+        val_share: float = 0.05,
+        val_limit: int | None = None,
+        workers: int | None = None,
+        cache: Mode = "auto",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for option, value in {"crop": crop, "batch_size": batch_size, "repeat": repeat}.items():
+            if value < 1:
+                raise DerainError(f"--data.{option} {value}: must be at least 1")
+        if not 0 < val_share < 1:
+            raise DerainError(f"--data.val_share {val_share}: must be between 0 and 1")
+        self.sets = {"train": train, "val": val, "test": test, "predict": predict}
+        self.root = Path(root or os.environ.get("DERAIN_DATA") or "data")
+        self.crop, self.batch_size, self.repeat = crop, batch_size, repeat
+        self.flips, self.transpose = flips, transpose
+        self.val_share, self.val_limit = val_share, val_limit
+        self.workers = min(8, max(0, (os.cpu_count() or 1) - 1)) if workers is None else workers
+        self.cache, self.seed = cache, seed
+        self.pairs: dict[str, tuple[Pair, ...]] = {}
+        self._pixels: dict[str, PixelCache | None] = {}
+
+    @property
+    def train_sets(self) -> list[str]:
+        """Names of the training sets."""
+        return _as_list(self.sets["train"])
+
+    def fingerprint(self, stage: str) -> str:
+        """Hash of the images of ``train``, ``val``, ``test`` or ``predict``."""
+        return fingerprint(self.pairs[stage])
+
+    def setup(self, stage: str) -> None:
+        """Finds the pairs that this stage needs, and opens the cache for training.
+
+        Raises:
+            DerainError: If no set is named, or one is absent, empty or damaged.
+        """
+        if stage == "fit" and "train" not in self.pairs:
+            self._split_train()
+            for part in ("train", "val"):
+                self._pixels[part] = open_cache(self.pairs[part], self.cache)
+        elif stage == "validate" and "val" not in self.pairs:
+            self._split_train()
+            self._pixels["val"] = None
+        elif stage in {"test", "predict"} and stage not in self.pairs:
+            self.pairs[stage] = self._find(stage, "test" if stage == "test" else "predict")
+
+    def _split_train(self) -> None:
+        if self.sets["val"] is not None:
+            self.pairs["val"] = self._find("val", "test")
+            if self.sets["train"] is not None:
+                self.pairs["train"] = self._find("train", "train")
+        else:
+            pairs = self._find("train", "train")
+            if len(pairs) < 2:
+                raise DerainError("--data.train: one pair cannot both train and validate; name a set by --data.val")
+            order = np.random.default_rng(self.seed).permutation(len(pairs))
+            held_out = set(order[: max(1, round(self.val_share * len(pairs)))].tolist())
+            self.pairs["val"] = tuple(pair for i, pair in enumerate(pairs) if i in held_out)
+            self.pairs["train"] = tuple(pair for i, pair in enumerate(pairs) if i not in held_out)
+        self.pairs["val"] = self.pairs["val"][: self.val_limit]
+
+    def _find(self, option: str, split: Any) -> tuple[Pair, ...]:
+        names = _as_list(self.sets[option])
+        if not names:
+            raise DerainError(f"--data.{option}: no set is named; give a name of `derain data list` or a folder")
+        found = [find_pairs(name, split, data_root=self.root) for name in names]
+        for one in found:
+            for note in one.notes:
+                log.info("%s: %s", one.name, note)
+        return found[0].pairs if len(found) == 1 else tuple(_prefixed(found))
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Shuffled random crops."""
+        pairs = self.pairs["train"]
+        augmentation = Augmentation(self.crop, flips=self.flips, transpose=self.transpose)
+        dataset = TrainingPairs(pairs, self._pixels["train"], augmentation, self.seed)
+        sampler = Tickets(len(pairs) * self.repeat, *self._rank_and_world(), self.seed)
+        return self._loader(dataset, sampler, self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Whole validation images, one at a time."""
+        return self._whole("val")
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Whole test images, one at a time."""
+        return self._whole("test")
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Whole rainy images, one at a time."""
+        return self._whole("predict")
+
+    def _whole(self, stage: str) -> DataLoader[dict[str, Any]]:
+        pairs = self.pairs[stage]
+        sampler = Strided(len(pairs), *self._rank_and_world())
+        return self._loader(WholePairs(pairs, self._pixels.get(stage)), sampler, 1)
+
+    def _loader(self, dataset: Any, sampler: Any, batch_size: int) -> DataLoader[dict[str, Any]]:
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> PairBatch:  # noqa: ARG002
+        """Turns bytes into [0, 1] where the network runs, so that workers send a quarter of the data."""
+        for key in ("rainy", "clean"):
+            if key in batch:
+                batch[key] = batch[key].float().div_(255)
+        return batch  # type: ignore[no-any-return]
+
+
+def _as_list(value: str | list[str] | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _prefixed(found: Sequence[PairSet]) -> Iterator[Pair]:
+    """Names made unique over several sets."""
+    for one in found:
+        for pair in one.pairs:
+            yield Pair(f"{one.name}/{pair.name}", pair.rainy, pair.clean, pair.clean_side)

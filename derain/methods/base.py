@@ -1,0 +1,120 @@
+"""What every method inherits: evaluation, prediction, and what goes into a file of weights."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from jaxtyping import Float
+from lightning import LightningModule
+from torch import Tensor, nn
+
+import derain
+from derain.batch import PairBatch
+from derain.metrics import ImageQuality, Scores
+
+
+class DerainModule(LightningModule, ABC):
+    """Base of the methods: a subclass builds ``self.network`` and owns its training.
+
+    A subclass declares its hyper-parameters as typed ``__init__`` arguments with the paper's values as
+    defaults, calls ``self.save_hyperparameters()``, and defines ``training_step`` and
+    ``configure_optimizers``. Everything else is here.
+
+    Attributes:
+        network: The restoration network: what is averaged, saved as weights and compiled.
+        protocols: How validation and test images are judged; the first one names the best checkpoint.
+        bytes_per_pixel: Memory that ``forward`` takes for one pixel at inference, measured in float32.
+        trained_on: Names of the training sets, told by the data when training starts.
+    """
+
+    network: nn.Module
+    protocols: tuple[str, ...] = ("matlab-y",)
+    bytes_per_pixel: ClassVar[int] = 4096
+    trained_on: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._quality: dict[str, ImageQuality] = {}
+
+    @abstractmethod
+    def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Restores images of any size ``h, w >= 1`` in [0, 1]; the result may leave the range a little."""
+
+    @classmethod
+    def from_published(cls, state: Mapping[str, Tensor]) -> Self | None:  # noqa: ARG003
+        """Builds the method from its authors' state dict, or returns None when the keys are not theirs."""
+        return None
+
+    # Evaluation: image by image, judged in `derain.metrics`, never by the method itself.
+
+    def _start(self) -> None:
+        self._quality = {kind: ImageQuality(self.protocols).to(self.device) for kind in ("derained", "rainy")}
+
+    def _evaluate(self, batch: PairBatch) -> dict[str, Tensor]:
+        derained = self(batch["rainy"]).float().clamp(0, 1)
+        self._quality["derained"].update(derained, batch["clean"], batch["index"])
+        self._quality["rainy"].update(batch["rainy"], batch["clean"], batch["index"])
+        return {"derained": derained}
+
+    def _finish(self, stage: str) -> dict[str, dict[str, Scores]]:
+        scores = {kind: quality.compute() for kind, quality in self._quality.items()}
+        for place, (name, score) in enumerate(scores["derained"].items()):
+            prefix = stage if place == 0 else f"{stage}/{name}"
+            self.log_dict(
+                {f"{prefix}/psnr": score.psnr.mean(), f"{prefix}/ssim": score.ssim.mean()},
+                prog_bar=place == 0 and stage == "val",
+            )
+        return scores
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the last epoch's scores."""
+        self._start()
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
+        """Judges a validation image; gives the derained image to callbacks."""
+        return self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs ``val/psnr`` and ``val/ssim``, means of images over all devices."""
+        self._finish("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Forgets earlier scores."""
+        self._start()
+
+    def test_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
+        """Judges a test image; gives the derained image to callbacks."""
+        return self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the means and keeps ``self.scores[kind][protocol]`` of every image for callbacks."""
+        self.scores = self._finish("test")
+
+    def predict_step(self, batch: PairBatch, batch_idx: int) -> Float[Tensor, "b 3 h w"]:  # noqa: ARG002
+        """Restores images into [0, 1]."""
+        return cast(Tensor, self(batch["rainy"]).float().clamp(0, 1))
+
+    # A checkpoint and a file of weights say what they are.
+
+    def describe(self) -> dict[str, Any]:
+        """What a file says of itself: method, hyper-parameters, training sets, version of derain."""
+        return {
+            "method": type(self).__name__,
+            "hyper_parameters": {k: v for k, v in self.hparams.items() if not k.startswith("_")},
+            "trained_on": list(self.trained_on),
+            "version": derain.__version__,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the description, so that any derain command knows what the file holds."""
+        checkpoint["derain"] = self.describe()
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of trainable parameters."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def on_fit_start(self) -> None:
+        """Notes the names of the training sets for the files of weights."""
+        self.trained_on = tuple(getattr(getattr(self.trainer, "datamodule", None), "train_sets", ()))

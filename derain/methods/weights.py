@@ -1,0 +1,137 @@
+"""Files of weights: written with a description of themselves, recognised by their content when read."""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import derain.methods as methods
+from derain.errors import DerainError
+from derain.images import replacing
+from derain.methods.base import DerainModule
+
+EXPECTED = (
+    "expected a derain checkpoint (.ckpt), derain weights (.safetensors) or the authors' PReNet weights"
+)
+
+
+class Weights(NamedTuple):
+    """A method ready to restore, and what its file was recognised as.
+
+    Attributes:
+        module: The method, in eval mode.
+        note: One line for people: kind of file, method, parameters.
+    """
+
+    module: DerainModule
+    note: str
+
+
+def save(module: DerainModule, path: Path) -> None:
+    """Writes the network's weights as safetensors that describe themselves, whole or not at all.
+
+    Args:
+        module: Any method.
+        path: The file, by custom ending in ``.safetensors``.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.network.state_dict().items()}
+    with replacing(path) as temporary:
+        safetensors.torch.save_file(state, temporary, {"derain": json.dumps(module.describe())})
+
+
+def load(path: Path) -> Weights:
+    """Recognises what a file of weights holds and builds the method with it; never executes code from it.
+
+    Of a checkpoint with averaged (EMA) weights, the average is taken.
+
+    Raises:
+        DerainError: If the file is absent, damaged, unknown, or does not fit the method it names.
+    """
+    if not path.is_file():
+        raise DerainError(f"{path}: no such file of weights; {EXPECTED}")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:9] == b"{":
+        return _load_safetensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise DerainError(f"{path}: damaged, or no file of weights ({reason}); {EXPECTED}") from error
+    if isinstance(content, Mapping) and "derain" in content and "state_dict" in content:
+        return _load_checkpoint(path, content)
+    if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
+        for method in methods.METHODS:
+            module = method.from_published(content)
+            if module is not None:
+                return Weights(module.eval(), f"authors' weights of {_told(module)}")
+    found = ", ".join(map(str, list(content)[:4])) if isinstance(content, Mapping) else type(content).__name__
+    raise DerainError(f"{path}: holds no method known here (found {found or 'nothing'} …); {EXPECTED}")
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load_safetensors(path: Path) -> Weights:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        state = safetensors.torch.load_file(path)
+        description = json.loads(metadata.get("derain", "null"))
+    except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise DerainError(f"{path}: damaged safetensors ({error}); {EXPECTED}") from error
+    if not isinstance(description, dict):
+        raise DerainError(f"{path}: safetensors that do not say their method (no 'derain' entry); {EXPECTED}")
+    module = _build(path, description, state)
+    return Weights(module, f"derain weights of {_told(module)}")
+
+
+def _load_checkpoint(path: Path, content: Mapping[str, Any]) -> Weights:
+    prefix = "network."
+    state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    average = content.get("ema")
+    if average is not None:
+        state = average["network"]
+    module = _build(path, content["derain"], state)
+    kind = "averaged weights of a derain checkpoint" if average is not None else "derain checkpoint"
+    return Weights(module, f"{kind} of {_told(module)}, epoch {content.get('epoch')}")
+
+
+def _build(path: Path, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> DerainModule:
+    name = description.get("method")
+    known = {method.__name__: method for method in methods.METHODS}
+    if name not in known:
+        raise DerainError(f"{path}: made by the method {name!r}; known here are {', '.join(known)}")
+    try:
+        module = known[name](**description["hyper_parameters"])
+        module.network.load_state_dict(state, strict=True)
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DerainError(
+            f"{path}: does not fit {name} of derain {derain.__version__} ({reason}); "
+            f"it was written by derain {description.get('version')}"
+        ) from error
+    module.trained_on = tuple(description.get("trained_on", ()))
+    return module.eval()
+
+
+def _told(module: DerainModule) -> str:
+    return f"{type(module).__name__} ({module.parameter_count:,} parameters)"

@@ -1,0 +1,232 @@
+"""Weights in, rainy image of any size in, clean image out."""
+
+import itertools
+import logging
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from derain.errors import DerainError
+from derain.methods import DerainModule, weights
+
+log = logging.getLogger("derain")
+Precision = Literal["float32", "bf16"]
+
+SMALLEST_TILE = 64
+"""Side below which running out of memory is final, in pixels."""
+
+
+class Restorer:
+    """Restores rainy images with any method of derain.
+
+    Args:
+        method: A file of weights, or a method.
+        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        precision: ``float32``, or ``bf16`` (autocast to bfloat16).
+        tile: Side of the tiles in pixels; ``auto``: whole images where memory allows, else the largest
+            tile that fits; ``None``: whole images always. Out of memory halves the tile and tries again.
+        overlap: Pixels that neighbouring tiles share; they are blended by a raised cosine.
+        ensemble: Mean over the eight flips and rotations: slower eight times, a little better.
+        compile: Compile the network; pays from a few dozen images of one size on.
+
+    Raises:
+        DerainError: If the weights cannot be used or the device is not there.
+
+    Example:
+        >>> from derain.methods import PReNetModule
+        >>> restorer = Restorer(PReNetModule(stages=1), device="cpu")
+        >>> restorer(np.zeros((5, 7, 3), np.float32)).shape
+        (5, 7, 3)
+    """
+
+    def __init__(
+        self,
+        method: Path | str | DerainModule,
+        *,
+        device: str = "auto",
+        precision: Precision = "float32",
+        tile: int | Literal["auto"] | None = "auto",
+        overlap: int = 64,
+        ensemble: bool = False,
+        compile: bool = False,
+    ) -> None:
+        if isinstance(tile, int) and tile < SMALLEST_TILE:
+            raise DerainError(f"--tile {tile}: must be at least {SMALLEST_TILE}, auto or none")
+        self.note = type(method).__name__
+        if not isinstance(method, DerainModule):
+            method, self.note = weights.load(Path(method))
+        self.device = choose_device(device)
+        self.method = method.to(self.device).eval()
+        self.precision, self.tile, self.overlap, self.ensemble = precision, tile, overlap, ensemble
+        if compile:
+            self.method.network.compile(dynamic=False)
+
+    @torch.inference_mode()
+    def __call__(self, rainy: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Restores one image.
+
+        Args:
+            rainy: ``(h, w, 3)`` in [0, 1], any ``h, w >= 1``.
+
+        Returns:
+            The same shape, in [0, 1].
+
+        Raises:
+            DerainError: If memory does not suffice for the smallest tile.
+        """
+        image = torch.from_numpy(np.ascontiguousarray(rainy.transpose(2, 0, 1)))[None]
+        if not self.ensemble:
+            return _to_array(self._restore(image))
+        total = torch.zeros_like(image)
+        for turns, mirror in itertools.product(range(4), (False, True)):
+            view = torch.rot90(image.flip(3) if mirror else image, turns, (2, 3))
+            back = torch.rot90(self._restore(view), -turns, (2, 3))
+            total += back.flip(3) if mirror else back
+        return _to_array(total / 8)
+
+    def _restore(self, image: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "1 3 h w"]:
+        """Restores by the largest tiles that memory holds."""
+        tile = self._first_tile(image.shape[2], image.shape[3])
+        while True:
+            try:
+                return blend_tiles(image, self._forward, tile, self.overlap)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+                    raise
+                if self.tile is None or tile // 2 < SMALLEST_TILE:
+                    raise DerainError(
+                        f"not enough memory for a tile of {tile}×{tile} pixels on {self.device}; "
+                        "close other programs, or use --tile auto, a smaller --tile or --device cpu"
+                    ) from error
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            tile //= 2
+            log.warning("out of memory: going on with tiles of %d×%d pixels", tile, tile)
+
+    def _first_tile(self, height: int, width: int) -> int:
+        if isinstance(self.tile, int):
+            return self.tile
+        longest = max(height, width)
+        pixels = free_memory(self.device) // 2 // self.method.bytes_per_pixel
+        if self.tile is None or height * width <= pixels:
+            return longest
+        return max(SMALLEST_TILE, min(longest, int(pixels**0.5)) // 32 * 32)
+
+    def _forward(self, tile: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "1 3 h w"]:
+        autocast: AbstractContextManager[object] = nullcontext()
+        if self.precision == "bf16":
+            autocast = torch.autocast(self.device.type, torch.bfloat16)
+        with autocast:
+            derained = self.method(tile.to(self.device, memory_format=torch.channels_last))
+        return derained.float().clamp(0, 1).cpu()  # type: ignore[no-any-return]
+
+
+def choose_device(name: str) -> torch.device:
+    """Turns ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` into a device.
+
+    Raises:
+        DerainError: If there is no such device here.
+
+    Example:
+        >>> choose_device("cpu")
+        device(type='cpu')
+    """
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if name == "auto":
+        return torch.device("cuda" if here["cuda"] else "mps" if here["mps"] else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in here or (number and not number.isdecimal()) or int(number or 0) >= here[kind]:
+        found = ", ".join(f"{count} {kind}" for kind, count in here.items() if count)
+        raise DerainError(f"--device {name}: not here (found {found}); give auto, cpu, cuda, cuda:N or mps")
+    return torch.device(name)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a restoration may count on: free memory of the GPU, or of the machine, at most 4 GiB there.
+
+    On a CPU, larger tiles are no faster, and other programs want memory too.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # no such question on this system
+        free = 4 << 30
+    return min(free, 4 << 30)
+
+
+def blend_tiles(
+    image: Float[Tensor, "1 3 h w"],
+    forward: Callable[[Tensor], Tensor],
+    tile: int,
+    overlap: int,
+) -> Float[Tensor, "1 3 h w"]:
+    """Restores tile by tile; where tiles overlap, each fades out along a raised cosine, so no seam shows.
+
+    All tiles have one size, ``min(tile, h)`` by ``min(tile, w)``, so that a compiled network compiles once.
+
+    Args:
+        image: In [0, 1].
+        forward: Restores one tile.
+        tile: Side of a tile in pixels.
+        overlap: Least overlap of neighbours in pixels; at most half a tile is used.
+
+    Example:
+        >>> image = torch.rand(1, 3, 50, 90)
+        >>> torch.allclose(blend_tiles(image, lambda t: t, 32, 8), image)
+        True
+    """
+    height, width = image.shape[2:]
+    side_h, side_w = min(tile, height), min(tile, width)
+    if (side_h, side_w) == (height, width):
+        return forward(image)
+    overlap = min(overlap, tile // 2)
+    total, weight = torch.zeros_like(image), torch.zeros(1, 1, height, width)
+    for top, left in itertools.product(starts(height, side_h, overlap), starts(width, side_w, overlap)):
+        rows, columns = slice(top, top + side_h), slice(left, left + side_w)
+        fade = torch.outer(
+            _fade(side_h, overlap, top > 0, top + side_h < height),
+            _fade(side_w, overlap, left > 0, left + side_w < width),
+        )
+        total[..., rows, columns] += forward(image[..., rows, columns].contiguous()) * fade
+        weight[..., rows, columns] += fade
+    return total / weight
+
+
+def starts(length: int, tile: int, overlap: int) -> list[int]:
+    """First pixels of tiles that cover ``length`` and overlap by at least ``overlap``, evenly spread.
+
+    Example:
+        >>> starts(100, 40, 10)
+        [0, 30, 60]
+        >>> starts(101, 40, 10)
+        [0, 20, 41, 61]
+    """
+    if tile >= length:
+        return [0]
+    count = -(-(length - tile) // (tile - overlap)) + 1
+    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+
+
+def _fade(side: int, overlap: int, before: bool, after: bool) -> Float[Tensor, " side"]:
+    """Weights along one side of a tile: 1 inside, a raised cosine towards neighbours, nowhere zero."""
+    ramp = torch.sin((torch.arange(overlap) + 0.5) / max(overlap, 1) * torch.pi / 2) ** 2
+    weight = torch.ones(side)
+    if before:
+        weight[:overlap] *= ramp
+    if after:
+        weight[side - overlap :] *= ramp.flip(0)
+    return weight
+
+
+def _to_array(image: Float[Tensor, "1 3 h w"]) -> NDArray[np.float32]:
+    return np.ascontiguousarray(image[0].clamp(0, 1).permute(1, 2, 0).numpy())
+
