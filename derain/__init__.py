@@ -1,3 +1,31 @@
-"""Single-image rain removal with PyTorch Lightning."""
+"""Single-image rain removal with PyTorch Lightning.
+
+``from derain import Restorer, RainDataModule, PReNetModule``: public names are loaded when first used, so
+that ``import derain`` and the command line start at once.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from derain.data.datamodule import RainDataModule as RainDataModule
+    from derain.methods import DerainModule as DerainModule
+    from derain.methods import PReNetModule as PReNetModule
+    from derain.restoration import Restorer as Restorer
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "DerainModule": "derain.methods",
+    "PReNetModule": "derain.methods",
+    "RainDataModule": "derain.data.datamodule",
+    "Restorer": "derain.restoration",
+}
+__all__ = ["DerainModule", "PReNetModule", "RainDataModule", "Restorer", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'derain' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

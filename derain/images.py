@@ -94,8 +94,12 @@ def read_rgb(path: Path) -> Pixels:
     Raises:
         DerainError: If the file cannot be read as an image.
     """
-    photo = read_photo(path)
-    return np.ascontiguousarray(np.rint(photo.rgb * np.float32(255)).astype(np.uint8))
+    return to_bytes(read_photo(path).rgb)
+
+
+def to_bytes(rgb: NDArray[np.float32]) -> Pixels:
+    """``(h, w, 3)`` in [0, 1] to bytes, rounded and clipped."""
+    return np.ascontiguousarray(np.rint(np.clip(rgb, 0, 1) * np.float32(255)).astype(np.uint8))
 
 
 @dataclass(frozen=True)
@@ -151,10 +155,11 @@ def read_photo(path: Path) -> Photo:
     """
     with opened(path) as image:
         exif = image.getexif()
-        deep = image.mode.startswith("I") or image.mode == "F" or _png_bits(path) == 16
+        deep = image.mode.startswith("I") or image.mode == "F" or _declared_bits(image, path) == 16
         upright = ImageOps.exif_transpose(image)
         exif.pop(0x0112, None)  # the rotation has been applied
-        info = {"icc_profile": image.info.get("icc_profile"), "exif": exif.tobytes() if len(exif) else None}
+        keep_exif = len(exif) and image.format != "TIFF"  # there it describes how the file is laid out
+        info = {"icc_profile": image.info.get("icc_profile"), "exif": exif.tobytes() if keep_exif else None}
         info = {key: value for key, value in info.items() if value}
         if not deep:
             has_alpha = "A" in upright.getbands() or "transparency" in upright.info
@@ -165,11 +170,14 @@ def read_photo(path: Path) -> Photo:
     return _read_16_bit(path, info)
 
 
-def _png_bits(path: Path) -> int:
-    """Bits a channel that a PNG file declares (Pillow turns 16-bit colour into 8); 8 for other files."""
-    with path.open("rb") as file:
-        head = file.read(25)
-    return head[24] if head[:8] == b"\x89PNG\r\n\x1a\n" else 8
+def _declared_bits(image: Image.Image, path: Path) -> int:
+    """Bits a channel that a PNG or TIFF file declares (Pillow turns 16-bit colour into 8); else 8."""
+    if image.format == "PNG":
+        with path.open("rb") as file:
+            return file.read(25)[24]
+    if image.format == "TIFF":
+        return int(max(np.atleast_1d(image.getexif().get(258, 8))))
+    return 8
 
 
 def _read_16_bit(path: Path, info: dict[str, Any]) -> Photo:

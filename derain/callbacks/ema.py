@@ -54,8 +54,8 @@ class EMA(Callback):
         network = _network(pl_module)
         for mean, value in zip(self.average.parameters(), network.parameters(), strict=True):
             mean.lerp_(value.to(mean.dtype), 1 - decay)
-        for mean, value in zip(self.average.buffers(), network.buffers(), strict=True):
-            mean.copy_(value)
+        for copied, buffer in zip(self.average.buffers(), network.buffers(), strict=True):
+            copied.copy_(buffer)
 
     def _swap(self, pl_module: LightningModule) -> None:
         if self.average is not None and self.evaluate:

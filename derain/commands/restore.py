@@ -4,11 +4,13 @@ import argparse
 import glob
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from derain.errors import DerainError
-from derain.images import SUFFIXES, Photo, Pixels, image_files, natural_key, read_photo, write_image
+from derain.images import SUFFIXES, Photo, image_files, natural_key, read_photo, to_bytes, write_image
 from derain.pictures import compare
 from derain.progress import track
 
@@ -41,12 +43,11 @@ def run(args: argparse.Namespace) -> int:
         )
     from derain.restoration import Restorer
 
-    tile = None if args.tile == "none" else "auto" if args.tile == "auto" else _number("--tile", args.tile)
     restorer = Restorer(
         args.weights,
         device=args.device,
         precision=args.precision,
-        tile=tile,
+        tile=tile_size(args.tile),
         ensemble=args.ensemble,
         compile=args.compile,
     )
@@ -111,18 +112,22 @@ def _within(file: Path, folder: Path) -> bool:
     return file.resolve().is_relative_to(folder.resolve())
 
 
-def write_comparison(photo: Photo, derained: np.ndarray, target: Path) -> None:
+def write_comparison(photo: Photo, derained: NDArray[np.float32], target: Path) -> None:
     """Writes ``NAME-compare.png`` beside the restored photo."""
 
-    def pixels(rgb: np.ndarray) -> Pixels:
-        return np.rint(np.clip(rgb, 0, 1) * 255).astype(np.uint8)
-
-    picture = compare({"rainy": pixels(photo.rgb), "derained": pixels(derained)})
+    picture = compare({"rainy": to_bytes(photo.rgb), "derained": to_bytes(derained)})
     write_image(target.with_name(f"{target.stem}-compare.png"), picture)
 
 
-def _number(option: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise DerainError(f"{option} {text}: expected a number of pixels, auto or none") from None
+def tile_size(text: str) -> int | Literal["auto"] | None:
+    """Reads ``--tile``.
+
+    Example:
+        >>> tile_size("none"), tile_size("auto"), tile_size("512")
+        (None, 'auto', 512)
+    """
+    if text == "auto":
+        return "auto"
+    if text != "none" and not text.isdecimal():
+        raise DerainError(f"--tile {text}: expected a number of pixels, auto or none")
+    return None if text == "none" else int(text)

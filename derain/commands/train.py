@@ -120,7 +120,7 @@ class DerainCLI(LightningCLI):
         return [csv, *(logger for logger in given if isinstance(logger, Logger))]
 
     def _callbacks(self, config: Any) -> list[Callback]:
-        checkpoints = {"enable_version_counter": False, "dirpath": self.folder / "checkpoints"}
+        checkpoints: dict[str, Any] = {"enable_version_counter": False, "dirpath": self.folder / "checkpoints"}
         seed = self.config[self.subcommand].seed_everything
         callbacks: list[Callback] = [
             EpochSeeds(seed if isinstance(seed, int) else 0),

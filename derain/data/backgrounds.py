@@ -14,3 +14,7 @@ class Match:
 
 def same(first: Sequence[Pixels], second: Sequence[Pixels], *, crops: bool = True) -> list[Match]:
     raise NotImplementedError
+
+
+def describe(pixels):
+    return pixels

@@ -53,19 +53,18 @@ def fingerprint(pairs: Sequence[Pair]) -> str:
 
 
 def read_pair(pair: Pair) -> tuple[Pixels, Pixels]:
-    """Decodes a pair that must have a clean image of the same size.
+    """Decodes a pair that must have a clean image.
 
     Raises:
-        DerainError: If it has none, or of another size.
+        DerainError: If it has none, or the pair cannot be read.
     """
     rainy, clean = pair.read()
-    if clean is None or clean.shape != rainy.shape:
-        found = "no clean image" if clean is None else f"sizes {rainy.shape[:2]} and {clean.shape[:2]}"
-        raise DerainError(f"{pair.rainy}: {found}; `derain data verify` lists all that is wrong with a set")
+    if clean is None:
+        raise DerainError(f"{pair.rainy}: has no clean image; training needs pairs, `derain predict` does not")
     return rainy, clean
 
 
-class PixelCache(Sequence[tuple[Pixels, Pixels]]):
+class PixelCache:
     """Pairs of pixels in one contiguous uint8 buffer: rainy, then clean, of each pair.
 
     A Python list of arrays would be copied into every DataLoader worker page by page, since reference
@@ -101,7 +100,7 @@ class PixelCache(Sequence[tuple[Pixels, Pixels]]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, place: Any) -> Any:
+    def __getitem__(self, place: int) -> tuple[Pixels, Pixels]:
         offset, height, width = (int(value) for value in self.index[place])
         pair = self._pixels[offset : offset + 6 * height * width].reshape(2, height, width, 3)
         return pair[0], pair[1]
@@ -161,7 +160,8 @@ def open_cache(
             raise DerainError(
                 f"--data.cache ram: {need / 1e9:.1f} GB do not fit into memory; use disk or off"
             )
-        memory = torch.empty(need, dtype=torch.uint8).share_memory_()
+        memory = torch.empty(need, dtype=torch.uint8)
+        memory.share_memory_()  # type: ignore[no-untyped-call]
         _decode(pairs, index, memory.numpy())
         return PixelCache(index, memory=memory)
     # One process decodes; the lock of one that dies is freed by the system, and only a whole file is renamed.

@@ -108,7 +108,9 @@ _RAIN100_RESTORMER = Files(
 )
 _YANG_FLAT = Files("rain-{n}(?:x2)?", "norain-{n}")
 _YANG_RAINY = Files("rainy/rain-{n}(?:x2)?", "norain-{n}")
-_YANG_FOLDERS = Files("(?:small/)?rain/(?:X2/)?(?:no)?rain-{n}(?:x2)?", "(?:small/)?norain/(?:no)?rain-{n}")
+_YANG_FOLDERS = Files(
+    "(?:small/)?rain/(?:X2/)?(?:no)?rain-{n}(?:x2)?", "(?:small/)?norain/(?:norain|rain)-{n}"
+)
 _LQ_GT = Files("LQ/{name}", "GT/{name}")
 _RAIN100 = (_YANG_RAINY, _YANG_FOLDERS, _YANG_FLAT, _RAIN100_RESTORMER, _LQ_GT)
 _RAIN_TRAIN = (_YANG_FLAT, _YANG_FOLDERS, _YANG_RAINY, _RESTORMER, _LQ_GT)
@@ -124,7 +126,7 @@ def _rain200(kind: str, weight: str) -> Layout:
     def files(split: Split) -> tuple[Files, ...]:
         yang = f"(?:rain_data_{split}_{weight}/)?"
         return (
-            Files(yang + "rain/(?:X2/)?(?:no)?rain-{n}(?:x2)?", yang + "norain/(?:no)?rain-{n}"),
+            Files(yang + "rain/(?:X2/)?(?:no)?rain-{n}(?:x2)?", yang + "norain/(?:norain|rain)-{n}"),
             _FOLDERS,
         )
 
@@ -212,7 +214,7 @@ LAYOUTS: dict[str, Layout] = {
         },
         counts={"train": 700, "test": 100, "predict": 52},
         source="https://github.com/hezhangsprinter/ID-CGAN",
-        citation="Zhang et al., Image De-raining Using a Conditional Generative Adversarial Network, TCSVT 2019",
+        citation="Zhang et al., Image De-raining Using a Conditional GAN, TCSVT 2019",
     ),
     "Rain200L": _rain200("L", "Light"),
     "Rain200H": _rain200("H", "Heavy"),

@@ -1,12 +1,12 @@
-"""Which files of a folder belong together: keys, variants of a layout, folders of sets."""
+"""Which files of a folder belong together: keys, variants of a layout, folders of sets. Reads no image."""
 
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from derain.data.layouts import AUXILIARY, LAYOUTS, SPLIT_FOLDERS, Files, Side, Split
+from derain.data.layouts import AUXILIARY, LAYOUTS, SPLIT_FOLDERS, Files, Split
 from derain.errors import DerainError
 from derain.images import image_files, natural_key
 
@@ -19,112 +19,16 @@ class Matched:
     """What a layout makes of the files of a split.
 
     Attributes:
-        pairs: In natural order of their names.
+        pairs: Name, rainy file and clean file of each pair, in natural order of the names.
         unpaired: Files that the layout knows and that lack their partner.
         clashes: Two files each that claim the same place in a pair.
-        notes: What a user must know of this version of the set.
-        variant: Where the files lie.
+        variant: How the files lie.
     """
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[tuple[str, Path, Path | None], ...] = ()
     unpaired: tuple[Path, ...] = ()
     clashes: tuple[tuple[Path, Path], ...] = ()
-    notes: tuple[str, ...] = ()
-    variant: Files | None = None
-
-
-def match_split(name: str, split: Split, root: Path, files: Sequence[str] | None = None) -> Matched:
-    """Pairs files by the first variant of a layout that fits.
-
-    Args:
-        name: A layout.
-        split: For ``predict``, a layout without such files gives the rainy images of its test split.
-        root: The set's folder.
-        files: Image files below ``root``, ``/`` between folders; listed if not given.
-    """
-    files = listing(root) if files is None else files
-    layout = LAYOUTS[name]
-    source = split
-    if split == "predict" and "predict" not in layout.files:
-        source = "test" if "test" in layout.files else "train"
-    result = Matched(())
-    for variant in layout.files.get(source, ()):
-        for prefix in ([f"(?:{SPLIT_FOLDERS[source]})/"] if source in SPLIT_FOLDERS else []) + [""]:
-            result = _match(variant, prefix, root, files)
-            if result.pairs:
-                pairs = result.pairs
-                if split == "predict":
-                    pairs = tuple(replace(pair, clean=None) for pair in pairs)
-                return replace(result, pairs=pairs)
-    return result
-
-
-def _match(variant: Files, prefix: str, root: Path, files: Sequence[str]) -> Matched:
-    rainy = _keyed(prefix + variant.rainy, variant.numbers, files)
-    notes = (variant.note,) if variant.note else ()
-    if variant.clean is None:
-        names = _names([file for _, _, file in rainy])
-        two = variant.clean_side is not None and variant.truth
-        paths = [root / file for _, _, file in rainy]
-        pairs = [
-            Pair(name, path, path if two else None, variant.clean_side)
-            for name, path in zip(names, paths, strict=True)
-        ]
-        return Matched(_sorted(pairs), notes=notes, variant=variant)
-    clean: dict[tuple[str | int, ...], str] = {}
-    taken: dict[tuple[object, ...], str] = {}
-    clashes, unpaired, matched = [], [], []
-    for key, _, file in _keyed(prefix + variant.clean, variant.numbers, files):
-        first = clean.setdefault(key, file)
-        if first != file:
-            clashes.append((root / first, root / file))
-    for key, streak, file in rainy:
-        first = taken.setdefault((key, streak), file)
-        if first != file:
-            clashes.append((root / first, root / file))
-        elif clean.get(key, file) == file:
-            unpaired.append(root / file)
-        else:
-            matched.append((file, clean[key]))
-    used = {file for _, file in matched}
-    unpaired += [root / file for file in clean.values() if file not in used and root / file not in unpaired]
-    names = _names([file for file, _ in matched])
-    pairs = [Pair(name, root / a, root / b) for name, (a, b) in zip(names, matched, strict=True)]
-    return Matched(_sorted(pairs), tuple(unpaired), tuple(clashes), notes, variant)
-
-
-def _keyed(
-    pattern: str, numbers: tuple[int, int] | None, files: Iterable[str]
-) -> list[tuple[tuple[str | int, ...], str | None, str]]:
-    """Key, streak and file of every file that a pattern fits."""
-    for short, group in _GROUPS.items():
-        pattern = pattern.replace(short, group)
-    compiled = re.compile(pattern, re.IGNORECASE)
-    auxiliary = re.compile(AUXILIARY, re.IGNORECASE)
-    found = []
-    for file in files:
-        stem = file.rpartition(".")[0]
-        match = compiled.fullmatch(stem)
-        if match is None or auxiliary.fullmatch(stem):
-            continue
-        groups = match.groupdict()
-        streak = groups.pop("streak", None)
-        if numbers and not numbers[0] <= int(groups["n"]) <= numbers[1]:
-            continue
-        key = tuple(int(groups[name]) if name == "n" else groups[name].lower() for name in sorted(groups))
-        found.append((key, streak, file))
-    return found
-
-
-def _names(files: Sequence[str]) -> list[str]:
-    """Shortest names that tell files apart: stems, else paths without ending, else paths."""
-    stems = [Path(file).stem for file in files]
-    paths = [file.rpartition(".")[0] for file in files]
-    return next((names for names in (stems, paths) if len(set(names)) == len(names)), list(files))
-
-
-def _sorted(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
-    return tuple(sorted(pairs, key=lambda pair: natural_key(pair.name)))
+    variant: Files = field(default_factory=lambda: Files(""))
 
 
 def listing(root: Path) -> list[str]:
@@ -138,6 +42,95 @@ def listing(root: Path) -> list[str]:
     return [path.relative_to(root).as_posix() for path in image_files(root, recursive=True)]
 
 
+def match(name: str, split: Split, root: Path, files: Sequence[str] | None = None) -> Matched:
+    """Pairs files by the first variant of a layout that fits; none does if there are no pairs.
+
+    Args:
+        name: A layout.
+        split: For ``predict``, a layout without such files gives the rainy images of its test split.
+        root: The set's folder.
+        files: Image files below it, ``/`` between folders; listed if not given.
+    """
+    files = listing(root) if files is None else files
+    variants = LAYOUTS[name].files
+    source: Split = "test" if split == "predict" and "predict" not in variants else split
+    prefixes = [f"(?:{SPLIT_FOLDERS[source]})/", ""] if source in SPLIT_FOLDERS else [""]
+    for variant in variants.get(source, ()):
+        for prefix in prefixes:
+            matched = _match(variant, prefix, root, files)
+            if matched.pairs and split == "predict":
+                return replace(matched, pairs=tuple((name, rainy, None) for name, rainy, _ in matched.pairs))
+            if matched.pairs:
+                return matched
+    return Matched()
+
+
+def _match(variant: Files, prefix: str, root: Path, files: Sequence[str]) -> Matched:
+    rainy = _keyed(prefix + variant.rainy, variant.numbers, files)
+    unpaired, clashes = [], []
+    matched: list[tuple[str, str | None]] = []
+    if variant.clean is None:
+        has_clean = variant.clean_side is not None and variant.truth
+        matched = [(file, file if has_clean else None) for _, _, file in rainy]
+    else:
+        clean: dict[tuple[str | int, ...], str] = {}
+        for key, _, file in _keyed(prefix + variant.clean, variant.numbers, files):
+            first = clean.setdefault(key, file)
+            if first != file:
+                clashes.append((first, file))
+        taken: dict[tuple[object, ...], str] = {}
+        used = set()
+        for key, streak, file in rainy:
+            first = taken.setdefault((key, streak), file)
+            if first != file:
+                clashes.append((first, file))
+            elif key not in clean:
+                unpaired.append(file)
+            elif clean[key] != file:  # a clean file that the rainy pattern fits as well is no rainy one
+                matched.append((file, clean[key]))
+                used.add(key)
+        unpaired += [file for key, file in clean.items() if key not in used]
+    pairs = [
+        (name, root / file, None if partner is None else root / partner)
+        for name, (file, partner) in zip(_names([file for file, _ in matched]), matched, strict=True)
+    ]
+    return Matched(
+        tuple(sorted(pairs, key=lambda pair: natural_key(pair[0]))),
+        tuple(root / file for file in sorted(unpaired, key=natural_key)),
+        tuple((root / first, root / second) for first, second in clashes),
+        variant,
+    )
+
+
+def _keyed(
+    pattern: str, numbers: tuple[int, int] | None, files: Iterable[str]
+) -> list[tuple[tuple[str | int, ...], str | None, str]]:
+    """Key, streak and path of every file that a pattern fits."""
+    for short, group in _GROUPS.items():
+        pattern = pattern.replace(short, group)
+    fits, auxiliary = re.compile(pattern, re.IGNORECASE), re.compile(AUXILIARY, re.IGNORECASE)
+    found = []
+    for file in files:
+        stem = file.rpartition(".")[0]
+        fit = fits.fullmatch(stem)
+        if fit is None or auxiliary.fullmatch(stem):
+            continue
+        groups = fit.groupdict()
+        if numbers and not numbers[0] <= int(groups["n"]) <= numbers[1]:
+            continue
+        streak = groups.pop("streak", None)
+        key = tuple(int(groups[name]) if name == "n" else groups[name].lower() for name in sorted(groups))
+        found.append((key, streak, file))
+    return found
+
+
+def _names(files: Sequence[str]) -> list[str]:
+    """Shortest names that tell files apart: stems, else paths without ending, else paths."""
+    stems = [Path(file).stem for file in files]
+    paths = [file.rpartition(".")[0] for file in files]
+    return next((names for names in (stems, paths) if len(set(names)) == len(names)), list(files))
+
+
 def set_folders(name: str, data_root: Path) -> list[Path]:
     """Folders below the data root, or the root itself, that go by a set's name; the nearest first.
 
@@ -146,44 +139,36 @@ def set_folders(name: str, data_root: Path) -> list[Path]:
     """
     if not data_root.is_dir():
         raise DerainError(f"{data_root}: no such folder; give the folder that holds the data sets")
-    root = data_root.resolve()
-    found: list[tuple[int, int, str, Path]] = []
-    for folder in (root, *_subfolders(root, _DEPTH)):
-        rank = _named_like(folder, name)
+    found = []
+    for folder in (data_root, *_subfolders(data_root, _DEPTH)):
+        rank = bears_name(folder, name)
         if rank is not None:
-            below = folder.relative_to(root)
-            found.append((len(below.parts), rank, below.as_posix(), data_root / below))
+            found.append((len(folder.parts), rank, folder))
     return [folder for *_, folder in sorted(found)]
 
 
-def _subfolders(root: Path, depth: int) -> Iterable[Path]:
+def bears_name(folder: Path, name: str) -> int | None:
+    """Which of a set's folder names a folder bears, upper and lower case alike; None if none."""
+    parts = [part.lower() for part in folder.resolve().parts]
+    tails = [tail.lower().split("/") for tail in LAYOUTS[name].folders]
+    return next((rank for rank, tail in enumerate(tails) if parts[-len(tail) :] == tail), None)
+
+
+def _subfolders(root: Path, depth: int) -> Iterator[Path]:
     with os.scandir(root) as entries:
-        folders = [Path(entry) for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+        folders = sorted(
+            Path(entry) for entry in entries if entry.is_dir() and not entry.name.startswith(".")
+        )
     for folder in folders:
         yield folder
         if depth > 1:
             yield from _subfolders(folder, depth - 1)
 
 
-def _named_like(folder: Path, name: str) -> int | None:
-    """Which of a set's folder names a folder bears."""
-    parts = tuple(part.lower() for part in folder.parts)
-    tails = [tuple(tail.lower().split("/")) for tail in LAYOUTS[name].folders]
-    return next((rank for rank, tail in enumerate(tails) if parts[-len(tail) :] == tail), None)
-
-
 def inventory(folder: Path) -> str:
-    """What a folder holds, in words."""
+    """What a folder holds, in words: ``folders rainy and 100 images``."""
     folders = sorted((path.name for path in folder.iterdir() if path.is_dir()), key=natural_key)
     images = len(image_files(folder))
-    listed = ", ".join(folders[:6]) + (" …" if len(folders) > 6 else "")
-    return (
-        " and ".join(
-            part
-            for part in (f"folders {listed}" if folders else "", f"{images} images" if images else "")
-            if part
-        )
-        or "neither folders nor images"
-    )
-
-
+    listed = "folders " + ", ".join(folders[:6]) + (" …" if len(folders) > 6 else "")
+    held = [listed] * bool(folders) + [f"{images} images"] * bool(images)
+    return " and ".join(held) or "neither folders nor images"

@@ -1,18 +1,19 @@
 """Pairs of rainy and clean images: found by key, read from files."""
 
 import os
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from derain.data import backgrounds
-from derain.data.layouts import AUXILIARY, LAYOUTS, SPLIT_FOLDERS, Files, Side, Split
+from derain.data.layouts import LAYOUTS, Side, Split
+from derain.data.matching import Matched, bears_name, inventory, listing, match, set_folders
 from derain.errors import DerainError
-from derain.images import Pixels, image_files, natural_key, read_rgb
+from derain.images import Pixels, read_rgb
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -104,164 +105,170 @@ def find_pairs(spec: str | Path, split: Split, *, data_root: Path | None = None)
     Example:
         >>> find_pairs("Rain100L", "train")
         Traceback (most recent call last):
-        derain.errors.DerainError: Rain100L has no train split, only test; its other part is RainTrainL
+        derain.errors.DerainError: Rain100L has no train split, only test; see RainTrainL
     """
-    name, path = _parse(spec)
-    if data_root is None and "DERAIN_DATA" in os.environ:
+    if data_root is None and os.environ.get("DERAIN_DATA"):
         data_root = Path(os.environ["DERAIN_DATA"])
-    if path is not None and not path.exists() and data_root is not None and (data_root / path).is_dir():
-        path = data_root / path
-    if name is None:
-        assert path is not None
-        name, matched = detect(path, split)
-        root = path
+    name, folder = _parse(spec)
+    if folder is not None and not folder.exists() and data_root is not None and (data_root / folder).exists():
+        folder = data_root / folder
+    notes = []
+    if name is not None:
+        root, matched = _named(name, split, folder, data_root)
     else:
-        root, matched = _named(name, split, path, data_root)
+        assert folder is not None
+        root = folder
+        name, reason, matched = detect(root, split)
+        notes.append(f"layout {name}, detected by {reason}")
     if matched.clashes:
         first, second = matched.clashes[0]
         raise DerainError(f"{second}: takes the same place in a pair as {first}; remove one of them")
-    layout, pairs, notes = LAYOUTS[name], matched.pairs, list(matched.notes)
-    if matched.unpaired:
-        count = f"{len(matched.unpaired)} files" if len(matched.unpaired) > 1 else "1 file"
-        notes.append(
-            f"{count} without partner left out, first {matched.unpaired[0]}; run: derain data verify {root}"
-        )
+    if matched.variant.note:
+        notes.append(matched.variant.note)
+    pairs = as_pairs(matched)
+    layout = LAYOUTS[name]
     if layout.without is not None:
-        pairs = _without(name, pairs, data_root or root.parent)
-        notes.append(
-            f"{len(matched.pairs) - len(pairs)} of {len(matched.pairs)} pairs left out, "
-            f"their background is in {layout.without}"
-        )
+        kept = _without(name, pairs, data_root or root.parent)
+        left_out = len(pairs) - len(kept)
+        notes.append(f"{left_out} of {len(pairs)} pairs left out: their background is in {layout.without}")
+        pairs = kept
+    if matched.unpaired:
+        notes.append(f"files without partner: {len(matched.unpaired)}, first {matched.unpaired[0]}")
     expected = layout.counts.get(split)
     if expected is not None and len(pairs) != expected:
-        notes.append(f"{len(pairs)} pairs where {name} has {expected}; run: derain data verify {root}")
-    return PairSet(name if path is None else root.resolve().name, name, split, root, pairs, tuple(notes))
+        notes.append(f"{len(pairs)} pairs, {name} has {expected}; run: derain data verify {root}")
+    return PairSet(name if folder is None else root.resolve().name, name, split, root, pairs, tuple(notes))
+
+
+def as_pairs(matched: Matched) -> tuple[Pair, ...]:
+    """Makes pairs of files that belong together."""
+    return tuple(Pair(name, rainy, clean, matched.variant.clean_side) for name, rainy, clean in matched.pairs)
 
 
 def _parse(spec: str | Path) -> tuple[str | None, Path | None]:
-    """Takes a set's name, ``name:path`` or a path apart."""
+    """Takes apart a set's name, ``name:path``, or a path."""
     names = {name.lower(): name for name in LAYOUTS}
-    text = str(spec)
     if isinstance(spec, str):
-        if text.lower() in names and LAYOUTS[names[text.lower()]].folders:
-            return names[text.lower()], None
-        head, colon, tail = text.partition(":")
-        if colon and head.lower() in names and tail:
-            return names[head.lower()], Path(tail).expanduser()
-    if not text:
-        raise DerainError(f"no data set named; give one of {', '.join(LAYOUTS)} or a folder")
+        head, _, tail = spec.partition(":")
+        name = names.get(head.lower())
+        if name is not None and (tail or LAYOUTS[name].folders):
+            return name, Path(tail).expanduser() if tail else None
+    if not str(spec):
+        raise DerainError(f"no data set is named; give a folder or one of {', '.join(LAYOUTS)}")
     return None, Path(spec).expanduser()
 
 
-def _named(name: str, split: Split, path: Path | None, data_root: Path | None) -> tuple[Path, Matched]:
-    """The folder and the pairs of a set whose layout is given."""
+def _named(name: str, split: Split, folder: Path | None, data_root: Path | None) -> tuple[Path, Matched]:
+    """Folder and files of a set whose layout is given."""
     layout = LAYOUTS[name]
     if split not in layout.files and not (split == "predict" and "test" in layout.files):
-        other = f"; its other part is {layout.partner}" if layout.partner else ""
-        raise DerainError(f"{name} has no {split} split, only {', '.join(layout.files)}{other}")
-    wanted = " or ".join(
-        dict.fromkeys(str(files) for files in layout.files.get(split, layout.files.get("test", ())))
-    )
+        partner = f"; see {layout.partner}" if layout.partner else ""
+        raise DerainError(f"{name} has no {split} split, only {' and '.join(layout.files)}{partner}")
+    variants = layout.files.get(split) or layout.files["test"]
+    wanted = f"expected files: {' or '.join(dict.fromkeys(str(files) for files in variants))}"
     source = f"; get it from {layout.source}" if layout.source else ""
-    if path is not None:
-        roots = [path]
+    if folder is not None:
+        roots = [folder]
     elif data_root is None:
         raise DerainError(
-            f"{name}: where the data sets are is not known; set the environment variable DERAIN_DATA "
-            f"to the folder that holds them, or give {name}:path/to/folder{source}"
+            f"{name}: no folder of data sets is known; let the environment variable DERAIN_DATA name it, "
+            f"or give {name}:path/to/folder{source}"
         )
     else:
         roots = set_folders(name, data_root)
         if not roots:
-            raise DerainError(
-                f"{name}: no folder named {' or '.join(layout.folders)} below {data_root}{source}; "
-                f"expected files in it: {wanted}"
-            )
-    found = [(root, matched) for root in roots if (matched := match_split(name, split, root)).pairs]
+            looked = " or ".join(layout.folders)
+            raise DerainError(f"{name}: no folder {looked} below {data_root}{source}; {wanted}")
+    found = [(root, matched) for root in roots if (matched := match(name, split, root)).pairs]
     if not found:
         raise DerainError(
-            f"{name}: no {split} pairs in {roots[0]}, which holds {inventory(roots[0])}; "
-            f"expected files: {wanted}{source}"
+            f"{name}: no {split} pairs in {roots[0]}, which holds {inventory(roots[0])}; {wanted}{source}"
         )
     root, matched = found[0]
     for other, _ in found[1:]:
-        if len(other.parts) == len(root.parts) and other.resolve() != root.resolve():
+        if len(other.parts) == len(root.parts):
             raise DerainError(f"{name}: both {root} and {other} hold it; say which: {name}:{root}")
     return root, matched
 
 
 def _without(name: str, pairs: tuple[Pair, ...], data_root: Path) -> tuple[Pair, ...]:
-    """Leaves out pairs whose background is in the test set that the layout names."""
+    """Leaves out the pairs whose background is in the test set that the layout names."""
     other = LAYOUTS[name].without
     assert other is not None
     try:
         test = find_pairs(other, "test", data_root=data_root).pairs
     except DerainError as error:
         raise DerainError(
-            f"{name} leaves out what shares a background with {other}, which is needed to tell: {error}; "
-            f"for all pairs use {name}-full"
+            f"{name} leaves out the backgrounds of {other} and cannot without it: {error}; "
+            f"{name}-full takes all pairs"
         ) from error
-    matches = backgrounds.same(_clean_images(pairs), _clean_images(test), crops=False)
-    leaked = {match.first for match in matches}
-    return tuple(pair for index, pair in enumerate(pairs) if index not in leaked)
+    matches = backgrounds.same(
+        [backgrounds.describe(clean_image(pair)) for pair in pairs],
+        [backgrounds.describe(clean_image(pair)) for pair in test],
+        crops=False,
+    )
+    shared = {match.first for match in matches}
+    return tuple(pair for index, pair in enumerate(pairs) if index not in shared)
 
 
-def detect(path: Path, split: Split, files: Sequence[str] | None = None) -> tuple[str, Matched]:
-    """Finds the layout of a folder, by its name, else by the files in it, and pairs them.
+def clean_image(pair: Pair) -> Pixels:
+    """Reads the clean image alone, or the rainy one where there is no other."""
+    rainy, clean = pair.read() if pair.clean_side is not None else (read_rgb(pair.clean or pair.rainy), None)
+    return rainy if clean is None else clean
+
+
+def detect(root: Path, split: Split, files: Sequence[str] | None = None) -> tuple[str, str, Matched]:
+    """Finds the layout of a folder, by its name, else by the files in it.
 
     Args:
-        path: The folder.
+        root: The folder.
         split: Which pairs it shall give.
         files: Image files below it, ``/`` between folders; listed if not given.
 
     Returns:
-        The layout's name and its pairs; the notes say what spoke for it.
+        The layout's name, what spoke for it, and the files that belong together.
 
     Raises:
         DerainError: If no layout gives pairs, or several disagree on them.
     """
-    files = listing(path) if files is None else files
+    files = listing(root) if files is None else files
     fits: dict[str, Matched] = {}
     for name, layout in LAYOUTS.items():
-        matched = match_split(name, split, path, files) if name != "images" else Matched(())
-        if not matched.pairs:
+        matched = match(name, split, root, files)
+        if not matched.pairs or name == "images":
             continue
-        real = path.resolve()
-        if any(_named_like(folder, name) is not None for folder in (real, real.parent)):
-            return name, _noted(matched, f"layout {name}, by the folder's name")
-        if layout.without is None and (matched.pairs[0].clean_side is None or _two_alike(matched.pairs[:5])):
+        named = [
+            folder
+            for folder in (root.resolve(), root.resolve().parent)
+            if bears_name(folder, name) is not None
+        ]
+        if named:
+            return name, f"the name of the folder {named[0]}", matched
+        sided = matched.variant.clean_side is not None
+        if layout.without is None and not (sided and (split == "predict" or not _alike(matched))):
             fits[name] = matched
-    if (
-        split == "predict"
-        and files
-        and not any(matched.pairs[0].clean_side is None for matched in fits.values())
-    ):
-        return "images", _noted(match_split("images", split, path, files), "a folder of rainy photos")
     if not fits:
-        kinds = "; ".join(dict.fromkeys(str(files) for files in LAYOUTS["folder"].files["train"]))
+        if split == "predict" and files:
+            return "images", "the lack of clean images", match("images", split, root, files)
+        expected = "; ".join(str(variant) for variant in LAYOUTS["folder"].files["test"])
         raise DerainError(
-            f"{path}: no {split} pairs found, it holds {inventory(path)}; expected {kinds}, "
-            "or name the layout: Rain800:path (derain data list shows all)"
+            f"{root}: no {split} pairs in it, it holds {inventory(root)}; expected {expected}; "
+            "other layouts are named, as in Rain800:path (see derain data list)"
         )
     most = max(len(matched.pairs) for matched in fits.values())
     best = {name: matched for name, matched in fits.items() if len(matched.pairs) == most}
-    if len({matched.pairs for matched in best.values()}) > 1:
-        options = " or ".join(f"{name}:{path} ({matched.variant})" for name, matched in best.items())
-        raise DerainError(f"{path}: more than one layout fits, and they disagree; say which: {options}")
+    if len({as_pairs(matched) for matched in best.values()}) > 1:
+        options = " or ".join(f"{name}:{root} ({matched.variant})" for name, matched in best.items())
+        raise DerainError(f"{root}: layouts that disagree on the pairs fit it; say which: {options}")
     name = "folder" if "folder" in best else next(iter(best))
-    return name, _noted(best[name], f"layout {name}, by the files: {best[name].variant}")
+    return name, f"the files ({best[name].variant})", best[name]
 
 
-def _noted(matched: Matched, note: str) -> Matched:
-    return replace(matched, notes=(note, *matched.notes))
-
-
-def _two_alike(pairs: Sequence[Pair]) -> bool:
+def _alike(matched: Matched) -> bool:
     """Whether files look like the same picture twice, side by side."""
     scores = []
-    for pair in pairs:
-        small = cv2.resize(
-            cv2.cvtColor(read_rgb(pair.rainy), cv2.COLOR_RGB2GRAY), (64, 32), interpolation=cv2.INTER_AREA
-        )
+    for _, file, _ in matched.pairs[:5]:
+        grey = cv2.cvtColor(read_rgb(file), cv2.COLOR_RGB2GRAY)
+        small = cv2.resize(grey, (64, 32), interpolation=cv2.INTER_AREA)
         scores.append(float(np.corrcoef(small[:, :32].ravel(), small[:, 32:].ravel())[0, 1]))
     return float(np.median(scores)) > 0.6

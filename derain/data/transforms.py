@@ -1,6 +1,7 @@
 """What happens to the pixels of a training pair: the same crop and flips of rainy and clean."""
 
 import os
+import random
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for its newest version
 
@@ -46,6 +47,8 @@ class Augmentation:
             clean: The same shape.
             seed: Numbers that name this draw: seed of the run, epoch, place in the epoch.
         """
-        self._compose.set_random_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        # One stream for all steps: set_random_seed would give each the same number, and so tie the flips together.
+        numbers = np.random.default_rng(seed)
+        self._compose.set_random_state(numbers, random.Random(int(numbers.integers(2**63))))
         result = self._compose(image=rainy, clean=clean)
         return result["image"], result["clean"]

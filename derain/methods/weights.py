@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-import derain.methods as methods
+from derain import __version__, methods
 from derain.errors import DerainError
 from derain.images import replacing
 from derain.methods.base import DerainModule
@@ -126,7 +126,7 @@ def _build(path: Path, description: Mapping[str, Any], state: Mapping[str, Tenso
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DerainError(
-            f"{path}: does not fit {name} of derain {derain.__version__} ({reason}); "
+            f"{path}: does not fit {name} of derain {__version__} ({reason}); "
             f"it was written by derain {description.get('version')}"
         ) from error
     module.trained_on = tuple(description.get("trained_on", ()))

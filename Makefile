@@ -1,0 +1,48 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+PYTEST := $(BIN)/pytest -n auto --dist loadfile
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(READY) ## a .venv with everything, at the versions of constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt \
+		--editable '.[quickstart,lpips,wandb,tensorboard,dev]'
+	@touch $@
+
+demo: $(READY) ## minutes: synthesise rain, train a small PReNet, restore a held-out photo
+	$(BIN)/derain fit --config experiments/quickstart.yaml
+	$(BIN)/derain test --config experiments/quickstart.yaml --weights "$$(ls -t runs/quickstart/fit-*/weights.safetensors | head -1)"
+
+test: $(READY) ## the tests
+	$(PYTEST)
+
+lint: $(READY) ## ruff: style and order
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(READY) ## mypy --strict
+	$(BIN)/mypy
+
+arch: $(READY) ## import-linter: who may import whom
+	$(BIN)/lint-imports
+
+check: lint type arch test ## all that CI runs
+
+bench: $(READY) ## ratios against references, measured in one run
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+notebooks: $(READY) ## executes the notebooks
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+
+clean: ## what can be made again
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help install demo test lint type arch check bench notebooks clean

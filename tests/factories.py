@@ -1,0 +1,165 @@
+"""Tiny generated data sets of every layout, and the photos that scikit-image ships."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from derain.data.layouts import LAYOUTS, Split
+from derain.images import Pixels
+
+
+def clean_image(seed: int, size: tuple[int, int] = (48, 64)) -> Pixels:
+    """A smooth picture with edges, ``(h, w, 3)``, another for every seed."""
+    rng = np.random.default_rng(seed)
+    h, w = size
+    coarse = rng.uniform(30, 200, (4, 5, 3)).astype(np.float32)
+    image = cv2.resize(coarse, (w, h), interpolation=cv2.INTER_CUBIC)
+    for _ in range(6):
+        x, y = (int(rng.integers(0, n)) for n in (w, h))
+        x2, y2 = (int(rng.integers(0, n)) for n in (w, h))
+        colour = tuple(float(value) for value in rng.uniform(10, 220, 3))
+        cv2.rectangle(image, (x, y), (x2, y2), colour, -1)
+    return np.clip(image, 0, 220).astype(np.uint8)
+
+
+def add_rain(clean: Pixels, seed: int, share: float = 0.06) -> Pixels:
+    """Bright short streaks on an image."""
+    rng = np.random.default_rng(seed)
+    h, w = clean.shape[:2]
+    rainy = clean.astype(np.int16)
+    layer = np.zeros((h, w), np.uint8)
+    for _ in range(max(3, int(share * h * w / 8))):
+        x, y = int(rng.integers(0, w)), int(rng.integers(0, h))
+        cv2.line(layer, (x, y), (x + 2, y + 8), int(rng.integers(60, 120)), 1)
+    return np.clip(rainy + layer[..., None], 0, 255).astype(np.uint8)
+
+
+def make_set(
+    root: Path,
+    name: str,
+    split: Split,
+    count: int = 4,
+    size: tuple[int, int] = (48, 64),
+    seed: int = 0,
+    *,
+    variant: int = 0,
+) -> Path:
+    """Writes a tiny set as it is found in the wild and returns its folder.
+
+    Args:
+        root: The data root; the set's folder is made below it.
+        name: A layout; ``folder`` and ``images`` get a folder of that name.
+        split: Which split to write.
+        count: Clean images.
+        size: Height and width of one image.
+        seed: Of the pictures; the clean image of pair ``i`` is ``clean_image(seed + i, size)``.
+        variant: For the sets of which several forms are found: which one.
+    """
+    folder = root / (LAYOUTS[name].folders[0] if LAYOUTS[name].folders else name)
+    for index, (rainy_name, clean_name) in enumerate(_names(name, split, count, variant)):
+        clean_index = int(clean_name.rpartition("#")[2]) if "#" in clean_name else index
+        clean_name = clean_name.partition("#")[0]
+        clean = clean_image(seed + clean_index, size)
+        rainy = add_rain(clean, 10_000 + seed + index)
+        if clean_name in {"left", "right"}:
+            both = [clean, rainy] if clean_name == "left" else [rainy, clean]
+            save(folder / rainy_name, np.concatenate(both, axis=1))
+            continue
+        save(folder / rainy_name, rainy)
+        if clean_name and not (folder / clean_name).exists():
+            save(folder / clean_name, clean)
+    return folder
+
+
+def save(path: Path, pixels: Pixels) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(
+        path, **({"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {"compress_level": 1})
+    )
+
+
+def _names(name: str, split: str, count: int, variant: int) -> Iterator[tuple[str, str]]:
+    """Rainy and clean file of each pair; ``#3`` behind a clean name says which picture it shows."""
+    numbers = range(1, count + 1)
+    if name in {"Rain100L", "Rain100H"}:
+        yield from [
+            [(f"rainy/rain-{i:03d}.png", f"norain-{i:03d}.png") for i in numbers],
+            [(f"rain/norain-{i}.png", f"norain/norain-{i}.png") for i in numbers],
+            [(f"input/{i}.png", f"target/{i}.png") for i in numbers],
+        ][variant]
+    elif name.startswith("RainTrain"):
+        yield from ((f"rain-{i}.png", f"norain-{i}.png") for i in numbers)
+    elif name == "Rain800":
+        folder = {"train": "training", "test": "test_syn", "predict": "test_nature"}[split]
+        yield from ((f"{folder}/{i}.jpg", "left") for i in numbers)
+    elif name in {"Rain200L", "Rain200H"}:
+        weight = "Light" if name.endswith("L") else "Heavy"
+        yield from [
+            [
+                (
+                    f"rain_data_{split}_{weight}/rain/X2/norain-{i}x2.png",
+                    f"rain_data_{split}_{weight}/norain/norain-{i}.png",
+                )
+                for i in numbers
+            ],
+            [(f"{split}/rain/{i}.png", f"{split}/norain/{i}.png") for i in numbers],
+            [(f"{split}/input/{i}.png", f"{split}/target/{i}.png") for i in numbers],
+        ][variant]
+    elif name == "Rain1200":
+        for i in range(count):
+            density = ("Heavy", "Medium", "Light")[i % 3]
+            file = f"Rain_{density}/train2018new/{i // 3}.jpg" if split == "train" else f"test/{i}.jpg"
+            yield file, "right"
+    elif name == "Rain1400":
+        first, folder = (1, "training") if split == "train" else (901, "testing")
+        base = f"{folder}/" if variant == 0 else ""
+        for i in range(count):
+            for streak in range(1, 4):
+                yield f"{base}rainy_image/{first + i}_{streak}.jpg", f"{base}ground_truth/{first + i}.jpg#{i}"
+    elif name == "Rain12":
+        yield from ((f"rainy/{i}.png", f"groundtruth/{i}.png") for i in numbers)
+    elif name == "Rain13K":
+        sets = (
+            ["train"] if split == "train" else [f"test/{one}" for one in ("Test100", "Rain100L", "Test2800")]
+        )
+        for place, one in enumerate(sets):
+            yield from ((f"{one}/input/{i}.png", f"{one}/target/{i}.png#{place * 100 + i}") for i in numbers)
+    elif name == "SPA-Data":
+        for i in range(count):
+            if split == "train":
+                for frame in range(2):
+                    yield (
+                        f"real_world/{i:03d}/{i:03d}-{frame}/{i:03d}-{frame}_0_0.png",
+                        f"real_world_gt/{i:03d}/{i:03d}_0_0.png#{i}",
+                    )
+            else:
+                yield f"real_test_1000/rain/{i:03d}.png", f"real_test_1000/gt/{i:03d}gt.png"
+    elif name == "images":
+        yield from ((f"photos/{i}.png", "") for i in numbers)
+    elif name == "folder":
+        rainy, clean = [("input", "target"), ("rain", "norain"), ("rainy", "clean"), ("lq", "gt")][variant]
+        yield from ((f"{rainy}/{i}.png", f"{clean}/{i}.png") for i in numbers)
+    else:  # the test sets of Rain13K
+        yield from ((f"input/{i}.png", f"target/{i}.png") for i in numbers)
+
+
+def photo(name: str) -> Pixels:
+    """A freely licensed photo of scikit-image: astronaut, chelsea, coffee, rocket, motorcycle_left."""
+    import skimage
+
+    folder = Path(skimage.__file__).parent / "data"
+    file = next(path for path in folder.iterdir() if path.stem == name)
+    return np.asarray(Image.open(file).convert("RGB"))
+
+
+def real_data() -> Path:
+    """The folder of real data sets; the calling test is skipped where there is none."""
+    root = os.environ.get("DERAIN_DATA")
+    if not root:
+        pytest.skip("needs real data: set DERAIN_DATA")
+    return Path(root)

@@ -1,0 +1,135 @@
+import numpy as np
+import pytest
+import torch
+
+from derain import restoration
+from derain.errors import DerainError
+from derain.methods import PReNetModule
+from derain.restoration import Restorer, blend_tiles, choose_device, starts
+
+
+@pytest.fixture(scope="module")
+def method():
+    torch.manual_seed(0)
+    return PReNetModule(stages=2)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (37, 31), (64, 64)])
+def test_any_size(method, size):
+    derained = Restorer(method, device="cpu")(np.random.default_rng(0).random((*size, 3), np.float32))
+    assert derained.shape == (*size, 3)
+    assert derained.dtype == np.float32
+    assert 0 <= derained.min() <= derained.max() <= 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 150), (65, 64), (64, 200), (33, 129)])
+@pytest.mark.parametrize("overlap", [0, 7, 32])
+def test_tiles_of_a_pointwise_network_give_the_whole(height, width, overlap):
+    image = torch.rand(1, 3, height, width)
+    sizes = set()
+
+    def forward(tile):
+        sizes.add(tuple(tile.shape))
+        return tile**2
+
+    torch.testing.assert_close(blend_tiles(image, forward, 64, overlap), image**2, atol=1e-6, rtol=0)
+    assert sizes == {(1, 3, min(64, height), min(64, width))}
+
+
+def test_tiles_leave_no_seam():
+    """Tiles that disagree (each returns its own constant) pass into each other in small steps."""
+    constants = iter(torch.linspace(0, 1, 2))
+    derained = blend_tiles(torch.rand(1, 3, 64, 96), lambda t: torch.full_like(t, next(constants)), 64, 32)
+    assert derained[0, 0, 0].diff().abs().max() < 0.06
+
+
+def test_starts_cover_and_overlap():
+    for length in range(1, 300, 7):
+        for tile, overlap in ((64, 0), (64, 32), (100, 30)):
+            places = starts(length, tile, overlap)
+            assert places[0] == 0
+            assert places[-1] == max(0, length - tile)
+            assert all(b - a <= tile - overlap for a, b in zip(places, places[1:], strict=False))
+
+
+def test_tiled_and_whole_agree_away_from_tile_borders(method):
+    image = np.random.default_rng(1).random((160, 160, 3), np.float32)
+    whole = Restorer(method, device="cpu", tile=None)(image)
+    tiled = Restorer(method, device="cpu", tile=96, overlap=64)(image)
+    assert np.abs(whole - tiled).mean() < 1e-3
+
+
+def test_ensemble_is_the_mean_over_flips_and_rotations(method):
+    image = np.random.default_rng(2).random((24, 31, 3), np.float32)
+    plain = Restorer(method, device="cpu")
+    views = []
+    for turns in range(4):
+        for mirror in (False, True):
+            view = np.rot90(image[:, ::-1] if mirror else image, turns)
+            back = np.rot90(plain(np.ascontiguousarray(view)), -turns)
+            views.append(back[:, ::-1] if mirror else back)
+    expected = np.mean(np.stack(views), 0)
+    np.testing.assert_allclose(Restorer(method, device="cpu", ensemble=True)(image), expected, atol=1e-6)
+
+
+def test_out_of_memory_halves_the_tile(method, monkeypatch):
+    restorer = Restorer(method, device="cpu")
+    sizes = []
+
+    def forward(tile):
+        sizes.append(tile.shape[-1])
+        if tile.shape[-1] > 128:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate …")
+        return tile
+
+    monkeypatch.setattr(restorer, "_forward", forward)
+    image = np.random.default_rng(3).random((200, 400, 3), np.float32)
+    np.testing.assert_allclose(restorer(image), image, atol=1e-6)
+    assert sizes[:3] == [400, 200, 100]
+
+
+def test_no_memory_at_all_is_refused(method, monkeypatch):
+    restorer = Restorer(method, device="cpu")
+
+    def forward(tile):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(restorer, "_forward", forward)
+    with pytest.raises(DerainError, match="not enough memory for a tile"):
+        restorer(np.zeros((100, 100, 3), np.float32))
+
+
+def test_other_errors_are_not_taken_for_memory(method, monkeypatch):
+    restorer = Restorer(method, device="cpu")
+
+    def forward(tile):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(restorer, "_forward", forward)
+    with pytest.raises(RuntimeError, match="a fault"):
+        restorer(np.zeros((100, 100, 3), np.float32))
+
+
+def test_automatic_tiles_follow_memory(method, monkeypatch):
+    monkeypatch.setattr(restoration, "free_memory", lambda device: 2 * 300 * 300 * method.bytes_per_pixel)
+    restorer = Restorer(method, device="cpu")
+    assert restorer._first_tile(300, 300) == 300
+    assert restorer._first_tile(300, 301) == 288
+    assert restorer._first_tile(4000, 10) == 4000
+
+
+def test_bf16_is_close(method):
+    image = np.random.default_rng(4).random((32, 32, 3), np.float32)
+    exact, rough = (Restorer(method, device="cpu", precision=p)(image) for p in ("float32", "bf16"))
+    assert 0 < np.abs(exact - rough).max() < 0.05
+
+
+def test_refusals(method, tmp_path):
+    with pytest.raises(DerainError, match="--tile 10"):
+        Restorer(method, tile=10)
+    with pytest.raises(DerainError, match="--device cuda:99.*found"):
+        choose_device("cuda:99")
+    with pytest.raises(DerainError, match="--device gpu"):
+        choose_device("gpu")
+    with pytest.raises(DerainError, match="no such file of weights"):
+        Restorer(tmp_path / "absent.pth")
