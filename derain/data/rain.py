@@ -6,14 +6,14 @@ A rainy image is the clean one seen through streaks and mist::
 
 ``S_l`` in [0, 1] is the opacity of the streaks of depth layer ``l``, ``T`` in [0, 1] the transmission of the
 veil that distant rain makes, ``sky`` the light that both scatter. This is the heavy rain model
-``T · (clean + Σ S_l) + (1 − T) · A`` of Yang et al. (CVPR 2017, eq. 5) and Li et al. (CVPR 2019, eq. 1) with
+``T · (clean + Σ S_l) + (1 − T) · A`` of Yang et al. (CVPR 2017) and Li et al. (CVPR 2019) with
 streaks that are seen through, as Garg and Nayar measured (IJCV 2007), and composed like the screen blend of
 Luo et al. (ICCV 2015): sums of streaks do not overflow. A layer's streaks are noise smeared along the fall;
 near layers have longer, wider, softer and brighter streaks, far ones shorter, fainter and more. Drops on the
-lens show the scene inverted, small and blurred (Qian et al., CVPR 2018).
+lens show the scene inverted, small and blurred (You et al., TPAMI 2016).
 
-Nothing of albumentations (``RandomRain``: straight grey lines, no depth, imports torch) or kornia (``Rain``:
-axis-aligned boxes on torch tensors) is used.
+``RandomRain`` of albumentations (lines of one grey and length, without depth) and of kornia are not used:
+they import torch, which takes longer than many photos' rain.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -44,6 +45,10 @@ RECORD = "rain.json"
 
 FULL_SIZE = 512
 """Shorter side up to which lengths are plain pixels; in larger photos they grow with it."""
+
+
+def _field(default: float | int, low: float | int, high: float | int, told: str) -> Any:
+    return field(default=default, metadata={"limits": (low, high), "help": told})
 
 
 @dataclass(frozen=True)
@@ -66,38 +71,39 @@ class Rain:
         DerainError: If a value is outside its limits.
     """
 
-    density: float = field(
-        default=0.3, metadata={"limits": (0, 4), "help": "share of the image under streaks"}
-    )
-    length: float = field(default=40, metadata={"limits": (1, 400), "help": "length of near streaks, pixels"})
-    width: float = field(default=2, metadata={"limits": (0.2, 40), "help": "width of near streaks, pixels"})
-    angle: float = field(default=0, metadata={"limits": (-90, 90), "help": "degrees from the vertical"})
-    spread: float = field(default=2, metadata={"limits": (0, 45), "help": "deviation of the angle, degrees"})
-    layers: int = field(default=4, metadata={"limits": (1, 16), "help": "depth layers"})
-    brightness: float = field(default=0.7, metadata={"limits": (0, 1), "help": "opacity of streaks, 0 to 1"})
-    veil: float = field(default=0, metadata={"limits": (0, 1), "help": "opacity of the mist, 0 to 1"})
-    drops: int = field(default=0, metadata={"limits": (0, 200), "help": "drops on the lens"})
+    density: float = _field(0.3, 0, 4, "share of the image under streaks")
+    length: float = _field(40.0, 1, 400, "length of the nearest streaks in pixels")
+    width: float = _field(2.0, 0.2, 40, "width of the nearest streaks in pixels")
+    angle: float = _field(0.0, -90, 90, "degrees from the vertical, positive falls to the right")
+    spread: float = _field(2.0, 0, 45, "deviation of the angle in degrees")
+    layers: int = _field(4, 1, 16, "depth layers")
+    brightness: float = _field(0.7, 0, 1, "opacity of the brightest streaks")
+    veil: float = _field(0.0, 0, 1, "opacity of the mist")
+    drops: int = _field(0, 0, 200, "drops on the lens")
 
     def __post_init__(self) -> None:
         for part in dataclasses.fields(self):
             value, (low, high) = getattr(self, part.name), part.metadata["limits"]
-            if not low <= value <= high or (part.type is int and value != int(value)):
-                kind = "a whole number" if part.type is int else "a number"
-                raise DerainError(f"rain: {part.name} is {value}; expected {kind} from {low} to {high}")
+            if not low <= value <= high:
+                raise DerainError(f"rain: {part.name} is {value}; expected {low} to {high}")
 
 
 PRESETS: dict[str, tuple[Rain, Rain]] = {
     "light": (
-        Rain(density=0.08, length=20, width=1.2, angle=-25, spread=0.5, layers=2, brightness=0.40),
-        Rain(density=0.24, length=60, width=2.2, angle=25, spread=2.0, layers=4, brightness=0.70),
+        Rain(density=0.08, length=20.0, width=1.2, angle=-25.0, spread=0.5, layers=2, brightness=0.40),
+        Rain(density=0.24, length=60.0, width=2.2, angle=25.0, spread=2.0, layers=4, brightness=0.70),
     ),
     "medium": (
-        Rain(density=0.25, length=20, width=1.4, angle=-25, spread=0.5, layers=3, brightness=0.45),
-        Rain(density=0.50, length=70, width=2.6, angle=25, spread=3.0, layers=5, brightness=0.75, veil=0.08),
+        Rain(density=0.25, length=20.0, width=1.4, angle=-25.0, spread=0.5, layers=3, brightness=0.45),
+        Rain(
+            density=0.50, length=70.0, width=2.6, angle=25.0, spread=3.0, layers=5, brightness=0.75, veil=0.08
+        ),
     ),
     "heavy": (
-        Rain(density=0.7, length=40, width=1.6, angle=-25, spread=1.0, layers=4, brightness=0.60),
-        Rain(density=1.2, length=110, width=3.4, angle=25, spread=6.0, layers=6, brightness=0.95, veil=0.2),
+        Rain(density=0.7, length=40.0, width=1.4, angle=-25.0, spread=1.0, layers=4, brightness=0.60),
+        Rain(
+            density=1.2, length=110.0, width=3.0, angle=25.0, spread=6.0, layers=6, brightness=0.95, veil=0.2
+        ),
     ),
 }
 """Lightest and heaviest rain; each image's is drawn between them.
@@ -121,9 +127,7 @@ def between(lightest: Rain, heaviest: Rain, rng: np.random.Generator) -> Rain:
         if low > high:
             raise DerainError(f"rain: {part.name} from {low} to {high}; give the smaller number first")
         whole = part.type is int
-        drawn[part.name] = (
-            int(rng.integers(low, high + 1)) if whole else round(float(rng.uniform(low, high)), 4)
-        )
+        drawn[part.name] = int(rng.integers(low, high + 1)) if whole else float(rng.uniform(low, high))
     return Rain(**drawn)  # type: ignore[arg-type]
 
 
@@ -160,7 +164,7 @@ def streaks(shape: tuple[int, int], rain: Rain, rng: np.random.Generator) -> NDA
         rng: Where the streaks fall.
 
     Returns:
-        ``(h, w)`` in [0, ``rain.brightness``] where no streaks cross; always below 1.
+        ``(h, w)`` in [0, 1]; up to ``rain.brightness`` where streaks do not cross.
     """
     through = np.ones(shape, np.float32)
     scale = max(1.0, min(shape) / FULL_SIZE)
@@ -190,33 +194,31 @@ def _layer(
 ) -> NDArray[np.float32]:
     """Opacity of one layer's streaks in [0, 1].
 
-    Streaks are drawn upright on a canvas, as runs of pixels in its columns, each with its own length and
-    brightness; then blurred (ends taper, flanks soften) and turned.
+    Streaks are drawn level on a canvas, as runs of pixels in its rows, each with its own length and
+    brightness; then blurred (ends taper, flanks soften) and turned into the fall.
     """
-    height, width_ = shape
     sin, cos = math.sin(angle), math.cos(angle)
-    columns = math.ceil(abs(width_ * cos) + abs(height * sin)) + 2
-    rows = math.ceil(abs(width_ * sin) + abs(height * cos)) + 2
-    taper = max(1, round(length / 2))
+    (h, w), centre = shape, (shape[1] / 2, shape[0] / 2)
+    along = math.ceil(abs(w * sin) + abs(h * cos)) + 2
+    across = math.ceil(abs(w * cos) + abs(h * sin)) + 2
 
-    area = columns * (rows + length)
-    count = rng.poisson(coverage * area / (length * max(width, 1)))
-    top = rng.uniform(-1.5 * length, rows, count)
-    bottom = top + length * rng.uniform(0.5, 1.5, count)
-    column = rng.integers(columns, size=count)
+    count = rng.poisson(coverage * across * (along + length) / (length * max(width, 1)))
+    start = rng.uniform(-1.5 * length, along, count)
+    end = start + length * rng.uniform(0.5, 1.5, count)
+    row = rng.integers(across, size=count)
     bright = rng.uniform(0.3, 1, count).astype(np.float32)
-    canvas = np.zeros((rows + 1, columns), np.float32)
-    np.add.at(canvas, (np.clip(np.rint(top).astype(int), 0, rows), column), bright)
-    np.subtract.at(canvas, (np.clip(np.rint(bottom).astype(int), 0, rows), column), bright)
-    canvas = canvas.cumsum(axis=0, dtype=np.float32)
+    canvas = np.zeros((across, along + 1), np.float32)
+    np.add.at(canvas, (row, np.clip(np.rint(start).astype(int), 0, along)), bright)
+    np.subtract.at(canvas, (row, np.clip(np.rint(end).astype(int), 0, along)), bright)
+    canvas = canvas.cumsum(axis=1, dtype=np.float32)
 
     flank = cv2.getGaussianKernel(2 * math.ceil(width) + 3, max(0.5, width / 2.35), cv2.CV_32F)
-    flank *= min(1.0, width) / flank.max()
-    along = np.full((taper, 1), 1 / taper, np.float32)
-    upright = np.minimum(cv2.sepFilter2D(canvas, -1, flank, along, borderType=cv2.BORDER_REPLICATE), 1)
-    turn = np.array([[cos, -sin, 0], [sin, cos, 0]])
-    turn[:, 2] = (columns / 2, rows / 2) - turn[:, :2] @ (width_ / 2, height / 2)
-    turned = cv2.warpAffine(upright, turn, (width_, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    flank *= min(1.0, width) / flank.max()  # the middle of a streak keeps its brightness
+    tapered = cv2.blur(canvas, (max(1, round(length / 2)), 1))
+    level = np.minimum(cv2.sepFilter2D(tapered, -1, np.ones(1, np.float32), flank), 1)
+    turn = np.array([[sin, cos, 0], [cos, -sin, 0]])  # a pixel's place along and across the fall
+    turn[:, 2] = (along / 2, across / 2) - turn[:, :2] @ centre
+    turned = cv2.warpAffine(level, turn, (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
     return np.asarray(turned, np.float32)
 
 
@@ -313,9 +315,10 @@ def synthesize(
             raise DerainError(f"{first} and {file}: both would become one PNG; rename one of them")
     between(*rain, np.random.default_rng())  # refuses limits the wrong way round before any work
 
-    temporary = out.with_name(f".{uuid.uuid4().hex[:8]}-{out.name}")
+    place = out.resolve()
+    temporary = place.with_name(f".{uuid.uuid4().hex[:8]}-{place.name}")
 
-    def one(stem: str) -> dict[str, Rain] | str:
+    def make(stem: str) -> dict[str, Rain] | str:
         try:
             photo = read_rgb(stems[stem])
         except DerainError as error:
@@ -330,9 +333,9 @@ def synthesize(
         write_image(temporary / "target" / f"{stem}.png", photo, compress_level=3)
         return drawn
 
+    threads = ThreadPoolExecutor(os.cpu_count())
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            done = list(track(threads.map(one, stems), "Raining", len(stems)))
+        done = list(track(threads.map(make, stems), "Raining", len(stems)))
         broken = [result for result in done if isinstance(result, str)]
         if len(broken) == len(done):
             raise DerainError(f"{clean}: none of {len(done)} images can be read; first: {broken[0]}")
@@ -346,15 +349,18 @@ def synthesize(
             "lightest": dataclasses.asdict(rain[0]),
             "heaviest": dataclasses.asdict(rain[1]),
             "images": {
-                name: dataclasses.asdict(one) for each in drawn.values() for name, one in each.items()
+                name: dataclasses.asdict(its) for each in drawn.values() for name, its in each.items()
             },
         }
         (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         _write_sheet(temporary, {stem: next(iter(each)) for stem, each in drawn.items()})
-        if out.exists():
-            shutil.rmtree(out)
-        temporary.rename(out)
+        old = temporary.with_name(temporary.name + "-old")
+        if place.exists():
+            place.rename(old)
+        temporary.rename(place)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
+        threads.shutdown(cancel_futures=True)
         shutil.rmtree(temporary, ignore_errors=True)
     return broken
 

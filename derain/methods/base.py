@@ -1,8 +1,9 @@
 """What every method inherits: evaluation, prediction, and what goes into a file of weights."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
@@ -42,7 +43,7 @@ class DerainModule(LightningModule, ABC):
         """Restores images of any size ``h, w >= 1`` in [0, 1]; the result may leave the range a little."""
 
     @classmethod
-    def from_published(cls, state: Mapping[str, Tensor]) -> Self | None:  # noqa: ARG003
+    def from_published(cls, state: Mapping[str, Tensor]) -> "DerainModule | None":  # noqa: ARG003
         """Builds the method from its authors' state dict, or returns None when the keys are not theirs."""
         return None
 
@@ -62,7 +63,7 @@ class DerainModule(LightningModule, ABC):
         for place, (name, score) in enumerate(scores["derained"].items()):
             prefix = stage if place == 0 else f"{stage}/{name}"
             self.log_dict(
-                {f"{prefix}/psnr": score.psnr.mean(), f"{prefix}/ssim": score.ssim.mean()},
+                {f"{prefix}/psnr": float(score.psnr.mean()), f"{prefix}/ssim": float(score.ssim.mean())},
                 prog_bar=place == 0 and stage == "val",
             )
         return scores
@@ -99,12 +100,13 @@ class DerainModule(LightningModule, ABC):
 
     def describe(self) -> dict[str, Any]:
         """What a file says of itself: method, hyper-parameters, training sets, version of derain."""
-        return {
+        told = {
             "method": type(self).__name__,
             "hyper_parameters": {k: v for k, v in self.hparams.items() if not k.startswith("_")},
-            "trained_on": list(self.trained_on),
+            "trained_on": self.trained_on,
             "version": derain.__version__,
         }
+        return cast(dict[str, Any], json.loads(json.dumps(told)))  # lists for tuples, as files give them back
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the description, so that any derain command knows what the file holds."""

@@ -1,0 +1,445 @@
+"""Judge any method's result folder against clean images, protocol by protocol."""
+
+import argparse
+import csv
+import io
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from derain.data.pairs import Pair, find_pairs
+from derain.errors import DerainError
+from derain.images import Pixels, image_files, image_size, read_rgb, replacing
+from derain.metrics import PROTOCOLS, Protocol, bootstrap_interval, psnr_ssim, resolve
+from derain.metrics.perceptual import BACKBONES, Lpips, NoReference
+from derain.metrics.protocols import DOWN, TOGETHER
+from derain.metrics.quality import IDENTICAL
+from derain.progress import track
+
+Measure = Callable[[Pixels, Pixels | None], float]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("derained", type=Path, help="an image, or a folder of a method's results")
+    parser.add_argument(
+        "clean",
+        nargs="?",
+        help="the clean image, a folder of clean images, or a data set's folder or name; matched by name",
+    )
+    parser.add_argument(
+        "--protocol",
+        nargs="+",
+        action="extend",
+        metavar="P",
+        help=f"{', '.join([*PROTOCOLS, *TOGETHER])}; {DOWN} at the end lets SSIM shrink images first "
+        f"(default {next(iter(PROTOCOLS))})",
+    )
+    parser.add_argument("--format", choices=list(FORMATS), default="table")
+    parser.add_argument("--output", type=Path, help="write to this file")
+    parser.add_argument(
+        "--lpips",
+        choices=["auto", "alex", "vgg", "none"],
+        default="auto",
+        help="auto (default) uses AlexNet if its weights are here; alex and vgg fetch them if not",
+    )
+    parser.add_argument(
+        "--no-reference", nargs="+", action="extend", metavar="NAME", help="metrics of pyiqa, such as niqe, musiq"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Scores, and prints or writes the result; exit code 0 unless input was refused."""
+    protocols = resolve(args.protocol or [next(iter(PROTOCOLS))]) if args.clean else ()
+    if not args.clean and not args.no_reference:
+        raise DerainError("CLEAN: not given; name the clean images, or judge without them by --no-reference niqe")
+    jobs = find_jobs(args.derained, args.clean)
+    measures = perceptual_measures(args.lpips if args.clean else "none", args.no_reference or [])
+    results = score(jobs, protocols, measures)
+    told = FORMATS[args.format](results, args.output is None)
+    if args.output is None:
+        print(told, end="")
+    else:
+        with replacing(args.output) as temporary:
+            temporary.write_text(told, encoding="utf-8")
+        print(f"wrote {args.output}", file=sys.stderr)
+    return 0
+
+
+# Which image belongs to which.
+
+
+@dataclass(frozen=True)
+class Job:
+    """A derained image and its clean one.
+
+    Attributes:
+        name: What the image is called in results.
+        derained: Its file.
+        clean: The clean image: a file, or half of a pair's file.
+    """
+
+    name: str
+    derained: Path
+    clean: Path | Pair | None
+
+    def read(self) -> tuple[Pixels, Pixels | None]:
+        """Reads both.
+
+        Raises:
+            DerainError: If a file cannot be read, or the sizes differ.
+        """
+        derained = read_rgb(self.derained)
+        clean = self.clean.read()[1] if isinstance(self.clean, Pair) else self.clean and read_rgb(self.clean)
+        if clean is not None and derained.shape != clean.shape:
+            sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in (derained, clean)]
+            file = self.clean.clean if isinstance(self.clean, Pair) else self.clean
+            raise DerainError(
+                f"{self.derained}: is {sizes[0]}, but the clean image {file} is {sizes[1]}; "
+                "score results of the clean images' size"
+            )
+        return derained, clean
+
+
+def find_jobs(derained: Path, clean: str | None) -> list[Job]:
+    """Finds which clean image belongs to which derained one, by name.
+
+    Raises:
+        DerainError: If files are absent, or names do not tell which belong together.
+    """
+    if derained.is_file():
+        files = {derained.stem: derained}
+    elif derained.is_dir():
+        files = _images(derained)
+    else:
+        raise DerainError(f"{derained}: no such file or folder; give the folder of derained images")
+    if clean is None:
+        return [Job(name, file, None) for name, file in files.items()]
+    if Path(clean).is_file():
+        if derained.is_file():
+            return [Job(derained.stem, derained, Path(clean))]
+        raise DerainError(f"{clean}: is one file, but {derained} is a folder; give the folder of clean images")
+    references = _references(clean, derained if derained.is_file() else next(iter(files.values())))
+    found = match(list(files), list(references), part=derained.is_file(), where=(str(derained), clean))
+    return [Job(name, files[name], references[found[name]]) for name in files]
+
+
+def _images(folder: Path) -> dict[str, Path]:
+    """Images by path without ending; of the folder itself, or where it has none, of the folders below."""
+    paths = image_files(folder) or image_files(folder, recursive=True)
+    if not paths:
+        raise DerainError(f"{folder}: holds no images; expected PNG, JPEG, WebP, TIFF or BMP files")
+    files: dict[str, Path] = {}
+    for path in paths:
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in files:
+            raise DerainError(f"{path}: goes by the same name as {files[name].name}; remove one of them")
+        files[name] = path
+    # What `derain restore --compare` writes beside its results is no result.
+    return {name: path for name, path in files.items() if name.removesuffix("-compare") not in files.keys() - {name}}
+
+
+def _references(clean: str, derained: Path) -> dict[str, Path | Pair]:
+    """Clean images by name: of a data set where it is one, else of a plain folder."""
+    problem = None
+    for split in ("test", "train"):
+        try:
+            found = find_pairs(clean, split)  # type: ignore[arg-type]
+        except DerainError as error:
+            problem = problem or error
+            continue
+        pair = found.pairs[0]
+        if pair.clean_side and image_size(pair.rainy) == image_size(derained):
+            break  # not side by side after all
+        print(f"clean images: {found.name}, {split}; {'; '.join(found.notes)}".rstrip("; "), file=sys.stderr)
+        return {pair.name: pair for pair in found.pairs}
+    if problem is not None and not Path(clean).is_dir():
+        raise problem
+    return dict(_images(Path(clean)))
+
+
+def match(
+    derained: Sequence[str], clean: Sequence[str], *, part: bool = False, where: tuple[str, str] = ("DERAINED", "CLEAN")
+) -> dict[str, str]:
+    """Finds the clean image of every derained one by name, never by position.
+
+    Tried in turn, each for all images at once: the same name; the same but for the usual words (``rain-001``,
+    ``norain-1x2``, ``1_derained``) and zeros; the same but for one prefix and suffix that all results share; one
+    clean image for several results numbered ``901_1``, ``901_2``.
+
+    Args:
+        derained: Names of the results, without ending.
+        clean: Names of the clean images.
+        part: Whether clean images may be left over.
+        where: What messages call the two.
+
+    Raises:
+        DerainError: If an image is left over on either side, or fits several.
+
+    Example:
+        >>> match(["rain-1", "rain-2"], ["norain-001", "norain-002"])
+        {'rain-1': 'norain-001', 'rain-2': 'norain-002'}
+        >>> match(["901_1", "901_2", "902_1"], ["901", "902"])
+        {'901_1': '901', '901_2': '901', '902_1': '902'}
+    """
+    plain = _by_key(clean, _key)
+    words = [_key(name) for name in derained]
+    tries: list[tuple[list[Any], dict[Any, list[str]]]] = [(list(derained), {name: [name] for name in clean})]
+    tries.append((words, plain))
+    first = words[0]
+    for start, stop in ((i, j) for i in range(len(first)) for j in range(len(first), i, -1)):
+        before, after = first[:start], first[stop:]
+        if first[start:stop] in plain and all(
+            key[:start] == before and key[len(key) - len(after) :] == after for key in words
+        ):
+            tries.append(([key[start : len(key) - len(after)] for key in words], plain))
+    for keys, known in tries:
+        covered = part or len(set(keys)) == len(known)
+        if covered and len(set(keys)) == len(keys) and all(len(known.get(key, ())) == 1 for key in keys):
+            return {name: known[key][0] for name, key in zip(derained, keys, strict=True)}
+    several = [key[:-1] for key in words]
+    if len(set(words)) == len(words) and all(len(key) > 1 and key[-1].isdigit() for key in words):
+        covered = part or set(several) == set(plain)
+        if covered and all(len(plain.get(key, ())) == 1 for key in several):
+            return {name: plain[key][0] for name, key in zip(derained, several, strict=True)}
+    raise DerainError(_mismatch(_by_key(derained, _key), plain, where))
+
+
+_USUAL = frozenset(
+    "rain rainy norain clean gt groundtruth ground truth target input output out lq hq derain derained "
+    "deraining result results restored restore pred prediction sr".split()
+)
+"""Words that say which side of a pair an image is on, not which pair."""
+
+
+def _key(name: str) -> tuple[str, ...]:
+    """The words and numbers of a name that say which image it is."""
+    parts = re.findall(r"[^\W\d_]+|\d+", re.sub(r"(?<=\d)x\d$", "", name.lower()))
+    return tuple(part.lstrip("0") or "0" if part.isdigit() else part for part in parts if part not in _USUAL)
+
+
+def _by_key(names: Sequence[str], key: Callable[[str], tuple[str, ...]]) -> dict[tuple[str, ...], list[str]]:
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        found.setdefault(key(name), []).append(name)
+    return found
+
+
+def _mismatch(
+    derained: dict[tuple[str, ...], list[str]], clean: dict[tuple[str, ...], list[str]], where: tuple[str, str]
+) -> str:
+    """One line that names the files that do not pair."""
+    for names, place in ((derained, where[0]), (clean, where[1])):
+        for several in names.values():
+            if len(several) > 1:
+                return f"{place}: names do not tell {_some(several)} apart; give the images their own names"
+    extra = [name for key, (name,) in derained.items() if key not in clean]
+    missing = [name for key, (name,) in clean.items() if key not in derained]
+    told = []
+    if extra:
+        told.append(f"{where[0]}: no clean image for {_some(extra)}")
+    if missing:
+        told.append(f"{where[1]}: no derained image for {_some(missing)}")
+    return f"{'; '.join(told)}; rename, add or remove files so that every image has its partner"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# Numbers.
+
+
+def perceptual_measures(lpips: str, no_reference: Sequence[str]) -> dict[str, Measure]:
+    """Makes the networks that are at hand; one line on standard error for each that is not."""
+    measures: dict[str, Measure] = {}
+    try:
+        if lpips != "none" and (lpips != "auto" or BACKBONES["alex"].file.is_file()):
+            net = "alex" if lpips == "auto" else lpips
+            measures[f"lpips_{net}"] = Lpips(net, fetch=lpips != "auto")  # type: ignore[arg-type]
+        elif lpips == "auto":
+            size = BACKBONES["alex"].megabytes
+            print(f"LPIPS left out: AlexNet's weights are not here; --lpips alex fetches {size} MB", file=sys.stderr)
+    except DerainError as error:
+        print(f"LPIPS left out: {error}", file=sys.stderr)
+    for name in no_reference:
+        try:
+            metric = NoReference(name)
+            measures[name] = lambda derained, _, metric=metric: metric(derained)  # type: ignore[misc]
+        except DerainError as error:
+            print(f"{name} left out: {error}", file=sys.stderr)
+    return measures
+
+
+def score(jobs: Sequence[Job], protocols: Sequence[Protocol], measures: dict[str, Measure]) -> list[dict[str, Any]]:
+    """Scores every image.
+
+    Args:
+        jobs: What belongs together.
+        protocols: May be empty; then one result without protocol holds what the measures say.
+        measures: ``lpips_…`` and no-reference metrics by name.
+
+    Returns:
+        One object a protocol: ``protocol``, ``definition``, ``count``, means ``psnr`` (dB), ``ssim``, ``lpips`` with
+        ``psnr_interval`` and ``ssim_interval`` (95 %, bootstrap), ``lpips_net``, ``no_reference``, and ``images``.
+        What was not computed is None.
+
+    Raises:
+        DerainError: If an image cannot be read or judged; it names the file.
+    """
+    alone = threading.Lock()  # networks run one at a time, on all cores
+
+    def judge(job: Job) -> tuple[list[tuple[float, float]], dict[str, float]]:
+        derained, clean = job.read()
+        try:
+            values = [psnr_ssim(derained, clean, protocol) for protocol in protocols if clean is not None]
+            with alone:
+                return values, {name: measure(derained, clean) for name, measure in measures.items()}
+        except DerainError as error:
+            raise DerainError(f"{job.derained}: {error}") from error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        judged = list(track(pool.map(judge, jobs), "Scoring", len(jobs)))
+    seen = {name: [values[name] for _, values in judged] for name in measures}
+    net = next((name for name in measures if name.startswith("lpips_")), None)
+    results = []
+    for place, protocol in enumerate(protocols or [None]):
+        table = np.array([values[place] for values, _ in judged]) if protocol else None
+        result: dict[str, Any] = {
+            "protocol": protocol and protocol.name,
+            "definition": protocol and protocol.definition,
+            "count": len(jobs),
+        }
+        for column, key in enumerate(("psnr", "ssim")):
+            result[key] = None if table is None else float(table[:, column].mean())
+            known = table is not None and len(jobs) > 1
+            result[f"{key}_interval"] = list(bootstrap_interval(table[:, column])) if known else None  # type: ignore[index]
+        result["lpips"] = float(np.mean(seen[net])) if net else None
+        result["lpips_net"] = net and net.removeprefix("lpips_")
+        result["no_reference"] = {name: float(np.mean(seen[name])) for name in measures if name != net}
+        result["images"] = [
+            {"name": job.name}
+            | ({} if table is None else {"psnr": float(table[i, 0]), "ssim": float(table[i, 1])})
+            | {("lpips" if name == net else name): values[i] for name, values in seen.items()}
+            for i, job in enumerate(jobs)
+        ]
+        results.append(result)
+    return results
+
+
+# Forms.
+
+
+def _columns(results: list[dict[str, Any]]) -> list[str]:
+    """Names of the further measures."""
+    return (["lpips"] if results[0]["lpips"] is not None else []) + list(results[0]["no_reference"])
+
+
+def _title(column: str, results: list[dict[str, Any]]) -> str:
+    return f"LPIPS ({results[0]['lpips_net']})" if column == "lpips" else column
+
+
+def _cells(result: dict[str, Any], columns: Sequence[str]) -> list[str]:
+    """Protocol, number of images, PSNR, SSIM and the further measures, as text."""
+    numbers = [result["lpips"] if column == "lpips" else result["no_reference"][column] for column in columns]
+    return [
+        result["protocol"] or "no reference",
+        str(result["count"]),
+        *(["–", "–"] if result["psnr"] is None else [f"{result['psnr']:.3f}", f"{result['ssim']:.4f}"]),
+        *(f"{number:.4f}" for number in numbers),
+    ]
+
+
+def _notes(results: list[dict[str, Any]]) -> list[str]:
+    """What a reader of the table must know."""
+    notes = [f"{result['protocol']}: {result['definition']}" for result in results if result["protocol"]]
+    same = sum(image.get("psnr") == IDENTICAL for image in results[0]["images"])
+    if same:
+        notes.append(f"{same} of the images equal the clean ones and count as {IDENTICAL:.0f} dB")
+    return notes
+
+
+def _table(results: list[dict[str, Any]], on_terminal: bool) -> str:
+    columns = _columns(results)
+    table = Table("protocol", title_justify="left")
+    for title in ("images", "PSNR, dB", "SSIM", *(_title(column, results) for column in columns)):
+        table.add_column(title, justify="right")
+    for result in results:
+        cells = _cells(result, columns)
+        for place, (key, digits) in enumerate({"psnr": 2, "ssim": 4}.items(), start=2):
+            if result[f"{key}_interval"]:
+                low, high = result[f"{key}_interval"]
+                cells[place] += f" [{low:.{digits}f}, {high:.{digits}f}]"
+        table.add_row(*(Text(cell) for cell in cells))
+    notes = _notes(results)
+    if any(result["psnr_interval"] for result in results):
+        notes.insert(0, "Means of images [95 % bootstrap interval]")
+    # Without a terminal lines are long rather than broken.
+    terminal = Console(width=None if on_terminal and sys.stdout.isatty() else 160)
+    with terminal.capture() as captured:
+        terminal.print(Group(table, *(Text(note) for note in notes)))
+    return captured.get()
+
+
+def _json(results: list[dict[str, Any]], on_terminal: bool) -> str:  # noqa: ARG001
+    return json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _csv(results: list[dict[str, Any]], on_terminal: bool) -> str:  # noqa: ARG001
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["protocol", *results[0]["images"][0]], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({"protocol": result["protocol"]} | image for result in results for image in result["images"])
+    return text.getvalue()
+
+
+def _markdown(results: list[dict[str, Any]], on_terminal: bool) -> str:  # noqa: ARG001
+    columns = _columns(results)
+    titles = ["protocol", "images", "PSNR (dB)", "SSIM", *(_title(column, results) for column in columns)]
+    rows = [titles, ["---", *["---:"] * (len(titles) - 1)], *(_cells(result, columns) for result in results)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, "", *(f"{note}  " for note in _notes(results))]) + "\n"
+
+
+def _latex(results: list[dict[str, Any]], on_terminal: bool) -> str:  # noqa: ARG001
+    columns = _columns(results)
+    titles = ["Protocol", "Images", "PSNR (dB)", "SSIM", *(_title(column, results) for column in columns)]
+    rows = [_escape(" & ".join(row)) for row in (titles, *(_cells(result, columns) for result in results))]
+    return "\n".join(
+        [
+            *(f"% {note}" for note in _notes(results)),
+            r"\begin{tabular}{l" + "r" * (len(titles) - 1) + "}  % needs booktabs",
+            r"\toprule",
+            rows[0] + r" \\",
+            r"\midrule",
+            *(row + r" \\" for row in rows[1:]),
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _escape(text: str) -> str:
+    return text.replace("_", r"\_").replace("%", r"\%").replace("–", "--")
+
+
+FORMATS: dict[str, Callable[[list[dict[str, Any]], bool], str]] = {
+    "table": _table,
+    "json": _json,
+    "csv": _csv,
+    "markdown": _markdown,
+    "latex": _latex,
+}

@@ -1,0 +1,22 @@
+"""How derained images are judged: PSNR and SSIM under named protocols, LPIPS, no-reference quality.
+
+Importing this package imports neither torch nor torchmetrics (which takes seconds); `ImageQuality` does when used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .protocols import PROTOCOLS, Protocol, resolve
+from .quality import Scores, bootstrap_interval, psnr_ssim
+
+if TYPE_CHECKING:
+    from .image_quality import ImageQuality
+
+__all__ = ["PROTOCOLS", "ImageQuality", "Protocol", "Scores", "bootstrap_interval", "psnr_ssim", "resolve"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ImageQuality":
+        from .image_quality import ImageQuality
+
+        return ImageQuality
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
