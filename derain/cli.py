@@ -39,13 +39,19 @@ def usage() -> str:
     )
 
 
+def _tell() -> None:
+    """Sends what derain has to say to standard error, once and from one rank."""
+    log = logging.getLogger("derain")
+    log.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code; bad input gives one line and code 2."""
     arguments = sys.argv[1:] if argv is None else argv
     command = arguments[0] if arguments else "--help"
-    level = logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("derain").setLevel(level)
+    _tell()
     if command in {"-h", "--help", "help"}:
         print(usage())
         return 0

@@ -28,8 +28,6 @@ from derain.metrics.protocols import DOWN, TOGETHER
 from derain.metrics.quality import IDENTICAL
 from derain.progress import track
 
-Measure = Callable[[Pixels, Pixels | None], float]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
@@ -56,7 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto (default) uses AlexNet if its weights are here; alex and vgg fetch them if not",
     )
     parser.add_argument(
-        "--no-reference", nargs="+", action="extend", metavar="NAME", help="metrics of pyiqa, such as niqe, musiq"
+        "--no-reference",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="metrics of pyiqa, such as niqe, musiq",
     )
 
 
@@ -64,10 +66,12 @@ def run(args: argparse.Namespace) -> int:
     """Scores, and prints or writes the result; exit code 0 unless input was refused."""
     protocols = resolve(args.protocol or [next(iter(PROTOCOLS))]) if args.clean else ()
     if not args.clean and not args.no_reference:
-        raise DerainError("CLEAN: not given; name the clean images, or judge without them by --no-reference niqe")
+        raise DerainError(
+            "CLEAN: not given; name the clean images, or judge without them by --no-reference niqe"
+        )
     jobs = find_jobs(args.derained, args.clean)
-    measures = perceptual_measures(args.lpips if args.clean else "none", args.no_reference or [])
-    results = score(jobs, protocols, measures)
+    lpips = lpips_at_hand(args.lpips if args.clean else "none")
+    results = score(jobs, protocols, lpips, no_reference_at_hand(args.no_reference or []))
     told = FORMATS[args.format](results, args.output is None)
     if args.output is None:
         print(told, end="")
@@ -102,7 +106,9 @@ class Job:
             DerainError: If a file cannot be read, or the sizes differ.
         """
         derained = read_rgb(self.derained)
-        clean = self.clean.read()[1] if isinstance(self.clean, Pair) else self.clean and read_rgb(self.clean)
+        if self.clean is None:
+            return derained, None
+        clean = self.clean.read()[1] if isinstance(self.clean, Pair) else read_rgb(self.clean)
         if clean is not None and derained.shape != clean.shape:
             sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in (derained, clean)]
             file = self.clean.clean if isinstance(self.clean, Pair) else self.clean
@@ -130,7 +136,9 @@ def find_jobs(derained: Path, clean: str | None) -> list[Job]:
     if Path(clean).is_file():
         if derained.is_file():
             return [Job(derained.stem, derained, Path(clean))]
-        raise DerainError(f"{clean}: is one file, but {derained} is a folder; give the folder of clean images")
+        raise DerainError(
+            f"{clean}: is one file, but {derained} is a folder; give the folder of clean images"
+        )
     references = _references(clean, derained if derained.is_file() else next(iter(files.values())))
     found = match(list(files), list(references), part=derained.is_file(), where=(str(derained), clean))
     return [Job(name, files[name], references[found[name]]) for name in files]
@@ -148,7 +156,11 @@ def _images(folder: Path) -> dict[str, Path]:
             raise DerainError(f"{path}: goes by the same name as {files[name].name}; remove one of them")
         files[name] = path
     # What `derain restore --compare` writes beside its results is no result.
-    return {name: path for name, path in files.items() if name.removesuffix("-compare") not in files.keys() - {name}}
+    return {
+        name: path
+        for name, path in files.items()
+        if name.removesuffix("-compare") not in files.keys() - {name}
+    }
 
 
 def _references(clean: str, derained: Path) -> dict[str, Path | Pair]:
@@ -156,7 +168,7 @@ def _references(clean: str, derained: Path) -> dict[str, Path | Pair]:
     problem = None
     for split in ("test", "train"):
         try:
-            found = find_pairs(clean, split)  # type: ignore[arg-type]
+            found = find_pairs(clean, split)
         except DerainError as error:
             problem = problem or error
             continue
@@ -171,13 +183,17 @@ def _references(clean: str, derained: Path) -> dict[str, Path | Pair]:
 
 
 def match(
-    derained: Sequence[str], clean: Sequence[str], *, part: bool = False, where: tuple[str, str] = ("DERAINED", "CLEAN")
+    derained: Sequence[str],
+    clean: Sequence[str],
+    *,
+    part: bool = False,
+    where: tuple[str, str] = ("DERAINED", "CLEAN"),
 ) -> dict[str, str]:
     """Finds the clean image of every derained one by name, never by position.
 
     Tried in turn, each for all images at once: the same name; the same but for the usual words (``rain-001``,
-    ``norain-1x2``, ``1_derained``) and zeros; the same but for one prefix and suffix that all results share; one
-    clean image for several results numbered ``901_1``, ``901_2``.
+    ``norain-1x2``, ``1_derained``) and zeros; the same but for one prefix and suffix that all results share;
+    one clean image for several results numbered ``901_1``, ``901_2``.
 
     Args:
         derained: Names of the results, without ending.
@@ -218,8 +234,11 @@ def match(
 
 
 _USUAL = frozenset(
-    "rain rainy norain clean gt groundtruth ground truth target input output out lq hq derain derained "
-    "deraining result results restored restore pred prediction sr".split()
+    re.findall(
+        r"\w+",
+        "rain rainy input lq norain clean gt groundtruth ground truth target hq "
+        "derain derained deraining output out result results restored pred sr",
+    )
 )
 """Words that say which side of a pair an image is on, not which pair."""
 
@@ -238,7 +257,9 @@ def _by_key(names: Sequence[str], key: Callable[[str], tuple[str, ...]]) -> dict
 
 
 def _mismatch(
-    derained: dict[tuple[str, ...], list[str]], clean: dict[tuple[str, ...], list[str]], where: tuple[str, str]
+    derained: dict[tuple[str, ...], list[str]],
+    clean: dict[tuple[str, ...], list[str]],
+    where: tuple[str, str],
 ) -> str:
     """One line that names the files that do not pair."""
     for names, place in ((derained, where[0]), (clean, where[1])):
@@ -262,80 +283,97 @@ def _some(names: list[str]) -> str:
 # Numbers.
 
 
-def perceptual_measures(lpips: str, no_reference: Sequence[str]) -> dict[str, Measure]:
-    """Makes the networks that are at hand; one line on standard error for each that is not."""
-    measures: dict[str, Measure] = {}
+def lpips_at_hand(choice: str) -> Lpips | None:
+    """Makes LPIPS if its weights are here (``auto``) or can be had; else says why not on standard error."""
+    backbone = BACKBONES["vgg" if choice == "vgg" else "alex"]
+    if choice == "none":
+        return None
     try:
-        if lpips != "none" and (lpips != "auto" or BACKBONES["alex"].file.is_file()):
-            net = "alex" if lpips == "auto" else lpips
-            measures[f"lpips_{net}"] = Lpips(net, fetch=lpips != "auto")  # type: ignore[arg-type]
-        elif lpips == "auto":
-            size = BACKBONES["alex"].megabytes
-            print(f"LPIPS left out: AlexNet's weights are not here; --lpips alex fetches {size} MB", file=sys.stderr)
+        if choice == "auto" and not backbone.file.is_file():
+            raise DerainError(
+                f"{backbone.name}'s weights are not here; --lpips alex fetches {backbone.megabytes} MB"
+            )
+        return Lpips("vgg" if choice == "vgg" else "alex", fetch=True)
     except DerainError as error:
         print(f"LPIPS left out: {error}", file=sys.stderr)
-    for name in no_reference:
+        return None
+
+
+def no_reference_at_hand(names: Sequence[str]) -> list[NoReference]:
+    """Makes the metrics of pyiqa that can be had; says on standard error why others cannot."""
+    metrics = []
+    for name in names:
         try:
-            metric = NoReference(name)
-            measures[name] = lambda derained, _, metric=metric: metric(derained)  # type: ignore[misc]
+            metrics.append(NoReference(name))
         except DerainError as error:
             print(f"{name} left out: {error}", file=sys.stderr)
-    return measures
+    return metrics
 
 
-def score(jobs: Sequence[Job], protocols: Sequence[Protocol], measures: dict[str, Measure]) -> list[dict[str, Any]]:
+def score(
+    jobs: Sequence[Job],
+    protocols: Sequence[Protocol],
+    lpips: Lpips | None = None,
+    no_reference: Sequence[NoReference] = (),
+) -> list[dict[str, Any]]:
     """Scores every image.
 
     Args:
         jobs: What belongs together.
-        protocols: May be empty; then one result without protocol holds what the measures say.
-        measures: ``lpips_…`` and no-reference metrics by name.
+        protocols: May be empty; then one result without protocol holds the no-reference quality.
+        lpips: Also compares by this.
+        no_reference: Also judges the derained images by these.
 
     Returns:
-        One object a protocol: ``protocol``, ``definition``, ``count``, means ``psnr`` (dB), ``ssim``, ``lpips`` with
-        ``psnr_interval`` and ``ssim_interval`` (95 %, bootstrap), ``lpips_net``, ``no_reference``, and ``images``.
-        What was not computed is None.
+        One object a protocol: ``protocol``, ``definition``, ``count``, means ``psnr`` (dB), ``ssim`` and
+        ``lpips``, ``psnr_interval`` and ``ssim_interval`` (95 %, bootstrap), ``lpips_net``, ``no_reference``,
+        and ``images``. What was not computed is None.
 
     Raises:
         DerainError: If an image cannot be read or judged; it names the file.
     """
     alone = threading.Lock()  # networks run one at a time, on all cores
 
-    def judge(job: Job) -> tuple[list[tuple[float, float]], dict[str, float]]:
+    def judge(job: Job) -> list[dict[str, float]]:
         derained, clean = job.read()
+        further = {}
         try:
-            values = [psnr_ssim(derained, clean, protocol) for protocol in protocols if clean is not None]
             with alone:
-                return values, {name: measure(derained, clean) for name, measure in measures.items()}
+                if lpips is not None and clean is not None:
+                    further["lpips"] = lpips(derained, clean)
+                further |= {metric.name: metric(derained) for metric in no_reference}
+            if clean is None:
+                return [further]
+            values = [psnr_ssim(derained, clean, protocol) for protocol in protocols]
         except DerainError as error:
             raise DerainError(f"{job.derained}: {error}") from error
+        return [{"psnr": psnr, "ssim": ssim, **further} for psnr, ssim in values]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         judged = list(track(pool.map(judge, jobs), "Scoring", len(jobs)))
-    seen = {name: [values[name] for _, values in judged] for name in measures}
-    net = next((name for name in measures if name.startswith("lpips_")), None)
     results = []
     for place, protocol in enumerate(protocols or [None]):
-        table = np.array([values[place] for values, _ in judged]) if protocol else None
-        result: dict[str, Any] = {
-            "protocol": protocol and protocol.name,
-            "definition": protocol and protocol.definition,
-            "count": len(jobs),
+        images = [{"name": job.name, **values[place]} for job, values in zip(jobs, judged, strict=True)]
+        columns = {key: np.array([image[key] for image in images]) for key in images[0] if key != "name"}
+        means = {key: float(column.mean()) for key, column in columns.items()}
+        intervals = {
+            f"{key}_interval": list(bootstrap_interval(columns[key]))
+            if key in columns and len(jobs) > 1
+            else None
+            for key in ("psnr", "ssim")
         }
-        for column, key in enumerate(("psnr", "ssim")):
-            result[key] = None if table is None else float(table[:, column].mean())
-            known = table is not None and len(jobs) > 1
-            result[f"{key}_interval"] = list(bootstrap_interval(table[:, column])) if known else None  # type: ignore[index]
-        result["lpips"] = float(np.mean(seen[net])) if net else None
-        result["lpips_net"] = net and net.removeprefix("lpips_")
-        result["no_reference"] = {name: float(np.mean(seen[name])) for name in measures if name != net}
-        result["images"] = [
-            {"name": job.name}
-            | ({} if table is None else {"psnr": float(table[i, 0]), "ssim": float(table[i, 1])})
-            | {("lpips" if name == net else name): values[i] for name, values in seen.items()}
-            for i, job in enumerate(jobs)
-        ]
-        results.append(result)
+        results.append(
+            {
+                "protocol": protocol and protocol.name,
+                "definition": protocol and protocol.definition,
+                "count": len(jobs),
+                **{key: means.get(key) for key in ("psnr", "ssim", "lpips")},
+                **intervals,
+                "lpips_net": lpips and lpips.net,
+                "no_reference": {metric.name: means[metric.name] for metric in no_reference},
+                "images": images,
+            }
+        )
     return results
 
 
@@ -365,7 +403,7 @@ def _cells(result: dict[str, Any], columns: Sequence[str]) -> list[str]:
 def _notes(results: list[dict[str, Any]]) -> list[str]:
     """What a reader of the table must know."""
     notes = [f"{result['protocol']}: {result['definition']}" for result in results if result["protocol"]]
-    same = sum(image.get("psnr") == IDENTICAL for image in results[0]["images"])
+    same = max(sum(image.get("psnr") == IDENTICAL for image in result["images"]) for result in results)
     if same:
         notes.append(f"{same} of the images equal the clean ones and count as {IDENTICAL:.0f} dB")
     return notes
@@ -401,7 +439,9 @@ def _csv(results: list[dict[str, Any]], on_terminal: bool) -> str:  # noqa: ARG0
     text = io.StringIO()
     writer = csv.DictWriter(text, ["protocol", *results[0]["images"][0]], lineterminator="\n")
     writer.writeheader()
-    writer.writerows({"protocol": result["protocol"]} | image for result in results for image in result["images"])
+    writer.writerows(
+        {"protocol": result["protocol"]} | image for result in results for image in result["images"]
+    )
     return text.getvalue()
 
 

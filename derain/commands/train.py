@@ -1,8 +1,9 @@
 """``derain fit``, ``validate``, ``test`` and ``predict``: one LightningCLI."""
 
+import logging
 import os
 import subprocess
-import sys
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,8 @@ from derain.data.datamodule import RainDataModule
 from derain.errors import DerainError
 from derain.methods import DerainModule, weights
 from derain.metrics import resolve
+
+log = logging.getLogger("derain")
 
 
 def commit() -> str | None:
@@ -76,8 +79,10 @@ class DerainCLI(LightningCLI):
         config.trainer.default_root_dir = str(self.folder)
         if resuming:
             config.ckpt_path = str(self.folder / "checkpoints" / "last.ckpt")
-        if config.get("weights_only", True) is None:
+        if "weights_only" in config:
             config.weights_only = True
+        if self.subcommand == "test":
+            config.verbose = False  # our table stands for Lightning's
 
     def instantiate_classes(self) -> None:
         """Builds data, method and trainer; the method comes from ``--weights`` where that is given."""
@@ -86,12 +91,18 @@ class DerainCLI(LightningCLI):
         self.model = cast(DerainModule, self.model)
         if config.weights:
             loaded = weights.load(Path(config.weights))
-            print(f"{config.weights}: {loaded.note}", file=sys.stderr)
+            log.info("%s: %s", config.weights, loaded.note)
             if self.subcommand == "fit":
                 self._start_from(loaded.module, config.weights)
             else:
                 self.model = loaded.module
         self.model.protocols = self.protocols
+        log.info(
+            "%s, %s trainable parameters; the run is kept in %s",
+            type(self.model).__name__,
+            f"{self.model.parameter_count:,}",
+            self.folder,
+        )
 
     def _start_from(self, loaded: DerainModule, path: str) -> None:
         state, own = loaded.network.state_dict(), self.model.network.state_dict()
@@ -119,25 +130,26 @@ class DerainCLI(LightningCLI):
             _keep_history(csv, past, Path(self.config[self.subcommand].ckpt_path))
         return [csv, *(logger for logger in given if isinstance(logger, Logger))]
 
-    def _callbacks(self, config: Any) -> list[Callback]:
-        checkpoints: dict[str, Any] = {"enable_version_counter": False, "dirpath": self.folder / "checkpoints"}
-        seed = self.config[self.subcommand].seed_everything
-        callbacks: list[Callback] = [
-            EpochSeeds(seed if isinstance(seed, int) else 0),
-            ImagePanels(),
-            SaveImages(),
-            TestResults(self.config[self.subcommand].weights, commit()),
-        ]
-        if config.enable_checkpointing is not False:
+    def _callbacks(self, trainer: Any) -> list[Callback]:
+        config = self.config[self.subcommand]
+        callbacks: list[Callback] = [RichProgressBar(leave=False)] if trainer.enable_progress_bar is not False else []
+        if self.subcommand == "test":
+            callbacks.append(TestResults(config.weights, commit()))
+        if self.subcommand == "predict":
+            callbacks.append(SaveImages())
+        if self.subcommand != "fit":
+            return callbacks
+        seed = config.seed_everything
+        callbacks += [EpochSeeds(seed if isinstance(seed, int) else 0), ImagePanels()]
+        if trainer.enable_checkpointing is not False:
+            kept: dict[str, Any] = {"enable_version_counter": False, "dirpath": self.folder / "checkpoints"}
             callbacks += [
-                ModelCheckpoint(filename="best", monitor="val/psnr", mode="max", **checkpoints),
-                ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **checkpoints),
+                ModelCheckpoint(filename="best", monitor="val/psnr", mode="max", **kept),
+                ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **kept),
                 FinalWeights(),
             ]
-        if config.logger is not False:
+        if trainer.logger is not False:
             callbacks += [Throughput(), LearningRateMonitor("epoch")]
-        if config.enable_progress_bar is not False:
-            callbacks.append(RichProgressBar(leave=False))
         return callbacks
 
 
@@ -173,13 +185,25 @@ def _keep_history(csv: CSVLogger, past: Path, checkpoint: Path) -> None:
 
 def run(arguments: list[str]) -> int:
     """Runs a trainer command."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not ours
+    # What Lightning says besides warnings: seeds, devices that are absent, a product.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*The dirpath has changed.*")
+    warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
     DerainCLI(
         DerainModule,
         RainDataModule,
         subclass_mode_model=True,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 10},
+        trainer_defaults={
+            "use_distributed_sampler": False,  # the data module has its own, exact ones
+            "log_every_n_steps": 10,
+            "enable_model_summary": False,
+        },
         seed_everything_default=0,
         auto_configure_optimizers=False,
         parser_kwargs={"prog": "derain"},

@@ -66,6 +66,7 @@ class DerainModule(LightningModule, ABC):
                 {f"{prefix}/psnr": float(score.psnr.mean()), f"{prefix}/ssim": float(score.ssim.mean())},
                 prog_bar=place == 0 and stage == "val",
             )
+            self.log(f"{prefix}/rainy_psnr", float(scores["rainy"][name].psnr.mean()))
         return scores
 
     def on_validation_epoch_start(self) -> None:

@@ -1,6 +1,6 @@
 """How derained images are judged: PSNR and SSIM under named protocols, LPIPS, no-reference quality.
 
-Importing this package imports neither torch nor torchmetrics (which takes seconds); `ImageQuality` does when used.
+Importing this package imports neither torch nor torchmetrics, which takes seconds; `ImageQuality` does.
 """
 
 from typing import TYPE_CHECKING, Any

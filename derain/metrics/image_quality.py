@@ -17,8 +17,9 @@ from .quality import Scores, psnr_ssim
 class ImageQuality(Metric):
     """PSNR and SSIM of every image of a set under named protocols.
 
-    Values are kept per image, never pooled. Devices may hold different numbers of images; an image that several
-    devices were given (samplers pad) counts once. The result is that of a single device to the last digit.
+    Values are kept per image, never pooled. Devices may hold different numbers of images; an image that
+    several devices were given (samplers pad) counts once. The result is that of a single device to the last
+    digit.
 
     Args:
         protocols: Names that :func:`derain.metrics.resolve` knows.
@@ -66,7 +67,9 @@ class ImageQuality(Metric):
                     f"images to judge must be uint8, float32 or float64, got {images.dtype}; "
                     "evaluate in 32-true or mixed precision"
                 )
-        pairs = zip(*(images.detach().cpu().movedim(1, -1).numpy() for images in (derained, clean)), strict=True)
+        pairs = zip(
+            *(images.detach().cpu().movedim(1, -1).numpy() for images in (derained, clean)), strict=True
+        )
         rows = [
             [float(place), *(value for protocol in self.protocols for value in psnr_ssim(x, y, protocol))]
             for place, (x, y) in zip(index.tolist(), pairs, strict=True)

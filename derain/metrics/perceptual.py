@@ -62,7 +62,7 @@ class Lpips:
     """
 
     def __init__(self, net: Literal["alex", "vgg"] = "alex", *, fetch: bool = False) -> None:
-        self.backbone = BACKBONES[net]
+        self.net, self.backbone = net, BACKBONES[net]
         told = f"{self.backbone.name} weights ({self.backbone.megabytes} MB, {self.backbone.url})"
         if importlib.util.find_spec("torchvision") is None:
             raise DerainError("LPIPS needs torchvision; install it with: pip install 'derain[lpips]'")
@@ -77,8 +77,12 @@ class Lpips:
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             if self.backbone.file.is_file():
-                raise DerainError(f"{self.backbone.file}: damaged ({reason}); delete it and try again") from error
-            raise DerainError(f"LPIPS: cannot fetch {told}: {reason}; put them at {self.backbone.file}") from error
+                raise DerainError(
+                    f"{self.backbone.file}: damaged ({reason}); delete it and try again"
+                ) from error
+            raise DerainError(
+                f"LPIPS: cannot fetch {told}: {reason}; put them at {self.backbone.file}"
+            ) from error
 
     def __call__(self, derained: NDArray[Any], clean: NDArray[Any]) -> float:
         """Compares two images ``(h, w, 3)``, uint8 or floating point in [0, 1].
@@ -121,7 +125,9 @@ class NoReference:
         try:
             self.metric = pyiqa.create_metric(name, device="cpu")
         except (OSError, RuntimeError) as error:
-            raise DerainError(f"{name}: pyiqa cannot get its weights: {str(error).partition(chr(10))[0]}") from error
+            raise DerainError(
+                f"{name}: pyiqa cannot get its weights: {str(error).partition(chr(10))[0]}"
+            ) from error
         self.name = name
         self.lower_better = bool(getattr(self.metric, "lower_better", False))
 
@@ -137,5 +143,7 @@ def _tensor(image: NDArray[Any]) -> Any:
     """``(1, 3, h, w)``, float32 in [0, 1]."""
     import torch
 
-    values = image.astype(np.float32) / np.float32(255) if image.dtype == np.uint8 else image.astype(np.float32)
+    values = (
+        image.astype(np.float32) / np.float32(255) if image.dtype == np.uint8 else image.astype(np.float32)
+    )
     return torch.from_numpy(np.ascontiguousarray(np.clip(values, 0, 1).transpose(2, 0, 1)))[None]

@@ -1,6 +1,6 @@
 """Evaluation protocols: what PSNR and SSIM are computed on, under the names that go beside the numbers.
 
-Papers on deraining differ by more than 1 dB through these choices alone, so no number stands without its protocol.
+Papers on deraining differ by over 1 dB through these choices alone: no number stands without its protocol.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ class Protocol:
         users: Whose published numbers follow it.
         colour: ``y``, BT.601 limited-range luma (65.481 R + 128.553 G + 24.966 B) / 255 + 16; or ``rgb``.
         luma_rounded: Whether luma is rounded to integers.
-        output: How derained values become 8 bit: clipped and then ``round`` or ``truncate``; ``none`` leaves them
-            as they are, clipped for PSNR only.
+        output: How derained values become 8 bit: clipped, then ``round`` or ``truncate``; ``none`` leaves
+            them as they are, clipped for PSNR only.
         border: Pixels cut off at every side before anything is computed.
         ssim: ``valid`` averages SSIM where the whole window lies inside the image (MATLAB's); ``padded``
             everywhere, with zeros around the image (the SSIM of PyTorch losses).
-        downsample: Whether SSIM first shrinks images as Wang's ssim.m does: by f = max(1, round(min(h, w) / 256)),
-            mean of f×f pixels, symmetric at the border.
+        downsample: Whether SSIM first shrinks images as Wang's ssim.m does: to every f-th pixel of the mean
+            over f×f, symmetric at the border, f = max(1, round(min(h, w) / 256)).
     """
 
     name: str
@@ -69,7 +69,8 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         Protocol(
             "plnlin",
-            "RGB in floating point, clipped for PSNR only; SSIM 11×11 Gaussian σ 1.5, zero padding, mean of channels",
+            "RGB in floating point, clipped for PSNR only; "
+            "SSIM 11×11 Gaussian σ 1.5, zero padding, mean of channels",
             "PLNLIN-MCDDL, SSID-KD",
             "rgb",
             output="none",
@@ -89,7 +90,9 @@ PROTOCOLS: dict[str, Protocol] = {
             "y",
             border=4,
         ),
-        Protocol("rgb", f"RGB of 8-bit output (rounded); {_VALID}, mean of channels", "deraining surveys", "rgb"),
+        Protocol(
+            "rgb", f"RGB of 8-bit output (rounded); {_VALID}, mean of channels", "deraining surveys", "rgb"
+        ),
     )
 }
 """Every protocol by its name; the first is the default."""
@@ -105,7 +108,7 @@ def resolve(names: Sequence[str]) -> tuple[Protocol, ...]:
     """Finds protocols by name, each once, in the order asked for.
 
     Args:
-        names: Keys of :data:`PROTOCOLS` or :data:`TOGETHER`; with ``+down`` at the end SSIM shrinks images first.
+        names: Keys of :data:`PROTOCOLS` or :data:`TOGETHER`; with ``+down`` at the end SSIM shrinks images.
 
     Raises:
         DerainError: If a name is unknown, or there are none.
@@ -122,10 +125,12 @@ def resolve(names: Sequence[str]) -> tuple[Protocol, ...]:
         for member in TOGETHER.get(base, (base,)):
             if member not in PROTOCOLS:
                 known = ", ".join([*PROTOCOLS, *TOGETHER])
-                raise DerainError(f"no protocol '{name}'; choose from {known} (with {DOWN} SSIM shrinks images first)")
+                raise DerainError(
+                    f"no protocol '{name}'; choose from {known} (with {DOWN} SSIM shrinks images first)"
+                )
             protocol = PROTOCOLS[member]
             if name.endswith(DOWN):
-                told = f"{protocol.definition}; SSIM of images shrunk to about 256 pixels (ssim.m's down-sampling)"
+                told = f"{protocol.definition}; SSIM of images shrunk to about 256 pixels (as by ssim.m)"
                 protocol = replace(protocol, name=member + DOWN, definition=told, downsample=True)
             found[protocol.name] = protocol
     if not found:

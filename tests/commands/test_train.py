@@ -1,0 +1,204 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from derain.cli import main
+from derain.images import image_files, read_rgb
+from derain.methods import PReNetModule, weights
+from derain.metrics import psnr_ssim, resolve
+from tests.factories import make_set
+
+CONFIG = {
+    "model": {"class_path": "PReNetModule", "init_args": {"variant": "PRN_r", "stages": 1}},
+    "data": {"train": "Rain800", "test": "Rain800", "crop": 16, "batch_size": 4, "workers": 0},
+    "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False},
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory with data and ``exp.yaml``."""
+    make_set(tmp_path / "data", "Rain800", "train", count=9)
+    make_set(tmp_path / "data", "Rain800", "test", count=5, seed=50)
+    (tmp_path / "exp.yaml").write_text(yaml.safe_dump(CONFIG))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DERAIN_DATA", str(tmp_path / "data"))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    return tmp_path
+
+
+def rows(path):
+    with Path(path).open() as file:
+        return list(csv.DictReader(file))
+
+
+def state(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_fit_leaves_all_that_is_promised(place):
+    assert main(["fit", "--config", "exp.yaml"]) == 0
+    run = place / "runs/exp/fit-1"
+    logged = {key for row in rows(run / "metrics.csv") for key, value in row.items() if value}
+    assert {"val/psnr", "val/ssim", "train/images_per_second", "train/data_wait", "lr-Adam"} <= logged
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["init_args"]["variant"] == "PRN_r"
+    assert config["seed_everything"] == 0
+    assert (run / "commit.txt").is_file()
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    panels = list((run / "panels").rglob("*.png"))
+    assert len(panels) == 2
+    assert read_rgb(panels[0]).shape[1] > 3 * 64
+    loaded, note = weights.load(run / "weights.safetensors")
+    assert loaded.trained_on == ("Rain800",)
+    assert "PReNetModule" in note
+
+
+def test_runs_never_share_a_folder(place):
+    for _ in range(2):
+        main(["fit", "--config", "exp.yaml", "--trainer.max_epochs", "1"])
+    assert {path.name for path in (place / "runs/exp").iterdir()} == {"fit-1", "fit-2"}
+
+
+def test_test_scores_every_image_and_says_of_what(place, capsys):
+    torch.manual_seed(0)
+    method = PReNetModule(stages=1)
+    weights.save(method, place / "w.safetensors")
+    arguments = ["test", "--config", "exp.yaml", "--weights", "w.safetensors", "--protocol", "[prenet, rgb]"]
+    assert main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "prenet" in told
+    assert "Rain800, 5 images" in told
+    run = place / "runs/exp/test-1"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["method"]["hyper_parameters"]["variant"] == "PReNet"  # from the file, not the YAML
+    assert summary["weights"]["sha256"] == weights.sha256(place / "w.safetensors")
+    assert [r["protocol"] for r in summary["results"]] == ["prenet", "rgb"]
+    table = rows(run / "images.csv")
+    assert len(table) == 10
+    file = place / "data/Rain800/test_syn/3.jpg"
+    both = read_rgb(file)
+    clean, rainy = both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :]
+    with torch.no_grad():
+        derained = method.eval()(torch.from_numpy(rainy / np.float32(255)).permute(2, 0, 1)[None])
+    derained = derained[0].permute(1, 2, 0).clamp(0, 1).numpy()
+    row = next(r for r in table if r["name"] == "3" and r["protocol"] == "prenet")
+    expected = psnr_ssim(derained, clean, resolve(["prenet"])[0])
+    assert (float(row["psnr"]), float(row["ssim"])) == pytest.approx(expected, abs=1e-6)
+    assert float(row["rainy_psnr"]) == pytest.approx(psnr_ssim(rainy, clean, resolve(["prenet"])[0])[0], abs=1e-6)
+    mean = np.mean([float(r["psnr"]) for r in table if r["protocol"] == "prenet"])
+    assert summary["results"][0]["psnr"] == pytest.approx(mean, abs=1e-9)
+
+
+def test_a_checkpoint_is_tested_too(place):
+    main(["fit", "--config", "exp.yaml"])
+    best = "runs/exp/fit-1/checkpoints/best.ckpt"
+    for option in ("--ckpt_path", "--weights"):
+        assert main(["test", "--config", "exp.yaml", option, best]) == 0
+    one, two = (json.loads((place / f"runs/exp/test-{n}/summary.json").read_text()) for n in (1, 2))
+    assert one["results"] == two["results"]
+    assert one["weights"]["sha256"] == two["weights"]["sha256"]
+
+
+def test_validate(place, capsys):
+    assert main(["validate", "--config", "exp.yaml"]) == 0
+    assert "val/psnr" in capsys.readouterr().out
+
+
+def test_predict_restores_a_folder(place):
+    make_set(place, "images", "predict", count=3)
+    assert main(["predict", "--config", "exp.yaml", "--data.predict", "images"]) == 0
+    assert len(image_files(place / "runs/exp/predict-1/images")) == 3
+
+
+def test_fit_starts_from_weights_that_fit_only(place, capsys):
+    method = PReNetModule(variant="PRN_r", stages=1)
+    weights.save(method, place / "w.safetensors")
+    arguments = ["fit", "--config", "exp.yaml", "--weights", "w.safetensors"]
+    assert main([*arguments, "--trainer.max_epochs", "1", "--model.learning_rate", "0"]) == 0
+    for name, value in weights.load(place / "runs/exp/fit-1/weights.safetensors").module.network.state_dict().items():
+        assert torch.equal(value, method.network.state_dict()[name])
+    assert main([*arguments, "--model.variant", "PRN"]) == 2
+    assert "does not fit the configured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["fit", "--data.train", "Rain200H"], ("Rain200H", "https://")),
+        (["test", "--protocol", "[matlab]"], ("matlab", "prenet")),
+        (["fit", "--ckpt_path", "last"], ("--ckpt_path last", "start without it")),
+        (["fit", "--data.crop", "0"], ("--data.crop 0",)),
+    ],
+)
+def test_refusals_take_one_line(place, capsys, arguments, told):
+    command, *options = arguments
+    assert main([command, "--config", "exp.yaml", *options]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("derain: error:")
+    for part in told:
+        assert part in error
+
+
+def derain(*arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "derain", *arguments],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process):
+    told, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    return told
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_ends(place):
+    fit = ["fit", "--config", "exp.yaml", "--trainer.max_epochs", "4"]
+    assert main([*fit, "--trainer.default_root_dir", "whole"]) == 0
+    killed = derain(*fit, "--trainer.default_root_dir", "killed", "--data.repeat", "1")
+    last = place / "killed/fit-1/checkpoints/last.ckpt"
+    while not last.exists():
+        assert killed.poll() is None, killed.stdout.read()
+        time.sleep(0.02)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (place / "killed/fit-1/weights.safetensors").exists()
+    assert main([*fit, "--trainer.default_root_dir", "killed", "--ckpt_path", "last"]) == 0
+    one, two = (state(place / f"{root}/fit-1/checkpoints/last.ckpt") for root in ("whole", "killed"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    columns = ("epoch", "step", "val/psnr", "val/ssim", "lr-Adam")
+    tables = [
+        [{c: row[c] for c in columns} for row in rows(place / f"{root}/fit-1/metrics.csv")]
+        for root in ("whole", "killed")
+    ]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_test_exactly(place):
+    make_set(place / "data", "Rain100L", "test", count=11, seed=300)
+    finished(derain("fit", "--config", "exp.yaml", "--trainer.devices", "2", "--trainer.strategy", "ddp"))
+    file = "runs/exp/fit-1/weights.safetensors"
+    test = ["test", "--config", "exp.yaml", "--weights", file, "--data.test", "Rain100L"]
+    finished(derain(*test, "--trainer.devices", "2", "--trainer.strategy", "ddp"))
+    finished(derain(*test))
+    two, one = (place / f"runs/exp/test-{n}" for n in (1, 2))
+    assert (one / "images.csv").read_text() == (two / "images.csv").read_text()
+    results = [json.loads((run / "summary.json").read_text())["results"] for run in (one, two)]
+    assert results[0] == results[1]
+    assert results[0][0]["count"] == 11

@@ -1,0 +1,135 @@
+import numpy as np
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+from torch import nn
+
+from derain.errors import DerainError
+from derain.metrics import ImageQuality, psnr_ssim, resolve
+
+NAMES = ["matlab-y", "prenet", "ir-sde"]
+
+
+def image(index, clean=False):
+    """An image of its own for every index."""
+    generator = torch.Generator().manual_seed(index)
+    truth = torch.rand(1, 3, 24, 31, generator=generator)
+    return truth if clean else truth + 0.02 * (1 + index % 5) * torch.randn(truth.shape, generator=generator)
+
+
+def judged(indices, names=NAMES):
+    quality = ImageQuality(names)
+    for index in indices:
+        quality.update(image(index), image(index, clean=True), torch.tensor([index]))
+    return quality
+
+
+def test_scores_are_those_of_single_images_sorted_by_index():
+    scores = judged([5, 2, 9]).compute()
+    assert list(scores) == [protocol.name for protocol in resolve(NAMES)]
+    for protocol in resolve(NAMES):
+        score = scores[protocol.name]
+        pairs = [
+            [image(index, clean)[0].movedim(0, -1).numpy() for clean in (False, True)] for index in (2, 5, 9)
+        ]
+        expected = np.array([psnr_ssim(*pair, protocol) for pair in pairs])
+        assert score.index.tolist() == [2, 5, 9]
+        np.testing.assert_array_equal(np.stack([score.psnr, score.ssim], axis=1), expected)
+
+
+def test_batches_give_what_single_images_give():
+    together = ImageQuality(NAMES)
+    indices = [3, 1, 2]
+    batch = [torch.cat([image(index, clean) for index in indices]) for clean in (False, True)]
+    together.update(*batch, torch.tensor(indices))
+    alone = judged(indices)
+    for name, score in together.compute().items():
+        np.testing.assert_array_equal(score.psnr, alone.compute()[name].psnr)
+        np.testing.assert_array_equal(score.ssim, alone.compute()[name].ssim)
+
+
+def test_an_image_counts_once_and_errors_are_never_pooled():
+    scores = judged([0, 4, 0, 4, 4]).compute()["matlab-y"]
+    assert scores.index.tolist() == [0, 4]
+    worse, better = sorted(scores.psnr.tolist())
+    pooled = -10 * np.log10((10 ** (-worse / 10) + 10 ** (-better / 10)) / 2)
+    assert scores.psnr.mean() == (worse + better) / 2
+    assert abs(scores.psnr.mean() - pooled) > 1
+
+
+def test_one_image_and_none_keep_their_shape():
+    assert judged([7]).compute()["matlab-y"].psnr.shape == (1,)
+    empty = ImageQuality(NAMES)
+    empty._update_count = 1  # torchmetrics warns otherwise
+    assert empty.compute()["matlab-y"].psnr.shape == (0,)
+
+
+def test_reset_forgets():
+    quality = judged([1, 2])
+    quality.compute()
+    quality.reset()
+    quality.update(image(3), image(3, clean=True), torch.tensor([3]))
+    assert quality.compute()["prenet"].index.tolist() == [3]
+
+
+def test_autocast_and_half_modules_do_not_reach_the_numbers():
+    plain = judged([1])
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = judged([1])
+    module = nn.Module()
+    module.quality = ImageQuality(NAMES)
+    module.bfloat16()
+    module.quality.update(image(1), image(1, clean=True), torch.tensor([1]))
+    for quality in (cast, module.quality):
+        assert quality.compute()["matlab-y"].ssim.tolist() == plain.compute()["matlab-y"].ssim.tolist()
+        assert quality.compute()["matlab-y"].psnr.dtype == np.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_refuses_half_precision(dtype):
+    quality = ImageQuality()
+    for derained, clean in ((image(1).to(dtype), image(1)), (image(1), image(1).to(dtype))):
+        with pytest.raises(DerainError, match=f"float32, float64 or uint8|got {dtype}"):
+            quality.update(derained, clean, torch.tensor([0]))
+
+
+def test_bytes_are_images_too():
+    clean = (image(1, clean=True) * 255).byte()
+    quality = ImageQuality(["matlab-y"])
+    quality.update(clean, clean, torch.tensor([0]))
+    assert quality.compute()["matlab-y"].psnr.tolist() == [100]
+
+
+def test_adds_nothing_to_checkpoints_or_optimisers():
+    quality = judged([1])
+    assert not quality.state_dict()
+    assert not list(quality.parameters())
+
+
+def share(rank, size, file, folder, shares):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
+    scores = judged(shares[rank]).compute()
+    torch.save({name: vars(score) for name, score in scores.items()}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shares",
+    [
+        [[*range(0, 101, 2)], [*range(1, 101, 2)]],
+        [[*range(0, 101, 2)], [*range(1, 101, 2), 0]],  # as a padding sampler deals them
+        [[3, 1, 2], []],
+    ],
+    ids=["51 and 50", "padded", "one without images"],
+)
+def test_two_processes_give_what_one_gives(tmp_path, shares):
+    torch.multiprocessing.spawn(share, (2, tmp_path / "meet", tmp_path, shares), nprocs=2)
+    alone = judged(sorted({index for indices in shares for index in indices})).compute()
+    for rank in range(2):
+        scores = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        for name, score in alone.items():
+            for column in ("index", "psnr", "ssim"):
+                np.testing.assert_array_equal(scores[name][column], getattr(score, column))
+            assert scores[name]["psnr"].mean() == score.psnr.mean()

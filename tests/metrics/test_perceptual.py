@@ -1,0 +1,163 @@
+import importlib.util
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
+
+from derain.errors import DerainError
+from derain.metrics.perceptual import BACKBONES, Lpips, NoReference
+
+
+def random_alexnet():
+    """AlexNet's weights, features drawn at random, the classifier (which LPIPS does not use) as one zero."""
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in torchvision.models.alexnet(weights=None).state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(shape, generator=generator) * 0.05
+        if name.startswith("features")
+        else torch.zeros(1).expand(shape)
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def alexnet_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("weights") / "alexnet.pth"
+    torch.save(random_alexnet(), file)
+    return file
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of torch.hub."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def cached_alexnet(cache, alexnet_file):
+    cache.mkdir(parents=True)
+    (cache / BACKBONES["alex"].file.name).symlink_to(alexnet_file)
+
+
+@pytest.fixture
+def photos(rng):
+    return [rng.integers(0, 256, (48, 64, 3)).astype(np.uint8) for _ in range(2)]
+
+
+@pytest.mark.parametrize(("net", "weights"), [("alex", "AlexNet_Weights"), ("vgg", "VGG16_Weights")])
+def test_backbones_are_those_of_torchvision(net, weights, monkeypatch):
+    default = getattr(torchvision.models, weights).DEFAULT
+    assert BACKBONES[net].url == default.url
+    assert pytest.approx(default.meta["_file_size"], abs=0.5) == BACKBONES[net].megabytes
+    for variables in ({"TORCH_HOME": "/a"}, {"XDG_CACHE_HOME": "/b"}, {}):
+        for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert str(BACKBONES[net].file.parent) == f"{torch.hub.get_dir()}/checkpoints"
+
+
+def test_lpips_is_zero_for_equal_images_and_grows_with_noise(cached_alexnet, photos, rng):
+    lpips = Lpips("alex")
+    clean = photos[0]
+    little, much = (np.clip(clean + rng.normal(0, sigma, clean.shape), 0, 255).astype(np.uint8) for sigma in (5, 60))
+    assert lpips(clean, clean) == 0
+    assert 0 < lpips(little, clean) < lpips(much, clean)
+    assert lpips(little / np.float32(255), clean / np.float32(255)) == pytest.approx(lpips(little, clean))
+
+
+def test_lpips_is_that_of_torchmetrics_between_minus_one_and_one(cached_alexnet, photos):
+    x, y = (torch.from_numpy(photo).movedim(-1, 0)[None].float() / 127.5 - 1 for photo in photos)
+    expected = learned_perceptual_image_patch_similarity(x, y, net_type="alex").item()
+    assert Lpips("alex")(*photos) == pytest.approx(expected, rel=1e-4)
+
+
+def test_lpips_refuses_images_too_small_for_the_network(cached_alexnet):
+    lpips = Lpips("alex")
+    image = np.zeros((31, 31, 3), np.uint8)
+    assert lpips(image, image) == 0
+    with pytest.raises(DerainError, match="at least 31x31 pixels, got 31x30"):
+        lpips(image[1:], image[1:])
+
+
+def test_lpips_without_weights_says_what_is_missing_and_fetches_nothing(cache, capsys):
+    with pytest.raises(DerainError, match=r"AlexNet weights \(233 MB, https://.*--lpips alex fetches them"):
+        Lpips("alex")
+    assert not cache.exists()
+    assert capsys.readouterr().err == ""
+
+
+def test_lpips_says_what_it_fetches_before_it_does(cache, monkeypatch, capsys):
+    said = []
+
+    def no_network(url, *args, **kwargs):
+        said.append(capsys.readouterr().err)
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(DerainError, match="cannot fetch AlexNet weights .*no network"):
+        Lpips("alex", fetch=True)
+    (line,) = said
+    assert all(word in line for word in ("233 MB", BACKBONES["alex"].url, str(cache)))
+
+
+def test_lpips_refuses_damaged_weights(cache):
+    cache.mkdir(parents=True)
+    BACKBONES["alex"].file.write_bytes(b"half a download")
+    with pytest.raises(DerainError, match="damaged .*delete it") as refused:
+        Lpips("alex")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("package", "make"), [("torchvision", lambda: Lpips("alex")), ("pyiqa", lambda: NoReference("niqe"))]
+)
+def test_says_which_package_is_missing(package, make, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
+    with pytest.raises(DerainError, match=rf"needs {package}; install it with: pip install 'derain\["):
+        make()
+
+
+FAKE_PYIQA = """
+def list_models(metric_mode=None):
+    assert metric_mode == "NR"
+    return ["brightness", "unreachable"]
+
+def create_metric(name, device):
+    if name == "unreachable":
+        raise OSError("no network")
+    def metric(image):
+        assert image.shape[:2] == (1, 3)
+        return image.mean().reshape(1, 1)
+    metric.lower_better = True
+    return metric
+"""
+
+
+@pytest.fixture
+def fake_pyiqa(tmp_path, monkeypatch):
+    (tmp_path / "fake" / "pyiqa").mkdir(parents=True)
+    (tmp_path / "fake" / "pyiqa" / "__init__.py").write_text(FAKE_PYIQA)
+    monkeypatch.syspath_prepend(tmp_path / "fake")
+    monkeypatch.delitem(__import__("sys").modules, "pyiqa", raising=False)
+    yield
+    __import__("sys").modules.pop("pyiqa", None)
+
+
+def test_no_reference_quality_comes_from_pyiqa(fake_pyiqa, photos):
+    metric = NoReference("brightness")
+    assert metric(photos[0]) == pytest.approx(photos[0].mean() / 255, rel=1e-5)
+    assert metric.lower_better
+
+
+def test_refuses_metrics_that_pyiqa_does_not_have_or_cannot_make(fake_pyiqa):
+    with pytest.raises(DerainError, match="no no-reference metric 'psnr'; choose from brightness"):
+        NoReference("psnr")
+    with pytest.raises(DerainError, match="unreachable: pyiqa cannot get its weights: no network"):
+        NoReference("unreachable")
