@@ -1,4 +1,8 @@
-"""What writes or measures during a run."""
+"""What writes or measures during a run.
+
+Files go below ``trainer.default_root_dir``, which the command line sets to the folder of the run;
+``trainer.log_dir`` is a collective call, and one rank alone would wait in it for ever.
+"""
 
 from derain.callbacks.ema import EMA
 from derain.callbacks.final_weights import FinalWeights

@@ -20,7 +20,7 @@ class FinalWeights(Callback):
         best = next((c for c in checkpoints if c.monitor and c.best_model_path), None)
         if not trainer.is_global_zero or best is None:
             return
-        target = Path(trainer.log_dir or trainer.default_root_dir) / "weights.safetensors"
+        target = Path(trainer.default_root_dir) / "weights.safetensors"
         weights.save(weights.load(Path(best.best_model_path)).module, target)
         rainy = trainer.callback_metrics.get("val/rainy_psnr")
         log.info(

@@ -37,12 +37,12 @@ class ImagePanels(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Draws the panel of a chosen image; the ranks write their own images."""
-        if trainer.sanity_checking or trainer.log_dir is None or int(batch["index"][0]) >= self.count:
+        if trainer.sanity_checking or int(batch["index"][0]) >= self.count:
             return
         images = {"rainy": batch["rainy"], "derained": outputs["derained"], "clean": batch["clean"]}
         panel = compare({label: to_pixels(image[0]) for label, image in images.items()})
         name = batch["name"][0].replace("/", "-")
-        write_image(Path(trainer.log_dir) / "panels" / name / f"epoch-{trainer.current_epoch:04d}.png", panel)
+        write_image(Path(trainer.default_root_dir) / "panels" / name / f"epoch-{trainer.current_epoch:04d}.png", panel)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(f"panels/{name}", [panel])

@@ -22,6 +22,6 @@ class SaveImages(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Writes the images of a batch; each rank writes its own."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "images"
+        folder = Path(trainer.default_root_dir) / "images"
         for name, image in zip(batch["name"], outputs, strict=True):
             write_image(folder / f"{name}.png", to_pixels(image))

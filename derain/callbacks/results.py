@@ -39,7 +39,7 @@ class TestResults(Callback):
             return
         module = cast(DerainModule, pl_module)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = Path(trainer.default_root_dir)
         names = [pair.name for pair in data.pairs["test"]]
         write_rows(folder / "images.csv", list(image_rows(module.scores, names)))
         file = self.weights or trainer.ckpt_path

@@ -71,7 +71,12 @@ def run(args: argparse.Namespace) -> int:
         )
     jobs = find_jobs(args.derained, args.clean)
     lpips = lpips_at_hand(args.lpips if args.clean else "none")
-    results = score(jobs, protocols, lpips, no_reference_at_hand(args.no_reference or []))
+    no_reference = no_reference_at_hand(args.no_reference or [])
+    if not (protocols or no_reference):
+        raise DerainError(
+            "nothing to judge by: name clean images, or install pyiqa: pip install 'derain[iqa]'"
+        )
+    results = score(jobs, protocols, lpips, no_reference)
     told = FORMATS[args.format](results, args.output is None)
     if args.output is None:
         print(told, end="")
@@ -145,13 +150,14 @@ def find_jobs(derained: Path, clean: str | None) -> list[Job]:
 
 
 def _images(folder: Path) -> dict[str, Path]:
-    """Images by path without ending; of the folder itself, or where it has none, of the folders below."""
+    """Images by name without ending: of the folder itself, or where it has none, of the folders below."""
     paths = image_files(folder) or image_files(folder, recursive=True)
     if not paths:
         raise DerainError(f"{folder}: holds no images; expected PNG, JPEG, WebP, TIFF or BMP files")
     files: dict[str, Path] = {}
+    top = os.path.commonpath([path.parent for path in paths])
     for path in paths:
-        name = path.relative_to(folder).with_suffix("").as_posix()
+        name = path.relative_to(top).with_suffix("").as_posix()
         if name in files:
             raise DerainError(f"{path}: goes by the same name as {files[name].name}; remove one of them")
         files[name] = path

@@ -43,7 +43,7 @@ class SaveConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):
                 logger.log_hyperparams({"config": config, "commit": commit()})
-        (Path(trainer.log_dir or ".") / "commit.txt").write_text(f"{commit()}\n")
+        (Path(trainer.default_root_dir) / "commit.txt").write_text(f"{commit()}\n")
 
 
 class DerainCLI(LightningCLI):

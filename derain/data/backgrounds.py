@@ -1,20 +1,376 @@
-"""Tells whether two images show the same background."""
+"""Which images show the same background: copied, cropped, flipped, turned, resized, re-encoded, under other rain.
 
-from collections.abc import Sequence
+Candidates come from thumbnails of whole images and from local features (SIFT, Lowe, IJCV 2004) whose
+positions agree on one flip or quarter turn, scale and shift. Only what then agrees pixel by pixel is a match:
+two photos of one place, taken a step or a second apart, are none.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
 
 from derain.images import Pixels
+
+_SEARCH_SIDE = 512  # longest side at which features are sought
+_COMPARE_SIDE = 256  # longest side at which pixels are compared
+_FEATURES = 150  # strongest features kept of an image
+_NEIGHBOURS = 8
+_FEATURE_DISTANCE = 250  # of SIFT descriptors; copies lie below, most strangers above
+_THUMBNAIL = 16
+_COPY = 0.985  # least agreement of copies
+_RAINY = 0.7  # least agreement where rain lies on one of the two
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Background:
+    """What is kept of an image to recognise it.
+
+    Attributes:
+        grey: The image, its longest side at most 256, ``(h, w)`` in 0 to 255.
+        points: Features: x, y in ``grey`` and their angle in degrees, ``(n, 3)``.
+        descriptors: What they look like, ``(n, 128)``.
+        rainy: Whether the image has rain on it.
+    """
+
+    grey: NDArray[np.uint8]
+    points: NDArray[np.float32]
+    descriptors: NDArray[np.uint8]
+    rainy: bool = False
 
 
 @dataclass(frozen=True)
 class Match:
+    """Two images of the same background.
+
+    Attributes:
+        first: Index of the one image.
+        second: Index of the other.
+        score: Agreement of their gradients where they overlap, at most 1.
+        mirrored: Whether one is the mirror image of the other.
+        turn: Degrees clockwise that the first is turned by, after having been turned upside down if mirrored.
+        share: Share of the first image's area that the second shows.
+        of_second: Share of the second image's area that the first shows.
+    """
+
     first: int
     second: int
+    score: float
+    mirrored: bool
+    turn: int
+    share: float
+    of_second: float
+
+    def __str__(self) -> str:
+        """What was done to the image, in words.
+
+        Example:
+            >>> str(Match(0, 1, 1.0, True, 180, 1.0, 1.0))
+            'flipped left to right'
+        """
+        flips = {0: "flipped upside down", 90: "transposed", 180: "flipped left to right", 270: "transposed"}
+        words = [flips[self.turn]] if self.mirrored else [f"turned by {self.turn}°"] * bool(self.turn)
+        if min(self.share, self.of_second) < 0.97:
+            words.append(f"cropped to {min(self.share, self.of_second):.0%} of its area")
+        return ", ".join(words) or "whole"
 
 
-def same(first: Sequence[Pixels], second: Sequence[Pixels], *, crops: bool = True) -> list[Match]:
-    raise NotImplementedError
+def describe(pixels: Pixels, *, rainy: bool = False, local: bool = True) -> Background:
+    """Keeps of an image what recognises it.
+
+    Args:
+        pixels: ``(h, w, 3)`` in 0 to 255.
+        rainy: Whether rain lies on it; thin bright streaks are then weakened first.
+        local: Whether to look for features, without which cropped images are not recognised.
+    """
+    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    if rainy:
+        grey = cv2.morphologyEx(grey, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    small = _shrunk(grey, _COMPARE_SIDE)
+    points, descriptors = np.zeros((0, 3), np.float32), np.zeros((0, 128), np.uint8)
+    if local:
+        search = _shrunk(grey, _SEARCH_SIDE)
+        found, described = cv2.SIFT_create(nfeatures=_FEATURES).detectAndCompute(search, None)
+        if described is not None:
+            strongest = np.argsort([-point.response for point in found], kind="stable")[:_FEATURES]
+            scale = small.shape[1] / search.shape[1]
+            points = np.array(
+                [(found[i].pt[0] * scale, found[i].pt[1] * scale, found[i].angle) for i in strongest],
+                np.float32,
+            )
+            descriptors = described[strongest].astype(np.uint8)
+    return Background(small, points, descriptors, rainy)
 
 
-def describe(pixels):
-    return pixels
+def _shrunk(grey: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    scale = side / max(grey.shape)
+    if scale >= 1:
+        return grey
+    size = [max(1, round(length * scale)) for length in grey.shape[::-1]]
+    return np.asarray(cv2.resize(grey, size, interpolation=cv2.INTER_AREA))
+
+
+def same(
+    first: Sequence[Background], second: Sequence[Background] | None = None, *, crops: bool = True
+) -> list[Match]:
+    """Finds images of the same background.
+
+    Args:
+        first: Some images.
+        second: Others to compare each of them with; by default each of ``first`` with every later one.
+        crops: Whether to look for parts of images too, which takes features.
+
+    Returns:
+        One match for every pair of images that has one, sorted by the images' indices.
+    """
+    images = [*first, *(second or ())]
+    groups = np.zeros(len(images), int)
+    groups[len(first) :] = 1
+    best: dict[tuple[int, int], Match] = {}
+    hypotheses = [*_by_thumbnail(images)]
+    if crops:
+        hypotheses += _by_features(images)
+    wanted = [h for h in hypotheses if second is None or groups[h.first] != groups[h.second]]
+    with ThreadPoolExecutor() as threads:
+        for match in threads.map(lambda one: _confirmed(images, one), wanted):
+            if match is not None:
+                key = (match.first, match.second)
+                if key not in best or match.score > best[key].score:
+                    best[key] = match
+    if second is None:
+        return [best[key] for key in sorted(best)]
+    shift = len(first)
+    return [
+        Match(a, b - shift, m.score, m.mirrored, m.turn, m.share, m.of_second)
+        for (a, b), m in sorted(best.items())
+    ]
+
+
+@dataclass(frozen=True)
+class _Hypothesis:
+    """The first image, flipped upside down and turned clockwise, lies in the second at ``scale * xy + shift``."""
+
+    first: int
+    second: int
+    mirrored: bool
+    turns: int
+    scale: tuple[float, float]
+    shift: tuple[float, float]
+    votes: int
+
+
+def _oriented(image: NDArray[np.uint8], mirrored: bool, turns: int) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(np.rot90(image[::-1] if mirrored else image, -turns))
+
+
+def _oriented_points(points: Floats, shape: tuple[int, ...], mirrored: bool, turns: int) -> Floats:
+    """Where points ``(n, 2)`` of an image of that shape lie once it is flipped and turned."""
+    x, y = points[:, 0], points[:, 1]
+    h, w = shape[:2]
+    if mirrored:
+        y = h - 1 - y
+    for _ in range(turns):
+        x, y, h, w = h - 1 - y, x, w, h
+    return np.stack([x, y], 1)
+
+
+def _by_thumbnail(images: Sequence[Background]) -> Iterator[_Hypothesis]:
+    """Whole images that look alike when small, in any of the eight orientations."""
+    size = (_THUMBNAIL, _THUMBNAIL)
+    small = np.stack([cv2.resize(image.grey, size, interpolation=cv2.INTER_AREA) for image in images]).astype(
+        np.float32
+    )
+    for mirrored in (False, True):
+        for turns in range(4):
+            turned = np.stack([_oriented(image, mirrored, turns) for image in small])  # type: ignore[arg-type]
+            left, right = _standardised(turned), _standardised(small)
+            for start in range(0, len(images), 1024):
+                alike = left[start : start + 1024] @ right.T > 0.96
+                for a, b in zip(*np.nonzero(alike), strict=True):
+                    if start + a < b:
+                        yield _whole(images, start + int(a), int(b), mirrored, turns)
+
+
+def _standardised(thumbnails: NDArray[np.float32]) -> NDArray[np.float32]:
+    flat = thumbnails.reshape(len(thumbnails), -1)
+    flat = flat - flat.mean(1, keepdims=True)
+    norm = np.linalg.norm(flat, axis=1, keepdims=True)
+    return np.asarray(flat / np.maximum(norm, 1e-6), np.float32)
+
+
+def _whole(images: Sequence[Background], first: int, second: int, mirrored: bool, turns: int) -> _Hypothesis:
+    h, w = images[first].grey.shape[:: -1 if turns % 2 else 1]
+    to_h, to_w = images[second].grey.shape
+    scale = (to_w / w, to_h / h)
+    return _Hypothesis(
+        first, second, mirrored, turns, scale, ((scale[0] - 1) / 2, (scale[1] - 1) / 2), _FEATURES
+    )
+
+
+def _by_features(images: Sequence[Background]) -> list[_Hypothesis]:
+    """Images whose features agree on an orientation, scale and shift."""
+    if not any(len(image.points) for image in images):
+        return []
+    descriptors = np.concatenate([image.descriptors for image in images]).astype(np.float32)
+    points = np.concatenate([image.points for image in images]).astype(np.float64)
+    owner = np.repeat(np.arange(len(images)), [len(image.points) for image in images])
+    cv2.setRNGSeed(0)
+    index = cv2.flann.Index(descriptors, {"algorithm": 1, "trees": 4})
+    votes = []
+    for mirrored in (False, True):
+        queries = _mirrored_descriptors(descriptors) if mirrored else descriptors
+        votes.append(_votes(index, queries, points[:, 2], owner, mirrored))
+    table = np.concatenate(votes)
+    table = table[np.lexsort(table.T[::-1])]
+    new = (np.diff(table[:, :4], axis=0, prepend=-1) != 0).any(1)
+    starts = [*np.flatnonzero(new).tolist(), len(table)]
+    hypotheses = []
+    for start, end in pairwise(starts):
+        if end - start < 3:
+            continue
+        group = table[start:end]
+        first, second, mirrored, turns = (int(value) for value in group[0, :4])
+        group = group[np.argsort(group[:, 6], kind="stable")[:40]]
+        a = _oriented_points(points[group[:, 4], :2], images[first].grey.shape, bool(mirrored), turns)
+        fit = _fit(a, points[group[:, 5], :2])
+        if fit is not None:
+            hypotheses.append(_Hypothesis(first, second, bool(mirrored), turns, *fit))
+    return hypotheses
+
+
+def _mirrored_descriptors(descriptors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """SIFT descriptors of the mirror image: 4 x 4 cells of 8 directions, rows and directions reversed."""
+    cells = descriptors.reshape(-1, 4, 4, 8)[:, ::-1][..., -np.arange(8) % 8]
+    return np.ascontiguousarray(cells.reshape(-1, 128))
+
+
+def _votes(
+    index: "cv2.flann.Index",
+    queries: NDArray[np.float32],
+    angles: Floats,
+    owner: NDArray[np.int64],
+    mirrored: bool,
+) -> NDArray[np.int64]:
+    """Pairs of like features: both images, mirrored, quarter turns, both features, distance."""
+    parts = np.array_split(queries, 8)
+    count = min(_NEIGHBOURS, len(queries))
+    with ThreadPoolExecutor() as threads:
+        found = [*threads.map(lambda part: index.knnSearch(part, count, params={"checks": 32}), parts)]
+    b = np.concatenate([ids for ids, _ in found]).astype(np.int64).ravel()
+    distance = np.sqrt(np.concatenate([squares for _, squares in found])).ravel()
+    a = np.repeat(np.arange(len(queries)), count)
+    turned = angles[b] + (angles[a] if mirrored else -angles[a])
+    turns = np.rint(turned / 90).astype(np.int64)
+    ok = (owner[a] != owner[b]) & (distance < _FEATURE_DISTANCE) & (np.abs(turned - 90 * turns) < 12)
+    a, b, turns, distance = a[ok], b[ok], turns[ok] % 4, distance[ok]
+    later = owner[a] > owner[b]  # state every pair from its earlier image: invert the orientation
+    turns = np.where(later & (not mirrored), -turns % 4, turns)
+    a, b = np.where(later, b, a), np.where(later, a, b)
+    table = [owner[a], owner[b], np.full(len(a), mirrored), turns, a, b, distance.astype(np.int64)]
+    return np.unique(np.stack(table, 1).astype(np.int64), axis=0)
+
+
+def _fit(a: Floats, b: Floats) -> tuple[tuple[float, float], tuple[float, float], int] | None:
+    """Scale and shift by axis that take most points ``a`` to ``b``, over all pairs of points.
+
+    Returns:
+        Scale, shift and the number of points that agree; None if fewer than three do.
+    """
+    i, j = np.triu_indices(len(a), 1)
+    run, rise = a[i] - a[j], b[i] - b[j]
+    far = (np.abs(run) > 5).all(1) & (np.abs(rise) > 2).all(1)
+    i, run, rise = i[far], run[far], rise[far]
+    scale = rise / run
+    sane = (scale > 0.1).all(1) & (scale < 10).all(1)
+    sane[sane] = np.abs(np.log(scale[sane, 0] / scale[sane, 1])) < np.log(1.8)
+    if not sane.any():
+        return None
+    scale, i = scale[sane], i[sane]
+    shift = b[i] - scale * a[i]
+    error = np.abs(scale[:, None] * a + shift[:, None] - b).max(2)
+    tolerance = 4.0
+    agree = error < tolerance
+    best = int(agree.sum(1).argmax())
+    inliers, one_scale, one_shift = agree[best], scale[best].copy(), shift[best].copy()
+    for _ in range(3):
+        if inliers.sum() < 3:
+            return None
+        for axis in range(2):
+            design = np.stack([a[inliers, axis], np.ones(int(inliers.sum()))], 1)
+            one_scale[axis], one_shift[axis] = np.linalg.lstsq(design, b[inliers, axis], rcond=None)[0]
+        inliers = np.abs(one_scale * a + one_shift - b).max(1) < tolerance
+    if inliers.sum() < 3 or (one_scale <= 0.1).any():
+        return None
+    return (one_scale[0], one_scale[1]), (one_shift[0], one_shift[1]), int(inliers.sum())
+
+
+def _confirmed(images: Sequence[Background], guess: _Hypothesis) -> Match | None:
+    """Compares pixels; a guess that nearly fits is refined."""
+    a = _oriented(images[guess.first].grey, guess.mirrored, guess.turns)
+    b = images[guess.second].grey
+    least = _RAINY if images[guess.first].rainy or images[guess.second].rainy else _COPY
+    warp = np.array([[guess.scale[0], 0, guess.shift[0]], [0, guess.scale[1], guess.shift[1]]])
+    swapped = guess.scale[0] * guess.scale[1] < 1
+    if swapped:  # sample the finer image at the pixels of the coarser one
+        a, b, warp = b, a, cv2.invertAffineTransform(warp)
+    score, share, other = _agreement(a, b, warp)
+    if score < least and (score > 0.2 or guess.votes >= 6):
+        refined = _refined(a, b, warp)
+        if refined is not None:
+            score, share, other = _agreement(a, b, refined)
+    if score < least or max(share, other) < 0.25:
+        return None
+    if swapped:
+        share, other = other, share
+    return Match(guess.first, guess.second, score, guess.mirrored, guess.turns * 90, share, other)
+
+
+def _refined(a: NDArray[np.uint8], b: NDArray[np.uint8], warp: Floats) -> Floats | None:
+    """Aligns to a fraction of a pixel (ECC, Evangelidis and Psarakis, PAMI 2008), axes kept parallel."""
+    scale = float(np.sqrt(warp[0, 0] * warp[1, 1]))
+    soft = cv2.GaussianBlur(b, (0, 0), 0.5 * scale)
+    criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 30, 1e-4)
+    try:
+        _, fine = cv2.findTransformECC(a, soft, warp.astype(np.float32), cv2.MOTION_AFFINE, criteria, None, 3)
+    except cv2.error:  # it does not converge where there is nothing to align
+        return None
+    fine = fine.astype(np.float64)
+    centre = np.array([(a.shape[1] - 1) / 2, (a.shape[0] - 1) / 2])
+    at = fine[:, :2] @ centre + fine[:, 2]
+    straight = np.diag(np.diag(fine[:, :2]))
+    if (np.diag(straight) <= 0.1).any():
+        return None
+    return np.concatenate([straight, (at - straight @ centre)[:, None]], 1)
+
+
+def _agreement(a: NDArray[np.uint8], b: NDArray[np.uint8], warp: Floats) -> tuple[float, float, float]:
+    """Correlation of the gradients of ``a`` and of ``b`` at ``warp``, and the shares of each that overlap."""
+    scale = float(np.sqrt(warp[0, 0] * warp[1, 1]))
+    size = a.shape[::-1]
+    flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
+    seen = cv2.warpAffine(
+        np.ones_like(b), warp, size, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, borderValue=0
+    )
+    covered = int(seen.sum())
+    seen[[0, -1]] = 0
+    seen[:, [0, -1]] = 0
+    seen = cv2.erode(seen, np.ones((5, 5), np.uint8), borderValue=0).astype(bool)
+    if seen.sum() < 64:
+        return 0.0, 0.0, 0.0
+    soft_a = cv2.GaussianBlur(a.astype(np.float32), (0, 0), 1)
+    soft_b = cv2.warpAffine(
+        cv2.GaussianBlur(b.astype(np.float32), (0, 0), max(1.0, scale)), warp, size, flags=flags
+    )
+    left, right = (
+        np.concatenate([cv2.Sobel(image, cv2.CV_32F, dx, 1 - dx)[seen] for dx in (0, 1)]).astype(np.float64)
+        for image in (soft_a, soft_b)
+    )
+    norm = np.sqrt((left @ left) * (right @ right))
+    score = float(left @ right / norm) if norm > 1e-3 else 0.0
+    return score, covered / a.size, min(1.0, covered * scale**2 / b.size)

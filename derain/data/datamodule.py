@@ -37,11 +37,15 @@ class Tickets(DistributedSampler[Ticket]):
 
 
 class Strided(DistributedSampler[int]):
-    """Every image once over all ranks: rank r judges images r, r + world, …; counts may differ by one."""
+    """Every image once over all ranks: rank r judges images r, r + world, …; counts may differ by one.
+
+    Of fewer images than ranks, the surplus ranks judge one again (scores count an image once): a rank without
+    any would leave out the loop, and the others would wait for it for ever.
+    """
 
     def __init__(self, count: int, rank: int, world: int) -> None:
         super().__init__(range(count), num_replicas=world, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self.places = range(rank, count, world)
+        self.places = range(rank, count, world) if rank < count else range(rank % count, rank % count + 1)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.places)

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import pickle
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -73,16 +74,15 @@ class Lpips:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
         try:
-            self.network = LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="none").net
+            with redirect_stdout(sys.stderr):  # torch.hub says there what it downloads
+                self.network = LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="none").net
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             if self.backbone.file.is_file():
                 raise DerainError(
                     f"{self.backbone.file}: damaged ({reason}); delete it and try again"
                 ) from error
-            raise DerainError(
-                f"LPIPS: cannot fetch {told}: {reason}; put them at {self.backbone.file}"
-            ) from error
+            raise DerainError(f"cannot fetch {told}: {reason}; put them at {self.backbone.file}") from error
 
     def __call__(self, derained: NDArray[Any], clean: NDArray[Any]) -> float:
         """Compares two images ``(h, w, 3)``, uint8 or floating point in [0, 1].
@@ -123,7 +123,8 @@ class NoReference:
         if name not in known:
             raise DerainError(f"pyiqa has no no-reference metric '{name}'; choose from {', '.join(known)}")
         try:
-            self.metric = pyiqa.create_metric(name, device="cpu")
+            with redirect_stdout(sys.stderr):
+                self.metric = pyiqa.create_metric(name, device="cpu")
         except (OSError, RuntimeError) as error:
             raise DerainError(
                 f"{name}: pyiqa cannot get its weights: {str(error).partition(chr(10))[0]}"

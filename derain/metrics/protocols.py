@@ -91,7 +91,10 @@ PROTOCOLS: dict[str, Protocol] = {
             border=4,
         ),
         Protocol(
-            "rgb", f"RGB of 8-bit output (rounded); {_VALID}, mean of channels", "deraining surveys", "rgb"
+            "rgb",
+            f"RGB of 8-bit output (rounded); {_VALID}, mean of channels",
+            "papers that report RGB without a border cut off",
+            "rgb",
         ),
     )
 }

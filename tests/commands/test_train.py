@@ -161,7 +161,7 @@ def derain(*arguments, **environment):
 
 
 def finished(process):
-    told, _ = process.communicate(timeout=300)
+    told, _ = process.communicate(timeout=120)
     assert process.returncode == 0, told
     return told
 

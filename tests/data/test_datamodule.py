@@ -124,6 +124,10 @@ def test_evaluation_counts_every_image_once(world):
     assert sorted(itertools.chain.from_iterable(shares)) == list(range(101))
 
 
+def test_no_rank_is_left_without_an_image():
+    assert [list(Strided(2, rank, 5)) for rank in range(5)] == [[0], [1], [0], [1], [0]]
+
+
 def test_ranks_train_on_different_images_equally_many():
     shares = [list(Tickets(11, rank, 2, seed=0)) for rank in range(2)]
     assert [len(share) for share in shares] == [6, 6]

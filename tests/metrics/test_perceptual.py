@@ -14,7 +14,9 @@ from derain.metrics.perceptual import BACKBONES, Lpips, NoReference
 def random_alexnet():
     """AlexNet's weights, features drawn at random, the classifier (which LPIPS does not use) as one zero."""
     with torch.device("meta"):
-        shapes = {name: value.shape for name, value in torchvision.models.alexnet(weights=None).state_dict().items()}
+        shapes = {
+            name: value.shape for name, value in torchvision.models.alexnet(weights=None).state_dict().items()
+        }
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(shape, generator=generator) * 0.05
@@ -65,7 +67,9 @@ def test_backbones_are_those_of_torchvision(net, weights, monkeypatch):
 def test_lpips_is_zero_for_equal_images_and_grows_with_noise(cached_alexnet, photos, rng):
     lpips = Lpips("alex")
     clean = photos[0]
-    little, much = (np.clip(clean + rng.normal(0, sigma, clean.shape), 0, 255).astype(np.uint8) for sigma in (5, 60))
+    little, much = (
+        np.clip(clean + rng.normal(0, sigma, clean.shape), 0, 255).astype(np.uint8) for sigma in (5, 60)
+    )
     assert lpips(clean, clean) == 0
     assert 0 < lpips(little, clean) < lpips(much, clean)
     assert lpips(little / np.float32(255), clean / np.float32(255)) == pytest.approx(lpips(little, clean))
@@ -97,11 +101,13 @@ def test_lpips_says_what_it_fetches_before_it_does(cache, monkeypatch, capsys):
 
     def no_network(url, *args, **kwargs):
         said.append(capsys.readouterr().err)
+        print("downloading")
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(DerainError, match="cannot fetch AlexNet weights .*no network"):
+    with pytest.raises(DerainError, match=r"cannot fetch AlexNet weights .*no network"):
         Lpips("alex", fetch=True)
+    assert capsys.readouterr().out == ""  # where results go
     (line,) = said
     assert all(word in line for word in ("233 MB", BACKBONES["alex"].url, str(cache)))
 
@@ -109,7 +115,7 @@ def test_lpips_says_what_it_fetches_before_it_does(cache, monkeypatch, capsys):
 def test_lpips_refuses_damaged_weights(cache):
     cache.mkdir(parents=True)
     BACKBONES["alex"].file.write_bytes(b"half a download")
-    with pytest.raises(DerainError, match="damaged .*delete it") as refused:
+    with pytest.raises(DerainError, match=r"damaged .*delete it") as refused:
         Lpips("alex")
     assert "\n" not in str(refused.value)
 
