@@ -26,6 +26,7 @@ _COPY = 0.985  # least agreement of copies
 _RAINY = 0.7  # least agreement where rain lies on one of the two
 
 Floats = NDArray[np.float64]
+Grey = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,9 +322,7 @@ def _confirmed(images: Sequence[Background], guess: _Hypothesis) -> Match | None
         a, b, warp = b, a, cv2.invertAffineTransform(warp)
     score, share, other = _agreement(a, b, warp)
     if score < least and (score > 0.2 or guess.votes >= 6):
-        refined = _refined(a, b, warp)
-        if refined is not None:
-            score, share, other = _agreement(a, b, refined)
+        score, share, other = _agreement(a, b, _refined(a, b, warp))
     if score < least or max(share, other) < 0.25:
         return None
     if swapped:
@@ -331,46 +330,58 @@ def _confirmed(images: Sequence[Background], guess: _Hypothesis) -> Match | None
     return Match(guess.first, guess.second, score, guess.mirrored, guess.turns * 90, share, other)
 
 
-def _refined(a: NDArray[np.uint8], b: NDArray[np.uint8], warp: Floats) -> Floats | None:
-    """Aligns to a fraction of a pixel (ECC, Evangelidis and Psarakis, PAMI 2008), axes kept parallel."""
-    scale = float(np.sqrt(warp[0, 0] * warp[1, 1]))
-    soft = cv2.GaussianBlur(b, (0, 0), 0.5 * scale)
-    criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 30, 1e-4)
-    try:
-        _, fine = cv2.findTransformECC(a, soft, warp.astype(np.float32), cv2.MOTION_AFFINE, criteria, None, 3)
-    except cv2.error:  # it does not converge where there is nothing to align
-        return None
-    fine = fine.astype(np.float64)
-    centre = np.array([(a.shape[1] - 1) / 2, (a.shape[0] - 1) / 2])
-    at = fine[:, :2] @ centre + fine[:, 2]
-    straight = np.diag(np.diag(fine[:, :2]))
-    if (np.diag(straight) <= 0.1).any():
-        return None
-    return np.concatenate([straight, (at - straight @ centre)[:, None]], 1)
+def _refined(a: Grey, b: Grey, warp: Floats) -> Floats:
+    """Aligns to a fraction of a pixel: Gauss-Newton on scale and shift by axis, brightness and contrast.
+
+    Only what a crop and a resize can do is aligned, so that a photo taken from a step aside stays apart.
+    """
+    warp = warp.copy()
+    y, x = np.mgrid[: a.shape[0], : a.shape[1]].astype(np.float64)
+    for sigma in (4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 1.0):
+        seen, target, moved = _overlap(a, b, warp, sigma)
+        if seen.sum() < 64:
+            return warp
+        dx, dy = (cv2.Sobel(moved, cv2.CV_32F, 1 - axis, axis)[seen] / 8 / warp[axis, axis] for axis in (0, 1))
+        values = moved[seen]
+        design = np.stack([dx * x[seen], dx, dy * y[seen], dy, values, np.ones_like(values)], 1).astype(np.float64)
+        weights = design.T @ design + 1e-6 * np.eye(6)
+        step = np.linalg.solve(weights, design.T @ (target[seen] - values))
+        warp[0, 0] += step[0]
+        warp[0, 2] += step[1]
+        warp[1, 1] += step[2]
+        warp[1, 2] += step[3]
+        if min(warp[0, 0], warp[1, 1]) < 0.1 or not np.isfinite(warp).all():
+            return warp
+    return warp
 
 
-def _agreement(a: NDArray[np.uint8], b: NDArray[np.uint8], warp: Floats) -> tuple[float, float, float]:
-    """Correlation of the gradients of ``a`` and of ``b`` at ``warp``, and the shares of each that overlap."""
-    scale = float(np.sqrt(warp[0, 0] * warp[1, 1]))
+def _overlap(a: Grey, b: Grey, warp: Floats, sigma: float) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
+    """Pixels of ``a`` that ``b`` covers, and both images there, blurred alike."""
     size = a.shape[::-1]
-    flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
-    seen = cv2.warpAffine(
-        np.ones_like(b), warp, size, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, borderValue=0
-    )
-    covered = int(seen.sum())
+    scale = float(np.sqrt(warp[0, 0] * warp[1, 1]))
+    seen = cv2.warpAffine(np.ones_like(b), warp, size, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
     seen[[0, -1]] = 0
     seen[:, [0, -1]] = 0
-    seen = cv2.erode(seen, np.ones((5, 5), np.uint8), borderValue=0).astype(bool)
+    inner = cv2.erode(seen, np.ones((5, 5), np.uint8), borderValue=0).astype(bool)
+    soft_a = cv2.GaussianBlur(a.astype(np.float32), (0, 0), sigma)
+    soft_b = cv2.GaussianBlur(b.astype(np.float32), (0, 0), sigma * max(1.0, scale))
+    moved = cv2.warpAffine(soft_b, warp, size, flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP)
+    return inner, soft_a, moved
+
+
+def _agreement(a: Grey, b: Grey, warp: Floats) -> tuple[float, float, float]:
+    """Correlation of the gradients of ``a`` and of ``b`` at ``warp``, and the shares of each that overlap."""
+    if min(warp[0, 0], warp[1, 1]) < 0.1:
+        return 0.0, 0.0, 0.0
+    seen, soft_a, moved = _overlap(a, b, warp, 1.0)
     if seen.sum() < 64:
         return 0.0, 0.0, 0.0
-    soft_a = cv2.GaussianBlur(a.astype(np.float32), (0, 0), 1)
-    soft_b = cv2.warpAffine(
-        cv2.GaussianBlur(b.astype(np.float32), (0, 0), max(1.0, scale)), warp, size, flags=flags
-    )
     left, right = (
         np.concatenate([cv2.Sobel(image, cv2.CV_32F, dx, 1 - dx)[seen] for dx in (0, 1)]).astype(np.float64)
-        for image in (soft_a, soft_b)
+        for image in (soft_a, moved)
     )
     norm = np.sqrt((left @ left) * (right @ right))
     score = float(left @ right / norm) if norm > 1e-3 else 0.0
-    return score, covered / a.size, min(1.0, covered * scale**2 / b.size)
+    low, high = warp[:, 2], warp[:, 2] + np.diag(warp[:, :2]) * a.shape[::-1]
+    overlap = np.clip(np.minimum(high, b.shape[::-1]) - np.maximum(low, 0), 0, None).prod()
+    return score, float(overlap / (high - low).prod()), float(overlap / b.size)

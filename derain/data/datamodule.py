@@ -12,8 +12,9 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from derain.batch import PairBatch
-from derain.data.cache import Mode, PixelCache, fingerprint, open_cache, read_pair
+from derain.data.cache import Mode, PixelCache, cache_folder, fingerprint, open_cache, read_pair
 from derain.data.pairs import Pair, PairSet, find_pairs
+from derain.data.quickstart import quickstart_set
 from derain.data.transforms import Augmentation
 from derain.errors import DerainError
 from derain.images import Pixels
@@ -105,6 +106,7 @@ class RainDataModule(LightningDataModule):
 
     A set is named as in ``derain data list`` and looked up below ``root``, or given as a folder
     (``path``, its layout is detected and told, or ``layout:path``). Several sets are mixed by a list.
+    ``Quickstart`` is made on the spot from photos that scikit-image ships.
 
     Args:
         train: Set or sets to train on.
@@ -202,11 +204,16 @@ class RainDataModule(LightningDataModule):
         names = _as_list(self.sets[option])
         if not names:
             raise DerainError(f"--data.{option}: no set is named; give a name of `derain data list` or a folder")
-        found = [find_pairs(name, split, data_root=self.root) for name in names]
+        found = [find_pairs(self._place(name, split), split, data_root=self.root) for name in names]
         for one in found:
             for note in one.notes:
                 log.info("%s: %s", one.name, note)
         return found[0].pairs if len(found) == 1 else tuple(_prefixed(found))
+
+    def _place(self, name: str, split: str) -> str:
+        if name.lower() != "quickstart":
+            return name
+        return f"folder:{quickstart_set(cache_folder()) / ('train' if split == 'train' else 'test')}"
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Shuffled random crops."""

@@ -315,6 +315,7 @@ LAYOUTS: dict[str, Layout] = {
         files={
             split: (
                 _FOLDERS,
+                Files(f"{_IN}/{{name}}_rain{{streak}}", f"{_OUT}/{{name}}"),
                 Files(f"{_IN}/(?:X2/)?(?:no)?rain[-_]?{{name}}(?:x2)?", f"{_OUT}/norain[-_]?{{name}}"),
                 Files(f"{_IN}/rain[-_]?{{name}}(?:x2)?", "norain[-_]?{name}"),
                 Files("rain[-_]?{name}(?:x2)?", "norain[-_]?{name}"),
