@@ -86,15 +86,12 @@ def main():
         turns = [(timed(ours), timed(theirs)) for _ in range(TURNS)]
     seconds = [min(turn[place][0] for turn in turns) for place in (0, 1)]
     scores = sorted(turns[0][0][1][0]["images"], key=lambda image: image["name"])
-    apart = np.abs(
-        np.array([(image["psnr"], image["ssim"]) for image in scores]) - np.array(turns[0][1][1])
-    ).max(axis=0)
+    apart = np.abs(np.array([(image["psnr"], image["ssim"]) for image in scores]) - np.array(turns[0][1][1])).max(
+        axis=0
+    )
     ratio = seconds[0] / seconds[1]
     print(f"score: {told}, matlab-y, {os.cpu_count()} cores")
-    print(
-        f"  derain score {seconds[0]:.2f} s, NumPy/SciPy {seconds[1]:.2f} s: "
-        f"ratio {ratio:.3f} (at most {LIMIT:.3f})"
-    )
+    print(f"  derain score {seconds[0]:.2f} s, NumPy/SciPy {seconds[1]:.2f} s: ratio {ratio:.3f} (at most {LIMIT:.3f})")
     print(f"  furthest apart: {apart[0]:.1e} dB, {apart[1]:.1e} SSIM (at most 1e-06)")
     return 0 if ratio <= LIMIT and apart.max() <= 1e-6 else 1
 

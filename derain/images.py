@@ -94,6 +94,9 @@ def read_rgb(path: Path) -> Pixels:
     Raises:
         DerainError: If the file cannot be read as an image.
     """
+    with opened(path) as image:
+        if not _is_deep(image, path):
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     return to_bytes(read_photo(path).rgb)
 
 
@@ -155,7 +158,7 @@ def read_photo(path: Path) -> Photo:
     """
     with opened(path) as image:
         exif = image.getexif()
-        deep = image.mode.startswith("I") or image.mode == "F" or _declared_bits(image, path) == 16
+        deep = _is_deep(image, path)
         upright = ImageOps.exif_transpose(image)
         exif.pop(0x0112, None)  # the rotation has been applied
         keep_exif = len(exif) and image.format != "TIFF"  # there it describes how the file is laid out
@@ -170,14 +173,14 @@ def read_photo(path: Path) -> Photo:
     return _read_16_bit(path, info)
 
 
-def _declared_bits(image: Image.Image, path: Path) -> int:
-    """Bits a channel that a PNG or TIFF file declares (Pillow turns 16-bit colour into 8); else 8."""
+def _is_deep(image: Image.Image, path: Path) -> bool:
+    """Whether a file holds more than 8 bits a channel, which Pillow has no colour mode for."""
     if image.format == "PNG":
         with path.open("rb") as file:
-            return file.read(25)[24]
+            return file.read(25)[24] == 16
     if image.format == "TIFF":
-        return int(max(np.atleast_1d(image.getexif().get(258, 8))))
-    return 8
+        return int(max(np.atleast_1d(image.getexif().get(258, 8)))) > 8
+    return image.mode.startswith("I") or image.mode == "F"
 
 
 def _read_16_bit(path: Path, info: dict[str, Any]) -> Photo:

@@ -229,4 +229,3 @@ def _fade(side: int, overlap: int, before: bool, after: bool) -> Float[Tensor, "
 
 def _to_array(image: Float[Tensor, "1 3 h w"]) -> NDArray[np.float32]:
     return np.ascontiguousarray(image[0].clamp(0, 1).permute(1, 2, 0).numpy())
-

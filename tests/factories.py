@@ -124,9 +124,7 @@ def _names(name: str, split: str, count: int, variant: int) -> Iterator[tuple[st
     elif name == "Rain12":
         yield from ((f"rainy/{i}.png", f"groundtruth/{i}.png") for i in numbers)
     elif name == "Rain13K":
-        sets = (
-            ["train"] if split == "train" else [f"test/{one}" for one in ("Test100", "Rain100L", "Test2800")]
-        )
+        sets = ["train"] if split == "train" else [f"test/{one}" for one in ("Test100", "Rain100L", "Test2800")]
         for place, one in enumerate(sets):
             yield from ((f"{one}/input/{i}.png", f"{one}/target/{i}.png#{place * 100 + i}") for i in numbers)
     elif name == "SPA-Data":

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -49,7 +51,7 @@ def test_starts_cover_and_overlap():
             places = starts(length, tile, overlap)
             assert places[0] == 0
             assert places[-1] == max(0, length - tile)
-            assert all(b - a <= tile - overlap for a, b in zip(places, places[1:], strict=False))
+            assert all(b - a <= tile - overlap for a, b in pairwise(places))
 
 
 def test_tiled_and_whole_agree_away_from_tile_borders(method):
@@ -127,7 +129,7 @@ def test_bf16_is_close(method):
 def test_refusals(method, tmp_path):
     with pytest.raises(DerainError, match="--tile 10"):
         Restorer(method, tile=10)
-    with pytest.raises(DerainError, match="--device cuda:99.*found"):
+    with pytest.raises(DerainError, match=r"--device cuda:99.*found"):
         choose_device("cuda:99")
     with pytest.raises(DerainError, match="--device gpu"):
         choose_device("gpu")

@@ -2,11 +2,12 @@
 
 import logging
 from pathlib import Path
+from typing import cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from derain.methods import weights
+from derain.methods import DerainModule, weights
 
 log = logging.getLogger("derain")
 
@@ -27,6 +28,6 @@ class FinalWeights(Callback):
             "validation: rainy %.2f dB, derained %.2f dB at best (%s)",
             float("nan") if rainy is None else float(rainy),
             float("nan") if best.best_model_score is None else float(best.best_model_score),
-            pl_module.protocols[0],
+            cast(DerainModule, pl_module).protocols[0],
         )
         log.info("restore photos by: derain restore IN OUT --weights %s", target)

@@ -47,6 +47,4 @@ class ImagePanels(Callback):
             if isinstance(logger, WandbLogger):
                 logger.log_image(f"panels/{name}", [panel])
             elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(
-                    f"panels/{name}", np.asarray(panel), trainer.global_step, dataformats="HWC"
-                )
+                logger.experiment.add_image(f"panels/{name}", np.asarray(panel), trainer.global_step, dataformats="HWC")

@@ -131,7 +131,12 @@ def print_table(summary: dict[str, Any]) -> None:
         f"{summary['data']['images']} images",
         title_justify="left",
     )
-    for column, justify in {"protocol": "left", "rainy": "right", "derained": "right", "95 % interval": "right"}.items():
+    for column, justify in {
+        "protocol": "left",
+        "rainy": "right",
+        "derained": "right",
+        "95 % interval": "right",
+    }.items():
         table.add_column(column, justify=cast(Any, justify))
     for row in summary["results"]:
         low, high = row["psnr_interval"]

@@ -17,9 +17,7 @@ class Throughput(Callback):
         self._start = self._free = time.perf_counter()
         self._waited, self._images = 0.0, 0
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """A batch has come."""
         self._waited += time.perf_counter() - self._free
         self._images += len(batch["name"])

@@ -12,7 +12,16 @@ from rich.table import Table
 
 import derain
 
-PACKAGES = ("torch", "lightning", "torchmetrics", "jsonargparse", "albumentations", "safetensors", "numpy", "pillow")
+PACKAGES = (
+    "torch",
+    "lightning",
+    "torchmetrics",
+    "jsonargparse",
+    "albumentations",
+    "safetensors",
+    "numpy",
+    "pillow",
+)
 OPTIONAL = ("torchvision", "scikit-image", "wandb", "tensorboard", "pyiqa")
 
 
@@ -46,9 +55,7 @@ def vision_problem(torch_version: str | None, vision_version: str | None) -> str
     )
     wanted = int(torch_base.split(".")[1]) + 15
     if int(vision_base.split(".")[1]) != wanted:
-        return (
-            f"torchvision {vision_version} does not belong to torch {torch_version}: install torchvision 0.{wanted}"
-        )
+        return f"torchvision {vision_version} does not belong to torch {torch_version}: install torchvision 0.{wanted}"
     if (torch_build == "cpu") != (vision_build == "cpu"):
         return (
             f"torch {torch_version} and torchvision {vision_version} are different builds "
@@ -57,7 +64,7 @@ def vision_problem(torch_version: str | None, vision_version: str | None) -> str
     return None
 
 
-def run(args: argparse.Namespace) -> int:  # noqa: ARG001
+def run(args: argparse.Namespace) -> int:
     """Prints the report."""
     from derain.data.cache import cache_folder
 

@@ -89,7 +89,7 @@ def plan(source: str, output: Path) -> dict[Path, Path]:
         target = output / path.name if output.is_dir() or not output.suffix else output
         targets = {path: target}
     else:
-        matches = (Path(name) for name in glob.glob(source, recursive=True))
+        matches = (Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207 - the pattern may be absolute
         files = sorted((f for f in matches if f.suffix.lower() in SUFFIXES and f.is_file()), key=natural_key)
         targets = {file: output / file.name for file in files}
     if not targets:
@@ -114,7 +114,6 @@ def _within(file: Path, folder: Path) -> bool:
 
 def write_comparison(photo: Photo, derained: NDArray[np.float32], target: Path) -> None:
     """Writes ``NAME-compare.png`` beside the restored photo."""
-
     picture = compare({"rainy": to_bytes(photo.rgb), "derained": to_bytes(derained)})
     write_image(target.with_name(f"{target.stem}-compare.png"), picture)
 

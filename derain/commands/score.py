@@ -66,16 +66,12 @@ def run(args: argparse.Namespace) -> int:
     """Scores, and prints or writes the result; exit code 0 unless input was refused."""
     protocols = resolve(args.protocol or [next(iter(PROTOCOLS))]) if args.clean else ()
     if not args.clean and not args.no_reference:
-        raise DerainError(
-            "CLEAN: not given; name the clean images, or judge without them by --no-reference niqe"
-        )
+        raise DerainError("CLEAN: not given; name the clean images, or judge without them by --no-reference niqe")
     jobs = find_jobs(args.derained, args.clean)
     lpips = lpips_at_hand(args.lpips if args.clean else "none")
     no_reference = no_reference_at_hand(args.no_reference or [])
     if not (protocols or no_reference):
-        raise DerainError(
-            "nothing to judge by: name clean images, or install pyiqa: pip install 'derain[iqa]'"
-        )
+        raise DerainError("nothing to judge by: name clean images, or install pyiqa: pip install 'derain[iqa]'")
     results = score(jobs, protocols, lpips, no_reference)
     told = FORMATS[args.format](results, args.output is None)
     if args.output is None:
@@ -141,9 +137,7 @@ def find_jobs(derained: Path, clean: str | None) -> list[Job]:
     if Path(clean).is_file():
         if derained.is_file():
             return [Job(derained.stem, derained, Path(clean))]
-        raise DerainError(
-            f"{clean}: is one file, but {derained} is a folder; give the folder of clean images"
-        )
+        raise DerainError(f"{clean}: is one file, but {derained} is a folder; give the folder of clean images")
     references = _references(clean, derained if derained.is_file() else next(iter(files.values())))
     found = match(list(files), list(references), part=derained.is_file(), where=(str(derained), clean))
     return [Job(name, files[name], references[found[name]]) for name in files]
@@ -162,11 +156,7 @@ def _images(folder: Path) -> dict[str, Path]:
             raise DerainError(f"{path}: goes by the same name as {files[name].name}; remove one of them")
         files[name] = path
     # What `derain restore --compare` writes beside its results is no result.
-    return {
-        name: path
-        for name, path in files.items()
-        if name.removesuffix("-compare") not in files.keys() - {name}
-    }
+    return {name: path for name, path in files.items() if name.removesuffix("-compare") not in files.keys() - {name}}
 
 
 def _references(clean: str, derained: Path) -> dict[str, Path | Pair]:
@@ -296,9 +286,7 @@ def lpips_at_hand(choice: str) -> Lpips | None:
         return None
     try:
         if choice == "auto" and not backbone.file.is_file():
-            raise DerainError(
-                f"{backbone.name}'s weights are not here; --lpips alex fetches {backbone.megabytes} MB"
-            )
+            raise DerainError(f"{backbone.name}'s weights are not here; --lpips alex fetches {backbone.megabytes} MB")
         return Lpips("vgg" if choice == "vgg" else "alex", fetch=True)
     except DerainError as error:
         print(f"LPIPS left out: {error}", file=sys.stderr)
@@ -363,9 +351,7 @@ def score(
         columns = {key: np.array([image[key] for image in images]) for key in images[0] if key != "name"}
         means = {key: float(column.mean()) for key, column in columns.items()}
         intervals = {
-            f"{key}_interval": list(bootstrap_interval(columns[key]))
-            if key in columns and len(jobs) > 1
-            else None
+            f"{key}_interval": list(bootstrap_interval(columns[key])) if key in columns and len(jobs) > 1 else None
             for key in ("psnr", "ssim")
         }
         results.append(
@@ -445,9 +431,7 @@ def _csv(results: list[dict[str, Any]], on_terminal: bool) -> str:  # noqa: ARG0
     text = io.StringIO()
     writer = csv.DictWriter(text, ["protocol", *results[0]["images"][0]], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(
-        {"protocol": result["protocol"]} | image for result in results for image in result["images"]
-    )
+    writer.writerows({"protocol": result["protocol"]} | image for result in results for image in result["images"])
     return text.getvalue()
 
 

@@ -27,7 +27,10 @@ def commit() -> str | None:
     """The commit that the working directory is at, with ``-dirty`` where it was changed; None outside git."""
     try:
         told = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
@@ -37,7 +40,7 @@ def commit() -> str | None:
 class SaveConfig(SaveConfigCallback):
     """Writes ``config.yaml`` into the folder of the run and sends it, with the commit, to the loggers."""
 
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tells the loggers."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:

@@ -117,9 +117,7 @@ def _shrunk(grey: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     return np.asarray(cv2.resize(grey, size, interpolation=cv2.INTER_AREA))
 
 
-def same(
-    first: Sequence[Background], second: Sequence[Background] | None = None, *, crops: bool = True
-) -> list[Match]:
+def same(first: Sequence[Background], second: Sequence[Background] | None = None, *, crops: bool = True) -> list[Match]:
     """Finds images of the same background.
 
     Args:
@@ -148,8 +146,7 @@ def same(
         return [best[key] for key in sorted(best)]
     shift = len(first)
     return [
-        Match(a, b - shift, m.score, m.mirrored, m.turn, m.share, m.of_second)
-        for (a, b), m in sorted(best.items())
+        Match(a, b - shift, m.score, m.mirrored, m.turn, m.share, m.of_second) for (a, b), m in sorted(best.items())
     ]
 
 
@@ -209,9 +206,7 @@ def _whole(images: Sequence[Background], first: int, second: int, mirrored: bool
     h, w = images[first].grey.shape[:: -1 if turns % 2 else 1]
     to_h, to_w = images[second].grey.shape
     scale = (to_w / w, to_h / h)
-    return _Hypothesis(
-        first, second, mirrored, turns, scale, ((scale[0] - 1) / 2, (scale[1] - 1) / 2), _FEATURES
-    )
+    return _Hypothesis(first, second, mirrored, turns, scale, ((scale[0] - 1) / 2, (scale[1] - 1) / 2), _FEATURES)
 
 
 def _by_features(images: Sequence[Background]) -> list[_Hypothesis]:
@@ -355,7 +350,9 @@ def _refined(a: Grey, b: Grey, warp: Floats) -> Floats:
     return warp
 
 
-def _overlap(a: Grey, b: Grey, warp: Floats, sigma: float) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
+def _overlap(
+    a: Grey, b: Grey, warp: Floats, sigma: float
+) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
     """Pixels of ``a`` that ``b`` covers, and both images there, blurred alike."""
     size = a.shape[::-1]
     scale = float(np.sqrt(warp[0, 0] * warp[1, 1]))

@@ -14,11 +14,11 @@ import platformdirs
 import torch
 from filelock import FileLock
 from numpy.typing import NDArray
-from derain.progress import track
 
 from derain.data.pairs import Pair
 from derain.errors import DerainError
 from derain.images import Pixels, image_size, replacing
+from derain.progress import track
 
 Mode = Literal["auto", "ram", "disk", "off"]
 log = logging.getLogger("derain")
@@ -77,9 +77,7 @@ class PixelCache:
         memory: the buffer in shared memory.
     """
 
-    def __init__(
-        self, index: NDArray[np.int64], file: Path | None = None, memory: torch.Tensor | None = None
-    ) -> None:
+    def __init__(self, index: NDArray[np.int64], file: Path | None = None, memory: torch.Tensor | None = None) -> None:
         self.index, self.file, self.memory = index, file, memory
         self._open()
 
@@ -123,9 +121,7 @@ def decoded_index(pairs: Sequence[Pair]) -> NDArray[np.int64]:
     return np.column_stack([np.concatenate([[0], ends[:-1]]), sizes]).astype(np.int64)
 
 
-def open_cache(
-    pairs: Sequence[Pair], mode: Mode = "auto", *, folder: Path | None = None
-) -> PixelCache | None:
+def open_cache(pairs: Sequence[Pair], mode: Mode = "auto", *, folder: Path | None = None) -> PixelCache | None:
     """Opens the cache of these pairs, decoding them first if nobody has yet.
 
     Args:
@@ -157,9 +153,7 @@ def open_cache(
         return None
     if mode == "ram":
         if need > ram:
-            raise DerainError(
-                f"--data.cache ram: {need / 1e9:.1f} GB do not fit into memory; use disk or off"
-            )
+            raise DerainError(f"--data.cache ram: {need / 1e9:.1f} GB do not fit into memory; use disk or off")
         memory = torch.empty(need, dtype=torch.uint8)
         memory.share_memory_()  # type: ignore[no-untyped-call]
         _decode(pairs, index, memory.numpy())
@@ -168,9 +162,7 @@ def open_cache(
     with FileLock(f"{ready}.lock"):
         if not ready.exists():
             if need > disk:
-                raise DerainError(
-                    f"--data.cache disk: {need / 1e9:.1f} GB do not fit into {folder}; use ram or off"
-                )
+                raise DerainError(f"--data.cache disk: {need / 1e9:.1f} GB do not fit into {folder}; use ram or off")
             for left_over in folder.glob(f".*-{ready.name}"):
                 left_over.unlink()
             with replacing(ready) as temporary:

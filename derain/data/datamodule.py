@@ -70,9 +70,7 @@ class TrainingPairs(Dataset[dict[str, Any]]):
         seed: Seed of the run.
     """
 
-    def __init__(
-        self, pairs: Sequence[Pair], cache: PixelCache | None, augmentation: Augmentation, seed: int
-    ) -> None:
+    def __init__(self, pairs: Sequence[Pair], cache: PixelCache | None, augmentation: Augmentation, seed: int) -> None:
         self.pairs, self.cache, self.augmentation, self.seed = pairs, cache, augmentation, seed
 
     def __getitem__(self, ticket: Ticket) -> dict[str, Any]:
@@ -253,7 +251,7 @@ class RainDataModule(LightningDataModule):
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> PairBatch:  # noqa: ARG002
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> PairBatch:
         """Turns bytes into [0, 1] where the network runs, so that workers send a quarter of the data."""
         for key in ("rainy", "clean"):
             if key in batch:

@@ -108,9 +108,7 @@ _RAIN100_RESTORMER = Files(
 )
 _YANG_FLAT = Files("rain-{n}(?:x2)?", "norain-{n}")
 _YANG_RAINY = Files("rainy/rain-{n}(?:x2)?", "norain-{n}")
-_YANG_FOLDERS = Files(
-    "(?:small/)?rain/(?:X2/)?(?:no)?rain-{n}(?:x2)?", "(?:small/)?norain/(?:norain|rain)-{n}"
-)
+_YANG_FOLDERS = Files("(?:small/)?rain/(?:X2/)?(?:no)?rain-{n}(?:x2)?", "(?:small/)?norain/(?:norain|rain)-{n}")
 _LQ_GT = Files("LQ/{name}", "GT/{name}")
 _RAIN100 = (_YANG_RAINY, _YANG_FOLDERS, _YANG_FLAT, _RAIN100_RESTORMER, _LQ_GT)
 _RAIN_TRAIN = (_YANG_FLAT, _YANG_FOLDERS, _YANG_RAINY, _RESTORMER, _LQ_GT)
@@ -284,9 +282,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "Test100": _restormer_test("Test100", 100, "test set of Rain13K: the test pairs of Rain800"),
     "Test1200": _restormer_test("Test1200", 1200, "test set of Rain13K: the test pairs of Rain1200"),
-    "Test2800": _restormer_test(
-        "Test2800", 2800, "test set of Rain13K: 200 x 14 pairs of DDN, not Rain1400's"
-    ),
+    "Test2800": _restormer_test("Test2800", 2800, "test set of Rain13K: 200 x 14 pairs of DDN, not Rain1400's"),
     "SPA-Data": Layout(
         title="real rain, clean images from video",
         folders=("SPA-Data", "SPA", "SPAData", "spa-data"),

@@ -156,9 +156,7 @@ def bears_name(folder: Path, name: str) -> int | None:
 
 def _subfolders(root: Path, depth: int) -> Iterator[Path]:
     with os.scandir(root) as entries:
-        folders = sorted(
-            Path(entry) for entry in entries if entry.is_dir() and not entry.name.startswith(".")
-        )
+        folders = sorted(Path(entry) for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     for folder in folders:
         yield folder
         if depth > 1:

@@ -199,8 +199,7 @@ def _without(name: str, pairs: tuple[Pair, ...], data_root: Path) -> tuple[Pair,
         test = find_pairs(other, "test", data_root=data_root).pairs
     except DerainError as error:
         raise DerainError(
-            f"{name} leaves out the backgrounds of {other} and cannot without it: {error}; "
-            f"{name}-full takes all pairs"
+            f"{name} leaves out the backgrounds of {other} and cannot without it: {error}; {name}-full takes all pairs"
         ) from error
     matches = backgrounds.same(
         [backgrounds.describe(clean_image(pair)) for pair in pairs],
@@ -237,11 +236,7 @@ def detect(root: Path, split: Split, files: Sequence[str] | None = None) -> tupl
         matched = match(name, split, root, files)
         if not matched.pairs or name == "images":
             continue
-        named = [
-            folder
-            for folder in (root.resolve(), root.resolve().parent)
-            if bears_name(folder, name) is not None
-        ]
+        named = [folder for folder in (root.resolve(), root.resolve().parent) if bears_name(folder, name) is not None]
         if named:
             return name, f"the name of the folder {named[0]}", matched
         sided = matched.variant.clean_side is not None

@@ -95,15 +95,11 @@ PRESETS: dict[str, tuple[Rain, Rain]] = {
     ),
     "medium": (
         Rain(density=0.25, length=20.0, width=1.4, angle=-25.0, spread=0.5, layers=3, brightness=0.45),
-        Rain(
-            density=0.50, length=70.0, width=2.6, angle=25.0, spread=3.0, layers=5, brightness=0.75, veil=0.08
-        ),
+        Rain(density=0.50, length=70.0, width=2.6, angle=25.0, spread=3.0, layers=5, brightness=0.75, veil=0.08),
     ),
     "heavy": (
         Rain(density=0.7, length=40.0, width=1.4, angle=-25.0, spread=1.0, layers=4, brightness=0.60),
-        Rain(
-            density=1.2, length=110.0, width=3.0, angle=25.0, spread=6.0, layers=6, brightness=0.95, veil=0.2
-        ),
+        Rain(density=1.2, length=110.0, width=3.0, angle=25.0, spread=6.0, layers=6, brightness=0.95, veil=0.2),
     ),
 }
 """Lightest and heaviest rain; each image's is drawn between them.
@@ -339,18 +335,14 @@ def synthesize(
         broken = [result for result in done if isinstance(result, str)]
         if len(broken) == len(done):
             raise DerainError(f"{clean}: none of {len(done)} images can be read; first: {broken[0]}")
-        drawn = {
-            stem: result for stem, result in zip(stems, done, strict=True) if not isinstance(result, str)
-        }
+        drawn = {stem: result for stem, result in zip(stems, done, strict=True) if not isinstance(result, str)}
         record = {
             "made by": f"derain {derain.__version__}",
             "seed": seed,
             "per_image": per_image,
             "lightest": dataclasses.asdict(rain[0]),
             "heaviest": dataclasses.asdict(rain[1]),
-            "images": {
-                name: dataclasses.asdict(its) for each in drawn.values() for name, its in each.items()
-            },
+            "images": {name: dataclasses.asdict(its) for each in drawn.values() for name, its in each.items()},
         }
         (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         _write_sheet(temporary, {stem: next(iter(each)) for stem, each in drawn.items()})

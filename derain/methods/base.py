@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
-import torch
 from jaxtyping import Float
 from lightning import LightningModule
 from torch import Tensor, nn
@@ -43,7 +42,7 @@ class DerainModule(LightningModule, ABC):
         """Restores images of any size ``h, w >= 1`` in [0, 1]; the result may leave the range a little."""
 
     @classmethod
-    def from_published(cls, state: Mapping[str, Tensor]) -> "DerainModule | None":  # noqa: ARG003
+    def from_published(cls, state: Mapping[str, Tensor]) -> "DerainModule | None":
         """Builds the method from its authors' state dict, or returns None when the keys are not theirs."""
         return None
 
@@ -53,7 +52,7 @@ class DerainModule(LightningModule, ABC):
         self._quality = {kind: ImageQuality(self.protocols).to(self.device) for kind in ("derained", "rainy")}
 
     def _evaluate(self, batch: PairBatch) -> dict[str, Tensor]:
-        derained = self(batch["rainy"]).float().clamp(0, 1)
+        derained = self(batch["rainy"]).float()  # protocols clip as they say
         self._quality["derained"].update(derained, batch["clean"], batch["index"])
         self._quality["rainy"].update(batch["rainy"], batch["clean"], batch["index"])
         return {"derained": derained}
@@ -73,7 +72,7 @@ class DerainModule(LightningModule, ABC):
         """Forgets the last epoch's scores."""
         self._start()
 
-    def validation_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
         """Judges a validation image; gives the derained image to callbacks."""
         return self._evaluate(batch)
 
@@ -85,7 +84,7 @@ class DerainModule(LightningModule, ABC):
         """Forgets earlier scores."""
         self._start()
 
-    def test_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def test_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
         """Judges a test image; gives the derained image to callbacks."""
         return self._evaluate(batch)
 
@@ -93,7 +92,7 @@ class DerainModule(LightningModule, ABC):
         """Logs the means and keeps ``self.scores[kind][protocol]`` of every image for callbacks."""
         self.scores = self._finish("test")
 
-    def predict_step(self, batch: PairBatch, batch_idx: int) -> Float[Tensor, "b 3 h w"]:  # noqa: ARG002
+    def predict_step(self, batch: PairBatch, batch_idx: int) -> Float[Tensor, "b 3 h w"]:
         """Restores images into [0, 1]."""
         return cast(Tensor, self(batch["rainy"]).float().clamp(0, 1))
 

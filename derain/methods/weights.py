@@ -17,9 +17,7 @@ from derain.errors import DerainError
 from derain.images import replacing
 from derain.methods.base import DerainModule
 
-EXPECTED = (
-    "expected a derain checkpoint (.ckpt), derain weights (.safetensors) or the authors' PReNet weights"
-)
+EXPECTED = "expected a derain checkpoint (.ckpt), derain weights (.safetensors) or the authors' PReNet weights"
 
 
 class Weights(NamedTuple):

@@ -67,9 +67,7 @@ class ImageQuality(Metric):
                     f"images to judge must be uint8, float32 or float64, got {images.dtype}; "
                     "evaluate in 32-true or mixed precision"
                 )
-        pairs = zip(
-            *(images.detach().cpu().movedim(1, -1).numpy() for images in (derained, clean)), strict=True
-        )
+        pairs = zip(*(images.detach().cpu().movedim(1, -1).numpy() for images in (derained, clean)), strict=True)
         rows = [
             [float(place), *(value for protocol in self.protocols for value in psnr_ssim(x, y, protocol))]
             for place, (x, y) in zip(index.tolist(), pairs, strict=True)

@@ -79,9 +79,7 @@ class Lpips:
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             if self.backbone.file.is_file():
-                raise DerainError(
-                    f"{self.backbone.file}: damaged ({reason}); delete it and try again"
-                ) from error
+                raise DerainError(f"{self.backbone.file}: damaged ({reason}); delete it and try again") from error
             raise DerainError(f"cannot fetch {told}: {reason}; put them at {self.backbone.file}") from error
 
     def __call__(self, derained: NDArray[Any], clean: NDArray[Any]) -> float:
@@ -126,9 +124,7 @@ class NoReference:
             with redirect_stdout(sys.stderr):
                 self.metric = pyiqa.create_metric(name, device="cpu")
         except (OSError, RuntimeError) as error:
-            raise DerainError(
-                f"{name}: pyiqa cannot get its weights: {str(error).partition(chr(10))[0]}"
-            ) from error
+            raise DerainError(f"{name}: pyiqa cannot get its weights: {str(error).partition(chr(10))[0]}") from error
         self.name = name
         self.lower_better = bool(getattr(self.metric, "lower_better", False))
 
@@ -144,7 +140,5 @@ def _tensor(image: NDArray[Any]) -> Any:
     """``(1, 3, h, w)``, float32 in [0, 1]."""
     import torch
 
-    values = (
-        image.astype(np.float32) / np.float32(255) if image.dtype == np.uint8 else image.astype(np.float32)
-    )
+    values = image.astype(np.float32) / np.float32(255) if image.dtype == np.uint8 else image.astype(np.float32)
     return torch.from_numpy(np.ascontiguousarray(np.clip(values, 0, 1).transpose(2, 0, 1)))[None]

@@ -69,8 +69,7 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         Protocol(
             "plnlin",
-            "RGB in floating point, clipped for PSNR only; "
-            "SSIM 11×11 Gaussian σ 1.5, zero padding, mean of channels",
+            "RGB in floating point, clipped for PSNR only; SSIM 11×11 Gaussian σ 1.5, zero padding, mean of channels",
             "PLNLIN-MCDDL, SSID-KD",
             "rgb",
             output="none",
@@ -128,9 +127,7 @@ def resolve(names: Sequence[str]) -> tuple[Protocol, ...]:
         for member in TOGETHER.get(base, (base,)):
             if member not in PROTOCOLS:
                 known = ", ".join([*PROTOCOLS, *TOGETHER])
-                raise DerainError(
-                    f"no protocol '{name}'; choose from {known} (with {DOWN} SSIM shrinks images first)"
-                )
+                raise DerainError(f"no protocol '{name}'; choose from {known} (with {DOWN} SSIM shrinks images first)")
             protocol = PROTOCOLS[member]
             if name.endswith(DOWN):
                 told = f"{protocol.definition}; SSIM of images shrunk to about 256 pixels (as by ssim.m)"

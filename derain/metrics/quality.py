@@ -66,9 +66,7 @@ def psnr_ssim(derained: NDArray[Any], clean: NDArray[Any], protocol: Protocol) -
         (34.15, 0.9988)
     """
     if derained.shape != clean.shape:
-        raise DerainError(
-            f"derained and clean image must be of one size, got {_size(derained)} and {_size(clean)}"
-        )
+        raise DerainError(f"derained and clean image must be of one size, got {_size(derained)} and {_size(clean)}")
     border = protocol.border
     height, width = clean.shape[0] - 2 * border, clean.shape[1] - 2 * border
     shrink = max(1, int(min(height, width) / 256 + 0.5)) if protocol.downsample else 1
@@ -112,9 +110,7 @@ def _planes(image: NDArray[Any], output: str, protocol: Protocol) -> Array:
             values = np.clip((image * image.dtype.type(255)).astype(np.float64), 0, 255)
             values = np.rint(values) if output == "round" else np.trunc(values)
     else:
-        raise DerainError(
-            f"images to judge must be uint8, float32 or float64, got {image.dtype}; convert them first"
-        )
+        raise DerainError(f"images to judge must be uint8, float32 or float64, got {image.dtype}; convert them first")
     if protocol.colour == "rgb":
         return values
     luma = cv2.transform(np.ascontiguousarray(values), _LUMA).reshape(*values.shape[:2], 1)

@@ -17,7 +17,9 @@ def test_all_is_well(capsys, monkeypatch, tmp_path):
 def test_problems_are_told_with_a_remedy(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("DERAIN_DATA", str(tmp_path / "absent"))
     monkeypatch.setattr(
-        doctor, "version", lambda package: {"torch": "2.13.0+cpu", "torchvision": "0.28.0"}.get(package, "1.0")
+        doctor,
+        "version",
+        lambda package: {"torch": "2.13.0+cpu", "torchvision": "0.28.0"}.get(package, "1.0"),
     )
     assert main(["doctor"]) == 1
     told = capsys.readouterr().out

@@ -240,9 +240,7 @@ def test_refuses_two_files_of_one_name(folders):
 def test_refuses_other_sizes_and_names_file_and_sizes(folders):
     derained, clean = folders
     save(derained / "rain-001.png", clean_image(1, (24, 32)))
-    with pytest.raises(
-        DerainError, match=r"rain-001\.png: is 32x24, but the clean image .*norain-1\.png is 64x48"
-    ):
+    with pytest.raises(DerainError, match=r"rain-001\.png: is 32x24, but the clean image .*norain-1\.png is 64x48"):
         run(derained, clean)
 
 
@@ -250,9 +248,7 @@ def test_a_broken_or_tiny_file_is_named(folders):
     derained, clean = folders
     for file in (derained / "rain-000.png", clean / "norain-0.png"):
         save(file, clean_image(0, (12, 12)))
-    with pytest.raises(
-        DerainError, match=r"rain-000\.png: protocol ir-sde-rgb needs images of at least 19x19"
-    ):
+    with pytest.raises(DerainError, match=r"rain-000\.png: protocol ir-sde-rgb needs images of at least 19x19"):
         run(derained, clean, "--protocol", "ir-sde")
     (derained / "rain-000.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(DerainError, match=r"rain-000\.png"):

@@ -147,5 +147,5 @@ def test_refusals(root):
     for stage, option in (("fit", "train"), ("test", "test"), ("predict", "predict")):
         with pytest.raises(DerainError, match=f"--data.{option}: no set is named"):
             data(root).setup(stage)
-    with pytest.raises(DerainError, match="Rain12.*below"):
+    with pytest.raises(DerainError, match=r"Rain12.*below"):
         data(root, test="Rain12").setup("test")

@@ -10,9 +10,7 @@ from derain.data.rain import synthesize
 from derain.errors import DerainError
 from derain.images import read_rgb
 
-shipped = pytest.mark.skipif(
-    importlib.util.find_spec("skimage") is None, reason="scikit-image is not installed"
-)
+shipped = pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="scikit-image is not installed")
 
 
 @shipped

@@ -54,9 +54,7 @@ def photos(tmp_path):
 
 
 def contents(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in image_files(folder, recursive=True)
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in image_files(folder, recursive=True)}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -128,9 +126,7 @@ def test_density_is_the_share_covered():
 def test_length_and_width_of_streaks():
     def reach(rain, axis):
         """Mean distance in pixels over which a vertical streak layer stays alike, along an axis."""
-        layer = np.mean(
-            [autocorrelation(streaks((256, 256), rain, rng(seed)), axis) for seed in range(4)], axis=0
-        )
+        layer = np.mean([autocorrelation(streaks((256, 256), rain, rng(seed)), axis) for seed in range(4)], axis=0)
         return int(np.argmax(layer < 0.5))
 
     def autocorrelation(layer, axis):
@@ -153,9 +149,7 @@ def test_angle(angle, shape):
 
 def test_streaks_reach_every_part_of_the_image():
     for angle in (0.0, 30.0, -70.0, 90.0):
-        layer = np.mean(
-            [streaks((90, 120), Rain(angle=angle, density=1.0), rng(seed)) for seed in range(8)], axis=0
-        )
+        layer = np.mean([streaks((90, 120), Rain(angle=angle, density=1.0), rng(seed)) for seed in range(8)], axis=0)
         parts = cv2.resize(layer, (4, 3), interpolation=cv2.INTER_AREA)
         assert parts.min() > 0.6 * parts.max()
 
@@ -188,8 +182,7 @@ def test_veil_lowers_contrast_and_brightens():
     clean, dry = scene(), Rain(density=0.0)
     np.testing.assert_array_equal(add_rain(clean, dry, rng()), clean)
     contrast = [
-        add_rain(clean, dataclasses.replace(dry, veil=veil), rng()).astype(float).std()
-        for veil in (0.0, 0.3, 0.7)
+        add_rain(clean, dataclasses.replace(dry, veil=veil), rng()).astype(float).std() for veil in (0.0, 0.3, 0.7)
     ]
     assert contrast[0] > 1.15 * contrast[1] > 1.3 * contrast[2]
     assert add_rain(clean, dataclasses.replace(dry, veil=0.5), rng()).mean() > clean.mean() + 10
@@ -209,9 +202,7 @@ def test_drops_show_the_scene_upside_down():
 def test_presets_are_ordered_and_where_the_sets_lie():
     scenes = [scene(320, 480, seed) for seed in range(6)]
     means = {
-        name: np.mean(
-            [psnr(add_rain(clean, between(*rain, rng(i)), rng(i)), clean) for i, clean in enumerate(scenes)]
-        )
+        name: np.mean([psnr(add_rain(clean, between(*rain, rng(i)), rng(i)), clean) for i, clean in enumerate(scenes)])
         for name, rain in PRESETS.items()
     }
     assert 25 < means["light"] < 33
@@ -232,9 +223,7 @@ def test_between_stays_between_and_varies():
 
 
 def test_generator_depends_on_seed_and_name():
-    draws = {
-        (seed, name): generator(seed, name).random() for seed, name in itertools.product((0, 1), ("a", "b"))
-    }
+    draws = {(seed, name): generator(seed, name).random() for seed, name in itertools.product((0, 1), ("a", "b"))}
     assert len(set(draws.values())) == 4
     assert generator(1, "a").random() == draws[1, "a"]
 
@@ -271,9 +260,7 @@ def test_record_makes_the_set_again(photos, tmp_path):
     synthesize(photos, tmp_path / "set", PRESETS["heavy"], seed=7)
     record = json.loads((tmp_path / "set" / "rain.json").read_text())
     lightest, heaviest = (Rain(**record[key]) for key in ("lightest", "heaviest"))
-    synthesize(
-        photos, tmp_path / "again", (lightest, heaviest), seed=record["seed"], per_image=record["per_image"]
-    )
+    synthesize(photos, tmp_path / "again", (lightest, heaviest), seed=record["seed"], per_image=record["per_image"])
     assert contents(tmp_path / "again") == contents(tmp_path / "set")
     assert set(record["images"]) == {f"photo-{index}" for index in range(4)}
     assert all(Rain(**drawn) for drawn in record["images"].values())

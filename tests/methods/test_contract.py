@@ -20,7 +20,12 @@ def batch(count=2, size=(16, 16)):
     generator = torch.Generator().manual_seed(1)
     clean = torch.rand(count, 3, *size, generator=generator)
     rainy = (clean + 0.3 * (torch.rand(count, 1, *size, generator=generator) > 0.8)).clamp(0, 1)
-    return {"rainy": rainy, "clean": clean, "name": [str(i) for i in range(count)], "index": torch.arange(count)}
+    return {
+        "rainy": rainy,
+        "clean": clean,
+        "name": [str(i) for i in range(count)],
+        "index": torch.arange(count),
+    }
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (37, 31), (64, 48)])

@@ -32,9 +32,7 @@ def test_scores_are_those_of_single_images_sorted_by_index():
     assert list(scores) == [protocol.name for protocol in resolve(NAMES)]
     for protocol in resolve(NAMES):
         score = scores[protocol.name]
-        pairs = [
-            [image(index, clean)[0].movedim(0, -1).numpy() for clean in (False, True)] for index in (2, 5, 9)
-        ]
+        pairs = [[image(index, clean)[0].movedim(0, -1).numpy() for clean in (False, True)] for index in (2, 5, 9)]
         expected = np.array([psnr_ssim(*pair, protocol) for pair in pairs])
         assert score.index.tolist() == [2, 5, 9]
         np.testing.assert_array_equal(np.stack([score.psnr, score.ssim], axis=1), expected)
@@ -134,7 +132,5 @@ def test_two_processes_give_what_one_gives(tmp_path):
             for name, score in alone.items():
                 for column in ("index", "psnr", "ssim"):
                     expected = getattr(score, column)
-                    np.testing.assert_array_equal(
-                        getattr(together[case][name], column), expected, err_msg=case
-                    )
+                    np.testing.assert_array_equal(getattr(together[case][name], column), expected, err_msg=case)
                 assert together[case][name].psnr.mean() == score.psnr.mean()

@@ -14,9 +14,7 @@ from derain.metrics.perceptual import BACKBONES, Lpips, NoReference
 def random_alexnet():
     """AlexNet's weights, features drawn at random, the classifier (which LPIPS does not use) as one zero."""
     with torch.device("meta"):
-        shapes = {
-            name: value.shape for name, value in torchvision.models.alexnet(weights=None).state_dict().items()
-        }
+        shapes = {name: value.shape for name, value in torchvision.models.alexnet(weights=None).state_dict().items()}
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(shape, generator=generator) * 0.05
@@ -67,9 +65,7 @@ def test_backbones_are_those_of_torchvision(net, weights, monkeypatch):
 def test_lpips_is_zero_for_equal_images_and_grows_with_noise(cached_alexnet, photos, rng):
     lpips = Lpips("alex")
     clean = photos[0]
-    little, much = (
-        np.clip(clean + rng.normal(0, sigma, clean.shape), 0, 255).astype(np.uint8) for sigma in (5, 60)
-    )
+    little, much = (np.clip(clean + rng.normal(0, sigma, clean.shape), 0, 255).astype(np.uint8) for sigma in (5, 60))
     assert lpips(clean, clean) == 0
     assert 0 < lpips(little, clean) < lpips(much, clean)
     assert lpips(little / np.float32(255), clean / np.float32(255)) == pytest.approx(lpips(little, clean))

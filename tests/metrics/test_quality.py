@@ -105,12 +105,8 @@ def test_shrinks_as_imfilter_does(rng, by):
 
 def test_ssim_is_that_of_torchmetrics_without_its_border(rng):
     derained, clean = images(rng, (61, 47))
-    x, y = (
-        torch.from_numpy(np.rint(np.clip(i, 0, 1) * 255)).double().movedim(-1, 0) for i in (derained, clean)
-    )
-    _, full = structural_similarity_index_measure(
-        x[None], y[None], sigma=1.5, data_range=255.0, return_full_image=True
-    )
+    x, y = (torch.from_numpy(np.rint(np.clip(i, 0, 1) * 255)).double().movedim(-1, 0) for i in (derained, clean))
+    _, full = structural_similarity_index_measure(x[None], y[None], sigma=1.5, data_range=255.0, return_full_image=True)
     expected = full[..., 5:-5, 5:-5].mean().item()
     assert psnr_ssim(derained, clean, resolve(["rgb"])[0])[1] == pytest.approx(expected, abs=1e-9)
 

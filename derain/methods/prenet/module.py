@@ -56,7 +56,7 @@ class PReNetModule(DerainModule):
         module.network.load_state_dict(dict(state), strict=True)
         return module
 
-    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:  # noqa: ARG002
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Negative SSIM of the last stage."""
         loss = negative_ssim(self(batch["rainy"]), batch["clean"])
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["name"]))
