@@ -423,11 +423,11 @@ def _table(results: list[dict[str, Any]], on_terminal: bool) -> str:
     return captured.get()
 
 
-def _json(results: list[dict[str, Any]], on_terminal: bool) -> str:  # noqa: ARG001
+def _json(results: list[dict[str, Any]], on_terminal: bool) -> str:
     return json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _csv(results: list[dict[str, Any]], on_terminal: bool) -> str:  # noqa: ARG001
+def _csv(results: list[dict[str, Any]], on_terminal: bool) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, ["protocol", *results[0]["images"][0]], lineterminator="\n")
     writer.writeheader()
@@ -435,7 +435,7 @@ def _csv(results: list[dict[str, Any]], on_terminal: bool) -> str:  # noqa: ARG0
     return text.getvalue()
 
 
-def _markdown(results: list[dict[str, Any]], on_terminal: bool) -> str:  # noqa: ARG001
+def _markdown(results: list[dict[str, Any]], on_terminal: bool) -> str:
     columns = _columns(results)
     titles = ["protocol", "images", "PSNR (dB)", "SSIM", *(_title(column, results) for column in columns)]
     rows = [titles, ["---", *["---:"] * (len(titles) - 1)], *(_cells(result, columns) for result in results)]
@@ -443,7 +443,7 @@ def _markdown(results: list[dict[str, Any]], on_terminal: bool) -> str:  # noqa:
     return "\n".join([*lines, "", *(f"{note}  " for note in _notes(results))]) + "\n"
 
 
-def _latex(results: list[dict[str, Any]], on_terminal: bool) -> str:  # noqa: ARG001
+def _latex(results: list[dict[str, Any]], on_terminal: bool) -> str:
     columns = _columns(results)
     titles = ["Protocol", "Images", "PSNR (dB)", "SSIM", *(_title(column, results) for column in columns)]
     rows = [_escape(" & ".join(row)) for row in (titles, *(_cells(result, columns) for result in results))]

@@ -22,6 +22,7 @@ _FEATURES = 150  # strongest features kept of an image
 _NEIGHBOURS = 8
 _FEATURE_DISTANCE = 250  # of SIFT descriptors; copies lie below, most strangers above
 _THUMBNAIL = 16
+_SURE = 0.998  # agreement that refining could hardly raise
 _COPY = 0.985  # least agreement of copies
 _RAINY = 0.7  # least agreement where rain lies on one of the two
 
@@ -316,7 +317,7 @@ def _confirmed(images: Sequence[Background], guess: _Hypothesis) -> Match | None
     if swapped:  # sample the finer image at the pixels of the coarser one
         a, b, warp = b, a, cv2.invertAffineTransform(warp)
     score, share, other = _agreement(a, b, warp)
-    if score < least and (score > 0.2 or guess.votes >= 6):
+    if score < _SURE and (score > 0.2 or guess.votes >= 6):
         score, share, other = _agreement(a, b, _refined(a, b, warp))
     if score < least or max(share, other) < 0.25:
         return None

@@ -1,38 +1,45 @@
-"""PReNet: a small residual network that derains its own output stage after stage."""
+"""PReNet: a small residual network that restores its own output, stage after stage."""
+
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+Variant = Literal["PReNet", "PReNet_r", "PRN", "PRN_r"]
+"""Names that the paper gives the network and its ablations."""
+
+VARIANTS: dict[Variant, dict[str, bool]] = {
+    "PReNet": {"recurrent": True, "shared": False},
+    "PReNet_r": {"recurrent": True, "shared": True},
+    "PRN": {"recurrent": False, "shared": False},
+    "PRN_r": {"recurrent": False, "shared": True},
+}
+"""What each variant is made of: arguments of `PReNet`."""
+
 
 class PReNet(nn.Module):
-    """Progressive recurrent network of Ren et al.: the same weights restore the image once a stage.
+    """Progressive recurrent network: one small network restores the image once a stage.
 
     A stage sees the rainy image beside the previous stage's output, and adds what it finds to the rainy
-    image. Parameter names and values are the authors', so their files load strictly:
-
-    ========  ===============================  ==========
-    name      arguments                        parameters
-    ========  ===============================  ==========
-    PReNet                                     168,963
-    PReNet_r  ``shared=True``                  94,979
-    PRN       ``recurrent=False``              95,107
-    PRN_r     ``recurrent=False, shared=True`` 21,123
-    ========  ===============================  ==========
+    image. Parameters are named as the authors name them, so that their files load strictly. The number of
+    stages is no parameter: weights fit any. There are 168,963 parameters in PReNet, 94,979 in PReNet_r,
+    95,107 in PRN and 21,123 in PRN_r.
 
     Args:
         stages: How often the image is restored, at least 1.
-        recurrent: Carry a convolutional LSTM's state from stage to stage.
-        shared: Use one residual block five times in place of five.
-        features: Width of every hidden layer.
+        recurrent: A convolutional LSTM carries its state from stage to stage.
+        shared: One residual block is applied five times in place of five blocks.
 
     Shape:
-        ``(b, 3, h, w)`` in [0, 1] → the same, not clamped; any ``h, w >= 1``. One pixel of the output depends
-        on the 14 ``stages`` pixels around it in each direction.
+        ``(b, 3, h, w)`` in [0, 1] → the same, not clamped; any ``h, w >= 1``. A pixel depends on the pixels
+        up to ``13 * stages`` away.
 
     References:
-        Progressive Image Deraining Networks: A Better and Simpler Baseline, CVPR 2019, eq. 3 and 5, figure 3.
-        As in the authors' code, and unlike figure 3, each residual branch ends in a ReLU of its own.
+        Ren et al., Progressive Image Deraining Networks: A Better and Simpler Baseline, CVPR 2019, eq. 3 and 5.
+        As in the authors' code, each residual branch ends in a ReLU of its own.
 
     Example:
         >>> network = PReNet()
@@ -42,35 +49,70 @@ class PReNet(nn.Module):
         torch.Size([1, 3, 5, 7])
     """
 
-    def __init__(self, stages: int = 6, *, recurrent: bool = True, shared: bool = False, features: int = 32) -> None:
+    def __init__(self, stages: int = 6, *, recurrent: bool = True, shared: bool = False) -> None:
         super().__init__()
-        self.stages = stages
-        self.recurrent = recurrent
-        self.conv0 = nn.Sequential(_conv(6, features), nn.ReLU(inplace=True))
+        self.stages, self.recurrent = stages, recurrent
+        self.conv0 = nn.Sequential(_conv(6, 32), nn.ReLU(inplace=True))
         if recurrent:
-            self.conv_i, self.conv_f, self.conv_g, self.conv_o = (
-                nn.Sequential(_conv(2 * features, features)) for _ in range(4)
-            )
-        for number in range(1, 2 if shared else 6):
-            branch = nn.Sequential(
-                _conv(features, features), nn.ReLU(inplace=True), _conv(features, features), nn.ReLU(inplace=True)
-            )
-            self.add_module(f"res_conv{number}", branch)
-        self.conv = nn.Sequential(_conv(features, 3))
-        self._branches = [f"res_conv{1 if shared else number}" for number in range(1, 6)]
+            self.conv_i, self.conv_f, self.conv_g, self.conv_o = (nn.Sequential(_conv(64, 32)) for _ in range(4))
+        self.branches = [f"res_conv{1 if shared else number}" for number in range(1, 6)]
+        for name in dict.fromkeys(self.branches):
+            layers = _conv(32, 32), nn.ReLU(inplace=True), _conv(32, 32), nn.ReLU(inplace=True)
+            self.add_module(name, nn.Sequential(*layers))
+        self.conv = nn.Sequential(_conv(32, 3))
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """Gives the last stage's output."""
         return self.every_stage(rainy)[-1]
 
     def every_stage(self, rainy: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b 3 h w"]]:
-        """Gives each stage's output, the first stage first."""
-        derained, cell, hidden = [rainy], None, None
+        """Gives the output of every stage, the last one last."""
+        derained, hidden, cell = [rainy], None, None
         for _ in range(self.stages):
             x = self.conv0(torch.cat((rainy, derained[-1]), dim=1))
             if self.recurrent:
-                x = hidden, cell = self._remember(x, hidden, cell)
-            for branch in self._branches:
-                x = torch.relu_(x + self.get_submodule(branch)(x))
-            derained.append(rainy + self.conv(x))
+                hidden, cell = self._remember(x, hidden, cell)
+                x = hidden
+            for name in self.branches:
+                x = torch.relu_(x + self.get_submodule(name)(x))
+            derained.append(self.conv(x) + rainy)
         return derained[1:]
+
+    def _remember(
+        self, x: Tensor, hidden: Tensor | None, cell: Tensor | None
+    ) -> tuple[Float[Tensor, "b 32 h w"], Float[Tensor, "b 32 h w"]]:
+        """One step of the LSTM: the new hidden state and cell.
+
+        The first state is zero, so the first step leaves out the forget gate and the weights of the hidden
+        state. The gates stay four convolutions: joined into one they are slower on a CPU, where the strided
+        quarters of the result cost more than the larger convolution saves.
+        """
+        if hidden is not None:
+            x = torch.cat((x, hidden), dim=1)
+        cell_input = torch.sigmoid_(_part(self.conv_i[0], x)) * torch.tanh_(_part(self.conv_g[0], x))
+        if cell is not None:
+            cell_input = torch.addcmul(cell_input, torch.sigmoid_(_part(self.conv_f[0], x)), cell)
+        return torch.sigmoid_(_part(self.conv_o[0], x)) * torch.tanh(cell_input), cell_input
+
+
+def variant_of(state: Mapping[str, Tensor]) -> Variant | None:
+    """Names the variant that a state dict belongs to, by names and shapes; None if it is another network's.
+
+    Example:
+        >>> variant_of(PReNet(shared=True).state_dict())
+        'PReNet_r'
+    """
+    shapes = {name: value.shape for name, value in state.items()}
+    for variant, parts in VARIANTS.items():
+        if shapes == {name: value.shape for name, value in PReNet(**parts).state_dict().items()}:
+            return variant
+    return None
+
+
+def _conv(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1)
+
+
+def _part(conv: nn.Conv2d, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 32 h w"]:
+    """Convolves by the weights of the first ``c`` inputs: what is left when the others are zero."""
+    return F.conv2d(x, conv.weight[:, : x.shape[1]], conv.bias, padding=1)

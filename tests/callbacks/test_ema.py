@@ -1,0 +1,119 @@
+import lightning
+import pytest
+import torch
+from torch import nn
+
+from derain.callbacks import EMA
+from derain.errors import DerainError
+from derain.methods import DerainModule
+
+
+class Tiny(DerainModule):
+    """One weight, one buffer, one frozen part outside the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Conv2d(3, 3, 1, bias=False)
+        self.network.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.frozen = nn.Linear(2, 2)
+
+    def forward(self, rainy):
+        return self.network(rainy)
+
+    def training_step(self, batch, batch_idx):
+        self.network.seen += 1
+        return self(batch["rainy"]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.network.parameters(), 0.1)
+
+
+class Record(lightning.Callback):
+    """Keeps the weights after every batch, and what validation sees."""
+
+    def __init__(self):
+        self.weights, self.validated = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.weights.append(pl_module.network.weight.detach().double().clone())
+
+    def on_validation_batch_end(self, trainer, pl_module, *args):
+        self.validated.append(pl_module.network.weight.detach().clone())
+
+
+def run(tmp_path, ema, *, batches=7, epochs=1, resume=None):
+    torch.manual_seed(0)
+    image = torch.rand(3, 12, 12)
+    pair = {"rainy": image, "clean": image, "name": "a", "index": 0}
+    record = Record()
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        max_epochs=epochs,
+        default_root_dir=tmp_path,
+        callbacks=[record, *([ema] if ema else [])],
+    )
+    module = Tiny()
+    start = module.network.weight.detach().double().clone()
+    train, val = (torch.utils.data.DataLoader([pair] * n, batch_size=1) for n in (batches, 1))
+    trainer.fit(module, train, val, ckpt_path=resume, weights_only=True)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    return trainer, module, record, start
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_the_average_follows_the_formula(tmp_path, every):
+    ema = EMA(decay=0.5, every=every)
+    _, _, record, expected = run(tmp_path, ema)
+    updates = 0
+    for place, weight in enumerate(record.weights):
+        if (place + 1) % every == 0:
+            updates += 1
+            decay = min(0.5, (1 + updates) / (10 + updates))
+            expected = decay * expected + (1 - decay) * weight
+    assert ema.updates == updates == 7 // every
+    torch.testing.assert_close(ema.average.weight.double(), expected, atol=1e-6, rtol=0)
+    assert ema.average.seen == 7 // every * every
+
+
+def test_validation_sees_the_average_and_training_goes_on_with_the_weights(tmp_path):
+    ema = EMA(decay=0.9)
+    _, module, record, _ = run(tmp_path, ema)
+    assert torch.equal(record.validated[-1], ema.average.weight)
+    assert torch.equal(module.network.weight.double(), record.weights[-1])
+    assert not torch.equal(module.network.weight, ema.average.weight)
+
+
+def test_the_checkpoint_holds_both_and_averages_the_network_only(tmp_path):
+    ema = EMA(decay=0.9)
+    _, module, _, _ = run(tmp_path, ema)
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert torch.equal(saved["state_dict"]["network.weight"], module.network.weight)
+    assert torch.equal(saved["ema"]["network"]["weight"], ema.average.weight)
+    assert set(saved["ema"]["network"]) == {"weight", "seen"}
+
+
+def test_a_resumed_average_is_the_uninterrupted_one(tmp_path):
+    whole = EMA(decay=0.9)
+    run(tmp_path, whole, epochs=2)
+    run(tmp_path, EMA(decay=0.9), epochs=1)
+    resumed = EMA(decay=0.9)
+    run(tmp_path, resumed, epochs=2, resume=tmp_path / "a.ckpt")
+    assert resumed.updates == whole.updates == 14
+    assert torch.equal(resumed.average.weight, whole.average.weight)
+
+
+def test_a_checkpoint_without_average_is_refused(tmp_path):
+    run(tmp_path, None)
+    with pytest.raises(DerainError, match="holds no average"):
+        run(tmp_path, EMA(), epochs=2, resume=tmp_path / "a.ckpt")
+
+
+def test_unfit_numbers_are_refused():
+    for options in ({"decay": 1.0}, {"decay": -0.1}, {"every": 0}):
+        with pytest.raises(DerainError, match="EMA"):
+            EMA(**options)
