@@ -80,6 +80,10 @@ class DerainCLI(LightningCLI):
         self.folder = Path(told or run_folder(root, str(self.subcommand), resuming))
         os.environ["DERAIN_RUN"] = str(self.folder)
         config.trainer.default_root_dir = str(self.folder)
+        configured = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+        for logger in configured:
+            if "save_dir" in getattr(logger, "init_args", {}):
+                logger.init_args.save_dir = str(self.folder)
         if resuming:
             config.ckpt_path = str(self.folder / "checkpoints" / "last.ckpt")
         if "weights_only" in config:
