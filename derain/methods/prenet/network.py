@@ -79,20 +79,19 @@ class PReNet(nn.Module):
         return derained[1:]
 
     def _remember(
-        self, x: Tensor, hidden: Tensor | None, cell: Tensor | None
+        self, x: Float[Tensor, "b 32 h w"], hidden: Tensor | None, cell: Tensor | None
     ) -> tuple[Float[Tensor, "b 32 h w"], Float[Tensor, "b 32 h w"]]:
-        """One step of the LSTM: the new hidden state and cell.
+        """One step of the LSTM: the new hidden state and the new cell.
 
-        The first state is zero, so the first step leaves out the forget gate and the weights of the hidden
-        state. The gates stay four convolutions: joined into one they are slower on a CPU, where the strided
-        quarters of the result cost more than the larger convolution saves.
+        The state before the first stage is zero: that step needs no forget gate. The gates stay four
+        convolutions, because the quarters of one large result lie apart in memory and cost more than it saves.
         """
         if hidden is not None:
             x = torch.cat((x, hidden), dim=1)
-        cell_input = torch.sigmoid_(_part(self.conv_i[0], x)) * torch.tanh_(_part(self.conv_g[0], x))
+        new = torch.sigmoid_(_gate(self.conv_i, x)) * torch.tanh_(_gate(self.conv_g, x))
         if cell is not None:
-            cell_input = torch.addcmul(cell_input, torch.sigmoid_(_part(self.conv_f[0], x)), cell)
-        return torch.sigmoid_(_part(self.conv_o[0], x)) * torch.tanh(cell_input), cell_input
+            new = torch.addcmul(new, torch.sigmoid_(_gate(self.conv_f, x)), cell)
+        return torch.sigmoid_(_gate(self.conv_o, x)) * torch.tanh(new), new
 
 
 def variant_of(state: Mapping[str, Tensor]) -> Variant | None:
@@ -113,6 +112,7 @@ def _conv(inputs: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1)
 
 
-def _part(conv: nn.Conv2d, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 32 h w"]:
-    """Convolves by the weights of the first ``c`` inputs: what is left when the others are zero."""
-    return F.conv2d(x, conv.weight[:, : x.shape[1]], conv.bias, padding=1)
+def _gate(layer: nn.Sequential, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 32 h w"]:
+    """Convolves by the weights of the first ``c`` inputs: the other inputs are zero in the first stage."""
+    weight, bias = layer.parameters()
+    return F.conv2d(x, weight[:, : x.shape[1]], bias, padding=1)

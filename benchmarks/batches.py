@@ -1,0 +1,78 @@
+"""Training batches (8 crops of 128×128, flips) from the pixel cache against decoding two files a sample.
+
+At least 20 times the samples per second is asked for, and resident memory that does not grow with workers.
+Real images of Rain100L are used where DERAIN_DATA has them, else generated ones of the same size.
+"""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import psutil
+from torch.utils.data import DataLoader
+
+from derain.data.cache import Mode, open_cache
+from derain.data.datamodule import Tickets, TrainingPairs
+from derain.data.pairs import Pair, find_pairs
+from derain.data.transforms import Augmentation
+from derain.images import write_image
+
+SAMPLES = 400
+MODES: tuple[Mode, Mode] = ("disk", "off")
+
+
+def a_set(folder: Path) -> str:
+    """Rain100L, or 60 generated pairs of 481×321."""
+    root = os.environ.get("DERAIN_DATA")
+    if root and (Path(root) / "Rain100L").is_dir():
+        return f"Rain100L:{root}/Rain100L"
+    rng = np.random.default_rng(0)
+    for place in range(60):
+        clean = cv2.resize(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8), (481, 321), interpolation=cv2.INTER_CUBIC)
+        noisy = np.clip(clean + rng.normal(0, 8, clean.shape), 0, 255).astype(np.uint8)
+        write_image(folder / "target" / f"{place}.png", clean)
+        write_image(folder / "input" / f"{place}.png", noisy)
+    return f"folder:{folder}"
+
+
+def samples_per_second(pairs: tuple[Pair, ...], mode: Mode, workers: int) -> float:
+    """Samples a second from the second batch on."""
+    dataset = TrainingPairs(pairs, open_cache(pairs, mode), Augmentation(128), seed=0)
+    sampler = Tickets(SAMPLES, rank=0, world=1, seed=0)
+    batches = iter(DataLoader(dataset, batch_size=8, sampler=sampler, num_workers=workers))
+    next(batches)
+    start = time.perf_counter()
+    count = sum(len(batch["name"]) for batch in batches)
+    return count / (time.perf_counter() - start)
+
+
+def worker_memory(pairs: tuple[Pair, ...], workers: int) -> float:
+    """Memory in MiB that a worker does not share, in the middle of an epoch that reads every image."""
+    dataset = TrainingPairs(pairs, open_cache(pairs, "disk"), Augmentation(128), seed=0)
+    sampler = Tickets(SAMPLES * 4, rank=0, world=1, seed=0)
+    batches = iter(DataLoader(dataset, batch_size=8, sampler=sampler, num_workers=workers))
+    for _ in range(SAMPLES // 8):
+        next(batches)
+    children = psutil.Process().children()
+    return sum(child.memory_full_info().uss for child in children) / 2**20 / len(children)
+
+
+def main() -> None:
+    """Prints speeds, their ratio, and memory a worker."""
+    os.environ["DERAIN_CACHE"] = tempfile.mkdtemp()
+    found = find_pairs(a_set(Path(tempfile.mkdtemp())), "test")
+    print(f"at least 20 times asked for; batches of 8 crops of 128×128 from {len(found.pairs)} pairs of {found.layout}")
+    for workers in (0, 2):
+        fast, slow = (samples_per_second(found.pairs, mode, workers) for mode in MODES)
+        print(
+            f"  {workers} workers: cache {fast:,.0f}/s, decoding {slow:,.0f}/s: {fast / slow:.1f} times (at least 20)"
+        )
+    memory = [worker_memory(found.pairs, workers) for workers in (1, 4)]
+    print(f"  memory of its own that a worker takes: {memory[0]:.0f} MiB with 1, {memory[1]:.0f} MiB with 4 workers")
+
+
+if __name__ == "__main__":
+    main()
