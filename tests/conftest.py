@@ -1,6 +1,8 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist uses the cores; small tensors gain nothing by threads
+
 import numpy as np
 import pytest
 

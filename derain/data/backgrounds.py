@@ -1,4 +1,4 @@
-"""Which images show the same background: copied, cropped, flipped, turned, resized, re-encoded, under other rain.
+"""Which images show the same background: copied, cropped, flipped, turned, resized, re-encoded, rained on.
 
 Candidates come from thumbnails of whole images and from local features (SIFT, Lowe, IJCV 2004) whose
 positions agree on one flip or quarter turn, scale and shift. Only what then agrees pixel by pixel is a match:
@@ -23,8 +23,8 @@ _NEIGHBOURS = 8
 _FEATURE_DISTANCE = 250  # of SIFT descriptors; copies lie below, most strangers above
 _THUMBNAIL = 16
 _SURE = 0.998  # agreement that refining could hardly raise
-_COPY = 0.985  # least agreement of copies
-_RAINY = 0.7  # least agreement where rain lies on one of the two
+_COPY = 0.99  # least agreement of copies
+_RAINY = 0.9  # least agreement where rain lies on one of the two
 
 Floats = NDArray[np.float64]
 Grey = NDArray[np.uint8]
@@ -91,14 +91,14 @@ def describe(pixels: Pixels, *, rainy: bool = False, local: bool = True) -> Back
         rainy: Whether rain lies on it; thin bright streaks are then weakened first.
         local: Whether to look for features, without which cropped images are not recognised.
     """
-    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    grey = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.uint8)
     if rainy:
-        grey = cv2.morphologyEx(grey, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+        grey = np.asarray(cv2.morphologyEx(grey, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)), np.uint8)
     small = _shrunk(grey, _COMPARE_SIDE)
     points, descriptors = np.zeros((0, 3), np.float32), np.zeros((0, 128), np.uint8)
     if local:
         search = _shrunk(grey, _SEARCH_SIDE)
-        found, described = cv2.SIFT_create(nfeatures=_FEATURES).detectAndCompute(search, None)
+        found, described = cv2.SIFT.create(nfeatures=_FEATURES).detectAndCompute(search, None)
         if described is not None:
             strongest = np.argsort([-point.response for point in found], kind="stable")[:_FEATURES]
             scale = small.shape[1] / search.shape[1]
@@ -110,12 +110,12 @@ def describe(pixels: Pixels, *, rainy: bool = False, local: bool = True) -> Back
     return Background(small, points, descriptors, rainy)
 
 
-def _shrunk(grey: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+def _shrunk(grey: Grey, side: int) -> Grey:
     scale = side / max(grey.shape)
     if scale >= 1:
         return grey
     size = [max(1, round(length * scale)) for length in grey.shape[::-1]]
-    return np.asarray(cv2.resize(grey, size, interpolation=cv2.INTER_AREA))
+    return np.asarray(cv2.resize(grey, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def same(first: Sequence[Background], second: Sequence[Background] | None = None, *, crops: bool = True) -> list[Match]:
@@ -130,6 +130,8 @@ def same(first: Sequence[Background], second: Sequence[Background] | None = None
         One match for every pair of images that has one, sorted by the images' indices.
     """
     images = [*first, *(second or ())]
+    if len(images) < 2:
+        return []
     groups = np.zeros(len(images), int)
     groups[len(first) :] = 1
     best: dict[tuple[int, int], Match] = {}
@@ -153,7 +155,7 @@ def same(first: Sequence[Background], second: Sequence[Background] | None = None
 
 @dataclass(frozen=True)
 class _Hypothesis:
-    """The first image, flipped upside down and turned clockwise, lies in the second at ``scale * xy + shift``."""
+    """The first image, flipped upside down and turned, lies in the second at ``scale * xy + shift``."""
 
     first: int
     second: int
@@ -164,7 +166,7 @@ class _Hypothesis:
     votes: int
 
 
-def _oriented(image: NDArray[np.uint8], mirrored: bool, turns: int) -> NDArray[np.uint8]:
+def _oriented(image: Grey, mirrored: bool, turns: int) -> Grey:
     return np.ascontiguousarray(np.rot90(image[::-1] if mirrored else image, -turns))
 
 
@@ -182,13 +184,11 @@ def _oriented_points(points: Floats, shape: tuple[int, ...], mirrored: bool, tur
 def _by_thumbnail(images: Sequence[Background]) -> Iterator[_Hypothesis]:
     """Whole images that look alike when small, in any of the eight orientations."""
     size = (_THUMBNAIL, _THUMBNAIL)
-    small = np.stack([cv2.resize(image.grey, size, interpolation=cv2.INTER_AREA) for image in images]).astype(
-        np.float32
-    )
+    small = [np.asarray(cv2.resize(image.grey, size, interpolation=cv2.INTER_AREA), np.uint8) for image in images]
+    right = _standardised(small)
     for mirrored in (False, True):
         for turns in range(4):
-            turned = np.stack([_oriented(image, mirrored, turns) for image in small])  # type: ignore[arg-type]
-            left, right = _standardised(turned), _standardised(small)
+            left = _standardised([_oriented(image, mirrored, turns) for image in small])
             for start in range(0, len(images), 1024):
                 alike = left[start : start + 1024] @ right.T > 0.96
                 for a, b in zip(*np.nonzero(alike), strict=True):
@@ -196,11 +196,10 @@ def _by_thumbnail(images: Sequence[Background]) -> Iterator[_Hypothesis]:
                         yield _whole(images, start + int(a), int(b), mirrored, turns)
 
 
-def _standardised(thumbnails: NDArray[np.float32]) -> NDArray[np.float32]:
-    flat = thumbnails.reshape(len(thumbnails), -1)
-    flat = flat - flat.mean(1, keepdims=True)
-    norm = np.linalg.norm(flat, axis=1, keepdims=True)
-    return np.asarray(flat / np.maximum(norm, 1e-6), np.float32)
+def _standardised(thumbnails: Sequence[Grey]) -> NDArray[np.float32]:
+    flat = np.stack(thumbnails).reshape(len(thumbnails), -1).astype(np.float32)
+    flat -= flat.mean(1, keepdims=True)
+    return np.asarray(flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6), np.float32)
 
 
 def _whole(images: Sequence[Background], first: int, second: int, mirrored: bool, turns: int) -> _Hypothesis:
@@ -232,12 +231,12 @@ def _by_features(images: Sequence[Background]) -> list[_Hypothesis]:
         if end - start < 3:
             continue
         group = table[start:end]
-        first, second, mirrored, turns = (int(value) for value in group[0, :4])
+        first, second, flipped, turns = (int(value) for value in group[0, :4])
         group = group[np.argsort(group[:, 6], kind="stable")[:40]]
-        a = _oriented_points(points[group[:, 4], :2], images[first].grey.shape, bool(mirrored), turns)
+        a = _oriented_points(points[group[:, 4], :2], images[first].grey.shape, bool(flipped), turns)
         fit = _fit(a, points[group[:, 5], :2])
         if fit is not None:
-            hypotheses.append(_Hypothesis(first, second, bool(mirrored), turns, *fit))
+            hypotheses.append(_Hypothesis(first, second, bool(flipped), turns, *fit))
     return hypotheses
 
 
@@ -284,8 +283,9 @@ def _fit(a: Floats, b: Floats) -> tuple[tuple[float, float], tuple[float, float]
     far = (np.abs(run) > 5).all(1) & (np.abs(rise) > 2).all(1)
     i, run, rise = i[far], run[far], rise[far]
     scale = rise / run
-    sane = (scale > 0.1).all(1) & (scale < 10).all(1)
-    sane[sane] = np.abs(np.log(scale[sane, 0] / scale[sane, 1])) < np.log(1.8)
+    bounded = np.clip(scale, 0.1, 10)
+    ratio = bounded[:, 0] / bounded[:, 1]
+    sane = (scale == bounded).all(1) & (ratio > 1 / 1.8) & (ratio < 1.8)
     if not sane.any():
         return None
     scale, i = scale[sane], i[sane]
@@ -364,7 +364,7 @@ def _overlap(
     soft_a = cv2.GaussianBlur(a.astype(np.float32), (0, 0), sigma)
     soft_b = cv2.GaussianBlur(b.astype(np.float32), (0, 0), sigma * max(1.0, scale))
     moved = cv2.warpAffine(soft_b, warp, size, flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP)
-    return inner, soft_a, moved
+    return inner, np.asarray(soft_a, np.float32), np.asarray(moved, np.float32)
 
 
 def _agreement(a: Grey, b: Grey, warp: Floats) -> tuple[float, float, float]:

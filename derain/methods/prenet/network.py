@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from derain.errors import DerainError
+
 Variant = Literal["PReNet", "PReNet_r", "PRN", "PRN_r"]
 """Names that the paper gives the network and its ablations."""
 
@@ -37,6 +39,9 @@ class PReNet(nn.Module):
         ``(b, 3, h, w)`` in [0, 1] → the same, not clamped; any ``h, w >= 1``. A pixel depends on the pixels
         up to ``13 * stages`` away.
 
+    Raises:
+        DerainError: If there is no stage.
+
     References:
         Ren et al., Progressive Image Deraining Networks: A Better and Simpler Baseline, CVPR 2019, eq. 3 and 5.
         As in the authors' code, each residual branch ends in a ReLU of its own.
@@ -51,6 +56,8 @@ class PReNet(nn.Module):
 
     def __init__(self, stages: int = 6, *, recurrent: bool = True, shared: bool = False) -> None:
         super().__init__()
+        if stages < 1:
+            raise DerainError(f"PReNet with {stages} stages restores nothing; give at least 1")
         self.stages, self.recurrent = stages, recurrent
         self.conv0 = nn.Sequential(_conv(6, 32), nn.ReLU(inplace=True))
         if recurrent:
@@ -71,27 +78,27 @@ class PReNet(nn.Module):
         for _ in range(self.stages):
             x = self.conv0(torch.cat((rainy, derained[-1]), dim=1))
             if self.recurrent:
-                hidden, cell = self._remember(x, hidden, cell)
-                x = hidden
+                if hidden is None or cell is None:  # the first state is zero and adds nothing
+                    cell = self._gate("i", x) * self._gate("g", x)
+                else:
+                    x = torch.cat((x, hidden), dim=1)
+                    cell = self._gate("f", x) * cell
+                    cell = torch.addcmul(cell, self._gate("i", x), self._gate("g", x))
+                x = hidden = self._gate("o", x) * torch.tanh(cell)
             for name in self.branches:
                 x = torch.relu_(x + self.get_submodule(name)(x))
             derained.append(self.conv(x) + rainy)
         return derained[1:]
 
-    def _remember(
-        self, x: Float[Tensor, "b 32 h w"], hidden: Tensor | None, cell: Tensor | None
-    ) -> tuple[Float[Tensor, "b 32 h w"], Float[Tensor, "b 32 h w"]]:
-        """One step of the LSTM: the new hidden state and the new cell.
+    def _gate(self, name: str, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 32 h w"]:
+        """One gate of the LSTM, from features and hidden state (c = 64) or, in the first stage, features alone.
 
-        The state before the first stage is zero: that step needs no forget gate. The gates stay four
-        convolutions, because the quarters of one large result lie apart in memory and cost more than it saves.
+        The gates stay four convolutions: the quarters of one large result lie apart in memory, and reading
+        them costs a CPU more than the larger convolution saves.
         """
-        if hidden is not None:
-            x = torch.cat((x, hidden), dim=1)
-        new = torch.sigmoid_(_gate(self.conv_i, x)) * torch.tanh_(_gate(self.conv_g, x))
-        if cell is not None:
-            new = torch.addcmul(new, torch.sigmoid_(_gate(self.conv_f, x)), cell)
-        return torch.sigmoid_(_gate(self.conv_o, x)) * torch.tanh(new), new
+        weight, bias = self.get_submodule(f"conv_{name}").parameters()
+        gate = F.conv2d(x, weight[:, : x.shape[1]], bias, padding=1)
+        return torch.tanh_(gate) if name == "g" else torch.sigmoid_(gate)
 
 
 def variant_of(state: Mapping[str, Tensor]) -> Variant | None:
@@ -110,9 +117,3 @@ def variant_of(state: Mapping[str, Tensor]) -> Variant | None:
 
 def _conv(inputs: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1)
-
-
-def _gate(layer: nn.Sequential, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 32 h w"]:
-    """Convolves by the weights of the first ``c`` inputs: the other inputs are zero in the first stage."""
-    weight, bias = layer.parameters()
-    return F.conv2d(x, weight[:, : x.shape[1]], bias, padding=1)
