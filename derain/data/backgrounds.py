@@ -5,7 +5,7 @@ positions agree on one flip or quarter turn, scale and shift. Only what then agr
 two photos of one place, taken a step or a second apart, are none.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -130,21 +130,20 @@ def same(first: Sequence[Background], second: Sequence[Background] | None = None
         One match for every pair of images that has one, sorted by the images' indices.
     """
     images = [*first, *(second or ())]
-    if len(images) < 2:
-        return []
-    groups = np.zeros(len(images), int)
-    groups[len(first) :] = 1
     best: dict[tuple[int, int], Match] = {}
-    hypotheses = [*_by_thumbnail(images)]
-    if crops:
-        hypotheses += _by_features(images)
-    wanted = [h for h in hypotheses if second is None or groups[h.first] != groups[h.second]]
-    with ThreadPoolExecutor() as threads:
-        for match in threads.map(lambda one: _confirmed(images, one), wanted):
-            if match is not None:
-                key = (match.first, match.second)
-                if key not in best or match.score > best[key].score:
-                    best[key] = match
+    searches = [_by_thumbnail, _by_features] if crops else [_by_thumbnail]
+    for search in searches if len(images) > 1 else []:
+        wanted = [
+            guess
+            for guess in search(images)
+            if (guess.first, guess.second) not in best
+            and (second is None or (guess.first < len(first)) != (guess.second < len(first)))
+        ]
+        with ThreadPoolExecutor() as threads:
+            for match in threads.map(lambda guess: _confirmed(images, guess), wanted):
+                if match is not None:
+                    key = (match.first, match.second)
+                    best[key] = max(match, best.get(key, match), key=lambda one: one.score)
     if second is None:
         return [best[key] for key in sorted(best)]
     shift = len(first)
@@ -181,11 +180,12 @@ def _oriented_points(points: Floats, shape: tuple[int, ...], mirrored: bool, tur
     return np.stack([x, y], 1)
 
 
-def _by_thumbnail(images: Sequence[Background]) -> Iterator[_Hypothesis]:
+def _by_thumbnail(images: Sequence[Background]) -> list[_Hypothesis]:
     """Whole images that look alike when small, in any of the eight orientations."""
     size = (_THUMBNAIL, _THUMBNAIL)
     small = [np.asarray(cv2.resize(image.grey, size, interpolation=cv2.INTER_AREA), np.uint8) for image in images]
     right = _standardised(small)
+    hypotheses = []
     for mirrored in (False, True):
         for turns in range(4):
             left = _standardised([_oriented(image, mirrored, turns) for image in small])
@@ -193,7 +193,8 @@ def _by_thumbnail(images: Sequence[Background]) -> Iterator[_Hypothesis]:
                 alike = left[start : start + 1024] @ right.T > 0.96
                 for a, b in zip(*np.nonzero(alike), strict=True):
                     if start + a < b:
-                        yield _whole(images, start + int(a), int(b), mirrored, turns)
+                        hypotheses.append(_whole(images, start + int(a), int(b), mirrored, turns))
+    return hypotheses
 
 
 def _standardised(thumbnails: Sequence[Grey]) -> NDArray[np.float32]:
@@ -254,7 +255,7 @@ def _votes(
     mirrored: bool,
 ) -> NDArray[np.int64]:
     """Pairs of like features: both images, mirrored, quarter turns, both features, distance."""
-    parts = np.array_split(queries, 8)
+    parts = [part for part in np.array_split(queries, 8) if len(part)]
     count = min(_NEIGHBOURS, len(queries))
     with ThreadPoolExecutor() as threads:
         found = [*threads.map(lambda part: index.knnSearch(part, count, params={"checks": 32}), parts)]
@@ -339,9 +340,10 @@ def _refined(a: Grey, b: Grey, warp: Floats) -> Floats:
             return warp
         dx, dy = (cv2.Sobel(moved, cv2.CV_32F, 1 - axis, axis)[seen] / 8 / warp[axis, axis] for axis in (0, 1))
         values = moved[seen]
-        design = np.stack([dx * x[seen], dx, dy * y[seen], dy, values, np.ones_like(values)], 1).astype(np.float64)
-        weights = design.T @ design + 1e-6 * np.eye(6)
-        step = np.linalg.solve(weights, design.T @ (target[seen] - values))
+        columns = [dx * x[seen], dx, dy * y[seen], dy, values, np.ones_like(values), target[seen] - values]
+        # products of columns by OpenCV: BLAS would wake threads for so little
+        products = cv2.mulTransposed(np.stack(columns).astype(np.float64), False)
+        step = np.linalg.solve(products[:6, :6] + 1e-6 * np.eye(6), products[:6, 6])
         warp[0, 0] += step[0]
         warp[0, 2] += step[1]
         warp[1, 1] += step[2]
@@ -375,11 +377,10 @@ def _agreement(a: Grey, b: Grey, warp: Floats) -> tuple[float, float, float]:
     if seen.sum() < 64:
         return 0.0, 0.0, 0.0
     left, right = (
-        np.concatenate([cv2.Sobel(image, cv2.CV_32F, dx, 1 - dx)[seen] for dx in (0, 1)]).astype(np.float64)
-        for image in (soft_a, moved)
+        np.concatenate([cv2.Sobel(image, cv2.CV_32F, dx, 1 - dx)[seen] for dx in (0, 1)]) for image in (soft_a, moved)
     )
-    norm = np.sqrt((left @ left) * (right @ right))
-    score = float(left @ right / norm) if norm > 1e-3 else 0.0
+    norm = float(cv2.norm(left) * cv2.norm(right))
+    score = float((left * right).sum(dtype=np.float64)) / norm if norm > 1e-3 else 0.0
     low, high = warp[:, 2], warp[:, 2] + np.diag(warp[:, :2]) * a.shape[::-1]
     overlap = np.clip(np.minimum(high, b.shape[::-1]) - np.maximum(low, 0), 0, None).prod()
     return score, float(overlap / (high - low).prod()), float(overlap / b.size)

@@ -1,0 +1,104 @@
+import json
+import shutil
+
+import pytest
+
+from derain.cli import main
+from derain.data.layouts import LAYOUTS
+from derain.images import read_rgb, write_image
+from tests.factories import make_set
+
+
+def test_list_tells_every_set_and_what_is_here(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DERAIN_DATA", str(tmp_path))
+    make_set(tmp_path, "Rain800", "train", count=3)
+    make_set(tmp_path, "Rain12", "test", count=2)
+    assert main(["data", "list", "--json"]) == 0
+    told = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+    assert set(told) == set(LAYOUTS)
+    assert told["Rain800"]["found"] == {"train": 3}
+    assert told["Rain12"]["found"] == {"test": 2}
+    assert told["Rain200H"]["found"] == {}
+    assert all(one["source"].startswith("https://") and one["citation"] for one in told.values() if one["counts"])
+    assert main(["data", "list"]) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in LAYOUTS)
+
+
+def test_list_without_a_data_root_says_how_to_name_it(capsys, monkeypatch):
+    monkeypatch.delenv("DERAIN_DATA", raising=False)
+    assert main(["data", "list"]) == 0
+    assert "DERAIN_DATA" in capsys.readouterr().out
+
+
+def test_verify_gives_0_for_a_clean_set_and_1_for_a_broken_one(tmp_path, capsys):
+    folder = make_set(tmp_path, "folder", "train", count=4)
+    assert main(["data", "verify", str(folder)]) == 0
+    assert "nothing is wrong" in capsys.readouterr().out
+    broken = next(path for path in sorted(folder.rglob("*.png")))
+    broken.write_bytes(broken.read_bytes()[:100])
+    assert main(["data", "verify", str(folder), "--json"]) == 1
+    findings = json.loads(capsys.readouterr().out)
+    assert any(one["kind"] == "unreadable" and one["files"] == [str(broken)] for one in findings)
+    assert all({"kind", "files", "detail"} <= set(one) for one in findings)
+    assert main(["data", "verify", str(folder)]) == 1
+    told = capsys.readouterr().out
+    assert broken.name in told
+    assert "found wrong" in told
+
+
+def test_verify_against_another_set_finds_the_leak(tmp_path, capsys):
+    train = make_set(tmp_path / "a", "folder", "train", count=3)
+    test = make_set(tmp_path / "b", "folder", "test", count=3, seed=40)
+    image = next(path for path in sorted(train.rglob("*.png")) if "target" in str(path))
+    for path in test.rglob("*.png"):
+        if path.name == image.name:
+            partner = {"target": image, "input": image.parent.parent / "input" / image.name}[path.parent.name]
+            shutil.copy(partner, path)
+    assert main(["data", "verify", str(train), "--against", str(test), "--json"]) == 1
+    findings = json.loads(capsys.readouterr().out)
+    assert [one["kind"] for one in findings if one["level"] == "error"] == ["leak"]
+
+
+def test_synthesize_writes_a_set_that_verify_accepts(tmp_path, capsys):
+    pytest.importorskip("skimage")
+    assert main(["data", "photos", str(tmp_path / "photos")]) == 0
+    arguments = ["data", "synthesize", str(tmp_path / "photos/test"), str(tmp_path / "set"), "--preset", "light"]
+    assert main([*arguments, "--density", "0.1", "--angle", "-5", "5"]) == 0
+    record = json.loads((tmp_path / "set/rain.json").read_text())
+    assert record["lightest"]["density"] == record["heaviest"]["density"] == 0.1
+    assert (record["lightest"]["angle"], record["heaviest"]["angle"]) == (-5, 5)
+    assert (tmp_path / "set/contact_sheet.png").is_file()
+    capsys.readouterr()
+    assert main(["data", "verify", str(tmp_path / "set")]) == 0, capsys.readouterr().out
+    assert main(arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_broken_photos_are_told_and_the_others_done(tmp_path, capsys, rng):
+    write_image(tmp_path / "clean/a.png", rng.integers(0, 256, (40, 50, 3), dtype="uint8"))
+    (tmp_path / "clean/b.png").write_text("no image")
+    assert main(["data", "synthesize", str(tmp_path / "clean"), str(tmp_path / "set")]) == 2
+    assert "b.png" in capsys.readouterr().err
+    assert read_rgb(tmp_path / "set/input/a.png").shape == (40, 50, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["verify", "absent"], "absent: no such folder"),
+        (["list", "--root", "absent"], "absent: no such folder"),
+        (["synthesize", "absent", "out"], "absent: no such folder"),
+        (["verify", ".", "--layout", "Rain99"], "Rain99"),
+        (["synthesize", ".", "out", "--density", "9"], "density is 9"),
+        (["synthesize", ".", "out", "--density", "0.1", "0.2", "0.3"], "--density: 3 numbers"),
+    ],
+)
+def test_refusals_take_one_line(tmp_path, capsys, monkeypatch, arguments, told):
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("derain: error:")
+    assert told in error
+    assert error.count("\n") == 1

@@ -1,0 +1,64 @@
+"""Negative SSIM against a NumPy/SciPy program in float64."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.signal import convolve2d
+
+from derain.methods.prenet.loss import negative_ssim
+
+
+def ssim(x, y):
+    """Mean SSIM of one channel: the 11×11 window at every pixel, zeros around the image."""
+    grid = np.arange(-5, 6)
+    window = np.exp(-(grid[:, None] ** 2 + grid[None, :] ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+
+    def mean(image):
+        return convolve2d(image, window, mode="same", boundary="fill", fillvalue=0)
+
+    mu_x, mu_y = mean(x), mean(y)
+    var_x, var_y = mean(x * x) - mu_x**2, mean(y * y) - mu_y**2
+    cov = mean(x * y) - mu_x * mu_y
+    c1, c2 = 0.01**2, 0.03**2
+    return np.mean((2 * mu_x * mu_y + c1) * (2 * cov + c2) / ((mu_x**2 + mu_y**2 + c1) * (var_x + var_y + c2)))
+
+
+def pair(size, dtype=torch.float64, batch=2):
+    generator = torch.Generator().manual_seed(3)
+    clean = torch.rand(batch, 3, *size, generator=generator, dtype=torch.float64)
+    derained = (clean + 0.2 * torch.randn(batch, 3, *size, generator=generator, dtype=torch.float64)).clamp(-0.1, 1.1)
+    return derained.to(dtype), clean.to(dtype)
+
+
+@pytest.mark.parametrize("size", [(31, 24), (11, 11), (3, 40), (1, 1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_it_is_the_formula(size, dtype, tolerance):
+    derained, clean = pair(size, dtype)
+    channels = zip(derained.flatten(0, 1).double().numpy(), clean.flatten(0, 1).double().numpy(), strict=True)
+    expected = -np.mean([ssim(x, y) for x, y in channels])
+    assert negative_ssim(derained, clean).item() == pytest.approx(expected, abs=tolerance)
+
+
+def test_the_gradient_is_that_of_finite_differences():
+    derained, clean = pair((7, 9), batch=1)
+    assert torch.autograd.gradcheck(lambda x: negative_ssim(x, clean), derained.requires_grad_())
+
+
+def test_equal_images_are_best():
+    derained, clean = pair((20, 20))
+    assert negative_ssim(clean, clean).item() == pytest.approx(-1, abs=1e-12)
+    assert negative_ssim(derained, clean) > -1
+    flat = torch.zeros(1, 3, 16, 16, requires_grad=True)
+    negative_ssim(flat, torch.zeros(1, 3, 16, 16)).backward()
+    assert torch.isfinite(flat.grad).all()
+
+
+def test_autocast_and_bfloat16_change_nothing():
+    derained, clean = pair((24, 24), torch.float32)
+    expected = negative_ssim(derained, clean)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert negative_ssim(derained, clean) == expected
+        loss = negative_ssim(derained.bfloat16(), clean)
+    assert loss.dtype == torch.float32
+    assert loss == negative_ssim(derained.bfloat16().float(), clean)
