@@ -1,12 +1,10 @@
 """Tiny generated data sets of every layout, and the photos that scikit-image ships."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
-import pytest
 from PIL import Image
 
 from derain.data.layouts import LAYOUTS, Split
@@ -153,11 +151,3 @@ def photo(name: str) -> Pixels:
     folder = Path(skimage.__file__).parent / "data"
     file = next(path for path in folder.iterdir() if path.stem == name)
     return np.asarray(Image.open(file).convert("RGB"))
-
-
-def real_data() -> Path:
-    """The folder of real data sets; the calling test is skipped where there is none."""
-    root = os.environ.get("DERAIN_DATA")
-    if not root:
-        pytest.skip("needs real data: set DERAIN_DATA")
-    return Path(root)

@@ -18,6 +18,9 @@ from derain.data.rain import PRESETS, Rain, synthesize
 from derain.data.verify import Finding, verify
 from derain.errors import DerainError
 
+SHOWN = 10
+"""Findings of one kind in one set that the table shows; the JSON has all."""
+
 STYLE = {"error": "red", "warning": "yellow", "note": "dim"}
 
 
@@ -132,15 +135,23 @@ def report(args: argparse.Namespace) -> int:
 
 
 def as_table(findings: Sequence[Finding]) -> Table:
-    """One row a finding."""
+    """One row a finding, of many of one kind in one set the first ten."""
     table = Table(show_lines=False)
     for column in ("", "kind", "set", "files", "what"):
         table.add_column(column, overflow="fold")
+    counts: dict[tuple[str, str, str], int] = {}
     for finding in findings:
+        kind = (finding.level, finding.kind, finding.set)
+        counts[kind] = counts.get(kind, 0) + 1
+        if counts[kind] > SHOWN:
+            continue
         names = [Path(file).name for file in finding.files]
         files = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         style = STYLE[finding.level]
         table.add_row(f"[{style}]{finding.level}[/{style}]", finding.kind, finding.set, files, finding.detail)
+    for (level, named, of_set), count in counts.items():
+        if count > SHOWN:
+            table.add_row(level, named, of_set, f"{count - SHOWN} more", "")
     return table
 
 

@@ -358,13 +358,13 @@ def _overlap(
 ) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
     """Pixels of ``a`` that ``b`` covers, and both images there, blurred alike."""
     size = a.shape[::-1]
-    scale = float(np.sqrt(warp[0, 0] * warp[1, 1]))
     seen = cv2.warpAffine(np.ones_like(b), warp, size, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
     seen[[0, -1]] = 0
     seen[:, [0, -1]] = 0
     inner = cv2.erode(seen, np.ones((5, 5), np.uint8), borderValue=0).astype(bool)
-    soft_a = cv2.GaussianBlur(a.astype(np.float32), (0, 0), sigma)
-    soft_b = cv2.GaussianBlur(b.astype(np.float32), (0, 0), sigma * max(1.0, scale))
+    across, down = np.diag(warp[:, :2])
+    soft_a = cv2.GaussianBlur(a.astype(np.float32), (0, 0), sigma / min(1, across), None, sigma / min(1, down))
+    soft_b = cv2.GaussianBlur(b.astype(np.float32), (0, 0), sigma * max(1, across), None, sigma * max(1, down))
     moved = cv2.warpAffine(soft_b, warp, size, flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP)
     return inner, np.asarray(soft_a, np.float32), np.asarray(moved, np.float32)
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from derain.data.layouts import LAYOUTS, Side, Split
 from derain.data.matching import Matched, bears_name, inventory, listing, match, set_folders
 from derain.errors import DerainError
 from derain.images import Pixels, read_rgb
+from derain.progress import track
 
 
 @dataclass(frozen=True)
@@ -201,19 +203,22 @@ def _without(name: str, pairs: tuple[Pair, ...], data_root: Path) -> tuple[Pair,
         raise DerainError(
             f"{name} leaves out the backgrounds of {other} and cannot without it: {error}; {name}-full takes all pairs"
         ) from error
-    matches = backgrounds.same(
-        [backgrounds.describe(clean_image(pair)) for pair in pairs],
-        [backgrounds.describe(clean_image(pair)) for pair in test],
-        crops=False,
-    )
+    with ThreadPoolExecutor() as threads:
+        described = threads.map(lambda pair: backgrounds.describe(clean_image(pair), local=False), (*pairs, *test))
+        count = len(pairs) + len(test)
+        images = list(track(described, f"Looking in {name} for backgrounds of {other}", count))
+    matches = backgrounds.same(images[: len(pairs)], images[len(pairs) :], crops=False)
     shared = {match.first for match in matches}
     return tuple(pair for index, pair in enumerate(pairs) if index not in shared)
 
 
 def clean_image(pair: Pair) -> Pixels:
-    """Reads the clean image alone, or the rainy one where there is no other."""
-    rainy, clean = pair.read() if pair.clean_side is not None else (read_rgb(pair.clean or pair.rainy), None)
-    return rainy if clean is None else clean
+    """Reads the clean image of a pair that has one, and not the rainy one if it is another file."""
+    if pair.clean is not None and pair.clean_side is None:
+        return read_rgb(pair.clean)
+    _, clean = pair.read()
+    assert clean is not None
+    return clean
 
 
 def detect(root: Path, split: Split, files: Sequence[str] | None = None) -> tuple[str, str, Matched]:

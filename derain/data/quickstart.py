@@ -22,7 +22,8 @@ def quickstart_set(folder: Path) -> Path:
     place = folder / "Quickstart"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "Quickstart.lock"):
-        write_photos(place / "photos")
+        if not (place / "photos" / "LICENCES.txt").is_file():
+            write_photos(place / "photos")
         for split, count in PER_PHOTO.items():
             if not (place / split / "rain.json").is_file():
                 photos = place / "photos" / split

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 
 from derain.data.backgrounds import Background, Match, describe, same
 from derain.data.layouts import LAYOUTS
@@ -110,7 +111,8 @@ def verify(
                 images.rainy.append(seen.rainy)
     for one in sets:
         findings += _check_sides(one, cues[one])
-    findings += _compare(sets, images)
+    with Console(stderr=True).status(f"Comparing {len(images.files)} backgrounds"):
+        findings += _compare(sets, images)
     order = [str(one) for one in (*sets, *others)]
     kinds = get_args(Kind)
     findings.sort(key=lambda f: (order.index(f.set), kinds.index(f.kind), natural_key("\n".join(f.files))))

@@ -4,7 +4,7 @@ import pytest
 
 from derain.data.layouts import LAYOUTS
 from derain.data.pairs import find_pairs
-from tests.factories import clean_image, make_set, real_data
+from tests.factories import clean_image, make_set
 
 CASES = [
     ("Rain100L", "test", 0, 4),
@@ -95,8 +95,7 @@ def test_rain_1400_is_split_by_number_where_all_lie_in_one_folder(tmp_path):
     assert {pair.clean for pair in test.pairs} == {tmp_path / "Rain1400/ground_truth/901.jpg"}
 
 
-def test_real_sets():
-    root = real_data()
+def test_real_sets(real_data):
     for name, split, count in [
         ("Rain100L", "test", 100),
         ("Rain100H", "test", 100),
@@ -104,6 +103,6 @@ def test_real_sets():
         ("Rain800", "test", 100),
         ("Rain800", "predict", 52),
     ]:
-        found = find_pairs(name, split, data_root=root)
+        found = find_pairs(name, split, data_root=real_data)
         assert (len(found.pairs), found.notes) == (count, ())
-    assert find_pairs("Rain100L", "test", data_root=root).pairs[0].rainy.name == "rain-001.png"
+    assert find_pairs("Rain100L", "test", data_root=real_data).pairs[0].rainy.name == "rain-001.png"

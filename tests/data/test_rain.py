@@ -12,6 +12,7 @@ from PIL import Image
 
 from derain.data.pairs import find_pairs
 from derain.data.rain import PRESETS, Rain, add_rain, between, generator, streaks, synthesize
+from derain.data.verify import verify
 from derain.errors import DerainError
 from derain.images import image_files, read_rgb
 
@@ -287,6 +288,18 @@ def test_several_rains_for_each_photo(photos, tmp_path):
     assert len(found.pairs) == 12
     for pair in found.pairs:
         assert pair.clean == tmp_path / "set" / "target" / f"{pair.name.rpartition('_rain')[0]}.png"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_verify_accepts_the_set(preset, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for index in range(3):
+        Image.fromarray(scene(150, 200, index)).save(tmp_path / "photos" / f"photo-{index}.png")
+    lightest, heaviest = PRESETS[preset]
+    synthesize(tmp_path / "photos", tmp_path / "set", (lightest, dataclasses.replace(heaviest, drops=9)), per_image=2)
+    sets, findings = verify(tmp_path / "set")
+    assert [len(one.matched.pairs) for one in sets] == [6]
+    assert findings == []
 
 
 def test_folders_below_and_any_photo(tmp_path):

@@ -1,0 +1,118 @@
+import cv2
+import numpy as np
+import pytest
+
+from derain.data.backgrounds import Match, describe, same
+from tests.factories import add_rain, photo
+
+NAMES = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle_left", "camera", "brick", "grass")
+
+
+def jpeg(pixels, quality):
+    data = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return np.ascontiguousarray(cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1])
+
+
+def crop(pixels, share, seed=0):
+    h, w = (round(length * share**0.5) for length in pixels.shape[:2])
+    rng = np.random.default_rng(seed)
+    y, x = (int(rng.integers(0, whole - part + 1)) for whole, part in zip(pixels.shape[:2], (h, w), strict=True))
+    return np.ascontiguousarray(pixels[y : y + h, x : x + w])
+
+
+def resized(pixels, w, h):
+    return cv2.resize(pixels, (w, h), interpolation=cv2.INTER_AREA)
+
+
+@pytest.fixture(scope="module")
+def photos():
+    pytest.importorskip("skimage")
+    found = [photo(name) for name in NAMES]
+    return [resized(p, round(p.shape[1] * 400 / max(p.shape)), round(p.shape[0] * 400 / max(p.shape))) for p in found]
+
+
+@pytest.fixture(scope="module")
+def known(photos):
+    return [describe(pixels) for pixels in photos]
+
+
+CHANGES = {
+    "a copy": (lambda p: p, "whole"),
+    "JPEG of quality 50": (lambda p: jpeg(p, 50), "whole"),
+    "half the size": (lambda p: resized(p, p.shape[1] // 2, p.shape[0] // 2), "whole"),
+    "another aspect ratio": (lambda p: resized(p, 300, 300), "whole"),
+    "left to right": (lambda p: p[:, ::-1], "flipped left to right"),
+    "upside down": (lambda p: p[::-1], "flipped upside down"),
+    "transposed": (lambda p: p.transpose(1, 0, 2), "transposed"),
+    "turned clockwise": (lambda p: np.rot90(p, -1), "turned by 90°"),
+    "turned by half": (lambda p: np.rot90(p, 2), "turned by 180°"),
+    "half the area": (lambda p: crop(p, 0.5), "cropped to 50% of its area"),
+    "a quarter of the area": (lambda p: crop(p, 0.25), "cropped to 25% of its area"),
+    "all at once": (lambda p: jpeg(np.rot90(crop(p, 0.3)[:, ::-1]), 75), "transposed, cropped to 30% of its area"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_made_of_an_image_is_recognised(photos, known, change):
+    make, told = CHANGES[change]
+    changed = [describe(np.ascontiguousarray(make(pixels))) for pixels in photos]
+    found = same(known, changed)
+    assert [(match.first, match.second) for match in found] == [(i, i) for i in range(len(NAMES))]
+    assert all(match.score > 0.99 for match in found)
+    words = [str(match) for match in found]
+    close = sum(word == told or abs(share(word) - share(told)) <= 0.02 for word in words)
+    assert close >= len(NAMES) - 1, words  # a grass or brick may look alike however it is turned
+
+
+def share(words):
+    return int(words.split("%")[0].split()[-1]) / 100 if "%" in words else 1.0
+
+
+@pytest.mark.parametrize("make", [lambda p: p, lambda p: p[:, ::-1], lambda p: crop(p, 0.5)])
+def test_rain_does_not_hide_a_background(photos, known, make):
+    rainy = [describe(np.ascontiguousarray(make(add_rain(p, i, share=0.03))), rainy=True) for i, p in enumerate(photos)]
+    found = {(match.first, match.second) for match in same(known, rainy)}
+    assert found <= {(i, i) for i in range(len(NAMES))}
+    assert len(found) >= len(NAMES) - 2  # streaks hide the lawn and the bricks
+
+
+def test_a_photo_taken_a_step_aside_is_another(photos, known):
+    right = photo("motorcycle_right")
+    right = resized(right, 400, round(right.shape[0] * 400 / right.shape[1]))
+    assert same(known, [describe(right)]) == []
+    assert len(same(known, [describe(photos[NAMES.index("motorcycle_left")])])) == 1
+
+
+def test_within_one_list_each_pair_is_told_once(photos, known):
+    images = [known[0], known[1], describe(np.ascontiguousarray(photos[0][::-1])), known[1]]
+    assert [(match.first, match.second) for match in same(images)] == [(0, 2), (1, 3)]
+
+
+def test_whole_images_need_no_features(photos):
+    images = [describe(photos[0], local=False), describe(photos[1], local=False)]
+    turned = [
+        describe(np.ascontiguousarray(np.rot90(photos[1])), local=False),
+        describe(crop(photos[0], 0.5), local=False),
+    ]
+    assert [(match.first, match.second) for match in same(images, turned, crops=False)] == [(1, 0)]
+
+
+def test_the_same_comparison_gives_the_same_matches(photos, known):
+    cropped = [describe(crop(pixels, 0.3, seed)) for seed, pixels in enumerate(photos)]
+    assert same(known, cropped) == same(known, cropped)
+
+
+def test_images_without_anything_to_see_match_nothing():
+    blank = [describe(np.full((40, 50, 3), value, np.uint8)) for value in (0, 0, 255)]
+    assert same(blank) == []
+    assert same([], blank) == same(blank, []) == same([]) == []
+    assert same([describe(np.zeros((1, 1, 3), np.uint8))] * 2) == []
+
+
+def test_shares_are_told_from_both_sides(photos, known):
+    (found,) = same([known[0]], [describe(crop(photos[0], 0.5))])
+    assert found.share == pytest.approx(0.5, abs=0.02)
+    assert found.of_second == pytest.approx(1, abs=0.02)
+    (turned,) = same([describe(crop(photos[0], 0.5))], [known[0]])
+    assert (turned.share, turned.of_second) == pytest.approx((found.of_second, found.share), abs=0.02)
+    assert str(Match(0, 1, 1.0, True, 90, 1.0, 0.4)) == "transposed, cropped to 40% of its area"
