@@ -69,9 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         parser = argparse.ArgumentParser(f"derain {command}", description=module.__doc__)
         module.add_arguments(parser)
         return int(module.run(parser.parse_args(arguments[1:])))
-    except DerainError as error:
-        print(f"derain: error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # the reader of our output, `head` for example, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (DerainError, OSError) as error:  # OSError: a disk that is full, a folder that may not be written
+        print(f"derain: error: {error}", file=sys.stderr)
+        return 2

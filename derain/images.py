@@ -63,15 +63,15 @@ def opened(path: Path) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
-        with image:
             image.load()
-            yield image
     except FileNotFoundError as error:
         raise DerainError(f"{path}: no such file; check the path") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        # Pillow reports damaged PNG chunks as SyntaxError, truncated data as OSError.
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        # Pillow reports damaged PNG chunks as SyntaxError, truncated data as OSError, odd TIFF sizes as ValueError.
         reason = "not an image that can be read" if isinstance(error, UnidentifiedImageError) else str(error)
         raise DerainError(f"{path}: {reason}; expected a whole JPEG, PNG, WebP, TIFF or BMP file") from error
+    with image:
+        yield image
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -160,9 +160,10 @@ def read_photo(path: Path) -> Photo:
         exif = image.getexif()
         deep = _is_deep(image, path)
         upright = ImageOps.exif_transpose(image)
-        exif.pop(0x0112, None)  # the rotation has been applied
+        turn = exif.pop(0x0112, 1)  # applied here and below
         keep_exif = len(exif) and image.format != "TIFF"  # there it describes how the file is laid out
-        info = {"icc_profile": image.info.get("icc_profile"), "exif": exif.tobytes() if keep_exif else None}
+        profile = image.info.get("icc_profile") if image.mode != "CMYK" else None  # it is not one of RGB
+        info = {"icc_profile": profile, "exif": exif.tobytes() if keep_exif else None}
         info = {key: value for key, value in info.items() if value}
         if not deep:
             has_alpha = "A" in upright.getbands() or "transparency" in upright.info
@@ -170,7 +171,7 @@ def read_photo(path: Path) -> Photo:
             array = np.asarray(upright.convert("RGBA" if has_alpha else "RGB"), np.float32) / np.float32(255)
             alpha = array[..., 3] if has_alpha else None
             return Photo(array[..., :3], alpha, grey, 8, info)
-    return _read_16_bit(path, info)
+    return _read_16_bit(path, int(turn), info)
 
 
 def _is_deep(image: Image.Image, path: Path) -> bool:
@@ -183,12 +184,15 @@ def _is_deep(image: Image.Image, path: Path) -> bool:
     return image.mode.startswith("I") or image.mode == "F"
 
 
-def _read_16_bit(path: Path, info: dict[str, Any]) -> Photo:
-    """Reads what Pillow has no colour mode for, by OpenCV."""
+def _read_16_bit(path: Path, turn: int, info: dict[str, Any]) -> Photo:
+    """Reads what Pillow has no colour mode for, by OpenCV, and sets it upright by EXIF's number of the turn."""
     array = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if array is None or array.dtype.kind not in "uf":
         raise DerainError(f"{path}: pixel format is not supported; save it as 8-bit or 16-bit PNG or TIFF")
     scale = 1.0 if array.dtype.kind == "f" else 255.0 if array.dtype == np.uint8 else 65535.0
+    if turn in {2, 3, 4, 5, 6, 7, 8}:
+        mirrored, quarters = {2: (1, 0), 3: (0, 2), 4: (1, 2), 5: (1, 1), 6: (0, 3), 7: (1, 3), 8: (0, 1)}[turn]
+        array = np.rot90(array[:, ::-1] if mirrored else array, quarters)
     values = np.clip(np.atleast_3d(array).astype(np.float32) / np.float32(scale), 0, 1)
     channels = values.shape[2]
     alpha = values[..., -1] if channels in {2, 4} else None

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-import os
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,10 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from derain.errors import DerainError
+from derain.memory import free_memory
 from derain.methods import DerainModule, weights
 
 log = logging.getLogger("derain")
 Precision = Literal["float32", "bf16"]
+
+OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")
+"""How PyTorch's allocators of Linux, Windows and Apple GPUs say it."""
 
 SMALLEST_TILE = 64
 """Side below which running out of memory is final, in pixels."""
@@ -98,8 +102,8 @@ class Restorer:
         while True:
             try:
                 return blend_tiles(image, self._forward, tile, self.overlap)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not OUT_OF_MEMORY.search(str(error)):
                     raise
                 if self.tile is None or tile // 2 < SMALLEST_TILE:
                     raise DerainError(
@@ -115,10 +119,12 @@ class Restorer:
         if isinstance(self.tile, int):
             return self.tile
         longest = max(height, width)
-        pixels = free_memory(self.device) // 2 // self.method.bytes_per_pixel
+        pixels = memory_for(self.device) // 2 // self.method.bytes_per_pixel
         if self.tile is None or height * width <= pixels:
             return longest
-        return max(SMALLEST_TILE, min(longest, int(pixels**0.5)) // 32 * 32)
+        tile = max(SMALLEST_TILE, min(longest, int(pixels**0.5)) // 32 * 32)
+        log.info("%d×%d pixels: restoring in tiles of %d×%d", width, height, tile, tile)
+        return tile
 
     def _forward(self, tile: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "1 3 h w"]:
         autocast: AbstractContextManager[object] = nullcontext()
@@ -149,18 +155,14 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def free_memory(device: torch.device) -> int:
+def memory_for(device: torch.device) -> int:
     """Bytes that a restoration may count on: free memory of the GPU, or of the machine, at most 4 GiB there.
 
     On a CPU, larger tiles are no faster, and other programs want memory too.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # no such question on this system
-        free = 4 << 30
-    return min(free, 4 << 30)
+    return min(free_memory(), 4 << 30)
 
 
 def blend_tiles(

@@ -1,3 +1,5 @@
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -94,6 +96,20 @@ def test_rotation_by_exif_is_applied_once(tmp_path):
     assert image_size(tmp_path / "r.png") == (6, 4)
     read_photo(tmp_path / "r.png").write(tmp_path / "out.png")
     assert (read_rgb(tmp_path / "out.png") == np.rot90(pixels, -1)).all()
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_16_bit_photos_are_turned_as_8_bit_ones(tmp_path, turn):
+    pixels = noise(4, 6, 3)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    Image.fromarray(pixels).save(tmp_path / "shallow.png", exif=exif)
+    cv2.imwrite(str(tmp_path / "d.png"), pixels[..., ::-1].astype(np.uint16) * 257)
+    data, chunk = (tmp_path / "d.png").read_bytes(), exif.tobytes().removeprefix(b"Exif\0\0")
+    head = struct.pack(">I", len(chunk)) + b"eXIf" + chunk + struct.pack(">I", zlib.crc32(b"eXIf" + chunk))
+    (tmp_path / "deep.png").write_bytes(data[:33] + head + data[33:])
+    assert (read_rgb(tmp_path / "deep.png") == read_rgb(tmp_path / "shallow.png")).all()
+    assert image_size(tmp_path / "deep.png") == read_rgb(tmp_path / "deep.png").shape[:2]
 
 
 def test_profile_and_exif_are_handed_on(tmp_path):

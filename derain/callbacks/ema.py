@@ -17,19 +17,20 @@ class EMA(Callback):
     After batch n (counted in batches, whatever the number of optimisers):
     ``average = d * average + (1 - d) * weights`` with ``d = min(decay, (1 + n) / (10 + n))``, the warm-up
     of TensorFlow's ExponentialMovingAverage. Buffers are copied. The checkpoint's ``state_dict`` holds the
-    raw weights, its key ``ema`` the average, and ``load`` in ``derain.methods.weights`` takes the average.
+    raw weights, its key ``ema`` the average, which is what `derain.methods.weights.load` takes for testing and
+    restoring.
 
     Args:
         decay: Share of the old average that one update keeps.
         every: Batches between updates.
-        evaluate: Validate and test with the average instead of the raw weights.
+        evaluate: Validate with the average instead of the raw weights.
     """
 
     def __init__(self, decay: float = 0.999, every: int = 1, evaluate: bool = True) -> None:
         if not 0 <= decay < 1 or every < 1:
             raise DerainError(f"EMA: decay {decay} must be in [0, 1) and every {every} at least 1")
         self.decay, self.every, self.evaluate = decay, every, evaluate
-        self.updates = 0
+        self.batches = self.updates = 0
         self.average: nn.Module | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -47,7 +48,10 @@ class EMA(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Updates the average."""
-        if self.average is None or (batch_idx + 1) % self.every:
+        if self.average is None:
+            return
+        self.batches += 1
+        if self.batches % self.every:
             return
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
@@ -60,6 +64,7 @@ class EMA(Callback):
     def _swap(self, pl_module: LightningModule) -> None:
         if self.average is not None and self.evaluate:
             network = _network(pl_module)
+            self.average.to(pl_module.device)  # the sanity check comes before training starts
             for one, other in zip(
                 [*network.parameters(), *network.buffers()],
                 [*self.average.parameters(), *self.average.buffers()],
@@ -78,7 +83,8 @@ class EMA(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the average under its own key."""
         if self.average is not None:
-            checkpoint["ema"] = {"network": self.average.state_dict(), "updates": self.updates}
+            network = {name: value.cpu() for name, value in self.average.state_dict().items()}
+            checkpoint["ema"] = {"network": network, "updates": self.updates, "batches": self.batches}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes the average back.
@@ -94,7 +100,7 @@ class EMA(Callback):
             )
         assert self.average is not None
         self.average.load_state_dict(checkpoint["ema"]["network"])
-        self.updates = checkpoint["ema"]["updates"]
+        self.updates, self.batches = checkpoint["ema"]["updates"], checkpoint["ema"]["batches"]
 
 
 def _network(pl_module: LightningModule) -> nn.Module:

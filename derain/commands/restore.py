@@ -3,6 +3,7 @@
 import argparse
 import glob
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, help="file of weights, ours or the authors' (recognised)")
     parser.add_argument("--tile", default="auto", help="side of tiles in pixels, auto (default) or none")
     parser.add_argument("--ensemble", action="store_true", help="mean over 8 flips and rotations, 8 times slower")
-    parser.add_argument("--compare", action="store_true", help="also write NAME-compare.png: before and after")
+    parser.add_argument("--compare", action="store_true", help="also write NAME.EXT-compare.png: before and after")
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
@@ -32,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Restores, and reports broken files at the end; exit code 2 if there were any."""
     jobs = plan(args.input, args.output)
-    waiting = {source: target for source, target in jobs.items() if args.overwrite or not target.exists()}
+    waiting = {
+        source: target
+        for source, target in jobs.items()
+        if args.overwrite or not (target.exists() or (args.compare and comparison(target).exists()))
+    }
     kept = len(jobs) - len(waiting)
     if kept and len(jobs) == 1:
         raise DerainError(f"{args.output}: exists already; add --overwrite to replace it")
@@ -60,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             photo.write(target, derained)
             if args.compare:
                 write_comparison(photo, derained, target)
-        except DerainError as error:
+        except (DerainError, OSError) as error:
             broken.append(str(error))
     done = len(waiting) - len(broken)
     told = f"restored {done} of {len(jobs)} photos" + (f", kept {kept} that exist (--overwrite)" if kept else "")
@@ -99,9 +104,9 @@ def plan(source: str, output: Path) -> dict[Path, Path]:
     if path.is_dir() or not path.is_file():
         if output.is_file() or output.suffix.lower() in SUFFIXES:
             raise DerainError(f"{output}: is a file, but {source} has several photos; give a folder")
-        twice = [target for target in targets.values() if list(targets.values()).count(target) > 1]
-        if twice:
-            raise DerainError(f"{source}: several photos are named {twice[0].name}; restore their folders one by one")
+        twice = next((target for target, count in Counter(targets.values()).items() if count > 1), None)
+        if twice is not None:
+            raise DerainError(f"{source}: several photos are named {twice.name}; restore their folders one by one")
     for file, target in targets.items():
         if target.resolve() == file.resolve():
             raise DerainError(f"{target}: is the input itself; give another output")
@@ -112,10 +117,20 @@ def _within(file: Path, folder: Path) -> bool:
     return file.resolve().is_relative_to(folder.resolve())
 
 
+def comparison(target: Path) -> Path:
+    """Where the picture of before and after goes: beside the restored photo.
+
+    Example:
+        >>> comparison(Path("out/a.jpg")).as_posix()
+        'out/a.jpg-compare.png'
+    """
+    return target.with_name(f"{target.name}-compare.png")
+
+
 def write_comparison(photo: Photo, derained: NDArray[np.float32], target: Path) -> None:
-    """Writes ``NAME-compare.png`` beside the restored photo."""
+    """Writes the picture of before and after."""
     picture = compare({"rainy": to_bytes(photo.rgb), "derained": to_bytes(derained)})
-    write_image(target.with_name(f"{target.stem}-compare.png"), picture)
+    write_image(comparison(target), picture)
 
 
 def tile_size(text: str) -> int | Literal["auto"] | None:

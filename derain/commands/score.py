@@ -156,7 +156,8 @@ def _images(folder: Path) -> dict[str, Path]:
             raise DerainError(f"{path}: goes by the same name as {files[name].name}; remove one of them")
         files[name] = path
     # What `derain restore --compare` writes beside its results is no result.
-    return {name: path for name, path in files.items() if name.removesuffix("-compare") not in files.keys() - {name}}
+    beside = {f"{path.name}-compare" for path in files.values()}
+    return {name: path for name, path in files.items() if name not in beside}
 
 
 def _references(clean: str, derained: Path) -> dict[str, Path | Pair]:

@@ -1,5 +1,6 @@
 """``derain fit``, ``validate``, ``test`` and ``predict``: one LightningCLI."""
 
+import itertools
 import logging
 import os
 import subprocess
@@ -68,17 +69,27 @@ class DerainCLI(LightningCLI):
             help="How images are judged; the first one names the best checkpoint.",
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuses to judge a network that was never trained, and files that are no checkpoints."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        self.protocols = tuple(protocol.name for protocol in resolve(config.protocol))
+        if config.ckpt_path and config.ckpt_path != "last":
+            weights.load(Path(config.ckpt_path))  # says in one line what is wrong with the file
+        elif self.config.subcommand != "fit" and not config.weights:
+            raise DerainError(
+                f"derain {self.config.subcommand}: no weights given; add --weights FILE (ours or the authors') "
+                "or --ckpt_path FILE"
+            )
+
     def before_instantiate_classes(self) -> None:
         """Chooses the folder of the run."""
         config = self.config[self.subcommand]
-        self.protocols = tuple(protocol.name for protocol in resolve(config.protocol))
+        config.data.seed = config.seed_everything if isinstance(config.seed_everything, int) else 0
         first = Path(str(config.config[0])).stem if config.get("config") else "derain"
         root = Path(config.trainer.default_root_dir or Path("runs") / first)
         resuming = config.get("ckpt_path") == "last"
-        # Ranks that Lightning starts from this process find their folder in the environment.
-        told = os.environ.get("DERAIN_RUN") if os.environ.get("LOCAL_RANK", "0") != "0" else None
-        self.folder = Path(told or run_folder(root, str(self.subcommand), resuming))
-        os.environ["DERAIN_RUN"] = str(self.folder)
+        self.folder = shared_folder(root, str(self.subcommand), resuming)
         config.trainer.default_root_dir = str(self.folder)
         configured = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
         for logger in configured:
@@ -90,6 +101,8 @@ class DerainCLI(LightningCLI):
             config.weights_only = True
         if self.subcommand == "test":
             config.verbose = False  # our table stands for Lightning's
+        if self.subcommand == "predict":
+            config.return_predictions = False  # they are written, and would fill the memory
 
     def instantiate_classes(self) -> None:
         """Builds data, method and trainer; the method comes from ``--weights`` where that is given."""
@@ -160,23 +173,45 @@ class DerainCLI(LightningCLI):
         return callbacks
 
 
+def shared_folder(root: Path, command: str, resuming: bool) -> Path:
+    """The folder of the run, one for all its ranks.
+
+    Ranks that Lightning starts find it in the environment, those of torchrun and SLURM by the id of their job.
+    """
+    job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
+    started_outside = job is not None and int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) > 1
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not started_outside:
+        return Path(os.environ["DERAIN_RUN"])
+    if started_outside and not resuming:
+        folder = root / f"{command}-{job}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    folder = run_folder(root, command, resuming)
+    os.environ["DERAIN_RUN"] = str(folder)
+    return folder
+
+
 def run_folder(root: Path, command: str, resuming: bool) -> Path:
-    """The folder for a run: a new ``root/COMMAND-N``, or the newest one with a checkpoint to resume.
+    """A new folder ``root/COMMAND-N``, made at once so that no other run takes it, or the last one to resume.
 
     Raises:
         DerainError: If there is nothing to resume.
     """
-    numbered = {
-        int(path.name.rsplit("-", 1)[1]): path
-        for path in root.glob(f"{command}-*")
-        if path.name.rsplit("-", 1)[1].isdecimal()
-    }
+    runs = list(root.glob(f"{command}-*"))
+    numbered = [int(number) for path in runs if (number := path.name.rsplit("-", 1)[1]).isdecimal()]
     if not resuming:
-        return root / f"{command}-{max(numbered, default=0) + 1}"
-    with_checkpoint = [n for n, path in numbered.items() if (path / "checkpoints" / "last.ckpt").is_file()]
-    if not with_checkpoint:
+        for free in itertools.count(max(numbered, default=0) + 1):
+            folder = root / f"{command}-{free}"
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:  # another run has just taken it
+                continue
+            return folder
+    files = [path / "checkpoints" / "last.ckpt" for path in runs]
+    saved = {file: file.stat().st_mtime for file in files if file.is_file()}
+    if not saved:
         raise DerainError(f"--ckpt_path last: no {command}-N/checkpoints/last.ckpt in {root}; start without it")
-    return numbered[max(with_checkpoint)]
+    return max(saved, key=lambda file: saved[file]).parents[1]
 
 
 def _keep_history(csv: CSVLogger, past: Path, checkpoint: Path) -> None:

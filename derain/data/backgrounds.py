@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from derain.images import Pixels
 
-_SEARCH_SIDE = 512  # longest side at which features are sought
+_SEARCH_SIDE = 400  # longest side at which features are sought
 _COMPARE_SIDE = 256  # longest side at which pixels are compared
 _FEATURES = 150  # strongest features kept of an image
 _NEIGHBOURS = 8

@@ -18,9 +18,13 @@ from numpy.typing import NDArray
 from derain.data.pairs import Pair
 from derain.errors import DerainError
 from derain.images import Pixels, image_size, replacing
+from derain.memory import free_memory
 from derain.progress import track
 
 Mode = Literal["auto", "ram", "disk", "off"]
+FORMAT = 1
+"""To be raised when the same files would decode to other bytes."""
+
 log = logging.getLogger("derain")
 
 
@@ -143,8 +147,8 @@ def open_cache(pairs: Sequence[Pair], mode: Mode = "auto", *, folder: Path | Non
     folder.mkdir(parents=True, exist_ok=True)
     index = decoded_index(pairs)
     need = int((6 * index[:, 1] * index[:, 2]).sum())
-    ready = folder / fingerprint(pairs)
-    disk, ram = shutil.disk_usage(folder).free, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    ready = folder / f"{fingerprint(pairs)}-v{FORMAT}"
+    disk, ram = shutil.disk_usage(folder).free, free_memory()
     if mode == "auto":
         mode = "disk" if ready.exists() or need <= disk / 2 else "ram" if need <= ram / 2 else "off"
     where = {"disk": str(ready), "ram": "shared memory", "off": "nowhere: too little disk and memory"}[mode]

@@ -117,11 +117,13 @@ class RainDataModule(LightningDataModule):
         repeat: Crops an image in one epoch.
         flips: Random flips, horizontal and vertical.
         transpose: Random transposition too.
-        val_share: Share of ``train`` that validates when ``val`` names no set; at least one pair.
+        val_share: Share of ``train`` that validates when ``val`` names no set, in clean images (at least one):
+            all rains on a held-out image are held out.
         val_limit: Validate on the first so many pairs only; all by default.
         workers: Loading processes; by default one less than the cores, at most 8.
         cache: Where decoded training pixels are kept: ``auto``, ``ram``, ``disk`` or ``off``.
-        seed: Seed of slice, order and crops.
+        split_seed: Seed of that slice.
+        seed: Seed of order and crops; the command line links it to ``seed_everything``.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class RainDataModule(LightningDataModule):
         val_limit: int | None = None,
         workers: int | None = None,
         cache: Mode = "auto",
+        split_seed: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -154,7 +157,7 @@ class RainDataModule(LightningDataModule):
         self.flips, self.transpose = flips, transpose
         self.val_share, self.val_limit = val_share, val_limit
         self.workers = min(8, max(0, (os.cpu_count() or 1) - 1)) if workers is None else workers
-        self.cache, self.seed = cache, seed
+        self.cache, self.split_seed, self.seed = cache, split_seed, seed
         self.pairs: dict[str, tuple[Pair, ...]] = {}
         self._pixels: dict[str, PixelCache | None] = {}
 
@@ -190,12 +193,14 @@ class RainDataModule(LightningDataModule):
                 self.pairs["train"] = self._find("train", "train")
         else:
             pairs = self._find("train", "train")
-            if len(pairs) < 2:
-                raise DerainError("--data.train: one pair cannot both train and validate; name a set by --data.val")
-            order = np.random.default_rng(self.seed).permutation(len(pairs))
-            held_out = set(order[: max(1, round(self.val_share * len(pairs)))].tolist())
-            self.pairs["val"] = tuple(pair for i, pair in enumerate(pairs) if i in held_out)
-            self.pairs["train"] = tuple(pair for i, pair in enumerate(pairs) if i not in held_out)
+            clean = list(dict.fromkeys(pair.clean for pair in pairs))
+            if len(clean) < 2:
+                raise DerainError("--data.train: one clean image cannot both train and validate; name --data.val")
+            order = np.random.default_rng(self.split_seed).permutation(len(clean))
+            count = min(len(clean) - 1, max(1, round(self.val_share * len(clean))))
+            held_out = {clean[place] for place in order[:count]}
+            self.pairs["val"] = tuple(pair for pair in pairs if pair.clean in held_out)
+            self.pairs["train"] = tuple(pair for pair in pairs if pair.clean not in held_out)
         self.pairs["val"] = self.pairs["val"][: self.val_limit]
 
     def _find(self, option: str, split: Any) -> tuple[Pair, ...]:
@@ -219,6 +224,9 @@ class RainDataModule(LightningDataModule):
         augmentation = Augmentation(self.crop, flips=self.flips, transpose=self.transpose)
         dataset = TrainingPairs(pairs, self._pixels["train"], augmentation, self.seed)
         sampler = Tickets(len(pairs) * self.repeat, *self._rank_and_world(), self.seed)
+        # Lightning tells a sampler its epoch only after workers have drawn their first tickets: of a resumed run,
+        # those would be epoch 0's.
+        sampler.set_epoch(self.trainer.current_epoch if self.trainer is not None else 0)
         return self._loader(dataset, sampler, self.batch_size)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:

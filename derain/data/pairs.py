@@ -171,10 +171,10 @@ def _named(name: str, split: Split, folder: Path | None, data_root: Path | None)
     source = f"; get it from {layout.source}" if layout.source else ""
     if folder is not None:
         roots = [folder]
-    elif data_root is None:
+    elif data_root is None or not data_root.is_dir():
         raise DerainError(
-            f"{name}: no folder of data sets is known; let the environment variable DERAIN_DATA name it, "
-            f"or give {name}:path/to/folder{source}"
+            f"{name}: no folder of data sets ({data_root or 'none named'}); let the environment variable DERAIN_DATA "
+            f"name it, or give {name}:path/to/folder{source}"
         )
     else:
         roots = set_folders(name, data_root)

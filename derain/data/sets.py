@@ -1,11 +1,12 @@
 """Which data sets lie below a folder."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from derain.data.layouts import LAYOUTS, Split
-from derain.data.matching import Matched, bears_name, inventory, listing, match, set_folders
+from derain.data.layouts import LAYOUTS, SPLIT_FOLDERS, Split
+from derain.data.matching import Matched, inventory, listing, match, set_folders
 from derain.data.pairs import detect
 from derain.errors import DerainError
 
@@ -56,29 +57,28 @@ def find_sets(root: Path, layout: str | None = None) -> list[FoundSet]:
 
 
 def _by_name(root: Path, files: Sequence[str]) -> list[FoundSet]:
-    """Sets whose folders bear their names; files that two could claim belong to the first."""
+    """Sets whose folders bear their names; files that two could claim belong to the outer, then to the first."""
+    candidates = [
+        (len(folder.parts), place, folder, name)
+        for place, (name, layout) in enumerate(LAYOUTS.items())
+        if layout.without is None and layout.folders  # strict sets have the files of another
+        for folder in set_folders(name, root)
+    ]
     found: list[FoundSet] = []
     claimed: set[Path] = set()
-    for name, layout in LAYOUTS.items():
-        if layout.without is not None or not layout.folders:  # strict sets have the files of another
-            continue
-        for folder in set_folders(name, root):
-            inside = [
-                Path(file).relative_to(folder.relative_to(root)).as_posix() for file in _below(folder, root, files)
-            ]
-            splits = [one for one in _splits(name, name, folder, inside) if not claimed & _rainy(one)]
-            found += splits
-            claimed.update(*(_rainy(one) for one in splits))
-            if splits and bears_name(root, name) is not None:
-                return splits
-            if splits:
-                break
-    return found
+    for _, _, folder, name in sorted(candidates, key=lambda one: one[:2]):
+        below = folder.relative_to(root)
+        inside = [Path(file).relative_to(below).as_posix() for file in _below(below, files)]
+        splits = [one for one in _splits(name, name, folder, inside) if not claimed & _rainy(one)]
+        found += splits
+        claimed.update(*(_rainy(one) for one in splits))
+    names = list(LAYOUTS)
+    return sorted(found, key=lambda one: names.index(one.layout))
 
 
-def _below(folder: Path, root: Path, files: Sequence[str]) -> Iterator[str]:
-    prefix = folder.relative_to(root).as_posix()
-    return (file for file in files if prefix == "." or file.startswith(f"{prefix}/"))
+def _below(folder: Path, files: Sequence[str]) -> Iterator[str]:
+    prefix = "" if folder == Path() else f"{folder.as_posix()}/"
+    return (file for file in files if file.startswith(prefix))
 
 
 def _rainy(one: FoundSet) -> frozenset[Path]:
@@ -100,17 +100,18 @@ def _by_files(root: Path, files: Sequence[str]) -> list[FoundSet]:
 
 
 def _splits(name: str, layout: str, root: Path, files: Sequence[str]) -> list[FoundSet]:
-    """The splits of one set; of two that consist of the same files the one with the published count."""
-    counts = LAYOUTS[layout].counts
+    """The splits of one set; of several that consist of the same files the likeliest."""
     best: dict[frozenset[Path], FoundSet] = {}
     for split in LAYOUTS[layout].files:
         one = FoundSet(name, split, layout, root, match(layout, split, root, files))
         if one.matched.pairs:
             other = best.setdefault(_rainy(one), one)
-            if _off(one, counts.get(split)) < _off(other, counts.get(other.split)):
-                best[_rainy(one)] = one
+            best[_rainy(one)] = max(other, one, key=_likelihood)
     return list(best.values())
 
 
-def _off(one: FoundSet, expected: int | None) -> int:
-    return 0 if expected is None else abs(expected - len(one.matched.pairs))
+def _likelihood(one: FoundSet) -> tuple[bool, bool]:
+    """Whether a split has the published count, and whether the folder is named after it."""
+    folders = SPLIT_FOLDERS.get(one.split, "predict")
+    named = re.match(folders, one.root.resolve().name, re.IGNORECASE) is not None
+    return len(one.matched.pairs) == LAYOUTS[one.layout].counts.get(one.split), named

@@ -198,8 +198,8 @@ def _compare(sets: Sequence[FoundSet], images: _Images) -> Iterator[Finding]:
             leaks[tested, images.owners[known]].append((known, match))
     for (tested, place), matches in leaks.items():
         files = (images.files[tested], *(images.files[index] for index, _ in matches))
-        ways = ", ".join(f"{Path(images.files[index]).name} ({match})" for index, match in matches)
-        told = f"its background is in {place}: {ways}"
+        ways = [Path(images.files[index]).name + f" ({match})" * (str(match) != "whole") for index, match in matches]
+        told = f"its background is in {place}: {', '.join(ways)}"
         yield Finding("leak", files, told, set=str(images.owners[tested]))
     for one, repeated in inside.items():
         yield from _duplicates(one, images, repeated)

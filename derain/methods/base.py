@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import derain
 from derain.batch import PairBatch
+from derain.errors import DerainError
 from derain.metrics import ImageQuality, Scores
 
 
@@ -111,6 +112,22 @@ class DerainModule(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the description, so that any derain command knows what the file holds."""
         checkpoint["derain"] = self.describe()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes back what the weights were trained on; a run goes on with its average or not at all.
+
+        Raises:
+            DerainError: If training would go on without the average that the checkpoint holds.
+        """
+        self.trained_on = tuple(checkpoint.get("derain", {}).get("trained_on", ()))
+        trainer = self._trainer
+        if trainer is None or trainer.state.fn != "fit" or "ema" not in checkpoint:
+            return
+        if not any(hasattr(callback, "average") for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise DerainError(
+                "the checkpoint holds averaged weights (EMA), but no EMA callback is configured; configure it as in "
+                "the run that is resumed"
+            )
 
     @property
     def parameter_count(self) -> int:

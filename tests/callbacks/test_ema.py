@@ -113,6 +113,18 @@ def test_a_checkpoint_without_average_is_refused(tmp_path):
         run(tmp_path, EMA(), epochs=2, resume=tmp_path / "a.ckpt")
 
 
+def test_going_on_without_the_average_is_refused(tmp_path):
+    run(tmp_path, EMA())
+    with pytest.raises(DerainError, match="no EMA callback is configured"):
+        run(tmp_path, None, epochs=2, resume=tmp_path / "a.ckpt")
+
+
+def test_updates_are_counted_over_epochs(tmp_path):
+    ema = EMA(every=5)
+    run(tmp_path, ema, batches=3, epochs=4)
+    assert ema.updates == 2
+
+
 def test_unfit_numbers_are_refused():
     for options in ({"decay": 1.0}, {"decay": -0.1}, {"every": 0}):
         with pytest.raises(DerainError, match="EMA"):

@@ -97,7 +97,7 @@ def test_one_pixel(file, tmp_path):
 def test_the_comparison_shows_both(photo, file, tmp_path):
     arguments = ["restore", str(photo), str(tmp_path / "out.png"), "--weights", file, "--compare"]
     assert main(arguments) == 0
-    picture = read_rgb(tmp_path / "out-compare.png")
+    picture = read_rgb(tmp_path / "out.png-compare.png")
     assert picture.shape[1] > 2 * 30
     assert picture.shape[0] > 20
 

@@ -64,6 +64,14 @@ def test_fit_leaves_all_that_is_promised(place):
     assert "PReNetModule" in note
 
 
+def test_another_seed_gives_another_order(place):
+    for seed in ("1", "2"):
+        main(["fit", "--config", "exp.yaml", "--trainer.max_epochs", "1", "--seed_everything", seed])
+    one, two = (yaml.safe_load((place / f"runs/exp/fit-{n}/config.yaml").read_text())["data"] for n in (1, 2))
+    assert (one["seed"], two["seed"]) == (1, 2)
+    assert one["split_seed"] == two["split_seed"]
+
+
 def test_runs_never_share_a_folder(place):
     for _ in range(2):
         main(["fit", "--config", "exp.yaml", "--trainer.max_epochs", "1"])
@@ -108,16 +116,20 @@ def test_a_checkpoint_is_tested_too(place):
     one, two = (json.loads((place / f"runs/exp/test-{n}/summary.json").read_text()) for n in (1, 2))
     assert one["results"] == two["results"]
     assert one["weights"]["sha256"] == two["weights"]["sha256"]
+    assert one["method"] == two["method"]
+    assert one["method"]["trained_on"] == ["Rain800"]
 
 
 def test_validate(place, capsys):
-    assert main(["validate", "--config", "exp.yaml"]) == 0
+    weights.save(PReNetModule(stages=1), place / "w.safetensors")
+    assert main(["validate", "--config", "exp.yaml", "--weights", "w.safetensors"]) == 0
     assert "val/psnr" in capsys.readouterr().out
 
 
 def test_predict_restores_a_folder(place):
     make_set(place, "images", "predict", count=3)
-    assert main(["predict", "--config", "exp.yaml", "--data.predict", "images"]) == 0
+    weights.save(PReNetModule(stages=1), place / "w.safetensors")
+    assert main(["predict", "--config", "exp.yaml", "--data.predict", "images", "--weights", "w.safetensors"]) == 0
     assert len(image_files(place / "runs/exp/predict-1/images")) == 3
 
 
@@ -139,6 +151,9 @@ def test_fit_starts_from_weights_that_fit_only(place, capsys):
         (["test", "--protocol", "[matlab]"], ("matlab", "prenet")),
         (["fit", "--ckpt_path", "last"], ("--ckpt_path last", "start without it")),
         (["fit", "--data.crop", "0"], ("--data.crop 0",)),
+        (["test"], ("no weights given", "--weights FILE")),
+        (["test", "--ckpt_path", "exp.yaml"], ("exp.yaml", "expected a derain checkpoint")),
+        (["fit", "--trainer.default_root_dir", "exp.yaml"], ("exp.yaml",)),
     ],
 )
 def test_refusals_take_one_line(place, capsys, arguments, told):
@@ -168,7 +183,8 @@ def finished(process):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_ends(place):
-    fit = ["fit", "--config", "exp.yaml", "--trainer.max_epochs", "4"]
+    fit = ["fit", "--config", "exp.yaml", "--trainer.max_epochs", "4", "--model.milestones", "[1, 3]"]
+    fit += ["--data.workers", "1", "--trainer.callbacks+=derain.callbacks.EMA"]
     assert main([*fit, "--trainer.default_root_dir", "whole"]) == 0
     killed = derain(*fit, "--trainer.default_root_dir", "killed", "--data.repeat", "1")
     last = place / "killed/fit-1/checkpoints/last.ckpt"
@@ -181,6 +197,12 @@ def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_ends(place):
     assert main([*fit, "--trainer.default_root_dir", "killed", "--ckpt_path", "last"]) == 0
     one, two = (state(place / f"{root}/fit-1/checkpoints/last.ckpt") for root in ("whole", "killed"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+    averages = [
+        torch.load(place / f"{root}/fit-1/checkpoints/last.ckpt", weights_only=True)["ema"]
+        for root in ("whole", "killed")
+    ]
+    assert averages[0]["updates"] == averages[1]["updates"] > 4
+    assert all(torch.equal(value, averages[1]["network"][name]) for name, value in averages[0]["network"].items())
     columns = ("epoch", "step", "val/psnr", "val/ssim", "lr-Adam")
     tables = [
         [{c: row[c] for c in columns} for row in rows(place / f"{root}/fit-1/metrics.csv")]

@@ -78,7 +78,7 @@ def test_travels_to_workers_as_a_reference(pairs, mode, tmp_path):
 
 def test_auto_turns_off_without_room(pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
-    monkeypatch.setattr(cache.os, "sysconf", lambda name: 2)
+    monkeypatch.setattr(cache, "free_memory", lambda: 10)
     assert open_cache(pairs, "auto", folder=tmp_path / "c") is None
     for mode in ("disk", "ram"):
         with pytest.raises(DerainError, match=f"--data.cache {mode}"):
@@ -129,7 +129,7 @@ def test_a_process_killed_half_way_does_no_harm(pairs, tmp_path):
     process.join()
     assert equal(open_cache(pairs, "disk", folder=tmp_path / "c"), pairs)
     left = [path.name for path in (tmp_path / "c" / "pixels").iterdir() if not path.name.endswith(".lock")]
-    assert left == [fingerprint(pairs)]
+    assert left == [f"{fingerprint(pairs)}-v{cache.FORMAT}"]
 
 
 def test_fingerprint_follows_content_and_names(pairs):

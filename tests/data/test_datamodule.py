@@ -46,7 +46,7 @@ def test_training_batches(root):
 def test_validation_is_a_seeded_slice_of_train(root):
     slices = []
     for seed in (0, 0, 1, 2):
-        module = data(root, train="Rain800", val_share=0.3, seed=seed)
+        module = data(root, train="Rain800", val_share=0.3, split_seed=seed)
         module.setup("fit")
         parts = {part: {pair.name for pair in module.pairs[part]} for part in ("train", "val")}
         assert len(parts["val"]) == 3
@@ -55,6 +55,15 @@ def test_validation_is_a_seeded_slice_of_train(root):
         slices.append(parts["val"])
     assert slices[0] == slices[1]
     assert len({frozenset(s) for s in slices}) > 1
+
+
+def test_no_background_both_trains_and_validates(root):
+    make_set(root, "Rain1400", "train", count=5)
+    module = data(root, train="Rain1400", val_share=0.4)
+    module.setup("fit")
+    clean = {part: {pair.clean for pair in module.pairs[part]} for part in ("train", "val")}
+    assert (len(clean["train"]), len(clean["val"])) == (3, 2)
+    assert not clean["train"] & clean["val"]
 
 
 def test_validating_alone_sees_the_same_slice(root):
