@@ -226,7 +226,8 @@ class RainDataModule(LightningDataModule):
         sampler = Tickets(len(pairs) * self.repeat, *self._rank_and_world(), self.seed)
         # Lightning tells a sampler its epoch only after workers have drawn their first tickets: of a resumed run,
         # those would be epoch 0's.
-        sampler.set_epoch(self.trainer.current_epoch if self.trainer is not None else 0)
+        if self.trainer is not None:
+            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
         return self._loader(dataset, sampler, self.batch_size)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
