@@ -19,6 +19,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## minutes: synthesise rain, train a small PReNet, restore a held-out photo
 	$(BIN)/derain fit --config experiments/quickstart.yaml
 	$(BIN)/derain test --config experiments/quickstart.yaml --weights "$$(ls -t runs/quickstart/fit-*/weights.safetensors | head -1)"
+	@echo "before and after: $$(ls -td runs/quickstart/test-*/panels | head -1)"
 
 test: $(READY) ## the tests
 	$(PYTEST)

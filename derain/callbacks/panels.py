@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from PIL import Image
 from torch import Tensor
 
 from derain.images import Pixels, write_image
@@ -17,11 +18,21 @@ def to_pixels(image: Tensor) -> Pixels:
     return image.float().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
+def draw(batch: Any, outputs: Any) -> tuple[Image.Image, str]:
+    """The panel of the first image of a batch, and a file name for it."""
+    images = {"rainy": batch["rainy"], "derained": outputs["derained"], "clean": batch["clean"]}
+    panel = compare({label: to_pixels(image[0]) for label, image in images.items()})
+    return panel, batch["name"][0].replace("/", "-")
+
+
 class ImagePanels(Callback):
-    """Writes ``panels/NAME/epoch-E.png`` (rainy | derained | clean) and sends it to W&B or TensorBoard.
+    """Writes pictures (rainy | derained | clean) and sends those of validation to W&B or TensorBoard.
+
+    ``panels/NAME/epoch-E.png`` of the same validation images after every validation, ``panels/NAME.png`` of
+    test images.
 
     Args:
-        count: How many of the first validation images.
+        count: How many of the first images.
     """
 
     def __init__(self, count: int = 4) -> None:
@@ -39,12 +50,24 @@ class ImagePanels(Callback):
         """Draws the panel of a chosen image; the ranks write their own images."""
         if trainer.sanity_checking or int(batch["index"][0]) >= self.count:
             return
-        images = {"rainy": batch["rainy"], "derained": outputs["derained"], "clean": batch["clean"]}
-        panel = compare({label: to_pixels(image[0]) for label, image in images.items()})
-        name = batch["name"][0].replace("/", "-")
+        panel, name = draw(batch, outputs)
         write_image(Path(trainer.default_root_dir) / "panels" / name / f"epoch-{trainer.current_epoch:04d}.png", panel)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(f"panels/{name}", [panel])
             elif isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(f"panels/{name}", np.asarray(panel), trainer.global_step, dataformats="HWC")
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draws the panel of a chosen test image."""
+        if int(batch["index"][0]) < self.count:
+            panel, name = draw(batch, outputs)
+            write_image(Path(trainer.default_root_dir) / "panels" / f"{name}.png", panel)

@@ -154,7 +154,7 @@ class DerainCLI(LightningCLI):
         config = self.config[self.subcommand]
         callbacks: list[Callback] = [RichProgressBar(leave=False)] if trainer.enable_progress_bar is not False else []
         if self.subcommand == "test":
-            callbacks.append(TestResults(config.weights, commit()))
+            callbacks += [TestResults(config.weights, commit()), ImagePanels()]
         if self.subcommand == "predict":
             callbacks.append(SaveImages())
         if self.subcommand != "fit":

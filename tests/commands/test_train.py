@@ -94,6 +94,7 @@ def test_test_scores_every_image_and_says_of_what(place, capsys):
     assert [r["protocol"] for r in summary["results"]] == ["prenet", "rgb"]
     table = rows(run / "images.csv")
     assert len(table) == 10
+    assert len(list((run / "panels").iterdir())) == 4
     file = place / "data/Rain800/test_syn/3.jpg"
     both = read_rgb(file)
     clean, rainy = both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :]
