@@ -227,7 +227,7 @@ class RainDataModule(LightningDataModule):
         # Lightning tells a sampler its epoch only after workers have drawn their first tickets: of a resumed run,
         # those would be epoch 0's.
         if self.trainer is not None:
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return self._loader(dataset, sampler, self.batch_size)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
