@@ -162,7 +162,7 @@ def test_equal_images_are_counted_as_100_db_and_said_so(folders, capsys):
 
 def test_comparisons_written_by_restore_are_no_results(folders, capsys):
     derained, clean = folders
-    save(derained / "rain-001-compare.png", clean_image(9, (48, 200)))
+    save(derained / "rain-001.png-compare.png", clean_image(9, (48, 200)))
     (told,) = results(capsys, derained, clean)
     assert told["count"] == 3
 
