@@ -34,12 +34,12 @@ class Restorer:
     Args:
         method: A file of weights, or a method.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
-        precision: ``float32``, or ``bf16`` (autocast to bfloat16).
+        precision: ``float32``, or ``bf16`` (autocast to bfloat16; float32 where the device cannot compute in it).
         tile: Side of the tiles in pixels; ``auto``: whole images where memory allows, else the largest
             tile that fits; ``None``: whole images always. Out of memory halves the tile and tries again.
         overlap: Pixels that neighbouring tiles share; they are blended by a raised cosine.
         ensemble: Mean over the eight flips and rotations: slower eight times, a little better.
-        compile: Compile the network; pays from a few dozen images of one size on.
+        compile: Compile the network; takes up to a minute first, and pays from a few hundred images on.
 
     Raises:
         DerainError: If the weights cannot be used or the device is not there.
@@ -69,9 +69,13 @@ class Restorer:
             method, self.note = weights.load(Path(method))
         self.device = choose_device(device)
         self.method = method.to(self.device).eval()
+        if precision == "bf16" and not computes_bf16(self.device):
+            log.warning("bf16: %s has no instructions for it, and emulation is slower: using float32", self.device)
+            precision = "float32"
         self.precision, self.tile, self.overlap, self.ensemble = precision, tile, overlap, ensemble
         if compile:
-            self.method.network.compile(dynamic=False)
+            torch._inductor.config.freezing = True  # folds layouts and bias into the convolutions; global or not at all
+            self.method.network.compile(dynamic=True)
 
     @torch.inference_mode()
     def __call__(self, rainy: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -153,6 +157,13 @@ def choose_device(name: str) -> torch.device:
         found = ", ".join(f"{count} {kind}" for kind, count in here.items() if count)
         raise DerainError(f"--device {name}: not here (found {found}); give auto, cpu, cuda, cuda:N or mps")
     return torch.device(name)
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def memory_for(device: torch.device) -> int:

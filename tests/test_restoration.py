@@ -120,10 +120,13 @@ def test_automatic_tiles_follow_memory(method, monkeypatch):
     assert restorer._first_tile(4000, 10) == 4000
 
 
-def test_bf16_is_close(method):
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_is_close_and_used_only_where_it_is_native(method, native, monkeypatch):
+    monkeypatch.setattr(restoration, "computes_bf16", lambda device: native)
     image = np.random.default_rng(4).random((32, 32, 3), np.float32)
     exact, rough = (Restorer(method, device="cpu", precision=p)(image) for p in ("float32", "bf16"))
-    assert 0 < np.abs(exact - rough).max() < 0.05
+    assert np.abs(exact - rough).max() < 0.05
+    assert (exact != rough).any() == native
 
 
 def test_refusals(method, tmp_path):

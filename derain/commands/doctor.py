@@ -85,7 +85,10 @@ def run(args: argparse.Namespace) -> int:
 
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         table.add_row("devices", ", ".join([f"cpu ({torch.get_num_threads()} threads)", *gpus]))
-        table.add_row("bfloat16 in hardware", _bf16(torch.cuda.is_available() and torch.cuda.is_bf16_supported()))
+        from derain.restoration import choose_device, computes_bf16
+
+        native = computes_bf16(choose_device("auto"))
+        table.add_row("bfloat16 in hardware", "yes" if native else "no: --precision bf16 falls back to float32")
     root = os.environ.get("DERAIN_DATA")
     if root is None:
         table.add_row("DERAIN_DATA", "not set: data sets are looked up in ./data")
@@ -104,11 +107,3 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"[red]problem:[/red] {problem}", highlight=False, soft_wrap=True)
     console.print("all is well" if not problems else f"{len(problems)} problem(s)")
     return 1 if problems else 0
-
-
-def _bf16(cuda: bool) -> str:
-    if cuda:
-        return "yes (GPU)"
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text() if info.is_file() else ""
-    return "yes (CPU)" if "avx512_bf16" in flags or "amx_bf16" in flags else "no: bf16 will not be faster here"

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from derain.errors import DerainError
 from derain.images import SUFFIXES, Photo, image_files, natural_key, read_photo, to_bytes, write_image
+from derain.memory import keep_large_blocks
 from derain.pictures import compare
 from derain.progress import track
 
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         )
     from derain.restoration import Restorer
 
+    keep_large_blocks()
     restorer = Restorer(
         args.weights,
         device=args.device,

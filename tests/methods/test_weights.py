@@ -76,7 +76,7 @@ def test_damaged_and_foreign_safetensors_are_refused(method, tmp_path):
     data = (tmp_path / "w.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
     refused(tmp_path / "cut.safetensors", "damaged")
-    state = method.network.state_dict()
+    state = {name: value.contiguous() for name, value in method.network.state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / "plain.safetensors")
     refused(tmp_path / "plain.safetensors", "do not say their method")
     told = json.dumps({"method": "FutureModule", "hyper_parameters": {}})

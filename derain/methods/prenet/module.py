@@ -27,7 +27,7 @@ class PReNetModule(DerainModule):
         decay: Paper: 0.2.
     """
 
-    bytes_per_pixel: ClassVar[int] = 1024
+    bytes_per_pixel: ClassVar[int] = 1600
 
     def __init__(
         self,
@@ -40,7 +40,8 @@ class PReNetModule(DerainModule):
         super().__init__()
         self.save_hyperparameters()
         self.learning_rate, self.milestones, self.decay = learning_rate, milestones, decay
-        self.network = PReNet(stages=stages, **VARIANTS[variant])
+        network = PReNet(stages=stages, **VARIANTS[variant])
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on CPUs
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """Restores images of any size in [0, 1]."""
