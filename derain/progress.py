@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
-    """Yields the items and shows how many are done, the time taken and the time left, on standard error.
+    """Yields the items and shows how many are done, the time taken and the time left, on standard error if that is a terminal.
 
     Example:
         >>> list(track([1, 2], "Counting", 2))
@@ -31,5 +31,6 @@ def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield from progress.track(items, total=total, description=label)

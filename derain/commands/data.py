@@ -118,7 +118,7 @@ def found(name: str, root: Path) -> dict[str, int]:
 
 def report(args: argparse.Namespace) -> int:
     """Prints what is wrong with sets."""
-    sets, findings = verify(args.root, against=args.against, layout=args.layout)
+    sets, findings = verify(place(args.root), against=[place(one) for one in args.against], layout=args.layout)
     wrong = [finding for finding in findings if finding.level == "error"]
     if args.json:
         print(json.dumps([finding.as_json() for finding in findings], indent=2))
@@ -132,6 +132,16 @@ def report(args: argparse.Namespace) -> int:
     verdict = "nothing is wrong" if not wrong else f"{counted['error']} found wrong"
     console.print(f"{verdict}; {counted['warning']} to look at, {counted['note']} good to know (all files: --json)")
     return 1 if wrong else 0
+
+
+def place(told: Path) -> Path:
+    """The folder that is meant: as told, or below the data root, where a set's name may stand for its folder."""
+    root = os.environ.get("DERAIN_DATA")
+    if told.exists() or not root or not Path(root).is_dir():
+        return told
+    name = next((name for name in LAYOUTS if name.lower() == str(told).lower() and LAYOUTS[name].folders), None)
+    named = set_folders(name, Path(root)) if name else []
+    return named[0] if named else told
 
 
 def as_table(findings: Sequence[Finding]) -> Table:

@@ -60,6 +60,16 @@ def test_verify_against_another_set_finds_the_leak(tmp_path, capsys):
     assert [one["kind"] for one in findings if one["level"] == "error"] == ["leak"]
 
 
+def test_verify_takes_names_of_sets_below_the_data_root(tmp_path, capsys, monkeypatch):
+    make_set(tmp_path, "Rain12", "test", count=12)
+    make_set(tmp_path, "RainTrainL", "train", count=3, seed=70)
+    monkeypatch.setenv("DERAIN_DATA", str(tmp_path))
+    assert main(["data", "verify", "Rain12", "--against", "RainTrainL"]) == 0, capsys.readouterr().out
+    assert f"in {tmp_path}/Rain12" in capsys.readouterr().out
+    assert main(["data", "verify", "Rain100H"]) == 2
+    assert "Rain100H: no such folder" in capsys.readouterr().err
+
+
 def test_synthesize_writes_a_set_that_verify_accepts(tmp_path, capsys):
     pytest.importorskip("skimage")
     assert main(["data", "photos", str(tmp_path / "photos")]) == 0
