@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
-    """Yields the items and shows how many are done, the time taken and the time left, on standard error if that is a terminal.
+    """Yields the items; a terminal on standard error shows how many are done, the time taken and the time left.
 
     Example:
         >>> list(track([1, 2], "Counting", 2))
