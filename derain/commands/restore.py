@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from derain.errors import DerainError
 from derain.images import SUFFIXES, Photo, image_files, natural_key, read_photo, to_bytes, write_image
-from derain.memory import keep_large_blocks
+from derain.memory import give_back_blocks, keep_large_blocks
 from derain.pictures import compare
 from derain.progress import track
 
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
                 write_comparison(photo, derained, target)
         except (DerainError, OSError) as error:
             broken.append(str(error))
+        give_back_blocks()
     done = len(waiting) - len(broken)
     told = f"restored {done} of {len(jobs)} photos" + (f", kept {kept} that exist (--overwrite)" if kept else "")
     print(f"{told}: {args.output}", file=sys.stderr)
