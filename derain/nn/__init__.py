@@ -1,0 +1,1 @@
+"""Blocks of torch alone that two or more methods are built of."""
