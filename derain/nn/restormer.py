@@ -11,8 +11,7 @@ names and shapes of the authors' checkpoints; the arithmetic is arranged for spe
   zero gates a zero, so they add nothing.
 """
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -20,13 +19,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+STRIP_BYTES = {"cpu": 8 << 20, "gpu": 256 << 20}
+"""Size of the widest map of a strip: of what stays in the cache of a core, and of what a GPU is busy with."""
+
 Interact = Callable[[int, Float[Tensor, "b h w c"]], Float[Tensor, "b h w c"]]
 """What is done to the features of a level (0 is the finest) before they are upsampled."""
 
 
-def pointwise(x: Float[Tensor, "b h w i"], convolution: nn.Conv2d) -> Float[Tensor, "b h w o"]:
-    """A 1×1 convolution without bias, as a matrix product."""
-    return F.linear(x, convolution.weight.flatten(1))
+def pointwise(x: Float[Tensor, "b h w i"], weight: Float[Tensor, "o i 1 1"]) -> Float[Tensor, "b h w o"]:
+    """A 1×1 convolution without bias."""
+    return F.conv2d(x.permute(0, 3, 1, 2), weight).permute(0, 2, 3, 1)
 
 
 def spatial(x: Float[Tensor, "b h w i"], convolution: nn.Conv2d) -> Float[Tensor, "b h w o"]:
@@ -34,34 +36,75 @@ def spatial(x: Float[Tensor, "b h w i"], convolution: nn.Conv2d) -> Float[Tensor
     return cast(Tensor, convolution(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-def attend(
-    query: Float[Tensor, "b h w c"],
-    key: Float[Tensor, "b h w c"],
-    value: Float[Tensor, "b h w c"],
-    temperature: Float[Tensor, "heads 1 1"],
-    projection: Float[Tensor, "o c 1 1"],
-) -> Float[Tensor, "b h w o"]:
-    """Attention between channels, and the projection of its result.
+def strips(x: Float[Tensor, "b h w c"], width: int) -> Iterator[tuple[slice, Tensor, slice]]:
+    """Cuts a map into strips of rows, each with a row more above and below where there is one.
 
-    Of each head, ``softmax(Q Kᵀ · temperature) V`` with queries and keys of unit length over the pixels; the
-    similarities are computed in float32 at least.
+    Where no gradient is wanted, strips are so low that what is computed of them stays in a processor's cache, which
+    is faster, and takes less memory everywhere. A compiled network fuses its operations instead.
+
+    Args:
+        x: The map.
+        width: Channels of the widest map that is computed of a strip.
+
+    Yields:
+        The rows of the map, the strip with its neighbours, and which of its rows are its own.
+    """
+    budget = STRIP_BYTES["cpu" if x.device.type == "cpu" else "gpu"]
+    rows = max(4, budget // (x.shape[0] * x.shape[2] * width * x.element_size()))
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        rows = x.shape[1]
+    for top in range(0, x.shape[1], rows):
+        above = min(top, 1)
+        yield slice(top, top + rows), x[:, top - above : top + rows + 1], slice(above, above + rows)
+
+
+class Attention(nn.Module):
+    """What self- and cross-attention share: similarities of channels, and how the values are mixed by them.
+
+    Of each head, ``softmax(Q Kᵀ · temperature) V`` with queries and keys of unit length over the pixels. Similarities
+    are summed up strip by strip, in float32 at least.
+
+    Args:
+        channels: Width of the features.
+        heads: Groups of channels that attend among themselves; must divide ``channels``.
+
+    Raises:
+        ValueError: If ``heads`` does not divide ``channels``.
 
     References:
         Restormer, eq. 1; CLIP-RPN, eq. 9, where the temperature is 1/α.
     """
-    heads, pixels = len(temperature), query.shape[1] * query.shape[2]
-    q, k = (t.reshape(len(t), pixels, heads, -1).permute(0, 2, 3, 1) for t in (query, key))  # (b, heads, d, pixels)
-    exact = torch.promote_types(q.dtype, torch.float32)
-    lengths = [torch.linalg.vector_norm(t, dim=-1, dtype=exact).clamp_min(1e-12) for t in (q, k)]
-    with torch.autocast(q.device.type, enabled=False):
-        cosine = (q @ k.transpose(2, 3)).to(exact) / (lengths[0][..., :, None] * lengths[1][..., None, :])
-        attention = (cosine * temperature).softmax(-1)  # (b, heads, d, d)
-        matrix = projection.flatten(1).unflatten(1, (heads, -1)).transpose(0, 1).to(exact) @ attention  # (b, heads, o, d)
-    matrix = matrix.permute(0, 1, 3, 2).flatten(1, 2)  # (b, c, o)
-    return (value.flatten(1, 2) @ matrix.to(value.dtype)).unflatten(1, query.shape[1:3])
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"{heads} heads do not divide {channels} channels")
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.project_out = nn.Conv2d(channels, channels, 1, bias=False)
+
+    def attend(self, strips: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Float[Tensor, "b h w c"]:
+        """Attends, given queries, keys and values of strips of rows, ``(b, rows, w, channels)`` each."""
+        parts = [(self._similarity(query, key), value) for query, key, value in strips]
+        products, squares = (sum(part[0][i] for part in parts) for i in (0, 1))
+        value = torch.cat([part[1] for part in parts], dim=1) if len(parts) > 1 else parts[0][1]
+        with torch.autocast(value.device.type, enabled=False):
+            lengths = cast(Tensor, squares).clamp_min(1e-24).sqrt().unflatten(2, (len(self.temperature), -1))
+            cosines = products / (lengths[:, 0, :, :, None] * lengths[:, 1, :, None, :])
+            attention = (cosines * self.temperature).softmax(-1)  # (b, heads, d, d)
+            projection = self.project_out.weight.flatten(1).unflatten(1, attention.shape[1:3]).transpose(0, 1)
+            matrix = (projection @ attention).transpose(2, 3).flatten(1, 2)  # (b, channels, channels)
+        return (value.flatten(1, 2) @ matrix.to(value.dtype)).unflatten(1, value.shape[1:3])
+
+    def _similarity(self, query: Tensor, key: Tensor) -> tuple[Float[Tensor, "b heads d d"], Float[Tensor, "b 2 c"]]:
+        """Sums over the pixels: products of channels, squares of channels."""
+        heads = (len(self.temperature), -1)
+        q, k = (t.flatten(1, 2).unflatten(2, heads).permute(0, 2, 3, 1) for t in (query, key))
+        exact = torch.promote_types(query.dtype, torch.float32)
+        squares = torch.stack([t.to(exact).square().sum((1, 2)) for t in (query, key)], dim=1)
+        return (q @ k.transpose(2, 3)).to(exact), squares
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Attention):
     """Attention of the channels to each other ("MDTA").
 
     Args:
@@ -76,19 +119,19 @@ class SelfAttention(nn.Module):
     """
 
     def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        super().__init__(channels, heads)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
         self.qkv_dwconv = nn.Conv2d(3 * channels, 3 * channels, 3, padding=1, groups=3 * channels, bias=False)
-        self.project_out = nn.Conv2d(channels, channels, 1, bias=False)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         """Mixes the channels."""
-        query, key, value = spatial(pointwise(x, self.qkv), self.qkv_dwconv).chunk(3, dim=-1)
-        return attend(query, key, value, self.temperature, self.project_out.weight)
+        return self.attend(
+            spatial(pointwise(strip, self.qkv.weight), self.qkv_dwconv)[:, own].chunk(3, dim=-1)
+            for _, strip, own in strips(x, self.qkv.out_channels)
+        )
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Attention):
     """Attention of one map's channels to another's.
 
     Args:
@@ -103,12 +146,10 @@ class CrossAttention(nn.Module):
     """
 
     def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        super().__init__(channels, heads)
         for name in ("query", "key", "value"):
             depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
             self.add_module(name, nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), depthwise))
-        self.project_out = nn.Conv2d(channels, channels, 1, bias=False)
 
     def forward(
         self,
@@ -118,8 +159,8 @@ class CrossAttention(nn.Module):
     ) -> Float[Tensor, "b h w c"]:
         """Gathers ``value`` by the likeness of ``query`` and ``key``."""
         maps = zip((query, key, value), (self.query, self.key, self.value), strict=True)
-        q, k, v = (spatial(pointwise(x, mix[0]), mix[1]) for x, mix in maps)  # type: ignore[index]
-        return attend(q, k, v, self.temperature, self.project_out.weight)
+        q, k, v = (spatial(pointwise(x, mix[0].weight), mix[1]) for x, mix in maps)  # type: ignore[index]
+        return self.attend([(q, k, v)])
 
 
 class GatedFeedForward(nn.Module):
@@ -142,18 +183,20 @@ class GatedFeedForward(nn.Module):
         self.project_in = nn.Conv2d(channels, 2 * hidden, 1, bias=False)
         self.dwconv = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
         self.project_out = nn.Conv2d(hidden, channels, 1, bias=False)
-        self.idle = -hidden % 16
 
-    def _padded(self, weight: Float[Tensor, "twice i kh kw"]) -> Float[Tensor, "padded i kh kw"]:
-        return F.pad(weight.unflatten(0, (2, -1)), (0, 0, 0, 0, 0, 0, 0, self.idle)).flatten(0, 1)
+    def kernels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights of the three convolutions, the hidden channels filled up by zeros to a multiple of 16."""
+        idle = -self.project_out.in_channels % 16
+        wide = (F.pad(c.weight.unflatten(0, (2, -1)), (0,) * 7 + (idle,)) for c in (self.project_in, self.dwconv))
+        return *(weight.flatten(0, 1) for weight in wide), F.pad(self.project_out.weight, (0,) * 5 + (idle,))
 
-    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        """Transforms every pixel with its neighbours."""
-        hidden = F.linear(x, self._padded(self.project_in.weight).flatten(1))
-        kernel = self._padded(self.dwconv.weight)
-        hidden = F.conv2d(hidden.permute(0, 3, 1, 2), kernel, padding=1, groups=len(kernel)).permute(0, 2, 3, 1)
-        gate, gated = hidden.chunk(2, dim=-1)
-        return F.linear(F.gelu(gate) * gated, F.pad(self.project_out.weight.flatten(1), (0, self.idle)))
+    def forward(self, x: Float[Tensor, "b h w c"], kernels: tuple[Tensor, Tensor, Tensor]) -> Float[Tensor, "b h w c"]:
+        """Transforms every pixel with its neighbours, by the ``kernels()``."""
+        project_in, depthwise, project_out = kernels
+        hidden = pointwise(x, project_in).permute(0, 3, 1, 2)
+        gate, gated = F.conv2d(hidden, depthwise, padding=1, groups=len(depthwise)).permute(0, 2, 3, 1).chunk(2, dim=-1)
+        opened = F.gelu(gate)
+        return pointwise(opened * gated if torch.is_grad_enabled() else opened.mul_(gated), project_out)
 
 
 class Norm(nn.Module):
@@ -190,7 +233,13 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         """Transforms features."""
         x = x + self.attn(self.norm1(x))
-        return cast(Tensor, x + self.ffn(self.norm2(x)))
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return cast(Tensor, x + self.ffn(self.norm2(x), self.ffn.kernels()))
+        kernels = self.ffn.kernels()
+        out = torch.empty_like(x)
+        for rows, strip, own in strips(x, len(kernels[0])):
+            torch.add(x[:, rows], self.ffn(self.norm2(strip), kernels)[:, own], out=out[:, rows])
+        return out
 
 
 class Downsample(nn.Module):
@@ -292,9 +341,9 @@ class Restormer(nn.Module):
         level2 = self.encoder_level2(self.down1_2(level1))
         level3 = self.encoder_level3(self.down2_3(level2))
         x = interact(3, self.latent(self.down3_4(level3)))
-        x = pointwise(torch.cat((self.up4_3(x), level3), dim=-1), self.reduce_chan_level3)
+        x = pointwise(torch.cat((self.up4_3(x), level3), dim=-1), self.reduce_chan_level3.weight)
         x = interact(2, self.decoder_level3(x))
-        x = pointwise(torch.cat((self.up3_2(x), level2), dim=-1), self.reduce_chan_level2)
+        x = pointwise(torch.cat((self.up3_2(x), level2), dim=-1), self.reduce_chan_level2.weight)
         x = interact(1, self.decoder_level2(x))
         x = torch.cat((self.up2_1(x), level1), dim=-1)
         x = spatial(self.refinement(self.decoder_level1(x)), self.output) + padded
