@@ -9,19 +9,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from derain.data.datamodule import RainDataModule as RainDataModule
+    from derain.methods import CLIPRPNModule as CLIPRPNModule
     from derain.methods import DerainModule as DerainModule
     from derain.methods import PReNetModule as PReNetModule
+    from derain.methods import RestormerModule as RestormerModule
     from derain.restoration import Restorer as Restorer
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CLIPRPNModule": "derain.methods",
     "DerainModule": "derain.methods",
     "PReNetModule": "derain.methods",
+    "RestormerModule": "derain.methods",
     "RainDataModule": "derain.data.datamodule",
     "Restorer": "derain.restoration",
 }
-__all__ = ["DerainModule", "PReNetModule", "RainDataModule", "Restorer", "__version__"]
+__all__ = [
+    "CLIPRPNModule",
+    "DerainModule",
+    "PReNetModule",
+    "RainDataModule",
+    "Restorer",
+    "RestormerModule",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

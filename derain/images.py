@@ -1,8 +1,11 @@
 """Image files and pixels: reading any photo, writing without ever leaving half a file."""
 
+import logging
 import re
+import struct
 import uuid
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +24,8 @@ Pixels = NDArray[np.uint8]
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"})
 """File names that count as images, in lower case."""
+
+log = logging.getLogger("derain")
 
 
 def natural_key(path: Path | str) -> list[tuple[int, int, str]]:
@@ -144,7 +149,7 @@ class Photo:
             channels = np.concatenate([channels, self.alpha[..., None]], axis=2)
         info = {key: value for key, value in (self.info or {}).items() if suffix != ".bmp"}
         if self.bits == 16 and suffix in {".png", ".tif", ".tiff"}:
-            _write_16_bit(path, channels)
+            _write_16_bit(path, channels, info.get("icc_profile"))
             return
         array = np.rint(channels * 255).astype(np.uint8)
         write_image(path, Image.fromarray(array[..., 0] if array.shape[2] == 1 else array), **info)
@@ -200,7 +205,7 @@ def _read_16_bit(path: Path, turn: int, info: dict[str, Any]) -> Photo:
     return Photo(np.ascontiguousarray(rgb), alpha, channels <= 2, 8 if array.dtype == np.uint8 else 16, info)
 
 
-def _write_16_bit(path: Path, channels: NDArray[np.float32]) -> None:
+def _write_16_bit(path: Path, channels: NDArray[np.float32], profile: bytes | None) -> None:
     """Writes 16 bits a channel, which Pillow cannot do for colours."""
     array = np.rint(channels * 65535).astype(np.uint16)
     if array.shape[2] == 2:  # OpenCV has no grey with alpha
@@ -210,8 +215,27 @@ def _write_16_bit(path: Path, channels: NDArray[np.float32]) -> None:
     ok, data = cv2.imencode(path.suffix, array)
     if not ok:
         raise DerainError(f"{path}: could not be encoded with 16 bits; end the name in .png or .tif")
+    encoded = data.tobytes()
+    if profile and profile[16:20] == b"GRAY" and array.shape[2] > 1:
+        log.warning("%s: ICC profile dropped: it is one of grey, and grey with transparency is written as RGB", path)
+    elif profile:
+        encoded = _with_profile(encoded, profile)
     with replacing(path) as temporary:
-        temporary.write_bytes(data.tobytes())
+        temporary.write_bytes(encoded)
+
+
+def _with_profile(encoded: bytes, profile: bytes) -> bytes:
+    """Puts an ICC profile into a PNG or TIFF of OpenCV's: a chunk behind the head, or one more tag."""
+    if encoded.startswith(b"\x89PNG"):
+        chunk = b"iCCPICC profile\0\0" + zlib.compress(profile)
+        chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        return encoded[:33] + chunk + encoded[33:]
+    # The directory of tags is written again at the end, on an even byte; it is in this machine's byte order.
+    (start,) = struct.unpack_from("=I", encoded, 4)
+    (count,) = struct.unpack_from("=H", encoded, start)
+    tags = encoded[start + 2 : start + 2 + 12 * count] + struct.pack("=HHII", 34675, 7, len(profile), len(encoded))
+    body = encoded[8:] + profile + b"\0" * ((len(encoded) + len(profile)) % 2)
+    return encoded[:4] + struct.pack("=I", 8 + len(body)) + body + struct.pack("=H", count + 1) + tags + bytes(4)
 
 
 def write_image(path: Path, image: Image.Image | Pixels, **options: Any) -> None:

@@ -18,8 +18,11 @@ def test_help_lists_every_command_on_one_line_and_imports_nothing_heavy():
     assert told.splitlines()[-1] == "[]"
 
 
-def test_data_commands_import_no_torch():
-    code = "import sys; from derain.cli import main; main(['data', 'list']); print('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    "start", ["from derain.cli import main; main(['data', 'list'])", "import derain.commands.score"]
+)
+def test_data_and_score_start_without_torch(start):
+    code = f"import sys; {start}; print('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert told.splitlines()[-1] == "False"
 

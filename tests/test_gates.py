@@ -1,5 +1,6 @@
 """The house's gates, each shown to close on a case that breaks its rule."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -70,6 +71,11 @@ def test_docstrings_are_demanded(tmp_path):
     command = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml"), "--no-cache"]
     result = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
     assert "D103" in result.stdout
+
+
+def test_published_results_say_where_they_come_from():
+    results = (ROOT / "README.md").read_text().partition("## Results")[2].partition("\n## ")[0]
+    assert re.search(r"\d+ CPU cores.* torch \d+\.\d+ and derain \d+\.\d+\.\d+", results)
 
 
 def test_every_dependency_says_why():

@@ -1,5 +1,6 @@
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from derain.errors import DerainError
-from derain.images import image_files, image_size, read_photo, read_rgb, replacing, write_image
+from derain.images import Photo, image_files, image_size, read_photo, read_rgb, replacing, write_image
 
 RNG = np.random.default_rng(0)
 
@@ -120,6 +121,33 @@ def test_profile_and_exif_are_handed_on(tmp_path):
     with Image.open(tmp_path / "b.jpg") as image:
         assert image.info["icc_profile"] == b"profile"
         assert image.getexif()[0x010E] == "a rainy day"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("length", [200, 201])
+def test_16_bit_photos_keep_their_profile(tmp_path, suffix, channels, length):
+    profile = bytes(16) + (b"GRAY" if channels == 1 else b"RGB ") + RNG.bytes(length)
+    deep = noise(5, 7, channels, dtype=np.uint16)
+    cv2.imwrite(str(tmp_path / f"plain{suffix}"), deep)
+    photo = read_photo(tmp_path / f"plain{suffix}")
+    replace(photo, info={"icc_profile": profile}).write(tmp_path / f"a{suffix}")
+    read_photo(tmp_path / f"a{suffix}").write(tmp_path / f"b{suffix}")
+    with Image.open(tmp_path / f"b{suffix}") as image:
+        image.load()
+        assert image.info["icc_profile"] == profile
+    assert (np.atleast_3d(cv2.imread(str(tmp_path / f"b{suffix}"), cv2.IMREAD_UNCHANGED)) == deep).all()
+
+
+def test_a_grey_profile_is_not_given_to_colours(tmp_path, caplog):
+    grey = bytes(16) + b"GRAY" + bytes(200)
+    values = np.full((4, 6), 0.3, np.float32)
+    photo = Photo(np.repeat(values[..., None], 3, 2), values, True, 16, {"icc_profile": grey})
+    photo.write(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert "icc_profile" not in image.info
+    assert len(caplog.messages) == 1
+    assert "a.png: ICC profile dropped" in caplog.messages[0]
 
 
 def test_one_pixel(tmp_path):

@@ -1,6 +1,7 @@
 """Tell versions, devices, caches and weights found here; exit code 1 when something will not work."""
 
 import argparse
+import importlib
 import importlib.metadata as metadata
 import importlib.util
 import os
@@ -8,9 +9,11 @@ import platform
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import derain
+from derain.folders import cache_folder
 
 PACKAGES = (
     "torch",
@@ -23,6 +26,10 @@ PACKAGES = (
     "pillow",
 )
 OPTIONAL = ("torchvision", "scikit-image", "wandb", "tensorboard", "pyiqa")
+IMPORTED = ("torch", "torchvision", "torchmetrics", "lightning", "derain.restoration")
+"""What restoring imports, each after what it needs: where one is broken, those after it are too."""
+BROKEN = (ImportError, OSError, RuntimeError, AttributeError, NameError, TypeError, ValueError, SyntaxError)
+"""What importing a package raises whose files are absent, damaged or built for another version."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,10 +71,22 @@ def vision_problem(torch_version: str | None, vision_version: str | None) -> str
     return None
 
 
+def import_problem() -> str | None:
+    """Says which installed package is the first that cannot be imported, and why, or None."""
+    for name in IMPORTED:
+        try:
+            if importlib.util.find_spec(name) is not None:
+                importlib.import_module(name)
+        except BROKEN as error:
+            return (
+                f"{name} cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}): "
+                "install derain again in a fresh environment, torch and torchvision from one place"
+            )
+    return None
+
+
 def run(args: argparse.Namespace) -> int:
     """Prints the report."""
-    from derain.data.cache import cache_folder
-
     table = Table("what", "found", title=f"derain {derain.__version__}", title_justify="left")
     problems: list[str] = []
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
@@ -80,7 +99,11 @@ def run(args: argparse.Namespace) -> int:
     problem = vision_problem(version("torch"), version("torchvision"))
     if problem:
         problems.append(problem)
-    if importlib.util.find_spec("torch") is not None:
+    problem = import_problem()
+    if problem:
+        problems.append(problem)
+        table.add_row("imports", escape(problem))
+    elif importlib.util.find_spec("torch") is not None:
         import torch
 
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -104,6 +127,6 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     console.print(table)
     for problem in problems:
-        console.print(f"[red]problem:[/red] {problem}", highlight=False, soft_wrap=True)
+        console.print(f"[red]problem:[/red] {escape(problem)}", highlight=False, soft_wrap=True)
     console.print("all is well" if not problems else f"{len(problems)} problem(s)")
     return 1 if problems else 0

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from derain.callbacks import EpochSeeds, FinalWeights, ImagePanels, SaveImages, TestResults, Throughput
 from derain.data.datamodule import RainDataModule
 from derain.errors import DerainError
+from derain.memory import keep_large_blocks
 from derain.methods import DerainModule, weights
 from derain.metrics import resolve
 
@@ -227,6 +228,7 @@ def _keep_history(csv: CSVLogger, past: Path, checkpoint: Path) -> None:
 
 def run(arguments: list[str]) -> int:
     """Runs a trainer command."""
+    keep_large_blocks()
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not ours
     # What Lightning says besides warnings: seeds, devices that are absent, a product.
     for name in ("lightning.pytorch", "lightning.fabric"):

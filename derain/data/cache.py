@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import platformdirs
 import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 
 from derain.data.pairs import Pair
 from derain.errors import DerainError
+from derain.folders import cache_folder
 from derain.images import Pixels, image_size, replacing
 from derain.memory import free_memory
 from derain.progress import track
@@ -26,11 +25,6 @@ FORMAT = 1
 """To be raised when the same files would decode to other bytes."""
 
 log = logging.getLogger("derain")
-
-
-def cache_folder() -> Path:
-    """Where derain keeps what can be made again: ``$DERAIN_CACHE``, else the system's cache folder."""
-    return Path(os.environ.get("DERAIN_CACHE") or platformdirs.user_cache_dir("derain", appauthor=False))
 
 
 def fingerprint(pairs: Sequence[Pair]) -> str:

@@ -12,11 +12,12 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from derain.batch import PairBatch
-from derain.data.cache import Mode, PixelCache, cache_folder, fingerprint, open_cache, read_pair
+from derain.data.cache import Mode, PixelCache, fingerprint, open_cache, read_pair
 from derain.data.pairs import Pair, PairSet, find_pairs
 from derain.data.quickstart import quickstart_set
 from derain.data.transforms import Augmentation
 from derain.errors import DerainError
+from derain.folders import cache_folder
 from derain.images import Pixels
 
 log = logging.getLogger("derain")
@@ -218,6 +219,12 @@ class RainDataModule(LightningDataModule):
         if name.lower() != "quickstart":
             return name
         return f"folder:{quickstart_set(cache_folder()) / ('train' if split == 'train' else 'test')}"
+
+    def rainy_images(self, stage: str) -> Iterator[Pixels]:
+        """Whole rainy images of ``train``, ``val``, ``test`` or ``predict``, in the order of a batch's ``index``."""
+        cache = self._pixels.get(stage)
+        for index, pair in enumerate(self.pairs[stage]):
+            yield cache[index][0] if cache is not None else pair.read()[0]
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Shuffled random crops."""

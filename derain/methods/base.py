@@ -24,12 +24,14 @@ class DerainModule(LightningModule, ABC):
 
     Attributes:
         network: The restoration network: what is averaged, saved as weights and compiled.
+        maps: Names of the maps that ``explain`` adds.
         protocols: How validation and test images are judged; the first one names the best checkpoint.
         bytes_per_pixel: Memory that ``forward`` takes for one pixel at inference, measured in float32.
         trained_on: Names of the training sets, told by the data when training starts.
     """
 
     network: nn.Module
+    maps: tuple[str, ...] = ()
     protocols: tuple[str, ...] = ("matlab-y",)
     bytes_per_pixel: ClassVar[int] = 4096
     trained_on: tuple[str, ...] = ()
@@ -40,7 +42,22 @@ class DerainModule(LightningModule, ABC):
 
     @abstractmethod
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Restores images of any size ``h, w >= 1`` in [0, 1]; the result may leave the range a little."""
+        """Restores images of any size ``h, w >= 1`` in [0, 1]; the result may leave the range a little.
+
+        A method that perceives images as a whole takes what ``perceive`` gave as further arguments.
+        """
+
+    def perceive(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
+        """What ``forward`` must know of whole images when it is given parts of them; nothing by default."""
+        return {}
+
+    def explain(self, rainy: Float[Tensor, "b 3 h w"], **perceived: Any) -> Float[Tensor, "b n h w"]:
+        """The derained image and, after its three channels, ``maps`` in [0, 1] that show how it came about."""
+        return cast(Tensor, self(rainy, **perceived))
+
+    def describe_image(self, perceived: dict[str, Any], place: int) -> dict[str, Any]:
+        """What was perceived of one image of a batch, for people and programs to read."""
+        return {}
 
     @classmethod
     def from_published(cls, state: Mapping[str, Tensor]) -> "DerainModule | None":
@@ -109,17 +126,21 @@ class DerainModule(LightningModule, ABC):
         }
         return cast(dict[str, Any], json.loads(json.dumps(told)))  # lists for tuples, as files give them back
 
+    def recall(self, description: Mapping[str, Any]) -> None:
+        """Takes back what ``describe`` said of what is no hyper-parameter."""
+        self.trained_on = tuple(description.get("trained_on", ()))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the description, so that any derain command knows what the file holds."""
         checkpoint["derain"] = self.describe()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes back what the weights were trained on; a run goes on with its average or not at all.
+        """Takes back the description; a run goes on with its average or not at all.
 
         Raises:
             DerainError: If training would go on without the average that the checkpoint holds.
         """
-        self.trained_on = tuple(checkpoint.get("derain", {}).get("trained_on", ()))
+        self.recall(checkpoint.get("derain", {}))
         trainer = self._trainer
         if trainer is None or trainer.state.fn != "fit" or "ema" not in checkpoint:
             return
@@ -128,6 +149,18 @@ class DerainModule(LightningModule, ABC):
                 "the checkpoint holds averaged weights (EMA), but no EMA callback is configured; configure it as in "
                 "the run that is resumed"
             )
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole training, whatever accumulation and devices.
+
+        Raises:
+            DerainError: If the training has no end to count to.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise DerainError(f"{type(self).__name__} schedules by its end: set --trainer.max_epochs or max_steps")
+        return int(steps)
 
     @property
     def parameter_count(self) -> int:

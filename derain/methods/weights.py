@@ -17,7 +17,9 @@ from derain.errors import DerainError
 from derain.images import replacing
 from derain.methods.base import DerainModule
 
-EXPECTED = "expected a derain checkpoint (.ckpt), derain weights (.safetensors) or the authors' PReNet weights"
+EXPECTED = (
+    "expected a derain checkpoint (.ckpt), derain weights (.safetensors) or the authors' weights of PReNet or Restormer"
+)
 
 
 class Weights(NamedTuple):
@@ -73,6 +75,8 @@ def load(path: Path) -> Weights:
         raise DerainError(f"{path}: damaged, or no file of weights ({reason}); {EXPECTED}") from error
     if isinstance(content, Mapping) and "derain" in content and "state_dict" in content:
         return _load_checkpoint(path, content)
+    if isinstance(content, Mapping) and isinstance(content.get("params"), Mapping):
+        content = content["params"]  # as BasicSR and so Restormer's authors keep them
     if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
         for method in methods.METHODS:
             module = method.from_published(content)
@@ -127,7 +131,7 @@ def _build(path: Path, description: Mapping[str, Any], state: Mapping[str, Tenso
             f"{path}: does not fit {name} of derain {__version__} ({reason}); "
             f"it was written by derain {description.get('version')}"
         ) from error
-    module.trained_on = tuple(description.get("trained_on", ()))
+    module.recall(description)
     return module.eval()
 
 

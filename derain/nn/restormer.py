@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from derain.nn.padding import pad_to_multiple
+
 STRIP_BYTES = {"cpu": 8 << 20, "gpu": 256 << 20}
 """Size of the widest map of a strip: of what stays in the cache of a core, and of what a GPU is busy with."""
 
@@ -31,7 +33,7 @@ def pointwise(x: Float[Tensor, "b h w i"], weight: Float[Tensor, "o i 1 1"]) -> 
     return F.conv2d(x.permute(0, 3, 1, 2), weight).permute(0, 2, 3, 1)
 
 
-def spatial(x: Float[Tensor, "b h w i"], convolution: nn.Conv2d) -> Float[Tensor, "b h w o"]:
+def spatial(x: Float[Tensor, "b h w i"], convolution: nn.Module) -> Float[Tensor, "b h w o"]:
     """A convolution over neighbouring pixels."""
     return cast(Tensor, convolution(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
@@ -58,6 +60,10 @@ def strips(x: Float[Tensor, "b h w c"], width: int) -> Iterator[tuple[slice, Ten
         yield slice(top, top + rows), x[:, top - above : top + rows + 1], slice(above, above + rows)
 
 
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Attention(nn.Module):
     """What self- and cross-attention share: similarities of channels, and how the values are mixed by them.
 
@@ -82,26 +88,32 @@ class Attention(nn.Module):
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
         self.project_out = nn.Conv2d(channels, channels, 1, bias=False)
 
-    def attend(self, strips: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Float[Tensor, "b h w c"]:
+    def attend(self, strips: Iterable[Sequence[Tensor]]) -> Float[Tensor, "b h w c"]:
         """Attends, given queries, keys and values of strips of rows, ``(b, rows, w, channels)`` each."""
-        parts = [(self._similarity(query, key), value) for query, key, value in strips]
-        products, squares = (sum(part[0][i] for part in parts) for i in (0, 1))
-        value = torch.cat([part[1] for part in parts], dim=1) if len(parts) > 1 else parts[0][1]
+        values, products, squares = [], [], []
+        for query, key, value in strips:
+            values.append(value)
+            with torch.autocast(value.device.type, enabled=False):
+                products.append(self._products(query, key))
+                squares.append(torch.stack([_exact(t).square().sum((1, 2)) for t in (query, key)]))
+        value = torch.cat(values, dim=1) if len(values) > 1 else values[0]
+        (b, h, w, c), heads = value.shape, len(self.temperature)
         with torch.autocast(value.device.type, enabled=False):
-            lengths = cast(Tensor, squares).clamp_min(1e-24).sqrt().unflatten(2, (len(self.temperature), -1))
-            cosines = products / (lengths[:, 0, :, :, None] * lengths[:, 1, :, None, :])
+            q, k = torch.stack(squares).sum(0).clamp_min(1e-24).sqrt().reshape(2, b, heads, -1)
+            cosines = torch.stack(products).sum(0) / (q[..., :, None] * k[..., None, :])
             attention = (cosines * self.temperature).softmax(-1)  # (b, heads, d, d)
-            projection = self.project_out.weight.flatten(1).unflatten(1, attention.shape[1:3]).transpose(0, 1)
-            matrix = (projection @ attention).transpose(2, 3).flatten(1, 2)  # (b, channels, channels)
-        return (value.flatten(1, 2) @ matrix.to(value.dtype)).unflatten(1, value.shape[1:3])
+            projection = self.project_out.weight.reshape(c, heads, -1).transpose(0, 1)
+            matrix = (projection @ attention).transpose(2, 3).reshape(b, c, c)
+        mixed: Tensor = value.flatten(1, 2) @ matrix.to(value.dtype)
+        return mixed.reshape(b, h, w, c)
 
-    def _similarity(self, query: Tensor, key: Tensor) -> tuple[Float[Tensor, "b heads d d"], Float[Tensor, "b 2 c"]]:
-        """Sums over the pixels: products of channels, squares of channels."""
-        heads = (len(self.temperature), -1)
-        q, k = (t.flatten(1, 2).unflatten(2, heads).permute(0, 2, 3, 1) for t in (query, key))
-        exact = torch.promote_types(query.dtype, torch.float32)
-        squares = torch.stack([t.to(exact).square().sum((1, 2)) for t in (query, key)], dim=1)
-        return (q @ k.transpose(2, 3)).to(exact), squares
+    def _products(self, query: Tensor, key: Tensor) -> Float[Tensor, "b heads d d"]:
+        """Products of channels, summed over the pixels: in float16 they could overflow."""
+        if query.dtype == torch.float16:
+            query, key = query.float(), key.float()
+        b, h, w, _ = query.shape
+        q, k = (t.reshape(b, h * w, len(self.temperature), -1).permute(0, 2, 3, 1) for t in (query, key))
+        return _exact(q @ k.transpose(2, 3))
 
 
 class SelfAttention(Attention):
@@ -148,8 +160,9 @@ class CrossAttention(Attention):
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__(channels, heads)
         for name in ("query", "key", "value"):
+            self.add_module(name, nn.Conv2d(channels, channels, 1, bias=False))
             depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
-            self.add_module(name, nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), depthwise))
+            self.add_module(f"{name}_dwconv", depthwise)
 
     def forward(
         self,
@@ -158,9 +171,12 @@ class CrossAttention(Attention):
         value: Float[Tensor, "b h w c"],
     ) -> Float[Tensor, "b h w c"]:
         """Gathers ``value`` by the likeness of ``query`` and ``key``."""
-        maps = zip((query, key, value), (self.query, self.key, self.value), strict=True)
-        q, k, v = (spatial(pointwise(x, mix[0].weight), mix[1]) for x, mix in maps)  # type: ignore[index]
-        return self.attend([(q, k, v)])
+        inputs = {"query": query, "key": key, "value": value}
+        maps = [
+            spatial(pointwise(x, self.get_parameter(f"{name}.weight")), self.get_submodule(f"{name}_dwconv"))
+            for name, x in inputs.items()
+        ]
+        return self.attend([maps])
 
 
 class GatedFeedForward(nn.Module):
@@ -187,8 +203,13 @@ class GatedFeedForward(nn.Module):
     def kernels(self) -> tuple[Tensor, Tensor, Tensor]:
         """Weights of the three convolutions, the hidden channels filled up by zeros to a multiple of 16."""
         idle = -self.project_out.in_channels % 16
-        wide = (F.pad(c.weight.unflatten(0, (2, -1)), (0,) * 7 + (idle,)) for c in (self.project_in, self.dwconv))
-        return *(weight.flatten(0, 1) for weight in wide), F.pad(self.project_out.weight, (0,) * 5 + (idle,))
+
+        def padded(weight: Tensor) -> Tensor:
+            halves = weight.reshape(2, -1, *weight.shape[1:])
+            return F.pad(halves, (0, 0, 0, 0, 0, 0, 0, idle)).flatten(0, 1)
+
+        project_out = F.pad(self.project_out.weight, (0, 0, 0, 0, 0, idle))
+        return padded(self.project_in.weight), padded(self.dwconv.weight), project_out
 
     def forward(self, x: Float[Tensor, "b h w c"], kernels: tuple[Tensor, Tensor, Tensor]) -> Float[Tensor, "b h w c"]:
         """Transforms every pixel with its neighbours, by the ``kernels()``."""
@@ -251,8 +272,9 @@ class Downsample(nn.Module):
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 c2"]:
         """Goes a level down."""
-        x = spatial(x, self.body[0])  # type: ignore[arg-type]
-        return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 5, 2, 4).flatten(3)
+        x = spatial(x, self.body[0])
+        b, h, w, c = x.shape
+        return x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 5, 2, 4).flatten(3)
 
 
 class Upsample(nn.Module):
@@ -264,8 +286,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 c2"]:
         """Goes a level up."""
-        x = spatial(x, self.body[0])  # type: ignore[arg-type]
-        return x.unflatten(3, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)
+        x = spatial(x, self.body[0])
+        b, h, w, c = x.shape
+        return x.reshape(b, h, w, c // 4, 2, 2).permute(0, 1, 4, 2, 5, 3).reshape(b, 2 * h, 2 * w, c // 4)
 
 
 class PatchEmbedding(nn.Module):
@@ -335,8 +358,7 @@ class Restormer(nn.Module):
     ) -> Float[Tensor, "b 3 h w"]:
         """Restores images; ``interact`` may change the features of levels 3, 2 and 1 before they are upsampled."""
         height, width = rainy.shape[2:]
-        mode = "reflect" if min(height, width) > 7 else "replicate"
-        padded = F.pad(rainy, (0, -width % 8, 0, -height % 8), mode).permute(0, 2, 3, 1).contiguous()
+        padded = pad_to_multiple(rainy, 8).permute(0, 2, 3, 1).contiguous()
         level1 = self.encoder_level1(self.patch_embed(padded))
         level2 = self.encoder_level2(self.down1_2(level1))
         level3 = self.encoder_level3(self.down2_3(level2))

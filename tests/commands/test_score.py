@@ -143,72 +143,12 @@ def test_clean_may_be_the_name_of_a_data_set(tmp_path, monkeypatch, capsys):
     assert "Rain100L, test" in told.err
 
 
-def test_a_plain_folder_below_a_side_by_side_set_is_no_side_by_side_set(tmp_path, capsys):
-    for index in range(2):
-        save(tmp_path / "Rain800" / "test_syn" / f"{index + 1}.jpg", clean_image(index))
-        save(tmp_path / "derained" / f"{index + 1}.png", clean_image(index))
-    (told,) = results(capsys, tmp_path / "derained", tmp_path / "Rain800")
-    assert told["count"] == 2
-    assert told["psnr"] > 30
-
-
 def test_equal_images_are_counted_as_100_db_and_said_so(folders, capsys):
     _, clean = folders
     assert run(clean, clean, "--lpips", "none") == 0
     out = capsys.readouterr().out
     assert "100.000" in out
     assert "3 of the images equal the clean ones and count as 100 dB" in out
-
-
-def test_comparisons_written_by_restore_are_no_results(folders, capsys):
-    derained, clean = folders
-    save(derained / "rain-001.png-compare.png", clean_image(9, (48, 200)))
-    (told,) = results(capsys, derained, clean)
-    assert told["count"] == 3
-
-
-@pytest.mark.parametrize(
-    ("derained", "clean"),
-    [
-        (["a", "b"], ["a", "b"]),
-        (["rain-001", "rain-010"], ["norain-001", "norain-010"]),
-        (["rain-1", "rain-10"], ["norain-001", "norain-010"]),
-        (["norain-1x2", "norain-2x2"], ["norain-1", "norain-2"]),
-        (["1_derained", "10_derained"], ["1", "10"]),
-        (["im_0001_s80_a04_out", "im_0002_s80_a04_out"], ["im_0001_s80_a04", "im_0002_s80_a04"]),
-        (["PReNet6_rain-1", "PReNet6_rain-2"], ["1", "2"]),
-        (["rain-7_restormer_v2", "rain-8_restormer_v2"], ["norain-7", "norain-8"]),
-        (["output/rain-1", "output/rain-2"], ["gt/1", "gt/2"]),
-        (["город-1", "город-2"], ["город-01", "город-02"]),
-    ],
-)
-def test_names_match(derained, clean):
-    shuffled = clean[::-1]
-    assert score.match(derained, shuffled) == dict(zip(derained, clean, strict=True))
-
-
-def test_one_clean_image_serves_several_numbered_results():
-    derained = [f"{i}_{j}" for i in (1, 2, 10) for j in (1, 2, 10)]
-    found = score.match(derained, ["10", "1", "2"])
-    assert all(found[name] == name.partition("_")[0] for name in derained)
-
-
-@pytest.mark.parametrize(
-    ("derained", "clean", "message"),
-    [
-        (["1", "2"], ["1", "3"], "D: no clean image for 2; C: no derained image for 3; rename"),
-        (["1"], ["1", "2"], "C: no derained image for 2; rename"),
-        (["1", "2"], ["1"], "D: no clean image for 2; rename"),
-        (["city_1", "city_2"], ["forest_1", "forest_2"], "D: no clean image for city_1, city_2"),
-        (["rain-1", "1"], ["norain-1", "norain-2"], "D: names do not tell rain-1, 1 apart"),
-        (["rain-1"], ["1", "01"], "C: names do not tell 1, 01 apart"),
-        ([str(i) for i in range(20, 30)], ["1"], "for 20, 21, 22, 23, 24 and 5 more"),
-    ],
-)
-def test_refuses_names_that_do_not_pair(derained, clean, message):
-    with pytest.raises(DerainError, match=re.escape(message)) as refused:
-        score.match(derained, clean, where=("D", "C"))
-    assert "\n" not in str(refused.value)
 
 
 def test_refuses_what_is_absent_empty_or_of_the_wrong_kind(folders, tmp_path):
@@ -228,20 +168,6 @@ def test_refuses_what_is_absent_empty_or_of_the_wrong_kind(folders, tmp_path):
         run(derained)
     with pytest.raises(DerainError, match="no protocol 'matlab'; choose from matlab-y"):
         run(derained, clean, "--protocol", "matlab")
-
-
-def test_refuses_two_files_of_one_name(folders):
-    derained, clean = folders
-    save(derained / "rain-001.jpg", clean_image(1))
-    with pytest.raises(DerainError, match=r"rain-001\.(png|jpg): goes by the same name as rain-001"):
-        run(derained, clean)
-
-
-def test_refuses_other_sizes_and_names_file_and_sizes(folders):
-    derained, clean = folders
-    save(derained / "rain-001.png", clean_image(1, (24, 32)))
-    with pytest.raises(DerainError, match=r"rain-001\.png: is 32x24, but the clean image .*norain-1\.png is 64x48"):
-        run(derained, clean)
 
 
 def test_a_broken_or_tiny_file_is_named(folders):

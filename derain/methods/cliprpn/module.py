@@ -1,0 +1,235 @@
+"""CLIP-RPN as a LightningModule: which route an image takes, when the loss's exponent grows."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+
+from derain.batch import PairBatch
+from derain.errors import DerainError
+from derain.images import Pixels
+from derain.methods.base import DerainModule
+from derain.methods.cliprpn.loss import (
+    MaskScaling,
+    Reconstruction,
+    Smoothing,
+    exponent,
+    mask_loss,
+    rain_mask,
+    reconstruction_loss,
+)
+from derain.methods.cliprpn.network import CLIPRPN, Interaction, mask_maps
+from derain.methods.cliprpn.perception import RainPerception, Similarity, scores
+from derain.methods.cliprpn.prompts import texts_of
+from derain.nn.schedule import warm_up_then_cosine
+from derain.progress import track
+
+log = logging.getLogger("derain")
+PROPORTION = 0.1
+"""Weight of the masks' loss and threshold of the true mask: CLIP-RPN, eqs. 15 and 4."""
+
+
+class CLIPRPNModule(DerainModule):
+    """CLIP-RPN: CLIP perceives the rain, images take routes of mask-guided cross-attention.
+
+    Guan and Yoshie, CLIP-driven rain perception. Trained by dynamic loss scheduling and masks of rain with AdamW.
+    CLIP is frozen and part neither of checkpoints nor of optimisers. Numbers count optimiser steps, so that
+    accumulation and several devices change nothing.
+
+    Args:
+        perception: What chooses the route: ``clip``; ``none``: there is one (Table 10 without RPN); ``fixed``: all
+            images take ``route``.
+        clip: Id on the Hugging Face hub, or a local directory.
+        prompts: Name of a set (``1``, ``2``, ``3`` of Table 5, …) or a list of texts, one a route.
+        similarity: ``cosine``, or ``dot`` as eq. 1 is printed.
+        route_by: ``image``: an image has one route, its crops too; ``patch``: whatever ``forward`` is given is
+            perceived, so each crop in training.
+        route: The route of ``fixed``.
+        mgca: Routes are mask-guided cross-attention; else plain cross-attention, and without perception none at all
+            (Table 10 without MGCA).
+        interaction: Reading of eqs. 11 and 12.
+        residual: Add the features to what cross-attention makes of them.
+        spatial_kernel: Side of the convolution that eq. 11 lacks.
+        dim: Channels at the finest level, like the rest of Restormer.
+        blocks: Transformer blocks of the four levels.
+        refinement: Blocks at full resolution at the end.
+        heads: Attention heads of the four levels.
+        expansion: Of the feed-forward networks.
+        loss: Reconstruction loss, one of Table 11.
+        beta: Exponent of ``dls`` at the start; section 4.2: 0.8.
+        eta: Its growth; section 4.2: 2.3.
+        smoothing: What keeps the gradient of ``dls`` finite at zero error.
+        mask_weight: Of the masks' loss; eq. 15: 0.1.
+        mask_threshold: Difference in [0, 1] from which a pixel is rainy; eq. 4: 0.1.
+        mask_scaling: How the true mask comes to a level's size.
+        learning_rate: Of AdamW; section 4.2: 2e-4.
+        weight_decay: Section 4.2: 0.01.
+        warm_up: Share of the steps in which the learning rate rises; section 4.2: 15 of 300 epochs.
+
+    Raises:
+        DerainError: If the prompts or the route do not exist.
+    """
+
+    bytes_per_pixel: ClassVar[int] = 2600
+
+    def __init__(
+        self,
+        perception: Literal["clip", "none", "fixed"] = "clip",
+        clip: str = "openai/clip-vit-base-patch32",
+        prompts: str | list[str] = "3",
+        similarity: Similarity = "cosine",
+        route_by: Literal["image", "patch"] = "image",
+        route: int = 0,
+        mgca: bool = True,
+        interaction: Interaction = "prose",
+        residual: bool = True,
+        spatial_kernel: int = 7,
+        dim: int = 48,
+        blocks: Sequence[int] = (4, 6, 6, 8),
+        refinement: int = 4,
+        heads: Sequence[int] = (1, 2, 4, 8),
+        expansion: float = 2.66,
+        loss: Reconstruction = "dls",
+        beta: float = 0.8,
+        eta: float = 2.3,
+        smoothing: Smoothing = "shift",
+        mask_weight: float = PROPORTION,
+        mask_threshold: float = PROPORTION,
+        mask_scaling: MaskScaling = "nearest",
+        learning_rate: float = 2e-4,
+        weight_decay: float = 0.01,
+        warm_up: float = 15 / 300,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        texts = texts_of(prompts)
+        routes = len(texts) if perception != "none" else int(mgca)
+        if perception == "fixed" and not 0 <= route < routes:
+            raise DerainError(f"--model.route {route}: the prompts make routes 0 to {routes - 1}")
+        if not 0 <= warm_up < 1:
+            raise DerainError(f"--model.warm_up {warm_up}: must be a share of the training, at least 0 and below 1")
+        self.network: CLIPRPN = CLIPRPN(
+            routes, mgca, interaction, residual, spatial_kernel, dim, blocks, refinement, heads, expansion
+        )
+        self.maps = tuple(f"mask at 1/{2**level}" for level in (1, 2, 3)) if len(self.network.masks) else ()
+        self.perception = RainPerception(clip, texts, similarity) if perception == "clip" else None
+        self.clip_sha256: str | None = None
+        self._training_routes: Tensor | None = None
+
+    # Which route an image takes.
+
+    def perceive(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
+        """Similarities to the prompts and the routes of whole images."""
+        if self.perception is None:
+            return {"routes": [self.hparams["route"] if self.hparams["perception"] == "fixed" else 0] * len(rainy)}
+        images = list((rainy.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        found = self._similarities(images)
+        return {"routes": found.argmax(1).tolist(), "similarities": found}
+
+    def _similarities(self, images: Iterable[Pixels]) -> Float[Tensor, "b n"]:
+        perception = cast(RainPerception, self.perception)
+        if self.clip_sha256 is None:
+            self.clip_sha256 = perception.clip.sha256
+        elif self.clip_sha256 != perception.clip.sha256:
+            log.warning("these weights were trained with another CLIP than %s: routes may differ", perception.clip.name)
+            self.clip_sha256 = perception.clip.sha256
+        return perception.all_similarities(images, self.device)
+
+    def describe_image(self, perceived: dict[str, Any], place: int) -> dict[str, Any]:
+        """The route of an image, and its scores (eq. 1) by prompt."""
+        told: dict[str, Any] = {"route": perceived["routes"][place]}
+        if self.perception is not None and "similarities" in perceived:
+            shares = scores(perceived["similarities"])[place].tolist()
+            told["prompt"] = self.perception.texts[told["route"]]
+            told["scores"] = dict(zip(self.perception.texts, shares, strict=True))
+        return told
+
+    # Restoring.
+
+    def forward(
+        self, rainy: Float[Tensor, "b 3 h w"], routes: Sequence[int] | None = None, similarities: Tensor | None = None
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Restores images of any size in [0, 1]; they are perceived unless their routes are given."""
+        return cast(Tensor, self.network(rainy, self.perceive(rainy)["routes"] if routes is None else routes).derained)
+
+    def explain(self, rainy: Float[Tensor, "b 3 h w"], **perceived: Any) -> Float[Tensor, "b n h w"]:
+        """The derained image and the predicted masks of all levels, the finest first (Figure 9)."""
+        restored = self.network(rainy, (perceived or self.perceive(rainy))["routes"])
+        if not self.maps:
+            return cast(Tensor, restored.derained)
+        maps = mask_maps(restored.logits, *rainy.shape[2:])
+        return torch.cat((restored.derained.float(), maps), dim=1)
+
+    # Training.
+
+    def on_fit_start(self) -> None:
+        """Perceives every training image once, before the first step.
+
+        Raises:
+            DerainError: If a strategy of several devices would wait for routes that no image took.
+        """
+        super().on_fit_start()
+        strategy = self.trainer.strategy
+        unused = strategy._ddp_kwargs.get("find_unused_parameters") if isinstance(strategy, DDPStrategy) else True
+        if not unused and len(self.network.routes) > 1:
+            raise DerainError(
+                "--trainer.strategy ddp: a route that no image of a batch takes has no gradient; "
+                "use --trainer.strategy ddp_find_unused_parameters_true"
+            )
+        if self.perception is None or self.hparams["route_by"] == "patch":
+            return
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "rainy_images"):
+            raise DerainError("routing whole images needs derain's RainDataModule; or set --model.route_by patch")
+        if self.local_rank != 0:
+            self.trainer.strategy.barrier()  # the first process of a machine perceives, the others read what it kept
+        images = data.rainy_images("train")
+        found = self._similarities(track(images, "Perceiving rain", len(data.pairs["train"])))
+        if self.local_rank == 0:
+            self.trainer.strategy.barrier()
+        self._training_routes = found.argmax(1)
+        counts = torch.bincount(self._training_routes, minlength=found.shape[1]).tolist()
+        log.info("training images a route: %s", ", ".join(f"{count:,}" for count in counts))
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """Reconstruction loss and masks; every part is logged."""
+        known = self._training_routes
+        routes = self.perceive(batch["rainy"])["routes"] if known is None else known[batch["index"].cpu()].tolist()
+        hyper = self.hparams
+        power = exponent(self.trainer.global_step / self.steps, hyper["beta"], hyper["eta"])
+        restored = self.network(batch["rainy"], routes)
+        loss = reconstruction_loss(restored.derained, batch["clean"], hyper["loss"], power, hyper["smoothing"])
+        parts: dict[str, Any] = {"train/reconstruction": loss}
+        if restored.logits:
+            mask = rain_mask(batch["rainy"], batch["clean"], hyper["mask_threshold"])
+            for level, one in zip((3, 2, 1), mask_loss(restored.logits, mask, hyper["mask_scaling"]), strict=True):
+                parts[f"train/mask_{level}"] = one
+                loss = loss + hyper["mask_weight"] * one
+        if hyper["loss"] == "dls":
+            parts["train/exponent"] = power
+        if len(self.network.routes) > 1:
+            parts |= {f"train/route_{i}": routes.count(i) / len(routes) for i in range(len(self.network.routes))}
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(routes))
+        self.log_dict(parts, batch_size=len(routes))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """AdamW; the learning rate rises evenly, then falls along a cosine, step by step."""
+        rate, decay = self.hparams["learning_rate"], self.hparams["weight_decay"]
+        optimizer = torch.optim.AdamW(self.network.parameters(), rate, betas=(0.9, 0.999), weight_decay=decay)
+        factor = warm_up_then_cosine(self.steps, self.hparams["warm_up"])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def describe(self) -> dict[str, Any]:
+        """Adds which CLIP chose the routes."""
+        return super().describe() | {"clip_sha256": self.clip_sha256}
+
+    def recall(self, description: Mapping[str, Any]) -> None:
+        """Takes back which CLIP chose the routes."""
+        super().recall(description)
+        self.clip_sha256 = description.get("clip_sha256")

@@ -1,0 +1,78 @@
+"""Restormer as a LightningModule."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from derain.batch import PairBatch
+from derain.methods.base import DerainModule
+from derain.nn.restormer import Restormer
+from derain.nn.schedule import warm_up_then_cosine
+
+
+class RestormerModule(DerainModule):
+    """Restormer (Zamir et al., CVPR 2022), trained by the mean absolute error with AdamW.
+
+    The paper trains 300,000 steps: the learning rate is constant for 92,000 and falls along a cosine to 1e-6; crops
+    grow from 128 to 384 pixels. Here crops keep their size and the learning rate falls from the start.
+
+    Args:
+        dim: Channels at the finest level.
+        blocks: Transformer blocks of the four levels.
+        refinement: Blocks at full resolution at the end.
+        heads: Attention heads of the four levels.
+        expansion: Of the feed-forward networks.
+        learning_rate: Of AdamW; paper: 3e-4.
+        weight_decay: Paper: 1e-4.
+        warm_up: Share of the optimiser steps in which the learning rate rises from 0; paper: none.
+    """
+
+    bytes_per_pixel: ClassVar[int] = 2600
+
+    def __init__(
+        self,
+        dim: int = 48,
+        blocks: Sequence[int] = (4, 6, 6, 8),
+        refinement: int = 4,
+        heads: Sequence[int] = (1, 2, 4, 8),
+        expansion: float = 2.66,
+        learning_rate: float = 3e-4,
+        weight_decay: float = 1e-4,
+        warm_up: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.learning_rate, self.weight_decay, self.warm_up = learning_rate, weight_decay, warm_up
+        self.network = Restormer(dim, blocks, refinement, heads, expansion)
+
+    def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Restores images of any size in [0, 1]."""
+        return cast(Tensor, self.network(rainy))
+
+    @classmethod
+    def from_published(cls, state: Mapping[str, Tensor]) -> "DerainModule | None":
+        """Takes the authors' deraining checkpoint (``deraining.pth``, its entry ``params``)."""
+        if "refinement.0.attn.temperature" not in state:
+            return None
+        module = cls()
+        own = module.network.state_dict()
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+            return None
+        module.network.load_state_dict(dict(state), strict=True)
+        return module
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """Mean absolute error."""
+        loss = F.l1_loss(self(batch["rainy"]).float(), batch["clean"])
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["name"]))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, its learning rate falling along a cosine."""
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_then_cosine(self.steps, self.warm_up))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,104 @@
+import re
+
+import pytest
+
+from derain.data.results import find_jobs, match
+from derain.errors import DerainError
+from tests.factories import clean_image, save
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Three results named as restored rainy images are, and their clean images."""
+    for index in range(3):
+        save(tmp_path / "derained" / f"rain-{index:03d}.png", clean_image(index))
+        save(tmp_path / "clean" / f"norain-{index}.png", clean_image(index))
+    return tmp_path / "derained", tmp_path / "clean"
+
+
+def files(jobs):
+    return [(job.name, job.derained.name, job.clean and job.clean.name) for job in jobs]
+
+
+def test_files_are_found_by_name(folders):
+    derained, clean = folders
+    assert files(find_jobs(derained, str(clean))) == [
+        (f"rain-{index:03d}", f"rain-{index:03d}.png", f"norain-{index}.png") for index in range(3)
+    ]
+    one = derained / "rain-001.png"
+    assert files(find_jobs(one, str(clean))) == [("rain-001", "rain-001.png", "norain-1.png")]
+    assert files(find_jobs(one, str(clean / "norain-2.png"))) == [("rain-001", "rain-001.png", "norain-2.png")]
+    assert files(find_jobs(one, None)) == [("rain-001", "rain-001.png", None)]
+
+
+def test_a_plain_folder_below_a_side_by_side_set_is_no_side_by_side_set(tmp_path):
+    for index in range(2):
+        save(tmp_path / "Rain800" / "test_syn" / f"{index + 1}.jpg", clean_image(index))
+        save(tmp_path / "derained" / f"{index + 1}.png", clean_image(index))
+    found = find_jobs(tmp_path / "derained", str(tmp_path / "Rain800"))
+    assert files(found) == [("1", "1.png", "1.jpg"), ("2", "2.png", "2.jpg")]
+
+
+def test_comparisons_written_by_restore_are_no_results(folders):
+    derained, clean = folders
+    save(derained / "rain-001.png-compare.png", clean_image(9, (48, 200)))
+    assert len(find_jobs(derained, str(clean))) == 3
+
+
+def test_refuses_two_files_of_one_name(folders):
+    derained, clean = folders
+    save(derained / "rain-001.jpg", clean_image(1))
+    with pytest.raises(DerainError, match=r"rain-001\.(png|jpg): goes by the same name as rain-001"):
+        find_jobs(derained, str(clean))
+
+
+def test_refuses_other_sizes_and_names_file_and_sizes(folders):
+    derained, clean = folders
+    save(derained / "rain-001.png", clean_image(1, (24, 32)))
+    job = find_jobs(derained, str(clean))[1]
+    with pytest.raises(DerainError, match=r"rain-001\.png: is 32x24, but the clean image .*norain-1\.png is 64x48"):
+        job.read()
+
+
+@pytest.mark.parametrize(
+    ("derained", "clean"),
+    [
+        (["a", "b"], ["a", "b"]),
+        (["rain-001", "rain-010"], ["norain-001", "norain-010"]),
+        (["rain-1", "rain-10"], ["norain-001", "norain-010"]),
+        (["norain-1x2", "norain-2x2"], ["norain-1", "norain-2"]),
+        (["1_derained", "10_derained"], ["1", "10"]),
+        (["im_0001_s80_a04_out", "im_0002_s80_a04_out"], ["im_0001_s80_a04", "im_0002_s80_a04"]),
+        (["PReNet6_rain-1", "PReNet6_rain-2"], ["1", "2"]),
+        (["rain-7_restormer_v2", "rain-8_restormer_v2"], ["norain-7", "norain-8"]),
+        (["output/rain-1", "output/rain-2"], ["gt/1", "gt/2"]),
+        (["город-1", "город-2"], ["город-01", "город-02"]),
+    ],
+)
+def test_names_match(derained, clean):
+    shuffled = clean[::-1]
+    assert match(derained, shuffled) == dict(zip(derained, clean, strict=True))
+
+
+def test_one_clean_image_serves_several_numbered_results():
+    derained = [f"{i}_{j}" for i in (1, 2, 10) for j in (1, 2, 10)]
+    found = match(derained, ["10", "1", "2"])
+    assert all(found[name] == name.partition("_")[0] for name in derained)
+
+
+@pytest.mark.parametrize(
+    ("derained", "clean", "message"),
+    [
+        (["1", "2"], ["1", "3"], "D: no clean image for 2; C: no derained image for 3; rename"),
+        (["1"], ["1", "2"], "C: no derained image for 2; rename"),
+        (["1", "2"], ["1"], "D: no clean image for 2; rename"),
+        (["city_1", "city_2"], ["forest_1", "forest_2"], "D: no clean image for city_1, city_2"),
+        (["rain-1", "1"], ["norain-1", "norain-2"], "D: names do not tell rain-1, 1 apart"),
+        (["rain-1"], ["1", "01"], "C: names do not tell 1, 01 apart"),
+        ([str(i) for i in range(20, 30)], ["1"], "for 20, 21, 22, 23, 24 and 5 more"),
+    ],
+)
+def test_refuses_names_that_do_not_pair(derained, clean, message):
+    with pytest.raises(DerainError, match=re.escape(message)) as refused:
+        match(derained, clean, where=("D", "C"))
+    assert "\n" not in str(refused.value)
