@@ -19,6 +19,8 @@ COMMANDS = {
     "restore": "remove rain from photos: derain restore rainy.jpg clean.jpg --weights W",
     "score": "judge any method's result folder: derain score DERAINED CLEAN",
     "data": "list, verify and synthesize data sets",
+    "route": "tell which of CLIP-RPN's routes images take: derain route Rain800 --prompts 3",
+    "bench": "parameters, multiplications and time of every method",
     "doctor": "versions, devices, caches and weights found here",
 }
 

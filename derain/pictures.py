@@ -1,11 +1,14 @@
 """Pictures that people look at: labelled comparisons and contact sheets."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from derain.errors import DerainError
-from derain.images import Pixels
+from derain.images import Pixels, replacing, write_image
 
 PAPER, INK = (255, 255, 255), (32, 32, 32)
 
@@ -29,6 +32,23 @@ def compare(images: Mapping[str, Pixels]) -> Image.Image:
     pictures = [Image.fromarray(pixels) for pixels in images.values()]
     longest = max((max(picture.size) for picture in pictures), default=0)
     return _sheet([pictures], list(images), [], text=min(max(13, longest // 32), 96))
+
+
+def write_explanation(path: Path, images: Mapping[str, Pixels], told: Mapping[str, Any]) -> None:
+    """Writes how a restoration came about.
+
+    Args:
+        path: Without suffix: ``.png`` is the picture of all images side by side, ``.json`` says what was perceived.
+        images: Rainy, derained, and the maps of the method, by name.
+        told: What ``DerainModule.describe_image`` says; ``route`` and ``scores`` stand in the picture too.
+    """
+    labels = dict(zip(images, images, strict=True))
+    if "route" in told:
+        shares = ", ".join(f"{share:.4f}" for share in told.get("scores", {}).values())
+        labels["derained"] = f"derained by route {told['route']}" + (f"\nscores {shares}" if shares else "")
+    write_image(path.with_name(f"{path.name}.png"), compare({labels[name]: one for name, one in images.items()}))
+    with replacing(path.with_name(f"{path.name}.json")) as temporary:
+        temporary.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n")
 
 
 def contact_sheet(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -90,22 +90,39 @@ class Restorer:
         Raises:
             DerainError: If memory does not suffice for the smallest tile.
         """
-        image = torch.from_numpy(np.ascontiguousarray(rainy.transpose(2, 0, 1)))[None]
+        image = _to_tensor(rainy)
+        return _to_array(self._views(image, self.method, self.method.perceive(image)))
+
+    @torch.inference_mode()
+    def explain(self, rainy: NDArray[np.float32]) -> "Explanation":
+        """Restores one image, as a call does, and shows how that came about."""
+        image = _to_tensor(rainy)
+        perceived = self.method.perceive(image)
+        stack = _to_array(self._views(image, self.method.explain, perceived))
+        maps = {name: stack[:, :, 3 + place] for place, name in enumerate(self.method.maps)}
+        return Explanation(stack[:, :, :3], maps, self.method.describe_image(perceived, 0))
+
+    def _views(
+        self, image: Float[Tensor, "1 3 h w"], forward: Callable[..., Tensor], perceived: dict[str, Any]
+    ) -> Float[Tensor, "1 n h w"]:
+        """Restores the image, or the mean of its flips and rotations; what is perceived is perceived once."""
         if not self.ensemble:
-            return _to_array(self._restore(image))
-        total = torch.zeros_like(image)
+            return self._restore(image, forward, perceived)
+        backs = []
         for turns, mirror in itertools.product(range(4), (False, True)):
             view = torch.rot90(image.flip(3) if mirror else image, turns, (2, 3))
-            back = torch.rot90(self._restore(view), -turns, (2, 3))
-            total += back.flip(3) if mirror else back
-        return _to_array(total / 8)
+            back = torch.rot90(self._restore(view, forward, perceived), -turns, (2, 3))
+            backs.append(back.flip(3) if mirror else back)
+        return torch.stack(backs).mean(0)
 
-    def _restore(self, image: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "1 3 h w"]:
+    def _restore(
+        self, image: Float[Tensor, "1 3 h w"], forward: Callable[..., Tensor], perceived: dict[str, Any]
+    ) -> Float[Tensor, "1 n h w"]:
         """Restores by the largest tiles that memory holds."""
         tile = self._first_tile(image.shape[2], image.shape[3])
         while True:
             try:
-                return blend_tiles(image, self._forward, tile, self.overlap)
+                return blend_tiles(image, lambda part: self._forward(part, forward, perceived), tile, self.overlap)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not OUT_OF_MEMORY.search(str(error)):
                     raise
@@ -130,13 +147,29 @@ class Restorer:
         log.info("%d×%d pixels: restoring in tiles of %d×%d", width, height, tile, tile)
         return tile
 
-    def _forward(self, tile: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "1 3 h w"]:
+    def _forward(
+        self, tile: Float[Tensor, "1 3 h w"], forward: Callable[..., Tensor], perceived: dict[str, Any]
+    ) -> Float[Tensor, "1 n h w"]:
         autocast: AbstractContextManager[object] = nullcontext()
         if self.precision == "bf16":
             autocast = torch.autocast(self.device.type, torch.bfloat16)
         with autocast:
-            derained = self.method(tile.to(self.device, memory_format=torch.channels_last))
-        return derained.float().clamp(0, 1).cpu()  # type: ignore[no-any-return]
+            derained = forward(tile.to(self.device, memory_format=torch.channels_last), **perceived)
+        return derained.float().clamp(0, 1).cpu()
+
+
+class Explanation(NamedTuple):
+    """How a restoration came about.
+
+    Attributes:
+        derained: ``(h, w, 3)`` in [0, 1].
+        maps: Maps of the method by name, ``(h, w)`` in [0, 1] each.
+        perceived: What the method perceived of the whole image.
+    """
+
+    derained: NDArray[np.float32]
+    maps: dict[str, NDArray[np.float32]]
+    perceived: dict[str, Any]
 
 
 def choose_device(name: str) -> torch.device:
@@ -181,14 +214,14 @@ def blend_tiles(
     forward: Callable[[Tensor], Tensor],
     tile: int,
     overlap: int,
-) -> Float[Tensor, "1 3 h w"]:
+) -> Float[Tensor, "1 n h w"]:
     """Restores tile by tile; where tiles overlap, each fades out along a raised cosine, so no seam shows.
 
     All tiles have one size, ``min(tile, h)`` by ``min(tile, w)``, so that a compiled network compiles once.
 
     Args:
         image: In [0, 1].
-        forward: Restores one tile.
+        forward: Restores one tile, ``(1, 3, s, s)`` to ``(1, n, s, s)``.
         tile: Side of a tile in pixels.
         overlap: Least overlap of neighbours in pixels; at most half a tile is used.
 
@@ -202,16 +235,20 @@ def blend_tiles(
     if (side_h, side_w) == (height, width):
         return forward(image)
     overlap = min(overlap, tile // 2)
-    total, weight = torch.zeros_like(image), torch.zeros(1, 1, height, width)
+    total: Tensor | None = None
+    weight = torch.zeros(1, 1, height, width)
     for top, left in itertools.product(starts(height, side_h, overlap), starts(width, side_w, overlap)):
         rows, columns = slice(top, top + side_h), slice(left, left + side_w)
         fade = torch.outer(
             _fade(side_h, overlap, top > 0, top + side_h < height),
             _fade(side_w, overlap, left > 0, left + side_w < width),
         )
-        total[..., rows, columns] += forward(image[..., rows, columns].contiguous()) * fade
+        part = forward(image[..., rows, columns].contiguous()) * fade
+        if total is None:
+            total = torch.zeros(1, part.shape[1], height, width)
+        total[..., rows, columns] += part
         weight[..., rows, columns] += fade
-    return total / weight
+    return cast(Tensor, total) / weight
 
 
 def starts(length: int, tile: int, overlap: int) -> list[int]:
@@ -240,5 +277,9 @@ def _fade(side: int, overlap: int, before: bool, after: bool) -> Float[Tensor, "
     return weight
 
 
-def _to_array(image: Float[Tensor, "1 3 h w"]) -> NDArray[np.float32]:
+def _to_tensor(image: NDArray[np.float32]) -> Float[Tensor, "1 3 h w"]:
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
+
+
+def _to_array(image: Float[Tensor, "1 n h w"]) -> NDArray[np.float32]:
     return np.ascontiguousarray(image[0].clamp(0, 1).permute(1, 2, 0).numpy())

@@ -1,5 +1,7 @@
-"""Tiny generated data sets of every layout, and the photos that scikit-image ships."""
+"""Tiny generated data sets of every layout, the photos that scikit-image ships, and a tiny CLIP."""
 
+import gzip
+import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,3 +153,31 @@ def photo(name: str) -> Pixels:
     folder = Path(skimage.__file__).parent / "data"
     file = next(path for path in folder.iterdir() if path.stem == name)
     return np.asarray(Image.open(file).convert("RGB"))
+
+
+def make_clip(folder: Path, seed: int = 0) -> Path:
+    """Writes a tiny random CLIP with CLIP's vocabulary, as ``save_pretrained`` does, and returns its folder."""
+    import torch
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+    file = importlib.metadata.distribution("open_clip_torch").locate_file("open_clip/bpe_simple_vocab_16e6.txt.gz")
+    merges = gzip.decompress(Path(file).read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves come first
+    letters = [*map(chr, shown), *map(chr, range(256, 512 - len(shown)))]
+    words = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        *("".join(merge.split()) for merge in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": len(words), "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CLIPModel(CLIPConfig(text_config=tower | text, vision_config=tower, projection_dim=8))
+    pairs = [tuple(merge.split()) for merge in merges]
+    CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=pairs).save_pretrained(folder)
+    CLIPImageProcessorPil().save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder

@@ -6,14 +6,29 @@ import pytest
 import yaml
 
 from derain.cli import main
-from tests.factories import make_set
+from tests.factories import make_clip, make_set
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-FILES = sorted(EXPERIMENTS.rglob("*.yaml"))
+FILES = sorted(path for path in EXPERIMENTS.rglob("*.yaml") if path.parent.name != "sweeps")
+SWEEPS = sorted(EXPERIMENTS.glob("sweeps/*.yaml"))
 DATA = [path for path in FILES if "data" in yaml.safe_load(path.read_text()) and path.parent == EXPERIMENTS]
 APPENDED = [path for path in FILES if path not in DATA]
-SMALL = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.workers", "0"]
-SMALL += ["--model.stages", "1", "--data.crop", "16", "--data.batch_size", "2", "--data.repeat", "1"]
+TRANSFORMER = ["--model.dim", "8", "--model.blocks", "[1,1,1,1]", "--model.refinement", "1"]
+SMALL = {"PReNetModule": ["--model.stages", "1"], "RestormerModule": TRANSFORMER, "CLIPRPNModule": TRANSFORMER}
+
+
+def small(*paths, clip):
+    """Options that make what these files configure small enough for tests."""
+    found = [yaml.safe_load(path.read_text()) for path in paths]
+    method = [config["model"]["class_path"] for config in found if "model" in config][-1]
+    options = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.precision", "32"]
+    options += ["--data.workers", "0", "--data.crop", "16", "--data.batch_size", "2", "--data.repeat", "1"]
+    return options + SMALL[method] + (["--model.clip", str(clip)] if method == "CLIPRPNModule" else [])
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return make_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture
@@ -36,8 +51,8 @@ def place(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", DATA, ids=lambda path: path.stem)
-def test_data_sets(path, place):
-    config = ["--config", str(path), *SMALL]
+def test_data_sets(path, place, clip):
+    config = ["--config", str(path), *small(path, clip=clip)]
     assert main(["fit", *config, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]) == 0
     run = place / "runs" / path.stem / "fit-1"
     with_weights = [*config, "--weights", str(run / "weights.safetensors")]
@@ -49,12 +64,25 @@ def test_data_sets(path, place):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", APPENDED, ids=lambda path: path.stem)
-def test_appended_files(path, place, monkeypatch):
+def test_appended_files(path, place, clip, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    config = ["--config", str(EXPERIMENTS / "rain800.yaml"), "--config", str(path), *SMALL]
+    first = EXPERIMENTS / "rain800.yaml"
+    config = ["--config", str(first), "--config", str(path), *small(first, path, clip=clip)]
     assert main(["fit", *config, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]) == 0
     assert (place / "runs/rain800/fit-1/weights.safetensors").is_file()
     if path.stem == "tensorboard":
         assert list(place.rglob("events.out.tfevents.*"))
     if path.stem == "wandb":
         assert list((place / "runs/rain800/fit-1").rglob("*.wandb"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_sweeps_name_options_that_exist(path, place, clip):
+    sweep = yaml.safe_load(path.read_text())
+    command = [part for part in sweep["command"] if part not in {"${env}", "derain", "${args}"}]
+    files = [EXPERIMENTS.parent / part for part in command if part.endswith(".yaml") and "loggers" not in part]
+    arguments = ["fit", *(part for file in files for part in ("--config", str(file)))]
+    arguments += [f"--{name}={choice['values'][0]}" for name, choice in sweep["parameters"].items()]
+    one_step = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"]
+    assert main([*arguments, *small(*files, clip=clip), *one_step]) == 0

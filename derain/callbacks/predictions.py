@@ -1,16 +1,21 @@
 """Restored images of ``derain predict``."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 
 from derain.callbacks.panels import to_pixels
 from derain.images import write_image
+from derain.methods import DerainModule
+from derain.pictures import write_explanation
 
 
 class SaveImages(Callback):
-    """Writes every predicted image as ``images/NAME.png`` into the folder of the run."""
+    """Writes every predicted image as ``images/NAME.png`` into the folder of the run.
+
+    With ``--explain true``, ``images/NAME-explain.png`` and ``.json`` show the maps and what was perceived.
+    """
 
     def on_predict_batch_end(
         self,
@@ -23,5 +28,14 @@ class SaveImages(Callback):
     ) -> None:
         """Writes the images of a batch; each rank writes its own."""
         folder = Path(trainer.default_root_dir) / "images"
-        for name, image in zip(batch["name"], outputs, strict=True):
-            write_image(folder / f"{name}.png", to_pixels(image))
+        method = cast(DerainModule, pl_module)
+        for place, name in enumerate(batch["name"]):
+            derained, maps = outputs["derained"][place].split((3, len(outputs["derained"][place]) - 3))
+            write_image(folder / f"{name}.png", to_pixels(derained))
+            if method.explaining:
+                write_explanation(
+                    folder / f"{name}-explain",
+                    {"rainy": to_pixels(batch["rainy"][place]), "derained": to_pixels(derained)}
+                    | {name: to_pixels(one.expand(3, -1, -1)) for name, one in zip(method.maps, maps, strict=True)},
+                    method.describe_image(outputs["perceived"], place),
+                )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from derain.errors import DerainError
 from derain.images import SUFFIXES, Photo, image_files, natural_key, read_photo, to_bytes, write_image
 from derain.memory import give_back_blocks, keep_large_blocks
-from derain.pictures import compare
+from derain.pictures import compare, write_explanation
 from derain.progress import track
 
 
@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tile", default="auto", help="side of tiles in pixels, auto (default) or none")
     parser.add_argument("--ensemble", action="store_true", help="mean over 8 flips and rotations, 8 times slower")
     parser.add_argument("--compare", action="store_true", help="also write NAME.EXT-compare.png: before and after")
+    parser.add_argument(
+        "--explain", action="store_true", help="also write NAME.EXT-explain.png and .json: masks, route, scores"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
@@ -63,8 +66,13 @@ def run(args: argparse.Namespace) -> int:
     for source, target in track(waiting.items(), "Restoring", len(waiting)):
         try:
             photo = read_photo(source)
-            derained = restorer(photo.rgb)
+            explained = restorer.explain(photo.rgb) if args.explain else None
+            derained = restorer(photo.rgb) if explained is None else explained.derained
             photo.write(target, derained)
+            if explained is not None:
+                images = {"rainy": to_bytes(photo.rgb), "derained": to_bytes(derained)}
+                maps = {name: to_bytes(np.repeat(one[..., None], 3, 2)) for name, one in explained.maps.items()}
+                write_explanation(target.with_name(f"{target.name}-explain"), images | maps, explained.perceived)
             if args.compare:
                 write_comparison(photo, derained, target)
         except (DerainError, OSError) as error:

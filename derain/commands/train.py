@@ -70,6 +70,14 @@ class DerainCLI(LightningCLI):
             help="How images are judged; the first one names the best checkpoint.",
         )
 
+        if parser.prog.endswith("predict"):
+            parser.add_argument(
+                "--explain",
+                type=bool,
+                default=False,
+                help="Also write the maps of the method and what it perceived beside each image.",
+            )
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Refuses to judge a network that was never trained, and files that are no checkpoints."""
         super().parse_arguments(parser, args)
@@ -107,7 +115,10 @@ class DerainCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Builds data, method and trainer; the method comes from ``--weights`` where that is given."""
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse wraps what a method refuses
+            raise _innermost(error) from error
         config = self.config[self.subcommand]
         self.model = cast(DerainModule, self.model)
         if config.weights:
@@ -118,6 +129,7 @@ class DerainCLI(LightningCLI):
             else:
                 self.model = loaded.module
         self.model.protocols = self.protocols
+        self.model.explaining = bool(config.get("explain"))
         log.info(
             "%s, %s trainable parameters; the run is kept in %s",
             type(self.model).__name__,
@@ -172,6 +184,17 @@ class DerainCLI(LightningCLI):
         if trainer.logger is not False:
             callbacks += [Throughput(), LearningRateMonitor("epoch")]
         return callbacks
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What derain itself said, if it did, without what jsonargparse added."""
+    found: BaseException | None = error
+    told = error
+    while found is not None:
+        if isinstance(found, DerainError):
+            told = DerainError(str(found).split(". Got value:")[0])
+        found = found.__cause__ or found.__context__
+    return told
 
 
 def shared_folder(root: Path, command: str, resuming: bool) -> Path:
@@ -250,7 +273,7 @@ def run(arguments: list[str]) -> int:
         },
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={"prog": "derain"},
+        parser_kwargs={"prog": "derain", "predict": {"prog": "derain predict"}},
         args=arguments,
     )
     return 0

@@ -25,6 +25,7 @@ class DerainModule(LightningModule, ABC):
     Attributes:
         network: The restoration network: what is averaged, saved as weights and compiled.
         maps: Names of the maps that ``explain`` adds.
+        explaining: Whether ``predict_step`` gives them too.
         protocols: How validation and test images are judged; the first one names the best checkpoint.
         bytes_per_pixel: Memory that ``forward`` takes for one pixel at inference, measured in float32.
         trained_on: Names of the training sets, told by the data when training starts.
@@ -32,6 +33,7 @@ class DerainModule(LightningModule, ABC):
 
     network: nn.Module
     maps: tuple[str, ...] = ()
+    explaining: bool = False
     protocols: tuple[str, ...] = ("matlab-y",)
     bytes_per_pixel: ClassVar[int] = 4096
     trained_on: tuple[str, ...] = ()
@@ -66,15 +68,6 @@ class DerainModule(LightningModule, ABC):
 
     # Evaluation: image by image, judged in `derain.metrics`, never by the method itself.
 
-    def _start(self) -> None:
-        self._quality = {kind: ImageQuality(self.protocols).to(self.device) for kind in ("derained", "rainy")}
-
-    def _evaluate(self, batch: PairBatch) -> dict[str, Tensor]:
-        derained = self(batch["rainy"]).float()  # protocols clip as they say
-        self._quality["derained"].update(derained, batch["clean"], batch["index"])
-        self._quality["rainy"].update(batch["rainy"], batch["clean"], batch["index"])
-        return {"derained": derained}
-
     def _finish(self, stage: str) -> dict[str, dict[str, Scores]]:
         scores = {kind: quality.compute() for kind, quality in self._quality.items()}
         for place, (name, score) in enumerate(scores["derained"].items()):
@@ -88,31 +81,32 @@ class DerainModule(LightningModule, ABC):
 
     def on_validation_epoch_start(self) -> None:
         """Forgets the last epoch's scores."""
-        self._start()
+        self._quality = {kind: ImageQuality(self.protocols).to(self.device) for kind in ("derained", "rainy")}
+
+    on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Judges a validation image; gives the derained image to callbacks."""
-        return self._evaluate(batch)
+        """Judges an image; gives the derained image to callbacks."""
+        derained = self(batch["rainy"]).float()  # protocols clip as they say
+        self._quality["derained"].update(derained, batch["clean"], batch["index"])
+        self._quality["rainy"].update(batch["rainy"], batch["clean"], batch["index"])
+        return {"derained": derained}
+
+    test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/psnr`` and ``val/ssim``, means of images over all devices."""
         self._finish("val")
 
-    def on_test_epoch_start(self) -> None:
-        """Forgets earlier scores."""
-        self._start()
-
-    def test_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Judges a test image; gives the derained image to callbacks."""
-        return self._evaluate(batch)
-
     def on_test_epoch_end(self) -> None:
         """Logs the means and keeps ``self.scores[kind][protocol]`` of every image for callbacks."""
         self.scores = self._finish("test")
 
-    def predict_step(self, batch: PairBatch, batch_idx: int) -> Float[Tensor, "b 3 h w"]:
-        """Restores images into [0, 1]."""
-        return cast(Tensor, self(batch["rainy"]).float().clamp(0, 1))
+    def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
+        """Restores images into [0, 1], with maps where they are wanted, and says what was perceived."""
+        perceived = self.perceive(batch["rainy"])
+        restored = (self.explain if self.explaining else self)(batch["rainy"], **perceived)
+        return {"derained": restored.float().clamp(0, 1), "perceived": perceived}
 
     # A checkpoint and a file of weights say what they are.
 

@@ -1,6 +1,6 @@
 """What CLIP-RPN is trained by: a reconstruction loss whose exponent grows, and masks of rain."""
 
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -72,8 +72,9 @@ def reconstruction_loss(
     """One of the losses that Table 11 of CLIP-RPN compares; ``power`` concerns ``dls`` alone, Huber's δ is 1."""
     if kind == "dls":
         return scheduled_loss(derained, clean, power, smoothing)
-    compare = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}[kind]
-    return cast(Tensor, compare(_exact(derained), _exact(clean)))
+    if kind == "l1":
+        return F.l1_loss(_exact(derained), _exact(clean))
+    return (F.mse_loss if kind == "l2" else F.huber_loss)(_exact(derained), _exact(clean))
 
 
 def rain_mask(

@@ -74,7 +74,7 @@ class CLIPRPNModule(DerainModule):
         DerainError: If the prompts or the route do not exist.
     """
 
-    bytes_per_pixel: ClassVar[int] = 2600
+    bytes_per_pixel: ClassVar[int] = 4700
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ class RestormerModule(DerainModule):
         warm_up: Share of the optimiser steps in which the learning rate rises from 0; paper: none.
     """
 
-    bytes_per_pixel: ClassVar[int] = 2600
+    bytes_per_pixel: ClassVar[int] = 4700
 
     def __init__(
         self,

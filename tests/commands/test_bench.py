@@ -1,0 +1,129 @@
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.restormer import Published
+from derain.cli import main
+from derain.commands import bench
+from derain.commands.bench import BUILDS, TINY, cost
+from derain.methods import CLIPRPNModule, PReNetModule, RestormerModule
+from derain.methods.weights import save
+
+SMALL = {"PRN_r": BUILDS["PRN_r"], "CLIP-RPN, tiny": BUILDS["CLIP-RPN, tiny"]}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Only the two smallest methods."""
+    monkeypatch.setattr(bench, "BUILDS", SMALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "macs", "with_attention"),
+    [
+        ("PReNet", 168_963, "66.249", "66.249"),  # as the package thop prints it
+        ("Restormer", 26_126_644, "140.990", "154.881"),
+        ("CLIP-RPN, 2 routes", 32_720_308, "150.73", "165.4"),
+    ],
+)
+def test_numbers_are_those_of_the_literature(name, parameters, macs, with_attention):
+    counted = cost(BUILDS[name]().network, 256)
+    assert counted["parameters"] == parameters
+    for key, told in {"macs": macs, "macs_with_attention": with_attention}.items():
+        assert f"{counted[key] / 1e9:.{len(told.partition('.')[2])}f}" == told
+
+
+def test_routes_that_are_not_taken_cost_parameters_alone():
+    one, three = (cost(CLIPRPNModule("fixed", prompts=list(texts), **TINY).network, 64) for texts in ("ab", "abc"))
+    assert one["parameters"] < three["parameters"]
+    assert one["macs"] == three["macs"]
+
+
+@pytest.mark.parametrize("size", [64, 61])
+def test_restormer_agrees_with_torch_on_the_published_form(size):
+    parts = {"dim": 24, "blocks": (1, 2, 1, 1), "refinement": 1, "heads": (1, 2, 4, 8)}
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        Published(**parts)(torch.empty(1, 3, size, size))
+    assert 2 * cost(RestormerModule(**parts).network, size)["macs_with_attention"] == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("variant", ["PReNet", "PReNet_r", "PRN", "PRN_r"])
+def test_prenet_counts_every_convolution_of_every_stage(variant):
+    """The authors' form: the first stage has a hidden state and a cell of zeros."""
+    gates = 4 * 9 * 64 * 32 if variant.startswith("PReNet") else 0
+    a_pixel = 9 * 6 * 32 + gates + 10 * 9 * 32 * 32 + 9 * 32 * 3
+    counted = cost(PReNetModule(variant, stages=3).network, 40)
+    assert counted["macs"] == counted["macs_with_attention"] == 3 * 40 * 40 * a_pixel
+
+
+def test_counting_leaves_the_network_as_it_was():
+    network = PReNetModule("PRN_r", stages=1).network
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert cost(network, 16) == cost(network, 16)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert network(torch.rand(1, 3, 8, 8)).isfinite().all()
+
+
+def test_every_method_and_variant_is_there():
+    assert list(BUILDS) == [
+        *("PReNet", "PReNet_r", "PRN", "PRN_r", "Restormer", "CLIP-RPN, 1 route", "CLIP-RPN, 2 routes"),
+        *("CLIP-RPN, 3 routes", "CLIP-RPN without MGCA", "CLIP-RPN, tiny"),
+    ]
+    preset = Path(__file__).parents[2] / "experiments" / "methods" / "cliprpn-tiny.yaml"
+    told = yaml.safe_load(preset.read_text())["model"]["init_args"]
+    network = {name: value for name, value in told.items() if name != "learning_rate"}
+    assert network == TINY | {"blocks": list(TINY["blocks"])}
+
+
+def test_forms_hold_the_same_numbers(capsys, small):
+    def told(form):
+        assert main(["bench", "--size", "64", "--format", form]) == 0
+        return capsys.readouterr().out
+
+    result = json.loads(told("json"))
+    assert [row["method"] for row in result["methods"]] == list(SMALL)
+    rows = list(csv.DictReader(io.StringIO(told("csv"))))
+    assert rows == [{key: str(value) for key, value in row.items()} for row in result["methods"]]
+    for form in ("table", "markdown"):
+        text = told(form)
+        for row in result["methods"]:
+            line = next(line for line in text.splitlines() if row["method"] in line)
+            assert f"{row['parameters']:,}" in line
+            assert f"{row['macs'] / 1e9:.2f}" in line
+        assert "thop" in text
+        assert "64×64" in text
+        assert "seconds" not in text
+
+
+def test_weights_are_counted_and_timed_on_named_hardware(capsys, small, tmp_path):
+    file = tmp_path / "mine.safetensors"
+    save(PReNetModule("PRN_r", stages=2), file)
+    options = ["--size", "16", "--weights", str(file), "--time", "--device", "cpu", "--format", "json"]
+    assert main(["bench", *options]) == 0
+    result = json.loads(capsys.readouterr().out)
+    six, _, two = result["methods"]
+    assert two["method"] == str(file)
+    assert six["macs"] == 3 * two["macs"]
+    assert all(row["seconds"] > 0 for row in result["methods"])
+    assert f"torch {torch.__version__}" in result["hardware"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--size", "0"], "--size 0: must be at least 1 pixel"),
+        (["--weights", "absent.pth"], "absent.pth"),
+        (["--device", "tpu"], "--device tpu"),
+    ],
+)
+def test_bad_input_gives_one_line(capsys, options, told):
+    assert main(["bench", *options]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1

@@ -1,0 +1,251 @@
+"""CLIP-RPN's network against its equations as sums, and what routing does to images and gradients."""
+
+import pytest
+import torch
+
+from derain.methods.cliprpn.network import (
+    CLIPRPN,
+    MaskGuidedCrossAttention,
+    MaskHead,
+    PlainCrossAttention,
+    mask_maps,
+)
+from tests.nn.references import SMALL, Published, convolve, cross_attention, lively
+
+
+def equal(ours, theirs, atol=1e-10):
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def part(state, name):
+    return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+
+
+BACKBONE = 26_126_644
+MASKS = 9 * (384**2 + 192**2 + 96**2) + 384 + 192 + 96
+MGCA = 1_837_562 + 467_246 + 120_776
+PLAIN = sum(4 * c * c + 3 * 9 * c + heads for c, heads in ((384, 8), (192, 4), (96, 2)))
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({}, 32_720_308),
+        ({"routes": 1}, 30_294_724),
+        ({"routes": 3}, 35_145_892),
+        ({"spatial_kernel": 1}, 32_720_308 - 6 * (98 - 2)),
+        ({"spatial_kernel": 0}, 32_720_308 - 6 * 98),
+        ({"interaction": "swapped", "residual": False}, 32_720_308),
+        ({"mgca": False}, BACKBONE + 2 * PLAIN),
+        ({"mgca": False, "routes": 3}, BACKBONE + 3 * PLAIN),
+        ({"routes": 0, "mgca": False}, BACKBONE),
+        ({"routes": 0}, BACKBONE),
+    ],
+)
+def test_parameters(options, count):
+    assert BACKBONE + MASKS + 2 * MGCA == 32_720_308
+    with torch.device("meta"):
+        assert sum(p.numel() for p in CLIPRPN(**options).parameters()) == count
+
+
+# The equations.
+
+
+def mgca(state, x, mask, interaction, residual):
+    """Eqs. 7 to 13, with every map of pixels and every weight of channels written out."""
+    rainy = cross_attention(part(state, "rainy"), x * mask, x, x)
+    clear = cross_attention(part(state, "clear"), x * (1 - mask), x, x)
+
+    def channels(of):
+        b, h, w, c = of.shape
+        weights = torch.zeros(b, 1, 1, c, dtype=of.dtype)
+        for image in range(b):
+            pixels = of[image].reshape(h * w, c)
+            for name, pooled in (("from_mean", pixels.sum(0) / (h * w)), ("from_max", pixels.max(0).values)):
+                hidden = (state[f"{name}.0.weight"] * pooled).sum(1)
+                hidden = torch.where(hidden > 0, hidden, 0)
+                weights[image, 0, 0] += (state[f"{name}.2.weight"] * hidden).sum(1)
+        return 1 / (1 + torch.exp(-weights))
+
+    def pixels(of):
+        pooled = torch.stack((of.sum(-1) / of.shape[-1], of.max(-1).values), dim=-1)
+        kernel = state.get("weigh_pixels.weight")
+        one = pooled.sum(-1, keepdim=True) / 2 if kernel is None else convolve(pooled, kernel)
+        return 1 / (1 + torch.exp(-one))
+
+    if interaction == "prose":
+        fused = rainy * channels(clear) + clear * pixels(rainy)
+    else:
+        fused = clear * channels(rainy) + rainy * pixels(clear)
+    out = cross_attention(part(state, "fusion"), x, fused, fused)
+    return x + out if residual else out
+
+
+@pytest.mark.parametrize("interaction", ["prose", "swapped"])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("spatial_kernel", [7, 1, 0])
+def test_mask_guided_cross_attention_is_eqs_7_to_13(interaction, residual, spatial_kernel):
+    block = MaskGuidedCrossAttention(4, 2, interaction, residual, spatial_kernel, reduction=2).double()
+    with torch.no_grad():
+        for place, parameter in enumerate(block.parameters()):
+            parameter.copy_(random(*parameter.shape, seed=place) / 2)
+        x, mask = random(2, 5, 6, 4, seed=100), random(2, 5, 6, 1, seed=101).sigmoid()
+        equal(block(x, mask), mgca(block.state_dict(), x, mask, interaction, residual))
+
+
+def test_the_two_readings_differ():
+    torch.manual_seed(0)
+    block = MaskGuidedCrossAttention(4, 2).double()
+    x, mask = random(1, 5, 6, 4), random(1, 5, 6, 1).sigmoid()
+    prose = block(x, mask)
+    block.interaction = "swapped"
+    assert (block(x, mask) - prose).abs().max() > 1e-4
+
+
+def test_mask_head_is_eq_3_before_the_sigmoid():
+    head = lively(MaskHead(4))
+    x = random(2, 5, 6, 4)
+    with torch.no_grad():
+        features = convolve(x, head.features.weight)
+        opened = features * (1 + torch.erf(features / 2**0.5)) / 2
+        equal(head(x), convolve(opened, head.logit.weight))
+
+
+def test_without_masks_a_route_is_cross_attention_of_a_map_to_itself():
+    block = lively(PlainCrossAttention(4, 2))
+    x = random(2, 5, 6, 4)
+    with torch.no_grad():
+        equal(block(x), x + cross_attention(block.state_dict(), x, x, x))
+
+
+@pytest.mark.parametrize("mgca_on", [True, False])
+def test_the_whole_is_restormer_with_routes_before_each_upsampling(mgca_on):
+    network = lively(CLIPRPN(2, mgca_on, **SMALL))
+    state = network.state_dict()
+    published = Published(**SMALL).double()
+    published.load_state_dict(part(state, "backbone"))
+    rainy = random(1, 3, 21, 18).sigmoid()
+
+    def refine(level, features):
+        x = features.permute(0, 2, 3, 1)
+        own = part(state, f"routes.1.{level}")
+        if mgca_on:
+            head = part(state, f"masks.{level}")
+            logit = convolve(torch.nn.functional.gelu(convolve(x, head["features.weight"])), head["logit.weight"])
+            logits.append(logit.permute(0, 3, 1, 2))
+            x = mgca(own, x, logit.sigmoid(), "prose", True)
+        else:
+            x = x + cross_attention(own, x, x, x)
+        return x.permute(0, 3, 1, 2)
+
+    logits = []
+    for level, name in ((3, "latent"), (2, "decoder_level3"), (1, "decoder_level2")):
+        getattr(published, name).register_forward_hook(lambda _, __, out, level=level: refine(level, out))
+    with torch.no_grad():
+        found = network(rainy, [1])
+        equal(found.derained, published(rainy))
+        for one, other in zip(found.logits, logits, strict=True):
+            equal(one, other)
+
+
+# Sizes.
+
+
+@pytest.fixture(scope="module")
+def network():
+    """Small, in float32, its routes clearly apart."""
+    return lively(CLIPRPN(3, **SMALL)).float()
+
+
+@pytest.mark.parametrize(
+    ("size", "padded"), [((1, 1), (8, 8)), ((37, 31), (40, 32)), ((321, 481), (328, 488)), ((16, 8), (16, 8))]
+)
+def test_any_size(network, size, padded):
+    rainy = random(1, 3, *size).sigmoid().float()
+    with torch.no_grad():
+        derained, logits = network(rainy)
+    assert derained.shape == rainy.shape
+    assert derained.isfinite().all()
+    height, width = padded
+    assert [tuple(one.shape) for one in logits] == [(1, 1, height // n, width // n) for n in (8, 4, 2)]
+    assert mask_maps(logits, *size).shape == (1, 3, *size)
+
+
+def test_maps_are_masks_of_every_pixel_the_finest_first():
+    logits = [random(2, 1, 5 * n, 4 * n) for n in (1, 2, 4)]
+    maps = mask_maps(logits, 37, 31)
+    assert maps.shape == (2, 3, 37, 31)
+    for place, factor in enumerate((2, 4, 8)):
+        for y, x in ((0, 0), (36, 30), (17, 9), (8, 23)):
+            expected = 1 / (1 + torch.exp(-logits[2 - place][:, 0, y // factor, x // factor]))
+            torch.testing.assert_close(maps[:, place, y, x].double(), expected, atol=1e-6, rtol=0)
+
+
+# Routes.
+
+
+@pytest.mark.parametrize("routes", [(0, 2, 2, 0), (2, 1, 0, 1), (1, 1, 1, 1)])
+def test_a_batch_on_several_routes_equals_image_by_image(network, routes):
+    rainy = random(4, 3, 13, 20).sigmoid().float()
+    with torch.no_grad():
+        together = network(rainy, routes)
+        alone = [network(image[None], [route]) for image, route in zip(rainy, routes, strict=True)]
+        first = network(rainy, [0, 0, 0, 0]).derained
+        equal(together.derained, torch.cat([one.derained for one in alone]), 1e-6)
+        for level in range(3):
+            equal(together.logits[level], torch.cat([one.logits[level] for one in alone]), 1e-5)
+        for place, route in enumerate(routes):
+            assert ((together.derained[place] - first[place]).abs().max() > 1e-3) == (route != 0)
+
+
+def test_one_route_for_all_and_the_first_by_default(network):
+    rainy = random(2, 3, 9, 9).sigmoid().float()
+    with torch.no_grad():
+        assert torch.equal(network(rainy, [2]).derained, network(rainy, [2, 2]).derained)
+        assert torch.equal(network(rainy).derained, network(rainy, [0, 0]).derained)
+
+
+@pytest.mark.parametrize("mgca_on", [True, False])
+@pytest.mark.parametrize("routes", [(1, 1), (0, 2)])
+def test_only_routes_that_were_taken_get_a_gradient(mgca_on, routes):
+    torch.manual_seed(0)
+    network = CLIPRPN(3, mgca_on, **SMALL)
+    restored = network(torch.rand(2, 3, 16, 16), routes)
+    (restored.derained.square().mean() + sum(one.mean() for one in restored.logits)).backward()
+    for name, parameter in network.named_parameters():
+        idle = name.startswith("routes.") and int(name.split(".")[1]) not in routes
+        assert (parameter.grad is None) == idle, name
+        assert idle or parameter.grad.isfinite().all(), name
+    tensors = 29 if mgca_on else 8
+    assert sum(p.grad is None for p in network.parameters()) == (3 - len(set(routes))) * 3 * tensors
+
+
+def test_no_route_takes_an_image_of_another_into_account(network):
+    rainy = random(2, 3, 16, 16).sigmoid().float()
+    changed = torch.cat((rainy[:1], 1 - rainy[1:]))
+    with torch.no_grad():
+        equal(network(rainy, [0, 1]).derained[0], network(changed, [0, 1]).derained[0], 1e-6)
+
+
+@pytest.mark.parametrize("mgca_on", [True, False])
+def test_without_routes_it_is_restormer(mgca_on):
+    network = lively(CLIPRPN(0, mgca_on, **SMALL))
+    rainy = random(2, 3, 17, 12).sigmoid()
+    published = Published(**SMALL).double()
+    published.load_state_dict(network.backbone.state_dict())
+    with torch.no_grad():
+        derained, logits = network(rainy)
+        equal(derained, published(rainy))
+    assert logits == []
+
+
+def test_mixed_precision_routes_a_batch(network):
+    rainy = random(2, 3, 16, 16).sigmoid().float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        derained = network(rainy, [0, 1]).derained
+        assert derained.isfinite().all()
+        equal(derained[1:].float(), network(rainy[1:], [1]).derained.float(), 0.05)

@@ -1,0 +1,147 @@
+"""Frozen CLIP against transformers' own use of the model, and what is said when there is none."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from derain.errors import DerainError
+from derain.methods.clip import FrozenCLIP
+from tests.factories import clean_image, make_clip
+
+TEXTS = ("almost no rain", "Heavy rain, with large DENSE raindrops; 3 puddles!", "rain " * 200)
+MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def clip(folder):
+    return FrozenCLIP(str(folder))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [clean_image(i, size) for i, size in enumerate([(224, 224), (300, 451), (97, 60), (321, 481), (1, 3)])]
+
+
+def prepared(image):
+    """As CLIP's authors do: the shorter side to 224 by bicubic interpolation, the middle, one scale for channels."""
+    picture = Image.fromarray(image)
+    scale = 224 / min(picture.size)
+    picture = picture.resize([int(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
+    left, top = ((side - 224) // 2 for side in picture.size)
+    pixels = np.asarray(picture.crop((left, top, left + 224, top + 224)), np.float32) / 255
+    return torch.from_numpy(((pixels - MEAN) / DEVIATION).astype(np.float32)).permute(2, 0, 1)
+
+
+@pytest.fixture(scope="module")
+def whole(folder, images):
+    """What transformers makes of texts and images in one pass of its whole model."""
+    from transformers import CLIPModel, CLIPTokenizer
+
+    tokens = CLIPTokenizer.from_pretrained(folder)(
+        list(TEXTS), padding=True, truncation=True, max_length=77, return_tensors="pt"
+    )
+    pixels = torch.stack([prepared(image) for image in images])
+    with torch.no_grad():
+        return CLIPModel.from_pretrained(folder).eval()(**tokens, pixel_values=pixels)
+
+
+def unit(features):
+    return features / features.norm(dim=1, keepdim=True)
+
+
+def test_features_equal_those_of_transformers(clip, images, whole):
+    torch.testing.assert_close(unit(clip.texts(TEXTS)), whole.text_embeds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(unit(clip.images(images)), whole.image_embeds, atol=1e-5, rtol=0)
+    assert (whole.text_embeds[0] - whole.text_embeds[1]).abs().max() > 0.01
+    assert (whole.image_embeds[0] - whole.image_embeds[1]).abs().max() > 0.001
+
+
+def test_features_keep_their_length(clip):
+    assert (clip.texts(TEXTS).norm(dim=1) - 1).abs().min() > 0.01
+
+
+def test_the_vocabulary_is_clips(folder):
+    from transformers import CLIPTokenizer
+
+    # "a photo of a cat" by CLIP's authors
+    assert CLIPTokenizer.from_pretrained(folder)("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+
+
+def test_autocast_does_not_reach_it(clip, images):
+    with torch.autocast("cpu", torch.bfloat16):
+        under = clip.texts(TEXTS), clip.images(images)
+    assert torch.equal(under[0], clip.texts(TEXTS))
+    assert torch.equal(under[1], clip.images(images))
+
+
+def test_nothing_of_it_is_trained(clip, images):
+    model = clip._loaded[0]
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not clip.images(images).requires_grad
+
+
+def test_the_hash_tells_weights_and_preparation_apart(folder, tmp_path):
+    same, resized, other = (shutil.copytree(folder, tmp_path / name) for name in ("same", "resized", "other"))
+    settings = json.loads((resized / "preprocessor_config.json").read_text())
+    (resized / "preprocessor_config.json").write_text(json.dumps(settings | {"resample": 2}))
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    first = FrozenCLIP(str(folder)).sha256
+    assert FrozenCLIP(str(same)).sha256 == first
+    assert len({first, FrozenCLIP(str(resized)).sha256, FrozenCLIP(str(other)).sha256}) == 3
+
+
+# What is said when there is no CLIP.
+
+
+def refused(name, *parts):
+    with pytest.raises(DerainError) as caught:
+        FrozenCLIP(str(name)).texts(["rain"])
+    told = str(caught.value)
+    assert "\n" not in told
+    for part in (str(name), *parts):
+        assert part in told, told
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """An empty cache of the hub, as under HF_HUB_OFFLINE=1."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_a_model_that_cannot_be_fetched(offline):
+    name = "nobody/clip-of-no-one"
+    refused(name, str(offline), f"hf download {name}", "--model.clip", "--model.perception none")
+
+
+def test_a_directory_that_is_not_there(offline, tmp_path):
+    refused(tmp_path / "absent", "--model.clip", "--model.perception none")
+
+
+def test_a_directory_that_holds_no_clip(folder, tmp_path):
+    refused(tmp_path, "config.json", "model.safetensors")
+    shutil.copy(folder / "config.json", tmp_path)
+    refused(tmp_path, "model.safetensors")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_file(folder, tmp_path, file):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    content = (broken / file).read_bytes()
+    (broken / file).write_bytes(content[: len(content) // 2])
+    refused(broken, "cannot be loaded as CLIP")

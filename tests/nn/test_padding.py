@@ -1,0 +1,25 @@
+import numpy as np
+import pytest
+import torch
+
+from derain.nn.padding import pad_to_multiple
+
+
+@pytest.mark.parametrize(
+    ("size", "multiple", "mode"),
+    [
+        ((37, 31), 8, "reflect"),
+        ((9, 8), 8, "reflect"),
+        ((16, 24), 8, "reflect"),
+        ((7, 20), 8, "edge"),
+        ((1, 1), 8, "edge"),
+        ((5, 4), 4, "reflect"),
+    ],
+)
+def test_it_equals_numpy(rng, size, multiple, mode):
+    image = rng.random((2, 3, *size))
+    below, right = (-side % multiple for side in size)
+    expected = np.pad(image, ((0, 0), (0, 0), (0, below), (0, right)), mode=mode)
+    found = pad_to_multiple(torch.from_numpy(image), multiple).numpy()
+    assert found.shape[2] % multiple == found.shape[3] % multiple == 0
+    np.testing.assert_array_equal(found, expected)

@@ -1,0 +1,178 @@
+"""Restormer against its published form and its attention against sums over channels and pixels."""
+
+import pytest
+import torch
+
+from derain.nn import restormer
+from derain.nn.restormer import Attention, CrossAttention, GatedFeedForward, Restormer, SelfAttention, strips
+from tests.nn.references import SMALL, Published, attention, convolve, cross_attention, depthwise, lively
+
+
+@pytest.fixture
+def low_strips(monkeypatch):
+    """Strips of four rows, the fewest there are."""
+    monkeypatch.setattr(restormer, "STRIP_BYTES", {"cpu": 1, "gpu": 1})
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Ours and the published form with the same weights, in float64."""
+    published = lively(Published(**SMALL))
+    ours = Restormer(**SMALL).double()
+    ours.load_state_dict(published.state_dict(), strict=True)
+    return ours, published
+
+
+def images(*size, count=2):
+    return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def equal(ours, theirs):
+    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(37, 31), (8, 17)])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_it_equals_the_published_form(both, size, gradient):
+    ours, published = both
+    with torch.set_grad_enabled(gradient):
+        rainy = images(*size)
+        restored = ours(rainy)
+        assert (restored - rainy).abs().max() > 0.1
+        equal(restored, published(rainy))
+
+
+def test_strips_change_nothing(both, low_strips):
+    ours, published = both
+    with torch.no_grad():
+        padded = torch.zeros(2, 40, 32, 8, dtype=torch.float64)
+        assert len(list(strips(padded, 24))) == 10
+        equal(ours(images(37, 31)), published(images(37, 31)))
+        equal(ours(images(41, 9)), published(images(41, 9)))
+
+
+def test_strips_cover_every_row_once_with_its_neighbours(low_strips):
+    x = torch.arange(10.0)[None, :, None, None].expand(1, 10, 2, 1)
+    with torch.no_grad():
+        found = [(x[0, rows, 0, 0].tolist(), strip[0, :, 0, 0].tolist(), own) for rows, strip, own in strips(x, 1)]
+    assert [row for rows, _, _ in found for row in rows] == list(range(10))
+    for rows, strip, own in found:
+        assert strip[own] == rows
+        assert strip == [r for r in range(int(rows[0]) - 1, int(rows[-1]) + 2) if 0 <= r < 10]
+
+
+def test_gradients_equal_those_of_the_published_form(both):
+    ours, published = both
+    rainy = images(13, 10)
+    wanted = torch.randn(rainy.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    inputs = [rainy.clone().requires_grad_() for _ in both]
+    for network, x in zip(both, inputs, strict=True):
+        network.zero_grad()
+        (network(x) * wanted).sum().backward()
+    theirs = dict(published.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert theirs[name].grad.abs().max() > 0, name
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-9, rtol=1e-9, msg=name)
+    equal(inputs[0].grad, inputs[1].grad)
+
+
+def test_features_are_offered_and_taken_before_each_upsampling(both):
+    ours, published = both
+    seen = {}
+
+    def interact(level, x):
+        seen[level] = x
+        return x * (1 + level)
+
+    hooks = [
+        getattr(published, name).register_forward_hook(lambda _, __, out, level=level: out * (1 + level))
+        for level, name in ((3, "latent"), (2, "decoder_level3"), (1, "decoder_level2"))
+    ]
+    with torch.no_grad():
+        restored = ours(images(19, 31), interact)
+        equal(restored, published(images(19, 31)))
+        for hook in hooks:
+            hook.remove()
+        assert (restored - published(images(19, 31))).abs().max() > 1e-3
+    assert {level: tuple(x.shape) for level, x in seen.items()} == {
+        3: (2, 3, 4, 64),
+        2: (2, 6, 8, 32),
+        1: (2, 12, 16, 16),
+    }
+    assert list(seen) == [3, 2, 1]
+
+
+def test_parameters_are_as_many_as_published():
+    with torch.device("meta"):
+        ours, published = Restormer().state_dict(), Published().state_dict()
+    assert sum(value.numel() for value in ours.values()) == 26_126_644
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in published.items()}
+
+
+@pytest.mark.parametrize(("channels", "heads"), [(6, 1), (6, 3), (4, 4)])
+def test_self_attention_is_eq_1(channels, heads, low_strips):
+    block = lively(SelfAttention(channels, heads))
+    state = block.state_dict()
+    x = torch.randn(2, 9, 5, channels, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    with torch.no_grad():
+        maps = depthwise(convolve(x, state["qkv.weight"]), state["qkv_dwconv.weight"]).split(channels, dim=-1)
+        expected = attention(*maps, state["temperature"], state["project_out.weight"])
+        equal(block(x), expected)
+    equal(block(x).detach(), expected)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_cross_attention_is_eqs_8_and_9(heads):
+    block = lively(CrossAttention(4, heads))
+    query, key, value = torch.randn(3, 2, 5, 7, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    with torch.no_grad():
+        equal(block(query, key, value), cross_attention(block.state_dict(), query, key, value))
+        assert not torch.allclose(block(query, key, value), block(key, query, value))
+
+
+def test_feed_forward_is_eq_2():
+    block = lively(GatedFeedForward(6, 2.66))
+    state = block.state_dict()
+    x = torch.randn(2, 5, 4, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    with torch.no_grad():
+        hidden = depthwise(convolve(x, state["project_in.weight"]), state["dwconv.weight"])
+        assert hidden.shape[-1] == 2 * 15
+        gate, gated = hidden[..., :15], hidden[..., 15:]
+        opened = gate * (1 + torch.erf(gate / 2**0.5)) / 2
+        equal(block(x, block.kernels()), convolve(opened * gated, state["project_out.weight"]))
+
+
+def test_heads_must_divide_channels():
+    with pytest.raises(ValueError, match="3 heads do not divide 8 channels"):
+        Attention(8, 3)
+
+
+def test_products_of_float16_do_not_overflow():
+    torch.manual_seed(0)
+    block = Attention(4, 2)
+    maps = [(100 * torch.rand(1, 64, 64, 4)).half() for _ in range(3)]
+    assert (maps[0].float().square().sum((1, 2)) > torch.finfo(torch.float16).max).all()
+    with torch.no_grad():
+        found = block.attend([maps])
+        parts = [[m[:, rows] for m in maps] for rows in (slice(0, 20), slice(20, 64))]
+        in_strips = block.attend(parts)
+        weights = block.temperature.double(), block.project_out.weight.double()
+        exact = attention(*(m.double() for m in maps), *weights)
+    assert found.dtype == torch.float16
+    for one in (found, in_strips):
+        torch.testing.assert_close(one.double(), exact, atol=0.2, rtol=5e-3)
+
+
+def test_a_black_image_has_a_finite_gradient():
+    torch.manual_seed(0)
+    network = Restormer(**SMALL)
+    network(torch.zeros(1, 3, 16, 16)).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 20)])
+def test_small_images_keep_their_size(both, size):
+    with torch.no_grad():
+        restored = both[0](images(*size))
+    assert restored.shape == (2, 3, *size)
+    assert restored.isfinite().all()
