@@ -6,7 +6,7 @@ import torch
 
 from derain import restoration
 from derain.errors import DerainError
-from derain.methods import PReNetModule
+from derain.methods import CLIPRPNModule, PReNetModule
 from derain.restoration import Restorer, blend_tiles, choose_device, starts
 
 
@@ -30,7 +30,7 @@ def test_tiles_of_a_pointwise_network_give_the_whole(height, width, overlap):
     image = torch.rand(1, 3, height, width)
     sizes = set()
 
-    def forward(tile):
+    def forward(tile, *perceived):
         sizes.add(tuple(tile.shape))
         return tile**2
 
@@ -78,7 +78,7 @@ def test_out_of_memory_halves_the_tile(method, monkeypatch):
     restorer = Restorer(method, device="cpu")
     sizes = []
 
-    def forward(tile):
+    def forward(tile, *perceived):
         sizes.append(tile.shape[-1])
         if tile.shape[-1] > 128:
             torch.empty(10**15)  # the machine's own message
@@ -93,7 +93,7 @@ def test_out_of_memory_halves_the_tile(method, monkeypatch):
 def test_no_memory_at_all_is_refused(method, monkeypatch):
     restorer = Restorer(method, device="cpu")
 
-    def forward(tile):
+    def forward(tile, *perceived):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(restorer, "_forward", forward)
@@ -104,7 +104,7 @@ def test_no_memory_at_all_is_refused(method, monkeypatch):
 def test_other_errors_are_not_taken_for_memory(method, monkeypatch):
     restorer = Restorer(method, device="cpu")
 
-    def forward(tile):
+    def forward(tile, *perceived):
         raise RuntimeError("a fault")
 
     monkeypatch.setattr(restorer, "_forward", forward)
@@ -138,3 +138,21 @@ def test_refusals(method, tmp_path):
         choose_device("gpu")
     with pytest.raises(DerainError, match="no such file of weights"):
         Restorer(tmp_path / "absent.pth")
+
+
+def test_tiles_and_views_take_the_route_of_the_whole_image(monkeypatch):
+    method = CLIPRPNModule(perception="fixed", route=1, dim=8, blocks=(1, 1, 1, 1), refinement=1)
+    seen, taken = [], []
+    monkeypatch.setattr(method, "perceive", lambda image: seen.append(image.shape) or {"routes": [1]})
+    run = method.network.forward
+    monkeypatch.setattr(method.network, "forward", lambda x, routes: taken.append(routes) or run(x, routes))
+    image = np.random.default_rng(3).random((100, 140, 3), np.float32)
+    explained = Restorer(method, device="cpu", tile=64, ensemble=True).explain(image)
+    assert seen == [(1, 3, 100, 140)]
+    assert len(taken) > 8
+    assert set(map(tuple, taken)) == {(1,)}
+    assert list(explained.maps) == ["mask at 1/2", "mask at 1/4", "mask at 1/8"]
+    assert {one.shape for one in explained.maps.values()} == {(100, 140)}
+    again = Restorer(method, device="cpu", tile=64, ensemble=True)(image)
+    np.testing.assert_allclose(explained.derained, again, atol=1e-6)
+    assert explained.perceived == {"route": 1}

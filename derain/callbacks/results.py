@@ -109,14 +109,14 @@ def hardware(trainer: Trainer) -> dict[str, Any]:
     """What the test ran on."""
     cuda = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
         "cores": os.cpu_count(),
         "devices": trainer.world_size,
         "precision": str(trainer.precision),
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

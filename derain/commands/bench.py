@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
-from derain.callbacks.results import _cpu_name
+from derain.callbacks.results import cpu_name
 from derain.errors import DerainError
 from derain.memory import keep_large_blocks
 from derain.methods import CLIPRPNModule, DerainModule, PReNetModule, RestormerModule, weights
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         rows.append(row | ({"seconds": seconds(network, args.size, device)} if args.time else {}))
     result: dict[str, Any] = {"size": args.size, "convention": CONVENTION, "methods": rows}
     if args.time:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
         result["hardware"] = f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32"
     print(FORMATS[args.format](result), end="")
     return 0
@@ -124,7 +124,7 @@ def cost(network: nn.Module, size: int) -> dict[str, int]:
     """
     spared, attention = [], []
 
-    def watch(module: nn.Module, inputs: Any, out: Tensor) -> None:
+    def watch(module: nn.Module, inputs: Any, out: Any) -> None:
         if isinstance(module, Attention):
             weight = module.project_out.weight
             pixels = out.numel() // len(weight)

@@ -129,7 +129,7 @@ def _from_hub(name: str) -> Path:
         raise DerainError(
             f"CLIP {name}: not in {constants.HF_HUB_CACHE} and cannot be fetched from {constants.ENDPOINT} "
             f"({type(error).__name__}); fetch it beforehand where there is a network by `hf download {name}` and copy "
-            "that folder, or give a local directory (--model.clip DIR), or train without it (--model.perception none)"
+            "that folder, or give a local directory as CLIP, or train without it (--model.perception none)"
         ) from error
 
 

@@ -73,7 +73,15 @@ def test_the_vocabulary_is_clips(folder):
     from transformers import CLIPTokenizer
 
     # "a photo of a cat" by CLIP's authors
-    assert CLIPTokenizer.from_pretrained(folder)("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert CLIPTokenizer.from_pretrained(folder)("a photo of a cat").input_ids == [
+        49406,
+        320,
+        1125,
+        539,
+        320,
+        2368,
+        49407,
+    ]
 
 
 def test_autocast_does_not_reach_it(clip, images):

@@ -1,0 +1,76 @@
+"""Restormer as a method: the authors' checkpoints are taken, others are not."""
+
+import pytest
+import torch
+
+from derain import methods
+from derain.errors import DerainError
+from derain.methods import RestormerModule, weights
+from tests.nn.references import SMALL, Published
+
+
+class Small(RestormerModule):
+    """Restormer of which a published checkpoint is small."""
+
+    def __init__(self):
+        super().__init__(**SMALL)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(methods, "METHODS", tuple(Small if m is RestormerModule else m for m in methods.METHODS))
+
+
+@pytest.fixture
+def published():
+    torch.manual_seed(0)
+    return Published(**SMALL)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_published_checkpoint_loads(small, published, tmp_path, wrapped):
+    state = published.state_dict()
+    torch.save({"params": state} if wrapped else state, tmp_path / "deraining.pth")
+    loaded, note = weights.load(tmp_path / "deraining.pth")
+    assert isinstance(loaded, Small)
+    assert note.startswith("authors' weights of Small")
+    rainy = torch.rand(1, 3, 21, 18)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(rainy), published(rainy), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "extra"])
+def test_other_state_dicts_are_no_restormer(small, published, tmp_path, change):
+    state = published.state_dict()
+    if change == "missing":
+        del state["output.weight"]
+    elif change == "shape":
+        state["output.weight"] = torch.zeros(1, 16, 3, 3)
+    else:
+        state["output.bias"] = torch.zeros(3)
+    torch.save({"params": state}, tmp_path / "other.pth")
+    with pytest.raises(DerainError, match=r"other\.pth: holds no method known here") as caught:
+        weights.load(tmp_path / "other.pth")
+    assert "\n" not in str(caught.value)
+    assert RestormerModule.from_published({"weight": torch.zeros(1)}) is None
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_full_size_loads(tmp_path):
+    with torch.device("meta"):
+        published = Published()
+    state = {name: torch.full(value.shape, 0.5) for name, value in published.state_dict().items()}
+    torch.save({"params": state}, tmp_path / "deraining.pth")
+    loaded, note = weights.load(tmp_path / "deraining.pth")
+    assert note == "authors' weights of RestormerModule (26,126,644 parameters)"
+    assert all((value == 0.5).all() for value in loaded.network.state_dict().values())
+
+
+def test_the_loss_is_the_mean_absolute_error():
+    module = Small()
+    module.log = lambda *args, **kwargs: None
+    rainy, clean = torch.rand(2, 2, 3, 16, 16)
+    batch = {"rainy": rainy, "clean": clean, "name": ["a", "b"], "index": torch.arange(2)}
+    found = module.training_step(batch, 0)
+    expected = (module(rainy).double() - clean.double()).abs().sum() / clean.numel()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
