@@ -117,6 +117,7 @@ def hardware(trainer: Trainer) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
+    """The processor, as the system names it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,14 +28,15 @@ class FrozenCLIP:
     what it is asked for.
 
     Args:
-        name: Id on the Hugging Face hub (``openai/clip-vit-base-patch32``) or a local directory in that form.
+        name: Id on the Hugging Face hub (``openai/clip-vit-base-patch32``) or a local directory in that form;
+            ``$DERAIN_CLIP`` goes before it, for weights that name a directory of another machine.
 
     Raises:
         DerainError: When it is first needed and can neither be found nor fetched.
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name = os.environ.get("DERAIN_CLIP") or name
 
     @cached_property
     def folder(self) -> Path:
@@ -108,9 +110,9 @@ def _weights(folder: Path) -> Path | None:
 
 def _from_hub(name: str) -> Path:
     """Directory of a hub's model; says what it fetches, from where and how big, before it does."""
-    import httpx
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
 
     try:
         return _checked(Path(snapshot_download(name, local_files_only=True)))
@@ -125,11 +127,12 @@ def _from_hub(name: str) -> Path:
         size = sum(files[file] for file in wanted) / 1e6
         log.info("fetching CLIP %s (%.0f MB) from %s into %s", name, size, constants.ENDPOINT, constants.HF_HUB_CACHE)
         return _checked(Path(snapshot_download(name, allow_patterns=wanted)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except (NetworkError, LocalEntryNotFoundError, OSError) as error:
         raise DerainError(
             f"CLIP {name}: not in {constants.HF_HUB_CACHE} and cannot be fetched from {constants.ENDPOINT} "
             f"({type(error).__name__}); fetch it beforehand where there is a network by `hf download {name}` and copy "
-            "that folder, or give a local directory as CLIP, or train without it (--model.perception none)"
+            "that folder, or name a local directory by --model.clip or DERAIN_CLIP, or train without it "
+            "(--model.perception none)"
         ) from error
 
 
