@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
+import torch
 from jaxtyping import Float
 from lightning import LightningModule
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import derain
 from derain.batch import PairBatch
 from derain.errors import DerainError
+from derain.memory import give_back_blocks
 from derain.metrics import ImageQuality, Scores
 
 
@@ -41,6 +43,7 @@ class DerainModule(LightningModule, ABC):
     def __init__(self) -> None:
         super().__init__()
         self._quality: dict[str, ImageQuality] = {}
+        self._shape: torch.Size | None = None
 
     @abstractmethod
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
@@ -79,6 +82,12 @@ class DerainModule(LightningModule, ABC):
             self.log(f"{prefix}/rainy_psnr", float(scores["rainy"][name].psnr.mean()))
         return scores
 
+    def _give_back_at(self, shape: torch.Size) -> None:
+        """Hands memory back when images come in another size, which needs blocks of other sizes."""
+        if shape != self._shape:
+            give_back_blocks()
+        self._shape = shape
+
     def on_validation_epoch_start(self) -> None:
         """Forgets the last epoch's scores."""
         self._quality = {kind: ImageQuality(self.protocols).to(self.device) for kind in ("derained", "rainy")}
@@ -87,6 +96,7 @@ class DerainModule(LightningModule, ABC):
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
         """Judges an image; gives the derained image to callbacks."""
+        self._give_back_at(batch["rainy"].shape)
         derained = self(batch["rainy"]).float()  # protocols clip as they say
         self._quality["derained"].update(derained, batch["clean"], batch["index"])
         self._quality["rainy"].update(batch["rainy"], batch["clean"], batch["index"])
@@ -104,6 +114,7 @@ class DerainModule(LightningModule, ABC):
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
         """Restores images into [0, 1], with maps where they are wanted, and says what was perceived."""
+        self._give_back_at(batch["rainy"].shape)
         perceived = self.perceive(batch["rainy"])
         restored = (self.explain if self.explaining else self)(batch["rainy"], **perceived)
         return {"derained": restored.float().clamp(0, 1), "perceived": perceived}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 
 from derain.errors import DerainError
@@ -67,11 +68,12 @@ class FrozenCLIP:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        folder = self.folder
         try:
-            model = CLIPModel.from_pretrained(self.folder, local_files_only=True)
-            tokenizer = CLIPTokenizer.from_pretrained(self.folder, local_files_only=True)
-            processor = CLIPImageProcessorPil.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+            model = CLIPModel.from_pretrained(folder, local_files_only=True)
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
             raise DerainError(
                 f"{self.name}: cannot be loaded as CLIP ({' '.join(str(error).split())[:200]})"
             ) from error
@@ -98,7 +100,9 @@ class FrozenCLIP:
         """
         model, _, processor = self._loaded
         model.to(device or "cpu")
-        pixels = processor(list(images), return_tensors="pt").pixel_values.to(device or "cpu")
+        pixels = processor(list(images), input_data_format="channels_last", return_tensors="pt").pixel_values.to(
+            device or "cpu"
+        )
         with torch.autocast(pixels.device.type, enabled=False):
             pooled = model.vision_model(pixel_values=pixels).pooler_output
             return model.visual_projection(pooled).float().cpu()  # type: ignore[no-any-return]
@@ -117,7 +121,10 @@ def _from_hub(name: str) -> Path:
     try:
         return _checked(Path(snapshot_download(name, local_files_only=True)))
     except HFValidationError as error:
-        raise DerainError(f"{name}: neither a directory nor an id on the Hugging Face hub like OWNER/NAME") from error
+        raise DerainError(
+            f"--model.clip {name}: neither a directory nor an id on the Hugging Face hub like OWNER/NAME; give one, "
+            "or train without CLIP (--model.perception none)"
+        ) from error
     except LocalEntryNotFoundError:
         pass
     try:

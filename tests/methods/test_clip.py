@@ -16,6 +16,13 @@ TEXTS = ("almost no rain", "Heavy rain, with large DENSE raindrops; 3 puddles!",
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_other_clip():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DERAIN_CLIP", raising=False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_clip(tmp_path_factory.mktemp("clip"))

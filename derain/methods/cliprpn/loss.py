@@ -40,8 +40,8 @@ def scheduled_loss(
 ) -> Float[Tensor, ""]:
     """Dynamic loss scheduling (DLS): mean of the error to the power of ``exponent(progress)``.
 
-    The gradient of ``|e|^p`` is infinite at e = 0 for p < 1. ``shift`` takes ``(|e| + 1e-6)^p`` (below 0.2 % off for
-    errors above 1e-4, gradient 0 at 0); ``root`` takes ``(e² + 1e-6)^(p/2)``, which is smooth. Computed in float32 at
+    The gradient of ``|e|^p`` is infinite at e = 0 for p < 1. ``shift`` takes ``(|e| + 1e-6)^p`` (below 0.1 % off for
+    errors above 1/255, gradient 0 at 0); ``root`` takes ``(e² + 1e-6)^(p/2)``, which is smooth. Computed in float32 at
     least, whatever autocast says.
 
     Args:

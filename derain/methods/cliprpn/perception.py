@@ -77,7 +77,7 @@ class RainPerception:
     def _remember(self, scores: dict[str, list[float]]) -> None:
         self._known.update(scores)
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(f"{json.dumps(item)}\n" for item in scores.items())
+        text = "".join(f"\n{json.dumps(item)}" for item in scores.items())
         descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             os.write(descriptor, text.encode())  # one write: lines of several processes do not mix

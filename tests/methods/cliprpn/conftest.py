@@ -12,3 +12,4 @@ def clip_folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _nothing_perceived_yet(tmp_path, monkeypatch):
     monkeypatch.setenv("DERAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DERAIN_CLIP", raising=False)
