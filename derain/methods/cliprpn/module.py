@@ -63,6 +63,8 @@ class CLIPRPNModule(DerainModule):
         beta: Exponent of ``dls`` at the start; section 4.2: 0.8.
         eta: Its growth; section 4.2: 2.3.
         smoothing: What keeps the gradient of ``dls`` finite at zero error.
+        rescale: Scale the reconstruction loss to the mean absolute error, gradient and all: late in the training
+            ``dls`` is so small that the masks outweigh it. Not in the paper.
         mask_weight: Of the masks' loss; eq. 15: 0.1.
         mask_threshold: Difference in [0, 1] from which a pixel is rainy; eq. 4: 0.1.
         mask_scaling: How the true mask comes to a level's size.
@@ -97,6 +99,7 @@ class CLIPRPNModule(DerainModule):
         beta: float = 0.8,
         eta: float = 2.3,
         smoothing: Smoothing = "shift",
+        rescale: bool = False,
         mask_weight: float = PROPORTION,
         mask_threshold: float = PROPORTION,
         mask_scaling: MaskScaling = "nearest",
@@ -204,6 +207,8 @@ class CLIPRPNModule(DerainModule):
         restored = self.network(batch["rainy"], routes)
         loss = reconstruction_loss(restored.derained, batch["clean"], hyper["loss"], power, hyper["smoothing"])
         parts: dict[str, Any] = {"train/reconstruction": loss}
+        if hyper["rescale"]:
+            loss = loss * ((restored.derained.float() - batch["clean"]).abs().mean() / loss.clamp_min(1e-12)).detach()
         if restored.logits:
             mask = rain_mask(batch["rainy"], batch["clean"], hyper["mask_threshold"])
             for level, one in zip((3, 2, 1), mask_loss(restored.logits, mask, hyper["mask_scaling"]), strict=True):
