@@ -16,7 +16,7 @@ from torch import Tensor
 
 from derain.errors import DerainError
 from derain.memory import free_memory
-from derain.methods import DerainModule, weights
+from derain.methods import CLIPRPNModule, DerainModule, weights
 
 log = logging.getLogger("derain")
 Precision = Literal["float32", "bf16"]
@@ -39,6 +39,7 @@ class Restorer:
             tile that fits; ``None``: whole images always. Out of memory halves the tile and tries again.
         overlap: Pixels that neighbouring tiles share; they are blended by a raised cosine.
         ensemble: Mean over the eight flips and rotations: slower eight times, a little better.
+        route: Let all images take this route, of methods that have routes, instead of perceiving them.
         compile: Compile the network; takes up to a minute first, and pays from a few hundred images on.
 
     Raises:
@@ -60,6 +61,7 @@ class Restorer:
         tile: int | Literal["auto"] | None = "auto",
         overlap: int = 64,
         ensemble: bool = False,
+        route: int | None = None,
         compile: bool = False,
     ) -> None:
         if isinstance(tile, int) and tile < SMALLEST_TILE:
@@ -69,6 +71,11 @@ class Restorer:
             method, self.note = weights.load(Path(method))
         self.device = choose_device(device)
         self.method = method.to(self.device).eval()
+        if route is not None:
+            if not isinstance(method, CLIPRPNModule):
+                raise DerainError(f"--route {route}: {type(method).__name__} has no routes; leave it out")
+            method.routing.take(route)
+        method.check()
         if precision == "bf16" and not computes_bf16(self.device):
             log.warning("bf16: %s has no instructions for it, and emulation is slower: using float32", self.device)
             precision = "float32"

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--explain", action="store_true", help="also write NAME.EXT-explain.png and .json: masks, route, scores"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    parser.add_argument("--route", type=int, help="let all photos take this route instead of asking CLIP (CLIP-RPN)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
     parser.add_argument("--compile", action="store_true", help="compile the network: for many photos of one size")
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     waiting = {
         source: target
         for source, target in jobs.items()
-        if args.overwrite or not (target.exists() or (args.compare and comparison(target).exists()))
+        if args.overwrite or not any(path.exists() for path in outputs(target, args))
     }
     kept = len(jobs) - len(waiting)
     if kept and len(jobs) == 1:
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         precision=args.precision,
         tile=tile_size(args.tile),
         ensemble=args.ensemble,
+        route=args.route,
         compile=args.compile,
     )
     print(f"{args.weights}: {restorer.note}, on {restorer.device}", file=sys.stderr)
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             if explained is not None:
                 images = {"rainy": to_bytes(photo.rgb), "derained": to_bytes(derained)}
                 maps = {name: to_bytes(np.repeat(one[..., None], 3, 2)) for name, one in explained.maps.items()}
-                write_explanation(target.with_name(f"{target.name}-explain"), images | maps, explained.perceived)
+                write_explanation(explanation(target), images | maps, explained.perceived)
             if args.compare:
                 write_comparison(photo, derained, target)
         except (DerainError, OSError) as error:
@@ -136,6 +138,23 @@ def comparison(target: Path) -> Path:
         'out/a.jpg-compare.png'
     """
     return target.with_name(f"{target.name}-compare.png")
+
+
+def explanation(target: Path) -> Path:
+    """Where the explanation goes, without suffix.
+
+    Example:
+        >>> explanation(Path("out/a.jpg")).as_posix()
+        'out/a.jpg-explain'
+    """
+    return target.with_name(f"{target.name}-explain")
+
+
+def outputs(target: Path, args: argparse.Namespace) -> list[Path]:
+    """All files that restoring one photo writes."""
+    name = explanation(target).name
+    explained = [target.with_name(f"{name}{suffix}") for suffix in (".png", ".json")]
+    return [target, *([comparison(target)] if args.compare else []), *(explained if args.explain else [])]
 
 
 def write_comparison(photo: Photo, derained: NDArray[np.float32], target: Path) -> None:

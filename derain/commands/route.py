@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     routes = found.argmax(1).tolist()
     summary = {
         "prompts": {"set": args.prompts, "texts": texts},
-        "clip": {"name": args.clip, "sha256": perception.clip.sha256},
+        "clip": {"name": perception.clip.name, "sha256": perception.clip.sha256},
         "similarity": args.similarity,
         "sets": counted(sets, routes, args.prompts, len(texts)),
     }

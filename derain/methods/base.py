@@ -56,6 +56,9 @@ class DerainModule(LightningModule, ABC):
         """What ``forward`` must know of whole images when it is given parts of them; nothing by default."""
         return {}
 
+    def check(self) -> None:
+        """Refuses early if something that perceiving needs cannot be had."""
+
     def explain(self, rainy: Float[Tensor, "b 3 h w"], **perceived: Any) -> Float[Tensor, "b n h w"]:
         """The derained image and, after its three channels, ``maps`` in [0, 1] that show how it came about."""
         return cast(Tensor, self(rainy, **perceived))

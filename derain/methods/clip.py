@@ -38,16 +38,18 @@ class FrozenCLIP:
 
     def __init__(self, name: str) -> None:
         self.name = os.environ.get("DERAIN_CLIP") or name
+        if self.name != name:
+            log.info("CLIP: %s (DERAIN_CLIP) instead of %s", self.name, name)
 
     @cached_property
     def folder(self) -> Path:
         """Directory of the model; fetched from the hub, with a word about it, where it is not here yet."""
         path = Path(self.name).expanduser()
         if path.is_dir():
-            if not (path / "config.json").is_file() or not _weights(path):
+            if not _complete(path):
                 raise DerainError(
-                    f"{path}: no CLIP in this directory (expected config.json and model.safetensors or "
-                    "pytorch_model.bin, as save_pretrained writes them)"
+                    f"{path}: no CLIP in this directory (expected config.json, preprocessor_config.json, "
+                    "tokenizer.json or vocab.json and merges.txt, model.safetensors or pytorch_model.bin)"
                 )
             return path
         return _from_hub(self.name)
@@ -70,13 +72,21 @@ class FrozenCLIP:
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         folder = self.folder
         try:
-            model = CLIPModel.from_pretrained(folder, local_files_only=True)
+            loaded: Any = CLIPModel.from_pretrained(
+                folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            )
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
             raise DerainError(
                 f"{self.name}: cannot be loaded as CLIP ({' '.join(str(error).split())[:200]})"
             ) from error
+        model, told = loaded
+        lacking = [*told["missing_keys"], *told["mismatched_keys"]]
+        if lacking:  # transformers would fill them with random numbers
+            raise DerainError(
+                f"{self.name}: its weights lack {len(lacking)} parts of CLIP (as {lacking[0]}); fetch them anew"
+            )
         model.train(False)
         return model.requires_grad_(False), tokenizer, processor
 
@@ -86,7 +96,10 @@ class FrozenCLIP:
         model, tokenizer, _ = self._loaded
         device = next(model.parameters()).device
         length = model.config.text_config.max_position_embeddings
-        tokens = tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        tokens = tokenizer(list(prompts), padding=True, return_tensors="pt")
+        if tokens.input_ids.shape[1] > length:
+            longest = max(prompts, key=len)
+            raise DerainError(f"prompt {longest[:60]!r} …: CLIP reads {length - 2} tokens at most; shorten it")
         with torch.autocast(device.type, enabled=False):
             pooled = model.text_model(**tokens.to(device)).pooler_output
             return model.text_projection(pooled).float().cpu()  # type: ignore[no-any-return]
@@ -119,7 +132,9 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
 
     try:
-        return _checked(Path(snapshot_download(name, local_files_only=True)))
+        here = Path(snapshot_download(name, local_files_only=True))
+        if _complete(here):
+            return here  # else a download was interrupted: it goes on below
     except HFValidationError as error:
         raise DerainError(
             f"--model.clip {name}: neither a directory nor an id on the Hugging Face hub like OWNER/NAME; give one, "
@@ -133,17 +148,22 @@ def _from_hub(name: str) -> Path:
         wanted = [file for file in (weights, *FILES) if file in files]
         size = sum(files[file] for file in wanted) / 1e6
         log.info("fetching CLIP %s (%.0f MB) from %s into %s", name, size, constants.ENDPOINT, constants.HF_HUB_CACHE)
-        return _checked(Path(snapshot_download(name, allow_patterns=wanted)))
+        here = Path(snapshot_download(name, allow_patterns=wanted))
     except (NetworkError, LocalEntryNotFoundError, OSError) as error:
         raise DerainError(
             f"CLIP {name}: not in {constants.HF_HUB_CACHE} and cannot be fetched from {constants.ENDPOINT} "
             f"({type(error).__name__}); fetch it beforehand where there is a network by `hf download {name}` and copy "
-            "that folder, or name a local directory by --model.clip or DERAIN_CLIP, or train without it "
-            "(--model.perception none)"
+            "that folder, or name a local directory by --model.clip or DERAIN_CLIP; train without it by "
+            "--model.perception none, restore without it by --route N"
         ) from error
+    if not _complete(here):
+        raise DerainError(
+            f"CLIP {name}: {constants.ENDPOINT} has not all files of a CLIP under this name; give another"
+        )
+    return here
 
 
-def _checked(folder: Path) -> Path:
-    if _weights(folder) is None:
-        raise DerainError(f"{folder}: has no model.safetensors or pytorch_model.bin; delete it and fetch it again")
-    return folder
+def _complete(folder: Path) -> bool:
+    here = {path.name for path in folder.iterdir()}
+    tokenizer = "tokenizer.json" in here or {"vocab.json", "merges.txt"} <= here
+    return {"config.json", "preprocessor_config.json"} <= here and tokenizer and _weights(folder) is not None

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from derain.errors import DerainError
 from derain.nn.padding import pad_to_multiple
 
 STRIP_BYTES = {"cpu": 8 << 20, "gpu": 256 << 20}
@@ -75,7 +76,7 @@ class Attention(nn.Module):
         heads: Groups of channels that attend among themselves; must divide ``channels``.
 
     Raises:
-        ValueError: If ``heads`` does not divide ``channels``.
+        DerainError: If ``heads`` does not divide ``channels``.
 
     References:
         Restormer, eq. 1; CLIP-RPN, eq. 9, where the temperature is 1/α.
@@ -84,7 +85,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
         if channels % heads:
-            raise ValueError(f"{heads} heads do not divide {channels} channels")
+            raise DerainError(f"{heads} heads do not divide {channels} channels; choose others, or another dim")
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
         self.project_out = nn.Conv2d(channels, channels, 1, bias=False)
 
@@ -99,7 +100,7 @@ class Attention(nn.Module):
         value = torch.cat(values, dim=1) if len(values) > 1 else values[0]
         (b, h, w, c), heads = value.shape, len(self.temperature)
         with torch.autocast(value.device.type, enabled=False):
-            q, k = torch.stack(squares).sum(0).clamp_min(1e-24).sqrt().reshape(2, b, heads, -1)
+            q, k = torch.stack(squares).sum(0).clamp_min(1e-8).sqrt().reshape(2, b, heads, -1)
             cosines = torch.stack(products).sum(0) / (q[..., :, None] * k[..., None, :])
             attention = (cosines * self.temperature).softmax(-1)  # (b, heads, d, d)
             projection = self.project_out.weight.reshape(c, heads, -1).transpose(0, 1)
@@ -330,6 +331,8 @@ class Restormer(nn.Module):
         expansion: float = 2.66,
     ) -> None:
         super().__init__()
+        if len(blocks) != 4 or len(heads) != 4:
+            raise DerainError(f"blocks {list(blocks)}, heads {list(heads)}: give four numbers each, one a level")
 
         def level(channels: int, place: int, count: int) -> nn.Sequential:
             return nn.Sequential(*(TransformerBlock(channels, heads[place], expansion) for _ in range(count)))

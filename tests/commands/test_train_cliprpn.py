@@ -39,7 +39,7 @@ def place(tmp_path, monkeypatch):
     perception = RainPerception(str(tmp_path / "clip"), texts_of("3"))
     perception.similarities(halves)
     file = next((tmp_path / "cache/routes").iterdir())
-    kept = [json.loads(line)[0] for line in file.read_text().splitlines()]
+    kept = [json.loads(line)[0] for line in file.read_text().splitlines() if line]
     file.write_text("".join(json.dumps([key, [1.0, 0.0][:: 1 - 2 * (i % 2)]]) + "\n" for i, key in enumerate(kept)))
     config = {
         "model": {"class_path": "CLIPRPNModule", "init_args": {**NETWORK, "clip": str(tmp_path / "clip")}},
@@ -89,7 +89,7 @@ def test_files_hold_no_clip_but_say_which(place):
     hashed = FrozenCLIP(str(place / "clip")).sha256
     assert content["derain"]["clip_sha256"] == hashed
     loaded = weights.load(place / "runs/exp/fit-1/weights.safetensors").module
-    assert loaded.clip_sha256 == hashed
+    assert loaded.routing.clip_sha256 == hashed
     optimised = sum(len(group["params"]) for group in content["optimizer_states"][0]["param_groups"])
     assert optimised == len(list(loaded.network.parameters()))
 
@@ -123,8 +123,11 @@ def test_plain_ddp_is_refused(place, capsys):
     [
         (["--model.clip", "nowhere/clip"], ("nowhere/clip", "--model.perception none", "hf download")),
         (["--model.prompts", "7"], ("7", "3-distortion")),
-        (["--model.perception", "fixed", "--model.route", "2"], ("--model.route 2", "0 to 1")),
+        (["--model.perception", "fixed", "--model.route", "2"], ("route 2", "0 to 1")),
         (["--model.warm_up", "1"], ("--model.warm_up 1",)),
+        (["--model.heads", "[1, 2, 4, 3]"], ("3 heads do not divide 64 channels",)),
+        (["--model.blocks", "[1, 1]"], ("blocks [1, 1]", "four numbers")),
+        (["--model.spatial_kernel", "4"], ("spatial_kernel 4", "odd")),
     ],
 )
 def test_refusals_take_one_line(place, capsys, monkeypatch, options, told):
@@ -196,3 +199,47 @@ def test_predict_and_restore_explain(place):
         json.loads((folder / f"{Path(path.name.removesuffix('-explain.json')).stem}-explain.json").read_text())
         for path in explained
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--model.prompts", "[light rain, heavy rain]"], "prompts"),
+        (["--model.similarity", "dot"], "similarity"),
+        (["--model.clip", "other"], "not the CLIP that this run began with"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_routes(place, capsys, options, told):
+    make_clip(place / "other", seed=3)
+    assert main(["fit", "--config", "exp.yaml", "--trainer.max_epochs", "1"]) == 0
+    assert main(["fit", "--config", "exp.yaml", "--ckpt_path", "last", *options]) == 2
+    assert told in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_patches_are_perceived_but_not_remembered(place):
+    files = place / "cache/routes"
+    before = {path: path.read_text() for path in files.iterdir()}
+    options = ["--model.route_by", "patch", "--trainer.max_epochs", "1"]
+    assert main(["fit", "--config", "exp.yaml", *options]) == 0
+    assert {path: path.read_text() for path in files.iterdir()} == before
+    module = weights.load(place / "runs/exp/fit-1/weights.safetensors").module
+    assert module.perceive(torch.rand(1, 3, 9, 9)) == {}
+
+
+def test_restore_by_a_given_route_needs_no_clip(place, capsys):
+    assert main(["fit", "--config", "exp.yaml", "--trainer.max_epochs", "1"]) == 0
+    file = str(place / "runs/exp/fit-1/weights.safetensors")
+    make_set(place, "images", "predict", count=2)
+    (place / "clip").rename(place / "gone")
+    restore = ["restore", "images", "out", "--weights", file, "--explain"]
+    assert main(restore) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert main([*restore, "--route", "2"]) == 2
+    assert "routes 0 to 1" in capsys.readouterr().err
+    assert main([*restore, "--route", "1"]) == 0
+    told = sorted(Path("out").rglob("*-explain.json"))
+    assert [json.loads(path.read_text()) for path in told] == [{"route": 1}] * 2
+    told[0].with_name(told[0].name.removesuffix("-explain.json")).unlink()
+    told[0].write_text("mine")
+    assert main([*restore, "--route", "0"]) == 0
+    assert told[0].read_text() == "mine"

@@ -12,7 +12,7 @@ from derain.errors import DerainError
 from derain.methods.clip import FrozenCLIP
 from tests.factories import clean_image, make_clip
 
-TEXTS = ("almost no rain", "Heavy rain, with large DENSE raindrops; 3 puddles!", "rain " * 200)
+TEXTS = ("almost no rain", "Heavy rain, with large DENSE raindrops; 3 puddles!", "rain " * 60)
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -160,3 +160,56 @@ def test_a_damaged_file(folder, tmp_path, file):
     content = (broken / file).read_bytes()
     (broken / file).write_bytes(content[: len(content) // 2])
     refused(broken, "cannot be loaded as CLIP")
+
+
+def test_a_prompt_longer_than_clip_reads(clip):
+    with pytest.raises(DerainError, match="75 tokens at most"):
+        clip.texts(["rain", "rain " * 90])
+
+
+def test_a_directory_without_tokenizer(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "clip")
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (tmp_path / "clip" / name).unlink(missing_ok=True)
+    refused(tmp_path / "clip", "tokenizer.json")
+
+
+def test_weights_that_lack_a_part(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, tmp_path / "clip")
+    file = tmp_path / "clip" / "model.safetensors"
+    kept = {name: one for name, one in load_file(file).items() if not name.startswith("text_model.encoder")}
+    save_file(kept, file, {"format": "pt"})
+    refused(tmp_path / "clip", "weights lack", "fetch them anew")
+
+
+def test_the_variable_goes_before_the_name_and_says_so(folder, monkeypatch, caplog):
+    monkeypatch.setenv("DERAIN_CLIP", str(folder))
+    with caplog.at_level("INFO", "derain"):
+        assert FrozenCLIP("openai/clip-vit-base-patch32").folder == folder
+    assert "DERAIN_CLIP" in caplog.text
+
+
+def test_a_download_that_was_interrupted_goes_on(folder, tmp_path, monkeypatch):
+    """The snapshot in the cache lacks the weights: the hub is asked again."""
+    import huggingface_hub
+
+    half = tmp_path / "half"
+    shutil.copytree(folder, half)
+    (half / "model.safetensors").unlink()
+    asked = []
+
+    def snapshot(name, local_files_only=False, allow_patterns=None):
+        asked.append(local_files_only)
+        return str(half if local_files_only else folder)
+
+    class Hub:
+        def model_info(self, name, files_metadata):
+            file = type("File", (), {"rfilename": "model.safetensors", "size": 14_000_000})
+            return type("Info", (), {"siblings": [file]})
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert FrozenCLIP("some/clip").folder == folder
+    assert asked == [True, False]

@@ -1,7 +1,6 @@
 """CLIP-RPN as a LightningModule: which route an image takes, when the loss's exponent grows."""
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from derain.batch import PairBatch
 from derain.errors import DerainError
-from derain.images import Pixels
 from derain.methods.base import DerainModule
 from derain.methods.cliprpn.loss import (
     MaskScaling,
@@ -23,12 +21,12 @@ from derain.methods.cliprpn.loss import (
     reconstruction_loss,
 )
 from derain.methods.cliprpn.network import CLIPRPN, Interaction, mask_maps
-from derain.methods.cliprpn.perception import RainPerception, Similarity, scores
+from derain.methods.cliprpn.perception import RainPerception, Similarity
 from derain.methods.cliprpn.prompts import texts_of
+from derain.methods.cliprpn.routing import Routing
 from derain.nn.schedule import warm_up_then_cosine
 from derain.progress import track
 
-log = logging.getLogger("derain")
 PROPORTION = 0.1
 """Weight of the masks' loss and threshold of the true mask: CLIP-RPN, eqs. 15 and 4."""
 
@@ -47,10 +45,10 @@ class CLIPRPNModule(DerainModule):
         prompts: Name of a set (``1``, ``2``, ``3`` of Table 5, …) or a list of texts, one a route.
         similarity: ``cosine``, or ``dot`` as eq. 1 is printed.
         route_by: ``image``: an image has one route, its crops too; ``patch``: whatever ``forward`` is given is
-            perceived, so each crop in training.
+            perceived, so each crop in training and each tile at inference.
         route: The route of ``fixed``.
-        mgca: Routes are mask-guided cross-attention; else plain cross-attention, and without perception none at all
-            (Table 10 without MGCA).
+        mgca: Routes are mask-guided cross-attention; else plain cross-attention beside a short cut, whatever the
+            next three say, and without perception none at all (Table 10 without MGCA).
         interaction: Reading of eqs. 11 and 12.
         residual: Add the features to what cross-attention makes of them.
         spatial_kernel: Side of the convolution that eq. 11 lacks.
@@ -111,57 +109,36 @@ class CLIPRPNModule(DerainModule):
         self.save_hyperparameters()
         texts = texts_of(prompts)
         routes = len(texts) if perception != "none" else int(mgca)
-        if perception == "fixed" and not 0 <= route < routes:
-            raise DerainError(f"--model.route {route}: the prompts make routes 0 to {routes - 1}")
         if not 0 <= warm_up < 1:
             raise DerainError(f"--model.warm_up {warm_up}: must be a share of the training, at least 0 and below 1")
         self.network: CLIPRPN = CLIPRPN(
             routes, mgca, interaction, residual, spatial_kernel, dim, blocks, refinement, heads, expansion
         )
         self.maps = tuple(f"mask at 1/{2**level}" for level in (1, 2, 3)) if len(self.network.masks) else ()
-        self.perception = RainPerception(clip, texts, similarity) if perception == "clip" else None
-        self.clip_sha256: str | None = None
-        self._training_routes: Tensor | None = None
+        seen_by = RainPerception(clip, texts, similarity) if perception == "clip" else None
+        self.routing = Routing(routes, seen_by, route if perception == "fixed" else 0)
 
-    # Which route an image takes.
+    def check(self) -> None:
+        """Finds or fetches CLIP."""
+        self.routing.check()
 
     def perceive(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
-        """Similarities to the prompts and the routes of whole images."""
-        if self.perception is None:
-            return {"routes": [self.hparams["route"] if self.hparams["perception"] == "fixed" else 0] * len(rainy)}
-        images = list((rainy.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
-        found = self._similarities(images)
-        return {"routes": found.argmax(1).tolist(), "similarities": found}
-
-    def _similarities(self, images: Iterable[Pixels]) -> Float[Tensor, "b n"]:
-        perception = cast(RainPerception, self.perception)
-        if self.clip_sha256 is None:
-            self.clip_sha256 = perception.clip.sha256
-        elif self.clip_sha256 != perception.clip.sha256:
-            log.warning("these weights were trained with another CLIP than %s: routes may differ", perception.clip.name)
-            self.clip_sha256 = perception.clip.sha256
-        return perception.all_similarities(images, self.device)
+        """Similarities to the prompts and the routes of whole images; nothing where each patch has its own."""
+        return {} if self.hparams["route_by"] == "patch" else self.routing(rainy)
 
     def describe_image(self, perceived: dict[str, Any], place: int) -> dict[str, Any]:
         """The route of an image, and its scores (eq. 1) by prompt."""
-        told: dict[str, Any] = {"route": perceived["routes"][place]}
-        if self.perception is not None and "similarities" in perceived:
-            shares = scores(perceived["similarities"])[place].tolist()
-            told["prompt"] = self.perception.texts[told["route"]]
-            told["scores"] = dict(zip(self.perception.texts, shares, strict=True))
-        return told
-
-    # Restoring.
+        return self.routing.describe(perceived, place)
 
     def forward(
         self, rainy: Float[Tensor, "b 3 h w"], routes: Sequence[int] | None = None, similarities: Tensor | None = None
     ) -> Float[Tensor, "b 3 h w"]:
         """Restores images of any size in [0, 1]; they are perceived unless their routes are given."""
-        return cast(Tensor, self.network(rainy, self.perceive(rainy)["routes"] if routes is None else routes).derained)
+        return cast(Tensor, self.network(rainy, self.routing(rainy)["routes"] if routes is None else routes).derained)
 
     def explain(self, rainy: Float[Tensor, "b 3 h w"], **perceived: Any) -> Float[Tensor, "b n h w"]:
         """The derained image and the predicted masks of all levels, the finest first (Figure 9)."""
-        restored = self.network(rainy, (perceived or self.perceive(rainy))["routes"])
+        restored = self.network(rainy, (perceived or self.routing(rainy))["routes"])
         if not self.maps:
             return cast(Tensor, restored.derained)
         maps = mask_maps(restored.logits, *rainy.shape[2:])
@@ -183,25 +160,27 @@ class CLIPRPNModule(DerainModule):
                 "--trainer.strategy ddp: a route that no image of a batch takes has no gradient; "
                 "use --trainer.strategy ddp_find_unused_parameters_true"
             )
-        if self.perception is None or self.hparams["route_by"] == "patch":
+        self.routing.check(resuming=True)
+        if self.routing.perception is None or self.hparams["route_by"] == "patch":
             return
         data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "rainy_images"):
             raise DerainError("routing whole images needs derain's RainDataModule; or set --model.route_by patch")
         if self.local_rank != 0:
-            self.trainer.strategy.barrier()  # the first process of a machine perceives, the others read what it kept
+            strategy.barrier()  # the first process of a machine perceives, the others read what it kept
+        names = [pair.name for pair in data.pairs["train"]]
         images = data.rainy_images("train")
-        found = self._similarities(track(images, "Perceiving rain", len(data.pairs["train"])))
+        self.routing.learn(names, track(images, "Perceiving rain", len(names)), self.device)
         if self.local_rank == 0:
-            self.trainer.strategy.barrier()
-        self._training_routes = found.argmax(1)
-        counts = torch.bincount(self._training_routes, minlength=found.shape[1]).tolist()
-        log.info("training images a route: %s", ", ".join(f"{count:,}" for count in counts))
+            strategy.barrier()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Reconstruction loss and masks; every part is logged."""
-        known = self._training_routes
-        routes = self.perceive(batch["rainy"])["routes"] if known is None else known[batch["index"].cpu()].tolist()
+        known = self.routing.known
+        if known is None:
+            routes = self.routing(batch["rainy"], remember=False)["routes"]
+        else:
+            routes = [known[name] for name in batch["name"]]
         hyper = self.hparams
         power = exponent(self.trainer.global_step / self.steps, hyper["beta"], hyper["eta"])
         restored = self.network(batch["rainy"], routes)
@@ -232,9 +211,23 @@ class CLIPRPNModule(DerainModule):
 
     def describe(self) -> dict[str, Any]:
         """Adds which CLIP chose the routes."""
-        return super().describe() | {"clip_sha256": self.clip_sha256}
+        return super().describe() | {"clip_sha256": self.routing.clip_sha256}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to go on with a run whose images took other routes.
+
+        Raises:
+            DerainError: If training would go on with other prompts or another perception.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is None or self._trainer.state.fn != "fit":
+            return
+        for name in ("perception", "prompts", "similarity", "route_by", "route"):
+            began, now = checkpoint["hyper_parameters"].get(name), self.hparams[name]
+            if began != now:
+                raise DerainError(f"--model.{name} {now}: this run began with {began}; give that one to go on")
 
     def recall(self, description: Mapping[str, Any]) -> None:
         """Takes back which CLIP chose the routes."""
         super().recall(description)
-        self.clip_sha256 = description.get("clip_sha256")
+        self.routing.clip_sha256 = description.get("clip_sha256")

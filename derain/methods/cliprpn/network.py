@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from derain.errors import DerainError
 from derain.nn.restormer import CrossAttention, Restormer, spatial
 
 Interaction = Literal["prose", "swapped"]
@@ -70,6 +71,8 @@ class MaskGuidedCrossAttention(nn.Module):
         reduction: int = 16,
     ) -> None:
         super().__init__()
+        if spatial_kernel and spatial_kernel % 2 == 0:
+            raise DerainError(f"spatial_kernel {spatial_kernel}: must be odd, or 0")
         hidden = max(1, channels // reduction)
         self.interaction, self.residual = interaction, residual
         self.rainy = CrossAttention(channels, heads)
@@ -168,9 +171,14 @@ class CLIPRPN(nn.Module):
         Args:
             rainy: In [0, 1].
             routes: The route of each image, or one for all; the first by default.
+
+        Raises:
+            ValueError: If routes are too few or too many, or do not exist.
         """
         logits: list[Tensor] = []
         taken = list(routes or [0])
+        if len(taken) not in {1, len(rainy)} or not set(taken) <= set(range(max(1, len(self.routes)))):
+            raise ValueError(f"routes {taken} for {len(rainy)} images and {len(self.routes)} routes")
         taken = taken[:1] if len(set(taken)) == 1 else taken
 
         def interact(level: int, x: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ class RainPerception:
     @cached_property
     def _known(self) -> dict[str, list[float]]:
         known = {}
-        for line in self._file.read_text().splitlines() if self._file.is_file() else ():
+        lines = self._file.read_text(errors="replace").splitlines() if self._file.is_file() else ()
+        for line in lines:
             try:
                 image, scores = json.loads(line)
             except ValueError:  # a process died in the middle of this line
@@ -59,42 +60,48 @@ class RainPerception:
         features = self.clip.texts(self.texts)
         return torch.nn.functional.normalize(features, dim=1) if self.similarity == "cosine" else features
 
-    def similarities(self, images: Sequence[Pixels], device: torch.device | None = None) -> Float[Tensor, "b n"]:
+    def similarities(
+        self, images: Sequence[Pixels], device: torch.device | None = None, remember: bool = True
+    ) -> Float[Tensor, "b n"]:
         """Similarity of images, ``(h, w, 3)`` each, to every prompt.
 
-        Those that were never seen go through CLIP together, on ``device``, and are remembered.
+        Those that were never seen go through CLIP together, on ``device``, and are remembered if wanted.
         """
         keys = [hashlib.sha256(str(image.shape).encode() + image.tobytes()).hexdigest()[:32] for image in images]
+        found: dict[str, list[float]] = {}
         new = {key: image for key, image in zip(keys, images, strict=True) if key not in self._known}
         if new:
             features = self.clip.images(list(new.values()), device)
             if self.similarity == "cosine":
                 features = torch.nn.functional.normalize(features, dim=1)
-            found = (features @ self._text_features.T).tolist()
-            self._remember(dict(zip(new, found, strict=True)))
-        return torch.tensor([self._known[key] for key in keys])
+            found = dict(zip(new, (features @ self._text_features.T).tolist(), strict=True))
+            if remember:
+                self._remember(found)
+        return torch.tensor([self._known[key] if key in self._known else found[key] for key in keys])
 
     def _remember(self, scores: dict[str, list[float]]) -> None:
         self._known.update(scores)
         self._file.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(f"\n{json.dumps(item)}" for item in scores.items())
-        descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             os.write(descriptor, text.encode())  # one write: lines of several processes do not mix
         finally:
             os.close(descriptor)
 
-    def all_similarities(self, images: Iterable[Pixels], device: torch.device | None = None) -> Float[Tensor, "n m"]:
+    def all_similarities(
+        self, images: Iterable[Pixels], device: torch.device | None = None, remember: bool = True
+    ) -> Float[Tensor, "n m"]:
         """The same for many images, eight at a time."""
         batch: list[Pixels] = []
         found = [torch.empty(0, len(self.texts))]
         for image in images:
             batch.append(image)
             if len(batch) == 8:
-                found.append(self.similarities(batch, device))
+                found.append(self.similarities(batch, device, remember))
                 batch = []
         if batch:
-            found.append(self.similarities(batch, device))
+            found.append(self.similarities(batch, device, remember))
         return torch.cat(found)
 
 

@@ -255,3 +255,23 @@ def test_lower_precision_routes_a_batch(precision):
         together = network(rainy, [0, 1, 0]).derained
         alone = torch.cat([network(rainy[i : i + 1], [i % 2]).derained for i in range(3)])
     equal(together, alone, 1e-6 if precision == torch.float32 else 0.02)
+
+
+@pytest.mark.parametrize("routes", [[0, 1], [0, 1, 0, 1, 1], [0, 1, 0, 2], [0, 0, 0, -1]])
+def test_routes_that_do_not_fit_are_refused(routes):
+    network = CLIPRPN(dim=8, blocks=(1, 1, 1, 1), refinement=1)
+    with pytest.raises(ValueError, match="for 4 images and 2 routes"):
+        network(torch.rand(4, 3, 16, 16), routes)
+
+
+@pytest.mark.parametrize("level", [9.0, 30.0, -30.0])
+def test_gradients_stay_finite_in_float16_where_a_mask_is_the_same_everywhere(level):
+    torch.manual_seed(0)
+    block = MaskGuidedCrossAttention(16, 2)
+    x = torch.randn(1, 8, 8, 16, requires_grad=True)
+    logit = torch.full((1, 8, 8, 1), level, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        loss = block(x, logit.sigmoid()).square().mean()
+    (loss * 65536).backward()
+    for gradient in (x.grad, logit.grad, *(p.grad for p in block.parameters())):
+        assert gradient.isfinite().all()
