@@ -82,7 +82,7 @@ class Restorer:
         self.precision, self.tile, self.overlap, self.ensemble = precision, tile, overlap, ensemble
         if compile:
             torch._inductor.config.freezing = True  # folds layouts and bias into the convolutions; global or not at all
-            self.method.network.compile(dynamic=True)
+            self.method.network.compile(dynamic=self.method.compiles_any_size)
 
     @torch.inference_mode()
     def __call__(self, rainy: NDArray[np.float32]) -> NDArray[np.float32]:

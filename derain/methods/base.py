@@ -30,6 +30,7 @@ class DerainModule(LightningModule, ABC):
         explaining: Whether ``predict_step`` gives them too.
         protocols: How validation and test images are judged; the first one names the best checkpoint.
         bytes_per_pixel: Memory that ``forward`` takes for one pixel at inference, measured in float32.
+        compiles_any_size: Whether ``network`` is compiled once for all sizes, else once a size.
         trained_on: Names of the training sets, told by the data when training starts.
     """
 
@@ -38,6 +39,7 @@ class DerainModule(LightningModule, ABC):
     explaining: bool = False
     protocols: tuple[str, ...] = ("matlab-y",)
     bytes_per_pixel: ClassVar[int] = 4096
+    compiles_any_size: ClassVar[bool] = True
     trained_on: tuple[str, ...] = ()
 
     def __init__(self) -> None:

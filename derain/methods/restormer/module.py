@@ -32,6 +32,7 @@ class RestormerModule(DerainModule):
     """
 
     bytes_per_pixel: ClassVar[int] = 4700
+    compiles_any_size: ClassVar[bool] = False  # frozen weights and unknown sizes: wrong strides in inductor, torch 2.13
 
     def __init__(
         self,
