@@ -3,8 +3,8 @@
 Zamir et al., Restormer: Efficient Transformer for High-Resolution Image Restoration, CVPR 2022. Parameters have the
 names and shapes of the authors' checkpoints; the arithmetic is arranged for speed:
 
-- Tensors are ``(b, h, w, c)``. A 1×1 convolution is then one matrix product over all pixels, and a pixel is
-  normalised along contiguous memory.
+- Tensors are ``(b, h, w, c)``: a pixel is normalised along contiguous memory, and convolutions see channels last.
+- Without gradients, a map is worked on in strips of rows that stay in a processor's cache.
 - Attention and the projection after it both act on the channels of a pixel: their matrices are multiplied first, and
   the pixels are passed over once. Not queries and keys are normalised, but their products.
 - The hidden channels of the feed-forward network are padded by zeros to a multiple of 16, the width of vectors. A
