@@ -1,4 +1,4 @@
-"""Tiny generated data sets of every layout, the photos that scikit-image ships, and a tiny CLIP."""
+"""Tiny generated data sets of every layout, the photos that scikit-image ships, a tiny CLIP and a tiny BLIP."""
 
 import gzip
 import importlib.metadata
@@ -179,5 +179,30 @@ def make_clip(folder: Path, seed: int = 0) -> Path:
     pairs = [tuple(merge.split()) for merge in merges]
     CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=pairs).save_pretrained(folder)
     CLIPImageProcessorPil().save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_blip(folder: Path, seed: int = 2) -> Path:
+    """Writes a tiny random BLIP with a tiny vocabulary, as its authors' is laid out, and returns its folder."""
+    import torch
+    from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessorPil
+
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] a the man dog street house with on of at night red : tree ##s ##ed ' s , ."
+    vocabulary = {word: i for i, word in enumerate(words.split())}
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    start = len(vocabulary)  # it is no word, as in the authors'
+    text = {"vocab_size": start + 2, "bos_token_id": start, "sep_token_id": 3, "eos_token_id": 2, "pad_token_id": 0}
+    lively = {"initializer_range": 0.2}  # as large as to give every image a caption of its own
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vision = tower | lively | {"image_size": 32, "patch_size": 16}
+        model = BlipForConditionalGeneration(
+            BlipConfig(text_config=tower | lively | text, vision_config=vision, **lively)
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in vocabulary))
+    BertTokenizer(vocab=vocabulary).save_pretrained(folder)
+    BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     model.save_pretrained(folder)
     return folder

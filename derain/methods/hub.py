@@ -115,7 +115,7 @@ class HubModel:
 
 @contextmanager
 def loading(kind: str, name: str) -> Iterator[None]:
-    """What transformers says of files that it cannot load, in one line.
+    """Keeps transformers quiet, and says of files that it cannot load why, in one line.
 
     Args:
         kind: What is loaded.
@@ -127,14 +127,19 @@ def loading(kind: str, name: str) -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    before = transformers_logging.get_verbosity()
+    # Else it prints a table of all parts that are missing, or too many.
+    transformers_logging.set_verbosity(logging.ERROR)
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise DerainError(f"{name}: cannot be loaded as {kind} ({' '.join(str(error).split())[:200]})") from error
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def check_whole(kind: str, name: str, told: Mapping[str, Any]) -> None:
-    """Refuses weights that lack parts of the model, which transformers would fill with random numbers.
+    """Refuses weights that lack parts of the model, or have others of its sizes: transformers fills in random numbers.
 
     Args:
         kind: What was loaded.
@@ -144,7 +149,7 @@ def check_whole(kind: str, name: str, told: Mapping[str, Any]) -> None:
     Raises:
         DerainError: If there are any.
     """
-    lacking = [*told["missing_keys"], *told["mismatched_keys"]]
+    lacking = sorted(told["missing_keys"]) + sorted(name for name, *_ in told["mismatched_keys"])
     if lacking:
         raise DerainError(f"{name}: its weights lack {len(lacking)} parts of {kind} (as {lacking[0]}); fetch them anew")
 

@@ -1,0 +1,1 @@
+"""DA-CLIP + IR-SDE."""

@@ -1,0 +1,92 @@
+"""Frozen BLIP: what a clean image shows, in words."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from derain.errors import DerainError
+from derain.images import Pixels
+from derain.methods.hub import HubModel, check_whole, loading
+
+BLIP = HubModel(
+    "BLIP",
+    tokenizer=(("tokenizer.json",), ("vocab.txt",)),
+    option="--captioner",
+    instead="caption without a model (--captioner template)",
+    unfetched="name a local directory by --captioner; without a model: --captioner template",
+)
+
+
+class FrozenBLIP:
+    """BLIP's captions of images.
+
+    Words are chosen greedily, without chance, as the captions of DA-CLIP's authors were.
+
+    Args:
+        name: Id on the Hugging Face hub (``Salesforce/blip-image-captioning-large``) or a local directory in that
+            form.
+        max_tokens: Of a caption.
+
+    Raises:
+        DerainError: When it is first needed and can neither be found nor fetched.
+    """
+
+    def __init__(self, name: str, max_tokens: int = 32) -> None:
+        self.name, self.max_tokens = name, max_tokens
+
+    @cached_property
+    def folder(self) -> Path:
+        """Directory of the model; fetched from the hub, with a word about it, where it is not here yet."""
+        return BLIP.folder(self.name)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of weights, configuration and tokenizer."""
+        return BLIP.sha256(self.folder)
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any, Any]:
+        from transformers import BertTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
+
+        folder = self.folder
+        with loading("BLIP", self.name):
+            loaded: Any = BlipForConditionalGeneration.from_pretrained(
+                folder,
+                local_files_only=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below
+            )
+            tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
+            processor = BlipImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        model, told = loaded
+        check_whole("BLIP", self.name, told)
+        longest = model.config.text_config.max_position_embeddings - 1
+        if self.max_tokens > longest:
+            raise DerainError(f"--max_tokens {self.max_tokens}: {self.name} writes at most {longest}; give fewer")
+        model.train(False)
+        return model.requires_grad_(False), tokenizer, processor
+
+    @torch.inference_mode()
+    def captions(self, images: Sequence[Pixels], device: torch.device | None = None) -> list[str]:
+        """Captions of images of any sizes, which go through BLIP together.
+
+        Raises:
+            DerainError: If they do not fit into the memory of the device.
+        """
+        model, tokenizer, processor = self._loaded
+        try:
+            model.to(device or "cpu")
+            pixels = processor(list(images), input_data_format="channels_last", return_tensors="pt").pixel_values
+            tokens = model.generate(
+                pixels.to(device or "cpu"), max_new_tokens=self.max_tokens, do_sample=False, num_beams=1
+            )
+        except torch.OutOfMemoryError as error:
+            raise DerainError(
+                f"--batch_size {len(images)}: so many images do not fit into the memory of {device}; give fewer"
+            ) from error
+        words = tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True, clean_up_tokenization_spaces=True)
+        return [caption.strip() for caption in words]

@@ -1,0 +1,230 @@
+"""Frozen BLIP against greedy words by hand, and what is said when there is none."""
+
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from derain.errors import DerainError
+from derain.methods.daclipsde.blip import FrozenBLIP
+from tests.factories import clean_image, make_blip, make_clip
+
+MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_blip(tmp_path_factory.mktemp("blip"))
+
+
+@pytest.fixture(scope="module")
+def blip(folder):
+    return FrozenBLIP(str(folder), max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def images():
+    sizes = [(32, 32), (300, 451), (97, 60), (40, 48), (1, 3)]
+    return [clean_image(i, sizes[i % len(sizes)]) for i in range(20)]
+
+
+def by_hand(folder, image, count):
+    """The likeliest word after those before it, from whole passes of the model; Pillow prepares the image."""
+    from transformers import BlipForConditionalGeneration
+
+    model = BlipForConditionalGeneration.from_pretrained(folder).eval()
+    picture = Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)
+    pixels = ((np.asarray(picture, np.float32) / 255 - MEAN) / DEVIATION).astype(np.float32)
+    words = (folder / "vocab.txt").read_text().splitlines()
+    tokens = [model.config.text_config.bos_token_id]
+    with torch.no_grad():
+        seen = model.vision_model(torch.from_numpy(pixels).permute(2, 0, 1)[None]).last_hidden_state
+        while len(tokens) <= count:
+            logits = model.text_decoder(torch.tensor([tokens]), encoder_hidden_states=seen).logits[0, -1]
+            tokens.append(int(logits.argmax()))
+            if tokens[-1] == words.index("[SEP]"):
+                break
+    text = " ".join(words[token] for token in tokens[1:] if 5 <= token < len(words)).replace(" ##", "")
+    for mark in (".", ","):
+        text = text.replace(f" {mark}", mark)
+    return text.replace(" ' ", "'").replace(" 's", "'s").strip()
+
+
+def test_captions_are_greedy_words(folder, blip, images):
+    assert blip.captions(images[:8]) == [by_hand(folder, image, 12) for image in images[:8]]
+
+
+def test_images_have_captions_of_their_own(blip, images):
+    found = blip.captions(images)
+    assert len(set(found)) > len(images) / 2
+    assert not any("[" in caption for caption in found)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_batches_change_nothing(blip, images, size):
+    whole = blip.captions(images)
+    assert [c for i in range(0, len(images), size) for c in blip.captions(images[i : i + size])] == whole
+
+
+def test_chance_has_no_part(folder, blip, images):
+    torch.manual_seed(5)
+    first = blip.captions(images[:4])
+    torch.manual_seed(6)
+    assert FrozenBLIP(str(folder), max_tokens=12).captions(images[:4]) == first
+
+
+def test_max_tokens_bounds_a_caption(folder, images):
+    assert max(len(c.split()) for c in FrozenBLIP(str(folder), max_tokens=2).captions(images)) <= 2
+
+
+def test_either_form_of_the_tokenizer_suffices(folder, blip, images, tmp_path):
+    for lacking in (("tokenizer.json", "tokenizer_config.json"), ("vocab.txt", "tokenizer_config.json")):
+        copy = shutil.copytree(folder, tmp_path / lacking[0])
+        for name in (*lacking, "generation_config.json"):
+            (copy / name).unlink()
+        assert FrozenBLIP(str(copy), max_tokens=12).captions(images) == blip.captions(images)
+
+
+def test_the_hash_is_of_the_weights(folder, tmp_path):
+    same = FrozenBLIP(str(shutil.copytree(folder, tmp_path / "same"))).sha256
+    other = FrozenBLIP(str(make_blip(tmp_path / "other", seed=3))).sha256
+    assert (same == FrozenBLIP(str(folder)).sha256, same == other) == (True, False)
+
+
+# What is said when there is no BLIP.
+
+
+def refused(name, *parts, max_tokens=5):
+    with pytest.raises(DerainError) as caught:
+        FrozenBLIP(str(name), max_tokens).captions([clean_image(0)])
+    told = str(caught.value)
+    assert "\n" not in told
+    for part in (str(name), *parts):
+        assert part in told, told
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """An empty cache of the hub, as under HF_HUB_OFFLINE=1."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_a_model_that_cannot_be_fetched(offline):
+    name = "nobody/blip-of-no-one"
+    refused(name, "BLIP", str(offline), f"hf download {name}", "--captioner template")
+
+
+def test_a_directory_that_is_not_there(offline, tmp_path):
+    refused(tmp_path / "absent", "--captioner", "neither a directory nor an id", "--captioner template")
+
+
+def test_a_directory_that_holds_no_blip(folder, tmp_path):
+    refused(tmp_path, "no BLIP", "config.json", "tokenizer.json or vocab.txt", "model.safetensors")
+    shutil.copytree(folder, tmp_path / "blip")
+    (tmp_path / "blip/preprocessor_config.json").unlink()
+    refused(tmp_path / "blip", "no BLIP", "preprocessor_config.json")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json"])
+def test_a_damaged_file(folder, tmp_path, file):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    content = (broken / file).read_bytes()
+    (broken / file).write_bytes(content[: len(content) // 2])
+    refused(broken, "cannot be loaded as BLIP")
+
+
+def test_weights_that_lack_a_part(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, tmp_path / "blip")
+    file = tmp_path / "blip/model.safetensors"
+    kept = {name: one for name, one in load_file(file).items() if "crossattention" not in name}
+    save_file(kept, file, {"format": "pt"})
+    refused(tmp_path / "blip", "weights lack", "crossattention", "fetch them anew")
+
+
+def test_weights_of_another_size(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "blip")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["text_config"]["intermediate_size"] = 64
+    (tmp_path / "blip/config.json").write_text(json.dumps(settings))
+    refused(tmp_path / "blip", "weights lack 6 parts of BLIP (as text_decoder.bert.encoder.layer.0.intermediate")
+
+
+def test_another_model_is_no_blip(tmp_path):
+    refused(make_clip(tmp_path / "clip"), "parts of BLIP")
+
+
+def test_transformers_says_nothing_besides(folder, tmp_path):
+    """Neither a table of parts that are missing, nor of those that it does not know, as in the authors' file."""
+    from safetensors.torch import load_file, save_file
+
+    heard = []
+    handler = logging.Handler()
+    handler.emit = heard.append
+    logging.getLogger("transformers").addHandler(handler)
+    shutil.copytree(folder, tmp_path / "blip")
+    file = tmp_path / "blip/model.safetensors"
+    settings = json.loads((folder / "config.json").read_text())
+    settings["text_config"] |= {"max_length": 20, "min_length": 0, "num_beams": 1, "do_sample": False}
+    (tmp_path / "blip/config.json").write_text(json.dumps(settings))
+    save_file({**load_file(file), "text_decoder.bert.embeddings.position_ids": torch.arange(9)}, file, {"format": "pt"})
+    try:
+        assert FrozenBLIP(str(tmp_path / "blip")).captions([clean_image(0)])
+        refused(make_clip(tmp_path / "clip"), "parts of BLIP")
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert heard == []
+
+
+def test_more_tokens_than_it_has_places(folder):
+    refused(folder, "--max_tokens 600", "at most 511", max_tokens=600)
+
+
+def test_a_batch_that_does_not_fit(blip, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
+
+    monkeypatch.setattr(blip._loaded[0], "generate", full)
+    with pytest.raises(DerainError, match=r"--batch_size 2: .*memory of cpu; give fewer"):
+        blip.captions([clean_image(0)] * 2, torch.device("cpu"))
+
+
+def test_it_says_what_it_fetches_before_it_does(folder, tmp_path, monkeypatch, caplog):
+    import huggingface_hub
+
+    fetched = []
+
+    def snapshot(name, local_files_only=False, allow_patterns=None):
+        if local_files_only:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
+        assert "fetching BLIP some/blip (1879 MB) from https://" in caplog.text
+        fetched.extend(allow_patterns)
+        return str(folder)
+
+    sizes = {
+        "model.safetensors": 1_879_000_000,
+        "pytorch_model.bin": 5,
+        "tf_model.h5": 7,
+        "vocab.txt": 9,
+        "config.json": 1,
+    }
+
+    class Hub:
+        def model_info(self, name, files_metadata):
+            files = [type("File", (), {"rfilename": name, "size": size}) for name, size in sizes.items()]
+            return type("Info", (), {"siblings": files})
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    with caplog.at_level("INFO", "derain"):
+        assert FrozenBLIP("some/blip").folder == folder
+    assert fetched == ["model.safetensors", "config.json", "vocab.txt"]
