@@ -20,6 +20,7 @@ COMMANDS = {
     "score": "judge any method's result folder: derain score DERAINED CLEAN",
     "data": "list, verify and synthesize data sets",
     "route": "tell which of CLIP-RPN's routes images take: derain route Rain800 --prompts 3",
+    "caption": "captions of clean images, for DA-CLIP: derain caption RainTrainH captions.tsv",
     "bench": "parameters, multiplications and time of every method",
     "doctor": "versions, devices, caches and weights found here",
 }
