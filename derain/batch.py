@@ -1,6 +1,6 @@
 """What travels from data to methods."""
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,9 +14,13 @@ class PairBatch(TypedDict):
         clean: The same shape; absent where there is no ground truth.
         name: One name a pair, unique in its set.
         index: ``(b,)``, place of each pair in its set.
+        caption: What each clean image shows; where there is a table of captions.
+        degradation: A word for how each rainy image is degraded; likewise.
     """
 
     rainy: Float[Tensor, "b 3 h w"]
     clean: Float[Tensor, "b 3 h w"]
     name: list[str]
     index: Int[Tensor, " b"]
+    caption: NotRequired[list[str]]
+    degradation: NotRequired[list[str]]

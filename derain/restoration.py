@@ -3,10 +3,11 @@
 import itertools
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -17,9 +18,12 @@ from torch import Tensor
 from derain.errors import DerainError
 from derain.memory import free_memory
 from derain.methods import CLIPRPNModule, DerainModule, weights
+from derain.methods.daclipsde.solvers import Sampling
+from derain.progress import track
 
 log = logging.getLogger("derain")
 Precision = Literal["float32", "bf16"]
+T = TypeVar("T")
 
 OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")
 """How PyTorch's allocators of Linux, Windows and Apple GPUs say it."""
@@ -40,6 +44,7 @@ class Restorer:
         overlap: Pixels that neighbouring tiles share; they are blended by a raised cosine.
         ensemble: Mean over the eight flips and rotations: slower eight times, a little better.
         route: Let all images take this route, of methods that have routes, instead of perceiving them.
+        sampling: Solver, steps and seed, of methods that sample; their own default if not given.
         compile: Compile the network; takes up to a minute first, and pays from a few hundred images on.
 
     Raises:
@@ -62,19 +67,25 @@ class Restorer:
         overlap: int = 64,
         ensemble: bool = False,
         route: int | None = None,
+        sampling: Sampling | None = None,
         compile: bool = False,
     ) -> None:
         if isinstance(tile, int) and tile < SMALLEST_TILE:
             raise DerainError(f"--tile {tile}: must be at least {SMALLEST_TILE}, auto or none")
         self.note = type(method).__name__
         if not isinstance(method, DerainModule):
-            method, self.note = weights.load(Path(method))
+            path, (loaded, self.note) = method, weights.load(Path(method))
+            if not isinstance(loaded, DerainModule):
+                raise DerainError(f"{path}: {self.note} restores no images; give weights of a method")
+            method = loaded
         self.device = choose_device(device)
         self.method = method.to(self.device).eval()
         if route is not None:
             if not isinstance(method, CLIPRPNModule):
                 raise DerainError(f"--route {route}: {type(method).__name__} has no routes; leave it out")
             method.routing.take(route)
+        if sampling is not None:
+            method.sample_by(sampling)
         method.check()
         if precision == "bf16" and not computes_bf16(self.device):
             log.warning("bf16: %s has no instructions for it, and emulation is slower: using float32", self.device)
@@ -129,6 +140,9 @@ class Restorer:
         tile = self._first_tile(image.shape[2], image.shape[3])
         while True:
             try:
+                if self.method.samples:  # many passes over one state: each is cut into tiles, not the whole
+                    inner = {"tiled": partial(blend_tiles, tile=tile, overlap=self.overlap), "show": show_steps}
+                    return self._forward(image, forward, perceived | inner)
                 return blend_tiles(image, lambda part: self._forward(part, forward, perceived), tile, self.overlap)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not OUT_OF_MEMORY.search(str(error)):
@@ -217,7 +231,7 @@ def memory_for(device: torch.device) -> int:
 
 
 def blend_tiles(
-    image: Float[Tensor, "1 3 h w"],
+    image: Float[Tensor, "1 c h w"],
     forward: Callable[[Tensor], Tensor],
     tile: int,
     overlap: int,
@@ -227,8 +241,8 @@ def blend_tiles(
     All tiles have one size, ``min(tile, h)`` by ``min(tile, w)``, so that a compiled network compiles once.
 
     Args:
-        image: In [0, 1].
-        forward: Restores one tile, ``(1, 3, s, s)`` to ``(1, n, s, s)``.
+        image: Or what else is laid out as one.
+        forward: Restores one tile, ``(1, c, s, s)`` to ``(1, n, s, s)``.
         tile: Side of a tile in pixels.
         overlap: Least overlap of neighbours in pixels; at most half a tile is used.
 
@@ -243,16 +257,16 @@ def blend_tiles(
         return forward(image)
     overlap = min(overlap, tile // 2)
     total: Tensor | None = None
-    weight = torch.zeros(1, 1, height, width)
+    weight = image.new_zeros(1, 1, height, width)
     for top, left in itertools.product(starts(height, side_h, overlap), starts(width, side_w, overlap)):
         rows, columns = slice(top, top + side_h), slice(left, left + side_w)
         fade = torch.outer(
             _fade(side_h, overlap, top > 0, top + side_h < height),
             _fade(side_w, overlap, left > 0, left + side_w < width),
-        )
+        ).to(image.device)
         part = forward(image[..., rows, columns].contiguous()) * fade
         if total is None:
-            total = torch.zeros(1, part.shape[1], height, width)
+            total = part.new_zeros(1, part.shape[1], height, width)
         total[..., rows, columns] += part
         weight[..., rows, columns] += fade
     return cast(Tensor, total) / weight
@@ -282,6 +296,11 @@ def _fade(side: int, overlap: int, before: bool, after: bool) -> Float[Tensor, "
     if after:
         weight[side - overlap :] *= ramp.flip(0)
     return weight
+
+
+def show_steps(steps: Iterable[T], total: int) -> Iterator[T]:
+    """Shows on a terminal how far sampling is."""
+    return track(steps, "Sampling", total)
 
 
 def _to_tensor(image: NDArray[np.float32]) -> Float[Tensor, "1 3 h w"]:

@@ -155,8 +155,15 @@ def photo(name: str) -> Pixels:
     return np.asarray(Image.open(file).convert("RGB"))
 
 
-def make_clip(folder: Path, seed: int = 0) -> Path:
-    """Writes a tiny random CLIP with CLIP's vocabulary, as ``save_pretrained`` does, and returns its folder."""
+def make_clip(folder: Path, seed: int = 0, size: int = 8, **vision: int) -> Path:
+    """Writes a tiny random CLIP with CLIP's vocabulary, as ``save_pretrained`` does, and returns its folder.
+
+    Args:
+        folder: Where to.
+        seed: Of the weights.
+        size: Of the embeddings.
+        vision: What differs in the vision tower, such as ``patch_size``.
+    """
     import torch
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
@@ -175,7 +182,7 @@ def make_clip(folder: Path, seed: int = 0) -> Path:
     text = {"vocab_size": len(words), "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = CLIPModel(CLIPConfig(text_config=tower | text, vision_config=tower, projection_dim=8))
+        model = CLIPModel(CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=size))
     pairs = [tuple(merge.split()) for merge in merges]
     CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=pairs).save_pretrained(folder)
     CLIPImageProcessorPil().save_pretrained(folder)

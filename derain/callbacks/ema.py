@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 from derain.errors import DerainError
-from derain.methods import DerainModule
+from derain.methods import DescribedModule
 
 
 class EMA(Callback):
@@ -104,5 +104,5 @@ class EMA(Callback):
 
 
 def _network(pl_module: LightningModule) -> nn.Module:
-    assert isinstance(pl_module, DerainModule)
+    assert isinstance(pl_module, DescribedModule)
     return pl_module.network

@@ -7,7 +7,7 @@ from typing import cast
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from derain.methods import DerainModule, weights
+from derain.methods import DerainModule, DescribedModule, weights
 
 log = logging.getLogger("derain")
 
@@ -23,11 +23,11 @@ class FinalWeights(Callback):
             return
         target = Path(trainer.default_root_dir) / "weights.safetensors"
         weights.save(weights.load(Path(best.best_model_path)).module, target)
-        rainy = trainer.callback_metrics.get("val/rainy_psnr")
-        log.info(
-            "validation: rainy %.2f dB, derained %.2f dB at best (%s)",
-            float("nan") if rainy is None else float(rainy),
-            float("nan") if best.best_model_score is None else float(best.best_model_score),
-            cast(DerainModule, pl_module).protocols[0],
-        )
+        score = float("nan") if best.best_model_score is None else float(best.best_model_score)
+        if not isinstance(pl_module, DerainModule):
+            log.info("validation: %s %.4f at best", cast(DescribedModule, pl_module).judged_by, score)
+            log.info("train with it by: --model.controller %s", target)
+            return
+        rainy = float(trainer.callback_metrics.get("val/rainy_psnr", float("nan")))
+        log.info("validation: rainy %.2f dB, derained %.2f dB at best (%s)", rainy, score, pl_module.protocols[0])
         log.info("restore photos by: derain restore IN OUT --weights %s", target)

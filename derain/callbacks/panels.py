@@ -48,7 +48,7 @@ class ImagePanels(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Draws the panel of a chosen image; the ranks write their own images."""
-        if trainer.sanity_checking or int(batch["index"][0]) >= self.count:
+        if trainer.sanity_checking or int(batch["index"][0]) >= self.count or outputs is None:
             return
         panel, name = draw(batch, outputs)
         write_image(Path(trainer.default_root_dir) / "panels" / name / f"epoch-{trainer.current_epoch:04d}.png", panel)

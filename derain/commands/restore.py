@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     parser.add_argument("--route", type=int, help="let all photos take this route instead of asking CLIP (CLIP-RPN)")
+    parser.add_argument(
+        "--solver", help="of DA-CLIP + IR-SDE: mrs-ode2 (default), mrs-ode1, mrs-sde2, posterior, sde or ode"
+    )
+    parser.add_argument("--steps", type=int, help="of the solver, at most those of its schedule (default 10)")
+    parser.add_argument("--seed", type=int, help="of the solver's noise (default 0)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
     parser.add_argument("--compile", action="store_true", help="compile the network: for many photos of one size")
@@ -51,9 +56,11 @@ def run(args: argparse.Namespace) -> int:
             "--weights: no file given; train one in minutes by `derain fit --config experiments/quickstart.yaml` "
             "(it writes weights.safetensors), or give the authors' PReNet weights"
         )
+    from derain.methods.daclipsde.solvers import Sampling
     from derain.restoration import Restorer
 
     keep_large_blocks()
+    chosen = {key: getattr(args, key) for key in ("solver", "steps", "seed") if getattr(args, key) is not None}
     restorer = Restorer(
         args.weights,
         device=args.device,
@@ -61,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         tile=tile_size(args.tile),
         ensemble=args.ensemble,
         route=args.route,
+        sampling=Sampling(**chosen) if chosen else None,
         compile=args.compile,
     )
     print(f"{args.weights}: {restorer.note}, on {restorer.device}", file=sys.stderr)

@@ -19,7 +19,8 @@ from derain.callbacks import EpochSeeds, FinalWeights, ImagePanels, SaveImages, 
 from derain.data.datamodule import RainDataModule
 from derain.errors import DerainError
 from derain.memory import keep_large_blocks
-from derain.methods import DerainModule, weights
+from derain.methods import DerainModule, DescribedModule, weights
+from derain.methods.daclipsde.solvers import Sampling
 from derain.metrics import resolve
 
 log = logging.getLogger("derain")
@@ -69,7 +70,12 @@ class DerainCLI(LightningCLI):
             default=["matlab-y"],
             help="How images are judged; the first one names the best checkpoint.",
         )
-
+        parser.add_argument(
+            "--sampling",
+            type=Sampling | None,
+            default=None,
+            help="How a method that samples does so; its own way by default.",
+        )
         if parser.prog.endswith("predict"):
             parser.add_argument(
                 "--explain",
@@ -120,7 +126,7 @@ class DerainCLI(LightningCLI):
         except ValueError as error:  # jsonargparse wraps what a method refuses
             raise _innermost(error) from error
         config = self.config[self.subcommand]
-        self.model = cast(DerainModule, self.model)
+        self.model = cast(DescribedModule, self.model)
         if config.weights:
             loaded = weights.load(Path(config.weights))
             log.info("%s: %s", config.weights, loaded.note)
@@ -128,8 +134,16 @@ class DerainCLI(LightningCLI):
                 self._start_from(loaded.module, config.weights)
             else:
                 self.model = loaded.module
-        self.model.protocols = self.protocols
-        self.model.explaining = bool(config.get("explain"))
+        if isinstance(self.model, DerainModule):
+            self.model.protocols = self.protocols
+            self.model.explaining = bool(config.get("explain"))
+            if self.config_init[self.subcommand].sampling is not None:
+                self.model.sample_by(self.config_init[self.subcommand].sampling)
+        elif self.subcommand in {"test", "predict"}:
+            raise DerainError(
+                f"derain {self.subcommand}: {type(self.model).__name__} restores no images; use derain validate, or "
+                "give weights of a method"
+            )
         log.info(
             "%s, %s trainable parameters; the run is kept in %s",
             type(self.model).__name__,
@@ -137,7 +151,7 @@ class DerainCLI(LightningCLI):
             self.folder,
         )
 
-    def _start_from(self, loaded: DerainModule, path: str) -> None:
+    def _start_from(self, loaded: DescribedModule, path: str) -> None:
         state, own = loaded.network.state_dict(), self.model.network.state_dict()
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
             raise DerainError(
@@ -177,7 +191,7 @@ class DerainCLI(LightningCLI):
         if trainer.enable_checkpointing is not False:
             kept: dict[str, Any] = {"enable_version_counter": False, "dirpath": self.folder / "checkpoints"}
             callbacks += [
-                ModelCheckpoint(filename="best", monitor="val/psnr", mode="max", **kept),
+                ModelCheckpoint(filename="best", monitor=self.model.judged_by, mode="max", **kept),
                 ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **kept),
                 FinalWeights(),
             ]
@@ -261,7 +275,7 @@ def run(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", ".*The dirpath has changed.*")
     warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
     DerainCLI(
-        DerainModule,
+        DescribedModule,
         RainDataModule,
         subclass_mode_model=True,
         save_config_callback=SaveConfig,

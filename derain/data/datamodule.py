@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from derain.batch import PairBatch
 from derain.data.cache import Mode, PixelCache, fingerprint, open_cache, read_pair
+from derain.data.captions import Caption, captions_of, read_captions
 from derain.data.pairs import Pair, PairSet, find_pairs
 from derain.data.quickstart import quickstart_set
 from derain.data.transforms import Augmentation
@@ -69,10 +70,19 @@ class TrainingPairs(Dataset[dict[str, Any]]):
         cache: Their decoded pixels; without it every sample decodes two files.
         augmentation: What is done to a pair.
         seed: Seed of the run.
+        captions: Of the pairs, in order.
     """
 
-    def __init__(self, pairs: Sequence[Pair], cache: PixelCache | None, augmentation: Augmentation, seed: int) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        cache: PixelCache | None,
+        augmentation: Augmentation,
+        seed: int,
+        captions: Sequence[Caption] = (),
+    ) -> None:
         self.pairs, self.cache, self.augmentation, self.seed = pairs, cache, augmentation, seed
+        self.captions = captions
 
     def __getitem__(self, ticket: Ticket) -> dict[str, Any]:
         epoch, place = ticket
@@ -84,19 +94,21 @@ class TrainingPairs(Dataset[dict[str, Any]]):
             "clean": to_tensor(clean),
             "name": self.pairs[index].name,
             "index": index,
-        }
+        } | _told(self.captions, index)
 
 
 class WholePairs(Dataset[dict[str, Any]]):
     """Whole images, with the clean one where there is one."""
 
-    def __init__(self, pairs: Sequence[Pair], cache: PixelCache | None = None) -> None:
-        self.pairs, self.cache = pairs, cache
+    def __init__(
+        self, pairs: Sequence[Pair], cache: PixelCache | None = None, captions: Sequence[Caption] = ()
+    ) -> None:
+        self.pairs, self.cache, self.captions = pairs, cache, captions
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair = self.pairs[index]
         rainy, clean = self.cache[index] if self.cache is not None else pair.read()
-        item = {"rainy": to_tensor(rainy), "name": pair.name, "index": index}
+        item = {"rainy": to_tensor(rainy), "name": pair.name, "index": index} | _told(self.captions, index)
         return item if clean is None else {**item, "clean": to_tensor(clean)}
 
 
@@ -120,6 +132,8 @@ class RainDataModule(LightningDataModule):
         transpose: Random transposition too.
         val_share: Share of ``train`` that validates when ``val`` names no set, in clean images (at least one):
             all rains on a held-out image are held out.
+        captions: Table of captions of the training and validation pairs, as ``derain caption`` writes it; for
+            `DACLIPModule`.
         val_limit: Validate on the first so many pairs only; all by default.
         workers: Loading processes; by default none where pixels are cached (a crop takes a seventh of a
             millisecond, less than sending it between processes), else one less than the cores, at most 8.
@@ -141,6 +155,7 @@ class RainDataModule(LightningDataModule):
         flips: bool = True,
         transpose: bool = False,
         val_share: float = 0.05,
+        captions: str | None = None,
         val_limit: int | None = None,
         workers: int | None = None,
         cache: Mode = "auto",
@@ -159,6 +174,8 @@ class RainDataModule(LightningDataModule):
         self.flips, self.transpose = flips, transpose
         self.val_share, self.val_limit = val_share, val_limit
         self.workers = workers
+        self.captions = None if captions is None else Path(captions)
+        self._captions: dict[str, list[Caption]] = {}
         self.cache, self.split_seed, self.seed = cache, split_seed, seed
         self.pairs: dict[str, tuple[Pair, ...]] = {}
         self._pixels: dict[str, PixelCache | None] = {}
@@ -172,6 +189,11 @@ class RainDataModule(LightningDataModule):
         """Hash of the images of ``train``, ``val``, ``test`` or ``predict``."""
         return fingerprint(self.pairs[stage])
 
+    @property
+    def degradations(self) -> list[str]:
+        """Words for degradations in the table of captions; none without one."""
+        return sorted({caption.degradation for captions in self._captions.values() for caption in captions})
+
     def setup(self, stage: str) -> None:
         """Finds the pairs that this stage needs, and opens the cache for training.
 
@@ -182,9 +204,11 @@ class RainDataModule(LightningDataModule):
             self._split_train()
             for part in ("train", "val"):
                 self._pixels[part] = open_cache(self.pairs[part], self.cache)
+            self._caption()
         elif stage == "validate" and "val" not in self.pairs:
             self._split_train()
             self._pixels["val"] = None
+            self._caption()
         elif stage in {"test", "predict"} and stage not in self.pairs:
             self.pairs[stage] = self._find(stage, "test" if stage == "test" else "predict")
 
@@ -204,6 +228,12 @@ class RainDataModule(LightningDataModule):
             self.pairs["val"] = tuple(pair for pair in pairs if pair.clean in held_out)
             self.pairs["train"] = tuple(pair for pair in pairs if pair.clean not in held_out)
         self.pairs["val"] = self.pairs["val"][: self.val_limit]
+
+    def _caption(self) -> None:
+        if self.captions is not None:
+            table = read_captions(self.captions)
+            parts = [part for part in ("train", "val") if part in self.pairs]
+            self._captions = {part: captions_of(self.pairs[part], table, self.captions) for part in parts}
 
     def _find(self, option: str, split: Any) -> tuple[Pair, ...]:
         names = _as_list(self.sets[option])
@@ -230,7 +260,7 @@ class RainDataModule(LightningDataModule):
         """Shuffled random crops."""
         pairs = self.pairs["train"]
         augmentation = Augmentation(self.crop, flips=self.flips, transpose=self.transpose)
-        dataset = TrainingPairs(pairs, self._pixels["train"], augmentation, self.seed)
+        dataset = TrainingPairs(pairs, self._pixels["train"], augmentation, self.seed, self._captions.get("train", ()))
         sampler = Tickets(len(pairs) * self.repeat, *self._rank_and_world(), self.seed)
         # Lightning tells a sampler its epoch only after workers have drawn their first tickets: of a resumed run,
         # those would be epoch 0's.
@@ -253,7 +283,8 @@ class RainDataModule(LightningDataModule):
     def _whole(self, stage: str) -> DataLoader[dict[str, Any]]:
         pairs = self.pairs[stage]
         sampler = Strided(len(pairs), *self._rank_and_world())
-        return self._loader(stage, WholePairs(pairs, self._pixels.get(stage)), sampler, 1)
+        dataset = WholePairs(pairs, self._pixels.get(stage), self._captions.get(stage, ()))
+        return self._loader(stage, dataset, sampler, 1)
 
     def _loader(self, stage: str, dataset: Any, sampler: Any, batch_size: int) -> DataLoader[dict[str, Any]]:
         workers = self.workers
@@ -277,6 +308,11 @@ class RainDataModule(LightningDataModule):
             if key in batch:
                 batch[key] = batch[key].float().div_(255)
         return batch  # type: ignore[no-any-return]
+
+
+def _told(captions: Sequence[Caption], index: int) -> dict[str, str]:
+    """What a batch says of an image that has a caption."""
+    return {"caption": captions[index].text, "degradation": captions[index].degradation} if captions else {}
 
 
 def _as_list(value: str | list[str] | None) -> list[str]:

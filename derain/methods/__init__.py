@@ -2,10 +2,22 @@
 
 from derain.methods.base import DerainModule
 from derain.methods.cliprpn.module import CLIPRPNModule
+from derain.methods.daclipsde.daclip import DACLIPModule
+from derain.methods.daclipsde.module import DACLIPSDEModule
+from derain.methods.described import DescribedModule
 from derain.methods.prenet.module import PReNetModule
 from derain.methods.restormer.module import RestormerModule
 
-METHODS: tuple[type[DerainModule], ...] = (CLIPRPNModule, RestormerModule, PReNetModule)
-"""Every method; files of weights and tests look here."""
+METHODS: tuple[type[DerainModule], ...] = (CLIPRPNModule, DACLIPSDEModule, RestormerModule, PReNetModule)
+"""Every method that restores; files of weights and tests look here."""
 
-__all__ = ["METHODS", "CLIPRPNModule", "DerainModule", "PReNetModule", "RestormerModule"]
+__all__ = [
+    "METHODS",
+    "CLIPRPNModule",
+    "DACLIPModule",
+    "DACLIPSDEModule",
+    "DerainModule",
+    "DescribedModule",
+    "PReNetModule",
+    "RestormerModule",
+]

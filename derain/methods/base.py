@@ -1,46 +1,44 @@
-"""What every method inherits: evaluation, prediction, and what goes into a file of weights."""
+"""What every method inherits: evaluation and prediction."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
-from lightning import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
-import derain
 from derain.batch import PairBatch
 from derain.errors import DerainError
 from derain.memory import give_back_blocks
+from derain.methods.described import DescribedModule
 from derain.metrics import ImageQuality, Scores
 
 
-class DerainModule(LightningModule, ABC):
+class DerainModule(DescribedModule, ABC):
     """Base of the methods: a subclass builds ``self.network`` and owns its training.
 
-    A subclass declares its hyper-parameters as typed ``__init__`` arguments with the paper's values as
-    defaults, calls ``self.save_hyperparameters()``, and defines ``training_step`` and
-    ``configure_optimizers``. Everything else is here.
+    A subclass defines ``training_step`` and ``configure_optimizers``. Everything else is here.
 
     Attributes:
-        network: The restoration network: what is averaged, saved as weights and compiled.
         maps: Names of the maps that ``explain`` adds.
         explaining: Whether ``predict_step`` gives them too.
         protocols: How validation and test images are judged; the first one names the best checkpoint.
         bytes_per_pixel: Memory that ``forward`` takes for one pixel at inference, measured in float32.
         compiles_any_size: Whether ``network`` is compiled once for all sizes, else once a size.
-        trained_on: Names of the training sets, told by the data when training starts.
+        samples: Whether ``forward`` runs the network many times: it then cuts tiles itself, each time (argument
+            ``tiled``), and tells its steps (``show``).
+        sampling: How a method that samples does so, no part of its files; none for others.
     """
 
-    network: nn.Module
+    judged_by: ClassVar[str] = "val/psnr"
     maps: tuple[str, ...] = ()
     explaining: bool = False
     protocols: tuple[str, ...] = ("matlab-y",)
     bytes_per_pixel: ClassVar[int] = 4096
     compiles_any_size: ClassVar[bool] = True
-    trained_on: tuple[str, ...] = ()
+    samples: ClassVar[bool] = False
+    sampling: Any = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,6 +58,16 @@ class DerainModule(LightningModule, ABC):
 
     def check(self) -> None:
         """Refuses early if something that perceiving needs cannot be had."""
+
+    def sample_by(self, sampling: Any) -> None:
+        """Chooses how a method that samples does so.
+
+        Raises:
+            DerainError: If it does not sample.
+        """
+        if self.sampling is None:
+            raise DerainError(f"{type(self).__name__} restores in one pass; leave out solver, steps and seed")
+        self.sampling = sampling
 
     def explain(self, rainy: Float[Tensor, "b 3 h w"], **perceived: Any) -> Float[Tensor, "b n h w"]:
         """The derained image and, after its three channels, ``maps`` in [0, 1] that show how it came about."""
@@ -123,60 +131,3 @@ class DerainModule(LightningModule, ABC):
         perceived = self.perceive(batch["rainy"])
         restored = (self.explain if self.explaining else self)(batch["rainy"], **perceived)
         return {"derained": restored.float().clamp(0, 1), "perceived": perceived}
-
-    # A checkpoint and a file of weights say what they are.
-
-    def describe(self) -> dict[str, Any]:
-        """What a file says of itself: method, hyper-parameters, training sets, version of derain."""
-        told = {
-            "method": type(self).__name__,
-            "hyper_parameters": {k: v for k, v in self.hparams.items() if not k.startswith("_")},
-            "trained_on": self.trained_on,
-            "version": derain.__version__,
-        }
-        return cast(dict[str, Any], json.loads(json.dumps(told)))  # lists for tuples, as files give them back
-
-    def recall(self, description: Mapping[str, Any]) -> None:
-        """Takes back what ``describe`` said of what is no hyper-parameter."""
-        self.trained_on = tuple(description.get("trained_on", ()))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the description, so that any derain command knows what the file holds."""
-        checkpoint["derain"] = self.describe()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes back the description; a run goes on with its average or not at all.
-
-        Raises:
-            DerainError: If training would go on without the average that the checkpoint holds.
-        """
-        self.recall(checkpoint.get("derain", {}))
-        trainer = self._trainer
-        if trainer is None or trainer.state.fn != "fit" or "ema" not in checkpoint:
-            return
-        if not any(hasattr(callback, "average") for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            raise DerainError(
-                "the checkpoint holds averaged weights (EMA), but no EMA callback is configured; configure it as in "
-                "the run that is resumed"
-            )
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of the whole training, whatever accumulation and devices.
-
-        Raises:
-            DerainError: If the training has no end to count to.
-        """
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise DerainError(f"{type(self).__name__} schedules by its end: set --trainer.max_epochs or max_steps")
-        return int(steps)
-
-    @property
-    def parameter_count(self) -> int:
-        """Number of trainable parameters."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
-
-    def on_fit_start(self) -> None:
-        """Notes the names of the training sets for the files of weights."""
-        self.trained_on = tuple(getattr(getattr(self.trainer, "datamodule", None), "train_sets", ()))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -75,6 +76,30 @@ class FrozenCLIP:
         check_whole("CLIP", self.name, told)
         model.train(False)
         return model.requires_grad_(False), tokenizer, processor
+
+    @property
+    def model(self) -> Any:
+        """The model of transformers, frozen, on the CPU until it is moved."""
+        return self._loaded[0]
+
+    def pixels(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
+        """Brings images to CLIP's size and range, where they are.
+
+        The short side is resized by antialiased bicubic interpolation, as by Pillow but in floating point, the centre
+        is cut out.
+
+        Args:
+            images: In [0, 1], of any size.
+        """
+        processor = self._loaded[2]
+        side, crop = processor.size["shortest_edge"], processor.crop_size["height"]
+        height, width = images.shape[2:]
+        scaled = (side, side * width // height) if height <= width else (side * height // width, side)
+        resized = F.interpolate(images, scaled, mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = ((size - crop) // 2 for size in scaled)
+        resized = resized[:, :, top : top + crop, left : left + crop]
+        mean, std = (images.new_tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
+        return (resized - mean) / std
 
     @torch.inference_mode()
     def texts(self, prompts: Sequence[str]) -> Float[Tensor, "n d"]:

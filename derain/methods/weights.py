@@ -15,10 +15,11 @@ from torch import Tensor
 from derain import __version__, methods
 from derain.errors import DerainError
 from derain.images import replacing
-from derain.methods.base import DerainModule
+from derain.methods.described import DescribedModule
 
 EXPECTED = (
-    "expected a derain checkpoint (.ckpt), derain weights (.safetensors) or the authors' weights of PReNet or Restormer"
+    "expected a derain checkpoint (.ckpt), derain weights (.safetensors), or the authors' weights of PReNet, "
+    "Restormer, IR-SDE or DA-CLIP"
 )
 
 
@@ -30,11 +31,11 @@ class Weights(NamedTuple):
         note: One line for people: kind of file, method, parameters.
     """
 
-    module: DerainModule
+    module: DescribedModule
     note: str
 
 
-def save(module: DerainModule, path: Path) -> None:
+def save(module: DescribedModule, path: Path) -> None:
     """Writes the network's weights as safetensors that describe themselves, whole or not at all.
 
     Args:
@@ -46,6 +47,20 @@ def save(module: DerainModule, path: Path) -> None:
         safetensors.torch.save_file(state, temporary, {"derain": json.dumps(module.describe())})
 
 
+class Content(NamedTuple):
+    """What a file of weights holds.
+
+    Attributes:
+        state: Tensors of the network by name.
+        description: What the file says of itself; empty for authors' weights.
+        kind: For people, with a place for the method's name.
+    """
+
+    state: Mapping[str, Tensor]
+    description: Mapping[str, Any]
+    kind: str
+
+
 def load(path: Path) -> Weights:
     """Recognises what a file of weights holds and builds the method with it; never executes code from it.
 
@@ -54,12 +69,30 @@ def load(path: Path) -> Weights:
     Raises:
         DerainError: If the file is absent, damaged, unknown, or does not fit the method it names.
     """
+    content = read(path)
+    if content.description:
+        module = _build(path, content.description, content.state)
+        return Weights(module, content.kind.format(_told(module)))
+    for method in methods.METHODS:
+        published = method.from_published(content.state)
+        if published is not None:
+            return Weights(published.eval(), content.kind.format(_told(published)))
+    found = ", ".join(list(content.state)[:4])
+    raise DerainError(f"{path}: holds no method known here (found {found or 'nothing'} …); {EXPECTED}")
+
+
+def read(path: Path) -> Content:
+    """Reads tensors and description of a file of weights, without building anything.
+
+    Raises:
+        DerainError: If the file is absent, damaged, or holds no tensors.
+    """
     if not path.is_file():
         raise DerainError(f"{path}: no such file of weights; {EXPECTED}")
     with path.open("rb") as file:
         head = file.read(9)
     if head[8:9] == b"{":
-        return _load_safetensors(path)
+        return _read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (
@@ -74,14 +107,12 @@ def load(path: Path) -> Weights:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise DerainError(f"{path}: damaged, or no file of weights ({reason}); {EXPECTED}") from error
     if isinstance(content, Mapping) and "derain" in content and "state_dict" in content:
-        return _load_checkpoint(path, content)
-    if isinstance(content, Mapping) and isinstance(content.get("params"), Mapping):
-        content = content["params"]  # as BasicSR and so Restormer's authors keep them
+        return _from_checkpoint(content)
+    for wrapped in ("params", "state_dict"):  # as BasicSR (so Restormer's authors) and open_clip (DA-CLIP's) keep them
+        if isinstance(content, Mapping) and isinstance(content.get(wrapped), Mapping):
+            content = content[wrapped]
     if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
-        for method in methods.METHODS:
-            module = method.from_published(content)
-            if module is not None:
-                return Weights(module.eval(), f"authors' weights of {_told(module)}")
+        return Content(content, {}, "authors' weights of {}")
     found = ", ".join(map(str, list(content)[:4])) if isinstance(content, Mapping) else type(content).__name__
     raise DerainError(f"{path}: holds no method known here (found {found or 'nothing'} …); {EXPECTED}")
 
@@ -92,7 +123,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _load_safetensors(path: Path) -> Weights:
+def _read_safetensors(path: Path) -> Content:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -102,24 +133,22 @@ def _load_safetensors(path: Path) -> Weights:
         raise DerainError(f"{path}: damaged safetensors ({error}); {EXPECTED}") from error
     if not isinstance(description, dict):
         raise DerainError(f"{path}: safetensors that do not say their method (no 'derain' entry); {EXPECTED}")
-    module = _build(path, description, state)
-    return Weights(module, f"derain weights of {_told(module)}")
+    return Content(state, description, "derain weights of {}")
 
 
-def _load_checkpoint(path: Path, content: Mapping[str, Any]) -> Weights:
+def _from_checkpoint(content: Mapping[str, Any]) -> Content:
     prefix = "network."
     state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
     average = content.get("ema")
     if average is not None:
         state = average["network"]
-    module = _build(path, content["derain"], state)
     kind = "averaged weights of a derain checkpoint" if average is not None else "derain checkpoint"
-    return Weights(module, f"{kind} of {_told(module)}, epoch {content.get('epoch')}")
+    return Content(state, content["derain"], f"{kind} of {{}}, epoch {content.get('epoch')}")
 
 
-def _build(path: Path, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> DerainModule:
+def _build(path: Path, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> DescribedModule:
     name = description.get("method")
-    known = {method.__name__: method for method in methods.METHODS}
+    known: dict[Any, type[DescribedModule]] = {one.__name__: one for one in (*methods.METHODS, methods.DACLIPModule)}
     if name not in known:
         raise DerainError(f"{path}: made by the method {name!r}; known here are {', '.join(known)}")
     try:
@@ -135,5 +164,5 @@ def _build(path: Path, description: Mapping[str, Any], state: Mapping[str, Tenso
     return module.eval()
 
 
-def _told(module: DerainModule) -> str:
+def _told(module: DescribedModule) -> str:
     return f"{type(module).__name__} ({module.parameter_count:,} parameters)"

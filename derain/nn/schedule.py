@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable
 
 
-def warm_up_then_cosine(steps: int, share: float) -> Callable[[int], float]:
-    """Factor of the learning rate at each optimiser step: it rises evenly to 1, then falls to 0 along a cosine.
+def warm_up_then_cosine(steps: int, share: float, least: float = 0.0) -> Callable[[int], float]:
+    """Factor of the learning rate at each optimiser step: it rises evenly to 1, then falls along a cosine.
 
     Args:
         steps: Optimiser steps of the whole training.
         share: Share of them in which it rises, in [0, 1).
+        least: Where it falls to.
 
     Example:
         >>> factor = warm_up_then_cosine(100, 0.1)
@@ -21,6 +22,7 @@ def warm_up_then_cosine(steps: int, share: float) -> Callable[[int], float]:
     def factor(step: int) -> float:
         if step < rising:
             return (step + 1) / rising
-        return (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, steps - rising)))) / 2
+        falling = (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, steps - rising)))) / 2
+        return least + (1 - least) * falling
 
     return factor

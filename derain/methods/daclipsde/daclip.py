@@ -1,0 +1,224 @@
+"""Training of DA-CLIP's controller as a LightningModule."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
+
+from derain.batch import PairBatch
+from derain.errors import DerainError
+from derain.methods.clip import FrozenCLIP
+from derain.methods.daclipsde.controller import Controller, Order
+from derain.methods.daclipsde.loss import contrastive_loss
+from derain.methods.described import DescribedModule
+from derain.nn.schedule import warm_up_then_cosine
+
+log = logging.getLogger("derain")
+
+CAPTION = "a photo"
+"""Of images that nobody captioned."""
+
+
+class DACLIPModule(DescribedModule):
+    """DA-CLIP's controller, trained so that CLIP sees through rain and says that there was some.
+
+    Two contrastive losses (S1, eqs. 3 and 4): the content embedding of an image against the caption of its clean image,
+    and the degradation embedding against a word for its degradation. CLIP itself is frozen and part of no checkpoint.
+    Clean images are shown beside rainy ones, as otherwise all words are equal and nothing tells degradations apart.
+
+    Args:
+        clip: Id on the Hugging Face hub, or a local directory.
+        order: Which frozen block a block of the controller feeds, see `Controller`.
+        degradation: Word for rainy images, where a table of captions (``--data.captions``) gives no other.
+        clean: Word for clean images; none: they are not shown.
+        equal_texts: Any of equal texts is right for an image, instead of its own alone.
+        smallest: Least share of a crop's area that is cut out at random and brought to CLIP's size; DA-CLIP: 0.9.
+        learning_rate: Of AdamW, betas 0.9 and 0.98, epsilon 1e-6; DA-CLIP: 2e-5 on one GPU, 3e-5 on four.
+        weight_decay: DA-CLIP: 0.05; none on vectors, biases and the temperature.
+        warm_up: Share of the steps in which the learning rate rises; it then falls to 0 along a cosine.
+
+    Raises:
+        DerainError: If CLIP cannot be had, or an option is out of its range.
+    """
+
+    judged_by: ClassVar[str] = "val/accuracy"
+
+    def __init__(
+        self,
+        clip: str = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+        order: Order = "reversed",
+        degradation: str = "rainy",
+        clean: str | None = "clean",
+        equal_texts: bool = True,
+        smallest: float = 0.9,
+        learning_rate: float = 2e-5,
+        weight_decay: float = 0.05,
+        warm_up: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if not 0 < smallest <= 1:
+            raise DerainError(f"--model.smallest {smallest}: must be above 0 and at most 1")
+        if not 0 <= warm_up < 1:
+            raise DerainError(f"--model.warm_up {warm_up}: must be a share of the training, at least 0 and below 1")
+        self.clip = FrozenCLIP(clip)
+        self.network: Controller = Controller(self.clip.model, order)
+        self.clip_sha256: str | None = self.clip.sha256
+        self._texts: dict[str, Tensor] = {}
+        self._accuracy: dict[str, Any] = {}
+        self._warned = False
+
+    # Training.
+
+    def on_fit_start(self) -> None:
+        """Moves CLIP to where the controller is."""
+        super().on_fit_start()
+        self.clip.model.to(self.device)
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """Contrasts contents with captions, and degradations with words."""
+        images, captions, words = self._shown(batch)
+        pixels = self.clip.pixels(random_resized_crop(images, self.hparams["smallest"]))
+        embeddings = self.network(self.clip.model, pixels)
+        scale = self.network.logit_scale.exp()
+        losses = {
+            "train/content": self._contrast(embeddings.content, captions, scale),
+            "train/degradation": self._contrast(embeddings.degradation, words, scale),
+        }
+        loss = losses["train/content"] + losses["train/degradation"]
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
+        self.log_dict(losses | {"train/scale": scale.detach()}, batch_size=len(images))
+        return loss
+
+    def _shown(self, batch: PairBatch) -> tuple[Tensor, list[str], list[str]]:
+        """Images, captions and degradations of a batch: the rainy images, then the clean ones if they are shown."""
+        rainy, clean = batch["rainy"], self.hparams["clean"]
+        captions = batch.get("caption") or [CAPTION] * len(rainy)
+        words = batch.get("degradation") or [self.hparams["degradation"]] * len(rainy)
+        if clean is None:
+            return rainy, captions, words
+        return torch.cat((rainy, batch["clean"])), captions * 2, words + [clean] * len(rainy)
+
+    def _contrast(self, images: Float[Tensor, "b d"], texts: list[str], scale: Tensor) -> Tensor:
+        """The contrastive loss over the batches of all devices."""
+        features = self._features(texts).to(images.device)
+        if self.trainer.world_size > 1:
+            images = self._gathered(images, sync_grads=True)
+            features = self._gathered(features)
+        same = None
+        if self.hparams["equal_texts"]:
+            same = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist") == 0
+        if bool((features == features[0]).all()) and not self._warned:
+            self._warned = True
+            log.warning(
+                "all %d texts of a batch are %r: nothing can be told apart by them; %s",
+                len(features),
+                texts[0],
+                "this part of the loss is 0" if same is not None else "the loss pushes images towards each other",
+            )
+        return contrastive_loss(images, features, scale, same)
+
+    def _gathered(self, values: Tensor, sync_grads: bool = False) -> Tensor:
+        return self.all_gather(values, sync_grads=sync_grads).flatten(0, 1)  # type: ignore[union-attr]
+
+    def _features(self, texts: list[str]) -> Float[Tensor, "b d"]:
+        """Text embeddings, each computed once."""
+        new = sorted({text for text in texts if text not in self._texts})
+        if new:
+            self._texts |= dict(zip(new, self.clip.texts(new), strict=True))
+        return torch.stack([self._texts[text] for text in texts])
+
+    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
+        """Keeps the temperature in its range, 1 to 1/100."""
+        with torch.no_grad():
+            self.network.logit_scale.clamp_(0, 4.605170185988092)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW; the learning rate rises evenly, then falls along a cosine, step by step."""
+        named = dict(self.network.named_parameters())
+        vectors = [value for name, value in named.items() if value.ndim < 2 or name.endswith("bias")]
+        matrices = [value for name, value in named.items() if not (value.ndim < 2 or name.endswith("bias"))]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        decay = self.hparams["weight_decay"]
+        optimizer = torch.optim.AdamW(
+            groups, self.hparams["learning_rate"], betas=(0.9, 0.98), eps=1e-6, weight_decay=decay
+        )
+        factor = warm_up_then_cosine(self.steps, self.hparams["warm_up"])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # Validation: the degradation whose word is nearest.
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the last epoch's counts."""
+        self.clip.model.to(self.device)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        told = getattr(data, "degradations", ()) or (self.hparams["degradation"],)
+        clean = self.hparams["clean"]
+        self.words = sorted({*told, *([clean] if clean is not None else [])})
+        if len(self.words) > 1:
+            self._accuracy = {"all": MulticlassAccuracy(len(self.words), average="micro").to(self.device)}
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """Classifies whole images by the nearest word, without having been trained to classify."""
+        if not self._accuracy:
+            return
+        images, _, words = self._shown(batch)
+        degradation = self.network(self.clip.model, self.clip.pixels(images)).degradation
+        texts = F.normalize(self._features(self.words), dim=-1).to(images.device)
+        nearest = (F.normalize(degradation.float(), dim=-1) @ texts.T).argmax(1)
+        told = torch.tensor([self.words.index(word) for word in words], device=images.device)
+        self._accuracy["all"].update(nearest, told)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs ``val/accuracy``, over all devices; with a single word there is nothing to tell apart, so it is 0."""
+        accuracy = float(self._accuracy["all"].compute()) if self._accuracy else 0.0
+        self.log("val/accuracy", accuracy, prog_bar=True)
+
+    # Files.
+
+    def describe(self) -> dict[str, Any]:
+        """Adds which CLIP the controller belongs to."""
+        return super().describe() | {"clip_sha256": self.clip_sha256}
+
+    def recall(self, description: Mapping[str, Any]) -> None:
+        """Refuses to go on with another CLIP.
+
+        Raises:
+            DerainError: If training would go on with a CLIP that the controller was not begun with.
+        """
+        super().recall(description)
+        began = description.get("clip_sha256")
+        if began not in {None, self.clip_sha256}:
+            raise DerainError(
+                f"--model.clip {self.clip.name}: this controller belongs to another CLIP; give the one of its training "
+                "by --model.clip or DERAIN_CLIP"
+            )
+
+
+def random_resized_crop(images: Float[Tensor, "b 3 h w"], smallest: float) -> Float[Tensor, "b 3 h w"]:
+    """Cuts a random part out of each image and brings it to the image's size (bicubic, antialiased).
+
+    Args:
+        images: In [0, 1].
+        smallest: Least share of the area; sides are as 3 to 4 at most.
+    """
+    if smallest == 1:
+        return images
+    height, width = images.shape[2:]
+    parts = []
+    for image in images:
+        share = float(torch.empty(()).uniform_(smallest, 1))
+        ratio = float(torch.empty(()).uniform_(-0.5, 0.5).mul(torch.log(torch.tensor(4 / 3))).exp())
+        rows = min(height, max(1, round(height * share**0.5 / ratio)))
+        columns = min(width, max(1, round(width * share**0.5 * ratio)))
+        top, left = (int(torch.randint(0, n + 1, ())) for n in (height - rows, width - columns))
+        part = image[None, :, top : top + rows, left : left + columns]
+        parts.append(F.interpolate(part, (height, width), mode="bicubic", antialias=True).clamp(0, 1))
+    return torch.cat(parts)

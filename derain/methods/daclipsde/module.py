@@ -1,0 +1,218 @@
+"""DA-CLIP + IR-SDE as a LightningModule: what is perceived of an image, which times are trained, how it is sampled."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from derain.batch import PairBatch
+from derain.errors import DerainError
+from derain.methods.base import DerainModule
+from derain.methods.daclipsde.controller import Perception
+from derain.methods.daclipsde.loss import matching_loss
+from derain.methods.daclipsde.network import AttentionKind, ConditionalUNet
+from derain.methods.daclipsde.sde import MeanRevertingSDE, Schedule
+from derain.methods.daclipsde.solvers import Sampling, sample
+from derain.nn.schedule import warm_up_then_cosine
+
+Contexts = Literal["both", "content", "degradation", "none"]
+Tiled = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+"""Applies a function of images to an image, tile by tile or whole."""
+
+WORDS = ("rainy", "clean")
+"""Degradations that images are compared with for people to read."""
+
+
+class DACLIPSDEModule(DerainModule):
+    """DA-CLIP + IR-SDE: a degradation-aware CLIP controller steers a mean-reverting SDE.
+
+    Pullabhotla, Image Deraining using Degradation-aware CLIP; Luo et al., ICML 2023 (IR-SDE) and ICLR 2024 (DA-CLIP).
+    The network estimates noise; restoring runs it ``sampling.steps`` times. Controller and CLIP are frozen and part
+    neither of checkpoints nor of optimisers. Without contexts, this is IR-SDE alone.
+
+    Args:
+        contexts: What the network is told of the image: the ``content`` embedding by cross-attention in the bottom
+            blocks, the ``degradation`` embedding by a prompt added to the time, ``both``, or ``none``.
+        clip: Id on the Hugging Face hub, or a local directory.
+        controller: File of weights of `DACLIPModule`, or the authors' checkpoint of DA-CLIP.
+        channels: At full resolution.
+        multipliers: Channels after each level as multiples; IR-SDE: 2, 4, 8, 16.
+        attention: ``linear`` at every level, or ``none``.
+        context: Size of CLIP's embeddings.
+        max_sigma: Stationary noise λ, of 255; IR-SDE for rain: 10.
+        sde_steps: T, the times of the schedule.
+        eps: What is left of the clean image's residual at T.
+        schedule: Of the speed θ.
+        learning_rate: Of AdamW without weight decay, betas 0.9 and 0.99; IR-SDE: 1e-4.
+        decay: The learning rate falls along a ``cosine`` to 1e-6, or is halved at 2/7, 4/7 and 6/7 of the steps
+            (``halving``, IR-SDE: 200, 400 and 600 of 700 thousand).
+
+    Raises:
+        DerainError: If an option is out of its range.
+    """
+
+    bytes_per_pixel: ClassVar[int] = 6000
+    samples: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        contexts: Contexts = "both",
+        clip: str = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+        controller: str | None = None,
+        channels: int = 64,
+        multipliers: Sequence[int] = (1, 2, 4, 8),
+        attention: AttentionKind = "linear",
+        context: int = 512,
+        max_sigma: float = 50.0,
+        sde_steps: int = 100,
+        eps: float = 0.005,
+        schedule: Schedule = "cosine",
+        learning_rate: float = 2e-4,
+        decay: Literal["cosine", "halving"] = "cosine",
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        content, degradation = contexts in {"both", "content"}, contexts in {"both", "degradation"}
+        self.sde = MeanRevertingSDE(max_sigma, sde_steps, eps, schedule)
+        self.network: ConditionalUNet = ConditionalUNet(channels, multipliers, attention, content, degradation, context)
+        self.perception = Perception(clip, controller) if contexts != "none" else None
+        self.sampling = Sampling()
+
+    def check(self) -> None:
+        """Finds or fetches CLIP and the controller.
+
+        Raises:
+            DerainError: If they cannot be had, or their embeddings are of another size.
+        """
+        if self.perception is None:
+            return
+        size = self.perception.controller.projection.out_features
+        if size != self.hparams["context"]:
+            raise DerainError(
+                f"--model.context {self.hparams['context']}: CLIP {self.perception.clip.name} gives {size} numbers; "
+                f"set --model.context {size}"
+            )
+
+    def perceive(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
+        """Embeddings of content and degradation, as far as the network wants them."""
+        if self.perception is None:
+            return {}
+        embeddings = self.perception(rainy)
+        wanted = zip(embeddings._fields, self.network.contexts, strict=True)
+        return {name: getattr(embeddings, name) for name, needed in wanted if needed}
+
+    def describe_image(self, perceived: dict[str, Any], place: int) -> dict[str, Any]:
+        """How much the words for degradations fit an image."""
+        if self.perception is None or "degradation" not in perceived:
+            return {}
+        shares = self.perception.shares(perceived["degradation"][place][None], WORDS)[0]
+        return {"degradation": {word: round(share, 4) for word, share in zip(WORDS, shares.tolist(), strict=True)}}
+
+    @torch.no_grad()
+    def forward(
+        self,
+        rainy: Float[Tensor, "b 3 h w"],
+        content: Float[Tensor, "b d"] | None = None,
+        degradation: Float[Tensor, "b d"] | None = None,
+        tiled: Tiled = lambda image, forward: forward(image),
+        show: Callable[[Iterable[Any], int], Iterable[Any]] = lambda steps, total: steps,
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Restores images of any size in [0, 1] as ``sampling`` says.
+
+        Args:
+            rainy: The images.
+            content: As perceived; images are perceived now if nothing is given.
+            degradation: As perceived.
+            tiled: How the network is applied to a large image at every step.
+            show: Wraps the steps, to show how far they are.
+        """
+        perceived = {"content": content, "degradation": degradation}
+        if content is None and degradation is None:
+            perceived |= self.perceive(rainy)
+
+        def estimate(state: Tensor, time: int) -> Tensor:
+            times = torch.full((len(rainy),), time, device=rainy.device)
+            both = torch.cat((state, rainy), dim=1)
+            return tiled(both, lambda part: self.network(part[:, :3], part[:, 3:], times, **perceived))
+
+        return sample(self.sde, estimate, rainy, self.sampling, show)
+
+    # Training.
+
+    def on_fit_start(self) -> None:
+        """Refuses early if CLIP or the controller cannot be had."""
+        super().on_fit_start()
+        self.check()
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """Matches the optimum reverse step at a random time of each image."""
+        rainy, clean = batch["rainy"], batch["clean"]
+        times = torch.randint(1, self.sde.steps + 1, (len(rainy),))
+        state = self.sde.diffuse(clean, rainy, times, torch.randn_like(rainy))
+        perceived = self.perceive(rainy)
+        estimated = self.network(state, rainy, times.to(rainy.device), **perceived)
+        loss = matching_loss(self.sde, estimated, state, clean, rainy, times)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(rainy))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """AdamW without weight decay (Adam); the learning rate falls step by step."""
+        rate, steps = self.hparams["learning_rate"], self.steps
+        optimizer = torch.optim.AdamW(self.network.parameters(), rate, betas=(0.9, 0.99), weight_decay=0)
+        if self.hparams["decay"] == "halving":
+            schedule: Any = torch.optim.lr_scheduler.MultiStepLR(
+                optimizer, [max(1, round(steps * share / 7)) for share in (2, 4, 6)], gamma=0.5
+            )
+        else:
+            factor = warm_up_then_cosine(steps, 0.0, min(1.0, 1e-6 / rate))
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # Files.
+
+    def describe(self) -> dict[str, Any]:
+        """Adds the schedule, and which controller and CLIP the network was trained with."""
+        return super().describe() | {"sde": self.sde.state()} | (self.perception.hashes if self.perception else {})
+
+    def recall(self, description: Mapping[str, Any]) -> None:
+        """Takes back the schedule, and which controller and CLIP to expect."""
+        super().recall(description)
+        if "sde" in description:
+            self.sde = MeanRevertingSDE.from_state(description["sde"])
+        if self.perception is not None:
+            self.perception.expect(description)
+
+    @classmethod
+    def from_published(cls, state: Mapping[str, Tensor]) -> "DerainModule | None":
+        """Takes the authors' U-Net of IR-SDE or DA-CLIP; our parameters have their names.
+
+        Sizes are read off the tensors. λ is 10 of 255 for IR-SDE's channels, else 50, as in the authors' settings.
+        """
+        if "init_conv.weight" not in state or "mid_block1.block1.proj.weight" not in state:
+            return None
+        channels = state["init_conv.weight"].shape[0]
+        depth = sum(name.endswith(".0.block1.proj.weight") and name.startswith("downs.") for name in state)
+        multipliers = [state[f"downs.{level}.3.weight"].shape[0] // channels for level in range(depth)]
+        content = any(".transformer_blocks." in name for name in state)
+        contexts = {
+            (True, True): "both",
+            (True, False): "content",
+            (False, True): "degradation",
+            (False, False): "none",
+        }[content, "prompt" in state]
+        context = next((v.shape[1] for k, v in state.items() if k.endswith("attn2.to_k.weight")), 512)
+        context = state["text_mlp.0.weight"].shape[1] if "prompt" in state else context
+        module = cls(
+            cast(Contexts, contexts),
+            channels=channels,
+            multipliers=multipliers,
+            context=context,
+            max_sigma=10.0 if contexts == "none" else 50.0,
+        )
+        own = module.network.state_dict()
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+            return None
+        module.network.load_state_dict(dict(state), strict=True)
+        return module

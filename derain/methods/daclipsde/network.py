@@ -1,0 +1,386 @@
+"""The conditional U-Net of IR-SDE and DA-CLIP, which estimates the noise in a state.
+
+Parameters have the names and shapes of the authors' checkpoints; the arithmetic is arranged for speed:
+
+- Maps are kept channels last, so that a pixel is normalised and attended to along contiguous memory.
+- Linear attention is a matrix of channels: it is multiplied with the projection after it first, and pixels are passed
+  over once.
+- Without gradients, pixels are changed in place, and cross-attention to a single token, whose weights are all 1, is the
+  one vector that it adds everywhere.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from derain.errors import DerainError
+from derain.nn.padding import pad_to_multiple
+
+AttentionKind = Literal["linear", "none"]
+HEAD = 32
+"""Channels of an attention head."""
+
+Map = Float[Tensor, "_ _ _ _"]
+"""``(b, c, h, w)``; channels and sizes change from one to the next."""
+
+Embedding = Float[Tensor, "_ _"]
+"""``(b, d)``."""
+
+
+class TimeFeatures(nn.Module):
+    """Sines and cosines of a time, at frequencies from 1 down to 1e-4.
+
+    Args:
+        size: Number of features, even.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.count = size // 2
+
+    def forward(self, times: Float[Tensor, " b"]) -> Embedding:
+        """Embeds times."""
+        powers = torch.arange(self.count, device=times.device) / (self.count - 1)
+        angles = times.reshape(-1)[:, None] * torch.exp(-math.log(10_000) * powers)
+        return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+class ChannelNorm(nn.Module):
+    """Layer normalisation over the channels of a pixel, with a gain and no bias.
+
+    Args:
+        channels: Of the map.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(1, channels, 1, 1))
+
+    def forward(self, x: Map) -> Map:
+        """Normalises every pixel."""
+        gain = self.g.flatten()
+        return F.layer_norm(x.permute(0, 2, 3, 1), gain.shape, gain).permute(0, 3, 1, 2)
+
+
+class Convolution(nn.Module):
+    """A 3×3 convolution under the authors' name ``proj``.
+
+    Args:
+        inside: Channels that come in.
+        outside: Channels that go out.
+    """
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(inside, outside, 3, padding=1, bias=False)
+
+    def forward(self, x: Map) -> Map:
+        """Convolves."""
+        return cast(Tensor, self.proj(x))
+
+
+class ResBlock(nn.Module):
+    """Two convolutions, the first scaled and shifted by the time, beside a short cut; no normalisation.
+
+    Args:
+        inside: Channels that come in.
+        outside: Channels that go out.
+        time: Size of the time embedding.
+    """
+
+    def __init__(self, inside: int, outside: int, time: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(time, 2 * outside))
+        self.block1 = Convolution(inside, outside)
+        self.block2 = Convolution(outside, outside)
+        self.res_conv = nn.Conv2d(inside, outside, 1, bias=False) if inside != outside else nn.Identity()
+
+    def forward(self, x: Map, time: Embedding) -> Map:
+        """Changes a map."""
+        in_place = not torch.is_grad_enabled()
+        scale, shift = self.mlp(time)[:, :, None, None].chunk(2, dim=1)
+        y = self.block1(x)
+        y = y.mul_(scale + 1).add_(shift) if in_place else torch.addcmul(shift, y, scale + 1)
+        y = F.silu(self.block2(F.silu(y, inplace=in_place)), inplace=in_place)
+        return y.add_(self.res_conv(x)) if in_place else y + self.res_conv(x)
+
+
+class LinearAttention(nn.Module):
+    """Attention whose matrix is one of channels: linear in pixels.
+
+    Queries are soft maxima over channels, keys over pixels.
+
+    Args:
+        channels: Of the map.
+        heads: Attention heads of 32 channels.
+    """
+
+    def __init__(self, channels: int, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        hidden = heads * HEAD
+        self.to_qkv = nn.Conv2d(channels, 3 * hidden, 1, bias=False)
+        self.to_out = nn.Sequential(nn.Conv2d(hidden, channels, 1), ChannelNorm(channels))
+
+    def forward(self, x: Map, content: Embedding | None = None) -> Map:
+        """Attends; the content is not looked at."""
+        b, _, h, w = x.shape
+        pixels = self.to_qkv(x).permute(0, 2, 3, 1).reshape(b, h * w, 3, self.heads, HEAD)
+        q, k, v = (one.transpose(1, 2) for one in pixels.unbind(2))  # (b, heads, pixels, 32)
+        keys = k.softmax(dim=2)
+        context = keys.transpose(2, 3) @ v / (h * w * HEAD**0.5)
+        out, norm = cast(nn.Conv2d, self.to_out[0]), self.to_out[1]
+        weight = out.weight.view(len(out.weight), self.heads, HEAD).permute(1, 2, 0)  # (heads, 32, channels)
+        whole = (context @ weight).reshape(b, self.heads * HEAD, -1)
+        queries = q.softmax(dim=3).transpose(1, 2).reshape(b, h * w, -1)
+        y = torch.baddbmm(cast(Tensor, out.bias).to(queries.dtype), queries, whole.to(queries.dtype))
+        return cast(Tensor, norm(y.view(b, h, w, -1).permute(0, 3, 1, 2)))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of pixels to tokens, or to themselves.
+
+    Args:
+        channels: Of the pixels; a multiple of 32.
+        context: Of the tokens.
+    """
+
+    def __init__(self, channels: int, context: int) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context, channels, bias=False)
+        self.to_v = nn.Linear(context, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x: Float[Tensor, "b n c"], tokens: Float[Tensor, "b m d"]) -> Float[Tensor, "b k c"]:
+        """Attends; to a single token without gradients, the result is one vector for all pixels (k = 1)."""
+        values = self.to_v(tokens)
+        if tokens.shape[1] == 1 and not torch.is_grad_enabled():
+            return cast(Tensor, self.to_out(values))
+        heads = (self.to_q(x), self.to_k(tokens), values)
+        q, k, v = (one.unflatten(-1, (-1, HEAD)).transpose(1, 2) for one in heads)
+        return cast(Tensor, self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+
+
+class GatedFeedForward(nn.Module):
+    """Two linear layers, gated by GELU (GEGLU).
+
+    Args:
+        channels: Of the pixels.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        project_in = nn.Module()
+        project_in.proj = nn.Linear(channels, 8 * channels)
+        self.net = nn.ModuleList([project_in, nn.Identity(), nn.Linear(4 * channels, channels)])
+
+    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """Changes every pixel."""
+        x, gate = cast(Any, self.net[0]).proj(x).chunk(2, dim=-1)
+        return cast(Tensor, self.net[2](x * F.gelu(gate)))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the content, gated feed-forward.
+
+    Args:
+        channels: Of the pixels.
+        context: Size of the content embedding.
+        self_attention: Whether pixels attend to each other.
+    """
+
+    def __init__(self, channels: int, context: int, self_attention: bool) -> None:
+        super().__init__()
+        if self_attention:
+            self.attn1, self.norm1 = CrossAttention(channels, channels), nn.LayerNorm(channels)
+        self.attn2, self.norm2 = CrossAttention(channels, context), nn.LayerNorm(channels)
+        self.ff, self.norm3 = GatedFeedForward(channels), nn.LayerNorm(channels)
+
+    def forward(self, x: Float[Tensor, "b n c"], tokens: Float[Tensor, "b m d"]) -> Float[Tensor, "b n c"]:
+        """Changes every pixel."""
+        if hasattr(self, "attn1"):
+            normalised = self.norm1(x)
+            x = x + self.attn1(normalised, normalised)
+        x = x + self.attn2(self.norm2(x), tokens)
+        return cast(Tensor, x + self.ff(self.norm3(x)))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the pixels of a map, beside a short cut; adds nothing at first.
+
+    Args:
+        channels: Of the map; a multiple of 32.
+        context: Size of the content embedding.
+        self_attention: Whether pixels attend to each other.
+    """
+
+    def __init__(self, channels: int, context: int, self_attention: bool) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context, self_attention)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(cast(Tensor, self.proj_out.bias))
+
+    def forward(self, x: Map, content: Embedding) -> Map:
+        """Lets pixels attend to the content."""
+        y = self.proj_in(self.norm(x)).permute(0, 2, 3, 1)
+        y = self.transformer_blocks[0](y.flatten(1, 2), content[:, None]).view(y.shape)
+        return cast(Tensor, self.proj_out(y.permute(0, 3, 1, 2))) + x
+
+
+class Attention(nn.Module):
+    """Attention of a normalised map, added to the map, under the authors' names ``fn.norm`` and ``fn.fn``.
+
+    Args:
+        channels: Of the map.
+        attention: What attends.
+    """
+
+    def __init__(self, channels: int, attention: nn.Module) -> None:
+        super().__init__()
+        self.fn = nn.Module()
+        self.fn.norm, self.fn.fn = ChannelNorm(channels), attention
+
+    def forward(self, x: Map, content: Embedding | None) -> Map:
+        """Changes a map."""
+        inner = cast(Any, self.fn)
+        return x + cast(Tensor, inner.fn(inner.norm(x), content))
+
+
+class Untouched(nn.Module):
+    """Where there is no attention."""
+
+    def forward(self, x: Map, content: Embedding | None) -> Map:
+        """Gives the map back."""
+        return x
+
+
+class ConditionalUNet(nn.Module):
+    """Estimates the noise in a state of the mean-reverting SDE, given the rainy image and the time.
+
+    Args:
+        channels: At full resolution; a multiple of 32 at the deepest level where there is content.
+        multipliers: Channels after each level, as multiples; their number is the depth.
+        attention: ``linear`` at every level, or ``none`` (S1 speaks of a U-Net without self-attention).
+        content: Whether the deepest level and the middle attend to a content embedding.
+        degradation: Whether a prompt, weighted by a degradation embedding, is added to the time embedding.
+        context: Size of both embeddings.
+
+    Raises:
+        DerainError: If channels cannot be divided into heads.
+    """
+
+    def __init__(
+        self,
+        channels: int = 64,
+        multipliers: Sequence[int] = (1, 2, 4, 8),
+        attention: AttentionKind = "linear",
+        content: bool = True,
+        degradation: bool = True,
+        context: int = 512,
+    ) -> None:
+        super().__init__()
+        widths = [channels, *(channels * factor for factor in multipliers)]
+        if channels % 2 or (content and any(width % HEAD for width in widths[-2:])):
+            raise DerainError(
+                f"--model.channels {channels}: must be even, and with content the deepest levels ({widths[-2:]}) "
+                f"multiples of {HEAD}"
+            )
+        self.depth = len(multipliers)
+        time = 4 * channels
+        self.init_conv = nn.Conv2d(6, channels, 7, padding=3, bias=False)
+        self.time_mlp = nn.Sequential(
+            TimeFeatures(channels), nn.Linear(channels, time), nn.GELU(), nn.Linear(time, time)
+        )
+        if degradation:
+            self.prompt = nn.Parameter(torch.rand(1, time))
+            self.text_mlp = nn.Sequential(nn.Linear(context, time), nn.SiLU(), nn.Linear(time, time))
+            self.prompt_mlp = nn.Linear(time, time)
+
+        def attend(width: int, bottom: bool) -> nn.Module:
+            if content and bottom:
+                return Attention(width, SpatialTransformer(width, context, attention == "linear"))
+            return Attention(width, LinearAttention(width)) if attention == "linear" else Untouched()
+
+        downs: list[nn.Module] = []
+        ups: list[nn.Module] = []
+        for level, (inside, outside) in enumerate(itertools.pairwise(widths)):
+            last = level == self.depth - 1
+            down = nn.Conv2d(inside, outside, 3, padding=1, bias=False)
+            if not last:
+                down = nn.Conv2d(inside, outside, 4, stride=2, padding=1)
+            up: nn.Module = nn.Conv2d(outside, inside, 3, padding=1, bias=False)
+            if level > 0:
+                up = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(outside, inside, 3, padding=1))
+            downs.append(
+                nn.ModuleList(
+                    [ResBlock(inside, inside, time), ResBlock(inside, inside, time), attend(inside, last), down]
+                )
+            )
+            blocks = [ResBlock(outside + inside, outside, time) for _ in range(2)]
+            ups.insert(0, nn.ModuleList([*blocks, attend(outside, last), up]))
+        self.downs, self.ups = nn.ModuleList(downs), nn.ModuleList(ups)
+        self.mid_block1 = ResBlock(widths[-1], widths[-1], time)
+        self.mid_attn = attend(widths[-1], True)
+        self.mid_block2 = ResBlock(widths[-1], widths[-1], time)
+        self.final_res_block = ResBlock(2 * channels, channels, time)
+        self.final_conv = nn.Conv2d(channels, 3, 3, padding=1)
+
+    @property
+    def contexts(self) -> tuple[bool, bool]:
+        """Whether content and degradation embeddings are needed."""
+        transformers = any(isinstance(module, SpatialTransformer) for module in self.modules())
+        return transformers, hasattr(self, "prompt")
+
+    def embed(self, times: Float[Tensor, " b"] | Int[Tensor, " b"], degradation: Embedding | None) -> Embedding:
+        """The time embedding; with a degradation embedding, plus its share of the prompt."""
+        time = self.time_mlp(times.float())
+        if hasattr(self, "prompt"):
+            weights = self.text_mlp(degradation).softmax(dim=1)
+            time = time + self.prompt_mlp(weights * self.prompt)
+        return cast(Tensor, time)
+
+    def forward(
+        self,
+        state: Float[Tensor, "b 3 h w"],
+        rainy: Float[Tensor, "b 3 h w"],
+        times: Float[Tensor, " b"] | Int[Tensor, " b"],
+        content: Embedding | None = None,
+        degradation: Embedding | None = None,
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Estimates the noise.
+
+        Args:
+            state: ``x(t)``, of any size.
+            rainy: ``μ``, in [0, 1].
+            times: ``t``.
+            content: CLIP's embedding of what the image shows, not normalised.
+            degradation: Of how it is degraded, not normalised.
+        """
+        height, width = state.shape[2:]
+        time = self.embed(times, degradation)
+        x = pad_to_multiple(torch.cat((state - rainy, rainy), dim=1), 2**self.depth)
+        stem = x = self.init_conv(x.contiguous(memory_format=torch.channels_last))
+        skips = []
+        for first, second, attention, down in cast(Any, self.downs):
+            x = first(x, time)
+            skips.append(x)
+            x = attention(second(x, time), content)
+            skips.append(x)
+            x = down(x)
+        x = self.mid_block2(self.mid_attn(self.mid_block1(x, time), content), time)
+        for first, second, attention, up in cast(Any, self.ups):
+            x = first(torch.cat((x, skips.pop()), dim=1), time)
+            x = second(torch.cat((x, skips.pop()), dim=1), time)
+            x = up(attention(x, content))
+        x = self.final_conv(self.final_res_block(torch.cat((x, stem), dim=1), time))
+        return cast(Tensor, x[:, :, :height, :width])

@@ -1,0 +1,87 @@
+"""What everything that derain trains has in common: files that say what they are."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+from lightning import LightningModule
+from torch import nn
+
+import derain
+from derain.errors import DerainError
+
+
+class DescribedModule(LightningModule):
+    """A LightningModule with one ``network``, whose checkpoints and files of weights describe themselves.
+
+    A subclass declares its hyper-parameters as typed ``__init__`` arguments with the paper's values as defaults and
+    calls ``self.save_hyperparameters()``.
+
+    Attributes:
+        network: What is trained, averaged, saved as weights and compiled.
+        trained_on: Names of the training sets, told by the data when training starts.
+        judged_by: The logged validation metric, higher is better, that names the best checkpoint.
+    """
+
+    network: nn.Module
+    trained_on: tuple[str, ...] = ()
+    judged_by: ClassVar[str]
+
+    def describe(self) -> dict[str, Any]:
+        """What a file says of itself: method, hyper-parameters, training sets, version of derain."""
+        told = {
+            "method": type(self).__name__,
+            "hyper_parameters": {k: v for k, v in self.hparams.items() if not k.startswith("_")},
+            "trained_on": self.trained_on,
+            "version": derain.__version__,
+        }
+        return cast(dict[str, Any], json.loads(json.dumps(told)))  # lists for tuples, as files give them back
+
+    def recall(self, description: Mapping[str, Any]) -> None:
+        """Takes back what ``describe`` said of what is no hyper-parameter."""
+        self.trained_on = tuple(description.get("trained_on", ()))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the description, so that any derain command knows what the file holds."""
+        checkpoint["derain"] = self.describe()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes back the description; a run goes on with its average or not at all.
+
+        Raises:
+            DerainError: If training would go on without the average that the checkpoint holds.
+        """
+        self.recall(checkpoint.get("derain", {}))
+        if not self.resuming or "ema" not in checkpoint:
+            return
+        if not any(hasattr(callback, "average") for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise DerainError(
+                "the checkpoint holds averaged weights (EMA), but no EMA callback is configured; configure it as in "
+                "the run that is resumed"
+            )
+
+    @property
+    def resuming(self) -> bool:
+        """Whether a checkpoint that is loaded now is trained on."""
+        return self._trainer is not None and self._trainer.state.fn == "fit"
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole training, whatever accumulation and devices.
+
+        Raises:
+            DerainError: If the training has no end to count to.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise DerainError(f"{type(self).__name__} schedules by its end: set --trainer.max_epochs or max_steps")
+        return int(steps)
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of trainable parameters."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def on_fit_start(self) -> None:
+        """Notes the names of the training sets for the files of weights."""
+        self.trained_on = tuple(getattr(getattr(self.trainer, "datamodule", None), "train_sets", ()))
