@@ -82,6 +82,11 @@ class FrozenCLIP:
         """The model of transformers, frozen, on the CPU until it is moved."""
         return self._loaded[0]
 
+    @property
+    def side(self) -> int:
+        """Side of the images that CLIP sees, in pixels."""
+        return int(self._loaded[2].crop_size["height"])
+
     def pixels(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
         """Brings images to CLIP's size and range, where they are.
 

@@ -84,7 +84,7 @@ class DACLIPModule(DescribedModule):
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Contrasts contents with captions, and degradations with words."""
         images, captions, words = self._shown(batch)
-        pixels = self.clip.pixels(random_resized_crop(images, self.hparams["smallest"]))
+        pixels = self.clip.pixels(random_resized_crop(images, self.hparams["smallest"], self.clip.side))
         embeddings = self.network(self.clip.model, pixels)
         scale = self.network.logit_scale.exp()
         losses = {
@@ -202,15 +202,14 @@ class DACLIPModule(DescribedModule):
             )
 
 
-def random_resized_crop(images: Float[Tensor, "b 3 h w"], smallest: float) -> Float[Tensor, "b 3 h w"]:
-    """Cuts a random part out of each image and brings it to the image's size (bicubic, antialiased).
+def random_resized_crop(images: Float[Tensor, "b 3 h w"], smallest: float, side: int) -> Float[Tensor, "b 3 s s"]:
+    """Cuts a random part out of each image and resizes it (bicubic, antialiased).
 
     Args:
         images: In [0, 1].
         smallest: Least share of the area; sides are as 3 to 4 at most.
+        side: Of the result, in pixels.
     """
-    if smallest == 1:
-        return images
     height, width = images.shape[2:]
     parts = []
     for image in images:
@@ -220,5 +219,5 @@ def random_resized_crop(images: Float[Tensor, "b 3 h w"], smallest: float) -> Fl
         columns = min(width, max(1, round(width * share**0.5 * ratio)))
         top, left = (int(torch.randint(0, n + 1, ())) for n in (height - rows, width - columns))
         part = image[None, :, top : top + rows, left : left + columns]
-        parts.append(F.interpolate(part, (height, width), mode="bicubic", antialias=True).clamp(0, 1))
+        parts.append(F.interpolate(part, (side, side), mode="bicubic", antialias=True).clamp(0, 1))
     return torch.cat(parts)

@@ -21,7 +21,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -30,7 +29,6 @@ from torch import Tensor
 from derain.errors import DerainError
 from derain.methods.daclipsde.sde import MeanRevertingSDE
 
-Solver = Literal["posterior", "sde", "ode", "mrs-ode1", "mrs-ode2", "mrs-sde2"]
 Image = Float[Tensor, "b c h w"]
 Estimate = Callable[[Image, int], Image]
 """The noise in a state at a time."""
@@ -50,13 +48,13 @@ class Sampling:
         DerainError: If the solver is unknown or the steps are none.
     """
 
-    solver: Solver = "mrs-ode2"
+    solver: str = "mrs-ode2"
     steps: int | None = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.solver not in get_args(Solver):
-            raise DerainError(f"--solver {self.solver}: unknown; choose from {', '.join(get_args(Solver))}")
+        if self.solver not in SOLVERS:
+            raise DerainError(f"--solver {self.solver}: unknown; choose from {', '.join(SOLVERS)}")
         if self.steps is not None and self.steps < 1:
             raise DerainError(f"--steps {self.steps}: must be at least 1")
 
@@ -133,7 +131,7 @@ def states(
     """As `sample`, but yields the state at the start and after every step."""
     times = times_of(sde, sampling.steps)
     noise = Noise(sampling.seed, rainy)
-    advance = _SOLVERS[sampling.solver](sde, rainy.float(), noise)
+    advance = SOLVERS[sampling.solver](sde, rainy.float(), noise)
     state = rainy.float() + sde.scale * noise()
     yield state
     for t, s in show(itertools.pairwise(times), len(times) - 1):
@@ -204,7 +202,7 @@ def _pair(t: int, s: int, count: int) -> tuple[Tensor, Tensor]:
     return torch.full((count,), t), torch.full((count,), s)
 
 
-_SOLVERS: dict[str, Callable[[MeanRevertingSDE, Image, Noise], Callable[[Image, Image, int, int], Image]]] = {
+SOLVERS: dict[str, Callable[[MeanRevertingSDE, Image, Noise], Callable[[Image, Image, int, int], Image]]] = {
     "posterior": _Posterior,
     "sde": _Euler,
     "ode": lambda sde, rainy, noise: _Euler(sde, rainy, noise, ode=True),
@@ -212,3 +210,4 @@ _SOLVERS: dict[str, Callable[[MeanRevertingSDE, Image, Noise], Callable[[Image, 
     "mrs-ode2": lambda sde, rainy, noise: _SemiAnalytic(sde, rainy, noise, order=2),
     "mrs-sde2": lambda sde, rainy, noise: _SemiAnalytic(sde, rainy, noise, order=2, stochastic=True),
 }
+"""Every solver: made for a rainy image, it takes a state and the noise in it from one time to an earlier one."""

@@ -1,0 +1,257 @@
+"""Solvers on cases whose answer is known: the true noise, and a one-dimensional Gaussian."""
+
+import math
+
+import pytest
+import torch
+
+from derain.errors import DerainError
+from derain.methods.daclipsde.sde import MeanRevertingSDE
+from derain.methods.daclipsde.solvers import SOLVERS, Noise, Sampling, sample, states, times_of
+
+EXACT = ("posterior", "mrs-ode1", "mrs-ode2", "mrs-sde2")
+
+
+def db(one, other):
+    return -10 * math.log10(float((one.double() - other.double()).square().mean()))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.rand(1, 3, 64, 64, generator=generator)
+    rainy = clean + 0.1593 * torch.randn(1, 3, 64, 64, generator=generator)  # 15.96 dB
+    assert db(rainy, clean) == pytest.approx(15.96, abs=0.1)
+    return clean, rainy
+
+
+def oracle(sde, clean, rainy):
+    """The noise that is in a state if the clean image is known."""
+
+    def estimate(state, time):
+        return (state - sde.mean(clean, rainy, torch.full((len(state),), time))) / float(sde.deviation[time])
+
+    return estimate
+
+
+@pytest.mark.parametrize(("max_sigma", "sde_db", "ode_db"), [(10.0, 62.6, 64.9), (50.0, 48.8, 51.1)])
+def test_the_true_noise_leads_to_the_clean_image(pair, max_sigma, sde_db, ode_db):
+    clean, rainy = pair
+    sde = MeanRevertingSDE(max_sigma)
+    found = {s: db(sample(sde, oracle(sde, clean, rainy), rainy, Sampling(s, None)), clean) for s in SOLVERS}
+    assert all(found[name] > 130 for name in EXACT), found
+    assert found["sde"] == pytest.approx(sde_db, abs=0.4)
+    assert found["ode"] == pytest.approx(ode_db, abs=0.4)
+
+
+@pytest.mark.parametrize("solver", EXACT)
+@pytest.mark.parametrize("steps", [1, 2, 5, 37, 99])
+def test_semi_analytic_steps_are_exact_for_the_true_noise(pair, solver, steps):
+    clean, rainy = pair
+    sde = MeanRevertingSDE(10.0)
+    assert db(sample(sde, oracle(sde, clean, rainy), rainy, Sampling(solver, steps)), clean) > (
+        100 if steps == 1 else 130
+    )
+
+
+# A clean image of independent Gaussian pixels: mean residual a, standard deviation s. The estimate that an ideal network
+# would give, and the distribution at time 0, have closed forms.
+
+MEAN, SPREAD = 0.3, 0.15
+
+
+def gaussian(sde, rainy):
+    """The expected noise given a state, where clean residuals are Gaussian."""
+
+    def estimate(state, time):
+        decay, deviation = float(sde.decay[time]), float(sde.deviation[time])
+        variance = decay**2 * SPREAD**2 + deviation**2
+        return deviation * (state - rainy - decay * MEAN) / variance
+
+    return estimate
+
+
+def closed_form(sde, solver, times):
+    """Mean and standard deviation that a solver gives: each step is linear in the state, so both can be followed.
+
+    The linear maps are those of the docstrings, in float64, written per solver: ``y' = p y + q ŷ + r z`` with the ideal
+    ``ŷ = g y + (1 - g α) a`` and its counterpart one step before.
+    """
+    mean, variance, cross, before = 0.0, sde.scale**2, 0.0, None
+    previous = (0.0, 0.0, 0.0)  # mean of the last ŷ, its variance, covariance with y
+    del cross
+    for t, s in zip(times, times[1:], strict=False):
+        tau_t, tau_s = float(sde.tau[t]), float(sde.tau[s])
+        alpha, beta = math.exp(-tau_t), math.exp(-tau_s)
+        sd_t, sd_s = (sde.scale * math.sqrt(1 - math.exp(-2 * tau)) for tau in (tau_t, tau_s))
+        total = alpha**2 * SPREAD**2 + sd_t**2
+        gain = alpha * SPREAD**2 / total  # ŷ = a + gain (y - α a)
+        estimate_mean = MEAN + gain * (mean - alpha * MEAN)
+        p = q = r = extra = 0.0
+        if solver in {"sde", "ode"}:
+            step = tau_t - tau_s
+            share = 2 if solver == "sde" else 1
+            # score = -(y - α ŷ) / sd²
+            p, q = 1 + step - share * sde.scale**2 * step / sd_t**2, share * sde.scale**2 * step * alpha / sd_t**2
+            r = sde.scale * math.sqrt(2 * step) if solver == "sde" else 0.0
+        elif solver == "posterior":
+            whole, part, rest = (1 - math.exp(-2 * tau) for tau in (tau_t, tau_t - tau_s, tau_s))
+            p, q = math.exp(tau_s - tau_t) * rest / whole, beta * part / whole
+            r = sde.scale * math.sqrt(part * rest / whole)
+        elif s == 0:
+            q = 1.0
+        else:
+            h = (-tau_s - math.log(sd_s)) - (-tau_t - math.log(sd_t))
+            p, q = sd_s / sd_t, beta * (1 - math.exp(-h))
+            if solver == "mrs-sde2":
+                p, q = p * math.exp(-h), beta * (1 - math.exp(-2 * h))
+                r = sd_s * math.sqrt(1 - math.exp(-2 * h))
+            if solver.endswith("2") and before is not None:
+                extra = -q * h / (2 * before)
+                q -= extra
+            before = h
+        last_mean, last_variance, last_cov = previous
+        slope = p + q * gain
+        new_mean = p * mean + q * estimate_mean + extra * last_mean
+        new_variance = slope**2 * variance + extra**2 * last_variance + 2 * slope * extra * last_cov + r**2
+        # Covariance of the new state with this step's estimate, for the next step's line.
+        covariance = gain * (slope * variance + extra * last_cov)
+        previous = (estimate_mean, gain**2 * variance, covariance)
+        mean, variance = new_mean, new_variance
+    return mean, math.sqrt(variance)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("steps", [5, 10, 20, 50, 100])
+def test_mean_and_spread_of_a_gaussian(solver, steps):
+    sde = MeanRevertingSDE(50.0)
+    rainy = torch.full((1, 3, 256, 256), 0.2)
+    found = sample(sde, gaussian(sde, rainy), rainy, Sampling(solver, steps, seed=1)) - rainy
+    mean, spread = closed_form(sde, solver, times_of(sde, steps))
+    assert float(found.mean()) == pytest.approx(mean, abs=3e-3)
+    assert float(found.std()) == pytest.approx(spread, rel=0.01, abs=1e-3)
+
+
+def errors(solver, counts):
+    """Distance of the spread to the exact one, on schedules of so many steps."""
+    found = []
+    for steps in counts:
+        sde = MeanRevertingSDE(50.0, steps, 0.005, "constant")
+        found.append(abs(closed_form(sde, solver, list(range(steps, -1, -1)))[1] - flow_spread(sde)))
+    return found
+
+
+def flow_spread(sde):
+    """What the exact probability flow makes of the noise at T."""
+    whole = math.sqrt(float(sde.decay[-1]) ** 2 * SPREAD**2 + float(sde.deviation[-1]) ** 2)
+    return sde.scale / whole * SPREAD
+
+
+def test_steps_converge_to_the_true_distribution():
+    """More steps come closer, to the mean and the spread of the clean images."""
+    for solver in SOLVERS:
+        far, near = (closed_form(MeanRevertingSDE(50.0, n), solver, list(range(n, -1, -1))) for n in (20, 640))
+        assert abs(near[0] - MEAN) < 0.01
+        assert abs(near[1] - SPREAD) < min(0.005, abs(far[1] - SPREAD)), solver
+
+
+def drift(solver, count):
+    """Error at a middle time of the deterministic solver, started on the exact flow; ℓ evenly spaced.
+
+    The noise of the schedule is far from 0 there, so that the order of the method shows.
+    """
+    sde = MeanRevertingSDE(50.0, 20_000)
+    ratio = torch.log(sde.decay / (sde.deviation / sde.scale))
+    low, high = float(ratio[18_000]), float(ratio[2_000])
+    wanted = torch.linspace(low, high, count + 1, dtype=torch.float64)
+    times = [int((ratio - one).abs().argmin()) for one in wanted]
+    rainy = torch.zeros(1, 3, 1, 1)
+    # Order 2 begins with a step of order 1, whose error is of second order.
+    from derain.methods.daclipsde.solvers import _SemiAnalytic
+
+    advance = _SemiAnalytic(sde, rainy.double(), Noise(0, rainy), order=int(solver[-1]))
+    state = torch.full((1, 3, 1, 1), 0.4, dtype=torch.float64)
+    estimate = gaussian(sde, rainy)
+    for t, s in zip(times, times[1:], strict=False):
+        state = advance(state, estimate(state, t), t, s)
+
+    def exact(y, t, s):
+        spreads = [math.sqrt(float(sde.decay[n]) ** 2 * SPREAD**2 + float(sde.deviation[n]) ** 2) for n in (t, s)]
+        return float(sde.decay[s]) * MEAN + spreads[1] / spreads[0] * (y - float(sde.decay[t]) * MEAN)
+
+    return abs(float(state[0, 0, 0, 0]) - exact(0.4, times[0], times[-1]))
+
+
+@pytest.mark.parametrize(("solver", "order"), [("mrs-ode1", 1), ("mrs-ode2", 2)])
+def test_order_of_convergence(solver, order):
+    found = [drift(solver, count) for count in (32, 64, 128)]
+    measured = [math.log2(a / b) for a, b in zip(found, found[1:], strict=False)]
+    assert measured == pytest.approx([order] * 2, abs=0.35), found
+
+
+# Sampling.
+
+
+def test_the_same_seed_gives_the_same_picture_in_any_batch(pair):
+    clean, rainy = pair
+    sde = MeanRevertingSDE(10.0)
+    torch.manual_seed(5)
+    batch = torch.cat((torch.rand_like(rainy), rainy))
+    for solver in SOLVERS:
+        how = Sampling(solver, 7, seed=3)
+        alone = sample(sde, gaussian(sde, rainy), rainy, how)
+        torch.rand(1)  # what others draw does not matter
+        together = sample(sde, gaussian(sde, batch), batch, how)
+        assert torch.equal(together[1:], alone), solver
+        assert not torch.equal(alone, sample(sde, gaussian(sde, rainy), rainy, Sampling(solver, 7, seed=4)))
+
+
+def test_fewer_steps_use_times_of_the_schedule():
+    sde = MeanRevertingSDE(10.0)
+    seen = []
+
+    def estimate(state, time):
+        seen.append(time)
+        return torch.zeros_like(state)
+
+    sample(sde, estimate, torch.rand(1, 3, 4, 4), Sampling("mrs-ode2", 10))
+    assert seen == [100, 90, 80, 70, 60, 50, 40, 30, 20, 10]
+    assert times_of(sde, None) == list(range(100, -1, -1))
+    for steps in range(1, 101):
+        times = times_of(sde, steps)
+        assert times[0] == 100
+        assert times[-1] == 0
+        assert len(set(times)) == steps + 1
+    with pytest.raises(DerainError, match="--steps 101: the schedule of these weights has 100 times"):
+        times_of(sde, 101)
+
+
+def test_states_begin_with_noise_and_end_with_the_result(pair):
+    _, rainy = pair
+    sde = MeanRevertingSDE(10.0)
+    how = Sampling("posterior", 5)
+    path = list(states(sde, gaussian(sde, rainy), rainy, how))
+    assert len(path) == 6
+    assert float((path[0] - rainy).std()) == pytest.approx(sde.scale, rel=0.02)
+    assert torch.equal(path[-1], sample(sde, gaussian(sde, rainy), rainy, how))
+
+
+def test_steps_are_shown(pair):
+    _, rainy = pair
+    sde = MeanRevertingSDE(10.0)
+    shown = []
+
+    def show(steps, total):
+        for step in steps:
+            shown.append((step, total))
+            yield step
+
+    sample(sde, gaussian(sde, rainy), rainy, Sampling("ode", 4), show)
+    assert shown == [((100, 75), 4), ((75, 50), 4), ((50, 25), 4), ((25, 0), 4)]
+
+
+def test_what_cannot_be_asked_for():
+    with pytest.raises(DerainError, match="--solver euler: unknown; choose from posterior, sde"):
+        Sampling("euler")
+    with pytest.raises(DerainError, match="--steps 0"):
+        Sampling(steps=0)
