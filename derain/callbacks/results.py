@@ -1,6 +1,7 @@
 """What ``derain test`` leaves behind: every image's score, a summary to cite, one table to read."""
 
 import csv
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -45,6 +46,8 @@ class TestResults(Callback):
         file = self.weights or trainer.ckpt_path
         summary = {
             "method": module.describe(),
+            "sampling": dataclasses.asdict(module.sampling) if module.sampling else None,
+            "lpips_net": module.lpips and module.lpips.net,
             "weights": {"file": str(file), "sha256": sha256(Path(file))} if file else None,
             "data": {
                 "sets": data.sets["test"],
@@ -74,6 +77,8 @@ def image_rows(scores: dict[str, dict[str, Scores]], names: list[str]) -> Iterat
                 "ssim": derained.ssim[place].item(),
                 "rainy_psnr": rainy.psnr[place].item(),
                 "rainy_ssim": rainy.ssim[place].item(),
+                **({} if derained.lpips is None else {"lpips": derained.lpips[place].item()}),
+                **({} if rainy.lpips is None else {"rainy_lpips": rainy.lpips[place].item()}),
             }
 
 
@@ -100,6 +105,8 @@ def results(scores: dict[str, dict[str, Scores]]) -> list[dict[str, Any]]:
                 "ssim_interval": list(bootstrap_interval(derained.ssim)),
                 "rainy_psnr": rainy.psnr.mean().item(),
                 "rainy_ssim": rainy.ssim.mean().item(),
+                **({} if derained.lpips is None else {"lpips": derained.lpips.mean().item()}),
+                **({} if rainy.lpips is None else {"rainy_lpips": rainy.lpips.mean().item()}),
             }
         )
     return told
@@ -129,7 +136,7 @@ def print_table(summary: dict[str, Any]) -> None:
     sets = summary["data"]["sets"]
     table = Table(
         title=f"{summary['method']['method']} on {sets if isinstance(sets, str) else ' + '.join(sets)}, "
-        f"{summary['data']['images']} images",
+        f"{summary['data']['images']} images{_how(summary)}",
         title_justify="left",
     )
     for column, justify in {
@@ -143,8 +150,18 @@ def print_table(summary: dict[str, Any]) -> None:
         low, high = row["psnr_interval"]
         table.add_row(
             row["protocol"],
-            f"{row['rainy_psnr']:.3f} dB / {row['rainy_ssim']:.4f}",
-            f"{row['psnr']:.3f} dB / {row['ssim']:.4f}",
+            *(
+                f"{row[f'{kind}psnr']:.3f} dB / {row[f'{kind}ssim']:.4f}"
+                + (f" / {row[f'{kind}lpips']:.4f}" if "lpips" in row else "")
+                for kind in ("rainy_", "")
+            ),
             f"{low:.2f} – {high:.2f} dB",
         )
     Console().print(table)
+
+
+def _how(summary: dict[str, Any]) -> str:
+    """How the images were sampled, and that LPIPS comes last, for the title."""
+    sampling, lpips = summary["sampling"], summary["lpips_net"]
+    told = f", {sampling['solver']}, {sampling['steps'] or 'all'} steps, seed {sampling['seed']}" if sampling else ""
+    return told + (f", PSNR / SSIM / LPIPS ({lpips})" if lpips else "")

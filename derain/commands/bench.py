@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 from derain.callbacks.results import cpu_name
 from derain.errors import DerainError
 from derain.memory import keep_large_blocks
-from derain.methods import CLIPRPNModule, DerainModule, PReNetModule, RestormerModule, weights
+from derain.methods import CLIPRPNModule, DACLIPSDEModule, DerainModule, PReNetModule, RestormerModule, weights
+from derain.methods.daclipsde.network import HEAD, CrossAttention, LinearAttention
 from derain.methods.prenet.network import VARIANTS, PReNet
 from derain.nn.restormer import Attention
 from derain.progress import track
@@ -33,6 +34,9 @@ from derain.restoration import choose_device
 
 TINY: dict[str, Any] = {"dim": 16, "blocks": (1, 1, 1, 1), "refinement": 1}
 """The network of ``experiments/methods/cliprpn-tiny.yaml``."""
+
+TINY_SDE: dict[str, Any] = {"channels": 16, "attention": "none"}
+"""The network of ``experiments/methods/daclipsde-tiny.yaml``."""
 
 BUILDS: dict[str, Callable[[], DerainModule]] = {
     **{variant: partial(PReNetModule, variant) for variant in VARIANTS},
@@ -42,12 +46,15 @@ BUILDS: dict[str, Callable[[], DerainModule]] = {
     "CLIP-RPN, 3 routes": partial(CLIPRPNModule, "fixed", prompts="1"),
     "CLIP-RPN without MGCA": partial(CLIPRPNModule, "fixed", mgca=False),
     "CLIP-RPN, tiny": partial(CLIPRPNModule, "fixed", **TINY),
+    "IR-SDE, one step": partial(DACLIPSDEModule, "none", multipliers=(2, 4, 8, 16)),
+    "DA-CLIP + IR-SDE, one step": DACLIPSDEModule,
+    "IR-SDE, tiny, one step": partial(DACLIPSDEModule, "none", **TINY_SDE),
 }
 """Every method and variant; none of them needs CLIP to be built."""
 
 CONVENTION = (
     "MACs: counted by derain as thop counts the authors' code, convolutions and linear layers alone, one route "
-    "executed, CLIP itself left out; +attention: also the products QKᵀ and AV"
+    "executed, CLIP itself left out, of a diffusion one of its steps; +attention: also the products QKᵀ and AV"
 )
 PAPER = "CLIP-RPN's paper has the parameters of two routes, and 293.53 G at 256×256 (Table 4) where we count 150.73."
 ROUNDS = 3
@@ -71,9 +78,13 @@ def run(args: argparse.Namespace) -> int:
     builds = BUILDS | {str(file): partial(getattr, weights.load(file), "module") for file in args.weights}
     rows = []
     for name, build in track(builds.items(), "Counting", len(builds)):
-        network = build().network
-        row = {"method": name, **cost(network, args.size)}
-        rows.append(row | ({"seconds": seconds(network, args.size, device)} if args.time else {}))
+        method = build()
+        if not isinstance(method, DerainModule):
+            raise DerainError(
+                f"--weights {name}: holds {type(method).__name__}, which restores no images; leave it out"
+            )
+        row = {"method": name, **cost(method, args.size)}
+        rows.append(row | ({"seconds": seconds(method, args.size, device)} if args.time else {}))
     result: dict[str, Any] = {"size": args.size, "convention": CONVENTION, "methods": rows}
     if args.time:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
@@ -109,14 +120,14 @@ def _kept(weight: Tensor) -> Tensor:
     return weight if node is None else cast(Tensor, node.variable)
 
 
-def cost(network: nn.Module, size: int) -> dict[str, int]:
-    """Parameters of a network, and its multiplications for an image, by tensors without content.
+def cost(method: DerainModule, size: int) -> dict[str, int]:
+    """Parameters of a method's network, and its multiplications for an image, by tensors without content.
 
     Our networks spare two products of the authors': attention's projection is multiplied with its matrix rather
     than with pixels, and PReNet's first stage has no state to forget. They are added.
 
     Args:
-        network: Any method's, on the CPU.
+        method: On the CPU.
         size: Side of the image.
 
     Returns:
@@ -130,29 +141,36 @@ def cost(network: nn.Module, size: int) -> dict[str, int]:
             pixels = out.numel() // len(weight)
             spared.append(weight.numel() * pixels)
             attention.append(2 * pixels * weight.numel() // len(module.temperature))
+        elif isinstance(module, LinearAttention):
+            weight = cast(Tensor, module.to_out[0].weight)
+            pixels = out.numel() // len(weight)
+            spared.append(weight.numel() * pixels)
+            attention.append(2 * pixels * weight.shape[1] * HEAD)
+        elif isinstance(module, CrossAttention):
+            attention.append(2 * inputs[0].shape[1] * inputs[1].shape[1] * inputs[0].shape[2])
         elif isinstance(module, PReNet) and module.recurrent:
             spared.append(module.get_parameter("conv_f.0.weight").numel() * size**2)
 
     without_content = FakeTensorMode(allow_non_fake_inputs=True)
     with register_module_forward_hook(watch), torch.enable_grad(), without_content, _Products() as products:
-        network(torch.empty(1, 3, size, size))
+        method.pass_once(torch.empty(1, 3, size, size))
     macs = products.macs + sum(spared)
     return {
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "parameters": sum(parameter.numel() for parameter in method.network.parameters()),
         "macs": macs,
         "macs_with_attention": macs + sum(attention),
     }
 
 
 @torch.inference_mode()
-def seconds(network: nn.Module, size: int, device: torch.device) -> float:
-    """Median time of a forward, after one that is not counted."""
-    network = network.to(device).eval()
+def seconds(method: DerainModule, size: int, device: torch.device) -> float:
+    """Median time of a pass, after one that is not counted."""
+    method = method.to(device).eval()
     rainy = torch.rand(1, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     times = []
     for _ in range(1 + ROUNDS):
         start = time.perf_counter()
-        network(rainy)
+        method.pass_once(rainy)
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - start)

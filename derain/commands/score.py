@@ -21,7 +21,7 @@ from derain.data.results import Job, find_jobs
 from derain.errors import DerainError
 from derain.images import replacing
 from derain.metrics import PROTOCOLS, Protocol, bootstrap_interval, psnr_ssim, resolve
-from derain.metrics.perceptual import BACKBONES, Lpips, NoReference
+from derain.metrics.perceptual import Lpips, NoReference, lpips_at_hand
 from derain.metrics.protocols import DOWN, TOGETHER
 from derain.metrics.quality import IDENTICAL
 from derain.progress import track
@@ -82,20 +82,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 # Numbers.
-
-
-def lpips_at_hand(choice: str) -> Lpips | None:
-    """Makes LPIPS if its weights are here (``auto``) or can be had; else says why not on standard error."""
-    backbone = BACKBONES["vgg" if choice == "vgg" else "alex"]
-    if choice == "none":
-        return None
-    try:
-        if choice == "auto" and not backbone.file.is_file():
-            raise DerainError(f"{backbone.name}'s weights are not here; --lpips alex fetches {backbone.megabytes} MB")
-        return Lpips("vgg" if choice == "vgg" else "alex", fetch=True)
-    except DerainError as error:
-        print(f"LPIPS left out: {error}", file=sys.stderr)
-        return None
 
 
 def no_reference_at_hand(names: Sequence[str]) -> list[NoReference]:

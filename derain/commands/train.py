@@ -6,7 +6,7 @@ import os
 import subprocess
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import yaml
@@ -22,6 +22,7 @@ from derain.memory import keep_large_blocks
 from derain.methods import DerainModule, DescribedModule, weights
 from derain.methods.daclipsde.solvers import Sampling
 from derain.metrics import resolve
+from derain.metrics.perceptual import lpips_at_hand
 
 log = logging.getLogger("derain")
 
@@ -69,6 +70,12 @@ class DerainCLI(LightningCLI):
             type=list[str],
             default=["matlab-y"],
             help="How images are judged; the first one names the best checkpoint.",
+        )
+        parser.add_argument(
+            "--lpips",
+            type=Literal["auto", "alex", "vgg", "none"],
+            default="auto" if parser.prog.endswith("test") else "none",
+            help="Judge by LPIPS too; auto: if its weights are here.",
         )
         parser.add_argument(
             "--sampling",
@@ -136,6 +143,7 @@ class DerainCLI(LightningCLI):
                 self.model = loaded.module
         if isinstance(self.model, DerainModule):
             self.model.protocols = self.protocols
+            self.model.lpips = lpips_at_hand(config.lpips)
             self.model.explaining = bool(config.get("explain"))
             if self.config_init[self.subcommand].sampling is not None:
                 self.model.sample_by(self.config_init[self.subcommand].sampling)

@@ -13,6 +13,7 @@ from derain.errors import DerainError
 from derain.memory import give_back_blocks
 from derain.methods.described import DescribedModule
 from derain.metrics import ImageQuality, Scores
+from derain.metrics.perceptual import Lpips
 
 
 class DerainModule(DescribedModule, ABC):
@@ -24,6 +25,7 @@ class DerainModule(DescribedModule, ABC):
         maps: Names of the maps that ``explain`` adds.
         explaining: Whether ``predict_step`` gives them too.
         protocols: How validation and test images are judged; the first one names the best checkpoint.
+        lpips: Judges them too, if it is there.
         bytes_per_pixel: Memory that ``forward`` takes for one pixel at inference, measured in float32.
         compiles_any_size: Whether ``network`` is compiled once for all sizes, else once a size.
         samples: Whether ``forward`` runs the network many times: it then cuts tiles itself, each time (argument
@@ -35,6 +37,7 @@ class DerainModule(DescribedModule, ABC):
     maps: tuple[str, ...] = ()
     explaining: bool = False
     protocols: tuple[str, ...] = ("matlab-y",)
+    lpips: Lpips | None = None
     bytes_per_pixel: ClassVar[int] = 4096
     compiles_any_size: ClassVar[bool] = True
     samples: ClassVar[bool] = False
@@ -69,6 +72,10 @@ class DerainModule(DescribedModule, ABC):
             raise DerainError(f"{type(self).__name__} restores in one pass; leave out solver, steps and seed")
         self.sampling = sampling
 
+    def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """One pass of the network without what surrounds it, for counting and timing."""
+        return cast(Tensor, self.network(rainy))
+
     def explain(self, rainy: Float[Tensor, "b 3 h w"], **perceived: Any) -> Float[Tensor, "b n h w"]:
         """The derained image and, after its three channels, ``maps`` in [0, 1] that show how it came about."""
         return cast(Tensor, self(rainy, **perceived))
@@ -93,6 +100,8 @@ class DerainModule(DescribedModule, ABC):
                 prog_bar=place == 0 and stage == "val",
             )
             self.log(f"{prefix}/rainy_psnr", float(scores["rainy"][name].psnr.mean()))
+            if score.lpips is not None and place == 0:
+                self.log(f"{stage}/lpips", float(score.lpips.mean()))
         return scores
 
     def _give_back_at(self, shape: torch.Size) -> None:
@@ -103,7 +112,8 @@ class DerainModule(DescribedModule, ABC):
 
     def on_validation_epoch_start(self) -> None:
         """Forgets the last epoch's scores."""
-        self._quality = {kind: ImageQuality(self.protocols).to(self.device) for kind in ("derained", "rainy")}
+        kinds = ("derained", "rainy")
+        self._quality = {kind: ImageQuality(self.protocols, self.lpips).to(self.device) for kind in kinds}
 
     on_test_epoch_start = on_validation_epoch_start
 

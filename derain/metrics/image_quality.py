@@ -10,6 +10,7 @@ from torchmetrics import Metric
 
 from derain.errors import DerainError
 
+from .perceptual import Lpips
 from .protocols import resolve
 from .quality import Scores, psnr_ssim
 
@@ -23,6 +24,7 @@ class ImageQuality(Metric):
 
     Args:
         protocols: Names that :func:`derain.metrics.resolve` knows.
+        lpips: Also compares by this, on whole images in floating point.
 
     Example:
         >>> quality = ImageQuality(["matlab-y"])
@@ -37,12 +39,13 @@ class ImageQuality(Metric):
     full_state_update = False
     rows: list[Tensor]
 
-    def __init__(self, protocols: Sequence[str] = ("matlab-y",)) -> None:
+    def __init__(self, protocols: Sequence[str] = ("matlab-y",), lpips: Lpips | None = None) -> None:
         super().__init__()
+        self.lpips = lpips
         self.set_dtype(torch.float64)
         self.protocols = resolve(protocols)
-        # index, then PSNR and SSIM of each protocol; flat, as is the empty state that torchmetrics sends
-        # for a device without images.
+        # index, then PSNR and SSIM of each protocol, then LPIPS if wanted; flat, as is the empty state that
+        # torchmetrics sends for a device without images.
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
     def update(
@@ -69,7 +72,11 @@ class ImageQuality(Metric):
                 )
         pairs = zip(*(images.detach().cpu().movedim(1, -1).numpy() for images in (derained, clean)), strict=True)
         rows = [
-            [float(place), *(value for protocol in self.protocols for value in psnr_ssim(x, y, protocol))]
+            [
+                float(place),
+                *(value for protocol in self.protocols for value in psnr_ssim(x, y, protocol)),
+                *([] if self.lpips is None else [self.lpips(x, y)]),
+            ]
             for place, (x, y) in zip(index.tolist(), pairs, strict=True)
         ]
         # MPS has no float64.
@@ -80,10 +87,11 @@ class ImageQuality(Metric):
         """Gives the scores of all images of all devices, by protocol."""
         rows = torch.cat(self.rows) if isinstance(self.rows, list) and self.rows else self.rows
         table = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows, np.float64)
-        table = table.reshape(-1, 1 + 2 * len(self.protocols))
+        table = table.reshape(-1, 1 + 2 * len(self.protocols) + (self.lpips is not None))
         index, first = np.unique(table[:, 0].astype(np.int64), return_index=True)
         table = table[first]
+        lpips = None if self.lpips is None else table[:, -1]
         return {
-            protocol.name: Scores(index, table[:, 1 + 2 * place], table[:, 2 + 2 * place])
+            protocol.name: Scores(index, table[:, 1 + 2 * place], table[:, 2 + 2 * place], lpips)
             for place, protocol in enumerate(self.protocols)
         }

@@ -99,6 +99,20 @@ class Lpips:
             return float(self.network(_tensor(derained) * 2 - 1, _tensor(clean) * 2 - 1))
 
 
+def lpips_at_hand(choice: str) -> Lpips | None:
+    """Makes LPIPS if its weights are here (``auto``) or can be had; else says why not on standard error."""
+    backbone = BACKBONES["vgg" if choice == "vgg" else "alex"]
+    if choice == "none":
+        return None
+    try:
+        if choice == "auto" and not backbone.file.is_file():
+            raise DerainError(f"{backbone.name}'s weights are not here; --lpips alex fetches {backbone.megabytes} MB")
+        return Lpips("vgg" if choice == "vgg" else "alex", fetch=True)
+    except DerainError as error:
+        print(f"LPIPS left out: {error}", file=sys.stderr)
+        return None
+
+
 class NoReference:
     """Quality of an image on its own, by a metric of pyiqa (an optional extra), such as niqe or musiq.
 

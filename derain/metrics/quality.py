@@ -37,11 +37,13 @@ class Scores:
         index: ``(n,)``, places of the images in their set.
         psnr: ``(n,)``, dB; 100 for an image that equals the clean one.
         ssim: ``(n,)``.
+        lpips: ``(n,)``, the same under every protocol; none where it was not asked for.
     """
 
     index: NDArray[np.int64]
     psnr: Array
     ssim: Array
+    lpips: Array | None = None
 
 
 def psnr_ssim(derained: NDArray[Any], clean: NDArray[Any], protocol: Protocol) -> tuple[float, float]:
