@@ -12,7 +12,7 @@ from rich.text import Text
 from derain.commands import score
 from derain.data.pairs import find_pairs
 from derain.errors import DerainError
-from derain.metrics import psnr_ssim, resolve
+from derain.metrics import perceptual, psnr_ssim, resolve
 from derain.metrics.perceptual import Lpips, NoReference
 from tests.factories import add_rain, clean_image, make_set, save
 
@@ -212,7 +212,7 @@ class Brightness(NoReference):
 
 
 def test_lpips_and_no_reference_quality_join_every_form(folders, monkeypatch, capsys):
-    monkeypatch.setattr(score, "Lpips", MeanLpips)
+    monkeypatch.setattr(perceptual, "Lpips", MeanLpips)
     monkeypatch.setattr(score, "NoReference", Brightness)
     arguments = (*folders, "--lpips", "alex", "--no-reference", "brightness")
     means = [add_rain(clean_image(index), index).mean() for index in range(3)]

@@ -139,11 +139,11 @@ class DACLIPSDEModule(DerainModule):
 
         return sample(self.sde, estimate, rainy, self.sampling, show)
 
-    def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+    def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Any:
         """One step's estimate of the noise; embeddings are made up."""
         made_up = rainy.new_ones(len(rainy), self.hparams["context"])
         content, degradation = (made_up if needed else None for needed in self.network.contexts)
-        return cast(Tensor, self.network(rainy, rainy, rainy.new_ones(len(rainy)), content, degradation))
+        return self.network(rainy, rainy, rainy.new_ones(len(rainy)), content, degradation)
 
     # Training.
 

@@ -25,6 +25,8 @@ from derain.nn.padding import pad_to_multiple
 AttentionKind = Literal["linear", "none"]
 HEAD = 32
 """Channels of an attention head."""
+STRIP = 2048
+"""Pixels whose queries, or keys and values, stay in a processor's cache."""
 
 Map = Float[Tensor, "_ _ _ _"]
 """``(b, c, h, w)``; channels and sizes change from one to the next."""
@@ -130,17 +132,56 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Map, content: Embedding | None = None) -> Map:
         """Attends; the content is not looked at."""
-        b, _, h, w = x.shape
-        pixels = self.to_qkv(x).permute(0, 2, 3, 1).reshape(b, h * w, 3, self.heads, HEAD)
-        q, k, v = (one.transpose(1, 2) for one in pixels.unbind(2))  # (b, heads, pixels, 32)
-        keys = k.softmax(dim=2)
-        context = keys.transpose(2, 3) @ v / (h * w * HEAD**0.5)
-        out, norm = cast(nn.Conv2d, self.to_out[0]), self.to_out[1]
-        weight = out.weight.view(len(out.weight), self.heads, HEAD).permute(1, 2, 0)  # (heads, 32, channels)
-        whole = (context @ weight).reshape(b, self.heads * HEAD, -1)
-        queries = q.softmax(dim=3).transpose(1, 2).reshape(b, h * w, -1)
-        y = torch.baddbmm(cast(Tensor, out.bias).to(queries.dtype), queries, whole.to(queries.dtype))
-        return cast(Tensor, norm(y.view(b, h, w, -1).permute(0, 3, 1, 2)))
+        h, w = x.shape[2:]
+        out, norm = cast(nn.Conv2d, self.to_out[0]), cast(ChannelNorm, self.to_out[1])
+        hidden, channels = out.weight.shape[1], len(out.weight)
+        strips = x.split(h if torch.is_grad_enabled() else max(1, STRIP // (len(x) * w)), dim=2)
+        parts, masses = zip(*(self._context(strip) for strip in strips), strict=True)
+        context = (torch.stack(parts) * torch.stack(masses).softmax(0)).sum(0)  # (b, heads, 32, 32)
+        with torch.autocast(x.device.type, enabled=False):
+            weight = out.weight.view(channels, self.heads, HEAD).permute(1, 2, 0) * HEAD**-0.5
+            whole = (context @ weight).reshape(-1, hidden, channels)
+        done = []
+        for strip in strips:
+            q = F.conv2d(strip, self.to_qkv.weight[:hidden]).permute(0, 2, 3, 1).unflatten(3, (-1, HEAD)).softmax(4)
+            q = q.reshape(len(x), -1, hidden)
+            y = torch.baddbmm(cast(Tensor, out.bias).to(q.dtype), q, whole.to(q.dtype), alpha=1 / (h * w))
+            done.append(norm(y.view(len(x), -1, w, channels).permute(0, 3, 1, 2)))
+        return torch.cat(done, dim=2)
+
+    def _context(self, strip: Map) -> tuple[Float[Tensor, "b heads 32 32"], Float[Tensor, "b heads 32 1"]]:
+        """Values of a strip of rows, averaged by its keys, and the logarithm of what the keys sum up to."""
+        maps = F.conv2d(strip, self.to_qkv.weight[self.heads * HEAD :]).permute(0, 2, 3, 1)
+        k, v = maps.reshape(len(strip), -1, 2, self.heads, HEAD).permute(2, 0, 3, 1, 4)  # (b, heads, pixels, 32)
+        k = k.to(torch.promote_types(k.dtype, torch.float32))
+        top = k.detach().amax(2, keepdim=True)
+        k = (k - top).exp()
+        total = k.sum(2, keepdim=True)
+        with torch.autocast(strip.device.type, enabled=False):
+            part = (k / total).transpose(2, 3) @ v.to(k.dtype)
+        return part, (total.log() + top).transpose(2, 3)
+
+
+class Upsample(nn.ModuleList):
+    """Nearest neighbours twice as wide and high, then a 3×3 convolution, as one transposed convolution.
+
+    A pixel has only four different neighbours under the kernel: what falls on the same one is added up before.
+
+    Args:
+        inside: Channels that come in.
+        outside: Channels that go out.
+    """
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__([nn.Identity(), nn.Conv2d(inside, outside, 3, padding=1)])
+
+    def forward(self, x: Map) -> Map:
+        """Upsamples."""
+        kernel = cast(Tensor, self[1].weight).transpose(0, 1)
+        for _ in range(2):  # columns, then rows
+            first, second, third = kernel.unbind(-1)
+            kernel = torch.stack((third, second + third, first + second, first)).movedim(0, 2)
+        return F.conv_transpose2d(x, kernel, cast(Tensor, self[1].bias), stride=2, padding=1)
 
 
 class CrossAttention(nn.Module):
@@ -320,7 +361,7 @@ class ConditionalUNet(nn.Module):
                 down = nn.Conv2d(inside, outside, 4, stride=2, padding=1)
             up: nn.Module = nn.Conv2d(outside, inside, 3, padding=1, bias=False)
             if level > 0:
-                up = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(outside, inside, 3, padding=1))
+                up = Upsample(outside, inside)
             downs.append(
                 nn.ModuleList(
                     [ResBlock(inside, inside, time), ResBlock(inside, inside, time), attend(inside, last), down]

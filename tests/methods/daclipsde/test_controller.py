@@ -1,0 +1,202 @@
+"""The controller against plain CLIP, the order of its connections, and the authors' names."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from transformers import CLIPConfig, CLIPModel
+
+from derain.errors import DerainError
+from derain.methods import DACLIPModule, weights
+from derain.methods.clip import FrozenCLIP
+from derain.methods.daclipsde.controller import Controller, Perception, from_published
+
+
+@pytest.fixture(scope="module")
+def clip(clip_folder):
+    return FrozenCLIP(str(clip_folder))
+
+
+@pytest.fixture
+def pixels(clip):
+    return clip.pixels(torch.rand(2, 3, 50, 70, generator=torch.Generator().manual_seed(0)))
+
+
+def plain(clip, pixels):
+    return clip.model.visual_projection(clip.model.vision_model(pixel_values=pixels).pooler_output)
+
+
+def test_parameters_of_vit_b_32():
+    with torch.device("meta"):
+        controller = Controller(CLIPModel(CLIPConfig()))
+    counts = {name: value.numel() for name, value in controller.named_parameters()}
+    assert sum(counts.values()) - counts.pop("logit_scale") == 94_936_320
+    assert sum(n for name, n in counts.items() if name.startswith("zero.")) == 7_087_104
+    assert sum(n for name, n in counts.items() if not name.startswith("zero.")) == 87_849_216
+
+
+@pytest.mark.parametrize("order", ["reversed", "aligned"])
+def test_at_first_both_embeddings_are_those_of_plain_clip(clip, pixels, order):
+    found = Controller(clip.model, order)(clip.model, pixels)
+    assert torch.equal(found.content, plain(clip, pixels))
+    assert torch.equal(found.degradation, plain(clip, pixels))
+
+
+@pytest.mark.parametrize(("order", "fed"), [("reversed", 2), ("aligned", 0)])
+def test_which_frozen_block_the_first_block_feeds(clip, pixels, order, fed):
+    controller = Controller(clip.model, order)
+    bias = torch.linspace(-1, 1, controller.zero[0].out_features)
+    with torch.no_grad():
+        controller.zero[0].bias.copy_(bias)
+    hook = clip.model.vision_model.encoder.layers[fed].register_forward_hook(
+        lambda module, inputs, out: out[0] + bias if isinstance(out, tuple) else out + bias
+    )
+    expected = plain(clip, pixels)
+    hook.remove()
+    found = controller(clip.model, pixels)
+    torch.testing.assert_close(found.content, expected, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(expected, plain(clip, pixels))
+    assert torch.equal(found.degradation, plain(clip, pixels))  # the layers leave the controller's own way alone
+
+
+def test_gradient_reaches_the_controller_and_never_clip(clip, pixels):
+    controller = Controller(clip.model)
+    for layer in controller.zero:
+        nn.init.normal_(layer.weight, std=0.1)
+    content, degradation = controller(clip.model, pixels)
+    (content.square().sum() + degradation.square().sum()).backward()
+    names = [name for name, value in controller.named_parameters() if value.grad is None]
+    assert names == ["logit_scale"]  # which the loss uses
+    assert all(value.grad is None for value in clip.model.parameters())
+    assert not any(value.requires_grad for value in clip.model.parameters())
+
+
+def test_pixels_are_as_pillow_makes_them(clip):
+    image = torch.rand(1, 3, 300, 401, generator=torch.Generator().manual_seed(1))
+    image = torch.nn.functional.avg_pool2d(image, 3, 1, 1).mul(255).round().div(255)
+    processor = clip._loaded[2]
+    array = image[0].mul(255).byte().permute(1, 2, 0).numpy()
+    expected = processor([array], input_data_format="channels_last", return_tensors="pt").pixel_values
+    found = clip.pixels(image)
+    assert found.shape == expected.shape
+    step = 1 / 255 / 0.26
+    assert float((found - expected).abs().mean()) < 0.5 * step
+    assert float((found - expected).abs().max()) < 3 * step
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (224, 224), (37, 31)])
+def test_any_size_becomes_clips(clip, size):
+    assert clip.pixels(torch.rand(1, 3, *size)).shape == (1, 3, 224, 224)
+
+
+# Files.
+
+
+def theirs(controller):
+    """A state dict as the authors keep it: open_clip's names, attention's inputs in one, the projection on its side."""
+    own = controller.state_dict()
+    state = {"logit_scale": own["logit_scale"], "clip.logit_scale": torch.zeros(())}
+    prefix = "visual_control."
+    state[f"{prefix}conv1.weight"] = own["vision.embeddings.patch_embedding.weight"]
+    state[f"{prefix}class_embedding"] = own["vision.embeddings.class_embedding"]
+    state[f"{prefix}positional_embedding"] = own["vision.embeddings.position_embedding.weight"]
+    state[f"{prefix}proj"] = own["projection.weight"].T
+    for kind in ("weight", "bias"):
+        state[f"{prefix}ln_pre.{kind}"] = own[f"vision.pre_layrnorm.{kind}"]
+        state[f"{prefix}ln_post.{kind}"] = own[f"vision.post_layernorm.{kind}"]
+        for i in range(len(controller.zero)):
+            block, layer = f"{prefix}transformer.transformer.resblocks.{i}.", f"vision.encoder.layers.{i}."
+            state[f"{prefix}transformer.zero_modules.{i}.{kind}"] = own[f"zero.{i}.{kind}"]
+            state[f"{block}ln_1.{kind}"] = own[f"{layer}layer_norm1.{kind}"]
+            state[f"{block}ln_2.{kind}"] = own[f"{layer}layer_norm2.{kind}"]
+            state[f"{block}mlp.c_fc.{kind}"] = own[f"{layer}mlp.fc1.{kind}"]
+            state[f"{block}mlp.c_proj.{kind}"] = own[f"{layer}mlp.fc2.{kind}"]
+            state[f"{block}attn.out_proj.{kind}"] = own[f"{layer}self_attn.out_proj.{kind}"]
+            parts = [own[f"{layer}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            state[f"{block}attn.in_proj_{kind}"] = torch.cat(parts)
+    return state
+
+
+def test_the_authors_names_fit_vit_b_32():
+    with torch.device("meta"):
+        controller = Controller(CLIPModel(CLIPConfig()))
+        state = theirs(controller)
+    assert state["visual_control.transformer.transformer.resblocks.11.attn.in_proj_weight"].shape == (2304, 768)
+    assert state["visual_control.proj"].shape == (768, 512)
+    assert state["visual_control.conv1.weight"].shape == (768, 3, 32, 32)
+    assert state["visual_control.positional_embedding"].shape == (50, 768)
+    found = from_published(state)
+    assert {name: value.shape for name, value in found.items()} == {
+        name: value.shape for name, value in controller.state_dict().items()
+    }
+
+
+@pytest.fixture
+def trained(clip, clip_folder, tmp_path):
+    """A controller that was changed, in our file and in the authors'."""
+    module = DACLIPModule(str(clip_folder))
+    torch.manual_seed(0)
+    for value in module.network.parameters():
+        value.data += 0.05 * torch.randn_like(value)
+    ours, authors = tmp_path / "ours.safetensors", tmp_path / "authors.pt"
+    weights.save(module, ours)
+    torch.save({"epoch": 1, "state_dict": {f"module.{k}": v for k, v in theirs(module.network).items()}}, authors)
+    return module, ours, authors
+
+
+def test_both_files_give_the_same_controller(clip_folder, trained):
+    module, ours, authors = trained
+    rainy = torch.rand(2, 3, 40, 30)
+    expected = module.network.eval()(module.clip.model, module.clip.pixels(rainy))
+    for file in (ours, authors):
+        perception = Perception(str(clip_folder), str(file))
+        found = perception(rainy)
+        torch.testing.assert_close(found.content, expected.content, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(found.degradation, expected.degradation, atol=1e-6, rtol=1e-5)
+        assert not found.content.requires_grad
+        assert perception.hashes["controller_sha256"] == weights.sha256(file)
+    assert not torch.allclose(found.content, Perception(str(clip_folder), None)(rainy).content)
+
+
+def test_the_order_of_training_is_kept(clip_folder, tmp_path):
+    module = DACLIPModule(str(clip_folder), order="aligned")
+    weights.save(module, tmp_path / "a.safetensors")
+    assert Perception(str(clip_folder), str(tmp_path / "a.safetensors")).controller.order == "aligned"
+
+
+def test_shares_of_words(clip_folder, trained):
+    perception = Perception(str(clip_folder), str(trained[1]))
+    embeddings = perception(torch.rand(3, 3, 20, 20))
+    shares = perception.shares(embeddings.degradation, ("rainy", "clean"))
+    texts = perception.clip.texts(["rainy", "clean"]).double()
+    x = embeddings.degradation.double()
+    cosines = (x @ texts.T) / x.norm(dim=1, keepdim=True) / texts.norm(dim=1)
+    scale = perception.controller.logit_scale.double().exp()
+    torch.testing.assert_close(shares.double(), (scale * cosines).softmax(1), atol=1e-5, rtol=0)
+
+
+def test_controllers_that_cannot_be_used(clip_folder, trained, tmp_path, monkeypatch, caplog):
+    _, ours, _ = trained
+    with pytest.raises(DerainError, match="absent.pt: no such file"):
+        _ = Perception(str(clip_folder), str(tmp_path / "absent.pt")).controller
+    other = tmp_path / "prenet.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(1)}, other, {"derain": json.dumps({"method": "PReNetModule"})})
+    with pytest.raises(DerainError, match=r"--model.controller .*prenet.safetensors: holds PReNetModule"):
+        _ = Perception(str(clip_folder), str(other)).controller
+    torch.save({"weight": torch.ones(2)}, tmp_path / "foreign.pt")
+    with pytest.raises(DerainError, match="no controller of DA-CLIP"):
+        _ = Perception(str(clip_folder), str(tmp_path / "foreign.pt")).controller
+    from tests.factories import make_clip
+
+    wider = make_clip(tmp_path / "wider", size=16)
+    with pytest.raises(DerainError, match="does not fit CLIP"):
+        _ = Perception(str(wider), str(ours)).controller
+    monkeypatch.setenv("DERAIN_CONTROLLER", str(ours))
+    assert Perception(str(clip_folder), "elsewhere.pt").controller.order == "reversed"
+    perception = Perception(str(clip_folder), None)
+    perception.expect({"controller_sha256": "another", "clip_sha256": perception.clip.sha256})
+    _ = perception.controller
+    assert "trained with another controller" in caplog.text
+    assert "trained with another clip" not in caplog.text
