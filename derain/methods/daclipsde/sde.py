@@ -142,6 +142,24 @@ class MeanRevertingSDE:
         residual = (state - rainy).float() - _at(self.deviation, times, rainy) * noise
         return rainy + residual / _at(self.decay, times, rainy)
 
+    def precondition(self, times: Times, residual: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What a state tells of its noise without a network (Karras et al., NeurIPS 2022).
+
+        Of clean residuals with a known standard deviation, ``(x - μ) · kept`` is the best linear estimate of the noise.
+
+        Args:
+            times: ``t`` from 1.
+            residual: Standard deviation of clean minus rainy images.
+
+        Returns:
+            ``(b, 1, 1, 1)`` each: the factor that brings ``x - μ`` to unit variance; ``kept``; what the best linear
+            estimate leaves open, as a standard deviation.
+        """
+        signal, noise = self.decay[times] * residual, self.deviation[times]
+        whole = torch.sqrt(signal**2 + noise**2)
+        scale, kept, left = (_at(one, None, one) for one in (1 / whole, noise / whole**2, signal / whole))
+        return scale, kept, left
+
     def euler(
         self, state: Image, rainy: Image, score: Image, times: Times, earlier: Times, *, ode: bool = False
     ) -> Image:

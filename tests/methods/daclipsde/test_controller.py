@@ -179,7 +179,7 @@ def test_shares_of_words(clip_folder, trained):
 
 def test_controllers_that_cannot_be_used(clip_folder, trained, tmp_path, monkeypatch, caplog):
     _, ours, _ = trained
-    with pytest.raises(DerainError, match="absent.pt: no such file"):
+    with pytest.raises(DerainError, match=r"absent\.pt: no such file"):
         _ = Perception(str(clip_folder), str(tmp_path / "absent.pt")).controller
     other = tmp_path / "prenet.safetensors"
     safetensors.torch.save_file({"a": torch.ones(1)}, other, {"derain": json.dumps({"method": "PReNetModule"})})

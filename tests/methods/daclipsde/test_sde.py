@@ -148,3 +148,16 @@ def test_a_file_brings_back_the_schedule_to_the_last_digit():
 def test_values_out_of_range(values, told):
     with pytest.raises(DerainError, match=told):
         MeanRevertingSDE(**values)
+
+
+def test_preconditioning_is_the_best_linear_estimate():
+    sde = MeanRevertingSDE(10.0)
+    generator = torch.Generator().manual_seed(0)
+    residual = 0.1 * torch.randn(200_000, generator=generator, dtype=torch.float64)
+    noise = torch.randn(200_000, generator=generator, dtype=torch.float64)
+    for t in (1, 40, 80, 100):
+        scale, kept, left = (float(one) for one in sde.precondition(torch.tensor([t]), 0.1))
+        away = sde.decay[t] * residual + sde.deviation[t] * noise
+        assert float((scale * away).std()) == pytest.approx(1, rel=0.01)
+        assert float((away * noise).mean() / away.square().mean()) == pytest.approx(kept, rel=0.02)
+        assert float((noise - kept * away).std()) == pytest.approx(left, rel=0.01)

@@ -1,0 +1,176 @@
+"""Training of the controller: what is contrasted with what, and what is judged."""
+
+import logging
+import math
+
+import pytest
+import torch
+
+from derain.errors import DerainError
+from derain.methods import DACLIPModule, weights
+from derain.methods.daclipsde.daclip import random_resized_crop
+from tests.factories import make_clip
+
+
+@pytest.fixture
+def module(clip_folder):
+    torch.manual_seed(0)
+    module = DACLIPModule(str(clip_folder))
+    module.logged = {}
+    module.log = lambda name, value, **kwargs: module.logged.__setitem__(name, value)
+    module.log_dict = lambda values, **kwargs: module.logged.update(values)
+
+    class Trainer:
+        world_size = 1
+
+    module._trainer = Trainer()
+    return module
+
+
+def batch(count=3, **told):
+    generator = torch.Generator().manual_seed(1)
+    clean, rainy = (torch.rand(count, 3, 40, 40, generator=generator) for _ in range(2))
+    return {"rainy": rainy, "clean": clean, "name": ["a"] * count, "index": torch.arange(count), **told}
+
+
+def test_rainy_and_clean_images_are_shown(module):
+    images, captions, words = module._shown(batch(2, caption=["a dog", "a cat"], degradation=["rainy", "light rain"]))
+    assert images.shape[0] == 4
+    assert captions == ["a dog", "a cat", "a dog", "a cat"]
+    assert words == ["rainy", "light rain", "clean", "clean"]
+    images, captions, words = module._shown(batch(2))
+    assert captions == ["a photo"] * 4
+    assert words == ["rainy", "rainy", "clean", "clean"]
+
+
+def test_the_loss_is_that_of_content_and_degradation(module):
+    told = batch(2, caption=["a dog", "a cat"], degradation=["rainy", "rainy"])
+    module.hparams["smallest"] = 1.0
+    torch.manual_seed(3)
+    loss = module.training_step(told, 0)
+    torch.manual_seed(3)
+    images = torch.cat((told["rainy"], told["clean"]))
+    pixels = module.clip.pixels(random_resized_crop(images, 1.0, module.clip.side))
+    embeddings = module.network(module.clip.model, pixels)
+    scale = module.network.logit_scale.exp().double()
+    total = 0.0
+    for side, texts in zip(embeddings, (["a dog", "a cat"] * 2, ["rainy"] * 2 + ["clean"] * 2), strict=True):
+        x = torch.nn.functional.normalize(side.double(), dim=1)
+        y = torch.nn.functional.normalize(module.clip.texts(texts).double(), dim=1)
+        p = (scale * x @ y.T).exp()
+        for i in range(4):
+            equal = [j for j in range(4) if texts[j] == texts[i]]
+            total -= math.log(float(p[i, equal].sum() / p[i].sum())) + math.log(
+                float(p[equal, i].sum() / p[:, i].sum())
+            )
+    assert float(loss) == pytest.approx(total / 8, rel=1e-4)
+    assert float(module.logged["train/content"] + module.logged["train/degradation"]) == pytest.approx(float(loss))
+
+
+def test_equal_words_are_told_once(clip_folder, module, caplog):
+    module.hparams["clean"] = None
+    told = batch(3, caption=["a", "b", "c"], degradation=["rainy"] * 3)
+    with caplog.at_level(logging.WARNING, "derain"):
+        module.training_step(told, 0)
+        module.training_step(told, 1)
+    assert caplog.text.count("all 3 texts of a batch are 'rainy'") == 1
+    assert float(module.logged["train/degradation"]) == 0
+    module.hparams["equal_texts"] = False
+    module.training_step(told, 2)
+    assert float(module.logged["train/degradation"]) >= math.log(3) - 1e-4
+
+
+def test_texts_are_embedded_once(module, monkeypatch):
+    asked = []
+    texts = module.clip.texts
+    monkeypatch.setattr(module.clip, "texts", lambda new: asked.extend(new) or texts(new))
+    for _ in range(3):
+        module.training_step(batch(2), 0)
+    assert sorted(asked) == ["a photo", "clean", "rainy"]
+
+
+def test_gradient_reaches_the_controller_alone(module):
+    for layer in module.network.zero:
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    module.training_step(batch(3, caption=["a", "b", "c"], degradation=["rainy"] * 3), 0).backward()
+    assert [name for name, value in module.named_parameters() if value.grad is None] == []
+    assert all(value.grad is None for value in module.clip.model.parameters())
+    assert all(name.startswith("network.") for name, _ in module.named_parameters())
+
+
+def test_the_temperature_keeps_its_range(module):
+    with torch.no_grad():
+        module.network.logit_scale.fill_(9)
+    module.on_train_batch_end(None, None, 0)
+    assert float(module.network.logit_scale.exp()) == pytest.approx(100)
+    with torch.no_grad():
+        module.network.logit_scale.fill_(-1)
+    module.on_train_batch_end(None, None, 0)
+    assert float(module.network.logit_scale) == 0
+
+
+def test_decay_spares_vectors(module, monkeypatch):
+    monkeypatch.setattr(DACLIPModule, "steps", 1000)
+    made = module.configure_optimizers()
+    matrices, vectors = made["optimizer"].param_groups
+    assert matrices["weight_decay"] == 0.05
+    assert vectors["weight_decay"] == 0
+    assert all(value.ndim >= 2 for value in matrices["params"])
+    assert any(value is module.network.logit_scale for value in vectors["params"])
+    assert any(value is module.network.vision.embeddings.class_embedding for value in vectors["params"])
+    count = sum(len(group["params"]) for group in (matrices, vectors))
+    assert count == len(list(module.network.parameters()))
+    assert made["optimizer"].defaults["betas"] == (0.9, 0.98)
+    assert made["optimizer"].defaults["eps"] == 1e-6
+
+
+def test_accuracy_is_the_share_of_nearest_words(module, monkeypatch):
+    module.on_validation_epoch_start()
+    assert module.words == ["clean", "rainy"]
+    rainy = module.clip.texts(["rainy"])[0]
+    clean = module.clip.texts(["clean"])[0]
+    answers = iter([torch.stack((rainy, clean)), torch.stack((clean, clean)), torch.stack((rainy, rainy))])
+
+    class Answers(torch.nn.Module):
+        def forward(self, clip, pixels):
+            class Found:
+                degradation = next(answers)
+
+            return Found
+
+    module.network = Answers()
+    for index in range(3):
+        module.validation_step(batch(1), index)
+    module.on_validation_epoch_end()
+    assert module.logged["val/accuracy"] == pytest.approx(4 / 6)
+
+
+@pytest.mark.parametrize("smallest", [0.3, 0.9, 1.0])
+def test_crops_stay_inside_and_differ(smallest):
+    torch.manual_seed(0)
+    gradient = torch.linspace(0, 1, 60)[None, None, None].expand(4, 3, 50, 60)
+    crops = random_resized_crop(gradient, smallest, 32)
+    assert crops.shape == (4, 3, 32, 32)
+    spans = crops[:, 0, 0, -1] - crops[:, 0, 0, 0]
+    assert float(spans.min()) > 0.9 * smallest**0.5 * (3 / 4) ** 0.5 - 0.1
+    assert (float(spans.max() - spans.min()) > 0.05 * (1 - smallest)) == (smallest < 1)
+
+
+def test_a_file_belongs_to_its_clip(module, clip_folder, tmp_path):
+    file = tmp_path / "controller.safetensors"
+    module._trainer = None
+    weights.save(module, file)
+    loaded = weights.load(file).module
+    assert isinstance(loaded, DACLIPModule)
+    own = loaded.network.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in module.network.state_dict().items())
+    other = make_clip(tmp_path / "other", seed=9, num_hidden_layers=3)
+    description = module.describe()
+    with pytest.raises(DerainError, match="belongs to another CLIP"):
+        DACLIPModule(str(other)).recall(description)
+
+
+@pytest.mark.parametrize(("options", "told"), [({"smallest": 0.0}, "smallest 0"), ({"warm_up": 1.0}, "warm_up 1")])
+def test_options_out_of_range(clip_folder, options, told):
+    with pytest.raises(DerainError, match=told):
+        DACLIPModule(str(clip_folder), **options)

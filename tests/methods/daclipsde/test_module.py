@@ -1,0 +1,261 @@
+"""What the module adds to network, SDE and solvers: contexts, one schedule for any number of steps, tiles."""
+
+import dataclasses
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from derain import Restorer
+from derain.errors import DerainError
+from derain.methods import DACLIPSDEModule, PReNetModule, weights
+from derain.methods.daclipsde import sde as formulas
+from derain.methods.daclipsde.solvers import Sampling
+from derain.restoration import blend_tiles
+
+TINY = {"channels": 32, "multipliers": (1, 2), "attention": "none", "max_sigma": 10.0}
+
+
+@pytest.fixture
+def module():
+    torch.manual_seed(0)
+    return DACLIPSDEModule("none", **TINY).eval()
+
+
+def contextual(clip_folder, contexts="both", **options):
+    torch.manual_seed(0)
+    return DACLIPSDEModule(contexts, str(clip_folder), context=8, **(TINY | options)).eval()
+
+
+def batch(count=2, size=16):
+    generator = torch.Generator().manual_seed(1)
+    clean, rainy = (torch.rand(count, 3, size, size, generator=generator) for _ in range(2))
+    return {"rainy": rainy, "clean": clean, "name": ["a"] * count, "index": torch.arange(count)}
+
+
+def visited(module, sampling):
+    """Times that the network is asked for, and what came out."""
+    seen = []
+    forward = module.network.forward
+
+    def watch(state, rainy, times, **contexts):
+        seen.append(int(times[0]))
+        return forward(state, rainy, times, **contexts)
+
+    module.network.forward = watch
+    module.sample_by(sampling)
+    out = module(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2)))
+    module.network.forward = forward
+    return seen, out
+
+
+def test_ten_steps_use_the_schedule_of_a_hundred(module):
+    before = module.sde
+    hundred, _ = visited(module, Sampling("posterior", 100))
+    ten, _ = visited(module, Sampling("posterior", 10))
+    assert hundred == list(range(100, 0, -1))
+    assert ten == hundred[::10]
+    assert module.sde is before
+
+
+def test_the_schedule_is_read_from_the_file_not_made_anew(module, tmp_path, monkeypatch):
+    file = tmp_path / "w.safetensors"
+    weights.save(module, file)
+    tau = module.sde.tau.clone()
+    monkeypatch.setattr(formulas, "speeds", lambda schedule, steps: torch.linspace(1, 2, steps + 1).double())
+    loaded = weights.load(file).module
+    assert torch.equal(loaded.sde.tau, tau)
+    assert not torch.equal(DACLIPSDEModule("none", **TINY).sde.tau, tau)
+
+
+def test_how_it_samples_is_no_part_of_a_file(module, tmp_path):
+    module.sample_by(Sampling("ode", 3, 7))
+    weights.save(module, tmp_path / "w.safetensors")
+    assert weights.load(tmp_path / "w.safetensors").module.sampling == Sampling()
+    assert not {"solver", "steps", "seed", "sampling"} & set(module.hparams)
+
+
+def test_a_method_without_samples_refuses_a_solver():
+    with pytest.raises(DerainError, match="PReNetModule restores in one pass"):
+        PReNetModule(stages=1).sample_by(Sampling())
+
+
+# Contexts.
+
+
+@pytest.mark.parametrize(
+    ("contexts", "names"),
+    [
+        ("both", {"content", "degradation"}),
+        ("content", {"content"}),
+        ("degradation", {"degradation"}),
+        ("none", set()),
+    ],
+)
+def test_contexts_are_perceived_as_wanted(clip_folder, contexts, names):
+    module = contextual(clip_folder, contexts)
+    found = module.perceive(torch.rand(2, 3, 20, 20))
+    assert set(found) == names
+    assert all(value.shape == (2, 8) for value in found.values())
+
+
+def test_contexts_off_is_ir_sde(clip_folder):
+    """The same weights without contexts give the same picture as an untouched prompt and zero projections."""
+    with_contexts = contextual(clip_folder, "content", attention="linear")
+    without = contextual(clip_folder, "none", attention="linear")
+    assert without.perception is None
+    names = {name for name, _ in with_contexts.network.named_parameters()}
+    assert not any("transformer" in name or "prompt" in name for name, _ in without.network.named_parameters())
+    assert any("transformer" in name for name in names)
+
+
+def test_contexts_are_computed_once_an_image(clip_folder, monkeypatch):
+    module = contextual(clip_folder)
+    calls = []
+    pixels = module.perception.clip.pixels
+    monkeypatch.setattr(module.perception.clip, "pixels", lambda rainy: calls.append(1) or pixels(rainy))
+    module.sample_by(Sampling("posterior", 20))
+    module(torch.rand(1, 3, 20, 20))
+    assert len(calls) == 1
+    Restorer(module, device="cpu", tile=64, ensemble=True)(np.random.default_rng(0).random((70, 80, 3), np.float32))
+    assert len(calls) == 2
+
+
+def test_contexts_matter_and_frozen_parts_get_no_gradient(clip_folder):
+    module = contextual(clip_folder).train()
+    module.log = lambda *args, **kwargs: None
+    optimizer = torch.optim.SGD(module.network.parameters(), 0.1)
+    for _ in range(2):  # the first step fills projections that began as zeros
+        optimizer.zero_grad()
+        module.training_step(batch(), 0).backward()
+        optimizer.step()
+    lacking = [name for name, value in module.network.named_parameters() if value.grad is None]
+    assert lacking == []
+    controller = module.perception.controller
+    assert all(value.grad is None for value in controller.parameters())
+    assert all(value.grad is None for value in module.perception.clip.model.parameters())
+    assert not controller.training
+    owned = {id(value) for value in module.parameters()}
+    assert not owned & {id(value) for value in controller.parameters()}
+    rainy = batch(1)["rainy"]
+    plain = module.perceive(rainy)
+    changed = {name: value + 1 for name, value in plain.items()}
+    module.eval()
+    for name in plain:
+        assert not torch.equal(module(rainy, **plain), module(rainy, **(plain | {name: changed[name]}))), name
+
+
+def test_embeddings_of_another_size_are_refused(clip_folder):
+    module = DACLIPSDEModule("both", str(clip_folder), context=512, **TINY)
+    with pytest.raises(DerainError, match=r"gives 8 numbers; set --model.context 8"):
+        module.check()
+
+
+def test_degradation_is_told(clip_folder):
+    module = contextual(clip_folder)
+    told = module.describe_image(module.perceive(torch.rand(2, 3, 20, 20)), 1)
+    assert set(told["degradation"]) == {"rainy", "clean"}
+    assert sum(told["degradation"].values()) == pytest.approx(1, abs=1e-3)
+    assert contextual(clip_folder, "content").describe_image({}, 0) == {}
+
+
+def test_files_say_which_clip_and_controller(clip_folder, tmp_path, caplog):
+    module = contextual(clip_folder)
+    module.check()
+    weights.save(module, tmp_path / "w.safetensors")
+    loaded = weights.load(tmp_path / "w.safetensors").module
+    assert loaded.perception.hashes == module.perception.hashes
+    assert loaded.perception.hashes["clip_sha256"] == module.perception.clip.sha256
+    loaded.perception.hashes["clip_sha256"] = "other"
+    loaded.check()
+    assert "trained with another clip" in caplog.text
+
+
+# Tiles.
+
+
+def test_tiles_share_one_noise_field_and_show_no_seam(module):
+    """Of a network that sees a single pixel, tiles give the whole image's picture exactly."""
+    torch.manual_seed(0)
+
+    class Pixelwise(torch.nn.Module):
+        def forward(self, state, rainy, times, **contexts):
+            return (state - rainy) * 3 + 0.1 * torch.sin(times.float())[:, None, None, None]
+
+    module.network = Pixelwise()
+    rainy = torch.rand(1, 3, 90, 130)
+    for solver in ("posterior", "sde", "mrs-ode2", "mrs-sde2"):
+        module.sample_by(Sampling(solver, 7))
+        whole = module(rainy)
+        tiled = module(rainy, tiled=partial(blend_tiles, tile=64, overlap=16))
+        torch.testing.assert_close(tiled, whole, atol=2e-4, rtol=1e-4)
+
+
+def test_restorer_tiles_every_step_and_tells_them(module, monkeypatch):
+    sizes, shown = [], []
+    forward = module.network.forward
+
+    def watch(state, *args, **kwargs):
+        sizes.append(tuple(state.shape[2:]))
+        return forward(state, *args, **kwargs)
+
+    module.network.forward = watch
+    monkeypatch.setattr("derain.restoration.track", lambda steps, label, total: shown.append((label, total)) or steps)
+    image = np.random.default_rng(1).random((80, 100, 3), np.float32)
+    out = Restorer(module, device="cpu", tile=64, sampling=Sampling(steps=4))(image)
+    assert out.shape == image.shape
+    assert set(sizes) == {(64, 64)}
+    assert len(sizes) == 4 * 2 * 3
+    assert shown == [("Sampling", 4)]
+
+
+def test_restorer_takes_a_seed(module):
+    image = np.random.default_rng(1).random((20, 30, 3), np.float32)
+    one, again, other = (
+        Restorer(module, device="cpu", sampling=Sampling("posterior", 5, seed))(image) for seed in (1, 1, 2)
+    )
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
+
+
+# Training.
+
+
+def test_schedules_of_the_learning_rate(monkeypatch):
+    monkeypatch.setattr(DACLIPSDEModule, "steps", 700)
+    for decay, expected in (("halving", [1, 0.5, 0.25, 0.125]), ("cosine", None)):
+        module = DACLIPSDEModule("none", **TINY, learning_rate=1e-4, decay=decay)
+        made = module.configure_optimizers()
+        optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+        assert optimizer.defaults["betas"] == (0.9, 0.99)
+        assert optimizer.defaults["weight_decay"] == 0
+        rates = []
+        for _ in range(700):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        if expected:
+            assert [rates[at] / 1e-4 for at in (0, 200, 400, 600)] == pytest.approx(expected)
+            assert rates[199] == rates[0]
+        else:
+            assert rates[350] == pytest.approx(1e-6 + (1e-4 - 1e-6) / 2)
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-6)
+
+
+def test_sampling_is_plain_data():
+    assert dataclasses.asdict(Sampling()) == {"solver": "mrs-ode2", "steps": 10, "seed": 0}
+
+
+def test_preconditioned_networks_estimate_what_is_left():
+    module = DACLIPSDEModule("none", **TINY, residual=0.1).eval()
+    state, rainy = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
+    times = torch.tensor([3, 90])
+    scale, kept, left = module.sde.precondition(times, 0.1)
+    with torch.no_grad():
+        inner = module.network(rainy + scale * (state - rainy), rainy, times)
+        found = module.noise(state, rainy, times)
+    torch.testing.assert_close(found, kept * (state - rainy) + left * inner)
+    plain = DACLIPSDEModule("none", **TINY).eval()
+    with torch.no_grad():
+        assert torch.equal(plain.noise(state, rainy, times), plain.network(state, rainy, times))
