@@ -1,7 +1,7 @@
 """Quality for network evaluations: every solver, 5 to 100 steps, three seeds, on a network that was trained.
 
-Asked for: the fast solver (mrs-ode2) at 10 steps at most 0.1 dB below posterior sampling at 100, and at least 9 times as
-fast. Crops of 128×128 from the middle of test images, PSNR and SSIM under `matlab-y`.
+Asked for: the fast solver (mrs-ode2) at 10 steps at most 0.1 dB below posterior sampling at 100, and at least 9 times
+as fast. Crops of 128×128 from the middle of test images, PSNR and SSIM under `matlab-y`.
 
     DERAIN_DATA=data DERAIN_SDE_WEIGHTS=runs/rain800/fit-1/weights.safetensors python benchmarks/solvers.py
 """

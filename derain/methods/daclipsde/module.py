@@ -46,7 +46,8 @@ class DACLIPSDEModule(DerainModule):
         eps: What is left of the clean image's residual at T.
         schedule: Of the speed θ.
         residual: Standard deviation of clean minus rainy images, if the network shall estimate only what a state
-            itself does not tell of its noise: small networks learn that much faster. Not in the paper.
+            itself does not tell of its noise, and errors of that count alike at all times: small networks learn much
+            faster. Not in the paper; Karras et al., NeurIPS 2022.
         learning_rate: Of AdamW without weight decay, betas 0.9 and 0.99; IR-SDE: 1e-4.
         decay: The learning rate falls along a ``cosine`` to 1e-6, or is halved at 2/7, 4/7 and 6/7 of the steps
             (``halving``, IR-SDE: 200, 400 and 600 of 700 thousand).
@@ -176,10 +177,15 @@ class DACLIPSDEModule(DerainModule):
         """Matches the optimum reverse step at a random time of each image."""
         rainy, clean = batch["rainy"], batch["clean"]
         times = torch.randint(1, self.sde.steps + 1, (len(rainy),))
-        state = self.sde.diffuse(clean, rainy, times, torch.randn_like(rainy))
+        noise = torch.randn_like(rainy)
+        state = self.sde.diffuse(clean, rainy, times, noise)
         perceived = self.perceive(rainy)
         estimated = self.noise(state, rainy, times, **perceived)
-        loss = matching_loss(self.sde, estimated, state, clean, rainy, times)
+        if self.hparams["residual"] is None:
+            loss = matching_loss(self.sde, estimated, state, clean, rainy, times)
+        else:
+            left = self.sde.precondition(times, self.hparams["residual"])[2]
+            loss = ((estimated - noise).abs() / left.to(rainy.device)).mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(rainy))
         return loss
 
