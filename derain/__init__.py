@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from derain.data.datamodule import RainDataModule as RainDataModule
     from derain.methods import CLIPRPNModule as CLIPRPNModule
+    from derain.methods import DACLIPModule as DACLIPModule
+    from derain.methods import DACLIPSDEModule as DACLIPSDEModule
     from derain.methods import DerainModule as DerainModule
     from derain.methods import PReNetModule as PReNetModule
     from derain.methods import RestormerModule as RestormerModule
@@ -19,6 +21,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CLIPRPNModule": "derain.methods",
+    "DACLIPModule": "derain.methods",
+    "DACLIPSDEModule": "derain.methods",
     "DerainModule": "derain.methods",
     "PReNetModule": "derain.methods",
     "RestormerModule": "derain.methods",
@@ -27,6 +31,8 @@ _HOMES = {
 }
 __all__ = [
     "CLIPRPNModule",
+    "DACLIPModule",
+    "DACLIPSDEModule",
     "DerainModule",
     "PReNetModule",
     "RainDataModule",

@@ -14,7 +14,14 @@ SWEEPS = sorted(EXPERIMENTS.glob("sweeps/*.yaml"))
 DATA = [path for path in FILES if "data" in yaml.safe_load(path.read_text()) and path.parent == EXPERIMENTS]
 APPENDED = [path for path in FILES if path not in DATA]
 TRANSFORMER = ["--model.dim", "8", "--model.blocks", "[1,1,1,1]", "--model.refinement", "1"]
-SMALL = {"PReNetModule": ["--model.stages", "1"], "RestormerModule": TRANSFORMER, "CLIPRPNModule": TRANSFORMER}
+UNET = ["--model.channels", "32", "--model.multipliers", "[1,2]", "--model.attention", "none", "--model.context", "8"]
+SMALL = {
+    "PReNetModule": ["--model.stages", "1"],
+    "RestormerModule": TRANSFORMER,
+    "CLIPRPNModule": TRANSFORMER,
+    "DACLIPModule": [],
+    "DACLIPSDEModule": UNET,
+}
 
 
 def small(*paths, clip):
@@ -23,7 +30,8 @@ def small(*paths, clip):
     method = [config["model"]["class_path"] for config in found if "model" in config][-1]
     options = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.precision", "32"]
     options += ["--data.workers", "0", "--data.crop", "16", "--data.batch_size", "2", "--data.repeat", "1"]
-    return options + SMALL[method] + (["--model.clip", str(clip)] if method == "CLIPRPNModule" else [])
+    options += ["--trainer.check_val_every_n_epoch", "1"]
+    return options + SMALL[method] + (["--model.clip", str(clip)] if "CLIP" in method else [])
 
 
 @pytest.fixture(scope="module")
