@@ -99,7 +99,7 @@ def test_from_captions_to_a_restored_photo(place, capsys):
     restore = ["restore", "images", "--weights", file]
     assert main([restore[0], restore[1], "one", *restore[2:], "--steps", "2", "--explain"]) == 0
     assert main([restore[0], restore[1], "two", *restore[2:], "--steps", "2", "--seed", "1"]) == 0
-    one, two = (read_rgb(next(Path(folder).rglob("*0.png"))) for folder in ("one", "two"))
+    one, two = (read_rgb(min(Path(folder).rglob("*.png"), key=str)) for folder in ("one", "two"))
     assert not np.array_equal(one, two)
 
 
@@ -123,9 +123,7 @@ def test_what_is_refused_in_one_line(place, capsys):
     ):
         capsys.readouterr()
         assert main(arguments) == 2, arguments
-        error = capsys.readouterr().err
-        assert told in error, arguments
-        assert "Traceback" not in error
+        assert told in capsys.readouterr().err.strip().splitlines()[-1], arguments
 
 
 @pytest.mark.slow

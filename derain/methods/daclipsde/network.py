@@ -3,10 +3,10 @@
 Parameters have the names and shapes of the authors' checkpoints; the arithmetic is arranged for speed:
 
 - Maps are kept channels last, so that a pixel is normalised and attended to along contiguous memory.
-- Linear attention is a matrix of channels: it is multiplied with the projection after it first, and pixels are passed
-  over once.
-- Without gradients, pixels are changed in place, and cross-attention to a single token, whose weights are all 1, is the
-  one vector that it adds everywhere.
+- Upsampling and the convolution after it are one transposed convolution, of 4/9 the multiplications.
+- Linear attention is a matrix of channels: it is multiplied with the projection after it first.
+- Without gradients, linear attention goes over strips of rows that stay in a processor's cache, pixels are changed in
+  place, and cross-attention to a single token, whose weights are all 1, is the one vector that it adds everywhere.
 """
 
 import itertools
@@ -28,11 +28,8 @@ HEAD = 32
 STRIP = 2048
 """Pixels whose queries, or keys and values, stay in a processor's cache."""
 
-Map = Float[Tensor, "_ _ _ _"]
-"""``(b, c, h, w)``; channels and sizes change from one to the next."""
-
+Map = Float[Tensor, "_ _ _ _"]  # (b, c, h, w); channels and sizes change from one to the next
 Embedding = Float[Tensor, "_ _"]
-"""``(b, d)``."""
 
 
 class TimeFeatures(nn.Module):
@@ -48,7 +45,7 @@ class TimeFeatures(nn.Module):
 
     def forward(self, times: Float[Tensor, " b"]) -> Embedding:
         """Embeds times."""
-        powers = torch.arange(self.count, device=times.device) / (self.count - 1)
+        powers = torch.arange(self.count, device=times.device, dtype=times.dtype) / max(1, self.count - 1)
         angles = times.reshape(-1)[:, None] * torch.exp(-math.log(10_000) * powers)
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
@@ -70,23 +67,6 @@ class ChannelNorm(nn.Module):
         return F.layer_norm(x.permute(0, 2, 3, 1), gain.shape, gain).permute(0, 3, 1, 2)
 
 
-class Convolution(nn.Module):
-    """A 3×3 convolution under the authors' name ``proj``.
-
-    Args:
-        inside: Channels that come in.
-        outside: Channels that go out.
-    """
-
-    def __init__(self, inside: int, outside: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(inside, outside, 3, padding=1, bias=False)
-
-    def forward(self, x: Map) -> Map:
-        """Convolves."""
-        return cast(Tensor, self.proj(x))
-
-
 class ResBlock(nn.Module):
     """Two convolutions, the first scaled and shifted by the time, beside a short cut; no normalisation.
 
@@ -99,8 +79,9 @@ class ResBlock(nn.Module):
     def __init__(self, inside: int, outside: int, time: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(time, 2 * outside))
-        self.block1 = Convolution(inside, outside)
-        self.block2 = Convolution(outside, outside)
+        self.block1, self.block2 = nn.Sequential(), nn.Sequential()
+        self.block1.add_module("proj", nn.Conv2d(inside, outside, 3, padding=1, bias=False))
+        self.block2.add_module("proj", nn.Conv2d(outside, outside, 3, padding=1, bias=False))
         self.res_conv = nn.Conv2d(inside, outside, 1, bias=False) if inside != outside else nn.Identity()
 
     def forward(self, x: Map, time: Embedding) -> Map:
@@ -132,34 +113,31 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Map, content: Embedding | None = None) -> Map:
         """Attends; the content is not looked at."""
-        h, w = x.shape[2:]
-        out, norm = cast(nn.Conv2d, self.to_out[0]), cast(ChannelNorm, self.to_out[1])
-        hidden, channels = out.weight.shape[1], len(out.weight)
-        strips = x.split(h if torch.is_grad_enabled() else max(1, STRIP // (len(x) * w)), dim=2)
-        parts, masses = zip(*(self._context(strip) for strip in strips), strict=True)
+        (b, _, h, w), out = x.shape, cast(nn.Conv2d, self.to_out[0])
+        strips = torch.split(x, h if torch.is_grad_enabled() else max(1, STRIP // (b * w)), dim=2)
+        parts, masses = zip(*map(self._average, strips), strict=True)
         context = (torch.stack(parts) * torch.stack(masses).softmax(0)).sum(0)  # (b, heads, 32, 32)
         with torch.autocast(x.device.type, enabled=False):
-            weight = out.weight.view(channels, self.heads, HEAD).permute(1, 2, 0) * HEAD**-0.5
-            whole = (context @ weight).reshape(-1, hidden, channels)
+            weight = out.weight.view(-1, self.heads, HEAD).permute(1, 2, 0) * HEAD**-0.5
+            whole = (context @ weight).reshape(b, self.heads * HEAD, -1)
         done = []
         for strip in strips:
-            q = F.conv2d(strip, self.to_qkv.weight[:hidden]).permute(0, 2, 3, 1).unflatten(3, (-1, HEAD)).softmax(4)
-            q = q.reshape(len(x), -1, hidden)
+            q = F.conv2d(strip, self.to_qkv.weight[: self.heads * HEAD]).permute(0, 2, 3, 1)
+            q = q.reshape(b, -1, self.heads, HEAD).softmax(3).flatten(2)
             y = torch.baddbmm(cast(Tensor, out.bias).to(q.dtype), q, whole.to(q.dtype), alpha=1 / (h * w))
-            done.append(norm(y.view(len(x), -1, w, channels).permute(0, 3, 1, 2)))
-        return torch.cat(done, dim=2)
+            done.append(self.to_out[1](y.view(b, -1, w, y.shape[2]).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return torch.cat(done, dim=1).permute(0, 3, 1, 2)
 
-    def _context(self, strip: Map) -> tuple[Float[Tensor, "b heads 32 32"], Float[Tensor, "b heads 32 1"]]:
-        """Values of a strip of rows, averaged by its keys, and the logarithm of what the keys sum up to."""
+    def _average(self, strip: Map) -> tuple[Float[Tensor, "b heads 32 32"], Float[Tensor, "b heads 32 1"]]:
+        """The mean value of a strip of rows as its keys weigh it, and the logarithm of the weights' sum."""
         maps = F.conv2d(strip, self.to_qkv.weight[self.heads * HEAD :]).permute(0, 2, 3, 1)
         k, v = maps.reshape(len(strip), -1, 2, self.heads, HEAD).permute(2, 0, 3, 1, 4)  # (b, heads, pixels, 32)
         k = k.to(torch.promote_types(k.dtype, torch.float32))
         top = k.detach().amax(2, keepdim=True)
         k = (k - top).exp()
-        total = k.sum(2, keepdim=True)
+        total = k.sum(2)[..., None]
         with torch.autocast(strip.device.type, enabled=False):
-            part = (k / total).transpose(2, 3) @ v.to(k.dtype)
-        return part, (total.log() + top).transpose(2, 3)
+            return k.transpose(2, 3) @ v.to(k.dtype) / total, total.log() + top.transpose(2, 3)
 
 
 class Upsample(nn.ModuleList):
@@ -218,13 +196,13 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        project_in = nn.Module()
-        project_in.proj = nn.Linear(channels, 8 * channels)
+        project_in = nn.Sequential()
+        project_in.add_module("proj", nn.Linear(channels, 8 * channels))
         self.net = nn.ModuleList([project_in, nn.Identity(), nn.Linear(4 * channels, channels)])
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         """Changes every pixel."""
-        x, gate = cast(Any, self.net[0]).proj(x).chunk(2, dim=-1)
+        x, gate = self.net[0](x).chunk(2, dim=-1)
         return cast(Tensor, self.net[2](x * F.gelu(gate)))
 
 
@@ -339,9 +317,8 @@ class ConditionalUNet(nn.Module):
         self.depth = len(multipliers)
         time = 4 * channels
         self.init_conv = nn.Conv2d(6, channels, 7, padding=3, bias=False)
-        self.time_mlp = nn.Sequential(
-            TimeFeatures(channels), nn.Linear(channels, time), nn.GELU(), nn.Linear(time, time)
-        )
+        features = TimeFeatures(channels)
+        self.time_mlp = nn.Sequential(features, nn.Linear(channels, time), nn.GELU(), nn.Linear(time, time))
         if degradation:
             self.prompt = nn.Parameter(torch.rand(1, time))
             self.text_mlp = nn.Sequential(nn.Linear(context, time), nn.SiLU(), nn.Linear(time, time))
@@ -352,24 +329,18 @@ class ConditionalUNet(nn.Module):
                 return Attention(width, SpatialTransformer(width, context, attention == "linear"))
             return Attention(width, LinearAttention(width)) if attention == "linear" else Untouched()
 
-        downs: list[nn.Module] = []
-        ups: list[nn.Module] = []
+        self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         for level, (inside, outside) in enumerate(itertools.pairwise(widths)):
             last = level == self.depth - 1
-            down = nn.Conv2d(inside, outside, 3, padding=1, bias=False)
-            if not last:
-                down = nn.Conv2d(inside, outside, 4, stride=2, padding=1)
-            up: nn.Module = nn.Conv2d(outside, inside, 3, padding=1, bias=False)
-            if level > 0:
-                up = Upsample(outside, inside)
-            downs.append(
-                nn.ModuleList(
-                    [ResBlock(inside, inside, time), ResBlock(inside, inside, time), attend(inside, last), down]
-                )
-            )
+            down = nn.Conv2d(inside, outside, 4, stride=2, padding=1)
+            if last:
+                down = nn.Conv2d(inside, outside, 3, padding=1, bias=False)
+            plain = nn.Conv2d(outside, inside, 3, padding=1, bias=False)
+            up = Upsample(outside, inside) if level > 0 else plain
+            blocks = [ResBlock(inside, inside, time) for _ in range(2)]
+            self.downs.append(nn.ModuleList([*blocks, attend(inside, last), down]))
             blocks = [ResBlock(outside + inside, outside, time) for _ in range(2)]
-            ups.insert(0, nn.ModuleList([*blocks, attend(outside, last), up]))
-        self.downs, self.ups = nn.ModuleList(downs), nn.ModuleList(ups)
+            self.ups.insert(0, nn.ModuleList([*blocks, attend(outside, last), up]))
         self.mid_block1 = ResBlock(widths[-1], widths[-1], time)
         self.mid_attn = attend(widths[-1], True)
         self.mid_block2 = ResBlock(widths[-1], widths[-1], time)
@@ -384,7 +355,7 @@ class ConditionalUNet(nn.Module):
 
     def embed(self, times: Float[Tensor, " b"] | Int[Tensor, " b"], degradation: Embedding | None) -> Embedding:
         """The time embedding; with a degradation embedding, plus its share of the prompt."""
-        time = self.time_mlp(times.float())
+        time = self.time_mlp(times.to(self.init_conv.weight.dtype))
         if hasattr(self, "prompt"):
             weights = self.text_mlp(degradation).softmax(dim=1)
             time = time + self.prompt_mlp(weights * self.prompt)

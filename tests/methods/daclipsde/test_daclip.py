@@ -153,7 +153,7 @@ def test_crops_stay_inside_and_differ(smallest):
     assert crops.shape == (4, 3, 32, 32)
     spans = crops[:, 0, 0, -1] - crops[:, 0, 0, 0]
     assert float(spans.min()) > 0.9 * smallest**0.5 * (3 / 4) ** 0.5 - 0.1
-    assert (float(spans.max() - spans.min()) > 0.05 * (1 - smallest)) == (smallest < 1)
+    assert len({round(float(span), 3) for span in spans}) > 1
 
 
 def test_a_file_belongs_to_its_clip(module, clip_folder, tmp_path):
