@@ -26,7 +26,7 @@ from derain.callbacks.results import cpu_name
 from derain.errors import DerainError
 from derain.memory import keep_large_blocks
 from derain.methods import CLIPRPNModule, DACLIPSDEModule, DerainModule, PReNetModule, RestormerModule, weights
-from derain.methods.daclipsde.network import HEAD, CrossAttention, LinearAttention
+from derain.methods.daclipsde.network import HEAD, CrossAttention, LinearAttention, Upsample
 from derain.methods.prenet.network import VARIANTS, PReNet
 from derain.nn.restormer import Attention
 from derain.progress import track
@@ -123,8 +123,9 @@ def _kept(weight: Tensor) -> Tensor:
 def cost(method: DerainModule, size: int) -> dict[str, int]:
     """Parameters of a method's network, and its multiplications for an image, by tensors without content.
 
-    Our networks spare two products of the authors': attention's projection is multiplied with its matrix rather
-    than with pixels, and PReNet's first stage has no state to forget. They are added.
+    Our networks spare products of the authors': attention's projection is multiplied with its matrix rather than with
+    pixels, PReNet's first stage has no state to forget, and pixels are not convolved after they were copied. They are
+    added.
 
     Args:
         method: On the CPU.
@@ -146,6 +147,9 @@ def cost(method: DerainModule, size: int) -> dict[str, int]:
             pixels = out.numel() // len(weight)
             spared.append(weight.numel() * pixels)
             attention.append(2 * pixels * weight.shape[1] * HEAD)
+        elif isinstance(module, Upsample):
+            weight = cast(Tensor, module[1].weight)
+            spared.append(weight.numel() * (out.numel() // len(weight)))
         elif isinstance(module, CrossAttention):
             attention.append(2 * inputs[0].shape[1] * inputs[1].shape[1] * inputs[0].shape[2])
         elif isinstance(module, PReNet) and module.recurrent:
