@@ -1,0 +1,351 @@
+"""The conditional U-Net against its textbook form, its official names and shapes, and what each context does."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from derain.errors import DerainError
+from derain.methods import DACLIPSDEModule
+from derain.methods.daclipsde import network as arithmetic
+from derain.methods.daclipsde.network import ConditionalUNet
+from tests.methods.daclipsde.references import Textbook
+
+CONTEXTS = {"both": (True, True), "content": (True, False), "degradation": (False, True), "none": (False, False)}
+SIZE = 24
+"""Of embeddings."""
+
+
+def small(contexts="both", attention="linear", **options):
+    torch.manual_seed(0)
+    content, degradation = CONTEXTS[contexts]
+    options = {"channels": 32, "multipliers": (1, 2), "context": SIZE} | options
+    return ConditionalUNet(attention=attention, content=content, degradation=degradation, **options)
+
+
+def stirred(network):
+    """In float64, with gains, biases and what starts at zero off their first values."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in network.double().named_parameters():
+            if parameter.ndim == 1 or name.endswith(".g") or "proj_out" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return network
+
+
+def inputs(count=2, height=20, width=24, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(7)
+    images = torch.rand(2, count, 3, height, width, generator=generator, dtype=dtype)
+    embeddings = torch.randn(2, count, SIZE, generator=generator, dtype=dtype)
+    return *images, torch.randint(1, 101, (count,), generator=generator), *embeddings
+
+
+def equal(ours, theirs, atol=1e-10):
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+
+
+# The textbook.
+
+
+@pytest.mark.parametrize("contexts", CONTEXTS)
+@pytest.mark.parametrize("attention", ["linear", "none"])
+@pytest.mark.parametrize(("count", "height", "width"), [(3, 37, 31), (1, 37, 31), (1, 1, 1), (3, 1, 5)])
+def test_it_is_the_textbook_form(contexts, attention, count, height, width, monkeypatch):
+    monkeypatch.setattr(arithmetic, "STRIP", 100)  # several strips, the last one lower
+    ours = stirred(small(contexts, attention))
+    textbook = Textbook({name: p.detach().clone().requires_grad_() for name, p in ours.named_parameters()})
+    given = inputs(count, height, width)
+    expected = textbook(*given)
+    with torch.no_grad():
+        equal(ours(*given), expected)
+    estimated = ours(*given)
+    assert estimated.shape == (count, 3, height, width)
+    equal(estimated, expected)
+    target = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for one in (estimated, expected):
+        (one * target).sum().backward()
+    for name, parameter in ours.named_parameters():
+        theirs = textbook.state[name].grad
+        torch.testing.assert_close(parameter.grad, theirs, atol=1e-9, rtol=1e-9, msg=lambda told, of=name: of + told)
+
+
+@pytest.mark.parametrize("attention", ["linear", "none"])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_it_is_the_textbook_form_in_float32(attention, gradient):
+    ours = stirred(small(attention=attention)).float()
+    given = inputs(3, 37, 31, torch.float32)
+    with torch.set_grad_enabled(gradient):
+        equal(ours(*given), Textbook(ours.state_dict())(*given), 1e-5)
+
+
+def test_channels_and_levels_of_the_papers():
+    ours = stirred(ConditionalUNet(context=SIZE))
+    with torch.no_grad():
+        given = inputs(1, 37, 31)
+        equal(ours(*given), Textbook(ours.state_dict())(*given))
+
+
+@pytest.mark.parametrize("strip", [1, 50, 10_000])
+def test_large_keys_in_strips_neither_overflow_nor_vanish(strip, monkeypatch):
+    monkeypatch.setattr(arithmetic, "STRIP", strip)
+    ours = stirred(small("none")).float()
+    with torch.no_grad():
+        for module in ours.modules():
+            if isinstance(module, arithmetic.LinearAttention):
+                module.to_qkv.weight[128:256] *= 300
+        given = inputs(2, dtype=torch.float32)
+        equal(ours(*given), Textbook(ours.state_dict())(*given), 1e-4)
+
+
+def test_lower_precision_stays_near():
+    ours = stirred(small()).float()
+    given = inputs(2, dtype=torch.float32)
+    with torch.no_grad():
+        exact = ours(*given)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (ours(*given).float() - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+# Sizes and names.
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"multipliers": (2, 4, 8, 16), "content": False, "degradation": False}, 137_147_523),
+        ({}, 48_975_747),
+        ({"content": False}, 36_499_587),
+        ({"content": False, "degradation": False}, 36_236_419),
+    ],
+)
+def test_parameters(options, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in ConditionalUNet(**options).parameters()) == count
+
+
+def published(channels, multipliers, content=False, degradation=False, context=512):
+    """Names and shapes of the authors' checkpoints."""
+    time, found = 4 * channels, {}
+
+    def add(name, *shape, bias=True):
+        found[f"{name}.weight"] = shape
+        if bias:
+            found[f"{name}.bias"] = shape[:1]
+
+    def block(name, inside, outside):
+        add(f"{name}.mlp.1", 2 * outside, time)
+        add(f"{name}.block1.proj", outside, inside, 3, 3, bias=False)
+        add(f"{name}.block2.proj", outside, outside, 3, 3, bias=False)
+        if inside != outside:
+            add(f"{name}.res_conv", outside, inside, 1, 1, bias=False)
+
+    def linear_attention(name, width):
+        found[f"{name}.fn.norm.g"] = found[f"{name}.fn.fn.to_out.1.g"] = (1, width, 1, 1)
+        add(f"{name}.fn.fn.to_qkv", 384, width, 1, 1, bias=False)
+        add(f"{name}.fn.fn.to_out.0", width, 128, 1, 1)
+
+    def transformer(name, width):
+        found[f"{name}.fn.norm.g"] = (1, width, 1, 1)
+        inner = f"{name}.fn.fn.transformer_blocks.0"
+        add(f"{name}.fn.fn.norm", width)
+        for projection in ("proj_in", "proj_out"):
+            add(f"{name}.fn.fn.{projection}", width, width, 1, 1)
+        for attention, tokens in (("attn1", width), ("attn2", context)):
+            add(f"{inner}.{attention}.to_q", width, width, bias=False)
+            add(f"{inner}.{attention}.to_k", width, tokens, bias=False)
+            add(f"{inner}.{attention}.to_v", width, tokens, bias=False)
+            add(f"{inner}.{attention}.to_out.0", width, width)
+        add(f"{inner}.ff.net.0.proj", 8 * width, width)
+        add(f"{inner}.ff.net.2", width, 4 * width)
+        for norm in ("norm1", "norm2", "norm3"):
+            add(f"{inner}.{norm}", width)
+
+    bottom = transformer if content else linear_attention
+    widths = [channels, *(channels * factor for factor in multipliers)]
+    depth = len(multipliers)
+    add("init_conv", channels, 6, 7, 7, bias=False)
+    add("time_mlp.1", time, channels)
+    add("time_mlp.3", time, time)
+    if degradation:
+        found["prompt"] = (1, time)
+        add("text_mlp.0", time, context)
+        add("text_mlp.2", time, time)
+        add("prompt_mlp", time, time)
+    for level, (inside, outside) in enumerate(itertools.pairwise(widths)):
+        last, up = level == depth - 1, f"ups.{depth - 1 - level}"
+        attend = bottom if last else linear_attention
+        for place in (0, 1):
+            block(f"downs.{level}.{place}", inside, inside)
+            block(f"{up}.{place}", outside + inside, outside)
+        attend(f"downs.{level}.2", inside)
+        attend(f"{up}.2", outside)
+        if last:
+            add(f"downs.{level}.3", outside, inside, 3, 3, bias=False)
+        else:
+            add(f"downs.{level}.3", outside, inside, 4, 4)
+        if level == 0:
+            add(f"{up}.3", inside, outside, 3, 3, bias=False)
+        else:
+            add(f"{up}.3.1", inside, outside, 3, 3)
+    block("mid_block1", widths[-1], widths[-1])
+    bottom("mid_attn", widths[-1])
+    block("mid_block2", widths[-1], widths[-1])
+    block("final_res_block", 2 * channels, channels)
+    add("final_conv", 3, channels, 3, 3)
+    return found
+
+
+def shapes(state):
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "contexts", "count"),
+    [((2, 4, 8, 16), (False, False), 137_147_523), ((1, 2, 4, 8), (True, True), 48_975_747)],
+)
+def test_names_and_shapes_are_the_authors(multipliers, contexts, count):
+    with torch.device("meta"):
+        ours = ConditionalUNet(64, multipliers, "linear", *contexts).state_dict()
+    expected = published(64, multipliers, *contexts)
+    assert shapes(ours) == expected
+    assert sum(torch.Size(shape).numel() for shape in expected.values()) == count
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "contexts", "max_sigma"),
+    [((2, 4, 8, 16), "none", 10.0), ((1, 2, 4, 8), "both", 50.0), ((1, 2), "content", 50.0), ((2, 3), "none", 10.0)],
+)
+def test_a_published_state_loads(multipliers, contexts, max_sigma):
+    names = published(32, multipliers, *CONTEXTS[contexts], context=SIZE)
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(shape, generator=generator) for name, shape in names.items()}
+    module = DACLIPSDEModule.from_published(state)
+    assert module.hparams["contexts"] == contexts
+    assert module.hparams["channels"] == 32
+    assert tuple(module.hparams["multipliers"]) == multipliers
+    assert module.hparams["max_sigma"] == max_sigma == module.sde.max_sigma
+    loaded = module.network.state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("change", ["foreign", "missing", "shape", "extra"])
+def test_other_states_are_not_taken(change):
+    state = {name: torch.zeros(shape) for name, shape in published(32, (1, 2), True, True, SIZE).items()}
+    if change == "foreign":
+        state = {"weight": torch.zeros(1)}
+    elif change == "missing":
+        del state["final_conv.bias"]
+    elif change == "shape":
+        state["final_conv.bias"] = torch.zeros(4)
+    else:
+        state["final_conv.gain"] = torch.zeros(1)
+    assert DACLIPSDEModule.from_published(state) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"channels": 33, "content": False}, {"channels": 16}, {"channels": 48, "multipliers": (1, 2)}],
+)
+def test_channels_that_cannot_be_divided_are_refused(options):
+    with pytest.raises(DerainError, match=f"channels {options['channels']}: must be even") as caught:
+        ConditionalUNet(**{"multipliers": (1, 1)} | options)
+    assert "\n" not in str(caught.value)
+
+
+def test_channels_need_no_heads_without_content():
+    given = inputs(1, dtype=torch.float32)
+    for channels in (2, 6):
+        assert ConditionalUNet(channels, (1, 2), content=False, degradation=False)(*given[:3]).isfinite().all()
+
+
+# Contexts.
+
+
+def test_without_contexts_it_is_the_network_of_ir_sde():
+    ours = small("none")
+    assert ours.contexts == (False, False)
+    assert shapes(ours.state_dict()) == published(32, (1, 2))
+    given = inputs(dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(ours(*given), ours(*given[:3]))  # not looked at
+
+
+@pytest.mark.parametrize("contexts", CONTEXTS)
+def test_it_tells_which_contexts_it_needs(contexts):
+    assert small(contexts).contexts == CONTEXTS[contexts]
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_the_content_changes_nothing_before_a_step_and_something_after(gradient):
+    ours = small("content")
+    *given, content, _ = inputs(dtype=torch.float32)
+
+    def difference():
+        with torch.set_grad_enabled(gradient):
+            return (ours(*given, content) - ours(*given, -content)).abs().max().item()
+
+    assert difference() == 0
+    optimizer = torch.optim.AdamW(ours.parameters(), 1e-2)
+    ours(*given, content).square().mean().backward()
+    optimizer.step()
+    assert difference() > 1e-6
+
+
+@pytest.mark.parametrize("contexts", ["both", "degradation"])
+def test_the_degradation_changes_the_output(contexts):
+    ours = small(contexts)
+    *given, content, degradation = inputs(dtype=torch.float32)
+    with torch.no_grad():
+        assert (ours(*given, content, degradation) - ours(*given, content, -degradation)).abs().max() > 1e-6
+
+
+def test_the_prompt_is_weighted_by_a_soft_maximum():
+    ours = stirred(small("degradation"))
+    degradation = inputs()[4]
+    times = torch.tensor([3, 70])
+    with torch.no_grad():
+        weights = torch.exp(ours.text_mlp(degradation))
+        weights /= weights.sum(dim=1, keepdim=True)
+        equal(ours.embed(times, degradation), ours.time_mlp(times.double()) + ours.prompt_mlp(weights * ours.prompt))
+
+
+# Times and batches.
+
+
+def test_one_time_of_one_image_as_an_integer_or_not():
+    ours = stirred(small())
+    given = inputs(3)
+    with torch.no_grad():
+        together = ours(*given)
+        for place in range(3):
+            state, rainy, times, *embeddings = (one[place : place + 1] for one in given)
+            assert times.dtype == torch.int64
+            for time in (times, times.double(), times.float()):
+                equal(ours(state, rainy, time, *embeddings), together[place : place + 1])
+        other = ours(given[0], given[1], given[2] % 100 + 1, *given[3:])
+    assert (other - together).abs().amax(dim=(1, 2, 3)).min() > 1e-6
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_images_of_a_batch_do_not_meet(gradient):
+    ours = stirred(small())
+    given = inputs(3)
+    changed = [copy.deepcopy(one) for one in given]
+    for one in changed:
+        one[1] = one[1] // 2 + 1 if one.dtype == torch.int64 else 1 - one[1]
+    with torch.set_grad_enabled(gradient):
+        before, after = ours(*given), ours(*changed)
+    equal(after[[0, 2]], before[[0, 2]])
+    assert (after[1] - before[1]).abs().max() > 1e-6
+
+
+def test_what_comes_in_is_left_as_it_is():
+    ours = stirred(small())
+    given = inputs()
+    before = [copy.deepcopy(one) for one in given]
+    with torch.no_grad():
+        first = ours(*given)
+        assert torch.equal(ours(*given), first)
+    assert all(torch.equal(one, other) for one, other in zip(given, before, strict=True))
