@@ -34,7 +34,7 @@ SIDE, ROUNDS = 256, 3
 SPEED, APART, GROWTH = 1.2, 1e-5, 1.05
 IR_SDE = {"multipliers": (2, 4, 8, 16), "content": False, "degradation": False}
 NETWORKS = {"DA-CLIP, 49 M": {}, "IR-SDE, 137 M": IR_SDE}
-RUNS = [("DA-CLIP, 49 M",), ("DA-CLIP, 49 M", "--kept"), ("IR-SDE, 137 M", "--kept")]
+RUNS = [("DA-CLIP, 49 M",), ("DA-CLIP, 49 M", "--kept"), ("IR-SDE, 137 M",)]
 Times = tuple[float, float]
 """Seconds by the clock and of the processors."""
 
