@@ -145,7 +145,7 @@ def cost(method: DerainModule, size: int) -> dict[str, int]:
         elif isinstance(module, LinearAttention):
             weight = cast(Tensor, module.to_out[0].weight)
             pixels = out.numel() // len(weight)
-            spared.append(weight.numel() * pixels)
+            spared.append((weight.numel() - module.to_qkv.weight.numel()) * pixels)  # two parts of it, counted whole
             attention.append(2 * pixels * weight.shape[1] * HEAD)
         elif isinstance(module, Upsample):
             weight = cast(Tensor, module[1].weight)
