@@ -48,7 +48,7 @@ class Sampling:
         DerainError: If the solver is unknown or the steps are none.
     """
 
-    solver: str = "mrs-ode2"
+    solver: str = "posterior"
     steps: int | None = 10
     seed: int = 0
 

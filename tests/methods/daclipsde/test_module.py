@@ -244,7 +244,7 @@ def test_schedules_of_the_learning_rate(monkeypatch):
 
 
 def test_sampling_is_plain_data():
-    assert dataclasses.asdict(Sampling()) == {"solver": "mrs-ode2", "steps": 10, "seed": 0}
+    assert dataclasses.asdict(Sampling()) == {"solver": "posterior", "steps": 10, "seed": 0}
 
 
 def test_preconditioned_networks_estimate_what_is_left():
