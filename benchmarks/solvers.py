@@ -23,7 +23,7 @@ from derain.methods.daclipsde.solvers import SOLVERS, Sampling
 from derain.metrics import psnr_ssim, resolve
 from derain.progress import track
 
-STEPS, SEEDS, CROPS, SIDE = (5, 10, 20, 50, 100), (0, 1, 2), 8, 128
+STEPS, SEEDS, CROPS, SIDE = (5, 10, 20, 50, 100), (0, 1, 2), 4, 128
 
 
 def crops(name: str) -> tuple[torch.Tensor, torch.Tensor]:

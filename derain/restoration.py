@@ -109,13 +109,13 @@ class Restorer:
             DerainError: If memory does not suffice for the smallest tile.
         """
         image = _to_tensor(rainy)
-        return _to_array(self._views(image, self.method, self.method.perceive(image)))
+        return _to_array(self._views(image, self.method, self.method.perceive(image.to(self.device))))
 
     @torch.inference_mode()
     def explain(self, rainy: NDArray[np.float32]) -> "Explanation":
         """Restores one image, as a call does, and shows how that came about."""
         image = _to_tensor(rainy)
-        perceived = self.method.perceive(image)
+        perceived = self.method.perceive(image.to(self.device))
         stack = _to_array(self._views(image, self.method.explain, perceived))
         maps = {name: stack[:, :, 3 + place] for place, name in enumerate(self.method.maps)}
         return Explanation(stack[:, :, :3], maps, self.method.describe_image(perceived, 0))

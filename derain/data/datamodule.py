@@ -163,8 +163,9 @@ class RainDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for option, value in {"crop": crop, "batch_size": batch_size, "repeat": repeat}.items():
-            if value < 1:
+        counts = {"crop": crop, "batch_size": batch_size, "repeat": repeat, "val_limit": val_limit}
+        for option, value in counts.items():
+            if value is not None and value < 1:
                 raise DerainError(f"--data.{option} {value}: must be at least 1")
         if not 0 < val_share < 1:
             raise DerainError(f"--data.val_share {val_share}: must be between 0 and 1")

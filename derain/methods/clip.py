@@ -18,14 +18,20 @@ from derain.methods.hub import HubModel, check_whole, loading
 
 log = logging.getLogger("derain")
 
-CLIP = HubModel(
-    "CLIP",
-    tokenizer=(("tokenizer.json",), ("vocab.json", "merges.txt")),
-    option="--model.clip",
-    instead="train without CLIP (--model.perception none)",
-    unfetched="name a local directory by --model.clip or DERAIN_CLIP; train without it by --model.perception none, "
-    "restore without it by --route N",
-)
+
+def clip_model(without: str) -> HubModel:
+    """CLIP on the hub, and what is said when it cannot be had.
+
+    Args:
+        without: How to do without it, empty where that is not possible.
+    """
+    return HubModel(
+        "CLIP",
+        tokenizer=(("tokenizer.json",), ("vocab.json", "merges.txt")),
+        option="--model.clip",
+        instead=without or "set DERAIN_CLIP",
+        unfetched="; ".join(("name a local directory by --model.clip or DERAIN_CLIP", *([without] if without else []))),
+    )
 
 
 class FrozenCLIP:
@@ -38,11 +44,14 @@ class FrozenCLIP:
         name: Id on the Hugging Face hub (``openai/clip-vit-base-patch32``) or a local directory in that form;
             ``$DERAIN_CLIP`` goes before it, for weights that name a directory of another machine.
 
+        without: What a method that does without CLIP is told to do, for messages.
+
     Raises:
         DerainError: When it is first needed and can neither be found nor fetched.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, without: str = "") -> None:
+        self.hub = clip_model(without)
         self.name = os.environ.get("DERAIN_CLIP") or name
         if self.name != name:
             log.info("CLIP: %s (DERAIN_CLIP) instead of %s", self.name, name)
@@ -50,12 +59,12 @@ class FrozenCLIP:
     @cached_property
     def folder(self) -> Path:
         """Directory of the model; fetched from the hub, with a word about it, where it is not here yet."""
-        return CLIP.folder(self.name)
+        return self.hub.folder(self.name)
 
     @cached_property
     def sha256(self) -> str:
         """Hash of weights, configuration and tokenizer."""
-        return CLIP.sha256(self.folder)
+        return self.hub.sha256(self.folder)
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any, Any]:
@@ -107,12 +116,18 @@ class FrozenCLIP:
         return (resized - mean) / std
 
     @torch.inference_mode()
-    def texts(self, prompts: Sequence[str]) -> Float[Tensor, "n d"]:
-        """Features of texts, not normalised, on the CPU."""
+    def texts(self, prompts: Sequence[str], *, truncate: bool = False) -> Float[Tensor, "n d"]:
+        """Features of texts, not normalised, on the CPU.
+
+        Args:
+            prompts: The texts.
+            truncate: Cut what is longer than CLIP reads, all but its end token, instead of refusing it.
+        """
         model, tokenizer, _ = self._loaded
         device = next(model.parameters()).device
         length = model.config.text_config.max_position_embeddings
-        tokens = tokenizer(list(prompts), padding=True, return_tensors="pt")
+        cut = {"truncation": True, "max_length": length} if truncate else {}
+        tokens = tokenizer(list(prompts), padding=True, return_tensors="pt", **cut)
         if tokens.input_ids.shape[1] > length:
             longest = max(prompts, key=len)
             raise DerainError(f"prompt {longest[:60]!r} …: CLIP reads {length - 2} tokens at most; shorten it")

@@ -78,6 +78,11 @@ def load(path: Path) -> Weights:
         if published is not None:
             return Weights(published.eval(), content.kind.format(_told(published)))
     found = ", ".join(list(content.state)[:4])
+    if any("visual_control." in name for name in content.state):
+        raise DerainError(
+            f"{path}: is the authors' controller of DA-CLIP, which restores no images by itself; give it by "
+            "--model.controller or DERAIN_CONTROLLER"
+        )
     raise DerainError(f"{path}: holds no method known here (found {found or 'nothing'} …); {EXPECTED}")
 
 

@@ -19,6 +19,10 @@ from derain.methods.clip import FrozenCLIP
 Similarity = Literal["cosine", "dot"]
 
 
+WITHOUT = "train without CLIP by --model.perception none, restore without it by --route N"
+"""What is said where there is no CLIP."""
+
+
 class RainPerception:
     """Scores of whole images for each prompt.
 
@@ -36,7 +40,7 @@ class RainPerception:
     """
 
     def __init__(self, clip: str, texts: Sequence[str], similarity: Similarity = "cosine") -> None:
-        self.clip, self.texts, self.similarity = FrozenCLIP(clip), tuple(texts), similarity
+        self.clip, self.texts, self.similarity = FrozenCLIP(clip, WITHOUT), tuple(texts), similarity
 
     @cached_property
     def _file(self) -> Path:

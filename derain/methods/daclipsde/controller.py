@@ -6,7 +6,6 @@ Luo et al., Controlling Vision-Language Models for Multi-Task Image Restoration,
 import copy
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from derain.errors import DerainError
 from derain.methods.clip import FrozenCLIP
+from derain.methods.daclipsde.published import controller_of
 
 log = logging.getLogger("derain")
 
@@ -104,8 +104,10 @@ class Perception:
     """
 
     def __init__(self, clip: str, controller: str | None) -> None:
-        self.clip = FrozenCLIP(clip)
+        self.clip = FrozenCLIP(clip, "train without it by --model.contexts none")
         self.file = os.environ.get("DERAIN_CONTROLLER") or controller
+        if controller is not None and self.file != controller:
+            log.info("controller: %s (DERAIN_CONTROLLER) instead of %s", self.file, controller)
         self.hashes: dict[str, str | None] = {}
 
     def expect(self, description: Mapping[str, Any]) -> None:
@@ -125,6 +127,11 @@ class Perception:
             log.warning("no --model.controller: both embeddings are CLIP's own, as before the controller is trained")
             found = Controller(self.clip.model)
         else:
+            if not Path(self.file).is_file():
+                raise DerainError(
+                    f"--model.controller {self.file}: no such file; name it by --model.controller, or by "
+                    "DERAIN_CONTROLLER for weights that name another"
+                )
             state, description, _ = weights.read(Path(self.file))
             if description.get("method") not in {None, "DACLIPModule"}:
                 raise DerainError(
@@ -134,7 +141,7 @@ class Perception:
             order = description.get("hyper_parameters", {}).get("order", "reversed")
             found = Controller(self.clip.model, order)
             own = {name: value.shape for name, value in found.state_dict().items()}
-            state = state if description else from_published(state)
+            state = state if description else controller_of(state)
             if {name: value.shape for name, value in state.items()} != own:
                 raise DerainError(
                     f"--model.controller {self.file}: does not fit CLIP {self.clip.name}; give the CLIP that it was "
@@ -146,7 +153,8 @@ class Perception:
             found.load_state_dict(dict(state))
         hashes = {"clip_sha256": self.clip.sha256, "controller_sha256": self.file and weights.sha256(Path(self.file))}
         for name in (name for name, expected in self.hashes.items() if hashes[name] != expected):
-            log.warning("these weights were trained with another %s: expect worse", name.removesuffix("_sha256"))
+            told = {"clip_sha256": "CLIP (DERAIN_CLIP)", "controller_sha256": "controller (DERAIN_CONTROLLER)"}[name]
+            log.warning("these weights were trained with another %s: expect worse, or name the right one", told)
         self.hashes = hashes
         return found.eval().requires_grad_(False)
 
@@ -163,51 +171,3 @@ class Perception:
         texts = nn.functional.normalize(self.clip.texts(words), dim=-1)
         cosines = nn.functional.normalize(degradation.float().cpu(), dim=-1) @ texts.T
         return (self.controller.logit_scale.exp().cpu() * cosines).softmax(dim=-1)
-
-
-# The authors' checkpoint.
-
-_NAMES = (
-    (r"^conv1\.", "vision.embeddings.patch_embedding."),
-    (r"^class_embedding$", "vision.embeddings.class_embedding"),
-    (r"^positional_embedding$", "vision.embeddings.position_embedding.weight"),
-    (r"^ln_pre\.", "vision.pre_layrnorm."),
-    (r"^ln_post\.", "vision.post_layernorm."),
-    (r"^proj$", "projection.weight"),
-    (r"^transformer\.zero_modules\.", "zero."),
-    (r"^transformer\.transformer\.resblocks\.", "vision.encoder.layers."),
-    (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-    (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
-)
-"""Names of the authors (open_clip's, below ``visual_control.``) and ours (transformers')."""
-
-
-def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The controller in the authors' checkpoint of DA-CLIP, with our names; the frozen CLIP in it is left out.
-
-    ``visual_control.*`` becomes ours by the table above; ``in_proj`` is cut into queries, keys and values, ``proj`` is
-    transposed.
-
-    Args:
-        state: The state dict, with or without the prefix ``module.`` of parallel training.
-
-    Raises:
-        DerainError: If there is no controller in it.
-    """
-    plain = {name.removeprefix("module."): value for name, value in state.items()}
-    prefix = "visual_control."
-    theirs = {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
-    if not theirs or "logit_scale" not in plain:
-        raise DerainError("no controller of DA-CLIP in this file (its authors' names begin with visual_control)")
-    ours = {"logit_scale": plain["logit_scale"]}
-    for name, value in theirs.items():
-        for pattern, ours_is in _NAMES:
-            name = re.sub(pattern, ours_is, name)
-        if ".attn.in_proj_" in name:
-            for part, piece in zip("qkv", value.chunk(3), strict=True):
-                ours[name.replace(".attn.in_proj_", f".self_attn.{part}_proj.")] = piece
-        else:
-            ours[name] = value.T if name == "projection.weight" else value
-    return ours

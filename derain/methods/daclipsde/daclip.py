@@ -1,6 +1,8 @@
 """Training of DA-CLIP's controller as a LightningModule."""
 
+import hashlib
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,7 +17,7 @@ from derain.batch import PairBatch
 from derain.errors import DerainError
 from derain.methods.clip import FrozenCLIP
 from derain.methods.daclipsde.controller import Controller, Order
-from derain.methods.daclipsde.loss import contrastive_loss
+from derain.methods.daclipsde.loss import contrastive_loss, cosines
 from derain.methods.described import DescribedModule
 from derain.nn.schedule import warm_up_then_cosine
 
@@ -72,7 +74,8 @@ class DACLIPModule(DescribedModule):
         self.clip_sha256: str | None = self.clip.sha256
         self._texts: dict[str, Tensor] = {}
         self._accuracy: dict[str, Any] = {}
-        self._warned = False
+        self._warned: set[str] = set()
+        self.words: list[str] = []
 
     # Training.
 
@@ -88,8 +91,8 @@ class DACLIPModule(DescribedModule):
         embeddings = self.network(self.clip.model, pixels)
         scale = self.network.logit_scale.exp()
         losses = {
-            "train/content": self._contrast(embeddings.content, captions, scale),
-            "train/degradation": self._contrast(embeddings.degradation, words, scale),
+            "train/content": self._contrast(embeddings.content, captions, scale, "captions"),
+            "train/degradation": self._contrast(embeddings.degradation, words, scale, "degradations"),
         }
         loss = losses["train/content"] + losses["train/degradation"]
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
@@ -105,20 +108,20 @@ class DACLIPModule(DescribedModule):
             return rainy, captions, words
         return torch.cat((rainy, batch["clean"])), captions * 2, words + [clean] * len(rainy)
 
-    def _contrast(self, images: Float[Tensor, "b d"], texts: list[str], scale: Tensor) -> Tensor:
-        """The contrastive loss over the batches of all devices."""
+    def _contrast(self, images: Float[Tensor, "b d"], texts: list[str], scale: Tensor, what: str) -> Tensor:
+        """The contrastive loss over the batches of all devices; texts are equal if they are written alike."""
         features = self._features(texts).to(images.device)
+        ids = torch.tensor([_number(text) for text in texts], device=images.device)
         if self.trainer.world_size > 1:
             images = self._gathered(images, sync_grads=True)
-            features = self._gathered(features)
-        same = None
-        if self.hparams["equal_texts"]:
-            same = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist") == 0
-        if bool((features == features[0]).all()) and not self._warned:
-            self._warned = True
+            features, ids = self._gathered(features), self._gathered(ids)
+        same = ids[:, None] == ids if self.hparams["equal_texts"] else None
+        if what not in self._warned and bool((ids == ids[0]).all()):
+            self._warned.add(what)
             log.warning(
-                "all %d texts of a batch are %r: nothing can be told apart by them; %s",
-                len(features),
+                "all %d %s of a batch are %r: nothing can be told apart by them; %s",
+                len(ids),
+                what,
                 texts[0],
                 "this part of the loss is 0" if same is not None else "the loss pushes images towards each other",
             )
@@ -131,13 +134,13 @@ class DACLIPModule(DescribedModule):
         """Text embeddings, each computed once."""
         new = sorted({text for text in texts if text not in self._texts})
         if new:
-            self._texts |= dict(zip(new, self.clip.texts(new), strict=True))
+            self._texts |= dict(zip(new, self.clip.texts(new, truncate=True), strict=True))
         return torch.stack([self._texts[text] for text in texts])
 
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
         """Keeps the temperature in its range, 1 to 1/100."""
         with torch.no_grad():
-            self.network.logit_scale.clamp_(0, 4.605170185988092)
+            self.network.logit_scale.clamp_(0, math.log(100))
 
     def configure_optimizers(self) -> Any:
         """AdamW; the learning rate rises evenly, then falls along a cosine, step by step."""
@@ -171,8 +174,7 @@ class DACLIPModule(DescribedModule):
             return
         images, _, words = self._shown(batch)
         degradation = self.network(self.clip.model, self.clip.pixels(images)).degradation
-        texts = F.normalize(self._features(self.words), dim=-1).to(images.device)
-        nearest = (F.normalize(degradation.float(), dim=-1) @ texts.T).argmax(1)
+        nearest = cosines(degradation, self._features(self.words).to(images.device)).argmax(1)
         told = torch.tensor([self.words.index(word) for word in words], device=images.device)
         self._accuracy["all"].update(nearest, told)
 
@@ -200,6 +202,11 @@ class DACLIPModule(DescribedModule):
                 f"--model.clip {self.clip.name}: this controller belongs to another CLIP; give the one of its training "
                 "by --model.clip or DERAIN_CLIP"
             )
+
+
+def _number(text: str) -> int:
+    """A number for a text, the same in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
 
 def random_resized_crop(images: Float[Tensor, "b 3 h w"], smallest: float, side: int) -> Float[Tensor, "b 3 s s"]:

@@ -32,6 +32,12 @@ def matching_loss(
     return F.l1_loss(step, sde.optimum(state, clean, rainy, times, times - 1))
 
 
+def cosines(images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
+    """Cosines of embeddings, in float32 also where a precision is chosen automatically."""
+    with torch.autocast(images.device.type, enabled=False):
+        return F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
+
+
 def contrastive_loss(
     images: Float[Tensor, "b d"],
     texts: Float[Tensor, "b d"],
@@ -50,8 +56,7 @@ def contrastive_loss(
         scale: Inverse temperature.
         same: Which texts are equal; only the diagonal if not given.
     """
-    cosines = F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
-    logits = scale.float() * cosines
+    logits = scale.float() * cosines(images, texts)
     right = torch.eye(len(logits), dtype=torch.bool, device=logits.device) if same is None else same
     wrong = torch.zeros_like(logits).masked_fill(~right, -torch.inf)
     to_texts = (logits + wrong).logsumexp(1) - logits.logsumexp(1)

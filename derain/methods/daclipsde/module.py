@@ -13,6 +13,7 @@ from derain.methods.base import DerainModule
 from derain.methods.daclipsde.controller import Perception
 from derain.methods.daclipsde.loss import matching_loss
 from derain.methods.daclipsde.network import AttentionKind, ConditionalUNet
+from derain.methods.daclipsde.published import unet_options
 from derain.methods.daclipsde.sde import MeanRevertingSDE, Schedule
 from derain.methods.daclipsde.solvers import Sampling, sample
 from derain.nn.schedule import warm_up_then_cosine
@@ -79,10 +80,13 @@ class DACLIPSDEModule(DerainModule):
         super().__init__()
         self.save_hyperparameters()
         content, degradation = contexts in {"both", "content"}, contexts in {"both", "degradation"}
+        if residual is not None and residual <= 0:
+            raise DerainError(f"--model.residual {residual}: must be above 0, or none")
         self.sde = MeanRevertingSDE(max_sigma, sde_steps, eps, schedule)
         self.network: ConditionalUNet = ConditionalUNet(channels, multipliers, attention, content, degradation, context)
         self.perception = Perception(clip, controller) if contexts != "none" else None
         self.sampling = Sampling()
+        self.published = False
 
     def check(self) -> None:
         """Finds or fetches CLIP and the controller.
@@ -92,6 +96,11 @@ class DACLIPSDEModule(DerainModule):
         """
         if self.perception is None:
             return
+        if self.published and self.perception.file is None:
+            raise DerainError(
+                "the authors' U-Net of DA-CLIP needs the controller of its training (daclip_ViT-B-32.pt); name it by "
+                "DERAIN_CONTROLLER"
+            )
         size = self.perception.controller.projection.out_features
         if size != self.hparams["context"]:
             raise DerainError(
@@ -135,6 +144,7 @@ class DACLIPSDEModule(DerainModule):
         perceived = {"content": content, "degradation": degradation}
         if content is None and degradation is None:
             perceived |= self.perceive(rainy)
+        perceived = {name: one if one is None else one.to(rainy.device) for name, one in perceived.items()}
 
         def estimate(state: Tensor, time: int) -> Tensor:
             times = torch.full((len(rainy),), time)
@@ -211,6 +221,12 @@ class DACLIPSDEModule(DerainModule):
     def recall(self, description: Mapping[str, Any]) -> None:
         """Takes back the schedule, and which controller and CLIP to expect."""
         super().recall(description)
+        began = description.get("hyper_parameters", {}).get("residual")
+        if self.resuming and (description.get("sde") != self.sde.state() or began != self.hparams["residual"]):
+            raise DerainError(
+                "this run began with another SDE (--model.max_sigma, sde_steps, eps, schedule or residual); give those "
+                "that it began with to go on"
+            )
         if "sde" in description:
             self.sde = MeanRevertingSDE.from_state(description["sde"])
         if self.perception is not None:
@@ -218,31 +234,12 @@ class DACLIPSDEModule(DerainModule):
 
     @classmethod
     def from_published(cls, state: Mapping[str, Tensor]) -> "DerainModule | None":
-        """Takes the authors' U-Net of IR-SDE or DA-CLIP; our parameters have their names.
-
-        Sizes are read off the tensors. λ is 10 of 255 for IR-SDE's channels, else 50, as in the authors' settings.
-        """
-        if "init_conv.weight" not in state or "mid_block1.block1.proj.weight" not in state:
+        """Takes the authors' U-Net of IR-SDE or DA-CLIP."""
+        options = unet_options(state)
+        if options is None:
             return None
-        channels = state["init_conv.weight"].shape[0]
-        depth = sum(name.endswith(".0.block1.proj.weight") and name.startswith("downs.") for name in state)
-        multipliers = [state[f"downs.{level}.3.weight"].shape[0] // channels for level in range(depth)]
-        content = any(".transformer_blocks." in name for name in state)
-        contexts = {
-            (True, True): "both",
-            (True, False): "content",
-            (False, True): "degradation",
-            (False, False): "none",
-        }[content, "prompt" in state]
-        context = next((v.shape[1] for k, v in state.items() if k.endswith("attn2.to_k.weight")), 512)
-        context = state["text_mlp.0.weight"].shape[1] if "prompt" in state else context
-        module = cls(
-            cast(Contexts, contexts),
-            channels=channels,
-            multipliers=multipliers,
-            context=context,
-            max_sigma=10.0 if contexts == "none" else 50.0,
-        )
+        module = cls(**options)
+        module.published = True
         own = module.network.state_dict()
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
             return None

@@ -11,7 +11,8 @@ from transformers import CLIPConfig, CLIPModel
 from derain.errors import DerainError
 from derain.methods import DACLIPModule, weights
 from derain.methods.clip import FrozenCLIP
-from derain.methods.daclipsde.controller import Controller, Perception, from_published
+from derain.methods.daclipsde.controller import Controller, Perception
+from derain.methods.daclipsde.published import controller_of
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_the_authors_names_fit_vit_b_32():
     assert state["visual_control.proj"].shape == (768, 512)
     assert state["visual_control.conv1.weight"].shape == (768, 3, 32, 32)
     assert state["visual_control.positional_embedding"].shape == (50, 768)
-    found = from_published(state)
+    found = controller_of(state)
     assert {name: value.shape for name, value in found.items()} == {
         name: value.shape for name, value in controller.state_dict().items()
     }
@@ -179,7 +180,7 @@ def test_shares_of_words(clip_folder, trained):
 
 def test_controllers_that_cannot_be_used(clip_folder, trained, tmp_path, monkeypatch, caplog):
     _, ours, _ = trained
-    with pytest.raises(DerainError, match=r"absent\.pt: no such file"):
+    with pytest.raises(DerainError, match=r"absent\.pt: no such file; name it by --model\.controller"):
         _ = Perception(str(clip_folder), str(tmp_path / "absent.pt")).controller
     other = tmp_path / "prenet.safetensors"
     safetensors.torch.save_file({"a": torch.ones(1)}, other, {"derain": json.dumps({"method": "PReNetModule"})})
@@ -199,4 +200,4 @@ def test_controllers_that_cannot_be_used(clip_folder, trained, tmp_path, monkeyp
     perception.expect({"controller_sha256": "another", "clip_sha256": perception.clip.sha256})
     _ = perception.controller
     assert "trained with another controller" in caplog.text
-    assert "trained with another clip" not in caplog.text
+    assert "trained with another CLIP" not in caplog.text

@@ -73,7 +73,7 @@ def test_equal_words_are_told_once(clip_folder, module, caplog):
     with caplog.at_level(logging.WARNING, "derain"):
         module.training_step(told, 0)
         module.training_step(told, 1)
-    assert caplog.text.count("all 3 texts of a batch are 'rainy'") == 1
+    assert caplog.text.count("all 3 degradations of a batch are 'rainy'") == 1
     assert float(module.logged["train/degradation"]) == 0
     module.hparams["equal_texts"] = False
     module.training_step(told, 2)

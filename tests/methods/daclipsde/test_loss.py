@@ -96,3 +96,7 @@ def test_equal_texts_teach_nothing_unless_taken_apart():
 def test_half_precision_is_widened():
     images = torch.randn(8, 4).bfloat16()
     assert contrastive_loss(images, images, torch.tensor(100.0)).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        found = contrastive_loss(images.float(), images.float().flip(0), torch.tensor(100.0))
+    expected = contrastive_loss(images.float(), images.float().flip(0), torch.tensor(100.0))
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)

@@ -100,14 +100,14 @@ def test_contexts_are_perceived_as_wanted(clip_folder, contexts, names):
     assert all(value.shape == (2, 8) for value in found.values())
 
 
-def test_contexts_off_is_ir_sde(clip_folder):
-    """The same weights without contexts give the same picture as an untouched prompt and zero projections."""
-    with_contexts = contextual(clip_folder, "content", attention="linear")
-    without = contextual(clip_folder, "none", attention="linear")
-    assert without.perception is None
-    names = {name for name, _ in with_contexts.network.named_parameters()}
-    assert not any("transformer" in name or "prompt" in name for name, _ in without.network.named_parameters())
-    assert any("transformer" in name for name in names)
+def test_contexts_off_is_ir_sde():
+    """No CLIP, no parameter of contexts; the network is the textbook U-Net of IR-SDE (compared in test_network.py)."""
+    module = DACLIPSDEModule("none", channels=32, multipliers=(1, 2))
+    assert module.perception is None
+    assert module.network.contexts == (False, False)
+    names = {name for name, _ in module.network.named_parameters()}
+    assert not any("transformer" in name or "prompt" in name or "text_mlp" in name for name in names)
+    assert module.perceive(torch.rand(1, 3, 8, 8)) == {}
 
 
 def test_contexts_are_computed_once_an_image(clip_folder, monkeypatch):
@@ -169,7 +169,7 @@ def test_files_say_which_clip_and_controller(clip_folder, tmp_path, caplog):
     assert loaded.perception.hashes["clip_sha256"] == module.perception.clip.sha256
     loaded.perception.hashes["clip_sha256"] = "other"
     loaded.check()
-    assert "trained with another clip" in caplog.text
+    assert "trained with another CLIP" in caplog.text
 
 
 # Tiles.
@@ -259,3 +259,22 @@ def test_preconditioned_networks_estimate_what_is_left():
     plain = DACLIPSDEModule("none", **TINY).eval()
     with torch.no_grad():
         assert torch.equal(plain.noise(state, rainy, times), plain.network(state, rainy, times))
+
+
+def test_what_is_perceived_is_perceived_where_the_network_is(clip_folder, monkeypatch):
+    module = contextual(clip_folder)
+    restorer = Restorer(module, device="cpu", sampling=Sampling(steps=1))
+    restorer.device = torch.device("meta")  # stands for a GPU: what is perceived must be there
+    seen = []
+    monkeypatch.setattr(module, "perceive", lambda rainy: seen.append(rainy.device.type) or {})
+    monkeypatch.setattr(restorer, "_views", lambda image, forward, perceived: torch.zeros(1, 3, 4, 4))
+    restorer(np.zeros((4, 4, 3), np.float32))
+    restorer.explain(np.zeros((4, 4, 3), np.float32))
+    assert seen == ["meta", "meta"]
+
+
+def test_published_contexts_need_their_controller(clip_folder):
+    state = contextual(clip_folder).network.state_dict()
+    module = DACLIPSDEModule.from_published(state)
+    with pytest.raises(DerainError, match="DERAIN_CONTROLLER"):
+        module.check()
