@@ -10,6 +10,7 @@ from PIL import Image
 
 from derain.errors import DerainError
 from derain.methods.clip import FrozenCLIP
+from derain.methods.cliprpn.perception import WITHOUT
 from tests.factories import clean_image, make_clip
 
 TEXTS = ("almost no rain", "Heavy rain, with large DENSE raindrops; 3 puddles!", "rain " * 60)
@@ -122,7 +123,7 @@ def test_the_hash_tells_weights_and_preparation_apart(folder, tmp_path):
 
 def refused(name, *parts):
     with pytest.raises(DerainError) as caught:
-        FrozenCLIP(str(name)).texts(["rain"])
+        FrozenCLIP(str(name), WITHOUT).texts(["rain"])
     told = str(caught.value)
     assert "\n" not in told
     for part in (str(name), *parts):

@@ -274,7 +274,7 @@ def test_what_is_perceived_is_perceived_where_the_network_is(clip_folder, monkey
 
 
 def test_published_contexts_need_their_controller(clip_folder):
-    state = contextual(clip_folder).network.state_dict()
+    state = contextual(clip_folder, attention="linear").network.state_dict()
     module = DACLIPSDEModule.from_published(state)
     with pytest.raises(DerainError, match="DERAIN_CONTROLLER"):
         module.check()
