@@ -15,8 +15,8 @@ CONTEXTS = {(True, True): "both", (True, False): "content", (False, True): "degr
 def unet_options(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """Options of `DACLIPSDEModule` for the authors' U-Net, whose parameters have our names; None if it is none.
 
-    Sizes are read off the tensors. λ stands nowhere in them: it is 10 of 255 for IR-SDE's channels, which double at every
-    level, else 50, as in the authors' settings.
+    Sizes are read off the tensors. λ stands nowhere in them: it is 10 of 255 for IR-SDE's channels, which double at
+    every level, else 50, as in the authors' settings.
     """
     if "init_conv.weight" not in state or "mid_block1.block1.proj.weight" not in state:
         return None
