@@ -90,7 +90,7 @@ def test_tiny_ones_are_those_of_the_presets(preset, built):
     told = yaml.safe_load(file.read_text())["model"]["init_args"]
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in built.items()}
     assert {name: told[name] for name in listed} == listed
-    assert set(told) - set(listed) <= {"learning_rate", "contexts", "max_sigma"}
+    assert set(told) - set(listed) <= {"learning_rate", "contexts", "max_sigma", "residual"}
 
 
 def test_forms_hold_the_same_numbers(capsys, small):

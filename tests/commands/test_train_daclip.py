@@ -197,7 +197,7 @@ def test_the_contrast_of_two_processes_is_that_of_one_large_batch(place):
         "        texts = ['a', 'b', 'c', 'b']\n"
         "        mine = slice(2 * self.global_rank, 2 * self.global_rank + 2)\n"
         "        images = whole[mine].clone().requires_grad_()\n"
-        "        loss = self._contrast(images, texts[mine], torch.tensor(5.0))\n"
+        "        loss = self._contrast(images, texts[mine], torch.tensor(5.0), 'captions')\n"
         "        grad, = torch.autograd.grad(loss, images)\n"
         "        f = self._features(texts)\n"
         "        full = whole.clone().requires_grad_()\n"
