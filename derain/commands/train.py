@@ -261,11 +261,19 @@ def run_folder(root: Path, command: str, resuming: bool) -> Path:
 
 
 def _keep_history(csv: CSVLogger, past: Path, checkpoint: Path) -> None:
-    """Lets a resumed run append to its metrics, from the checkpoint's step on (the logger would delete them)."""
+    """Lets a resumed run append to its metrics, from the checkpoint's step on (the logger would delete them).
+
+    Of a file that was cut off while the logger wrote it anew, what is whole is kept.
+    """
     step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    header, *rows = past.read_text().splitlines()
-    place = header.split(",").index("step")
-    kept = [row for row in rows if int(row.split(",")[place]) < step]
+    header, *rows = past.read_text().splitlines() or [""]
+    columns = header.split(",")
+    if "step" not in columns:
+        log.warning("%s was cut off when the run broke off: its metrics begin anew", past)
+        return
+    place = columns.index("step")
+    whole = [row for row in rows if row.count(",") == header.count(",") and row.split(",")[place].isdecimal()]
+    kept = [row for row in whole if int(row.split(",")[place]) < step]
     experiment = csv.experiment
     past.write_text("\n".join([header, *kept]) + "\n")
     experiment.metrics_keys = header.split(",")

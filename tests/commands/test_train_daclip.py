@@ -135,6 +135,7 @@ def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_ends(place):
     while not file.exists():
         assert killed.poll() is None, killed.stdout.read()
         time.sleep(0.02)
+    time.sleep(0.3)  # the logger may be writing its table anew
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not (place / "killed/fit-1/weights.safetensors").exists()
@@ -154,6 +155,21 @@ def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_ends(place):
         for root in ("whole", "killed")
     ]
     assert tables[0] == tables[1]
+
+
+def test_a_table_that_was_cut_off_does_not_keep_a_run_from_going_on(place, caplog):
+    fit = ["fit", "--config", "sde.yaml", "--trainer.default_root_dir", "cut"]
+    assert main([*fit, "--trainer.max_epochs", "1"]) == 0
+    table = place / "cut/fit-1/metrics.csv"
+    whole = table.read_text()
+    table.write_text(whole + "1,7")
+    assert main([*fit, "--trainer.max_epochs", "2", "--ckpt_path", "last"]) == 0
+    assert table.read_text().startswith(whole.partition("\n")[0])
+    assert len(rows(table)) > whole.count("\n")
+    table.write_text("")
+    assert main([*fit, "--trainer.max_epochs", "3", "--ckpt_path", "last"]) == 0
+    assert "cut off" in caplog.text
+    assert rows(table)
 
 
 @pytest.mark.slow
