@@ -221,7 +221,7 @@ class CLIPRPNModule(DerainModule):
             DerainError: If training would go on with other prompts or another perception.
         """
         super().on_load_checkpoint(checkpoint)
-        if self._trainer is None or self._trainer.state.fn != "fit":
+        if not self.resuming:
             return
         for name in ("perception", "prompts", "similarity", "route_by", "route"):
             began, now = checkpoint["hyper_parameters"].get(name), self.hparams[name]
