@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from derain.methods import DACLIPModule as DACLIPModule
     from derain.methods import DACLIPSDEModule as DACLIPSDEModule
     from derain.methods import DerainModule as DerainModule
+    from derain.methods import PLNLINGANModule as PLNLINGANModule
     from derain.methods import PReNetModule as PReNetModule
     from derain.methods import RestormerModule as RestormerModule
     from derain.restoration import Restorer as Restorer
@@ -24,6 +25,7 @@ _HOMES = {
     "DACLIPModule": "derain.methods",
     "DACLIPSDEModule": "derain.methods",
     "DerainModule": "derain.methods",
+    "PLNLINGANModule": "derain.methods",
     "PReNetModule": "derain.methods",
     "RestormerModule": "derain.methods",
     "RainDataModule": "derain.data.datamodule",
@@ -34,6 +36,7 @@ __all__ = [
     "DACLIPModule",
     "DACLIPSDEModule",
     "DerainModule",
+    "PLNLINGANModule",
     "PReNetModule",
     "RainDataModule",
     "Restorer",

@@ -49,7 +49,7 @@ def lint_imports(root: Path) -> subprocess.CompletedProcess:
     [
         (None, None),
         ("methods/prenet/network.py", "import lightning"),
-        ("methods/prenet/loss.py", "import derain.data.pairs"),
+        ("methods/plnlingan/loss.py", "import derain.data.pairs"),
         ("data/verify.py", "import torch"),
         ("images.py", "import derain.metrics"),
     ],

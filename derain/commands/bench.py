@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
@@ -25,7 +26,15 @@ from torch.overrides import TorchFunctionMode
 from derain.callbacks.results import cpu_name
 from derain.errors import DerainError
 from derain.memory import keep_large_blocks
-from derain.methods import CLIPRPNModule, DACLIPSDEModule, DerainModule, PReNetModule, RestormerModule, weights
+from derain.methods import (
+    CLIPRPNModule,
+    DACLIPSDEModule,
+    DerainModule,
+    PLNLINGANModule,
+    PReNetModule,
+    RestormerModule,
+    weights,
+)
 from derain.methods.daclipsde.network import HEAD, CrossAttention, LinearAttention, Upsample
 from derain.methods.prenet.network import VARIANTS, PReNet
 from derain.nn.restormer import Attention
@@ -38,6 +47,9 @@ TINY: dict[str, Any] = {"dim": 16, "blocks": (1, 1, 1, 1), "refinement": 1}
 TINY_SDE: dict[str, Any] = {"channels": 16, "attention": "none"}
 """The network of ``experiments/methods/daclipsde-tiny.yaml``."""
 
+TINY_GAN: dict[str, Any] = {"channels": 16, "stages": (1, 1, 1, 1), "hierarchy": 1, "heads": 1}
+"""The network of ``experiments/methods/plnlingan-tiny.yaml``."""
+
 BUILDS: dict[str, Callable[[], DerainModule]] = {
     **{variant: partial(PReNetModule, variant) for variant in VARIANTS},
     "Restormer": RestormerModule,
@@ -49,6 +61,8 @@ BUILDS: dict[str, Callable[[], DerainModule]] = {
     "IR-SDE, one step": partial(DACLIPSDEModule, "none", multipliers=(2, 4, 8, 16)),
     "DA-CLIP + IR-SDE, one step": DACLIPSDEModule,
     "IR-SDE, tiny, one step": partial(DACLIPSDEModule, "none", **TINY_SDE),
+    "PLNLIN": PLNLINGANModule,
+    "PLNLIN, tiny": partial(PLNLINGANModule, **TINY_GAN),
 }
 """Every method and variant; none of them needs CLIP to be built."""
 
@@ -152,6 +166,8 @@ def cost(method: DerainModule, size: int) -> dict[str, int]:
             spared.append(weight.numel() * (out.numel() // len(weight)))
         elif isinstance(module, CrossAttention):
             attention.append(2 * inputs[0].shape[1] * inputs[1].shape[1] * inputs[0].shape[2])
+        elif isinstance(module, WindowAttention):
+            attention.append(2 * inputs[0].numel() * module.window_area)
         elif isinstance(module, PReNet) and module.recurrent:
             spared.append(module.get_parameter("conv_f.0.weight").numel() * size**2)
 

@@ -265,7 +265,8 @@ def _keep_history(csv: CSVLogger, past: Path, checkpoint: Path) -> None:
 
     Of a file that was cut off while the logger wrote it anew, what is whole is kept.
     """
-    step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    loops = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["loops"]
+    step = loops["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]  # as loggers count
     header, *rows = past.read_text().splitlines() or [""]
     columns = header.split(",")
     if "step" not in columns:

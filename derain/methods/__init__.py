@@ -5,10 +5,17 @@ from derain.methods.cliprpn.module import CLIPRPNModule
 from derain.methods.daclipsde.daclip import DACLIPModule
 from derain.methods.daclipsde.module import DACLIPSDEModule
 from derain.methods.described import DescribedModule
+from derain.methods.plnlingan.module import PLNLINGANModule
 from derain.methods.prenet.module import PReNetModule
 from derain.methods.restormer.module import RestormerModule
 
-METHODS: tuple[type[DerainModule], ...] = (CLIPRPNModule, DACLIPSDEModule, RestormerModule, PReNetModule)
+METHODS: tuple[type[DerainModule], ...] = (
+    CLIPRPNModule,
+    DACLIPSDEModule,
+    PLNLINGANModule,
+    RestormerModule,
+    PReNetModule,
+)
 """Every method that restores; files of weights and tests look here."""
 
 __all__ = [
@@ -18,6 +25,7 @@ __all__ = [
     "DACLIPSDEModule",
     "DerainModule",
     "DescribedModule",
+    "PLNLINGANModule",
     "PReNetModule",
     "RestormerModule",
 ]

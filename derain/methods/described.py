@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 from lightning import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 import derain
@@ -79,9 +80,22 @@ class DescribedModule(LightningModule):
 
     @property
     def parameter_count(self) -> int:
-        """Number of trainable parameters."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+        """Number of the network's trainable parameters."""
+        return sum(p.numel() for p in self.network.parameters() if p.requires_grad)
 
     def on_fit_start(self) -> None:
         """Notes the names of the training sets for the files of weights."""
         self.trained_on = tuple(getattr(getattr(self.trainer, "datamodule", None), "train_sets", ()))
+
+    def refuse_plain_ddp(self, why: str) -> None:
+        """Refuses a strategy of several devices that waits for the gradients of all parameters.
+
+        Args:
+            why: They do not come.
+
+        Raises:
+            DerainError: If the trainer's is one.
+        """
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
+            raise DerainError(f"--trainer.strategy ddp: {why}; use --trainer.strategy ddp_find_unused_parameters_true")

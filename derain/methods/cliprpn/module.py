@@ -5,7 +5,6 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from derain.batch import PairBatch
@@ -154,13 +153,8 @@ class CLIPRPNModule(DerainModule):
             DerainError: If a strategy of several devices would wait for routes that no image took.
         """
         super().on_fit_start()
-        strategy = self.trainer.strategy
-        unused = strategy._ddp_kwargs.get("find_unused_parameters") if isinstance(strategy, DDPStrategy) else True
-        if not unused and len(self.network.routes) > 1:
-            raise DerainError(
-                "--trainer.strategy ddp: a route that no image of a batch takes has no gradient; "
-                "use --trainer.strategy ddp_find_unused_parameters_true"
-            )
+        if len(self.network.routes) > 1:
+            self.refuse_plain_ddp("a route that no image of a batch takes has no gradient")
         self.routing.check(resuming=True)
         if self.routing.perception is None or self.hparams["route_by"] == "patch":
             return
@@ -168,12 +162,12 @@ class CLIPRPNModule(DerainModule):
         if not hasattr(data, "rainy_images"):
             raise DerainError("routing whole images needs derain's RainDataModule; or set --model.route_by patch")
         if self.local_rank != 0:
-            strategy.barrier()  # the first process of a machine perceives, the others read what it kept
+            self.trainer.strategy.barrier()  # the first process of a machine perceives, the others read what it kept
         names = [pair.name for pair in data.pairs["train"]]
         images = data.rainy_images("train")
         self.routing.learn(names, track(images, "Perceiving rain", len(names)), self.device)
         if self.local_rank == 0:
-            strategy.barrier()
+            self.trainer.strategy.barrier()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Reconstruction loss and masks; every part is logged."""

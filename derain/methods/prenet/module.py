@@ -9,8 +9,8 @@ from torch import Tensor
 
 from derain.batch import PairBatch
 from derain.methods.base import DerainModule
-from derain.methods.prenet.loss import negative_ssim
 from derain.methods.prenet.network import VARIANTS, PReNet, Variant, variant_of
+from derain.nn.ssim import structural_similarity
 
 
 class PReNetModule(DerainModule):
@@ -59,7 +59,7 @@ class PReNetModule(DerainModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Negative SSIM of the last stage."""
-        loss = negative_ssim(self(batch["rainy"]), batch["clean"])
+        loss = -structural_similarity(self(batch["rainy"]), batch["clean"])
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["name"]))
         return loss
 

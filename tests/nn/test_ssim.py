@@ -1,11 +1,11 @@
-"""Negative SSIM against a NumPy/SciPy program in float64."""
+"""SSIM against a NumPy/SciPy program in float64."""
 
 import numpy as np
 import pytest
 import torch
 from scipy.signal import convolve2d
 
-from derain.methods.prenet.loss import negative_ssim
+from derain.nn.ssim import structural_similarity
 
 
 def ssim(x, y):
@@ -36,29 +36,29 @@ def pair(size, dtype=torch.float64, batch=2):
 def test_it_is_the_formula(size, dtype, tolerance):
     derained, clean = pair(size, dtype)
     channels = zip(derained.flatten(0, 1).double().numpy(), clean.flatten(0, 1).double().numpy(), strict=True)
-    expected = -np.mean([ssim(x, y) for x, y in channels])
-    assert negative_ssim(derained, clean).item() == pytest.approx(expected, abs=tolerance)
+    expected = np.mean([ssim(x, y) for x, y in channels])
+    assert structural_similarity(derained, clean).item() == pytest.approx(expected, abs=tolerance)
 
 
 def test_the_gradient_is_that_of_finite_differences():
     derained, clean = pair((7, 9), batch=1)
-    assert torch.autograd.gradcheck(lambda x: negative_ssim(x, clean), derained.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: structural_similarity(x, clean), derained.requires_grad_())
 
 
 def test_equal_images_are_best():
     derained, clean = pair((20, 20))
-    assert negative_ssim(clean, clean).item() == pytest.approx(-1, abs=1e-12)
-    assert negative_ssim(derained, clean) > -1
+    assert structural_similarity(clean, clean).item() == pytest.approx(1, abs=1e-12)
+    assert structural_similarity(derained, clean) < 1
     flat = torch.zeros(1, 3, 16, 16, requires_grad=True)
-    negative_ssim(flat, torch.zeros(1, 3, 16, 16)).backward()
+    structural_similarity(flat, torch.zeros(1, 3, 16, 16)).backward()
     assert torch.isfinite(flat.grad).all()
 
 
 def test_autocast_and_bfloat16_change_nothing():
     derained, clean = pair((24, 24), torch.float32)
-    expected = negative_ssim(derained, clean)
+    expected = structural_similarity(derained, clean)
     with torch.autocast("cpu", torch.bfloat16):
-        assert negative_ssim(derained, clean) == expected
-        loss = negative_ssim(derained.bfloat16(), clean)
+        assert structural_similarity(derained, clean) == expected
+        loss = structural_similarity(derained.bfloat16(), clean)
     assert loss.dtype == torch.float32
-    assert loss == negative_ssim(derained.bfloat16().float(), clean)
+    assert loss == structural_similarity(derained.bfloat16().float(), clean)

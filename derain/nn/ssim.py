@@ -1,4 +1,4 @@
-"""The loss that PReNet is trained by."""
+"""Structural similarity that networks are trained by."""
 
 import torch
 import torch.nn.functional as F
@@ -6,8 +6,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def negative_ssim(derained: Float[Tensor, "b c h w"], clean: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """Mean structural similarity with its sign changed: -1 for equal images.
+def structural_similarity(derained: Float[Tensor, "b c h w"], clean: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+    """Mean structural similarity: 1 for equal images.
 
     Computed in float32 at least, whatever autocast says. Differs from the SSIM that results are reported in:
     it works on RGB, each channel for itself, and zeros surround the image, so that the borders count too.
@@ -18,12 +18,12 @@ def negative_ssim(derained: Float[Tensor, "b c h w"], clean: Float[Tensor, "b c 
 
     References:
         Ren et al., CVPR 2019, section 4.1, as their code computes it: 11×11 Gaussian window of σ = 1.5, zero
-        padding of 5, C1 = 0.01², C2 = 0.03². SSIM: Wang et al., IEEE TIP 2004, eq. 13.
+        padding of 5, C1 = 0.01², C2 = 0.03²; S2's authors have the same. SSIM: Wang et al., IEEE TIP 2004, eq. 13.
 
     Example:
         >>> image = torch.rand(1, 3, 16, 16)
-        >>> round(float(negative_ssim(image, image)), 6)
-        -1.0
+        >>> round(float(structural_similarity(image, image)), 6)
+        1.0
     """
     with torch.autocast(derained.device.type, enabled=False):
         dtype = torch.promote_types(derained.dtype, torch.float32)
@@ -32,7 +32,7 @@ def negative_ssim(derained: Float[Tensor, "b c h w"], clean: Float[Tensor, "b c 
         product, squares = mean_x * mean_y, mean_x.square() + mean_y.square()
         similarity = (2 * product + 0.01**2) * (2 * (mean_xy - product) + 0.03**2)
         similarity = similarity / ((squares + 0.01**2) * (mean_xx + mean_yy - squares + 0.03**2))
-        return -similarity.mean()
+        return similarity.mean()
 
 
 def _blur(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

@@ -1,0 +1,246 @@
+"""PLNLIN-MCDDL as a LightningModule: generator and discriminator take turns, by manual optimisation."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, cast
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+
+from derain.batch import PairBatch
+from derain.errors import DerainError
+from derain.methods.base import DerainModule
+from derain.methods.plnlingan.loss import Parts, hierarchical_losses, relativistic_losses, weighted_sum
+from derain.methods.plnlingan.network import MCDDL, PLNLIN, SCALES, Branches, Interaction, Restored, Style, Unit
+from derain.nn.padding import pad_to_multiple
+from derain.nn.ssim import structural_similarity
+
+
+class PLNLINGANModule(DerainModule):
+    """PLNLIN-MCDDL: an interactive generator against a discriminator that sees its features too.
+
+    Wang et al., Progressive Local and Non-Local Interactive Networks with Deeply Discriminative Training, MM 2024.
+    ``network`` is the generator; the discriminator is part of checkpoints but not of files of weights. Steps, schedules
+    and checkpoints count the generator's steps; the clean image's features come from the generator without gradient.
+
+    Args:
+        channels: Width of the generator.
+        stages: N of its PLNLIMs from the finest to the coarsest; the decoder has the same.
+        hierarchy: N of the PLNLIMs of the hierarchical supervision.
+        heads: Attention heads of the Swin blocks.
+        unit: Of the generator: ``plnlim``, or chains of ``local`` or ``non-local`` blocks (Table 4).
+        branches: Of a PLNLIM: ``both``, or both ``local`` or ``non-local`` (Table 3).
+        interaction: Of the branches (Table 3): ``sft``, ``concatenation`` or ``none``.
+        fusion: Whether a PLNLIM has a fusion branch (Table 3).
+        last_interaction: Whether branches interact after the last stage too.
+        discriminator_channels: Width of the discriminator.
+        discriminator_stages: N of its PLNLIMs; section 4.1: 2.
+        discriminator_unit: As ``unit`` (Table 6).
+        content: Whether the discriminator sees the generator's features (section 4.5.2).
+        deep: Whether it judges at four scales, or at the coarsest alone (section 4.5.2).
+        alpha: Weight of the hierarchical supervision (eq. 9); 0 is without (Table 5).
+        beta: Weight of the adversarial losses (eq. 9); 0 is without a discriminator.
+        generator_steps: r, of the generator for one of the discriminator (Table 7); paper: 5.
+        discriminator_steps: The reverse: of the discriminator for one of the generator. One of both must be 1.
+        learning_rate: Of both Adams; section 4.1: 1e-4.
+        milestones: Epochs after which it is divided by 10; section 4.1: 300, 400 of 500.
+        clip: Largest norm of a network's gradient; none by default.
+        accumulate: Batches whose gradients are added up before a step.
+
+    Raises:
+        DerainError: If an option is out of its range.
+    """
+
+    bytes_per_pixel: ClassVar[int] = 4096
+
+    def __init__(
+        self,
+        channels: int = 32,
+        stages: Sequence[int] = (8, 4, 2, 2),
+        hierarchy: int = 2,
+        heads: int = 4,
+        unit: Unit = "plnlim",
+        branches: Branches = "both",
+        interaction: Interaction = "sft",
+        fusion: bool = True,
+        last_interaction: bool = True,
+        discriminator_channels: int = 32,
+        discriminator_stages: int = 2,
+        discriminator_unit: Unit = "plnlim",
+        content: bool = True,
+        deep: bool = True,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        generator_steps: int = 5,
+        discriminator_steps: int = 1,
+        learning_rate: float = 1e-4,
+        milestones: Sequence[int] = (300, 400),
+        clip: float | None = None,
+        accumulate: int = 1,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.automatic_optimization = False
+        if min(generator_steps, discriminator_steps) != 1:
+            raise DerainError(
+                f"--model.generator_steps {generator_steps}, --model.discriminator_steps {discriminator_steps}: one of "
+                "them must be 1, the other at least 1"
+            )
+        if accumulate < 1 or (clip is not None and clip <= 0) or min(alpha, beta) < 0:
+            raise DerainError(
+                f"--model.accumulate {accumulate} must be at least 1, clip {clip} above 0 or none, alpha {alpha} and "
+                f"beta {beta} at least 0"
+            )
+        style = Style(channels, unit, branches, interaction, fusion, last_interaction, heads)
+        judging = Style(discriminator_channels, discriminator_unit, heads=heads)
+        content = content and beta > 0
+        self.network: PLNLIN = PLNLIN(style, stages, hierarchy if alpha or content else 0)
+        self.discriminator = MCDDL(judging, channels if content else 0, deep, discriminator_stages) if beta else None
+        self.windows = 0
+        """Steps that either network could have taken so far: who takes its turn follows from it."""
+
+    def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Restores images of any size in [0, 1], without the hierarchy."""
+        return cast(Tensor, self.network(rainy).derained)
+
+    # Training.
+
+    def configure_callbacks(self) -> list[Any]:
+        """Refuses what the trainer does for automatic optimisation alone, before the trainer does so less clearly."""
+        trainer = self.trainer
+        if self.resuming and (trainer.gradient_clip_val is not None or trainer.accumulate_grad_batches != 1):
+            raise DerainError(
+                "--trainer.gradient_clip_val, --trainer.accumulate_grad_batches: two optimisers take turns here; use "
+                "--model.clip and --model.accumulate"
+            )
+        return []
+
+    def on_fit_start(self) -> None:
+        """Refuses a strategy of several devices that waits for the gradients of whoever's turn it is not."""
+        super().on_fit_start()
+        if self.discriminator is not None:
+            self.refuse_plain_ddp("generator and discriminator take turns, and one has no gradient")
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """A generator's step, a discriminator's, or both, after every ``accumulate`` batches."""
+        hyper = self.hparams
+        rainy, clean = (pad_to_multiple(batch[key], self.network.multiple) for key in ("rainy", "clean"))
+        turn = self.windows + 1
+        generating = turn % hyper["discriminator_steps"] == 0
+        judging = self.discriminator is not None and turn % hyper["generator_steps"] == 0
+        with torch.set_grad_enabled(generating):
+            restored: Restored = self.network(rainy, hierarchy=len(self.network.joins) > 0)
+        with torch.no_grad():
+            known = self.discriminator is not None and len(self.discriminator.joins) > 0
+            real = self.network(clean, hierarchy=True).features if known else []
+        if generating:
+            parts = self.generator_losses(restored, clean, real)
+            self._descend("train/loss", parts, batch["name"])
+        if judging:
+            parts = self.discriminator_losses(restored, clean, real)
+            self._descend("train/discriminator", parts, batch["name"])
+        if (batch_idx + 1) % hyper["accumulate"] == 0 or self.trainer.is_last_batch:
+            self._step(generating, judging)
+
+    def generator_losses(self, restored: Restored, clean: Tensor, real: list[Tensor]) -> dict[str, list[Tensor]]:
+        """Of eqs. 8, 10 and 11; the discriminator gets no gradient, nor does the generator through ``real``.
+
+        Args:
+            restored: From rainy images.
+            clean: Of their size.
+            real: The generator's features of the clean images.
+        """
+        parts = {"pixel": [1 - structural_similarity(restored.derained, clean)]}
+        if self.hparams["alpha"]:
+            parts["hierarchical"] = hierarchical_losses(restored.images, clean)
+        if self.discriminator is not None:
+            with frozen(self.discriminator):
+                fake = self.discriminator(restored.derained, restored.features)
+            with torch.no_grad():
+                truth = self.discriminator(clean, real)
+            parts["generator"] = relativistic_losses(fake, truth)
+        return parts
+
+    def discriminator_losses(self, restored: Restored, clean: Tensor, real: list[Tensor]) -> dict[str, list[Tensor]]:
+        """The reverse of eq. 8; the generator gets no gradient."""
+        judge = cast(nn.Module, self.discriminator)
+        fake = judge(restored.derained.detach(), [one.detach() for one in restored.features])
+        return {"discriminator": relativistic_losses(judge(clean, real), fake)}
+
+    def _descend(self, name: str, parts: Parts, images: list[str]) -> None:
+        """Adds up the gradients of a weighted sum of losses, and logs it with every part.
+
+        Raises:
+            DerainError: If it is no finite number, on whatever device.
+        """
+        total = weighted_sum(parts, self.hparams["alpha"], self.hparams["beta"])
+        self.log(name, total, prog_bar=name == "train/loss", batch_size=len(images))
+        for part, losses in parts.items():
+            scales = range(SCALES - len(losses) + 1, SCALES + 1) if part != "pixel" else [""]
+            told = {f"train/{part}_{scale}".rstrip("_"): one for scale, one in zip(scales, losses, strict=True)}
+            self.log_dict(told, batch_size=len(images))
+        finite = bool(total.isfinite())
+        if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
+            where = "a batch of another device" if finite else ", ".join(images)
+            raise DerainError(
+                f"the loss is no finite number at {where} (epoch {self.current_epoch}): look at these images, lower "
+                "--model.learning_rate or set --model.clip 1; the last checkpoint is whole: go on by --ckpt_path last"
+            )
+        self.manual_backward(total / self.hparams["accumulate"])
+
+    def _step(self, generating: bool, judging: bool) -> None:
+        """Lets whoever's turn it is take a step; the trainer counts the generator's alone."""
+        optimizers = self.optimizers()
+        generator, *others = cast(
+            list[LightningOptimizer], optimizers if isinstance(optimizers, list) else [optimizers]
+        )
+        if generating:
+            generator.step()
+            generator.zero_grad()
+        for optimizer in others if judging else ():
+            optimizer._on_before_step = optimizer._on_after_step = lambda: None
+            optimizer.step()
+            optimizer.zero_grad()
+        self.windows += 1
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clips the gradient; mixed precision has unscaled it by now."""
+        if self.hparams["clip"] is not None:
+            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.hparams["clip"])
+
+    def on_train_epoch_end(self) -> None:
+        """Moves the schedules of the learning rates on."""
+        schedules: Any = self.lr_schedulers()
+        for schedule in schedules if isinstance(schedules, list) else [schedules]:
+            schedule.step()
+
+    def configure_optimizers(self) -> Any:
+        """An Adam for each network, their learning rates divided by 10 at the milestones."""
+        networks = [self.network] if self.discriminator is None else [self.network, self.discriminator]
+        optimizers = [torch.optim.Adam(network.parameters(), self.hparams["learning_rate"]) for network in networks]
+        milestones = list(self.hparams["milestones"])
+        return optimizers, [torch.optim.lr_scheduler.MultiStepLR(one, milestones, 0.1) for one in optimizers]
+
+    # Files.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds whose turn it is."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["windows"] = self.windows
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes back whose turn it is."""
+        super().on_load_checkpoint(checkpoint)
+        self.windows = checkpoint["windows"]
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """What is computed inside sends gradients through a module, but none to its parameters."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
