@@ -15,13 +15,18 @@ DATA = [path for path in FILES if "data" in yaml.safe_load(path.read_text()) and
 APPENDED = [path for path in FILES if path not in DATA]
 TRANSFORMER = ["--model.dim", "8", "--model.blocks", "[1,1,1,1]", "--model.refinement", "1"]
 UNET = ["--model.channels", "32", "--model.multipliers", "[1,2]", "--model.attention", "none", "--model.context", "8"]
+GAN = ["--model.channels", "8", "--model.stages", "[1,1,1,1]", "--model.hierarchy", "1", "--model.heads", "2"]
+GAN += ["--model.discriminator_channels", "8", "--model.discriminator_stages", "1"]
 SMALL = {
     "PReNetModule": ["--model.stages", "1"],
     "RestormerModule": TRANSFORMER,
     "CLIPRPNModule": TRANSFORMER,
     "DACLIPModule": [],
     "DACLIPSDEModule": UNET,
+    "PLNLINGANModule": GAN,
 }
+ROUND = 5
+"""Batches in which PLNLIN's generator and discriminator both take their turns."""
 
 
 def small(*paths, clip):
@@ -29,8 +34,10 @@ def small(*paths, clip):
     found = [yaml.safe_load(path.read_text()) for path in paths]
     method = [config["model"]["class_path"] for config in found if "model" in config][-1]
     options = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.precision", "32"]
-    options += ["--data.workers", "0", "--data.crop", "16", "--data.batch_size", "2", "--data.repeat", "1"]
-    options += ["--trainer.check_val_every_n_epoch", "1"]
+    gan = method == "PLNLINGANModule"
+    options += ["--data.workers", "0", "--data.crop", "16", "--data.batch_size", "2"]
+    options += ["--data.repeat", "4" if gan else "1", "--trainer.limit_train_batches", str(ROUND if gan else 2)]
+    options += ["--trainer.check_val_every_n_epoch", "1", "--trainer.log_every_n_steps", "1"]
     return options + SMALL[method] + (["--model.clip", str(clip)] if "CLIP" in method else [])
 
 
@@ -49,6 +56,8 @@ def place(tmp_path, monkeypatch):
         ("Rain100H", "test"),
         ("Rain800", "train"),
         ("Rain800", "test"),
+        *((name, split) for name in ("Rain200L", "Rain200H", "Rain1200", "Rain1400") for split in ("train", "test")),
+        ("Rain12", "test"),
     ):
         make_set(data, name, split, count=4, seed=len(name) * 10 + 1000 * (split == "train"))
     monkeypatch.chdir(tmp_path)
@@ -61,8 +70,12 @@ def place(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", DATA, ids=lambda path: path.stem)
 def test_data_sets(path, place, clip):
     config = ["--config", str(path), *small(path, clip=clip)]
-    assert main(["fit", *config, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]) == 0
+    assert main(["fit", *config, "--trainer.max_epochs", "1"]) == 0
     run = place / "runs" / path.stem / "fit-1"
+    if "discriminator" in (header := (run / "metrics.csv").read_text().partition("\n")[0]):
+        assert {f"train/{one}_{scale}" for one in ("generator", "discriminator") for scale in "1234"} <= set(
+            header.split(",")
+        )
     with_weights = [*config, "--weights", str(run / "weights.safetensors")]
     assert main(["validate", *with_weights]) == 0
     assert main(["test", *with_weights]) == 0
@@ -76,7 +89,7 @@ def test_appended_files(path, place, clip, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     first = EXPERIMENTS / "rain800.yaml"
     config = ["--config", str(first), "--config", str(path), *small(first, path, clip=clip)]
-    assert main(["fit", *config, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]) == 0
+    assert main(["fit", *config, "--trainer.max_epochs", "1"]) == 0
     assert (place / "runs/rain800/fit-1/weights.safetensors").is_file()
     if path.stem == "tensorboard":
         assert list(place.rglob("events.out.tfevents.*"))

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.restormer import Published
 from derain.cli import main
 from derain.commands import bench
-from derain.commands.bench import BUILDS, TINY, TINY_SDE, cost
+from derain.commands.bench import BUILDS, TINY, TINY_GAN, TINY_SDE, cost
 from derain.methods import CLIPRPNModule, PReNetModule, RestormerModule
 from derain.methods.weights import save
 
@@ -80,17 +80,23 @@ def test_every_method_and_variant_is_there():
     assert list(BUILDS) == [
         *("PReNet", "PReNet_r", "PRN", "PRN_r", "Restormer", "CLIP-RPN, 1 route", "CLIP-RPN, 2 routes"),
         *("CLIP-RPN, 3 routes", "CLIP-RPN without MGCA", "CLIP-RPN, tiny", "IR-SDE, one step"),
-        *("DA-CLIP + IR-SDE, one step", "IR-SDE, tiny, one step"),
+        *("DA-CLIP + IR-SDE, one step", "IR-SDE, tiny, one step", "PLNLIN", "PLNLIN, tiny"),
     ]
 
 
-@pytest.mark.parametrize(("preset", "built"), [("cliprpn-tiny", TINY), ("daclipsde-tiny", TINY_SDE)])
+@pytest.mark.parametrize(
+    ("preset", "built"),
+    [("cliprpn-tiny", TINY), ("daclipsde-tiny", TINY_SDE), ("plnlingan-tiny", TINY_GAN)],
+)
 def test_tiny_ones_are_those_of_the_presets(preset, built):
     file = Path(__file__).parents[2] / "experiments" / "methods" / f"{preset}.yaml"
     told = yaml.safe_load(file.read_text())["model"]["init_args"]
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in built.items()}
     assert {name: told[name] for name in listed} == listed
-    assert set(told) - set(listed) <= {"learning_rate", "contexts", "max_sigma", "residual"}
+    assert set(told) - set(listed) <= {
+        *("learning_rate", "contexts", "max_sigma", "residual"),
+        *("discriminator_channels", "discriminator_stages", "milestones"),
+    }
 
 
 def test_forms_hold_the_same_numbers(capsys, small):

@@ -122,7 +122,7 @@ def fit_gradients(method):
     method.log = method.log_dict = lambda *args, **kwargs: None
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = lightning.Trainer(accelerator="cpu", max_epochs=1, callbacks=[KeepGradients()], **quiet)
-    trainer.fit(method, torch.utils.data.DataLoader([batch()], batch_size=None))
+    trainer.fit(method.train(), torch.utils.data.DataLoader([batch()], batch_size=None))
     named = dict(method.named_parameters())
     trained = {name: p for name, p in named.items() if p.requires_grad}
     return trained, {name: p for name, p in named.items() if not p.requires_grad}
