@@ -1,0 +1,160 @@
+"""PLNLIN-MCDDL through the command: killed and resumed within a round, on two processes, what is refused."""
+
+import copy
+
+import pytest
+import torch
+import yaml
+
+from derain import PLNLINGANModule
+from derain.cli import main
+from derain.images import read_rgb, write_image
+from derain.methods import weights
+from tests.factories import clean_image, make_set
+from tests.runs import differing, finish, kill_when_there_is, last, metrics, start
+
+NETWORK = {"channels": 4, "stages": [1, 1, 1, 1], "hierarchy": 1, "heads": 1}
+NETWORK |= {"discriminator_channels": 4, "discriminator_stages": 1, "learning_rate": 1e-3}
+LOSSES = [f"train/{kind}_{k}" for kind in ("hierarchical", "generator", "discriminator") for k in (1, 2, 3, 4)]
+UNUSED = "ddp_find_unused_parameters_true"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory with ``gan.yaml``: epochs of three batches, so that rounds of five end within them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DERAIN_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("DERAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    make_set(tmp_path / "data", "Rain800", "train", count=8, size=(64, 64))
+    make_set(tmp_path / "data", "Rain800", "test", count=3, seed=50)
+    config = {
+        "model": {"class_path": "PLNLINGANModule", "init_args": NETWORK},
+        "data": {"train": "Rain800", "test": "Rain800", "crop": 56, "batch_size": 2, "workers": 0},
+        "trainer": {
+            "max_epochs": 2,
+            "limit_train_batches": 3,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "log_every_n_steps": 1,
+            "callbacks": [{"class_path": "EMA", "init_args": {"decay": 0.9}}],
+        },
+    }
+    (tmp_path / "gan.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_run_killed_within_a_round_ends_where_an_uninterrupted_one_ends(place):
+    fit = ["fit", "--config", "gan.yaml", "--trainer.max_epochs", "4"]
+    assert main([*fit, "--trainer.default_root_dir", "whole"]) == 0
+    killed = [*fit, "--trainer.default_root_dir", "killed"]
+    kill_when_there_is(place / "killed/fit-1/checkpoints/last.ckpt", *killed)
+    broken_off = last(place / "killed/fit-1")
+    assert broken_off["windows"] % 5 in {1, 2, 3, 4}  # between two steps of the discriminator
+    assert main([*killed, "--ckpt_path", "last"]) == 0
+    one, two = (last(place / root / "fit-1") for root in ("whole", "killed"))
+    assert one["windows"] == two["windows"] == 12
+    assert one["global_step"] == two["global_step"] == 12
+    states = [{"weights": c["state_dict"], "average": c["ema"]["network"]} for c in (one, two)]
+    assert differing(*states) == []
+    assert len(one["optimizer_states"]) == 2
+    for mine, other in zip(one["optimizer_states"], two["optimizer_states"], strict=True):
+        assert differing(mine["state"], other["state"]) == []
+    columns = (*LOSSES, "train/loss", "val/psnr", "lr-Adam")
+    tables = [metrics(place / root / "fit-1", *columns) for root in ("whole", "killed")]
+    assert tables[0] == tables[1]
+    assert sum(bool(row["train/discriminator_1"]) for row in tables[0]) == 2
+    assert sum(bool(row["train/generator_1"]) for row in tables[0]) == 12
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_same_weights_and_losses_after_ten_rounds(place):
+    """Each rank prints what it holds; r is 2, so that ten rounds are twenty batches."""
+    script = place / "ranks.py"
+    script.write_text(
+        "import torch, lightning\n"
+        "from derain.methods import PLNLINGANModule\n"
+        "from tests.methods.plnlingan.test_module import Batches, TINY\n"
+        "torch.manual_seed(0)\n"
+        "m = PLNLINGANModule(**TINY, generator_steps=2)\n"
+        "class Told(lightning.Callback):\n"
+        "    def on_train_batch_end(self, trainer, module, outputs, batch, place):\n"
+        "        loss = module.all_gather(trainer.callback_metrics['train/loss'])\n"
+        "        assert loss.numel() == 2 and loss.isfinite().all()\n"
+        "        for name, p in module.named_parameters():\n"
+        "            both = module.all_gather(p.detach())\n"
+        "            assert torch.equal(both[0], both[1]), (place, name)\n"
+        "    def on_train_end(self, trainer, module):\n"
+        "        steps = [{int(s['step']) for s in o.state.values()} for o in trainer.optimizers]\n"
+        "        assert steps == [{20}, {10}], steps\n"
+        f"t = lightning.Trainer(accelerator='cpu', devices=2, strategy='{UNUSED}', max_epochs=1, logger=False,\n"
+        "    enable_checkpointing=False, enable_progress_bar=False, callbacks=[Told()])\n"
+        "loader = torch.utils.data.DataLoader(Batches(40), batch_size=None)\n"
+        "t.fit(m, loader)\n"
+        "print('ten rounds', t.global_step)\n"
+    )
+    assert "ten rounds 20" in finish(program=(str(script),))
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_test_through_the_command(place):
+    both = ["--trainer.devices", "2", "--trainer.strategy", UNUSED]
+    finish("fit", "--config", "gan.yaml", *both)
+    told = metrics(place / "runs/gan/fit-1", "train/loss", "val/psnr")
+    assert any(row["val/psnr"] for row in told)
+    test = ["test", "--config", "gan.yaml", "--weights", "runs/gan/fit-1/weights.safetensors"]
+    assert main([*test, "--trainer.default_root_dir", "one"]) == 0
+    finish(*test, "--trainer.default_root_dir", "two", *both)
+    tables = [(place / f"{root}/test-1/images.csv").read_text() for root in ("one", "two")]
+    assert tables[0] == tables[1]
+
+
+def test_files_of_weights_hold_the_generator_alone(place):
+    assert main(["fit", "--config", "gan.yaml", "--trainer.max_epochs", "1"]) == 0
+    file = place / "runs/gan/fit-1/weights.safetensors"
+    loaded = weights.load(file).module
+    content = last(place / "runs/gan/fit-1")
+    assert set(weights.read(file).state) == set(loaded.network.state_dict())
+    assert any(name.startswith("discriminator.") for name in content["state_dict"])
+    for size in ((481, 321), (1, 1), (37, 31)):
+        photo = place / f"{size[0]}.png"
+        write_image(photo, clean_image(1, size))
+        assert main(["restore", str(photo), f"out-{size[0]}.png", "--weights", str(file)]) == 0
+        assert read_rgb(place / f"out-{size[0]}.png").shape == (*size, 3)
+
+
+def test_what_is_refused_in_one_line(place, capsys):
+    fit = ["fit", "--config", "gan.yaml"]
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    for arguments, told in (
+        (["--trainer.gradient_clip_val", "1"], "use --model.clip"),
+        (["--trainer.accumulate_grad_batches", "2"], "--model.accumulate"),
+        (["--model.generator_steps", "2", "--model.discriminator_steps", "2"], "one of them must be 1"),
+        (["--model.heads", "3"], "3 heads do not divide 4 channels"),
+        (["--model.stages", "[1,1]"], "give four numbers"),
+    ):
+        capsys.readouterr()
+        assert main([*fit, *arguments]) == 2, arguments
+        assert told in capsys.readouterr().err.strip().splitlines()[-1], arguments
+    process = start(*fit, *two)
+    told, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert f"--trainer.strategy {UNUSED}" in told
+    assert "Traceback" not in told
+
+
+def test_a_photo_that_is_no_number_leaves_the_last_checkpoint(place, capsys, monkeypatch):
+    kept = PLNLINGANModule.training_step
+
+    def spoil(self, batch, batch_idx):
+        if self.current_epoch == 1 and batch_idx == 2:
+            batch = copy.copy(batch) | {"rainy": torch.full_like(batch["rainy"], float("nan"))}
+        return kept(self, batch, batch_idx)
+
+    monkeypatch.setattr(PLNLINGANModule, "training_step", spoil)
+    assert main(["fit", "--config", "gan.yaml"]) == 2
+    assert "the loss is no finite number at" in capsys.readouterr().err
+    content = last(place / "runs/gan/fit-1")
+    assert content["windows"] == 3
+    assert all(value.isfinite().all() for value in content["state_dict"].values())

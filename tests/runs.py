@@ -1,0 +1,69 @@
+"""Runs of the command in processes of their own: started, killed, looked at."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+def start(*arguments, program=("-m", "derain")):
+    """A derain command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, *program, *arguments],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(*arguments, program=("-m", "derain")):
+    """Waits for a derain command, or another program, in a process of its own; what it told."""
+    process = start(*arguments, program=program)
+    told, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    return told
+
+
+def kill_when_there_is(file, *arguments):
+    """Kills a derain command by SIGKILL soon after a file has appeared."""
+    process = start(*arguments)
+    while not file.exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    time.sleep(0.3)  # what is written meanwhile may be cut off
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def last(run):
+    """The last checkpoint of a run."""
+    return torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+
+
+def rows(path):
+    """Rows of a table."""
+    with Path(path).open() as file:
+        return list(csv.DictReader(file))
+
+
+def metrics(run, *columns):
+    """Rows of a run's metrics in which one of the columns is filled."""
+    told = [{name: row.get(name) for name in ("epoch", "step", *columns)} for row in rows(run / "metrics.csv")]
+    return [row for row in told if any(row[name] for name in columns)]
+
+
+def differing(one, other):
+    """Names of tensors that differ between two mappings, looked for as deep as they go."""
+    found = []
+    for name, value in one.items():
+        if isinstance(value, dict):
+            found += [f"{name}.{inner}" for inner in differing(value, other[name])]
+        elif isinstance(value, torch.Tensor) and not torch.equal(value, other[name]):
+            found.append(str(name))
+    return found
