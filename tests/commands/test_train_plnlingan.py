@@ -64,7 +64,7 @@ def test_a_run_killed_within_a_round_ends_where_an_uninterrupted_one_ends(place)
     columns = (*LOSSES, "train/loss", "val/psnr", "lr-Adam")
     tables = [metrics(place / root / "fit-1", *columns) for root in ("whole", "killed")]
     assert tables[0] == tables[1]
-    assert sum(bool(row["train/discriminator_1"]) for row in tables[0]) == 2
+    assert len({row["train/discriminator_1"] for row in tables[0]} - {"", None}) == 2  # each stands until the epoch ends
     assert sum(bool(row["train/generator_1"]) for row in tables[0]) == 12
 
 

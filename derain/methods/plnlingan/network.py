@@ -136,6 +136,7 @@ class WindowBlock(SwinTransformerBlock):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may be wanted in training too
 def shift_mask(
     height: int, width: int, side: int, down: int, right: int, device: torch.device
 ) -> Float[Tensor, "n k k"]:

@@ -106,6 +106,15 @@ def test_masks_are_built_once_a_size():
     assert shift_mask.cache_info().misses == 2
 
 
+def test_masks_that_were_built_at_inference_serve_training():
+    block = WindowBlock(SMALL, shifted=True)
+    block.attn.fused_attn = True  # keeps its mask for the backward pass
+    shift_mask.cache_clear()
+    with torch.inference_mode():
+        block(torch.randn(1, 14, 14, 8))
+    block(torch.randn(1, 14, 14, 8, requires_grad=True)).sum().backward()
+
+
 def test_a_masked_pixel_does_not_see_across_the_border():
     block = awake(WindowBlock(SMALL, shifted=True))
     x = torch.randn(1, 14, 14, 8, dtype=torch.float64, requires_grad=True)
