@@ -164,7 +164,8 @@ class Restorer:
         pixels = memory_for(self.device) // 2 // self.method.bytes_per_pixel
         if self.tile is None or height * width <= pixels:
             return longest
-        tile = max(SMALLEST_TILE, min(longest, int(pixels**0.5)) // 32 * 32)
+        multiple = self.method.tile_multiple
+        tile = max(SMALLEST_TILE, min(longest, int(pixels**0.5)) // multiple * multiple)
         log.info("%d×%d pixels: restoring in tiles of %d×%d", width, height, tile, tile)
         return tile
 

@@ -27,6 +27,7 @@ class DerainModule(DescribedModule, ABC):
         protocols: How validation and test images are judged; the first one names the best checkpoint.
         lpips: Judges them too, if it is there.
         bytes_per_pixel: Memory that ``forward`` takes for one pixel at inference, measured in float32.
+        tile_multiple: What sides of tiles should be multiples of.
         compiles_any_size: Whether ``network`` is compiled once for all sizes, else once a size.
         samples: Whether ``forward`` runs the network many times: it then cuts tiles itself, each time (argument
             ``tiled``), and tells its steps (``show``).
@@ -39,6 +40,7 @@ class DerainModule(DescribedModule, ABC):
     protocols: tuple[str, ...] = ("matlab-y",)
     lpips: Lpips | None = None
     bytes_per_pixel: ClassVar[int] = 4096
+    tile_multiple: ClassVar[int] = 32
     compiles_any_size: ClassVar[bool] = True
     samples: ClassVar[bool] = False
     sampling: Any = None

@@ -33,6 +33,7 @@ def small(monkeypatch):
         # thop prints 379.34 and 129.02: it adds 0.03 G for nearest upsampling and group and layer normalisation.
         ("IR-SDE, one step", 137_147_523, "379.31", "380.7"),
         ("DA-CLIP + IR-SDE, one step", 48_975_747, "128.99", "133.1"),
+        ("PLNLIN", 2_251_423, "68.18", "73.3"),  # 256 is padded to 280: thop's 57.5 of 256 are 68.8 of 280
     ],
 )
 def test_numbers_are_those_of_the_literature(name, parameters, macs, with_attention):
@@ -74,6 +75,12 @@ def test_counting_leaves_the_network_as_it_was():
     assert cost(method, 16) == cost(method, 16)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert network(torch.rand(1, 3, 8, 8)).isfinite().all()
+
+
+def test_what_was_counted_leaves_nothing_behind():
+    method = BUILDS["PLNLIN, tiny"]()
+    cost(method, 64)
+    assert type(method(torch.rand(1, 3, 64, 64))) is torch.Tensor
 
 
 def test_every_method_and_variant_is_there():

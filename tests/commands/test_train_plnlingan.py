@@ -51,7 +51,8 @@ def test_a_run_killed_within_a_round_ends_where_an_uninterrupted_one_ends(place)
     killed = [*fit, "--trainer.default_root_dir", "killed"]
     kill_when_there_is(place / "killed/fit-1/checkpoints/last.ckpt", *killed)
     broken_off = last(place / "killed/fit-1")
-    assert broken_off["windows"] % 5 in {1, 2, 3, 4}  # between two steps of the discriminator
+    assert broken_off["windows"] < 12
+    assert broken_off["windows"] % 5  # between two steps of the discriminator
     assert main([*killed, "--ckpt_path", "last"]) == 0
     one, two = (last(place / root / "fit-1") for root in ("whole", "killed"))
     assert one["windows"] == two["windows"] == 12
@@ -64,7 +65,9 @@ def test_a_run_killed_within_a_round_ends_where_an_uninterrupted_one_ends(place)
     columns = (*LOSSES, "train/loss", "val/psnr", "lr-Adam")
     tables = [metrics(place / root / "fit-1", *columns) for root in ("whole", "killed")]
     assert tables[0] == tables[1]
-    assert len({row["train/discriminator_1"] for row in tables[0]} - {"", None}) == 2  # each stands until the epoch ends
+    assert (
+        len({row["train/discriminator_1"] for row in tables[0]} - {"", None}) == 2
+    )  # each stands until the epoch ends
     assert sum(bool(row["train/generator_1"]) for row in tables[0]) == 12
 
 
@@ -80,8 +83,8 @@ def test_two_processes_have_the_same_weights_and_losses_after_ten_rounds(place):
         "m = PLNLINGANModule(**TINY, generator_steps=2)\n"
         "class Told(lightning.Callback):\n"
         "    def on_train_batch_end(self, trainer, module, outputs, batch, place):\n"
-        "        loss = module.all_gather(trainer.callback_metrics['train/loss'])\n"
-        "        assert loss.numel() == 2 and loss.isfinite().all()\n"
+        "        loss = module.all_gather(trainer.callback_metrics['train/pixel'])\n"
+        "        assert loss.numel() == 2 and loss[0] == loss[1]\n"
         "        for name, p in module.named_parameters():\n"
         "            both = module.all_gather(p.detach())\n"
         "            assert torch.equal(both[0], both[1]), (place, name)\n"
@@ -131,8 +134,10 @@ def test_what_is_refused_in_one_line(place, capsys):
         (["--trainer.gradient_clip_val", "1"], "use --model.clip"),
         (["--trainer.accumulate_grad_batches", "2"], "--model.accumulate"),
         (["--model.generator_steps", "2", "--model.discriminator_steps", "2"], "one of them must be 1"),
+        (["--trainer.precision", "16-mixed"], "--trainer.precision bf16-mixed"),
+        (["--model.hierarchy", "0"], "--model.hierarchy 0"),
         (["--model.heads", "3"], "3 heads do not divide 4 channels"),
-        (["--model.stages", "[1,1]"], "give four numbers"),
+        (["--model.stages", "[1,1]"], "give four stages"),
     ):
         capsys.readouterr()
         assert main([*fit, *arguments]) == 2, arguments

@@ -20,7 +20,7 @@ Parts = Mapping[str, Sequence[Tensor]]
 
 
 def pyramid(images: Float[Tensor, "b c h w"], scales: int) -> list[Tensor]:
-    """The images, and each again at half of its size: a Gaussian pyramid.
+    """The images, and each again at half of its size: a Gaussian pyramid, in their precision whatever autocast says.
 
     Args:
         images: Any, sides of at least 3 at every scale but the last.
@@ -39,7 +39,8 @@ def pyramid(images: Float[Tensor, "b c h w"], scales: int) -> list[Tensor]:
     levels = [images]
     for _ in range(scales - 1):
         padded = F.pad(levels[-1], (2, 2, 2, 2), "reflect")
-        levels.append(F.conv2d(padded, kernel, stride=2, groups=images.shape[1]))
+        with torch.autocast(images.device.type, enabled=False):
+            levels.append(F.conv2d(padded, kernel, stride=2, groups=images.shape[1]))
     return levels
 
 

@@ -1,7 +1,7 @@
 """PLNLIN-MCDDL as a LightningModule: generator and discriminator take turns, by manual optimisation."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,13 +17,17 @@ from derain.methods.plnlingan.network import MCDDL, PLNLIN, SCALES, Branches, In
 from derain.nn.padding import pad_to_multiple
 from derain.nn.ssim import structural_similarity
 
+log = logging.getLogger("derain")
+
+REMEDY = "start again with a lower --model.learning_rate, or go on by --model.clip 1 --ckpt_path last"
+
 
 class PLNLINGANModule(DerainModule):
     """PLNLIN-MCDDL: an interactive generator against a discriminator that sees its features too.
 
     Wang et al., Progressive Local and Non-Local Interactive Networks with Deeply Discriminative Training, MM 2024.
-    ``network`` is the generator; the discriminator is part of checkpoints but not of files of weights. Steps, schedules
-    and checkpoints count the generator's steps; the clean image's features come from the generator without gradient.
+    ``network`` is the generator; the discriminator is part of checkpoints but not of files of weights. The trainer's
+    steps are turns: batches, or ``accumulate`` of them.
 
     Args:
         channels: Width of the generator.
@@ -53,7 +57,8 @@ class PLNLINGANModule(DerainModule):
         DerainError: If an option is out of its range.
     """
 
-    bytes_per_pixel: ClassVar[int] = 4096
+    compiles_any_size: ClassVar[bool] = False
+    tile_multiple: ClassVar[int] = 56
 
     def __init__(
         self,
@@ -93,13 +98,14 @@ class PLNLINGANModule(DerainModule):
                 f"--model.accumulate {accumulate} must be at least 1, clip {clip} above 0 or none, alpha {alpha} and "
                 f"beta {beta} at least 0"
             )
+        content = content and beta > 0
+        if hierarchy < 1 and (alpha or content):
+            raise DerainError(f"--model.hierarchy {hierarchy}: must be at least 1, or alpha 0 and content false too")
         style = Style(channels, unit, branches, interaction, fusion, last_interaction, heads)
         judging = Style(discriminator_channels, discriminator_unit, heads=heads)
-        content = content and beta > 0
         self.network: PLNLIN = PLNLIN(style, stages, hierarchy if alpha or content else 0)
         self.discriminator = MCDDL(judging, channels if content else 0, deep, discriminator_stages) if beta else None
-        self.windows = 0
-        """Steps that either network could have taken so far: who takes its turn follows from it."""
+        self.windows = 0  # turns so far: whose comes next follows from it
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """Restores images of any size in [0, 1], without the hierarchy."""
@@ -108,12 +114,12 @@ class PLNLINGANModule(DerainModule):
     # Training.
 
     def configure_callbacks(self) -> list[Any]:
-        """Refuses what the trainer does for automatic optimisation alone, before the trainer does so less clearly."""
-        trainer = self.trainer
-        if self.resuming and (trainer.gradient_clip_val is not None or trainer.accumulate_grad_batches != 1):
+        """Refuses what goes with one optimiser alone, before the trainer does so less clearly."""
+        asked = (self.trainer.gradient_clip_val, self.trainer.accumulate_grad_batches, self.trainer.precision)
+        if self.resuming and (asked[:2] != (None, 1) or asked[2] == "16-mixed"):
             raise DerainError(
-                "--trainer.gradient_clip_val, --trainer.accumulate_grad_batches: two optimisers take turns here; use "
-                "--model.clip and --model.accumulate"
+                "--trainer.gradient_clip_val, accumulate_grad_batches, precision 16-mixed: for one optimiser, not two; "
+                "use --model.clip, --model.accumulate, --trainer.precision bf16-mixed"
             )
         return []
 
@@ -122,13 +128,18 @@ class PLNLINGANModule(DerainModule):
         super().on_fit_start()
         if self.discriminator is not None:
             self.refuse_plain_ddp("generator and discriminator take turns, and one has no gradient")
+        crop = getattr(getattr(self.trainer, "datamodule", None), "crop", self.network.multiple)
+        if crop % self.network.multiple:
+            log.warning(
+                "--data.crop %d: is padded to a multiple of %d, and losses count that", crop, self.network.multiple
+            )
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """A generator's step, a discriminator's, or both, after every ``accumulate`` batches."""
+        """A generator's turn, a discriminator's, or both."""
         hyper = self.hparams
         rainy, clean = (pad_to_multiple(batch[key], self.network.multiple) for key in ("rainy", "clean"))
         turn = self.windows + 1
-        generating = turn % hyper["discriminator_steps"] == 0
+        generating = self.discriminator is None or turn % hyper["discriminator_steps"] == 0
         judging = self.discriminator is not None and turn % hyper["generator_steps"] == 0
         with torch.set_grad_enabled(generating):
             restored: Restored = self.network(rainy, hierarchy=len(self.network.joins) > 0)
@@ -145,19 +156,14 @@ class PLNLINGANModule(DerainModule):
             self._step(generating, judging)
 
     def generator_losses(self, restored: Restored, clean: Tensor, real: list[Tensor]) -> dict[str, list[Tensor]]:
-        """Of eqs. 8, 10 and 11; the discriminator gets no gradient, nor does the generator through ``real``.
-
-        Args:
-            restored: From rainy images.
-            clean: Of their size.
-            real: The generator's features of the clean images.
-        """
+        """Of eqs. 8, 10 and 11; the discriminator gets no gradient. ``real``: features of the clean images."""
         parts = {"pixel": [1 - structural_similarity(restored.derained, clean)]}
         if self.hparams["alpha"]:
             parts["hierarchical"] = hierarchical_losses(restored.images, clean)
         if self.discriminator is not None:
-            with frozen(self.discriminator):
-                fake = self.discriminator(restored.derained, restored.features)
+            self.discriminator.requires_grad_(False)  # its graph is built without its parameters
+            fake = self.discriminator(restored.derained, restored.features)
+            self.discriminator.requires_grad_(True)
             with torch.no_grad():
                 truth = self.discriminator(clean, real)
             parts["generator"] = relativistic_losses(fake, truth)
@@ -178,37 +184,46 @@ class PLNLINGANModule(DerainModule):
         total = weighted_sum(parts, self.hparams["alpha"], self.hparams["beta"])
         self.log(name, total, prog_bar=name == "train/loss", batch_size=len(images))
         for part, losses in parts.items():
-            scales = range(SCALES - len(losses) + 1, SCALES + 1) if part != "pixel" else [""]
-            told = {f"train/{part}_{scale}".rstrip("_"): one for scale, one in zip(scales, losses, strict=True)}
-            self.log_dict(told, batch_size=len(images))
+            scales = range(SCALES - len(losses) + 1, SCALES + 1)
+            told = {f"train/{part}_{scale}": one for scale, one in zip(scales, losses, strict=True)}
+            self.log_dict({"train/pixel": losses[0]} if part == "pixel" else told, batch_size=len(images))
         finite = bool(total.isfinite())
         if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
             where = "a batch of another device" if finite else ", ".join(images)
             raise DerainError(
-                f"the loss is no finite number at {where} (epoch {self.current_epoch}): look at these images, lower "
-                "--model.learning_rate or set --model.clip 1; the last checkpoint is whole: go on by --ckpt_path last"
+                f"the loss is no finite number at {where} (epoch {self.current_epoch}): look at these images; {REMEDY}"
             )
         self.manual_backward(total / self.hparams["accumulate"])
 
     def _step(self, generating: bool, judging: bool) -> None:
-        """Lets whoever's turn it is take a step; the trainer counts the generator's alone."""
-        optimizers = self.optimizers()
-        generator, *others = cast(
-            list[LightningOptimizer], optimizers if isinstance(optimizers, list) else [optimizers]
-        )
+        """Lets whoever's turn it is take a step; the trainer counts one, also where both take one."""
+        found: Any = self.optimizers()
+        generator, *others = cast(list[LightningOptimizer], found if isinstance(found, list) else [found])
         if generating:
             generator.step()
             generator.zero_grad()
         for optimizer in others if judging else ():
-            optimizer._on_before_step = optimizer._on_after_step = lambda: None
+            if generating:
+                optimizer._on_before_step = optimizer._on_after_step = lambda: None
             optimizer.step()
             optimizer.zero_grad()
         self.windows += 1
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clips the gradient; mixed precision has unscaled it by now."""
+        """Clips the gradient.
+
+        Raises:
+            DerainError: If it is not finite: weights would not be either, nor the next checkpoint.
+        """
+        parameters = optimizer.param_groups[0]["params"]
+        norm = nn.utils.get_total_norm(one.grad for one in parameters if one.grad is not None)
+        if not norm.isfinite():
+            raise DerainError(f"a gradient is no finite number (epoch {self.current_epoch}); {REMEDY}")
         if self.hparams["clip"] is not None:
-            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.hparams["clip"])
+            nn.utils.clip_grads_with_norm_(parameters, self.hparams["clip"], norm)
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Keeps gradients that are being added up while validation comes in between."""
 
     def on_train_epoch_end(self) -> None:
         """Moves the schedules of the learning rates on."""
@@ -234,13 +249,3 @@ class PLNLINGANModule(DerainModule):
         """Takes back whose turn it is."""
         super().on_load_checkpoint(checkpoint)
         self.windows = checkpoint["windows"]
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """What is computed inside sends gradients through a module, but none to its parameters."""
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.requires_grad_(True)

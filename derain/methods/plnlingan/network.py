@@ -124,7 +124,8 @@ class WindowBlock(SwinTransformerBlock):
         if not (down or right):
             return None
         _, height, width, _ = part.shape
-        return shift_mask(height, width, self.side, down, right, part.device)
+        build = shift_mask.__wrapped__ if torch.compiler.is_compiling() else shift_mask
+        return build(height, width, self.side, down, right, part.device)
 
     def _transform(self, x: Features, mask: Tensor | None) -> Features:
         """Attention within windows and MLP, each after a normalisation and beside a short cut."""
@@ -294,7 +295,10 @@ class PLNLIN(nn.Module):
     def __init__(self, style: Style, stages: Sequence[int] = (8, 4, 2, 2), hierarchy: int = 2) -> None:
         super().__init__()
         if len(stages) != SCALES or min(*stages, hierarchy + 1) < 1:
-            raise DerainError(f"stages {list(stages)}, hierarchy {hierarchy}: give four numbers of at least 1 and one")
+            raise DerainError(
+                f"--model.stages {list(stages)}, --model.hierarchy {hierarchy}: give four stages of at least 1, and a "
+                "hierarchy of at least 0"
+            )
         channels = style.channels
         self.multiple = style.window << (SCALES - 1)
         self.embed = nn.Conv2d(3, channels, 3, padding=1)

@@ -50,6 +50,13 @@ def test_the_pyramid_is_opencvs(size):
         image = cv2.pyrDown(image)
 
 
+def test_autocast_does_not_round_the_pyramid():
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = pyramid(image, 4)
+    assert all(torch.equal(one, other) for one, other in zip(rounded, pyramid(image, 4), strict=True))
+
+
 def test_the_hierarchy_is_judged_scale_by_scale():
     clean = torch.rand(1, 3, 56, 56, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     targets = pyramid(clean, 4)

@@ -129,7 +129,7 @@ def test_nothing_reaches_the_generator_through_real_features(monkeypatch):
 def test_who_takes_a_turn_when(options, expected):
     trainer = fit(module(**options), Batches(20))
     assert tuple(steps(one) for one in trainer.optimizers) == expected
-    assert trainer.global_step == max(expected[0])
+    assert trainer.global_step == max(*expected[0], *expected[1])
 
 
 def test_turns_go_on_over_epochs():
@@ -139,11 +139,34 @@ def test_turns_go_on_over_epochs():
     assert method.windows == 12
 
 
+def test_validation_within_an_accumulation_changes_nothing():
+    class Judged(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, place):
+            return Batches(1).all[0] | {"rainy": torch.rand(1, 3, 16, 16), "clean": torch.rand(1, 3, 16, 16)}
+
+    trained = []
+    for every in (1, 4):
+        method = module(accumulate=4)
+        method.validation_step = lambda *_: None
+        method.on_validation_epoch_end = lambda: None
+        trainer = lightning.Trainer(
+            accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1, val_check_interval=every
+        )
+        loaders = [torch.utils.data.DataLoader(one, batch_size=None) for one in (Batches(4), Judged())]
+        trainer.fit(method, *loaders)
+        trained.append(method.network.state_dict())
+    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
+
+
 def test_without_adversary_there_is_no_discriminator():
     method = module(beta=0.0)
     trainer = fit(method, Batches(2))
     assert method.discriminator is None
     assert len(trainer.optimizers) == 1
+    assert steps(fit(module(beta=0.0, generator_steps=1, discriminator_steps=5), Batches(2)).optimizers[0]) == {2}
     assert len(module(beta=0.0, alpha=0.0).network.supervised) == 0
     assert len(module(alpha=0.0).network.supervised) == 4
 
@@ -233,6 +256,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_images():
     assert all(torch.equal(value, before[name]) for name, value in method.network.state_dict().items())
 
 
+def test_a_gradient_that_is_no_number_stops_the_run():
+    method = module()
+    method.network.embed.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(DerainError, match="a gradient is no finite number"):
+        fit(method, Batches(1))
+    assert all(value.isfinite().all() for value in method.network.parameters())
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -241,6 +272,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_images():
         ({"accumulate": 0}, "accumulate 0 must be at least 1"),
         ({"clip": 0.0}, "clip 0.0 above 0"),
         ({"beta": -1.0}, "beta -1.0 at least 0"),
+        ({"hierarchy": 0}, "hierarchy 0: must be"),
     ],
 )
 def test_options_out_of_range(options, told):
@@ -250,7 +282,7 @@ def test_options_out_of_range(options, told):
 
 @pytest.mark.parametrize("options", [{"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}])
 def test_the_trainers_clipping_and_accumulation_are_refused(options):
-    with pytest.raises(DerainError, match=r"use --model\.clip and --model\.accumulate"):
+    with pytest.raises(DerainError, match=r"use --model\.clip, --model\.accumulate"):
         fit(module(), Batches(1), **options)
 
 

@@ -182,5 +182,5 @@ def test_mix_is_a_convolution_of_the_concatenation():
 def test_what_cannot_be_built_is_refused():
     with pytest.raises(DerainError, match="4 heads do not divide 30 channels"):
         PLNLIN(Style(channels=30))
-    with pytest.raises(DerainError, match="give four numbers"):
+    with pytest.raises(DerainError, match="give four stages"):
         PLNLIN(SMALL, (1, 1, 1))
