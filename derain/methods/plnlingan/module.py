@@ -130,9 +130,7 @@ class PLNLINGANModule(DerainModule):
             self.refuse_plain_ddp("generator and discriminator take turns, and one has no gradient")
         crop = getattr(getattr(self.trainer, "datamodule", None), "crop", self.network.multiple)
         if crop % self.network.multiple:
-            log.warning(
-                "--data.crop %d: is padded to a multiple of %d, and losses count that", crop, self.network.multiple
-            )
+            log.warning("--data.crop %d: padded to a multiple of %d, in losses too", crop, self.network.multiple)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         """A generator's turn, a discriminator's, or both."""
@@ -219,7 +217,7 @@ class PLNLINGANModule(DerainModule):
         norm = nn.utils.get_total_norm(one.grad for one in parameters if one.grad is not None)
         if not norm.isfinite():
             raise DerainError(f"a gradient is no finite number (epoch {self.current_epoch}); {REMEDY}")
-        if self.hparams["clip"] is not None:
+        if self.hparams["clip"]:
             nn.utils.clip_grads_with_norm_(parameters, self.hparams["clip"], norm)
 
     def on_validation_model_zero_grad(self) -> None:
