@@ -12,7 +12,7 @@ install: $(READY) ## a .venv with everything, at the versions of constraints.txt
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt \
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt \
 		--editable '.[quickstart,lpips,wandb,tensorboard,dev]'
 	@touch $@
 
@@ -37,7 +37,7 @@ arch: $(READY) ## import-linter: who may import whom
 check: lint type arch test ## all that CI runs
 
 bench: $(READY) ## ratios against references, measured in one run
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 notebooks: $(READY) ## executes the notebooks
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb

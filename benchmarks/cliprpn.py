@@ -5,14 +5,12 @@ cached) at most 5 % on top of an image of 256×256. After the first pass, CLIP r
 CLIP has random weights here, which take the same time.
 """
 
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from _turns import in_turns
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from derain.memory import keep_large_blocks
@@ -21,17 +19,6 @@ from derain.methods.cliprpn.network import CLIPRPN
 from derain.methods.cliprpn.perception import RainPerception
 
 ROUNDS = 5
-
-
-def in_turns(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of every way, measured in turns after one round that warms up."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(ROUNDS + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
 def perception(folder: Path) -> RainPerception:
@@ -60,7 +47,7 @@ def main() -> int:
         perceive._known.clear()
         perceive.similarities([pixels])
 
-    found = in_turns(
+    times = in_turns(
         {
             "one image, one route": lambda: single(image),
             "one image, routed": lambda: routed(image, [1]),
@@ -68,8 +55,10 @@ def main() -> int:
             "four crops, two routes": lambda: routed(batch, [0, 1, 1, 0]),
             "CLIP": anew,
             "looked up": lambda: perceive.similarities([pixels]),
-        }
+        },
+        ROUNDS,
     )
+    found = {name: clock for name, (clock, _) in times.items()}
     one = found["one image, routed"] / found["one image, one route"]
     four = found["four crops, two routes"] / found["four crops, one route"]
     share = found["CLIP"] / found["one image, routed"]

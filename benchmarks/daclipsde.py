@@ -11,18 +11,12 @@ Sampling needs no more memory for more steps: 50 steps take less than 5 % more t
 """
 
 import argparse
-import importlib.util
 import resource
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from _turns import Times, in_turns, references, report
 from torch import Tensor
 
 from derain.memory import keep_large_blocks
@@ -35,28 +29,6 @@ SPEED, APART, GROWTH = 1.2, 1e-5, 1.05
 IR_SDE = {"multipliers": (2, 4, 8, 16), "content": False, "degradation": False}
 NETWORKS = {"DA-CLIP, 49 M": {}, "IR-SDE, 137 M": IR_SDE}
 RUNS = [("DA-CLIP, 49 M",), ("DA-CLIP, 49 M", "--kept"), ("IR-SDE, 137 M",)]
-Times = tuple[float, float]
-"""Seconds by the clock and of the processors."""
-
-
-def textbook(network: ConditionalUNet) -> Callable[..., Tensor]:
-    """The textbook form with the parameters of ours."""
-    path = Path(__file__).parents[1] / "tests" / "methods" / "daclipsde" / "references.py"
-    spec = importlib.util.spec_from_file_location("daclipsde_references", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Textbook(network.state_dict())
-
-
-def in_turns(ways: dict[str, Callable[[], object]]) -> dict[str, Times]:
-    """Median times of every way, measured in turns after one round that warms up."""
-    times: dict[str, list[Times]] = {name: [] for name in ways}
-    for _ in range(ROUNDS + 1):
-        for name, way in ways.items():
-            start, worked = time.perf_counter(), time.process_time()
-            way()
-            times[name].append((time.perf_counter() - start, time.process_time() - worked))
-    return {name: tuple(map(statistics.median, zip(*found[1:], strict=True))) for name, found in times.items()}
 
 
 @torch.inference_mode()
@@ -67,7 +39,7 @@ def measured(name: str) -> tuple[dict[str, Times], dict[str, float]]:
     for parameter_name, parameter in ours.named_parameters():
         if "proj_out" in parameter_name:  # starts at zero
             parameter.normal_(std=0.05)
-    theirs = textbook(ours)
+    theirs = references("daclipsde").Textbook(ours.state_dict())
     images = torch.rand(2, 1, 3, SIDE, SIDE)
     given = (*images, torch.tensor([50]), *torch.randn(2, 1, 512))
 
@@ -78,7 +50,7 @@ def measured(name: str) -> tuple[dict[str, Times], dict[str, float]]:
     ways = {"textbook": lambda: theirs(*given), "ours": lambda: ours(*given), "ours, bf16": half}
     reference = theirs(*given)
     apart = {way: float((step() - reference).abs().max() / reference.std()) for way, step in ways.items()}
-    return in_turns(ways), apart
+    return in_turns(ways, ROUNDS), apart
 
 
 def sampled(steps: int) -> int:
@@ -95,20 +67,12 @@ def itself(*arguments: object) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def report(name: str, threads: int, kept: bool) -> bool:
+def judged(name: str, threads: int, kept: bool) -> bool:
     """Prints a table of one network; whether what is asked for of it is missed."""
     times, apart = measured(name)
-    ratio = times["textbook"][0] / times["ours"][0]
-    missed = apart["ours"] > APART or ("49 M" in name and ratio < SPEED)
     title = f"{name}, {SIDE}×{SIDE}, {threads} threads, {'large blocks kept' if kept else 'a plain process'}"
-    table = Table(title=title)
-    for column in ("way", "seconds", "times as fast", "of processors", "times as fast", "furthest apart"):
-        table.add_column(column, justify="left" if column == "way" else "right")
-    for way, (clock, worked) in times.items():
-        ratios = [f"{reference / own:.2f}" for reference, own in zip(times["textbook"], (clock, worked), strict=True)]
-        table.add_row(way, f"{clock:.2f}", ratios[0], f"{worked:.2f}", ratios[1], f"{apart[way]:.0e}")
-    Console(width=110).print(table)
-    return missed
+    ratio = report(title, times, apart)
+    return apart["ours"] > APART or ("49 M" in name and ratio < SPEED)
 
 
 def main() -> int:
@@ -126,7 +90,7 @@ def main() -> int:
     if options.network:
         if options.kept:
             keep_large_blocks()
-        return int(report(options.network, options.threads, options.kept))
+        return int(judged(options.network, options.threads, options.kept))
     missed = False
     for run in RUNS:
         command = [sys.executable, __file__, "--threads", str(options.threads), "--network", *run]

@@ -13,16 +13,11 @@ says more, on a single thread: ``--threads 1``; both are printed.
 """
 
 import argparse
-import importlib.util
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from _turns import in_turns, references, report
 from torch import Tensor
 
 from derain.memory import keep_large_blocks
@@ -33,19 +28,6 @@ from derain.nn.ssim import structural_similarity
 
 CROP, BATCH, STEPS, SIDE = 112, 2, 5, 224
 ROUND_SPEED, INFERENCE_SPEED, APART = 1.3, 1.25, 1e-5
-Times = tuple[float, float]
-"""Seconds by the clock and of the processors."""
-
-
-def in_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
-    """Median times of every way, measured in turns after one round that warms up."""
-    times: dict[str, list[Times]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, way in ways.items():
-            start, worked = time.perf_counter(), time.process_time()
-            way()
-            times[name].append((time.perf_counter() - start, time.process_time() - worked))
-    return {name: tuple(map(statistics.median, zip(*found[1:], strict=True))) for name, found in times.items()}
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
@@ -76,12 +58,9 @@ def ours(module: PLNLINGANModule) -> list[float]:
 
 def textbook(module: PLNLINGANModule) -> list[float]:
     """A round written plainly."""
-    path = Path(__file__).parents[1] / "tests" / "methods" / "plnlingan" / "references.py"
-    spec = importlib.util.spec_from_file_location("plnlingan_references", path)
-    references = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(references)
-    generator = references.Textbook(dict(module.network.named_parameters()))
-    judge = references.Textbook(dict(module.discriminator.named_parameters()))
+    told_by = references("plnlingan")
+    generator = told_by.Textbook(dict(module.network.named_parameters()))
+    judge = told_by.Textbook(dict(module.discriminator.named_parameters()))
     told, optimizers = [], adams(module)
     for place, (rainy, clean) in enumerate(batches()):
         restored = Restored(*generator.generator(rainy, 2))
@@ -108,20 +87,7 @@ def descend(parts: dict[str, list[Tensor]], optimizer: torch.optim.Adam, told: l
     optimizer.zero_grad()
     weighted_sum(parts, 1.0, 1.0).backward()
     optimizer.step()
-    told += [float(loss) for losses in parts.values() for loss in losses]
-
-
-def report(title: str, times: dict[str, Times], first: str) -> float:
-    """Prints a table; how many times as fast the last way is as the first, by the clock."""
-    table = Table(title=title)
-    for column in ("way", "seconds", "times as fast", "of processors", "times as fast"):
-        table.add_column(column, justify="left" if column == "way" else "right")
-    for way, own in times.items():
-        ratios = [f"{reference / mine:.2f}" for reference, mine in zip(times[first], own, strict=True)]
-        table.add_row(way, f"{own[0]:.2f}", ratios[0], f"{own[1]:.2f}", ratios[1])
-    Console(width=100).print(table)
-    *_, last = times.values()
-    return times[first][0] / last[0]
+    told += [loss.item() for losses in parts.values() for loss in losses]
 
 
 def main() -> int:
@@ -137,14 +103,14 @@ def main() -> int:
     apart = max(abs(a - b) for a, b in zip(ours(module), textbook(module), strict=True))
     ways: dict[str, Callable[[], object]] = {"textbook": lambda: textbook(module), "ours": lambda: ours(module)}
     title = f"{STEPS} generator steps and 1 discriminator step, {BATCH} × {CROP}×{CROP}, {options.threads} threads"
-    faster = report(title, in_turns(ways, options.rounds), "textbook")
+    faster = report(title, in_turns(ways, options.rounds))
     print(f"losses at most {apart:.0e} apart (at most {APART:.0e})")
     image = torch.rand(1, 3, SIDE, SIDE)
     network = module.network.eval()
     with torch.inference_mode():
         same = torch.equal(network(image).derained, network(image, hierarchy=True).derained)
         ways = {"with the hierarchy": lambda: network(image, hierarchy=True), "without": lambda: network(image)}
-        lighter = report(f"restoring {SIDE}×{SIDE}", in_turns(ways, options.rounds), "with the hierarchy")
+        lighter = report(f"restoring {SIDE}×{SIDE}", in_turns(ways, options.rounds))
     print(f"the same output: {same}")
     missed = faster < ROUND_SPEED or lighter < INFERENCE_SPEED or apart > APART or not same
     print("an aim is missed" if missed else "all asked for is met")

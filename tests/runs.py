@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from derain.cli import main
+
 
 def start(*arguments, program=("-m", "derain")):
     """A derain command in a process of its own."""
@@ -39,6 +41,23 @@ def kill_when_there_is(file, *arguments):
     time.sleep(0.3)  # what is written meanwhile may be cut off
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def whole_and_resumed(fit, *columns):
+    """Trains in one go, and with a kill after the first checkpoint; what both log in the columns must be equal.
+
+    Returns:
+        Last checkpoints: of the run in one go, of the killed run, and of the killed run resumed.
+    """
+    whole, killed = (["--trainer.default_root_dir", root] for root in ("whole", "killed"))
+    assert main([*fit, *whole]) == 0
+    run = Path("killed/fit-1")
+    kill_when_there_is(run / "checkpoints/last.ckpt", *fit, *killed)
+    broken_off = last(run)
+    assert not (run / "weights.safetensors").exists()
+    assert main([*fit, *killed, "--ckpt_path", "last"]) == 0
+    assert metrics(Path("whole/fit-1"), *columns) == metrics(run, *columns)
+    return last(Path("whole/fit-1")), broken_off, last(run)
 
 
 def last(run):

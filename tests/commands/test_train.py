@@ -1,11 +1,4 @@
-import csv
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +10,7 @@ from derain.images import image_files, read_rgb
 from derain.methods import PReNetModule, weights
 from derain.metrics import psnr_ssim, resolve
 from tests.factories import make_set
+from tests.runs import differing, finish, rows, whole_and_resumed
 
 CONFIG = {
     "model": {"class_path": "PReNetModule", "init_args": {"variant": "PRN_r", "stages": 1}},
@@ -35,15 +29,6 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("DERAIN_DATA", str(tmp_path / "data"))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     return tmp_path
-
-
-def rows(path):
-    with Path(path).open() as file:
-        return list(csv.DictReader(file))
-
-
-def state(path):
-    return torch.load(path, weights_only=True)["state_dict"]
 
 
 def test_fit_leaves_all_that_is_promised(place):
@@ -166,64 +151,24 @@ def test_refusals_take_one_line(place, capsys, arguments, told):
         assert part in error
 
 
-def derain(*arguments, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-m", "derain", *arguments],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finished(process):
-    told, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, told
-    return told
-
-
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_ends(place):
     fit = ["fit", "--config", "exp.yaml", "--trainer.max_epochs", "4", "--model.milestones", "[1, 3]"]
     fit += ["--data.workers", "1", "--trainer.callbacks+=derain.callbacks.EMA"]
-    assert main([*fit, "--trainer.default_root_dir", "whole"]) == 0
-    killed = derain(*fit, "--trainer.default_root_dir", "killed", "--data.repeat", "1")
-    last = place / "killed/fit-1/checkpoints/last.ckpt"
-    while not last.exists():
-        assert killed.poll() is None, killed.stdout.read()
-        time.sleep(0.02)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    assert not (place / "killed/fit-1/weights.safetensors").exists()
-    assert main([*fit, "--trainer.default_root_dir", "killed", "--ckpt_path", "last"]) == 0
-    one, two = (state(place / f"{root}/fit-1/checkpoints/last.ckpt") for root in ("whole", "killed"))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    averages = [
-        torch.load(place / f"{root}/fit-1/checkpoints/last.ckpt", weights_only=True)["ema"]
-        for root in ("whole", "killed")
-    ]
-    assert averages[0]["updates"] == averages[1]["updates"] > 4
-    assert all(torch.equal(value, averages[1]["network"][name]) for name, value in averages[0]["network"].items())
-    columns = ("epoch", "step", "val/psnr", "val/ssim", "lr-Adam")
-    tables = [
-        [
-            {c: row[c] for c in columns}
-            for row in rows(place / f"{root}/fit-1/metrics.csv")
-            if any(row[c] for c in columns[2:])  # speed is logged last, and may not reach the file before the kill
-        ]
-        for root in ("whole", "killed")
-    ]
-    assert tables[0] == tables[1]
+    whole, _, resumed = whole_and_resumed(fit, "val/psnr", "val/ssim", "lr-Adam")
+    assert whole["ema"]["updates"] == resumed["ema"]["updates"] > 4
+    for state in ("state_dict", "ema"):
+        assert differing(whole[state], resumed[state]) == []
 
 
 @pytest.mark.slow
 def test_two_processes_train_and_test_exactly(place):
     make_set(place / "data", "Rain100L", "test", count=11, seed=300)
     both = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    finished(derain("fit", "--config", "exp.yaml", "--trainer.max_epochs", "1", *both))
+    finish("fit", "--config", "exp.yaml", "--trainer.max_epochs", "1", *both)
     file = "runs/exp/fit-1/weights.safetensors"
     test = ["test", "--config", "exp.yaml", "--weights", file, "--data.test", "Rain100L"]
-    finished(derain(*test, *both))
+    finish(*test, *both)
     assert main(test) == 0
     two, one = (place / f"runs/exp/test-{n}" for n in (1, 2))
     assert (one / "images.csv").read_text() == (two / "images.csv").read_text()

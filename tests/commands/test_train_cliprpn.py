@@ -1,12 +1,6 @@
 """CLIP-RPN through the command: routes, several processes, resuming."""
 
-import csv
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +14,7 @@ from derain.methods.clip import FrozenCLIP
 from derain.methods.cliprpn.perception import RainPerception
 from derain.methods.cliprpn.prompts import texts_of
 from tests.factories import make_clip, make_set
+from tests.runs import differing, finish, last, rows, start, whole_and_resumed
 
 NETWORK = {"dim": 8, "blocks": [1, 1, 1, 1], "refinement": 1}
 
@@ -50,23 +45,8 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def rows(path):
-    with Path(path).open() as file:
-        return list(csv.DictReader(file))
-
-
 def logged(path, key):
     return [float(row[key]) for row in rows(path) if row.get(key)]
-
-
-def start(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "derain", *arguments],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def test_training_runs_no_clip_once_images_were_seen(place, monkeypatch, caplog):
@@ -84,7 +64,7 @@ def test_training_runs_no_clip_once_images_were_seen(place, monkeypatch, caplog)
 
 def test_files_hold_no_clip_but_say_which(place):
     assert main(["fit", "--config", "exp.yaml", "--trainer.max_epochs", "1"]) == 0
-    content = torch.load(place / "runs/exp/fit-1/checkpoints/last.ckpt", weights_only=True)
+    content = last(place / "runs/exp/fit-1")
     assert all(name.startswith("network.") for name in content["state_dict"])
     hashed = FrozenCLIP(str(place / "clip")).sha256
     assert content["derain"]["clip_sha256"] == hashed
@@ -142,9 +122,7 @@ def test_refusals_take_one_line(place, capsys, monkeypatch, options, told):
 @pytest.mark.slow
 def test_two_processes_train_with_a_route_empty_on_one(place):
     both = ["--trainer.devices", "2", "--trainer.strategy", "ddp_find_unused_parameters_true"]
-    process = start("fit", "--config", "exp.yaml", *both, "--trainer.max_epochs", "3")
-    told, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, told
+    finish("fit", "--config", "exp.yaml", *both, "--trainer.max_epochs", "3")
     metrics = place / "runs/exp/fit-1/metrics.csv"
     assert {0.0, 1.0} <= set(logged(metrics, "train/route_1"))  # of rank 0, whose batch is one image
     assert logged(metrics, "train/exponent")[-1] == pytest.approx(0.8 + 2.3 * 11 / 12)
@@ -153,31 +131,9 @@ def test_two_processes_train_with_a_route_empty_on_one(place):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_ends(place):
     fit = ["fit", "--config", "exp.yaml", "--trainer.max_epochs", "4"]
-    assert main([*fit, "--trainer.default_root_dir", "whole"]) == 0
-    killed = start(*fit, "--trainer.default_root_dir", "killed")
-    last = place / "killed/fit-1/checkpoints/last.ckpt"
-    while not last.exists():
-        assert killed.poll() is None, killed.stdout.read()
-        time.sleep(0.02)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    assert not (place / "killed/fit-1/weights.safetensors").exists()
-    assert main([*fit, "--trainer.default_root_dir", "killed", "--ckpt_path", "last"]) == 0
-    one, two = (
-        torch.load(place / f"{root}/fit-1/checkpoints/last.ckpt", weights_only=True)["state_dict"]
-        for root in ("whole", "killed")
-    )
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    columns = ("epoch", "step", "train/loss", "train/exponent", "train/route_0", "val/psnr", "lr-AdamW")
-    tables = [
-        [
-            {c: row[c] for c in columns}
-            for row in rows(place / f"{root}/fit-1/metrics.csv")
-            if any(row[c] for c in columns[2:])  # speed is logged last, and may not reach the file before the kill
-        ]
-        for root in ("whole", "killed")
-    ]
-    assert tables[0] == tables[1]
+    columns = ("train/loss", "train/exponent", "train/route_0", "val/psnr", "lr-AdamW")
+    whole, _, resumed = whole_and_resumed(fit, *columns)
+    assert differing(whole["state_dict"], resumed["state_dict"]) == []
 
 
 @pytest.mark.slow

@@ -1,23 +1,17 @@
 """DA-CLIP + IR-SDE through the command: controller, restoration, sampling, several processes, resuming."""
 
-import csv
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from derain.cli import main
 from derain.images import read_rgb
 from derain.methods import weights
 from tests.factories import make_clip, make_set
+from tests.runs import differing, finish, last, rows, whole_and_resumed
 
 NETWORK = {"channels": 32, "multipliers": [1, 2], "attention": "none", "max_sigma": 10, "context": 8}
 
@@ -49,25 +43,6 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def rows(path):
-    with Path(path).open() as file:
-        return list(csv.DictReader(file))
-
-
-def start(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "derain", *arguments],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def last(place, root):
-    return torch.load(place / root / "fit-1/checkpoints/last.ckpt", weights_only=True)
-
-
 @pytest.mark.slow
 def test_from_captions_to_a_restored_photo(place, capsys):
     assert main(["caption", "Rain800", "captions.tsv", "--captioner", "template"]) == 0
@@ -78,7 +53,7 @@ def test_from_captions_to_a_restored_photo(place, capsys):
     assert main(["validate", "--config", "daclip.yaml", "--weights", controller]) == 0
     assert main(["fit", "--config", "sde.yaml", "--model.controller", controller]) == 0
     file = str(place / "runs/sde/fit-1/weights.safetensors")
-    content = last(place, "runs/sde")
+    content = last(place / "runs/sde/fit-1")
     assert all(name.startswith("network.") for name in content["state_dict"])
     assert content["derain"]["controller_sha256"] == weights.sha256(Path(controller))
     assert len(content["derain"]["sde"]["speed"]) == 101
@@ -129,32 +104,9 @@ def test_what_is_refused_in_one_line(place, capsys):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_ends(place):
     fit = ["fit", "--config", "sde.yaml", "--trainer.max_epochs", "4"]
-    assert main([*fit, "--trainer.default_root_dir", "whole"]) == 0
-    killed = start(*fit, "--trainer.default_root_dir", "killed")
-    file = place / "killed/fit-1/checkpoints/last.ckpt"
-    while not file.exists():
-        assert killed.poll() is None, killed.stdout.read()
-        time.sleep(0.02)
-    time.sleep(0.3)  # the logger may be writing its table anew
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    assert not (place / "killed/fit-1/weights.safetensors").exists()
-    assert main([*fit, "--trainer.default_root_dir", "killed", "--ckpt_path", "last"]) == 0
-    one, two = (last(place, root) for root in ("whole", "killed"))
+    whole, _, resumed = whole_and_resumed(fit, "train/loss", "val/psnr", "lr-AdamW")
     for state in ("state_dict", "ema"):
-        first, second = (found[state]["network"] if state == "ema" else found[state] for found in (one, two))
-        assert first.keys() == second.keys()
-        assert all(torch.equal(value, second[name]) for name, value in first.items())
-    columns = ("epoch", "step", "train/loss", "val/psnr", "lr-AdamW")
-    tables = [
-        [
-            {c: row[c] for c in columns}
-            for row in rows(place / f"{root}/fit-1/metrics.csv")
-            if any(row[c] for c in columns[2:])
-        ]
-        for root in ("whole", "killed")
-    ]
-    assert tables[0] == tables[1]
+        assert differing(whole[state], resumed[state]) == []
 
 
 def test_a_table_that_was_cut_off_does_not_keep_a_run_from_going_on(place, caplog):
@@ -176,9 +128,7 @@ def test_a_table_that_was_cut_off_does_not_keep_a_run_from_going_on(place, caplo
 @pytest.mark.parametrize("name", ["sde", "daclip"])
 def test_two_processes(place, name):
     both = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1"]
-    process = start("fit", "--config", f"{name}.yaml", *both)
-    told, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, told
+    finish("fit", "--config", f"{name}.yaml", *both)
     found = rows(place / f"runs/{name}/fit-1/metrics.csv")
     assert all(float(row["train/loss"]) >= 0 for row in found if row["train/loss"])
     key = "val/accuracy" if name == "daclip" else "val/psnr"
@@ -191,9 +141,7 @@ def test_two_processes_judge_as_one(place):
     test = ["test", "--config", "sde.yaml", "--weights", "runs/sde/fit-1/weights.safetensors", "--sampling.steps", "3"]
     assert main([*test, "--trainer.default_root_dir", "one"]) == 0
     two = ["--trainer.default_root_dir", "two", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    process = start(*test, *two)
-    told, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, told
+    finish(*test, *two)
     tables = [(place / f"{root}/test-1/images.csv").read_text() for root in ("one", "two")]
     assert tables[0] == tables[1]
 
@@ -229,11 +177,4 @@ def test_the_contrast_of_two_processes_is_that_of_one_large_batch(place):
         "lightning.Trainer(accelerator='cpu', devices=2, strategy='ddp', max_steps=1, logger=False,\n"
         "    enable_checkpointing=False, enable_progress_bar=False).fit(m, torch.utils.data.DataLoader([0, 1]))\n"
     )
-    ran = subprocess.run(
-        [sys.executable, str(script), str(place / "clip")],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    finish(str(place / "clip"), program=(str(script),))

@@ -11,7 +11,7 @@ from derain.cli import main
 from derain.images import read_rgb, write_image
 from derain.methods import weights
 from tests.factories import clean_image, make_set
-from tests.runs import differing, finish, kill_when_there_is, last, metrics, start
+from tests.runs import differing, finish, last, metrics, start, whole_and_resumed
 
 NETWORK = {"channels": 4, "stages": [1, 1, 1, 1], "hierarchy": 1, "heads": 1}
 NETWORK |= {"discriminator_channels": 4, "discriminator_stages": 1, "learning_rate": 1e-3}
@@ -47,14 +47,10 @@ def place(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_killed_within_a_round_ends_where_an_uninterrupted_one_ends(place):
     fit = ["fit", "--config", "gan.yaml", "--trainer.max_epochs", "4"]
-    assert main([*fit, "--trainer.default_root_dir", "whole"]) == 0
-    killed = [*fit, "--trainer.default_root_dir", "killed"]
-    kill_when_there_is(place / "killed/fit-1/checkpoints/last.ckpt", *killed)
-    broken_off = last(place / "killed/fit-1")
+    columns = (*LOSSES, "train/loss", "val/psnr", "lr-Adam")
+    one, broken_off, two = whole_and_resumed(fit, *columns)
     assert broken_off["windows"] < 12
     assert broken_off["windows"] % 5  # between two steps of the discriminator
-    assert main([*killed, "--ckpt_path", "last"]) == 0
-    one, two = (last(place / root / "fit-1") for root in ("whole", "killed"))
     assert one["windows"] == two["windows"] == 12
     assert one["global_step"] == two["global_step"] == 12
     states = [{"weights": c["state_dict"], "average": c["ema"]["network"]} for c in (one, two)]
@@ -62,18 +58,14 @@ def test_a_run_killed_within_a_round_ends_where_an_uninterrupted_one_ends(place)
     assert len(one["optimizer_states"]) == 2
     for mine, other in zip(one["optimizer_states"], two["optimizer_states"], strict=True):
         assert differing(mine["state"], other["state"]) == []
-    columns = (*LOSSES, "train/loss", "val/psnr", "lr-Adam")
-    tables = [metrics(place / root / "fit-1", *columns) for root in ("whole", "killed")]
-    assert tables[0] == tables[1]
-    assert (
-        len({row["train/discriminator_1"] for row in tables[0]} - {"", None}) == 2
-    )  # each stands until the epoch ends
-    assert sum(bool(row["train/generator_1"]) for row in tables[0]) == 12
+    told = metrics(place / "whole/fit-1", *columns)
+    assert len({row["train/discriminator_1"] for row in told} - {"", None}) == 2  # each stands until the epoch ends
+    assert sum(bool(row["train/generator_1"]) for row in told) == 12
 
 
 @pytest.mark.slow
 def test_two_processes_have_the_same_weights_in_ten_rounds(place):
-    """Each rank prints what it holds; r is 2, so that ten rounds are twenty batches."""
+    """Gathered after every batch; r is 2, so that ten rounds are twenty batches."""
     script = place / "ranks.py"
     script.write_text(
         "import torch, lightning\n"
@@ -85,10 +77,12 @@ def test_two_processes_have_the_same_weights_in_ten_rounds(place):
         "    def on_train_batch_end(self, trainer, module, outputs, batch, place):\n"
         "        loss = module.all_gather(trainer.callback_metrics['train/loss'])\n"
         "        assert loss.numel() == 2 and loss.isfinite().all()\n"
-        "        for name, p in module.named_parameters():\n"
-        "            both = module.all_gather(p.detach())\n"
-        "            assert torch.equal(both[0], both[1]), (place, name)\n"
+        "        both = module.all_gather(torch.nn.utils.parameters_to_vector(module.parameters()).detach())\n"
+        "        assert torch.equal(both[0], both[1]), place\n"
         "    def on_train_end(self, trainer, module):\n"
+        "        rainy = torch.linspace(0, 1, 3 * 56 * 56).view(1, 3, 56, 56)\n"
+        "        losses = module.all_gather((module(rainy) - rainy**2).abs().mean().detach())\n"
+        "        assert losses[0] == losses[1], losses\n"
         "        steps = [{int(s['step']) for s in o.state.values()} for o in trainer.optimizers]\n"
         "        assert steps == [{20}, {10}], steps\n"
         f"t = lightning.Trainer(accelerator='cpu', devices=2, strategy='{UNUSED}', max_epochs=1, logger=False,\n"
