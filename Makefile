@@ -13,7 +13,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt \
-		--editable '.[quickstart,lpips,wandb,tensorboard,dev]'
+		--editable '.[quickstart,lpips,wandb,tensorboard,video,app,export,others,docs,dev]'
 	@touch $@
 
 demo: $(READY) ## minutes: synthesise rain, train a small PReNet, restore a held-out photo

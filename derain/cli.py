@@ -16,11 +16,15 @@ TRAINER = {
     "predict": "restore the images of a data set, sharded over devices",
 }
 COMMANDS = {
-    "restore": "remove rain from photos: derain restore rainy.jpg clean.jpg --weights W",
+    "restore": "remove rain from photos and videos: derain restore rainy.jpg clean.jpg",
+    "app": "a page that restores photos, in the browser on this machine",
+    "models": "the weights that have a name: derain models list",
     "score": "judge any method's result folder: derain score DERAINED CLEAN",
     "data": "list, verify and synthesize data sets",
     "route": "tell which of CLIP-RPN's routes images take: derain route Rain800 --prompts 3",
     "caption": "captions of clean images, for DA-CLIP: derain caption RainTrainH captions.tsv",
+    "export": "a method as ONNX or torch.export, checked: derain export --weights W --format onnx OUT",
+    "table": "the papers' tables from results of derain test: derain table RESULTS...",
     "bench": "parameters, multiplications and time of every method",
     "doctor": "versions, devices, caches and weights found here",
 }
@@ -28,18 +32,14 @@ COMMANDS = {
 
 def usage() -> str:
     """All commands, one line each."""
-    lines = [f"  {name:<10}{told}" for name, told in (TRAINER | COMMANDS).items()]
-    return "\n".join(
-        [
-            f"derain {derain.__version__}: single-image rain removal",
-            "",
-            "usage: derain COMMAND [options]     (derain COMMAND --help tells the options)",
-            "",
-            *lines,
-            "",
-            "  --version print the version",
-        ]
-    )
+    commands = "\n".join(f"  {name:<10}{told}" for name, told in (TRAINER | COMMANDS).items())
+    return f"""derain {derain.__version__}: single-image rain removal
+
+usage: derain COMMAND [options]     (derain COMMAND --help tells the options)
+
+{commands}
+
+  --version print the version"""
 
 
 def _tell() -> None:
