@@ -91,16 +91,19 @@ class Restorer:
             log.warning("bf16: %s has no instructions for it, and emulation is slower: using float32", self.device)
             precision = "float32"
         self.precision, self.tile, self.overlap, self.ensemble = precision, tile, overlap, ensemble
+        self._fitting: dict[tuple[int, int], int] = {}
         if compile:
             torch._inductor.config.freezing = True  # folds layouts and bias into the convolutions; global or not at all
             self.method.network.compile(dynamic=self.method.compiles_any_size)
 
     @torch.inference_mode()
-    def __call__(self, rainy: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, rainy: NDArray[np.float32], perceived: dict[str, Any] | None = None) -> NDArray[np.float32]:
         """Restores one image.
 
         Args:
             rainy: ``(h, w, 3)`` in [0, 1], any ``h, w >= 1``.
+            perceived: What ``perceive`` gave of this image, or of one that shall be restored alike, as a video's
+                first frame for all others; the image is perceived if not given.
 
         Returns:
             The same shape, in [0, 1].
@@ -108,15 +111,19 @@ class Restorer:
         Raises:
             DerainError: If memory does not suffice for the smallest tile.
         """
-        image = _to_tensor(rainy)
-        return _to_array(self._views(image, self.method, self.method.perceive(image.to(self.device))))
+        perceived = self.perceive(rainy) if perceived is None else perceived
+        return _to_array(self._views(_to_tensor(rainy), self.method, perceived))
+
+    @torch.inference_mode()
+    def perceive(self, rainy: NDArray[np.float32]) -> dict[str, Any]:
+        """What the method perceives of a whole image, such as its route; empty where it perceives nothing."""
+        return self.method.perceive(_to_tensor(rainy).to(self.device))
 
     @torch.inference_mode()
     def explain(self, rainy: NDArray[np.float32]) -> "Explanation":
         """Restores one image, as a call does, and shows how that came about."""
-        image = _to_tensor(rainy)
-        perceived = self.method.perceive(image.to(self.device))
-        stack = _to_array(self._views(image, self.method.explain, perceived))
+        perceived = self.perceive(rainy)
+        stack = _to_array(self._views(_to_tensor(rainy), self.method.explain, perceived))
         maps = {name: stack[:, :, 3 + place] for place, name in enumerate(self.method.maps)}
         return Explanation(stack[:, :, :3], maps, self.method.describe_image(perceived, 0))
 
@@ -136,9 +143,12 @@ class Restorer:
     def _restore(
         self, image: Float[Tensor, "1 3 h w"], forward: Callable[..., Tensor], perceived: dict[str, Any]
     ) -> Float[Tensor, "1 n h w"]:
-        """Restores by the largest tiles that memory holds."""
-        tile = self._first_tile(image.shape[2], image.shape[3])
+        """Restores by the largest tiles that memory holds, which are found once a size."""
+        height, width = image.shape[2:]
+        if (height, width) not in self._fitting:
+            self._fitting[height, width] = self._first_tile(height, width)
         while True:
+            tile = self._fitting[height, width]
             try:
                 if self.method.samples:  # many passes over one state: each is cut into tiles, not the whole
                     inner = {"tiled": partial(blend_tiles, tile=tile, overlap=self.overlap), "show": show_steps}
@@ -154,8 +164,8 @@ class Restorer:
                     ) from error
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            tile //= 2
-            log.warning("out of memory: going on with tiles of %d×%d pixels", tile, tile)
+            self._fitting[height, width] = tile // 2
+            log.warning("out of memory: going on with tiles of %d×%d pixels", tile // 2, tile // 2)
 
     def _first_tile(self, height: int, width: int) -> int:
         if isinstance(self.tile, int):
