@@ -119,8 +119,9 @@ class DerainCLI(LightningCLI):
         for logger in configured:
             if "save_dir" in getattr(logger, "init_args", {}):
                 logger.init_args.save_dir = str(self.folder)
-        if resuming:
-            config.ckpt_path = str(self.folder / "checkpoints" / "last.ckpt")
+        last = self.folder / "checkpoints" / "last.ckpt"
+        if resuming or last.is_file():  # SLURM started the job again, in the folder that it has
+            config.ckpt_path = str(last)
         if "weights_only" in config:
             config.weights_only = True
         if self.subcommand == "test":
@@ -182,9 +183,9 @@ class DerainCLI(LightningCLI):
             return False
         given = configured if isinstance(configured, list) else [configured]
         csv = CSVLogger(str(self.folder), name="", version="", flush_logs_every_n_steps=10)
-        past = self.folder / "metrics.csv"
-        if past.exists() and rank_zero_only.rank == 0:
-            _keep_history(csv, past, Path(self.config[self.subcommand].ckpt_path))
+        past, checkpoint = self.folder / "metrics.csv", self.config[self.subcommand].ckpt_path
+        if past.exists() and checkpoint and rank_zero_only.rank == 0:
+            _keep_history(csv, past, Path(checkpoint))
         return [csv, *(logger for logger in given if isinstance(logger, Logger))]
 
     def _callbacks(self, trainer: Any) -> list[Callback]:
@@ -304,6 +305,7 @@ def run(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", ".*The dirpath has changed.*")
+    warnings.filterwarnings("ignore", ".*exists and is not empty. Previous log files.*")  # another logger's
     warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
     DerainCLI(
         DescribedModule,

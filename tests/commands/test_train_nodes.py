@@ -1,6 +1,8 @@
 """Two nodes of two processes each, on this machine, as torchrun and SLURM start them, do what one process does."""
 
+import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from derain.methods import PReNetModule, weights
 from tests.factories import make_set
 from tests.runs import finish_all, last, metrics, start
 
+SCRIPT = Path(__file__).parents[2] / "experiments/slurm/train.sh"
 CONFIG = {
     "model": {"class_path": "PReNetModule", "init_args": {"variant": "PRN_r", "stages": 1}},
     "data": {"train": "Rain800", "val": "Rain800", "crop": 16, "workers": 0, "cache": "off"},
@@ -59,21 +62,29 @@ def free_port():
 
 def torchrun(*arguments, nodes):
     """What the nodes told; each starts two processes."""
-    where = ["--nnodes", str(nodes), "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", free_port()]
-    program = ("-m", "torch.distributed.run", *where)
+    meeting = ["--master-addr", "127.0.0.1", "--master-port", free_port()]
+    program = ("-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", "2", *meeting)
     return finish_all(
         [start("-m", "derain", *arguments, program=(*program, "--node-rank", str(node))) for node in range(nodes)]
     )
 
 
-def slurm(*arguments):
-    """What four processes told that find the variables of SLURM's srun."""
+def sbatch(*arguments):
+    """What four processes told that find the variables of SLURM's srun, of the script in experiments/slurm."""
     job = {
-        **{"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "derain", "SLURM_NODELIST": "127.0.0.1", "SLURM_STEP_ID": "0"},
+        **{"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "derain-fit", "SLURM_NODELIST": "127.0.0.1"},
         **{"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "2", "MASTER_PORT": free_port()},
     }
+    stand_in = Path("bin/srun")
+    stand_in.parent.mkdir()
+    stand_in.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+    variables = os.environ | job | {"PATH": f"{stand_in.parent.resolve()}:{os.environ['PATH']}"}
+    script = ["bash", str(SCRIPT), *arguments]
+    program, *told = subprocess.run(script, env=variables, capture_output=True, text=True, check=True).stdout.split()
+    assert program == "derain"
     tasks = [{"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n % 2), "SLURM_NODEID": str(n // 2)} for n in range(4)]
-    return finish_all([start(*arguments, **job, **task) for task in tasks])
+    return finish_all([start(*told, **job, **task) for task in tasks])
 
 
 def files(run):
@@ -107,13 +118,15 @@ def test_two_nodes_by_torchrun(place):
 
 
 @pytest.mark.slow
-def test_a_run_of_one_process_goes_on_on_two_nodes_of_slurm(place):
+def test_a_job_that_slurm_starts_again_goes_on_on_two_nodes(place):
     assert main([*FIT, *ALONE, "--trainer.max_epochs", "2", "--trainer.default_root_dir", "whole"]) == 0
     assert main([*FIT, *ALONE]) == 0
-    slurm(*FIT, *NODES, *WITNESS, "--trainer.max_epochs", "2", "--ckpt_path", "last")
+    run = Path("runs/exp/fit-1").rename("runs/exp/fit-4242")
+    sbatch("--config", "exp.yaml", "--data.batch_size", "2", *WITNESS, "--trainer.max_epochs", "2")
     assert [len(names) for names in seen(place, 4)] == [4, 4, 4, 4]
-    assert_same_run(place / "runs/exp/fit-1", place / "whole/fit-1")
-    assert len(metrics(place / "runs/exp/fit-1", "val/psnr")) == 2
+    assert_same_run(run, place / "whole/fit-1")
+    assert len(metrics(run, "val/psnr")) == 2
+    assert list(Path("runs/exp").iterdir()) == [run]
 
 
 @pytest.mark.slow
