@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from derain.errors import DerainError
@@ -36,7 +37,7 @@ class Restorer:
     """Restores rainy images with any method of derain.
 
     Args:
-        method: A file of weights, or a method.
+        method: Weights by name (`derain.methods.weights.locate`) or file, or a method; by default the model in the box.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         precision: ``float32``, or ``bf16`` (autocast to bfloat16; float32 where the device cannot compute in it).
         tile: Side of the tiles in pixels; ``auto``: whole images where memory allows, else the largest
@@ -51,15 +52,18 @@ class Restorer:
         DerainError: If the weights cannot be used or the device is not there.
 
     Example:
-        >>> from derain.methods import PReNetModule
-        >>> restorer = Restorer(PReNetModule(stages=1), device="cpu")
-        >>> restorer(np.zeros((5, 7, 3), np.float32)).shape
-        (5, 7, 3)
+        >>> restorer = Restorer(device="cpu")
+        >>> restorer(np.zeros((5, 7, 3), np.uint8)).dtype
+        dtype('uint8')
+        >>> restorer(torch.rand(2, 3, 5, 7)).shape
+        torch.Size([2, 3, 5, 7])
+        >>> restorer(Image.new("RGB", (7, 5))).size
+        (7, 5)
     """
 
     def __init__(
         self,
-        method: Path | str | DerainModule,
+        method: Path | str | DerainModule = "default",
         *,
         device: str = "auto",
         precision: Precision = "float32",
@@ -74,7 +78,7 @@ class Restorer:
             raise DerainError(f"--tile {tile}: must be at least {SMALLEST_TILE}, auto or none")
         self.note = type(method).__name__
         if not isinstance(method, DerainModule):
-            path, (loaded, self.note) = method, weights.load(Path(method))
+            path, (loaded, self.note) = method, weights.load(weights.locate(method))
             if not isinstance(loaded, DerainModule):
                 raise DerainError(f"{path}: {self.note} restores no images; give weights of a method")
             method = loaded
@@ -96,27 +100,48 @@ class Restorer:
             self.method.network.compile(dynamic=self.method.compiles_any_size)
 
     @torch.inference_mode()
-    def __call__(self, rainy: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Restores one image.
+    def __call__(self, rainy: T) -> T:
+        """Restores an image or several, and gives them back as they came.
 
         Args:
-            rainy: ``(h, w, 3)`` in [0, 1], any ``h, w >= 1``.
+            rainy: A PIL image, an array ``(h, w, 3)`` or ``(n, h, w, 3)``, a tensor ``(3, h, w)`` or ``(n, 3, h, w)``
+                on any device, or a list of any of these; any ``h, w >= 1``. Floats in [0, 1], or bytes (uint8).
 
         Returns:
-            The same shape, in [0, 1].
+            The same kind, shape, type and device. A PIL image is RGB, with the alpha that it had.
 
         Raises:
-            DerainError: If memory does not suffice for the smallest tile.
+            DerainError: If it is none of these, or memory does not suffice for the smallest tile.
         """
-        image = _to_tensor(rainy)
-        return _to_array(self._views(image, self.method, self.method.perceive(image.to(self.device))))
+        restored: Any
+        if isinstance(rainy, list | tuple):
+            restored = type(rainy)(map(self, rainy))
+        elif isinstance(rainy, Image.Image):
+            restored = Image.fromarray(self(np.asarray(rainy.convert("RGB"))))
+            if rainy.has_transparency_data:
+                restored.putalpha(rainy.convert("RGBA").getchannel("A"))
+        elif isinstance(rainy, np.ndarray) and rainy.ndim in (3, 4):
+            tensor = self(torch.from_numpy(np.array(np.moveaxis(rainy, -1, -3))))
+            restored = np.ascontiguousarray(np.moveaxis(tensor.numpy(), -3, -1))
+        else:
+            restored = self._call(_checked(rainy))
+        return cast(T, restored)
+
+    def _call(self, rainy: Tensor) -> Tensor:
+        """Restores a tensor's images one by one."""
+        images = rainy.reshape(-1, 1, *rainy.shape[-3:]).to("cpu", torch.float32)
+        images = images / 255 if rainy.dtype == torch.uint8 else images
+        views = [self._views(one, self.method, self.method.perceive(one.to(self.device))) for one in images]
+        restored = torch.cat([one.clamp(0, 1) for one in views] or [images[:, 0]]).reshape(rainy.shape)
+        return (restored.mul(255).round() if rainy.dtype == torch.uint8 else restored).to(rainy.device, rainy.dtype)
 
     @torch.inference_mode()
     def explain(self, rainy: NDArray[np.float32]) -> "Explanation":
         """Restores one image, as a call does, and shows how that came about."""
-        image = _to_tensor(rainy)
+        image = torch.from_numpy(np.ascontiguousarray(rainy.transpose(2, 0, 1)))[None]
         perceived = self.method.perceive(image.to(self.device))
-        stack = _to_array(self._views(image, self.method.explain, perceived))
+        views = self._views(image, self.method.explain, perceived)
+        stack = np.ascontiguousarray(views[0].clamp(0, 1).permute(1, 2, 0).numpy())
         maps = {name: stack[:, :, 3 + place] for place, name in enumerate(self.method.maps)}
         return Explanation(stack[:, :, :3], maps, self.method.describe_image(perceived, 0))
 
@@ -304,9 +329,21 @@ def show_steps(steps: Iterable[T], total: int) -> Iterator[T]:
     return track(steps, "Sampling", total)
 
 
-def _to_tensor(image: NDArray[np.float32]) -> Float[Tensor, "1 3 h w"]:
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
+def _checked(images: object) -> Tensor:
+    """Images that can be restored.
 
-
-def _to_array(image: Float[Tensor, "1 n h w"]) -> NDArray[np.float32]:
-    return np.ascontiguousarray(image[0].clamp(0, 1).permute(1, 2, 0).numpy())
+    Raises:
+        DerainError: If they are not.
+    """
+    wanted = "expected a PIL image, an array (h, w, 3) or a tensor (3, h, w), or several; bytes, or floats in [0, 1]"
+    if not isinstance(images, Tensor):
+        shape = f" of shape {images.shape}" if isinstance(images, np.ndarray) else ""
+        raise DerainError(f"an image is a {type(images).__name__}{shape}; {wanted}")
+    if images.ndim not in (3, 4) or images.shape[-3] != 3 or 0 in images.shape[-2:]:
+        raise DerainError(f"an image has channels, height and width {tuple(images.shape)}; {wanted}")
+    if images.dtype != torch.uint8:
+        if not images.is_floating_point():
+            raise DerainError(f"an image holds {images.dtype}; {wanted}")
+        if not bool((images.abs() <= 2).all()):  # some sharpening leaves the range a little
+            raise DerainError(f"an image's values are from {images.min():g} to {images.max():g}; {wanted}")
+    return images

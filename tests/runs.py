@@ -49,7 +49,7 @@ def kill_when_there_is(file, *arguments):
     while not file.exists():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
-    time.sleep(0.3)  # what is written meanwhile may be cut off
+    time.sleep(0.1)  # what is written meanwhile may be cut off
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
 

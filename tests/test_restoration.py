@@ -3,6 +3,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from derain import restoration
 from derain.errors import DerainError
@@ -156,3 +157,54 @@ def test_tiles_and_views_take_the_route_of_the_whole_image(monkeypatch):
     again = Restorer(method, device="cpu", tile=64, ensemble=True)(image)
     np.testing.assert_allclose(explained.derained, again, atol=1e-6)
     assert explained.perceived == {"route": 1}
+
+
+def test_images_come_back_as_they_came(method):
+    restorer = Restorer(method, device="cpu")
+    rng = np.random.default_rng(0)
+    array = rng.integers(0, 256, (2, 9, 7, 3), np.uint8)
+    floats = array / np.float32(255)
+    expected = np.stack([restorer(one) for one in floats])
+    assert expected.shape == floats.shape
+    assert expected.dtype == np.float32
+    np.testing.assert_array_equal(restorer(floats), expected)
+    in_bytes = np.rint(expected * 255).astype(np.uint8)
+    np.testing.assert_array_equal(restorer(array), in_bytes)
+    np.testing.assert_array_equal(restorer(array[0]), in_bytes[0])
+    tensor = torch.from_numpy(floats).permute(0, 3, 1, 2)
+    np.testing.assert_array_equal(restorer(tensor).permute(0, 2, 3, 1).numpy(), expected)
+    np.testing.assert_array_equal(restorer(tensor[1]).permute(1, 2, 0).numpy(), expected[1])
+    assert restorer(tensor.half()).dtype == torch.float16
+    assert restorer(tensor.mul(255).byte()).dtype == torch.uint8
+    picture = Image.fromarray(array[0])
+    np.testing.assert_array_equal(np.asarray(restorer(picture)), in_bytes[0])
+    first, second = restorer([picture, array[1]])
+    assert isinstance(first, Image.Image)
+    np.testing.assert_array_equal(second, in_bytes[1])
+    assert restorer(array[:0]).shape == (0, 9, 7, 3)
+
+
+def test_a_picture_keeps_its_alpha(method):
+    picture = Image.new("RGBA", (6, 5), (200, 30, 40, 77))
+    restored = Restorer(method, device="cpu")(picture)
+    assert restored.mode == "RGBA"
+    assert restored.getchannel("A").getextrema() == (77, 77)
+    assert Restorer(method, device="cpu")(picture.convert("L")).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("image", "told"),
+    [
+        (np.full((4, 4, 3), 255.0, np.float32), "values are from 255 to 255"),
+        (np.full((4, 4, 3), np.nan, np.float32), "values are from nan"),
+        (np.zeros((4, 4), np.uint8), r"shape \(4, 4\)"),
+        (np.zeros((4, 4, 4), np.uint8), r"\(4, 4, 4\)"),
+        (np.zeros((4, 4, 3), np.int64), "int64"),
+        (torch.zeros(4, 4, 3), r"\(4, 4, 3\)"),
+        ("photo.jpg", "an image is a str"),
+    ],
+)
+def test_what_is_no_image_takes_one_line(method, image, told):
+    with pytest.raises(DerainError, match=told) as caught:
+        Restorer(method, device="cpu")(image)
+    assert "expected a PIL image, an array (h, w, 3)" in str(caught.value)

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from derain.images import replacing
 from derain.methods import DerainModule
-from derain.methods.weights import sha256
+from derain.methods.weights import locate, sha256
 from derain.metrics import Scores, bootstrap_interval
 
 
@@ -48,7 +48,7 @@ class TestResults(Callback):
             "method": module.describe(),
             "sampling": dataclasses.asdict(module.sampling) if module.sampling else None,
             "lpips_net": module.lpips and module.lpips.net,
-            "weights": {"file": str(file), "sha256": sha256(Path(file))} if file else None,
+            "weights": {"file": str(file), "sha256": sha256(locate(file))} if file else None,
             "data": {
                 "sets": data.sets["test"],
                 "images": len(names),

@@ -21,7 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("input", help="a photo, a folder (searched recursively), or a quoted glob")
     parser.add_argument("output", type=Path, help="the restored photo, or a folder for several")
-    parser.add_argument("--weights", type=Path, help="file of weights, ours or the authors' (recognised)")
+    parser.add_argument(
+        "--weights",
+        default="default",
+        help="a name of `derain models list`, hub:OWNER/NAME, or a file, ours or the authors' (default: %(default)s)",
+    )
     parser.add_argument("--tile", default="auto", help="side of tiles in pixels, auto (default) or none")
     parser.add_argument("--ensemble", action="store_true", help="mean over 8 flips and rotations, 8 times slower")
     parser.add_argument("--compare", action="store_true", help="also write NAME.EXT-compare.png: before and after")
@@ -51,11 +55,6 @@ def run(args: argparse.Namespace) -> int:
     kept = len(jobs) - len(waiting)
     if kept and len(jobs) == 1:
         raise DerainError(f"{args.output}: exists already; add --overwrite to replace it")
-    if args.weights is None:
-        raise DerainError(
-            "--weights: no file given; train one in minutes by `derain fit --config experiments/quickstart.yaml` "
-            "(it writes weights.safetensors), or give the authors' PReNet weights"
-        )
     from derain.methods.daclipsde.solvers import Sampling
     from derain.restoration import Restorer
 

@@ -64,8 +64,8 @@ class DerainCLI(LightningCLI):
             "--weights",
             type=str | None,
             default=None,
-            help="File of weights (ours or the authors'): fit starts from it; validate, test and predict take "
-            "the method from it too.",
+            help="Weights by name (default, hub:OWNER/NAME) or file, ours or the authors': fit starts from them; "
+            "validate, test and predict take the method from them too.",
         )
         parser.add_argument(
             "--protocol",
@@ -102,8 +102,8 @@ class DerainCLI(LightningCLI):
             weights.load(Path(config.ckpt_path))  # says in one line what is wrong with the file
         elif self.config.subcommand != "fit" and not config.weights:
             raise DerainError(
-                f"derain {self.config.subcommand}: no weights given; add --weights FILE (ours or the authors') "
-                "or --ckpt_path FILE"
+                f"derain {self.config.subcommand}: no weights given; add --weights default or --weights FILE (ours or "
+                "the authors') or --ckpt_path FILE"
             )
 
     def before_instantiate_classes(self) -> None:
@@ -138,7 +138,7 @@ class DerainCLI(LightningCLI):
         config = self.config[self.subcommand]
         self.model = cast(DescribedModule, self.model)
         if config.weights:
-            loaded = weights.load(Path(config.weights))
+            loaded = weights.load(weights.locate(config.weights))
             log.info("%s: %s", config.weights, loaded.note)
             if self.subcommand == "fit":
                 self._start_from(loaded.module, config.weights)

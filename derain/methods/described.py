@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from huggingface_hub import ModelHubMixin
 from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
@@ -12,8 +14,10 @@ import derain
 from derain.errors import DerainError
 
 
-class DescribedModule(LightningModule):
+class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tags=["image-deraining"]):
     """A LightningModule with one ``network``, whose checkpoints and files of weights describe themselves.
+
+    ``from_pretrained`` takes a hub's id or a directory; ``save_pretrained`` and ``push_to_hub`` write what it takes.
 
     A subclass declares its hyper-parameters as typed ``__init__`` arguments with the paper's values as defaults and
     calls ``self.save_hyperparameters()``.
@@ -99,3 +103,24 @@ class DescribedModule(LightningModule):
         strategy = self.trainer.strategy
         if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
             raise DerainError(f"--trainer.strategy ddp: {why}; use --trainer.strategy ddp_find_unused_parameters_true")
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Writes what the hub shall have; called by ``save_pretrained`` and ``push_to_hub``."""
+        from derain.methods import hub, weights
+
+        weights.save(self, save_directory / hub.METHOD)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **_: Any) -> "DescribedModule":
+        """Builds a method by what its file says of itself; called by ``from_pretrained``.
+
+        Raises:
+            DerainError: If it is of another method, cannot be had or is damaged.
+        """
+        from derain.methods import hub, weights
+
+        file = Path(model_id) / hub.METHOD if Path(model_id).is_dir() else weights.locate(f"hub:{model_id}")
+        module, note = weights.load(file)
+        if not isinstance(module, cls):
+            raise DerainError(f"{model_id}: {note}, no {cls.__name__}; use that class, or DerainModule for any method")
+        return module

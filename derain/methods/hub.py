@@ -113,6 +113,43 @@ class HubModel:
         return here
 
 
+METHOD = "model.safetensors"
+"""A method's weights on the hub, as `derain.methods.weights.save` writes them."""
+
+
+def fetch_weights(name: str) -> Path:
+    """File of a method's weights on the hub; fetched, with a word about it, where it is not here yet.
+
+    Args:
+        name: ``OWNER/NAME``.
+
+    Raises:
+        DerainError: If it can be neither found nor fetched.
+    """
+    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
+
+    try:
+        return Path(hf_hub_download(name, METHOD, local_files_only=True))
+    except HFValidationError as error:
+        raise DerainError(f"hub:{name}: no id on the Hugging Face hub; expected hub:OWNER/NAME") from error
+    except LocalEntryNotFoundError:
+        pass
+    source, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+    try:
+        files = {f.rfilename: f.size or 0 for f in HfApi().model_info(name, files_metadata=True).siblings or ()}
+        if METHOD not in files:
+            raise DerainError(f"hub:{name}: {source} has no {METHOD} under this name; give one that derain has pushed")
+        log.info("fetching %s of %s (%.1f MB) from %s into %s", METHOD, name, files[METHOD] / 1e6, source, cache)
+        return Path(hf_hub_download(name, METHOD))
+    except (NetworkError, LocalEntryNotFoundError, OSError) as error:
+        raise DerainError(
+            f"hub:{name}: not in {cache} and cannot be fetched from {source} ({type(error).__name__}); fetch it "
+            f"where there is a network by `hf download {name} {METHOD}`, and give that file"
+        ) from error
+
+
 @contextmanager
 def loading(kind: str, name: str) -> Iterator[None]:
     """Keeps transformers quiet, and says of files that it cannot load why, in one line.

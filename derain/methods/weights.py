@@ -12,15 +12,40 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from derain import __version__, methods
+import derain
+from derain import methods
 from derain.errors import DerainError
 from derain.images import replacing
 from derain.methods.described import DescribedModule
+from derain.methods.hub import fetch_weights
 
 EXPECTED = (
     "expected a derain checkpoint (.ckpt), derain weights (.safetensors), or the authors' weights of PReNet, "
     "Restormer, IR-SDE or DA-CLIP"
 )
+
+
+BOX = Path(derain.__file__).parent / "models"
+"""What derain ships: ``NAME.safetensors``, and ``NAME.md``, which says where it comes from."""
+
+
+def in_the_box() -> dict[str, Path]:
+    """The weights that derain ships, by name."""
+    return {file.stem: file for file in sorted(BOX.glob("*.safetensors"))}
+
+
+def locate(name: Path | str) -> Path:
+    """File of weights by name.
+
+    Args:
+        name: Of weights that derain ships (``default``); or ``hub:OWNER/NAME``, on the Hugging Face hub, which are
+            fetched where they are not here yet; or else a file.
+
+    Raises:
+        DerainError: If what is on the hub can be neither found nor fetched.
+    """
+    kind, _, rest = str(name).partition(":")
+    return fetch_weights(rest) if kind == "hub" and rest else in_the_box().get(str(name), Path(name))
 
 
 class Weights(NamedTuple):
@@ -162,7 +187,7 @@ def _build(path: Path, description: Mapping[str, Any], state: Mapping[str, Tenso
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DerainError(
-            f"{path}: does not fit {name} of derain {__version__} ({reason}); "
+            f"{path}: does not fit {name} of derain {derain.__version__} ({reason}); "
             f"it was written by derain {description.get('version')}"
         ) from error
     module.recall(description)

@@ -124,7 +124,7 @@ def test_an_output_folder_inside_the_input_is_not_restored_again(photo, tmp_path
 def test_refusals_take_one_line(photo, file, tmp_path, capsys):
     target = str(tmp_path / "out.png")
     for arguments, told in (
-        (["restore", str(photo), target], "--weights: no file given"),
+        (["restore", str(photo), target, "--weights", "absent"], "absent: no such file of weights"),
         (["restore", str(photo), target, "--weights", str(photo)], "rainy.png"),
         (["restore", str(photo), target, "--weights", file, "--tile", "many"], "--tile many"),
         (["restore", str(photo), target, "--weights", file, "--device", "tpu"], "--device tpu"),

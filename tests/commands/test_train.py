@@ -153,7 +153,7 @@ def test_refusals_take_one_line(place, capsys, arguments, told):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_ends(place):
-    fit = ["fit", "--config", "exp.yaml", "--trainer.max_epochs", "4", "--model.milestones", "[1, 3]"]
+    fit = ["fit", "--config", "exp.yaml", "--trainer.max_epochs", "12", "--model.milestones", "[1, 3]"]
     fit += ["--data.workers", "1", "--trainer.callbacks+=derain.callbacks.EMA"]
     whole, _, resumed = whole_and_resumed(fit, "val/psnr", "val/ssim", "lr-Adam")
     assert whole["ema"]["updates"] == resumed["ema"]["updates"] > 4

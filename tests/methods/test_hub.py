@@ -1,0 +1,101 @@
+import json
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from derain import DerainModule, PReNetModule, RestormerModule
+from derain.errors import DerainError
+from derain.methods import weights
+
+
+def tiny():
+    torch.manual_seed(0)
+    return PReNetModule(stages=1)
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    module = tiny()
+    module.trained_on = ("Rain800",)
+    module.save_pretrained(tmp_path / "saved")
+    for kind in (PReNetModule, DerainModule):
+        again = kind.from_pretrained(str(tmp_path / "saved"))
+        assert isinstance(again, PReNetModule)
+        assert again.trained_on == ("Rain800",)
+        assert not again.training
+        for name, value in module.network.state_dict().items():
+            assert torch.equal(again.network.state_dict()[name], value)
+    config = json.loads((tmp_path / "saved/config.json").read_text())
+    assert config["stages"] == 1
+    with pytest.raises(DerainError, match="no RestormerModule"):
+        RestormerModule.from_pretrained(str(tmp_path / "saved"))
+
+
+def test_pushing_sends_weights_and_card(monkeypatch):
+    sent = {}
+
+    class Hub:
+        def __init__(self, **options):
+            pass
+
+        def create_repo(self, repo_id, **options):
+            return type("Url", (), {"repo_id": repo_id})()
+
+        def upload_folder(self, folder_path, **options):
+            sent.update({path.name: path.read_bytes() for path in folder_path.iterdir()})
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    tiny().push_to_hub("someone/prenet")
+    assert {"model.safetensors", "README.md", "config.json"} <= set(sent)
+    assert b"derain" in sent["README.md"]
+
+
+def hub(monkeypatch, tmp_path, files):
+    """A hub that has a repository with these files, none of which is here yet."""
+    tiny().save_pretrained(tmp_path / "saved")
+
+    def download(repo_id, filename, local_files_only=False):
+        if local_files_only:
+            raise LocalEntryNotFoundError("not here")
+        return str(tmp_path / "saved" / filename)
+
+    class Api:
+        def model_info(self, name, files_metadata):
+            found = [type("File", (), {"rfilename": file, "size": 700_000})() for file in files]
+            return type("Info", (), {"siblings": found})()
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+
+
+def test_weights_of_the_hub_are_fetched_with_a_word_about_it(monkeypatch, tmp_path, caplog):
+    hub(monkeypatch, tmp_path, ["model.safetensors"])
+    caplog.set_level("INFO", "derain")
+    file = weights.locate("hub:someone/prenet")
+    assert isinstance(weights.load(file).module, PReNetModule)
+    for part in ("someone/prenet", "0.7 MB", "from https://"):
+        assert part in caplog.text
+
+
+def test_the_hub_may_lack_them(monkeypatch, tmp_path):
+    hub(monkeypatch, tmp_path, ["pytorch_model.bin"])
+    with pytest.raises(DerainError, match=r"has no model\.safetensors under this name"):
+        weights.locate("hub:someone/other")
+
+
+@pytest.mark.parametrize(("name", "told"), [("hub:a/b/c", "expected hub:OWNER/NAME"), ("hub:some/one", "hf download")])
+def test_what_cannot_be_had_is_told_in_one_line(monkeypatch, name, told):
+    def absent(self, *arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", absent)
+    with pytest.raises(DerainError, match=told) as caught:
+        weights.locate(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_in_the_box_come_before_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "default").write_text("mine")
+    assert weights.locate("default") == weights.BOX / "default.safetensors"
+    assert weights.locate("./default").read_text() == "mine"
