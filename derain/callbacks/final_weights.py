@@ -21,6 +21,8 @@ class FinalWeights(Callback):
         best = next((c for c in checkpoints if c.monitor and c.best_model_path), None)
         if not trainer.is_global_zero or best is None:
             return
+        for unjudged in (c for c in checkpoints if not c.monitor):  # loggers, which end later, would call it best
+            unjudged.last_model_path, unjudged.best_model_path = unjudged.best_model_path, ""
         target = Path(trainer.default_root_dir) / "weights.safetensors"
         weights.save(weights.load(Path(best.best_model_path)).module, target)
         score = float("nan") if best.best_model_score is None else float(best.best_model_score)
