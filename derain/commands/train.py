@@ -6,6 +6,7 @@ import os
 import subprocess
 import warnings
 from pathlib import Path
+from pydoc import locate
 from typing import Any, Literal, cast
 
 import torch
@@ -99,7 +100,8 @@ class DerainCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         self.protocols = tuple(protocol.name for protocol in resolve(config.protocol))
         if config.ckpt_path and config.ckpt_path != "last":
-            weights.load(Path(config.ckpt_path))  # says in one line what is wrong with the file
+            own = cast(type[DescribedModule] | None, locate(config.model.class_path) if config.model else None)
+            weights.load(Path(config.ckpt_path), own)  # says in one line what is wrong with the file
         elif self.config.subcommand != "fit" and not config.weights:
             raise DerainError(
                 f"derain {self.config.subcommand}: no weights given; add --weights default or --weights FILE (ours or "
@@ -138,7 +140,7 @@ class DerainCLI(LightningCLI):
         config = self.config[self.subcommand]
         self.model = cast(DescribedModule, self.model)
         if config.weights:
-            loaded = weights.load(weights.locate(config.weights))
+            loaded = weights.load(weights.locate(config.weights), type(self.model))
             log.info("%s: %s", config.weights, loaded.note)
             if self.subcommand == "fit":
                 self._start_from(loaded.module, config.weights)

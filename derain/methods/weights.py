@@ -86,17 +86,21 @@ class Content(NamedTuple):
     kind: str
 
 
-def load(path: Path) -> Weights:
+def load(path: Path, own: type[DescribedModule] | None = None) -> Weights:
     """Recognises what a file of weights holds and builds the method with it; never executes code from it.
 
     Of a checkpoint with averaged (EMA) weights, the average is taken.
+
+    Args:
+        path: The file.
+        own: A method that is not derain's, whose files are recognised too.
 
     Raises:
         DerainError: If the file is absent, damaged, unknown, or does not fit the method it names.
     """
     content = read(path)
     if content.description:
-        module = _build(path, content.description, content.state)
+        module = _build(path, content.description, content.state, own)
         return Weights(module, content.kind.format(_told(module)))
     for method in methods.METHODS:
         published = method.from_published(content.state)
@@ -176,9 +180,12 @@ def _from_checkpoint(content: Mapping[str, Any]) -> Content:
     return Content(state, content["derain"], f"{kind} of {{}}, epoch {content.get('epoch')}")
 
 
-def _build(path: Path, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> DescribedModule:
+def _build(
+    path: Path, description: Mapping[str, Any], state: Mapping[str, Tensor], own: type[DescribedModule] | None
+) -> DescribedModule:
     name = description.get("method")
-    known: dict[Any, type[DescribedModule]] = {one.__name__: one for one in (*methods.METHODS, methods.DACLIPModule)}
+    classes = (*methods.METHODS, methods.DACLIPModule, *([] if own is None else [own]))
+    known: dict[Any, type[DescribedModule]] = {one.__name__: one for one in classes}
     if name not in known:
         raise DerainError(f"{path}: made by the method {name!r}; known here are {', '.join(known)}")
     try:
