@@ -23,7 +23,9 @@ ALLOWED = 1e-4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("output", type=Path, help="the file: NAME.onnx or NAME.pt2")
-    parser.add_argument("--weights", type=Path, required=True, help="file of weights, ours or the authors'")
+    parser.add_argument(
+        "--weights", default="default", help="by name or file, as derain restore takes them (default: %(default)s)"
+    )
     parser.add_argument("--format", choices=get_args(exported.Format), default="onnx", help="default onnx")
     parser.add_argument("--route", type=int, help="the route of all images (CLIP-RPN; CLIP stays outside)")
 
@@ -33,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     suffix = exported.SUFFIXES[args.format]
     if args.output.suffix.lower() != suffix:
         raise DerainError(f"{args.output}: a file of --format {args.format} must end in {suffix}")
-    method, note = weights.load(args.weights)
+    method, note = weights.load(weights.locate(args.weights))
     if not isinstance(method, METHODS):
         raise DerainError(f"{args.weights}: {note} cannot be exported; give weights of a method of derain")
     if isinstance(method, CLIPRPNModule) and args.route is not None:
