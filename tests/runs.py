@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -13,11 +14,11 @@ import torch
 from derain.cli import main
 
 
-def start(*arguments, program=("-m", "derain")):
-    """A derain command in a process of its own."""
+def start(*arguments, program=("-m", "derain"), **variables):
+    """A derain command in a process of its own, with environment variables of its own."""
     return subprocess.Popen(
         [sys.executable, *program, *arguments],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -26,9 +27,19 @@ def start(*arguments, program=("-m", "derain")):
 
 def finish(*arguments, program=("-m", "derain")):
     """Waits for a derain command, or another program, in a process of its own; what it told."""
-    process = start(*arguments, program=program)
-    told, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, told
+    return finish_all([start(*arguments, program=program)])[0]
+
+
+def finish_all(processes):
+    """Waits for processes that need each other; what each of them told."""
+    try:
+        with ThreadPoolExecutor(len(processes)) as pool:  # each is read from, lest it wait for its reader
+            told = [text for text, _ in pool.map(lambda process: process.communicate(timeout=300), processes)]
+    finally:
+        for process in processes:
+            process.terminate()
+    for process, text in zip(processes, told, strict=True):
+        assert process.returncode == 0, text
     return told
 
 

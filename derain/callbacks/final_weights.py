@@ -21,11 +21,14 @@ class FinalWeights(Callback):
         best = next((c for c in checkpoints if c.monitor and c.best_model_path), None)
         if not trainer.is_global_zero or best is None:
             return
+        for unjudged in (c for c in checkpoints if not c.monitor):  # loggers, which end later, would call it best
+            unjudged.last_model_path, unjudged.best_model_path = unjudged.best_model_path, ""
         target = Path(trainer.default_root_dir) / "weights.safetensors"
-        weights.save(weights.load(Path(best.best_model_path)).module, target)
+        own = cast(DescribedModule, pl_module)
+        weights.save(weights.load(Path(best.best_model_path), type(own)).module, target)
         score = float("nan") if best.best_model_score is None else float(best.best_model_score)
         if not isinstance(pl_module, DerainModule):
-            log.info("validation: %s %.4f at best", cast(DescribedModule, pl_module).judged_by, score)
+            log.info("validation: %s %.4f at best", own.judged_by, score)
             log.info("train with it by: --model.controller %s", target)
             return
         rainy = float(trainer.callback_metrics.get("val/rainy_psnr", float("nan")))

@@ -54,7 +54,7 @@ class ImagePanels(Callback):
         write_image(Path(trainer.default_root_dir) / "panels" / name / f"epoch-{trainer.current_epoch:04d}.png", panel)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image(f"panels/{name}", [panel])
+                logger.log_image(f"panels/{name}", [panel], step=trainer.global_step)
             elif isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(f"panels/{name}", np.asarray(panel), trainer.global_step, dataformats="HWC")
 

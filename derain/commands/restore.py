@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         default="default",
-        help="a name of `derain models list`, hub:OWNER/NAME, or a file, ours or the authors' (default: %(default)s)",
+        help="a name of `derain models list`, hub:OWNER/NAME, or a file: ours, the authors', ONNX of derain "
+        "export, or what spandrel knows (default: %(default)s)",
     )
     parser.add_argument("--tile", default="auto", help="side of tiles in pixels, auto (default) or none")
     parser.add_argument("--ensemble", action="store_true", help="mean over 8 flips and rotations, 8 times slower")

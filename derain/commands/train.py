@@ -6,6 +6,7 @@ import os
 import subprocess
 import warnings
 from pathlib import Path
+from pydoc import locate
 from typing import Any, Literal, cast
 
 import torch
@@ -14,6 +15,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed import TCPStore
 
 from derain.callbacks import EpochSeeds, FinalWeights, ImagePanels, SaveImages, TestResults, Throughput
 from derain.data.datamodule import RainDataModule
@@ -97,7 +100,8 @@ class DerainCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         self.protocols = tuple(protocol.name for protocol in resolve(config.protocol))
         if config.ckpt_path and config.ckpt_path != "last":
-            weights.load(Path(config.ckpt_path))  # says in one line what is wrong with the file
+            own = cast(type[DescribedModule] | None, locate(config.model.class_path) if config.model else None)
+            weights.load(Path(config.ckpt_path), own)  # says in one line what is wrong with the file
         elif self.config.subcommand != "fit" and not config.weights:
             raise DerainError(
                 f"derain {self.config.subcommand}: no weights given; add --weights default or --weights FILE (ours or "
@@ -117,8 +121,9 @@ class DerainCLI(LightningCLI):
         for logger in configured:
             if "save_dir" in getattr(logger, "init_args", {}):
                 logger.init_args.save_dir = str(self.folder)
-        if resuming:
-            config.ckpt_path = str(self.folder / "checkpoints" / "last.ckpt")
+        last = self.folder / "checkpoints" / "last.ckpt"
+        if resuming or last.is_file():  # SLURM started the job again, in the folder that it has
+            config.ckpt_path = str(last)
         if "weights_only" in config:
             config.weights_only = True
         if self.subcommand == "test":
@@ -135,7 +140,7 @@ class DerainCLI(LightningCLI):
         config = self.config[self.subcommand]
         self.model = cast(DescribedModule, self.model)
         if config.weights:
-            loaded = weights.load(weights.locate(config.weights))
+            loaded = weights.load(weights.locate(config.weights), type(self.model))
             log.info("%s: %s", config.weights, loaded.note)
             if self.subcommand == "fit":
                 self._start_from(loaded.module, config.weights)
@@ -180,9 +185,9 @@ class DerainCLI(LightningCLI):
             return False
         given = configured if isinstance(configured, list) else [configured]
         csv = CSVLogger(str(self.folder), name="", version="", flush_logs_every_n_steps=10)
-        past = self.folder / "metrics.csv"
-        if past.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
-            _keep_history(csv, past, Path(self.config[self.subcommand].ckpt_path))
+        past, checkpoint = self.folder / "metrics.csv", self.config[self.subcommand].ckpt_path
+        if past.exists() and checkpoint and rank_zero_only.rank == 0:
+            _keep_history(csv, past, Path(checkpoint))
         return [csv, *(logger for logger in given if isinstance(logger, Logger))]
 
     def _callbacks(self, trainer: Any) -> list[Callback]:
@@ -222,18 +227,30 @@ def _innermost(error: BaseException) -> BaseException:
 def shared_folder(root: Path, command: str, resuming: bool) -> Path:
     """The folder of the run, one for all its ranks.
 
-    Ranks that Lightning starts find it in the environment, those of torchrun and SLURM by the id of their job.
+    Ranks of torchrun learn it from rank 0 through torchrun's store, those of SLURM have the id of their job in common,
+    and those that Lightning starts find it in the environment.
     """
-    job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
-    started_outside = job is not None and int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) > 1
-    if os.environ.get("LOCAL_RANK", "0") != "0" and not started_outside:
-        return Path(os.environ["DERAIN_RUN"])
-    if started_outside and not resuming:
-        folder = root / f"{command}-{job}"
+    variables = os.environ
+    by_torchrun, by_slurm = "TORCHELASTIC_RUN_ID" in variables, int(variables.get("SLURM_NTASKS", 1)) > 1
+    if resuming and (by_torchrun or by_slurm):
+        return run_folder(root, command, resuming)
+    if by_torchrun:
+        store = TCPStore(variables["MASTER_ADDR"], int(variables["MASTER_PORT"]), is_master=False)
+        key = f"derain-{variables['TORCHELASTIC_RESTART_COUNT']}"
+        if rank_zero_only.rank == 0:
+            store.set(key, str(run_folder(root, command, resuming)))
+        folder = Path(store.get(key).decode())
+        folder.mkdir(parents=True, exist_ok=True)  # nodes may have disks of their own
+        return folder
+    if by_slurm:
+        step = variables.get("SLURM_STEP_ID", "0")
+        folder = root / f"{command}-{variables['SLURM_JOB_ID']}{'' if step == '0' else f'.{step}'}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+    if variables.get("LOCAL_RANK", "0") != "0":
+        return Path(variables["DERAIN_RUN"])
     folder = run_folder(root, command, resuming)
-    os.environ["DERAIN_RUN"] = str(folder)
+    variables["DERAIN_RUN"] = str(folder)
     return folder
 
 
@@ -290,6 +307,7 @@ def run(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", ".*The dirpath has changed.*")
+    warnings.filterwarnings("ignore", ".*exists and is not empty. Previous log files.*")  # another logger's
     warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
     DerainCLI(
         DescribedModule,

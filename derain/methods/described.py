@@ -120,7 +120,7 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
         from derain.methods import hub, weights
 
         file = Path(model_id) / hub.METHOD if Path(model_id).is_dir() else weights.locate(f"hub:{model_id}")
-        module, note = weights.load(file)
+        module, note = weights.load(file, cls)
         if not isinstance(module, cls):
             raise DerainError(f"{model_id}: {note}, no {cls.__name__}; use that class, or DerainModule for any method")
         return module

@@ -1,0 +1,15 @@
+#!/bin/bash
+# Trains on two nodes of four GPUs each; other sizes: sbatch --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 ….
+#   sbatch experiments/slurm/train.sh --config experiments/rain100h.yaml [--data.batch_size 4 …]
+# What stands behind the script goes to derain fit; the batch size is that of one GPU. The run is kept in
+# runs/EXPERIMENT/fit-JOBID. A job that SLURM starts again goes on where its last checkpoint is.
+#SBATCH --job-name=derain-fit
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+
+srun derain fit "$@" --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" \
+    --trainer.strategy ddp_find_unused_parameters_true

@@ -1,0 +1,151 @@
+"""What docs/ and README.md name exists: code, tests, commands and their options, files."""
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import itertools
+import json
+import re
+import shlex
+import subprocess
+import sys
+from functools import reduce
+from pathlib import Path
+
+import pytest
+import yaml
+
+from derain.cli import COMMANDS, TRAINER, main
+from derain.data.layouts import LAYOUTS
+from derain.metrics import PROTOCOLS
+from tests.factories import make_set
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
+NAMES = sorted(
+    {name for page in PAGES for name in re.findall(r"`((?:derain|tests)/[\w/]+\.py::[\w.]+)`", page.read_text())}
+)
+
+
+def blocks(page, language="\\w*"):
+    """A page's code blocks."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def command_lines(page):
+    """Words of every command line of ours in a page's code blocks, from the command on."""
+    told = [line for block in blocks(page) for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+    words = [shlex.split(line, comments=True) for line in told if re.search(r"(^|[ /])derain +[a-z]+", line)]
+    lines = [line[next(i for i, word in enumerate(line) if word.endswith("derain")) + 1 :] for line in words]
+    return [line for line in lines if line and line[0] != "import"]
+
+
+LINES = sorted({tuple(line) for page in PAGES for line in command_lines(page)})
+
+
+def parser_of(command):
+    """The command's parser; None for one that LightningCLI parses, or that this version does not have."""
+    if command in TRAINER or importlib.util.find_spec(f"derain.commands.{command}") is None:
+        return None
+    parser = argparse.ArgumentParser(command, exit_on_error=False)
+    importlib.import_module(f"derain.commands.{command}").add_arguments(parser)
+    return parser
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_tables_name_exists(name):
+    file, _, attribute = name.partition("::")
+    if file.startswith("tests/"):
+        tree = ast.parse((ROOT / file).read_text())
+        assert attribute in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    else:
+        module = importlib.import_module(file.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+        assert reduce(getattr, attribute.split("."), module) is not None
+
+
+def test_there_is_something_to_check():
+    assert len(NAMES) > 50
+    assert len(LINES) > 30
+    assert {line[0] for line in LINES} >= {"fit", "test", "predict", "restore", "score", "data", "route", "caption"}
+    assert {path.stem for path in PAGES} >= {"cliprpn", "daclipsde", "plnlingan", "train", "restore"}
+
+
+@pytest.mark.parametrize("line", LINES, ids=" ".join)
+def test_commands_are_what_they_say(line):
+    command, *arguments = line
+    assert command in TRAINER | COMMANDS
+    for option, value in itertools.pairwise(arguments):
+        if option == "--config" and value != "my-run.yaml":
+            assert (ROOT / value).is_file(), value
+    parser = parser_of(command)
+    if parser is not None:
+        parser.parse_args([word for word in arguments if word != "..."])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_in_the_text_are_known(page):
+    told = re.findall(r"`derain ([a-z]+)[^`]*`", page.read_text())
+    assert set(told) <= set(TRAINER | COMMANDS)
+
+
+def test_files_that_the_text_names_exist():
+    for page in PAGES:
+        for name in re.findall(r"`((?:experiments|derain|tests|notebooks)/[\w./-]+)`", page.read_text()):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_sweeps_are_all_told():
+    told = (ROOT / "docs/train.md").read_text()
+    for file in (ROOT / "experiments/sweeps").glob("*.yaml"):
+        assert f"`{file.name}`" in told
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_python_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = dict(LAYOUTS), dict(PROTOCOLS)
+    try:
+        for block in blocks(page, "python"):
+            exec(compile(block, page.name, "exec"), {"__name__": "__main__"})
+    finally:
+        for table, entries in zip((LAYOUTS, PROTOCOLS), before, strict=True):
+            table.clear()
+            table.update(entries)
+
+
+@pytest.mark.slow
+def test_the_method_of_the_page_trains_and_is_tested(tmp_path, monkeypatch):
+    page = ROOT / "docs/add-a-method.md"
+    (tmp_path / "my_package.py").write_text(blocks(page, "python")[0])
+    (tmp_path / "my-run.yaml").write_text(blocks(page, "yaml")[0])
+    make_set(tmp_path / "data", "Rain800", "train", count=4)
+    make_set(tmp_path / "data", "Rain800", "test", count=2, seed=50)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("DERAIN_DATA", "data")
+    small = ["--config", "my-run.yaml", "--data.train", "Rain800", "--data.test", "Rain800", "--data.crop", "16"]
+    small += ["--data.workers", "0", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    assert main(["fit", *small]) == 0
+    run = Path("runs/my-run/fit-1")
+    for option, file in (("--weights", "weights.safetensors"), ("--ckpt_path", "checkpoints/best.ckpt")):
+        assert main(["test", *small, option, str(run / file)]) == 0
+    one, two = (json.loads(Path(f"runs/my-run/test-{n}/summary.json").read_text()) for n in (1, 2))
+    assert one["method"]["method"] == "ResidualModule"
+    assert one["method"]["hyper_parameters"] == {"channels": 8, "learning_rate": 1e-3}
+    assert one["results"] == two["results"]
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert "WARNING" not in told.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    listed = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    assert len(pages) > len(listed)
+    for page in pages:
+        loaded = re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(https?:)?//[^"]*"', page.read_text())
+        assert loaded == [], page.name
