@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     found, protocol = select([(file, read(file)) for file in files], args.protocol)
     rows = merge(found)
     if args.cost:
-        rows = [replace(row, **_cost(row)) for row in rows]
+        rows = [_with_cost(row) for row in rows]
     if args.published:
         rows += published({score.dataset for row in rows for score in row.scores}, protocol)
     told = FORMATS[args.format](rows, protocol)
@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _cost(row: Row) -> dict[str, int]:
-    """Parameters and multiplications of the method as it was tested."""
+def _with_cost(row: Row) -> Row:
+    """Adds parameters and multiplications of the method as it was tested."""
     from derain import methods
     from derain.commands.bench import cost
 
@@ -75,7 +75,7 @@ def _cost(row: Row) -> dict[str, int]:
     except (KeyError, TypeError, ValueError) as error:
         raise DerainError(f"{row.file}: its method cannot be built here ({error}); leave --cost out") from error
     counted = cost(method, SIDE)
-    return {"parameters": counted["parameters"], "macs": counted["macs"]}
+    return replace(row, parameters=float(counted["parameters"]), macs=float(counted["macs"]))
 
 
 # Words.
