@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import errno
+import importlib.util
 import logging
 import os
 import re
@@ -57,47 +58,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address (default 127.0.0.1: only this machine); no login")
     parser.add_argument("--port", type=int, help=f"of the page (default: the first free one from {PORTS[0]} on)")
     parser.add_argument("--max-megabytes", type=int, default=40, help="largest file that is taken (default 40)")
-    parser.add_argument("--max-megapixels", type=float, default=24, help="largest photo that is taken (default 24)")
+    parser.add_argument("--max-megapixels", type=float, default=24.0, help="largest photo that is taken (default 24)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Serves the page until Ctrl-C, which is its good end."""
+    if importlib.util.find_spec("gradio") is None:
+        raise DerainError("gradio is not installed, which the page needs: pip install 'derain[app]'")
     if args.max_megabytes < 1:
         raise DerainError(f"--max-megabytes {args.max_megabytes}: must be at least 1")
     if not 0 < args.max_megapixels <= MOST_MEGAPIXELS:
         raise DerainError(f"--max-megapixels {args.max_megapixels:g}: must be above 0 and at most {MOST_MEGAPIXELS}")
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # temporary files go at that end, too
-        with (
-            listen(args.host, args.port) as listening,
-            tempfile.TemporaryDirectory(prefix="derain-app-", ignore_cleanup_errors=True) as folder,
-        ):
-            _serve(args, listening, Path(folder).resolve())
+        with listen(args.host, args.port) as listening:
+            _serve(args, listening)
     except KeyboardInterrupt:
         pass
     return 0
 
 
-def _serve(args: argparse.Namespace, listening: socket.socket, folder: Path) -> None:
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder)}
-    try:
+def _serve(args: argparse.Namespace, listening: socket.socket) -> None:
+    keep_large_blocks()
+    restorers = load(args.weights, args.device)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is temporary goes at that end, too
+    with tempfile.TemporaryDirectory(prefix="derain-app-", ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary).resolve()
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder)}  # read on import
         import uvicorn
 
         from derain.commands.page import build
-    except ModuleNotFoundError as error:
-        raise DerainError(f"{error.name} is not installed, which the page needs: pip install 'derain[app]'") from error
-    keep_large_blocks()
-    studio = Studio(load(args.weights, args.device), folder, args.max_megapixels)
-    config = uvicorn.Config(build(studio, args.max_megabytes), log_level="warning", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    # Browsers hold connections open; that these are cut off at the end is no error.
-    logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
-    host = "localhost" if args.host in {"0.0.0.0", "::", ""} else f"[{args.host}]" if ":" in args.host else args.host
-    print(f"http://{host}:{listening.getsockname()[1]} restores photos in a browser; Ctrl-C ends it", flush=True)
-    try:
-        server.run(sockets=[listening])
-    finally:
-        studio.close()
+
+        studio = Studio(restorers, folder, args.max_megapixels)
+        config = uvicorn.Config(build(studio, args.max_megabytes), log_level="warning", timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        # Browsers hold connections open; that these are cut off at the end is no error.
+        logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
+        host = "localhost" if args.host in {"0.0.0.0", "::", ""} else args.host
+        address = f"[{host}]" if ":" in host else host
+        print(f"http://{address}:{listening.getsockname()[1]} restores photos in a browser; Ctrl-C ends it", flush=True)
+        try:
+            server.run(sockets=[listening])
+        finally:
+            studio.close()
 
 
 def listen(host: str, port: int | None) -> socket.socket:
@@ -162,7 +164,7 @@ class Studio:
         max_megapixels: Largest photo that is taken.
     """
 
-    def __init__(self, restorers: dict[str, Restorer], folder: Path, max_megapixels: float = 24) -> None:
+    def __init__(self, restorers: dict[str, Restorer], folder: Path, max_megapixels: float = 24.0) -> None:
         self.restorers, self.folder, self.max_megapixels = restorers, folder, max_megapixels
         self._turn = threading.Lock()  # memory is measured for one photo at a time
         self._closed = threading.Event()
@@ -170,7 +172,7 @@ class Studio:
             for part in restorer.method.modules():
                 part.register_forward_pre_hook(self._go_on)
 
-    def restore(self, upload: Path, name: str, model: str, amount: float = 0, seed: int = 0) -> Restored:
+    def restore(self, upload: Path, name: str, model: str, amount: float = 0.0, seed: int = 0) -> Restored:
         """Restores a photo, after letting it rain on it where that is wanted.
 
         Args:
@@ -276,7 +278,7 @@ def rain_of(amount: float, seed: int) -> Rain:
     """The rain of an amount: at thirds of the way a light, a medium and a heavy one, and mixtures between them.
 
     Example:
-        >>> rain_of(0, 7).density, rain_of(100, 7) == between(*PRESETS["heavy"], np.random.default_rng(7))
+        >>> rain_of(0.0, 7).density, rain_of(100.0, 7) == between(*PRESETS["heavy"], np.random.default_rng(7))
         (0.0, True)
     """
     drawn = [dataclasses.asdict(between(*limits, np.random.default_rng(seed))) for limits in PRESETS.values()]
