@@ -17,7 +17,7 @@ from derain.images import Pixels
 STYLE = Path(__file__).with_name("page.css")
 
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path d="M16 3c5 7 9 11 9 17a9 9 0 0 1-18 0c0-6 \
-4-10 9-17z" fill="#2b6cb0"/></svg>"""
+4-10 9-17z" fill="#3b82f6"/></svg>"""
 
 HEAD = (
     """<link rel="icon" type="image/svg+xml" href="data:image/svg+xml,"""
