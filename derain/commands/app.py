@@ -1,4 +1,4 @@
-"""A page that restores photos in the browser on this machine: they stay here, and none is kept."""
+"""A page that restores photos in the browser on this machine: they stay here, and are soon deleted."""
 
 import argparse
 import dataclasses
