@@ -1,6 +1,7 @@
 """Write a method's network as ONNX or by torch.export, and check the file against torch at five sizes."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -23,9 +24,7 @@ ALLOWED = 1e-4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("output", type=Path, help="the file: NAME.onnx or NAME.pt2")
-    parser.add_argument(
-        "--weights", default="default", help="by name or file, as derain restore takes them (default: %(default)s)"
-    )
+    parser.add_argument("--weights", default="default", help="name or file as of derain restore (default: %(default)s)")
     parser.add_argument("--format", choices=get_args(exported.Format), default="onnx", help="default onnx")
     parser.add_argument("--route", type=int, help="the route of all images (CLIP-RPN; CLIP stays outside)")
 
@@ -43,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.route is not None:
         raise DerainError(f"--route {args.route}: {type(method).__name__} has no routes; leave it out")
     graph = exported.graph_of(method)
+    print(f"{args.weights}: {note}; recording its network, which takes up to minutes", file=sys.stderr)
     with replacing(args.output) as temporary:
         run_file = exported.write(graph, method.describe(), temporary, args.format)
         differences = compare(graph, run_file)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
                 f"{args.output}: not written, as it differs from torch by more than {ALLOWED:g} (see above); "
                 "use the weights themselves"
             )
-    print(f"wrote {args.output}: {note}")
+    print(f"wrote {args.output}", file=sys.stderr)
     return 0
 
 

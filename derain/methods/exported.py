@@ -83,12 +83,10 @@ def graph_of(method: DerainModule) -> Graph:
         DerainError: If CLIP would choose between its routes.
     """
     if isinstance(method, CLIPRPNModule) and method.routing.perception is not None:
-        if method.routing.count > 1:
-            raise DerainError(
-                f"these weights have {method.routing.count} routes, and a graph takes one; choose it by --route 0 to "
-                f"--route {method.routing.count - 1}"
-            )
-        method.routing.take(0)
+        raise DerainError(
+            f"these weights have {method.routing.count} routes, and a graph takes one; choose it by --route 0 to "
+            f"--route {method.routing.count - 1}"
+        )
     return Graph(method).eval()
 
 
@@ -187,9 +185,7 @@ class OnnxNetwork(nn.Module):
         _demand("onnxruntime")
         self.path = path
         self.session, self.on_gpu = self._open("CPUExecutionProvider"), False
-        self.description: dict[str, Any] = json.loads(
-            self.session.get_modelmeta().custom_metadata_map.get("derain", "{}")
-        )
+        self.description = _description(self.session)
         self.inputs = [one.name for one in self.session.get_inputs()] if inputs is None else list(inputs)
 
     def _open(self, *providers: str) -> Any:
@@ -314,8 +310,7 @@ def load(path: Path) -> Opened:
     module: DerainModule = ExportedModule(network)
     if told["graph"]["inputs"] != ["rainy"]:
         try:
-            with torch.device("meta"):  # its own network is not wanted
-                module = DACLIPSDEModule(**told["hyper_parameters"])
+            module = DACLIPSDEModule(**told["hyper_parameters"])
         except (TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DerainError(f"{path}: does not fit this derain ({reason}); it is of {told.get('version')}") from error

@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,11 @@ class OtherModule(DerainModule):
         derained = torch.cat([self.descriptor(image[None]) for image in padded])
         return derained[:, :, :height, :width]
 
+    def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Any:
+        """One pass of the network, of images as large as it wants them."""
+        right, below = self.descriptor.size_requirements.get_padding(rainy.shape[3], rainy.shape[2])
+        return self.network(F.pad(rainy, (0, right, 0, below), "replicate"))
+
     def describe(self) -> dict[str, Any]:
         """Adds whose network it is."""
         return super().describe() | {"architecture": self.descriptor.architecture.name}
@@ -69,7 +74,7 @@ def recognised(path: Path, state: Mapping[str, Tensor]) -> OtherModule | None:
             f"{path}: is {name} ({kind}, {channels[0]} channels to {channels[1]}); expected a network that restores "
             "RGB images at their own size"
         )
-    return cast(OtherModule, OtherModule(descriptor).eval())
+    return OtherModule(descriptor).eval()
 
 
 def missing() -> str:

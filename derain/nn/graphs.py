@@ -5,9 +5,13 @@ import torch
 
 def recorded() -> bool:
     """Whether operations are recorded: compiled, or exported. Cutting a map to save memory is of no use then."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or _traced()
 
 
 def recorded_for_all_sizes() -> bool:
     """Whether the graph shall hold for images of any size: nothing may be decided by the size of this one."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting() or _traced()
+
+
+def _traced() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]

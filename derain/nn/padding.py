@@ -1,5 +1,7 @@
 """Images brought to sizes that a network can halve."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -42,9 +44,9 @@ def places(last: Int[Tensor, ""], multiple: int, reflect: Tensor) -> Int[Tensor,
         >>> places(torch.tensor(4), 8, torch.tensor(False))
         tensor([0, 1, 2, 3, 4, 4, 4, 4])
     """
-    blocks = last // multiple + 1
+    blocks: Any = last // multiple + 1
     if torch.compiler.is_exporting():  # a number without a value yet, of which all sizes in the graph are multiples
         blocks = blocks.item()
-        torch._check(blocks >= 1)
+        torch._check(blocks >= 1)  # type: ignore[no-untyped-call]
     padded = torch.arange(blocks * multiple, device=last.device)
     return torch.where(reflect, last - (padded - last).abs(), padded.clamp(max=last))

@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+import torch
+
+from derain.cli import main
+from derain.commands import export
+from derain.images import read_rgb, write_image
+from derain.methods import CLIPRPNModule, DACLIPSDEModule, PReNetModule, weights
+from tests.methods.test_contract import SMALL
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Weights, their ONNX file and a photo."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("export")
+    weights.save(PReNetModule(stages=1), path / "w.safetensors")
+    write_image(path / "rainy.png", np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+    assert main(["export", "--weights", str(path / "w.safetensors"), str(path / "m.onnx")]) == 0
+    return path
+
+
+def restore(folder, file, target, *options):
+    given = ["--weights", str(folder / file), "--device", "cpu", *options]
+    return main(["restore", str(folder / "rainy.png"), str(target), *given])
+
+
+def test_the_file_is_compared_at_five_sizes(folder, tmp_path, capsys):
+    told = ["export", "--weights", str(folder / "w.safetensors"), "--format", "torch", str(tmp_path / "m.pt2")]
+    assert main(told) == 0
+    out = capsys.readouterr()
+    for height, width in export.SIZES:
+        assert f"{width}×{height}" in out.out
+    assert "PReNetModule" in out.err
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"]
+
+
+@pytest.mark.parametrize("options", [(), ("--tile", "64"), ("--ensemble",), ("--precision", "bf16")])
+def test_onnx_restores_photos(folder, tmp_path, options):
+    assert restore(folder, "m.onnx", tmp_path / "onnx.png", *options) == 0
+    assert (
+        restore(folder, "w.safetensors", tmp_path / "torch.png", *(one for one in options if "p" not in one[:3])) == 0
+    )
+    apart = np.abs(read_rgb(tmp_path / "onnx.png").astype(int) - read_rgb(tmp_path / "torch.png"))
+    assert apart.max() <= 1
+
+
+def test_an_exported_diffusion_is_solved_by_derain(folder, tmp_path, capsys):
+    torch.manual_seed(0)
+    weights.save(DACLIPSDEModule(**SMALL["DACLIPSDEModule"]), folder / "sde.safetensors")
+    assert main(["export", "--weights", str(folder / "sde.safetensors"), str(folder / "sde.onnx")]) == 0
+    for solver in ("posterior", "mrs-ode2"):
+        options = ("--steps", "3", "--solver", solver, "--seed", "4", "--tile", "64")
+        for file in ("sde.onnx", "sde.safetensors"):
+            assert restore(folder, file, tmp_path / f"{solver}-{file}.png", *options) == 0
+        first, second = (
+            read_rgb(tmp_path / f"{solver}-sde.{kind}.png").astype(int) for kind in ("onnx", "safetensors")
+        )
+        assert np.abs(first - second).max() <= 1
+    capsys.readouterr()
+    assert restore(folder, "sde.onnx", tmp_path / "o.png", "--steps", "1000") == 2
+    assert "--steps 1000" in capsys.readouterr().err
+
+
+def test_a_route_is_chosen(folder, tmp_path, capsys):
+    torch.manual_seed(0)
+    weights.save(CLIPRPNModule(**SMALL["CLIPRPNModule"] | {"perception": "clip"}), tmp_path / "w.safetensors")
+    given = ["export", "--weights", str(tmp_path / "w.safetensors"), str(tmp_path / "m.onnx")]
+    assert main(given) == 2
+    assert "--route 0 to --route 1" in capsys.readouterr().err
+    assert main([*given, "--route", "7"]) == 2
+    assert "route 7" in capsys.readouterr().err
+    assert main([*given, "--route", "1"]) == 0
+    assert "route 1" in weights.load(tmp_path / "m.onnx").note
+
+
+def test_a_graph_that_does_not_hold_for_all_sizes_is_not_kept(folder, tmp_path, capsys, monkeypatch):
+    forward = PReNetModule().network.__class__.forward
+
+    def decides_by_size(self, rainy):
+        return forward(self, rainy) if rainy.shape[2] > 70 else rainy
+
+    monkeypatch.setattr(PReNetModule().network.__class__, "forward", decides_by_size)
+    (tmp_path / "m.onnx").write_bytes(b"old")
+    assert main(["export", "--weights", str(folder / "w.safetensors"), str(tmp_path / "m.onnx")]) == 2
+    assert "differs from torch by more than 0.0001" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+    assert (tmp_path / "m.onnx").read_bytes() == b"old"
+
+
+def test_weights_that_are_no_numbers_are_not_exported(folder, tmp_path, capsys):
+    broken = PReNetModule(stages=1)
+    torch.nn.init.constant_(broken.network.conv[0].bias, float("nan"))
+    weights.save(broken, tmp_path / "w.safetensors")
+    assert main(["export", "--weights", str(tmp_path / "w.safetensors"), str(tmp_path / "m.onnx")]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_refusals_take_one_line(folder, tmp_path, capsys):
+    file, onnx, photo = (str(folder / name) for name in ("w.safetensors", "m.onnx", "rainy.png"))
+    out = str(tmp_path / "o.png")
+    for arguments, told in (
+        (["export", "--weights", file, str(tmp_path / "m.pth")], "must end in .onnx"),
+        (["export", "--weights", file, "--format", "torch", str(tmp_path / "m.onnx")], "must end in .pt2"),
+        (["export", "--weights", onnx, str(tmp_path / "m.onnx")], "cannot be exported"),
+        (["export", "--weights", file, str(tmp_path / "m.onnx"), "--route", "0"], "has no routes"),
+        (["export", "--weights", str(tmp_path / "absent.pth"), str(tmp_path / "m.onnx")], "no such file"),
+        (["restore", photo, out, "--weights", onnx, "--compile"], "--compile"),
+        (["restore", photo, out, "--weights", onnx, "--route", "0"], "--route 0"),
+        (["restore", photo, out, "--weights", onnx, "--steps", "3"], "leave out solver"),
+        (["bench", "--size", "8", "--weights", onnx], "is ONNX"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("derain: error:")
+        assert told in error
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,166 @@
+import json
+
+import onnx
+import pytest
+import torch
+
+from derain.errors import DerainError
+from derain.methods import METHODS, CLIPRPNModule, DACLIPSDEModule, PReNetModule, exported, weights
+from derain.methods.daclipsde.solvers import Sampling
+from tests.methods.test_contract import SMALL
+
+SIZES = [(37, 31), (64, 64), (101, 77), (1, 1), (130, 96)]
+CASES = {method.__name__: (method, SMALL[method.__name__]) for method in METHODS}
+CASES["CLIPRPNModule"] = (CLIPRPNModule, SMALL["CLIPRPNModule"] | {"perception": "fixed", "route": 1})
+CASES["DACLIPSDEModule with contexts"] = (
+    DACLIPSDEModule,
+    SMALL["DACLIPSDEModule"] | {"contexts": "both", "context": 8, "multipliers": (2, 4), "attention": "linear"},
+)
+CONTEXTS = {"content": torch.linspace(-1, 1, 8)[None], "degradation": torch.linspace(1, -2, 8)[None]}
+
+
+def made(name):
+    """A method none of whose parts is idle, as some are before training."""
+    method, options = CASES[name]
+    torch.manual_seed(0)
+    module = method(**options).eval()
+    with torch.no_grad():
+        for parameter in module.network.parameters():
+            parameter.add_(0.03 * torch.randn(parameter.shape))
+    return module
+
+
+def restored(method, size):
+    rainy = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(size[1]))
+    if isinstance(method, DACLIPSDEModule):
+        method.sample_by(Sampling(steps=2))
+        return method(rainy, **(CONTEXTS if method.hparams.contexts == "both" else {}))
+    with torch.no_grad():
+        return method(rainy)
+
+
+def apart(method, other):
+    return max(float((restored(method, size) - restored(other, size)).abs().max()) for size in SIZES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_onnx_restores_as_torch_does(name, tmp_path):
+    method = made(name)
+    exported.write(exported.graph_of(method), method.describe(), tmp_path / "m.onnx", "onnx")
+    loaded, note = weights.load(tmp_path / "m.onnx")
+    assert type(method).__name__ in note
+    assert apart(method, loaded) < (1e-4 if method.samples else 1e-5)
+    assert loaded.bytes_per_pixel >= method.bytes_per_pixel
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if "PReNet" in name else pytest.mark.slow) for name in CASES]
+)
+def test_programs_of_torch_restore_as_torch_does(name, tmp_path):
+    method = made(name)
+    graph = exported.graph_of(method)
+    exported.write(graph, method.describe(), tmp_path / "m.pt2", "torch")
+    told = {"derain.json": ""}
+    program = torch.export.load(tmp_path / "m.pt2", extra_files=told).module()
+    assert json.loads(told["derain.json"])["method"] == type(method).__name__
+    with torch.no_grad():
+        for size in SIZES:
+            inputs = graph.example(*size)
+            torch.testing.assert_close(program(*inputs), graph(*inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_files_say_what_they_are(tmp_path):
+    method = made("DACLIPSDEModule with contexts")
+    method.trained_on = ("RainTrainL",)
+    exported.write(exported.graph_of(method), method.describe(), tmp_path / "m.onnx", "onnx")
+    model = onnx.load(tmp_path / "m.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    told = json.loads({one.key: one.value for one in model.metadata_props}["derain"])
+    graph = told.pop("graph")
+    assert told == method.describe()
+    assert (
+        graph["inputs"] == ["state", "rainy", "times", "content", "degradation"] == [i.name for i in model.graph.input]
+    )
+    assert graph["parameters"] == sum(one.numel() for one in method.network.parameters())
+    sde = type(method.sde).from_state(told["sde"])
+    assert torch.equal(sde.tau, method.sde.tau)
+    sizes = [one.dim_param for one in model.graph.input[0].type.tensor_type.shape.dim]
+    assert sizes[2:] == ["height", "width"]
+
+
+def test_a_graph_takes_one_route(tmp_path):
+    torch.manual_seed(0)
+    options = SMALL["CLIPRPNModule"] | {"perception": "clip"}
+    with pytest.raises(DerainError, match=r"have 2 routes.*--route 0 to --route 1"):
+        exported.graph_of(CLIPRPNModule(**options))
+    ways = []
+    for route in (0, 1):
+        method = made("CLIPRPNModule")
+        method.routing.take(route)
+        exported.write(exported.graph_of(method), method.describe(), tmp_path / f"{route}.onnx", "onnx")
+        loaded, note = weights.load(tmp_path / f"{route}.onnx")
+        assert f"route {route}" in note
+        ways.append(restored(loaded, (20, 30)))
+    assert (ways[0] - ways[1]).abs().max() > 1e-3
+
+
+def test_images_of_a_batch_are_restored_alike(tmp_path):
+    method = PReNetModule(stages=1).eval()
+    exported.write(exported.graph_of(method), method.describe(), tmp_path / "m.onnx", "onnx")
+    loaded, _ = weights.load(tmp_path / "m.onnx")
+    rainy = torch.rand(3, 3, 10, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(rainy), method(rainy), atol=1e-5, rtol=1e-5)
+
+
+def test_files_that_cannot_be_run_are_refused_in_one_line(tmp_path, monkeypatch):
+    method = PReNetModule(stages=1).eval()
+    path = tmp_path / "m.onnx"
+    exported.write(exported.graph_of(method), method.describe(), path, "onnx")
+    (tmp_path / "cut.onnx").write_bytes(path.read_bytes()[:5000])
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "foreign.onnx")
+    for text in ("no json", "[1]"):
+        onnx.helper.set_model_props(model, {"derain": text})
+        onnx.save(model, tmp_path / f"{text[:2]}.onnx")
+    cases = {
+        "absent.onnx": "no such file",
+        "cut.onnx": "damaged",
+        "foreign.onnx": "does not say its method",
+        "no.onnx": "does not say its method",
+        "[1.onnx": "does not say its method",
+    }
+    for name, told in cases.items():
+        with pytest.raises(DerainError, match=told) as caught:
+            weights.load(tmp_path / name)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+    monkeypatch.setattr(exported.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DerainError, match=r"needs onnxruntime.*pip install 'derain\[export\]'"):
+        weights.load(path)
+
+
+def test_running_out_of_memory_is_told_as_such(tmp_path):
+    """So that smaller tiles are tried."""
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
+
+    method = PReNetModule(stages=1).eval()
+    exported.write(exported.graph_of(method), method.describe(), tmp_path / "m.onnx", "onnx")
+    network = exported.OnnxNetwork(tmp_path / "m.onnx")
+
+    class Session:
+        def __init__(self, error):
+            self.error = error
+
+        def run(self, *given):
+            raise self.error
+
+    for error, expected in (
+        (RuntimeException("std::bad_alloc"), MemoryError),
+        (Fail("bfc_arena.cc: Failed to allocate memory for requested buffer of size 7"), MemoryError),
+        (Fail("another reason"), Fail),
+    ):
+        network.session = Session(error)
+        with pytest.raises(expected):
+            network(torch.rand(1, 3, 4, 4))

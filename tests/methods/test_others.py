@@ -1,0 +1,87 @@
+import importlib.util
+
+import pytest
+import safetensors.torch
+import spandrel
+import torch
+from spandrel.architectures.Compact import Compact
+from spandrel.architectures.NAFNet import NAFNet
+from spandrel.architectures.SwinIR import SwinIR
+
+from derain.errors import DerainError
+from derain.methods import weights
+from derain.methods.others import SMALLEST, OtherModule
+
+BUILDS = {
+    "NAFNet": lambda: NAFNet(width=8, enc_blk_nums=[1, 1], middle_blk_num=1, dec_blk_nums=[1, 1]),
+    "SwinIR": lambda: SwinIR(embed_dim=12, depths=[1, 1], num_heads=[2, 2], window_size=8, mlp_ratio=2.0, upscale=1),
+}
+
+
+@pytest.fixture(params=BUILDS)
+def network(request):
+    torch.manual_seed(0)
+    network = BUILDS[request.param]().eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    return request.param, network
+
+
+@pytest.mark.parametrize("form", ["plain", "params_ema", "safetensors"])
+def test_what_spandrel_knows_restores_as_spandrel_does(network, form, tmp_path):
+    name, theirs = network
+    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
+    state = theirs.state_dict()
+    if form == "safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save({"params": {}, form: state} if form == "params_ema" else state, path)
+    loaded, note = weights.load(path)
+    assert isinstance(loaded, OtherModule)
+    assert note.startswith(name)
+    descriptor = spandrel.ModelLoader().load_from_file(path)
+    for size in [(37, 31), (64, 48)]:
+        rainy = torch.rand(1, 3, *size)
+        with torch.no_grad():
+            assert torch.equal(loaded(rainy), descriptor(rainy))
+    both = torch.rand(2, 3, 20, 24)
+    with torch.no_grad():
+        assert torch.equal(loaded(both), torch.cat([descriptor(one[None]) for one in both]))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (5, 3), (SMALLEST, 1)])
+def test_any_size_keeps_its_shape(network, size, tmp_path):
+    torch.save(network[1].state_dict(), tmp_path / "w.pth")
+    with torch.no_grad():
+        assert weights.load(tmp_path / "w.pth").module(torch.rand(1, 3, *size)).shape == (1, 3, *size)
+
+
+def test_networks_that_restore_no_photos_are_refused(tmp_path):
+    cases = {
+        "large.pth": (Compact(num_in_ch=3, num_out_ch=3, num_feat=8, num_conv=2, upscale=2), "enlarges 2 times"),
+        "grey.pth": (
+            NAFNet(img_channel=1, width=8, enc_blk_nums=[1], middle_blk_num=1, dec_blk_nums=[1]),
+            "1 channels",
+        ),
+    }
+    for name, (network, told) in cases.items():
+        torch.save(network.state_dict(), tmp_path / name)
+        with pytest.raises(DerainError, match=told) as caught:
+            weights.load(tmp_path / name)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+    state = BUILDS["NAFNet"]().state_dict()
+    state["middle_blks.0.conv1.weight"] = torch.zeros(3)
+    torch.save(state, tmp_path / "misfit.pth")
+    with pytest.raises(DerainError, match=r"misfit\.pth: resembles") as caught:
+        weights.load(tmp_path / "misfit.pth")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_spandrel_the_refusal_says_how_to_get_it(tmp_path, monkeypatch):
+    torch.save(BUILDS["NAFNet"]().state_dict(), tmp_path / "w.pth")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "spandrel" else found(name))
+    with pytest.raises(DerainError, match=r"holds no method known here.*pip install 'derain\[others\]'"):
+        weights.load(tmp_path / "w.pth")
