@@ -42,8 +42,11 @@ bench: $(READY) ## ratios against references, measured in one run
 notebooks: $(READY) ## executes the notebooks
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
+docs: $(READY) ## the site of docs/, in site/
+	$(BIN)/mkdocs build --strict --quiet --site-dir site
+
 clean: ## what can be made again
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test lint type arch check bench notebooks clean
+.PHONY: help install demo test lint type arch check bench notebooks docs clean

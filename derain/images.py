@@ -39,18 +39,19 @@ def natural_key(path: Path | str) -> list[tuple[int, int, str]]:
     return [(1, int(part), part) if part.isdecimal() else (0, 0, part) for part in parts]
 
 
-def image_files(folder: Path, *, recursive: bool = False) -> list[Path]:
+def image_files(folder: Path, *, recursive: bool = False, suffixes: frozenset[str] = SUFFIXES) -> list[Path]:
     """Lists the image files of a folder in natural order, hidden ones left out.
 
     Args:
         folder: Where to look.
         recursive: Also look in the folders below.
+        suffixes: Endings of names that count.
     """
     found = folder.rglob("*") if recursive else folder.iterdir()
     files = [
         path
         for path in found
-        if path.suffix.lower() in SUFFIXES
+        if path.suffix.lower() in suffixes
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     ]

@@ -95,17 +95,20 @@ class Restorer:
             log.warning("bf16: %s has no instructions for it, and emulation is slower: using float32", self.device)
             precision = "float32"
         self.precision, self.tile, self.overlap, self.ensemble = precision, tile, overlap, ensemble
+        self._fitting: dict[tuple[int, int], int] = {}
         if compile:
             torch._inductor.config.freezing = True  # folds layouts and bias into the convolutions; global or not at all
             self.method.network.compile(dynamic=self.method.compiles_any_size)
 
     @torch.inference_mode()
-    def __call__(self, rainy: T) -> T:
+    def __call__(self, rainy: T, perceived: dict[str, Any] | None = None) -> T:
         """Restores an image or several, and gives them back as they came.
 
         Args:
             rainy: A PIL image, an array ``(h, w, 3)`` or ``(n, h, w, 3)``, a tensor ``(3, h, w)`` or ``(n, 3, h, w)``
                 on any device, or a list of any of these; any ``h, w >= 1``. Floats in [0, 1], or bytes (uint8).
+            perceived: What ``perceive`` gave of an image that these shall be restored like, as a video's first frame
+                for all others; each image is perceived if not given.
 
         Returns:
             The same kind, shape, type and device. A PIL image is RGB, with the alpha that it had.
@@ -115,31 +118,39 @@ class Restorer:
         """
         restored: Any
         if isinstance(rainy, list | tuple):
-            restored = type(rainy)(map(self, rainy))
+            restored = type(rainy)(self(one, perceived) for one in rainy)
         elif isinstance(rainy, Image.Image):
-            restored = Image.fromarray(self(np.asarray(rainy.convert("RGB"))))
+            restored = Image.fromarray(self(np.asarray(rainy.convert("RGB")), perceived))
             if rainy.has_transparency_data:
                 restored.putalpha(rainy.convert("RGBA").getchannel("A"))
         elif isinstance(rainy, np.ndarray) and rainy.ndim in (3, 4):
-            tensor = self(torch.from_numpy(np.array(np.moveaxis(rainy, -1, -3))))
+            tensor = self(torch.from_numpy(np.array(np.moveaxis(rainy, -1, -3))), perceived)
             restored = np.ascontiguousarray(np.moveaxis(tensor.numpy(), -3, -1))
         else:
-            restored = self._call(_checked(rainy))
+            restored = self._call(_checked(rainy), perceived)
         return cast(T, restored)
 
-    def _call(self, rainy: Tensor) -> Tensor:
+    def _call(self, rainy: Tensor, perceived: dict[str, Any] | None) -> Tensor:
         """Restores a tensor's images one by one."""
         images = rainy.reshape(-1, 1, *rainy.shape[-3:]).to("cpu", torch.float32)
         images = images / 255 if rainy.dtype == torch.uint8 else images
-        views = [self._views(one, self.method, self.method.perceive(one.to(self.device))) for one in images]
+        views = [
+            self._views(one, self.method, self.method.perceive(one.to(self.device)) if perceived is None else perceived)
+            for one in images
+        ]
         restored = torch.cat([one.clamp(0, 1) for one in views] or [images[:, 0]]).reshape(rainy.shape)
         return (restored.mul(255).round() if rainy.dtype == torch.uint8 else restored).to(rainy.device, rainy.dtype)
+
+    @torch.inference_mode()
+    def perceive(self, rainy: NDArray[np.float32]) -> dict[str, Any]:
+        """What the method perceives of an image ``(h, w, 3)`` in [0, 1], such as its route; often nothing."""
+        return self.method.perceive(torch.from_numpy(np.moveaxis(rainy, -1, 0).copy())[None].to(self.device))
 
     @torch.inference_mode()
     def explain(self, rainy: NDArray[np.float32]) -> "Explanation":
         """Restores one image, as a call does, and shows how that came about."""
         image = torch.from_numpy(np.ascontiguousarray(rainy.transpose(2, 0, 1)))[None]
-        perceived = self.method.perceive(image.to(self.device))
+        perceived = self.perceive(rainy)
         views = self._views(image, self.method.explain, perceived)
         stack = np.ascontiguousarray(views[0].clamp(0, 1).permute(1, 2, 0).numpy())
         maps = {name: stack[:, :, 3 + place] for place, name in enumerate(self.method.maps)}
@@ -161,9 +172,12 @@ class Restorer:
     def _restore(
         self, image: Float[Tensor, "1 3 h w"], forward: Callable[..., Tensor], perceived: dict[str, Any]
     ) -> Float[Tensor, "1 n h w"]:
-        """Restores by the largest tiles that memory holds."""
-        tile = self._first_tile(image.shape[2], image.shape[3])
+        """Restores by the largest tiles that memory holds, which are found once a size."""
+        height, width = image.shape[2:]
+        if (height, width) not in self._fitting:
+            self._fitting[height, width] = self._first_tile(height, width)
         while True:
+            tile = self._fitting[height, width]
             try:
                 if self.method.samples:  # many passes over one state: each is cut into tiles, not the whole
                     inner = {"tiled": partial(blend_tiles, tile=tile, overlap=self.overlap), "show": show_steps}
@@ -179,8 +193,8 @@ class Restorer:
                     ) from error
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            tile //= 2
-            log.warning("out of memory: going on with tiles of %d×%d pixels", tile, tile)
+            self._fitting[height, width] = tile // 2
+            log.warning("out of memory: going on with tiles of %d×%d pixels", tile // 2, tile // 2)
 
     def _first_tile(self, height: int, width: int) -> int:
         if isinstance(self.tile, int):

@@ -3,9 +3,9 @@
     python experiments/default_data.py DATA OUT
 
 ``DATA`` holds Rain800 and the test sets that training must not know; ``OUT`` gets ``train`` and ``val``, each with
-``rain800`` (the pairs as they are), ``light`` (synthesised rain, in ``train`` two on a photo) and ``medium`` (one). Training
-images whose background `derain data verify` finds in a test set, or in another set, are left out. 24 backgrounds that
-occur once validate.
+``rain800`` (the pairs as they are), ``light`` (synthesised rain, in ``train`` two on a photo) and ``medium`` (one).
+Training images whose background `derain data verify` finds in a test set, or in another set, are left out. 24
+backgrounds that occur once validate.
 """
 
 import argparse

@@ -1,11 +1,13 @@
 """Every experiment runs as its file says, on generated data of its layout."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 import yaml
 
 from derain.cli import main
+from derain.errors import DerainError
 from tests.factories import make_clip, make_set
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -106,3 +108,23 @@ def test_sweeps_name_options_that_exist(path, place, clip):
     arguments += [f"--{name}={choice['values'][0]}" for name, choice in sweep["parameters"].items()]
     one_step = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"]
     assert main([*arguments, *small(*files, clip=clip), *one_step]) == 0
+
+
+def test_data_of_the_model_in_the_box_has_no_leak(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("default_data", EXPERIMENTS / "default_data.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "VALIDATE", 1)
+    make_set(tmp_path / "data", "Rain800", "train", count=5, seed=1, size=(96, 128))
+    make_set(tmp_path / "data", "Rain100L", "test", count=2, seed=1, size=(96, 128))  # of the same backgrounds
+    script.main(tmp_path / "data", tmp_path / "box")
+    assert "3 of 5 pairs, 1 of them to validate" in capsys.readouterr().out
+    parts = {part: tmp_path / "box" / part / "rain800/target" for part in script.RAINS}
+    names = {part: {file.stem for file in folder.iterdir()} for part, folder in parts.items()}
+    assert len(names["train"]) == 2
+    assert not names["train"] & names["val"]
+    light = tmp_path / "box/train/light"
+    assert {file.stem for file in (light / "target").iterdir()} == names["train"]
+    assert len(list((light / "input").iterdir())) == 4
+    with pytest.raises(DerainError, match="exists already"):
+        script.main(tmp_path / "data", tmp_path / "box")

@@ -89,6 +89,9 @@ def test_out_of_memory_halves_the_tile(method, monkeypatch):
     image = np.random.default_rng(3).random((200, 400, 3), np.float32)
     np.testing.assert_allclose(restorer(image), image, atol=1e-6)
     assert sizes[:3] == [400, 200, 100]
+    sizes.clear()
+    restorer(image)
+    assert set(sizes) == {100}  # the next frame of a video does not try again
 
 
 def test_no_memory_at_all_is_refused(method, monkeypatch):

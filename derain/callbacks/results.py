@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -34,8 +35,28 @@ class TestResults(Callback):
     def __init__(self, weights: str | None = None, commit: str | None = None) -> None:
         self.weights, self.commit = weights, commit
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Times every call of the method: restoring alone, neither reading nor judging."""
+        self._spent, self._images = 0.0, 0
+
+        def now() -> float:
+            if pl_module.device.type != "cpu":
+                torch.accelerator.synchronize(pl_module.device)
+            return time.perf_counter()
+
+        def before(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            self._began = now()
+
+        def after(module: Any, inputs: tuple[torch.Tensor, ...], out: Any) -> None:
+            self._spent += now() - self._began
+            self._images += len(inputs[0])
+
+        self._clocks = [pl_module.register_forward_pre_hook(before), pl_module.register_forward_hook(after)]
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes on rank 0; the scores were gathered from all ranks."""
+        for clock in self._clocks:
+            clock.remove()
         if not trainer.is_global_zero:
             return
         module = cast(DerainModule, pl_module)
@@ -55,6 +76,7 @@ class TestResults(Callback):
                 "fingerprint": data.fingerprint("test"),
             },
             "results": results(module.scores),
+            "seconds": self._spent / max(self._images, 1),
             "commit": self.commit,
             "versions": {p: importlib.metadata.version(p) for p in ("derain", "torch", "lightning", "torchmetrics")},
             "hardware": hardware(trainer),

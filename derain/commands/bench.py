@@ -36,7 +36,8 @@ from derain.methods import (
     weights,
 )
 from derain.methods.daclipsde.network import HEAD, CrossAttention, LinearAttention, Upsample
-from derain.methods.plnlingan.network import shift_mask
+from derain.methods.exported import OnnxNetwork
+from derain.methods.plnlingan.windows import shift_mask
 from derain.methods.prenet.network import VARIANTS, PReNet
 from derain.nn.restormer import Attention
 from derain.progress import track
@@ -100,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
             raise DerainError(
                 f"--weights {name}: holds {type(method).__name__}, which restores no images; leave it out"
             )
+        if isinstance(method.network, OnnxNetwork):
+            raise DerainError(f"--weights {name}: is ONNX, which is not counted; give what it was exported from")
         row = {"method": name, **cost(method, args.size)}
         rows.append(row | ({"seconds": seconds(method, args.size, device)} if args.time else {}))
     result: dict[str, Any] = {"size": args.size, "convention": CONVENTION, "methods": rows}

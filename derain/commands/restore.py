@@ -1,39 +1,53 @@
-"""Remove rain from a photo, a folder of photos (recursively) or a glob."""
+"""Remove rain from a photo, a video, a folder of them (recursively) or a glob."""
 
 import argparse
 import glob
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from derain import videos
 from derain.errors import DerainError
 from derain.images import SUFFIXES, Photo, image_files, natural_key, read_photo, to_bytes, write_image
 from derain.memory import give_back_blocks, keep_large_blocks
 from derain.pictures import compare, write_explanation
 from derain.progress import track
 
+if TYPE_CHECKING:
+    from derain.restoration import Restorer
+
+KINDS = SUFFIXES | videos.SUFFIXES
+"""Endings of names that are restored."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("input", help="a photo, a folder (searched recursively), or a quoted glob")
-    parser.add_argument("output", type=Path, help="the restored photo, or a folder for several")
+    parser.add_argument("input", help="a photo, a video, a folder (searched recursively), or a quoted glob")
+    parser.add_argument("output", type=Path, help="the restored photo or video, or a folder for several")
     parser.add_argument(
         "--weights",
         default="default",
-        help="a name of `derain models list`, hub:OWNER/NAME, or a file, ours or the authors' (default: %(default)s)",
+        help="a name of `derain models list`, hub:OWNER/NAME, or a file: ours, the authors', ONNX of derain "
+        "export, or what spandrel knows (default: %(default)s)",
     )
     parser.add_argument("--tile", default="auto", help="side of tiles in pixels, auto (default) or none")
     parser.add_argument("--ensemble", action="store_true", help="mean over 8 flips and rotations, 8 times slower")
-    parser.add_argument("--compare", action="store_true", help="also write NAME.EXT-compare.png: before and after")
     parser.add_argument(
-        "--explain", action="store_true", help="also write NAME.EXT-explain.png and .json: masks, route, scores"
+        "--compare", action="store_true", help="also write NAME.EXT-compare.png, or .mp4: before and after"
+    )
+    parser.add_argument("--crf", type=int, default=18, help="of videos: quality from 0 to 51, the best first (18)")
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="also write a photo's NAME.EXT-explain.png and .json: masks, route, scores",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
-    parser.add_argument("--route", type=int, help="let all photos take this route instead of asking CLIP (CLIP-RPN)")
+    parser.add_argument("--route", type=int, help="let all images take this route instead of asking CLIP (CLIP-RPN)")
     parser.add_argument(
         "--solver", help="of DA-CLIP + IR-SDE: posterior (default), mrs-ode1, mrs-ode2, mrs-sde2, sde or ode"
     )
@@ -47,6 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Restores, and reports broken files at the end; exit code 2 if there were any."""
     jobs = plan(args.input, args.output)
+    films = [source for source in jobs if is_video(source)]
+    if films and args.explain:
+        raise DerainError(f"--explain: explains photos, and {films[0]} is a video; leave it out, or give one frame")
+    videos.crf_of(args.crf)
     waiting = {
         source: target
         for source, target in jobs.items()
@@ -55,6 +73,15 @@ def run(args: argparse.Namespace) -> int:
     kept = len(jobs) - len(waiting)
     if kept and len(jobs) == 1:
         raise DerainError(f"{args.output}: exists already; add --overwrite to replace it")
+    broken: list[str] = []
+    for source in [source for source in films if source in waiting]:
+        try:
+            videos.check(source, jobs[source])
+        except DerainError as error:
+            broken.append(str(error))
+            waiting.pop(source)
+    if broken and not waiting:
+        raise _told(broken)
     from derain.methods.daclipsde.solvers import Sampling
     from derain.restoration import Restorer
 
@@ -71,28 +98,56 @@ def run(args: argparse.Namespace) -> int:
         compile=args.compile,
     )
     print(f"{args.weights}: {restorer.note}, on {restorer.device}", file=sys.stderr)
-    broken: list[str] = []
+    done = 0
     for source, target in track(waiting.items(), "Restoring", len(waiting)):
         try:
-            photo = read_photo(source)
-            explained = restorer.explain(photo.rgb) if args.explain else None
-            derained = restorer(photo.rgb) if explained is None else explained.derained
-            photo.write(target, derained)
-            if explained is not None:
-                images = {"rainy": to_bytes(photo.rgb), "derained": to_bytes(derained)}
-                maps = {name: to_bytes(np.repeat(one[..., None], 3, 2)) for name, one in explained.maps.items()}
-                write_explanation(explanation(target), images | maps, explained.perceived)
-            if args.compare:
-                write_comparison(photo, derained, target)
+            (restore_video if is_video(source) else restore_photo)(restorer, source, target, args)
+            done += 1
         except (DerainError, OSError) as error:
             broken.append(str(error))
         give_back_blocks()
-    done = len(waiting) - len(broken)
-    told = f"restored {done} of {len(jobs)} photos" + (f", kept {kept} that exist (--overwrite)" if kept else "")
+    told = f"restored {done} of {len(jobs)} {'photos' if not films else 'photos and videos'}" + (
+        f", kept {kept} that exist (--overwrite)" if kept else ""
+    )
     print(f"{told}: {args.output}", file=sys.stderr)
     if broken:
-        raise DerainError("; ".join(broken) if len(broken) == 1 else "\n  ".join([f"{len(broken)} photos:", *broken]))
+        raise _told(broken)
     return 0
+
+
+def _told(broken: Sequence[str]) -> DerainError:
+    return DerainError(broken[0] if len(broken) == 1 else "\n  ".join([f"{len(broken)} files:", *broken]))
+
+
+def restore_photo(restorer: "Restorer", source: Path, target: Path, args: argparse.Namespace) -> None:
+    """Restores a photo, and writes what was asked for beside it."""
+    photo = read_photo(source)
+    explained = restorer.explain(photo.rgb) if args.explain else None
+    derained = restorer(photo.rgb) if explained is None else explained.derained
+    photo.write(target, derained)
+    if explained is not None:
+        images = {"rainy": to_bytes(photo.rgb), "derained": to_bytes(derained)}
+        maps = {name: to_bytes(np.repeat(one[..., None], 3, 2)) for name, one in explained.maps.items()}
+        write_explanation(explanation(target), images | maps, explained.perceived)
+    if args.compare:
+        write_comparison(photo, derained, target)
+
+
+def restore_video(restorer: "Restorer", source: Path, target: Path, args: argparse.Namespace) -> None:
+    """Restores a video frame by frame; all frames are taken for what the first one is perceived as."""
+    perceived: dict[str, Any] | None = None
+
+    def restore(frame: NDArray[np.float32]) -> NDArray[np.float32]:
+        nonlocal perceived
+        perceived = restorer.perceive(frame) if perceived is None else perceived
+        return restorer(frame, perceived)
+
+    videos.rewrite(source, target, restore, crf=args.crf, beside=comparison(target) if args.compare else None)
+
+
+def is_video(path: Path) -> bool:
+    """Whether a name is that of a video."""
+    return path.suffix.lower() in videos.SUFFIXES
 
 
 def plan(source: str, output: Path) -> dict[Path, Path]:
@@ -100,7 +155,7 @@ def plan(source: str, output: Path) -> dict[Path, Path]:
 
     Args:
         source: A file, a folder or a glob.
-        output: A file for one photo, a folder for several.
+        output: A file for one photo or video, a folder for several.
 
     Raises:
         DerainError: If nothing is found, or two photos would become one file.
@@ -108,25 +163,25 @@ def plan(source: str, output: Path) -> dict[Path, Path]:
     path = Path(source)
     if path.is_dir():
         inside = output.resolve().is_relative_to(path.resolve())
-        files = [f for f in image_files(path, recursive=True) if not (inside and _within(f, output))]
-        targets = {file: output / file.relative_to(path) for file in files}
+        files = [f for f in image_files(path, recursive=True, suffixes=KINDS) if not (inside and _within(f, output))]
+        targets = {file: videos.writable(output / file.relative_to(path)) for file in files}
     elif path.is_file():
-        target = output / path.name if output.is_dir() or not output.suffix else output
+        target = videos.writable(output / path.name) if output.is_dir() or not output.suffix else output
         targets = {path: target}
     else:
         matches = (Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207 - the pattern may be absolute
-        files = sorted((f for f in matches if f.suffix.lower() in SUFFIXES and f.is_file()), key=natural_key)
-        targets = {file: output / file.name for file in files}
+        files = sorted((f for f in matches if f.suffix.lower() in KINDS and f.is_file()), key=natural_key)
+        targets = {file: videos.writable(output / file.name) for file in files}
     if not targets:
         raise DerainError(
-            f"{source}: no such photo, folder or glob with photos ({', '.join(sorted(SUFFIXES))}); check the path"
+            f"{source}: no such photo, video, folder or glob with any ({', '.join(sorted(KINDS))}); check the path"
         )
     if path.is_dir() or not path.is_file():
-        if output.is_file() or output.suffix.lower() in SUFFIXES:
+        if output.is_file() or output.suffix.lower() in KINDS:
             raise DerainError(f"{output}: is a file, but {source} has several photos; give a folder")
         twice = next((target for target, count in Counter(targets.values()).items() if count > 1), None)
         if twice is not None:
-            raise DerainError(f"{source}: several photos are named {twice.name}; restore their folders one by one")
+            raise DerainError(f"{source}: several photos are named {twice.name}; restore them one by one")
     for file, target in targets.items():
         if target.resolve() == file.resolve():
             raise DerainError(f"{target}: is the input itself; give another output")
@@ -138,13 +193,13 @@ def _within(file: Path, folder: Path) -> bool:
 
 
 def comparison(target: Path) -> Path:
-    """Where the picture of before and after goes: beside the restored photo.
+    """Where the picture, or the video, of before and after goes: beside what was restored.
 
     Example:
-        >>> comparison(Path("out/a.jpg")).as_posix()
-        'out/a.jpg-compare.png'
+        >>> comparison(Path("out/a.jpg")).as_posix(), comparison(Path("out/a.mp4")).as_posix()
+        ('out/a.jpg-compare.png', 'out/a.mp4-compare.mp4')
     """
-    return target.with_name(f"{target.name}-compare.png")
+    return target.with_name(f"{target.name}-compare{target.suffix if is_video(target) else '.png'}")
 
 
 def explanation(target: Path) -> Path:
@@ -158,7 +213,7 @@ def explanation(target: Path) -> Path:
 
 
 def outputs(target: Path, args: argparse.Namespace) -> list[Path]:
-    """All files that restoring one photo writes."""
+    """All files that restoring one photo or video writes."""
     name = explanation(target).name
     explained = [target.with_name(f"{name}{suffix}") for suffix in (".png", ".json")]
     return [target, *([comparison(target)] if args.compare else []), *(explained if args.explain else [])]

@@ -186,7 +186,7 @@ class DerainCLI(LightningCLI):
         given = configured if isinstance(configured, list) else [configured]
         csv = CSVLogger(str(self.folder), name="", version="", flush_logs_every_n_steps=10)
         past, checkpoint = self.folder / "metrics.csv", self.config[self.subcommand].ckpt_path
-        if past.exists() and checkpoint and first_rank():
+        if past.exists() and checkpoint and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             _keep_history(csv, past, Path(checkpoint))
         return [csv, *(logger for logger in given if isinstance(logger, Logger))]
 
@@ -224,11 +224,6 @@ def _innermost(error: BaseException) -> BaseException:
     return told
 
 
-def first_rank() -> bool:
-    """Whether this is the first of all processes of a run, on all nodes."""
-    return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
-
-
 def shared_folder(root: Path, command: str, resuming: bool) -> Path:
     """The folder of the run, one for all its ranks.
 
@@ -242,7 +237,7 @@ def shared_folder(root: Path, command: str, resuming: bool) -> Path:
     if by_torchrun:
         store = TCPStore(variables["MASTER_ADDR"], int(variables["MASTER_PORT"]), is_master=False)
         key = f"derain-{variables['TORCHELASTIC_RESTART_COUNT']}"
-        if first_rank():
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             store.set(key, str(run_folder(root, command, resuming)))
         folder = Path(store.get(key).decode())
         folder.mkdir(parents=True, exist_ok=True)  # nodes may have disks of their own

@@ -16,13 +16,20 @@ import derain
 from derain import methods
 from derain.errors import DerainError
 from derain.images import replacing
+from derain.methods import exported, others
 from derain.methods.described import DescribedModule
 from derain.methods.hub import fetch_weights
 
 EXPECTED = (
-    "expected a derain checkpoint (.ckpt), derain weights (.safetensors), or the authors' weights of PReNet, "
-    "Restormer, IR-SDE or DA-CLIP"
+    "expected a derain checkpoint (.ckpt), derain weights (.safetensors), a file of derain export (.onnx), or the "
+    "authors' weights of PReNet, Restormer, IR-SDE or DA-CLIP"
 )
+
+UNSAID = "safetensors that do not say their method (no 'derain' entry)"
+"""What they are that derain did not write."""
+
+WRAPPED = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net")
+"""Where files of weights keep the tensors: BasicSR (so Restormer's authors), open_clip (so DA-CLIP's) and others."""
 
 
 BOX = Path(derain.__file__).parent / "models"
@@ -89,7 +96,8 @@ class Content(NamedTuple):
 def load(path: Path, own: type[DescribedModule] | None = None) -> Weights:
     """Recognises what a file of weights holds and builds the method with it; never executes code from it.
 
-    Of a checkpoint with averaged (EMA) weights, the average is taken.
+    Of a checkpoint with averaged (EMA) weights, the average is taken. What is neither ours nor our authors', spandrel
+    may know.
 
     Args:
         path: The file.
@@ -98,21 +106,28 @@ def load(path: Path, own: type[DescribedModule] | None = None) -> Weights:
     Raises:
         DerainError: If the file is absent, damaged, unknown, or does not fit the method it names.
     """
+    if path.suffix.lower() == ".onnx" and path.is_file():
+        return Weights(*exported.load(path))
     content = read(path)
     if content.description:
         module = _build(path, content.description, content.state, own)
         return Weights(module, content.kind.format(_told(module)))
-    for method in methods.METHODS:
+    for method in methods.METHODS if content.kind != UNSAID else ():
         published = method.from_published(content.state)
         if published is not None:
             return Weights(published.eval(), content.kind.format(_told(published)))
-    found = ", ".join(list(content.state)[:4])
     if any("visual_control." in name for name in content.state):
         raise DerainError(
             f"{path}: is the authors' controller of DA-CLIP, which restores no images by itself; give it by "
             "--model.controller or DERAIN_CONTROLLER"
         )
-    raise DerainError(f"{path}: holds no method known here (found {found or 'nothing'} …); {EXPECTED}")
+    other = others.recognised(path, content.state)
+    if other is not None:
+        name = other.descriptor.architecture.name
+        return Weights(other, f"{name} by spandrel ({other.parameter_count:,} parameters)")
+    found = f"holds no method known here (found {', '.join(list(content.state)[:4]) or 'nothing'} …)"
+    told = content.kind if content.kind == UNSAID else found
+    raise DerainError(f"{path}: {told}; {EXPECTED}{others.missing()}")
 
 
 def read(path: Path) -> Content:
@@ -142,7 +157,7 @@ def read(path: Path) -> Content:
         raise DerainError(f"{path}: damaged, or no file of weights ({reason}); {EXPECTED}") from error
     if isinstance(content, Mapping) and "derain" in content and "state_dict" in content:
         return _from_checkpoint(content)
-    for wrapped in ("params", "state_dict"):  # as BasicSR (so Restormer's authors) and open_clip (DA-CLIP's) keep them
+    for wrapped in WRAPPED:
         if isinstance(content, Mapping) and isinstance(content.get(wrapped), Mapping):
             content = content[wrapped]
     if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
@@ -166,7 +181,7 @@ def _read_safetensors(path: Path) -> Content:
     except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
         raise DerainError(f"{path}: damaged safetensors ({error}); {EXPECTED}") from error
     if not isinstance(description, dict):
-        raise DerainError(f"{path}: safetensors that do not say their method (no 'derain' entry); {EXPECTED}")
+        return Content(state, {}, UNSAID)
     return Content(state, description, "derain weights of {}")
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from derain.errors import DerainError
+from derain.nn.graphs import recorded, recorded_for_all_sizes
 from derain.nn.padding import pad_to_multiple
 
 STRIP_BYTES = {"cpu": 8 << 20, "gpu": 256 << 20}
@@ -52,10 +53,11 @@ def strips(x: Float[Tensor, "b h w c"], width: int) -> Iterator[tuple[slice, Ten
     Yields:
         The rows of the map, the strip with its neighbours, and which of its rows are its own.
     """
+    if torch.is_grad_enabled() or recorded():
+        yield slice(None), x, slice(None)
+        return
     budget = STRIP_BYTES["cpu" if x.device.type == "cpu" else "gpu"]
     rows = max(4, budget // (x.shape[0] * x.shape[2] * width * x.element_size()))
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        rows = x.shape[1]
     for top in range(0, x.shape[1], rows):
         above = min(top, 1)
         yield slice(top, top + rows), x[:, top - above : top + rows + 1], slice(above, above + rows)
@@ -203,6 +205,8 @@ class GatedFeedForward(nn.Module):
 
     def kernels(self) -> tuple[Tensor, Tensor, Tensor]:
         """Weights of the three convolutions, the hidden channels filled up by zeros to a multiple of 16."""
+        if recorded_for_all_sizes():  # ONNX wants weights that are constants
+            return self.project_in.weight, self.dwconv.weight, self.project_out.weight
         idle = -self.project_out.in_channels % 16
 
         def padded(weight: Tensor) -> Tensor:
@@ -255,7 +259,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         """Transforms features."""
         x = x + self.attn(self.norm1(x))
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or recorded():
             return cast(Tensor, x + self.ffn(self.norm2(x), self.ffn.kernels()))
         kernels = self.ffn.kernels()
         out = torch.empty_like(x)

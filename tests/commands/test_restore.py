@@ -1,3 +1,7 @@
+import sys
+from types import SimpleNamespace
+
+import av
 import numpy as np
 import pytest
 import torch
@@ -6,8 +10,13 @@ from PIL import Image
 from derain.cli import main
 from derain.commands.restore import plan
 from derain.errors import DerainError
-from derain.images import read_photo, read_rgb, write_image
-from derain.methods import PReNetModule, weights
+from derain.images import read_photo, read_rgb, to_bytes, write_image
+from derain.methods import CLIPRPNModule, DACLIPSDEModule, PReNetModule, weights
+from derain.methods.cliprpn.network import CLIPRPN
+from derain.methods.daclipsde.solvers import Sampling
+from derain.restoration import Restorer
+from derain.videos import rewrite
+from tests.factories import clean_image, make_video
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +146,114 @@ def test_refusals_take_one_line(photo, file, tmp_path, capsys):
     write_image(tmp_path / "out.png", read_rgb(photo))
     assert main(["restore", str(photo), target, "--weights", file]) == 2
     assert "--overwrite" in capsys.readouterr().err
+
+
+@pytest.fixture
+def video(tmp_path):
+    return make_video(tmp_path / "rainy.mp4", [clean_image(i, (32, 48)) for i in range(3)], sound=["aac"])
+
+
+def frames_of(path):
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def test_a_video_is_restored_frame_by_frame(video, file, tmp_path):
+    target = tmp_path / "out.mp4"
+    assert main(["restore", str(video), str(target), "--weights", file, "--device", "cpu", "--crf", "4"]) == 0
+    restorer = Restorer(file, device="cpu")
+    for rainy, derained in zip(frames_of(video), frames_of(target), strict=True):
+        assert (
+            np.abs(to_bytes(restorer(rainy / np.float32(255))) - derained.astype(float)).mean() < 8
+        )  # half the colour
+    with av.open(str(target)) as container:
+        assert [one.codec_context.name for one in container.streams] == ["h264", "aac"]
+
+
+def test_a_folder_of_photos_and_videos(photo, video, file, tmp_path, capsys):
+    source, target = tmp_path / "in", tmp_path / "out"
+    write_image(source / "a.png", read_rgb(photo))
+    (source / "deep").mkdir()
+    (source / "deep" / "b.mp4").write_bytes(video.read_bytes())
+    (source / "c.avi").write_bytes(video.read_bytes())  # recognised by its content
+    (source / "text.mp4").write_text("no video")
+    arguments = ["restore", str(source), str(target), "--weights", file, "--compare"]
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert "restored 3 of 4 photos and videos" in told
+    assert told.splitlines()[-1].startswith("derain: error:")
+    assert "text.mp4: not a video that can be read" in told.splitlines()[-1]
+    names = ["a.png", "a.png-compare.png", "c.mp4", "c.mp4-compare.mp4", "deep/b.mp4", "deep/b.mp4-compare.mp4"]
+    assert sorted(p.relative_to(target).as_posix() for p in target.rglob("*.*")) == names
+    (source / "text.mp4").unlink()
+    assert main(arguments) == 0
+    assert "kept 3 that exist" in capsys.readouterr().err
+    assert main(["restore", str(source / "*.avi"), str(tmp_path / "more"), "--weights", file]) == 0
+    assert [p.name for p in (tmp_path / "more").iterdir()] == ["c.mp4"]
+
+
+def test_frames_in_a_folder_keep_names_and_order(photo, file, tmp_path):
+    for number in (1, 2, 10):
+        write_image(tmp_path / "frames" / f"{number}.png", read_rgb(photo))
+    assert list(plan(str(tmp_path / "frames"), tmp_path / "out").values()) == [
+        tmp_path / "out" / f"{number}.png" for number in (1, 2, 10)
+    ]
+
+
+def test_a_video_is_perceived_once(video, tmp_path, monkeypatch):
+    method = CLIPRPNModule(perception="fixed", route=1, dim=8, blocks=(1, 1, 1, 1), refinement=1)
+    weights.save(method, tmp_path / "rpn.safetensors")
+    seen, taken = [], []
+
+    def perceive(self, image):
+        seen.append(image)
+        return {"routes": [len(seen)]}
+
+    def forward(self, rainy, routes):
+        taken.append(routes)
+        return SimpleNamespace(derained=rainy, logits=())
+
+    monkeypatch.setattr(CLIPRPNModule, "perceive", perceive)
+    monkeypatch.setattr(CLIPRPN, "forward", forward)
+    arguments = ["restore", str(video), str(tmp_path / "out.mp4"), "--weights", str(tmp_path / "rpn.safetensors")]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    assert taken == [[1]] * 3
+    np.testing.assert_allclose(seen[0][0].permute(1, 2, 0).numpy() * 255, frames_of(video)[0], atol=6)
+
+
+def test_every_frame_gets_the_same_noise(tmp_path):
+    torch.manual_seed(1)
+    method = DACLIPSDEModule("none", channels=16, multipliers=(1, 2), attention="none", sde_steps=4)
+    weights.save(method, tmp_path / "sde.safetensors")
+    still = make_video(tmp_path / "still.mp4", [np.full((16, 16, 3), 128, np.uint8)] * 3)
+    changed = []
+    restorer = Restorer(tmp_path / "sde.safetensors", device="cpu", sampling=Sampling(steps=2))
+    rewrite(still, tmp_path / "out.mp4", lambda frame: changed.append(restorer(frame)) or changed[-1])
+    assert changed[0].std() > 0.01  # there is noise
+    np.testing.assert_array_equal(changed[0], changed[2])
+
+
+def test_refusals_of_videos_take_one_line(video, file, tmp_path, capsys):
+    text = tmp_path / "text.mp4"
+    text.write_text("no video")
+    target = str(tmp_path / "out.mp4")
+    for arguments, told in (
+        ([str(video), target, "--explain"], "--explain: explains photos"),
+        ([str(video), str(tmp_path / "out.png")], "out.png: cannot write '.png' videos"),
+        ([str(video), str(tmp_path / "out.webm")], "cannot hold the sound"),
+        ([str(video), target, "--crf", "80"], "--crf 80"),
+        ([str(text), target], "text.mp4: not a video"),
+        ([str(video), str(video)], "is the input itself"),
+    ):
+        assert main(["restore", *arguments, "--weights", file]) == 2
+        error = capsys.readouterr().err.splitlines()
+        assert len(error) == 1  # before weights were loaded
+        assert error[0].startswith("derain: error:")
+        assert told in error[0]
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_videos_need_pyav(video, file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert main(["restore", str(video), str(tmp_path / "out.mp4"), "--weights", file]) == 2
+    assert "pip install 'derain[video]'" in capsys.readouterr().err

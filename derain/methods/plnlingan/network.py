@@ -6,7 +6,7 @@ convolutions see channels last.
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -16,6 +16,8 @@ from timm.models.swin_transformer import SwinTransformerBlock, window_partition,
 from torch import Tensor, nn
 
 from derain.errors import DerainError
+from derain.methods.plnlingan.windows import at_any_size, shift_mask
+from derain.nn.graphs import recorded_for_all_sizes
 from derain.nn.padding import pad_to_multiple
 from derain.nn.restormer import STRIP_BYTES, spatial
 
@@ -100,6 +102,8 @@ class WindowBlock(SwinTransformerBlock):
 
     def forward(self, x: Features) -> Features:
         """Transforms features."""
+        if recorded_for_all_sizes():
+            return at_any_size(x, self.side, self.shift, self._transform)
         height, width = x.shape[1:3]
         down, right = (self.shift if length > self.side else 0 for length in (height, width))
         if down or right:
@@ -134,33 +138,6 @@ class WindowBlock(SwinTransformerBlock):
         mixed = self.attn(windows, mask=None if mask is None else mask.to(x.dtype))
         x = x + window_reverse(mixed.view(-1, self.side, self.side, channels), self.window_size, height, width)
         return cast(Tensor, x + self.mlp(self.norm2(x)))
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept may be wanted in training too
-def shift_mask(
-    height: int, width: int, side: int, down: int, right: int, device: torch.device
-) -> Float[Tensor, "n k k"]:
-    """-100 between the pixels of a window that were no neighbours before a map was rolled, else 0.
-
-    Args:
-        height: Of a map, or of its last rows.
-        width: Of the map.
-        side: Of the windows.
-        down: By how much the map was rolled; 0 if the rows are not its last ones.
-        right: Likewise.
-        device: Where it is wanted.
-
-    Example:
-        >>> shift_mask(2, 4, 2, 0, 1, torch.device("cpu"))[:, 0]
-        tensor([[   0.,    0.,    0.,    0.],
-                [   0., -100.,    0., -100.]])
-    """
-    rows, columns = torch.zeros(height, dtype=torch.int64), torch.zeros(width, dtype=torch.int64)
-    rows[height - down :], columns[width - right :] = 1, 2
-    regions = (rows[:, None] + columns)[None, :, :, None]
-    windows = window_partition(regions, (side, side)).flatten(1)
-    return torch.where(windows[:, None] == windows[:, :, None], 0.0, -100.0).to(device)
 
 
 class SFT(nn.Module):

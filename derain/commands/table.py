@@ -1,0 +1,301 @@
+"""Build the papers' tables, and plots, from what `derain test` left behind."""
+
+import argparse
+import csv
+import io
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from derain.data.layouts import LAYOUTS
+from derain.data.summaries import Row, find, labels, merge, published, read, select, shortened
+from derain.errors import DerainError
+from derain.images import replacing
+from derain.metrics import resolve
+
+SIDE = 256
+"""Side of the image that multiplications are counted for, in pixels."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("results", type=Path, nargs="+", help="summary.json files, or folders that hold some")
+    parser.add_argument("--protocol", metavar="P", help="the one to show, where results were judged by several")
+    parser.add_argument("--published", action="store_true", help="also what the papers print for these sets")
+    parser.add_argument("--cost", action="store_true", help=f"also count parameters and MACs at {SIDE}×{SIDE} pixels")
+    parser.add_argument("--format", choices=list(FORMATS), default="table")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write to this file")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FOLDER",
+        help="write PNGs: PSNR over seconds, curves of training runs below RESULTS, every image rainy and derained",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Reads, and prints or writes the table."""
+    files = find(args.results, "summary.json")
+    if not files:
+        raise DerainError(f"{args.results[0]}: holds no summary.json; make one by derain test, and give its folder")
+    found, protocol = select([(file, read(file)) for file in files], args.protocol)
+    rows = merge(found)
+    if args.cost:
+        rows = [_with_cost(row) for row in rows]
+    if args.published:
+        rows += published({score.dataset for row in rows for score in row.scores}, protocol)
+    told = FORMATS[args.format](rows, protocol)
+    if args.out is None:
+        print(told, end="")
+    else:
+        with replacing(args.out) as temporary:
+            temporary.write_text(told, encoding="utf-8")
+        print(f"wrote {args.out}", file=sys.stderr)
+    if args.plot is not None:
+        drawn = draw(args.plot, rows, protocol, find(args.results, "metrics.csv"))
+        print(f"wrote {len(drawn)} plots to {args.plot}", file=sys.stderr)
+    return 0
+
+
+def _with_cost(row: Row) -> Row:
+    """Adds parameters and multiplications of the method as it was tested."""
+    from derain import methods
+    from derain.commands.bench import cost
+
+    known = {one.__name__: one for one in methods.METHODS}
+    try:
+        method = known[row.described["method"]](**row.described["hyper_parameters"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DerainError(f"{row.file}: its method cannot be built here ({error}); leave --cost out") from error
+    counted = cost(method, SIDE)
+    return replace(row, parameters=float(counted["parameters"]), macs=float(counted["macs"]))
+
+
+# Words.
+
+
+def sets_of(rows: Sequence[Row]) -> list[str]:
+    """The sets of a table, in the order of the layouts, others behind them."""
+    known = {name: place for place, name in enumerate([*LAYOUTS, "Mixed"])}
+    names = dict.fromkeys(score.dataset for row in rows for score in row.scores)
+    return sorted(names, key=lambda name: known.get(name, len(known)))
+
+
+def _marks(rows: Sequence[Row]) -> dict[str, str]:
+    """Footnotes of published rows, by number."""
+    return {note: str(place) for place, note in enumerate(dict.fromkeys(row.note for row in rows if row.note), 1)}
+
+
+def notes(rows: Sequence[Row], protocol: str) -> list[str]:
+    """What stands below a table."""
+    told = [f"Protocol {protocol}: {resolve([protocol])[0].definition}."]
+    for name in sets_of(rows):
+        prints = dict.fromkeys(s.fingerprint for row in rows for s in row.scores if s.dataset == name and s.fingerprint)
+        if len(prints) > 1:
+            told.append(f"{name}: not all rows are of the same images (fingerprints {', '.join(prints)}).")
+    if any(row.macs is not None and row.note is None for row in rows):
+        told.append(
+            f"MACs: at {SIDE}×{SIDE} pixels, one route executed, CLIP left out, of a diffusion one of its steps."
+        )
+    where = dict.fromkeys(row.hardware for row in rows if row.seconds is not None and row.hardware)
+    if where:
+        told.append(f"Seconds: a test image, mean; on {'; '.join(where)}.")
+    return told + [f"[{number}] {note}." for note, number in _marks(rows).items()]
+
+
+def _lpips(rows: Sequence[Row], name: str) -> bool:
+    return any(score.lpips is not None for row in rows for score in row.scores if score.dataset == name)
+
+
+def _further(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
+    """The columns behind the sets, as far as any row fills them."""
+    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "parameters, M": ("parameters", lambda value: f"{value / 1e6:.2f}"),
+        "MACs, G": ("macs", lambda value: f"{value / 1e9:.2f}"),
+        "seconds": ("seconds", lambda value: f"{value:.3g}"),
+    }
+
+    def cell(name: str, told: Callable[[Any], str]) -> Callable[[Row], str]:
+        return lambda row: "–" if getattr(row, name) is None else told(getattr(row, name))
+
+    return {
+        title: cell(name, told)
+        for title, (name, told) in columns.items()
+        if any(getattr(row, name) is not None for row in rows)
+    }
+
+
+def _numbers(row: Row, name: str, lpips: bool) -> list[str]:
+    """PSNR, SSIM and LPIPS of a row on a set."""
+    score = next((score for score in row.scores if score.dataset == name), None)
+    if score is None:
+        return ["–"] * (2 + lpips)
+    last = ["–" if score.lpips is None else f"{score.lpips:.4f}"] if lpips else []
+    return [f"{score.psnr:.2f}", f"{score.ssim:.4f}", *last]
+
+
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Titles, and a line a row; the numbers of a set stand in one cell."""
+    sets, further, marks = sets_of(rows), _further(rows), _marks(rows)
+    net = next((row.lpips_net for row in rows if row.lpips_net), None)
+    third = f" / LPIPS{f' ({net})' if net else ''}"
+    titles = [f"{name}, PSNR / SSIM{third if _lpips(rows, name) else ''}" for name in sets]
+    lines = [["method", "trained on", *titles, *further]]
+    for name, row in zip(labels(rows), rows, strict=True):
+        trained = f"[{marks[row.note]}]" if row.note else "; ".join(row.trained_on) or "not told"
+        numbers = [_numbers(row, one, _lpips(rows, one)) for one in sets]
+        joined = ["–" if set(values) == {"–"} else " / ".join(values) for values in numbers]
+        lines.append([f"{name} {trained}" if row.note else name, "" if row.note else trained, *joined])
+        lines[-1] += [cell(row) for cell in further.values()]
+    return lines
+
+
+# Forms.
+
+
+def _table(rows: Sequence[Row], protocol: str) -> str:
+    (first, second, *titles), *lines = cells(rows)
+    table = Table(first, second)
+    for title in titles:
+        table.add_column(title.replace(", ", "\n", 1), justify="right", no_wrap=True)
+    for row, line in zip(rows, lines, strict=True):
+        table.add_row(*map(Text, line), style="dim" if row.note else None)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    with console.capture() as captured:
+        console.print(Group(table, *map(Text, notes(rows, protocol))))
+    return captured.get()
+
+
+def _markdown(rows: Sequence[Row], protocol: str) -> str:
+    titles, *lines = cells(rows)
+    ruler = ["---", "---", *["---:"] * (len(titles) - 2)]
+    told = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in [titles, ruler, *lines]]
+    return "\n".join([*told, "", *(f"{note}  " for note in notes(rows, protocol))]) + "\n"
+
+
+def _latex(rows: Sequence[Row], protocol: str) -> str:
+    sets, further, marks = sets_of(rows), _further(rows), _marks(rows)
+    wide = {name: 2 + _lpips(rows, name) for name in sets}
+    heads = [rf"\multicolumn{{{count}}}{{c}}{{{_escape(name)}}}" for name, count in wide.items()]
+    rules, place = [], 3
+    for count in wide.values():
+        rules.append(rf"\cmidrule(lr){{{place}-{place + count - 1}}}")
+        place += count
+    measures = [measure for count in wide.values() for measure in ("PSNR", "SSIM", "LPIPS")[:count]]
+    lines = []
+    for name, row in zip(labels(rows), rows, strict=True):
+        mark = rf"\textsuperscript{{{marks[row.note]}}}" if row.note else ""
+        numbers = [value for one in sets for value in _numbers(row, one, wide[one] == 3)]
+        trained = "" if row.note else "; ".join(row.trained_on) or "not told"
+        told = [_escape(name) + mark, *map(_escape, [trained, *numbers, *(cell(row) for cell in further.values())])]
+        lines.append(" & ".join(told) + r" \\")
+    return "\n".join(
+        [
+            *(f"% {note}" for note in notes(rows, protocol)),
+            r"\begin{tabular}{ll" + "c" * (len(measures) + len(further)) + "}  % needs booktabs",
+            r"\toprule",
+            " & ".join(["Method", "Trained on", *heads, *map(_escape, further)]) + r" \\",
+            " ".join(rules),
+            " & ".join(["", "", *measures, *[""] * len(further)]) + r" \\",
+            r"\midrule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([&%$#_{}])", r"\\\1", text).replace("–", "--").replace("×", r"$\times$")
+
+
+def _csv(rows: Sequence[Row], protocol: str) -> str:
+    """One line a method and set, in full precision."""
+    text = io.StringIO()
+    measures = ("psnr", "ssim", "lpips", "images", "fingerprint")
+    titles = ["method", "trained_on", "protocol", "dataset", *measures]
+    titles += ["parameters", "macs", "seconds", "hardware", "weights", "file", "note"]
+    writer = csv.DictWriter(text, titles, lineterminator="\n")
+    writer.writeheader()
+    for name, row in zip(labels(rows), rows, strict=True):
+        same = {key: getattr(row, key) for key in titles[-7:]}
+        same |= {"method": name, "trained_on": "; ".join(row.trained_on), "protocol": row.protocol}
+        for score in row.scores:
+            numbers = {key: getattr(score, key) for key in ("dataset", *measures)}
+            writer.writerow(same | numbers)
+    return text.getvalue()
+
+
+FORMATS: dict[str, Callable[[Sequence[Row], str], str]] = {
+    "table": _table,
+    "markdown": _markdown,
+    "latex": _latex,
+    "csv": _csv,
+}
+
+
+# Plots.
+
+
+def draw(folder: Path, rows: Sequence[Row], protocol: str, metrics: Iterable[Path]) -> list[Path]:
+    """Writes the plots that there are numbers for.
+
+    Args:
+        folder: Where to.
+        rows: The table's.
+        protocol: Of the numbers.
+        metrics: Logs of runs.
+    """
+    from derain import plots
+
+    names = dict(zip((id(row) for row in rows), labels(rows), strict=True))
+    written = []
+    for name in sets_of(rows):
+        timed = {
+            names[id(row)]: (row.seconds, score.psnr)
+            for row in rows
+            for score in row.scores
+            if row.seconds is not None and score.dataset == name
+        }
+        if timed:
+            written.append(plots.trade_off(folder / f"seconds-{_slug(name)}.png", timed, name, protocol))
+    runs = {file: points for file in metrics if (points := _epochs(file))}
+    if runs:
+        told = dict(zip(runs, shortened([file.parent for file in runs]), strict=True))
+        curves = {told[file]: points for file, points in runs.items()}
+        written.append(plots.curves(folder / "curves.png", curves))
+    for row in rows:
+        for score in row.scores:
+            name, pairs = names[id(row)], _images(score.each, protocol)
+            if pairs:
+                file = folder / f"images-{_slug(name)}-{_slug(score.dataset)}.png"
+                written.append(plots.images(file, pairs, name, score.dataset, protocol))
+    return written
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _epochs(file: Path) -> list[tuple[float, float]]:
+    """Epochs and their ``val/psnr`` in a run's log; none where it was no training."""
+    with file.open(newline="") as opened:
+        rows = [row for row in csv.DictReader(opened) if row.get("val/psnr") and row.get("epoch")]
+    return [(float(row["epoch"]), float(row["val/psnr"])) for row in rows]
+
+
+def _images(file: Path | None, protocol: str) -> list[tuple[float, float]]:
+    """PSNR of every image, rainy and derained; none where they were not kept."""
+    if file is None or not file.is_file():
+        return []
+    with file.open(newline="") as opened:
+        rows = [row for row in csv.DictReader(opened) if row["protocol"] == protocol]
+    return [(float(row["rainy_psnr"]), float(row["psnr"])) for row in rows]

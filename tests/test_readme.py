@@ -1,0 +1,130 @@
+"""The README is true: its first commands run as written, offline; every command and option that it names is there."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from derain.cli import COMMANDS, TRAINER
+from derain.images import image_size, write_image
+from tests.factories import clean_image
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+LINES = [line.partition("  #")[0].strip() for _, block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+NAMED = sorted({line for line in LINES if line.startswith("derain ")})
+FIRST = next(block for _, block in BLOCKS if "derain restore" in block)
+"""What whoever has just installed derain tries."""
+
+PYTHON = [block for kind, block in BLOCKS if kind == "python"]
+ALONE = {
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "HF_HUB_OFFLINE": "1",
+    "http_proxy": "http://127.0.0.1:9",
+    "https_proxy": "http://127.0.0.1:9",
+    "no_proxy": "127.0.0.1",
+}
+"""An environment that finds ``derain``, and no network."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with what the README's reader has: a photo, a folder of photos, a video."""
+    folder = tmp_path_factory.mktemp("reader")
+    write_image(folder / "rainy.jpg", clean_image(0, (70, 90)))
+    for number in (1, 2):
+        write_image(folder / "photos" / f"{number}.png", clean_image(number, (40, 50)))
+    av = pytest.importorskip("av")
+    with av.open(str(folder / "rainy.mp4"), "w") as video:
+        stream = video.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(4):
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(clean_image(number, (48, 64)), format="rgb24")))
+        video.mux(stream.encode())
+    return folder
+
+
+def run(command, place):
+    """Runs a line as a shell would."""
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=place,
+        env={**os.environ, **ALONE},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.mark.slow
+def test_the_first_commands_run_as_written(place):
+    commands = [line.partition("  #")[0].strip() for line in FIRST.splitlines()]
+    for command in commands:
+        if not command.startswith("derain app"):
+            run(command, place)
+    for one in ("clean.jpg", "again.jpg"):
+        assert image_size(place / one) == (70, 90)
+    assert {file.name for file in (place / "restored").iterdir()} >= {"1.png", "2.png"}
+    assert (place / "clean.mp4").stat().st_size > 0
+    assert any(command.startswith("derain app") for command in commands)
+
+
+@pytest.mark.slow
+def test_the_page_is_there_until_it_is_stopped(place):
+    command = next(line.partition("  #")[0].strip() for line in FIRST.splitlines() if line.startswith("derain app"))
+    process = subprocess.Popen(
+        [*shlex.split(command), "--port", "0"],
+        cwd=place,
+        env={**os.environ, **ALONE},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        told = next(line for line in process.stdout if "http://127.0.0.1:" in line)
+        page = re.search(r"http://127\.0\.0\.1:\d+", told).group()
+        with urllib.request.urlopen(page, timeout=60) as answer:
+            assert b"derain" in answer.read()
+    finally:
+        process.send_signal(2)
+        assert process.wait(60) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_python_runs_as_written(number, place):
+    (place / "script.py").write_text(PYTHON[number])
+    run(f"{shlex.quote(sys.executable)} script.py", place)
+
+
+@pytest.mark.parametrize("line", NAMED)
+def test_commands_and_options_are_there(line, capsys):
+    from derain.cli import main
+
+    parts = shlex.split(line.replace("[", "'[").replace("]", "]'") if "[" in line and "'" not in line else line)
+    command = parts[1]
+    assert command in TRAINER | COMMANDS
+    if command in TRAINER:
+        experiments = [part for part in parts if part.startswith("experiments/")]
+        assert all((Path(__file__).parents[1] / part).is_file() for part in experiments)
+        return
+    chosen = [command, *([parts[2]] if command in {"data", "models"} else []), "--help"]
+    with pytest.raises(SystemExit):
+        main(chosen)
+    told = capsys.readouterr().out
+    for option in (part.partition("=")[0] for part in parts if part.startswith("--")):
+        assert option in told
+
+
+def test_the_picture_is_there():
+    for file in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert np.prod(image_size(Path(__file__).parents[1] / file)) > 0
