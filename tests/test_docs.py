@@ -18,8 +18,9 @@ import yaml
 
 from derain.cli import COMMANDS, TRAINER, main
 from derain.data.layouts import LAYOUTS
+from derain.images import write_image
 from derain.metrics import PROTOCOLS
-from tests.factories import make_set
+from tests.factories import clean_image, make_set
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
@@ -104,6 +105,7 @@ def test_sweeps_are_all_told():
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    write_image(tmp_path / "rainy.jpg", clean_image(0))
     before = dict(LAYOUTS), dict(PROTOCOLS)
     try:
         for block in blocks(page, "python"):
