@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from derain.errors import DerainError
@@ -111,7 +111,7 @@ class Restorer:
                 for all others; each image is perceived if not given.
 
         Returns:
-            The same kind, shape, type and device. A PIL image is RGB, with the alpha that it had.
+            The same kind, shape, type and device. A PIL image is upright RGB, with the alpha and profile that it had.
 
         Raises:
             DerainError: If it is none of these, or memory does not suffice for the smallest tile.
@@ -120,9 +120,16 @@ class Restorer:
         if isinstance(rainy, list | tuple):
             restored = type(rainy)(self(one, perceived) for one in rainy)
         elif isinstance(rainy, Image.Image):
-            restored = Image.fromarray(self(np.asarray(rainy.convert("RGB")), perceived))
-            if rainy.has_transparency_data:
-                restored.putalpha(rainy.convert("RGBA").getchannel("A"))
+            if rainy.mode[0] in "IF":  # more than 8 bits, which Pillow would clip
+                raise DerainError(
+                    f"a PIL image of mode {rainy.mode}; give an array of floats in [0, 1], or a mode of 8 bits"
+                )
+            upright = ImageOps.exif_transpose(rainy)
+            restored = Image.fromarray(self(np.asarray(upright.convert("RGB")), perceived))
+            if upright.has_transparency_data:
+                restored.putalpha(upright.convert("RGBA").getchannel("A"))
+            if upright.mode != "CMYK" and "icc_profile" in upright.info:
+                restored.info["icc_profile"] = upright.info["icc_profile"]
         elif isinstance(rainy, np.ndarray) and rainy.ndim in (3, 4):
             tensor = self(torch.from_numpy(np.array(np.moveaxis(rainy, -1, -3))), perceived)
             restored = np.ascontiguousarray(np.moveaxis(tensor.numpy(), -3, -1))

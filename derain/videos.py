@@ -56,6 +56,7 @@ class Look(NamedTuple):
         full: Whether luma fills 0 to 255.
         tags: Colour matrix, range, transfer function and primaries, as the file names them.
         aspect: Width of an upright pixel by its height.
+        bits: A channel.
     """
 
     height: int
@@ -66,6 +67,7 @@ class Look(NamedTuple):
     full: bool
     tags: tuple[int, int, int, int]
     aspect: Fraction
+    bits: int
 
 
 def crf_of(crf: int) -> int:
@@ -119,6 +121,8 @@ def rewrite(
         DerainError: If the video cannot be read, or the container cannot hold its sound.
     """
     first = look(source)
+    if first.bits > 8:
+        log.warning("%s: has %d bits a channel; 8 are written", source, first.bits)
     with ExitStack() as stack:
         container = stack.enter_context(_opened(source))
         stream, others = _streams(container, source)
@@ -173,8 +177,9 @@ def look(path: Path) -> Look:
     told = int(frame.colorspace) if int(frame.colorspace) in MATRICES else UNSPECIFIED
     full = int(frame.color_range) == FULL or frame.format.name.startswith("yuvj")
     reach = FULL if full else int(frame.color_range)
+    bits = max(component.bits for component in frame.format.components)
     tags = (told, reach, int(frame.color_trc), int(frame.color_primaries))
-    return Look(height, width, mirrored, quarters, matrix, full, tags, 1 / aspect if quarters % 2 else aspect)
+    return Look(height, width, mirrored, quarters, matrix, full, tags, 1 / aspect if quarters % 2 else aspect, bits)
 
 
 def turn(display: Sequence[int]) -> tuple[bool, int] | None:
@@ -282,6 +287,7 @@ class _Reading:
         self.container, self.stream, self.others, self.path, self.writers = container, stream, others, path, writers
         self.early: list[tuple[Any, int]] = []
         self.frames = self.damaged = 0
+        self.broken = ""
         self.end = Fraction(0)
 
     def __iter__(self) -> Iterator[Any]:
@@ -301,7 +307,10 @@ class _Reading:
         while True:
             try:
                 packet = next(packets)
-            except (StopIteration, av.FFmpegError):  # the file is cut off within a packet
+            except StopIteration:
+                break
+            except av.FFmpegError as error:  # the file is cut off within a packet
+                self.broken = _reason(error)
                 break
             if packet.size:
                 if packet.pts is not None:
@@ -338,7 +347,9 @@ class _Reading:
         if not self.frames:
             raise DerainError(f"{self.path}: no frame could be decoded; give a whole video")
         start, duration = self.container.start_time or 0, self.container.duration
-        if duration is not None:
+        if self.broken:
+            log.warning("%s: breaks off at %.1f s (%s); what is there was restored", self.path, self.end, self.broken)
+        elif duration is not None:
             last, whole = float(self.end) - start / 1_000_000, duration / 1_000_000
             if whole - last > max(0.2, whole / 100):
                 log.warning("%s: breaks off at %.1f of %.1f s; what is there was restored", self.path, last, whole)

@@ -163,6 +163,7 @@ def build(studio: Studio, max_megabytes: int) -> FastAPI:
         ),
         head=f"{HEAD}<style>{STYLE.read_text(encoding='utf-8')}</style>",  # whole, which css= would not leave it
     )
+    blocks.has_launched = True  # only then does gradio refuse a path that nobody has uploaded
     return page
 
 

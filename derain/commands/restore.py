@@ -168,6 +168,8 @@ def plan(source: str, output: Path) -> dict[Path, Path]:
     elif path.is_file():
         target = videos.writable(output / path.name) if output.is_dir() or not output.suffix else output
         targets = {path: target}
+        if not is_video(path) and target.suffix.lower() not in SUFFIXES:
+            raise DerainError(f"{target}: cannot write '{target.suffix}'; end it in .png, .jpg, .webp, .tif or .bmp")
     else:
         matches = (Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207 - the pattern may be absolute
         files = sorted((f for f in matches if f.suffix.lower() in KINDS and f.is_file()), key=natural_key)

@@ -256,7 +256,13 @@ def draw(folder: Path, rows: Sequence[Row], protocol: str, metrics: Iterable[Pat
     """
     from derain import plots
 
-    names = dict(zip((id(row) for row in rows), labels(rows), strict=True))
+    told = labels(rows)
+    names = {
+        id(row): name
+        if told.count(name) == 1
+        else f"{name}, trained on {'; '.join(row.trained_on) or 'what is not told'}"
+        for row, name in zip(rows, told, strict=True)
+    }
     written = []
     for name in sets_of(rows):
         timed = {
@@ -269,8 +275,8 @@ def draw(folder: Path, rows: Sequence[Row], protocol: str, metrics: Iterable[Pat
             written.append(plots.trade_off(folder / f"seconds-{_slug(name)}.png", timed, name, protocol))
     runs = {file: points for file in metrics if (points := _epochs(file))}
     if runs:
-        told = dict(zip(runs, shortened([file.parent for file in runs]), strict=True))
-        curves = {told[file]: points for file, points in runs.items()}
+        folders = dict(zip(runs, shortened([file.parent for file in runs]), strict=True))
+        curves = {folders[file]: points for file, points in runs.items()}
         written.append(plots.curves(folder / "curves.png", curves))
     for row in rows:
         for score in row.scores:
@@ -289,13 +295,19 @@ def _epochs(file: Path) -> list[tuple[float, float]]:
     """Epochs and their ``val/psnr`` in a run's log; none where it was no training."""
     with file.open(newline="") as opened:
         rows = [row for row in csv.DictReader(opened) if row.get("val/psnr") and row.get("epoch")]
-    return [(float(row["epoch"]), float(row["val/psnr"])) for row in rows]
+    try:
+        return [(float(row["epoch"]), float(row["val/psnr"])) for row in rows]
+    except ValueError as error:
+        raise DerainError(f"{file}: no log of derain fit ({error}); leave it out") from error
 
 
 def _images(file: Path | None, protocol: str) -> list[tuple[float, float]]:
     """PSNR of every image, rainy and derained; none where they were not kept."""
     if file is None or not file.is_file():
         return []
-    with file.open(newline="") as opened:
-        rows = [row for row in csv.DictReader(opened) if row["protocol"] == protocol]
-    return [(float(row["rainy_psnr"]), float(row["psnr"])) for row in rows]
+    try:
+        with file.open(newline="") as opened:
+            rows = [row for row in csv.DictReader(opened) if row["protocol"] == protocol]
+        return [(float(row["rainy_psnr"]), float(row["psnr"])) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DerainError(f"{file}: no images of derain test ({error!r}); leave --plot out") from error

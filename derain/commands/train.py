@@ -122,8 +122,11 @@ class DerainCLI(LightningCLI):
             if "save_dir" in getattr(logger, "init_args", {}):
                 logger.init_args.save_dir = str(self.folder)
         last = self.folder / "checkpoints" / "last.ckpt"
-        if resuming or last.is_file():  # SLURM started the job again, in the folder that it has
+        again = last.is_file() and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+        if resuming or again:  # SLURM started the job again, in the folder that it has
             config.ckpt_path = str(last)
+        elif last.is_file():
+            raise DerainError(f"{self.folder}: holds a run of this job; start each by srun, or add --ckpt_path last")
         if "weights_only" in config:
             config.weights_only = True
         if self.subcommand == "test":

@@ -112,6 +112,8 @@ def read(file: Path) -> dict[str, Any]:
     """
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
+        if not summary["results"]:
+            raise ValueError("it holds no results")
         described, data = summary["method"], summary["data"]
         _ = described["method"], described["hyper_parameters"], data["sets"], data["images"], data["fingerprint"]
         _ = [(one["protocol"], float(one["psnr"]), float(one["ssim"])) for one in summary["results"]]
@@ -154,7 +156,7 @@ def select(summaries: Sequence[tuple[Path, dict[str, Any]]], wanted: str | None)
 def _row(file: Path, summary: dict[str, Any], result: dict[str, Any]) -> Row:
     described, sampling = summary["method"], summary.get("sampling")
     details = {key: value for key, value in described["hyper_parameters"].items() if key != "clip"}
-    method = NAMES.get(described["method"], described["method"])
+    method = described.get("architecture") or NAMES.get(described["method"], described["method"])
     if details.get("contexts") == "none":
         method = "IR-SDE"
     if sampling:

@@ -111,16 +111,27 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
         weights.save(self, save_directory / hub.METHOD)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, **_: Any) -> "DescribedModule":
-        """Builds a method by what its file says of itself; called by ``from_pretrained``.
+    def from_pretrained(  # type: ignore[override]
+        cls, name: str | Path, *, revision: str | None = None, cache_dir: str | None = None, token: str | None = None
+    ) -> "DescribedModule":
+        """Builds a method by what its file says of itself, in eval mode.
+
+        Args:
+            name: Id on the Hugging Face hub (``OWNER/NAME``) or a directory that ``save_pretrained`` wrote.
+            revision: Branch, tag or commit on the hub.
+            cache_dir: Where the hub's files are kept.
+            token: For what is private there.
 
         Raises:
             DerainError: If it is of another method, cannot be had or is damaged.
         """
         from derain.methods import hub, weights
 
-        file = Path(model_id) / hub.METHOD if Path(model_id).is_dir() else weights.locate(f"hub:{model_id}")
-        module, note = weights.load(file, cls)
+        if Path(name).is_dir():
+            file = Path(name) / hub.METHOD
+        else:
+            file = hub.fetch_weights(str(name), revision=revision, cache_dir=cache_dir, token=token)
+        module, note = weights.load(file)
         if not isinstance(module, cls):
-            raise DerainError(f"{model_id}: {note}, no {cls.__name__}; use that class, or DerainModule for any method")
+            raise DerainError(f"{name}: {note}, no {cls.__name__}; use that class, or DerainModule for any method")
         return module

@@ -223,6 +223,10 @@ class OnnxNetwork(nn.Module):
 
         if given[0].is_cuda and not self.on_gpu:
             self.session, self.on_gpu = self._open(*_gpu_first()), True
+            if "CUDAExecutionProvider" not in self.session.get_providers():
+                raise DerainError(
+                    f"{self.path}: this onnxruntime has no CUDA; add --device cpu, or: pip install onnxruntime-gpu"
+                )
         named = {**dict(zip(self.inputs, given, strict=False)), **contexts}
         arrays = {name: one.float().cpu().contiguous() for name, one in named.items() if one is not None}
         done = []
@@ -303,7 +307,7 @@ def load(path: Path) -> Opened:
     """
     network = OnnxNetwork(path)
     told = network.description
-    if not {"method", "graph", "hyper_parameters"} <= told.keys():
+    if not {"method", "graph", "hyper_parameters"} <= told.keys() or not {"inputs", "parameters"} <= set(told["graph"]):
         raise DerainError(
             f"{path}: ONNX that does not say its method (no 'derain' entry); give a file of derain export"
         )

@@ -117,11 +117,12 @@ METHOD = "model.safetensors"
 """A method's weights on the hub, as `derain.methods.weights.save` writes them."""
 
 
-def fetch_weights(name: str) -> Path:
+def fetch_weights(name: str, **options: str | None) -> Path:
     """File of a method's weights on the hub; fetched, with a word about it, where it is not here yet.
 
     Args:
         name: ``OWNER/NAME``.
+        options: ``revision``, ``cache_dir`` and ``token`` of huggingface_hub.
 
     Raises:
         DerainError: If it can be neither found nor fetched.
@@ -131,18 +132,19 @@ def fetch_weights(name: str) -> Path:
     from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
 
     try:
-        return Path(hf_hub_download(name, METHOD, local_files_only=True))
+        return Path(hf_hub_download(name, METHOD, local_files_only=True, **options))
     except HFValidationError as error:
         raise DerainError(f"hub:{name}: no id on the Hugging Face hub; expected hub:OWNER/NAME") from error
     except LocalEntryNotFoundError:
         pass
-    source, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+    source, cache = constants.ENDPOINT, options.get("cache_dir") or constants.HF_HUB_CACHE
     try:
-        files = {f.rfilename: f.size or 0 for f in HfApi().model_info(name, files_metadata=True).siblings or ()}
+        info = HfApi(token=options.get("token")).model_info(name, revision=options.get("revision"), files_metadata=True)
+        files = {f.rfilename: f.size or 0 for f in info.siblings or ()}
         if METHOD not in files:
             raise DerainError(f"hub:{name}: {source} has no {METHOD} under this name; give one that derain has pushed")
         log.info("fetching %s of %s (%.1f MB) from %s into %s", METHOD, name, files[METHOD] / 1e6, source, cache)
-        return Path(hf_hub_download(name, METHOD))
+        return Path(hf_hub_download(name, METHOD, **options))
     except (NetworkError, LocalEntryNotFoundError, OSError) as error:
         raise DerainError(
             f"hub:{name}: not in {cache} and cannot be fetched from {source} ({type(error).__name__}); fetch it "

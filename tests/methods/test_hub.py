@@ -53,19 +53,25 @@ def test_pushing_sends_weights_and_card(monkeypatch):
 def hub(monkeypatch, tmp_path, files):
     """A hub that has a repository with these files, none of which is here yet."""
     tiny().save_pretrained(tmp_path / "saved")
+    asked = []
 
-    def download(repo_id, filename, local_files_only=False):
+    def download(repo_id, filename, local_files_only=False, **options):
+        asked.append(options)
         if local_files_only:
             raise LocalEntryNotFoundError("not here")
         return str(tmp_path / "saved" / filename)
 
     class Api:
-        def model_info(self, name, files_metadata):
+        def __init__(self, token=None):
+            pass
+
+        def model_info(self, name, revision, files_metadata):
             found = [type("File", (), {"rfilename": file, "size": 700_000})() for file in files]
             return type("Info", (), {"siblings": found})()
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    return asked
 
 
 def test_weights_of_the_hub_are_fetched_with_a_word_about_it(monkeypatch, tmp_path, caplog):
@@ -75,6 +81,14 @@ def test_weights_of_the_hub_are_fetched_with_a_word_about_it(monkeypatch, tmp_pa
     assert isinstance(weights.load(file).module, PReNetModule)
     for part in ("someone/prenet", "0.7 MB", "from https://"):
         assert part in caplog.text
+
+
+def test_a_revision_is_asked_for(monkeypatch, tmp_path):
+    asked = hub(monkeypatch, tmp_path, ["model.safetensors"])
+    assert isinstance(PReNetModule.from_pretrained("someone/prenet", revision="v1"), PReNetModule)
+    assert [options["revision"] for options in asked] == ["v1", "v1"]
+    with pytest.raises(TypeError, match="strict"):
+        PReNetModule.from_pretrained("someone/prenet", strict=False)
 
 
 def test_the_hub_may_lack_them(monkeypatch, tmp_path):
