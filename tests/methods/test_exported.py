@@ -49,6 +49,7 @@ def test_onnx_restores_as_torch_does(name, tmp_path):
     exported.write(exported.graph_of(method), method.describe(), tmp_path / "m.onnx", "onnx")
     loaded, note = weights.load(tmp_path / "m.onnx")
     assert type(method).__name__ in note
+    assert ("route 1" in note) == (name == "CLIPRPNModule")
     assert apart(method, loaded) < (1e-4 if method.samples else 1e-5)
     assert loaded.bytes_per_pixel >= method.bytes_per_pixel
 
@@ -88,20 +89,9 @@ def test_files_say_what_they_are(tmp_path):
     assert sizes[2:] == ["height", "width"]
 
 
-def test_a_graph_takes_one_route(tmp_path):
-    torch.manual_seed(0)
-    options = SMALL["CLIPRPNModule"] | {"perception": "clip"}
+def test_a_graph_takes_one_route():
     with pytest.raises(DerainError, match=r"have 2 routes.*--route 0 to --route 1"):
-        exported.graph_of(CLIPRPNModule(**options))
-    ways = []
-    for route in (0, 1):
-        method = made("CLIPRPNModule")
-        method.routing.take(route)
-        exported.write(exported.graph_of(method), method.describe(), tmp_path / f"{route}.onnx", "onnx")
-        loaded, note = weights.load(tmp_path / f"{route}.onnx")
-        assert f"route {route}" in note
-        ways.append(restored(loaded, (20, 30)))
-    assert (ways[0] - ways[1]).abs().max() > 1e-3
+        exported.graph_of(CLIPRPNModule(**SMALL["CLIPRPNModule"] | {"perception": "clip"}))
 
 
 def test_images_of_a_batch_are_restored_alike(tmp_path):

@@ -1,4 +1,5 @@
 import importlib.util
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -7,9 +8,12 @@ import torch
 from spandrel.architectures.Compact import Compact
 from spandrel.architectures.NAFNet import NAFNet
 from spandrel.architectures.SwinIR import SwinIR
+from spandrel.architectures.Uformer import Uformer
+from torch.utils.flop_counter import FlopCounterMode
 
+from derain.commands import bench
 from derain.errors import DerainError
-from derain.methods import weights
+from derain.methods import others, weights
 from derain.methods.others import SMALLEST, OtherModule
 
 BUILDS = {
@@ -55,6 +59,25 @@ def test_any_size_keeps_its_shape(network, size, tmp_path):
     torch.save(network[1].state_dict(), tmp_path / "w.pth")
     with torch.no_grad():
         assert weights.load(tmp_path / "w.pth").module(torch.rand(1, 3, *size)).shape == (1, 3, *size)
+
+
+def test_a_networks_own_sizes_are_kept_to():
+    """Uformer takes squares alone."""
+    torch.manual_seed(0)
+    theirs = Uformer(embed_dim=8, depths=[1] * 9, num_heads=[1] * 9, win_size=4).eval()
+    method = others.recognised(Path("w.pth"), theirs.state_dict())
+    rainy = torch.rand(1, 3, 40, 56)
+    with torch.no_grad():
+        assert method(rainy).shape == rainy.shape
+        assert method.pass_once(rainy).shape[2] == method.pass_once(rainy).shape[3]
+
+
+def test_bench_counts_their_multiplications(tmp_path):
+    network = BUILDS["NAFNet"]()
+    method = others.recognised(tmp_path / "w.pth", network.state_dict())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.rand(1, 3, 16, 16))
+    assert bench.cost(method, 16)["macs"] == counter.get_total_flops() / 2
 
 
 def test_networks_that_restore_no_photos_are_refused(tmp_path):
