@@ -121,9 +121,7 @@ class Restorer:
             restored = type(rainy)(self(one, perceived) for one in rainy)
         elif isinstance(rainy, Image.Image):
             if rainy.mode[0] in "IF":  # more than 8 bits, which Pillow would clip
-                raise DerainError(
-                    f"a PIL image of mode {rainy.mode}; give an array of floats in [0, 1], or a mode of 8 bits"
-                )
+                raise DerainError(f"a PIL image of mode {rainy.mode}; give 8 bits, or an array of floats in [0, 1]")
             upright = ImageOps.exif_transpose(rainy)
             restored = Image.fromarray(self(np.asarray(upright.convert("RGB")), perceived))
             if upright.has_transparency_data:

@@ -258,9 +258,7 @@ def draw(folder: Path, rows: Sequence[Row], protocol: str, metrics: Iterable[Pat
 
     told = labels(rows)
     names = {
-        id(row): name
-        if told.count(name) == 1
-        else f"{name}, trained on {'; '.join(row.trained_on) or 'what is not told'}"
+        id(row): name if told.count(name) == 1 else f"{name}, trained on {'; '.join(row.trained_on) or 'unknown'}"
         for row, name in zip(rows, told, strict=True)
     }
     written = []

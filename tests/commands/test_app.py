@@ -280,6 +280,15 @@ def test_two_people_at_once(served, photo, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_file_that_nobody_uploaded_is_not_read(served, photo):
+    sent = {"data": [{"path": str(photo), "meta": {"_type": "gradio.FileData"}}, MODEL, 0, 0]}
+    event = httpx.post(f"{served[0]}/gradio_api/call/restore", json=sent).json()["event_id"]
+    answer = httpx.get(f"{served[0]}/gradio_api/call/restore/{event}", timeout=120).text
+    assert "event: error" in answer
+    assert "derained" not in answer
+
+
+@pytest.mark.slow
 def test_a_file_that_is_too_large_is_not_taken(served):
     answer = httpx.post(f"{served[0]}/gradio_api/upload", files={"files": ("big.png", bytes(1_200_000))})
     assert answer.status_code == 413
