@@ -280,12 +280,17 @@ def test_two_people_at_once(served, photo, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_file_that_nobody_uploaded_is_not_read(served, photo):
+def test_a_file_that_nobody_uploaded_is_not_read(file, photo):
+    process = start("app", "--port", "0", "--weights", file, "--device", "cpu")
+    address = process.stdout.readline().split()[0]
     sent = {"data": [{"path": str(photo), "meta": {"_type": "gradio.FileData"}}, MODEL, 0, 0]}
-    event = httpx.post(f"{served[0]}/gradio_api/call/restore", json=sent).json()["event_id"]
-    answer = httpx.get(f"{served[0]}/gradio_api/call/restore/{event}", timeout=120).text
+    event = httpx.post(f"{address}/gradio_api/call/restore", json=sent, timeout=60).json()["event_id"]
+    answer = httpx.get(f"{address}/gradio_api/call/restore/{event}", timeout=120).text
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=120)
     assert "event: error" in answer
     assert "derained" not in answer
+    assert "not uploaded by a user" in told
 
 
 @pytest.mark.slow
