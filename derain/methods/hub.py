@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +118,16 @@ METHOD = "model.safetensors"
 """A method's weights on the hub, as `derain.methods.weights.save` writes them."""
 
 
-def fetch_weights(name: str, **options: str | None) -> Path:
+def fetch_weights(
+    name: str, *, revision: str | None = None, cache_dir: str | None = None, token: str | None = None
+) -> Path:
     """File of a method's weights on the hub; fetched, with a word about it, where it is not here yet.
 
     Args:
         name: ``OWNER/NAME``.
-        options: ``revision``, ``cache_dir`` and ``token`` of huggingface_hub.
+        revision: Branch, tag or commit.
+        cache_dir: Where the hub's files are kept.
+        token: For what is private.
 
     Raises:
         DerainError: If it can be neither found nor fetched.
@@ -131,20 +136,21 @@ def fetch_weights(name: str, **options: str | None) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
 
+    download = partial(hf_hub_download, name, METHOD, revision=revision, cache_dir=cache_dir, token=token)
     try:
-        return Path(hf_hub_download(name, METHOD, local_files_only=True, **options))
+        return Path(download(local_files_only=True))
     except HFValidationError as error:
         raise DerainError(f"hub:{name}: no id on the Hugging Face hub; expected hub:OWNER/NAME") from error
     except LocalEntryNotFoundError:
         pass
-    source, cache = constants.ENDPOINT, options.get("cache_dir") or constants.HF_HUB_CACHE
+    source, cache = constants.ENDPOINT, cache_dir or constants.HF_HUB_CACHE
     try:
-        info = HfApi(token=options.get("token")).model_info(name, revision=options.get("revision"), files_metadata=True)
+        info = HfApi(token=token).model_info(name, revision=revision, files_metadata=True)
         files = {f.rfilename: f.size or 0 for f in info.siblings or ()}
         if METHOD not in files:
             raise DerainError(f"hub:{name}: {source} has no {METHOD} under this name; give one that derain has pushed")
         log.info("fetching %s of %s (%.1f MB) from %s into %s", METHOD, name, files[METHOD] / 1e6, source, cache)
-        return Path(hf_hub_download(name, METHOD, **options))
+        return Path(download())
     except (NetworkError, LocalEntryNotFoundError, OSError) as error:
         raise DerainError(
             f"hub:{name}: not in {cache} and cannot be fetched from {source} ({type(error).__name__}); fetch it "
