@@ -108,6 +108,8 @@ def load(path: Path, own: type[DescribedModule] | None = None) -> Weights:
     """
     if path.suffix.lower() == ".onnx" and path.is_file():
         return Weights(*exported.load(path))
+    if path.suffix.lower() == ".pt2":
+        raise DerainError(f"{path}: a program of torch.export, for use without derain; give weights, or export ONNX")
     content = read(path)
     if content.description:
         module = _build(path, content.description, content.state, own)

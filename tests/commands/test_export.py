@@ -104,6 +104,7 @@ def test_refusals_take_one_line(folder, tmp_path, capsys, monkeypatch):
         (["export", "--weights", onnx, str(tmp_path / "m.onnx")], "cannot be exported"),
         (["export", "--weights", file, str(tmp_path / "m.onnx"), "--route", "0"], "has no routes"),
         (["export", "--weights", str(tmp_path / "absent.pth"), str(tmp_path / "m.onnx")], "no such file"),
+        (["restore", photo, out, "--weights", str(tmp_path / "m.pt2")], "m.pt2: a program of torch.export"),
         (["restore", photo, out, "--weights", onnx, "--compile"], "--compile"),
         (["restore", photo, out, "--weights", onnx, "--route", "0"], "--route 0"),
         (["restore", photo, out, "--weights", onnx, "--steps", "3"], "leave out solver"),

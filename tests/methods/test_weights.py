@@ -35,6 +35,12 @@ def test_authors_state_dicts_are_recognised_by_their_keys(tmp_path, variant):
         assert torch.equal(value, loaded.network.state_dict()[name])
 
 
+@pytest.mark.parametrize("wrapped", ["params_ema", "model_state_dict", "model", "net"])
+def test_tensors_are_found_where_others_keep_them(tmp_path, wrapped):
+    torch.save({wrapped: PReNetModule().network.state_dict(), "epoch": 3}, tmp_path / "w.pth")
+    assert isinstance(weights.load(tmp_path / "w.pth").module, PReNetModule)
+
+
 def test_published_files_load(authors_weights):
     found = sorted(authors_weights.rglob("*.pth"))
     assert len(found) == 5
@@ -63,6 +69,8 @@ def test_refusals_say_what_was_found_and_expected(method, tmp_path):
     refused(tmp_path / "empty.pth", "expected")
     torch.save({"layer.weight": torch.zeros(1)}, tmp_path / "other.pth")
     refused(tmp_path / "other.pth", "layer.weight", "expected")
+    torch.save({"net": {"layer.weight": torch.zeros(1)}}, tmp_path / "within.pth")
+    refused(tmp_path / "within.pth", "layer.weight", "expected")
     torch.save([1, 2], tmp_path / "list.pth")
     refused(tmp_path / "list.pth", "list", "expected")
     state = method.network.state_dict()
