@@ -118,7 +118,8 @@ def test_two_nodes_by_torchrun(place):
 
 
 @pytest.mark.slow
-def test_a_job_that_slurm_starts_again_goes_on_on_two_nodes(place):
+def test_a_job_that_slurm_starts_again_goes_on_on_two_nodes(place, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert main([*FIT, *ALONE, "--trainer.max_epochs", "2", "--trainer.default_root_dir", "whole"]) == 0
     assert main([*FIT, *ALONE]) == 0
     run = Path("runs/exp/fit-1").rename("runs/exp/fit-4242")
@@ -127,6 +128,16 @@ def test_a_job_that_slurm_starts_again_goes_on_on_two_nodes(place):
     assert_same_run(run, place / "whole/fit-1")
     assert len(metrics(run, "val/psnr")) == 2
     assert list(Path("runs/exp").iterdir()) == [run]
+
+
+def test_another_training_of_the_job_does_not_go_on_with_the_first(place, capsys, monkeypatch):
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    last = place / "runs/exp/fit-7/checkpoints/last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.write_bytes(b"of another training")
+    assert main(FIT) == 2
+    assert "holds a run of this job; start each by srun" in capsys.readouterr().err
 
 
 @pytest.mark.slow
