@@ -34,7 +34,7 @@ def finish_all(processes):
     """Waits for processes that need each other; what each of them told."""
     try:
         with ThreadPoolExecutor(len(processes)) as pool:  # each is read from, lest it wait for its reader
-            told = [text for text, _ in pool.map(lambda process: process.communicate(timeout=300), processes)]
+            told = [text for text, _ in pool.map(lambda process: process.communicate(timeout=600), processes)]
     finally:
         for process in processes:
             process.terminate()
