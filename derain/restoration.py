@@ -43,7 +43,8 @@ class Restorer:
         tile: Side of the tiles in pixels; ``auto``: whole images where memory allows, else the largest
             tile that fits; ``None``: whole images always. Out of memory halves the tile and tries again.
         overlap: Pixels that neighbouring tiles share; they are blended by a raised cosine.
-        ensemble: Mean over the eight flips and rotations: slower eight times, a little better.
+        ensemble: Mean over the eight flips and rotations, eight times slower: better only by methods that were trained
+            on transposed crops; others take turned rain for no rain.
         route: Let all images take this route, of methods that have routes, instead of perceiving them.
         sampling: Solver, steps and seed, of methods that sample; their own default if not given.
         compile: Compile the network; takes up to a minute first, and pays from a few hundred images on.

@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "export, or what spandrel knows (default: %(default)s)",
     )
     parser.add_argument("--tile", default="auto", help="side of tiles in pixels, auto (default) or none")
-    parser.add_argument("--ensemble", action="store_true", help="mean over 8 flips and rotations, 8 times slower")
+    parser.add_argument(
+        "--ensemble",
+        action="store_true",
+        help="mean over 8 flips and rotations, 8 times slower; for methods that were trained on transposed crops",
+    )
     parser.add_argument(
         "--compare", action="store_true", help="also write NAME.EXT-compare.png, or .mp4: before and after"
     )
