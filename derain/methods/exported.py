@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -287,20 +287,8 @@ class ExportedModule(DerainModule):
         return cast(OnnxNetwork, self.network).description
 
 
-class Opened(NamedTuple):
-    """A method from an ONNX file.
-
-    Attributes:
-        module: Ready to restore.
-        note: One line for people.
-    """
-
-    module: DerainModule
-    note: str
-
-
-def load(path: Path) -> Opened:
-    """Opens an ONNX file that `write` wrote.
+def load(path: Path) -> tuple[DerainModule, str]:
+    """Opens an ONNX file that `write` wrote: the method, and one line for people.
 
     Raises:
         DerainError: If it cannot be read, is not one of derain's, or its method is unknown here.
@@ -321,4 +309,4 @@ def load(path: Path) -> Opened:
         module.recall(told)
         cast(Any, module).network = network
     route = "".join(f", route {one}" for one in told["graph"].get("routes", ()))
-    return Opened(module.eval(), f"{told['method']} as ONNX ({told['graph']['parameters']:,} parameters{route})")
+    return module.eval(), f"{told['method']} as ONNX ({told['graph']['parameters']:,} parameters{route})"
