@@ -65,7 +65,8 @@ def test_the_four_runs_of_a_sweep_offline(tmp_path, monkeypatch):
     told = grid(sweep)
     assert len(told) == 4
     small = [*SMALL, f"--model.clip={make_clip(tmp_path / 'clip')}"]
-    variables = os.environ | {
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}  # as a service's
+    variables = inherited | {
         **{"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
         **{"WANDB_MODE": "offline", "WANDB_SWEEP_ID": "asweep", "DERAIN_DATA": str(tmp_path / "data")},
         **{"WANDB_DATA_DIR": str(tmp_path / "wandb"), "WANDB_CACHE_DIR": str(tmp_path / "wandb")},
