@@ -45,9 +45,9 @@ usage: derain COMMAND [options]     (derain COMMAND --help tells the options)
 def _tell() -> None:
     """Sends what derain has to say to standard error, once and from one rank."""
     log = logging.getLogger("derain")
-    log.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
-    if not log.handlers:
-        log.addHandler(logging.StreamHandler())
+    rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
+    log.setLevel(logging.INFO if rank == "0" else logging.WARNING)
+    log.handlers = log.handlers or [logging.StreamHandler()]
 
 
 def main(argv: list[str] | None = None) -> int:

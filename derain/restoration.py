@@ -18,7 +18,7 @@ from torch import Tensor
 
 from derain.errors import DerainError
 from derain.memory import free_memory
-from derain.methods import CLIPRPNModule, DerainModule, weights
+from derain.methods import DerainModule, weights
 from derain.methods.daclipsde.solvers import Sampling
 from derain.progress import track
 
@@ -86,9 +86,7 @@ class Restorer:
         self.device = choose_device(device)
         self.method = method.to(self.device).eval()
         if route is not None:
-            if not isinstance(method, CLIPRPNModule):
-                raise DerainError(f"--route {route}: {type(method).__name__} has no routes; leave it out")
-            method.routing.take(route)
+            method.take_route(route)
         if sampling is not None:
             method.sample_by(sampling)
         method.check()

@@ -1,3 +1,4 @@
+import logging
 import subprocess
 import sys
 
@@ -19,12 +20,30 @@ def test_help_lists_every_command_on_one_line_and_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "start", ["from derain.cli import main; main(['data', 'list'])", "import derain.commands.score"]
+    "start",
+    [
+        "from derain.cli import main; main(['data', 'list'])",
+        "from derain.cli import main; main(['models', 'info'])",
+        "import derain.commands.score",
+    ],
 )
-def test_data_and_score_start_without_torch(start):
+def test_what_needs_no_torch_starts_without(start):
     code = f"import sys; {start}; print('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert told.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    ("variables", "level"),
+    [({}, logging.INFO), ({"RANK": "2", "LOCAL_RANK": "0"}, logging.WARNING), ({"SLURM_PROCID": "0"}, logging.INFO)],
+)
+def test_one_rank_of_all_nodes_speaks(variables, level, monkeypatch):
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--version"]) == 0
+    assert logging.getLogger("derain").level == level
 
 
 def test_version(capsys):

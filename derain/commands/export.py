@@ -11,7 +11,7 @@ from rich.table import Table
 
 from derain.errors import DerainError
 from derain.images import replacing
-from derain.methods import METHODS, CLIPRPNModule, exported, weights
+from derain.methods import METHODS, exported, weights
 from derain.progress import track
 
 SIZES = ((37, 31), (64, 64), (101, 77), (1, 1), (130, 96))
@@ -37,10 +37,8 @@ def run(args: argparse.Namespace) -> int:
     method, note = weights.load(weights.locate(args.weights))
     if not isinstance(method, METHODS):
         raise DerainError(f"{args.weights}: {note} cannot be exported; give weights of a method of derain")
-    if isinstance(method, CLIPRPNModule) and args.route is not None:
-        method.routing.take(args.route)
-    elif args.route is not None:
-        raise DerainError(f"--route {args.route}: {type(method).__name__} has no routes; leave it out")
+    if args.route is not None:
+        method.take_route(args.route)
     graph = exported.graph_of(method)
     print(f"{args.weights}: {note}; recording its network, which takes up to minutes", file=sys.stderr)
     with replacing(args.output) as temporary:

@@ -8,6 +8,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from derain.errors import DerainError
+from derain.models import in_the_box
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a table, or a card: rendered on a terminal, as Markdown elsewhere."""
-    from derain.methods import weights
-
-    shipped = weights.in_the_box()
+    shipped = in_the_box()
     if args.task == "list":
+        from derain.methods import weights
+
         table = Table("name", "method", "parameters", "MB", "trained on", title_justify="left")
         for name, file in shipped.items():
             content = weights.read(file)

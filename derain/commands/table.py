@@ -222,14 +222,14 @@ def _csv(rows: Sequence[Row], protocol: str) -> str:
     text = io.StringIO()
     measures = ("psnr", "ssim", "lpips", "images", "fingerprint")
     titles = ["method", "trained_on", "protocol", "dataset", *measures]
-    titles += ["parameters", "macs", "seconds", "hardware", "weights", "file", "note"]
+    titles += ["seconds", "parameters", "macs", "hardware", "weights", "file", "note"]
     writer = csv.DictWriter(text, titles, lineterminator="\n")
     writer.writeheader()
     for name, row in zip(labels(rows), rows, strict=True):
-        same = {key: getattr(row, key) for key in titles[-7:]}
+        same = {key: getattr(row, key) for key in titles[-6:]}
         same |= {"method": name, "trained_on": "; ".join(row.trained_on), "protocol": row.protocol}
         for score in row.scores:
-            numbers = {key: getattr(score, key) for key in ("dataset", *measures)}
+            numbers = {key: getattr(score, key) for key in ("dataset", *measures, "seconds")}
             writer.writerow(same | numbers)
     return text.getvalue()
 
@@ -264,10 +264,10 @@ def draw(folder: Path, rows: Sequence[Row], protocol: str, metrics: Iterable[Pat
     written = []
     for name in sets_of(rows):
         timed = {
-            names[id(row)]: (row.seconds, score.psnr)
+            names[id(row)]: (score.seconds, score.psnr)
             for row in rows
             for score in row.scores
-            if row.seconds is not None and score.dataset == name
+            if score.seconds is not None and score.dataset == name
         }
         if timed:
             written.append(plots.trade_off(folder / f"seconds-{_slug(name)}.png", timed, name, protocol))

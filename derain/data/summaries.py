@@ -41,6 +41,7 @@ class Score:
         images: How many.
         fingerprint: Of the images.
         each: The file of every image's scores.
+        seconds: An image, mean.
     """
 
     dataset: str
@@ -50,6 +51,7 @@ class Score:
     images: int | None = None
     fingerprint: str | None = None
     each: Path | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,7 @@ class Row:
         described: What rebuilds the method.
         parameters: Of the network.
         macs: Multiplications for an image.
-        seconds: An image.
-        hardware: Where that was measured.
+        hardware: Where seconds were measured.
         lpips_net: What LPIPS compared with.
         note: What a reader must know of a published row.
     """
@@ -83,10 +84,15 @@ class Row:
     described: dict[str, Any] = field(default_factory=dict)
     parameters: float | None = None
     macs: float | None = None
-    seconds: float | None = None
     hardware: str | None = None
     lpips_net: str | None = None
     note: str | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """An image, mean over the sets."""
+        told = [score.seconds for score in self.scores if score.seconds is not None]
+        return sum(told) / len(told) if told else None
 
 
 def find(places: Iterable[Path], name: str) -> list[Path]:
@@ -176,12 +182,12 @@ def _row(file: Path, summary: dict[str, Any], result: dict[str, Any]) -> Row:
                 summary["data"]["images"],
                 summary["data"]["fingerprint"],
                 file.with_name("images.csv"),
+                summary.get("seconds"),
             ),
         ),
         weights["sha256"][:8] if weights else None,
         str(file),
         described,
-        seconds=summary.get("seconds"),
         hardware=hardware and f"{hardware['device']}, {hardware['precision']}",
         lpips_net=summary.get("lpips_net") if "lpips" in result else None,
     )
@@ -245,14 +251,12 @@ def _groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[tuple[Any, l
 def _joined(rows: list[Row]) -> Row:
     """One line of several; what differs is told side by side."""
     sets = tuple(dict.fromkeys(name for row in rows for name in row.trained_on))
-    seconds = [row.seconds for row in rows if row.seconds is not None]
     return replace(
         rows[0],
         trained_on=sets,
         scores=tuple(score for row in rows for score in row.scores),
         weights=", ".join(dict.fromkeys(row.weights for row in rows if row.weights)) or None,
         file=", ".join(row.file for row in rows),
-        seconds=sum(seconds) / len(seconds) if seconds else None,
         hardware="; ".join(dict.fromkeys(row.hardware for row in rows if row.hardware)) or None,
         lpips_net=next((row.lpips_net for row in rows if row.lpips_net), None),
     )

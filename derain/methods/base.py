@@ -74,6 +74,10 @@ class DerainModule(DescribedModule, ABC):
             raise DerainError(f"{type(self).__name__} restores in one pass; leave out solver, steps and seed")
         self.sampling = sampling
 
+    def take_route(self, route: int) -> None:
+        """Lets all images take one route, of methods that have routes; others raise a DerainError."""
+        raise DerainError(f"--route {route}: {type(self).__name__} has no routes; leave it out")
+
     def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Any:
         """One pass of the network without what surrounds it, for counting and timing."""
         return self.network(rainy)

@@ -19,6 +19,7 @@ from derain.images import replacing
 from derain.methods import exported, others
 from derain.methods.described import DescribedModule
 from derain.methods.hub import fetch_weights
+from derain.models import in_the_box
 
 EXPECTED = (
     "expected a derain checkpoint (.ckpt), derain weights (.safetensors), a file of derain export (.onnx), or the "
@@ -30,15 +31,6 @@ UNSAID = "safetensors that do not say their method (no 'derain' entry)"
 
 WRAPPED = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net")
 """Where files of weights keep the tensors: BasicSR (so Restormer's authors), open_clip (so DA-CLIP's) and others."""
-
-
-BOX = Path(derain.__file__).parent / "models"
-"""What derain ships: ``NAME.safetensors``, and ``NAME.md``, which says where it comes from."""
-
-
-def in_the_box() -> dict[str, Path]:
-    """The weights that derain ships, by name."""
-    return {file.stem: file for file in sorted(BOX.glob("*.safetensors"))}
 
 
 def locate(name: Path | str) -> Path:

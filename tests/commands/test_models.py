@@ -1,11 +1,12 @@
 from derain.cli import main
 from derain.methods import weights
+from derain.models import in_the_box
 
 
 def test_list_tells_what_each_holds(capsys):
     assert main(["models", "list"]) == 0
     told = capsys.readouterr().out
-    for name, file in weights.in_the_box().items():
+    for name, file in in_the_box().items():
         module = weights.load(file).module
         assert name in told
         assert f"{module.parameter_count:,}" in told
@@ -13,8 +14,8 @@ def test_list_tells_what_each_holds(capsys):
 
 
 def test_every_model_in_the_box_is_small_and_has_a_card(capsys):
-    assert "default" in weights.in_the_box()
-    for name, file in weights.in_the_box().items():
+    assert "default" in in_the_box()
+    for name, file in in_the_box().items():
         assert file.stat().st_size <= 8e6
         assert main(["models", "info", name]) == 0
         card = capsys.readouterr().out

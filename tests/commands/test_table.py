@@ -86,6 +86,15 @@ def test_a_real_run_gives_its_numbers(tested, capsys):
     assert 0 < float(row["seconds"]) == summary["seconds"] < 10
 
 
+def test_seconds_are_of_a_set_and_the_table_prints_their_mean(copy, capsys):
+    copy("a", seconds=0.25)
+    copy("b", "Rain100L", ["RainTrainL"], seconds=0.75)
+    told = {row["dataset"]: float(row["seconds"]) for row in table(capsys, copy.folder)}
+    assert told == {"Rain800": 0.25, "Rain100L": 0.75}
+    (row,) = rows_of(copy.folder)
+    assert row.seconds == 0.5
+
+
 def test_protocols_are_not_mixed(tested, copy, capsys):
     assert main(["table", str(tested)]) == 2
     told = capsys.readouterr().err.splitlines()

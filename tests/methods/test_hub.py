@@ -7,6 +7,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from derain import DerainModule, PReNetModule, RestormerModule
 from derain.errors import DerainError
 from derain.methods import weights
+from derain.models import in_the_box
 
 
 def tiny():
@@ -111,5 +112,5 @@ def test_what_cannot_be_had_is_told_in_one_line(monkeypatch, name, told):
 def test_names_in_the_box_come_before_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "default").write_text("mine")
-    assert weights.locate("default") == weights.BOX / "default.safetensors"
+    assert weights.locate("default") == in_the_box()["default"]
     assert weights.locate("./default").read_text() == "mine"

@@ -136,6 +136,10 @@ class CLIPRPNModule(DerainModule):
         """Restores images of any size in [0, 1]; they are perceived unless their routes are given."""
         return cast(Tensor, self.network(rainy, self.routing(rainy)["routes"] if routes is None else routes).derained)
 
+    def take_route(self, route: int) -> None:
+        """Lets all images take one route, whatever CLIP would say."""
+        self.routing.take(route)
+
     def explain(self, rainy: Float[Tensor, "b 3 h w"], **perceived: Any) -> Float[Tensor, "b n h w"]:
         """The derained image and the predicted masks of all levels, the finest first (Figure 9)."""
         restored = self.network(rainy, (perceived or self.routing(rainy))["routes"])
