@@ -175,6 +175,11 @@ class DerainCLI(LightningCLI):
                 f"configured {type(self.model).__name__}; configure the same network"
             )
         self.model.network.load_state_dict(state)
+        theirs, ours = dict(loaded.hparams), dict(self.model.hparams)
+        both = [name for name in theirs if name in ours]
+        others = [f"{name} {theirs[name]!r} → {ours[name]!r}" for name in both if theirs[name] != ours[name]]
+        if others:
+            log.info("settings that differ from those of the weights: %s", ", ".join(others))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the CSV log, checkpoints, pictures and results to whatever the configuration asks for."""

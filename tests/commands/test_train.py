@@ -119,11 +119,12 @@ def test_predict_restores_a_folder(place):
     assert len(image_files(place / "runs/exp/predict-1/images")) == 3
 
 
-def test_fit_starts_from_weights_that_fit_only(place, capsys):
+def test_fit_starts_from_weights_that_fit_only(place, capsys, caplog):
     method = PReNetModule(variant="PRN_r", stages=1)
     weights.save(method, place / "w.safetensors")
     arguments = ["fit", "--config", "exp.yaml", "--weights", "w.safetensors"]
     assert main([*arguments, "--trainer.max_epochs", "1", "--model.learning_rate", "0"]) == 0
+    assert "differ from those of the weights: learning_rate 0.001 → 0.0" in caplog.text
     for name, value in weights.load(place / "runs/exp/fit-1/weights.safetensors").module.network.state_dict().items():
         assert torch.equal(value, method.network.state_dict()[name])
     assert main([*arguments, "--model.variant", "PRN"]) == 2
