@@ -125,7 +125,7 @@ class Restorer:
             restored = Image.fromarray(self(np.asarray(upright.convert("RGB")), perceived))
             if upright.has_transparency_data:
                 restored.putalpha(upright.convert("RGBA").getchannel("A"))
-            if upright.mode != "CMYK" and "icc_profile" in upright.info:
+            if upright.mode in {"RGB", "RGBA", "P"} and "icc_profile" in upright.info:
                 restored.info["icc_profile"] = upright.info["icc_profile"]
         elif isinstance(rainy, np.ndarray) and rainy.ndim in (3, 4):
             tensor = self(torch.from_numpy(np.array(np.moveaxis(rainy, -1, -3))), perceived)
@@ -250,8 +250,8 @@ def choose_device(name: str) -> torch.device:
     here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if name == "auto":
         return torch.device("cuda" if here["cuda"] else "mps" if here["mps"] else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in here or (number and not number.isdecimal()) or int(number or 0) >= here[kind]:
+    kind, colon, number = name.partition(":")
+    if kind not in here or (colon and not number.isdecimal()) or int(number or 0) >= here[kind]:
         found = ", ".join(f"{count} {kind}" for kind, count in here.items() if count)
         raise DerainError(f"--device {name}: not here (found {found}); give auto, cpu, cuda, cuda:N or mps")
     return torch.device(name)
@@ -270,7 +270,8 @@ def memory_for(device: torch.device) -> int:
     On a CPU, larger tiles are no faster, and other programs want memory too.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch keeps it at hand
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     return min(free_memory(), 4 << 30)
 
 

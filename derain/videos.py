@@ -1,4 +1,4 @@
-"""Videos: their frames are changed, and all else is handed back as it was."""
+"""Videos: their frames are changed; times, sound, subtitles, chapters and tags are handed back as they were."""
 
 import io
 import logging
@@ -57,6 +57,7 @@ class Look(NamedTuple):
         tags: Colour matrix, range, transfer function and primaries, as the file names them.
         aspect: Width of an upright pixel by its height.
         bits: A channel.
+        interlaced: Whether every other line is of another time.
     """
 
     height: int
@@ -68,6 +69,7 @@ class Look(NamedTuple):
     tags: tuple[int, int, int, int]
     aspect: Fraction
     bits: int
+    interlaced: bool
 
 
 def crf_of(crf: int) -> int:
@@ -123,9 +125,14 @@ def rewrite(
     first = look(source)
     if first.bits > 8:
         log.warning("%s: has %d bits a channel; 8 are written", source, first.bits)
+    if first.interlaced:
+        log.warning("%s: is interlaced and taken for whole frames; deinterlace it first for a better result", source)
     with ExitStack() as stack:
         container = stack.enter_context(_opened(source))
         stream, others = _streams(container, source)
+        left = {one.type or "unknown" for one in container.streams if one not in [stream, *others]}
+        if left - ({"data"} if container.chapters() else set()):  # MP4 keeps chapters in such a stream
+            log.warning("%s: left out: streams of %s", source, ", ".join(sorted(left)))
 
         def writer(path: Path, size: tuple[int, int]) -> _Writer:
             temporary = stack.enter_context(replacing(path))
@@ -155,14 +162,9 @@ def look(path: Path) -> Look:
     Raises:
         DerainError: If there is no frame, or it is turned by no quarter turn.
     """
-    import av
-
     with _opened(path) as container:
         stream, _ = _streams(container, path)
-        try:
-            frame = next(container.decode(stream), None)
-        except av.FFmpegError as error:
-            raise DerainError(f"{path}: no frame could be decoded ({_reason(error)}); give a whole video") from error
+        frame = next(iter(_Reading(container, stream, [], path, [])), None)
         if frame is None:
             raise DerainError(f"{path}: holds no frame that could be decoded; give a whole video")
         display = frame.side_data.get("DISPLAYMATRIX")
@@ -179,7 +181,8 @@ def look(path: Path) -> Look:
     reach = FULL if full else int(frame.color_range)
     bits = max(component.bits for component in frame.format.components)
     tags = (told, reach, int(frame.color_trc), int(frame.color_primaries))
-    return Look(height, width, mirrored, quarters, matrix, full, tags, 1 / aspect if quarters % 2 else aspect, bits)
+    aspect = 1 / aspect if quarters % 2 else aspect
+    return Look(height, width, mirrored, quarters, matrix, full, tags, aspect, bits, bool(frame.interlaced_frame))
 
 
 def turn(display: Sequence[int]) -> tuple[bool, int] | None:
@@ -412,6 +415,7 @@ class _Writer:
             setattr(video.codec_context, name, tag)
         video.metadata.update({k: v for k, v in stream.metadata.items() if k in {"language", "title"}})
         self.container.metadata.update({k: v for k, v in stream.container.metadata.items() if k not in KEPT_BY_FORMAT})
+        self.container.set_chapters(stream.container.chapters())
         self.beat = round(1 / rate / stream.time_base)
         self.video, self.copies = video, self._copies(others, source)
 

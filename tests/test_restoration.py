@@ -138,8 +138,9 @@ def test_refusals(method, tmp_path):
         Restorer(method, tile=10)
     with pytest.raises(DerainError, match=r"--device cuda:99.*found"):
         choose_device("cuda:99")
-    with pytest.raises(DerainError, match="--device gpu"):
-        choose_device("gpu")
+    for name in ("gpu", "cpu:", "cpu:x", "cpu:1"):
+        with pytest.raises(DerainError, match=f"--device {name}: not here"):
+            choose_device(name)
     with pytest.raises(DerainError, match="no such file of weights"):
         Restorer(tmp_path / "absent.pth")
 

@@ -178,6 +178,62 @@ def test_of_a_truncated_video_what_is_there_is_restored(tmp_path, caplog):
         assert "of 2.0 s" in caplog.text
 
 
+def test_damaged_frames_are_left_out_the_first_one_too(tmp_path, caplog):
+    source = make_video(tmp_path / "in.mkv", scene(5), codec="mjpeg", pixels="yuvj444p", tags=(5, 2, 1, 1))
+    with av.open(str(source)) as container:
+        found = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    content = source.read_bytes()
+    for place in (0, 3):
+        content = content.replace(found[place], bytes(len(found[place])))
+    source.write_bytes(content)
+    check(source, tmp_path / "out.mp4")
+    rewrite(source, tmp_path / "out.mp4", same)
+    assert [float(time) for time in shown(tmp_path / "out.mp4")[1]] == pytest.approx([0.1, 0.2, 0.4])
+    assert "2 frames are damaged and were left out" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_chapters_stay_and_what_goes_is_told(tmp_path, suffix, caplog):
+    plain = make_video(tmp_path / "plain.mkv", scene(5))
+    source = tmp_path / f"in{suffix}"
+    told = [
+        {"id": i, "start": i, "end": i + 1, "time_base": Fraction(1, 5), "metadata": {"title": str(i)}} for i in (0, 1)
+    ]
+    with av.open(str(plain)) as container, av.open(str(source), "w") as out:
+        out.set_chapters(told)
+        stream = out.add_stream_from_template(container.streams.video[0])
+        for packet in container.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                out.mux(packet)
+    rewrite(source, tmp_path / f"out{suffix}", same)
+    with av.open(str(tmp_path / f"out{suffix}")) as container:
+        kept = [(one["start"] * one["time_base"], one["metadata"]["title"]) for one in container.chapters()]
+    assert kept == [(Fraction(0), "0"), (Fraction(1, 5), "1")]
+    assert not caplog.text
+    two = tmp_path / "two.mkv"
+    with av.open(str(plain)) as container, av.open(str(two), "w") as out:
+        streams = [out.add_stream_from_template(container.streams.video[0]) for _ in range(2)]
+        for packet in container.demux(video=0):
+            if packet.size:
+                packet.stream = streams[0]
+                out.mux(packet)
+    rewrite(two, tmp_path / f"both{suffix}", same)
+    assert "two.mkv: left out: streams of video" in caplog.text
+
+
+def test_interlaced_frames_are_told(tmp_path, caplog):
+    source = tmp_path / "in.mp4"
+    with av.open(str(source), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"x264-params": "tff=1"})
+        stream.height, stream.width, stream.pix_fmt = (*SIZE, "yuv420p")
+        for rgb in scene(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
+        container.mux(stream.encode())
+    rewrite(source, tmp_path / "out.mp4", same)
+    assert "in.mp4: is interlaced" in caplog.text
+
+
 def test_a_whole_video_gives_no_warning(tmp_path, caplog):
     for suffix in (".mp4", ".mkv"):
         rewrite(make_video(tmp_path / f"in{suffix}", scene(3), sound=["aac"]), tmp_path / f"out{suffix}", same)
@@ -216,8 +272,13 @@ def test_nothing_half_written_stays(tmp_path):
     source = make_video(tmp_path / "in.mp4", scene(5))
     (tmp_path / "out.mp4").write_bytes(b"kept")
 
+    seen = []
+
     def fail(frame):
-        raise DerainError("not enough memory")
+        seen.append(frame)
+        if len(seen) == 3:  # both videos are begun
+            raise DerainError("not enough memory")
+        return frame
 
     with pytest.raises(DerainError, match="not enough memory"):
         rewrite(source, tmp_path / "out.mp4", fail, beside=tmp_path / "both.mp4")

@@ -136,9 +136,9 @@ def results(scores: dict[str, dict[str, Scores]]) -> list[dict[str, Any]]:
 
 def hardware(trainer: Trainer) -> dict[str, Any]:
     """What the test ran on."""
-    cuda = torch.cuda.is_available()
+    device = trainer.strategy.root_device
     return {
-        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cores": os.cpu_count(),
         "devices": trainer.world_size,
         "precision": str(trainer.precision),

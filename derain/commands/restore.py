@@ -69,11 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if films and args.explain:
         raise DerainError(f"--explain: explains photos, and {films[0]} is a video; leave it out, or give one frame")
     videos.crf_of(args.crf)
-    waiting = {
-        source: target
-        for source, target in jobs.items()
-        if args.overwrite or not any(path.exists() for path in outputs(target, args))
-    }
+    waiting = {source: target for source, target in jobs.items() if args.overwrite or not target.exists()}
     kept = len(jobs) - len(waiting)
     if kept and len(jobs) == 1:
         raise DerainError(f"{args.output}: exists already; add --overwrite to replace it")
@@ -124,17 +120,17 @@ def _told(broken: Sequence[str]) -> DerainError:
 
 
 def restore_photo(restorer: "Restorer", source: Path, target: Path, args: argparse.Namespace) -> None:
-    """Restores a photo, and writes what was asked for beside it."""
+    """Restores a photo, and writes what was asked for beside it, first: whoever has the photo has all."""
     photo = read_photo(source)
     explained = restorer.explain(photo.rgb) if args.explain else None
     derained = restorer(photo.rgb) if explained is None else explained.derained
-    photo.write(target, derained)
     if explained is not None:
         images = {"rainy": to_bytes(photo.rgb), "derained": to_bytes(derained)}
         maps = {name: to_bytes(np.repeat(one[..., None], 3, 2)) for name, one in explained.maps.items()}
         write_explanation(explanation(target), images | maps, explained.perceived)
     if args.compare:
         write_comparison(photo, derained, target)
+    photo.write(target, derained)
 
 
 def restore_video(restorer: "Restorer", source: Path, target: Path, args: argparse.Namespace) -> None:
@@ -165,6 +161,8 @@ def plan(source: str, output: Path) -> dict[Path, Path]:
         DerainError: If nothing is found, or two photos would become one file.
     """
     path = Path(source)
+    if path.resolve() == output.resolve() and path.exists():
+        raise DerainError(f"{output}: is the input itself; give another output")
     if path.is_dir():
         inside = output.resolve().is_relative_to(path.resolve())
         files = [f for f in image_files(path, recursive=True, suffixes=KINDS) if not (inside and _within(f, output))]
@@ -216,13 +214,6 @@ def explanation(target: Path) -> Path:
         'out/a.jpg-explain'
     """
     return target.with_name(f"{target.name}-explain")
-
-
-def outputs(target: Path, args: argparse.Namespace) -> list[Path]:
-    """All files that restoring one photo or video writes."""
-    name = explanation(target).name
-    explained = [target.with_name(f"{name}{suffix}") for suffix in (".png", ".json")]
-    return [target, *([comparison(target)] if args.compare else []), *(explained if args.explain else [])]
 
 
 def write_comparison(photo: Photo, derained: NDArray[np.float32], target: Path) -> None:

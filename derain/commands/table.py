@@ -286,16 +286,16 @@ def draw(folder: Path, rows: Sequence[Row], protocol: str, metrics: Iterable[Pat
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return re.sub(r"[\W_]+", "-", name.lower()).strip("-")
 
 
 def _epochs(file: Path) -> list[tuple[float, float]]:
     """Epochs and their ``val/psnr`` in a run's log; none where it was no training."""
-    with file.open(newline="") as opened:
-        rows = [row for row in csv.DictReader(opened) if row.get("val/psnr") and row.get("epoch")]
     try:
+        with file.open(newline="") as opened:
+            rows = [row for row in csv.DictReader(opened) if row.get("val/psnr") and row.get("epoch")]
         return [(float(row["epoch"]), float(row["val/psnr"])) for row in rows]
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise DerainError(f"{file}: no log of derain fit ({error}); leave it out") from error
 
 

@@ -101,8 +101,12 @@ class DerainCLI(LightningCLI):
         self.protocols = tuple(protocol.name for protocol in resolve(config.protocol))
         if config.ckpt_path and config.ckpt_path != "last":
             own = cast(type[DescribedModule] | None, locate(config.model.class_path) if config.model else None)
-            weights.load(Path(config.ckpt_path), own)  # says in one line what is wrong with the file
-        elif self.config.subcommand != "fit" and not config.weights:
+            note = weights.load(Path(config.ckpt_path), own).note  # says in one line what is wrong with the file
+            if "derain checkpoint" not in note:
+                raise DerainError(f"--ckpt_path {config.ckpt_path}: {note}, no checkpoint; give it by --weights")
+        if config.ckpt_path and config.weights and self.config.subcommand != "fit":
+            raise DerainError("--weights and --ckpt_path: either would be loaded over the other; give one of them")
+        if not config.ckpt_path and not config.weights and self.config.subcommand != "fit":
             raise DerainError(
                 f"derain {self.config.subcommand}: no weights given; add --weights default or --weights FILE (ours or "
                 "the authors') or --ckpt_path FILE"
@@ -125,6 +129,7 @@ class DerainCLI(LightningCLI):
         again = last.is_file() and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
         if resuming or again:  # SLURM started the job again, in the folder that it has
             config.ckpt_path = str(last)
+            weights.read(last)  # says in one line if it is damaged
         elif last.is_file():
             raise DerainError(f"{self.folder}: holds a run of this job; start each by srun, or add --ckpt_path last")
         if "weights_only" in config:
@@ -142,7 +147,9 @@ class DerainCLI(LightningCLI):
             raise _innermost(error) from error
         config = self.config[self.subcommand]
         self.model = cast(DescribedModule, self.model)
-        if config.weights:
+        if config.weights and config.ckpt_path:
+            log.info("--weights %s: left out, since the run goes on from its checkpoint", config.weights)
+        elif config.weights:
             loaded = weights.load(weights.locate(config.weights), type(self.model))
             log.info("%s: %s", config.weights, loaded.note)
             if self.subcommand == "fit":

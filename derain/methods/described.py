@@ -51,15 +51,18 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
         checkpoint["derain"] = self.describe()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes back the description; a run goes on with its average or not at all.
+        """Takes back the description; a run goes on with its average or not at all, all else takes the average.
 
         Raises:
             DerainError: If training would go on without the average that the checkpoint holds.
         """
         self.recall(checkpoint.get("derain", {}))
-        if not self.resuming or "ema" not in checkpoint:
+        if "ema" not in checkpoint:
             return
-        if not any(hasattr(callback, "average") for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+        if not self.resuming:
+            averaged = {f"network.{name}": value for name, value in checkpoint["ema"]["network"].items()}
+            checkpoint["state_dict"] |= averaged
+        elif not any(hasattr(callback, "average") for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             raise DerainError(
                 "the checkpoint holds averaged weights (EMA), but no EMA callback is configured; configure it as in "
                 "the run that is resumed"

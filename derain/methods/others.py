@@ -50,10 +50,10 @@ class OtherModule(DerainModule):
 
 
 def recognised(path: Path, state: Mapping[str, Tensor]) -> OtherModule | None:
-    """Builds the network that a state dict is of; None if spandrel does not know it either.
+    """Builds the network that a state dict is of; None if spandrel is absent or does not know it either.
 
     Raises:
-        DerainError: If spandrel is not installed, or the network is none that turns an image into one of its size.
+        DerainError: If the network is none that turns an image into one of its size.
     """
     if importlib.util.find_spec("spandrel") is None:
         return None

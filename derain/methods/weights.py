@@ -144,8 +144,10 @@ def read(path: Path) -> Content:
         EOFError,
         OSError,
         ValueError,
-        KeyError,
+        LookupError,
         TypeError,
+        AttributeError,
+        AssertionError,
     ) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise DerainError(f"{path}: damaged, or no file of weights ({reason}); {EXPECTED}") from error

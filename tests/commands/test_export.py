@@ -47,6 +47,7 @@ def test_an_exported_diffusion_is_solved_by_derain(folder, tmp_path, capsys):
     torch.manual_seed(0)
     weights.save(DACLIPSDEModule(**SMALL["DACLIPSDEModule"]), folder / "sde.safetensors")
     assert main(["export", "--weights", str(folder / "sde.safetensors"), str(folder / "sde.onnx")]) == 0
+    assert main(["export", "--weights", str(folder / "sde.onnx"), str(tmp_path / "again.onnx")]) == 2
     for solver in ("posterior", "mrs-ode2"):
         options = ("--steps", "3", "--solver", solver, "--seed", "4", "--tile", "64")
         for file in ("sde.onnx", "sde.safetensors"):

@@ -114,6 +114,8 @@ def test_the_comparison_shows_both(photo, file, tmp_path):
 def test_plan_refuses_what_would_lose_something(photo, tmp_path):
     with pytest.raises(DerainError, match="is the input itself"):
         plan(str(photo), photo)
+    with pytest.raises(DerainError, match="is the input itself"):
+        plan(str(tmp_path), tmp_path)
     with pytest.raises(DerainError, match="no such photo"):
         plan(str(tmp_path / "absent.png"), tmp_path / "o.png")
     for folder in ("one", "two"):

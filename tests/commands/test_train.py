@@ -94,8 +94,9 @@ def test_test_scores_every_image_and_says_of_what(place, capsys):
     assert summary["results"][0]["psnr"] == pytest.approx(mean, abs=1e-9)
 
 
-def test_a_checkpoint_is_tested_too(place):
-    main(["fit", "--config", "exp.yaml"])
+@pytest.mark.parametrize("average", [(), ("--trainer.callbacks+=derain.callbacks.EMA",)])
+def test_a_checkpoint_is_tested_too(place, average):
+    main(["fit", "--config", "exp.yaml", *average])
     best = "runs/exp/fit-1/checkpoints/best.ckpt"
     for option in ("--ckpt_path", "--weights"):
         assert main(["test", "--config", "exp.yaml", option, best]) == 0
@@ -104,6 +105,26 @@ def test_a_checkpoint_is_tested_too(place):
     assert one["weights"]["sha256"] == two["weights"]["sha256"]
     assert one["method"] == two["method"]
     assert one["method"]["trained_on"] == ["Rain800"]
+
+
+def test_what_is_loaded_is_told_apart(place, capsys, caplog):
+    assert main(["fit", "--config", "exp.yaml"]) == 0
+    weights.save(PReNetModule(stages=1), place / "w.safetensors")
+    last = place / "runs/exp/fit-1/checkpoints/last.ckpt"
+    for arguments, told in (
+        (["test", "--weights", "w.safetensors", "--ckpt_path", str(last)], "give one of them"),
+        (["test", "--ckpt_path", "w.safetensors"], "no checkpoint; give it by --weights"),
+    ):
+        capsys.readouterr()
+        assert main([arguments[0], "--config", "exp.yaml", *arguments[1:]]) == 2
+        assert told in capsys.readouterr().err
+    again = ["fit", "--config", "exp.yaml", "--weights", "w.safetensors", "--ckpt_path", "last"]
+    assert main([*again, "--trainer.max_epochs", "3"]) == 0
+    assert "left out, since the run goes on" in caplog.text
+    last.write_bytes(last.read_bytes()[:900])
+    capsys.readouterr()
+    assert main(again) == 2
+    assert "last.ckpt: damaged" in capsys.readouterr().err
 
 
 def test_validate(place, capsys):

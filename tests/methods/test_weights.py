@@ -65,6 +65,9 @@ def test_refusals_say_what_was_found_and_expected(method, tmp_path):
     refused(tmp_path / "absent.pth", "no such file", "expected")
     (tmp_path / "text.pth").write_text("hello, this is no file of weights")
     refused(tmp_path / "text.pth", "damaged", "expected")
+    for opcode in "abceorstuRS.(":  # of pickle
+        (tmp_path / "letter.pth").write_text(f"{opcode}poch,step,train/loss")
+        refused(tmp_path / "letter.pth", "damaged", "expected")
     (tmp_path / "empty.pth").write_bytes(b"")
     refused(tmp_path / "empty.pth", "expected")
     torch.save({"layer.weight": torch.zeros(1)}, tmp_path / "other.pth")

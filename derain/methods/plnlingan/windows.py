@@ -9,7 +9,7 @@ from timm.models.swin_transformer import window_partition
 from torch import Tensor
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is kept may be wanted in training too
 def shift_mask(
     height: int, width: int, side: int, down: int, right: int, device: torch.device
