@@ -25,7 +25,19 @@ PACKAGES = (
     "numpy",
     "pillow",
 )
-OPTIONAL = ("torchvision", "scikit-image", "wandb", "tensorboard", "pyiqa")
+OPTIONAL = (
+    "torchvision",
+    "scikit-image",
+    "wandb",
+    "tensorboard",
+    "pyiqa",
+    "gradio",
+    "av",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "spandrel",
+)
 IMPORTED = ("torch", "torchvision", "torchmetrics", "lightning", "derain.restoration")
 """What restoring imports, each after what it needs: where one is broken, those after it are too."""
 BROKEN = (ImportError, OSError, RuntimeError, AttributeError, NameError, TypeError, ValueError, SyntaxError)

@@ -1,4 +1,4 @@
-"""Rain perception: which of several prompts an image is likest to, by CLIP, remembered on disk."""
+"""Rain perception: which of several prompts an image is most similar to, by CLIP, remembered on disk."""
 
 import hashlib
 import json

@@ -1,6 +1,6 @@
 """The controller of DA-CLIP: it bends frozen CLIP's image embedding and tells how an image is degraded.
 
-Luo et al., Controlling Vision-Language Models for Multi-Task Image Restoration, ICLR 2024; S1, section III.A.
+Luo et al., Controlling Vision-Language Models for Multi-Task Image Restoration, ICLR 2024; Pullabhotla, section III.A.
 """
 
 import copy

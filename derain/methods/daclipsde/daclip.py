@@ -30,8 +30,9 @@ CAPTION = "a photo"
 class DACLIPModule(DescribedModule):
     """DA-CLIP's controller, trained so that CLIP sees through rain and says that there was some.
 
-    Two contrastive losses (S1, eqs. 3 and 4): the content embedding of an image against the caption of its clean image,
-    and the degradation embedding against a word for its degradation. CLIP itself is frozen and part of no checkpoint.
+    Two contrastive losses (Pullabhotla, eqs. 3 and 4): the content embedding of an image against the caption of its
+    clean image, and the degradation embedding against a word for its degradation. CLIP itself is frozen and part of no
+    checkpoint.
     Clean images are shown beside rainy ones, as otherwise all words are equal and nothing tells degradations apart.
 
     Args:

@@ -44,7 +44,7 @@ def contrastive_loss(
     scale: Float[Tensor, ""],
     same: Bool[Tensor, "b b"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of matching images and texts, mean of both directions (S1, eq. 3, with the logarithm it lacks).
+    """Cross-entropy of matching images and texts, mean of both directions (Pullabhotla, eq. 3, with the log it lacks).
 
     Where texts are equal, telling them apart is neither possible nor wanted. Then any of them counts as right: the
     probabilities of all that are equal add up. With texts that all differ, this is CLIP's loss; with texts that are all

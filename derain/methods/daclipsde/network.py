@@ -291,7 +291,7 @@ class ConditionalUNet(nn.Module):
     Args:
         channels: At full resolution; a multiple of 32 at the deepest level where there is content.
         multipliers: Channels after each level, as multiples; their number is the depth.
-        attention: ``linear`` at every level, or ``none`` (S1 speaks of a U-Net without self-attention).
+        attention: ``linear`` at every level, or ``none`` (Pullabhotla speaks of a U-Net without self-attention).
         content: Whether the deepest level and the middle attend to a content embedding.
         degradation: Whether a prompt, weighted by a degradation embedding, is added to the time embedding.
         context: Size of both embeddings.

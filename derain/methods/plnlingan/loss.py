@@ -54,7 +54,7 @@ def hierarchical_losses(
         clean: In [0, 1], as large as the finest.
 
     References:
-        S2, eq. 11; that the clean image is made smaller by a Gaussian pyramid is its authors' habit.
+        Wang et al., MM 2024, eq. 11; that the clean image is made smaller by a Gaussian pyramid is its authors' habit.
     """
     targets = pyramid(clean, len(images))
     return [1 - structural_similarity(image, target) for image, target in zip(images, targets, strict=True)]
@@ -73,7 +73,7 @@ def relativistic_losses(
         lower: What should be judged less clean.
 
     References:
-        S2, eq. 8, is the generator's; Jolicoeur-Martineau, ICLR 2019, eqs. 12 and 13.
+        Wang et al., MM 2024, eq. 8, is the generator's; Jolicoeur-Martineau, ICLR 2019, eqs. 12 and 13.
 
     Example:
         >>> logits = [torch.zeros(1, 1, 4, 4)]
@@ -98,7 +98,7 @@ def weighted_sum(parts: Parts, alpha: float, beta: float) -> Float[Tensor, ""]:
         beta: Of the adversarial losses; the discriminator's have it too.
 
     References:
-        S2, eqs. 9, 11 and 12.
+        Wang et al., MM 2024, eqs. 9, 11 and 12.
 
     Example:
         >>> round(float(weighted_sum({"pixel": [torch.tensor(0.2)], "generator": [torch.tensor(2.0)]}, 1.0, 1.0)), 4)

@@ -33,7 +33,7 @@ SCALES = 4
 
 
 class Style(NamedTuple):
-    """How a network's units are built; S2's ablations change one thing each.
+    """How a network's units are built; the paper's ablations change one thing each.
 
     Attributes:
         channels: Width of the features.
@@ -190,7 +190,7 @@ class PLNLIM(nn.Module):
         ``(b, h, w, channels)`` → same; sides must be multiples of the window.
 
     References:
-        S2, eqs. 2 to 6; eq. 5 read as SFT(RB(a), b), of which eq. 4 is the first instance.
+        Wang et al., MM 2024, eqs. 2 to 6; eq. 5 read as SFT(RB(a), b), of which eq. 4 is the first instance.
     """
 
     def __init__(self, stages: int, style: Style) -> None:
@@ -266,7 +266,8 @@ class PLNLIN(nn.Module):
         windows fit the coarsest scale too.
 
     References:
-        S2, Figure 1 and section 3.1. 2,251,423 parameters by default, 1,690,851 of them without the hierarchy.
+        Wang et al., MM 2024, Figure 1 and section 3.1. 2,251,423 parameters by default, 1,690,851 of them without the
+        hierarchy.
     """
 
     def __init__(self, style: Style, stages: Sequence[int] = (8, 4, 2, 2), hierarchy: int = 2) -> None:
@@ -321,7 +322,7 @@ class MCDDL(nn.Module):
         stages: N of its PLNLIMs.
 
     References:
-        S2, eqs. 7 and 8, section 4.1. 679,968 parameters by default.
+        Wang et al., MM 2024, eqs. 7 and 8, section 4.1. 679,968 parameters by default.
     """
 
     def __init__(self, style: Style, content: int = 32, deep: bool = True, stages: int = 2) -> None:

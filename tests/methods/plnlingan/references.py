@@ -1,4 +1,4 @@
-"""PLNLIN and MCDDL written down plainly from S2: images ``(b, c, h, w)``, windows cut and masks built at each call.
+"""PLNLIN and MCDDL as their paper has them: images ``(b, c, h, w)``, windows cut and masks built at each call.
 
 The parameters are those of ours, by their names. Tests check ours against this in float64; the benchmark measures it.
 """
