@@ -3,7 +3,9 @@
     python experiments/default_data.py DATA OUT
 
 ``DATA`` holds Rain800 and the test sets that training must not know; ``OUT`` gets ``train`` and ``val``, each with
-``rain800`` (the pairs as they are), ``light`` (synthesised rain, in ``train`` two on a photo) and ``medium`` (one).
+``rain800`` (the pairs as they are), ``light`` (synthesised rain, in ``train`` two on a photo) and ``medium`` (one), and
+``train/dark``: the pairs of Rain800 once more whose rainy picture is darker than the clean one. They are few, and a
+network that sees them seldom learns that taking rain away always takes light away.
 Training images whose background `derain data verify` finds in a test set, or in another set, are left out. 24
 backgrounds that occur once validate.
 """
@@ -36,9 +38,10 @@ def main(data: Path, out: Path) -> None:
     single = [pair for pair in kept if pair.rainy.resolve() not in findings["duplicate"]]
     held_out = set(single[:: max(1, len(single) // VALIDATE)][:VALIDATE])
     for pair in track(kept, "Writing pairs", len(kept)):
-        folder = out / ("val" if pair in held_out else "train") / "rain800"
-        for kind, pixels in zip(("input", "target"), pair.read(), strict=True):
-            write_image(folder / kind / f"{pair.name}.png", pixels, compress_level=1)
+        part, (rainy, clean) = "val" if pair in held_out else "train", pair.read()
+        for name in ("rain800", "dark") if part == "train" and rainy.mean() < clean.mean() else ("rain800",):
+            write_image(out / part / name / "input" / f"{pair.name}.png", rainy, compress_level=1)
+            write_image(out / part / name / "target" / f"{pair.name}.png", clean, compress_level=1)
     for part, rains in RAINS.items():
         for seed, (preset, count) in enumerate(rains.items(), 1):
             clean = out / part / "rain800" / "target"

@@ -8,6 +8,7 @@ import yaml
 
 from derain.cli import main
 from derain.errors import DerainError
+from derain.images import read_rgb, write_image
 from tests.factories import make_clip, make_set
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -117,12 +118,17 @@ def test_data_of_the_model_in_the_box_has_no_leak(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(script, "VALIDATE", 1)
     make_set(tmp_path / "data", "Rain800", "train", count=5, seed=1, size=(96, 128))
     make_set(tmp_path / "data", "Rain100L", "test", count=2, seed=1, size=(96, 128))  # of the same backgrounds
+    dark = tmp_path / "data/Rain800/training/5.jpg"
+    both = read_rgb(dark).copy()  # clean and rainy
+    both[:, 128:] //= 2
+    write_image(dark, both)
     script.main(tmp_path / "data", tmp_path / "box")
     assert "3 of 5 pairs, 1 of them to validate" in capsys.readouterr().out
     parts = {part: tmp_path / "box" / part / "rain800/target" for part in script.RAINS}
     names = {part: {file.stem for file in folder.iterdir()} for part, folder in parts.items()}
     assert len(names["train"]) == 2
     assert not names["train"] & names["val"]
+    assert {file.stem for file in (tmp_path / "box/train/dark/input").iterdir()} == {dark.stem}
     light = tmp_path / "box/train/light"
     assert {file.stem for file in (light / "target").iterdir()} == names["train"]
     assert len(list((light / "input").iterdir())) == 4
