@@ -19,7 +19,7 @@ from derain.nn.ssim import structural_similarity
 
 log = logging.getLogger("derain")
 
-REMEDY = "start again with a lower --model.learning_rate, or --model.clip 1; checkpoints of earlier epochs are whole"
+REMEDY = "start again with a lower --model.learning_rate or --model.beta; checkpoints of earlier epochs are whole"
 
 
 class PLNLINGANModule(DerainModule):
