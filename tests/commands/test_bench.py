@@ -102,7 +102,7 @@ def test_tiny_ones_are_those_of_the_presets(preset, built):
     assert {name: told[name] for name in listed} == listed
     assert set(told) - set(listed) <= {
         *("learning_rate", "contexts", "max_sigma", "residual"),
-        *("discriminator_channels", "discriminator_stages", "milestones", "clip"),
+        *("discriminator_channels", "discriminator_stages", "milestones", "beta"),
     }
 
 
