@@ -3,6 +3,7 @@
 import argparse
 import csv
 import io
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -270,7 +271,8 @@ def draw(folder: Path, rows: Sequence[Row], protocol: str, metrics: Iterable[Pat
             if score.seconds is not None and score.dataset == name
         }
         if timed:
-            written.append(plots.trade_off(folder / f"seconds-{_slug(name)}.png", timed, name, protocol))
+            file = _free(folder / f"seconds-{_slug(name)}.png", written)
+            written.append(plots.trade_off(file, timed, name, protocol))
     runs = {file: points for file in metrics if (points := _epochs(file))}
     if runs:
         folders = dict(zip(runs, shortened([file.parent for file in runs]), strict=True))
@@ -280,13 +282,19 @@ def draw(folder: Path, rows: Sequence[Row], protocol: str, metrics: Iterable[Pat
         for score in row.scores:
             name, pairs = names[id(row)], _images(score.each, protocol)
             if pairs:
-                file = folder / f"images-{_slug(name)}-{_slug(score.dataset)}.png"
+                file = _free(folder / f"images-{_slug(name)}-{_slug(score.dataset)}.png", written)
                 written.append(plots.images(file, pairs, name, score.dataset, protocol))
     return written
 
 
 def _slug(name: str) -> str:
     return re.sub(r"[\W_]+", "-", name.lower()).strip("-")
+
+
+def _free(file: Path, written: Sequence[Path]) -> Path:
+    """The path, numbered where another plot has it: names may differ only in what was left out of file names."""
+    stems = itertools.chain([file.stem], (f"{file.stem}-{count}" for count in itertools.count(2)))
+    return next(one for one in map(file.with_stem, stems) if one not in written)
 
 
 def _epochs(file: Path) -> list[tuple[float, float]]:

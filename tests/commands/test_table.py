@@ -226,6 +226,15 @@ def test_plots(copy, tmp_path, capsys):
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
 
 
+def test_plots_whose_names_differ_only_in_marks_do_not_replace_each_other(copy, tmp_path, capsys):
+    for name, method in (("a", "My_Net"), ("b", "MyNet"), ("c", "My-Net")):
+        copy(name, method=method, hyper_parameters={})
+    assert main(["table", str(copy.folder), "--plot", str(tmp_path / "plots")]) == 0
+    assert "wrote 4 plots" in capsys.readouterr().err
+    names = ["images-my-net-rain800", "images-my-net-rain800-2", "images-mynet-rain800", "seconds-rain800"]
+    assert sorted(path.stem for path in (tmp_path / "plots").iterdir()) == names
+
+
 def test_refusals_take_one_line(tested, copy, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "no.json").write_text("{}")
