@@ -17,6 +17,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from derain.commands.table import escape, footnotes
 from derain.data.results import Job, find_jobs
 from derain.errors import DerainError
 from derain.images import replacing
@@ -237,10 +238,9 @@ def _markdown(results: list[dict[str, Any]], on_terminal: bool) -> str:
 def _latex(results: list[dict[str, Any]], on_terminal: bool) -> str:
     columns = _columns(results)
     titles = ["Protocol", "Images", "PSNR (dB)", "SSIM", *(_title(column, results) for column in columns)]
-    rows = [_escape(" & ".join(row)) for row in (titles, *(_cells(result, columns) for result in results))]
+    rows = [" & ".join(map(escape, row)) for row in (titles, *(_cells(result, columns) for result in results))]
     return "\n".join(
         [
-            *(f"% {note}" for note in _notes(results)),
             r"\begin{tabular}{l" + "r" * (len(titles) - 1) + "}  % needs booktabs",
             r"\toprule",
             rows[0] + r" \\",
@@ -248,13 +248,10 @@ def _latex(results: list[dict[str, Any]], on_terminal: bool) -> str:
             *(row + r" \\" for row in rows[1:]),
             r"\bottomrule",
             r"\end{tabular}",
+            *footnotes(_notes(results)),
             "",
         ]
     )
-
-
-def _escape(text: str) -> str:
-    return text.replace("_", r"\_").replace("%", r"\%").replace("–", "--")
 
 
 FORMATS: dict[str, Callable[[list[dict[str, Any]], bool], str]] = {

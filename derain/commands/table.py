@@ -4,6 +4,7 @@ import argparse
 import csv
 import io
 import itertools
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,8 @@ from derain.data.summaries import Row, find, labels, merge, published, read, sel
 from derain.errors import DerainError
 from derain.images import replacing
 from derain.metrics import resolve
+
+log = logging.getLogger("derain")
 
 SIDE = 256
 """Side of the image that multiplications are counted for, in pixels."""
@@ -66,15 +69,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _with_cost(row: Row) -> Row:
-    """Adds parameters and multiplications of the method as it was tested."""
+    """Adds parameters and multiplications of the method as it was tested, if it is one of ours."""
     from derain import methods
     from derain.commands.bench import cost
 
     known = {one.__name__: one for one in methods.METHODS}
     try:
         method = known[row.described["method"]](**row.described["hyper_parameters"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DerainError(f"{row.file}: its method cannot be built here ({error}); leave --cost out") from error
+    except (KeyError, TypeError, ValueError):
+        log.warning("%s: its cost is not counted, as %s cannot be built here", row.file, row.method)
+        return row
     counted = cost(method, SIDE)
     return replace(row, parameters=float(counted["parameters"]), macs=float(counted["macs"]))
 
@@ -184,7 +188,7 @@ def _markdown(rows: Sequence[Row], protocol: str) -> str:
 def _latex(rows: Sequence[Row], protocol: str) -> str:
     sets, further, marks = sets_of(rows), _further(rows), _marks(rows)
     wide = {name: 2 + _lpips(rows, name) for name in sets}
-    heads = [rf"\multicolumn{{{count}}}{{c}}{{{_escape(name)}}}" for name, count in wide.items()]
+    heads = [rf"\multicolumn{{{count}}}{{c}}{{{escape(name)}}}" for name, count in wide.items()]
     rules, place = [], 3
     for count in wide.values():
         rules.append(rf"\cmidrule(lr){{{place}-{place + count - 1}}}")
@@ -195,26 +199,38 @@ def _latex(rows: Sequence[Row], protocol: str) -> str:
         mark = rf"\textsuperscript{{{marks[row.note]}}}" if row.note else ""
         numbers = [value for one in sets for value in _numbers(row, one, wide[one] == 3)]
         trained = "" if row.note else "; ".join(row.trained_on) or "not told"
-        told = [_escape(name) + mark, *map(_escape, [trained, *numbers, *(cell(row) for cell in further.values())])]
+        told = [escape(name) + mark, *map(escape, [trained, *numbers, *(cell(row) for cell in further.values())])]
         lines.append(" & ".join(told) + r" \\")
     return "\n".join(
         [
-            *(f"% {note}" for note in notes(rows, protocol)),
             r"\begin{tabular}{ll" + "c" * (len(measures) + len(further)) + "}  % needs booktabs",
             r"\toprule",
-            " & ".join(["Method", "Trained on", *heads, *map(_escape, further)]) + r" \\",
+            " & ".join(["Method", "Trained on", *heads, *map(escape, further)]) + r" \\",
             " ".join(rules),
             " & ".join(["", "", *measures, *[""] * len(further)]) + r" \\",
             r"\midrule",
             *lines,
             r"\bottomrule",
             r"\end{tabular}",
+            *footnotes(notes(rows, protocol)),
             "",
         ]
     )
 
 
-def _escape(text: str) -> str:
+def footnotes(told: Sequence[str]) -> list[str]:
+    """Lines of LaTeX that print notes below a table; numbers in brackets are raised, as the table's marks are."""
+    lines = [re.sub(r"^\[(\d+)\]", r"\\textsuperscript{\1}", escape(note)) + r"\par" for note in told]
+    return [r"\par\smallskip", r"{\footnotesize\raggedright", *lines, "}"]
+
+
+def escape(text: str) -> str:
+    r"""A text as LaTeX has it.
+
+    Example:
+        >>> print(escape("my_set: 50 %"))
+        my\_set: 50 \%
+    """
     return re.sub(r"([&%$#_{}])", r"\\\1", text).replace("–", "--").replace("×", r"$\times$")
 
 

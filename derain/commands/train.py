@@ -324,6 +324,7 @@ def run(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", ".*The dirpath has changed.*")
     warnings.filterwarnings("ignore", ".*exists and is not empty. Previous log files.*")  # another logger's
     warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # epochs below r batches
     DerainCLI(
         DescribedModule,
         RainDataModule,

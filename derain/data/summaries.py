@@ -286,7 +286,7 @@ def published(sets: set[str], protocol: str) -> list[Row]:
                         table["source"],
                         parameters=millions and millions * 1e6,
                         macs=billions and billions * 1e9,
-                        note=note,
+                        note="; ".join([note, *([numbers["doubt"]] if "doubt" in numbers else [])]),
                     )
                 )
     return rows

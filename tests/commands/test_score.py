@@ -98,6 +98,7 @@ def test_markdown_and_latex_are_ready_for_a_paper(folders, capsys):
     out = capsys.readouterr().out
     assert rf"matlab-y & 3 & {psnr:.3f} & {ssim:.4f} \\" in out
     assert out.count(r"\begin{tabular}{lrrr}") == out.count(r"\end{tabular}") == 1
+    assert "matlab-y: BT.601" in out.partition(r"\end{tabular}")[2]
 
 
 def test_output_is_written_to_a_file_and_standard_output_stays_empty(folders, tmp_path, capsys):

@@ -163,12 +163,13 @@ def test_published_rows_say_where_they_come_from(tested, copy, capsys):
     copy("b", "Rain100H", ["RainTrainH"], protocols=["plnlin"])
     assert main(["table", str(copy.folder), "--published", "--format", "markdown"]) == 0
     told = capsys.readouterr().out
-    assert "| PLNLIN-MCDDL [4] |  | – | 30.16 / 0.9227 | 2.25 | – |" in told
+    assert "| PLNLIN-MCDDL [5] |  | – | 30.16 / 0.9227 | 2.25 | – |" in told
     assert "| CLIP-RPN [1] |  | 29.66 / 0.8423" in told
     assert "| DA-CLIP + IR-SDE [2] |  | 29.98 / 0.8867 / 0.0505 |" in told
     notes = {line[:3]: line for line in told.splitlines() if line.startswith("[")}
-    assert "Table 2" in notes["[4]"]
-    assert "not to be compared" not in notes["[4]"]
+    for place in ("[4]", "[5]"):
+        assert "Table 2" in notes[place]
+        assert "not to be compared" not in notes[place]
     assert "Table 3" in notes["[1]"]
     assert all("another protocol than plnlin: not to be compared" in notes[f"[{place}]"] for place in (1, 2, 3))
 
@@ -195,7 +196,25 @@ def test_latex_has_as_many_cells_in_every_line(copy, tmp_path, capsys):
     assert len(set(spanned)) == 1
     assert r"\multicolumn{2}{c}{my\_set}" in lines[0]
     assert r"\multicolumn{3}{c}{Rain100H}" in lines[0]
-    assert "CLIP-RPN\\textsuperscript{1}" in out.read_text()
+    told, below = out.read_text().split(r"\end{tabular}")
+    assert "CLIP-RPN\\textsuperscript{1}" in told
+    printed = [line for line in below.splitlines() if not line.startswith("%")]
+    assert any(line.startswith("Protocol matlab-y: BT.601") for line in printed)
+    assert any(line.startswith("\\textsuperscript{1} published: Guan") and "trained on" in line for line in printed)
+
+
+def test_published_rows_that_are_in_doubt_say_so():
+    rows = {row.method: row.note for row in published({"Rain200H"}, "plnlin")}
+    assert "the numbers of ReHEN" in rows["PReNet"]
+    assert "ReHEN" not in rows["PLNLIN-MCDDL"]
+
+
+def test_a_method_that_cannot_be_built_here_stands_in_the_table_without_cost(tested, copy, capsys, caplog):
+    copy("alien", method="AlienModule", sha="alien")
+    alien, known = table(capsys, copy.folder, tested, "--protocol", "matlab-y", "--cost")
+    assert (alien["parameters"], alien["macs"]) == ("", "")
+    assert float(known["macs"]) > 0
+    assert "its cost is not counted, as AlienModule cannot be built here" in caplog.text
 
 
 def test_a_terminal_gets_a_table_with_footnotes(copy, capsys):
@@ -246,14 +265,12 @@ def test_refusals_take_one_line(tested, copy, tmp_path, capsys):
         summary = json.loads(file.read_text())
         summary["results"][0]["lpips"] = 0.1
         file.write_text(json.dumps(summary))
-    alien = copy("alien", method="AlienModule") / "summary.json"
     for arguments, told in (
         ([tmp_path / "absent"], "absent: no such file or folder"),
         ([tmp_path / "empty"], "empty: holds no summary.json"),
         ([tmp_path / "no.json"], "no.json: no summary of derain test"),
         ([tmp_path / "text.json"], "text.json: no summary of derain test"),
         ([copy.folder / "a", copy.folder / "b"], "LPIPS by several networks cannot be compared: alex, vgg"),
-        ([alien, "--cost"], "its method cannot be built here"),
         ([tested, "--protocol", "mine"], "has no results by mine"),
     ):
         assert main(["table", *map(str, arguments)]) == 2

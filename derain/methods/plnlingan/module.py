@@ -50,7 +50,7 @@ class PLNLINGANModule(DerainModule):
         discriminator_steps: The reverse: of the discriminator for one of the generator. One of both must be 1.
         learning_rate: Of both Adams; section 4.1: 1e-4.
         milestones: Epochs after which it is divided by 10; section 4.1: 300, 400 of 500.
-        clip: Largest norm of a network's gradient; none by default.
+        clip: Largest norm of a network's gradient; none by default. The discriminator's is small: eq. 12 weighs it.
         accumulate: Batches whose gradients are added up before a step.
 
     Raises:
@@ -106,6 +106,8 @@ class PLNLINGANModule(DerainModule):
         self.network: PLNLIN = PLNLIN(style, stages, hierarchy if alpha or content else 0)
         self.discriminator = MCDDL(judging, channels if content else 0, deep, discriminator_stages) if beta else None
         self.windows = 0  # turns so far: whose comes next follows from it
+        self.names: list[str] = []  # of the images at hand
+        self.gradients: dict[str, Tensor] = {}  # that a checkpoint held
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """Restores images of any size in [0, 1], without the hierarchy."""
@@ -117,10 +119,8 @@ class PLNLINGANModule(DerainModule):
         """Refuses what goes with one optimiser alone, before the trainer does so less clearly."""
         asked = (self.trainer.gradient_clip_val, self.trainer.accumulate_grad_batches, self.trainer.precision)
         if self.resuming and (asked[:2] != (None, 1) or asked[2] == "16-mixed"):
-            raise DerainError(
-                "--trainer.gradient_clip_val, accumulate_grad_batches, precision 16-mixed: for one optimiser, not two; "
-                "use --model.clip, --model.accumulate, --trainer.precision bf16-mixed"
-            )
+            told = "--trainer.gradient_clip_val, accumulate_grad_batches, precision 16-mixed: for one optimiser"
+            raise DerainError(f"{told}; use --model.clip, --model.accumulate, --trainer.precision bf16-mixed")
         return []
 
     def on_fit_start(self) -> None:
@@ -132,9 +132,15 @@ class PLNLINGANModule(DerainModule):
         if crop % self.network.multiple:
             log.warning("--data.crop %d: padded to a multiple of %d, in losses too", crop, self.network.multiple)
 
+    def on_train_start(self) -> None:
+        """Goes on with gradients that were being added up."""
+        for name, gradient in self.gradients.items():
+            self.get_parameter(name).grad = gradient.to(self.device)
+        self.gradients = {}
+
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         """A generator's turn, a discriminator's, or both."""
-        hyper = self.hparams
+        hyper, self.names = self.hparams, batch["name"]
         rainy, clean = (pad_to_multiple(batch[key], self.network.multiple) for key in ("rainy", "clean"))
         turn = self.windows + 1
         generating = self.discriminator is None or turn % hyper["discriminator_steps"] == 0
@@ -145,11 +151,9 @@ class PLNLINGANModule(DerainModule):
             known = self.discriminator is not None and len(self.discriminator.joins) > 0
             real = self.network(clean, hierarchy=True).features if known else []
         if generating:
-            parts = self.generator_losses(restored, clean, real)
-            self._descend("train/loss", parts, batch["name"])
+            self._descend("train/loss", self.generator_losses(restored, clean, real))
         if judging:
-            parts = self.discriminator_losses(restored, clean, real)
-            self._descend("train/discriminator", parts, batch["name"])
+            self._descend("train/discriminator", self.discriminator_losses(restored, clean, real))
         if (batch_idx + 1) % hyper["accumulate"] == 0 or self.trainer.is_last_batch:
             self._step(generating, judging)
 
@@ -173,21 +177,16 @@ class PLNLINGANModule(DerainModule):
         fake = judge(restored.derained.detach(), [one.detach() for one in restored.features])
         return {"discriminator": relativistic_losses(judge(clean, real), fake)}
 
-    def _descend(self, name: str, parts: Parts, images: list[str]) -> None:
-        """Adds up the gradients of a weighted sum of losses, and logs it with every part.
-
-        Raises:
-            DerainError: If it is no finite number, on whatever device.
-        """
+    def _descend(self, name: str, parts: Parts) -> None:
+        """Adds up the gradients of a weighted sum of losses and logs it with every part; refuses what is not finite."""
         total = weighted_sum(parts, self.hparams["alpha"], self.hparams["beta"])
-        self.log(name, total, prog_bar=name == "train/loss", batch_size=len(images))
+        self.log(name, total, prog_bar=name == "train/loss", batch_size=len(self.names))
         for part, losses in parts.items():
-            scales = range(SCALES - len(losses) + 1, SCALES + 1)
-            told = {f"train/{part}_{scale}": one for scale, one in zip(scales, losses, strict=True)}
-            self.log_dict({"train/pixel": losses[0]} if part == "pixel" else told, batch_size=len(images))
+            told = {f"train/{part}_{scale}": one for scale, one in enumerate(losses, SCALES + 1 - len(losses))}
+            self.log_dict({"train/pixel": losses[0]} if part == "pixel" else told, batch_size=len(self.names))
         finite = bool(total.isfinite())
         if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
-            where = "a batch of another device" if finite else ", ".join(images)
+            where = "a batch of another device" if finite else ", ".join(self.names)
             raise DerainError(
                 f"the loss is no finite number at {where} (epoch {self.current_epoch}): look at these images; {REMEDY}"
             )
@@ -208,15 +207,12 @@ class PLNLINGANModule(DerainModule):
         self.windows += 1
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clips the gradient.
-
-        Raises:
-            DerainError: If it is not finite: weights would not be either, nor the next checkpoint.
-        """
+        """Clips the gradient; refuses one that is not finite: weights would not be either, nor the next checkpoint."""
         parameters = optimizer.param_groups[0]["params"]
         norm = nn.utils.get_total_norm(one.grad for one in parameters if one.grad is not None)
         if not norm.isfinite():
-            raise DerainError(f"a gradient is no finite number (epoch {self.current_epoch}); {REMEDY}")
+            where = f"at {', '.join(self.names)} or batches added up with it (epoch {self.current_epoch})"
+            raise DerainError(f"a gradient is no finite number {where}: look at these images; {REMEDY}")
         if self.hparams["clip"]:
             nn.utils.clip_grads_with_norm_(parameters, self.hparams["clip"], norm)
 
@@ -239,11 +235,13 @@ class PLNLINGANModule(DerainModule):
     # Files.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds whose turn it is."""
+        """Adds whose turn it is, and gradients that are being added up."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["windows"] = self.windows
+        added = {name: one.grad for name, one in self.named_parameters() if one.grad is not None}
+        checkpoint |= {"windows": self.windows, "gradients": added}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes back whose turn it is."""
+        """Takes back whose turn it is, and gradients that were being added up."""
         super().on_load_checkpoint(checkpoint)
         self.windows = checkpoint["windows"]
+        self.gradients = checkpoint.get("gradients", {})

@@ -232,6 +232,19 @@ def _block(kind: Branches, place: int, style: Style) -> nn.Module:
     return ResidualBlock(style.channels) if kind == "local" else WindowBlock(style, shifted=place % 2 == 1)
 
 
+def check(style: Style, *stages: int) -> None:
+    """Refuses what no network can be built of.
+
+    Raises:
+        DerainError: If a size is below 1, or a chain is to have what only PLNLIMs have.
+    """
+    if min(style.channels, style.heads, *stages) < 1:
+        told = f"{style.channels} channels, {style.heads} heads and stages of {', '.join(map(str, stages))}"
+        raise DerainError(f"--model: a network of {told}; each must be at least 1")
+    if style.unit != "plnlim" and (style.branches, style.interaction, style.fusion) != ("both", "sft", True):
+        raise DerainError(f"--model.unit {style.unit}: has no branches, interaction or fusion; leave these options out")
+
+
 def unit(stages: int, style: Style) -> nn.Module:
     """A PLNLIM, or as many blocks in a chain as one of its branches has."""
     if style.unit == "plnlim":
@@ -277,6 +290,7 @@ class PLNLIN(nn.Module):
                 f"--model.stages {list(stages)}, --model.hierarchy {hierarchy}: give four stages of at least 1, and a "
                 "hierarchy of at least 0"
             )
+        check(style, *stages)
         channels = style.channels
         self.multiple = style.window << (SCALES - 1)
         self.embed = nn.Conv2d(3, channels, 3, padding=1)
@@ -327,6 +341,7 @@ class MCDDL(nn.Module):
 
     def __init__(self, style: Style, content: int = 32, deep: bool = True, stages: int = 2) -> None:
         super().__init__()
+        check(style, stages)
         channels = style.channels
         self.embed = nn.Conv2d(3, channels, 3, padding=1)
         self.first = unit(stages, style)

@@ -259,9 +259,50 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_images():
 def test_a_gradient_that_is_no_number_stops_the_run():
     method = module()
     method.network.embed.weight.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(DerainError, match="a gradient is no finite number"):
+    with pytest.raises(DerainError, match="a gradient is no finite number at 0-0, 0-1 or"):
         fit(method, Batches(1))
     assert all(value.isfinite().all() for value in method.network.parameters())
+
+
+class SaveAt(lightning.Callback):
+    """Writes a checkpoint when validation comes in after so many batches."""
+
+    def __init__(self, batches, file):
+        self.batches, self.file = batches, file
+
+    def on_validation_end(self, trainer, module):
+        if trainer.fit_loop.epoch_loop.batch_idx + 1 == self.batches:
+            trainer.save_checkpoint(self.file)
+
+
+def test_a_run_goes_on_within_an_accumulation(tmp_path):
+    """Gradients that are added up when a checkpoint is written are part of it, those of both networks."""
+    data = Batches(1)
+    data.all *= 8  # alike, since this data set does not know where it was
+    loaders = [torch.utils.data.DataLoader(one, batch_size=None) for one in (data, Batches(1))]
+    ended = []
+    for batches, continued in ((6, None), (4, None), (0, tmp_path / "6.ckpt")):
+        method = module(accumulate=4, generator_steps=2)
+        method.validation_step = lambda *_: None
+        method.on_validation_epoch_end = lambda: None
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            max_epochs=1,
+            val_check_interval=2,
+            num_sanity_val_steps=0,
+            callbacks=[SaveAt(batches, tmp_path / f"{batches}.ckpt")],
+        )
+        trainer.fit(method, *loaders, ckpt_path=continued)
+        assert method.windows == 2
+        ended.append(method.state_dict())
+    for name, value in ended[0].items():
+        assert torch.equal(value, ended[1][name]), name
+        assert torch.equal(value, ended[2][name]), name
+    within, between = (torch.load(tmp_path / f"{n}.ckpt", weights_only=True)["gradients"] for n in (6, 4))
+    assert {name.partition(".")[0] for name in within} == {"network", "discriminator"}
+    assert between == {}
 
 
 @pytest.mark.parametrize(
@@ -273,6 +314,12 @@ def test_a_gradient_that_is_no_number_stops_the_run():
         ({"clip": 0.0}, "clip 0.0 above 0"),
         ({"beta": -1.0}, "beta -1.0 at least 0"),
         ({"hierarchy": 0}, "hierarchy 0: must be"),
+        ({"stages": (1, 1, 0, 1)}, "give four stages of at least 1"),
+        ({"channels": 0}, "0 channels, 1 heads"),
+        ({"heads": 0}, "0 heads"),
+        ({"discriminator_channels": -8}, "-8 channels"),
+        ({"discriminator_stages": 0}, "stages of 0; each must be at least 1"),
+        ({"unit": "local", "fusion": False}, "unit local: has no branches, interaction or fusion"),
     ],
 )
 def test_options_out_of_range(options, told):
