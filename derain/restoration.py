@@ -143,7 +143,9 @@ class Restorer:
             for one in images
         ]
         restored = torch.cat([one.clamp(0, 1) for one in views] or [images[:, 0]]).reshape(rainy.shape)
-        return (restored.mul(255).round() if rainy.dtype == torch.uint8 else restored).to(rainy.device, rainy.dtype)
+        restored = (restored.mul(255).round() if rainy.dtype == torch.uint8 else restored).to(rainy.device, rainy.dtype)
+        with torch.inference_mode(False):
+            return restored.clone()  # an inference tensor could not be used where gradients are wanted
 
     @torch.inference_mode()
     def perceive(self, rainy: NDArray[np.float32]) -> dict[str, Any]:

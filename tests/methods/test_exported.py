@@ -10,7 +10,7 @@ from derain.methods import METHODS, CLIPRPNModule, DACLIPSDEModule, PReNetModule
 from derain.methods.daclipsde.solvers import Sampling
 from tests.methods.test_contract import SMALL
 
-SIZES = [(37, 31), (64, 64), (101, 77), (1, 1), (130, 96)]
+SIZES = [(37, 31), (63, 65), (101, 77), (1, 1), (131, 97)]
 CASES = {method.__name__: (method, SMALL[method.__name__]) for method in METHODS}
 CASES["CLIPRPNModule"] = (CLIPRPNModule, SMALL["CLIPRPNModule"] | {"perception": "fixed", "route": 1})
 CASES["DACLIPSDEModule with contexts"] = (
