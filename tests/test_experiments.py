@@ -4,12 +4,16 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from derain import PLNLINGANModule
 from derain.cli import main
 from derain.errors import DerainError
 from derain.images import read_rgb, write_image
+from derain.methods import PReNetModule, weights
 from tests.factories import make_clip, make_set
+from tests.runs import metrics
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 FILES = sorted(path for path in EXPERIMENTS.rglob("*.yaml") if path.parent.name != "sweeps")
@@ -28,8 +32,7 @@ SMALL = {
     "DACLIPSDEModule": UNET,
     "PLNLINGANModule": GAN,
 }
-ROUND = 5
-"""Batches in which PLNLIN's generator and discriminator both take their turns."""
+PLNLIN = sorted([*EXPERIMENTS.glob("ablations/plnlin-*.yaml"), *EXPERIMENTS.glob("ablations/mcddl-*.yaml")])
 
 
 def small(*paths, clip):
@@ -37,11 +40,21 @@ def small(*paths, clip):
     found = [yaml.safe_load(path.read_text()) for path in paths]
     method = [config["model"]["class_path"] for config in found if "model" in config][-1]
     options = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.precision", "32"]
+    told = {name: value for config in found for name, value in config.get("model", {}).get("init_args", {}).items()}
+    a_round = max(told.get("generator_steps", 5), told.get("discriminator_steps", 1))  # in which both networks step
     gan = method == "PLNLINGANModule"
     options += ["--data.workers", "0", "--data.crop", "16", "--data.batch_size", "2"]
-    options += ["--data.repeat", "4" if gan else "1", "--trainer.limit_train_batches", str(ROUND if gan else 2)]
+    options += ["--data.repeat", "8" if gan else "1", "--trainer.limit_train_batches", str(a_round if gan else 2)]
     options += ["--trainer.check_val_every_n_epoch", "1", "--trainer.log_every_n_steps", "1"]
     return options + SMALL[method] + (["--model.clip", str(clip)] if "CLIP" in method else [])
+
+
+def the_script(name):
+    """A script of the experiments as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +106,24 @@ def test_appended_files(path, place, clip, monkeypatch):
     config = ["--config", str(first), "--config", str(path), *small(first, path, clip=clip)]
     assert main(["fit", *config, "--trainer.max_epochs", "1"]) == 0
     assert (place / "runs/rain800/fit-1/weights.safetensors").is_file()
+    if path in PLNLIN:
+        judged = metrics(place / "runs/rain800/fit-1", "train/discriminator_4")
+        assert bool(judged) == (path.stem != "mcddl-none")
     if path.stem == "tensorboard":
         assert list(place.rglob("events.out.tfevents.*"))
     if path.stem == "wandb":
         assert list((place / "runs/rain800/fit-1").rglob("*.wandb"))
+
+
+@pytest.mark.parametrize("path", PLNLIN, ids=lambda path: path.stem)
+def test_ablations_tell_how_many_parameters_their_networks_have(path):
+    options = yaml.safe_load(path.read_text())["model"]["init_args"]
+    method = PLNLINGANModule(
+        **{name: float(one) if name in {"alpha", "beta"} else one for name, one in options.items()}
+    )
+    for network in (method.network, method.discriminator):
+        if network is not None:
+            assert f"{sum(one.numel() for one in network.parameters()):,}" in path.read_text()
 
 
 @pytest.mark.slow
@@ -111,10 +138,25 @@ def test_sweeps_name_options_that_exist(path, place, clip):
     assert main([*arguments, *small(*files, clip=clip), *one_step]) == 0
 
 
+def test_means_of_weights(tmp_path, capsys):
+    script = the_script("mean_of_weights")
+    modules = [PReNetModule("PRN_r", stages=1) for _ in range(2)]
+    for name, module in zip("ab", modules, strict=True):
+        weights.save(module, tmp_path / name)
+    script.main(tmp_path / "a", tmp_path / "b", tmp_path / "mean", 0.7)
+    mean = weights.load(tmp_path / "mean").module.network.state_dict()
+    for name, value in mean.items():
+        one, other = (module.network.state_dict()[name] for module in modules)
+        torch.testing.assert_close(value, 0.7 * one + 0.3 * other)
+    weights.save(PReNetModule("PRN", stages=1), tmp_path / "c")
+    for file, share, told in (("c", 0.5, "its network is not that of"), ("b", 1.5, "must be in")):
+        with pytest.raises(DerainError, match=told):
+            script.main(tmp_path / "a", tmp_path / file, tmp_path / "out", share)
+    assert not (tmp_path / "out").exists()
+
+
 def test_data_of_the_model_in_the_box_has_no_leak(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("default_data", EXPERIMENTS / "default_data.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = the_script("default_data")
     monkeypatch.setattr(script, "VALIDATE", 1)
     make_set(tmp_path / "data", "Rain800", "train", count=5, seed=1, size=(96, 128))
     make_set(tmp_path / "data", "Rain100L", "test", count=2, seed=1, size=(96, 128))  # of the same backgrounds
