@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from derain.cli import COMMANDS, TRAINER, main
+from derain.commands import train
 from derain.data.layouts import LAYOUTS
 from derain.images import write_image
 from derain.metrics import PROTOCOLS
@@ -82,6 +83,26 @@ def test_commands_are_what_they_say(line):
     parser = parser_of(command)
     if parser is not None:
         parser.parse_args([word for word in arguments if word != "..."])
+
+
+class Parsed(Exception):
+    """Raised where a command would go on."""
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line[0] in TRAINER], ids=" ".join)
+def test_training_commands_are_understood(line, monkeypatch):
+    """Configurations are read and options are known, values of the right kind; nothing is built."""
+
+    def stop(self):
+        raise Parsed
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(train.DerainCLI, "before_instantiate_classes", stop)
+    words = [word for word in line if word != "..."]
+    if "my-run.yaml" in words:
+        pytest.skip("of the page's own file, which another test runs")
+    with pytest.raises(Parsed):
+        train.run(words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
