@@ -1,6 +1,5 @@
 """The ``derain`` command: one line a command, nothing heavy imported until one is chosen."""
 
-import argparse
 import importlib
 import logging
 import os
@@ -8,6 +7,7 @@ import sys
 
 import derain
 from derain.errors import DerainError
+from derain.options import CommandParser
 
 TRAINER = {
     "fit": "train a method: derain fit --config experiments/rain100h.yaml",
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         if command not in COMMANDS:
             raise DerainError(f"no command {command!r}; known are {', '.join(TRAINER | COMMANDS)}")
         module = importlib.import_module(f"derain.commands.{command}")
-        parser = argparse.ArgumentParser(f"derain {command}", description=module.__doc__)
+        parser = CommandParser(f"derain {command}", description=module.__doc__)
         module.add_arguments(parser)
         return int(module.run(parser.parse_args(arguments[1:])))
     except BrokenPipeError:  # the reader of our output, `head` for example, has what it wanted

@@ -1,6 +1,7 @@
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +74,52 @@ def test_public_names_load_when_used():
     assert derain.PReNetModule().parameter_count == 168_963
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = derain.Nothing
+
+
+RAIN800 = str(Path(__file__).parents[1] / "experiments/rain800.yaml")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (["restore", "a.jpg"], "the following arguments are required: output; derain restore --help"),
+        (["restore", "a.jpg", "b.jpg", "--ensembel"], "--ensembel: no such option; did you mean --ensemble?"),
+        (["table", "runs", "--format", "word"], "argument --format: invalid choice: 'word'"),
+        (["data", "lisst"], "invalid choice: 'lisst'"),
+        (["fit"], "--model: is missing; give it, or a --config FILE that has it"),
+        (["fit", "--config", "absent.yaml"], "absent.yaml: no such file"),
+        (["fit", "--config", RAIN800, "--data.cropp", "3"], "--data.cropp: no such option; did you mean --data.crop?"),
+        (["fit", "--config", RAIN800, "--data.crop", "x"], "--data.crop x: must be a whole number"),
+        (["fit", "--config", RAIN800, "--data.cache", "x"], "--data.cache x: must be one of auto, ram, disk, off"),
+        (["fit", "--config", RAIN800, "--model", "Alien"], "--model Alien: no such class"),
+        (["fit", "--config", RAIN800, "--model.dims", "8"], "--model.dims: no such option; did you mean --model.dim?"),
+        (["fit", "--config", RAIN800, "--model.dim", "x"], "--model.dim x: must be a whole number"),
+        (["test", "--config", RAIN800, "--sampling.stepz", "5"], "--sampling.stepz: no such option; did you mean"),
+        (["test", "--config", RAIN800, "--sampling.steps", "x"], "--sampling.steps x: must be a whole number or null"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_are_wrong_take_one_line(line, told, capsys):
+    assert main(line) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("derain: error: ")
+    assert told in error
+
+
+def test_a_broken_configuration_takes_one_line(tmp_path, capsys):
+    (tmp_path / "broken.yaml").write_text("data: [\n")
+    (tmp_path / "unknown.yaml").write_text("data: {cropp: 3}\nmodel: PReNetModule\n")
+    (tmp_path / "nested.yaml").write_text("model: {class_path: PReNetModule, init_args: {stagess: 3}}\n")
+    for name, told in (
+        (
+            "broken",
+            "--config: a file is no YAML: while parsing a flow node",
+        ),
+        ("unknown", "--data.cropp: no such option; did you mean --data.crop?"),
+        ("nested", "--model.stagess: no such option; did you mean --model.stages?"),
+    ):
+        assert main(["fit", "--config", str(tmp_path / f"{name}.yaml")]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert told in error

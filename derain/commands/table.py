@@ -278,7 +278,7 @@ def draw(folder: Path, rows: Sequence[Row], protocol: str, metrics: Iterable[Pat
         id(row): name if told.count(name) == 1 else f"{name}, trained on {'; '.join(row.trained_on) or 'unknown'}"
         for row, name in zip(rows, told, strict=True)
     }
-    written = []
+    written: list[Path] = []
     for name in sets_of(rows):
         timed = {
             names[id(row)]: (score.seconds, score.psnr)

@@ -7,7 +7,7 @@ import subprocess
 import warnings
 from pathlib import Path
 from pydoc import locate
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 import yaml
@@ -26,6 +26,7 @@ from derain.methods import DerainModule, DescribedModule, weights
 from derain.methods.daclipsde.solvers import Sampling
 from derain.metrics import resolve
 from derain.metrics.perceptual import lpips_at_hand
+from derain.options import in_one_line
 
 log = logging.getLogger("derain")
 
@@ -54,6 +55,25 @@ class SaveConfig(SaveConfigCallback):
             if not isinstance(logger, CSVLogger):
                 logger.log_hyperparams({"config": config, "commit": commit()})
         (Path(trainer.default_root_dir) / "commit.txt").write_text(f"{commit()}\n")
+
+
+class OptionParser(LightningArgumentParser):
+    """Says in one line what is wrong with options and configurations."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Refuses.
+
+        Raises:
+            DerainError: Always.
+        """
+        if isinstance(ex, DerainError):  # a parser of a command has told already
+            raise ex
+        if not self.exit_on_error:  # of a class within a configuration, whose place the command's parser knows
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        command = parser.prog.replace(" [options]", "")
+        told = in_one_line(message, parser._option_string_actions)
+        raise DerainError(f"{told}; {command} --help tells the options") from ex
 
 
 class DerainCLI(LightningCLI):
@@ -329,6 +349,7 @@ def run(arguments: list[str]) -> int:
         DescribedModule,
         RainDataModule,
         subclass_mode_model=True,
+        parser_class=OptionParser,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={
