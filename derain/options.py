@@ -1,10 +1,10 @@
 """What is wrong with a command line, in one line."""
 
 import argparse
-import difflib
 import inspect
 import re
 from collections.abc import Iterable
+from difflib import SequenceMatcher
 from pydoc import locate
 from typing import NoReturn
 
@@ -29,11 +29,32 @@ class CommandParser(argparse.ArgumentParser):
         Raises:
             DerainError: Always.
         """
-        raise DerainError(f"{in_one_line(message, self._option_string_actions)}; {self.prog} --help tells the options")
+        surplus = re.match(r"unrecognized arguments: (\S+)", message)
+        told = absent(surplus[1], self._option_string_actions) if surplus else message
+        raise DerainError(f"{told}; {self.prog} --help tells the options")
+
+
+def absent(option: str, known: Iterable[str]) -> str:
+    """That there is no such option, and which one may have been meant.
+
+    Example:
+        >>> absent("--cropp", ["--crop"]), absent("b.jpg", ["--crop"])
+        ('--cropp: no such option; did you mean --crop?', "b.jpg: one argument too many; quote globs, as '*.jpg'")
+    """
+    if not option.startswith("-"):
+        return f"{option}: one argument too many; quote globs, as '*.jpg'"
+
+    def alike(one: str) -> tuple[float, float]:
+        """By the last parts of the names, then by all of them."""
+        ends = (one.rpartition(".")[2].lstrip("-"), option.rpartition(".")[2].lstrip("-"))
+        return SequenceMatcher(None, *ends).ratio(), SequenceMatcher(None, one, option).ratio()
+
+    near = max((one for one in known if not one.endswith(".help")), key=alike, default="")
+    return f"{option}: no such option" + (f"; did you mean {near}?" if alike(near)[0] > 0.75 else "")
 
 
 def in_one_line(message: str, known: Iterable[str] = ()) -> str:
-    r"""The line that matters of what argparse and jsonargparse say.
+    r"""The line that matters of what jsonargparse says of a configuration.
 
     Args:
         message: Of one or many lines.
@@ -42,37 +63,46 @@ def in_one_line(message: str, known: Iterable[str] = ()) -> str:
     Example:
         >>> in_one_line("Parser key \"data.crop\":\n  Expected a <class 'int'>. Got value: abc")
         '--data.crop abc: must be a whole number'
-        >>> in_one_line("unrecognized arguments: --cropp 3", ["--crop"])
-        '--cropp: no such option; did you mean --crop?'
     """
-    key = "--" + ".".join(re.findall(r'Parser key "([\w.]+)"', message))
-    known = list(known)
-    for builder in re.findall(r"Problem with given class_path '([\w.]+)'", message)[-1:]:
-        known += [f"{key}.{name}" for name in inspect.signature(locate(builder)).parameters]  # type: ignore[arg-type]
+    key = ""
+    for part in re.findall(r'Parser key "([\w.]+)"', message):
+        key = part if not key or part.startswith(f"{key}.") else f"{key}.{part}"
+    key = f"--{key}" if key else next(iter(re.findall(r"--[\w.]+", message)), "--config")
+    classes, options = re.findall(r"Problem with given class_path '([\w.]+)'", message), list(known)
+    if classes and callable(built := locate(classes[-1])):
+        options += [f"{key}.{name}" for name in inspect.signature(built).parameters]
 
-    def absent(option: str) -> str:
-        near = difflib.get_close_matches(option, known, 1)
-        return f"{option}: no such option" + (f"; did you mean {near[0]}?" if near else "")
+    def where(pattern: str) -> re.Match[str] | None:
+        return re.search(pattern, message)
 
-    if found := re.search(r"Option '([\w.]+)' is not accepted", message):
-        return absent(f"{key}.{found[1]}")
-    if found := re.search(r"does not accept option '([\w.]+)'", message):
-        return absent(f"--{found[1]}")
-    if found := re.search(r"unrecognized arguments: ([^\s=]+)", message):
-        return absent(found[1])
-    if found := re.search(r"arguments are required: \w+\.(\w+)", message):
+    if found := where(r"Option '([\w.-]+)' is not accepted"):
+        return absent(f"{key}.{found[1]}", options)
+    if found := where(r"does not accept option '([\w.-]+)'"):
+        return absent(f"--{found[1]}", options)
+    if found := where(r"unrecognized arguments: ([^\s=]+)"):
+        return absent(f"{key}.{found[1].lstrip('-')}" if classes else found[1], options)
+    if found := where(r"arguments are required: (?:fit|validate|test|predict)\.(\w+)"):
         return f"--{found[1]}: is missing; give it, or a --config FILE that has it"
-    if found := re.search(r"File does not exist: '(.*)'", message):
+    if found := where(r"arguments are required: (.*)"):
+        return f"{key} {classes[-1] if classes else ''}: needs {found[1]}"
+    if found := where(r"File does not exist: '(.*)'"):
         return f"{key} {found[1]}: no such file"
-    if found := re.search(r"Expected a dot import path string: (.*)", message):
+    if found := where(r"not correspond to a subclass of (\w+)[\s\S]*Given value: (?:\{'class_path': ')?([\w.]+)"):
+        return f"{key} {found[2]}: is no {found[1]}"
+    if found := where(r"Expected a dot import path string: (.*)"):
         return f"{key} {found[1]}: no such class; give the name of one"
-    if found := re.search(r"Expected an? (.+)\. Got value: (.*)", message):
+    if classes and not callable(locate(classes[-1])):
+        return f"{key} {classes[-1]}: no such class; give the name of one"
+    if found := where(r"Expected an? (.+)\. Got value: (.*)"):
         return f"{key} {found[2]}: must be {_kind(found[1])}"
-    if found := re.search(r"Given value: (.*)", message):
+    if found := where(r"Given value: (.*)"):
         value = re.sub(r"^NestedArg\(key='.*', val='(.*)'\)$", r"\1", found[1])
-        kinds = dict.fromkeys(_kind(told) for told in re.findall(r"Expected an? (.+)", message))
-        return f"{key} {value}: must be {' or '.join(kinds)}"
-    line = " ".join(message.split()).replace('"<unicode string>", ', "")
+        kinds = dict.fromkeys(_kind(told) for told in re.findall(r"Expected an? (?!path but)(.+)", message))
+        if set(kinds) - {"null"}:
+            return f"{key} {value}: must be {' or '.join(kinds)}"
+        if found := where(r"Errors:\s+- ([\s\S]+?)\n\s+- "):
+            return f"{key}: {' '.join(found[1].split())}"
+    line = " ".join(message.split()).replace('"<unicode string>", ', "").removesuffix(":")
     return line.replace("Problems parsing config", "--config: a file is no YAML")
 
 

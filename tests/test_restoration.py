@@ -188,6 +188,14 @@ def test_images_come_back_as_they_came(method):
     assert restorer(array[:0]).shape == (0, 9, 7, 3)
 
 
+def test_a_tensor_may_be_used_where_gradients_are_wanted(method):
+    restored = Restorer(method, device="cpu")(torch.rand(3, 9, 8))
+    assert not restored.is_inference()
+    weight = torch.ones((), requires_grad=True)
+    (weight * restored).sum().backward()
+    assert torch.equal(weight.grad, restored.sum())
+
+
 def test_a_picture_keeps_its_alpha(method):
     picture = Image.new("RGBA", (6, 5), (200, 30, 40, 77))
     restored = Restorer(method, device="cpu")(picture)

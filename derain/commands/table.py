@@ -24,6 +24,14 @@ from derain.metrics import resolve
 
 log = logging.getLogger("derain")
 
+LATEX = str.maketrans(
+    {
+        **{mark: f"\\{mark}" for mark in "&%$#_{}"},
+        **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"},
+        **{"σ": r"$\sigma$", "×": r"$\times$", "±": r"$\pm$"},
+    }
+)
+
 SIDE = 256
 """Side of the image that multiplications are counted for, in pixels."""
 
@@ -76,8 +84,8 @@ def _with_cost(row: Row) -> Row:
     known = {one.__name__: one for one in methods.METHODS}
     try:
         method = known[row.described["method"]](**row.described["hyper_parameters"])
-    except (KeyError, TypeError, ValueError):
-        log.warning("%s: its cost is not counted, as %s cannot be built here", row.file, row.method)
+    except (KeyError, TypeError, ValueError) as error:
+        log.warning("%s: its cost is not counted, as %s cannot be built here (%s)", row.file, row.method, error)
         return row
     counted = cost(method, SIDE)
     return replace(row, parameters=float(counted["parameters"]), macs=float(counted["macs"]))
@@ -231,7 +239,7 @@ def escape(text: str) -> str:
         >>> print(escape("my_set: 50 %"))
         my\_set: 50 \%
     """
-    return re.sub(r"([&%$#_{}])", r"\\\1", text).replace("–", "--").replace("×", r"$\times$")
+    return text.translate(LATEX)
 
 
 def _csv(rows: Sequence[Row], protocol: str) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import re
 import subprocess
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal, NoReturn, cast
 import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -72,6 +74,10 @@ class OptionParser(LightningArgumentParser):
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
+        if command == "derain":  # what a command misses is told by the parser of all
+            command += (
+                f" {next(iter(re.findall('(?:required: |Subcommand .)(validate|test|predict)', message)), 'fit')}"
+            )
         told = in_one_line(message, parser._option_string_actions)
         raise DerainError(f"{told}; {command} --help tells the options") from ex
 
@@ -116,7 +122,10 @@ class DerainCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Refuses to judge a network that was never trained, and files that are no checkpoints."""
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise DerainError("--config: a file is no text in UTF-8; give YAML") from error
         config = self.config[self.config.subcommand]
         self.protocols = tuple(protocol.name for protocol in resolve(config.protocol))
         if config.ckpt_path and config.ckpt_path != "last":
@@ -213,7 +222,10 @@ class DerainCLI(LightningCLI):
         config = self.config_init[self.subcommand].trainer
         config.logger = self._loggers(config.logger)
         config.callbacks = [*(config.callbacks or []), *self._callbacks(config)]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError, MisconfigurationException) as error:  # what Lightning refuses
+            raise DerainError(f"--trainer: {' '.join(str(error).split())}") from error
 
     def _loggers(self, configured: Any) -> list[Logger] | bool:
         if configured is False:

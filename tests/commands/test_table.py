@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,10 +10,12 @@ import torch
 import yaml
 
 from derain.cli import main
-from derain.commands.table import labels
+from derain.commands.table import escape, footnotes, labels, notes
+from derain.data.layouts import LAYOUTS
 from derain.data.summaries import merge, published, read, select
 from derain.images import read_rgb
 from derain.methods import PReNetModule, weights
+from derain.metrics import PROTOCOLS
 from tests.factories import make_set
 
 CONFIG = {
@@ -201,6 +204,16 @@ def test_latex_has_as_many_cells_in_every_line(copy, tmp_path, capsys):
     printed = [line for line in below.splitlines() if not line.startswith("%")]
     assert any(line.startswith("Protocol matlab-y: BT.601") for line in printed)
     assert any(line.startswith("\\textsuperscript{1} published: Guan") and "trained on" in line for line in printed)
+
+
+def test_latex_has_nothing_that_it_cannot_print():
+    """Definitions of protocols and notes of published rows hold Greek letters and signs."""
+    for protocol in PROTOCOLS:
+        rows = published(set(LAYOUTS), protocol)
+        told = "\n".join(footnotes(notes(rows, protocol)))
+        assert told.isascii()
+        assert not re.search(r"(?<!\\)[&%#_~^]", told)
+    assert escape(r"a\b~c^d_{e}") == r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\_\{e\}"
 
 
 def test_published_rows_that_are_in_doubt_say_so():

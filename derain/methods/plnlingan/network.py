@@ -232,7 +232,7 @@ def _block(kind: Branches, place: int, style: Style) -> nn.Module:
     return ResidualBlock(style.channels) if kind == "local" else WindowBlock(style, shifted=place % 2 == 1)
 
 
-def check(style: Style, *stages: int) -> None:
+def check(style: Style, *stages: int, of: str = "generator") -> None:
     """Refuses what no network can be built of.
 
     Raises:
@@ -240,7 +240,7 @@ def check(style: Style, *stages: int) -> None:
     """
     if min(style.channels, style.heads, *stages) < 1:
         told = f"{style.channels} channels, {style.heads} heads and stages of {', '.join(map(str, stages))}"
-        raise DerainError(f"--model: a network of {told}; each must be at least 1")
+        raise DerainError(f"--model: a {of} of {told}; each must be at least 1")
     if style.unit != "plnlim" and (style.branches, style.interaction, style.fusion) != ("both", "sft", True):
         raise DerainError(f"--model.unit {style.unit}: has no branches, interaction or fusion; leave these options out")
 
@@ -341,7 +341,7 @@ class MCDDL(nn.Module):
 
     def __init__(self, style: Style, content: int = 32, deep: bool = True, stages: int = 2) -> None:
         super().__init__()
-        check(style, stages)
+        check(style, stages, of="discriminator")
         channels = style.channels
         self.embed = nn.Conv2d(3, channels, 3, padding=1)
         self.first = unit(stages, style)
