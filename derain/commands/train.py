@@ -75,9 +75,8 @@ class OptionParser(LightningArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
         if command == "derain":  # what a command misses is told by the parser of all
-            command += (
-                f" {next(iter(re.findall('(?:required: |Subcommand .)(validate|test|predict)', message)), 'fit')}"
-            )
+            named = re.search("(?:required: |Subcommand .)(validate|test|predict)", message)
+            command += f" {named[1] if named else 'fit'}"
         told = in_one_line(message, parser._option_string_actions)
         raise DerainError(f"{told}; {command} --help tells the options") from ex
 
