@@ -89,7 +89,8 @@ def test_two_processes_have_the_same_weights_in_ten_rounds(place):
         "    enable_checkpointing=False, enable_progress_bar=False, callbacks=[Told()])\n"
         "loader = torch.utils.data.DataLoader(Batches(40), batch_size=None)\n"
         "t.fit(m, loader)\n"
-        "print('ten rounds', t.global_step)\n"
+        "if t.is_global_zero:\n"
+        "    print(f'ten rounds {t.global_step}')\n"
     )
     assert "ten rounds 20" in finish(program=(str(script),))
 
