@@ -1,11 +1,8 @@
 """What is wrong with a command line, in one line."""
 
 import argparse
-import inspect
 import re
 from collections.abc import Iterable
-from difflib import SequenceMatcher
-from pydoc import locate
 from typing import NoReturn
 
 from derain.errors import DerainError
@@ -43,6 +40,7 @@ def absent(option: str, known: Iterable[str]) -> str:
     """
     if not option.startswith("-"):
         return f"{option}: one argument too many; quote globs, as '*.jpg'"
+    from difflib import SequenceMatcher
 
     def alike(one: str) -> tuple[float, float]:
         """By the last parts of the names, then by all of them."""
@@ -64,6 +62,9 @@ def in_one_line(message: str, known: Iterable[str] = ()) -> str:
         >>> in_one_line("Parser key \"data.crop\":\n  Expected a <class 'int'>. Got value: abc")
         '--data.crop abc: must be a whole number'
     """
+    import inspect
+    from pydoc import locate
+
     key = ""
     for part in re.findall(r'Parser key "([\w.]+)"', message):
         key = part if not key or part.startswith(f"{key}.") else f"{key}.{part}"
