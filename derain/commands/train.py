@@ -119,6 +119,11 @@ class DerainCLI(LightningCLI):
                 help="Also write the maps of the method and what it perceived beside each image.",
             )
 
+    def _parse_ckpt_path(self) -> None:
+        """A file that is judged brings its method along; a training that goes on keeps to the options given."""
+        if self.config.subcommand != "fit":
+            super()._parse_ckpt_path()
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Refuses to judge a network that was never trained, and files that are no checkpoints."""
         try:

@@ -42,16 +42,6 @@ class Caption(NamedTuple):
         return f"{self.text}: {self.degradation}"
 
 
-def template_caption(pair: Pair, degradation: str = DEGRADATION) -> Caption:
-    """The caption of a pair that no model has looked at.
-
-    Example:
-        >>> template_caption(Pair("1", Path("1.png"))).title
-        'a photo: rainy'
-    """
-    return Caption(TEMPLATE, degradation)
-
-
 def one_line(text: str) -> str:
     """Makes tabs, newlines and other gaps one space each.
 
@@ -118,27 +108,30 @@ def read_captions(path: Path) -> dict[str, Caption]:
     return captions
 
 
-def captions_of(pairs: Sequence[Pair], table: Mapping[str, Caption], path: Path) -> list[Caption]:
+def captions_of(pairs: Sequence[Pair], tables: Mapping[Path, Mapping[str, Caption]]) -> list[Caption]:
     """The caption of each pair, in order, by the file of its rainy image.
 
     Args:
         pairs: The pairs.
-        table: What :func:`read_captions` gave.
-        path: The table's file; paths in it are absolute or start at its folder.
+        tables: What :func:`read_captions` gave, by file; paths in a table are absolute or start at its folder.
 
     Raises:
         DerainError: If a pair has none, or one file two.
     """
     found: dict[Path, Caption] = {}
-    for (name, caption), file in zip(table.items(), _places([path.parent / name for name in table]), strict=True):
-        if found.setdefault(file, caption) != caption:
-            raise DerainError(f"{path}: two captions of {name}, by other spellings of its path; remove one of them")
+    for path, table in tables.items():
+        for (name, caption), file in zip(table.items(), _places([path.parent / name for name in table]), strict=True):
+            if found.setdefault(file, caption) != caption:
+                raise DerainError(
+                    f"{path}: two captions of {name}, in another table or by another spelling of its path; remove one"
+                )
     captions = [found.get(file) for file in _places([pair.rainy for pair in pairs])]
     lacking = [pair.rainy for pair, caption in zip(pairs, captions, strict=True) if caption is None]
     if lacking:
         raise DerainError(
-            f"{path}: no caption of {len(lacking)} of {len(pairs)} rainy images, first {lacking[0]}; expected their "
-            f"paths, absolute or from {path.parent}; make a table by: derain caption ROOT OUT.tsv"
+            f"{', '.join(map(str, tables))}: no caption of {len(lacking)} of {len(pairs)} rainy images, first "
+            f"{lacking[0]}; expected their paths, absolute or from {' or '.join(str(path.parent) for path in tables)}; "
+            "make a table by: derain caption ROOT OUT.tsv, and give several as --data.captions '[A.tsv, B.tsv]'"
         )
     return [caption for caption in captions if caption is not None]
 

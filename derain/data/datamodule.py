@@ -132,8 +132,8 @@ class RainDataModule(LightningDataModule):
         transpose: Random transposition too.
         val_share: Share of ``train`` that validates when ``val`` names no set, in clean images (at least one):
             all rains on a held-out image are held out.
-        captions: Table of captions of the training and validation pairs, as ``derain caption`` writes it; for
-            `DACLIPModule`.
+        captions: Table or tables of captions of the training and validation pairs, as ``derain caption`` writes
+            them; for `DACLIPModule`.
         val_limit: Validate on the first so many pairs only; all by default.
         workers: Loading processes; by default none where pixels are cached (a crop takes a seventh of a
             millisecond, less than sending it between processes), else one less than the cores, at most 8.
@@ -155,7 +155,7 @@ class RainDataModule(LightningDataModule):
         flips: bool = True,
         transpose: bool = False,
         val_share: float = 0.05,
-        captions: str | None = None,
+        captions: str | list[str] | None = None,
         val_limit: int | None = None,
         workers: int | None = None,
         cache: Mode = "auto",
@@ -175,7 +175,7 @@ class RainDataModule(LightningDataModule):
         self.flips, self.transpose = flips, transpose
         self.val_share, self.val_limit = val_share, val_limit
         self.workers = workers
-        self.captions = None if captions is None else Path(captions)
+        self.captions = [Path(table) for table in _as_list(captions)]
         self._captions: dict[str, list[Caption]] = {}
         self.cache, self.split_seed, self.seed = cache, split_seed, seed
         self.pairs: dict[str, tuple[Pair, ...]] = {}
@@ -231,10 +231,10 @@ class RainDataModule(LightningDataModule):
         self.pairs["val"] = self.pairs["val"][: self.val_limit]
 
     def _caption(self) -> None:
-        if self.captions is not None:
-            table = read_captions(self.captions)
+        if self.captions:
+            tables = {table: read_captions(table) for table in self.captions}
             parts = [part for part in ("train", "val") if part in self.pairs]
-            self._captions = {part: captions_of(self.pairs[part], table, self.captions) for part in parts}
+            self._captions = {part: captions_of(self.pairs[part], tables) for part in parts}
 
     def _find(self, option: str, split: Any) -> tuple[Pair, ...]:
         names = _as_list(self.sets[option])

@@ -24,8 +24,7 @@ class DerainModule(DescribedModule, ABC):
     Attributes:
         maps: Names of the maps that ``explain`` adds.
         explaining: Whether ``predict_step`` gives them too.
-        protocols: How validation and test images are judged; the first one names the best checkpoint.
-        lpips: Judges them too, if it is there.
+        protocols, lpips: How validation and test images are judged; the first protocol names the best checkpoint.
         bytes_per_pixel: Memory that ``forward`` takes for one pixel at inference, measured in float32.
         tile_multiple: What sides of tiles should be multiples of.
         compiles_any_size: Whether ``network`` is compiled once for all sizes, else once a size.
@@ -117,7 +116,8 @@ class DerainModule(DescribedModule, ABC):
         self._shape = shape
 
     def on_validation_epoch_start(self) -> None:
-        """Forgets the last epoch's scores."""
+        """Refuses early if something is missing; forgets the last epoch's scores."""
+        self.check()
         kinds = ("derained", "rainy")
         self._quality = {kind: ImageQuality(self.protocols, self.lpips).to(self.device) for kind in kinds}
 
@@ -143,6 +143,7 @@ class DerainModule(DescribedModule, ABC):
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
         """Restores images into [0, 1], with maps where they are wanted, and says what was perceived."""
+        self.check()
         self._give_back_at(batch["rainy"].shape)
         perceived = self.perceive(batch["rainy"])
         restored = (self.explain if self.explaining else self)(batch["rainy"], **perceived)

@@ -54,8 +54,10 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
         """Takes back the description; a run goes on with its average or not at all, all else takes the average.
 
         Raises:
-            DerainError: If training would go on without the average that the checkpoint holds.
+            DerainError: If training would go on with another network, or without the average that the checkpoint holds.
         """
+        if self.resuming:
+            self._go_on_with(checkpoint["state_dict"], checkpoint.get("derain", {}))
         self.recall(checkpoint.get("derain", {}))
         if "ema" not in checkpoint:
             return
@@ -67,6 +69,17 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
                 "the checkpoint holds averaged weights (EMA), but no EMA callback is configured; configure it as in "
                 "the run that is resumed"
             )
+
+    def _go_on_with(self, state: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+        own = self.state_dict()
+        if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in own.items()}:
+            return
+        method, now = description.get("method", "another network"), self.describe()
+        began = description.get("hyper_parameters", {})
+        others = [name for name, value in now["hyper_parameters"].items() if began.get(name, value) != value]
+        if method == now["method"]:
+            method = ", ".join(f"--model.{name} {began[name]}" for name in others) or method
+        raise DerainError(f"this run began with {method}; give that to go on")
 
     @property
     def resuming(self) -> bool:

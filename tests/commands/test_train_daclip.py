@@ -78,13 +78,14 @@ def test_from_captions_to_a_restored_photo(place, capsys):
     assert not np.array_equal(one, two)
 
 
-def test_what_is_refused_in_one_line(place, capsys):
+def test_what_is_refused_in_one_line(place, capsys, monkeypatch):
     one = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"]
     assert main(["fit", "--config", "daclip.yaml", *one]) == 0
     assert main(["fit", "--config", "sde.yaml", *one]) == 0
     controller, file = (str(place / f"runs/{name}/fit-1/weights.safetensors") for name in ("daclip", "sde"))
     make_set(place, "images", "predict", count=1)
     restore = ["restore", "images", "out", "--weights"]
+    again = ["--trainer.max_epochs", "2", "--ckpt_path", "last"]
     for arguments, told in (
         (["test", "--config", "sde.yaml", "--weights", controller], "DACLIPModule restores no images"),
         ([*restore, controller], "restores no images; give weights of a method"),
@@ -95,17 +96,41 @@ def test_what_is_refused_in_one_line(place, capsys):
         (["fit", "--config", "sde.yaml", "--model.max_sigma", "0"], "--model.max_sigma 0"),
         (["fit", "--config", "sde.yaml", "--model.controller", "no.pt"], "no.pt: no such file"),
         (["fit", "--config", "daclip.yaml", "--data.captions", "no.tsv"], "no.tsv: no such file"),
+        (["fit", "--config", "sde.yaml", *again, "--model.controller", controller], "began with another controller"),
     ):
         capsys.readouterr()
         assert main(arguments) == 2, arguments
         assert told in capsys.readouterr().err.strip().splitlines()[-1], arguments
+    monkeypatch.setenv("DERAIN_CLIP", str(make_clip(place / "wider", size=16)))
+    for command in ("test", "validate", "predict"):  # what restores checks first, as fit and restore do
+        arguments = [command, "--config", "sde.yaml", "--weights", file, "--data.predict", "images"]
+        assert main(arguments) == 2
+        assert "set --model.context 16" in capsys.readouterr().err.strip().splitlines()[-1], command
+
+
+@pytest.mark.parametrize("path", ["last", "runs/sde/fit-1/checkpoints/last.ckpt"])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--model.channels", "64"], "this run began with --model.channels 32; give that"),
+        (["--model.attention", "linear"], "this run began with --model.attention none"),
+        (["--model", "PReNetModule"], "this run began with DACLIPSDEModule"),
+        (["--model.max_sigma", "20"], "this run began with another SDE"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_network(place, capsys, options, told, path):
+    fit = ["fit", "--config", "sde.yaml", "--model.contexts", "none", "--trainer.limit_train_batches", "1"]
+    assert main([*fit, "--trainer.max_epochs", "1"]) == 0
+    assert main([*fit, "--ckpt_path", path, *options]) == 2
+    assert told in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_ends(place):
-    fit = ["fit", "--config", "sde.yaml", "--trainer.max_epochs", "4"]
-    whole, _, resumed = whole_and_resumed(fit, "train/loss", "val/psnr", "lr-AdamW")
-    for state in ("state_dict", "ema"):
+@pytest.mark.parametrize(("name", "judged"), [("sde", "val/psnr"), ("daclip", "val/accuracy")])
+def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_ends(place, name, judged):
+    fit = ["fit", "--config", f"{name}.yaml", "--trainer.max_epochs", "4"]
+    whole, _, resumed = whole_and_resumed(fit, "train/loss", judged, "lr-AdamW")
+    for state in ("state_dict", "ema") if name == "sde" else ("state_dict",):
         assert differing(whole[state], resumed[state]) == []
 
 

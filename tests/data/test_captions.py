@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from derain.data import captions
 from derain.data.captions import (
     Caption,
     Journal,
@@ -14,7 +13,6 @@ from derain.data.captions import (
     captions_of,
     hash_of,
     read_captions,
-    template_caption,
     write_captions,
     written,
 )
@@ -119,10 +117,10 @@ def test_pairs_get_their_captions_by_relative_and_absolute_paths(tmp_path, monke
         "data/nowhere/rain-1.png": Caption("of another set", "rainy"),
     }
     for table in (tmp_path / "t.tsv", Path(os.path.relpath(tmp_path / "t.tsv"))):
-        assert [caption.text for caption in captions_of(pairs, mixed, table)] == ["one", "two", "three"]
+        assert [caption.text for caption in captions_of(pairs, {table: mixed})] == ["one", "two", "three"]
     monkeypatch.chdir(folder)
     pairs = find_pairs(".", "train").pairs
-    assert [caption.text for caption in captions_of(pairs, mixed, tmp_path / "t.tsv")] == ["one", "two", "three"]
+    assert [caption.text for caption in captions_of(pairs, {tmp_path / "t.tsv": mixed})] == ["one", "two", "three"]
 
 
 def test_links_of_folders_are_followed(tmp_path):
@@ -131,29 +129,38 @@ def test_links_of_folders_are_followed(tmp_path):
     pairs = find_pairs(tmp_path / "link" / folder.name, "train").pairs
     table = {name: Caption(name, "rainy") for name in written([pair.rainy for pair in pairs], tmp_path / "t.tsv")}
     assert list(table) == ["data/RainTrainL/rain-1.png", "data/RainTrainL/rain-2.png"]
-    assert captions_of(pairs, table, tmp_path / "t.tsv") == list(table.values())
-    assert captions_of(find_pairs(folder, "train").pairs, table, tmp_path / "t.tsv") == list(table.values())
+    assert captions_of(pairs, {tmp_path / "t.tsv": table}) == list(table.values())
+    assert captions_of(find_pairs(folder, "train").pairs, {tmp_path / "t.tsv": table}) == list(table.values())
 
 
 def test_halves_of_one_file_are_keyed_by_the_file(tmp_path):
     folder = make_set(tmp_path, "Rain800", "train", 2)
     pairs = find_pairs(folder, "train").pairs
     table = {"training/1.jpg": Caption("one", "rainy"), "training/2.jpg": Caption("two", "rainy")}
-    assert captions_of(pairs, table, folder / "t.tsv") == [("one", "rainy"), ("two", "rainy")]
+    assert captions_of(pairs, {folder / "t.tsv": table}) == [("one", "rainy"), ("two", "rainy")]
 
 
 def test_pairs_without_caption_are_counted_and_the_first_named(tmp_path):
     pairs = [Pair(str(i), tmp_path / f"{i}.png") for i in range(5)]
     table = {"0.png": Caption("a", "rainy"), "3.png": Caption("b", "rainy")}
-    refused(lambda: captions_of(pairs, table, tmp_path / "t.tsv"), "t.tsv", "3 of 5", tmp_path / "1.png")
+    refused(lambda: captions_of(pairs, {tmp_path / "t.tsv": table}), "t.tsv", "3 of 5", tmp_path / "1.png")
 
 
 def test_two_captions_of_one_file(tmp_path):
     pairs = [Pair("1", tmp_path / "1.png")]
     table = {"1.png": Caption("a", "rainy"), str(tmp_path / "1.png"): Caption("b", "rainy")}
-    refused(lambda: captions_of(pairs, table, tmp_path / "t.tsv"), "t.tsv", "two captions")
+    refused(lambda: captions_of(pairs, {tmp_path / "t.tsv": table}), "t.tsv", "two captions")
     table[str(tmp_path / "1.png")] = Caption("a", "rainy")
-    assert captions_of(pairs, table, tmp_path / "t.tsv") == [("a", "rainy")]
+    assert captions_of(pairs, {tmp_path / "t.tsv": table}) == [("a", "rainy")]
+
+
+def test_several_tables_caption_together(tmp_path):
+    pairs = [Pair("1", tmp_path / "a" / "1.png"), Pair("2", tmp_path / "b" / "1.png")]
+    tables = {tmp_path / part / "t.tsv": {"1.png": Caption(part, "rainy")} for part in "ab"}
+    assert [caption.text for caption in captions_of(pairs, tables)] == ["a", "b"]
+    refused(lambda: captions_of([*pairs, Pair("3", tmp_path / "c.png")], tables), "a/t.tsv, ", "b/t.tsv", "1 of 3")
+    tables[tmp_path / "t.tsv"] = {"b/1.png": Caption("another", "rainy")}
+    refused(lambda: captions_of(pairs, tables), "t.tsv: two captions of b/1.png, in another table")
 
 
 def test_paths_are_relative_only_below_the_table(tmp_path, monkeypatch):
@@ -164,11 +171,6 @@ def test_paths_are_relative_only_below_the_table(tmp_path, monkeypatch):
     assert written(files[:1], Path("deep/t.tsv")) == [str(tmp_path / "set/rain/1.png")]
     assert written([Path("deep/../2.png")], Path("t.tsv")) == ["2.png"]
     refused(lambda: written([Path(os.fsdecode(b"caf\xe9.png"))], Path("t.tsv")), "UTF-8")
-
-
-def test_captions_without_a_model(tmp_path):
-    assert template_caption(Pair("1", tmp_path)).title == f"{captions.TEMPLATE}: rainy"
-    assert template_caption(Pair("1", tmp_path), "hazy") == ("a photo", "hazy")
 
 
 # The journal.

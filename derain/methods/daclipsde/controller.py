@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from derain.errors import DerainError
 from derain.methods.clip import FrozenCLIP
-from derain.methods.daclipsde.published import controller_of
+from derain.methods.daclipsde.published import controller_of, projection_of
 
 log = logging.getLogger("derain")
 
 Order = Literal["reversed", "aligned"]
 Tokens = Float[Tensor, "b n c"]
+
+WORDS = ("rainy", "clean")
+"""Degradations that a controller's file, such as the authors', does not name its own of."""
 
 
 class Embeddings(NamedTuple):
@@ -91,11 +94,52 @@ def _block(block: Any, x: Tokens) -> Tokens:
     return cast(Tensor, out[0] if isinstance(out, tuple) else out)
 
 
+def load_controller(file: Path, clip: FrozenCLIP) -> tuple[Controller, Mapping[str, Any]]:
+    """Reads a controller: weights of `DACLIPModule`, or the authors' checkpoint of DA-CLIP.
+
+    Returns:
+        The controller, and what its file says of itself: nothing where it is the authors'.
+
+    Raises:
+        DerainError: If the file is absent, is none, or does not fit CLIP.
+    """
+    from derain.methods import weights
+
+    if not file.is_file():
+        raise DerainError(
+            f"--model.controller {file}: no such file; name it by --model.controller, or by DERAIN_CONTROLLER for "
+            "weights that name another"
+        )
+    state, description, _ = weights.read(file)
+    if description.get("method") not in {None, "DACLIPModule"}:
+        raise DerainError(
+            f"--model.controller {file}: holds {description['method']}; give weights of DACLIPModule or the authors' "
+            "checkpoint of DA-CLIP"
+        )
+    found = Controller(clip.model, description.get("hyper_parameters", {}).get("order", "reversed"))
+    projection = None if description else projection_of(state)
+    state = state if description else controller_of(state)
+    own = {name: value.shape for name, value in found.state_dict().items()}
+    fits = {name: value.shape for name, value in state.items()} == own
+    if fits and projection is not None:  # sizes alone do not tell one CLIP from another
+        fits = torch.allclose(projection.float(), clip.model.visual_projection.weight.cpu(), atol=1e-3)
+    if not fits:
+        raise DerainError(
+            f"--model.controller {file}: does not fit CLIP {clip.name}; give the CLIP that it was trained with by "
+            "--model.clip or DERAIN_CLIP"
+        )
+    if description.get("clip_sha256") not in {None, clip.sha256}:
+        log.warning("%s was trained with another CLIP than %s", file, clip.name)
+    found.load_state_dict(dict(state))
+    return found, description
+
+
 class Perception:
     """A trained controller and its CLIP, both frozen; loaded when first needed, and part of no method's parameters.
 
     Attributes:
         hashes: Of CLIP and of the controller's file: those in use, before they are loaded those of `expect`.
+        words: Degradations that the controller has learnt to tell apart.
 
     Args:
         clip: Id on the Hugging Face hub or a local directory; ``$DERAIN_CLIP`` goes before it.
@@ -109,17 +153,25 @@ class Perception:
         if controller is not None and self.file != controller:
             log.info("controller: %s (DERAIN_CONTROLLER) instead of %s", self.file, controller)
         self.hashes: dict[str, str | None] = {}
+        self.words: Sequence[str] = WORDS
+        self._resuming = False
 
-    def expect(self, description: Mapping[str, Any]) -> None:
-        """Takes the hashes that a file of weights names; another CLIP or controller is used with a warning."""
+    def expect(self, description: Mapping[str, Any], resuming: bool) -> None:
+        """Takes the hashes that a file of weights names.
+
+        Args:
+            description: Of the file.
+            resuming: Whether its training goes on: another CLIP or controller is then refused, else warned of.
+        """
         self.hashes = {name: description[name] for name in ("clip_sha256", "controller_sha256") if name in description}
+        self._resuming = resuming
 
     @cached_property
     def controller(self) -> Controller:
         """The controller.
 
         Raises:
-            DerainError: If its file is absent or does not fit CLIP.
+            DerainError: If its file is absent or does not fit CLIP, or is another one than a resumed run began with.
         """
         from derain.methods import weights
 
@@ -127,33 +179,13 @@ class Perception:
             log.warning("no --model.controller: both embeddings are CLIP's own, as before the controller is trained")
             found = Controller(self.clip.model)
         else:
-            if not Path(self.file).is_file():
-                raise DerainError(
-                    f"--model.controller {self.file}: no such file; name it by --model.controller, or by "
-                    "DERAIN_CONTROLLER for weights that name another"
-                )
-            state, description, _ = weights.read(Path(self.file))
-            if description.get("method") not in {None, "DACLIPModule"}:
-                raise DerainError(
-                    f"--model.controller {self.file}: holds {description['method']}; give weights of DACLIPModule or "
-                    "the authors' checkpoint of DA-CLIP"
-                )
-            order = description.get("hyper_parameters", {}).get("order", "reversed")
-            found = Controller(self.clip.model, order)
-            own = {name: value.shape for name, value in found.state_dict().items()}
-            state = state if description else controller_of(state)
-            if {name: value.shape for name, value in state.items()} != own:
-                raise DerainError(
-                    f"--model.controller {self.file}: does not fit CLIP {self.clip.name}; give the CLIP that it was "
-                    "trained with by --model.clip or DERAIN_CLIP"
-                )
-            trained_with = description.get("clip_sha256")
-            if trained_with not in {None, self.clip.sha256}:
-                log.warning("%s was trained with another CLIP than %s", self.file, self.clip.name)
-            found.load_state_dict(dict(state))
+            found, description = load_controller(Path(self.file), self.clip)
+            self.words = description.get("words") or WORDS
         hashes = {"clip_sha256": self.clip.sha256, "controller_sha256": self.file and weights.sha256(Path(self.file))}
         for name in (name for name, expected in self.hashes.items() if hashes[name] != expected):
             told = {"clip_sha256": "CLIP (DERAIN_CLIP)", "controller_sha256": "controller (DERAIN_CONTROLLER)"}[name]
+            if self._resuming:
+                raise DerainError(f"this run began with another {told}; give that one to go on")
             log.warning("these weights were trained with another %s: expect worse, or name the right one", told)
         self.hashes = hashes
         return found.eval().requires_grad_(False)
@@ -166,8 +198,9 @@ class Perception:
             clip = self.clip.model.to(rainy.device)
             return cast(Embeddings, controller(clip, self.clip.pixels(rainy.float())))
 
-    def shares(self, degradation: Float[Tensor, "b d"], words: Sequence[str]) -> Float[Tensor, "b n"]:
-        """How much each of the words fits: soft maxima of cosines, as sharp as the controller has learnt."""
-        texts = nn.functional.normalize(self.clip.texts(words), dim=-1)
+    def shares(self, degradation: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
+        """How much each of ``words`` fits: soft maxima of cosines, as sharp as the controller has learnt."""
+        controller = self.controller  # which brings its words
+        texts = nn.functional.normalize(self.clip.texts(self.words), dim=-1)
         cosines = nn.functional.normalize(degradation.float().cpu(), dim=-1) @ texts.T
-        return (self.controller.logit_scale.exp().cpu() * cosines).softmax(dim=-1)
+        return (controller.logit_scale.exp().cpu() * cosines).softmax(dim=-1)

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from derain.batch import PairBatch
 from derain.errors import DerainError
 from derain.methods.clip import FrozenCLIP
-from derain.methods.daclipsde.controller import Controller, Order
+from derain.methods.daclipsde.controller import Controller, Order, load_controller
 from derain.methods.daclipsde.loss import contrastive_loss, cosines
 from derain.methods.described import DescribedModule
 from derain.nn.schedule import warm_up_then_cosine
@@ -38,6 +39,7 @@ class DACLIPModule(DescribedModule):
     Args:
         clip: Id on the Hugging Face hub, or a local directory.
         order: Which frozen block a block of the controller feeds, see `Controller`.
+        controller: Start from this file instead of CLIP's own tower: weights of this class, or the authors'.
         degradation: Word for rainy images, where a table of captions (``--data.captions``) gives no other.
         clean: Word for clean images; none: they are not shown.
         equal_texts: Any of equal texts is right for an image, instead of its own alone.
@@ -56,6 +58,7 @@ class DACLIPModule(DescribedModule):
         self,
         clip: str = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
         order: Order = "reversed",
+        controller: str | None = None,
         degradation: str = "rainy",
         clean: str | None = "clean",
         equal_texts: bool = True,
@@ -65,18 +68,23 @@ class DACLIPModule(DescribedModule):
         warm_up: float = 0.01,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="controller")  # files hold the whole controller
         if not 0 < smallest <= 1:
             raise DerainError(f"--model.smallest {smallest}: must be above 0 and at most 1")
         if not 0 <= warm_up < 1:
             raise DerainError(f"--model.warm_up {warm_up}: must be a share of the training, at least 0 and below 1")
         self.clip = FrozenCLIP(clip)
-        self.network: Controller = Controller(self.clip.model, order)
+        if controller is None:
+            self.network: Controller = Controller(self.clip.model, order)
+        else:
+            self.network, _ = load_controller(Path(controller), self.clip)
+            if self.network.order != order:
+                raise DerainError(f"--model.order {order}: {controller} has {self.network.order}; give that one")
         self.clip_sha256: str | None = self.clip.sha256
         self._texts: dict[str, Tensor] = {}
         self._accuracy: dict[str, Any] = {}
         self._warned: set[str] = set()
-        self.words: list[str] = []
+        self.words: list[str] = [degradation] if clean is None else [clean, degradation]
 
     # Training.
 
@@ -187,8 +195,8 @@ class DACLIPModule(DescribedModule):
     # Files.
 
     def describe(self) -> dict[str, Any]:
-        """Adds which CLIP the controller belongs to."""
-        return super().describe() | {"clip_sha256": self.clip_sha256}
+        """Adds which CLIP the controller belongs to, and the words that it tells apart."""
+        return super().describe() | {"clip_sha256": self.clip_sha256, "words": self.words}
 
     def recall(self, description: Mapping[str, Any]) -> None:
         """Refuses to go on with another CLIP.
@@ -197,6 +205,7 @@ class DACLIPModule(DescribedModule):
             DerainError: If training would go on with a CLIP that the controller was not begun with.
         """
         super().recall(description)
+        self.words = description.get("words", self.words)
         began = description.get("clip_sha256")
         if began not in {None, self.clip_sha256}:
             raise DerainError(

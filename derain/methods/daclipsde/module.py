@@ -22,9 +22,6 @@ Contexts = Literal["both", "content", "degradation", "none"]
 Tiled = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 """Applies a function of images to an image, tile by tile or whole."""
 
-WORDS = ("rainy", "clean")
-"""Degradations that images are compared with for people to read."""
-
 
 class DACLIPSDEModule(DerainModule):
     """DA-CLIP + IR-SDE: a degradation-aware CLIP controller steers a mean-reverting SDE.
@@ -85,7 +82,7 @@ class DACLIPSDEModule(DerainModule):
         self.sde = MeanRevertingSDE(max_sigma, sde_steps, eps, schedule)
         self.network: ConditionalUNet = ConditionalUNet(channels, multipliers, attention, content, degradation, context)
         self.perception = Perception(clip, controller) if contexts != "none" else None
-        self.sampling = Sampling()
+        self.sampling = Sampling(steps=min(10, sde_steps))
         self.published = False
 
     def check(self) -> None:
@@ -120,8 +117,9 @@ class DACLIPSDEModule(DerainModule):
         """How much the words for degradations fit an image."""
         if self.perception is None or "degradation" not in perceived:
             return {}
-        shares = self.perception.shares(perceived["degradation"][place][None], WORDS)[0]
-        return {"degradation": {word: round(share, 4) for word, share in zip(WORDS, shares.tolist(), strict=True)}}
+        shares = self.perception.shares(perceived["degradation"][place][None])[0].tolist()
+        words = self.perception.words
+        return {"degradation": {word: round(share, 4) for word, share in zip(words, shares, strict=True)}}
 
     @torch.no_grad()
     def forward(
@@ -230,7 +228,7 @@ class DACLIPSDEModule(DerainModule):
         if "sde" in description:
             self.sde = MeanRevertingSDE.from_state(description["sde"])
         if self.perception is not None:
-            self.perception.expect(description)
+            self.perception.expect(description, self.resuming)
 
     @classmethod
     def from_published(cls, state: Mapping[str, Tensor]) -> "DerainModule | None":

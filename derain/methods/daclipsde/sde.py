@@ -199,5 +199,5 @@ class MeanRevertingSDE:
 
 def _at(values: Tensor, times: Times | None, like: Tensor) -> Float[Tensor, "b 1 1 1"]:
     """Values of a batch of times, ready to multiply images by."""
-    chosen = values if times is None else values[times]
-    return chosen.to(like.device, torch.float32)[:, None, None, None]
+    chosen = (values if times is None else values[times]).float()
+    return chosen.to(like.device, non_blocking=like.is_cuda)[:, None, None, None]  # the GPU's queue goes on

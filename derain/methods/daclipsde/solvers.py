@@ -73,7 +73,9 @@ class Noise:
 
     def __call__(self) -> Float[Tensor, "1 c h w"]:
         """Draws the next one. It is drawn on the CPU, so that every device sees the same."""
-        return torch.randn(self.shape, generator=self.generator)[None].to(self.device)
+        on_gpu = self.device.type == "cuda"
+        drawn = torch.randn((1, *self.shape), generator=self.generator, pin_memory=on_gpu)
+        return drawn.to(self.device, non_blocking=on_gpu)
 
 
 def times_of(sde: MeanRevertingSDE, steps: int | None) -> list[int]:

@@ -13,6 +13,7 @@ from derain.methods import DACLIPModule, weights
 from derain.methods.clip import FrozenCLIP
 from derain.methods.daclipsde.controller import Controller, Perception
 from derain.methods.daclipsde.published import controller_of
+from tests.factories import make_clip
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,8 @@ def trained(clip, clip_folder, tmp_path):
         value.data += 0.05 * torch.randn_like(value)
     ours, authors = tmp_path / "ours.safetensors", tmp_path / "authors.pt"
     weights.save(module, ours)
-    torch.save({"epoch": 1, "state_dict": {f"module.{k}": v for k, v in theirs(module.network).items()}}, authors)
+    state = theirs(module.network) | {"clip.visual.proj": module.clip.model.visual_projection.weight.T}
+    torch.save({"epoch": 1, "state_dict": {f"module.{name}": value for name, value in state.items()}}, authors)
     return module, ours, authors
 
 
@@ -167,11 +169,36 @@ def test_the_order_of_training_is_kept(clip_folder, tmp_path):
     assert Perception(str(clip_folder), str(tmp_path / "a.safetensors")).controller.order == "aligned"
 
 
-def test_shares_of_words(clip_folder, trained):
-    perception = Perception(str(clip_folder), str(trained[1]))
+def test_the_authors_controller_with_another_clip_of_the_same_size(trained, tmp_path):
+    _, _, authors = trained
+    other = make_clip(tmp_path / "other", seed=9)
+    with pytest.raises(DerainError, match=r"authors\.pt: does not fit CLIP .*other; give the CLIP"):
+        _ = Perception(str(other), str(authors)).controller
+
+
+def test_training_begins_with_a_controller(clip_folder, trained):
+    module, *files = trained
+    for file in files:
+        begun = DACLIPModule(str(clip_folder), controller=str(file))
+        own = begun.network.state_dict()
+        assert all(torch.equal(value, own[name]) for name, value in module.network.state_dict().items())
+        assert all(value.requires_grad for value in begun.network.parameters())
+        assert "controller" not in begun.describe()["hyper_parameters"]  # the file could be gone later
+    with pytest.raises(DerainError, match=r"--model\.order aligned: .*authors\.pt has reversed"):
+        DACLIPModule(str(clip_folder), order="aligned", controller=str(files[1]))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_shares_of_the_words_that_were_learnt(clip_folder, trained, tmp_path, known):
+    module, ours, authors = trained
+    module.words = ["clean", "hazy", "light rain"]
+    weights.save(module, ours)
+    words = module.words if known else ["rainy", "clean"]
+    perception = Perception(str(clip_folder), str(ours if known else authors))
     embeddings = perception(torch.rand(3, 3, 20, 20))
-    shares = perception.shares(embeddings.degradation, ("rainy", "clean"))
-    texts = perception.clip.texts(["rainy", "clean"]).double()
+    shares = perception.shares(embeddings.degradation)
+    assert perception.words == tuple(words) or perception.words == words
+    texts = perception.clip.texts(words).double()
     x = embeddings.degradation.double()
     cosines = (x @ texts.T) / x.norm(dim=1, keepdim=True) / texts.norm(dim=1)
     scale = perception.controller.logit_scale.double().exp()
@@ -189,15 +216,18 @@ def test_controllers_that_cannot_be_used(clip_folder, trained, tmp_path, monkeyp
     torch.save({"weight": torch.ones(2)}, tmp_path / "foreign.pt")
     with pytest.raises(DerainError, match="no controller of DA-CLIP"):
         _ = Perception(str(clip_folder), str(tmp_path / "foreign.pt")).controller
-    from tests.factories import make_clip
-
     wider = make_clip(tmp_path / "wider", size=16)
     with pytest.raises(DerainError, match="does not fit CLIP"):
         _ = Perception(str(wider), str(ours)).controller
     monkeypatch.setenv("DERAIN_CONTROLLER", str(ours))
     assert Perception(str(clip_folder), "elsewhere.pt").controller.order == "reversed"
     perception = Perception(str(clip_folder), None)
-    perception.expect({"controller_sha256": "another", "clip_sha256": perception.clip.sha256})
+    described = {"controller_sha256": "another", "clip_sha256": perception.clip.sha256}
+    perception.expect(described, resuming=False)
     _ = perception.controller
     assert "trained with another controller" in caplog.text
     assert "trained with another CLIP" not in caplog.text
+    again = Perception(str(clip_folder), None)
+    again.expect(described, resuming=True)
+    with pytest.raises(DerainError, match="this run began with another controller"):
+        _ = again.controller

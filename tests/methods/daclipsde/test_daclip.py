@@ -145,6 +145,17 @@ def test_accuracy_is_the_share_of_nearest_words(module, monkeypatch):
     assert module.logged["val/accuracy"] == pytest.approx(4 / 6)
 
 
+def test_words_are_kept_in_the_file(module):
+    assert set(module.describe()["words"]) == {"rainy", "clean"}
+
+    class Data:
+        degradations = ("hazy", "light rain")
+
+    module._trainer.datamodule = Data()
+    module.on_validation_epoch_start()
+    assert module.describe()["words"] == ["clean", "hazy", "light rain"]
+
+
 @pytest.mark.parametrize("smallest", [0.3, 0.9, 1.0])
 def test_crops_stay_inside_and_differ(smallest):
     torch.manual_seed(0)

@@ -76,6 +76,12 @@ def test_how_it_samples_is_no_part_of_a_file(module, tmp_path):
     assert not {"solver", "steps", "seed", "sampling"} & set(module.hparams)
 
 
+def test_default_steps_are_those_that_a_short_schedule_has():
+    short = DACLIPSDEModule("none", **TINY, sde_steps=4).eval()
+    assert short.sampling == Sampling(steps=4)
+    assert visited(short, short.sampling)[0] == [4, 3, 2, 1]
+
+
 def test_a_method_without_samples_refuses_a_solver():
     with pytest.raises(DerainError, match="PReNetModule restores in one pass"):
         PReNetModule(stages=1).sample_by(Sampling())
