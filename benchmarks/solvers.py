@@ -1,8 +1,8 @@
 """Quality for network evaluations: every solver, 5 to 100 steps, three seeds, on a network that was trained.
 
-Asked for: a semi-analytic solver at 10 steps at most 0.1 dB below posterior sampling at 100, and at least 9 times as
-fast; posterior sampling in few steps is one of them, of order 1. Crops of 128×128 from the middle of test images, PSNR
-and SSIM under `matlab-y`.
+Asked for: a semi-analytic solver (``mrs-*``) at 10 steps at most 0.1 dB below posterior sampling at 100, and at least 9
+times as fast; the differences are of the same images and seeds. Crops of 128×128 from the middle of test images, PSNR
+and SSIM under `matlab-y`, on a GPU where there is one.
 
     DERAIN_DATA=data DERAIN_SDE_WEIGHTS=runs/rain800/fit-1/weights.safetensors python benchmarks/solvers.py
 """
@@ -23,7 +23,8 @@ from derain.methods.daclipsde.solvers import SOLVERS, Sampling
 from derain.metrics import psnr_ssim, resolve
 from derain.progress import track
 
-STEPS, SEEDS, CROPS, SIDE = (5, 10, 20, 50, 100), (0, 1, 2), 4, 128
+STEPS, SEEDS, CROPS, SIDE = (5, 10, 20, 50, 100), (0, 1, 2), 8, 128
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def crops(name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,9 +58,11 @@ def main() -> int:
     keep_large_blocks()
     module = weights.load(Path(file)).module
     assert isinstance(module, DACLIPSDEModule)
+    module = module.to(DEVICE)
     rainy, clean = crops("Rain800")
+    rainy = rainy.to(DEVICE)
     perceived = module.perceive(rainy)
-    print("rainy: {:.3f} dB / {:.4f}".format(*judge(rainy, clean)))
+    print("rainy: {:.3f} dB / {:.4f}".format(*judge(rainy.cpu(), clean)))
     print(f"{'solver':10} {'steps':>5} {'PSNR, dB':>16} {'SSIM':>16} {'seconds':>8}")
     found: dict[tuple[str, int], tuple[float, float]] = {}
     rows = [(solver, steps) for solver in SOLVERS for steps in STEPS]
@@ -68,7 +71,7 @@ def main() -> int:
         for seed in SEEDS:
             module.sample_by(Sampling(solver, steps, seed))
             start = time.perf_counter()
-            derained = module(rainy, **perceived)
+            derained = module(rainy, **perceived).cpu()
             times.append(time.perf_counter() - start)
             scores.append(judge(derained.clamp(0, 1), clean))
         psnr, ssim = ([score[place] for score in scores] for place in (0, 1))
@@ -77,11 +80,14 @@ def main() -> int:
         told += [f"{statistics.mean(ssim):.4f} ± {statistics.stdev(ssim):.4f}"]
         print(f"{solver:10} {steps:5} {told[0]:>16} {told[1]:>16} {found[solver, steps][1]:8.2f}", flush=True)
     slow = found["posterior", 100]
-    fast = {solver: found[solver, 10] for solver in ("posterior", "mrs-ode1", "mrs-ode2", "mrs-sde2")}
-    for solver, (psnr, seconds) in fast.items():
+    met = False
+    for solver in ("posterior", "mrs-ode1", "mrs-ode2", "mrs-sde2"):
+        psnr, seconds = found[solver, 10]
         ratio = slow[1] / seconds
         print(f"{solver} at 10 against posterior at 100: {psnr - slow[0]:+.3f} dB, {ratio:.1f} times as fast")
-    return int(not any(psnr >= slow[0] - 0.1 and slow[1] >= 9 * seconds for psnr, seconds in fast.values()))
+        met |= solver.startswith("mrs") and psnr >= slow[0] - 0.1 and ratio >= 9
+    print("all asked for is met" if met else "an aim is missed")
+    return int(not met)
 
 
 if __name__ == "__main__":

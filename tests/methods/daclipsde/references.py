@@ -61,7 +61,7 @@ class Textbook:
         channels, _, _, _ = self.state["init_conv.weight"].shape
         half = channels // 2
         dtype = self.state["init_conv.weight"].dtype
-        frequencies = torch.exp(torch.arange(half, dtype=dtype) * (-math.log(10000) / (half - 1)))
+        frequencies = torch.exp(torch.arange(half, dtype=dtype, device=times.device) * (-math.log(10000) / (half - 1)))
         angles = times.to(dtype)[:, None] * frequencies[None, :]
         features = torch.cat((torch.sin(angles), torch.cos(angles)), dim=1)
         time = self.linear(F.gelu(self.linear(features, "time_mlp.1")), "time_mlp.3")
@@ -136,7 +136,7 @@ def reflected(x, multiple):
     height, width = x.shape[2:]
     small = min(height, width) < multiple
     for dim, size in ((2, height), (3, width)):
-        places = torch.arange(size + -size % multiple)
+        places = torch.arange(size + -size % multiple, device=x.device)
         mirrored = torch.full_like(places, size - 1) if small else 2 * (size - 1) - places
         x = x.index_select(dim, torch.where(places < size, places, mirrored))
     return x

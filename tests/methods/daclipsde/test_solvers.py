@@ -54,6 +54,19 @@ def test_semi_analytic_steps_are_exact_for_the_true_noise(pair, solver, steps):
     assert db(found, clean) > (100 if steps == 1 else 130)  # one step multiplies rounding errors by 200
 
 
+@pytest.mark.parametrize("solver", EXACT)
+def test_rounding_of_the_noise_to_bf16_tells_with_one_step_only(pair, solver):
+    clean, rainy = pair
+    sde = MeanRevertingSDE(50.0)
+    exact = oracle(sde, clean, rainy)
+    found = [
+        db(sample(sde, lambda state, t: exact(state, t).bfloat16().float(), rainy, Sampling(solver, steps)), clean)
+        for steps in (1, 5, 10)
+    ]
+    assert found[0] < 30
+    assert min(found[1:]) > 70
+
+
 # A clean image of independent Gaussian pixels: mean residual a, standard deviation s. The estimate that an ideal
 # network would give, and the distribution at time 0, have closed forms.
 
