@@ -180,6 +180,11 @@ class DerainCLI(LightningCLI):
             raise _innermost(error) from error
         config = self.config[self.subcommand]
         self.model = cast(DescribedModule, self.model)
+        begun_from = getattr(self.model, "begun_from", None)
+        if begun_from and config.ckpt_path:
+            log.info("--model.controller %s: left out, since the run goes on from its checkpoint", begun_from)
+        elif begun_from and config.weights:
+            raise DerainError("--weights and --model.controller: either would be loaded over the other; give one")
         if config.weights and config.ckpt_path:
             log.info("--weights %s: left out, since the run goes on from its checkpoint", config.weights)
         elif config.weights:

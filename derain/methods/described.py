@@ -1,6 +1,7 @@
 """What everything that derain trains has in common: files that say what they are."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -12,6 +13,8 @@ from torch import nn
 
 import derain
 from derain.errors import DerainError
+
+log = logging.getLogger("derain")
 
 
 class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tags=["image-deraining"]):
@@ -26,11 +29,16 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
         network: What is trained, averaged, saved as weights and compiled.
         trained_on: Names of the training sets, told by the data when training starts.
         judged_by: The logged validation metric, higher is better, that names the best checkpoint.
+        may_change: Hyper-parameters that a run may go on without: they change how a network is trained, not what it
+            computes, or are compared otherwise.
     """
 
     network: nn.Module
     trained_on: tuple[str, ...] = ()
     judged_by: ClassVar[str]
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {"learning_rate", "weight_decay", "warm_up", "milestones", "decay"}
+    )
 
     def describe(self) -> dict[str, Any]:
         """What a file says of itself: method, hyper-parameters, training sets, version of derain."""
@@ -54,10 +62,10 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
         """Takes back the description; a run goes on with its average or not at all, all else takes the average.
 
         Raises:
-            DerainError: If training would go on with another network, or without the average that the checkpoint holds.
+            DerainError: If training would go on with another method, or without the average that the checkpoint holds.
         """
         if self.resuming:
-            self._go_on_with(checkpoint["state_dict"], checkpoint.get("derain", {}))
+            self._refuse_another(checkpoint.get("derain", {}))
         self.recall(checkpoint.get("derain", {}))
         if "ema" not in checkpoint:
             return
@@ -70,16 +78,20 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
                 "the run that is resumed"
             )
 
-    def _go_on_with(self, state: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-        own = self.state_dict()
-        if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in own.items()}:
-            return
-        method, now = description.get("method", "another network"), self.describe()
-        began = description.get("hyper_parameters", {})
-        others = [name for name, value in now["hyper_parameters"].items() if began.get(name, value) != value]
-        if method == now["method"]:
-            method = ", ".join(f"--model.{name} {began[name]}" for name in others) or method
-        raise DerainError(f"this run began with {method}; give that to go on")
+    def _refuse_another(self, description: Mapping[str, Any]) -> None:
+        """Refuses to go on with a run of another method or network; tells what else was set otherwise."""
+        now = self.describe()
+        if (method := description.get("method", now["method"])) != now["method"]:
+            raise DerainError(f"--model {now['method']}: this run began with {method}; give that one to go on")
+        began, own = description.get("hyper_parameters", {}), now["hyper_parameters"]
+        others = [name for name, value in own.items() if began.get(name, value) != value]
+        for name in others:
+            if name not in self.may_change:
+                told = f"--model.{name} {own[name]}: this run began with {began[name]}"
+                raise DerainError(f"{told}; give that one to go on")
+        if others:
+            told = ", ".join(f"{name} {began[name]} → {own[name]}" for name in others)
+            log.info("settings that differ from those that the run began with: %s", told)
 
     @property
     def resuming(self) -> bool:

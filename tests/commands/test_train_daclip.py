@@ -45,8 +45,10 @@ def place(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_from_captions_to_a_restored_photo(place, capsys):
-    assert main(["caption", "Rain800", "captions.tsv", "--captioner", "template"]) == 0
-    assert main(["fit", "--config", "daclip.yaml", "--data.captions", "captions.tsv"]) == 0
+    for split in ("train", "test"):
+        assert main(["caption", "Rain800", f"{split}.tsv", "--captioner", "template", "--split", split]) == 0
+    captioned = ["--data.val", "Rain800", "--data.captions", "[train.tsv, test.tsv]"]
+    assert main(["fit", "--config", "daclip.yaml", *captioned]) == 0
     controller = str(place / "runs/daclip/fit-1/weights.safetensors")
     accuracies = [row["val/accuracy"] for row in rows(place / "runs/daclip/fit-1/metrics.csv") if row["val/accuracy"]]
     assert len(accuracies) == 2
@@ -113,7 +115,12 @@ def test_what_is_refused_in_one_line(place, capsys, monkeypatch):
         (["fit", "--config", "sde.yaml", "--model.max_sigma", "0"], "--model.max_sigma 0"),
         (["fit", "--config", "sde.yaml", "--model.controller", "no.pt"], "no.pt: no such file"),
         (["fit", "--config", "daclip.yaml", "--data.captions", "no.tsv"], "no.tsv: no such file"),
-        (["fit", "--config", "sde.yaml", *again, "--model.controller", controller], "began with another controller"),
+        (
+            ["fit", "--config", "sde.yaml", *again, "--model.controller", controller],
+            "this run began with another one (None)",
+        ),
+        (["fit", "--config", "daclip.yaml", *again, "--model.order", "aligned"], "this run began with reversed"),
+        (["fit", "--config", "daclip.yaml", "--weights", controller, "--model.controller", controller], "give one"),
     ):
         capsys.readouterr()
         assert main(arguments) == 2, arguments
@@ -129,10 +136,11 @@ def test_what_is_refused_in_one_line(place, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--model.channels", "64"], "this run began with --model.channels 32; give that"),
-        (["--model.attention", "linear"], "this run began with --model.attention none"),
-        (["--model", "PReNetModule"], "this run began with DACLIPSDEModule"),
-        (["--model.max_sigma", "20"], "this run began with another SDE"),
+        (["--model.channels", "64"], "--model.channels 64: this run began with 32; give that one to go on"),
+        (["--model.attention", "linear"], "--model.attention linear: this run began with none"),
+        (["--model", "PReNetModule"], "--model PReNetModule: this run began with DACLIPSDEModule"),
+        (["--model.max_sigma", "20"], "--model.max_sigma 20.0: this run began with 10"),
+        (["--model.residual", "0.1"], "--model.residual 0.1: this run began with None"),
     ],
 )
 def test_a_run_does_not_go_on_with_another_network(place, capsys, options, told, path):
@@ -140,6 +148,14 @@ def test_a_run_does_not_go_on_with_another_network(place, capsys, options, told,
     assert main([*fit, "--trainer.max_epochs", "1"]) == 0
     assert main([*fit, "--ckpt_path", path, *options]) == 2
     assert told in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_run_tells_how_it_is_trained_otherwise(place, caplog):
+    fit = ["fit", "--config", "sde.yaml", "--model.contexts", "none", "--trainer.limit_train_batches", "1"]
+    assert main([*fit, "--trainer.max_epochs", "1"]) == 0
+    again = ["--trainer.max_epochs", "2", "--ckpt_path", "last", "--model.learning_rate", "1e-5"]
+    assert main([*fit, *again]) == 0
+    assert "differ from those that the run began with: learning_rate 0.0002 → 1e-05" in caplog.text
 
 
 @pytest.mark.slow

@@ -74,6 +74,9 @@ class CLIPRPNModule(DerainModule):
     """
 
     bytes_per_pixel: ClassVar[int] = 4700
+    may_change = DerainModule.may_change | {
+        *("clip", "loss", "beta", "eta", "smoothing", "rescale", "mask_weight", "mask_threshold", "mask_scaling")
+    }
     compiles_any_size: ClassVar[bool] = False  # frozen weights and unknown sizes: wrong strides in inductor, torch 2.13
 
     def __init__(
@@ -211,20 +214,6 @@ class CLIPRPNModule(DerainModule):
     def describe(self) -> dict[str, Any]:
         """Adds which CLIP chose the routes."""
         return super().describe() | {"clip_sha256": self.routing.clip_sha256}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses to go on with a run whose images took other routes.
-
-        Raises:
-            DerainError: If training would go on with other prompts or another perception.
-        """
-        super().on_load_checkpoint(checkpoint)
-        if not self.resuming:
-            return
-        for name in ("perception", "prompts", "similarity", "route_by", "route"):
-            began, now = checkpoint["hyper_parameters"].get(name), self.hparams[name]
-            if began != now:
-                raise DerainError(f"--model.{name} {now}: this run began with {began}; give that one to go on")
 
     def recall(self, description: Mapping[str, Any]) -> None:
         """Takes back which CLIP chose the routes."""

@@ -25,7 +25,7 @@ Order = Literal["reversed", "aligned"]
 Tokens = Float[Tensor, "b n c"]
 
 WORDS = ("rainy", "clean")
-"""Degradations that a controller's file, such as the authors', does not name its own of."""
+"""Degradations that images are compared with where a controller's file names none of its own, as the authors' does."""
 
 
 class Embeddings(NamedTuple):
@@ -105,11 +105,6 @@ def load_controller(file: Path, clip: FrozenCLIP) -> tuple[Controller, Mapping[s
     """
     from derain.methods import weights
 
-    if not file.is_file():
-        raise DerainError(
-            f"--model.controller {file}: no such file; name it by --model.controller, or by DERAIN_CONTROLLER for "
-            "weights that name another"
-        )
     state, description, _ = weights.read(file)
     if description.get("method") not in {None, "DACLIPModule"}:
         raise DerainError(
@@ -122,7 +117,8 @@ def load_controller(file: Path, clip: FrozenCLIP) -> tuple[Controller, Mapping[s
     own = {name: value.shape for name, value in found.state_dict().items()}
     fits = {name: value.shape for name, value in state.items()} == own
     if fits and projection is not None:  # sizes alone do not tell one CLIP from another
-        fits = torch.allclose(projection.float(), clip.model.visual_projection.weight.cpu(), atol=1e-3)
+        here = clip.model.visual_projection.weight.cpu()
+        fits = projection.shape == here.shape and torch.allclose(projection.float(), here, atol=1e-3)
     if not fits:
         raise DerainError(
             f"--model.controller {file}: does not fit CLIP {clip.name}; give the CLIP that it was trained with by "
@@ -154,7 +150,7 @@ class Perception:
             log.info("controller: %s (DERAIN_CONTROLLER) instead of %s", self.file, controller)
         self.hashes: dict[str, str | None] = {}
         self.words: Sequence[str] = WORDS
-        self._resuming = False
+        self._began: Mapping[str, Any] | None = None
 
     def expect(self, description: Mapping[str, Any], resuming: bool) -> None:
         """Takes the hashes that a file of weights names.
@@ -164,7 +160,7 @@ class Perception:
             resuming: Whether its training goes on: another CLIP or controller is then refused, else warned of.
         """
         self.hashes = {name: description[name] for name in ("clip_sha256", "controller_sha256") if name in description}
-        self._resuming = resuming
+        self._began = description.get("hyper_parameters", {}) if resuming else None
 
     @cached_property
     def controller(self) -> Controller:
@@ -179,13 +175,22 @@ class Perception:
             log.warning("no --model.controller: both embeddings are CLIP's own, as before the controller is trained")
             found = Controller(self.clip.model)
         else:
+            if not Path(self.file).is_file():
+                raise DerainError(
+                    f"--model.controller {self.file}: no such file; name it by --model.controller, or by "
+                    "DERAIN_CONTROLLER for weights that name another"
+                )
             found, description = load_controller(Path(self.file), self.clip)
-            self.words = description.get("words") or WORDS
+            learnt = description.get("words", ())
+            self.words = learnt if len(learnt) > 1 else WORDS
         hashes = {"clip_sha256": self.clip.sha256, "controller_sha256": self.file and weights.sha256(Path(self.file))}
         for name in (name for name, expected in self.hashes.items() if hashes[name] != expected):
-            told = {"clip_sha256": "CLIP (DERAIN_CLIP)", "controller_sha256": "controller (DERAIN_CONTROLLER)"}[name]
-            if self._resuming:
-                raise DerainError(f"this run began with another {told}; give that one to go on")
+            option = name.removesuffix("_sha256")
+            if self._began is not None:
+                now = {"clip": self.clip.name, "controller": self.file}[option]
+                told = f"this run began with another one ({self._began.get(option)})"
+                raise DerainError(f"--model.{option} {now}: {told}; give that one to go on")
+            told = {"clip": "CLIP (DERAIN_CLIP)", "controller": "controller (DERAIN_CONTROLLER)"}[option]
             log.warning("these weights were trained with another %s: expect worse, or name the right one", told)
         self.hashes = hashes
         return found.eval().requires_grad_(False)

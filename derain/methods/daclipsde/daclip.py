@@ -53,6 +53,7 @@ class DACLIPModule(DescribedModule):
     """
 
     judged_by: ClassVar[str] = "val/accuracy"
+    may_change = DescribedModule.may_change | {"clip", "degradation", "clean", "equal_texts", "smallest"}
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class DACLIPModule(DescribedModule):
             raise DerainError(f"--model.smallest {smallest}: must be above 0 and at most 1")
         if not 0 <= warm_up < 1:
             raise DerainError(f"--model.warm_up {warm_up}: must be a share of the training, at least 0 and below 1")
-        self.clip = FrozenCLIP(clip)
+        self.clip, self.begun_from = FrozenCLIP(clip), controller
         if controller is None:
             self.network: Controller = Controller(self.clip.model, order)
         else:
@@ -89,8 +90,9 @@ class DACLIPModule(DescribedModule):
     # Training.
 
     def on_fit_start(self) -> None:
-        """Moves CLIP to where the controller is."""
+        """Moves CLIP to where the controller is, and notes the words that it will tell apart."""
         super().on_fit_start()
+        self._find_words()
         self.clip.model.to(self.device)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
@@ -170,12 +172,15 @@ class DACLIPModule(DescribedModule):
     def on_validation_epoch_start(self) -> None:
         """Forgets the last epoch's counts."""
         self.clip.model.to(self.device)
+        self._find_words()
+        if len(self.words) > 1:
+            self._accuracy = {"all": MulticlassAccuracy(len(self.words), average="micro").to(self.device)}
+
+    def _find_words(self) -> None:
         data: Any = getattr(self.trainer, "datamodule", None)
         told = getattr(data, "degradations", ()) or (self.hparams["degradation"],)
         clean = self.hparams["clean"]
         self.words = sorted({*told, *([clean] if clean is not None else [])})
-        if len(self.words) > 1:
-            self._accuracy = {"all": MulticlassAccuracy(len(self.words), average="micro").to(self.device)}
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Classifies whole images by the nearest word, without having been trained to classify."""

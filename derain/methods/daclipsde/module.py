@@ -1,5 +1,6 @@
 """DA-CLIP + IR-SDE as a LightningModule: what is perceived of an image, which times are trained, how it is sampled."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
@@ -17,6 +18,8 @@ from derain.methods.daclipsde.published import unet_options
 from derain.methods.daclipsde.sde import MeanRevertingSDE, Schedule
 from derain.methods.daclipsde.solvers import Sampling, sample
 from derain.nn.schedule import warm_up_then_cosine
+
+log = logging.getLogger("derain")
 
 Contexts = Literal["both", "content", "degradation", "none"]
 Tiled = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
@@ -55,6 +58,7 @@ class DACLIPSDEModule(DerainModule):
     """
 
     bytes_per_pixel: ClassVar[int] = 6000
+    may_change = DerainModule.may_change | {"clip", "controller"}
     samples: ClassVar[bool] = True
 
     def __init__(
@@ -159,11 +163,10 @@ class DACLIPSDEModule(DerainModule):
         **contexts: Any,
     ) -> Float[Tensor, "b 3 h w"]:
         """Estimates the noise in states at times (on the CPU)."""
-        there = times.to(state.device)
+        there = times.to(state.device, non_blocking=state.is_cuda)
         if self.hparams["residual"] is None:
             return cast(Tensor, self.network(state, rainy, there, **contexts))
-        factors = self.sde.precondition(times, self.hparams["residual"])
-        scale, kept, left = (one.to(state.device) for one in factors)
+        scale, kept, left = self.sde.precondition(times, self.hparams["residual"], state)
         away = state - rainy
         estimated: Tensor = self.network(rainy + scale * away, rainy, there, **contexts)
         return kept * away + left * estimated.float()
@@ -192,8 +195,8 @@ class DACLIPSDEModule(DerainModule):
         if self.hparams["residual"] is None:
             loss = matching_loss(self.sde, estimated, state, clean, rainy, times)
         else:
-            left = self.sde.precondition(times, self.hparams["residual"])[2]
-            loss = ((estimated - noise).abs() / left.to(rainy.device)).mean()
+            left = self.sde.precondition(times, self.hparams["residual"], rainy)[2]
+            loss = ((estimated - noise).abs() / left).mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(rainy))
         return loss
 
@@ -219,12 +222,6 @@ class DACLIPSDEModule(DerainModule):
     def recall(self, description: Mapping[str, Any]) -> None:
         """Takes back the schedule, and which controller and CLIP to expect."""
         super().recall(description)
-        began = description.get("hyper_parameters", {}).get("residual")
-        if self.resuming and (description.get("sde") != self.sde.state() or began != self.hparams["residual"]):
-            raise DerainError(
-                "this run began with another SDE (--model.max_sigma, sde_steps, eps, schedule or residual); give those "
-                "that it began with to go on"
-            )
         if "sde" in description:
             self.sde = MeanRevertingSDE.from_state(description["sde"])
         if self.perception is not None:
@@ -242,4 +239,5 @@ class DACLIPSDEModule(DerainModule):
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
             return None
         module.network.load_state_dict(dict(state), strict=True)
+        log.info("λ stands in no file: %g of 255, as in the settings of the authors' U-Net", options["max_sigma"])
         return module

@@ -1,6 +1,5 @@
 """The authors' checkpoints of IR-SDE and DA-CLIP: their names, and what can be read off their tensors."""
 
-import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from derain.errors import DerainError
-
-log = logging.getLogger("derain")
 
 CONTEXTS = {(True, True): "both", (True, False): "content", (False, True): "degradation", (False, False): "none"}
 """What a U-Net is told, by whether it has transformers and a prompt."""
@@ -28,14 +25,12 @@ def unet_options(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     multipliers = [state[f"downs.{level}.3.weight"].shape[0] // channels for level in range(depth)]
     content = [value.shape[1] for name, value in state.items() if name.endswith("attn2.to_k.weight")]
     degradation = [state["text_mlp.0.weight"].shape[1]] if "text_mlp.0.weight" in state else []
-    max_sigma = 10.0 if multipliers[0] >= 2 else 50.0
-    log.info("the authors' U-Net: noise of %g of 255 in 100 times, as in their settings; no file tells", max_sigma)
     return {
         "contexts": CONTEXTS[bool(content), bool(degradation)],
         "channels": channels,
         "multipliers": multipliers,
         "context": (content + degradation + [512])[0],
-        "max_sigma": max_sigma,
+        "max_sigma": 10.0 if multipliers[0] >= 2 else 50.0,
     }
 
 

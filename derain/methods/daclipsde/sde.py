@@ -142,7 +142,7 @@ class MeanRevertingSDE:
         residual = (state - rainy).float() - _at(self.deviation, times, rainy) * noise
         return rainy + residual / _at(self.decay, times, rainy)
 
-    def precondition(self, times: Times, residual: float) -> tuple[Tensor, Tensor, Tensor]:
+    def precondition(self, times: Times, residual: float, like: Image) -> tuple[Tensor, Tensor, Tensor]:
         """What a state tells of its noise without a network (Karras et al., NeurIPS 2022).
 
         Of clean residuals with a known standard deviation, ``(x - μ) · kept`` is the best linear estimate of the noise.
@@ -150,6 +150,7 @@ class MeanRevertingSDE:
         Args:
             times: ``t`` from 1.
             residual: Standard deviation of clean minus rainy images.
+            like: What is on the device that the factors shall be on.
 
         Returns:
             ``(b, 1, 1, 1)`` each: the factor that brings ``x - μ`` to unit variance; ``kept``; what the best linear
@@ -157,7 +158,7 @@ class MeanRevertingSDE:
         """
         signal, noise = self.decay[times] * residual, self.deviation[times]
         whole = torch.sqrt(signal**2 + noise**2)
-        scale, kept, left = (_at(one, None, one) for one in (1 / whole, noise / whole**2, signal / whole))
+        scale, kept, left = (_at(one, None, like) for one in (1 / whole, noise / whole**2, signal / whole))
         return scale, kept, left
 
     def euler(

@@ -60,6 +60,8 @@ class PLNLINGANModule(DerainModule):
     compiles_any_size: ClassVar[bool] = False
     tile_multiple: ClassVar[int] = 56
 
+    may_change = DerainModule.may_change | {"alpha", "clip"}
+
     def __init__(
         self,
         channels: int = 32,

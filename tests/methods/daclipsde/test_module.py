@@ -257,7 +257,7 @@ def test_preconditioned_networks_estimate_what_is_left():
     module = DACLIPSDEModule("none", **TINY, residual=0.1).eval()
     state, rainy = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
     times = torch.tensor([3, 90])
-    scale, kept, left = module.sde.precondition(times, 0.1)
+    scale, kept, left = module.sde.precondition(times, 0.1, rainy)
     with torch.no_grad():
         inner = module.network(rainy + scale * (state - rainy), rainy, times)
         found = module.noise(state, rainy, times)

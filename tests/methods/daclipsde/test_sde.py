@@ -156,7 +156,7 @@ def test_preconditioning_is_the_best_linear_estimate():
     residual = 0.1 * torch.randn(200_000, generator=generator, dtype=torch.float64)
     noise = torch.randn(200_000, generator=generator, dtype=torch.float64)
     for t in (1, 40, 80, 100):
-        scale, kept, left = (float(one) for one in sde.precondition(torch.tensor([t]), 0.1))
+        scale, kept, left = (float(one) for one in sde.precondition(torch.tensor([t]), 0.1, torch.zeros(1, 3, 1, 1)))
         away = sde.decay[t] * residual + sde.deviation[t] * noise
         assert float((scale * away).std()) == pytest.approx(1, rel=0.01)
         assert float((away * noise).mean() / away.square().mean()) == pytest.approx(kept, rel=0.02, abs=0.1)
