@@ -32,7 +32,7 @@ def place(tmp_path, monkeypatch):
 def texts_of(file, folder, name):
     """Captions of a set's pairs, from a table."""
     pairs = find_pairs(name, "train", data_root=folder).pairs
-    return [caption.text for caption in captions_of(pairs, read_captions(Path(file)), Path(file))]
+    return [caption.text for caption in captions_of(pairs, {Path(file): read_captions(Path(file))})]
 
 
 def refused(capsys, command, *parts):
