@@ -29,8 +29,8 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
         network: What is trained, averaged, saved as weights and compiled.
         trained_on: Names of the training sets, told by the data when training starts.
         judged_by: The logged validation metric, higher is better, that names the best checkpoint.
-        may_change: Hyper-parameters that a run may go on without: they change how a network is trained, not what it
-            computes, or are compared otherwise.
+        may_change: Hyper-parameters that may be set otherwise when a run goes on: they change how a network is trained,
+            not what it computes, or are compared in another way.
     """
 
     network: nn.Module

@@ -171,7 +171,7 @@ def test_the_order_of_training_is_kept(clip_folder, tmp_path):
 
 def test_the_authors_controller_with_another_clip_of_the_same_size(trained, tmp_path):
     _, _, authors = trained
-    other = make_clip(tmp_path / "other", seed=9)
+    other = make_clip(tmp_path / "other", seed=9, num_hidden_layers=3)
     with pytest.raises(DerainError, match=r"authors\.pt: does not fit CLIP .*other; give the CLIP"):
         _ = Perception(str(other), str(authors)).controller
 
