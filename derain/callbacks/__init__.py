@@ -9,7 +9,7 @@ from derain.callbacks.final_weights import FinalWeights
 from derain.callbacks.panels import ImagePanels
 from derain.callbacks.predictions import SaveImages
 from derain.callbacks.results import TestResults
-from derain.callbacks.seeds import EpochSeeds
+from derain.callbacks.seeds import BatchSeeds
 from derain.callbacks.throughput import Throughput
 
-__all__ = ["EMA", "EpochSeeds", "FinalWeights", "ImagePanels", "SaveImages", "TestResults", "Throughput"]
+__all__ = ["EMA", "BatchSeeds", "FinalWeights", "ImagePanels", "SaveImages", "TestResults", "Throughput"]

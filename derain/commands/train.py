@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from derain.callbacks import EpochSeeds, FinalWeights, ImagePanels, SaveImages, TestResults, Throughput
+from derain.callbacks import BatchSeeds, FinalWeights, ImagePanels, SaveImages, TestResults, Throughput
 from derain.data.datamodule import RainDataModule
 from derain.errors import DerainError
 from derain.memory import keep_large_blocks
@@ -256,7 +256,7 @@ class DerainCLI(LightningCLI):
         if self.subcommand != "fit":
             return callbacks
         seed = config.seed_everything
-        callbacks += [EpochSeeds(seed if isinstance(seed, int) else 0), ImagePanels()]
+        callbacks += [BatchSeeds(seed if isinstance(seed, int) else 0), ImagePanels()]
         if trainer.enable_checkpointing is not False:
             kept: dict[str, Any] = {"enable_version_counter": False, "dirpath": self.folder / "checkpoints"}
             callbacks += [
@@ -338,8 +338,11 @@ def _keep_history(csv: CSVLogger, past: Path, checkpoint: Path) -> None:
 
     Of a file that was cut off while the logger wrote it anew, what is whole is kept.
     """
-    loops = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["loops"]
-    step = loops["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]  # as loggers count
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    loops = content["loops"]["fit_loop"]
+    position = {"steps": loops["epoch_loop.state_dict"]["_batches_that_stepped"], "log": {}}  # as loggers count
+    position = content.get("position", position)
+    step = position["steps"] - bool(position["log"])  # what was not logged yet is logged when the run resumes
     header, *rows = past.read_text().splitlines() or [""]
     columns = header.split(",")
     if "step" not in columns:

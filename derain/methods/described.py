@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 import derain
+from derain import loops
 from derain.errors import DerainError
 
 log = logging.getLogger("derain")
@@ -35,6 +36,7 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
 
     network: nn.Module
     trained_on: tuple[str, ...] = ()
+    _position: dict[str, Any] | None = None  # of the checkpoint that is resumed, until training starts
     judged_by: ClassVar[str]
     may_change: ClassVar[frozenset[str]] = frozenset(
         {"learning_rate", "weight_decay", "warm_up", "milestones", "decay"}
@@ -55,8 +57,10 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
         self.trained_on = tuple(description.get("trained_on", ()))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the description, so that any derain command knows what the file holds."""
+        """Adds the description, so that any derain command knows what the file holds, and the position."""
         checkpoint["derain"] = self.describe()
+        if self.resuming:
+            checkpoint["position"] = loops.describe(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes back the description; a run goes on with its average or not at all, all else takes the average.
@@ -66,6 +70,8 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
         """
         if self.resuming:
             self._refuse_another(checkpoint.get("derain", {}))
+            loops.settle(checkpoint["loops"])
+            self._position = checkpoint.get("position")
         self.recall(checkpoint.get("derain", {}))
         if "ema" not in checkpoint:
             return
@@ -114,6 +120,12 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
     def parameter_count(self) -> int:
         """Number of the network's trainable parameters."""
         return sum(p.numel() for p in self.network.parameters() if p.requires_grad)
+
+    def on_train_start(self) -> None:
+        """Continues from the position of the checkpoint that is resumed."""
+        if self._position is not None:
+            loops.begin(self.trainer, self._position)
+        self._position = None
 
     def on_fit_start(self) -> None:
         """Notes the names of the training sets for the files of weights."""

@@ -135,7 +135,8 @@ class PLNLINGANModule(DerainModule):
             log.warning("--data.crop %d: padded to a multiple of %d, in losses too", crop, self.network.multiple)
 
     def on_train_start(self) -> None:
-        """Goes on with gradients that were being added up."""
+        """Continues with gradients that were being added up."""
+        super().on_train_start()
         for name, gradient in self.gradients.items():
             self.get_parameter(name).grad = gradient.to(self.device)
         self.gradients = {}
