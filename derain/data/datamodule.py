@@ -90,7 +90,7 @@ class TrainingLoader(DataLoader[dict[str, Any]]):
         for option, value in self.order.items() if batches.first else ():
             if state.get(option, value) != value:
                 raise DerainError(
-                    f"--{option} {value}: the checkpoint was saved within an epoch ordered with {state[option]}; resume "
+                    f"--{option} {value}: the checkpoint was saved within an epoch that has {state[option]}; resume "
                     "with that, or from the end of an epoch"
                 )
 
