@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from derain.errors import DerainError
 from derain.methods.clip import FrozenCLIP
@@ -39,14 +40,33 @@ def images():
     return [clean_image(i, size) for i, size in enumerate([(224, 224), (300, 451), (97, 60), (321, 481), (1, 3)])]
 
 
+VIEW = v2.Compose([v2.Resize(224, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(224)])
+"""Size and crop as CLIP's authors and open_clip have them: torchvision's."""
+
+
 def prepared(image):
     """As CLIP's authors do: the shorter side to 224 by bicubic interpolation, the middle, one scale for channels."""
-    picture = Image.fromarray(image)
-    scale = 224 / min(picture.size)
-    picture = picture.resize([int(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
-    left, top = ((side - 224) // 2 for side in picture.size)
-    pixels = np.asarray(picture.crop((left, top, left + 224, top + 224)), np.float32) / 255
+    pixels = np.asarray(VIEW(Image.fromarray(image)), np.float32) / 255
     return torch.from_numpy(((pixels - MEAN) / DEVIATION).astype(np.float32)).permute(2, 0, 1)
+
+
+SIZES = [(481, 321), (321, 481), (224, 224), (224, 225), (225, 224), (224, 226), (224, 227), (3, 5), (500, 333), (97, 60)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_both_preparations_crop_where_torchvision_does(clip, size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    deviation, mean = (torch.tensor(values)[:, None, None] for values in (DEVIATION, MEAN))
+    seen = []
+    handle = clip.model.vision_model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["pixel_values"]), with_kwargs=True
+    )
+    clip.images([image])
+    handle.remove()
+    torch.testing.assert_close(seen[0][0] * deviation + mean, prepared(image) * deviation + mean, atol=1e-5, rtol=0)
+    floats = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    expected = VIEW(floats).clamp(0, 1)
+    torch.testing.assert_close(clip.pixels(floats) * deviation + mean, expected, atol=1e-5, rtol=0)
 
 
 @pytest.fixture(scope="module")
