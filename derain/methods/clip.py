@@ -20,6 +20,9 @@ from derain.methods.hub import HubModel, check_whole, loading
 
 log = logging.getLogger("derain")
 
+PREPARATION = 2
+"""Version of the pixels that CLIP sees of an image: whatever is kept of features belongs to one."""
+
 
 def clip_model(without: str) -> HubModel:
     """CLIP on the hub, and what is said when it cannot be had.

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import v2
 
 from derain.errors import DerainError
 from derain.methods.clip import FrozenCLIP
 from derain.methods.cliprpn.perception import WITHOUT
-from tests.factories import clean_image, make_clip
+from tests.factories import clean_image, clip_view, make_clip
 
 TEXTS = ("almost no rain", "Heavy rain, with large DENSE raindrops; 3 puddles!", "rain " * 60)
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -40,17 +39,24 @@ def images():
     return [clean_image(i, size) for i, size in enumerate([(224, 224), (300, 451), (97, 60), (321, 481), (1, 3)])]
 
 
-VIEW = v2.Compose([v2.Resize(224, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(224)])
-"""Size and crop as CLIP's authors and open_clip have them: torchvision's."""
-
-
 def prepared(image):
     """As CLIP's authors do: the shorter side to 224 by bicubic interpolation, the middle, one scale for channels."""
-    pixels = np.asarray(VIEW(Image.fromarray(image)), np.float32) / 255
+    pixels = np.asarray(clip_view(Image.fromarray(image)), np.float32) / 255
     return torch.from_numpy(((pixels - MEAN) / DEVIATION).astype(np.float32)).permute(2, 0, 1)
 
 
-SIZES = [(481, 321), (321, 481), (224, 224), (224, 225), (225, 224), (224, 226), (224, 227), (3, 5), (500, 333), (97, 60)]
+SIZES = [
+    (481, 321),
+    (321, 481),
+    (224, 224),
+    (224, 225),
+    (225, 224),
+    (224, 226),
+    (224, 227),
+    (3, 5),
+    (500, 333),
+    (97, 60),
+]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -65,7 +71,7 @@ def test_both_preparations_crop_where_torchvision_does(clip, size):
     handle.remove()
     torch.testing.assert_close(seen[0][0] * deviation + mean, prepared(image) * deviation + mean, atol=1e-5, rtol=0)
     floats = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
-    expected = VIEW(floats).clamp(0, 1)
+    expected = clip_view(floats).clamp(0, 1)
     torch.testing.assert_close(clip.pixels(floats) * deviation + mean, expected, atol=1e-5, rtol=0)
 
 

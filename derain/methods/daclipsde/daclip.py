@@ -261,9 +261,10 @@ def random_resized_crop(images: Float[Tensor, "b 3 h w"], smallest: float, side:
         smallest: Least share of the area, see `random_crop`.
         side: Of the result, in pixels.
     """
+    height, width = images.shape[2:]
     parts = []
     for image in images:
-        top, left, rows, columns = random_crop(*images.shape[2:], smallest)
+        top, left, rows, columns = random_crop(height, width, smallest)
         part = image[None, :, top : top + rows, left : left + columns]
         parts.append(F.interpolate(part, (side, side), mode="bicubic", antialias=True).clamp(0, 1))
     return torch.cat(parts)
