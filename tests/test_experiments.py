@@ -130,6 +130,22 @@ def test_ablations_tell_how_many_parameters_their_networks_have(path):
     assert list(told)[: len(built)] == built
 
 
+EQUAL_IN_SIZE = [path for path in PLNLIN if re.search(r"Table [346]\b", path.read_text())]
+"""Ablations whose networks the paper makes almost equal in parameters, by the number of channels."""
+
+
+@pytest.mark.parametrize("path", EQUAL_IN_SIZE, ids=lambda path: path.stem)
+def test_ablations_have_almost_as_many_parameters(path):
+    method = PLNLINGANModule(**yaml.safe_load(path.read_text())["model"]["init_args"])
+    changed = method.discriminator if "Table 6" in path.read_text() else method.network
+    whole = 679_968 if "Table 6" in path.read_text() else 2_251_423
+    assert sum(one.numel() for one in changed.parameters()) == pytest.approx(whole, rel=0.025)
+
+
+def test_nine_ablations_are_equal_in_size():
+    assert len(EQUAL_IN_SIZE) == 9
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_sweeps_name_options_that_exist(path, place, clip):
