@@ -6,10 +6,20 @@ Files go below ``trainer.default_root_dir``, which the command line sets to the 
 
 from derain.callbacks.ema import EMA
 from derain.callbacks.final_weights import FinalWeights
+from derain.callbacks.last import LastCheckpoint
 from derain.callbacks.panels import ImagePanels
 from derain.callbacks.predictions import SaveImages
 from derain.callbacks.results import TestResults
-from derain.callbacks.seeds import EpochSeeds
+from derain.callbacks.seeds import BatchSeeds
 from derain.callbacks.throughput import Throughput
 
-__all__ = ["EMA", "EpochSeeds", "FinalWeights", "ImagePanels", "SaveImages", "TestResults", "Throughput"]
+__all__ = [
+    "EMA",
+    "BatchSeeds",
+    "FinalWeights",
+    "ImagePanels",
+    "LastCheckpoint",
+    "SaveImages",
+    "TestResults",
+    "Throughput",
+]

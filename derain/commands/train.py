@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn, cast
 import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -20,7 +21,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from derain.callbacks import EpochSeeds, FinalWeights, ImagePanels, SaveImages, TestResults, Throughput
+from derain.callbacks import BatchSeeds, FinalWeights, ImagePanels, LastCheckpoint, SaveImages, TestResults, Throughput
+from derain.checkpoints import WholeCheckpointIO, remove_unfinished
 from derain.data.datamodule import RainDataModule
 from derain.errors import DerainError
 from derain.memory import keep_large_blocks
@@ -158,6 +160,8 @@ class DerainCLI(LightningCLI):
         for logger in configured:
             if "save_dir" in getattr(logger, "init_args", {}):
                 logger.init_args.save_dir = str(self.folder)
+        remove_unfinished(self.folder)
+        remove_unfinished(root, age=3600.0)
         last = self.folder / "checkpoints" / "last.ckpt"
         again = last.is_file() and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
         if resuming or again:  # SLURM started the job again, in the folder that it has
@@ -232,9 +236,12 @@ class DerainCLI(LightningCLI):
         config.logger = self._loggers(config.logger)
         config.callbacks = [*(config.callbacks or []), *self._callbacks(config)]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:  # what Lightning refuses
             raise DerainError(f"--trainer: {' '.join(str(error).split())}") from error
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        return trainer
 
     def _loggers(self, configured: Any) -> list[Logger] | bool:
         if configured is False:
@@ -256,12 +263,12 @@ class DerainCLI(LightningCLI):
         if self.subcommand != "fit":
             return callbacks
         seed = config.seed_everything
-        callbacks += [EpochSeeds(seed if isinstance(seed, int) else 0), ImagePanels()]
+        callbacks += [BatchSeeds(seed if isinstance(seed, int) else 0), ImagePanels()]
         if trainer.enable_checkpointing is not False:
             kept: dict[str, Any] = {"enable_version_counter": False, "dirpath": self.folder / "checkpoints"}
             callbacks += [
                 ModelCheckpoint(filename="best", monitor=self.model.judged_by, mode="max", **kept),
-                ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **kept),
+                LastCheckpoint(**kept),
                 FinalWeights(),
             ]
         if trainer.logger is not False:
@@ -338,8 +345,11 @@ def _keep_history(csv: CSVLogger, past: Path, checkpoint: Path) -> None:
 
     Of a file that was cut off while the logger wrote it anew, what is whole is kept.
     """
-    loops = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["loops"]
-    step = loops["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]  # as loggers count
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    loops = content["loops"]["fit_loop"]
+    position = {"steps": loops["epoch_loop.state_dict"]["_batches_that_stepped"], "log": {}}  # as loggers count
+    position = content.get("position", position)
+    step = position["steps"] - bool(position["log"])  # what was not logged yet is logged when the run resumes
     header, *rows = past.read_text().splitlines() or [""]
     columns = header.split(",")
     if "step" not in columns:
