@@ -5,6 +5,7 @@ import importlib.metadata
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -256,6 +257,14 @@ def make_clip(folder: Path, seed: int = 0, size: int = 8, **vision: int) -> Path
     CLIPImageProcessorPil().save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
+
+
+def clip_view(image: Any) -> Any:
+    """Return an image (Pillow's or a tensor) resized and cropped as CLIP's authors and open_clip do, by torchvision."""
+    from torchvision.transforms import v2
+
+    resize = v2.Resize(224, v2.InterpolationMode.BICUBIC, antialias=True)
+    return v2.CenterCrop(224)(resize(image))
 
 
 def make_blip(folder: Path, seed: int = 2) -> Path:

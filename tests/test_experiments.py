@@ -1,6 +1,7 @@
 """Every experiment runs as its file says, on generated data of its layout."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -44,6 +45,9 @@ def small(*paths, clip):
     told = {name: value for config in found for name, value in config.get("model", {}).get("init_args", {}).items()}
     a_round = max(told.get("generator_steps", 5), told.get("discriminator_steps", 1))  # in which both networks step
     gan = method == "PLNLINGANModule"
+    if any("schedule" in config.get("data", {}) for config in found):
+        stages = [{"steps": 1, "crop": 16, "batch_size": 2}, {"steps": 1, "crop": 24, "batch_size": 1}]
+        options += ["--data.schedule", json.dumps(stages)]
     options += ["--data.workers", "0", "--data.crop", "16", "--data.batch_size", "2"]
     options += ["--data.repeat", "8" if gan else "1", "--trainer.limit_train_batches", str(a_round if gan else 2)]
     options += ["--trainer.check_val_every_n_epoch", "1", "--trainer.log_every_n_steps", "1"]
@@ -75,6 +79,8 @@ def place(tmp_path, monkeypatch):
         ("Rain800", "test"),
         *((name, split) for name in ("Rain200L", "Rain200H", "Rain1200", "Rain1400") for split in ("train", "test")),
         ("Rain12", "test"),
+        ("Rain13K", "train"),
+        *((name, "test") for name in ("Test100", "Test1200", "Test2800")),
     ):
         make_set(data, name, split, count=4, seed=len(name) * 10 + 1000 * (split == "train"))
     monkeypatch.chdir(tmp_path)
@@ -93,7 +99,8 @@ def test_data_sets(path, place, clip):
         header = (run / "metrics.csv").read_text().partition("\n")[0].split(",")
         assert {f"train/{one}_{k}" for one in ("generator", "discriminator") for k in "1234"} <= set(header)
     with_weights = [*config, "--weights", str(run / "weights.safetensors")]
-    assert main(["validate", *with_weights]) == 0
+    held_out = [] if path.stem == "quickstart" else ["--data.val", "null"]
+    assert main(["validate", *with_weights, *held_out]) == 0
     assert main(["test", *with_weights]) == 0
     assert main(["predict", *with_weights, "--data.predict", str(next((place / "data").glob("Rain100L/rainy")))]) == 0
     assert len(list((place / "runs" / path.stem / "predict-1" / "images").iterdir())) == 4
@@ -130,6 +137,22 @@ def test_ablations_tell_how_many_parameters_their_networks_have(path):
     assert list(told)[: len(built)] == built
 
 
+EQUAL_IN_SIZE = [path for path in PLNLIN if re.search(r"Table [346]\b", path.read_text())]
+"""Ablations whose networks the paper makes almost equal in parameters, by the number of channels."""
+
+
+@pytest.mark.parametrize("path", EQUAL_IN_SIZE, ids=lambda path: path.stem)
+def test_ablations_have_almost_as_many_parameters(path):
+    method = PLNLINGANModule(**yaml.safe_load(path.read_text())["model"]["init_args"])
+    changed = method.discriminator if "Table 6" in path.read_text() else method.network
+    whole = 679_968 if "Table 6" in path.read_text() else 2_251_423
+    assert sum(one.numel() for one in changed.parameters()) == pytest.approx(whole, rel=0.025)
+
+
+def test_nine_ablations_are_equal_in_size():
+    assert len(EQUAL_IN_SIZE) == 9
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_sweeps_name_options_that_exist(path, place, clip):
@@ -140,6 +163,27 @@ def test_sweeps_name_options_that_exist(path, place, clip):
     arguments += [f"--{name}={choice['values'][0]}" for name, choice in sweep["parameters"].items()]
     one_step = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"]
     assert main([*arguments, *small(*files, clip=clip), *one_step]) == 0
+
+
+RECIPES = [path for path in DATA if path.stem != "quickstart"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_of_papers_train_on_all_pairs(path):
+    assert yaml.safe_load(path.read_text())["data"]["val"] == "none"
+    assert "data.val none" in path.read_text()
+
+
+def test_restormers_recipe_is_its_authors():
+    """Options/Deraining_Restormer.yml of the authors' code."""
+    config = yaml.safe_load((EXPERIMENTS / "rain13k.yaml").read_text())
+    stages = config["data"]["schedule"]
+    assert [stage["steps"] for stage in stages] == [92_000, 64_000, 48_000, 36_000, 36_000, 24_000]
+    assert [stage["crop"] for stage in stages] == [128, 160, 192, 256, 320, 384]
+    assert [stage["batch_size"] * 8 for stage in stages] == [64, 40, 32, 16, 8, 8]
+    assert sum(stage["steps"] for stage in stages) == config["trainer"]["max_steps"] == 300_000
+    assert round(config["model"]["init_args"]["hold"] * 300_000) == 92_000
+    assert config["trainer"]["gradient_clip_val"] == 0.01
 
 
 def test_means_of_weights(tmp_path, capsys):

@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     parser.add_argument("--route", type=int, help="let all images take this route instead of asking CLIP (CLIP-RPN)")
     parser.add_argument(
-        "--solver", help="of DA-CLIP + IR-SDE: posterior (default), mrs-ode1, mrs-ode2, mrs-sde2, sde or ode"
+        "--solver",
+        help="of DA-CLIP + IR-SDE: posterior (default), mrs-ode1, mrs-ode2, mrs-sde2, mars-ode2, mars-sde2, sde or ode",
     )
     parser.add_argument("--steps", type=int, help="of the solver, at most those of its schedule (default 10)")
     parser.add_argument("--seed", type=int, help="of the solver's noise (default 0)")

@@ -17,8 +17,8 @@ from derain.data.cache import Mode, PixelCache, fingerprint, open_cache, read_pa
 from derain.data.captions import Caption, captions_of, read_captions
 from derain.data.pairs import Pair, PairSet, find_pairs
 from derain.data.quickstart import quickstart_set
-from derain.data.samplers import Sample, Stage, Strided, TrainingBatches
-from derain.data.transforms import Augmentation
+from derain.data.samplers import CropStage, Sample, Stage, Strided, TrainingBatches, stages_of
+from derain.data.transforms import Augmentation, Flips
 from derain.errors import DerainError
 from derain.folders import cache_folder
 from derain.images import Pixels
@@ -102,14 +102,17 @@ class RainDataModule(LightningDataModule):
 
     Args:
         train: Set or sets to train on.
-        val: Set or sets to validate on; by default a seeded slice of ``train``.
+        val: Set or sets to validate on; by default a seeded slice of ``train``; ``none``: train on all pairs of
+            ``train`` and do not validate.
         test: Set or sets to test on.
         predict: Folder of rainy images, or a set, for ``derain predict``.
         root: Where named sets stand; ``$DERAIN_DATA`` by default.
         crop: Side of the training crops in pixels.
         batch_size: Crops a batch and device.
         repeat: Crops an image in one epoch.
-        flips: Random flips, horizontal and vertical.
+        schedule: Crops and batches that change in the course of training, instead of ``crop`` and ``batch_size``; an
+            epoch has as many batches as one of the first stage.
+        flips: Random flips, horizontal and vertical; ``horizontal``: these alone.
         transpose: Random transposition too.
         val_share: Share of ``train`` that validates when ``val`` names no set, in clean images (at least one):
             all rains on a held-out image are held out.
@@ -133,7 +136,8 @@ class RainDataModule(LightningDataModule):
         crop: int = 128,
         batch_size: int = 8,
         repeat: int = 1,
-        flips: bool = True,
+        schedule: list[CropStage] | None = None,
+        flips: Flips = True,
         transpose: bool = False,
         val_share: float = 0.05,
         captions: str | list[str] | None = None,
@@ -153,6 +157,9 @@ class RainDataModule(LightningDataModule):
         self.sets = {"train": train, "val": val, "test": test, "predict": predict}
         self.root = Path(root or os.environ.get("DERAIN_DATA") or "data")
         self.crop, self.batch_size, self.repeat = crop, batch_size, repeat
+        if schedule is not None and not schedule:
+            raise DerainError("--data.schedule []: must have at least one stage; leave it out for a constant crop")
+        self.schedule = schedule
         self.flips, self.transpose = flips, transpose
         self.val_share, self.val_limit = val_share, val_limit
         self.workers = workers
@@ -187,9 +194,16 @@ class RainDataModule(LightningDataModule):
         if stage == "fit" and "train" not in self.pairs:
             self._split_train()
             for part in ("train", "val"):
-                self._pixels[part] = open_cache(self.pairs[part], self.cache)
+                self._pixels[part] = open_cache(self.pairs[part], self.cache) if self.pairs[part] else None
             self._caption()
+            if self.schedule is not None:
+                sides = " → ".join(str(stage.crop) for stage in self.schedule)
+                log.info("--data.schedule: crops of %s pixels; --data.crop and --data.batch_size are ignored", sides)
         elif stage == "validate" and "val" not in self.pairs:
+            if self.sets["val"] == "none":
+                raise DerainError(
+                    "--data.val none: nothing to validate; name a set, or null for a slice of --data.train"
+                )
             self._split_train()
             self._pixels["val"] = None
             self._caption()
@@ -197,7 +211,9 @@ class RainDataModule(LightningDataModule):
             self.pairs[stage] = self._find(stage, "test" if stage == "test" else "predict")
 
     def _split_train(self) -> None:
-        if self.sets["val"] is not None:
+        if self.sets["val"] == "none":
+            self.pairs["train"], self.pairs["val"] = self._find("train", "train"), ()
+        elif self.sets["val"] is not None:
             self.pairs["val"] = self._find("val", "test")
             if self.sets["train"] is not None:
                 self.pairs["train"] = self._find("train", "train")
@@ -216,7 +232,7 @@ class RainDataModule(LightningDataModule):
     def _caption(self) -> None:
         if self.captions:
             tables = {table: read_captions(table) for table in self.captions}
-            parts = [part for part in ("train", "val") if part in self.pairs]
+            parts = [part for part in ("train", "val") if self.pairs.get(part)]
             self._captions = {part: captions_of(self.pairs[part], tables) for part in parts}
 
     def _find(self, option: str, split: Any) -> tuple[Pair, ...]:
@@ -244,7 +260,8 @@ class RainDataModule(LightningDataModule):
         """Shuffled random crops."""
         pairs, trainer = self.pairs["train"], self.trainer
         stages = self._stages()
-        augmentations = {crop: Augmentation(crop, flips=self.flips, transpose=self.transpose) for _, crop, _ in stages}
+        crops = {stage.crop for stage in stages}
+        augmentations = {crop: Augmentation(crop, flips=self.flips, transpose=self.transpose) for crop in crops}
         dataset = TrainingPairs(pairs, self._pixels["train"], augmentations, self.seed, self._captions.get("train", ()))
         batches = TrainingBatches(len(pairs) * self.repeat, *self._rank_and_world(), self.seed, stages)
         if trainer is not None:
@@ -279,8 +296,15 @@ class RainDataModule(LightningDataModule):
                 )
 
     def _stages(self) -> list[Stage]:
-        """Crop and batch sizes over the training."""
-        return [Stage(0, self.crop, self.batch_size)]
+        """Return crop and batch sizes over the training."""
+        if self.schedule is None:
+            return [Stage(0, self.crop, self.batch_size)]
+        trainer = self.trainer
+        if trainer is None:
+            return stages_of(self.schedule, 1, 1)
+        samples = -(-len(self.pairs["train"]) * self.repeat // trainer.world_size)
+        batches = _batches_of(-(-samples // self.schedule[0].batch_size), trainer.limit_train_batches)
+        return stages_of(self.schedule, trainer.accumulate_grad_batches, batches)
 
     def _order(self) -> dict[str, Any]:
         """All that decides which samples a batch of an epoch has."""
@@ -291,12 +315,13 @@ class RainDataModule(LightningDataModule):
             "data.repeat": self.repeat,
             "data.seed": self.seed,
             "data.batch_size": self.batch_size,
+            "data.schedule": str(self.schedule),
             "trainer.devices": self._rank_and_world()[1],
         }
 
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Whole validation images, one at a time."""
-        return self._whole("val")
+    def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
+        """Return whole validation images, one at a time; no loader without any."""
+        return self._whole("val") if self.pairs["val"] else []
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Whole test images, one at a time."""

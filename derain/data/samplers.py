@@ -1,11 +1,15 @@
 """Samplers: the order of training samples, and each rank's share of evaluation images."""
 
 import bisect
+import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import Sampler
+
+from derain.errors import DerainError
 
 
 class Sample(NamedTuple):
@@ -34,6 +38,54 @@ class Stage(NamedTuple):
     first: int
     crop: int
     batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CropStage:
+    """Part of a training with crops and batches of its own, as options give it.
+
+    Attributes:
+        steps: Optimiser steps; the last stage lasts to the end.
+        crop: Side of the crops in pixels.
+        batch_size: Crops a batch and device.
+
+    Raises:
+        DerainError: If one is below 1.
+    """
+
+    steps: int
+    crop: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise DerainError(f"--data.schedule: {name} {value}: must be at least 1")
+
+
+def stages_of(schedule: Sequence[CropStage], accumulate: int, batches: int) -> list[Stage]:
+    """Return the stages by the batch that each starts at.
+
+    Args:
+        schedule: By optimiser steps.
+        accumulate: Batches of a step.
+        batches: Of an epoch.
+
+    Raises:
+        DerainError: If an epoch ends with a step of fewer batches, so that steps cannot be converted.
+
+    Example:
+        >>> stages_of([CropStage(10, 128, 8), CropStage(5, 160, 5)], accumulate=2, batches=4)
+        [Stage(first=0, crop=128, batch_size=8), Stage(first=20, crop=160, batch_size=5)]
+    """
+    if len(schedule) > 1 and batches % accumulate:
+        raise DerainError(
+            f"--trainer.accumulate_grad_batches {accumulate}: does not divide the {batches} batches of an epoch, so "
+            "that --data.schedule has no exact steps; choose a divisor, or limit the batches by "
+            "--trainer.limit_train_batches"
+        )
+    starts = itertools.accumulate((stage.steps * accumulate for stage in schedule[:-1]), initial=0)
+    return [Stage(first, stage.crop, stage.batch_size) for first, stage in zip(starts, schedule, strict=True)]
 
 
 class TrainingBatches(Sampler[list[Sample]]):

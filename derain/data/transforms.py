@@ -2,6 +2,7 @@
 
 import os
 import random
+from typing import Literal
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for its newest version
 
@@ -11,6 +12,8 @@ import numpy as np
 
 from derain.images import Pixels
 
+Flips = bool | Literal["horizontal"]
+
 
 class Augmentation:
     """Random crop, flips and transpose, the same for rainy and clean, decided by a seed alone.
@@ -19,7 +22,7 @@ class Augmentation:
 
     Args:
         crop: Side of the square crop in pixels.
-        flips: Flip left–right and up–down, each with probability 0.5.
+        flips: Flip left–right and up–down, each with probability 0.5; ``horizontal``: left–right alone.
         transpose: Also swap rows and columns with probability 0.5.
 
     Example:
@@ -29,12 +32,14 @@ class Augmentation:
         ((3, 3, 3), True)
     """
 
-    def __init__(self, crop: int, *, flips: bool = True, transpose: bool = False) -> None:
+    def __init__(self, crop: int, *, flips: Flips = True, transpose: bool = False) -> None:
         steps: list[albumentations.BasicTransform] = [
             albumentations.RandomCrop(crop, crop, pad_if_needed=True, border_mode=cv2.BORDER_REFLECT_101)
         ]
         if flips:
-            steps += [albumentations.HorizontalFlip(p=0.5), albumentations.VerticalFlip(p=0.5)]
+            steps.append(albumentations.HorizontalFlip(p=0.5))
+        if flips is True:
+            steps.append(albumentations.VerticalFlip(p=0.5))
         if transpose:
             steps.append(albumentations.Transpose(p=0.5))
         self._compose = albumentations.Compose(steps, additional_targets={"clean": "image"})

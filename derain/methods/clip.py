@@ -7,9 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from derain.errors import DerainError
@@ -17,6 +19,9 @@ from derain.images import Pixels
 from derain.methods.hub import HubModel, check_whole, loading
 
 log = logging.getLogger("derain")
+
+PREPARATION = 2
+"""Version of the pixels that CLIP sees of an image: whatever is kept of features belongs to one."""
 
 
 def clip_model(without: str) -> HubModel:
@@ -32,6 +37,33 @@ def clip_model(without: str) -> HubModel:
         instead=without or "set DERAIN_CLIP",
         unfetched="; ".join(("name a local directory by --model.clip or DERAIN_CLIP", *([without] if without else []))),
     )
+
+
+def centre_view(height: int, width: int, shortest: int, crop: int) -> tuple[int, int, int, int]:
+    """Return the size that an image is resized to and where its centre is cut out, as torchvision does.
+
+    CLIP's authors and open_clip prepare images with torchvision, which rounds half a pixel of the margin to the even
+    number; transformers rounds it down.
+
+    Args:
+        height: Of the image, in pixels.
+        width: Likewise.
+        shortest: Length of the shorter side after resizing.
+        crop: Side of the square that is cut out.
+
+    Returns:
+        Height, width, top, left.
+
+    Example:
+        >>> centre_view(481, 321, 224, 224)  # a margin of 111 pixels
+        (335, 224, 56, 0)
+    """
+    if height <= width:
+        height, width = shortest, shortest * width // height
+    else:
+        height, width = shortest * height // width, shortest
+    top, left = (round((side - crop) / 2) for side in (height, width))
+    return height, width, top, left
 
 
 class FrozenCLIP:
@@ -96,8 +128,11 @@ class FrozenCLIP:
         """Side of the images that CLIP sees, in pixels."""
         return int(self._loaded[2].crop_size["height"])
 
+    def _view(self, height: int, width: int) -> tuple[int, int, int, int]:
+        return centre_view(height, width, self._loaded[2].size["shortest_edge"], self.side)
+
     def pixels(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
-        """Brings images to CLIP's size and range, where they are.
+        """Return images in CLIP's size and range, on their device.
 
         The short side is resized by antialiased bicubic interpolation, as by Pillow but in floating point, the centre
         is cut out.
@@ -106,14 +141,16 @@ class FrozenCLIP:
             images: In [0, 1], of any size.
         """
         processor = self._loaded[2]
-        side, crop = processor.size["shortest_edge"], processor.crop_size["height"]
-        height, width = images.shape[2:]
-        scaled = (side, side * width // height) if height <= width else (side * height // width, side)
-        resized = F.interpolate(images, scaled, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = ((size - crop) // 2 for size in scaled)
-        resized = resized[:, :, top : top + crop, left : left + crop]
+        height, width, top, left = self._view(*images.shape[2:])
+        resized = F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+        resized = resized[:, :, top : top + self.side, left : left + self.side]
         mean, std = (images.new_tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
         return (resized - mean) / std
+
+    def _cropped(self, image: Pixels) -> Pixels:
+        height, width, top, left = self._view(*image.shape[:2])
+        resized = Image.fromarray(image).resize((width, height), self._loaded[2].resample)
+        return np.asarray(resized.crop((left, top, left + self.side, top + self.side)))
 
     @torch.inference_mode()
     def texts(self, prompts: Sequence[str], *, truncate: bool = False) -> Float[Tensor, "n d"]:
@@ -137,16 +174,20 @@ class FrozenCLIP:
 
     @torch.inference_mode()
     def images(self, images: Sequence[Pixels], device: torch.device | None = None) -> Float[Tensor, "n d"]:
-        """Features of images of any sizes, not normalised, on the CPU.
+        """Return features of images of any sizes, not normalised, on the CPU.
 
-        They are resized to CLIP's size by bicubic interpolation with Pillow and cropped at the centre, as CLIP's
+        The images are resized to CLIP's size by bicubic interpolation with Pillow and cropped at the centre, as CLIP's
         authors do.
         """
         model, _, processor = self._loaded
         model.to(device or "cpu")
-        pixels = processor(list(images), input_data_format="channels_last", return_tensors="pt").pixel_values.to(
-            device or "cpu"
-        )
+        pixels = processor(
+            [self._cropped(image) for image in images],
+            do_resize=False,
+            do_center_crop=False,
+            input_data_format="channels_last",
+            return_tensors="pt",
+        ).pixel_values.to(device or "cpu")
         with torch.autocast(pixels.device.type, enabled=False):
             pooled = model.vision_model(pixel_values=pixels).pooler_output
             return model.visual_projection(pooled).float().cpu()  # type: ignore[no-any-return]

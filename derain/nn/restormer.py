@@ -67,6 +67,16 @@ def _exact(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _least_norm(dtype: torch.dtype) -> float:
+    """Return what norms are at least, as in `torch.nn.functional.normalize`.
+
+    In float16 it is the smallest number above 0: 1e-12 would change no norm but that of zeros, whose gradient it would
+    let overflow.
+    """
+    limits = torch.finfo(dtype)
+    return max(1e-12, limits.smallest_normal * limits.eps)
+
+
 class Attention(nn.Module):
     """What self- and cross-attention share: similarities of channels, and how the values are mixed by them.
 
@@ -102,7 +112,7 @@ class Attention(nn.Module):
         value = torch.cat(values, dim=1) if len(values) > 1 else values[0]
         (b, h, w, c), heads = value.shape, len(self.temperature)
         with torch.autocast(value.device.type, enabled=False):
-            q, k = torch.stack(squares).sum(0).clamp_min(1e-8).sqrt().reshape(2, b, heads, -1)
+            q, k = torch.stack(squares).sum(0).clamp_min(_least_norm(query.dtype) ** 2).sqrt().reshape(2, b, heads, -1)
             cosines = torch.stack(products).sum(0) / (q[..., :, None] * k[..., None, :])
             attention = (cosines * self.temperature).softmax(-1)  # (b, heads, d, d)
             projection = self.project_out.weight.reshape(c, heads, -1).transpose(0, 1)

@@ -5,13 +5,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 
-def warm_up_then_cosine(steps: int, share: float, least: float = 0.0) -> Callable[[int], float]:
-    """Factor of the learning rate at each optimiser step: it rises evenly to 1, then falls along a cosine.
+def warm_up_then_cosine(steps: int, share: float, least: float = 0.0, hold: float = 0.0) -> Callable[[int], float]:
+    """Return the factor of the learning rate at each step: it rises evenly to 1, then falls along a cosine.
 
     Args:
         steps: Optimiser steps of the whole training.
         share: Share of them in which it rises, in [0, 1).
         least: Where it falls to.
+        hold: Share of the steps, after it has risen, in which it stays 1.
 
     Example:
         >>> factor = warm_up_then_cosine(100, 0.1)
@@ -19,11 +20,13 @@ def warm_up_then_cosine(steps: int, share: float, least: float = 0.0) -> Callabl
         (0.1, 1.0, 1.0, 0.5, 0.0)
     """
     rising = round(share * steps)
+    held = rising + round(hold * steps)
 
     def factor(step: int) -> float:
         if step < rising:
             return (step + 1) / rising
-        falling = (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, steps - rising)))) / 2
+        fallen = max(0, step - held) / max(1, steps - held)
+        falling = (1 + math.cos(math.pi * min(1.0, fallen))) / 2
         return least + (1 - least) * falling
 
     return factor

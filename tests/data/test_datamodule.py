@@ -1,11 +1,13 @@
 import itertools
 
+import lightning
 import numpy as np
 import pytest
 import torch
 
 from derain.data.datamodule import RainDataModule
 from derain.data.pairs import find_pairs
+from derain.data.samplers import CropStage
 from derain.errors import DerainError
 from tests.factories import make_set
 
@@ -170,3 +172,81 @@ def test_refusals(root):
             data(root).setup(stage)
     with pytest.raises(DerainError, match=r"Rain12.*below"):
         data(root, test="Rain12").setup("test")
+
+
+# Training on all pairs, and crops that grow.
+
+
+def test_all_pairs_train_without_validation(root):
+    module = data(root, train="Rain800", val="none")
+    module.setup("fit")
+    assert len(module.pairs["train"]) == 10
+    assert module.pairs["val"] == ()
+    assert module.val_dataloader() == []
+    names = [name for batch in batches(module, "train") for name in batch["name"]]
+    assert len(set(names)) == 10
+
+
+def test_nothing_can_be_validated_without_validation(root):
+    with pytest.raises(DerainError, match=r"--data\.val none"):
+        data(root, train="Rain800", val="none").setup("validate")
+
+
+def test_a_folder_named_none_can_still_validate(root, monkeypatch):
+    make_set(root, "folder", "test", count=2).rename(root / "none")
+    monkeypatch.chdir(root)
+    module = data(root, train="Rain800", val="./none")
+    module.setup("fit")
+    assert len(module.pairs["val"]) == 2
+
+
+SCHEDULE = [CropStage(3, 16, 4), CropStage(2, 24, 2), CropStage(1, 32, 1)]
+
+
+class Shapes(lightning.LightningModule):
+    """Notes the shapes of batches and how many steps the optimiser took."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.global_step, *batch["rainy"].shape[::3]))
+        return self.weight * batch["rainy"].mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(module, **options):
+    method = Shapes()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False, "accelerator": "cpu", "use_distributed_sampler": False}
+    lightning.Trainer(**quiet, **options).fit(method, module)
+    return method.seen
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_crops_and_batches_follow_the_steps(root, accumulate):
+    module = data(root, train="Rain800", val="none", schedule=SCHEDULE)
+    seen = fit(module, max_steps=8, accumulate_grad_batches=accumulate)
+    expected = [(4, 16)] * 3 + [(2, 24)] * 2 + [(1, 32)] * 3
+    assert seen == [(step, *shape) for step, shape in enumerate(expected) for _ in range(accumulate)]
+
+
+def test_steps_that_an_epoch_cuts_short_are_refused(root):
+    module = data(root, train="Rain800", val="none", schedule=SCHEDULE)
+    with pytest.raises(DerainError, match=r"accumulate_grad_batches 2: .* 3 batches"):
+        fit(module, max_steps=8, accumulate_grad_batches=2)
+
+
+@pytest.mark.parametrize("stage", [(0, 16, 4), (3, 0, 4), (3, 16, 0), (-1, 16, 4)])
+def test_stages_of_nothing_are_refused(stage):
+    with pytest.raises(DerainError, match="at least 1"):
+        CropStage(*stage)
+
+
+def test_a_schedule_without_stages_is_refused(root):
+    with pytest.raises(DerainError, match="at least one stage"):
+        data(root, train="Rain800", schedule=[])

@@ -39,12 +39,21 @@ def test_crops_come_from_everywhere_and_all_flips_occur():
     assert len(views) == 8
 
 
-@pytest.mark.parametrize(("flips", "transpose", "views"), [(False, False, 1), (True, False, 4)])
+@pytest.mark.parametrize(
+    ("flips", "transpose", "views"),
+    [(False, False, 1), (True, False, 4), ("horizontal", False, 2), ("horizontal", True, 8)],
+)
 def test_only_what_was_asked_for(flips, transpose, views):
     rows, columns = np.mgrid[:4, :4].astype(np.uint8)
     image = np.stack([rows, columns, rows], axis=2)
     cut = Augmentation(4, flips=flips, transpose=transpose)
     assert len({cut(image, image, (0, 0, n))[0].tobytes() for n in range(200)}) == views
+
+
+def test_horizontal_flips_keep_rows():
+    image = np.broadcast_to(np.arange(4, dtype=np.uint8)[:, None, None], (4, 4, 3)).copy()
+    cut = Augmentation(4, flips="horizontal")
+    assert all((cut(image, image, (0, 0, n))[0] == image).all() for n in range(50))
 
 
 @pytest.mark.parametrize("size", [(5, 50), (50, 5), (7, 7), (1, 1)])

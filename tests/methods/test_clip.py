@@ -11,7 +11,7 @@ from PIL import Image
 from derain.errors import DerainError
 from derain.methods.clip import FrozenCLIP
 from derain.methods.cliprpn.perception import WITHOUT
-from tests.factories import clean_image, make_clip
+from tests.factories import clean_image, clip_view, make_clip
 
 TEXTS = ("almost no rain", "Heavy rain, with large DENSE raindrops; 3 puddles!", "rain " * 60)
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -41,12 +41,38 @@ def images():
 
 def prepared(image):
     """As CLIP's authors do: the shorter side to 224 by bicubic interpolation, the middle, one scale for channels."""
-    picture = Image.fromarray(image)
-    scale = 224 / min(picture.size)
-    picture = picture.resize([int(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
-    left, top = ((side - 224) // 2 for side in picture.size)
-    pixels = np.asarray(picture.crop((left, top, left + 224, top + 224)), np.float32) / 255
+    pixels = np.asarray(clip_view(Image.fromarray(image)), np.float32) / 255
     return torch.from_numpy(((pixels - MEAN) / DEVIATION).astype(np.float32)).permute(2, 0, 1)
+
+
+SIZES = [
+    (481, 321),
+    (321, 481),
+    (224, 224),
+    (224, 225),
+    (225, 224),
+    (224, 226),
+    (224, 227),
+    (3, 5),
+    (500, 333),
+    (97, 60),
+]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_both_preparations_crop_where_torchvision_does(clip, size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    deviation, mean = (torch.tensor(values)[:, None, None] for values in (DEVIATION, MEAN))
+    seen = []
+    handle = clip.model.vision_model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["pixel_values"]), with_kwargs=True
+    )
+    clip.images([image])
+    handle.remove()
+    torch.testing.assert_close(seen[0][0] * deviation + mean, prepared(image) * deviation + mean, atol=1e-5, rtol=0)
+    floats = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    expected = clip_view(floats).clamp(0, 1)
+    torch.testing.assert_close(clip.pixels(floats) * deviation + mean, expected, atol=1e-5, rtol=0)
 
 
 @pytest.fixture(scope="module")

@@ -163,6 +163,68 @@ def test_products_of_float16_do_not_overflow():
         torch.testing.assert_close(one.double(), exact, atol=0.2, rtol=5e-3)
 
 
+def by_normalize(block, query, key, value):
+    """Attention as the authors have it: F.normalize of queries and keys over the pixels of a head's channels."""
+    b, h, w, c = value.shape
+    heads = len(block.temperature)
+    q, k, v = (t.flatten(1, 2).reshape(b, h * w, heads, -1).permute(0, 2, 3, 1) for t in (query, key, value))
+    q, k = (torch.nn.functional.normalize(t, dim=-1) for t in (q, k))
+    mixed = ((q @ k.transpose(2, 3) * block.temperature).softmax(-1) @ v).permute(0, 3, 1, 2).reshape(b, h, w, c)
+    return mixed @ block.project_out.weight[:, :, 0, 0].T
+
+
+SIZES_OF_FEATURES = [1, 1e-3, 1e-6, 1e-9, 1e-11, 1e-13, 1e-20, 0]
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("size", SIZES_OF_FEATURES)
+def test_small_queries_and_keys_are_normalised_as_the_authors_normalise(size, dtype, close):
+    torch.manual_seed(0)
+    block = Attention(6, 2).to(dtype)
+    query, key, value = torch.randn(3, 2, 1, 1, 6, dtype=dtype)  # a pixel, as of 8×8 images at the coarsest level
+    query, key = size * query, size * key
+    wanted = by_normalize(block, query, key, value)
+    torch.testing.assert_close(block.attend([[query, key, value]]), wanted, atol=close, rtol=0)
+    by_rows = torch.cat((query, query), 1), torch.cat((key, key), 1), torch.cat((value, value), 1)
+    parts = [[t[:, rows : rows + 1] for t in by_rows] for rows in (0, 1)]
+    torch.testing.assert_close(block.attend(parts), by_normalize(block, *by_rows), atol=close, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 1e-2, 1e-4, 1e-6, 0])
+def test_small_queries_and_keys_of_half_precision(size, dtype):
+    torch.manual_seed(0)
+    block = Attention(6, 2)
+    query, key, value = torch.randn(3, 2, 2, 2, 6)
+    query, key, value = (size * query).to(dtype), (size * key).to(dtype), value.to(dtype)
+    with torch.no_grad():
+        found = block.attend([[query, key, value]])
+        exact = by_normalize(block.double(), query.double(), key.double(), value.double())
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("size", [1, 1e-6, 1e-9])
+def test_gradients_of_small_queries_are_the_authors(size):
+    torch.manual_seed(0)
+    block = Attention(6, 2).double()
+    maps = [(scale * torch.randn(1, 2, 2, 6, dtype=torch.float64)).requires_grad_() for scale in (size, size, 1)]
+    wanted = torch.randn(1, 2, 2, 6, dtype=torch.float64)
+    ours = torch.autograd.grad((block.attend([maps]) * wanted).sum(), maps)
+    theirs = torch.autograd.grad((by_normalize(block, *maps) * wanted).sum(), maps)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one * size, other * size, atol=1e-9, rtol=1e-6)
+
+
+def test_images_of_8_pixels_are_restored_as_by_the_published_form():
+    torch.manual_seed(0)
+    published, ours = Published(), Restormer()
+    ours.load_state_dict(published.state_dict())
+    with torch.no_grad():
+        rainy = torch.rand(1, 3, 8, 8)
+        torch.testing.assert_close(ours(rainy), published(rainy), atol=1e-6, rtol=0)
+
+
 def test_a_black_image_has_a_finite_gradient():
     torch.manual_seed(0)
     network = Restormer(**SMALL)

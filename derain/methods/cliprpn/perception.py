@@ -14,7 +14,7 @@ from torch import Tensor
 
 from derain.folders import cache_folder
 from derain.images import Pixels
-from derain.methods.clip import FrozenCLIP
+from derain.methods.clip import PREPARATION, FrozenCLIP
 
 Similarity = Literal["cosine", "dot"]
 
@@ -26,8 +26,8 @@ WITHOUT = "train without CLIP by --model.perception none, restore without it by 
 class RainPerception:
     """Scores of whole images for each prompt.
 
-    Scores are kept in a file by the image's content, the prompts, the similarity and CLIP's hash, so that of an
-    image seen once CLIP runs no more.
+    Scores are kept in a file by the image's content, the prompts, the similarity, CLIP's hash and the version of its
+    preparation, so that of an image seen once CLIP runs no more.
 
     Args:
         clip: Id on the hub or a local directory.
@@ -44,7 +44,7 @@ class RainPerception:
 
     @cached_property
     def _file(self) -> Path:
-        key = json.dumps([self.clip.sha256, self.texts, self.similarity])
+        key = json.dumps([self.clip.sha256, self.texts, self.similarity, PREPARATION])
         return cache_folder() / "routes" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
 
     @cached_property

@@ -224,22 +224,47 @@ def _number(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
 
+def random_crop(height: int, width: int, smallest: float) -> tuple[int, int, int, int]:
+    """Return top, left, height and width of a random part of an image.
+
+    Area and aspect ratio are drawn until the part fits, ten times at most; after that it is the whole image, or the
+    middle of one whose sides are not within 3 to 4.
+
+    Args:
+        height: Of the image, in pixels.
+        width: Likewise.
+        smallest: Least share of the area.
+
+    References:
+        torchvision's ``RandomResizedCrop`` with its default ratios, which open_clip trains with; equal seeds give equal
+        parts.
+    """
+    narrowest, widest = 3 / 4, 4 / 3
+    low, high = (float(value) for value in torch.tensor((narrowest, widest)).log())
+    for _ in range(10):
+        area = height * width * float(torch.empty(()).uniform_(smallest, 1))
+        ratio = float(torch.empty(()).uniform_(low, high).exp())
+        rows, columns = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < rows <= height and 0 < columns <= width:
+            top, left = (int(torch.randint(0, margin + 1, ())) for margin in (height - rows, width - columns))
+            return top, left, rows, columns
+    rows = min(height, round(width / narrowest))
+    columns = min(width, round(height * widest))
+    return (height - rows) // 2, (width - columns) // 2, rows, columns
+
+
 def random_resized_crop(images: Float[Tensor, "b 3 h w"], smallest: float, side: int) -> Float[Tensor, "b 3 s s"]:
-    """Cuts a random part out of each image and resizes it (bicubic, antialiased).
+    """Return a random part of each image, resized (bicubic, antialiased).
 
     Args:
         images: In [0, 1].
-        smallest: Least share of the area; sides are as 3 to 4 at most.
+        smallest: Least share of the area, see `random_crop`.
         side: Of the result, in pixels.
     """
     height, width = images.shape[2:]
     parts = []
     for image in images:
-        share = float(torch.empty(()).uniform_(smallest, 1))
-        ratio = float(torch.empty(()).uniform_(-0.5, 0.5).mul(torch.log(torch.tensor(4 / 3))).exp())
-        rows = min(height, max(1, round(height * share**0.5 / ratio)))
-        columns = min(width, max(1, round(width * share**0.5 * ratio)))
-        top, left = (int(torch.randint(0, n + 1, ())) for n in (height - rows, width - columns))
+        top, left, rows, columns = random_crop(height, width, smallest)
         part = image[None, :, top : top + rows, left : left + columns]
         parts.append(F.interpolate(part, (side, side), mode="bicubic", antialias=True).clamp(0, 1))
     return torch.cat(parts)

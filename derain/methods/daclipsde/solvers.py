@@ -9,12 +9,15 @@ signal-to-noise ratio, the probability flow is ``d(y/σ) / dℓ = exp(ℓ) ŷ``,
 residual: the linear part is exact, and only ``ŷ``, which changes slowly, is approximated, by a constant (order 1) or
 by a line through its last two values (order 2). Over a step ``h = ℓ_s - ℓ_t``:
 
-    ode:  y_s = σ_s/σ_t y_t + α_s (1 - exp(-h)) D
-    sde:  y_s = σ_s/σ_t exp(-h) y_t + α_s (1 - exp(-2h)) D + λ σ_s √(1 - exp(-2h)) z
+    ode, κ = 1:  y_s = σ_s/σ_t y_t + α_s D
+    sde, κ = 2:  y_s = σ_s/σ_t exp(-h) y_t + α_s D + λ σ_s √(1 - exp(-2h)) z
 
-``D = ŷ_t`` for order 1; ``D = ŷ_t + h / (2 h_before) (ŷ_t - ŷ_before)`` for order 2. Order 1 of ``sde`` is posterior
-sampling. The last step goes to ``σ = 0`` and gives ``x̂_0`` itself. Compare MaRS (arXiv 2502.07856), which derives such
-solvers with μ kept in the equation.
+    D = (1 - exp(-κh)) ŷ_t + c (ŷ_t - ŷ_before) / h_before
+
+Order 1 has ``c = 0``; of ``sde``, it is posterior sampling. Order 2 of ``mrs-*`` takes the line's value in the middle
+of the step, as DPM-Solver++ does: ``c = h (1 - exp(-κh)) / 2``. MaRS (Li et al., ICLR 2025, arXiv 2502.07856),
+``mars-*``, integrates the line: ``c = h - (1 - exp(-κh)) / κ``, which is larger for long steps. Both are of the same
+order. The last step goes to ``σ = 0`` and gives ``x̂_0`` itself.
 """
 
 import dataclasses
@@ -40,7 +43,7 @@ class Sampling:
 
     Args:
         solver: ``posterior`` (IR-SDE's authors), ``sde`` (Euler-Maruyama), ``ode`` (Euler), or semi-analytic:
-            ``mrs-ode1``, ``mrs-ode2``, ``mrs-sde2``.
+            ``mrs-ode1``, ``mrs-ode2``, ``mrs-sde2``, ``mars-ode2``, ``mars-sde2``.
         steps: Evaluations of the network, at most the T of the schedule; none: T.
         seed: Of the noise. The same seed gives an image the same noise in any batch.
 
@@ -172,12 +175,29 @@ class _Posterior:
 
 
 class _SemiAnalytic:
-    """Exponential integrator in ℓ with data prediction."""
+    """Exponential integrator in ℓ with data prediction.
+
+    Args:
+        sde: The schedule.
+        rainy: ``μ``.
+        noise: What ``stochastic`` steps add.
+        order: 1, or 2 for a line through the last two estimates.
+        stochastic: Step along the SDE instead of the probability flow.
+        integrated: Integrate that line, as MaRS does, instead of taking its value in the middle.
+    """
 
     def __init__(
-        self, sde: MeanRevertingSDE, rainy: Image, noise: Noise, *, order: int, stochastic: bool = False
+        self,
+        sde: MeanRevertingSDE,
+        rainy: Image,
+        noise: Noise,
+        *,
+        order: int,
+        stochastic: bool = False,
+        integrated: bool = False,
     ) -> None:
-        self.sde, self.rainy, self.noise, self.order, self.stochastic = sde, rainy, noise, order, stochastic
+        self.sde, self.rainy, self.noise, self.order = sde, rainy, noise, order
+        self.stochastic, self.integrated = stochastic, integrated
         self.ratio = torch.log(sde.decay / (sde.deviation / sde.scale))  # ℓ; infinite at time 0
         self.before: tuple[Image, float] | None = None
 
@@ -187,17 +207,19 @@ class _SemiAnalytic:
         if s == 0:
             return self.rainy + residual
         step = float(self.ratio[s] - self.ratio[t])
-        line = residual
+        kappa = 2 if self.stochastic else 1
+        change = 1 - math.exp(-kappa * step)
+        drift = change * residual
         if self.order == 2 and self.before is not None:
             last, step_before = self.before
-            line = residual + step / (2 * step_before) * (residual - last)
+            weight = step - change / kappa if self.integrated else step / 2 * change
+            drift = drift + weight / step_before * (residual - last)
         self.before = residual, step
-        shrink = float(self.sde.deviation[s] / self.sde.deviation[t])
-        left, signal = math.exp(-step), float(self.sde.decay[s])
+        shrink = float(self.sde.deviation[s] / self.sde.deviation[t]) * math.exp((1 - kappa) * step)
+        mean = self.rainy + shrink * (state - self.rainy) + float(self.sde.decay[s]) * drift
         if not self.stochastic:
-            return self.rainy + shrink * (state - self.rainy) + signal * (1 - left) * line
-        mean = self.rainy + shrink * left * (state - self.rainy) + signal * (1 - left**2) * line
-        return mean + float(self.sde.deviation[s]) * math.sqrt(1 - left**2) * self.noise()
+            return mean
+        return mean + float(self.sde.deviation[s]) * math.sqrt(change) * self.noise()
 
 
 def _pair(t: int, s: int, count: int) -> tuple[Tensor, Tensor]:
@@ -211,5 +233,7 @@ SOLVERS: dict[str, Callable[[MeanRevertingSDE, Image, Noise], Callable[[Image, I
     "mrs-ode1": lambda sde, rainy, noise: _SemiAnalytic(sde, rainy, noise, order=1),
     "mrs-ode2": lambda sde, rainy, noise: _SemiAnalytic(sde, rainy, noise, order=2),
     "mrs-sde2": lambda sde, rainy, noise: _SemiAnalytic(sde, rainy, noise, order=2, stochastic=True),
+    "mars-ode2": lambda sde, rainy, noise: _SemiAnalytic(sde, rainy, noise, order=2, integrated=True),
+    "mars-sde2": lambda sde, rainy, noise: _SemiAnalytic(sde, rainy, noise, order=2, stochastic=True, integrated=True),
 }
 """Every solver: made for a rainy image, it takes a state and the noise in it from one time to an earlier one."""

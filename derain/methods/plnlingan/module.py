@@ -13,7 +13,17 @@ from derain.batch import PairBatch
 from derain.errors import DerainError
 from derain.methods.base import DerainModule
 from derain.methods.plnlingan.loss import Parts, hierarchical_losses, relativistic_losses, weighted_sum
-from derain.methods.plnlingan.network import MCDDL, PLNLIN, SCALES, Branches, Interaction, Restored, Style, Unit
+from derain.methods.plnlingan.network import (
+    MCDDL,
+    PLNLIN,
+    SCALES,
+    Branches,
+    Interaction,
+    Restored,
+    Style,
+    Unit,
+    feature_map,
+)
 from derain.nn.padding import pad_to_multiple
 from derain.nn.schedule import multiplied_at
 from derain.nn.ssim import structural_similarity
@@ -41,6 +51,7 @@ class PLNLINGANModule(DerainModule):
         discriminator_channels: Width of the discriminator.
         discriminator_stages: N of its PLNLIMs; section 4.1: 2.
         discriminator_unit: As ``unit`` (Table 6).
+        discriminator_heads: Attention heads of its Swin blocks; ``heads`` by default.
         content: Whether the discriminator sees the generator's features (section 4.5.2).
         deep: Whether it judges at four scales, or at the coarsest alone (section 4.5.2).
         alpha: Weight of the hierarchical supervision (eq. 9); 0 is without (Table 5).
@@ -75,6 +86,7 @@ class PLNLINGANModule(DerainModule):
         discriminator_channels: int = 32,
         discriminator_stages: int = 2,
         discriminator_unit: Unit = "plnlim",
+        discriminator_heads: int | None = None,
         content: bool = True,
         deep: bool = True,
         alpha: float = 1.0,
@@ -103,14 +115,23 @@ class PLNLINGANModule(DerainModule):
         if hierarchy < 1 and (alpha or content):
             raise DerainError(f"--model.hierarchy {hierarchy}: must be at least 1, or alpha 0 and content false too")
         style = Style(channels, unit, branches, interaction, fusion, last_interaction, heads)
-        judging = Style(discriminator_channels, discriminator_unit, heads=heads)
+        discriminator_heads = heads if discriminator_heads is None else discriminator_heads
+        judging = Style(discriminator_channels, discriminator_unit, heads=discriminator_heads)
         self.network: PLNLIN = PLNLIN(style, stages, hierarchy if alpha or content else 0)
         self.discriminator = MCDDL(judging, channels if content else 0, deep, discriminator_stages) if beta else None
+        first, second = ("local", "non-local") if branches == "both" else (branches, f"other {branches}")
+        both = (f"{first} features", f"{second} features", "features of both")
+        self.maps = both if unit == "plnlim" else (f"{unit} features",)
         self.windows = 0  # turns so far: whose comes next follows from it
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """Restores images of any size in [0, 1], without the hierarchy."""
         return cast(Tensor, self.network(rainy).derained)
+
+    def explain(self, rainy: Float[Tensor, "b 3 h w"], **perceived: Any) -> Float[Tensor, "b n h w"]:
+        """Return the derained image and the features of the last PLNLIM: of its branches and of both (Figure 4)."""
+        restored: Restored = self.network(rainy, show=True)
+        return torch.cat((restored.derained.float(), *map(feature_map, restored.shown)), dim=1)
 
     # Training.
 

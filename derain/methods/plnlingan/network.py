@@ -212,6 +212,10 @@ class PLNLIM(nn.Module):
 
     def forward(self, x: Features) -> Features:
         """Transforms features."""
+        return self.branches(x)[-1]
+
+    def branches(self, x: Features) -> tuple[Features, Features, Features]:
+        """Return the features of the first branch, of the second, and what the module makes of both (eq. 6)."""
         local, non_local, fused = x, x, x
         *_, last_local = self.local
         *_, last_non_local = self.non_local
@@ -224,8 +228,10 @@ class PLNLIM(nn.Module):
                 local, non_local = to_local(local, non_local), to_non_local(non_local, local)
             if place > 0 and len(self.fusions):
                 fused = self.fusions[place](fused, local, non_local)
-        out: Tensor = last_local(local) + last_non_local(non_local)
-        return out + self.fusions[-1](fused, local, non_local) if len(self.fusions) else out
+        first: Tensor = last_local(local)
+        second: Tensor = last_non_local(non_local)
+        out = first + second
+        return first, second, out + self.fusions[-1](fused, local, non_local) if len(self.fusions) else out
 
 
 def _block(kind: Branches, place: int, style: Style) -> nn.Module:
@@ -259,11 +265,14 @@ class Restored(NamedTuple):
         derained: ``(b, 3, h, w)``, in about [0, 1].
         images: Of the hierarchy, the finest first, ``(b, 3, h/2ᵏ, w/2ᵏ)`` of the padded image; eq. 11.
         features: That they are made of, ``(b, h/2ᵏ, w/2ᵏ, c)``; eq. 7.
+        shown: Features of the finest unit of the decoder, ``(b, h, w, c)`` each: of a PLNLIM's branches and of what it
+            makes of both, of a chain of blocks what it gives.
     """
 
     derained: Tensor
     images: list[Tensor]
     features: list[Tensor]
+    shown: tuple[Tensor, ...] = ()
 
 
 class PLNLIN(nn.Module):
@@ -304,8 +313,8 @@ class PLNLIN(nn.Module):
         self.outputs = nn.ModuleList(nn.Conv2d(channels, 3, 3, padding=1) for _ in scales)
         self.apply(start)
 
-    def forward(self, rainy: Float[Tensor, "b 3 h w"], hierarchy: bool = False) -> Restored:
-        """Restores images, with the hierarchy only where it is asked for."""
+    def forward(self, rainy: Float[Tensor, "b 3 h w"], hierarchy: bool = False, show: bool = False) -> Restored:
+        """Restores images, with the hierarchy and with features to show only where they are asked for."""
         height, width = rainy.shape[2:]
         padded = pad_to_multiple(rainy, self.multiple)
         x = spatial(padded.permute(0, 2, 3, 1).contiguous(), self.embed)
@@ -314,16 +323,21 @@ class PLNLIN(nn.Module):
             x = encode(halved(x) if place else x)
             encoded.append(x)
         decoded = [self.decoder[-1](x)]
+        shown: tuple[Tensor, ...] = ()
         for place in reversed(range(SCALES - 1)):
             x = spatial(doubled(decoded[0]), self.up[place]) + encoded[place]
-            decoded.insert(0, self.decoder[place](x))
+            decode = self.decoder[place]
+            if show and place == 0:
+                shown = decode.branches(x) if isinstance(decode, PLNLIM) else (decode(x),)
+            decoded.insert(0, shown[-1] if shown else decode(x))
         derained = spatial(decoded[0], self.output).permute(0, 3, 1, 2) + padded
         features, images = [], []
         if hierarchy:
             for place, (join, supervise) in enumerate(zip(self.joins, self.supervised, strict=True)):
                 features.append(supervise(spatial(torch.cat((encoded[place], decoded[place]), dim=-1), join)))
                 images.append(spatial(features[-1], self.outputs[place]).permute(0, 3, 1, 2))
-        return Restored(derained[:, :, :height, :width], images, features)
+        shown = tuple(one[:, :height, :width] for one in shown)
+        return Restored(derained[:, :, :height, :width], images, features, shown)
 
 
 class MCDDL(nn.Module):
@@ -372,6 +386,13 @@ class MCDDL(nn.Module):
             if place in self.judged:
                 logits.append(spatial(x, self.logits[len(logits)]).permute(0, 3, 1, 2))
         return logits
+
+
+def feature_map(features: Features) -> Float[Tensor, "b 1 h w"]:
+    """Return the mean magnitude of each pixel's features as a grey image in [0, 1): 0.5 is the image's mean."""
+    magnitude = features.float().abs().mean(-1)[:, None]
+    mean = magnitude.mean((2, 3), keepdim=True)
+    return magnitude / (magnitude + mean).clamp_min(torch.finfo(magnitude.dtype).tiny)
 
 
 def start(module: nn.Module) -> None:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from derain.batch import PairBatch
+from derain.errors import DerainError
 from derain.methods.base import DerainModule
 from derain.nn.restormer import Restormer
 from derain.nn.schedule import warm_up_then_cosine
@@ -17,8 +18,8 @@ from derain.nn.schedule import warm_up_then_cosine
 class RestormerModule(DerainModule):
     """Restormer (Zamir et al., CVPR 2022), trained by the mean absolute error with AdamW.
 
-    The paper trains 300,000 steps: the learning rate is constant for 92,000 and falls along a cosine to 1e-6; crops
-    grow from 128 to 384 pixels. Here crops keep their size and the learning rate falls from the start.
+    The paper trains 300,000 steps: the learning rate is constant for 92,000 and falls along a cosine to 1e-6, while
+    crops grow from 128 to 384 pixels (``experiments/rain13k.yaml``). By default it falls from the start, to 0.
 
     Args:
         dim: Channels at the finest level.
@@ -29,6 +30,11 @@ class RestormerModule(DerainModule):
         learning_rate: Of AdamW; paper: 3e-4.
         weight_decay: Paper: 1e-4.
         warm_up: Share of the optimiser steps in which the learning rate rises from 0; paper: none.
+        hold: Share of the steps, after the warm-up, in which it stays; paper: 92/300.
+        min_learning_rate: Where it falls to; paper: 1e-6.
+
+    Raises:
+        DerainError: If an option is out of its range.
     """
 
     bytes_per_pixel: ClassVar[int] = 4700
@@ -44,10 +50,21 @@ class RestormerModule(DerainModule):
         learning_rate: float = 3e-4,
         weight_decay: float = 1e-4,
         warm_up: float = 0.0,
+        hold: float = 0.0,
+        min_learning_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if min(warm_up, hold) < 0 or warm_up + hold >= 1:
+            raise DerainError(
+                f"--model.warm_up {warm_up}, --model.hold {hold}: must be shares of the training, together below 1"
+            )
+        if not 0 <= min_learning_rate <= learning_rate:
+            raise DerainError(
+                f"--model.min_learning_rate {min_learning_rate}: must be from 0 to the learning rate {learning_rate}"
+            )
         self.learning_rate, self.weight_decay, self.warm_up = learning_rate, weight_decay, warm_up
+        self.hold, self.min_learning_rate = hold, min_learning_rate
         self.network = Restormer(dim, blocks, refinement, heads, expansion)
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
@@ -73,7 +90,10 @@ class RestormerModule(DerainModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """AdamW, its learning rate falling along a cosine."""
+        """Return AdamW, and a learning rate that rises, stays and falls along a cosine."""
         optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_then_cosine(self.steps, self.warm_up))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            warm_up_then_cosine(self.steps, self.warm_up, self.min_learning_rate / self.learning_rate, self.hold),
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

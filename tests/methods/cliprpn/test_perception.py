@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from derain.data.pairs import find_pairs
 from derain.errors import DerainError
@@ -11,7 +12,7 @@ from derain.images import read_rgb
 from derain.methods.clip import FrozenCLIP
 from derain.methods.cliprpn.perception import RainPerception, scores
 from derain.methods.cliprpn.prompts import PROMPTS
-from tests.factories import add_rain, clean_image
+from tests.factories import add_rain, clean_image, clip_view
 
 TEXTS = PROMPTS["intensity"].texts
 
@@ -46,7 +47,8 @@ def test_cosine_is_what_transformers_compares_by(clip_folder, images):
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
     prepare = CLIPProcessor(*(part.from_pretrained(clip_folder) for part in (CLIPImageProcessorPil, CLIPTokenizer)))
-    inputs = prepare(text=list(TEXTS), images=images, padding=True, return_tensors="pt")
+    views = [clip_view(Image.fromarray(image)) for image in images]
+    inputs = prepare(text=list(TEXTS), images=views, padding=True, return_tensors="pt")
     model = CLIPModel.from_pretrained(clip_folder).eval()
     with torch.no_grad():
         logits = model(**inputs).logits_per_image
@@ -136,6 +138,13 @@ def test_other_prompts_similarities_or_weights_use_another_file(clip_folder, ima
     assert found[1].shape == (1, 2)
     moved = shutil.copytree(clip_folder, tmp_path / "moved")
     assert RainPerception(str(moved), TEXTS)._file == kinds[0]._file
+
+
+def test_scores_of_another_preparation_are_not_used(clip_folder, images, seen, monkeypatch):
+    RainPerception(str(clip_folder), TEXTS).similarities(images[:1])
+    monkeypatch.setattr("derain.methods.cliprpn.perception.PREPARATION", 1)
+    RainPerception(str(clip_folder), TEXTS).similarities(images[:1])
+    assert seen == [1, 1]
 
 
 # The paper's counts.

@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torchvision.transforms import v2
 from transformers import CLIPConfig, CLIPModel
 
 from derain.errors import DerainError
@@ -13,7 +14,7 @@ from derain.methods import DACLIPModule, weights
 from derain.methods.clip import FrozenCLIP
 from derain.methods.daclipsde.controller import Controller, Perception
 from derain.methods.daclipsde.published import controller_of
-from tests.factories import make_clip
+from tests.factories import clip_view, make_clip
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +79,10 @@ def test_gradient_reaches_the_controller_and_never_clip(clip, pixels):
 def test_pixels_are_as_pillow_makes_them(clip):
     image = torch.rand(1, 3, 300, 401, generator=torch.Generator().manual_seed(1))
     image = torch.nn.functional.avg_pool2d(image, 3, 1, 1).mul(255).round().div(255)
+    picture = v2.functional.to_pil_image(image[0].mul(255).byte())
+    view = v2.functional.pil_to_tensor(clip_view(picture))[None] / 255
     processor = clip._loaded[2]
-    array = image[0].mul(255).byte().permute(1, 2, 0).numpy()
-    expected = processor([array], input_data_format="channels_last", return_tensors="pt").pixel_values
+    expected = v2.functional.normalize(view, processor.image_mean, processor.image_std)
     found = clip.pixels(image)
     assert found.shape == expected.shape
     step = 1 / 255 / 0.26

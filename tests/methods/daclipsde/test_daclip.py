@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from torchvision.transforms import RandomResizedCrop
 
 from derain.errors import DerainError
 from derain.methods import DACLIPModule, weights
-from derain.methods.daclipsde.daclip import random_resized_crop
+from derain.methods.daclipsde.daclip import random_crop, random_resized_crop
 from tests.factories import make_clip
 
 
@@ -156,14 +157,34 @@ def test_words_are_kept_in_the_file(module):
     assert module.describe()["words"] == ["clean", "hazy", "light rain"]
 
 
-@pytest.mark.parametrize("smallest", [0.3, 0.9, 1.0])
-def test_crops_stay_inside_and_differ(smallest):
+@pytest.mark.parametrize("smallest", [0.08, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("size", [(448, 448), (50, 60), (40, 300), (300, 40), (1, 1), (2, 3)])
+def test_crops_are_those_of_torchvision(smallest, size):
+    """The same draws, redrawn and given up alike."""
+    image = torch.empty(3, *size)
+    for seed in range(60):
+        torch.manual_seed(seed)
+        expected = RandomResizedCrop.get_params(image, [smallest, 1.0], [3 / 4, 4 / 3])
+        torch.manual_seed(seed)
+        assert random_crop(*size, smallest) == tuple(expected)
+
+
+@pytest.mark.parametrize("smallest", [0.3, 0.9])
+def test_no_crop_is_smaller_than_allowed(smallest):
+    torch.manual_seed(0)
+    boxes = [random_crop(448, 448, smallest) for _ in range(2000)]
+    shares = [rows * columns / 448**2 for _, _, rows, columns in boxes]
+    assert min(shares) > smallest - 0.003  # whole pixels
+    assert len({round(share, 3) for share in shares}) > 50
+
+
+def test_crops_are_resized_parts_of_their_images():
     torch.manual_seed(0)
     gradient = torch.linspace(0, 1, 60)[None, None, None].expand(4, 3, 50, 60)
-    crops = random_resized_crop(gradient, smallest, 32)
+    crops = random_resized_crop(gradient, 0.3, 32)
     assert crops.shape == (4, 3, 32, 32)
     spans = crops[:, 0, 0, -1] - crops[:, 0, 0, 0]
-    assert float(spans.min()) > 0.9 * smallest**0.5 * (3 / 4) ** 0.5 - 0.1
+    assert float(spans.min()) > 0.3
     assert len({round(float(span), 3) for span in spans}) > 1
 
 

@@ -8,9 +8,9 @@ import torch
 
 from derain.errors import DerainError
 from derain.methods.daclipsde.sde import MeanRevertingSDE
-from derain.methods.daclipsde.solvers import SOLVERS, Noise, Sampling, _SemiAnalytic, sample, states, times_of
+from derain.methods.daclipsde.solvers import SOLVERS, Noise, Sampling, sample, states, times_of
 
-EXACT = ("posterior", "mrs-ode1", "mrs-ode2", "mrs-sde2")
+EXACT = ("posterior", "mrs-ode1", "mrs-ode2", "mrs-sde2", "mars-ode2", "mars-sde2")
 
 
 def db(one, other):
@@ -115,11 +115,13 @@ def closed_form(sde, solver, times):
         else:
             h = (-tau_s - math.log(sd_s)) - (-tau_t - math.log(sd_t))
             p, q = sd_s / sd_t, beta * (1 - math.exp(-h))
-            if solver == "mrs-sde2":
+            line = beta * (h - 1 + math.exp(-h))  # MaRS
+            if solver.endswith("sde2"):
                 p, q = p * math.exp(-h), beta * (1 - math.exp(-2 * h))
+                line = beta * (h - (1 - math.exp(-2 * h)) / 2)
                 r = sd_s * math.sqrt(1 - math.exp(-2 * h))
             if solver.endswith("2") and before is not None:
-                extra = -q * h / (2 * before)
+                extra = -(line if solver.startswith("mars") else q * h / 2) / before
                 q -= extra
             before = h
         last_mean, last_variance, last_cov = previous
@@ -152,6 +154,19 @@ def test_steps_converge_to_the_true_distribution():
         assert abs(near[1] - SPREAD) < min(0.005, abs(far[1] - SPREAD)), solver
 
 
+@pytest.mark.parametrize("max_sigma", [10.0, 50.0])
+@pytest.mark.parametrize("kind", ["ode2", "sde2"])
+def test_mars_wins_in_5_steps_and_the_midpoint_in_10(kind, max_sigma):
+    sde = MeanRevertingSDE(max_sigma)
+
+    def error(solver, steps):
+        mean, spread = closed_form(sde, solver, times_of(sde, steps))
+        return math.hypot(mean - MEAN, spread - SPREAD)
+
+    assert error(f"mars-{kind}", 5) < 0.95 * error(f"mrs-{kind}", 5)
+    assert error(f"mars-{kind}", 10) > 1.1 * error(f"mrs-{kind}", 10)
+
+
 def drift(solver, count):
     """Error at a middle time of the deterministic solver, started on the exact flow; ℓ evenly spaced.
 
@@ -163,7 +178,7 @@ def drift(solver, count):
     wanted = torch.linspace(low, high, count + 1, dtype=torch.float64)
     times = [int((ratio - one).abs().argmin()) for one in wanted]
     rainy = torch.zeros(1, 3, 1, 1)
-    advance = _SemiAnalytic(sde, rainy.double(), Noise(0, rainy), order=int(solver[-1]))
+    advance = SOLVERS[solver](sde, rainy.double(), Noise(0, rainy))
     state = torch.full((1, 3, 1, 1), 0.4, dtype=torch.float64)
     estimate = gaussian(sde, rainy)
     for t, s in itertools.pairwise(times):
@@ -176,7 +191,7 @@ def drift(solver, count):
     return abs(float(state[0, 0, 0, 0]) - exact(0.4, times[0], times[-1]))
 
 
-@pytest.mark.parametrize(("solver", "order"), [("mrs-ode1", 1), ("mrs-ode2", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("mrs-ode1", 1), ("mrs-ode2", 2), ("mars-ode2", 2)])
 def test_order_of_convergence(solver, order):
     found = [drift(solver, count) for count in (32, 64, 128)]
     measured = [math.log2(a / b) for a, b in itertools.pairwise(found)]

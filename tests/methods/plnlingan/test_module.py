@@ -36,6 +36,53 @@ def batch(seed, count=2, size=56):
     return {"rainy": rainy, "clean": clean, "name": [f"{seed}-{i}" for i in range(count)], "index": torch.arange(count)}
 
 
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, ("local features", "non-local features", "features of both")),
+        ({"branches": "local"}, ("local features", "other local features", "features of both")),
+        ({"unit": "non-local"}, ("non-local features",)),
+        ({"fusion": False}, ("local features", "non-local features", "features of both")),
+    ],
+)
+def test_features_of_the_last_plnlim_are_shown(options, names):
+    method = module(**options)
+    assert method.maps == names
+    last = method.network.decoder[0]
+    seen = []
+    parts = [last.local[-1], last.non_local[-1], last] if method.hparams["unit"] == "plnlim" else [last]
+    rainy = torch.rand(2, 3, 37, 60, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        handles = [part.register_forward_hook(lambda _, __, out: seen.append(out)) for part in parts]
+        derained = method(rainy)
+        for handle in handles:
+            handle.remove()
+        found = method.explain(rainy)
+    torch.testing.assert_close(found[:, :3], derained)
+    assert found.shape == (2, 3 + len(names), 37, 60)
+    for shown, features in zip(found[:, 3:].unbind(1), seen, strict=True):
+        magnitude = features.abs().mean(-1)[:, :37, :60]
+        torch.testing.assert_close(shown, magnitude / (magnitude + magnitude.mean((1, 2), keepdim=True)))
+    assert 0 <= found[:, 3:].min() < 0.5 < found[:, 3:].max() < 1
+
+
+def test_features_that_are_all_zero_are_shown_black():
+    method = module()
+    with torch.no_grad():
+        for parameter in method.network.parameters():
+            parameter.zero_()
+        assert method.explain(torch.rand(1, 3, 56, 56))[:, 3:].abs().max() == 0
+
+
+def test_the_discriminator_may_have_other_heads():
+    method = module(channels=6, heads=3, discriminator_channels=4, discriminator_heads=2)
+    assert {block.attn.num_heads for block in method.network.decoder[0].non_local} == {3}
+    assert {block.attn.num_heads for block in method.discriminator.first.non_local} == {2}
+    assert {block.attn.num_heads for block in module(heads=2).discriminator.first.non_local} == {2}
+    with pytest.raises(DerainError, match="0 heads"):
+        module(discriminator_heads=0)
+
+
 class Batches(torch.utils.data.Dataset):
     def __init__(self, count, dtype=torch.float32, **changes):
         self.all = [

@@ -74,3 +74,11 @@ def test_the_loss_is_the_mean_absolute_error():
     found = module.training_step(batch, 0)
     expected = (module(rainy).double() - clean.double()).abs().sum() / clean.numel()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"hold": 1.0}, {"hold": -0.1}, {"warm_up": 0.5, "hold": 0.5}, {"min_learning_rate": 1.0}]
+)
+def test_rates_out_of_range_are_refused(options):
+    with pytest.raises(DerainError, match=next(iter(options))):
+        RestormerModule(**SMALL, **options)
