@@ -1,16 +1,19 @@
 """Image files and pixels: reading any photo, writing without ever leaving half a file."""
 
+import functools
 import logging
+import os
 import re
 import struct
 import uuid
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -22,8 +25,17 @@ from derain.errors import DerainError
 Pixels = NDArray[np.uint8]
 """RGB pixels, ``(h, w, 3)``, 0 to 255."""
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"})
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp"})
 """File names that count as images, in lower case."""
+
+UNREAD_SUFFIXES = frozenset(
+    {".gif", ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".psd", ".exr", ".hdr", ".tga"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"}
+)
+"""Image files that derain does not read; folders that hold some are reported."""
+
+ESCAPED = "backslashreplace"
+"""How texts are written that contain file names: bytes that are not UTF-8 as ``\\udcXX``, as in JSON."""
 
 log = logging.getLogger("derain")
 
@@ -39,23 +51,120 @@ def natural_key(path: Path | str) -> list[tuple[int, int, str]]:
     return [(1, int(part), part) if part.isdecimal() else (0, 0, part) for part in parts]
 
 
+class Listing(NamedTuple):
+    """Image files of a folder.
+
+    Attributes:
+        files: Those that are read, in natural order.
+        skipped: Those that are not, by reason: an ending such as ``.gif``, ``broken link``, ``unreadable folder``.
+    """
+
+    files: list[Path]
+    skipped: dict[str, list[Path]]
+
+    def note(self) -> str:
+        """Say in one line what was skipped; empty if nothing was.
+
+        Example:
+            >>> Listing([], {".gif": [Path("a.gif"), Path("b.gif")]}).note()
+            'skipped 2 .gif (a.gif, b.gif)'
+        """
+        parts = []
+        for reason, paths in self.skipped.items():
+            names = ", ".join(path.name for path in paths[:3]) + (", …" if len(paths) > 3 else "")
+            parts.append(f"{len(paths)} {reason} ({names})")
+        return f"skipped {', '.join(parts)}" if parts else ""
+
+
 def image_files(folder: Path, *, recursive: bool = False, suffixes: frozenset[str] = SUFFIXES) -> list[Path]:
-    """Lists the image files of a folder in natural order, hidden ones left out.
+    """List the image files of a folder in natural order, without hidden ones; warn of those that are skipped.
+
+    Links to files and folders are followed, but no folder is entered from within itself.
 
     Args:
         folder: Where to look.
         recursive: Also look in the folders below.
         suffixes: Endings of names that count.
     """
-    found = folder.rglob("*") if recursive else folder.iterdir()
-    files = [
-        path
-        for path in found
-        if path.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    ]
-    return sorted(files, key=natural_key)
+    listing = list_images(folder, recursive=recursive, suffixes=suffixes)
+    if listing.skipped:
+        warn_once(f"{folder}: {listing.note()}; convert them to PNG or JPEG if they belong to the images")
+    return listing.files
+
+
+def list_images(folder: Path, *, recursive: bool = False, suffixes: frozenset[str] = SUFFIXES) -> Listing:
+    """List the image files of a folder, and those that `image_files` skips."""
+    unreadable: list[Path] = []
+    listing = select_images(_walk(folder, recursive, unreadable), suffixes)
+    if unreadable:
+        listing.skipped["unreadable folder"] = sorted(unreadable, key=natural_key)
+    return listing
+
+
+def select_images(paths: Iterable[Path], suffixes: frozenset[str] = SUFFIXES) -> Listing:
+    """Sort paths into image files that are read and image files that are not; other files are dropped."""
+    files, skipped = [], defaultdict(list)
+    for path in paths:
+        suffix = path.suffix.lower()
+        if suffix in suffixes and path.is_file():
+            files.append(path)
+        elif suffix in suffixes and not path.is_dir():
+            skipped["broken link" if path.is_symlink() else "special file"].append(path)
+        elif suffix in UNREAD_SUFFIXES and path.is_file():
+            skipped[suffix].append(path)
+    ordered = {reason: sorted(skipped[reason], key=natural_key) for reason in sorted(skipped)}
+    return Listing(sorted(files, key=natural_key), ordered)
+
+
+def _walk(
+    folder: Path, recursive: bool, unreadable: list[Path], above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[Path]:
+    """Yield everything but folders that is not hidden; folders below that cannot be listed go to ``unreadable``."""
+    status = folder.stat()
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return
+    try:
+        with os.scandir(folder) as found:
+            entries = [entry for entry in found if not entry.name.startswith(".")]
+    except PermissionError:
+        if not above:
+            raise
+        unreadable.append(folder)
+        return
+    for entry in entries:
+        path = folder / entry.name
+        if not (path.is_dir() if entry.is_symlink() else entry.is_dir()):  # a link to itself is an error of the latter
+            yield path
+        elif recursive:
+            yield from _walk(path, recursive, unreadable, above | {identity})
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning unless this process has logged the same one: the steps of a command list one folder repeatedly."""
+    log.warning(message)
+
+
+def several_frames(path: Path) -> bool:
+    """Return whether a file that `opened` has read has several frames or pages, of which only the first is used."""
+    return path in _several_frames
+
+
+_several_frames: set[Path] = set()
+
+
+def _note_frames(path: Path, image: Image.Image) -> None:
+    """Warn of a file with several frames; of the first five by name, since a set may have thousands.
+
+    The further images of a camera's JPEG (MPO) are previews and depth maps, not frames.
+    """
+    if image.format == "MPO" or not getattr(image, "is_animated", False) or path in _several_frames:
+        return
+    _several_frames.add(path)
+    if len(_several_frames) <= 5:
+        further = "; further files of this kind are not listed" if len(_several_frames) == 5 else ""
+        log.warning("%s: has several frames or pages; only the first is used%s", path, further)
 
 
 @contextmanager
@@ -69,6 +178,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
+            _note_frames(path, image)
             image.load()
     except FileNotFoundError as error:
         raise DerainError(f"{path}: no such file; check the path") from error

@@ -19,7 +19,7 @@ from rich.text import Text
 from derain.data.layouts import LAYOUTS
 from derain.data.summaries import Row, find, labels, merge, published, read, select, shortened
 from derain.errors import DerainError
-from derain.images import replacing
+from derain.images import ESCAPED, replacing
 from derain.metrics import resolve
 
 log = logging.getLogger("derain")
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         print(told, end="")
     else:
         with replacing(args.out) as temporary:
-            temporary.write_text(told, encoding="utf-8")
+            temporary.write_text(told, encoding="utf-8", errors=ESCAPED)
         print(f"wrote {args.out}", file=sys.stderr)
     if args.plot is not None:
         drawn = draw(args.plot, rows, protocol, find(args.results, "metrics.csv"))
