@@ -3,25 +3,26 @@
 import json
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from derain import images
+from derain import image_sources, images
 from derain.cli import main
 from derain.commands.restore import plan
 from derain.data.matching import set_folders
 from derain.data.pairs import find_pairs
 from derain.data.results import find_jobs
 from derain.data.verify import verify
-from derain.images import image_files, read_rgb, write_image
+from derain.images import image_files, image_size, read_rgb, write_image
 from tests.factories import clean_image, make_set, save
 
 
 @pytest.fixture(autouse=True)
 def nothing_warned_yet(monkeypatch):
     images.warn_once.cache_clear()
-    monkeypatch.setattr(images, "_several_frames", set())
+    monkeypatch.setattr(image_sources, "_several_frames", set())
 
 
 def names(folder, files):
@@ -178,6 +179,14 @@ def test_the_first_frame_is_used_and_the_others_are_noted_once(tmp_path, ending,
         read_rgb(single)
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith(f"{several}: ")
+
+
+def test_pages_of_a_deep_tiff_are_noted(tmp_path, caplog):
+    cv2.imwritemulti(str(tmp_path / "a.tif"), [np.full((8, 9), value, np.uint16) for value in (300, 500)])
+    assert image_size(tmp_path / "a.tif") == (8, 9)
+    read_rgb(tmp_path / "a.tif")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{tmp_path / 'a.tif'}: ")
 
 
 def test_many_files_of_several_frames_give_few_lines(tmp_path, caplog):

@@ -17,7 +17,8 @@ from derain.data.pairs import Pair, as_pairs
 from derain.data.sets import FoundSet, find_sets
 from derain.data.sides import rain_cues, rain_scores
 from derain.errors import DerainError
-from derain.images import list_images, natural_key, several_frames
+from derain.image_sources import several_frames
+from derain.images import list_images, natural_key
 from derain.progress import track
 
 Kind = Literal[
