@@ -147,7 +147,8 @@ def open_cache(pairs: Sequence[Pair], mode: Mode = "auto", *, folder: Path | Non
         mode = "disk" if ready.exists() or need <= disk / 2 else "ram" if need <= min(memory, shared) / 2 else "off"
     if mode == "ram" and need > memory:
         raise DerainError(f"--data.cache ram: {need / 1e9:.1f} GB do not fit into memory; use disk or off")
-    if mode == "ram" and need > shared:
+    pixels = _shared(need) if mode == "ram" else None
+    if mode == "ram" and pixels is None:
         log.warning(
             "--data.cache ram: %.2f GB do not fit into %s, which has %.2f GB free; using disk",
             *(need / 1e9, SHARED_MEMORY, shared / 1e9),
@@ -157,9 +158,7 @@ def open_cache(pairs: Sequence[Pair], mode: Mode = "auto", *, folder: Path | Non
     log.info("pixel cache: %d pairs, %.2f GB decoded, saved in %s", len(pairs), need / 1e9, where)
     if mode == "off":
         return None
-    if mode == "ram":
-        pixels = torch.empty(need, dtype=torch.uint8)
-        pixels.share_memory_()  # type: ignore[no-untyped-call]
+    if pixels is not None:
         _decode(pairs, index, pixels.numpy())
         return PixelCache(index, memory=pixels)
     # One process decodes; the lock of one that dies is freed by the system, and only a whole file is renamed.
@@ -182,6 +181,18 @@ def open_cache(pairs: Sequence[Pair], mode: Mode = "auto", *, folder: Path | Non
 def _free_shared_memory() -> int:
     """Return the bytes that shared memory can take: on Linux a file system, often of 64 MB in a container."""
     return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else free_memory()
+
+
+def _shared(size: int) -> torch.Tensor | None:
+    """Return a buffer in shared memory, or None where it does not fit: other ranks may take their copies meanwhile."""
+    if size > _free_shared_memory():
+        return None
+    buffer = torch.empty(size, dtype=torch.uint8)
+    try:
+        buffer.share_memory_()  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        return None
+    return buffer
 
 
 def _decode(pairs: Sequence[Pair], index: NDArray[np.int64], pixels: NDArray[np.uint8]) -> None:

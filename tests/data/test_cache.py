@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from derain.data import cache
 from derain.data.cache import fingerprint, open_cache, read_pair
@@ -105,6 +106,15 @@ def test_ram_falls_back_to_disk_where_shared_memory_is_too_small(pairs, tmp_path
     sizes(monkeypatch, shared=1000, disk=1000)
     with pytest.raises(DerainError, match="do not fit"):
         open_cache(pairs[1:], "ram", folder=tmp_path / "d")
+
+
+def test_ram_falls_back_to_disk_where_other_ranks_take_the_shared_memory(pairs, tmp_path, monkeypatch, caplog):
+    def share(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share)
+    assert open_cache(pairs, "ram", folder=tmp_path / "c").file is not None
+    assert "using disk" in caplog.text
 
 
 def test_auto_takes_no_shared_memory_that_is_too_small(pairs, tmp_path, monkeypatch):
