@@ -10,12 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from derain.data.layouts import Split
 from derain.data.pairs import Pair, find_pairs
 from derain.errors import DerainError
 from derain.images import Pixels, image_files, image_size, list_images, read_rgb, warn_once
 
+SPLITS: tuple[Split, ...] = ("test", "train")
+
 Key = tuple[str, ...]
 K = TypeVar("K", bound=Hashable)
+
+
+class Ambiguous(DerainError):  # noqa: N818 - it is no further kind of error to a caller
+    """A result that fits several clean images."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +77,25 @@ def find_jobs(derained: Path, clean: str | None) -> list[Job]:
         if derained.is_file():
             return [Job(derained.stem, derained, Path(clean))]
         raise DerainError(f"{clean}: is one file, but {derained} is a folder; give the folder of clean images")
-    references = _references(clean, derained if derained.is_file() else next(iter(files.values())))
-    found = match(list(files), list(references), part=derained.is_file(), where=(str(derained), clean))
-    return [Job(name, files[name], references[found[name]]) for name in files]
+    fits, problems = [], []
+    for title, references in _references(clean, derained if derained.is_file() else next(iter(files.values()))):
+        try:
+            found = match(list(files), list(references), part=derained.is_file(), where=(str(derained), clean))
+        except Ambiguous:
+            raise
+        except DerainError as error:
+            problems.append(error)
+        else:
+            fits.append((title, [Job(name, files[name], references[found[name]]) for name in files]))
+    if not fits:
+        raise problems[0]
+    if len(fits) > 1:
+        titles = " and ".join(title.partition(";")[0] for title, _ in fits)
+        raise Ambiguous(f"{derained}: fits images of {titles} in {clean}; give the folder of one of them")
+    title, jobs = fits[0]
+    if title:
+        print(f"clean images: {title}", file=sys.stderr)
+    return jobs
 
 
 def _images(folder: Path) -> dict[str, Path]:
@@ -99,10 +122,11 @@ def _images(folder: Path) -> dict[str, Path]:
     return {name: path for name, path in files.items() if name.rpartition("/")[2] not in beside}
 
 
-def _references(clean: str, derained: Path) -> dict[str, Path | Pair]:
-    """Clean images by name: of a data set where it is one, else of a plain folder."""
+def _references(clean: str, derained: Path) -> list[tuple[str, dict[str, Path | Pair]]]:
+    """Return title and clean images by name: of each split of a data set where it is one, else of a plain folder."""
+    sets: list[tuple[str, dict[str, Path | Pair]]] = []
     problem = None
-    for split in ("test", "train"):
+    for split in SPLITS:
         try:
             found = find_pairs(clean, split)
         except DerainError as error:
@@ -110,12 +134,13 @@ def _references(clean: str, derained: Path) -> dict[str, Path | Pair]:
             continue
         pair = found.pairs[0]
         if pair.clean_side and image_size(pair.rainy) == image_size(derained):
-            break  # not side by side after all
-        print(f"clean images: {found.name}, {split}; {'; '.join(found.notes)}".rstrip("; "), file=sys.stderr)
-        return {pair.name: pair for pair in found.pairs}
-    if problem is not None and not Path(clean).is_dir():
+            return [("", dict(_images(Path(clean))))]  # not side by side after all
+        references: dict[str, Path | Pair] = {pair.name: pair for pair in found.pairs}
+        if all(references != other for _, other in sets):
+            sets.append(("; ".join([f"{found.name}, {split}", *found.notes]), references))
+    if not sets and problem is not None and not Path(clean).is_dir():
         raise problem
-    return dict(_images(Path(clean)))
+    return sets or [("", dict(_images(Path(clean))))]
 
 
 def match(
@@ -146,9 +171,9 @@ def match(
         {'rain-1': 'norain-001', 'rain-2': 'norain-002'}
         >>> match(["901_1", "901_2", "902_1"], ["901", "902"])
         {'901_1': '901', '901_2': '901', '902_1': '902'}
-        >>> match(["scene_3_rain_12"], ["3", "12"], part=True)
+        >>> match(["scene_3_12"], ["3", "12"], part=True)
         Traceback (most recent call last):
-        derain.errors.DerainError: DERAINED: scene_3_rain_12 fits several images of CLEAN: 3, 12; give the clean file
+        derain.data.results.Ambiguous: DERAINED: scene_3_12 fits several images of CLEAN: 3, 12; give the clean file
     """
     exact, words = [_composed(name) for name in derained], [_key(name) for name in derained]
     by_name, by_words = _by_key(clean, _composed), _by_key(clean, _key)
@@ -164,7 +189,7 @@ def match(
         for name, fitting in options.items():
             if len(fitting) > 1:
                 several = f"{name} fits several images of {where[1]}: {_some(fitting)}"
-                raise DerainError(f"{where[0]}: {several}; {'give the clean file' if part else 'rename them'}")
+                raise Ambiguous(f"{where[0]}: {several}; {'give the clean file' if part else 'rename them'}")
         if readings:
             return {name: fitting for name, (fitting,) in options.items()}
     raise DerainError(_mismatch(_by_key(derained, _key), by_words, where))

@@ -165,3 +165,18 @@ def test_explanations_are_no_results(folders):
     save(derained / "rain-001-explain.png", clean_image(9))
     save(derained / "rain-002.png-explain.png", clean_image(9))
     assert len(find_jobs(derained, str(clean))) == 3
+
+
+def test_the_split_that_fits_is_taken_and_two_that_fit_are_refused(tmp_path, capsys):
+    for split, numbers in (("test", (1, 2)), ("train", (1, 2, 3))):
+        for number in numbers:
+            for side in ("input", "target"):
+                save(tmp_path / f"s/{split}/{side}/{number}.png", clean_image(number))
+    for number in (1, 2, 3):
+        save(tmp_path / f"derained/{number}.png", clean_image(number))
+    jobs = find_jobs(tmp_path / "derained", str(tmp_path / "s"))
+    assert {job.clean.clean.parent.parent.name for job in jobs} == {"train"}
+    assert "s, train" in capsys.readouterr().err
+    with pytest.raises(DerainError, match=r"1\.png: .* s, test and s, train"):
+        find_jobs(tmp_path / "derained/1.png", str(tmp_path / "s"))
+    assert find_jobs(tmp_path / "derained/3.png", str(tmp_path / "s"))[0].clean.clean.parent.parent.name == "train"
