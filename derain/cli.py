@@ -1,6 +1,7 @@
 """The ``derain`` command: one line a command, nothing heavy imported until one is chosen."""
 
 import importlib
+import io
 import logging
 import os
 import sys
@@ -43,7 +44,10 @@ usage: derain COMMAND [options]     (derain COMMAND --help tells the options)
 
 
 def _tell() -> None:
-    """Sends what derain has to say to standard error, once and from one rank."""
+    """Send log messages to standard error, once and from one rank; print characters that cannot be encoded escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     log = logging.getLogger("derain")
     rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
     log.setLevel(logging.INFO if rank == "0" else logging.WARNING)

@@ -1,29 +1,49 @@
 """Image files and pixels: reading any photo, writing without ever leaving half a file."""
 
+import functools
 import logging
+import os
 import re
-import struct
 import uuid
-import warnings
-import zlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from derain import deep_images
 from derain.errors import DerainError
+from derain.image_sources import ORIENTATION, UNREADABLE, ImageSource, opened, upright
+from derain.ranges import OVERSHOOT, check_finite, extremes
 
 Pixels = NDArray[np.uint8]
 """RGB pixels, ``(h, w, 3)``, 0 to 255."""
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"})
+JPEG = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
+"""Endings of JPEG files."""
+
+SUFFIXES = JPEG | {".png", ".webp", ".avif", ".tif", ".tiff", ".bmp"}
 """File names that count as images, in lower case."""
+
+UNREAD_SUFFIXES = frozenset(
+    {".gif", ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".psd", ".exr", ".hdr", ".tga"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"}
+)
+"""Image files that derain does not read; folders that hold some are reported."""
+
+ESCAPED = "backslashreplace"
+"""How texts are written that contain file names: bytes that are not UTF-8 as ``\\udcXX``, as in JSON."""
+
+WITH_ALPHA = frozenset({".png", ".webp", ".tif", ".tiff", ".avif"})
+"""Endings of formats with transparency."""
+
+EXIF_OF_JPEG = 65_533
+"""Bytes of EXIF that a JPEG file can hold."""
 
 log = logging.getLogger("derain")
 
@@ -39,75 +59,134 @@ def natural_key(path: Path | str) -> list[tuple[int, int, str]]:
     return [(1, int(part), part) if part.isdecimal() else (0, 0, part) for part in parts]
 
 
+class Listing(NamedTuple):
+    """Image files of a folder.
+
+    Attributes:
+        files: Those that are read, in natural order.
+        skipped: Those that are not, by reason: an ending such as ``.gif``, ``broken link``, ``unreadable folder``.
+    """
+
+    files: list[Path]
+    skipped: dict[str, list[Path]]
+
+    def note(self) -> str:
+        """Say in one line what was skipped; empty if nothing was.
+
+        Example:
+            >>> Listing([], {".gif": [Path("a.gif"), Path("b.gif")]}).note()
+            'skipped 2 .gif (a.gif, b.gif)'
+        """
+        parts = []
+        for reason, paths in self.skipped.items():
+            names = ", ".join(path.name for path in paths[:3]) + (", …" if len(paths) > 3 else "")
+            parts.append(f"{len(paths)} {reason} ({names})")
+        return f"skipped {', '.join(parts)}" if parts else ""
+
+
 def image_files(folder: Path, *, recursive: bool = False, suffixes: frozenset[str] = SUFFIXES) -> list[Path]:
-    """Lists the image files of a folder in natural order, hidden ones left out.
+    """List the image files of a folder in natural order, without hidden ones; warn of those that are skipped.
+
+    Links to files and folders are followed, but no folder is entered from within itself.
 
     Args:
         folder: Where to look.
         recursive: Also look in the folders below.
         suffixes: Endings of names that count.
     """
-    found = folder.rglob("*") if recursive else folder.iterdir()
-    files = [
-        path
-        for path in found
-        if path.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    ]
-    return sorted(files, key=natural_key)
+    listing = list_images(folder, recursive=recursive, suffixes=suffixes)
+    if listing.skipped:
+        warn_once(f"{folder}: {listing.note()}; convert them to PNG or JPEG if they belong to the images")
+    return listing.files
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """Opens an image file with all its pixels decoded.
+def list_images(folder: Path, *, recursive: bool = False, suffixes: frozenset[str] = SUFFIXES) -> Listing:
+    """List the image files of a folder, and those that `image_files` skips."""
+    unreadable: list[Path] = []
+    listing = select_images(_walk(folder, recursive, unreadable), suffixes)
+    if unreadable:
+        listing.skipped["unreadable folder"] = sorted(unreadable, key=natural_key)
+    return listing
 
-    Raises:
-        DerainError: If the file is absent, no image, truncated, or too large to be decoded safely.
-    """
+
+def select_images(paths: Iterable[Path], suffixes: frozenset[str] = SUFFIXES) -> Listing:
+    """Sort paths into image files that are read and image files that are not; other files are dropped."""
+    files, skipped = [], defaultdict(list)
+    for path in paths:
+        suffix = path.suffix.lower()
+        if suffix in suffixes and path.is_file():
+            files.append(path)
+        elif suffix in suffixes and not path.is_dir():
+            skipped["broken link" if path.is_symlink() else "special file"].append(path)
+        elif suffix in UNREAD_SUFFIXES and path.is_file():
+            skipped[suffix].append(path)
+    ordered = {reason: sorted(skipped[reason], key=natural_key) for reason in sorted(skipped)}
+    return Listing(sorted(files, key=natural_key), ordered)
+
+
+def _walk(
+    folder: Path, recursive: bool, unreadable: list[Path], above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[Path]:
+    """Yield everything but folders that is not hidden; folders below that cannot be listed go to ``unreadable``."""
+    status = folder.stat()
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
-            image.load()
-    except FileNotFoundError as error:
-        raise DerainError(f"{path}: no such file; check the path") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        # Pillow reports damaged PNG chunks as SyntaxError, truncated data as OSError, odd TIFF sizes as ValueError.
-        reason = "not an image that can be read" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise DerainError(f"{path}: {reason}; expected a whole JPEG, PNG, WebP, TIFF or BMP file") from error
-    with image:
-        yield image
+        with os.scandir(folder) as found:
+            entries = [entry for entry in found if not entry.name.startswith(".")]
+    except PermissionError:
+        if not above:
+            raise
+        unreadable.append(folder)
+        return
+    for entry in entries:
+        path = folder / entry.name
+        if not (path.is_dir() if entry.is_symlink() else entry.is_dir()):  # a link to itself is an error of the latter
+            yield path
+        elif recursive:
+            yield from _walk(path, recursive, unreadable, above | {identity})
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning unless this process has logged the same one: the steps of a command list one folder repeatedly."""
+    log.warning(message)
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Height and width of the upright image, from the file's head alone.
+    """Return height and width of the upright image, from the file's head alone.
 
     Raises:
-        DerainError: If the file is absent or no image.
+        DerainError: If the file is absent, no image, or too large to be decoded safely.
     """
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DerainError(f"{path}: not an image that can be read; expected a whole image file") from error
+    with opened(path) as source:
+        return source.size
 
 
 def read_rgb(path: Path) -> Pixels:
-    """Reads a file as upright 8-bit RGB; grey is repeated, transparency dropped, 16 bit scaled down.
+    """Read a file as upright 8-bit RGB; grey is repeated, transparency dropped, 16 bit scaled down.
 
     Raises:
         DerainError: If the file cannot be read as an image.
     """
-    with opened(path) as image:
-        if not _is_deep(image, path):
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    return to_bytes(read_photo(path).rgb)
+    with opened(path) as source:
+        if not source.deep:
+            return np.ascontiguousarray(source.pixels("RGB"))
+    return to_bytes(read_photo(path).rgb, str(path))
 
 
-def to_bytes(rgb: NDArray[np.float32]) -> Pixels:
-    """``(h, w, 3)`` in [0, 1] to bytes, rounded and clipped."""
+def to_bytes(rgb: NDArray[np.floating[Any]], name: str = "image") -> Pixels:
+    """Convert ``(h, w, 3)`` in [0, 1] to bytes, rounded and clipped.
+
+    Args:
+        rgb: The image.
+        name: What a message calls it.
+
+    Raises:
+        DerainError: If a value is NaN or infinite.
+    """
+    check_finite(rgb, name)
     return np.ascontiguousarray(np.rint(np.clip(rgb, 0, 1) * np.float32(255)).astype(np.uint8))
 
 
@@ -130,7 +209,7 @@ class Photo:
     info: dict[str, Any] | None = None
 
     def write(self, path: Path, rgb: NDArray[np.float32] | None = None) -> None:
-        """Writes colours (by default its own) with the alpha, bit depth and profile of this photo.
+        """Write colours (by default its own) with the alpha, bit depth and profile of this photo.
 
         Formats without alpha or 16 bit get 8-bit colours.
 
@@ -139,104 +218,98 @@ class Photo:
             rgb: ``(h, w, 3)`` in [0, 1].
 
         Raises:
-            DerainError: If the ending names no format that can be written.
+            DerainError: If a value is NaN or infinite, or the ending names no format that can hold the image.
         """
-        values = np.clip(self.rgb if rgb is None else rgb, 0, 1)
+        values = self.rgb if rgb is None else rgb
+        check_finite(values, str(path))
+        values = np.clip(values, 0, 1)
         suffix = path.suffix.lower()
         if suffix not in SUFFIXES:
-            raise DerainError(f"{path}: cannot write '{suffix}'; end it in .png, .jpg, .webp, .tif or .bmp")
+            raise DerainError(f"{path}: cannot write '{suffix}'; end it in .png, .jpg, .webp, .tif, .bmp or .avif")
         channels = values.mean(axis=2, keepdims=True) if self.grey else values
-        if self.alpha is not None and suffix in {".png", ".webp", ".tif", ".tiff"}:
+        if self.alpha is not None and suffix in WITH_ALPHA:
             channels = np.concatenate([channels, self.alpha[..., None]], axis=2)
-        info = {key: value for key, value in (self.info or {}).items() if suffix != ".bmp"}
-        if self.bits == 16 and suffix in {".png", ".tif", ".tiff"}:
-            _write_16_bit(path, channels, info.get("icc_profile"))
+        deep = self.bits == 16 and suffix in deep_images.WRITABLE
+        grey = channels.shape[2] == 1 or (channels.shape[2] == 2 and not deep)
+        info = _writable_info(self.info or {}, path, grey)
+        if deep:
+            with replacing(path) as temporary:
+                temporary.write_bytes(deep_images.encode(suffix, channels, info.get("icc_profile")))
             return
         array = np.rint(channels * 255).astype(np.uint8)
         write_image(path, Image.fromarray(array[..., 0] if array.shape[2] == 1 else array), **info)
 
 
-def read_photo(path: Path) -> Photo:
-    """Reads any photo: grey, palette, transparent, 16-bit, rotated by EXIF.
+def _writable_info(info: dict[str, Any], path: Path, grey: bool) -> dict[str, Any]:
+    """Return the metadata that a format can hold; a warning names what it cannot."""
+    kept = dict(info)
+    suffix = path.suffix.lower()
+    if suffix == ".bmp":
+        return {}
+    if suffix in JPEG and len(kept.get("exif", b"")) > EXIF_OF_JPEG:
+        log.warning("%s: EXIF dropped: it has %d bytes, and JPEG holds %d", path, len(kept.pop("exif")), EXIF_OF_JPEG)
+    profile = kept.get("icc_profile")
+    if profile is not None and (profile[16:20] == b"GRAY") != grey:
+        log.warning("%s: ICC profile dropped: it is not one of %s", path, "grey" if grey else "colours")
+        kept.pop("icc_profile")
+    return kept
+
+
+def read_photo(path: Path, white: float | int = 1) -> Photo:
+    """Read any photo: grey, palette, transparent, 16-bit, floating-point, rotated by EXIF.
+
+    Args:
+        path: The file.
+        white: Value of white in a floating-point file, 255 for example.
 
     Raises:
-        DerainError: If the file cannot be read as an image.
+        DerainError: If the file cannot be read as an image, or floating-point values are not from 0 to ``white``.
     """
-    with opened(path) as image:
-        exif = image.getexif()
-        deep = _is_deep(image, path)
-        upright = ImageOps.exif_transpose(image)
-        turn = exif.pop(0x0112, 1)  # applied here and below
-        keep_exif = len(exif) and image.format != "TIFF"  # there it describes how the file is laid out
-        profile = image.info.get("icc_profile") if image.mode != "CMYK" else None  # it is not one of RGB
-        info = {"icc_profile": profile, "exif": exif.tobytes() if keep_exif else None}
+    with opened(path) as source:
+        if source.exif_problem:
+            log.warning("%s: %s", path, source.exif_problem)
+        info = {"icc_profile": source.profile, "exif": _exif_to_write(source, path)}
         info = {key: value for key, value in info.items() if value}
-        if not deep:
-            has_alpha = "A" in upright.getbands() or "transparency" in upright.info
-            grey = upright.mode in {"1", "L", "LA"}
-            array = np.asarray(upright.convert("RGBA" if has_alpha else "RGB"), np.float32) / np.float32(255)
-            alpha = array[..., 3] if has_alpha else None
-            return Photo(array[..., :3], alpha, grey, 8, info)
-    return _read_16_bit(path, int(turn), info)
+        if source.deep:
+            values = deep_images.decode(source.file, (source.height, source.width), source.tags)
+            values = _in_range(upright(values, source.orientation), path, white)
+            channels = values.shape[2]
+            alpha = values[..., -1] if channels in {2, 4} else None
+            rgb = np.repeat(values[..., :1], 3, axis=2) if channels <= 2 else values[..., :3]
+            return Photo(np.ascontiguousarray(rgb), alpha, channels <= 2, 16, info)
+        assert source.image is not None
+        source.image.load()
+        has_alpha = source.image.has_transparency_data
+        grey = source.image.mode in {"1", "L", "LA"}
+        array = source.pixels("RGBA" if has_alpha else "RGB").astype(np.float32) / np.float32(255)
+        return Photo(np.ascontiguousarray(array[..., :3]), array[..., 3] if has_alpha else None, grey, 8, info)
 
 
-def _is_deep(image: Image.Image, path: Path) -> bool:
-    """Whether a file holds more than 8 bits a channel, which Pillow has no colour mode for."""
-    if image.format == "PNG":
-        with path.open("rb") as file:
-            return file.read(25)[24] == 16
-    if image.format == "TIFF":
-        return int(max(np.atleast_1d(image.getexif().get(258, 8)))) > 8
-    return image.mode.startswith("I") or image.mode == "F"
+def _exif_to_write(source: ImageSource, path: Path) -> bytes | None:
+    """Return EXIF without the orientation, which is applied to the pixels; None in TIFF, where it is the layout."""
+    if source.exif is None or source.image is None or source.image.format == "TIFF":
+        return None
+    exif = source.exif
+    exif.pop(ORIENTATION, None)
+    try:
+        return exif.tobytes() if len(exif) else None
+    except UNREADABLE as error:
+        log.warning("%s: EXIF dropped: it is damaged (%s)", path, error)
+        return None
 
 
-def _read_16_bit(path: Path, turn: int, info: dict[str, Any]) -> Photo:
-    """Reads what Pillow has no colour mode for, by OpenCV, and sets it upright by EXIF's number of the turn."""
-    array = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    if array is None or array.dtype.kind not in "uf":
-        raise DerainError(f"{path}: pixel format is not supported; save it as 8-bit or 16-bit PNG or TIFF")
-    scale = 1.0 if array.dtype.kind == "f" else 255.0 if array.dtype == np.uint8 else 65535.0
-    if turn in {2, 3, 4, 5, 6, 7, 8}:
-        mirrored, quarters = {2: (1, 0), 3: (0, 2), 4: (1, 2), 5: (1, 1), 6: (0, 3), 7: (1, 3), 8: (0, 1)}[turn]
-        array = np.rot90(array[:, ::-1] if mirrored else array, quarters)
-    values = np.clip(np.atleast_3d(array).astype(np.float32) / np.float32(scale), 0, 1)
-    channels = values.shape[2]
-    alpha = values[..., -1] if channels in {2, 4} else None
-    rgb = np.repeat(values[..., :1], 3, axis=2) if channels <= 2 else values[..., 2::-1]
-    return Photo(np.ascontiguousarray(rgb), alpha, channels <= 2, 8 if array.dtype == np.uint8 else 16, info)
-
-
-def _write_16_bit(path: Path, channels: NDArray[np.float32], profile: bytes | None) -> None:
-    """Writes 16 bits a channel, which Pillow cannot do for colours."""
-    array = np.rint(channels * 65535).astype(np.uint16)
-    if array.shape[2] == 2:  # OpenCV has no grey with alpha
-        array = array[..., [0, 0, 0, 1]]
-    elif array.shape[2] >= 3:
-        array = array[..., [2, 1, 0, *range(3, array.shape[2])]]
-    ok, data = cv2.imencode(path.suffix, array)
-    if not ok:
-        raise DerainError(f"{path}: could not be encoded with 16 bits; end the name in .png or .tif")
-    encoded = data.tobytes()
-    if profile and profile[16:20] == b"GRAY" and array.shape[2] > 1:
-        log.warning("%s: ICC profile dropped: it is one of grey, and grey with transparency is written as RGB", path)
-    elif profile:
-        encoded = _with_profile(encoded, profile)
-    with replacing(path) as temporary:
-        temporary.write_bytes(encoded)
-
-
-def _with_profile(encoded: bytes, profile: bytes) -> bytes:
-    """Puts an ICC profile into a PNG or TIFF of OpenCV's: a chunk behind the head, or one more tag."""
-    if encoded.startswith(b"\x89PNG"):
-        chunk = b"iCCPICC profile\0\0" + zlib.compress(profile)
-        chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-        return encoded[:33] + chunk + encoded[33:]
-    # The directory of tags is written again at the end, on an even byte; it is in this machine's byte order.
-    (start,) = struct.unpack_from("=I", encoded, 4)
-    (count,) = struct.unpack_from("=H", encoded, start)
-    tags = encoded[start + 2 : start + 2 + 12 * count] + struct.pack("=HHII", 34675, 7, len(profile), len(encoded))
-    body = encoded[8:] + profile + b"\0" * ((len(encoded) + len(profile)) % 2)
-    return encoded[:4] + struct.pack("=I", 8 + len(body)) + body + struct.pack("=H", count + 1) + tags + bytes(4)
+def _in_range(values: NDArray[np.float32], path: Path, white: float | int) -> NDArray[np.float32]:
+    """Scale floating-point values by white and clip a slight overshoot."""
+    low, high = extremes(values)
+    limit = white * OVERSHOOT
+    if not (-limit <= low and high <= white + limit):  # NaN compares false
+        raise DerainError(
+            f"{path}: values from {low:g} to {high:g}; expected 0 to {white:g}; "
+            "scale the image, or name the value of white (derain restore --white)"
+        )
+    if low < 0 or high > white:
+        log.warning("%s: values from %g to %g clipped to 0 and %g", path, low, high, white)
+    return np.asarray(np.clip(values / np.float32(white), 0, 1), np.float32)
 
 
 def write_image(path: Path, image: Image.Image | Pixels, **options: Any) -> None:
@@ -248,10 +321,25 @@ def write_image(path: Path, image: Image.Image | Pixels, **options: Any) -> None
         **options: Passed to Pillow.
     """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    if path.suffix.lower() in {".jpg", ".jpeg", ".webp"}:
+    if path.suffix.lower() in JPEG | {".webp", ".avif"}:
         options = {"quality": 95, **options}
     with replacing(path) as temporary:
-        picture.save(temporary, **options)
+        try:
+            picture.save(temporary, **options)
+        except OSError as error:
+            if error.errno is not None:  # a disk that is full, for example
+                raise
+            raise _not_encodable(path, picture, error) from error
+        except (ValueError, RuntimeError) as error:
+            raise _not_encodable(path, picture, error) from error
+
+
+def _not_encodable(path: Path, picture: Image.Image, error: Exception) -> DerainError:
+    reason = str(error).partition("\n")[0]
+    return DerainError(
+        f"{path}: {picture.width}x{picture.height} pixels of mode {picture.mode} cannot be written ({reason}); "
+        "end the name in .png"
+    )
 
 
 @contextmanager
@@ -267,7 +355,7 @@ def replacing(path: Path) -> Iterator[Path]:
         'whole'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name[-50:]}")  # names have at most 255 bytes
     try:
         yield temporary
         temporary.replace(path)

@@ -48,7 +48,7 @@ def write_explanation(path: Path, images: Mapping[str, Pixels], told: Mapping[st
         labels["derained"] = f"derained by route {told['route']}" + (f"\nscores {shares}" if shares else "")
     write_image(path.with_name(f"{path.name}.png"), compare({labels[name]: one for name, one in images.items()}))
     with replacing(path.with_name(f"{path.name}.json")) as temporary:
-        temporary.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(told, indent=2) + "\n")
 
 
 def contact_sheet(

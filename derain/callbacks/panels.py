@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch import Tensor
 
-from derain.images import Pixels, write_image
+from derain.images import ESCAPED, Pixels, write_image
 from derain.pictures import compare
 
 
@@ -22,7 +22,7 @@ def draw(batch: Any, outputs: Any) -> tuple[Image.Image, str]:
     """The panel of the first image of a batch, and a file name for it."""
     images = {"rainy": batch["rainy"], "derained": outputs["derained"], "clean": batch["clean"]}
     panel = compare({label: to_pixels(image[0]) for label, image in images.items()})
-    return panel, batch["name"][0].replace("/", "-")
+    return panel, batch["name"][0]
 
 
 class ImagePanels(Callback):
@@ -52,11 +52,12 @@ class ImagePanels(Callback):
             return
         panel, name = draw(batch, outputs)
         write_image(Path(trainer.default_root_dir) / "panels" / name / f"epoch-{trainer.current_epoch:04d}.png", panel)
+        tag = f"panels/{name}".encode(errors=ESCAPED).decode()
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image(f"panels/{name}", [panel], step=trainer.global_step)
+                logger.log_image(tag, [panel], step=trainer.global_step)
             elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(f"panels/{name}", np.asarray(panel), trainer.global_step, dataformats="HWC")
+                logger.experiment.add_image(tag, np.asarray(panel), trainer.global_step, dataformats="HWC")
 
     def on_test_batch_end(
         self,

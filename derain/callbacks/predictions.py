@@ -6,6 +6,7 @@ from typing import Any, cast
 from lightning import Callback, LightningModule, Trainer
 
 from derain.callbacks.panels import to_pixels
+from derain.folders import check_outputs
 from derain.images import write_image
 from derain.methods import DerainModule
 from derain.pictures import write_explanation
@@ -16,6 +17,12 @@ class SaveImages(Callback):
 
     With ``--explain true``, ``images/NAME-explain.png`` and ``.json`` show the maps and what was perceived.
     """
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse names under which one image would overwrite another."""
+        endings = [".png", *(["-explain.png", "-explain.json"] if cast(DerainModule, pl_module).explaining else [])]
+        pairs = trainer.datamodule.pairs["predict"]  # type: ignore[attr-defined]
+        check_outputs((Path(f"images/{pair.name}{ending}"), pair.rainy) for pair in pairs for ending in endings)
 
     def on_predict_batch_end(
         self,

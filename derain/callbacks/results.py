@@ -16,7 +16,7 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from derain.images import replacing
+from derain.images import ESCAPED, replacing
 from derain.methods import DerainModule
 from derain.methods.weights import locate, sha256
 from derain.metrics import Scores, bootstrap_interval
@@ -106,7 +106,7 @@ def image_rows(scores: dict[str, dict[str, Scores]], names: list[str]) -> Iterat
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes a CSV file whole or not at all."""
-    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors=ESCAPED) as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

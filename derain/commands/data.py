@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from derain.data.layouts import LAYOUTS
 from derain.data.matching import match, set_folders
@@ -88,7 +89,7 @@ def list_sets(root: Path | None, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(told, indent=2))
         return 0
-    table = Table(title=f"data sets{f' and what {root} has of them' if root else ''}", title_justify="left")
+    table = Table(title=Text(f"data sets{f' and what {root} has of them' if root else ''}"), title_justify="left")
     for column in ("set", "train", "test", "here", "what it is and where to get it"):
         table.add_column(column, justify="right" if column in {"train", "test"} else "left", overflow="fold")
     for one in told:
@@ -125,7 +126,7 @@ def report(args: argparse.Namespace) -> int:
         return 1 if wrong else 0
     console = Console()
     for one in sets:
-        console.print(f"{one}: {len(one.matched.pairs)} pairs in {one.root}", highlight=False, soft_wrap=True)
+        console.print(Text(f"{one}: {len(one.matched.pairs)} pairs in {one.root}"), soft_wrap=True)
     if findings:
         console.print(as_table(findings))
     counted = {level: sum(finding.level == level for finding in findings) for level in STYLE}
@@ -157,11 +158,11 @@ def as_table(findings: Sequence[Finding]) -> Table:
             continue
         names = [Path(file).name for file in finding.files]
         files = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        style = STYLE[finding.level]
-        table.add_row(f"[{style}]{finding.level}[/{style}]", finding.kind, finding.set, files, finding.detail)
+        level = Text(finding.level, STYLE[finding.level])
+        table.add_row(level, finding.kind, *(Text(text) for text in (finding.set, files, finding.detail)))
     for (level, named, of_set), count in counts.items():
         if count > SHOWN:
-            table.add_row(level, named, of_set, f"{count - SHOWN} more", "")
+            table.add_row(level, named, Text(of_set), f"{count - SHOWN} more", "")
     return table
 
 

@@ -2,8 +2,8 @@
 
 import argparse
 import glob
+import logging
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from derain import videos
 from derain.errors import DerainError
-from derain.images import SUFFIXES, Photo, image_files, natural_key, read_photo, to_bytes, write_image
+from derain.folders import check_outputs
+from derain.images import SUFFIXES, Photo, image_files, read_photo, select_images, to_bytes, write_image
 from derain.memory import give_back_blocks, keep_large_blocks
 from derain.pictures import compare, write_explanation
 from derain.progress import track
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 KINDS = SUFFIXES | videos.SUFFIXES
 """Endings of names that are restored."""
+
+log = logging.getLogger("derain")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Restores, and reports broken files at the end; exit code 2 if there were any."""
     jobs = plan(args.input, args.output)
+    check_outputs((file, source) for source, target in jobs.items() for file in outputs(target, args))
     films = [source for source in jobs if is_video(source)]
     if films and args.explain:
         raise DerainError(f"--explain: explains photos, and {films[0]} is a video; leave it out, or give one frame")
@@ -175,8 +179,10 @@ def plan(source: str, output: Path) -> dict[Path, Path]:
             raise DerainError(f"{target}: cannot write '{target.suffix}'; end it in .png, .jpg, .webp, .tif or .bmp")
     else:
         matches = (Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207 - the pattern may be absolute
-        files = sorted((f for f in matches if f.suffix.lower() in KINDS and f.is_file()), key=natural_key)
-        targets = {file: videos.writable(output / file.name) for file in files}
+        found = select_images(matches, KINDS)
+        if found.skipped:
+            log.warning("%s: %s", source, found.note())
+        targets = {file: videos.writable(output / file.name) for file in found.files}
     if not targets:
         raise DerainError(
             f"{source}: no such photo, video, folder or glob with any ({', '.join(sorted(KINDS))}); check the path"
@@ -184,9 +190,7 @@ def plan(source: str, output: Path) -> dict[Path, Path]:
     if path.is_dir() or not path.is_file():
         if output.is_file() or output.suffix.lower() in KINDS:
             raise DerainError(f"{output}: is a file, but {source} has several photos; give a folder")
-        twice = next((target for target, count in Counter(targets.values()).items() if count > 1), None)
-        if twice is not None:
-            raise DerainError(f"{source}: several photos are named {twice.name}; restore them one by one")
+        check_outputs((target, file) for file, target in targets.items())
     for file, target in targets.items():
         if target.resolve() == file.resolve():
             raise DerainError(f"{target}: is the input itself; give another output")
@@ -195,6 +199,16 @@ def plan(source: str, output: Path) -> dict[Path, Path]:
 
 def _within(file: Path, folder: Path) -> bool:
     return file.resolve().is_relative_to(folder.resolve())
+
+
+def outputs(target: Path, args: argparse.Namespace) -> list[Path]:
+    """Return the files that are written for a restored photo or video."""
+    explained = explanation(target)
+    return [
+        target,
+        *([comparison(target)] if args.compare else []),
+        *([explained.with_name(f"{explained.name}{ending}") for ending in (".png", ".json")] if args.explain else []),
+    ]
 
 
 def comparison(target: Path) -> Path:

@@ -20,7 +20,7 @@ from torch import Tensor
 from derain.data.layouts import Split
 from derain.data.pairs import Pair, PairSet, detect, find_pairs
 from derain.errors import DerainError
-from derain.images import Pixels, image_files, read_rgb, replacing, write_image
+from derain.images import ESCAPED, Pixels, image_files, read_rgb, replacing, write_image
 from derain.methods.cliprpn.perception import RainPerception, scores
 from derain.methods.cliprpn.prompts import PROMPTS, texts_of
 from derain.pictures import contact_sheet
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     }
     write(args.output, sets, found, summary)
     if args.format == "json":
-        print(json.dumps(summary, indent=2, ensure_ascii=False))
+        print(json.dumps(summary, indent=2))
     else:
         print_table(summary)
     print(f"every image, summary and contact sheets: {args.output}", file=sys.stderr)
@@ -190,14 +190,17 @@ def write(folder: Path, sets: Sequence[PairSet], similarities: Tensor, summary: 
     shares = scores(similarities)
     routes, number = similarities.argmax(1).tolist(), similarities.shape[1]
     images = [(one.name, pair) for one in sets for pair in one.pairs]
-    with replacing(folder / "routes.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with (
+        replacing(folder / "routes.csv") as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors=ESCAPED) as file,
+    ):
         writer = csv.writer(file)
         columns = [f"{what}_{route}" for what in ("similarity", "score") for route in range(number)]
         writer.writerow(["set", "image", "route", *columns])
         for (name, pair), route, *values in zip(images, routes, similarities.tolist(), shares.tolist(), strict=True):
             writer.writerow([name, pair.name, route, *values[0], *values[1]])
     with replacing(folder / "summary.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     for old in folder.glob("route-[0-9]*.png"):
         old.unlink()
     best = shares.topk(2, dim=1).values

@@ -20,7 +20,7 @@ from rich.text import Text
 from derain.commands.table import escape, footnotes
 from derain.data.results import Job, find_jobs
 from derain.errors import DerainError
-from derain.images import replacing
+from derain.images import ESCAPED, replacing
 from derain.metrics import PROTOCOLS, Protocol, bootstrap_interval, psnr_ssim, resolve
 from derain.metrics.perceptual import Lpips, NoReference, lpips_at_hand
 from derain.metrics.protocols import DOWN, TOGETHER
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         print(told, end="")
     else:
         with replacing(args.output) as temporary:
-            temporary.write_text(told, encoding="utf-8")
+            temporary.write_text(told, encoding="utf-8", errors=ESCAPED)
         print(f"wrote {args.output}", file=sys.stderr)
     return 0
 
@@ -216,7 +216,7 @@ def _table(results: list[dict[str, Any]], on_terminal: bool) -> str:
 
 
 def _json(results: list[dict[str, Any]], on_terminal: bool) -> str:
-    return json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(results, indent=2, allow_nan=False) + "\n"
 
 
 def _csv(results: list[dict[str, Any]], on_terminal: bool) -> str:

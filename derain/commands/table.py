@@ -19,7 +19,7 @@ from rich.text import Text
 from derain.data.layouts import LAYOUTS
 from derain.data.summaries import Row, find, labels, merge, published, read, select, shortened
 from derain.errors import DerainError
-from derain.images import replacing
+from derain.images import ESCAPED, replacing
 from derain.metrics import resolve
 
 log = logging.getLogger("derain")
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         print(told, end="")
     else:
         with replacing(args.out) as temporary:
-            temporary.write_text(told, encoding="utf-8")
+            temporary.write_text(told, encoding="utf-8", errors=ESCAPED)
         print(f"wrote {args.out}", file=sys.stderr)
     if args.plot is not None:
         drawn = draw(args.plot, rows, protocol, find(args.results, "metrics.csv"))
@@ -324,7 +324,7 @@ def _free(file: Path, written: Sequence[Path]) -> Path:
 def _epochs(file: Path) -> list[tuple[float, float]]:
     """Epochs and their ``val/psnr`` in a run's log; none where it was no training."""
     try:
-        with file.open(newline="") as opened:
+        with file.open(newline="", encoding="utf-8") as opened:
             rows = [row for row in csv.DictReader(opened) if row.get("val/psnr") and row.get("epoch")]
         return [(float(row["epoch"]), float(row["val/psnr"])) for row in rows]
     except (ValueError, csv.Error) as error:
@@ -336,7 +336,7 @@ def _images(file: Path | None, protocol: str) -> list[tuple[float, float]]:
     if file is None or not file.is_file():
         return []
     try:
-        with file.open(newline="") as opened:
+        with file.open(newline="", encoding="utf-8") as opened:
             rows = [row for row in csv.DictReader(opened) if row["protocol"] == protocol]
         return [(float(row["rainy_psnr"]), float(row["psnr"])) for row in rows]
     except (KeyError, TypeError, ValueError) as error:

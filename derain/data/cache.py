@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from derain.data.digests import digests
 from derain.data.pairs import Pair
 from derain.errors import DerainError
 from derain.folders import cache_folder
@@ -21,32 +23,28 @@ from derain.memory import free_memory
 from derain.progress import track
 
 Mode = Literal["auto", "ram", "disk", "off"]
-FORMAT = 1
+FORMAT = 2
 """To be raised when the same files would decode to other bytes."""
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where Linux puts shared memory."""
 
 log = logging.getLogger("derain")
 
 
 def fingerprint(pairs: Sequence[Pair]) -> str:
-    """Hash of names and file contents of a set: equal where two people have the same images.
+    """Return a hash of names and file contents of a set: equal where two people have the same images.
 
     Example:
         >>> fingerprint([]) == fingerprint([])
         True
     """
     files = [path for pair in pairs for path in (pair.rainy, pair.clean) if path is not None]
-
-    def digest(path: Path) -> bytes:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-
-    with ThreadPoolExecutor() as threads:
-        digests = list(threads.map(digest, files))
     whole = hashlib.sha256()
     for pair in pairs:
-        whole.update(f"{pair.name}\0{pair.clean_side}\0".encode())
-    for one in digests:
-        whole.update(one)
+        whole.update(os.fsencode(f"{pair.name}\0{pair.clean_side}\0"))
+    for digest in digests(files):
+        whole.update(digest)
     return whole.hexdigest()[:16]
 
 
@@ -120,54 +118,81 @@ def decoded_index(pairs: Sequence[Pair]) -> NDArray[np.int64]:
 
 
 def open_cache(pairs: Sequence[Pair], mode: Mode = "auto", *, folder: Path | None = None) -> PixelCache | None:
-    """Opens the cache of these pairs, decoding them first if nobody has yet.
+    """Open the cache of these pairs, decoding them first if nobody has yet.
 
     Args:
         pairs: Pairs with a clean image each.
-        mode: ``disk`` (memory map), ``ram`` (shared memory), ``off``, or ``auto``: on disk when it takes
-            at most half of the free space, else in RAM when it takes at most half of the free memory,
-            else off. The size is estimated from the files' heads and told first.
-        folder: Where the memory maps stand; ``cache_folder()`` by default.
+        mode: ``disk`` (memory map), ``ram`` (shared memory, or ``disk`` with a warning if ``/dev/shm`` is too
+            small), ``off``, or ``auto``: on disk when it takes at most half of the free space, else in RAM when it
+            takes at most half of the free memory, else off. The size is estimated from the files' heads and logged
+            first.
+        folder: Where the memory maps are saved; ``cache_folder()`` by default.
 
     Returns:
         The cache, or None when it is off.
 
     Raises:
-        DerainError: If an image cannot be read, or the mode that was asked for has no room.
+        DerainError: If an image cannot be read, or the pixels do not fit where they are to be saved.
     """
     if mode == "off" or not pairs:
         return None
     folder = (folder or cache_folder()) / "pixels"
     folder.mkdir(parents=True, exist_ok=True)
-    index = decoded_index(pairs)
-    need = int((6 * index[:, 1] * index[:, 2]).sum())
     ready = folder / f"{fingerprint(pairs)}-v{FORMAT}"
-    disk, ram = shutil.disk_usage(folder).free, free_memory()
+    index_file = ready.with_name(f"{ready.name}.npy")
+    index = np.load(index_file) if ready.exists() and index_file.exists() else decoded_index(pairs)
+    need = int((6 * index[:, 1] * index[:, 2]).sum())
+    disk, memory, shared = shutil.disk_usage(folder).free, free_memory(), _free_shared_memory()
     if mode == "auto":
-        mode = "disk" if ready.exists() or need <= disk / 2 else "ram" if need <= ram / 2 else "off"
+        mode = "disk" if ready.exists() or need <= disk / 2 else "ram" if need <= min(memory, shared) / 2 else "off"
+    if mode == "ram" and need > memory:
+        raise DerainError(f"--data.cache ram: {need / 1e9:.1f} GB do not fit into memory; use disk or off")
+    pixels = _shared(need) if mode == "ram" else None
+    if mode == "ram" and pixels is None:
+        log.warning(
+            "--data.cache ram: %.2f GB do not fit into %s, which has %.2f GB free; using disk",
+            *(need / 1e9, SHARED_MEMORY, shared / 1e9),
+        )
+        mode = "disk"
     where = {"disk": str(ready), "ram": "shared memory", "off": "nowhere: too little disk and memory"}[mode]
-    log.info("pixel cache: %d pairs, %.2f GB decoded, kept in %s", len(pairs), need / 1e9, where)
+    log.info("pixel cache: %d pairs, %.2f GB decoded, saved in %s", len(pairs), need / 1e9, where)
     if mode == "off":
         return None
-    if mode == "ram":
-        if need > ram:
-            raise DerainError(f"--data.cache ram: {need / 1e9:.1f} GB do not fit into memory; use disk or off")
-        memory = torch.empty(need, dtype=torch.uint8)
-        memory.share_memory_()  # type: ignore[no-untyped-call]
-        _decode(pairs, index, memory.numpy())
-        return PixelCache(index, memory=memory)
+    if pixels is not None:
+        _decode(pairs, index, pixels.numpy())
+        return PixelCache(index, memory=pixels)
     # One process decodes; the lock of one that dies is freed by the system, and only a whole file is renamed.
     with FileLock(f"{ready}.lock"):
         if not ready.exists():
             if need > disk:
-                raise DerainError(f"--data.cache disk: {need / 1e9:.1f} GB do not fit into {folder}; use ram or off")
-            for left_over in folder.glob(f".*-{ready.name}"):
+                raise DerainError(f"--data.cache {mode}: {need / 1e9:.1f} GB do not fit into {folder}; use ram or off")
+            for left_over in folder.glob(f".*-{ready.name}*"):
                 left_over.unlink()
             with replacing(ready) as temporary:
-                pixels = np.memmap(temporary, np.uint8, "w+", shape=(need,))
-                _decode(pairs, index, pixels)
-                pixels.flush()
+                buffer = np.memmap(temporary, np.uint8, "w+", shape=(need,))
+                _decode(pairs, index, buffer)
+                buffer.flush()
+        if not index_file.exists():
+            with replacing(index_file) as temporary, temporary.open("wb") as file:
+                np.save(file, index)
     return PixelCache(index, file=ready)
+
+
+def _free_shared_memory() -> int:
+    """Return the bytes that shared memory can take: on Linux a file system, often of 64 MB in a container."""
+    return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else free_memory()
+
+
+def _shared(size: int) -> torch.Tensor | None:
+    """Return a buffer in shared memory, or None where it does not fit: other ranks may take their copies meanwhile."""
+    if size > _free_shared_memory():
+        return None
+    buffer = torch.empty(size, dtype=torch.uint8)
+    try:
+        buffer.share_memory_()  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        return None
+    return buffer
 
 
 def _decode(pairs: Sequence[Pair], index: NDArray[np.int64], pixels: NDArray[np.uint8]) -> None:

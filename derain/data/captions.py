@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -118,14 +119,14 @@ def captions_of(pairs: Sequence[Pair], tables: Mapping[Path, Mapping[str, Captio
     Raises:
         DerainError: If a pair has none, or one file two.
     """
-    found: dict[Path, Caption] = {}
+    found: dict[str, Caption] = {}
     for path, table in tables.items():
-        for (name, caption), file in zip(table.items(), _places([path.parent / name for name in table]), strict=True):
+        for (name, caption), file in zip(table.items(), _spelt([path.parent / name for name in table]), strict=True):
             if found.setdefault(file, caption) != caption:
                 raise DerainError(
                     f"{path}: two captions of {name}, in another table or by another spelling of its path; remove one"
                 )
-    captions = [found.get(file) for file in _places([pair.rainy for pair in pairs])]
+    captions = [found.get(file) for file in _spelt([pair.rainy for pair in pairs])]
     lacking = [pair.rainy for pair, caption in zip(pairs, captions, strict=True) if caption is None]
     if lacking:
         raise DerainError(
@@ -162,6 +163,11 @@ def _places(files: Sequence[Path]) -> list[Path]:
     """Absolute paths; links of folders are followed, but not those of files: two of them may be one file."""
     real = {folder: folder.resolve() for folder in {file.parent for file in files}}
     return [real[file.parent] / file.name for file in files]
+
+
+def _spelt(files: Sequence[Path]) -> list[str]:
+    """Absolute paths in Unicode's composed form (NFC): a table may come from a system that writes accents otherwise."""
+    return [unicodedata.normalize("NFC", str(file)) for file in _places(files)]
 
 
 # The journal.

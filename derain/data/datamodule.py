@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from derain.batch import PairBatch
 from derain.data.cache import Mode, PixelCache, fingerprint, open_cache, read_pair
 from derain.data.captions import Caption, captions_of, read_captions
-from derain.data.pairs import Pair, PairSet, find_pairs
+from derain.data.pairs import Pair, find_pairs, join
 from derain.data.quickstart import quickstart_set
 from derain.data.samplers import CropStage, Sample, Stage, Strided, TrainingBatches, stages_of
 from derain.data.transforms import Augmentation, Flips
@@ -243,7 +243,7 @@ class RainDataModule(LightningDataModule):
         for one in found:
             for note in one.notes:
                 log.info("%s: %s", one.name, note)
-        return found[0].pairs if len(found) == 1 else tuple(_prefixed(found))
+        return join(found, repeats=option == "train")
 
     def _place(self, name: str, split: str) -> str:
         if name.lower() != "quickstart":
@@ -371,10 +371,3 @@ def _told(captions: Sequence[Caption], index: int) -> dict[str, str]:
 
 def _as_list(value: str | list[str] | None) -> list[str]:
     return [] if value is None else [value] if isinstance(value, str) else list(value)
-
-
-def _prefixed(found: Sequence[PairSet]) -> Iterator[Pair]:
-    """Names made unique over several sets."""
-    for one in found:
-        for pair in one.pairs:
-            yield Pair(f"{one.name}/{pair.name}", pair.rainy, pair.clean, pair.clean_side)

@@ -34,6 +34,7 @@ class Files:
         clean_side: Side of the clean half where one file is a pair, side by side.
         numbers: First and last ``{n}`` that belong to the split.
         truth: Whether the clean half is one (real photos lie twice in their file).
+        auxiliary: Whether files named as rain masks and streaks are images of the split too.
         note: What a user must know of this version of the set.
     """
 
@@ -42,6 +43,7 @@ class Files:
     clean_side: Side | None = None
     numbers: tuple[int, int] | None = None
     truth: bool = True
+    auxiliary: bool = False
     note: str = ""
 
     def __str__(self) -> str:
@@ -319,6 +321,6 @@ LAYOUTS: dict[str, Layout] = {
             for split in ("train", "test")
         },
     ),
-    "images": Layout(title="rainy photos without clean ones", files={"predict": (Files("{name}"),)}),
+    "images": Layout(title="rainy photos without clean ones", files={"predict": (Files("{name}", auxiliary=True),)}),
 }
 """Every set by name, and the general layouts ``folder`` and ``images``."""

@@ -2,13 +2,14 @@
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from derain.data.layouts import AUXILIARY, LAYOUTS, SPLIT_FOLDERS, Files, Split
 from derain.errors import DerainError
-from derain.images import image_files, natural_key
+from derain.images import image_files, list_images, natural_key
 
 _GROUPS = {"{n}": r"(?P<n>\d+)", "{name}": "(?P<name>.+?)", "{streak}": r"(?P<streak>\d+)"}
 _DEPTH = 3  # folders below the data root in which a set is looked for
@@ -21,14 +22,17 @@ class Matched:
     Attributes:
         pairs: Name, rainy file and clean file of each pair, in natural order of the names.
         unpaired: Files that the layout knows and that lack their partner.
-        clashes: Two files each that claim the same place in a pair.
+        clashes: Two files each of which only one can be in a pair: a key occurs twice, or a rainy image has one
+            clean image by this variant and another one by a later variant of the layout.
         variant: How the files lie.
+        unused: Later variants by which other files are pairs, with the number of those pairs.
     """
 
     pairs: tuple[tuple[str, Path, Path | None], ...] = ()
     unpaired: tuple[Path, ...] = ()
     clashes: tuple[tuple[Path, Path], ...] = ()
     variant: Files = field(default_factory=lambda: Files(""))
+    unused: tuple[tuple[Files, int], ...] = ()
 
 
 def listing(root: Path) -> list[str]:
@@ -43,7 +47,7 @@ def listing(root: Path) -> list[str]:
 
 
 def match(name: str, split: Split, root: Path, files: Sequence[str] | None = None) -> Matched:
-    """Pairs files by the first variant of a layout that fits; none does if there are no pairs.
+    """Pair files by the first variant of a layout that fits; none does if there are no pairs.
 
     Args:
         name: A layout.
@@ -55,18 +59,36 @@ def match(name: str, split: Split, root: Path, files: Sequence[str] | None = Non
     variants = LAYOUTS[name].files
     source: Split = "test" if split == "predict" and "predict" not in variants else split
     prefixes = [f"(?:{SPLIT_FOLDERS[source]})/", ""] if source in SPLIT_FOLDERS else [""]
+    fits = []
     for variant in variants.get(source, ()):
-        for prefix in prefixes:
-            matched = _match(variant, prefix, root, files)
-            if matched.pairs and split == "predict":
-                return replace(matched, pairs=tuple((name, rainy, None) for name, rainy, _ in matched.pairs))
-            if matched.pairs:
-                return matched
-    return Matched()
+        tries = (_match(variant, prefix, root, files) for prefix in prefixes)
+        fits += [matched for matched in tries if matched.pairs][:1]
+    if not fits:
+        return Matched()
+    matched = _compared(fits[0], fits[1:])
+    if split == "predict":
+        return replace(matched, pairs=tuple((name, rainy, None) for name, rainy, _ in matched.pairs))
+    return matched
+
+
+def _compared(chosen: Matched, others: Sequence[Matched]) -> Matched:
+    """Add what the later variants make of the files: other clean images, and pairs of other files."""
+    clean = {rainy: partner for _, rainy, partner in chosen.pairs}
+    clashes = list(chosen.clashes)
+    unused = []
+    for other in others:
+        if other.clashes:  # it does not fit well enough to contradict
+            continue
+        partners = [(clean[rainy], partner) for _, rainy, partner in other.pairs if rainy in clean]
+        clashes += [(one, two) for one, two in partners if one is not None and two is not None and one != two]
+        further = sum(rainy not in clean for _, rainy, _ in other.pairs)
+        if further:
+            unused.append((other.variant, further))
+    return replace(chosen, clashes=tuple(dict.fromkeys(clashes)), unused=tuple(unused))
 
 
 def _match(variant: Files, prefix: str, root: Path, files: Sequence[str]) -> Matched:
-    rainy = _keyed(prefix + variant.rainy, variant.numbers, files)
+    rainy = _keyed(prefix + variant.rainy, variant.numbers, files, auxiliary=variant.auxiliary)
     unpaired, clashes = [], []
     matched: list[tuple[str, str | None]] = []
     if variant.clean is None:
@@ -78,15 +100,18 @@ def _match(variant: Files, prefix: str, root: Path, files: Sequence[str]) -> Mat
             first = clean.setdefault(key, file)
             if first != file:
                 clashes.append((first, file))
+        clean_files = set(clean.values())  # the rainy pattern may fit them as well
         taken: dict[tuple[object, ...], str] = {}
         used = set()
         for key, streak, file in rainy:
+            if file in clean_files:
+                continue
             first = taken.setdefault((key, streak), file)
             if first != file:
                 clashes.append((first, file))
             elif key not in clean:
                 unpaired.append(file)
-            elif clean[key] != file:  # a clean file that the rainy pattern fits as well is no rainy one
+            else:
                 matched.append((file, clean[key]))
                 used.add(key)
         unpaired += [file for key, file in clean.items() if key not in used]
@@ -103,17 +128,24 @@ def _match(variant: Files, prefix: str, root: Path, files: Sequence[str]) -> Mat
 
 
 def _keyed(
-    pattern: str, numbers: tuple[int, int] | None, files: Iterable[str]
+    pattern: str, numbers: tuple[int, int] | None, files: Iterable[str], *, auxiliary: bool = False
 ) -> list[tuple[tuple[str | int, ...], str | None, str]]:
-    """Key, streak and path of every file that a pattern fits."""
+    """Return key, streak and path of every file that a pattern fits; names in Unicode's composed form (NFC).
+
+    Args:
+        pattern: What :class:`Files` describes.
+        numbers: First and last ``{n}``.
+        files: Paths, ``/`` between folders.
+        auxiliary: Whether files named as rain masks and streaks count.
+    """
     for short, group in _GROUPS.items():
         pattern = pattern.replace(short, group)
-    fits, auxiliary = re.compile(pattern, re.IGNORECASE), re.compile(AUXILIARY, re.IGNORECASE)
+    fits, masks = re.compile(pattern, re.IGNORECASE), re.compile(AUXILIARY, re.IGNORECASE)
     found = []
     for file in files:
-        stem = file.rpartition(".")[0]
+        stem = unicodedata.normalize("NFC", file.rpartition(".")[0])
         fit = fits.fullmatch(stem)
-        if fit is None or auxiliary.fullmatch(stem):
+        if fit is None or (not auxiliary and masks.fullmatch(stem)):
             continue
         groups = fit.groupdict()
         if numbers and not numbers[0] <= int(groups["n"]) <= numbers[1]:
@@ -125,14 +157,26 @@ def _keyed(
 
 
 def _names(files: Sequence[str]) -> list[str]:
-    """Shortest names that tell files apart: stems, else paths without ending, else paths."""
+    """Return the shortest names that differ on any file system: stems, else paths without ending, else paths."""
     stems = [Path(file).stem for file in files]
     paths = [file.rpartition(".")[0] for file in files]
-    return next((names for names in (stems, paths) if len(set(names)) == len(names)), list(files))
+    return next((names for names in (stems, paths) if len({*map(canonical, names)}) == len(names)), list(files))
+
+
+def canonical(name: str) -> str:
+    """Return what a name has in common with those that some file systems take for the same one.
+
+    Example:
+        >>> canonical("Cafe\u0301") == canonical("caf\u00e9")
+        True
+    """
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def set_folders(name: str, data_root: Path) -> list[Path]:
-    """Folders below the data root, or the root itself, that go by a set's name; the nearest first.
+    """Return the folders below the data root, or the root itself, that have a set's name; the nearest first.
+
+    Of links to one folder only the nearest counts.
 
     Raises:
         DerainError: If the data root is no folder.
@@ -144,14 +188,18 @@ def set_folders(name: str, data_root: Path) -> list[Path]:
         rank = bears_name(folder, name)
         if rank is not None:
             found.append((len(folder.parts), rank, folder))
-    return [folder for *_, folder in sorted(found)]
+    nearest: dict[Path, Path] = {}
+    for *_, folder in sorted(found):
+        nearest.setdefault(folder.resolve(), folder)
+    return list(nearest.values())
 
 
 def bears_name(folder: Path, name: str) -> int | None:
-    """Which of a set's folder names a folder bears, upper and lower case alike; None if none."""
-    parts = [part.lower() for part in folder.resolve().parts]
+    """Return which of a set's folder names a folder, or what it links to, has in any case; None if none."""
+    paths = [[part.lower() for part in path.parts] for path in (folder.absolute(), folder.resolve())]
     tails = [tail.lower().split("/") for tail in LAYOUTS[name].folders]
-    return next((rank for rank, tail in enumerate(tails) if parts[-len(tail) :] == tail), None)
+    ranks = (rank for rank, tail in enumerate(tails) if any(parts[-len(tail) :] == tail for parts in paths))
+    return next(ranks, None)
 
 
 def _subfolders(root: Path, depth: int) -> Iterator[Path]:
@@ -166,7 +214,7 @@ def _subfolders(root: Path, depth: int) -> Iterator[Path]:
 def inventory(folder: Path) -> str:
     """What a folder holds, in words: ``folders rainy and 100 images``."""
     folders = sorted((path.name for path in folder.iterdir() if path.is_dir()), key=natural_key)
-    images = len(image_files(folder))
+    images = len(list_images(folder).files)
     listed = "folders " + ", ".join(folders[:6]) + (" …" if len(folders) > 6 else "")
     held = [listed] * bool(folders) + [f"{images} images"] * bool(images)
     return " and ".join(held) or "neither folders nor images"

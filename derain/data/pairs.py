@@ -1,9 +1,9 @@
 """Pairs of rainy and clean images: found by key, read from files."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -124,9 +124,11 @@ def find_pairs(spec: str | Path, split: Split, *, data_root: Path | None = None)
         notes.append(f"layout {name}, detected by {reason}")
     if matched.clashes:
         first, second = matched.clashes[0]
-        raise DerainError(f"{second}: takes the same place in a pair as {first}; remove one of them")
+        raise DerainError(f"{second}: fits the same pair as {first}; remove or rename one of them")
     if matched.variant.note:
         notes.append(matched.variant.note)
+    for variant, count in matched.unused:
+        notes.append(f"not used: {count} further pairs of files {variant}; to use them, move them to their own folder")
     pairs = as_pairs(matched)
     layout = LAYOUTS[name]
     if layout.without is not None:
@@ -145,6 +147,49 @@ def find_pairs(spec: str | Path, split: Split, *, data_root: Path | None = None)
 def as_pairs(matched: Matched) -> tuple[Pair, ...]:
     """Makes pairs of files that belong together."""
     return tuple(Pair(name, rainy, clean, matched.variant.clean_side) for name, rainy, clean in matched.pairs)
+
+
+def join(found: Sequence[PairSet], *, repeats: bool = False) -> tuple[Pair, ...]:
+    """Return the pairs of several sets, named ``SET/NAME``.
+
+    Sets of one name in different folders are named by as many of the folders above them as tell them apart.
+
+    Args:
+        found: The sets.
+        repeats: Whether one set may occur several times.
+
+    Raises:
+        DerainError: If two pairs would still have one name.
+
+    Example:
+        >>> sets = [PairSet("a", "images", "predict", Path(root), (Pair("1", Path(root, "1.png")),)) for root in "xy"]
+        >>> sets = [replace(one, name="photos", root=one.root / "photos") for one in sets]
+        >>> [pair.name for pair in join(sets)]
+        ['x/photos/1', 'y/photos/1']
+    """
+    if len(found) == 1:
+        return found[0].pairs
+    pairs: dict[str, Pair] = {}
+    joined = []
+    for one in found:
+        kin = {other.root.resolve() for other in found if other.name == one.name}
+        name = one.name if len(kin) == 1 else _tail(one.root.resolve(), kin)
+        for pair in one.pairs:
+            joined.append(replace(pair, name=f"{name}/{pair.name}"))
+            first = pairs.setdefault(joined[-1].name, joined[-1])
+            if first is not joined[-1] and not (repeats and first == joined[-1]):
+                raise DerainError(
+                    f"{pair.rainy}: has the name {first.name}, as {first.rainy} has; name each set once, and rename "
+                    "folders of one name"
+                )
+    return tuple(joined)
+
+
+def _tail(root: Path, roots: Iterable[Path]) -> str:
+    """Return the last parts of a folder's path, as few as no other of these folders ends in."""
+    others = [other.parts for other in roots if other != root]
+    count = next(n for n in range(1, len(root.parts) + 1) if all(other[-n:] != root.parts[-n:] for other in others))
+    return "/".join(root.parts[-count:]).lstrip("/")
 
 
 def _parse(spec: str | Path) -> tuple[str | None, Path | None]:
@@ -241,7 +286,8 @@ def detect(root: Path, split: Split, files: Sequence[str] | None = None) -> tupl
         matched = match(name, split, root, files)
         if not matched.pairs or name == "images":
             continue
-        named = [folder for folder in (root.resolve(), root.resolve().parent) if bears_name(folder, name) is not None]
+        around = (root.absolute(), root.absolute().parent, root.resolve(), root.resolve().parent)
+        named = [folder for folder in around if bears_name(folder, name) is not None]
         if named:
             return name, f"the name of the folder {named[0]}", matched
         sided = matched.variant.clean_side is not None

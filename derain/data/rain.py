@@ -264,7 +264,7 @@ def _lens_drops(scene: Pixels, rain: Rain, rng: np.random.Generator) -> Pixels:
 
 def generator(seed: int, name: str) -> np.random.Generator:
     """Randomness of one image: depends on the seed and the image's name, not on the images around it."""
-    digest = hashlib.sha256(name.encode()).digest()
+    digest = hashlib.sha256(os.fsencode(name)).digest()
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
 
 
@@ -309,6 +309,13 @@ def synthesize(
         first = stems.setdefault(file.relative_to(clean).with_suffix("").as_posix(), file)
         if first != file:
             raise DerainError(f"{first} and {file}: both would become one PNG; rename one of them")
+    if per_image > 1:
+        for stem, file in stems.items():
+            base, _, number = stem.rpartition("_rain")
+            if number.isdecimal() and base in stems:
+                raise DerainError(
+                    f"{file}: would be the clean image of rain {number} on {stems[base].name}; rename one of them"
+                )
     between(*rain, np.random.default_rng())  # refuses limits the wrong way round before any work
 
     place = out.resolve()

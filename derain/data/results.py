@@ -3,14 +3,26 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from derain.data.layouts import Split
 from derain.data.pairs import Pair, find_pairs
 from derain.errors import DerainError
-from derain.images import Pixels, image_files, image_size, read_rgb
+from derain.images import Pixels, image_files, image_size, list_images, read_rgb, warn_once
+
+SPLITS: tuple[Split, ...] = ("test", "train")
+
+Key = tuple[str, ...]
+K = TypeVar("K", bound=Hashable)
+
+
+class Ambiguous(DerainError):  # noqa: N818 - it is no further kind of error to a caller
+    """A result that fits several clean images."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +60,10 @@ class Job:
 
 
 def find_jobs(derained: Path, clean: str | None) -> list[Job]:
-    """Finds which clean image belongs to which derained one, by name.
+    """Find which clean image belongs to which derained one, by name.
 
     Raises:
-        DerainError: If files are absent, or names do not tell which belong together.
+        DerainError: If files are absent, or names leave open which belong together.
     """
     if derained.is_file():
         files = {derained.stem: derained}
@@ -65,32 +77,56 @@ def find_jobs(derained: Path, clean: str | None) -> list[Job]:
         if derained.is_file():
             return [Job(derained.stem, derained, Path(clean))]
         raise DerainError(f"{clean}: is one file, but {derained} is a folder; give the folder of clean images")
-    references = _references(clean, derained if derained.is_file() else next(iter(files.values())))
-    found = match(list(files), list(references), part=derained.is_file(), where=(str(derained), clean))
-    return [Job(name, files[name], references[found[name]]) for name in files]
+    fits, problems = [], []
+    for title, references in _references(clean, derained if derained.is_file() else next(iter(files.values()))):
+        try:
+            found = match(list(files), list(references), part=derained.is_file(), where=(str(derained), clean))
+        except Ambiguous:
+            raise
+        except DerainError as error:
+            problems.append(error)
+        else:
+            fits.append((title, [Job(name, files[name], references[found[name]]) for name in files]))
+    if not fits:
+        raise problems[0]
+    if len(fits) > 1:
+        titles = " and ".join(title.partition(";")[0] for title, _ in fits)
+        raise Ambiguous(f"{derained}: fits images of {titles} in {clean}; give the folder of one of them")
+    title, jobs = fits[0]
+    if title:
+        print(f"clean images: {title}", file=sys.stderr)
+    return jobs
 
 
 def _images(folder: Path) -> dict[str, Path]:
     """Images by name without ending: of the folder itself, or where it has none, of the folders below."""
-    paths = image_files(folder) or image_files(folder, recursive=True)
+    paths = image_files(folder)
+    if paths:
+        below = len(list_images(folder, recursive=True).files) - len(paths)
+        if below:
+            warn_once(f"{folder}: {below} images in folders below it are not scored; give those folders by themselves")
+    else:
+        paths = image_files(folder, recursive=True)
     if not paths:
-        raise DerainError(f"{folder}: holds no images; expected PNG, JPEG, WebP, TIFF or BMP files")
+        raise DerainError(f"{folder}: contains no images; expected PNG, JPEG, WebP, AVIF, TIFF or BMP files")
     files: dict[str, Path] = {}
     top = os.path.commonpath([path.parent for path in paths])
     for path in paths:
         name = path.relative_to(top).with_suffix("").as_posix()
         if name in files:
-            raise DerainError(f"{path}: goes by the same name as {files[name].name}; remove one of them")
+            raise DerainError(f"{path}: has the same name as {files[name].name}; remove one of them")
         files[name] = path
-    # What `derain restore --compare` writes beside its results is no result.
-    beside = {f"{path.name}-compare" for path in files.values()}
-    return {name: path for name, path in files.items() if name not in beside}
+    # What `derain restore` and `derain predict` write beside their results are no results.
+    beside = {f"{path.name}-{what}" for path in files.values() for what in ("compare", "explain")}
+    beside |= {f"{path.stem}-explain" for path in files.values()}
+    return {name: path for name, path in files.items() if name.rpartition("/")[2] not in beside}
 
 
-def _references(clean: str, derained: Path) -> dict[str, Path | Pair]:
-    """Clean images by name: of a data set where it is one, else of a plain folder."""
+def _references(clean: str, derained: Path) -> list[tuple[str, dict[str, Path | Pair]]]:
+    """Return title and clean images by name: of each split of a data set where it is one, else of a plain folder."""
+    sets: list[tuple[str, dict[str, Path | Pair]]] = []
     problem = None
-    for split in ("test", "train"):
+    for split in SPLITS:
         try:
             found = find_pairs(clean, split)
         except DerainError as error:
@@ -98,12 +134,13 @@ def _references(clean: str, derained: Path) -> dict[str, Path | Pair]:
             continue
         pair = found.pairs[0]
         if pair.clean_side and image_size(pair.rainy) == image_size(derained):
-            break  # not side by side after all
-        print(f"clean images: {found.name}, {split}; {'; '.join(found.notes)}".rstrip("; "), file=sys.stderr)
-        return {pair.name: pair for pair in found.pairs}
-    if problem is not None and not Path(clean).is_dir():
+            return [("", dict(_images(Path(clean))))]  # not side by side after all
+        references: dict[str, Path | Pair] = {pair.name: pair for pair in found.pairs}
+        if all(references != other for _, other in sets):
+            sets.append(("; ".join([f"{found.name}, {split}", *found.notes]), references))
+    if not sets and problem is not None and not Path(clean).is_dir():
         raise problem
-    return dict(_images(Path(clean)))
+    return sets or [("", dict(_images(Path(clean))))]
 
 
 def match(
@@ -113,11 +150,12 @@ def match(
     part: bool = False,
     where: tuple[str, str] = ("DERAINED", "CLEAN"),
 ) -> dict[str, str]:
-    """Finds the clean image of every derained one by name, never by position.
+    """Find the clean image of every derained one by name, never by position.
 
-    Tried in turn, each for all images at once: the same name; the same but for the usual words (``rain-001``,
-    ``norain-1x2``, ``1_derained``) and zeros; the same but for one prefix and suffix that all results share;
-    one clean image for several results numbered ``901_1``, ``901_2``.
+    Tried in turn, each for all images at once, in Unicode's composed form (NFC): the same name; the same but for the
+    usual words (``rain-001``, ``norain-1x2``, ``1_derained``) and zeros; then the looser readings: the same but for
+    one prefix and suffix that all results share, and one clean image for several results numbered ``901_1``, ``901_2``.
+    The looser readings must agree.
 
     Args:
         derained: Names of the results, without ending.
@@ -133,28 +171,53 @@ def match(
         {'rain-1': 'norain-001', 'rain-2': 'norain-002'}
         >>> match(["901_1", "901_2", "902_1"], ["901", "902"])
         {'901_1': '901', '901_2': '901', '902_1': '902'}
+        >>> match(["scene_3_12"], ["3", "12"], part=True)
+        Traceback (most recent call last):
+        derain.data.results.Ambiguous: DERAINED: scene_3_12 fits several images of CLEAN: 3, 12; give the clean file
     """
-    plain = _by_key(clean, _key)
-    words = [_key(name) for name in derained]
-    tries: list[tuple[list[Any], dict[Any, list[str]]]] = [(list(derained), {name: [name] for name in clean})]
-    tries.append((words, plain))
+    exact, words = [_composed(name) for name in derained], [_key(name) for name in derained]
+    by_name, by_words = _by_key(clean, _composed), _by_key(clean, _key)
+    steps: list[list[dict[str, list[str]]]] = [
+        _reading(derained, exact, by_name, part),
+        _reading(derained, words, by_words, part),
+        [fit for keys in _middles(words, by_words) for fit in _reading(derained, keys, by_words, part)],
+    ]
+    if not part and len(set(words)) == len(words) and all(len(key) > 1 and key[-1].isdecimal() for key in words):
+        steps[-1] += _reading(derained, [key[:-1] for key in words], by_words, part, repeated=True)
+    for readings in steps:
+        options = {name: list(dict.fromkeys(one for fit in readings for one in fit[name])) for name in derained}
+        for name, fitting in options.items():
+            if len(fitting) > 1:
+                several = f"{name} fits several images of {where[1]}: {_some(fitting)}"
+                raise Ambiguous(f"{where[0]}: {several}; {'give the clean file' if part else 'rename them'}")
+        if readings:
+            return {name: fitting for name, (fitting,) in options.items()}
+    raise DerainError(_mismatch(_by_key(derained, _key), by_words, where))
+
+
+def _middles(words: Sequence[Key], known: dict[Key, list[str]]) -> list[list[Key]]:
+    """Return what is left of all results without one prefix and one suffix that they share, where it is known."""
     first = words[0]
+    found = []
     for start, stop in ((i, j) for i in range(len(first)) for j in range(len(first), i, -1)):
         before, after = first[:start], first[stop:]
-        if first[start:stop] in plain and all(
+        if first[start:stop] in known and all(
             key[:start] == before and key[len(key) - len(after) :] == after for key in words
         ):
-            tries.append(([key[start : len(key) - len(after)] for key in words], plain))
-    for keys, known in tries:
-        covered = part or len(set(keys)) == len(known)
-        if covered and len(set(keys)) == len(keys) and all(len(known.get(key, ())) == 1 for key in keys):
-            return {name: known[key][0] for name, key in zip(derained, keys, strict=True)}
-    several = [key[:-1] for key in words]
-    if len(set(words)) == len(words) and all(len(key) > 1 and key[-1].isdigit() for key in words):
-        covered = part or set(several) == set(plain)
-        if covered and all(len(plain.get(key, ())) == 1 for key in several):
-            return {name: plain[key][0] for name, key in zip(derained, several, strict=True)}
-    raise DerainError(_mismatch(_by_key(derained, _key), plain, where))
+            found.append([key[start : len(key) - len(after)] for key in words])
+    return found
+
+
+def _reading(
+    derained: Sequence[str], keys: Sequence[K], known: dict[K, list[str]], part: bool, *, repeated: bool = False
+) -> list[dict[str, list[str]]]:
+    """Return the clean images of every result, or nothing if some have none, or clean images or keys are left over."""
+    distinct = set(keys)
+    if not distinct <= known.keys() or (not part and len(distinct) != len(known)):
+        return []
+    if not repeated and len(distinct) != len(keys):
+        return []
+    return [{name: known[key] for name, key in zip(derained, keys, strict=True)}]
 
 
 _USUAL = frozenset(
@@ -167,37 +230,47 @@ _USUAL = frozenset(
 """Words that say which side of a pair an image is on, not which pair."""
 
 
-def _key(name: str) -> tuple[str, ...]:
-    """The words and numbers of a name that say which image it is."""
-    parts = re.findall(r"[^\W\d_]+|\d+", re.sub(r"(?<=\d)x\d$", "", name.lower()))
-    return tuple(part.lstrip("0") or "0" if part.isdigit() else part for part in parts if part not in _USUAL)
+_WORDS = ("L", "M", "N", "So", "Cs")
+"""Unicode's categories of letters, marks, numbers, pictographs, and bytes that are not UTF-8."""
 
 
-def _by_key(names: Sequence[str], key: Callable[[str], tuple[str, ...]]) -> dict[tuple[str, ...], list[str]]:
-    found: dict[tuple[str, ...], list[str]] = {}
+def _composed(name: str) -> str:
+    """Return a name in Unicode's composed form: file systems and archives differ in how they write accents."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _key(name: str) -> Key:
+    """Return the words and numbers of a name that say which image it is.
+
+    Accents, signs of any script, and bytes that are not UTF-8 belong to words; punctuation and spaces separate them.
+    """
+    plain = re.sub(r"(?<=\d)x\d$", "", _composed(name.lower()))
+    spaced = "".join(char if unicodedata.category(char).startswith(_WORDS) else " " for char in plain)
+    parts = re.findall(r"\d+|[^\d\s]+", spaced)
+    return tuple(part.lstrip("0") or "0" if part.isdecimal() else part for part in parts if part not in _USUAL)
+
+
+def _by_key(names: Sequence[str], key: Callable[[str], K]) -> dict[K, list[str]]:
+    found: dict[K, list[str]] = defaultdict(list)
     for name in names:
-        found.setdefault(key(name), []).append(name)
-    return found
+        found[key(name)].append(name)
+    return dict(found)
 
 
-def _mismatch(
-    derained: dict[tuple[str, ...], list[str]],
-    clean: dict[tuple[str, ...], list[str]],
-    where: tuple[str, str],
-) -> str:
-    """One line that names the files that do not pair."""
-    for names, place in ((derained, where[0]), (clean, where[1])):
+def _mismatch(derained: dict[Key, list[str]], clean: dict[Key, list[str]], where: tuple[str, str]) -> str:
+    """Return one line that names the files that do not pair."""
+    for names, folder in ((derained, where[0]), (clean, where[1])):
         for several in names.values():
             if len(several) > 1:
-                return f"{place}: names do not tell {_some(several)} apart; give the images their own names"
+                return f"{folder}: {_some(several)} have the same numbers and words; give the images distinct names"
     extra = [name for key, (name,) in derained.items() if key not in clean]
     missing = [name for key, (name,) in clean.items() if key not in derained]
-    told = []
+    problems = []
     if extra:
-        told.append(f"{where[0]}: no clean image for {_some(extra)}")
+        problems.append(f"{where[0]}: no clean image for {_some(extra)}")
     if missing:
-        told.append(f"{where[1]}: no derained image for {_some(missing)}")
-    return f"{'; '.join(told)}; rename, add or remove files so that every image has its partner"
+        problems.append(f"{where[1]}: no derained image for {_some(missing)}")
+    return f"{'; '.join(problems)}; rename, add or remove files so that every image has its partner"
 
 
 def _some(names: list[str]) -> str:

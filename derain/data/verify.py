@@ -17,11 +17,24 @@ from derain.data.pairs import Pair, as_pairs
 from derain.data.sets import FoundSet, find_sets
 from derain.data.sides import rain_cues, rain_scores
 from derain.errors import DerainError
-from derain.images import natural_key
+from derain.image_sources import several_frames
+from derain.images import list_images, natural_key
 from derain.progress import track
 
 Kind = Literal[
-    "count", "unreadable", "size", "unpaired", "clash", "swapped", "leak", "duplicate", "shared", "backgrounds"
+    "skipped",
+    "count",
+    "unreadable",
+    "frames",
+    "size",
+    "unpaired",
+    "unused",
+    "clash",
+    "swapped",
+    "leak",
+    "duplicate",
+    "shared",
+    "backgrounds",
 ]
 Level = Literal["error", "warning", "note"]
 
@@ -34,8 +47,10 @@ class Finding:
     """Something to know about a data set.
 
     Attributes:
-        kind: ``count`` (not as many pairs as published), ``unreadable``, ``size`` (rainy and clean differ),
-            ``unpaired``, ``clash`` (two files claim one place), ``swapped`` (rain on the clean side), ``leak``
+        kind: ``skipped`` (images of formats that are not read, broken links), ``count`` (not as many pairs as
+            published), ``unreadable``, ``frames`` (several frames or pages, of which the first is read), ``size``
+            (rainy and clean differ), ``unpaired``, ``unused`` (pairs of another version of the set in the same
+            folder), ``clash`` (two files fit one pair), ``swapped`` (rain on the clean side), ``leak``
             (a test image's background outside of the test set), ``duplicate`` (one background several times in
             a split), ``shared`` (one background in two sets, and no leak), ``backgrounds`` (how many there are).
         files: The files concerned; of a leak the test image first.
@@ -94,7 +109,12 @@ def verify(
     """
     sets = find_sets(root, layout)
     others = [one for other in against for one in find_sets(other)]
-    findings = [finding for one in sets for finding in _check_files(one)]
+    findings = [
+        Finding("skipped", tuple(map(str, paths)), f"{len(paths)} {reason}; not read", "warning")
+        for folder in (root, *against)
+        for reason, paths in list_images(folder, recursive=True).skipped.items()
+    ]
+    findings += [finding for one in sets for finding in _check_files(one)]
     groups = [(one, group) for one in (*sets, *others) for group in _by_clean(as_pairs(one.matched))]
     images = _Images()
     cues: dict[FoundSet, list[tuple[Pair, NDArray[np.float64]]]] = {one: [] for one in sets}
@@ -113,7 +133,7 @@ def verify(
         findings += _check_sides(one, cues[one])
     with Console(stderr=True).status(f"Comparing {len(images.files)} backgrounds"):
         findings += _compare(sets, images)
-    order = [str(one) for one in (*sets, *others)]
+    order = ["", *(str(one) for one in (*sets, *others))]
     kinds = get_args(Kind)
     findings.sort(key=lambda f: (order.index(f.set), kinds.index(f.kind), natural_key("\n".join(f.files))))
     return sets, findings
@@ -131,7 +151,9 @@ def _check_files(one: FoundSet) -> Iterator[Finding]:
     for file in one.matched.unpaired:
         yield Finding("unpaired", (str(file),), "has no partner", set=str(one))
     for first, second in one.matched.clashes:
-        yield Finding("clash", (str(first), str(second)), "claim the same place in a pair", set=str(one))
+        yield Finding("clash", (str(first), str(second)), "fit the same pair", set=str(one))
+    for variant, count in one.matched.unused:
+        yield Finding("unused", (str(one.root),), f"{count} further pairs of files {variant}", "warning", str(one))
 
 
 def _by_clean(pairs: Sequence[Pair]) -> list[list[Pair]]:
@@ -155,6 +177,9 @@ def _read(one: FoundSet, group: Sequence[Pair]) -> Seen:
             told = str(error).removeprefix(f"{broken[0] if broken else files[0]}: ")
             findings.append(Finding(kind, broken or files, told, set=str(one)))
             continue
+        for file in files:
+            if several_frames(Path(file)):
+                findings.append(Finding("frames", (file,), "several frames or pages; first read", "warning", str(one)))
         if background is None:
             background = describe(rainy if clean is None else clean, rainy=clean is None)
             first = describe(rainy, local=False)

@@ -157,9 +157,9 @@ def test_refuses_what_is_absent_empty_or_of_the_wrong_kind(folders, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DerainError, match=r"nowhere: no such file or folder; give the folder of derained"):
         run(tmp_path / "nowhere", clean)
-    with pytest.raises(DerainError, match=r"empty: holds no images"):
+    with pytest.raises(DerainError, match=r"empty: contains no images"):
         run(tmp_path / "empty", clean)
-    with pytest.raises(DerainError, match=r"empty: holds no images"):
+    with pytest.raises(DerainError, match=r"empty: contains no images"):
         run(derained, tmp_path / "empty")
     with pytest.raises(DerainError, match="nowhere"):
         run(derained, tmp_path / "nowhere")

@@ -4,9 +4,11 @@ import os
 import pickle
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from derain.data import cache
 from derain.data.cache import fingerprint, open_cache, read_pair
@@ -85,6 +87,49 @@ def test_auto_turns_off_without_room(pairs, tmp_path, monkeypatch):
             open_cache(pairs, mode, folder=tmp_path / "c")
 
 
+def sizes(monkeypatch, **free):
+    """Lets file systems have so many bytes free: that of shared memory, and all others."""
+
+    def usage(path):
+        return type("Usage", (), {"free": free["shared" if path == cache.SHARED_MEMORY else "disk"]})()
+
+    monkeypatch.setattr(cache, "SHARED_MEMORY", Path("/"))
+    monkeypatch.setattr(cache.shutil, "disk_usage", usage)
+
+
+def test_ram_falls_back_to_disk_where_shared_memory_is_too_small(pairs, tmp_path, monkeypatch, caplog):
+    sizes(monkeypatch, shared=1000, disk=10**9)
+    cached = open_cache(pairs, "ram", folder=tmp_path / "c")
+    assert cached.file is not None
+    assert equal(cached, pairs)
+    assert "/, which has 0.00 GB free; using disk" in caplog.text
+    sizes(monkeypatch, shared=1000, disk=1000)
+    with pytest.raises(DerainError, match="do not fit"):
+        open_cache(pairs[1:], "ram", folder=tmp_path / "d")
+
+
+def test_ram_falls_back_to_disk_where_other_ranks_take_the_shared_memory(pairs, tmp_path, monkeypatch, caplog):
+    def share(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share)
+    assert open_cache(pairs, "ram", folder=tmp_path / "c").file is not None
+    assert "using disk" in caplog.text
+
+
+def test_auto_takes_no_shared_memory_that_is_too_small(pairs, tmp_path, monkeypatch):
+    sizes(monkeypatch, shared=1000, disk=1000)
+    assert open_cache(pairs, "auto", folder=tmp_path / "c") is None
+    sizes(monkeypatch, shared=10**9, disk=1000)
+    assert open_cache(pairs, "auto", folder=tmp_path / "c").memory is not None
+
+
+def test_a_second_start_reads_no_image(pairs, tmp_path, monkeypatch):
+    open_cache(pairs, "disk", folder=tmp_path / "c")
+    monkeypatch.setattr(cache, "image_size", None)
+    assert equal(open_cache(pairs, "disk", folder=tmp_path / "c"), pairs)
+
+
 def _build(pairs, folder, results):
     decode = cache._decode
 
@@ -129,7 +174,7 @@ def test_a_process_killed_half_way_does_no_harm(pairs, tmp_path):
     process.join()
     assert equal(open_cache(pairs, "disk", folder=tmp_path / "c"), pairs)
     left = [path.name for path in (tmp_path / "c" / "pixels").iterdir() if not path.name.endswith(".lock")]
-    assert left == [f"{fingerprint(pairs)}-v{cache.FORMAT}"]
+    assert sorted(left) == [f"{fingerprint(pairs)}-v{cache.FORMAT}{ending}" for ending in ("", ".npy")]
 
 
 def test_fingerprint_follows_content_and_names(pairs):

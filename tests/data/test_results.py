@@ -48,7 +48,7 @@ def test_comparisons_written_by_restore_are_no_results(folders):
 def test_refuses_two_files_of_one_name(folders):
     derained, clean = folders
     save(derained / "rain-001.jpg", clean_image(1))
-    with pytest.raises(DerainError, match=r"rain-001\.(png|jpg): goes by the same name as rain-001"):
+    with pytest.raises(DerainError, match=r"rain-001\.(png|jpg): .*rain-001\.(png|jpg)"):
         find_jobs(derained, str(clean))
 
 
@@ -73,6 +73,9 @@ def test_refuses_other_sizes_and_names_file_and_sizes(folders):
         (["rain-7_restormer_v2", "rain-8_restormer_v2"], ["norain-7", "norain-8"]),
         (["output/rain-1", "output/rain-2"], ["gt/1", "gt/2"]),
         (["город-1", "город-2"], ["город-01", "город-02"]),
+        (["cafe\u0301_out", "nin\u0303o_out"], ["caf\u00e9", "ni\u00f1o"]),
+        (["caf\u00e9"], ["cafe\u0301"]),
+        (["a\udce9_out", "a\udce8_out"], ["a\udce9", "a\udce8"]),
     ],
 )
 def test_names_match(derained, clean):
@@ -93,8 +96,8 @@ def test_one_clean_image_serves_several_numbered_results():
         (["1"], ["1", "2"], "C: no derained image for 2; rename"),
         (["1", "2"], ["1"], "D: no clean image for 2; rename"),
         (["city_1", "city_2"], ["forest_1", "forest_2"], "D: no clean image for city_1, city_2"),
-        (["rain-1", "1"], ["norain-1", "norain-2"], "D: names do not tell rain-1, 1 apart"),
-        (["rain-1"], ["1", "01"], "C: names do not tell 1, 01 apart"),
+        (["rain-1", "1"], ["norain-1", "norain-2"], "D: rain-1, 1 have"),
+        (["rain-1"], ["1", "01"], "D: rain-1 fits several images of C: 1, 01"),
         ([str(i) for i in range(20, 30)], ["1"], "for 20, 21, 22, 23, 24 and 5 more"),
     ],
 )
@@ -102,3 +105,78 @@ def test_refuses_names_that_do_not_pair(derained, clean, message):
     with pytest.raises(DerainError, match=re.escape(message)) as refused:
         match(derained, clean, where=("D", "C"))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("derained", "clean", "fitting"),
+    [
+        ("scene_3_rain_12", ["3", "12", "5"], "3, 12"),
+        ("PReNet6_rain-1", ["1", "6"], "6, 1"),
+        ("12_3", ["3", "12"], "12, 3"),
+        ("scene_3_rain_12", ["3", "03"], "3, 03"),
+        ("a_b", ["b", "a"], "a, b"),
+        ("rain-1", ["1", "norain-1"], "1, norain-1"),
+        ("caf\u00e9", ["cafe\u0301", "caf\u00e9"], "cafe\u0301, caf\u00e9"),
+    ],
+)
+def test_refuses_a_result_that_fits_several_clean_images(derained, clean, fitting):
+    with pytest.raises(DerainError) as refused:
+        match([derained], clean, part=True, where=("D", "C"))
+    assert f"{derained} fits several images of C: {fitting};" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("derained", "clean", "found"),
+    [
+        ("scene_3", ["3", "scene_3"], "scene_3"),
+        ("scene_3_rain_12", ["3", "scene_3_12"], "scene_3_12"),
+        ("scene_3_rain_12", ["3", "5"], "3"),
+        ("1", ["1", "01"], "1"),
+    ],
+)
+def test_the_whole_name_outranks_a_part_of_it(derained, clean, found):
+    assert match([derained], clean, part=True) == {derained: found}
+
+
+@pytest.mark.parametrize(
+    ("derained", "clean"),
+    [
+        (["1_2", "2_1"], ["1", "2"]),  # neither number is shared: no prefix, no suffix
+        (["caf\udce9"], ["caf\udce8"]),
+        (["\u0915\u093f"], ["\u0915\u093e"]),  # one consonant, two vowel signs
+        (["cafe\u0301"], ["cafe"]),
+        (["\N{UMBRELLA}"], ["\N{SNOWMAN}"]),
+    ],
+)
+def test_names_that_differ_in_a_sign_or_byte_do_not_match(derained, clean):
+    with pytest.raises(DerainError, match="no clean image"):
+        match(derained, clean, part=True)
+
+
+def test_images_in_folders_below_the_results_are_reported(folders, caplog):
+    derained, clean = folders
+    save(derained / "more/rain-009.png", clean_image(9))
+    assert len(find_jobs(derained, str(clean))) == 3
+    assert f"{derained}: 1 images in folders below it" in caplog.text
+
+
+def test_explanations_are_no_results(folders):
+    derained, clean = folders
+    save(derained / "rain-001-explain.png", clean_image(9))
+    save(derained / "rain-002.png-explain.png", clean_image(9))
+    assert len(find_jobs(derained, str(clean))) == 3
+
+
+def test_the_split_that_fits_is_taken_and_two_that_fit_are_refused(tmp_path, capsys):
+    for split, numbers in (("test", (1, 2)), ("train", (1, 2, 3))):
+        for number in numbers:
+            for side in ("input", "target"):
+                save(tmp_path / f"s/{split}/{side}/{number}.png", clean_image(number))
+    for number in (1, 2, 3):
+        save(tmp_path / f"derained/{number}.png", clean_image(number))
+    jobs = find_jobs(tmp_path / "derained", str(tmp_path / "s"))
+    assert {job.clean.clean.parent.parent.name for job in jobs} == {"train"}
+    assert "s, train" in capsys.readouterr().err
+    with pytest.raises(DerainError, match=r"1\.png: .* s, test and s, train"):
+        find_jobs(tmp_path / "derained/1.png", str(tmp_path / "s"))
+    assert find_jobs(tmp_path / "derained/3.png", str(tmp_path / "s"))[0].clean.clean.parent.parent.name == "train"

@@ -1,0 +1,152 @@
+"""PNG and TIFF files of more than 8 bits a channel, which Pillow has no colour mode for: read and written by OpenCV."""
+
+import struct
+import zlib
+from typing import Any, BinaryIO
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+from derain.errors import DerainError
+
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # decoders write to stderr without a file name
+
+WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION = 256, 257, 258, 259, 262, 274
+CHANNELS, PLANES, EXTRA, SAMPLE_FORMAT, PROFILE = 277, 284, 338, 339, 34675
+"""Tags of TIFF."""
+
+INVERTED, GREY, RGB = 0, 1, 2
+"""Values of the tag PHOTOMETRIC."""
+
+PREMULTIPLIED = 1
+"""Value of the tag EXTRA: colours are multiplied by alpha."""
+
+WRITABLE = frozenset({".png", ".tif", ".tiff"})
+"""Endings of files that can hold 16 bits a channel."""
+
+
+def is_deep_png(head: bytes) -> bool:
+    """Return whether a file that begins like this is a PNG of 16 bits a channel."""
+    return head[:8] == b"\x89PNG\r\n\x1a\n" and head[24:25] == b"\x10"
+
+
+def deep_tiff_tags(file: BinaryIO) -> ImageFileDirectory_v2 | None:
+    """Return the tags of a TIFF of more than 8 bits a channel, and None for any other file.
+
+    Raises:
+        Exception: What Pillow raises for damaged tags (SyntaxError, struct.error, ...).
+    """
+    file.seek(0)
+    head = file.read(8)
+    if head[:4] not in {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}:
+        return None
+    if b"+" in head[:4]:  # BigTIFF has a longer head
+        head += file.read(8)
+    tags = ImageFileDirectory_v2(head)
+    file.seek(tags.next)
+    tags.load(file)
+    return tags if max(numbers(tags, BITS, 1)) > 8 else None
+
+
+def numbers(tags: ImageFileDirectory_v2, tag: int, default: int) -> tuple[int, ...]:
+    """Return the values of a tag.
+
+    Raises:
+        ValueError: If they are no numbers, such as text.
+    """
+    value: Any = tags.get(tag, default)
+    values = value if isinstance(value, tuple) else (value,)
+    if not values or not all(isinstance(number, int) for number in values):
+        raise ValueError(f"TIFF tag {tag} is {str(value)[:40]!r}, expected numbers")
+    return values
+
+
+def decode(file: BinaryIO, size: tuple[int, int], tags: ImageFileDirectory_v2 | None) -> NDArray[Any]:
+    """Decode a file, 16-bit integers to [0, 1] and floats as they are.
+
+    Args:
+        file: PNG or TIFF.
+        size: Height and width that its head has.
+        tags: Of a TIFF.
+
+    Returns:
+        ``(h, w, c)`` float32: grey, grey and alpha, RGB, or RGB and alpha.
+
+    Raises:
+        ValueError: If the file is damaged, or of a pixel format that OpenCV does not read rightly.
+    """
+    if tags is not None:
+        _check_layout(tags)
+    file.seek(0)
+    try:
+        array = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise ValueError(f"pixels cannot be decoded ({error.err})") from error
+    if array is None:
+        raise ValueError("pixels cannot be decoded: the file is damaged or truncated")
+    if array.shape[:2] != size or array.dtype not in (np.uint16, np.float32, np.float64):
+        raise ValueError(f"pixels decode to {array.dtype} of shape {array.shape}, expected 16 bits or floats of {size}")
+    values = np.atleast_3d(array).astype(np.float32)
+    if array.dtype == np.uint16:
+        values /= np.float32(65535)
+    if values.shape[2] >= 3:  # OpenCV has BGR
+        values = values[..., [2, 1, 0, *range(3, values.shape[2])]]
+    if tags is not None and numbers(tags, PHOTOMETRIC, GREY)[0] == INVERTED:
+        values = 1 - values
+    if tags is not None and PREMULTIPLIED in numbers(tags, EXTRA, 0):
+        values[..., :3] /= np.maximum(values[..., 3:], np.float32(1e-6))
+    return values
+
+
+def _check_layout(tags: ImageFileDirectory_v2) -> None:
+    """Refuse what OpenCV decodes to wrong values, or not at all."""
+    bits, (kind, *_), (channels, *_) = (numbers(tags, *tag) for tag in ((BITS, 1), (SAMPLE_FORMAT, 1), (CHANNELS, 1)))
+    colours = numbers(tags, PHOTOMETRIC, GREY)[0]
+    names = {1: "unsigned integers", 2: "signed integers", 3: "floats"}
+    layout = f"{channels} channels of {'/'.join(map(str, sorted(set(bits))))}-bit {names.get(kind, 'unknown numbers')}"
+    supported = len(set(bits)) == 1 and (kind, bits[0]) in {(1, 16), (3, 32), (3, 64)}
+    supported &= channels in ({1} if colours in (INVERTED, GREY) else {3, 4} if colours == RGB else set())
+    supported &= not (colours == INVERTED and kind == 3)
+    if not supported:
+        raise ValueError(f"{layout} (photometric interpretation {colours}) are not supported")
+    if channels > 1 and numbers(tags, PLANES, 1)[0] != 1:
+        raise ValueError(f"{layout} in separate planes are not supported")
+
+
+def encode(suffix: str, channels: NDArray[np.float32], profile: bytes | None) -> bytes:
+    """Encode an image with 16 bits a channel.
+
+    Args:
+        suffix: One of ``WRITABLE``.
+        channels: ``(h, w, c)`` in [0, 1]: grey, grey and alpha, RGB, or RGB and alpha.
+        profile: ICC profile that fits the channels.
+
+    Raises:
+        DerainError: If the image cannot be encoded.
+    """
+    array = np.rint(channels * 65535).astype(np.uint16)
+    if array.shape[2] == 2:  # OpenCV has no grey with alpha
+        array = array[..., [0, 0, 0, 1]]
+    elif array.shape[2] >= 3:
+        array = array[..., [2, 1, 0, *range(3, array.shape[2])]]
+    ok, data = cv2.imencode(suffix, array)
+    if not ok:
+        raise DerainError(f"'{suffix}': an image of shape {array.shape} cannot be encoded with 16 bits; write 8 bits")
+    encoded = data.tobytes()
+    return encoded if profile is None else _with_profile(encoded, profile)
+
+
+def _with_profile(encoded: bytes, profile: bytes) -> bytes:
+    """Add an ICC profile to a PNG or TIFF that OpenCV wrote: a chunk behind the head, or one more tag."""
+    if encoded.startswith(b"\x89PNG"):
+        chunk = b"iCCPICC profile\0\0" + zlib.compress(profile)
+        chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        return encoded[:33] + chunk + encoded[33:]
+    # The directory of tags is written again at the end, on an even byte; it is in this machine's byte order.
+    (start,) = struct.unpack_from("=I", encoded, 4)
+    (count,) = struct.unpack_from("=H", encoded, start)
+    tags = encoded[start + 2 : start + 2 + 12 * count] + struct.pack("=HHII", PROFILE, 7, len(profile), len(encoded))
+    body = encoded[8:] + profile + b"\0" * ((len(encoded) + len(profile)) % 2)
+    return encoded[:4] + struct.pack("=I", 8 + len(body)) + body + struct.pack("=H", count + 1) + tags + bytes(4)

@@ -1,0 +1,67 @@
+"""Checks of floating-point images: finite, and in [0, 1] rather than in 0 to 255 or [-1, 1]."""
+
+import math
+from typing import Any
+
+from derain.errors import DerainError
+
+OVERSHOOT = 0.25
+"""How far sharpening and bicubic resampling leave [0, 1]; an image of another range leaves it further."""
+
+
+def extremes(values: Any) -> tuple[float, float]:
+    """Return the smallest and largest value of an array or tensor: NaN if any value is, 0 if there are none.
+
+    Example:
+        >>> import numpy as np
+        >>> extremes(np.array([3.0, -1.0])), extremes(np.array([1.0, np.nan]))
+        ((-1.0, 3.0), (nan, nan))
+    """
+    if 0 in values.shape:
+        return 0.0, 0.0
+    return float(values.min()), float(values.max())
+
+
+def check_finite(values: Any, name: str) -> None:
+    """Check that a restored image has finite values alone: others would be written as black or white.
+
+    Args:
+        values: Array or tensor of any shape.
+        name: What the message calls the image.
+
+    Raises:
+        DerainError: If a value is NaN or infinite.
+
+    Example:
+        >>> import numpy as np
+        >>> check_finite(np.array([0.5, np.inf]), "a.png")
+        Traceback (most recent call last):
+        derain.errors.DerainError: a.png: values from 0.5 to inf; expected finite ones; use other weights or float32
+    """
+    low, high = extremes(values)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise DerainError(
+            f"{name}: values from {low:g} to {high:g}; expected finite ones; use other weights or float32"
+        )
+
+
+def check_range(values: Any, name: str, overshoot: float = OVERSHOOT) -> None:
+    """Check that the values of a floating-point image are those of an image in [0, 1].
+
+    Args:
+        values: Array or tensor of any shape.
+        name: What the message calls the image.
+        overshoot: How far values may leave [0, 1].
+
+    Raises:
+        DerainError: If a value is NaN or further outside.
+
+    Example:
+        >>> import numpy as np
+        >>> check_range(np.array([0.0, 255.0]), "clean image")
+        Traceback (most recent call last):
+        derain.errors.DerainError: clean image: values from 0 to 255; expected 0 to 1; divide by the value of white
+    """
+    low, high = extremes(values)
+    if not (-overshoot <= low and high <= 1 + overshoot):  # NaN compares false
+        raise DerainError(f"{name}: values from {low:g} to {high:g}; expected 0 to 1; divide by the value of white")

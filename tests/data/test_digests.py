@@ -1,0 +1,114 @@
+import json
+import logging
+import os
+import time
+
+import pytest
+
+from derain.data import digests as module
+from derain.data.cache import fingerprint
+from derain.data.digests import digests
+from derain.data.pairs import find_pairs
+from derain.folders import cache_folder
+from tests.factories import make_set
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DERAIN_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two folders of settled files."""
+    made = [tmp_path / name for name in ("a/1.png", "a/caf\udce9.png", "b/1.png")]
+    for file in made:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(os.fsencode(file))
+    settle()
+    return made
+
+
+def settle():
+    """Lets files become old enough for their times to be trusted."""
+    time.sleep(module.SETTLED / 1e9 + 0.05)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(module, "SETTLED", 50_000_000)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Names of the files whose content is read."""
+    names = []
+    hashed = module._digest
+    monkeypatch.setattr(module, "_digest", lambda file: names.append(file.name) or hashed(file))
+    return names
+
+
+def test_a_file_is_read_once_until_it_changes(files, read):
+    first = digests(files)
+    assert len(set(first)) == 3
+    assert sorted(read) == sorted(file.name for file in files)
+    read.clear()
+    assert digests(files[::-1]) == first[::-1]
+    assert read == []
+    files[0].write_bytes(b"other")
+    assert digests(files)[1:] == first[1:]
+    assert digests(files)[0] != first[0]
+    assert set(read) == {"1.png"}
+
+
+@pytest.mark.parametrize("how", ["in its old place", "by another file"])
+def test_content_that_changes_behind_equal_size_and_time_is_read(files, read, how):
+    (first,) = digests(files[:1])
+    times = files[0].stat()
+    changed = bytes(len(files[0].read_bytes()))
+    if how == "in its old place":
+        files[0].write_bytes(changed)
+    else:
+        files[1].write_bytes(changed)
+        files[1].replace(files[0])
+    os.utime(files[0], ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert files[0].stat().st_mtime_ns == times.st_mtime_ns
+    assert digests(files[:1]) != [first]
+
+
+def test_a_file_that_has_just_changed_is_not_remembered(files, read, monkeypatch):
+    monkeypatch.setattr(module, "SETTLED", 3600 * 10**9)
+    digests(files)
+    digests(files)
+    assert len(read) == 6
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"1.png": 5}', b'{"1.png": [["x"], 3]}'])
+def test_a_damaged_cache_counts_as_empty(files, read, damage):
+    first = digests(files)
+    for file in (cache_folder() / "digests").iterdir():
+        assert json.loads(file.read_text())
+        file.write_bytes(damage)
+    assert digests(files) == first
+
+
+def test_links_are_read_where_they_lead(files, read):
+    link = files[0].with_name("link.png")
+    link.symlink_to(files[2])
+    (first,) = digests([link])
+    link.unlink()
+    link.symlink_to(files[1])
+    assert digests([link]) != [first]
+
+
+def test_a_fingerprint_is_that_of_the_content(tmp_path, read, caplog):
+    """Equal where another person has the same images; the value is pinned, since results are cited by it."""
+    caplog.set_level(logging.INFO, "derain")
+    made = [find_pairs(make_set(tmp_path / name, "Rain100L", "test"), "test").pairs for name in ("one", "two")]
+    assert fingerprint(made[0]) == fingerprint(made[1])
+    assert "reading 8 new or changed files" in caplog.text
+    settle()
+    fingerprint(made[0])
+    read.clear()
+    fingerprint(made[0])
+    assert read == []
