@@ -8,7 +8,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ Pixels = NDArray[np.uint8]
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"})
 """File names that count as images, in lower case."""
+
+GPS = 0x8825
+"""EXIF's tag of the location."""
 
 log = logging.getLogger("derain")
 
@@ -154,6 +157,17 @@ class Photo:
             return
         array = np.rint(channels * 255).astype(np.uint8)
         write_image(path, Image.fromarray(array[..., 0] if array.shape[2] == 1 else array), **info)
+
+    @property
+    def has_location(self) -> bool:
+        """Whether the EXIF that is written again says where the photo was taken."""
+        exif = Image.Exif()
+        exif.load((self.info or {}).get("exif", b""))
+        return GPS in exif
+
+    def without_metadata(self) -> "Photo":
+        """Return the photo without EXIF: no time, camera or location; the colour profile stays."""
+        return replace(self, info={key: value for key, value in (self.info or {}).items() if key != "exif"})
 
 
 def read_photo(path: Path) -> Photo:

@@ -78,7 +78,7 @@ def in_one_line(message: str, known: Iterable[str] = ()) -> str:
 
     if found := where(r"Importing '([\w.]+)' is not allowed"):
         return (
-            f"{key} {found[1]}: may not name what runs commands or loads code; name a class of a method or of Lightning"
+            f"{key} {found[1]}: may not name what runs commands or loads code; name a class of yours or Lightning's"
         )
     if found := where(r"Option '([\w.-]+)' is not accepted"):
         return absent(f"{key}.{found[1]}", options)
