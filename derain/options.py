@@ -77,9 +77,7 @@ def in_one_line(message: str, known: Iterable[str] = ()) -> str:
         return re.search(pattern, message)
 
     if found := where(r"Importing '([\w.]+)' is not allowed"):
-        return (
-            f"{key} {found[1]}: may not name what runs commands or loads code; name a class of yours or Lightning's"
-        )
+        return f"{key} {found[1]}: may not name what runs commands or loads code; name a class of yours or Lightning's"
     if found := where(r"Option '([\w.-]+)' is not accepted"):
         return absent(f"{key}.{found[1]}", options)
     if found := where(r"does not accept option '([\w.-]+)'"):
