@@ -8,7 +8,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +44,9 @@ WITH_ALPHA = frozenset({".png", ".webp", ".tif", ".tiff", ".avif"})
 
 EXIF_OF_JPEG = 65_533
 """Bytes of EXIF that a JPEG file can hold."""
+
+GPS = 0x8825
+"""EXIF's tag of the location."""
 
 log = logging.getLogger("derain")
 
@@ -238,6 +241,17 @@ class Photo:
             return
         array = np.rint(channels * 255).astype(np.uint8)
         write_image(path, Image.fromarray(array[..., 0] if array.shape[2] == 1 else array), **info)
+
+    @property
+    def has_location(self) -> bool:
+        """Whether the EXIF that is written again says where the photo was taken."""
+        exif = Image.Exif()
+        exif.load((self.info or {}).get("exif", b""))
+        return GPS in exif
+
+    def without_metadata(self) -> "Photo":
+        """Return the photo without EXIF: no time, camera or location; the colour profile stays."""
+        return replace(self, info={key: value for key, value in (self.info or {}).items() if key != "exif"})
 
 
 def _writable_info(info: dict[str, Any], path: Path, grey: bool) -> dict[str, Any]:

@@ -76,6 +76,8 @@ def in_one_line(message: str, known: Iterable[str] = ()) -> str:
     def where(pattern: str) -> re.Match[str] | None:
         return re.search(pattern, message)
 
+    if found := where(r"Importing '([\w.]+)' is not allowed"):
+        return f"{key} {found[1]}: may not name what runs commands or loads code; name a class of yours or Lightning's"
     if found := where(r"Option '([\w.-]+)' is not accepted"):
         return absent(f"{key}.{found[1]}", options)
     if found := where(r"does not accept option '([\w.-]+)'"):

@@ -85,6 +85,15 @@ def save(path: Path, pixels: Pixels) -> None:
     )
 
 
+def located(path: Path) -> Path:
+    """A photo of 30 × 20 pixels whose EXIF says when and where it was taken."""
+    exif = Image.Exif()
+    exif[0x0132] = "2024:05:06 07:08:09"
+    exif.get_ifd(0x8825).update({1: "N", 2: (48.0, 51.0, 30.0), 3: "E", 4: (2.0, 17.0, 40.0)})
+    Image.fromarray(clean_image(1, (20, 30))).save(path, exif=exif)
+    return path
+
+
 def _names(name: str, split: str, count: int, variant: int) -> Iterator[tuple[str, str]]:
     """Rainy and clean file of each pair; ``#3`` behind a clean name says which picture it shows."""
     numbers = range(1, count + 1)

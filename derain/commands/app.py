@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,9 +56,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     parser.add_argument("--host", default="127.0.0.1", help="address (default 127.0.0.1: only this machine); no login")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name that browsers open the page by, such as that of a proxy; may be repeated",
+    )
     parser.add_argument("--port", type=int, help=f"of the page (default: the first free one from {PORTS[0]} on)")
     parser.add_argument("--max-megabytes", type=int, default=40, help="largest file that is taken (default 40)")
     parser.add_argument("--max-megapixels", type=float, default=24.0, help="largest photo that is taken (default 24)")
+    parser.add_argument(
+        "--keep-metadata",
+        action="store_true",
+        help="keep a photo's time, camera and location (EXIF), which are otherwise removed",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,8 +100,9 @@ def _serve(args: argparse.Namespace, listening: socket.socket) -> None:
 
         from derain.commands.page import build
 
-        studio = Studio(restorers, folder, args.max_megapixels)
-        config = uvicorn.Config(build(studio, args.max_megabytes), log_level="warning", timeout_graceful_shutdown=1)
+        studio = Studio(restorers, folder, args.max_megapixels, keep_metadata=args.keep_metadata)
+        page = build(studio, args.max_megabytes, args.host, args.allow_host)
+        config = uvicorn.Config(page, log_level="warning", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
         # Browsers hold connections open; that these are cut off at the end is no error.
         logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
@@ -155,6 +168,10 @@ class Restored(NamedTuple):
     facts: dict[str, Any]
 
 
+def _never() -> bool:
+    return False
+
+
 class Studio:
     """Restores the photos that people give, one after the other, each with the weights that they choose.
 
@@ -162,17 +179,35 @@ class Studio:
         restorers: By the name that people choose.
         folder: Where the pictures go.
         max_megapixels: Largest photo that is taken.
+        keep_metadata: Whether restored photos keep their EXIF.
     """
 
-    def __init__(self, restorers: dict[str, Restorer], folder: Path, max_megapixels: float = 24.0) -> None:
+    def __init__(
+        self,
+        restorers: dict[str, Restorer],
+        folder: Path,
+        max_megapixels: float = 24.0,
+        *,
+        keep_metadata: bool = False,
+    ) -> None:
         self.restorers, self.folder, self.max_megapixels = restorers, folder, max_megapixels
+        self.keep_metadata = keep_metadata
         self._turn = threading.Lock()  # memory is measured for one photo at a time
         self._closed = threading.Event()
+        self._abandoned: Callable[[], bool] = _never
         for restorer in restorers.values():
             for part in restorer.method.modules():
                 part.register_forward_pre_hook(self._go_on)
 
-    def restore(self, upload: Path, name: str, model: str, amount: float = 0.0, seed: int = 0) -> Restored:
+    def restore(
+        self,
+        upload: Path,
+        name: str,
+        model: str,
+        amount: float = 0.0,
+        seed: int = 0,
+        abandoned: Callable[[], bool] = _never,
+    ) -> Restored:
         """Restores a photo, after letting it rain on it where that is wanted.
 
         Args:
@@ -181,6 +216,7 @@ class Studio:
             model: One of the restorers.
             amount: Of synthetic rain, 0 (none) to 100.
             seed: Of that rain.
+            abandoned: Asked between layers whether nobody waits for the photo any more, which ends it.
 
         Raises:
             DerainError: If the file is no photo, is too large, or memory does not suffice; in words for the page.
@@ -192,16 +228,18 @@ class Studio:
         restorer = self.restorers[model]
         with self._turn:
             start = time.perf_counter()
+            self._abandoned = abandoned
             try:
                 self._go_on()
                 photo = read_photo(upload)
+                photo = photo if self.keep_metadata else photo.without_metadata()
                 rainy = photo.rgb if amount <= 0 else rain_on(photo.rgb, amount, seed)
                 derained, maps, perceived = restorer.explain(rainy)
             except DerainError as error:
                 raise DerainError(f"{name}: {str(error).removeprefix(f'{upload}: ')}") from error
             seconds = time.perf_counter() - start
             folder = self.folder / uuid.uuid4().hex
-            stem = re.sub(r"[^\w.-]+", "-", Path(name).stem)[:80]
+            stem = re.sub(r"[^\w.-]+", "-", Path(name).stem)[:50]
             download = folder / f"{stem}-derained.png"
             photo.write(download, derained)
             before, after = folder / "before.jpg", folder / "after.jpg"
@@ -226,6 +264,8 @@ class Studio:
     def _go_on(self, *_: Any) -> None:
         if self._closed.is_set():
             raise DerainError("the page has ended")
+        if self._abandoned():
+            raise DerainError("nobody waits for it any more")
 
     def check(self, upload: Path, name: str) -> None:
         """Refuses what is no photo or too large, from the head of the file alone.

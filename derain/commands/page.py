@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import gradio as gr
 from fastapi import FastAPI
 
 from derain.commands.app import KEPT, Restored, Studio
+from derain.commands.guard import QUEUE, Guard
 from derain.errors import DerainError
 from derain.images import Pixels
 
@@ -44,19 +45,26 @@ document.addEventListener("drop", (event) => {
 )
 """A photo may be pasted, and dropped anywhere: a browser would otherwise leave the page and open it."""
 
+METADATA = {
+    False: "The restored photo has no metadata: no time, camera or location.",
+    True: "The restored photo keeps its metadata: time, camera and location, if it has them.",
+}
 
-def build(studio: Studio, max_megabytes: int) -> FastAPI:
-    """The page as an application to serve.
+
+def build(studio: Studio, max_megabytes: int, host: str = "127.0.0.1", allowed: Collection[str] = ()) -> Guard:
+    """Return the page as an application to serve.
 
     Args:
         studio: Restores what people give.
         max_megabytes: Largest file that is taken.
+        host: Address that the page is served at.
+        allowed: Further host names that the page is opened by.
     """
     models = list(studio.restorers)
     with gr.Blocks(title="derain", analytics_enabled=False, delete_cache=(60, KEPT * 60)) as blocks:
         gr.HTML(
             f"<h1>{ICON}derain</h1><p>Takes the rain out of a photo. It stays on this machine, and is deleted after "
-            f"{KEPT} minutes.</p>",
+            f"{KEPT} minutes. {METADATA[studio.keep_metadata]}</p>",
             elem_id="title",
         )
         kept = gr.State()
@@ -93,13 +101,21 @@ def build(studio: Studio, max_megabytes: int) -> FastAPI:
 
         shown = [kept, photo, note, result, slider, told, download, rain, details, facts]
 
-        def restore(file: Any, model: str, amount: float | None, seed: float | None) -> Any:
-            """Answers a photo with its restoration, or with what is wrong with it."""
+        def restore(file: Any, model: Any, amount: Any, seed: Any, request: gr.Request) -> Any:
+            """Answer a photo with its restoration, or with what is wrong with it."""
             if not file:
                 return gr.skip()
-            path, name = Path(str(file.get("path"))), str(file.get("orig_name") or "photo")
+            path, name = Path(str(file.get("path"))), _text(file.get("orig_name") or "photo")
+            session = request.session_hash or ""
             try:
-                restored = studio.restore(path, name, model, float(amount or 0), abs(int(seed or 0)))
+                restored = studio.restore(
+                    path,
+                    name,
+                    _text(model),
+                    _number(amount, "Synthetic rain", 100),
+                    int(_number(seed, "Seed", 2**32)),
+                    abandoned=lambda: guard.abandoned(session),
+                )
             except DerainError as error:
                 refused = {
                     note: gr.update(value=_told(str(error)), visible=True),
@@ -138,7 +154,7 @@ def build(studio: Studio, max_megabytes: int) -> FastAPI:
             queue=False,
             api_visibility="private",
         )
-    blocks.queue(max_size=64)
+    blocks.queue(max_size=QUEUE, api_open=False)
     page: FastAPI = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         blocks,
@@ -163,8 +179,27 @@ def build(studio: Studio, max_megabytes: int) -> FastAPI:
         ),
         head=f"{HEAD}<style>{STYLE.read_text(encoding='utf-8')}</style>",  # whole, which css= would not leave it
     )
-    blocks.has_launched = True  # only then does gradio refuse a path that nobody has uploaded
-    return page
+    blocks.has_launched = True  # only then does gradio, too, refuse a path that nobody has uploaded
+    guard = Guard(page, blocks._queue, studio.folder, max_megabytes * 2**20, host, allowed)
+    return guard
+
+
+def _text(value: Any) -> str:
+    """Return a text that can be sent back, whatever came."""
+    return str(value).encode("utf-8", "replace").decode()
+
+
+def _number(value: Any, name: str, most: float) -> float:
+    """Return a number of the form, nothing as 0.
+
+    Raises:
+        DerainError: If it is not one from 0 to ``most``; in words for the page.
+    """
+    if value is None:
+        return 0.0
+    if not isinstance(value, int | float) or not 0 <= value <= most:
+        raise DerainError(f"{name} is {_text(value)[:20]}. Please give a number from 0 to {most:g}.")
+    return float(value)
 
 
 def _told(message: str) -> str:

@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also write a photo's NAME.EXT-explain.png and .json: masks, route, scores",
     )
+    parser.add_argument(
+        "--strip-metadata",
+        action="store_true",
+        help="write no metadata: neither time, camera and location (EXIF) nor a video's tags; the profile stays",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     parser.add_argument("--route", type=int, help="let all images take this route instead of asking CLIP (CLIP-RPN)")
     parser.add_argument(
@@ -103,10 +108,11 @@ def run(args: argparse.Namespace) -> int:
         compile=args.compile,
     )
     print(f"{args.weights}: {restorer.note}, on {restorer.device}", file=sys.stderr)
-    done = 0
+    done, located = 0, []
     for source, target in track(waiting.items(), "Restoring", len(waiting)):
         try:
-            (restore_video if is_video(source) else restore_photo)(restorer, source, target, args)
+            if (restore_video if is_video(source) else restore_photo)(restorer, source, target, args):
+                located.append(target)
             done += 1
         except (DerainError, OSError) as error:
             broken.append(str(error))
@@ -115,6 +121,9 @@ def run(args: argparse.Namespace) -> int:
         f", kept {kept} that exist (--overwrite)" if kept else ""
     )
     print(f"{told}: {args.output}", file=sys.stderr)
+    if located:
+        more = f" and {len(located) - 1} more" if len(located) > 1 else ""
+        print(f"{located[0]}{more}: the metadata has the location (GPS); --strip-metadata removes it", file=sys.stderr)
     if broken:
         raise _told(broken)
     return 0
@@ -124,9 +133,15 @@ def _told(broken: Sequence[str]) -> DerainError:
     return DerainError(broken[0] if len(broken) == 1 else "\n  ".join([f"{len(broken)} files:", *broken]))
 
 
-def restore_photo(restorer: "Restorer", source: Path, target: Path, args: argparse.Namespace) -> None:
-    """Restores a photo, and writes what was asked for beside it, first: whoever has the photo has all."""
+def restore_photo(restorer: "Restorer", source: Path, target: Path, args: argparse.Namespace) -> bool:
+    """Restore a photo, and write what was asked for beside it, first: whoever has the photo has all.
+
+    Returns:
+        Whether the metadata that is written has the location.
+    """
     photo = read_photo(source)
+    if args.strip_metadata:
+        photo = photo.without_metadata()
     explained = restorer.explain(photo.rgb) if args.explain else None
     derained = restorer(photo.rgb) if explained is None else explained.derained
     if explained is not None:
@@ -136,10 +151,15 @@ def restore_photo(restorer: "Restorer", source: Path, target: Path, args: argpar
     if args.compare:
         write_comparison(photo, derained, target)
     photo.write(target, derained)
+    return photo.has_location and target.suffix.lower() != ".bmp"
 
 
-def restore_video(restorer: "Restorer", source: Path, target: Path, args: argparse.Namespace) -> None:
-    """Restores a video frame by frame; all frames are taken for what the first one is perceived as."""
+def restore_video(restorer: "Restorer", source: Path, target: Path, args: argparse.Namespace) -> bool:
+    """Restore a video frame by frame; all frames are conditioned on what the first one shows.
+
+    Returns:
+        Whether the metadata that is written has the location.
+    """
     perceived: dict[str, Any] | None = None
 
     def restore(frame: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -147,7 +167,8 @@ def restore_video(restorer: "Restorer", source: Path, target: Path, args: argpar
         perceived = restorer.perceive(frame) if perceived is None else perceived
         return restorer(frame, perceived)
 
-    videos.rewrite(source, target, restore, crf=args.crf, beside=comparison(target) if args.compare else None)
+    beside = comparison(target) if args.compare else None
+    return videos.rewrite(source, target, restore, crf=args.crf, beside=beside, metadata=not args.strip_metadata)
 
 
 def is_video(path: Path) -> bool:

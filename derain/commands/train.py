@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn, cast
 
 import torch
 import yaml
+from jsonargparse import set_parsing_settings
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -33,6 +34,9 @@ from derain.methods.daclipsde.solvers import Sampling
 from derain.metrics import resolve
 from derain.metrics.perceptual import lpips_at_hand
 from derain.options import in_one_line
+
+DENIED = ["torch.hub", "torch.load", "torch.package", "torch.utils.collect_env", "torch.utils.cpp_extension"]
+"""What a configuration may not name, besides jsonargparse's own list: torch's ways to run code or commands."""
 
 log = logging.getLogger("derain")
 
@@ -369,6 +373,7 @@ def run(arguments: list[str]) -> int:
     """Runs a trainer command."""
     keep_large_blocks()
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not ours
+    set_parsing_settings(import_path_denylist=DENIED)  # given a list, jsonargparse refuses instead of warning
     # What Lightning says besides warnings: seeds, devices that are absent, a product.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

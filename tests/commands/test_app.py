@@ -1,5 +1,6 @@
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,7 +21,7 @@ from derain.commands.app import Studio, listen, load, rain_on
 from derain.errors import DerainError
 from derain.images import read_photo, read_rgb, write_image
 from derain.methods import CLIPRPNModule, PReNetModule, weights
-from tests.factories import clean_image
+from tests.factories import clean_image, located
 from tests.runs import start
 
 MODEL = "w · PReNet"
@@ -116,6 +117,24 @@ def test_synthetic_rain_goes_by_amount_and_seed(studio, photo):
     assert np.abs(read_rgb(wet.before).astype(int) - read_rgb(photo)).mean() > 10
     assert "synthetic rain" not in dry.facts
     assert wet.facts["synthetic rain"] == "100 %, seed 0"
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_metadata_is_removed_unless_it_is_wanted(file, tmp_path, keep):
+    studio = Studio(load([file], "cpu"), tmp_path / "made", keep_metadata=keep)
+    restored = studio.restore(located(tmp_path / "located.jpg"), "located.jpg", MODEL)
+    assert read_photo(restored.download).has_location is keep
+    for shown in (restored.before, restored.after):
+        assert not read_photo(shown).has_location
+
+
+def test_a_restoration_that_nobody_waits_for_ends_between_two_layers(studio, photo):
+    asked = []
+    with pytest.raises(DerainError, match="nobody waits"):
+        studio.restore(photo, "rainy.png", MODEL, abandoned=lambda: len(asked.append(0) or asked) > 3)
+    assert len(asked) == 4
+    assert not studio.folder.exists()
+    assert studio.restore(photo, "rainy.png", MODEL).download.is_file()
 
 
 def _png(path, width, height):
@@ -280,18 +299,123 @@ def test_two_people_at_once(served, photo, tmp_path):
     assert any("rainy.png is empty" in str(part) for part in answer)
 
 
+def _upload(client, path):
+    """Uploads a photo; its path on the server."""
+    answer = client.post("/gradio_api/upload", files={"files": (path.name, path.read_bytes())})
+    return answer.raise_for_status().json()[0]
+
+
+def _join(client, file, **more):
+    return client.post("/gradio_api/call/restore", json={"data": [file, MODEL, 0, 0], **more})
+
+
+def _result(client, joined):
+    return client.get(f"/gradio_api/call/restore/{joined.json()['event_id']}").text
+
+
+@pytest.fixture
+def client(served):
+    """A program that asks the page."""
+    with httpx.Client(base_url=served[0], timeout=120) as client:
+        yield client
+
+
 @pytest.mark.slow
-def test_a_file_that_nobody_uploaded_is_not_read(file, photo):
-    process = start("app", "--port", "0", "--weights", file, "--device", "cpu")
-    address = process.stdout.readline().split()[0]
-    sent = {"data": [{"path": str(photo), "meta": {"_type": "gradio.FileData"}}, MODEL, 0, 0]}
-    event = httpx.post(f"{address}/gradio_api/call/restore", json=sent, timeout=60).json()["event_id"]
-    answer = httpx.get(f"{address}/gradio_api/call/restore/{event}", timeout=120).text
-    process.send_signal(signal.SIGINT)
-    told, _ = process.communicate(timeout=120)
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}, {"is_stream": True}])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "{secret}",
+        "{folder}/../secret.png",
+        "{upload}/../../../secret.png",
+        "{upload}/.",
+        "{folder}/link.png",
+        "file://{secret}",
+        "http://127.0.0.1:1/secret.png",
+        "{folder}",
+        "",
+        "\0",
+    ],
+)
+def test_a_file_that_nobody_uploaded_is_not_read(served, client, photo, path, meta):
+    folder = next(served[1].glob("derain-app-*"))
+    secret = served[1] / "secret.png"
+    shutil.copy(photo, secret)
+    link = folder / "link.png"
+    link.unlink(missing_ok=True)
+    link.symlink_to(secret)
+    named = path.format(secret=secret, folder=folder, upload=_upload(client, photo))
+    for sent in ({"path": named, **meta}, {"url": "x", "value": [{"path": named, **meta}]}):
+        joined = _join(client, sent)
+        assert joined.status_code == 403
+        assert "event_id" not in joined.text
+    for private in (0, 1, 2):  # what the page's own controls call
+        body = {"data": [{"path": named, **meta}, MODEL, 0, 0], "fn_index": private, "session_hash": "s"}
+        assert client.post("/gradio_api/queue/join", json=body).status_code == 403
+    assert client.get(f"/gradio_api/file={secret}").status_code == 403
+    assert client.get(f"/gradio_api/file={link}").status_code == 403
+    secret.unlink()
+
+
+@pytest.mark.slow
+def test_a_file_is_restored_for_the_session_that_uploaded_it_only(served, client, photo):
+    assert "derained.png" in _result(client, _join(client, {"path": _upload(client, photo)}))
+    with httpx.Client(base_url=served[0], timeout=120) as one, httpx.Client(base_url=served[0]) as other:
+        for browser in (one, other):
+            assert browser.get("/").cookies["derain-session"]
+        path = _upload(one, _png(photo.with_name("own.png"), 31, 21))
+        assert _join(other, {"path": path}).status_code == 403
+        assert _join(client, {"path": path}).status_code == 403
+        assert "derained.png" in _result(one, _join(one, {"path": path}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "values", [["x", 0, 0], [["x"], 0, 0], [MODEL, "x", 0], [MODEL, 1e9, 0], [MODEL, 0, -1], [MODEL, 0, 1e300]]
+)
+def test_values_that_the_page_does_not_send_are_answered(client, photo, values):
+    joined = client.post("/gradio_api/call/restore", json={"data": [{"path": _upload(client, photo)}, *values]})
+    answer = _result(client, joined)
+    assert "event: complete" in answer
+    assert "role='alert'" in answer
+    assert "-derained" not in answer
+
+
+@pytest.mark.slow
+def test_a_long_name_of_any_script_is_restored(client, photo):
+    name = "\U0001d49c" * 250 + ".png"
+    path = _upload(client, photo)
+    assert "derained.png" in _result(client, _join(client, {"path": path, "orig_name": name}))
+    assert "derained.png" in _result(client, _join(client, {"path": path, "orig_name": "\ud800.png"}))
+
+
+@pytest.mark.slow
+def test_a_queue_that_nobody_listens_to_leaves_room(client, photo, tmp_path):
+    slow = tmp_path / "slow.png"
+    Image.new("RGB", (2400, 2400)).save(slow)
+    slow_path, path = _upload(client, slow), _upload(client, photo)
+    joined = [_join(client, {"path": slow_path}, session_hash=f"s{i}") for i in range(100)]
+    assert {answer.status_code for answer in joined} == {200}
+    waiting = client.get("/gradio_api/queue/status").json()["queue_size"]
+    assert waiting <= 32
+    assert _join(client, {"path": path}).status_code == 200
+    answer = _result(client, joined[10])  # dropped, and says so instead of waiting for ever
     assert "event: error" in answer
-    assert "derained" not in answer
-    assert "not uploaded by a user" in told
+    time.sleep(15)
+    assert "derained.png" in _result(client, _join(client, {"path": path}))
+    assert client.get("/gradio_api/queue/status").json()["queue_size"] == 0
+
+
+@pytest.mark.slow
+def test_the_location_is_not_in_the_download(served, client, tmp_path):
+    path = located(tmp_path / "located.jpg")
+    answer = _result(client, _join(client, {"path": _upload(client, path)}))
+    name = re.search(r'/[^"]*-derained\.png', answer)[0]
+    download = tmp_path / "restored.png"
+    download.write_bytes(client.get(f"/gradio_api/file={name.removeprefix('/gradio_api/file=')}").content)
+    with Image.open(download) as image:
+        assert image.size == (30, 20)
+        assert dict(image.getexif()) == {}
 
 
 @pytest.mark.slow

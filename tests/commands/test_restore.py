@@ -16,7 +16,7 @@ from derain.methods.cliprpn.network import CLIPRPN
 from derain.methods.daclipsde.solvers import Sampling
 from derain.restoration import Restorer
 from derain.videos import rewrite
-from tests.factories import clean_image, make_video
+from tests.factories import clean_image, located, make_video
 
 
 @pytest.fixture(scope="module")
@@ -259,3 +259,47 @@ def test_videos_need_pyav(video, file, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     assert main(["restore", str(video), str(tmp_path / "out.mp4"), "--weights", file]) == 2
     assert "pip install 'derain[video]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("strip", [False, True])
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_the_location_is_kept_with_a_note_or_stripped(file, tmp_path, capsys, ending, strip):
+    target = tmp_path / f"out.{ending}"
+    arguments = ["restore", str(located(tmp_path / "in.jpg")), str(target), "--weights", file]
+    assert main([*arguments, *(["--strip-metadata"] if strip else [])]) == 0
+    note = capsys.readouterr().err
+    with Image.open(target) as image:
+        exif = image.getexif()
+        assert (0x8825 in exif, 0x0132 in exif) == (not strip, not strip)
+    assert ("--strip-metadata" in note) is not strip
+    assert ("(GPS)" in note.splitlines()[-1]) is not strip
+
+
+def test_the_note_counts_the_photos_of_a_folder(file, photo, tmp_path, capsys):
+    folder = tmp_path / "in"
+    write_image(folder / "plain.jpg", read_rgb(photo))
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        located(folder / name)
+    assert main(["restore", str(folder), str(tmp_path / "out"), "--weights", file]) == 0
+    assert "a.jpg and 2 more" in capsys.readouterr().err
+    assert main(["restore", str(folder), str(tmp_path / "bare"), "--weights", file, "--strip-metadata"]) == 0
+    assert "location" not in capsys.readouterr().err
+    assert not any(read_photo(path).has_location for path in (tmp_path / "bare").iterdir())
+
+
+@pytest.mark.parametrize("strip", [False, True])
+@pytest.mark.parametrize(("ending", "tag"), [("mp4", "location"), ("mkv", "com.apple.quicktime.location.ISO6709")])
+def test_tags_of_a_video_are_kept_with_a_note_or_stripped(file, tmp_path, capsys, ending, tag, strip):
+    frames = [clean_image(i, (16, 24)) for i in range(3)]
+    tags = {tag: "+48.8584+002.2945/", "title": "rain"}
+    source = make_video(tmp_path / f"in.{ending}", frames, sound=["aac"], metadata=tags)
+    target = tmp_path / f"out.{ending}"
+    arguments = ["restore", str(source), str(target), "--weights", file, "--compare"]
+    assert main([*arguments, *(["--strip-metadata"] if strip else [])]) == 0
+    for path in (target, tmp_path / f"out.{ending}-compare.{ending}"):
+        with av.open(str(path)) as container:
+            told = {key.lower() for key in container.metadata}
+            assert any("location" in key for key in told) is not strip
+            assert ("title" in told) is not strip
+            assert len(container.streams.audio) == 1
+    assert ("--strip-metadata" in capsys.readouterr().err) is not strip
