@@ -13,6 +13,7 @@ from torch import nn
 
 import derain
 from derain.errors import DerainError
+from derain.methods.metadata import Metadata
 
 log = logging.getLogger("derain")
 
@@ -28,6 +29,7 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
     Attributes:
         network: What is trained, averaged, saved as weights and compiled.
         trained_on: Names of the training sets, told by the data when training starts.
+        metadata_schema: TypedDict of the metadata, with every key that a subclass adds to ``describe``.
         judged_by: The logged validation metric, higher is better, that names the best checkpoint.
         may_change: Hyper-parameters that may be set otherwise when a run goes on: they change how a network is trained,
             not what it computes, or are compared in another way.
@@ -35,6 +37,7 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
 
     network: nn.Module
     trained_on: tuple[str, ...] = ()
+    metadata_schema: ClassVar[Any] = Metadata
     judged_by: ClassVar[str]
     may_change: ClassVar[frozenset[str]] = frozenset(
         {"learning_rate", "weight_decay", "warm_up", "milestones", "decay"}
@@ -53,6 +56,9 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
     def recall(self, description: Mapping[str, Any]) -> None:
         """Takes back what ``describe`` said of what is no hyper-parameter."""
         self.trained_on = tuple(description.get("trained_on", ()))
+
+    def begin_from(self, loaded: "DescribedModule") -> None:
+        """Take over what the metadata of weights records of their training, when training starts from them."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the description, so that any derain command knows what the file holds."""
