@@ -79,7 +79,7 @@ class Restorer:
             raise DerainError(f"--tile {tile}: must be at least {SMALLEST_TILE}, auto or none")
         self.note = type(method).__name__
         if not isinstance(method, DerainModule):
-            path, (loaded, self.note) = method, weights.load(weights.locate(method))
+            path, (loaded, self.note) = method, weights.load(method)
             if not isinstance(loaded, DerainModule):
                 raise DerainError(f"{path}: {self.note} restores no images; give weights of a method")
             method = loaded

@@ -91,9 +91,7 @@ def run(args: argparse.Namespace) -> int:
         raise DerainError(f"--size {args.size}: must be at least 1 pixel")
     device = choose_device(args.device)
     keep_large_blocks()
-    builds = BUILDS | {
-        str(file): partial(getattr, weights.load(weights.locate(file)), "module") for file in args.weights
-    }
+    builds = BUILDS | {str(file): partial(getattr, weights.load(file), "module") for file in args.weights}
     rows = []
     for name, build in track(builds.items(), "Counting", len(builds)):
         method = build()

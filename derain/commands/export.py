@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     suffix = exported.SUFFIXES[args.format]
     if args.output.suffix.lower() != suffix:
         raise DerainError(f"{args.output}: a file of --format {args.format} must end in {suffix}")
-    method, note = weights.load(weights.locate(args.weights))
+    method, note = weights.load(args.weights)
     if not isinstance(method, METHODS) or isinstance(method.network, exported.OnnxNetwork):
         raise DerainError(f"{args.weights}: {note} cannot be exported; give weights of a method of derain")
     if args.route is not None:

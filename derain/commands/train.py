@@ -198,7 +198,7 @@ class DerainCLI(LightningCLI):
         if config.weights and config.ckpt_path:
             log.info("--weights %s: left out, since the run goes on from its checkpoint", config.weights)
         elif config.weights:
-            loaded = weights.load(weights.locate(config.weights), type(self.model))
+            loaded = weights.load(config.weights, type(self.model))
             log.info("%s: %s", config.weights, loaded.note)
             if self.subcommand == "fit":
                 self._start_from(loaded.module, config.weights)
@@ -230,6 +230,7 @@ class DerainCLI(LightningCLI):
                 f"configured {type(self.model).__name__}; configure the same network"
             )
         self.model.network.load_state_dict(state)
+        self.model.begin_from(loaded)
         theirs, ours = dict(loaded.hparams), dict(self.model.hparams)
         both = [name for name in theirs if name in ours]
         others = [f"{name} {theirs[name]!r} → {ours[name]!r}" for name in both if theirs[name] != ours[name]]

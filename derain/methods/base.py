@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -33,6 +34,7 @@ class DerainModule(DescribedModule, ABC):
         samples: Whether ``forward`` runs the network many times: it then cuts tiles itself, each time (argument
             ``tiled``), and tells its steps (``show``).
         sampling: How a method that samples does so, no part of its files; none for others.
+        published_options: Hyper-parameters that the authors' files do not record.
     """
 
     judged_by: ClassVar[str] = "val/psnr"
@@ -45,6 +47,7 @@ class DerainModule(DescribedModule, ABC):
     compiles_any_size: ClassVar[bool] = True
     samples: ClassVar[bool] = False
     sampling: Any = None
+    published_options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,8 +95,16 @@ class DerainModule(DescribedModule, ABC):
         return {}
 
     @classmethod
-    def from_published(cls, state: Mapping[str, Tensor]) -> "DerainModule | None":
-        """Builds the method from its authors' state dict, or returns None when the keys are not theirs."""
+    def from_published(
+        cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any
+    ) -> "DerainModule | None":
+        """Return the method with its authors' state dict, or None when the keys are not theirs.
+
+        Args:
+            state: The tensors by the authors' names.
+            path: The file, whose folder may name what the tensors do not.
+            options: Of `published_options`, what a user knows of the file.
+        """
         return None
 
     # Evaluation: image by image, judged in `derain.metrics`, never by the method itself.

@@ -16,6 +16,7 @@ import derain
 from derain import loops
 from derain.errors import DerainError
 from derain.methods.divergence import FiniteCheck, require_finite
+from derain.methods.metadata import Metadata
 from derain.methods.resuming import use_configured
 
 log = logging.getLogger("derain")
@@ -32,6 +33,7 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
     Attributes:
         network: What is trained, averaged, saved as weights and compiled.
         trained_on: Names of the training sets, told by the data when training starts.
+        metadata_schema: TypedDict of the metadata, with every key that a subclass adds to ``describe``.
         judged_by: The logged validation metric, higher is better, that names the best checkpoint.
         may_change: Hyper-parameters that may be set otherwise when a run goes on: they change how a network is trained,
             not what it computes, or are compared in another way.
@@ -39,6 +41,7 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
 
     network: nn.Module
     trained_on: tuple[str, ...] = ()
+    metadata_schema: ClassVar[Any] = Metadata
     _resumed: Mapping[str, Any] | None = None  # of the checkpoint that is resumed, until training starts
     _changed: tuple[str, ...] = ()  # options that differ from it
     judged_by: ClassVar[str]
@@ -63,6 +66,9 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
     def recall(self, description: Mapping[str, Any]) -> None:
         """Takes back what ``describe`` said of what is no hyper-parameter."""
         self.trained_on = tuple(description.get("trained_on", ()))
+
+    def begin_from(self, loaded: "DescribedModule") -> None:
+        """Take over what the metadata of weights records of their training, when training starts from them."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the description, so that any derain command knows what the file holds, and the position."""

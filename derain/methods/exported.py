@@ -6,9 +6,10 @@ embeds images, and the solver of a diffusion, whose schedule the file tells.
 
 import importlib.util
 import json
+import logging
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -16,10 +17,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from derain import methods
 from derain.errors import DerainError
 from derain.methods.base import DerainModule
 from derain.methods.cliprpn.module import CLIPRPNModule
 from derain.methods.daclipsde.module import DACLIPSDEModule
+from derain.methods.limits import built_within
+from derain.methods.metadata import check, shorten
+from derain.methods.onnx_graphs import read_graph
+
+log = logging.getLogger("derain")
 
 Format = Literal["onnx", "torch"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
@@ -87,6 +94,8 @@ def graph_of(method: DerainModule) -> Graph:
             f"these weights have {method.routing.count} routes, and a graph takes one; choose it by --route 0 to "
             f"--route {method.routing.count - 1}"
         )
+    if isinstance(method, CLIPRPNModule):
+        method.routing.warn_untrained([method.routing.route])
     return Graph(method).eval()
 
 
@@ -110,7 +119,7 @@ def write(graph: Graph, description: Mapping[str, Any], path: Path, form: Format
     told = json.dumps({**description, "graph": graph.describe()})
     if form == "onnx":
         _write_onnx(graph, told, path)
-        return OnnxNetwork(path, graph.inputs)
+        return OnnxNetwork(path)
     _write_program(graph, told, path)
     return cast(Run, torch.export.load(path).module())
 
@@ -171,42 +180,35 @@ class OnnxNetwork(nn.Module):
 
     Args:
         path: The file.
-        inputs: Names of its inputs in order; none: as the file tells.
 
     Attributes:
-        description: What the file says of itself; empty if it is not one of derain's.
+        description: Metadata of the file.
+        inputs: Names of its inputs in order.
 
     Raises:
-        DerainError: If onnxruntime is not installed, or the file is damaged.
+        DerainError: If onnxruntime is not installed, or `read_graph` refuses the file.
     """
 
-    def __init__(self, path: Path, inputs: Sequence[str] | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
-        _demand("onnxruntime")
+        _demand("onnxruntime", "onnx")
         self.path = path
+        self.description = read_graph(path)
+        self.inputs: list[str] = list(self.description["graph"]["inputs"])
         self.session, self.on_gpu = self._open("CPUExecutionProvider"), False
-        self.description = _description(self.session)
-        self.inputs = [one.name for one in self.session.get_inputs()] if inputs is None else list(inputs)
 
     def _open(self, *providers: str) -> Any:
         import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 4  # errors are raised, and told by us
+        options.log_severity_level = 4  # errors are raised, and reported by derain
         try:
             return onnxruntime.InferenceSession(self.path, options, providers=list(providers))
-        except (
-            errors.Fail,
-            errors.InvalidArgument,
-            errors.InvalidGraph,
-            errors.InvalidProtobuf,
-            errors.NotImplemented,
-            errors.RuntimeException,
-        ) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise DerainError(f"{self.path}: damaged, or no ONNX file ({reason}); export it again") from error
+        except runtime_errors() as error:
+            raise DerainError(
+                f"{self.path}: damaged, or no ONNX file ({shorten(error, 120)}); export it again"
+            ) from error
 
     @property
     def contexts(self) -> tuple[bool, bool]:
@@ -217,10 +219,9 @@ class OnnxNetwork(nn.Module):
         """Runs the graph, image by image; inputs by their order, embeddings by their names.
 
         Raises:
+            DerainError: If the graph cannot be run, or returns something else than an image of the same size.
             MemoryError: If memory does not suffice.
         """
-        from onnxruntime.capi import onnxruntime_pybind11_state as errors
-
         if given[0].is_cuda and not self.on_gpu:
             self.session, self.on_gpu = self._open(*_gpu_first()), True
             if "CUDAExecutionProvider" not in self.session.get_providers():
@@ -233,11 +234,17 @@ class OnnxNetwork(nn.Module):
         for place in range(len(given[0])):
             feed = {name: array[place : place + 1].numpy() for name, array in arrays.items()}
             try:
-                done.append(torch.from_numpy(self.session.run(None, feed)[0]))
-            except (errors.Fail, errors.RuntimeException) as error:
+                output = torch.from_numpy(self.session.run(None, feed)[0])
+            except runtime_errors() as error:
                 if OUT_OF_MEMORY.search(str(error)):
                     raise MemoryError(str(error)) from error
-                raise
+                raise DerainError(f"{self.path}: cannot be run ({shorten(error)}); export it again") from error
+            if output.shape != given[0][:1].shape:
+                raise DerainError(
+                    f"{self.path}: returns shape {tuple(output.shape)} for an image of {tuple(given[0][:1].shape)}; "
+                    "export it again"
+                )
+            done.append(output)
         return torch.cat(done).to(given[0].device)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -249,12 +256,23 @@ class OnnxNetwork(nn.Module):
         raise DerainError(f"--compile: {self.path} is ONNX, which is optimised when it is read; leave it out")
 
 
-def _description(session: Any) -> dict[str, Any]:
-    try:
-        told = json.loads(session.get_modelmeta().custom_metadata_map.get("derain", "{}"))
-    except json.JSONDecodeError:
-        return {}
-    return told if isinstance(told, dict) else {}
+def runtime_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions of onnxruntime, which have no common base but ``Exception``."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+    return (
+        errors.EPFail,
+        errors.EngineError,
+        errors.Fail,
+        errors.InvalidArgument,
+        errors.InvalidGraph,
+        errors.InvalidProtobuf,
+        errors.ModelLoaded,
+        errors.NoModel,
+        errors.NoSuchFile,
+        errors.NotImplemented,
+        errors.RuntimeException,
+    )
 
 
 def _gpu_first() -> list[str]:
@@ -288,25 +306,36 @@ class ExportedModule(DerainModule):
 
 
 def load(path: Path) -> tuple[DerainModule, str]:
-    """Opens an ONNX file that `write` wrote: the method, and one line for people.
+    """Load an ONNX file that `write` wrote: the method, and one line about it.
 
     Raises:
-        DerainError: If it cannot be read, is not one of derain's, or its method is unknown here.
+        DerainError: If it cannot be read, is not one of derain's, or does not fit its metadata.
     """
     network = OnnxNetwork(path)
-    told = network.description
-    if not {"method", "graph", "hyper_parameters"} <= told.keys() or not {"inputs", "parameters"} <= set(told["graph"]):
-        raise DerainError(
-            f"{path}: ONNX that does not say its method (no 'derain' entry); give a file of derain export"
-        )
+    metadata = network.description
+    graph, name = metadata["graph"], metadata["method"]
+    method = {kind.__name__: kind for kind in methods.METHODS}.get(name)
+    if method is not None:
+        check(path, metadata, method.metadata_schema, method)
     module: DerainModule = ExportedModule(network)
-    if told["graph"]["inputs"] != ["rainy"]:
+    if graph["inputs"] != ["rainy"]:
         try:
-            module = DACLIPSDEModule(**told["hyper_parameters"])
-        except (TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DerainError(f"{path}: does not fit this derain ({reason}); it is of {told.get('version')}") from error
-        module.recall(told)
+            if method is not DACLIPSDEModule:
+                raise ValueError("only DACLIPSDEModule has a state")
+            with built_within(0, path.stat().st_size):
+                module = DACLIPSDEModule(**metadata["hyper_parameters"])
+            if cast(Any, module).network.contexts != network.contexts:
+                raise ValueError(f"contexts {module.hparams['contexts']} and inputs {', '.join(graph['inputs'])}")
+        except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+            raise DerainError(
+                f"{path}: does not fit this derain ({shorten(error)}); it was written by derain "
+                f"{shorten(metadata.get('version'), 40)}"
+            ) from error
+        module.recall(metadata)
         cast(Any, module).network = network
-    route = "".join(f", route {one}" for one in told["graph"].get("routes", ()))
-    return module.eval(), f"{told['method']} as ONNX ({told['graph']['parameters']:,} parameters{route})"
+    counts = metadata.get("route_counts") or ()
+    for number in graph.get("routes", ()):
+        if 0 <= number < len(counts) and counts[number] == 0:
+            log.warning("%s: no image took route %d in training: expect a poor result", path, number)
+    route = "".join(f", route {number}" for number in graph.get("routes", ()))
+    return module.eval(), f"{shorten(name, 60)} as ONNX ({graph['parameters']:,} parameters{route})"

@@ -151,7 +151,7 @@ def test_running_out_of_memory_is_told_as_such(tmp_path):
     for error, expected in (
         (RuntimeException("std::bad_alloc"), MemoryError),
         (Fail("bfc_arena.cc: Failed to allocate memory for requested buffer of size 7"), MemoryError),
-        (Fail("another reason"), Fail),
+        (Fail("another reason"), DerainError),
     ):
         network.session = Session(error)
         with pytest.raises(expected):

@@ -1,7 +1,8 @@
 """CLIP-RPN as a LightningModule: which route an image takes, when the loss's exponent grows."""
 
+import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, NotRequired, cast
 
 import torch
 from jaxtyping import Float
@@ -23,11 +24,22 @@ from derain.methods.cliprpn.network import CLIPRPN, Interaction, mask_maps
 from derain.methods.cliprpn.perception import RainPerception, Similarity
 from derain.methods.cliprpn.prompts import texts_of
 from derain.methods.cliprpn.routing import Routing
+from derain.methods.described import DescribedModule
+from derain.methods.metadata import Metadata
 from derain.nn.schedule import warm_up_then_cosine
 from derain.progress import track
 
+log = logging.getLogger("derain")
+
 PROPORTION = 0.1
 """Weight of the masks' loss and threshold of the true mask: CLIP-RPN, eqs. 15 and 4."""
+
+
+class CLIPRPNMetadata(Metadata):
+    """Metadata with CLIP's hash and the training samples of each route."""
+
+    clip_sha256: NotRequired[str | None]
+    route_counts: NotRequired[Sequence[int] | None]
 
 
 class CLIPRPNModule(DerainModule):
@@ -73,6 +85,7 @@ class CLIPRPNModule(DerainModule):
         DerainError: If the prompts or the route do not exist.
     """
 
+    metadata_schema: ClassVar[Any] = CLIPRPNMetadata
     bytes_per_pixel: ClassVar[int] = 4700
     may_change = DerainModule.may_change | {
         *("clip", "loss", "beta", "eta", "smoothing", "rescale", "mask_weight", "mask_threshold", "mask_scaling")
@@ -120,6 +133,8 @@ class CLIPRPNModule(DerainModule):
         self.maps = tuple(f"mask at 1/{2**level}" for level in (1, 2, 3)) if len(self.network.masks) else ()
         seen_by = RainPerception(clip, texts, similarity) if perception == "clip" else None
         self.routing = Routing(routes, seen_by, route if perception == "fixed" else 0)
+        self.route_counts: list[int] | None = [0] * len(self.network.routes)
+        self._new_counts = [0] * len(self.network.routes)  # of this process, since the last sum over all
 
     def check(self) -> None:
         """Finds or fetches CLIP."""
@@ -183,6 +198,8 @@ class CLIPRPNModule(DerainModule):
             routes = self.routing(batch["rainy"], remember=False)["routes"]
         else:
             routes = [known[name] for name in batch["name"]]
+        for route in routes if self._new_counts else ():
+            self._new_counts[route] += 1
         hyper = self.hparams
         power = exponent(self.trainer.global_step / self.steps, hyper["beta"], hyper["eta"])
         restored = self.network(batch["rainy"], routes)
@@ -211,11 +228,58 @@ class CLIPRPNModule(DerainModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _sum_counts(self) -> None:
+        """Add the routes that training samples took since the last call, on all devices."""
+        if self.route_counts is None or self._trainer is None:
+            return
+        new = torch.tensor(self._new_counts, device=self.device)
+        summed = cast(Tensor, self.trainer.strategy.reduce(new, reduce_op="sum")).tolist()
+        self.route_counts = [count + more for count, more in zip(self.route_counts, summed, strict=True)]
+        self._new_counts = [0] * len(summed)
+
+    def on_train_end(self) -> None:
+        """Warn of routes that no image took."""
+        self._sum_counts()
+        counts = self.route_counts or ()
+        untrained = [str(route) for route, count in enumerate(counts) if not count]
+        if untrained and self.trainer.is_global_zero:
+            log.warning(
+                "route %s: no image took it in training (samples a route: %s), so it is untrained; train on more "
+                "varied rain, or with other --model.prompts",
+                ", ".join(untrained),
+                ", ".join(f"{count:,}" for count in counts),
+            )
+
+    # Files.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the training samples of each route, of all devices."""
+        self._sum_counts()
+        super().on_save_checkpoint(checkpoint)
+
     def describe(self) -> dict[str, Any]:
-        """Adds which CLIP chose the routes."""
-        return super().describe() | {"clip_sha256": self.routing.clip_sha256}
+        """Return the metadata with CLIP's hash and the training samples of each route."""
+        return super().describe() | {"clip_sha256": self.routing.clip_sha256, "route_counts": self.route_counts}
 
     def recall(self, description: Mapping[str, Any]) -> None:
-        """Takes back which CLIP chose the routes."""
+        """Restore CLIP's hash and the training samples of each route.
+
+        Raises:
+            DerainError: If there are counts of other routes.
+        """
         super().recall(description)
         self.routing.clip_sha256 = description.get("clip_sha256")
+        counts = description.get("route_counts")
+        if counts is not None and len(counts) != len(self.network.routes):
+            raise DerainError(
+                f"metadata with route_counts {counts}: expected {len(self.network.routes)} numbers; use a file that "
+                "derain wrote"
+            )
+        self.route_counts = None if counts is None else list(counts)
+        if not self.resuming:
+            self.routing.counts = self.route_counts
+
+    def begin_from(self, loaded: DescribedModule) -> None:
+        """Count on from the training samples of the weights that training starts from."""
+        if isinstance(loaded, CLIPRPNModule):
+            self.route_counts = loaded.route_counts

@@ -26,6 +26,7 @@ class Routing:
     Attributes:
         clip_sha256: The CLIP that weights were trained with, once it is known.
         known: Routes of the training images by name, once they were perceived.
+        counts: Training samples of each route, as a file of weights records them; None: not known.
 
     Raises:
         DerainError: If there is no such route.
@@ -35,6 +36,8 @@ class Routing:
         self.count, self.perception = count, perception
         self.clip_sha256: str | None = None
         self.known: dict[str, int] | None = None
+        self.counts: Sequence[int] | None = None
+        self._warned: set[int] = set()
         if perception is None:
             self.take(route)
 
@@ -66,11 +69,29 @@ class Routing:
     def __call__(self, rainy: Float[Tensor, "b 3 h w"], remember: bool = True) -> dict[str, Any]:
         """Routes of images in [0, 1], and with CLIP their similarities to the prompts."""
         if self.perception is None:
+            self.warn_untrained([self.route])
             return {"routes": [self.route] * len(rainy)}
         self.check()
         images = list((rainy.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
         found = self.perception.all_similarities(images, rainy.device, remember)
-        return {"routes": found.argmax(1).tolist(), "similarities": found}
+        routes = found.argmax(1).tolist()
+        self.warn_untrained(routes)
+        return {"routes": routes, "similarities": found}
+
+    def untrained(self, route: int) -> bool:
+        """Whether no image took a route in training, as far as the weights record it."""
+        return self.counts is not None and route < len(self.counts) and self.counts[route] == 0
+
+    def warn_untrained(self, routes: Iterable[int]) -> None:
+        """Warn, once a route, if an image takes a route that no image took in training."""
+        for route in {route for route in routes if self.untrained(route)} - self._warned:
+            self._warned.add(route)
+            trained = [str(other) for other in range(self.count) if not self.untrained(other)]
+            log.warning(
+                "an image takes route %d, which no image took in training: expect a poor result%s",
+                route,
+                f"; use --route {' or --route '.join(trained)}" if trained else "",
+            )
 
     def learn(self, names: Sequence[str], images: Iterable[Pixels], device: torch.device) -> None:
         """Perceives the training images; their crops take the routes of the whole images."""
@@ -86,6 +107,8 @@ class Routing:
         if not perceived:
             return {}
         told: dict[str, Any] = {"route": perceived["routes"][place]}
+        if self.untrained(told["route"]):
+            told["untrained"] = True
         if self.perception is not None and "similarities" in perceived:
             shares = scores(perceived["similarities"])[place].tolist()
             told["prompt"] = self.perception.texts[told["route"]]

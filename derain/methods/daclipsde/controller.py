@@ -103,17 +103,25 @@ def load_controller(file: Path, clip: FrozenCLIP) -> tuple[Controller, Mapping[s
     Raises:
         DerainError: If the file is absent, is none, or does not fit CLIP.
     """
-    from derain.methods import weights
+    from derain.methods import DACLIPModule, metadata, weights
 
     state, description, _ = weights.read(file)
     if description.get("method") not in {None, "DACLIPModule"}:
         raise DerainError(
-            f"--model.controller {file}: holds {description['method']}; give weights of DACLIPModule or the authors' "
-            "checkpoint of DA-CLIP"
+            f"--model.controller {file}: holds {metadata.shorten(description['method'])}; give weights of DACLIPModule "
+            "or the authors' checkpoint of DA-CLIP"
         )
+    if description:
+        metadata.check(file, description, DACLIPModule.metadata_schema, DACLIPModule)
     found = Controller(clip.model, description.get("hyper_parameters", {}).get("order", "reversed"))
-    projection = None if description else projection_of(state)
-    state = state if description else controller_of(state)
+    projection = None
+    if not description:
+        try:
+            projection, state = projection_of(state), controller_of(state)
+        except DerainError:
+            raise
+        except weights.BUILD_ERRORS as error:  # tensors of other shapes
+            raise DerainError(f"--model.controller {file}: damaged ({metadata.shorten(error)})") from error
     own = {name: value.shape for name, value in found.state_dict().items()}
     fits = {name: value.shape for name, value in state.items()} == own
     if fits and projection is not None:  # sizes alone do not tell one CLIP from another
@@ -127,6 +135,7 @@ def load_controller(file: Path, clip: FrozenCLIP) -> tuple[Controller, Mapping[s
     if description.get("clip_sha256") not in {None, clip.sha256}:
         log.warning("%s was trained with another CLIP than %s", file, clip.name)
     found.load_state_dict(dict(state))
+    weights.check_network(file, found, state)
     return found, description
 
 

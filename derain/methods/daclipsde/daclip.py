@@ -3,9 +3,9 @@
 import hashlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NotRequired
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,20 @@ from derain.methods.clip import FrozenCLIP
 from derain.methods.daclipsde.controller import Controller, Order, load_controller
 from derain.methods.daclipsde.loss import contrastive_loss, cosines
 from derain.methods.described import DescribedModule
+from derain.methods.metadata import Metadata
 from derain.nn.schedule import warm_up_then_cosine
 
 log = logging.getLogger("derain")
 
 CAPTION = "a photo"
 """Of images that nobody captioned."""
+
+
+class DACLIPMetadata(Metadata):
+    """Metadata with CLIP's hash and the words of the degradations."""
+
+    clip_sha256: NotRequired[str | None]
+    words: NotRequired[Sequence[str]]
 
 
 class DACLIPModule(DescribedModule):
@@ -51,6 +59,7 @@ class DACLIPModule(DescribedModule):
         DerainError: If CLIP cannot be had, or an option is out of its range.
     """
 
+    metadata_schema: ClassVar[Any] = DACLIPMetadata
     judged_by: ClassVar[str] = "val/accuracy"
     may_change = DescribedModule.may_change | {"clip", "degradation", "clean", "equal_texts", "smallest"}
 

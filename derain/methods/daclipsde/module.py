@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, cast
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NotRequired, TypedDict, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +18,7 @@ from derain.methods.daclipsde.network import AttentionKind, ConditionalUNet
 from derain.methods.daclipsde.published import unet_options
 from derain.methods.daclipsde.sde import MeanRevertingSDE, Schedule
 from derain.methods.daclipsde.solvers import Sampling, sample
+from derain.methods.metadata import Metadata
 from derain.nn.schedule import multiplied_at, warm_up_then_cosine
 
 log = logging.getLogger("derain")
@@ -24,6 +26,22 @@ log = logging.getLogger("derain")
 Contexts = Literal["both", "content", "degradation", "none"]
 Tiled = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 """Applies a function of images to an image, tile by tile or whole."""
+
+
+class Speeds(TypedDict):
+    """A schedule of the SDE, as `MeanRevertingSDE.state` returns it."""
+
+    max_sigma: float
+    eps: float
+    speed: Sequence[float]
+
+
+class DACLIPSDEMetadata(Metadata):
+    """Metadata with the schedule, and hashes of CLIP and the controller."""
+
+    sde: NotRequired[Speeds]
+    clip_sha256: NotRequired[str | None]
+    controller_sha256: NotRequired[str | None]
 
 
 class DACLIPSDEModule(DerainModule):
@@ -58,6 +76,7 @@ class DACLIPSDEModule(DerainModule):
     """
 
     bytes_per_pixel: ClassVar[int] = 6000
+    metadata_schema: ClassVar[Any] = DACLIPSDEMetadata
     may_change = DerainModule.may_change | {"clip", "controller"}
     samples: ClassVar[bool] = True
 
@@ -222,20 +241,27 @@ class DACLIPSDEModule(DerainModule):
         super().recall(description)
         if "sde" in description:
             self.sde = MeanRevertingSDE.from_state(description["sde"])
+            if self.sde.steps != self.hparams["sde_steps"]:
+                raise DerainError(
+                    f"metadata with sde of {self.sde.steps} steps and sde_steps {self.hparams['sde_steps']}; expected "
+                    "equal numbers; use a file that derain wrote"
+                )
         if self.perception is not None:
             self.perception.expect(description, self.resuming)
 
     @classmethod
-    def from_published(cls, state: Mapping[str, Tensor]) -> "DerainModule | None":
+    def from_published(
+        cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any
+    ) -> "DerainModule | None":
         """Takes the authors' U-Net of IR-SDE or DA-CLIP."""
-        options = unet_options(state)
-        if options is None:
+        sizes = unet_options(state)
+        if sizes is None:
             return None
-        module = cls(**options)
+        module = cls(**sizes)
         module.published = True
         own = module.network.state_dict()
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
             return None
         module.network.load_state_dict(dict(state), strict=True)
-        log.info("λ stands in no file: %g of 255, as in the settings of the authors' U-Net", options["max_sigma"])
+        log.info("λ stands in no file: %g of 255, as in the settings of the authors' U-Net", sizes["max_sigma"])
         return module

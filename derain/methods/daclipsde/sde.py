@@ -21,6 +21,9 @@ from torch import Tensor
 from derain.errors import DerainError
 
 Schedule = Literal["cosine", "linear", "constant"]
+MOST_STEPS = 10_000
+"""Of a schedule; published ones have 100 to 1,000."""
+
 Image = Float[Tensor, "b c h w"]
 Times = Int[Tensor, " b"]
 
@@ -82,16 +85,18 @@ class MeanRevertingSDE:
         schedule: Schedule = "cosine",
         speed: Sequence[float] | None = None,
     ) -> None:
-        if max_sigma <= 0:
+        if not 0 < max_sigma < math.inf:
             raise DerainError(f"--model.max_sigma {max_sigma}: must be above 0")
-        if steps < 1:
-            raise DerainError(f"--model.sde_steps {steps}: must be at least 1")
+        if not 1 <= steps <= MOST_STEPS:
+            raise DerainError(f"--model.sde_steps {steps}: must be 1 to {MOST_STEPS:,}")
         if not 0 < eps < 1:
             raise DerainError(f"--model.eps {eps}: must be between 0 and 1")
         self.max_sigma, self.eps = max_sigma, eps
         self.scale = max_sigma / 255 if max_sigma >= 1 else max_sigma
         self.speed = speeds(schedule, steps) if speed is None else torch.tensor(speed, dtype=torch.float64)
         total = self.speed.cumsum(0) - self.speed[0]
+        if not (self.speed.min() >= 0 and 0 < total[-1] < math.inf):
+            raise DerainError(f"a schedule of the SDE with speeds from {self.speed.min()} on; expected positive ones")
         self.dt = -math.log(eps) / float(total[-1])
         self.tau = total * self.dt
         self.decay = torch.exp(-self.tau)

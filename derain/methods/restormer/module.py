@@ -1,6 +1,7 @@
 """Restormer as a LightningModule."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -72,7 +73,9 @@ class RestormerModule(DerainModule):
         return cast(Tensor, self.network(rainy))
 
     @classmethod
-    def from_published(cls, state: Mapping[str, Tensor]) -> "DerainModule | None":
+    def from_published(
+        cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any
+    ) -> "DerainModule | None":
         """Takes the authors' deraining checkpoint (``deraining.pth``, its entry ``params``)."""
         if "refinement.0.attn.temperature" not in state:
             return None

@@ -1,18 +1,23 @@
 """PReNet against its published form, written down literally from a state dict."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from spandrel.architectures.NAFNet import NAFNet
 
 from derain.errors import DerainError
 from derain.images import read_rgb
+from derain.methods import PReNetModule, weights
 from derain.methods.prenet.network import VARIANTS, PReNet, variant_of
+from derain.restoration import Restorer
 
-PARAMETERS = {"PReNet": 168_963, "PReNet_r": 94_979, "PRN": 95_107, "PRN_r": 21_123}
+PARAMETERS = {"PReNet": 168_963, "PReNet_r": 94_979, "PRN": 95_107, "PRN_r": 21_123, "PReNet_LSTM": 168_963}
 
 
-def literal(state, rainy, stages=6):
+def literal(state, rainy, stages=6, residual=True):
     """Every stage as the authors compute it: zero states, all joined inputs, four gates of all weights."""
 
     def conv(name, x):
@@ -36,7 +41,7 @@ def literal(state, rainy, stages=6):
                 block = 1
             branch = F.relu(conv(f"res_conv{block}.2", F.relu(conv(f"res_conv{block}.0", x))))
             x = F.relu(branch + x)
-        x = conv("conv.0", x) + rainy
+        x = conv("conv.0", x) + (rainy if residual else 0)
         outputs.append(x)
     return outputs
 
@@ -58,7 +63,7 @@ def test_every_stage_equals_the_literal_form(variant, size, memory_format):
     network = network_of(variant)
     rainy = torch.rand(2, 3, *size, dtype=torch.float64)
     with torch.no_grad():
-        expected = literal(network.state_dict(), rainy)
+        expected = literal(network.state_dict(), rainy, residual=variant != "PReNet_LSTM")
         stages = network.every_stage(rainy.contiguous(memory_format=memory_format))
         last = network(rainy)
     assert len(stages) == 6
@@ -75,7 +80,7 @@ def test_gradients_equal_those_of_the_literal_form(variant):
     rainy = torch.rand(1, 3, 9, 11, dtype=torch.float64)
     weight = torch.rand(3, 1, 3, 9, 11, dtype=torch.float64)
     (torch.stack(network.every_stage(rainy)) * weight).sum().backward()
-    (torch.stack(literal(state, rainy, stages=3)) * weight).sum().backward()
+    (torch.stack(literal(state, rainy, 3, variant != "PReNet_LSTM")) * weight).sum().backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
@@ -99,7 +104,7 @@ def test_a_pixel_reaches_13_pixels_a_stage(variant):
     assert (moved.min(), moved.max()) == (20 - reach, 20 + reach)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "PReNet_LSTM"])
 def test_a_state_dict_names_its_variant(variant):
     state = PReNet(2, **VARIANTS[variant]).state_dict()
     assert variant_of(state) == variant
@@ -107,9 +112,94 @@ def test_a_state_dict_names_its_variant(variant):
     assert variant_of({**state, "conv.0.bias": torch.zeros(4)}) is None
 
 
-def test_no_stage_is_refused():
-    with pytest.raises(DerainError, match="PReNet with 0 stages restores nothing; give at least 1"):
-        PReNet(0)
+@pytest.mark.parametrize("stages", [0, -1, 101, 10**9])
+def test_numbers_of_stages_are_bounded(stages):
+    with pytest.raises(DerainError, match=f"stages {stages}: .* 1 to 100"):
+        PReNet(stages)
+
+
+FOLDERS = {
+    "Rain100H/PReNet6": ("PReNet", 6),
+    "Rain100L/PReNet6_r": ("PReNet_r", 6),
+    "Rain1400/PRN6": ("PRN", 6),
+    "Rain100H/PRN6_r": ("PRN_r", 6),
+    "mine/PReNet3": ("PReNet", 3),
+    "Ablation/PReNet5_LSTM": ("PReNet_LSTM", 5),
+    "Ablation/PReNet6_RecSSIM": ("PReNet_LSTM", 6),
+    "Ablation/PReNet6_MSE": ("PReNet", 6),
+}
+
+
+@pytest.fixture
+def file_in(tmp_path):
+    """Writes the authors' state dict of a variant into a folder."""
+
+    def write(folder, variant, name="net_latest.pth"):
+        path = tmp_path / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(network_of(variant).float().state_dict(), path)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_authors_folders_name_the_network(folder, file_in, caplog):
+    variant, stages = FOLDERS[folder]
+    path = file_in(folder, variant)
+    module = weights.load(path).module
+    assert (module.hparams.variant, module.hparams.stages) == (variant, stages)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    rainy = torch.rand(1, 3, 8, 9)
+    with torch.no_grad():
+        expected = literal(module.network.state_dict(), rainy, stages, variant != "PReNet_LSTM")[-1]
+        torch.testing.assert_close(module(rainy), expected, atol=1e-5, rtol=0)
+
+
+def test_other_folders_are_warned_of(file_in, caplog):
+    module = weights.load(file_in("downloads", "PReNet")).module
+    assert (module.hparams.variant, module.hparams.stages) == ("PReNet", 6)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "6 stages" in warning
+    assert "FILE:stages=N,variant=PReNet_LSTM" in warning
+
+
+def test_options_behind_a_file_count_first(file_in, caplog):
+    path = file_in("Ablation/PReNet6", "PReNet")
+    for name in (f"{path}:stages=5,variant=PReNet_LSTM", Path(f"{path}:variant=PReNet_LSTM,stages=5")):
+        hyper = Restorer(name, device="cpu").method.hparams
+        assert (hyper.variant, hyper.stages) == ("PReNet_LSTM", 5)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert weights.locate(f"{path}:stages=5") == path
+
+
+@pytest.mark.parametrize(
+    "options", ["stages=0", "stages=101", "stages=x", "variant=PRN", "variant=no", "dim=3", "stages=4,dim=3"]
+)
+def test_options_that_do_not_fit_are_refused(options, file_in):
+    path = file_in("PReNet6", "PReNet")
+    with pytest.raises(DerainError, match=options.split(",")[-1].split("=")[0]):
+        weights.load(f"{path}:{options}")
+
+
+def test_options_of_files_that_record_theirs_are_refused(tmp_path):
+    weights.save(PReNetModule(stages=2), tmp_path / "w.safetensors")
+    with pytest.raises(DerainError, match=r"w\.safetensors:stages=4"):
+        weights.load(f"{tmp_path / 'w.safetensors'}:stages=4")
+    torch.save(NAFNet(width=4, enc_blk_nums=[1], middle_blk_num=1, dec_blk_nums=[1]).state_dict(), tmp_path / "n.pth")
+    with pytest.raises(DerainError, match=r"n\.pth:stages=4"):
+        weights.load(f"{tmp_path / 'n.pth'}:stages=4")
+
+
+def test_a_file_with_such_a_name_is_that_file(file_in):
+    path = file_in("PReNet6", "PReNet", "net.pth:stages=3")
+    assert weights.load(path).module.hparams.stages == 6
+
+
+def test_the_authors_generator_for_real_rain_is_refused(file_in):
+    for name in ("PReNet1.pth", "PReNet2.pth"):
+        with pytest.raises(DerainError, match=name):
+            weights.load(file_in("real", "PReNet", name))
 
 
 def test_bfloat16_autocast_adds_to_the_rainy_image_in_float32():

@@ -1,0 +1,155 @@
+"""Metadata of weights files: parsed within bounds, checked against a schema and a method's signature."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import (
+    Any,
+    Literal,
+    NoReturn,
+    NotRequired,
+    TypedDict,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
+
+from derain.errors import DerainError
+
+LONGEST = 1 << 20
+"""Characters of metadata that are parsed; the longest that derain writes has a few thousand."""
+
+
+class Metadata(TypedDict):
+    """Metadata that every method writes; a method that adds keys extends it.
+
+    Attributes:
+        method: Name of the class.
+        hyper_parameters: Arguments of its ``__init__``.
+        trained_on: Names of the training sets.
+        version: Version of derain that wrote the file.
+    """
+
+    method: str
+    hyper_parameters: dict[str, Any]
+    trained_on: NotRequired[Sequence[str]]
+    version: NotRequired[str | None]
+
+
+def shorten(text: object, limit: int = 200) -> str:
+    r"""Return text from a file as one line of printable characters.
+
+    Example:
+        >>> shorten("conv\n  \x1b[31mweight", 11)
+        'conv ?[31mw…'
+    """
+    line = " ".join(str(text).split())
+    printable = "".join(one if one.isprintable() else "?" for one in line[: limit + 1])
+    return printable if len(printable) <= limit else f"{printable[:limit]}…"
+
+
+def parse(path: Path, text: str) -> dict[str, Any]:
+    """Return the metadata of a file's ``derain`` entry; empty if the entry is not a JSON object.
+
+    Args:
+        path: The file, for messages.
+        text: JSON.
+
+    Raises:
+        DerainError: If it is too long, too deeply nested, or holds NaN.
+    """
+    if len(text) > LONGEST:
+        raise DerainError(
+            f"{path}: metadata of {len(text):,} characters; expected at most {LONGEST:,}; use another file"
+        )
+    try:
+        found = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise DerainError(f"{path}: metadata cannot be read ({shorten(error)}); use another file") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a finite number")
+
+
+def check(path: Path, metadata: Mapping[str, Any], schema: Any, built: Any = None) -> None:
+    """Refuse metadata that does not fit a schema, or hyper-parameters that do not fit a signature.
+
+    Args:
+        path: The file, for messages.
+        metadata: As read from the file, from JSON or a checkpoint.
+        schema: ``Metadata``, or a TypedDict that extends it.
+        built: The class whose ``__init__`` accepts the hyper-parameters; None: they are not checked.
+
+    Raises:
+        DerainError: If a value is of another type, or is missing.
+    """
+    hints = get_type_hints(schema)
+    for name in sorted(schema.__required_keys__ - metadata.keys()):
+        raise DerainError(f"{path}: metadata without {name}; use a file that derain wrote")
+    for name, value in metadata.items():
+        if not fits(value, hints.get(name, Any)):
+            raise _refusal(path, name, value, hints[name])
+    if built is None:
+        return
+    hints = _signature(built)
+    for name, value in metadata["hyper_parameters"].items():
+        if not fits(value, hints.get(name, Any)):
+            raise _refusal(path, f"{built.__name__}.{name}", value, hints[name])
+
+
+def _refusal(path: Path, name: str, value: object, expected: Any) -> DerainError:
+    wanted = getattr(expected, "__name__", str(expected)) if isinstance(expected, type) else str(expected)
+    return DerainError(
+        f"{path}: metadata has {shorten(name, 60)} = {shorten(repr(value), 60)}; expected "
+        f"{wanted.replace('typing.', '').replace('collections.abc.', '')}; use a file that derain wrote"
+    )
+
+
+def _signature(built: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(built.__init__)
+    except NameError:  # a user's class with names that only a type checker imports
+        return {}
+
+
+def fits(value: object, expected: Any) -> bool:
+    """Whether a value from a file has a declared type; types that JSON has no counterpart of accept any value.
+
+    An integer is a float too, floats are finite, and lists stand for tuples, as JSON returns them.
+
+    Example:
+        >>> fits([1, 2], Sequence[int]), fits(True, int), fits(float("nan"), float), fits(None, str | None)
+        (True, False, False, True)
+    """
+    origin, arguments = get_origin(expected), get_args(expected)
+    if is_typeddict(expected):
+        hints = get_type_hints(expected)
+        return (
+            isinstance(value, dict)
+            and expected.__required_keys__ <= value.keys()
+            and all(fits(one, hints.get(name, Any)) for name, one in value.items())
+        )
+    if origin in (Union, UnionType):
+        return any(fits(value, choice) for choice in arguments)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in arguments)
+    if origin is tuple and Ellipsis not in arguments:
+        same = isinstance(value, list | tuple) and len(value) == len(arguments)
+        return same and all(fits(item, kind) for item, kind in zip(value, arguments, strict=True))  # type: ignore[call-overload]
+    if origin in (Sequence, list, tuple):
+        return isinstance(value, list | tuple) and all(fits(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(name, str) for name in value)
+    if expected is float:
+        return math.isfinite(value) if type(value) is float else fits(value, int)
+    if expected is int:
+        return type(value) is int and -(1 << 63) <= value < 1 << 63
+    return type(value) is expected if expected in (str, bool, NoneType) else True

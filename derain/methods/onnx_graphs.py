@@ -1,0 +1,165 @@
+"""ONNX graphs, checked before onnxruntime runs them: operators, inputs and outputs, sizes, weights."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+import numpy as np
+
+from derain.errors import DerainError
+from derain.methods.metadata import Metadata, check, parse, shorten
+
+NAMES = """
+Abs Add Cast Clip Concat Constant Conv ConvTranspose Cos Div Equal Erf Exp Flatten Gather Gemm Greater GreaterOrEqual
+InstanceNormalization LayerNormalization LeakyRelu Log MatMul MaxPool Min Mod Mul Range Reciprocal ReduceMax
+ReduceMean ReduceSum Relu Reshape Resize Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose
+Unsqueeze Where
+"""
+OPERATORS = frozenset(NAMES.split())
+"""Operators of the graphs that derain exports; none of them loops, branches or reads files."""
+
+LARGEST = 1 << 28
+"""Numbers in a tensor of an image of `SIDE` pixels; the largest of derain's have a few million."""
+
+SIDE = 64
+
+IMAGES = ("rainy", "state")
+CONTEXTS = ("content", "degradation")
+
+
+class GraphMetadata(TypedDict):
+    """Metadata of a graph.
+
+    Attributes:
+        inputs: Names of its inputs in order.
+        parameters: Number of parameters of the network.
+        routes: The route that CLIP-RPN's graph takes.
+    """
+
+    inputs: Sequence[str]
+    parameters: int
+    routes: NotRequired[Sequence[int]]
+
+
+class OnnxMetadata(Metadata):
+    """Metadata of an ONNX file."""
+
+    graph: GraphMetadata
+
+
+def read_graph(path: Path) -> dict[str, Any]:
+    """Return the metadata of an ONNX file that derain can run.
+
+    Raises:
+        DerainError: If the file is damaged, is not derain's, has another interface or operators than derain exports,
+            tensors of unreasonable size, files beside it, or NaN or infinite weights.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        raise DerainError(f"{path}: damaged, or no ONNX file ({shorten(error, 120)}); export it again") from error
+    entries = {entry.key: entry.value for entry in model.metadata_props}
+    metadata = parse(path, entries.get("derain", "null"))
+    if not metadata:
+        raise DerainError(
+            f"{path}: ONNX that does not say its method (no 'derain' entry); give a file of derain export"
+        )
+    check(path, metadata, OnnxMetadata)
+    _check_operators(path, model)
+    _check_interface(path, model.graph, metadata)
+    _check_weights(path, model.graph)
+    _check_sizes(path, model)
+    return metadata
+
+
+def _refuse(path: Path, reason: str) -> DerainError:
+    return DerainError(f"{path}: {reason}; give a file of derain export")
+
+
+def _check_operators(path: Path, model: Any) -> None:
+    graph = model.graph
+    domains = {entry.domain for entry in model.opset_import} | {node.domain for node in graph.node}
+    if domains - {"", "ai.onnx"}:
+        raise _refuse(path, f"operators of {shorten(', '.join(sorted(domains)))}; expected ONNX's own")
+    other = {node.op_type for node in graph.node} - OPERATORS
+    if other:
+        raise _refuse(path, f"operators that derain does not export ({shorten(', '.join(sorted(other)))})")
+    nested = any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute)
+    if model.functions or graph.sparse_initializer or nested:
+        raise _refuse(path, "nested graphs or sparse weights, which derain does not export")
+
+
+def _check_interface(path: Path, graph: Any, metadata: Mapping[str, Any]) -> None:
+    """Refuse other inputs than an image of any size, or a state of the SDE with its conditions; one output."""
+    from onnx import TensorProto
+
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = {value.name: value for value in graph.input if value.name not in weights}
+    expected = list(metadata["graph"]["inputs"])
+    interfaces = [
+        ["rainy"],
+        *(["state", "rainy", "times", *names] for names in ([], *map(list, CONTEXTS), [*CONTEXTS])),
+    ]
+    if expected not in interfaces or list(inputs) != expected:
+        raise _refuse(path, f"inputs {shorten(', '.join(inputs))}; expected {shorten(', '.join(expected))} of an image")
+    if len(graph.output) != 1:
+        raise _refuse(path, f"{len(graph.output)} outputs; expected one image")
+    for value in (*inputs.values(), *graph.output):
+        kind = value.type.tensor_type
+        shape = [dimension.dim_value or None for dimension in kind.shape.dim]  # None: any size
+        if value.name == "times":
+            fits = shape == [1]
+        elif value.name in CONTEXTS:
+            fits = len(shape) == 2 and shape[0] == 1 and shape[1] == metadata["hyper_parameters"].get("context")
+        else:
+            fits = len(shape) == 4 and shape[0] in {1, None} and shape[1:] == [3, None, None]
+        if kind.elem_type != TensorProto.FLOAT or not fits:
+            raise _refuse(path, f"{shorten(value.name)} of shape {shape}; expected float32 images of any size")
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors)
+
+
+def _check_weights(path: Path, graph: Any) -> None:
+    from onnx import TensorProto, numpy_helper
+
+    for tensor in _tensors(graph):
+        if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
+            raise _refuse(path, f"{shorten(tensor.name)} is in another file, which derain does not export")
+        try:
+            values = numpy_helper.to_array(tensor)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, MemoryError) as error:
+            raise _refuse(path, f"damaged, {shorten(tensor.name)}: {shorten(error, 80)}") from error
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise _refuse(path, f"{shorten(tensor.name)} has NaN or infinite numbers")
+
+
+def _check_sizes(path: Path, model: Any) -> None:
+    """Refuse graphs with a tensor of an unreasonable size for a small image: it could be computed on loading."""
+    import onnx
+
+    example = onnx.ModelProto()
+    example.CopyFrom(model)
+    for value in (*example.graph.input, *example.graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            if not dimension.dim_value:
+                dimension.dim_value = 1 if dimension is value.type.tensor_type.shape.dim[0] else SIDE
+    del example.graph.value_info[:]
+    for value in example.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    try:
+        known = onnx.shape_inference.infer_shapes(example).graph  # data_prop would compute constants
+    except (onnx.shape_inference.InferenceError, MemoryError, RuntimeError, ValueError) as error:
+        raise _refuse(path, f"damaged, the shapes do not fit ({shorten(error, 120)})") from error
+    for value in (*known.value_info, *known.output):
+        size = math.prod(max(dimension.dim_value, 1) for dimension in value.type.tensor_type.shape.dim)
+        if size > LARGEST:
+            raise _refuse(path, f"{shorten(value.name)} has {size:,} numbers for an image of {SIDE}×{SIDE} pixels")
