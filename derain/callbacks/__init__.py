@@ -4,12 +4,26 @@ Files go below ``trainer.default_root_dir``, which the command line sets to the 
 ``trainer.log_dir`` is a collective call, and one rank alone would wait in it for ever.
 """
 
+from derain.callbacks.checkpoints import BestCheckpoint, Checkpoint, LastCheckpoint
 from derain.callbacks.ema import EMA
 from derain.callbacks.final_weights import FinalWeights
 from derain.callbacks.panels import ImagePanels
+from derain.callbacks.parts import PartNote
 from derain.callbacks.predictions import SaveImages
 from derain.callbacks.results import TestResults
 from derain.callbacks.seeds import EpochSeeds
 from derain.callbacks.throughput import Throughput
 
-__all__ = ["EMA", "EpochSeeds", "FinalWeights", "ImagePanels", "SaveImages", "TestResults", "Throughput"]
+__all__ = [
+    "EMA",
+    "BestCheckpoint",
+    "Checkpoint",
+    "EpochSeeds",
+    "FinalWeights",
+    "ImagePanels",
+    "LastCheckpoint",
+    "PartNote",
+    "SaveImages",
+    "TestResults",
+    "Throughput",
+]

@@ -232,7 +232,9 @@ class PLNLINGANModule(DerainModule):
         networks = [self.network] if self.discriminator is None else [self.network, self.discriminator]
         optimizers = [torch.optim.Adam(network.parameters(), self.hparams["learning_rate"]) for network in networks]
         milestones = list(self.hparams["milestones"])
-        return optimizers, [torch.optim.lr_scheduler.MultiStepLR(one, milestones, 0.1) for one in optimizers]
+        schedules = [torch.optim.lr_scheduler.MultiStepLR(one, milestones, 0.1) for one in optimizers]
+        names = ("lr-generator", "lr-discriminator")
+        return optimizers, [{"scheduler": one, "name": name} for one, name in zip(schedules, names, strict=False)]
 
     # Files.
 
