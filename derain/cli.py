@@ -7,7 +7,7 @@ import os
 import sys
 
 import derain
-from derain.errors import DerainError
+from derain.errors import DerainError, Stopped
 from derain.options import CommandParser
 
 TRAINER = {
@@ -54,6 +54,27 @@ def _tell() -> None:
     log.handlers = log.handlers or [logging.StreamHandler()]
 
 
+def command_first(arguments: list[str]) -> list[str]:
+    """Move configurations that are given before a trainer command behind it: ``--config x.yaml fit`` is usual too.
+
+    Raises:
+        DerainError: If no command follows them.
+
+    Example:
+        >>> command_first(["--config", "x.yaml", "fit", "--data.crop", "64"])
+        ['fit', '--config', 'x.yaml', '--data.crop', '64']
+    """
+    end = 0
+    while end < len(arguments) and arguments[end].partition("=")[0] in {"-c", "--config"}:
+        end += 1 if "=" in arguments[end] else 2
+    if end == 0:
+        return arguments
+    if end >= len(arguments):
+        given = " ".join(arguments)
+        raise DerainError(f"{given}: no command; write it first, as derain fit {given}")
+    return [arguments[end], *arguments[:end], *arguments[end + 1 :]]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code; bad input gives one line and code 2."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -66,6 +87,8 @@ def main(argv: list[str] | None = None) -> int:
         print(derain.__version__)
         return 0
     try:
+        arguments = command_first(arguments)
+        command = arguments[0]
         if command in TRAINER:
             from derain.commands import train
 
@@ -79,6 +102,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, `head` for example, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Stopped as stop:
+        print(f"derain: {stop}", file=sys.stderr)
+        return stop.code
+    except KeyboardInterrupt:
+        print("derain: interrupted", file=sys.stderr)
+        return 130
     except (DerainError, OSError) as error:  # OSError: a disk that is full, a folder that may not be written
         print(f"derain: error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""The one exception for bad input."""
+"""The exceptions for bad input, and for commands that were stopped from outside."""
 
 
 class DerainError(ValueError):
@@ -11,3 +11,16 @@ class DerainError(ValueError):
         Traceback (most recent call last):
         derain.errors.DerainError: photo.jpg: not an image; give a JPEG, PNG, WebP, TIFF or BMP file
     """
+
+
+class Stopped(Exception):
+    """A command was stopped by a signal.
+
+    Args:
+        message: What is left of its work, and how to continue, in one line.
+        code: Exit code of the command: 128 and the number of the signal.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code

@@ -17,6 +17,13 @@ KINDS = {
 }
 
 
+OURS = {
+    "optimizer": "--model.learning_rate (derain fit --help METHOD lists all options of a method)",
+    "lr_scheduler": "--model.milestones or --model.warm_up, as the method has it",
+}
+"""What users of LightningCLI look for, and what derain has instead."""
+
+
 class CommandParser(argparse.ArgumentParser):
     """Parses a command's options; what is wrong is one line, and the usage stays with ``--help``."""
 
@@ -40,6 +47,8 @@ def absent(option: str, known: Iterable[str]) -> str:
     """
     if not option.startswith("-"):
         return f"{option}: one argument too many; quote globs, as '*.jpg'"
+    if (group := option.lstrip("-").partition(".")[0]) in OURS:
+        return f"{option}: no such option, since a method brings its own {group.replace('_', ' ')}; set {OURS[group]}"
     from difflib import SequenceMatcher
 
     def alike(one: str) -> tuple[float, float]:

@@ -7,30 +7,50 @@ from typing import cast
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from derain.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from derain.callbacks.parts import part, validated
 from derain.methods import DerainModule, DescribedModule, weights
 
 log = logging.getLogger("derain")
 
 
 class FinalWeights(Callback):
-    """Writes ``weights.safetensors``, the best checkpoint's network, when training ends, and tells its score."""
+    """Writes ``weights.safetensors`` when training ends, and logs its score.
+
+    They are the best checkpoint's, or the last one's where nothing was validated.
+    """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the file on rank 0."""
-        checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-        best = next((c for c in checkpoints if c.monitor and c.best_model_path), None)
-        if not trainer.is_global_zero or best is None:
+        """Write the file on rank 0."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        best = next((one for one in callbacks if isinstance(one, BestCheckpoint)), None)
+        last = next((one for one in callbacks if isinstance(one, LastCheckpoint)), None)
+        if not trainer.is_global_zero or best is None or last is None:
             return
-        for unjudged in (c for c in checkpoints if not c.monitor):  # loggers, which end later, would call it best
-            unjudged.last_model_path, unjudged.best_model_path = unjudged.best_model_path, ""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            log.info("fast_dev_run: no checkpoints and no weights are saved")
+            return
+        file = best.best_model_path or last.best_model_path  # of a checkpoint without a monitor: the newest
+        if not file:
+            log.warning("not a single step was trained: no weights are saved")
+            return
+        for checkpoint in trainer.checkpoint_callbacks:
+            if isinstance(checkpoint, ModelCheckpoint) and not checkpoint.monitor:  # loggers would call it best
+                checkpoint.last_model_path, checkpoint.best_model_path = checkpoint.best_model_path, ""
         target = Path(trainer.default_root_dir) / "weights.safetensors"
         own = cast(DescribedModule, pl_module)
-        weights.save(weights.load(Path(best.best_model_path), type(own)).module, target)
+        weights.save(weights.load(Path(file), type(own)).module, target)
         score = float("nan") if best.best_model_score is None else float(best.best_model_score)
-        if not isinstance(pl_module, DerainModule):
-            log.info("validation: %s %.4f at best", own.judged_by, score)
+        images = part(*validated(trainer))
+        if not best.best_model_path:
+            log.warning("no validation took place: the weights are those after the last epoch")
+        elif isinstance(pl_module, DerainModule):
+            rainy = float(trainer.callback_metrics.get("val/rainy_psnr", float("nan")))
+            protocol = pl_module.protocols[0]
+            log.info("validation: rainy %.2f dB, derained %.2f dB at best (%s, %s)", rainy, score, protocol, images)
+        else:
+            log.info("validation: %s %.4f at best (%s)", own.judged_by, score, images)
+        if isinstance(pl_module, DerainModule):
+            log.info("restore photos by: derain restore IN OUT --weights %s", target)
+        else:
             log.info("train with it by: --model.controller %s", target)
-            return
-        rainy = float(trainer.callback_metrics.get("val/rainy_psnr", float("nan")))
-        log.info("validation: rainy %.2f dB, derained %.2f dB at best (%s)", rainy, score, pl_module.protocols[0])
-        log.info("restore photos by: derain restore IN OUT --weights %s", target)

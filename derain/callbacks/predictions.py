@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from derain.callbacks.panels import to_pixels
 from derain.folders import check_outputs
@@ -46,3 +47,5 @@ class SaveImages(Callback):
                     | {name: to_pixels(one.expand(3, -1, -1)) for name, one in zip(method.maps, maps, strict=True)},
                     method.describe_image(outputs["perceived"], place),
                 )
+        if trainer.received_sigterm:  # which Lightning's prediction loop does not look at
+            raise SIGTERMException

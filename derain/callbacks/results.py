@@ -16,6 +16,7 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
+from derain.callbacks.parts import part
 from derain.images import ESCAPED, replacing
 from derain.methods import DerainModule
 from derain.methods.weights import locate, sha256
@@ -63,6 +64,7 @@ class TestResults(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         folder = Path(trainer.default_root_dir)
         names = [pair.name for pair in data.pairs["test"]]
+        evaluated = sorted(next(iter(module.scores["derained"].values())).index.tolist())
         write_rows(folder / "images.csv", list(image_rows(module.scores, names)))
         file = self.weights or trainer.ckpt_path
         summary = {
@@ -72,8 +74,9 @@ class TestResults(Callback):
             "weights": {"file": str(file), "sha256": sha256(locate(file))} if file else None,
             "data": {
                 "sets": data.sets["test"],
-                "images": len(names),
-                "fingerprint": data.fingerprint("test"),
+                "images": len(evaluated),
+                "images_in_sets": len(names),
+                "fingerprint": data.fingerprint("test", evaluated),
             },
             "results": results(module.scores),
             "seconds": self._spent / max(self._images, 1),
@@ -158,7 +161,7 @@ def print_table(summary: dict[str, Any]) -> None:
     sets = summary["data"]["sets"]
     table = Table(
         title=f"{summary['method']['method']} on {sets if isinstance(sets, str) else ' + '.join(sets)}, "
-        f"{summary['data']['images']} images{_how(summary)}",
+        f"{part(summary['data']['images'], summary['data']['images_in_sets'])}{_how(summary)}",
         title_justify="left",
     )
     for column, justify in {

@@ -32,6 +32,9 @@ LATEX = str.maketrans(
     }
 )
 
+PARTIAL = "*"
+"""Marks numbers of a part of a set's images."""
+
 SIDE = 256
 """Side of the image that multiplications are counted for, in pixels."""
 
@@ -113,6 +116,12 @@ def notes(rows: Sequence[Row], protocol: str) -> list[str]:
         prints = dict.fromkeys(s.fingerprint for row in rows for s in row.scores if s.dataset == name and s.fingerprint)
         if len(prints) > 1:
             told.append(f"{name}: not all rows are of the same images (fingerprints {', '.join(prints)}).")
+    for name, row in zip(labels(rows), rows, strict=True):
+        told += [
+            f"{PARTIAL} partial: {name} on {score.dataset}: {score.images} of {score.partial_of} images."
+            for score in row.scores
+            if score.partial_of
+        ]
     if any(row.macs is not None and row.note is None for row in rows):
         told.append(
             f"MACs: at {SIDE}×{SIDE} pixels, one route executed, CLIP left out, of a diffusion one of its steps."
@@ -151,7 +160,8 @@ def _numbers(row: Row, name: str, lpips: bool) -> list[str]:
     if score is None:
         return ["–"] * (2 + lpips)
     last = ["–" if score.lpips is None else f"{score.lpips:.4f}"] if lpips else []
-    return [f"{score.psnr:.2f}", f"{score.ssim:.4f}", *last]
+    mark = PARTIAL if score.partial_of else ""
+    return [f"{score.psnr:.2f}{mark}", f"{score.ssim:.4f}{mark}", *last]
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
@@ -245,7 +255,7 @@ def escape(text: str) -> str:
 def _csv(rows: Sequence[Row], protocol: str) -> str:
     """One line a method and set, in full precision."""
     text = io.StringIO()
-    measures = ("psnr", "ssim", "lpips", "images", "fingerprint")
+    measures = ("psnr", "ssim", "lpips", "images", "partial_of", "fingerprint")
     titles = ["method", "trained_on", "protocol", "dataset", *measures]
     titles += ["seconds", "parameters", "macs", "hardware", "weights", "file", "note"]
     writer = csv.DictWriter(text, titles, lineterminator="\n")

@@ -1,33 +1,33 @@
 """``derain fit``, ``validate``, ``test`` and ``predict``: one LightningCLI."""
 
-import itertools
+import copy
 import logging
 import os
 import re
-import signal
+import shlex
 import subprocess
-import warnings
+import traceback
 from pathlib import Path
 from pydoc import locate
 from typing import Any, Literal, NoReturn, cast
 
+import lightning
 import torch
 import yaml
 from jsonargparse import set_parsing_settings
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from derain.callbacks import BatchSeeds, FinalWeights, ImagePanels, LastCheckpoint, SaveImages, TestResults, Throughput
 from derain.checkpoints import WholeCheckpointIO, remove_unfinished
+from derain.commands.lightning_messages import choose_messages
+from derain.commands.run_folders import root_of, shared_folder
+from derain.commands.run_setup import callbacks, check_options, check_trainer, loggers
 from derain.data.datamodule import RainDataModule
-from derain.errors import DerainError
+from derain.errors import DerainError, Stopped
 from derain.memory import keep_large_blocks
 from derain.methods import DerainModule, DescribedModule, weights
 from derain.methods.daclipsde.solvers import Sampling
@@ -39,6 +39,16 @@ DENIED = ["torch.hub", "torch.load", "torch.package", "torch.utils.collect_env",
 """What a configuration may not name, besides jsonargparse's own list: torch's ways to run code or commands."""
 
 log = logging.getLogger("derain")
+
+COMMANDS = tuple(LightningCLI.subcommands())
+LIGHTNING = Path(lightning.__file__).parent
+TORCH = Path(torch.__file__).parent
+LIGHTNING_CHECKPOINT = {
+    "lightning.pytorch.callbacks.ModelCheckpoint",
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+}
+REFUSALS = (ValueError, TypeError, RuntimeError, AttributeError, ImportError, MisconfigurationException)
+"""What Lightning refuses options and callbacks with."""
 
 
 def commit() -> str | None:
@@ -88,6 +98,46 @@ class OptionParser(LightningArgumentParser):
         told = in_one_line(message, parser._option_string_actions)
         raise DerainError(f"{told}; {command} --help tells the options") from ex
 
+    def add_lightning_class_args(
+        self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
+    ) -> list[str]:
+        """Ask for ``--model`` in training only: files of weights and checkpoints name their method."""
+        required = required and (nested_key != "model" or self.prog.endswith(" fit"))
+        return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
+
+    def _load_config_parser_mode(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
+        """Take the section of this command from a configuration that has one for each, as LightningCLI writes them."""
+        command = self.prog.rpartition(" ")[2]
+        if command in COMMANDS:
+            content = _section(content, command, path)
+        return super()._load_config_parser_mode(content, path, *args, **kwargs)
+
+
+def _section(content: str, command: str, path: Any) -> str:
+    """Return the section of a command, or the configuration as it is where it has no sections.
+
+    Raises:
+        DerainError: If there are sections, but none of this command or something beside them.
+    """
+    try:
+        loaded = yaml.safe_load(content)
+    except yaml.YAMLError:  # what is wrong with it is reported by the parser
+        return content
+    commands = COMMANDS
+    sections = [key for key in loaded if key in commands] if isinstance(loaded, dict) else []
+    if not sections:
+        return content
+    others = [str(key) for key in loaded if key not in commands]
+    if others:
+        raise DerainError(
+            f"--config {path}: {', '.join(others)} beside the section {sections[0]}; move it into the section"
+        )
+    if command not in loaded:
+        raise DerainError(
+            f"--config {path}: has sections {', '.join(sections)}, none {command}; add a section {command}"
+        )
+    return yaml.safe_dump(loaded[command] or {}, sort_keys=False)
+
 
 class DerainCLI(LightningCLI):
     """Every run has a folder ``runs/EXPERIMENT/COMMAND-N`` of its own; ``--ckpt_path last`` goes on in the last one."""
@@ -128,12 +178,25 @@ class DerainCLI(LightningCLI):
             )
 
     def _parse_ckpt_path(self) -> None:
-        """A file that is judged brings its method along; a training that goes on keeps to the options given."""
-        if self.config.subcommand != "fit":
-            super()._parse_ckpt_path()
+        """Leave the options as given: a file that is evaluated brings its method along as weights do."""
+
+    def _set_seed(self) -> None:
+        """Seed every run, since its order of images and its resuming depend on it.
+
+        Raises:
+            DerainError: If the seed is no number that generators accept.
+        """
+        seed = self.config[self.config.subcommand].seed_everything
+        if isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise DerainError(
+                f"--seed_everything {str(seed).lower()}: every run is seeded, so that it can be resumed and repeated; "
+                f"give a number from 0 to {2**32 - 1}"
+            )
+        super()._set_seed()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Refuses to judge a network that was never trained, and files that are no checkpoints."""
+        self.arguments = list(args)
         try:
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
@@ -142,9 +205,12 @@ class DerainCLI(LightningCLI):
         self.protocols = tuple(protocol.name for protocol in resolve(config.protocol))
         if config.ckpt_path and config.ckpt_path != "last":
             own = cast(type[DescribedModule] | None, locate(config.model.class_path) if config.model else None)
-            note = weights.load(Path(config.ckpt_path), own).note  # says in one line what is wrong with the file
-            if "derain checkpoint" not in note:
+            self.loaded = weights.load(Path(config.ckpt_path), own)  # says in one line what is wrong with the file
+            if "derain checkpoint" not in self.loaded.note:
+                note = self.loaded.note
                 raise DerainError(f"--ckpt_path {config.ckpt_path}: {note}, no checkpoint; give it by --weights")
+        if config.get("weights_only") is False:
+            raise DerainError("--weights_only false: checkpoints are read without running code from them; leave it out")
         if config.ckpt_path and config.weights and self.config.subcommand != "fit":
             raise DerainError("--weights and --ckpt_path: either would be loaded over the other; give one of them")
         if not config.ckpt_path and not config.weights and self.config.subcommand != "fit":
@@ -156,18 +222,28 @@ class DerainCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Chooses the folder of the run."""
         config = self.config[self.subcommand]
-        config.data.seed = config.seed_everything if isinstance(config.seed_everything, int) else 0
+        check_options(config.trainer, str(self.subcommand))
+        if self.subcommand != "fit":
+            self._evaluate_in_float32(config.trainer)
+        config.data.seed = config.seed_everything
         first = Path(str(config.config[0])).stem if config.get("config") else "derain"
         root = Path(config.trainer.default_root_dir or Path("runs") / first)
         resuming = config.get("ckpt_path") == "last"
         self.folder = shared_folder(root, str(self.subcommand), resuming)
+        config.trainer.default_root_dir = str(root_of(root))
+        self.saved = copy.deepcopy(config)  # what repeats the run, in a folder of its own
+        if resuming:
+            self.saved.ckpt_path = None
         config.trainer.default_root_dir = str(self.folder)
         configured = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
         for logger in configured:
-            if "save_dir" in getattr(logger, "init_args", {}):
+            if getattr(logger, "init_args", {}).get("save_dir", "") in {None, "."}:
                 logger.init_args.save_dir = str(self.folder)
+        for callback in config.trainer.callbacks or []:
+            if callback.class_path in LIGHTNING_CHECKPOINT:
+                callback.class_path = "derain.callbacks.Checkpoint"
         remove_unfinished(self.folder)
-        remove_unfinished(root, age=3600.0)
+        remove_unfinished(root_of(root), age=3600.0)
         last = self.folder / "checkpoints" / "last.ckpt"
         again = last.is_file() and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
         if resuming or again:  # SLURM started the job again, in the folder that it has
@@ -182,13 +258,29 @@ class DerainCLI(LightningCLI):
         if self.subcommand == "predict":
             config.return_predictions = False  # they are written, and would fill the memory
 
+    def _evaluate_in_float32(self, trainer: Any) -> None:
+        """Leave the precision of a training's configuration out; the command line may ask for another."""
+        asked = any(argument.startswith("--trainer.precision") for argument in self.arguments)
+        if trainer.precision in {None, 32, "32", "32-true"} or asked:
+            return
+        log.info("precision %s: for training; evaluating in 32-true (or give --trainer.precision)", trainer.precision)
+        trainer.precision = "32-true"
+
     def instantiate_classes(self) -> None:
         """Builds data, method and trainer; the method comes from ``--weights`` where that is given."""
+        config = self.config[self.subcommand]
+        own = cast(type[DescribedModule] | None, locate(config.model.class_path) if config.model else None)
+        if self.subcommand != "fit":
+            config.model = None  # the file brings it
         try:
             super().instantiate_classes()
         except ValueError as error:  # jsonargparse wraps what a method refuses
             raise _innermost(error) from error
-        config = self.config[self.subcommand]
+        if self.subcommand != "fit":
+            if config.weights:
+                self.loaded = weights.load(config.weights, own)
+                log.info("%s: %s", config.weights, self.loaded.note)
+            self.model = self.loaded.module
         self.model = cast(DescribedModule, self.model)
         begun_from = getattr(self.model, "begun_from", None)
         if begun_from and config.ckpt_path:
@@ -197,13 +289,10 @@ class DerainCLI(LightningCLI):
             raise DerainError("--weights and --model.controller: either would be loaded over the other; give one")
         if config.weights and config.ckpt_path:
             log.info("--weights %s: left out, since the run goes on from its checkpoint", config.weights)
-        elif config.weights:
+        elif config.weights and self.subcommand == "fit":
             loaded = weights.load(config.weights, type(self.model))
             log.info("%s: %s", config.weights, loaded.note)
-            if self.subcommand == "fit":
-                self._start_from(loaded.module, config.weights)
-            else:
-                self.model = loaded.module
+            self._start_from(loaded.module, config.weights)
         if isinstance(self.model, DerainModule):
             self.model.protocols = self.protocols
             self.model.lpips = lpips_at_hand(config.lpips)
@@ -239,135 +328,79 @@ class DerainCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the CSV log, checkpoints, pictures and results to whatever the configuration asks for."""
-        config = self.config_init[self.subcommand].trainer
-        config.logger = self._loggers(config.logger)
-        config.callbacks = [*(config.callbacks or []), *self._callbacks(config)]
+        command, config = str(self.subcommand), self.config_init[self.subcommand]
+        given = config.trainer.callbacks or []
+        config.trainer.logger = loggers(config.trainer.logger, self.folder, self.config[command].ckpt_path)
+        monitor = self.model.judged_by if command == "fit" else ""
+        config.trainer.callbacks = callbacks(
+            given if isinstance(given, list) else [given], command, config, self.folder, monitor, commit()
+        )
+        if not config.trainer.fast_dev_run:
+            config.trainer.callbacks.append(SaveConfig(self._parser(command), self.saved, overwrite=True))
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError, MisconfigurationException) as error:  # what Lightning refuses
+        except REFUSALS as error:
             raise DerainError(f"--trainer: {' '.join(str(error).split())}") from error
+        check_trainer(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer
 
-    def _loggers(self, configured: Any) -> list[Logger] | bool:
-        if configured is False:
-            return False
-        given = configured if isinstance(configured, list) else [configured]
-        csv = CSVLogger(str(self.folder), name="", version="", flush_logs_every_n_steps=10)
-        past, checkpoint = self.folder / "metrics.csv", self.config[self.subcommand].ckpt_path
-        if past.exists() and checkpoint and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            _keep_history(csv, past, Path(checkpoint))
-        return [csv, *(logger for logger in given if isinstance(logger, Logger))]
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command; what Lightning refuses while it runs takes one line.
 
-    def _callbacks(self, trainer: Any) -> list[Callback]:
-        config = self.config[self.subcommand]
-        callbacks: list[Callback] = [RichProgressBar(leave=False)] if trainer.enable_progress_bar is not False else []
-        if self.subcommand == "test":
-            callbacks += [TestResults(config.weights, commit()), ImagePanels()]
+        Raises:
+            DerainError: If Lightning refuses an option or a callback.
+            Stopped: If the run was interrupted by Ctrl-C or terminated.
+        """
+        try:
+            super()._run_subcommand(subcommand)
+        except REFUSALS as error:
+            if isinstance(error, DerainError) or not _by_lightning(error):
+                raise
+            raise DerainError(f"--trainer: {' '.join(str(error).split())}") from error
+        except SystemExit as stop:
+            if isinstance(stop, SIGTERMException):
+                raise Stopped(f"terminated{self._next_step()}", 143) from stop
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                raise Stopped(f"interrupted{self._next_step()}", 130) from stop
+            raise
+
+    def _next_step(self) -> str:
+        """Return what is left of a run that was stopped, and how to continue."""
         if self.subcommand == "predict":
-            callbacks.append(SaveImages())
+            return f"; images restored so far are in {self.folder / 'images'}"
         if self.subcommand != "fit":
-            return callbacks
-        seed = config.seed_everything
-        callbacks += [BatchSeeds(seed if isinstance(seed, int) else 0), ImagePanels()]
-        if trainer.enable_checkpointing is not False:
-            kept: dict[str, Any] = {"enable_version_counter": False, "dirpath": self.folder / "checkpoints"}
-            callbacks += [
-                ModelCheckpoint(filename="best", monitor=self.model.judged_by, mode="max", **kept),
-                LastCheckpoint(**kept),
-                FinalWeights(),
-            ]
-        if trainer.logger is not False:
-            callbacks += [Throughput(), LearningRateMonitor("epoch")]
-        return callbacks
+            return "; no results were written, since not all images were scored"
+        if not (self.folder / "checkpoints" / "last.ckpt").is_file():
+            return " before the first checkpoint; start again"
+        resume = [] if "last" in self.arguments else ["--ckpt_path", "last"]
+        command = shlex.join(["derain", *self.arguments, *resume])
+        return f" in epoch {self.trainer.current_epoch}; resume by: {command}"
+
+
+def _by_lightning(error: BaseException) -> bool:
+    """Return whether Lightning itself raised an error, or found that a method lacks an attribute."""
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, AttributeError):  # a module's attributes are looked up in torch
+        files = [file for file in files if not file.is_relative_to(TORCH)]
+    return files[-1].is_relative_to(LIGHTNING)
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """What derain itself said, if it did, without what jsonargparse added."""
+    """What a class refused, without what jsonargparse added to it."""
+    chain: list[BaseException] = []
     found: BaseException | None = error
-    told = error
-    while found is not None:
-        if isinstance(found, DerainError):
-            told = DerainError(str(found).split(". Got value:")[0])
+    while found is not None and found not in chain:
+        chain.append(found)
         found = found.__cause__ or found.__context__
-    return told
-
-
-def shared_folder(root: Path, command: str, resuming: bool) -> Path:
-    """The folder of the run, one for all its ranks.
-
-    Ranks of torchrun learn it from rank 0 through torchrun's store, those of SLURM have the id of their job in common,
-    and those that Lightning starts find it in the environment.
-    """
-    variables = os.environ
-    by_torchrun, by_slurm = "TORCHELASTIC_RUN_ID" in variables, int(variables.get("SLURM_NTASKS", 1)) > 1
-    if resuming and (by_torchrun or by_slurm):
-        return run_folder(root, command, resuming)
-    if by_torchrun:
-        store = TCPStore(variables["MASTER_ADDR"], int(variables["MASTER_PORT"]), is_master=False)
-        key = f"derain-{variables['TORCHELASTIC_RESTART_COUNT']}"
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            store.set(key, str(run_folder(root, command, resuming)))
-        folder = Path(store.get(key).decode())
-        folder.mkdir(parents=True, exist_ok=True)  # nodes may have disks of their own
-        return folder
-    if by_slurm:
-        step = variables.get("SLURM_STEP_ID", "0")
-        folder = root / f"{command}-{variables['SLURM_JOB_ID']}{'' if step == '0' else f'.{step}'}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    if variables.get("LOCAL_RANK", "0") != "0":
-        return Path(variables["DERAIN_RUN"])
-    folder = run_folder(root, command, resuming)
-    variables["DERAIN_RUN"] = str(folder)
-    return folder
-
-
-def run_folder(root: Path, command: str, resuming: bool) -> Path:
-    """A new folder ``root/COMMAND-N``, made at once so that no other run takes it, or the last one to resume.
-
-    Raises:
-        DerainError: If there is nothing to resume.
-    """
-    runs = list(root.glob(f"{command}-*"))
-    numbered = [int(number) for path in runs if (number := path.name.rsplit("-", 1)[1]).isdecimal()]
-    if not resuming:
-        for free in itertools.count(max(numbered, default=0) + 1):
-            folder = root / f"{command}-{free}"
-            try:
-                folder.mkdir(parents=True)
-            except FileExistsError:  # another run has just taken it
-                continue
-            return folder
-    files = [path / "checkpoints" / "last.ckpt" for path in runs]
-    saved = {file: file.stat().st_mtime for file in files if file.is_file()}
-    if not saved:
-        raise DerainError(f"--ckpt_path last: no {command}-N/checkpoints/last.ckpt in {root}; start without it")
-    return max(saved, key=lambda file: saved[file]).parents[1]
-
-
-def _keep_history(csv: CSVLogger, past: Path, checkpoint: Path) -> None:
-    """Lets a resumed run append to its metrics, from the checkpoint's step on (the logger would delete them).
-
-    Of a file that was cut off while the logger wrote it anew, what is whole is kept.
-    """
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    loops = content["loops"]["fit_loop"]
-    position = {"steps": loops["epoch_loop.state_dict"]["_batches_that_stepped"], "log": {}}  # as loggers count
-    position = content.get("position", position)
-    step = position["steps"] - bool(position["log"])  # what was not logged yet is logged when the run resumes
-    header, *rows = past.read_text().splitlines() or [""]
-    columns = header.split(",")
-    if "step" not in columns:
-        log.warning("%s was cut off when the run broke off: its metrics begin anew", past)
-        return
-    place = columns.index("step")
-    whole = [row for row in rows if row.count(",") == header.count(",") and row.split(",")[place].isdecimal()]
-    kept = [row for row in whole if int(row.split(",")[place]) < step]
-    experiment = csv.experiment
-    past.write_text("\n".join([header, *kept]) + "\n")
-    experiment.metrics_keys = header.split(",")
+    ours = [one for one in chain if isinstance(one, DerainError)]
+    if ours:
+        return DerainError(str(ours[-1]).split(". Got value:")[0])
+    foreign = [one for one in chain if isinstance(one, (*REFUSALS, ImportError)) and "Subtypes:" not in str(one)]
+    if foreign:
+        return DerainError(f"--trainer: {' '.join(str(foreign[-1]).split())}")
+    return error
 
 
 def run(arguments: list[str]) -> int:
@@ -375,32 +408,13 @@ def run(arguments: list[str]) -> int:
     keep_large_blocks()
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not ours
     set_parsing_settings(import_path_denylist=DENIED)  # given a list, jsonargparse refuses instead of warning
-    # What Lightning says besides warnings: seeds, devices that are absent, a product.
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
-    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", ".*The dirpath has changed.*")
-    warnings.filterwarnings("ignore", ".*exists and is not empty. Previous log files.*")  # another logger's
-    warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # epochs below r batches
-    try:
-        run_cli(arguments)
-    except SIGTERMException:
-        log.warning("stopped by SIGTERM; resume by --ckpt_path last")
-        return 128 + signal.SIGTERM
-    return 0
-
-
-def run_cli(arguments: list[str]) -> None:
-    """Run the command that the arguments name."""
+    choose_messages()
     DerainCLI(
         DescribedModule,
         RainDataModule,
         subclass_mode_model=True,
         parser_class=OptionParser,
-        save_config_callback=SaveConfig,
-        save_config_kwargs={"overwrite": True},
+        save_config_callback=None,  # ours is among the callbacks
         trainer_defaults={
             "use_distributed_sampler": False,  # the data module has its own, exact ones
             "log_every_n_steps": 10,
@@ -408,6 +422,7 @@ def run_cli(arguments: list[str]) -> None:
         },
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={"prog": "derain", "predict": {"prog": "derain predict"}},
+        parser_kwargs={"prog": "derain"} | {command: {"prog": f"derain {command}"} for command in COMMANDS},
         args=arguments,
     )
+    return 0

@@ -167,6 +167,7 @@ class RainDataModule(LightningDataModule):
         self._captions: dict[str, list[Caption]] = {}
         self.cache, self.split_seed, self.seed = cache, split_seed, seed
         self.pairs: dict[str, tuple[Pair, ...]] = {}
+        self._counts: dict[str, int] = {}
         self._pixels: dict[str, PixelCache | None] = {}
         self._position: Position | None = None  # that training resumes at
         self._saved_order: dict[str, Any] = {}
@@ -176,9 +177,14 @@ class RainDataModule(LightningDataModule):
         """Names of the training sets."""
         return _as_list(self.sets["train"])
 
-    def fingerprint(self, stage: str) -> str:
-        """Hash of the images of ``train``, ``val``, ``test`` or ``predict``."""
-        return fingerprint(self.pairs[stage])
+    def fingerprint(self, stage: str, indices: Sequence[int] | None = None) -> str:
+        """Hash of the images of ``train``, ``val``, ``test`` or ``predict``, or of some of them."""
+        pairs = self.pairs[stage]
+        return fingerprint(pairs if indices is None else [pairs[index] for index in indices])
+
+    def count(self, stage: str) -> int:
+        """Return how many images a stage's sets have, before ``val_limit``."""
+        return self._counts.get(stage, len(self.pairs[stage]))
 
     @property
     def degradations(self) -> list[str]:
@@ -227,6 +233,7 @@ class RainDataModule(LightningDataModule):
             held_out = {clean[place] for place in order[:count]}
             self.pairs["val"] = tuple(pair for pair in pairs if pair.clean in held_out)
             self.pairs["train"] = tuple(pair for pair in pairs if pair.clean not in held_out)
+        self._counts["val"] = len(self.pairs["val"])
         self.pairs["val"] = self.pairs["val"][: self.val_limit]
 
     def _caption(self) -> None:

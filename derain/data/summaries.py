@@ -38,7 +38,8 @@ class Score:
         psnr: In dB.
         ssim: At most 1.
         lpips: If it was computed.
-        images: How many.
+        images: How many were evaluated.
+        partial_of: How many the set has, where only some were evaluated.
         fingerprint: Of the images.
         each: The file of every image's scores.
         seconds: An image, mean.
@@ -52,6 +53,7 @@ class Score:
     fingerprint: str | None = None
     each: Path | None = None
     seconds: float | None = None
+    partial_of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,8 @@ def _row(file: Path, summary: dict[str, Any], result: dict[str, Any]) -> Row:
     if sampling:
         details["sampling"] = f"{sampling['solver']}, steps {sampling['steps'] or 'all'}"
     weights, hardware = summary.get("weights"), summary.get("hardware")
+    images = summary["data"]["images"]
+    total = summary["data"].get("images_in_sets", images)  # older summaries are of all images
     return Row(
         method,
         details,
@@ -179,10 +183,11 @@ def _row(file: Path, summary: dict[str, Any], result: dict[str, Any]) -> Row:
                 result["psnr"],
                 result["ssim"],
                 result.get("lpips"),
-                summary["data"]["images"],
+                images,
                 summary["data"]["fingerprint"],
                 file.with_name("images.csv"),
                 summary.get("seconds"),
+                total if total > images else None,
             ),
         ),
         weights["sha256"][:8] if weights else None,

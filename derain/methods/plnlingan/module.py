@@ -234,7 +234,9 @@ class PLNLINGANModule(DerainModule):
         networks = [self.network] if self.discriminator is None else [self.network, self.discriminator]
         optimizers = [torch.optim.Adam(network.parameters(), self.hparams["learning_rate"]) for network in networks]
         factor = multiplied_at(self.hparams["milestones"], 0.1)
-        return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
+        schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
+        names = ("lr-generator", "lr-discriminator")
+        return optimizers, [{"scheduler": one, "name": name} for one, name in zip(schedules, names, strict=False)]
 
     # Files.
 

@@ -1,0 +1,43 @@
+"""How many images of a set were evaluated."""
+
+import logging
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+log = logging.getLogger("derain")
+
+
+def part(evaluated: int, total: int) -> str:
+    """Return how many images were evaluated, marked where it was not all of them.
+
+    Example:
+        >>> part(3, 100), part(100, 100)
+        ('3 of 100 images (partial)', '100 images')
+    """
+    return f"{total} images" if evaluated == total else f"{evaluated} of {total} images (partial)"
+
+
+def validated(trainer: Trainer) -> tuple[int, int]:
+    """Return how many images are validated, and how many the validation set has."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    batches = min(sum(map(int, trainer.num_val_batches)) * trainer.world_size, len(data.pairs["val"]))
+    return batches, data.count("val")
+
+
+class PartNote(Callback):
+    """Warns that ``derain validate`` or ``predict`` looked at a part of the images only."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn after ``derain validate``."""
+        self._warn(*validated(trainer))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn after ``derain predict``."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        total = data.count("predict")
+        self._warn(min(sum(map(int, trainer.num_predict_batches)) * trainer.world_size, total), total)
+
+    def _warn(self, evaluated: int, total: int) -> None:
+        if evaluated < total:
+            log.warning("%s: not comparable with results on the whole set", part(evaluated, total))

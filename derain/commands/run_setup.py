@@ -1,0 +1,181 @@
+"""Loggers and callbacks of a run, and which of the trainer's options derain refuses."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelPruning,
+    ProgressBar,
+    RichProgressBar,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_only
+
+from derain.callbacks import (
+    BatchSeeds,
+    BestCheckpoint,
+    FinalWeights,
+    ImagePanels,
+    LastCheckpoint,
+    PartNote,
+    SaveImages,
+    TestResults,
+    Throughput,
+)
+from derain.errors import DerainError
+
+log = logging.getLogger("derain")
+
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+"""Of the arithmetic of a network; its weights are always float32."""
+
+LIMITS = {
+    "validate": "limit_val_batches",
+    "test": "limit_test_batches",
+    "predict": "limit_predict_batches",
+}
+"""The options that let a command evaluate a part of the images."""
+
+
+def check_options(trainer: Any, command: str) -> None:
+    """Refuse values that Lightning accepts, but that fail or do nothing.
+
+    Args:
+        trainer: The configured options of the trainer.
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Raises:
+        DerainError: If there is one.
+    """
+    for option in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+        value = trainer[option]
+        if value is not None and value < 1:
+            raise DerainError(f"--trainer.{option} {value}: must be at least 1")
+    if trainer.overfit_batches:
+        raise DerainError(
+            f"--trainer.overfit_batches {trainer.overfit_batches}: crops are drawn anew in every epoch; to overfit, "
+            "give --data.train and --data.val the same folder of few pairs, and --data.crop their size"
+        )
+    if trainer.use_distributed_sampler:
+        raise DerainError(
+            "--trainer.use_distributed_sampler true: derain's samplers share images between processes; leave it out"
+        )
+    if trainer.barebones:
+        raise DerainError("--trainer.barebones true: a run of derain logs and saves checkpoints; leave it out")
+    limit = LIMITS.get(command)
+    if limit and trainer[limit] == 0:
+        raise DerainError(f"--trainer.{limit} 0: no image is left; give at least 1, or leave it out")
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse precisions, strategies and callbacks that derain's methods do not support.
+
+    Raises:
+        DerainError: If the trainer has one.
+    """
+    if trainer.precision not in PRECISIONS:
+        raise DerainError(
+            f"--trainer.precision {trainer.precision}: not supported, since images are scored in float32; use "
+            f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
+        )
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise DerainError(
+            f"--trainer.strategy {type(trainer.strategy).__name__}: not supported; use auto, ddp or "
+            "ddp_find_unused_parameters_true"
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        name = type(callback).__name__
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            raise DerainError(
+                f"--trainer.callbacks {name}: its average would be missing in best.ckpt and weights.safetensors; use "
+                "derain.callbacks.EMA"
+            )
+        if isinstance(callback, ModelPruning):
+            raise DerainError(f"--trainer.callbacks {name}: pruned networks cannot be resumed; leave it out")
+
+
+def loggers(configured: Any, folder: Path, checkpoint: str | None) -> list[Logger] | bool:
+    """Return the CSV log of the run and the configured loggers; False if logging is turned off.
+
+    Args:
+        configured: The trainer's ``logger``, instantiated.
+        folder: Of the run.
+        checkpoint: What the run resumes from.
+    """
+    if configured is False:
+        return False
+    given = configured if isinstance(configured, list) else [configured]
+    csv = CSVLogger(str(folder), name="", version="", flush_logs_every_n_steps=10)
+    past = folder / "metrics.csv"
+    if past.exists() and checkpoint and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        _keep_history(csv, past, Path(checkpoint))
+    return [csv, *(logger for logger in given if isinstance(logger, Logger))]
+
+
+def _keep_history(csv: CSVLogger, past: Path, checkpoint: Path) -> None:
+    """Lets a resumed run append to its metrics, from the checkpoint's step on (the logger would delete them).
+
+    Of a file that was cut off while the logger wrote it anew, what is whole is kept.
+    """
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    loops = content["loops"]["fit_loop"]
+    position = {"steps": loops["epoch_loop.state_dict"]["_batches_that_stepped"], "log": {}}  # as loggers count
+    position = content.get("position", position)
+    step = position["steps"] - bool(position["log"])  # what was not logged yet is logged when the run resumes
+    header, *rows = past.read_text().splitlines() or [""]
+    columns = header.split(",")
+    if "step" not in columns:
+        log.warning("%s was cut off when the run broke off: its metrics begin anew", past)
+        return
+    place = columns.index("step")
+    whole = [row for row in rows if row.count(",") == header.count(",") and row.split(",")[place].isdecimal()]
+    kept = [row for row in whole if int(row.split(",")[place]) < step]
+    experiment = csv.experiment
+    past.write_text("\n".join([header, *kept]) + "\n")
+    experiment.metrics_keys = header.split(",")
+
+
+def callbacks(
+    given: list[Callback], command: str, config: Any, folder: Path, monitor: str, commit: str | None
+) -> list[Callback]:
+    """Return the configured callbacks, and those that save a run's checkpoints, weights, pictures and results.
+
+    Args:
+        given: Those of the configuration.
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        config: Of the command.
+        folder: Of the run.
+        monitor: The metric whose highest value names the best checkpoint.
+        commit: What results belong to.
+    """
+    chosen = list(given)
+    if config.trainer.enable_progress_bar is not False and not any(isinstance(bar, ProgressBar) for bar in chosen):
+        chosen.append(RichProgressBar(leave=False))
+    if command != "fit":
+        for search in [callback for callback in chosen if isinstance(callback, BatchSizeFinder | LearningRateFinder)]:
+            log.info("%s: ignored, since it is for training", type(search).__name__)
+            chosen.remove(search)
+    if command == "test":
+        chosen += [TestResults(config.weights, commit), ImagePanels()]
+    if command == "predict":
+        chosen += [SaveImages(), PartNote()]
+    if command == "validate":
+        chosen.append(PartNote())
+    if command != "fit":
+        return chosen
+    chosen += [BatchSeeds(config.seed_everything), ImagePanels()]
+    if config.trainer.enable_checkpointing is not False:
+        checkpoints = folder / "checkpoints"
+        chosen += [BestCheckpoint(checkpoints, monitor), LastCheckpoint(checkpoints), FinalWeights()]
+    if config.trainer.logger is not False:
+        chosen += [Throughput(), LearningRateMonitor("epoch")]
+    return chosen
