@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from derain.cli import main
+from tests.kills import killed_equals_whole
 from tests.runs import differing, finish, last, metrics, start
 from tests.tiny import MODELS, write_configs
 
@@ -169,3 +170,9 @@ def test_changed_options_are_used_as_if_the_run_had_begun_with_them(place, metho
     assert used
     for step, expected in zip(used, wanted[-len(used) :], strict=True):
         assert step == [pytest.approx(group) for group in expected]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [False, True])
+def test_a_run_killed_twice_at_random_moments(place, steps):
+    assert killed_equals_whole("PReNetModule", place, kills=2, steps=steps, slowest=1.0) == 2
