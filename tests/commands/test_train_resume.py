@@ -106,19 +106,33 @@ def test_another_order_is_refused(place, capsys):
     assert main([*again, str(files / "last.ckpt")]) == 0
 
 
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "fit", "SLURM_NODELIST": "127.0.0.1", "SLURM_NTASKS": "1"}
+SLURM |= {f"SLURM_{name}ID": "0" for name in ("PROC", "LOCAL", "NODE")}
+
+
 @pytest.mark.slow
-def test_sigterm_saves_the_step_where_it_stops(place):
-    config = ["fit", "--config", "PReNetModule.yaml", "--trainer.max_epochs", "40"]
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_the_step_where_it_stops(place, sent):
+    """SIGTERM, and what SLURM sends before time is up: it wants the job in the queue again."""
+    scontrol = place / "bin/scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text("#!/bin/sh\necho $* > requeued.txt\n")
+    scontrol.chmod(0o755)
+    variables = SLURM | {"PATH": f"{scontrol.parent}:{os.environ['PATH']}"} if sent == signal.SIGUSR1 else {}
+    config = ["fit", "--config", "PReNetModule.yaml", "--trainer.max_epochs", "20"]
+    config += ["--trainer.accumulate_grad_batches", "2"]
     assert main([*config, "--trainer.default_root_dir", "whole"]) == 0
-    process = start(*config, "--trainer.default_root_dir", "ended")
+    process = start(*config, "--trainer.default_root_dir", "ended", **variables)
     run = place / "ended/fit-1"
     while not (run / "checkpoints/last.ckpt").exists():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert 4 < last(run)["global_step"] < 160
+    os.kill(process.pid, sent)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert 2 <= last(run)["global_step"] < 40
+    assert (place / "requeued.txt").is_file() == (sent == signal.SIGUSR1)
+    assert not list(run.glob("hpc_ckpt*"))
     assert main([*config, "--trainer.default_root_dir", "ended", "--ckpt_path", "last"]) == 0
     assert_equal_runs(place / "whole/fit-1", run)
 
