@@ -17,9 +17,9 @@ log = logging.getLogger("derain")
 class LastCheckpoint(ModelCheckpoint):
     """Saves ``last.ckpt`` after every epoch, and where a signal ends the training between two batches.
 
-    Batch systems send SIGTERM before they end or pre-empt a job. Under SLURM, the signal of ``sbatch --signal`` (SIGUSR1)
-    also puts the job into the queue again. No other exception saves a checkpoint: a position within a batch cannot be
-    resumed.
+    Batch systems send SIGTERM before they end or pre-empt a job. Under SLURM, the signal of ``sbatch --signal``
+    (SIGUSR1) also puts the job into the queue again. No other exception saves a checkpoint: a position within a batch
+    cannot be resumed.
     """
 
     def __init__(self, **options: Any) -> None:

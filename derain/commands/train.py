@@ -162,8 +162,10 @@ class DerainCLI(LightningCLI):
         for logger in configured:
             if "save_dir" in getattr(logger, "init_args", {}):
                 logger.init_args.save_dir = str(self.folder)
-        remove_unfinished(self.folder)
-        remove_unfinished(root, age=3600.0)
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            remove_unfinished(self.folder)
+            for run in root.glob(f"{self.subcommand}-*"):
+                remove_unfinished(run, age=3600.0)  # others may be writing still
         last = self.folder / "checkpoints" / "last.ckpt"
         again = last.is_file() and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
         if resuming or again:  # SLURM started the job again, in the folder that it has

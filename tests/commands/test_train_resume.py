@@ -190,3 +190,17 @@ def test_changed_options_are_used_as_if_the_run_had_begun_with_them(place, metho
 @pytest.mark.parametrize("steps", [False, True])
 def test_a_run_killed_twice_at_random_moments(place, steps):
     assert killed_equals_whole("PReNetModule", place, kills=2, steps=steps, slowest=1.0) == 2
+
+
+def test_what_killed_runs_left_is_removed_at_the_next_start(place):
+    config = ["fit", "--config", "PReNetModule.yaml"]
+    assert main(config) == 0
+    old, new = (place / f"runs/PReNetModule/fit-1/checkpoints/.0123456{n}-last.ckpt" for n in (0, 1))
+    for file in (old, new):
+        file.write_text("half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    assert main([*config, "--trainer.max_epochs", "1"]) == 0
+    assert (old.exists(), new.exists()) == (False, True)  # the young one may be another process's
+    os.utime(place / "runs/PReNetModule/fit-1/checkpoints/last.ckpt")
+    assert main([*config, "--trainer.max_epochs", "3", "--ckpt_path", "last"]) == 0
+    assert not new.exists()
