@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import subprocess
+import threading
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -24,28 +25,33 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(filename="last", save_on_train_epoch_end=True, **options)
-        self._requeued = self._watching = False
+        self._received: int | None = None
+        self._requeue_signal: int | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take SLURM's signal before Lightning does, which would save in the middle of a batch."""
-        super().setup(trainer, pl_module, stage)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Replace Lightning's handlers: they communicate, or save, in the middle of a batch."""
+        super().on_train_start(trainer, pl_module)
         environment = trainer._accelerator_connector.cluster_environment
-        if stage == "fit" and isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            self._watching = True
-            signal.signal(environment.requeue_signal or signal.SIGUSR1, self._note_signal)
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self._requeue_signal = environment.requeue_signal or signal.SIGUSR1
+        if threading.current_thread() is threading.main_thread():
+            for number in {signal.SIGTERM, self._requeue_signal} - {None}:
+                signal.signal(number, self._note_signal)
 
-    def _note_signal(self, *_: Any) -> None:
-        self._requeued = True
+    def _note_signal(self, number: int, frame: Any) -> None:
+        self._received = number
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Stop before this batch, on all ranks, if SLURM has sent its signal to any."""
-        if self._watching and trainer.strategy.reduce_boolean_decision(self._requeued, all=False):
-            if trainer.is_global_zero:
-                job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
-                task = f"_{os.environ['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_JOB_ID" in os.environ else ""
-                log.warning("SLURM's signal: requeueing job %s", job + task)
-                subprocess.run(["scontrol", "requeue", job + task], check=False)
-            raise SIGTERMException
+        """Stop before this batch, on all ranks, if any has received a signal."""
+        if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
+            return
+        requeue = self._received is not None and self._received == self._requeue_signal
+        if trainer.strategy.reduce_boolean_decision(requeue, all=False) and trainer.is_global_zero:
+            job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
+            task = f"_{os.environ['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_JOB_ID" in os.environ else ""
+            log.warning("SLURM's signal: requeueing job %s", job + task)
+            subprocess.run(["scontrol", "requeue", job + task], check=False)
+        raise SIGTERMException
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the position where a signal stopped."""

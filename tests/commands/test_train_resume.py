@@ -138,6 +138,26 @@ def test_a_signal_saves_the_step_where_it_stops(place, sent):
 
 
 @pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both(place):
+    config = ["fit", "--config", "PReNetModule.yaml", "--trainer.max_epochs", "20", "--data.batch_size", "1"]
+    config += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    process = start(*config)
+    run = place / "runs/PReNetModule/fit-1"
+    while not (run / "checkpoints/last.ckpt").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert "Traceback" not in told
+    stopped = last(run)
+    assert 4 <= stopped["global_step"] < 80
+    finish(*config, "--trainer.default_root_dir", "whole")
+    finish(*config, "--ckpt_path", "last")
+    assert_equal_runs(place / "whole/fit-1", run)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["PReNetModule", "PLNLINGANModule"])
 def test_two_processes_resume_within_an_epoch(place, method):
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp_find_unused_parameters_true", "--data.batch_size", "1"]
