@@ -5,7 +5,6 @@ from typing import Any, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 
 class Checkpoint(ModelCheckpoint):
@@ -35,22 +34,3 @@ class BestCheckpoint(Checkpoint):
 
     def __init__(self, dirpath: Any, monitor: str) -> None:
         super().__init__(dirpath, "best", monitor=monitor, mode="max", enable_version_counter=False)
-
-
-class LastCheckpoint(Checkpoint):
-    """``last.ckpt``, which ``--ckpt_path last`` resumes: the state after the last epoch, or where SIGTERM stopped.
-
-    Batch systems send SIGTERM before they end or pre-empt a job; the training then stops between two batches. No other
-    exception saves a checkpoint: the state within a batch cannot be resumed.
-
-    Args:
-        dirpath: Folder of the checkpoints.
-    """
-
-    def __init__(self, dirpath: Any) -> None:
-        super().__init__(dirpath, "last", save_on_train_epoch_end=True, enable_version_counter=False)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save the position where SIGTERM stopped."""
-        self.save_on_exception = isinstance(exception, SIGTERMException) and trainer.training
-        super().on_exception(trainer, pl_module, exception)

@@ -20,6 +20,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from derain.checkpoints import WholeCheckpointIO, remove_unfinished
@@ -242,8 +243,10 @@ class DerainCLI(LightningCLI):
         for callback in config.trainer.callbacks or []:
             if callback.class_path in LIGHTNING_CHECKPOINT:
                 callback.class_path = "derain.callbacks.Checkpoint"
-        remove_unfinished(self.folder)
-        remove_unfinished(root_of(root), age=3600.0)
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            remove_unfinished(self.folder)
+            for run in root_of(root).glob(f"{self.subcommand}-*"):
+                remove_unfinished(run, age=3600.0)  # others may be writing still
         last = self.folder / "checkpoints" / "last.ckpt"
         again = last.is_file() and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
         if resuming or again:  # SLURM started the job again, in the folder that it has

@@ -149,7 +149,8 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
 
     def _added_gradients(self) -> dict[str, Tensor]:
         """Gradients that are being added up over several batches."""
-        adding = not self.automatic_optimization or self.trainer.fit_loop._should_accumulate()
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        adding = not self.automatic_optimization or progress.processed % self.trainer.accumulate_grad_batches
         named = self.named_parameters() if adding else ()
         return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
 
