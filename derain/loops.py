@@ -23,13 +23,6 @@ class Position(NamedTuple):
     batch: int
 
 
-def position(trainer: Trainer) -> Position:
-    """Return where the next batch comes from."""
-    epoch = trainer.fit_loop.epoch_progress.current
-    resumed = trainer.fit_loop.is_resuming and epoch.started > epoch.processed
-    return Position(epoch.processed, trainer.fit_loop.epoch_loop.batch_progress.current.completed if resumed else 0)
-
-
 def describe(trainer: Trainer) -> dict[str, Any]:
     """Return what a checkpoint must say of the position beside Lightning's counters.
 
@@ -38,14 +31,15 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         step that are logged only after the checkpoint is written.
     """
     loop = trainer.fit_loop.epoch_loop
-    progress = loop.batch_progress.current
+    progress: Any = loop.batch_progress.current
     after_batch = progress.processed > progress.completed
     uncounted = (after_batch or trainer.validating) and not loop._should_accumulate()
     return {"steps": loop._batches_that_stepped + int(uncounted), "log": _unlogged(trainer, after_batch)}
 
 
 def _unlogged(trainer: Trainer, after_batch: bool) -> dict[str, float]:
-    connector, epoch = trainer._logger_connector, trainer.fit_loop.epoch_progress.current
+    connector = trainer._logger_connector
+    epoch: Any = trainer.fit_loop.epoch_progress.current
     accumulating = trainer.fit_loop._should_accumulate() and trainer.lightning_module.automatic_optimization
     step = after_batch and connector.should_update_logs and not accumulating
     if not trainer.training or not (step or epoch.processed > epoch.completed):
@@ -53,7 +47,7 @@ def _unlogged(trainer: Trainer, after_batch: bool) -> dict[str, float]:
     return {name: float(value) for name, value in connector.metrics["log"].items()} | {"epoch": trainer.current_epoch}
 
 
-def settle(loops: dict[str, Any]) -> None:
+def settle(loops: dict[str, Any]) -> Position:
     """Put the counters of a checkpoint (its entry ``loops``) to a clean position, before a trainer loads them."""
     counters = loops["fit_loop"]
     epoch, batches = counters["epoch_progress"], counters["epoch_loop.batch_progress"]
@@ -62,10 +56,12 @@ def settle(loops: dict[str, Any]) -> None:
     _complete(batches)
     if epoch["current"]["started"] == epoch["current"]["processed"]:  # between two epochs
         _complete(epoch)
-    elif not validated:  # a validation that is due here is begun, as Lightning sees it
+        return Position(epoch["current"]["processed"], 0)
+    if not validated:  # a validation that is due here is begun, as Lightning sees it
         for tracker in (validation["total"], validation["current"]):
             tracker |= dict.fromkeys(tracker, 0)
         validation["total"] |= {"ready": 1, "started": 1}
+    return Position(epoch["current"]["processed"], batches["current"]["processed"])
 
 
 def _complete(progress: dict[str, Any]) -> None:
@@ -82,7 +78,7 @@ def begin(trainer: Trainer, saved: dict[str, Any]) -> None:
         saved: What `describe` returned when the checkpoint was saved.
     """
     fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
-    epoch = fit.epoch_progress.current
+    epoch: Any = fit.epoch_progress.current
     loop._batches_that_stepped = saved["steps"]
     for logger in trainer.loggers if saved["log"] else ():
         logger.log_metrics(saved["log"], step=saved["steps"] - 1)

@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import re
+import signal
 import subprocess
 import warnings
 from pathlib import Path
@@ -19,6 +20,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Ri
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from derain.callbacks import BatchSeeds, FinalWeights, ImagePanels, LastCheckpoint, SaveImages, TestResults, Throughput
@@ -160,8 +162,10 @@ class DerainCLI(LightningCLI):
         for logger in configured:
             if "save_dir" in getattr(logger, "init_args", {}):
                 logger.init_args.save_dir = str(self.folder)
-        remove_unfinished(self.folder)
-        remove_unfinished(root, age=3600.0)
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            remove_unfinished(self.folder)
+            for run in root.glob(f"{self.subcommand}-*"):
+                remove_unfinished(run, age=3600.0)  # others may be writing still
         last = self.folder / "checkpoints" / "last.ckpt"
         again = last.is_file() and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
         if resuming or again:  # SLURM started the job again, in the folder that it has
@@ -376,6 +380,16 @@ def run(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", ".*exists and is not empty. Previous log files.*")  # another logger's
     warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # epochs below r batches
+    try:
+        run_cli(arguments)
+    except SIGTERMException:
+        log.warning("stopped by SIGTERM; resume by --ckpt_path last")
+        return 128 + signal.SIGTERM
+    return 0
+
+
+def run_cli(arguments: list[str]) -> None:
+    """Run the command that the arguments name."""
     DerainCLI(
         DescribedModule,
         RainDataModule,
@@ -393,4 +407,3 @@ def run(arguments: list[str]) -> int:
         parser_kwargs={"prog": "derain", "predict": {"prog": "derain predict"}},
         args=arguments,
     )
-    return 0

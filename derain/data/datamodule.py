@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from derain.data.transforms import Augmentation, Flips
 from derain.errors import DerainError
 from derain.folders import cache_folder
 from derain.images import Pixels
-from derain.loops import position
+from derain.loops import Position
 
 log = logging.getLogger("derain")
 
@@ -55,9 +55,9 @@ class TrainingPairs(Dataset[dict[str, Any]]):
         self.captions = captions
 
     def __getitem__(self, sample: Sample) -> dict[str, Any]:
-        index = sample.index % len(self.pairs)
+        index = sample.number % len(self.pairs)
         rainy, clean = self.cache[index] if self.cache is not None else read_pair(self.pairs[index])
-        seed = (self.seed, sample.epoch, sample.index)
+        seed = (self.seed, sample.epoch, sample.number)
         rainy, clean = self.augmentations[sample.crop](rainy, clean, seed)
         return {
             "rainy": to_tensor(rainy),
@@ -68,31 +68,14 @@ class TrainingPairs(Dataset[dict[str, Any]]):
 
 
 class TrainingLoader(DataLoader[dict[str, Any]]):
-    """Data loader that a training may resume within an epoch, in the same order only.
-
-    Attributes:
-        order: All that decides which samples a batch of an epoch has, by option.
-    """
-
-    order: Mapping[str, Any] = {}
+    """Data loader that Lightning knows to be resumable; the position is the data module's."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the order; the position in it is the trainer's."""
-        return dict(self.order)
+        """Return nothing."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Compare the order of a checkpoint with this one.
-
-        Raises:
-            DerainError: If they differ.
-        """
-        batches = cast(TrainingBatches, self.batch_sampler)
-        for option, value in self.order.items() if batches.first else ():
-            if state.get(option, value) != value:
-                raise DerainError(
-                    f"--{option} {value}: the checkpoint was saved within an epoch that has {state[option]}; resume "
-                    "with that, or from the end of an epoch"
-                )
+        """Ignore the state."""
 
 
 class WholePairs(Dataset[dict[str, Any]]):
@@ -185,6 +168,8 @@ class RainDataModule(LightningDataModule):
         self.cache, self.split_seed, self.seed = cache, split_seed, seed
         self.pairs: dict[str, tuple[Pair, ...]] = {}
         self._pixels: dict[str, PixelCache | None] = {}
+        self._position: Position | None = None  # that training resumes at
+        self._saved_order: dict[str, Any] = {}
 
     @property
     def train_sets(self) -> list[str]:
@@ -285,11 +270,34 @@ class RainDataModule(LightningDataModule):
         batches = TrainingBatches(len(pairs) * self.repeat, *self._rank_and_world(), self.seed, stages)
         if trainer is not None:
             batches.limit = _batches_of(len(batches), trainer.limit_train_batches)
-            # Lightning sets the epoch only after workers have drawn their first samples.
-            batches.resume_at(*position(trainer))
-        loader = TrainingLoader(dataset, batch_sampler=batches, **self._loading("train"))
-        loader.order = self._order()
-        return loader
+            batches.set_epoch(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+        if self._position is not None:  # Lightning may ask for the loader before it restores its own counters
+            batches.resume_at(*self._position)
+            self._require_order()
+            self._position = None
+        return TrainingLoader(dataset, batch_sampler=batches, **self._loading("train"))
+
+    def resume_at(self, epoch: int, batch: int) -> None:
+        """Let the next training data loader start at a batch of an epoch."""
+        self._position = Position(epoch, batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that decides which samples a batch of an epoch has."""
+        return self._order() if "train" in self.pairs else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the order of the checkpoint, to compare it with that of this run."""
+        self._saved_order = state_dict
+
+    def _require_order(self) -> None:
+        """Refuse another order within an epoch."""
+        for option, value in self._order().items() if self._position and self._position.batch else ():
+            saved = self._saved_order.get(option, value)
+            if saved != value:
+                raise DerainError(
+                    f"--{option} {value}: the checkpoint was saved within an epoch that has {saved}; resume with that, "
+                    "or from the end of an epoch"
+                )
 
     def _stages(self) -> list[Stage]:
         """Return crop and batch sizes over the training."""

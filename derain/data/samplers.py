@@ -17,12 +17,12 @@ class Sample(NamedTuple):
 
     Attributes:
         epoch: Epoch that draws it.
-        index: Index of the sample in the epoch's data; pair ``index % pairs`` is read.
+        number: Number of the sample in the epoch's data; pair ``number % pairs`` is read.
         crop: Side of the crop in pixels.
     """
 
     epoch: int
-    index: int
+    number: int
     crop: int
 
 
@@ -159,13 +159,13 @@ class TrainingBatches(Sampler[list[Sample]]):
         if len(self.stages) == 1:
             own = own[: self._share]
         for stage in stages:
-            indices = own[start : start + stage.batch_size]
-            batches.append([Sample(epoch, index, stage.crop) for index in indices])
+            numbers = own[start : start + stage.batch_size]
+            batches.append([Sample(epoch, number, stage.crop) for number in numbers])
             start += stage.batch_size
         return batches
 
     def _permutations(self, epoch: int, least: int) -> list[int]:
-        """At least so many indices; those of the n-th permutation are raised by ``n * count``."""
+        """At least so many numbers; those of the n-th permutation are raised by ``n * count``."""
         generator = torch.Generator().manual_seed(self.seed + epoch)
         order: list[int] = []
         while len(order) < least:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -40,7 +40,7 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
     network: nn.Module
     trained_on: tuple[str, ...] = ()
     _resumed: Mapping[str, Any] | None = None  # of the checkpoint that is resumed, until training starts
-    _changed: Sequence[str] = ()  # options that differ from it
+    _changed: tuple[str, ...] = ()  # options that differ from it
     judged_by: ClassVar[str]
     may_change: ClassVar[frozenset[str]] = frozenset(
         {"learning_rate", "weight_decay", "warm_up", "milestones", "decay"}
@@ -84,7 +84,10 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
         """
         if self.resuming:
             self._refuse_another(checkpoint.get("derain", {}))
-            loops.settle(checkpoint["loops"])
+            position = loops.settle(checkpoint["loops"])
+            data: Any = getattr(self.trainer, "datamodule", None)
+            if hasattr(data, "resume_at"):
+                data.resume_at(*position)
             for schedule in checkpoint["lr_schedulers"]:
                 schedule.setdefault("lr_lambdas", [None] * len(schedule["base_lrs"]))  # of derain's earlier MultiStepLR
             self._resumed = {name: checkpoint[name] for name in ("position", "gradients") if name in checkpoint}
@@ -106,7 +109,8 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
         if (method := description.get("method", now["method"])) != now["method"]:
             raise DerainError(f"--model {now['method']}: this run began with {method}; give that one to go on")
         began, own = description.get("hyper_parameters", {}), now["hyper_parameters"]
-        others = self._changed = [name for name, value in own.items() if began.get(name, value) != value]
+        others = [name for name, value in own.items() if began.get(name, value) != value]
+        self._changed = tuple(others)
         for name in others:
             if name not in self.may_change:
                 told = f"--model.{name} {own[name]}: this run began with {began[name]}"
@@ -139,7 +143,8 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
 
     def _added_gradients(self) -> dict[str, Tensor]:
         """Gradients that are being added up over several batches."""
-        adding = not self.automatic_optimization or self.trainer.fit_loop._should_accumulate()
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        adding = not self.automatic_optimization or progress.processed % self.trainer.accumulate_grad_batches
         named = self.named_parameters() if adding else ()
         return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
 

@@ -1,5 +1,6 @@
 """Options of a resumed training: learning rates, schedules and weight decay as configured now."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning import Trainer
@@ -9,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from derain.errors import DerainError
 
 
-def use_configured(trainer: Trainer, changed: list[str]) -> None:
+def use_configured(trainer: Trainer, changed: Sequence[str]) -> None:
     """Set optimisers and schedules that a checkpoint filled to the options of this run, at the step they are at.
 
     Where no option was changed, this changes no bit: a schedule of derain is a function of the step alone.

@@ -30,7 +30,7 @@ def test_no_rank_is_left_without_an_image():
 def test_ranks_train_on_different_images_equally_many():
     shares = [flat(training(rank=rank, world=2)) for rank in range(2)]
     assert [len(share) for share in shares] == [6, 6]
-    assert {sample.index % 11 for share in shares for sample in share} == set(range(11))
+    assert {sample.number % 11 for share in shares for sample in share} == set(range(11))
 
 
 def test_an_epoch_visits_every_sample_once_in_an_order_of_its_own():
@@ -41,9 +41,9 @@ def test_an_epoch_visits_every_sample_once_in_an_order_of_its_own():
         batches[epoch] = list(sampler)
         assert [len(batch) for batch in batches[epoch]] == [4, 4, 3]
         assert len(sampler) == 3
-        assert sorted(sample.index for sample in flat(batches[epoch])) == list(range(11))
+        assert sorted(sample.number for sample in flat(batches[epoch])) == list(range(11))
         assert {(sample.epoch, sample.crop) for sample in flat(batches[epoch])} == {(epoch, 16)}
-    assert len({tuple(sample.index for sample in flat(one)) for one in batches.values()}) == 3
+    assert len({tuple(sample.number for sample in flat(one)) for one in batches.values()}) == 3
 
 
 @pytest.mark.parametrize("stages", [ONE, SCHEDULE])
@@ -72,7 +72,7 @@ def test_stages_change_crop_and_batch_size_at_their_batch():
     for epoch in range(4):
         sampler.set_epoch(epoch)
         found += [(batch[0].crop, len(batch)) for batch in sampler]
-        assert len({sample.index for sample in flat(sampler)}) == len(flat(sampler))
+        assert len({sample.number for sample in flat(sampler)}) == len(flat(sampler))
     assert found == [(16, 4)] * 5 + [(24, 3)] * 2 + [(32, 1)] * 5
     limited = training(stages=SCHEDULE, limit=2)  # batches that the trainer does not ask for do not count
     limited.set_epoch(2)
@@ -81,7 +81,7 @@ def test_stages_change_crop_and_batch_size_at_their_batch():
 
 def test_larger_batches_draw_the_next_permutation():
     sampler = training(count=5, stages=(Stage(0, 16, 1), Stage(0, 16, 3)))
-    indices = [sample.index for sample in flat(sampler)]
+    indices = [sample.number for sample in flat(sampler)]
     assert len(indices) == 15
     assert sorted(indices) == list(range(15))  # three permutations of five samples
     assert [sorted(index % 5 for index in indices[start : start + 5]) for start in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
