@@ -363,7 +363,7 @@ class RainDataModule(LightningDataModule):
         return batch  # type: ignore[no-any-return]
 
 
-def _batches_of(count: int, limit: float) -> int:
+def _batches_of(count: int, limit: int | float) -> int:
     """Batches that a trainer takes of so many: a number of them or a share."""
     return min(count, limit) if isinstance(limit, int) else int(count * limit)
 
