@@ -319,7 +319,7 @@ class RainDataModule(LightningDataModule):
             "data.repeat": self.repeat,
             "data.seed": self.seed,
             "data.batch_size": self.batch_size,
-            "data.schedule": str(self.schedule),
+            "data.schedule": ", ".join(map(str, self.schedule or ())),
             "trainer.devices": self._rank_and_world()[1],
         }
 
