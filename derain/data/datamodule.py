@@ -202,6 +202,10 @@ class RainDataModule(LightningDataModule):
             for part in ("train", "val"):
                 self._pixels[part] = open_cache(self.pairs[part], self.cache) if self.pairs[part] else None
             self._caption()
+            if self.sets["val"] == "none":
+                log.info("--data.val none: all %d pairs train, and nothing validates", len(self.pairs["train"]))
+                if self.trainer is not None:
+                    self.trainer.limit_val_batches = 0  # no validation loop at all
             if self.schedule is not None:
                 sides = " → ".join(str(stage.crop) for stage in self.schedule)
                 log.info("--data.schedule: crops of %s pixels; --data.crop and --data.batch_size are ignored", sides)
@@ -322,7 +326,7 @@ class RainDataModule(LightningDataModule):
             "data.repeat": self.repeat,
             "data.seed": self.seed,
             "data.batch_size": self.batch_size,
-            "data.schedule": str(self.schedule),
+            "data.schedule": ", ".join(map(str, self.schedule or ())),
             "trainer.devices": self._rank_and_world()[1],
         }
 

@@ -62,6 +62,15 @@ class CropStage:
             if value < 1:
                 raise DerainError(f"--data.schedule: {name} {value}: must be at least 1")
 
+    def __str__(self) -> str:
+        """Return the stage in words.
+
+        Example:
+            >>> str(CropStage(steps=92_000, crop=128, batch_size=8))
+            '92000 steps of 8 crops of 128'
+        """
+        return f"{self.steps} steps of {self.batch_size} crops of {self.crop}"
+
 
 def stages_of(schedule: Sequence[CropStage], accumulate: int, batches: int) -> list[Stage]:
     """Return the stages by the batch that each starts at.

@@ -204,7 +204,7 @@ SCHEDULE = [CropStage(3, 16, 4), CropStage(2, 24, 2), CropStage(1, 32, 1)]
 
 
 class Shapes(lightning.LightningModule):
-    """Notes the shapes of batches and how many steps the optimiser took."""
+    """Notes the shapes of batches and how many steps the optimiser took; can validate."""
 
     def __init__(self):
         super().__init__()
@@ -214,6 +214,9 @@ class Shapes(lightning.LightningModule):
     def training_step(self, batch, batch_idx):
         self.seen.append((self.global_step, *batch["rainy"].shape[::3]))
         return self.weight * batch["rainy"].mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.seen.append("validation")
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)

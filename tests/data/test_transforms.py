@@ -41,7 +41,7 @@ def test_crops_come_from_everywhere_and_all_flips_occur():
 
 @pytest.mark.parametrize(
     ("flips", "transpose", "views"),
-    [(False, False, 1), (True, False, 4), ("horizontal", False, 2), ("horizontal", True, 8)],
+    [(False, False, 1), (True, False, 4), ("horizontal", False, 2), ("horizontal", True, 4)],
 )
 def test_only_what_was_asked_for(flips, transpose, views):
     rows, columns = np.mgrid[:4, :4].astype(np.uint8)

@@ -39,6 +39,7 @@ class RestormerModule(DerainModule):
     """
 
     bytes_per_pixel: ClassVar[int] = 4700
+    may_change = DerainModule.may_change | {"hold", "min_learning_rate"}
     compiles_any_size: ClassVar[bool] = False  # frozen weights and unknown sizes: wrong strides in inductor, torch 2.13
 
     def __init__(
