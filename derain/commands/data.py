@@ -158,8 +158,8 @@ def as_table(findings: Sequence[Finding]) -> Table:
             continue
         names = [Path(file).name for file in finding.files]
         files = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        level = Text(finding.level, STYLE[finding.level])
-        table.add_row(level, finding.kind, *(Text(text) for text in (finding.set, files, finding.detail)))
+        title = Text(finding.level, STYLE[finding.level])
+        table.add_row(title, finding.kind, *(Text(text) for text in (finding.set, files, finding.detail)))
     for (level, named, of_set), count in counts.items():
         if count > SHOWN:
             table.add_row(level, named, Text(of_set), f"{count - SHOWN} more", "")

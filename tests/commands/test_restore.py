@@ -126,6 +126,15 @@ def test_plan_refuses_what_would_lose_something(photo, tmp_path):
         plan(str(tmp_path / "in" / "*" / "*.png"), tmp_path / "out")
 
 
+def test_a_comparison_that_would_overwrite_a_photo_is_refused(photo, file, tmp_path, capsys):
+    for name in ("a.png", "a.png-compare.png"):
+        write_image(tmp_path / "in" / name, read_rgb(photo))
+    arguments = ["restore", str(tmp_path / "in"), str(tmp_path / "out"), "--weights", file]
+    assert main([*arguments, "--compare"]) == 2
+    assert "out/a.png-compare.png" in capsys.readouterr().err
+    assert main(arguments) == 0
+
+
 def test_an_output_folder_inside_the_input_is_not_restored_again(photo, tmp_path):
     write_image(tmp_path / "in" / "a.png", read_rgb(photo))
     write_image(tmp_path / "in" / "out" / "a.png", read_rgb(photo))

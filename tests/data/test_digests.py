@@ -8,9 +8,8 @@ import pytest
 from derain.data import digests as module
 from derain.data.cache import fingerprint
 from derain.data.digests import digests
-from derain.data.pairs import find_pairs
+from derain.data.pairs import Pair
 from derain.folders import cache_folder
-from tests.factories import make_set
 
 
 @pytest.fixture(autouse=True)
@@ -101,14 +100,18 @@ def test_links_are_read_where_they_lead(files, read):
     assert digests([link]) != [first]
 
 
-def test_a_fingerprint_is_that_of_the_content(tmp_path, read, caplog):
-    """Equal where another person has the same images; the value is pinned, since results are cited by it."""
+def test_a_fingerprint_is_that_of_the_content_with_and_without_cache(tmp_path, read, caplog):
+    """Its value is pinned: results are cited by it, and another person with the same images must get the same."""
     caplog.set_level(logging.INFO, "derain")
-    made = [find_pairs(make_set(tmp_path / name, "Rain100L", "test"), "test").pairs for name in ("one", "two")]
-    assert fingerprint(made[0]) == fingerprint(made[1])
-    assert "reading 8 new or changed files" in caplog.text
-    settle()
-    fingerprint(made[0])
-    read.clear()
-    fingerprint(made[0])
-    assert read == []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        files = [folder / name for name in ("r.png", "c.png", "both.png")]
+        for file, content in zip(files, (b"one", b"two", b"three"), strict=True):
+            file.write_bytes(content)
+        settle()
+        pairs = [Pair("rain-1", files[0], files[1]), Pair("2", files[2], files[2], "left")]
+        for again in (False, True):
+            read.clear()
+            assert fingerprint(pairs) == "494230a0cdaedaac"
+            assert read == [] if again else len(read) == 3
+    assert caplog.text.count("reading 3 new or changed files") == 2

@@ -225,3 +225,10 @@ def test_outputs_that_overwrite_each_other_are_refused():
     for first, second in (("a.png", "a.png"), ("a.png", "a.png/b.png"), ("a.png/b.png", "a.png")):
         with pytest.raises(DerainError, match=r"a\.png: .*one.*two|a\.png: .*two.*one"):
             check_outputs([(Path(first), "one"), (Path(second), "two")])
+
+
+def test_names_that_some_file_systems_take_for_one_are_made_longer(tmp_path):
+    for name in ("one/A.png", "two/a.png", f"one/{COMPOSED}.png", f"two/{DECOMPOSED}.png"):
+        save(tmp_path / name, clean_image(0))
+    names = [pair.name for pair in find_pairs(tmp_path, "predict").pairs]
+    assert names == ["one/A", f"one/{COMPOSED}", "two/a", f"two/{DECOMPOSED}"]
