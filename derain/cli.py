@@ -7,6 +7,7 @@ import sys
 
 import derain
 from derain.errors import DerainError
+from derain.interrupts import exit_code, interruptible
 from derain.options import CommandParser
 
 TRAINER = {
@@ -71,7 +72,11 @@ def main(argv: list[str] | None = None) -> int:
         module = importlib.import_module(f"derain.commands.{command}")
         parser = CommandParser(f"derain {command}", description=module.__doc__)
         module.add_arguments(parser)
-        return int(module.run(parser.parse_args(arguments[1:])))
+        with interruptible():
+            return int(module.run(parser.parse_args(arguments[1:])))
+    except KeyboardInterrupt as interrupt:
+        print(f"derain: interrupted{str(interrupt) and f' ({interrupt})'}", file=sys.stderr)
+        return exit_code(interrupt)
     except BrokenPipeError:  # the reader of our output, `head` for example, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -16,7 +16,7 @@ from PIL import Image
 from derain import deep_images
 from derain.errors import DerainError
 from derain.image_sources import ORIENTATION, UNREADABLE, ImageSource, opened, upright
-from derain.ranges import OVERSHOOT, check_finite, extremes
+from derain.ranges import OVERSHOOT, check_finite, extremes, span
 
 Pixels = NDArray[np.uint8]
 """RGB pixels, ``(h, w, 3)``, 0 to 255."""
@@ -134,7 +134,7 @@ class Photo:
         values = np.clip(values, 0, 1)
         suffix = path.suffix.lower()
         if suffix not in SUFFIXES:
-            raise DerainError(f"{path}: cannot write '{suffix}'; end it in .png, .jpg, .webp, .tif, .bmp or .avif")
+            raise DerainError(f"{path}: cannot write '{suffix}'; end it in {', '.join(sorted(SUFFIXES))}")
         channels = values.mean(axis=2, keepdims=True) if self.grey else values
         if self.alpha is not None and suffix in WITH_ALPHA:
             channels = np.concatenate([channels, self.alpha[..., None]], axis=2)
@@ -213,7 +213,7 @@ def _in_range(values: NDArray[np.float32], path: Path, white: float | int) -> ND
     limit = white * OVERSHOOT
     if not (-limit <= low and high <= white + limit):  # NaN compares false
         raise DerainError(
-            f"{path}: values from {low:g} to {high:g}; expected 0 to {white:g}; "
+            f"{path}: has {span(low, high)}; expected 0 to {white:g}; "
             "scale the image, or name the value of white (derain restore --white)"
         )
     if low < 0 or high > white:
@@ -222,12 +222,15 @@ def _in_range(values: NDArray[np.float32], path: Path, white: float | int) -> ND
 
 
 def write_image(path: Path, image: Image.Image | Pixels, **options: Any) -> None:
-    """Writes an image file whole or not at all; JPEG and WebP at quality 95 unless told otherwise.
+    """Write an image file whole or not at all; JPEG, WebP and AVIF at quality 95 unless an option says otherwise.
 
     Args:
         path: The file; folders above it are created.
         image: A Pillow image or ``(h, w, 3)`` pixels.
         **options: Passed to Pillow.
+
+    Raises:
+        DerainError: If the format cannot hold the image, for example so many pixels a side.
     """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     if path.suffix.lower() in {".jpg", ".jpeg", ".webp", ".avif"}:

@@ -74,7 +74,7 @@ def _images(folder: Path) -> dict[str, Path]:
     """Images by name without ending: of the folder itself, or where it has none, of the folders below."""
     paths = image_files(folder) or image_files(folder, recursive=True)
     if not paths:
-        raise DerainError(f"{folder}: holds no images; expected PNG, JPEG, WebP, TIFF or BMP files")
+        raise DerainError(f"{folder}: holds no images; expected PNG, JPEG, WebP, TIFF, BMP or AVIF files")
     files: dict[str, Path] = {}
     top = os.path.commonpath([path.parent for path in paths])
     for path in paths:
