@@ -81,5 +81,6 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (DerainError, OSError) as error:  # OSError: a disk that is full, a folder that may not be written
-        print(f"derain: error: {error}", file=sys.stderr)
+        # A DataLoader's worker puts its traceback before the line.
+        print(f"derain: error: {str(error).rpartition('derain.errors.DerainError: ')[2].strip()}", file=sys.stderr)
         return 2

@@ -5,7 +5,7 @@ import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,16 @@ def image_size(path: Path) -> tuple[int, int]:
         return source.size
 
 
+def exif_problem(path: Path) -> str:
+    """Return what is wrong with a file's EXIF, such as an orientation that does not exist; empty if nothing is.
+
+    Raises:
+        DerainError: If the file is absent or no image.
+    """
+    with opened(path) as source:
+        return source.exif_problem
+
+
 def read_rgb(path: Path) -> Pixels:
     """Read a file as upright 8-bit RGB; grey is repeated, transparency dropped, 16 bit scaled down.
 
@@ -80,9 +90,9 @@ def read_rgb(path: Path) -> Pixels:
         DerainError: If the file cannot be read as an image.
     """
     with opened(path) as source:
-        if not source.deep:
-            return np.ascontiguousarray(source.pixels("RGB"))
-    return to_bytes(read_photo(path).rgb, str(path))
+        if source.deep:
+            return to_bytes(_read_deep(source, path, 1).rgb, str(path))
+        return np.ascontiguousarray(source.pixels("RGB"))
 
 
 def to_bytes(rgb: NDArray[np.floating[Any]], name: str = "image") -> Pixels:
@@ -175,23 +185,32 @@ def read_photo(path: Path, white: float | int = 1) -> Photo:
         DerainError: If the file cannot be read as an image, or floating-point values are not from 0 to ``white``.
     """
     with opened(path) as source:
+        photo = _read_deep(source, path, white) if source.deep else _read_shallow(source)
         if source.exif_problem:
             log.warning("%s: %s", path, source.exif_problem)
         info = {"icc_profile": source.profile, "exif": _exif_to_write(source, path)}
-        info = {key: value for key, value in info.items() if value}
-        if source.deep:
-            values = deep_images.decode(source.file, (source.height, source.width), source.tags)
-            values = _in_range(upright(values, source.orientation), path, white)
-            channels = values.shape[2]
-            alpha = values[..., -1] if channels in {2, 4} else None
-            rgb = np.repeat(values[..., :1], 3, axis=2) if channels <= 2 else values[..., :3]
-            return Photo(np.ascontiguousarray(rgb), alpha, channels <= 2, 16, info)
-        assert source.image is not None
-        source.image.load()
-        has_alpha = source.image.has_transparency_data
-        grey = source.image.mode in {"1", "L", "LA"}
-        array = source.pixels("RGBA" if has_alpha else "RGB").astype(np.float32) / np.float32(255)
-        return Photo(np.ascontiguousarray(array[..., :3]), array[..., 3] if has_alpha else None, grey, 8, info)
+        return replace(photo, info={key: value for key, value in info.items() if value})
+
+
+def _read_shallow(source: ImageSource) -> Photo:
+    assert source.image is not None
+    source.image.load()
+    has_alpha = source.image.has_transparency_data
+    grey = source.image.mode in {"1", "L", "LA"}
+    array = source.pixels("RGBA" if has_alpha else "RGB").astype(np.float32)
+    array /= np.float32(255)
+    return Photo(np.ascontiguousarray(array[..., :3]), array[..., 3] if has_alpha else None, grey)
+
+
+def _read_deep(source: ImageSource, path: Path, white: float | int) -> Photo:
+    if source.image is not None:
+        source.image.load()  # finds damage, which OpenCV's decoder of PNG would write to standard error
+    values = deep_images.decode(source.file, (source.height, source.width), source.tags)
+    values = _in_range(upright(values, source.orientation), path, white)
+    channels = values.shape[2]
+    alpha = values[..., -1] if channels in {2, 4} else None
+    rgb = np.repeat(values[..., :1], 3, axis=2) if channels <= 2 else values[..., :3]
+    return Photo(np.ascontiguousarray(rgb), alpha, channels <= 2, 16)
 
 
 def _exif_to_write(source: ImageSource, path: Path) -> bytes | None:

@@ -19,7 +19,11 @@ from derain.data.quickstart import quickstart_set
 from derain.data.transforms import Augmentation
 from derain.errors import DerainError
 from derain.folders import cache_folder
-from derain.images import Pixels
+from derain.images import Pixels, image_size
+from derain.memory import free_memory
+
+BYTES_PER_CROP_PIXEL = 2 * 3 * 4
+"""Rainy and clean, three channels, float32."""
 
 log = logging.getLogger("derain")
 Ticket = tuple[int, int]
@@ -203,6 +207,7 @@ class RainDataModule(LightningDataModule):
         """
         if stage == "fit" and "train" not in self.pairs:
             self._split_train()
+            self._check_crop()
             for part in ("train", "val"):
                 self._pixels[part] = open_cache(self.pairs[part], self.cache)
             self._caption()
@@ -212,6 +217,21 @@ class RainDataModule(LightningDataModule):
             self._caption()
         elif stage in {"test", "predict"} and stage not in self.pairs:
             self.pairs[stage] = self._find(stage, "test" if stage == "test" else "predict")
+
+    def _check_crop(self) -> None:
+        """Refuse crops that are mostly padding, or that memory cannot hold a batch of."""
+        if not any(self.crop <= 2 * max(image_size(pair.rainy)) for pair in self.pairs["train"]):
+            longest = max(max(image_size(pair.rainy)) for pair in self.pairs["train"])
+            raise DerainError(
+                f"--data.crop {self.crop}: the longest side of a training image is {longest} pixels; "
+                f"give at most {2 * longest} (smaller images are padded by reflection)"
+            )
+        need = self.batch_size * self.crop**2 * BYTES_PER_CROP_PIXEL
+        if need > free_memory():
+            raise DerainError(
+                f"--data.crop {self.crop}: a batch of {self.batch_size} takes {need / 1e9:.1f} GB without the network, "
+                f"and {free_memory() / 1e9:.1f} GB of memory are free; reduce --data.crop or --data.batch_size"
+            )
 
     def _split_train(self) -> None:
         if self.sets["val"] is not None:

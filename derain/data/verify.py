@@ -17,11 +17,11 @@ from derain.data.pairs import Pair, as_pairs
 from derain.data.sets import FoundSet, find_sets
 from derain.data.sides import rain_cues, rain_scores
 from derain.errors import DerainError
-from derain.images import natural_key
+from derain.images import exif_problem, natural_key
 from derain.progress import track
 
 Kind = Literal[
-    "count", "unreadable", "size", "unpaired", "clash", "swapped", "leak", "duplicate", "shared", "backgrounds"
+    "count", "unreadable", "size", "exif", "unpaired", "clash", "swapped", "leak", "duplicate", "shared", "backgrounds"
 ]
 Level = Literal["error", "warning", "note"]
 
@@ -35,7 +35,7 @@ class Finding:
 
     Attributes:
         kind: ``count`` (not as many pairs as published), ``unreadable``, ``size`` (rainy and clean differ),
-            ``unpaired``, ``clash`` (two files claim one place), ``swapped`` (rain on the clean side), ``leak``
+            ``exif`` (invalid, so that an image may lie on its side), ``unpaired``, ``clash`` (two files claim one place), ``swapped`` (rain on the clean side), ``leak``
             (a test image's background outside of the test set), ``duplicate`` (one background several times in
             a split), ``shared`` (one background in two sets, and no leak), ``backgrounds`` (how many there are).
         files: The files concerned; of a leak the test image first.
@@ -155,6 +155,8 @@ def _read(one: FoundSet, group: Sequence[Pair]) -> Seen:
             told = str(error).removeprefix(f"{broken[0] if broken else files[0]}: ")
             findings.append(Finding(kind, broken or files, told, set=str(one)))
             continue
+        problems = ((file, exif_problem(Path(file))) for file in files)
+        findings += [Finding("exif", (file,), problem, "warning", str(one)) for file, problem in problems if problem]
         if background is None:
             background = describe(rainy if clean is None else clean, rainy=clean is None)
             first = describe(rainy, local=False)
