@@ -35,9 +35,10 @@ class Finding:
 
     Attributes:
         kind: ``count`` (not as many pairs as published), ``unreadable``, ``size`` (rainy and clean differ),
-            ``exif`` (invalid, so that an image may lie on its side), ``unpaired``, ``clash`` (two files claim one place), ``swapped`` (rain on the clean side), ``leak``
-            (a test image's background outside of the test set), ``duplicate`` (one background several times in
-            a split), ``shared`` (one background in two sets, and no leak), ``backgrounds`` (how many there are).
+            ``exif`` (invalid, so that an image may lie on its side), ``unpaired``, ``clash`` (two files claim one
+            place), ``swapped`` (rain on the clean side), ``leak`` (a test image's background outside of the test
+            set), ``duplicate`` (one background several times in a split), ``shared`` (one background in two sets,
+            and no leak), ``backgrounds`` (how many there are).
         files: The files concerned; of a leak the test image first.
         detail: What is the matter, in words.
         level: ``error`` is wrong, ``warning`` needs a look, ``note`` is good to know.
