@@ -20,6 +20,12 @@ CHANNELS, PLANES, EXTRA, SAMPLE_FORMAT, PROFILE = 277, 284, 338, 339, 34675
 INVERTED, GREY, RGB = 0, 1, 2
 """Values of the tag PHOTOMETRIC."""
 
+CHANNELS_OF_PNG = {0: 1, 2: 3, 4: 2, 6: 4}
+"""Channels by the colour type of a PNG."""
+
+ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+"""Passes of an interlaced PNG: first column and row, steps between columns and rows."""
+
 PREMULTIPLIED = 1
 """Value of the tag EXTRA: colours are multiplied by alpha."""
 
@@ -42,7 +48,9 @@ def deep_tiff_tags(file: BinaryIO) -> ImageFileDirectory_v2 | None:
     head = file.read(8)
     if head[:4] not in {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}:
         return None
-    if b"+" in head[:4]:  # BigTIFF has a longer head
+    if head[:4] == b"MM\0+":  # Pillow takes it for ordinary TIFF
+        raise ValueError("BigTIFF of big-endian byte order is not supported")
+    if head[:4] == b"II+\0":  # BigTIFF has a longer head
         head += file.read(8)
     tags = ImageFileDirectory_v2(head)
     file.seek(tags.next)
@@ -119,11 +127,16 @@ def _plain_png(data: bytes) -> bytes:
         chunks.setdefault(kind, []).append(body)
         start = end + 4
     head, pixels, transparent = chunks[b"IHDR"][0], b"".join(chunks[b"IDAT"]), chunks.get(b"tRNS", [b""])[0]
-    width, height, _, colours = struct.unpack_from(">IIBB", head)
+    width, height, _, colours, _, _, interlaced = struct.unpack(">IIBBBBB", head)
+    need = sum(
+        len(range(top, height, down)) * (1 + 2 * CHANNELS_OF_PNG.get(colours, 0) * len(range(left, width, across)))
+        for left, top, across, down in (ADAM7 if interlaced else [(0, 0, 1, 1)])
+        if left < width
+    )
     decoder = zlib.decompressobj()
-    decoder.decompress(pixels, 2 * height * (1 + 8 * width))
-    if not decoder.eof:
-        raise ValueError("PNG pixels are truncated")
+    raw = decoder.decompress(pixels, need + 1)
+    if len(raw) != need or not decoder.eof:
+        raise ValueError("PNG pixels are not as many as the head says")
     pixels = pixels[: len(pixels) - len(decoder.unused_data)]
     has_transparent = len(transparent) == {0: 2, 2: 6}.get(colours)
     kept = [(b"IHDR", head), *([(b"tRNS", transparent)] if has_transparent else []), (b"IDAT", pixels), (b"IEND", b"")]

@@ -235,7 +235,7 @@ def _in_range(values: NDArray[np.float32], path: Path, white: float | int) -> ND
             f"{path}: has {span(low, high)}; expected 0 to {white:g}; "
             "scale the image, or name the value of white (derain restore --white)"
         )
-    if low < 0 or high > white:
+    if low < -0.001 * white or high > 1.001 * white:  # more than rounding
         log.warning("%s: values from %g to %g clipped to 0 and %g", path, low, high, white)
     return np.asarray(np.clip(values / np.float32(white), 0, 1), np.float32)
 
