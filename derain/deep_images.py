@@ -20,6 +20,12 @@ CHANNELS, PLANES, EXTRA, SAMPLE_FORMAT, PROFILE = 277, 284, 338, 339, 34675
 INVERTED, GREY, RGB = 0, 1, 2
 """Values of the tag PHOTOMETRIC."""
 
+CHANNELS_OF_PNG = {0: 1, 2: 3, 4: 2, 6: 4}
+"""Channels by the colour type of a PNG."""
+
+ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+"""Passes of an interlaced PNG: first column and row, steps between columns and rows."""
+
 PREMULTIPLIED = 1
 """Value of the tag EXTRA: colours are multiplied by alpha."""
 
@@ -42,7 +48,9 @@ def deep_tiff_tags(file: BinaryIO) -> ImageFileDirectory_v2 | None:
     head = file.read(8)
     if head[:4] not in {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}:
         return None
-    if b"+" in head[:4]:  # BigTIFF has a longer head
+    if head[:4] == b"MM\0+":  # Pillow takes it for ordinary TIFF
+        raise ValueError("BigTIFF of big-endian byte order is not supported")
+    if head[:4] == b"II+\0":  # BigTIFF has a longer head
         head += file.read(8)
     tags = ImageFileDirectory_v2(head)
     file.seek(tags.next)
@@ -80,15 +88,17 @@ def decode(file: BinaryIO, size: tuple[int, int], tags: ImageFileDirectory_v2 | 
     if tags is not None:
         _check_layout(tags)
     file.seek(0)
+    data = file.read() if tags is not None else _plain_png(file.read())
     try:
-        array = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+        array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
         raise ValueError(f"pixels cannot be decoded ({error.err})") from error
     if array is None:
         raise ValueError("pixels cannot be decoded: the file is damaged or truncated")
     if array.shape[:2] != size or array.dtype not in (np.uint16, np.float32, np.float64):
         raise ValueError(f"pixels decode to {array.dtype} of shape {array.shape}, expected 16 bits or floats of {size}")
-    values = np.atleast_3d(array).astype(np.float32)
+    with np.errstate(over="ignore"):  # infinity is refused as any other value out of range
+        values = np.atleast_3d(array).astype(np.float32)
     if array.dtype == np.uint16:
         values /= np.float32(65535)
     if values.shape[2] >= 3:  # OpenCV has BGR
@@ -98,6 +108,43 @@ def decode(file: BinaryIO, size: tuple[int, int], tags: ImageFileDirectory_v2 | 
     if tags is not None and PREMULTIPLIED in numbers(tags, EXTRA, 0):
         values[..., :3] /= np.maximum(values[..., 3:], np.float32(1e-6))
     return values
+
+
+def _plain_png(data: bytes) -> bytes:
+    """Return a PNG with nothing but checked pixels: OpenCV's decoder writes to standard error of all that is damaged.
+
+    Raises:
+        ValueError: If a chunk is damaged, or longer than the file (OpenCV would allocate memory for it).
+        zlib.error: If the pixels are damaged.
+    """
+    chunks: dict[bytes, list[bytes]] = {}
+    start = 8
+    while start < len(data) and b"IEND" not in chunks:
+        end = start + 8 + int.from_bytes(data[start : start + 4])
+        kind, body = data[start + 4 : start + 8], data[start + 8 : end]
+        if data[end : end + 4] != zlib.crc32(kind + body).to_bytes(4):
+            raise ValueError(f"PNG chunk {kind!r} is damaged")
+        chunks.setdefault(kind, []).append(body)
+        start = end + 4
+    head, pixels, transparent = chunks[b"IHDR"][0], b"".join(chunks[b"IDAT"]), chunks.get(b"tRNS", [b""])[0]
+    width, height, _, colours, _, _, interlaced = struct.unpack(">IIBBBBB", head)
+    need = sum(
+        len(range(top, height, down)) * (1 + 2 * CHANNELS_OF_PNG.get(colours, 0) * len(range(left, width, across)))
+        for left, top, across, down in (ADAM7 if interlaced else [(0, 0, 1, 1)])
+        if left < width
+    )
+    decoder = zlib.decompressobj()
+    raw = decoder.decompress(pixels, need + 1)
+    if len(raw) != need or not decoder.eof:
+        raise ValueError("PNG pixels are not as many as the head says")
+    pixels = pixels[: len(pixels) - len(decoder.unused_data)]
+    has_transparent = len(transparent) == {0: 2, 2: 6}.get(colours)
+    kept = [(b"IHDR", head), *([(b"tRNS", transparent)] if has_transparent else []), (b"IDAT", pixels), (b"IEND", b"")]
+    return data[:8] + b"".join(_chunk(kind, body) for kind, body in kept)
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def _check_layout(tags: ImageFileDirectory_v2) -> None:
@@ -141,9 +188,7 @@ def encode(suffix: str, channels: NDArray[np.float32], profile: bytes | None) ->
 def _with_profile(encoded: bytes, profile: bytes) -> bytes:
     """Add an ICC profile to a PNG or TIFF that OpenCV wrote: a chunk behind the head, or one more tag."""
     if encoded.startswith(b"\x89PNG"):
-        chunk = b"iCCPICC profile\0\0" + zlib.compress(profile)
-        chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-        return encoded[:33] + chunk + encoded[33:]
+        return encoded[:33] + _chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(profile)) + encoded[33:]
     # The directory of tags is written again at the end, on an even byte; it is in this machine's byte order.
     (start,) = struct.unpack_from("=I", encoded, 4)
     (count,) = struct.unpack_from("=H", encoded, start)

@@ -7,9 +7,9 @@ class DerainError(ValueError):
     The command line prints the line without a traceback and exits with code 2.
 
     Example:
-        >>> raise DerainError("photo.jpg: not an image; give a JPEG, PNG, WebP, TIFF or BMP file")
+        >>> raise DerainError("photo.jpg: not an image; give a JPEG, PNG, WebP, TIFF, BMP or AVIF file")
         Traceback (most recent call last):
-        derain.errors.DerainError: photo.jpg: not an image; give a JPEG, PNG, WebP, TIFF or BMP file
+        derain.errors.DerainError: photo.jpg: not an image; give a JPEG, PNG, WebP, TIFF, BMP or AVIF file
     """
 
 

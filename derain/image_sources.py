@@ -1,10 +1,12 @@
 """Opening image files by their head: which formats, what size, which way up."""
 
+import ctypes
 import logging
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,13 +33,20 @@ TURNS = {1: (0, 0), 2: (1, 0), 3: (0, 2), 4: (1, 2), 5: (1, 1), 6: (0, 3), 7: (1
 
 log = logging.getLogger("derain")
 
-UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, MemoryError)
-"""What decoders raise: Pillow reports damaged PNG chunks as SyntaxError, truncated data as OSError."""
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, EOFError),
+    *(MemoryError, RuntimeError, struct.error, zlib.error),
+)
+"""What decoders were seen to raise for damaged files: Pillow reports damaged PNG chunks as SyntaxError, for example."""
 
 # Pillow warns of damaged metadata without the name of the file; what it cannot read is refused below, with the name.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
+with suppress(
+    AttributeError, OSError
+):  # nor does its libtiff name the file; where it is linked statically, it stays loud
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -154,14 +163,30 @@ def opened(path: Path) -> Iterator[ImageSource]:
 def _opened_by_pillow(file: BinaryIO, image: Image.Image, deep: bool) -> ImageSource:
     """Read size and EXIF before pixels are decoded, which changes both."""
     exif, damage = None, ""
+    if image.format == "PNG" and _has_late_metadata(file):
+        image.load()
     try:
-        exif = image.getexif()
+        exif = Image.Image.getexif(image)  # that of PNG would decode the pixels
     except UNREADABLE as error:  # the pixels can be read without it
         damage = str(error).partition("\n")[0]
     # Of a TIFF, `size` is turned already, but not always as the pixels will be.
     width, height = image.size if image.format != "TIFF" else (image.tag_v2[256], image.tag_v2[257])  # type: ignore[attr-defined]
     stated = None if exif is None else exif.get(ORIENTATION)
     return ImageSource(file, height, width, stated, image, None, deep, exif, damage)
+
+
+def _has_late_metadata(file: BinaryIO) -> bool:
+    """Whether a PNG has metadata behind its pixels; only the heads of chunks are read."""
+    before, seen_pixels = file.tell(), False
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        if head[4:] == b"IDAT":
+            seen_pixels = True
+        elif seen_pixels and head[4:] in {b"eXIf", b"iTXt", b"zTXt", b"tEXt"}:
+            break
+        file.seek(int.from_bytes(head[:4]) + 4, 1)
+    file.seek(before)
+    return len(head) == 8
 
 
 def _deep_tiff(file: BinaryIO, tags: ImageFileDirectory_v2) -> ImageSource:

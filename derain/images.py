@@ -19,7 +19,7 @@ from PIL import Image
 from derain import deep_images
 from derain.errors import DerainError
 from derain.image_sources import ORIENTATION, UNREADABLE, ImageSource, opened, upright
-from derain.ranges import OVERSHOOT, check_finite, extremes
+from derain.ranges import OVERSHOOT, check_finite, extremes, span
 
 Pixels = NDArray[np.uint8]
 """RGB pixels, ``(h, w, 3)``, 0 to 255."""
@@ -167,6 +167,16 @@ def image_size(path: Path) -> tuple[int, int]:
         return source.size
 
 
+def exif_problem(path: Path) -> str:
+    """Return what is wrong with a file's EXIF, such as an orientation that does not exist; empty if nothing is.
+
+    Raises:
+        DerainError: If the file is absent or no image.
+    """
+    with opened(path) as source:
+        return source.exif_problem
+
+
 def read_rgb(path: Path) -> Pixels:
     """Read a file as upright 8-bit RGB; grey is repeated, transparency dropped, 16 bit scaled down.
 
@@ -174,9 +184,9 @@ def read_rgb(path: Path) -> Pixels:
         DerainError: If the file cannot be read as an image.
     """
     with opened(path) as source:
-        if not source.deep:
-            return np.ascontiguousarray(source.pixels("RGB"))
-    return to_bytes(read_photo(path).rgb, str(path))
+        if source.deep:
+            return to_bytes(_read_deep(source, path, 1).rgb, str(path))
+        return np.ascontiguousarray(source.pixels("RGB"))
 
 
 def to_bytes(rgb: NDArray[np.floating[Any]], name: str = "image") -> Pixels:
@@ -228,7 +238,7 @@ class Photo:
         values = np.clip(values, 0, 1)
         suffix = path.suffix.lower()
         if suffix not in SUFFIXES:
-            raise DerainError(f"{path}: cannot write '{suffix}'; end it in .png, .jpg, .webp, .tif, .bmp or .avif")
+            raise DerainError(f"{path}: cannot write '{suffix}'; end it in {', '.join(sorted(SUFFIXES))}")
         channels = values.mean(axis=2, keepdims=True) if self.grey else values
         if self.alpha is not None and suffix in WITH_ALPHA:
             channels = np.concatenate([channels, self.alpha[..., None]], axis=2)
@@ -280,23 +290,32 @@ def read_photo(path: Path, white: float | int = 1) -> Photo:
         DerainError: If the file cannot be read as an image, or floating-point values are not from 0 to ``white``.
     """
     with opened(path) as source:
+        photo = _read_deep(source, path, white) if source.deep else _read_shallow(source)
         if source.exif_problem:
             log.warning("%s: %s", path, source.exif_problem)
         info = {"icc_profile": source.profile, "exif": _exif_to_write(source, path)}
-        info = {key: value for key, value in info.items() if value}
-        if source.deep:
-            values = deep_images.decode(source.file, (source.height, source.width), source.tags)
-            values = _in_range(upright(values, source.orientation), path, white)
-            channels = values.shape[2]
-            alpha = values[..., -1] if channels in {2, 4} else None
-            rgb = np.repeat(values[..., :1], 3, axis=2) if channels <= 2 else values[..., :3]
-            return Photo(np.ascontiguousarray(rgb), alpha, channels <= 2, 16, info)
-        assert source.image is not None
-        source.image.load()
-        has_alpha = source.image.has_transparency_data
-        grey = source.image.mode in {"1", "L", "LA"}
-        array = source.pixels("RGBA" if has_alpha else "RGB").astype(np.float32) / np.float32(255)
-        return Photo(np.ascontiguousarray(array[..., :3]), array[..., 3] if has_alpha else None, grey, 8, info)
+        return replace(photo, info={key: value for key, value in info.items() if value})
+
+
+def _read_shallow(source: ImageSource) -> Photo:
+    assert source.image is not None
+    source.image.load()
+    has_alpha = source.image.has_transparency_data
+    grey = source.image.mode in {"1", "L", "LA"}
+    array = source.pixels("RGBA" if has_alpha else "RGB").astype(np.float32)
+    array /= np.float32(255)
+    return Photo(np.ascontiguousarray(array[..., :3]), array[..., 3] if has_alpha else None, grey)
+
+
+def _read_deep(source: ImageSource, path: Path, white: float | int) -> Photo:
+    if source.image is not None:
+        source.image.load()  # finds damage, which OpenCV's decoder of PNG would write to standard error
+    values = deep_images.decode(source.file, (source.height, source.width), source.tags)
+    values = _in_range(upright(values, source.orientation), path, white)
+    channels = values.shape[2]
+    alpha = values[..., -1] if channels in {2, 4} else None
+    rgb = np.repeat(values[..., :1], 3, axis=2) if channels <= 2 else values[..., :3]
+    return Photo(np.ascontiguousarray(rgb), alpha, channels <= 2, 16)
 
 
 def _exif_to_write(source: ImageSource, path: Path) -> bytes | None:
@@ -318,21 +337,24 @@ def _in_range(values: NDArray[np.float32], path: Path, white: float | int) -> ND
     limit = white * OVERSHOOT
     if not (-limit <= low and high <= white + limit):  # NaN compares false
         raise DerainError(
-            f"{path}: values from {low:g} to {high:g}; expected 0 to {white:g}; "
+            f"{path}: has {span(low, high)}; expected 0 to {white:g}; "
             "scale the image, or name the value of white (derain restore --white)"
         )
-    if low < 0 or high > white:
+    if low < -0.001 * white or high > 1.001 * white:  # more than rounding
         log.warning("%s: values from %g to %g clipped to 0 and %g", path, low, high, white)
     return np.asarray(np.clip(values / np.float32(white), 0, 1), np.float32)
 
 
 def write_image(path: Path, image: Image.Image | Pixels, **options: Any) -> None:
-    """Writes an image file whole or not at all; JPEG and WebP at quality 95 unless told otherwise.
+    """Write an image file whole or not at all; JPEG, WebP and AVIF at quality 95 unless an option says otherwise.
 
     Args:
         path: The file; folders above it are created.
         image: A Pillow image or ``(h, w, 3)`` pixels.
         **options: Passed to Pillow.
+
+    Raises:
+        DerainError: If the format cannot hold the image, for example so many pixels a side.
     """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     if path.suffix.lower() in JPEG | {".webp", ".avif"}:

@@ -22,6 +22,16 @@ def extremes(values: Any) -> tuple[float, float]:
     return float(values.min()), float(values.max())
 
 
+def span(low: float, high: float) -> str:
+    """Return the extremes for a message.
+
+    Example:
+        >>> span(0, 255), span(float("nan"), float("nan"))
+        ('values from 0 to 255', 'NaN')
+    """
+    return "NaN" if math.isnan(low) or math.isnan(high) else f"values from {low:g} to {high:g}"
+
+
 def check_finite(values: Any, name: str) -> None:
     """Check that a restored image has finite values alone: others would be written as black or white.
 
@@ -36,13 +46,11 @@ def check_finite(values: Any, name: str) -> None:
         >>> import numpy as np
         >>> check_finite(np.array([0.5, np.inf]), "a.png")
         Traceback (most recent call last):
-        derain.errors.DerainError: a.png: values from 0.5 to inf; expected finite ones; use other weights or float32
+        derain.errors.DerainError: a.png: has values from 0.5 to inf; expected finite values; use other weights
     """
     low, high = extremes(values)
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise DerainError(
-            f"{name}: values from {low:g} to {high:g}; expected finite ones; use other weights or float32"
-        )
+        raise DerainError(f"{name}: has {span(low, high)}; expected finite values; use other weights")
 
 
 def check_range(values: Any, name: str, overshoot: float = OVERSHOOT) -> None:
@@ -60,8 +68,8 @@ def check_range(values: Any, name: str, overshoot: float = OVERSHOOT) -> None:
         >>> import numpy as np
         >>> check_range(np.array([0.0, 255.0]), "clean image")
         Traceback (most recent call last):
-        derain.errors.DerainError: clean image: values from 0 to 255; expected 0 to 1; divide by the value of white
+        derain.errors.DerainError: clean image: has values from 0 to 255; expected 0 to 1; scale the image
     """
     low, high = extremes(values)
     if not (-overshoot <= low and high <= 1 + overshoot):  # NaN compares false
-        raise DerainError(f"{name}: values from {low:g} to {high:g}; expected 0 to 1; divide by the value of white")
+        raise DerainError(f"{name}: has {span(low, high)}; expected 0 to 1; scale the image")

@@ -21,6 +21,7 @@ from derain.memory import free_memory
 from derain.methods import DerainModule, weights
 from derain.methods.daclipsde.solvers import Sampling
 from derain.progress import track
+from derain.ranges import check_finite, check_range
 
 log = logging.getLogger("derain")
 Precision = Literal["float32", "bf16"]
@@ -100,7 +101,7 @@ class Restorer:
             self.method.network.compile(dynamic=self.method.compiles_any_size)
 
     @torch.inference_mode()
-    def __call__(self, rainy: T, perceived: dict[str, Any] | None = None) -> T:
+    def __call__(self, rainy: T, perceived: dict[str, Any] | None = None, *, name: str = "image") -> T:
         """Restores an image or several, and gives them back as they came.
 
         Args:
@@ -108,33 +109,36 @@ class Restorer:
                 on any device, or a list of any of these; any ``h, w >= 1``. Floats in [0, 1], or bytes (uint8).
             perceived: What ``perceive`` gave of an image that these shall be restored like, as a video's first frame
                 for all others; each image is perceived if not given.
+            name: What messages call the image.
 
         Returns:
             The same kind, shape, type and device. A PIL image is upright RGB, with the alpha and profile that it had.
 
         Raises:
-            DerainError: If it is none of these, or memory does not suffice for the smallest tile.
+            DerainError: If it is none of these, floats are not in [0, 1], memory does not suffice for the smallest
+                tile, or the restored image has values that are not finite.
         """
         restored: Any
         if isinstance(rainy, list | tuple):
-            restored = type(rainy)(self(one, perceived) for one in rainy)
+            images = enumerate(rainy)
+            restored = type(rainy)(self(image, perceived, name=f"{name} {index}") for index, image in images)
         elif isinstance(rainy, Image.Image):
             if rainy.mode[0] in "IF":  # more than 8 bits, which Pillow would clip
                 raise DerainError(f"a PIL image of mode {rainy.mode}; give 8 bits, or an array of floats in [0, 1]")
             upright = ImageOps.exif_transpose(rainy)
-            restored = Image.fromarray(self(np.asarray(upright.convert("RGB")), perceived))
+            restored = Image.fromarray(self(np.asarray(upright.convert("RGB")), perceived, name=name))
             if upright.has_transparency_data:
                 restored.putalpha(upright.convert("RGBA").getchannel("A"))
             if upright.mode in {"RGB", "RGBA", "P"} and "icc_profile" in upright.info:
                 restored.info["icc_profile"] = upright.info["icc_profile"]
         elif isinstance(rainy, np.ndarray) and rainy.ndim in (3, 4):
-            tensor = self(torch.from_numpy(np.array(np.moveaxis(rainy, -1, -3))), perceived)
+            tensor = self(torch.from_numpy(np.array(np.moveaxis(rainy, -1, -3))), perceived, name=name)
             restored = np.ascontiguousarray(np.moveaxis(tensor.numpy(), -3, -1))
         else:
-            restored = self._call(_checked(rainy), perceived)
+            restored = self._call(_checked(rainy, name), perceived, name)
         return cast(T, restored)
 
-    def _call(self, rainy: Tensor, perceived: dict[str, Any] | None) -> Tensor:
+    def _call(self, rainy: Tensor, perceived: dict[str, Any] | None, name: str) -> Tensor:
         """Restores a tensor's images one by one."""
         images = rainy.reshape(-1, 1, *rainy.shape[-3:]).to("cpu", torch.float32)
         images = images / 255 if rainy.dtype == torch.uint8 else images
@@ -142,6 +146,8 @@ class Restorer:
             self._views(one, self.method, self.method.perceive(one.to(self.device)) if perceived is None else perceived)
             for one in images
         ]
+        for index, view in enumerate(views):
+            check_finite(view, name if rainy.ndim == 3 else f"{name} {index}")
         restored = torch.cat([one.clamp(0, 1) for one in views] or [images[:, 0]]).reshape(rainy.shape)
         restored = (restored.mul(255).round() if rainy.dtype == torch.uint8 else restored).to(rainy.device, rainy.dtype)
         with torch.inference_mode(False):
@@ -153,11 +159,12 @@ class Restorer:
         return self.method.perceive(torch.from_numpy(np.moveaxis(rainy, -1, 0).copy())[None].to(self.device))
 
     @torch.inference_mode()
-    def explain(self, rainy: NDArray[np.float32]) -> "Explanation":
-        """Restores one image, as a call does, and shows how that came about."""
+    def explain(self, rainy: NDArray[np.float32], name: str = "image") -> "Explanation":
+        """Restores one image, as a call does, and shows how that came about; messages call it by its name."""
         image = torch.from_numpy(np.ascontiguousarray(rainy.transpose(2, 0, 1)))[None]
         perceived = self.perceive(rainy)
         views = self._views(image, self.method.explain, perceived)
+        check_finite(views, name)
         stack = np.ascontiguousarray(views[0].clamp(0, 1).permute(1, 2, 0).numpy())
         maps = {name: stack[:, :, 3 + place] for place, name in enumerate(self.method.maps)}
         return Explanation(stack[:, :, :3], maps, self.method.describe_image(perceived, 0))
@@ -221,8 +228,9 @@ class Restorer:
         if self.precision == "bf16":
             autocast = torch.autocast(self.device.type, torch.bfloat16)
         with autocast:
-            derained = forward(tile.to(self.device, memory_format=torch.channels_last), **perceived)
-        return derained.float().clamp(0, 1).cpu()
+            derained = forward(tile.to(self.device, memory_format=torch.channels_last), **perceived).float()
+        # Clamping would turn infinity into white; as NaN it survives until the whole image is checked.
+        return torch.where(derained.isfinite(), derained.clamp(0, 1), torch.nan).cpu()
 
 
 class Explanation(NamedTuple):
@@ -350,7 +358,7 @@ def show_steps(steps: Iterable[T], total: int) -> Iterator[T]:
     return track(steps, "Sampling", total)
 
 
-def _checked(images: object) -> Tensor:
+def _checked(images: object, name: str) -> Tensor:
     """Images that can be restored.
 
     Raises:
@@ -359,12 +367,11 @@ def _checked(images: object) -> Tensor:
     wanted = "expected a PIL image, an array (h, w, 3) or a tensor (3, h, w), or several; bytes, or floats in [0, 1]"
     if not isinstance(images, Tensor):
         shape = f" of shape {images.shape}" if isinstance(images, np.ndarray) else ""
-        raise DerainError(f"an image is a {type(images).__name__}{shape}; {wanted}")
+        raise DerainError(f"{name}: is a {type(images).__name__}{shape}; {wanted}")
     if images.ndim not in (3, 4) or images.shape[-3] != 3 or 0 in images.shape[-2:]:
-        raise DerainError(f"an image has channels, height and width {tuple(images.shape)}; {wanted}")
+        raise DerainError(f"{name}: has channels, height and width {tuple(images.shape)}; {wanted}")
     if images.dtype != torch.uint8:
         if not images.is_floating_point():
-            raise DerainError(f"an image holds {images.dtype}; {wanted}")
-        if not bool((images.abs() <= 2).all()):  # some sharpening leaves the range a little
-            raise DerainError(f"an image's values are from {images.min():g} to {images.max():g}; {wanted}")
+            raise DerainError(f"{name}: holds {images.dtype}; {wanted}")
+        check_range(images, name)
     return images

@@ -114,9 +114,10 @@ def rewrite(
         for frame in track(frames, "Frames", _count(container, stream)):
             rainy = _read(frame, first, source)
             changed = change(rainy)
-            out.add(to_bytes(changed), frame)
+            pixels = to_bytes(changed, f"{source}: frame {frames.frames}")
+            out.add(pixels, frame)
             if beside is not None:
-                picture = _even(np.asarray(compare({"rainy": to_bytes(rainy), "derained": to_bytes(changed)})))
+                picture = _even(np.asarray(compare({"rainy": to_bytes(rainy), "derained": pixels})))
                 if len(writers) == 1:
                     writers.append(writer(beside, (picture.shape[0], picture.shape[1])))
                     frames.catch_up(writers[1])

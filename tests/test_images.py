@@ -340,7 +340,7 @@ def test_floating_point_files_out_of_range_are_refused(tmp_path, value):
     values[2, 3, 1] = value
     cv2.imwrite(str(tmp_path / "a.tif"), values)
     for read in (read_photo, read_rgb):
-        with pytest.raises(DerainError, match=rf"a\.tif: .*{value:g}"):
+        with pytest.raises(DerainError, match=rf"(?i)a\.tif: .*{value:g}"):
             read(tmp_path / "a.tif")
 
 
@@ -363,12 +363,13 @@ def test_a_slight_overshoot_is_clipped_with_a_warning(tmp_path, caplog):
         ("uint16", (3, 5, 7), {"photometric": "rgb", "planarconfig": "separate"}),
         ("uint16", (5, 7, 5), {"photometric": "rgb", "extrasamples": ["unspecified"] * 2}),
         ("uint16", (5, 7, 2), {"photometric": "minisblack", "planarconfig": "contig"}),
+        ("uint16", (5, 7, 3), {"photometric": "rgb", "bigtiff": True, "byteorder": ">"}),
     ],
 )
 def test_deep_pixels_that_decoders_get_wrong_are_refused(tmp_path, dtype, shape, options):
     tifffile.imwrite(tmp_path / "a.tif", np.ones(shape, dtype), **options)
     for read in (read_photo, read_rgb):
-        with pytest.raises(DerainError, match=r"a\.tif: .*-bit"):
+        with pytest.raises(DerainError, match=r"a\.tif: .*(-bit|BigTIFF)"):
             read(tmp_path / "a.tif")
 
 

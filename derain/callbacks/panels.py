@@ -9,20 +9,25 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch import Tensor
 
-from derain.images import ESCAPED, Pixels, write_image
+from derain.images import ESCAPED, Pixels, to_bytes, write_image
 from derain.pictures import compare
 
 
-def to_pixels(image: Tensor) -> Pixels:
-    """``(3, h, w)`` in [0, 1] to ``(h, w, 3)`` bytes, rounded."""
-    return image.float().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+def to_pixels(image: Tensor, name: str) -> Pixels:
+    """Convert ``(3, h, w)`` in [0, 1] to ``(h, w, 3)`` bytes, rounded.
+
+    Raises:
+        DerainError: If a value is not finite; it names the image.
+    """
+    return to_bytes(image.float().permute(1, 2, 0).cpu().numpy(), name)
 
 
 def draw(batch: Any, outputs: Any) -> tuple[Image.Image, str]:
     """The panel of the first image of a batch, and a file name for it."""
     images = {"rainy": batch["rainy"], "derained": outputs["derained"], "clean": batch["clean"]}
-    panel = compare({label: to_pixels(image[0]) for label, image in images.items()})
-    return panel, batch["name"][0]
+    name = batch["name"][0]
+    panel = compare({label: to_pixels(image[0], f"{name}: {label} image") for label, image in images.items()})
+    return panel, name
 
 
 class ImagePanels(Callback):

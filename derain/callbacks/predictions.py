@@ -39,12 +39,16 @@ class SaveImages(Callback):
         method = cast(DerainModule, pl_module)
         for place, name in enumerate(batch["name"]):
             derained, maps = outputs["derained"][place].split((3, len(outputs["derained"][place]) - 3))
-            write_image(folder / f"{name}.png", to_pixels(derained))
+            pixels = to_pixels(derained, f"{name}: derained image")
+            write_image(folder / f"{name}.png", pixels)
             if method.explaining:
                 write_explanation(
                     folder / f"{name}-explain",
-                    {"rainy": to_pixels(batch["rainy"][place]), "derained": to_pixels(derained)}
-                    | {name: to_pixels(one.expand(3, -1, -1)) for name, one in zip(method.maps, maps, strict=True)},
+                    {"rainy": to_pixels(batch["rainy"][place], name), "derained": pixels}
+                    | {
+                        kind: to_pixels(one.expand(3, -1, -1), f"{name}: {kind}")
+                        for kind, one in zip(method.maps, maps, strict=True)
+                    },
                     method.describe_image(outputs["perceived"], place),
                 )
         if trainer.received_sigterm:  # which Lightning's prediction loop does not look at

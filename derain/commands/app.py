@@ -14,7 +14,6 @@ import tempfile
 import threading
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +21,10 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from derain.data.rain import PRESETS, Rain, add_rain, between
 from derain.errors import DerainError
-from derain.images import Pixels, read_photo, to_bytes, write_image
+from derain.images import Pixels, image_size, read_photo, to_bytes, write_image
 from derain.memory import give_back_blocks, keep_large_blocks
 from derain.restoration import Restorer
 
@@ -35,8 +33,6 @@ PORTS = range(7860, 7960)
 
 MOST_MEGAPIXELS = 178
 """Pillow takes larger images for an attack."""
-
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 
 SHOWN, SMALL = 2048, 640
 """Longest side of a picture and of a map on the page, in pixels; what is downloaded has the photo's size."""
@@ -234,7 +230,7 @@ class Studio:
                 photo = read_photo(upload)
                 photo = photo if self.keep_metadata else photo.without_metadata()
                 rainy = photo.rgb if amount <= 0 else rain_on(photo.rgb, amount, seed)
-                derained, maps, perceived = restorer.explain(rainy)
+                derained, maps, perceived = restorer.explain(rainy, str(upload))
             except DerainError as error:
                 raise DerainError(f"{name}: {str(error).removeprefix(f'{upload}: ')}") from error
             seconds = time.perf_counter() - start
@@ -284,16 +280,9 @@ class Studio:
         if upload.stat().st_size == 0:
             raise DerainError(f"{name} is empty: it has 0 bytes. Please try another copy of it.")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(upload, formats=FORMATS) as image:
-                    width, height = image.size
-        except Image.DecompressionBombError as error:
-            raise DerainError(f"{name} has more than {MOST_MEGAPIXELS} megapixels. Please make it smaller.") from error
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise DerainError(
-                f"{name} is not a photo that can be read. Please give a JPEG, PNG, WebP, TIFF or BMP file."
-            ) from error
+            height, width = image_size(upload)
+        except DerainError as error:
+            raise DerainError(f"{name}: {str(error).removeprefix(f'{upload}: ')}") from error
         megapixels = width * height / 1e6
         if megapixels > self.max_megapixels:
             raise DerainError(

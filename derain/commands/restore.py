@@ -3,6 +3,7 @@
 import argparse
 import glob
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write no metadata: neither time, camera and location (EXIF) nor a video's tags; the profile stays",
     )
+    parser.add_argument(
+        "--white", type=float, default=1.0, help="of floating-point TIFF: value of white, such as 255 (default: 1)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     parser.add_argument("--route", type=int, help="let all images take this route instead of asking CLIP (CLIP-RPN)")
     parser.add_argument(
@@ -79,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     if films and args.explain:
         raise DerainError(f"--explain: explains photos, and {films[0]} is a video; leave it out, or give one frame")
     videos.crf_of(args.crf)
+    if not 0 < args.white < math.inf:
+        raise DerainError(f"--white {args.white:g}: must be above 0; give the value that white has in the file")
     waiting = {source: target for source, target in jobs.items() if args.overwrite or not target.exists()}
     kept = len(jobs) - len(waiting)
     if kept and len(jobs) == 1:
@@ -109,14 +115,18 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"{args.weights}: {restorer.note}, on {restorer.device}", file=sys.stderr)
     done, located = 0, []
-    for source, target in track(waiting.items(), "Restoring", len(waiting)):
-        try:
-            if (restore_video if is_video(source) else restore_photo)(restorer, source, target, args):
-                located.append(target)
-            done += 1
-        except (DerainError, OSError) as error:
-            broken.append(str(error))
-        give_back_blocks()
+    try:
+        for source, target in track(waiting.items(), "Restoring", len(waiting)):
+            try:
+                if (restore_video if is_video(source) else restore_photo)(restorer, source, target, args):
+                    located.append(target)
+                done += 1
+            except (DerainError, OSError) as error:
+                broken.append(str(error))
+            give_back_blocks()
+    except KeyboardInterrupt:
+        print(f"restored {done} of {len(jobs)}: {args.output}; run the same command for the rest", file=sys.stderr)
+        raise
     told = f"restored {done} of {len(jobs)} {'photos' if not films else 'photos and videos'}" + (
         f", kept {kept} that exist (--overwrite)" if kept else ""
     )
@@ -139,11 +149,11 @@ def restore_photo(restorer: "Restorer", source: Path, target: Path, args: argpar
     Returns:
         Whether the metadata that is written has the location.
     """
-    photo = read_photo(source)
+    photo = read_photo(source, args.white)
     if args.strip_metadata:
         photo = photo.without_metadata()
-    explained = restorer.explain(photo.rgb) if args.explain else None
-    derained = restorer(photo.rgb) if explained is None else explained.derained
+    explained = restorer.explain(photo.rgb, str(source)) if args.explain else None
+    derained = restorer(photo.rgb, name=str(source)) if explained is None else explained.derained
     if explained is not None:
         images = {"rainy": to_bytes(photo.rgb), "derained": to_bytes(derained)}
         maps = {name: to_bytes(np.repeat(one[..., None], 3, 2)) for name, one in explained.maps.items()}
@@ -165,7 +175,7 @@ def restore_video(restorer: "Restorer", source: Path, target: Path, args: argpar
     def restore(frame: NDArray[np.float32]) -> NDArray[np.float32]:
         nonlocal perceived
         perceived = restorer.perceive(frame) if perceived is None else perceived
-        return restorer(frame, perceived)
+        return restorer(frame, perceived, name=str(source))
 
     beside = comparison(target) if args.compare else None
     return videos.rewrite(source, target, restore, crf=args.crf, beside=beside, metadata=not args.strip_metadata)
@@ -197,7 +207,9 @@ def plan(source: str, output: Path) -> dict[Path, Path]:
         target = videos.writable(output / path.name) if output.is_dir() or not output.suffix else output
         targets = {path: target}
         if not is_video(path) and target.suffix.lower() not in SUFFIXES:
-            raise DerainError(f"{target}: cannot write '{target.suffix}'; end it in .png, .jpg, .webp, .tif or .bmp")
+            raise DerainError(
+                f"{target}: cannot write '{target.suffix}'; end it in .png, .jpg, .webp, .tif, .bmp or .avif"
+            )
     else:
         matches = (Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207 - the pattern may be absolute
         found = select_images(matches, KINDS)

@@ -21,8 +21,12 @@ from derain.data.samplers import CropStage, Sample, Stage, Strided, TrainingBatc
 from derain.data.transforms import Augmentation, Flips
 from derain.errors import DerainError
 from derain.folders import cache_folder
-from derain.images import Pixels
+from derain.images import Pixels, image_size
 from derain.loops import Position
+from derain.memory import free_memory
+
+BYTES_PER_CROP_PIXEL = 2 * 3 * 4
+"""Rainy and clean, three channels, float32."""
 
 log = logging.getLogger("derain")
 
@@ -199,6 +203,7 @@ class RainDataModule(LightningDataModule):
         """
         if stage == "fit" and "train" not in self.pairs:
             self._split_train()
+            self._check_crop()
             for part in ("train", "val"):
                 self._pixels[part] = open_cache(self.pairs[part], self.cache) if self.pairs[part] else None
             self._caption()
@@ -219,6 +224,23 @@ class RainDataModule(LightningDataModule):
             self._caption()
         elif stage in {"test", "predict"} and stage not in self.pairs:
             self.pairs[stage] = self._find(stage, "test" if stage == "test" else "predict")
+
+    def _check_crop(self) -> None:
+        """Refuse crops that are mostly padding, or that memory cannot hold a batch of."""
+        stages = self.schedule or [CropStage(1, self.crop, self.batch_size)]
+        largest = max(stage.crop for stage in stages)
+        if not any(largest <= 2 * max(image_size(pair.rainy)) for pair in self.pairs["train"]):
+            longest = max(max(image_size(pair.rainy)) for pair in self.pairs["train"])
+            raise DerainError(
+                f"--data.crop {largest}: the longest side of a training image is {longest} pixels; "
+                f"give at most {2 * longest} (smaller images are padded by reflection)"
+            )
+        need = max(stage.batch_size * stage.crop**2 for stage in stages) * BYTES_PER_CROP_PIXEL
+        if need > free_memory():
+            raise DerainError(
+                f"--data.crop {largest}: a batch takes {need / 1e9:.1f} GB without the network, and "
+                f"{free_memory() / 1e9:.1f} GB of memory are free; reduce --data.crop or --data.batch_size"
+            )
 
     def _split_train(self) -> None:
         if self.sets["val"] == "none":

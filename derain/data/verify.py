@@ -18,7 +18,7 @@ from derain.data.sets import FoundSet, find_sets
 from derain.data.sides import rain_cues, rain_scores
 from derain.errors import DerainError
 from derain.image_sources import several_frames
-from derain.images import list_images, natural_key
+from derain.images import exif_problem, list_images, natural_key
 from derain.progress import track
 
 Kind = Literal[
@@ -27,6 +27,7 @@ Kind = Literal[
     "unreadable",
     "frames",
     "size",
+    "exif",
     "unpaired",
     "unused",
     "clash",
@@ -49,10 +50,11 @@ class Finding:
     Attributes:
         kind: ``skipped`` (images of formats that are not read, broken links), ``count`` (not as many pairs as
             published), ``unreadable``, ``frames`` (several frames or pages, of which the first is read), ``size``
-            (rainy and clean differ), ``unpaired``, ``unused`` (pairs of another version of the set in the same
-            folder), ``clash`` (two files fit one pair), ``swapped`` (rain on the clean side), ``leak``
-            (a test image's background outside of the test set), ``duplicate`` (one background several times in
-            a split), ``shared`` (one background in two sets, and no leak), ``backgrounds`` (how many there are).
+            (rainy and clean differ), ``exif`` (invalid, so that an image may lie on its side), ``unpaired``,
+            ``unused`` (pairs of another version of the set in the same folder), ``clash`` (two files fit one pair),
+            ``swapped`` (rain on the clean side), ``leak`` (a test image's background outside of the test set),
+            ``duplicate`` (one background several times in a split), ``shared`` (one background in two sets, and no
+            leak), ``backgrounds`` (how many there are).
         files: The files concerned; of a leak the test image first.
         detail: What is the matter, in words.
         level: ``error`` is wrong, ``warning`` needs a look, ``note`` is good to know.
@@ -180,6 +182,8 @@ def _read(one: FoundSet, group: Sequence[Pair]) -> Seen:
         for file in files:
             if several_frames(Path(file)):
                 findings.append(Finding("frames", (file,), "several frames or pages; first read", "warning", str(one)))
+        problems = ((file, exif_problem(Path(file))) for file in files)
+        findings += [Finding("exif", (file,), problem, "warning", str(one)) for file, problem in problems if problem]
         if background is None:
             background = describe(rainy if clean is None else clean, rainy=clean is None)
             first = describe(rainy, local=False)

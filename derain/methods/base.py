@@ -17,6 +17,7 @@ from derain.methods.described import DescribedModule
 from derain.methods.divergence import REMEDY
 from derain.metrics import ImageQuality, Scores
 from derain.metrics.perceptual import Lpips
+from derain.ranges import check_finite
 
 
 class DerainModule(DescribedModule, ABC):
@@ -153,9 +154,11 @@ class DerainModule(DescribedModule, ABC):
     def validation_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
         """Judges an image; gives the derained image to callbacks."""
         self._give_back_at(batch["rainy"].shape)
-        derained = self(batch["rainy"]).float()  # protocols clip as they say
-        self._quality["derained"].update(derained, batch["clean"], batch["index"])
-        self._quality["rainy"].update(batch["rainy"], batch["clean"], batch["index"])
+        derained = self(batch["rainy"]).float()
+        check_finite(derained, f"{', '.join(batch['name'])}: derained image")
+        derained = derained.clamp(-1, 2)  # far outside [0, 1], where metrics suspect another range; protocols clip
+        self._quality["derained"].update(derained, batch["clean"], batch["index"], batch["name"])
+        self._quality["rainy"].update(batch["rainy"], batch["clean"], batch["index"], batch["name"])
         return {"derained": derained}
 
     test_step = validation_step
@@ -174,4 +177,5 @@ class DerainModule(DescribedModule, ABC):
         self._give_back_at(batch["rainy"].shape)
         perceived = self.perceive(batch["rainy"])
         restored = (self.explain if self.explaining else self)(batch["rainy"], **perceived)
+        check_finite(restored, f"{', '.join(batch['name'])}: derained image")
         return {"derained": restored.float().clamp(0, 1), "perceived": perceived}

@@ -12,7 +12,7 @@ from derain.errors import DerainError
 
 from .perceptual import Lpips
 from .protocols import resolve
-from .quality import Scores, psnr_ssim
+from .quality import Scores, check_values, psnr_ssim
 
 
 class ImageQuality(Metric):
@@ -53,6 +53,7 @@ class ImageQuality(Metric):
         derained: Float[Tensor, "b 3 h w"] | UInt8[Tensor, "b 3 h w"],
         clean: Float[Tensor, "b 3 h w"] | UInt8[Tensor, "b 3 h w"],
         index: Int[Tensor, " b"],
+        names: Sequence[str] = (),
     ) -> None:
         """Judges images.
 
@@ -60,9 +61,10 @@ class ImageQuality(Metric):
             derained: uint8, or float32 or float64 in [0, 1]; not clamped, protocols do so as they say.
             clean: The same.
             index: Place of each image in its set.
+            names: What messages call the images; their index if not given.
 
         Raises:
-            DerainError: If images are in half precision, or too small for a protocol.
+            DerainError: If images are in half precision, not in [0, 1], or too small for a protocol.
         """
         for images in (derained, clean):
             if images.dtype not in {torch.uint8, torch.float32, torch.float64}:
@@ -70,7 +72,10 @@ class ImageQuality(Metric):
                     f"images to judge must be uint8, float32 or float64, got {images.dtype}; "
                     "evaluate in 32-true or mixed precision"
                 )
-        pairs = zip(*(images.detach().cpu().movedim(1, -1).numpy() for images in (derained, clean)), strict=True)
+        arrays = (images.detach().cpu().movedim(1, -1).numpy() for images in (derained, clean))
+        pairs = list(zip(*arrays, strict=True))
+        for name, (x, y) in zip(names or [f"image {number}" for number in index.tolist()], pairs, strict=True):
+            check_values(x, y, name)
         rows = [
             [
                 float(place),

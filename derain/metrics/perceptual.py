@@ -15,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from derain.errors import DerainError
+from derain.ranges import check_range
+
+from .quality import check_values
 
 
 class Backbone(NamedTuple):
@@ -86,9 +89,11 @@ class Lpips:
         """Compares two images ``(h, w, 3)``, uint8 or floating point in [0, 1].
 
         Raises:
-            DerainError: If the image is too small for the network.
+            DerainError: If the image is too small for the network, or floats are not in [0, 1].
         """
         import torch
+
+        check_values(derained, clean)
 
         if min(clean.shape[:2]) < self.backbone.least:
             raise DerainError(
@@ -143,8 +148,11 @@ class NoReference:
         self.lower_better = bool(getattr(self.metric, "lower_better", False))
 
     def __call__(self, image: NDArray[Any]) -> float:
-        """Judges an image ``(h, w, 3)``, uint8 or floating point in [0, 1]."""
+        """Return the score of an image ``(h, w, 3)``, uint8 or floating point in [0, 1]."""
         import torch
+
+        if image.dtype.kind == "f":
+            check_range(image, "image", 1.0)
 
         with torch.inference_mode():
             return float(self.metric(_tensor(image)))

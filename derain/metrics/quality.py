@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from derain.errors import DerainError
+from derain.ranges import OVERSHOOT, check_range
 
 from .protocols import Protocol
 
@@ -58,7 +59,8 @@ def psnr_ssim(derained: NDArray[Any], clean: NDArray[Any], protocol: Protocol) -
         PSNR in dB (at most 100) and SSIM.
 
     Raises:
-        DerainError: If the shapes differ, the images are too small for the protocol, or of another type.
+        DerainError: If the shapes differ, the images are too small for the protocol or of another type, or floats
+            are not in [0, 1].
 
     Example:
         >>> from derain.metrics import resolve
@@ -69,6 +71,7 @@ def psnr_ssim(derained: NDArray[Any], clean: NDArray[Any], protocol: Protocol) -
     """
     if derained.shape != clean.shape:
         raise DerainError(f"derained and clean image must be of one size, got {_size(derained)} and {_size(clean)}")
+    check_values(derained, clean)
     border = protocol.border
     height, width = clean.shape[0] - 2 * border, clean.shape[1] - 2 * border
     shrink = max(1, int(min(height, width) / 256 + 0.5)) if protocol.downsample else 1
@@ -94,6 +97,18 @@ def psnr_ssim(derained: NDArray[Any], clean: NDArray[Any], protocol: Protocol) -
             pair = [np.pad(image, _EDGE) for image in pair]
         values.append(_ssim(*pair))
     return psnr, sum(values) / len(values)
+
+
+def check_values(derained: NDArray[Any], clean: NDArray[Any], name: str = "") -> None:
+    """Check that floating-point images are in [0, 1], not in 0 to 255, where clipping would make all of them white.
+
+    Raises:
+        DerainError: If values are not finite, or leave [0, 1]; those of the derained image may do so by up to 1.
+    """
+    of_name = f"{name}: " if name else ""
+    for kind, image, overshoot in (("derained", derained, 1.0), ("clean", clean, OVERSHOOT)):
+        if image.dtype.kind == "f":
+            check_range(image, f"{of_name}{kind} image", overshoot)
 
 
 def _size(image: NDArray[Any]) -> str:

@@ -153,7 +153,7 @@ def _head_of_png(path, width, height):
     ("make", "told"),
     [
         (lambda p: p.write_bytes(b""), "a b.png is empty: it has 0 bytes"),
-        (lambda p: p.write_bytes(b"%PDF-1.7\n" * 99), "a b.png is not a photo that can be read. Please give a JPEG"),
+        (lambda p: p.write_bytes(b"%PDF-1.7\n" * 99), "a b.png: not an image that can be read; expected a whole JPEG"),
         (lambda p: p.write_bytes(p.read_bytes()[:200]), "a b.png: "),
         (lambda p: p.unlink(), "deleted after 30 minutes"),
         (lambda p: _png(p, 200, 100), "0.02 megapixels (200 × 100), and this page takes up to 0.01. The command line"),
@@ -446,7 +446,7 @@ def test_in_a_browser(served, photo, tmp_path, width):
         paper = tmp_path / "paper.jpg"
         paper.write_bytes(b"%PDF-1.7\n" * 99)
         give.set_input_files(paper)
-        page.get_by_text("paper.jpg is not a photo that can be read").wait_for()
+        page.get_by_text("paper.jpg: not an image that can be read").wait_for()
 
         give.set_input_files(photo)
         page.get_by_text("30 × 20 pixels").first.wait_for()

@@ -1,7 +1,9 @@
+import signal
 import sys
 from types import SimpleNamespace
 
 import av
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from derain.methods.daclipsde.solvers import Sampling
 from derain.restoration import Restorer
 from derain.videos import rewrite
 from tests.factories import clean_image, located, make_video
+from tests.runs import start
 
 
 @pytest.fixture(scope="module")
@@ -312,3 +315,62 @@ def test_tags_of_a_video_are_kept_with_a_note_or_stripped(file, tmp_path, capsys
             assert ("title" in told) is not strip
             assert len(container.streams.audio) == 1
     assert ("--strip-metadata" in capsys.readouterr().err) is not strip
+
+
+SLOW = """
+import sys, time
+from PIL import Image
+from derain.cli import main
+
+save = Image.Image.save
+
+
+def slow(self, path, **options):
+    save(self, path, **options)
+    print("saving", flush=True)
+    time.sleep(60)
+
+
+Image.Image.save = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_an_interrupt_takes_one_line_and_leaves_no_temporary_file(photo, file, tmp_path, number, code):
+    folder = tmp_path / "out"
+    process = start("restore", str(photo), str(folder), "--weights", file, "--device", "cpu", program=("-c", SLOW))
+    while "saving" not in (line := process.stdout.readline()):
+        assert line, "the command ended early"
+    assert len(list(folder.iterdir())) == 1
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == code, text
+    assert list(folder.iterdir()) == []
+    assert "Traceback" not in text
+    assert "0 of 1" in text
+
+
+def test_floating_point_photos_are_scaled_by_white(photo, file, tmp_path, capsys):
+    values = read_rgb(photo)[..., ::-1].astype(np.float32)
+    cv2.imwrite(str(tmp_path / "f.tif"), values)
+    arguments = ["restore", str(tmp_path / "f.tif"), str(tmp_path / "out.tif"), "--weights", file, "--device", "cpu"]
+    assert main(arguments) == 2
+    assert f"{values.max():g}" in capsys.readouterr().err
+    assert not (tmp_path / "out.tif").exists()
+    assert main([*arguments, "--white", "255"]) == 0
+    assert np.abs(read_rgb(tmp_path / "out.tif") - restored_by_hand(photo, file)).max() <= 1
+    for white in ("0", "-1", "nan", "inf"):
+        assert main([*arguments, "--overwrite", "--white", white]) == 2
+        assert white in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("explain", [[], ["--explain"], ["--compare"]])
+def test_an_output_that_is_not_finite_is_never_written(photo, video, file, tmp_path, capsys, monkeypatch, explain):
+    monkeypatch.setattr(PReNetModule, "forward", lambda self, rainy: rainy * float("nan"))
+    for source, target in ((photo, "out.png"), (video, "out.mp4")):
+        if source == video and explain == ["--explain"]:
+            continue
+        assert main(["restore", str(source), str(tmp_path / "o" / target), "--weights", file, *explain]) == 2
+        assert str(source) in capsys.readouterr().err
+        assert list((tmp_path / "o").glob("*")) == []

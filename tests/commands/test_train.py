@@ -197,3 +197,16 @@ def test_two_processes_train_and_test_exactly(place):
     results = [json.loads((run / "summary.json").read_text())["results"] for run in (one, two)]
     assert results[0] == results[1]
     assert results[0][0]["count"] == 11
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_damaged_file_takes_one_line(place, capsys, workers):
+    make_set(place, "images", "predict", count=2)
+    weights.save(PReNetModule(stages=1), place / "w.safetensors")
+    broken = sorted((place / "images").glob("*"))[0]
+    broken.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    arguments = ["predict", "--config", "exp.yaml", "--data.predict", "images", "--weights", "w.safetensors"]
+    assert main([*arguments, "--data.workers", workers]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("derain: error: ")
+    assert broken.name in last

@@ -10,6 +10,7 @@ from derain.data.pairs import find_pairs
 from derain.data.samplers import CropStage
 from derain.errors import DerainError
 from tests.factories import make_set
+from tests.test_images import png_head
 
 
 @pytest.fixture
@@ -253,3 +254,19 @@ def test_stages_of_nothing_are_refused(stage):
 def test_a_schedule_without_stages_is_refused(root):
     with pytest.raises(DerainError, match="at least one stage"):
         data(root, train="Rain800", schedule=[])
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), [({"crop": 100_000}, "crop 100000"), ({"batch_size": 10**9}, "10000000")]
+)
+def test_crops_that_nothing_can_hold_are_refused(root, options, named):
+    with pytest.raises(DerainError, match=named):
+        data(root, train="Rain800", **options).setup("fit")
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk", "off"])
+def test_a_decompression_bomb_is_refused(root, cache):
+    found = data(root, train="Rain800", cache=cache)
+    (root / "Rain800/training/3.jpg").write_bytes(png_head(40_000, 40_000))
+    with pytest.raises(DerainError, match=r"3\.jpg: .*megapixels"):
+        found.setup("fit") or batches(found, "train")

@@ -4,6 +4,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from derain.data.verify import verify
 from derain.errors import DerainError
@@ -249,3 +250,14 @@ def test_what_is_known_of_the_real_sets_comes_out(real_data):
     assert not [one for one in findings if one.kind in {"unreadable", "size", "unpaired", "clash", "count"}]
     assert not [one for one in findings if one.kind == "swapped" and one.level == "error"]
     assert len([one for one in findings if one.kind == "swapped"]) <= 8  # 1 % of 800 correct pairs
+
+
+@pytest.mark.parametrize("stated", [0, 9, 65535])
+def test_an_orientation_that_does_not_exist_is_reported(root, stated):
+    path = root / "test/input/rocket.png"
+    exif = Image.Exif()
+    exif[0x0112] = stated
+    Image.fromarray(read_rgb(path)).save(path, exif=exif)
+    (found,) = [finding for finding in verify(root)[1] if finding.kind == "exif"]
+    assert (found.files, found.level) == ((str(path),), "warning")
+    assert str(stated) in found.detail

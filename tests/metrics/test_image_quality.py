@@ -134,3 +134,13 @@ def test_two_processes_give_what_one_gives(tmp_path):
                     expected = getattr(score, column)
                     np.testing.assert_array_equal(getattr(together[case][name], column), expected, err_msg=case)
                 assert together[case][name].psnr.mean() == score.psnr.mean()
+
+
+@pytest.mark.parametrize(("names", "named"), [((), "image 7"), (["scene_3"], "scene_3")])
+def test_floats_of_another_range_are_refused(names, named):
+    quality = ImageQuality(NAMES)
+    clean = torch.rand(1, 3, 24, 31)
+    for images in ((clean * 255, clean * 255), (clean * float("nan"), clean), (clean, clean * 2 - 1)):
+        with pytest.raises(DerainError, match=named):
+            quality.update(*images, torch.tensor([7]), names)
+    assert quality.rows == []

@@ -163,3 +163,12 @@ def test_refuses_metrics_that_pyiqa_does_not_have_or_cannot_make(fake_pyiqa):
         NoReference("psnr")
     with pytest.raises(DerainError, match="unreachable: pyiqa cannot get its weights: no network"):
         NoReference("unreachable")
+
+
+def test_floats_of_another_range_are_refused(cached_alexnet, photos):
+    derained, clean = (photo.astype(np.float32) for photo in photos)
+    lpips = Lpips()
+    assert lpips(derained / 255, clean / 255) > 0
+    for images in ((derained, clean), (derained / 255, clean), (derained * np.float32(np.nan), clean / 255)):
+        with pytest.raises(DerainError, match=r"255|NaN"):
+            lpips(*images)

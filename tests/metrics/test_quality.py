@@ -222,3 +222,22 @@ def test_golden_numbers_of_real_rainy_images(real_data, folder, expected):
         assert psnr == pytest.approx(golden[0], abs=0.005), name
         if golden[1] is not None:
             assert ssim == pytest.approx(golden[1], abs=0.0005), name
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", ["matlab-y", "plnlin", "ir-sde-rgb"])
+def test_floats_of_another_range_are_refused(rng, dtype, name):
+    (protocol,) = resolve([name])
+    clean = rng.random((32, 32, 3)).astype(dtype)
+    derained = np.clip(clean + dtype(0.1), 0, 1)
+    assert psnr_ssim(derained, clean, protocol)[0] < 30
+    for images, found in [
+        ((derained * 255, clean * 255), "255"),  # all white once clipped: a perfect score
+        ((derained * 255, clean), "derained.*255"),
+        ((derained, clean * 255), "clean"),
+        ((derained * 2 - 1, clean * 2 - 1), "clean.*-0.99"),
+        ((np.where(derained > 0.5, np.nan, derained).astype(dtype), clean), "derained.*NaN"),
+        ((derained, np.where(clean > 0.5, np.inf, clean).astype(dtype)), "clean.*inf"),
+    ]:
+        with pytest.raises(DerainError, match=found):
+            psnr_ssim(*images, protocol)

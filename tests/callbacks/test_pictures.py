@@ -1,0 +1,63 @@
+"""Values that are not finite are refused before they become pictures or scores."""
+
+import pytest
+import torch
+from lightning import Trainer
+
+from derain.callbacks.panels import ImagePanels
+from derain.callbacks.predictions import SaveImages
+from derain.errors import DerainError
+from derain.methods import PReNetModule
+
+VALUES = [float("nan"), float("inf"), -float("inf")]
+
+
+def batch(name="scene_3"):
+    image = torch.rand(1, 3, 24, 24)
+    return {"rainy": image, "clean": image, "index": torch.tensor([0]), "name": [name]}
+
+
+def broken(value):
+    derained = torch.rand(1, 3, 24, 24)
+    derained[0, 1, 2, 3] = value
+    return derained
+
+
+def trainer(tmp_path):
+    return Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False)
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_predictions(tmp_path, value):
+    outputs = {"derained": broken(value), "perceived": {}}
+    with pytest.raises(DerainError, match="scene_3"):
+        SaveImages().on_predict_batch_end(trainer(tmp_path), PReNetModule(stages=1), outputs, batch(), 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("hook", ["on_validation_batch_end", "on_test_batch_end"])
+def test_panels(tmp_path, value, hook):
+    with pytest.raises(DerainError, match="scene_3"):
+        getattr(ImagePanels(), hook)(trainer(tmp_path), PReNetModule(stages=1), {"derained": broken(value)}, batch(), 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("step", ["validation_step", "test_step", "predict_step"])
+def test_steps(monkeypatch, value, step):
+    method = PReNetModule(stages=1)
+    method.on_validation_epoch_start()
+    monkeypatch.setattr(method, "forward", lambda rainy: broken(value))
+    with pytest.raises(DerainError, match="scene_3"):
+        getattr(method, step)(batch(), 0)
+
+
+def test_a_wild_but_finite_output_is_scored(monkeypatch):
+    """An untrained network may leave the range by far: that is a bad score, not a wrong range."""
+    method = PReNetModule(stages=1)
+    method.on_validation_epoch_start()
+    monkeypatch.setattr(method, "forward", lambda rainy: rainy * 300 - 100)
+    method.validation_step(batch(), 0)
+    scores = method._quality["derained"].compute()["matlab-y"]
+    assert 0 < scores.psnr[0] < 15

@@ -1,0 +1,290 @@
+"""Image files of every kind that derain reads, and seeded ways to damage them.
+
+Run by hand for more files than the suite has time for::
+
+    python -m tests.mutated_images 1000 --seed 7
+"""
+
+import argparse
+import io
+import resource
+import struct
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import cv2
+import numpy as np
+import tifffile
+from PIL import Image
+
+from derain.errors import DerainError
+from derain.images import Photo, image_size, read_photo, read_rgb
+
+Rng = np.random.Generator
+Files = dict[str, bytes]
+
+WRONG_CONTENT = {
+    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) run showpage\n%%EOF\n",
+    "ICNS": b"icns" + struct.pack(">I", 40) + b"ic07" + struct.pack(">I", 16) + bytes(24),
+    "QOI": b"qoif" + struct.pack(">IIBB", 9, 9, 3, 0) + b"\xfe\1\2\3\xfd" * 20 + bytes(7) + b"\1",
+    "GIF": b"GIF89a" + struct.pack("<HH", 1, 1) + b"\x80\0\0" + bytes(6) + b",\0\0\0\0\1\0\1\0\0\2\2D\1\0;",
+    "PPM": b"P6 2 2 255\n" + bytes(12),
+    "text": b"no image",
+    "empty": b"",
+}
+"""What other programs' formats, and no image at all, look like under an image's name."""
+
+
+def whole_files(rng: Rng) -> Files:
+    """Return undamaged files by name."""
+    rgb = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (40, 30))
+    rgba = np.dstack([rgb, rgb[..., 0]])
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "rain"
+    exif.get_ifd(0x8825)[1] = "N"
+    profile = bytes(16) + b"RGB " + bytes(108)
+    files = {}
+    for name, pixels, options in [
+        ("a.jpg", rgb, {"exif": exif, "icc_profile": profile, "quality": 90}),
+        ("progressive.jpg", rgb, {"progressive": True}),
+        ("grey.jpg", rgb[..., 0], {}),
+        ("a.png", rgb, {"exif": exif, "icc_profile": profile}),
+        ("alpha.png", rgba, {}),
+        ("grey.png", rgb[..., 0], {"transparency": 3}),
+        ("a.webp", rgb, {"exif": exif, "quality": 80}),
+        ("lossless.webp", rgba, {"lossless": True}),
+        ("a.bmp", rgb, {}),
+        ("a.avif", rgb, {"exif": exif, "speed": 10}),
+        ("alpha.avif", rgba, {"speed": 10}),
+        ("lzw.tif", rgb, {"compression": "tiff_lzw"}),
+        ("jpeg.tif", rgb, {"compression": "jpeg"}),
+        ("bits.tif", rgb[..., 0] > 99, {"compression": "group4"}),
+    ]:
+        files[name] = saved(name, Image.fromarray(pixels), **options)
+    palette = Image.fromarray(rgb).quantize(16)
+    files |= {"palette.png": saved("a.png", palette), "palette.tif": saved("a.tif", palette)}
+    files["cmyk.jpg"] = saved("a.jpg", Image.fromarray(rgb).convert("CMYK"))
+    files["lab.tif"] = saved("a.tif", Image.fromarray(rgb, "LAB"))
+    deep = rgb.astype(np.uint16) * 257
+    for suffix in (".png", ".tif"):
+        for name, pixels in (
+            ("deep", deep),
+            ("deep-grey", deep[..., 0]),
+            ("deep-alpha", np.dstack([deep, deep[..., 0]])),
+        ):
+            files[name + suffix] = cv2.imencode(suffix, pixels)[1].tobytes()
+    unit = (rgb / 255).astype(np.float32)
+    for name, pixels, options in [
+        ("float.tif", unit, {"photometric": "rgb"}),
+        ("float-grey.tif", unit[..., 0], {"photometric": "minisblack", "compression": "zlib"}),
+        ("double.tif", unit.astype(np.float64), {"photometric": "rgb"}),
+        ("big.tif", deep, {"photometric": "rgb", "bigtiff": True}),
+        ("big-endian.tif", deep, {"photometric": "rgb", "byteorder": ">"}),
+        ("tiles.tif", deep, {"photometric": "rgb", "tile": (16, 16), "compression": "zlib", "predictor": True}),
+        ("inverted.tif", deep[..., 0], {"photometric": "miniswhite", "rowsperstrip": 4}),
+        ("planes.tif", rgb.transpose(2, 0, 1), {"photometric": "rgb", "planarconfig": "separate"}),
+        ("shallow-tiles.tif", rgb, {"photometric": "rgb", "tile": (16, 16), "compression": "zlib"}),
+    ]:
+        buffer = io.BytesIO()
+        tifffile.imwrite(buffer, pixels, **options)
+        files[name] = buffer.getvalue()
+    return files
+
+
+def saved(name: str, image: Image.Image, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=Image.registered_extensions()[Path(name).suffix], **options)
+    return buffer.getvalue()
+
+
+# Ways to damage a file: each takes its bytes and returns others.
+
+
+def flip_bits(data: bytes, rng: Rng, files: Files) -> bytes:
+    return flipped(data, rng, len(data))
+
+
+def flip_bits_of_the_head(data: bytes, rng: Rng, files: Files) -> bytes:
+    return flipped(data, rng, min(len(data), 200))
+
+
+def flipped(data: bytes, rng: Rng, end: int) -> bytes:
+    changed = bytearray(data)
+    for place in rng.integers(0, end, rng.integers(1, 12)):
+        changed[place] ^= 1 << int(rng.integers(8))
+    return bytes(changed)
+
+
+def truncate(data: bytes, rng: Rng, files: Files) -> bytes:
+    return data[: int(rng.integers(0, len(data)))]
+
+
+def cut_out(data: bytes, rng: Rng, files: Files) -> bytes:
+    start, end = sorted(int(place) for place in rng.integers(0, len(data), 2))
+    return data[:start] + data[end:]
+
+
+def overwrite(data: bytes, rng: Rng, files: Files) -> bytes:
+    """Write extreme numbers over a field of two, four or eight bytes."""
+    size = int(rng.choice([2, 4, 8]))
+    place = int(rng.integers(0, max(1, min(len(data) - size, 400))))
+    value = [bytes(size), b"\xff" * size, b"\x7f" + b"\xff" * (size - 1), rng.bytes(size)][int(rng.integers(4))]
+    return data[:place] + value + data[place + size :]
+
+
+def swap_heads(data: bytes, rng: Rng, files: Files) -> bytes:
+    other = list(files.values())[int(rng.integers(len(files)))]
+    length = int(rng.choice([4, 8, 16, 64]))
+    return other[:length] + data[length:]
+
+
+def edit_chunk(data: bytes, rng: Rng, files: Files) -> bytes:
+    """Change a chunk of a PNG with a right checksum, or a tag of a TIFF; other files get bits flipped."""
+    if data.startswith(b"\x89PNG"):
+        return edit_png(data, rng)
+    if data[:2] in {b"II", b"MM"}:
+        return edit_tiff(data, rng)
+    return flip_bits_of_the_head(data, rng, files)
+
+
+def edit_png(data: bytes, rng: Rng) -> bytes:
+    chunks = []
+    place = 8
+    while place < len(data):
+        (length,) = struct.unpack_from(">I", data, place)
+        chunks.append((data[place + 4 : place + 8], data[place + 8 : place + 8 + length]))
+        place += 12 + length
+    index = int(rng.integers(len(chunks)))
+    kind, body = chunks[index]
+    action = int(rng.integers(4))
+    if action == 0:
+        del chunks[index]
+    elif action == 1:
+        chunks.insert(int(rng.integers(len(chunks))), (kind, body))
+    elif action == 2 and body:
+        chunks[index] = (kind, flipped(body, rng, len(body)))
+    else:
+        new = [b"tRNS", b"PLTE", b"eXIf", b"iCCP", b"acTL", b"zTXt", b"gAMA"][int(rng.integers(7))]
+        chunks.insert(1, (new, rng.bytes(int(rng.integers(40)))))
+    return data[:8] + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+
+
+def edit_tiff(data: bytes, rng: Rng) -> bytes:
+    """Change number, type, count or value of a tag."""
+    order = "<" if data[:2] == b"II" else ">"
+    big = b"+" in data[:4]
+    start, size, first = (
+        (struct.unpack_from(order + "Q", data, 8)[0], 20, 8)
+        if big
+        else (struct.unpack_from(order + "I", data, 4)[0], 12, 2)
+    )
+    (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, start)
+    tag = start + first + size * int(rng.integers(count))
+    offset, form, most = [(0, "H", 65535), (2, "H", 20), (4, "I", 100), (size - (8 if big else 4), "I", 70_000)][
+        int(rng.integers(4))
+    ]
+    changed = bytearray(data)
+    struct.pack_into(order + form, changed, tag + offset, int(rng.integers(most + 1)))
+    return bytes(changed)
+
+
+def edit_exif(data: bytes, rng: Rng, files: Files) -> bytes:
+    """Flip bits within EXIF, or put EXIF that means nothing into a JPEG."""
+    place = max(data.find(b"II*\0", 4), data.find(b"MM\0*", 4))
+    if place >= 0:
+        return data[:place] + flipped(data[place : place + 120], rng, min(120, len(data) - place)) + data[place + 120 :]
+    if data.startswith(b"\xff\xd8"):
+        body = b"Exif\0\0" + [b"II*\0", b"MM\0*", b""][int(rng.integers(3))] + rng.bytes(int(rng.integers(80)))
+        return data[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + data[2:]
+    return flip_bits_of_the_head(data, rng, files)
+
+
+def wrong_content(data: bytes, rng: Rng, files: Files) -> bytes:
+    contents = [*WRONG_CONTENT.values(), *files.values()]
+    return contents[int(rng.integers(len(contents)))]
+
+
+MUTATIONS: tuple[Callable[[bytes, Rng, Files], bytes], ...] = (
+    flip_bits,
+    flip_bits_of_the_head,
+    truncate,
+    cut_out,
+    overwrite,
+    swap_heads,
+    edit_chunk,
+    edit_chunk,
+    edit_exif,
+    wrong_content,
+)
+
+
+def mutated_files(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
+    """Yield names and contents of damaged files; every kind of file meets every kind of damage in turn."""
+    rng = np.random.default_rng(seed)
+    files = whole_files(rng)
+    for number in range(count):
+        kind = list(files)[number % len(files)]
+        mutate = MUTATIONS[number // len(files) % len(MUTATIONS)] if number < 10 * len(files) else rng.choice(MUTATIONS)
+        yield f"{number:04d}-{mutate.__name__}-{kind}", mutate(files[kind], rng, files)
+
+
+def check(path: Path) -> str:
+    """Read a file in every way: return "read", or why it was refused.
+
+    Raises:
+        AssertionError: If the ways disagree on the size, an image is not one, or a refusal does not name the file.
+        Exception: Anything but a DerainError is a fault.
+    """
+    results: list[object] = []
+    for read in (image_size, read_rgb, read_photo):
+        try:
+            results.append(read(path))
+        except DerainError as error:
+            results.append(str(error))
+    for refusal in (result for result in results if isinstance(result, str)):
+        assert str(path) in refusal
+        assert "\n" not in refusal
+    size, pixels, photo = results
+    for image in (pixels, photo.rgb if isinstance(photo, Photo) else photo):
+        if isinstance(image, np.ndarray):
+            assert image.shape == (*size, 3), (image.shape, size)
+            assert image.dtype == np.uint8 or 0 <= image.min() <= image.max() <= 1
+    return "read" if isinstance(photo, Photo) else str(photo)
+
+
+def main() -> None:
+    """Check mutated files and print figures."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("count", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verbose", action="store_true", help="name slow files")
+    arguments = parser.parse_args()
+    start, results, slowest = time.perf_counter(), Counter[str](), 0.0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with TemporaryDirectory() as folder:
+        for name, data in mutated_files(arguments.count, arguments.seed):
+            path = Path(folder, name)
+            path.write_bytes(data)
+            began = time.perf_counter()
+            try:
+                results["read" if check(path) == "read" else "refused"] += 1
+            except Exception as error:  # noqa: BLE001 - every kind of fault is to be counted
+                results["fault"] += 1
+                print(f"{name}: {type(error).__name__}: {str(error)[:200]}")
+            spent = time.perf_counter() - began
+            slowest = max(slowest, spent)
+            if arguments.verbose and spent > 0.3:
+                print(name, spent, image_size(path))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"{dict(results)} in {time.perf_counter() - start:.1f} s, slowest {slowest:.2f} s, ", end="")
+    print(f"memory {before / 1024:.0f} to {peak / 1024:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Damaged image files are read or refused in one line: no other exception, no crash, nothing on standard error."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from derain.data.verify import verify
+from derain.images import write_image
+from tests.factories import clean_image
+from tests.mutated_images import check, mutated_files, whole_files
+
+COUNT = 300
+
+CHECK = """
+import resource, sys
+from pathlib import Path
+from tests.mutated_images import check
+
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    print(path.name, check(path), sep="\\t", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("damaged")
+    for name, data in mutated_files(COUNT):
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def test_damaged_files_are_read_or_refused(damaged):
+    command = [sys.executable, "-W", "always", "-c", CHECK, str(damaged)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, f"after {lines[-1:]}: {done.stderr[-2000:]}"
+    assert len(lines) == COUNT
+    assert all(line.startswith(f"{damaged}/") for line in done.stderr.splitlines()), done.stderr  # notes name the file
+    read = [line for line in lines if line.endswith("\tread")]
+    assert 30 < len(read) < COUNT - 100  # damage was done, and not everywhere
+
+
+def test_undamaged_files_are_read(tmp_path, rng):
+    for name, data in whole_files(rng).items():
+        (tmp_path / name).write_bytes(data)
+        assert check(tmp_path / name) == "read", name
+
+
+def test_verify_reports_damaged_files(damaged, tmp_path):
+    pixels = clean_image(0, (30, 40))
+    for number, path in enumerate(sorted(damaged.iterdir())[::6]):
+        pair = tmp_path / "set" / "input" / f"{number}{path.suffix}"
+        write_image(tmp_path / "set" / "target" / f"{number}.png", pixels)
+        pair.parent.mkdir(exist_ok=True)
+        pair.write_bytes(path.read_bytes())
+    _, findings = verify(tmp_path / "set")
+    assert len([finding for finding in findings if finding.kind in {"unreadable", "size"}]) > 15
