@@ -44,7 +44,7 @@ QUEUE = 64
 """Jobs that wait at once, of all clients."""
 
 PER_CLIENT = QUEUE // 2
-"""Jobs that wait or run at once, of one address."""
+"""Jobs that wait at once, of one address."""
 
 PATIENCE = 15.0
 """Seconds after which a job ends that nobody listens to."""
@@ -171,10 +171,10 @@ class Guard:
 
     def _make_room(self, address: str) -> None:
         """End jobs that nobody listens to: those of long ago, and the oldest of a client that has too many."""
-        for event in self._events():
+        for event in self._waiting():
             if self._is_abandoned(event):
                 self._end(event)
-        own = [event for event in self._events() if _address(event.request) == address]
+        own = [event for event in self._waiting() if _address(event.request) == address]
         if len(own) < PER_CLIENT:
             return
         unheard = next((event for event in own if not self.listeners[event.session_hash]), None)
@@ -182,27 +182,25 @@ class Guard:
             raise HTTPException(429, f"{len(own)} photos from {address} are waiting already; wait for one of them")
         self._end(unheard)
 
-    def _events(self) -> list[Event]:
-        """Jobs that wait or run, the oldest first."""
-        return list(self.queue.event_ids_to_events.values())
+    def _waiting(self) -> list[Event]:
+        """Return the jobs that have not begun, the oldest first."""
+        return [event for jobs in self.queue.event_queue_per_concurrency_id.values() for event in jobs.queue]
 
     def _is_abandoned(self, event: Event) -> bool:
         return not self.listeners[event.session_hash] and time.monotonic() - event.enqueue_time > PATIENCE
 
     def _end(self, event: Event) -> None:
-        """Take a job off the queue; one that runs ends by itself, see ``abandoned``."""
-        waiting = self.queue.event_queue_per_concurrency_id[event.concurrency_id].queue
-        if event not in waiting:
-            return
-        waiting.remove(event)
+        """Take a waiting job off the queue; one that runs asks ``abandoned``."""
+        self.queue.event_queue_per_concurrency_id[event.concurrency_id].queue.remove(event)
         self.queue.event_ids_to_events.pop(event._id, None)
-        if event.session_hash in self.queue.pending_messages_per_session:
+        if event.session_hash in self.queue.pending_messages_per_session:  # for a listener that is late
             gone = ProcessCompletedMessage(output={"error": "nobody listened for the result"}, success=False)
             self.queue.send_message(event, gone)
 
     def abandoned(self, session: str) -> bool:
         """Return whether nobody listens for the jobs of a session of gradio, and has not for a while."""
-        events = [event for event in self._events() if event.session_hash == session]
+        jobs = list(self.queue.event_ids_to_events.values())
+        events = [event for event in jobs if event.session_hash == session]
         return bool(events) and all(map(self._is_abandoned, events))
 
     def _stream(self, request: Request) -> str | None:

@@ -1,4 +1,5 @@
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -386,7 +387,9 @@ def test_a_long_name_of_any_script_is_restored(client, photo):
     name = "\U0001d49c" * 250 + ".png"
     path = _upload(client, photo)
     assert "derained.png" in _result(client, _join(client, {"path": path, "orig_name": name}))
-    assert "derained.png" in _result(client, _join(client, {"path": path, "orig_name": "\ud800.png"}))
+    half = json.dumps({"data": [{"path": path, "orig_name": "\ud800.png"}, MODEL, 0, 0]})
+    joined = client.post("/gradio_api/call/restore", content=half, headers={"content-type": "application/json"})
+    assert "derained.png" in _result(client, joined)
 
 
 @pytest.mark.slow

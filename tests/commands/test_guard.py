@@ -201,16 +201,17 @@ def _event(i, address, age):
 )
 def test_a_client_has_room_for_so_many_jobs(make, heard, address, age, status, left):
     guard = make()
-    events = [_event(i, address, age) for i in range(PER_CLIENT)]
-    guard.queue.event_ids_to_events.update({event._id: event for event in events})
+    running, *events = [_event(i, address, age) for i in range(PER_CLIENT + 1)]
+    guard.queue.event_ids_to_events.update({event._id: event for event in [running, *events]})
     waiting = guard.queue.event_queue_per_concurrency_id["c"] = EventQueue("c", 1)
     waiting.queue += events
     guard.listeners.update(event.session_hash for event in events if heard)
     assert guard.abandoned("s1") == (age > PATIENCE and not heard)
     assert ask(guard, "POST", "/gradio_api/queue/join", content=b"{}").status_code == status
-    assert len(waiting.queue) == len(guard.queue.event_ids_to_events) == left
+    assert len(waiting.queue) == len(guard.queue.event_ids_to_events) - 1 == left
     assert not left or events[-1] in waiting.queue
-    assert not guard.abandoned("s1")
+    assert running._id in guard.queue.event_ids_to_events
+    assert guard.abandoned("s0") == (age > PATIENCE)
 
 
 def test_a_job_is_abandoned_when_its_stream_ends(make):
