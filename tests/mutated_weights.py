@@ -206,7 +206,7 @@ def mutate_onnx(path: Path, random: Random) -> str:
         part[key] = random.choice(NASTY)(part[key])
         onnx.helper.set_model_props(model, {"derain": json.dumps(metadata)})
     elif kind == "operator":
-        random.choice(graph.node).op_type = random.choice(("Loop", "If", "Conv", "Range", "Nothing", "MatMul"))
+        random.choice(graph.node).op_type = random.choice(("Loop", "If", "Conv", "Range", "Nothing", "Expand"))
     elif kind == "name":
         random.choice((*graph.input, *graph.output)).name = random.choice(("x", "", "rainy", "times"))
     elif kind == "shape":

@@ -11,13 +11,19 @@ from derain.errors import DerainError
 from derain.methods.metadata import Metadata, check, parse, shorten
 
 NAMES = """
-Abs Add Cast Clip Concat Constant Conv ConvTranspose Cos Div Equal Erf Exp Flatten Gather Gemm Greater GreaterOrEqual
-InstanceNormalization LayerNormalization LeakyRelu Log MatMul MaxPool Min Mod Mul Range Reciprocal ReduceMax
-ReduceMean ReduceSum Relu Reshape Resize Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose
-Unsqueeze Where
+Abs Add And AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos
+DepthToSpace Div Einsum Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gemm GlobalAveragePool
+GlobalMaxPool Greater GreaterOrEqual HardSigmoid HardSwish Identity InstanceNormalization LayerNormalization LeakyRelu
+Less LessOrEqual Log MatMul Max MaxPool Min Mod Mul Neg Not Or PRelu Pad Pow Range Reciprocal ReduceL2 ReduceMax
+ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize Round ScatterElements ScatterND Shape
+Sigmoid Sign Sin Size Slice Softmax Softplus SpaceToDepth Split Sqrt Squeeze Sub Sum Tanh Tile Transpose Trilu
+Unsqueeze Where Xor
 """
 OPERATORS = frozenset(NAMES.split())
-"""Operators of the graphs that derain exports; none of them loops, branches or reads files."""
+"""Operators that compute a tensor from tensors; none loops, branches, draws random numbers or reads files.
+
+Which ones PyTorch exports depends on the options of a method and even on its weights (equal ones become ``Identity``).
+"""
 
 LARGEST = 1 << 28
 """Numbers in a tensor of an image of `SIDE` pixels; the largest of derain's have a few million."""
@@ -87,7 +93,7 @@ def _check_operators(path: Path, model: Any) -> None:
         raise _refuse(path, f"operators of {shorten(', '.join(sorted(domains)))}; expected ONNX's own")
     other = {node.op_type for node in graph.node} - OPERATORS
     if other:
-        raise _refuse(path, f"operators that derain does not export ({shorten(', '.join(sorted(other)))})")
+        raise _refuse(path, f"operators that derain does not run ({shorten(', '.join(sorted(other)))})")
     nested = any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute)
     if model.functions or graph.sparse_initializer or nested:
         raise _refuse(path, "nested graphs or sparse weights, which derain does not export")

@@ -396,3 +396,13 @@ def test_a_graph_that_returns_another_shape(model, tmp_path):
     loaded = weights.load(tmp_path / "m.onnx").module
     with pytest.raises(DerainError, match=r"m\.onnx"):
         loaded(torch.rand(1, 3, 8, 8))
+
+
+def test_equal_weights_are_exported_as_one_and_load(tmp_path):
+    """PyTorch writes an ``Identity`` for the second of two equal tensors."""
+    module = PReNetModule(stages=1).eval()
+    with torch.no_grad():
+        module.network.res_conv2.load_state_dict(module.network.res_conv1.state_dict())
+    exported.write(exported.graph_of(module), module.describe(), tmp_path / "m.onnx", "onnx")
+    assert "Identity" in {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
+    assert weights.load(tmp_path / "m.onnx").module(torch.rand(1, 3, 5, 5)).shape == (1, 3, 5, 5)
