@@ -118,9 +118,7 @@ def notes(rows: Sequence[Row], protocol: str) -> list[str]:
             told.append(f"{name}: not all rows are of the same images (fingerprints {', '.join(prints)}).")
     for name, row in zip(labels(rows), rows, strict=True):
         told += [
-            f"{PARTIAL} partial: {name} on {score.dataset}{_part(score)}."
-            for score in row.scores
-            if score.partial_of
+            f"{PARTIAL} partial: {name} on {score.dataset}{_part(score)}." for score in row.scores if score.partial_of
         ]
     if any(row.macs is not None and row.note is None for row in rows):
         told.append(

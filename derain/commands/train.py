@@ -222,7 +222,8 @@ class DerainCLI(LightningCLI):
         if self.subcommand != "fit":
             self._evaluate_in_float32(config.trainer)
         config.data.seed = config.seed_everything
-        first = Path(str(config.config[0])).stem if config.get("config") else "derain"
+        files = [file for file in config.get("config") or [] if file]  # a configuration may be given as text
+        first = Path(str(files[0])).stem if files else "derain"
         root = Path(config.trainer.default_root_dir or Path("runs") / first)
         resuming = config.get("ckpt_path") == "last"
         self.folder = shared_folder(root, str(self.subcommand), resuming)
@@ -358,8 +359,8 @@ class DerainCLI(LightningCLI):
     def after_fit(self) -> None:
         """Log why a training stopped early, which Lightning does where ``verbose`` is set only."""
         for callback in self.trainer.early_stopping_callbacks:
-            if callback.stopped_epoch and self.trainer.is_global_zero:
-                reason = callback.stopping_reason_message
+            reason = callback.stopping_reason_message
+            if reason and self.trainer.is_global_zero:
                 log.info("EarlyStopping: stopped in epoch %d: %s", callback.stopped_epoch, reason)
 
     def _next_step(self) -> str:
