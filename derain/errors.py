@@ -13,7 +13,7 @@ class DerainError(ValueError):
     """
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818  (no error)
     """A command was stopped by a signal.
 
     Args:

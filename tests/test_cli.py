@@ -70,6 +70,17 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch):
         cli.main(["fit"])
 
 
+def test_ctrl_c_takes_one_line(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    from derain.commands import train
+
+    monkeypatch.setattr(train, "run", interrupted)
+    assert cli.main(["fit"]) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_public_names_load_when_used():
     assert derain.PReNetModule().parameter_count == 168_963
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
@@ -96,7 +107,7 @@ RAIN800 = str(Path(__file__).parents[1] / "experiments/rain800.yaml")
         (["fit", "--config", RAIN800, "--model.dim", "x"], "--model.dim x: must be a whole number"),
         (["restore", "a.jpg", "b.jpg", "c.jpg", "out"], "c.jpg: one argument too many; quote globs, as '*.jpg'"),
         (["caption", "Rain800"], "the following arguments are required: OUT.tsv; derain caption --help"),
-        (["predict"], "--model: is missing; give it, or a --config FILE that has it; derain predict --help"),
+        (["predict"], "derain predict: no weights given; add --weights default"),
         (["fit", "--config", RAIN800, "--data", "{crop: x}"], "--data.crop x: must be a whole number"),
         (["fit", "--config", RAIN800, "--model", "derain.nope.Foo"], "--model derain.nope.Foo: no such class"),
         (

@@ -12,16 +12,17 @@ def part(evaluated: int, total: int) -> str:
     """Return how many images were evaluated, marked where it was not all of them.
 
     Example:
-        >>> part(3, 100), part(100, 100)
-        ('3 of 100 images (partial)', '100 images')
+        >>> part(3, 100), part(100, 100), part(1, 1)
+        ('3 of 100 images (partial)', '100 images', '1 image')
     """
-    return f"{total} images" if evaluated == total else f"{evaluated} of {total} images (partial)"
+    images = "1 image" if total == 1 else f"{total} images"
+    return images if evaluated == total else f"{evaluated} of {images} (partial)"
 
 
 def validated(trainer: Trainer) -> tuple[int, int]:
     """Return how many images are validated, and how many the validation set has."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    batches = min(sum(map(int, trainer.num_val_batches)) * trainer.world_size, len(data.pairs["val"]))
+    batches = min(sum(map(int, trainer.num_val_batches)) * trainer.world_size, len(data.pairs.get("val", ())))
     return batches, data.count("val")
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from derain.data.layouts import LAYOUTS
-from derain.data.summaries import Row, find, labels, merge, published, read, select, shortened
+from derain.data.summaries import Row, Score, find, labels, merge, published, read, select, shortened
 from derain.errors import DerainError
 from derain.images import ESCAPED, replacing
 from derain.metrics import resolve
@@ -118,9 +118,7 @@ def notes(rows: Sequence[Row], protocol: str) -> list[str]:
             told.append(f"{name}: not all rows are of the same images (fingerprints {', '.join(prints)}).")
     for name, row in zip(labels(rows), rows, strict=True):
         told += [
-            f"{PARTIAL} partial: {name} on {score.dataset}: {score.images} of {score.partial_of} images."
-            for score in row.scores
-            if score.partial_of
+            f"{PARTIAL} partial: {name} on {score.dataset}{_part(score)}." for score in row.scores if score.partial_of
         ]
     if any(row.macs is not None and row.note is None for row in rows):
         told.append(
@@ -299,7 +297,7 @@ def draw(folder: Path, rows: Sequence[Row], protocol: str, metrics: Iterable[Pat
     written: list[Path] = []
     for name in sets_of(rows):
         timed = {
-            names[id(row)]: (score.seconds, score.psnr)
+            names[id(row)] + _part(score): (score.seconds, score.psnr)
             for row in rows
             for score in row.scores
             if score.seconds is not None and score.dataset == name
@@ -314,11 +312,16 @@ def draw(folder: Path, rows: Sequence[Row], protocol: str, metrics: Iterable[Pat
         written.append(plots.curves(folder / "curves.png", curves))
     for row in rows:
         for score in row.scores:
-            name, pairs = names[id(row)], _images(score.each, protocol)
+            name, pairs = names[id(row)] + _part(score), _images(score.each, protocol)
             if pairs:
                 file = _free(folder / f"images-{_slug(name)}-{_slug(score.dataset)}.png", written)
                 written.append(plots.images(file, pairs, name, score.dataset, protocol))
     return written
+
+
+def _part(score: Score) -> str:
+    """Return how many images a score is of, where it is not all of the set."""
+    return f", {score.images} of {score.partial_of} images" if score.partial_of else ""
 
 
 def _slug(name: str) -> str:

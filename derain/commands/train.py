@@ -101,7 +101,7 @@ class OptionParser(LightningArgumentParser):
 
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
-    ) -> list[str]:
+    ) -> Any:
         """Ask for ``--model`` in training only: files of weights and checkpoints name their method."""
         required = required and (nested_key != "model" or self.prog.endswith(" fit"))
         return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
@@ -212,6 +212,8 @@ class DerainCLI(LightningCLI):
                 raise DerainError(f"--ckpt_path {config.ckpt_path}: {note}, no checkpoint; give it by --weights")
         if config.get("weights_only") is False:
             raise DerainError("--weights_only false: checkpoints are read without running code from them; leave it out")
+        if config.get("return_predictions"):
+            raise DerainError("--return_predictions true: images are written to files instead; leave it out")
         if config.ckpt_path and config.weights and self.config.subcommand != "fit":
             raise DerainError("--weights and --ckpt_path: either would be loaded over the other; give one of them")
         if not config.ckpt_path and not config.weights and self.config.subcommand != "fit":
@@ -227,7 +229,8 @@ class DerainCLI(LightningCLI):
         if self.subcommand != "fit":
             self._evaluate_in_float32(config.trainer)
         config.data.seed = config.seed_everything
-        first = Path(str(config.config[0])).stem if config.get("config") else "derain"
+        files = [file for file in config.get("config") or [] if file]  # a configuration may be given as text
+        first = Path(str(files[0])).stem if files else "derain"
         root = Path(config.trainer.default_root_dir or Path("runs") / first)
         resuming = config.get("ckpt_path") == "last"
         self.folder = shared_folder(root, str(self.subcommand), resuming)
@@ -236,11 +239,10 @@ class DerainCLI(LightningCLI):
         if resuming:
             self.saved.ckpt_path = None
         config.trainer.default_root_dir = str(self.folder)
-        configured = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
-        for logger in configured:
+        for logger in _as_list(config.trainer.logger):
             if getattr(logger, "init_args", {}).get("save_dir", "") in {None, "."}:
                 logger.init_args.save_dir = str(self.folder)
-        for callback in config.trainer.callbacks or []:
+        for callback in _as_list(config.trainer.callbacks):
             if callback.class_path in LIGHTNING_CHECKPOINT:
                 callback.class_path = "derain.callbacks.Checkpoint"
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
@@ -285,13 +287,13 @@ class DerainCLI(LightningCLI):
                 log.info("%s: %s", config.weights, self.loaded.note)
             self.model = self.loaded.module
         self.model = cast(DescribedModule, self.model)
-        begun_from = getattr(self.model, "begun_from", None)
+        begun_from = getattr(self.model, "begun_from", None) if self.subcommand == "fit" else None
         if begun_from and config.ckpt_path:
-            log.info("--model.controller %s: left out, since the run goes on from its checkpoint", begun_from)
+            log.info("--model.controller %s: ignored, since the run resumes from its checkpoint", begun_from)
         elif begun_from and config.weights:
             raise DerainError("--weights and --model.controller: either would be loaded over the other; give one")
         if config.weights and config.ckpt_path:
-            log.info("--weights %s: left out, since the run goes on from its checkpoint", config.weights)
+            log.info("--weights %s: ignored, since the run resumes from its checkpoint", config.weights)
         elif config.weights and self.subcommand == "fit":
             loaded = weights.load(config.weights, type(self.model))
             log.info("%s: %s", config.weights, loaded.note)
@@ -308,7 +310,7 @@ class DerainCLI(LightningCLI):
                 "give weights of a method"
             )
         log.info(
-            "%s, %s trainable parameters; the run is kept in %s",
+            "%s, %s trainable parameters; the run is saved to %s",
             type(self.model).__name__,
             f"{self.model.parameter_count:,}",
             self.folder,
@@ -332,11 +334,10 @@ class DerainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the CSV log, checkpoints, pictures and results to whatever the configuration asks for."""
         command, config = str(self.subcommand), self.config_init[self.subcommand]
-        given = config.trainer.callbacks or []
         config.trainer.logger = loggers(config.trainer.logger, self.folder, self.config[command].ckpt_path)
         monitor = self.model.judged_by if command == "fit" else ""
         config.trainer.callbacks = callbacks(
-            given if isinstance(given, list) else [given], command, config, self.folder, monitor, commit()
+            _as_list(config.trainer.callbacks), command, config, self.folder, monitor, commit()
         )
         if not config.trainer.fast_dev_run:
             config.trainer.callbacks.append(SaveConfig(self._parser(command), self.saved, overwrite=True))
@@ -369,6 +370,13 @@ class DerainCLI(LightningCLI):
                 raise Stopped(f"interrupted{self._next_step()}", 130) from stop
             raise
 
+    def after_fit(self) -> None:
+        """Log why a training stopped early, which Lightning does where ``verbose`` is set only."""
+        for callback in self.trainer.early_stopping_callbacks:
+            reason = callback.stopping_reason_message
+            if reason and self.trainer.is_global_zero:
+                log.info("EarlyStopping: stopped in epoch %d: %s", callback.stopped_epoch, reason)
+
     def _next_step(self) -> str:
         """Return what is left of a run that was stopped, and how to continue."""
         if self.subcommand == "predict":
@@ -380,6 +388,11 @@ class DerainCLI(LightningCLI):
         resume = [] if "last" in self.arguments else ["--ckpt_path", "last"]
         command = shlex.join(["derain", *self.arguments, *resume])
         return f" in epoch {self.trainer.current_epoch}; resume by: {command}"
+
+
+def _as_list(configured: Any) -> list[Any]:
+    """Return one or several configured objects as a list."""
+    return [] if configured is None else configured if isinstance(configured, list) else [configured]
 
 
 def _by_lightning(error: BaseException) -> bool:
@@ -403,7 +416,7 @@ def _innermost(error: BaseException) -> BaseException:
     foreign = [one for one in chain if isinstance(one, (*REFUSALS, ImportError)) and "Subtypes:" not in str(one)]
     if foreign:
         return DerainError(f"--trainer: {' '.join(str(foreign[-1]).split())}")
-    return error
+    return DerainError(in_one_line(str(error))) if "Subtypes:" in str(error) else error
 
 
 def run(arguments: list[str]) -> int:

@@ -188,7 +188,7 @@ class RainDataModule(LightningDataModule):
 
     def count(self, stage: str) -> int:
         """Return how many images a stage's sets have, before ``val_limit``."""
-        return self._counts.get(stage, len(self.pairs[stage]))
+        return self._counts.get(stage, len(self.pairs.get(stage, ())))
 
     @property
     def degradations(self) -> list[str]:

@@ -123,7 +123,8 @@ def read(file: Path) -> dict[str, Any]:
         if not summary["results"]:
             raise ValueError("it holds no results")
         described, data = summary["method"], summary["data"]
-        _ = described["method"], described["hyper_parameters"], data["sets"], data["images"], data["fingerprint"]
+        _ = described["method"], described["hyper_parameters"], data["sets"], data["fingerprint"]
+        _ = int(data["images"]), int(data.get("images_in_sets", 0))
         _ = [(one["protocol"], float(one["psnr"]), float(one["ssim"])) for one in summary["results"]]
         return dict(summary)
     except (ValueError, KeyError, TypeError) as error:
@@ -170,8 +171,8 @@ def _row(file: Path, summary: dict[str, Any], result: dict[str, Any]) -> Row:
     if sampling:
         details["sampling"] = f"{sampling['solver']}, steps {sampling['steps'] or 'all'}"
     weights, hardware = summary.get("weights"), summary.get("hardware")
-    images = summary["data"]["images"]
-    total = summary["data"].get("images_in_sets", images)  # older summaries are of all images
+    total = summary["data"].get("images_in_sets", summary["data"]["images"])
+    images = result.get("count", total)
     return Row(
         method,
         details,

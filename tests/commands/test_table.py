@@ -89,6 +89,25 @@ def test_a_real_run_gives_its_numbers(tested, capsys):
     assert 0 < float(row["seconds"]) == summary["seconds"] < 10
 
 
+def test_results_of_a_part_of_a_set_are_marked_in_every_form(tested, copy, capsys):
+    copy("whole")
+    folder = copy("part", hyper_parameters={"variant": "PReNet", "stages": 1})
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["results"][0]["count"] = 3  # as every version has written it
+    (folder / "summary.json").write_text(json.dumps(summary))
+    marks = {"table": "*", "markdown": "*", "latex": "*"}
+    for form, mark in marks.items():
+        assert main(["table", str(copy.folder), "--format", form]) == 0
+        shown = capsys.readouterr().out
+        number = f"{summary['results'][0]['psnr']:.2f}"
+        assert shown.count(f"{number}{mark}") == 1
+        assert shown.count(number) == 2
+        assert "3 of 5 images" in shown
+    assert [(row["images"], row["partial_of"]) for row in table(capsys, copy.folder)] == [("3", "5"), ("5", "")]
+    assert main(["table", str(copy.folder), "--plot", str(copy.folder / "plots")]) == 0
+    assert [file for file in (copy.folder / "plots").iterdir() if "3-of-5" in file.name]
+
+
 def test_seconds_are_of_a_set_and_the_table_prints_their_mean(copy, capsys):
     copy("a", seconds=0.25)
     copy("b", "Rain100L", ["RainTrainL"], seconds=0.75)

@@ -120,7 +120,7 @@ def test_what_is_loaded_is_told_apart(place, capsys, caplog):
         assert told in capsys.readouterr().err
     again = ["fit", "--config", "exp.yaml", "--weights", "w.safetensors", "--ckpt_path", "last"]
     assert main([*again, "--trainer.max_epochs", "3"]) == 0
-    assert "left out, since the run goes on" in caplog.text
+    assert "--weights w.safetensors: ignored" in caplog.text
     last.write_bytes(last.read_bytes()[:900])
     capsys.readouterr()
     assert main(again) == 2

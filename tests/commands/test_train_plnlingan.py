@@ -43,7 +43,7 @@ def place(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_killed_within_a_round_ends_where_an_uninterrupted_one_ends(place):
     fit = ["fit", "--config", "gan.yaml", "--trainer.max_epochs", "4"]
-    columns = (*LOSSES, "train/loss", "val/psnr", "lr-Adam")
+    columns = (*LOSSES, "train/loss", "val/psnr", "lr-generator")
     one, broken_off, two = whole_and_resumed(fit, *columns)
     assert broken_off["windows"] < 12
     assert broken_off["windows"] % 5  # between two steps of the discriminator
