@@ -8,7 +8,7 @@ import threading
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from derain.callbacks.checkpoints import Checkpoint
@@ -39,8 +39,9 @@ class LastCheckpoint(Checkpoint):
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue_signal = environment.requeue_signal or signal.SIGUSR1
         if threading.current_thread() is threading.main_thread():
-            for number in {signal.SIGTERM, self._requeue_signal} - {None}:
-                signal.signal(number, self._note_signal)
+            signal.signal(signal.SIGTERM, self._note_signal)
+            if self._requeue_signal is not None:
+                signal.signal(self._requeue_signal, self._note_signal)
 
     def _note_signal(self, number: int, frame: Any) -> None:
         self._received = number
