@@ -8,7 +8,7 @@ import threading
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from derain.callbacks.checkpoints import Checkpoint
