@@ -127,9 +127,11 @@ def _plain_png(data: bytes) -> bytes:
         chunks.setdefault(kind, []).append(body)
         start = end + 4
     head, pixels, transparent = chunks[b"IHDR"][0], b"".join(chunks[b"IDAT"]), chunks.get(b"tRNS", [b""])[0]
-    width, height, _, colours, _, _, interlaced = struct.unpack(">IIBBBBB", head)
+    width, height, _, colours, compression, filtering, interlaced = struct.unpack(">IIBBBBB", head)
+    if colours not in CHANNELS_OF_PNG or compression or filtering or interlaced > 1:
+        raise ValueError("the head of the PNG is damaged")
     need = sum(
-        len(range(top, height, down)) * (1 + 2 * CHANNELS_OF_PNG.get(colours, 0) * len(range(left, width, across)))
+        len(range(top, height, down)) * (1 + 2 * CHANNELS_OF_PNG[colours] * len(range(left, width, across)))
         for left, top, across, down in (ADAM7 if interlaced else [(0, 0, 1, 1)])
         if left < width
     )
