@@ -19,8 +19,9 @@ import psutil
 from torch.utils.data import DataLoader
 
 from derain.data.cache import Mode, open_cache
-from derain.data.datamodule import Tickets, TrainingPairs
+from derain.data.datamodule import TrainingPairs
 from derain.data.pairs import Pair, find_pairs
+from derain.data.samplers import Stage, TrainingBatches
 from derain.data.transforms import Augmentation
 from derain.images import write_image
 
@@ -47,9 +48,9 @@ def a_set(folder: Path) -> str:
 
 def samples_per_second(pairs: tuple[Pair, ...], mode: Mode, workers: int) -> float:
     """Samples a second from the second batch on."""
-    dataset = TrainingPairs(pairs, open_cache(pairs, mode), Augmentation(128), seed=0)
-    sampler = Tickets(SAMPLES[mode], rank=0, world=1, seed=0)
-    batches = iter(DataLoader(dataset, batch_size=8, sampler=sampler, num_workers=workers))
+    dataset = TrainingPairs(pairs, open_cache(pairs, mode), {128: Augmentation(128)}, seed=0)
+    order = TrainingBatches(SAMPLES[mode], rank=0, world=1, seed=0, stages=[Stage(0, 128, 8)])
+    batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=workers))
     next(batches)
     start = time.perf_counter()
     count = sum(len(batch["name"]) for batch in batches)
@@ -58,9 +59,9 @@ def samples_per_second(pairs: tuple[Pair, ...], mode: Mode, workers: int) -> flo
 
 def worker_memory(pairs: tuple[Pair, ...], workers: int) -> float:
     """Memory in MiB that a worker does not share, in the middle of an epoch that reads every image."""
-    dataset = TrainingPairs(pairs, open_cache(pairs, "disk"), Augmentation(128), seed=0)
-    sampler = Tickets(4 * READ, rank=0, world=1, seed=0)
-    batches = iter(DataLoader(dataset, batch_size=8, sampler=sampler, num_workers=workers))
+    dataset = TrainingPairs(pairs, open_cache(pairs, "disk"), {128: Augmentation(128)}, seed=0)
+    order = TrainingBatches(4 * READ, rank=0, world=1, seed=0, stages=[Stage(0, 128, 8)])
+    batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=workers))
     for _ in range(READ // 8):
         next(batches)
     children = psutil.Process().children()

@@ -4,21 +4,22 @@ Files go below ``trainer.default_root_dir``, which the command line sets to the 
 ``trainer.log_dir`` is a collective call, and one rank alone would wait in it for ever.
 """
 
-from derain.callbacks.checkpoints import BestCheckpoint, Checkpoint, LastCheckpoint
+from derain.callbacks.checkpoints import BestCheckpoint, Checkpoint
 from derain.callbacks.ema import EMA
 from derain.callbacks.final_weights import FinalWeights
+from derain.callbacks.last import LastCheckpoint
 from derain.callbacks.panels import ImagePanels
 from derain.callbacks.parts import PartNote
 from derain.callbacks.predictions import SaveImages
 from derain.callbacks.results import TestResults
-from derain.callbacks.seeds import EpochSeeds
+from derain.callbacks.seeds import BatchSeeds
 from derain.callbacks.throughput import Throughput
 
 __all__ = [
     "EMA",
+    "BatchSeeds",
     "BestCheckpoint",
     "Checkpoint",
-    "EpochSeeds",
     "FinalWeights",
     "ImagePanels",
     "LastCheckpoint",

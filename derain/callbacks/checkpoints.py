@@ -34,14 +34,3 @@ class BestCheckpoint(Checkpoint):
 
     def __init__(self, dirpath: Any, monitor: str) -> None:
         super().__init__(dirpath, "best", monitor=monitor, mode="max", enable_version_counter=False)
-
-
-class LastCheckpoint(Checkpoint):
-    """``last.ckpt``: the state after the last epoch, which ``--ckpt_path last`` resumes.
-
-    Args:
-        dirpath: Folder of the checkpoints.
-    """
-
-    def __init__(self, dirpath: Any) -> None:
-        super().__init__(dirpath, "last", save_on_train_epoch_end=True, enable_version_counter=False)

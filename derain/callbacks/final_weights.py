@@ -7,7 +7,8 @@ from typing import cast
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from derain.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from derain.callbacks.checkpoints import BestCheckpoint
+from derain.callbacks.last import LastCheckpoint
 from derain.callbacks.parts import part, validated
 from derain.methods import DerainModule, DescribedModule, weights
 

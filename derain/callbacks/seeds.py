@@ -1,16 +1,17 @@
 """Random numbers that do not depend on interruptions."""
 
+import random
 from typing import Any
 
+import numpy as np
+import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.fabric.utilities.seed import seed_everything
 
 
-class EpochSeeds(Callback):
-    """Seeds every generator before the first batch of an epoch from (seed, epoch, rank): a resumed run is exact.
+class BatchSeeds(Callback):
+    """Seeds every generator before each batch from (seed, epoch, batch, rank): a run resumed anywhere is exact.
 
-    Not earlier: a data loader draws from the same generator when it starts, which a resumed run does after the start of
-    its first epoch, and others before.
+    What else draws from these generators, as validation or the start of a data loader, changes nothing.
 
     Args:
         seed: Seed of the run.
@@ -20,7 +21,9 @@ class EpochSeeds(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Seeds this epoch."""
-        if batch_idx == 0:
-            mixed = (self.seed * 1_000_003 + trainer.current_epoch * 1_009 + trainer.global_rank) % 2**32
-            seed_everything(mixed, verbose=False)
+        """Seed this batch."""
+        named = (self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
+        mixed = int(np.random.SeedSequence(named).generate_state(1)[0])
+        random.seed(mixed)
+        np.random.seed(mixed)
+        torch.manual_seed(mixed)

@@ -21,8 +21,8 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from derain.callbacks import (
+    BatchSeeds,
     BestCheckpoint,
-    EpochSeeds,
     FinalWeights,
     ImagePanels,
     LastCheckpoint,
@@ -126,8 +126,11 @@ def _keep_history(csv: CSVLogger, past: Path, checkpoint: Path) -> None:
 
     Of a file that was cut off while the logger wrote it anew, what is whole is kept.
     """
-    loops = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["loops"]
-    step = loops["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]  # as loggers count
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    loops = content["loops"]["fit_loop"]
+    position = {"steps": loops["epoch_loop.state_dict"]["_batches_that_stepped"], "log": {}}  # as loggers count
+    position = content.get("position", position)
+    step = position["steps"] - bool(position["log"])  # what was not logged yet is logged when the run resumes
     header, *rows = past.read_text().splitlines() or [""]
     columns = header.split(",")
     if "step" not in columns:
@@ -169,7 +172,7 @@ def callbacks(
         chosen.append(PartNote())
     if command != "fit":
         return chosen
-    chosen += [EpochSeeds(config.seed_everything), ImagePanels()]
+    chosen += [BatchSeeds(config.seed_everything), ImagePanels()]
     if config.trainer.enable_checkpointing is not False:
         checkpoints = folder / "checkpoints"
         chosen += [BestCheckpoint(checkpoints, monitor), LastCheckpoint(checkpoints), FinalWeights()]

@@ -15,11 +15,14 @@ import lightning
 import torch
 import yaml
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from derain.checkpoints import WholeCheckpointIO, remove_unfinished
 from derain.commands.lightning_messages import choose_messages
 from derain.commands.run_folders import root_of, shared_folder
 from derain.commands.run_setup import callbacks, check_options, check_trainer, loggers
@@ -238,6 +241,10 @@ class DerainCLI(LightningCLI):
         for callback in _as_list(config.trainer.callbacks):
             if callback.class_path in LIGHTNING_CHECKPOINT:
                 callback.class_path = "derain.callbacks.Checkpoint"
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            remove_unfinished(self.folder)
+            for run in root_of(root).glob(f"{self.subcommand}-*"):
+                remove_unfinished(run, age=3600.0)  # others may be writing still
         last = self.folder / "checkpoints" / "last.ckpt"
         again = last.is_file() and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
         if resuming or again:  # SLURM started the job again, in the folder that it has
@@ -334,6 +341,8 @@ class DerainCLI(LightningCLI):
         except REFUSALS as error:
             raise DerainError(f"--trainer: {' '.join(str(error).split())}") from error
         check_trainer(trainer)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -1,60 +1,30 @@
 """The one data module: named sets or folders in, batches out."""
 
+import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
 from derain.batch import PairBatch
 from derain.data.cache import Mode, PixelCache, fingerprint, open_cache, read_pair
 from derain.data.captions import Caption, captions_of, read_captions
 from derain.data.pairs import Pair, PairSet, find_pairs
 from derain.data.quickstart import quickstart_set
+from derain.data.samplers import Sample, Stage, Strided, TrainingBatches
 from derain.data.transforms import Augmentation
 from derain.errors import DerainError
 from derain.folders import cache_folder
 from derain.images import Pixels
+from derain.loops import Position
 
 log = logging.getLogger("derain")
-Ticket = tuple[int, int]
-
-
-class Tickets(DistributedSampler[Ticket]):
-    """Shuffled ``(epoch, place)`` tickets of this rank.
-
-    A ticket says all that a sample depends on, so the n-th sample of an epoch is the same with any number
-    of workers and after a resume. Ranks get equally many; the first tickets are drawn again to fill up.
-    """
-
-    def __init__(self, count: int, rank: int, world: int, seed: int) -> None:
-        super().__init__(range(count), num_replicas=world, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[Ticket]:
-        return ((self.epoch, int(place)) for place in super().__iter__())  # type: ignore[call-overload]
-
-
-class Strided(DistributedSampler[int]):
-    """Every image once over all ranks: rank r judges images r, r + world, …; counts may differ by one.
-
-    Of fewer images than ranks, the surplus ranks judge one again (scores count an image once): a rank without
-    any would leave out the loop, and the others would wait for it for ever.
-    """
-
-    def __init__(self, count: int, rank: int, world: int) -> None:
-        super().__init__(range(count), num_replicas=world, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self.places = range(rank, count, world) if rank < count else range(rank % count, rank % count + 1)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
 
 
 def to_tensor(pixels: Pixels) -> torch.Tensor:
@@ -68,7 +38,7 @@ class TrainingPairs(Dataset[dict[str, Any]]):
     Args:
         pairs: The pairs.
         cache: Their decoded pixels; without it every sample decodes two files.
-        augmentation: What is done to a pair.
+        augmentations: Augmentation for each side of a crop.
         seed: Seed of the run.
         captions: Of the pairs, in order.
     """
@@ -77,24 +47,35 @@ class TrainingPairs(Dataset[dict[str, Any]]):
         self,
         pairs: Sequence[Pair],
         cache: PixelCache | None,
-        augmentation: Augmentation,
+        augmentations: Mapping[int, Augmentation],
         seed: int,
         captions: Sequence[Caption] = (),
     ) -> None:
-        self.pairs, self.cache, self.augmentation, self.seed = pairs, cache, augmentation, seed
+        self.pairs, self.cache, self.augmentations, self.seed = pairs, cache, augmentations, seed
         self.captions = captions
 
-    def __getitem__(self, ticket: Ticket) -> dict[str, Any]:
-        epoch, place = ticket
-        index = place % len(self.pairs)
+    def __getitem__(self, sample: Sample) -> dict[str, Any]:
+        index = sample.number % len(self.pairs)
         rainy, clean = self.cache[index] if self.cache is not None else read_pair(self.pairs[index])
-        rainy, clean = self.augmentation(rainy, clean, (self.seed, epoch, place))
+        seed = (self.seed, sample.epoch, sample.number)
+        rainy, clean = self.augmentations[sample.crop](rainy, clean, seed)
         return {
             "rainy": to_tensor(rainy),
             "clean": to_tensor(clean),
             "name": self.pairs[index].name,
             "index": index,
         } | _told(self.captions, index)
+
+
+class TrainingLoader(DataLoader[dict[str, Any]]):
+    """Data loader that Lightning knows to be resumable; the position is the data module's."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Ignore the state."""
 
 
 class WholePairs(Dataset[dict[str, Any]]):
@@ -181,6 +162,8 @@ class RainDataModule(LightningDataModule):
         self.pairs: dict[str, tuple[Pair, ...]] = {}
         self._counts: dict[str, int] = {}
         self._pixels: dict[str, PixelCache | None] = {}
+        self._position: Position | None = None  # that training resumes at
+        self._saved_order: dict[str, Any] = {}
 
     @property
     def train_sets(self) -> list[str]:
@@ -266,15 +249,57 @@ class RainDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Shuffled random crops."""
-        pairs = self.pairs["train"]
-        augmentation = Augmentation(self.crop, flips=self.flips, transpose=self.transpose)
-        dataset = TrainingPairs(pairs, self._pixels["train"], augmentation, self.seed, self._captions.get("train", ()))
-        sampler = Tickets(len(pairs) * self.repeat, *self._rank_and_world(), self.seed)
-        # Lightning tells a sampler its epoch only after workers have drawn their first tickets: of a resumed run,
-        # those would be epoch 0's.
-        if self.trainer is not None:
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-        return self._loader("train", dataset, sampler, self.batch_size)
+        pairs, trainer = self.pairs["train"], self.trainer
+        stages = self._stages()
+        augmentations = {crop: Augmentation(crop, flips=self.flips, transpose=self.transpose) for _, crop, _ in stages}
+        dataset = TrainingPairs(pairs, self._pixels["train"], augmentations, self.seed, self._captions.get("train", ()))
+        batches = TrainingBatches(len(pairs) * self.repeat, *self._rank_and_world(), self.seed, stages)
+        if trainer is not None:
+            batches.limit = _batches_of(len(batches), trainer.limit_train_batches)
+            batches.set_epoch(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+        if self._position is not None:  # Lightning may ask for the loader before it restores its own counters
+            batches.resume_at(*self._position)
+            self._require_order()
+            self._position = None
+        return TrainingLoader(dataset, batch_sampler=batches, **self._loading("train"))
+
+    def resume_at(self, epoch: int, batch: int) -> None:
+        """Let the next training data loader start at a batch of an epoch."""
+        self._position = Position(epoch, batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that decides which samples a batch of an epoch has."""
+        return self._order() if "train" in self.pairs else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the order of the checkpoint, to compare it with that of this run."""
+        self._saved_order = state_dict
+
+    def _require_order(self) -> None:
+        """Refuse another order within an epoch."""
+        for option, value in self._order().items() if self._position and self._position.batch else ():
+            saved = self._saved_order.get(option, value)
+            if saved != value:
+                raise DerainError(
+                    f"--{option} {value}: the checkpoint was saved within an epoch that has {saved}; resume with that, "
+                    "or from the end of an epoch"
+                )
+
+    def _stages(self) -> list[Stage]:
+        """Crop and batch sizes over the training."""
+        return [Stage(0, self.crop, self.batch_size)]
+
+    def _order(self) -> dict[str, Any]:
+        """All that decides which samples a batch of an epoch has."""
+        names = [pair.name for pair in self.pairs["train"]]
+        digest = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()[:8]
+        return {
+            "data.train": f"{' + '.join(self.train_sets)} ({len(names)} pairs, {digest})",
+            "data.repeat": self.repeat,
+            "data.seed": self.seed,
+            "data.batch_size": self.batch_size,
+            "trainer.devices": self._rank_and_world()[1],
+        }
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Whole validation images, one at a time."""
@@ -292,20 +317,18 @@ class RainDataModule(LightningDataModule):
         pairs = self.pairs[stage]
         sampler = Strided(len(pairs), *self._rank_and_world())
         dataset = WholePairs(pairs, self._pixels.get(stage), self._captions.get(stage, ()))
-        return self._loader(stage, dataset, sampler, 1)
+        return DataLoader(dataset, batch_size=1, sampler=sampler, **self._loading(stage))
 
-    def _loader(self, stage: str, dataset: Any, sampler: Any, batch_size: int) -> DataLoader[dict[str, Any]]:
+    def _loading(self, stage: str) -> dict[str, Any]:
+        """Options of a data loader."""
         workers = self.workers
         if workers is None:
             workers = 0 if self._pixels.get(stage) is not None else min(8, max(0, (os.cpu_count() or 1) - 1))
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
-            sampler=sampler,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return {
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
@@ -316,6 +339,11 @@ class RainDataModule(LightningDataModule):
             if key in batch:
                 batch[key] = batch[key].float().div_(255)
         return batch  # type: ignore[no-any-return]
+
+
+def _batches_of(count: int, limit: int | float) -> int:
+    """Batches that a trainer takes of so many: a number of them or a share."""
+    return min(count, limit) if isinstance(limit, int) else int(count * limit)
 
 
 def _told(captions: Sequence[Caption], index: int) -> dict[str, str]:

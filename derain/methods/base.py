@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,6 +13,7 @@ from derain.batch import PairBatch
 from derain.errors import DerainError
 from derain.memory import give_back_blocks
 from derain.methods.described import DescribedModule
+from derain.methods.divergence import REMEDY
 from derain.metrics import ImageQuality, Scores
 from derain.metrics.perceptual import Lpips
 
@@ -99,6 +101,8 @@ class DerainModule(DescribedModule, ABC):
     def _finish(self, stage: str) -> dict[str, dict[str, Scores]]:
         scores = {kind: quality.compute() for kind, quality in self._quality.items()}
         for place, (name, score) in enumerate(scores["derained"].items()):
+            if self.resuming:
+                self._require_numbers(name, score)
             prefix = stage if place == 0 else f"{stage}/{name}"
             self.log_dict(
                 {f"{prefix}/psnr": float(score.psnr.mean()), f"{prefix}/ssim": float(score.ssim.mean())},
@@ -108,6 +112,18 @@ class DerainModule(DescribedModule, ABC):
             if score.lpips is not None and place == 0:
                 self.log(f"{stage}/lpips", float(score.lpips.mean()))
         return scores
+
+    def _require_numbers(self, protocol: str, score: Scores) -> None:
+        """Refuse scores that are not finite."""
+        finite = np.isfinite(np.asarray(score.psnr)) & np.isfinite(np.asarray(score.ssim))
+        wrong = score.index[~finite].tolist()
+        if wrong:
+            pairs = getattr(getattr(self.trainer, "datamodule", None), "pairs", {}).get("val", ())
+            image = pairs[wrong[0]].name if pairs else wrong[0]
+            raise DerainError(
+                f"val/psnr ({protocol}) is not finite for {len(wrong)} images, first {image}, at epoch "
+                f"{self.current_epoch}, step {self.global_step}; {REMEDY}"
+            )
 
     def _give_back_at(self, shape: torch.Size) -> None:
         """Hands memory back when images come in another size, which needs blocks of other sizes."""

@@ -9,10 +9,14 @@ from typing import Any, ClassVar, cast
 from huggingface_hub import ModelHubMixin
 from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import derain
+from derain import loops
 from derain.errors import DerainError
+from derain.methods.divergence import FiniteCheck, require_finite
+from derain.methods.resuming import use_configured
 
 log = logging.getLogger("derain")
 
@@ -35,10 +39,16 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
 
     network: nn.Module
     trained_on: tuple[str, ...] = ()
+    _resumed: Mapping[str, Any] | None = None  # of the checkpoint that is resumed, until training starts
+    _changed: tuple[str, ...] = ()  # options that differ from it
     judged_by: ClassVar[str]
     may_change: ClassVar[frozenset[str]] = frozenset(
         {"learning_rate", "weight_decay", "warm_up", "milestones", "decay"}
     )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.finite = FiniteCheck()
 
     def describe(self) -> dict[str, Any]:
         """What a file says of itself: method, hyper-parameters, training sets, version of derain."""
@@ -55,8 +65,16 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
         self.trained_on = tuple(description.get("trained_on", ()))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the description, so that any derain command knows what the file holds."""
+        """Adds the description, so that any derain command knows what the file holds, and the position."""
         checkpoint["derain"] = self.describe()
+        if not self.resuming:
+            return
+        checkpoint["position"] = loops.describe(self.trainer)
+        gradients = self._added_gradients()
+        if gradients:
+            checkpoint["gradients"] = gradients
+        average = checkpoint.get("ema", {"network": {}})["network"]
+        require_finite(self, [*self.parameters(), *average.values(), *gradients.values()], "weights are")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes back the description; a run goes on with its average or not at all, all else takes the average.
@@ -66,6 +84,13 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
         """
         if self.resuming:
             self._refuse_another(checkpoint.get("derain", {}))
+            position = loops.settle(checkpoint["loops"])
+            data: Any = getattr(self.trainer, "datamodule", None)
+            if hasattr(data, "resume_at"):
+                data.resume_at(*position)
+            for schedule in checkpoint["lr_schedulers"]:
+                schedule.setdefault("lr_lambdas", [None] * len(schedule["base_lrs"]))  # of derain's earlier MultiStepLR
+            self._resumed = {name: checkpoint[name] for name in ("position", "gradients") if name in checkpoint}
         self.recall(checkpoint.get("derain", {}))
         if "ema" not in checkpoint:
             return
@@ -85,6 +110,7 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
             raise DerainError(f"--model {now['method']}: this run began with {method}; give that one to go on")
         began, own = description.get("hyper_parameters", {}), now["hyper_parameters"]
         others = [name for name, value in own.items() if began.get(name, value) != value]
+        self._changed = tuple(others)
         for name in others:
             if name not in self.may_change:
                 told = f"--model.{name} {own[name]}: this run began with {began[name]}"
@@ -114,6 +140,38 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
     def parameter_count(self) -> int:
         """Number of the network's trainable parameters."""
         return sum(p.numel() for p in self.network.parameters() if p.requires_grad)
+
+    def _added_gradients(self) -> dict[str, Tensor]:
+        """Gradients that are being added up over several batches."""
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        adding = not self.automatic_optimization or progress.processed % self.trainer.accumulate_grad_batches
+        named = self.named_parameters() if adding else ()
+        return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+
+    def on_train_start(self) -> None:
+        """Continue from the position of the checkpoint that is resumed, with the options of this run."""
+        if self._resumed is None:
+            return
+        use_configured(self.trainer, self._changed)
+        for name, gradient in self._resumed.get("gradients", {}).items():
+            self.get_parameter(name).grad = gradient.to(self.device)
+        if "position" in self._resumed:
+            loops.begin(self.trainer, self._resumed["position"])
+        self._resumed = None
+
+    # What is not finite stops the training.
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Note the images of a batch."""
+        self.finite.see_batch(batch)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Note a loss."""
+        self.finite.see_loss(loss)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Refuse losses and gradients that are not finite, before they reach the weights."""
+        self.finite.require(self, optimizer)
 
     def on_fit_start(self) -> None:
         """Notes the names of the training sets for the files of weights."""

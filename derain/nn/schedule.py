@@ -1,7 +1,8 @@
 """Schedules of the learning rate."""
 
 import math
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 
 
 def warm_up_then_cosine(steps: int, share: float, least: float = 0.0) -> Callable[[int], float]:
@@ -26,3 +27,21 @@ def warm_up_then_cosine(steps: int, share: float, least: float = 0.0) -> Callabl
         return least + (1 - least) * falling
 
     return factor
+
+
+def multiplied_at(milestones: Sequence[int], factor: float) -> Callable[[int], float]:
+    """Return the factor of the learning rate at each step or epoch: multiplied by ``factor`` after each milestone.
+
+    The rates are those of PyTorch's ``MultiStepLR``, as a function of the step alone.
+
+    Args:
+        milestones: Steps or epochs, in any order.
+        factor: What the rate is multiplied by.
+
+    Example:
+        >>> rate = multiplied_at([2, 3], 0.1)
+        >>> [round(rate(epoch), 3) for epoch in range(5)]
+        [1.0, 1.0, 0.1, 0.01, 0.01]
+    """
+    ordered = sorted(milestones)
+    return lambda step: factor ** bisect_right(ordered, step)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from derain.data.datamodule import RainDataModule, Strided, Tickets
+from derain.data.datamodule import RainDataModule
 from derain.data.pairs import find_pairs
 from derain.errors import DerainError
 from tests.factories import make_set
@@ -25,7 +25,8 @@ def data(root, **options):
 
 def batches(module, stage, epoch=0):
     loader = getattr(module, f"{stage}_dataloader")()
-    loader.sampler.set_epoch(epoch)
+    if stage == "train":
+        loader.batch_sampler.set_epoch(epoch)
     return list(loader)
 
 
@@ -126,27 +127,38 @@ def test_repeat_draws_several_crops_of_an_image(root):
     assert sum(len(batch["name"]) for batch in batches(module, "train")) == 24
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_evaluation_counts_every_image_once(world):
-    shares = [list(Strided(101, rank, world)) for rank in range(world)]
-    assert [len(share) for share in shares] == [len(Strided(101, r, world)) for r in range(world)]
-    assert sorted(itertools.chain.from_iterable(shares)) == list(range(101))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_resumes_within_an_epoch(root, workers):
+    module = data(root, train="Rain800", batch_size=2, workers=workers)
+    module.setup("fit")
+    whole = batches(module, "train", epoch=1)
+    module.resume_at(1, 3)
+    loader = module.train_dataloader()
+    rest = list(loader)
+    assert [batch["name"] for batch in rest] == [batch["name"] for batch in whole[3:]]
+    assert all(torch.equal(one["rainy"], other["rainy"]) for one, other in zip(rest, whole[3:], strict=True))
+    loader.batch_sampler.set_epoch(2)
+    assert len(list(loader)) == len(loader) == len(whole)
 
 
-def test_no_rank_is_left_without_an_image():
-    assert [list(Strided(2, rank, 5)) for rank in range(5)] == [[0], [1], [0], [1], [0]]
-
-
-def test_ranks_train_on_different_images_equally_many():
-    shares = [list(Tickets(11, rank, 2, seed=0)) for rank in range(2)]
-    assert [len(share) for share in shares] == [6, 6]
-    assert {place for share in shares for _, place in share} == set(range(11))
-    sampler = Tickets(11, 0, 1, seed=0)
-    sampler.set_epoch(3)
-    later = list(sampler)
-    assert {epoch for epoch, _ in later} == {3}
-    sampler.set_epoch(4)
-    assert [place for _, place in later] != [place for _, place in sampler]
+@pytest.mark.parametrize(("option", "value"), [("batch_size", 3), ("repeat", 2), ("seed", 1), ("train", "Rain1400")])
+def test_another_order_is_refused_within_an_epoch_only(root, option, value):
+    make_set(root, "Rain1400", "train", count=5)
+    options = {"train": "Rain800", "batch_size": 2}
+    modules = []
+    for one in (options, options | {option: value}):
+        module = data(root, **one)
+        module.setup("fit")
+        modules.append(module)
+    state = modules[0].state_dict()
+    for module in modules:
+        module.load_state_dict(state)
+        module.resume_at(2, 0)
+        module.train_dataloader()
+        module.resume_at(2, 1)
+    modules[0].train_dataloader()
+    with pytest.raises(DerainError, match=f"--data.{option} {value}"):
+        modules[1].train_dataloader()
 
 
 def test_refusals(root):

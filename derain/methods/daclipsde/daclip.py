@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -148,8 +147,9 @@ class DACLIPModule(DescribedModule):
             self._texts |= dict(zip(new, self.clip.texts(new, truncate=True), strict=True))
         return torch.stack([self._texts[text] for text in texts])
 
-    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
-        """Keeps the temperature in its range, 1 to 1/100."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the temperature in its range, 1 to 1/100, before a checkpoint may be saved."""
+        super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.network.logit_scale.clamp_(0, math.log(100))
 

@@ -17,7 +17,7 @@ from derain.methods.daclipsde.network import AttentionKind, ConditionalUNet
 from derain.methods.daclipsde.published import unet_options
 from derain.methods.daclipsde.sde import MeanRevertingSDE, Schedule
 from derain.methods.daclipsde.solvers import Sampling, sample
-from derain.nn.schedule import warm_up_then_cosine
+from derain.nn.schedule import multiplied_at, warm_up_then_cosine
 
 log = logging.getLogger("derain")
 
@@ -205,12 +205,10 @@ class DACLIPSDEModule(DerainModule):
         rate, steps = self.hparams["learning_rate"], self.steps
         optimizer = torch.optim.AdamW(self.network.parameters(), rate, betas=(0.9, 0.99), weight_decay=0)
         if self.hparams["decay"] == "halving":
-            schedule: Any = torch.optim.lr_scheduler.MultiStepLR(
-                optimizer, [max(1, round(steps * share / 7)) for share in (2, 4, 6)], gamma=0.5
-            )
+            factor = multiplied_at([max(1, round(steps * share / 7)) for share in (2, 4, 6)], 0.5)
         else:
             factor = warm_up_then_cosine(steps, 0.0, min(1.0, 1e-6 / rate))
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # Files.

@@ -15,11 +15,10 @@ from derain.methods.base import DerainModule
 from derain.methods.plnlingan.loss import Parts, hierarchical_losses, relativistic_losses, weighted_sum
 from derain.methods.plnlingan.network import MCDDL, PLNLIN, SCALES, Branches, Interaction, Restored, Style, Unit
 from derain.nn.padding import pad_to_multiple
+from derain.nn.schedule import multiplied_at
 from derain.nn.ssim import structural_similarity
 
 log = logging.getLogger("derain")
-
-REMEDY = "start again with a lower --model.learning_rate or --model.beta; checkpoints of earlier epochs are whole"
 
 
 class PLNLINGANModule(DerainModule):
@@ -108,8 +107,6 @@ class PLNLINGANModule(DerainModule):
         self.network: PLNLIN = PLNLIN(style, stages, hierarchy if alpha or content else 0)
         self.discriminator = MCDDL(judging, channels if content else 0, deep, discriminator_stages) if beta else None
         self.windows = 0  # turns so far: whose comes next follows from it
-        self.names: list[str] = []  # of the images at hand
-        self.gradients: dict[str, Tensor] = {}  # that a checkpoint held
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """Restores images of any size in [0, 1], without the hierarchy."""
@@ -134,15 +131,9 @@ class PLNLINGANModule(DerainModule):
         if crop % self.network.multiple:
             log.warning("--data.crop %d: padded to a multiple of %d, in losses too", crop, self.network.multiple)
 
-    def on_train_start(self) -> None:
-        """Goes on with gradients that were being added up."""
-        for name, gradient in self.gradients.items():
-            self.get_parameter(name).grad = gradient.to(self.device)
-        self.gradients = {}
-
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         """A generator's turn, a discriminator's, or both."""
-        hyper, self.names = self.hparams, batch["name"]
+        hyper, count = self.hparams, len(batch["name"])
         rainy, clean = (pad_to_multiple(batch[key], self.network.multiple) for key in ("rainy", "clean"))
         turn = self.windows + 1
         generating = self.discriminator is None or turn % hyper["discriminator_steps"] == 0
@@ -153,9 +144,9 @@ class PLNLINGANModule(DerainModule):
             known = self.discriminator is not None and len(self.discriminator.joins) > 0
             real = self.network(clean, hierarchy=True).features if known else []
         if generating:
-            self._descend("train/loss", self.generator_losses(restored, clean, real))
+            self._descend("train/loss", self.generator_losses(restored, clean, real), count)
         if judging:
-            self._descend("train/discriminator", self.discriminator_losses(restored, clean, real))
+            self._descend("train/discriminator", self.discriminator_losses(restored, clean, real), count)
         if (batch_idx + 1) % hyper["accumulate"] == 0 or self.trainer.is_last_batch:
             self._step(generating, judging)
 
@@ -179,19 +170,13 @@ class PLNLINGANModule(DerainModule):
         fake = judge(restored.derained.detach(), [one.detach() for one in restored.features])
         return {"discriminator": relativistic_losses(judge(clean, real), fake)}
 
-    def _descend(self, name: str, parts: Parts) -> None:
-        """Adds up the gradients of a weighted sum of losses and logs it with every part; refuses what is not finite."""
+    def _descend(self, name: str, parts: Parts, count: int) -> None:
+        """Add the gradients of a weighted sum of losses of ``count`` images, and log it with every part."""
         total = weighted_sum(parts, self.hparams["alpha"], self.hparams["beta"])
-        self.log(name, total, prog_bar=name == "train/loss", batch_size=len(self.names))
+        self.log(name, total, prog_bar=name == "train/loss", batch_size=count)
         for part, losses in parts.items():
-            told = {f"train/{part}_{scale}": one for scale, one in enumerate(losses, SCALES + 1 - len(losses))}
-            self.log_dict({"train/pixel": losses[0]} if part == "pixel" else told, batch_size=len(self.names))
-        finite = bool(total.isfinite())
-        if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
-            where = "a batch of another device" if finite else ", ".join(self.names)
-            raise DerainError(
-                f"the loss is no finite number at {where} (epoch {self.current_epoch}): look at these images; {REMEDY}"
-            )
+            scales = {f"train/{part}_{scale}": loss for scale, loss in enumerate(losses, SCALES + 1 - len(losses))}
+            self.log_dict({"train/pixel": losses[0]} if part == "pixel" else scales, batch_size=count)
         self.manual_backward(total / self.hparams["accumulate"])
 
     def _step(self, generating: bool, judging: bool) -> None:
@@ -209,14 +194,10 @@ class PLNLINGANModule(DerainModule):
         self.windows += 1
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clips the gradient; refuses one that is not finite: weights would not be either, nor the next checkpoint."""
-        parameters = optimizer.param_groups[0]["params"]
-        norm = nn.utils.get_total_norm(one.grad for one in parameters if one.grad is not None)
-        if not norm.isfinite():
-            where = f"at {', '.join(self.names)} or batches added up with it (epoch {self.current_epoch})"
-            raise DerainError(f"a gradient is no finite number {where}: look at these images; {REMEDY}")
+        """Refuse what is not finite, and clip the gradient."""
+        norm = self.finite.require(self, optimizer)
         if self.hparams["clip"]:
-            nn.utils.clip_grads_with_norm_(parameters, self.hparams["clip"], norm)
+            nn.utils.clip_grads_with_norm_(optimizer.param_groups[0]["params"], self.hparams["clip"], norm)
 
     def on_validation_model_zero_grad(self) -> None:
         """Keeps gradients that are being added up while validation comes in between."""
@@ -231,21 +212,20 @@ class PLNLINGANModule(DerainModule):
         """An Adam for each network, their learning rates divided by 10 at the milestones."""
         networks = [self.network] if self.discriminator is None else [self.network, self.discriminator]
         optimizers = [torch.optim.Adam(network.parameters(), self.hparams["learning_rate"]) for network in networks]
-        milestones = list(self.hparams["milestones"])
-        schedules = [torch.optim.lr_scheduler.MultiStepLR(one, milestones, 0.1) for one in optimizers]
+        factor = multiplied_at(self.hparams["milestones"], 0.1)
+        schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
         names = ("lr-generator", "lr-discriminator")
-        return optimizers, [{"scheduler": one, "name": name} for one, name in zip(schedules, names, strict=False)]
+        named = zip(schedules, names, strict=False)
+        return optimizers, [{"scheduler": schedule, "name": name} for schedule, name in named]
 
     # Files.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds whose turn it is, and gradients that are being added up."""
+        """Add whose turn it is."""
         super().on_save_checkpoint(checkpoint)
-        added = {name: one.grad for name, one in self.named_parameters() if one.grad is not None}
-        checkpoint |= {"windows": self.windows, "gradients": added}
+        checkpoint["windows"] = self.windows
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes back whose turn it is, and gradients that were being added up."""
+        """Restore whose turn it is."""
         super().on_load_checkpoint(checkpoint)
         self.windows = checkpoint["windows"]
-        self.gradients = checkpoint.get("gradients", {})

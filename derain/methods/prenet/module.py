@@ -10,6 +10,7 @@ from torch import Tensor
 from derain.batch import PairBatch
 from derain.methods.base import DerainModule
 from derain.methods.prenet.network import VARIANTS, PReNet, Variant, variant_of
+from derain.nn.schedule import multiplied_at
 from derain.nn.ssim import structural_similarity
 
 
@@ -66,5 +67,5 @@ class PReNetModule(DerainModule):
     def configure_optimizers(self) -> Any:
         """Adam, its learning rate divided at the milestones."""
         optimizer = torch.optim.Adam(self.network.parameters(), self.learning_rate)
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(self.milestones), self.decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplied_at(self.milestones, self.decay))
         return {"optimizer": optimizer, "lr_scheduler": schedule}

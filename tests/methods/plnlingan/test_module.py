@@ -223,6 +223,7 @@ def test_a_run_is_the_same_written_out_by_hand():
 
 def test_gradients_are_clipped():
     method = module(clip=1e-3)
+    method.trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     for parameter in method.network.parameters():
         parameter.grad = torch.ones_like(parameter)
     method.on_before_optimizer_step(torch.optim.Adam(method.network.parameters()))
@@ -251,7 +252,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_images():
             nonlocal before
             before = copy.deepcopy(pl_module.network.state_dict())
 
-    with pytest.raises(DerainError, match=r"no finite number at 2-0, 2-1 \(epoch 0\)"):
+    with pytest.raises(DerainError, match=r"^loss .* epoch 0, step 2, images 2-0, 2-1;"):
         fit(method, Batches(4, _2=spoil), callbacks=[Keep()])
     assert all(torch.equal(value, before[name]) for name, value in method.network.state_dict().items())
 
@@ -259,7 +260,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_images():
 def test_a_gradient_that_is_no_number_stops_the_run():
     method = module()
     method.network.embed.weight.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(DerainError, match="a gradient is no finite number at 0-0, 0-1 or"):
+    with pytest.raises(DerainError, match=r"^gradient .* epoch 0, step 0, images 0-0, 0-1;"):
         fit(method, Batches(1))
     assert all(value.isfinite().all() for value in method.network.parameters())
 
@@ -300,9 +301,9 @@ def test_a_run_goes_on_within_an_accumulation(tmp_path):
     for name, value in ended[0].items():
         assert torch.equal(value, ended[1][name]), name
         assert torch.equal(value, ended[2][name]), name
-    within, between = (torch.load(tmp_path / f"{n}.ckpt", weights_only=True)["gradients"] for n in (6, 4))
+    within, between = (torch.load(tmp_path / f"{n}.ckpt", weights_only=True).get("gradients") for n in (6, 4))
     assert {name.partition(".")[0] for name in within} == {"network", "discriminator"}
-    assert between == {}
+    assert between is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""The checkpoint that a training is resumed from."""
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from derain.callbacks.checkpoints import Checkpoint
+
+log = logging.getLogger("derain")
+
+
+class LastCheckpoint(Checkpoint):
+    """Saves ``last.ckpt`` after every epoch, and where a signal ends the training between two batches.
+
+    Batch systems send SIGTERM before they end or pre-empt a job. Under SLURM, the signal of ``sbatch --signal``
+    (SIGUSR1) also puts the job into the queue again. No other exception saves a checkpoint: a position within a batch
+    cannot be resumed.
+    """
+
+    def __init__(self, dirpath: Any) -> None:
+        super().__init__(dirpath, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+        self._received: int | None = None
+        self._requeue_signal: int | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Replace Lightning's handlers: they communicate, or save, in the middle of a batch."""
+        super().on_train_start(trainer, pl_module)
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self._requeue_signal = environment.requeue_signal or signal.SIGUSR1
+        if threading.current_thread() is threading.main_thread():
+            for number in {signal.SIGTERM, self._requeue_signal} - {None}:
+                signal.signal(number, self._note_signal)
+
+    def _note_signal(self, number: int, frame: Any) -> None:
+        self._received = number
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Stop before this batch, on all ranks, if any has received a signal."""
+        if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
+            return
+        requeue = self._received is not None and self._received == self._requeue_signal
+        if trainer.strategy.reduce_boolean_decision(requeue, all=False) and trainer.is_global_zero:
+            job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
+            task = f"_{os.environ['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_JOB_ID" in os.environ else ""
+            log.warning("SLURM's signal: requeueing job %s", job + task)
+            subprocess.run(["scontrol", "requeue", job + task], check=False)
+        raise SIGTERMException
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save the position where a signal stopped."""
+        self.save_on_exception = isinstance(exception, SIGTERMException) and trainer.training
+        super().on_exception(trainer, pl_module, exception)

@@ -1,0 +1,187 @@
+"""A loss, a gradient, weights or scores that are not finite stop a training, whatever the method."""
+
+import copy
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
+
+from derain import methods
+from derain.cli import main
+from derain.errors import DerainError
+from derain.methods import DerainModule
+from derain.methods.divergence import FiniteCheck, require_finite
+from tests.runs import last, start
+from tests.tiny import MODELS, write_configs
+
+METHODS = [pytest.param(name, marks=[pytest.mark.slow] * (name != "PReNetModule")) for name in MODELS]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory with a configuration of every method."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("DERAIN_DATA", "DERAIN_CACHE"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    return write_configs(tmp_path)
+
+
+def assert_nothing_spoiled(run):
+    assert not (run / "weights.safetensors").exists()
+    for file in (run / "checkpoints").glob("*"):
+        content = torch.load(file, weights_only=True)
+        tensors = [*content["state_dict"].values(), *content.get("ema", {"network": {}})["network"].values()]
+        assert all(value.isfinite().all() for value in tensors)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_learning_rate_beyond_all_bounds(place, capsys, method):
+    options = ["--model.learning_rate", "1e30"]
+    options += ["--model.warm_up", "0"] if "warm_up" in MODELS[method] or method == "DACLIPModule" else []
+    assert main(["fit", "--config", f"{method}.yaml", *options]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "epoch 0, step" in error
+    assert_nothing_spoiled(place / f"runs/{method}/fit-1")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_images_that_are_not_finite_are_named_and_the_last_checkpoint_stays(
+    place, capsys, monkeypatch, method, accumulate
+):
+    cls = getattr(methods, method)
+    kept, spoiled = cls.training_step, []
+
+    def spoil(self, batch, batch_idx):
+        if self.current_epoch == 1 and batch_idx == 2:
+            spoiled.extend(batch["name"])
+            batch = copy.copy(batch) | {"rainy": torch.full_like(batch["rainy"], float("nan"))}
+        return kept(self, batch, batch_idx)
+
+    monkeypatch.setattr(cls, "training_step", spoil)
+    manual = method == "PLNLINGANModule"
+    option = "--model.accumulate" if manual else "--trainer.accumulate_grad_batches"
+    assert main(["fit", "--config", f"{method}.yaml", option, str(accumulate)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"epoch 1, step {4 // accumulate + 2 // accumulate}," in error
+    assert all(name in error for name in spoiled)
+    run = place / f"runs/{method}/fit-1"
+    assert last(run)["global_step"] == 4 // accumulate
+    assert_nothing_spoiled(run)
+
+
+def test_scores_that_are_not_finite_leave_the_best_checkpoint(place, capsys, monkeypatch):
+    kept = DerainModule.validation_step
+
+    def spoil(self, batch, batch_idx):
+        if self.current_epoch == 1:
+            monkeypatch.setattr(type(self), "forward", lambda self, rainy: rainy * float("nan"))
+        return kept(self, batch, batch_idx)
+
+    monkeypatch.setattr(DerainModule, "validation_step", spoil)
+    assert main(["fit", "--config", "PReNetModule.yaml"]) == 2
+    run = place / "runs/PReNetModule/fit-1"
+    assert {last(run)["epoch"], torch.load(run / "checkpoints/best.ckpt", weights_only=True)["epoch"]} == {0}
+    assert_nothing_spoiled(run)
+
+
+def test_weights_that_are_not_finite_are_not_saved(place, capsys, monkeypatch):
+    cls = methods.PReNetModule
+
+    def spoil(self):
+        if self.current_epoch == 1:
+            next(self.parameters()).data[0] = float("inf")
+
+    monkeypatch.setattr(cls, "on_train_epoch_end", spoil)
+    assert main(["fit", "--config", "PReNetModule.yaml"]) == 2
+    assert "epoch 1" in capsys.readouterr().err
+    run = place / "runs/PReNetModule/fit-1"
+    assert last(run)["epoch"] == 0
+    assert_nothing_spoiled(run)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together(place):
+    """The loss of one rank is not finite, and has no gradient: the other rank could not know."""
+    script = place / "ranks.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from derain.cli import main\n"
+        "from derain.methods import PReNetModule\n"
+        "kept = PReNetModule.training_step\n"
+        "def spoil(self, batch, batch_idx):\n"
+        "    loss = kept(self, batch, batch_idx)\n"
+        "    return loss + float('nan') if self.global_rank == 1 and batch_idx == 2 else loss\n"
+        "PReNetModule.training_step = spoil\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1"]
+    process = start("fit", "--config", "PReNetModule.yaml", *two, program=(str(script),))
+    told, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, told
+    assert "Traceback" not in told
+    assert "epoch 0, step 2" in told
+    assert_nothing_spoiled(place / "runs/PReNetModule/fit-1")
+
+
+class Scaled(LightningModule):
+    """One weight whose gradient overflows half precision when the loss is scaled by more than it bears."""
+
+    def __init__(self, finite_from):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+        self.finite, self.finite_from, self.seen = FiniteCheck(), finite_from, []
+
+    def training_step(self, batch, batch_idx):
+        loss = self.weight.sum()
+        self.weight.register_hook(self._overflow) if not self.seen else None
+        self.seen.append(self.trainer.precision_plugin.scaler.get_scale())
+        return loss
+
+    def _overflow(self, gradient):
+        scale = self.trainer.precision_plugin.scaler.get_scale()
+        return gradient if scale <= self.finite_from else gradient * float("inf")
+
+    def on_before_backward(self, loss):
+        self.finite.see_loss(loss)
+
+    def on_before_optimizer_step(self, optimizer):
+        self.finite.require(self, optimizer)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("bearable", [2.0, 0.25])
+def test_an_infinite_gradient_is_left_to_the_scaler_while_it_can_help(bearable):
+    module = Scaled(bearable)
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000))
+    trainer = Trainer(
+        **{"accelerator": "cpu", "max_steps": 6, "logger": False, "enable_checkpointing": False},
+        **{"enable_progress_bar": False, "enable_model_summary": False, "plugins": plugin},
+    )
+    loader = torch.utils.data.DataLoader(torch.zeros(8, 1))
+    if bearable < 1:
+        with pytest.raises(DerainError, match="gradient"):
+            trainer.fit(module, loader)
+        assert torch.equal(module.weight, torch.ones(2))
+    else:
+        trainer.fit(module, loader)
+        assert module.seen[:3] == [8.0, 4.0, 2.0]
+        assert module.weight.isfinite().all()
+        assert (module.weight < 1).all()
+
+
+def test_what_is_large_is_finite():
+    module = methods.PReNetModule(stages=1)
+    with pytest.raises(DerainError):
+        require_finite(_attached(module), [torch.tensor([1.0, float("-inf")])], "weights are")
+    require_finite(_attached(module), [torch.full((9,), 1e30), torch.ones(2, dtype=torch.int64)], "weights are")
+    require_finite(_attached(module), [], "weights are")
+
+
+def _attached(module):
+    module.trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    return module

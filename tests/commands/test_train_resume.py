@@ -1,0 +1,226 @@
+"""Training resumed from a checkpoint that was saved anywhere: as if nothing had happened."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from derain.cli import main
+from tests.kills import killed_equals_whole
+from tests.runs import differing, finish, last, metrics, start
+from tests.tiny import MODELS, write_configs
+
+METHODS = [pytest.param(name, marks=[pytest.mark.slow] * (name != "PReNetModule")) for name in MODELS]
+WITHIN, AT_THE_END, IN_THE_NEXT = 3, 4, 6  # of epochs of four steps
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory with a configuration of every method."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("DERAIN_DATA", "DERAIN_CACHE"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    return write_configs(tmp_path)
+
+
+def logged(run):
+    """Losses and validation scores, step by step."""
+    return [
+        {name: value for name, value in row.items() if value}
+        for row in metrics(run, "train/loss", "val/psnr", "val/rainy_psnr")
+    ]
+
+
+def resumed(config, checkpoint, *options):
+    """A new run that resumes a checkpoint."""
+    root = f"resumed-{Path(checkpoint).stem}"
+    resume = ["--ckpt_path", str(checkpoint), "--trainer.default_root_dir", root]
+    assert main(["fit", "--config", config, *resume, *options]) == 0
+    return Path(root) / "fit-1"
+
+
+def assert_equal_runs(whole, again, rows=True):
+    one, two = last(whole), last(again)
+    for state in ("state_dict", "ema"):
+        assert differing(one.get(state, {}), two.get(state, {})) == []
+    for mine, other in zip(one["optimizer_states"], two["optimizer_states"], strict=True):
+        assert differing(mine["state"], other["state"]) == []
+    assert (one["epoch"], one["global_step"]) == (two["epoch"], two["global_step"])
+    assert one["position"]["steps"] == two["position"]["steps"]
+    if rows:
+        added = logged(again)
+        assert added == logged(whole)[-len(added) :]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_any_method_resumes_from_any_step(place, method):
+    config = f"{method}-steps.yaml"
+    assert main(["fit", "--config", config]) == 0
+    whole = place / f"runs/{method}-steps/fit-1"
+    for step in (WITHIN, AT_THE_END, IN_THE_NEXT):
+        again = resumed(config, whole / f"checkpoints/step-{step}.ckpt")
+        assert_equal_runs(whole, again)
+        assert logged(again)[0]["step"] == str(step - 1)  # logged after the checkpoint was saved
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.max_steps", "7", "--trainer.max_epochs", "-1"],
+        ["--trainer.accumulate_grad_batches", "3", "--trainer.val_check_interval", "2"],
+        ["--trainer.check_val_every_n_epoch", "2"],
+        ["--trainer.limit_train_batches", "3"],
+        ["--data.workers", "2"],
+    ],
+)
+def test_any_option_of_the_trainer_resumes(place, options):
+    config = "PReNetModule-steps.yaml"
+    assert main(["fit", "--config", config, *options]) == 0
+    whole = place / "runs/PReNetModule-steps/fit-1"
+    for file in sorted((whole / "checkpoints").glob("*.ckpt")):
+        if last(whole)["global_step"] > torch.load(file, weights_only=True)["global_step"]:
+            assert_equal_runs(whole, resumed(config, file, *options))
+
+
+def test_from_the_best_checkpoint_too(place):
+    config = "PReNetModule.yaml"
+    assert main(["fit", "--config", config]) == 0
+    whole = place / "runs/PReNetModule/fit-1"
+    best = torch.load(whole / "checkpoints/best.ckpt", weights_only=True)
+    again = resumed(config, whole / "checkpoints/best.ckpt")
+    if best["global_step"] < 8:
+        assert_equal_runs(whole, again)
+
+
+def test_another_order_is_refused(place, capsys):
+    config = "PReNetModule-steps.yaml"
+    assert main(["fit", "--config", config, "--trainer.max_epochs", "1"]) == 0
+    files = place / f"runs/{Path(config).stem}/fit-1/checkpoints"
+    again = ["fit", "--config", config, "--data.batch_size", "3", "--ckpt_path"]
+    assert main([*again, str(files / "step-2.ckpt")]) == 2
+    assert "--data.batch_size 3" in capsys.readouterr().err
+    assert main([*again, str(files / "last.ckpt")]) == 0
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "fit", "SLURM_NODELIST": "127.0.0.1", "SLURM_NTASKS": "1"}
+SLURM |= {f"SLURM_{name}ID": "0" for name in ("PROC", "LOCAL", "NODE")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_the_step_where_it_stops(place, sent):
+    """SIGTERM, and what SLURM sends before time is up: it wants the job in the queue again."""
+    scontrol = place / "bin/scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text("#!/bin/sh\necho $* > requeued.txt\n")
+    scontrol.chmod(0o755)
+    variables = SLURM | {"PATH": f"{scontrol.parent}:{os.environ['PATH']}"} if sent == signal.SIGUSR1 else {}
+    config = ["fit", "--config", "PReNetModule.yaml", "--trainer.max_epochs", "20"]
+    config += ["--trainer.accumulate_grad_batches", "2"]
+    assert main([*config, "--trainer.default_root_dir", "whole"]) == 0
+    process = start(*config, "--trainer.default_root_dir", "ended", **variables)
+    run = place / "ended/fit-1"
+    while not (run / "checkpoints/last.ckpt").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    os.kill(process.pid, sent)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert 2 <= last(run)["global_step"] < 40
+    assert (place / "requeued.txt").is_file() == (sent == signal.SIGUSR1)
+    assert not list(run.glob("hpc_ckpt*"))
+    assert main([*config, "--trainer.default_root_dir", "ended", "--ckpt_path", "last"]) == 0
+    assert_equal_runs(place / "whole/fit-1", run)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both(place):
+    config = ["fit", "--config", "PReNetModule.yaml", "--trainer.max_epochs", "20", "--data.batch_size", "1"]
+    config += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    process = start(*config)
+    run = place / "runs/PReNetModule/fit-1"
+    while not (run / "checkpoints/last.ckpt").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert "Traceback" not in told
+    stopped = last(run)
+    assert 4 <= stopped["global_step"] < 80
+    finish(*config, "--trainer.default_root_dir", "whole")
+    finish(*config, "--ckpt_path", "last")
+    assert_equal_runs(place / "whole/fit-1", run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["PReNetModule", "PLNLINGANModule"])
+def test_two_processes_resume_within_an_epoch(place, method):
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp_find_unused_parameters_true", "--data.batch_size", "1"]
+    fit = ["fit", "--config", f"{method}-steps.yaml", *two]
+    finish(*fit)
+    whole = place / f"runs/{method}-steps/fit-1"
+    finish(*fit, "--ckpt_path", str(whole / "checkpoints/step-2.ckpt"), "--trainer.default_root_dir", "again")
+    assert_equal_runs(whole, Path("again/fit-1"))
+
+
+# Options that are changed when a run is resumed.
+
+CHANGED = {
+    "PReNetModule": ["--model.learning_rate", "0.01", "--model.milestones", "[1]", "--model.decay", "0.5"],
+    "RestormerModule": ["--model.learning_rate", "0.01", "--model.weight_decay", "0.3", "--model.warm_up", "0.9"],
+    "CLIPRPNModule": ["--model.learning_rate", "0.01", "--model.weight_decay", "0.3", "--model.warm_up", "0.9"],
+    "DACLIPSDEModule": ["--model.learning_rate", "0.01", "--model.decay", "halving"],
+    "DACLIPModule": ["--model.learning_rate", "0.01", "--model.weight_decay", "0.3", "--model.warm_up", "0.9"],
+    "PLNLINGANModule": ["--model.learning_rate", "0.01", "--model.milestones", "[1]"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_changed_options_are_used_as_if_the_run_had_begun_with_them(place, method, monkeypatch):
+    """Rates and weight decay of every step after the resume are those of a run with these options."""
+    used = []
+
+    def spy(function):
+        def stepping(self, *args, **kwargs):
+            used.append([(group["lr"], group["weight_decay"]) for group in self.param_groups])
+            return function(self, *args, **kwargs)
+
+        return stepping
+
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
+        monkeypatch.setattr(kind, "step", spy(kind.step))
+    config = f"{method}-steps.yaml"
+    assert main(["fit", "--config", config, *CHANGED[method], "--trainer.default_root_dir", "wanted"]) == 0
+    wanted = list(used)
+    assert main(["fit", "--config", config]) == 0
+    assert used[len(wanted) :] != wanted
+    used.clear()
+    resumed(config, place / f"runs/{method}-steps/fit-1/checkpoints/step-6.ckpt", *CHANGED[method])
+    assert used
+    for step, expected in zip(used, wanted[-len(used) :], strict=True):
+        assert step == [pytest.approx(group) for group in expected]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [False, True])
+def test_a_run_killed_twice_at_random_moments(place, steps):
+    assert killed_equals_whole("PReNetModule", place, kills=2, steps=steps, slowest=1.0) == 2
+
+
+def test_what_killed_runs_left_is_removed_at_the_next_start(place):
+    config = ["fit", "--config", "PReNetModule.yaml"]
+    assert main(config) == 0
+    old, new = (place / f"runs/PReNetModule/fit-1/checkpoints/.0123456{n}-last.ckpt" for n in (0, 1))
+    for file in (old, new):
+        file.write_text("half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    assert main([*config, "--trainer.max_epochs", "1"]) == 0
+    assert (old.exists(), new.exists()) == (False, True)  # the young one may be another process's
+    os.utime(place / "runs/PReNetModule/fit-1/checkpoints/last.ckpt")
+    assert main([*config, "--trainer.max_epochs", "3", "--ckpt_path", "last"]) == 0
+    assert not new.exists()
