@@ -236,7 +236,8 @@ class PLNLINGANModule(DerainModule):
         factor = multiplied_at(self.hparams["milestones"], 0.1)
         schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
         names = ("lr-generator", "lr-discriminator")
-        return optimizers, [{"scheduler": one, "name": name} for one, name in zip(schedules, names, strict=False)]
+        named = zip(schedules, names, strict=False)
+        return optimizers, [{"scheduler": schedule, "name": name} for schedule, name in named]
 
     # Files.
 
