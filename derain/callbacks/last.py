@@ -8,8 +8,8 @@ import threading
 from typing import Any
 
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 log = logging.getLogger("derain")
@@ -35,7 +35,7 @@ class LastCheckpoint(ModelCheckpoint):
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue_signal = environment.requeue_signal or signal.SIGUSR1
         if threading.current_thread() is threading.main_thread():
-            for number in {signal.SIGTERM, self._requeue_signal} - {None}:
+            for number in (signal.SIGTERM, self._requeue_signal or signal.SIGTERM):
                 signal.signal(number, self._note_signal)
 
     def _note_signal(self, number: int, frame: Any) -> None:

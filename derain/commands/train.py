@@ -353,7 +353,6 @@ def _keep_history(csv: CSVLogger, past: Path, checkpoint: Path) -> None:
     loops = content["loops"]["fit_loop"]
     position = {"steps": loops["epoch_loop.state_dict"]["_batches_that_stepped"], "log": {}}  # as loggers count
     position = content.get("position", position)
-    step = position["steps"] - bool(position["log"])  # what was not logged yet is logged when the run resumes
     header, *rows = past.read_text().splitlines() or [""]
     columns = header.split(",")
     if "step" not in columns:
@@ -361,7 +360,15 @@ def _keep_history(csv: CSVLogger, past: Path, checkpoint: Path) -> None:
         return
     place = columns.index("step")
     whole = [row for row in rows if row.count(",") == header.count(",") and row.split(",")[place].isdecimal()]
-    kept = [row for row in whole if int(row.split(",")[place]) < step]
+    again = [columns.index(name) for name in position["log"] if name in columns and name != "epoch"]
+
+    def keep(values: list[str]) -> bool:
+        step = int(values[place])  # what was logged after the checkpoint was saved is logged again
+        return step < position["steps"] - 1 or (
+            step == position["steps"] - 1 and not any(values[index] for index in again)
+        )
+
+    kept = [row for row in whole if keep(row.split(","))]
     experiment = csv.experiment
     past.write_text("\n".join([header, *kept]) + "\n")
     experiment.metrics_keys = header.split(",")
