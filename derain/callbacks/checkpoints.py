@@ -34,3 +34,8 @@ class BestCheckpoint(Checkpoint):
 
     def __init__(self, dirpath: Any, monitor: str) -> None:
         super().__init__(dirpath, "best", monitor=monitor, mode="max", enable_version_counter=False)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save by the score, unless nothing is validated: Lightning would warn that there is no score."""
+        if trainer.enable_validation:
+            super().on_train_epoch_end(trainer, pl_module)

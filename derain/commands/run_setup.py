@@ -130,15 +130,21 @@ def _keep_history(csv: CSVLogger, past: Path, checkpoint: Path) -> None:
     loops = content["loops"]["fit_loop"]
     position = {"steps": loops["epoch_loop.state_dict"]["_batches_that_stepped"], "log": {}}  # as loggers count
     position = content.get("position", position)
-    step = position["steps"] - bool(position["log"])  # what was not logged yet is logged when the run resumes
     header, *rows = past.read_text().splitlines() or [""]
     columns = header.split(",")
     if "step" not in columns:
-        log.warning("%s was cut off when the run broke off: its metrics begin anew", past)
+        log.warning("%s was truncated when the run was interrupted: its metrics start anew", past)
         return
-    place = columns.index("step")
-    whole = [row for row in rows if row.count(",") == header.count(",") and row.split(",")[place].isdecimal()]
-    kept = [row for row in whole if int(row.split(",")[place]) < step]
+    number = columns.index("step")
+    whole = [row for row in rows if row.count(",") == header.count(",") and row.split(",")[number].isdecimal()]
+    again = [columns.index(name) for name in position["log"] if name in columns and name != "epoch"]
+
+    def keep(values: list[str]) -> bool:
+        step, last = int(values[number]), position["steps"] - 1
+        # What was logged after the checkpoint was saved is logged again.
+        return step < last or (step == last and not any(values[index] for index in again))
+
+    kept = [row for row in whole if keep(row.split(","))]
     experiment = csv.experiment
     past.write_text("\n".join([header, *kept]) + "\n")
     experiment.metrics_keys = header.split(",")

@@ -100,13 +100,14 @@ def test_gradient_reaches_the_controller_alone(module):
 
 
 def test_the_temperature_keeps_its_range(module):
+    optimizer = torch.optim.SGD([module.network.logit_scale], 0.0)
     with torch.no_grad():
         module.network.logit_scale.fill_(9)
-    module.on_train_batch_end(None, None, 0)
+    module.optimizer_step(0, 0, optimizer, lambda: None)
     assert float(module.network.logit_scale.exp()) == pytest.approx(100)
     with torch.no_grad():
         module.network.logit_scale.fill_(-1)
-    module.on_train_batch_end(None, None, 0)
+    module.optimizer_step(0, 0, optimizer, lambda: None)
     assert float(module.network.logit_scale) == 0
 
 
