@@ -34,3 +34,18 @@ def authors_weights(real_data):
     if not folder.is_dir():
         pytest.skip("the authors' PReNet weights are not beside DERAIN_DATA")
     return folder
+
+
+def escaped(text: str) -> str:
+    """Text with its surrogates, which stand for bytes that are not UTF-8, written out."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Escape captured output that is not UTF-8: pytest-xdist cannot send it, and ends the whole run."""
+    report = yield
+    report.sections = [(title, escaped(text)) for title, text in report.sections]
+    if report.longrepr is not None and escaped(str(report.longrepr)) != str(report.longrepr):
+        report.longrepr = escaped(str(report.longrepr))
+    return report
