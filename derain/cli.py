@@ -8,7 +8,7 @@ import sys
 
 import derain
 from derain.errors import DerainError, Stopped
-from derain.interrupts import exit_code, interruptible
+from derain.interrupts import interruptible
 from derain.options import CommandParser
 
 TRAINER = {
@@ -102,14 +102,12 @@ def main(argv: list[str] | None = None) -> int:
         with interruptible():
             return int(module.run(parser.parse_args(arguments[1:])))
     except KeyboardInterrupt as interrupt:
-        print(f"derain: interrupted{str(interrupt) and f' ({interrupt})'}", file=sys.stderr)
-        return exit_code(interrupt)
+        stop = interrupt if isinstance(interrupt, Stopped) else Stopped("interrupted")
+        print(f"derain: {stop}", file=sys.stderr)
+        return stop.code
     except BrokenPipeError:  # the reader of our output, `head` for example, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Stopped as stop:
-        print(f"derain: {stop}", file=sys.stderr)
-        return stop.code
     except (DerainError, OSError) as error:  # OSError: a disk that is full, a folder that may not be written
         # A DataLoader's worker puts its traceback before the line.
         print(f"derain: error: {str(error).rpartition('derain.errors.DerainError: ')[2].strip()}", file=sys.stderr)

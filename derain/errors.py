@@ -1,5 +1,7 @@
 """The exceptions for bad input, and for commands that were stopped from outside."""
 
+import signal
+
 
 class DerainError(ValueError):
     """Bad input, told in one line: what is wrong with which file or option, what was expected, what to do.
@@ -13,14 +15,20 @@ class DerainError(ValueError):
     """
 
 
-class Stopped(Exception):  # noqa: N818  (no error)
-    """A command was stopped by a signal.
+class Stopped(KeyboardInterrupt):
+    """A signal such as Ctrl-C's stopped a command.
+
+    The command line prints the message and exits with the code by which shells know the signal.
 
     Args:
-        message: What is left of its work, and how to continue, in one line.
-        code: Exit code of the command: 128 and the number of the signal.
+        message: What is left of the command's work, and how to continue, in one line.
+        number: Of the signal.
+
+    Example:
+        >>> Stopped("interrupted", signal.SIGTERM).code
+        143
     """
 
-    def __init__(self, message: str, code: int) -> None:
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
         super().__init__(message)
-        self.code = code
+        self.code = 128 + int(number)

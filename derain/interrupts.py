@@ -6,45 +6,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""What ends a process without a traceback, and without removing its temporary files."""
+from derain.errors import Stopped
 
-
-class Interrupted(KeyboardInterrupt):
-    """A signal other than Ctrl-C's asked the process to end.
-
-    Args:
-        number: Of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Signals that ask a process to end. Without a handler, the last two end it without removing its temporary files."""
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise `Interrupted` for ``SIGNALS`` within the block, so that it ends as by Ctrl-C."""
+    """Raise `Stopped` for the first of ``SIGNALS`` within the block; further ones are ignored until the block has ended.
+
+    Signals that the process ignores already, as ``nohup`` makes it ignore a hang-up, stay ignored.
+    """
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
+        for other in before:  # another signal would interrupt the removal of temporary files
+            signal.signal(other, signal.SIG_IGN)
+        reason = "" if number == signal.SIGINT else f" ({signal.Signals(number).name})"
+        raise Stopped(f"interrupted{reason}", number)
 
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def exit_code(interrupt: KeyboardInterrupt) -> int:
-    """Return the exit code by which shells know a signal, 130 for Ctrl-C.
-
-    Example:
-        >>> exit_code(KeyboardInterrupt()), exit_code(Interrupted(signal.SIGTERM))
-        (130, 143)
-    """
-    return 128 + (interrupt.number if isinstance(interrupt, Interrupted) else int(signal.SIGINT))

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import subprocess
 import traceback
 from pathlib import Path
@@ -365,9 +366,9 @@ class DerainCLI(LightningCLI):
             raise DerainError(f"--trainer: {' '.join(str(error).split())}") from error
         except SystemExit as stop:
             if isinstance(stop, SIGTERMException):
-                raise Stopped(f"terminated{self._next_step()}", 143) from stop
+                raise Stopped(f"terminated{self._next_step()}", signal.SIGTERM) from stop
             if isinstance(stop.__context__, KeyboardInterrupt):
-                raise Stopped(f"interrupted{self._next_step()}", 130) from stop
+                raise Stopped(f"interrupted{self._next_step()}") from stop
             raise
 
     def after_fit(self) -> None:
