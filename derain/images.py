@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import uuid
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -67,7 +67,8 @@ class Listing(NamedTuple):
 
     Attributes:
         files: Those that are read, in natural order.
-        skipped: Those that are not, by reason: an ending such as ``.gif``, ``broken link``, ``unreadable folder``.
+        skipped: Those that are not, by reason: an ending such as ``.gif``, ``broken link``; and folders:
+            ``unreadable folder``, ``repeated folder`` (a link to a folder that is listed by another path).
     """
 
     files: list[Path]
@@ -90,7 +91,7 @@ class Listing(NamedTuple):
 def image_files(folder: Path, *, recursive: bool = False, suffixes: frozenset[str] = SUFFIXES) -> list[Path]:
     """List the image files of a folder in natural order, without hidden ones; warn of those that are skipped.
 
-    Links to files and folders are followed, but no folder is entered from within itself.
+    Links to files and folders are followed, but each folder is listed once, by its own path where it has one.
 
     Args:
         folder: Where to look.
@@ -99,16 +100,17 @@ def image_files(folder: Path, *, recursive: bool = False, suffixes: frozenset[st
     """
     listing = list_images(folder, recursive=recursive, suffixes=suffixes)
     if listing.skipped:
-        warn_once(f"{folder}: {listing.note()}; convert them to PNG or JPEG if they belong to the images")
+        convert = any(reason in UNREAD_SUFFIXES for reason in listing.skipped)
+        advice = "; convert them to PNG or JPEG if they belong to the images" if convert else ""
+        warn_once(f"{folder}: {listing.note()}{advice}")
     return listing.files
 
 
 def list_images(folder: Path, *, recursive: bool = False, suffixes: frozenset[str] = SUFFIXES) -> Listing:
     """List the image files of a folder, and those that `image_files` skips."""
-    unreadable: list[Path] = []
-    listing = select_images(_walk(folder, recursive, unreadable), suffixes)
-    if unreadable:
-        listing.skipped["unreadable folder"] = sorted(unreadable, key=natural_key)
+    skipped: dict[str, list[Path]] = defaultdict(list)
+    listing = select_images(_walk(folder, recursive, skipped), suffixes)
+    listing.skipped.update({reason: sorted(skipped[reason], key=natural_key) for reason in sorted(skipped)})
     return listing
 
 
@@ -127,28 +129,39 @@ def select_images(paths: Iterable[Path], suffixes: frozenset[str] = SUFFIXES) ->
     return Listing(sorted(files, key=natural_key), ordered)
 
 
-def _walk(
-    folder: Path, recursive: bool, unreadable: list[Path], above: frozenset[tuple[int, int]] = frozenset()
-) -> Iterator[Path]:
-    """Yield everything but folders that is not hidden; folders below that cannot be listed go to ``unreadable``."""
-    status = folder.stat()
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        return
-    try:
-        with os.scandir(folder) as found:
-            entries = [entry for entry in found if not entry.name.startswith(".")]
-    except PermissionError:
-        if not above:
-            raise
-        unreadable.append(folder)
-        return
-    for entry in entries:
-        path = folder / entry.name
-        if not (path.is_dir() if entry.is_symlink() else entry.is_dir()):  # a link to itself is an error of the latter
-            yield path
-        elif recursive:
-            yield from _walk(path, recursive, unreadable, above | {identity})
+def _walk(top: Path, recursive: bool, skipped: dict[str, list[Path]]) -> Iterator[Path]:
+    """Yield everything but folders that is not hidden, once each.
+
+    A folder is entered once, by a path without links if it has one: links to folders wait until all others are listed.
+    ``skipped`` gets the folders that are reached again or cannot be listed.
+    """
+    entered: set[tuple[int, int]] = set()
+    folders, links = [top], deque[Path]()
+    while folders or links:
+        folder = folders.pop() if folders else links.popleft()
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in entered:
+                skipped["repeated folder"].append(folder)
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as found:
+                entries = [entry for entry in found if not entry.name.startswith(".")]
+        except PermissionError:
+            if folder is top:
+                raise
+            skipped["unreadable folder"].append(folder)
+            continue
+        linked = []
+        for entry in entries:
+            path = folder / entry.name
+            if entry.is_symlink() and path.is_dir():  # a link to itself is an error of entry.is_dir()
+                linked.append(path)
+            elif not entry.is_symlink() and entry.is_dir():
+                folders += [path] * recursive
+            else:
+                yield path
+        links += sorted(linked, key=natural_key) * recursive
 
 
 @functools.cache

@@ -49,8 +49,34 @@ def test_loops_of_links_end(tmp_path):
     (tmp_path / "x/y").symlink_to(tmp_path / "y")
     (tmp_path / "y/x").symlink_to(tmp_path / "x")
     (tmp_path / "y/broken").symlink_to("broken")
-    found = names(tmp_path, image_files(tmp_path, recursive=True))
-    assert found == ["x/1.png", "x/y/1.png", "y/1.png", "y/x/1.png"]
+    assert names(tmp_path, image_files(tmp_path, recursive=True)) == ["x/1.png", "y/1.png"]
+
+
+def test_a_folder_is_listed_once_by_its_own_path_and_links_to_it_are_named(tmp_path, caplog):
+    save(tmp_path / "b/x.png", clean_image(0))
+    save(tmp_path / "store/deep/y.png", clean_image(1))
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "latest").symlink_to(tmp_path / "b")
+    (tmp_path / "b/up").symlink_to(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/all").symlink_to(tmp_path / "store")
+    (tmp_path / "photos/some").symlink_to(tmp_path / "store/deep")
+    assert names(tmp_path, image_files(tmp_path, recursive=True)) == ["b/x.png", "store/deep/y.png"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "5 repeated folder (a, up, latest, …)" in line
+    assert "convert" not in line
+    assert names(tmp_path, plan(str(tmp_path), tmp_path / "out")) == ["b/x.png", "store/deep/y.png"]
+    assert names(tmp_path, image_files(tmp_path / "photos", recursive=True)) == ["photos/all/deep/y.png"]
+
+
+def test_many_links_list_an_image_once(tmp_path):
+    for index in range(31):
+        (tmp_path / f"{index}").mkdir()
+    for index in range(30):
+        for name in ("a", "b"):
+            (tmp_path / f"{index}/{name}").symlink_to(tmp_path / f"{index + 1}")
+    save(tmp_path / "30/x.png", clean_image(0))
+    assert names(tmp_path, image_files(tmp_path / "0", recursive=True)) == [f"0/{'a/' * 30}x.png"]
 
 
 def test_sets_behind_links_are_found(tmp_path):
@@ -61,6 +87,14 @@ def test_sets_behind_links_are_found(tmp_path):
     assert find_pairs(tmp_path / "data/Rain100L", "test").layout == "Rain100L"
     sets, _ = verify(tmp_path / "data")
     assert [(str(one), len(one.matched.pairs)) for one in sets] == [("Rain100L test", 4)]
+
+
+def test_a_set_is_found_by_the_name_of_a_link_to_it(tmp_path):
+    store = make_set(tmp_path / "data", "Rain100L", "test").rename(tmp_path / "data/files of rain")
+    (tmp_path / "data/Rain100L").symlink_to(store)
+    sets, findings = verify(tmp_path / "data")
+    assert [(str(one), len(one.matched.pairs)) for one in sets] == [("Rain100L test", 4)]
+    assert [one.files for one in findings if one.kind == "skipped"] == [(str(tmp_path / "data/Rain100L"),)]
 
 
 def test_two_links_to_one_set_are_one_set(tmp_path):
@@ -132,7 +166,7 @@ def test_images_that_score_skips_are_counted_and_named(tmp_path, caplog):
     assert EXPECTED[0] in caplog.text
 
 
-def test_verify_finds_skipped_images(tmp_path, capsys):
+def test_verify_reports_skipped_images_once(tmp_path, capsys, caplog):
     folder = make_set(tmp_path, "folder", "test")
     for name in ("input/9.gif", "target/9.gif", "input/8.heic"):
         (folder / name).touch()
@@ -142,6 +176,7 @@ def test_verify_finds_skipped_images(tmp_path, capsys):
         [str(folder / "input/8.heic")],
         [str(folder / "input/9.gif"), str(folder / "target/9.gif")],
     ]
+    assert "skipped" not in caplog.text
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch, caplog):

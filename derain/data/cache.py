@@ -143,17 +143,19 @@ def open_cache(pairs: Sequence[Pair], mode: Mode = "auto", *, folder: Path | Non
     index = np.load(index_file) if ready.exists() and index_file.exists() else decoded_index(pairs)
     need = int((6 * index[:, 1] * index[:, 2]).sum())
     disk, memory, shared = shutil.disk_usage(folder).free, free_memory(), _free_shared_memory()
+    asked = mode
     if mode == "auto":
         mode = "disk" if ready.exists() or need <= disk / 2 else "ram" if need <= min(memory, shared) / 2 else "off"
     if mode == "ram" and need > memory:
-        raise DerainError(f"--data.cache ram: {need / 1e9:.1f} GB do not fit into memory; use disk or off")
+        other = "disk or off" if need <= disk else "off"
+        raise DerainError(f"--data.cache ram: {need / 1e9:.2f} GB do not fit into memory; use {other}")
     pixels = _shared(need) if mode == "ram" else None
     if mode == "ram" and pixels is None:
+        mode = "disk" if asked == "ram" else "off"  # auto: the disk is too full
         log.warning(
-            "--data.cache ram: %.2f GB do not fit into %s, which has %.2f GB free; using disk",
-            *(need / 1e9, SHARED_MEMORY, shared / 1e9),
+            "--data.cache %s: %.2f GB do not fit into %s, which has %.2f GB free; using %s",
+            *(asked, need / 1e9, SHARED_MEMORY, shared / 1e9, mode),
         )
-        mode = "disk"
     where = {"disk": str(ready), "ram": "shared memory", "off": "nowhere: too little disk and memory"}[mode]
     log.info("pixel cache: %d pairs, %.2f GB decoded, saved in %s", len(pairs), need / 1e9, where)
     if mode == "off":
@@ -165,7 +167,11 @@ def open_cache(pairs: Sequence[Pair], mode: Mode = "auto", *, folder: Path | Non
     with FileLock(f"{ready}.lock"):
         if not ready.exists():
             if need > disk:
-                raise DerainError(f"--data.cache {mode}: {need / 1e9:.1f} GB do not fit into {folder}; use ram or off")
+                full = f"{folder}, which has {disk / 1e9:.2f} GB free"
+                if asked == "ram":
+                    full = f"{SHARED_MEMORY}, which has {shared / 1e9:.2f} GB free, nor into {full}"
+                other = "ram or off" if asked != "ram" and need <= min(memory, shared) else "off"
+                raise DerainError(f"--data.cache {asked}: {need / 1e9:.2f} GB do not fit into {full}; use {other}")
             for left_over in folder.glob(f".*-{ready.name}*"):
                 left_over.unlink()
             with replacing(ready) as temporary:

@@ -18,7 +18,7 @@ SETTLED = 2_000_000_000
 """Nanoseconds after which a file's times are trusted: a later change gets other times even on coarse clocks."""
 
 log = logging.getLogger("derain")
-Entry = tuple[list[int], str]
+Entry = tuple[list[int], bytes]
 """Size, inode and times of a file when it was hashed, and its SHA-256."""
 
 
@@ -40,7 +40,7 @@ def digests(files: Sequence[Path]) -> list[bytes]:
         for file in members:
             entry = known[folder].get(file.name)
             if entry is not None and entry[0] == _state(file.stat()):
-                found[file] = bytes.fromhex(entry[1])
+                found[file] = entry[1]
             else:
                 new.append(file)
     if not new:
@@ -51,7 +51,7 @@ def digests(files: Sequence[Path]) -> list[bytes]:
         for file, (state, digest) in zip(new, track(threads.map(_digest, new), "Hashing", len(new)), strict=True):
             found[file] = digest
             if state is not None:
-                known[file.parent][file.name] = (state, digest.hex())
+                known[file.parent][file.name] = (state, digest)
     for folder in {file.parent for file in new}:
         _save(_cache_file(folder), known[folder])
     return [found[file] for file in files]
@@ -79,16 +79,18 @@ def _cache_file(folder: Path) -> Path:
 def _load(path: Path) -> dict[str, Entry]:
     """Read a cache file; one that is absent or damaged counts as empty."""
     try:
-        entries = json.loads(path.read_bytes())
-        return {name: (list(map(int, state)), str(digest)) for name, (state, digest) in entries.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        content = json.loads(path.read_bytes())
+        entries = {name: (list(map(int, state)), bytes.fromhex(digest)) for name, (state, digest) in content.items()}
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return {}
+    whole = all(len(digest) == hashlib.sha256().digest_size for _, digest in entries.values())
+    return entries if whole else {}
 
 
 def _save(path: Path, entries: dict[str, Entry]) -> None:
     """Write a cache file; without it the next start reads the images again."""
     try:
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(entries))
+            temporary.write_text(json.dumps({name: (state, digest.hex()) for name, (state, digest) in entries.items()}))
     except OSError as error:
         log.warning("%s: cannot remember hashes of images: %s", path, error)

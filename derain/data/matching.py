@@ -35,15 +35,20 @@ class Matched:
     unused: tuple[tuple[Files, int], ...] = ()
 
 
-def listing(root: Path) -> list[str]:
+def listing(root: Path, *, warn: bool = True) -> list[str]:
     """Image files below a folder, ``/`` between folders, in natural order.
+
+    Args:
+        root: The folder.
+        warn: Warn of images that are skipped.
 
     Raises:
         DerainError: If there is no such folder.
     """
     if not root.is_dir():
         raise DerainError(f"{root}: no such folder; give a data set's name or its folder")
-    return [path.relative_to(root).as_posix() for path in image_files(root, recursive=True)]
+    files = image_files(root, recursive=True) if warn else list_images(root, recursive=True).files
+    return [path.relative_to(root).as_posix() for path in files]
 
 
 def match(name: str, split: Split, root: Path, files: Sequence[str] | None = None) -> Matched:

@@ -152,7 +152,7 @@ def as_pairs(matched: Matched) -> tuple[Pair, ...]:
 def join(found: Sequence[PairSet], *, repeats: bool = False) -> tuple[Pair, ...]:
     """Return the pairs of several sets, named ``SET/NAME``.
 
-    Sets of one name in different folders are named by as many of the folders above them as tell them apart.
+    Where two folders have one name, their names begin with the folders above them, as few as make the names differ.
 
     Args:
         found: The sets.

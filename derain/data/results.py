@@ -21,10 +21,6 @@ Key = tuple[str, ...]
 K = TypeVar("K", bound=Hashable)
 
 
-class Ambiguous(DerainError):  # noqa: N818 - it is no further kind of error to a caller
-    """A result that fits several clean images."""
-
-
 @dataclass(frozen=True)
 class Job:
     """A derained image and its clean one.
@@ -77,25 +73,23 @@ def find_jobs(derained: Path, clean: str | None) -> list[Job]:
         if derained.is_file():
             return [Job(derained.stem, derained, Path(clean))]
         raise DerainError(f"{clean}: is one file, but {derained} is a folder; give the folder of clean images")
-    fits, problems = [], []
-    for title, references in _references(clean, derained if derained.is_file() else next(iter(files.values()))):
-        try:
-            found = match(list(files), list(references), part=derained.is_file(), where=(str(derained), clean))
-        except Ambiguous:
-            raise
-        except DerainError as error:
-            problems.append(error)
-        else:
-            fits.append((title, [Job(name, files[name], references[found[name]]) for name in files]))
+    names, part, where = list(files), derained.is_file(), (str(derained), clean)
+    candidates = _references(clean, derained if part else next(iter(files.values())))
+    fits = [
+        (title, references, fit) for title, references in candidates if (fit := _fit(names, list(references), part))
+    ]
     if not fits:
-        raise problems[0]
+        raise DerainError(_mismatch(names, list(candidates[0][1]), where))
+    strictest = min(fit.step for _, _, fit in fits)
+    fits = [one for one in fits if one[2].step == strictest]
     if len(fits) > 1:
-        titles = " and ".join(title.partition(";")[0] for title, _ in fits)
-        raise Ambiguous(f"{derained}: fits images of {titles} in {clean}; give the folder of one of them")
-    title, jobs = fits[0]
+        titles = " and ".join(title.partition(";")[0] for title, _, _ in fits)
+        raise DerainError(f"{derained}: fits images of {titles} in {clean}; give the folder of one of them")
+    ((title, references, fit),) = fits
+    found = fit.only(where, part)
     if title:
         print(f"clean images: {title}", file=sys.stderr)
-    return jobs
+    return [Job(name, file, references[found[name]]) for name, file in files.items()]
 
 
 def _images(folder: Path) -> dict[str, Path]:
@@ -173,8 +167,41 @@ def match(
         {'901_1': '901', '901_2': '901', '902_1': '902'}
         >>> match(["scene_3_12"], ["3", "12"], part=True)
         Traceback (most recent call last):
-        derain.data.results.Ambiguous: DERAINED: scene_3_12 fits several images of CLEAN: 3, 12; give the clean file
+        derain.errors.DerainError: DERAINED: scene_3_12 fits several images of CLEAN: 3, 12; give the clean file
     """
+    fit = _fit(derained, clean, part)
+    if fit is None:
+        raise DerainError(_mismatch(derained, clean, where))
+    return fit.only(where, part)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What the strictest reading of names that fits makes of them.
+
+    Attributes:
+        step: Which reading it is, 0 the strictest.
+        options: Clean images that fit each result.
+    """
+
+    step: int
+    options: dict[str, list[str]]
+
+    def only(self, where: tuple[str, str], part: bool) -> dict[str, str]:
+        """Return the one clean image of each result.
+
+        Raises:
+            DerainError: If a result has several.
+        """
+        for name, fitting in self.options.items():
+            if len(fitting) > 1:
+                several = f"{name} fits several images of {where[1]}: {_some(fitting)}"
+                raise DerainError(f"{where[0]}: {several}; {'give the clean file' if part else 'rename them'}")
+        return {name: fitting for name, (fitting,) in self.options.items()}
+
+
+def _fit(derained: Sequence[str], clean: Sequence[str], part: bool) -> _Fit | None:
+    """Return the strictest reading of the names that `match` describes and that fits, if any does."""
     exact, words = [_composed(name) for name in derained], [_key(name) for name in derained]
     by_name, by_words = _by_key(clean, _composed), _by_key(clean, _key)
     steps: list[list[dict[str, list[str]]]] = [
@@ -184,15 +211,11 @@ def match(
     ]
     if not part and len(set(words)) == len(words) and all(len(key) > 1 and key[-1].isdecimal() for key in words):
         steps[-1] += _reading(derained, [key[:-1] for key in words], by_words, part, repeated=True)
-    for readings in steps:
-        options = {name: list(dict.fromkeys(one for fit in readings for one in fit[name])) for name in derained}
-        for name, fitting in options.items():
-            if len(fitting) > 1:
-                several = f"{name} fits several images of {where[1]}: {_some(fitting)}"
-                raise Ambiguous(f"{where[0]}: {several}; {'give the clean file' if part else 'rename them'}")
+    for step, readings in enumerate(steps):
         if readings:
-            return {name: fitting for name, (fitting,) in options.items()}
-    raise DerainError(_mismatch(_by_key(derained, _key), by_words, where))
+            options = {name: list(dict.fromkeys(one for fit in readings for one in fit[name])) for name in derained}
+            return _Fit(step, options)
+    return None
 
 
 def _middles(words: Sequence[Key], known: dict[Key, list[str]]) -> list[list[Key]]:
@@ -257,14 +280,15 @@ def _by_key(names: Sequence[str], key: Callable[[str], K]) -> dict[K, list[str]]
     return dict(found)
 
 
-def _mismatch(derained: dict[Key, list[str]], clean: dict[Key, list[str]], where: tuple[str, str]) -> str:
+def _mismatch(derained: Sequence[str], clean: Sequence[str], where: tuple[str, str]) -> str:
     """Return one line that names the files that do not pair."""
-    for names, folder in ((derained, where[0]), (clean, where[1])):
+    results, references = _by_key(derained, _key), _by_key(clean, _key)
+    for names, folder in ((results, where[0]), (references, where[1])):
         for several in names.values():
             if len(several) > 1:
                 return f"{folder}: {_some(several)} have the same numbers and words; give the images distinct names"
-    extra = [name for key, (name,) in derained.items() if key not in clean]
-    missing = [name for key, (name,) in clean.items() if key not in derained]
+    extra = [name for key, (name,) in results.items() if key not in references]
+    missing = [name for key, (name,) in references.items() if key not in results]
     problems = []
     if extra:
         problems.append(f"{where[0]}: no clean image for {_some(extra)}")

@@ -35,7 +35,7 @@ class FoundSet:
 
 
 def find_sets(root: Path, layout: str | None = None) -> list[FoundSet]:
-    """Finds all splits of all sets below a folder, or of the set that it is.
+    """Finds all splits of all sets below a folder, or of the set that it is, without a warning of skipped images.
 
     Args:
         root: A set's folder, or a folder that holds several.
@@ -44,7 +44,7 @@ def find_sets(root: Path, layout: str | None = None) -> list[FoundSet]:
     Raises:
         DerainError: If there is no set.
     """
-    files = listing(root)
+    files = listing(root, warn=False)
     if layout is not None:
         if layout not in LAYOUTS:
             raise DerainError(f"--layout {layout}: no such layout; known are {', '.join(LAYOUTS)}")
@@ -69,6 +69,7 @@ def _by_name(root: Path, files: Sequence[str]) -> list[FoundSet]:
     for _, _, folder, name in sorted(candidates, key=lambda one: one[:2]):
         below = folder.relative_to(root)
         inside = [Path(file).relative_to(below).as_posix() for file in _below(below, files)]
+        inside = inside or listing(folder, warn=False)  # a link to a folder that is listed by its own path
         splits = [one for one in _splits(name, name, folder, inside) if not claimed & _rainy(one)]
         found += splits
         claimed.update(*(_rainy(one) for one in splits))

@@ -104,8 +104,28 @@ def test_ram_falls_back_to_disk_where_shared_memory_is_too_small(pairs, tmp_path
     assert equal(cached, pairs)
     assert "/, which has 0.00 GB free; using disk" in caplog.text
     sizes(monkeypatch, shared=1000, disk=1000)
-    with pytest.raises(DerainError, match="do not fit"):
+    with pytest.raises(DerainError, match=r"--data.cache ram: .* into /, .* nor into .*/d/pixels, .*; use off"):
         open_cache(pairs[1:], "ram", folder=tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("mode", "memory", "shared", "disk", "advice"),
+    [
+        ("ram", 10, 10**9, 10**9, "use disk or off"),
+        ("ram", 10, 10**9, 10, "use off"),
+        ("ram", 10**9, 10, 10, "use off"),
+        ("disk", 10**9, 10**9, 10, "use ram or off"),
+        ("disk", 10**9, 10, 10, "use off"),
+        ("disk", 10, 10**9, 10, "use off"),
+    ],
+)
+def test_only_modes_that_fit_are_advised(pairs, tmp_path, monkeypatch, mode, memory, shared, disk, advice):
+    sizes(monkeypatch, shared=shared, disk=disk)
+    monkeypatch.setattr(cache, "free_memory", lambda: memory)
+    with pytest.raises(DerainError) as refused:
+        open_cache(pairs, mode, folder=tmp_path / "c")
+    assert str(refused.value).startswith(f"--data.cache {mode}: ")
+    assert str(refused.value).endswith(f"; {advice}")
 
 
 def test_ram_falls_back_to_disk_where_other_ranks_take_the_shared_memory(pairs, tmp_path, monkeypatch, caplog):
@@ -115,6 +135,10 @@ def test_ram_falls_back_to_disk_where_other_ranks_take_the_shared_memory(pairs, 
     monkeypatch.setattr(torch.Tensor, "share_memory_", share)
     assert open_cache(pairs, "ram", folder=tmp_path / "c").file is not None
     assert "using disk" in caplog.text
+    sizes(monkeypatch, shared=10**9, disk=1000)
+    assert open_cache(pairs[1:], "auto", folder=tmp_path / "d") is None
+    with pytest.raises(DerainError, match=r"--data.cache ram: .*; use off"):
+        open_cache(pairs[1:], "ram", folder=tmp_path / "d")
 
 
 def test_auto_takes_no_shared_memory_that_is_too_small(pairs, tmp_path, monkeypatch):

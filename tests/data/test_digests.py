@@ -82,12 +82,21 @@ def test_a_file_that_has_just_changed_is_not_remembered(files, read, monkeypatch
     assert len(read) == 6
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"1.png": 5}', b'{"1.png": [["x"], 3]}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(b"", b"{", b"[1]", b"\xff", b'{"1.png": 5}', b'{"1.png": [["x"], 3]}', b'{"1.png": [STATE, 3]}'),
+        *(b'{"1.png": [STATE, "zz"]}', b'{"1.png": [STATE, "aa"]}', b'{"1.png": [[1e999, 1, 1, 1], "aa"]}'),
+        pytest.param(b"[" * 200_000, id="deep"),
+        pytest.param(b"9" * 5000, id="long"),
+    ],
+)
 def test_a_damaged_cache_counts_as_empty(files, read, damage):
     first = digests(files)
     for file in (cache_folder() / "digests").iterdir():
         assert json.loads(file.read_text())
-        file.write_bytes(damage)
+        state = json.dumps(json.loads(file.read_text())["1.png"][0])
+        file.write_bytes(damage.replace(b"STATE", state.encode()))
     assert digests(files) == first
 
 

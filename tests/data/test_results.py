@@ -180,3 +180,29 @@ def test_the_split_that_fits_is_taken_and_two_that_fit_are_refused(tmp_path, cap
     with pytest.raises(DerainError, match=r"1\.png: .* s, test and s, train"):
         find_jobs(tmp_path / "derained/1.png", str(tmp_path / "s"))
     assert find_jobs(tmp_path / "derained/3.png", str(tmp_path / "s"))[0].clean.clean.parent.parent.name == "train"
+
+
+@pytest.mark.parametrize(
+    ("test", "train", "result", "found"),
+    [
+        (("3_12", "4_1"), ("3", "12", "7"), "3_12", "test/clean/3_12.png"),
+        (("3", "12"), ("3_12", "4_1"), "3_12", "train/clean/3_12.png"),
+        (("3", "12"), ("rain-3_12", "4_1"), "3_12_out", "train/clean/rain-3_12.png"),
+        (("3", "5"), ("3_12", "4_1"), "3_12", "train/clean/3_12.png"),  # each fits one image, by readings of two kinds
+        (("3", "12"), ("3", "5"), "scene_3_12", None),
+        (("3_12", "03_12"), ("3", "12"), "rain-3_12", None),
+    ],
+)
+def test_the_strictest_reading_of_all_splits_is_taken(tmp_path, test, train, result, found):
+    for split, names in (("test", test), ("train", train)):
+        for name in names:
+            for side in ("rainy", "clean"):
+                save(tmp_path / f"s/{split}/{side}/{name}.png", clean_image(len(name)))
+    derained = tmp_path / f"res/{result}.png"
+    save(derained, clean_image(0))
+    if found is None:
+        with pytest.raises(DerainError, match=re.escape(str(derained))):
+            find_jobs(derained, str(tmp_path / "s"))
+    else:
+        (job,) = find_jobs(derained, str(tmp_path / "s"))
+        assert job.clean.clean == tmp_path / "s" / found
