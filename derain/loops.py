@@ -37,7 +37,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
     return {"steps": loop._batches_that_stepped + int(uncounted), "log": _unlogged(trainer, after_batch)}
 
 
-def _unlogged(trainer: Trainer, after_batch: bool) -> dict[str, float]:
+def _unlogged(trainer: Trainer, after_batch: bool) -> dict[str, float | int]:
     connector = trainer._logger_connector
     epoch: Any = trainer.fit_loop.epoch_progress.current
     accumulating = trainer.fit_loop._should_accumulate() and trainer.lightning_module.automatic_optimization

@@ -275,7 +275,7 @@ def run(count: int, seed: int, folder: Path, report: Callable[[Path, str, BaseEx
         source = sources[number % len(sources)]
         path = folder / f"{number}{source.suffix}"
         done = f"{source.name}, {mutate(source, path, random)}"
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             result = outcome(path, by_restorer=number % 3 == 0)
             outcomes[result] += 1
@@ -288,7 +288,7 @@ def run(count: int, seed: int, folder: Path, report: Callable[[Path, str, BaseEx
             report(path, done, error)
         else:
             path.unlink()
-        slowest = max(slowest, (time.perf_counter() - began, done))
+        slowest = max(slowest, (time.process_time() - began, done))
         peak = max(peak, process.memory_info().rss)
     return {"outcomes": dict(outcomes), "slowest": slowest, "growth": peak - start}
 

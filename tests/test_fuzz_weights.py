@@ -13,5 +13,5 @@ def test_mutated_weights_are_loaded_or_refused(tmp_path):
     assert wrong == []
     assert figures["outcomes"]["refused"] > COUNT / 2
     seconds, slowest = figures["slowest"]
-    assert seconds < 10, slowest
+    assert seconds < 30, slowest
     assert figures["growth"] < 1 << 30

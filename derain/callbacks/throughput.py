@@ -22,7 +22,7 @@ class Throughput(Callback):
         self._start = self._free - spent
         self._waited, self._images = 0.0, 0
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float | int]:
         """Return what was measured of the epoch."""
         return {"spent": self._free - self._start, "waited": self._waited, "images": self._images}
 

@@ -23,7 +23,7 @@ NAMED = {method.__name__: method for method in METHODS}
 
 
 def refused(path, *parts, load=weights.load):
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(DerainError) as caught:
         load(path)
     message = str(caught.value)
@@ -33,7 +33,7 @@ def refused(path, *parts, load=weights.load):
     assert len(message) < 1000
     for part in parts:
         assert part in message
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 30  # where it fails, it never ends
 
 
 def small(name):
