@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 from derain.images import Pixels
 
+FORMAT = 1
+"""To be raised when other images would count as the same background."""
+
 _SEARCH_SIDE = 400  # longest side at which features are sought
 _COMPARE_SIDE = 256  # longest side at which pixels are compared
 _FEATURES = 150  # strongest features kept of an image

@@ -1,4 +1,4 @@
-"""Content hashes of files, computed once: remembered until a file changes."""
+"""Content hashes of files, and what depends on contents alone, computed once: remembered until a file changes."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from derain.progress import track
 
 SETTLED = 2_000_000_000
 """Nanoseconds after which a file's times are trusted: a later change gets other times even on coarse clocks."""
+
+DAMAGE = (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What reading a cache file that is absent or damaged can raise."""
 
 log = logging.getLogger("derain")
 Entry = tuple[list[int], bytes]
@@ -53,8 +56,30 @@ def digests(files: Sequence[Path]) -> list[bytes]:
             if state is not None:
                 known[file.parent][file.name] = (state, digest)
     for folder in {file.parent for file in new}:
-        _save(_cache_file(folder), known[folder])
+        entries = {name: (state, digest.hex()) for name, (state, digest) in known[folder].items()}
+        _save(_cache_file(folder), entries)
     return [found[file] for file in files]
+
+
+def remembered(what: str, files: Sequence[Path], compute: Callable[[], list[int]]) -> list[int]:
+    """Return numbers that depend on the contents of files alone, from the cache if they were computed before.
+
+    Args:
+        what: Names the computation, its version and its options.
+        files: What it depends on, in order.
+        compute: Computes them.
+
+    Raises:
+        FileNotFoundError: If a file is absent.
+    """
+    key = hashlib.sha256(b"\0".join([what.encode(), *digests(files)])).hexdigest()[:16]
+    path = cache_folder() / "computed" / f"{key}.json"
+    try:
+        return list(map(int, json.loads(path.read_bytes())))
+    except DAMAGE:
+        numbers = compute()
+    _save(path, numbers)
+    return numbers
 
 
 def _digest(file: Path) -> tuple[list[int] | None, bytes]:
@@ -81,16 +106,16 @@ def _load(path: Path) -> dict[str, Entry]:
     try:
         content = json.loads(path.read_bytes())
         entries = {name: (list(map(int, state)), bytes.fromhex(digest)) for name, (state, digest) in content.items()}
-    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
+    except DAMAGE:
         return {}
     whole = all(len(digest) == hashlib.sha256().digest_size for _, digest in entries.values())
     return entries if whole else {}
 
 
-def _save(path: Path, entries: dict[str, Entry]) -> None:
+def _save(path: Path, content: object) -> None:
     """Write a cache file; without it the next start reads the images again."""
     try:
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps({name: (state, digest.hex()) for name, (state, digest) in entries.items()}))
+            temporary.write_text(json.dumps(content))
     except OSError as error:
-        log.warning("%s: cannot remember hashes of images: %s", path, error)
+        log.warning("%s: cannot remember what images hold: %s", path, error)

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from derain.data import backgrounds
+from derain.data.digests import remembered
 from derain.data.layouts import LAYOUTS, Side, Split
 from derain.data.matching import Matched, bears_name, inventory, listing, match, set_folders
 from derain.errors import DerainError
@@ -239,7 +240,7 @@ def _named(name: str, split: Split, folder: Path | None, data_root: Path | None)
 
 
 def _without(name: str, pairs: tuple[Pair, ...], data_root: Path) -> tuple[Pair, ...]:
-    """Leaves out the pairs whose background is in the test set that the layout names."""
+    """Leaves out the pairs whose background is in the test set that the layout names; the images are read once."""
     other = LAYOUTS[name].without
     assert other is not None
     try:
@@ -248,12 +249,17 @@ def _without(name: str, pairs: tuple[Pair, ...], data_root: Path) -> tuple[Pair,
         raise DerainError(
             f"{name} leaves out the backgrounds of {other} and cannot without it: {error}; {name}-full takes all pairs"
         ) from error
-    with ThreadPoolExecutor() as threads:
-        described = threads.map(lambda pair: backgrounds.describe(clean_image(pair), local=False), (*pairs, *test))
-        count = len(pairs) + len(test)
-        images = list(track(described, f"Looking in {name} for backgrounds of {other}", count))
-    matches = backgrounds.same(images[: len(pairs)], images[len(pairs) :], crops=False)
-    shared = {match.first for match in matches}
+    both = (*pairs, *test)
+
+    def find_shared() -> list[int]:
+        with ThreadPoolExecutor() as threads:
+            described = threads.map(lambda pair: backgrounds.describe(clean_image(pair), local=False), both)
+            images = list(track(described, f"Looking in {name} for backgrounds of {other}", len(both)))
+        matches = backgrounds.same(images[: len(pairs)], images[len(pairs) :], crops=False)
+        return sorted({match.first for match in matches})
+
+    what = f"shared backgrounds, version {backgrounds.FORMAT}, {len(pairs)} pairs, {[pair.clean_side for pair in both]}"
+    shared = set(remembered(what, [pair.clean or pair.rainy for pair in both], find_shared))
     return tuple(pair for index, pair in enumerate(pairs) if index not in shared)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from derain.data import pairs as module
 from derain.data.layouts import LAYOUTS
 from derain.data.pairs import Pair, clean_image, find_pairs, halves
 from derain.errors import DerainError
@@ -237,6 +238,30 @@ def test_strict_rain_train_h_leaves_out_the_backgrounds_of_the_test_set(tmp_path
         "rain-3",
         "rain-6",
     ]
+
+
+def test_backgrounds_of_strict_rain_train_h_are_compared_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("DERAIN_CACHE", str(tmp_path / "cache"))
+    make_set(tmp_path, "RainTrainH-full", "train", count=6, size=(48, 64), seed=0)
+    make_set(tmp_path, "Rain100H", "test", count=2, size=(48, 64), seed=3)
+    read, original = [], module.clean_image
+    monkeypatch.setattr(module, "clean_image", lambda pair: read.append(pair.name) or original(pair))
+
+    def kept():
+        read.clear()
+        return [pair.name for pair in find_pairs("RainTrainH", "train", data_root=tmp_path).pairs]
+
+    assert kept() == ["rain-1", "rain-2", "rain-3", "rain-6"]
+    assert len(read) == 8
+    assert kept() == ["rain-1", "rain-2", "rain-3", "rain-6"]
+    assert read == []
+    (file,) = (tmp_path / "cache/computed").iterdir()
+    file.write_text("[1e999]")
+    assert kept() == ["rain-1", "rain-2", "rain-3", "rain-6"]
+    assert len(read) == 8
+    save(tmp_path / "Rain100H/norain-001.png", picture(0, (48, 64)))
+    assert kept() == ["rain-2", "rain-3", "rain-4", "rain-6"]
+    assert len(read) == 8
 
 
 def test_strict_rain_train_h_needs_the_test_set(tmp_path):
