@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -30,9 +30,6 @@ from derain.image_sources import MEGAPIXELS
 from derain.images import Pixels, image_size, read_photo, to_bytes, write_image
 from derain.memory import give_back_blocks, keep_large_blocks
 from derain.restoration import Restorer
-
-if TYPE_CHECKING:
-    import uvicorn
 
 PORTS = range(7860, 7960)
 """Tried one after the other where no port is given."""
@@ -125,7 +122,7 @@ def _serve(args: argparse.Namespace, listening: socket.socket) -> None:
             studio.close()
 
 
-def server_config(page: Any, proxies: Sequence[str]) -> "uvicorn.Config":
+def server_config(page: Any, proxies: Sequence[str]) -> Any:
     """Return the settings of the web server; an X-Forwarded-For header is believed from these proxies only."""
     import uvicorn
 
