@@ -4,11 +4,11 @@ import argparse
 import dataclasses
 import errno
 import importlib.util
+import ipaddress
 import logging
 import os
 import re
 import shlex
-import signal
 import socket
 import tempfile
 import threading
@@ -22,8 +22,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from derain.commands.hosts import ANY_ADDRESS, host_name
+from derain.commands.page_files import KEPT
 from derain.data.rain import PRESETS, Rain, add_rain, between
 from derain.errors import DerainError
+from derain.image_sources import MEGAPIXELS
 from derain.images import Pixels, image_size, read_photo, to_bytes, write_image
 from derain.memory import give_back_blocks, keep_large_blocks
 from derain.restoration import Restorer
@@ -31,14 +34,8 @@ from derain.restoration import Restorer
 PORTS = range(7860, 7960)
 """Tried one after the other where no port is given."""
 
-MOST_MEGAPIXELS = 178
-"""Pillow takes larger images for an attack."""
-
 SHOWN, SMALL = 2048, 640
 """Longest side of a picture and of a map on the page, in pixels; what is downloaded has the photo's size."""
-
-KEPT = 30
-"""Minutes after which a photo and what was made of it are deleted, if the page does not end earlier."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a further name that browsers open the page by, such as that of a proxy; may be repeated",
     )
+    parser.add_argument(
+        "--trusted-proxy",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="IP address or network of a proxy whose X-Forwarded-For header names the client; may be repeated",
+    )
     parser.add_argument("--port", type=int, help=f"of the page (default: the first free one from {PORTS[0]} on)")
     parser.add_argument("--max-megabytes", type=int, default=40, help="largest file that is taken (default 40)")
     parser.add_argument("--max-megapixels", type=float, default=24.0, help="largest photo that is taken (default 24)")
@@ -75,8 +79,17 @@ def run(args: argparse.Namespace) -> int:
         raise DerainError("gradio is not installed, which the page needs: pip install 'derain[app]'")
     if args.max_megabytes < 1:
         raise DerainError(f"--max-megabytes {args.max_megabytes}: must be at least 1")
-    if not 0 < args.max_megapixels <= MOST_MEGAPIXELS:
-        raise DerainError(f"--max-megapixels {args.max_megapixels:g}: must be above 0 and at most {MOST_MEGAPIXELS}")
+    if not 0 < args.max_megapixels <= MEGAPIXELS:
+        raise DerainError(f"--max-megapixels {args.max_megapixels:g}: must be above 0 and at most {MEGAPIXELS}")
+    if args.host not in ANY_ADDRESS:
+        host_name(args.host, "--host")
+    for name in args.allow_host:
+        host_name(name, "--allow-host")
+    for proxy in args.trusted_proxy:
+        try:
+            ipaddress.ip_network(proxy)
+        except ValueError as error:
+            raise DerainError(f"--trusted-proxy {proxy}: not an IP address or network, such as 10.0.0.2") from error
     try:
         with listen(args.host, args.port) as listening:
             _serve(args, listening)
@@ -88,7 +101,6 @@ def run(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace, listening: socket.socket) -> None:
     keep_large_blocks()
     restorers = load(args.weights, args.device)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is temporary goes at that end, too
     with tempfile.TemporaryDirectory(prefix="derain-app-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary).resolve()
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder)}  # read on import
@@ -98,17 +110,29 @@ def _serve(args: argparse.Namespace, listening: socket.socket) -> None:
 
         studio = Studio(restorers, folder, args.max_megapixels, keep_metadata=args.keep_metadata)
         page = build(studio, args.max_megabytes, args.host, args.allow_host)
-        config = uvicorn.Config(page, log_level="warning", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(server_config(page, args.trusted_proxy))
         # Browsers hold connections open; that these are cut off at the end is no error.
         logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
-        host = "localhost" if args.host in {"0.0.0.0", "::", ""} else args.host
+        host = "localhost" if args.host in ANY_ADDRESS else args.host
         address = f"[{host}]" if ":" in host else host
         print(f"http://{address}:{listening.getsockname()[1]} restores photos in a browser; Ctrl-C ends it", flush=True)
         try:
             server.run(sockets=[listening])
         finally:
             studio.close()
+
+
+def server_config(page: Any, proxies: Sequence[str]) -> Any:
+    """Return the settings of the web server; an X-Forwarded-For header is believed from these proxies only."""
+    import uvicorn
+
+    return uvicorn.Config(
+        page,
+        log_level="warning",
+        timeout_graceful_shutdown=1,
+        proxy_headers=bool(proxies),
+        forwarded_allow_ips=list(proxies),
+    )
 
 
 def listen(host: str, port: int | None) -> socket.socket:

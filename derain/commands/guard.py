@@ -1,32 +1,37 @@
 """Protection of the page of ``derain app``: who may ask, for what, with which files, and how much at once."""
 
+import asyncio
+import dataclasses
 import json
 import re
 import time
 import uuid
-from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from gradio.data_classes import FileData
 from gradio.queueing import Event, Queue
 from gradio.server_messages import ProcessCompletedMessage
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
-"""Names of this machine that no other site can take."""
-
-ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})
-"""Values of ``--host`` that stand for all addresses of this machine."""
+from derain.commands.hosts import ANY_ADDRESS, LOCAL, host_name, host_of
+from derain.commands.page_files import KEPT, PageFiles
 
 UPLOAD = "/gradio_api/upload"
 FILE = "/gradio_api/file="
 JOINS = frozenset({"/gradio_api/queue/join", "/gradio_api/call/restore"})
 CALLS = JOINS | {"/gradio_api/run/predict", "/gradio_api/cancel", "/gradio_api/reset"}
+RUNS = JOINS | {"/gradio_api/run/predict"}
+STREAMS = re.compile(r"/gradio_api/(queue/data|(heartbeat|call/restore)/[\w.-]+)")
+FIELDS = ("data", "event_data", "fn_index", "trigger_id", "session_hash")
+"""What the page sends to start a job; the rest is not passed on."""
+
 SERVED = re.compile(
     r"/|/config/?|/theme\.css|/manifest\.json|/favicon\.ico|/robots\.txt|/(assets|static|svelte)/.*"
     r"|/gradio_api/(info/?|app_id/?|startup-events|theme\.css|upload_progress|queue/(data|status)|file=.*)"
@@ -52,11 +57,31 @@ PATIENCE = 15.0
 COOKIE = "derain-session"
 
 
+@dataclasses.dataclass
+class Session:
+    """Session of gradio: one open page, or one call of a program.
+
+    Attributes:
+        owner: Cookie of the browser that began it.
+        heard: When it began, or the last of its streams ended.
+        listeners: Streams of results that are open.
+    """
+
+    owner: str
+    heard: float = dataclasses.field(default_factory=time.monotonic)
+    listeners: int = 0
+
+    def unheard(self) -> float:
+        """Return for how many seconds nobody has listened."""
+        return 0.0 if self.listeners else time.monotonic() - self.heard
+
+
 class Guard:
     """ASGI application in front of gradio's; refuses what the page itself would not ask.
 
     Requests must come from a page that this server has served (or from no page at all) under a known host name, which
-    ends DNS rebinding and cross-site requests. A file may be named only by the session that uploaded it.
+    ends DNS rebinding and cross-site requests. Files and jobs are only for the browser that uploaded or started them.
+    Programs that send no cookie are one browser among themselves.
 
     Args:
         app: The application behind.
@@ -65,22 +90,29 @@ class Guard:
         max_bytes: Largest upload.
         host: Address that the page is served at.
         allowed: Further host names that the page is opened by.
+
+    Raises:
+        DerainError: If ``host`` or a further name is not a host name.
     """
 
     def __init__(
         self, app: ASGIApp, queue: Queue, folder: Path, max_bytes: int, host: str, allowed: Collection[str]
     ) -> None:
-        self.app, self.queue, self.folder, self.max_bytes = app, queue, folder, max_bytes
-        self.host, self.allowed = host, {name.lower().strip("[]") for name in allowed}
-        self.uploads: dict[str, set[str]] = {}
-        """Sessions that uploaded a file, by its path."""
-        self.listeners = Counter[str]()
-        """Open streams of results, by the session of gradio."""
+        self.app, self.queue, self.max_bytes = app, queue, max_bytes
+        self.host = host if host in ANY_ADDRESS else host_name(host, "--host")
+        self.allowed = {host_name(name, "--allow-host") for name in allowed}
+        self.files = PageFiles(folder, QUEUE * max_bytes)
+        self.sessions: dict[str, Session] = {}
+        self._joining = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
         if scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
+            cleaning = asyncio.create_task(self._clean_up_each_minute())
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                cleaning.cancel()
         elif scope["type"] != "http":  # gradio has no websockets
             await send({"type": "websocket.close", "code": 1008})
         else:
@@ -99,75 +131,125 @@ class Guard:
             await self._call(request, send)
         elif request.method not in {"GET", "HEAD"} or not SERVED.fullmatch(path):
             raise HTTPException(404, f"{request.method} {path}: not served here")
-        elif path.startswith(FILE) and not self._is_ours(path.removeprefix(FILE)):
-            raise HTTPException(403, f"{path.removeprefix(FILE)}: not a file of this page")
-        elif session := self._stream(request):
-            self.listeners[session] += 1
-            try:
-                await self.app(request.scope, request.receive, send)
-            finally:
-                self.listeners -= Counter([session])  # which drops those that have none left
+        elif path.startswith(FILE) and not self.files.belongs(str(Path(path.removeprefix(FILE))), _cookie(request)):
+            raise HTTPException(403, f"{path.removeprefix(FILE)}: not a file of yours, or it is deleted")
+        elif STREAMS.fullmatch(path):
+            await self._stream(request, send)
         else:
             await self.app(request.scope, request.receive, _with_cookie(request, send) if path == "/" else send)
+
+    async def _clean_up_each_minute(self) -> None:
+        while True:
+            await asyncio.sleep(60)
+            self.clean_up()
+
+    def clean_up(self) -> None:
+        """Delete old files, and forget sessions without jobs that nobody has listened to for as long."""
+        self.files.delete_old()
+        busy = {event.session_hash for event in self.queue.event_ids_to_events.values()}
+        for name, session in list(self.sessions.items()):
+            if name not in busy and session.unheard() > KEPT * 60:
+                del self.sessions[name]
+                self.queue.pending_messages_per_session.pop(name, None)
+                self.queue.pending_event_ids_session.pop(name, None)
 
     def _check_sender(self, request: Request) -> None:
         """Refuse a request under a foreign host name, or from the page of another site."""
         address = request.scope["server"][0] if self.host in ANY_ADDRESS else self.host
         known = LOCAL | self.allowed | {address}
         hosts, origin = request.headers.getlist("host"), request.headers.get("origin")
-        if len(hosts) != 1 or _name(hosts[0]) not in known:
+        if len(hosts) != 1 or host_of(hosts[0]) not in known:
             raise HTTPException(
                 403,
                 f"Host {', '.join(hosts)!r}: not a name of this page; open it under another one, or start it by "
                 "derain app --allow-host NAME",
             )
         site = (origin or "").partition("://")[2].lower()
-        if origin is not None and site != hosts[0].lower() and _name(site) not in self.allowed:
+        if origin is not None and site != hosts[0].lower() and host_of(site) not in self.allowed:
             raise HTTPException(403, f"Origin {origin!r}: not this page; requests from other sites are refused")
 
-    def _is_ours(self, name: str) -> bool:
-        try:
-            return Path(name).is_absolute() and Path(name).resolve().is_relative_to(self.folder)
-        except (OSError, ValueError):  # a name that is too long, or has a NUL in it
-            return False
-
     async def _upload(self, request: Request, send: Send) -> None:
-        """Pass an upload on, and take down whose it is."""
-        headers = [(name, value) for name, value in request.scope["headers"] if name != b"accept-encoding"]
+        """Pass an upload on, and record which session it belongs to."""
         answer, started = bytearray(), False
 
-        async def noting(message: Message) -> None:
+        async def recording(message: Message) -> None:
             nonlocal started
             started = started or message.get("status") == 200
             if started and message["type"] == "http.response.body":
                 answer.extend(message.get("body", b""))
                 if not message.get("more_body"):
-                    self._note_uploads(json.loads(answer), _session(request))
+                    self.files.add(json.loads(answer), _cookie(request))
             await send(message)
 
-        receive = _bounded(request, self.max_bytes + FORM_BYTES)
-        await self.app({**request.scope, "headers": headers}, receive, noting)
+        bounded = _bounded(request, self.max_bytes + FORM_BYTES)
+        self._count(request, 0)
 
-    def _note_uploads(self, paths: list[str], session: str) -> None:
-        self.uploads = {path: owners for path, owners in self.uploads.items() if Path(path).exists()}
-        for path in paths:
-            self.uploads.setdefault(path, set()).add(session)
+        async def receive() -> Message:
+            """Read a part; gradio deletes its temporary files if an upload ends by this type of error."""
+            try:
+                message = await bounded()
+                self._count(request, len(message.get("body", b"")))
+            except HTTPException as refusal:
+                raise MultiPartException(f"{refusal.detail}: above the maximum allowed size") from refusal
+            if message["type"] == "http.disconnect":
+                raise MultiPartException("the connection ended before the upload did")
+            return message
+
+        await self.app(_uncompressed(request), receive, recording)
+
+    def _count(self, request: Request, size: int) -> None:
+        address = _address(request)
+        if not self.files.count(address, size):
+            limit = f"{self.files.client_bytes / 1e6:,.0f} MB"
+            raise HTTPException(429, f"{address} has uploaded {limit} in {KEPT} minutes; try again later")
 
     async def _call(self, request: Request, send: Send) -> None:
         """Pass a call on, if it names only files of its session and its client has room in the queue."""
-        bounded = Request(request.scope, _bounded(request, CALL_BYTES))
-        body = await bounded.body()
-        try:
-            sent = json.loads(body)
-            body = json.dumps(sent).encode()  # what was checked is what is read, whatever else the text may mean
-        except (ValueError, RecursionError) as error:
-            raise HTTPException(400, "the request is not JSON") from error
-        for path in _paths(sent):
-            if not isinstance(path, str) or _session(request) not in self.uploads.get(path, ()):
-                raise HTTPException(403, f"{path}: was not uploaded from here, or is deleted; upload it again")
-        if request.scope["path"] in JOINS:
-            self._make_room(_address(request))
-        await self.app(request.scope, _whole(body, request), send)
+        path, cookie = request.scope["path"], _cookie(request)
+        sent = await _json(request)
+        for file in _paths(sent):
+            if not self.files.belongs(file, cookie):
+                raise HTTPException(403, f"{file}: was not uploaded from here, or is deleted; upload it again")
+        if path in RUNS:
+            sent = {field: sent[field] for field in FIELDS if field in sent}
+            self._check_data(path, sent)
+        if path == "/gradio_api/call/restore":
+            sent["session_hash"] = sent.get("session_hash") or uuid.uuid4().hex  # or gradio takes a job's own name
+        for name in (sent.get("session_hash"), self._session_of_job(sent.get("event_id"))):
+            self._claim(name, cookie)
+        body = json.dumps(sent).encode()  # what was checked is what is read, whatever else the text may mean
+        if path in JOINS:
+            async with self._joining:  # so that no other call takes the room meanwhile
+                self._make_room(_address(request))
+                await self.app(request.scope, _whole(body, request), send)
+        else:
+            await self.app(request.scope, _whole(body, request), send)
+
+    def _check_data(self, path: str, sent: dict[str, Any]) -> None:
+        """Refuse values that are too few or too many for a function of the page, and a file that is not one."""
+        functions, index, data = self.queue.blocks.fns, sent.get("fn_index"), sent.get("data")
+        if path == "/gradio_api/call/restore":
+            function = next(one for one in functions.values() if one.api_name == "restore")
+        elif isinstance(index, int) and index in functions:
+            function = functions[index]
+        else:
+            raise HTTPException(400, f"fn_index {index!r}: not a function of this page")
+        if not isinstance(data, list) or len(data) != len(function.inputs):
+            raise HTTPException(400, f"data: expected a list of {len(function.inputs)} values")
+        if data and data[0] is not None:
+            try:
+                FileData.model_validate(data[0])
+            except ValidationError as error:
+                raise HTTPException(400, "data: the first value is not an uploaded file, with its path") from error
+
+    def _claim(self, name: Any, cookie: str) -> None:
+        """Begin a session of gradio, or refuse that of another browser."""
+        if name is None:
+            return
+        if not isinstance(name, str):
+            raise HTTPException(400, f"{name!r}: not a session or job")
+        if self.sessions.setdefault(name, Session(cookie)).owner != cookie:
+            raise HTTPException(403, f"session {name}: of another browser")
 
     def _make_room(self, address: str) -> None:
         """End jobs that nobody listens to: those of long ago, and the oldest of a client that has too many."""
@@ -177,7 +259,7 @@ class Guard:
         own = [event for event in self._waiting() if _address(event.request) == address]
         if len(own) < PER_CLIENT:
             return
-        unheard = next((event for event in own if not self.listeners[event.session_hash]), None)
+        unheard = next((event for event in own if not self._session(event).listeners), None)
         if unheard is None:
             raise HTTPException(429, f"{len(own)} photos from {address} are waiting already; wait for one of them")
         self._end(unheard)
@@ -186,8 +268,11 @@ class Guard:
         """Return the jobs that have not begun, the oldest first."""
         return [event for jobs in self.queue.event_queue_per_concurrency_id.values() for event in jobs.queue]
 
+    def _session(self, event: Event) -> Session:
+        return self.sessions.setdefault(event.session_hash, Session(_cookie(event.request)))
+
     def _is_abandoned(self, event: Event) -> bool:
-        return not self.listeners[event.session_hash] and time.monotonic() - event.enqueue_time > PATIENCE
+        return min(time.monotonic() - event.enqueue_time, self._session(event).unheard()) > PATIENCE
 
     def _end(self, event: Event) -> None:
         """Take a waiting job off the queue; one that runs asks ``abandoned``."""
@@ -203,53 +288,93 @@ class Guard:
         events = [event for event in jobs if event.session_hash == session]
         return bool(events) and all(map(self._is_abandoned, events))
 
-    def _stream(self, request: Request) -> str | None:
-        """Return the session of gradio whose results a request listens to, if it does."""
-        path = request.scope["path"]
-        if path == "/gradio_api/queue/data":
-            return request.query_params.get("session_hash")
-        if path.startswith("/gradio_api/call/restore/"):
-            name = path.rsplit("/", 1)[1]
-            event = self.queue.event_ids_to_events.get(name)
-            return event.session_hash if event else name
-        return None
+    async def _stream(self, request: Request, send: Send) -> None:
+        """Pass a stream of a session on to its browser, which may then load the files that it names."""
+        path, cookie = request.scope["path"], _cookie(request)
+        last = path.rsplit("/", 1)[1]
+        if path.startswith("/gradio_api/call/"):
+            name = self._session_of_job(last)
+        else:
+            name = request.query_params.get("session_hash") if last == "data" else last
+        session = self.sessions.get(name or "")
+        if session and session.owner != cookie:
+            raise HTTPException(403, f"session {name}: of another browser")
+        if session is None or "/heartbeat/" in path:
+            await self.app(request.scope, request.receive, send)
+            return
+        rest = b""
 
+        async def recording(message: Message) -> None:
+            nonlocal rest
+            *lines, rest = (rest + message.get("body", b"")).split(b"\n")
+            for line in lines:
+                if line.startswith(b"data: "):
+                    self.files.add(filter(_is_text, _paths(json.loads(line[6:]))), cookie)
+            await send(message)
 
-def _name(netloc: str) -> str:
-    """Return the host name of ``name:port``, empty if there is none."""
-    try:
-        return urlsplit(f"//{netloc}").hostname or ""
-    except ValueError:
-        return ""
+        session.listeners += 1
+        try:
+            await self.app(_uncompressed(request), request.receive, recording)
+        finally:
+            session.listeners -= 1
+            session.heard = time.monotonic()
+
+    def _session_of_job(self, job: Any) -> str | None:
+        """Return the session of gradio that a job is of, also after its end, until the result is read."""
+        pending = list(self.queue.pending_event_ids_session.items())
+        return next((session for session, jobs in pending if isinstance(job, str) and job in jobs), None)
 
 
 def _address(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
-def _session(request: Request) -> str:
-    """Return who asks: the browser's cookie, or nothing for programs, which have only a file's secret path."""
+def _cookie(request: Request) -> str:
+    """Return the cookie of a browser's session; programs send none, and it is empty."""
     return request.cookies.get(COOKIE, "")
 
 
 def _paths(sent: Any) -> Iterator[Any]:
-    """Find the paths of files, however deep they are in a request."""
+    """Find the paths of files, however deep they are in a message, and whatever they are."""
     waiting = [sent]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
             waiting += value.values()
-            if value.get("path") is not None:
+            if "path" in value:
                 yield value["path"]
         elif isinstance(value, list):
             waiting += value
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+async def _json(request: Request) -> dict[str, Any]:
+    """Read a call."""
+    try:
+        sent = json.loads(await Request(request.scope, _bounded(request, CALL_BYTES)).body())
+    except ClientDisconnect as error:
+        raise HTTPException(400, "the connection ended before the request did") from error
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, "the request is not JSON") from error
+    if not isinstance(sent, dict):
+        raise HTTPException(400, "the request is not a JSON object")
+    return sent
+
+
+def _uncompressed(request: Request) -> Scope:
+    """Return the request as one whose answer can be read here."""
+    headers = [(name, value) for name, value in request.scope["headers"] if name != b"accept-encoding"]
+    return {**request.scope, "headers": headers}
 
 
 def _with_cookie(request: Request, send: Send) -> Send:
     """Give a browser that has none the cookie of its session."""
 
     async def sending(message: Message) -> None:
-        if message["type"] == "http.response.start" and not _session(request):
+        if message["type"] == "http.response.start" and not _cookie(request):
             cookie = f"{COOKIE}={uuid.uuid4().hex}; Path=/; HttpOnly; SameSite=Strict"
             message = {**message, "headers": [*message["headers"], (b"set-cookie", cookie.encode())]}
         await send(message)

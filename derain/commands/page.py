@@ -10,8 +10,9 @@ import cv2
 import gradio as gr
 from fastapi import FastAPI
 
-from derain.commands.app import KEPT, Restored, Studio
+from derain.commands.app import Restored, Studio
 from derain.commands.guard import QUEUE, Guard
+from derain.commands.page_files import KEPT
 from derain.errors import DerainError
 from derain.images import Pixels
 
@@ -61,7 +62,7 @@ def build(studio: Studio, max_megabytes: int, host: str = "127.0.0.1", allowed: 
         allowed: Further host names that the page is opened by.
     """
     models = list(studio.restorers)
-    with gr.Blocks(title="derain", analytics_enabled=False, delete_cache=(60, KEPT * 60)) as blocks:
+    with gr.Blocks(title="derain", analytics_enabled=False) as blocks:
         gr.HTML(
             f"<h1>{ICON}derain</h1><p>Takes the rain out of a photo. It stays on this machine, and is deleted after "
             f"{KEPT} minutes. {METADATA[studio.keep_metadata]}</p>",

@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 import json
 import os
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 
 from derain.cli import main
-from derain.commands.app import Studio, listen, load, rain_on
+from derain.commands.app import Studio, listen, load, rain_on, server_config
 from derain.errors import DerainError
 from derain.images import read_photo, read_rgb, write_image
 from derain.methods import CLIPRPNModule, PReNetModule, weights
@@ -227,6 +228,9 @@ def test_weights_of_one_name_are_told_apart(file, tmp_path):
         (["--max-megabytes", "0"], "--max-megabytes 0: must be at least 1"),
         (["--max-megapixels", "179"], "--max-megapixels 179: must be above 0 and at most 178"),
         (["--host", "192.0.2.1"], "--host 192.0.2.1"),
+        (["--host", "a:80"], "--host a:80: not a host name"),
+        (["--allow-host", "*.example.org"], "--allow-host *.example.org: not a host name"),
+        (["--trusted-proxy", "*"], "--trusted-proxy *: not an IP address"),
         (["--port", "70000"], "--port 70000"),
         (["--weights", "absent.safetensors"], "absent.safetensors: no such file"),
     ],
@@ -238,6 +242,35 @@ def test_refusals_take_one_line(arguments, told, capsys):
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("proxies", "client"), [([], "127.0.0.1"), (["10.0.0.2"], "127.0.0.1"), (["127.0.0.0/8"], "192.0.2.9")]
+)
+def test_only_a_trusted_proxy_names_the_client(proxies, client):
+    pytest.importorskip("uvicorn")
+    seen = []
+
+    async def page(scope, receive, send):
+        seen.append(scope["client"][0])
+
+    config = server_config(page, proxies)
+    config.load()
+    scope = {"type": "http", "asgi": {}, "client": ("127.0.0.1", 1), "headers": [(b"x-forwarded-for", b"192.0.2.9")]}
+    asyncio.run(config.loaded_app(scope, None, None))
+    assert seen == [client]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_page_well(file, tmp_path, signum):
+    pytest.importorskip("gradio")
+    process = start("app", "--port", "0", "--weights", file, "--device", "cpu", TMPDIR=str(tmp_path))
+    assert process.stdout.readline().startswith("http://")
+    process.send_signal(signum)
+    assert process.communicate(timeout=120)[0] == ""
+    assert process.returncode == 0
+    assert list(tmp_path.glob("derain-app-*")) == []
 
 
 def test_what_to_install_is_told(monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -13,16 +15,21 @@ import gradio as gr
 from gradio.queueing import Event, EventQueue
 from starlette.requests import Request
 
-from derain.commands.guard import PATIENCE, PER_CLIENT, Guard
+from derain.commands.app import Studio
+from derain.commands.guard import PATIENCE, PER_CLIENT, QUEUE, Guard, Session
+from derain.commands.hosts import host_name
+from derain.commands.page import build
+from derain.commands.page_files import KEPT, PageFiles
+from derain.errors import DerainError
 
 OWN = "127.0.0.1:7860"
 
 
 class Behind:
-    """The application behind the guard: takes down what comes through."""
+    """The application behind the guard: records what comes through."""
 
-    def __init__(self):
-        self.bodies = []
+    def __init__(self, folder):
+        self.bodies, self.folder = [], folder
 
     async def __call__(self, scope, receive, send):
         body = b""
@@ -31,18 +38,40 @@ class Behind:
             if not message["more_body"]:
                 break
         self.bodies.append(body)
-        answer = json.dumps([f"/tmp/{len(self.bodies)}.png"] if scope["path"].endswith("upload") else {}).encode()
+        answer = json.dumps([self.uploaded()] if scope["path"].endswith("upload") else {}).encode()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": answer})
+
+    def uploaded(self):
+        path = self.folder / "a" / f"{len(self.bodies)}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        return str(path)
 
 
 @pytest.fixture
 def make(tmp_path):
     def make(host="127.0.0.1", allowed=()):
         with gr.Blocks() as blocks:
-            return Guard(Behind(), blocks.queue()._queue, tmp_path, 1000, host, allowed)
+            inputs = gr.Image(), gr.Dropdown(), gr.Slider(), gr.Number()
+            inputs[0].upload(lambda *_: None, [*inputs], None, api_name="restore")
+            gr.Button().click(lambda: None, None, None)
+        return Guard(Behind(tmp_path), blocks.queue()._queue, tmp_path, 1000, host, allowed)
 
     return make
+
+
+JOIN = "/gradio_api/queue/join"
+NO_FILE = {"data": [None, "m", 0, 0], "fn_index": 0, "session_hash": "s"}
+
+
+def call(path, **more):
+    """A call to restore a file."""
+    return {"data": [{"path": path}, "m", 0, 0], "fn_index": 0, "session_hash": "s", **more}
+
+
+def browser(name):
+    return {"cookie": f"derain-session={name}"}
 
 
 def ask(guard, method, path, headers=(), server=OWN, **more):
@@ -72,6 +101,8 @@ def _at(guard, server):
         ("localhost", "127.0.0.1", [], 200),
         ("[::1]:7860", "127.0.0.1", [], 200),
         ("box.lan:7860", "box.lan", [], 200),
+        ("box.lan:7860", "Box.lan", [], 200),
+        ("[fe80::1]:7860", "FE80:0::1", [], 200),
         ("box.lan:7860", "127.0.0.1", ["Box.lan"], 200),
         ("192.0.2.7:7860", "0.0.0.0", [], 200),  # the address that the request came in at
         ("192.0.2.8:7860", "0.0.0.0", [], 403),
@@ -110,11 +141,11 @@ def test_hosts(make, host, served_at, allowed, status):
         (f"http://evil.example/{OWN}", [], 403),
     ],
 )
-@pytest.mark.parametrize(("method", "path"), [("POST", "/gradio_api/queue/join"), ("GET", "/gradio_api/queue/data")])
+@pytest.mark.parametrize(("method", "path"), [("POST", JOIN), ("GET", "/gradio_api/queue/data")])
 def test_origins(make, origin, allowed, status, method, path):
     guard = make(allowed=allowed)
     headers = {} if origin is None else {"origin": origin}
-    assert ask(guard, method, path, headers, content=b"{}").status_code == status
+    assert ask(guard, method, path, headers, json=NO_FILE).status_code == status
     assert len(guard.app.bodies) == (status == 200)
 
 
@@ -151,24 +182,150 @@ def test_files_of_other_folders_are_not_served(make, tmp_path, name):
     guard = make()
     assert ask(guard, "GET", f"/gradio_api/file={name.format(tmp_path)}").status_code == 403
     assert guard.app.bodies == []
-    assert ask(guard, "GET", f"/gradio_api/file={tmp_path}/a/b.png").status_code == 200
+
+
+def test_an_upload_is_served_to_the_browser_that_sent_it_only(make):
+    guard = make()
+    (uploaded,) = ask(guard, "POST", "/gradio_api/upload", browser("a"), content=b"photo").json()
+    for cookie, status in ((browser("a"), 200), (browser("b"), 403), ({}, 403)):
+        assert ask(guard, "GET", f"/gradio_api/file={uploaded}", cookie).status_code == status
+    link = Path(uploaded).with_name("link.png")
+    link.symlink_to("/etc/passwd")
+    guard.files.add([str(link), "/etc/passwd"], "a")
+    for path in (link, "/etc/passwd"):
+        assert ask(guard, "GET", f"/gradio_api/file={path}", browser("a")).status_code == 403
+
+
+def test_a_restored_photo_is_served_to_the_browser_that_listens_only(make, tmp_path):
+    guard = make()
+    made = str(tmp_path / "made" / "a.png")
+    guard.sessions["s"] = Session("a")
+
+    async def streaming(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        text = f"data: {json.dumps({'output': {'data': [{'value': {'path': made}}, {'path': None}]}})}\n\n".encode()
+        for part in (text[:30], text[30:]):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    guard.app, behind = streaming, guard.app
+    stream = "/gradio_api/queue/data?session_hash=s"
+    assert ask(guard, "GET", stream, browser("b")).status_code == 403
+    assert ask(guard, "GET", stream, browser("a")).status_code == 200
+    guard.app = behind
+    for name, status in (("a", 200), ("b", 403)):
+        assert ask(guard, "GET", f"/gradio_api/file={made}", browser(name)).status_code == status
 
 
 def test_only_what_was_checked_is_passed_on(make):
     guard = make()
-    path = "/gradio_api/queue/join"
     for body in (b"", b"x", b"[" * 100_000, b"\xff", b'{"path": 5}', b'{"data": [[{"path": {"a": "b"}}]]}'):
-        assert ask(guard, "POST", path, content=body).status_code in {400, 403}
+        assert ask(guard, "POST", JOIN, content=body).status_code in {400, 403}
     assert guard.app.bodies == []
     (uploaded,) = ask(guard, "POST", "/gradio_api/upload", content=b"photo").json()
-    twice = f'{{"path": "/etc/passwd", "path": "{uploaded}"}}'
-    assert ask(guard, "POST", path, content=twice.encode()).status_code == 200
-    assert guard.app.bodies[-1] == json.dumps({"path": uploaded}).encode()
-    cookie = {"cookie": "derain-session=other"}
-    assert ask(guard, "POST", path, cookie, json={"path": uploaded}).status_code == 403
+    twice = json.dumps(call(uploaded, batched=True)).replace('{"path"', '{"path": "/etc/passwd", "path"')
+    assert ask(guard, "POST", JOIN, content=twice.encode()).status_code == 200
+    assert json.loads(guard.app.bodies[-1]) == call(uploaded)
+    assert guard.app.bodies[-1].count(b'"path"') == 1
+    assert ask(guard, "POST", JOIN, browser("other"), json=call(uploaded)).status_code == 403
 
 
-@pytest.mark.parametrize(("path", "most"), [("/gradio_api/upload", 66_536), ("/gradio_api/queue/join", 1_000_000)])
+@pytest.mark.parametrize(
+    ("changed", "status"),
+    [
+        ({"data": [{"path": None}, "m", 0, 0]}, 403),
+        ({"data": [{"path": 5}, "m", 0, 0]}, 403),
+        ({"data": [{"path": ["{file}"]}, "m", 0, 0]}, 403),
+        ({"data": [{}, "m", 0, 0]}, 400),
+        ({"data": [{"url": "{file}"}, "m", 0, 0]}, 400),
+        ({"data": ["{file}", "m", 0, 0]}, 400),
+        ({"data": [5, "m", 0, 0]}, 400),
+        ({"data": [[{"path": "{file}"}], "m", 0, 0]}, 400),
+        ({"data": [{"path": "{file}", "orig_name": 5}, "m", 0, 0]}, 400),
+        ({"data": [{"path": "{file}", "size": "x"}, "m", 0, 0]}, 400),
+        ({"data": []}, 400),
+        ({"data": [{"path": "{file}"}, "m", 0]}, 400),
+        ({"data": [{"path": "{file}"}, "m", 0, 0, 0]}, 400),
+        ({"data": {"path": "{file}"}}, 400),
+        ({"data": None}, 400),
+        ({"session_hash": 5}, 400),
+        ({"session_hash": ["s"]}, 400),
+    ],
+)
+@pytest.mark.parametrize("path", [JOIN, "/gradio_api/call/restore", "/gradio_api/run/predict"])
+def test_malformed_calls_are_refused(make, changed, status, path):
+    guard = make()
+    (uploaded,) = ask(guard, "POST", "/gradio_api/upload", content=b"photo").json()
+    assert ask(guard, "POST", path, json=call(uploaded)).status_code == 200
+    body = json.dumps(call(uploaded, **changed)).replace("{file}", uploaded)
+    assert ask(guard, "POST", path, content=body.encode()).status_code == status
+    assert len(guard.app.bodies) == 2
+
+
+@pytest.mark.parametrize("index", [None, 9, -1, "0", [0], {"a": 0}])
+def test_functions_that_the_page_does_not_have_are_refused(make, index):
+    guard = make()
+    assert ask(guard, "POST", JOIN, json={**NO_FILE, "fn_index": index}).status_code == 400
+    assert ask(guard, "POST", JOIN, json={**NO_FILE, "fn_index": 1, "data": []}).status_code == 200
+
+
+def test_a_session_belongs_to_the_browser_that_began_it(make):
+    guard = make()
+    event = _event(1, "127.0.0.1", 0, session="s")
+    guard.queue.pending_event_ids_session["s"] = {event._id}
+    asked = [
+        ("POST", JOIN, NO_FILE),
+        ("POST", "/gradio_api/call/restore", NO_FILE),
+        ("POST", "/gradio_api/run/predict", {**NO_FILE, "fn_index": 1, "data": []}),
+        ("POST", "/gradio_api/cancel", {"session_hash": "s", "fn_index": 0, "event_id": "x"}),
+        ("POST", "/gradio_api/cancel", {"session_hash": "own", "fn_index": 0, "event_id": event._id}),
+        ("GET", "/gradio_api/queue/data?session_hash=s", None),
+        ("GET", f"/gradio_api/call/restore/{event._id}", None),
+        ("GET", "/gradio_api/heartbeat/s", None),
+    ]
+    assert ask(guard, "POST", JOIN, browser("a"), json=NO_FILE).status_code == 200
+    assert ask(guard, "POST", JOIN, browser("b"), json={**NO_FILE, "session_hash": "own"}).status_code == 200
+    for method, path, body in asked:
+        assert ask(guard, method, path, browser("b"), json=body).status_code == 403, path
+        assert ask(guard, method, path, json=body).status_code == 403, path
+    for method, path, body in asked[:4] + asked[5:]:
+        assert ask(guard, method, path, browser("a"), json=body).status_code == 200, path
+
+
+def test_old_files_and_sessions_are_forgotten(make, tmp_path, monkeypatch):
+    guard = make()
+    (uploaded,) = ask(guard, "POST", "/gradio_api/upload", content=b"photo").json()
+    part = tmp_path / "tmpx"  # of an upload that was never finished
+    part.write_bytes(b"part")
+    guard.sessions |= {"old": Session("a", time.monotonic() - KEPT * 60 - 1), "new": Session("a")}
+    guard.sessions["heard"] = Session("a", time.monotonic() - KEPT * 60 - 1, listeners=1)
+    guard.clean_up()
+    assert list(guard.sessions) == ["new", "heard"]
+    assert part.exists()
+    assert guard.files.belongs(uploaded, "")
+    now = time.time()
+    monkeypatch.setattr("time.time", lambda: now + KEPT * 60 + 1)
+    guard.clean_up()
+    assert not part.exists()
+    assert not Path(uploaded).exists()
+    assert not guard.files.belongs(uploaded, "")
+
+
+def test_what_a_client_uploads_is_bounded(make, tmp_path, monkeypatch):
+    guard = make()
+    assert guard.files.client_bytes == QUEUE * 1000
+    guard.files = PageFiles(tmp_path, 1000)
+    sent = [ask(guard, "POST", "/gradio_api/upload", content=bytes(500)).status_code for _ in range(2)]
+    assert sent == [200, 200]
+    guard.files.count("127.0.0.1", 1)
+    assert ask(guard, "POST", "/gradio_api/upload", content=b"x").status_code == 429
+    assert guard.files.count("192.0.2.7", 1000)
+    now = time.monotonic()
+    monkeypatch.setattr("time.monotonic", lambda: now + (KEPT + 1) * 60)
+    assert ask(guard, "POST", "/gradio_api/upload", content=b"x").status_code == 200
+
+
+@pytest.mark.parametrize(("path", "most"), [("/gradio_api/upload", 66_536), (JOIN, 1_000_000)])
 def test_requests_are_bounded(make, path, most):
     guard = make()
 
@@ -177,16 +334,67 @@ def test_requests_are_bounded(make, path, most):
             yield bytes(100_000)
 
     assert ask(guard, "POST", path, content=bytes(most + 1)).status_code == 413
-    assert ask(guard, "POST", path, content=chunks()).status_code == 413
+    if path == JOIN:  # of an upload, gradio answers: see the next test
+        assert ask(guard, "POST", path, content=chunks()).status_code == 413
     assert ask(guard, "POST", path, {"content-length": "x"}, content=chunks()).status_code == 413
     assert guard.app.bodies == []
 
 
-def _event(i, address, age):
-    request = Request({"type": "http", "client": (address, 1)})
-    event = Event(f"s{i}", SimpleNamespace(concurrency_id="c", connection="sse"), request, None)
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """The page itself, with uploads of at most 1 MB, and its folder."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    studio = Studio({}, tmp_path)
+    studio.restorers["m"] = None  # nothing is restored
+    return build(studio, 1)
+
+
+FORM = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+
+
+def test_of_an_upload_that_is_too_large_nothing_is_left(page, tmp_path):
+    async def chunks():
+        yield FORM
+        for _ in range(20):
+            yield bytes(100_000)
+        yield b"\r\n--x--\r\n"
+
+    form = {"content-type": "multipart/form-data; boundary=x"}
+    assert ask(page, "POST", "/gradio_api/upload", form, content=chunks()).status_code == 413
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_of_an_upload_that_ends_early_nothing_is_left(page, tmp_path):
+    seen, sent = [], []
+
+    async def receive():
+        if not seen:
+            seen.append([])
+            return {"type": "http.request", "body": FORM + bytes(100_000), "more_body": True}
+        seen.append([path for path in tmp_path.rglob("*") if path.is_file()])
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"host", OWN.encode()), (b"content-type", b"multipart/form-data; boundary=x")]
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "raw_path": b"/gradio_api/upload"}
+    scope |= {"headers": headers, "query_string": b"", "root_path": "", "scheme": "http", "http_version": "1.1"}
+    scope |= {"server": ("127.0.0.1", 7860), "client": ("127.0.0.1", 1)}
+    asyncio.run(page(scope, receive, send))
+    assert len(seen[1]) == 1  # so that the test sees where gradio writes
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def _event(i, address, age, session=None):
+    request = Request({"type": "http", "client": (address, 1), "headers": []})
+    event = Event(session or f"s{i}", SimpleNamespace(concurrency_id="c", connection="sse"), request, None)
     event.enqueue_time -= age
     return event
+
+
+def _session(age=0.0, **more):
+    return Session("", time.monotonic() - age, **more)
 
 
 @pytest.mark.parametrize(
@@ -205,19 +413,21 @@ def test_a_client_has_room_for_so_many_jobs(make, heard, address, age, status, l
     guard.queue.event_ids_to_events.update({event._id: event for event in [running, *events]})
     waiting = guard.queue.event_queue_per_concurrency_id["c"] = EventQueue("c", 1)
     waiting.queue += events
-    guard.listeners.update(event.session_hash for event in events if heard)
+    guard.sessions |= {event.session_hash: _session(age, listeners=int(heard)) for event in [running, *events]}
+    guard.sessions["s0"].listeners = 0
     assert guard.abandoned("s1") == (age > PATIENCE and not heard)
-    assert ask(guard, "POST", "/gradio_api/queue/join", content=b"{}").status_code == status
+    assert ask(guard, "POST", JOIN, json=NO_FILE).status_code == status
     assert len(waiting.queue) == len(guard.queue.event_ids_to_events) - 1 == left
     assert not left or events[-1] in waiting.queue
     assert running._id in guard.queue.event_ids_to_events
     assert guard.abandoned("s0") == (age > PATIENCE)
 
 
-def test_a_job_is_abandoned_when_its_stream_ends(make):
+def test_a_job_is_abandoned_when_its_stream_has_ended_for_a_while(make):
     guard = make()
     event = _event(1, "127.0.0.1", PATIENCE + 1)
     guard.queue.event_ids_to_events[event._id] = event
+    guard.queue.pending_event_ids_session["s1"] = {event._id}
     heard = []
     behind = guard.app
 
@@ -227,10 +437,64 @@ def test_a_job_is_abandoned_when_its_stream_ends(make):
 
     guard.app = watching
     for path in ("/gradio_api/queue/data?session_hash=s1", f"/gradio_api/call/restore/{event._id}", "/config"):
-        assert ask(guard, "GET", path).status_code == 200
+        guard.sessions["s1"] = _session(PATIENCE + 1)
         assert guard.abandoned("s1")
+        assert ask(guard, "GET", path).status_code == 200
+        assert guard.abandoned("s1") == (path == "/config")  # the others have been heard until now
+        assert guard.sessions["s1"].listeners == 0
     assert heard == [True, True, False]
-    assert guard.listeners == {}
+
+
+def test_calls_at_the_same_time_take_no_more_room_than_there_is(make):
+    guard = make()
+    waiting = guard.queue.event_queue_per_concurrency_id["c"] = EventQueue("c", 1)
+
+    async def joining(scope, receive, send):
+        await asyncio.sleep(0)
+        waiting.queue.append(_event(len(waiting.queue), "127.0.0.1", 0))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    guard.app = joining
+
+    async def all_at_once():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=guard), base_url=f"http://{OWN}") as client:
+            await asyncio.gather(*(client.post(JOIN, json=NO_FILE) for _ in range(PER_CLIENT + 8)))
+
+    asyncio.run(all_at_once())
+    assert len(waiting.queue) == PER_CLIENT
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "name:8443",
+        "https://name",
+        "name/path",
+        "*.example.org",
+        "*",
+        "name.",
+        ".name",
+        "",
+        "a b",
+        "user@name",
+        "-a",
+        "[::1]:80",
+        "a" * 64,
+    ],
+)
+def test_what_is_no_host_name_is_refused(make, name):
+    for option, arguments in (("--host", [name]), ("--allow-host", ["127.0.0.1", [name]])):
+        if option == "--host" and not name:
+            continue  # all addresses
+        with pytest.raises(DerainError) as error:
+            make(*arguments)
+        assert f"{option} {name}:" in str(error.value)
+
+
+def test_host_names_are_compared_as_browsers_send_them():
+    assert host_name("[FE80:0::1]", "--host") == "fe80::1"
+    assert host_name("Box.LAN", "--host") == "box.lan"
 
 
 def test_a_websocket_is_refused(make):
