@@ -183,6 +183,7 @@ def test_restormers_recipe_is_its_authors():
     assert [stage["batch_size"] * 8 for stage in stages] == [64, 40, 32, 16, 8, 8]
     assert sum(stage["steps"] for stage in stages) == config["trainer"]["max_steps"] == 300_000
     assert round(config["model"]["init_args"]["hold"] * 300_000) == 92_000
+    assert config["model"]["init_args"]["mixup"] == 1.2  # mixing_augs: mixup_beta; use_identity: half of the batches
     assert config["trainer"]["gradient_clip_val"] == 0.01
 
 

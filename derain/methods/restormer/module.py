@@ -1,5 +1,6 @@
 """Restormer as a LightningModule."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -14,6 +15,19 @@ from derain.errors import DerainError
 from derain.methods.base import DerainModule
 from derain.nn.restormer import Restormer
 from derain.nn.schedule import warm_up_then_cosine
+
+
+def mixed(
+    rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"], beta: float
+) -> tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b 3 h w"]]:
+    """Return pairs mixed with those of the same batch in another order: λ of the former, 1 - λ of the latter.
+
+    One λ for all, drawn from Beta(``beta``, ``beta``); λ and the order come from PyTorch's generator of the CPU. So
+    does ``Mixing_Augment`` of Restormer's authors (``basicsr/models/image_restoration_model.py``).
+    """
+    share = float(torch.distributions.Beta(beta, beta).sample())
+    order = torch.randperm(len(rainy)).to(rainy.device)
+    return share * rainy + (1 - share) * rainy[order], share * clean + (1 - share) * clean[order]
 
 
 class RestormerModule(DerainModule):
@@ -33,13 +47,15 @@ class RestormerModule(DerainModule):
         warm_up: Share of the optimiser steps in which the learning rate rises from 0; paper: none.
         hold: Share of the steps, after the warm-up, in which it stays; paper: 92/300.
         min_learning_rate: Where it falls to; paper: 1e-6.
+        mixup: Beta of `mixed`, by which half of the batches are mixed; the authors' recipe for deraining: 1.2
+            (``Options/Deraining_Restormer.yml``, ``mixing_augs``). By default none are.
 
     Raises:
         DerainError: If an option is out of its range.
     """
 
     bytes_per_pixel: ClassVar[int] = 4700
-    may_change = DerainModule.may_change | {"hold", "min_learning_rate"}
+    may_change = DerainModule.may_change | {"hold", "min_learning_rate", "mixup"}
     compiles_any_size: ClassVar[bool] = False  # frozen weights and unknown sizes: wrong strides in inductor, torch 2.13
 
     def __init__(
@@ -54,6 +70,7 @@ class RestormerModule(DerainModule):
         warm_up: float = 0.0,
         hold: float = 0.0,
         min_learning_rate: float = 0.0,
+        mixup: float | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -65,6 +82,9 @@ class RestormerModule(DerainModule):
             raise DerainError(
                 f"--model.min_learning_rate {min_learning_rate}: must be from 0 to the learning rate {learning_rate}"
             )
+        if mixup is not None and not 0 < mixup < math.inf:
+            raise DerainError(f"--model.mixup {mixup}: must be above 0; null for none")
+        self.mixup = mixup
         self.learning_rate, self.weight_decay, self.warm_up = learning_rate, weight_decay, warm_up
         self.hold, self.min_learning_rate = hold, min_learning_rate
         self.network = Restormer(dim, blocks, refinement, heads, expansion)
@@ -88,8 +108,11 @@ class RestormerModule(DerainModule):
         return module
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Mean absolute error."""
-        loss = F.l1_loss(self(batch["rainy"]).float(), batch["clean"])
+        """Mean absolute error, of mixed pairs if ``mixup`` is set."""
+        rainy, clean = batch["rainy"], batch["clean"]
+        if self.mixup is not None and torch.rand(()) < 0.5:
+            rainy, clean = mixed(rainy, clean, self.mixup)
+        loss = F.l1_loss(self(rainy).float(), clean)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["name"]))
         return loss
 

@@ -1,11 +1,13 @@
 """Restormer as a method: the authors' checkpoints are taken, others are not."""
 
+import numpy as np
 import pytest
 import torch
 
 from derain import methods
 from derain.errors import DerainError
 from derain.methods import RestormerModule, weights
+from derain.methods.restormer.module import mixed
 from tests.nn.references import SMALL, Published
 
 
@@ -82,3 +84,50 @@ def test_the_loss_is_the_mean_absolute_error():
 def test_rates_out_of_range_are_refused(options):
     with pytest.raises(DerainError, match=next(iter(options))):
         RestormerModule(**SMALL, **options)
+
+
+def test_pairs_are_mixed_by_one_share():
+    rainy, clean = torch.rand(2, 4, 3, 5, 6)
+    torch.manual_seed(3)
+    found = mixed(rainy, clean, 1.2)
+    torch.manual_seed(3)
+    share = torch.distributions.Beta(1.2, 1.2).sample().item()
+    order = torch.randperm(4).numpy()
+    assert 0 < share < 1
+    assert (order != np.arange(4)).any()
+    for one, original in zip(found, (rainy.numpy(), clean.numpy()), strict=True):
+        expected = np.stack([share * original[i] + (1 - share) * original[order[i]] for i in range(4)])
+        np.testing.assert_allclose(one.numpy(), expected, atol=1e-6)
+
+
+def test_shares_are_of_a_beta_distribution():
+    torch.manual_seed(0)
+    black, white = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
+    both = torch.cat([black, white])
+    shares = np.array([float(mixed(both, both, 1.2)[0][1].max()) for _ in range(2000)])
+    shares = shares[shares < 1]  # the order was another one
+    assert abs(shares.mean() - 0.5) < 0.03
+    assert shares.var() == pytest.approx(1 / (4 * (2 * 1.2 + 1)), rel=0.15)
+
+
+@pytest.mark.parametrize(("mixup", "share"), [(None, 0), (1.2, 0.5)])
+def test_half_of_the_batches_are_mixed_where_asked(mixup, share, monkeypatch):
+    module = RestormerModule(**SMALL, mixup=mixup)
+    module.log = lambda *args, **kwargs: None
+    seen = []
+    monkeypatch.setattr(type(module), "forward", lambda self, rainy: seen.append(rainy) or rainy)
+    rainy, clean = torch.rand(2, 4, 3, 2, 2)
+    batch = {"rainy": rainy, "clean": clean, "name": list("abcd"), "index": torch.arange(4)}
+    losses = []
+    for seed in (*range(300), *range(300)):
+        torch.manual_seed(seed)
+        losses.append(float(module.training_step(batch, 0)))
+    changed = [not torch.equal(one, rainy) for one in seen]
+    assert np.mean(changed) == pytest.approx(share, abs=0.1)
+    assert losses[:300] == losses[300:]  # as a resumed run draws them, by the seed of the batch
+
+
+@pytest.mark.parametrize("mixup", [0.0, -1.2, float("inf"), float("nan")])
+def test_a_beta_that_is_none_is_refused(mixup):
+    with pytest.raises(DerainError, match="mixup"):
+        RestormerModule(**SMALL, mixup=mixup)
