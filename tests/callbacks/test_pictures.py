@@ -60,7 +60,7 @@ def test_evaluation_is_refused_when_scores_are_gathered(monkeypatch, tmp_path, v
     method.on_validation_epoch_start()
     monkeypatch.setattr(method, "forward", lambda rainy: broken(value))
     assert getattr(method, f"{stage}_step")(batch() | {"index": torch.tensor([7])}, 0) is None
-    with pytest.raises(DerainError, match="^7: "):
+    with pytest.raises(DerainError, match=r"^7: "):
         getattr(method, f"on_{stage}_epoch_end")()
 
 
