@@ -43,12 +43,12 @@ class FinalWeights(Callback):
         weights.save(weights.load(Path(file), type(own)).module, target)
         score = float("nan") if best.best_model_score is None else float(best.best_model_score)
         images = part(*validated(trainer))
+        rainy = trainer.callback_metrics.get("val/rainy_psnr")  # of this run, which may have had no epoch left
         if not best.best_model_path:
             log.warning("no validation took place: the weights are those after the last epoch")
         elif isinstance(pl_module, DerainModule):
-            rainy = float(trainer.callback_metrics.get("val/rainy_psnr", float("nan")))
-            protocol = pl_module.protocols[0]
-            log.info("validation: rainy %.2f dB, derained %.2f dB at best (%s, %s)", rainy, score, protocol, images)
+            protocol, of_rainy = pl_module.protocols[0], "" if rainy is None else f"rainy {float(rainy):.2f} dB, "
+            log.info("validation: %sderained %.2f dB at best (%s, %s)", of_rainy, score, protocol, images)
         else:
             log.info("validation: %s %.4f at best (%s)", own.judged_by, score, images)
         if isinstance(pl_module, DerainModule):

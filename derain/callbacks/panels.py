@@ -74,6 +74,6 @@ class ImagePanels(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Draws the panel of a chosen test image."""
-        if int(batch["index"][0]) < self.count:
+        if int(batch["index"][0]) < self.count and outputs is not None:
             panel, name = draw(batch, outputs)
             write_image(Path(trainer.default_root_dir) / "panels" / f"{name}.png", panel)

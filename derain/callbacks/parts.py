@@ -20,10 +20,15 @@ def part(evaluated: int, total: int) -> str:
 
 
 def validated(trainer: Trainer) -> tuple[int, int]:
-    """Return how many images are validated, and how many the validation set has."""
+    """Return how many images are validated, and how many the validation set has.
+
+    They follow from the options: Lightning counts batches only once a validation begins.
+    """
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    batches = min(sum(map(int, trainer.num_val_batches)) * trainer.world_size, len(data.pairs.get("val", ())))
-    return batches, data.count("val")
+    count, limit = len(data.pairs.get("val", ())), trainer.limit_val_batches
+    share = -(-count // trainer.world_size)
+    batches = min(share, limit) if isinstance(limit, int) else int(share * limit)
+    return min(batches * trainer.world_size, count), data.count("val")
 
 
 class PartNote(Callback):

@@ -14,7 +14,7 @@ from derain.batch import PairBatch
 from derain.errors import DerainError
 from derain.memory import give_back_blocks
 from derain.methods.described import DescribedModule
-from derain.methods.divergence import REMEDY
+from derain.methods.divergence import REMEDY, listed, position
 from derain.metrics import ImageQuality, Scores
 from derain.metrics.perceptual import Lpips
 from derain.ranges import check_finite
@@ -112,9 +112,8 @@ class DerainModule(DescribedModule, ABC):
 
     def _finish(self, stage: str) -> dict[str, dict[str, Scores]]:
         scores = {kind: quality.compute() for kind, quality in self._quality.items()}
+        self._require_scores(stage, next(iter(scores["derained"].values())))
         for place, (name, score) in enumerate(scores["derained"].items()):
-            if self.resuming:
-                self._require_numbers(name, score)
             prefix = stage if place == 0 else f"{stage}/{name}"
             self.log_dict(
                 {f"{prefix}/psnr": float(score.psnr.mean()), f"{prefix}/ssim": float(score.ssim.mean())},
@@ -125,17 +124,20 @@ class DerainModule(DescribedModule, ABC):
                 self.log(f"{stage}/lpips", float(score.lpips.mean()))
         return scores
 
-    def _require_numbers(self, protocol: str, score: Scores) -> None:
-        """Refuse scores that are not finite."""
-        finite = np.isfinite(np.asarray(score.psnr)) & np.isfinite(np.asarray(score.ssim))
-        wrong = score.index[~finite].tolist()
-        if wrong:
-            pairs = getattr(getattr(self.trainer, "datamodule", None), "pairs", {}).get("val", ())
-            image = pairs[wrong[0]].name if pairs else wrong[0]
-            raise DerainError(
-                f"val/psnr ({protocol}) is not finite for {len(wrong)} images, first {image}, at epoch "
-                f"{self.current_epoch}, step {self.global_step}; {REMEDY}"
-            )
+    def _require_scores(self, stage: str, gathered: Scores) -> None:
+        """Refuse images without a score, which all ranks know of once scores are gathered.
+
+        Raises:
+            DerainError: If a derained image was not finite.
+        """
+        failed = gathered.index[np.isnan(gathered.psnr)].tolist()
+        if not failed:
+            return
+        pairs = getattr(getattr(self.trainer, "datamodule", None), "pairs", {}).get(stage, ())
+        names = [pairs[index].name if pairs else str(index) for index in failed]
+        if self.resuming:
+            raise DerainError(f"derained image is not finite at {position(self, names)}; {REMEDY}")
+        raise DerainError(f"{listed(names)}: derained image is not finite; use other weights")
 
     def _give_back_at(self, shape: torch.Size) -> None:
         """Hands memory back when images come in another size, which needs blocks of other sizes."""
@@ -151,11 +153,14 @@ class DerainModule(DescribedModule, ABC):
 
     on_test_epoch_start = on_validation_epoch_start
 
-    def validation_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Judges an image; gives the derained image to callbacks."""
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor] | None:
+        """Score an image; return the derained image for callbacks, or None where it is not finite."""
         self._give_back_at(batch["rainy"].shape)
         derained = self(batch["rainy"]).float()
-        check_finite(derained, f"{', '.join(batch['name'])}: derained image")
+        finite = derained.flatten(1).isfinite().all(1)
+        if not finite.all():  # refused when scores are gathered: the other ranks would wait for one that stops here
+            self._quality["derained"].update_failed(batch["index"][~finite])
+            return None
         derained = derained.clamp(-1, 2)  # far outside [0, 1], where metrics suspect another range; protocols clip
         self._quality["derained"].update(derained, batch["clean"], batch["index"], batch["name"])
         self._quality["rainy"].update(batch["rainy"], batch["clean"], batch["index"], batch["name"])

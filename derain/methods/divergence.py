@@ -1,6 +1,6 @@
 """Check that a training is finite: its losses and gradients, what it saves, and how it validates."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,22 @@ from derain.errors import DerainError
 
 REMEDY = "checkpoints saved before are unharmed; lower --model.learning_rate, or look at these images"
 NAMED = 8
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the names of images for a message.
+
+    Example:
+        >>> listed(["a", "b"]), listed("abcdefghij")
+        ('a, b', 'a, b, c, d, e, f, g, h and 2 more')
+    """
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def position(module: LightningModule, names: Sequence[str]) -> str:
+    """Return epoch, step and images for a message; without names, the images are another device's."""
+    images = f"images {listed(names)}" if names else "on another device"
+    return f"epoch {module.current_epoch}, step {module.global_step}, {images}"
 
 
 class FiniteCheck:
@@ -54,14 +70,8 @@ class FiniteCheck:
         self._stepped = True
         if not module.trainer.strategy.reduce_boolean_decision(finite, all=True):
             what = "gradient" if losses.isfinite() else "loss"
-            raise DerainError(f"{what} is not finite at {self._where(module, finite)}; {REMEDY}")
+            raise DerainError(f"{what} is not finite at {position(module, () if finite else self.names)}; {REMEDY}")
         return norm
-
-    def _where(self, module: LightningModule, finite: bool) -> str:
-        more = f" and {len(self.names) - NAMED} more" if len(self.names) > NAMED else ""
-        names = ", ".join(self.names[:NAMED]) + more
-        images = "on another device" if finite else f"images {names}"
-        return f"epoch {module.current_epoch}, step {module.global_step}, {images}"
 
 
 def require_finite(module: LightningModule, tensors: Iterable[Tensor], what: str) -> None:

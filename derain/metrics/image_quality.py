@@ -84,6 +84,18 @@ class ImageQuality(Metric):
             ]
             for place, (x, y) in zip(index.tolist(), pairs, strict=True)
         ]
+        self._append(rows)
+
+    def update_failed(self, index: Int[Tensor, " b"]) -> None:
+        """Record images that cannot be scored: their scores are NaN.
+
+        Args:
+            index: Index of each image in its set.
+        """
+        columns = 2 * len(self.protocols) + (self.lpips is not None)
+        self._append([[float(number)] + [float("nan")] * columns for number in index.tolist()])
+
+    def _append(self, rows: list[list[float]]) -> None:
         # MPS has no float64.
         device = torch.device("cpu") if self.device.type == "mps" else self.device
         self.rows.append(torch.tensor(rows, dtype=torch.float64, device=device).flatten())

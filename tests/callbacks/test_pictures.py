@@ -44,13 +44,24 @@ def test_panels(tmp_path, value, hook):
 
 
 @pytest.mark.parametrize("value", VALUES)
-@pytest.mark.parametrize("step", ["validation_step", "test_step", "predict_step"])
-def test_steps(monkeypatch, value, step):
+def test_prediction_steps(monkeypatch, value):
     method = PReNetModule(stages=1)
-    method.on_validation_epoch_start()
     monkeypatch.setattr(method, "forward", lambda rainy: broken(value))
     with pytest.raises(DerainError, match="scene_3"):
-        getattr(method, step)(batch(), 0)
+        method.predict_step(batch(), 0)
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("stage", ["validation", "test"])
+def test_evaluation_is_refused_when_scores_are_gathered(monkeypatch, tmp_path, value, stage):
+    """Not in the step of one rank, while the others wait for its scores."""
+    method = PReNetModule(stages=1)
+    method.trainer = trainer(tmp_path)
+    method.on_validation_epoch_start()
+    monkeypatch.setattr(method, "forward", lambda rainy: broken(value))
+    assert getattr(method, f"{stage}_step")(batch() | {"index": torch.tensor([7])}, 0) is None
+    with pytest.raises(DerainError, match=r"^7: "):
+        getattr(method, f"on_{stage}_epoch_end")()
 
 
 def test_a_wild_but_finite_output_is_scored(monkeypatch):

@@ -73,15 +73,19 @@ def test_images_that_are_not_finite_are_named_and_the_last_checkpoint_stays(
 
 
 def test_scores_that_are_not_finite_leave_the_best_checkpoint(place, capsys, monkeypatch):
-    kept = DerainModule.validation_step
+    kept, spoiled = DerainModule.validation_step, []
 
     def spoil(self, batch, batch_idx):
         if self.current_epoch == 1:
-            monkeypatch.setattr(type(self), "forward", lambda self, rainy: rainy * float("nan"))
+            spoiled.extend(batch["name"])
+            batch = copy.copy(batch) | {"rainy": batch["rainy"] * float("nan")}
         return kept(self, batch, batch_idx)
 
     monkeypatch.setattr(DerainModule, "validation_step", spoil)
-    assert main(["fit", "--config", "PReNetModule.yaml"]) == 2
+    assert main(["fit", "--config", "PReNetModule.yaml", "--data.val", "Rain800"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert len(spoiled) == 2
+    assert f"epoch 1, step 10, images {', '.join(spoiled)};" in error
     run = place / "runs/PReNetModule/fit-1"
     assert {last(run)["epoch"], torch.load(run / "checkpoints/best.ckpt", weights_only=True)["epoch"]} == {0}
     assert_nothing_spoiled(run)
@@ -123,6 +127,31 @@ def test_two_processes_stop_together(place):
     assert process.returncode == 2, told
     assert "Traceback" not in told
     assert "epoch 0, step 2" in told
+    assert_nothing_spoiled(place / "runs/PReNetModule/fit-1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_stop_together_after_validation(place, rank):
+    """The image of one rank is not finite: the other waits for its scores."""
+    script = place / "ranks.py"
+    script.write_text(
+        "import sys\n"
+        "from derain.cli import main\n"
+        "from derain.methods import PReNetModule\n"
+        "kept = PReNetModule.forward\n"
+        "def spoil(self, rainy):\n"
+        f"    spoiled = not self.training and self.global_rank == {rank} and self.global_step\n"
+        "    return kept(self, rainy) * (float('nan') if spoiled else 1)\n"
+        "PReNetModule.forward = spoil\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1", "--data.val", "Rain800"]
+    process = start("fit", "--config", "PReNetModule.yaml", *two, program=(str(script),))
+    told, _ = process.communicate(timeout=100)
+    assert process.returncode == 2, told
+    assert "Traceback" not in told
+    assert f"epoch 0, step 5, images {rank + 1};" in told
     assert_nothing_spoiled(place / "runs/PReNetModule/fit-1")
 
 

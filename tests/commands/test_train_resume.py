@@ -1,12 +1,14 @@
 """Training resumed from a checkpoint that was saved anywhere: as if nothing had happened."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from derain.cli import main
 from tests.kills import killed_equals_whole
@@ -15,6 +17,7 @@ from tests.tiny import MODELS, write_configs
 
 METHODS = [pytest.param(name, marks=[pytest.mark.slow] * (name != "PReNetModule")) for name in MODELS]
 WITHIN, AT_THE_END, IN_THE_NEXT = 3, 4, 6  # of epochs of four steps
+WORSE = ["--model.milestones", "[1]", "--model.decay", "100"]  # the second epoch
 
 
 @pytest.fixture
@@ -88,12 +91,54 @@ def test_any_option_of_the_trainer_resumes(place, options):
 
 def test_from_the_best_checkpoint_too(place):
     config = "PReNetModule.yaml"
-    assert main(["fit", "--config", config]) == 0
+    assert main(["fit", "--config", config, *WORSE]) == 0
     whole = place / "runs/PReNetModule/fit-1"
     best = torch.load(whole / "checkpoints/best.ckpt", weights_only=True)
-    again = resumed(config, whole / "checkpoints/best.ckpt")
-    if best["global_step"] < 8:
-        assert_equal_runs(whole, again)
+    assert best["global_step"] == 4
+    again = resumed(config, whole / "checkpoints/best.ckpt", *WORSE)
+    assert_equal_runs(whole, again)
+
+
+def exported(run):
+    """Weights that a run exports, and those of its last checkpoint."""
+    return load_file(run / "weights.safetensors"), last(run)["ema"]["network"]
+
+
+def test_the_best_epoch_is_kept_in_a_new_folder(place):
+    config = "PReNetModule-steps.yaml"
+    assert main(["fit", "--config", config, *WORSE]) == 0
+    whole = place / "runs/PReNetModule-steps/fit-1"
+    weights, after = exported(whole)
+    assert differing(weights, after)
+    checkpoint = whole / f"checkpoints/step-{IN_THE_NEXT}.ckpt"
+    again = resumed(config, checkpoint, *WORSE)
+    assert differing(weights, exported(again)[0]) == []
+    moved = Path(shutil.move(whole, place / "moved"))
+    again = resumed(config, moved / "checkpoints" / checkpoint.name, *WORSE, "--trainer.default_root_dir", "moved-on")
+    assert differing(weights, exported(place / "moved-on/fit-1")[0]) == []
+
+
+def test_the_best_epoch_starts_anew_where_scores_cannot_be_compared(place, caplog):
+    config = "PReNetModule-steps.yaml"
+    assert main(["fit", "--config", config, *WORSE]) == 0
+    whole = place / "runs/PReNetModule-steps/fit-1"
+    for root, change, note in [
+        ("protocol", ["--protocol", "[rgb]"], "--protocol ['rgb']"),
+        ("images", ["--data.val", "Rain800"], "validation images"),
+        ("none", ["--data.val", "none", "--trainer.limit_train_batches", "4"], "no images"),
+        ("limit", ["--trainer.limit_val_batches", "0"], "no images"),
+        ("gone", [], str(whole / "checkpoints/best.ckpt")),
+    ]:
+        if root == "gone":
+            (whole / "checkpoints/best.ckpt").unlink()
+        caplog.clear()
+        resumed(
+            config, whole / f"checkpoints/step-{AT_THE_END}.ckpt", *WORSE, *change, "--trainer.default_root_dir", root
+        )
+        weights, after = exported(place / root / "fit-1")
+        assert differing(weights, after) == []
+        assert [note in record.message for record in caplog.records if "best.ckpt" in record.message] == [True]
+        assert "0 of" not in caplog.text
 
 
 def test_another_order_is_refused(place, capsys):
