@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from derain.checkpoints import WholeCheckpointIO, remove_unfinished
 from derain.commands.lightning_messages import choose_messages
-from derain.commands.run_folders import root_of, shared_folder
+from derain.commands.run_folders import restarts, root_of, shared_folder
 from derain.commands.run_setup import callbacks, check_options, check_trainer, loggers
 from derain.data.datamodule import RainDataModule
 from derain.errors import DerainError, Stopped
@@ -234,7 +234,7 @@ class DerainCLI(LightningCLI):
         first = Path(str(files[0])).stem if files else "derain"
         root = Path(config.trainer.default_root_dir or Path("runs") / first)
         resuming = config.get("ckpt_path") == "last"
-        self.folder = shared_folder(root, str(self.subcommand), resuming)
+        self.folder = shared_folder(root, str(self.subcommand), resuming, self.arguments)
         config.trainer.default_root_dir = str(root_of(root))
         self.saved = copy.deepcopy(config)  # what repeats the run, in a folder of its own
         if resuming:
@@ -251,7 +251,7 @@ class DerainCLI(LightningCLI):
             for run in root_of(root).glob(f"{self.subcommand}-*"):
                 remove_unfinished(run, age=3600.0)  # others may be writing still
         last = self.folder / "checkpoints" / "last.ckpt"
-        again = last.is_file() and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+        again = last.is_file() and restarts() > 0
         if resuming or again:  # SLURM started the job again, in the folder that it has
             config.ckpt_path = str(last)
             weights.read(last)  # says in one line if it is damaged
