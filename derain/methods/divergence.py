@@ -57,6 +57,20 @@ class FiniteCheck:
             raise DerainError(f"{what} is not finite at {self._where(module, finite)}; {REMEDY}")
         return norm
 
+    def refuse_anomaly(self, module: LightningModule, error: RuntimeError) -> None:
+        """Refuse a gradient in which torch's anomaly detection found NaN.
+
+        Args:
+            module: Whose gradient it is.
+            error: Raised in the backward pass.
+
+        Raises:
+            DerainError: If the error is one of anomaly detection.
+        """
+        if torch.is_anomaly_enabled() and "returned nan values" in str(error):
+            message = f"gradient is not finite at {self._where(module, finite=False)}"
+            raise DerainError(f"{message} ({str(error).rstrip('.')}); {REMEDY}") from error
+
     def _where(self, module: LightningModule, finite: bool) -> str:
         more = f" and {len(self.names) - NAMED} more" if len(self.names) > NAMED else ""
         names = ", ".join(self.names[:NAMED]) + more
