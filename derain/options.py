@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from derain.errors import DerainError
@@ -58,6 +58,21 @@ def absent(option: str, known: Iterable[str]) -> str:
 
     near = max((one for one in known if not one.endswith(".help")), key=alike, default="")
     return f"{option}: no such option" + (f"; did you mean {near}?" if alike(near)[0] > 0.75 else "")
+
+
+def without_option(arguments: Sequence[str], option: str) -> list[str]:
+    """Return arguments without an option and its value, in either form.
+
+    Example:
+        >>> without_option(["fit", "--ckpt_path", "last", "--ckpt_path=last", "--data.crop=64"], "--ckpt_path")
+        ['fit', '--data.crop=64']
+    """
+    kept, is_value = [], False
+    for argument in arguments:
+        if not is_value and argument != option and not argument.startswith(f"{option}="):
+            kept.append(argument)
+        is_value = argument == option and not is_value
+    return kept
 
 
 def in_one_line(message: str, known: Iterable[str] = ()) -> str:

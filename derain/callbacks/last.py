@@ -31,6 +31,7 @@ class LastCheckpoint(Checkpoint):
         super().__init__(dirpath, "last", save_on_train_epoch_end=True, enable_version_counter=False)
         self._received: int | None = None
         self._requeue_signal: int | None = None
+        self._requeueing = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace Lightning's handlers: they communicate, or save, in the middle of a batch."""
@@ -51,14 +52,24 @@ class LastCheckpoint(Checkpoint):
         if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             return
         requeue = self._received is not None and self._received == self._requeue_signal
-        if trainer.strategy.reduce_boolean_decision(requeue, all=False) and trainer.is_global_zero:
-            job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
-            task = f"_{os.environ['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_JOB_ID" in os.environ else ""
-            log.warning("SLURM's signal: requeueing job %s", job + task)
-            subprocess.run(["scontrol", "requeue", job + task], check=False)
+        self._requeueing = trainer.strategy.reduce_boolean_decision(requeue, all=False)
         raise SIGTERMException
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save the position where a signal stopped."""
+        """Save the position where a signal stopped; then requeue the job, which SLURM may end at once."""
         self.save_on_exception = isinstance(exception, SIGTERMException) and trainer.training
         super().on_exception(trainer, pl_module, exception)
+        if self._requeueing and trainer.is_global_zero:
+            _requeue()
+
+
+def _requeue() -> None:
+    """Put the SLURM job of this process into the queue again; a failure is a warning."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    log.warning("SLURM's signal: requeueing job %s", job)
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        log.warning("job %s was not requeued (%s); submit it again, with --ckpt_path last", job, error)

@@ -8,12 +8,17 @@ from pathlib import Path
 SHOWN = re.compile(r"lightning/pytorch/(callbacks|tuner|profilers)/|signal_connector\.py$")
 """Files whose messages a user asked for: callbacks that were configured, searches, SLURM's signals."""
 
+SIGTERM = re.compile("An SIGTERMException was raised")
+"""A message of callbacks that is not: derain reports what stopped a run, and how to resume it."""
+
 
 class AskedFor(logging.Filter):
-    """Drops what Lightning says by itself: seeds, absent devices, a product."""
+    """Hide what Lightning reports unasked: seeds, absent devices, a product, derain's own use of signals."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether a message is shown."""
+        if SIGTERM.match(str(record.msg)):
+            return False
         return record.levelno >= logging.WARNING or bool(SHOWN.search(Path(record.pathname).as_posix()))
 
 
@@ -28,6 +33,7 @@ def choose_messages() -> None:
         ".*treespec, LeafSpec.*",
         ".*The dirpath has changed.*",
         ".*exists and is not empty. Previous log files.*",  # another logger's
+        "Checkpoint directory .* exists and is not empty.",  # of every run that is resumed
         ".*is smaller than the logging interval.*",
         ".*You requested to overfit but enabled .* dataloader shuffling.*",  # which turns it off
     ):

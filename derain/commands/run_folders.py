@@ -3,6 +3,8 @@
 import itertools
 import os
 import re
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -22,21 +24,27 @@ def root_of(folder: Path) -> Path:
     return folder.parent if RUN.fullmatch(folder.name) and (folder / "config.yaml").is_file() else folder
 
 
-def shared_folder(root: Path, command: str, resuming: bool) -> Path:
+def shared_folder(root: Path, command: str, resuming: bool, arguments: Sequence[str] = ()) -> Path:
     """Return the folder of the run, the same for all its processes.
 
     Processes of torchrun learn it from rank 0 through torchrun's store, those of SLURM have the id of their job in
     common, and those that Lightning starts find it in the environment.
+
+    Args:
+        root: Folder of runs.
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        resuming: Whether the newest run is resumed.
+        arguments: The command line, by which a job that SLURM restarts recognises its run.
     """
     variables = os.environ
-    by_torchrun, by_slurm = "TORCHELASTIC_RUN_ID" in variables, int(variables.get("SLURM_NTASKS", 1)) > 1
+    by_torchrun, by_slurm = "TORCHELASTIC_RUN_ID" in variables, _tasks_of_slurm() > 1
     if resuming and (by_torchrun or by_slurm):
         return run_folder(root, command, resuming)
     if by_torchrun:
         store = TCPStore(variables["MASTER_ADDR"], int(variables["MASTER_PORT"]), is_master=False)
         key = f"derain-{variables['TORCHELASTIC_RESTART_COUNT']}"
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            store.set(key, str(run_folder(root, command, resuming)))
+            store.set(key, str(_own_folder(root, command, resuming, arguments)))
         folder = Path(store.get(key).decode())
         folder.mkdir(parents=True, exist_ok=True)  # nodes may have disks of their own
         return folder
@@ -47,9 +55,50 @@ def shared_folder(root: Path, command: str, resuming: bool) -> Path:
         return folder
     if variables.get("LOCAL_RANK", "0") != "0":
         return Path(variables["DERAIN_RUN"])
-    folder = run_folder(root, command, resuming)
+    folder = _own_folder(root, command, resuming, arguments)
     variables["DERAIN_RUN"] = str(folder)
     return folder
+
+
+def restarts() -> int:
+    """Return how often SLURM has restarted the job of this process; 0 outside SLURM."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+
+def _tasks_of_slurm() -> int:
+    """Return the number of processes that SLURM started for this run; 1 in a shell of an allocation, as in Lightning."""
+    interactive = os.environ.get("SLURM_JOB_NAME") in {"bash", "interactive"}
+    return 1 if interactive else int(os.environ.get("SLURM_NTASKS", 1))
+
+
+def _own_folder(root: Path, command: str, resuming: bool, arguments: Sequence[str]) -> Path:
+    """Return the folder of a run whose folder one process chooses."""
+    if resuming or "SLURM_JOB_ID" not in os.environ:
+        return run_folder(root, command, resuming)
+    return job_folder(root_of(root), command, arguments)
+
+
+def job_folder(root: Path, command: str, arguments: Sequence[str]) -> Path:
+    """Return the folder of a run in a SLURM job: ``root/COMMAND-JOBID``, with ``.1``, ``.2`` for further runs.
+
+    A restarted job returns to the folder of the run that had the same command line. Each attempt records its command
+    line in the folder, in a file that one process alone can create, so that no two runs share a folder.
+    """
+    command_line = shlex.join(arguments)
+    names = itertools.chain([""], (f".{index}" for index in itertools.count(1)))
+    while True:
+        folder = root / f"{command}-{os.environ['SLURM_JOB_ID']}{next(names)}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if command_line not in [file.read_text() for file in folder.glob("slurm-*.txt")]:
+                continue
+        try:
+            with (folder / f"slurm-{restarts()}.txt").open("x") as record:
+                record.write(command_line)
+        except FileExistsError:  # another run of this attempt has the same command line
+            continue
+        return folder
 
 
 def run_folder(root: Path, command: str, resuming: bool) -> Path:

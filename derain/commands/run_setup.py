@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     LearningRateFinder,
     LearningRateMonitor,
+    ModelCheckpoint,
     ModelPruning,
     ProgressBar,
     RichProgressBar,
@@ -18,11 +20,13 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
 from derain.callbacks import (
     BatchSeeds,
     BestCheckpoint,
+    Checkpoint,
     FinalWeights,
     ImagePanels,
     LastCheckpoint,
@@ -31,6 +35,7 @@ from derain.callbacks import (
     TestResults,
     Throughput,
 )
+from derain.checkpoints import WholeCheckpointIO
 from derain.errors import DerainError
 
 log = logging.getLogger("derain")
@@ -60,6 +65,9 @@ def check_options(trainer: Any, command: str) -> None:
         value = trainer[option]
         if value is not None and value < 1:
             raise DerainError(f"--trainer.{option} {value}: must be at least 1")
+    clip = trainer.gradient_clip_val
+    if clip is not None and not 0 <= clip < float("inf"):
+        raise DerainError(f"--trainer.gradient_clip_val {clip}: must be a finite number of at least 0; 0 clips nothing")
     if trainer.overfit_batches:
         raise DerainError(
             f"--trainer.overfit_batches {trainer.overfit_batches}: crops are drawn anew in every epoch; to overfit, "
@@ -77,7 +85,7 @@ def check_options(trainer: Any, command: str) -> None:
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Refuse precisions, strategies and callbacks that derain's methods do not support.
+    """Refuse what derain's methods do not support: precisions, strategies, callbacks; let checkpoints be written whole.
 
     Raises:
         DerainError: If the trainer has one.
@@ -91,6 +99,19 @@ def check_trainer(trainer: Trainer) -> None:
         raise DerainError(
             f"--trainer.strategy {type(trainer.strategy).__name__}: not supported; use auto, ddp or "
             "ddp_find_unused_parameters_true"
+        )
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # it cannot pass on messages and exit codes
+        raise DerainError(
+            f"--trainer.strategy ddp_{trainer.strategy.launcher._start_method}: not supported on the command line; use "
+            "ddp or ddp_find_unused_parameters_true"
+        )
+    checkpoint_io = trainer.strategy.checkpoint_io
+    if type(checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = WholeCheckpointIO()
+    elif not isinstance(checkpoint_io, WholeCheckpointIO):
+        raise DerainError(
+            f"--trainer.plugins {type(checkpoint_io).__name__}: not supported, since a checkpoint must be complete when "
+            "the training continues; leave it out, or derive a class from derain.checkpoints.WholeCheckpointIO"
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
@@ -122,9 +143,9 @@ def loggers(configured: Any, folder: Path, checkpoint: str | None) -> list[Logge
 
 
 def _keep_history(csv: CSVLogger, past: Path, checkpoint: Path) -> None:
-    """Lets a resumed run append to its metrics, from the checkpoint's step on (the logger would delete them).
+    """Keep the metrics of a resumed run up to the step of its checkpoint; the logger would delete the file.
 
-    Of a file that was cut off while the logger wrote it anew, what is whole is kept.
+    Incomplete rows, of a run that was killed while the logger wrote the file, are dropped.
     """
     content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     loops = content["loops"]["fit_loop"]
@@ -150,6 +171,19 @@ def _keep_history(csv: CSVLogger, past: Path, checkpoint: Path) -> None:
     experiment.metrics_keys = header.split(",")
 
 
+def save_during_manual_optimization(callback: ModelCheckpoint) -> None:
+    """Let a configured ``ModelCheckpoint``, or a subclass of it, work the same for methods with manual optimisation.
+
+    Its class becomes ``derain.callbacks.Checkpoint``, or derives from it beside the user's class.
+    """
+    own = type(callback)
+    if own is ModelCheckpoint:
+        callback.__class__ = Checkpoint
+    elif not issubclass(own, Checkpoint):
+        names = {"__module__": own.__module__, "__qualname__": own.__qualname__}  # states are saved by this name
+        callback.__class__ = type(own.__name__, (own, Checkpoint), names)
+
+
 def callbacks(
     given: list[Callback], command: str, config: Any, folder: Path, monitor: str, commit: str | None
 ) -> list[Callback]:
@@ -164,6 +198,9 @@ def callbacks(
         commit: What results belong to.
     """
     chosen = list(given)
+    for callback in chosen:
+        if isinstance(callback, ModelCheckpoint):
+            save_during_manual_optimization(callback)
     if config.trainer.enable_progress_bar is not False and not any(isinstance(bar, ProgressBar) for bar in chosen):
         chosen.append(RichProgressBar(leave=False))
     if command != "fit":

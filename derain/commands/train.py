@@ -17,16 +17,15 @@ import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning import LightningModule, Trainer
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import LightningEnum, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from derain.checkpoints import WholeCheckpointIO, remove_unfinished
+from derain.checkpoints import remove_unfinished
 from derain.commands.lightning_messages import choose_messages
-from derain.commands.run_folders import root_of, shared_folder
+from derain.commands.run_folders import restarts, root_of, run_folder, shared_folder
 from derain.commands.run_setup import callbacks, check_options, check_trainer, loggers
 from derain.data.datamodule import RainDataModule
 from derain.errors import DerainError, Stopped
@@ -35,20 +34,25 @@ from derain.methods import DerainModule, DescribedModule, weights
 from derain.methods.daclipsde.solvers import Sampling
 from derain.metrics import resolve
 from derain.metrics.perceptual import lpips_at_hand
-from derain.options import in_one_line
+from derain.options import in_one_line, without_option
 
-DENIED = ["torch.hub", "torch.load", "torch.package", "torch.utils.collect_env", "torch.utils.cpp_extension"]
-"""What a configuration may not name, besides jsonargparse's own list: torch's ways to run code or commands."""
+DENIED = [
+    "torch.hub",
+    "torch.jit.load",
+    "torch.load",
+    "torch.package",
+    "torch.serialization",
+    "torch.utils.collect_env",
+    "torch.utils.cpp_extension",
+    "lightning.fabric.utilities.cloud_io",
+]
+"""What a configuration may not name, besides jsonargparse's own list: ways to run code or commands, or load pickles."""
 
 log = logging.getLogger("derain")
 
 COMMANDS = tuple(LightningCLI.subcommands())
 LIGHTNING = Path(lightning.__file__).parent
 TORCH = Path(torch.__file__).parent
-LIGHTNING_CHECKPOINT = {
-    "lightning.pytorch.callbacks.ModelCheckpoint",
-    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
-}
 REFUSALS = (ValueError, TypeError, RuntimeError, AttributeError, ImportError, MisconfigurationException)
 """What Lightning refuses options and callbacks with."""
 
@@ -233,8 +237,9 @@ class DerainCLI(LightningCLI):
         files = [file for file in config.get("config") or [] if file]  # a configuration may be given as text
         first = Path(str(files[0])).stem if files else "derain"
         root = Path(config.trainer.default_root_dir or Path("runs") / first)
+        self.root = root
         resuming = config.get("ckpt_path") == "last"
-        self.folder = shared_folder(root, str(self.subcommand), resuming)
+        self.folder = shared_folder(root, str(self.subcommand), resuming, self.arguments)
         config.trainer.default_root_dir = str(root_of(root))
         self.saved = copy.deepcopy(config)  # what repeats the run, in a folder of its own
         if resuming:
@@ -243,15 +248,12 @@ class DerainCLI(LightningCLI):
         for logger in _as_list(config.trainer.logger):
             if getattr(logger, "init_args", {}).get("save_dir", "") in {None, "."}:
                 logger.init_args.save_dir = str(self.folder)
-        for callback in _as_list(config.trainer.callbacks):
-            if callback.class_path in LIGHTNING_CHECKPOINT:
-                callback.class_path = "derain.callbacks.Checkpoint"
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             remove_unfinished(self.folder)
             for run in root_of(root).glob(f"{self.subcommand}-*"):
                 remove_unfinished(run, age=3600.0)  # others may be writing still
         last = self.folder / "checkpoints" / "last.ckpt"
-        again = last.is_file() and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+        again = last.is_file() and restarts() > 0
         if resuming or again:  # SLURM started the job again, in the folder that it has
             config.ckpt_path = str(last)
             weights.read(last)  # says in one line if it is damaged
@@ -347,8 +349,6 @@ class DerainCLI(LightningCLI):
         except REFUSALS as error:
             raise DerainError(f"--trainer: {' '.join(str(error).split())}") from error
         check_trainer(trainer)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -386,8 +386,12 @@ class DerainCLI(LightningCLI):
             return "; no results were written, since not all images were scored"
         if not (self.folder / "checkpoints" / "last.ckpt").is_file():
             return " before the first checkpoint; start again"
-        resume = [] if "last" in self.arguments else ["--ckpt_path", "last"]
-        command = shlex.join(["derain", *self.arguments, *resume])
+        resume = ["--ckpt_path", "last"]
+        arguments = without_option(self.arguments, "--ckpt_path")
+        if run_folder(self.root, "fit", resuming=True) != self.folder:  # last would be another run's
+            arguments = without_option(arguments, "--trainer.default_root_dir")
+            resume = ["--trainer.default_root_dir", str(self.folder), *resume]
+        command = shlex.join(["derain", *arguments, *resume])
         return f" in epoch {self.trainer.current_epoch}; resume by: {command}"
 
 
@@ -426,6 +430,7 @@ def run(arguments: list[str]) -> int:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not ours
     set_parsing_settings(import_path_denylist=DENIED)  # given a list, jsonargparse refuses instead of warning
     choose_messages()
+    yaml.SafeDumper.add_multi_representer(LightningEnum, lambda dumper, value: dumper.represent_str(value.value))
     DerainCLI(
         DescribedModule,
         RainDataModule,

@@ -156,6 +156,8 @@ class RainDataModule(LightningDataModule):
         for option, value in counts.items():
             if value is not None and value < 1:
                 raise DerainError(f"--data.{option} {value}: must be at least 1")
+        if workers is not None and workers < 0:
+            raise DerainError(f"--data.workers {workers}: must be at least 0")
         if not 0 < val_share < 1:
             raise DerainError(f"--data.val_share {val_share}: must be between 0 and 1")
         self.sets = {"train": train, "val": val, "test": test, "predict": predict}

@@ -16,6 +16,7 @@ import derain
 from derain import loops
 from derain.errors import DerainError
 from derain.methods.divergence import FiniteCheck, require_finite
+from derain.methods.hyper_parameters import check_hyper_parameters
 from derain.methods.metadata import Metadata
 from derain.methods.resuming import use_configured
 
@@ -165,7 +166,20 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
             loops.begin(self.trainer, self._resumed["position"])
         self._resumed = None
 
+    def setup(self, stage: str) -> None:
+        """Refuse hyper-parameters that cannot be trained with or recorded, before the optimiser is built."""
+        if stage == "fit":
+            check_hyper_parameters(type(self), {k: v for k, v in self.hparams.items() if not k.startswith("_")})
+
     # What is not finite stops the training.
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients; a NaN that ``detect_anomaly`` finds is refused as without it."""
+        try:
+            super().backward(loss, *args, **kwargs)
+        except RuntimeError as error:
+            self.finite.refuse_anomaly(self, error)
+            raise
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Note the images of a batch."""

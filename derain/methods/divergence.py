@@ -73,6 +73,20 @@ class FiniteCheck:
             raise DerainError(f"{what} is not finite at {position(module, () if finite else self.names)}; {REMEDY}")
         return norm
 
+    def refuse_anomaly(self, module: LightningModule, error: RuntimeError) -> None:
+        """Refuse a gradient in which torch's anomaly detection found NaN.
+
+        Args:
+            module: Whose gradient it is.
+            error: Raised in the backward pass.
+
+        Raises:
+            DerainError: If the error is one of anomaly detection.
+        """
+        if torch.is_anomaly_enabled() and "returned nan values" in str(error):
+            message = f"gradient is not finite at {position(module, self.names)}"
+            raise DerainError(f"{message} ({str(error).rstrip('.')}); {REMEDY}") from error
+
 
 def require_finite(module: LightningModule, tensors: Iterable[Tensor], what: str) -> None:
     """Refuse to save tensors that are not finite.

@@ -99,21 +99,32 @@ def check(path: Path, metadata: Mapping[str, Any], schema: Any, built: Any = Non
             raise _refusal(path, name, value, hints[name])
     if built is None:
         return
-    hints = _signature(built)
+    hints = signature(built)
     for name, value in metadata["hyper_parameters"].items():
         if not fits(value, hints.get(name, Any)):
             raise _refusal(path, f"{built.__name__}.{name}", value, hints[name])
 
 
 def _refusal(path: Path, name: str, value: object, expected: Any) -> DerainError:
-    wanted = getattr(expected, "__name__", str(expected)) if isinstance(expected, type) else str(expected)
     return DerainError(
-        f"{path}: metadata has {shorten(name, 60)} = {shorten(repr(value), 60)}; expected "
-        f"{wanted.replace('typing.', '').replace('collections.abc.', '')}; use a file that derain wrote"
+        f"{path}: metadata has {shorten(name, 60)} = {shorten(repr(value), 60)}; expected {type_name(expected)}; use a "
+        "file that derain wrote"
     )
 
 
-def _signature(built: Any) -> dict[str, Any]:
+def type_name(expected: Any) -> str:
+    """Return a declared type as it is written in a signature.
+
+    Example:
+        >>> type_name(float), type_name(Sequence[int] | None)
+        ('float', 'Sequence[int] | None')
+    """
+    name = expected.__name__ if isinstance(expected, type) else str(expected)
+    return name.replace("typing.", "").replace("collections.abc.", "")
+
+
+def signature(built: Any) -> dict[str, Any]:
+    """Return the declared types of the arguments of a class; none where they cannot be resolved."""
     try:
         return get_type_hints(built.__init__)
     except NameError:  # a user's class with names that only a type checker imports

@@ -33,6 +33,10 @@ def place(tmp_path, monkeypatch):
         ("from os import system", {"class_path": LAMBDA, "init_args": {"on_fit_start": "named.system"}}, "system"),
         ("", {"class_path": "subprocess.Popen", "init_args": {"args": "ls"}}, "subprocess.Popen"),
         ("", {"class_path": "builtins.eval"}, "builtins.eval"),
+        *(
+            ("", {"class_path": LAMBDA, "init_args": {"on_fit_start": name}}, name)
+            for name in ("torch.serialization.load", "torch.jit.load", "lightning.fabric.utilities.cloud_io._load")
+        ),
     ],
 )
 def test_what_runs_commands_is_refused(place, monkeypatch, capsys, module, option, named):

@@ -164,3 +164,51 @@ def test_tasks_of_slurm_share_the_folder_of_their_job_step(tmp_path, monkeypatch
         folders.append(shared_folder(tmp_path, "fit", resuming=False))
     assert folders == [tmp_path / name for name in ("fit-7", "fit-7", "fit-7.1")]
     assert all(folder.is_dir() for folder in folders)
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """Start a run of one task in SLURM's job 7, as its N-th attempt; return the name of its folder."""
+    for name in ("LOCAL_RANK", "DERAIN_RUN", "SLURM_NTASKS", "SLURM_STEP_ID", "SLURM_JOB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def attempt(number, *arguments, **variables):
+        if number:
+            monkeypatch.setenv("SLURM_RESTART_COUNT", str(number))
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return shared_folder(tmp_path, "fit", False, ["fit", *arguments]).name
+
+    return attempt
+
+
+def test_a_restarted_job_of_one_task_returns_to_its_folder(job):
+    assert [job(number, SLURM_NTASKS="1") for number in (0, 1, 3)] == ["fit-7"] * 3
+
+
+def test_runs_of_one_job_are_told_apart_by_their_command_lines(job):
+    runs = [("--data.crop", "64"), ("--data.crop", "128"), ("--data.crop", "64")]
+    assert [job(0, *run) for run in runs] == ["fit-7", "fit-7.1", "fit-7.2"]
+    assert [job(1, *run) for run in runs] == ["fit-7", "fit-7.1", "fit-7.2"]
+    assert job(1, "--data.crop", "32") == "fit-7.3"
+
+
+def test_runs_in_the_shell_of_an_allocation_are_runs_of_their_own(job):
+    shell = {"SLURM_JOB_NAME": "interactive", "SLURM_NTASKS": "4"}
+    assert [job(0, **shell) for _ in range(3)] == ["fit-7", "fit-7.1", "fit-7.2"]
+
+
+def test_a_training_in_a_restarted_job_of_one_task_is_resumed(place, job, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert main([*FIT, "--trainer.max_epochs", "2", "--trainer.default_root_dir", "whole"]) == 0
+    halves = [*FIT, "--config", "epochs.yaml"]  # the command line stays, as in a job that was interrupted
+    for number, epochs in enumerate((1, 2)):
+        (place / "epochs.yaml").write_text(f"trainer: {{max_epochs: {epochs}}}")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(number))
+        assert main(halves) == 0
+    assert [path.name for path in (place / "runs/exp").iterdir()] == ["fit-7"]
+    run = place / "runs/exp/fit-7"
+    assert len(metrics(run, "val/psnr")) == 2
+    for name, value in last(run)["state_dict"].items():
+        assert torch.equal(value, last(place / "whole/fit-7")["state_dict"][name])

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from derain.cli import main
+from derain.methods import PReNetModule
 from tests.kills import killed_equals_whole
 from tests.runs import differing, finish, last, metrics, start
 from tests.tiny import MODELS, write_configs
@@ -155,20 +156,40 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "fit", "SLURM_NODELIST": "127.0.
 SLURM |= {f"SLURM_{name}ID": "0" for name in ("PROC", "LOCAL", "NODE")}
 
 
+def test_a_job_that_cannot_be_requeued_keeps_its_position(place, monkeypatch, caplog):
+    for name, value in (SLURM | {"PATH": ""}).items():
+        monkeypatch.setenv(name, value)
+    kept, calls = PReNetModule.training_step, []
+
+    def stopping(self, batch, index):
+        calls.append(index)
+        if len(calls) == 6:  # of 4 in an epoch
+            signal.raise_signal(signal.SIGUSR1)
+        return kept(self, batch, index)
+
+    monkeypatch.setattr(PReNetModule, "training_step", stopping)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    assert main(["fit", "--config", "PReNetModule.yaml"]) == 128 + signal.SIGTERM
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert last(place / "runs/PReNetModule/fit-7")["global_step"] == 6
+    assert "job 7 was not requeued" in caplog.text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_the_step_where_it_stops(place, sent):
     """SIGTERM, and what SLURM sends before time is up: it wants the job in the queue again."""
     scontrol = place / "bin/scontrol"
     scontrol.parent.mkdir()
-    scontrol.write_text("#!/bin/sh\necho $* > requeued.txt\n")
+    scontrol.write_text("#!/bin/sh\ncp ended/fit-7/checkpoints/last.ckpt requeued.ckpt\n")
     scontrol.chmod(0o755)
     variables = SLURM | {"PATH": f"{scontrol.parent}:{os.environ['PATH']}"} if sent == signal.SIGUSR1 else {}
     config = ["fit", "--config", "PReNetModule.yaml", "--trainer.max_epochs", "20"]
     config += ["--trainer.accumulate_grad_batches", "2"]
     assert main([*config, "--trainer.default_root_dir", "whole"]) == 0
     process = start(*config, "--trainer.default_root_dir", "ended", **variables)
-    run = place / "ended/fit-1"
+    run = place / ("ended/fit-7" if variables else "ended/fit-1")
     while not (run / "checkpoints/last.ckpt").exists():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
@@ -176,7 +197,8 @@ def test_a_signal_saves_the_step_where_it_stops(place, sent):
     told, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, told
     assert 2 <= last(run)["global_step"] < 40
-    assert (place / "requeued.txt").is_file() == (sent == signal.SIGUSR1)
+    if variables:  # requeued after the position was saved
+        assert (place / "requeued.ckpt").read_bytes() == (run / "checkpoints/last.ckpt").read_bytes()
     assert not list(run.glob("hpc_ckpt*"))
     assert main([*config, "--trainer.default_root_dir", "ended", "--ckpt_path", "last"]) == 0
     assert_equal_runs(place / "whole/fit-1", run)

@@ -3,17 +3,20 @@
 import functools
 import json
 import logging
+import os
+import shlex
 import signal
 import time
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from derain.cli import main
 from derain.methods import DerainModule, PReNetModule, weights
 from tests.factories import make_set
-from tests.runs import finish, rows, start
+from tests.runs import finish, last, rows, start
 
 CONFIG = {
     "model": {"class_path": "PReNetModule", "init_args": {"variant": "PRN_r", "stages": 1}},
@@ -94,6 +97,17 @@ def refusal(capsys):
         (["--lr_scheduler", "StepLR"], ["--lr_scheduler", "--model.milestones"]),
         (["--weights_only", "false"], ["--weights_only false"]),
         (["--trainer.logger", "MLFlowLogger"], ["mlflow"]),
+        (["--trainer.gradient_clip_val", "-1"], ["--trainer.gradient_clip_val -1"]),
+        (["--trainer.gradient_clip_val", ".nan"], ["--trainer.gradient_clip_val nan"]),
+        (["--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"], ["--trainer.strategy ddp_spawn"]),
+        (["--trainer.strategy", "ddp_fork", "--trainer.devices", "2"], ["--trainer.strategy ddp_fork"]),
+        (["--trainer.plugins", "AsyncCheckpointIO"], ["--trainer.plugins AsyncCheckpointIO"]),
+        (["--data.workers", "-1"], ["--data.workers -1"]),
+        (["--model.learning_rate", "0"], ["--model.learning_rate 0"]),
+        (["--model.learning_rate", "-1"], ["--model.learning_rate -1"]),
+        (["--model.learning_rate", ".nan"], ["--model.learning_rate nan"]),
+        (["--model.decay", ".nan"], ["--model.decay nan"]),
+        (["--model.decay", "-1"], ["--model.decay -1"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -154,6 +168,30 @@ def test_checkpoints_by_time_and_by_steps_with_either_way_of_optimisation(place,
     saved = trained_with(place, by_time, by_steps, config=config)
     assert {"time-step=1.ckpt", "time-step=2.ckpt", "step=1.ckpt", "step=2.ckpt"} <= saved
     assert not [warning for warning in recwarn if "manual optimization" in str(warning.message)]
+
+
+class OwnCheckpoint(ModelCheckpoint):
+    """A user's class, whose hook sees the method itself."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        assert pl_module.network is not None
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+@pytest.mark.parametrize("config", ["exp", "gan"])
+def test_a_users_checkpoint_class_saves_by_time_with_either_way_of_optimisation(place, config):
+    given = {"train_time_interval": "00:00:00", "save_top_k": -1, "filename": "own-{step}"}
+    saved = trained_with(place, (f"{__name__}.OwnCheckpoint", given), config=config)
+    assert {"own-step=1.ckpt", "own-step=2.ckpt"} <= saved
+
+
+@pytest.mark.parametrize("given", [{}, {"interval": "step"}])
+def test_a_timer_stops_a_training(place, given):
+    timer = ("Timer", {"duration": "00:00:00:00", "verbose": False, **given})
+    trained_with(place, timer, options=("--trainer.max_epochs", "50"))
+    assert last(place / "runs/callbacks/fit-1")["epoch"] < 49
+    config = yaml.safe_load((place / "runs/callbacks/fit-1/config.yaml").read_text())
+    assert config["trainer"]["callbacks"][0]["init_args"]["interval"] == "step"
 
 
 @pytest.mark.parametrize("bar", ["TQDMProgressBar", "RichProgressBar"])
@@ -410,6 +448,40 @@ def test_a_stopped_training_says_how_to_resume(place, capsys, stopped, signum, c
     assert "derain fit --config exp.yaml --trainer.max_epochs 9 --ckpt_path last" in error
     assert not (place / "runs/exp/fit-1/weights.safetensors").exists()
     assert fit("--ckpt_path", "last") == 0
+
+
+@pytest.mark.parametrize("resuming", [["--ckpt_path", "last"], ["--ckpt_path=last"]])
+def test_the_command_that_resumes_replaces_the_checkpoint_of_the_command_line(place, capsys, stopped, resuming):
+    assert fit() == 0
+    stopped("training_step", signal.SIGTERM)
+    assert fit("--trainer.max_epochs", "9", *resuming) == 143
+    command = capsys.readouterr().err.strip().splitlines()[-1].partition("resume by: ")[2]
+    assert command == "derain fit --config exp.yaml --trainer.max_epochs 9 --ckpt_path last"
+
+
+def test_the_command_that_resumes_names_this_run_where_another_is_newer(place, capsys, stopped):
+    assert fit() == 0
+    assert fit("--ckpt_path", "runs/exp/fit-1/checkpoints/last.ckpt", "--trainer.max_epochs", "2") == 0
+    os.utime(place / "runs/exp/fit-2/checkpoints/last.ckpt", (2**32, 2**32))
+    stopped("training_step", signal.SIGTERM)
+    assert fit("--trainer.max_epochs", "9") == 143
+    command = capsys.readouterr().err.strip().splitlines()[-1].partition("resume by: derain ")[2]
+    assert main(shlex.split(command)) == 0
+    assert [last(place / f"runs/exp/fit-{number}")["epoch"] for number in (1, 2, 3)] == [0, 1, 8]
+    assert len(list((place / "runs/exp").iterdir())) == 3
+
+
+def test_a_stopped_and_resumed_training_reports_nothing_that_is_usual(place):
+    process = start("fit", "--config", "exp.yaml", "--trainer.max_epochs", "2000")
+    while not (place / "runs/exp/fit-1/checkpoints/last.ckpt").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, text
+    assert "SIGTERMException" not in text
+    text = finish("fit", "--config", "exp.yaml", "--ckpt_path", "last")
+    assert "is not empty" not in text
 
 
 def test_a_training_stopped_before_its_first_checkpoint_says_so(place, capsys, stopped):
