@@ -216,27 +216,23 @@ def edit_exif(data: bytes, rng: Rng, files: Files) -> bytes:
 
 def edit_exif_entry(data: bytes, rng: Rng, files: Files) -> bytes:
     """Change tag, type, count or value of an entry of EXIF's directories, and leave the rest whole."""
-    start = data.find(b"Exif\0\0") + 6
-    if start < 6:
-        start = max(data.find(b"II*\0", 4), data.find(b"MM\0*", 4))
+    start = data.find(b"MM\0*\0\0\0\x08", 4)  # EXIF of `camera_exif`
     if start < 0:
         return edit_chunk(data, rng, files)
-    order = "<" if data[start : start + 2] == b"II" else ">"
     changed = bytearray(data)
-    offset = start + struct.unpack_from(order + "I", data, start + 4)[0]
-    (count,) = struct.unpack_from(order + "H", data, offset)
-    entries = [offset + 2 + 12 * index for index in range(count)]
+    (count,) = struct.unpack_from(">H", data, start + 8)
+    entries = [start + 10 + 12 * index for index in range(count)]
     for entry in list(entries):
-        tag, _, _, value = struct.unpack_from(order + "HHII", data, entry)
+        tag, _, _, value = struct.unpack_from(">HHII", data, entry)
         if tag in {0x8769, 0x8825}:
-            (count,) = struct.unpack_from(order + "H", data, start + value)
+            (count,) = struct.unpack_from(">H", data, start + value)
             entries += [start + value + 2 + 12 * index for index in range(count)]
     for _ in range(int(rng.integers(1, 4))):
         entry = entries[int(rng.integers(len(entries)))]
         field, form, most = [(2, "H", 14), (2, "H", 14), (2, "H", 14), (0, "H", 65535), (4, "I", 20), (8, "I", 400)][
             int(rng.integers(6))
         ]
-        struct.pack_into(order + form, changed, entry + field, int(rng.integers(most)))
+        struct.pack_into(f">{form}", changed, entry + field, int(rng.integers(most)))
     return bytes(fix_checksums(changed))
 
 
@@ -318,7 +314,7 @@ def check_written(photo: Photo, path: Path) -> None:
     Raises:
         AssertionError: If size or metadata are not what was written.
     """
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(dir=path.parent) as folder:
         for suffix in (".jpg", ".png", ".webp", ".tif", ".bmp"):
             target = Path(folder, path.name).with_suffix(suffix)
             written = photo.write(target)
