@@ -215,10 +215,10 @@ def edit_exif(data: bytes, rng: Rng, files: Files) -> bytes:
 
 
 def edit_exif_entry(data: bytes, rng: Rng, files: Files) -> bytes:
-    """Change tag, type, count or value of an entry of EXIF's directories, and leave the rest whole."""
+    """Change tag, type, count or value of entries of EXIF's directories; files without EXIF become a JPEG with it."""
     start = data.find(b"MM\0*\0\0\0\x08", 4)  # EXIF of `camera_exif`
     if start < 0:
-        return edit_chunk(data, rng, files)
+        return edit_exif_entry(files["a.jpg"], rng, files)
     changed = bytearray(data)
     (count,) = struct.unpack_from(">H", data, start + 8)
     entries = [start + 10 + 12 * index for index in range(count)]
@@ -252,6 +252,7 @@ def wrong_content(data: bytes, rng: Rng, files: Files) -> bytes:
 
 
 MUTATIONS: tuple[Callable[[bytes, Rng, Files], bytes], ...] = (
+    edit_exif_entry,
     flip_bits,
     flip_bits_of_the_head,
     truncate,
@@ -261,7 +262,6 @@ MUTATIONS: tuple[Callable[[bytes, Rng, Files], bytes], ...] = (
     edit_chunk,
     edit_chunk,
     edit_exif,
-    edit_exif_entry,
     wrong_content,
 )
 
