@@ -10,6 +10,7 @@ import derain
 from derain.errors import DerainError, Stopped
 from derain.interrupts import interruptible
 from derain.options import CommandParser
+from derain.warning_limit import few_warnings
 
 TRAINER = {
     "fit": "train a method: derain fit --config experiments/rain100h.yaml",
@@ -93,13 +94,14 @@ def main(argv: list[str] | None = None) -> int:
         if command in TRAINER:
             from derain.commands import train
 
-            return train.run(arguments)
+            with few_warnings(logging.getLogger("derain")):
+                return train.run(arguments)
         if command not in COMMANDS:
             raise DerainError(f"no command {command!r}; known are {', '.join(TRAINER | COMMANDS)}")
         module = importlib.import_module(f"derain.commands.{command}")
         parser = CommandParser(f"derain {command}", description=module.__doc__)
         module.add_arguments(parser)
-        with interruptible():
+        with interruptible(), few_warnings(logging.getLogger("derain")):
             return int(module.run(parser.parse_args(arguments[1:])))
     except KeyboardInterrupt as interrupt:
         stop = interrupt if isinstance(interrupt, Stopped) else Stopped("interrupted")

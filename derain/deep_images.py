@@ -13,9 +13,12 @@ from derain.errors import DerainError
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # decoders write to stderr without a file name
 
-WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION = 256, 257, 258, 259, 262, 274
+WIDTH, HEIGHT, BITS, PHOTOMETRIC = 256, 257, 258, 262
 CHANNELS, PLANES, EXTRA, SAMPLE_FORMAT, PROFILE = 277, 284, 338, 339, 34675
 """Tags of TIFF."""
+
+FLOATS = 3
+"""Value of the tag SAMPLE_FORMAT."""
 
 INVERTED, GREY, RGB = 0, 1, 2
 """Values of the tag PHOTOMETRIC."""
@@ -157,20 +160,23 @@ def _check_layout(tags: ImageFileDirectory_v2) -> None:
     layout = f"{channels} channels of {'/'.join(map(str, sorted(set(bits))))}-bit {names.get(kind, 'unknown numbers')}"
     supported = len(set(bits)) == 1 and (kind, bits[0]) in {(1, 16), (3, 32), (3, 64)}
     supported &= channels in ({1} if colours in (INVERTED, GREY) else {3, 4} if colours == RGB else set())
-    supported &= not (colours == INVERTED and kind == 3)
+    supported &= not (colours == INVERTED and kind == FLOATS)
     if not supported:
         raise ValueError(f"{layout} (photometric interpretation {colours}) are not supported")
     if channels > 1 and numbers(tags, PLANES, 1)[0] != 1:
         raise ValueError(f"{layout} in separate planes are not supported")
 
 
-def encode(suffix: str, channels: NDArray[np.float32], profile: bytes | None) -> bytes:
+def encode(
+    suffix: str, channels: NDArray[np.float32], icc_profile: bytes | None = None, exif: bytes | None = None
+) -> bytes:
     """Encode an image with 16 bits a channel.
 
     Args:
         suffix: One of ``WRITABLE``.
         channels: ``(h, w, c)`` in [0, 1]: grey, grey and alpha, RGB, or RGB and alpha.
-        profile: ICC profile that fits the channels.
+        icc_profile: ICC profile that fits the channels.
+        exif: EXIF as Pillow has it; only a PNG holds it.
 
     Raises:
         DerainError: If the image cannot be encoded.
@@ -184,7 +190,9 @@ def encode(suffix: str, channels: NDArray[np.float32], profile: bytes | None) ->
     if not ok:
         raise DerainError(f"'{suffix}': an image of shape {array.shape} cannot be encoded with 16 bits; write 8 bits")
     encoded = data.tobytes()
-    return encoded if profile is None else _with_profile(encoded, profile)
+    if exif is not None and suffix == ".png":
+        encoded = encoded[:33] + _chunk(b"eXIf", exif.removeprefix(b"Exif\0\0")) + encoded[33:]
+    return encoded if icc_profile is None else _with_profile(encoded, icc_profile)
 
 
 def _with_profile(encoded: bytes, profile: bytes) -> bytes:

@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from derain import deep_images
+from derain.deep_images import numbers
 from derain.errors import DerainError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "AVIF")
@@ -31,11 +32,9 @@ ORIENTATION = 0x0112
 TURNS = {1: (0, 0), 2: (1, 0), 3: (0, 2), 4: (1, 2), 5: (1, 1), 6: (0, 3), 7: (1, 3), 8: (0, 1)}
 """EXIF orientation to what sets an image upright: whether it is mirrored first, and quarter turns counter-clockwise."""
 
-log = logging.getLogger("derain")
-
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, EOFError),
-    *(MemoryError, RuntimeError, struct.error, zlib.error),
+    *(AttributeError, MemoryError, RuntimeError, struct.error, zlib.error),
 )
 """What decoders were seen to raise for damaged files: Pillow reports damaged PNG chunks as SyntaxError, for example."""
 
@@ -61,6 +60,7 @@ class ImageSource:
         image: What Pillow opened; None for a TIFF of more than 8 bits a channel, not all of which Pillow knows.
         tags: Of a TIFF of more than 8 bits a channel.
         deep: Whether the file has more than 8 bits a channel.
+        several_frames: Whether it has several frames or pages, of which only the first is read.
         exif: None if there is none, or it is damaged.
         damaged_exif: What is wrong with EXIF, if anything.
     """
@@ -72,6 +72,7 @@ class ImageSource:
     image: Image.Image | None
     tags: ImageFileDirectory_v2 | None
     deep: bool
+    several_frames: bool = False
     exif: Image.Exif | None = None
     damaged_exif: str = ""
 
@@ -94,6 +95,11 @@ class ImageSource:
         return f"EXIF ignored: it is damaged ({self.damaged_exif})" if self.damaged_exif else ""
 
     @property
+    def floating(self) -> bool:
+        """Whether pixels are floating-point numbers, whose white the file does not state."""
+        return self.tags is not None and numbers(self.tags, deep_images.SAMPLE_FORMAT, 1)[0] == deep_images.FLOATS
+
+    @property
     def profile(self) -> bytes | None:
         """ICC profile, if it is one of RGB or grey, which pixels are converted to."""
         stored = self.tags.get(deep_images.PROFILE) if self.image is None else self.image.info.get("icc_profile")  # type: ignore[union-attr]
@@ -108,21 +114,13 @@ class ImageSource:
 
 
 def several_frames(path: Path) -> bool:
-    """Return whether a file that `opened` has read has several frames or pages, of which only the first is used."""
-    return path in _several_frames
+    """Return whether a file has several frames or pages, of which only the first is read.
 
-
-_several_frames: set[Path] = set()
-
-
-def _note_frames(path: Path) -> None:
-    """Warn of a file with several frames; of the first five by name, since a set may have thousands."""
-    if path in _several_frames:
-        return
-    _several_frames.add(path)
-    if len(_several_frames) <= 5:
-        further = "; further files of this kind are not listed" if len(_several_frames) == 5 else ""
-        log.warning("%s: has several frames or pages; only the first is used%s", path, further)
+    Raises:
+        DerainError: If the file is absent or no image.
+    """
+    with opened(path) as source:
+        return source.several_frames
 
 
 @contextmanager
@@ -137,16 +135,11 @@ def opened(path: Path) -> Iterator[ImageSource]:
         with path.open("rb") as file:
             tags = deep_images.deep_tiff_tags(file)
             if tags is not None:
-                if tags.next:
-                    _note_frames(path)
                 yield _deep_tiff(file, tags)
                 return
             file.seek(0)
             deep = deep_images.is_deep_png(file.read(26))
             with Image.open(file, formats=FORMATS) as image:
-                # The further images of a camera's JPEG (MPO) are previews and depth maps.
-                if image.format != "MPO" and getattr(image, "is_animated", False):
-                    _note_frames(path)
                 yield _opened_by_pillow(file, image, deep)
     except DerainError:
         raise
@@ -172,7 +165,9 @@ def _opened_by_pillow(file: BinaryIO, image: Image.Image, deep: bool) -> ImageSo
     # Of a TIFF, `size` is turned already, but not always as the pixels will be.
     width, height = image.size if image.format != "TIFF" else (image.tag_v2[256], image.tag_v2[257])  # type: ignore[attr-defined]
     stated = None if exif is None else exif.get(ORIENTATION)
-    return ImageSource(file, height, width, stated, image, None, deep, exif, damage)
+    # The further images of a camera's JPEG (MPO) are previews and depth maps.
+    several = image.format != "MPO" and getattr(image, "is_animated", False)
+    return ImageSource(file, height, width, stated, image, None, deep, several, exif, damage)
 
 
 def _has_late_metadata(file: BinaryIO) -> bool:
@@ -190,12 +185,12 @@ def _has_late_metadata(file: BinaryIO) -> bool:
 
 
 def _deep_tiff(file: BinaryIO, tags: ImageFileDirectory_v2) -> ImageSource:
-    height, width = (deep_images.numbers(tags, tag, 0)[0] for tag in (deep_images.HEIGHT, deep_images.WIDTH))
+    height, width = (numbers(tags, tag, 0)[0] for tag in (deep_images.HEIGHT, deep_images.WIDTH))
     if min(height, width) < 1:
         raise ValueError(f"its size is {width}x{height}")
     if height * width > MEGAPIXELS * 1_000_000:
         raise Image.DecompressionBombError
-    return ImageSource(file, height, width, tags.get(ORIENTATION), None, tags, True)
+    return ImageSource(file, height, width, tags.get(ORIENTATION), None, tags, True, bool(tags.next))
 
 
 def valid_orientation(value: Any) -> int:

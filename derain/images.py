@@ -18,14 +18,12 @@ from PIL import Image
 
 from derain import deep_images
 from derain.errors import DerainError
-from derain.image_sources import ORIENTATION, UNREADABLE, ImageSource, opened, upright
+from derain.image_sources import ImageSource, opened, upright
+from derain.metadata import JPEG, Info, exif_to_write, has_location, writable
 from derain.ranges import OVERSHOOT, check_finite, extremes, span
 
 Pixels = NDArray[np.uint8]
 """RGB pixels, ``(h, w, 3)``, 0 to 255."""
-
-JPEG = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
-"""Endings of JPEG files."""
 
 SUFFIXES = JPEG | {".png", ".webp", ".avif", ".tif", ".tiff", ".bmp"}
 """File names that count as images, in lower case."""
@@ -42,11 +40,8 @@ ESCAPED = "backslashreplace"
 WITH_ALPHA = frozenset({".png", ".webp", ".tif", ".tiff", ".avif"})
 """Endings of formats with transparency."""
 
-EXIF_OF_JPEG = 65_533
-"""Bytes of EXIF that a JPEG file can hold."""
-
-GPS = 0x8825
-"""EXIF's tag of the location."""
+DARK = 0.02
+"""Share of white that a photo exceeds somewhere; a floating-point file that does not was probably scaled otherwise."""
 
 log = logging.getLogger("derain")
 
@@ -170,13 +165,28 @@ def warn_once(message: str) -> None:
     log.warning(message)
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[ImageSource]:
+    """Open an image file, and warn if only its first frame is used."""
+    with opened(path) as source:
+        if source.several_frames:
+            _warn_of_frames(path)
+        yield source
+
+
+@functools.cache
+def _warn_of_frames(path: Path) -> None:
+    """Log a warning, once for a file; the command line limits how many of them are shown."""
+    log.warning("%s: several frames or pages; only the first is used", path)
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Return height and width of the upright image, from the file's head alone.
 
     Raises:
         DerainError: If the file is absent, no image, or too large to be decoded safely.
     """
-    with opened(path) as source:
+    with _opened(path) as source:
         return source.size
 
 
@@ -186,7 +196,7 @@ def exif_problem(path: Path) -> str:
     Raises:
         DerainError: If the file is absent or no image.
     """
-    with opened(path) as source:
+    with _opened(path) as source:
         return source.exif_problem
 
 
@@ -196,9 +206,9 @@ def read_rgb(path: Path) -> Pixels:
     Raises:
         DerainError: If the file cannot be read as an image.
     """
-    with opened(path) as source:
+    with _opened(path) as source:
         if source.deep:
-            return to_bytes(_read_deep(source, path, 1).rgb, str(path))
+            return to_bytes(_read_deep(source, path, None).rgb, str(path))
         return np.ascontiguousarray(source.pixels("RGB"))
 
 
@@ -232,9 +242,9 @@ class Photo:
     alpha: NDArray[np.float32] | None = None
     grey: bool = False
     bits: int = 8
-    info: dict[str, Any] | None = None
+    info: Info | None = None
 
-    def write(self, path: Path, rgb: NDArray[np.float32] | None = None) -> None:
+    def write(self, path: Path, rgb: NDArray[np.float32] | None = None) -> Info:
         """Write colours (by default its own) with the alpha, bit depth and profile of this photo.
 
         Formats without alpha or 16 bit get 8-bit colours.
@@ -242,6 +252,9 @@ class Photo:
         Args:
             path: The file; its ending says the format.
             rgb: ``(h, w, 3)`` in [0, 1].
+
+        Returns:
+            The metadata that was written; a warning names what the format cannot hold.
 
         Raises:
             DerainError: If a value is NaN or infinite, or the ending names no format that can hold the image.
@@ -257,56 +270,40 @@ class Photo:
             channels = np.concatenate([channels, self.alpha[..., None]], axis=2)
         deep = self.bits == 16 and suffix in deep_images.WRITABLE
         grey = channels.shape[2] == 1 or (channels.shape[2] == 2 and not deep)
-        info = _writable_info(self.info or {}, path, grey)
+        info = writable(self.info or {}, path, grey=grey, deep=deep)
         if deep:
             with replacing(path) as temporary:
-                temporary.write_bytes(deep_images.encode(suffix, channels, info.get("icc_profile")))
-            return
+                temporary.write_bytes(deep_images.encode(suffix, channels, **info))
+            return info
         array = np.rint(channels * 255).astype(np.uint8)
         write_image(path, Image.fromarray(array[..., 0] if array.shape[2] == 1 else array), **info)
+        return info
 
     @property
     def has_location(self) -> bool:
-        """Whether the EXIF that is written again says where the photo was taken."""
-        exif = Image.Exif()
-        exif.load((self.info or {}).get("exif", b""))
-        return GPS in exif
+        """Whether the file's EXIF says where the photo was taken; `write` returns what is written of it."""
+        return has_location(self.info or {})
 
     def without_metadata(self) -> "Photo":
         """Return the photo without EXIF: no time, camera or location; the colour profile stays."""
         return replace(self, info={key: value for key, value in (self.info or {}).items() if key != "exif"})
 
 
-def _writable_info(info: dict[str, Any], path: Path, grey: bool) -> dict[str, Any]:
-    """Return the metadata that a format can hold; a warning names what it cannot."""
-    kept = dict(info)
-    suffix = path.suffix.lower()
-    if suffix == ".bmp":
-        return {}
-    if suffix in JPEG and len(kept.get("exif", b"")) > EXIF_OF_JPEG:
-        log.warning("%s: EXIF dropped: it has %d bytes, and JPEG holds %d", path, len(kept.pop("exif")), EXIF_OF_JPEG)
-    profile = kept.get("icc_profile")
-    if profile is not None and (profile[16:20] == b"GRAY") != grey:
-        log.warning("%s: ICC profile dropped: it is not one of %s", path, "grey" if grey else "colours")
-        kept.pop("icc_profile")
-    return kept
-
-
-def read_photo(path: Path, white: float | int = 1) -> Photo:
+def read_photo(path: Path, white: float | int | None = None) -> Photo:
     """Read any photo: grey, palette, transparent, 16-bit, floating-point, rotated by EXIF.
 
     Args:
         path: The file.
-        white: Value of white in a floating-point file, 255 for example.
+        white: Value of white in the colours of a floating-point file, 255 for example; 1 unless given.
 
     Raises:
         DerainError: If the file cannot be read as an image, or floating-point values are not from 0 to ``white``.
     """
-    with opened(path) as source:
+    with _opened(path) as source:
         photo = _read_deep(source, path, white) if source.deep else _read_shallow(source)
         if source.exif_problem:
             log.warning("%s: %s", path, source.exif_problem)
-        info = {"icc_profile": source.profile, "exif": _exif_to_write(source, path)}
+        info = {"icc_profile": source.profile, "exif": exif_to_write(source, path)}
         return replace(photo, info={key: value for key, value in info.items() if value})
 
 
@@ -320,42 +317,40 @@ def _read_shallow(source: ImageSource) -> Photo:
     return Photo(np.ascontiguousarray(array[..., :3]), array[..., 3] if has_alpha else None, grey)
 
 
-def _read_deep(source: ImageSource, path: Path, white: float | int) -> Photo:
+def _read_deep(source: ImageSource, path: Path, white: float | int | None) -> Photo:
     if source.image is not None:
         source.image.load()  # finds damage, which OpenCV's decoder of PNG would write to standard error
     values = deep_images.decode(source.file, (source.height, source.width), source.tags)
-    values = _in_range(upright(values, source.orientation), path, white)
+    values = upright(values, source.orientation)
     channels = values.shape[2]
-    alpha = values[..., -1] if channels in {2, 4} else None
-    rgb = np.repeat(values[..., :1], 3, axis=2) if channels <= 2 else values[..., :3]
+    colours, alpha = (values[..., :-1], values[..., -1]) if channels in {2, 4} else (values, None)
+    if source.floating:
+        colours = _in_range(colours, path, white)
+        alpha = None if alpha is None else _in_range(alpha, path, None)
+        if 0 < colours.max() < DARK:
+            brightest = float(colours.max()) * (white or 1)
+            log.warning("%s: nearly black: the highest value is %g, and white is %g", path, brightest, white or 1)
+    rgb = np.repeat(colours, 3, axis=2) if channels <= 2 else colours
     return Photo(np.ascontiguousarray(rgb), alpha, channels <= 2, 16)
 
 
-def _exif_to_write(source: ImageSource, path: Path) -> bytes | None:
-    """Return EXIF without the orientation, which is applied to the pixels; None in TIFF, where it is the layout."""
-    if source.exif is None or source.image is None or source.image.format == "TIFF":
-        return None
-    exif = source.exif
-    exif.pop(ORIENTATION, None)
-    try:
-        return exif.tobytes() if len(exif) else None
-    except UNREADABLE as error:
-        log.warning("%s: EXIF dropped: it is damaged (%s)", path, error)
-        return None
+def _in_range(values: NDArray[np.float32], path: Path, white: float | int | None) -> NDArray[np.float32]:
+    """Scale floating-point values by white and clip a slight overshoot.
 
-
-def _in_range(values: NDArray[np.float32], path: Path, white: float | int) -> NDArray[np.float32]:
-    """Scale floating-point values by white and clip a slight overshoot."""
+    Args:
+        values: Colours or transparency.
+        path: The file, for messages.
+        white: Value of white; None: 1, and a message says to scale the file.
+    """
     low, high = extremes(values)
-    limit = white * OVERSHOOT
-    if not (-limit <= low and high <= white + limit):  # NaN compares false
-        raise DerainError(
-            f"{path}: has {span(low, high)}; expected 0 to {white:g}; "
-            "scale the image, or name the value of white (derain restore --white)"
-        )
-    if low < -0.001 * white or high > 1.001 * white:  # more than rounding
-        log.warning("%s: values from %g to %g clipped to 0 and %g", path, low, high, white)
-    return np.asarray(np.clip(values / np.float32(white), 0, 1), np.float32)
+    highest = 1 if white is None else white
+    limit = highest * OVERSHOOT
+    if not (-limit <= low and high <= highest + limit):  # NaN compares false
+        step = "scale the values of the file" if white is None else "scale them, or give the value of white by --white"
+        raise DerainError(f"{path}: has {span(low, high)}; expected 0 to {highest:g}; {step}")
+    if low < -0.001 * highest or high > 1.001 * highest:  # more than rounding
+        log.warning("%s: values from %g to %g clipped to 0 and %g", path, low, high, highest)
+    return np.asarray(np.clip(values / np.float32(highest), 0, 1), np.float32)
 
 
 def write_image(path: Path, image: Image.Image | Pixels, **options: Any) -> None:

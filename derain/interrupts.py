@@ -14,7 +14,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise `Stopped` for the first of ``SIGNALS`` within the block; further ones are ignored until the block has ended.
+    """Raise `Stopped` for the first of ``SIGNALS`` within the block; further ones are ignored until it ends.
 
     Signals that the process ignores already, as ``nohup`` makes it ignore a hang-up, stay ignored.
     """

@@ -23,6 +23,7 @@ from PIL import Image
 
 from derain.errors import DerainError
 from derain.images import Photo, image_size, read_photo, read_rgb
+from derain.metadata import has_location
 
 Rng = np.random.Generator
 Files = dict[str, bytes]
@@ -43,9 +44,7 @@ def whole_files(rng: Rng) -> Files:
     """Return undamaged files by name."""
     rgb = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (40, 30))
     rgba = np.dstack([rgb, rgb[..., 0]])
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010E] = 6, "rain"
-    exif.get_ifd(0x8825)[1] = "N"
+    exif = camera_exif()
     profile = bytes(16) + b"RGB " + bytes(108)
     files = {}
     for name, pixels, options in [
@@ -93,6 +92,16 @@ def whole_files(rng: Rng) -> Files:
         tifffile.imwrite(buffer, pixels, **options)
         files[name] = buffer.getvalue()
     return files
+
+
+def camera_exif() -> bytes:
+    """Return EXIF with what cameras write: texts, rationals, bytes, and directories of the exposure and location."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x010F], exif[0x0110], exif[0x0132] = 6, "rain", "Maker", "Model", "2020:01:01"
+    exif[0x011A], exif[0x011B], exif[0x8298] = 72.0, 72.0, "nobody"
+    exif[0x8769] = {0x9003: "2020:01:01 00:00:00", 0x829A: 0.1, 0x8827: 100, 0x9286: b"ASCII\0\0\0wet", 0x920A: 35.0}
+    exif[0x8825] = {1: "N", 2: (1.0, 2.0, 3.0), 3: "E", 4: (4.0, 5.0, 6.0), 5: b"\0", 6: 7.5, 29: "2020:01:01"}
+    return exif.tobytes()
 
 
 def saved(name: str, image: Image.Image, **options: object) -> bytes:
@@ -205,12 +214,45 @@ def edit_exif(data: bytes, rng: Rng, files: Files) -> bytes:
     return flip_bits_of_the_head(data, rng, files)
 
 
+def edit_exif_entry(data: bytes, rng: Rng, files: Files) -> bytes:
+    """Change tag, type, count or value of entries of EXIF's directories; files without EXIF become a JPEG with it."""
+    start = data.find(b"MM\0*\0\0\0\x08", 4)  # EXIF of `camera_exif`
+    if start < 0:
+        return edit_exif_entry(files["a.jpg"], rng, files)
+    changed = bytearray(data)
+    (count,) = struct.unpack_from(">H", data, start + 8)
+    entries = [start + 10 + 12 * index for index in range(count)]
+    for entry in list(entries):
+        tag, _, _, value = struct.unpack_from(">HHII", data, entry)
+        if tag in {0x8769, 0x8825}:
+            (count,) = struct.unpack_from(">H", data, start + value)
+            entries += [start + value + 2 + 12 * index for index in range(count)]
+    for _ in range(int(rng.integers(1, 4))):
+        entry = entries[int(rng.integers(len(entries)))]
+        field, form, most = [(2, "H", 14), (2, "H", 14), (2, "H", 14), (0, "H", 65535), (4, "I", 20), (8, "I", 400)][
+            int(rng.integers(6))
+        ]
+        struct.pack_into(f">{form}", changed, entry + field, int(rng.integers(most)))
+    return bytes(fix_checksums(changed))
+
+
+def fix_checksums(data: bytearray) -> bytearray:
+    """Write the right checksums into a PNG; other files stay as they are."""
+    start = 8
+    while data.startswith(b"\x89PNG") and start < len(data):
+        end = start + 8 + struct.unpack_from(">I", data, start)[0]
+        struct.pack_into(">I", data, end, zlib.crc32(data[start + 4 : end]))
+        start = end + 4
+    return data
+
+
 def wrong_content(data: bytes, rng: Rng, files: Files) -> bytes:
     contents = [*WRONG_CONTENT.values(), *files.values()]
     return contents[int(rng.integers(len(contents)))]
 
 
 MUTATIONS: tuple[Callable[[bytes, Rng, Files], bytes], ...] = (
+    edit_exif_entry,
     flip_bits,
     flip_bits_of_the_head,
     truncate,
@@ -225,17 +267,21 @@ MUTATIONS: tuple[Callable[[bytes, Rng, Files], bytes], ...] = (
 
 
 def mutated_files(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """Yield names and contents of damaged files; every kind of file meets every kind of damage in turn."""
+    """Yield names and contents of damaged files; every kind of file meets every kind of damage in repetition."""
     rng = np.random.default_rng(seed)
     files = whole_files(rng)
     for number in range(count):
         kind = list(files)[number % len(files)]
-        mutate = MUTATIONS[number // len(files) % len(MUTATIONS)] if number < 10 * len(files) else rng.choice(MUTATIONS)
+        mutate = (
+            MUTATIONS[number // len(files) % len(MUTATIONS)]
+            if number < len(MUTATIONS) * len(files)
+            else rng.choice(MUTATIONS)
+        )
         yield f"{number:04d}-{mutate.__name__}-{kind}", mutate(files[kind], rng, files)
 
 
 def check(path: Path) -> str:
-    """Read a file in every way: return "read", or why it was refused.
+    """Read a file in every way, and write what was read: return "read", or why it was refused.
 
     Raises:
         AssertionError: If the ways disagree on the size, an image is not one, or a refusal does not name the file.
@@ -255,7 +301,27 @@ def check(path: Path) -> str:
         if isinstance(image, np.ndarray):
             assert image.shape == (*size, 3), (image.shape, size)
             assert image.dtype == np.uint8 or 0 <= image.min() <= image.max() <= 1
-    return "read" if isinstance(photo, Photo) else str(photo)
+    if not isinstance(photo, Photo):
+        return str(photo)
+    if photo.rgb.size < 1_000_000:
+        check_written(photo, path)
+    return "read"
+
+
+def check_written(photo: Photo, path: Path) -> None:
+    """Write a photo in every format and read it again.
+
+    Raises:
+        AssertionError: If size or metadata are not what was written.
+    """
+    with TemporaryDirectory(dir=path.parent) as folder:
+        for suffix in (".jpg", ".png", ".webp", ".tif", ".bmp"):
+            target = Path(folder, path.name).with_suffix(suffix)
+            written = photo.write(target)
+            again = read_photo(target)
+            assert again.rgb.shape == photo.rgb.shape
+            assert bool((again.info or {}).get("exif")) == ("exif" in written), (suffix, written)
+            assert again.has_location == has_location(written)
 
 
 def main() -> None:

@@ -39,12 +39,16 @@ def test_a_signal_that_is_ignored_stays_ignored(number):
 @pytest.mark.parametrize("second", SIGNALS)
 def test_a_second_signal_does_not_end_the_clean_up(first, second):
     steps = []
-    with pytest.raises(Stopped) as stopped, interruptible():
+
+    def command():
         try:
             signal.raise_signal(first)
         finally:
             signal.raise_signal(second)
             steps.append("removed")
+
+    with pytest.raises(Stopped) as stopped, interruptible():
+        command()
     assert steps == ["removed"]
     assert stopped.value.code == 128 + first
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from derain import image_sources, images
+from derain import images
 from derain.cli import main
 from derain.commands.restore import plan
 from derain.data.matching import set_folders
@@ -20,9 +20,8 @@ from tests.factories import clean_image, make_set, save
 
 
 @pytest.fixture(autouse=True)
-def nothing_warned_yet(monkeypatch):
+def nothing_warned_yet():
     images.warn_once.cache_clear()
-    monkeypatch.setattr(image_sources, "_several_frames", set())
 
 
 def names(folder, files):
@@ -224,11 +223,16 @@ def test_pages_of_a_deep_tiff_are_noted(tmp_path, caplog):
     assert line.startswith(f"{tmp_path / 'a.tif'}: ")
 
 
-def test_many_files_of_several_frames_give_few_lines(tmp_path, caplog):
+def test_many_files_of_several_frames_give_few_lines_and_a_total(tmp_path, caplog):
+    (tmp_path / "derained").mkdir()
     for index in range(9):
-        read_rgb(write_frames(tmp_path / f"{index}.tif"))
-    assert len(caplog.records) == 5
-    assert "further files" in caplog.text
+        write_frames(tmp_path / f"derained/{index}.tif")
+        save(tmp_path / f"clean/{index}.png", clean_image(0))
+    command = ["score", str(tmp_path / "derained"), str(tmp_path / "clean"), "--protocol", "rgb"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    lines = [record.getMessage() for record in caplog.records if "frames" in record.getMessage()]
+    assert len(lines) == 6
+    assert lines[-1].startswith("9 files")
 
 
 def test_verify_finds_files_of_several_frames(tmp_path):

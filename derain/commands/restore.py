@@ -17,6 +17,7 @@ from derain.errors import DerainError
 from derain.folders import check_outputs
 from derain.images import SUFFIXES, Photo, image_files, read_photo, select_images, to_bytes, write_image
 from derain.memory import give_back_blocks, keep_large_blocks
+from derain.metadata import has_location
 from derain.pictures import compare, write_explanation
 from derain.progress import track
 
@@ -114,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
         compile=args.compile,
     )
     print(f"{args.weights}: {restorer.note}, on {restorer.device}", file=sys.stderr)
-    done, located = 0, []
+    done, refused = 0, len(broken)
+    located: list[Path] = []
     try:
         for source, target in track(waiting.items(), "Restoring", len(waiting)):
             try:
@@ -125,7 +127,11 @@ def run(args: argparse.Namespace) -> int:
                 broken.append(str(error))
             give_back_blocks()
     except KeyboardInterrupt:
-        print(f"restored {done} of {len(jobs)}: {args.output}; run the same command for the rest", file=sys.stderr)
+        remaining = list(waiting.values())[done + len(broken) - refused :]
+        counts = (
+            f"restored {done} of {len(jobs)}, kept {kept} that exist, {len(broken)} failed, {len(remaining)} remain"
+        )
+        print(f"{counts}: {args.output}; {_next_step(remaining, args.overwrite)}", file=sys.stderr)
         raise
     told = f"restored {done} of {len(jobs)} {'photos' if not films else 'photos and videos'}" + (
         f", kept {kept} that exist (--overwrite)" if kept else ""
@@ -139,12 +145,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _next_step(remaining: Sequence[Path], overwrite: bool) -> str:
+    """Return how to restore the rest after an interrupt."""
+    if not overwrite:
+        return "run the same command for the rest"
+    old = sum(target.exists() for target in remaining)
+    if old:
+        return f"run the same command to restore all again: {old} of the remaining exist from before"
+    return "run the same command without --overwrite for the rest"
+
+
 def _told(broken: Sequence[str]) -> DerainError:
     return DerainError(broken[0] if len(broken) == 1 else "\n  ".join([f"{len(broken)} files:", *broken]))
 
 
 def restore_photo(restorer: "Restorer", source: Path, target: Path, args: argparse.Namespace) -> bool:
-    """Restore a photo, and write what was asked for beside it, first: whoever has the photo has all.
+    """Restore a photo.
+
+    The explanation and the comparison are written before the photo, so that a photo that exists has them beside it.
 
     Returns:
         Whether the metadata that is written has the location.
@@ -160,8 +178,7 @@ def restore_photo(restorer: "Restorer", source: Path, target: Path, args: argpar
         write_explanation(explanation(target), images | maps, explained.perceived)
     if args.compare:
         write_comparison(photo, derained, target)
-    photo.write(target, derained)
-    return photo.has_location and target.suffix.lower() != ".bmp"
+    return has_location(photo.write(target, derained))
 
 
 def restore_video(restorer: "Restorer", source: Path, target: Path, args: argparse.Namespace) -> bool:

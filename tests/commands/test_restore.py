@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from derain.cli import main
+from derain.commands import restore
 from derain.commands.restore import plan
 from derain.errors import DerainError
 from derain.images import read_photo, read_rgb, to_bytes, write_image
@@ -321,6 +322,7 @@ SLOW = """
 import sys, time
 from PIL import Image
 from derain.cli import main
+from derain.commands import restore
 
 save = Image.Image.save
 
@@ -349,6 +351,45 @@ def test_an_interrupt_takes_one_line_and_leaves_no_temporary_file(photo, file, t
     assert list(folder.iterdir()) == []
     assert "Traceback" not in text
     assert "0 of 1" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "old", "counts", "step"),
+    [
+        ([], ["1.png"], (1, 1, 2), "run the same command for"),
+        (["--overwrite"], [], (1, 0, 3), "without --overwrite"),
+        (["--overwrite"], ["4.png"], (1, 0, 3), "all again"),
+    ],
+)
+def test_an_interrupt_says_how_to_restore_the_rest(file, tmp_path, capsys, monkeypatch, options, old, counts, step):
+    for index in range(1, 6):
+        write_image(tmp_path / f"in/{index}.png", clean_image(index, (16, 24)))
+    (tmp_path / "in/2.png").write_bytes(b"")  # fails
+    for name in old:
+        write_image(tmp_path / "out" / name, clean_image(0, (16, 24)))
+    restored, original = [], restore.restore_photo
+
+    def interrupted(restorer, source, target, args):
+        if len(restored) == 1 and source.name != "2.png":
+            raise KeyboardInterrupt
+        done = original(restorer, source, target, args)
+        restored.append(target)
+        return done
+
+    monkeypatch.setattr(restore, "restore_photo", interrupted)
+    arguments = ["restore", str(tmp_path / "in"), str(tmp_path / "out"), "--weights", file, "--device", "cpu", *options]
+    assert main(arguments) == 130
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("restored"))
+    done, kept, left = counts
+    for part in (f"restored {done} of 5", f"kept {kept} ", "1 failed", f"{left} remain", step):
+        assert part in line
+
+
+def test_the_location_is_noted_only_if_it_was_written(file, tmp_path, capsys):
+    source = located(tmp_path / "in.jpg")
+    for name in ("out.bmp", "out.png"):
+        assert main(["restore", str(source), str(tmp_path / name), "--weights", file, "--device", "cpu"]) == 0
+        assert ("(GPS)" in capsys.readouterr().err) is (name == "out.png")
 
 
 def test_floating_point_photos_are_scaled_by_white(photo, file, tmp_path, capsys):
