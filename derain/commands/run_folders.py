@@ -66,7 +66,7 @@ def restarts() -> int:
 
 
 def _tasks_of_slurm() -> int:
-    """Return the number of processes that SLURM started for this run; 1 in a shell of an allocation, as in Lightning."""
+    """Return the number of processes that SLURM started for this run; 1 in an interactive shell, as in Lightning."""
     interactive = os.environ.get("SLURM_JOB_NAME") in {"bash", "interactive"}
     return 1 if interactive else int(os.environ.get("SLURM_NTASKS", 1))
 
