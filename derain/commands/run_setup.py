@@ -110,8 +110,8 @@ def check_trainer(trainer: Trainer) -> None:
         trainer.strategy.checkpoint_io = WholeCheckpointIO()
     elif not isinstance(checkpoint_io, WholeCheckpointIO):
         raise DerainError(
-            f"--trainer.plugins {type(checkpoint_io).__name__}: not supported, since a checkpoint must be complete when "
-            "the training continues; leave it out, or derive a class from derain.checkpoints.WholeCheckpointIO"
+            f"--trainer.plugins {type(checkpoint_io).__name__}: not supported, since a checkpoint must be complete "
+            "when the training continues; leave it out, or derive a class from derain.checkpoints.WholeCheckpointIO"
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
