@@ -66,7 +66,8 @@ def restarts() -> int:
 
 
 def _tasks_of_slurm() -> int:
-    """Return the number of processes that SLURM started for this run; 1 in an interactive shell, as in Lightning."""
+    """Return the number of processes that SLURM started for this run; 1 in a shell of an allocation."""
+    # The names by which Lightning recognises a shell.
     interactive = os.environ.get("SLURM_JOB_NAME") in {"bash", "interactive"}
     return 1 if interactive else int(os.environ.get("SLURM_NTASKS", 1))
 
