@@ -8,6 +8,7 @@ where ``max_steps`` is set. Here the counters are put where a clean position has
 from typing import Any, NamedTuple
 
 from lightning import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loops.loop import _Loop
 
 
@@ -17,10 +18,12 @@ class Position(NamedTuple):
     Attributes:
         epoch: Epochs before this one.
         batch: Batches of this epoch that were trained on.
+        trained: Batches that were trained on in all epochs, which may have had other numbers of them.
     """
 
     epoch: int
     batch: int
+    trained: int
 
 
 def describe(trainer: Trainer) -> dict[str, Any]:
@@ -52,22 +55,33 @@ def settle(loops: dict[str, Any]) -> Position:
     counters = loops["fit_loop"]
     epoch, batches = counters["epoch_progress"], counters["epoch_loop.batch_progress"]
     validation = counters["epoch_loop.val_loop.batch_progress"]
-    validated = batches["current"]["processed"] == batches["current"]["completed"]
+    images = validation["current"]
+    validated = batches["current"]["processed"] == batches["current"]["completed"] and (
+        images["ready"] == images["completed"]  # else stopped within a validation
+    )
     _complete(batches)
     if epoch["current"]["started"] == epoch["current"]["processed"]:  # between two epochs
         _complete(epoch)
-        return Position(epoch["current"]["processed"], 0)
+        return Position(epoch["current"]["processed"], 0, batches["total"]["processed"])
     if not validated:  # a validation that is due here is begun, as Lightning sees it
         for tracker in (validation["total"], validation["current"]):
             tracker |= dict.fromkeys(tracker, 0)
         validation["total"] |= {"ready": 1, "started": 1}
-    return Position(epoch["current"]["processed"], batches["current"]["processed"])
+    return Position(epoch["current"]["processed"], batches["current"]["processed"], batches["total"]["processed"])
 
 
 def _complete(progress: dict[str, Any]) -> None:
     """Count what was processed as completed, and forget what was begun."""
     for tracker in (progress["total"], progress["current"]):
         tracker |= dict.fromkeys(tracker, tracker["processed"])
+
+
+def accumulation(trainer: Trainer, epoch: int) -> int:
+    """Return the batches of an optimiser step in an epoch: Lightning's callback sets them when an epoch begins."""
+    schedules = [one for one in trainer.callbacks if isinstance(one, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    if schedules:
+        return schedules[0].get_accumulate_grad_batches(epoch)
+    return int(trainer.accumulate_grad_batches)
 
 
 def begin(trainer: Trainer, saved: dict[str, Any]) -> None:
@@ -79,6 +93,7 @@ def begin(trainer: Trainer, saved: dict[str, Any]) -> None:
     """
     fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     epoch: Any = fit.epoch_progress.current
+    trainer.accumulate_grad_batches = accumulation(trainer, epoch.processed)
     loop._batches_that_stepped = saved["steps"]
     for logger in trainer.loggers if saved["log"] else ():
         logger.log_metrics(saved["log"], step=saved["steps"] - 1)

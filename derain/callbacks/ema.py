@@ -32,6 +32,7 @@ class EMA(Callback):
         self.decay, self.every, self.evaluate = decay, every, evaluate
         self.batches = self.updates = 0
         self.average: nn.Module | None = None
+        self._swapped = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Starts from a copy of the network."""
@@ -71,6 +72,7 @@ class EMA(Callback):
                 strict=True,
             ):
                 one.data, other.data = other.data, one.data
+            self._swapped = not self._swapped
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the average into the network."""
@@ -79,6 +81,11 @@ class EMA(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the raw weights back."""
         self._swap(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put the raw weights back where a validation was stopped, before a checkpoint is saved."""
+        if self._swapped:
+            self._swap(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the average under its own key."""

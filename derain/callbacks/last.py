@@ -12,6 +12,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from derain.callbacks.checkpoints import Checkpoint
+from derain.callbacks.parts import validated_by_all
 
 log = logging.getLogger("derain")
 
@@ -49,6 +50,16 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop before this batch, on all ranks, if any has received a signal."""
+        self._stop_if_signalled(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Stop within a validation too, which may take long; the resumed run begins it anew."""
+        if not trainer.sanity_checking and batch_idx < validated_by_all(trainer):  # ranks decide together
+            self._stop_if_signalled(trainer)
+
+    def _stop_if_signalled(self, trainer: Trainer) -> None:
         if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             return
         requeue = self._received is not None and self._received == self._requeue_signal
@@ -57,7 +68,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the position where a signal stopped; then requeue the job, which SLURM may end at once."""
-        self.save_on_exception = isinstance(exception, SIGTERMException) and trainer.training
+        self.save_on_exception = isinstance(exception, SIGTERMException) and (trainer.training or trainer.validating)
         super().on_exception(trainer, pl_module, exception)
         if self._requeueing and trainer.is_global_zero:
             _requeue()

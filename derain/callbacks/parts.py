@@ -25,10 +25,20 @@ def validated(trainer: Trainer) -> tuple[int, int]:
     They follow from the options: Lightning counts batches only once a validation begins.
     """
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    count, limit = len(data.pairs.get("val", ())), trainer.limit_val_batches
-    share = -(-count // trainer.world_size)
-    batches = min(share, limit) if isinstance(limit, int) else int(share * limit)
+    count = len(data.pairs.get("val", ()))
+    batches = _limited(-(-count // trainer.world_size), trainer)
     return min(batches * trainer.world_size, count), data.count("val")
+
+
+def validated_by_all(trainer: Trainer) -> int:
+    """Return the batches of a validation that every rank has; some ranks have one more."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return _limited(max(1, len(data.pairs["val"]) // trainer.world_size), trainer)
+
+
+def _limited(batches: int, trainer: Trainer) -> int:
+    limit = trainer.limit_val_batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 class PartNote(Callback):

@@ -41,13 +41,14 @@ class Throughput(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """A batch has come."""
-        self._waited += time.perf_counter() - self._free
-        self._images += len(batch["name"])
+        self._wait = time.perf_counter() - self._free
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The next batch is asked for."""
+        """Count the batch, which is not trained on where a signal stops it; the next one is asked for."""
+        self._waited += self._wait
+        self._images += len(batch["name"])
         self._free = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -233,6 +233,9 @@ class DerainCLI(LightningCLI):
         check_options(config.trainer, str(self.subcommand))
         if self.subcommand != "fit":
             self._evaluate_in_float32(config.trainer)
+        given = any(argument.split("=")[0] == "--data.seed" for argument in self.arguments)
+        if given and config.data.seed != config.seed_everything:
+            raise DerainError(f"--data.seed {config.data.seed}: a run has one seed; give it by --seed_everything")
         config.data.seed = config.seed_everything
         files = [file for file in config.get("config") or [] if file]  # a configuration may be given as text
         first = Path(str(files[0])).stem if files else "derain"

@@ -22,7 +22,7 @@ from derain.data.transforms import Augmentation, Flips
 from derain.errors import DerainError
 from derain.folders import cache_folder
 from derain.images import Pixels, image_size
-from derain.loops import Position
+from derain.loops import Position, accumulation
 from derain.memory import free_memory
 
 BYTES_PER_CROP_PIXEL = 2 * 3 * 4
@@ -176,6 +176,7 @@ class RainDataModule(LightningDataModule):
         self._counts: dict[str, int] = {}
         self._pixels: dict[str, PixelCache | None] = {}
         self._position: Position | None = None  # that training resumes at
+        self._counted: Position | None = None  # from which the batches of a schedule are counted
         self._saved_order: dict[str, Any] = {}
 
     @property
@@ -299,22 +300,25 @@ class RainDataModule(LightningDataModule):
         augmentations = {crop: Augmentation(crop, flips=self.flips, transpose=self.transpose) for crop in crops}
         dataset = TrainingPairs(pairs, self._pixels["train"], augmentations, self.seed, self._captions.get("train", ()))
         batches = TrainingBatches(len(pairs) * self.repeat, *self._rank_and_world(), self.seed, stages)
+        if self._counted is not None:
+            batches.count_from(self._counted.epoch, self._counted.trained - self._counted.batch)
         if trainer is not None:
             batches.limit = _batches_of(len(batches), trainer.limit_train_batches)
             batches.set_epoch(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         if self._position is not None:  # Lightning may ask for the loader before it restores its own counters
-            batches.resume_at(*self._position)
+            batches.resume_at(self._position.epoch, self._position.batch)
             self._require_order()
             self._position = None
         return TrainingLoader(dataset, batch_sampler=batches, **self._loading("train"))
 
-    def resume_at(self, epoch: int, batch: int) -> None:
+    def resume_at(self, position: Position) -> None:
         """Let the next training data loader start at a batch of an epoch."""
-        self._position = Position(epoch, batch)
+        self._position = self._counted = position
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that decides which samples a batch of an epoch has."""
-        return self._order() if "train" in self.pairs else {}
+        epoch = 0 if self.trainer is None else self.trainer.current_epoch
+        return self._order(epoch) if "train" in self.pairs else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the order of the checkpoint, to compare it with that of this run."""
@@ -322,11 +326,14 @@ class RainDataModule(LightningDataModule):
 
     def _require_order(self) -> None:
         """Refuse another order within an epoch."""
-        for option, value in self._order().items() if self._position and self._position.batch else ():
+        if self._position is None or not self._position.batch:
+            return
+        for option, value in self._order(self._position.epoch).items():
             saved = self._saved_order.get(option, value)
             if saved != value:
+                name = "seed_everything" if option == "data.seed" else option
                 raise DerainError(
-                    f"--{option} {value}: the checkpoint was saved within an epoch that has {saved}; resume with that, "
+                    f"--{name} {value}: the checkpoint was saved within an epoch that has {saved}; resume with that, "
                     "or from the end of an epoch"
                 )
 
@@ -337,21 +344,28 @@ class RainDataModule(LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             return stages_of(self.schedule, 1, 1)
-        samples = -(-len(self.pairs["train"]) * self.repeat // trainer.world_size)
-        batches = _batches_of(-(-samples // self.schedule[0].batch_size), trainer.limit_train_batches)
-        return stages_of(self.schedule, trainer.accumulate_grad_batches, batches)
+        return stages_of(self.schedule, trainer.accumulate_grad_batches, self._epoch_batches())
 
-    def _order(self) -> dict[str, Any]:
-        """All that decides which samples a batch of an epoch has."""
+    def _epoch_batches(self) -> int:
+        """Return the batches of an epoch that the trainer takes."""
+        size = self.batch_size if self.schedule is None else self.schedule[0].batch_size
+        samples = -(-len(self.pairs["train"]) * self.repeat // self._rank_and_world()[1])
+        batches = -(-samples // size)
+        return batches if self.trainer is None else _batches_of(batches, self.trainer.limit_train_batches)
+
+    def _order(self, epoch: int) -> dict[str, Any]:
+        """Return all that decides which samples a batch of an epoch has, and at which one the optimiser steps."""
         names = [pair.name for pair in self.pairs["train"]]
         digest = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()[:8]
         return {
             "data.train": f"{' + '.join(self.train_sets)} ({len(names)} pairs, {digest})",
             "data.repeat": self.repeat,
             "data.seed": self.seed,
-            "data.batch_size": self.batch_size,
+            "data.batch_size": self.batch_size if self.schedule is None else "of the schedule",
             "data.schedule": ", ".join(map(str, self.schedule or ())),
             "trainer.devices": self._rank_and_world()[1],
+            "trainer.limit_train_batches": self._epoch_batches(),
+            "trainer.accumulate_grad_batches": 1 if self.trainer is None else accumulation(self.trainer, epoch),
         }
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:

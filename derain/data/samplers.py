@@ -129,6 +129,7 @@ class TrainingBatches(Sampler[list[Sample]]):
         self.count, self.rank, self.world, self.seed = count, rank, world, seed
         self.stages, self.limit = list(stages), limit
         self.epoch = self.first = 0
+        self._counted = (0, 0)  # an epoch, and the batches that were trained on before it
 
     @property
     def sampler(self) -> "TrainingBatches":
@@ -140,14 +141,24 @@ class TrainingBatches(Sampler[list[Sample]]):
         if epoch != self.epoch:
             self.resume_at(epoch, 0)
 
+    def count_from(self, epoch: int, trained: int) -> None:
+        """Begin an epoch's stage after so many batches, where earlier epochs may have had more or fewer than now."""
+        self._counted = (epoch, trained)
+
     def resume_at(self, epoch: int, batch: int) -> None:
         """Skip the first batches of an epoch."""
         self.epoch, self.first = epoch, batch
 
     def stage(self, epoch: int, batch: int) -> Stage:
         """Return the crop and batch size of a batch of an epoch."""
-        done = epoch * (len(self) if self.limit is None else min(self.limit, len(self))) + batch
+        counted, before = self._counted
+        done = before + (epoch - counted) * self.batches + batch
         return self.stages[bisect.bisect_right([stage.first for stage in self.stages], done) - 1]
+
+    @property
+    def batches(self) -> int:
+        """Batches that are trained on in an epoch."""
+        return len(self) if self.limit is None else min(self.limit, len(self))
 
     @property
     def _share(self) -> int:

@@ -159,7 +159,8 @@ class DerainModule(DescribedModule, ABC):
         derained = self(batch["rainy"]).float()
         finite = derained.flatten(1).isfinite().all(1)
         if not finite.all():  # refused when scores are gathered: the other ranks would wait for one that stops here
-            self._quality["derained"].update_failed(batch["index"][~finite])
+            for quality in self._quality.values():  # a rank without any scores would break the gathering
+                quality.update_failed(batch["index"][~finite])
             return None
         derained = derained.clamp(-1, 2)  # far outside [0, 1], where metrics suspect another range; protocols clip
         self._quality["derained"].update(derained, batch["clean"], batch["index"], batch["name"])

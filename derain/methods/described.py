@@ -81,7 +81,9 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
         if gradients:
             checkpoint["gradients"] = gradients
         average = checkpoint.get("ema", {"network": {}})["network"]
-        require_finite(self, [*self.parameters(), *average.values(), *gradients.values()], "weights are")
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # its gradients may overflow
+        added = () if scaled else gradients.values()
+        require_finite(self, [*self.parameters(), *average.values(), *added], "weights are")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes back the description; a run goes on with its average or not at all, all else takes the average.
@@ -94,7 +96,7 @@ class DescribedModule(LightningModule, ModelHubMixin, library_name="derain", tag
             position = loops.settle(checkpoint["loops"])
             data: Any = getattr(self.trainer, "datamodule", None)
             if hasattr(data, "resume_at"):
-                data.resume_at(*position)
+                data.resume_at(position)
             for schedule in checkpoint["lr_schedulers"]:
                 schedule.setdefault("lr_lambdas", [None] * len(schedule["base_lrs"]))  # of derain's earlier MultiStepLR
             self._resumed = {name: checkpoint[name] for name in ("position", "gradients") if name in checkpoint}

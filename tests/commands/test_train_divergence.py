@@ -169,7 +169,7 @@ def test_two_processes_stop_together_after_validation(place, rank):
     )
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1", "--data.val", "Rain800"]
     process = start("fit", "--config", "PReNetModule.yaml", *two, program=(str(script),))
-    told, _ = process.communicate(timeout=100)
+    told, _ = process.communicate(timeout=300)
     assert process.returncode == 2, told
     assert "Traceback" not in told
     assert f"epoch 0, step 5, images {rank + 1};" in told

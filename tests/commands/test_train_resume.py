@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from derain.cli import main
-from derain.methods import PReNetModule
+from derain.methods import DerainModule, PReNetModule
 from tests.kills import killed_equals_whole
 from tests.runs import differing, finish, last, metrics, start
 from tests.tiny import MODELS, write_configs
@@ -123,19 +124,18 @@ def test_the_best_epoch_starts_anew_where_scores_cannot_be_compared(place, caplo
     config = "PReNetModule-steps.yaml"
     assert main(["fit", "--config", config, *WORSE]) == 0
     whole = place / "runs/PReNetModule-steps/fit-1"
+    again = [*WORSE, "--trainer.max_epochs", "3"]
     for root, change, note in [
         ("protocol", ["--protocol", "[rgb]"], "--protocol ['rgb']"),
         ("images", ["--data.val", "Rain800"], "validation images"),
-        ("none", ["--data.val", "none", "--trainer.limit_train_batches", "4"], "no images"),
+        ("none", ["--data.val", "none"], "no images"),
         ("limit", ["--trainer.limit_val_batches", "0"], "no images"),
         ("gone", [], str(whole / "checkpoints/best.ckpt")),
     ]:
         if root == "gone":
             (whole / "checkpoints/best.ckpt").unlink()
         caplog.clear()
-        resumed(
-            config, whole / f"checkpoints/step-{AT_THE_END}.ckpt", *WORSE, *change, "--trainer.default_root_dir", root
-        )
+        resumed(config, whole / "checkpoints/last.ckpt", *again, *change, "--trainer.default_root_dir", root)
         weights, after = exported(place / root / "fit-1")
         assert differing(weights, after) == []
         assert [note in record.message for record in caplog.records if "best.ckpt" in record.message] == [True]
@@ -150,6 +150,59 @@ def test_another_order_is_refused(place, capsys):
     assert main([*again, str(files / "step-2.ckpt")]) == 2
     assert "--data.batch_size 3" in capsys.readouterr().err
     assert main([*again, str(files / "last.ckpt")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ("--trainer.accumulate_grad_batches 2", "--trainer.accumulate_grad_batches 1"),
+        ("--trainer.limit_train_batches 3", "--trainer.limit_train_batches 4"),
+        ("--seed_everything 5", "--seed_everything 0"),
+    ],
+)
+def test_other_steps_of_an_epoch_are_refused(place, capsys, options, changed):
+    config = "PReNetModule-steps.yaml"
+    assert main(["fit", "--config", config, "--trainer.max_epochs", "1", *options.split()]) == 0
+    checkpoint = "runs/PReNetModule-steps/fit-1/checkpoints/step-1.ckpt"
+    assert main(["fit", "--config", config, "--ckpt_path", checkpoint, *changed.split()]) == 2
+    assert f"{changed}: " in capsys.readouterr().err
+
+
+def test_another_seed_of_the_data_is_refused(place, capsys):
+    assert main(["fit", "--config", "PReNetModule.yaml", "--data.seed", "5"]) == 2
+    assert "--data.seed 5" in capsys.readouterr().err
+
+
+def test_scheduled_accumulation_resumes_within_an_epoch(place):
+    config = yaml.safe_load(Path("PReNetModule-steps.yaml").read_text())
+    schedule = "lightning.pytorch.callbacks.GradientAccumulationScheduler"
+    config["trainer"]["callbacks"].append({"class_path": schedule, "init_args": {"scheduling": {0: 1, 1: 2}}})
+    Path("scheduled.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", "scheduled.yaml"]) == 0
+    whole = place / "runs/scheduled/fit-1"
+    assert last(whole)["global_step"] == 6
+    again = resumed("scheduled.yaml", whole / "checkpoints/step-5.ckpt")
+    assert_equal_runs(whole, again)
+
+
+def test_a_signal_stops_within_a_validation(place, monkeypatch):
+    config = ["fit", "--config", "PReNetModule.yaml", "--data.val", "Rain800"]
+    assert main([*config, "--trainer.default_root_dir", "whole"]) == 0
+    kept, scored = DerainModule.validation_step, []
+
+    def signalled(self, batch, batch_idx):
+        if self.current_epoch == 1:
+            scored.append(batch_idx)
+            signal.raise_signal(signal.SIGTERM)
+        return kept(self, batch, batch_idx)
+
+    monkeypatch.setattr(DerainModule, "validation_step", signalled)
+    assert main([*config, "--trainer.default_root_dir", "ended"]) == 128 + signal.SIGTERM
+    assert scored == [0]
+    assert last(place / "ended/fit-1")["global_step"] == 10
+    monkeypatch.setattr(DerainModule, "validation_step", kept)
+    assert main([*config, "--trainer.default_root_dir", "ended", "--ckpt_path", "last"]) == 0
+    assert_equal_runs(place / "whole/fit-1", place / "ended/fit-1")
 
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "fit", "SLURM_NODELIST": "127.0.0.1", "SLURM_NTASKS": "1"}

@@ -9,6 +9,7 @@ from derain.data.datamodule import RainDataModule
 from derain.data.pairs import find_pairs
 from derain.data.samplers import CropStage
 from derain.errors import DerainError
+from derain.loops import Position
 from tests.factories import make_set
 from tests.test_images import png_head
 
@@ -135,7 +136,7 @@ def test_a_loader_resumes_within_an_epoch(root, workers):
     module = data(root, train="Rain800", batch_size=2, workers=workers)
     module.setup("fit")
     whole = batches(module, "train", epoch=1)
-    module.resume_at(1, 3)
+    module.resume_at(Position(1, 3, 0))
     loader = module.train_dataloader()
     rest = list(loader)
     assert [batch["name"] for batch in rest] == [batch["name"] for batch in whole[3:]]
@@ -156,12 +157,32 @@ def test_another_order_is_refused_within_an_epoch_only(root, option, value):
     state = modules[0].state_dict()
     for module in modules:
         module.load_state_dict(state)
-        module.resume_at(2, 0)
+        module.resume_at(Position(2, 0, 0))
         module.train_dataloader()
-        module.resume_at(2, 1)
+        module.resume_at(Position(2, 1, 0))
     modules[0].train_dataloader()
-    with pytest.raises(DerainError, match=f"--data.{option} {value}"):
+    name = "seed_everything" if option == "seed" else f"data.{option}"
+    with pytest.raises(DerainError, match=f"--{name} {value}"):
         modules[1].train_dataloader()
+
+
+def test_a_batch_size_that_a_schedule_ignores_may_change_within_an_epoch(root):
+    modules = [data(root, train="Rain800", batch_size=size, schedule=[CropStage(9, 16, 2)]) for size in (2, 3)]
+    for module in modules:
+        module.setup("fit")
+    modules[1].load_state_dict(modules[0].state_dict())
+    modules[1].resume_at(Position(2, 1, 9))
+    modules[1].train_dataloader()
+
+
+def test_a_schedule_counts_the_batches_that_were_trained_on(root):
+    """Not epochs of as many batches as this run has."""
+    schedule = [CropStage(6, 16, 2), CropStage(9, 24, 2)]
+    module = data(root, train="Rain800", batch_size=2, schedule=schedule)
+    module.setup("fit")
+    module.resume_at(Position(3, 1, 5))
+    sampler = module.train_dataloader().batch_sampler
+    assert [sampler.stage(3, batch).crop for batch in (1, 2)] == [16, 24]
 
 
 def test_refusals(root):
