@@ -21,7 +21,7 @@ from torch import Tensor
 from derain.errors import DerainError
 
 Schedule = Literal["cosine", "linear", "constant"]
-MOST_STEPS = 10_000
+MOST_STEPS = 100_000
 """Of a schedule; published ones have 100 to 1,000."""
 
 Image = Float[Tensor, "b c h w"]
