@@ -136,7 +136,7 @@ class Costs:
         size, before = self.shapes.setdefault(node.output[0], (self.size, shape))
         return size != self.size and shape == before
 
-    def _pass(self, node: Any) -> list[Sequence[int]]:
+    def _pass(self, node: Any) -> Sequence[Sequence[int]]:
         """Note types and, where they are small, values of a node's outputs; return their shapes."""
         from onnx import defs, numpy_helper, shape_inference
 
@@ -170,11 +170,11 @@ class Costs:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             self.values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
             return
-        infos = [
+        inputs, outputs = (
             [helper.make_value_info(name, self.types[name]) for name in dict.fromkeys(names) if name]
             for names in (node.input, node.output)
-        ]
-        run = reference.ReferenceEvaluator(helper.make_graph([node], "node", *infos), opsets={"": self.version})
+        )
+        run = reference.ReferenceEvaluator(helper.make_graph([node], "node", inputs, outputs), opsets={"": self.version})
         made = run.run(None, {name: self.values[name] for name in node.input if name})
         for name, value in zip(filter(None, node.output), made, strict=True):
             self.values[name] = np.asarray(value)
@@ -201,7 +201,7 @@ class Costs:
         if node.op_type == "Einsum":
             return _sizes_of_letters(attributes["equation"].decode(), given)
         if node.op_type in {"AveragePool", "MaxPool"}:
-            return out * math.prod(attributes["kernel_shape"])
+            return out * int(math.prod(map(abs, attributes["kernel_shape"])))
         return largest * (16 if node.op_type == "Resize" else 1)
 
 
