@@ -79,7 +79,15 @@ ROUNDS = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("--size", type=int, default=256, help="side of the image in pixels (default 256)")
-    parser.add_argument("--weights", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="also")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="also, as of restore",
+    )
     parser.add_argument("--time", action="store_true", help=f"also seconds a forward, median of {ROUNDS}")
     parser.add_argument("--device", default="auto", help="of --time: auto (default), cpu, cuda, cuda:N or mps")
     parser.add_argument("--format", choices=list(FORMATS), default="table")

@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights",
         default="default",
         help="a name of `derain models list`, hub:OWNER/NAME, or a file: ours, the authors', ONNX of derain "
-        "export, or what spandrel knows (default: %(default)s)",
+        "export, or what spandrel knows; FILE:stages=N,variant=NAME for what PReNet's authors do not record "
+        "(default: %(default)s)",
     )
     parser.add_argument("--tile", default="auto", help="side of tiles in pixels, auto (default) or none")
     parser.add_argument(

@@ -154,7 +154,8 @@ class DerainCLI(LightningCLI):
             "--weights",
             type=str | None,
             default=None,
-            help="Weights by name (default, hub:OWNER/NAME) or file, ours or the authors': fit starts from them; "
+            help="Weights by name (default, hub:OWNER/NAME) or file, ours or the authors' (of PReNet: "
+            "FILE:stages=N,variant=NAME): fit starts from them; "
             "validate, test and predict take the method from them too.",
         )
         parser.add_argument(

@@ -193,7 +193,7 @@ class OnnxNetwork(nn.Module):
         super().__init__()
         _demand("onnxruntime", "onnx")
         self.path = path
-        self.description = read_graph(path)
+        self.description, self.costs = read_graph(path)
         self.inputs: list[str] = list(self.description["graph"]["inputs"])
         self.session, self.on_gpu = self._open("CPUExecutionProvider"), False
 
@@ -219,7 +219,8 @@ class OnnxNetwork(nn.Module):
         """Runs the graph, image by image; inputs by their order, embeddings by their names.
 
         Raises:
-            DerainError: If the graph cannot be run, or returns something else than an image of the same size.
+            DerainError: If the graph cannot be run, needs too much at this size (`Costs`), or returns something else
+                than an image of the same size.
             MemoryError: If memory does not suffice.
         """
         if given[0].is_cuda and not self.on_gpu:
@@ -228,6 +229,7 @@ class OnnxNetwork(nn.Module):
                 raise DerainError(
                     f"{self.path}: this onnxruntime has no CUDA; add --device cpu, or: pip install onnxruntime-gpu"
                 )
+        self.costs.check(*given[0].shape[2:])
         named = {**dict(zip(self.inputs, given, strict=False)), **contexts}
         arrays = {name: one.float().cpu().contiguous() for name, one in named.items() if one is not None}
         done = []

@@ -1,6 +1,5 @@
 """ONNX graphs, checked before onnxruntime runs them: operators, inputs and outputs, sizes, weights."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -9,6 +8,7 @@ import numpy as np
 
 from derain.errors import DerainError
 from derain.methods.metadata import Metadata, check, parse, shorten
+from derain.methods.onnx_costs import SIDES, Costs
 
 NAMES = """
 Abs Add And AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos
@@ -24,11 +24,6 @@ OPERATORS = frozenset(NAMES.split())
 
 Which ones PyTorch exports depends on the options of a method and even on its weights (equal ones become ``Identity``).
 """
-
-LARGEST = 1 << 28
-"""Numbers in a tensor of an image of `SIDE` pixels; the largest of derain's have a few million."""
-
-SIDE = 64
 
 IMAGES = ("rainy", "state")
 CONTEXTS = ("content", "degradation")
@@ -54,12 +49,12 @@ class OnnxMetadata(Metadata):
     graph: GraphMetadata
 
 
-def read_graph(path: Path) -> dict[str, Any]:
-    """Return the metadata of an ONNX file that derain can run.
+def read_graph(path: Path) -> tuple[dict[str, Any], Costs]:
+    """Return the metadata of an ONNX file that derain can run, and what bounds it for images of other sizes.
 
     Raises:
         DerainError: If the file is damaged, is not derain's, has another interface or operators than derain exports,
-            tensors of unreasonable size, files beside it, or NaN or infinite weights.
+            tensors or computations of unreasonable size, files beside it, or NaN or infinite weights.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -78,8 +73,10 @@ def read_graph(path: Path) -> dict[str, Any]:
     _check_operators(path, model)
     _check_interface(path, model.graph, metadata)
     _check_weights(path, model.graph)
-    _check_sizes(path, model)
-    return metadata
+    costs = Costs(path, model)
+    for size in SIDES:
+        costs.check(*size)
+    return metadata, costs
 
 
 def _refuse(path: Path, reason: str) -> DerainError:
@@ -144,28 +141,7 @@ def _check_weights(path: Path, graph: Any) -> None:
             values = numpy_helper.to_array(tensor)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, MemoryError) as error:
             raise _refuse(path, f"damaged, {shorten(tensor.name)}: {shorten(error, 80)}") from error
+        if values.dtype.kind not in "biuf":
+            raise _refuse(path, f"{shorten(tensor.name)} has no real numbers")
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise _refuse(path, f"{shorten(tensor.name)} has NaN or infinite numbers")
-
-
-def _check_sizes(path: Path, model: Any) -> None:
-    """Refuse graphs with a tensor of an unreasonable size for a small image: it could be computed on loading."""
-    import onnx
-
-    example = onnx.ModelProto()
-    example.CopyFrom(model)
-    for value in (*example.graph.input, *example.graph.output):
-        for dimension in value.type.tensor_type.shape.dim:
-            if not dimension.dim_value:
-                dimension.dim_value = 1 if dimension is value.type.tensor_type.shape.dim[0] else SIDE
-    del example.graph.value_info[:]
-    for value in example.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    try:
-        known = onnx.shape_inference.infer_shapes(example).graph  # data_prop would compute constants
-    except (onnx.shape_inference.InferenceError, MemoryError, RuntimeError, ValueError) as error:
-        raise _refuse(path, f"damaged, the shapes do not fit ({shorten(error, 120)})") from error
-    for value in (*known.value_info, *known.output):
-        size = math.prod(max(dimension.dim_value, 1) for dimension in value.type.tensor_type.shape.dim)
-        if size > LARGEST:
-            raise _refuse(path, f"{shorten(value.name)} has {size:,} numbers for an image of {SIDE}×{SIDE} pixels")

@@ -85,7 +85,7 @@ def test_what_was_counted_leaves_nothing_behind():
 
 def test_every_method_and_variant_is_there():
     assert list(BUILDS) == [
-        *("PReNet", "PReNet_r", "PRN", "PRN_r", "Restormer", "CLIP-RPN, 1 route", "CLIP-RPN, 2 routes"),
+        *("PReNet", "PReNet_r", "PRN", "PRN_r", "PReNet_LSTM", "Restormer", "CLIP-RPN, 1 route", "CLIP-RPN, 2 routes"),
         *("CLIP-RPN, 3 routes", "CLIP-RPN without MGCA", "CLIP-RPN, tiny", "IR-SDE, one step"),
         *("DA-CLIP + IR-SDE, one step", "IR-SDE, tiny, one step", "PLNLIN", "PLNLIN, tiny"),
     ]

@@ -4,6 +4,7 @@ import json
 import time
 import zipfile
 
+import numpy as np
 import onnx
 import pytest
 import safetensors.torch
@@ -336,7 +337,111 @@ def foreign(graph):
     graph.node[0].domain = "com.microsoft"
 
 
-GRAPHS = (loop, add_range, double, outside, nan, rename, fix, add_input, four_channels, bytes_in, add_output, foreign)
+def constants(graph, **values):
+    for name, value in values.items():
+        graph.initializer.append(numpy_helper.from_array(np.asarray(value, np.int64), name))
+
+
+def computed_shape(graph):
+    constants(graph, a=[30_000], b=[30_000])
+    graph.node.append(helper.make_node("Mul", ["a", "b"], ["ab"]))
+    graph.node.append(helper.make_node("ConstantOfShape", ["ab"], ["big"]))
+
+
+def size_of_the_pixels(graph):
+    """A size that follows from what is in the image."""
+    constants(graph, none=[0, 1, 2, 3], one=[1])
+    graph.node.append(helper.make_node("ReduceMax", ["rainy"], ["brightest"], keepdims=0))
+    graph.node.append(helper.make_node("Cast", ["brightest"], ["number"], to=TensorProto.INT64))
+    graph.node.append(helper.make_node("Reshape", ["number", "one"], ["length"]))
+    graph.node.append(helper.make_node("ConstantOfShape", ["length"], ["big"]))
+
+
+def product_of_sides(graph):
+    """One of 64² × 64² numbers."""
+    constants(graph, flat=[-1, 1], row=[1, -1])
+    graph.node.append(helper.make_node("Reshape", ["rainy", "flat"], ["column"]))
+    graph.node.append(helper.make_node("Reshape", ["rainy", "row"], ["line"]))
+    graph.node.append(helper.make_node("Mul", ["column", "line"], ["big"]))
+
+
+def expanded(graph):
+    constants(graph, sides=[2**15, 2**15], zero=0)
+    graph.node.append(helper.make_node("Expand", ["zero", "sides"], ["big"]))
+
+
+def tiled(graph):
+    constants(graph, times=[1, 1, 2**12, 2**12])
+    graph.node.append(helper.make_node("Tile", ["rainy", "times"], ["big"]))
+
+
+def padded(graph):
+    constants(graph, pads=[0, 0, 2**15, 2**15, 0, 0, 0, 0])
+    graph.node.append(helper.make_node("Pad", ["rainy", "pads"], ["big"]))
+
+
+def kept(graph):
+    """Many tensors of a reasonable size, all of them needed at the end."""
+    constants(graph, side=[1, 1, 16, 16])
+    for index in range(1000):
+        graph.node.append(helper.make_node("Tile", ["rainy", "side"], [f"t{index}"]))
+    graph.node.append(helper.make_node("Sum", [f"t{index}" for index in range(1000)], ["big"]))
+
+
+def products(graph, side=1500, count=1000):
+    """Small tensors of constants, and a long computation."""
+    constants(graph, sides=[side, side])
+    graph.node.append(helper.make_node("ConstantOfShape", ["sides"], ["m0"]))
+    for index in range(count):
+        graph.node.append(helper.make_node("MatMul", [f"m{index}", "m0"], [f"m{index + 1}"]))
+
+
+def products_of_the_image(graph):
+    constants(graph, times=[1, 1, 20, 20])
+    graph.node.append(helper.make_node("Tile", ["rainy", "times"], ["m0"]))
+    for index in range(1000):
+        graph.node.append(helper.make_node("MatMul", [f"m{index}", "m0"], [f"m{index + 1}"]))
+
+
+def einsum(graph):
+    constants(graph, sides=[2000])
+    graph.node.append(helper.make_node("ConstantOfShape", ["sides"], ["v"]))
+    graph.node.append(helper.make_node("Einsum", ["v"] * 4, ["s"], equation="a,b,c,d->"))
+
+
+def division_by_zero(graph):
+    constants(graph, zero=0, end=9)
+    graph.node.append(helper.make_node("Range", ["zero", "end", "zero"], ["long"]))
+
+
+COSTS = (
+    computed_shape,
+    size_of_the_pixels,
+    product_of_sides,
+    expanded,
+    tiled,
+    padded,
+    kept,
+    products,
+    products_of_the_image,
+    einsum,
+    division_by_zero,
+)
+GRAPHS = (
+    *COSTS,
+    loop,
+    add_range,
+    double,
+    outside,
+    nan,
+    rename,
+    fix,
+    add_input,
+    four_channels,
+    bytes_in,
+    add_output,
+    foreign,
+)
 
 
 @pytest.mark.parametrize("change", GRAPHS, ids=[change.__name__ for change in GRAPHS])
@@ -383,6 +488,26 @@ def test_onnx_of_the_sde_with_other_hyper_parameters(tmp_path):
         helper.set_model_props(original, {"derain": json.dumps(metadata)})
         onnx.save(original, path)
         refused(path)
+
+
+def test_sizes_that_grow_only_for_large_images(model, tmp_path):
+    """Loaded, since images of other sizes are checked when they come."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    constants(changed.graph, two=[2], three=[3], limit=[500], one=[1], huge=[2**40])
+    for operator, given, made in (
+        ("Shape", ["rainy"], "shape"),
+        ("Slice", ["shape", "two", "three"], "height"),
+        ("Greater", ["height", "limit"], "large"),
+        ("Where", ["large", "huge", "one"], "length"),
+        ("ConstantOfShape", ["length"], "big"),
+    ):
+        changed.graph.node.append(helper.make_node(operator, given, [made]))
+    onnx.save(changed, tmp_path / "m.onnx")
+    loaded = weights.load(tmp_path / "m.onnx").module
+    assert loaded(torch.rand(1, 3, 8, 8)).shape == (1, 3, 8, 8)
+    with pytest.raises(DerainError, match=r"m\.onnx: ConstantOfShape big"):
+        loaded(torch.rand(1, 3, 501, 1))
 
 
 def test_a_graph_that_returns_another_shape(model, tmp_path):

@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 from transformers import CLIPConfig, CLIPModel
 
 from derain.errors import DerainError
-from derain.methods import DACLIPModule, weights
+from derain.methods import DACLIPModule, PReNetModule, weights
 from derain.methods.clip import FrozenCLIP
 from derain.methods.daclipsde.controller import Controller, Perception
 from derain.methods.daclipsde.published import controller_of
@@ -213,7 +213,7 @@ def test_controllers_that_cannot_be_used(clip_folder, trained, tmp_path, monkeyp
     with pytest.raises(DerainError, match=r"absent\.pt: no such file; name it by --model\.controller"):
         _ = Perception(str(clip_folder), str(tmp_path / "absent.pt")).controller
     other = tmp_path / "prenet.safetensors"
-    safetensors.torch.save_file({"a": torch.ones(1)}, other, {"derain": json.dumps({"method": "PReNetModule"})})
+    safetensors.torch.save_file({"a": torch.ones(1)}, other, {"derain": json.dumps(PReNetModule(stages=1).describe())})
     with pytest.raises(DerainError, match=r"--model.controller .*prenet.safetensors: holds PReNetModule"):
         _ = Perception(str(clip_folder), str(other)).controller
     torch.save({"weight": torch.ones(2)}, tmp_path / "foreign.pt")
