@@ -174,7 +174,9 @@ class Costs:
             [helper.make_value_info(name, self.types[name]) for name in dict.fromkeys(names) if name]
             for names in (node.input, node.output)
         )
-        run = reference.ReferenceEvaluator(helper.make_graph([node], "node", inputs, outputs), opsets={"": self.version})
+        run = reference.ReferenceEvaluator(
+            helper.make_graph([node], "node", inputs, outputs), opsets={"": self.version}
+        )
         made = run.run(None, {name: self.values[name] for name in node.input if name})
         for name, value in zip(filter(None, node.output), made, strict=True):
             self.values[name] = np.asarray(value)
