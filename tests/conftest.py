@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist uses the cores; small tensors gain nothing by threads
@@ -16,6 +17,13 @@ def rng():
 def _own_cache(tmp_path_factory):
     """Tests never touch the user's cache."""
     os.environ["DERAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hang_up_as_usual():
+    """Programs that the tests start end at SIGHUP, also where the tests run under nohup."""
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
