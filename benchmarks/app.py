@@ -31,7 +31,7 @@ ORIGINS = ("http://evil.example", "null", "http://localhost:3000")
 
 def user(address: str, photo: bytes, number: int) -> list[tuple[str, float]]:
     """Restore photos one after the other as a browser does; what became of each, and the seconds."""
-    told = []
+    outcomes = []
     with httpx.Client(base_url=address, timeout=300) as client:
         client.get("/")
         for i in range(EACH):
@@ -41,13 +41,13 @@ def user(address: str, photo: bytes, number: int) -> list[tuple[str, float]]:
             data = [{"path": path, "orig_name": name}, "w · PReNet", 0, 0]
             joined = client.post("/gradio_api/call/restore", json={"data": data})
             if joined.status_code != 200:
-                told.append((str(joined.status_code), time.perf_counter() - start))
+                outcomes.append((str(joined.status_code), time.perf_counter() - start))
                 continue
             answer = client.get(f"/gradio_api/call/restore/{joined.json()['event_id']}").text
             found = re.search(rf"/gradio_api/file=[^\"]*{number}-{i}-derained\.png", answer)
             right = found is not None and client.get(found[0]).status_code == 200
-            told.append(("restored" if right else "lost", time.perf_counter() - start))
-    return told
+            outcomes.append(("restored" if right else "lost", time.perf_counter() - start))
+    return outcomes
 
 
 def attack(address: str, secret: Path, upload: str, done: threading.Event) -> Counter[str]:
@@ -95,19 +95,19 @@ def main() -> int:
                     threads.submit(attack, address, folder / "secret.png", upload, done) for _ in range(ATTACKERS)
                 ]
                 users = [threads.submit(user, address, photo, i) for i in range(USERS)]
-                told = [one for future in users for one in future.result()]
+                outcomes = [one for future in users for one in future.result()]
                 seconds = time.perf_counter() - start
                 done.set()
                 answers = sum((future.result() for future in attacks), Counter())
-            times = sorted(time for _, time in told)
-            print(f"{USERS} users, {len(told)} photos of {SIZE[0]} × {SIZE[1]} in {seconds:.1f} s: ", end="")
-            print(", ".join(f"{n} {name}" for name, n in Counter(name for name, _ in told).items()))
+            times = sorted(time for _, time in outcomes)
+            print(f"{USERS} users, {len(outcomes)} photos of {SIZE[0]} × {SIZE[1]} in {seconds:.1f} s: ", end="")
+            print(", ".join(f"{n} {name}" for name, n in Counter(name for name, _ in outcomes).items()))
             print(f"seconds a photo: median {statistics.median(times):.2f}, 95 % {times[int(0.95 * len(times))]:.2f}")
             print("hostile requests, by kind and answer:", dict(sorted(answers.items())))
             grown = (memory.memory_info().rss - before) / 1e6
             print(f"memory of the page: {before / 1e6:.0f} MB, {grown:+.0f} MB")
             refused = {"path 403", "host 403", "origin 403", "file 403", "unheard 200", "unheard 429"}
-            return int({name for name, _ in told} != {"restored"} or not set(answers) <= refused)
+            return int({name for name, _ in outcomes} != {"restored"} or not set(answers) <= refused)
         finally:
             page.terminate()
             page.wait()

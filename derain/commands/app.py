@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["default"],
         metavar="FILE",
-        help="weights to choose from, as of derain restore, the first one chosen (default: the model in the box)",
+        help="weights to choose from, as of derain restore, the first one chosen (default: the bundled model)",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     parser.add_argument("--host", default="127.0.0.1", help="address (default 127.0.0.1: only this machine); no login")

@@ -238,11 +238,12 @@ class RainDataModule(LightningDataModule):
                 f"--data.crop {largest}: the longest side of a training image is {longest} pixels; "
                 f"give at most {2 * longest} (smaller images are padded by reflection)"
             )
-        need = max(stage.batch_size * stage.crop**2 for stage in stages) * BYTES_PER_CROP_PIXEL
+        heaviest = max(stages, key=lambda stage: stage.batch_size * stage.crop**2)
+        need = heaviest.batch_size * heaviest.crop**2 * BYTES_PER_CROP_PIXEL
         if need > free_memory():
             raise DerainError(
-                f"--data.crop {largest}: a batch takes {need / 1e9:.1f} GB without the network, and "
-                f"{free_memory() / 1e9:.1f} GB of memory are free; reduce --data.crop or --data.batch_size"
+                f"--data.crop {heaviest.crop}: a batch of {heaviest.batch_size} takes {need / 1e9:.1f} GB without the "
+                f"network, and {free_memory() / 1e9:.1f} GB of memory are free; reduce --data.crop or --data.batch_size"
             )
 
     def _split_train(self) -> None:
