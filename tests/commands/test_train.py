@@ -144,8 +144,8 @@ def test_fit_starts_from_weights_that_fit_only(place, capsys, caplog):
     method = PReNetModule(variant="PRN_r", stages=1)
     weights.save(method, place / "w.safetensors")
     arguments = ["fit", "--config", "exp.yaml", "--weights", "w.safetensors"]
-    assert main([*arguments, "--trainer.max_epochs", "1", "--model.learning_rate", "0"]) == 0
-    assert "differ from those of the weights: learning_rate 0.001 → 0.0" in caplog.text
+    assert main([*arguments, "--trainer.max_epochs", "1", "--model.learning_rate", "1e-30"]) == 0
+    assert "differ from those of the weights: learning_rate 0.001 → 1e-30" in caplog.text
     for name, value in weights.load(place / "runs/exp/fit-1/weights.safetensors").module.network.state_dict().items():
         assert torch.equal(value, method.network.state_dict()[name])
     assert main([*arguments, "--model.variant", "PRN"]) == 2
@@ -203,7 +203,7 @@ def test_two_processes_train_and_test_exactly(place):
 def test_a_damaged_file_takes_one_line(place, capsys, workers):
     make_set(place, "images", "predict", count=2)
     weights.save(PReNetModule(stages=1), place / "w.safetensors")
-    broken = sorted((place / "images").glob("*"))[0]
+    broken = image_files(place / "images", recursive=True)[0]
     broken.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
     arguments = ["predict", "--config", "exp.yaml", "--data.predict", "images", "--weights", "w.safetensors"]
     assert main([*arguments, "--data.workers", workers]) == 2
