@@ -21,7 +21,7 @@ class Data:
 
 
 def trainer(batches, world, kept=10):
-    made = Mock(spec=Trainer, num_val_batches=[batches], num_predict_batches=[batches], world_size=world)
+    made = Mock(spec=Trainer, limit_val_batches=batches, num_predict_batches=[batches], world_size=world)
     made.datamodule = Data(kept)
     return made
 
