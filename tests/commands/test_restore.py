@@ -311,9 +311,9 @@ def test_tags_of_a_video_are_kept_with_a_note_or_stripped(file, tmp_path, capsys
     assert main([*arguments, *(["--strip-metadata"] if strip else [])]) == 0
     for path in (target, tmp_path / f"out.{ending}-compare.{ending}"):
         with av.open(str(path)) as container:
-            told = {key.lower() for key in container.metadata}
-            assert any("location" in key for key in told) is not strip
-            assert ("title" in told) is not strip
+            tags = {key.lower() for key in container.metadata}
+            assert any("location" in key for key in tags) is not strip
+            assert ("title" in tags) is not strip
             assert len(container.streams.audio) == 1
     assert ("--strip-metadata" in capsys.readouterr().err) is not strip
 

@@ -134,10 +134,10 @@ def test_two_processes_stop_together(place):
     )
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1"]
     process = start("fit", "--config", "PReNetModule.yaml", *two, program=(str(script),))
-    told, _ = process.communicate(timeout=300)
-    assert process.returncode == 2, told
-    assert "Traceback" not in told
-    assert "epoch 0, step 2" in told
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, output
+    assert "Traceback" not in output
+    assert "epoch 0, step 2" in output
     assert_nothing_spoiled(place / "runs/PReNetModule/fit-1")
 
 
@@ -159,10 +159,10 @@ def test_two_processes_stop_together_after_validation(place, rank):
     )
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1", "--data.val", "Rain800"]
     process = start("fit", "--config", "PReNetModule.yaml", *two, program=(str(script),))
-    told, _ = process.communicate(timeout=300)
-    assert process.returncode == 2, told
-    assert "Traceback" not in told
-    assert f"epoch 0, step 5, images {rank + 1};" in told
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, output
+    assert "Traceback" not in output
+    assert f"epoch 0, step 5, images {rank + 1};" in output
     assert_nothing_spoiled(place / "runs/PReNetModule/fit-1")
 
 

@@ -247,8 +247,8 @@ def test_a_signal_saves_the_step_where_it_stops(place, sent):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
     os.kill(process.pid, sent)
-    told, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, told
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, output
     assert 2 <= last(run)["global_step"] < 40
     if variables:  # requeued after the position was saved
         assert (place / "requeued.ckpt").read_bytes() == (run / "checkpoints/last.ckpt").read_bytes()
@@ -267,9 +267,9 @@ def test_a_signal_to_one_of_two_processes_stops_both(place):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGTERM)
-    told, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, told
-    assert "Traceback" not in told
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "Traceback" not in output
     stopped = last(run)
     assert 4 <= stopped["global_step"] < 80
     finish(*config, "--trainer.default_root_dir", "whole")
