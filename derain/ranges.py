@@ -26,7 +26,7 @@ def span(low: float, high: float) -> str:
     """Return the extremes for a message.
 
     Example:
-        >>> span(0, 255), span(float("nan"), float("nan"))
+        >>> span(0.0, 255.0), span(float("nan"), float("nan"))
         ('values from 0 to 255', 'NaN')
     """
     return "NaN" if math.isnan(low) or math.isnan(high) else f"values from {low:g} to {high:g}"

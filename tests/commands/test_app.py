@@ -305,7 +305,8 @@ def served(file, tmp_path_factory):
     yield address, folder
     assert list(folder.glob("derain-app-*/*"))
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=120)[0] == ""  # one line was all
+    printed = process.communicate(timeout=120)[0].splitlines()
+    assert [line for line in printed if "tiles" not in line] == []  # how much fits at once depends on the machine
     assert process.returncode == 0
     assert [one for one in folder.iterdir() if not one.name.startswith("torchinductor")] == []
 
