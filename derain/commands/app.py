@@ -28,7 +28,7 @@ from derain.data.rain import PRESETS, Rain, add_rain, between
 from derain.errors import DerainError
 from derain.image_sources import MEGAPIXELS
 from derain.images import Pixels, image_size, read_photo, to_bytes, write_image
-from derain.memory import give_back_blocks, keep_large_blocks
+from derain.memory import keep_freed_memory, release_freed_memory
 from derain.restoration import Restorer
 
 PORTS = range(7860, 7960)
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace, listening: socket.socket) -> None:
-    keep_large_blocks()
+    keep_freed_memory()
     restorers = load(args.weights, args.device)
     with tempfile.TemporaryDirectory(prefix="derain-app-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary).resolve()
@@ -268,7 +268,7 @@ class Studio:
             taken = np.abs(rainy - derained).mean(2)
             maps = {"taken away": taken / max(0.1, float(np.percentile(taken, 99.5))), **maps}
             small = {key: shrunk(np.repeat(one[..., None], 3, 2), SMALL) for key, one in maps.items()}
-            give_back_blocks()
+            release_freed_memory()
         height, width = derained.shape[:2]
         facts = {"model": model, "size": f"{width:,} × {height:,} pixels", "time": f"{seconds:.1f} s", **perceived}
         if amount > 0:

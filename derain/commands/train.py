@@ -29,7 +29,7 @@ from derain.commands.run_folders import restarts, root_of, run_folder, shared_fo
 from derain.commands.run_setup import callbacks, check_options, check_trainer, loggers
 from derain.data.datamodule import RainDataModule
 from derain.errors import DerainError, Stopped
-from derain.memory import keep_large_blocks
+from derain.memory import keep_freed_memory
 from derain.methods import DerainModule, DescribedModule, weights
 from derain.methods.daclipsde.solvers import Sampling
 from derain.metrics import resolve
@@ -430,7 +430,7 @@ def _innermost(error: BaseException) -> BaseException:
 
 def run(arguments: list[str]) -> int:
     """Runs a trainer command."""
-    keep_large_blocks()
+    keep_freed_memory()
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not ours
     set_parsing_settings(import_path_denylist=DENIED)  # given a list, jsonargparse refuses instead of warning
     choose_messages()
