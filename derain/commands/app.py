@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from derain.commands.hosts import ANY_ADDRESS, host_name
 from derain.commands.page_files import KEPT
-from derain.data.rain import PRESETS, Rain, add_rain, between
+from derain.data.rain import PRESETS, Rain, add_rain, sample_rain
 from derain.errors import DerainError
 from derain.image_sources import MEGAPIXELS
 from derain.images import Pixels, image_size, read_photo, to_bytes, write_image
@@ -331,10 +331,10 @@ def rain_of(amount: float, seed: int) -> Rain:
     """The rain of an amount: at thirds of the way a light, a medium and a heavy one, and mixtures between them.
 
     Example:
-        >>> rain_of(0.0, 7).density, rain_of(100.0, 7) == between(*PRESETS["heavy"], np.random.default_rng(7))
+        >>> rain_of(0.0, 7).density, rain_of(100.0, 7) == sample_rain(*PRESETS["heavy"], np.random.default_rng(7))
         (0.0, True)
     """
-    drawn = [dataclasses.asdict(between(*limits, np.random.default_rng(seed))) for limits in PRESETS.values()]
+    drawn = [dataclasses.asdict(sample_rain(*limits, np.random.default_rng(seed))) for limits in PRESETS.values()]
     stops = [drawn[0] | {"density": 0.0, "veil": 0.0}, *drawn]
     way = np.linspace(0, 100, len(stops))
     mixed = {name: float(np.interp(amount, way, [stop[name] for stop in stops])) for name in stops[0]}
