@@ -11,7 +11,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from derain.callbacks.parts import validated
-from derain.images import replacing
+from derain.images import write_whole
 from derain.methods.weights import READ_ERRORS
 
 log = logging.getLogger("derain")
@@ -103,7 +103,7 @@ class BestCheckpoint(Checkpoint):
         for path in found:
             if self._score_of(path) == score:
                 if path.resolve() != self.file.resolve():
-                    with replacing(self.file) as temporary:
+                    with write_whole(self.file) as temporary:
                         shutil.copyfile(path, temporary)
                 return None
         what = "was overwritten by a later epoch" if found else "does not exist any more"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import derain
 from derain import methods
 from derain.errors import DerainError
-from derain.images import replacing
+from derain.images import write_whole
 from derain.methods import exported, others
 from derain.methods.base import DerainModule
 from derain.methods.described import DescribedModule
@@ -109,7 +109,7 @@ def save(module: DescribedModule, path: Path) -> None:
         path: The file, by custom ending in ``.safetensors``.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.network.state_dict().items()}
-    with replacing(path) as temporary:
+    with write_whole(path) as temporary:
         safetensors.torch.save_file(state, temporary, {"derain": json.dumps(module.describe())})
 
 

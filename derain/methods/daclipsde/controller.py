@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from derain.errors import DerainError
 from derain.methods.clip import FrozenCLIP
-from derain.methods.daclipsde.published import controller_of, projection_of
+from derain.methods.daclipsde.published_keys import controller_of, projection_of
 
 log = logging.getLogger("derain")
 
