@@ -29,11 +29,11 @@ from derain.commands.run_setup import callbacks, check_options, check_trainer, l
 from derain.commands.train_parser import COMMANDS, DENIED_IMPORTS, OptionParser
 from derain.data.datamodule import RainDataModule
 from derain.errors import DerainError, Stopped
-from derain.memory import keep_large_blocks
+from derain.memory import keep_freed_memory
 from derain.methods import DerainModule, DescribedModule, weights
 from derain.methods.daclipsde.solvers import Sampling
 from derain.metrics import resolve
-from derain.metrics.perceptual import lpips_at_hand
+from derain.metrics.perceptual import available_lpips
 from derain.options import in_one_line, without_option
 
 log = logging.getLogger("derain")
@@ -319,7 +319,7 @@ class DerainCLI(LightningCLI):
         """
         if isinstance(self.model, DerainModule):
             self.model.protocols = self.protocols
-            self.model.lpips = lpips_at_hand(config.lpips)
+            self.model.lpips = available_lpips(config.lpips)
             self.model.explaining = bool(config.get("explain"))
             sampling = self.config_init[self.subcommand].sampling
             if sampling is not None:
@@ -429,7 +429,7 @@ def _original_error(error: BaseException) -> BaseException:
 
 def run(arguments: list[str]) -> int:
     """Run ``derain fit``, ``validate``, ``test`` or ``predict``."""
-    keep_large_blocks()
+    keep_freed_memory()
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they concern Lightning's calls
     set_parsing_settings(import_path_denylist=DENIED_IMPORTS)  # with a list, jsonargparse raises instead of warning
     choose_messages()
