@@ -16,7 +16,7 @@ from torch import Tensor
 
 from derain.errors import DerainError
 from derain.images import Pixels
-from derain.methods.hub import HubModel, check_whole, loading
+from derain.files.hub import HubModel, check_whole, loading
 
 log = logging.getLogger("derain")
 

@@ -15,7 +15,7 @@ from spandrel.architectures.NAFNet import NAFNet
 from derain.errors import DerainError
 from derain.methods import METHODS, CLIPRPNModule, DACLIPModule, DACLIPSDEModule, PReNetModule, exported, weights
 from derain.methods.daclipsde.controller import Perception
-from derain.methods.limits import built_within
+from derain.files.limits import built_within
 from tests.factories import make_clip
 from tests.methods.test_contract import SMALL
 from tests.mutated_weights import checkpoint

@@ -9,7 +9,7 @@ import torch
 
 from derain.errors import DerainError
 from derain.images import Pixels
-from derain.methods.hub import HubModel, check_whole, loading
+from derain.files.hub import HubModel, check_whole, loading
 
 BLIP = HubModel(
     "BLIP",
