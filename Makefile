@@ -21,8 +21,8 @@ demo: $(READY) ## minutes: synthesise rain, train a small PReNet, restore a held
 	$(BIN)/derain test --config experiments/quickstart.yaml --weights "$$(ls -t runs/quickstart/fit-*/weights.safetensors | head -1)"
 	@echo "before and after: $$(ls -td runs/quickstart/test-*/panels | head -1)"
 
-test: $(READY) ## the tests
-	$(PYTEST)
+test: $(READY) ## quick tests of every file (5 minutes on 2 cores)
+	$(PYTEST) -m "not slow and not gpu and not network"
 
 lint: $(READY) ## ruff: style and order
 	$(BIN)/ruff check .
@@ -34,7 +34,11 @@ type: $(READY) ## mypy --strict
 arch: $(READY) ## import-linter: who may import whom
 	$(BIN)/lint-imports
 
-check: lint type arch test ## all that CI runs
+check: lint type arch ## what CI runs: lint, types, imports, all tests that need no GPU and no internet
+	$(PYTEST) -m "not gpu and not network"
+
+mutants: $(READY) ## plants faults one by one and reports those that no test catches
+	$(BIN)/python -m tests.mutants
 
 bench: $(READY) ## ratios against references, measured in one run
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
@@ -49,4 +53,4 @@ clean: ## what can be made again
 	rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test lint type arch check bench notebooks docs clean
+.PHONY: help install demo test lint type arch check mutants bench notebooks docs clean

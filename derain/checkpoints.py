@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from derain.images import replacing
+from derain.images import write_whole
 
 UNFINISHED = re.compile(r"\.[0-9a-f]{8}-.+")
-"""Names of the files that `derain.images.replacing` writes."""
+"""Names of the files that `derain.images.write_whole` writes."""
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -27,7 +27,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with replacing(Path(path)) as temporary, temporary.open("wb") as file:
+        with write_whole(Path(path)) as temporary, temporary.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from derain.errors import DerainError
-from derain.images import replacing
+from derain.images import write_whole
 from derain.methods import onnx_model
 from derain.methods.base import DerainModule
 from derain.methods.graph import IMAGES, Graph
@@ -56,7 +56,7 @@ def export(method: DerainModule, path: Path, format: Format = "onnx") -> dict[tu
         raise DerainError(f"{path}: a file of --format {format} must end in {SUFFIXES[format]}")
     method = method.eval().cpu()
     graph = method.export_graph().eval()
-    with replacing(path) as temporary:
+    with write_whole(path) as temporary:
         write(graph, method, temporary, format)
         differences = compare(method, temporary, format)
         worst = max(differences, key=lambda size: _nan_last(differences[size]))

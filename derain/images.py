@@ -18,8 +18,8 @@ from PIL import Image
 
 from derain import deep_images
 from derain.errors import DerainError
+from derain.image_metadata import JPEG, Info, exif_to_write, has_location, writable
 from derain.image_sources import ImageSource, opened, upright
-from derain.metadata import JPEG, Info, exif_to_write, has_location, writable
 from derain.ranges import OVERSHOOT, check_finite, extremes, span
 
 Pixels = NDArray[np.uint8]
@@ -272,7 +272,7 @@ class Photo:
         grey = channels.shape[2] == 1 or (channels.shape[2] == 2 and not deep)
         info = writable(self.info or {}, path, grey=grey, deep=deep)
         if deep:
-            with replacing(path) as temporary:
+            with write_whole(path) as temporary:
                 temporary.write_bytes(deep_images.encode(suffix, channels, **info))
             return info
         array = np.rint(channels * 255).astype(np.uint8)
@@ -367,7 +367,7 @@ def write_image(path: Path, image: Image.Image | Pixels, **options: Any) -> None
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     if path.suffix.lower() in JPEG | {".webp", ".avif"}:
         options = {"quality": 95, **options}
-    with replacing(path) as temporary:
+    with write_whole(path) as temporary:
         try:
             picture.save(temporary, **options)
         except OSError as error:
@@ -387,13 +387,13 @@ def _not_encodable(path: Path, picture: Image.Image, error: Exception) -> Derain
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def write_whole(path: Path) -> Iterator[Path]:
     """Gives a temporary name beside ``path`` and renames it to ``path`` when the block succeeds.
 
     Example:
         >>> import tempfile
         >>> target = Path(tempfile.mkdtemp()) / "report.txt"
-        >>> with replacing(target) as temporary:
+        >>> with write_whole(target) as temporary:
         ...     _ = temporary.write_text("whole")
         >>> target.read_text()
         'whole'

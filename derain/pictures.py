@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from derain.errors import DerainError
-from derain.images import Pixels, replacing, write_image
+from derain.images import Pixels, write_image, write_whole
 
 PAPER, INK = (255, 255, 255), (32, 32, 32)
 
@@ -47,7 +47,7 @@ def write_explanation(path: Path, images: Mapping[str, Pixels], told: Mapping[st
         shares = ", ".join(f"{share:.4f}" for share in told.get("scores", {}).values())
         labels["derained"] = f"derained by route {told['route']}" + (f"\nscores {shares}" if shares else "")
     write_image(path.with_name(f"{path.name}.png"), compare({labels[name]: one for name, one in images.items()}))
-    with replacing(path.with_name(f"{path.name}.json")) as temporary:
+    with write_whole(path.with_name(f"{path.name}.json")) as temporary:
         temporary.write_text(json.dumps(told, indent=2) + "\n")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from derain.errors import DerainError
-from derain.images import replacing
+from derain.images import write_whole
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 """Colours that colour-blind people tell apart (Okabe and Ito, 2008)."""
@@ -45,7 +45,7 @@ def _axes(path: Path, title: str, size: tuple[float, float] = (6.4, 4.2)) -> Ite
         FigureCanvasAgg(figure)
         axes = figure.add_subplot(title=title)
         yield axes
-        with replacing(path) as temporary:
+        with write_whole(path) as temporary:
             figure.savefig(temporary, format="png")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from derain.errors import DerainError
-from derain.images import Pixels, replacing, to_bytes
+from derain.images import Pixels, to_bytes, write_whole
 from derain.pictures import compare
 from derain.progress import track
 from derain.video_writer import FORMATS, FULL, LIMITED, MATRICES, UNSPECIFIED, Look, Writer, exactly, reason
@@ -102,7 +102,7 @@ def rewrite(
             log.warning("%s: left out: streams of %s", source, ", ".join(sorted(left)))
 
         def writer(path: Path, size: tuple[int, int]) -> Writer:
-            temporary = stack.enter_context(replacing(path))
+            temporary = stack.enter_context(write_whole(path))
             made = stack.enter_context(Writer(temporary, path, first, size, stream, others, crf, source))
             if not metadata:
                 made.forget()

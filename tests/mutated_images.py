@@ -22,8 +22,8 @@ import tifffile
 from PIL import Image
 
 from derain.errors import DerainError
+from derain.image_metadata import has_location
 from derain.images import Photo, image_size, read_photo, read_rgb
-from derain.metadata import has_location
 
 Rng = np.random.Generator
 Files = dict[str, bytes]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from derain.checkpoints import WholeCheckpointIO, remove_unfinished
-from derain.images import replacing
+from derain.images import write_whole
 
 KILLED = """
 import os, pickle, signal, sys, torch
@@ -46,7 +46,7 @@ def test_only_old_leftovers_are_removed(tmp_path):
     kept = [tmp_path / "weights.safetensors", tmp_path / ".hidden", tmp_path / ".git-keep"]
     for path in kept:
         path.write_text("")
-    with replacing(tmp_path / "run" / "last.ckpt") as temporary:
+    with write_whole(tmp_path / "run" / "last.ckpt") as temporary:
         temporary.write_text("being written")
         remove_unfinished(tmp_path, age=60.0)
         assert temporary.exists()

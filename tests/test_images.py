@@ -13,7 +13,7 @@ import tifffile
 from PIL import EpsImagePlugin, Image
 
 from derain.errors import DerainError
-from derain.images import Photo, image_files, image_size, read_photo, read_rgb, replacing, to_bytes, write_image
+from derain.images import Photo, image_files, image_size, read_photo, read_rgb, to_bytes, write_image, write_whole
 
 ORIENTATION = 0x0112
 RNG = np.random.default_rng(0)
@@ -189,7 +189,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     target.write_text("old")
 
     def write():
-        with replacing(target) as temporary:
+        with write_whole(target) as temporary:
             temporary.write_text("half")
             raise OSError("disk full")
 

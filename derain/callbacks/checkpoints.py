@@ -10,8 +10,8 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from derain.callbacks.parts import validated
-from derain.images import replacing
+from derain.callbacks.parts import validation_counts
+from derain.images import write_whole
 from derain.methods.weights import READ_ERRORS
 
 log = logging.getLogger("derain")
@@ -59,7 +59,7 @@ class BestCheckpoint(Checkpoint):
         if stage != "fit" or not trainer.is_global_zero:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        count, _ = validated(trainer)
+        count, _ = validation_counts(trainer)
         protocols = list(getattr(pl_module, "protocols", ()))
         self._scored = {"protocols": protocols, "images": data.fingerprint("val", range(count)) if count else None}
 
@@ -103,7 +103,7 @@ class BestCheckpoint(Checkpoint):
         for path in found:
             if self._score_of(path) == score:
                 if path.resolve() != self.file.resolve():
-                    with replacing(self.file) as temporary:
+                    with write_whole(self.file) as temporary:
                         shutil.copyfile(path, temporary)
                 return None
         what = "was overwritten by a later epoch" if found else "does not exist any more"

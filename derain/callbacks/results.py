@@ -16,8 +16,8 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from derain.callbacks.parts import part
-from derain.images import ESCAPED, replacing
+from derain.callbacks.parts import image_count
+from derain.images import ESCAPED, write_whole
 from derain.methods import DerainModule
 from derain.methods.weights import locate, sha256
 from derain.metrics import Scores, bootstrap_interval
@@ -84,7 +84,7 @@ class TestResults(Callback):
             "versions": {p: importlib.metadata.version(p) for p in ("derain", "torch", "lightning", "torchmetrics")},
             "hardware": hardware(trainer),
         }
-        with replacing(folder / "summary.json") as temporary:
+        with write_whole(folder / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2) + "\n")
         print_table(summary)
         print(f"per image: {folder / 'images.csv'}\nsummary:   {folder / 'summary.json'}")
@@ -109,7 +109,7 @@ def image_rows(scores: dict[str, dict[str, Scores]], names: list[str]) -> Iterat
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes a CSV file whole or not at all."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors=ESCAPED) as file:
+    with write_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors=ESCAPED) as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -161,7 +161,7 @@ def print_table(summary: dict[str, Any]) -> None:
     sets = summary["data"]["sets"]
     table = Table(
         title=f"{summary['method']['method']} on {sets if isinstance(sets, str) else ' + '.join(sets)}, "
-        f"{part(summary['data']['images'], summary['data']['images_in_sets'])}{_how(summary)}",
+        f"{image_count(summary['data']['images'], summary['data']['images_in_sets'])}{_how(summary)}",
         title_justify="left",
     )
     for column, justify in {

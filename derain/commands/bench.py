@@ -37,7 +37,7 @@ from derain.methods import (
 )
 from derain.methods.daclipsde.network import HEAD, CrossAttention, LinearAttention, Upsample
 from derain.methods.exported import OnnxNetwork
-from derain.methods.plnlingan.windows import shift_mask
+from derain.methods.plnlingan.shifted_windows import shift_mask
 from derain.methods.prenet.network import VARIANTS, PReNet
 from derain.nn.restormer import Attention
 from derain.progress import track

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from derain.errors import DerainError
-from derain.images import replacing
+from derain.images import write_whole
 from derain.methods import METHODS, exported, weights
 from derain.progress import track
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         method.take_route(args.route)
     graph = exported.graph_of(method)
     print(f"{args.weights}: {note}; recording its network, which takes up to minutes", file=sys.stderr)
-    with replacing(args.output) as temporary:
+    with write_whole(args.output) as temporary:
         run_file = exported.write(graph, method.describe(), temporary, args.format)
         differences = compare(graph, run_file)
         show(differences)

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from derain import videos
 from derain.errors import DerainError
 from derain.folders import check_outputs
+from derain.image_metadata import has_location
 from derain.images import SUFFIXES, Photo, image_files, read_photo, select_images, to_bytes, write_image
 from derain.memory import give_back_blocks, keep_large_blocks
-from derain.metadata import has_location
 from derain.pictures import compare, write_explanation
 from derain.progress import track
 

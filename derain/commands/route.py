@@ -20,7 +20,7 @@ from torch import Tensor
 from derain.data.layouts import Split
 from derain.data.pairs import Pair, PairSet, detect, find_pairs
 from derain.errors import DerainError
-from derain.images import ESCAPED, Pixels, image_files, read_rgb, replacing, write_image
+from derain.images import ESCAPED, Pixels, image_files, read_rgb, write_image, write_whole
 from derain.methods.cliprpn.perception import RainPerception, scores
 from derain.methods.cliprpn.prompts import PROMPTS, texts_of
 from derain.pictures import contact_sheet
@@ -191,7 +191,7 @@ def write(folder: Path, sets: Sequence[PairSet], similarities: Tensor, summary: 
     routes, number = similarities.argmax(1).tolist(), similarities.shape[1]
     images = [(one.name, pair) for one in sets for pair in one.pairs]
     with (
-        replacing(folder / "routes.csv") as temporary,
+        write_whole(folder / "routes.csv") as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors=ESCAPED) as file,
     ):
         writer = csv.writer(file)
@@ -199,7 +199,7 @@ def write(folder: Path, sets: Sequence[PairSet], similarities: Tensor, summary: 
         writer.writerow(["set", "image", "route", *columns])
         for (name, pair), route, *values in zip(images, routes, similarities.tolist(), shares.tolist(), strict=True):
             writer.writerow([name, pair.name, route, *values[0], *values[1]])
-    with replacing(folder / "summary.json") as temporary:
+    with write_whole(folder / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     for old in folder.glob("route-[0-9]*.png"):
         old.unlink()

@@ -20,7 +20,7 @@ from rich.text import Text
 from derain.commands.table import escape, footnotes
 from derain.data.results import Job, find_jobs
 from derain.errors import DerainError
-from derain.images import ESCAPED, replacing
+from derain.images import ESCAPED, write_whole
 from derain.metrics import PROTOCOLS, Protocol, bootstrap_interval, psnr_ssim, resolve
 from derain.metrics.perceptual import Lpips, NoReference, lpips_at_hand
 from derain.metrics.protocols import DOWN, TOGETHER
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         print(told, end="")
     else:
-        with replacing(args.output) as temporary:
+        with write_whole(args.output) as temporary:
             temporary.write_text(told, encoding="utf-8", errors=ESCAPED)
         print(f"wrote {args.output}", file=sys.stderr)
     return 0

@@ -19,7 +19,7 @@ from rich.text import Text
 from derain.data.layouts import LAYOUTS
 from derain.data.summaries import Row, Score, find, labels, merge, published, read, select, shortened
 from derain.errors import DerainError
-from derain.images import ESCAPED, replacing
+from derain.images import ESCAPED, write_whole
 from derain.metrics import resolve
 
 log = logging.getLogger("derain")
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None:
         print(told, end="")
     else:
-        with replacing(args.out) as temporary:
+        with write_whole(args.out) as temporary:
             temporary.write_text(told, encoding="utf-8", errors=ESCAPED)
         print(f"wrote {args.out}", file=sys.stderr)
     if args.plot is not None:

@@ -18,7 +18,7 @@ from derain.data.digests import digests
 from derain.data.pairs import Pair
 from derain.errors import DerainError
 from derain.folders import cache_folder
-from derain.images import Pixels, image_size, replacing
+from derain.images import Pixels, image_size, write_whole
 from derain.memory import free_memory
 from derain.progress import track
 
@@ -174,12 +174,12 @@ def open_cache(pairs: Sequence[Pair], mode: Mode = "auto", *, folder: Path | Non
                 raise DerainError(f"--data.cache {asked}: {need / 1e9:.2f} GB do not fit into {full}; use {other}")
             for left_over in folder.glob(f".*-{ready.name}*"):
                 left_over.unlink()
-            with replacing(ready) as temporary:
+            with write_whole(ready) as temporary:
                 buffer = np.memmap(temporary, np.uint8, "w+", shape=(need,))
                 _decode(pairs, index, buffer)
                 buffer.flush()
         if not index_file.exists():
-            with replacing(index_file) as temporary, temporary.open("wb") as file:
+            with write_whole(index_file) as temporary, temporary.open("wb") as file:
                 np.save(file, index)
     return PixelCache(index, file=ready)
 

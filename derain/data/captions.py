@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from derain.data.pairs import Pair
 from derain.errors import DerainError
-from derain.images import replacing
+from derain.images import write_whole
 from derain.progress import track
 
 COLUMNS = ["filepath", "title"]
@@ -63,7 +63,7 @@ def write_captions(path: Path, rows: Iterable[tuple[str, Caption]]) -> None:
         path: The table.
         rows: A rainy image's file, as :func:`written` gives it, and its caption.
     """
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with write_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows((name, caption._replace(text=one_line(caption.text)).title) for name, caption in rows)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from derain.folders import cache_folder
-from derain.images import replacing
+from derain.images import write_whole
 from derain.progress import track
 
 SETTLED = 2_000_000_000
@@ -115,7 +115,7 @@ def _load(path: Path) -> dict[str, Entry]:
 def _save(path: Path, content: object) -> None:
     """Write a cache file; without it the next start reads the images again."""
     try:
-        with replacing(path) as temporary:
+        with write_whole(path) as temporary:
             temporary.write_text(json.dumps(content))
     except OSError as error:
         log.warning("%s: cannot remember what images hold: %s", path, error)

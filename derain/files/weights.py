@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from derain.errors import DerainError
 from derain.files.metadata import Metadata, check, parse, shorten
-from derain.images import replacing
+from derain.images import write_whole
 
 EXPECTED = (
     "expected a derain checkpoint (.ckpt), derain weights (.safetensors), an ONNX file of derain export (.onnx), or "
@@ -68,7 +68,7 @@ def save(state: Mapping[str, Tensor], metadata: Mapping[str, Any], path: Path) -
         path: The file, usually with the suffix ``.safetensors``.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    with replacing(path) as temporary:
+    with write_whole(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, {"derain": json.dumps(metadata)})
 
 

@@ -45,9 +45,9 @@ def test_a_run_killed_within_a_round_ends_where_an_uninterrupted_one_ends(place)
     fit = ["fit", "--config", "gan.yaml", "--trainer.max_epochs", "4"]
     columns = (*LOSSES, "train/loss", "val/psnr", "lr-generator")
     one, broken_off, two = whole_and_resumed(fit, *columns)
-    assert broken_off["windows"] < 12
-    assert broken_off["windows"] % 5  # between two steps of the discriminator
-    assert one["windows"] == two["windows"] == 12
+    assert broken_off["updates"] < 12
+    assert broken_off["updates"] % 5  # between two steps of the discriminator
+    assert one["updates"] == two["updates"] == 12
     assert one["global_step"] == two["global_step"] == 12
     states = [{"weights": c["state_dict"], "average": c["ema"]["network"]} for c in (one, two)]
     assert differing(*states) == []

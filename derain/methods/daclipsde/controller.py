@@ -19,7 +19,7 @@ from derain.errors import DerainError
 from derain.files import weights
 from derain.files.metadata import Metadata, check, shorten
 from derain.methods.clip import FrozenCLIP
-from derain.methods.daclipsde.published import controller_of, projection_of
+from derain.methods.daclipsde.published_keys import controller_of, projection_of
 
 log = logging.getLogger("derain")
 

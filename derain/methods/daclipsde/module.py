@@ -16,7 +16,7 @@ from derain.methods.base import DerainModule
 from derain.methods.daclipsde.controller import Perception
 from derain.methods.daclipsde.loss import matching_loss
 from derain.methods.daclipsde.network import AttentionKind, ConditionalUNet
-from derain.methods.daclipsde.published import unet_options
+from derain.methods.daclipsde.published_keys import unet_options
 from derain.methods.daclipsde.sde import MeanRevertingSDE, Schedule
 from derain.methods.daclipsde.solvers import Sampling, sample
 from derain.methods.graph import Graph

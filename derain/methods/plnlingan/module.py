@@ -124,7 +124,7 @@ class PLNLINGANModule(DerainModule, Explains):
         first, second = ("local", "non-local") if branches == "both" else (branches, f"other {branches}")
         both = (f"{first} features", f"{second} features", "features of both")
         self.maps = both if unit == "plnlim" else (f"{unit} features",)
-        self.windows = 0  # turns so far: whose comes next follows from it
+        self.updates = 0  # decides which network is updated next
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """Restores images of any size in [0, 1], without the hierarchy."""
@@ -162,7 +162,7 @@ class PLNLINGANModule(DerainModule, Explains):
         """A generator's turn, a discriminator's, or both."""
         hyper, count = self.hparams, len(batch["name"])
         rainy, clean = (pad_to_multiple(batch[key], self.network.multiple) for key in ("rainy", "clean"))
-        turn = self.windows + 1
+        turn = self.updates + 1
         generating = self.discriminator is None or turn % hyper["discriminator_steps"] == 0
         judging = self.discriminator is not None and turn % hyper["generator_steps"] == 0
         with torch.set_grad_enabled(generating):
@@ -218,7 +218,7 @@ class PLNLINGANModule(DerainModule, Explains):
                 optimizer._on_before_step = optimizer._on_after_step = lambda: None
             optimizer.step()
             optimizer.zero_grad()
-        self.windows += 1
+        self.updates += 1
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse what is not finite, and clip the gradient."""
@@ -250,9 +250,10 @@ class PLNLINGANModule(DerainModule, Explains):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add whose turn it is."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["windows"] = self.windows
+        checkpoint["updates"] = self.updates
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore whose turn it is."""
         super().on_load_checkpoint(checkpoint)
-        self.windows = checkpoint["windows"]
+        key = "updates" if "updates" in checkpoint else "windows"  # "windows": checkpoints of earlier versions
+        self.updates = checkpoint[key]

@@ -16,7 +16,7 @@ from timm.models.swin_transformer import SwinTransformerBlock, window_partition,
 from torch import Tensor, nn
 
 from derain.errors import DerainError
-from derain.methods.plnlingan.windows import at_any_size, shift_mask
+from derain.methods.plnlingan.shifted_windows import at_any_size, shift_mask
 from derain.nn.graphs import recorded_for_all_sizes
 from derain.nn.padding import pad_to_multiple
 from derain.nn.restormer import STRIP_BYTES, spatial

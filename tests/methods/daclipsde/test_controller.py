@@ -13,7 +13,7 @@ from derain.errors import DerainError
 from derain.methods import DACLIPModule, PReNetModule, weights
 from derain.methods.clip import FrozenCLIP
 from derain.methods.daclipsde.controller import Controller, Perception
-from derain.methods.daclipsde.published import controller_of
+from derain.methods.daclipsde.published_keys import controller_of
 from tests.factories import clip_view, make_clip
 
 

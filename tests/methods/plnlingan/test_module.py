@@ -183,7 +183,7 @@ def test_turns_go_on_over_epochs():
     method = module()
     trainer = fit(method, Batches(3), epochs=4)
     assert [steps(one) for one in trainer.optimizers] == [{12}, {2}]
-    assert method.windows == 12
+    assert method.updates == 12
 
 
 def test_validation_within_an_accumulation_changes_nothing():
@@ -343,7 +343,7 @@ def test_a_run_goes_on_within_an_accumulation(tmp_path):
             callbacks=[SaveAt(batches, tmp_path / f"{batches}.ckpt")],
         )
         trainer.fit(method, *loaders, ckpt_path=continued)
-        assert method.windows == 2
+        assert method.updates == 2
         ended.append(method.state_dict())
     for name, value in ended[0].items():
         assert torch.equal(value, ended[1][name]), name

@@ -8,8 +8,8 @@ from PIL import Image
 from PIL.ExifTags import IFD
 
 from derain.errors import DerainError
+from derain.image_metadata import has_location
 from derain.images import Photo, read_photo
-from derain.metadata import has_location
 from tests.mutated_images import camera_exif
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 10, 3), dtype=np.uint8)
