@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 from derain.errors import DerainError
-from derain.methods import DescribedModule
+from derain.methods import TrainableModule
 
 
 class EMA(Callback):
@@ -17,7 +17,7 @@ class EMA(Callback):
     After batch n (counted in batches, whatever the number of optimisers):
     ``average = d * average + (1 - d) * weights`` with ``d = min(decay, (1 + n) / (10 + n))``, the warm-up
     of TensorFlow's ExponentialMovingAverage. Buffers are copied. The checkpoint's ``state_dict`` holds the
-    raw weights, its key ``ema`` the average, which is what `derain.methods.weights.load` takes for testing and
+    raw weights, its key ``ema`` the average, which is what `derain.methods.catalog.load` takes for testing and
     restoring.
 
     Args:
@@ -111,5 +111,5 @@ class EMA(Callback):
 
 
 def _network(pl_module: LightningModule) -> nn.Module:
-    assert isinstance(pl_module, DescribedModule)
+    assert isinstance(pl_module, TrainableModule)
     return pl_module.network

@@ -1,7 +1,7 @@
 """Restored images of ``derain predict``."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from derain.callbacks.panels import to_pixels
 from derain.folders import check_outputs
 from derain.images import write_image
-from derain.methods import DerainModule
+from derain.methods.interfaces import Explains
 from derain.pictures import write_explanation
 
 
@@ -21,7 +21,7 @@ class SaveImages(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse names under which one image would overwrite another."""
-        endings = [".png", *(["-explain.png", "-explain.json"] if cast(DerainModule, pl_module).explaining else [])]
+        endings = [".png", *(["-explain.png", "-explain.json"] if _explains(pl_module) else [])]
         pairs = trainer.datamodule.pairs["predict"]  # type: ignore[attr-defined]
         check_outputs((Path(f"images/{pair.name}{ending}"), pair.rainy) for pair in pairs for ending in endings)
 
@@ -36,20 +36,23 @@ class SaveImages(Callback):
     ) -> None:
         """Writes the images of a batch; each rank writes its own."""
         folder = Path(trainer.default_root_dir) / "images"
-        method = cast(DerainModule, pl_module)
         for place, name in enumerate(batch["name"]):
             derained, maps = outputs["derained"][place].split((3, len(outputs["derained"][place]) - 3))
             pixels = to_pixels(derained, f"{name}: derained image")
             write_image(folder / f"{name}.png", pixels)
-            if method.explaining:
+            if isinstance(pl_module, Explains) and pl_module.explaining:
                 write_explanation(
                     folder / f"{name}-explain",
                     {"rainy": to_pixels(batch["rainy"][place], name), "derained": pixels}
                     | {
                         kind: to_pixels(one.expand(3, -1, -1), f"{name}: {kind}")
-                        for kind, one in zip(method.maps, maps, strict=True)
+                        for kind, one in zip(pl_module.maps, maps, strict=True)
                     },
-                    method.describe_image(outputs["perceived"], place),
+                    pl_module.describe_image(outputs["conditions"], place),
                 )
         if trainer.received_sigterm:  # which Lightning's prediction loop does not look at
             raise SIGTERMException
+
+
+def _explains(module: LightningModule) -> bool:
+    return isinstance(module, Explains) and module.explaining

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, cast
 
 from huggingface_hub import ModelHubMixin
 from lightning import LightningModule
@@ -112,7 +112,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         weights.save(self.network.state_dict(), self.metadata(), path)
 
     @classmethod
-    def from_content(cls, path: Path, content: weights.Content) -> Self:
+    def from_content(cls, path: Path, content: weights.Content) -> "TrainableModule":
         """Build the module that a weights file of derain describes, in eval mode.
 
         Args:

@@ -3,9 +3,9 @@
 import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NotRequired
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
