@@ -1,4 +1,4 @@
-"""Restored images of ``derain predict``."""
+"""Images that ``derain predict`` restores."""
 
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,16 @@ from derain.pictures import write_explanation
 
 
 class SaveImages(Callback):
-    """Writes every predicted image as ``images/NAME.png`` into the folder of the run.
+    """Save every restored image to ``images/NAME.png`` in the folder of the run.
 
-    With ``--explain true``, ``images/NAME-explain.png`` and ``.json`` show the maps and what was perceived.
+    With ``--explain true``, ``images/NAME-explain.png`` and ``.json`` contain the maps and the conditions.
     """
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse names under which one image would overwrite another."""
-        endings = [".png", *(["-explain.png", "-explain.json"] if _explains(pl_module) else [])]
+        """Check that no image would overwrite another."""
+        endings = [".png"]
+        if isinstance(pl_module, Explains) and pl_module.explaining:
+            endings += ["-explain.png", "-explain.json"]
         pairs = trainer.datamodule.pairs["predict"]  # type: ignore[attr-defined]
         check_outputs((Path(f"images/{pair.name}{ending}"), pair.rainy) for pair in pairs for ending in endings)
 
@@ -34,25 +36,18 @@ class SaveImages(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Writes the images of a batch; each rank writes its own."""
+        """Save the images of a batch; each rank saves its own."""
         folder = Path(trainer.default_root_dir) / "images"
-        for place, name in enumerate(batch["name"]):
-            derained, maps = outputs["derained"][place].split((3, len(outputs["derained"][place]) - 3))
+        for index, name in enumerate(batch["name"]):
+            channels = outputs["derained"][index]
+            derained, maps = channels[:3], channels[3:]
             pixels = to_pixels(derained, f"{name}: derained image")
             write_image(folder / f"{name}.png", pixels)
             if isinstance(pl_module, Explains) and pl_module.explaining:
-                write_explanation(
-                    folder / f"{name}-explain",
-                    {"rainy": to_pixels(batch["rainy"][place], name), "derained": pixels}
-                    | {
-                        kind: to_pixels(one.expand(3, -1, -1), f"{name}: {kind}")
-                        for kind, one in zip(pl_module.maps, maps, strict=True)
-                    },
-                    pl_module.describe_image(outputs["conditions"], place),
-                )
-        if trainer.received_sigterm:  # which Lightning's prediction loop does not look at
+                images = {"rainy": to_pixels(batch["rainy"][index], name), "derained": pixels}
+                for kind, values in zip(pl_module.maps, maps, strict=True):
+                    images[kind] = to_pixels(values.expand(3, -1, -1), f"{name}: {kind}")
+                description = pl_module.describe_image(outputs["conditions"], index)
+                write_explanation(folder / f"{name}-explain", images, description)
+        if trainer.received_sigterm:  # ignored by Lightning's prediction loop
             raise SIGTERMException
-
-
-def _explains(module: LightningModule) -> bool:
-    return isinstance(module, Explains) and module.explaining

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from derain.commands.page_files import KEPT
-from derain.data.rain import PRESETS, Rain, add_rain, between
+from derain.data.rain import PRESETS, Rain, add_rain, sample_rain
 from derain.errors import DerainError
 from derain.images import Pixels, image_size, read_photo, to_bytes, write_image
-from derain.memory import give_back_blocks
+from derain.memory import release_freed_memory
 from derain.restoration import Restorer
 
 PREVIEW_SIDE, MAP_SIDE = 2048, 640
@@ -147,7 +147,7 @@ class RestorationService:
             write_image(before, shrink(rainy, PREVIEW_SIDE), subsampling=0)
             write_image(after, shrink(derained, PREVIEW_SIDE), subsampling=0)
             pictures = map_pictures(rainy, derained, maps)
-            give_back_blocks()
+            release_freed_memory()
         height, width = derained.shape[:2]
         facts = {"model": model, "size": f"{width:,} × {height:,} pixels", "time": f"{seconds:.1f} s", **conditions}
         if amount > 0:
@@ -226,7 +226,7 @@ def add_rain_to(rgb: NDArray[np.float32], amount: float, seed: int) -> NDArray[n
 
 
 def rain_of_amount(amount: float, seed: int) -> Rain:
-    """Interpolate between no rain (0) and the light (33), medium (67) and heavy (100) presets.
+    """Interpolate sample_rain no rain (0) and the light (33), medium (67) and heavy (100) presets.
 
     Args:
         amount: From 0 to 100.
@@ -235,10 +235,10 @@ def rain_of_amount(amount: float, seed: int) -> Rain:
     Example:
         >>> rain_of_amount(0.0, 7).density
         0.0
-        >>> rain_of_amount(100.0, 7) == between(*PRESETS["heavy"], np.random.default_rng(7))
+        >>> rain_of_amount(100.0, 7) == sample_rain(*PRESETS["heavy"], np.random.default_rng(7))
         True
     """
-    presets = [dataclasses.asdict(between(*limits, np.random.default_rng(seed))) for limits in PRESETS.values()]
+    presets = [dataclasses.asdict(sample_rain(*limits, np.random.default_rng(seed))) for limits in PRESETS.values()]
     none = presets[0] | {"density": 0.0, "veil": 0.0}
     stops = [none, *presets]
     amounts = np.linspace(0, 100, len(stops))

@@ -29,13 +29,13 @@ from derain.commands.train_parser import COMMANDS, DENIED_IMPORTS, OptionParser
 from derain.data.datamodule import RainDataModule
 from derain.errors import DerainError, Stopped
 from derain.files.weights import read
-from derain.memory import keep_large_blocks
+from derain.memory import keep_freed_memory
 from derain.methods import DerainModule, TrainableModule, catalog
 from derain.methods.daclipsde.solvers import Sampling
 from derain.methods.interfaces import Explains
 from derain.methods.registry import add_current_folder, use_method
 from derain.metrics import resolve
-from derain.metrics.perceptual import lpips_at_hand
+from derain.metrics.perceptual import available_lpips
 from derain.options import in_one_line, without_option
 from derain.restoration import sample_by
 
@@ -322,7 +322,7 @@ class DerainCLI(LightningCLI):
         """
         if isinstance(self.model, DerainModule):
             self.model.protocols = self.protocols
-            self.model.lpips = lpips_at_hand(config.lpips)
+            self.model.lpips = available_lpips(config.lpips)
             if config.get("explain"):
                 if not isinstance(self.model, Explains):
                     raise DerainError(f"--explain true: {type(self.model).__name__} has no maps; omit the option")
@@ -435,7 +435,7 @@ def _original_error(error: BaseException) -> BaseException:
 
 def run(arguments: list[str]) -> int:
     """Run ``derain fit``, ``validate``, ``test`` or ``predict``."""
-    keep_large_blocks()
+    keep_freed_memory()
     add_current_folder()  # --model my_method.MyModule
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they concern Lightning's calls
     set_parsing_settings(import_path_denylist=DENIED_IMPORTS)  # with a list, jsonargparse raises instead of warning

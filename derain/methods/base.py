@@ -12,7 +12,7 @@ from torch import Tensor
 
 from derain.batch import PairBatch
 from derain.errors import DerainError
-from derain.memory import give_back_blocks
+from derain.memory import release_freed_memory
 from derain.methods.divergence import REMEDY, listed, position
 from derain.methods.graph import Graph
 from derain.methods.interfaces import Explains
@@ -172,7 +172,7 @@ class DerainModule(TrainableModule, ABC):
     def _release_memory(self, shape: torch.Size) -> None:
         """Release cached memory when the image size changes, which needs blocks of other sizes."""
         if shape != self._shape:
-            give_back_blocks()
+            release_freed_memory()
         self._shape = shape
 
     # Prediction.
