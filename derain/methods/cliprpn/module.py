@@ -33,9 +33,6 @@ from derain.progress import track
 
 log = logging.getLogger("derain")
 
-PROPORTION = 0.1
-"""Weight of the masks' loss and threshold of the true mask: CLIP-RPN, eqs. 15 and 4."""
-
 
 class CLIPRPNMetadata(Metadata):
     """Metadata with CLIP's hash and the training samples of each route."""
@@ -116,8 +113,8 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         eta: float = 2.3,
         smoothing: Smoothing = "shift",
         rescale: bool = False,
-        mask_weight: float = PROPORTION,
-        mask_threshold: float = PROPORTION,
+        mask_weight: float = 0.1,  # CLIP-RPN, eq. 15
+        mask_threshold: float = 0.1,  # CLIP-RPN, eq. 4
         mask_scaling: MaskScaling = "nearest",
         learning_rate: float = 2e-4,
         weight_decay: float = 0.01,
