@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from derain.methods.weights import save
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.restormer import Published
