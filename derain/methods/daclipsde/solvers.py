@@ -20,7 +20,6 @@ of the step, as DPM-Solver++ does: ``c = h (1 - exp(-κh)) / 2``. MaRS (Li et al
 order. The last step goes to ``σ = 0`` and gives ``x̂_0`` itself.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -31,35 +30,11 @@ from torch import Tensor
 
 from derain.errors import DerainError
 from derain.methods.daclipsde.sde import MeanRevertingSDE
+from derain.methods.interfaces import Sampling
 
 Image = Float[Tensor, "b c h w"]
 Estimate = Callable[[Image, int], Image]
 """The noise in a state at a time."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How images are sampled; no part of a checkpoint.
-
-    Args:
-        solver: ``posterior`` (IR-SDE's authors), ``sde`` (Euler-Maruyama), ``ode`` (Euler), or semi-analytic:
-            ``mrs-ode1``, ``mrs-ode2``, ``mrs-sde2``, ``mars-ode2``, ``mars-sde2``.
-        steps: Evaluations of the network, at most the T of the schedule; none: T.
-        seed: Of the noise. The same seed gives an image the same noise in any batch.
-
-    Raises:
-        DerainError: If the solver is unknown or the steps are none.
-    """
-
-    solver: str = "posterior"
-    steps: int | None = 10
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise DerainError(f"--solver {self.solver}: unknown; choose from {', '.join(SOLVERS)}")
-        if self.steps is not None and self.steps < 1:
-            raise DerainError(f"--steps {self.steps}: must be at least 1")
 
 
 class Noise:
