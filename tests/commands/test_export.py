@@ -7,6 +7,7 @@ from derain.commands import bench
 from derain.export import SIZES
 from derain.images import read_rgb, write_image
 from derain.methods import CLIPRPNModule, DACLIPSDEModule, PReNetModule, catalog
+from derain.methods.graph import Graph
 from tests.methods.test_contract import SMALL
 
 
@@ -116,4 +117,13 @@ def test_refusals_take_one_line(folder, tmp_path, capsys, monkeypatch):
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("derain: error:")
         assert told in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_of_another_function_is_refused(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(PReNetModule, "export_graph", lambda self: Graph(self, lambda rainy: rainy - self(rainy)))
+    for name, format in (("m.onnx", "onnx"), ("m.pt2", "torch")):
+        command = ["export", str(tmp_path / name), "--weights", str(folder / "w.safetensors"), "--format", format]
+        assert main(command) == 2
+        assert name in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
