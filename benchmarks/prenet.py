@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from derain.images import read_rgb
-from derain.memory import keep_large_blocks
+from derain.memory import keep_freed_memory
 from derain.methods import PReNetModule, weights
+from derain.metrics.full_reference import psnr_ssim
 from derain.metrics.protocols import resolve
-from derain.metrics.quality import psnr_ssim
 from derain.restoration import Restorer
 
 IMAGES = 4
@@ -102,7 +102,7 @@ def timed(restore, *inputs):
 
 
 def main():
-    keep_large_blocks()  # as derain restore does; it serves both ways
+    keep_freed_memory()  # as derain restore does; it serves both ways
     rainy, clean, told = images()
     module, weights_told = method()
     state = {name: value.clone() for name, value in module.network.state_dict().items()}

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from derain.data.pairs import find_pairs
-from derain.memory import keep_large_blocks
+from derain.memory import keep_freed_memory
 from derain.methods import DACLIPSDEModule, weights
 from derain.methods.daclipsde.solvers import SOLVERS, Sampling
 from derain.metrics import psnr_ssim, resolve
@@ -55,7 +55,7 @@ def main() -> int:
     if not file or not os.environ.get("DERAIN_DATA"):
         print("left out: DERAIN_SDE_WEIGHTS names no weights of DACLIPSDEModule, or DERAIN_DATA no data")
         return 0
-    keep_large_blocks()
+    keep_freed_memory()
     module = weights.load(Path(file)).module
     assert isinstance(module, DACLIPSDEModule)
     module = module.to(DEVICE)

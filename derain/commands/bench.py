@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from derain.callbacks.results import cpu_name
 from derain.errors import DerainError
-from derain.memory import keep_large_blocks
+from derain.memory import keep_freed_memory
 from derain.methods import (
     CLIPRPNModule,
     DACLIPSDEModule,
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     if args.size < 1:
         raise DerainError(f"--size {args.size}: must be at least 1 pixel")
     device = choose_device(args.device)
-    keep_large_blocks()
+    keep_freed_memory()
     builds = BUILDS | {str(file): partial(getattr, weights.load(file), "module") for file in args.weights}
     rows = []
     for name, build in track(builds.items(), "Counting", len(builds)):

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from derain.data.layouts import LAYOUTS
-from derain.data.matching import match, set_folders
-from derain.data.photos import PHOTOS, write_photos
+from derain.data.name_matching import find_set_folders, pair_files
+from derain.data.quickstart_photos import PHOTOS, write_photos
 from derain.data.rain import PRESETS, Rain, synthesize
 from derain.data.verify import Finding, verify
 from derain.errors import DerainError
@@ -110,8 +110,8 @@ def list_sets(root: Path | None, *, as_json: bool) -> int:
 
 def found(name: str, root: Path) -> dict[str, int]:
     """Pairs of each split of a set below the data root."""
-    for folder in set_folders(name, root):
-        counts = {split: len(match(name, split, folder).pairs) for split in LAYOUTS[name].files}
+    for folder in find_set_folders(name, root):
+        counts = {split: len(pair_files(name, split, folder).pairs) for split in LAYOUTS[name].files}
         if any(counts.values()):
             return {split: count for split, count in counts.items() if count}
     return {}
@@ -141,7 +141,7 @@ def place(told: Path) -> Path:
     if told.exists() or not root or not Path(root).is_dir():
         return told
     name = next((name for name in LAYOUTS if name.lower() == str(told).lower() and LAYOUTS[name].folders), None)
-    named = set_folders(name, Path(root)) if name else []
+    named = find_set_folders(name, Path(root)) if name else []
     return named[0] if named else told
 
 

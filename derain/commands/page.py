@@ -1,4 +1,4 @@
-"""The page of ``derain app``: what people see and touch; restoring is the studio's."""
+"""The page of ``derain app``: what people see and touch; restoring is the service's."""
 
 import base64
 import html
@@ -10,9 +10,9 @@ import cv2
 import gradio as gr
 from fastapi import FastAPI
 
-from derain.commands.app import Restored, Studio
 from derain.commands.guard import QUEUE, Guard
 from derain.commands.page_files import KEPT
+from derain.commands.service import RestorationService, RestoredPhoto
 from derain.errors import DerainError
 from derain.images import Pixels
 
@@ -52,20 +52,22 @@ METADATA = {
 }
 
 
-def build(studio: Studio, max_megabytes: int, host: str = "127.0.0.1", allowed: Collection[str] = ()) -> Guard:
+def build(
+    service: RestorationService, max_megabytes: int, host: str = "127.0.0.1", allowed: Collection[str] = ()
+) -> Guard:
     """Return the page as an application to serve.
 
     Args:
-        studio: Restores what people give.
+        service: Restores what people give.
         max_megabytes: Largest file that is taken.
         host: Address that the page is served at.
         allowed: Further host names that the page is opened by.
     """
-    models = list(studio.restorers)
+    models = list(service.restorers)
     with gr.Blocks(title="derain", analytics_enabled=False) as blocks:
         gr.HTML(
             f"<h1>{ICON}derain</h1><p>Takes the rain out of a photo. It stays on this machine, and is deleted after "
-            f"{KEPT} minutes. {METADATA[studio.keep_metadata]}</p>",
+            f"{KEPT} minutes. {METADATA[service.keep_metadata]}</p>",
             elem_id="title",
         )
         kept = gr.State()
@@ -109,7 +111,7 @@ def build(studio: Studio, max_megabytes: int, host: str = "127.0.0.1", allowed: 
             path, name = Path(str(file.get("path"))), _text(file.get("orig_name") or "photo")
             session = request.session_hash or ""
             try:
-                restored = studio.restore(
+                restored = service.restore(
                     path,
                     name,
                     _text(model),
@@ -181,7 +183,7 @@ def build(studio: Studio, max_megabytes: int, host: str = "127.0.0.1", allowed: 
         head=f"{HEAD}<style>{STYLE.read_text(encoding='utf-8')}</style>",  # whole, which css= would not leave it
     )
     blocks.has_launched = True  # only then does gradio, too, refuse a path that nobody has uploaded
-    guard = Guard(page, blocks._queue, studio.folder, max_megabytes * 2**20, host, allowed)
+    guard = Guard(page, blocks._queue, service.folder, max_megabytes * 2**20, host, allowed)
     return guard
 
 
@@ -209,7 +211,7 @@ def _told(message: str) -> str:
     return f"<p role='alert'>{''.join(parts)}</p>"
 
 
-def _caption(name: str, restored: Restored) -> str:
+def _caption(name: str, restored: RestoredPhoto) -> str:
     told = [restored.facts["size"], restored.facts["time"]]
     if "synthetic rain" in restored.facts:
         told.append("rain added")

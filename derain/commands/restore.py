@@ -17,7 +17,7 @@ from derain.errors import DerainError
 from derain.folders import check_outputs
 from derain.image_metadata import has_location
 from derain.images import SUFFIXES, Photo, image_files, read_photo, select_images, to_bytes, write_image
-from derain.memory import give_back_blocks, keep_large_blocks
+from derain.memory import keep_freed_memory, release_freed_memory
 from derain.pictures import compare, write_explanation
 from derain.progress import track
 
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     from derain.methods.daclipsde.solvers import Sampling
     from derain.restoration import Restorer
 
-    keep_large_blocks()
+    keep_freed_memory()
     chosen = {key: getattr(args, key) for key in ("solver", "steps", "seed") if getattr(args, key) is not None}
     restorer = Restorer(
         args.weights,
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
                 done += 1
             except (DerainError, OSError) as error:
                 broken.append(str(error))
-            give_back_blocks()
+            release_freed_memory()
     except KeyboardInterrupt:
         remaining = list(waiting.values())[done + len(broken) - refused :]
         counts = (

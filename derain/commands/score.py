@@ -18,13 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from derain.commands.table import escape, footnotes
-from derain.data.results import Job, find_jobs
+from derain.data.result_folders import ScoringPair, find_scoring_pairs
 from derain.errors import DerainError
 from derain.images import ESCAPED, write_whole
 from derain.metrics import PROTOCOLS, Protocol, bootstrap_interval, psnr_ssim, resolve
-from derain.metrics.perceptual import Lpips, NoReference, lpips_at_hand
-from derain.metrics.protocols import DOWN, TOGETHER
-from derain.metrics.quality import IDENTICAL
+from derain.metrics.full_reference import MAX_PSNR
+from derain.metrics.perceptual import Lpips, NoReference, available_lpips
+from derain.metrics.protocols import DOWNSAMPLE_SUFFIX, PROTOCOL_GROUPS
 from derain.progress import track
 
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="P",
-        help=f"{', '.join([*PROTOCOLS, *TOGETHER])}; {DOWN} at the end lets SSIM shrink images first "
+        help=f"{', '.join([*PROTOCOLS, *PROTOCOL_GROUPS])}; {DOWNSAMPLE_SUFFIX} at the end lets SSIM shrink images "
         f"(default {next(iter(PROTOCOLS))})",
     )
     parser.add_argument("--format", choices=list(FORMATS), default="table")
@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     protocols = resolve(args.protocol or [next(iter(PROTOCOLS))]) if args.clean else ()
     if not args.clean and not args.no_reference:
         raise DerainError("CLEAN: not given; name the clean images, or judge without them by --no-reference niqe")
-    jobs = find_jobs(args.derained, args.clean)
-    lpips = lpips_at_hand(args.lpips if args.clean else "none")
+    jobs = find_scoring_pairs(args.derained, args.clean)
+    lpips = available_lpips(args.lpips if args.clean else "none")
     no_reference = no_reference_at_hand(args.no_reference or [])
     if not (protocols or no_reference):
         raise DerainError("nothing to judge by: name clean images, or install pyiqa: pip install 'derain[iqa]'")
@@ -97,7 +97,7 @@ def no_reference_at_hand(names: Sequence[str]) -> list[NoReference]:
 
 
 def score(
-    jobs: Sequence[Job],
+    jobs: Sequence[ScoringPair],
     protocols: Sequence[Protocol],
     lpips: Lpips | None = None,
     no_reference: Sequence[NoReference] = (),
@@ -120,7 +120,7 @@ def score(
     """
     alone = threading.Lock()  # networks run one at a time, on all cores
 
-    def judge(job: Job) -> list[dict[str, float]]:
+    def judge(job: ScoringPair) -> list[dict[str, float]]:
         derained, clean = job.read()
         further = {}
         try:
@@ -187,9 +187,9 @@ def _cells(result: dict[str, Any], columns: Sequence[str]) -> list[str]:
 def _notes(results: list[dict[str, Any]]) -> list[str]:
     """What a reader of the table must know."""
     notes = [f"{result['protocol']}: {result['definition']}" for result in results if result["protocol"]]
-    same = max(sum(image.get("psnr") == IDENTICAL for image in result["images"]) for result in results)
+    same = max(sum(image.get("psnr") == MAX_PSNR for image in result["images"]) for result in results)
     if same:
-        notes.append(f"{same} of the images equal the clean ones and count as {IDENTICAL:.0f} dB")
+        notes.append(f"{same} of the images equal the clean ones and count as {MAX_PSNR:.0f} dB")
     return notes
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from derain.batch import PairBatch
 from derain.errors import DerainError
-from derain.memory import give_back_blocks
+from derain.memory import release_freed_memory
 from derain.methods.described import DescribedModule
 from derain.methods.divergence import REMEDY, listed, position
 from derain.metrics import ImageQuality, Scores
@@ -142,7 +142,7 @@ class DerainModule(DescribedModule, ABC):
     def _give_back_at(self, shape: torch.Size) -> None:
         """Hands memory back when images come in another size, which needs blocks of other sizes."""
         if shape != self._shape:
-            give_back_blocks()
+            release_freed_memory()
         self._shape = shape
 
     def on_validation_epoch_start(self) -> None:

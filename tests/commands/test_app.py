@@ -6,23 +6,19 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from derain.cli import main
-from derain.commands.app import Studio, listen, load, rain_on, server_config
-from derain.errors import DerainError
-from derain.images import read_photo, read_rgb, write_image
-from derain.methods import CLIPRPNModule, PReNetModule, weights
+from derain.commands.app import listen, server_config
+from derain.images import read_rgb, write_image
+from derain.methods import PReNetModule, weights
 from tests.factories import clean_image, located
 from tests.runs import start
 
@@ -43,182 +39,15 @@ def file(tmp_path_factory):
 
 
 @pytest.fixture
-def studio(file, tmp_path):
-    return Studio(load([file], "cpu"), tmp_path / "made", max_megapixels=0.01)
-
-
-@pytest.fixture
 def photo(tmp_path):
     path = tmp_path / "rainy.png"
     write_image(path, clean_image(1, (20, 30)))
     return path
 
 
-# Restoring what people give.
-
-
-def test_the_download_is_what_the_method_makes_at_full_size(studio, file, tmp_path, monkeypatch):
-    monkeypatch.setattr("derain.commands.app.SHOWN", 15)
-    sideways = tmp_path / "from a phone.jpg"
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    write_image(sideways, clean_image(1, (20, 30)), exif=exif)
-    restored = studio.restore(sideways, "C:/photos/from a phone.jpg", MODEL)
-    rgb = torch.from_numpy(read_photo(sideways).rgb).permute(2, 0, 1)[None]
-    assert rgb.shape == (1, 3, 30, 20)
-    with torch.no_grad():
-        expected = weights.load(Path(file)).module(rgb).clamp(0, 1)[0].permute(1, 2, 0).mul(255).round().numpy()
-    assert np.abs(read_rgb(restored.download) - expected).max() <= 1
-    assert restored.download.name == "from-a-phone-derained.png"
-    assert read_rgb(restored.before).shape == read_rgb(restored.after).shape == (15, 10, 3)
-    assert restored.facts["size"] == "20 × 30 pixels"
-
-
-def test_16_bits_and_transparency_come_back(studio, tmp_path):
-    path = tmp_path / "deep.png"
-    alpha = np.linspace(0, 1, 20 * 30, dtype=np.float32).reshape(20, 30)
-    photo = read_photo(_png(path, 30, 20))
-    type(photo)(photo.rgb, alpha, bits=16).write(path)
-    back = read_photo(studio.restore(path, "deep.png", MODEL).download)
-    assert back.bits == 16
-    np.testing.assert_allclose(back.alpha, alpha, atol=1e-4)
-
-
-def test_one_pixel(studio, tmp_path):
-    path = _png(tmp_path / "one.png", 1, 1)
-    assert read_rgb(studio.restore(path, "one.png", MODEL).download).shape == (1, 1, 3)
-
-
-def test_maps_route_and_scores_of_a_method_that_has_them(tmp_path, photo):
-    pytest.importorskip("gradio")
-    from derain.commands.page import _table
-
-    torch.manual_seed(0)
-    small = CLIPRPNModule(dim=8, blocks=(1, 1, 1, 1), refinement=1, perception="none")
-    weights.save(small, tmp_path / "rpn.safetensors")
-    restorers = load([str(tmp_path / "rpn.safetensors")], "cpu")
-    restored = Studio(restorers, tmp_path / "made").restore(photo, "rainy.png", "rpn · CLIPRPN")
-    assert list(restored.maps) == ["taken away", "mask at 1/2", "mask at 1/4", "mask at 1/8"]
-    assert all(picture.shape == (20, 30, 3) for picture in restored.maps.values())
-    assert restored.facts["route"] == 0
-    page = _table({"route": 1, "scores": {"<b>heavy</b> rain": 0.75}})
-    assert "<dd>1</dd>" in page
-    assert "&lt;b&gt;heavy&lt;/b&gt; rain</span><meter min='0' max='1' value='0.7500'>" in page
-
-
-def test_synthetic_rain_goes_by_amount_and_seed(studio, photo):
-    rgb = read_photo(photo).rgb
-    np.testing.assert_array_equal(rain_on(rgb, 50.0, 3), rain_on(rgb, 50.0, 3))
-    assert not np.array_equal(rain_on(rgb, 50.0, 3), rain_on(rgb, 50.0, 4))
-    large = read_photo(_png(photo.with_name("large.png"), 96, 96)).rgb
-    added = [float(np.square(rain_on(large, amount, 0) - large).mean()) for amount in (10.0, 33.0, 67.0, 100.0)]
-    assert added == sorted(added)
-    assert added[0] > 0
-    dry, wet = (studio.restore(photo, "rainy.png", MODEL, amount) for amount in (0.0, 100.0))
-    np.testing.assert_allclose(read_rgb(dry.before), read_rgb(photo), atol=20)  # a JPEG of small, hard edges
-    assert np.abs(read_rgb(wet.before).astype(int) - read_rgb(photo)).mean() > 10
-    assert "synthetic rain" not in dry.facts
-    assert wet.facts["synthetic rain"] == "100 %, seed 0"
-
-
-@pytest.mark.parametrize("keep", [False, True])
-def test_metadata_is_removed_unless_it_is_wanted(file, tmp_path, keep):
-    studio = Studio(load([file], "cpu"), tmp_path / "made", keep_metadata=keep)
-    restored = studio.restore(located(tmp_path / "located.jpg"), "located.jpg", MODEL)
-    assert read_photo(restored.download).has_location is keep
-    for shown in (restored.before, restored.after):
-        assert not read_photo(shown).has_location
-
-
-def test_a_restoration_that_nobody_waits_for_ends_between_two_layers(studio, photo):
-    asked = []
-    with pytest.raises(DerainError, match="nobody waits"):
-        studio.restore(photo, "rainy.png", MODEL, abandoned=lambda: len(asked.append(0) or asked) > 3)
-    assert len(asked) == 4
-    assert not studio.folder.exists()
-    assert studio.restore(photo, "rainy.png", MODEL).download.is_file()
-
-
 def _png(path, width, height):
     write_image(path, clean_image(1, (height, width)))
     return path
-
-
-def _head_of_png(path, width, height):
-    """The head of a PNG of any size, without pixels."""
-    chunks = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"
-    packed = (struct.pack(">I", len(one) - 4) + one + struct.pack(">I", zlib.crc32(one)) for one in chunks)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
-
-
-@pytest.mark.parametrize(
-    ("make", "told"),
-    [
-        (lambda p: p.write_bytes(b""), "a b.png is empty: it has 0 bytes"),
-        (lambda p: p.write_bytes(b"%PDF-1.7\n" * 99), "a b.png: not an image that can be read; expected a whole JPEG"),
-        (lambda p: p.write_bytes(p.read_bytes()[:200]), "a b.png: "),
-        (lambda p: p.unlink(), "deleted after 30 minutes"),
-        (lambda p: _png(p, 200, 100), "0.02 megapixels (200 × 100), and this page takes up to 0.01. The command line"),
-        (lambda p: _head_of_png(p, 12_000, 9_000), "`derain restore 'a b.png' derained.png`"),
-        (lambda p: _head_of_png(p, 40_000, 40_000), "more than 178 megapixels"),
-    ],
-)
-def test_bad_files_are_answered_with_what_is_wrong(studio, photo, make, told):
-    make(photo)
-    with pytest.raises(DerainError) as error:
-        studio.restore(photo, "a b.png", MODEL)
-    assert told in str(error.value)
-    assert str(photo.parent) not in str(error.value)
-    assert not studio.folder.exists()
-
-
-def test_an_unknown_model_is_refused(studio, photo):
-    with pytest.raises(DerainError, match="no model 'x' here; choose w · PReNet"):
-        studio.restore(photo, "rainy.png", "x")
-
-
-def test_one_photo_at_a_time(studio, photo, monkeypatch):
-    restorer = studio.restorers[MODEL]
-    inside, most = 0, 0
-    explain = restorer.explain
-
-    def watched(*arguments):
-        nonlocal inside, most
-        inside += 1
-        most = max(most, inside)
-        time.sleep(0.05)
-        inside -= 1
-        return explain(*arguments)
-
-    monkeypatch.setattr(restorer, "explain", watched)
-    with ThreadPoolExecutor(4) as threads:
-        done = list(threads.map(lambda _: studio.restore(photo, "rainy.png", MODEL), range(4)))
-    assert most == 1
-    assert len({restored.download for restored in done}) == 4
-
-
-def test_closing_ends_a_restoration_between_two_layers(studio, photo):
-    with ThreadPoolExecutor(2) as threads:
-        layer = next(part for part in studio.restorers[MODEL].method.modules() if isinstance(part, torch.nn.Conv2d))
-        closing = []
-        layer.register_forward_hook(lambda *_: closing.append(threads.submit(studio.close)) or time.sleep(0.2))
-        running = threads.submit(studio.restore, photo, "rainy.png", MODEL)
-        with pytest.raises(DerainError, match="the page has ended"):
-            running.result()
-        closing[0].result()
-    with pytest.raises(DerainError, match="the page has ended"):
-        studio.restore(photo, "rainy.png", MODEL)
-    assert not studio.folder.exists()
-
-
-def test_weights_of_one_name_are_told_apart(file, tmp_path):
-    other = tmp_path / "w.safetensors"
-    shutil.copy(file, other)
-    assert list(load([file, file], "cpu")) == [MODEL]
-    assert list(load([file, str(other)], "cpu")) == [f"{file} · PReNet", f"{other} · PReNet"]
-
-
-# The command.
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ import gradio as gr
 from gradio.queueing import Event, EventQueue
 from starlette.requests import Request
 
-from derain.commands.app import Studio
 from derain.commands.guard import PATIENCE, PER_CLIENT, QUEUE, Guard, Session
 from derain.commands.hosts import host_name
 from derain.commands.page import build
 from derain.commands.page_files import KEPT, PageFiles
+from derain.commands.service import RestorationService
 from derain.errors import DerainError
 
 OWN = "127.0.0.1:7860"
@@ -344,9 +344,9 @@ def test_requests_are_bounded(make, path, most):
 def page(tmp_path, monkeypatch):
     """The page itself, with uploads of at most 1 MB, and its folder."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    studio = Studio({}, tmp_path)
-    studio.restorers["m"] = None  # nothing is restored
-    return build(studio, 1)
+    service = RestorationService({}, tmp_path)
+    service.restorers["m"] = None  # nothing is restored
+    return build(service, 1)
 
 
 FORM = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'

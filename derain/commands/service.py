@@ -1,0 +1,269 @@
+"""Photo restoration behind the page of ``derain app``."""
+
+import dataclasses
+import re
+import shlex
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from derain.commands.page_files import KEPT
+from derain.data.rain import PRESETS, Rain, add_rain, sample_rain
+from derain.errors import DerainError
+from derain.images import Pixels, image_size, read_photo, to_bytes, write_image
+from derain.memory import release_freed_memory
+from derain.restoration import Restorer
+
+PREVIEW_SIDE, MAP_SIDE = 2048, 640
+"""Longest side of a picture and of a map on the page, in pixels; the download has the size of the photo."""
+
+
+def load_restorers(names: Sequence[str], device: str) -> dict[str, Restorer]:
+    """Load weights, each file once.
+
+    Args:
+        names: Names or files of weights.
+        device: Device to restore on.
+
+    Returns:
+        Restorers by the label that the page shows.
+
+    Raises:
+        DerainError: If weights cannot be loaded.
+    """
+    restorers = {name: Restorer(name, device=device) for name in dict.fromkeys(names)}
+    stems = {name: Path(name).stem for name in restorers}
+    ambiguous = len(set(stems.values())) < len(stems)
+    labelled = {}
+    for name, restorer in restorers.items():
+        method = type(restorer.method).__name__.removesuffix("Module")
+        labelled[f"{name if ambiguous else stems[name]} · {method}"] = restorer
+    return labelled
+
+
+class RestoredPhoto(NamedTuple):
+    """Files and facts of a restored photo.
+
+    Attributes:
+        before: JPEG of the rainy photo, at most ``PREVIEW_SIDE`` pixels wide or high.
+        after: JPEG of the restored photo, of the same size.
+        download: PNG with the size, bit depth, transparency and colour profile of the photo.
+        maps: Small pictures of the removed rain and of the method's maps, by name.
+        facts: Model, size, time and what the method was conditioned on, by name.
+    """
+
+    before: Path
+    after: Path
+    download: Path
+    maps: dict[str, Pixels]
+    facts: dict[str, Any]
+
+
+def _never() -> bool:
+    return False
+
+
+class RestorationService:
+    """Restores uploaded photos one after the other, each with the model that was chosen for it.
+
+    Args:
+        restorers: Restorers by label.
+        folder: Folder for the results.
+        max_megapixels: Largest photo that is accepted.
+        keep_metadata: Whether restored photos keep their EXIF metadata.
+    """
+
+    def __init__(
+        self,
+        restorers: dict[str, Restorer],
+        folder: Path,
+        max_megapixels: float = 24.0,
+        *,
+        keep_metadata: bool = False,
+    ) -> None:
+        self.restorers = restorers
+        self.folder = folder
+        self.max_megapixels = max_megapixels
+        self.keep_metadata = keep_metadata
+        self._lock = threading.Lock()  # free memory is measured for one photo at a time
+        self._closed = threading.Event()
+        self._is_abandoned: Callable[[], bool] = _never
+        for restorer in restorers.values():
+            for module in restorer.method.modules():
+                module.register_forward_pre_hook(self._stop_if_unwanted)
+
+    def restore(
+        self,
+        upload: Path,
+        name: str,
+        model: str,
+        amount: float = 0.0,
+        seed: int = 0,
+        abandoned: Callable[[], bool] = _never,
+    ) -> RestoredPhoto:
+        """Restore a photo, optionally after adding synthetic rain to it.
+
+        Args:
+            upload: Uploaded file.
+            name: Name of the file on the client.
+            model: Label of a restorer.
+            amount: Amount of synthetic rain, from 0 (none) to 100.
+            seed: Seed of the synthetic rain.
+            abandoned: Returns whether the client has left; called before each layer of the network.
+
+        Raises:
+            DerainError: If the file is not a photo, is too large, or does not fit into memory; the message is shown
+                on the page.
+        """
+        name = Path(name).name
+        self.check(upload, name)
+        if model not in self.restorers:
+            raise DerainError(f"There is no model {model!r} here; choose {' or '.join(self.restorers)}.")
+        with self._lock:
+            start = time.perf_counter()
+            self._is_abandoned = abandoned
+            try:
+                self._stop_if_unwanted()
+                photo = read_photo(upload)
+                if not self.keep_metadata:
+                    photo = photo.without_metadata()
+                rainy = photo.rgb if amount <= 0 else add_rain_to(photo.rgb, amount, seed)
+                derained, maps, conditions = self.restorers[model].explain(rainy, str(upload))
+            except DerainError as error:
+                raise _renamed(error, upload, name) from error
+            seconds = time.perf_counter() - start
+            folder = self.folder / uuid.uuid4().hex
+            stem = re.sub(r"[^\w.-]+", "-", Path(name).stem)[:50]
+            download = folder / f"{stem}-derained.png"
+            photo.write(download, derained)
+            before, after = folder / "before.jpg", folder / "after.jpg"
+            write_image(before, shrink(rainy, PREVIEW_SIDE), subsampling=0)
+            write_image(after, shrink(derained, PREVIEW_SIDE), subsampling=0)
+            pictures = map_pictures(rainy, derained, maps)
+            release_freed_memory()
+        height, width = derained.shape[:2]
+        facts = {"model": model, "size": f"{width:,} × {height:,} pixels", "time": f"{seconds:.1f} s", **conditions}
+        if amount > 0:
+            facts["synthetic rain"] = f"{amount:g} %, seed {seed}"
+        return RestoredPhoto(before, after, download, pictures, facts)
+
+    def close(self) -> None:
+        """Stop the running restoration before its next layer, and refuse further ones."""
+        self._closed.set()
+        with self._lock:
+            pass
+
+    def _stop_if_unwanted(self, *_: Any) -> None:
+        if self._closed.is_set():
+            raise DerainError("the page was closed")
+        if self._is_abandoned():
+            raise DerainError("the client has left")
+
+    def check(self, upload: Path, name: str) -> None:
+        """Check that a file is a photo of an accepted size; reads only the head of the file.
+
+        Args:
+            upload: Uploaded file.
+            name: Name of the file on the client.
+
+        Raises:
+            DerainError: If it is not; the message is shown on the page.
+        """
+        if not upload.is_file():
+            raise DerainError(f"{name} was deleted: photos are deleted after {KEPT} minutes. Please add it again.")
+        if upload.stat().st_size == 0:
+            raise DerainError(f"{name} is empty: it has 0 bytes. Please try another copy of it.")
+        try:
+            height, width = image_size(upload)
+        except DerainError as error:
+            raise _renamed(error, upload, name) from error
+        megapixels = width * height / 1e6
+        if megapixels > self.max_megapixels:
+            raise DerainError(
+                f"{name} has {megapixels:.4g} megapixels ({width:,} × {height:,}); this page accepts up to "
+                f"{self.max_megapixels:g}. Use the command line: `derain restore {shlex.quote(name)} derained.png`"
+            )
+
+
+def _renamed(error: DerainError, upload: Path, name: str) -> DerainError:
+    """Return an error that names the client's file, not the one on this machine."""
+    return DerainError(f"{name}: {str(error).removeprefix(f'{upload}: ')}")
+
+
+def map_pictures(
+    rainy: NDArray[np.float32], derained: NDArray[np.float32], maps: dict[str, NDArray[np.float32]]
+) -> dict[str, Pixels]:
+    """Return small grey pictures of the removed rain and of the method's maps.
+
+    Args:
+        rainy: ``(h, w, 3)`` in [0, 1].
+        derained: ``(h, w, 3)`` in [0, 1].
+        maps: Maps ``(h, w)`` in [0, 1], by name.
+    """
+    removed = np.abs(rainy - derained).mean(2)
+    brightest = max(0.1, float(np.percentile(removed, 99.5)))
+    pictures = {"removed rain": removed / brightest, **maps}
+    return {name: shrink(np.repeat(picture[..., None], 3, 2), MAP_SIDE) for name, picture in pictures.items()}
+
+
+def add_rain_to(rgb: NDArray[np.float32], amount: float, seed: int) -> NDArray[np.float32]:
+    """Add synthetic rain to a photo; the same amount and seed give the same pixels.
+
+    Args:
+        rgb: ``(h, w, 3)`` in [0, 1].
+        amount: From above 0 to 100.
+        seed: Seed of the streaks.
+    """
+    rainy = add_rain(to_bytes(rgb), rain_of_amount(amount, seed), np.random.default_rng(seed))
+    return rainy.astype(np.float32) / np.float32(255)
+
+
+def rain_of_amount(amount: float, seed: int) -> Rain:
+    """Interpolate sample_rain no rain (0) and the light (33), medium (67) and heavy (100) presets.
+
+    Args:
+        amount: From 0 to 100.
+        seed: Seed of the parameters that are drawn within each preset.
+
+    Example:
+        >>> rain_of_amount(0.0, 7).density
+        0.0
+        >>> rain_of_amount(100.0, 7) == sample_rain(*PRESETS["heavy"], np.random.default_rng(7))
+        True
+    """
+    presets = [dataclasses.asdict(sample_rain(*limits, np.random.default_rng(seed))) for limits in PRESETS.values()]
+    none = presets[0] | {"density": 0.0, "veil": 0.0}
+    stops = [none, *presets]
+    amounts = np.linspace(0, 100, len(stops))
+    parameters: dict[str, Any] = {}
+    for name, value in none.items():
+        interpolated = float(np.interp(amount, amounts, [stop[name] for stop in stops]))
+        parameters[name] = round(interpolated) if isinstance(value, int) else interpolated
+    return Rain(**parameters)
+
+
+def shrink(picture: NDArray[np.float32], longest: int) -> Pixels:
+    """Convert a picture to bytes, shrunk to a longest side.
+
+    Args:
+        picture: ``(h, w, 3)`` in [0, 1].
+        longest: Longest side in pixels.
+
+    Example:
+        >>> shrink(np.zeros((10, 40, 3), np.float32), 20).shape
+        (5, 20, 3)
+    """
+    pixels = to_bytes(picture)
+    scale = longest / max(pixels.shape[:2])
+    if scale >= 1:
+        return pixels
+    height, width = pixels.shape[:2]
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
