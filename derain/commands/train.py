@@ -26,7 +26,7 @@ from derain.checkpoints import remove_unfinished
 from derain.commands.lightning_messages import choose_messages
 from derain.commands.run_folders import restarts, root_of, run_folder, shared_folder
 from derain.commands.run_setup import callbacks, check_options, check_trainer, loggers
-from derain.commands.train_parser import COMMANDS, DENIED_IMPORTS, OptionParser
+from derain.commands.train_parser import DENIED_IMPORTS, OptionParser
 from derain.data.datamodule import RainDataModule
 from derain.errors import DerainError, Stopped
 from derain.memory import keep_freed_memory
@@ -434,8 +434,16 @@ def run(arguments: list[str]) -> int:
     set_parsing_settings(import_path_denylist=DENIED_IMPORTS)  # with a list, jsonargparse raises instead of warning
     choose_messages()
     yaml.SafeDumper.add_multi_representer(LightningEnum, lambda dumper, value: dumper.represent_str(value.value))
-    programs: dict[str, Any] = {command: {"prog": f"derain {command}"} for command in COMMANDS}
-    DerainCLI(
+    command = arguments[0]
+
+    class CommandCLI(DerainCLI):
+        """Builds the parser of one command, since each of the four takes a good part of the start."""
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {command: DerainCLI.subcommands()[command]}
+
+    CommandCLI(
         DescribedModule,
         RainDataModule,
         subclass_mode_model=True,
@@ -448,7 +456,7 @@ def run(arguments: list[str]) -> int:
         },
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={"prog": "derain"} | programs,
+        parser_kwargs={"prog": "derain", command: {"prog": f"derain {command}"}},
         args=arguments,
     )
     return 0
