@@ -89,7 +89,7 @@ def large() -> float:
     keep_freed_memory()
     module = DACLIPSDEModule().eval()
     module.check = lambda: None  # CLIP has no part in it: embeddings are made up
-    module.perceive = lambda rainy: {"content": torch.ones(1, 512), "degradation": torch.ones(1, 512)}
+    module.encode = lambda rainy: {"content": torch.ones(1, 512), "degradation": torch.ones(1, 512)}
     image = np.random.default_rng(0).random((1500, 2000, 3), np.float32)
     Restorer(module, device="cpu", sampling=Sampling(steps=1))(image)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -11,8 +11,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from derain.callbacks.parts import validation_counts
+from derain.files.weights import READ_ERRORS
 from derain.images import write_whole
-from derain.methods.weights import READ_ERRORS
 
 log = logging.getLogger("derain")
 

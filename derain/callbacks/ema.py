@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 from derain.errors import DerainError
-from derain.methods import DescribedModule
+from derain.methods import TrainableModule
 
 
 class EMA(Callback):
@@ -119,5 +119,5 @@ class EMA(Callback):
 
 
 def _network(pl_module: LightningModule) -> nn.Module:
-    assert isinstance(pl_module, DescribedModule)
+    assert isinstance(pl_module, TrainableModule)
     return pl_module.network

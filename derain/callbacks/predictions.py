@@ -1,7 +1,7 @@
 """Images that ``derain predict`` restores."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from derain.callbacks.panels import to_pixels
 from derain.folders import check_outputs
 from derain.images import write_image
-from derain.methods import DerainModule
+from derain.methods.interfaces import Explains
 from derain.pictures import write_explanation
 
 
@@ -22,7 +22,7 @@ class SaveImages(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that no image would overwrite another."""
         endings = [".png"]
-        if cast(DerainModule, pl_module).explaining:
+        if isinstance(pl_module, Explains) and pl_module.explaining:
             endings += ["-explain.png", "-explain.json"]
         pairs = trainer.datamodule.pairs["predict"]  # type: ignore[attr-defined]
         check_outputs((Path(f"images/{pair.name}{ending}"), pair.rainy) for pair in pairs for ending in endings)
@@ -38,17 +38,16 @@ class SaveImages(Callback):
     ) -> None:
         """Save the images of a batch; each rank saves its own."""
         folder = Path(trainer.default_root_dir) / "images"
-        method = cast(DerainModule, pl_module)
         for index, name in enumerate(batch["name"]):
             channels = outputs["derained"][index]
             derained, maps = channels[:3], channels[3:]
             pixels = to_pixels(derained, f"{name}: derained image")
             write_image(folder / f"{name}.png", pixels)
-            if method.explaining:
+            if isinstance(pl_module, Explains) and pl_module.explaining:
                 images = {"rainy": to_pixels(batch["rainy"][index], name), "derained": pixels}
-                for kind, values in zip(method.maps, maps, strict=True):
+                for kind, values in zip(pl_module.maps, maps, strict=True):
                     images[kind] = to_pixels(values.expand(3, -1, -1), f"{name}: {kind}")
-                description = method.describe_image(outputs["perceived"], index)
+                description = pl_module.describe_image(outputs["conditions"], index)
                 write_explanation(folder / f"{name}-explain", images, description)
         if trainer.received_sigterm:  # ignored by Lightning's prediction loop
             raise SIGTERMException

@@ -17,9 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from derain.callbacks.parts import image_count
+from derain.files.weights import sha256
 from derain.images import ESCAPED, write_whole
 from derain.methods import DerainModule
-from derain.methods.weights import locate, sha256
+from derain.methods.catalog import locate
+from derain.methods.interfaces import Sampled
 from derain.metrics import Scores, bootstrap_interval
 
 PACKAGES = ("derain", "torch", "lightning", "torchmetrics")
@@ -71,8 +73,8 @@ class TestResults(Callback):
         write_rows(folder / "images.csv", list(image_rows(module.scores, names)))
         file = self.weights or trainer.ckpt_path
         summary = {
-            "method": module.describe(),
-            "sampling": dataclasses.asdict(module.sampling) if module.sampling else None,
+            "method": module.metadata(),
+            "sampling": dataclasses.asdict(module.sampling) if isinstance(module, Sampled) else None,
             "lpips_net": module.lpips and module.lpips.net,
             "weights": {"file": str(file), "sha256": sha256(locate(file))} if file else None,
             "data": {

@@ -33,10 +33,10 @@ from derain.methods import (
     PLNLINGANModule,
     PReNetModule,
     RestormerModule,
-    weights,
+    catalog,
 )
 from derain.methods.daclipsde.network import HEAD, CrossAttention, LinearAttention, Upsample
-from derain.methods.exported import OnnxNetwork
+from derain.methods.onnx_model import OnnxNetwork
 from derain.methods.plnlingan.shifted_windows import shift_mask
 from derain.methods.prenet.network import VARIANTS, PReNet
 from derain.nn.restormer import Attention
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         raise DerainError(f"--size {args.size}: must be at least 1 pixel")
     device = choose_device(args.device)
     keep_freed_memory()
-    builds = BUILDS | {str(file): partial(getattr, weights.load(file), "module") for file in args.weights}
+    builds = BUILDS | {str(file): partial(getattr, catalog.load(file), "module") for file in args.weights}
     rows = []
     for name, build in track(builds.items(), "Counting", len(builds)):
         method = build()

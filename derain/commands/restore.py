@@ -176,7 +176,7 @@ def restore_photo(restorer: "Restorer", source: Path, target: Path, args: argpar
     if explained is not None:
         images = {"rainy": to_bytes(photo.rgb), "derained": to_bytes(derained)}
         maps = {name: to_bytes(np.repeat(one[..., None], 3, 2)) for name, one in explained.maps.items()}
-        write_explanation(explanation(target), images | maps, explained.perceived)
+        write_explanation(explanation(target), images | maps, explained.description)
     if args.compare:
         write_comparison(photo, derained, target)
     return has_location(photo.write(target, derained))
@@ -188,12 +188,12 @@ def restore_video(restorer: "Restorer", source: Path, target: Path, args: argpar
     Returns:
         Whether the metadata that is written has the location.
     """
-    perceived: dict[str, Any] | None = None
+    conditions: dict[str, Any] | None = None
 
     def restore(frame: NDArray[np.float32]) -> NDArray[np.float32]:
-        nonlocal perceived
-        perceived = restorer.perceive(frame) if perceived is None else perceived
-        return restorer(frame, perceived, name=str(source))
+        nonlocal conditions
+        conditions = restorer.encode(frame) if conditions is None else conditions
+        return restorer(frame, conditions, name=str(source))
 
     beside = comparison(target) if args.compare else None
     return videos.rewrite(source, target, restore, crf=args.crf, beside=beside, metadata=not args.strip_metadata)

@@ -18,7 +18,7 @@ from PIL import Image
 from derain.cli import main
 from derain.commands.app import listen, server_config
 from derain.images import read_rgb, write_image
-from derain.methods import PReNetModule, weights
+from derain.methods import PReNetModule
 from tests.factories import clean_image, located
 from tests.runs import start
 
@@ -34,7 +34,7 @@ QUIET = (
 def file(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    weights.save(PReNetModule(stages=1), path)
+    PReNetModule(stages=1).save_weights(path)
     return str(path)
 
 
