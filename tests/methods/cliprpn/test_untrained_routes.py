@@ -70,7 +70,7 @@ def test_no_warning_for_weights_without_counts(counts, file, tmp_path, caplog):
     metadata = module.metadata() | {"route_counts": None}
     if counts == "absent":
         del metadata["route_counts"]
-    module.describe = lambda: metadata
+    module.metadata = lambda: metadata
     module.save_weights(tmp_path / "old.safetensors")
     loaded = Restorer(tmp_path / "old.safetensors", device="cpu", route=1)
     loaded(np.zeros((8, 8, 3), np.float32))
