@@ -16,7 +16,7 @@ from derain.commands.hosts import ANY_ADDRESS, host_name
 from derain.commands.service import RestorationService, load_restorers
 from derain.errors import DerainError
 from derain.image_sources import MEGAPIXELS
-from derain.memory import keep_large_blocks
+from derain.memory import keep_freed_memory
 
 PORTS = range(7860, 7960)
 """Tried one after the other where no port is given."""
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace, listening: socket.socket) -> None:
-    keep_large_blocks()
+    keep_freed_memory()
     restorers = load_restorers(args.weights, args.device)
     with tempfile.TemporaryDirectory(prefix="derain-app-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary).resolve()

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from derain.callbacks.results import cpu_name
 from derain.errors import DerainError
-from derain.memory import keep_large_blocks
+from derain.memory import keep_freed_memory
 from derain.methods import (
     CLIPRPNModule,
     DACLIPSDEModule,
@@ -33,10 +33,10 @@ from derain.methods import (
     PLNLINGANModule,
     PReNetModule,
     RestormerModule,
-    weights,
+    catalog,
 )
 from derain.methods.daclipsde.network import HEAD, CrossAttention, LinearAttention, Upsample
-from derain.methods.exported import OnnxNetwork
+from derain.methods.onnx_model import OnnxNetwork
 from derain.methods.plnlingan.shifted_windows import shift_mask
 from derain.methods.prenet.network import VARIANTS, PReNet
 from derain.nn.restormer import Attention
@@ -98,8 +98,8 @@ def run(args: argparse.Namespace) -> int:
     if args.size < 1:
         raise DerainError(f"--size {args.size}: must be at least 1 pixel")
     device = choose_device(args.device)
-    keep_large_blocks()
-    builds = BUILDS | {str(file): partial(getattr, weights.load(file), "module") for file in args.weights}
+    keep_freed_memory()
+    builds = BUILDS | {str(file): partial(getattr, catalog.load(file), "module") for file in args.weights}
     rows = []
     for name, build in track(builds.items(), "Counting", len(builds)):
         method = build()

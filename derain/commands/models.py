@@ -23,12 +23,12 @@ def run(args: argparse.Namespace) -> int:
     """Prints a table, or a card: rendered on a terminal, as Markdown elsewhere."""
     shipped = in_the_box()
     if args.task == "list":
-        from derain.methods import weights
+        from derain.files.weights import read
 
         table = Table("name", "method", "parameters", "MB", "trained on", title_justify="left")
         for name, file in shipped.items():
-            content = weights.read(file)
-            told, size = content.description, file.stat().st_size / 1e6
+            content = read(file)
+            told, size = content.metadata, file.stat().st_size / 1e6
             count = sum(tensor.numel() for tensor in content.state.values())
             table.add_row(name, told["method"], f"{count:,}", f"{size:.1f}", ", ".join(told["trained_on"]))
         console = Console()

@@ -17,7 +17,7 @@ from derain.errors import DerainError
 from derain.folders import check_outputs
 from derain.image_metadata import has_location
 from derain.images import SUFFIXES, Photo, image_files, read_photo, select_images, to_bytes, write_image
-from derain.memory import give_back_blocks, keep_large_blocks
+from derain.memory import keep_freed_memory, release_freed_memory
 from derain.pictures import compare, write_explanation
 from derain.progress import track
 
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     films = [source for source in jobs if is_video(source)]
     if films and args.explain:
         raise DerainError(f"--explain: explains photos, and {films[0]} is a video; leave it out, or give one frame")
-    videos.crf_of(args.crf)
+    videos.check_crf(args.crf)
     if not 0 < args.white < math.inf:
         raise DerainError(f"--white {args.white:g}: must be above 0; give the value that white has in the file")
     waiting = {source: target for source, target in jobs.items() if args.overwrite or not target.exists()}
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     from derain.methods.daclipsde.solvers import Sampling
     from derain.restoration import Restorer
 
-    keep_large_blocks()
+    keep_freed_memory()
     chosen = {key: getattr(args, key) for key in ("solver", "steps", "seed") if getattr(args, key) is not None}
     restorer = Restorer(
         args.weights,
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
                 done += 1
             except (DerainError, OSError) as error:
                 broken.append(str(error))
-            give_back_blocks()
+            release_freed_memory()
     except KeyboardInterrupt:
         remaining = list(waiting.values())[done + len(broken) - refused :]
         counts = (
@@ -176,7 +176,7 @@ def restore_photo(restorer: "Restorer", source: Path, target: Path, args: argpar
     if explained is not None:
         images = {"rainy": to_bytes(photo.rgb), "derained": to_bytes(derained)}
         maps = {name: to_bytes(np.repeat(one[..., None], 3, 2)) for name, one in explained.maps.items()}
-        write_explanation(explanation(target), images | maps, explained.perceived)
+        write_explanation(explanation(target), images | maps, explained.description)
     if args.compare:
         write_comparison(photo, derained, target)
     return has_location(photo.write(target, derained))
@@ -188,12 +188,12 @@ def restore_video(restorer: "Restorer", source: Path, target: Path, args: argpar
     Returns:
         Whether the metadata that is written has the location.
     """
-    perceived: dict[str, Any] | None = None
+    conditions: dict[str, Any] | None = None
 
     def restore(frame: NDArray[np.float32]) -> NDArray[np.float32]:
-        nonlocal perceived
-        perceived = restorer.perceive(frame) if perceived is None else perceived
-        return restorer(frame, perceived, name=str(source))
+        nonlocal conditions
+        conditions = restorer.encode(frame) if conditions is None else conditions
+        return restorer(frame, conditions, name=str(source))
 
     beside = comparison(target) if args.compare else None
     return videos.rewrite(source, target, restore, crf=args.crf, beside=beside, metadata=not args.strip_metadata)
@@ -220,9 +220,9 @@ def plan(source: str, output: Path) -> dict[Path, Path]:
     if path.is_dir():
         inside = output.resolve().is_relative_to(path.resolve())
         files = [f for f in image_files(path, recursive=True, suffixes=KINDS) if not (inside and _within(f, output))]
-        targets = {file: videos.writable(output / file.relative_to(path)) for file in files}
+        targets = {file: videos.output_path(output / file.relative_to(path)) for file in files}
     elif path.is_file():
-        target = videos.writable(output / path.name) if output.is_dir() or not output.suffix else output
+        target = videos.output_path(output / path.name) if output.is_dir() or not output.suffix else output
         targets = {path: target}
         if not is_video(path) and target.suffix.lower() not in SUFFIXES:
             raise DerainError(
@@ -233,7 +233,7 @@ def plan(source: str, output: Path) -> dict[Path, Path]:
         found = select_images(matches, KINDS)
         if found.skipped:
             log.warning("%s: %s", source, found.note())
-        targets = {file: videos.writable(output / file.name) for file in found.files}
+        targets = {file: videos.output_path(output / file.name) for file in found.files}
     if not targets:
         raise DerainError(
             f"{source}: no such photo, video, folder or glob with any ({', '.join(sorted(KINDS))}); check the path"

@@ -18,7 +18,7 @@ from derain.commands.page_files import KEPT
 from derain.data.rain import PRESETS, Rain, add_rain, sample_rain
 from derain.errors import DerainError
 from derain.images import Pixels, image_size, read_photo, to_bytes, write_image
-from derain.memory import give_back_blocks
+from derain.memory import release_freed_memory
 from derain.restoration import Restorer
 
 PREVIEW_SIDE, MAP_SIDE = 2048, 640
@@ -147,7 +147,7 @@ class RestorationService:
             write_image(before, shrink(rainy, PREVIEW_SIDE), subsampling=0)
             write_image(after, shrink(derained, PREVIEW_SIDE), subsampling=0)
             pictures = map_pictures(rainy, derained, maps)
-            give_back_blocks()
+            release_freed_memory()
         height, width = derained.shape[:2]
         facts = {"model": model, "size": f"{width:,} × {height:,} pixels", "time": f"{seconds:.1f} s", **conditions}
         if amount > 0:

@@ -91,10 +91,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _with_cost(row: ResultRow) -> ResultRow:
     """Adds parameters and multiplications of the method as it was tested, if it is one of ours."""
-    from derain import methods
     from derain.commands.bench import cost
+    from derain.methods import catalog
 
-    known = {one.__name__: one for one in methods.METHODS}
+    known = {one.__name__: one for one in catalog.methods()}
     try:
         method = known[row.described["method"]](**row.described["hyper_parameters"])
     except (KeyError, TypeError, ValueError) as error:

@@ -193,7 +193,7 @@ def test_the_error_for_missing_data_names_folder_source_and_files(tmp_path):
 
 def test_the_error_for_unexpected_files_lists_the_contents(tmp_path):
     save(tmp_path / "Rain800/photos/1.jpg", picture(0, (8, 18)))
-    with pytest.raises(DerainError, match="Rain800: .*folders photos; .*training/"):
+    with pytest.raises(DerainError, match=r"Rain800: .*folders photos; .*training/"):
         find_pairs("Rain800", "train", data_root=tmp_path)
 
 
