@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from derain.errors import DerainError
-from derain.nn.graphs import recorded
+from derain.nn.graphs import compiling_or_exporting
 from derain.nn.padding import pad_to_multiple
 
 AttentionKind = Literal["linear", "none"]
@@ -115,7 +115,7 @@ class LinearAttention(nn.Module):
     def forward(self, x: Map, content: Embedding | None = None) -> Map:
         """Attends; the content is not looked at."""
         (b, _, h, w), out = x.shape, cast(nn.Conv2d, self.to_out[0])
-        whole_maps = torch.is_grad_enabled() or recorded() or x.device.type != "cpu"
+        whole_maps = torch.is_grad_enabled() or compiling_or_exporting() or x.device.type != "cpu"
         strips = (x,) if whole_maps else torch.split(x, max(1, STRIP // (b * w)), dim=2)
         parts, masses = zip(*map(self._average, strips), strict=True)
         context = (torch.stack(parts) * torch.stack(masses).softmax(0)).sum(0)  # (b, heads, 32, 32)
