@@ -117,16 +117,16 @@ def offline(tmp_path, monkeypatch):
     return tmp_path / "hub"
 
 
-def test_a_model_that_cannot_be_fetched(offline):
+def test_model_that_cannot_be_fetched(offline):
     name = "nobody/blip-of-no-one"
     refused(name, "BLIP", str(offline), f"hf download {name}", "--captioner template")
 
 
-def test_a_directory_that_is_not_there(offline, tmp_path):
+def test_missing_directory(offline, tmp_path):
     refused(tmp_path / "absent", "--captioner")
 
 
-def test_a_directory_that_holds_no_blip(folder, tmp_path):
+def test_directory_without_blip(folder, tmp_path):
     refused(tmp_path, "config.json", "tokenizer.json or vocab.txt", "model.safetensors")
     shutil.copytree(folder, tmp_path / "blip")
     (tmp_path / "blip/preprocessor_config.json").unlink()
@@ -134,14 +134,14 @@ def test_a_directory_that_holds_no_blip(folder, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json"])
-def test_a_damaged_file(folder, tmp_path, file):
+def test_damaged_file(folder, tmp_path, file):
     broken = shutil.copytree(folder, tmp_path / "broken")
     content = (broken / file).read_bytes()
     (broken / file).write_bytes(content[: len(content) // 2])
     refused(broken, "BLIP")
 
 
-def test_weights_that_lack_a_part(folder, tmp_path):
+def test_incomplete_weights(folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(folder, tmp_path / "blip")
