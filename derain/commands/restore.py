@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     films = [source for source in jobs if is_video(source)]
     if films and args.explain:
         raise DerainError(f"--explain: explains photos, and {films[0]} is a video; leave it out, or give one frame")
-    videos.crf_of(args.crf)
+    videos.check_crf(args.crf)
     if not 0 < args.white < math.inf:
         raise DerainError(f"--white {args.white:g}: must be above 0; give the value that white has in the file")
     waiting = {source: target for source, target in jobs.items() if args.overwrite or not target.exists()}
@@ -220,9 +220,9 @@ def plan(source: str, output: Path) -> dict[Path, Path]:
     if path.is_dir():
         inside = output.resolve().is_relative_to(path.resolve())
         files = [f for f in image_files(path, recursive=True, suffixes=KINDS) if not (inside and _within(f, output))]
-        targets = {file: videos.writable(output / file.relative_to(path)) for file in files}
+        targets = {file: videos.output_path(output / file.relative_to(path)) for file in files}
     elif path.is_file():
-        target = videos.writable(output / path.name) if output.is_dir() or not output.suffix else output
+        target = videos.output_path(output / path.name) if output.is_dir() or not output.suffix else output
         targets = {path: target}
         if not is_video(path) and target.suffix.lower() not in SUFFIXES:
             raise DerainError(
@@ -233,7 +233,7 @@ def plan(source: str, output: Path) -> dict[Path, Path]:
         found = select_images(matches, KINDS)
         if found.skipped:
             log.warning("%s: %s", source, found.note())
-        targets = {file: videos.writable(output / file.name) for file in found.files}
+        targets = {file: videos.output_path(output / file.name) for file in found.files}
     if not targets:
         raise DerainError(
             f"{source}: no such photo, video, folder or glob with any ({', '.join(sorted(KINDS))}); check the path"

@@ -311,7 +311,7 @@ def test_in_a_browser(served, photo, tmp_path, width):
         paper = tmp_path / "paper.jpg"
         paper.write_bytes(b"%PDF-1.7\n" * 99)
         give.set_input_files(paper)
-        page.get_by_text("paper.jpg: not an image that can be read").wait_for()
+        page.get_by_text("paper.jpg: not a readable image").wait_for()
 
         give.set_input_files(photo)
         page.get_by_text("30 × 20 pixels").first.wait_for()
