@@ -6,11 +6,11 @@
 
 - ``rain800``: the original pairs;
 - ``light`` and ``medium``: synthetic rain (two images of light rain for each training photo, else one);
-- ``dark`` (training only): a copy of the pairs whose rainy image is darker than the clean one. They are rare, and a network
-  that rarely sees them learns that removing rain always darkens the image.
+- ``dark`` (training only): a copy of the pairs whose rainy image is darker than the clean one. They are rare, and a
+  network that rarely sees them learns that removing rain always darkens the image.
 
-Training images whose background `derain data verify` also finds in a test set or another set are skipped. The validation
-set has 24 backgrounds that occur only once.
+Training images whose background `derain data verify` also finds in a test set or another set are skipped. The
+validation set has 24 backgrounds that occur only once.
 """
 
 import argparse

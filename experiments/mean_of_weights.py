@@ -1,4 +1,4 @@
-"""Write the weighted mean of two weights files of one network, as for the bundled model (`derain models info default`)."""
+"""Write the weighted mean of two weights files, as for the bundled model (`derain models info default`)."""
 
 import argparse
 import sys
