@@ -179,9 +179,7 @@ class FrozenCLIP:
         )
         if tokens.input_ids.shape[1] > length:
             longest = max(prompts, key=len)
-            raise DerainError(
-                f"prompt {longest[:60]!r} …: too long; CLIP reads {length - 2} tokens; shorten it"
-            )
+            raise DerainError(f"prompt {longest[:60]!r} …: too long; CLIP reads {length - 2} tokens; shorten it")
         with torch.autocast(device.type, enabled=False):
             pooled = model.text_model(**tokens.to(device)).pooler_output
             return model.text_projection(pooled).float().cpu()  # type: ignore[no-any-return]
