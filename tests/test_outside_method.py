@@ -93,11 +93,11 @@ def test_weights_alone_import_nothing(folder, capsys):
     assert main(["restore", PHOTO, "out.png", "--weights", WEIGHTS]) == 2
     assert "--method my_method.MyModule" in capsys.readouterr().err
     assert "my_method" not in sys.modules
-    with pytest.raises(DerainError, match="my_method.MyModule"):
+    with pytest.raises(DerainError, match=r"my_method\.MyModule"):
         DerainModule.from_pretrained(WEIGHTS)
-    with pytest.raises(DerainError, match="absent.MyModule"):
+    with pytest.raises(DerainError, match=r"absent\.MyModule"):
         Restorer(WEIGHTS, method="absent.MyModule")
-    with pytest.raises(DerainError, match="json.JSONDecoder"):
+    with pytest.raises(DerainError, match=r"json\.JSONDecoder"):
         Restorer(WEIGHTS, method="json.JSONDecoder")
 
 

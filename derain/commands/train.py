@@ -25,7 +25,7 @@ from derain.checkpoints import remove_unfinished
 from derain.commands.lightning_messages import choose_messages
 from derain.commands.run_folders import restarts, root_of, run_folder, shared_folder
 from derain.commands.run_setup import callbacks, check_options, check_trainer, loggers
-from derain.commands.train_parser import COMMANDS, DENIED_IMPORTS, OptionParser
+from derain.commands.train_parser import DENIED_IMPORTS, OptionParser
 from derain.data.datamodule import RainDataModule
 from derain.errors import DerainError, Stopped
 from derain.files.weights import read
@@ -74,7 +74,20 @@ def _model_class(config: Any) -> type[TrainableModule] | None:
 
 
 class DerainCLI(LightningCLI):
-    """LightningCLI with a folder for each run, ``runs/EXPERIMENT/COMMAND-N``; ``--ckpt_path last`` resumes a run."""
+    """LightningCLI with a folder for each run, ``runs/EXPERIMENT/COMMAND-N``; ``--ckpt_path last`` resumes a run.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        kwargs: Arguments of LightningCLI.
+    """
+
+    def __init__(self, command: str, **kwargs: Any) -> None:
+        self.command = command
+        super().__init__(**kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the arguments that the command hides; only its parser is built, which takes a third of a second."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options that belong to neither model nor data nor trainer."""
@@ -433,17 +446,26 @@ def _original_error(error: BaseException) -> BaseException:
 
 
 def run(arguments: list[str]) -> int:
-    """Run ``derain fit``, ``validate``, ``test`` or ``predict``."""
+    """Run ``derain fit``, ``validate``, ``test`` or ``predict``.
+
+    Args:
+        arguments: The command and its options.
+
+    Returns:
+        Exit code of the process.
+    """
     keep_freed_memory()
     add_current_folder()  # --model my_method.MyModule
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they concern Lightning's calls
     set_parsing_settings(import_path_denylist=DENIED_IMPORTS)  # with a list, jsonargparse raises instead of warning
     choose_messages()
     yaml.SafeDumper.add_multi_representer(LightningEnum, lambda dumper, value: dumper.represent_str(value.value))
-    programs: dict[str, Any] = {command: {"prog": f"derain {command}"} for command in COMMANDS}
+    command = arguments[0]
+    programs: dict[str, Any] = {"prog": "derain", command: {"prog": f"derain {command}"}}
     DerainCLI(
-        TrainableModule,
-        RainDataModule,
+        command,
+        model_class=TrainableModule,
+        datamodule_class=RainDataModule,
         subclass_mode_model=True,
         parser_class=OptionParser,
         save_config_callback=None,  # instantiate_trainer adds SaveConfig
@@ -454,7 +476,7 @@ def run(arguments: list[str]) -> int:
         },
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={"prog": "derain"} | programs,
+        parser_kwargs=programs,
         args=arguments,
     )
     return 0
