@@ -8,7 +8,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from derain.errors import DerainError
-from derain.models import in_the_box
+from derain.models import bundled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a table, or a card: rendered on a terminal, as Markdown elsewhere."""
-    shipped = in_the_box()
+    shipped = bundled()
     if args.task == "list":
         from derain.files.weights import read
 

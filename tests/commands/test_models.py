@@ -7,23 +7,23 @@ from derain.data.pairs import find_pairs
 from derain.data.rain import PRESETS, add_rain, sample_rain
 from derain.methods import catalog
 from derain.metrics import psnr_ssim, resolve
-from derain.models import in_the_box
+from derain.models import bundled
 from tests.factories import photo
 
 
 def test_list_tells_what_each_holds(capsys):
     assert main(["models", "list"]) == 0
     told = capsys.readouterr().out
-    for name, file in in_the_box().items():
+    for name, file in bundled().items():
         module = catalog.load(file).module
         assert name in told
         assert f"{module.parameter_count:,}" in told
         assert type(module).__name__ in told
 
 
-def test_every_model_in_the_box_is_small_and_has_a_card(capsys):
-    assert "default" in in_the_box()
-    for name, file in in_the_box().items():
+def test_every_bundled_model_is_small_and_has_a_card(capsys):
+    assert "default" in bundled()
+    for name, file in bundled().items():
         assert file.stat().st_size <= 8e6
         assert main(["models", "info", name]) == 0
         card = capsys.readouterr().out
