@@ -150,7 +150,9 @@ def fetch_weights(
         info = HfApi(token=token).model_info(name, revision=revision, files_metadata=True)
         files = {f.rfilename: f.size or 0 for f in info.siblings or ()}
         if METHOD not in files:
-            raise DerainError(f"hub:{name}: {source} has no {METHOD} under this name; use a repository that push_to_hub wrote")
+            raise DerainError(
+                f"hub:{name}: {source} has no {METHOD} under this name; use a repository that push_to_hub wrote"
+            )
         log.info("fetching %s of %s (%.1f MB) from %s into %s", METHOD, name, files[METHOD] / 1e6, source, cache)
         return Path(download())
     except (NetworkError, LocalEntryNotFoundError, OSError) as error:
