@@ -13,19 +13,9 @@ from derain.errors import DerainError
 from derain.methods import DerainModule
 from derain.methods.divergence import FiniteCheck, require_finite
 from tests.runs import last, start
-from tests.tiny import MODELS, write_configs
+from tests.tiny import MODELS
 
 METHODS = [pytest.param(name, marks=[pytest.mark.slow] * (name != "PReNetModule")) for name in MODELS]
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A working directory with a configuration of every method."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("DERAIN_DATA", "DERAIN_CACHE"):
-        monkeypatch.setenv(name, "")
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    return write_configs(tmp_path)
 
 
 def assert_nothing_spoiled(run):
@@ -37,30 +27,30 @@ def assert_nothing_spoiled(run):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_learning_rate_beyond_all_bounds(place, capsys, method):
+def test_a_learning_rate_beyond_all_bounds(all_methods, capsys, method):
     options = ["--model.learning_rate", "1e30"]
     options += ["--model.warm_up", "0"] if "warm_up" in MODELS[method] or method == "DACLIPModule" else []
     assert main(["fit", "--config", f"{method}.yaml", *options]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "epoch 0, step" in error
-    assert_nothing_spoiled(place / f"runs/{method}/fit-1")
+    assert_nothing_spoiled(all_methods / f"runs/{method}/fit-1")
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore:Error detected in:UserWarning")
-def test_with_detection_of_anomalies(place, capsys, monkeypatch, method):
+def test_with_detection_of_anomalies(all_methods, capsys, monkeypatch, method):
     backward = LightningModule.backward
     monkeypatch.setattr(LightningModule, "backward", lambda self, loss: backward(self, loss + (loss * 0).sqrt() * 0))
     assert main(["fit", "--config", f"{method}.yaml", "--trainer.detect_anomaly", "true"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("derain: error: gradient is not finite at epoch 0, step 0, images ")
-    assert_nothing_spoiled(place / f"runs/{method}/fit-1")
+    assert_nothing_spoiled(all_methods / f"runs/{method}/fit-1")
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_images_that_are_not_finite_are_named_and_the_last_checkpoint_stays(
-    place, capsys, monkeypatch, method, accumulate
+    all_methods, capsys, monkeypatch, method, accumulate
 ):
     cls = getattr(methods, method)
     kept, spoiled = cls.training_step, []
@@ -78,12 +68,12 @@ def test_images_that_are_not_finite_are_named_and_the_last_checkpoint_stays(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"epoch 1, step {4 // accumulate + 2 // accumulate}," in error
     assert all(name in error for name in spoiled)
-    run = place / f"runs/{method}/fit-1"
+    run = all_methods / f"runs/{method}/fit-1"
     assert last(run)["global_step"] == 4 // accumulate
     assert_nothing_spoiled(run)
 
 
-def test_scores_that_are_not_finite_leave_the_best_checkpoint(place, capsys, monkeypatch):
+def test_scores_that_are_not_finite_leave_the_best_checkpoint(all_methods, capsys, monkeypatch):
     kept, spoiled = DerainModule.validation_step, []
 
     def spoil(self, batch, batch_idx):
@@ -97,12 +87,12 @@ def test_scores_that_are_not_finite_leave_the_best_checkpoint(place, capsys, mon
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert len(spoiled) == 2
     assert f"epoch 1, step 10, images {', '.join(spoiled)};" in error
-    run = place / "runs/PReNetModule/fit-1"
+    run = all_methods / "runs/PReNetModule/fit-1"
     assert {last(run)["epoch"], torch.load(run / "checkpoints/best.ckpt", weights_only=True)["epoch"]} == {0}
     assert_nothing_spoiled(run)
 
 
-def test_weights_that_are_not_finite_are_not_saved(place, capsys, monkeypatch):
+def test_weights_that_are_not_finite_are_not_saved(all_methods, capsys, monkeypatch):
     cls = methods.PReNetModule
 
     def spoil(self):
@@ -112,15 +102,15 @@ def test_weights_that_are_not_finite_are_not_saved(place, capsys, monkeypatch):
     monkeypatch.setattr(cls, "on_train_epoch_end", spoil)
     assert main(["fit", "--config", "PReNetModule.yaml"]) == 2
     assert "epoch 1" in capsys.readouterr().err
-    run = place / "runs/PReNetModule/fit-1"
+    run = all_methods / "runs/PReNetModule/fit-1"
     assert last(run)["epoch"] == 0
     assert_nothing_spoiled(run)
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together(place):
+def test_two_processes_stop_together(all_methods):
     """The loss of one rank is not finite, and has no gradient: the other rank could not know."""
-    script = place / "ranks.py"
+    script = all_methods / "ranks.py"
     script.write_text(
         "import sys, torch\n"
         "from derain.cli import main\n"
@@ -138,14 +128,14 @@ def test_two_processes_stop_together(place):
     assert process.returncode == 2, output
     assert "Traceback" not in output
     assert "epoch 0, step 2" in output
-    assert_nothing_spoiled(place / "runs/PReNetModule/fit-1")
+    assert_nothing_spoiled(all_methods / "runs/PReNetModule/fit-1")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_two_processes_stop_together_after_validation(place, rank):
+def test_two_processes_stop_together_after_validation(all_methods, rank):
     """The image of one rank is not finite: the other waits for its scores."""
-    script = place / "ranks.py"
+    script = all_methods / "ranks.py"
     script.write_text(
         "import sys\n"
         "from derain.cli import main\n"
@@ -163,7 +153,7 @@ def test_two_processes_stop_together_after_validation(place, rank):
     assert process.returncode == 2, output
     assert "Traceback" not in output
     assert f"epoch 0, step 5, images {rank + 1};" in output
-    assert_nothing_spoiled(place / "runs/PReNetModule/fit-1")
+    assert_nothing_spoiled(all_methods / "runs/PReNetModule/fit-1")
 
 
 class Scaled(LightningModule):
