@@ -14,7 +14,7 @@ from derain.images import image_files, read_rgb
 from derain.methods import PReNetModule, catalog
 from derain.metrics import psnr_ssim, resolve
 from tests.factories import make_set
-from tests.runs import differing, finish, rows, whole_and_resumed
+from tests.runs import differing, error_line, finish, rows, whole_and_resumed
 
 CONFIG = {
     "model": {"class_path": "PReNetModule", "init_args": {"variant": "PRN_r", "stages": 1}},
@@ -51,13 +51,6 @@ def workdir(prepared, tmp_path, monkeypatch):
     monkeypatch.setenv("DERAIN_DATA", str(tmp_path / "data"))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     return tmp_path
-
-
-def error_line(capsys):
-    """The last line of standard error, which must be an error of derain."""
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("derain: error:")
-    return line
 
 
 def test_fit_saves_configuration_metrics_checkpoints_panels_and_weights(prepared):
