@@ -34,7 +34,8 @@ class RestormerModule(DerainModule):
     """Restormer (Zamir et al., CVPR 2022), trained by the mean absolute error with AdamW.
 
     The paper trains for 300,000 steps: the learning rate is constant for 92,000 steps, then falls along a cosine to
-    1e-6, while crops grow from 128 to 384 pixels (``experiments/rain13k.yaml``). By default, it falls from the start to 0.
+    1e-6, while crops grow from 128 to 384 pixels (``experiments/rain13k.yaml``). By default, it falls from the start,
+    to 0.
 
     Args:
         dim: Channels at the finest level.
