@@ -1,4 +1,4 @@
-"""Training resumed from a checkpoint that was saved anywhere: as if nothing had happened."""
+"""A training that is resumed from any checkpoint equals an uninterrupted one to the last bit."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from derain.cli import main
 from derain.methods import DerainModule, PReNetModule
 from tests.kills import killed_equals_whole
-from tests.runs import differing, finish, last, metrics, start
+from tests.runs import differing, finish, last, metrics, start, wait_for
 from tests.tiny import MODELS
 
 METHODS = [pytest.param(name, marks=[pytest.mark.slow] * (name != "PReNetModule")) for name in MODELS]
@@ -23,7 +23,7 @@ WORSE = ["--model.milestones", "[1]", "--model.decay", "100"]  # the second epoc
 
 
 def logged(run):
-    """Losses and validation scores, step by step."""
+    """Return losses and validation scores by step."""
     return [
         {name: value for name, value in row.items() if value}
         for row in metrics(run, "train/loss", "val/psnr", "val/rainy_psnr")
@@ -31,7 +31,7 @@ def logged(run):
 
 
 def resumed(config, checkpoint, *options):
-    """A new run that resumes a checkpoint."""
+    """Resume a checkpoint in a new run; return its folder."""
     root = f"resumed-{Path(checkpoint).stem}"
     resume = ["--ckpt_path", str(checkpoint), "--trainer.default_root_dir", root]
     assert main(["fit", "--config", config, *resume, *options]) == 0
@@ -39,13 +39,13 @@ def resumed(config, checkpoint, *options):
 
 
 def assert_equal_runs(whole, again, rows=True):
-    one, two = last(whole), last(again)
+    expected, actual = last(whole), last(again)
     for state in ("state_dict", "ema"):
-        assert differing(one.get(state, {}), two.get(state, {})) == []
-    for mine, other in zip(one["optimizer_states"], two["optimizer_states"], strict=True):
-        assert differing(mine["state"], other["state"]) == []
-    assert (one["epoch"], one["global_step"]) == (two["epoch"], two["global_step"])
-    assert one["position"]["steps"] == two["position"]["steps"]
+        assert differing(expected.get(state, {}), actual.get(state, {})) == []
+    for first, second in zip(expected["optimizer_states"], actual["optimizer_states"], strict=True):
+        assert differing(first["state"], second["state"]) == []
+    assert (expected["epoch"], expected["global_step"]) == (actual["epoch"], actual["global_step"])
+    assert expected["position"]["steps"] == actual["position"]["steps"]
     if rows:
         added = logged(again)
         assert added == logged(whole)[-len(added) :]
@@ -65,11 +65,11 @@ def test_any_method_resumes_from_any_step(all_methods, method):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--trainer.max_steps", "7", "--trainer.max_epochs", "-1"],
+        pytest.param(["--trainer.max_steps", "7", "--trainer.max_epochs", "-1"], marks=pytest.mark.slow),
         ["--trainer.accumulate_grad_batches", "3", "--trainer.val_check_interval", "2"],
-        ["--trainer.check_val_every_n_epoch", "2"],
-        ["--trainer.limit_train_batches", "3"],
-        ["--data.workers", "2"],
+        pytest.param(["--trainer.check_val_every_n_epoch", "2"], marks=pytest.mark.slow),
+        pytest.param(["--trainer.limit_train_batches", "3"], marks=pytest.mark.slow),
+        pytest.param(["--data.workers", "2"], marks=pytest.mark.slow),
     ],
 )
 def test_any_option_of_the_trainer_resumes(all_methods, options):
@@ -91,26 +91,27 @@ def test_from_the_best_checkpoint_too(all_methods):
     assert_equal_runs(whole, again)
 
 
-def exported(run):
-    """Weights that a run exports, and those of its last checkpoint."""
+def run_weights(run):
+    """Load the weights of a run, and the average of its last checkpoint."""
     return load_file(run / "weights.safetensors"), last(run)["ema"]["network"]
 
 
-def test_the_best_epoch_is_kept_in_a_new_folder(all_methods):
+def test_the_best_checkpoint_is_copied_to_a_new_folder(all_methods):
     config = "PReNetModule-steps.yaml"
     assert main(["fit", "--config", config, *WORSE]) == 0
     whole = all_methods / "runs/PReNetModule-steps/fit-1"
-    weights, after = exported(whole)
+    weights, after = run_weights(whole)
     assert differing(weights, after)
     checkpoint = whole / f"checkpoints/step-{IN_THE_NEXT}.ckpt"
     again = resumed(config, checkpoint, *WORSE)
-    assert differing(weights, exported(again)[0]) == []
+    assert differing(weights, run_weights(again)[0]) == []
     moved = Path(shutil.move(whole, all_methods / "moved"))
     again = resumed(config, moved / "checkpoints" / checkpoint.name, *WORSE, "--trainer.default_root_dir", "moved-on")
-    assert differing(weights, exported(all_methods / "moved-on/fit-1")[0]) == []
+    assert differing(weights, run_weights(all_methods / "moved-on/fit-1")[0]) == []
 
 
-def test_the_best_epoch_starts_anew_where_scores_cannot_be_compared(all_methods, caplog):
+@pytest.mark.slow
+def test_the_best_score_is_discarded_if_scores_cannot_be_compared(all_methods, caplog):
     config = "PReNetModule-steps.yaml"
     assert main(["fit", "--config", config, *WORSE]) == 0
     whole = all_methods / "runs/PReNetModule-steps/fit-1"
@@ -126,13 +127,13 @@ def test_the_best_epoch_starts_anew_where_scores_cannot_be_compared(all_methods,
             (whole / "checkpoints/best.ckpt").unlink()
         caplog.clear()
         resumed(config, whole / "checkpoints/last.ckpt", *again, *change, "--trainer.default_root_dir", root)
-        weights, after = exported(all_methods / root / "fit-1")
+        weights, after = run_weights(all_methods / root / "fit-1")
         assert differing(weights, after) == []
         assert [note in record.message for record in caplog.records if "best.ckpt" in record.message] == [True]
         assert "0 of" not in caplog.text
 
 
-def test_another_order_is_refused(all_methods, capsys):
+def test_another_order_of_batches_is_an_error(all_methods, capsys):
     config = "PReNetModule-steps.yaml"
     assert main(["fit", "--config", config, "--trainer.max_epochs", "1"]) == 0
     files = all_methods / f"runs/{Path(config).stem}/fit-1/checkpoints"
@@ -150,7 +151,7 @@ def test_another_order_is_refused(all_methods, capsys):
         ("--seed_everything 5", "--seed_everything 0"),
     ],
 )
-def test_other_steps_of_an_epoch_are_refused(all_methods, capsys, options, changed):
+def test_other_steps_of_an_epoch_are_errors(all_methods, capsys, options, changed):
     config = "PReNetModule-steps.yaml"
     assert main(["fit", "--config", config, "--trainer.max_epochs", "1", *options.split()]) == 0
     checkpoint = "runs/PReNetModule-steps/fit-1/checkpoints/step-1.ckpt"
@@ -158,7 +159,7 @@ def test_other_steps_of_an_epoch_are_refused(all_methods, capsys, options, chang
     assert f"{changed}: " in capsys.readouterr().err
 
 
-def test_another_seed_of_the_data_is_refused(all_methods, capsys):
+def test_another_seed_of_the_data_is_an_error(all_methods, capsys):
     assert main(["fit", "--config", "PReNetModule.yaml", "--data.seed", "5"]) == 2
     assert "--data.seed 5" in capsys.readouterr().err
 
@@ -233,9 +234,7 @@ def test_a_signal_saves_the_step_where_it_stops(all_methods, sent):
     assert main([*config, "--trainer.default_root_dir", "whole"]) == 0
     process = start(*config, "--trainer.default_root_dir", "ended", **variables)
     run = all_methods / ("ended/fit-7" if variables else "ended/fit-1")
-    while not (run / "checkpoints/last.ckpt").exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.02)
+    wait_for(run / "checkpoints/last.ckpt", process)
     os.kill(process.pid, sent)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, output
@@ -253,9 +252,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(all_methods):
     config += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     process = start(*config)
     run = all_methods / "runs/PReNetModule/fit-1"
-    while not (run / "checkpoints/last.ckpt").exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.02)
+    wait_for(run / "checkpoints/last.ckpt", process)
     os.kill(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, output
@@ -291,7 +288,7 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_changed_options_are_used_as_if_the_run_had_begun_with_them(all_methods, method, monkeypatch):
+def test_changed_options_apply_as_if_the_run_had_started_with_them(all_methods, method, monkeypatch):
     """Rates and weight decay of every step after the resume are those of a run with these options."""
     used = []
 
@@ -305,15 +302,15 @@ def test_changed_options_are_used_as_if_the_run_had_begun_with_them(all_methods,
     for kind in (torch.optim.Adam, torch.optim.AdamW):
         monkeypatch.setattr(kind, "step", spy(kind.step))
     config = f"{method}-steps.yaml"
-    assert main(["fit", "--config", config, *CHANGED[method], "--trainer.default_root_dir", "wanted"]) == 0
-    wanted = list(used)
+    assert main(["fit", "--config", config, *CHANGED[method], "--trainer.default_root_dir", "expected"]) == 0
+    expected = list(used)
     assert main(["fit", "--config", config]) == 0
-    assert used[len(wanted) :] != wanted
+    assert used[len(expected) :] != expected
     used.clear()
     resumed(config, all_methods / f"runs/{method}-steps/fit-1/checkpoints/step-6.ckpt", *CHANGED[method])
     assert used
-    for step, expected in zip(used, wanted[-len(used) :], strict=True):
-        assert step == [pytest.approx(group) for group in expected]
+    for step, groups in zip(used, expected[-len(used) :], strict=True):
+        assert step == [pytest.approx(group) for group in groups]
 
 
 @pytest.mark.slow
@@ -322,7 +319,7 @@ def test_a_run_killed_twice_at_random_moments(all_methods, steps):
     assert killed_equals_whole("PReNetModule", all_methods, kills=2, steps=steps, slowest=1.0) == 2
 
 
-def test_what_killed_runs_left_is_removed_at_the_next_start(all_methods):
+def test_unfinished_files_of_killed_runs_are_removed_at_the_next_start(all_methods):
     config = ["fit", "--config", "PReNetModule.yaml"]
     assert main(config) == 0
     old, new = (all_methods / f"runs/PReNetModule/fit-1/checkpoints/.0123456{n}-last.ckpt" for n in (0, 1))
