@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from derain.errors import DerainError
-from derain.nn.graphs import recorded
+from derain.nn.graphs import compiling_or_exporting
 from derain.nn.padding import pad_to_multiple
 
 AttentionKind = Literal["linear", "none"]
@@ -129,7 +129,7 @@ class LinearAttention(nn.Module):
 
     def _strips(self, x: Map) -> Sequence[Map]:
         """Cut a map into strips of rows where this saves time: on a CPU without gradients."""
-        if torch.is_grad_enabled() or recorded() or x.device.type != "cpu":
+        if torch.is_grad_enabled() or compiling_or_exporting() or x.device.type != "cpu":
             return (x,)
         return torch.split(x, max(1, STRIP // (x.shape[0] * x.shape[3])), dim=2)
 

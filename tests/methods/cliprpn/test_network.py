@@ -12,7 +12,7 @@ from derain.methods.cliprpn.network import (
     PlainCrossAttention,
     mask_maps,
 )
-from tests.nn.references import SMALL, Published, convolve, cross_attention, lively
+from tests.nn.references import SMALL, Published, convolve, cross_attention, with_random_parameters
 
 
 def equal(ours, theirs, atol=1e-10):
@@ -109,7 +109,7 @@ def test_interactions_differ():
 
 
 def test_mask_head_is_eq_3_before_the_sigmoid():
-    head = lively(MaskHead(4))
+    head = with_random_parameters(MaskHead(4))
     x = random(2, 5, 6, 4)
     with torch.no_grad():
         features = convolve(x, head.features.weight)
@@ -118,7 +118,7 @@ def test_mask_head_is_eq_3_before_the_sigmoid():
 
 
 def test_plain_cross_attention_equals_the_reference():
-    block = lively(PlainCrossAttention(4, 2))
+    block = with_random_parameters(PlainCrossAttention(4, 2))
     x = random(2, 5, 6, 4)
     with torch.no_grad():
         equal(block(x), x + cross_attention(block.state_dict(), x, x, x))
@@ -126,7 +126,7 @@ def test_plain_cross_attention_equals_the_reference():
 
 @pytest.mark.parametrize("mgca_on", [True, False])
 def test_network_is_restormer_with_routes_before_each_upsampling(mgca_on):
-    network = lively(CLIPRPN(2, mgca_on, **SMALL))
+    network = with_random_parameters(CLIPRPN(2, mgca_on, **SMALL))
     state = network.state_dict()
     published = Published(**SMALL).double()
     published.load_state_dict(part(state, "backbone"))
@@ -160,7 +160,7 @@ def test_network_is_restormer_with_routes_before_each_upsampling(mgca_on):
 @pytest.fixture(scope="module")
 def network():
     """Small network with clearly different routes."""
-    return lively(CLIPRPN(3, **SMALL))
+    return with_random_parameters(CLIPRPN(3, **SMALL))
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_images_of_different_routes_are_independent(network):
 
 @pytest.mark.parametrize("mgca_on", [True, False])
 def test_network_without_routes_is_restormer(mgca_on):
-    network = lively(CLIPRPN(0, mgca_on, **SMALL))
+    network = with_random_parameters(CLIPRPN(0, mgca_on, **SMALL))
     rainy = random(2, 3, 17, 12).sigmoid()
     published = Published(**SMALL).double()
     published.load_state_dict(network.backbone.state_dict())
