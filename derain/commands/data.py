@@ -126,7 +126,7 @@ def report(args: argparse.Namespace) -> int:
         return 1 if wrong else 0
     console = Console()
     for one in sets:
-        console.print(Text(f"{one}: {len(one.matched.pairs)} pairs in {one.root}"), soft_wrap=True)
+        console.print(Text(f"{one}: {len(one.files.pairs)} pairs in {one.root}"), soft_wrap=True)
     if findings:
         console.print(as_table(findings))
     counted = {level: sum(finding.level == level for finding in findings) for level in STYLE}

@@ -457,7 +457,7 @@ def run(arguments: list[str]) -> int:
     """
     keep_freed_memory()
     add_current_folder()  # --model my_method.MyModule
-    methods()  # imports them: --model PReNetModule is looked up among imported classes
+    methods()  # imports them: --model finds imported subclasses by the names of their classes
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they concern Lightning's calls
     set_parsing_settings(import_path_denylist=DENIED_IMPORTS)  # with a list, jsonargparse raises instead of warning
     choose_messages()
