@@ -115,7 +115,7 @@ FAULTS: dict[tuple[str, ...], list[tuple[str, str, str]]] = {
         ("CLIP-RPN: mask shifted", "mask[..., ::factor, ::factor]", "mask[..., 1::factor, 1::factor]"),
     ],
     ("methods/prenet/network.py", "methods/prenet/test_network.py"): [
-        ("PReNet: forget gate", 'self._gate("f", x) * cell', 'self._gate("i", x) * cell'),
+        ("PReNet: forget gate", 'self._gate("f", x) * state.cell', 'self._gate("i", x) * state.cell'),
     ],
     ("nn/padding.py", "nn/test_padding.py"): [
         (
@@ -125,7 +125,7 @@ FAULTS: dict[tuple[str, ...], list[tuple[str, str, str]]] = {
         ),
     ],
     ("nn/schedule.py", "nn/test_schedule.py"): [
-        ("warm-up starts at 0", "(step + 1) / rising", "step / rising"),
+        ("warm-up starts at 0", "(step + 1) / warm_up_steps", "step / warm_up_steps"),
         ("milestone one epoch late", "bisect_right(ordered, step)", "bisect_right(ordered, step - 1)"),
     ],
     ("callbacks/ema.py", "callbacks/test_ema.py"): [
@@ -198,14 +198,18 @@ FAULTS: dict[tuple[str, ...], list[tuple[str, str, str]]] = {
         ("flips: horizontal alone flips both ways", "if flips is True:", "if flips:"),
     ],
     ("data/name_matching.py", "data/test_name_matching.py"): [
-        ("names: a clash is a pair too", "            elif key not in clean:", "            if key not in clean:"),
+        (
+            "names: a clash is a pair too",
+            "        elif key not in clean_by_key:",
+            "        if key not in clean_by_key:",
+        ),
     ],
     ("data/name_matching.py", "data/test_name_matching.py", "data/test_pairs.py"): [
         ("names: last number excluded", '<= int(groups["n"]) <= numbers[1]', '<= int(groups["n"]) < numbers[1]'),
     ],
     ("data/result_folders.py", "data/test_result_folders.py", "data/test_names.py"): [
         ("results: zeros count", 'part.lstrip("0") or "0"', "part"),
-        ("results: clean images may be left over", "len(distinct) != len(known)", "len(distinct) > len(known)"),
+        ("results: clean images may be left over", "len(distinct) != len(clean)", "len(distinct) > len(clean)"),
     ],
     ("images.py", "test_images.py"): [
         (
