@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+import derain
 from derain.cli import COMMANDS, TRAINER, main
 from derain.commands import train
 from derain.data.layouts import LAYOUTS
@@ -174,3 +175,23 @@ def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tm
     for page in pages:
         loaded = re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(https?:)?//[^"]*"', page.read_text())
         assert loaded == [], page.name
+
+
+def test_the_citation_is_valid_and_names_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= citation.keys()
+    assert all(author.get("name") or author.get("family-names") for author in citation["authors"])
+    assert (citation["version"], citation["license"]) == (derain.__version__, "Apache-2.0")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.stem)
+def test_workflows_and_issue_forms_are_yaml(path):
+    content = yaml.safe_load(path.read_text())
+    # YAML 1.1 reads the key "on" as true
+    required = {"workflows": {"name", True, "jobs"}, "ISSUE_TEMPLATE": {"name", "description", "body"}}
+    assert path.stem == "config" or required[path.parent.name] <= content.keys()
+
+
+def test_the_package_is_marked_as_typed():
+    assert (ROOT / "derain/py.typed").is_file()

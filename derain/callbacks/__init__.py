@@ -1,7 +1,7 @@
-"""What writes or measures during a run.
+"""Callbacks: checkpoints, weights, pictures, results, averages, seeds and throughput.
 
-Files go below ``trainer.default_root_dir``, which the command line sets to the folder of the run;
-``trainer.log_dir`` is a collective call, and one rank alone would wait in it for ever.
+Files are saved below ``trainer.default_root_dir``, which the command line sets to the folder of the run;
+``trainer.log_dir`` is a collective call: a single rank would wait in it for ever.
 """
 
 from derain.callbacks.checkpoints import BestCheckpoint, Checkpoint
@@ -9,7 +9,7 @@ from derain.callbacks.ema import EMA
 from derain.callbacks.final_weights import FinalWeights
 from derain.callbacks.last import LastCheckpoint
 from derain.callbacks.panels import ImagePanels
-from derain.callbacks.parts import PartNote
+from derain.callbacks.parts import PartialEvaluationWarning
 from derain.callbacks.predictions import SaveImages
 from derain.callbacks.results import TestResults
 from derain.callbacks.seeds import BatchSeeds
@@ -23,7 +23,7 @@ __all__ = [
     "FinalWeights",
     "ImagePanels",
     "LastCheckpoint",
-    "PartNote",
+    "PartialEvaluationWarning",
     "SaveImages",
     "TestResults",
     "Throughput",

@@ -10,7 +10,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from derain.callbacks.parts import validated
+from derain.callbacks.parts import validation_counts
 from derain.images import write_whole
 from derain.methods.weights import READ_ERRORS
 
@@ -59,7 +59,7 @@ class BestCheckpoint(Checkpoint):
         if stage != "fit" or not trainer.is_global_zero:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        count, _ = validated(trainer)
+        count, _ = validation_counts(trainer)
         protocols = list(getattr(pl_module, "protocols", ()))
         self._scored = {"protocols": protocols, "images": data.fingerprint("val", range(count)) if count else None}
 

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from derain.callbacks.checkpoints import BestCheckpoint
 from derain.callbacks.last import LastCheckpoint
-from derain.callbacks.parts import part, validated
+from derain.callbacks.parts import image_count, validation_counts
 from derain.methods import DerainModule, DescribedModule, weights
 
 log = logging.getLogger("derain")
@@ -42,7 +42,7 @@ class FinalWeights(Callback):
         own = cast(DescribedModule, pl_module)
         weights.save(weights.load(Path(file), type(own)).module, target)
         score = float("nan") if best.best_model_score is None else float(best.best_model_score)
-        images = part(*validated(trainer))
+        images = image_count(*validation_counts(trainer))
         rainy = trainer.callback_metrics.get("val/rainy_psnr")  # of this run, which may have had no epoch left
         if not best.best_model_path:
             log.warning("no validation took place: the weights are those after the last epoch")

@@ -12,7 +12,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from derain.callbacks.checkpoints import Checkpoint
-from derain.callbacks.parts import validated_by_all
+from derain.callbacks.parts import common_batches
 
 log = logging.getLogger("derain")
 
@@ -56,7 +56,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Stop within a validation too, which may take long; the resumed run begins it anew."""
-        if not trainer.sanity_checking and batch_idx < validated_by_all(trainer):  # ranks decide together
+        if not trainer.sanity_checking and batch_idx < common_batches(trainer):  # ranks decide together
             self._stop_if_signalled(trainer)
 
     def _stop_if_signalled(self, trainer: Trainer) -> None:

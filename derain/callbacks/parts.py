@@ -1,4 +1,4 @@
-"""How many images of a set were evaluated."""
+"""Number of images that are evaluated, and a warning if they are only a part of the set."""
 
 import logging
 from typing import Any
@@ -8,21 +8,21 @@ from lightning import Callback, LightningModule, Trainer
 log = logging.getLogger("derain")
 
 
-def part(evaluated: int, total: int) -> str:
-    """Return how many images were evaluated, marked where it was not all of them.
+def image_count(evaluated: int, total: int) -> str:
+    """Return the number of evaluated images for a message, marked if they are only a part of the set.
 
     Example:
-        >>> part(3, 100), part(100, 100), part(1, 1)
+        >>> image_count(3, 100), image_count(100, 100), image_count(1, 1)
         ('3 of 100 images (partial)', '100 images', '1 image')
     """
     images = "1 image" if total == 1 else f"{total} images"
     return images if evaluated == total else f"{evaluated} of {images} (partial)"
 
 
-def validated(trainer: Trainer) -> tuple[int, int]:
-    """Return how many images are validated, and how many the validation set has.
+def validation_counts(trainer: Trainer) -> tuple[int, int]:
+    """Return the number of images that are validated, and that of the validation set.
 
-    They follow from the options: Lightning counts batches only once a validation begins.
+    They are computed from the options: Lightning counts batches only when a validation starts.
     """
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     count = len(data.pairs.get("val", ()))
@@ -30,8 +30,8 @@ def validated(trainer: Trainer) -> tuple[int, int]:
     return min(batches * trainer.world_size, count), data.count("val")
 
 
-def validated_by_all(trainer: Trainer) -> int:
-    """Return the batches of a validation that every rank has; some ranks have one more."""
+def common_batches(trainer: Trainer) -> int:
+    """Return the number of validation batches that every rank has; some ranks have one more."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     return _limited(max(1, len(data.pairs["val"]) // trainer.world_size), trainer)
 
@@ -41,19 +41,20 @@ def _limited(batches: int, trainer: Trainer) -> int:
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
-class PartNote(Callback):
-    """Warns that ``derain validate`` or ``predict`` looked at a part of the images only."""
+class PartialEvaluationWarning(Callback):
+    """Warn if ``derain validate`` or ``predict`` evaluates only a part of the images."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn after ``derain validate``."""
-        self._warn(*validated(trainer))
+        self._warn(*validation_counts(trainer))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn after ``derain predict``."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         total = data.count("predict")
-        self._warn(min(sum(map(int, trainer.num_predict_batches)) * trainer.world_size, total), total)
+        batches = sum(int(count) for count in trainer.num_predict_batches)
+        self._warn(min(batches * trainer.world_size, total), total)
 
     def _warn(self, evaluated: int, total: int) -> None:
         if evaluated < total:
-            log.warning("%s: not comparable with results on the whole set", part(evaluated, total))
+            log.warning("%s: not comparable with results on the whole set", image_count(evaluated, total))

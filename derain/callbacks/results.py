@@ -16,7 +16,7 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from derain.callbacks.parts import part
+from derain.callbacks.parts import image_count
 from derain.images import ESCAPED, write_whole
 from derain.methods import DerainModule
 from derain.methods.weights import locate, sha256
@@ -161,7 +161,7 @@ def print_table(summary: dict[str, Any]) -> None:
     sets = summary["data"]["sets"]
     table = Table(
         title=f"{summary['method']['method']} on {sets if isinstance(sets, str) else ' + '.join(sets)}, "
-        f"{part(summary['data']['images'], summary['data']['images_in_sets'])}{_how(summary)}",
+        f"{image_count(summary['data']['images'], summary['data']['images_in_sets'])}{_how(summary)}",
         title_justify="left",
     )
     for column, justify in {

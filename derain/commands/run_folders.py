@@ -1,4 +1,4 @@
-"""Folders of runs: ``ROOT/COMMAND-N``, one for all processes of a run."""
+"""Folders of runs, ``ROOT/COMMAND-N``; all processes of a run share one."""
 
 import itertools
 import os
@@ -13,13 +13,13 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from derain.errors import DerainError
 
 RUN = re.compile(r"(fit|validate|test|predict)-[\d.]+")
-"""Names of folders of runs."""
+"""Pattern of the names of these folders."""
 
 
 def root_of(folder: Path) -> Path:
-    """Return the folder that new runs are numbered in.
+    """Return the folder in which new runs are numbered.
 
-    A run that is configured by an earlier run's ``config.yaml`` gets a folder beside that run, not inside it.
+    A run that is configured by the ``config.yaml`` of an earlier run gets a folder beside that run, not inside it.
     """
     return folder.parent if RUN.fullmatch(folder.name) and (folder / "config.yaml").is_file() else folder
 
@@ -27,17 +27,18 @@ def root_of(folder: Path) -> Path:
 def shared_folder(root: Path, command: str, resuming: bool, arguments: Sequence[str] = ()) -> Path:
     """Return the folder of the run, the same for all its processes.
 
-    Processes of torchrun learn it from rank 0 through torchrun's store, those of SLURM have the id of their job in
-    common, and those that Lightning starts find it in the environment.
+    Under torchrun, rank 0 sends it through torchrun's store. Under SLURM, it is named by the job's id. Processes that
+    Lightning starts read it from an environment variable.
 
     Args:
-        root: Folder of runs.
+        root: Folder in which runs are numbered, or that of a run.
         command: ``fit``, ``validate``, ``test`` or ``predict``.
         resuming: Whether the newest run is resumed.
-        arguments: The command line, by which a job that SLURM restarts recognises its run.
+        arguments: The command line, by which a job that SLURM has restarted finds its run.
     """
     variables = os.environ
-    by_torchrun, by_slurm = "TORCHELASTIC_RUN_ID" in variables, _tasks_of_slurm() > 1
+    by_torchrun = "TORCHELASTIC_RUN_ID" in variables
+    by_slurm = _slurm_tasks() > 1
     if resuming and (by_torchrun or by_slurm):
         return run_folder(root, command, resuming)
     if by_torchrun:
@@ -46,11 +47,12 @@ def shared_folder(root: Path, command: str, resuming: bool, arguments: Sequence[
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             store.set(key, str(_own_folder(root, command, resuming, arguments)))
         folder = Path(store.get(key).decode())
-        folder.mkdir(parents=True, exist_ok=True)  # nodes may have disks of their own
+        folder.mkdir(parents=True, exist_ok=True)  # nodes may not share a disk
         return folder
     if by_slurm:
         step = variables.get("SLURM_STEP_ID", "0")
-        folder = root_of(root) / f"{command}-{variables['SLURM_JOB_ID']}{'' if step == '0' else f'.{step}'}"
+        suffix = "" if step == "0" else f".{step}"
+        folder = root_of(root) / f"{command}-{variables['SLURM_JOB_ID']}{suffix}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     if variables.get("LOCAL_RANK", "0") != "0":
@@ -65,15 +67,15 @@ def restarts() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
-def _tasks_of_slurm() -> int:
-    """Return the number of processes that SLURM started for this run; 1 in a shell of an allocation."""
-    # The names by which Lightning recognises a shell.
+def _slurm_tasks() -> int:
+    """Return the number of processes that SLURM started for this run; 1 in an interactive shell."""
+    # Lightning recognises a shell by these names.
     interactive = os.environ.get("SLURM_JOB_NAME") in {"bash", "interactive"}
     return 1 if interactive else int(os.environ.get("SLURM_NTASKS", 1))
 
 
 def _own_folder(root: Path, command: str, resuming: bool, arguments: Sequence[str]) -> Path:
-    """Return the folder of a run whose folder one process chooses."""
+    """Return the folder that the only process of a run, or its first, chooses."""
     if resuming or "SLURM_JOB_ID" not in os.environ:
         return run_folder(root, command, resuming)
     return job_folder(root_of(root), command, arguments)
@@ -82,49 +84,67 @@ def _own_folder(root: Path, command: str, resuming: bool, arguments: Sequence[st
 def job_folder(root: Path, command: str, arguments: Sequence[str]) -> Path:
     """Return the folder of a run in a SLURM job: ``root/COMMAND-JOBID``, with ``.1``, ``.2`` for further runs.
 
-    A restarted job returns to the folder of the run that had the same command line. Each attempt records its command
-    line in the folder, in a file that one process alone can create, so that no two runs share a folder.
+    A restarted job gets the folder of the run that had the same command line. Each attempt saves its command line to a
+    file in the folder, which only one process can create: no two runs share a folder.
     """
     command_line = shlex.join(arguments)
-    names = itertools.chain([""], (f".{index}" for index in itertools.count(1)))
-    while True:
-        folder = root / f"{command}-{os.environ['SLURM_JOB_ID']}{next(names)}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            if command_line not in [file.read_text() for file in folder.glob("slurm-*.txt")]:
-                continue
-        try:
-            with (folder / f"slurm-{restarts()}.txt").open("x") as record:
-                record.write(command_line)
-        except FileExistsError:  # another run of this attempt has the same command line
-            continue
-        return folder
+    name = f"{command}-{os.environ['SLURM_JOB_ID']}"
+    suffixes = itertools.count(1)
+    folder = root / name
+    while not _claim(folder, command_line):
+        folder = root / f"{name}.{next(suffixes)}"
+    return folder
+
+
+def _claim(folder: Path, command_line: str) -> bool:
+    """Create the folder of a run in a SLURM job; return False if it belongs to another run."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        if command_line not in [file.read_text() for file in folder.glob("slurm-*.txt")]:
+            return False
+    try:
+        with (folder / f"slurm-{restarts()}.txt").open("x") as record:
+            record.write(command_line)
+    except FileExistsError:  # another run of this attempt has the same command line
+        return False
+    return True
 
 
 def run_folder(root: Path, command: str, resuming: bool) -> Path:
-    """Return a new folder ``root/COMMAND-N``, created at once so that no other run takes it, or the last one to resume.
+    """Return the folder of a run outside SLURM: a new one, or that of the run to resume.
 
-    Where ``root`` is itself the folder of a run, that run is resumed.
+    Args:
+        root: Folder in which runs are numbered. If it is the folder of a run, that run is resumed.
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        resuming: Whether to resume the newest run.
 
     Raises:
-        DerainError: If there is nothing to resume.
+        DerainError: If there is no run to resume.
     """
-    if resuming and (root / "checkpoints" / "last.ckpt").is_file():
+    if not resuming:
+        return _new_folder(root_of(root), command)
+    if (root / "checkpoints" / "last.ckpt").is_file():
         return root
     root = root_of(root)
-    runs = list(root.glob(f"{command}-*"))
-    numbered = [int(number) for path in runs if (number := path.name.rsplit("-", 1)[1]).isdecimal()]
-    if not resuming:
-        for free in itertools.count(max(numbered, default=0) + 1):
-            folder = root / f"{command}-{free}"
-            try:
-                folder.mkdir(parents=True)
-            except FileExistsError:  # another run has just taken it
-                continue
-            return folder
-    files = [path / "checkpoints" / "last.ckpt" for path in runs]
-    saved = {file: file.stat().st_mtime for file in files if file.is_file()}
-    if not saved:
-        raise DerainError(f"--ckpt_path last: no {command}-N/checkpoints/last.ckpt in {root}; start without it")
-    return max(saved, key=lambda file: saved[file]).parents[1]
+    checkpoints = list(root.glob(f"{command}-*/checkpoints/last.ckpt"))
+    if not checkpoints:
+        raise DerainError(
+            f"--ckpt_path last: no {command}-N/checkpoints/last.ckpt in {root}; omit it to start a new run"
+        )
+    newest = max(checkpoints, key=lambda file: file.stat().st_mtime)
+    return newest.parents[1]
+
+
+def _new_folder(root: Path, command: str) -> Path:
+    """Create the folder with the next free number."""
+    numbers = [path.name.rsplit("-", 1)[1] for path in root.glob(f"{command}-*")]
+    number = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    while True:
+        number += 1
+        folder = root / f"{command}-{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # another run has just created it
+            continue
+        return folder

@@ -1,4 +1,4 @@
-"""Loggers and callbacks of a run, and which of the trainer's options derain refuses."""
+"""Loggers and callbacks of a run; checks of the trainer's options."""
 
 import logging
 from pathlib import Path
@@ -30,7 +30,7 @@ from derain.callbacks import (
     FinalWeights,
     ImagePanels,
     LastCheckpoint,
-    PartNote,
+    PartialEvaluationWarning,
     SaveImages,
     TestResults,
     Throughput,
@@ -41,25 +41,25 @@ from derain.errors import DerainError
 log = logging.getLogger("derain")
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
-"""Of the arithmetic of a network; its weights are always float32."""
+"""Supported values of ``--trainer.precision``; weights are float32 with each of them."""
 
 LIMITS = {
     "validate": "limit_val_batches",
     "test": "limit_test_batches",
     "predict": "limit_predict_batches",
 }
-"""The options that let a command evaluate a part of the images."""
+"""Options by which a command evaluates only some of the images."""
 
 
 def check_options(trainer: Any, command: str) -> None:
-    """Refuse values that Lightning accepts, but that fail or do nothing.
+    """Check for values that Lightning accepts, but that fail later or have no effect.
 
     Args:
         trainer: The configured options of the trainer.
         command: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
-        DerainError: If there is one.
+        DerainError: If an option has such a value.
     """
     for option in ("accumulate_grad_batches", "check_val_every_n_epoch"):
         value = trainer[option]
@@ -67,28 +67,30 @@ def check_options(trainer: Any, command: str) -> None:
             raise DerainError(f"--trainer.{option} {value}: must be at least 1")
     clip = trainer.gradient_clip_val
     if clip is not None and not 0 <= clip < float("inf"):
-        raise DerainError(f"--trainer.gradient_clip_val {clip}: must be a finite number of at least 0; 0 clips nothing")
+        raise DerainError(f"--trainer.gradient_clip_val {clip}: must be a finite number of at least 0 (0: no clipping)")
     if trainer.overfit_batches:
         raise DerainError(
-            f"--trainer.overfit_batches {trainer.overfit_batches}: crops are drawn anew in every epoch; to overfit, "
-            "give --data.train and --data.val the same folder of few pairs, and --data.crop their size"
+            f"--trainer.overfit_batches {trainer.overfit_batches}: not supported, since crops are drawn anew in every "
+            "epoch; to overfit, set --data.train and --data.val to a folder of few pairs, and --data.crop to their size"
         )
     if trainer.use_distributed_sampler:
         raise DerainError(
-            "--trainer.use_distributed_sampler true: derain's samplers share images between processes; leave it out"
+            "--trainer.use_distributed_sampler true: not supported, since derain has its own samplers; omit it"
         )
     if trainer.barebones:
-        raise DerainError("--trainer.barebones true: a run of derain logs and saves checkpoints; leave it out")
+        raise DerainError(
+            "--trainer.barebones true: not supported, since every run logs and saves checkpoints; omit it"
+        )
     limit = LIMITS.get(command)
     if limit and trainer[limit] == 0:
-        raise DerainError(f"--trainer.{limit} 0: no image is left; give at least 1, or leave it out")
+        raise DerainError(f"--trainer.{limit} 0: must be at least 1, so that an image is evaluated; or omit it")
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Refuse what derain's methods do not support: precisions, strategies, callbacks; let checkpoints be written whole.
+    """Check precision, strategy, plugins and callbacks; make the trainer write checkpoints completely or not at all.
 
     Raises:
-        DerainError: If the trainer has one.
+        DerainError: If one of them is not supported.
     """
     if trainer.precision not in PRECISIONS:
         raise DerainError(
@@ -100,7 +102,7 @@ def check_trainer(trainer: Trainer) -> None:
             f"--trainer.strategy {type(trainer.strategy).__name__}: not supported; use auto, ddp or "
             "ddp_find_unused_parameters_true"
         )
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # it cannot pass on messages and exit codes
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # loses messages and exit codes
         raise DerainError(
             f"--trainer.strategy ddp_{trainer.strategy.launcher._start_method}: not supported on the command line; use "
             "ddp or ddp_find_unused_parameters_true"
@@ -111,17 +113,19 @@ def check_trainer(trainer: Trainer) -> None:
     elif not isinstance(checkpoint_io, WholeCheckpointIO):
         raise DerainError(
             f"--trainer.plugins {type(checkpoint_io).__name__}: not supported, since a checkpoint must be complete "
-            "when the training continues; leave it out, or derive a class from derain.checkpoints.WholeCheckpointIO"
+            "when the training continues; omit it, or derive a class from derain.checkpoints.WholeCheckpointIO"
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
         if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
             raise DerainError(
-                f"--trainer.callbacks {name}: its average would be missing in best.ckpt and weights.safetensors; use "
-                "derain.callbacks.EMA"
+                f"--trainer.callbacks {name}: not supported, since best.ckpt and weights.safetensors would lack its "
+                "average; use derain.callbacks.EMA"
             )
         if isinstance(callback, ModelPruning):
-            raise DerainError(f"--trainer.callbacks {name}: pruned networks cannot be resumed; leave it out")
+            raise DerainError(
+                f"--trainer.callbacks {name}: not supported, since pruned networks cannot be resumed; omit it"
+            )
 
 
 def loggers(configured: Any, folder: Path, checkpoint: str | None) -> list[Logger] | bool:
@@ -130,95 +134,103 @@ def loggers(configured: Any, folder: Path, checkpoint: str | None) -> list[Logge
     Args:
         configured: The trainer's ``logger``, instantiated.
         folder: Of the run.
-        checkpoint: What the run resumes from.
+        checkpoint: Checkpoint that the run resumes from, if any.
     """
     if configured is False:
         return False
-    given = configured if isinstance(configured, list) else [configured]
+    loggers = configured if isinstance(configured, list) else [configured]
     csv = CSVLogger(str(folder), name="", version="", flush_logs_every_n_steps=10)
-    past = folder / "metrics.csv"
-    if past.exists() and checkpoint and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        _keep_history(csv, past, Path(checkpoint))
-    return [csv, *(logger for logger in given if isinstance(logger, Logger))]
+    metrics = folder / "metrics.csv"
+    if metrics.exists() and checkpoint and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        _keep_metrics(csv, metrics, Path(checkpoint))
+    return [csv, *(logger for logger in loggers if isinstance(logger, Logger))]
 
 
-def _keep_history(csv: CSVLogger, past: Path, checkpoint: Path) -> None:
+def _keep_metrics(csv: CSVLogger, file: Path, checkpoint: Path) -> None:
     """Keep the metrics of a resumed run up to the step of its checkpoint; the logger would delete the file.
 
     Incomplete rows, of a run that was killed while the logger wrote the file, are dropped.
     """
     content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     loops = content["loops"]["fit_loop"]
-    position = {"steps": loops["epoch_loop.state_dict"]["_batches_that_stepped"], "log": {}}  # as loggers count
-    position = content.get("position", position)
-    header, *rows = past.read_text().splitlines() or [""]
+    # Checkpoints of early versions have no position.
+    position = content.get("position", {"steps": loops["epoch_loop.state_dict"]["_batches_that_stepped"], "log": {}})
+    header, *rows = file.read_text().splitlines() or [""]
     columns = header.split(",")
     if "step" not in columns:
-        log.warning("%s was truncated when the run was interrupted: its metrics start anew", past)
+        log.warning("%s: truncated when the run was interrupted; starting it anew", file)
         return
-    number = columns.index("step")
-    whole = [row for row in rows if row.count(",") == header.count(",") and row.split(",")[number].isdecimal()]
-    again = [columns.index(name) for name in position["log"] if name in columns and name != "epoch"]
+    step_column = columns.index("step")
+    relogged = [columns.index(name) for name in position["log"] if name in columns and name != "epoch"]
+    last_step = position["steps"] - 1
 
-    def keep(values: list[str]) -> bool:
-        step, last = int(values[number]), position["steps"] - 1
-        # What was logged after the checkpoint was saved is logged again.
-        return step < last or (step == last and not any(values[index] for index in again))
+    def is_kept(row: str) -> bool:
+        values = row.split(",")
+        if len(values) != len(columns) or not values[step_column].isdecimal():
+            return False
+        step = int(values[step_column])
+        if step == last_step:  # metrics that were logged after the checkpoint was saved are logged again
+            return not any(values[column] for column in relogged)
+        return step < last_step
 
-    kept = [row for row in whole if keep(row.split(","))]
-    experiment = csv.experiment
-    past.write_text("\n".join([header, *kept]) + "\n")
-    experiment.metrics_keys = header.split(",")
+    kept = [row for row in rows if is_kept(row)]
+    experiment = csv.experiment  # deletes the file
+    file.write_text("\n".join([header, *kept]) + "\n")
+    experiment.metrics_keys = columns
 
 
 def save_during_manual_optimization(callback: ModelCheckpoint) -> None:
-    """Let a configured ``ModelCheckpoint``, or a subclass of it, work the same for methods with manual optimisation.
+    """Make a configured ``ModelCheckpoint``, or a subclass, save by time with manual optimisation too.
 
-    Its class becomes ``derain.callbacks.Checkpoint``, or derives from it beside the user's class.
+    A ``ModelCheckpoint`` becomes a ``derain.callbacks.Checkpoint``; a user's subclass also derives from it.
     """
-    own = type(callback)
-    if own is ModelCheckpoint:
+    configured = type(callback)
+    if configured is ModelCheckpoint:
         callback.__class__ = Checkpoint
-    elif not issubclass(own, Checkpoint):
-        names = {"__module__": own.__module__, "__qualname__": own.__qualname__}  # states are saved by this name
-        callback.__class__ = type(own.__name__, (own, Checkpoint), names)
+    elif not issubclass(configured, Checkpoint):
+        # Lightning saves the state of a callback under this name.
+        names = {"__module__": configured.__module__, "__qualname__": configured.__qualname__}
+        callback.__class__ = type(configured.__name__, (configured, Checkpoint), names)
 
 
 def callbacks(
-    given: list[Callback], command: str, config: Any, folder: Path, monitor: str, commit: str | None
+    configured: list[Callback], command: str, config: Any, folder: Path, monitor: str, commit: str | None
 ) -> list[Callback]:
     """Return the configured callbacks, and those that save a run's checkpoints, weights, pictures and results.
 
     Args:
-        given: Those of the configuration.
+        configured: Callbacks of the configuration.
         command: ``fit``, ``validate``, ``test`` or ``predict``.
-        config: Of the command.
-        folder: Of the run.
-        monitor: The metric whose highest value names the best checkpoint.
-        commit: What results belong to.
+        config: Configuration of the command.
+        folder: Folder of the run.
+        monitor: Metric whose highest value selects the best checkpoint.
+        commit: Commit that is saved with test results.
     """
-    chosen = list(given)
-    for callback in chosen:
+    for callback in configured:
         if isinstance(callback, ModelCheckpoint):
             save_during_manual_optimization(callback)
-    if config.trainer.enable_progress_bar is not False and not any(isinstance(bar, ProgressBar) for bar in chosen):
-        chosen.append(RichProgressBar(leave=False))
-    if command != "fit":
-        for search in [callback for callback in chosen if isinstance(callback, BatchSizeFinder | LearningRateFinder)]:
-            log.info("%s: ignored, since it is for training", type(search).__name__)
-            chosen.remove(search)
+    callbacks = list(configured)
+    if config.trainer.enable_progress_bar is not False and not any(isinstance(bar, ProgressBar) for bar in callbacks):
+        callbacks.append(RichProgressBar(leave=False))
+    if command == "fit":
+        return callbacks + _training_callbacks(config, folder, monitor)
+    for callback in list(callbacks):
+        if isinstance(callback, BatchSizeFinder | LearningRateFinder):
+            log.info("%s: ignored, since it is for training", type(callback).__name__)
+            callbacks.remove(callback)
     if command == "test":
-        chosen += [TestResults(config.weights, commit), ImagePanels()]
+        return [*callbacks, TestResults(config.weights, commit), ImagePanels()]
     if command == "predict":
-        chosen += [SaveImages(), PartNote()]
-    if command == "validate":
-        chosen.append(PartNote())
-    if command != "fit":
-        return chosen
-    chosen += [BatchSeeds(config.seed_everything), ImagePanels()]
+        callbacks.append(SaveImages())
+    return [*callbacks, PartialEvaluationWarning()]
+
+
+def _training_callbacks(config: Any, folder: Path, monitor: str) -> list[Callback]:
+    """Return the callbacks of a training, without those that its options turn off."""
+    callbacks: list[Callback] = [BatchSeeds(config.seed_everything), ImagePanels()]
     if config.trainer.enable_checkpointing is not False:
         checkpoints = folder / "checkpoints"
-        chosen += [BestCheckpoint(checkpoints, monitor), LastCheckpoint(checkpoints), FinalWeights()]
+        callbacks += [BestCheckpoint(checkpoints, monitor), LastCheckpoint(checkpoints), FinalWeights()]
     if config.trainer.logger is not False:
-        chosen += [Throughput(), LearningRateMonitor("epoch")]
-    return chosen
+        callbacks += [Throughput(), LearningRateMonitor("epoch")]
+    return callbacks

@@ -1,16 +1,15 @@
-"""``derain fit``, ``validate``, ``test`` and ``predict``: one LightningCLI."""
+"""``derain fit``, ``validate``, ``test`` and ``predict``, built on LightningCLI."""
 
 import copy
 import logging
 import os
-import re
 import shlex
 import signal
 import subprocess
 import traceback
 from pathlib import Path
 from pydoc import locate
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, cast
 
 import lightning
 import torch
@@ -27,6 +26,7 @@ from derain.checkpoints import remove_unfinished
 from derain.commands.lightning_messages import choose_messages
 from derain.commands.run_folders import restarts, root_of, run_folder, shared_folder
 from derain.commands.run_setup import callbacks, check_options, check_trainer, loggers
+from derain.commands.train_parser import COMMANDS, DENIED_IMPORTS, OptionParser
 from derain.data.datamodule import RainDataModule
 from derain.errors import DerainError, Stopped
 from derain.memory import keep_large_blocks
@@ -36,46 +36,29 @@ from derain.metrics import resolve
 from derain.metrics.perceptual import lpips_at_hand
 from derain.options import in_one_line, without_option
 
-DENIED = [
-    "torch.hub",
-    "torch.jit.load",
-    "torch.load",
-    "torch.package",
-    "torch.serialization",
-    "torch.utils.collect_env",
-    "torch.utils.cpp_extension",
-    "lightning.fabric.utilities.cloud_io",
-]
-"""What a configuration may not name, besides jsonargparse's own list: ways to run code or commands, or load pickles."""
-
 log = logging.getLogger("derain")
 
-COMMANDS = tuple(LightningCLI.subcommands())
-LIGHTNING = Path(lightning.__file__).parent
-TORCH = Path(torch.__file__).parent
-REFUSALS = (ValueError, TypeError, RuntimeError, AttributeError, ImportError, MisconfigurationException)
-"""What Lightning refuses options and callbacks with."""
+LIGHTNING_FOLDER = Path(lightning.__file__).parent
+TORCH_FOLDER = Path(torch.__file__).parent
+LIGHTNING_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, ImportError, MisconfigurationException)
+"""Exceptions by which Lightning rejects options and callbacks."""
 
 
 def commit() -> str | None:
-    """The commit that the working directory is at, with ``-dirty`` where it was changed; None outside git."""
+    """Return the git commit of the working directory, with ``-dirty`` if it was changed; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        told = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
-    return told.stdout.strip()
+    return result.stdout.strip()
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the folder of the run and sends it, with the commit, to the loggers."""
+    """Save ``config.yaml`` to the folder of the run, and send it with the commit to the loggers."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Tells the loggers."""
+        """Send the configuration and the commit to the loggers; save the commit."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):
@@ -83,170 +66,157 @@ class SaveConfig(SaveConfigCallback):
         (Path(trainer.default_root_dir) / "commit.txt").write_text(f"{commit()}\n")
 
 
-class OptionParser(LightningArgumentParser):
-    """Says in one line what is wrong with options and configurations."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Refuses.
-
-        Raises:
-            DerainError: Always.
-        """
-        if isinstance(ex, DerainError):  # a parser of a command has told already
-            raise ex
-        if not self.exit_on_error:  # of a class within a configuration, whose place the command's parser knows
-            super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
-        command = parser.prog.replace(" [options]", "")
-        if command == "derain":  # what a command misses is told by the parser of all
-            named = re.search("(?:required: |Subcommand .)(validate|test|predict)", message)
-            command += f" {named[1] if named else 'fit'}"
-        told = in_one_line(message, parser._option_string_actions)
-        raise DerainError(f"{told}; {command} --help tells the options") from ex
-
-    def add_lightning_class_args(
-        self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
-    ) -> Any:
-        """Ask for ``--model`` in training only: files of weights and checkpoints name their method."""
-        required = required and (nested_key != "model" or self.prog.endswith(" fit"))
-        return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
-
-    def _load_config_parser_mode(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
-        """Take the section of this command from a configuration that has one for each, as LightningCLI writes them."""
-        command = self.prog.rpartition(" ")[2]
-        if command in COMMANDS:
-            content = _section(content, command, path)
-        return super()._load_config_parser_mode(content, path, *args, **kwargs)
-
-
-def _section(content: str, command: str, path: Any) -> str:
-    """Return the section of a command, or the configuration as it is where it has no sections.
-
-    Raises:
-        DerainError: If there are sections, but none of this command or something beside them.
-    """
-    try:
-        loaded = yaml.safe_load(content)
-    except yaml.YAMLError:  # what is wrong with it is reported by the parser
-        return content
-    commands = COMMANDS
-    sections = [key for key in loaded if key in commands] if isinstance(loaded, dict) else []
-    if not sections:
-        return content
-    others = [str(key) for key in loaded if key not in commands]
-    if others:
-        raise DerainError(
-            f"--config {path}: {', '.join(others)} beside the section {sections[0]}; move it into the section"
-        )
-    if command not in loaded:
-        raise DerainError(
-            f"--config {path}: has sections {', '.join(sections)}, none {command}; add a section {command}"
-        )
-    return yaml.safe_dump(loaded[command] or {}, sort_keys=False)
+def _model_class(config: Any) -> type[DescribedModule] | None:
+    """Return the class that ``--model`` names; None without the option."""
+    return cast(type[DescribedModule] | None, locate(config.model.class_path)) if config.model else None
 
 
 class DerainCLI(LightningCLI):
-    """Every run has a folder ``runs/EXPERIMENT/COMMAND-N`` of its own; ``--ckpt_path last`` goes on in the last one."""
+    """LightningCLI with a folder for each run, ``runs/EXPERIMENT/COMMAND-N``; ``--ckpt_path last`` resumes a run."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what is neither model nor data nor trainer."""
+        """Add the options that belong to neither model nor data nor trainer."""
         parser.add_argument(
             "--weights",
             type=str | None,
             default=None,
-            help="Weights by name (default, hub:OWNER/NAME) or file, ours or the authors' (of PReNet: "
-            "FILE:stages=N,variant=NAME): fit starts from them; "
-            "validate, test and predict take the method from them too.",
+            help="Weights to load: a name (default, hub:OWNER/NAME) or a file of derain or of the authors (PReNet: "
+            "FILE:stages=N,variant=NAME). fit starts from them; validate, test and predict also use their method.",
         )
         parser.add_argument(
             "--protocol",
             type=list[str],
             default=["matlab-y"],
-            help="How images are judged; the first one names the best checkpoint.",
+            help="Evaluation protocols; the first one selects the best checkpoint.",
         )
         parser.add_argument(
             "--lpips",
             type=Literal["auto", "alex", "vgg", "none"],
             default="auto" if parser.prog.endswith("test") else "none",
-            help="Judge by LPIPS too; auto: if its weights are here.",
+            help="Network of LPIPS; auto: alex if its weights are installed, else none.",
         )
         parser.add_argument(
             "--sampling",
             type=Sampling | None,
             default=None,
-            help="How a method that samples does so; its own way by default.",
+            help="Solver, steps and seed of a method that samples; by default those of the method.",
         )
         if parser.prog.endswith("predict"):
             parser.add_argument(
                 "--explain",
                 type=bool,
                 default=False,
-                help="Also write the maps of the method and what it perceived beside each image.",
+                help="Also save the maps of the method, and what it is conditioned on, beside each image.",
             )
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the options as given: a file that is evaluated brings its method along as weights do."""
+        """Keep the given options: LightningCLI would replace them by the hyper-parameters of the checkpoint."""
 
     def _set_seed(self) -> None:
-        """Seed every run, since its order of images and its resuming depend on it.
+        """Seed the run.
 
         Raises:
-            DerainError: If the seed is no number that generators accept.
+            DerainError: If the seed is not a number that generators accept.
         """
         seed = self.config[self.config.subcommand].seed_everything
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
             raise DerainError(
-                f"--seed_everything {str(seed).lower()}: every run is seeded, so that it can be resumed and repeated; "
-                f"give a number from 0 to {2**32 - 1}"
+                f"--seed_everything {str(seed).lower()}: must be a whole number from 0 to {2**32 - 1}; a run needs a "
+                "seed to be resumed and repeated"
             )
         super()._set_seed()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Refuses to judge a network that was never trained, and files that are no checkpoints."""
+        """Parse the options; check the weights or the checkpoint.
+
+        Raises:
+            DerainError: If an option is invalid, or nothing is given to evaluate.
+        """
         self.arguments = list(args)
         try:
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
-            raise DerainError("--config: a file is no text in UTF-8; give YAML") from error
+            raise DerainError("--config: a file is not UTF-8 text; give a YAML file") from error
         config = self.config[self.config.subcommand]
         self.protocols = tuple(protocol.name for protocol in resolve(config.protocol))
         if config.ckpt_path and config.ckpt_path != "last":
-            own = cast(type[DescribedModule] | None, locate(config.model.class_path) if config.model else None)
-            self.loaded = weights.load(Path(config.ckpt_path), own)  # says in one line what is wrong with the file
-            if "derain checkpoint" not in self.loaded.note:
-                note = self.loaded.note
-                raise DerainError(f"--ckpt_path {config.ckpt_path}: {note}, no checkpoint; give it by --weights")
+            self._load_checkpoint(config)
         if config.get("weights_only") is False:
-            raise DerainError("--weights_only false: checkpoints are read without running code from them; leave it out")
+            raise DerainError("--weights_only false: not supported, since loading pickles can run code; omit it")
         if config.get("return_predictions"):
-            raise DerainError("--return_predictions true: images are written to files instead; leave it out")
-        if config.ckpt_path and config.weights and self.config.subcommand != "fit":
-            raise DerainError("--weights and --ckpt_path: either would be loaded over the other; give one of them")
-        if not config.ckpt_path and not config.weights and self.config.subcommand != "fit":
+            raise DerainError("--return_predictions true: not supported, since images are saved to files; omit it")
+        if self.config.subcommand != "fit":
+            self._check_evaluated_file(config)
+
+    def _load_checkpoint(self, config: Any) -> None:
+        """Load the checkpoint of ``--ckpt_path``, which checks the file and finds its method."""
+        self.loaded = weights.load(Path(config.ckpt_path), _model_class(config))
+        note = self.loaded.note
+        if "derain checkpoint" not in note:
+            raise DerainError(f"--ckpt_path {config.ckpt_path}: {note}, not a checkpoint; use --weights instead")
+
+    def _check_evaluated_file(self, config: Any) -> None:
+        """Require either weights or a checkpoint."""
+        if config.ckpt_path and config.weights:
             raise DerainError(
-                f"derain {self.config.subcommand}: no weights given; add --weights default or --weights FILE (ours or "
-                "the authors') or --ckpt_path FILE"
+                f"--weights {config.weights} and --ckpt_path {config.ckpt_path}: only one of them can be evaluated; "
+                "omit the other"
+            )
+        if not config.ckpt_path and not config.weights:
+            raise DerainError(
+                f"derain {self.config.subcommand}: no weights given; add --weights default, --weights FILE or "
+                "--ckpt_path FILE"
             )
 
     def before_instantiate_classes(self) -> None:
-        """Chooses the folder of the run."""
+        """Check the trainer's options, and choose seed, folder and checkpoint of the run."""
         config = self.config[self.subcommand]
         check_options(config.trainer, str(self.subcommand))
         if self.subcommand != "fit":
             self._evaluate_in_float32(config.trainer)
-        given = any(argument.split("=")[0] == "--data.seed" for argument in self.arguments)
-        if given and config.data.seed != config.seed_everything:
-            raise DerainError(f"--data.seed {config.data.seed}: a run has one seed; give it by --seed_everything")
+        self._use_one_seed(config)
+        self._choose_folder(config)
+        self._choose_checkpoint(config)
+        if "weights_only" in config:
+            config.weights_only = True
+        if self.subcommand == "test":
+            config.verbose = False  # TestResults prints the table
+        if self.subcommand == "predict":
+            config.return_predictions = False  # SaveImages saves them; together they may exceed the memory
+
+    def _evaluate_in_float32(self, trainer: Any) -> None:
+        """Ignore a precision that is configured for training, unless it is given on the command line."""
+        on_command_line = any(argument.startswith("--trainer.precision") for argument in self.arguments)
+        if trainer.precision in {None, 32, "32", "32-true"} or on_command_line:
+            return
+        log.info(
+            "precision %s: ignored, since it is for training; evaluating in 32-true (override with "
+            "--trainer.precision)",
+            trainer.precision,
+        )
+        trainer.precision = "32-true"
+
+    def _use_one_seed(self, config: Any) -> None:
+        """Set the data's seed to the seed of the run."""
+        on_command_line = any(argument.split("=")[0] == "--data.seed" for argument in self.arguments)
+        if on_command_line and config.data.seed != config.seed_everything:
+            raise DerainError(
+                f"--data.seed {config.data.seed}: differs from --seed_everything {config.seed_everything}; give "
+                "--seed_everything alone"
+            )
         config.data.seed = config.seed_everything
-        files = [file for file in config.get("config") or [] if file]  # a configuration may be given as text
-        first = Path(str(files[0])).stem if files else "derain"
-        root = Path(config.trainer.default_root_dir or Path("runs") / first)
-        self.root = root
-        resuming = config.get("ckpt_path") == "last"
-        self.folder = shared_folder(root, str(self.subcommand), resuming, self.arguments)
-        config.trainer.default_root_dir = str(root_of(root))
-        self.saved = copy.deepcopy(config)  # what repeats the run, in a folder of its own
-        if resuming:
+
+    def _choose_folder(self, config: Any) -> None:
+        """Choose the folder of the run, and what its ``config.yaml`` contains."""
+        files = [file for file in config.get("config") or [] if file]  # None for a configuration given as text
+        experiment = Path(str(files[0])).stem if files else "derain"
+        self.root = Path(config.trainer.default_root_dir or Path("runs") / experiment)
+        resume_last = config.get("ckpt_path") == "last"
+        self.folder = shared_folder(self.root, str(self.subcommand), resume_last, self.arguments)
+        # The saved configuration repeats the run from its start, in a new folder.
+        config.trainer.default_root_dir = str(root_of(self.root))
+        self.saved = copy.deepcopy(config)
+        if resume_last:
             self.saved.ckpt_path = None
         config.trainer.default_root_dir = str(self.folder)
         for logger in _as_list(config.trainer.logger):
@@ -254,92 +224,114 @@ class DerainCLI(LightningCLI):
                 logger.init_args.save_dir = str(self.folder)
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             remove_unfinished(self.folder)
-            for run in root_of(root).glob(f"{self.subcommand}-*"):
-                remove_unfinished(run, age=3600.0)  # others may be writing still
-        last = self.folder / "checkpoints" / "last.ckpt"
-        again = last.is_file() and restarts() > 0
-        if resuming or again:  # SLURM started the job again, in the folder that it has
-            config.ckpt_path = str(last)
-            weights.read(last)  # says in one line if it is damaged
-        elif last.is_file():
-            raise DerainError(f"{self.folder}: holds a run of this job; start each by srun, or add --ckpt_path last")
-        if "weights_only" in config:
-            config.weights_only = True
-        if self.subcommand == "test":
-            config.verbose = False  # our table stands for Lightning's
-        if self.subcommand == "predict":
-            config.return_predictions = False  # they are written, and would fill the memory
+            for run in root_of(self.root).glob(f"{self.subcommand}-*"):
+                remove_unfinished(run, age=3600.0)  # younger files may belong to a run that is still writing
 
-    def _evaluate_in_float32(self, trainer: Any) -> None:
-        """Leave the precision of a training's configuration out; the command line may ask for another."""
-        asked = any(argument.startswith("--trainer.precision") for argument in self.arguments)
-        if trainer.precision in {None, 32, "32", "32-true"} or asked:
-            return
-        log.info("precision %s: for training; evaluating in 32-true (or give --trainer.precision)", trainer.precision)
-        trainer.precision = "32-true"
+    def _choose_checkpoint(self, config: Any) -> None:
+        """Resume from ``last.ckpt`` for ``--ckpt_path last``, and if SLURM has restarted the job.
+
+        Raises:
+            DerainError: If the checkpoint is damaged, or the folder contains another run.
+        """
+        last = self.folder / "checkpoints" / "last.ckpt"
+        restarted = last.is_file() and restarts() > 0
+        if config.get("ckpt_path") == "last" or restarted:
+            config.ckpt_path = str(last)
+            weights.read(last)
+        elif last.is_file():
+            raise DerainError(
+                f"{self.folder}: already contains a run of this job; start each run by srun, or add --ckpt_path last "
+                "to resume it"
+            )
 
     def instantiate_classes(self) -> None:
-        """Builds data, method and trainer; the method comes from ``--weights`` where that is given."""
+        """Build data, method and trainer; load initial weights, or the weights to evaluate."""
         config = self.config[self.subcommand]
-        own = cast(type[DescribedModule] | None, locate(config.model.class_path) if config.model else None)
+        model_class = _model_class(config)
         if self.subcommand != "fit":
-            config.model = None  # the file brings it
+            config.model = None  # built from its file
         try:
             super().instantiate_classes()
-        except ValueError as error:  # jsonargparse wraps what a method refuses
-            raise _innermost(error) from error
-        if self.subcommand != "fit":
+        except ValueError as error:  # jsonargparse wraps the errors of constructors
+            raise _original_error(error) from error
+        if self.subcommand == "fit":
+            self._load_initial_weights(config)
+        else:
             if config.weights:
-                self.loaded = weights.load(config.weights, own)
+                self.loaded = weights.load(config.weights, model_class)
                 log.info("%s: %s", config.weights, self.loaded.note)
             self.model = self.loaded.module
         self.model = cast(DescribedModule, self.model)
-        begun_from = getattr(self.model, "begun_from", None) if self.subcommand == "fit" else None
-        if begun_from and config.ckpt_path:
-            log.info("--model.controller %s: ignored, since the run resumes from its checkpoint", begun_from)
-        elif begun_from and config.weights:
-            raise DerainError("--weights and --model.controller: either would be loaded over the other; give one")
-        if config.weights and config.ckpt_path:
-            log.info("--weights %s: ignored, since the run resumes from its checkpoint", config.weights)
-        elif config.weights and self.subcommand == "fit":
-            loaded = weights.load(config.weights, type(self.model))
-            log.info("%s: %s", config.weights, loaded.note)
-            self._start_from(loaded.module, config.weights)
-        if isinstance(self.model, DerainModule):
-            self.model.protocols = self.protocols
-            self.model.lpips = lpips_at_hand(config.lpips)
-            self.model.explaining = bool(config.get("explain"))
-            if self.config_init[self.subcommand].sampling is not None:
-                self.model.sample_by(self.config_init[self.subcommand].sampling)
-        elif self.subcommand in {"test", "predict"}:
-            raise DerainError(
-                f"derain {self.subcommand}: {type(self.model).__name__} restores no images; use derain validate, or "
-                "give weights of a method"
-            )
+        self._configure_evaluation(config)
         log.info(
-            "%s, %s trainable parameters; the run is saved to %s",
+            "%s: %s trainable parameters; saving the run to %s",
             type(self.model).__name__,
             f"{self.model.parameter_count:,}",
             self.folder,
         )
 
-    def _start_from(self, loaded: DescribedModule, path: str) -> None:
-        state, own = loaded.network.state_dict(), self.model.network.state_dict()
-        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+    def _load_initial_weights(self, config: Any) -> None:
+        """Load ``--weights`` into the configured method, unless the run resumes from a checkpoint.
+
+        Raises:
+            DerainError: If the weights belong to another network, or the method has loaded initial weights itself.
+        """
+        controller = getattr(self.model, "begun_from", None)
+        given = {"--weights": config.weights, "--model.controller": controller}
+        options = [f"{option} {file}" for option, file in given.items() if file]
+        if config.ckpt_path:
+            for option in options:
+                log.info("%s: ignored: resuming from a checkpoint", option)
+            return
+        if len(options) > 1:
+            raise DerainError(f"{' and '.join(options)}: both initialise the network; omit one of them")
+        if not config.weights:
+            return
+        initial = weights.load(config.weights, type(self.model))
+        log.info("%s: %s", config.weights, initial.note)
+        self._start_from(initial.module, config.weights)
+
+    def _start_from(self, initial: DescribedModule, path: str) -> None:
+        """Copy the weights of a method that has the same network; report differing hyper-parameters."""
+        state, own_state = initial.network.state_dict(), self.model.network.state_dict()
+        shapes, own_shapes = ({name: value.shape for name, value in tensors.items()} for tensors in (state, own_state))
+        if shapes != own_shapes:
             raise DerainError(
-                f"--weights {path}: holds {type(loaded).__name__} {dict(loaded.hparams)}, which does not fit the "
-                f"configured {type(self.model).__name__}; configure the same network"
+                f"--weights {path}: {type(initial).__name__} {dict(initial.hparams)} does not fit the configured "
+                f"{type(self.model).__name__}; configure the same network"
             )
         self.model.network.load_state_dict(state)
-        self.model.begin_from(loaded)
-        theirs, ours = dict(loaded.hparams), dict(self.model.hparams)
-        both = [name for name in theirs if name in ours]
-        others = [f"{name} {theirs[name]!r} → {ours[name]!r}" for name in both if theirs[name] != ours[name]]
-        if others:
-            log.info("settings that differ from those of the weights: %s", ", ".join(others))
+        self.model.begin_from(initial)
+        own_options = self.model.hparams
+        differences = [
+            f"{name} {value!r} → {own_options[name]!r}"
+            for name, value in initial.hparams.items()
+            if name in own_options and own_options[name] != value
+        ]
+        if differences:
+            log.info("hyper-parameters that differ from those of the weights: %s", ", ".join(differences))
+
+    def _configure_evaluation(self, config: Any) -> None:
+        """Pass on how images are scored, sampled and explained.
+
+        Raises:
+            DerainError: If images are to be restored, but the weights belong to a method that restores none.
+        """
+        if isinstance(self.model, DerainModule):
+            self.model.protocols = self.protocols
+            self.model.lpips = lpips_at_hand(config.lpips)
+            self.model.explaining = bool(config.get("explain"))
+            sampling = self.config_init[self.subcommand].sampling
+            if sampling is not None:
+                self.model.sample_by(sampling)
+        elif self.subcommand in {"test", "predict"}:
+            raise DerainError(
+                f"derain {self.subcommand}: {type(self.model).__name__} restores no images; use derain validate, or "
+                "give the weights of another method"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds the CSV log, checkpoints, pictures and results to whatever the configuration asks for."""
+        """Build the trainer, with the CSV log and the callbacks that save checkpoints, pictures and results."""
         command, config = str(self.subcommand), self.config_init[self.subcommand]
         config.trainer.logger = loggers(config.trainer.logger, self.folder, self.config[command].ckpt_path)
         monitor = self.model.judged_by if command == "fit" else ""
@@ -350,24 +342,24 @@ class DerainCLI(LightningCLI):
             config.trainer.callbacks.append(SaveConfig(self._parser(command), self.saved, overwrite=True))
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except REFUSALS as error:
-            raise DerainError(f"--trainer: {' '.join(str(error).split())}") from error
+        except LIGHTNING_ERRORS as error:
+            raise DerainError(f"--trainer: {_one_line(error)}") from error
         check_trainer(trainer)
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run the command; what Lightning refuses while it runs takes one line.
+        """Run the command.
 
         Raises:
-            DerainError: If Lightning refuses an option or a callback.
+            DerainError: If Lightning rejects an option or a callback while it runs.
             Stopped: If the run was interrupted by Ctrl-C or terminated.
         """
         try:
             super()._run_subcommand(subcommand)
-        except REFUSALS as error:
-            if isinstance(error, DerainError) or not _by_lightning(error):
+        except LIGHTNING_ERRORS as error:
+            if isinstance(error, DerainError) or not _raised_by_lightning(error):
                 raise
-            raise DerainError(f"--trainer: {' '.join(str(error).split())}") from error
+            raise DerainError(f"--trainer: {_one_line(error)}") from error
         except SystemExit as stop:
             if isinstance(stop, SIGTERMException):
                 raise Stopped(f"terminated{self._next_step()}", signal.SIGTERM) from stop
@@ -376,23 +368,23 @@ class DerainCLI(LightningCLI):
             raise
 
     def after_fit(self) -> None:
-        """Log why a training stopped early, which Lightning does where ``verbose`` is set only."""
+        """Log why early stopping ended the training; Lightning does only with ``verbose``."""
         for callback in self.trainer.early_stopping_callbacks:
             reason = callback.stopping_reason_message
             if reason and self.trainer.is_global_zero:
                 log.info("EarlyStopping: stopped in epoch %d: %s", callback.stopped_epoch, reason)
 
     def _next_step(self) -> str:
-        """Return what is left of a run that was stopped, and how to continue."""
+        """Return what a stopped run has saved, and how to resume it, as the end of a message."""
         if self.subcommand == "predict":
             return f"; images restored so far are in {self.folder / 'images'}"
         if self.subcommand != "fit":
-            return "; no results were written, since not all images were scored"
+            return "; no results were saved, since not all images were scored"
         if not (self.folder / "checkpoints" / "last.ckpt").is_file():
             return " before the first checkpoint; start again"
         resume = ["--ckpt_path", "last"]
         arguments = without_option(self.arguments, "--ckpt_path")
-        if run_folder(self.root, "fit", resuming=True) != self.folder:  # last would be another run's
+        if run_folder(self.root, "fit", resuming=True) != self.folder:  # last would resume another run
             arguments = without_option(arguments, "--trainer.default_root_dir")
             resume = ["--trainer.default_root_dir", str(self.folder), *resume]
         command = shlex.join(["derain", *arguments, *resume])
@@ -400,55 +392,63 @@ class DerainCLI(LightningCLI):
 
 
 def _as_list(configured: Any) -> list[Any]:
-    """Return one or several configured objects as a list."""
-    return [] if configured is None else configured if isinstance(configured, list) else [configured]
+    """Return a list of configured objects, which may be given as None, one object or a list."""
+    if configured is None:
+        return []
+    return configured if isinstance(configured, list) else [configured]
 
 
-def _by_lightning(error: BaseException) -> bool:
-    """Return whether Lightning itself raised an error, or found that a method lacks an attribute."""
+def _one_line(error: BaseException) -> str:
+    """Return the message of an error without line breaks."""
+    return " ".join(str(error).split())
+
+
+def _raised_by_lightning(error: BaseException) -> bool:
+    """Return whether Lightning itself raised an error, or misses an attribute of a method."""
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-    if isinstance(error, AttributeError):  # a module's attributes are looked up in torch
-        files = [file for file in files if not file.is_relative_to(TORCH)]
-    return files[-1].is_relative_to(LIGHTNING)
+    if isinstance(error, AttributeError):  # torch looks up the attributes of a module
+        files = [file for file in files if not file.is_relative_to(TORCH_FOLDER)]
+    return files[-1].is_relative_to(LIGHTNING_FOLDER)
 
 
-def _innermost(error: BaseException) -> BaseException:
-    """What a class refused, without what jsonargparse added to it."""
+def _original_error(error: BaseException) -> BaseException:
+    """Return the error of a constructor, without what jsonargparse added to it."""
     chain: list[BaseException] = []
-    found: BaseException | None = error
-    while found is not None and found not in chain:
-        chain.append(found)
-        found = found.__cause__ or found.__context__
-    ours = [one for one in chain if isinstance(one, DerainError)]
-    if ours:
-        return DerainError(str(ours[-1]).split(". Got value:")[0])
-    foreign = [one for one in chain if isinstance(one, (*REFUSALS, ImportError)) and "Subtypes:" not in str(one)]
-    if foreign:
-        return DerainError(f"--trainer: {' '.join(str(foreign[-1]).split())}")
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    own_errors = [cause for cause in chain if isinstance(cause, DerainError)]
+    if own_errors:
+        return DerainError(str(own_errors[-1]).split(". Got value:")[0])
+    other_errors = [cause for cause in chain if isinstance(cause, LIGHTNING_ERRORS) and "Subtypes:" not in str(cause)]
+    if other_errors:
+        return DerainError(f"--trainer: {_one_line(other_errors[-1])}")
     return DerainError(in_one_line(str(error))) if "Subtypes:" in str(error) else error
 
 
 def run(arguments: list[str]) -> int:
-    """Runs a trainer command."""
+    """Run ``derain fit``, ``validate``, ``test`` or ``predict``."""
     keep_large_blocks()
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not ours
-    set_parsing_settings(import_path_denylist=DENIED)  # given a list, jsonargparse refuses instead of warning
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they concern Lightning's calls
+    set_parsing_settings(import_path_denylist=DENIED_IMPORTS)  # with a list, jsonargparse raises instead of warning
     choose_messages()
     yaml.SafeDumper.add_multi_representer(LightningEnum, lambda dumper, value: dumper.represent_str(value.value))
+    programs: dict[str, Any] = {command: {"prog": f"derain {command}"} for command in COMMANDS}
     DerainCLI(
         DescribedModule,
         RainDataModule,
         subclass_mode_model=True,
         parser_class=OptionParser,
-        save_config_callback=None,  # ours is among the callbacks
+        save_config_callback=None,  # instantiate_trainer adds SaveConfig
         trainer_defaults={
-            "use_distributed_sampler": False,  # the data module has its own, exact ones
+            "use_distributed_sampler": False,  # the data module has exact samplers of its own
             "log_every_n_steps": 10,
             "enable_model_summary": False,
         },
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={"prog": "derain"} | {command: {"prog": f"derain {command}"} for command in COMMANDS},
+        parser_kwargs={"prog": "derain"} | programs,
         args=arguments,
     )
     return 0

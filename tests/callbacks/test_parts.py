@@ -6,7 +6,7 @@ from unittest.mock import Mock
 import pytest
 from lightning import Trainer
 
-from derain.callbacks.parts import PartNote, validated
+from derain.callbacks.parts import PartialEvaluationWarning, validation_counts
 from derain.methods import PReNetModule
 
 
@@ -38,8 +38,8 @@ def trainer(batches, world, kept=10):
     ],
 )
 def test_images_that_were_evaluated(caplog, batches, world, kept, evaluated):
-    assert validated(trainer(batches, world, kept)) == (evaluated, 10)
+    assert validation_counts(trainer(batches, world, kept)) == (evaluated, 10)
     if kept == 10:
-        PartNote().on_predict_end(trainer(batches, world), PReNetModule(stages=1))
+        PartialEvaluationWarning().on_predict_end(trainer(batches, world), PReNetModule(stages=1))
         assert [record.levelno for record in caplog.records] == [logging.WARNING] * (evaluated < 10)
         assert evaluated == 10 or f"{evaluated} of 10 images" in caplog.text

@@ -1,0 +1,85 @@
+"""Parser of ``derain fit``, ``validate``, ``test`` and ``predict``, with error messages of one line."""
+
+import re
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from derain.errors import DerainError
+from derain.options import in_one_line
+
+COMMANDS = tuple(LightningCLI.subcommands())
+
+DENIED_IMPORTS = [
+    "torch.hub",
+    "torch.jit.load",
+    "torch.load",
+    "torch.package",
+    "torch.serialization",
+    "torch.utils.collect_env",
+    "torch.utils.cpp_extension",
+    "lightning.fabric.utilities.cloud_io",
+]
+"""Modules that a configuration must not name, besides jsonargparse's own list: they run code or load pickles."""
+
+
+class OptionParser(LightningArgumentParser):
+    """LightningCLI's parser, with error messages of one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise an error of one line.
+
+        Raises:
+            DerainError: Always.
+        """
+        if isinstance(ex, DerainError):  # another parser has composed the message
+            raise ex
+        if not self.exit_on_error:  # the parser of a nested class; the command's parser knows the full option name
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        command = parser.prog.replace(" [options]", "")
+        if command == "derain":  # the top-level parser reports the missing options of a command
+            subcommand = re.search("(?:required: |Subcommand .)(validate|test|predict)", message)
+            command += f" {subcommand[1] if subcommand else 'fit'}"
+        problem = in_one_line(message, parser._option_string_actions)
+        raise DerainError(f"{problem}; see {command} --help for all options") from ex
+
+    def add_lightning_class_args(
+        self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
+    ) -> Any:
+        """Require ``--model`` for training only: weights and checkpoints name their method."""
+        required = required and (nested_key != "model" or self.prog.endswith(" fit"))
+        return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
+
+    def _load_config_parser_mode(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
+        """Load a configuration, or its section for this command if it has one section per command."""
+        command = self.prog.rpartition(" ")[2]
+        if command in COMMANDS:
+            content = _section(content, command, path)
+        return super()._load_config_parser_mode(content, path, *args, **kwargs)
+
+
+def _section(content: str, command: str, path: Any) -> str:
+    """Return a command's section of a configuration, or the whole configuration if it has no sections.
+
+    Raises:
+        DerainError: If the configuration has sections, but none for this command, or keys outside of them.
+    """
+    try:
+        loaded = yaml.safe_load(content)
+    except yaml.YAMLError:  # reported by the parser
+        return content
+    if not isinstance(loaded, dict):
+        return content
+    sections = [key for key in loaded if key in COMMANDS]
+    if not sections:
+        return content
+    unsectioned = [str(key) for key in loaded if key not in COMMANDS]
+    if unsectioned:
+        raise DerainError(
+            f"--config {path}: {', '.join(unsectioned)} outside of the section {sections[0]}; move it into the section"
+        )
+    if command not in loaded:
+        raise DerainError(f"--config {path}: no section {command}, only {', '.join(sections)}; add a section {command}")
+    return yaml.safe_dump(loaded[command] or {}, sort_keys=False)
