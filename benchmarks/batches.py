@@ -18,14 +18,14 @@ import numpy as np
 import psutil
 from torch.utils.data import DataLoader
 
-from derain.data.cache import Mode, open_cache
+from derain.data.cache import CacheMode, open_cache
 from derain.data.datamodule import TrainingPairs
 from derain.data.pairs import Pair, find_pairs
-from derain.data.samplers import Stage, TrainingBatches
+from derain.data.samplers import Stage, TrainingBatchSampler
 from derain.data.transforms import Augmentation
 from derain.images import write_image
 
-SAMPLES: dict[Mode, int] = {"disk": 8000, "off": 400}
+SAMPLES: dict[CacheMode, int] = {"disk": 8000, "off": 400}
 """So many that each way is timed for seconds, not for the start of its workers."""
 
 LEAST = 20
@@ -46,10 +46,10 @@ def a_set(folder: Path) -> str:
     return f"folder:{folder}"
 
 
-def samples_per_second(pairs: tuple[Pair, ...], mode: Mode, workers: int) -> float:
+def samples_per_second(pairs: tuple[Pair, ...], mode: CacheMode, workers: int) -> float:
     """Samples a second from the second batch on."""
     dataset = TrainingPairs(pairs, open_cache(pairs, mode), {128: Augmentation(128)}, seed=0)
-    order = TrainingBatches(SAMPLES[mode], rank=0, world=1, seed=0, stages=[Stage(0, 128, 8)])
+    order = TrainingBatchSampler(SAMPLES[mode], rank=0, world=1, seed=0, stages=[Stage(0, 128, 8)])
     batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=workers))
     next(batches)
     start = time.perf_counter()
@@ -60,7 +60,7 @@ def samples_per_second(pairs: tuple[Pair, ...], mode: Mode, workers: int) -> flo
 def worker_memory(pairs: tuple[Pair, ...], workers: int) -> float:
     """Memory in MiB that a worker does not share, in the middle of an epoch that reads every image."""
     dataset = TrainingPairs(pairs, open_cache(pairs, "disk"), {128: Augmentation(128)}, seed=0)
-    order = TrainingBatches(4 * READ, rank=0, world=1, seed=0, stages=[Stage(0, 128, 8)])
+    order = TrainingBatchSampler(4 * READ, rank=0, world=1, seed=0, stages=[Stage(0, 128, 8)])
     batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=workers))
     for _ in range(READ // 8):
         next(batches)

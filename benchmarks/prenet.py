@@ -24,8 +24,8 @@ from rich.table import Table
 from derain.images import read_rgb
 from derain.memory import keep_large_blocks
 from derain.methods import PReNetModule, weights
+from derain.metrics.full_reference import psnr_ssim
 from derain.metrics.protocols import resolve
-from derain.metrics.quality import psnr_ssim
 from derain.restoration import Restorer
 
 IMAGES = 4

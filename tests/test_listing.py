@@ -11,9 +11,9 @@ from PIL import Image
 from derain import images
 from derain.cli import main
 from derain.commands.restore import plan
-from derain.data.matching import set_folders
+from derain.data.name_matching import find_set_folders
 from derain.data.pairs import find_pairs
-from derain.data.results import find_jobs
+from derain.data.result_folders import find_scoring_pairs
 from derain.data.verify import verify
 from derain.images import image_files, image_size, read_rgb, write_image
 from tests.factories import clean_image, make_set, save
@@ -100,7 +100,7 @@ def test_two_links_to_one_set_are_one_set(tmp_path):
     folder = make_set(tmp_path / "data/a", "Rain100L", "test")
     (tmp_path / "data/b").mkdir()
     (tmp_path / "data/b/Rain100L").symlink_to(folder)
-    assert set_folders("Rain100L", tmp_path / "data") == [folder]
+    assert find_set_folders("Rain100L", tmp_path / "data") == [folder]
     assert len(find_pairs("Rain100L", "test", data_root=tmp_path / "data").pairs) == 4
     assert [len(one.matched.pairs) for one in verify(tmp_path / "data")[0]] == [4]
 
@@ -161,7 +161,7 @@ def test_images_that_a_glob_skips_are_counted_and_named(tmp_path, caplog):
 
 def test_images_that_score_skips_are_counted_and_named(tmp_path, caplog):
     save(tmp_path / "clean/1.png", clean_image(0))
-    assert len(find_jobs(mixed(tmp_path / "derained"), str(tmp_path / "clean"))) == 1
+    assert len(find_scoring_pairs(mixed(tmp_path / "derained"), str(tmp_path / "clean"))) == 1
     assert EXPECTED[0] in caplog.text
 
 

@@ -11,13 +11,13 @@ from derain.data.captions import (
     TEMPLATE,
     Caption,
     Journal,
-    Row,
-    hash_of,
+    JournalEntry,
+    file_hash,
     one_line,
+    table_paths,
     write_captions,
-    written,
 )
-from derain.data.pairs import Pair, clean_image, find_pairs
+from derain.data.pairs import Pair, find_pairs, read_clean
 from derain.errors import DerainError
 from derain.progress import track
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     found = find_pairs(args.set, args.split, data_root=args.root)
     for note in found.notes:
         print(f"{found.name}: {note}", file=sys.stderr)
-    files = written([pair.rainy for pair in found.pairs], args.output)
+    files = table_paths([pair.rainy for pair in found.pairs], args.output)
     captioner = captioner_of(args)
     journal = Journal(args.output.with_name(f"{args.output.name}.part"), captioner.run)
     images = [(file, clean_of(pair).file) for file, pair in zip(files, found.pairs, strict=True)]
@@ -127,7 +127,7 @@ def captioner_of(args: argparse.Namespace) -> Captioner:
     device = choose_device(args.device)
     blip = FrozenBLIP(args.captioner, args.max_tokens)
     run |= {"max_tokens": args.max_tokens, "sha256": blip.sha256}
-    return Captioner(run, lambda pairs: blip.captions([clean_image(pair) for pair in pairs], device))
+    return Captioner(run, lambda pairs: blip.captions([read_clean(pair) for pair in pairs], device))
 
 
 def clean_of(pair: Pair) -> Clean:
@@ -137,7 +137,12 @@ def clean_of(pair: Pair) -> Clean:
 
 
 def captioned(
-    pairs: Sequence[Pair], files: Sequence[str], captioner: Captioner, journal: Journal, done: Sequence[Row], size: int
+    pairs: Sequence[Pair],
+    files: Sequence[str],
+    captioner: Captioner,
+    journal: Journal,
+    done: Sequence[JournalEntry],
+    size: int,
 ) -> list[str]:
     """Captions each clean image once and writes the rows of its pairs into the journal, in their order.
 
@@ -168,11 +173,11 @@ def captioned(
         for batch in left:
             for clean, text in zip(batch, captioner.captions([firsts[clean] for clean in batch]), strict=True):
                 if clean not in known:
-                    known[clean] = (one_line(text), hash_of(clean.file) if captioner.looks else "")
+                    known[clean] = (one_line(text), file_hash(clean.file) if captioner.looks else "")
             ready = start
             while ready < len(pairs) and clean_of(pairs[ready]) in known:
                 ready += 1
-            journal.add(Row(files[place], *known[clean_of(pairs[place])]) for place in range(start, ready))
+            journal.add(JournalEntry(files[place], *known[clean_of(pairs[place])]) for place in range(start, ready))
             start = ready
             yield from batch
 

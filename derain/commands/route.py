@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import Tensor
 
 from derain.data.layouts import Split
-from derain.data.pairs import Pair, PairSet, detect, find_pairs
+from derain.data.pairs import Pair, PairSet, detect_layout, find_pairs
 from derain.errors import DerainError
 from derain.images import ESCAPED, Pixels, image_files, read_rgb, write_image, write_whole
 from derain.methods.cliprpn.perception import RainPerception, scores
@@ -126,9 +126,9 @@ def _is_set(folder: Path) -> bool:
     splits: tuple[Split, ...] = ("train", "test")
     for split in splits:
         with suppress(DerainError):
-            detect(folder, split)
+            detect_layout(folder, split)
             return True
-    return detect(folder, "predict")[0] != "images"
+    return detect_layout(folder, "predict")[0] != "images"
 
 
 def rainy_image(pair: Pair) -> Pixels:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from derain.commands.page_files import KEPT
-from derain.data.rain import PRESETS, Rain, add_rain, between
+from derain.data.rain import PRESETS, Rain, add_rain, sample_rain
 from derain.errors import DerainError
 from derain.images import Pixels, image_size, read_photo, to_bytes, write_image
 from derain.memory import give_back_blocks
@@ -235,10 +235,10 @@ def rain_of_amount(amount: float, seed: int) -> Rain:
     Example:
         >>> rain_of_amount(0.0, 7).density
         0.0
-        >>> rain_of_amount(100.0, 7) == between(*PRESETS["heavy"], np.random.default_rng(7))
+        >>> rain_of_amount(100.0, 7) == sample_rain(*PRESETS["heavy"], np.random.default_rng(7))
         True
     """
-    presets = [dataclasses.asdict(between(*limits, np.random.default_rng(seed))) for limits in PRESETS.values()]
+    presets = [dataclasses.asdict(sample_rain(*limits, np.random.default_rng(seed))) for limits in PRESETS.values()]
     none = presets[0] | {"density": 0.0, "veil": 0.0}
     stops = [none, *presets]
     amounts = np.linspace(0, 100, len(stops))

@@ -17,7 +17,17 @@ from rich.table import Table
 from rich.text import Text
 
 from derain.data.layouts import LAYOUTS
-from derain.data.summaries import Row, Score, find, labels, merge, published, read, select, shortened
+from derain.data.run_summaries import (
+    ResultRow,
+    Score,
+    find_files,
+    merge_rows,
+    published_rows,
+    read_summary,
+    row_labels,
+    select_protocol,
+    shorten_paths,
+)
 from derain.errors import DerainError
 from derain.images import ESCAPED, write_whole
 from derain.metrics import resolve
@@ -57,15 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Reads, and prints or writes the table."""
-    files = find(args.results, "summary.json")
+    files = find_files(args.results, "summary.json")
     if not files:
         raise DerainError(f"{args.results[0]}: holds no summary.json; make one by derain test, and give its folder")
-    found, protocol = select([(file, read(file)) for file in files], args.protocol)
-    rows = merge(found)
+    found, protocol = select_protocol([(file, read_summary(file)) for file in files], args.protocol)
+    rows = merge_rows(found)
     if args.cost:
         rows = [_with_cost(row) for row in rows]
     if args.published:
-        rows += published({score.dataset for row in rows for score in row.scores}, protocol)
+        rows += published_rows({score.dataset for row in rows for score in row.scores}, protocol)
     told = FORMATS[args.format](rows, protocol)
     if args.out is None:
         print(told, end="")
@@ -74,12 +84,12 @@ def run(args: argparse.Namespace) -> int:
             temporary.write_text(told, encoding="utf-8", errors=ESCAPED)
         print(f"wrote {args.out}", file=sys.stderr)
     if args.plot is not None:
-        drawn = draw(args.plot, rows, protocol, find(args.results, "metrics.csv"))
+        drawn = draw(args.plot, rows, protocol, find_files(args.results, "metrics.csv"))
         print(f"wrote {len(drawn)} plots to {args.plot}", file=sys.stderr)
     return 0
 
 
-def _with_cost(row: Row) -> Row:
+def _with_cost(row: ResultRow) -> ResultRow:
     """Adds parameters and multiplications of the method as it was tested, if it is one of ours."""
     from derain import methods
     from derain.commands.bench import cost
@@ -97,26 +107,26 @@ def _with_cost(row: Row) -> Row:
 # Words.
 
 
-def sets_of(rows: Sequence[Row]) -> list[str]:
+def sets_of(rows: Sequence[ResultRow]) -> list[str]:
     """The sets of a table, in the order of the layouts, others behind them."""
     known = {name: place for place, name in enumerate([*LAYOUTS, "Mixed"])}
     names = dict.fromkeys(score.dataset for row in rows for score in row.scores)
     return sorted(names, key=lambda name: known.get(name, len(known)))
 
 
-def _marks(rows: Sequence[Row]) -> dict[str, str]:
+def _marks(rows: Sequence[ResultRow]) -> dict[str, str]:
     """Footnotes of published rows, by number."""
     return {note: str(place) for place, note in enumerate(dict.fromkeys(row.note for row in rows if row.note), 1)}
 
 
-def notes(rows: Sequence[Row], protocol: str) -> list[str]:
+def notes(rows: Sequence[ResultRow], protocol: str) -> list[str]:
     """What stands below a table."""
     told = [f"Protocol {protocol}: {resolve([protocol])[0].definition}."]
     for name in sets_of(rows):
         prints = dict.fromkeys(s.fingerprint for row in rows for s in row.scores if s.dataset == name and s.fingerprint)
         if len(prints) > 1:
             told.append(f"{name}: not all rows are of the same images (fingerprints {', '.join(prints)}).")
-    for name, row in zip(labels(rows), rows, strict=True):
+    for name, row in zip(row_labels(rows), rows, strict=True):
         told += [
             f"{PARTIAL} partial: {name} on {score.dataset}{_part(score)}." for score in row.scores if score.partial_of
         ]
@@ -130,11 +140,11 @@ def notes(rows: Sequence[Row], protocol: str) -> list[str]:
     return told + [f"[{number}] {note}." for note, number in _marks(rows).items()]
 
 
-def _lpips(rows: Sequence[Row], name: str) -> bool:
+def _lpips(rows: Sequence[ResultRow], name: str) -> bool:
     return any(score.lpips is not None for row in rows for score in row.scores if score.dataset == name)
 
 
-def _further(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
+def _further(rows: Sequence[ResultRow]) -> dict[str, Callable[[ResultRow], str]]:
     """The columns behind the sets, as far as any row fills them."""
     columns: dict[str, tuple[str, Callable[[Any], str]]] = {
         "parameters, M": ("parameters", lambda value: f"{value / 1e6:.2f}"),
@@ -142,7 +152,7 @@ def _further(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
         "seconds": ("seconds", lambda value: f"{value:.3g}"),
     }
 
-    def cell(name: str, told: Callable[[Any], str]) -> Callable[[Row], str]:
+    def cell(name: str, told: Callable[[Any], str]) -> Callable[[ResultRow], str]:
         return lambda row: "–" if getattr(row, name) is None else told(getattr(row, name))
 
     return {
@@ -152,7 +162,7 @@ def _further(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
     }
 
 
-def _numbers(row: Row, name: str, lpips: bool) -> list[str]:
+def _numbers(row: ResultRow, name: str, lpips: bool) -> list[str]:
     """PSNR, SSIM and LPIPS of a row on a set."""
     score = next((score for score in row.scores if score.dataset == name), None)
     if score is None:
@@ -162,14 +172,14 @@ def _numbers(row: Row, name: str, lpips: bool) -> list[str]:
     return [f"{score.psnr:.2f}{mark}", f"{score.ssim:.4f}{mark}", *last]
 
 
-def cells(rows: Sequence[Row]) -> list[list[str]]:
+def cells(rows: Sequence[ResultRow]) -> list[list[str]]:
     """Titles, and a line a row; the numbers of a set stand in one cell."""
     sets, further, marks = sets_of(rows), _further(rows), _marks(rows)
     net = next((row.lpips_net for row in rows if row.lpips_net), None)
     third = f" / LPIPS{f' ({net})' if net else ''}"
     titles = [f"{name}, PSNR / SSIM{third if _lpips(rows, name) else ''}" for name in sets]
     lines = [["method", "trained on", *titles, *further]]
-    for name, row in zip(labels(rows), rows, strict=True):
+    for name, row in zip(row_labels(rows), rows, strict=True):
         trained = f"[{marks[row.note]}]" if row.note else "; ".join(row.trained_on) or "not told"
         numbers = [_numbers(row, one, _lpips(rows, one)) for one in sets]
         joined = ["–" if set(values) == {"–"} else " / ".join(values) for values in numbers]
@@ -181,7 +191,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
 # Forms.
 
 
-def _table(rows: Sequence[Row], protocol: str) -> str:
+def _table(rows: Sequence[ResultRow], protocol: str) -> str:
     (first, second, *titles), *lines = cells(rows)
     table = Table(first, second)
     for title in titles:
@@ -194,14 +204,14 @@ def _table(rows: Sequence[Row], protocol: str) -> str:
     return captured.get()
 
 
-def _markdown(rows: Sequence[Row], protocol: str) -> str:
+def _markdown(rows: Sequence[ResultRow], protocol: str) -> str:
     titles, *lines = cells(rows)
     ruler = ["---", "---", *["---:"] * (len(titles) - 2)]
     told = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in [titles, ruler, *lines]]
     return "\n".join([*told, "", *(f"{note}  " for note in notes(rows, protocol))]) + "\n"
 
 
-def _latex(rows: Sequence[Row], protocol: str) -> str:
+def _latex(rows: Sequence[ResultRow], protocol: str) -> str:
     sets, further, marks = sets_of(rows), _further(rows), _marks(rows)
     wide = {name: 2 + _lpips(rows, name) for name in sets}
     heads = [rf"\multicolumn{{{count}}}{{c}}{{{escape(name)}}}" for name, count in wide.items()]
@@ -211,7 +221,7 @@ def _latex(rows: Sequence[Row], protocol: str) -> str:
         place += count
     measures = [measure for count in wide.values() for measure in ("PSNR", "SSIM", "LPIPS")[:count]]
     lines = []
-    for name, row in zip(labels(rows), rows, strict=True):
+    for name, row in zip(row_labels(rows), rows, strict=True):
         mark = rf"\textsuperscript{{{marks[row.note]}}}" if row.note else ""
         numbers = [value for one in sets for value in _numbers(row, one, wide[one] == 3)]
         trained = "" if row.note else "; ".join(row.trained_on) or "not told"
@@ -250,7 +260,7 @@ def escape(text: str) -> str:
     return text.translate(LATEX)
 
 
-def _csv(rows: Sequence[Row], protocol: str) -> str:
+def _csv(rows: Sequence[ResultRow], protocol: str) -> str:
     """One line a method and set, in full precision."""
     text = io.StringIO()
     measures = ("psnr", "ssim", "lpips", "images", "partial_of", "fingerprint")
@@ -258,7 +268,7 @@ def _csv(rows: Sequence[Row], protocol: str) -> str:
     titles += ["seconds", "parameters", "macs", "hardware", "weights", "file", "note"]
     writer = csv.DictWriter(text, titles, lineterminator="\n")
     writer.writeheader()
-    for name, row in zip(labels(rows), rows, strict=True):
+    for name, row in zip(row_labels(rows), rows, strict=True):
         same = {key: getattr(row, key) for key in titles[-6:]}
         same |= {"method": name, "trained_on": "; ".join(row.trained_on), "protocol": row.protocol}
         for score in row.scores:
@@ -267,7 +277,7 @@ def _csv(rows: Sequence[Row], protocol: str) -> str:
     return text.getvalue()
 
 
-FORMATS: dict[str, Callable[[Sequence[Row], str], str]] = {
+FORMATS: dict[str, Callable[[Sequence[ResultRow], str], str]] = {
     "table": _table,
     "markdown": _markdown,
     "latex": _latex,
@@ -278,7 +288,7 @@ FORMATS: dict[str, Callable[[Sequence[Row], str], str]] = {
 # Plots.
 
 
-def draw(folder: Path, rows: Sequence[Row], protocol: str, metrics: Iterable[Path]) -> list[Path]:
+def draw(folder: Path, rows: Sequence[ResultRow], protocol: str, metrics: Iterable[Path]) -> list[Path]:
     """Writes the plots that there are numbers for.
 
     Args:
@@ -289,7 +299,7 @@ def draw(folder: Path, rows: Sequence[Row], protocol: str, metrics: Iterable[Pat
     """
     from derain import plots
 
-    told = labels(rows)
+    told = row_labels(rows)
     names = {
         id(row): name if told.count(name) == 1 else f"{name}, trained on {'; '.join(row.trained_on) or 'unknown'}"
         for row, name in zip(rows, told, strict=True)
@@ -307,7 +317,7 @@ def draw(folder: Path, rows: Sequence[Row], protocol: str, metrics: Iterable[Pat
             written.append(plots.trade_off(file, timed, name, protocol))
     runs = {file: points for file in metrics if (points := _epochs(file))}
     if runs:
-        folders = dict(zip(runs, shortened([file.parent for file in runs]), strict=True))
+        folders = dict(zip(runs, shorten_paths([file.parent for file in runs]), strict=True))
         curves = {folders[file]: points for file, points in runs.items()}
         written.append(plots.curves(folder / "curves.png", curves))
     for row in rows:

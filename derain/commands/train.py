@@ -33,7 +33,7 @@ from derain.memory import keep_large_blocks
 from derain.methods import DerainModule, DescribedModule, weights
 from derain.methods.daclipsde.solvers import Sampling
 from derain.metrics import resolve
-from derain.metrics.perceptual import lpips_at_hand
+from derain.metrics.perceptual import available_lpips
 from derain.options import in_one_line, without_option
 
 log = logging.getLogger("derain")
@@ -319,7 +319,7 @@ class DerainCLI(LightningCLI):
         """
         if isinstance(self.model, DerainModule):
             self.model.protocols = self.protocols
-            self.model.lpips = lpips_at_hand(config.lpips)
+            self.model.lpips = available_lpips(config.lpips)
             self.model.explaining = bool(config.get("explain"))
             sampling = self.config_init[self.subcommand].sampling
             if sampling is not None:

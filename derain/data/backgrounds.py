@@ -34,7 +34,7 @@ Grey = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False)
-class Background:
+class Signature:
     """What is kept of an image to recognise it.
 
     Attributes:
@@ -51,7 +51,7 @@ class Background:
 
 
 @dataclass(frozen=True)
-class Match:
+class BackgroundMatch:
     """Two images of the same background.
 
     Attributes:
@@ -76,7 +76,7 @@ class Match:
         """What was done to the image, in words.
 
         Example:
-            >>> str(Match(0, 1, 1.0, True, 180, 1.0, 1.0))
+            >>> str(BackgroundMatch(0, 1, 1.0, True, 180, 1.0, 1.0))
             'flipped left to right'
         """
         flips = {0: "flipped upside down", 90: "transposed", 180: "flipped left to right", 270: "transposed"}
@@ -86,7 +86,7 @@ class Match:
         return ", ".join(words) or "whole"
 
 
-def describe(pixels: Pixels, *, rainy: bool = False, local: bool = True) -> Background:
+def compute_signature(pixels: Pixels, *, rainy: bool = False, local: bool = True) -> Signature:
     """Keeps of an image what recognises it.
 
     Args:
@@ -110,7 +110,7 @@ def describe(pixels: Pixels, *, rainy: bool = False, local: bool = True) -> Back
                 np.float32,
             )
             descriptors = described[strongest].astype(np.uint8)
-    return Background(small, points, descriptors, rainy)
+    return Signature(small, points, descriptors, rainy)
 
 
 def _shrunk(grey: Grey, side: int) -> Grey:
@@ -121,7 +121,9 @@ def _shrunk(grey: Grey, side: int) -> Grey:
     return np.asarray(cv2.resize(grey, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def same(first: Sequence[Background], second: Sequence[Background] | None = None, *, crops: bool = True) -> list[Match]:
+def find_matches(
+    first: Sequence[Signature], second: Sequence[Signature] | None = None, *, crops: bool = True
+) -> list[BackgroundMatch]:
     """Finds images of the same background.
 
     Args:
@@ -133,7 +135,7 @@ def same(first: Sequence[Background], second: Sequence[Background] | None = None
         One match for every pair of images that has one, sorted by the images' indices.
     """
     images = [*first, *(second or ())]
-    best: dict[tuple[int, int], Match] = {}
+    best: dict[tuple[int, int], BackgroundMatch] = {}
     searches = [_by_thumbnail, _by_features] if crops else [_by_thumbnail]
     for search in searches if len(images) > 1 else []:
         wanted = [
@@ -151,7 +153,8 @@ def same(first: Sequence[Background], second: Sequence[Background] | None = None
         return [best[key] for key in sorted(best)]
     shift = len(first)
     return [
-        Match(a, b - shift, m.score, m.mirrored, m.turn, m.share, m.of_second) for (a, b), m in sorted(best.items())
+        BackgroundMatch(a, b - shift, m.score, m.mirrored, m.turn, m.share, m.of_second)
+        for (a, b), m in sorted(best.items())
     ]
 
 
@@ -183,7 +186,7 @@ def _oriented_points(points: Floats, shape: tuple[int, ...], mirrored: bool, tur
     return np.stack([x, y], 1)
 
 
-def _by_thumbnail(images: Sequence[Background]) -> list[_Hypothesis]:
+def _by_thumbnail(images: Sequence[Signature]) -> list[_Hypothesis]:
     """Whole images that look alike when small, in any of the eight orientations."""
     size = (_THUMBNAIL, _THUMBNAIL)
     small = [np.asarray(cv2.resize(image.grey, size, interpolation=cv2.INTER_AREA), np.uint8) for image in images]
@@ -206,14 +209,14 @@ def _standardised(thumbnails: Sequence[Grey]) -> NDArray[np.float32]:
     return np.asarray(flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6), np.float32)
 
 
-def _whole(images: Sequence[Background], first: int, second: int, mirrored: bool, turns: int) -> _Hypothesis:
+def _whole(images: Sequence[Signature], first: int, second: int, mirrored: bool, turns: int) -> _Hypothesis:
     h, w = images[first].grey.shape[:: -1 if turns % 2 else 1]
     to_h, to_w = images[second].grey.shape
     scale = (to_w / w, to_h / h)
     return _Hypothesis(first, second, mirrored, turns, scale, ((scale[0] - 1) / 2, (scale[1] - 1) / 2), _FEATURES)
 
 
-def _by_features(images: Sequence[Background]) -> list[_Hypothesis]:
+def _by_features(images: Sequence[Signature]) -> list[_Hypothesis]:
     """Images whose features agree on an orientation, scale and shift."""
     if not any(len(image.points) for image in images):
         return []
@@ -311,7 +314,7 @@ def _fit(a: Floats, b: Floats) -> tuple[tuple[float, float], tuple[float, float]
     return (one_scale[0], one_scale[1]), (one_shift[0], one_shift[1]), int(inliers.sum())
 
 
-def _confirmed(images: Sequence[Background], guess: _Hypothesis) -> Match | None:
+def _confirmed(images: Sequence[Signature], guess: _Hypothesis) -> BackgroundMatch | None:
     """Compares pixels; a guess that nearly fits is refined."""
     a = _oriented(images[guess.first].grey, guess.mirrored, guess.turns)
     b = images[guess.second].grey
@@ -327,7 +330,7 @@ def _confirmed(images: Sequence[Background], guess: _Hypothesis) -> Match | None
         return None
     if swapped:
         share, other = other, share
-    return Match(guess.first, guess.second, score, guess.mirrored, guess.turns * 90, share, other)
+    return BackgroundMatch(guess.first, guess.second, score, guess.mirrored, guess.turns * 90, share, other)
 
 
 def _refined(a: Grey, b: Grey, warp: Floats) -> Floats:

@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from derain.data.digests import digests
+from derain.data.file_hashes import file_hashes
 from derain.data.pairs import Pair
 from derain.errors import DerainError
 from derain.folders import cache_folder
@@ -22,7 +22,7 @@ from derain.images import Pixels, image_size, write_whole
 from derain.memory import free_memory
 from derain.progress import track
 
-Mode = Literal["auto", "ram", "disk", "off"]
+CacheMode = Literal["auto", "ram", "disk", "off"]
 FORMAT = 2
 """To be raised when the same files would decode to other bytes."""
 
@@ -43,7 +43,7 @@ def fingerprint(pairs: Sequence[Pair]) -> str:
     whole = hashlib.sha256()
     for pair in pairs:
         whole.update(os.fsencode(f"{pair.name}\0{pair.clean_side}\0"))
-    for digest in digests(files):
+    for digest in file_hashes(files):
         whole.update(digest)
     return whole.hexdigest()[:16]
 
@@ -117,7 +117,7 @@ def decoded_index(pairs: Sequence[Pair]) -> NDArray[np.int64]:
     return np.column_stack([np.concatenate([[0], ends[:-1]]), sizes]).astype(np.int64)
 
 
-def open_cache(pairs: Sequence[Pair], mode: Mode = "auto", *, folder: Path | None = None) -> PixelCache | None:
+def open_cache(pairs: Sequence[Pair], mode: CacheMode = "auto", *, folder: Path | None = None) -> PixelCache | None:
     """Open the cache of these pairs, decoding them first if nobody has yet.
 
     Args:

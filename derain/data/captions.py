@@ -61,7 +61,7 @@ def write_captions(path: Path, rows: Iterable[tuple[str, Caption]]) -> None:
 
     Args:
         path: The table.
-        rows: A rainy image's file, as :func:`written` gives it, and its caption.
+        rows: A rainy image's file, as :func:`table_paths` gives it, and its caption.
     """
     with write_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
@@ -109,7 +109,7 @@ def read_captions(path: Path) -> dict[str, Caption]:
     return captions
 
 
-def captions_of(pairs: Sequence[Pair], tables: Mapping[Path, Mapping[str, Caption]]) -> list[Caption]:
+def match_captions(pairs: Sequence[Pair], tables: Mapping[Path, Mapping[str, Caption]]) -> list[Caption]:
     """The caption of each pair, in order, by the file of its rainy image.
 
     Args:
@@ -137,14 +137,14 @@ def captions_of(pairs: Sequence[Pair], tables: Mapping[Path, Mapping[str, Captio
     return [caption for caption in captions if caption is not None]
 
 
-def written(images: Sequence[Path], table: Path) -> list[str]:
+def table_paths(images: Sequence[Path], table: Path) -> list[str]:
     """Rainy images' files as they stand in a table: from its folder where they lie below it, else absolute.
 
     Raises:
         DerainError: If a name cannot be written.
 
     Example:
-        >>> written([Path("set/rain-1.png")], Path("captions.tsv"))
+        >>> table_paths([Path("set/rain-1.png")], Path("captions.tsv"))
         ['set/rain-1.png']
     """
     folder = table.parent.resolve()
@@ -173,7 +173,7 @@ def _spelt(files: Sequence[Path]) -> list[str]:
 # The journal.
 
 
-class Row(NamedTuple):
+class JournalEntry(NamedTuple):
     """A caption that is done.
 
     Attributes:
@@ -199,7 +199,7 @@ class Journal:
         self.path, self.run = path, dict(run)
         self._first = json.dumps(self.run).encode()
 
-    def begin(self, pairs: Sequence[tuple[str, Path]], overwrite: bool = False) -> list[Row]:
+    def begin(self, pairs: Sequence[tuple[str, Path]], overwrite: bool = False) -> list[JournalEntry]:
         """Starts the file, or goes on with what an earlier process left; a last line that it half wrote is dropped.
 
         Args:
@@ -223,12 +223,12 @@ class Journal:
             self.path.write_bytes(self._first + b"\n")
         return rows or []
 
-    def add(self, rows: Iterable[Row]) -> None:
+    def add(self, rows: Iterable[JournalEntry]) -> None:
         """Appends rows."""
         with self.path.open("ab") as file:
             file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
 
-    def _earlier(self, pairs: Sequence[tuple[str, Path]]) -> list[Row] | None:
+    def _earlier(self, pairs: Sequence[tuple[str, Path]]) -> list[JournalEntry] | None:
         """What the file holds, None if not even its first line is whole."""
         if not self.path.is_file():
             return None
@@ -247,20 +247,20 @@ class Journal:
                 raise self._refused(f"has a caption of {row.file} where this run has {file}")
         seen = {clean: row.image for row, (_, clean) in zip(rows, pairs, strict=False) if row.image}
         with ThreadPoolExecutor() as threads:
-            for clean, now in zip(seen, track(threads.map(hash_of, seen), "Comparing", len(seen)), strict=True):
+            for clean, now in zip(seen, track(threads.map(file_hash, seen), "Comparing", len(seen)), strict=True):
                 if now != seen[clean]:
                     raise self._refused(f"has a caption of {clean}, which has changed since")
         os.truncate(self.path, len(whole))
         return rows
 
-    def _row(self, line: bytes) -> Row:
+    def _row(self, line: bytes) -> JournalEntry:
         try:
             row = json.loads(line)
         except ValueError as error:
             raise self._refused("is damaged") from error
         if not (isinstance(row, list) and len(row) == 3 and all(isinstance(part, str) for part in row)):
             raise self._refused("is damaged")
-        return Row(*row)
+        return JournalEntry(*row)
 
     def _difference(self, first: bytes) -> str:
         """What the run that the file begins with has else."""
@@ -277,7 +277,7 @@ class Journal:
         return DerainError(f"{self.path}: {why}; delete it or give --overwrite to begin anew")
 
 
-def hash_of(path: Path) -> str:
+def file_hash(path: Path) -> str:
     """Hash of a file, to see whether it has changed.
 
     Raises:

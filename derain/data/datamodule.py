@@ -13,11 +13,11 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from derain.batch import PairBatch
-from derain.data.cache import Mode, PixelCache, fingerprint, open_cache, read_pair
-from derain.data.captions import Caption, captions_of, read_captions
-from derain.data.pairs import Pair, find_pairs, join
+from derain.data.cache import CacheMode, PixelCache, fingerprint, open_cache, read_pair
+from derain.data.captions import Caption, match_captions, read_captions
+from derain.data.pairs import Pair, find_pairs, merge_pairs
 from derain.data.quickstart import quickstart_set
-from derain.data.samplers import CropStage, Sample, Stage, Strided, TrainingBatches, stages_of
+from derain.data.samplers import CropStage, Sample, Stage, StridedSampler, TrainingBatchSampler, to_batch_stages
 from derain.data.transforms import Augmentation, Flips
 from derain.errors import DerainError
 from derain.folders import cache_folder
@@ -147,7 +147,7 @@ class RainDataModule(LightningDataModule):
         captions: str | list[str] | None = None,
         val_limit: int | None = None,
         workers: int | None = None,
-        cache: Mode = "auto",
+        cache: CacheMode = "auto",
         split_seed: int = 0,
         seed: int = 0,
     ) -> None:
@@ -270,7 +270,7 @@ class RainDataModule(LightningDataModule):
         if self.captions:
             tables = {table: read_captions(table) for table in self.captions}
             parts = [part for part in ("train", "val") if self.pairs.get(part)]
-            self._captions = {part: captions_of(self.pairs[part], tables) for part in parts}
+            self._captions = {part: match_captions(self.pairs[part], tables) for part in parts}
 
     def _find(self, option: str, split: Any) -> tuple[Pair, ...]:
         names = _as_list(self.sets[option])
@@ -280,7 +280,7 @@ class RainDataModule(LightningDataModule):
         for one in found:
             for note in one.notes:
                 log.info("%s: %s", one.name, note)
-        return join(found, repeats=option == "train")
+        return merge_pairs(found, repeats=option == "train")
 
     def _place(self, name: str, split: str) -> str:
         if name.lower() != "quickstart":
@@ -300,7 +300,7 @@ class RainDataModule(LightningDataModule):
         crops = {stage.crop for stage in stages}
         augmentations = {crop: Augmentation(crop, flips=self.flips, transpose=self.transpose) for crop in crops}
         dataset = TrainingPairs(pairs, self._pixels["train"], augmentations, self.seed, self._captions.get("train", ()))
-        batches = TrainingBatches(len(pairs) * self.repeat, *self._rank_and_world(), self.seed, stages)
+        batches = TrainingBatchSampler(len(pairs) * self.repeat, *self._rank_and_world(), self.seed, stages)
         if self._counted is not None:
             batches.count_from(self._counted.epoch, self._counted.trained - self._counted.batch)
         if trainer is not None:
@@ -344,8 +344,8 @@ class RainDataModule(LightningDataModule):
             return [Stage(0, self.crop, self.batch_size)]
         trainer = self.trainer
         if trainer is None:
-            return stages_of(self.schedule, 1, 1)
-        return stages_of(self.schedule, trainer.accumulate_grad_batches, self._epoch_batches())
+            return to_batch_stages(self.schedule, 1, 1)
+        return to_batch_stages(self.schedule, trainer.accumulate_grad_batches, self._epoch_batches())
 
     def _epoch_batches(self) -> int:
         """Return the batches of an epoch that the trainer takes."""
@@ -383,7 +383,7 @@ class RainDataModule(LightningDataModule):
 
     def _whole(self, stage: str) -> DataLoader[dict[str, Any]]:
         pairs = self.pairs[stage]
-        sampler = Strided(len(pairs), *self._rank_and_world())
+        sampler = StridedSampler(len(pairs), *self._rank_and_world())
         dataset = WholePairs(pairs, self._pixels.get(stage), self._captions.get(stage, ()))
         return DataLoader(dataset, batch_size=1, sampler=sampler, **self._loading(stage))
 

@@ -10,9 +10,16 @@ import cv2
 import numpy as np
 
 from derain.data import backgrounds
-from derain.data.digests import remembered
+from derain.data.file_hashes import cached_numbers
 from derain.data.layouts import LAYOUTS, Side, Split
-from derain.data.matching import Matched, bears_name, inventory, listing, match, set_folders
+from derain.data.name_matching import (
+    PairedFiles,
+    find_set_folders,
+    folder_alias_index,
+    inventory,
+    list_relative,
+    pair_files,
+)
 from derain.errors import DerainError
 from derain.images import Pixels, read_rgb
 from derain.progress import track
@@ -45,7 +52,7 @@ class Pair:
         """
         rainy = read_rgb(self.rainy)
         if self.clean_side is not None:
-            left, right = halves(rainy)
+            left, right = split_halves(rainy)
             rainy, clean = (right, left) if self.clean_side == "left" else (left, right)
             return rainy, clean if self.clean is not None else None
         if self.clean is None:
@@ -81,7 +88,7 @@ class PairSet:
     notes: tuple[str, ...] = ()
 
 
-def halves(image: Pixels) -> tuple[Pixels, Pixels]:
+def split_halves(image: Pixels) -> tuple[Pixels, Pixels]:
     """Cuts side-by-side pixels ``(h, 2w, 3)`` in two; of an odd width the middle column is dropped.
 
     Raises:
@@ -121,7 +128,7 @@ def find_pairs(spec: str | Path, split: Split, *, data_root: Path | None = None)
     else:
         assert folder is not None
         root = folder
-        name, reason, matched = detect(root, split)
+        name, reason, matched = detect_layout(root, split)
         notes.append(f"layout {name}, detected by {reason}")
     if matched.clashes:
         first, second = matched.clashes[0]
@@ -130,7 +137,7 @@ def find_pairs(spec: str | Path, split: Split, *, data_root: Path | None = None)
         notes.append(matched.variant.note)
     for variant, count in matched.unused:
         notes.append(f"not used: {count} further pairs of files {variant}; to use them, move them to their own folder")
-    pairs = as_pairs(matched)
+    pairs = to_pairs(matched)
     layout = LAYOUTS[name]
     if layout.without is not None:
         kept = _without(name, pairs, data_root or root.parent)
@@ -145,12 +152,12 @@ def find_pairs(spec: str | Path, split: Split, *, data_root: Path | None = None)
     return PairSet(name if folder is None else root.resolve().name, name, split, root, pairs, tuple(notes))
 
 
-def as_pairs(matched: Matched) -> tuple[Pair, ...]:
+def to_pairs(matched: PairedFiles) -> tuple[Pair, ...]:
     """Makes pairs of files that belong together."""
     return tuple(Pair(name, rainy, clean, matched.variant.clean_side) for name, rainy, clean in matched.pairs)
 
 
-def join(found: Sequence[PairSet], *, repeats: bool = False) -> tuple[Pair, ...]:
+def merge_pairs(found: Sequence[PairSet], *, repeats: bool = False) -> tuple[Pair, ...]:
     """Return the pairs of several sets, named ``SET/NAME``.
 
     Where two folders have one name, their names begin with the folders above them, as few as make the names differ.
@@ -165,7 +172,7 @@ def join(found: Sequence[PairSet], *, repeats: bool = False) -> tuple[Pair, ...]
     Example:
         >>> sets = [PairSet("a", "images", "predict", Path(root), (Pair("1", Path(root, "1.png")),)) for root in "xy"]
         >>> sets = [replace(one, name="photos", root=one.root / "photos") for one in sets]
-        >>> [pair.name for pair in join(sets)]
+        >>> [pair.name for pair in merge_pairs(sets)]
         ['x/photos/1', 'y/photos/1']
     """
     if len(found) == 1:
@@ -206,7 +213,7 @@ def _parse(spec: str | Path) -> tuple[str | None, Path | None]:
     return None, Path(spec).expanduser()
 
 
-def _named(name: str, split: Split, folder: Path | None, data_root: Path | None) -> tuple[Path, Matched]:
+def _named(name: str, split: Split, folder: Path | None, data_root: Path | None) -> tuple[Path, PairedFiles]:
     """Folder and files of a set whose layout is given."""
     layout = LAYOUTS[name]
     if split not in layout.files and not (split == "predict" and "test" in layout.files):
@@ -223,11 +230,11 @@ def _named(name: str, split: Split, folder: Path | None, data_root: Path | None)
             f"name it, or give {name}:path/to/folder{source}"
         )
     else:
-        roots = set_folders(name, data_root)
+        roots = find_set_folders(name, data_root)
         if not roots:
             looked = " or ".join(layout.folders)
             raise DerainError(f"{name}: no folder {looked} below {data_root}{source}; {wanted}")
-    found = [(root, matched) for root in roots if (matched := match(name, split, root)).pairs]
+    found = [(root, matched) for root in roots if (matched := pair_files(name, split, root)).pairs]
     if not found:
         raise DerainError(
             f"{name}: no {split} pairs in {roots[0]}, which holds {inventory(roots[0])}; {wanted}{source}"
@@ -253,17 +260,17 @@ def _without(name: str, pairs: tuple[Pair, ...], data_root: Path) -> tuple[Pair,
 
     def find_shared() -> list[int]:
         with ThreadPoolExecutor() as threads:
-            described = threads.map(lambda pair: backgrounds.describe(clean_image(pair), local=False), both)
+            described = threads.map(lambda pair: backgrounds.compute_signature(read_clean(pair), local=False), both)
             images = list(track(described, f"Looking in {name} for backgrounds of {other}", len(both)))
-        matches = backgrounds.same(images[: len(pairs)], images[len(pairs) :], crops=False)
+        matches = backgrounds.find_matches(images[: len(pairs)], images[len(pairs) :], crops=False)
         return sorted({match.first for match in matches})
 
     what = f"shared backgrounds, version {backgrounds.FORMAT}, {len(pairs)} pairs, {[pair.clean_side for pair in both]}"
-    shared = set(remembered(what, [pair.clean or pair.rainy for pair in both], find_shared))
+    shared = set(cached_numbers(what, [pair.clean or pair.rainy for pair in both], find_shared))
     return tuple(pair for index, pair in enumerate(pairs) if index not in shared)
 
 
-def clean_image(pair: Pair) -> Pixels:
+def read_clean(pair: Pair) -> Pixels:
     """Reads the clean image of a pair that has one, and not the rainy one if it is another file."""
     if pair.clean is not None and pair.clean_side is None:
         return read_rgb(pair.clean)
@@ -272,7 +279,7 @@ def clean_image(pair: Pair) -> Pixels:
     return clean
 
 
-def detect(root: Path, split: Split, files: Sequence[str] | None = None) -> tuple[str, str, Matched]:
+def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) -> tuple[str, str, PairedFiles]:
     """Finds the layout of a folder, by its name, else by the files in it.
 
     Args:
@@ -286,14 +293,14 @@ def detect(root: Path, split: Split, files: Sequence[str] | None = None) -> tupl
     Raises:
         DerainError: If no layout gives pairs, or several disagree on them.
     """
-    files = listing(root) if files is None else files
-    fits: dict[str, Matched] = {}
+    files = list_relative(root) if files is None else files
+    fits: dict[str, PairedFiles] = {}
     for name, layout in LAYOUTS.items():
-        matched = match(name, split, root, files)
+        matched = pair_files(name, split, root, files)
         if not matched.pairs or name == "images":
             continue
         around = (root.absolute(), root.absolute().parent, root.resolve(), root.resolve().parent)
-        named = [folder for folder in around if bears_name(folder, name) is not None]
+        named = [folder for folder in around if folder_alias_index(folder, name) is not None]
         if named:
             return name, f"the name of the folder {named[0]}", matched
         sided = matched.variant.clean_side is not None
@@ -301,7 +308,7 @@ def detect(root: Path, split: Split, files: Sequence[str] | None = None) -> tupl
             fits[name] = matched
     if not fits:
         if split == "predict" and files:
-            return "images", "the lack of clean images", match("images", split, root, files)
+            return "images", "the lack of clean images", pair_files("images", split, root, files)
         expected = "; ".join(str(variant) for variant in LAYOUTS["folder"].files["test"])
         raise DerainError(
             f"{root}: no {split} pairs in it, it holds {inventory(root)}; expected {expected}; "
@@ -309,14 +316,14 @@ def detect(root: Path, split: Split, files: Sequence[str] | None = None) -> tupl
         )
     most = max(len(matched.pairs) for matched in fits.values())
     best = {name: matched for name, matched in fits.items() if len(matched.pairs) == most}
-    if len({as_pairs(matched) for matched in best.values()}) > 1:
+    if len({to_pairs(matched) for matched in best.values()}) > 1:
         options = " or ".join(f"{name}:{root} ({matched.variant})" for name, matched in best.items())
         raise DerainError(f"{root}: layouts that disagree on the pairs fit it; say which: {options}")
     name = "folder" if "folder" in best else next(iter(best))
     return name, f"the files ({best[name].variant})", best[name]
 
 
-def _alike(matched: Matched) -> bool:
+def _alike(matched: PairedFiles) -> bool:
     """Whether files look like the same picture twice, side by side."""
     scores = []
     for _, file, _ in matched.pairs[:5]:

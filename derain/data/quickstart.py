@@ -4,7 +4,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from derain.data.photos import write_photos
+from derain.data.quickstart_photos import write_photos
 from derain.data.rain import PRESETS, synthesize
 
 PER_PHOTO = {"train": 6, "test": 3}

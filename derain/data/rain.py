@@ -109,11 +109,11 @@ Rain100L), 22 dB (medium, as Rain800) and 15 dB (heavy, as Rain100H).
 """
 
 
-def between(lightest: Rain, heaviest: Rain, rng: np.random.Generator) -> Rain:
+def sample_rain(lightest: Rain, heaviest: Rain, rng: np.random.Generator) -> Rain:
     """Draws a rain, every parameter uniformly between two.
 
     Example:
-        >>> rain = between(*PRESETS["light"], np.random.default_rng(0))
+        >>> rain = sample_rain(*PRESETS["light"], np.random.default_rng(0))
         >>> 0.08 <= rain.density <= 0.30 and rain.layers in (2, 3, 4)
         True
     """
@@ -262,7 +262,7 @@ def _lens_drops(scene: Pixels, rain: Rain, rng: np.random.Generator) -> Pixels:
     return image
 
 
-def generator(seed: int, name: str) -> np.random.Generator:
+def rain_generator(seed: int, name: str) -> np.random.Generator:
     """Randomness of one image: depends on the seed and the image's name, not on the images around it."""
     digest = hashlib.sha256(os.fsencode(name)).digest()
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
@@ -316,7 +316,7 @@ def synthesize(
                 raise DerainError(
                     f"{file}: would be the clean image of rain {number} on {stems[base].name}; rename one of them"
                 )
-    between(*rain, np.random.default_rng())  # refuses limits the wrong way round before any work
+    sample_rain(*rain, np.random.default_rng())  # refuses limits the wrong way round before any work
 
     place = out.resolve()
     temporary = place.with_name(f".{uuid.uuid4().hex[:8]}-{place.name}")
@@ -329,8 +329,8 @@ def synthesize(
         drawn = {}
         for index in range(1, per_image + 1):
             name = stem if per_image == 1 else f"{stem}_rain{index}"
-            rng = generator(seed, name)
-            drawn[name] = between(*rain, rng)
+            rng = rain_generator(seed, name)
+            drawn[name] = sample_rain(*rain, rng)
             rainy = add_rain(photo, drawn[name], rng)
             write_image(temporary / "input" / f"{name}.png", rainy, compress_level=3)
         write_image(temporary / "target" / f"{stem}.png", photo, compress_level=3)

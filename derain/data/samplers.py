@@ -72,7 +72,7 @@ class CropStage:
         return f"{self.steps} steps of {self.batch_size} crops of {self.crop}"
 
 
-def stages_of(schedule: Sequence[CropStage], accumulate: int, batches: int) -> list[Stage]:
+def to_batch_stages(schedule: Sequence[CropStage], accumulate: int, batches: int) -> list[Stage]:
     """Return the stages by the batch that each starts at.
 
     Args:
@@ -84,7 +84,7 @@ def stages_of(schedule: Sequence[CropStage], accumulate: int, batches: int) -> l
         DerainError: If an epoch ends with a step of fewer batches, so that steps cannot be converted.
 
     Example:
-        >>> stages_of([CropStage(10, 128, 8), CropStage(5, 160, 5)], accumulate=2, batches=4)
+        >>> to_batch_stages([CropStage(10, 128, 8), CropStage(5, 160, 5)], accumulate=2, batches=4)
         [Stage(first=0, crop=128, batch_size=8), Stage(first=20, crop=160, batch_size=5)]
     """
     if len(schedule) > 1 and batches % accumulate:
@@ -97,7 +97,7 @@ def stages_of(schedule: Sequence[CropStage], accumulate: int, batches: int) -> l
     return [Stage(first, stage.crop, stage.batch_size) for first, stage in zip(starts, schedule, strict=True)]
 
 
-class TrainingBatches(Sampler[list[Sample]]):
+class TrainingBatchSampler(Sampler[list[Sample]]):
     """Batches of shuffled samples of one rank, a function of (seed, epoch, batch) alone.
 
     Nothing is drawn from a generator that other code shares, and the position in the epoch is a number: after
@@ -116,7 +116,7 @@ class TrainingBatches(Sampler[list[Sample]]):
         limit: Batches that the trainer takes of an epoch, if fewer than there are.
 
     Example:
-        >>> batches = TrainingBatches(4, rank=0, world=1, seed=0, stages=[Stage(0, 64, 2)])
+        >>> batches = TrainingBatchSampler(4, rank=0, world=1, seed=0, stages=[Stage(0, 64, 2)])
         >>> whole = list(batches)
         >>> batches.resume_at(epoch=0, batch=1)
         >>> list(batches) == whole[1:]
@@ -132,7 +132,7 @@ class TrainingBatches(Sampler[list[Sample]]):
         self._counted = (0, 0)  # an epoch, and the batches that were trained on before it
 
     @property
-    def sampler(self) -> "TrainingBatches":
+    def sampler(self) -> "TrainingBatchSampler":
         """Where Lightning looks for ``set_epoch``."""
         return self
 
@@ -193,7 +193,7 @@ class TrainingBatches(Sampler[list[Sample]]):
         return order
 
 
-class Strided(Sampler[int]):
+class StridedSampler(Sampler[int]):
     """Every image once over all ranks: rank r evaluates images r, r + world, …; counts may differ by one.
 
     With fewer images than ranks, the surplus ranks evaluate one again (scores count an image once): a rank without any

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from derain.data.backgrounds import Background, Match, describe, same
+from derain.data.backgrounds import BackgroundMatch, Signature, compute_signature, find_matches
+from derain.data.discovery import DataSplit, find_sets
 from derain.data.layouts import LAYOUTS
-from derain.data.pairs import Pair, as_pairs
-from derain.data.sets import FoundSet, find_sets
-from derain.data.sides import rain_cues, rain_scores
+from derain.data.pair_sides import rain_cues, rain_scores
+from derain.data.pairs import Pair, to_pairs
 from derain.errors import DerainError
 from derain.image_sources import several_frames
 from derain.images import exif_problem, list_images, natural_key
@@ -77,8 +77,8 @@ class Seen:
     """A clean image, or a rainy one without clean, and the rainy ones on it, once they were read."""
 
     file: Path
-    background: Background | None = None
-    rainy: Background | None = None  # the first on it
+    background: Signature | None = None
+    rainy: Signature | None = None  # the first on it
     cues: tuple[tuple[Pair, NDArray[np.float64]], ...] = ()
     findings: tuple[Finding, ...] = ()
 
@@ -88,14 +88,14 @@ class _Images:
     """All images that could be read, in one order."""
 
     files: list[str] = field(default_factory=list)
-    owners: list[FoundSet] = field(default_factory=list)
-    backgrounds: list[Background] = field(default_factory=list)
-    rainy: list[Background] = field(default_factory=list)
+    owners: list[DataSplit] = field(default_factory=list)
+    backgrounds: list[Signature] = field(default_factory=list)
+    rainy: list[Signature] = field(default_factory=list)
 
 
 def verify(
     root: Path, *, against: Sequence[Path] = (), layout: str | None = None
-) -> tuple[list[FoundSet], list[Finding]]:
+) -> tuple[list[DataSplit], list[Finding]]:
     """Checks the sets below a folder, and compares their backgrounds with one another.
 
     Args:
@@ -117,9 +117,9 @@ def verify(
         for reason, paths in list_images(folder, recursive=True).skipped.items()
     ]
     findings += [finding for one in sets for finding in _check_files(one)]
-    groups = [(one, group) for one in (*sets, *others) for group in _by_clean(as_pairs(one.matched))]
+    groups = [(one, group) for one in (*sets, *others) for group in _by_clean(to_pairs(one.matched))]
     images = _Images()
-    cues: dict[FoundSet, list[tuple[Pair, NDArray[np.float64]]]] = {one: [] for one in sets}
+    cues: dict[DataSplit, list[tuple[Pair, NDArray[np.float64]]]] = {one: [] for one in sets}
     with ThreadPoolExecutor() as threads:
         read = threads.map(lambda item: _read(*item), groups)
         for (one, _), seen in zip(groups, track(read, "Reading images", len(groups)), strict=True):
@@ -141,7 +141,7 @@ def verify(
     return sets, findings
 
 
-def _check_files(one: FoundSet) -> Iterator[Finding]:
+def _check_files(one: DataSplit) -> Iterator[Finding]:
     """What the names of the files tell."""
     folders = LAYOUTS[one.layout].folders
     same_files = [layout for layout in LAYOUTS.values() if folders and layout.folders == folders]
@@ -165,7 +165,7 @@ def _by_clean(pairs: Sequence[Pair]) -> list[list[Pair]]:
     return list(groups.values())
 
 
-def _read(one: FoundSet, group: Sequence[Pair]) -> Seen:
+def _read(one: DataSplit, group: Sequence[Pair]) -> Seen:
     """Reads the pairs of one clean image."""
     findings, cues = [], []
     background = first = None
@@ -185,14 +185,14 @@ def _read(one: FoundSet, group: Sequence[Pair]) -> Seen:
         problems = ((file, exif_problem(Path(file))) for file in files)
         findings += [Finding("exif", (file,), problem, "warning", str(one)) for file, problem in problems if problem]
         if background is None:
-            background = describe(rainy if clean is None else clean, rainy=clean is None)
-            first = describe(rainy, local=False)
+            background = compute_signature(rainy if clean is None else clean, rainy=clean is None)
+            first = compute_signature(rainy, local=False)
         if clean is not None:
             cues.append((pair, rain_cues(rainy, clean)))
     return Seen(group[0].clean or group[0].rainy, background, first, tuple(cues), tuple(findings))
 
 
-def _check_sides(one: FoundSet, cues: Sequence[tuple[Pair, NDArray[np.float64]]]) -> Iterator[Finding]:
+def _check_sides(one: DataSplit, cues: Sequence[tuple[Pair, NDArray[np.float64]]]) -> Iterator[Finding]:
     """Pairs that have the rain on the clean side."""
     if not cues:
         return
@@ -209,12 +209,12 @@ def _check_sides(one: FoundSet, cues: Sequence[tuple[Pair, NDArray[np.float64]]]
             yield Finding("swapped", files, told, "error" if sure else "warning", str(one))
 
 
-def _compare(sets: Sequence[FoundSet], images: _Images) -> Iterator[Finding]:
+def _compare(sets: Sequence[DataSplit], images: _Images) -> Iterator[Finding]:
     """Backgrounds that appear more than once, in one split or in two."""
-    inside: dict[FoundSet, list[Match]] = defaultdict(list)
-    leaks: dict[tuple[int, FoundSet], list[tuple[int, Match]]] = defaultdict(list)
-    shared: dict[tuple[FoundSet, FoundSet], list[Match]] = defaultdict(list)
-    for match in same(images.backgrounds):
+    inside: dict[DataSplit, list[BackgroundMatch]] = defaultdict(list)
+    leaks: dict[tuple[int, DataSplit], list[tuple[int, BackgroundMatch]]] = defaultdict(list)
+    shared: dict[tuple[DataSplit, DataSplit], list[BackgroundMatch]] = defaultdict(list)
+    for match in find_matches(images.backgrounds):
         one, other = images.owners[match.first], images.owners[match.second]
         checked = [owner in sets for owner in (one, other)]
         if one is other and all(checked):
@@ -239,16 +239,16 @@ def _compare(sets: Sequence[FoundSet], images: _Images) -> Iterator[Finding]:
         yield Finding("shared", files, told, "note", str(one))
 
 
-def _duplicates(one: FoundSet, images: _Images, matches: Sequence[Match]) -> Iterator[Finding]:
+def _duplicates(one: DataSplit, images: _Images, matches: Sequence[BackgroundMatch]) -> Iterator[Finding]:
     """Groups of images of one background, and how many distinct backgrounds there are."""
-    groups: dict[int, list[Match]] = {}
+    groups: dict[int, list[BackgroundMatch]] = {}
     for match in matches:
         of_match = [first for first, group in groups.items() if {match.first, match.second} & _indices(group)]
         joined = [*(found for first in of_match for found in groups.pop(first)), match]
         groups[min(_indices(joined))] = joined
     for _, group in sorted(groups.items()):
         indices = sorted(_indices(group))
-        same_rain = same([images.rainy[index] for index in indices], crops=False)
+        same_rain = find_matches([images.rainy[index] for index in indices], crops=False)
         told = f"one background {len(indices)} times"
         told += "".join(f", {way}" for way in dict.fromkeys(str(match) for match in group) if way != "whole")
         told += f", {'the same' if same_rain else 'other'} rain"
@@ -261,5 +261,5 @@ def _duplicates(one: FoundSet, images: _Images, matches: Sequence[Match]) -> Ite
     )
 
 
-def _indices(matches: Sequence[Match]) -> set[int]:
+def _indices(matches: Sequence[BackgroundMatch]) -> set[int]:
     return {index for match in matches for index in (match.first, match.second)}

@@ -5,8 +5,8 @@ Importing this package imports neither torch nor torchmetrics, which takes secon
 
 from typing import TYPE_CHECKING, Any
 
+from .full_reference import Scores, bootstrap_interval, psnr_ssim
 from .protocols import PROTOCOLS, Protocol, resolve
-from .quality import Scores, bootstrap_interval, psnr_ssim
 
 if TYPE_CHECKING:
     from .image_quality import ImageQuality

@@ -10,9 +10,9 @@ from torchmetrics import Metric
 
 from derain.errors import DerainError
 
+from .full_reference import Scores, check_values, psnr_ssim
 from .perceptual import Lpips
 from .protocols import resolve
-from .quality import Scores, check_values, psnr_ssim
 
 
 class ImageQuality(Metric):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from derain.errors import DerainError
 from derain.ranges import check_range
 
-from .quality import check_values
+from .full_reference import check_values
 
 
 class Backbone(NamedTuple):
@@ -104,7 +104,7 @@ class Lpips:
             return float(self.network(_tensor(derained) * 2 - 1, _tensor(clean) * 2 - 1))
 
 
-def lpips_at_hand(choice: str) -> Lpips | None:
+def available_lpips(choice: str) -> Lpips | None:
     """Makes LPIPS if its weights are here (``auto``) or can be had; else says why not on standard error."""
     backbone = BACKBONES["vgg" if choice == "vgg" else "alex"]
     if choice == "none":

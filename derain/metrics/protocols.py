@@ -99,10 +99,10 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 """Every protocol by its name; the first is the default."""
 
-TOGETHER = {"ir-sde": ("ir-sde-rgb", "ir-sde-y")}
+PROTOCOL_GROUPS = {"ir-sde": ("ir-sde-rgb", "ir-sde-y")}
 """Names that stand for several protocols, reported side by side."""
 
-DOWN = "+down"
+DOWNSAMPLE_SUFFIX = "+down"
 """Ending of a protocol's name that asks for SSIM's automatic down-sampling."""
 
 
@@ -123,16 +123,18 @@ def resolve(names: Sequence[str]) -> tuple[Protocol, ...]:
     """
     found: dict[str, Protocol] = {}
     for name in names:
-        base = name.removesuffix(DOWN)
-        for member in TOGETHER.get(base, (base,)):
+        base = name.removesuffix(DOWNSAMPLE_SUFFIX)
+        for member in PROTOCOL_GROUPS.get(base, (base,)):
             if member not in PROTOCOLS:
-                known = ", ".join([*PROTOCOLS, *TOGETHER])
-                raise DerainError(f"no protocol '{name}'; choose from {known} (with {DOWN} SSIM shrinks images first)")
+                known = ", ".join([*PROTOCOLS, *PROTOCOL_GROUPS])
+                raise DerainError(
+                    f"no protocol '{name}'; choose from {known} (with {DOWNSAMPLE_SUFFIX} SSIM shrinks images first)"
+                )
             protocol = PROTOCOLS[member]
-            if name.endswith(DOWN):
+            if name.endswith(DOWNSAMPLE_SUFFIX):
                 told = f"{protocol.definition}; SSIM of images shrunk to about 256 pixels (as by ssim.m)"
-                protocol = replace(protocol, name=member + DOWN, definition=told, downsample=True)
+                protocol = replace(protocol, name=member + DOWNSAMPLE_SUFFIX, definition=told, downsample=True)
             found[protocol.name] = protocol
     if not found:
-        raise DerainError(f"no protocol named; choose from {', '.join([*PROTOCOLS, *TOGETHER])}")
+        raise DerainError(f"no protocol named; choose from {', '.join([*PROTOCOLS, *PROTOCOL_GROUPS])}")
     return tuple(found.values())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from derain.cli import main
-from derain.data.captions import captions_of, read_captions
+from derain.data.captions import match_captions, read_captions
 from derain.data.pairs import find_pairs
 from derain.images import read_rgb
 from derain.methods.daclipsde.blip import FrozenBLIP
@@ -32,7 +32,7 @@ def place(tmp_path, monkeypatch):
 def texts_of(file, folder, name):
     """Captions of a set's pairs, from a table."""
     pairs = find_pairs(name, "train", data_root=folder).pairs
-    return [caption.text for caption in captions_of(pairs, {Path(file): read_captions(Path(file))})]
+    return [caption.text for caption in match_captions(pairs, {Path(file): read_captions(Path(file))})]
 
 
 def refused(capsys, command, *parts):

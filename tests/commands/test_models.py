@@ -4,7 +4,7 @@ import pytest
 from derain import Restorer
 from derain.cli import main
 from derain.data.pairs import find_pairs
-from derain.data.rain import PRESETS, add_rain, between
+from derain.data.rain import PRESETS, add_rain, sample_rain
 from derain.methods import weights
 from derain.metrics import psnr_ssim, resolve
 from derain.models import in_the_box
@@ -48,7 +48,7 @@ def gains(pairs):
 
 def test_the_default_takes_synthesised_rain_away():
     clean, rng = photo("chelsea")[20:220, 60:300], np.random.default_rng(0)
-    (gain,) = gains([(add_rain(clean, between(*PRESETS["medium"], rng), rng), clean)])
+    (gain,) = gains([(add_rain(clean, sample_rain(*PRESETS["medium"], rng), rng), clean)])
     assert gain > 8
 
 

@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from derain.cli import main
-from derain.commands.table import escape, footnotes, labels, notes
+from derain.commands.table import escape, footnotes, notes
 from derain.data.layouts import LAYOUTS
-from derain.data.summaries import merge, published, read, select
+from derain.data.run_summaries import merge_rows, published_rows, read_summary, row_labels, select_protocol
 from derain.images import read_rgb
 from derain.methods import PReNetModule, weights
 from derain.metrics import PROTOCOLS
@@ -72,7 +72,9 @@ def table(capsys, *arguments):
 
 
 def rows_of(folder):
-    return merge(select([(file, read(file)) for file in sorted(folder.rglob("summary.json"))], None)[0])
+    return merge_rows(
+        select_protocol([(file, read_summary(file)) for file in sorted(folder.rglob("summary.json"))], None)[0]
+    )
 
 
 def test_a_real_run_gives_its_numbers(tested, capsys):
@@ -149,7 +151,7 @@ def test_one_file_of_weights_on_several_sets_makes_one_line(copy):
     copy("three", "Rain100H", ["RainTrainH"], sha="def")
     rows = rows_of(copy.folder)
     assert [{score.dataset for score in row.scores} for row in rows] == [{"Rain100H"}, {"Rain800", "Rain100L"}]
-    assert len(set(labels(rows))) == 1  # what they were trained on tells them apart
+    assert len(set(row_labels(rows))) == 1  # what they were trained on tells them apart
 
 
 def test_a_method_tested_twice_has_two_lines(copy):
@@ -157,7 +159,7 @@ def test_a_method_tested_twice_has_two_lines(copy):
     copy("b", sha="22222222")
     copy("c", sha="22222222")
     rows = rows_of(copy.folder)
-    assert labels(rows) == [
+    assert row_labels(rows) == [
         "PReNet [11111111]",
         "PReNet [22222222] [b/summary.json]",
         "PReNet [22222222] [c/summary.json]",
@@ -171,7 +173,7 @@ def test_what_differs_is_part_of_the_name(copy):
     copy("c", method="DACLIPSDEModule", hyper_parameters={"contexts": "none"}, sampling=one)
     copy("d", method="DACLIPSDEModule", hyper_parameters={"contexts": "none"}, sampling=one | {"steps": None})
     copy("e", method="CLIPRPNModule", hyper_parameters={"dim": 48})
-    assert labels(rows_of(copy.folder)) == [
+    assert row_labels(rows_of(copy.folder)) == [
         "PReNet, stages 1",
         "PReNet, stages 6",
         "IR-SDE, posterior, steps 10",
@@ -199,7 +201,9 @@ def test_published_rows_say_where_they_come_from(tested, copy, capsys):
 def test_published_numbers_have_the_averages_that_the_paper_prints():
     """CLIP-RPN, Table 3: its last two columns are means over the four sets."""
     average = {"PReNet": (27.49, 0.8085), "Restormer": (31.55, 0.8603), "CLIP-RPN": (31.67, 0.8607)}
-    rows = [row for row in published({"Rain100L", "Rain100H", "Rain800", "Mixed"}, "matlab-y") if len(row.scores) == 4]
+    rows = [
+        row for row in published_rows({"Rain100L", "Rain100H", "Rain800", "Mixed"}, "matlab-y") if len(row.scores) == 4
+    ]
     assert {row.method for row in rows} == set(average)
     for row in rows:
         means = np.mean([(score.psnr, score.ssim) for score in row.scores], axis=0)
@@ -228,7 +232,7 @@ def test_latex_has_as_many_cells_in_every_line(copy, tmp_path, capsys):
 def test_latex_has_nothing_that_it_cannot_print():
     """Definitions of protocols and notes of published rows hold Greek letters and signs."""
     for protocol in PROTOCOLS:
-        rows = published(set(LAYOUTS), protocol)
+        rows = published_rows(set(LAYOUTS), protocol)
         told = "\n".join(footnotes(notes(rows, protocol)))
         assert told.isascii()
         assert not re.search(r"(?<!\\)[&%#_~^]", told)
@@ -236,7 +240,7 @@ def test_latex_has_nothing_that_it_cannot_print():
 
 
 def test_published_rows_that_are_in_doubt_say_so():
-    rows = {row.method: row.note for row in published({"Rain200H"}, "plnlin")}
+    rows = {row.method: row.note for row in published_rows({"Rain200H"}, "plnlin")}
     assert "the numbers of ReHEN" in rows["PReNet"]
     assert "ReHEN" not in rows["PLNLIN-MCDDL"]
 

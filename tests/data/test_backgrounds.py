@@ -2,7 +2,7 @@ import cv2
 import numpy as np
 import pytest
 
-from derain.data.backgrounds import Match, describe, same
+from derain.data.backgrounds import BackgroundMatch, compute_signature, find_matches
 from tests.factories import add_rain, photo
 
 NAMES = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle_left", "camera", "brick", "grass")
@@ -33,7 +33,7 @@ def photos():
 
 @pytest.fixture(scope="module")
 def known(photos):
-    return [describe(pixels) for pixels in photos]
+    return [compute_signature(pixels) for pixels in photos]
 
 
 CHANGES = {
@@ -55,8 +55,8 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_was_made_of_an_image_is_recognised(photos, known, change):
     make, told = CHANGES[change]
-    changed = [describe(np.ascontiguousarray(make(pixels))) for pixels in photos]
-    found = same(known, changed)
+    changed = [compute_signature(np.ascontiguousarray(make(pixels))) for pixels in photos]
+    found = find_matches(known, changed)
     assert [(match.first, match.second) for match in found] == [(i, i) for i in range(len(NAMES))]
     assert all(match.score > 0.99 for match in found)
     words = [str(match) for match in found]
@@ -70,8 +70,11 @@ def share(words):
 
 @pytest.mark.parametrize("make", [lambda p: p, lambda p: p[:, ::-1], lambda p: crop(p, 0.5)])
 def test_rain_does_not_hide_a_background(photos, known, make):
-    rainy = [describe(np.ascontiguousarray(make(add_rain(p, i, share=0.03))), rainy=True) for i, p in enumerate(photos)]
-    found = {(match.first, match.second) for match in same(known, rainy)}
+    rainy = [
+        compute_signature(np.ascontiguousarray(make(add_rain(p, i, share=0.03))), rainy=True)
+        for i, p in enumerate(photos)
+    ]
+    found = {(match.first, match.second) for match in find_matches(known, rainy)}
     assert found <= {(i, i) for i in range(len(NAMES))}
     assert len(found) >= len(NAMES) - 2  # streaks hide the lawn and the bricks
 
@@ -79,40 +82,40 @@ def test_rain_does_not_hide_a_background(photos, known, make):
 def test_a_photo_taken_a_step_aside_is_another(photos, known):
     right = photo("motorcycle_right")
     right = resized(right, 400, round(right.shape[0] * 400 / right.shape[1]))
-    assert same(known, [describe(right)]) == []
-    assert len(same(known, [describe(photos[NAMES.index("motorcycle_left")])])) == 1
+    assert find_matches(known, [compute_signature(right)]) == []
+    assert len(find_matches(known, [compute_signature(photos[NAMES.index("motorcycle_left")])])) == 1
 
 
 def test_within_one_list_each_pair_is_told_once(photos, known):
-    images = [known[0], known[1], describe(np.ascontiguousarray(photos[0][::-1])), known[1]]
-    assert [(match.first, match.second) for match in same(images)] == [(0, 2), (1, 3)]
+    images = [known[0], known[1], compute_signature(np.ascontiguousarray(photos[0][::-1])), known[1]]
+    assert [(match.first, match.second) for match in find_matches(images)] == [(0, 2), (1, 3)]
 
 
 def test_whole_images_need_no_features(photos):
-    images = [describe(photos[0], local=False), describe(photos[1], local=False)]
+    images = [compute_signature(photos[0], local=False), compute_signature(photos[1], local=False)]
     turned = [
-        describe(np.ascontiguousarray(np.rot90(photos[1])), local=False),
-        describe(crop(photos[0], 0.5), local=False),
+        compute_signature(np.ascontiguousarray(np.rot90(photos[1])), local=False),
+        compute_signature(crop(photos[0], 0.5), local=False),
     ]
-    assert [(match.first, match.second) for match in same(images, turned, crops=False)] == [(1, 0)]
+    assert [(match.first, match.second) for match in find_matches(images, turned, crops=False)] == [(1, 0)]
 
 
 def test_the_same_comparison_gives_the_same_matches(photos, known):
-    cropped = [describe(crop(pixels, 0.3, seed)) for seed, pixels in enumerate(photos)]
-    assert same(known, cropped) == same(known, cropped)
+    cropped = [compute_signature(crop(pixels, 0.3, seed)) for seed, pixels in enumerate(photos)]
+    assert find_matches(known, cropped) == find_matches(known, cropped)
 
 
 def test_images_without_anything_to_see_match_nothing():
-    blank = [describe(np.full((40, 50, 3), value, np.uint8)) for value in (0, 0, 255)]
-    assert same(blank) == []
-    assert same([], blank) == same(blank, []) == same([]) == []
-    assert same([describe(np.zeros((1, 1, 3), np.uint8))] * 2) == []
+    blank = [compute_signature(np.full((40, 50, 3), value, np.uint8)) for value in (0, 0, 255)]
+    assert find_matches(blank) == []
+    assert find_matches([], blank) == find_matches(blank, []) == find_matches([]) == []
+    assert find_matches([compute_signature(np.zeros((1, 1, 3), np.uint8))] * 2) == []
 
 
 def test_shares_are_told_from_both_sides(photos, known):
-    (found,) = same([known[0]], [describe(crop(photos[0], 0.5))])
+    (found,) = find_matches([known[0]], [compute_signature(crop(photos[0], 0.5))])
     assert found.share == pytest.approx(0.5, abs=0.02)
     assert found.of_second == pytest.approx(1, abs=0.02)
-    (turned,) = same([describe(crop(photos[0], 0.5))], [known[0]])
+    (turned,) = find_matches([compute_signature(crop(photos[0], 0.5))], [known[0]])
     assert (turned.share, turned.of_second) == pytest.approx((found.of_second, found.share), abs=0.02)
-    assert str(Match(0, 1, 1.0, True, 90, 1.0, 0.4)) == "transposed, cropped to 40% of its area"
+    assert str(BackgroundMatch(0, 1, 1.0, True, 90, 1.0, 0.4)) == "transposed, cropped to 40% of its area"

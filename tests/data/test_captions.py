@@ -9,12 +9,12 @@ import pytest
 from derain.data.captions import (
     Caption,
     Journal,
-    Row,
-    captions_of,
-    hash_of,
+    JournalEntry,
+    file_hash,
+    match_captions,
     read_captions,
+    table_paths,
     write_captions,
-    written,
 )
 from derain.data.pairs import Pair, find_pairs
 from derain.errors import DerainError
@@ -117,60 +117,60 @@ def test_pairs_get_their_captions_by_relative_and_absolute_paths(tmp_path, monke
         "data/nowhere/rain-1.png": Caption("of another set", "rainy"),
     }
     for table in (tmp_path / "t.tsv", Path(os.path.relpath(tmp_path / "t.tsv"))):
-        assert [caption.text for caption in captions_of(pairs, {table: mixed})] == ["one", "two", "three"]
+        assert [caption.text for caption in match_captions(pairs, {table: mixed})] == ["one", "two", "three"]
     monkeypatch.chdir(folder)
     pairs = find_pairs(".", "train").pairs
-    assert [caption.text for caption in captions_of(pairs, {tmp_path / "t.tsv": mixed})] == ["one", "two", "three"]
+    assert [caption.text for caption in match_captions(pairs, {tmp_path / "t.tsv": mixed})] == ["one", "two", "three"]
 
 
 def test_links_of_folders_are_followed(tmp_path):
     folder = make_set(tmp_path / "data", "RainTrainL", "train", 2)
     (tmp_path / "link").symlink_to(tmp_path / "data")
     pairs = find_pairs(tmp_path / "link" / folder.name, "train").pairs
-    table = {name: Caption(name, "rainy") for name in written([pair.rainy for pair in pairs], tmp_path / "t.tsv")}
+    table = {name: Caption(name, "rainy") for name in table_paths([pair.rainy for pair in pairs], tmp_path / "t.tsv")}
     assert list(table) == ["data/RainTrainL/rain-1.png", "data/RainTrainL/rain-2.png"]
-    assert captions_of(pairs, {tmp_path / "t.tsv": table}) == list(table.values())
-    assert captions_of(find_pairs(folder, "train").pairs, {tmp_path / "t.tsv": table}) == list(table.values())
+    assert match_captions(pairs, {tmp_path / "t.tsv": table}) == list(table.values())
+    assert match_captions(find_pairs(folder, "train").pairs, {tmp_path / "t.tsv": table}) == list(table.values())
 
 
 def test_halves_of_one_file_are_keyed_by_the_file(tmp_path):
     folder = make_set(tmp_path, "Rain800", "train", 2)
     pairs = find_pairs(folder, "train").pairs
     table = {"training/1.jpg": Caption("one", "rainy"), "training/2.jpg": Caption("two", "rainy")}
-    assert captions_of(pairs, {folder / "t.tsv": table}) == [("one", "rainy"), ("two", "rainy")]
+    assert match_captions(pairs, {folder / "t.tsv": table}) == [("one", "rainy"), ("two", "rainy")]
 
 
 def test_pairs_without_caption_are_counted_and_the_first_named(tmp_path):
     pairs = [Pair(str(i), tmp_path / f"{i}.png") for i in range(5)]
     table = {"0.png": Caption("a", "rainy"), "3.png": Caption("b", "rainy")}
-    refused(lambda: captions_of(pairs, {tmp_path / "t.tsv": table}), "t.tsv", "3 of 5", tmp_path / "1.png")
+    refused(lambda: match_captions(pairs, {tmp_path / "t.tsv": table}), "t.tsv", "3 of 5", tmp_path / "1.png")
 
 
 def test_two_captions_of_one_file(tmp_path):
     pairs = [Pair("1", tmp_path / "1.png")]
     table = {"1.png": Caption("a", "rainy"), str(tmp_path / "1.png"): Caption("b", "rainy")}
-    refused(lambda: captions_of(pairs, {tmp_path / "t.tsv": table}), "t.tsv", "two captions")
+    refused(lambda: match_captions(pairs, {tmp_path / "t.tsv": table}), "t.tsv", "two captions")
     table[str(tmp_path / "1.png")] = Caption("a", "rainy")
-    assert captions_of(pairs, {tmp_path / "t.tsv": table}) == [("a", "rainy")]
+    assert match_captions(pairs, {tmp_path / "t.tsv": table}) == [("a", "rainy")]
 
 
 def test_several_tables_caption_together(tmp_path):
     pairs = [Pair("1", tmp_path / "a" / "1.png"), Pair("2", tmp_path / "b" / "1.png")]
     tables = {tmp_path / part / "t.tsv": {"1.png": Caption(part, "rainy")} for part in "ab"}
-    assert [caption.text for caption in captions_of(pairs, tables)] == ["a", "b"]
-    refused(lambda: captions_of([*pairs, Pair("3", tmp_path / "c.png")], tables), "a/t.tsv, ", "b/t.tsv", "1 of 3")
+    assert [caption.text for caption in match_captions(pairs, tables)] == ["a", "b"]
+    refused(lambda: match_captions([*pairs, Pair("3", tmp_path / "c.png")], tables), "a/t.tsv, ", "b/t.tsv", "1 of 3")
     tables[tmp_path / "t.tsv"] = {"b/1.png": Caption("another", "rainy")}
-    refused(lambda: captions_of(pairs, tables), "t.tsv: two captions of b/1.png, in another table")
+    refused(lambda: match_captions(pairs, tables), "t.tsv: two captions of b/1.png, in another table")
 
 
 def test_paths_are_relative_only_below_the_table(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = [Path("set/rain/1.png"), tmp_path / "2.png", tmp_path.parent / "3.png"]
     (tmp_path / "deep").mkdir()
-    assert written(files, Path("t.tsv")) == ["set/rain/1.png", "2.png", str(tmp_path.parent / "3.png")]
-    assert written(files[:1], Path("deep/t.tsv")) == [str(tmp_path / "set/rain/1.png")]
-    assert written([Path("deep/../2.png")], Path("t.tsv")) == ["2.png"]
-    refused(lambda: written([Path(os.fsdecode(b"caf\xe9.png"))], Path("t.tsv")), "UTF-8")
+    assert table_paths(files, Path("t.tsv")) == ["set/rain/1.png", "2.png", str(tmp_path.parent / "3.png")]
+    assert table_paths(files[:1], Path("deep/t.tsv")) == [str(tmp_path / "set/rain/1.png")]
+    assert table_paths([Path("deep/../2.png")], Path("t.tsv")) == ["2.png"]
+    refused(lambda: table_paths([Path(os.fsdecode(b"caf\xe9.png"))], Path("t.tsv")), "UTF-8")
 
 
 # The journal.
@@ -188,7 +188,7 @@ def pairs(tmp_path):
 
 @pytest.fixture
 def rows(pairs):
-    return [Row(file, f"{file} shöws: \t'\n", hash_of(clean)) for file, clean in pairs]
+    return [JournalEntry(file, f"{file} shöws: \t'\n", file_hash(clean)) for file, clean in pairs]
 
 
 def test_rows_come_back_wherever_the_process_died(tmp_path, pairs, rows):
@@ -270,6 +270,6 @@ def test_a_damaged_row_is_told(tmp_path, pairs, line):
 def test_images_that_nobody_looked_at_may_change(tmp_path, pairs):
     journal = Journal(tmp_path / "t.part", RUN)
     journal.begin(pairs)
-    journal.add([Row("0.png", "a photo", "")])
+    journal.add([JournalEntry("0.png", "a photo", "")])
     pairs[0][1].write_text("changed")
     assert journal.begin(pairs) == [("0.png", "a photo", "")]

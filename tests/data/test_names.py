@@ -11,9 +11,9 @@ import pytest
 
 from derain.cli import main
 from derain.data.cache import fingerprint
-from derain.data.captions import Caption, captions_of
+from derain.data.captions import Caption, match_captions
 from derain.data.layouts import LAYOUTS, Files, Layout
-from derain.data.matching import match
+from derain.data.name_matching import pair_files
 from derain.data.pairs import Pair, find_pairs
 from derain.data.rain import synthesize
 from derain.errors import DerainError
@@ -133,7 +133,7 @@ def test_two_spellings_of_one_name_are_refused(tmp_path):
 def test_captions_are_found_however_accents_are_written(tmp_path):
     pairs = [Pair("1", tmp_path / COMPOSED / "1.png")]
     caption = Caption("a street", "rainy")
-    assert captions_of(pairs, {tmp_path / "t.tsv": {f"{DECOMPOSED}/1.png": caption}}) == [caption]
+    assert match_captions(pairs, {tmp_path / "t.tsv": {f"{DECOMPOSED}/1.png": caption}}) == [caption]
 
 
 # One name for two things.
@@ -170,7 +170,7 @@ def test_pairs_of_another_version_in_the_folder_are_noted(tmp_path):
 def test_a_clean_file_that_the_rainy_pattern_fits_is_no_rainy_one(tmp_path, monkeypatch):
     files = Files("(?:no)?rain-{n}", "norain-{n}")
     monkeypatch.setitem(LAYOUTS, "both", Layout("", {"test": (files,)}))
-    found = match("both", "test", tmp_path, ["norain-1.png", "norain-2.png", "rain-1.png", "rain-3.png"])
+    found = pair_files("both", "test", tmp_path, ["norain-1.png", "norain-2.png", "rain-1.png", "rain-3.png"])
     assert [(rainy.name, clean.name) for _, rainy, clean in found.pairs] == [("rain-1.png", "norain-1.png")]
     assert [file.name for file in found.unpaired] == ["norain-2.png", "rain-3.png"]
     assert found.clashes == ()

@@ -7,7 +7,7 @@ import pytest
 
 from derain.data import pairs as module
 from derain.data.layouts import LAYOUTS
-from derain.data.pairs import Pair, clean_image, find_pairs, halves
+from derain.data.pairs import Pair, find_pairs, read_clean, split_halves
 from derain.errors import DerainError
 from tests.factories import add_rain, make_set, save
 from tests.factories import clean_image as picture
@@ -22,7 +22,7 @@ def test_a_pair_is_read_from_two_files(tmp_path):
     assert np.array_equal(read, clean)
     assert np.array_equal(rainy, add_rain(clean, 1))
     assert pickle.loads(pickle.dumps(pair)) == pair
-    assert np.array_equal(clean_image(pair), clean)
+    assert np.array_equal(read_clean(pair), clean)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -36,13 +36,13 @@ def test_a_pair_is_read_from_two_halves(tmp_path, side, odd):
     read_rainy, read_clean = pair.read()
     assert np.array_equal(read_rainy, rainy)
     assert np.array_equal(read_clean, clean)
-    assert np.array_equal(clean_image(pair), clean)
+    assert np.array_equal(read_clean(pair), clean)
     assert Pair("1", tmp_path / "1.png", None, side).read()[1] is None
 
 
 def test_an_image_one_pixel_wide_has_no_halves():
     with pytest.raises(DerainError, match="no two halves"):
-        halves(np.zeros((4, 1, 3), np.uint8))
+        split_halves(np.zeros((4, 1, 3), np.uint8))
 
 
 def test_a_pair_of_two_sizes_is_refused(tmp_path):
@@ -244,8 +244,8 @@ def test_backgrounds_of_strict_rain_train_h_are_compared_once(tmp_path, monkeypa
     monkeypatch.setenv("DERAIN_CACHE", str(tmp_path / "cache"))
     make_set(tmp_path, "RainTrainH-full", "train", count=6, size=(48, 64), seed=0)
     make_set(tmp_path, "Rain100H", "test", count=2, size=(48, 64), seed=3)
-    read, original = [], module.clean_image
-    monkeypatch.setattr(module, "clean_image", lambda pair: read.append(pair.name) or original(pair))
+    read, original = [], module.read_clean
+    monkeypatch.setattr(module, "read_clean", lambda pair: read.append(pair.name) or original(pair))
 
     def kept():
         read.clear()

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from derain.data.pairs import find_pairs
-from derain.data.rain import PRESETS, Rain, add_rain, between, generator, streaks, synthesize
+from derain.data.rain import PRESETS, Rain, add_rain, rain_generator, sample_rain, streaks, synthesize
 from derain.data.verify import verify
 from derain.errors import DerainError
 from derain.images import image_files, read_rgb
@@ -109,7 +109,7 @@ def test_streaks_are_an_opacity(preset):
 def test_rain_brightens(preset):
     clean = scene()
     for seed in range(5):
-        rainy = add_rain(clean, between(*PRESETS[preset], rng(seed)), rng(seed))
+        rainy = add_rain(clean, sample_rain(*PRESETS[preset], rng(seed)), rng(seed))
         assert (rainy.astype(float) - clean).mean() > 0.5
 
 
@@ -203,7 +203,9 @@ def test_drops_show_the_scene_upside_down():
 def test_presets_are_ordered_and_where_the_sets_lie():
     scenes = [scene(320, 480, seed) for seed in range(6)]
     means = {
-        name: np.mean([psnr(add_rain(clean, between(*rain, rng(i)), rng(i)), clean) for i, clean in enumerate(scenes)])
+        name: np.mean(
+            [psnr(add_rain(clean, sample_rain(*rain, rng(i)), rng(i)), clean) for i, clean in enumerate(scenes)]
+        )
         for name, rain in PRESETS.items()
     }
     assert 25 < means["light"] < 33
@@ -212,7 +214,7 @@ def test_presets_are_ordered_and_where_the_sets_lie():
 
 
 def test_between_stays_between_and_varies():
-    drawn = [between(*PRESETS["heavy"], rng(seed)) for seed in range(20)]
+    drawn = [sample_rain(*PRESETS["heavy"], rng(seed)) for seed in range(20)]
     low, high = PRESETS["heavy"]
     for part in dataclasses.fields(Rain):
         values = [getattr(rain, part.name) for rain in drawn]
@@ -220,13 +222,13 @@ def test_between_stays_between_and_varies():
         assert type(values[0]) in (int, float)
     assert len({rain.density for rain in drawn}) == 20
     assert len({rain.layers for rain in drawn}) == 3
-    assert between(low, low, rng()) == low
+    assert sample_rain(low, low, rng()) == low
 
 
 def test_generator_depends_on_seed_and_name():
-    draws = {(seed, name): generator(seed, name).random() for seed, name in itertools.product((0, 1), ("a", "b"))}
+    draws = {(seed, name): rain_generator(seed, name).random() for seed, name in itertools.product((0, 1), ("a", "b"))}
     assert len(set(draws.values())) == 4
-    assert generator(1, "a").random() == draws[1, "a"]
+    assert rain_generator(1, "a").random() == draws[1, "a"]
 
 
 @pytest.mark.parametrize(

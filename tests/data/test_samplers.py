@@ -2,14 +2,14 @@ import itertools
 
 import pytest
 
-from derain.data.samplers import Stage, Strided, TrainingBatches
+from derain.data.samplers import Stage, StridedSampler, TrainingBatchSampler
 
 ONE = (Stage(0, 16, 4),)
 SCHEDULE = (*ONE, Stage(5, 24, 3), Stage(7, 32, 1))
 
 
 def training(count=11, rank=0, world=1, seed=0, stages=ONE, limit=None):
-    return TrainingBatches(count, rank, world, seed, stages, limit)
+    return TrainingBatchSampler(count, rank, world, seed, stages, limit)
 
 
 def flat(batches):
@@ -18,13 +18,13 @@ def flat(batches):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_evaluation_counts_every_image_once(world):
-    shares = [list(Strided(101, rank, world)) for rank in range(world)]
-    assert [len(share) for share in shares] == [len(Strided(101, r, world)) for r in range(world)]
+    shares = [list(StridedSampler(101, rank, world)) for rank in range(world)]
+    assert [len(share) for share in shares] == [len(StridedSampler(101, r, world)) for r in range(world)]
     assert sorted(itertools.chain.from_iterable(shares)) == list(range(101))
 
 
 def test_no_rank_is_left_without_an_image():
-    assert [list(Strided(2, rank, 5)) for rank in range(5)] == [[0], [1], [0], [1], [0]]
+    assert [list(StridedSampler(2, rank, 5)) for rank in range(5)] == [[0], [1], [0], [1], [0]]
 
 
 def test_ranks_train_on_different_images_equally_many():

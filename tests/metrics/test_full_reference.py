@@ -11,7 +11,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from derain.errors import DerainError
 from derain.images import image_files, read_rgb
 from derain.metrics import PROTOCOLS, bootstrap_interval, psnr_ssim, resolve
-from derain.metrics.quality import _shrunk
+from derain.metrics.full_reference import _shrunk
 
 NAMES = [*PROTOCOLS, "matlab-y+down", "rgb+down", "ir-sde-y+down"]
 

@@ -20,7 +20,7 @@ from .protocols import Protocol
 
 Array = NDArray[np.float64]
 
-IDENTICAL = 100.0
+MAX_PSNR = 100.0
 """PSNR in dB that stands for infinity, so that means stay finite: the value of images that are the same."""
 
 _LUMA = np.array([[65.481 / 255, 128.553 / 255, 24.966 / 255, 16.0]])  # Rec. ITU-R BT.601, limited range
@@ -136,7 +136,7 @@ def _planes(image: NDArray[Any], output: str, protocol: Protocol) -> Array:
 
 def _psnr(x: Array, y: Array) -> float:
     error = float(np.mean(np.square(x - y)))
-    return IDENTICAL if error == 0 else min(10 * math.log10(255**2 / error), IDENTICAL)
+    return MAX_PSNR if error == 0 else min(10 * math.log10(255**2 / error), MAX_PSNR)
 
 
 def _shrunk(plane: Array, by: int) -> Array:

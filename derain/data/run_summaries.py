@@ -57,7 +57,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """A line of the table.
 
     Attributes:
@@ -97,7 +97,7 @@ class Row:
         return sum(told) / len(told) if told else None
 
 
-def find(places: Iterable[Path], name: str) -> list[Path]:
+def find_files(places: Iterable[Path], name: str) -> list[Path]:
     """Files of a name, given or anywhere below folders.
 
     Raises:
@@ -112,7 +112,7 @@ def find(places: Iterable[Path], name: str) -> list[Path]:
     return list(found.values())
 
 
-def read(file: Path) -> dict[str, Any]:
+def read_summary(file: Path) -> dict[str, Any]:
     """Reads a summary.
 
     Raises:
@@ -131,7 +131,9 @@ def read(file: Path) -> dict[str, Any]:
         raise DerainError(f"{file}: no summary of derain test ({error}); leave it out") from error
 
 
-def select(summaries: Sequence[tuple[Path, dict[str, Any]]], wanted: str | None) -> tuple[list[Row], str]:
+def select_protocol(
+    summaries: Sequence[tuple[Path, dict[str, Any]]], wanted: str | None
+) -> tuple[list[ResultRow], str]:
     """Takes the results by one protocol, one row a summary.
 
     Args:
@@ -162,7 +164,7 @@ def select(summaries: Sequence[tuple[Path, dict[str, Any]]], wanted: str | None)
     return rows, protocol
 
 
-def _row(file: Path, summary: dict[str, Any], result: dict[str, Any]) -> Row:
+def _row(file: Path, summary: dict[str, Any], result: dict[str, Any]) -> ResultRow:
     described, sampling = summary["method"], summary.get("sampling")
     details = {key: value for key, value in described["hyper_parameters"].items() if key != "clip"}
     method = described.get("architecture") or NAMES.get(described["method"], described["method"])
@@ -173,14 +175,14 @@ def _row(file: Path, summary: dict[str, Any], result: dict[str, Any]) -> Row:
     weights, hardware = summary.get("weights"), summary.get("hardware")
     total = summary["data"].get("images_in_sets", summary["data"]["images"])
     images = result.get("count", total)
-    return Row(
+    return ResultRow(
         method,
         details,
         tuple(described.get("trained_on") or ()),
         result["protocol"],
         (
             Score(
-                dataset(summary["data"]["sets"]),
+                dataset_name(summary["data"]["sets"]),
                 result["psnr"],
                 result["ssim"],
                 result.get("lpips"),
@@ -199,26 +201,26 @@ def _row(file: Path, summary: dict[str, Any], result: dict[str, Any]) -> Row:
     )
 
 
-def dataset(sets: str | list[str]) -> str:
+def dataset_name(sets: str | list[str]) -> str:
     """What a set or several are called in a table.
 
     Example:
-        >>> dataset(["Rain800", "Rain100H", "Rain100L"]), dataset(["a", "b"]), dataset("data/Rain12")
+        >>> dataset_name(["Rain800", "Rain100H", "Rain100L"]), dataset_name(["a", "b"]), dataset_name("data/Rain12")
         ('Mixed', 'a + b', 'Rain12')
     """
     names = [Path(name).name for name in ([sets] if isinstance(sets, str) else sets)]
     return "Mixed" if set(names) == MIXED else " + ".join(names)
 
 
-def merge(found: Sequence[Row]) -> list[Row]:
+def merge_rows(found: Sequence[ResultRow]) -> list[ResultRow]:
     """Puts results of one method on several sets into one line, as papers do.
 
     A line is of one file of weights, or of several that were each trained for the one set that they were tested on.
     Where a method was tested on a set twice, nothing is put together that would hide it.
     """
-    rows: list[Row] = []
+    rows: list[ResultRow] = []
     for _, kin in _groups(found, lambda row: (row.method, row.details)):
-        lines: list[list[Row]] = []
+        lines: list[list[ResultRow]] = []
         for weights, members in _groups(kin, lambda row: row.weights):
             lines += [members] if weights and _once(members) else [[row] for row in members]
         single = [line for line in lines if len(line) == 1 and _own(line[0])]
@@ -229,20 +231,20 @@ def merge(found: Sequence[Row]) -> list[Row]:
     return rows
 
 
-def _once(rows: Sequence[Row]) -> bool:
+def _once(rows: Sequence[ResultRow]) -> bool:
     """Whether no set occurs twice."""
     return len({row.scores[0].dataset for row in rows}) == len(rows)
 
 
-def _own(row: Row) -> bool:
+def _own(row: ResultRow) -> bool:
     """Whether weights were trained on what belongs to the set that they are tested on."""
     name = row.scores[0].dataset
     return {TESTED_BY.get(one, one) for one in row.trained_on} == (MIXED if name == "Mixed" else {name})
 
 
-def _groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[tuple[Any, list[Row]]]:
+def _groups(rows: Iterable[ResultRow], key: Callable[[ResultRow], Any]) -> list[tuple[Any, list[ResultRow]]]:
     """Rows that agree in a key, which need not be hashable, in the order they came."""
-    groups: list[tuple[Any, list[Row]]] = []
+    groups: list[tuple[Any, list[ResultRow]]] = []
     for row in rows:
         mine = key(row)
         for other, members in groups:
@@ -254,7 +256,7 @@ def _groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[tuple[Any, l
     return groups
 
 
-def _joined(rows: list[Row]) -> Row:
+def _joined(rows: list[ResultRow]) -> ResultRow:
     """One line of several; what differs is told side by side."""
     sets = tuple(dict.fromkeys(name for row in rows for name in row.trained_on))
     return replace(
@@ -268,7 +270,7 @@ def _joined(rows: list[Row]) -> Row:
     )
 
 
-def published(sets: set[str], protocol: str) -> list[Row]:
+def published_rows(sets: set[str], protocol: str) -> list[ResultRow]:
     """Rows of the papers that have numbers on any of the sets; a note says what they stand on."""
     text = (importlib.resources.files("derain") / "published.yaml").read_text(encoding="utf-8")
     rows = []
@@ -282,7 +284,7 @@ def published(sets: set[str], protocol: str) -> list[Row]:
             millions, billions = numbers.get("cost", (None, None))
             if scores:
                 rows.append(
-                    Row(
+                    ResultRow(
                         method,
                         {},
                         (),
@@ -298,7 +300,7 @@ def published(sets: set[str], protocol: str) -> list[Row]:
     return rows
 
 
-def labels(rows: Sequence[Row]) -> list[str]:
+def row_labels(rows: Sequence[ResultRow]) -> list[str]:
     """Names of the rows: the method, where it differs from another row of it, and weights or file where it does not."""
     told = []
     for row in rows:
@@ -309,7 +311,7 @@ def labels(rows: Sequence[Row]) -> list[str]:
         differing = [key for key in row.details if any(other.details.get(key) != row.details[key] for other in kin)]
         told.append(", ".join([row.method, *(_detail(key, row.details[key]) for key in differing)]))
     ours = [place for place, row in enumerate(rows) if row.note is None]
-    files = dict(zip(ours, shortened([Path(rows[place].file) for place in ours]), strict=True))
+    files = dict(zip(ours, shorten_paths([Path(rows[place].file) for place in ours]), strict=True))
     for known in ({place: rows[place].weights or "no weights" for place in ours}, files):
         seen = Counter((told[place], rows[place].trained_on) for place in ours)
         twice = [place for place in ours if seen[told[place], rows[place].trained_on] > 1]
@@ -318,11 +320,11 @@ def labels(rows: Sequence[Row]) -> list[str]:
     return told
 
 
-def shortened(paths: Sequence[Path]) -> list[str]:
+def shorten_paths(paths: Sequence[Path]) -> list[str]:
     """Names of several places without the folders that they have in common.
 
     Example:
-        >>> shortened([Path("/runs/a/fit-1"), Path("/runs/b/fit-1")]), shortened([Path("/runs/a/fit-1")])
+        >>> shorten_paths([Path("/runs/a/fit-1"), Path("/runs/b/fit-1")]), shorten_paths([Path("/runs/a/fit-1")])
         (['a/fit-1', 'b/fit-1'], ['fit-1'])
     """
     parts = [path.resolve().parts for path in paths]

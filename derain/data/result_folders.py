@@ -22,7 +22,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Job:
+class ScoringPair:
     """A derained image and its clean one.
 
     Attributes:
@@ -55,7 +55,7 @@ class Job:
         return derained, clean
 
 
-def find_jobs(derained: Path, clean: str | None) -> list[Job]:
+def find_scoring_pairs(derained: Path, clean: str | None) -> list[ScoringPair]:
     """Find which clean image belongs to which derained one, by name.
 
     Raises:
@@ -68,10 +68,10 @@ def find_jobs(derained: Path, clean: str | None) -> list[Job]:
     else:
         raise DerainError(f"{derained}: no such file or folder; give the folder of derained images")
     if clean is None:
-        return [Job(name, file, None) for name, file in files.items()]
+        return [ScoringPair(name, file, None) for name, file in files.items()]
     if Path(clean).is_file():
         if derained.is_file():
-            return [Job(derained.stem, derained, Path(clean))]
+            return [ScoringPair(derained.stem, derained, Path(clean))]
         raise DerainError(f"{clean}: is one file, but {derained} is a folder; give the folder of clean images")
     names, part, where = list(files), derained.is_file(), (str(derained), clean)
     candidates = _references(clean, derained if part else next(iter(files.values())))
@@ -89,7 +89,7 @@ def find_jobs(derained: Path, clean: str | None) -> list[Job]:
     found = fit.only(where, part)
     if title:
         print(f"clean images: {title}", file=sys.stderr)
-    return [Job(name, file, references[found[name]]) for name, file in files.items()]
+    return [ScoringPair(name, file, references[found[name]]) for name, file in files.items()]
 
 
 def _images(folder: Path) -> dict[str, Path]:
@@ -137,7 +137,7 @@ def _references(clean: str, derained: Path) -> list[tuple[str, dict[str, Path | 
     return sets or [("", dict(_images(Path(clean))))]
 
 
-def match(
+def match_names(
     derained: Sequence[str],
     clean: Sequence[str],
     *,
@@ -161,11 +161,11 @@ def match(
         DerainError: If an image is left over on either side, or fits several.
 
     Example:
-        >>> match(["rain-1", "rain-2"], ["norain-001", "norain-002"])
+        >>> match_names(["rain-1", "rain-2"], ["norain-001", "norain-002"])
         {'rain-1': 'norain-001', 'rain-2': 'norain-002'}
-        >>> match(["901_1", "901_2", "902_1"], ["901", "902"])
+        >>> match_names(["901_1", "901_2", "902_1"], ["901", "902"])
         {'901_1': '901', '901_2': '901', '902_1': '902'}
-        >>> match(["scene_3_12"], ["3", "12"], part=True)
+        >>> match_names(["scene_3_12"], ["3", "12"], part=True)
         Traceback (most recent call last):
         derain.errors.DerainError: DERAINED: scene_3_12 fits several images of CLEAN: 3, 12; give the clean file
     """

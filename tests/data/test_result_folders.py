@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from derain.data.results import find_jobs, match
+from derain.data.result_folders import find_scoring_pairs, match_names
 from derain.errors import DerainError
 from tests.factories import clean_image, save
 
@@ -22,40 +22,40 @@ def files(jobs):
 
 def test_files_are_found_by_name(folders):
     derained, clean = folders
-    assert files(find_jobs(derained, str(clean))) == [
+    assert files(find_scoring_pairs(derained, str(clean))) == [
         (f"rain-{index:03d}", f"rain-{index:03d}.png", f"norain-{index}.png") for index in range(3)
     ]
     one = derained / "rain-001.png"
-    assert files(find_jobs(one, str(clean))) == [("rain-001", "rain-001.png", "norain-1.png")]
-    assert files(find_jobs(one, str(clean / "norain-2.png"))) == [("rain-001", "rain-001.png", "norain-2.png")]
-    assert files(find_jobs(one, None)) == [("rain-001", "rain-001.png", None)]
+    assert files(find_scoring_pairs(one, str(clean))) == [("rain-001", "rain-001.png", "norain-1.png")]
+    assert files(find_scoring_pairs(one, str(clean / "norain-2.png"))) == [("rain-001", "rain-001.png", "norain-2.png")]
+    assert files(find_scoring_pairs(one, None)) == [("rain-001", "rain-001.png", None)]
 
 
 def test_a_plain_folder_below_a_side_by_side_set_is_no_side_by_side_set(tmp_path):
     for index in range(2):
         save(tmp_path / "Rain800" / "test_syn" / f"{index + 1}.jpg", clean_image(index))
         save(tmp_path / "derained" / f"{index + 1}.png", clean_image(index))
-    found = find_jobs(tmp_path / "derained", str(tmp_path / "Rain800"))
+    found = find_scoring_pairs(tmp_path / "derained", str(tmp_path / "Rain800"))
     assert files(found) == [("1", "1.png", "1.jpg"), ("2", "2.png", "2.jpg")]
 
 
 def test_comparisons_written_by_restore_are_no_results(folders):
     derained, clean = folders
     save(derained / "rain-001.png-compare.png", clean_image(9, (48, 200)))
-    assert len(find_jobs(derained, str(clean))) == 3
+    assert len(find_scoring_pairs(derained, str(clean))) == 3
 
 
 def test_refuses_two_files_of_one_name(folders):
     derained, clean = folders
     save(derained / "rain-001.jpg", clean_image(1))
     with pytest.raises(DerainError, match=r"rain-001\.(png|jpg): .*rain-001\.(png|jpg)"):
-        find_jobs(derained, str(clean))
+        find_scoring_pairs(derained, str(clean))
 
 
 def test_refuses_other_sizes_and_names_file_and_sizes(folders):
     derained, clean = folders
     save(derained / "rain-001.png", clean_image(1, (24, 32)))
-    job = find_jobs(derained, str(clean))[1]
+    job = find_scoring_pairs(derained, str(clean))[1]
     with pytest.raises(DerainError, match=r"rain-001\.png: is 32x24, but the clean image .*norain-1\.png is 64x48"):
         job.read()
 
@@ -80,12 +80,12 @@ def test_refuses_other_sizes_and_names_file_and_sizes(folders):
 )
 def test_names_match(derained, clean):
     shuffled = clean[::-1]
-    assert match(derained, shuffled) == dict(zip(derained, clean, strict=True))
+    assert match_names(derained, shuffled) == dict(zip(derained, clean, strict=True))
 
 
 def test_one_clean_image_serves_several_numbered_results():
     derained = [f"{i}_{j}" for i in (1, 2, 10) for j in (1, 2, 10)]
-    found = match(derained, ["10", "1", "2"])
+    found = match_names(derained, ["10", "1", "2"])
     assert all(found[name] == name.partition("_")[0] for name in derained)
 
 
@@ -103,7 +103,7 @@ def test_one_clean_image_serves_several_numbered_results():
 )
 def test_refuses_names_that_do_not_pair(derained, clean, message):
     with pytest.raises(DerainError, match=re.escape(message)) as refused:
-        match(derained, clean, where=("D", "C"))
+        match_names(derained, clean, where=("D", "C"))
     assert "\n" not in str(refused.value)
 
 
@@ -121,7 +121,7 @@ def test_refuses_names_that_do_not_pair(derained, clean, message):
 )
 def test_refuses_a_result_that_fits_several_clean_images(derained, clean, fitting):
     with pytest.raises(DerainError) as refused:
-        match([derained], clean, part=True, where=("D", "C"))
+        match_names([derained], clean, part=True, where=("D", "C"))
     assert f"{derained} fits several images of C: {fitting};" in str(refused.value)
 
 
@@ -135,7 +135,7 @@ def test_refuses_a_result_that_fits_several_clean_images(derained, clean, fittin
     ],
 )
 def test_the_whole_name_outranks_a_part_of_it(derained, clean, found):
-    assert match([derained], clean, part=True) == {derained: found}
+    assert match_names([derained], clean, part=True) == {derained: found}
 
 
 @pytest.mark.parametrize(
@@ -150,13 +150,13 @@ def test_the_whole_name_outranks_a_part_of_it(derained, clean, found):
 )
 def test_names_that_differ_in_a_sign_or_byte_do_not_match(derained, clean):
     with pytest.raises(DerainError, match="no clean image"):
-        match(derained, clean, part=True)
+        match_names(derained, clean, part=True)
 
 
 def test_images_in_folders_below_the_results_are_reported(folders, caplog):
     derained, clean = folders
     save(derained / "more/rain-009.png", clean_image(9))
-    assert len(find_jobs(derained, str(clean))) == 3
+    assert len(find_scoring_pairs(derained, str(clean))) == 3
     assert f"{derained}: 1 images in folders below it" in caplog.text
 
 
@@ -164,7 +164,7 @@ def test_explanations_are_no_results(folders):
     derained, clean = folders
     save(derained / "rain-001-explain.png", clean_image(9))
     save(derained / "rain-002.png-explain.png", clean_image(9))
-    assert len(find_jobs(derained, str(clean))) == 3
+    assert len(find_scoring_pairs(derained, str(clean))) == 3
 
 
 def test_the_split_that_fits_is_taken_and_two_that_fit_are_refused(tmp_path, capsys):
@@ -174,12 +174,15 @@ def test_the_split_that_fits_is_taken_and_two_that_fit_are_refused(tmp_path, cap
                 save(tmp_path / f"s/{split}/{side}/{number}.png", clean_image(number))
     for number in (1, 2, 3):
         save(tmp_path / f"derained/{number}.png", clean_image(number))
-    jobs = find_jobs(tmp_path / "derained", str(tmp_path / "s"))
+    jobs = find_scoring_pairs(tmp_path / "derained", str(tmp_path / "s"))
     assert {job.clean.clean.parent.parent.name for job in jobs} == {"train"}
     assert "s, train" in capsys.readouterr().err
     with pytest.raises(DerainError, match=r"1\.png: .* s, test and s, train"):
-        find_jobs(tmp_path / "derained/1.png", str(tmp_path / "s"))
-    assert find_jobs(tmp_path / "derained/3.png", str(tmp_path / "s"))[0].clean.clean.parent.parent.name == "train"
+        find_scoring_pairs(tmp_path / "derained/1.png", str(tmp_path / "s"))
+    assert (
+        find_scoring_pairs(tmp_path / "derained/3.png", str(tmp_path / "s"))[0].clean.clean.parent.parent.name
+        == "train"
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,7 +205,7 @@ def test_the_strictest_reading_of_all_splits_is_taken(tmp_path, test, train, res
     save(derained, clean_image(0))
     if found is None:
         with pytest.raises(DerainError, match=re.escape(str(derained))):
-            find_jobs(derained, str(tmp_path / "s"))
+            find_scoring_pairs(derained, str(tmp_path / "s"))
     else:
-        (job,) = find_jobs(derained, str(tmp_path / "s"))
+        (job,) = find_scoring_pairs(derained, str(tmp_path / "s"))
         assert job.clean.clean == tmp_path / "s" / found

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from derain.data.layouts import LAYOUTS, SPLIT_FOLDERS, Split
-from derain.data.matching import Matched, inventory, listing, match, set_folders
-from derain.data.pairs import detect
+from derain.data.name_matching import PairedFiles, find_set_folders, inventory, list_relative, pair_files
+from derain.data.pairs import detect_layout
 from derain.errors import DerainError
 
 
 @dataclass(frozen=True, eq=False)
-class FoundSet:
+class DataSplit:
     """A split of a set that lies somewhere.
 
     Attributes:
@@ -27,14 +27,14 @@ class FoundSet:
     split: Split
     layout: str
     root: Path
-    matched: Matched
+    matched: PairedFiles
 
     def __str__(self) -> str:
         """Set and split."""
         return f"{self.name} {self.split}"
 
 
-def find_sets(root: Path, layout: str | None = None) -> list[FoundSet]:
+def find_sets(root: Path, layout: str | None = None) -> list[DataSplit]:
     """Finds all splits of all sets below a folder, or of the set that it is, without a warning of skipped images.
 
     Args:
@@ -44,7 +44,7 @@ def find_sets(root: Path, layout: str | None = None) -> list[FoundSet]:
     Raises:
         DerainError: If there is no set.
     """
-    files = listing(root, warn=False)
+    files = list_relative(root, warn=False)
     if layout is not None:
         if layout not in LAYOUTS:
             raise DerainError(f"--layout {layout}: no such layout; known are {', '.join(LAYOUTS)}")
@@ -56,20 +56,20 @@ def find_sets(root: Path, layout: str | None = None) -> list[FoundSet]:
     return _by_name(root, files) or _by_files(root, files)
 
 
-def _by_name(root: Path, files: Sequence[str]) -> list[FoundSet]:
+def _by_name(root: Path, files: Sequence[str]) -> list[DataSplit]:
     """Sets whose folders bear their names; files that two could claim belong to the outer, then to the first."""
     candidates = [
         (len(folder.parts), place, folder, name)
         for place, (name, layout) in enumerate(LAYOUTS.items())
         if layout.without is None and layout.folders  # strict sets have the files of another
-        for folder in set_folders(name, root)
+        for folder in find_set_folders(name, root)
     ]
-    found: list[FoundSet] = []
+    found: list[DataSplit] = []
     claimed: set[Path] = set()
     for _, _, folder, name in sorted(candidates, key=lambda one: one[:2]):
         below = folder.relative_to(root)
         inside = [Path(file).relative_to(below).as_posix() for file in _below(below, files)]
-        inside = inside or listing(folder, warn=False)  # a link to a folder that is listed by its own path
+        inside = inside or list_relative(folder, warn=False)  # a link to a folder that is listed by its own path
         splits = [one for one in _splits(name, name, folder, inside) if not claimed & _rainy(one)]
         found += splits
         claimed.update(*(_rainy(one) for one in splits))
@@ -82,16 +82,16 @@ def _below(folder: Path, files: Sequence[str]) -> Iterator[str]:
     return (file for file in files if file.startswith(prefix))
 
 
-def _rainy(one: FoundSet) -> frozenset[Path]:
+def _rainy(one: DataSplit) -> frozenset[Path]:
     return frozenset(rainy for _, rainy, _ in one.matched.pairs)
 
 
-def _by_files(root: Path, files: Sequence[str]) -> list[FoundSet]:
+def _by_files(root: Path, files: Sequence[str]) -> list[DataSplit]:
     """The set that the files make the folder out to be."""
     splits: tuple[Split, ...] = ("train", "test", "predict")
     for split in splits:
         try:
-            name, _, _ = detect(root, split, files)
+            name, _, _ = detect_layout(root, split, files)
         except DerainError:
             if split == "predict":
                 raise
@@ -100,18 +100,18 @@ def _by_files(root: Path, files: Sequence[str]) -> list[FoundSet]:
     return []
 
 
-def _splits(name: str, layout: str, root: Path, files: Sequence[str]) -> list[FoundSet]:
+def _splits(name: str, layout: str, root: Path, files: Sequence[str]) -> list[DataSplit]:
     """The splits of one set; of several that consist of the same files the likeliest."""
-    best: dict[frozenset[Path], FoundSet] = {}
+    best: dict[frozenset[Path], DataSplit] = {}
     for split in LAYOUTS[layout].files:
-        one = FoundSet(name, split, layout, root, match(layout, split, root, files))
+        one = DataSplit(name, split, layout, root, pair_files(layout, split, root, files))
         if one.matched.pairs:
             other = best.setdefault(_rainy(one), one)
             best[_rainy(one)] = max(other, one, key=_likelihood)
     return list(best.values())
 
 
-def _likelihood(one: FoundSet) -> tuple[bool, bool]:
+def _likelihood(one: DataSplit) -> tuple[bool, bool]:
     """Whether a split has the published count, and whether the folder is named after it."""
     folders = SPLIT_FOLDERS.get(one.split, "predict")
     named = re.match(folders, one.root.resolve().name, re.IGNORECASE) is not None

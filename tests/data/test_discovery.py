@@ -1,7 +1,7 @@
 import pytest
 
+from derain.data.discovery import find_sets
 from derain.data.layouts import LAYOUTS
-from derain.data.sets import find_sets
 from derain.errors import DerainError
 from tests.factories import make_set
 

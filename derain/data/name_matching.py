@@ -16,7 +16,7 @@ _DEPTH = 3  # folders below the data root in which a set is looked for
 
 
 @dataclass(frozen=True)
-class Matched:
+class PairedFiles:
     """What a layout makes of the files of a split.
 
     Attributes:
@@ -35,7 +35,7 @@ class Matched:
     unused: tuple[tuple[Files, int], ...] = ()
 
 
-def listing(root: Path, *, warn: bool = True) -> list[str]:
+def list_relative(root: Path, *, warn: bool = True) -> list[str]:
     """Image files below a folder, ``/`` between folders, in natural order.
 
     Args:
@@ -51,7 +51,7 @@ def listing(root: Path, *, warn: bool = True) -> list[str]:
     return [path.relative_to(root).as_posix() for path in files]
 
 
-def match(name: str, split: Split, root: Path, files: Sequence[str] | None = None) -> Matched:
+def pair_files(name: str, split: Split, root: Path, files: Sequence[str] | None = None) -> PairedFiles:
     """Pair files by the first variant of a layout that fits; none does if there are no pairs.
 
     Args:
@@ -60,7 +60,7 @@ def match(name: str, split: Split, root: Path, files: Sequence[str] | None = Non
         root: The set's folder.
         files: Image files below it, ``/`` between folders; listed if not given.
     """
-    files = listing(root) if files is None else files
+    files = list_relative(root) if files is None else files
     variants = LAYOUTS[name].files
     source: Split = "test" if split == "predict" and "predict" not in variants else split
     prefixes = [f"(?:{SPLIT_FOLDERS[source]})/", ""] if source in SPLIT_FOLDERS else [""]
@@ -69,14 +69,14 @@ def match(name: str, split: Split, root: Path, files: Sequence[str] | None = Non
         tries = (_match(variant, prefix, root, files) for prefix in prefixes)
         fits += [matched for matched in tries if matched.pairs][:1]
     if not fits:
-        return Matched()
+        return PairedFiles()
     matched = _compared(fits[0], fits[1:])
     if split == "predict":
         return replace(matched, pairs=tuple((name, rainy, None) for name, rainy, _ in matched.pairs))
     return matched
 
 
-def _compared(chosen: Matched, others: Sequence[Matched]) -> Matched:
+def _compared(chosen: PairedFiles, others: Sequence[PairedFiles]) -> PairedFiles:
     """Add what the later variants make of the files: other clean images, and pairs of other files."""
     clean = {rainy: partner for _, rainy, partner in chosen.pairs}
     clashes = list(chosen.clashes)
@@ -92,7 +92,7 @@ def _compared(chosen: Matched, others: Sequence[Matched]) -> Matched:
     return replace(chosen, clashes=tuple(dict.fromkeys(clashes)), unused=tuple(unused))
 
 
-def _match(variant: Files, prefix: str, root: Path, files: Sequence[str]) -> Matched:
+def _match(variant: Files, prefix: str, root: Path, files: Sequence[str]) -> PairedFiles:
     rainy = _keyed(prefix + variant.rainy, variant.numbers, files, auxiliary=variant.auxiliary)
     unpaired, clashes = [], []
     matched: list[tuple[str, str | None]] = []
@@ -124,7 +124,7 @@ def _match(variant: Files, prefix: str, root: Path, files: Sequence[str]) -> Mat
         (name, root / file, None if partner is None else root / partner)
         for name, (file, partner) in zip(_names([file for file, _ in matched]), matched, strict=True)
     ]
-    return Matched(
+    return PairedFiles(
         tuple(sorted(pairs, key=lambda pair: natural_key(pair[0]))),
         tuple(root / file for file in sorted(unpaired, key=natural_key)),
         tuple((root / first, root / second) for first, second in clashes),
@@ -165,20 +165,20 @@ def _names(files: Sequence[str]) -> list[str]:
     """Return the shortest names that differ on any file system: stems, else paths without ending, else paths."""
     stems = [Path(file).stem for file in files]
     paths = [file.rpartition(".")[0] for file in files]
-    return next((names for names in (stems, paths) if len({*map(canonical, names)}) == len(names)), list(files))
+    return next((names for names in (stems, paths) if len({*map(canonical_name, names)}) == len(names)), list(files))
 
 
-def canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
     """Return what a name has in common with those that some file systems take for the same one.
 
     Example:
-        >>> canonical("Cafe\u0301") == canonical("caf\u00e9")
+        >>> canonical_name("Cafe\u0301") == canonical_name("caf\u00e9")
         True
     """
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def set_folders(name: str, data_root: Path) -> list[Path]:
+def find_set_folders(name: str, data_root: Path) -> list[Path]:
     """Return the folders below the data root, or the root itself, that have a set's name; the nearest first.
 
     Of links to one folder only the nearest counts.
@@ -190,7 +190,7 @@ def set_folders(name: str, data_root: Path) -> list[Path]:
         raise DerainError(f"{data_root}: no such folder; give the folder that holds the data sets")
     found = []
     for folder in (data_root, *_subfolders(data_root, _DEPTH)):
-        rank = bears_name(folder, name)
+        rank = folder_alias_index(folder, name)
         if rank is not None:
             found.append((len(folder.parts), rank, folder))
     nearest: dict[Path, Path] = {}
@@ -199,7 +199,7 @@ def set_folders(name: str, data_root: Path) -> list[Path]:
     return list(nearest.values())
 
 
-def bears_name(folder: Path, name: str) -> int | None:
+def folder_alias_index(folder: Path, name: str) -> int | None:
     """Return which of a set's folder names a folder, or what it links to, has in any case; None if none."""
     paths = [[part.lower() for part in path.parts] for path in (folder.absolute(), folder.resolve())]
     tails = [tail.lower().split("/") for tail in LAYOUTS[name].folders]

@@ -1,4 +1,4 @@
-from derain.data.matching import inventory, listing, match, set_folders
+from derain.data.name_matching import find_set_folders, inventory, list_relative, pair_files
 from tests.factories import clean_image, make_set, save
 
 
@@ -17,7 +17,7 @@ def pairs(matched, root):
 
 def test_files_without_partner_and_files_for_one_place_are_told(tmp_path):
     touch(tmp_path, "input/a.png", "target/a.png", "input/b.png", "target/c.png", "target/a.jpg", "input/A.bmp")
-    matched = match("folder", "train", tmp_path)
+    matched = pair_files("folder", "train", tmp_path)
     assert pairs(matched, tmp_path) == [("A", "input/A.bmp", "target/a.jpg")]
     assert [path.name for path in matched.unpaired] == ["b.png", "c.png"]
     assert [(a.name, b.name) for a, b in matched.clashes] == [("a.jpg", "a.png"), ("A.bmp", "a.png")]
@@ -25,42 +25,42 @@ def test_files_without_partner_and_files_for_one_place_are_told(tmp_path):
 
 def test_the_first_way_that_gives_pairs_is_taken(tmp_path):
     touch(tmp_path, "rainy/rain-001.png", "norain-001.png", "input/1.png", "target/1.png")
-    matched = match("Rain100L", "test", tmp_path)
+    matched = pair_files("Rain100L", "test", tmp_path)
     assert pairs(matched, tmp_path) == [("rain-001", "rainy/rain-001.png", "norain-001.png")]
     assert str(matched.variant) == "rainy/rain-{n} with norain-{n}"
 
 
 def test_a_strip_of_x2_and_folders_in_names(tmp_path):
     touch(tmp_path, "train/rain/X2/norain-3x2.png", "train/norain/norain-3.png")
-    assert pairs(match("Rain200H", "train", tmp_path), tmp_path)[0][0] == "norain-3x2"
+    assert pairs(pair_files("Rain200H", "train", tmp_path), tmp_path)[0][0] == "norain-3x2"
     touch(tmp_path / "own", "input/s1/a.png", "target/s1/a.png", "input/s2/a.png", "target/s2/a.png")
-    names = [name for name, _, _ in pairs(match("folder", "test", tmp_path / "own"), tmp_path)]
+    names = [name for name, _, _ in pairs(pair_files("folder", "test", tmp_path / "own"), tmp_path)]
     assert names == ["input/s1/a", "input/s2/a"]
 
 
 def test_video_frames_share_their_clean_image(tmp_path):
     touch(tmp_path, *(f"real_world/012/012-{frame}/012-{frame}_64_0.png" for frame in (1, 2)))
     touch(tmp_path, "real_world_gt/012/012_64_0.png", "real_world_gt/013/013_64_0.png")
-    matched = match("SPA-Data", "train", tmp_path)
+    matched = pair_files("SPA-Data", "train", tmp_path)
     assert [name for name, _, _ in matched.pairs] == ["012-1_64_0", "012-2_64_0"]
     assert [path.name for path in matched.unpaired] == ["013_64_0.png"]
 
 
 def test_hidden_files_and_other_files_are_no_images(tmp_path):
     touch(tmp_path, ".thumbs/a.png", "a.png", "notes.txt", "b/.c.png", "b/10.JPG", "b/9.jpg")
-    assert listing(tmp_path) == ["a.png", "b/9.jpg", "b/10.JPG"]
+    assert list_relative(tmp_path) == ["a.png", "b/9.jpg", "b/10.JPG"]
 
 
 def test_folders_of_a_set_are_listed_the_nearest_first(tmp_path):
     for folder in ("deep/down/Rain12", "rain12", "x/RAIN12", "Rain120", ".hidden/Rain12"):
         (tmp_path / folder).mkdir(parents=True)
-    assert [path.relative_to(tmp_path).as_posix() for path in set_folders("Rain12", tmp_path)] == [
+    assert [path.relative_to(tmp_path).as_posix() for path in find_set_folders("Rain12", tmp_path)] == [
         "rain12",
         "x/RAIN12",
         "deep/down/Rain12",
     ]
     (tmp_path / "Rain100L/train").mkdir(parents=True)
-    assert set_folders("RainTrainL", tmp_path) == [tmp_path / "Rain100L/train"]
+    assert find_set_folders("RainTrainL", tmp_path) == [tmp_path / "Rain100L/train"]
 
 
 def test_an_inventory_tells_what_is_there(tmp_path):

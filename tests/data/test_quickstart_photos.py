@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-from derain.data.backgrounds import describe, same
-from derain.data.photos import PHOTOS, write_photos
+from derain.data.backgrounds import compute_signature, find_matches
+from derain.data.quickstart_photos import PHOTOS, write_photos
 from derain.errors import DerainError
 from derain.images import image_files, read_rgb
 
@@ -39,17 +39,19 @@ def test_tiles_make_up_the_photo(tmp_path):
 @shipped
 def test_no_photo_is_in_both_splits(tmp_path):
     write_photos(tmp_path)
-    train, test = ([describe(read_rgb(path)) for path in image_files(tmp_path / split)] for split in ("train", "test"))
-    assert same(train, test) == []
-    assert same(train) == [], "tiles do not overlap"
-    assert same(train, [train[5]]), "which would be found"
+    train, test = (
+        [compute_signature(read_rgb(path)) for path in image_files(tmp_path / split)] for split in ("train", "test")
+    )
+    assert find_matches(train, test) == []
+    assert find_matches(train) == [], "tiles do not overlap"
+    assert find_matches(train, [train[5]]), "which would be found"
 
 
 @shipped
 def test_scikit_image_and_torch_are_not_imported(tmp_path):
     code = (
-        "import sys; from pathlib import Path; import derain.data.rain; from derain.data import photos\n"
-        f"photos.write_photos(Path({str(tmp_path)!r}))\n"
+        "import sys; from pathlib import Path; import derain.data.rain; from derain.data import quickstart_photos\n"
+        f"quickstart_photos.write_photos(Path({str(tmp_path)!r}))\n"
         "print([name for name in ('skimage', 'torch', 'lightning', 'albumentations') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

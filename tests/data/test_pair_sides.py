@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from derain.data.pair_sides import rain_cues, rain_scores
 from derain.data.pairs import find_pairs
-from derain.data.sides import rain_cues, rain_scores
 from tests.factories import add_rain, photo
 
 

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from derain.data import digests as module
+from derain.data import file_hashes as module
 from derain.data.cache import fingerprint
-from derain.data.digests import digests
+from derain.data.file_hashes import file_hashes
 from derain.data.pairs import Pair
 from derain.folders import cache_folder
 
@@ -48,21 +48,21 @@ def read(monkeypatch):
 
 
 def test_a_file_is_read_once_until_it_changes(files, read):
-    first = digests(files)
+    first = file_hashes(files)
     assert len(set(first)) == 3
     assert sorted(read) == sorted(file.name for file in files)
     read.clear()
-    assert digests(files[::-1]) == first[::-1]
+    assert file_hashes(files[::-1]) == first[::-1]
     assert read == []
     files[0].write_bytes(b"other")
-    assert digests(files)[1:] == first[1:]
-    assert digests(files)[0] != first[0]
+    assert file_hashes(files)[1:] == first[1:]
+    assert file_hashes(files)[0] != first[0]
     assert set(read) == {"1.png"}
 
 
 @pytest.mark.parametrize("how", ["in its old place", "by another file"])
 def test_content_that_changes_behind_equal_size_and_time_is_read(files, read, how):
-    (first,) = digests(files[:1])
+    (first,) = file_hashes(files[:1])
     times = files[0].stat()
     changed = bytes(len(files[0].read_bytes()))
     if how == "in its old place":
@@ -72,13 +72,13 @@ def test_content_that_changes_behind_equal_size_and_time_is_read(files, read, ho
         files[1].replace(files[0])
     os.utime(files[0], ns=(times.st_atime_ns, times.st_mtime_ns))
     assert files[0].stat().st_mtime_ns == times.st_mtime_ns
-    assert digests(files[:1]) != [first]
+    assert file_hashes(files[:1]) != [first]
 
 
 def test_a_file_that_has_just_changed_is_not_remembered(files, read, monkeypatch):
     monkeypatch.setattr(module, "SETTLED", 3600 * 10**9)
-    digests(files)
-    digests(files)
+    file_hashes(files)
+    file_hashes(files)
     assert len(read) == 6
 
 
@@ -92,21 +92,21 @@ def test_a_file_that_has_just_changed_is_not_remembered(files, read, monkeypatch
     ],
 )
 def test_a_damaged_cache_counts_as_empty(files, read, damage):
-    first = digests(files)
+    first = file_hashes(files)
     for file in (cache_folder() / "digests").iterdir():
         assert json.loads(file.read_text())
         state = json.dumps(json.loads(file.read_text())["1.png"][0])
         file.write_bytes(damage.replace(b"STATE", state.encode()))
-    assert digests(files) == first
+    assert file_hashes(files) == first
 
 
 def test_links_are_read_where_they_lead(files, read):
     link = files[0].with_name("link.png")
     link.symlink_to(files[2])
-    (first,) = digests([link])
+    (first,) = file_hashes([link])
     link.unlink()
     link.symlink_to(files[1])
-    assert digests([link]) != [first]
+    assert file_hashes([link]) != [first]
 
 
 def test_a_fingerprint_is_that_of_the_content_with_and_without_cache(tmp_path, read, caplog):

@@ -25,7 +25,7 @@ Entry = tuple[list[int], bytes]
 """Size, inode and times of a file when it was hashed, and its SHA-256."""
 
 
-def digests(files: Sequence[Path]) -> list[bytes]:
+def file_hashes(files: Sequence[Path]) -> list[bytes]:
     """Return the SHA-256 of each file's content, from the cache where size, inode and times are unchanged.
 
     The cache has one JSON file for each folder of images, in ``cache_folder()/digests``.
@@ -61,7 +61,7 @@ def digests(files: Sequence[Path]) -> list[bytes]:
     return [found[file] for file in files]
 
 
-def remembered(what: str, files: Sequence[Path], compute: Callable[[], list[int]]) -> list[int]:
+def cached_numbers(what: str, files: Sequence[Path], compute: Callable[[], list[int]]) -> list[int]:
     """Return numbers that depend on the contents of files alone, from the cache if they were computed before.
 
     Args:
@@ -72,7 +72,7 @@ def remembered(what: str, files: Sequence[Path], compute: Callable[[], list[int]
     Raises:
         FileNotFoundError: If a file is absent.
     """
-    key = hashlib.sha256(b"\0".join([what.encode(), *digests(files)])).hexdigest()[:16]
+    key = hashlib.sha256(b"\0".join([what.encode(), *file_hashes(files)])).hexdigest()[:16]
     path = cache_folder() / "computed" / f"{key}.json"
     try:
         return list(map(int, json.loads(path.read_bytes())))
