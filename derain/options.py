@@ -57,9 +57,8 @@ class CommandParser(argparse.ArgumentParser):
         ...     '''
         ...     print(" ".join([text.upper()] * times))
         ...     return 0
-        >>> CommandParser("derain shout", shout).call(["rain", "--times", "2"])
-        RAIN RAIN
-        0
+        >>> CommandParser("derain shout", shout).parse(["rain", "--times", "2"])
+        {'text': 'rain', 'times': 2}
     """
 
     def __init__(self, prog: str, function: Command) -> None:
@@ -72,7 +71,8 @@ class CommandParser(argparse.ArgumentParser):
     def _add_parameter(self, parameter: inspect.Parameter, description: str) -> None:
         settings = _type_settings(parameter.annotation)
         default = parameter.default
-        if default not in (None, False, (), inspect.Parameter.empty):
+        has_default = default not in (None, (), inspect.Parameter.empty) and default is not False
+        if has_default:
             text = " ".join(default) if isinstance(default, tuple) else default
             description += f" (default {text})"
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
@@ -83,19 +83,8 @@ class CommandParser(argparse.ArgumentParser):
             settings["nargs"] = "?"
         self.add_argument(parameter.name, help=_escape(description), **settings)
 
-    def call(self, arguments: Sequence[str]) -> int:
-        """Parse a command line and call the function; options that are not given keep the function's defaults.
-
-        Returns:
-            The exit code.
-
-        Raises:
-            DerainError: If an argument is unknown, missing or wrong.
-        """
-        return self.function(**self.parse(arguments))
-
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """Return the arguments that are given, by parameter.
+        """Return the arguments of a command line by parameter, without those that keep their default.
 
         Raises:
             DerainError: If an argument is unknown, missing or wrong.
@@ -161,17 +150,28 @@ def run_command(prog: str, module: types.ModuleType, arguments: Sequence[str]) -
     Raises:
         DerainError: If an argument is unknown, missing or wrong.
     """
-    tasks: Mapping[str, Command] | None = getattr(module, "TASKS", None)
-    if tasks is None:
-        function = getattr(module, module.__name__.rpartition(".")[2])
-        return CommandParser(prog, function).call(arguments)
-    task = arguments[0] if arguments else "TASK"
-    if task in {"-h", "--help"}:
+    tasks = getattr(module, "TASKS", None)
+    if tasks is not None and arguments[:1] in (["-h"], ["--help"]):
         print(_tasks_usage(prog, module, tasks))
         return 0
+    parser, options = find_parser(prog, module, arguments)
+    return parser.function(**parser.parse(options))
+
+
+def find_parser(prog: str, module: types.ModuleType, arguments: Sequence[str]) -> tuple[CommandParser, Sequence[str]]:
+    """Return the parser of a command, or of the task that the first argument names, and the remaining arguments.
+
+    Raises:
+        DerainError: If the command has tasks, and the first argument names none of them.
+    """
+    tasks: Mapping[str, Command] | None = getattr(module, "TASKS", None)
+    if tasks is None:
+        name = module.__name__.rpartition(".")[2]
+        return CommandParser(prog, getattr(module, name)), arguments
+    task = arguments[0] if arguments else "TASK"
     if task not in tasks:
         raise DerainError(f"{prog} {task}: no such task; choose {', '.join(tasks)}")
-    return CommandParser(f"{prog} {task}", tasks[task]).call(arguments[1:])
+    return CommandParser(f"{prog} {task}", tasks[task]), arguments[1:]
 
 
 def _tasks_usage(prog: str, module: types.ModuleType, tasks: Mapping[str, Command]) -> str:

@@ -48,11 +48,11 @@ class Cell(NamedTuple):
         suffix: Text after the value; a value with a suffix is never marked as the best.
     """
 
-    value: str | float | None
+    value: str | int | float | None
     suffix: str = ""
 
 
-Value = str | float | Cell | None
+Value = str | int | float | Cell | None
 
 
 @dataclass(frozen=True)

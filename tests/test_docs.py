@@ -1,6 +1,5 @@
 """What docs/ and README.md name exists: code, tests, commands and their options, files."""
 
-import argparse
 import ast
 import importlib
 import importlib.util
@@ -23,6 +22,7 @@ from derain.commands import train
 from derain.data.layouts import LAYOUTS
 from derain.images import write_image
 from derain.metrics import PROTOCOLS
+from derain.options import find_parser
 from tests.factories import clean_image, make_set
 
 ROOT = Path(__file__).parents[1]
@@ -48,13 +48,13 @@ def command_lines(page):
 LINES = sorted({tuple(line) for page in PAGES for line in command_lines(page)})
 
 
-def parser_of(command):
-    """The command's parser; None for one that LightningCLI parses, or that this version does not have."""
+def parse(command, arguments):
+    """Parse a command line, except those of LightningCLI and of commands that this version does not have."""
     if command in TRAINER or importlib.util.find_spec(f"derain.commands.{command}") is None:
-        return None
-    parser = argparse.ArgumentParser(command, exit_on_error=False)
-    importlib.import_module(f"derain.commands.{command}").add_arguments(parser)
-    return parser
+        return
+    module = importlib.import_module(f"derain.commands.{command}")
+    parser, options = find_parser(f"derain {command}", module, arguments)
+    parser.parse(options)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,9 +82,7 @@ def test_commands_are_what_they_say(line):
     for option, value in itertools.pairwise(arguments):
         if option == "--config" and value != "my-run.yaml":
             assert (ROOT / value).is_file(), value
-    parser = parser_of(command)
-    if parser is not None:
-        parser.parse_args([word for word in arguments if word != "..."])
+    parse(command, [word for word in arguments if word != "..."])
 
 
 class Parsed(Exception):

@@ -1,9 +1,7 @@
 """Write a method's network as ONNX or by torch.export, and check the file against torch at five odd sizes."""
 
-import argparse
 import sys
 from pathlib import Path
-from typing import get_args
 
 import torch
 from rich.console import Console
@@ -11,7 +9,8 @@ from rich.table import Table
 
 from derain.errors import DerainError
 from derain.images import write_whole
-from derain.methods import METHODS, exported, weights
+from derain.methods import METHODS, exported
+from derain.methods import weights as weights_files
 from derain.progress import track
 
 SIZES = ((37, 31), (63, 65), (101, 77), (1, 1), (131, 97))
@@ -21,36 +20,38 @@ ALLOWED = 1e-4
 """Largest difference of any value, where images are in [0, 1] and noise has unit variance."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the options."""
-    parser.add_argument("output", type=Path, help="the file: NAME.onnx or NAME.pt2")
-    parser.add_argument("--weights", default="default", help="name or file as of derain restore (default: %(default)s)")
-    parser.add_argument("--format", choices=get_args(exported.Format), default="onnx", help="default onnx")
-    parser.add_argument("--route", type=int, help="the route of all images (CLIP-RPN; CLIP stays outside)")
+def export(out: Path, *, weights: str = "default", format: exported.Format = "onnx", route: int | None = None) -> int:
+    """Write a method as ONNX or with torch.export, and compare the file with the method at five image sizes.
 
+    Args:
+        out: The file: NAME.onnx or NAME.pt2.
+        weights: Name or file of weights, as for derain restore.
+        format: onnx, or torch for a program of torch.export.
+        route: Route of all images (CLIP-RPN; CLIP is not part of the file).
 
-def run(args: argparse.Namespace) -> int:
-    """Exports, compares, and keeps the file if it does what the network does."""
-    suffix = exported.SUFFIXES[args.format]
-    if args.output.suffix.lower() != suffix:
-        raise DerainError(f"{args.output}: a file of --format {args.format} must end in {suffix}")
-    method, note = weights.load(args.weights)
+    Raises:
+        DerainError: If the method cannot be exported, or the file differs from it.
+    """
+    suffix = exported.SUFFIXES[format]
+    if out.suffix.lower() != suffix:
+        raise DerainError(f"{out}: a file of --format {format} must end in {suffix}")
+    method, note = weights_files.load(weights)
     if not isinstance(method, METHODS) or isinstance(method.network, exported.OnnxNetwork):
-        raise DerainError(f"{args.weights}: {note} cannot be exported; give weights of a method of derain")
-    if args.route is not None:
-        method.take_route(args.route)
+        raise DerainError(f"{weights}: {note} cannot be exported; give weights of a method of derain")
+    if route is not None:
+        method.take_route(route)
     graph = exported.graph_of(method)
-    print(f"{args.weights}: {note}; recording its network, which takes up to minutes", file=sys.stderr)
-    with write_whole(args.output) as temporary:
-        run_file = exported.write(graph, method.describe(), temporary, args.format)
+    print(f"{weights}: {note}; exporting takes up to minutes", file=sys.stderr)
+    with write_whole(out) as temporary:
+        run_file = exported.write(graph, method.describe(), temporary, format)
         differences = compare(graph, run_file)
         show(differences)
         if not max(differences.values()) <= ALLOWED:  # also if one is no number
             raise DerainError(
-                f"{args.output}: not written, as it differs from torch by more than {ALLOWED:g} (see above); "
+                f"{out}: not written, as it differs from torch by more than {ALLOWED:g} (see above); "
                 "use the weights themselves"
             )
-    print(f"wrote {args.output}", file=sys.stderr)
+    print(f"wrote {out}", file=sys.stderr)
     return 0
 
 

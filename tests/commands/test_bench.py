@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.restormer import Published
 from derain.cli import main
 from derain.commands import bench
-from derain.commands.bench import BUILDS, TINY, TINY_GAN, TINY_SDE, cost
+from derain.commands.bench import BUILDS, TINY, TINY_GAN, TINY_SDE, count_cost
 from derain.methods import CLIPRPNModule, PReNetModule, RestormerModule
 from derain.methods.weights import save
 
@@ -37,14 +37,14 @@ def small(monkeypatch):
     ],
 )
 def test_numbers_are_those_of_the_literature(name, parameters, macs, with_attention):
-    counted = cost(BUILDS[name](), 256)
+    counted = count_cost(BUILDS[name](), 256)
     assert counted["parameters"] == parameters
     for key, told in {"macs": macs, "macs_with_attention": with_attention}.items():
         assert f"{counted[key] / 1e9:.{len(told.partition('.')[2])}f}" == told
 
 
 def test_routes_that_are_not_taken_cost_parameters_alone():
-    one, three = (cost(CLIPRPNModule("fixed", prompts=list(texts), **TINY), 64) for texts in ("ab", "abc"))
+    one, three = (count_cost(CLIPRPNModule("fixed", prompts=list(texts), **TINY), 64) for texts in ("ab", "abc"))
     assert one["parameters"] < three["parameters"]
     assert one["macs"] == three["macs"]
 
@@ -56,7 +56,7 @@ def test_routes_that_are_not_taken_cost_parameters_alone():
 def test_restormer_agrees_with_torch_on_the_published_form(parts, size):
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         Published(**parts)(torch.empty(1, 3, size, size))
-    assert 2 * cost(RestormerModule(**parts), size)["macs_with_attention"] == counter.get_total_flops()
+    assert 2 * count_cost(RestormerModule(**parts), size)["macs_with_attention"] == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("variant", ["PReNet", "PReNet_r", "PRN", "PRN_r"])
@@ -64,7 +64,7 @@ def test_prenet_counts_every_convolution_of_every_stage(variant):
     """The authors' form: the first stage has a hidden state and a cell of zeros."""
     gates = 4 * 9 * 64 * 32 if variant.startswith("PReNet") else 0
     a_pixel = 9 * 6 * 32 + gates + 10 * 9 * 32 * 32 + 9 * 32 * 3
-    counted = cost(PReNetModule(variant, stages=3), 40)
+    counted = count_cost(PReNetModule(variant, stages=3), 40)
     assert counted["macs"] == counted["macs_with_attention"] == 3 * 40 * 40 * a_pixel
 
 
@@ -72,14 +72,14 @@ def test_counting_leaves_the_network_as_it_was():
     method = PReNetModule("PRN_r", stages=1)
     network = method.network
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    assert cost(method, 16) == cost(method, 16)
+    assert count_cost(method, 16) == count_cost(method, 16)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert network(torch.rand(1, 3, 8, 8)).isfinite().all()
 
 
 def test_what_was_counted_leaves_nothing_behind():
     method = BUILDS["PLNLIN, tiny"]()
-    cost(method, 64)
+    count_cost(method, 64)
     assert type(method(torch.rand(1, 3, 64, 64))) is torch.Tensor
 
 

@@ -10,12 +10,13 @@ import torch
 import yaml
 
 from derain.cli import main
-from derain.commands.table import escape, footnotes, notes
+from derain.commands.table import table_notes
 from derain.data.layouts import LAYOUTS
 from derain.data.run_summaries import merge_rows, published_rows, read_summary, row_labels, select_protocol
 from derain.images import read_rgb
 from derain.methods import PReNetModule, weights
 from derain.metrics import PROTOCOLS
+from derain.tables import escape_latex, latex_notes
 from tests.factories import make_set
 
 CONFIG = {
@@ -233,10 +234,10 @@ def test_latex_has_nothing_that_it_cannot_print():
     """Definitions of protocols and notes of published rows hold Greek letters and signs."""
     for protocol in PROTOCOLS:
         rows = published_rows(set(LAYOUTS), protocol)
-        told = "\n".join(footnotes(notes(rows, protocol)))
+        told = "\n".join(latex_notes(table_notes(rows, protocol)))
         assert told.isascii()
         assert not re.search(r"(?<!\\)[&%#_~^]", told)
-    assert escape(r"a\b~c^d_{e}") == r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\_\{e\}"
+    assert escape_latex(r"a\b~c^d_{e}") == r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\_\{e\}"
 
 
 def test_published_rows_that_are_in_doubt_say_so():

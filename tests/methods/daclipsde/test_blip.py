@@ -186,7 +186,7 @@ def test_transformers_says_nothing_besides(folder, tmp_path):
 
 
 def test_more_tokens_than_it_has_places(folder):
-    refused(folder, "--max_tokens 600", "at most 511", max_tokens=600)
+    refused(folder, "--max-tokens 600", "at most 511", max_tokens=600)
 
 
 def test_a_batch_that_does_not_fit(blip, monkeypatch):
@@ -194,7 +194,7 @@ def test_a_batch_that_does_not_fit(blip, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
 
     monkeypatch.setattr(blip._loaded[0], "generate", full)
-    with pytest.raises(DerainError, match=r"--batch_size 2: .*memory of cpu; give fewer"):
+    with pytest.raises(DerainError, match=r"--batch-size 2: .*memory of cpu; give fewer"):
         blip.captions([clean_image(0)] * 2, torch.device("cpu"))
 
 
