@@ -20,7 +20,7 @@ import psutil
 import torch
 from PIL import Image
 
-from derain.methods import PReNetModule, weights
+from derain.methods import PReNetModule
 
 USERS, EACH, ATTACKERS = 20, 10, 4
 SIZE = (320, 240)
@@ -77,7 +77,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         torch.manual_seed(0)
-        weights.save(PReNetModule(stages=1), folder / "w.safetensors")
+        PReNetModule(stages=1).save_weights(folder / "w.safetensors")
         pixels = np.random.default_rng(0).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "secret.png")
         photo = (folder / "secret.png").read_bytes()

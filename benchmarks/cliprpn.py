@@ -13,7 +13,7 @@ import torch
 from _turns import in_turns
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from derain.memory import keep_large_blocks
+from derain.memory import keep_freed_memory
 from derain.methods.clip import FrozenCLIP
 from derain.methods.cliprpn.network import CLIPRPN
 from derain.methods.cliprpn.perception import RainPerception
@@ -36,7 +36,7 @@ def perception(folder: Path) -> RainPerception:
 @torch.inference_mode()
 def main() -> int:
     """Prints the ratios; 1 if an aim is missed."""
-    keep_large_blocks()
+    keep_freed_memory()
     torch.manual_seed(0)
     routed, single = CLIPRPN(routes=2).eval(), CLIPRPN(routes=1).eval()
     image, batch = torch.rand(1, 3, 256, 256), torch.rand(4, 3, 128, 128)

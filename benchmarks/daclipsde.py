@@ -29,7 +29,7 @@ from torch import Tensor
 
 from derain import Restorer
 from derain.data.pairs import find_pairs
-from derain.memory import keep_large_blocks
+from derain.memory import keep_freed_memory
 from derain.methods import DACLIPSDEModule
 from derain.methods.daclipsde.network import ConditionalUNet
 from derain.methods.daclipsde.solvers import Sampling
@@ -86,10 +86,10 @@ def sampled(steps: int) -> int:
 @torch.inference_mode()
 def large() -> float:
     """Peak resident memory in GiB of this process after one step on an image of 2000×1500 with contexts."""
-    keep_large_blocks()
+    keep_freed_memory()
     module = DACLIPSDEModule().eval()
     module.check = lambda: None  # CLIP has no part in it: embeddings are made up
-    module.perceive = lambda rainy: {"content": torch.ones(1, 512), "degradation": torch.ones(1, 512)}
+    module.encode = lambda rainy: {"content": torch.ones(1, 512), "degradation": torch.ones(1, 512)}
     image = np.random.default_rng(0).random((1500, 2000, 3), np.float32)
     Restorer(module, device="cpu", sampling=Sampling(steps=1))(image)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -142,7 +142,7 @@ def main() -> int:
         return 0
     if options.network:
         if options.kept:
-            keep_large_blocks()
+            keep_freed_memory()
         return int(judged(options.network, options.threads, options.kept))
     if options.large:
         print(large())

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from derain.images import write_image
-from derain.methods import PReNetModule, weights
+from derain.methods import PReNetModule
 
 LIMIT = 4.0
 
@@ -21,7 +21,7 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp())
     coarse = np.random.default_rng(0).integers(0, 256, (90, 160, 3), dtype=np.uint8)
     write_image(folder / "photo.png", cv2.resize(coarse, (3840, 2160), interpolation=cv2.INTER_CUBIC))
-    weights.save(PReNetModule(), folder / "w.safetensors")
+    PReNetModule().save_weights(folder / "w.safetensors")
     command = ["-m", "derain", "restore", folder / "photo.png", folder / "out.png"]
     command += ["--weights", folder / "w.safetensors", "--device", "cpu"]
     start = time.perf_counter()

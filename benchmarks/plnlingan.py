@@ -21,7 +21,7 @@ import torch
 from _turns import in_turns, references, report
 from torch import Tensor
 
-from derain.memory import keep_large_blocks
+from derain.memory import keep_freed_memory
 from derain.methods import PLNLINGANModule
 from derain.methods.plnlingan.loss import hierarchical_losses, relativistic_losses, weighted_sum
 from derain.methods.plnlingan.network import Restored
@@ -98,7 +98,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    keep_large_blocks()
+    keep_freed_memory()
     torch.manual_seed(0)
     module = PLNLINGANModule()
     apart = max(abs(a - b) for a, b in zip(ours(module), textbook(module), strict=True))

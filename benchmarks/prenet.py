@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from derain.images import read_rgb
-from derain.memory import keep_large_blocks
-from derain.methods import PReNetModule, weights
+from derain.memory import keep_freed_memory
+from derain.methods import PReNetModule, catalog
 from derain.metrics.full_reference import psnr_ssim
 from derain.metrics.protocols import resolve
 from derain.restoration import Restorer
@@ -81,7 +81,7 @@ def method():
     """PReNet, and where its weights are from."""
     path = Path(os.environ.get("DERAIN_DATA", ""), "../weights/prenet/Rain100L/PReNet6/net_latest.pth")
     if path.is_file():
-        return weights.load(path).module, "the authors' weights"
+        return catalog.load(path).module, "the authors' weights"
     torch.manual_seed(0)
     return PReNetModule(), "random weights"
 
@@ -102,7 +102,7 @@ def timed(restore, *inputs):
 
 
 def main():
-    keep_large_blocks()  # as derain restore does; it serves both ways
+    keep_freed_memory()  # as derain restore does; it serves both ways
     rainy, clean, told = images()
     module, weights_told = method()
     state = {name: value.clone() for name, value in module.network.state_dict().items()}

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from derain.memory import keep_large_blocks
+from derain.memory import keep_freed_memory
 from derain.nn.restormer import Restormer
 from derain.restoration import computes_bf16
 
@@ -158,7 +158,7 @@ def training_step(network: nn.Module, images: Tensor) -> Callable[[], None]:
 def measured(kept: bool) -> dict[str, float]:
     """Seconds of every way, and how far each is from the published form."""
     if kept:
-        keep_large_blocks()
+        keep_freed_memory()
     torch.manual_seed(0)
     published, ours = Published().eval(), Restormer().eval()
     ours.load_state_dict(published.state_dict())

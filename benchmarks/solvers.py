@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from derain.data.pairs import find_pairs
-from derain.memory import keep_large_blocks
-from derain.methods import DACLIPSDEModule, weights
+from derain.memory import keep_freed_memory
+from derain.methods import DACLIPSDEModule, catalog
 from derain.methods.daclipsde.solvers import SOLVERS, Sampling
 from derain.metrics import psnr_ssim, resolve
 from derain.progress import track
@@ -55,13 +55,13 @@ def main() -> int:
     if not file or not os.environ.get("DERAIN_DATA"):
         print("left out: DERAIN_SDE_WEIGHTS names no weights of DACLIPSDEModule, or DERAIN_DATA no data")
         return 0
-    keep_large_blocks()
-    module = weights.load(Path(file)).module
+    keep_freed_memory()
+    module = catalog.load(Path(file)).module
     assert isinstance(module, DACLIPSDEModule)
     module = module.to(DEVICE)
     rainy, clean = crops("Rain800")
     rainy = rainy.to(DEVICE)
-    perceived = module.perceive(rainy)
+    perceived = module.encode(rainy)
     print("rainy: {:.3f} dB / {:.4f}".format(*judge(rainy.cpu(), clean)))
     print(f"{'solver':10} {'steps':>5} {'PSNR, dB':>16} {'SSIM':>16} {'seconds':>8}")
     found: dict[tuple[str, int], tuple[float, float]] = {}

@@ -1,4 +1,4 @@
-"""PNG and TIFF files of more than 8 bits a channel, which Pillow has no colour mode for: read and written by OpenCV."""
+"""Deep PNG and TIFF files (more than 8 bits per channel), for which Pillow has no colour mode: coded by OpenCV."""
 
 import struct
 import zlib
@@ -20,78 +20,110 @@ CHANNELS, PLANES, EXTRA, SAMPLE_FORMAT, PROFILE = 277, 284, 338, 339, 34675
 FLOATS = 3
 """Value of the tag SAMPLE_FORMAT."""
 
+SAMPLE_FORMATS = {1: "unsigned integers", 2: "signed integers", FLOATS: "floats"}
+
 INVERTED, GREY, RGB = 0, 1, 2
 """Values of the tag PHOTOMETRIC."""
-
-CHANNELS_OF_PNG = {0: 1, 2: 3, 4: 2, 6: 4}
-"""Channels by the colour type of a PNG."""
-
-ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
-"""Passes of an interlaced PNG: first column and row, steps between columns and rows."""
 
 PREMULTIPLIED = 1
 """Value of the tag EXTRA: colours are multiplied by alpha."""
 
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+PNG_HEADER_END = 33
+"""Length of the signature and the chunk IHDR."""
+
+PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}
+"""Colour type of a PNG to its number of channels."""
+
+PNG_TRANSPARENT_COLOUR = {0: 2, 2: 6}
+"""Colour type of a PNG to the bytes of the colour that is transparent, in 16 bits per channel."""
+
+ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+"""Passes of an interlaced PNG: first column and row, steps between columns and rows."""
+
 WRITABLE = frozenset({".png", ".tif", ".tiff"})
-"""Endings of files that can hold 16 bits a channel."""
+"""Suffixes of formats with 16 bits per channel."""
 
 
-def is_deep_png(head: bytes) -> bool:
-    """Return whether a file that begins like this is a PNG of 16 bits a channel."""
-    return head[:8] == b"\x89PNG\r\n\x1a\n" and head[24:25] == b"\x10"
+def is_deep_png(header: bytes) -> bool:
+    """Return whether a file with this header (26 bytes) is a PNG with 16 bits per channel."""
+    return header[:8] == PNG_SIGNATURE and header[24:25] == b"\x10"
 
 
 def deep_tiff_tags(file: BinaryIO) -> ImageFileDirectory_v2 | None:
-    """Return the tags of a TIFF of more than 8 bits a channel, and None for any other file.
+    """Return the tags of a TIFF with more than 8 bits per channel, and None for any other file.
 
     Raises:
-        Exception: What Pillow raises for damaged tags (SyntaxError, struct.error, ...).
+        ValueError: If the file is a big-endian BigTIFF.
+        Exception: Whatever Pillow raises for damaged tags (SyntaxError, struct.error, ...).
     """
     file.seek(0)
-    head = file.read(8)
-    if head[:4] not in {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}:
+    header = file.read(8)
+    if header[:4] not in {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}:
         return None
-    if head[:4] == b"MM\0+":  # Pillow takes it for ordinary TIFF
-        raise ValueError("BigTIFF of big-endian byte order is not supported")
-    if head[:4] == b"II+\0":  # BigTIFF has a longer head
-        head += file.read(8)
-    tags = ImageFileDirectory_v2(head)
+    if header[:4] == b"MM\0+":  # Pillow mistakes it for ordinary TIFF
+        raise ValueError("big-endian BigTIFF is not supported")
+    if header[:4] == b"II+\0":  # the header of a BigTIFF is longer
+        header += file.read(8)
+    tags = ImageFileDirectory_v2(header)
     file.seek(tags.next)
     tags.load(file)
-    return tags if max(numbers(tags, BITS, 1)) > 8 else None
+    return tags if max(tag_values(tags, BITS, 1)) > 8 else None
 
 
-def numbers(tags: ImageFileDirectory_v2, tag: int, default: int) -> tuple[int, ...]:
-    """Return the values of a tag.
+def tag_values(tags: ImageFileDirectory_v2, tag: int, default: int) -> tuple[int, ...]:
+    """Return the numbers of a tag.
+
+    Args:
+        tags: Tags of a TIFF.
+        tag: Number of the tag.
+        default: Value of a tag that is missing.
 
     Raises:
-        ValueError: If they are no numbers, such as text.
+        ValueError: If the tag contains no integers, but text for example.
     """
     value: Any = tags.get(tag, default)
     values = value if isinstance(value, tuple) else (value,)
     if not values or not all(isinstance(number, int) for number in values):
-        raise ValueError(f"TIFF tag {tag} is {str(value)[:40]!r}, expected numbers")
+        raise ValueError(f"TIFF tag {tag} is {str(value)[:40]!r}; expected integers")
     return values
 
 
 def decode(file: BinaryIO, size: tuple[int, int], tags: ImageFileDirectory_v2 | None) -> NDArray[Any]:
-    """Decode a file, 16-bit integers to [0, 1] and floats as they are.
+    """Decode a file: 16-bit integers are scaled to [0, 1], floats keep their values.
 
     Args:
-        file: PNG or TIFF.
-        size: Height and width that its head has.
-        tags: Of a TIFF.
+        file: A PNG or TIFF.
+        size: Height and width from its header.
+        tags: Tags of a TIFF; None for a PNG.
 
     Returns:
         ``(h, w, c)`` float32: grey, grey and alpha, RGB, or RGB and alpha.
 
     Raises:
-        ValueError: If the file is damaged, or of a pixel format that OpenCV does not read rightly.
+        ValueError: If the file is damaged, or has a pixel format that OpenCV decodes wrongly.
     """
-    if tags is not None:
-        _check_layout(tags)
     file.seek(0)
-    data = file.read() if tags is not None else _plain_png(file.read())
+    if tags is None:
+        data = _minimal_png(file.read())
+    else:
+        _check_layout(tags)
+        data = file.read()
+    array = _decoded_by_opencv(data, size)
+    with np.errstate(over="ignore"):  # float64 may become infinite, which is refused later as out of range
+        values = np.atleast_3d(array).astype(np.float32)
+    if array.dtype == np.uint16:
+        values /= np.float32(65535)
+    values = _swap_red_and_blue(values)
+    if tags is not None and tag_values(tags, PHOTOMETRIC, GREY)[0] == INVERTED:
+        values = 1 - values
+    if tags is not None and PREMULTIPLIED in tag_values(tags, EXTRA, 0):
+        values[..., :3] /= np.maximum(values[..., 3:], np.float32(1e-6))
+    return values
+
+
+def _decoded_by_opencv(data: bytes, size: tuple[int, int]) -> NDArray[Any]:
     try:
         array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
@@ -99,53 +131,69 @@ def decode(file: BinaryIO, size: tuple[int, int], tags: ImageFileDirectory_v2 | 
     if array is None:
         raise ValueError("pixels cannot be decoded: the file is damaged or truncated")
     if array.shape[:2] != size or array.dtype not in (np.uint16, np.float32, np.float64):
-        raise ValueError(f"pixels decode to {array.dtype} of shape {array.shape}, expected 16 bits or floats of {size}")
-    with np.errstate(over="ignore"):  # infinity is refused as any other value out of range
-        values = np.atleast_3d(array).astype(np.float32)
-    if array.dtype == np.uint16:
-        values /= np.float32(65535)
-    if values.shape[2] >= 3:  # OpenCV has BGR
-        values = values[..., [2, 1, 0, *range(3, values.shape[2])]]
-    if tags is not None and numbers(tags, PHOTOMETRIC, GREY)[0] == INVERTED:
-        values = 1 - values
-    if tags is not None and PREMULTIPLIED in numbers(tags, EXTRA, 0):
-        values[..., :3] /= np.maximum(values[..., 3:], np.float32(1e-6))
-    return values
+        raise ValueError(f"pixels decode to {array.dtype} of shape {array.shape}; expected 16 bits or floats of {size}")
+    return array
 
 
-def _plain_png(data: bytes) -> bytes:
-    """Return a PNG with nothing but checked pixels: OpenCV's decoder writes to standard error of all that is damaged.
+def _swap_red_and_blue(channels: NDArray[Any]) -> NDArray[Any]:
+    """Convert ``(h, w, c)`` from OpenCV's order of channels to RGB, or back; grey stays as it is."""
+    count = channels.shape[2]
+    return channels if count < 3 else channels[..., [2, 1, 0, *range(3, count)]]
+
+
+def _minimal_png(data: bytes) -> bytes:
+    """Return a PNG that contains nothing but checked pixels.
+
+    OpenCV's decoder writes to standard error about everything that is damaged.
 
     Raises:
         ValueError: If a chunk is damaged, or longer than the file (OpenCV would allocate memory for it).
         zlib.error: If the pixels are damaged.
     """
+    chunks = _png_chunks(data)
+    header = chunks[b"IHDR"][0]
+    compressed = b"".join(chunks[b"IDAT"])
+    width, height, _, color_type, compression, filtering, interlaced = struct.unpack(">IIBBBBB", header)
+    if color_type not in PNG_CHANNELS or compression or filtering or interlaced > 1:
+        raise ValueError("the PNG header is damaged")
+    expected = _png_bytes(height, width, 2 * PNG_CHANNELS[color_type], interlaced=interlaced == 1)
+    decoder = zlib.decompressobj()
+    pixels = decoder.decompress(compressed, expected + 1)
+    if len(pixels) != expected or not decoder.eof:
+        raise ValueError("the PNG has fewer or more pixels than its header says")
+    compressed = compressed[: len(compressed) - len(decoder.unused_data)]
+    minimal = PNG_SIGNATURE + _chunk(b"IHDR", header)
+    transparent = chunks.get(b"tRNS", [b""])[0]
+    if len(transparent) == PNG_TRANSPARENT_COLOUR.get(color_type):
+        minimal += _chunk(b"tRNS", transparent)
+    return minimal + _chunk(b"IDAT", compressed) + _chunk(b"IEND", b"")
+
+
+def _png_chunks(data: bytes) -> dict[bytes, list[bytes]]:
+    """Return the contents of a PNG's chunks by type, up to the chunk IEND."""
     chunks: dict[bytes, list[bytes]] = {}
-    start = 8
+    start = len(PNG_SIGNATURE)
     while start < len(data) and b"IEND" not in chunks:
-        end = start + 8 + int.from_bytes(data[start : start + 4])
-        kind, body = data[start + 4 : start + 8], data[start + 8 : end]
+        length = int.from_bytes(data[start : start + 4])
+        kind = data[start + 4 : start + 8]
+        end = start + 8 + length
+        body = data[start + 8 : end]
         if data[end : end + 4] != zlib.crc32(kind + body).to_bytes(4):
             raise ValueError(f"PNG chunk {kind!r} is damaged")
         chunks.setdefault(kind, []).append(body)
         start = end + 4
-    head, pixels, transparent = chunks[b"IHDR"][0], b"".join(chunks[b"IDAT"]), chunks.get(b"tRNS", [b""])[0]
-    width, height, _, colours, compression, filtering, interlaced = struct.unpack(">IIBBBBB", head)
-    if colours not in CHANNELS_OF_PNG or compression or filtering or interlaced > 1:
-        raise ValueError("the head of the PNG is damaged")
-    need = sum(
-        len(range(top, height, down)) * (1 + 2 * CHANNELS_OF_PNG[colours] * len(range(left, width, across)))
-        for left, top, across, down in (ADAM7 if interlaced else [(0, 0, 1, 1)])
-        if left < width
-    )
-    decoder = zlib.decompressobj()
-    raw = decoder.decompress(pixels, need + 1)
-    if len(raw) != need or not decoder.eof:
-        raise ValueError("PNG pixels are not as many as the head says")
-    pixels = pixels[: len(pixels) - len(decoder.unused_data)]
-    has_transparent = len(transparent) == {0: 2, 2: 6}.get(colours)
-    kept = [(b"IHDR", head), *([(b"tRNS", transparent)] if has_transparent else []), (b"IDAT", pixels), (b"IEND", b"")]
-    return data[:8] + b"".join(_chunk(kind, body) for kind, body in kept)
+    return chunks
+
+
+def _png_bytes(height: int, width: int, pixel_bytes: int, *, interlaced: bool) -> int:
+    """Return the number of bytes of a PNG's decompressed pixels: each row begins with the number of its filter."""
+    total = 0
+    for left, top, across, down in ADAM7 if interlaced else [(0, 0, 1, 1)]:
+        columns = len(range(left, width, across))
+        rows = len(range(top, height, down))
+        if columns:
+            total += rows * (1 + columns * pixel_bytes)
+    return total
 
 
 def _chunk(kind: bytes, body: bytes) -> bytes:
@@ -153,30 +201,33 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def _check_layout(tags: ImageFileDirectory_v2) -> None:
-    """Refuse what OpenCV decodes to wrong values, or not at all."""
-    bits, (kind, *_), (channels, *_) = (numbers(tags, *tag) for tag in ((BITS, 1), (SAMPLE_FORMAT, 1), (CHANNELS, 1)))
-    colours = numbers(tags, PHOTOMETRIC, GREY)[0]
-    names = {1: "unsigned integers", 2: "signed integers", 3: "floats"}
-    layout = f"{channels} channels of {'/'.join(map(str, sorted(set(bits))))}-bit {names.get(kind, 'unknown numbers')}"
-    supported = len(set(bits)) == 1 and (kind, bits[0]) in {(1, 16), (3, 32), (3, 64)}
-    supported &= channels in ({1} if colours in (INVERTED, GREY) else {3, 4} if colours == RGB else set())
-    supported &= not (colours == INVERTED and kind == FLOATS)
-    if not supported:
-        raise ValueError(f"{layout} (photometric interpretation {colours}) are not supported")
-    if channels > 1 and numbers(tags, PLANES, 1)[0] != 1:
+    """Refuse layouts that OpenCV decodes to wrong values, or not at all."""
+    bits = set(tag_values(tags, BITS, 1))
+    sample_format = tag_values(tags, SAMPLE_FORMAT, 1)[0]
+    channels = tag_values(tags, CHANNELS, 1)[0]
+    photometric = tag_values(tags, PHOTOMETRIC, GREY)[0]
+
+    bit_text = "/".join(str(count) for count in sorted(bits))
+    layout = f"{channels} channels of {bit_text}-bit {SAMPLE_FORMATS.get(sample_format, 'unknown numbers')}"
+    numbers_supported = (sample_format, bits) in [(1, {16}), (FLOATS, {32}), (FLOATS, {64})]
+    channels_supported = channels in {INVERTED: {1}, GREY: {1}, RGB: {3, 4}}.get(photometric, set())
+    inverted_floats = photometric == INVERTED and sample_format == FLOATS
+    if not numbers_supported or not channels_supported or inverted_floats:
+        raise ValueError(f"{layout} (photometric interpretation {photometric}) are not supported")
+    if channels > 1 and tag_values(tags, PLANES, 1)[0] != 1:
         raise ValueError(f"{layout} in separate planes are not supported")
 
 
 def encode(
     suffix: str, channels: NDArray[np.float32], icc_profile: bytes | None = None, exif: bytes | None = None
 ) -> bytes:
-    """Encode an image with 16 bits a channel.
+    """Encode an image with 16 bits per channel.
 
     Args:
         suffix: One of ``WRITABLE``.
         channels: ``(h, w, c)`` in [0, 1]: grey, grey and alpha, RGB, or RGB and alpha.
-        icc_profile: ICC profile that fits the channels.
-        exif: EXIF as Pillow has it; only a PNG holds it.
+        icc_profile: ICC profile for these channels.
+        exif: EXIF as Pillow stores it; ignored for TIFF.
 
     Raises:
         DerainError: If the image cannot be encoded.
@@ -184,24 +235,32 @@ def encode(
     array = np.rint(channels * 65535).astype(np.uint16)
     if array.shape[2] == 2:  # OpenCV has no grey with alpha
         array = array[..., [0, 0, 0, 1]]
-    elif array.shape[2] >= 3:
-        array = array[..., [2, 1, 0, *range(3, array.shape[2])]]
-    ok, data = cv2.imencode(suffix, array)
+    ok, data = cv2.imencode(suffix, _swap_red_and_blue(array))
     if not ok:
         raise DerainError(f"'{suffix}': an image of shape {array.shape} cannot be encoded with 16 bits; write 8 bits")
-    encoded = data.tobytes()
-    if exif is not None and suffix == ".png":
-        encoded = encoded[:33] + _chunk(b"eXIf", exif.removeprefix(b"Exif\0\0")) + encoded[33:]
-    return encoded if icc_profile is None else _with_profile(encoded, icc_profile)
+    encoded: bytes = data.tobytes()
+    if suffix != ".png":
+        return encoded if icc_profile is None else _tiff_with_profile(encoded, icc_profile)
+    metadata = b""
+    if icc_profile is not None:
+        metadata += _chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc_profile))
+    if exif is not None:
+        metadata += _chunk(b"eXIf", exif.removeprefix(b"Exif\0\0"))
+    return encoded[:PNG_HEADER_END] + metadata + encoded[PNG_HEADER_END:]
 
 
-def _with_profile(encoded: bytes, profile: bytes) -> bytes:
-    """Add an ICC profile to a PNG or TIFF that OpenCV wrote: a chunk behind the head, or one more tag."""
-    if encoded.startswith(b"\x89PNG"):
-        return encoded[:33] + _chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(profile)) + encoded[33:]
-    # The directory of tags is written again at the end, on an even byte; it is in this machine's byte order.
+def _tiff_with_profile(encoded: bytes, profile: bytes) -> bytes:
+    """Add an ICC profile to a TIFF that OpenCV wrote: it is in this machine's byte order and has no such tag.
+
+    The profile and a longer directory of tags are appended, the latter at an even position.
+    """
     (start,) = struct.unpack_from("=I", encoded, 4)
     (count,) = struct.unpack_from("=H", encoded, start)
-    tags = encoded[start + 2 : start + 2 + 12 * count] + struct.pack("=HHII", PROFILE, 7, len(profile), len(encoded))
-    body = encoded[8:] + profile + b"\0" * ((len(encoded) + len(profile)) % 2)
-    return encoded[:4] + struct.pack("=I", 8 + len(body)) + body + struct.pack("=H", count + 1) + tags + bytes(4)
+    undefined_bytes = 7  # type of the tag
+    profile_tag = struct.pack("=HHII", PROFILE, undefined_bytes, len(profile), len(encoded))
+    tags = encoded[start + 2 : start + 2 + 12 * count] + profile_tag
+    body = encoded[8:] + profile
+    if len(body) % 2:
+        body += b"\0"
+    directory = struct.pack("=H", count + 1) + tags + bytes(4)
+    return encoded[:4] + struct.pack("=I", 8 + len(body)) + body + directory

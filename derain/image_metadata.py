@@ -1,4 +1,4 @@
-"""EXIF and colour profiles that are copied from the file that is read into the file that is written."""
+"""EXIF and ICC profiles that are copied from an input image to the restored image."""
 
 import logging
 from pathlib import Path
@@ -7,50 +7,55 @@ from typing import Any
 from PIL import Image
 from PIL.ExifTags import IFD
 
-from derain.image_sources import ORIENTATION, UNREADABLE, ImageSource
+from derain.image_sources import ORIENTATION, UNREADABLE, ImageSource, first_line
 
 JPEG = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
-"""Endings of JPEG files."""
+"""Suffixes of JPEG files."""
 
 TIFF = frozenset({".tif", ".tiff"})
-"""Endings of TIFF files."""
+"""Suffixes of TIFF files."""
 
-EXIF_OF_JPEG = 65_533
-"""Bytes of EXIF that a JPEG file can hold."""
+MAX_JPEG_EXIF = 65_533
+"""Bytes of EXIF that a JPEG file can contain."""
 
-DESCRIPTIVE = (270, 271, 272, 305, 306, 315, 33432)
-"""Tags of TIFF that describe the photo rather than the layout of the file: description, maker, date, copyright, ..."""
+DESCRIPTIVE_TAGS = (270, 271, 272, 305, 306, 315, 33432)
+"""TIFF tags that describe the photo, not the layout of the file: description, make, model, software, date, ..."""
+
+NAMES = {"exif": "EXIF", "icc_profile": "ICC profile"}
 
 Info = dict[str, Any]
-"""What Pillow writes beside pixels: ``exif`` and ``icc_profile``, in bytes."""
+"""Metadata that Pillow writes with the pixels: ``exif`` and ``icc_profile``, as bytes."""
 
 log = logging.getLogger("derain")
 
 
 def has_location(info: Info) -> bool:
-    """Return whether EXIF says where the photo was taken."""
+    """Return whether EXIF contains the location where the photo was taken."""
     exif = Image.Exif()
     exif.load(info.get("exif", b""))
     return IFD.GPSInfo in exif
 
 
-def exif_to_write(source: ImageSource, path: Path) -> bytes | None:
-    """Return EXIF without the orientation, which is applied to the pixels; of a TIFF, without the file's layout.
+def copy_exif(source: ImageSource, path: Path) -> bytes | None:
+    """Return the EXIF of an open image to write with the restored image; None if there is none.
 
-    Must be called before the file is closed. EXIF that cannot be written again is dropped with a warning.
+    The orientation is removed, since the pixels are rotated upright; of a TIFF only descriptive tags are copied.
+    EXIF that cannot be written is dropped with a warning.
+
+    Args:
+        source: The image, while its file is open.
+        path: Name of the file in the warning.
     """
     try:
-        exif = source.exif
-        if source.tags is not None:
-            exif = _exif_of_deep_tiff(source)
-        elif exif is None:
+        exif = source.exif if source.tags is None else _exif_of_deep_tiff(source)
+        if exif is None:
             return None
         if source.tags is not None or (source.image is not None and source.image.format == "TIFF"):
-            exif = _descriptive(exif)
+            exif = _descriptive_exif(exif)
         exif.pop(ORIENTATION, None)
         return exif.tobytes() if len(exif) else None
     except UNREADABLE as error:
-        log.warning("%s: EXIF dropped: it is damaged (%s)", path, str(error).partition("\n")[0])
+        log.warning("%s: damaged EXIF dropped (%s)", path, first_line(error))
         return None
 
 
@@ -64,47 +69,56 @@ def _exif_of_deep_tiff(source: ImageSource) -> Image.Exif:
     return exif
 
 
-def _descriptive(exif: Image.Exif) -> Image.Exif:
-    """Return EXIF without the tags that describe the layout of a TIFF file."""
-    kept = Image.Exif()
-    for tag in DESCRIPTIVE:
+def _descriptive_exif(exif: Image.Exif) -> Image.Exif:
+    """Return a copy without the tags that describe the layout of a TIFF file."""
+    copy = Image.Exif()
+    for tag in DESCRIPTIVE_TAGS:
         if tag in exif:
-            kept[tag] = exif[tag]
+            copy[tag] = exif[tag]
     for directory in (IFD.Exif, IFD.GPSInfo):
         values = {tag: value for tag, value in exif.get_ifd(directory).items() if tag != IFD.Interop}
         if values:
-            kept[directory] = values
-    return kept
+            copy[directory] = values
+    return copy
 
 
-def writable(info: Info, path: Path, *, grey: bool, deep: bool) -> Info:
-    """Return the metadata that a file can hold; a warning names what it cannot.
+def supported_metadata(info: Info, path: Path, *, grey: bool, deep: bool) -> Info:
+    """Return the metadata that the format of a file supports; a warning names the rest.
 
     Args:
-        info: Of the photo.
-        path: The file to write.
-        grey: Whether it has one colour channel.
-        deep: Whether it has 16 bits a channel.
+        info: Metadata of the photo.
+        path: File to write; its suffix is the format.
+        grey: Whether the file has one colour channel.
+        deep: Whether it has 16 bits per channel.
     """
-    kept, dropped = {key: value for key, value in info.items() if value}, []
+    supported = {key: value for key, value in info.items() if value}
+    problems = _problems(supported, path, grey=grey, deep=deep)
+    if problems:
+        warnings = [f"{NAMES[key]} dropped: {reason}" for key, reason in problems.items()]
+        log.warning("%s: %s", path, "; ".join(warnings))
+    for key in problems:
+        del supported[key]
+    if "exif" in supported and path.suffix.lower() in TIFF:
+        exif = Image.Exif()
+        exif.load(supported.pop("exif"))
+        descriptive = _descriptive_exif(exif)
+        if len(descriptive):
+            supported["exif"] = descriptive.tobytes()
+    return supported
+
+
+def _problems(info: Info, path: Path, *, grey: bool, deep: bool) -> dict[str, str]:
+    """Return why a format does not support items of the metadata, by key."""
     suffix = path.suffix.lower()
-    exif, profile = kept.get("exif", b""), kept.get("icc_profile")
     if suffix == ".bmp":
-        dropped = [(key, "BMP cannot hold it") for key in kept]
-    elif exif and suffix in JPEG and len(exif) > EXIF_OF_JPEG:
-        dropped.append(("exif", f"it has {len(exif)} bytes, and JPEG holds {EXIF_OF_JPEG}"))
-    elif exif and suffix in TIFF and deep:
-        dropped.append(("exif", "TIFF of 16 bits is written without"))
-    elif exif and suffix in TIFF:
-        loaded = Image.Exif()
-        loaded.load(exif)
-        described = _descriptive(loaded)
-        kept["exif"] = described.tobytes()
-        if not len(described):
-            kept.pop("exif")
-    if profile is not None and suffix != ".bmp" and (profile[16:20] == b"GRAY") != grey:
-        dropped.append(("icc_profile", f"it is not one of {'grey' if grey else 'colours'}"))
-    names = {"exif": "EXIF", "icc_profile": "ICC profile"}
-    if dropped:
-        log.warning("%s: %s", path, "; ".join(f"{names[key]} dropped: {reason}" for key, reason in dropped))
-    return {key: value for key, value in kept.items() if key not in dict(dropped)}
+        return dict.fromkeys(info, "not supported by BMP")
+    problems = {}
+    if "exif" in info and suffix in JPEG and len(info["exif"]) > MAX_JPEG_EXIF:
+        problems["exif"] = f"{len(info['exif'])} bytes; JPEG supports {MAX_JPEG_EXIF}"
+    if "exif" in info and suffix in TIFF and deep:
+        problems["exif"] = "not written to 16-bit TIFF"
+    if "icc_profile" in info:
+        profile_is_grey = info["icc_profile"][16:20] == b"GRAY"
+        if profile_is_grey != grey:
+            problems["icc_profile"] = f"not a profile for {'grey' if grey else 'colour'} images"
+    return problems

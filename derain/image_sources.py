@@ -1,4 +1,4 @@
-"""Opening image files by their head: which formats, what size, which way up."""
+"""Opening image files: accepted formats, size, orientation and EXIF, read before the pixels are decoded."""
 
 import ctypes
 import logging
@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from derain import deep_images
-from derain.deep_images import numbers
+from derain.deep_images import tag_values
 from derain.errors import DerainError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "AVIF")
@@ -29,107 +29,116 @@ MEGAPIXELS = 178
 ORIENTATION = 0x0112
 """Tag of EXIF and TIFF."""
 
-TURNS = {1: (0, 0), 2: (1, 0), 3: (0, 2), 4: (1, 2), 5: (1, 1), 6: (0, 3), 7: (1, 3), 8: (0, 1)}
-"""EXIF orientation to what sets an image upright: whether it is mirrored first, and quarter turns counter-clockwise."""
+ROTATIONS = {1: (0, 0), 2: (1, 0), 3: (0, 2), 4: (1, 2), 5: (1, 1), 6: (0, 3), 7: (1, 3), 8: (0, 1)}
+"""EXIF orientation to the steps that make an image upright: mirror it or not, then quarter turns counter-clockwise."""
 
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, EOFError),
     *(AttributeError, MemoryError, RuntimeError, struct.error, zlib.error),
 )
-"""What decoders were seen to raise for damaged files: Pillow reports damaged PNG chunks as SyntaxError, for example."""
+"""Exceptions that decoders raise for damaged files: Pillow reports damaged PNG chunks as SyntaxError, for example."""
 
-# Pillow warns of damaged metadata without the name of the file; what it cannot read is refused below, with the name.
+# Pillow and libtiff report damage without the name of the file. Files that cannot be read are refused below, by name.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-with suppress(
-    AttributeError, OSError
-):  # nor does its libtiff name the file; where it is linked statically, it stays loud
+with suppress(AttributeError, OSError):  # the symbol is missing where libtiff is linked statically
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """An image file whose head was read.
+    """An image file whose header has been read.
 
     Attributes:
         file: The file.
-        height: As stored, before the image is set upright.
+        height: As stored, before the image is rotated upright.
         width: As stored.
-        stated: The orientation that EXIF or TIFF states, valid or not; None if it states none.
-        image: What Pillow opened; None for a TIFF of more than 8 bits a channel, not all of which Pillow knows.
-        tags: Of a TIFF of more than 8 bits a channel.
-        deep: Whether the file has more than 8 bits a channel.
-        several_frames: Whether it has several frames or pages, of which only the first is read.
-        exif: None if there is none, or it is damaged.
-        damaged_exif: What is wrong with EXIF, if anything.
+        orientation_tag: Orientation in EXIF or TIFF, valid or not; None if there is none.
+        image: The image that Pillow opened; None for a TIFF with more than 8 bits per channel.
+        tags: Tags of a TIFF with more than 8 bits per channel, else None.
+        deep: Whether the file has more than 8 bits per channel.
+        several_frames: Whether the file has several frames or pages, of which only the first is read.
+        exif: None if the file has no EXIF, or damaged EXIF.
+        exif_error: Why EXIF could not be read; empty if it could.
     """
 
     file: BinaryIO
     height: int
     width: int
-    stated: Any
+    orientation_tag: Any
     image: Image.Image | None
     tags: ImageFileDirectory_v2 | None
     deep: bool
     several_frames: bool = False
     exif: Image.Exif | None = None
-    damaged_exif: str = ""
+    exif_error: str = ""
 
     @property
     def orientation(self) -> int:
-        """EXIF orientation, 1 to 8; 1 (upright) where the file states none that is valid."""
-        return valid_orientation(self.stated)
+        """EXIF orientation, 1 to 8; 1 (upright) if the file has no valid one."""
+        return valid_orientation(self.orientation_tag)
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the upright image."""
-        turned = TURNS[self.orientation][1] % 2
-        return (self.width, self.height) if turned else (self.height, self.width)
+        _, quarter_turns = ROTATIONS[self.orientation]
+        return (self.width, self.height) if quarter_turns % 2 else (self.height, self.width)
 
     @property
     def exif_problem(self) -> str:
-        """What is wrong with EXIF, for people; empty if nothing is."""
-        if self.stated is not None and self.stated not in TURNS:
-            return f"EXIF orientation {str(self.stated)[:40]!r} ignored; expected 1 to 8"
-        return f"EXIF ignored: it is damaged ({self.damaged_exif})" if self.damaged_exif else ""
+        """Message about invalid or damaged EXIF; empty if there is no problem."""
+        if self.orientation_tag is not None and self.orientation_tag not in ROTATIONS:
+            return f"EXIF orientation {str(self.orientation_tag)[:40]!r} ignored; expected 1 to 8"
+        if self.exif_error:
+            return f"damaged EXIF ignored ({self.exif_error})"
+        return ""
 
     @property
     def floating(self) -> bool:
-        """Whether pixels are floating-point numbers, whose white the file does not state."""
-        return self.tags is not None and numbers(self.tags, deep_images.SAMPLE_FORMAT, 1)[0] == deep_images.FLOATS
+        """Whether pixels are floating-point numbers; such a file does not say which value is white."""
+        if self.tags is None:
+            return False
+        return tag_values(self.tags, deep_images.SAMPLE_FORMAT, 1)[0] == deep_images.FLOATS
 
     @property
     def profile(self) -> bytes | None:
-        """ICC profile, if it is one of RGB or grey, which pixels are converted to."""
-        stored = self.tags.get(deep_images.PROFILE) if self.image is None else self.image.info.get("icc_profile")  # type: ignore[union-attr]
-        return stored if isinstance(stored, bytes) and stored[16:20] in {b"RGB ", b"GRAY"} else None
+        """ICC profile for RGB or grey; None for CMYK and other profiles, since pixels are converted to RGB."""
+        if self.image is not None:
+            profile = self.image.info.get("icc_profile")
+        else:
+            assert self.tags is not None
+            profile = self.tags.get(deep_images.PROFILE)
+        is_supported = isinstance(profile, bytes) and profile[16:20] in {b"RGB ", b"GRAY"}
+        return profile if is_supported else None
 
     def pixels(self, mode: str) -> NDArray[np.uint8]:
         """Decode upright 8-bit pixels ``(h, w, c)`` in one of Pillow's modes."""
         assert self.image is not None
         self.image.load()
-        orientation = 1 if self.image.format == "TIFF" else self.orientation  # Pillow has set a TIFF upright by now
-        return upright(np.asarray(self.image.convert(mode)), orientation)
+        array = np.asarray(self.image.convert(mode))
+        if self.image.format == "TIFF":  # rotated upright by Pillow when it loaded the pixels
+            return array
+        return upright(array, self.orientation)
 
 
 def several_frames(path: Path) -> bool:
     """Return whether a file has several frames or pages, of which only the first is read.
 
     Raises:
-        DerainError: If the file is absent or no image.
+        DerainError: If the file is missing or not an image.
     """
-    with opened(path) as source:
+    with open_image(path) as source:
         return source.several_frames
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[ImageSource]:
-    """Open an image file by its head.
+def open_image(path: Path) -> Iterator[ImageSource]:
+    """Open an image file and read its header.
 
     Raises:
-        DerainError: If the file is absent, no image, damaged, or too large to be decoded safely; also for what
-            decoders raise within the block.
+        DerainError: If the file is missing, not an image, damaged, or too large to be decoded safely. Exceptions that
+            decoders raise within the block become DerainError as well.
     """
     try:
         with path.open("rb") as file:
@@ -144,53 +153,70 @@ def opened(path: Path) -> Iterator[ImageSource]:
     except DerainError:
         raise
     except Image.DecompressionBombError as error:
-        raise DerainError(f"{path}: has more than {MEGAPIXELS} megapixels; cut it into smaller images") from error
+        message = f"{path}: more than {MEGAPIXELS} megapixels; split it into smaller images"
+        raise DerainError(message) from error
+    except UnidentifiedImageError as error:
+        raise _unreadable(path, "not a readable image") from error
     except UNREADABLE as error:
         if isinstance(error, OSError) and error.strerror:
             raise DerainError(f"{path}: {error.strerror.lower()}; check the path") from error
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        reason = "not an image that can be read" if isinstance(error, UnidentifiedImageError) else reason
-        raise DerainError(f"{path}: {reason}; expected a whole JPEG, PNG, WebP, TIFF, BMP or AVIF file") from error
+        raise _unreadable(path, first_line(error) or type(error).__name__) from error
+
+
+def _unreadable(path: Path, reason: str) -> DerainError:
+    return DerainError(f"{path}: {reason}; expected an undamaged JPEG, PNG, WebP, TIFF, BMP or AVIF file")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's message."""
+    return str(error).partition("\n")[0]
 
 
 def _opened_by_pillow(file: BinaryIO, image: Image.Image, deep: bool) -> ImageSource:
-    """Read size and EXIF before pixels are decoded, which changes both."""
-    exif, damage = None, ""
+    """Read size and EXIF before the pixels are decoded: decoding changes both."""
     if image.format == "PNG" and _has_late_metadata(file):
         image.load()
+    exif, exif_error = None, ""
     try:
-        exif = Image.Image.getexif(image)  # that of PNG would decode the pixels
-    except UNREADABLE as error:  # the pixels can be read without it
-        damage = str(error).partition("\n")[0]
-    # Of a TIFF, `size` is turned already, but not always as the pixels will be.
-    width, height = image.size if image.format != "TIFF" else (image.tag_v2[256], image.tag_v2[257])  # type: ignore[attr-defined]
-    stated = None if exif is None else exif.get(ORIENTATION)
-    # The further images of a camera's JPEG (MPO) are previews and depth maps.
-    several = image.format != "MPO" and getattr(image, "is_animated", False)
-    return ImageSource(file, height, width, stated, image, None, deep, several, exif, damage)
+        exif = Image.Image.getexif(image)  # PngImageFile.getexif would decode the pixels
+    except UNREADABLE as error:
+        exif_error = first_line(error)
+    width, height = image.size
+    if image.format == "TIFF":  # image.size is that of the rotated image, but not always as the pixels will be rotated
+        width, height = image.tag_v2[256], image.tag_v2[257]  # type: ignore[attr-defined]
+    orientation_tag = None if exif is None else exif.get(ORIENTATION)
+    # The further images in a camera's JPEG (MPO) are previews and depth maps.
+    several_frames = image.format != "MPO" and getattr(image, "is_animated", False)
+    return ImageSource(file, height, width, orientation_tag, image, None, deep, several_frames, exif, exif_error)
 
 
 def _has_late_metadata(file: BinaryIO) -> bool:
-    """Whether a PNG has metadata behind its pixels; only the heads of chunks are read."""
-    before, seen_pixels = file.tell(), False
-    file.seek(8)
-    while len(head := file.read(8)) == 8:
-        if head[4:] == b"IDAT":
-            seen_pixels = True
-        elif seen_pixels and head[4:] in {b"eXIf", b"iTXt", b"zTXt", b"tEXt"}:
-            break
-        file.seek(int.from_bytes(head[:4]) + 4, 1)
-    file.seek(before)
-    return len(head) == 8
+    """Return whether a PNG has metadata after its pixels; only the headers of chunks are read."""
+    position = file.tell()
+    try:
+        file.seek(8)
+        pixels_seen = False
+        while len(header := file.read(8)) == 8:
+            length, kind = int.from_bytes(header[:4]), header[4:]
+            if kind == b"IDAT":
+                pixels_seen = True
+            elif pixels_seen and kind in {b"eXIf", b"iTXt", b"zTXt", b"tEXt"}:
+                return True
+            file.seek(length + 4, 1)  # content and checksum
+        return False
+    finally:
+        file.seek(position)
 
 
 def _deep_tiff(file: BinaryIO, tags: ImageFileDirectory_v2) -> ImageSource:
-    height, width = (numbers(tags, tag, 0)[0] for tag in (deep_images.HEIGHT, deep_images.WIDTH))
+    height = tag_values(tags, deep_images.HEIGHT, 0)[0]
+    width = tag_values(tags, deep_images.WIDTH, 0)[0]
     if min(height, width) < 1:
         raise ValueError(f"its size is {width}x{height}")
     if height * width > MEGAPIXELS * 1_000_000:
         raise Image.DecompressionBombError
-    return ImageSource(file, height, width, tags.get(ORIENTATION), None, tags, True, bool(tags.next))
+    has_further_pages = bool(tags.next)
+    return ImageSource(file, height, width, tags.get(ORIENTATION), None, tags, True, has_further_pages)
 
 
 def valid_orientation(value: Any) -> int:
@@ -200,10 +226,12 @@ def valid_orientation(value: Any) -> int:
         >>> [valid_orientation(value) for value in (6, 9, "6", (6, 6), None)]
         [6, 1, 1, 1, 1]
     """
-    return int(value) if value in TURNS else 1
+    return int(value) if value in ROTATIONS else 1
 
 
 def upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Turn ``(h, w, ...)`` pixels upright by an EXIF orientation, 1 to 8."""
-    mirrored, quarters = TURNS[orientation]
-    return np.rot90(pixels[:, ::-1] if mirrored else pixels, quarters)
+    """Rotate ``(h, w, ...)`` pixels upright by an EXIF orientation, 1 to 8."""
+    mirrored, quarter_turns = ROTATIONS[orientation]
+    if mirrored:
+        pixels = pixels[:, ::-1]
+    return np.rot90(pixels, quarter_turns)

@@ -1,4 +1,4 @@
-"""Ending a command early, by Ctrl-C or a signal, with its temporary files removed."""
+"""Stop a command at Ctrl-C or a signal, after removing its temporary files."""
 
 import signal
 import threading
@@ -9,31 +9,31 @@ from types import FrameType
 from derain.errors import Stopped
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""Signals that ask a process to end. Without a handler, the last two end it without removing its temporary files."""
+"""Signals that ask a process to end. By default, the last two end it without removing temporary files."""
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise `Stopped` for the first of ``SIGNALS`` within the block; further ones are ignored until it ends.
+    """Raise `Stopped` at the first of ``SIGNALS`` within the block; ignore further ones until its end.
 
-    Signals that the process ignores already, as ``nohup`` makes it ignore a hang-up, stay ignored.
+    Signals that the process already ignores, such as SIGHUP under ``nohup``, stay ignored.
     """
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for other in before:  # another signal would interrupt the removal of temporary files
-            signal.signal(other, signal.SIG_IGN)
+        for handled in handlers:  # another signal would interrupt the removal of temporary files
+            signal.signal(handled, signal.SIG_IGN)
         reason = "" if number == signal.SIGINT else f" ({signal.Signals(number).name})"
         raise Stopped(f"interrupted{reason}", number)
 
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
-    for number in before:
+    current = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: handler for number, handler in current.items() if handler not in (signal.SIG_IGN, None)}
+    for number in handlers:
         signal.signal(number, stop)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

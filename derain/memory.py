@@ -1,35 +1,41 @@
-"""How much memory there is to use."""
+"""Main memory: how much is free, and how glibc reuses it."""
 
 import ctypes
-import os
 import platform
 from pathlib import Path
 
+import psutil
+
+CGROUP = Path("/sys/fs/cgroup")
+"""Limits of the container that the process runs in, if any (cgroup v2)."""
+
 
 def free_memory() -> int:
-    """Bytes of main memory that can be had without swapping: free or reclaimable, within a container's limit.
+    """Return the bytes of main memory that can be allocated without swapping, within the limit of a container.
 
     Example:
         >>> free_memory() > 0
         True
     """
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        told = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        free = int(told["MemAvailable"].split()[0]) * 1024
-    else:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and limit.read_text().strip().isdecimal():
-        free = min(free, max(1, int(limit.read_text()) - int(used.read_text())))
-    return free
+    available = psutil.virtual_memory().available
+    limit = _bytes_in(CGROUP / "memory.max")
+    used = _bytes_in(CGROUP / "memory.current")
+    if limit is None or used is None:
+        return int(available)
+    return min(int(available), max(1, limit - used))
 
 
-def keep_large_blocks() -> None:
-    """Lets glibc reuse large blocks of memory instead of asking the system for fresh pages each time.
+def _bytes_in(path: Path) -> int | None:
+    """Return the number in a file of the kernel; None if there is no file, or it contains "max"."""
+    text = path.read_text().strip() if path.is_file() else ""
+    return int(text) if text.isdecimal() else None
 
-    Zeroing pages takes up to 40 % of the time of a network on a large image. Concerns the whole process, so
-    only a program of its own may call it; elsewhere than on glibc nothing happens.
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse large blocks of freed memory instead of requesting new pages from the system.
+
+    Clearing new pages takes up to 40 % of the time of a network on a large image. The setting applies to the whole
+    process, so only programs should call it, not libraries. Without glibc nothing happens.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
@@ -37,7 +43,7 @@ def keep_large_blocks() -> None:
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
-def give_back_blocks() -> None:
-    """Hands kept blocks back to the system: after one photo, since the next may need blocks of other sizes."""
+def release_freed_memory() -> None:
+    """Return freed memory to the system, for example between photos of different sizes."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

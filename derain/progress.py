@@ -1,4 +1,4 @@
-"""One way to show that long work goes on."""
+"""Progress bar for long work."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -17,7 +17,12 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
-    """Yields the items; a terminal on standard error shows how many are done, the time taken and the time left.
+    """Yield the items and show a progress bar, if standard error is a terminal.
+
+    Args:
+        items: What is iterated over.
+        label: Text before the bar.
+        total: Number of items.
 
     Example:
         >>> list(track([1, 2], "Counting", 2))

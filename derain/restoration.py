@@ -18,8 +18,10 @@ from torch import Tensor
 
 from derain.errors import DerainError
 from derain.memory import free_memory
-from derain.methods import DerainModule, weights
+from derain.methods import DerainModule
+from derain.methods.catalog import load
 from derain.methods.daclipsde.solvers import Sampling
+from derain.methods.interfaces import Explains, Routed, Sampled
 from derain.progress import track
 from derain.ranges import check_finite, check_range
 
@@ -38,7 +40,9 @@ class Restorer:
     """Restores rainy images with any method of derain.
 
     Args:
-        method: Weights by name (`derain.methods.weights.locate`) or file, or a method; by default the model in the box.
+        weights: Weights by name (`derain.methods.catalog.locate`) or file, or a method; by default the bundled model.
+        method: Class of the weights if they are of a method from outside derain: the class or its path, such as
+            ``my_method.MyModule``, imported from the installed packages or the current folder.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         precision: ``float32``, or ``bf16`` (autocast to bfloat16; float32 where the device cannot compute in it).
         tile: Side of the tiles in pixels; ``auto``: whole images where memory allows, else the largest
@@ -65,8 +69,9 @@ class Restorer:
 
     def __init__(
         self,
-        method: Path | str | DerainModule = "default",
+        weights: Path | str | DerainModule = "default",
         *,
+        method: str | type[DerainModule] | None = None,
         device: str = "auto",
         precision: Precision = "float32",
         tile: int | Literal["auto"] | None = "auto",
@@ -78,19 +83,14 @@ class Restorer:
     ) -> None:
         if isinstance(tile, int) and tile < SMALLEST_TILE:
             raise DerainError(f"--tile {tile}: must be at least {SMALLEST_TILE}, auto or none")
-        self.note = type(method).__name__
-        if not isinstance(method, DerainModule):
-            path, (loaded, self.note) = method, weights.load(method)
-            if not isinstance(loaded, DerainModule):
-                raise DerainError(f"{path}: {self.note} restores no images; give weights of a method")
-            method = loaded
+        restoring, self.note = _load(weights, method)
         self.device = choose_device(device)
-        self.method = method.to(self.device).eval()
+        self.method = restoring.to(self.device).eval()
         if route is not None:
-            method.take_route(route)
+            take_route(self.method, route)
         if sampling is not None:
-            method.sample_by(sampling)
-        method.check()
+            sample_by(self.method, sampling)
+        self.method.check_requirements()
         if precision == "bf16" and not computes_bf16(self.device):
             log.warning("bf16: %s has no instructions for it, and emulation is slower: using float32", self.device)
             precision = "float32"
@@ -101,15 +101,15 @@ class Restorer:
             self.method.network.compile(dynamic=self.method.compiles_any_size)
 
     @torch.inference_mode()
-    def __call__(self, rainy: T, perceived: dict[str, Any] | None = None, *, name: str = "image") -> T:
-        """Restores an image or several, and gives them back as they came.
+    def __call__(self, rainy: T, conditions: dict[str, Any] | None = None, *, name: str = "image") -> T:
+        """Restore one or several images; return them in the form that they were given in.
 
         Args:
             rainy: A PIL image, an array ``(h, w, 3)`` or ``(n, h, w, 3)``, a tensor ``(3, h, w)`` or ``(n, 3, h, w)``
                 on any device, or a list of any of these; any ``h, w >= 1``. Floats in [0, 1], or bytes (uint8).
-            perceived: What ``perceive`` gave of an image that these shall be restored like, as a video's first frame
-                for all others; each image is perceived if not given.
-            name: What messages call the image.
+            conditions: What `encode` returned for another image, such as the first frame of a video; by default each
+                image is encoded.
+            name: Name of the image in messages.
 
         Returns:
             The same kind, shape, type and device. A PIL image is upright RGB, with the alpha and profile that it had.
@@ -121,81 +121,92 @@ class Restorer:
         restored: Any
         if isinstance(rainy, list | tuple):
             images = enumerate(rainy)
-            restored = type(rainy)(self(image, perceived, name=f"{name} {index}") for index, image in images)
+            restored = type(rainy)(self(image, conditions, name=f"{name} {index}") for index, image in images)
         elif isinstance(rainy, Image.Image):
             if rainy.mode[0] in "IF":  # more than 8 bits, which Pillow would clip
                 raise DerainError(f"a PIL image of mode {rainy.mode}; give 8 bits, or an array of floats in [0, 1]")
             upright = ImageOps.exif_transpose(rainy)
-            restored = Image.fromarray(self(np.asarray(upright.convert("RGB")), perceived, name=name))
+            restored = Image.fromarray(self(np.asarray(upright.convert("RGB")), conditions, name=name))
             if upright.has_transparency_data:
                 restored.putalpha(upright.convert("RGBA").getchannel("A"))
             if upright.mode in {"RGB", "RGBA", "P"} and "icc_profile" in upright.info:
                 restored.info["icc_profile"] = upright.info["icc_profile"]
         elif isinstance(rainy, np.ndarray) and rainy.ndim in (3, 4):
-            tensor = self(torch.from_numpy(np.array(np.moveaxis(rainy, -1, -3))), perceived, name=name)
+            tensor = self(torch.from_numpy(np.array(np.moveaxis(rainy, -1, -3))), conditions, name=name)
             restored = np.ascontiguousarray(np.moveaxis(tensor.numpy(), -3, -1))
         else:
-            restored = self._call(_checked(rainy, name), perceived, name)
+            restored = self._call(_checked(rainy, name), conditions, name)
         return cast(T, restored)
 
-    def _call(self, rainy: Tensor, perceived: dict[str, Any] | None, name: str) -> Tensor:
-        """Restores a tensor's images one by one."""
+    def _call(self, rainy: Tensor, conditions: dict[str, Any] | None, name: str) -> Tensor:
+        """Restore the images of a tensor one by one."""
+        in_bytes = rainy.dtype == torch.uint8
         images = rainy.reshape(-1, 1, *rainy.shape[-3:]).to("cpu", torch.float32)
-        images = images / 255 if rainy.dtype == torch.uint8 else images
-        views = [
-            self._views(one, self.method, self.method.perceive(one.to(self.device)) if perceived is None else perceived)
-            for one in images
-        ]
-        for index, view in enumerate(views):
-            check_finite(view, name if rainy.ndim == 3 else f"{name} {index}")
-        restored = torch.cat([one.clamp(0, 1) for one in views] or [images[:, 0]]).reshape(rainy.shape)
-        restored = (restored.mul(255).round() if rainy.dtype == torch.uint8 else restored).to(rainy.device, rainy.dtype)
+        if in_bytes:
+            images = images / 255
+        restored = torch.empty_like(images)
+        for index, image in enumerate(images):
+            own = self.method.encode(image.to(self.device)) if conditions is None else conditions
+            derained = self._views(image, self.method, own)
+            check_finite(derained, name if rainy.ndim == 3 else f"{name} {index}")
+            restored[index] = derained.clamp(0, 1)
+        if in_bytes:
+            restored = restored.mul(255).round()
+        restored = restored.reshape(rainy.shape).to(rainy.device, rainy.dtype)
         with torch.inference_mode(False):
-            return restored.clone()  # an inference tensor could not be used where gradients are wanted
+            return restored.clone()  # autograd refuses inference tensors
 
     @torch.inference_mode()
-    def perceive(self, rainy: NDArray[np.float32]) -> dict[str, Any]:
-        """What the method perceives of an image ``(h, w, 3)`` in [0, 1], such as its route; often nothing."""
-        return self.method.perceive(torch.from_numpy(np.moveaxis(rainy, -1, 0).copy())[None].to(self.device))
+    def encode(self, rainy: NDArray[np.float32]) -> dict[str, Any]:
+        """Return what the method is conditioned on for an image ``(h, w, 3)`` in [0, 1]; often nothing."""
+        return self.method.encode(torch.from_numpy(np.moveaxis(rainy, -1, 0).copy())[None].to(self.device))
 
     @torch.inference_mode()
     def explain(self, rainy: NDArray[np.float32], name: str = "image") -> "Explanation":
-        """Restores one image, as a call does, and shows how that came about; messages call it by its name."""
+        """Restore one image as a call does, with maps and a description if the method explains itself.
+
+        Args:
+            rainy: ``(h, w, 3)`` in [0, 1].
+            name: Name of the image in messages.
+        """
         image = torch.from_numpy(np.ascontiguousarray(rainy.transpose(2, 0, 1)))[None]
-        perceived = self.perceive(rainy)
-        views = self._views(image, self.method.explain, perceived)
+        conditions = self.encode(rainy)
+        function = self.method.explain if isinstance(self.method, Explains) else self.method
+        views = self._views(image, function, conditions)
         check_finite(views, name)
         stack = np.ascontiguousarray(views[0].clamp(0, 1).permute(1, 2, 0).numpy())
-        maps = {name: stack[:, :, 3 + place] for place, name in enumerate(self.method.maps)}
-        return Explanation(stack[:, :, :3], maps, self.method.describe_image(perceived, 0))
+        if not isinstance(self.method, Explains):
+            return Explanation(stack, {}, {})
+        maps = {name: stack[:, :, channel] for channel, name in enumerate(self.method.maps, 3)}
+        return Explanation(stack[:, :, :3], maps, self.method.describe_image(conditions, 0))
 
     def _views(
-        self, image: Float[Tensor, "1 3 h w"], forward: Callable[..., Tensor], perceived: dict[str, Any]
+        self, image: Float[Tensor, "1 3 h w"], forward: Callable[..., Tensor], conditions: dict[str, Any]
     ) -> Float[Tensor, "1 n h w"]:
-        """Restores the image, or the mean of its flips and rotations; what is perceived is perceived once."""
+        """Restore the image, or the mean of its flips and rotations, under the same conditions."""
         if not self.ensemble:
-            return self._restore(image, forward, perceived)
-        backs = []
+            return self._restore(image, forward, conditions)
+        restored = []
         for turns, mirror in itertools.product(range(4), (False, True)):
             view = torch.rot90(image.flip(3) if mirror else image, turns, (2, 3))
-            back = torch.rot90(self._restore(view, forward, perceived), -turns, (2, 3))
-            backs.append(back.flip(3) if mirror else back)
-        return torch.stack(backs).mean(0)
+            upright = torch.rot90(self._restore(view, forward, conditions), -turns, (2, 3))
+            restored.append(upright.flip(3) if mirror else upright)
+        return torch.stack(restored).mean(0)
 
     def _restore(
-        self, image: Float[Tensor, "1 3 h w"], forward: Callable[..., Tensor], perceived: dict[str, Any]
+        self, image: Float[Tensor, "1 3 h w"], forward: Callable[..., Tensor], conditions: dict[str, Any]
     ) -> Float[Tensor, "1 n h w"]:
-        """Restores by the largest tiles that memory holds, which are found once a size."""
+        """Restore by the largest tiles that memory holds; their side is found once for each image size."""
         height, width = image.shape[2:]
         if (height, width) not in self._fitting:
             self._fitting[height, width] = self._first_tile(height, width)
         while True:
             tile = self._fitting[height, width]
             try:
-                if self.method.samples:  # many passes over one state: each is cut into tiles, not the whole
-                    inner = {"tiled": partial(blend_tiles, tile=tile, overlap=self.overlap), "show": show_steps}
-                    return self._forward(image, forward, perceived | inner)
-                return blend_tiles(image, lambda part: self._forward(part, forward, perceived), tile, self.overlap)
+                if isinstance(self.method, Sampled):  # each step is cut into tiles, since all share one state
+                    tiled = partial(blend_tiles, tile=tile, overlap=self.overlap)
+                    return self._forward(image, forward, conditions | {"tiled": tiled, "show": show_steps})
+                return blend_tiles(image, lambda part: self._forward(part, forward, conditions), tile, self.overlap)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not OUT_OF_MEMORY.search(str(error)):
                     raise
@@ -207,7 +218,7 @@ class Restorer:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self._fitting[height, width] = tile // 2
-            log.warning("out of memory: going on with tiles of %d×%d pixels", tile // 2, tile // 2)
+            log.warning("out of memory: continuing with tiles of %d×%d pixels", tile // 2, tile // 2)
 
     def _first_tile(self, height: int, width: int) -> int:
         if isinstance(self.tile, int):
@@ -222,29 +233,61 @@ class Restorer:
         return tile
 
     def _forward(
-        self, tile: Float[Tensor, "1 3 h w"], forward: Callable[..., Tensor], perceived: dict[str, Any]
+        self, tile: Float[Tensor, "1 3 h w"], forward: Callable[..., Tensor], conditions: dict[str, Any]
     ) -> Float[Tensor, "1 n h w"]:
         autocast: AbstractContextManager[object] = nullcontext()
         if self.precision == "bf16":
             autocast = torch.autocast(self.device.type, torch.bfloat16)
         with autocast:
-            derained = forward(tile.to(self.device, memory_format=torch.channels_last), **perceived).float()
+            derained = forward(tile.to(self.device, memory_format=torch.channels_last), **conditions).float()
         # Clamping would turn infinity into white; as NaN it survives until the whole image is checked.
         return torch.where(derained.isfinite(), derained.clamp(0, 1), torch.nan).cpu()
 
 
 class Explanation(NamedTuple):
-    """How a restoration came about.
+    """A derained image and what the method shows of its computation.
 
     Attributes:
         derained: ``(h, w, 3)`` in [0, 1].
         maps: Maps of the method by name, ``(h, w)`` in [0, 1] each.
-        perceived: What the method perceived of the whole image.
+        description: Findings on the whole image, such as its route.
     """
 
     derained: NDArray[np.float32]
     maps: dict[str, NDArray[np.float32]]
-    perceived: dict[str, Any]
+    description: dict[str, Any]
+
+
+def _load(weights: Path | str | DerainModule, method: str | type | None) -> tuple[DerainModule, str]:
+    """Return the method and one line about it."""
+    if isinstance(weights, DerainModule):
+        return weights, type(weights).__name__
+    module, note = load(weights, method)
+    if not isinstance(module, DerainModule):
+        raise DerainError(f"{weights}: {note} does not restore images; use weights of a method")
+    return module, note
+
+
+def take_route(method: DerainModule, route: int) -> None:
+    """Send all images along one route.
+
+    Raises:
+        DerainError: If the method has no routes, or not this one.
+    """
+    if not isinstance(method, Routed):
+        raise DerainError(f"--route {route}: {type(method).__name__} has no routes; omit the option")
+    method.take_route(route)
+
+
+def sample_by(method: DerainModule, sampling: Any) -> None:
+    """Set solver, number of steps and seed of a method that samples.
+
+    Raises:
+        DerainError: If the method does not sample.
+    """
+    if not isinstance(method, Sampled):
+        raise DerainError(f"{type(method).__name__} restores in one pass; omit solver, steps and seed")
+    method.sample_by(sampling)
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""Writing videos: containers, encoders, and what a file says of its colours, its sound and itself."""
+"""Writing videos: containers, encoders, colours, and streams that are copied."""
 
 import io
 import logging
@@ -11,173 +11,213 @@ from derain.errors import DerainError
 from derain.images import Pixels
 
 FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
-"""Containers that are written, by the ending of their name: those that keep every frame's time."""
+"""Suffixes to containers that are written: those that store the time of every frame."""
 
 ENCODERS: dict[str, Callable[[int], dict[str, str]]] = {
     "libx264": lambda crf: {"crf": str(crf)},
     "libvpx-vp9": lambda crf: {"crf": str(crf), "b": "0"},
     "mpeg4": lambda crf: {"qmin": "1", "qmax": str(max(1, crf // 6))},
 }
-"""Encoders from the best to the last resort, and their options for a quality."""
+"""Encoders in order of preference, and their options for a quality."""
 
 MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
-"""Colour matrices as videos name them (ISO/IEC 23091-2) and as PyAV's conversions do."""
+"""Colour matrices in videos (ISO/IEC 23091-2) to those of PyAV's conversions."""
 
-UNSPECIFIED, LIMITED, FULL = 2, 1, 2
-"""Of the colour matrix; of the range of values, 16 to 235 and 0 to 255."""
+UNSPECIFIED = 2
+"""Value of the tag of an unknown colour matrix."""
 
-KEPT_BY_FORMAT = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder", "ENCODER", "DURATION"})
-"""What a container says of itself rather than of its content."""
+LIMITED, FULL = 1, 2
+"""Values of the tag of the colour range: luma from 16 to 235, or from 0 to 255."""
+
+CONTAINER_TAGS = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder", "ENCODER", "DURATION"})
+"""Tags that describe the container, not its content; they are not copied."""
 
 log = logging.getLogger("derain")
 
 
-class Look(NamedTuple):
-    """What the first frame of a video says of all of them.
+class VideoFormat(NamedTuple):
+    """Size, rotation and colours of a video.
 
     Attributes:
-        height: Of the upright frame.
-        width: Of the upright frame.
-        mirrored: Whether frames are mirrored from left to right before they are turned.
-        quarters: Quarter turns, counter-clockwise, that set frames upright.
-        matrix: Colour matrix of the conversion to RGB.
-        full: Whether luma fills 0 to 255.
-        tags: Colour matrix, range, transfer function and primaries, as the file names them.
-        aspect: Width of an upright pixel by its height.
-        bits: A channel.
-        interlaced: Whether every other line is of another time.
+        height: Height of the upright frames.
+        width: Width of the upright frames.
+        mirrored: Whether frames are mirrored from left to right before they are rotated.
+        quarter_turns: Quarter turns counter-clockwise that make frames upright.
+        matrix: Colour matrix for the conversion to RGB.
+        full_range: Whether luma is from 0 to 255.
+        color_tags: Colour matrix, range, transfer function and primaries, as tagged in the file.
+        aspect: Width of an upright pixel divided by its height.
+        bits: Bits per channel.
+        interlaced: Whether odd and even lines are of different times.
     """
 
     height: int
     width: int
     mirrored: bool
-    quarters: int
+    quarter_turns: int
     matrix: int
-    full: bool
-    tags: tuple[int, int, int, int]
+    full_range: bool
+    color_tags: tuple[int, int, int, int]
     aspect: Fraction
     bits: int
     interlaced: bool
 
 
-def exactly() -> Any:
-    """Bicubic chroma, and no short cuts in arithmetic."""
-    from av.video.reformatter import Interpolation as By
+def accurate_interpolation() -> Any:
+    """Return PyAV's flags for bicubic chroma and exact rounding."""
+    from av.video.reformatter import Interpolation
 
-    return By.BICUBIC | By.ACCURATE_RND | By.FULL_CHR_H_INT | By.FULL_CHR_H_INP
+    accurate = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
+    return Interpolation.BICUBIC | accurate
 
 
 def reason(error: Any) -> str:
-    """Return what FFmpeg says is wrong, in a few words."""
+    """Return the short message of an error of FFmpeg."""
     return str(error.strerror or type(error).__name__)
 
 
 class Writer:
-    """A video in the making.
+    """Writes a video: encodes frames, and copies streams, chapters and tags of the source.
 
     Args:
-        file: Where to.
-        target: What the video will be called.
-        first: How its frames are to be shown.
-        size: Height and width of its frames.
-        stream: The frames' stream in the source.
-        others: Streams of the source to copy.
-        crf: Quality.
-        source: For messages.
+        file: File to write.
+        target: Name of the video in messages; its suffix is the container.
+        video_format: Colours and aspect of the source.
+        size: Height and width of the frames.
+        stream: Video stream of the source.
+        copied_streams: Streams of the source to copy.
+        crf: Quality on x264's scale.
+        source: Name of the source in messages.
 
     Raises:
-        DerainError: If the container cannot hold what is in the source.
+        DerainError: If the container does not support a stream of sound.
     """
 
     def __init__(
         self,
         file: Path | io.BytesIO,
         target: Path,
-        first: Look,
+        video_format: VideoFormat,
         size: tuple[int, int],
         stream: Any,
-        others: list[Any],
+        copied_streams: list[Any],
         crf: int,
         source: Path,
     ) -> None:
+        if target.suffix.lower() not in FORMATS:
+            suffixes = ", ".join(FORMATS)
+            raise DerainError(f"{target}: cannot write '{target.suffix.lower()}' videos; end the name in {suffixes}")
+        self.video_format, self.stream, self.target = video_format, stream, target
+        self.last_pts: int | None = None
+        self.container = self._open(file)
+        self.video = self._add_video(size, crf)
+        self.container.metadata.update(
+            {key: value for key, value in stream.container.metadata.items() if key not in CONTAINER_TAGS}
+        )
+        self.container.set_chapters(stream.container.chapters())
+        self.copies = self._add_copies(copied_streams, source)
+
+    @property
+    def rate(self) -> Any:
+        """Frames per second of the source."""
+        return self.stream.average_rate or self.stream.guessed_rate or 25
+
+    def _open(self, file: Path | io.BytesIO) -> Any:
         import av
         from av.format import Flags
 
-        suffix = target.suffix.lower()
-        if suffix not in FORMATS:
-            raise DerainError(f"{target}: cannot write '{suffix}' videos; end it in {', '.join(FORMATS)}")
-        self.first, self.stream, self.target = first, stream, target
-        self.last: int | None = None
-        options = {"movflags": "+faststart", "video_track_timescale": str(stream.time_base.denominator)}
-        if FORMATS[suffix] not in {"mp4", "mov"}:
-            options = {}
-        if stream.container.format.flags & Flags.ts_discont.value:  # its clock starts anywhere
-            options["output_ts_offset"] = f"{-(stream.container.start_time or 0) / 1_000_000:.6f}"
+        name = FORMATS[self.target.suffix.lower()]
+        source = self.stream.container
+        options = {}
+        if name in {"mp4", "mov"}:
+            options = {"movflags": "+faststart", "video_track_timescale": str(self.stream.time_base.denominator)}
+        if source.format.flags & Flags.ts_discont.value:  # such formats may start at any time
+            options["output_ts_offset"] = f"{-(source.start_time or 0) / 1_000_000:.6f}"
         handle = file if isinstance(file, io.BytesIO) else str(file)
-        self.container: Any = av.open(handle, "w", format=FORMATS[suffix], options=options)
-        encoder = next(name for name in ENCODERS if name in self.container.supported_codecs)
-        odd = encoder == "libx264" and (size[0] % 2 or size[1] % 2)  # H.264 halves colour only where sides are even
-        rate = stream.average_rate or stream.guessed_rate or 25
-        video: Any = self.container.add_stream(encoder, rate=rate, options=ENCODERS[encoder](crf))
-        video.height, video.width = size
-        video.pix_fmt = "yuv444p" if odd else "yuv420p"
-        video.time_base = video.codec_context.time_base = stream.time_base
-        video.codec_context.sample_aspect_ratio = first.aspect
-        for name, tag in zip(("colorspace", "color_range", "color_trc", "color_primaries"), first.tags, strict=True):
-            setattr(video.codec_context, name, tag)
-        video.metadata.update({k: v for k, v in stream.metadata.items() if k in {"language", "title"}})
-        self.container.metadata.update({k: v for k, v in stream.container.metadata.items() if k not in KEPT_BY_FORMAT})
-        self.container.set_chapters(stream.container.chapters())
-        self.beat = round(1 / rate / stream.time_base)
-        self.video, self.copies = video, self._copies(others, source)
+        return av.open(handle, "w", format=name, options=options)
 
-    def _copies(self, others: list[Any], source: Path) -> dict[int, Any]:
-        """Streams for what is copied, by their number in the source."""
+    def _add_video(self, size: tuple[int, int], crf: int) -> Any:
+        encoder = next(name for name in ENCODERS if name in self.container.supported_codecs)
+        video = self.container.add_stream(encoder, rate=self.rate, options=ENCODERS[encoder](crf))
+        video.height, video.width = size
+        has_odd_side = size[0] % 2 or size[1] % 2  # H.264 can halve the resolution of colour for even sides only
+        video.pix_fmt = "yuv444p" if encoder == "libx264" and has_odd_side else "yuv420p"
+        context = video.codec_context
+        video.time_base = context.time_base = self.stream.time_base
+        context.sample_aspect_ratio = self.video_format.aspect
+        self._tag_colors(context)
+        for key in ("language", "title"):
+            if key in self.stream.metadata:
+                video.metadata[key] = self.stream.metadata[key]
+        return video
+
+    def _tag_colors(self, tagged: Any) -> None:
+        """Set the colour tags of an encoder or a frame."""
+        tagged.colorspace, tagged.color_range, tagged.color_trc, tagged.color_primaries = self.video_format.color_tags
+
+    def _add_copies(self, copied_streams: list[Any], source: Path) -> dict[int, Any]:
+        """Add streams to copy packets to; return them by their index in the source."""
         copies = {}
-        for one in others:
-            codec = one.codec_context.codec.canonical_name if one.codec_context else "unknown"
-            try:
-                if one.codec_context is None:
-                    raise ValueError
-                copies[one.index] = self.container.add_stream_from_template(one)
-            except ValueError as error:
-                if one.type == "audio":
-                    raise DerainError(
-                        f"{self.target}: '{self.target.suffix}' cannot hold the sound of {source} ({codec}); "
-                        "end it in .mkv or .mov"
-                    ) from error
-                log.warning("%s: subtitles (%s) left out, which '%s' cannot hold", source, codec, self.target.suffix)
+        for stream in copied_streams:
+            copy = self._add_copy(stream)
+            if copy is not None:
+                copy.metadata.update(stream.metadata)
+                copy.disposition = stream.disposition
+                copies[stream.index] = copy
                 continue
-            copies[one.index].metadata.update(one.metadata)
-            copies[one.index].disposition = one.disposition
+            codec = stream.codec_context.codec.canonical_name if stream.codec_context else "unknown"
+            suffix = self.target.suffix
+            if stream.type == "audio":
+                raise DerainError(
+                    f"{self.target}: '{suffix}' does not support the sound of {source} ({codec}); "
+                    "end the name in .mkv or .mov"
+                )
+            log.warning("%s: skipped subtitles (%s), which '%s' does not support", source, codec, suffix)
         return copies
 
-    def forget(self) -> None:
-        """Drop all tags but the languages of streams."""
+    def _add_copy(self, stream: Any) -> Any | None:
+        """Add a stream like one of the source; return None if the container does not support it."""
+        if stream.codec_context is None:
+            return None
+        try:
+            return self.container.add_stream_from_template(stream)
+        except ValueError:
+            return None
+
+    def drop_tags(self) -> None:
+        """Drop all tags except the languages of streams."""
         self.container.metadata.clear()
         for stream in [self.video, *self.copies.values()]:
             language = {key: value for key, value in stream.metadata.items() if key == "language"}
             stream.metadata.clear()
             stream.metadata.update(language)
 
-    def add(self, pixels: Pixels, like: Any) -> None:
-        """Adds a frame, at the time of another one."""
+    def add(self, pixels: Pixels, source_frame: Any) -> None:
+        """Add a frame at the time of a frame of the source."""
         import av
 
-        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-        reach = FULL if self.first.full else LIMITED
-        there = {"dst_colorspace": MATRICES[self.first.matrix], "src_color_range": FULL, "dst_color_range": reach}
-        frame = frame.reformat(format=self.video.pix_fmt, interpolation=exactly(), **there)
-        frame.colorspace, frame.color_range, frame.color_trc, frame.color_primaries = self.first.tags
-        pts = like.pts
-        if self.last is not None:
-            pts = max(self.last + 1, self.last + self.beat if pts is None else pts)
-        self.last = 0 if pts is None else pts
-        frame.pts, frame.time_base, frame.duration = self.last, self.stream.time_base, like.duration
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+            format=self.video.pix_fmt,
+            interpolation=accurate_interpolation(),
+            dst_colorspace=MATRICES[self.video_format.matrix],
+            src_color_range=FULL,
+            dst_color_range=FULL if self.video_format.full_range else LIMITED,
+        )
+        self._tag_colors(frame)
+        self.last_pts = frame.pts = self._next_pts(source_frame.pts)
+        frame.time_base, frame.duration = self.stream.time_base, source_frame.duration
         self._mux(lambda: self.video.encode(frame))
 
+    def _next_pts(self, pts: int | None) -> int:
+        """Return the time of the next frame: later than the last, and estimated if the source has none."""
+        if self.last_pts is None:
+            return 0 if pts is None else pts
+        if pts is None:
+            pts = self.last_pts + round(1 / self.rate / self.stream.time_base)
+        return max(self.last_pts + 1, pts)
+
     def copy(self, packet: Any, index: int) -> None:
-        """Adds a packet of another stream as it is."""
+        """Copy a packet of the source's stream with this index, if the stream is copied."""
         if index in self.copies:
             packet.stream = self.copies[index]
             self._mux(lambda: packet)
@@ -188,24 +228,31 @@ class Writer:
         try:
             self.container.mux(packets())
         except av.FFmpegError as error:
-            raise DerainError(f"{self.target}: could not be written ({reason(error)})") from error
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: Any) -> DerainError:
+        return DerainError(f"{self.target}: cannot be written ({reason(error)})")
 
     def finish(self) -> None:
-        """Adds what the encoder holds back."""
+        """Flush the encoder."""
         self._mux(lambda: self.video.encode(None))
 
-    def close(self, whole: bool = True) -> None:
-        """Ends the file."""
+    def close(self, complete: bool = True) -> None:
+        """Close the file.
+
+        Args:
+            complete: Whether all frames were written; errors of an incomplete file are ignored.
+        """
         import av
 
         try:
             self.container.close()
         except av.FFmpegError as error:
-            if whole:
-                raise DerainError(f"{self.target}: could not be written ({reason(error)})") from error
+            if complete:
+                raise self._not_written(error) from error
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close(whole=error[0] is None)
+        self.close(complete=error[0] is None)

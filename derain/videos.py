@@ -1,4 +1,4 @@
-"""Videos: their frames are changed; times, sound, subtitles, chapters and tags are handed back as they were."""
+"""Videos: frames are changed; times, sound, subtitles, chapters and tags are copied."""
 
 import io
 import logging
@@ -16,12 +16,25 @@ from derain.errors import DerainError
 from derain.images import Pixels, to_bytes, write_whole
 from derain.pictures import compare
 from derain.progress import track
-from derain.video_writer import FORMATS, FULL, LIMITED, MATRICES, UNSPECIFIED, Look, Writer, exactly, reason
+from derain.video_writer import (
+    FORMATS,
+    FULL,
+    LIMITED,
+    MATRICES,
+    UNSPECIFIED,
+    VideoFormat,
+    Writer,
+    accurate_interpolation,
+    reason,
+)
 
 SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mts", ".m2ts", ".mpg", ".mpeg", ".3gp", ".wmv"}
 )
-"""File names that count as videos, in lower case."""
+"""Suffixes of videos, in lower case."""
+
+MICROSECONDS = 1_000_000
+"""Unit in which FFmpeg gives the duration of a container."""
 
 Frame = NDArray[np.float32]
 """An upright frame, ``(h, w, 3)`` in [0, 1]."""
@@ -29,22 +42,22 @@ Frame = NDArray[np.float32]
 log = logging.getLogger("derain")
 
 
-def crf_of(crf: int) -> int:
-    """Checks ``--crf``.
+def check_crf(crf: int) -> int:
+    """Return a valid ``--crf``.
 
     Raises:
-        DerainError: If encoders know no such quality.
+        DerainError: If it is not from 0 to 51.
     """
     if not 0 <= crf <= 51:
-        raise DerainError(f"--crf {crf}: must be from 0 (lossless) to 51 (worst); 18 shows no loss")
+        raise DerainError(f"--crf {crf}: expected 0 (lossless) to 51 (worst); 18 looks lossless")
     return crf
 
 
-def writable(path: Path) -> Path:
-    """The name of a video that is read, with the ending of one that is written; other names stay.
+def output_path(path: Path) -> Path:
+    """Return the name of the restored file: videos in a container that is not written become ``.mp4``.
 
     Example:
-        >>> [writable(Path(name)).name for name in ("a.mts", "b.mkv", "c.jpg")]
+        >>> [output_path(Path(name)).name for name in ("a.mts", "b.mkv", "c.jpg")]
         ['a.mp4', 'b.mkv', 'c.jpg']
     """
     suffix = path.suffix.lower()
@@ -52,14 +65,15 @@ def writable(path: Path) -> Path:
 
 
 def check(source: Path, target: Path) -> None:
-    """Refuses early what could not be read or written.
+    """Check that a video can be read and its restored copy can be written.
 
     Raises:
-        DerainError: If ``source`` is no video, or ``target`` cannot hold what is in it.
+        DerainError: If ``source`` is not a video, or the container of ``target`` does not support its streams.
     """
-    with _opened(source) as container:
-        stream, others = _streams(container, source)
-        Writer(io.BytesIO(), target, look(source), (2, 2), stream, others, 18, source).close(whole=False)
+    with _open(source) as container:
+        stream, copied_streams = _streams(container, source)
+        writer = Writer(io.BytesIO(), target, read_format(source), (2, 2), stream, copied_streams, 18, source)
+        writer.close(complete=False)
 
 
 def rewrite(
@@ -71,117 +85,151 @@ def rewrite(
     beside: Path | None = None,
     metadata: bool = True,
 ) -> bool:
-    """Writes a video with changed frames: whole or not at all, upright, each frame at its time, sound as it was.
+    """Write a complete video with changed frames, or none: upright, with the times and the sound of the source.
 
-    Of a video that breaks off, what is there is written, and a warning says so.
+    Of a truncated video the readable part is written, with a warning.
 
     Args:
         source: The video.
-        target: Its ending says the container.
-        change: Gives a frame of the same size.
-        crf: Quality as x264 counts it, the smaller the better.
-        beside: Also write a video that shows both side by side.
-        metadata: Whether the tags of the video, such as time and location, are kept.
+        target: The new video; its suffix is the container.
+        change: Function of a frame that returns a frame of the same size.
+        crf: Quality on x264's scale, 0 (lossless) to 51.
+        beside: Also write a video of both side by side to this file.
+        metadata: Whether to copy the tags of the video, such as time and location.
 
     Returns:
-        Whether the location is among the tags that were kept.
+        Whether the copied tags include the location.
 
     Raises:
-        DerainError: If the video cannot be read, or the container cannot hold its sound.
+        DerainError: If the video cannot be read, or the container does not support its sound.
     """
-    first = look(source)
-    if first.bits > 8:
-        log.warning("%s: has %d bits a channel; 8 are written", source, first.bits)
-    if first.interlaced:
-        log.warning("%s: is interlaced and taken for whole frames; deinterlace it first for a better result", source)
+    video_format = read_format(source)
+    _warn_of_losses(video_format, source)
     with ExitStack() as stack:
-        container = stack.enter_context(_opened(source))
-        stream, others = _streams(container, source)
-        left = {one.type or "unknown" for one in container.streams if one not in [stream, *others]}
-        if left - ({"data"} if container.chapters() else set()):  # MP4 keeps chapters in such a stream
-            log.warning("%s: left out: streams of %s", source, ", ".join(sorted(left)))
+        container = stack.enter_context(_open(source))
+        stream, copied_streams = _streams(container, source)
+        _warn_of_skipped_streams(container, [stream, *copied_streams], source)
 
-        def writer(path: Path, size: tuple[int, int]) -> Writer:
+        def open_writer(path: Path, size: tuple[int, int]) -> Writer:
             temporary = stack.enter_context(write_whole(path))
-            made = stack.enter_context(Writer(temporary, path, first, size, stream, others, crf, source))
+            writer = Writer(temporary, path, video_format, size, stream, copied_streams, crf, source)
+            stack.enter_context(writer)
             if not metadata:
-                made.forget()
-            return made
+                writer.drop_tags()
+            return writer
 
-        out = writer(target, (first.height, first.width))
-        writers = [out]
-        frames = _Reading(container, stream, others, source, writers)
-        for frame in track(frames, "Frames", _count(container, stream)):
-            rainy = _read(frame, first, source)
-            changed = change(rainy)
-            pixels = to_bytes(changed, f"{source}: frame {frames.frames}")
-            out.add(pixels, frame)
+        video_writer = open_writer(target, (video_format.height, video_format.width))
+        writers = [video_writer]
+        reader = _FrameReader(container, stream, copied_streams, source, writers)
+        for frame in track(reader, "Frames", _frame_count(container, stream)):
+            rainy = _read(frame, video_format, source)
+            pixels = to_bytes(change(rainy), f"{source}: frame {reader.frames}")
+            video_writer.add(pixels, frame)
             if beside is not None:
-                picture = _even(np.asarray(compare({"rainy": to_bytes(rainy), "derained": pixels})))
+                picture = _with_even_sides(np.asarray(compare({"rainy": to_bytes(rainy), "derained": pixels})))
                 if len(writers) == 1:
-                    writers.append(writer(beside, (picture.shape[0], picture.shape[1])))
-                    frames.catch_up(writers[1])
+                    writers.append(open_writer(beside, (picture.shape[0], picture.shape[1])))
+                    reader.copy_early_packets(writers[1])
                 writers[1].add(picture, frame)
-        frames.tell()
-        for one in writers:
-            one.finish()
-        return any("location" in key.lower() for key in out.container.metadata)
+        reader.report_damage()
+        for writer in writers:
+            writer.finish()
+        return any("location" in key.lower() for key in video_writer.container.metadata)
 
 
-def look(path: Path) -> Look:
-    """Decodes the first frame and takes down how all of them are to be read.
+def _warn_of_losses(video_format: VideoFormat, source: Path) -> None:
+    if video_format.bits > 8:
+        log.warning("%s: %d bits per channel; the copy has 8", source, video_format.bits)
+    if video_format.interlaced:
+        log.warning("%s: interlaced, restored as if it were not; deinterlace it first for a better result", source)
+
+
+def _warn_of_skipped_streams(container: Any, kept: list[Any], source: Path) -> None:
+    skipped = {stream.type or "unknown" for stream in container.streams if stream not in kept}
+    if container.chapters():
+        skipped.discard("data")  # MP4 stores chapters in such a stream, and they are copied
+    if skipped:
+        log.warning("%s: skipped streams: %s", source, ", ".join(sorted(skipped)))
+
+
+def read_format(path: Path) -> VideoFormat:
+    """Return size, rotation and colours of a video, from its first frame.
 
     Raises:
-        DerainError: If there is no frame, or it is turned by no quarter turn.
+        DerainError: If no frame can be decoded, or the rotation is not a multiple of 90°.
     """
-    with _opened(path) as container:
+    with _open(path) as container:
         stream, _ = _streams(container, path)
-        frame = next(iter(_Reading(container, stream, [], path, [])), None)
+        frame = next(iter(_FrameReader(container, stream, [], path, [])), None)
         if frame is None:
-            raise DerainError(f"{path}: holds no frame that could be decoded; give a whole video")
-        display = frame.side_data.get("DISPLAYMATRIX")
+            raise DerainError(f"{path}: no frame can be decoded; expected an undamaged video")
+        display_matrix = frame.side_data.get("DISPLAYMATRIX")
         aspect = Fraction(stream.sample_aspect_ratio or 1)
-    upright = (False, 0) if display is None else turn(np.frombuffer(bytes(display), np.int32).tolist())
-    if upright is None:
-        raise DerainError(f"{path}: is to be shown turned by other than quarter turns; write it upright first")
-    mirrored, quarters = upright
-    height, width = (frame.width, frame.height) if quarters % 2 else (frame.height, frame.width)
-    guessed = 1 if min(height, width) >= 720 else 6  # as players guess: BT.709 for HD, BT.601 else
-    matrix = int(frame.colorspace) if int(frame.colorspace) in MATRICES else guessed
-    told = int(frame.colorspace) if int(frame.colorspace) in MATRICES else UNSPECIFIED
-    full = int(frame.color_range) == FULL or frame.format.name.startswith("yuvj")
-    reach = FULL if full else int(frame.color_range)
-    bits = max(component.bits for component in frame.format.components)
-    tags = (told, reach, int(frame.color_trc), int(frame.color_primaries))
-    aspect = 1 / aspect if quarters % 2 else aspect
-    return Look(height, width, mirrored, quarters, matrix, full, tags, aspect, bits, bool(frame.interlaced_frame))
+    mirrored, quarter_turns = False, 0
+    if display_matrix is not None:
+        values = np.frombuffer(bytes(display_matrix), np.int32).tolist()
+        rotation = rotation_of(values)
+        if rotation is None:
+            degrees = math.degrees(math.atan2(values[1], values[0]))
+            raise DerainError(
+                f"{path}: rotation of {degrees:.0f}° is not a multiple of 90°; re-encode the video upright"
+            )
+        mirrored, quarter_turns = rotation
+    height, width = frame.height, frame.width
+    if quarter_turns % 2:
+        height, width, aspect = width, height, 1 / aspect
+    color_tag, matrix = _color_matrix(frame, min(height, width))
+    full_range = int(frame.color_range) == FULL or frame.format.name.startswith("yuvj")
+    range_tag = FULL if full_range else int(frame.color_range)
+    return VideoFormat(
+        height=height,
+        width=width,
+        mirrored=mirrored,
+        quarter_turns=quarter_turns,
+        matrix=matrix,
+        full_range=full_range,
+        color_tags=(color_tag, range_tag, int(frame.color_trc), int(frame.color_primaries)),
+        aspect=aspect,
+        bits=max(component.bits for component in frame.format.components),
+        interlaced=bool(frame.interlaced_frame),
+    )
 
 
-def turn(display: Sequence[int]) -> tuple[bool, int] | None:
-    """Reads a display matrix: whether to mirror first, and how many quarters to turn counter-clockwise.
+def _color_matrix(frame: Any, shorter_side: int) -> tuple[int, int]:
+    """Return the colour matrix as tagged, and the one to convert with: without a tag, BT.709 for HD, else BT.601."""
+    tag = int(frame.colorspace)
+    if tag in MATRICES:
+        return tag, tag
+    return UNSPECIFIED, 1 if shorter_side >= 720 else 6
+
+
+def rotation_of(display_matrix: Sequence[int]) -> tuple[bool, int] | None:
+    """Return the rotation of a display matrix: whether to mirror first, and quarter turns counter-clockwise.
 
     Args:
-        display: Nine numbers by rows in 16.16 fixed point, ``x' = x m0 + y m3``, ``y' = x m1 + y m4``, y downwards.
+        display_matrix: Nine numbers by rows in 16.16 fixed point, ``x' = x m0 + y m3``, ``y' = x m1 + y m4``, with y
+            downwards.
 
     Returns:
-        None where it is no quarter turn.
+        None if the rotation is not a multiple of 90°.
 
     Example:
-        >>> turn([0, -65536, 0, 65536, 0, 0, 0, 0, 1 << 30])
+        >>> rotation_of([0, -65536, 0, 65536, 0, 0, 0, 0, 1 << 30])
         (False, 1)
     """
-    a, b, c, d = (display[place] for place in (0, 1, 3, 4))
+    a, b, _, c, d, *_ = display_matrix
     mirrored = a * d - b * c < 0
-    length = math.hypot(a, b) * (-1 if mirrored else 1) or 1
-    quarters = {(1.0, 0.0): 0, (0.0, -1.0): 1, (-1.0, 0.0): 2, (0.0, 1.0): 3}.get(
-        (round(a / length, 2), round(b / length, 2))
-    )
-    return None if quarters is None else (mirrored, quarters)
+    length = math.hypot(a, b) or 1.0
+    if mirrored:
+        length = -length
+    direction = (round(a / length, 2), round(b / length, 2))
+    quarter_turns = {(1.0, 0.0): 0, (0.0, -1.0): 1, (-1.0, 0.0): 2, (0.0, 1.0): 3}.get(direction)
+    return None if quarter_turns is None else (mirrored, quarter_turns)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Opens a video for reading."""
+def _open(path: Path) -> Iterator[Any]:
+    """Open a video for reading."""
     try:
         import av
     except ImportError as error:
@@ -191,67 +239,79 @@ def _opened(path: Path) -> Iterator[Any]:
     except FileNotFoundError as error:
         raise DerainError(f"{path}: no such file; check the path") from error
     except av.FFmpegError as error:
-        raise DerainError(f"{path}: not a video that can be read ({reason(error)}); give a whole video") from error
+        raise DerainError(f"{path}: not a readable video ({reason(error)}); expected an undamaged video") from error
     with container:
         yield container
 
 
 def _streams(container: Any, path: Path) -> tuple[Any, list[Any]]:
-    """The stream of frames, no picture of a cover, and those of sound and subtitles."""
+    """Return the video stream (not a cover picture), and the streams of sound and subtitles."""
     from av.stream import Disposition
 
-    videos = [one for one in container.streams.video if not one.disposition & Disposition.attached_pic]
+    videos = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if not videos:
-        raise DerainError(f"{path}: holds no pictures that move; give a video")
+        raise DerainError(f"{path}: contains no video stream; expected a video")
     if videos[0].codec_context is None:
-        raise DerainError(f"{path}: this build of PyAV cannot decode its pictures; write it as H.264 first")
+        raise DerainError(f"{path}: PyAV has no decoder for its video stream; re-encode the video as H.264")
     videos[0].thread_type = "AUTO"
-    return videos[0], [one for one in container.streams if one.type in {"audio", "subtitle"}]
+    return videos[0], [stream for stream in container.streams if stream.type in {"audio", "subtitle"}]
 
 
-def _count(container: Any, stream: Any) -> int:
-    """How many frames there should be, for the progress."""
-    seconds = (container.duration or 0) / 1_000_000
+def _frame_count(container: Any, stream: Any) -> int:
+    """Return the expected number of frames, for the progress bar."""
+    seconds = (container.duration or 0) / MICROSECONDS
     return max(1, int(stream.frames or seconds * float(stream.average_rate or 25)))
 
 
-def _read(frame: Any, first: Look, path: Path) -> Frame:
-    """An upright frame as RGB."""
-    turned = first.quarters % 2
-    size = (frame.width, frame.height) if turned else (frame.height, frame.width)
-    if size != (first.height, first.width):
-        raise DerainError(f"{path}: its frames change their size on the way; cut it there first")
+def _read(frame: Any, video_format: VideoFormat, path: Path) -> Frame:
+    """Return an upright frame as RGB."""
+    size = (frame.height, frame.width)
+    if video_format.quarter_turns % 2:
+        size = (frame.width, frame.height)
+    if size != (video_format.height, video_format.width):
+        seconds = f" at {float(frame.time):.1f} s" if frame.time is not None else ""
+        raise DerainError(f"{path}: frame size changes mid-stream{seconds}; split the file there")
     if frame.format.is_rgb:
         rgb = frame.to_ndarray(format="rgb24")
     else:
-        reach = FULL if first.full else LIMITED
-        there = {"src_colorspace": MATRICES[first.matrix], "src_color_range": reach, "dst_color_range": FULL}
-        rgb = frame.reformat(format="rgb24", interpolation=exactly(), **there).to_ndarray()
-    upright = np.rot90(rgb[:, ::-1] if first.mirrored else rgb, first.quarters)
+        rgb = frame.reformat(
+            format="rgb24",
+            interpolation=accurate_interpolation(),
+            src_colorspace=MATRICES[video_format.matrix],
+            src_color_range=FULL if video_format.full_range else LIMITED,
+            dst_color_range=FULL,
+        ).to_ndarray()
+    if video_format.mirrored:
+        rgb = rgb[:, ::-1]
+    upright = np.rot90(rgb, video_format.quarter_turns)
     return np.ascontiguousarray(upright).astype(np.float32) / np.float32(255)
 
 
-def _even(pixels: Pixels) -> Pixels:
-    """White below and to the right where a side is odd."""
-    return np.pad(pixels, ((0, pixels.shape[0] % 2), (0, pixels.shape[1] % 2), (0, 0)), constant_values=255)
+def _with_even_sides(pixels: Pixels) -> Pixels:
+    """Return pixels with a white row or column added where a side is odd."""
+    height, width = pixels.shape[:2]
+    return np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), constant_values=255)
 
 
-class _Reading:
-    """Frames of a video in the order they are shown; what lies between them goes to the writers as it is.
+class _FrameReader:
+    """Iterator over the frames of a video in display order; packets of other streams are copied to the writers.
 
     Args:
         container: The video.
-        stream: Its frames.
-        others: Streams that are copied.
-        path: For messages.
-        writers: Take the packets of the other streams.
+        stream: Its video stream.
+        copied_streams: Streams of sound and subtitles.
+        path: Name of the file in messages.
+        writers: Receive the packets of the copied streams.
     """
 
-    def __init__(self, container: Any, stream: Any, others: list[Any], path: Path, writers: list["Writer"]) -> None:
-        self.container, self.stream, self.others, self.path, self.writers = container, stream, others, path, writers
-        self.early: list[tuple[Any, int]] = []
+    def __init__(
+        self, container: Any, stream: Any, copied_streams: list[Any], path: Path, writers: list[Writer]
+    ) -> None:
+        self.container, self.stream, self.copied_streams = container, stream, copied_streams
+        self.path, self.writers = path, writers
+        self.early_packets: list[tuple[Any, int]] = []
         self.frames = self.damaged = 0
-        self.broken = ""
+        self.error = ""
         self.end = Fraction(0)
 
     def __iter__(self) -> Iterator[Any]:
@@ -264,17 +324,17 @@ class _Reading:
                 yield frame
 
     def _packets(self) -> Iterator[Any]:
-        """Packets as far as the file goes, then None, which asks for what the decoder holds back."""
+        """Yield packets up to the end or the damage, then None, which flushes the decoder."""
         import av
 
-        packets = self.container.demux([self.stream, *self.others])
+        packets = self.container.demux([self.stream, *self.copied_streams])
         while True:
             try:
                 packet = next(packets)
             except StopIteration:
                 break
-            except av.FFmpegError as error:  # the file is cut off within a packet
-                self.broken = reason(error)
+            except av.FFmpegError as error:  # the file is truncated within a packet
+                self.error = reason(error)
                 break
             if packet.size:
                 if packet.pts is not None:
@@ -293,29 +353,30 @@ class _Reading:
 
     def _copy(self, packet: Any, index: int) -> None:
         if self.frames == 0:
-            self.early.append((packet, index))
+            self.early_packets.append((packet, index))
         for writer in self.writers:
             writer.copy(packet, index)
 
-    def catch_up(self, writer: "Writer") -> None:
-        """Gives a writer that came with the first frame what came before it."""
-        for packet, index in self.early:
+    def copy_early_packets(self, writer: Writer) -> None:
+        """Copy the packets before the first frame to a writer that was opened after it."""
+        for packet, index in self.early_packets:
             writer.copy(packet, index)
 
-    def tell(self) -> None:
-        """Warns of what is missing or was left out.
+    def report_damage(self) -> None:
+        """Warn if the video is truncated or frames were skipped.
 
         Raises:
-            DerainError: If nothing was left to restore.
+            DerainError: If no frame was decoded.
         """
         if not self.frames:
-            raise DerainError(f"{self.path}: no frame could be decoded; give a whole video")
-        start, duration = self.container.start_time or 0, self.container.duration
-        if self.broken:
-            log.warning("%s: breaks off at %.1f s (%s); what is there was restored", self.path, self.end, self.broken)
-        elif duration is not None:
-            last, whole = float(self.end) - start / 1_000_000, duration / 1_000_000
-            if whole - last > max(0.2, whole / 100):
-                log.warning("%s: breaks off at %.1f of %.1f s; what is there was restored", self.path, last, whole)
+            raise DerainError(f"{self.path}: no frame can be decoded; expected an undamaged video")
+        start = (self.container.start_time or 0) / MICROSECONDS
+        if self.error:
+            log.warning("%s: truncated at %.1f s (%s); restored the readable part", self.path, self.end, self.error)
+        elif self.container.duration is not None:
+            duration = self.container.duration / MICROSECONDS
+            end = float(self.end) - start
+            if duration - end > max(0.2, duration / 100):
+                log.warning("%s: truncated at %.1f of %.1f s; restored the readable part", self.path, end, duration)
         if self.damaged:
-            log.warning("%s: %d frames are damaged and were left out", self.path, self.damaged)
+            log.warning("%s: skipped %d damaged frames", self.path, self.damaged)

@@ -1,4 +1,4 @@
-"""Few lines for a warning that concerns many files: the first are shown, the others are counted."""
+"""Limit on warnings that repeat for many files: the first are shown, the rest are counted."""
 
 import logging
 from collections import Counter
@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SHOWN = 5
-"""Warnings of one kind that are shown."""
+"""Number of warnings of a kind that are shown."""
 
 
-class Limit(logging.Filter):
-    """Let the first warnings of a kind pass, and count all of them.
+class WarningLimit(logging.Filter):
+    """Show the first warnings of a kind, and count all of them.
 
-    A kind are the warnings that begin with the name of a file and differ in their arguments only.
+    Warnings of a kind share a format string that starts with a file name (``"%s: "``).
     """
 
     def __init__(self) -> None:
@@ -28,10 +28,10 @@ class Limit(logging.Filter):
         return self.counts[kind] <= SHOWN
 
     def totals(self) -> list[str]:
-        """Return a line for each kind that was not shown in full.
+        """Return a line for each kind of which warnings were hidden.
 
         Example:
-            >>> limit = Limit()
+            >>> limit = WarningLimit()
             >>> records = [logging.makeLogRecord({"levelno": 30, "msg": "%s: is blue", "args": ("a",)})] * 7
             >>> [limit.filter(record) for record in records].count(True), limit.totals()
             (5, ['7 files in all, the first 5 above: is blue'])
@@ -45,8 +45,8 @@ class Limit(logging.Filter):
 
 @contextmanager
 def few_warnings(log: logging.Logger) -> Iterator[None]:
-    """Limit the warnings of a kind within the block, and log how many there were at its end."""
-    limit = Limit()
+    """Limit the warnings within the block; log at its end how many were hidden."""
+    limit = WarningLimit()
     log.addFilter(limit)
     try:
         yield

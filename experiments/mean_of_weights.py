@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from derain.errors import DerainError
-from derain.methods import weights
+from derain.methods import catalog
 
 
 def main(new: Path, old: Path, out: Path, share: float) -> None:
@@ -20,14 +20,14 @@ def main(new: Path, old: Path, out: Path, share: float) -> None:
     Raises:
         DerainError: If a file is no weights, or they are of different networks.
     """
-    (module, _), (other, _) = weights.load(new), weights.load(old)
+    (module, _), (other, _) = catalog.load(new), catalog.load(old)
     mine, theirs = module.network.state_dict(), other.network.state_dict()
     if not 0 <= share <= 1:
         raise DerainError(f"--share {share}: must be in [0, 1]")
     if {name: one.shape for name, one in mine.items()} != {name: one.shape for name, one in theirs.items()}:
         raise DerainError(f"{old}: its network is not that of {new}; give weights of the same method and size")
     module.network.load_state_dict({name: share * one + (1 - share) * theirs[name] for name, one in mine.items()})
-    weights.save(module, out)
+    module.save_weights(out)
 
 
 if __name__ == "__main__":

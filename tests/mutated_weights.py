@@ -26,9 +26,10 @@ import torch
 from spandrel.architectures.NAFNet import NAFNet
 
 from derain.errors import DerainError
-from derain.methods import METHODS, DACLIPSDEModule, DerainModule, PReNetModule, exported, weights
+from derain.export import write
+from derain.methods import DACLIPSDEModule, DerainModule, PReNetModule, catalog
 from derain.restoration import Restorer
-from tests.methods.test_contract import SMALL
+from tests.methods.test_contract import METHODS, SMALL
 
 NASTY: tuple[Callable[[Any], Any], ...] = (
     lambda old: None,
@@ -61,7 +62,7 @@ def originals(folder: Path) -> list[Path]:
     made = []
     for method in METHODS:
         module = method(**SMALL[method.__name__]).eval()
-        weights.save(module, folder / f"{method.__name__}.safetensors")
+        module.save_weights(folder / f"{method.__name__}.safetensors")
         torch.save(checkpoint(module), folder / f"{method.__name__}.ckpt")
         made += [folder / f"{method.__name__}.safetensors", folder / f"{method.__name__}.ckpt"]
     published = {
@@ -74,7 +75,7 @@ def originals(folder: Path) -> list[Path]:
         made.append(folder / f"{name}.pth")
     for module in (PReNetModule(stages=1).eval(), DACLIPSDEModule(**SMALL["DACLIPSDEModule"]).eval()):
         path = folder / f"{type(module).__name__}.onnx"
-        exported.write(exported.graph_of(module), module.describe(), path, "onnx")
+        write(module.export_graph(), module, path, "onnx")
         made += [path] * 2
     return made
 
@@ -83,7 +84,7 @@ def checkpoint(module: DerainModule) -> dict[str, Any]:
     """A checkpoint with an average, as training writes it."""
     state = {f"network.{name}": value for name, value in module.network.state_dict().items()}
     average = {"network": module.network.state_dict(), "updates": 3, "batches": 3}
-    return {"derain": module.describe(), "state_dict": state, "ema": average, "epoch": 3, "global_step": 7}
+    return {"derain": module.metadata(), "state_dict": state, "ema": average, "epoch": 3, "global_step": 7}
 
 
 def mutate(source: Path, target: Path, random: Random) -> str:
@@ -248,7 +249,7 @@ def outcome(path: Path, by_restorer: bool) -> str:
         if by_restorer:
             Restorer(path, device="cpu")
         else:
-            weights.load(path)
+            catalog.load(path)
     except DerainError as error:
         message = str(error)
         well = path.name in message and "\n" not in message and len(message) < 1_500

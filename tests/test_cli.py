@@ -112,7 +112,7 @@ RAIN800 = str(Path(__file__).parents[1] / "experiments/rain800.yaml")
         (["fit", "--config", RAIN800, "--model", "derain.nope.Foo"], "--model derain.nope.Foo: no such class"),
         (
             ["fit", "--config", RAIN800, "--model", "json.JSONDecoder"],
-            "--model json.JSONDecoder: is no DescribedModule",
+            "--model json.JSONDecoder: is no TrainableModule",
         ),
         (["fit", "--config", RAIN800, "--model.nope", "3"], "--model.nope: no such option; derain fit"),
         (["fit", "--config", RAIN800, "--trainer.accelerator", "tpuu"], "--trainer: "),

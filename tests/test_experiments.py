@@ -13,7 +13,7 @@ from derain import PLNLINGANModule
 from derain.cli import main
 from derain.errors import DerainError
 from derain.images import read_rgb, write_image
-from derain.methods import PReNetModule, weights
+from derain.methods import PReNetModule, catalog
 from tests.factories import make_clip, make_set
 from tests.runs import metrics
 
@@ -191,13 +191,13 @@ def test_means_of_weights(tmp_path, capsys):
     script = the_script("mean_of_weights")
     modules = [PReNetModule("PRN_r", stages=1) for _ in range(2)]
     for name, module in zip("ab", modules, strict=True):
-        weights.save(module, tmp_path / name)
+        module.save_weights(tmp_path / name)
     script.main(tmp_path / "a", tmp_path / "b", tmp_path / "mean", 0.7)
-    mean = weights.load(tmp_path / "mean").module.network.state_dict()
+    mean = catalog.load(tmp_path / "mean").module.network.state_dict()
     for name, value in mean.items():
         one, other = (module.network.state_dict()[name] for module in modules)
         torch.testing.assert_close(value, 0.7 * one + 0.3 * other)
-    weights.save(PReNetModule("PRN", stages=1), tmp_path / "c")
+    PReNetModule("PRN", stages=1).save_weights(tmp_path / "c")
     for file, share, told in (("c", 0.5, "its network is not that of"), ("b", 1.5, "must be in")):
         with pytest.raises(DerainError, match=told):
             script.main(tmp_path / "a", tmp_path / file, tmp_path / "out", share)

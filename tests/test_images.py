@@ -38,7 +38,7 @@ def test_lossy_formats_keep_size_and_colours(tmp_path, suffix):
     assert np.abs(read_rgb(tmp_path / f"a{suffix}").astype(int) - pixels).max() <= 6
 
 
-def test_grey_is_repeated_and_written_back_as_grey(tmp_path):
+def test_grey_is_repeated_and_written_as_grey(tmp_path):
     grey = noise(4, 6)
     Image.fromarray(grey).save(tmp_path / "g.png")
     photo = read_photo(tmp_path / "g.png")
@@ -97,7 +97,7 @@ def test_16_bit_round_trips(tmp_path, suffix, channels):
 def test_rotation_by_exif_is_applied_once(tmp_path):
     pixels = noise(4, 6, 3)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn right to see it upright
+    exif[0x0112] = 6  # upright after a quarter turn clockwise
     Image.fromarray(pixels).save(tmp_path / "r.png", exif=exif)
     assert (read_rgb(tmp_path / "r.png") == np.rot90(pixels, -1)).all()
     assert image_size(tmp_path / "r.png") == (6, 4)
@@ -105,21 +105,20 @@ def test_rotation_by_exif_is_applied_once(tmp_path):
     assert (read_rgb(tmp_path / "out.png") == np.rot90(pixels, -1)).all()
 
 
-@pytest.mark.parametrize("turn", range(1, 9))
-def test_16_bit_photos_are_turned_as_8_bit_ones(tmp_path, turn):
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_16_bit_photos_are_rotated_like_8_bit_photos(tmp_path, orientation):
     pixels = noise(4, 6, 3)
     exif = Image.Exif()
-    exif[0x0112] = turn
+    exif[0x0112] = orientation
     Image.fromarray(pixels).save(tmp_path / "shallow.png", exif=exif)
     cv2.imwrite(str(tmp_path / "d.png"), pixels[..., ::-1].astype(np.uint16) * 257)
     data, chunk = (tmp_path / "d.png").read_bytes(), exif.tobytes().removeprefix(b"Exif\0\0")
-    head = struct.pack(">I", len(chunk)) + b"eXIf" + chunk + struct.pack(">I", zlib.crc32(b"eXIf" + chunk))
-    (tmp_path / "deep.png").write_bytes(data[:33] + head + data[33:])
+    (tmp_path / "deep.png").write_bytes(data[:33] + png_chunk(b"eXIf", chunk) + data[33:])
     assert (read_rgb(tmp_path / "deep.png") == read_rgb(tmp_path / "shallow.png")).all()
     assert image_size(tmp_path / "deep.png") == read_rgb(tmp_path / "deep.png").shape[:2]
 
 
-def test_profile_and_exif_are_handed_on(tmp_path):
+def test_profile_and_exif_are_copied(tmp_path):
     exif = Image.Exif()
     exif[0x010E] = "a rainy day"
     Image.fromarray(noise(4, 6, 3)).save(tmp_path / "a.jpg", exif=exif, icc_profile=PROFILE)
@@ -145,7 +144,7 @@ def test_16_bit_photos_keep_their_profile(tmp_path, suffix, channels, length):
     assert (np.atleast_3d(cv2.imread(str(tmp_path / f"b{suffix}"), cv2.IMREAD_UNCHANGED)) == deep).all()
 
 
-def test_a_grey_profile_is_not_given_to_colours(tmp_path, caplog):
+def test_a_grey_profile_is_not_written_to_a_colour_image(tmp_path, caplog):
     grey = bytes(16) + b"GRAY" + bytes(200)
     values = np.full((4, 6), 0.3, np.float32)
     photo = Photo(np.repeat(values[..., None], 3, 2), values, True, 16, {"icc_profile": grey})
@@ -161,18 +160,18 @@ def test_one_pixel(tmp_path):
     assert read_rgb(tmp_path / "a.png").shape == (1, 1, 3)
 
 
-def test_refusals_name_the_file(tmp_path):
-    (tmp_path / "text.png").write_text("no image")
-    write_image(tmp_path / "whole.png", noise(60, 60, 3))
-    data = (tmp_path / "whole.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
-    for name in ("text.png", "cut.png", "absent.png"):
+def test_errors_name_the_file(tmp_path):
+    (tmp_path / "text.png").write_text("not an image")
+    write_image(tmp_path / "complete.png", noise(60, 60, 3))
+    data = (tmp_path / "complete.png").read_bytes()
+    (tmp_path / "truncated.png").write_bytes(data[: len(data) // 2])
+    for name in ("text.png", "truncated.png", "missing.png"):
         with pytest.raises(DerainError, match=name):
             read_rgb(tmp_path / name)
     with pytest.raises(DerainError, match=r"text\.png"):
         image_size(tmp_path / "text.png")
-    with pytest.raises(DerainError, match=r"out\.xyz.*end it in"):
-        read_photo(tmp_path / "whole.png").write(tmp_path / "out.xyz")
+    with pytest.raises(DerainError, match=r"out\.xyz"):
+        read_photo(tmp_path / "complete.png").write(tmp_path / "out.xyz")
 
 
 def test_files_are_listed_in_natural_order_without_hidden_ones(tmp_path):
@@ -180,11 +179,11 @@ def test_files_are_listed_in_natural_order_without_hidden_ones(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     assert [p.name for p in image_files(tmp_path)] == ["2.JPG", "10.png"]
-    below = [p.relative_to(tmp_path) for p in image_files(tmp_path, recursive=True)]
-    assert below == [Path("2.JPG"), Path("10.png"), Path("b/1.png")]
+    recursive = [p.relative_to(tmp_path) for p in image_files(tmp_path, recursive=True)]
+    assert recursive == [Path("2.JPG"), Path("10.png"), Path("b/1.png")]
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path):
     target = tmp_path / "a.txt"
     target.write_text("old")
 
@@ -199,7 +198,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def png_head(width, height):
+def png_header(width, height):
     body = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", body) + png_chunk(b"IDAT", zlib.compress(b""))
 
@@ -209,7 +208,7 @@ def png_chunk(kind, body):
 
 
 def with_exif(path, data):
-    """Puts raw EXIF into a JPEG file."""
+    """Add raw EXIF to a JPEG file."""
     jpeg = path.read_bytes()
     segment = b"Exif\0\0" + data
     path.write_bytes(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + jpeg[2:])
@@ -227,7 +226,7 @@ def with_exif(path, data):
     ],
     ids=["PostScript", "QOI", "ICNS", "PPM", "GIF"],
 )
-def test_formats_that_were_not_named_are_refused(tmp_path, monkeypatch, name, content):
+def test_formats_other_than_the_supported_ones_are_refused(tmp_path, monkeypatch, name, content):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: pytest.fail("Ghostscript was run"))
     (tmp_path / name).write_bytes(content)
     for read in (read_rgb, read_photo, image_size):
@@ -250,12 +249,12 @@ SHORT, TEXT, UNKNOWN = 3, 2, 7
 
 
 def orientation_exif(kind, *values):
-    """EXIF that has nothing but an orientation, of any type."""
+    """Return EXIF with one tag, an orientation of any type."""
     data = bytes(values) if kind != SHORT else struct.pack(f"<{len(values)}H", *values)
     return b"II*\0" + struct.pack("<IHHHI", 8, 1, ORIENTATION, kind, len(values)) + data.ljust(4, b"\0") + bytes(4)
 
 
-STATED = [
+ORIENTATION_TAGS = [
     *((SHORT, value) for value in (*range(10), 65535)),
     (SHORT, 6, 6),
     (TEXT, *b"6\0"),
@@ -266,33 +265,35 @@ STATED = [
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
-@pytest.mark.parametrize("stated", STATED)
-def test_size_and_pixels_agree_on_the_orientation(tmp_path, suffix, stated):
+@pytest.mark.parametrize("tag", ORIENTATION_TAGS)
+def test_size_and_pixels_agree_on_the_orientation(tmp_path, suffix, tag):
     path = tmp_path / f"a{suffix}"
     pixels = np.full((4, 8, 3), 128, np.uint8)
     if suffix == ".tif":
-        kind, *values = stated
-        value = bytes(values) if kind != SHORT else values if len(values) > 1 else values[0]
+        kind, *values = tag
+        value = values[0] if len(values) == 1 else values
+        if kind != SHORT:
+            value = bytes(values)
         tifffile.imwrite(path, pixels, photometric="rgb", extratags=[(ORIENTATION, kind, len(values), value, True)])
     else:
-        Image.fromarray(pixels).save(path, exif=b"Exif\0\0" + orientation_exif(*stated))
+        Image.fromarray(pixels).save(path, exif=b"Exif\0\0" + orientation_exif(*tag))
     assert image_size(path) == read_rgb(path).shape[:2] == read_photo(path).rgb.shape[:2]
-    turned = stated[0] == SHORT and stated[1] in {5, 6, 7, 8}  # of two numbers, the first
-    assert image_size(path) == ((8, 4) if turned else (4, 8))
+    rotated = tag[0] == SHORT and tag[1] in {5, 6, 7, 8}  # the first of two numbers counts
+    assert image_size(path) == ((8, 4) if rotated else (4, 8))
 
 
-@pytest.mark.parametrize(("stated", "named"), [((SHORT, 0), "0"), ((SHORT, 9), "9"), ((TEXT, *b"6\0"), "6")])
+@pytest.mark.parametrize(("tag", "value"), [((SHORT, 0), "0"), ((SHORT, 9), "9"), ((TEXT, *b"6\0"), "6")])
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
-def test_an_invalid_orientation_is_named(tmp_path, caplog, suffix, stated, named):
+def test_a_warning_names_an_invalid_orientation(tmp_path, caplog, suffix, tag, value):
     path = tmp_path / f"a{suffix}"
-    write_image(path, noise(4, 8, 3), exif=b"Exif\0\0" + orientation_exif(*stated))
+    write_image(path, noise(4, 8, 3), exif=b"Exif\0\0" + orientation_exif(*tag))
     assert read_photo(path).rgb.shape == (4, 8, 3)
     assert str(path) in caplog.text
-    assert repr(named) in caplog.text
+    assert repr(value) in caplog.text
 
 
 @pytest.mark.parametrize("data", [b"", b"nonsense", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff" + bytes(30)])
-def test_damaged_exif_does_not_hide_the_pixels(tmp_path, data):
+def test_images_with_damaged_exif_can_be_read(tmp_path, data):
     write_image(tmp_path / "a.jpg", np.full((4, 8, 3), 99, np.uint8))
     with_exif(tmp_path / "a.jpg", data)
     assert image_size(tmp_path / "a.jpg") == (4, 8)
@@ -302,7 +303,7 @@ def test_damaged_exif_does_not_hide_the_pixels(tmp_path, data):
         assert np.abs(read_rgb(tmp_path / f"b{suffix}").astype(int) - 99).max() <= 3
 
 
-def test_exif_that_jpeg_cannot_hold_is_dropped_with_a_warning(tmp_path, caplog):
+def test_exif_that_is_too_long_for_jpeg_is_dropped_with_a_warning(tmp_path, caplog):
     exif = Image.Exif()
     exif[0x010E] = "x" * 70_000
     Image.fromarray(noise(4, 6, 3)).save(tmp_path / "a.png", exif=exif)
@@ -310,8 +311,8 @@ def test_exif_that_jpeg_cannot_hold_is_dropped_with_a_warning(tmp_path, caplog):
     photo.write(tmp_path / "b.jpg")
     assert read_rgb(tmp_path / "b.jpg").shape == (4, 6, 3)
     assert str(tmp_path / "b.jpg") in caplog.text
-    assert "70" in caplog.text
-    photo.write(tmp_path / "b.png")  # which has room for it
+    assert "65533" in caplog.text
+    photo.write(tmp_path / "b.png")  # its EXIF may be longer
     with Image.open(tmp_path / "b.png") as image:
         assert len(image.getexif()[0x010E]) == 70_000
 
@@ -325,12 +326,12 @@ def test_floating_point_files(tmp_path, caplog, channels):
     photo = read_photo(tmp_path / "unit.tif")
     np.testing.assert_allclose(photo.rgb, np.repeat(values, 3, 2) if channels == 1 else values[..., ::-1], atol=1e-6)
     for read in (read_photo, read_rgb):
-        with pytest.raises(DerainError, match=r"bytes\.tif: .*0 to 255"):
+        with pytest.raises(DerainError, match=r"bytes\.tif.*0 to 255"):
             read(tmp_path / "bytes.tif")
     np.testing.assert_allclose(read_photo(tmp_path / "bytes.tif", white=255).rgb, photo.rgb, atol=1e-6)
     assert image_size(tmp_path / "bytes.tif") == (5, 7)
     cv2.imwrite(str(tmp_path / "bright.tif"), values * 400)
-    with pytest.raises(DerainError, match="0 to 400"):  # white is not 255 there
+    with pytest.raises(DerainError, match="0 to 400"):  # its white is not 255
         read_photo(tmp_path / "bright.tif", white=255)
 
 
@@ -366,14 +367,14 @@ def test_a_slight_overshoot_is_clipped_with_a_warning(tmp_path, caplog):
         ("uint16", (5, 7, 3), {"photometric": "rgb", "bigtiff": True, "byteorder": ">"}),
     ],
 )
-def test_deep_pixels_that_decoders_get_wrong_are_refused(tmp_path, dtype, shape, options):
+def test_deep_pixels_that_opencv_decodes_wrongly_are_refused(tmp_path, dtype, shape, options):
     tifffile.imwrite(tmp_path / "a.tif", np.ones(shape, dtype), **options)
     for read in (read_photo, read_rgb):
         with pytest.raises(DerainError, match=r"a\.tif: .*(-bit|BigTIFF)"):
             read(tmp_path / "a.tif")
 
 
-def test_deep_tiffs_are_read_as_their_tags_say(tmp_path):
+def test_deep_tiffs_are_decoded_by_their_tags(tmp_path):
     grey = noise(5, 7, dtype=np.uint16)
     tifffile.imwrite(tmp_path / "inverted.tif", grey, photometric="miniswhite")
     np.testing.assert_allclose(read_photo(tmp_path / "inverted.tif").rgb[..., 0], 1 - grey / 65535, atol=1e-6)
@@ -384,11 +385,9 @@ def test_deep_tiffs_are_read_as_their_tags_say(tmp_path):
     np.testing.assert_allclose(photo.rgb[0, 0], (0.2, 0.4, 0), atol=1e-3)
     assert photo.alpha == pytest.approx(0.5, abs=1e-3)
     rgb = noise(32, 48, 3, dtype=np.uint16)
-    for number, options in enumerate(
-        [{"bigtiff": True}, {"byteorder": ">"}, {"tile": (16, 16), "compression": "zlib"}]
-    ):
-        tifffile.imwrite(tmp_path / f"{number}.tif", rgb, photometric="rgb", **options)
-        np.testing.assert_allclose(read_photo(tmp_path / f"{number}.tif").rgb, rgb / 65535, atol=1e-6)
+    for index, options in enumerate([{"bigtiff": True}, {"byteorder": ">"}, {"tile": (16, 16), "compression": "zlib"}]):
+        tifffile.imwrite(tmp_path / f"{index}.tif", rgb, photometric="rgb", **options)
+        np.testing.assert_allclose(read_photo(tmp_path / f"{index}.tif").rgb, rgb / 65535, atol=1e-6)
 
 
 def test_names_that_are_not_utf8(tmp_path):
@@ -406,20 +405,20 @@ for suffix in (b".png", b".tif"):
 """
     for suffix in (".png", ".tif"):
         cv2.imwrite(str(tmp_path / f"a{suffix}"), noise(5, 7, 3, dtype=np.uint16))
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("read", [read_rgb, read_photo, image_size])
 def test_decompression_bombs_are_refused(tmp_path, read):
-    (tmp_path / "a.png").write_bytes(png_head(40_000, 40_000))
+    (tmp_path / "a.png").write_bytes(png_header(40_000, 40_000))
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((4, 4), np.uint16))
     tiff = (tmp_path / "a.tif").read_bytes()
     wide = struct.pack("<HHII", 256, 4, 1, 4), struct.pack("<HHII", 256, 4, 1, 100_000_000)
     assert wide[0] in tiff
     (tmp_path / "a.tif").write_bytes(tiff.replace(*wide))
     for name in ("a.png", "a.tif"):
-        with pytest.raises(DerainError, match=rf"{name}: .*178 megapixels"):
+        with pytest.raises(DerainError, match=rf"{name}.*178 megapixels"):
             read(tmp_path / name)
 
 
@@ -438,20 +437,20 @@ def test_lab_has_no_alpha(tmp_path):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
-def test_values_that_are_not_finite_are_never_written(tmp_path, value, bits, suffix):
+def test_images_with_nan_or_infinity_are_not_written(tmp_path, value, bits, suffix):
     rgb = np.full((4, 6, 3), 0.5, np.float32)
-    broken = rgb.copy()
-    broken[1, 2, 0] = value
+    invalid = rgb.copy()
+    invalid[1, 2, 0] = value
     with pytest.raises(DerainError, match=f"b{suffix}"):
-        Photo(rgb, bits=bits).write(tmp_path / f"b{suffix}", broken)
+        Photo(rgb, bits=bits).write(tmp_path / f"b{suffix}", invalid)
     with pytest.raises(DerainError, match="scene_3"):
-        to_bytes(broken, "scene_3")
+        to_bytes(invalid, "scene_3")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("name", "size"), [("a.webp", (1, 20_000)), ("a.jpg", (1, 70_000))])
-def test_sizes_that_a_format_cannot_hold_are_refused(tmp_path, name, size):
-    with pytest.raises(DerainError, match=rf"{name}: {size[1]}x1 "):
+def test_sizes_that_a_format_does_not_support_are_refused(tmp_path, name, size):
+    with pytest.raises(DerainError, match=rf"{name}.*{size[1]}x1 "):
         write_image(tmp_path / name, np.zeros((*size, 3), np.uint8))
     assert list(tmp_path.iterdir()) == []
 

@@ -31,7 +31,7 @@ def test_tiles_of_a_pointwise_network_give_the_whole(height, width, overlap):
     image = torch.rand(1, 3, height, width)
     sizes = set()
 
-    def forward(tile, *perceived):
+    def forward(tile, *conditions):
         sizes.add(tuple(tile.shape))
         return tile**2
 
@@ -79,7 +79,7 @@ def test_out_of_memory_halves_the_tile(method, monkeypatch):
     restorer = Restorer(method, device="cpu")
     sizes = []
 
-    def forward(tile, *perceived):
+    def forward(tile, *conditions):
         sizes.append(tile.shape[-1])
         if tile.shape[-1] > 128:
             torch.empty(10**15)  # the machine's own message
@@ -97,7 +97,7 @@ def test_out_of_memory_halves_the_tile(method, monkeypatch):
 def test_no_memory_at_all_is_refused(method, monkeypatch):
     restorer = Restorer(method, device="cpu")
 
-    def forward(tile, *perceived):
+    def forward(tile, *conditions):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(restorer, "_forward", forward)
@@ -108,7 +108,7 @@ def test_no_memory_at_all_is_refused(method, monkeypatch):
 def test_other_errors_are_not_taken_for_memory(method, monkeypatch):
     restorer = Restorer(method, device="cpu")
 
-    def forward(tile, *perceived):
+    def forward(tile, *conditions):
         raise RuntimeError("a fault")
 
     monkeypatch.setattr(restorer, "_forward", forward)
@@ -148,7 +148,7 @@ def test_refusals(method, tmp_path):
 def test_tiles_and_views_take_the_route_of_the_whole_image(monkeypatch):
     method = CLIPRPNModule(perception="fixed", route=1, dim=8, blocks=(1, 1, 1, 1), refinement=1)
     seen, taken = [], []
-    monkeypatch.setattr(method, "perceive", lambda image: seen.append(image.shape) or {"routes": [1]})
+    monkeypatch.setattr(method, "encode", lambda image: seen.append(image.shape) or {"routes": [1]})
     run = method.network.forward
     monkeypatch.setattr(method.network, "forward", lambda x, routes: taken.append(routes) or run(x, routes))
     image = np.random.default_rng(3).random((100, 140, 3), np.float32)
@@ -160,7 +160,7 @@ def test_tiles_and_views_take_the_route_of_the_whole_image(monkeypatch):
     assert {one.shape for one in explained.maps.values()} == {(100, 140)}
     again = Restorer(method, device="cpu", tile=64, ensemble=True)(image)
     np.testing.assert_allclose(explained.derained, again, atol=1e-6)
-    assert explained.perceived == {"route": 1}
+    assert explained.description == {"route": 1}
 
 
 def test_images_come_back_as_they_came(method):

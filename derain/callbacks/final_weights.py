@@ -1,4 +1,4 @@
-"""The file that a training run hands on."""
+"""Weights file of a training run."""
 
 import logging
 from pathlib import Path
@@ -10,48 +10,49 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from derain.callbacks.checkpoints import BestCheckpoint
 from derain.callbacks.last import LastCheckpoint
 from derain.callbacks.parts import image_count, validation_counts
-from derain.methods import DerainModule, DescribedModule, weights
+from derain.methods import DerainModule, TrainableModule
+from derain.methods.catalog import load
 
 log = logging.getLogger("derain")
 
 
 class FinalWeights(Callback):
-    """Writes ``weights.safetensors`` when training ends, and logs its score.
+    """Write ``weights.safetensors`` when training ends, and log the validation score.
 
-    They are the best checkpoint's, or the last one's where nothing was validated.
+    The weights are those of the best checkpoint, or of the last one if nothing was validated.
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file on rank 0."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        best = next((one for one in callbacks if isinstance(one, BestCheckpoint)), None)
-        last = next((one for one in callbacks if isinstance(one, LastCheckpoint)), None)
+        best = next((callback for callback in callbacks if isinstance(callback, BestCheckpoint)), None)
+        last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
         if not trainer.is_global_zero or best is None or last is None:
             return
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             log.info("fast_dev_run: no checkpoints and no weights are saved")
             return
-        file = best.best_model_path or last.best_model_path  # of a checkpoint without a monitor: the newest
+        file = best.best_model_path or last.best_model_path  # without a monitor, the best is the newest
         if not file:
-            log.warning("not a single step was trained: no weights are saved")
+            log.warning("no step was trained: no weights are saved")
             return
         for checkpoint in trainer.checkpoint_callbacks:
             if isinstance(checkpoint, ModelCheckpoint) and not checkpoint.monitor:  # loggers would call it best
                 checkpoint.last_model_path, checkpoint.best_model_path = checkpoint.best_model_path, ""
         target = Path(trainer.default_root_dir) / "weights.safetensors"
-        own = cast(DescribedModule, pl_module)
-        weights.save(weights.load(Path(file), type(own)).module, target)
+        load(Path(file), type(pl_module)).module.save_weights(target)
         score = float("nan") if best.best_model_score is None else float(best.best_model_score)
         images = image_count(*validation_counts(trainer))
         rainy = trainer.callback_metrics.get("val/rainy_psnr")  # of this run, which may have had no epoch left
         if not best.best_model_path:
             log.warning("no validation took place: the weights are those after the last epoch")
         elif isinstance(pl_module, DerainModule):
-            protocol, of_rainy = pl_module.protocols[0], "" if rainy is None else f"rainy {float(rainy):.2f} dB, "
-            log.info("validation: %sderained %.2f dB at best (%s, %s)", of_rainy, score, protocol, images)
+            baseline = "" if rainy is None else f"rainy {float(rainy):.2f} dB, "
+            protocol = pl_module.protocols[0]
+            log.info("validation: %sderained %.2f dB at best (%s, %s)", baseline, score, protocol, images)
         else:
-            log.info("validation: %s %.4f at best (%s)", own.judged_by, score, images)
+            log.info("validation: %s %.4f at best (%s)", cast(TrainableModule, pl_module).monitor, score, images)
         if isinstance(pl_module, DerainModule):
-            log.info("restore photos by: derain restore IN OUT --weights %s", target)
+            log.info("restore photos: derain restore IN OUT --weights %s", target)
         else:
-            log.info("train with it by: --model.controller %s", target)
+            log.info("use it in training: --model.controller %s", target)

@@ -1,4 +1,4 @@
-"""The checkpoint that a training is resumed from."""
+"""Checkpoint that a training resumes from."""
 
 import logging
 import os
@@ -18,11 +18,11 @@ log = logging.getLogger("derain")
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves ``last.ckpt`` after every epoch, and where a signal ends the training between two batches.
+    """Save ``last.ckpt`` after every epoch, and when a signal ends the training.
 
     Batch systems send SIGTERM before they end or pre-empt a job. Under SLURM, the signal of ``sbatch --signal``
-    (SIGUSR1) also puts the job into the queue again. No other exception saves a checkpoint: a position within a batch
-    cannot be resumed.
+    (SIGUSR1) also requeues the job. The training stops between two batches; other exceptions save no checkpoint, since
+    training cannot resume within a batch.
 
     Args:
         dirpath: Folder of the checkpoints.
@@ -35,7 +35,7 @@ class LastCheckpoint(Checkpoint):
         self._requeueing = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace Lightning's handlers: they communicate, or save, in the middle of a batch."""
+        """Replace Lightning's signal handlers, which communicate or save within a batch."""
         super().on_train_start(trainer, pl_module)
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
@@ -49,14 +49,14 @@ class LastCheckpoint(Checkpoint):
         self._received = number
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Stop before this batch, on all ranks, if any has received a signal."""
+        """Stop on all ranks before this batch if any rank has received a signal."""
         self._stop_if_signalled(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Stop within a validation too, which may take long; the resumed run begins it anew."""
-        if not trainer.sanity_checking and batch_idx < common_batches(trainer):  # ranks decide together
+        """Stop within a validation too, which may take long; a resumed run repeats it."""
+        if not trainer.sanity_checking and batch_idx < common_batches(trainer):  # a collective decision
             self._stop_if_signalled(trainer)
 
     def _stop_if_signalled(self, trainer: Trainer) -> None:
@@ -67,7 +67,7 @@ class LastCheckpoint(Checkpoint):
         raise SIGTERMException
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save the position where a signal stopped; then requeue the job, which SLURM may end at once."""
+        """Save a checkpoint if a signal stopped the training; then requeue the job, which SLURM may end at once."""
         self.save_on_exception = isinstance(exception, SIGTERMException) and (trainer.training or trainer.validating)
         super().on_exception(trainer, pl_module, exception)
         if self._requeueing and trainer.is_global_zero:
@@ -75,12 +75,12 @@ class LastCheckpoint(Checkpoint):
 
 
 def _requeue() -> None:
-    """Put the SLURM job of this process into the queue again; a failure is a warning."""
+    """Requeue the SLURM job of this process; warn on failure."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    log.warning("SLURM's signal: requeueing job %s", job)
+    log.warning("signal from SLURM: requeueing job %s", job)
     try:
         subprocess.run(["scontrol", "requeue", job], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        log.warning("job %s was not requeued (%s); submit it again, with --ckpt_path last", job, error)
+        log.warning("job %s was not requeued (%s); submit it again with --ckpt_path last", job, error)

@@ -1,4 +1,4 @@
-"""Pictures of training: the same few validation images after every validation."""
+"""Panels that compare rainy, derained and clean images."""
 
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,16 @@ from derain.pictures import compare
 
 
 def to_pixels(image: Tensor, name: str) -> Pixels:
-    """Convert ``(3, h, w)`` in [0, 1] to ``(h, w, 3)`` bytes, rounded.
+    """Convert a ``(3, h, w)`` tensor in [0, 1] to ``(h, w, 3)`` pixels in 0 to 255, rounded.
 
     Raises:
-        DerainError: If a value is not finite; it names the image.
+        DerainError: If a value is not finite; the message contains ``name``.
     """
     return to_bytes(image.float().permute(1, 2, 0).cpu().numpy(), name)
 
 
 def draw(batch: Any, outputs: Any) -> tuple[Image.Image, str]:
-    """The panel of the first image of a batch, and a file name for it."""
+    """Return the panel of the first image of a batch, and the image's name."""
     images = {"rainy": batch["rainy"], "derained": outputs["derained"], "clean": batch["clean"]}
     name = batch["name"][0]
     panel = compare({label: to_pixels(image[0], f"{name}: {label} image") for label, image in images.items()})
@@ -31,13 +31,13 @@ def draw(batch: Any, outputs: Any) -> tuple[Image.Image, str]:
 
 
 class ImagePanels(Callback):
-    """Writes pictures (rainy | derained | clean) and sends those of validation to W&B or TensorBoard.
+    """Save panels (rainy | derained | clean) of the first images of a set.
 
-    ``panels/NAME/epoch-E.png`` of the same validation images after every validation, ``panels/NAME.png`` of
-    test images.
+    Validation images are saved to ``panels/NAME/epoch-E.png`` after every validation, and sent to W&B or TensorBoard;
+    test images are saved to ``panels/NAME.png``.
 
     Args:
-        count: How many of the first images.
+        count: Number of images.
     """
 
     def __init__(self, count: int = 4) -> None:
@@ -52,7 +52,7 @@ class ImagePanels(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draws the panel of a chosen image; the ranks write their own images."""
+        """Save and log the panel of one of the first images; each rank saves its own."""
         if trainer.sanity_checking or int(batch["index"][0]) >= self.count or outputs is None:
             return
         panel, name = draw(batch, outputs)
@@ -73,7 +73,7 @@ class ImagePanels(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draws the panel of a chosen test image."""
+        """Save the panel of one of the first test images."""
         if int(batch["index"][0]) < self.count and outputs is not None:
             panel, name = draw(batch, outputs)
             write_image(Path(trainer.default_root_dir) / "panels" / f"{name}.png", panel)

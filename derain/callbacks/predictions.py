@@ -1,7 +1,7 @@
-"""Restored images of ``derain predict``."""
+"""Images that ``derain predict`` restores."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -9,19 +9,21 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from derain.callbacks.panels import to_pixels
 from derain.folders import check_outputs
 from derain.images import write_image
-from derain.methods import DerainModule
+from derain.methods.interfaces import Explains
 from derain.pictures import write_explanation
 
 
 class SaveImages(Callback):
-    """Writes every predicted image as ``images/NAME.png`` into the folder of the run.
+    """Save every restored image to ``images/NAME.png`` in the folder of the run.
 
-    With ``--explain true``, ``images/NAME-explain.png`` and ``.json`` show the maps and what was perceived.
+    With ``--explain true``, ``images/NAME-explain.png`` and ``.json`` contain the maps and the conditions.
     """
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse names under which one image would overwrite another."""
-        endings = [".png", *(["-explain.png", "-explain.json"] if cast(DerainModule, pl_module).explaining else [])]
+        """Check that no image would overwrite another."""
+        endings = [".png"]
+        if isinstance(pl_module, Explains) and pl_module.explaining:
+            endings += ["-explain.png", "-explain.json"]
         pairs = trainer.datamodule.pairs["predict"]  # type: ignore[attr-defined]
         check_outputs((Path(f"images/{pair.name}{ending}"), pair.rainy) for pair in pairs for ending in endings)
 
@@ -34,22 +36,18 @@ class SaveImages(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Writes the images of a batch; each rank writes its own."""
+        """Save the images of a batch; each rank saves its own."""
         folder = Path(trainer.default_root_dir) / "images"
-        method = cast(DerainModule, pl_module)
-        for place, name in enumerate(batch["name"]):
-            derained, maps = outputs["derained"][place].split((3, len(outputs["derained"][place]) - 3))
+        for index, name in enumerate(batch["name"]):
+            channels = outputs["derained"][index]
+            derained, maps = channels[:3], channels[3:]
             pixels = to_pixels(derained, f"{name}: derained image")
             write_image(folder / f"{name}.png", pixels)
-            if method.explaining:
-                write_explanation(
-                    folder / f"{name}-explain",
-                    {"rainy": to_pixels(batch["rainy"][place], name), "derained": pixels}
-                    | {
-                        kind: to_pixels(one.expand(3, -1, -1), f"{name}: {kind}")
-                        for kind, one in zip(method.maps, maps, strict=True)
-                    },
-                    method.describe_image(outputs["perceived"], place),
-                )
-        if trainer.received_sigterm:  # which Lightning's prediction loop does not look at
+            if isinstance(pl_module, Explains) and pl_module.explaining:
+                images = {"rainy": to_pixels(batch["rainy"][index], name), "derained": pixels}
+                for kind, values in zip(pl_module.maps, maps, strict=True):
+                    images[kind] = to_pixels(values.expand(3, -1, -1), f"{name}: {kind}")
+                description = pl_module.describe_image(outputs["conditions"], index)
+                write_explanation(folder / f"{name}-explain", images, description)
+        if trainer.received_sigterm:  # ignored by Lightning's prediction loop
             raise SIGTERMException

@@ -1,4 +1,4 @@
-"""What ``derain test`` leaves behind: every image's score, a summary to cite, one table to read."""
+"""Results of ``derain test``: scores of every image, a summary and a table."""
 
 import csv
 import dataclasses
@@ -17,28 +17,33 @@ from rich.console import Console
 from rich.table import Table
 
 from derain.callbacks.parts import image_count
+from derain.files.weights import sha256
 from derain.images import ESCAPED, write_whole
 from derain.methods import DerainModule
-from derain.methods.weights import locate, sha256
+from derain.methods.catalog import locate
+from derain.methods.interfaces import Sampled
 from derain.metrics import Scores, bootstrap_interval
+
+PACKAGES = ("derain", "torch", "lightning", "torchmetrics")
+"""Packages whose versions the summary contains."""
 
 
 class TestResults(Callback):
-    """Writes ``images.csv`` and ``summary.json`` into the folder of the run and prints a table.
+    """Save ``images.csv`` and ``summary.json`` to the folder of the run, and print a table.
 
     Args:
-        weights: File of weights that is tested, if not a checkpoint that the trainer loads.
-        commit: Commit that the results belong to.
+        weights: Weights that are tested; None for a checkpoint that the trainer loads.
+        commit: Git commit of derain, for the summary.
     """
 
-    __test__ = False  # no test case, whatever pytest thinks of the name
+    __test__ = False  # pytest would collect the class
 
     def __init__(self, weights: str | None = None, commit: str | None = None) -> None:
         self.weights, self.commit = weights, commit
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Times every call of the method: restoring alone, neither reading nor judging."""
-        self._spent, self._images = 0.0, 0
+        """Measure the time that the method restores images, without reading or scoring them."""
+        self._seconds, self._images = 0.0, 0
 
         def now() -> float:
             if pl_module.device.type != "cpu":
@@ -46,18 +51,18 @@ class TestResults(Callback):
             return time.perf_counter()
 
         def before(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            self._began = now()
+            self._start = now()
 
         def after(module: Any, inputs: tuple[torch.Tensor, ...], out: Any) -> None:
-            self._spent += now() - self._began
+            self._seconds += now() - self._start
             self._images += len(inputs[0])
 
-        self._clocks = [pl_module.register_forward_pre_hook(before), pl_module.register_forward_hook(after)]
+        self._hooks = [pl_module.register_forward_pre_hook(before), pl_module.register_forward_hook(after)]
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes on rank 0; the scores were gathered from all ranks."""
-        for clock in self._clocks:
-            clock.remove()
+        """Save and print the scores on rank 0, gathered from all ranks."""
+        for hook in self._hooks:
+            hook.remove()
         if not trainer.is_global_zero:
             return
         module = cast(DerainModule, pl_module)
@@ -68,8 +73,8 @@ class TestResults(Callback):
         write_rows(folder / "images.csv", list(image_rows(module.scores, names)))
         file = self.weights or trainer.ckpt_path
         summary = {
-            "method": module.describe(),
-            "sampling": dataclasses.asdict(module.sampling) if module.sampling else None,
+            "method": module.metadata(),
+            "sampling": dataclasses.asdict(module.sampling) if isinstance(module, Sampled) else None,
             "lpips_net": module.lpips and module.lpips.net,
             "weights": {"file": str(file), "sha256": sha256(locate(file))} if file else None,
             "data": {
@@ -79,9 +84,9 @@ class TestResults(Callback):
                 "fingerprint": data.fingerprint("test", evaluated),
             },
             "results": results(module.scores),
-            "seconds": self._spent / max(self._images, 1),
+            "seconds": self._seconds / max(self._images, 1),
             "commit": self.commit,
-            "versions": {p: importlib.metadata.version(p) for p in ("derain", "torch", "lightning", "torchmetrics")},
+            "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
             "hardware": hardware(trainer),
         }
         with write_whole(folder / "summary.json") as temporary:
@@ -91,24 +96,27 @@ class TestResults(Callback):
 
 
 def image_rows(scores: dict[str, dict[str, Scores]], names: list[str]) -> Iterator[dict[str, Any]]:
-    """One row an image and protocol."""
+    """Return one row per image and protocol."""
     for protocol, derained in scores["derained"].items():
         rainy = scores["rainy"][protocol]
-        for place, index in enumerate(derained.index.tolist()):
-            yield {
+        for row, index in enumerate(derained.index.tolist()):
+            values = {
                 "name": names[index],
                 "protocol": protocol,
-                "psnr": derained.psnr[place].item(),
-                "ssim": derained.ssim[place].item(),
-                "rainy_psnr": rainy.psnr[place].item(),
-                "rainy_ssim": rainy.ssim[place].item(),
-                **({} if derained.lpips is None else {"lpips": derained.lpips[place].item()}),
-                **({} if rainy.lpips is None else {"rainy_lpips": rainy.lpips[place].item()}),
+                "psnr": derained.psnr[row].item(),
+                "ssim": derained.ssim[row].item(),
+                "rainy_psnr": rainy.psnr[row].item(),
+                "rainy_ssim": rainy.ssim[row].item(),
             }
+            if derained.lpips is not None:
+                values["lpips"] = derained.lpips[row].item()
+            if rainy.lpips is not None:
+                values["rainy_lpips"] = rainy.lpips[row].item()
+            yield values
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes a CSV file whole or not at all."""
+    """Write a CSV file, completely or not at all."""
     with write_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors=ESCAPED) as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -116,29 +124,30 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def results(scores: dict[str, dict[str, Scores]]) -> list[dict[str, Any]]:
-    """Means of images and 95 % bootstrap intervals, one entry a protocol."""
-    told = []
+    """Return means over images and 95 % bootstrap intervals, one entry per protocol."""
+    entries = []
     for protocol, derained in scores["derained"].items():
         rainy = scores["rainy"][protocol]
-        told.append(
-            {
-                "protocol": protocol,
-                "count": len(derained.index),
-                "psnr": derained.psnr.mean().item(),
-                "psnr_interval": list(bootstrap_interval(derained.psnr)),
-                "ssim": derained.ssim.mean().item(),
-                "ssim_interval": list(bootstrap_interval(derained.ssim)),
-                "rainy_psnr": rainy.psnr.mean().item(),
-                "rainy_ssim": rainy.ssim.mean().item(),
-                **({} if derained.lpips is None else {"lpips": derained.lpips.mean().item()}),
-                **({} if rainy.lpips is None else {"rainy_lpips": rainy.lpips.mean().item()}),
-            }
-        )
-    return told
+        entry = {
+            "protocol": protocol,
+            "count": len(derained.index),
+            "psnr": derained.psnr.mean().item(),
+            "psnr_interval": list(bootstrap_interval(derained.psnr)),
+            "ssim": derained.ssim.mean().item(),
+            "ssim_interval": list(bootstrap_interval(derained.ssim)),
+            "rainy_psnr": rainy.psnr.mean().item(),
+            "rainy_ssim": rainy.ssim.mean().item(),
+        }
+        if derained.lpips is not None:
+            entry["lpips"] = derained.lpips.mean().item()
+        if rainy.lpips is not None:
+            entry["rainy_lpips"] = rainy.lpips.mean().item()
+        entries.append(entry)
+    return entries
 
 
 def hardware(trainer: Trainer) -> dict[str, Any]:
-    """What the test ran on."""
+    """Return device, cores and precision of a test, for the summary."""
     device = trainer.strategy.root_device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
@@ -149,44 +158,42 @@ def hardware(trainer: Trainer) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor, as the system names it."""
+    """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    """Prints derained against rainy, protocol by protocol."""
-    sets = summary["data"]["sets"]
-    table = Table(
-        title=f"{summary['method']['method']} on {sets if isinstance(sets, str) else ' + '.join(sets)}, "
-        f"{image_count(summary['data']['images'], summary['data']['images_in_sets'])}{_how(summary)}",
-        title_justify="left",
-    )
-    for column, justify in {
-        "protocol": "left",
-        "rainy": "right",
-        "derained": "right",
-        "95 % interval": "right",
-    }.items():
-        table.add_column(column, justify=cast(Any, justify))
+    """Print the scores of rainy and derained images, one row per protocol."""
+    table = Table(title=_title(summary), title_justify="left")
+    table.add_column("protocol")
+    for column in ("rainy", "derained", "95 % interval"):
+        table.add_column(column, justify="right")
     for row in summary["results"]:
         low, high = row["psnr_interval"]
-        table.add_row(
-            row["protocol"],
-            *(
-                f"{row[f'{kind}psnr']:.3f} dB / {row[f'{kind}ssim']:.4f}"
-                + (f" / {row[f'{kind}lpips']:.4f}" if "lpips" in row else "")
-                for kind in ("rainy_", "")
-            ),
-            f"{low:.2f} – {high:.2f} dB",
-        )
+        table.add_row(row["protocol"], _scores(row, "rainy_"), _scores(row, ""), f"{low:.2f} – {high:.2f} dB")
     Console().print(table)
 
 
-def _how(summary: dict[str, Any]) -> str:
-    """How the images were sampled, and that LPIPS comes last, for the title."""
-    sampling, lpips = summary["sampling"], summary["lpips_net"]
-    told = f", {sampling['solver']}, {sampling['steps'] or 'all'} steps, seed {sampling['seed']}" if sampling else ""
-    return told + (f", PSNR / SSIM / LPIPS ({lpips})" if lpips else "")
+def _title(summary: dict[str, Any]) -> str:
+    """Return method, sets, number of images, sampling and metrics."""
+    data, sampling = summary["data"], summary["sampling"]
+    sets = data["sets"] if isinstance(data["sets"], str) else " + ".join(data["sets"])
+    title = f"{summary['method']['method']} on {sets}, {image_count(data['images'], data['images_in_sets'])}"
+    if sampling:
+        title += f", {sampling['solver']}, {sampling['steps'] or 'all'} steps, seed {sampling['seed']}"
+    if summary["lpips_net"]:
+        title += f", PSNR / SSIM / LPIPS ({summary['lpips_net']})"
+    return title
+
+
+def _scores(row: dict[str, Any], prefix: str) -> str:
+    """Return PSNR, SSIM and perhaps LPIPS of a row; the prefix is ``rainy_`` or empty."""
+    scores = f"{row[f'{prefix}psnr']:.3f} dB / {row[f'{prefix}ssim']:.4f}"
+    if "lpips" in row:
+        scores += f" / {row[f'{prefix}lpips']:.4f}"
+    return scores

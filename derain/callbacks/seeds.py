@@ -1,4 +1,4 @@
-"""Random numbers that do not depend on interruptions."""
+"""Seeds for every batch, so that a resumed training draws the same random numbers."""
 
 import random
 from typing import Any
@@ -9,9 +9,9 @@ from lightning import Callback, LightningModule, Trainer
 
 
 class BatchSeeds(Callback):
-    """Seeds every generator before each batch from (seed, epoch, batch, rank): a run resumed anywhere is exact.
+    """Seed the global generators before each batch with a mix of seed, epoch, batch and rank.
 
-    What else draws from these generators, as validation or the start of a data loader, changes nothing.
+    The random numbers of a batch then depend on nothing else, such as validations or a resume.
 
     Args:
         seed: Seed of the run.
@@ -21,9 +21,9 @@ class BatchSeeds(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Seed this batch."""
-        named = (self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
-        mixed = int(np.random.SeedSequence(named).generate_state(1)[0])
-        random.seed(mixed)
-        np.random.seed(mixed)
-        torch.manual_seed(mixed)
+        """Seed Python's, NumPy's and torch's generators."""
+        entropy = (self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)

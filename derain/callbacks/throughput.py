@@ -1,4 +1,4 @@
-"""How fast training goes, and whether it waits for data."""
+"""Images per second of a training, and the share of time spent waiting for data."""
 
 import time
 from typing import Any
@@ -7,10 +7,10 @@ from lightning import Callback, LightningModule, Trainer
 
 
 class Throughput(Callback):
-    """Logs ``train/images_per_second`` over all devices and ``train/data_wait``, the share of time spent waiting.
+    """Log ``train/images_per_second`` of all devices, and ``train/data_wait``, the share of time without data.
 
-    Both are means over an epoch, whatever interrupts it. Time between two batches, when the loop asks for data, counts
-    as waiting.
+    Both are means over an epoch, also of one that was interrupted and resumed. The time between two batches, in which
+    the loop fetches the next one, counts as waiting; validation does not count.
     """
 
     def __init__(self) -> None:
@@ -23,15 +23,15 @@ class Throughput(Callback):
         self._waited, self._images = 0.0, 0
 
     def state_dict(self) -> dict[str, float | int]:
-        """Return what was measured of the epoch."""
+        """Return seconds and images of the epoch so far."""
         return {"spent": self._free - self._start, "waited": self._waited, "images": self._images}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the means of the epoch."""
+        """Restore them; `on_train_start` uses them."""
         self._resumed = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clocks; a resumed epoch has no start of its own."""
+        """Start the clocks; Lightning calls no ``on_train_epoch_start`` for a resumed epoch."""
         self._begin(self._resumed.get("spent", 0.0))
         self._waited, self._images = self._resumed.get("waited", 0.0), self._resumed.get("images", 0)
 
@@ -40,30 +40,30 @@ class Throughput(Callback):
         self._begin(0.0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """A batch has come."""
+        """Measure how long the batch was waited for."""
         self._wait = time.perf_counter() - self._free
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch, which is not trained on where a signal stops it; the next one is asked for."""
+        """Count the batch; one that a signal stops before training is not counted."""
         self._waited += self._wait
         self._images += len(batch["name"])
         self._free = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops the clocks."""
+        """Stop the clocks."""
         self._paused = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves the validation's time out."""
+        """Start them again."""
         if not trainer.sanity_checking:
             pause = time.perf_counter() - self._paused
             self._start += pause
             self._free += pause
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the epoch's means; validation in between does not count."""
+        """Log the means of the epoch."""
         busy = max(self._free - self._start, 1e-9)
         pl_module.log_dict(
             {

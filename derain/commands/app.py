@@ -15,7 +15,8 @@ from derain.commands.hosts import ANY_ADDRESS, host_name
 from derain.commands.service import RestorationService, load_restorers
 from derain.errors import DerainError
 from derain.image_sources import MEGAPIXELS
-from derain.memory import keep_large_blocks
+from derain.memory import keep_freed_memory
+from derain.methods.catalog import use_method
 
 PORTS = range(7860, 7960)
 """Ports to try if none is given."""
@@ -24,6 +25,7 @@ PORTS = range(7860, 7960)
 def app(
     *,
     weights: Sequence[str] = ("default",),
+    method: Sequence[str] = (),
     device: str = "auto",
     host: str = "127.0.0.1",
     allow_host: Sequence[str] = (),
@@ -39,6 +41,7 @@ def app(
 
     Args:
         weights: Weights to choose from, as for derain restore; the first is selected at the beginning.
+        method: Classes of the weights that are of methods outside derain, such as my_method.MyModule.
         device: Device: auto, cpu, cuda, cuda:N or mps.
         host: Address to serve at; there is no login.
         allow_host: Further host names under which browsers open the page, such as that of a proxy.
@@ -58,9 +61,11 @@ def app(
     if not 0 < max_megapixels <= MEGAPIXELS:
         raise DerainError(f"--max-megapixels {max_megapixels:g}: must be above 0 and at most {MEGAPIXELS}")
     _check_hosts(host, allow_host, trusted_proxy)
+    for name in method:
+        use_method(name)
     try:
         with listen(host, port) as listening:
-            keep_large_blocks()
+            keep_freed_memory()
             restorers = load_restorers(weights, device)
             with tempfile.TemporaryDirectory(prefix="derain-app-", ignore_cleanup_errors=True) as temporary:
                 folder = Path(temporary).resolve()

@@ -17,11 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 from derain.callbacks.results import cpu_name
 from derain.errors import DerainError
-from derain.memory import keep_large_blocks
+from derain.memory import keep_freed_memory
 from derain.methods import CLIPRPNModule, DACLIPSDEModule, DerainModule, PLNLINGANModule, PReNetModule, RestormerModule
-from derain.methods import weights as weights_files
+from derain.methods.catalog import load, use_method
 from derain.methods.daclipsde.network import HEAD, CrossAttention, LinearAttention, Upsample
-from derain.methods.exported import OnnxNetwork
+from derain.methods.onnx_model import OnnxNetwork
 from derain.methods.plnlingan.shifted_windows import shift_mask
 from derain.methods.prenet.network import VARIANTS, PReNet
 from derain.nn.restormer import Attention
@@ -66,6 +66,7 @@ def bench(
     *,
     size: int = 256,
     weights: Sequence[str] = (),
+    method: Sequence[str] = (),
     time: bool = False,
     device: str = "auto",
     format: Format = "table",
@@ -76,6 +77,8 @@ def bench(
     Args:
         size: Side of the image in pixels.
         weights: Names or files of weights to add, as for derain restore.
+        method: Classes of methods outside derain to count as well, such as my_method.MyModule; also needed to load
+            weights of such methods.
         time: Also measure seconds of a forward pass, median of 3.
         device: Device to measure on: auto, cpu, cuda, cuda:N or mps.
         format: Output format.
@@ -87,14 +90,15 @@ def bench(
     if size < 1:
         raise DerainError(f"--size {size}: expected at least 1 pixel")
     chosen_device = choose_device(device)
-    keep_large_blocks()
-    builds = BUILDS | {name: partial(load_countable, name) for name in weights}
+    keep_freed_memory()
+    outside = {name: use_method(name) for name in method}
+    builds = BUILDS | outside | {name: partial(load_countable, name) for name in weights}
     records: list[dict[str, Any]] = []
     for name, build in track(builds.items(), "Counting", len(builds)):
-        method = build()
-        record: dict[str, Any] = {"method": name, **count_cost(method, size)}
+        module = build()
+        record: dict[str, Any] = {"method": name, **count_cost(module, size)}
         if time:
-            record["seconds"] = measure_seconds(method, size, chosen_device)
+            record["seconds"] = measure_seconds(module, size, chosen_device)
         records.append(record)
     content: dict[str, Any] = {"size": size, "convention": CONVENTION, "methods": records}
     if time:
@@ -110,7 +114,7 @@ def load_countable(name: str) -> DerainModule:
     Raises:
         DerainError: If the file has a module that restores no images, or a graph without parameters.
     """
-    method = weights_files.load(name).module
+    method = load(name).module
     if not isinstance(method, DerainModule):
         raise DerainError(f"--weights {name}: {type(method).__name__} does not restore images; omit it")
     if isinstance(method.network, OnnxNetwork):

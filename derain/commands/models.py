@@ -12,18 +12,18 @@ from derain.models import in_the_box
 
 def list_models() -> int:
     """List the names for --weights, with method, size and training sets."""
-    from derain.methods import weights
+    from derain.files.weights import read
 
     table = Table("name", "method", "parameters", "MB", "trained on", title_justify="left")
     for name, file in in_the_box().items():
-        content = weights.read(file)
+        content = read(file)
         parameters = sum(tensor.numel() for tensor in content.state.values())
         table.add_row(
             name,
-            content.description["method"],
+            content.metadata["method"],
             f"{parameters:,}",
             f"{file.stat().st_size / 1e6:.1f}",
-            ", ".join(content.description["trained_on"]),
+            ", ".join(content.metadata["trained_on"]),
         )
     console = Console()
     console.print(table)

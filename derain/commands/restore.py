@@ -17,7 +17,7 @@ from derain.errors import DerainError
 from derain.folders import check_outputs
 from derain.image_metadata import has_location
 from derain.images import SUFFIXES, Photo, image_files, read_photo, select_images, to_bytes, write_image
-from derain.memory import give_back_blocks, keep_large_blocks
+from derain.memory import keep_freed_memory, release_freed_memory
 from derain.pictures import compare, write_explanation
 from derain.progress import track
 
@@ -46,6 +46,7 @@ def restore(
     out: Path,
     *,
     weights: str = "default",
+    method: str | None = None,
     tile: str = "auto",
     ensemble: bool = False,
     compare: bool = False,
@@ -70,6 +71,7 @@ def restore(
         weights: A name of `derain models list`, hub:OWNER/NAME, or a file: weights of derain or of the authors, ONNX
             of derain export, or a model that spandrel knows; FILE:stages=N,variant=NAME for weights of PReNet's
             authors.
+        method: Class of weights of a method outside derain, such as my_method.MyModule.
         tile: Side of tiles in pixels, auto or none.
         ensemble: Average over 8 flips and rotations, 8 times slower; for methods trained on transposed crops.
         compare: Also write NAME.EXT-compare.png, or .mp4, before and after side by side.
@@ -102,9 +104,10 @@ def restore(
         raise report.error()
     from derain.restoration import Restorer
 
-    keep_large_blocks()
+    keep_freed_memory()
     restorer = Restorer(
         weights,
+        method=method,
         device=device,
         precision=precision,
         tile=tile_size(tile),
@@ -185,7 +188,7 @@ def _check_options(options: WriteOptions, sources: Mapping[Path, Path]) -> None:
     video = next(filter(is_video, sources), None)
     if video is not None and options.explain:
         raise DerainError(f"--explain: {video} is a video; omit --explain, or extract a frame as a photo")
-    videos.crf_of(options.crf)
+    videos.check_crf(options.crf)
     if not 0 < options.white < math.inf:
         raise DerainError(f"--white {options.white:g}: must be above 0; give the value of white in the file")
 
@@ -213,7 +216,7 @@ def _restore_all(restorer: "Restorer", jobs: Mapping[Path, Path], options: Write
         except (DerainError, OSError) as error:
             report.failures.append(str(error))
         report.attempted += 1
-        give_back_blocks()
+        release_freed_memory()
 
 
 def _next_step(remaining: Sequence[Path], overwrite: bool) -> str:
@@ -238,11 +241,11 @@ def restore_photo(restorer: "Restorer", source: Path, target: Path, options: Wri
     if options.strip_metadata:
         photo = photo.without_metadata()
     if options.explain:
-        derained, maps, conditions = restorer.explain(photo.rgb, str(source))
+        derained, maps, description = restorer.explain(photo.rgb, str(source))
         pictures = {"rainy": to_bytes(photo.rgb), "derained": to_bytes(derained)}
         for name, values in maps.items():
             pictures[name] = to_bytes(np.repeat(values[..., None], 3, 2))
-        write_explanation(explanation_path(target), pictures, conditions)
+        write_explanation(explanation_path(target), pictures, description)
     else:
         derained = restorer(photo.rgb, name=str(source))
     if options.compare:
@@ -261,7 +264,7 @@ def restore_video(restorer: "Restorer", source: Path, target: Path, options: Wri
     def restore_frame(frame: NDArray[np.float32]) -> NDArray[np.float32]:
         nonlocal conditions
         if conditions is None:
-            conditions = restorer.perceive(frame)
+            conditions = restorer.encode(frame)
         return restorer(frame, conditions, name=str(source))
 
     beside = comparison_path(target) if options.compare else None
@@ -308,7 +311,7 @@ def plan(source: str, out: Path) -> dict[Path, Path]:
 
 def _plan_file(path: Path, out: Path) -> dict[Path, Path]:
     is_folder = out.is_dir() or not out.suffix
-    target = videos.writable(out / path.name if is_folder else out)
+    target = videos.output_path(out / path.name if is_folder else out)
     if not is_video(path) and target.suffix.lower() not in SUFFIXES:
         raise DerainError(f"{target}: cannot write '{target.suffix}'; use .png, .jpg, .webp, .tif, .bmp or .avif")
     return {path: target}
@@ -318,7 +321,7 @@ def _plan_folder(path: Path, out: Path) -> dict[Path, Path]:
     files = image_files(path, recursive=True, suffixes=ACCEPTED)
     if _is_inside(out, path):  # outputs of an earlier run are not inputs
         files = [file for file in files if not _is_inside(file, out)]
-    return {file: videos.writable(out / file.relative_to(path)) for file in files}
+    return {file: videos.output_path(out / file.relative_to(path)) for file in files}
 
 
 def _plan_glob(pattern: str, out: Path) -> dict[Path, Path]:
@@ -326,7 +329,7 @@ def _plan_glob(pattern: str, out: Path) -> dict[Path, Path]:
     selected = select_images(matches, ACCEPTED)
     if selected.skipped:
         log.warning("%s: %s", pattern, selected.note())
-    return {file: videos.writable(out / file.name) for file in selected.files}
+    return {file: videos.output_path(out / file.name) for file in selected.files}
 
 
 def _is_inside(path: Path, folder: Path) -> bool:

@@ -18,7 +18,7 @@ from derain.commands.page_files import KEPT
 from derain.data.rain import PRESETS, Rain, add_rain, sample_rain
 from derain.errors import DerainError
 from derain.images import Pixels, image_size, read_photo, to_bytes, write_image
-from derain.memory import give_back_blocks
+from derain.memory import release_freed_memory
 from derain.restoration import Restorer
 
 PREVIEW_SIDE, MAP_SIDE = 2048, 640
@@ -135,7 +135,7 @@ class RestorationService:
                 if not self.keep_metadata:
                     photo = photo.without_metadata()
                 rainy = photo.rgb if amount <= 0 else add_rain_to(photo.rgb, amount, seed)
-                derained, maps, conditions = self.restorers[model].explain(rainy, str(upload))
+                derained, maps, description = self.restorers[model].explain(rainy, str(upload))
             except DerainError as error:
                 raise _renamed(error, upload, name) from error
             seconds = time.perf_counter() - start
@@ -147,9 +147,9 @@ class RestorationService:
             write_image(before, shrink(rainy, PREVIEW_SIDE), subsampling=0)
             write_image(after, shrink(derained, PREVIEW_SIDE), subsampling=0)
             pictures = map_pictures(rainy, derained, maps)
-            give_back_blocks()
+            release_freed_memory()
         height, width = derained.shape[:2]
-        facts = {"model": model, "size": f"{width:,} × {height:,} pixels", "time": f"{seconds:.1f} s", **conditions}
+        facts = {"model": model, "size": f"{width:,} × {height:,} pixels", "time": f"{seconds:.1f} s", **description}
         if amount > 0:
             facts["synthetic rain"] = f"{amount:g} %, seed {seed}"
         return RestoredPhoto(before, after, download, pictures, facts)

@@ -41,6 +41,7 @@ def table(
     protocol: str | None = None,
     published: bool = False,
     cost: bool = False,
+    method: Sequence[str] = (),
     best: bool = False,
     format: Format = "table",
     out: Path | None = None,
@@ -53,6 +54,7 @@ def table(
         protocol: Protocol of the table, if the results have several.
         published: Add rows with the numbers that papers print for these data sets.
         cost: Add parameters and MACs at 256×256 pixels.
+        method: Classes of methods outside derain whose cost is counted, such as my_method.MyModule.
         best: Print the best value of each column in bold.
         format: Output format; CSV and JSON have full precision.
         out: Write to this file.
@@ -68,7 +70,7 @@ def table(
     selected, protocol = select_protocol([(file, read_summary(file)) for file in files], protocol)
     rows = merge_rows(selected)
     if cost:
-        rows = [_with_cost(row) for row in rows]
+        rows = add_costs(rows, method)
     if published:
         rows += published_rows({score.dataset for row in rows for score in row.scores}, protocol)
     records = score_records(rows)
@@ -79,19 +81,29 @@ def table(
     return 0
 
 
-def _with_cost(row: ResultRow) -> ResultRow:
-    """Return a row with parameters and multiplications; without them, and a warning, if its method is unknown."""
-    from derain import methods
-    from derain.commands.bench import count_cost
+def add_costs(rows: Sequence[ResultRow], methods: Sequence[str] = ()) -> list[ResultRow]:
+    """Return rows with parameters and multiplications of their methods; rows of unknown methods are reported.
 
-    known = {method.__name__: method for method in methods.METHODS}
-    try:
-        method = known[row.described["method"]](**row.described["hyper_parameters"])
-        counted = count_cost(method, COST_SIDE)
-    except (KeyError, TypeError, ValueError) as error:
-        log.warning("%s: cost of %s is not counted: the method cannot be built (%s)", row.file, row.method, error)
-        return row
-    return replace(row, parameters=float(counted["parameters"]), macs=float(counted["macs"]))
+    Args:
+        rows: Rows of own results.
+        methods: Classes of methods outside derain.
+    """
+    from derain.commands.bench import count_cost
+    from derain.methods.registry import find, use_method
+
+    for name in methods:
+        use_method(name)
+    with_costs = []
+    for row in rows:
+        try:
+            method = find(Path(row.file), row.described)
+            cost = count_cost(method(**row.described["hyper_parameters"]), COST_SIDE)
+        except (KeyError, TypeError, ValueError) as error:
+            log.warning("%s: cost of %s is not counted: the method cannot be built (%s)", row.file, row.method, error)
+            with_costs.append(row)
+            continue
+        with_costs.append(replace(row, parameters=float(cost["parameters"]), macs=float(cost["macs"])))
+    return with_costs
 
 
 # The table.

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import traceback
 from pathlib import Path
-from pydoc import locate
 from typing import Any, Literal, cast
 
 import lightning
@@ -26,15 +25,19 @@ from derain.checkpoints import remove_unfinished
 from derain.commands.lightning_messages import choose_messages
 from derain.commands.run_folders import restarts, root_of, run_folder, shared_folder
 from derain.commands.run_setup import callbacks, check_options, check_trainer, loggers
-from derain.commands.train_parser import COMMANDS, DENIED_IMPORTS, OptionParser
+from derain.commands.train_parser import DENIED_IMPORTS, OptionParser
 from derain.data.datamodule import RainDataModule
 from derain.errors import DerainError, Stopped
-from derain.memory import keep_large_blocks
-from derain.methods import DerainModule, DescribedModule, weights
+from derain.files.weights import read
+from derain.memory import keep_freed_memory
+from derain.methods import DerainModule, TrainableModule, catalog
 from derain.methods.daclipsde.solvers import Sampling
+from derain.methods.interfaces import Explains
+from derain.methods.registry import add_current_folder, use_method
 from derain.metrics import resolve
 from derain.metrics.perceptual import available_lpips
 from derain.options import in_one_line, without_option
+from derain.restoration import sample_by
 
 log = logging.getLogger("derain")
 
@@ -66,13 +69,26 @@ class SaveConfig(SaveConfigCallback):
         (Path(trainer.default_root_dir) / "commit.txt").write_text(f"{commit()}\n")
 
 
-def _model_class(config: Any) -> type[DescribedModule] | None:
+def _model_class(config: Any) -> type[TrainableModule] | None:
     """Return the class that ``--model`` names; None without the option."""
-    return cast(type[DescribedModule] | None, locate(config.model.class_path)) if config.model else None
+    return cast(type[TrainableModule], use_method(config.model.class_path)) if config.model else None
 
 
 class DerainCLI(LightningCLI):
-    """LightningCLI with a folder for each run, ``runs/EXPERIMENT/COMMAND-N``; ``--ckpt_path last`` resumes a run."""
+    """LightningCLI with a folder for each run, ``runs/EXPERIMENT/COMMAND-N``; ``--ckpt_path last`` resumes a run.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        kwargs: Arguments of LightningCLI.
+    """
+
+    def __init__(self, command: str, **kwargs: Any) -> None:
+        self.command = command
+        super().__init__(**kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the arguments that the command hides; only its parser is built, which takes a third of a second."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options that belong to neither model nor data nor trainer."""
@@ -150,7 +166,7 @@ class DerainCLI(LightningCLI):
 
     def _load_checkpoint(self, config: Any) -> None:
         """Load the checkpoint of ``--ckpt_path``, which checks the file and finds its method."""
-        self.loaded = weights.load(Path(config.ckpt_path), _model_class(config))
+        self.loaded = catalog.load(Path(config.ckpt_path), _model_class(config))
         note = self.loaded.note
         if "derain checkpoint" not in note:
             raise DerainError(f"--ckpt_path {config.ckpt_path}: {note}, not a checkpoint; use --weights instead")
@@ -237,7 +253,7 @@ class DerainCLI(LightningCLI):
         restarted = last.is_file() and restarts() > 0
         if config.get("ckpt_path") == "last" or restarted:
             config.ckpt_path = str(last)
-            weights.read(last)
+            read(last)
         elif last.is_file():
             raise DerainError(
                 f"{self.folder}: already contains a run of this job; start each run by srun, or add --ckpt_path last "
@@ -258,10 +274,10 @@ class DerainCLI(LightningCLI):
             self._load_initial_weights(config)
         else:
             if config.weights:
-                self.loaded = weights.load(config.weights, model_class)
+                self.loaded = catalog.load(config.weights, model_class)
                 log.info("%s: %s", config.weights, self.loaded.note)
             self.model = self.loaded.module
-        self.model = cast(DescribedModule, self.model)
+        self.model = cast(TrainableModule, self.model)
         self._configure_evaluation(config)
         log.info(
             "%s: %s trainable parameters; saving the run to %s",
@@ -287,11 +303,11 @@ class DerainCLI(LightningCLI):
             raise DerainError(f"{' and '.join(options)}: both initialise the network; omit one of them")
         if not config.weights:
             return
-        initial = weights.load(config.weights, type(self.model))
+        initial = catalog.load(config.weights, type(self.model))
         log.info("%s: %s", config.weights, initial.note)
         self._start_from(initial.module, config.weights)
 
-    def _start_from(self, initial: DescribedModule, path: str) -> None:
+    def _start_from(self, initial: TrainableModule, path: str) -> None:
         """Copy the weights of a method that has the same network; report differing hyper-parameters."""
         state, own_state = initial.network.state_dict(), self.model.network.state_dict()
         shapes, own_shapes = ({name: value.shape for name, value in tensors.items()} for tensors in (state, own_state))
@@ -301,7 +317,7 @@ class DerainCLI(LightningCLI):
                 f"{type(self.model).__name__}; configure the same network"
             )
         self.model.network.load_state_dict(state)
-        self.model.begin_from(initial)
+        self.model.start_from(initial)
         own_options = self.model.hparams
         differences = [
             f"{name} {value!r} → {own_options[name]!r}"
@@ -320,10 +336,13 @@ class DerainCLI(LightningCLI):
         if isinstance(self.model, DerainModule):
             self.model.protocols = self.protocols
             self.model.lpips = available_lpips(config.lpips)
-            self.model.explaining = bool(config.get("explain"))
+            if config.get("explain"):
+                if not isinstance(self.model, Explains):
+                    raise DerainError(f"--explain true: {type(self.model).__name__} has no maps; omit the option")
+                self.model.explaining = True
             sampling = self.config_init[self.subcommand].sampling
             if sampling is not None:
-                self.model.sample_by(sampling)
+                sample_by(self.model, sampling)
         elif self.subcommand in {"test", "predict"}:
             raise DerainError(
                 f"derain {self.subcommand}: {type(self.model).__name__} restores no images; use derain validate, or "
@@ -334,7 +353,7 @@ class DerainCLI(LightningCLI):
         """Build the trainer, with the CSV log and the callbacks that save checkpoints, pictures and results."""
         command, config = str(self.subcommand), self.config_init[self.subcommand]
         config.trainer.logger = loggers(config.trainer.logger, self.folder, self.config[command].ckpt_path)
-        monitor = self.model.judged_by if command == "fit" else ""
+        monitor = self.model.monitor if command == "fit" else ""
         config.trainer.callbacks = callbacks(
             _as_list(config.trainer.callbacks), command, config, self.folder, monitor, commit()
         )
@@ -428,16 +447,26 @@ def _original_error(error: BaseException) -> BaseException:
 
 
 def run(arguments: list[str]) -> int:
-    """Run ``derain fit``, ``validate``, ``test`` or ``predict``."""
-    keep_large_blocks()
+    """Run ``derain fit``, ``validate``, ``test`` or ``predict``.
+
+    Args:
+        arguments: The command and its options.
+
+    Returns:
+        Exit code of the process.
+    """
+    keep_freed_memory()
+    add_current_folder()  # --model my_method.MyModule
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they concern Lightning's calls
     set_parsing_settings(import_path_denylist=DENIED_IMPORTS)  # with a list, jsonargparse raises instead of warning
     choose_messages()
     yaml.SafeDumper.add_multi_representer(LightningEnum, lambda dumper, value: dumper.represent_str(value.value))
-    programs: dict[str, Any] = {command: {"prog": f"derain {command}"} for command in COMMANDS}
+    command = arguments[0]
+    programs: dict[str, Any] = {"prog": "derain", command: {"prog": f"derain {command}"}}
     DerainCLI(
-        DescribedModule,
-        RainDataModule,
+        command,
+        model_class=TrainableModule,
+        datamodule_class=RainDataModule,
         subclass_mode_model=True,
         parser_class=OptionParser,
         save_config_callback=None,  # instantiate_trainer adds SaveConfig
@@ -448,7 +477,7 @@ def run(arguments: list[str]) -> int:
         },
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={"prog": "derain"} | programs,
+        parser_kwargs=programs,
         args=arguments,
     )
     return 0

@@ -1,9 +1,9 @@
-"""What every method inherits: evaluation and prediction."""
+"""Base class of the methods: their contract, evaluation and prediction."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,42 +12,49 @@ from torch import Tensor
 
 from derain.batch import PairBatch
 from derain.errors import DerainError
-from derain.memory import give_back_blocks
-from derain.methods.described import DescribedModule
+from derain.memory import release_freed_memory
 from derain.methods.divergence import REMEDY, listed, position
+from derain.methods.graph import Graph
+from derain.methods.interfaces import Explains
+from derain.methods.trainable import TrainableModule
 from derain.metrics import ImageQuality, Scores
 from derain.metrics.perceptual import Lpips
 from derain.ranges import check_finite
 
 
-class DerainModule(DescribedModule, ABC):
-    """Base of the methods: a subclass builds ``self.network`` and owns its training.
+class DerainModule(TrainableModule, ABC):
+    """Base class of methods that remove rain.
 
-    A subclass defines ``training_step`` and ``configure_optimizers``. Everything else is here.
+    The contract, which `derain.testing.check_method` checks:
+
+    - ``forward(rainy)`` accepts ``(b, 3, h, w)`` in [0, 1] with any ``h, w >= 1`` and returns the same shape. In eval
+      mode it is deterministic, and the images of a batch do not influence each other. Values may leave [0, 1] a
+      little; they are clipped where images are scored or written.
+    - Every ``__init__`` argument has a type and a default and is recorded by ``self.save_hyperparameters()``: scalars,
+      strings, lists and dictionaries only. Inference options such as a sampler are not among them.
+    - ``self.network`` holds all that is restored from a weights file.
+    - ``training_step`` returns a finite loss, and every parameter with ``requires_grad`` receives a gradient within an
+      epoch. ``training_step`` and ``configure_optimizers`` belong to the method; evaluation, prediction, checkpoints
+      and weights files are inherited.
+    - What the method can do beyond that it says by the interfaces of `derain.methods.interfaces`.
 
     Attributes:
-        maps: Names of the maps that ``explain`` adds.
-        explaining: Whether ``predict_step`` gives them too.
-        protocols, lpips: How validation and test images are judged; the first protocol names the best checkpoint.
-        bytes_per_pixel: Memory that ``forward`` takes for one pixel at inference, measured in float32.
-        tile_multiple: What sides of tiles should be multiples of.
-        compiles_any_size: Whether ``network`` is compiled once for all sizes, else once a size.
-        samples: Whether ``forward`` runs the network many times: it then cuts tiles itself, each time (argument
-            ``tiled``), and tells its steps (``show``).
-        sampling: How a method that samples does so, no part of its files; none for others.
-        published_options: Hyper-parameters that the authors' files do not record.
+        protocols: Protocols that score validation and test images; the first one selects the best checkpoint.
+        lpips: Perceptual metric that scores them too.
+        scores: Scores of every test image by kind (``derained``, ``rainy``) and protocol.
+        bytes_per_pixel: Memory of ``forward`` at inference in bytes a pixel, measured in float32.
+        tile_multiple: Number that sides of tiles should be multiples of.
+        compiles_any_size: Whether ``network`` is compiled once for all image sizes, else once for each.
+        published_options: Hyper-parameters that the authors' weights files do not record.
     """
 
-    judged_by: ClassVar[str] = "val/psnr"
-    maps: tuple[str, ...] = ()
-    explaining: bool = False
+    monitor: ClassVar[str] = "val/psnr"
     protocols: tuple[str, ...] = ("matlab-y",)
     lpips: Lpips | None = None
+    scores: dict[str, dict[str, Scores]]
     bytes_per_pixel: ClassVar[int] = 4096
     tile_multiple: ClassVar[int] = 32
     compiles_any_size: ClassVar[bool] = True
-    samples: ClassVar[bool] = False
-    sampling: Any = None
     published_options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self) -> None:
@@ -57,108 +64,66 @@ class DerainModule(DescribedModule, ABC):
 
     @abstractmethod
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Restores images of any size ``h, w >= 1`` in [0, 1]; the result may leave the range a little.
+        """Restore images of any size ``h, w >= 1`` in [0, 1].
 
-        A method that perceives images as a whole takes what ``perceive`` gave as further arguments.
+        A method whose ``encode`` returns conditions accepts them as further keyword arguments, and encodes the images
+        itself if they are not given.
         """
 
-    def perceive(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
-        """What ``forward`` must know of whole images when it is given parts of them; nothing by default."""
+    def encode(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
+        """Return what ``forward`` is conditioned on when it restores tiles of these images; nothing by default."""
         return {}
 
-    def check(self) -> None:
-        """Refuses early if something that perceiving needs cannot be had."""
-
-    def sample_by(self, sampling: Any) -> None:
-        """Chooses how a method that samples does so.
+    def check_requirements(self) -> None:
+        """Find or fetch what ``encode`` needs.
 
         Raises:
-            DerainError: If it does not sample.
+            DerainError: If it is missing.
         """
-        if self.sampling is None:
-            raise DerainError(f"{type(self).__name__} restores in one pass; leave out solver, steps and seed")
-        self.sampling = sampling
-
-    def take_route(self, route: int) -> None:
-        """Lets all images take one route, of methods that have routes; others raise a DerainError."""
-        raise DerainError(f"--route {route}: {type(self).__name__} has no routes; leave it out")
 
     def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Any:
-        """One pass of the network without what surrounds it, for counting and timing."""
+        """Run the network once, for counting and timing."""
         return self.network(rainy)
 
-    def explain(self, rainy: Float[Tensor, "b 3 h w"], **perceived: Any) -> Float[Tensor, "b n h w"]:
-        """The derained image and, after its three channels, ``maps`` in [0, 1] that show how it came about."""
-        return cast(Tensor, self(rainy, **perceived))
+    def export_graph(self) -> Graph:
+        """Return the function that ``derain export`` writes: by default ``forward`` without conditions.
 
-    def describe_image(self, perceived: dict[str, Any], place: int) -> dict[str, Any]:
-        """What was perceived of one image of a batch, for people and programs to read."""
-        return {}
+        A method that overrides it with a part of its computation implements `RunsGraph`.
+
+        Raises:
+            DerainError: If the method cannot be exported.
+        """
+        return Graph(self)
 
     @classmethod
     def from_published(
         cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any
     ) -> "DerainModule | None":
-        """Return the method with its authors' state dict, or None when the keys are not theirs.
+        """Return the method with its authors' state dict, or None if the keys are not theirs.
 
         Args:
             state: The tensors by the authors' names.
             path: The file, whose folder may name what the tensors do not.
-            options: Of `published_options`, what a user knows of the file.
+            **options: Values of ``published_options`` that the user gave.
         """
         return None
 
-    # Evaluation: image by image, judged in `derain.metrics`, never by the method itself.
-
-    def _finish(self, stage: str) -> dict[str, dict[str, Scores]]:
-        scores = {kind: quality.compute() for kind, quality in self._quality.items()}
-        self._require_scores(stage, next(iter(scores["derained"].values())))
-        for place, (name, score) in enumerate(scores["derained"].items()):
-            prefix = stage if place == 0 else f"{stage}/{name}"
-            self.log_dict(
-                {f"{prefix}/psnr": float(score.psnr.mean()), f"{prefix}/ssim": float(score.ssim.mean())},
-                prog_bar=place == 0 and stage == "val",
-            )
-            self.log(f"{prefix}/rainy_psnr", float(scores["rainy"][name].psnr.mean()))
-            if score.lpips is not None and place == 0:
-                self.log(f"{stage}/lpips", float(score.lpips.mean()))
-        return scores
-
-    def _require_scores(self, stage: str, gathered: Scores) -> None:
-        """Refuse images without a score, which all ranks know of once scores are gathered.
-
-        Raises:
-            DerainError: If a derained image was not finite.
-        """
-        failed = gathered.index[np.isnan(gathered.psnr)].tolist()
-        if not failed:
-            return
-        pairs = getattr(getattr(self.trainer, "datamodule", None), "pairs", {}).get(stage, ())
-        names = [pairs[index].name if pairs else str(index) for index in failed]
-        if self.resuming:
-            raise DerainError(f"derained image is not finite at {position(self, names)}; {REMEDY}")
-        raise DerainError(f"{listed(names)}: derained image is not finite; use other weights")
-
-    def _give_back_at(self, shape: torch.Size) -> None:
-        """Hands memory back when images come in another size, which needs blocks of other sizes."""
-        if shape != self._shape:
-            give_back_blocks()
-        self._shape = shape
+    # Evaluation.
 
     def on_validation_epoch_start(self) -> None:
-        """Refuses early if something is missing; forgets the last epoch's scores."""
-        self.check()
+        """Check requirements and reset the scores."""
+        self.check_requirements()
         kinds = ("derained", "rainy")
         self._quality = {kind: ImageQuality(self.protocols, self.lpips).to(self.device) for kind in kinds}
 
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor] | None:
-        """Score an image; return the derained image for callbacks, or None where it is not finite."""
-        self._give_back_at(batch["rainy"].shape)
+        """Score images; return the derained ones for callbacks, or None if one is not finite."""
+        self._release_memory(batch["rainy"].shape)
         derained = self(batch["rainy"]).float()
         finite = derained.flatten(1).isfinite().all(1)
-        if not finite.all():  # refused when scores are gathered: the other ranks would wait for one that stops here
+        if not finite.all():  # refused when scores are gathered: other ranks would wait for one that stops here
             for quality in self._quality.values():  # a rank without any scores would break the gathering
                 quality.update_failed(batch["index"][~finite])
             return None
@@ -170,18 +135,57 @@ class DerainModule(DescribedModule, ABC):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val/psnr`` and ``val/ssim``, means of images over all devices."""
-        self._finish("val")
+        """Log ``val/psnr`` and ``val/ssim``, means over the images of all devices."""
+        self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
-        """Logs the means and keeps ``self.scores[kind][protocol]`` of every image for callbacks."""
-        self.scores = self._finish("test")
+        """Log the means and keep the scores of every image for callbacks."""
+        self.scores = self._log_scores("test")
+
+    def _log_scores(self, stage: str) -> dict[str, dict[str, Scores]]:
+        scores = {kind: quality.compute() for kind, quality in self._quality.items()}
+        self._require_finite(stage, next(iter(scores["derained"].values())))
+        for index, (protocol, score) in enumerate(scores["derained"].items()):
+            prefix = stage if index == 0 else f"{stage}/{protocol}"
+            means = {f"{prefix}/psnr": float(score.psnr.mean()), f"{prefix}/ssim": float(score.ssim.mean())}
+            self.log_dict(means, prog_bar=index == 0 and stage == "val")
+            self.log(f"{prefix}/rainy_psnr", float(scores["rainy"][protocol].psnr.mean()))
+            if score.lpips is not None and index == 0:
+                self.log(f"{stage}/lpips", float(score.lpips.mean()))
+        return scores
+
+    def _require_finite(self, stage: str, scores: Scores) -> None:
+        """Refuse images without a score; all ranks know of them once scores are gathered.
+
+        Raises:
+            DerainError: If a derained image was not finite.
+        """
+        failed = scores.index[np.isnan(scores.psnr)].tolist()
+        if not failed:
+            return
+        pairs = getattr(getattr(self.trainer, "datamodule", None), "pairs", {}).get(stage, ())
+        names = [pairs[index].name if pairs else str(index) for index in failed]
+        if self.is_fitting:
+            raise DerainError(f"derained image is not finite at {position(self, names)}; {REMEDY}")
+        raise DerainError(f"{listed(names)}: derained image is not finite; use other weights")
+
+    def _release_memory(self, shape: torch.Size) -> None:
+        """Release cached memory when the image size changes, which needs blocks of other sizes."""
+        if shape != self._shape:
+            release_freed_memory()
+        self._shape = shape
+
+    # Prediction.
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
-        """Restores images into [0, 1], with maps where they are wanted, and says what was perceived."""
-        self.check()
-        self._give_back_at(batch["rainy"].shape)
-        perceived = self.perceive(batch["rainy"])
-        restored = (self.explain if self.explaining else self)(batch["rainy"], **perceived)
+        """Restore images into [0, 1], with maps if the method explains itself; return them and the conditions."""
+        self.check_requirements()
+        rainy = batch["rainy"]
+        self._release_memory(rainy.shape)
+        conditions = self.encode(rainy)
+        if isinstance(self, Explains) and self.explaining:
+            restored = self.explain(rainy, **conditions)
+        else:
+            restored = self(rainy, **conditions)
         check_finite(restored, f"{', '.join(batch['name'])}: derained image")
-        return {"derained": restored.float().clamp(0, 1), "perceived": perceived}
+        return {"derained": restored.float().clamp(0, 1), "conditions": conditions}

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from derain.errors import DerainError
+from derain.files.hub import HubModel, check_whole, loading
 from derain.images import Pixels
-from derain.methods.hub import HubModel, check_whole, loading
 
 log = logging.getLogger("derain")
 

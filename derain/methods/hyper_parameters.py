@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from derain.errors import DerainError
-from derain.methods.metadata import fits, signature, type_name
+from derain.files.metadata import fits, signature, type_name
 
 POSITIVE = ("learning_rate",)
 NOT_NEGATIVE = ("weight_decay", "decay", "warm_up", "hold", "min_learning_rate")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from derain.errors import DerainError
-from derain.methods.metadata import shorten
+from derain.files.metadata import shorten
 
 SIDES = ((64, 64), (128, 192))
 """Sizes of the images for which a graph is bounded on loading: the second finds what grows faster than the image."""

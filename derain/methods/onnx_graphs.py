@@ -7,7 +7,7 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 
 from derain.errors import DerainError
-from derain.methods.metadata import Metadata, check, parse, shorten
+from derain.files.metadata import Metadata, check, parse, shorten
 from derain.methods.onnx_costs import SIDES, Costs
 
 NAMES = """

@@ -29,7 +29,7 @@ def trainer(tmp_path):
 
 @pytest.mark.parametrize("value", VALUES)
 def test_predictions(tmp_path, value):
-    outputs = {"derained": broken(value), "perceived": {}}
+    outputs = {"derained": broken(value), "conditions": {}}
     with pytest.raises(DerainError, match="scene_3"):
         SaveImages().on_predict_batch_end(trainer(tmp_path), PReNetModule(stages=1), outputs, batch(), 0)
     assert list(tmp_path.iterdir()) == []

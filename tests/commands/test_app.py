@@ -18,7 +18,7 @@ from PIL import Image
 from derain.cli import main
 from derain.commands.app import listen, server_config
 from derain.images import read_rgb, write_image
-from derain.methods import PReNetModule, weights
+from derain.methods import PReNetModule
 from tests.factories import clean_image, located
 from tests.runs import start
 
@@ -34,7 +34,7 @@ QUIET = (
 def file(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    weights.save(PReNetModule(stages=1), path)
+    PReNetModule(stages=1).save_weights(path)
     return str(path)
 
 
@@ -311,7 +311,7 @@ def test_in_a_browser(served, photo, tmp_path, width):
         paper = tmp_path / "paper.jpg"
         paper.write_bytes(b"%PDF-1.7\n" * 99)
         give.set_input_files(paper)
-        page.get_by_text("paper.jpg: not an image that can be read").wait_for()
+        page.get_by_text("paper.jpg: not a readable image").wait_for()
 
         give.set_input_files(photo)
         page.get_by_text("30 × 20 pixels").first.wait_for()

@@ -13,7 +13,6 @@ from derain.cli import main
 from derain.commands import bench
 from derain.commands.bench import BUILDS, TINY, TINY_GAN, TINY_SDE, count_cost
 from derain.methods import CLIPRPNModule, PReNetModule, RestormerModule
-from derain.methods.weights import save
 
 SMALL = {"PRN_r": BUILDS["PRN_r"], "CLIP-RPN, tiny": BUILDS["CLIP-RPN, tiny"]}
 

@@ -5,7 +5,7 @@ import torch
 from derain.cli import main
 from derain.commands import bench, export
 from derain.images import read_rgb, write_image
-from derain.methods import CLIPRPNModule, DACLIPSDEModule, PReNetModule, weights
+from derain.methods import CLIPRPNModule, DACLIPSDEModule, PReNetModule, catalog
 from tests.methods.test_contract import SMALL
 
 
@@ -14,7 +14,7 @@ def folder(tmp_path_factory):
     """Weights, their ONNX file and a photo."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("export")
-    weights.save(PReNetModule(stages=1), path / "w.safetensors")
+    PReNetModule(stages=1).save_weights(path / "w.safetensors")
     write_image(path / "rainy.png", np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
     assert main(["export", "--weights", str(path / "w.safetensors"), str(path / "m.onnx")]) == 0
     return path
@@ -45,7 +45,7 @@ def test_onnx_restores_photos(folder, tmp_path, options):
 
 def test_an_exported_diffusion_is_solved_by_derain(folder, tmp_path, capsys):
     torch.manual_seed(0)
-    weights.save(DACLIPSDEModule(**SMALL["DACLIPSDEModule"]), folder / "sde.safetensors")
+    DACLIPSDEModule(**SMALL["DACLIPSDEModule"]).save_weights(folder / "sde.safetensors")
     assert main(["export", "--weights", str(folder / "sde.safetensors"), str(folder / "sde.onnx")]) == 0
     assert main(["export", "--weights", str(folder / "sde.onnx"), str(tmp_path / "again.onnx")]) == 2
     for solver in ("posterior", "mrs-ode2"):
@@ -63,14 +63,14 @@ def test_an_exported_diffusion_is_solved_by_derain(folder, tmp_path, capsys):
 
 def test_a_route_is_chosen(folder, tmp_path, capsys):
     torch.manual_seed(0)
-    weights.save(CLIPRPNModule(**SMALL["CLIPRPNModule"] | {"perception": "clip"}), tmp_path / "w.safetensors")
+    (CLIPRPNModule(**SMALL["CLIPRPNModule"] | {"perception": "clip"})).save_weights(tmp_path / "w.safetensors")
     given = ["export", "--weights", str(tmp_path / "w.safetensors"), str(tmp_path / "m.onnx")]
     assert main(given) == 2
     assert "--route 0 to --route 1" in capsys.readouterr().err
     assert main([*given, "--route", "7"]) == 2
     assert "route 7" in capsys.readouterr().err
     assert main([*given, "--route", "1"]) == 0
-    assert "route 1" in weights.load(tmp_path / "m.onnx").note
+    assert "route 1" in catalog.load(tmp_path / "m.onnx").note
 
 
 def test_a_graph_that_does_not_hold_for_all_sizes_is_not_kept(folder, tmp_path, capsys, monkeypatch):
@@ -90,7 +90,7 @@ def test_a_graph_that_does_not_hold_for_all_sizes_is_not_kept(folder, tmp_path, 
 def test_weights_that_are_no_numbers_are_not_exported(folder, tmp_path, capsys):
     broken = PReNetModule(stages=1)
     torch.nn.init.constant_(broken.network.conv[0].bias, float("nan"))
-    weights.save(broken, tmp_path / "w.safetensors")
+    broken.save_weights(tmp_path / "w.safetensors")
     assert main(["export", "--weights", str(tmp_path / "w.safetensors"), str(tmp_path / "m.onnx")]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
 

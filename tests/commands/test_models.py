@@ -5,7 +5,7 @@ from derain import Restorer
 from derain.cli import main
 from derain.data.pairs import find_pairs
 from derain.data.rain import PRESETS, add_rain, sample_rain
-from derain.methods import weights
+from derain.methods import catalog
 from derain.metrics import psnr_ssim, resolve
 from derain.models import in_the_box
 from tests.factories import photo
@@ -15,7 +15,7 @@ def test_list_has_every_bundled_model(capsys):
     assert main(["models", "list"]) == 0
     table = capsys.readouterr().out
     for name, file in in_the_box().items():
-        module = weights.load(file).module
+        module = catalog.load(file).module
         assert name in table
         assert f"{module.parameter_count:,}" in table
         assert type(module).__name__ in table

@@ -1,5 +1,6 @@
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import av
@@ -14,7 +15,7 @@ from derain.commands import restore
 from derain.commands.restore import plan
 from derain.errors import DerainError
 from derain.images import read_photo, read_rgb, to_bytes, write_image
-from derain.methods import CLIPRPNModule, DACLIPSDEModule, PReNetModule, weights
+from derain.methods import CLIPRPNModule, DACLIPSDEModule, PReNetModule, catalog
 from derain.methods.cliprpn.network import CLIPRPN
 from derain.methods.daclipsde.solvers import Sampling
 from derain.restoration import Restorer
@@ -27,7 +28,7 @@ from tests.runs import start
 def file(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    weights.save(PReNetModule(stages=1), path)
+    PReNetModule(stages=1).save_weights(path)
     return str(path)
 
 
@@ -41,7 +42,7 @@ def photo(tmp_path, rng):
 def restored_directly(path, file):
     rgb = torch.from_numpy(read_photo(path).rgb).permute(2, 0, 1)[None]
     with torch.no_grad():
-        derained = weights.load(weights.Path(file)).module(rgb).clamp(0, 1)
+        derained = catalog.load(Path(file)).module(rgb).clamp(0, 1)
     return derained[0].permute(1, 2, 0).mul(255).round().numpy()
 
 
@@ -217,10 +218,10 @@ def test_frames_in_a_folder_keep_names_and_order(photo, file, tmp_path):
 
 def test_conditions_of_a_video_are_those_of_the_first_frame(video, tmp_path, monkeypatch):
     method = CLIPRPNModule(perception="fixed", route=1, dim=8, blocks=(1, 1, 1, 1), refinement=1)
-    weights.save(method, tmp_path / "rpn.safetensors")
+    method.save_weights(tmp_path / "rpn.safetensors")
     frames, routes_of_frames = [], []
 
-    def perceive(self, image):
+    def encode(self, image):
         frames.append(image)
         return {"routes": [len(frames)]}
 
@@ -228,7 +229,7 @@ def test_conditions_of_a_video_are_those_of_the_first_frame(video, tmp_path, mon
         routes_of_frames.append(routes)
         return SimpleNamespace(derained=rainy, logits=())
 
-    monkeypatch.setattr(CLIPRPNModule, "perceive", perceive)
+    monkeypatch.setattr(CLIPRPNModule, "encode", encode)
     monkeypatch.setattr(CLIPRPN, "forward", forward)
     arguments = ["restore", str(video), str(tmp_path / "out.mp4"), "--weights", str(tmp_path / "rpn.safetensors")]
     assert main([*arguments, "--device", "cpu"]) == 0
@@ -239,7 +240,7 @@ def test_conditions_of_a_video_are_those_of_the_first_frame(video, tmp_path, mon
 def test_every_frame_has_the_same_noise(tmp_path):
     torch.manual_seed(1)
     method = DACLIPSDEModule("none", channels=16, multipliers=(1, 2), attention="none", sde_steps=4)
-    weights.save(method, tmp_path / "sde.safetensors")
+    method.save_weights(tmp_path / "sde.safetensors")
     still = make_video(tmp_path / "still.mp4", [np.full((16, 16, 3), 128, np.uint8)] * 3)
     restored = []
     restorer = Restorer(tmp_path / "sde.safetensors", device="cpu", sampling=Sampling(steps=2))

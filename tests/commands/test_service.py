@@ -13,7 +13,7 @@ from PIL import Image
 from derain.commands.service import RestorationService, add_rain_to, load_restorers
 from derain.errors import DerainError
 from derain.images import read_photo, read_rgb, write_image
-from derain.methods import CLIPRPNModule, PReNetModule, weights
+from derain.methods import CLIPRPNModule, PReNetModule, catalog
 from tests.factories import clean_image, located
 
 MODEL = "w · PReNet"
@@ -23,7 +23,7 @@ MODEL = "w · PReNet"
 def file(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    weights.save(PReNetModule(stages=1), path)
+    PReNetModule(stages=1).save_weights(path)
     return str(path)
 
 
@@ -49,7 +49,7 @@ def test_download_is_restored_at_full_size(service, file, tmp_path, monkeypatch)
     rgb = torch.from_numpy(read_photo(sideways).rgb).permute(2, 0, 1)[None]
     assert rgb.shape == (1, 3, 30, 20)
     with torch.no_grad():
-        expected = weights.load(Path(file)).module(rgb).clamp(0, 1)[0].permute(1, 2, 0).mul(255).round().numpy()
+        expected = catalog.load(Path(file)).module(rgb).clamp(0, 1)[0].permute(1, 2, 0).mul(255).round().numpy()
     assert np.abs(read_rgb(restored.download) - expected).max() <= 1
     assert restored.download.name == "from-a-phone-derained.png"
     assert read_rgb(restored.before).shape == read_rgb(restored.after).shape == (15, 10, 3)
@@ -77,7 +77,7 @@ def test_maps_and_facts_of_a_method_with_routes(tmp_path, photo):
 
     torch.manual_seed(0)
     small = CLIPRPNModule(dim=8, blocks=(1, 1, 1, 1), refinement=1, perception="none")
-    weights.save(small, tmp_path / "rpn.safetensors")
+    small.save_weights(tmp_path / "rpn.safetensors")
     restorers = load_restorers([str(tmp_path / "rpn.safetensors")], "cpu")
     restored = RestorationService(restorers, tmp_path / "results").restore(photo, "rainy.png", "rpn · CLIPRPN")
     assert list(restored.maps) == ["removed rain", "mask at 1/2", "mask at 1/4", "mask at 1/8"]

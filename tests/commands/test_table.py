@@ -14,7 +14,7 @@ from derain.commands.table import table_notes
 from derain.data.layouts import LAYOUTS
 from derain.data.run_summaries import merge_rows, published_rows, read_summary, row_labels, select_protocol
 from derain.images import read_rgb
-from derain.methods import PReNetModule, weights
+from derain.methods import PReNetModule
 from derain.metrics import PROTOCOLS
 from derain.tables import escape_latex, latex_notes
 from tests.factories import make_set
@@ -35,7 +35,7 @@ def tested(tmp_path_factory):
     torch.manual_seed(0)
     method = PReNetModule(stages=1)
     method.trained_on = ("Rain800",)
-    weights.save(method, folder / "w.safetensors")
+    method.save_weights(folder / "w.safetensors")
     (folder / "exp.yaml").write_text(yaml.safe_dump(CONFIG))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

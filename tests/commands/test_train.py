@@ -6,8 +6,9 @@ import torch
 import yaml
 
 from derain.cli import main
+from derain.files.weights import sha256
 from derain.images import image_files, read_rgb
-from derain.methods import PReNetModule, weights
+from derain.methods import PReNetModule, catalog
 from derain.metrics import psnr_ssim, resolve
 from tests.factories import make_set
 from tests.runs import differing, finish, rows, whole_and_resumed
@@ -44,7 +45,7 @@ def test_fit_leaves_all_that_is_promised(place):
     panels = list((run / "panels").rglob("*.png"))
     assert len(panels) == 2
     assert read_rgb(panels[0]).shape[1] > 3 * 64
-    loaded, note = weights.load(run / "weights.safetensors")
+    loaded, note = catalog.load(run / "weights.safetensors")
     assert loaded.trained_on == ("Rain800",)
     assert "PReNetModule" in note
 
@@ -66,7 +67,7 @@ def test_runs_never_share_a_folder(place):
 def test_test_scores_every_image_and_says_of_what(place, capsys):
     torch.manual_seed(0)
     method = PReNetModule(stages=1)
-    weights.save(method, place / "w.safetensors")
+    method.save_weights(place / "w.safetensors")
     arguments = ["test", "--config", "exp.yaml", "--weights", "w.safetensors", "--protocol", "[prenet, rgb]"]
     assert main(arguments) == 0
     told = capsys.readouterr().out
@@ -75,7 +76,7 @@ def test_test_scores_every_image_and_says_of_what(place, capsys):
     run = place / "runs/exp/test-1"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["method"]["hyper_parameters"]["variant"] == "PReNet"  # from the file, not the YAML
-    assert summary["weights"]["sha256"] == weights.sha256(place / "w.safetensors")
+    assert summary["weights"]["sha256"] == sha256(place / "w.safetensors")
     assert [r["protocol"] for r in summary["results"]] == ["prenet", "rgb"]
     table = rows(run / "images.csv")
     assert len(table) == 10
@@ -109,7 +110,7 @@ def test_a_checkpoint_is_tested_too(place, average):
 
 def test_what_is_loaded_is_told_apart(place, capsys, caplog):
     assert main(["fit", "--config", "exp.yaml"]) == 0
-    weights.save(PReNetModule(stages=1), place / "w.safetensors")
+    PReNetModule(stages=1).save_weights(place / "w.safetensors")
     last = place / "runs/exp/fit-1/checkpoints/last.ckpt"
     for arguments, told in (
         (["test", "--weights", "w.safetensors", "--ckpt_path", str(last)], f"--ckpt_path {last}"),
@@ -128,25 +129,25 @@ def test_what_is_loaded_is_told_apart(place, capsys, caplog):
 
 
 def test_validate(place, capsys):
-    weights.save(PReNetModule(stages=1), place / "w.safetensors")
+    PReNetModule(stages=1).save_weights(place / "w.safetensors")
     assert main(["validate", "--config", "exp.yaml", "--weights", "w.safetensors"]) == 0
     assert "val/psnr" in capsys.readouterr().out
 
 
 def test_predict_restores_a_folder(place):
     make_set(place, "images", "predict", count=3)
-    weights.save(PReNetModule(stages=1), place / "w.safetensors")
+    PReNetModule(stages=1).save_weights(place / "w.safetensors")
     assert main(["predict", "--config", "exp.yaml", "--data.predict", "images", "--weights", "w.safetensors"]) == 0
     assert len(image_files(place / "runs/exp/predict-1/images")) == 3
 
 
 def test_fit_starts_from_weights_that_fit_only(place, capsys, caplog):
     method = PReNetModule(variant="PRN_r", stages=1)
-    weights.save(method, place / "w.safetensors")
+    method.save_weights(place / "w.safetensors")
     arguments = ["fit", "--config", "exp.yaml", "--weights", "w.safetensors"]
     assert main([*arguments, "--trainer.max_epochs", "1", "--model.learning_rate", "1e-30"]) == 0
     assert "differ from those of the weights: learning_rate 0.001 → 1e-30" in caplog.text
-    for name, value in weights.load(place / "runs/exp/fit-1/weights.safetensors").module.network.state_dict().items():
+    for name, value in catalog.load(place / "runs/exp/fit-1/weights.safetensors").module.network.state_dict().items():
         assert torch.equal(value, method.network.state_dict()[name])
     assert main([*arguments, "--model.variant", "PRN"]) == 2
     assert "does not fit the configured" in capsys.readouterr().err
@@ -202,7 +203,7 @@ def test_two_processes_train_and_test_exactly(place):
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_damaged_file_takes_one_line(place, capsys, workers):
     make_set(place, "images", "predict", count=2)
-    weights.save(PReNetModule(stages=1), place / "w.safetensors")
+    PReNetModule(stages=1).save_weights(place / "w.safetensors")
     broken = image_files(place / "images", recursive=True)[0]
     broken.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
     arguments = ["predict", "--config", "exp.yaml", "--data.predict", "images", "--weights", "w.safetensors"]

@@ -9,7 +9,7 @@ import yaml
 
 from derain.cli import main
 from derain.images import read_rgb
-from derain.methods import weights
+from derain.methods import catalog
 from derain.methods.clip import FrozenCLIP
 from derain.methods.cliprpn.perception import RainPerception
 from derain.methods.cliprpn.prompts import texts_of
@@ -68,7 +68,7 @@ def test_files_hold_no_clip_but_say_which(place):
     assert all(name.startswith("network.") for name in content["state_dict"])
     hashed = FrozenCLIP(str(place / "clip")).sha256
     assert content["derain"]["clip_sha256"] == hashed
-    loaded = weights.load(place / "runs/exp/fit-1/weights.safetensors").module
+    loaded = catalog.load(place / "runs/exp/fit-1/weights.safetensors").module
     assert loaded.routing.clip_sha256 == hashed
     optimised = sum(len(group["params"]) for group in content["optimizer_states"][0]["param_groups"])
     assert optimised == len(list(loaded.network.parameters()))
@@ -76,9 +76,9 @@ def test_files_hold_no_clip_but_say_which(place):
 
 def test_another_clip_than_in_training_is_told(place, caplog):
     assert main(["fit", "--config", "exp.yaml", "--trainer.max_epochs", "1"]) == 0
-    module = weights.load(place / "runs/exp/fit-1/weights.safetensors").module
+    module = catalog.load(place / "runs/exp/fit-1/weights.safetensors").module
     make_clip(place / "clip", seed=5)
-    module.perceive(torch.rand(1, 3, 20, 20))
+    module.encode(torch.rand(1, 3, 20, 20))
     assert "trained with another CLIP" in caplog.text
 
 
@@ -182,8 +182,8 @@ def test_patches_are_perceived_but_not_remembered(place):
     options = ["--model.route_by", "patch", "--trainer.max_epochs", "1"]
     assert main(["fit", "--config", "exp.yaml", *options]) == 0
     assert {path: path.read_text() for path in files.iterdir()} == before
-    module = weights.load(place / "runs/exp/fit-1/weights.safetensors").module
-    assert module.perceive(torch.rand(1, 3, 9, 9)) == {}
+    module = catalog.load(place / "runs/exp/fit-1/weights.safetensors").module
+    assert module.encode(torch.rand(1, 3, 9, 9)) == {}
 
 
 def test_restore_by_a_given_route_needs_no_clip(place, capsys):

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from derain.cli import main
+from derain.files.weights import sha256
 from derain.images import read_rgb
-from derain.methods import weights
 from tests.factories import make_clip, make_set
 from tests.runs import differing, finish, last, rows, whole_and_resumed
 
@@ -57,7 +57,7 @@ def test_from_captions_to_a_restored_photo(place, capsys):
     file = str(place / "runs/sde/fit-1/weights.safetensors")
     content = last(place / "runs/sde/fit-1")
     assert all(name.startswith("network.") for name in content["state_dict"])
-    assert content["derain"]["controller_sha256"] == weights.sha256(Path(controller))
+    assert content["derain"]["controller_sha256"] == sha256(Path(controller))
     assert len(content["derain"]["sde"]["speed"]) == 101
     capsys.readouterr()
     for steps in ("3", "100"):

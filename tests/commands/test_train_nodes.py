@@ -13,7 +13,7 @@ from lightning import Callback
 from derain.cli import main
 from derain.commands.train import shared_folder
 from derain.images import image_files, read_rgb
-from derain.methods import PReNetModule, weights
+from derain.methods import PReNetModule
 from tests.factories import make_set
 from tests.runs import finish_all, last, metrics, start
 
@@ -143,7 +143,7 @@ def test_another_training_of_the_job_does_not_go_on_with_the_first(place, capsys
 @pytest.mark.slow
 def test_two_ranks_restore_every_image_of_a_folder_once(place):
     make_set(place, "images", "predict", count=5)
-    weights.save(PReNetModule(stages=1), place / "w.safetensors")
+    PReNetModule(stages=1).save_weights(place / "w.safetensors")
     predict = ["predict", "--config", "exp.yaml", "--data.predict", "images", "--weights", "w.safetensors"]
     torchrun(*predict, *WITNESS, "--trainer.devices", "2", "--trainer.strategy", "ddp", nodes=1)
     one, two = seen(place, 2)

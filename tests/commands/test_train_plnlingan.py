@@ -4,8 +4,9 @@ import pytest
 import yaml
 
 from derain.cli import main
+from derain.files.weights import read
 from derain.images import read_rgb, write_image
-from derain.methods import weights
+from derain.methods import catalog
 from tests.factories import clean_image, make_set
 from tests.runs import differing, finish, last, metrics, start, whole_and_resumed
 
@@ -107,9 +108,9 @@ def test_two_processes_train_and_test_through_the_command(place):
 def test_files_of_weights_hold_the_generator_alone(place):
     assert main(["fit", "--config", "gan.yaml", "--trainer.max_epochs", "1"]) == 0
     file = place / "runs/gan/fit-1/weights.safetensors"
-    loaded = weights.load(file).module
+    loaded = catalog.load(file).module
     content = last(place / "runs/gan/fit-1")
-    assert set(weights.read(file).state) == set(loaded.network.state_dict())
+    assert set(read(file).state) == set(loaded.network.state_dict())
     assert any(name.startswith("discriminator.") for name in content["state_dict"])
     for size in ((481, 321), (1, 1), (37, 31)):
         photo = place / f"{size[0]}.png"

@@ -14,7 +14,8 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from derain.cli import main
-from derain.methods import DerainModule, PReNetModule, weights
+from derain.files.weights import read
+from derain.methods import DerainModule, PReNetModule
 from tests.factories import make_set
 from tests.runs import finish, last, rows, start
 
@@ -39,7 +40,7 @@ def place(tmp_path, monkeypatch):
     data = CONFIG["data"] | {"crop": 56, "batch_size": 1}
     for name, config in (("exp", CONFIG), ("bf16", BF16), ("gan", CONFIG | {"model": gan, "data": data})):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    weights.save(PReNetModule(stages=1), tmp_path / "w.safetensors")
+    PReNetModule(stages=1).save_weights(tmp_path / "w.safetensors")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DERAIN_DATA", str(tmp_path / "data"))
     for name in ("LOCAL_RANK", "DERAIN_RUN"):
@@ -392,7 +393,7 @@ def test_the_best_epoch_is_kept_and_handed_on(place, scores, second):
     run = place / "runs/callbacks/fit-1"
     best, last = (torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True) for name in ("best", "last"))
     assert (best["epoch"], last["epoch"]) == (1, 2)
-    final = weights.read(run / "weights.safetensors").state
+    final = read(run / "weights.safetensors").state
     for name, value in final.items():
         assert torch.equal(value, best["state_dict"][f"network.{name}"])
     assert any(not torch.equal(value, last["state_dict"][f"network.{name}"]) for name, value in final.items())
@@ -404,7 +405,7 @@ def test_without_validation_the_last_weights_are_handed_on(place, options, caplo
     assert "no validation" in caplog.text
     run = place / "runs/exp/fit-1"
     last = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
-    for name, value in weights.read(run / "weights.safetensors").state.items():
+    for name, value in read(run / "weights.safetensors").state.items():
         assert torch.equal(value, last["state_dict"][f"network.{name}"])
 
 

@@ -11,7 +11,7 @@ from derain.data.samplers import CropStage
 from derain.errors import DerainError
 from derain.loops import Position
 from tests.factories import make_set
-from tests.test_images import png_head
+from tests.test_images import png_header
 
 
 @pytest.fixture
@@ -288,6 +288,6 @@ def test_crops_that_nothing_can_hold_are_refused(root, options, named):
 @pytest.mark.parametrize("cache", ["ram", "disk", "off"])
 def test_a_decompression_bomb_is_refused(root, cache):
     found = data(root, train="Rain800", cache=cache)
-    (root / "Rain800/training/3.jpg").write_bytes(png_head(40_000, 40_000))
+    (root / "Rain800/training/3.jpg").write_bytes(png_header(40_000, 40_000))
     with pytest.raises(DerainError, match=r"3\.jpg: .*megapixels"):
         found.setup("fit") or batches(found, "train")

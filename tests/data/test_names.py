@@ -19,7 +19,7 @@ from derain.data.rain import synthesize
 from derain.errors import DerainError
 from derain.folders import check_outputs
 from derain.images import read_rgb
-from derain.methods import PReNetModule, weights
+from derain.methods import PReNetModule
 from tests.factories import add_rain, clean_image, save
 
 LATIN = os.fsdecode(b"caf\xe9")
@@ -102,7 +102,7 @@ def test_rain_is_put_on_photos_of_such_names(tmp_path):
 def test_methods_are_tested_and_predict_images_of_such_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pair_set(tmp_path / LATIN, LATIN, LATIN)
-    weights.save(PReNetModule(stages=1), tmp_path / "w.safetensors")
+    PReNetModule(stages=1).save_weights(tmp_path / "w.safetensors")
     common = ["--weights", "w.safetensors", "--trainer.default_root_dir", "runs", "--trainer.accelerator", "cpu"]
     model = ["--model", "PReNetModule"]
     assert main(["test", *model, *common, "--data.test", str(tmp_path / LATIN)]) == 0
@@ -186,7 +186,7 @@ def test_photos_called_like_masks_are_restored(tmp_path):
 def predict(tmp_path, monkeypatch):
     """Predicts images with a tiny method; returns the exit code and the files that it wrote."""
     monkeypatch.chdir(tmp_path)
-    weights.save(PReNetModule(stages=1), tmp_path / "w.safetensors")
+    PReNetModule(stages=1).save_weights(tmp_path / "w.safetensors")
 
     def run(*folders):
         common = ["--weights", "w.safetensors", "--trainer.default_root_dir", "runs", "--trainer.accelerator", "cpu"]

@@ -1,10 +1,10 @@
-"""What every exported method promises."""
+"""The contract of every method."""
 
 import lightning
 import pytest
 import torch
 
-from derain.methods import METHODS, weights
+from derain.methods import DerainModule, catalog
 
 TRANSFORMER = {"dim": 8, "blocks": (1, 1, 1, 1), "refinement": 1, "learning_rate": 5e-3}
 SMALL = {
@@ -32,6 +32,7 @@ SMALL = {
     "CLIPRPNModule": TRANSFORMER | {"perception": "none"},
 }
 """Hyper-parameters that make a method small enough for tests; a method without an entry fails here."""
+METHODS = [method for method in catalog.methods() if issubclass(method, DerainModule)]
 LEARNT = {"PLNLINGANModule": 1.15}
 """By how much an image learnt by heart is nearer, where not 4 times: SSIM at many scales learns noise slowly."""
 
@@ -89,11 +90,11 @@ def test_files_bring_back_the_same_method(method, suffix, tmp_path):
         trainer.strategy.connect(method)
         trainer.save_checkpoint(path)
     else:
-        weights.save(method, path)
-    loaded, note = weights.load(path)
+        method.save_weights(path)
+    loaded, note = catalog.load(path)
     assert type(loaded) is type(method)
     assert type(method).__name__ in note
-    assert loaded.describe() == method.describe()
+    assert loaded.metadata() == method.metadata()
     rainy = batch()["rainy"]
     with torch.no_grad():
         assert torch.equal(loaded(rainy), method.eval()(rainy))

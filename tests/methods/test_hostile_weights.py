@@ -13,17 +13,18 @@ from onnx import TensorProto, helper, numpy_helper
 from spandrel.architectures.NAFNet import NAFNet
 
 from derain.errors import DerainError
-from derain.methods import METHODS, CLIPRPNModule, DACLIPModule, DACLIPSDEModule, PReNetModule, exported, weights
+from derain.export import write as write_graph
+from derain.files.limits import built_within
+from derain.methods import CLIPRPNModule, DACLIPModule, DACLIPSDEModule, PReNetModule, catalog
 from derain.methods.daclipsde.controller import Perception
-from derain.methods.limits import built_within
 from tests.factories import make_clip
-from tests.methods.test_contract import SMALL
+from tests.methods.test_contract import METHODS, SMALL
 from tests.mutated_weights import checkpoint
 
 NAMED = {method.__name__: method for method in METHODS}
 
 
-def refused(path, *parts, load=weights.load):
+def refused(path, *parts, load=catalog.load):
     began = time.process_time()
     with pytest.raises(DerainError) as caught:
         load(path)
@@ -62,7 +63,7 @@ METADATA = {
 @pytest.mark.parametrize("change", METADATA.values(), ids=METADATA)
 def test_metadata_of_other_types(change, tmp_path):
     module = PReNetModule(stages=1)
-    refused(write(tmp_path / "w.safetensors", module, module.describe() | change), *change)
+    refused(write(tmp_path / "w.safetensors", module, module.metadata() | change), *change)
     content = checkpoint(module)
     content["derain"] |= change
     torch.save(content, tmp_path / "w.ckpt")
@@ -104,7 +105,7 @@ def test_hyper_parameters_that_do_not_fit_the_tensors(case, tmp_path):
     name, key, value = case.split(" ", 2)
     options = {"perception": "fixed"} if name == "CLIPRPNModule" else {}
     module = NAMED[name](**SMALL[name] | options)
-    metadata = module.describe()
+    metadata = module.metadata()
     metadata["hyper_parameters"][key] = json.loads(value)
     refused(write(tmp_path / "w.safetensors", module, metadata))
 
@@ -126,14 +127,14 @@ def test_metadata_that_json_cannot_hold(text, tmp_path):
 
 def test_schedules_and_counts_of_other_lengths(tmp_path):
     module = small("DACLIPSDEModule")
-    metadata = module.describe()
+    metadata = module.metadata()
     for speed in ([], [1.0], [1.0, -1.0], [0.0, 0.0], ["a", "b"], [1.0, 2.0]):
         metadata["sde"]["speed"] = speed
         with pytest.raises(DerainError):
-            weights.load(write(tmp_path / "w.safetensors", module, metadata))
+            catalog.load(write(tmp_path / "w.safetensors", module, metadata))
     module = CLIPRPNModule(**SMALL["CLIPRPNModule"] | {"perception": "fixed"})
     with pytest.raises(DerainError, match="route_counts"):
-        weights.load(write(tmp_path / "w.safetensors", module, module.describe() | {"route_counts": [1]}))
+        catalog.load(write(tmp_path / "w.safetensors", module, module.metadata() | {"route_counts": [1]}))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".pth", ".onnx"])
@@ -166,7 +167,7 @@ def test_checkpoints_of_other_structure(change, tmp_path):
 
 def test_an_epoch_that_is_text_is_not_formatted(tmp_path):
     torch.save(checkpoint(PReNetModule(stages=1)) | {"epoch": "{0.__class__}\n"}, tmp_path / "w.ckpt")
-    assert "epoch unknown" in weights.load(tmp_path / "w.ckpt").note
+    assert "epoch unknown" in catalog.load(tmp_path / "w.ckpt").note
 
 
 TENSORS = {
@@ -207,7 +208,7 @@ def test_safetensors_with_nan(value, tmp_path):
     module = PReNetModule(stages=1)
     with torch.no_grad():
         module.network.conv[0].bias[1] = value
-    refused(write(tmp_path / "w.safetensors", module, module.describe()), "conv.0.bias")
+    refused(write(tmp_path / "w.safetensors", module, module.metadata()), "conv.0.bias")
 
 
 @pytest.mark.parametrize("change", ["NaN", "integers"])
@@ -215,7 +216,7 @@ def test_controllers_with_nan(change, tmp_path):
     module = DACLIPModule(str(make_clip(tmp_path / "clip")))
     state = {name: value.contiguous() for name, value in module.network.state_dict().items()}
     state["zero.0.weight"] = TENSORS[change](state["zero.0.weight"] + 1)
-    safetensors.torch.save_file(state, tmp_path / "c.safetensors", {"derain": json.dumps(module.describe())})
+    safetensors.torch.save_file(state, tmp_path / "c.safetensors", {"derain": json.dumps(module.metadata())})
     refused(tmp_path / "c.safetensors", "zero.0.weight")
     perception = Perception(str(tmp_path / "clip"), str(tmp_path / "c.safetensors"))
     refused(tmp_path / "c.safetensors", "zero.0.weight", load=lambda path: perception.controller)
@@ -223,7 +224,7 @@ def test_controllers_with_nan(change, tmp_path):
 
 def test_controllers_with_other_metadata(tmp_path):
     module = DACLIPModule(str(make_clip(tmp_path / "clip")))
-    metadata = module.describe()
+    metadata = module.metadata()
     metadata["hyper_parameters"]["order"] = {"a": 1}
     path = write(tmp_path / "c.safetensors", module, metadata)
     refused(path, "order", load=lambda path: Perception(str(tmp_path / "clip"), str(path)).controller)
@@ -266,7 +267,7 @@ def test_limits_count_one_thread_and_end():
 def model(tmp_path_factory):
     module = PReNetModule(stages=1).eval()
     path = tmp_path_factory.mktemp("onnx") / "m.onnx"
-    exported.write(exported.graph_of(module), module.describe(), path, "onnx")
+    write_graph(module.export_graph(), module, path, "onnx")
     return onnx.load(path)
 
 
@@ -480,7 +481,7 @@ def test_onnx_metadata_of_other_types(change, model, tmp_path):
 def test_onnx_of_the_sde_with_other_hyper_parameters(tmp_path):
     module = small("DACLIPSDEModule")
     path = tmp_path / "m.onnx"
-    exported.write(exported.graph_of(module), module.describe(), path, "onnx")
+    write_graph(module.export_graph(), module, path, "onnx")
     original = onnx.load(path)
     for change in ({"channels": 10**6}, {"contexts": "both"}, {"sde_steps": 10**9}, {"unknown": 1}):
         metadata = json.loads(original.metadata_props[0].value)
@@ -504,7 +505,7 @@ def test_sizes_that_grow_only_for_large_images(model, tmp_path):
     ):
         changed.graph.node.append(helper.make_node(operator, given, [made]))
     onnx.save(changed, tmp_path / "m.onnx")
-    loaded = weights.load(tmp_path / "m.onnx").module
+    loaded = catalog.load(tmp_path / "m.onnx").module
     assert loaded(torch.rand(1, 3, 8, 8)).shape == (1, 3, 8, 8)
     with pytest.raises(DerainError, match=r"m\.onnx: ConstantOfShape big"):
         loaded(torch.rand(1, 3, 501, 1))
@@ -518,7 +519,7 @@ def test_a_graph_that_returns_another_shape(model, tmp_path):
         node.output[:] = ["inner" if name == last else name for name in node.output]
     changed.graph.node.append(helper.make_node("Concat", ["inner", "inner"], [last], axis=3))
     onnx.save(changed, tmp_path / "m.onnx")
-    loaded = weights.load(tmp_path / "m.onnx").module
+    loaded = catalog.load(tmp_path / "m.onnx").module
     with pytest.raises(DerainError, match=r"m\.onnx"):
         loaded(torch.rand(1, 3, 8, 8))
 
@@ -528,6 +529,6 @@ def test_equal_weights_are_exported_as_one_and_load(tmp_path):
     module = PReNetModule(stages=1).eval()
     with torch.no_grad():
         module.network.res_conv2.load_state_dict(module.network.res_conv1.state_dict())
-    exported.write(exported.graph_of(module), module.describe(), tmp_path / "m.onnx", "onnx")
+    write_graph(module.export_graph(), module, tmp_path / "m.onnx", "onnx")
     assert "Identity" in {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
-    assert weights.load(tmp_path / "m.onnx").module(torch.rand(1, 3, 5, 5)).shape == (1, 3, 5, 5)
+    assert catalog.load(tmp_path / "m.onnx").module(torch.rand(1, 3, 5, 5)).shape == (1, 3, 5, 5)

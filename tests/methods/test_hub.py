@@ -6,7 +6,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from derain import DerainModule, PReNetModule, RestormerModule
 from derain.errors import DerainError
-from derain.methods import weights
+from derain.methods import catalog
 from derain.models import in_the_box
 
 
@@ -28,7 +28,7 @@ def test_what_is_saved_comes_back(tmp_path):
             assert torch.equal(again.network.state_dict()[name], value)
     config = json.loads((tmp_path / "saved/config.json").read_text())
     assert config["stages"] == 1
-    with pytest.raises(DerainError, match="no RestormerModule"):
+    with pytest.raises(DerainError, match="RestormerModule"):
         RestormerModule.from_pretrained(str(tmp_path / "saved"))
 
 
@@ -78,8 +78,8 @@ def hub(monkeypatch, tmp_path, files):
 def test_weights_of_the_hub_are_fetched_with_a_word_about_it(monkeypatch, tmp_path, caplog):
     hub(monkeypatch, tmp_path, ["model.safetensors"])
     caplog.set_level("INFO", "derain")
-    file = weights.locate("hub:someone/prenet")
-    assert isinstance(weights.load(file).module, PReNetModule)
+    file = catalog.locate("hub:someone/prenet")
+    assert isinstance(catalog.load(file).module, PReNetModule)
     for part in ("someone/prenet", "0.7 MB", "from https://"):
         assert part in caplog.text
 
@@ -95,7 +95,7 @@ def test_a_revision_is_asked_for(monkeypatch, tmp_path):
 def test_the_hub_may_lack_them(monkeypatch, tmp_path):
     hub(monkeypatch, tmp_path, ["pytorch_model.bin"])
     with pytest.raises(DerainError, match=r"has no model\.safetensors under this name"):
-        weights.locate("hub:someone/other")
+        catalog.locate("hub:someone/other")
 
 
 @pytest.mark.parametrize(("name", "told"), [("hub:a/b/c", "expected hub:OWNER/NAME"), ("hub:some/one", "hf download")])
@@ -105,12 +105,12 @@ def test_what_cannot_be_had_is_told_in_one_line(monkeypatch, name, told):
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", absent)
     with pytest.raises(DerainError, match=told) as caught:
-        weights.locate(name)
+        catalog.locate(name)
     assert "\n" not in str(caught.value)
 
 
 def test_names_in_the_box_come_before_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "default").write_text("mine")
-    assert weights.locate("default") == in_the_box()["default"]
-    assert weights.locate("./default").read_text() == "mine"
+    assert catalog.locate("default") == in_the_box()["default"]
+    assert catalog.locate("./default").read_text() == "mine"

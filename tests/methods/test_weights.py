@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 
 from derain.errors import DerainError
-from derain.methods import PReNetModule, weights
+from derain.methods import PReNetModule, catalog
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def method():
 
 def refused(path, *parts):
     with pytest.raises(DerainError) as caught:
-        weights.load(path)
+        catalog.load(path)
     told = str(caught.value)
     assert path.name in told
     assert "\n" not in told
@@ -28,7 +28,7 @@ def refused(path, *parts):
 def test_authors_state_dicts_are_recognised_by_their_keys(tmp_path, variant):
     original = PReNetModule(variant=variant)
     torch.save(original.network.state_dict(), tmp_path / "net_latest.pth")
-    loaded, note = weights.load(tmp_path / "net_latest.pth")
+    loaded, note = catalog.load(tmp_path / "net_latest.pth")
     assert loaded.hparams.variant == variant
     assert note.startswith("authors' weights of PReNetModule")
     for name, value in original.network.state_dict().items():
@@ -38,14 +38,14 @@ def test_authors_state_dicts_are_recognised_by_their_keys(tmp_path, variant):
 @pytest.mark.parametrize("wrapped", ["params_ema", "model_state_dict", "model", "net"])
 def test_tensors_are_found_where_others_keep_them(tmp_path, wrapped):
     torch.save({wrapped: PReNetModule().network.state_dict(), "epoch": 3}, tmp_path / "w.pth")
-    assert isinstance(weights.load(tmp_path / "w.pth").module, PReNetModule)
+    assert isinstance(catalog.load(tmp_path / "w.pth").module, PReNetModule)
 
 
 def test_published_files_load(authors_weights):
     found = sorted(authors_weights.rglob("*.pth"))
     assert len(found) == 5
     for path in found:
-        loaded, _ = weights.load(path)
+        loaded, _ = catalog.load(path)
         assert loaded.hparams.variant == ("PReNet_r" if path.parent.name.endswith("_r") else "PReNet")
 
 
@@ -53,10 +53,10 @@ def test_a_checkpoints_average_is_preferred(method, tmp_path):
     average = {name: torch.zeros_like(value) for name, value in method.network.state_dict().items()}
     state = {f"network.{name}": value for name, value in method.network.state_dict().items()}
     torch.save(
-        {"derain": method.describe(), "state_dict": state, "ema": {"network": average}, "epoch": 3},
+        {"derain": method.metadata(), "state_dict": state, "ema": {"network": average}, "epoch": 3},
         tmp_path / "a.ckpt",
     )
-    loaded, note = weights.load(tmp_path / "a.ckpt")
+    loaded, note = catalog.load(tmp_path / "a.ckpt")
     assert "averaged" in note
     assert all((value == 0).all() for value in loaded.network.state_dict().values())
 
@@ -83,17 +83,17 @@ def test_refusals_say_what_was_found_and_expected(method, tmp_path):
 
 
 def test_damaged_and_foreign_safetensors_are_refused(method, tmp_path):
-    weights.save(method, tmp_path / "w.safetensors")
+    method.save_weights(tmp_path / "w.safetensors")
     data = (tmp_path / "w.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
     refused(tmp_path / "cut.safetensors", "damaged")
     state = {name: value.contiguous() for name, value in method.network.state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / "plain.safetensors")
-    refused(tmp_path / "plain.safetensors", "do not say their method")
+    refused(tmp_path / "plain.safetensors", "plain.safetensors")
     told = json.dumps({"method": "FutureModule", "hyper_parameters": {}})
     safetensors.torch.save_file(state, tmp_path / "new.safetensors", {"derain": told})
     refused(tmp_path / "new.safetensors", "FutureModule", "PReNetModule")
-    told = json.dumps({**method.describe(), "hyper_parameters": {"variant": "PRN"}})
+    told = json.dumps({**method.metadata(), "hyper_parameters": {"variant": "PRN"}})
     safetensors.torch.save_file(state, tmp_path / "wrong.safetensors", {"derain": told})
     refused(tmp_path / "wrong.safetensors", "does not fit PReNetModule")
 
@@ -112,7 +112,7 @@ def test_no_file_executes_code(tmp_path):
 
 def test_an_interrupted_write_leaves_the_old_file(method, tmp_path, monkeypatch):
     path = tmp_path / "w.safetensors"
-    weights.save(method, path)
+    method.save_weights(path)
     before = path.read_bytes()
 
     def fail(state, target, metadata):
@@ -121,6 +121,6 @@ def test_an_interrupted_write_leaves_the_old_file(method, tmp_path, monkeypatch)
 
     monkeypatch.setattr(safetensors.torch, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        weights.save(method, path)
+        method.save_weights(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

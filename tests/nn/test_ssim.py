@@ -41,7 +41,7 @@ def test_it_is_the_formula(size, dtype, tolerance):
 
 
 def test_the_gradient_is_that_of_finite_differences():
-    derained, clean = pair((7, 9), batch=1)
+    derained, clean = pair((3, 4), batch=1)
     assert torch.autograd.gradcheck(lambda x: structural_similarity(x, clean), derained.requires_grad_())
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from derain.batch import PairBatch
 from derain.errors import DerainError
+from derain.files.metadata import Metadata
 from derain.methods.base import DerainModule
 from derain.methods.cliprpn.loss import (
     MaskScaling,
@@ -24,15 +25,13 @@ from derain.methods.cliprpn.network import CLIPRPN, Interaction, mask_maps
 from derain.methods.cliprpn.perception import RainPerception, Similarity
 from derain.methods.cliprpn.prompts import texts_of
 from derain.methods.cliprpn.routing import Routing
-from derain.methods.described import DescribedModule
-from derain.methods.metadata import Metadata
+from derain.methods.graph import Graph
+from derain.methods.interfaces import Explains, Routed
+from derain.methods.trainable import TrainableModule
 from derain.nn.schedule import warm_up_then_cosine
 from derain.progress import track
 
 log = logging.getLogger("derain")
-
-PROPORTION = 0.1
-"""Weight of the masks' loss and threshold of the true mask: CLIP-RPN, eqs. 15 and 4."""
 
 
 class CLIPRPNMetadata(Metadata):
@@ -42,7 +41,7 @@ class CLIPRPNMetadata(Metadata):
     route_counts: NotRequired[Sequence[int] | None]
 
 
-class CLIPRPNModule(DerainModule):
+class CLIPRPNModule(DerainModule, Routed, Explains):
     """CLIP-RPN: CLIP perceives the rain, images take routes of mask-guided cross-attention.
 
     Guan and Yoshie, CLIP-driven rain perception. Trained by dynamic loss scheduling and masks of rain with AdamW.
@@ -114,8 +113,8 @@ class CLIPRPNModule(DerainModule):
         eta: float = 2.3,
         smoothing: Smoothing = "shift",
         rescale: bool = False,
-        mask_weight: float = PROPORTION,
-        mask_threshold: float = PROPORTION,
+        mask_weight: float = 0.1,  # CLIP-RPN, eq. 15
+        mask_threshold: float = 0.1,  # CLIP-RPN, eq. 4
         mask_scaling: MaskScaling = "nearest",
         learning_rate: float = 2e-4,
         weight_decay: float = 0.01,
@@ -136,31 +135,49 @@ class CLIPRPNModule(DerainModule):
         self.route_counts: list[int] | None = [0] * len(self.network.routes)
         self._new_counts = [0] * len(self.network.routes)  # of this process, since the last sum over all
 
-    def check(self) -> None:
-        """Finds or fetches CLIP."""
+    def check_requirements(self) -> None:
+        """Find or fetch CLIP."""
         self.routing.check()
 
-    def perceive(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
-        """Similarities to the prompts and the routes of whole images; nothing where each patch has its own."""
+    def encode(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
+        """Return routes and similarities to the prompts of whole images; nothing if each patch has its own route."""
         return {} if self.hparams["route_by"] == "patch" else self.routing(rainy)
 
-    def describe_image(self, perceived: dict[str, Any], place: int) -> dict[str, Any]:
-        """The route of an image, and its scores (eq. 1) by prompt."""
-        return self.routing.describe(perceived, place)
+    def describe_image(self, conditions: dict[str, Any], index: int) -> dict[str, Any]:
+        """Return the route of an image, and its scores (eq. 1) by prompt."""
+        return self.routing.describe(conditions, index)
 
     def forward(
         self, rainy: Float[Tensor, "b 3 h w"], routes: Sequence[int] | None = None, similarities: Tensor | None = None
     ) -> Float[Tensor, "b 3 h w"]:
-        """Restores images of any size in [0, 1]; they are perceived unless their routes are given."""
-        return cast(Tensor, self.network(rainy, self.routing(rainy)["routes"] if routes is None else routes).derained)
+        """Restore images of any size in [0, 1]; CLIP chooses their routes unless these are given."""
+        if routes is None:
+            routes = self.routing(rainy)["routes"]
+        return cast(Tensor, self.network(rainy, routes).derained)
 
     def take_route(self, route: int) -> None:
-        """Lets all images take one route, whatever CLIP would say."""
+        """Send all images along one route instead of asking CLIP."""
         self.routing.take(route)
 
-    def explain(self, rainy: Float[Tensor, "b 3 h w"], **perceived: Any) -> Float[Tensor, "b n h w"]:
-        """The derained image and the predicted masks of all levels, the finest first (Figure 9)."""
-        restored = self.network(rainy, (perceived or self.routing(rainy))["routes"])
+    def export_graph(self) -> Graph:
+        """Return ``forward`` along one route; CLIP, which chooses between routes, stays outside.
+
+        Raises:
+            DerainError: If no route was chosen.
+        """
+        if self.routing.perception is not None:
+            raise DerainError(
+                f"these weights have {self.routing.count} routes, and a graph has one; choose it by --route 0 to "
+                f"--route {self.routing.count - 1}"
+            )
+        route = self.routing.route
+        self.routing.warn_untrained([route])
+        return Graph(self, lambda rainy: self(rainy, routes=[route]), metadata={"routes": [route]})
+
+    def explain(self, rainy: Float[Tensor, "b 3 h w"], **conditions: Any) -> Float[Tensor, "b n h w"]:
+        """Return the derained image and the predicted masks of all levels, the finest first (Figure 9)."""
+        routes = (conditions or self.routing(rainy))["routes"]
+        restored = self.network(rainy, routes)
         if not self.maps:
             return cast(Tensor, restored.derained)
         maps = mask_maps(restored.logits, *rainy.shape[2:])
@@ -257,29 +274,29 @@ class CLIPRPNModule(DerainModule):
         self._sum_counts()
         super().on_save_checkpoint(checkpoint)
 
-    def describe(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Return the metadata with CLIP's hash and the training samples of each route."""
-        return super().describe() | {"clip_sha256": self.routing.clip_sha256, "route_counts": self.route_counts}
+        return super().metadata() | {"clip_sha256": self.routing.clip_sha256, "route_counts": self.route_counts}
 
-    def recall(self, description: Mapping[str, Any]) -> None:
+    def restore_metadata(self, metadata: Mapping[str, Any]) -> None:
         """Restore CLIP's hash and the training samples of each route.
 
         Raises:
             DerainError: If there are counts of other routes.
         """
-        super().recall(description)
-        self.routing.clip_sha256 = description.get("clip_sha256")
-        counts = description.get("route_counts")
+        super().restore_metadata(metadata)
+        self.routing.clip_sha256 = metadata.get("clip_sha256")
+        counts = metadata.get("route_counts")
         if counts is not None and len(counts) != len(self.network.routes):
             raise DerainError(
                 f"metadata with route_counts {counts}: expected {len(self.network.routes)} numbers; use a file that "
                 "derain wrote"
             )
         self.route_counts = None if counts is None else list(counts)
-        if not self.resuming:
+        if not self.is_fitting:
             self.routing.counts = self.route_counts
 
-    def begin_from(self, loaded: DescribedModule) -> None:
-        """Count on from the training samples of the weights that training starts from."""
+    def start_from(self, loaded: TrainableModule) -> None:
+        """Continue the counts of training samples of the weights that training starts from."""
         if isinstance(loaded, CLIPRPNModule):
             self.route_counts = loaded.route_counts

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from derain.errors import DerainError
+from derain.files.hub import HubModel, check_whole, loading
 from derain.images import Pixels
-from derain.methods.hub import HubModel, check_whole, loading
 
 BLIP = HubModel(
     "BLIP",

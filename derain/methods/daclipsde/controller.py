@@ -9,13 +9,15 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, NotRequired, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from derain.errors import DerainError
+from derain.files import weights
+from derain.files.metadata import Metadata, check, shorten
 from derain.methods.clip import FrozenCLIP
 from derain.methods.daclipsde.published_keys import controller_of, projection_of
 
@@ -26,6 +28,13 @@ Tokens = Float[Tensor, "b n c"]
 
 WORDS = ("rainy", "clean")
 """Degradations that images are compared with where a controller's file names none of its own, as the authors' does."""
+
+
+class DACLIPMetadata(Metadata):
+    """Metadata of a controller, with CLIP's hash and the words for degradations."""
+
+    clip_sha256: NotRequired[str | None]
+    words: NotRequired[Sequence[str]]
 
 
 class Embeddings(NamedTuple):
@@ -103,25 +112,23 @@ def load_controller(file: Path, clip: FrozenCLIP) -> tuple[Controller, Mapping[s
     Raises:
         DerainError: If the file is absent, is none, or does not fit CLIP.
     """
-    from derain.methods import DACLIPModule, metadata, weights
-
-    state, description, _ = weights.read(file)
-    if description.get("method") not in {None, "DACLIPModule"}:
+    state, metadata, _ = weights.read(file)
+    if metadata.get("method") not in {None, "DACLIPModule"}:
         raise DerainError(
-            f"--model.controller {file}: holds {metadata.shorten(description['method'])}; give weights of DACLIPModule "
+            f"--model.controller {file}: holds {shorten(metadata['method'])}; give weights of DACLIPModule "
             "or the authors' checkpoint of DA-CLIP"
         )
-    if description:
-        metadata.check(file, description, DACLIPModule.metadata_schema, DACLIPModule)
-    found = Controller(clip.model, description.get("hyper_parameters", {}).get("order", "reversed"))
+    if metadata:
+        check(file, metadata, DACLIPMetadata, Controller)
+    found = Controller(clip.model, metadata.get("hyper_parameters", {}).get("order", "reversed"))
     projection = None
-    if not description:
+    if not metadata:
         try:
             projection, state = projection_of(state), controller_of(state)
         except DerainError:
             raise
         except weights.BUILD_ERRORS as error:  # tensors of other shapes
-            raise DerainError(f"--model.controller {file}: damaged ({metadata.shorten(error)})") from error
+            raise DerainError(f"--model.controller {file}: damaged ({shorten(error)})") from error
     own = {name: value.shape for name, value in found.state_dict().items()}
     fits = {name: value.shape for name, value in state.items()} == own
     if fits and projection is not None:  # sizes alone do not tell one CLIP from another
@@ -132,11 +139,11 @@ def load_controller(file: Path, clip: FrozenCLIP) -> tuple[Controller, Mapping[s
             f"--model.controller {file}: does not fit CLIP {clip.name}; give the CLIP that it was trained with by "
             "--model.clip or DERAIN_CLIP"
         )
-    if description.get("clip_sha256") not in {None, clip.sha256}:
+    if metadata.get("clip_sha256") not in {None, clip.sha256}:
         log.warning("%s was trained with another CLIP than %s", file, clip.name)
     found.load_state_dict(dict(state))
     weights.check_network(file, found, state)
-    return found, description
+    return found, metadata
 
 
 class Perception:
@@ -178,8 +185,6 @@ class Perception:
         Raises:
             DerainError: If its file is absent or does not fit CLIP, or is another one than a resumed run began with.
         """
-        from derain.methods import weights
-
         if self.file is None:
             log.warning("no --model.controller: both embeddings are CLIP's own, as before the controller is trained")
             found = Controller(self.clip.model)

@@ -3,9 +3,9 @@
 import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NotRequired
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from derain.batch import PairBatch
 from derain.errors import DerainError
 from derain.methods.clip import FrozenCLIP
-from derain.methods.daclipsde.controller import Controller, Order, load_controller
+from derain.methods.daclipsde.controller import Controller, DACLIPMetadata, Order, load_controller
 from derain.methods.daclipsde.loss import contrastive_loss, cosines
-from derain.methods.described import DescribedModule
-from derain.methods.metadata import Metadata
+from derain.methods.trainable import TrainableModule
 from derain.nn.schedule import warm_up_then_cosine
 
 log = logging.getLogger("derain")
@@ -28,14 +27,7 @@ CAPTION = "a photo"
 """Of images that nobody captioned."""
 
 
-class DACLIPMetadata(Metadata):
-    """Metadata with CLIP's hash and the words of the degradations."""
-
-    clip_sha256: NotRequired[str | None]
-    words: NotRequired[Sequence[str]]
-
-
-class DACLIPModule(DescribedModule):
+class DACLIPModule(TrainableModule):
     """DA-CLIP's controller, trained so that CLIP sees through rain and says that there was some.
 
     Two contrastive losses (Pullabhotla, eqs. 3 and 4): the content embedding of an image against the caption of its
@@ -60,8 +52,9 @@ class DACLIPModule(DescribedModule):
     """
 
     metadata_schema: ClassVar[Any] = DACLIPMetadata
-    judged_by: ClassVar[str] = "val/accuracy"
-    may_change = DescribedModule.may_change | {"clip", "degradation", "clean", "equal_texts", "smallest"}
+    monitor: ClassVar[str] = "val/accuracy"
+    bounded_by_file: ClassVar[bool] = False  # CLIP, which is built too, is in no file
+    may_change = TrainableModule.may_change | {"clip", "degradation", "clean", "equal_texts", "smallest"}
 
     def __init__(
         self,
@@ -208,20 +201,20 @@ class DACLIPModule(DescribedModule):
 
     # Files.
 
-    def describe(self) -> dict[str, Any]:
-        """Adds which CLIP the controller belongs to, and the words that it tells apart."""
-        return super().describe() | {"clip_sha256": self.clip_sha256, "words": self.words}
+    def metadata(self) -> dict[str, Any]:
+        """Return the metadata with CLIP's hash and the words for degradations."""
+        return super().metadata() | {"clip_sha256": self.clip_sha256, "words": self.words}
 
-    def recall(self, description: Mapping[str, Any]) -> None:
-        """Refuses to go on with another CLIP.
+    def restore_metadata(self, metadata: Mapping[str, Any]) -> None:
+        """Restore the words for degradations.
 
         Raises:
-            DerainError: If training would go on with a CLIP that the controller was not begun with.
+            DerainError: If the controller was trained with another CLIP.
         """
-        super().recall(description)
-        self.words = description.get("words", self.words)
-        began = description.get("clip_sha256")
-        if began not in {None, self.clip_sha256}:
+        super().restore_metadata(metadata)
+        self.words = metadata.get("words", self.words)
+        expected = metadata.get("clip_sha256")
+        if expected not in {None, self.clip_sha256}:
             raise DerainError(
                 f"--model.clip {self.clip.name}: this controller belongs to another CLIP; give the one of its training "
                 "by --model.clip or DERAIN_CLIP"

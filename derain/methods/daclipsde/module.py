@@ -7,10 +7,11 @@ from typing import Any, ClassVar, Literal, NotRequired, TypedDict, cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from derain.batch import PairBatch
 from derain.errors import DerainError
+from derain.files.metadata import Metadata
 from derain.methods.base import DerainModule
 from derain.methods.daclipsde.controller import Perception
 from derain.methods.daclipsde.loss import matching_loss
@@ -18,7 +19,8 @@ from derain.methods.daclipsde.network import AttentionKind, ConditionalUNet
 from derain.methods.daclipsde.published_keys import unet_options
 from derain.methods.daclipsde.sde import MeanRevertingSDE, Schedule
 from derain.methods.daclipsde.solvers import Sampling, sample
-from derain.methods.metadata import Metadata
+from derain.methods.graph import Graph
+from derain.methods.interfaces import Explains, RunsGraph, Sampled
 from derain.nn.schedule import multiplied_at, warm_up_then_cosine
 
 log = logging.getLogger("derain")
@@ -44,7 +46,7 @@ class DACLIPSDEMetadata(Metadata):
     controller_sha256: NotRequired[str | None]
 
 
-class DACLIPSDEModule(DerainModule):
+class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
     """DA-CLIP + IR-SDE: a degradation-aware CLIP controller steers a mean-reverting SDE.
 
     Pullabhotla, Image Deraining using Degradation-aware CLIP; Luo et al., ICML 2023 (IR-SDE) and ICLR 2024 (DA-CLIP).
@@ -78,7 +80,6 @@ class DACLIPSDEModule(DerainModule):
     bytes_per_pixel: ClassVar[int] = 6000
     metadata_schema: ClassVar[Any] = DACLIPSDEMetadata
     may_change = DerainModule.may_change | {"clip", "controller"}
-    samples: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -108,8 +109,18 @@ class DACLIPSDEModule(DerainModule):
         self.sampling = Sampling(steps=min(10, sde_steps))
         self.published = False
 
-    def check(self) -> None:
-        """Finds or fetches CLIP and the controller.
+    @property
+    def wanted(self) -> list[str]:
+        """Names of the embeddings that the network is conditioned on."""
+        chosen = self.hparams["contexts"]
+        return [name for name in ("content", "degradation") if chosen in {"both", name}]
+
+    def sample_by(self, sampling: Sampling) -> None:
+        """Set solver, number of steps and seed."""
+        self.sampling = sampling
+
+    def check_requirements(self) -> None:
+        """Find or fetch CLIP and the controller.
 
         Raises:
             DerainError: If they cannot be had, or their embeddings are of another size.
@@ -128,19 +139,22 @@ class DACLIPSDEModule(DerainModule):
                 f"set --model.context {size}"
             )
 
-    def perceive(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
-        """Embeddings of content and degradation, as far as the network wants them."""
+    def encode(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
+        """Return the embeddings of content and degradation that the network is conditioned on."""
         if self.perception is None:
             return {}
         embeddings = self.perception(rainy)
-        wanted = zip(embeddings._fields, self.network.contexts, strict=True)
-        return {name: getattr(embeddings, name) for name, needed in wanted if needed}
+        return {name: getattr(embeddings, name) for name in self.wanted}
 
-    def describe_image(self, perceived: dict[str, Any], place: int) -> dict[str, Any]:
-        """How much the words for degradations fit an image."""
-        if self.perception is None or "degradation" not in perceived:
+    def explain(self, rainy: Float[Tensor, "b 3 h w"], **conditions: Any) -> Float[Tensor, "b n h w"]:
+        """Return the derained image; there are no maps."""
+        return cast(Tensor, self(rainy, **conditions))
+
+    def describe_image(self, conditions: dict[str, Any], index: int) -> dict[str, Any]:
+        """Return how well each word for a degradation fits an image."""
+        if self.perception is None or "degradation" not in conditions:
             return {}
-        shares = self.perception.shares(perceived["degradation"][place][None])[0].tolist()
+        shares = self.perception.shares(conditions["degradation"][index][None])[0].tolist()
         words = self.perception.words
         return {"degradation": {word: round(share, 4) for word, share in zip(words, shares, strict=True)}}
 
@@ -153,24 +167,27 @@ class DACLIPSDEModule(DerainModule):
         tiled: Tiled = lambda image, forward: forward(image),
         show: Callable[[Iterable[Any], int], Iterable[Any]] = lambda steps, total: steps,
     ) -> Float[Tensor, "b 3 h w"]:
-        """Restores images of any size in [0, 1] as ``sampling`` says.
+        """Restore images of any size in [0, 1] by the solver that ``sampling`` names.
 
         Args:
-            rainy: The images.
-            content: As perceived; images are perceived now if nothing is given.
-            degradation: As perceived.
-            tiled: How the network is applied to a large image at every step.
-            show: Wraps the steps, to show how far they are.
+            rainy: Images in [0, 1].
+            content: Content embeddings; the images are encoded if neither embedding is given.
+            degradation: Degradation embeddings.
+            tiled: Applies the network to a large image at every step.
+            show: Wraps the steps to report progress.
         """
-        perceived = {"content": content, "degradation": degradation}
+        conditions = {"content": content, "degradation": degradation}
         if content is None and degradation is None:
-            perceived |= self.perceive(rainy)
-        perceived = {name: one if one is None else one.to(rainy.device) for name, one in perceived.items()}
+            conditions |= self.encode(rainy)
+        conditions = {
+            name: embedding if embedding is None else embedding.to(rainy.device)
+            for name, embedding in conditions.items()
+        }
 
         def estimate(state: Tensor, time: int) -> Tensor:
             times = torch.full((len(rainy),), time)
-            both = torch.cat((state, rainy), dim=1)
-            return tiled(both, lambda part: self.noise(part[:, :3], part[:, 3:], times, **perceived))
+            state_and_rainy = torch.cat((state, rainy), dim=1)
+            return tiled(state_and_rainy, lambda part: self.noise(part[:, :3], part[:, 3:], times, **conditions))
 
         return sample(self.sde, estimate, rainy, self.sampling, show)
 
@@ -191,26 +208,55 @@ class DACLIPSDEModule(DerainModule):
         return kept * away + left * estimated.float()
 
     def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Any:
-        """One step's estimate of the noise; embeddings are made up."""
-        made_up = rainy.new_ones(len(rainy), self.hparams["context"])
-        content, degradation = (made_up if needed else None for needed in self.network.contexts)
-        return self.network(rainy, rainy, rainy.new_ones(len(rainy)), content, degradation)
+        """Estimate the noise of one step, for embeddings of ones."""
+        ones = rainy.new_ones(len(rainy), self.hparams["context"])
+        return self.network(rainy, rainy, rainy.new_ones(len(rainy)), **dict.fromkeys(self.wanted, ones))
+
+    def export_graph(self) -> Graph:
+        """Return one pass of the network: the noise in a state; the solver stays outside.
+
+        Raises:
+            DerainError: If the network is a graph that was exported already.
+        """
+        network = self.network
+        if not isinstance(network, ConditionalUNet):
+            raise DerainError("DACLIPSDEModule with an exported graph: cannot be exported again; use its weights")
+        inputs = ["state", "rainy", "times", *self.wanted]
+        return Graph(
+            network,
+            lambda *tensors: network(**dict(zip(inputs, tensors, strict=True))),
+            inputs,
+            self.hparams["context"],
+        )
+
+    @classmethod
+    def from_graph(cls, metadata: Mapping[str, Any], network: nn.Module, inputs: list[str]) -> "DACLIPSDEModule":
+        """Return the method with an exported graph as its network.
+
+        Raises:
+            ValueError: If the inputs of the graph do not fit the hyper-parameters.
+        """
+        module = cls(**metadata["hyper_parameters"])
+        if inputs != ["state", "rainy", "times", *module.wanted]:
+            raise ValueError(f"contexts {module.hparams['contexts']} and inputs {', '.join(inputs)}")
+        module.restore_metadata(metadata)
+        module.network = cast(ConditionalUNet, network)
+        return module.eval()
 
     # Training.
 
     def on_fit_start(self) -> None:
-        """Refuses early if CLIP or the controller cannot be had."""
+        """Find or fetch CLIP and the controller before the first step."""
         super().on_fit_start()
-        self.check()
+        self.check_requirements()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Matches the optimum reverse step at a random time of each image."""
+        """Return the loss against the optimum reverse step at a random time of each image."""
         rainy, clean = batch["rainy"], batch["clean"]
         times = torch.randint(1, self.sde.steps + 1, (len(rainy),))
         noise = torch.randn_like(rainy)
         state = self.sde.diffuse(clean, rainy, times, noise)
-        perceived = self.perceive(rainy)
-        estimated = self.noise(state, rainy, times, **perceived)
+        estimated = self.noise(state, rainy, times, **self.encode(rainy))
         if self.hparams["residual"] is None:
             loss = matching_loss(self.sde, estimated, state, clean, rainy, times)
         else:
@@ -220,7 +266,7 @@ class DACLIPSDEModule(DerainModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """AdamW without weight decay (Adam); the learning rate falls step by step."""
+        """Return AdamW without weight decay (Adam), and a learning rate that falls step by step."""
         rate, steps = self.hparams["learning_rate"], self.steps
         optimizer = torch.optim.AdamW(self.network.parameters(), rate, betas=(0.9, 0.99), weight_decay=0)
         if self.hparams["decay"] == "halving":
@@ -232,28 +278,33 @@ class DACLIPSDEModule(DerainModule):
 
     # Files.
 
-    def describe(self) -> dict[str, Any]:
-        """Adds the schedule, and which controller and CLIP the network was trained with."""
-        return super().describe() | {"sde": self.sde.state()} | (self.perception.hashes if self.perception else {})
+    def metadata(self) -> dict[str, Any]:
+        """Return the metadata with the schedule, and the hashes of controller and CLIP."""
+        hashes = self.perception.hashes if self.perception else {}
+        return super().metadata() | {"sde": self.sde.state()} | hashes
 
-    def recall(self, description: Mapping[str, Any]) -> None:
-        """Takes back the schedule, and which controller and CLIP to expect."""
-        super().recall(description)
-        if "sde" in description:
-            self.sde = MeanRevertingSDE.from_state(description["sde"])
+    def restore_metadata(self, metadata: Mapping[str, Any]) -> None:
+        """Restore the schedule, and the hashes that controller and CLIP are expected to have.
+
+        Raises:
+            DerainError: If the schedule has another number of steps than ``sde_steps``.
+        """
+        super().restore_metadata(metadata)
+        if "sde" in metadata:
+            self.sde = MeanRevertingSDE.from_state(metadata["sde"])
             if self.sde.steps != self.hparams["sde_steps"]:
                 raise DerainError(
                     f"metadata with sde of {self.sde.steps} steps and sde_steps {self.hparams['sde_steps']}; expected "
                     "equal numbers; use a file that derain wrote"
                 )
         if self.perception is not None:
-            self.perception.expect(description, self.resuming)
+            self.perception.expect(metadata, self.is_fitting)
 
     @classmethod
     def from_published(
         cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any
     ) -> "DerainModule | None":
-        """Takes the authors' U-Net of IR-SDE or DA-CLIP."""
+        """Return the method with the authors' U-Net of IR-SDE or DA-CLIP."""
         sizes = unet_options(state)
         if sizes is None:
             return None

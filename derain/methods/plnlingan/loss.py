@@ -1,4 +1,4 @@
-"""What PLNLIN and its discriminator are trained by."""
+"""Losses of PLNLIN and its discriminator."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,22 +16,24 @@ ADVERSARIAL = (0.0005, 0.001, 0.0025, 0.005)
 """μ of eq. 12, the finest scale first."""
 
 Parts = Mapping[str, Sequence[Tensor]]
-"""Losses by name, one a scale."""
+"""Losses by name, one per scale."""
 
 
 def pyramid(images: Float[Tensor, "b c h w"], scales: int) -> list[Tensor]:
-    """The images, and each again at half of its size: a Gaussian pyramid, in their precision whatever autocast says.
+    """Return the Gaussian pyramid of images: each level has half the size of the one before.
+
+    Computed in the precision of the images, also under autocast.
 
     Args:
-        images: Any, sides of at least 3 at every scale but the last.
-        scales: How many.
+        images: Height and width of at least 3 at every scale but the last.
+        scales: Number of levels, the images included.
 
     References:
-        Burt and Adelson, 1983, as OpenCV's ``pyrDown`` has it: the window (1, 4, 6, 4, 1) / 16 along both sides,
-        borders reflected, every second pixel.
+        Burt and Adelson, 1983, as OpenCV's ``pyrDown``: kernel (1, 4, 6, 4, 1) / 16 along both axes, reflected
+        borders, every second pixel.
 
     Example:
-        >>> [tuple(one.shape[2:]) for one in pyramid(torch.rand(1, 3, 21, 8), 3)]
+        >>> [tuple(level.shape[2:]) for level in pyramid(torch.rand(1, 3, 21, 8), 3)]
         [(21, 8), (11, 4), (6, 2)]
     """
     window = images.new_tensor([1, 4, 6, 4, 1]) / 16
@@ -47,14 +49,15 @@ def pyramid(images: Float[Tensor, "b c h w"], scales: int) -> list[Tensor]:
 def hierarchical_losses(
     images: Sequence[Float[Tensor, "b 3 _ _"]], clean: Float[Tensor, "b 3 h w"]
 ) -> list[Float[Tensor, ""]]:
-    """How dissimilar the hierarchy's images are to the clean image at their sizes, ``1 - SSIM`` each.
+    """Return ``1 - SSIM`` of each image of the hierarchy and the clean image at its size.
 
     Args:
         images: The finest first, each half as large as the one before.
         clean: In [0, 1], as large as the finest.
 
     References:
-        Wang et al., MM 2024, eq. 11; that the clean image is made smaller by a Gaussian pyramid is its authors' habit.
+        Wang et al., MM 2024, eq. 11. The paper does not say how the clean image is downscaled; its authors use
+        Gaussian pyramids elsewhere.
     """
     targets = pyramid(clean, len(images))
     return [1 - structural_similarity(image, target) for image, target in zip(images, targets, strict=True)]
@@ -63,14 +66,14 @@ def hierarchical_losses(
 def relativistic_losses(
     higher: Sequence[Float[Tensor, "b 1 _ _"]], lower: Sequence[Float[Tensor, "b 1 _ _"]]
 ) -> list[Float[Tensor, ""]]:
-    """By how much logits fail to be higher, or lower, than the others' mean, of each scale that is judged.
+    """Return the relativistic average loss of each scale: one side's logits should exceed the mean of the other's.
 
-    The generator wants its logits higher than those of clean images: ``relativistic_losses(fake, real)``; the
-    discriminator the reverse. Computed in float32 at least, whatever autocast says.
+    The generator wants higher logits than clean images: ``relativistic_losses(fake, real)``; the discriminator the
+    reverse. Computed in float32 or wider, also under autocast.
 
     Args:
-        higher: What should be judged cleaner.
-        lower: What should be judged less clean.
+        higher: Logits that should be higher.
+        lower: Logits that should be lower.
 
     References:
         Wang et al., MM 2024, eq. 8, is the generator's; Jolicoeur-Martineau, ICLR 2019, eqs. 12 and 13.
@@ -81,21 +84,22 @@ def relativistic_losses(
         1.3863
     """
     losses = []
-    for one, other in zip(higher, lower, strict=True):
-        with torch.autocast(one.device.type, enabled=False):
-            above, below = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (one, other))
+    for higher_logits, lower_logits in zip(higher, lower, strict=True):
+        with torch.autocast(higher_logits.device.type, enabled=False):
+            above = higher_logits.to(torch.promote_types(higher_logits.dtype, torch.float32))
+            below = lower_logits.to(torch.promote_types(lower_logits.dtype, torch.float32))
             losses.append(F.softplus(below.mean() - above).mean() + F.softplus(below - above.mean()).mean())
     return losses
 
 
 def weighted_sum(parts: Parts, alpha: float, beta: float) -> Float[Tensor, ""]:
-    """The sum of losses by their weights.
+    """Return the weighted sum of losses.
 
     Args:
-        parts: ``pixel``, ``hierarchical``, ``generator``, ``discriminator``: any of them. Where fewer scales than four
-            are judged, they are the coarsest.
+        parts: Any of ``pixel``, ``hierarchical``, ``generator``, ``discriminator``. Fewer losses than four scales are
+            those of the coarsest scales.
         alpha: Weight of the hierarchical losses.
-        beta: Of the adversarial losses; the discriminator's have it too.
+        beta: Weight of the adversarial losses, those of the discriminator included.
 
     References:
         Wang et al., MM 2024, eqs. 9, 11 and 12.
@@ -112,6 +116,7 @@ def weighted_sum(parts: Parts, alpha: float, beta: float) -> Float[Tensor, ""]:
     }
     terms = []
     for name, losses in parts.items():
-        share, each = weights[name]
-        terms += [share * weight * loss for weight, loss in zip(each[-len(losses) :], losses, strict=True)]
+        weight, scale_weights = weights[name]
+        for scale_weight, loss in zip(scale_weights[-len(losses) :], losses, strict=True):
+            terms.append(weight * scale_weight * loss)
     return torch.stack(terms).sum()

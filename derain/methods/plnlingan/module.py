@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from derain.batch import PairBatch
 from derain.errors import DerainError
 from derain.methods.base import DerainModule
+from derain.methods.graph import Graph
+from derain.methods.interfaces import Explains
 from derain.methods.plnlingan.loss import Parts, hierarchical_losses, relativistic_losses, weighted_sum
 from derain.methods.plnlingan.network import (
     MCDDL,
@@ -31,7 +33,7 @@ from derain.nn.ssim import structural_similarity
 log = logging.getLogger("derain")
 
 
-class PLNLINGANModule(DerainModule):
+class PLNLINGANModule(DerainModule, Explains):
     """PLNLIN-MCDDL: an interactive generator against a discriminator that sees its features too.
 
     Wang et al., Progressive Local and Non-Local Interactive Networks with Deeply Discriminative Training, MM 2024.
@@ -128,7 +130,11 @@ class PLNLINGANModule(DerainModule):
         """Restores images of any size in [0, 1], without the hierarchy."""
         return cast(Tensor, self.network(rainy).derained)
 
-    def explain(self, rainy: Float[Tensor, "b 3 h w"], **perceived: Any) -> Float[Tensor, "b n h w"]:
+    def export_graph(self) -> Graph:
+        """Return ``forward``, without the discriminator's parameters."""
+        return Graph(self.network, lambda rainy: cast(Tensor, self.network(rainy).derained))
+
+    def explain(self, rainy: Float[Tensor, "b 3 h w"], **conditions: Any) -> Float[Tensor, "b n h w"]:
         """Return the derained image and the features of the last PLNLIM: of its branches and of both (Figure 4)."""
         restored: Restored = self.network(rainy, show=True)
         return torch.cat((restored.derained.float(), *map(feature_map, restored.shown)), dim=1)
@@ -138,7 +144,7 @@ class PLNLINGANModule(DerainModule):
     def configure_callbacks(self) -> list[Any]:
         """Refuses what goes with one optimiser alone, before the trainer does so less clearly."""
         asked = (self.trainer.gradient_clip_val, self.trainer.accumulate_grad_batches, self.trainer.precision)
-        if self.resuming and (asked[:2] != (None, 1) or asked[2] == "16-mixed"):
+        if self.is_fitting and (asked[:2] != (None, 1) or asked[2] == "16-mixed"):
             told = "--trainer.gradient_clip_val, accumulate_grad_batches, precision 16-mixed: for one optimiser"
             raise DerainError(f"{told}; use --model.clip, --model.accumulate, --trainer.precision bf16-mixed")
         return []

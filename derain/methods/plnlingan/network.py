@@ -1,12 +1,11 @@
-"""PLNLIN and MCDDL: local and non-local branches that inform each other, in a generator and its discriminator.
+"""PLNLIN and MCDDL: generator and discriminator of interacting local and non-local branches.
 
 Wang et al., Progressive Local and Non-Local Interactive Networks with Deeply Discriminative Training for Image
 Deraining, MM 2024. Features are ``(b, h, w, c)``: windows and pixels are normalised along contiguous memory, and
 convolutions see channels last.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -16,7 +15,7 @@ from timm.models.swin_transformer import SwinTransformerBlock, window_partition,
 from torch import Tensor, nn
 
 from derain.errors import DerainError
-from derain.methods.plnlingan.shifted_windows import at_any_size, shift_mask
+from derain.methods.plnlingan.shifted_windows import shift_mask, transform_shifted
 from derain.nn.graphs import recorded_for_all_sizes
 from derain.nn.padding import pad_to_multiple
 from derain.nn.restormer import STRIP_BYTES, spatial
@@ -29,22 +28,23 @@ Interaction = Literal["sft", "concatenation", "none"]
 Unit = Literal["plnlim", "local", "non-local"]
 
 SCALES = 4
-"""Of the hierarchy: 1, 1/2, 1/4, 1/8."""
+"""Scales of the encoder-decoder and of the hierarchy: 1, 1/2, 1/4, 1/8."""
+
+WINDOW = 7
+"""Side of the attention windows."""
 
 
 class Style(NamedTuple):
-    """How a network's units are built; the paper's ablations change one thing each.
+    """How the units of a network are built; each ablation of the paper changes one field.
 
     Attributes:
         channels: Width of the features.
-        unit: ``plnlim``, or chains of residual (``local``) or Swin blocks (``non-local``) in its place (Tables 4, 6).
-        branches: ``both``, or both of them ``local`` or ``non-local`` (Table 3 c, d).
-        interaction: Of the branches: ``sft``, ``concatenation`` (Table 3 b) or ``none`` (Table 3 e).
+        unit: ``plnlim``, or a chain of residual (``local``) or Swin blocks (``non-local``) instead (Tables 4, 6).
+        branches: ``both``; ``local`` or ``non-local`` for two branches of that kind (Table 3 c, d).
+        interaction: Interaction of the branches: ``sft``, ``concatenation`` (Table 3 b) or ``none`` (Table 3 e).
         fusion: Whether there is a fusion branch (without: Table 3 a).
         last_interaction: Whether the branches interact after their last stage too, as eq. 5 has it for ``i = N``.
-        heads: Of the attention.
-        window: Its side.
-        expansion: Hidden width of the Swin blocks' MLP over ``channels``.
+        heads: Attention heads.
     """
 
     channels: int = 32
@@ -54,12 +54,10 @@ class Style(NamedTuple):
     fusion: bool = True
     last_interaction: bool = True
     heads: int = 4
-    window: int = 7
-    expansion: float = 4.0
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions beside a short cut; what happens here is local.
+    """Residual block of two 3×3 convolutions: the local block.
 
     Shape:
         ``(b, h, w, channels)`` → same.
@@ -71,18 +69,19 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Features) -> Features:
-        """Transforms features."""
-        return x + spatial(F.leaky_relu(spatial(x, self.conv1), 0.2), self.conv2)
+        """Transform features."""
+        hidden = F.leaky_relu(spatial(x, self.conv1), 0.2)
+        return x + spatial(hidden, self.conv2)
 
 
 class WindowBlock(SwinTransformerBlock):
-    """timm's Swin block for maps of any size: masks are built once a size, and memory is bounded at inference.
+    """Swin block of timm for maps of any size: the non-local block.
 
-    Without gradients, rows of windows are worked on one after the other, so that what is computed of them stays in a
-    processor's cache.
+    Masks are cached by size. Without gradients, the map is processed in strips of window rows that fit into the
+    cache of a processor, which also bounds memory.
 
     Shape:
-        ``(b, h, w, channels)`` → same; sides must be multiples of the window.
+        ``(b, h, w, channels)`` → same; height and width must be multiples of the window.
 
     References:
         Liu et al., Swin Transformer, ICCV 2021, eq. 3; a map of one window is not shifted.
@@ -90,104 +89,117 @@ class WindowBlock(SwinTransformerBlock):
 
     def __init__(self, style: Style, shifted: bool) -> None:
         if style.channels % style.heads:
-            raise DerainError(f"{style.heads} heads do not divide {style.channels} channels; choose others")
-        super().__init__(
-            style.channels,
-            (style.window, style.window),
-            num_heads=style.heads,
-            window_size=style.window,
-            mlp_ratio=style.expansion,
-        )
-        self.side, self.shift = style.window, style.window // 2 if shifted else 0
+            raise DerainError(
+                f"{style.heads} heads do not divide {style.channels} channels; choose a number of heads that does"
+            )
+        super().__init__(style.channels, (WINDOW, WINDOW), num_heads=style.heads, window_size=WINDOW)
+        self.shift = WINDOW // 2 if shifted else 0
 
     def forward(self, x: Features) -> Features:
-        """Transforms features."""
+        """Transform features."""
         if recorded_for_all_sizes():
-            return at_any_size(x, self.side, self.shift, self._transform)
+            return transform_shifted(x, WINDOW, self.shift, self._transform)
         height, width = x.shape[1:3]
-        down, right = (self.shift if length > self.side else 0 for length in (height, width))
+        down = self.shift if height > WINDOW else 0
+        right = self.shift if width > WINDOW else 0
         if down or right:
             x = torch.roll(x, (-down, -right), (1, 2))
-        rows = height
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            budget = STRIP_BYTES["cpu" if x.device.type == "cpu" else "gpu"]
-            row = x.shape[0] * width * self.side**3 * self.attn.num_heads * x.element_size()
-            rows = max(1, budget // row) * self.side
+        rows = self._strip_rows(x)
         if rows >= height:
             x = self._transform(x, self._mask(x, down, right))
         else:
-            whole, x = x, torch.empty_like(x)
-            for top in range(0, height, rows):
-                strip = whole[:, top : top + rows]
-                mask = self._mask(strip, down if top + rows >= height else 0, right)
-                x[:, top : top + rows] = self._transform(strip, mask)
-        return torch.roll(x, (down, right), (1, 2)) if down or right else x
+            x = self._transform_strips(x, rows, down, right)
+        if down or right:
+            x = torch.roll(x, (down, right), (1, 2))
+        return x
 
-    def _mask(self, part: Features, down: int, right: int) -> Tensor | None:
-        """What keeps pixels apart that only the roll made neighbours, for the windows of a strip of rows."""
+    def _strip_rows(self, x: Features) -> int:
+        """Return the rows of a strip; all rows where gradients are needed."""
+        batch, height, width, _ = x.shape
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return height
+        budget = STRIP_BYTES["cpu" if x.device.type == "cpu" else "gpu"]
+        row_bytes = batch * width * WINDOW**3 * self.attn.num_heads * x.element_size()
+        return max(1, budget // row_bytes) * WINDOW
+
+    def _transform_strips(self, x: Features, rows: int, down: int, right: int) -> Features:
+        """Transform a map strip by strip; only its last strip holds rows from across the border."""
+        height = x.shape[1]
+        out = torch.empty_like(x)
+        for top in range(0, height, rows):
+            strip = x[:, top : top + rows]
+            is_last = top + rows >= height
+            mask = self._mask(strip, down if is_last else 0, right)
+            out[:, top : top + rows] = self._transform(strip, mask)
+        return out
+
+    def _mask(self, strip: Features, down: int, right: int) -> Tensor | None:
+        """Return the attention mask of a strip, or None if nothing was shifted."""
         if not (down or right):
             return None
-        _, height, width, _ = part.shape
+        _, height, width, _ = strip.shape
         build = shift_mask.__wrapped__ if torch.compiler.is_compiling() else shift_mask
-        return build(height, width, self.side, down, right, part.device)
+        return build(height, width, WINDOW, down, right, strip.device)
 
     def _transform(self, x: Features, mask: Tensor | None) -> Features:
-        """Attention within windows and MLP, each after a normalisation and beside a short cut."""
+        """Apply attention within windows, then the MLP; each is normalised and residual."""
         _, height, width, channels = x.shape
         windows = window_partition(self.norm1(x), self.window_size).flatten(1, 2)
-        mixed = self.attn(windows, mask=None if mask is None else mask.to(x.dtype))
-        x = x + window_reverse(mixed.view(-1, self.side, self.side, channels), self.window_size, height, width)
+        attended = self.attn(windows, mask=None if mask is None else mask.to(x.dtype))
+        attended = attended.view(-1, WINDOW, WINDOW, channels)
+        x = x + window_reverse(attended, self.window_size, height, width)
         return cast(Tensor, x + self.mlp(self.norm2(x)))
 
 
 class SFT(nn.Module):
-    """Spatial feature transform: each pixel is scaled and shifted by what another branch found there.
+    """Spatial feature transform: scales and shifts each pixel by the features of another branch.
 
-    Two 1×1 convolutions give the scale, two the shift; the first ones of both are computed as one.
+    Two 1×1 convolutions give the scale, two the shift; the first convolutions of both are computed as one.
 
     Shape:
-        Twice ``(b, h, w, channels)`` → the same once.
+        ``(b, h, w, channels)`` twice → ``(b, h, w, channels)``.
 
     References:
-        Wang et al., CVPR 2018, section 3.2, as their code has it: ``x · (1 + γ) + β``.
+        Wang et al., CVPR 2018, section 3.2, as in their code: ``x · (1 + γ) + β``.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.hidden = nn.Linear(channels, 2 * channels)
-        self.scale, self.shift = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        self.scale = nn.Linear(channels, channels)
+        self.shift = nn.Linear(channels, channels)
 
     def forward(self, x: Features, condition: Features) -> Features:
-        """Modulates ``x`` by the condition."""
+        """Modulate ``x`` by the condition."""
         for_scale, for_shift = F.leaky_relu(self.hidden(condition), 0.1).chunk(2, dim=-1)
         return torch.addcmul(x + self.shift(for_shift), x, self.scale(for_scale))
 
 
-class Mix(nn.Linear):
-    """A 1×1 convolution of several maps as if they were concatenated.
+class ConcatLinear(nn.Linear):
+    """1×1 convolution of concatenated maps, computed without concatenating them.
 
     Shape:
-        Several times ``(b, h, w, c)``, ``in_features`` channels together → ``(b, h, w, out_features)``.
+        ``(b, h, w, c)`` each, ``in_features`` channels in total → ``(b, h, w, out_features)``.
     """
 
     def forward(self, *maps: Widths) -> Widths:
-        """Mixes the maps, each by its part of the weights."""
-        first, *others = torch.split(self.weight, [one.shape[-1] for one in maps], dim=1)
-        mixed = F.linear(maps[0], first, self.bias).flatten(0, 2)
-        for one, weight in zip(maps[1:], others, strict=True):
-            mixed = torch.addmm(mixed, one.flatten(0, 2), weight.t())
-        return mixed.view(*maps[0].shape[:3], -1)
+        """Sum the maps, each multiplied by its columns of the weight."""
+        weights = torch.split(self.weight, [features.shape[-1] for features in maps], dim=1)
+        total = F.linear(maps[0], weights[0], self.bias).flatten(0, 2)
+        for features, weight in zip(maps[1:], weights[1:], strict=True):
+            total = torch.addmm(total, features.flatten(0, 2), weight.t())
+        return total.view(*maps[0].shape[:3], -1)
 
 
 class PLNLIM(nn.Module):
     """Progressive local and non-local interactive module.
 
     Args:
-        stages: N; the branches have a block more, and interact N times.
-        style: How it is built.
+        stages: N; each branch has N + 1 blocks, and the branches interact N times.
+        style: How the module is built.
 
     Shape:
-        ``(b, h, w, channels)`` → same; sides must be multiples of the window.
+        ``(b, h, w, channels)`` → same; height and width must be multiples of the window.
 
     References:
         Wang et al., MM 2024, eqs. 2 to 6; eq. 5 read as SFT(RB(a), b), of which eq. 4 is the first instance.
@@ -195,78 +207,90 @@ class PLNLIM(nn.Module):
 
     def __init__(self, stages: int, style: Style) -> None:
         super().__init__()
-        kinds = (style.branches, style.branches) if style.branches != "both" else ("local", "non-local")
-        self.local, self.non_local = (
-            nn.ModuleList(_block(cast(Branches, kind), place, style) for place in range(stages + 1)) for kind in kinds
-        )
-        exchange: dict[Interaction, Callable[[], nn.Module]] = {
-            "sft": partial(SFT, style.channels),
-            "concatenation": partial(Mix, 2 * style.channels, style.channels),
-        }
-        pairs = (stages if style.last_interaction else stages - 1) if style.interaction in exchange else 0
+        local, non_local = ("local", "non-local") if style.branches == "both" else (style.branches, style.branches)
+        self.local = nn.ModuleList(_block(local, index, style) for index in range(stages + 1))
+        self.non_local = nn.ModuleList(_block(non_local, index, style) for index in range(stages + 1))
+        interactions = stages if style.last_interaction else stages - 1
+        if style.interaction == "none":
+            interactions = 0
         self.interactions = nn.ModuleList(
-            nn.ModuleList(exchange[style.interaction]() for _ in range(2)) for _ in range(pairs)
+            nn.ModuleList([_interaction(style), _interaction(style)]) for _ in range(interactions)
         )
-        widths = [2, *[3] * stages] if style.fusion else []
-        self.fusions = nn.ModuleList(Mix(width * style.channels, style.channels) for width in widths)
+        fused_maps = [2, *[3] * stages] if style.fusion else []
+        self.fusions = nn.ModuleList(ConcatLinear(count * style.channels, style.channels) for count in fused_maps)
 
     def forward(self, x: Features) -> Features:
-        """Transforms features."""
+        """Transform features."""
         return self.branches(x)[-1]
 
     def branches(self, x: Features) -> tuple[Features, Features, Features]:
-        """Return the features of the first branch, of the second, and what the module makes of both (eq. 6)."""
+        """Return the features of the first branch, of the second branch, and their sum with the fusion (eq. 6)."""
         local, non_local, fused = x, x, x
-        *_, last_local = self.local
-        *_, last_non_local = self.non_local
-        for place in range(len(self.local) - 1):
-            local, non_local = self.local[place](local), self.non_local[place](non_local)
-            if place == 0 and len(self.fusions):
+        stages = len(self.local) - 1
+        for index in range(stages):
+            local = self.local[index](local)
+            non_local = self.non_local[index](non_local)
+            if index == 0 and len(self.fusions):
                 fused = self.fusions[0](local, non_local)
-            if place < len(self.interactions):
-                to_local, to_non_local = cast(nn.ModuleList, self.interactions[place])
+            if index < len(self.interactions):
+                to_local, to_non_local = cast(nn.ModuleList, self.interactions[index])
                 local, non_local = to_local(local, non_local), to_non_local(non_local, local)
-            if place > 0 and len(self.fusions):
-                fused = self.fusions[place](fused, local, non_local)
-        first: Tensor = last_local(local)
-        second: Tensor = last_non_local(non_local)
-        out = first + second
-        return first, second, out + self.fusions[-1](fused, local, non_local) if len(self.fusions) else out
+            if index > 0 and len(self.fusions):
+                fused = self.fusions[index](fused, local, non_local)
+        last_local: Tensor = self.local[stages](local)
+        last_non_local: Tensor = self.non_local[stages](non_local)
+        total = last_local + last_non_local
+        if len(self.fusions):
+            total = total + self.fusions[-1](fused, local, non_local)
+        return last_local, last_non_local, total
 
 
-def _block(kind: Branches, place: int, style: Style) -> nn.Module:
-    return ResidualBlock(style.channels) if kind == "local" else WindowBlock(style, shifted=place % 2 == 1)
+def _block(kind: str, index: int, style: Style) -> nn.Module:
+    """Block of a branch; every second Swin block is shifted."""
+    if kind == "local":
+        return ResidualBlock(style.channels)
+    return WindowBlock(style, shifted=index % 2 == 1)
 
 
-def check(style: Style, *stages: int, of: str = "generator") -> None:
-    """Refuses what no network can be built of.
+def _interaction(style: Style) -> nn.Module:
+    if style.interaction == "sft":
+        return SFT(style.channels)
+    return ConcatLinear(2 * style.channels, style.channels)
+
+
+def check_style(style: Style, *stages: int, network: str = "generator") -> None:
+    """Check that a network can be built.
 
     Raises:
-        DerainError: If a size is below 1, or a chain is to have what only PLNLIMs have.
+        DerainError: If a size is below 1, or a chain of blocks is given an option that only PLNLIMs have.
     """
     if min(style.channels, style.heads, *stages) < 1:
-        told = f"{style.channels} channels, {style.heads} heads and stages of {', '.join(map(str, stages))}"
-        raise DerainError(f"--model: a {of} of {told}; each must be at least 1")
+        raise DerainError(
+            f"{network} with {style.channels} channels, {style.heads} heads and stages {', '.join(map(str, stages))}: "
+            "each must be at least 1"
+        )
     if style.unit != "plnlim" and (style.branches, style.interaction, style.fusion) != ("both", "sft", True):
-        raise DerainError(f"--model.unit {style.unit}: has no branches, interaction or fusion; leave these options out")
+        raise DerainError(
+            f"--model.unit {style.unit}: has no branches, interaction or fusion; omit these options or use plnlim"
+        )
 
 
-def unit(stages: int, style: Style) -> nn.Module:
-    """A PLNLIM, or as many blocks in a chain as one of its branches has."""
+def build_unit(stages: int, style: Style) -> nn.Module:
+    """Return a PLNLIM, or a chain of as many blocks as one of its branches has."""
     if style.unit == "plnlim":
         return PLNLIM(stages, style)
-    return nn.Sequential(*(_block(style.unit, place, style) for place in range(stages + 1)))
+    return nn.Sequential(*(_block(style.unit, index, style) for index in range(stages + 1)))
 
 
 class Restored(NamedTuple):
-    """What the generator gives.
+    """Output of the generator.
 
     Attributes:
         derained: ``(b, 3, h, w)``, in about [0, 1].
-        images: Of the hierarchy, the finest first, ``(b, 3, h/2ᵏ, w/2ᵏ)`` of the padded image; eq. 11.
-        features: That they are made of, ``(b, h/2ᵏ, w/2ᵏ, c)``; eq. 7.
-        shown: Features of the finest unit of the decoder, ``(b, h, w, c)`` each: of a PLNLIM's branches and of what it
-            makes of both, of a chain of blocks what it gives.
+        images: Images of the hierarchy, the finest first, ``(b, 3, h/2ᵏ, w/2ᵏ)`` of the padded image; eq. 11.
+        features: Features of these images, ``(b, h/2ᵏ, w/2ᵏ, c)``; eq. 7.
+        shown: Features of the decoder's finest unit, ``(b, h, w, c)`` each: of a PLNLIM both branches and their sum,
+            of a chain of blocks its output.
     """
 
     derained: Tensor
@@ -276,16 +300,19 @@ class Restored(NamedTuple):
 
 
 class PLNLIN(nn.Module):
-    """The generator: an encoder-decoder of PLNLIMs, supervised at four scales.
+    """Generator: encoder-decoder of PLNLIMs, supervised at four scales.
 
     Args:
         style: How its units are built.
-        stages: N of the PLNLIMs, from the finest to the coarsest; the decoder has the same.
-        hierarchy: N of the PLNLIMs that are supervised in between; 0 for none.
+        stages: N of the PLNLIMs of the encoder, from the finest to the coarsest scale; same for the decoder.
+        hierarchy: N of the PLNLIMs of the hierarchical supervision; 0 for none.
 
     Shape:
         ``(b, 3, h, w)`` in [0, 1] → same, any ``h, w >= 1``: the image is padded to a multiple of 8 windows, so that
         windows fit the coarsest scale too.
+
+    Raises:
+        DerainError: If the network cannot be built.
 
     References:
         Wang et al., MM 2024, Figure 1 and section 3.1. 2,251,423 parameters by default, 1,690,851 of them without the
@@ -296,58 +323,83 @@ class PLNLIN(nn.Module):
         super().__init__()
         if len(stages) != SCALES or min(*stages, hierarchy + 1) < 1:
             raise DerainError(
-                f"--model.stages {list(stages)}, --model.hierarchy {hierarchy}: give four stages of at least 1, and a "
-                "hierarchy of at least 0"
+                f"--model.stages {list(stages)}, --model.hierarchy {hierarchy}: expected {SCALES} stages of at least "
+                "1, and a hierarchy of at least 0"
             )
-        check(style, *stages)
+        check_style(style, *stages)
         channels = style.channels
-        self.multiple = style.window << (SCALES - 1)
+        self.multiple = WINDOW << (SCALES - 1)
         self.embed = nn.Conv2d(3, channels, 3, padding=1)
-        self.encoder = nn.ModuleList(unit(count, style) for count in stages)
-        self.decoder = nn.ModuleList(unit(count, style) for count in stages)
+        self.encoder = nn.ModuleList(build_unit(count, style) for count in stages)
+        self.decoder = nn.ModuleList(build_unit(count, style) for count in stages)
         self.up = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in stages[1:])
         self.output = nn.Conv2d(channels, 3, 3, padding=1)
         scales = range(SCALES if hierarchy else 0)
         self.joins = nn.ModuleList(nn.Conv2d(2 * channels, channels, 3, padding=1) for _ in scales)
-        self.supervised = nn.ModuleList(unit(hierarchy, style) for _ in scales)
+        self.supervised = nn.ModuleList(build_unit(hierarchy, style) for _ in scales)
         self.outputs = nn.ModuleList(nn.Conv2d(channels, 3, 3, padding=1) for _ in scales)
-        self.apply(start)
+        self.apply(initialize)
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"], hierarchy: bool = False, show: bool = False) -> Restored:
-        """Restores images, with the hierarchy and with features to show only where they are asked for."""
+        """Restore images.
+
+        Args:
+            rainy: In [0, 1].
+            hierarchy: Compute images and features of the hierarchy.
+            show: Return the features of the decoder's finest unit.
+        """
         height, width = rainy.shape[2:]
         padded = pad_to_multiple(rainy, self.multiple)
-        x = spatial(padded.permute(0, 2, 3, 1).contiguous(), self.embed)
-        encoded = []
-        for place, encode in enumerate(self.encoder):
-            x = encode(halved(x) if place else x)
-            encoded.append(x)
-        decoded = [self.decoder[-1](x)]
-        shown: tuple[Tensor, ...] = ()
-        for place in reversed(range(SCALES - 1)):
-            x = spatial(doubled(decoded[0]), self.up[place]) + encoded[place]
-            decode = self.decoder[place]
-            if show and place == 0:
-                shown = decode.branches(x) if isinstance(decode, PLNLIM) else (decode(x),)
-            decoded.insert(0, shown[-1] if shown else decode(x))
+        encoded = self._encode(padded)
+        decoded, shown = self._decode(encoded, show)
         derained = spatial(decoded[0], self.output).permute(0, 3, 1, 2) + padded
-        features, images = [], []
+        images: list[Tensor] = []
+        features: list[Tensor] = []
         if hierarchy:
-            for place, (join, supervise) in enumerate(zip(self.joins, self.supervised, strict=True)):
-                features.append(supervise(spatial(torch.cat((encoded[place], decoded[place]), dim=-1), join)))
-                images.append(spatial(features[-1], self.outputs[place]).permute(0, 3, 1, 2))
-        shown = tuple(one[:, :height, :width] for one in shown)
+            for scale, (join, supervise) in enumerate(zip(self.joins, self.supervised, strict=True)):
+                joined = torch.cat((encoded[scale], decoded[scale]), dim=-1)
+                features.append(supervise(spatial(joined, join)))
+                images.append(spatial(features[-1], self.outputs[scale]).permute(0, 3, 1, 2))
+        shown = tuple(part[:, :height, :width] for part in shown)
         return Restored(derained[:, :, :height, :width], images, features, shown)
+
+    def _encode(self, padded: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
+        """Return the encoder's features, the finest scale first."""
+        x = spatial(padded.permute(0, 2, 3, 1).contiguous(), self.embed)
+        encoded: list[Tensor] = []
+        for scale, unit in enumerate(self.encoder):
+            if scale > 0:
+                x = downsample(x)
+            x = unit(x)
+            encoded.append(x)
+        return encoded
+
+    def _decode(self, encoded: list[Tensor], show: bool) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Return the decoder's features, the finest scale first, and those of its finest unit if asked for."""
+        decoded = [self.decoder[-1](encoded[-1])]
+        shown: tuple[Tensor, ...] = ()
+        for scale in reversed(range(SCALES - 1)):
+            x = spatial(upsample(decoded[0]), self.up[scale]) + encoded[scale]
+            unit = self.decoder[scale]
+            if show and scale == 0:
+                shown = unit.branches(x) if isinstance(unit, PLNLIM) else (unit(x),)
+                decoded.insert(0, shown[-1])
+            else:
+                decoded.insert(0, unit(x))
+        return decoded, shown
 
 
 class MCDDL(nn.Module):
-    """The discriminator: it sees an image and the generator's features of it, and judges at four scales.
+    """Discriminator: scores an image and the generator's features of it at four scales.
 
     Args:
         style: How its units are built.
-        content: Channels of the generator's features; 0 if it sees only the image ([71], Table 1).
-        deep: Whether every scale is judged, or only the coarsest ([9], Table 1).
+        content: Channels of the generator's features; 0 for a discriminator of images alone ([71], Table 1).
+        deep: Whether every scale has logits, or only the coarsest ([9], Table 1).
         stages: N of its PLNLIMs.
+
+    Raises:
+        DerainError: If the network cannot be built.
 
     References:
         Wang et al., MM 2024, eqs. 7 and 8, section 4.1. 679,968 parameters by default.
@@ -355,35 +407,36 @@ class MCDDL(nn.Module):
 
     def __init__(self, style: Style, content: int = 32, deep: bool = True, stages: int = 2) -> None:
         super().__init__()
-        check(style, stages, of="discriminator")
+        check_style(style, stages, network="discriminator")
         channels = style.channels
         self.embed = nn.Conv2d(3, channels, 3, padding=1)
-        self.first = unit(stages, style)
+        self.first = build_unit(stages, style)
         joins = range(SCALES if content else 0)
         self.joins = nn.ModuleList(nn.Conv2d(channels + content, channels, 3, padding=1) for _ in joins)
-        self.units = nn.ModuleList(unit(stages, style) for _ in range(SCALES))
-        self.judged = range(SCALES) if deep else range(SCALES - 1, SCALES)
-        self.logits = nn.ModuleList(nn.Conv2d(channels, 1, 3, padding=1) for _ in self.judged)
-        self.apply(start)
+        self.units = nn.ModuleList(build_unit(stages, style) for _ in range(SCALES))
+        self.logit_scales = range(SCALES) if deep else range(SCALES - 1, SCALES)
+        self.logits = nn.ModuleList(nn.Conv2d(channels, 1, 3, padding=1) for _ in self.logit_scales)
+        self.apply(initialize)
 
     def forward(self, image: Float[Tensor, "b 3 h w"], features: Sequence[Sizes]) -> list[Tensor]:
-        """Judges images with sides that are multiples of 8 windows.
+        """Score images whose height and width are multiples of 8 windows.
 
         Args:
             image: Derained or clean.
-            features: The generator's of it, by scale, the finest first; not looked at without content.
+            features: The generator's features of the image, the finest scale first; ignored without ``content``.
 
         Returns:
-            Logits ``(b, 1, h/2ᵏ, w/2ᵏ)`` of every scale that is judged, the finest first; the higher, the cleaner.
+            Logits ``(b, 1, h/2ᵏ, w/2ᵏ)`` of every scale that has some, the finest first; the higher, the cleaner.
         """
         x = self.first(spatial(image.permute(0, 2, 3, 1).contiguous(), self.embed))
         logits: list[Tensor] = []
-        for place in range(SCALES):
-            x = halved(x) if place else x
+        for scale in range(SCALES):
+            if scale > 0:
+                x = downsample(x)
             if len(self.joins):
-                x = spatial(torch.cat((features[place], x), dim=-1), self.joins[place])
-            x = self.units[place](x)
-            if place in self.judged:
+                x = spatial(torch.cat((features[scale], x), dim=-1), self.joins[scale])
+            x = self.units[scale](x)
+            if scale in self.logit_scales:
                 logits.append(spatial(x, self.logits[len(logits)]).permute(0, 3, 1, 2))
         return logits
 
@@ -395,19 +448,22 @@ def feature_map(features: Features) -> Float[Tensor, "b 1 h w"]:
     return magnitude / (magnitude + mean).clamp_min(torch.finfo(magnitude.dtype).tiny)
 
 
-def start(module: nn.Module) -> None:
-    """First weights as Swin's: by PyTorch's, each of many SFT layers would square the features, until they overflow."""
+def initialize(module: nn.Module) -> None:
+    """Initialise weights as Swin does.
+
+    With PyTorch's defaults, each of many SFT layers would square the features, until they overflow.
+    """
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
-def halved(x: Features) -> Sizes:
-    """The largest of 2×2 pixels each."""
+def downsample(x: Features) -> Sizes:
+    """Halve height and width by max pooling."""
     return F.max_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
 
 
-def doubled(x: Features) -> Sizes:
-    """Twice as high and wide, bilinear."""
+def upsample(x: Features) -> Sizes:
+    """Double height and width by bilinear interpolation."""
     return F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2.0, mode="bilinear").permute(0, 2, 3, 1)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from derain.cli import main
-from derain.methods import CLIPRPNModule, exported, weights
+from derain.export import write
+from derain.methods import CLIPRPNModule, catalog
 from derain.restoration import Restorer
 from tests.factories import make_set
 from tests.methods.test_contract import SMALL
@@ -28,13 +29,13 @@ def file(tmp_path):
     """Weights whose route 1 no image took."""
     module = CLIPRPNModule(**FIXED)
     module.route_counts = [7, 0]
-    weights.save(module, tmp_path / "w.safetensors")
+    module.save_weights(tmp_path / "w.safetensors")
     return tmp_path / "w.safetensors"
 
 
 def test_counts_come_back_from_files(file):
-    module = weights.load(file).module
-    assert module.describe()["route_counts"] == [7, 0]
+    module = catalog.load(file).module
+    assert module.metadata()["route_counts"] == [7, 0]
     assert not module.routing.untrained(0)
     assert module.routing.untrained(1)
 
@@ -42,19 +43,19 @@ def test_counts_come_back_from_files(file):
 def test_an_image_on_an_untrained_route_is_warned_of_once(file, caplog):
     restorer = Restorer(file, device="cpu", route=1)
     image = np.zeros((8, 8, 3), np.float32)
-    assert restorer.explain(image).perceived["untrained"]
+    assert restorer.explain(image).description["untrained"]
     restorer(image)
     (warning,) = warnings(caplog)
     assert "route 1" in warning
     assert "--route 0" in warning
     caplog.clear()
     restorer = Restorer(file, device="cpu", route=0)
-    assert "untrained" not in restorer.explain(image).perceived
+    assert "untrained" not in restorer.explain(image).description
     assert warnings(caplog) == []
 
 
 def test_routes_by_perception_are_warned_of(file, caplog):
-    routing = weights.load(file).module.routing
+    routing = catalog.load(file).module.routing
     found = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     clip = SimpleNamespace(sha256="", name="")
     routing.perception = SimpleNamespace(all_similarities=lambda *given: found, clip=clip, texts=("a", "b"))
@@ -65,26 +66,26 @@ def test_routes_by_perception_are_warned_of(file, caplog):
 
 @pytest.mark.parametrize("counts", ["absent", None])
 def test_files_without_counts_are_not_warned_of(counts, file, tmp_path, caplog):
-    module = weights.load(file).module
-    metadata = module.describe() | {"route_counts": None}
+    module = catalog.load(file).module
+    metadata = module.metadata() | {"route_counts": None}
     if counts == "absent":
         del metadata["route_counts"]
     module.describe = lambda: metadata
-    weights.save(module, tmp_path / "old.safetensors")
+    module.save_weights(tmp_path / "old.safetensors")
     loaded = Restorer(tmp_path / "old.safetensors", device="cpu", route=1)
     loaded(np.zeros((8, 8, 3), np.float32))
     assert warnings(caplog) == []
-    assert loaded.method.describe()["route_counts"] is None
+    assert loaded.method.metadata()["route_counts"] is None
 
 
 def test_onnx_on_an_untrained_route_is_warned_of(file, tmp_path, caplog):
-    module = weights.load(file).module
+    module = catalog.load(file).module
     module.take_route(1)
-    exported.write(exported.graph_of(module), module.describe(), tmp_path / "m.onnx", "onnx")
+    write(module.export_graph(), module, tmp_path / "m.onnx", "onnx")
     assert any("route 1" in warning for warning in warnings(caplog))
     assert json.loads(onnx.load(tmp_path / "m.onnx").metadata_props[0].value)["route_counts"] == [7, 0]
     caplog.clear()
-    weights.load(tmp_path / "m.onnx")
+    catalog.load(tmp_path / "m.onnx")
     assert any("m.onnx" in warning and "route 1" in warning for warning in warnings(caplog))
 
 
@@ -106,7 +107,7 @@ def test_training_counts_and_warns(perception, tmp_path, monkeypatch, caplog):
     assert counts[1:] == ([0] if perception == "fixed" else [])
     found = [warning for warning in warnings(caplog) if "route 1" in warning]
     assert len(found) == (perception == "fixed")
-    written = weights.load(run / "weights.safetensors").module
+    written = catalog.load(run / "weights.safetensors").module
     assert written.route_counts == counts
     caplog.clear()
     again = [*fit, "--ckpt_path", str(run / "checkpoints/last.ckpt")]

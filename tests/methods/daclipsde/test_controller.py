@@ -10,7 +10,8 @@ from torchvision.transforms import v2
 from transformers import CLIPConfig, CLIPModel
 
 from derain.errors import DerainError
-from derain.methods import DACLIPModule, PReNetModule, weights
+from derain.files.weights import sha256
+from derain.methods import DACLIPModule, PReNetModule
 from derain.methods.clip import FrozenCLIP
 from derain.methods.daclipsde.controller import Controller, Perception
 from derain.methods.daclipsde.published_keys import controller_of
@@ -145,7 +146,7 @@ def trained(clip, clip_folder, tmp_path):
     for value in module.network.parameters():
         value.data += 0.05 * torch.randn_like(value)
     ours, authors = tmp_path / "ours.safetensors", tmp_path / "authors.pt"
-    weights.save(module, ours)
+    module.save_weights(ours)
     state = theirs(module.network) | {"clip.visual.proj": module.clip.model.visual_projection.weight.T}
     torch.save({"epoch": 1, "state_dict": {f"module.{name}": value for name, value in state.items()}}, authors)
     return module, ours, authors
@@ -161,13 +162,13 @@ def test_both_files_give_the_same_controller(clip_folder, trained):
         torch.testing.assert_close(found.content, expected.content, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(found.degradation, expected.degradation, atol=1e-6, rtol=1e-5)
         assert not found.content.requires_grad
-        assert perception.hashes["controller_sha256"] == weights.sha256(file)
+        assert perception.hashes["controller_sha256"] == sha256(file)
     assert not torch.allclose(found.content, Perception(str(clip_folder), None)(rainy).content)
 
 
 def test_the_order_of_training_is_kept(clip_folder, tmp_path):
     module = DACLIPModule(str(clip_folder), order="aligned")
-    weights.save(module, tmp_path / "a.safetensors")
+    module.save_weights(tmp_path / "a.safetensors")
     assert Perception(str(clip_folder), str(tmp_path / "a.safetensors")).controller.order == "aligned"
 
 
@@ -185,7 +186,7 @@ def test_training_begins_with_a_controller(clip_folder, trained):
         own = begun.network.state_dict()
         assert all(torch.equal(value, own[name]) for name, value in module.network.state_dict().items())
         assert all(value.requires_grad for value in begun.network.parameters())
-        assert "controller" not in begun.describe()["hyper_parameters"]  # the file could be gone later
+        assert "controller" not in begun.metadata()["hyper_parameters"]  # the file could be gone later
     with pytest.raises(DerainError, match=r"--model\.order aligned: .*authors\.pt has reversed"):
         DACLIPModule(str(clip_folder), order="aligned", controller=str(files[1]))
 
@@ -195,7 +196,7 @@ def test_shares_of_the_words_that_were_learnt(clip_folder, trained, learnt):
     """Those of the file, if it names enough to compare, as the authors' does not."""
     module, ours, authors = trained
     module.words = learnt or []
-    weights.save(module, ours)
+    module.save_weights(ours)
     words = learnt if learnt and len(learnt) > 1 else ["rainy", "clean"]
     perception = Perception(str(clip_folder), str(authors if learnt is None else ours))
     embeddings = perception(torch.rand(3, 3, 20, 20))
@@ -213,7 +214,7 @@ def test_controllers_that_cannot_be_used(clip_folder, trained, tmp_path, monkeyp
     with pytest.raises(DerainError, match=r"absent\.pt: no such file; name it by --model\.controller"):
         _ = Perception(str(clip_folder), str(tmp_path / "absent.pt")).controller
     other = tmp_path / "prenet.safetensors"
-    safetensors.torch.save_file({"a": torch.ones(1)}, other, {"derain": json.dumps(PReNetModule(stages=1).describe())})
+    safetensors.torch.save_file({"a": torch.ones(1)}, other, {"derain": json.dumps(PReNetModule(stages=1).metadata())})
     with pytest.raises(DerainError, match=r"--model.controller .*prenet.safetensors: holds PReNetModule"):
         _ = Perception(str(clip_folder), str(other)).controller
     torch.save({"weight": torch.ones(2)}, tmp_path / "foreign.pt")

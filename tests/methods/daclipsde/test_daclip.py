@@ -8,7 +8,7 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 
 from derain.errors import DerainError
-from derain.methods import DACLIPModule, weights
+from derain.methods import DACLIPModule, catalog
 from derain.methods.daclipsde.daclip import random_crop, random_resized_crop
 from tests.factories import make_clip
 
@@ -148,14 +148,14 @@ def test_accuracy_is_the_share_of_nearest_words(module, monkeypatch):
 
 
 def test_words_are_kept_in_the_file(module):
-    assert set(module.describe()["words"]) == {"rainy", "clean"}
+    assert set(module.metadata()["words"]) == {"rainy", "clean"}
 
     class Data:
         degradations = ("hazy", "light rain")
 
     module._trainer.datamodule = Data()
     module.on_validation_epoch_start()
-    assert module.describe()["words"] == ["clean", "hazy", "light rain"]
+    assert module.metadata()["words"] == ["clean", "hazy", "light rain"]
 
 
 @pytest.mark.parametrize("smallest", [0.08, 0.3, 0.9, 1.0])
@@ -192,15 +192,15 @@ def test_crops_are_resized_parts_of_their_images():
 def test_a_file_belongs_to_its_clip(module, clip_folder, tmp_path):
     file = tmp_path / "controller.safetensors"
     module._trainer = None
-    weights.save(module, file)
-    loaded = weights.load(file).module
+    module.save_weights(file)
+    loaded = catalog.load(file).module
     assert isinstance(loaded, DACLIPModule)
     own = loaded.network.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in module.network.state_dict().items())
     other = make_clip(tmp_path / "other", seed=9, num_hidden_layers=3)
-    description = module.describe()
+    description = module.metadata()
     with pytest.raises(DerainError, match="belongs to another CLIP"):
-        DACLIPModule(str(other)).recall(description)
+        DACLIPModule(str(other)).restore_metadata(description)
 
 
 @pytest.mark.parametrize(("options", "told"), [({"smallest": 0.0}, "smallest 0"), ({"warm_up": 1.0}, "warm_up 1")])

@@ -9,7 +9,7 @@ import torch
 
 from derain import Restorer
 from derain.errors import DerainError
-from derain.methods import DACLIPSDEModule, PReNetModule, weights
+from derain.methods import DACLIPSDEModule, PReNetModule, catalog
 from derain.methods.daclipsde import sde as formulas
 from derain.methods.daclipsde.solvers import Sampling
 from derain.restoration import blend_tiles
@@ -61,18 +61,18 @@ def test_ten_steps_use_the_schedule_of_a_hundred(module):
 
 def test_the_schedule_is_read_from_the_file_not_made_anew(module, tmp_path, monkeypatch):
     file = tmp_path / "w.safetensors"
-    weights.save(module, file)
+    module.save_weights(file)
     tau = module.sde.tau.clone()
     monkeypatch.setattr(formulas, "speeds", lambda schedule, steps: torch.linspace(1, 2, steps + 1).double())
-    loaded = weights.load(file).module
+    loaded = catalog.load(file).module
     assert torch.equal(loaded.sde.tau, tau)
     assert not torch.equal(DACLIPSDEModule("none", **TINY).sde.tau, tau)
 
 
 def test_how_it_samples_is_no_part_of_a_file(module, tmp_path):
     module.sample_by(Sampling("ode", 3, 7))
-    weights.save(module, tmp_path / "w.safetensors")
-    assert weights.load(tmp_path / "w.safetensors").module.sampling == Sampling()
+    module.save_weights(tmp_path / "w.safetensors")
+    assert catalog.load(tmp_path / "w.safetensors").module.sampling == Sampling()
     assert not {"solver", "steps", "seed", "sampling"} & set(module.hparams)
 
 
@@ -83,8 +83,8 @@ def test_default_steps_are_those_that_a_short_schedule_has():
 
 
 def test_a_method_without_samples_refuses_a_solver():
-    with pytest.raises(DerainError, match="PReNetModule restores in one pass"):
-        PReNetModule(stages=1).sample_by(Sampling())
+    with pytest.raises(DerainError, match="PReNetModule"):
+        Restorer(PReNetModule(stages=1), device="cpu", sampling=Sampling())
 
 
 # Contexts.
@@ -101,7 +101,7 @@ def test_a_method_without_samples_refuses_a_solver():
 )
 def test_contexts_are_perceived_as_wanted(clip_folder, contexts, names):
     module = contextual(clip_folder, contexts)
-    found = module.perceive(torch.rand(2, 3, 20, 20))
+    found = module.encode(torch.rand(2, 3, 20, 20))
     assert set(found) == names
     assert all(value.shape == (2, 8) for value in found.values())
 
@@ -113,7 +113,7 @@ def test_contexts_off_is_ir_sde():
     assert module.network.contexts == (False, False)
     names = {name for name, _ in module.network.named_parameters()}
     assert not any("transformer" in name or "prompt" in name or "text_mlp" in name for name in names)
-    assert module.perceive(torch.rand(1, 3, 8, 8)) == {}
+    assert module.encode(torch.rand(1, 3, 8, 8)) == {}
 
 
 def test_contexts_are_computed_once_an_image(clip_folder, monkeypatch):
@@ -145,7 +145,7 @@ def test_contexts_matter_and_frozen_parts_get_no_gradient(clip_folder):
     owned = {id(value) for value in module.parameters()}
     assert not owned & {id(value) for value in controller.parameters()}
     rainy = batch(1)["rainy"]
-    plain = module.perceive(rainy)
+    plain = module.encode(rainy)
     changed = {name: value + 1 for name, value in plain.items()}
     module.eval()
     for name in plain:
@@ -155,12 +155,12 @@ def test_contexts_matter_and_frozen_parts_get_no_gradient(clip_folder):
 def test_embeddings_of_another_size_are_refused(clip_folder):
     module = DACLIPSDEModule("both", str(clip_folder), context=512, **TINY)
     with pytest.raises(DerainError, match=r"gives 8 numbers; set --model.context 8"):
-        module.check()
+        module.check_requirements()
 
 
 def test_degradation_is_told(clip_folder):
     module = contextual(clip_folder)
-    told = module.describe_image(module.perceive(torch.rand(2, 3, 20, 20)), 1)
+    told = module.describe_image(module.encode(torch.rand(2, 3, 20, 20)), 1)
     assert set(told["degradation"]) == {"rainy", "clean"}
     assert sum(told["degradation"].values()) == pytest.approx(1, abs=1e-3)
     assert contextual(clip_folder, "content").describe_image({}, 0) == {}
@@ -168,13 +168,13 @@ def test_degradation_is_told(clip_folder):
 
 def test_files_say_which_clip_and_controller(clip_folder, tmp_path, caplog):
     module = contextual(clip_folder)
-    module.check()
-    weights.save(module, tmp_path / "w.safetensors")
-    loaded = weights.load(tmp_path / "w.safetensors").module
+    module.check_requirements()
+    module.save_weights(tmp_path / "w.safetensors")
+    loaded = catalog.load(tmp_path / "w.safetensors").module
     assert loaded.perception.hashes == module.perception.hashes
     assert loaded.perception.hashes["clip_sha256"] == module.perception.clip.sha256
     loaded.perception.hashes["clip_sha256"] = "other"
-    loaded.check()
+    loaded.check_requirements()
     assert "trained with another CLIP" in caplog.text
 
 
@@ -272,8 +272,8 @@ def test_what_is_perceived_is_perceived_where_the_network_is(clip_folder, monkey
     restorer = Restorer(module, device="cpu", sampling=Sampling(steps=1))
     restorer.device = torch.device("meta")  # stands for a GPU: what is perceived must be there
     seen = []
-    monkeypatch.setattr(module, "perceive", lambda rainy: seen.append(rainy.device.type) or {})
-    monkeypatch.setattr(restorer, "_views", lambda image, forward, perceived: torch.zeros(1, 3, 4, 4))
+    monkeypatch.setattr(module, "encode", lambda rainy: seen.append(rainy.device.type) or {})
+    monkeypatch.setattr(restorer, "_views", lambda image, forward, conditions: torch.zeros(1, 3, 4, 4))
     restorer(np.zeros((4, 4, 3), np.float32))
     restorer.explain(np.zeros((4, 4, 3), np.float32))
     assert seen == ["meta", "meta"]
@@ -283,4 +283,4 @@ def test_published_contexts_need_their_controller(clip_folder):
     state = contextual(clip_folder, attention="linear").network.state_dict()
     module = DACLIPSDEModule.from_published(state)
     with pytest.raises(DerainError, match="DERAIN_CONTROLLER"):
-        module.check()
+        module.check_requirements()

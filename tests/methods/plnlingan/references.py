@@ -1,6 +1,6 @@
-"""PLNLIN and MCDDL as their paper has them: images ``(b, c, h, w)``, windows cut and masks built at each call.
+"""Plain reference of PLNLIN and MCDDL: images ``(b, c, h, w)``, windows cut and masks built at each call.
 
-The parameters are those of ours, by their names. Tests check ours against this in float64; the benchmark measures it.
+Parameters have the names of derain's networks. Tests compare derain with it in float64; the benchmark measures it.
 """
 
 import torch
@@ -10,12 +10,12 @@ WINDOW = 7
 
 
 class Textbook:
-    """The networks as functions of a state dict.
+    """Networks as functions of a state dict.
 
     Args:
-        state: Parameters of the generator or the discriminator, default style.
+        state: Parameters of the generator or the discriminator, with the default style.
         stages: N of the generator's PLNLIMs.
-        heads: Of the attention.
+        heads: Attention heads.
     """
 
     def __init__(self, state, stages=(8, 4, 2, 2), heads=4):
@@ -30,7 +30,7 @@ class Textbook:
         return x + self.conv(f"{name}.conv2", F.leaky_relu(self.conv(f"{name}.conv1", x, 1), 0.2), 1)
 
     def norm(self, name, x):
-        """Over the channels, last."""
+        """Layer normalisation of the last axis."""
         mean, variance = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
         normed = (x - mean) / torch.sqrt(variance + 1e-5)
         return normed * self.state[f"{name}.weight"] + self.state[f"{name}.bias"]
@@ -61,13 +61,13 @@ class Textbook:
         return (x + self.linear(f"{name}.mlp.fc2", hidden)).permute(0, 3, 1, 2).contiguous()
 
     def bias(self, name):
-        """Bias of each head by how far apart two pixels of a window are."""
-        places = torch.cartesian_prod(torch.arange(WINDOW), torch.arange(WINDOW))
-        apart = places[:, None] - places[None] + WINDOW - 1
-        return self.state[name][apart[..., 0] * (2 * WINDOW - 1) + apart[..., 1]].permute(2, 0, 1)
+        """Bias of each head by the offset between two pixels of a window."""
+        positions = torch.cartesian_prod(torch.arange(WINDOW), torch.arange(WINDOW))
+        offsets = positions[:, None] - positions[None] + WINDOW - 1
+        return self.state[name][offsets[..., 0] * (2 * WINDOW - 1) + offsets[..., 1]].permute(2, 0, 1)
 
     def mask(self, height, width, down, right, like):
-        """-100 where two pixels of a window come from different sides of the border; ``(windows, 49, 49)``."""
+        """-100 where two pixels of a window are on different sides of the border; ``(windows, 49, 49)``."""
         rows = torch.roll(torch.arange(height), -down)[:, None] < down
         columns = torch.roll(torch.arange(width), -right)[None] < right
         rows[: height - WINDOW], columns[:, : width - WINDOW] = False, False
@@ -99,7 +99,7 @@ class Textbook:
         return local + non_local + self.conv(f"{name}.fusions.{stages}", torch.cat(last, 1))
 
     def generator(self, x, hierarchy=0):
-        """Derained images, those of the hierarchy, and its features; sides must be multiples of 56."""
+        """Derained images, images of the hierarchy, and its features; height and width must be multiples of 56."""
         encoded, y = [], self.conv("embed", x, 1)
         for k, stages in enumerate(self.stages):
             y = self.plnlim(f"encoder.{k}", F.max_pool2d(y, 2) if k else y, stages)
@@ -128,7 +128,7 @@ class Textbook:
 
 
 def adversarial(real, fake):
-    """Eq. 8 and its reverse, as printed: of the generator and of the discriminator, one scale."""
+    """Losses of the generator (eq. 8 as printed) and of the discriminator (its reverse) at one scale."""
 
     def likely(p, q):
         return 1 / (1 + torch.exp(-(p - q.mean())))

@@ -1,4 +1,4 @@
-"""Losses against the printed formulas in float64, and OpenCV's pyramid."""
+"""Losses compared with the printed formulas in float64, and the pyramid with OpenCV's."""
 
 import cv2
 import numpy as np
@@ -23,13 +23,15 @@ def maps(seed, dtype=torch.float64):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_relativistic_losses_are_eq_8_and_its_reverse(dtype, tolerance):
+def test_relativistic_losses_equal_eq_8_and_its_reverse(dtype, tolerance):
     real, fake = maps(0, dtype), maps(1, dtype)
-    for place, (truth, made) in enumerate(zip(real, fake, strict=True)):
-        generator, discriminator = adversarial(truth.double(), made.double())
-        assert relativistic_losses(fake, real)[place].item() == pytest.approx(generator.item(), rel=tolerance)
-        assert relativistic_losses(real, fake)[place].item() == pytest.approx(discriminator.item(), rel=tolerance)
-    assert not torch.isclose(relativistic_losses(fake, real)[0], relativistic_losses(real, fake)[0])
+    generator_losses = relativistic_losses(fake, real)
+    discriminator_losses = relativistic_losses(real, fake)
+    for scale in range(len(real)):
+        generator, discriminator = adversarial(real[scale].double(), fake[scale].double())
+        assert generator_losses[scale].item() == pytest.approx(generator.item(), rel=tolerance)
+        assert discriminator_losses[scale].item() == pytest.approx(discriminator.item(), rel=tolerance)
+    assert not torch.isclose(generator_losses[0], discriminator_losses[0])
 
 
 def test_large_logits_and_bfloat16_stay_finite():
@@ -42,7 +44,7 @@ def test_large_logits_and_bfloat16_stay_finite():
 
 
 @pytest.mark.parametrize("size", [(112, 112), (57, 80), (37, 31)])
-def test_the_pyramid_is_opencvs(size):
+def test_pyramid_equals_opencv(size):
     image = np.random.default_rng(0).random((*size, 3))
     ours = pyramid(torch.from_numpy(image).permute(2, 0, 1)[None], 4)
     for level in ours:
@@ -50,23 +52,23 @@ def test_the_pyramid_is_opencvs(size):
         image = cv2.pyrDown(image)
 
 
-def test_autocast_does_not_round_the_pyramid():
+def test_pyramid_ignores_autocast():
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
         rounded = pyramid(image, 4)
-    assert all(torch.equal(one, other) for one, other in zip(rounded, pyramid(image, 4), strict=True))
+    assert all(torch.equal(level, exact) for level, exact in zip(rounded, pyramid(image, 4), strict=True))
 
 
-def test_the_hierarchy_is_judged_scale_by_scale():
+def test_hierarchical_losses_are_ssim_of_each_scale():
     clean = torch.rand(1, 3, 56, 56, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     targets = pyramid(clean, 4)
     assert all(loss.abs() < 1e-12 for loss in hierarchical_losses(targets, clean))
-    images = [torch.rand_like(one) for one in targets]
+    images = [torch.rand_like(target) for target in targets]
     expected = [1 - structural_similarity(x, y) for x, y in zip(images, targets, strict=True)]
     assert hierarchical_losses(images, clean) == expected
 
 
-def test_weights_are_the_papers():
+def test_loss_weights_equal_the_paper():
     assert HIERARCHICAL == (0.1, 0.05, 0.02, 0.01)
     assert ADVERSARIAL == (0.0005, 0.001, 0.0025, 0.005)
     one = torch.tensor(1.0, dtype=torch.float64)

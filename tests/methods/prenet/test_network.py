@@ -10,7 +10,7 @@ from spandrel.architectures.NAFNet import NAFNet
 
 from derain.errors import DerainError
 from derain.images import read_rgb
-from derain.methods import PReNetModule, weights
+from derain.methods import PReNetModule, catalog
 from derain.methods.prenet.network import VARIANTS, PReNet, variant_of
 from derain.restoration import Restorer
 
@@ -147,7 +147,7 @@ def file_in(tmp_path):
 def test_the_authors_folders_name_the_network(folder, file_in, caplog):
     variant, stages = FOLDERS[folder]
     path = file_in(folder, variant)
-    module = weights.load(path).module
+    module = catalog.load(path).module
     assert (module.hparams.variant, module.hparams.stages) == (variant, stages)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     rainy = torch.rand(1, 3, 8, 9)
@@ -157,7 +157,7 @@ def test_the_authors_folders_name_the_network(folder, file_in, caplog):
 
 
 def test_other_folders_are_warned_of(file_in, caplog):
-    module = weights.load(file_in("downloads", "PReNet")).module
+    module = catalog.load(file_in("downloads", "PReNet")).module
     assert (module.hparams.variant, module.hparams.stages) == ("PReNet", 6)
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "6 stages" in warning
@@ -170,7 +170,7 @@ def test_options_behind_a_file_count_first(file_in, caplog):
         hyper = Restorer(name, device="cpu").method.hparams
         assert (hyper.variant, hyper.stages) == ("PReNet_LSTM", 5)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
-    assert weights.locate(f"{path}:stages=5") == path
+    assert catalog.locate(f"{path}:stages=5") == path
 
 
 @pytest.mark.parametrize(
@@ -179,27 +179,27 @@ def test_options_behind_a_file_count_first(file_in, caplog):
 def test_options_that_do_not_fit_are_refused(options, file_in):
     path = file_in("PReNet6", "PReNet")
     with pytest.raises(DerainError, match=options.split(",")[-1].split("=")[0]):
-        weights.load(f"{path}:{options}")
+        catalog.load(f"{path}:{options}")
 
 
 def test_options_of_files_that_record_theirs_are_refused(tmp_path):
-    weights.save(PReNetModule(stages=2), tmp_path / "w.safetensors")
+    PReNetModule(stages=2).save_weights(tmp_path / "w.safetensors")
     with pytest.raises(DerainError, match=r"w\.safetensors:stages=4"):
-        weights.load(f"{tmp_path / 'w.safetensors'}:stages=4")
+        catalog.load(f"{tmp_path / 'w.safetensors'}:stages=4")
     torch.save(NAFNet(width=4, enc_blk_nums=[1], middle_blk_num=1, dec_blk_nums=[1]).state_dict(), tmp_path / "n.pth")
     with pytest.raises(DerainError, match=r"n\.pth:stages=4"):
-        weights.load(f"{tmp_path / 'n.pth'}:stages=4")
+        catalog.load(f"{tmp_path / 'n.pth'}:stages=4")
 
 
 def test_a_file_with_such_a_name_is_that_file(file_in):
     path = file_in("PReNet6", "PReNet", "net.pth:stages=3")
-    assert weights.load(path).module.hparams.stages == 6
+    assert catalog.load(path).module.hparams.stages == 6
 
 
 def test_the_authors_generator_for_real_rain_is_refused(file_in):
     for name in ("PReNet1.pth", "PReNet2.pth"):
         with pytest.raises(DerainError, match=name):
-            weights.load(file_in("real", "PReNet", name))
+            catalog.load(file_in("real", "PReNet", name))
 
 
 def test_bfloat16_autocast_adds_to_the_rainy_image_in_float32():

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from derain import methods
 from derain.errors import DerainError
-from derain.methods import RestormerModule, weights
+from derain.methods import RestormerModule, catalog
 from derain.methods.restormer.module import mixed
 from tests.nn.references import SMALL, Published
 
@@ -20,7 +19,7 @@ class Small(RestormerModule):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(methods, "METHODS", tuple(Small if m is RestormerModule else m for m in methods.METHODS))
+    monkeypatch.setattr(catalog, "methods", lambda: [Small])
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def published():
 def test_a_published_checkpoint_loads(small, published, tmp_path, wrapped):
     state = published.state_dict()
     torch.save({"params": state} if wrapped else state, tmp_path / "deraining.pth")
-    loaded, note = weights.load(tmp_path / "deraining.pth")
+    loaded, note = catalog.load(tmp_path / "deraining.pth")
     assert isinstance(loaded, Small)
     assert note.startswith("authors' weights of Small")
     rainy = torch.rand(1, 3, 21, 18)
@@ -52,7 +51,7 @@ def test_other_state_dicts_are_no_restormer(small, published, tmp_path, change):
         state["output.bias"] = torch.zeros(3)
     torch.save({"params": state}, tmp_path / "other.pth")
     with pytest.raises(DerainError, match=r"other\.pth: holds no method known here") as caught:
-        weights.load(tmp_path / "other.pth")
+        catalog.load(tmp_path / "other.pth")
     assert "\n" not in str(caught.value)
     assert RestormerModule.from_published({"weight": torch.zeros(1)}) is None
 
@@ -63,7 +62,7 @@ def test_a_checkpoint_of_full_size_loads(tmp_path):
         published = Published()
     state = {name: torch.full(value.shape, 0.5) for name, value in published.state_dict().items()}
     torch.save({"params": state}, tmp_path / "deraining.pth")
-    loaded, note = weights.load(tmp_path / "deraining.pth")
+    loaded, note = catalog.load(tmp_path / "deraining.pth")
     assert note == "authors' weights of RestormerModule (26,126,644 parameters)"
     assert all((value == 0.5).all() for value in loaded.network.state_dict().values())
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from derain.errors import DerainError
-from derain.methods import METHODS, CLIPRPNModule, DACLIPSDEModule, PReNetModule, exported, weights
+from derain.export import write
+from derain.methods import CLIPRPNModule, DACLIPSDEModule, PReNetModule, catalog, onnx_model
 from derain.methods.daclipsde.solvers import Sampling
-from tests.methods.test_contract import SMALL
+from derain.methods.interfaces import Sampled
+from derain.methods.onnx_model import OnnxNetwork
+from tests.methods.test_contract import METHODS, SMALL
 
 SIZES = [(37, 31), (63, 65), (101, 77), (1, 1), (131, 97)]
 CASES = {method.__name__: (method, SMALL[method.__name__]) for method in METHODS}
@@ -47,11 +50,11 @@ def apart(method, other):
 @pytest.mark.parametrize("name", CASES)
 def test_onnx_restores_as_torch_does(name, tmp_path):
     method = made(name)
-    exported.write(exported.graph_of(method), method.describe(), tmp_path / "m.onnx", "onnx")
-    loaded, note = weights.load(tmp_path / "m.onnx")
+    write(method.export_graph(), method, tmp_path / "m.onnx", "onnx")
+    loaded, note = catalog.load(tmp_path / "m.onnx")
     assert type(method).__name__ in note
     assert ("route 1" in note) == (name == "CLIPRPNModule")
-    assert apart(method, loaded) < (1e-4 if method.samples else 1e-5)
+    assert apart(method, loaded) < (1e-4 if isinstance(method, Sampled) else 1e-5)
     assert loaded.bytes_per_pixel >= method.bytes_per_pixel
 
 
@@ -61,8 +64,8 @@ def test_onnx_restores_as_torch_does(name, tmp_path):
 def test_programs_of_torch_restore_as_torch_does(name, tmp_path, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would ask for sizes that have no value yet
     method = made(name)
-    graph = exported.graph_of(method)
-    exported.write(graph, method.describe(), tmp_path / "m.pt2", "torch")
+    graph = method.export_graph().eval()
+    write(graph, method, tmp_path / "m.pt2", "torch")
     told = {"derain.json": ""}
     program = torch.export.load(tmp_path / "m.pt2", extra_files=told).module()
     assert json.loads(told["derain.json"])["method"] == type(method).__name__
@@ -75,12 +78,12 @@ def test_programs_of_torch_restore_as_torch_does(name, tmp_path, monkeypatch):
 def test_files_say_what_they_are(tmp_path):
     method = made("DACLIPSDEModule with contexts")
     method.trained_on = ("RainTrainL",)
-    exported.write(exported.graph_of(method), method.describe(), tmp_path / "m.onnx", "onnx")
+    write(method.export_graph(), method, tmp_path / "m.onnx", "onnx")
     model = onnx.load(tmp_path / "m.onnx")
     onnx.checker.check_model(model, full_check=True)
     told = json.loads({one.key: one.value for one in model.metadata_props}["derain"])
     graph = told.pop("graph")
-    assert told == method.describe()
+    assert told == method.metadata()
     assert (
         graph["inputs"] == ["state", "rainy", "times", "content", "degradation"] == [i.name for i in model.graph.input]
     )
@@ -93,13 +96,13 @@ def test_files_say_what_they_are(tmp_path):
 
 def test_a_graph_takes_one_route():
     with pytest.raises(DerainError, match=r"have 2 routes.*--route 0 to --route 1"):
-        exported.graph_of(CLIPRPNModule(**SMALL["CLIPRPNModule"] | {"perception": "clip"}))
+        CLIPRPNModule(**SMALL["CLIPRPNModule"] | {"perception": "clip"}).export_graph()
 
 
 def test_images_of_a_batch_are_restored_alike(tmp_path):
     method = PReNetModule(stages=1).eval()
-    exported.write(exported.graph_of(method), method.describe(), tmp_path / "m.onnx", "onnx")
-    loaded, _ = weights.load(tmp_path / "m.onnx")
+    write(method.export_graph(), method, tmp_path / "m.onnx", "onnx")
+    loaded, _ = catalog.load(tmp_path / "m.onnx")
     rainy = torch.rand(3, 3, 10, 12)
     with torch.no_grad():
         torch.testing.assert_close(loaded(rainy), method(rainy), atol=1e-5, rtol=1e-5)
@@ -108,7 +111,7 @@ def test_images_of_a_batch_are_restored_alike(tmp_path):
 def test_files_that_cannot_be_run_are_refused_in_one_line(tmp_path, monkeypatch):
     method = PReNetModule(stages=1).eval()
     path = tmp_path / "m.onnx"
-    exported.write(exported.graph_of(method), method.describe(), path, "onnx")
+    write(method.export_graph(), method, path, "onnx")
     (tmp_path / "cut.onnx").write_bytes(path.read_bytes()[:5000])
     model = onnx.load(path)
     del model.metadata_props[:]
@@ -125,12 +128,12 @@ def test_files_that_cannot_be_run_are_refused_in_one_line(tmp_path, monkeypatch)
     }
     for name, told in cases.items():
         with pytest.raises(DerainError, match=told) as caught:
-            weights.load(tmp_path / name)
+            catalog.load(tmp_path / name)
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
-    monkeypatch.setattr(exported.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(onnx_model.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DerainError, match=r"needs onnxruntime.*pip install 'derain\[export\]'"):
-        weights.load(path)
+        catalog.load(path)
 
 
 def test_running_out_of_memory_is_told_as_such(tmp_path):
@@ -138,8 +141,8 @@ def test_running_out_of_memory_is_told_as_such(tmp_path):
     from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
 
     method = PReNetModule(stages=1).eval()
-    exported.write(exported.graph_of(method), method.describe(), tmp_path / "m.onnx", "onnx")
-    network = exported.OnnxNetwork(tmp_path / "m.onnx")
+    write(method.export_graph(), method, tmp_path / "m.onnx", "onnx")
+    network = OnnxNetwork(tmp_path / "m.onnx")
 
     class Session:
         def __init__(self, error):

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from derain.commands import bench
 from derain.errors import DerainError
-from derain.methods import others, weights
-from derain.methods.others import SMALLEST, OtherModule
+from derain.methods import catalog, spandrel_model
+from derain.methods.spandrel_model import SMALLEST, SpandrelModule
 
 BUILDS = {
     "NAFNet": lambda: NAFNet(width=8, enc_blk_nums=[1, 1], middle_blk_num=1, dec_blk_nums=[1, 1]),
@@ -41,8 +41,8 @@ def test_what_spandrel_knows_restores_as_spandrel_does(network, form, tmp_path):
         safetensors.torch.save_file(state, path)
     else:
         torch.save({"params": {}, form: state} if form == "params_ema" else state, path)
-    loaded, note = weights.load(path)
-    assert isinstance(loaded, OtherModule)
+    loaded, note = catalog.load(path)
+    assert isinstance(loaded, SpandrelModule)
     assert note.startswith(name)
     descriptor = spandrel.ModelLoader().load_from_file(path)
     for size in [(37, 31), (64, 48)]:
@@ -58,14 +58,14 @@ def test_what_spandrel_knows_restores_as_spandrel_does(network, form, tmp_path):
 def test_any_size_keeps_its_shape(network, size, tmp_path):
     torch.save(network[1].state_dict(), tmp_path / "w.pth")
     with torch.no_grad():
-        assert weights.load(tmp_path / "w.pth").module(torch.rand(1, 3, *size)).shape == (1, 3, *size)
+        assert catalog.load(tmp_path / "w.pth").module(torch.rand(1, 3, *size)).shape == (1, 3, *size)
 
 
 def test_a_networks_own_sizes_are_kept_to():
     """Uformer takes squares alone."""
     torch.manual_seed(0)
     theirs = Uformer(embed_dim=8, depths=[1] * 9, num_heads=[1] * 9, win_size=4).eval()
-    method = others.recognised(Path("w.pth"), theirs.state_dict())
+    method = spandrel_model.recognise(Path("w.pth"), theirs.state_dict())
     rainy = torch.rand(1, 3, 40, 56)
     with torch.no_grad():
         assert method(rainy).shape == rainy.shape
@@ -74,7 +74,7 @@ def test_a_networks_own_sizes_are_kept_to():
 
 def test_bench_counts_their_multiplications(tmp_path):
     network = BUILDS["NAFNet"]()
-    method = others.recognised(tmp_path / "w.pth", network.state_dict())
+    method = spandrel_model.recognise(tmp_path / "w.pth", network.state_dict())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.rand(1, 3, 16, 16))
     assert bench.count_cost(method, 16)["macs"] == counter.get_total_flops() / 2
@@ -91,14 +91,14 @@ def test_networks_that_restore_no_photos_are_refused(tmp_path):
     for name, (network, told) in cases.items():
         torch.save(network.state_dict(), tmp_path / name)
         with pytest.raises(DerainError, match=told) as caught:
-            weights.load(tmp_path / name)
+            catalog.load(tmp_path / name)
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
     state = BUILDS["NAFNet"]().state_dict()
     state["middle_blks.0.conv1.weight"] = torch.zeros(3)
     torch.save(state, tmp_path / "misfit.pth")
     with pytest.raises(DerainError, match=r"misfit\.pth: resembles") as caught:
-        weights.load(tmp_path / "misfit.pth")
+        catalog.load(tmp_path / "misfit.pth")
     assert "\n" not in str(caught.value)
 
 
@@ -106,5 +106,5 @@ def test_without_spandrel_the_refusal_says_how_to_get_it(tmp_path, monkeypatch):
     torch.save(BUILDS["NAFNet"]().state_dict(), tmp_path / "w.pth")
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "spandrel" else found(name))
-    with pytest.raises(DerainError, match=r"holds no method known here.*pip install 'derain\[others\]'"):
-        weights.load(tmp_path / "w.pth")
+    with pytest.raises(DerainError, match=r"intro.weight.*pip install 'derain\[others\]'"):
+        catalog.load(tmp_path / "w.pth")

@@ -115,7 +115,7 @@ class HubModel:
 
 
 METHOD = "model.safetensors"
-"""A method's weights on the hub, as `derain.methods.weights.save` writes them."""
+"""File of a method's weights on the hub, as ``save_pretrained`` writes it."""
 
 
 def fetch_weights(

@@ -1,0 +1,167 @@
+"""Export a method as ONNX or by torch.export, and compare the file with the method.
+
+What is exported is the method's own affair (``export_graph``): by default ``forward``. CLIP, which chooses routes and
+encodes images, and the solver of a diffusion stay outside the file.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from derain.errors import DerainError
+from derain.images import write_whole
+from derain.methods import onnx_model
+from derain.methods.base import DerainModule
+from derain.methods.graph import IMAGES, Graph
+from derain.methods.interfaces import RunsGraph
+from derain.progress import track
+
+Format = Literal["onnx", "torch"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
+"""Suffix of the files of a format."""
+
+OPSET = 17
+"""ONNX's operator set: the first with layer normalisation; newer ones bring nothing that the networks use."""
+
+SIZES = ((37, 31), (63, 65), (101, 77), (1, 1), (131, 97))
+"""Heights and widths at which file and method are compared."""
+
+TOLERANCE = 1e-4
+"""Largest difference of any value, where images are in [0, 1]."""
+
+EXAMPLE_SIZE = (75, 90)
+"""Height and width of the image that the graph is recorded with."""
+
+
+def export(method: DerainModule, path: Path, format: Format = "onnx") -> dict[tuple[int, int], float]:
+    """Export a method; the file is written only if it computes what the method does.
+
+    Args:
+        method: The method; one with routes after `Routed.take_route`.
+        path: The file.
+        format: ``onnx``, or ``torch`` for a program of ``torch.export``.
+
+    Returns:
+        The largest difference between file and method at each size (height, width).
+
+    Raises:
+        DerainError: If the method cannot be exported, the file differs from it, or a package is not installed.
+    """
+    if path.suffix.lower() != SUFFIXES[format]:
+        raise DerainError(f"{path}: a file of --format {format} must end in {SUFFIXES[format]}")
+    method = method.eval().cpu()
+    graph = method.export_graph().eval()
+    with write_whole(path) as temporary:
+        write(graph, method, temporary, format)
+        differences = compare(method, temporary, format)
+        worst = max(differences, key=lambda size: _nan_last(differences[size]))
+        if not differences[worst] <= TOLERANCE:  # NaN too
+            raise DerainError(
+                f"{path}: not written, as it differs from {type(method).__name__} by {differences[worst]:.2g} at "
+                f"{worst[0]}×{worst[1]} pixels; expected at most {TOLERANCE:g}; use the weights themselves"
+            )
+    return differences
+
+
+def _nan_last(difference: float) -> float:
+    return difference if difference == difference else float("inf")
+
+
+@torch.no_grad()
+def write(graph: Graph, method: DerainModule, path: Path, format: Format) -> None:
+    """Write a graph with the metadata of its method as the entry ``derain`` of the file.
+
+    Raises:
+        DerainError: If a package for the format is not installed.
+    """
+    parameters = sum(parameter.numel() for parameter in method.network.parameters())
+    metadata = json.dumps({**method.metadata(), "graph": graph.metadata(parameters)})
+    with warnings.catch_warnings():
+        # Of PyTorch about itself; and about tracing, which is deprecated: the newer exporter takes minutes for what
+        # tracing does in seconds. Its result is compared with the method at many sizes.
+        warnings.simplefilter("ignore")
+        if format == "onnx":
+            _write_onnx(graph, metadata, path)
+        else:
+            _write_program(graph, metadata, path)
+
+
+def _write_onnx(graph: Graph, metadata: str, path: Path) -> None:
+    onnx_model.require_packages("onnx", "onnxruntime")
+    import onnx
+
+    sizes = {2: "height", 3: "width"}
+    torch.onnx.export(
+        graph,
+        graph.example(*EXAMPLE_SIZE),
+        path,
+        dynamo=False,
+        opset_version=OPSET,
+        input_names=graph.inputs,
+        output_names=["out"],
+        dynamic_axes={name: sizes for name in (*graph.inputs, "out") if name in {*IMAGES, "out"}},
+    )
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {"derain": metadata})
+    onnx.save(model, path)
+
+
+def _write_program(graph: Graph, metadata: str, path: Path) -> None:
+    height, width = (torch.export.Dim(name, min=1, max=1 << 16) for name in ("height", "width"))
+    program = torch.export.export(
+        graph,
+        graph.example(*EXAMPLE_SIZE),
+        dynamic_shapes=(tuple({2: height, 3: width} if name in IMAGES else {} for name in graph.inputs),),
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    torch.export.save(program, path, extra_files={"derain.json": metadata})
+
+
+class _Program(nn.Module):
+    """Network that runs a program of ``torch.export``."""
+
+    def __init__(self, run: Callable[..., Tensor], inputs: list[str]) -> None:
+        super().__init__()
+        self.run, self.inputs = run, inputs
+
+    def forward(self, *inputs: Tensor, **named: Tensor | None) -> Tensor:
+        rest = [cast(Tensor, named[name]) for name in self.inputs[len(inputs) :]]
+        return self.run(*inputs[: len(self.inputs)], *rest)
+
+
+@torch.no_grad()
+def compare(method: DerainModule, path: Path, format: Format) -> dict[tuple[int, int], float]:
+    """Return the largest difference between a method and its file, by size of the image.
+
+    Raises:
+        DerainError: If the file cannot be read.
+    """
+    graph = method.export_graph()
+    restore = _restore_by_file(method, graph, path, format)
+    differences = {}
+    for size in track(SIZES, "Comparing", len(SIZES)):
+        tensors = dict(zip(graph.inputs, graph.example(*size), strict=True))
+        rainy = tensors.pop("rainy")
+        conditions = {name: tensor for name, tensor in tensors.items() if name not in {"state", "times"}}
+        difference = method(rainy, **conditions) - restore(rainy, **conditions)
+        differences[size] = float(difference.abs().max())
+    return differences
+
+
+def _restore_by_file(method: DerainModule, graph: Graph, path: Path, format: Format) -> Callable[..., Tensor]:
+    """Return a function that restores images by the file, as ``method`` restores them."""
+    if format == "onnx":
+        network: nn.Module = onnx_model.OnnxNetwork(path)
+    else:
+        network = _Program(torch.export.load(path).module(), graph.inputs)
+    if not isinstance(method, RunsGraph):
+        return network
+    metadata: Mapping[str, Any] = method.metadata()
+    restored = type(method).from_graph(metadata, network, graph.inputs)
+    return cast(DerainModule, restored)

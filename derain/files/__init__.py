@@ -1,0 +1,1 @@
+"""Files of weights and checkpoints: bytes to tensors and metadata and back, without knowledge of any method."""

@@ -1,0 +1,187 @@
+"""Weights files and checkpoints: read and written as tensors with metadata."""
+
+import hashlib
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from derain.errors import DerainError
+from derain.files.metadata import Metadata, check, parse, shorten
+from derain.images import write_whole
+
+EXPECTED = (
+    "expected a derain checkpoint (.ckpt), derain weights (.safetensors), an ONNX file of derain export (.onnx), or "
+    "the authors' weights of a method of derain"
+)
+
+WITHOUT_METADATA = "safetensors without metadata of derain"
+"""Kind of a safetensors file that derain did not write."""
+
+STATE_KEYS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net")
+"""Keys of the state dict in files of BasicSR (Restormer's authors), open_clip (DA-CLIP's) and other libraries."""
+
+BUILD_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+"""Exceptions of networks that are built with unexpected arguments."""
+
+READ_ERRORS = (
+    *BUILD_ERRORS,
+    AssertionError,
+    EOFError,
+    OSError,
+    pickle.UnpicklingError,
+    safetensors.SafetensorError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+"""Exceptions of libraries that read damaged files."""
+
+
+class Content(NamedTuple):
+    """Content of a weights file.
+
+    Attributes:
+        state: State dict of the network.
+        metadata: Metadata of derain; empty for the authors' weights.
+        kind: Kind of file for messages, with ``{}`` for the name of the method.
+    """
+
+    state: Mapping[str, Tensor]
+    metadata: Mapping[str, Any]
+    kind: str
+
+
+def save(state: Mapping[str, Tensor], metadata: Mapping[str, Any], path: Path) -> None:
+    """Write a state dict with metadata as safetensors, whole or not at all.
+
+    Args:
+        state: State dict of a network.
+        metadata: Metadata that JSON can hold, see `Metadata`.
+        path: The file, usually with the suffix ``.safetensors``.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with write_whole(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, {"derain": json.dumps(metadata)})
+
+
+def read(path: Path) -> Content:
+    """Read tensors and metadata of a weights file without building a network; code in a file is never executed.
+
+    The averaged weights (EMA) of a checkpoint are preferred to its raw weights.
+
+    Raises:
+        DerainError: If the file is absent, damaged or holds no tensors, or if its metadata does not fit `Metadata`.
+    """
+    if not path.is_file():
+        raise DerainError(f"{path}: no such file of weights; {EXPECTED}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+        if head[8:9] == b"{":
+            return _read_safetensors(path)
+        if head.startswith(b"PK"):
+            _refuse_compressed(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except DerainError:
+        raise
+    except READ_ERRORS as error:
+        reason = shorten(error, 120) or type(error).__name__
+        raise DerainError(f"{path}: damaged, or not a weights file ({reason}); {EXPECTED}") from error
+    if isinstance(content, Mapping) and "derain" in content and "state_dict" in content:
+        return _from_checkpoint(path, content)
+    for key in STATE_KEYS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
+        return Content(_tensors(path, content), {}, "authors' weights of {}")
+    found = ", ".join(map(str, list(content)[:4])) if isinstance(content, Mapping) else type(content).__name__
+    raise DerainError(f"{path}: contains no known method (found {shorten(found) or 'nothing'} …); {EXPECTED}")
+
+
+def check_network(path: Path, network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not finite, and integers where the network has real numbers.
+
+    Args:
+        path: The file, for messages.
+        network: The network with its weights loaded.
+        state: The tensors as read from the file.
+
+    Raises:
+        DerainError: If there are any.
+    """
+    for name, parameter in network.state_dict().items():
+        if not parameter.is_floating_point():
+            continue
+        tensor = state.get(name, parameter)
+        if not tensor.is_floating_point():
+            raise DerainError(
+                f"{path}: {shorten(name)} is of type {tensor.dtype}; expected real numbers; use another file"
+            )
+        if not parameter.isfinite().all():
+            raise DerainError(
+                f"{path}: {shorten(name)} contains NaN or infinity, as after a diverged training; use another file"
+            )
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_safetensors(path: Path) -> Content:
+    with safetensors.safe_open(path, framework="pt") as file:
+        entry = (file.metadata() or {}).get("derain", "null")
+    metadata = parse(path, entry)
+    if not metadata:
+        return Content(safetensors.torch.load_file(path), {}, WITHOUT_METADATA)
+    check(path, metadata, Metadata)
+    return Content(safetensors.torch.load_file(path), metadata, "derain weights of {}")
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Refuse archives that are larger unpacked than packed; PyTorch writes none."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise ValueError(f"an archive that unpacks to {unpacked:,} bytes")
+
+
+def _from_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> Content:
+    metadata, average = checkpoint["derain"], checkpoint.get("ema")
+    if not isinstance(metadata, dict) or not all(isinstance(key, str) for key in metadata):
+        raise DerainError(f"{path}: damaged, its metadata is {type(metadata).__name__}; {EXPECTED}")
+    check(path, metadata, Metadata)
+    prefix = "network."
+    tensors = _tensors(path, checkpoint["state_dict"])
+    state: Mapping[str, Tensor] = {
+        name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
+    }
+    kind = "derain checkpoint"
+    if average is not None:
+        state = _tensors(path, average.get("network") if isinstance(average, Mapping) else average)
+        kind = "averaged weights of a derain checkpoint"
+    epoch = checkpoint.get("epoch")
+    return Content(state, metadata, f"{kind} of {{}}, epoch {epoch if isinstance(epoch, int) else 'unknown'}")
+
+
+def _tensors(path: Path, state: object) -> Mapping[str, Tensor]:
+    """Return a state dict of a file if all its values are dense tensors with memory for all their numbers."""
+    if not isinstance(state, Mapping):
+        raise DerainError(f"{path}: damaged, its weights are {type(state).__name__}; {EXPECTED}")
+    for name, tensor in state.items():
+        dense = isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        if not dense or tensor.is_quantized or tensor.device.type != "cpu":
+            kind = tensor.type() if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise DerainError(f"{path}: {shorten(name)} is {kind}; expected a dense tensor by name; {EXPECTED}")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise DerainError(f"{path}: damaged, {shorten(name)} has more numbers than the file; {EXPECTED}")
+    return state

@@ -1,0 +1,165 @@
+"""Load weights: find the file, recognise it by its content, build its method."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from derain.errors import DerainError
+from derain.files.hub import fetch_weights
+from derain.files.limits import built_within
+from derain.files.metadata import shorten
+from derain.files.weights import BUILD_ERRORS, EXPECTED, WITHOUT_METADATA, Content, check_network, read
+from derain.methods import onnx_model, spandrel_model
+from derain.methods.base import DerainModule
+from derain.methods.registry import find, methods, use_method
+from derain.methods.trainable import TrainableModule
+from derain.models import in_the_box
+
+__all__ = ["Weights", "load", "locate", "methods", "use_method"]
+
+OPTIONS = re.compile(r"(?P<file>.+?):(?P<options>[a-z_]+=[^:/\\\\=,]+(,[a-z_]+=[^:/\\\\=,]+)*)")
+"""A file and options that it does not record: ``FILE:stages=5,variant=PReNet_LSTM``."""
+
+
+class Weights(NamedTuple):
+    """A method that was loaded from a weights file.
+
+    Attributes:
+        module: The method, in eval mode.
+        note: One line for messages: kind of file, method, number of parameters.
+    """
+
+    module: TrainableModule
+    note: str
+
+
+def split_options(name: Path | str) -> tuple[str, dict[str, Any]]:
+    """Split ``FILE:option=value,…`` into the file and the options, unless a file has this very name.
+
+    Example:
+        >>> split_options("net.pth:stages=5,variant=PReNet_LSTM"), split_options("hub:someone/prenet")
+        (('net.pth', {'stages': 5, 'variant': 'PReNet_LSTM'}), ('hub:someone/prenet', {}))
+    """
+    match = OPTIONS.fullmatch(str(name))
+    if match is None or Path(name).exists():
+        return str(name), {}
+    options: dict[str, Any] = {}
+    for option in match["options"].split(","):
+        key, value = option.split("=")
+        options[key] = int(value) if value.isdecimal() else value
+    return match["file"], options
+
+
+def locate(name: Path | str) -> Path:
+    """Return the weights file of a name.
+
+    Args:
+        name: Name of a bundled model (``default``), ``hub:OWNER/NAME`` on the Hugging Face hub, which is fetched on
+            first use, or a file; options behind it are ignored.
+
+    Raises:
+        DerainError: If the weights can be neither found nor fetched.
+    """
+    file, _ = split_options(name)
+    kind, _, hub_name = file.partition(":")
+    if kind == "hub" and hub_name:
+        return fetch_weights(hub_name)
+    return in_the_box().get(file, Path(file))
+
+
+def load(name: Path | str, method: str | type | None = None) -> Weights:
+    """Load a method from weights; code in a file is never executed.
+
+    The averaged weights (EMA) of a checkpoint are preferred to its raw weights. A network of neither derain nor its
+    authors' files may be known to spandrel. Metadata and tensors are compared before and while the method is built, so
+    that a damaged or hostile file needs no more memory than an intact one.
+
+    Args:
+        name: A file, or a name as `locate` accepts it; ``FILE:stages=5,variant=PReNet_LSTM`` adds what the file of
+            PReNet's authors does not record.
+        method: A method from outside derain that the file may be of: its class, or ``my_method.MyModule``.
+
+    Raises:
+        DerainError: If the file is absent, damaged or unknown, does not fit its method, or contains NaN or infinity.
+    """
+    named = None if method is None else use_method(method)
+    path, (_, options) = locate(name), split_options(name)
+    suffix = path.suffix.lower()
+    if suffix == ".pt2":
+        raise DerainError(f"{path}: a program of torch.export, for use without derain; use weights or ONNX instead")
+    unknown_options = DerainError(f"{name}: options that this file does not accept; use {path} without them")
+    if suffix == ".onnx" and path.is_file():
+        if options:
+            raise unknown_options
+        return Weights(*onnx_model.load(path))
+    content = read(path)
+    if content.metadata:
+        if options:
+            raise unknown_options
+        return _from_metadata(path, content, named)
+    if content.kind != WITHOUT_METADATA:
+        published = _from_published(path, content, options)
+        if published is not None:
+            if set(options) - published.published_options:
+                raise unknown_options
+            return Weights(published, _note(content, published))
+    if options:
+        raise unknown_options
+    if any("visual_control." in key for key in content.state):
+        raise DerainError(
+            f"{path}: is the authors' controller of DA-CLIP, which does not restore images; use it by "
+            "--model.controller or DERAIN_CONTROLLER"
+        )
+    return _from_spandrel(path, content)
+
+
+def _note(content: Content, module: TrainableModule) -> str:
+    return content.kind.format(f"{type(module).__name__} ({module.parameter_count:,} parameters)")
+
+
+def _from_metadata(path: Path, content: Content, named: type[TrainableModule] | None) -> Weights:
+    """Build the class that the metadata name; a class that the user named is preferred."""
+    method: type[TrainableModule]
+    if named is not None and named.__name__ == content.metadata["method"]:
+        method = named
+    else:
+        method = find(path, content.metadata)
+    module = method.from_content(path, content)
+    return Weights(module, _note(content, module))
+
+
+def _from_published(path: Path, content: Content, options: Mapping[str, Any]) -> DerainModule | None:
+    """Return the method of its authors' state dict, or None if no method recognises it."""
+    for method in methods():
+        if not issubclass(method, DerainModule):
+            continue
+        accepted = {name: value for name, value in options.items() if name in method.published_options}
+        try:
+            with built_within(len(content.state), path.stat().st_size):
+                module = method.from_published(content.state, path, **accepted)
+        except DerainError:
+            raise
+        except BUILD_ERRORS as error:
+            reason = shorten(error) or type(error).__name__
+            raise DerainError(
+                f"{path}: resembles {method.__name__}, but does not fit it ({reason}); {EXPECTED}"
+            ) from error
+        if module is not None:
+            check_network(path, module.network, content.state)
+            return module.eval()
+    return None
+
+
+def _from_spandrel(path: Path, content: Content) -> Weights:
+    with built_within(len(content.state), path.stat().st_size):
+        module = spandrel_model.recognise(path, content.state)
+    if module is None:
+        reason = content.kind
+        if reason != WITHOUT_METADATA:
+            names = shorten(", ".join(list(content.state)[:4]) or "nothing")
+            reason = f"contains no known method (found {names} …)"
+        raise DerainError(f"{path}: {reason}; {EXPECTED}{spandrel_model.missing()}")
+    check_network(path, module.network, content.state)
+    architecture = module.descriptor.architecture.name
+    return Weights(module, f"{architecture} by spandrel ({module.parameter_count:,} parameters)")

@@ -1,0 +1,90 @@
+"""What some methods can do beyond `DerainModule`: take routes, sample, explain themselves.
+
+Commands and the `Restorer` ask for these interfaces by ``isinstance``, never for a method.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Routed(ABC):
+    """Interface of methods that send each image along one of several routes.
+
+    A method logs a warning when an image takes a route that was not trained.
+    """
+
+    @abstractmethod
+    def take_route(self, route: int) -> None:
+        """Send all images along one route.
+
+        Raises:
+            DerainError: If there is no such route.
+        """
+
+
+class Sampled(ABC):
+    """Interface of methods that run their network many times on a state, as diffusions do.
+
+    ``forward`` then accepts two more arguments: ``tiled(image, function)``, which applies a function to an image tile
+    by tile, for use at every step; and ``show(steps, total)``, which wraps the steps to report progress.
+
+    Attributes:
+        sampling: Solver, number of steps and seed, as a dataclass; not part of weights files.
+    """
+
+    sampling: Any
+
+    @abstractmethod
+    def sample_by(self, sampling: Any) -> None:
+        """Set solver, number of steps and seed.
+
+        Raises:
+            DerainError: If the method cannot sample that way.
+        """
+
+
+class Explains(ABC):
+    """Interface of methods that show how a restoration came about.
+
+    Attributes:
+        maps: Names of the maps that `explain` appends.
+        explaining: Whether ``predict_step`` returns the maps too.
+    """
+
+    maps: tuple[str, ...] = ()
+    explaining: bool = False
+
+    @abstractmethod
+    def explain(self, rainy: Float[Tensor, "b 3 h w"], **conditions: Any) -> Float[Tensor, "b n h w"]:
+        """Return the derained image and, after its three channels, the ``maps`` in [0, 1].
+
+        Args:
+            rainy: Images in [0, 1].
+            **conditions: What ``encode`` returned.
+        """
+
+    def describe_image(self, conditions: dict[str, Any], index: int) -> dict[str, Any]:
+        """Return what ``encode`` found in an image of a batch, as JSON can hold it; nothing by default."""
+        return {}
+
+
+class RunsGraph(ABC):
+    """Interface of methods whose exported graph is a part of them, and that restore by a graph that was read again."""
+
+    @classmethod
+    @abstractmethod
+    def from_graph(cls, metadata: Mapping[str, Any], network: nn.Module, inputs: list[str]) -> Any:
+        """Return the method with a graph in place of its network.
+
+        Args:
+            metadata: Metadata of the file.
+            network: Runs the graph: tensors in the order of ``inputs``, or by name.
+            inputs: Names of the inputs.
+
+        Raises:
+            ValueError: If the inputs do not fit the metadata.
+        """

@@ -1,0 +1,225 @@
+"""Methods that run an ONNX file of derain export by onnxruntime."""
+
+import importlib.util
+import logging
+import re
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from derain.errors import DerainError
+from derain.files.limits import built_within
+from derain.files.metadata import check, shorten
+from derain.files.weights import BUILD_ERRORS
+from derain.methods.base import DerainModule
+from derain.methods.graph import Graph
+from derain.methods.interfaces import RunsGraph
+from derain.methods.onnx_graphs import read_graph
+from derain.methods.registry import find
+
+log = logging.getLogger("derain")
+
+OUT_OF_MEMORY = re.compile("bad_alloc|[Ff]ailed to allocate|out of memory")
+"""Messages of onnxruntime."""
+
+
+def require_packages(*packages: str) -> None:
+    """Refuse to go further if a package is not installed.
+
+    Raises:
+        DerainError: If one is missing.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise DerainError(f"ONNX needs {package}; install it with: pip install 'derain[export]'")
+
+
+class OnnxNetwork(nn.Module):
+    """Graph of an ONNX file, run by onnxruntime; on a GPU if the images are there and onnxruntime supports it.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        metadata: Metadata of the file.
+        inputs: Names of its inputs in order.
+
+    Raises:
+        DerainError: If onnxruntime is not installed, or `read_graph` refuses the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        require_packages("onnxruntime", "onnx")
+        self.path = path
+        self.metadata, self.costs = read_graph(path)
+        self.inputs: list[str] = list(self.metadata["graph"]["inputs"])
+        self.session, self.on_gpu = self._open("CPUExecutionProvider"), False
+
+    def _open(self, *providers: str) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 4  # errors are raised, and reported by derain
+        try:
+            return onnxruntime.InferenceSession(self.path, options, providers=list(providers))
+        except runtime_errors() as error:
+            raise DerainError(
+                f"{self.path}: damaged, or not an ONNX file ({shorten(error, 120)}); export it again"
+            ) from error
+
+    def forward(self, *inputs: Tensor, **named: Tensor | None) -> Tensor:
+        """Run the graph image by image.
+
+        Args:
+            *inputs: Tensors in the order of ``inputs``.
+            **named: Further tensors by name.
+
+        Raises:
+            DerainError: If the graph cannot be run, is too expensive at this size (`Costs`), or does not return an
+                image of the same size.
+            MemoryError: If memory does not suffice.
+        """
+        images = inputs[0]
+        self._use_device_of(images)
+        self.costs.check(*images.shape[2:])
+        tensors = {**dict(zip(self.inputs, inputs, strict=False)), **named}
+        arrays = {
+            name: tensor.float().cpu().contiguous().numpy() for name, tensor in tensors.items() if tensor is not None
+        }
+        outputs = []
+        for index in range(len(images)):
+            output = self._run({name: array[index : index + 1] for name, array in arrays.items()})
+            if output.shape != images[:1].shape:
+                raise DerainError(
+                    f"{self.path}: returns shape {tuple(output.shape)} for an image of {tuple(images[:1].shape)}; "
+                    "export it again"
+                )
+            outputs.append(output)
+        return torch.cat(outputs).to(images.device)
+
+    def _run(self, arrays: dict[str, Any]) -> Tensor:
+        try:
+            return torch.from_numpy(self.session.run(None, arrays)[0])
+        except runtime_errors() as error:
+            if OUT_OF_MEMORY.search(str(error)):
+                raise MemoryError(str(error)) from error
+            raise DerainError(f"{self.path}: cannot be run ({shorten(error)}); export it again") from error
+
+    def _use_device_of(self, images: Tensor) -> None:
+        if not images.is_cuda or self.on_gpu:
+            return
+        self.session, self.on_gpu = self._open(*_gpu_first()), True
+        if "CUDAExecutionProvider" not in self.session.get_providers():
+            raise DerainError(
+                f"{self.path}: this onnxruntime has no CUDA; add --device cpu, or: pip install onnxruntime-gpu"
+            )
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse compilation: onnxruntime has optimised the graph.
+
+        Raises:
+            DerainError: Always.
+        """
+        raise DerainError(f"--compile: {self.path} is ONNX, which onnxruntime has optimised; omit the option")
+
+
+def runtime_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions of onnxruntime, which have no common base but ``Exception``."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+    return (
+        errors.EPFail,
+        errors.EngineError,
+        errors.Fail,
+        errors.InvalidArgument,
+        errors.InvalidGraph,
+        errors.InvalidProtobuf,
+        errors.ModelLoaded,
+        errors.NoModel,
+        errors.NoSuchFile,
+        errors.NotImplemented,
+        errors.RuntimeException,
+    )
+
+
+def _gpu_first() -> list[str]:
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+
+
+class OnnxModule(DerainModule):
+    """Method whose ``forward`` is an ONNX graph.
+
+    Args:
+        network: Runs the file.
+    """
+
+    bytes_per_pixel: ClassVar[int] = 8000  # Restormer takes 6,400 by onnxruntime, other methods less
+
+    def __init__(self, network: OnnxNetwork) -> None:
+        super().__init__()
+        self.network = network
+        self.restore_metadata(network.metadata)
+
+    def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Restore images of any size in [0, 1]."""
+        return cast(Tensor, self.network(rainy))
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the metadata of the file."""
+        return cast(OnnxNetwork, self.network).metadata
+
+    def export_graph(self) -> Graph:
+        """Refuse the export.
+
+        Raises:
+            DerainError: Always.
+        """
+        raise DerainError(f"{cast(OnnxNetwork, self.network).path}: is ONNX already; export the weights it was made of")
+
+
+def load(path: Path) -> tuple[DerainModule, str]:
+    """Load an ONNX file of derain export; return the method and one line for messages.
+
+    Raises:
+        DerainError: If the file cannot be read, was not written by derain, or does not fit its metadata.
+    """
+    network = OnnxNetwork(path)
+    metadata = network.metadata
+    graph, name = metadata["graph"], metadata["method"]
+    if graph["inputs"] == ["rainy"]:  # all that is computed is in the file, so its method need not be known
+        module: DerainModule = OnnxModule(network)
+    else:
+        module = _with_graph(path, network)
+    routes = list(graph.get("routes", ()))
+    counts = metadata.get("route_counts") or ()
+    for route in routes:
+        if isinstance(counts, list) and 0 <= route < len(counts) and counts[route] == 0:
+            log.warning("%s: no image took route %d in training: expect a poor result", path, route)
+    suffix = "".join(f", route {route}" for route in routes)
+    return module.eval(), f"{shorten(name, 60)} as ONNX ({graph['parameters']:,} parameters{suffix})"
+
+
+def _with_graph(path: Path, network: OnnxNetwork) -> DerainModule:
+    """Build the method that computes what the graph does not."""
+    metadata = network.metadata
+    method = find(path, metadata)
+    check(path, metadata, method.metadata_schema, method)
+    try:
+        if not issubclass(method, RunsGraph):
+            raise ValueError(f"{method.__name__} cannot run a graph with inputs {', '.join(network.inputs)}")
+        with built_within(0, path.stat().st_size):
+            module = method.from_graph(metadata, network, network.inputs)
+    except BUILD_ERRORS as error:
+        raise DerainError(
+            f"{path}: does not fit this derain ({shorten(error)}); it was written by derain "
+            f"{shorten(metadata.get('version'), 40)}"
+        ) from error
+    return cast(DerainModule, module)

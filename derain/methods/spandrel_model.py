@@ -1,0 +1,93 @@
+"""Networks of other projects that spandrel recognises by their tensors."""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from derain.errors import DerainError
+from derain.methods.base import DerainModule
+from derain.methods.graph import Graph
+
+SMALLEST = 16
+"""Side in pixels that smaller images are padded to: some networks pad by reflection, which needs as many pixels."""
+
+
+class SpandrelModule(DerainModule):
+    """Network of another project, for restoring only.
+
+    Args:
+        descriptor: ``ImageModelDescriptor`` of spandrel: the network, its architecture and the sizes that it accepts.
+    """
+
+    bytes_per_pixel: ClassVar[int] = 12_000  # not measured: there are many networks
+
+    def __init__(self, descriptor: Any) -> None:
+        super().__init__()
+        self.descriptor = descriptor
+        self.network = descriptor.model
+
+    def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Restore images of any size in [0, 1], one after another, as spandrel's descriptors require."""
+        height, width = rainy.shape[2:]
+        right, below = max(0, SMALLEST - width), max(0, SMALLEST - height)
+        padded = F.pad(rainy, (0, right, 0, below), "replicate") if right or below else rainy
+        derained = torch.cat([self.descriptor(image[None]) for image in padded])
+        return derained[:, :, :height, :width]
+
+    def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Any:
+        """Run the network once, on images padded to a size that it accepts."""
+        right, below = self.descriptor.size_requirements.get_padding(rainy.shape[3], rainy.shape[2])
+        return self.network(F.pad(rainy, (0, right, 0, below), "replicate"))
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the metadata with the name of the architecture."""
+        return super().metadata() | {"architecture": self.descriptor.architecture.name}
+
+    def export_graph(self) -> Graph:
+        """Refuse the export.
+
+        Raises:
+            DerainError: Always.
+        """
+        name = self.descriptor.architecture.name
+        raise DerainError(f"{name} by spandrel cannot be exported; use weights of a method of derain")
+
+
+def recognise(path: Path, state: Mapping[str, Tensor]) -> SpandrelModule | None:
+    """Build the network of a state dict; None if spandrel is not installed or does not know it.
+
+    Raises:
+        DerainError: If the tensors do not fit the network, or it does not turn an RGB image into one of its size.
+    """
+    if importlib.util.find_spec("spandrel") is None:
+        return None
+    import spandrel
+
+    try:
+        descriptor = spandrel.MAIN_REGISTRY.load(dict(state))
+    except spandrel.UnsupportedModelError:
+        return None
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DerainError(f"{path}: resembles a network that spandrel knows, but does not fit it ({reason})") from error
+    name, scale = descriptor.architecture.name, descriptor.scale
+    channels = descriptor.input_channels, descriptor.output_channels
+    if not isinstance(descriptor, spandrel.ImageModelDescriptor) or scale != 1 or channels != (3, 3):
+        purpose = descriptor.purpose.lower() if scale == 1 else f"enlarges {scale} times"
+        raise DerainError(
+            f"{path}: is {name} ({purpose}, {channels[0]} channels to {channels[1]}); expected a network that restores "
+            "RGB images at their own size"
+        )
+    return SpandrelModule(descriptor).eval()
+
+
+def missing() -> str:
+    """Return the end of an error message where spandrel might have recognised the file; empty if it is installed."""
+    installed = importlib.util.find_spec("spandrel") is not None
+    return "" if installed else "; for networks of other projects: pip install 'derain[others]'"

@@ -1,0 +1,316 @@
+"""Base class of everything that derain trains: checkpoints and weights that carry their own metadata."""
+
+import json
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from huggingface_hub import ModelHubMixin
+from lightning import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import derain
+from derain import loops
+from derain.errors import DerainError
+from derain.files import hub, weights
+from derain.files.limits import built_within
+from derain.files.metadata import Metadata, check, shorten
+from derain.methods.divergence import FiniteCheck, require_finite
+from derain.methods.hyper_parameters import check_hyper_parameters
+from derain.methods.registry import class_path, find
+from derain.methods.resuming import use_configured
+
+log = logging.getLogger("derain")
+
+
+class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tags=["image-deraining"]):
+    """LightningModule with one ``network``, whose checkpoints and weights files record how to rebuild it.
+
+    A subclass declares its hyper-parameters as typed ``__init__`` arguments with the paper's values as defaults and
+    calls ``self.save_hyperparameters()``. ``save_pretrained`` and ``push_to_hub`` write what ``from_pretrained`` loads.
+
+    Attributes:
+        network: The module that is trained, averaged, saved as weights and compiled.
+        trained_on: Names of the training sets, set when training starts.
+        monitor: Logged validation metric, higher is better, that selects the best checkpoint.
+        may_change: Hyper-parameters that may differ when a run is resumed: they change how a network is trained, not
+            what it computes.
+        metadata_schema: TypedDict of the metadata, with every key that a subclass adds to ``metadata``.
+        bounded_by_file: Whether a network that is built from a file may have only as many parameters as the file;
+            False for a class whose ``__init__`` also builds frozen networks that its files do not contain.
+    """
+
+    network: nn.Module
+    trained_on: tuple[str, ...] = ()
+    monitor: ClassVar[str]
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {"learning_rate", "weight_decay", "warm_up", "milestones", "decay"}
+    )
+    metadata_schema: ClassVar[Any] = Metadata
+    bounded_by_file: ClassVar[bool] = True
+    _resumed: Mapping[str, Any] | None = None
+    """Position and gradients of the checkpoint that is resumed, until training starts."""
+    _changed: tuple[str, ...] = ()
+    """Hyper-parameters that differ from those of the checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.finite = FiniteCheck()
+
+    @property
+    def is_fitting(self) -> bool:
+        """Whether a trainer runs ``fit``."""
+        return self._trainer is not None and self._trainer.state.fn == "fit"
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole training, whatever the accumulation and the number of devices.
+
+        Raises:
+            DerainError: If the training has no end.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise DerainError(
+                f"{type(self).__name__}: its schedule needs the length of the training; set --trainer.max_epochs or "
+                "--trainer.max_steps"
+            )
+        return int(steps)
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of trainable parameters of the network."""
+        return sum(parameter.numel() for parameter in self.network.parameters() if parameter.requires_grad)
+
+    # Metadata and weights.
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what files record: class, hyper-parameters, training sets and version of derain."""
+        hyper_parameters = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
+        metadata = {
+            "method": type(self).__name__,
+            "class_path": class_path(type(self)),
+            "hyper_parameters": hyper_parameters,
+            "trained_on": self.trained_on,
+            "version": derain.__version__,
+        }
+        return cast(dict[str, Any], json.loads(json.dumps(metadata)))  # lists for tuples, as read from a file
+
+    def restore_metadata(self, metadata: Mapping[str, Any]) -> None:
+        """Restore the part of the metadata that hyper-parameters do not hold."""
+        self.trained_on = tuple(metadata.get("trained_on", ()))
+
+    def start_from(self, loaded: "TrainableModule") -> None:
+        """Adopt the history of weights that a training starts from; nothing by default."""
+
+    def save_weights(self, path: Path) -> None:
+        """Write the weights of the network with their metadata as safetensors, whole or not at all."""
+        weights.save(self.network.state_dict(), self.metadata(), path)
+
+    @classmethod
+    def from_content(cls, path: Path, content: weights.Content) -> "TrainableModule":
+        """Build the module that a weights file of derain describes, in eval mode.
+
+        Args:
+            path: The file, for messages.
+            content: What `derain.files.weights.read` returned, with metadata.
+
+        Raises:
+            DerainError: If the content does not fit the class.
+        """
+        metadata, state = content.metadata, content.state
+        check(path, metadata, cls.metadata_schema, cls)
+        limits: AbstractContextManager[None] = nullcontext()
+        if cls.bounded_by_file:
+            limits = built_within(len(state), path.stat().st_size)
+        try:
+            with limits:
+                module = cls(**metadata["hyper_parameters"])
+            module.network.load_state_dict(state, strict=True)
+            module.restore_metadata(metadata)
+        except weights.BUILD_ERRORS as error:
+            reason = shorten(error, 300) or type(error).__name__
+            raise DerainError(
+                f"{path}: does not fit {cls.__name__} of derain {derain.__version__} ({reason}); "
+                f"it was written by derain {shorten(metadata.get('version'), 40)}"
+            ) from error
+        weights.check_network(path, module.network, state)
+        return module.eval()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write the files of a hub repository; called by ``save_pretrained`` and ``push_to_hub``."""
+        self.save_weights(save_directory / hub.METHOD)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, name: str | Path, *, revision: str | None = None, cache_dir: str | None = None, token: str | None = None
+    ) -> "TrainableModule":
+        """Load a module from the Hugging Face hub or from disk, in eval mode.
+
+        ``DerainModule.from_pretrained`` loads any method that is known; a method's own loads that method alone, and
+        need not be known.
+
+        Args:
+            name: Id on the hub (``OWNER/NAME``), a folder that ``save_pretrained`` wrote, or a weights file.
+            revision: Branch, tag or commit on the hub.
+            cache_dir: Folder for files of the hub.
+            token: Access token for private repositories.
+
+        Raises:
+            DerainError: If the weights are of another method, cannot be fetched or are damaged.
+        """
+        file = Path(name)
+        if file.is_dir():
+            file = file / hub.METHOD
+        elif not file.is_file():
+            file = hub.fetch_weights(str(name), revision=revision, cache_dir=cache_dir, token=token)
+        content = weights.read(file)
+        if not content.metadata:
+            raise DerainError(f"{name}: has no metadata of derain; load it by Restorer or derain.methods.catalog.load")
+        written_by = content.metadata["method"]
+        own = cls if cls.__name__ == written_by else find(file, content.metadata)
+        if not issubclass(own, cls):
+            raise DerainError(
+                f"{name}: contains {own.__name__}, not {cls.__name__}; use {own.__name__}, or DerainModule for any "
+                "method"
+            )
+        return cast(TrainableModule, own.from_content(file, content))
+
+    # Checkpoints.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the metadata and the position in the training."""
+        checkpoint["derain"] = self.metadata()
+        if not self.is_fitting:
+            return
+        checkpoint["position"] = loops.describe(self.trainer)
+        gradients = self._accumulated_gradients()
+        if gradients:
+            checkpoint["gradients"] = gradients
+        average = checkpoint.get("ema", {"network": {}})["network"]
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # scaled gradients may overflow
+        checked_gradients = () if scaled else gradients.values()
+        require_finite(self, [*self.parameters(), *average.values(), *checked_gradients], "weights are")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the metadata; fit resumes with the raw weights, all else uses the average where there is one.
+
+        Raises:
+            DerainError: If training cannot resume: the run was started with another method, or with an EMA callback
+                that is not configured now.
+        """
+        if self.is_fitting:
+            self._resume(checkpoint)
+        self.restore_metadata(checkpoint.get("derain", {}))
+        if "ema" not in checkpoint:
+            return
+        if not self.is_fitting:
+            averaged = {f"network.{name}": value for name, value in checkpoint["ema"]["network"].items()}
+            checkpoint["state_dict"] |= averaged
+        elif not any(hasattr(callback, "average") for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise DerainError(
+                "cannot resume: the checkpoint contains averaged weights (EMA), but no EMA callback is configured; "
+                "configure it as in the run to resume"
+            )
+
+    def _resume(self, checkpoint: dict[str, Any]) -> None:
+        """Prepare loops, data and schedules for the position of a checkpoint."""
+        self._compare(checkpoint.get("derain", {}))
+        position = loops.settle(checkpoint["loops"])
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "resume_at"):
+            data.resume_at(position)
+        for schedule in checkpoint["lr_schedulers"]:
+            schedule.setdefault("lr_lambdas", [None] * len(schedule["base_lrs"]))  # of derain's earlier MultiStepLR
+        self._resumed = {name: checkpoint[name] for name in ("position", "gradients") if name in checkpoint}
+
+    def _compare(self, saved: Mapping[str, Any]) -> None:
+        """Refuse to resume a run of another method or network; log other hyper-parameters that differ."""
+        configured = self.metadata()
+        method = saved.get("method", configured["method"])
+        if method != configured["method"]:
+            raise DerainError(f"--model {configured['method']}: cannot resume; the run was started with {method}")
+        old, new = saved.get("hyper_parameters", {}), configured["hyper_parameters"]
+        changed = [name for name, value in new.items() if old.get(name, value) != value]
+        self._changed = tuple(changed)
+        for name in changed:
+            if name not in self.may_change:
+                raise DerainError(
+                    f"--model.{name} {new[name]}: cannot resume; the run was started with {old[name]}; use that value"
+                )
+        if changed:
+            differences = ", ".join(f"{name} {old[name]} → {new[name]}" for name in changed)
+            log.info("options that differ from those of the resumed run: %s", differences)
+
+    def _accumulated_gradients(self) -> dict[str, Tensor]:
+        """Return the gradients that are being accumulated over several batches, by parameter."""
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        accumulating = progress.processed % self.trainer.accumulate_grad_batches != 0
+        if self.automatic_optimization and not accumulating:
+            return {}
+        return {name: parameter.grad for name, parameter in self.named_parameters() if parameter.grad is not None}
+
+    # Training.
+
+    def setup(self, stage: str) -> None:
+        """Refuse hyper-parameters that cannot be trained with or recorded, before the optimizer is built."""
+        if stage == "fit":
+            hyper_parameters = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
+            check_hyper_parameters(type(self), hyper_parameters)
+
+    def on_fit_start(self) -> None:
+        """Note the names of the training sets for the metadata."""
+        data = getattr(self.trainer, "datamodule", None)
+        self.trained_on = tuple(getattr(data, "train_sets", ()))
+
+    def on_train_start(self) -> None:
+        """Continue at the position of the resumed checkpoint, with the options of this run."""
+        if self._resumed is None:
+            return
+        use_configured(self.trainer, self._changed)
+        for name, gradient in self._resumed.get("gradients", {}).items():
+            self.get_parameter(name).grad = gradient.to(self.device)
+        if "position" in self._resumed:
+            loops.begin(self.trainer, self._resumed["position"])
+        self._resumed = None
+
+    def refuse_plain_ddp(self, reason: str) -> None:
+        """Refuse a strategy of several devices that waits for the gradients of all parameters.
+
+        Args:
+            reason: Why some parameters have no gradient, for the message.
+
+        Raises:
+            DerainError: If the trainer uses such a strategy.
+        """
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
+            raise DerainError(
+                f"--trainer.strategy ddp: {reason}; use --trainer.strategy ddp_find_unused_parameters_true"
+            )
+
+    # Losses and gradients that are not finite stop the training.
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Note the images of a batch."""
+        self.finite.see_batch(batch)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Note a loss."""
+        self.finite.see_loss(loss)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients; name the images of a NaN that ``detect_anomaly`` finds."""
+        try:
+            super().backward(loss, *args, **kwargs)
+        except RuntimeError as error:
+            self.finite.refuse_anomaly(self, error)
+            raise
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Refuse losses and gradients that are not finite before they reach the weights."""
+        self.finite.require(self, optimizer)
