@@ -1,7 +1,7 @@
 """Single-image rain removal with PyTorch Lightning.
 
-``from derain import Restorer, RainDataModule, PReNetModule``: public names are loaded when first used, so
-that ``import derain`` and the command line start at once.
+``from derain import Restorer, RainDataModule, PReNetModule``: public names are imported on first use, so that
+``import derain`` and the command line start quickly.
 """
 
 import importlib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "CLIPRPNModule": "derain.methods",
     "DACLIPModule": "derain.methods",
     "DACLIPSDEModule": "derain.methods",
@@ -46,7 +46,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name when it is first used."""
-    if name not in _HOMES:
+    """Import a public name on first use."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'derain' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

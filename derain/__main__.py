@@ -1,4 +1,4 @@
-"""``python -m derain``."""
+"""Entry point of ``python -m derain``."""
 
 import sys
 

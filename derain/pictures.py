@@ -1,7 +1,8 @@
-"""Pictures that people look at: labelled comparisons and contact sheets."""
+"""Labelled comparisons and contact sheets of images."""
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,15 @@ from PIL import Image, ImageDraw, ImageFont
 from derain.errors import DerainError
 from derain.images import Pixels, write_image, write_whole
 
-PAPER, INK = (255, 255, 255), (32, 32, 32)
+WHITE, INK = (255, 255, 255), (32, 32, 32)
 
 
 def compare(images: Mapping[str, Pixels]) -> Image.Image:
-    """Puts images side by side, each under its name; no pixel of them is changed.
+    """Return images side by side, each below its name; their pixels are not changed.
 
     Args:
-        images: Name to pixels, from left to right, as in ``{"rainy": …, "derained": …, "clean": …}``. Sizes
-            may differ. A name may have several lines.
+        images: Name to pixels, from left to right, as in ``{"rainy": …, "derained": …, "clean": …}``. Sizes may
+            differ. A name may have several lines.
 
     Raises:
         DerainError: If there are no images.
@@ -30,25 +31,28 @@ def compare(images: Mapping[str, Pixels]) -> Image.Image:
         True
     """
     pictures = [Image.fromarray(pixels) for pixels in images.values()]
-    longest = max((max(picture.size) for picture in pictures), default=0)
-    return _sheet([pictures], list(images), [], text=min(max(13, longest // 32), 96))
+    longest_side = max((max(picture.size) for picture in pictures), default=0)
+    return _sheet([pictures], list(images), [], font_size=_font_size(longest_side // 32))
 
 
-def write_explanation(path: Path, images: Mapping[str, Pixels], told: Mapping[str, Any]) -> None:
-    """Writes how a restoration came about.
+def write_explanation(path: Path, images: Mapping[str, Pixels], description: Mapping[str, Any]) -> None:
+    """Write a picture and a JSON file that explain a restoration.
 
     Args:
-        path: Without suffix: ``.png`` is the picture of all images side by side, ``.json`` says what was perceived.
-        images: Rainy, derained, and the maps of the method, by name.
-        told: What ``DerainModule.describe_image`` says; ``route`` and ``scores`` stand in the picture too.
+        path: Path without suffix: ``.png`` shows all images side by side, ``.json`` contains the description.
+        images: Rainy image, derained image and the method's maps, by name.
+        description: Route, scores and other facts from the method; the picture's label shows ``route`` and ``scores``.
     """
-    labels = dict(zip(images, images, strict=True))
-    if "route" in told:
-        shares = ", ".join(f"{share:.4f}" for share in told.get("scores", {}).values())
-        labels["derained"] = f"derained by route {told['route']}" + (f"\nscores {shares}" if shares else "")
-    write_image(path.with_name(f"{path.name}.png"), compare({labels[name]: one for name, one in images.items()}))
+    labelled = dict(images)
+    if "route" in description:
+        label = f"derained by route {description['route']}"
+        scores = [f"{score:.4f}" for score in description.get("scores", {}).values()]
+        if scores:
+            label += f"\nscores {', '.join(scores)}"
+        labelled = {label if name == "derained" else name: pixels for name, pixels in images.items()}
+    write_image(path.with_name(f"{path.name}.png"), compare(labelled))
     with write_whole(path.with_name(f"{path.name}.json")) as temporary:
-        temporary.write_text(json.dumps(told, indent=2) + "\n")
+        temporary.write_text(json.dumps(description, indent=2) + "\n")
 
 
 def contact_sheet(
@@ -58,63 +62,86 @@ def contact_sheet(
     row_labels: Sequence[str] = (),
     cell: int = 256,
 ) -> Image.Image:
-    """Puts many images on one sheet, each shrunk to fit a cell; nothing is enlarged or distorted.
+    """Return a sheet of images in rows, each shrunk to fit a cell; no image is enlarged or distorted.
 
     Args:
-        rows: Images from top to bottom and left to right; rows may have different lengths.
+        rows: Images from top to bottom and left to right; rows may differ in length.
         columns: A label above each column.
         row_labels: A label left of each row.
         cell: Longest side of an image on the sheet, in pixels.
 
     Raises:
-        DerainError: If there are no images, or labels that do not match them.
+        DerainError: If there are no images, or not as many labels as columns or rows.
     """
-    small = [[Image.fromarray(pixels) for pixels in row] for row in rows]
-    for picture in (picture for row in small for picture in row):
-        picture.thumbnail((cell, cell), Image.Resampling.LANCZOS)
-    return _sheet(small, columns, row_labels, text=min(max(13, cell // 16), 96))
+    thumbnails = []
+    for row in rows:
+        pictures = [Image.fromarray(pixels) for pixels in row]
+        for picture in pictures:
+            picture.thumbnail((cell, cell), Image.Resampling.LANCZOS)
+        thumbnails.append(pictures)
+    return _sheet(thumbnails, columns, row_labels, font_size=_font_size(cell // 16))
+
+
+def _font_size(size: int) -> int:
+    return min(max(13, size), 96)
+
+
+class _Labels:
+    """Font of a sheet's labels, and their sizes."""
+
+    def __init__(self, font_size: int) -> None:
+        self.font = ImageFont.load_default(size=font_size)
+        self.padding = font_size // 2
+        self.line_height = int(sum(self.font.getmetrics()))  # type: ignore[union-attr]
+        self._ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+
+    def width(self, label: str) -> int:
+        """Return the width of a label with its padding."""
+        left, _, right, _ = self._ruler.multiline_textbbox((0, 0), label, font=self.font)
+        return int(right - left) + self.padding
+
+    def height(self, label: str) -> int:
+        """Return the height of all lines of a label."""
+        return self.line_height * (label.count("\n") + 1)
 
 
 def _sheet(
-    rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], row_labels: Sequence[str], *, text: int
+    rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], row_labels: Sequence[str], *, font_size: int
 ) -> Image.Image:
-    """Lays out images of any sizes: a column is as wide as its widest image or label, a row as high."""
-    count = max((len(row) for row in rows), default=0)
-    if count == 0:
-        raise DerainError("no images to put on the sheet; give at least one")
-    for what, labels, expected in (("column", columns, count), ("row", row_labels, len(rows))):
-        if labels and len(labels) != expected:
-            raise DerainError(f"{len(labels)} {what} labels for {expected} {what}s of images; give one each")
+    """Lay out images of any sizes: a column is as wide as its widest image or label, a row as high as its highest."""
+    column_count = max((len(row) for row in rows), default=0)
+    if column_count == 0:
+        raise DerainError("no images for the sheet; expected at least one")
+    _check_label_count("column", columns, column_count)
+    _check_label_count("row", row_labels, len(rows))
+    labels = _Labels(font_size)
+    gap = max(4, font_size // 3)
 
-    font = ImageFont.load_default(size=text)
-    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    gap, pad = max(4, text // 3), text // 2
-    line = int(sum(font.getmetrics()))  # type: ignore[union-attr]
+    widths = [labels.width(label) for label in columns] or [0] * column_count
+    heights = [labels.height(label) for label in row_labels] or [labels.line_height] * len(rows)
+    for row_index, row in enumerate(rows):
+        for column_index, picture in enumerate(row):
+            widths[column_index] = max(widths[column_index], picture.width)
+            heights[row_index] = max(heights[row_index], picture.height)
+    header = max(labels.height(label) for label in columns) + labels.padding if columns else 0
+    margin = max((labels.width(label) + 2 * labels.padding for label in row_labels), default=0)
+    *lefts, sheet_width = accumulate((width + gap for width in widths), initial=margin + gap)
+    *tops, sheet_height = accumulate((height + gap for height in heights), initial=header + gap)
 
-    def extent(label: str) -> tuple[int, int]:
-        left, _, right, _ = ruler.multiline_textbbox((0, 0), label, font=font)
-        return int(right - left) + pad, line * (label.count("\n") + 1)
-
-    names = [extent(label) for label in columns] or [(0, 0)] * count
-    margin = max((extent(label)[0] + 2 * pad for label in row_labels), default=0)
-    head = max(height for _, height in names) + (pad if columns else 0)
-    widths = [max([names[i][0], *(row[i].width for row in rows if i < len(row))]) for i in range(count)]
-    heights = [
-        max([extent(label)[1], *(picture.height for picture in row)])
-        for row, label in zip(rows, row_labels or [""] * len(rows), strict=True)
-    ]
-    lefts = [margin + gap + sum(widths[:i]) + gap * i for i in range(count)]
-    tops = [head + gap + sum(heights[:i]) + gap * i for i in range(len(rows))]
-
-    sheet = Image.new("RGB", (lefts[-1] + widths[-1] + gap, tops[-1] + heights[-1] + gap), PAPER)
+    sheet = Image.new("RGB", (sheet_width, sheet_height), WHITE)
     draw = ImageDraw.Draw(sheet)
     for label, left, width in zip(columns, lefts, widths, strict=False):
-        draw.multiline_text(
-            (left + width / 2, (head + gap) / 2), label, INK, font, anchor="mm", align="center", spacing=0
-        )
+        center = (left + width / 2, (header + gap) / 2)
+        draw.multiline_text(center, label, INK, labels.font, anchor="mm", align="center", spacing=0)
     for label, top, height in zip(row_labels, tops, heights, strict=False):
-        draw.multiline_text((margin - pad, top + height / 2), label, INK, font, anchor="rm", align="right")
+        right_center = (margin - labels.padding, top + height / 2)
+        draw.multiline_text(right_center, label, INK, labels.font, anchor="rm", align="right")
     for row, top, height in zip(rows, tops, heights, strict=True):
         for picture, left, width in zip(row, lefts, widths, strict=False):
             sheet.paste(picture, (left + (width - picture.width) // 2, top + (height - picture.height) // 2))
     return sheet
+
+
+def _check_label_count(kind: str, labels: Sequence[str], expected: int) -> None:
+    if labels and len(labels) != expected:
+        raise DerainError(f"{len(labels)} {kind} labels for {expected} {kind}s; expected one label per {kind}")

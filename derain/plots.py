@@ -1,4 +1,4 @@
-"""Plots of results, for papers and reports."""
+"""Plots of results for papers and reports."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,8 +8,11 @@ from typing import Any
 from derain.errors import DerainError
 from derain.images import write_whole
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
-"""Colours that colour-blind people tell apart (Okabe and Ito, 2008)."""
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+"""Colours that colour-blind people can distinguish (Okabe and Ito, 2008)."""
+
+MARKERS = "os^D"
+LINE_STYLES = ("-", "--", ":")
 
 STYLE: Any = {
     "font.size": 10,
@@ -28,18 +31,20 @@ STYLE: Any = {
     "savefig.dpi": 200,
 }
 
+MAX_LABEL_OFFSET = 120
+"""Points by which a label is moved down at most."""
+
 
 @contextmanager
 def _axes(path: Path, title: str, size: tuple[float, float] = (6.4, 4.2)) -> Iterator[Any]:
-    """Axes to draw on, written whole or not at all."""
+    """Yield axes to draw on, and write the figure when the block succeeds."""
     try:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise DerainError(
-            "plots need matplotlib, which is not installed; run: pip install 'derain[notebooks]'"
-        ) from error
+        message = "plots need matplotlib, which is not installed; run: pip install 'derain[notebooks]'"
+        raise DerainError(message) from error
     with matplotlib.rc_context(STYLE):
         figure = Figure(size, layout="constrained")
         FigureCanvasAgg(figure)
@@ -49,28 +54,35 @@ def _axes(path: Path, title: str, size: tuple[float, float] = (6.4, 4.2)) -> Ite
             figure.savefig(temporary, format="png")
 
 
+def _color(index: int) -> str:
+    return COLORS[index % len(COLORS)]
+
+
 def trade_off(path: Path, methods: Mapping[str, tuple[float, float]], dataset: str, protocol: str) -> Path:
-    """Draws PSNR over the time an image takes; every method is labelled where it stands.
+    """Plot PSNR over seconds per image, with a label at each method.
 
     Args:
-        path: The PNG.
+        path: PNG file to write.
         methods: Name to seconds and dB.
-        dataset: What was tested on.
-        protocol: How images were judged.
+        dataset: Name of the test set.
+        protocol: Protocol of the PSNR.
+
+    Returns:
+        The path.
     """
     with _axes(path, f"{dataset}: quality and time") as axes:
-        axes.set(xlabel="seconds an image", ylabel=f"PSNR, dB ({protocol})", xscale="log")
-        for place, (seconds, psnr) in enumerate(methods.values()):
-            marker = "os^D"[place // len(COLOURS) % 4]
-            axes.scatter(seconds, psnr, s=60, color=COLOURS[place % len(COLOURS)], marker=marker, zorder=3)
-        _plain_log(axes, [seconds for seconds, _ in methods.values()])
+        axes.set(xlabel="seconds per image", ylabel=f"PSNR, dB ({protocol})", xscale="log")
+        for index, (seconds, psnr) in enumerate(methods.values()):
+            marker = MARKERS[index // len(COLORS) % len(MARKERS)]
+            axes.scatter(seconds, psnr, s=60, color=_color(index), marker=marker, zorder=3)
+        _set_log_axis(axes, [seconds for seconds, _ in methods.values()])
         axes.margins(y=0.18)
-        _label(axes, list(methods), list(methods.values()))
+        _label_points(axes, list(methods), list(methods.values()))
     return path
 
 
-def _plain_log(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis with a little room and numbers as people write them."""
+def _set_log_axis(axes: Any, values: Sequence[float]) -> None:
+    """Set a logarithmic x axis with some space around the values, and with plain numbers instead of powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xlim(min(values) / 1.8, max(values) * 1.8)
@@ -79,70 +91,91 @@ def _plain_log(axes: Any, values: Sequence[float]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _label(axes: Any, names: Sequence[str], points: Sequence[tuple[float, float]]) -> None:
-    """Writes names beside their points: inwards, and pushed down where they would cover other names or points."""
-    from matplotlib.transforms import Bbox, offset_copy
+def _label_points(axes: Any, names: Sequence[str], points: Sequence[tuple[float, float]]) -> None:
+    """Write names beside their points, towards the middle; moved down where they would cover names or points."""
+    from matplotlib.transforms import Bbox
 
     left, right = axes.get_xlim()
-    middle = (left * right) ** 0.5
+    middle = (left * right) ** 0.5  # the axis is logarithmic
     axes.figure.canvas.draw()
-    pixels = axes.transData.transform(points)
+    centers = axes.transData.transform(points)
     radius = 5 * axes.figure.dpi / 72
-    taken: list[Any] = [Bbox([place - radius, place + radius]) for place in pixels]
-    for place in sorted(range(len(names)), key=lambda one: -points[one][1]):
-        (x, y), name, colour = points[place], names[place], COLOURS[place % len(COLOURS)]
+    occupied = [Bbox([center - radius, center + radius]) for center in centers]
+    from_top = sorted(range(len(names)), key=lambda index: -points[index][1])
+    for index in from_top:
+        x, _ = points[index]
         side = 1 if x <= middle else -1
-        drop = 0.0
-        while True:
-            where = offset_copy(axes.transData, axes.figure, 8 * side, drop, units="points")
-            align = "left" if side > 0 else "right"
-            text = axes.text(x, y, name, transform=where, ha=align, va="center", fontsize=9, color=colour)
-            box = text.get_window_extent()
-            if drop < -120 or not any(box.overlaps(other) for other in taken):
-                taken.append(box)
-                break
+        box = _label_point(axes, names[index], points[index], side, _color(index), occupied)
+        occupied.append(box)
+
+
+def _label_point(
+    axes: Any, name: str, point: tuple[float, float], side: int, color: str, occupied: Sequence[Any]
+) -> Any:
+    """Write a name at the highest free position beside a point; return its box in pixels.
+
+    Args:
+        axes: Axes.
+        name: Text of the label.
+        point: Point of the label in data coordinates.
+        side: 1 for a label to the right of the point, -1 to the left.
+        color: Colour of the text.
+        occupied: Boxes in pixels that the label should not cover.
+    """
+    from matplotlib.transforms import offset_copy
+
+    for drop in range(0, MAX_LABEL_OFFSET + 1, 4):
+        position = offset_copy(axes.transData, axes.figure, 8 * side, -drop, units="points")
+        alignment = "left" if side > 0 else "right"
+        text = axes.text(*point, name, transform=position, ha=alignment, va="center", fontsize=9, color=color)
+        box = text.get_window_extent()
+        if not any(box.overlaps(other_box) for other_box in occupied):
+            return box
+        if drop < MAX_LABEL_OFFSET:
             text.remove()
-            drop -= 4
+    return box
 
 
 def curves(path: Path, runs: Mapping[str, Sequence[tuple[float, float]]]) -> Path:
-    """Draws how validation went; every curve is labelled at its end.
+    """Plot validation PSNR over epochs, with a label at the end of each curve.
 
     Args:
-        path: The PNG.
+        path: PNG file to write.
         runs: Name to epochs and dB.
+
+    Returns:
+        The path.
     """
-    with _axes(path, "Validation, epoch by epoch", (7.2, 4.2)) as axes:
+    with _axes(path, "Validation by epoch", (7.2, 4.2)) as axes:
         from matplotlib.ticker import MaxNLocator
 
         axes.set(xlabel="epoch", ylabel="val/psnr, dB")
         ends = {}
-        for place, (name, points) in enumerate(runs.items()):
-            colour = COLOURS[place % len(COLOURS)]
-            xs, ys = zip(*points, strict=True)
-            style = ("-", "--", ":")[place // len(COLOURS) % 3]
-            axes.plot(xs, ys, style, color=colour, lw=1.8, marker="o" if len(points) < 25 else "", ms=3.5)
-            ends[name] = (xs[-1], ys[-1], colour)
+        for index, (name, points) in enumerate(runs.items()):
+            epochs, psnrs = zip(*points, strict=True)
+            style = LINE_STYLES[index // len(COLORS) % len(LINE_STYLES)]
+            marker = "o" if len(points) < 25 else ""
+            axes.plot(epochs, psnrs, style, color=_color(index), lw=1.8, marker=marker, ms=3.5)
+            ends[name] = (epochs[-1], psnrs[-1], _color(index))
         axes.margins(x=0.02)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _at_ends(axes, ends)
+        _label_ends(axes, ends)
     return path
 
 
-def _at_ends(axes: Any, ends: Mapping[str, tuple[float, float, str]]) -> None:
-    """Writes names right of the axes, each as near its curve's end as the others allow, joined by a thin line."""
+def _label_ends(axes: Any, ends: Mapping[str, tuple[float, float, str]]) -> None:
+    """Write names to the right of the axes, near the ends of their curves, and connect them by thin lines.
+
+    Args:
+        axes: Axes.
+        ends: Name to the last point of the curve, in data coordinates, and its colour.
+    """
     low, high = axes.get_ylim()
-    step = (high - low) / 20
-    order = sorted(ends, key=lambda name: ends[name][1])
-    heights: list[float] = []
-    for name in order:
-        heights.append(max(ends[name][1], heights[-1] + step if heights else low))
-    surplus = max(0.0, heights[-1] - high) if heights else 0.0
-    for place in reversed(range(len(heights))):  # pushed down again where they passed the top
-        ceiling = heights[-1] - surplus if place == len(heights) - 1 else heights[place + 1] - step
-        heights[place] = min(heights[place], ceiling)
-    for name, height in zip(order, heights, strict=True):
-        x, y, colour = ends[name]
+    names = sorted(ends, key=lambda name: ends[name][1])
+    heights = _spread([ends[name][1] for name in names], low, high, (high - low) / 20)
+    line = {"arrowstyle": "-", "lw": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 2, "relpos": (0, 0.5)}
+    for name, height in zip(names, heights, strict=True):
+        x, y, color = ends[name]
         axes.annotate(
             name,
             (x, y),
@@ -150,52 +183,56 @@ def _at_ends(axes: Any, ends: Mapping[str, tuple[float, float, str]]) -> None:
             textcoords=axes.get_yaxis_transform(),
             va="center",
             fontsize=8.5,
-            color=colour,
+            color=color,
             annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "lw": 0.6,
-                "alpha": 0.6,
-                "shrinkA": 1,
-                "shrinkB": 2,
-                "relpos": (0, 0.5),
-            },
+            arrowprops={**line, "color": color},
         )
+
+
+def _spread(heights: Sequence[float], low: float, high: float, distance: float) -> list[float]:
+    """Return heights in ascending order that are moved as little as needed to keep a distance.
+
+    Example:
+        >>> _spread([1.0, 1.0, 5.0], 0.0, 5.0, 1.0), _spread([4.5, 5.0], 0.0, 5.0, 1.0)
+        ([1.0, 2.0, 5.0], [4.0, 5.0])
+    """
+    spread: list[float] = []
+    for height in heights:
+        spread.append(max(height, spread[-1] + distance if spread else low))
+    ceiling = high
+    for index in reversed(range(len(spread))):
+        spread[index] = min(spread[index], ceiling)
+        ceiling = spread[index] - distance
+    return spread
 
 
 def images(path: Path, pairs: Sequence[tuple[float, float]], method: str, dataset: str, protocol: str) -> Path:
-    """Draws every image's PSNR before and after; above the diagonal it became better.
+    """Plot the PSNR of each image before and after restoration; images above the diagonal improved.
 
     Args:
-        path: The PNG.
-        pairs: Rainy and derained, in dB.
-        method: Who derained.
-        dataset: What was tested on.
-        protocol: How images were judged.
+        path: PNG file to write.
+        pairs: PSNR of the rainy and the derained image, in dB.
+        method: Name of the method.
+        dataset: Name of the test set.
+        protocol: Protocol of the PSNR.
+
+    Returns:
+        The path.
     """
-    better = sum(after > before for before, after in pairs)
-    gain = sum(after - before for before, after in pairs) / len(pairs)
+    gains = [after - before for before, after in pairs]
+    improved = sum(gain > 0 for gain in gains)
+    mean_gain = sum(gains) / len(gains)
+    low = min(min(pair) for pair in pairs) - 1
+    high = max(max(pair) for pair in pairs) + 1
     with _axes(path, f"{method} on {dataset}", (5.2, 5.2)) as axes:
         axes.set(xlabel=f"rainy, PSNR in dB ({protocol})", ylabel=f"derained, PSNR in dB ({protocol})", aspect="equal")
-        low = min(min(pair) for pair in pairs) - 1
-        high = max(max(pair) for pair in pairs) + 1
         axes.plot([low, high], [low, high], color="#888888", lw=1, zorder=1)
-        axes.text(
-            high,
-            high,
-            "unchanged  ",
-            rotation=45,
-            rotation_mode="anchor",
-            ha="right",
-            va="top",
-            color="#777777",
-            size=9,
-        )
-        colours = [COLOURS[0] if after > before else COLOURS[1] for before, after in pairs]
-        xs, ys = zip(*pairs, strict=True)
-        axes.scatter(xs, ys, s=22, c=colours, alpha=0.65, linewidths=0, zorder=3)
+        diagonal_label = {"rotation": 45, "rotation_mode": "anchor", "ha": "right", "va": "top"}
+        axes.text(high, high, "unchanged  ", color="#777777", size=9, **diagonal_label)
+        befores, afters = zip(*pairs, strict=True)
+        colors = [COLORS[0] if gain > 0 else COLORS[1] for gain in gains]
+        axes.scatter(befores, afters, s=22, c=colors, alpha=0.65, linewidths=0, zorder=3)
         axes.set(xlim=(low, high), ylim=(low, high))
-        told = f"{better} of {len(pairs)} images better\n{gain:+.2f} dB on average"
-        axes.text(0.03, 0.97, told, transform=axes.transAxes, va="top", color="#222222", size=9.5, linespacing=1.4)
+        summary = f"{improved} of {len(pairs)} images improved\n{mean_gain:+.2f} dB on average"
+        axes.text(0.03, 0.97, summary, transform=axes.transAxes, va="top", color="#222222", size=9.5, linespacing=1.4)
     return path

@@ -1,4 +1,4 @@
-"""Checks of floating-point images: finite, and in [0, 1] rather than in 0 to 255 or [-1, 1]."""
+"""Checks of floating-point images: finite values, in [0, 1] rather than in 0 to 255 or [-1, 1]."""
 
 import math
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from derain.errors import DerainError
 
 OVERSHOOT = 0.25
-"""How far sharpening and bicubic resampling leave [0, 1]; an image of another range leaves it further."""
+"""Distance from [0, 1] that sharpening and bicubic resampling may cause; images of another range are further away."""
 
 
 def extremes(values: Any) -> tuple[float, float]:
-    """Return the smallest and largest value of an array or tensor: NaN if any value is, 0 if there are none.
+    """Return the minimum and maximum of an array or tensor: NaN if any value is NaN, 0 if it is empty.
 
     Example:
         >>> import numpy as np
@@ -23,7 +23,7 @@ def extremes(values: Any) -> tuple[float, float]:
 
 
 def span(low: float, high: float) -> str:
-    """Return the extremes for a message.
+    """Return the range of values as text for a message.
 
     Example:
         >>> span(0.0, 255.0), span(float("nan"), float("nan"))
@@ -33,11 +33,11 @@ def span(low: float, high: float) -> str:
 
 
 def check_finite(values: Any, name: str) -> None:
-    """Check that a restored image has finite values alone: others would be written as black or white.
+    """Check that all values of a restored image are finite: NaN and infinity would be written as black or white.
 
     Args:
         values: Array or tensor of any shape.
-        name: What the message calls the image.
+        name: Name of the image in the message.
 
     Raises:
         DerainError: If a value is NaN or infinite.
@@ -54,15 +54,15 @@ def check_finite(values: Any, name: str) -> None:
 
 
 def check_range(values: Any, name: str, overshoot: float = OVERSHOOT) -> None:
-    """Check that the values of a floating-point image are those of an image in [0, 1].
+    """Check that the values of a floating-point image are in [0, 1].
 
     Args:
         values: Array or tensor of any shape.
-        name: What the message calls the image.
-        overshoot: How far values may leave [0, 1].
+        name: Name of the image in the message.
+        overshoot: Accepted distance from [0, 1].
 
     Raises:
-        DerainError: If a value is NaN or further outside.
+        DerainError: If a value is NaN or outside the range.
 
     Example:
         >>> import numpy as np

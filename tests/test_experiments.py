@@ -1,6 +1,7 @@
-"""Every experiment runs as its file says, on generated data of its layout."""
+"""Every experiment is understood and built as its file says; every method trains and restores by a recipe."""
 
 import importlib.util
+import inspect
 import json
 import re
 from pathlib import Path
@@ -8,20 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import LightningCLI
 
+import derain
 from derain import PLNLINGANModule
 from derain.cli import main
 from derain.errors import DerainError
 from derain.images import read_rgb, write_image
-from derain.methods import PReNetModule, catalog
+from derain.methods import DerainModule, PReNetModule, catalog
 from tests.factories import make_clip, make_set
-from tests.runs import metrics
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 FILES = sorted(path for path in EXPERIMENTS.rglob("*.yaml") if path.parent.name != "sweeps")
 SWEEPS = sorted(EXPERIMENTS.glob("sweeps/*.yaml"))
-DATA = [path for path in FILES if "data" in yaml.safe_load(path.read_text()) and path.parent == EXPERIMENTS]
+DATA = [path for path in FILES if path.parent == EXPERIMENTS]
 APPENDED = [path for path in FILES if path not in DATA]
+"""Files that are given behind the file of a data set: methods, ablations, loggers."""
+CONFIGS = {path: yaml.safe_load(path.read_text()) for path in FILES}
 TRANSFORMER = ["--model.dim", "8", "--model.blocks", "[1,1,1,1]", "--model.refinement", "1"]
 UNET = ["--model.channels", "32", "--model.multipliers", "[1,2]", "--model.attention", "none", "--model.context", "8"]
 GAN = ["--model.channels", "8", "--model.stages", "[1,1,1,1]", "--model.hierarchy", "1", "--model.heads", "2"]
@@ -30,32 +34,70 @@ SMALL = {
     "PReNetModule": ["--model.stages", "1"],
     "RestormerModule": TRANSFORMER,
     "CLIPRPNModule": TRANSFORMER,
-    "DACLIPModule": [],
     "DACLIPSDEModule": UNET,
     "PLNLINGANModule": GAN,
 }
+"""Options that make methods small enough for tests; a method without an entry keeps its size."""
+SETS = [
+    ("RainTrainL", "train"),
+    ("RainTrainH", "train"),
+    ("Rain100L", "test"),
+    ("Rain100H", "test"),
+    *(
+        (name, split)
+        for name in ("Rain800", "Rain200L", "Rain200H", "Rain1200", "Rain1400")
+        for split in ("train", "test")
+    ),
+    ("Rain12", "test"),
+    ("Rain13K", "train"),
+    *((name, "test") for name in ("Test100", "Test1200", "Test2800")),
+]
 PLNLIN = sorted([*EXPERIMENTS.glob("ablations/plnlin-*.yaml"), *EXPERIMENTS.glob("ablations/mcddl-*.yaml")])
 
 
-def small(*paths, clip):
-    """Options that make what these files configure small enough for tests."""
-    found = [yaml.safe_load(path.read_text()) for path in paths]
-    method = [config["model"]["class_path"] for config in found if "model" in config][-1]
+def method_of(*paths):
+    """Return the method that files configure together: the last one wins."""
+    return [CONFIGS[path]["model"]["class_path"] for path in paths if "model" in CONFIGS[path]][-1]
+
+
+def small_options(*paths, clip):
+    """Return options that make what these files configure small enough for tests."""
+    method = method_of(*paths)
     options = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.precision", "32"]
-    told = {name: value for config in found for name, value in config.get("model", {}).get("init_args", {}).items()}
-    a_round = max(told.get("generator_steps", 5), told.get("discriminator_steps", 1))  # in which both networks step
-    gan = method == "PLNLINGANModule"
-    if any("schedule" in config.get("data", {}) for config in found):
+    if any("schedule" in CONFIGS[path].get("data", {}) for path in paths):
         stages = [{"steps": 1, "crop": 16, "batch_size": 2}, {"steps": 1, "crop": 24, "batch_size": 1}]
         options += ["--data.schedule", json.dumps(stages)]
     options += ["--data.workers", "0", "--data.crop", "16", "--data.batch_size", "2"]
-    options += ["--data.repeat", "8" if gan else "1", "--trainer.limit_train_batches", str(a_round if gan else 2)]
-    options += ["--trainer.check_val_every_n_epoch", "1", "--trainer.log_every_n_steps", "1"]
-    return options + SMALL[method] + (["--model.clip", str(clip)] if "CLIP" in method else [])
+    options += SMALL.get(method, [])
+    clip_option = inspect.signature(getattr(derain.methods, method)).parameters.get("clip")
+    if clip_option is not None and isinstance(clip_option.default, str):  # a number clips gradients
+        options += ["--model.clip", str(clip)]
+    return options
 
 
-def the_script(name):
-    """A script of the experiments as a module."""
+class Built(Exception):
+    """Raised instead of training, when model, data and trainer are built."""
+
+
+@pytest.fixture
+def build(data_root, monkeypatch):
+    """Build what ``derain fit`` with some options would train, and return the command with model, data and trainer."""
+
+    def stop(cli):
+        raise Built(cli)
+
+    monkeypatch.setattr(LightningCLI, "before_fit", stop, raising=False)
+
+    def build(*arguments):
+        with pytest.raises(Built) as built:
+            main(["fit", *arguments])
+        return built.value.args[0]
+
+    return build
+
+
+def load_script(name):
+    """Return a script of the experiments as a module."""
     spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -67,74 +109,130 @@ def clip(tmp_path_factory):
     return make_clip(tmp_path_factory.mktemp("clip"))
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """All data sets of the experiments, small."""
+    root = tmp_path_factory.mktemp("data")
+    for name, split in SETS:
+        make_set(root, name, split, count=4, seed=len(name) * 10 + 1000 * (split == "train"))
+    return root
+
+
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    data = tmp_path / "data"
-    for name, split in (
-        ("RainTrainL", "train"),
-        ("RainTrainH", "train"),
-        ("Rain100L", "test"),
-        ("Rain100H", "test"),
-        ("Rain800", "train"),
-        ("Rain800", "test"),
-        *((name, split) for name in ("Rain200L", "Rain200H", "Rain1200", "Rain1400") for split in ("train", "test")),
-        ("Rain12", "test"),
-        ("Rain13K", "train"),
-        *((name, "test") for name in ("Test100", "Test1200", "Test2800")),
-    ):
-        make_set(data, name, split, count=4, seed=len(name) * 10 + 1000 * (split == "train"))
+def data_root(data, tmp_path, monkeypatch):
+    """Run in an empty folder, with all data sets."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DERAIN_DATA", str(data))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    return tmp_path
+    return data
 
 
-@pytest.mark.slow
+def assert_restores(model):
+    """Check that a method restores an image; modules that restore none have no such check."""
+    if isinstance(model, DerainModule):
+        with torch.no_grad():
+            assert model.eval()(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)
+
+
 @pytest.mark.parametrize("path", DATA, ids=lambda path: path.stem)
-def test_data_sets(path, place, clip):
-    config = ["--config", str(path), *small(path, clip=clip)]
-    assert main(["fit", *config, "--trainer.max_epochs", "1"]) == 0
-    run = place / "runs" / path.stem / "fit-1"
-    if "PLNLIN" in path.read_text():
-        header = (run / "metrics.csv").read_text().partition("\n")[0].split(",")
-        assert {f"train/{one}_{k}" for one in ("generator", "discriminator") for k in "1234"} <= set(header)
-    with_weights = [*config, "--weights", str(run / "weights.safetensors")]
-    held_out = [] if path.stem == "quickstart" else ["--data.val", "null"]
-    assert main(["validate", *with_weights, *held_out]) == 0
-    assert main(["test", *with_weights]) == 0
-    assert main(["predict", *with_weights, "--data.predict", str(next((place / "data").glob("Rain100L/rainy")))]) == 0
-    assert len(list((place / "runs" / path.stem / "predict-1" / "images").iterdir())) == 4
+def test_data_sets_are_loaded(path, build, clip):
+    cli = build("--config", str(path), *small_options(path, clip=clip))
+    assert_restores(cli.model)
+    cli.datamodule.setup("fit")
+    batch = next(iter(cli.datamodule.train_dataloader()))
+    assert batch["rainy"].shape == batch["clean"].shape == (2, 3, 16, 16)
+    cli.datamodule.setup("test")
+    names = CONFIGS[path]["data"]["test"]
+    assert len(cli.datamodule.pairs["test"]) >= (4 * len(names) if isinstance(names, list) else 2)
+
+
+@pytest.mark.parametrize("path", APPENDED, ids=lambda path: path.stem)
+def test_appended_files_are_built(path, build, clip):
+    first = EXPERIMENTS / "rain800.yaml"
+    cli = build("--config", str(first), "--config", str(path), *small_options(first, path, clip=clip))
+    assert type(cli.model).__name__ == method_of(first, path)
+    given = CONFIGS[path].get("model", {}).get("init_args", {})
+    overridden = {option.removeprefix("--model.") for option in SMALL.get(method_of(first, path), [])[::2]}
+    for name in given.keys() - overridden:
+        assert cli.model.hparams[name] == pytest.approx(given[name]), name
+    assert_restores(cli.model)
+    if path in PLNLIN:
+        assert (cli.model.discriminator is None) == (path.stem == "mcddl-none")
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_sweeps_name_options_that_exist(path, build, clip):
+    sweep = yaml.safe_load(path.read_text())
+    files = [EXPERIMENTS.parent / part for part in sweep["command"] if part.endswith(".yaml") and "loggers" not in part]
+    arguments = [part for file in files for part in ("--config", str(file))]
+    chosen = {name: choice["values"][-1] for name, choice in sweep["parameters"].items()}
+    arguments += [f"--{name}={value}" for name, value in chosen.items()]
+    cli = build(*arguments, *small_options(*files, clip=clip))
+    for name, value in chosen.items():
+        assert cli.model.hparams[name.removeprefix("model.init_args.")] == pytest.approx(value)
+
+
+def one_recipe_each():
+    """Return files for every method that the experiments have: a data set's own method, or with one appended."""
+    recipes = {}
+    for path in DATA:
+        recipes.setdefault(method_of(path), [path])
+    for path in APPENDED:
+        recipes.setdefault(method_of(EXPERIMENTS / "rain800.yaml", path), [EXPERIMENTS / "rain800.yaml", path])
+    return recipes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", APPENDED, ids=lambda path: path.stem)
-def test_appended_files(path, place, clip, monkeypatch):
+@pytest.mark.parametrize(("method", "paths"), one_recipe_each().items(), ids=one_recipe_each())
+def test_methods_train_and_restore_by_a_recipe(method, paths, data_root, clip, tmp_path):
+    settings = {
+        name: value for path in paths for name, value in CONFIGS[path].get("model", {}).get("init_args", {}).items()
+    }
+    updates = max(settings.get("generator_steps", 5), settings.get("discriminator_steps", 1))
+    adversarial = method == "PLNLINGANModule"  # both networks are updated within so many batches
+    config = [option for path in paths for option in ("--config", str(path))]
+    config += small_options(*paths, clip=clip)
+    config += ["--data.repeat", "8" if adversarial else "1", "--trainer.log_every_n_steps", "1"]
+    config += ["--trainer.limit_train_batches", str(updates if adversarial else 2)]
+    one_epoch = ["--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1"]
+    assert main(["fit", *config, *one_epoch]) == 0
+    runs = tmp_path / "runs" / paths[0].stem
+    if adversarial:
+        header = (runs / "fit-1/metrics.csv").read_text().partition("\n")[0].split(",")
+        losses = {f"train/{network}_{k}" for network in ("generator", "discriminator") for k in "1234"}
+        assert losses <= set(header)
+    with_weights = [*config, "--weights", str(runs / "fit-1/weights.safetensors")]
+    assert main(["validate", *with_weights, "--data.val", "null"]) == 0
+    if method == "DACLIPModule":  # restores no images
+        return
+    assert main(["test", *with_weights]) == 0
+    assert main(["predict", *with_weights, "--data.predict", str(next(data_root.glob("Rain100L/rainy")))]) == 0
+    assert len(list((runs / "predict-1/images").iterdir())) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_loggers_write_into_the_run(logger, data_root, tmp_path, monkeypatch):
+    pytest.importorskip(logger)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    first = EXPERIMENTS / "rain800.yaml"
-    config = ["--config", str(first), "--config", str(path), *small(first, path, clip=clip)]
-    assert main(["fit", *config, "--trainer.max_epochs", "1"]) == 0
-    assert (place / "runs/rain800/fit-1/weights.safetensors").is_file()
-    if path in PLNLIN:
-        judged = metrics(place / "runs/rain800/fit-1", "train/discriminator_4")
-        assert bool(judged) == (path.stem != "mcddl-none")
-    if path.stem == "tensorboard":
-        assert list(place.rglob("events.out.tfevents.*"))
-    if path.stem == "wandb":
-        assert list((place / "runs/rain800/fit-1").rglob("*.wandb"))
+    paths = [EXPERIMENTS / "rain800.yaml", EXPERIMENTS / "methods/prenet.yaml", EXPERIMENTS / f"loggers/{logger}.yaml"]
+    config = [option for path in paths for option in ("--config", str(path))]
+    config += [*small_options(*paths, clip=None), "--data.repeat", "1"]
+    assert main(["fit", *config, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"]) == 0
+    pattern = {"tensorboard": "events.out.tfevents.*", "wandb": "*.wandb"}[logger]
+    assert list((tmp_path / "runs/rain800/fit-1").rglob(pattern))
 
 
 @pytest.mark.parametrize("path", PLNLIN, ids=lambda path: path.stem)
-def test_ablations_tell_how_many_parameters_their_networks_have(path):
-    options = yaml.safe_load(path.read_text())["model"]["init_args"]
-    method = PLNLINGANModule(
-        **{name: float(one) if name in {"alpha", "beta"} else one for name, one in options.items()}
-    )
+def test_ablations_state_how_many_parameters_their_networks_have(path):
+    options = CONFIGS[path]["model"]["init_args"]
+    floats = {"alpha", "beta"}
+    with torch.device("meta"):
+        method = PLNLINGANModule(**{name: float(v) if name in floats else v for name, v in options.items()})
     networks = [network for network in (method.network, method.discriminator) if network is not None]
-    built = [f"{sum(one.numel() for one in network.parameters()):,}" for network in networks]
-    *_, told = re.findall(
-        r"([\d,]+) parameters and ([\d,]+) of the discriminator", path.read_text()
-    )  # the default's first
-    assert list(told)[: len(built)] == built
+    counts = [f"{sum(parameter.numel() for parameter in network.parameters()):,}" for network in networks]
+    *_, stated = re.findall(r"([\d,]+) parameters and ([\d,]+) of the discriminator", path.read_text())
+    assert list(stated)[: len(counts)] == counts  # the whole method's are stated first
 
 
 EQUAL_IN_SIZE = [path for path in PLNLIN if re.search(r"Table [346]\b", path.read_text())]
@@ -143,26 +241,15 @@ EQUAL_IN_SIZE = [path for path in PLNLIN if re.search(r"Table [346]\b", path.rea
 
 @pytest.mark.parametrize("path", EQUAL_IN_SIZE, ids=lambda path: path.stem)
 def test_ablations_have_almost_as_many_parameters(path):
-    method = PLNLINGANModule(**yaml.safe_load(path.read_text())["model"]["init_args"])
+    with torch.device("meta"):
+        method = PLNLINGANModule(**CONFIGS[path]["model"]["init_args"])
     changed = method.discriminator if "Table 6" in path.read_text() else method.network
     whole = 679_968 if "Table 6" in path.read_text() else 2_251_423
-    assert sum(one.numel() for one in changed.parameters()) == pytest.approx(whole, rel=0.025)
+    assert sum(parameter.numel() for parameter in changed.parameters()) == pytest.approx(whole, rel=0.025)
 
 
 def test_nine_ablations_are_equal_in_size():
     assert len(EQUAL_IN_SIZE) == 9
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_sweeps_name_options_that_exist(path, place, clip):
-    sweep = yaml.safe_load(path.read_text())
-    command = [part for part in sweep["command"] if part not in {"${env}", "derain", "${args}"}]
-    files = [EXPERIMENTS.parent / part for part in command if part.endswith(".yaml") and "loggers" not in part]
-    arguments = ["fit", *(part for file in files for part in ("--config", str(file)))]
-    arguments += [f"--{name}={choice['values'][0]}" for name, choice in sweep["parameters"].items()]
-    one_step = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"]
-    assert main([*arguments, *small(*files, clip=clip), *one_step]) == 0
 
 
 RECIPES = [path for path in DATA if path.stem != "quickstart"]
@@ -188,7 +275,7 @@ def test_restormers_recipe_is_its_authors():
 
 
 def test_means_of_weights(tmp_path, capsys):
-    script = the_script("mean_of_weights")
+    script = load_script("mean_of_weights")
     modules = [PReNetModule("PRN_r", stages=1) for _ in range(2)]
     for name, module in zip("ab", modules, strict=True):
         module.save_weights(tmp_path / name)
@@ -198,14 +285,14 @@ def test_means_of_weights(tmp_path, capsys):
         one, other = (module.network.state_dict()[name] for module in modules)
         torch.testing.assert_close(value, 0.7 * one + 0.3 * other)
     PReNetModule("PRN", stages=1).save_weights(tmp_path / "c")
-    for file, share, told in (("c", 0.5, "its network is not that of"), ("b", 1.5, "must be in")):
+    for file, share, told in (("c", 0.5, "/c: "), ("b", 1.5, "--share 1.5")):
         with pytest.raises(DerainError, match=told):
             script.main(tmp_path / "a", tmp_path / file, tmp_path / "out", share)
     assert not (tmp_path / "out").exists()
 
 
 def test_data_of_the_model_in_the_box_has_no_leak(tmp_path, monkeypatch, capsys):
-    script = the_script("default_data")
+    script = load_script("default_data")
     monkeypatch.setattr(script, "VALIDATE", 1)
     make_set(tmp_path / "data", "Rain800", "train", count=5, seed=1, size=(96, 128))
     make_set(tmp_path / "data", "Rain100L", "test", count=2, seed=1, size=(96, 128))  # of the same backgrounds

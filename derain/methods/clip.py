@@ -1,4 +1,4 @@
-"""Frozen CLIP: found or fetched, loaded when first needed, and never a part of a method's parameters."""
+"""Frozen CLIP: found or fetched, loaded when first needed, and never part of a method's parameters."""
 
 import logging
 import os
@@ -21,35 +21,38 @@ from derain.images import Pixels
 log = logging.getLogger("derain")
 
 PREPARATION = 2
-"""Version of the pixels that CLIP sees of an image: whatever is kept of features belongs to one."""
+"""Version of the preprocessing of images: cached features belong to one version."""
 
 
 def clip_model(without: str) -> HubModel:
-    """CLIP on the hub, and what is said when it cannot be had.
+    """Return CLIP as a model of the hub, with the advice of its error messages.
 
     Args:
-        without: How to do without it, empty where that is not possible.
+        without: How to work without CLIP; empty if that is impossible.
     """
+    unfetched = "name a local directory by --model.clip or DERAIN_CLIP"
+    if without:
+        unfetched += f"; {without}"
     return HubModel(
         "CLIP",
         tokenizer=(("tokenizer.json",), ("vocab.json", "merges.txt")),
         option="--model.clip",
         instead=without or "set DERAIN_CLIP",
-        unfetched="; ".join(("name a local directory by --model.clip or DERAIN_CLIP", *([without] if without else []))),
+        unfetched=unfetched,
     )
 
 
 def centre_view(height: int, width: int, shortest: int, crop: int) -> tuple[int, int, int, int]:
-    """Return the size that an image is resized to and where its centre is cut out, as torchvision does.
+    """Return the size that an image is resized to and the position of its centre crop, as torchvision does.
 
-    CLIP's authors and open_clip prepare images with torchvision, which rounds half a pixel of the margin to the even
-    number; transformers rounds it down.
+    CLIP's authors and open_clip use torchvision, which rounds a margin of half a pixel to the even number; transformers
+    rounds it down.
 
     Args:
-        height: Of the image, in pixels.
-        width: Likewise.
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
         shortest: Length of the shorter side after resizing.
-        crop: Side of the square that is cut out.
+        crop: Side of the centre crop.
 
     Returns:
         Height, width, top, left.
@@ -62,24 +65,24 @@ def centre_view(height: int, width: int, shortest: int, crop: int) -> tuple[int,
         height, width = shortest, shortest * width // height
     else:
         height, width = shortest * height // width, shortest
-    top, left = (round((side - crop) / 2) for side in (height, width))
+    top = round((height - crop) / 2)
+    left = round((width - crop) / 2)
     return height, width, top, left
 
 
 class FrozenCLIP:
-    """CLIP's image and text features.
+    """Image and text features of CLIP.
 
-    It is no ``nn.Module``, so that it enters no checkpoint, no optimiser and no average; it moves to the device of
-    what it is asked for.
+    It is not an ``nn.Module``, so that it is not part of checkpoints, optimisers and averages. It moves to the device
+    of its inputs.
 
     Args:
         name: Id on the Hugging Face hub (``openai/clip-vit-base-patch32``) or a local directory in that form;
-            ``$DERAIN_CLIP`` goes before it, for weights that name a directory of another machine.
-
-        without: What a method that does without CLIP is told to do, for messages.
+            ``$DERAIN_CLIP`` takes precedence, for weights that name a directory of another machine.
+        without: How to work without CLIP, for error messages.
 
     Raises:
-        DerainError: When it is first needed and can neither be found nor fetched.
+        DerainError: When CLIP is first needed and can neither be found nor fetched.
     """
 
     def __init__(self, name: str, without: str = "") -> None:
@@ -90,7 +93,7 @@ class FrozenCLIP:
 
     @cached_property
     def folder(self) -> Path:
-        """Directory of the model; fetched from the hub, with a word about it, where it is not here yet."""
+        """Directory of the model; it is fetched from the hub at the first access if necessary, with a log message."""
         return self.hub.folder(self.name)
 
     @cached_property
@@ -109,33 +112,33 @@ class FrozenCLIP:
                 local_files_only=True,
                 dtype=torch.float32,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below
+                ignore_mismatched_sizes=True,  # reported by check_whole
             )
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        model, told = loaded
-        check_whole("CLIP", self.name, told)
+        model, loading_info = loaded
+        check_whole("CLIP", self.name, loading_info)
         model.train(False)
         return model.requires_grad_(False), tokenizer, processor
 
     @property
     def model(self) -> Any:
-        """The model of transformers, frozen, on the CPU until it is moved."""
+        """Frozen model of transformers, on the CPU until it is moved."""
         return self._loaded[0]
 
     @property
     def side(self) -> int:
-        """Side of the images that CLIP sees, in pixels."""
+        """Side of CLIP's input images, in pixels."""
         return int(self._loaded[2].crop_size["height"])
 
     def _view(self, height: int, width: int) -> tuple[int, int, int, int]:
         return centre_view(height, width, self._loaded[2].size["shortest_edge"], self.side)
 
     def pixels(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
-        """Return images in CLIP's size and range, on their device.
+        """Return images at CLIP's input size and range, on their device.
 
-        The short side is resized by antialiased bicubic interpolation, as by Pillow but in floating point, the centre
-        is cut out.
+        They are resized by antialiased bicubic interpolation, as by Pillow but in floating point, and cropped at the
+        centre.
 
         Args:
             images: In [0, 1], of any size.
@@ -144,7 +147,8 @@ class FrozenCLIP:
         height, width, top, left = self._view(*images.shape[2:])
         resized = F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
         resized = resized[:, :, top : top + self.side, left : left + self.side]
-        mean, std = (images.new_tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
+        mean = images.new_tensor(processor.image_mean)[:, None, None]
+        std = images.new_tensor(processor.image_std)[:, None, None]
         return (resized - mean) / std
 
     def _cropped(self, image: Pixels) -> Pixels:
@@ -154,20 +158,28 @@ class FrozenCLIP:
 
     @torch.inference_mode()
     def texts(self, prompts: Sequence[str], *, truncate: bool = False) -> Float[Tensor, "n d"]:
-        """Features of texts, not normalised, on the CPU.
+        """Return features of texts, not normalised, on the CPU.
 
         Args:
             prompts: The texts.
-            truncate: Cut what is longer than CLIP reads, all but its end token, instead of refusing it.
+            truncate: Truncate texts that are too long for CLIP, except for the end token, instead of refusing them.
+
+        Raises:
+            DerainError: If a text is too long for CLIP.
         """
         model, tokenizer, _ = self._loaded
         device = next(model.parameters()).device
         length = model.config.text_config.max_position_embeddings
-        cut = {"truncation": True, "max_length": length} if truncate else {}
-        tokens = tokenizer(list(prompts), padding=True, return_tensors="pt", **cut)
+        tokens = tokenizer(
+            list(prompts),
+            padding=True,
+            truncation=truncate,
+            max_length=length if truncate else None,
+            return_tensors="pt",
+        )
         if tokens.input_ids.shape[1] > length:
             longest = max(prompts, key=len)
-            raise DerainError(f"prompt {longest[:60]!r} …: CLIP reads {length - 2} tokens at most; shorten it")
+            raise DerainError(f"prompt {longest[:60]!r} …: too long; CLIP reads {length - 2} tokens; shorten it")
         with torch.autocast(device.type, enabled=False):
             pooled = model.text_model(**tokens.to(device)).pooler_output
             return model.text_projection(pooled).float().cpu()  # type: ignore[no-any-return]
@@ -176,8 +188,7 @@ class FrozenCLIP:
     def images(self, images: Sequence[Pixels], device: torch.device | None = None) -> Float[Tensor, "n d"]:
         """Return features of images of any sizes, not normalised, on the CPU.
 
-        The images are resized to CLIP's size by bicubic interpolation with Pillow and cropped at the centre, as CLIP's
-        authors do.
+        They are resized by Pillow's bicubic interpolation and cropped at the centre, as by CLIP's authors.
         """
         model, _, processor = self._loaded
         model.to(device or "cpu")

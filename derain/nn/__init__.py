@@ -1,1 +1,1 @@
-"""Blocks of torch alone that two or more methods are built of."""
+"""Building blocks that two or more methods use; they depend on PyTorch, not on Lightning."""

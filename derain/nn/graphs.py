@@ -1,17 +1,17 @@
-"""Whether a network is only restoring or training, or runs so that a graph is made of it."""
+"""Whether a network runs eagerly, or a graph of its operations is made."""
 
 import torch
 
 
-def recorded() -> bool:
-    """Whether operations are recorded: compiled, or exported. Cutting a map to save memory is of no use then."""
-    return torch.compiler.is_compiling() or _traced()
+def compiling_or_exporting() -> bool:
+    """Return whether a graph is made, to compile or export it: it should contain whole maps, not strips of them."""
+    return torch.compiler.is_compiling() or _is_tracing()
 
 
-def recorded_for_all_sizes() -> bool:
-    """Whether the graph shall hold for images of any size: nothing may be decided by the size of this one."""
-    return torch.compiler.is_exporting() or _traced()
+def exporting() -> bool:
+    """Return whether a graph for images of any size is made: it must not depend on the size of the example image."""
+    return torch.compiler.is_exporting() or _is_tracing()
 
 
-def _traced() -> bool:
+def _is_tracing() -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]

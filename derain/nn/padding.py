@@ -1,4 +1,4 @@
-"""Images brought to sizes that a network can halve."""
+"""Padding of images to sizes that a network can halve."""
 
 from typing import Any
 
@@ -7,13 +7,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from derain.nn.graphs import recorded_for_all_sizes
+from derain.nn.graphs import exporting
 
 
 def pad_to_multiple(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor, "b c h2 w2"]:
-    """Adds rows below and columns at the right until both sides are multiples.
+    """Pad images at the bottom and the right until height and width are multiples of a number.
 
-    They are reflections, or copies of the border where an image is smaller than ``multiple``.
+    The padding is a reflection of the image, or repeats its border if a side is shorter than ``multiple``.
+
+    Args:
+        x: Images of any size.
+        multiple: Divisor of the padded height and width.
 
     Example:
         >>> import torch
@@ -21,32 +25,38 @@ def pad_to_multiple(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor,
         torch.Size([1, 3, 40, 8])
     """
     height, width = x.shape[2:]
-    if recorded_for_all_sizes():
-        last_row, last_column = (torch.arange(length, device=x.device)[-1] for length in (height, width))
+    if exporting():
+        last_row = torch.arange(height, device=x.device)[-1]
+        last_column = torch.arange(width, device=x.device)[-1]
         reflect = torch.minimum(last_row, last_column) + 1 >= multiple
-        rows, columns = (places(last, multiple, reflect) for last in (last_row, last_column))
+        rows = padded_indices(last_row, multiple, reflect)
+        columns = padded_indices(last_column, multiple, reflect)
         return x[:, :, rows][..., columns]
     mode = "reflect" if min(height, width) >= multiple else "replicate"
     return F.pad(x, (0, -width % multiple, 0, -height % multiple), mode)
 
 
-def places(last: Int[Tensor, ""], multiple: int, reflect: Tensor) -> Int[Tensor, " n"]:
-    """Which rows, or columns, a padded image has, computed from tensors and so for images of any size.
+def padded_indices(last: Int[Tensor, ""], multiple: int, reflect: Tensor) -> Int[Tensor, " n"]:
+    """Return the index of the row (or column) to copy for each row of a padded image.
+
+    Computed from tensors, so that an exported graph is valid for images of any size.
 
     Args:
-        last: Place of the image's last row.
-        multiple: Of which the result's length is one.
-        reflect: Whether rows are added by reflection, else by copying the last one.
+        last: Index of the image's last row.
+        multiple: Divisor of the padded length.
+        reflect: Whether padding is a reflection; otherwise the last row is repeated.
 
     Example:
-        >>> places(torch.tensor(4), 8, torch.tensor(True))
+        >>> padded_indices(torch.tensor(4), 8, torch.tensor(True))
         tensor([0, 1, 2, 3, 4, 3, 2, 1])
-        >>> places(torch.tensor(4), 8, torch.tensor(False))
+        >>> padded_indices(torch.tensor(4), 8, torch.tensor(False))
         tensor([0, 1, 2, 3, 4, 4, 4, 4])
     """
     blocks: Any = last // multiple + 1
-    if torch.compiler.is_exporting():  # a number without a value yet, of which all sizes in the graph are multiples
+    if torch.compiler.is_exporting():  # a symbolic number; the sizes of the graph are multiples of it
         blocks = blocks.item()
         torch._check(blocks >= 1)  # type: ignore[no-untyped-call]
-    padded = torch.arange(blocks * multiple, device=last.device)
-    return torch.where(reflect, last - (padded - last).abs(), padded.clamp(max=last))
+    indices = torch.arange(blocks * multiple, device=last.device)
+    reflected = last - (indices - last).abs()
+    repeated = indices.clamp(max=last)
+    return torch.where(reflect, reflected, repeated)

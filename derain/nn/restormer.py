@@ -1,14 +1,14 @@
-"""Restormer: attention between channels, gated feed-forward, a four-level encoder-decoder.
+"""Restormer: a four-level encoder-decoder of transformer blocks with channel attention and gated feed-forward.
 
 Zamir et al., Restormer: Efficient Transformer for High-Resolution Image Restoration, CVPR 2022. Parameters have the
-names and shapes of the authors' checkpoints; the arithmetic is arranged for speed:
+names and shapes of the authors' checkpoints. The computation is optimised:
 
-- Tensors are ``(b, h, w, c)``: a pixel is normalised along contiguous memory, and convolutions see channels last.
-- Without gradients, a map is worked on in strips of rows that stay in a processor's cache.
-- Attention and the projection after it both act on the channels of a pixel: their matrices are multiplied first, and
-  the pixels are passed over once. Not queries and keys are normalised, but their products.
-- The hidden channels of the feed-forward network are padded by zeros to a multiple of 16, the width of vectors. A
-  zero gates a zero, so they add nothing.
+- Tensors are ``(b, h, w, c)``: the channels of a pixel are contiguous, as normalisation and convolutions prefer.
+- Without gradients, maps are processed in strips of rows that fit into a processor's cache.
+- Attention and its output projection both multiply the channels of a pixel by a matrix. The two matrices are
+  multiplied first, so that the pixels are read once. The products of queries and keys are normalised, not the maps.
+- The hidden channels of the feed-forward network are padded with zeros to a multiple of 16, the width of vector
+  instructions. Padded channels stay zero.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,40 +20,40 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from derain.errors import DerainError
-from derain.nn.graphs import recorded, recorded_for_all_sizes
+from derain.nn.graphs import compiling_or_exporting, exporting
 from derain.nn.padding import pad_to_multiple
 
 STRIP_BYTES = {"cpu": 8 << 20, "gpu": 256 << 20}
-"""Size of the widest map of a strip: of what stays in the cache of a core, and of what a GPU is busy with."""
+"""Size of a strip's widest map: fits into the cache of a CPU core, and is large enough to occupy a GPU."""
 
 Interact = Callable[[int, Float[Tensor, "b h w c"]], Float[Tensor, "b h w c"]]
-"""What is done to the features of a level (0 is the finest) before they are upsampled."""
+"""Function of a level and its features that returns features of the same shape, applied before upsampling."""
 
 
 def pointwise(x: Float[Tensor, "b h w i"], weight: Float[Tensor, "o i 1 1"]) -> Float[Tensor, "b h w o"]:
-    """A 1×1 convolution without bias."""
+    """Apply a 1×1 convolution without bias."""
     return F.conv2d(x.permute(0, 3, 1, 2), weight).permute(0, 2, 3, 1)
 
 
 def spatial(x: Float[Tensor, "b h w i"], convolution: nn.Module) -> Float[Tensor, "b h w o"]:
-    """A convolution over neighbouring pixels."""
+    """Apply a convolution module to channels-last features."""
     return cast(Tensor, convolution(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 def strips(x: Float[Tensor, "b h w c"], width: int) -> Iterator[tuple[slice, Tensor, slice]]:
-    """Cuts a map into strips of rows, each with a row more above and below where there is one.
+    """Split a map into strips of rows, each with one further row above and below for 3×3 convolutions.
 
-    Where no gradient is wanted, strips are so low that what is computed of them stays in a processor's cache, which
-    is faster, and takes less memory everywhere. A compiled network fuses its operations instead.
+    Without gradients, the maps computed from a strip fit into a processor's cache, which is faster and saves memory.
+    With gradients, or when a graph is made (a compiler fuses operations itself), there is one strip.
 
     Args:
         x: The map.
-        width: Channels of the widest map that is computed of a strip.
+        width: Channels of the widest map computed from a strip.
 
     Yields:
-        The rows of the map, the strip with its neighbours, and which of its rows are its own.
+        The rows of the strip in the map, the strip with its neighbouring rows, and its rows without them.
     """
-    if torch.is_grad_enabled() or recorded():
+    if torch.is_grad_enabled() or compiling_or_exporting():
         yield slice(None), x, slice(None)
         return
     budget = STRIP_BYTES["cpu" if x.device.type == "cpu" else "gpu"]
@@ -63,27 +63,28 @@ def strips(x: Float[Tensor, "b h w c"], width: int) -> Iterator[tuple[slice, Ten
         yield slice(top, top + rows), x[:, top - above : top + rows + 1], slice(above, above + rows)
 
 
-def _exact(x: Tensor) -> Tensor:
+def _as_float32(x: Tensor) -> Tensor:
+    """Convert to float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _least_norm(dtype: torch.dtype) -> float:
-    """Return what norms are at least: 1e-12 as in `torch.nn.functional.normalize`, 1e-4 in float16.
+def _min_norm(dtype: torch.dtype) -> float:
+    """Return the minimum of norms: 1e-12 as in `torch.nn.functional.normalize`, 1e-4 in float16.
 
-    The gradient of a norm that is zero grows with the inverse, and float16 has to hold it, scaled.
+    Gradients grow with its inverse, and scaled gradients must not overflow in float16.
     """
     return 1e-4 if dtype == torch.float16 else 1e-12
 
 
 class Attention(nn.Module):
-    """What self- and cross-attention share: similarities of channels, and how the values are mixed by them.
+    """Base of self- and cross-attention between channels.
 
-    Of each head, ``softmax(Q Kᵀ · temperature) V`` with queries and keys of unit length over the pixels. Similarities
-    are summed up strip by strip, in float32 at least.
+    Each head computes ``softmax(Q Kᵀ · temperature) V`` with queries and keys normalised over the pixels. Similarities
+    are accumulated over strips in float32 or wider.
 
     Args:
-        channels: Width of the features.
-        heads: Groups of channels that attend among themselves; must divide ``channels``.
+        channels: Number of channels.
+        heads: Number of heads; must divide ``channels``.
 
     Raises:
         DerainError: If ``heads`` does not divide ``channels``.
@@ -95,44 +96,58 @@ class Attention(nn.Module):
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
         if channels % heads:
-            raise DerainError(f"{heads} heads do not divide {channels} channels; choose others, or another dim")
+            raise DerainError(f"{heads} heads do not divide {channels} channels; change heads or dim")
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
         self.project_out = nn.Conv2d(channels, channels, 1, bias=False)
 
     def attend(self, strips: Iterable[Sequence[Tensor]]) -> Float[Tensor, "b h w c"]:
-        """Attends, given queries, keys and values of strips of rows, ``(b, rows, w, channels)`` each."""
-        values, products, squares = [], [], []
+        """Return the projected attention.
+
+        Args:
+            strips: Queries, keys and values of strips of rows, ``(b, rows, w, channels)`` each.
+        """
+        values, products, squared_norms = [], [], []
         for query, key, value in strips:
             values.append(value)
             with torch.autocast(value.device.type, enabled=False):
                 products.append(self._products(query, key))
-                squares.append(torch.stack([_exact(t).square().sum((1, 2)) for t in (query, key)]))
+                squared_norms.append(torch.stack([_as_float32(x).square().sum((1, 2)) for x in (query, key)]))
         value = torch.cat(values, dim=1) if len(values) > 1 else values[0]
-        (b, h, w, c), heads = value.shape, len(self.temperature)
         with torch.autocast(value.device.type, enabled=False):
-            q, k = torch.stack(squares).sum(0).clamp_min(_least_norm(query.dtype) ** 2).sqrt().reshape(2, b, heads, -1)
-            cosines = torch.stack(products).sum(0) / (q[..., :, None] * k[..., None, :])
-            attention = (cosines * self.temperature).softmax(-1)  # (b, heads, d, d)
-            projection = self.project_out.weight.reshape(c, heads, -1).transpose(0, 1)
-            matrix = (projection @ attention).transpose(2, 3).reshape(b, c, c)
+            min_norm = _min_norm(query.dtype)
+            norms = torch.stack(squared_norms).sum(0).clamp_min(min_norm**2).sqrt()
+            matrix = self._projected_attention(torch.stack(products).sum(0), norms)
+        b, h, w, c = value.shape
         mixed: Tensor = value.flatten(1, 2) @ matrix.to(value.dtype)
         return mixed.reshape(b, h, w, c)
 
     def _products(self, query: Tensor, key: Tensor) -> Float[Tensor, "b heads d d"]:
-        """Products of channels, summed over the pixels: in float16 they could overflow."""
-        if query.dtype == torch.float16:
+        """Return the products of channels, summed over the pixels."""
+        if query.dtype == torch.float16:  # the sums could overflow
             query, key = query.float(), key.float()
         b, h, w, _ = query.shape
-        q, k = (t.reshape(b, h * w, len(self.temperature), -1).permute(0, 2, 3, 1) for t in (query, key))
-        return _exact(q @ k.transpose(2, 3))
+        q, k = (x.reshape(b, h * w, len(self.temperature), -1).permute(0, 2, 3, 1) for x in (query, key))
+        return _as_float32(q @ k.transpose(2, 3))
+
+    def _projected_attention(
+        self, products: Float[Tensor, "b heads d d"], norms: Float[Tensor, "2 b c"]
+    ) -> Float[Tensor, "b c c"]:
+        """Return the product of the attention of all heads and the output projection."""
+        b, heads, _, _ = products.shape
+        c = norms.shape[2]
+        query_norms, key_norms = norms.reshape(2, b, heads, -1)
+        cosines = products / (query_norms[..., :, None] * key_norms[..., None, :])
+        attention = (cosines * self.temperature).softmax(-1)  # (b, heads, d, d)
+        projection = self.project_out.weight.reshape(c, heads, -1).transpose(0, 1)
+        return (projection @ attention).transpose(2, 3).reshape(b, c, c)
 
 
 class SelfAttention(Attention):
-    """Attention of the channels to each other ("MDTA").
+    """Self-attention between channels ("MDTA").
 
     Args:
-        channels: Width of the features.
-        heads: Groups of channels that attend among themselves; must divide ``channels``.
+        channels: Number of channels.
+        heads: Number of heads; must divide ``channels``.
 
     Shape:
         ``(b, h, w, channels)`` → same.
@@ -147,22 +162,25 @@ class SelfAttention(Attention):
         self.qkv_dwconv = nn.Conv2d(3 * channels, 3 * channels, 3, padding=1, groups=3 * channels, bias=False)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        """Mixes the channels."""
-        return self.attend(
-            spatial(pointwise(strip, self.qkv.weight), self.qkv_dwconv)[:, own].chunk(3, dim=-1)
-            for _, strip, own in strips(x, self.qkv.out_channels)
-        )
+        """Attend."""
+
+        def queries_keys_values() -> Iterator[Sequence[Tensor]]:
+            for _, strip, own_rows in strips(x, self.qkv.out_channels):
+                qkv = spatial(pointwise(strip, self.qkv.weight), self.qkv_dwconv)
+                yield qkv[:, own_rows].chunk(3, dim=-1)
+
+        return self.attend(queries_keys_values())
 
 
 class CrossAttention(Attention):
-    """Attention of one map's channels to another's.
+    """Cross-attention between the channels of two maps.
 
     Args:
-        channels: Width of the features.
-        heads: Groups of channels; must divide ``channels``.
+        channels: Number of channels.
+        heads: Number of heads; must divide ``channels``.
 
     Shape:
-        Three times ``(b, h, w, channels)`` → the same once.
+        Query, key and value ``(b, h, w, channels)`` → same.
 
     References:
         CLIP-RPN, eqs. 8 and 9, Figure 1(c).
@@ -181,7 +199,7 @@ class CrossAttention(Attention):
         key: Float[Tensor, "b h w c"],
         value: Float[Tensor, "b h w c"],
     ) -> Float[Tensor, "b h w c"]:
-        """Gathers ``value`` by the likeness of ``query`` and ``key``."""
+        """Attend to ``value`` by the similarity of ``query`` and ``key``."""
         inputs = {"query": query, "key": key, "value": value}
         maps = [
             spatial(pointwise(x, self.get_parameter(f"{name}.weight")), self.get_submodule(f"{name}_dwconv"))
@@ -191,11 +209,11 @@ class CrossAttention(Attention):
 
 
 class GatedFeedForward(nn.Module):
-    """Two depth-wise convolutions, one gating the other ("GDFN").
+    """Feed-forward network of two depth-wise convolutions, one gating the other ("GDFN").
 
     Args:
-        channels: Width of the features.
-        expansion: Hidden width over ``channels``; rounded down.
+        channels: Number of channels.
+        expansion: Number of hidden channels divided by ``channels``; the product is rounded down.
 
     Shape:
         ``(b, h, w, channels)`` → same.
@@ -212,46 +230,47 @@ class GatedFeedForward(nn.Module):
         self.project_out = nn.Conv2d(hidden, channels, 1, bias=False)
 
     def kernels(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights of the three convolutions, the hidden channels filled up by zeros to a multiple of 16."""
-        if recorded_for_all_sizes():  # ONNX wants weights that are constants
+        """Return the weights of the three convolutions, with hidden channels padded to a multiple of 16."""
+        if exporting():  # the weights of an ONNX graph are constants
             return self.project_in.weight, self.dwconv.weight, self.project_out.weight
-        idle = -self.project_out.in_channels % 16
+        padding = -self.project_out.in_channels % 16
 
         def padded(weight: Tensor) -> Tensor:
             halves = weight.reshape(2, -1, *weight.shape[1:])
-            return F.pad(halves, (0, 0, 0, 0, 0, 0, 0, idle)).flatten(0, 1)
+            return F.pad(halves, (0, 0, 0, 0, 0, 0, 0, padding)).flatten(0, 1)
 
-        project_out = F.pad(self.project_out.weight, (0, 0, 0, 0, 0, idle))
+        project_out = F.pad(self.project_out.weight, (0, 0, 0, 0, 0, padding))
         return padded(self.project_in.weight), padded(self.dwconv.weight), project_out
 
     def forward(self, x: Float[Tensor, "b h w c"], kernels: tuple[Tensor, Tensor, Tensor]) -> Float[Tensor, "b h w c"]:
-        """Transforms every pixel with its neighbours, by the ``kernels()``."""
+        """Apply the network with the weights from ``kernels()``."""
         project_in, depthwise, project_out = kernels
         hidden = pointwise(x, project_in).permute(0, 3, 1, 2)
         gate, gated = F.conv2d(hidden, depthwise, padding=1, groups=len(depthwise)).permute(0, 2, 3, 1).chunk(2, dim=-1)
-        opened = F.gelu(gate)
-        return pointwise(opened * gated if torch.is_grad_enabled() else opened.mul_(gated), project_out)
+        activation = F.gelu(gate)
+        product = activation * gated if torch.is_grad_enabled() else activation.mul_(gated)
+        return pointwise(product, project_out)
 
 
 class Norm(nn.Module):
-    """Normalisation of every pixel over its channels, under the authors' name of its parameters."""
+    """Layer normalisation over the channels, with the parameter names of the authors."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.body = nn.LayerNorm(channels)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        """Normalises."""
+        """Normalise."""
         return cast(Tensor, self.body(x))
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward network, each after a normalisation and beside a short cut.
+    """Self-attention and feed-forward network, each with normalisation and a residual connection.
 
     Args:
-        channels: Width of the features.
-        heads: Heads of the attention.
-        expansion: Of the feed-forward network.
+        channels: Number of channels.
+        heads: Number of heads of the attention.
+        expansion: Expansion of the feed-forward network.
 
     Shape:
         ``(b, h, w, channels)`` → same.
@@ -265,70 +284,74 @@ class TransformerBlock(nn.Module):
         self.ffn = GatedFeedForward(channels, expansion)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        """Transforms features."""
+        """Transform features."""
         x = x + self.attn(self.norm1(x))
-        if torch.is_grad_enabled() or recorded():
+        if torch.is_grad_enabled() or compiling_or_exporting():
             return cast(Tensor, x + self.ffn(self.norm2(x), self.ffn.kernels()))
         kernels = self.ffn.kernels()
         out = torch.empty_like(x)
-        for rows, strip, own in strips(x, len(kernels[0])):
-            torch.add(x[:, rows], self.ffn(self.norm2(strip), kernels)[:, own], out=out[:, rows])
+        for rows, strip, own_rows in strips(x, len(kernels[0])):
+            transformed = self.ffn(self.norm2(strip), kernels)[:, own_rows]
+            torch.add(x[:, rows], transformed, out=out[:, rows])
         return out
 
 
 class Downsample(nn.Module):
-    """Halves the resolution and doubles the channels: 3×3 convolution, pixel-unshuffle."""
+    """Downsampling by 3×3 convolution and pixel-unshuffle: half the resolution, twice the channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(channels, channels // 2, 3, padding=1, bias=False))
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 c2"]:
-        """Goes a level down."""
+        """Downsample."""
         x = spatial(x, self.body[0])
         b, h, w, c = x.shape
         return x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 5, 2, 4).flatten(3)
 
 
 class Upsample(nn.Module):
-    """Doubles the resolution and halves the channels: 3×3 convolution, pixel-shuffle."""
+    """Upsampling by 3×3 convolution and pixel-shuffle: twice the resolution, half the channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(channels, 2 * channels, 3, padding=1, bias=False))
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 c2"]:
-        """Goes a level up."""
+        """Upsample."""
         x = spatial(x, self.body[0])
         b, h, w, c = x.shape
         return x.reshape(b, h, w, c // 4, 2, 2).permute(0, 1, 4, 2, 5, 3).reshape(b, 2 * h, 2 * w, c // 4)
 
 
 class PatchEmbedding(nn.Module):
-    """Image to features by a 3×3 convolution, under the authors' name of its parameters."""
+    """Embedding of images by a 3×3 convolution, with the parameter names of the authors."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, channels, 3, padding=1, bias=False)
 
     def forward(self, image: Float[Tensor, "b h w 3"]) -> Float[Tensor, "b h w c"]:
-        """Embeds."""
+        """Embed images."""
         return spatial(image, self.proj)
 
 
 class Restormer(nn.Module):
-    """The restoration network: four levels down, three up, refinement at full resolution.
+    """Restormer: encoder of four levels, decoder of three, refinement at full resolution.
 
     Args:
-        dim: Channels at the finest level; they double at each level.
-        blocks: Transformer blocks of the four levels; the decoder has the first three again.
-        refinement: Blocks at full resolution at the end.
-        heads: Attention heads of the four levels.
-        expansion: Of the feed-forward networks.
+        dim: Number of channels at the finest level; it doubles at each level.
+        blocks: Number of transformer blocks at each of the four levels; the decoder has as many as the encoder.
+        refinement: Number of refinement blocks.
+        heads: Number of attention heads at each of the four levels.
+        expansion: Expansion of the feed-forward networks.
 
     Shape:
-        ``(b, 3, h, w)`` in [0, 1] → same, any ``h, w >= 1``: the image is padded to a multiple of 8, by
-        reflection where it is large enough, else by its border.
+        ``(b, 3, h, w)`` in [0, 1] → same, any ``h, w >= 1``: images are padded to a multiple of 8, by
+        reflection if they are large enough, else by repeating the border.
+
+    Raises:
+        DerainError: If ``blocks`` or ``heads`` does not have four numbers.
 
     References:
         Restormer, Figure 2 and section 4; CLIP-RPN, Figure 1(d). 26,126,644 parameters by default.
@@ -344,10 +367,10 @@ class Restormer(nn.Module):
     ) -> None:
         super().__init__()
         if len(blocks) != 4 or len(heads) != 4:
-            raise DerainError(f"blocks {list(blocks)}, heads {list(heads)}: give four numbers each, one a level")
+            raise DerainError(f"blocks {list(blocks)}, heads {list(heads)}: expected four numbers each, one per level")
 
-        def level(channels: int, place: int, count: int) -> nn.Sequential:
-            return nn.Sequential(*(TransformerBlock(channels, heads[place], expansion) for _ in range(count)))
+        def level(channels: int, index: int, count: int) -> nn.Sequential:
+            return nn.Sequential(*(TransformerBlock(channels, heads[index], expansion) for _ in range(count)))
 
         self.patch_embed = PatchEmbedding(dim)
         self.encoder_level1 = level(dim, 0, blocks[0])
@@ -371,7 +394,12 @@ class Restormer(nn.Module):
     def forward(
         self, rainy: Float[Tensor, "b 3 h w"], interact: Interact = lambda level, features: features
     ) -> Float[Tensor, "b 3 h w"]:
-        """Restores images; ``interact`` may change the features of levels 3, 2 and 1 before they are upsampled."""
+        """Restore images.
+
+        Args:
+            rainy: Images.
+            interact: Changes the features of levels 3, 2 and 1 (0 is the finest) before they are upsampled.
+        """
         height, width = rainy.shape[2:]
         padded = pad_to_multiple(rainy, 8).permute(0, 2, 3, 1).contiguous()
         level1 = self.encoder_level1(self.patch_embed(padded))

@@ -1,45 +1,45 @@
-"""Schedules of the learning rate."""
+"""Learning rate schedules."""
 
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 
-def warm_up_then_cosine(steps: int, share: float, least: float = 0.0, hold: float = 0.0) -> Callable[[int], float]:
-    """Return the factor of the learning rate at each step: it rises evenly to 1, then falls along a cosine.
+def warm_up_then_cosine(steps: int, warm_up: float, minimum: float = 0.0, hold: float = 0.0) -> Callable[[int], float]:
+    """Return a schedule with linear warm-up and cosine decay: the factor of the learning rate at each step.
 
     Args:
-        steps: Optimiser steps of the whole training.
-        share: Share of them in which it rises, in [0, 1).
-        least: Where it falls to.
-        hold: Share of the steps, after it has risen, in which it stays 1.
+        steps: Number of optimiser steps.
+        warm_up: Fraction of the steps that warm up, in [0, 1).
+        minimum: Factor at the end.
+        hold: Fraction of the steps at a factor of 1 between warm-up and decay.
 
     Example:
         >>> factor = warm_up_then_cosine(100, 0.1)
         >>> factor(0), factor(9), factor(10), round(factor(55), 3), round(factor(100), 3)
         (0.1, 1.0, 1.0, 0.5, 0.0)
     """
-    rising = round(share * steps)
-    held = rising + round(hold * steps)
+    warm_up_steps = round(warm_up * steps)
+    decay_start = warm_up_steps + round(hold * steps)
 
     def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / rising
-        fallen = max(0, step - held) / max(1, steps - held)
-        falling = (1 + math.cos(math.pi * min(1.0, fallen))) / 2
-        return least + (1 - least) * falling
+        if step < warm_up_steps:
+            return (step + 1) / warm_up_steps
+        progress = max(0, step - decay_start) / max(1, steps - decay_start)
+        cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+        return minimum + (1 - minimum) * cosine
 
     return factor
 
 
 def multiplied_at(milestones: Sequence[int], factor: float) -> Callable[[int], float]:
-    """Return the factor of the learning rate at each step or epoch: multiplied by ``factor`` after each milestone.
+    """Return a schedule that multiplies the learning rate by ``factor`` at each milestone.
 
-    The rates are those of PyTorch's ``MultiStepLR``, as a function of the step alone.
+    It equals PyTorch's ``MultiStepLR``, but is a function of the step or epoch alone.
 
     Args:
         milestones: Steps or epochs, in any order.
-        factor: What the rate is multiplied by.
+        factor: Factor at each milestone.
 
     Example:
         >>> rate = multiplied_at([2, 3], 0.1)

@@ -1,8 +1,8 @@
 #!/bin/bash
-# Trains on two nodes of four GPUs each; other sizes: sbatch --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 ….
+# Trains on two nodes with four GPUs each. For other sizes: sbatch --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 …
 #   sbatch experiments/slurm/train.sh --config experiments/rain100h.yaml [--data.batch_size 4 …]
-# What stands behind the script goes to derain fit; the batch size is that of one GPU. The run is saved to
-# runs/EXPERIMENT/fit-JOBID. A job that SLURM requeues resumes at its last checkpoint.
+# Arguments after the script are passed to derain fit; the batch size is that of one GPU. The run is saved to
+# runs/EXPERIMENT/fit-JOBID. A requeued job resumes from its last checkpoint.
 #SBATCH --job-name=derain-fit
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4

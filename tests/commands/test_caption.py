@@ -260,7 +260,7 @@ def test_other_images_do_not_resume(folder, capsys, interrupted):
     refused(capsys, command, "out.tsv.part: ", "Rain12/rainy/1.png", "--overwrite")
 
 
-@pytest.mark.parametrize("then", ["refolderd", "removed"])
+@pytest.mark.parametrize("then", ["replaced", "removed"])
 def test_a_damaged_image_is_named_and_captions_are_kept(folder, blip, capsys, monkeypatch, then):
     folder = folder / "data/RainTrainL"
     broken = folder / "norain-8.png"
@@ -268,7 +268,7 @@ def test_a_damaged_image_is_named_and_captions_are_kept(folder, blip, capsys, mo
     broken.write_bytes(sound[: len(sound) // 2])
     command = ["caption", "RainTrainL", "out.tsv", "--captioner", blip, "--batch-size", "3"]
     refused(capsys, command, broken)
-    if then == "refolderd":
+    if then == "replaced":
         broken.write_bytes(sound)
     else:
         broken.unlink()

@@ -33,7 +33,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def set_paper_counts(monkeypatch, name="3", **counts):
-    monkeypatch.setitem(PROMPTS, name, PROMPTS[name]._refolder(counts=PROMPTS[name].counts | counts))
+    monkeypatch.setitem(PROMPTS, name, PROMPTS[name]._replace(counts=PROMPTS[name].counts | counts))
 
 
 def rows_of(folder):

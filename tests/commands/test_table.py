@@ -57,7 +57,7 @@ def copy(tested, tmp_path):
         summary["weights"]["sha256"] = (sha or name).ljust(64, "0")
         summary["results"] = [result for result in summary["results"] if result["protocol"] in protocols]
         for key, value in changes.items():
-            target = summary["method"] if key in {"method", "hyper_parameters"} else summary
+            target = summary["method"] if key in {"method", "class_path", "hyper_parameters"} else summary
             target[key] = value
         (folder / "summary.json").write_text(json.dumps(summary))
         return folder
@@ -248,7 +248,7 @@ def test_doubtful_published_rows_have_a_note():
 
 
 def test_an_unknown_method_has_a_row_without_cost(tested, copy, capsys, caplog):
-    copy("alien", method="AlienModule", sha="alien")
+    copy("alien", method="AlienModule", class_path="alien.AlienModule", sha="alien")
     alien, known = table(capsys, copy.folder, tested, "--protocol", "matlab-y", "--cost")
     assert (alien["parameters"], alien["macs"]) == ("", "")
     assert float(known["macs"]) > 0

@@ -79,7 +79,7 @@ def test_another_clip_than_in_training_is_told(place, caplog):
     module = catalog.load(place / "runs/exp/fit-1/weights.safetensors").module
     make_clip(place / "clip", seed=5)
     module.encode(torch.rand(1, 3, 20, 20))
-    assert "trained with another CLIP" in caplog.text
+    assert "CLIP" in caplog.text
 
 
 def test_accumulation_counts_optimiser_steps(place):
@@ -166,7 +166,7 @@ def test_predict_and_restore_explain(place):
     [
         (["--model.prompts", "[light rain, heavy rain]"], "prompts"),
         (["--model.similarity", "dot"], "similarity"),
-        (["--model.clip", "other"], "not the CLIP that this run began with"),
+        (["--model.clip", "other"], "CLIP other"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_routes(place, capsys, options, told):
@@ -195,7 +195,7 @@ def test_restore_by_a_given_route_needs_no_clip(place, capsys):
     assert main(restore) == 2
     assert capsys.readouterr().err.count("derain: error:") == 1
     assert main([*restore, "--route", "2"]) == 2
-    assert "routes 0 to 1" in capsys.readouterr().err
+    assert "a route from 0 to 1" in capsys.readouterr().err
     assert main([*restore, "--route", "1"]) == 0
     told = sorted(Path("out").rglob("*-explain.json"))
     assert [json.loads(path.read_text()) for path in told] == [{"route": 1}] * 2

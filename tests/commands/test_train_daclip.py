@@ -117,7 +117,7 @@ def test_what_is_refused_in_one_line(place, capsys, monkeypatch):
         (["fit", "--config", "daclip.yaml", "--data.captions", "no.tsv"], "no.tsv: no such file"),
         (
             ["fit", "--config", "sde.yaml", *again, "--model.controller", controller],
-            "this run began with another one (None)",
+            "different one (None)",
         ),
         (["fit", "--config", "daclip.yaml", *again, "--model.order", "aligned"], "this run began with reversed"),
         (["fit", "--config", "daclip.yaml", "--weights", controller, "--model.controller", controller], "give one"),

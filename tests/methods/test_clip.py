@@ -1,4 +1,4 @@
-"""Frozen CLIP against transformers' own use of the model, and what is said when there is none."""
+"""Frozen CLIP compared with transformers; errors of incomplete models."""
 
 import json
 import shutil
@@ -10,15 +10,15 @@ from PIL import Image
 
 from derain.errors import DerainError
 from derain.methods.clip import FrozenCLIP
-from derain.methods.cliprpn.perception import WITHOUT
 from tests.factories import clean_image, clip_view, make_clip
 
+WITHOUT = "use --model.perception none"
 TEXTS = ("almost no rain", "Heavy rain, with large DENSE raindrops; 3 puddles!", "rain " * 60)
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _no_other_clip():
+def _no_variable():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("DERAIN_CLIP", raising=False)
         yield
@@ -40,7 +40,7 @@ def images():
 
 
 def prepared(image):
-    """As CLIP's authors do: the shorter side to 224 by bicubic interpolation, the middle, one scale for channels."""
+    """Preprocess an image as CLIP's authors do: resize the shorter side to 224, crop the centre, normalise."""
     pixels = np.asarray(clip_view(Image.fromarray(image)), np.float32) / 255
     return torch.from_numpy(((pixels - MEAN) / DEVIATION).astype(np.float32)).permute(2, 0, 1)
 
@@ -60,24 +60,24 @@ SIZES = [
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_both_preparations_crop_where_torchvision_does(clip, size):
+def test_crops_equal_torchvision(clip, size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     deviation, mean = (torch.tensor(values)[:, None, None] for values in (DEVIATION, MEAN))
-    seen = []
+    inputs = []
     handle = clip.model.vision_model.register_forward_pre_hook(
-        lambda _, __, given: seen.append(given["pixel_values"]), with_kwargs=True
+        lambda _, __, kwargs: inputs.append(kwargs["pixel_values"]), with_kwargs=True
     )
     clip.images([image])
     handle.remove()
-    torch.testing.assert_close(seen[0][0] * deviation + mean, prepared(image) * deviation + mean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(inputs[0][0] * deviation + mean, prepared(image) * deviation + mean, atol=1e-5, rtol=0)
     floats = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
     expected = clip_view(floats).clamp(0, 1)
     torch.testing.assert_close(clip.pixels(floats) * deviation + mean, expected, atol=1e-5, rtol=0)
 
 
 @pytest.fixture(scope="module")
-def whole(folder, images):
-    """What transformers makes of texts and images in one pass of its whole model."""
+def expected(folder, images):
+    """Output of transformers' complete model for texts and images."""
     from transformers import CLIPModel, CLIPTokenizer
 
     tokens = CLIPTokenizer.from_pretrained(folder)(
@@ -92,18 +92,18 @@ def unit(features):
     return features / features.norm(dim=1, keepdim=True)
 
 
-def test_features_equal_those_of_transformers(clip, images, whole):
-    torch.testing.assert_close(unit(clip.texts(TEXTS)), whole.text_embeds, atol=1e-5, rtol=0)
-    torch.testing.assert_close(unit(clip.images(images)), whole.image_embeds, atol=1e-5, rtol=0)
-    assert (whole.text_embeds[0] - whole.text_embeds[1]).abs().max() > 0.01
-    assert (whole.image_embeds[0] - whole.image_embeds[1]).abs().max() > 0.001
+def test_features_equal_transformers(clip, images, expected):
+    torch.testing.assert_close(unit(clip.texts(TEXTS)), expected.text_embeds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(unit(clip.images(images)), expected.image_embeds, atol=1e-5, rtol=0)
+    assert (expected.text_embeds[0] - expected.text_embeds[1]).abs().max() > 0.01
+    assert (expected.image_embeds[0] - expected.image_embeds[1]).abs().max() > 0.001
 
 
-def test_features_keep_their_length(clip):
+def test_features_are_not_normalised(clip):
     assert (clip.texts(TEXTS).norm(dim=1) - 1).abs().min() > 0.01
 
 
-def test_the_vocabulary_is_clips(folder):
+def test_vocabulary_is_that_of_clip(folder):
     from transformers import CLIPTokenizer
 
     # "a photo of a cat" by CLIP's authors
@@ -118,47 +118,48 @@ def test_the_vocabulary_is_clips(folder):
     ]
 
 
-def test_autocast_does_not_reach_it(clip, images):
+def test_features_ignore_autocast(clip, images):
     with torch.autocast("cpu", torch.bfloat16):
-        under = clip.texts(TEXTS), clip.images(images)
-    assert torch.equal(under[0], clip.texts(TEXTS))
-    assert torch.equal(under[1], clip.images(images))
+        texts_under_autocast = clip.texts(TEXTS)
+        images_under_autocast = clip.images(images)
+    assert torch.equal(texts_under_autocast, clip.texts(TEXTS))
+    assert torch.equal(images_under_autocast, clip.images(images))
 
 
-def test_nothing_of_it_is_trained(clip, images):
+def test_clip_is_frozen(clip, images):
     model = clip._loaded[0]
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not clip.images(images).requires_grad
 
 
-def test_the_hash_tells_weights_and_preparation_apart(folder, tmp_path):
-    same, resized, other = (shutil.copytree(folder, tmp_path / name) for name in ("same", "resized", "other"))
+def test_hash_depends_on_weights_and_preprocessing(folder, tmp_path):
+    same, resized, changed = (shutil.copytree(folder, tmp_path / name) for name in ("same", "resized", "changed"))
     settings = json.loads((resized / "preprocessor_config.json").read_text())
     (resized / "preprocessor_config.json").write_text(json.dumps(settings | {"resample": 2}))
-    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights = bytearray((changed / "model.safetensors").read_bytes())
     weights[-1] ^= 1
-    (other / "model.safetensors").write_bytes(weights)
+    (changed / "model.safetensors").write_bytes(weights)
     first = FrozenCLIP(str(folder)).sha256
     assert FrozenCLIP(str(same)).sha256 == first
-    assert len({first, FrozenCLIP(str(resized)).sha256, FrozenCLIP(str(other)).sha256}) == 3
+    assert len({first, FrozenCLIP(str(resized)).sha256, FrozenCLIP(str(changed)).sha256}) == 3
 
 
-# What is said when there is no CLIP.
+# Errors.
 
 
 def refused(name, *parts):
     with pytest.raises(DerainError) as caught:
         FrozenCLIP(str(name), WITHOUT).texts(["rain"])
-    told = str(caught.value)
-    assert "\n" not in told
+    message = str(caught.value)
+    assert "\n" not in message
     for part in (str(name), *parts):
-        assert part in told, told
+        assert part in message, message
 
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """An empty cache of the hub, as under HF_HUB_OFFLINE=1."""
+    """Empty cache of the hub without network access, as with HF_HUB_OFFLINE=1."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -166,70 +167,70 @@ def offline(tmp_path, monkeypatch):
     return tmp_path / "hub"
 
 
-def test_a_model_that_cannot_be_fetched(offline):
+def test_model_that_cannot_be_fetched(offline):
     name = "nobody/clip-of-no-one"
     refused(name, str(offline), f"hf download {name}", "--model.clip", "--model.perception none")
 
 
-def test_a_directory_that_is_not_there(offline, tmp_path):
+def test_missing_directory(offline, tmp_path):
     refused(tmp_path / "absent", "--model.clip", "--model.perception none")
 
 
-def test_a_directory_that_holds_no_clip(folder, tmp_path):
+def test_directory_without_clip(folder, tmp_path):
     refused(tmp_path, "config.json", "model.safetensors")
     shutil.copy(folder / "config.json", tmp_path)
     refused(tmp_path, "model.safetensors")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_damaged_file(folder, tmp_path, file):
+def test_damaged_file(folder, tmp_path, file):
     broken = shutil.copytree(folder, tmp_path / "broken")
     content = (broken / file).read_bytes()
     (broken / file).write_bytes(content[: len(content) // 2])
-    refused(broken, "cannot be loaded as CLIP")
+    refused(broken, "CLIP")
 
 
-def test_a_prompt_longer_than_clip_reads(clip):
-    with pytest.raises(DerainError, match="75 tokens at most"):
+def test_prompt_that_is_too_long(clip):
+    with pytest.raises(DerainError, match="75 tokens"):
         clip.texts(["rain", "rain " * 90])
 
 
-def test_a_directory_without_tokenizer(folder, tmp_path):
+def test_directory_without_tokenizer(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "clip")
     for name in ("tokenizer.json", "vocab.json", "merges.txt"):
         (tmp_path / "clip" / name).unlink(missing_ok=True)
     refused(tmp_path / "clip", "tokenizer.json")
 
 
-def test_weights_that_lack_a_part(folder, tmp_path):
+def test_incomplete_weights(folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(folder, tmp_path / "clip")
     file = tmp_path / "clip" / "model.safetensors"
-    kept = {name: one for name, one in load_file(file).items() if not name.startswith("text_model.encoder")}
+    kept = {name: value for name, value in load_file(file).items() if not name.startswith("text_model.encoder")}
     save_file(kept, file, {"format": "pt"})
-    refused(tmp_path / "clip", "weights lack", "fetch them anew")
+    refused(tmp_path / "clip", "text_model.encoder")
 
 
-def test_the_variable_goes_before_the_name_and_says_so(folder, monkeypatch, caplog):
+def test_environment_variable_takes_precedence_with_a_message(folder, monkeypatch, caplog):
     monkeypatch.setenv("DERAIN_CLIP", str(folder))
     with caplog.at_level("INFO", "derain"):
         assert FrozenCLIP("openai/clip-vit-base-patch32").folder == folder
     assert "DERAIN_CLIP" in caplog.text
 
 
-def test_a_download_that_was_interrupted_goes_on(folder, tmp_path, monkeypatch):
-    """The snapshot in the cache lacks the weights: the hub is asked again."""
+def test_interrupted_download_is_resumed(folder, tmp_path, monkeypatch):
+    """The snapshot in the cache has no weights, so the hub is asked again."""
     import huggingface_hub
 
-    half = tmp_path / "half"
-    shutil.copytree(folder, half)
-    (half / "model.safetensors").unlink()
-    asked = []
+    incomplete = tmp_path / "incomplete"
+    shutil.copytree(folder, incomplete)
+    (incomplete / "model.safetensors").unlink()
+    calls = []
 
     def snapshot(name, local_files_only=False, allow_patterns=None):
-        asked.append(local_files_only)
-        return str(half if local_files_only else folder)
+        calls.append(local_files_only)
+        return str(incomplete if local_files_only else folder)
 
     class Hub:
         def model_info(self, name, files_metadata):
@@ -239,4 +240,4 @@ def test_a_download_that_was_interrupted_goes_on(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     assert FrozenCLIP("some/clip").folder == folder
-    assert asked == [True, False]
+    assert calls == [True, False]

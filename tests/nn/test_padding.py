@@ -16,10 +16,10 @@ from derain.nn.padding import pad_to_multiple
         ((5, 4), 4, "reflect"),
     ],
 )
-def test_it_equals_numpy(rng, size, multiple, mode):
+def test_padding_equals_numpy(rng, size, multiple, mode):
     image = rng.random((2, 3, *size))
-    below, right = (-side % multiple for side in size)
-    expected = np.pad(image, ((0, 0), (0, 0), (0, below), (0, right)), mode=mode)
-    found = pad_to_multiple(torch.from_numpy(image), multiple).numpy()
-    assert found.shape[2] % multiple == found.shape[3] % multiple == 0
-    np.testing.assert_array_equal(found, expected)
+    bottom, right = (-side % multiple for side in size)
+    expected = np.pad(image, ((0, 0), (0, 0), (0, bottom), (0, right)), mode=mode)
+    padded = pad_to_multiple(torch.from_numpy(image), multiple).numpy()
+    assert padded.shape[2] % multiple == padded.shape[3] % multiple == 0
+    np.testing.assert_array_equal(padded, expected)

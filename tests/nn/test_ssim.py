@@ -1,4 +1,4 @@
-"""SSIM against a NumPy/SciPy program in float64."""
+"""SSIM against NumPy/SciPy in float64."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from derain.nn.ssim import structural_similarity
 
 
 def ssim(x, y):
-    """Mean SSIM of one channel: the 11×11 window at every pixel, zeros around the image."""
+    """Return the mean SSIM of one channel with an 11×11 window at every pixel and zero padding."""
     grid = np.arange(-5, 6)
     window = np.exp(-(grid[:, None] ** 2 + grid[None, :] ** 2) / (2 * 1.5**2))
     window /= window.sum()
@@ -33,19 +33,19 @@ def pair(size, dtype=torch.float64, batch=2):
 
 @pytest.mark.parametrize("size", [(31, 24), (11, 11), (3, 40), (1, 1)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_it_is_the_formula(size, dtype, tolerance):
+def test_it_equals_the_formula(size, dtype, tolerance):
     derained, clean = pair(size, dtype)
     channels = zip(derained.flatten(0, 1).double().numpy(), clean.flatten(0, 1).double().numpy(), strict=True)
     expected = np.mean([ssim(x, y) for x, y in channels])
     assert structural_similarity(derained, clean).item() == pytest.approx(expected, abs=tolerance)
 
 
-def test_the_gradient_is_that_of_finite_differences():
+def test_the_gradient_equals_finite_differences():
     derained, clean = pair((3, 4), batch=1)
     assert torch.autograd.gradcheck(lambda x: structural_similarity(x, clean), derained.requires_grad_())
 
 
-def test_equal_images_are_best():
+def test_ssim_of_equal_images_is_1():
     derained, clean = pair((20, 20))
     assert structural_similarity(clean, clean).item() == pytest.approx(1, abs=1e-12)
     assert structural_similarity(derained, clean) < 1
@@ -54,7 +54,7 @@ def test_equal_images_are_best():
     assert torch.isfinite(flat.grad).all()
 
 
-def test_autocast_and_bfloat16_change_nothing():
+def test_ssim_is_computed_in_float32_under_autocast():
     derained, clean = pair((24, 24), torch.float32)
     expected = structural_similarity(derained, clean)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,1 +1,1 @@
-"""CLIP-RPN (Guan and Yoshie): CLIP perceives the rain and routes images to sub-networks of Restormer."""
+"""CLIP-RPN (Guan and Yoshie): CLIP classifies the rain and routes images to sub-networks of a Restormer."""

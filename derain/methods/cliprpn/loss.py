@@ -1,4 +1,4 @@
-"""What CLIP-RPN is trained by: a reconstruction loss whose exponent grows, and masks of rain."""
+"""Losses of CLIP-RPN: a reconstruction loss with a growing exponent, and rain masks."""
 
 from typing import Literal
 
@@ -15,12 +15,12 @@ MaskScaling = Literal["nearest", "area", "max"]
 
 
 def exponent(progress: float, beta: float = 0.8, eta: float = 2.3) -> float:
-    """Exponent of the loss at a share of the training.
+    """Return the exponent of the loss at a point of the training.
 
     Args:
         progress: Optimiser steps done over all steps, τ/T in [0, 1].
         beta: Exponent at the start.
-        eta: Growth until the end.
+        eta: Increase until the end.
 
     References:
         CLIP-RPN, eq. 14 with its linear f(τ) = τ.
@@ -38,17 +38,17 @@ def scheduled_loss(
     power: float,
     smoothing: Smoothing = "shift",
 ) -> Float[Tensor, ""]:
-    """Dynamic loss scheduling (DLS): mean of the error to the power of ``exponent(progress)``.
+    """Return the mean of the absolute error to the power of ``exponent(progress)``: dynamic loss scheduling (DLS).
 
-    The gradient of ``|e|^p`` is infinite at e = 0 for p < 1. ``shift`` takes ``(|e| + 1e-6)^p`` (below 0.1 % off for
-    errors above 1/255, gradient 0 at 0); ``root`` takes ``(e² + 1e-6)^(p/2)``, which is smooth. Computed in float32 at
-    least, whatever autocast says.
+    The gradient of ``|e|^p`` is infinite at e = 0 for p < 1. ``shift`` computes ``(|e| + 1e-6)^p``: its error is below
+    0.1 % for ``|e|`` above 1/255, its gradient at 0 is 0. ``root`` computes ``(e² + 1e-6)^(p/2)``, which is smooth.
+    Computed in float32 or wider, also under autocast.
 
     Args:
-        derained: In [0, 1] or a little beyond.
+        derained: In about [0, 1].
         clean: In [0, 1].
         power: The exponent.
-        smoothing: What keeps the gradient finite.
+        smoothing: How the gradient is kept finite.
 
     References:
         CLIP-RPN, eq. 14.
@@ -57,9 +57,9 @@ def scheduled_loss(
         >>> round(float(scheduled_loss(torch.full((2, 2), 0.5), torch.zeros(2, 2), 2.0)), 4)
         0.25
     """
-    error = _exact(derained) - _exact(clean)
-    base = error.abs() + 1e-6 if smoothing == "shift" else (error.square() + 1e-6).sqrt()
-    return base.pow(power).mean()
+    error = _widened(derained) - _widened(clean)
+    magnitude = error.abs() + 1e-6 if smoothing == "shift" else (error.square() + 1e-6).sqrt()
+    return magnitude.pow(power).mean()
 
 
 def reconstruction_loss(
@@ -69,21 +69,20 @@ def reconstruction_loss(
     power: float,
     smoothing: Smoothing = "shift",
 ) -> Float[Tensor, ""]:
-    """One of the losses that Table 11 of CLIP-RPN compares; ``power`` concerns ``dls`` alone, Huber's δ is 1."""
+    """Return a loss of Table 11 of CLIP-RPN; ``power`` and ``smoothing`` are of ``dls`` alone, Huber's δ is 1."""
     if kind == "dls":
         return scheduled_loss(derained, clean, power, smoothing)
-    if kind == "l1":
-        return F.l1_loss(_exact(derained), _exact(clean))
-    return (F.mse_loss if kind == "l2" else F.huber_loss)(_exact(derained), _exact(clean))
+    losses = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
+    return losses[kind](_widened(derained), _widened(clean))
 
 
 def rain_mask(
     rainy: Float[Tensor, "b c h w"], clean: Float[Tensor, "b c h w"], threshold: float = 0.1
 ) -> Float[Tensor, "b 1 h w"]:
-    """Where there is rain: 1 where any channel differs by more than ``threshold``, else 0.
+    """Return the mask of rain: 1 where any channel differs by more than ``threshold``, else 0.
 
     References:
-        CLIP-RPN, eq. 4; that any channel suffices is our reading.
+        CLIP-RPN, eq. 4; "any channel" is our reading.
     """
     return ((rainy - clean).abs().amax(1, keepdim=True) > threshold).to(rainy.dtype)
 
@@ -93,28 +92,31 @@ def mask_loss(
     mask: Float[Tensor, "b 1 h w"],
     scaling: MaskScaling = "nearest",
 ) -> list[Float[Tensor, ""]]:
-    """Binary cross-entropy of the mask that each level predicts.
+    """Return the binary cross-entropy of the mask that each level predicts.
 
     Args:
-        logits: Before the sigmoid, of levels at 1/2, 1/4, … of the padded image, in any order.
-        mask: The true mask; it is padded as the network pads the image.
-        scaling: How the true mask comes to a level's size: ``nearest`` keeps it binary and its share of rain,
-            ``area`` is the share of rain in a cell, ``max`` whether any of its pixels has rain.
+        logits: Logits of levels at 1/2, 1/4, … of the padded image, in any order.
+        mask: True mask; it is padded as the network pads the image.
+        scaling: How the true mask is downscaled: ``nearest`` keeps it binary with the same share of rain; ``area`` is
+            the share of rain in each cell; ``max`` is 1 if any pixel of the cell has rain.
 
     References:
         CLIP-RPN, eq. 5, and the sum of eq. 15.
     """
-    mask = pad_to_multiple(_exact(mask), 8)
+    mask = pad_to_multiple(_widened(mask), 8)
     losses = []
     for level in logits:
         factor = mask.shape[2] // level.shape[2]
         if scaling == "nearest":
             target = mask[..., ::factor, ::factor]
+        elif scaling == "area":
+            target = F.avg_pool2d(mask, factor)
         else:
-            target = (F.avg_pool2d if scaling == "area" else F.max_pool2d)(mask, factor)
-        losses.append(F.binary_cross_entropy_with_logits(_exact(level), target))
+            target = F.max_pool2d(mask, factor)
+        losses.append(F.binary_cross_entropy_with_logits(_widened(level), target))
     return losses
 
 
-def _exact(x: Tensor) -> Tensor:
+def _widened(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 or wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

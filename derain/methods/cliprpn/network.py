@@ -1,4 +1,4 @@
-"""CLIP-RPN: Restormer with masks of rain and routed cross-attention before each upsampling."""
+"""Network of CLIP-RPN: Restormer with rain masks and routed cross-attention before each upsampling."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, cast
@@ -16,11 +16,11 @@ LEVELS = (3, 2, 1)
 
 
 class Restored(NamedTuple):
-    """What the network gives.
+    """Output of the network.
 
     Attributes:
         derained: ``(b, 3, h, w)``.
-        logits: Of the masks at 1/8, 1/4 and 1/2 of the padded image, ``(b, 1, _, _)`` each; empty without masks.
+        logits: Logits of the masks at 1/8, 1/4 and 1/2 of the padded image, ``(b, 1, _, _)`` each; empty without masks.
     """
 
     derained: Tensor
@@ -28,10 +28,10 @@ class Restored(NamedTuple):
 
 
 class MaskHead(nn.Module):
-    """Predicts where there is rain from features.
+    """Head that predicts the mask of rain from features.
 
     References:
-        CLIP-RPN, eq. 3, read on features as its parameter count demands; here without the sigmoid.
+        CLIP-RPN, eq. 3 without the sigmoid; applied to features, as the parameter count of the paper implies.
     """
 
     def __init__(self, channels: int) -> None:
@@ -40,22 +40,25 @@ class MaskHead(nn.Module):
         self.logit = nn.Conv2d(channels, 1, 1, bias=False)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w 1"]:
-        """Logit of rain for every pixel."""
+        """Return the logit of rain for every pixel."""
         return spatial(nn.functional.gelu(spatial(x, self.features)), self.logit)
 
 
 class MaskGuidedCrossAttention(nn.Module):
-    """Lets rainy and rain-free regions of a feature map inform each other ("MGCA").
+    """Mask-guided cross-attention (MGCA): exchange between rainy and rain-free regions of a feature map.
 
     Args:
         channels: Width of the features.
         heads: Heads of its three cross-attentions.
-        interaction: ``prose``: channels weighed by the rain-free branch multiply the rainy one, pixels weighed by
-            the rainy branch multiply the rain-free one, as the text of the paper says twice and its equations too;
-            ``swapped``: the reverse, as the place of eqs. 11 and 12 under that text could be read.
+        interaction: ``prose``: channel weights of the rain-free branch multiply the rainy branch, pixel weights of the
+            rainy branch multiply the rain-free branch, as the text of the paper and its equations say; ``swapped``:
+            the reverse, which the order of eqs. 11 and 12 under that text could mean.
         residual: Add the input to the output; not in the paper.
-        spatial_kernel: Side of the convolution that weighs pixels; 0: the mean of their average and their maximum.
-        reduction: Channels over hidden channels of what weighs channels.
+        spatial_kernel: Side of the convolution of the pixel weights; 0: the mean of average and maximum.
+        reduction: Ratio of channels to hidden channels of the channel weights.
+
+    Raises:
+        DerainError: If ``spatial_kernel`` is even.
 
     References:
         CLIP-RPN, eqs. 7 to 13, Figure 1(b).
@@ -72,23 +75,22 @@ class MaskGuidedCrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         if spatial_kernel and spatial_kernel % 2 == 0:
-            raise DerainError(f"spatial_kernel {spatial_kernel}: must be odd, or 0")
+            raise DerainError(f"--model.spatial_kernel {spatial_kernel}: expected an odd number, or 0")
         hidden = max(1, channels // reduction)
         self.interaction, self.residual = interaction, residual
         self.rainy = CrossAttention(channels, heads)
         self.clear = CrossAttention(channels, heads)
         self.fusion = CrossAttention(channels, heads)
-        self.from_mean, self.from_max = (
-            nn.Sequential(nn.Linear(channels, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, channels, bias=False))
-            for _ in range(2)
-        )
-        self.weigh_pixels = (
-            nn.Conv2d(2, 1, spatial_kernel, padding=spatial_kernel // 2, bias=False) if spatial_kernel else None
-        )
+        self.from_mean = _bottleneck(channels, hidden)
+        self.from_max = _bottleneck(channels, hidden)
+        self.weigh_pixels = None
+        if spatial_kernel:
+            self.weigh_pixels = nn.Conv2d(2, 1, spatial_kernel, padding=spatial_kernel // 2, bias=False)
 
     def forward(self, x: Float[Tensor, "b h w c"], mask: Float[Tensor, "b h w 1"]) -> Float[Tensor, "b h w c"]:
-        """Refines features, given how surely each pixel is rainy (0 to 1)."""
-        rainy, clear = self.rainy(x * mask, x, x), self.clear(x * (1 - mask), x, x)
+        """Transform features, given the probability of rain at each pixel."""
+        rainy = self.rainy(x * mask, x, x)
+        clear = self.clear(x * (1 - mask), x, x)
         if self.interaction == "prose":
             fused = rainy * self.channel_weights(clear) + clear * self.pixel_weights(rainy)
         else:
@@ -97,42 +99,47 @@ class MaskGuidedCrossAttention(nn.Module):
         return cast(Tensor, x + out if self.residual else out)
 
     def channel_weights(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b 1 1 c"]:
-        """Importance of each channel, eq. 12."""
+        """Return the weight of each channel, eq. 12."""
         weights = self.from_mean(x.mean((1, 2))) + self.from_max(x.amax((1, 2)))
         return cast(Tensor, weights.sigmoid()[:, None, None])
 
     def pixel_weights(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w 1"]:
-        """Importance of each pixel, eq. 11 with the convolution that it lacks."""
+        """Return the weight of each pixel: eq. 11 with the convolution that is missing there."""
         pooled = torch.stack((x.mean(-1), x.amax(-1)), dim=-1)
-        pooled = pooled.mean(-1, keepdim=True) if self.weigh_pixels is None else spatial(pooled, self.weigh_pixels)
-        return pooled.sigmoid()
+        if self.weigh_pixels is None:
+            return pooled.mean(-1, keepdim=True).sigmoid()
+        return spatial(pooled, self.weigh_pixels).sigmoid()
+
+
+def _bottleneck(channels: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(channels, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, channels, bias=False))
 
 
 class PlainCrossAttention(CrossAttention):
-    """What routes lead to without masks: attention of the features to themselves, beside a short cut."""
+    """Residual cross-attention of the features to themselves: the sub-network of a route without masks."""
 
     def forward(self, x: Float[Tensor, "b h w c"], mask: None = None) -> Float[Tensor, "b h w c"]:  # type: ignore[override]
-        """Refines features."""
+        """Transform features."""
         return x + super().forward(x, x, x)
 
 
 class CLIPRPN(nn.Module):
-    """The restoration network; which route an image takes is told from outside.
+    """Restoration network of CLIP-RPN; the route of each image is an argument.
 
     Args:
-        routes: Sub-networks at each of three levels; 0: none, which leaves Restormer.
+        routes: Number of routes: sub-networks at each of three levels; 0: a plain Restormer.
         mgca: Sub-networks are mask-guided cross-attention; else plain cross-attention without masks.
-        interaction: Of the cross-attention.
-        residual: Of the cross-attention.
-        spatial_kernel: Of the cross-attention.
-        dim: As for Restormer, like the rest.
-        blocks: Of the four levels.
-        refinement: Blocks at the end.
-        heads: Of the four levels.
-        expansion: Of the feed-forward networks.
+        interaction: See `MaskGuidedCrossAttention`.
+        residual: See `MaskGuidedCrossAttention`.
+        spatial_kernel: See `MaskGuidedCrossAttention`.
+        dim: Channels of Restormer at the finest level.
+        blocks: Transformer blocks of the four levels.
+        refinement: Blocks at full resolution at the end.
+        heads: Attention heads of the four levels.
+        expansion: Expansion of the feed-forward networks.
 
     Shape:
-        ``(b, 3, h, w)`` in [0, 1] → the same, and the masks' logits.
+        ``(b, 3, h, w)`` in [0, 1] → the same, and the logits of the masks.
 
     References:
         CLIP-RPN, Figure 1. 32,720,308 parameters with two routes.
@@ -153,33 +160,33 @@ class CLIPRPN(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = Restormer(dim, blocks, refinement, heads, expansion)
-        widths = {level: (dim * 2**level, heads[level]) for level in LEVELS}
 
         def subnetwork(level: int) -> nn.Module:
+            channels = dim * 2**level
             if not mgca:
-                return PlainCrossAttention(*widths[level])
-            return MaskGuidedCrossAttention(*widths[level], interaction, residual, spatial_kernel)
+                return PlainCrossAttention(channels, heads[level])
+            return MaskGuidedCrossAttention(channels, heads[level], interaction, residual, spatial_kernel)
 
-        self.masks = nn.ModuleDict({str(level): MaskHead(widths[level][0]) for level in LEVELS if mgca and routes})
+        mask_levels = LEVELS if mgca and routes else ()
+        self.masks = nn.ModuleDict({str(level): MaskHead(dim * 2**level) for level in mask_levels})
         self.routes = nn.ModuleList(
             nn.ModuleDict({str(level): subnetwork(level) for level in LEVELS}) for _ in range(routes)
         )
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"], routes: Sequence[int] | None = None) -> Restored:
-        """Restores images.
+        """Restore images.
 
         Args:
             rainy: In [0, 1].
-            routes: The route of each image, or one for all; the first by default.
+            routes: Route of each image, or a single route for all images; the first route by default.
 
         Raises:
-            ValueError: If routes are too few or too many, or do not exist.
+            ValueError: If the number of routes does not fit the images, or a route does not exist.
         """
         logits: list[Tensor] = []
-        taken = list(routes or [0])
-        if len(taken) not in {1, len(rainy)} or not set(taken) <= set(range(max(1, len(self.routes)))):
-            raise ValueError(f"routes {taken} for {len(rainy)} images and {len(self.routes)} routes")
-        taken = taken[:1] if len(set(taken)) == 1 else taken
+        image_routes = list(routes or [0])
+        if len(image_routes) not in {1, len(rainy)} or not set(image_routes) <= set(range(max(1, len(self.routes)))):
+            raise ValueError(f"routes {image_routes} for {len(rainy)} images and {len(self.routes)} routes")
 
         def interact(level: int, x: Tensor) -> Tensor:
             mask = None
@@ -189,24 +196,30 @@ class CLIPRPN(nn.Module):
                 mask = logit.sigmoid()
             if not len(self.routes):
                 return x
-            if len(taken) == 1:
-                return cast(Tensor, self._route(taken[0])[str(level)](x, mask))
-            out = torch.empty_like(x)
-            for route in sorted(set(taken)):
-                places = torch.tensor([i for i, one in enumerate(taken) if one == route], device=x.device)
-                part = self._route(route)[str(level)](x[places], None if mask is None else mask[places])
-                out = out.index_copy(0, places, part.to(x.dtype))
-            return out
+            return self._apply_routes(level, x, mask, image_routes)
 
         derained = self.backbone(rainy, interact)
         return Restored(derained, logits)
 
-    def _route(self, place: int) -> nn.ModuleDict:
-        return cast(nn.ModuleDict, self.routes[place])
+    def _apply_routes(self, level: int, x: Tensor, mask: Tensor | None, image_routes: Sequence[int]) -> Tensor:
+        """Transform the features of each image by the sub-network of its route."""
+        used = sorted(set(image_routes))
+        if len(used) == 1:
+            return cast(Tensor, self._subnetwork(used[0], level)(x, mask))
+        out = torch.empty_like(x)
+        for route in used:
+            indices = torch.tensor([i for i, taken in enumerate(image_routes) if taken == route], device=x.device)
+            route_mask = None if mask is None else mask[indices]
+            transformed = self._subnetwork(route, level)(x[indices], route_mask)
+            out = out.index_copy(0, indices, transformed.to(x.dtype))
+        return out
+
+    def _subnetwork(self, route: int, level: int) -> nn.Module:
+        return cast(nn.ModuleDict, self.routes[route])[str(level)]
 
 
 def mask_maps(logits: Sequence[Float[Tensor, "b 1 _ _"]], height: int, width: int) -> Float[Tensor, "b n h w"]:
-    """Masks of all levels at the image's size, the finest first, in [0, 1]."""
+    """Return the masks of all levels at the size of the image, the finest first, in [0, 1]."""
     finest = logits[-1]
     size = (finest.shape[2] * 2, finest.shape[3] * 2)
     maps = [nn.functional.interpolate(level.float().sigmoid(), size) for level in reversed(logits)]

@@ -1,6 +1,7 @@
-"""Rain perception: which of several prompts an image is most similar to, by CLIP, remembered on disk."""
+"""Rain perception: similarity of images to prompts, by CLIP, cached on disk."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -18,25 +19,27 @@ from derain.methods.clip import PREPARATION, FrozenCLIP
 
 Similarity = Literal["cosine", "dot"]
 
+BATCH = 8
+"""Images that CLIP processes at a time."""
 
 WITHOUT = "train without CLIP by --model.perception none, restore without it by --route N"
-"""What is said where there is no CLIP."""
+"""Advice of messages where CLIP is not available."""
 
 
 class RainPerception:
-    """Scores of whole images for each prompt.
+    """Similarities of whole images to each prompt.
 
-    Scores are kept in a file by the image's content, the prompts, the similarity, CLIP's hash and the version of its
-    preparation, so that of an image seen once CLIP runs no more.
+    They are cached in a file of derain's cache folder. The key is the content of the image, the prompts, the kind of
+    similarity, the hash of CLIP and the version of its preprocessing, so CLIP processes an image only once.
 
     Args:
-        clip: Id on the hub or a local directory.
-        texts: Prompts, one a route.
-        similarity: ``cosine``, or ``dot`` as eq. 1 of CLIP-RPN is printed: the length of the texts' features counts
-            then (the image's does not change which is the largest).
+        clip: Id on the Hugging Face hub or a local directory.
+        texts: Prompts, one per route.
+        similarity: ``cosine``, or ``dot`` as eq. 1 of CLIP-RPN is printed, where the length of the text features
+            matters (that of the image features does not change the order).
 
     Raises:
-        DerainError: When CLIP is needed and cannot be had.
+        DerainError: When CLIP is first needed and not available.
     """
 
     def __init__(self, clip: str, texts: Sequence[str], similarity: Similarity = "cosine") -> None:
@@ -48,16 +51,17 @@ class RainPerception:
         return cache_folder() / "routes" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
 
     @cached_property
-    def _known(self) -> dict[str, list[float]]:
-        known = {}
-        lines = self._file.read_text(errors="replace").splitlines() if self._file.is_file() else ()
-        for line in lines:
+    def _cached(self) -> dict[str, list[float]]:
+        cached: dict[str, list[float]] = {}
+        if not self._file.is_file():
+            return cached
+        for line in self._file.read_text(errors="replace").splitlines():
             try:
-                image, scores = json.loads(line)
-            except ValueError:  # a process died in the middle of this line
+                key, similarities = json.loads(line)
+            except ValueError:  # a process was killed while it wrote this line
                 continue
-            known[image] = scores
-        return known
+            cached[key] = similarities
+        return cached
 
     @cached_property
     def _text_features(self) -> Float[Tensor, "n d"]:
@@ -67,50 +71,51 @@ class RainPerception:
     def similarities(
         self, images: Sequence[Pixels], device: torch.device | None = None, remember: bool = True
     ) -> Float[Tensor, "b n"]:
-        """Similarity of images, ``(h, w, 3)`` each, to every prompt.
+        """Return the similarities of images, ``(h, w, 3)`` each, to every prompt.
 
-        Those that were never seen go through CLIP together, on ``device``, and are remembered if wanted.
+        Images that are not cached are processed by CLIP as one batch.
+
+        Args:
+            images: Images of any sizes.
+            device: Device of CLIP; the CPU by default.
+            remember: Whether to cache the similarities.
         """
         keys = [hashlib.sha256(str(image.shape).encode() + image.tobytes()).hexdigest()[:32] for image in images]
-        found: dict[str, list[float]] = {}
-        new = {key: image for key, image in zip(keys, images, strict=True) if key not in self._known}
+        new = {key: image for key, image in zip(keys, images, strict=True) if key not in self._cached}
+        computed: dict[str, list[float]] = {}
         if new:
             features = self.clip.images(list(new.values()), device)
             if self.similarity == "cosine":
                 features = torch.nn.functional.normalize(features, dim=1)
-            found = dict(zip(new, (features @ self._text_features.T).tolist(), strict=True))
-            if remember:
-                self._remember(found)
-        return torch.tensor([self._known[key] if key in self._known else found[key] for key in keys])
+            similarities = features @ self._text_features.T
+            computed = dict(zip(new, similarities.tolist(), strict=True))
+        if computed and remember:
+            self._cache(computed)
+        return torch.tensor([computed[key] if key in computed else self._cached[key] for key in keys])
 
-    def _remember(self, scores: dict[str, list[float]]) -> None:
-        self._known.update(scores)
+    def _cache(self, similarities: dict[str, list[float]]) -> None:
+        self._cached.update(similarities)
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(f"\n{json.dumps(item)}" for item in scores.items())
+        text = "".join(f"\n{json.dumps(item)}" for item in similarities.items())
         descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(descriptor, text.encode())  # one write: lines of several processes do not mix
+            os.write(descriptor, text.encode())  # a single write, so that lines of several processes do not mix
         finally:
             os.close(descriptor)
 
     def all_similarities(
         self, images: Iterable[Pixels], device: torch.device | None = None, remember: bool = True
     ) -> Float[Tensor, "n m"]:
-        """The same for many images, eight at a time."""
-        batch: list[Pixels] = []
-        found = [torch.empty(0, len(self.texts))]
-        for image in images:
-            batch.append(image)
-            if len(batch) == 8:
-                found.append(self.similarities(batch, device, remember))
-                batch = []
-        if batch:
-            found.append(self.similarities(batch, device, remember))
-        return torch.cat(found)
+        """Return the similarities of many images, computed in batches of eight; arguments as for `similarities`."""
+        batches = [torch.empty(0, len(self.texts))]
+        remaining = iter(images)
+        while batch := list(itertools.islice(remaining, BATCH)):
+            batches.append(self.similarities(batch, device, remember))
+        return torch.cat(batches)
 
 
 def scores(similarities: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
-    """Softmax over the prompts; the route is the largest.
+    """Return the softmax over the prompts; the largest score determines the route.
 
     References:
         CLIP-RPN, eqs. 1 and 2.

@@ -1,4 +1,4 @@
-"""The prompts that CLIP-RPN compares images with, verbatim, and how its authors' images fell to them."""
+"""Prompts of CLIP-RPN, verbatim, and the number of training images of each route in the paper."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,12 +7,12 @@ from derain.errors import DerainError
 
 
 class PromptSet(NamedTuple):
-    """Texts, one a route.
+    """Set of prompts, one per route.
 
     Attributes:
         texts: The prompts.
         counts: Training images of each route in the paper, by set: Rain800 (700), Rain100H (1800), Rain100L (200).
-        source: Where they stand in the paper.
+        source: Table of the paper.
     """
 
     texts: tuple[str, ...]
@@ -92,14 +92,14 @@ PROMPTS = {
         "Table 2",
     ),
 }
-"""By name: Table 5's numbers, and the sets of Tables 1 and 2."""
+"""Sets by name: the numbers of Table 5, and the sets of Tables 1 and 2."""
 
 
 def texts_of(prompts: str | Sequence[str]) -> tuple[str, ...]:
-    """The prompts of a set's name, or own prompts as they are.
+    """Return the prompts of a named set, or a list of prompts unchanged.
 
     Raises:
-        DerainError: If there is no such set, or fewer than two prompts.
+        DerainError: If the set does not exist, or there are fewer than two different prompts.
 
     Example:
         >>> len(texts_of("3")), texts_of(["light rain", "heavy rain"])
@@ -108,9 +108,9 @@ def texts_of(prompts: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(prompts, str):
         if prompts not in PROMPTS:
             raise DerainError(
-                f"prompts {prompts!r}: no such set; known are {', '.join(PROMPTS)}, or give a list of texts"
+                f"prompts {prompts!r}: unknown set; expected one of {', '.join(PROMPTS)}, or a list of texts"
             )
         return PROMPTS[prompts].texts
     if len(prompts) < 2 or len(set(prompts)) < len(prompts):
-        raise DerainError(f"prompts {list(prompts)}: give two different texts or more, one a route")
+        raise DerainError(f"prompts {list(prompts)}: expected at least two different texts, one per route")
     return tuple(prompts)

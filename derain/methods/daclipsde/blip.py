@@ -1,4 +1,4 @@
-"""Frozen BLIP: what a clean image shows, in words."""
+"""Frozen BLIP: captions of clean images."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -21,17 +21,17 @@ BLIP = HubModel(
 
 
 class FrozenBLIP:
-    """BLIP's captions of images.
+    """BLIP captioning model of transformers.
 
-    Words are chosen greedily, without chance, as the captions of DA-CLIP's authors were.
+    Decoding is greedy, as for the captions of DA-CLIP's authors, so captions are deterministic.
 
     Args:
         name: Id on the Hugging Face hub (``Salesforce/blip-image-captioning-large``) or a local directory in that
             form.
-        max_tokens: Of a caption.
+        max_tokens: Longest caption, in tokens.
 
     Raises:
-        DerainError: When it is first needed and can neither be found nor fetched.
+        DerainError: When BLIP is first needed and can neither be found nor fetched.
     """
 
     def __init__(self, name: str, max_tokens: int = 32) -> None:
@@ -39,7 +39,7 @@ class FrozenBLIP:
 
     @cached_property
     def folder(self) -> Path:
-        """Directory of the model; fetched from the hub, with a word about it, where it is not here yet."""
+        """Directory of the model; it is fetched from the hub at the first access if necessary, with a log message."""
         return BLIP.folder(self.name)
 
     @cached_property
@@ -58,24 +58,24 @@ class FrozenBLIP:
                 local_files_only=True,
                 dtype=torch.float32,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below
+                ignore_mismatched_sizes=True,  # reported by check_whole
             )
             tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
             processor = BlipImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        model, told = loaded
-        check_whole("BLIP", self.name, told)
+        model, loading_info = loaded
+        check_whole("BLIP", self.name, loading_info)
         longest = model.config.text_config.max_position_embeddings - 1
         if self.max_tokens > longest:
-            raise DerainError(f"--max-tokens {self.max_tokens}: {self.name} writes at most {longest}; give fewer")
+            raise DerainError(f"--max-tokens {self.max_tokens}: {self.name} writes at most {longest}; use fewer")
         model.train(False)
         return model.requires_grad_(False), tokenizer, processor
 
     @torch.inference_mode()
     def captions(self, images: Sequence[Pixels], device: torch.device | None = None) -> list[str]:
-        """Captions of images of any sizes, which go through BLIP together.
+        """Return the captions of images of any sizes, processed as one batch.
 
         Raises:
-            DerainError: If they do not fit into the memory of the device.
+            DerainError: If the batch does not fit into the memory of the device.
         """
         model, tokenizer, processor = self._loaded
         try:
@@ -86,7 +86,7 @@ class FrozenBLIP:
             )
         except torch.OutOfMemoryError as error:
             raise DerainError(
-                f"--batch-size {len(images)}: so many images do not fit into the memory of {device}; give fewer"
+                f"--batch-size {len(images)}: the images do not fit into the memory of {device}; use a smaller batch"
             ) from error
         words = tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True, clean_up_tokenization_spaces=True)
         return [caption.strip() for caption in words]

@@ -1,4 +1,4 @@
-"""The controller of DA-CLIP: it bends frozen CLIP's image embedding and tells how an image is degraded.
+"""Controller of DA-CLIP: corrects the image embedding of a frozen CLIP, and embeds the degradation.
 
 Luo et al., Controlling Vision-Language Models for Multi-Task Image Restoration, ICLR 2024; Pullabhotla, section III.A.
 """
@@ -27,22 +27,22 @@ Order = Literal["reversed", "aligned"]
 Tokens = Float[Tensor, "b n c"]
 
 WORDS = ("rainy", "clean")
-"""Degradations that images are compared with where a controller's file names none of its own, as the authors' does."""
+"""Degradations of a controller whose file names none, such as the authors'."""
 
 
 class DACLIPMetadata(Metadata):
-    """Metadata of a controller, with CLIP's hash and the words for degradations."""
+    """Metadata with the hash of CLIP and the words for degradations."""
 
     clip_sha256: NotRequired[str | None]
     words: NotRequired[Sequence[str]]
 
 
 class Embeddings(NamedTuple):
-    """What is perceived of images.
+    """Embeddings of images.
 
     Attributes:
-        content: ``(b, d)``, of what they show, as if they were clean; not normalised.
-        degradation: ``(b, d)``, of how they are degraded; not normalised.
+        content: ``(b, d)``, embedding of the content, as if the images were clean; not normalised.
+        degradation: ``(b, d)``, embedding of the degradation; not normalised.
     """
 
     content: Float[Tensor, "b d"]
@@ -50,14 +50,15 @@ class Embeddings(NamedTuple):
 
 
 class Controller(nn.Module):
-    """A trainable copy of CLIP's vision tower, whose blocks feed the frozen one through layers that begin as zeros.
+    """Trainable copy of CLIP's vision tower, connected to the frozen tower by zero-initialised layers.
 
-    The copy's own way is not touched by those layers, so that at first the content embedding is CLIP's own.
+    The output of each block of the copy is added to a frozen block through such a layer, so that the content embedding
+    starts as CLIP's own. The degradation embedding is the output of the copy, which these layers do not affect.
 
     Args:
         clip: CLIP of transformers.
-        order: Which frozen block a block feeds: ``aligned``, the same one; ``reversed``, the mirrored one, as in the
-            authors' code, which takes the last hidden state first.
+        order: Frozen block that a block is connected to: ``aligned``: the same block; ``reversed``: the mirrored block,
+            as in the authors' code, which starts with the last hidden state.
     """
 
     def __init__(self, clip: Any, order: Order = "reversed") -> None:
@@ -74,13 +75,14 @@ class Controller(nn.Module):
         self.train().requires_grad_(True)
 
     def forward(self, clip: Any, pixels: Float[Tensor, "b 3 s s"]) -> Embeddings:
-        """Perceives images.
+        """Embed images.
 
         Args:
             clip: The same CLIP, frozen.
-            pixels: As `FrozenCLIP.pixels` gives them.
+            pixels: Result of `FrozenCLIP.pixels`.
         """
-        x, controls = _embed(self.vision, pixels), []
+        x = _embed(self.vision, pixels)
+        controls = []
         for block, zero in zip(self.vision.encoder.layers, self.zero, strict=True):
             x = _block(block, x)
             controls.append(zero(x))
@@ -104,59 +106,73 @@ def _block(block: Any, x: Tokens) -> Tokens:
 
 
 def load_controller(file: Path, clip: FrozenCLIP) -> tuple[Controller, Mapping[str, Any]]:
-    """Reads a controller: weights of `DACLIPModule`, or the authors' checkpoint of DA-CLIP.
+    """Load a controller from weights of `DACLIPModule`, or from the authors' checkpoint of DA-CLIP.
 
     Returns:
-        The controller, and what its file says of itself: nothing where it is the authors'.
+        The controller, and the metadata of its file: empty for the authors' checkpoint.
 
     Raises:
-        DerainError: If the file is absent, is none, or does not fit CLIP.
+        DerainError: If the file does not exist, has no controller, or does not fit CLIP.
     """
     state, metadata, _ = weights.read(file)
     if metadata.get("method") not in {None, "DACLIPModule"}:
         raise DerainError(
-            f"--model.controller {file}: holds {shorten(metadata['method'])}; give weights of DACLIPModule "
-            "or the authors' checkpoint of DA-CLIP"
+            f"--model.controller {file}: contains {shorten(metadata['method'])}; expected weights of DACLIPModule or "
+            "the authors' checkpoint of DA-CLIP"
         )
+    projection = None
     if metadata:
         check(file, metadata, DACLIPMetadata, Controller)
-    found = Controller(clip.model, metadata.get("hyper_parameters", {}).get("order", "reversed"))
-    projection = None
-    if not metadata:
-        try:
-            projection, state = projection_of(state), controller_of(state)
-        except DerainError:
-            raise
-        except weights.BUILD_ERRORS as error:  # tensors of other shapes
-            raise DerainError(f"--model.controller {file}: damaged ({shorten(error)})") from error
-    own = {name: value.shape for name, value in found.state_dict().items()}
-    fits = {name: value.shape for name, value in state.items()} == own
-    if fits and projection is not None:  # sizes alone do not tell one CLIP from another
-        here = clip.model.visual_projection.weight.cpu()
-        fits = projection.shape == here.shape and torch.allclose(projection.float(), here, atol=1e-3)
-    if not fits:
+    else:
+        projection, state = _from_published(file, state)
+    controller = Controller(clip.model, metadata.get("hyper_parameters", {}).get("order", "reversed"))
+    if _shapes(state) != _shapes(controller.state_dict()) or not _is_of_clip(projection, clip):
         raise DerainError(
-            f"--model.controller {file}: does not fit CLIP {clip.name}; give the CLIP that it was trained with by "
+            f"--model.controller {file}: does not fit CLIP {clip.name}; name the CLIP that it was trained with by "
             "--model.clip or DERAIN_CLIP"
         )
     if metadata.get("clip_sha256") not in {None, clip.sha256}:
-        log.warning("%s was trained with another CLIP than %s", file, clip.name)
-    found.load_state_dict(dict(state))
-    weights.check_network(file, found, state)
-    return found, metadata
+        log.warning("%s was trained with a CLIP other than %s", file, clip.name)
+    controller.load_state_dict(dict(state))
+    weights.check_network(file, controller, state)
+    return controller, metadata
+
+
+def _from_published(file: Path, state: Mapping[str, Tensor]) -> tuple[Tensor | None, Mapping[str, Tensor]]:
+    """Return CLIP's projection and the state dict of the controller in the authors' checkpoint."""
+    try:
+        return projection_of(state), controller_of(state)
+    except DerainError:
+        raise
+    except weights.BUILD_ERRORS as error:  # tensors of unexpected shapes
+        raise DerainError(f"--model.controller {file}: damaged ({shorten(error)}); download it again") from error
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in state.items()}
+
+
+def _is_of_clip(projection: Tensor | None, clip: FrozenCLIP) -> bool:
+    """Whether a projection of the authors' checkpoint is that of CLIP; different CLIPs can have equal shapes."""
+    if projection is None:
+        return True
+    expected = clip.model.visual_projection.weight.cpu()
+    return projection.shape == expected.shape and torch.allclose(projection.float(), expected, atol=1e-3)
 
 
 class Perception:
-    """A trained controller and its CLIP, both frozen; loaded when first needed, and part of no method's parameters.
+    """Trained controller with its CLIP, both frozen, loaded when first needed.
+
+    It is not an ``nn.Module``, so that its parameters are not those of a method.
 
     Attributes:
-        hashes: Of CLIP and of the controller's file: those in use, before they are loaded those of `expect`.
-        words: Degradations that the controller has learnt to tell apart.
+        hashes: Hashes of CLIP and of the controller's file; before they are loaded, those passed to `expect`.
+        words: Degradations that the controller was trained to distinguish.
 
     Args:
-        clip: Id on the Hugging Face hub or a local directory; ``$DERAIN_CLIP`` goes before it.
-        controller: A file of weights of `DACLIPModule`, or the authors'; ``$DERAIN_CONTROLLER`` goes before it. None:
-            a controller at its start, so that both embeddings are CLIP's own.
+        clip: Id on the Hugging Face hub or a local directory; ``$DERAIN_CLIP`` takes precedence.
+        controller: Weights of `DACLIPModule`, or the authors' checkpoint; ``$DERAIN_CONTROLLER`` takes precedence.
+            None: an untrained controller, so that both embeddings are CLIP's own.
     """
 
     def __init__(self, clip: str, controller: str | None) -> None:
@@ -166,60 +182,73 @@ class Perception:
             log.info("controller: %s (DERAIN_CONTROLLER) instead of %s", self.file, controller)
         self.hashes: dict[str, str | None] = {}
         self.words: Sequence[str] = WORDS
-        self._began: Mapping[str, Any] | None = None
+        self._resumed: Mapping[str, Any] | None = None
 
-    def expect(self, description: Mapping[str, Any], resuming: bool) -> None:
-        """Takes the hashes that a file of weights names.
+    def expect(self, metadata: Mapping[str, Any], resuming: bool) -> None:
+        """Set the expected hashes of CLIP and controller.
 
         Args:
-            description: Of the file.
-            resuming: Whether its training goes on: another CLIP or controller is then refused, else warned of.
+            metadata: Metadata of a weights file or checkpoint.
+            resuming: Whether a training run resumes: a different CLIP or controller is then an error, else a warning.
         """
-        self.hashes = {name: description[name] for name in ("clip_sha256", "controller_sha256") if name in description}
-        self._began = description.get("hyper_parameters", {}) if resuming else None
+        self.hashes = {name: metadata[name] for name in ("clip_sha256", "controller_sha256") if name in metadata}
+        self._resumed = metadata.get("hyper_parameters", {}) if resuming else None
 
     @cached_property
     def controller(self) -> Controller:
-        """The controller.
+        """The controller, loaded at the first access.
 
         Raises:
-            DerainError: If its file is absent or does not fit CLIP, or is another one than a resumed run began with.
+            DerainError: If its file does not exist or does not fit CLIP, or a run resumes with a different one.
         """
+        controller = self._load()
+        file_hash = weights.sha256(Path(self.file)) if self.file is not None else None
+        self._compare("clip", self.clip.name, self.clip.sha256)
+        self._compare("controller", self.file, file_hash)
+        self.hashes = {"clip_sha256": self.clip.sha256, "controller_sha256": file_hash}
+        return controller.eval().requires_grad_(False)
+
+    def _load(self) -> Controller:
         if self.file is None:
-            log.warning("no --model.controller: both embeddings are CLIP's own, as before the controller is trained")
-            found = Controller(self.clip.model)
-        else:
-            if not Path(self.file).is_file():
-                raise DerainError(
-                    f"--model.controller {self.file}: no such file; name it by --model.controller, or by "
-                    "DERAIN_CONTROLLER for weights that name another"
-                )
-            found, description = load_controller(Path(self.file), self.clip)
-            learnt = description.get("words", ())
-            self.words = learnt if len(learnt) > 1 else WORDS
-        hashes = {"clip_sha256": self.clip.sha256, "controller_sha256": self.file and weights.sha256(Path(self.file))}
-        for name in (name for name, expected in self.hashes.items() if hashes[name] != expected):
-            option = name.removesuffix("_sha256")
-            if self._began is not None:
-                now = {"clip": self.clip.name, "controller": self.file}[option]
-                told = f"this run began with another one ({self._began.get(option)})"
-                raise DerainError(f"--model.{option} {now}: {told}; give that one to go on")
-            told = {"clip": "CLIP (DERAIN_CLIP)", "controller": "controller (DERAIN_CONTROLLER)"}[option]
-            log.warning("these weights were trained with another %s: expect worse, or name the right one", told)
-        self.hashes = hashes
-        return found.eval().requires_grad_(False)
+            log.warning("no --model.controller: both embeddings are those of plain CLIP")
+            return Controller(self.clip.model)
+        if not Path(self.file).is_file():
+            raise DerainError(
+                f"--model.controller {self.file}: no such file; name it by --model.controller, or by "
+                "DERAIN_CONTROLLER for weights that name another file"
+            )
+        controller, metadata = load_controller(Path(self.file), self.clip)
+        words = metadata.get("words", ())
+        self.words = words if len(words) > 1 else WORDS
+        return controller
+
+    def _compare(self, option: str, name: str | None, sha256: str | None) -> None:
+        """Compare a hash with the expected one."""
+        if self.hashes.get(f"{option}_sha256", sha256) == sha256:
+            return
+        if self._resumed is not None:
+            raise DerainError(
+                f"cannot resume with --model.{option} {name}: the run was started with a different one "
+                f"({self._resumed.get(option)}); use that one"
+            )
+        variable = f"DERAIN_{option.upper()}"
+        log.warning(
+            "these weights were trained with a different %s: expect worse results, or name the right one by %s",
+            option,
+            variable,
+        )
 
     @torch.no_grad()
     def __call__(self, rainy: Float[Tensor, "b 3 h w"]) -> Embeddings:
-        """Perceives images in [0, 1] of any size, in float32."""
+        """Embed images in [0, 1] of any size, in float32."""
         controller = self.controller.to(rainy.device)
         with torch.autocast(rainy.device.type, enabled=False):
             clip = self.clip.model.to(rainy.device)
             return cast(Embeddings, controller(clip, self.clip.pixels(rainy.float())))
 
     def shares(self, degradation: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
-        """How much each of ``words`` fits: soft maxima of cosines, as sharp as the controller has learnt."""
-        controller = self.controller  # which brings its words
+        """Return how well each of ``words`` fits: the softmax of cosines at the temperature of the controller."""
+        controller = self.controller  # loading it sets ``words``
         texts = nn.functional.normalize(self.clip.texts(self.words), dim=-1)
         cosines = nn.functional.normalize(degradation.float().cpu(), dim=-1) @ texts.T
         return (controller.logit_scale.exp().cpu() * cosines).softmax(dim=-1)

@@ -1,4 +1,4 @@
-"""What IR-SDE and DA-CLIP's controller minimise."""
+"""Losses of IR-SDE and of DA-CLIP's controller."""
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,13 @@ def matching_loss(
     rainy: Float[Tensor, "b 3 h w"],
     times: Int[Tensor, " b"],
 ) -> Float[Tensor, ""]:
-    """Mean absolute difference of the Euler step to the most likely one (IR-SDE, eq. 16: maximum likelihood).
+    """Return the mean absolute difference of the Euler step and the optimum step (IR-SDE, eq. 16).
 
-    It is one of the noise, weighted by ``σ_t² dt / √v_t``, so about 1e-3; computed in float32.
+    It equals the error of the noise weighted by ``σ_t² dt / √v_t``, about 1e-3, and is computed in float32.
 
     Args:
         sde: The schedule.
-        estimated: The noise that the network sees in the state.
+        estimated: Noise in the state, as the network estimates it.
         state: ``x(t)``.
         clean: ``x(0)``.
         rainy: ``μ``.
@@ -33,7 +33,7 @@ def matching_loss(
 
 
 def cosines(images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
-    """Cosines of embeddings, in float32 also where a precision is chosen automatically."""
+    """Return the cosine similarities of embeddings, in float32 also under autocast."""
     with torch.autocast(images.device.type, enabled=False):
         return F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
 
@@ -44,21 +44,21 @@ def contrastive_loss(
     scale: Float[Tensor, ""],
     same: Bool[Tensor, "b b"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of matching images and texts, mean of both directions (Pullabhotla, eq. 3, with the log it lacks).
+    """Return the symmetric cross-entropy of matching images and texts (Pullabhotla, eq. 3, with the missing log).
 
-    Where texts are equal, telling them apart is neither possible nor wanted. Then any of them counts as right: the
-    probabilities of all that are equal add up. With texts that all differ, this is CLIP's loss; with texts that are all
-    equal, it is 0, where CLIP's would push images towards each other.
+    Equal texts cannot be told apart, so each of them is a correct answer: their probabilities are summed. If all texts
+    differ, this is CLIP's loss. If all are equal, it is 0, whereas CLIP's loss would push images towards each other.
 
     Args:
-        images: Embeddings, normalised or not.
-        texts: Of the matching texts.
+        images: Embeddings of images, normalised or not.
+        texts: Embeddings of their texts.
         scale: Inverse temperature.
-        same: Which texts are equal; only the diagonal if not given.
+        same: Which texts are equal; by default, each only to itself.
     """
     logits = scale.float() * cosines(images, texts)
-    right = torch.eye(len(logits), dtype=torch.bool, device=logits.device) if same is None else same
-    wrong = torch.zeros_like(logits).masked_fill(~right, -torch.inf)
-    to_texts = (logits + wrong).logsumexp(1) - logits.logsumexp(1)
-    to_images = (logits + wrong).logsumexp(0) - logits.logsumexp(0)
+    if same is None:
+        same = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    mask = torch.zeros_like(logits).masked_fill(~same, -torch.inf)
+    to_texts = (logits + mask).logsumexp(1) - logits.logsumexp(1)
+    to_images = (logits + mask).logsumexp(0) - logits.logsumexp(0)
     return -(to_texts.mean() + to_images.mean()) / 2

@@ -1,12 +1,12 @@
-"""The conditional U-Net of IR-SDE and DA-CLIP, which estimates the noise in a state.
+"""Conditional U-Net of IR-SDE and DA-CLIP, which estimates the noise in a state.
 
 Parameters have the names and shapes of the authors' checkpoints; the arithmetic is arranged for speed:
 
-- Maps are kept channels last, so that a pixel is normalised and attended to along contiguous memory.
-- Upsampling and the convolution after it are one transposed convolution, of 4/9 the multiplications.
-- Linear attention is a matrix of channels: it is multiplied with the projection after it first.
-- Without gradients, linear attention goes over strips of rows that stay in a processor's cache, pixels are changed in
-  place, and cross-attention to a single token, whose weights are all 1, is the one vector that it adds everywhere.
+- Maps are channels last, so that normalisation and attention of a pixel read contiguous memory.
+- Upsampling and the convolution after it are one transposed convolution, with 4/9 of the multiplications.
+- The channel matrix of linear attention is multiplied with the output projection before it is applied to pixels.
+- Without gradients, linear attention runs over strips of rows that fit into the cache of a processor, operations are in
+  place, and cross-attention to a single token, whose weights are all 1, adds the same vector to every pixel.
 """
 
 import itertools
@@ -20,21 +20,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from derain.errors import DerainError
-from derain.nn.graphs import recorded
+from derain.nn.graphs import compiling_or_exporting
 from derain.nn.padding import pad_to_multiple
 
 AttentionKind = Literal["linear", "none"]
 HEAD = 32
 """Channels of an attention head."""
 STRIP = 2048
-"""Pixels whose queries, or keys and values, stay in a processor's cache."""
+"""Pixels whose queries, or keys and values, fit into the cache of a processor."""
 
-Map = Float[Tensor, "_ _ _ _"]  # (b, c, h, w); channels and sizes change from one to the next
+Map = Float[Tensor, "_ _ _ _"]  # (b, c, h, w); channels and sizes change from layer to layer
 Embedding = Float[Tensor, "_ _"]
 
 
 class TimeFeatures(nn.Module):
-    """Sines and cosines of a time, at frequencies from 1 down to 1e-4.
+    """Sines and cosines of the time, at frequencies from 1 down to 1e-4.
 
     Args:
         size: Number of features, even.
@@ -45,7 +45,7 @@ class TimeFeatures(nn.Module):
         self.count = size // 2
 
     def forward(self, times: Float[Tensor, " b"]) -> Embedding:
-        """Embeds times."""
+        """Embed times."""
         powers = torch.arange(self.count, device=times.device, dtype=times.dtype) / max(1, self.count - 1)
         angles = times.reshape(-1)[:, None] * torch.exp(-math.log(10_000) * powers)
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
@@ -55,7 +55,7 @@ class ChannelNorm(nn.Module):
     """Layer normalisation over the channels of a pixel, with a gain and no bias.
 
     Args:
-        channels: Of the map.
+        channels: Channels of the map.
     """
 
     def __init__(self, channels: int) -> None:
@@ -63,45 +63,48 @@ class ChannelNorm(nn.Module):
         self.g = nn.Parameter(torch.ones(1, channels, 1, 1))
 
     def forward(self, x: Map) -> Map:
-        """Normalises every pixel."""
+        """Normalise every pixel."""
         gain = self.g.flatten()
         return F.layer_norm(x.permute(0, 2, 3, 1), gain.shape, gain).permute(0, 3, 1, 2)
 
 
 class ResBlock(nn.Module):
-    """Two convolutions, the first scaled and shifted by the time, beside a short cut; no normalisation.
+    """Residual block of two convolutions, the first scaled and shifted by the time; no normalisation.
 
     Args:
-        inside: Channels that come in.
-        outside: Channels that go out.
+        inputs: Input channels.
+        outputs: Output channels.
         time: Size of the time embedding.
     """
 
-    def __init__(self, inside: int, outside: int, time: int) -> None:
+    def __init__(self, inputs: int, outputs: int, time: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(time, 2 * outside))
+        self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(time, 2 * outputs))
         self.block1, self.block2 = nn.Sequential(), nn.Sequential()
-        self.block1.add_module("proj", nn.Conv2d(inside, outside, 3, padding=1, bias=False))
-        self.block2.add_module("proj", nn.Conv2d(outside, outside, 3, padding=1, bias=False))
-        self.res_conv = nn.Conv2d(inside, outside, 1, bias=False) if inside != outside else nn.Identity()
+        self.block1.add_module("proj", nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
+        self.block2.add_module("proj", nn.Conv2d(outputs, outputs, 3, padding=1, bias=False))
+        self.res_conv = nn.Conv2d(inputs, outputs, 1, bias=False) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Map, time: Embedding) -> Map:
-        """Changes a map."""
-        in_place = not torch.is_grad_enabled()
+        """Transform a map."""
         scale, shift = self.mlp(time)[:, :, None, None].chunk(2, dim=1)
         y = self.block1(x)
-        y = y.mul_(scale + 1).add_(shift) if in_place else torch.addcmul(shift, y, scale + 1)
-        y = F.silu(self.block2(F.silu(y, inplace=in_place)), inplace=in_place)
-        return y.add_(self.res_conv(x)) if in_place else y + self.res_conv(x)
+        if torch.is_grad_enabled():
+            y = F.silu(torch.addcmul(shift, y, scale + 1))
+            y = F.silu(self.block2(y))
+            return y + self.res_conv(x)
+        y = F.silu(y.mul_(scale + 1).add_(shift), inplace=True)
+        y = F.silu(self.block2(y), inplace=True)
+        return y.add_(self.res_conv(x))
 
 
 class LinearAttention(nn.Module):
-    """Attention whose matrix is one of channels: linear in pixels.
+    """Linear attention: its matrix is of channels, so its cost is linear in the pixels.
 
-    Queries are soft maxima over channels, keys over pixels.
+    Queries are softmaxes over channels, keys over pixels.
 
     Args:
-        channels: Of the map.
+        channels: Channels of the map.
         heads: Attention heads of 32 channels.
     """
 
@@ -113,25 +116,42 @@ class LinearAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Conv2d(hidden, channels, 1), ChannelNorm(channels))
 
     def forward(self, x: Map, content: Embedding | None = None) -> Map:
-        """Attends; the content is not looked at."""
-        (b, _, h, w), out = x.shape, cast(nn.Conv2d, self.to_out[0])
-        whole_maps = torch.is_grad_enabled() or recorded() or x.device.type != "cpu"
-        strips = (x,) if whole_maps else torch.split(x, max(1, STRIP // (b * w)), dim=2)
-        parts, masses = zip(*map(self._average, strips), strict=True)
-        context = (torch.stack(parts) * torch.stack(masses).softmax(0)).sum(0)  # (b, heads, 32, 32)
-        with torch.autocast(x.device.type, enabled=False):
-            weight = out.weight.view(-1, self.heads, HEAD).permute(1, 2, 0) * HEAD**-0.5
-            whole = (context @ weight).reshape(b, self.heads * HEAD, -1)
-        done = []
-        for strip in strips:
-            q = F.conv2d(strip, self.to_qkv.weight[: self.heads * HEAD]).permute(0, 2, 3, 1)
-            q = q.reshape(b, -1, self.heads, HEAD).softmax(3).flatten(2)
-            y = torch.baddbmm(cast(Tensor, out.bias).to(q.dtype), q, whole.to(q.dtype), alpha=1 / (h * w))
-            done.append(self.to_out[1](y.view(b, -1, w, y.shape[2]).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        return torch.cat(done, dim=1).permute(0, 3, 1, 2)
+        """Apply attention; the content is ignored."""
+        strips = self._strips(x)
+        averages = [self._average(strip) for strip in strips]
+        parts = torch.stack([part for part, _ in averages])
+        log_sums = torch.stack([log_sum for _, log_sum in averages])
+        context = (parts * log_sums.softmax(0)).sum(0)  # (b, heads, 32, 32)
+        matrix = self._projected(context)
+        pixels = x.shape[2] * x.shape[3]
+        rows = [self._attend(strip, matrix, pixels) for strip in strips]
+        return torch.cat(rows, dim=1).permute(0, 3, 1, 2)
+
+    def _strips(self, x: Map) -> Sequence[Map]:
+        """Cut a map into strips of rows where this saves time: on a CPU without gradients."""
+        if torch.is_grad_enabled() or compiling_or_exporting() or x.device.type != "cpu":
+            return (x,)
+        return torch.split(x, max(1, STRIP // (x.shape[0] * x.shape[3])), dim=2)
+
+    def _projected(self, context: Float[Tensor, "b heads 32 32"]) -> Float[Tensor, "b i o"]:
+        """Multiply the matrix of each head by its part of the output projection."""
+        weight = cast(Tensor, self.to_out[0].weight)
+        with torch.autocast(context.device.type, enabled=False):
+            head_weights = weight.view(-1, self.heads, HEAD).permute(1, 2, 0) * HEAD**-0.5
+            return (context @ head_weights).reshape(len(context), self.heads * HEAD, -1)
+
+    def _attend(self, strip: Map, matrix: Float[Tensor, "b i o"], pixels: int) -> Float[Tensor, "_ _ _ _"]:
+        """Return the output for a strip of rows, ``(b, h, w, c)``; the map has ``pixels`` pixels."""
+        batch, _, _, width = strip.shape
+        queries = F.conv2d(strip, self.to_qkv.weight[: self.heads * HEAD]).permute(0, 2, 3, 1)
+        queries = queries.reshape(batch, -1, self.heads, HEAD).softmax(3).flatten(2)
+        bias = cast(Tensor, self.to_out[0].bias)
+        y = torch.baddbmm(bias.to(queries.dtype), queries, matrix.to(queries.dtype), alpha=1 / pixels)
+        y = y.view(batch, -1, width, y.shape[2])
+        return cast(Tensor, self.to_out[1](y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
     def _average(self, strip: Map) -> tuple[Float[Tensor, "b heads 32 32"], Float[Tensor, "b heads 32 1"]]:
-        """The mean value of a strip of rows as its keys weigh it, and the logarithm of the weights' sum."""
+        """Return the mean value of a strip, weighted by its keys, and the logarithm of the sum of weights."""
         maps = F.conv2d(strip, self.to_qkv.weight[self.heads * HEAD :]).permute(0, 2, 3, 1)
         k, v = maps.reshape(len(strip), -1, 2, self.heads, HEAD).permute(2, 0, 3, 1, 4)  # (b, heads, pixels, 32)
         k = k.to(torch.promote_types(k.dtype, torch.float32))
@@ -143,20 +163,20 @@ class LinearAttention(nn.Module):
 
 
 class Upsample(nn.ModuleList):
-    """Nearest neighbours twice as wide and high, then a 3×3 convolution, as one transposed convolution.
+    """Nearest-neighbour upsampling by 2 and a 3×3 convolution, as one transposed convolution.
 
-    A pixel has only four different neighbours under the kernel: what falls on the same one is added up before.
+    Only four different pixels are under the kernel, so weights that fall on the same pixel are summed first.
 
     Args:
-        inside: Channels that come in.
-        outside: Channels that go out.
+        inputs: Input channels.
+        outputs: Output channels.
     """
 
-    def __init__(self, inside: int, outside: int) -> None:
-        super().__init__([nn.Identity(), nn.Conv2d(inside, outside, 3, padding=1)])
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__([nn.Identity(), nn.Conv2d(inputs, outputs, 3, padding=1)])
 
     def forward(self, x: Map) -> Map:
-        """Upsamples."""
+        """Upsample a map."""
         kernel = cast(Tensor, self[1].weight).transpose(0, 1)
         for _ in range(2):  # columns, then rows
             first, second, third = kernel.unbind(-1)
@@ -168,8 +188,8 @@ class CrossAttention(nn.Module):
     """Multi-head attention of pixels to tokens, or to themselves.
 
     Args:
-        channels: Of the pixels; a multiple of 32.
-        context: Of the tokens.
+        channels: Channels of the pixels; a multiple of 32.
+        context: Channels of the tokens.
     """
 
     def __init__(self, channels: int, context: int) -> None:
@@ -180,20 +200,26 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x: Float[Tensor, "b n c"], tokens: Float[Tensor, "b m d"]) -> Float[Tensor, "b k c"]:
-        """Attends; to a single token without gradients, the result is one vector for all pixels (k = 1)."""
+        """Apply attention; for a single token without gradients, the result is one vector for all pixels (k = 1)."""
         values = self.to_v(tokens)
         if tokens.shape[1] == 1 and not torch.is_grad_enabled():
             return cast(Tensor, self.to_out(values))
-        heads = (self.to_q(x), self.to_k(tokens), values)
-        q, k, v = (one.unflatten(-1, (-1, HEAD)).transpose(1, 2) for one in heads)
-        return cast(Tensor, self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+        q = _heads(self.to_q(x))
+        k = _heads(self.to_k(tokens))
+        v = _heads(values)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return cast(Tensor, self.to_out(attended))
+
+
+def _heads(x: Float[Tensor, "b n c"]) -> Float[Tensor, "b heads n 32"]:
+    return x.unflatten(-1, (-1, HEAD)).transpose(1, 2)
 
 
 class GatedFeedForward(nn.Module):
     """Two linear layers, gated by GELU (GEGLU).
 
     Args:
-        channels: Of the pixels.
+        channels: Channels of the pixels.
     """
 
     def __init__(self, channels: int) -> None:
@@ -203,16 +229,16 @@ class GatedFeedForward(nn.Module):
         self.net = nn.ModuleList([project_in, nn.Identity(), nn.Linear(4 * channels, channels)])
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        """Changes every pixel."""
+        """Transform every pixel."""
         x, gate = self.net[0](x).chunk(2, dim=-1)
         return cast(Tensor, self.net[2](x * F.gelu(gate)))
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the content, gated feed-forward.
+    """Self-attention, cross-attention to the content and gated feed-forward network.
 
     Args:
-        channels: Of the pixels.
+        channels: Channels of the pixels.
         context: Size of the content embedding.
         self_attention: Whether pixels attend to each other.
     """
@@ -225,7 +251,7 @@ class TransformerBlock(nn.Module):
         self.ff, self.norm3 = GatedFeedForward(channels), nn.LayerNorm(channels)
 
     def forward(self, x: Float[Tensor, "b n c"], tokens: Float[Tensor, "b m d"]) -> Float[Tensor, "b n c"]:
-        """Changes every pixel."""
+        """Transform every pixel."""
         if hasattr(self, "attn1"):
             normalised = self.norm1(x)
             x = x + self.attn1(normalised, normalised)
@@ -234,10 +260,10 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the pixels of a map, beside a short cut; adds nothing at first.
+    """Residual transformer block over the pixels of a map, initialised to the identity.
 
     Args:
-        channels: Of the map; a multiple of 32.
+        channels: Channels of the map; a multiple of 32.
         context: Size of the content embedding.
         self_attention: Whether pixels attend to each other.
     """
@@ -252,18 +278,18 @@ class SpatialTransformer(nn.Module):
         nn.init.zeros_(cast(Tensor, self.proj_out.bias))
 
     def forward(self, x: Map, content: Embedding) -> Map:
-        """Lets pixels attend to the content."""
+        """Transform a map, given the content."""
         y = self.proj_in(self.norm(x)).permute(0, 2, 3, 1)
         y = self.transformer_blocks[0](y.flatten(1, 2), content[:, None]).view(y.shape)
         return cast(Tensor, self.proj_out(y.permute(0, 3, 1, 2))) + x
 
 
 class Attention(nn.Module):
-    """Attention of a normalised map, added to the map, under the authors' names ``fn.norm`` and ``fn.fn``.
+    """Residual, pre-normalised attention, with the authors' parameter names ``fn.norm`` and ``fn.fn``.
 
     Args:
-        channels: Of the map.
-        attention: What attends.
+        channels: Channels of the map.
+        attention: Attention module, called with a map and the content.
     """
 
     def __init__(self, channels: int, attention: nn.Module) -> None:
@@ -272,32 +298,32 @@ class Attention(nn.Module):
         self.fn.norm, self.fn.fn = ChannelNorm(channels), attention
 
     def forward(self, x: Map, content: Embedding | None) -> Map:
-        """Changes a map."""
+        """Transform a map."""
         inner = cast(Any, self.fn)
         return x + cast(Tensor, inner.fn(inner.norm(x), content))
 
 
-class Untouched(nn.Module):
-    """Where there is no attention."""
+class NoAttention(nn.Module):
+    """Identity with the arguments of `Attention`."""
 
     def forward(self, x: Map, content: Embedding | None) -> Map:
-        """Gives the map back."""
+        """Return the map."""
         return x
 
 
 class ConditionalUNet(nn.Module):
-    """Estimates the noise in a state of the mean-reverting SDE, given the rainy image and the time.
+    """U-Net that estimates the noise in a state of the mean-reverting SDE, given the rainy image and the time.
 
     Args:
-        channels: At full resolution; a multiple of 32 at the deepest level where there is content.
-        multipliers: Channels after each level, as multiples; their number is the depth.
-        attention: ``linear`` at every level, or ``none`` (Pullabhotla speaks of a U-Net without self-attention).
-        content: Whether the deepest level and the middle attend to a content embedding.
+        channels: Channels at full resolution; with content, those of the deepest levels must be multiples of 32.
+        multipliers: Channels after each level, as multiples of ``channels``; their number is the depth.
+        attention: ``linear`` at every level, or ``none`` (Pullabhotla's U-Net has no self-attention).
+        content: Whether the deepest level and the middle have cross-attention to a content embedding.
         degradation: Whether a prompt, weighted by a degradation embedding, is added to the time embedding.
-        context: Size of both embeddings.
+        context: Size of the content and degradation embeddings.
 
     Raises:
-        DerainError: If channels cannot be divided into heads.
+        DerainError: If the channels cannot be divided into heads.
     """
 
     def __init__(
@@ -313,8 +339,8 @@ class ConditionalUNet(nn.Module):
         widths = [channels, *(channels * factor for factor in multipliers)]
         if channels % 2 or (content and any(width % HEAD for width in widths[-2:])):
             raise DerainError(
-                f"--model.channels {channels}: must be even, and with content the deepest levels ({widths[-2:]}) "
-                f"multiples of {HEAD}"
+                f"--model.channels {channels}: expected an even number and, with content, multiples of {HEAD} at the "
+                f"deepest levels (now {widths[-2:]}); change --model.channels or --model.multipliers"
             )
         self.depth = len(multipliers)
         time = 4 * channels
@@ -326,37 +352,39 @@ class ConditionalUNet(nn.Module):
             self.text_mlp = nn.Sequential(nn.Linear(context, time), nn.SiLU(), nn.Linear(time, time))
             self.prompt_mlp = nn.Linear(time, time)
 
-        def attend(width: int, bottom: bool) -> nn.Module:
-            if content and bottom:
+        def attention_module(width: int, deepest: bool) -> nn.Module:
+            if content and deepest:
                 return Attention(width, SpatialTransformer(width, context, attention == "linear"))
-            return Attention(width, LinearAttention(width)) if attention == "linear" else Untouched()
+            if attention == "linear":
+                return Attention(width, LinearAttention(width))
+            return NoAttention()
 
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
-        for level, (inside, outside) in enumerate(itertools.pairwise(widths)):
-            last = level == self.depth - 1
-            down = nn.Conv2d(inside, outside, 4, stride=2, padding=1)
-            if last:
-                down = nn.Conv2d(inside, outside, 3, padding=1, bias=False)
-            plain = nn.Conv2d(outside, inside, 3, padding=1, bias=False)
-            up = Upsample(outside, inside) if level > 0 else plain
-            blocks = [ResBlock(inside, inside, time) for _ in range(2)]
-            self.downs.append(nn.ModuleList([*blocks, attend(inside, last), down]))
-            blocks = [ResBlock(outside + inside, outside, time) for _ in range(2)]
-            self.ups.insert(0, nn.ModuleList([*blocks, attend(outside, last), up]))
+        for level, (fine, coarse) in enumerate(itertools.pairwise(widths)):
+            deepest = level == self.depth - 1
+            down = nn.Conv2d(fine, coarse, 4, stride=2, padding=1)
+            if deepest:
+                down = nn.Conv2d(fine, coarse, 3, padding=1, bias=False)
+            plain = nn.Conv2d(coarse, fine, 3, padding=1, bias=False)
+            up = Upsample(coarse, fine) if level > 0 else plain
+            blocks = [ResBlock(fine, fine, time) for _ in range(2)]
+            self.downs.append(nn.ModuleList([*blocks, attention_module(fine, deepest), down]))
+            blocks = [ResBlock(coarse + fine, coarse, time) for _ in range(2)]
+            self.ups.insert(0, nn.ModuleList([*blocks, attention_module(coarse, deepest), up]))
         self.mid_block1 = ResBlock(widths[-1], widths[-1], time)
-        self.mid_attn = attend(widths[-1], True)
+        self.mid_attn = attention_module(widths[-1], True)
         self.mid_block2 = ResBlock(widths[-1], widths[-1], time)
         self.final_res_block = ResBlock(2 * channels, channels, time)
         self.final_conv = nn.Conv2d(channels, 3, 3, padding=1)
 
     @property
     def contexts(self) -> tuple[bool, bool]:
-        """Whether content and degradation embeddings are needed."""
-        transformers = any(isinstance(module, SpatialTransformer) for module in self.modules())
-        return transformers, hasattr(self, "prompt")
+        """Whether the network needs the content embedding, and whether it needs the degradation embedding."""
+        has_transformers = any(isinstance(module, SpatialTransformer) for module in self.modules())
+        return has_transformers, hasattr(self, "prompt")
 
     def embed(self, times: Float[Tensor, " b"] | Int[Tensor, " b"], degradation: Embedding | None) -> Embedding:
-        """The time embedding; with a degradation embedding, plus its share of the prompt."""
+        """Return the time embedding, plus the prompt weighted by the degradation embedding if there is a prompt."""
         time = self.time_mlp(times.to(self.init_conv.weight.dtype))
         if hasattr(self, "prompt"):
             weights = self.text_mlp(degradation).softmax(dim=1)
@@ -371,14 +399,14 @@ class ConditionalUNet(nn.Module):
         content: Embedding | None = None,
         degradation: Embedding | None = None,
     ) -> Float[Tensor, "b 3 h w"]:
-        """Estimates the noise.
+        """Estimate the noise.
 
         Args:
             state: ``x(t)``, of any size.
             rainy: ``μ``, in [0, 1].
             times: ``t``.
-            content: CLIP's embedding of what the image shows, not normalised.
-            degradation: Of how it is degraded, not normalised.
+            content: CLIP's embedding of the content of the image, not normalised.
+            degradation: Embedding of its degradation, not normalised.
         """
         height, width = state.shape[2:]
         time = self.embed(times, degradation)

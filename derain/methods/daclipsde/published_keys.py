@@ -1,4 +1,4 @@
-"""The authors' checkpoints of IR-SDE and DA-CLIP: their names, and what can be read off their tensors."""
+"""Keys of the authors' checkpoints of IR-SDE and DA-CLIP, and options inferred from their tensors."""
 
 import re
 from collections.abc import Mapping
@@ -9,14 +9,14 @@ from torch import Tensor
 from derain.errors import DerainError
 
 CONTEXTS = {(True, True): "both", (True, False): "content", (False, True): "degradation", (False, False): "none"}
-"""What a U-Net is told, by whether it has transformers and a prompt."""
+"""Contexts of a U-Net, by whether it has transformers and a prompt."""
 
 
 def unet_options(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """Options of `DACLIPSDEModule` for the authors' U-Net, whose parameters have our names; None if it is none.
+    """Return the options of `DACLIPSDEModule` for the authors' U-Net, or None for another state dict.
 
-    Sizes are read off the tensors. λ stands nowhere in them: it is 10 of 255 for IR-SDE's channels, which double at
-    every level, else 50, as in the authors' settings.
+    Their parameters have our names, and sizes follow from the tensors. λ is not recorded: it is 10 of 255 for the
+    channels of IR-SDE, which double at every level, and 50 otherwise, as in the authors' settings.
     """
     if "init_conv.weight" not in state or "mid_block1.block1.proj.weight" not in state:
         return None
@@ -24,17 +24,17 @@ def unet_options(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     depth = sum(name.startswith("downs.") and name.endswith(".0.block1.proj.weight") for name in state)
     multipliers = [state[f"downs.{level}.3.weight"].shape[0] // channels for level in range(depth)]
     content = [value.shape[1] for name, value in state.items() if name.endswith("attn2.to_k.weight")]
-    degradation = [state["text_mlp.0.weight"].shape[1]] if "text_mlp.0.weight" in state else []
+    degradation = [value.shape[1] for name, value in state.items() if name == "text_mlp.0.weight"]
     return {
         "contexts": CONTEXTS[bool(content), bool(degradation)],
         "channels": channels,
         "multipliers": multipliers,
-        "context": (content + degradation + [512])[0],
+        "context": next(iter(content + degradation), 512),
         "max_sigma": 10.0 if multipliers[0] >= 2 else 50.0,
     }
 
 
-_NAMES = (
+_KEYS = (
     (r"^conv1\.", "vision.embeddings.patch_embedding."),
     (r"^class_embedding$", "vision.embeddings.class_embedding"),
     (r"^positional_embedding$", "vision.embeddings.position_embedding.weight"),
@@ -48,39 +48,48 @@ _NAMES = (
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
     (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
 )
-"""Names of the authors (open_clip's, below ``visual_control.``) and ours (transformers')."""
+"""Patterns of the authors' keys (open_clip's, after ``visual_control.``) and our keys (those of transformers)."""
 
 
 def projection_of(state: Mapping[str, Tensor]) -> Tensor | None:
-    """The last layer of the frozen vision tower in the authors' checkpoint of DA-CLIP, which tells CLIPs apart."""
-    found = [value for name, value in state.items() if name.endswith("visual.proj")]
-    return found[0].T if found else None
+    """Return the last layer of the frozen vision tower in the authors' checkpoint of DA-CLIP; it identifies CLIP."""
+    for key, value in state.items():
+        if key.endswith("visual.proj"):
+            return value.T
+    return None
 
 
 def controller_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The controller in the authors' checkpoint of DA-CLIP, with our names; the frozen CLIP in it is left out.
+    """Return the controller in the authors' checkpoint of DA-CLIP, with our keys; the frozen CLIP in it is ignored.
 
-    ``visual_control.*`` becomes ours by the table above; ``in_proj`` is cut into queries, keys and values, ``proj`` is
-    transposed.
+    ``visual_control.*`` is renamed by the table above, ``in_proj`` is split into queries, keys and values, and ``proj``
+    is transposed.
 
     Args:
         state: The state dict, with or without the prefix ``module.`` of parallel training.
 
     Raises:
-        DerainError: If there is no controller in it.
+        DerainError: If the state dict contains no controller.
     """
-    plain = {name.removeprefix("module."): value for name, value in state.items()}
+    plain = {key.removeprefix("module."): value for key, value in state.items()}
     prefix = "visual_control."
-    theirs = {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
-    if not theirs or "logit_scale" not in plain:
-        raise DerainError("no controller of DA-CLIP in this file (its authors' names begin with visual_control)")
-    ours = {"logit_scale": plain["logit_scale"]}
-    for name, value in theirs.items():
-        for pattern, ours_is in _NAMES:
-            name = re.sub(pattern, ours_is, name)
-        if ".attn.in_proj_" in name:
-            for part, piece in zip("qkv", value.chunk(3), strict=True):
-                ours[name.replace(".attn.in_proj_", f".self_attn.{part}_proj.")] = piece
+    published = {key.removeprefix(prefix): value for key, value in plain.items() if key.startswith(prefix)}
+    if not published or "logit_scale" not in plain:
+        raise DerainError("no controller of DA-CLIP in this file; expected keys that begin with visual_control")
+    controller = {"logit_scale": plain["logit_scale"]}
+    for published_key, value in published.items():
+        key = _our_key(published_key)
+        if ".attn.in_proj_" in key:
+            for name, part in zip("qkv", value.chunk(3), strict=True):
+                controller[key.replace(".attn.in_proj_", f".self_attn.{name}_proj.")] = part
+        elif key == "projection.weight":
+            controller[key] = value.T
         else:
-            ours[name] = value.T if name == "projection.weight" else value
-    return ours
+            controller[key] = value
+    return controller
+
+
+def _our_key(key: str) -> str:
+    for pattern, replacement in _KEYS:
+        key = re.sub(pattern, replacement, key)
+    return key

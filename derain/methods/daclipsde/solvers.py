@@ -1,7 +1,7 @@
-"""Solvers of the reverse process: from the rainy image with noise to a clean one, in any number of steps.
+"""Solvers of the reverse SDE: from the rainy image with noise to a clean image, in any number of steps.
 
-They know the SDE and a function that estimates the noise, not the network. A solver goes down a subset of the
-schedule's own times, so that fewer steps see the noise levels that the network was trained with.
+A solver needs the SDE and a function that estimates the noise. It visits a subset of the schedule's times, so that few
+steps, too, use the noise levels that the network was trained with.
 
 The fast ones are semi-analytic. With ``y = x - μ``, the SDE of `sde.py` is that of a variance-preserving diffusion
 of ``y / λ`` with signal ``α = exp(-τ)`` and noise ``σ = √(1 - α²)``. Written in ``ℓ = log(α / σ)``, half the log
@@ -14,10 +14,10 @@ by a line through its last two values (order 2). Over a step ``h = ℓ_s - ℓ_t
 
     D = (1 - exp(-κh)) ŷ_t + c (ŷ_t - ŷ_before) / h_before
 
-Order 1 has ``c = 0``; of ``sde``, it is posterior sampling. Order 2 of ``mrs-*`` takes the line's value in the middle
+Order 1 has ``c = 0``; for ``sde``, this is posterior sampling. Order 2 of ``mrs-*`` uses the line's value in the middle
 of the step, as DPM-Solver++ does: ``c = h (1 - exp(-κh)) / 2``. MaRS (Li et al., ICLR 2025, arXiv 2502.07856),
-``mars-*``, integrates the line: ``c = h - (1 - exp(-κh)) / κ``, which is larger for long steps. Both are of the same
-order. The last step goes to ``σ = 0`` and gives ``x̂_0`` itself.
+``mars-*``, integrates the line: ``c = h - (1 - exp(-κh)) / κ``, which is larger for long steps. Both have the same
+order of convergence. The last step ends at ``σ = 0`` and returns ``x̂_0`` itself.
 """
 
 import dataclasses
@@ -34,21 +34,25 @@ from derain.methods.daclipsde.sde import MeanRevertingSDE
 
 Image = Float[Tensor, "b c h w"]
 Estimate = Callable[[Image, int], Image]
-"""The noise in a state at a time."""
+"""Function of a state and its time that returns the noise in the state."""
+Step = tuple[int, int]
+"""Time before and after a step."""
+Show = Callable[[Iterable[Step], int], Iterable[Step]]
+"""Function of the steps and their number that yields the steps and shows progress."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How images are sampled; no part of a checkpoint.
+    """Options of sampling; not part of a checkpoint.
 
     Args:
         solver: ``posterior`` (IR-SDE's authors), ``sde`` (Euler-Maruyama), ``ode`` (Euler), or semi-analytic:
             ``mrs-ode1``, ``mrs-ode2``, ``mrs-sde2``, ``mars-ode2``, ``mars-sde2``.
-        steps: Evaluations of the network, at most the T of the schedule; none: T.
-        seed: Of the noise. The same seed gives an image the same noise in any batch.
+        steps: Evaluations of the network, at most T of the schedule; None: T.
+        seed: Seed of the noise. With the same seed, an image gets the same noise in any batch.
 
     Raises:
-        DerainError: If the solver is unknown or the steps are none.
+        DerainError: If the solver is unknown or ``steps`` is below 1.
     """
 
     solver: str = "posterior"
@@ -57,17 +61,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
-            raise DerainError(f"--solver {self.solver}: unknown; choose from {', '.join(SOLVERS)}")
+            raise DerainError(f"--solver {self.solver}: unknown solver; expected one of {', '.join(SOLVERS)}")
         if self.steps is not None and self.steps < 1:
-            raise DerainError(f"--steps {self.steps}: must be at least 1")
+            raise DerainError(f"--steps {self.steps}: expected at least 1")
 
 
 class Noise:
-    """Standard normal noise, equal for all images of a batch and for a size always the same.
+    """Sequence of standard normal noise, equal for all images of a batch and in all runs.
 
     Args:
-        seed: Of the generator.
-        like: Shape and device of the states.
+        seed: Seed of the generator.
+        like: Tensor with the shape and device of the states.
     """
 
     def __init__(self, seed: int, like: Image) -> None:
@@ -75,26 +79,27 @@ class Noise:
         self.shape, self.device = like.shape[1:], like.device
 
     def __call__(self) -> Float[Tensor, "1 c h w"]:
-        """Draws the next one. It is drawn on the CPU, so that every device sees the same."""
+        """Draw noise, on the CPU so that it is the same on every device."""
         on_gpu = self.device.type == "cuda"
-        drawn = torch.randn((1, *self.shape), generator=self.generator, pin_memory=on_gpu)
-        return drawn.to(self.device, non_blocking=on_gpu)
+        noise = torch.randn((1, *self.shape), generator=self.generator, pin_memory=on_gpu)
+        return noise.to(self.device, non_blocking=on_gpu)
 
 
-def times_of(sde: MeanRevertingSDE, steps: int | None) -> list[int]:
-    """The times that so many steps visit, from T down to 0, evenly spread.
+def visited_times(sde: MeanRevertingSDE, steps: int | None) -> list[int]:
+    """Return the times that a number of steps visits, evenly spread from T down to 0.
 
     Raises:
-        DerainError: If the schedule has fewer times.
+        DerainError: If the schedule has fewer steps.
 
     Example:
-        >>> times_of(MeanRevertingSDE(steps=100), 4)
+        >>> visited_times(MeanRevertingSDE(steps=100), 4)
         [100, 75, 50, 25, 0]
     """
-    steps = sde.steps if steps is None else steps
+    if steps is None:
+        steps = sde.steps
     if steps > sde.steps:
-        raise DerainError(f"--steps {steps}: the schedule of these weights has {sde.steps} times; give at most that")
-    return [round(sde.steps * left / steps) for left in range(steps, -1, -1)]
+        raise DerainError(f"--steps {steps}: the schedule of these weights has {sde.steps} steps; use at most that")
+    return [round(sde.steps * remaining / steps) for remaining in range(steps, -1, -1)]
 
 
 @torch.no_grad()
@@ -103,27 +108,27 @@ def sample(
     estimate: Estimate,
     rainy: Image,
     sampling: Sampling,
-    show: Callable[[Iterable[tuple[int, int]], int], Iterable[tuple[int, int]]] = lambda steps, total: steps,
+    show: Show = lambda steps, total: steps,
 ) -> Image:
-    """Restores images.
+    """Restore images by solving the reverse process.
 
     Args:
-        sde: The schedule that the network was trained with.
-        estimate: The network.
+        sde: Schedule that the network was trained with.
+        estimate: Function that estimates the noise in a state: the network.
         rainy: ``μ``, in [0, 1].
         sampling: Solver, steps and seed.
-        show: Wraps the steps, to show how far they are.
+        show: Progress bar of the steps.
 
     Returns:
         Clean images, not clipped.
 
     Raises:
-        DerainError: If more steps are asked for than the schedule has.
+        DerainError: If the schedule has fewer steps than ``sampling``.
     """
-    state = rainy
-    for state in states(sde, estimate, rainy, sampling, show):  # noqa: B007 - the last one is the result
-        pass
-    return state
+    last = rainy
+    for state in states(sde, estimate, rainy, sampling, show):
+        last = state
+    return last
 
 
 def states(
@@ -131,10 +136,10 @@ def states(
     estimate: Estimate,
     rainy: Image,
     sampling: Sampling,
-    show: Callable[[Iterable[tuple[int, int]], int], Iterable[tuple[int, int]]] = lambda steps, total: steps,
+    show: Show = lambda steps, total: steps,
 ) -> Iterator[Image]:
-    """As `sample`, but yields the state at the start and after every step."""
-    times = times_of(sde, sampling.steps)
+    """Yield the state at the start and after every step; arguments as for `sample`."""
+    times = visited_times(sde, sampling.steps)
     noise = Noise(sampling.seed, rainy)
     advance = SOLVERS[sampling.solver](sde, rainy.float(), noise)
     state = rainy.float() + sde.scale * noise()
@@ -145,7 +150,7 @@ def states(
 
 
 class _Euler:
-    """Euler steps of the reverse SDE, or of the probability flow."""
+    """Euler step of the reverse SDE, or of the probability flow."""
 
     def __init__(self, sde: MeanRevertingSDE, rainy: Image, noise: Noise, *, ode: bool = False) -> None:
         self.sde, self.rainy, self.noise, self.ode = sde, rainy, noise, ode
@@ -161,7 +166,7 @@ class _Euler:
 
 
 class _Posterior:
-    """The optimum reverse step with its noise: IR-SDE's authors' sampler."""
+    """Optimum reverse step with noise: the sampler of IR-SDE's authors."""
 
     def __init__(self, sde: MeanRevertingSDE, rainy: Image, noise: Noise) -> None:
         self.sde, self.rainy, self.noise = sde, rainy, noise
@@ -171,7 +176,9 @@ class _Posterior:
         clean = self.sde.clean(state, self.rainy, estimated, times)
         mean = self.sde.optimum(state, clean, self.rainy, times, earlier)
         deviation = float(self.sde.optimum_deviation(times, earlier)[0])
-        return mean + deviation * self.noise() if deviation else mean
+        if deviation == 0:
+            return mean
+        return mean + deviation * self.noise()
 
 
 class _SemiAnalytic:
@@ -180,10 +187,10 @@ class _SemiAnalytic:
     Args:
         sde: The schedule.
         rainy: ``μ``.
-        noise: What ``stochastic`` steps add.
+        noise: Noise of ``stochastic`` steps.
         order: 1, or 2 for a line through the last two estimates.
-        stochastic: Step along the SDE instead of the probability flow.
-        integrated: Integrate that line, as MaRS does, instead of taking its value in the middle.
+        stochastic: Follow the SDE instead of the probability flow.
+        integrated: Integrate the line, as MaRS does, instead of using its value in the middle.
     """
 
     def __init__(
@@ -199,7 +206,7 @@ class _SemiAnalytic:
         self.sde, self.rainy, self.noise, self.order = sde, rainy, noise, order
         self.stochastic, self.integrated = stochastic, integrated
         self.ratio = torch.log(sde.decay / (sde.deviation / sde.scale))  # ℓ; infinite at time 0
-        self.before: tuple[Image, float] | None = None
+        self.previous: tuple[Image, float] | None = None  # estimate and length of the step before
 
     def __call__(self, state: Image, estimated: Image, t: int, s: int) -> Image:
         times, _ = _pair(t, s, len(state))
@@ -210,11 +217,11 @@ class _SemiAnalytic:
         kappa = 2 if self.stochastic else 1
         change = 1 - math.exp(-kappa * step)
         drift = change * residual
-        if self.order == 2 and self.before is not None:
-            last, step_before = self.before
+        if self.order == 2 and self.previous is not None:
+            previous_residual, previous_step = self.previous
             weight = step - change / kappa if self.integrated else step / 2 * change
-            drift = drift + weight / step_before * (residual - last)
-        self.before = residual, step
+            drift = drift + weight / previous_step * (residual - previous_residual)
+        self.previous = residual, step
         shrink = float(self.sde.deviation[s] / self.sde.deviation[t]) * math.exp((1 - kappa) * step)
         mean = self.rainy + shrink * (state - self.rainy) + float(self.sde.decay[s]) * drift
         if not self.stochastic:
@@ -226,7 +233,9 @@ def _pair(t: int, s: int, count: int) -> tuple[Tensor, Tensor]:
     return torch.full((count,), t), torch.full((count,), s)
 
 
-SOLVERS: dict[str, Callable[[MeanRevertingSDE, Image, Noise], Callable[[Image, Image, int, int], Image]]] = {
+Solver = Callable[[Image, Image, int, int], Image]
+
+SOLVERS: dict[str, Callable[[MeanRevertingSDE, Image, Noise], Solver]] = {
     "posterior": _Posterior,
     "sde": _Euler,
     "ode": lambda sde, rainy, noise: _Euler(sde, rainy, noise, ode=True),
@@ -236,4 +245,4 @@ SOLVERS: dict[str, Callable[[MeanRevertingSDE, Image, Noise], Callable[[Image, I
     "mars-ode2": lambda sde, rainy, noise: _SemiAnalytic(sde, rainy, noise, order=2, integrated=True),
     "mars-sde2": lambda sde, rainy, noise: _SemiAnalytic(sde, rainy, noise, order=2, stochastic=True, integrated=True),
 }
-"""Every solver: made for a rainy image, it takes a state and the noise in it from one time to an earlier one."""
+"""Constructors of solvers. A solver maps a state, its noise, its time and an earlier time to the earlier state."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from derain.errors import DerainError
 from derain.methods.plnlingan.shifted_windows import shift_mask, transform_shifted
-from derain.nn.graphs import recorded_for_all_sizes
+from derain.nn.graphs import exporting
 from derain.nn.padding import pad_to_multiple
 from derain.nn.restormer import STRIP_BYTES, spatial
 
@@ -97,7 +97,7 @@ class WindowBlock(SwinTransformerBlock):
 
     def forward(self, x: Features) -> Features:
         """Transform features."""
-        if recorded_for_all_sizes():
+        if exporting():
             return transform_shifted(x, WINDOW, self.shift, self._transform)
         height, width = x.shape[1:3]
         down = self.shift if height > WINDOW else 0

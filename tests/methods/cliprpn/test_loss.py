@@ -1,4 +1,4 @@
-"""Losses of CLIP-RPN against sums in float64."""
+"""Losses of CLIP-RPN compared with sums in float64."""
 
 import numpy as np
 import pytest
@@ -11,11 +11,11 @@ POWERS = (0.8, 1.0, 2.0, 3.1)
 
 @pytest.fixture
 def pair(rng):
-    """Derained and clean, ``(2, 3, 5, 7)`` in float64; the derained one leaves [0, 1] far."""
+    """Derained and clean images, ``(2, 3, 5, 7)`` in float64; the derained ones are far outside [0, 1]."""
     return rng.normal(0.5, 1.0, (2, 3, 5, 7)), rng.random((2, 3, 5, 7))
 
 
-def test_the_exponent_grows_from_0_8_to_3_1():
+def test_exponent_grows_from_0_8_to_3_1():
     assert exponent(0.0) == 0.8
     assert exponent(1.0) == pytest.approx(3.1)
     assert exponent(0.0869565) == pytest.approx(1.0, abs=1e-6)
@@ -23,7 +23,7 @@ def test_the_exponent_grows_from_0_8_to_3_1():
 
 
 @pytest.mark.parametrize("power", POWERS)
-def test_dynamic_loss_is_eq_14_smoothed(pair, power):
+def test_scheduled_loss_is_eq_14_smoothed(pair, power):
     derained, clean = pair
     tensors = [torch.from_numpy(x) for x in pair]
     error = np.abs(derained - clean)
@@ -34,11 +34,11 @@ def test_dynamic_loss_is_eq_14_smoothed(pair, power):
 
 
 @pytest.mark.parametrize("power", POWERS)
-def test_shift_hardly_changes_errors_that_pixels_have(power):
+def test_shift_is_accurate_for_pixel_errors(power):
     for error in (1 / 255, 3 / 255, 0.1, 1.0):
         pixel = torch.tensor([error], dtype=torch.float64)
-        found = float(scheduled_loss(pixel, torch.zeros_like(pixel), power))
-        assert found == pytest.approx(error**power, rel=1e-3)
+        loss = float(scheduled_loss(pixel, torch.zeros_like(pixel), power))
+        assert loss == pytest.approx(error**power, rel=1e-3)
     assert float(scheduled_loss(pixel * 1e-4, torch.zeros_like(pixel), 0.8)) == pytest.approx(1e-4**0.8, rel=0.01)
 
 
@@ -46,7 +46,7 @@ def test_shift_hardly_changes_errors_that_pixels_have(power):
 @pytest.mark.parametrize("smoothing", ["shift", "root"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_gradient_at_no_error_is_zero_and_elsewhere_bounded(power, smoothing, dtype, autocast):
+def test_gradient_is_zero_at_zero_error_and_bounded(power, smoothing, dtype, autocast):
     clean = torch.linspace(0, 1, 101).to(dtype)
     clean = torch.cat((clean, torch.zeros(3, dtype=dtype)))
     derained = clean.clone()
@@ -63,14 +63,14 @@ def test_the_gradient_at_no_error_is_zero_and_elsewhere_bounded(power, smoothing
     assert derained.grad[-3:].max() <= 1.01 * steepest / len(clean)
 
 
-def test_small_errors_of_half_precision_survive():
+def test_small_errors_in_half_precision():
     clean = torch.zeros(4, dtype=torch.float16)
     derained = torch.full((4,), 0.02, dtype=torch.float16)
     error = float(derained[0])
     assert float(scheduled_loss(derained, clean, 3.1)) == pytest.approx(error**3.1, rel=1e-3)
 
 
-def test_the_other_losses(pair):
+def test_losses_of_table_11(pair):
     derained, clean = pair
     tensors = [torch.from_numpy(x) for x in pair]
     error = (derained - clean).ravel()
@@ -90,23 +90,23 @@ def test_the_other_losses(pair):
 def test_rain_mask_is_eq_4(rng):
     rainy, clean = rng.integers(0, 32, (2, 2, 3, 6, 5)) / 32
     for threshold in (0.1, 0.25):
-        found = rain_mask(torch.from_numpy(rainy), torch.from_numpy(clean), threshold)
-        assert found.shape == (2, 1, 6, 5)
-        for b, _, y, x in np.ndindex(found.shape):
+        mask = rain_mask(torch.from_numpy(rainy), torch.from_numpy(clean), threshold)
+        assert mask.shape == (2, 1, 6, 5)
+        for b, _, y, x in np.ndindex(mask.shape):
             differs = any(abs(rainy[b, c, y, x] - clean[b, c, y, x]) > threshold for c in range(3))
-            assert float(found[b, 0, y, x]) == differs
-    one = torch.zeros(1, 3, 1, 1)
-    one[0, 2] = -0.11
-    assert rain_mask(one, torch.zeros_like(one)) == 1
-    assert rain_mask(one * 0.9, torch.zeros_like(one)) == 0
-    assert rain_mask(torch.full_like(one, 0.5), torch.zeros_like(one), 0.5) == 0
+            assert float(mask[b, 0, y, x]) == differs
+    pixel = torch.zeros(1, 3, 1, 1)
+    pixel[0, 2] = -0.11
+    assert rain_mask(pixel, torch.zeros_like(pixel)) == 1
+    assert rain_mask(pixel * 0.9, torch.zeros_like(pixel)) == 0
+    assert rain_mask(torch.full_like(pixel, 0.5), torch.zeros_like(pixel), 0.5) == 0
 
 
 SIZES = [(37, 31), (16, 24), (5, 1)]
 
 
 def scaled(mask, factor, scaling):
-    """The padded mask at a level's size, ``(b, 1, h, w)``."""
+    """Pad the mask and downscale it to the size of a level, ``(b, 1, h, w)``."""
     below, right = (-side % 8 for side in mask.shape[2:])
     mode = "reflect" if min(mask.shape[2:]) >= 8 else "edge"
     mask = np.pad(mask, ((0, 0), (0, 0), (0, below), (0, right)), mode=mode)
@@ -124,15 +124,15 @@ def test_mask_loss_is_eq_5(rng, size, scaling):
     factors = (8, 4, 2)
     targets = [scaled(mask, factor, scaling) for factor in factors]
     logits = [rng.normal(0, 3, target.shape) for target in targets]
-    found = mask_loss([torch.from_numpy(x) for x in logits], torch.from_numpy(mask), scaling)
-    for one, logit, target in zip(found, logits, targets, strict=True):
+    losses = mask_loss([torch.from_numpy(x) for x in logits], torch.from_numpy(mask), scaling)
+    for loss, logit, target in zip(losses, logits, targets, strict=True):
         share = 1 / (1 + np.exp(-logit))
         expected = -(target * np.log(share) + (1 - target) * np.log(1 - share)).mean()
-        assert float(one) == pytest.approx(expected, rel=1e-10)
+        assert float(loss) == pytest.approx(expected, rel=1e-10)
     if size == (37, 31):
         assert len({float(t.sum()) for t in targets}) == 3
-    backwards = mask_loss([torch.from_numpy(x) for x in logits[::-1]], torch.from_numpy(mask), scaling)
-    assert [float(x) for x in backwards] == [float(x) for x in found[::-1]]
+    reversed_losses = mask_loss([torch.from_numpy(x) for x in logits[::-1]], torch.from_numpy(mask), scaling)
+    assert [float(loss) for loss in reversed_losses] == [float(loss) for loss in losses[::-1]]
 
 
 def test_nearest_is_the_default(rng):
@@ -142,7 +142,7 @@ def test_nearest_is_the_default(rng):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_extreme_logits_cost_what_they_are_wrong_by(dtype):
+def test_mask_loss_of_extreme_logits(dtype):
     logits = torch.tensor([3e4, -3e4, 3e4, -3e4], dtype=dtype).reshape(1, 1, 2, 2).requires_grad_()
     mask = torch.tensor([1.0, 0.0, 0.0, 1.0]).reshape(1, 1, 2, 2).repeat_interleave(8, 2).repeat_interleave(8, 3)
     with torch.autocast("cpu", torch.bfloat16):

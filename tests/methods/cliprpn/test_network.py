@@ -1,4 +1,4 @@
-"""CLIP-RPN's network against its equations as sums, and what routing does to images and gradients."""
+"""Network of CLIP-RPN compared with its equations as sums; effects of routing on images and gradients."""
 
 import copy
 
@@ -12,7 +12,7 @@ from derain.methods.cliprpn.network import (
     PlainCrossAttention,
     mask_maps,
 )
-from tests.nn.references import SMALL, Published, convolve, cross_attention, lively
+from tests.nn.references import SMALL, Published, convolve, cross_attention, with_random_parameters
 
 
 def equal(ours, theirs, atol=1e-10):
@@ -54,30 +54,30 @@ def test_parameters(options, count):
         assert sum(p.numel() for p in CLIPRPN(**options).parameters()) == count
 
 
-# The equations.
+# Equations.
 
 
 def mgca(state, x, mask, interaction, residual):
-    """Eqs. 7 to 13, with every map of pixels and every weight of channels written out."""
+    """Eqs. 7 to 13, computed pixel by pixel and channel by channel."""
     rainy = cross_attention(part(state, "rainy"), x * mask, x, x)
     clear = cross_attention(part(state, "clear"), x * (1 - mask), x, x)
 
-    def channels(of):
-        b, h, w, c = of.shape
-        weights = torch.zeros(b, 1, 1, c, dtype=of.dtype)
+    def channels(features):
+        b, h, w, c = features.shape
+        weights = torch.zeros(b, 1, 1, c, dtype=features.dtype)
         for image in range(b):
-            pixels = of[image].reshape(h * w, c)
+            pixels = features[image].reshape(h * w, c)
             for name, pooled in (("from_mean", pixels.sum(0) / (h * w)), ("from_max", pixels.max(0).values)):
                 hidden = (state[f"{name}.0.weight"] * pooled).sum(1)
                 hidden = torch.where(hidden > 0, hidden, 0)
                 weights[image, 0, 0] += (state[f"{name}.2.weight"] * hidden).sum(1)
         return 1 / (1 + torch.exp(-weights))
 
-    def pixels(of):
-        pooled = torch.stack((of.sum(-1) / of.shape[-1], of.max(-1).values), dim=-1)
+    def pixels(features):
+        pooled = torch.stack((features.sum(-1) / features.shape[-1], features.max(-1).values), dim=-1)
         kernel = state.get("weigh_pixels.weight")
-        one = pooled.sum(-1, keepdim=True) / 2 if kernel is None else convolve(pooled, kernel)
-        return 1 / (1 + torch.exp(-one))
+        logits = pooled.sum(-1, keepdim=True) / 2 if kernel is None else convolve(pooled, kernel)
+        return 1 / (1 + torch.exp(-logits))
 
     if interaction == "prose":
         fused = rainy * channels(clear) + clear * pixels(rainy)
@@ -93,13 +93,13 @@ def mgca(state, x, mask, interaction, residual):
 def test_mask_guided_cross_attention_is_eqs_7_to_13(interaction, residual, spatial_kernel):
     block = MaskGuidedCrossAttention(4, 2, interaction, residual, spatial_kernel, reduction=2).double()
     with torch.no_grad():
-        for place, parameter in enumerate(block.parameters()):
-            parameter.copy_(random(*parameter.shape, seed=place) / 2)
+        for seed, parameter in enumerate(block.parameters()):
+            parameter.copy_(random(*parameter.shape, seed=seed) / 2)
         x, mask = random(2, 5, 6, 4, seed=100), random(2, 5, 6, 1, seed=101).sigmoid()
         equal(block(x, mask), mgca(block.state_dict(), x, mask, interaction, residual))
 
 
-def test_the_two_readings_differ():
+def test_interactions_differ():
     torch.manual_seed(0)
     block = MaskGuidedCrossAttention(4, 2).double()
     x, mask = random(1, 5, 6, 4), random(1, 5, 6, 1).sigmoid()
@@ -109,24 +109,24 @@ def test_the_two_readings_differ():
 
 
 def test_mask_head_is_eq_3_before_the_sigmoid():
-    head = lively(MaskHead(4))
+    head = with_random_parameters(MaskHead(4))
     x = random(2, 5, 6, 4)
     with torch.no_grad():
         features = convolve(x, head.features.weight)
-        opened = features * (1 + torch.erf(features / 2**0.5)) / 2
-        equal(head(x), convolve(opened, head.logit.weight))
+        activated = features * (1 + torch.erf(features / 2**0.5)) / 2
+        equal(head(x), convolve(activated, head.logit.weight))
 
 
-def test_without_masks_a_route_is_cross_attention_of_a_map_to_itself():
-    block = lively(PlainCrossAttention(4, 2))
+def test_plain_cross_attention_equals_the_reference():
+    block = with_random_parameters(PlainCrossAttention(4, 2))
     x = random(2, 5, 6, 4)
     with torch.no_grad():
         equal(block(x), x + cross_attention(block.state_dict(), x, x, x))
 
 
 @pytest.mark.parametrize("mgca_on", [True, False])
-def test_the_whole_is_restormer_with_routes_before_each_upsampling(mgca_on):
-    network = lively(CLIPRPN(2, mgca_on, **SMALL))
+def test_network_is_restormer_with_routes_before_each_upsampling(mgca_on):
+    network = with_random_parameters(CLIPRPN(2, mgca_on, **SMALL))
     state = network.state_dict()
     published = Published(**SMALL).double()
     published.load_state_dict(part(state, "backbone"))
@@ -148,10 +148,10 @@ def test_the_whole_is_restormer_with_routes_before_each_upsampling(mgca_on):
     for level, name in ((3, "latent"), (2, "decoder_level3"), (1, "decoder_level2")):
         getattr(published, name).register_forward_hook(lambda _, __, out, level=level: refine(level, out))
     with torch.no_grad():
-        found = network(rainy, [1])
-        equal(found.derained, published(rainy))
-        for one, other in zip(found.logits, logits, strict=True):
-            equal(one, other)
+        restored = network(rainy, [1])
+        equal(restored.derained, published(rainy))
+        for ours, theirs in zip(restored.logits, logits, strict=True):
+            equal(ours, theirs)
 
 
 # Sizes.
@@ -159,8 +159,8 @@ def test_the_whole_is_restormer_with_routes_before_each_upsampling(mgca_on):
 
 @pytest.fixture(scope="module")
 def network():
-    """Small, its routes clearly apart."""
-    return lively(CLIPRPN(3, **SMALL))
+    """Small network with clearly different routes."""
+    return with_random_parameters(CLIPRPN(3, **SMALL))
 
 
 @pytest.mark.parametrize(
@@ -174,38 +174,38 @@ def test_any_size(network, size, padded):
     assert derained.shape == rainy.shape
     assert derained.isfinite().all()
     height, width = padded
-    assert [tuple(one.shape) for one in logits] == [(1, 1, height // n, width // n) for n in (8, 4, 2)]
+    assert [tuple(level.shape) for level in logits] == [(1, 1, height // n, width // n) for n in (8, 4, 2)]
     assert mask_maps(logits, *size).shape == (1, 3, *size)
 
 
-def test_maps_are_masks_of_every_pixel_the_finest_first():
+def test_mask_maps_have_the_image_size_and_the_finest_level_first():
     logits = [random(2, 1, 5 * n, 4 * n) for n in (1, 2, 4)]
     maps = mask_maps(logits, 37, 31)
     assert maps.shape == (2, 3, 37, 31)
-    for place, factor in enumerate((2, 4, 8)):
+    for index, factor in enumerate((2, 4, 8)):
         for y, x in ((0, 0), (36, 30), (17, 9), (8, 23)):
-            expected = 1 / (1 + torch.exp(-logits[2 - place][:, 0, y // factor, x // factor]))
-            torch.testing.assert_close(maps[:, place, y, x].double(), expected, atol=1e-6, rtol=0)
+            expected = 1 / (1 + torch.exp(-logits[2 - index][:, 0, y // factor, x // factor]))
+            torch.testing.assert_close(maps[:, index, y, x].double(), expected, atol=1e-6, rtol=0)
 
 
 # Routes.
 
 
 @pytest.mark.parametrize("routes", [(0, 2, 2, 0), (2, 1, 0, 1), (1, 1, 1, 1)])
-def test_a_batch_on_several_routes_equals_image_by_image(network, routes):
+def test_batch_with_several_routes_equals_single_images(network, routes):
     rainy = random(4, 3, 13, 20).sigmoid()
     with torch.no_grad():
         together = network(rainy, routes)
         alone = [network(image[None], [route]) for image, route in zip(rainy, routes, strict=True)]
         first = network(rainy, [0, 0, 0, 0]).derained
-        equal(together.derained, torch.cat([one.derained for one in alone]))
+        equal(together.derained, torch.cat([restored.derained for restored in alone]))
         for level in range(3):
-            equal(together.logits[level], torch.cat([one.logits[level] for one in alone]))
-        for place, route in enumerate(routes):
-            assert ((together.derained[place] - first[place]).abs().max() > 1e-3) == (route != 0)
+            equal(together.logits[level], torch.cat([restored.logits[level] for restored in alone]))
+        for index, route in enumerate(routes):
+            assert ((together.derained[index] - first[index]).abs().max() > 1e-3) == (route != 0)
 
 
-def test_one_route_for_all_and_the_first_by_default(network):
+def test_single_route_for_all_images_and_default_route(network):
     rainy = random(2, 3, 9, 9).sigmoid()
     with torch.no_grad():
         assert torch.equal(network(rainy, [2]).derained, network(rainy, [2, 2]).derained)
@@ -214,20 +214,20 @@ def test_one_route_for_all_and_the_first_by_default(network):
 
 @pytest.mark.parametrize("mgca_on", [True, False])
 @pytest.mark.parametrize("routes", [(1, 1), (0, 2)])
-def test_only_routes_that_were_taken_get_a_gradient(mgca_on, routes):
+def test_only_used_routes_have_gradients(mgca_on, routes):
     torch.manual_seed(0)
     network = CLIPRPN(3, mgca_on, **SMALL)
     restored = network(torch.rand(2, 3, 16, 16), routes)
-    (restored.derained.square().mean() + sum(one.mean() for one in restored.logits)).backward()
+    (restored.derained.square().mean() + sum(level.mean() for level in restored.logits)).backward()
     for name, parameter in network.named_parameters():
-        idle = name.startswith("routes.") and int(name.split(".")[1]) not in routes
-        assert (parameter.grad is None) == idle, name
-        assert idle or parameter.grad.isfinite().all(), name
+        unused = name.startswith("routes.") and int(name.split(".")[1]) not in routes
+        assert (parameter.grad is None) == unused, name
+        assert unused or parameter.grad.isfinite().all(), name
     tensors = 29 if mgca_on else 8
     assert sum(p.grad is None for p in network.parameters()) == (3 - len(set(routes))) * 3 * tensors
 
 
-def test_no_route_takes_an_image_of_another_into_account(network):
+def test_images_of_different_routes_are_independent(network):
     rainy = random(2, 3, 16, 16).sigmoid()
     changed = torch.cat((rainy[:1], 1 - rainy[1:]))
     with torch.no_grad():
@@ -235,8 +235,8 @@ def test_no_route_takes_an_image_of_another_into_account(network):
 
 
 @pytest.mark.parametrize("mgca_on", [True, False])
-def test_without_routes_it_is_restormer(mgca_on):
-    network = lively(CLIPRPN(0, mgca_on, **SMALL))
+def test_network_without_routes_is_restormer(mgca_on):
+    network = with_random_parameters(CLIPRPN(0, mgca_on, **SMALL))
     rainy = random(2, 3, 17, 12).sigmoid()
     published = Published(**SMALL).double()
     published.load_state_dict(network.backbone.state_dict())
@@ -247,7 +247,7 @@ def test_without_routes_it_is_restormer(mgca_on):
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_lower_precision_routes_a_batch(precision):
+def test_routes_in_bfloat16(precision):
     torch.manual_seed(0)
     network = CLIPRPN(2, **SMALL)
     rainy = torch.rand(3, 3, 16, 16)
@@ -258,14 +258,14 @@ def test_lower_precision_routes_a_batch(precision):
 
 
 @pytest.mark.parametrize("routes", [[0, 1], [0, 1, 0, 1, 1], [0, 1, 0, 2], [0, 0, 0, -1]])
-def test_routes_that_do_not_fit_are_refused(routes):
+def test_invalid_routes_are_refused(routes):
     network = CLIPRPN(dim=8, blocks=(1, 1, 1, 1), refinement=1)
-    with pytest.raises(ValueError, match="for 4 images and 2 routes"):
+    with pytest.raises(ValueError, match="4 images"):
         network(torch.rand(4, 3, 16, 16), routes)
 
 
 @pytest.mark.parametrize("level", [9.0, 30.0, -30.0])
-def test_gradients_stay_finite_in_float16_where_a_mask_is_the_same_everywhere(level):
+def test_gradients_of_constant_masks_are_finite_in_float16(level):
     torch.manual_seed(0)
     block = MaskGuidedCrossAttention(16, 2)
     x = torch.randn(1, 8, 8, 16, requires_grad=True)

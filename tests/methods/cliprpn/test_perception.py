@@ -1,4 +1,4 @@
-"""Which prompt an image is likest to, against transformers; what is remembered on disk."""
+"""Similarity of images to prompts compared with transformers; the cache on disk."""
 
 import shutil
 
@@ -23,27 +23,34 @@ def images():
 
 
 @pytest.fixture
-def seen(monkeypatch):
-    """How many images each call of CLIP was given."""
+def calls(monkeypatch):
+    """Number of images of each call of CLIP."""
     calls = []
     original = FrozenCLIP.images
-    monkeypatch.setattr(
-        FrozenCLIP, "images", lambda self, images, device=None: calls.append(len(images)) or original(self, images)
-    )
+
+    def images(self, images, device=None):
+        calls.append(len(images))
+        return original(self, images)
+
+    monkeypatch.setattr(FrozenCLIP, "images", images)
     return calls
 
 
 @pytest.fixture
-def blind(monkeypatch):
-    """CLIP that must not be asked."""
+def forbid_clip(monkeypatch):
+    """Function after which running CLIP is an error."""
 
     def refuse(*_):
         raise AssertionError("CLIP ran again")
 
-    return lambda: [monkeypatch.setattr(FrozenCLIP, name, refuse) for name in ("images", "texts")]
+    def forbid():
+        monkeypatch.setattr(FrozenCLIP, "images", refuse)
+        monkeypatch.setattr(FrozenCLIP, "texts", refuse)
+
+    return forbid
 
 
-def test_cosine_is_what_transformers_compares_by(clip_folder, images):
+def test_cosine_similarity_equals_transformers(clip_folder, images):
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
     prepare = CLIPProcessor(*(part.from_pretrained(clip_folder) for part in (CLIPImageProcessorPil, CLIPTokenizer)))
@@ -52,13 +59,13 @@ def test_cosine_is_what_transformers_compares_by(clip_folder, images):
     model = CLIPModel.from_pretrained(clip_folder).eval()
     with torch.no_grad():
         logits = model(**inputs).logits_per_image
-    found = RainPerception(str(clip_folder), TEXTS).all_similarities(images)
-    torch.testing.assert_close(found, logits / model.logit_scale.exp(), atol=1e-5, rtol=0)
-    assert torch.equal(found.argmax(1), logits.argmax(1))
-    assert found.std(0).min() > 1e-4
+    similarities = RainPerception(str(clip_folder), TEXTS).all_similarities(images)
+    torch.testing.assert_close(similarities, logits / model.logit_scale.exp(), atol=1e-5, rtol=0)
+    assert torch.equal(similarities.argmax(1), logits.argmax(1))
+    assert similarities.std(0).min() > 1e-4
 
 
-def test_dot_leaves_the_length_of_features_in(clip_folder, images):
+def test_dot_similarity_keeps_the_length_of_features(clip_folder, images):
     clip = FrozenCLIP(str(clip_folder))
     image, text = clip.images(images), clip.texts(TEXTS)
     cosine, dot = (RainPerception(str(clip_folder), TEXTS, kind).all_similarities(images) for kind in ("cosine", "dot"))
@@ -70,36 +77,36 @@ def test_dot_leaves_the_length_of_features_in(clip_folder, images):
 
 def test_scores_are_eqs_1_and_2():
     similarities = torch.tensor([[0.2, 0.3, -0.1], [5.0, 5.0, 5.0]])
-    found = scores(similarities)
+    softmax = scores(similarities)
     expected = similarities.double().exp() / similarities.double().exp().sum(1, keepdim=True)
-    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
-    assert torch.equal(found[:1].argmax(1), similarities[:1].argmax(1))
+    torch.testing.assert_close(softmax.double(), expected, atol=1e-6, rtol=0)
+    assert torch.equal(softmax[:1].argmax(1), similarities[:1].argmax(1))
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_what_was_seen_is_remembered_on_disk(clip_folder, images, blind, similarity):
+def test_similarities_are_cached_on_disk(clip_folder, images, forbid_clip, similarity):
     first = RainPerception(str(clip_folder), TEXTS, similarity).all_similarities(images)
-    blind()
+    forbid_clip()
     again = RainPerception(str(clip_folder), TEXTS, similarity)
     assert torch.equal(again.all_similarities(images), first)
     assert torch.equal(again.similarities([images[3], images[0], images[3]]), first[[3, 0, 3]])
 
 
-def test_clip_is_asked_for_new_images_alone_and_eight_at_a_time(clip_folder, images, seen):
+def test_clip_processes_only_new_images_in_batches_of_eight(clip_folder, images, calls):
     perception = RainPerception(str(clip_folder), TEXTS)
     perception.similarities([images[0], images[1], images[0]])
-    assert seen == [2]
+    assert calls == [2]
     perception.all_similarities(iter(images))
-    assert seen == [2, 6, 1]
+    assert calls == [2, 6, 1]
     assert perception.all_similarities([]).shape == (0, 3)
 
 
-def test_images_of_equal_bytes_and_other_shape_are_two(clip_folder, images, seen):
+def test_cache_distinguishes_shapes(clip_folder, images, calls):
     image = images[0]
-    turned = image.reshape(image.shape[1], image.shape[0], 3)
-    found = RainPerception(str(clip_folder), TEXTS).similarities([image, turned])
-    assert seen == [2]
-    assert not torch.equal(found[0], found[1])
+    reshaped = image.reshape(image.shape[1], image.shape[0], 3)
+    similarities = RainPerception(str(clip_folder), TEXTS).similarities([image, reshaped])
+    assert calls == [2]
+    assert not torch.equal(similarities[0], similarities[1])
 
 
 def file_of(perception):
@@ -107,47 +114,47 @@ def file_of(perception):
     return file
 
 
-def test_a_line_that_a_dying_process_left_is_made_again(clip_folder, images, seen):
+def test_incomplete_line_of_the_cache_is_recomputed(clip_folder, images, calls):
     first = RainPerception(str(clip_folder), TEXTS)
     whole = first.similarities(images[:3])
     file = file_of(first)
     file.write_text(file.read_text()[:-20])
     second = RainPerception(str(clip_folder), TEXTS).similarities(images[:4])
     torch.testing.assert_close(second[:3], whole)
-    assert seen == [3, 2]
+    assert calls == [3, 2]
     third = RainPerception(str(clip_folder), TEXTS).similarities(images[:4])
     torch.testing.assert_close(third, second)
-    assert seen == [3, 2], "what was perceived after the broken line was not remembered"
+    assert calls == [3, 2], "similarities after the broken line were not cached"
 
 
-def test_other_prompts_similarities_or_weights_use_another_file(clip_folder, images, tmp_path):
+def test_cache_depends_on_prompts_similarity_and_weights(clip_folder, images, tmp_path):
     other = shutil.copytree(clip_folder, tmp_path / "other")
     weights = bytearray((other / "model.safetensors").read_bytes())
     weights[-1] ^= 64
     (other / "model.safetensors").write_bytes(weights)
-    kinds = [
+    perceptions = [
         RainPerception(str(clip_folder), TEXTS),
         RainPerception(str(clip_folder), TEXTS[:2]),
         RainPerception(str(clip_folder), TEXTS[::-1]),
         RainPerception(str(clip_folder), TEXTS, "dot"),
         RainPerception(str(other), TEXTS),
     ]
-    found = [kind.similarities(images[:1]) for kind in kinds]
-    assert len(list(kinds[0]._file.parent.iterdir())) == len(kinds)
-    torch.testing.assert_close(found[2], found[0].flip(1))
-    assert found[1].shape == (1, 2)
+    similarities = [perception.similarities(images[:1]) for perception in perceptions]
+    assert len(list(perceptions[0]._file.parent.iterdir())) == len(perceptions)
+    torch.testing.assert_close(similarities[2], similarities[0].flip(1))
+    assert similarities[1].shape == (1, 2)
     moved = shutil.copytree(clip_folder, tmp_path / "moved")
-    assert RainPerception(str(moved), TEXTS)._file == kinds[0]._file
+    assert RainPerception(str(moved), TEXTS)._file == perceptions[0]._file
 
 
-def test_scores_of_another_preparation_are_not_used(clip_folder, images, seen, monkeypatch):
+def test_cache_depends_on_the_preprocessing(clip_folder, images, calls, monkeypatch):
     RainPerception(str(clip_folder), TEXTS).similarities(images[:1])
     monkeypatch.setattr("derain.methods.cliprpn.perception.PREPARATION", 1)
     RainPerception(str(clip_folder), TEXTS).similarities(images[:1])
-    assert seen == [1, 1]
+    assert calls == [1, 1]
 
 
-# The paper's counts.
+# Counts of the paper.
 
 CLIP = "openai/clip-vit-base-patch32"
 TRAINING = {"Rain800": "Rain800", "Rain100H": "RainTrainH-full", "Rain100L": "RainTrainL"}
@@ -167,7 +174,7 @@ def authors_clip():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINING)
-def test_training_images_take_the_routes_that_the_paper_counts(real_data, authors_clip, name):
+def test_route_counts_of_training_images_equal_the_paper(real_data, authors_clip, name):
     try:
         pairs = find_pairs(TRAINING[name], "train", data_root=real_data).pairs
     except DerainError as error:
@@ -176,5 +183,5 @@ def test_training_images_take_the_routes_that_the_paper_counts(real_data, author
     for prompts in ("3-distortion", "1", "2-long", "intensity", "rain"):
         texts, counts, _ = PROMPTS[prompts]
         routes = RainPerception(authors_clip, texts).all_similarities(files).argmax(1)
-        found = torch.bincount(routes, minlength=len(texts)).tolist()
-        assert found == pytest.approx(counts[name], abs=2), prompts
+        route_counts = torch.bincount(routes, minlength=len(texts)).tolist()
+        assert route_counts == pytest.approx(counts[name], abs=2), prompts

@@ -1,4 +1,4 @@
-"""Routes that no image took in training: recorded in files, and warned of."""
+"""Routes that no image took in training: recorded in weights, and warned of."""
 
 import json
 import logging
@@ -26,21 +26,21 @@ def warnings(caplog):
 
 @pytest.fixture
 def file(tmp_path):
-    """Weights whose route 1 no image took."""
+    """Weights whose route 1 is untrained."""
     module = CLIPRPNModule(**FIXED)
     module.route_counts = [7, 0]
     module.save_weights(tmp_path / "w.safetensors")
     return tmp_path / "w.safetensors"
 
 
-def test_counts_come_back_from_files(file):
+def test_counts_are_restored_from_weights(file):
     module = catalog.load(file).module
     assert module.metadata()["route_counts"] == [7, 0]
     assert not module.routing.untrained(0)
     assert module.routing.untrained(1)
 
 
-def test_an_image_on_an_untrained_route_is_warned_of_once(file, caplog):
+def test_untrained_route_is_warned_of_once(file, caplog):
     restorer = Restorer(file, device="cpu", route=1)
     image = np.zeros((8, 8, 3), np.float32)
     assert restorer.explain(image).description["untrained"]
@@ -54,23 +54,23 @@ def test_an_image_on_an_untrained_route_is_warned_of_once(file, caplog):
     assert warnings(caplog) == []
 
 
-def test_routes_by_perception_are_warned_of(file, caplog):
+def test_untrained_route_chosen_by_clip_is_warned_of(file, caplog):
     routing = catalog.load(file).module.routing
-    found = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    similarities = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     clip = SimpleNamespace(sha256="", name="")
-    routing.perception = SimpleNamespace(all_similarities=lambda *given: found, clip=clip, texts=("a", "b"))
+    routing.perception = SimpleNamespace(all_similarities=lambda *_: similarities, clip=clip, texts=("a", "b"))
     assert routing(torch.rand(2, 3, 4, 4))["routes"] == [1, 0]
     (warning,) = warnings(caplog)
     assert "route 1" in warning
 
 
 @pytest.mark.parametrize("counts", ["absent", None])
-def test_files_without_counts_are_not_warned_of(counts, file, tmp_path, caplog):
+def test_no_warning_for_weights_without_counts(counts, file, tmp_path, caplog):
     module = catalog.load(file).module
     metadata = module.metadata() | {"route_counts": None}
     if counts == "absent":
         del metadata["route_counts"]
-    module.describe = lambda: metadata
+    module.metadata = lambda: metadata
     module.save_weights(tmp_path / "old.safetensors")
     loaded = Restorer(tmp_path / "old.safetensors", device="cpu", route=1)
     loaded(np.zeros((8, 8, 3), np.float32))
@@ -78,7 +78,7 @@ def test_files_without_counts_are_not_warned_of(counts, file, tmp_path, caplog):
     assert loaded.method.metadata()["route_counts"] is None
 
 
-def test_onnx_on_an_untrained_route_is_warned_of(file, tmp_path, caplog):
+def test_untrained_route_of_an_onnx_file_is_warned_of(file, tmp_path, caplog):
     module = catalog.load(file).module
     module.take_route(1)
     write(module.export_graph(), module, tmp_path / "m.onnx", "onnx")
@@ -90,7 +90,7 @@ def test_onnx_on_an_untrained_route_is_warned_of(file, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("perception", ["fixed", "none"])
-def test_training_counts_and_warns(perception, tmp_path, monkeypatch, caplog):
+def test_training_counts_samples_per_route(perception, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DERAIN_DATA", str(tmp_path / "data"))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -105,8 +105,8 @@ def test_training_counts_and_warns(perception, tmp_path, monkeypatch, caplog):
     counts = last(run)["derain"]["route_counts"]
     assert counts[0] > 0
     assert counts[1:] == ([0] if perception == "fixed" else [])
-    found = [warning for warning in warnings(caplog) if "route 1" in warning]
-    assert len(found) == (perception == "fixed")
+    route_warnings = [warning for warning in warnings(caplog) if "route 1" in warning]
+    assert len(route_warnings) == (perception == "fixed")
     written = catalog.load(run / "weights.safetensors").module
     assert written.route_counts == counts
     caplog.clear()
@@ -120,7 +120,7 @@ def test_training_counts_and_warns(perception, tmp_path, monkeypatch, caplog):
     assert last(run)["derain"]["route_counts"][0] == 3 * counts[0]
 
 
-def test_samples_of_several_devices_are_summed():
+def test_samples_of_several_devices_are_added():
     module = CLIPRPNModule(**FIXED)
     module._trainer = SimpleNamespace(
         world_size=2, strategy=SimpleNamespace(reduce=lambda counts, reduce_op: counts * 2 if reduce_op == "sum" else 0)

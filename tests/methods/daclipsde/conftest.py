@@ -5,11 +5,11 @@ from tests.factories import make_clip
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory):
-    """A tiny CLIP whose vision tower sees 49 patches."""
+    """Folder of a tiny CLIP whose vision tower has 49 patches."""
     return make_clip(tmp_path_factory.mktemp("clip"), seed=1, size=8, num_hidden_layers=3)
 
 
 @pytest.fixture(autouse=True)
-def _own_files(monkeypatch):
+def _no_variables(monkeypatch):
     for name in ("DERAIN_CLIP", "DERAIN_CONTROLLER"):
         monkeypatch.delenv(name, raising=False)

@@ -1,7 +1,7 @@
-"""The textbook form of the conditional U-Net: its authors' arrangement, over a state dict, without modules.
+"""Plain reference of the conditional U-Net: the authors' arithmetic over a state dict, without modules.
 
-Maps are ``(b, c, h, w)`` and contiguous; what is attended to is computed with its soft maximum, even where it is a
-single token. The benchmark measures ours against this too. Imports nothing of ours.
+Maps are ``(b, c, h, w)`` and contiguous; attention always computes its softmax, even over a single token. The benchmark
+compares derain with it too. Imports nothing of derain.
 """
 
 import math
@@ -13,10 +13,10 @@ HEAD = 32
 
 
 class Textbook:
-    """Estimates noise as ``ConditionalUNet`` with the same parameters.
+    """Estimator of noise, as ``ConditionalUNet`` with the same parameters.
 
     Args:
-        state: Parameters under the authors' names; gradients flow into them.
+        state: Parameters under the authors' keys; gradients reach them.
     """
 
     def __init__(self, state):
@@ -78,7 +78,7 @@ class Textbook:
         return y + (self.convolve(x, f"{name}.res_conv") if f"{name}.res_conv.weight" in self.state else x)
 
     def attend(self, x, content, name):
-        """With what the state has under this name; nothing, where there is nothing."""
+        """Apply the attention that the state has under this name, if any."""
         if f"{name}.fn.norm.g" not in self.state:
             return x
         y = channel_norm(x, self.state[f"{name}.fn.norm.g"])
@@ -89,7 +89,7 @@ class Textbook:
     def linear_attention(self, x, name):
         b, _, h, w = x.shape
         qkv = self.convolve(x, f"{name}.to_qkv").chunk(3, dim=1)
-        q, k, v = (one.reshape(b, -1, HEAD, h * w) for one in qkv)
+        q, k, v = (part.reshape(b, -1, HEAD, h * w) for part in qkv)
         q = q.softmax(dim=2) * HEAD**-0.5
         k = k.softmax(dim=3)
         v = v / (h * w)
@@ -132,11 +132,11 @@ def channel_norm(x, gain):
 
 
 def reflected(x, multiple):
-    """Rows and columns mirrored at the last one; small images repeat the last one instead."""
+    """Pad by reflecting rows and columns; small images repeat the last one instead."""
     height, width = x.shape[2:]
     small = min(height, width) < multiple
     for dim, size in ((2, height), (3, width)):
-        places = torch.arange(size + -size % multiple, device=x.device)
-        mirrored = torch.full_like(places, size - 1) if small else 2 * (size - 1) - places
-        x = x.index_select(dim, torch.where(places < size, places, mirrored))
+        indices = torch.arange(size + -size % multiple, device=x.device)
+        mirrored = torch.full_like(indices, size - 1) if small else 2 * (size - 1) - indices
+        x = x.index_select(dim, torch.where(indices < size, indices, mirrored))
     return x

@@ -1,4 +1,4 @@
-"""The controller against plain CLIP, the order of its connections, and the authors' names."""
+"""Controller compared with plain CLIP; the order of its connections; the authors' keys."""
 
 import json
 
@@ -28,7 +28,7 @@ def pixels(clip):
     return clip.pixels(torch.rand(2, 3, 50, 70, generator=torch.Generator().manual_seed(0)))
 
 
-def plain(clip, pixels):
+def plain_features(clip, pixels):
     return clip.model.visual_projection(clip.model.vision_model(pixel_values=pixels).pooler_output)
 
 
@@ -42,65 +42,65 @@ def test_parameters_of_vit_b_32():
 
 
 @pytest.mark.parametrize("order", ["reversed", "aligned"])
-def test_at_first_both_embeddings_are_those_of_plain_clip(clip, pixels, order):
-    found = Controller(clip.model, order)(clip.model, pixels)
-    assert torch.equal(found.content, plain(clip, pixels))
-    assert torch.equal(found.degradation, plain(clip, pixels))
+def test_untrained_controller_gives_embeddings_of_plain_clip(clip, pixels, order):
+    embeddings = Controller(clip.model, order)(clip.model, pixels)
+    assert torch.equal(embeddings.content, plain_features(clip, pixels))
+    assert torch.equal(embeddings.degradation, plain_features(clip, pixels))
 
 
-@pytest.mark.parametrize(("order", "fed"), [("reversed", 2), ("aligned", 0)])
-def test_which_frozen_block_the_first_block_feeds(clip, pixels, order, fed):
+@pytest.mark.parametrize(("order", "connected"), [("reversed", 2), ("aligned", 0)])
+def test_order_of_connections(clip, pixels, order, connected):
     controller = Controller(clip.model, order)
     bias = torch.linspace(-1, 1, controller.zero[0].out_features)
     with torch.no_grad():
         controller.zero[0].bias.copy_(bias)
-    hook = clip.model.vision_model.encoder.layers[fed].register_forward_hook(
+    hook = clip.model.vision_model.encoder.layers[connected].register_forward_hook(
         lambda module, inputs, out: out[0] + bias if isinstance(out, tuple) else out + bias
     )
-    expected = plain(clip, pixels)
+    expected = plain_features(clip, pixels)
     hook.remove()
-    found = controller(clip.model, pixels)
-    torch.testing.assert_close(found.content, expected, atol=1e-6, rtol=1e-5)
-    assert not torch.allclose(expected, plain(clip, pixels))
-    assert torch.equal(found.degradation, plain(clip, pixels))  # the layers leave the controller's own way alone
+    embeddings = controller(clip.model, pixels)
+    torch.testing.assert_close(embeddings.content, expected, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(expected, plain_features(clip, pixels))
+    assert torch.equal(embeddings.degradation, plain_features(clip, pixels))  # not affected by the layers
 
 
-def test_gradient_reaches_the_controller_and_never_clip(clip, pixels):
+def test_only_the_controller_has_gradients(clip, pixels):
     controller = Controller(clip.model)
     for layer in controller.zero:
         nn.init.normal_(layer.weight, std=0.1)
     content, degradation = controller(clip.model, pixels)
     (content.square().sum() + degradation.square().sum()).backward()
     names = [name for name, value in controller.named_parameters() if value.grad is None]
-    assert names == ["logit_scale"]  # which the loss uses
+    assert names == ["logit_scale"]  # used by the loss
     assert all(value.grad is None for value in clip.model.parameters())
     assert not any(value.requires_grad for value in clip.model.parameters())
 
 
-def test_pixels_are_as_pillow_makes_them(clip):
+def test_pixels_equal_pillow(clip):
     image = torch.rand(1, 3, 300, 401, generator=torch.Generator().manual_seed(1))
     image = torch.nn.functional.avg_pool2d(image, 3, 1, 1).mul(255).round().div(255)
-    picture = v2.functional.to_pil_image(image[0].mul(255).byte())
-    view = v2.functional.pil_to_tensor(clip_view(picture))[None] / 255
+    photo = v2.functional.to_pil_image(image[0].mul(255).byte())
+    view = v2.functional.pil_to_tensor(clip_view(photo))[None] / 255
     processor = clip._loaded[2]
     expected = v2.functional.normalize(view, processor.image_mean, processor.image_std)
-    found = clip.pixels(image)
-    assert found.shape == expected.shape
+    pixels = clip.pixels(image)
+    assert pixels.shape == expected.shape
     step = 1 / 255 / 0.26
-    assert float((found - expected).abs().mean()) < 0.5 * step
-    assert float((found - expected).abs().max()) < 3 * step
+    assert float((pixels - expected).abs().mean()) < 0.5 * step
+    assert float((pixels - expected).abs().max()) < 3 * step
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (224, 224), (37, 31)])
-def test_any_size_becomes_clips(clip, size):
+def test_any_size_becomes_the_size_of_clip(clip, size):
     assert clip.pixels(torch.rand(1, 3, *size)).shape == (1, 3, 224, 224)
 
 
 # Files.
 
 
-def theirs(controller):
-    """A state dict as the authors keep it: open_clip's names, attention's inputs in one, the projection on its side."""
+def published_state(controller):
+    """State dict as in the authors' files: keys of open_clip, joint input projection, transposed output projection."""
     own = controller.state_dict()
     state = {"logit_scale": own["logit_scale"], "clip.logit_scale": torch.zeros(())}
     prefix = "visual_control."
@@ -124,81 +124,81 @@ def theirs(controller):
     return state
 
 
-def test_the_authors_names_fit_vit_b_32():
+def test_authors_keys_fit_vit_b_32():
     with torch.device("meta"):
         controller = Controller(CLIPModel(CLIPConfig()))
-        state = theirs(controller)
+        state = published_state(controller)
     assert state["visual_control.transformer.transformer.resblocks.11.attn.in_proj_weight"].shape == (2304, 768)
     assert state["visual_control.proj"].shape == (768, 512)
     assert state["visual_control.conv1.weight"].shape == (768, 3, 32, 32)
     assert state["visual_control.positional_embedding"].shape == (50, 768)
-    found = controller_of(state)
-    assert {name: value.shape for name, value in found.items()} == {
+    ours = controller_of(state)
+    assert {name: value.shape for name, value in ours.items()} == {
         name: value.shape for name, value in controller.state_dict().items()
     }
 
 
 @pytest.fixture
 def trained(clip, clip_folder, tmp_path):
-    """A controller that was changed, in our file and in the authors'."""
+    """Changed controller, with its weights in our format and in the authors'."""
     module = DACLIPModule(str(clip_folder))
     torch.manual_seed(0)
     for value in module.network.parameters():
         value.data += 0.05 * torch.randn_like(value)
     ours, authors = tmp_path / "ours.safetensors", tmp_path / "authors.pt"
     module.save_weights(ours)
-    state = theirs(module.network) | {"clip.visual.proj": module.clip.model.visual_projection.weight.T}
+    state = published_state(module.network) | {"clip.visual.proj": module.clip.model.visual_projection.weight.T}
     torch.save({"epoch": 1, "state_dict": {f"module.{name}": value for name, value in state.items()}}, authors)
     return module, ours, authors
 
 
-def test_both_files_give_the_same_controller(clip_folder, trained):
+def test_our_file_and_the_authors_give_the_same_controller(clip_folder, trained):
     module, ours, authors = trained
     rainy = torch.rand(2, 3, 40, 30)
     expected = module.network.eval()(module.clip.model, module.clip.pixels(rainy))
     for file in (ours, authors):
         perception = Perception(str(clip_folder), str(file))
-        found = perception(rainy)
-        torch.testing.assert_close(found.content, expected.content, atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(found.degradation, expected.degradation, atol=1e-6, rtol=1e-5)
-        assert not found.content.requires_grad
+        embeddings = perception(rainy)
+        torch.testing.assert_close(embeddings.content, expected.content, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(embeddings.degradation, expected.degradation, atol=1e-6, rtol=1e-5)
+        assert not embeddings.content.requires_grad
         assert perception.hashes["controller_sha256"] == sha256(file)
-    assert not torch.allclose(found.content, Perception(str(clip_folder), None)(rainy).content)
+    assert not torch.allclose(embeddings.content, Perception(str(clip_folder), None)(rainy).content)
 
 
-def test_the_order_of_training_is_kept(clip_folder, tmp_path):
+def test_order_is_restored_from_weights(clip_folder, tmp_path):
     module = DACLIPModule(str(clip_folder), order="aligned")
     module.save_weights(tmp_path / "a.safetensors")
     assert Perception(str(clip_folder), str(tmp_path / "a.safetensors")).controller.order == "aligned"
 
 
-def test_the_authors_controller_with_another_clip_of_the_same_size(trained, tmp_path):
+def test_authors_controller_with_a_different_clip_of_the_same_size(trained, tmp_path):
     _, _, authors = trained
     other = make_clip(tmp_path / "other", seed=9, num_hidden_layers=3)
-    with pytest.raises(DerainError, match=r"authors\.pt: does not fit CLIP .*other; give the CLIP"):
+    with pytest.raises(DerainError, match=r"authors\.pt: .*other"):
         _ = Perception(str(other), str(authors)).controller
 
 
-def test_training_begins_with_a_controller(clip_folder, trained):
+def test_training_starts_from_a_controller(clip_folder, trained):
     module, *files = trained
     for file in files:
-        begun = DACLIPModule(str(clip_folder), controller=str(file))
-        own = begun.network.state_dict()
+        continued = DACLIPModule(str(clip_folder), controller=str(file))
+        own = continued.network.state_dict()
         assert all(torch.equal(value, own[name]) for name, value in module.network.state_dict().items())
-        assert all(value.requires_grad for value in begun.network.parameters())
-        assert "controller" not in begun.metadata()["hyper_parameters"]  # the file could be gone later
-    with pytest.raises(DerainError, match=r"--model\.order aligned: .*authors\.pt has reversed"):
+        assert all(value.requires_grad for value in continued.network.parameters())
+        assert "controller" not in continued.metadata()["hyper_parameters"]  # the file may not exist later
+    with pytest.raises(DerainError, match="order aligned"):
         DACLIPModule(str(clip_folder), order="aligned", controller=str(files[1]))
 
 
-@pytest.mark.parametrize("learnt", [["clean", "hazy", "light rain"], ["rainy"], None])
-def test_shares_of_the_words_that_were_learnt(clip_folder, trained, learnt):
-    """Those of the file, if it names enough to compare, as the authors' does not."""
+@pytest.mark.parametrize("trained_words", [["clean", "hazy", "light rain"], ["rainy"], None])
+def test_shares_of_the_trained_words(clip_folder, trained, trained_words):
+    """Words of the file, if it names at least two; the authors' file names none."""
     module, ours, authors = trained
-    module.words = learnt or []
+    module.words = trained_words or []
     module.save_weights(ours)
-    words = learnt if learnt and len(learnt) > 1 else ["rainy", "clean"]
-    perception = Perception(str(clip_folder), str(authors if learnt is None else ours))
+    words = trained_words if trained_words and len(trained_words) > 1 else ["rainy", "clean"]
+    perception = Perception(str(clip_folder), str(authors if trained_words is None else ours))
     embeddings = perception(torch.rand(3, 3, 20, 20))
     shares = perception.shares(embeddings.degradation)
     assert list(perception.words) == words
@@ -209,29 +209,29 @@ def test_shares_of_the_words_that_were_learnt(clip_folder, trained, learnt):
     torch.testing.assert_close(shares.double(), (scale * cosines).softmax(1), atol=1e-5, rtol=0)
 
 
-def test_controllers_that_cannot_be_used(clip_folder, trained, tmp_path, monkeypatch, caplog):
+def test_invalid_controllers_are_refused(clip_folder, trained, tmp_path, monkeypatch, caplog):
     _, ours, _ = trained
-    with pytest.raises(DerainError, match=r"absent\.pt: no such file; name it by --model\.controller"):
+    with pytest.raises(DerainError, match=r"absent\.pt"):
         _ = Perception(str(clip_folder), str(tmp_path / "absent.pt")).controller
     other = tmp_path / "prenet.safetensors"
     safetensors.torch.save_file({"a": torch.ones(1)}, other, {"derain": json.dumps(PReNetModule(stages=1).metadata())})
-    with pytest.raises(DerainError, match=r"--model.controller .*prenet.safetensors: holds PReNetModule"):
+    with pytest.raises(DerainError, match=r"prenet.safetensors: .*PReNetModule"):
         _ = Perception(str(clip_folder), str(other)).controller
     torch.save({"weight": torch.ones(2)}, tmp_path / "foreign.pt")
-    with pytest.raises(DerainError, match="no controller of DA-CLIP"):
+    with pytest.raises(DerainError, match="visual_control"):
         _ = Perception(str(clip_folder), str(tmp_path / "foreign.pt")).controller
     wider = make_clip(tmp_path / "wider", size=16)
-    with pytest.raises(DerainError, match="does not fit CLIP"):
+    with pytest.raises(DerainError, match=r"ours\.safetensors: .*wider"):
         _ = Perception(str(wider), str(ours)).controller
     monkeypatch.setenv("DERAIN_CONTROLLER", str(ours))
     assert Perception(str(clip_folder), "elsewhere.pt").controller.order == "reversed"
     perception = Perception(str(clip_folder), None)
-    described = {"controller_sha256": "another", "clip_sha256": perception.clip.sha256}
-    perception.expect(described, resuming=False)
+    metadata = {"controller_sha256": "another", "clip_sha256": perception.clip.sha256}
+    perception.expect(metadata, resuming=False)
     _ = perception.controller
-    assert "trained with another controller" in caplog.text
-    assert "trained with another CLIP" not in caplog.text
+    assert "DERAIN_CONTROLLER" in caplog.text
+    assert "DERAIN_CLIP" not in caplog.text
     again = Perception(str(clip_folder), None)
-    again.expect(described, resuming=True)
-    with pytest.raises(DerainError, match=r"--model\.controller .*: this run began with another one"):
+    again.expect(metadata, resuming=True)
+    with pytest.raises(DerainError, match="controller None"):
         _ = again.controller

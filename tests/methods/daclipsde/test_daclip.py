@@ -1,7 +1,8 @@
-"""Training of the controller: what is contrasted with what, and what is judged."""
+"""Training of the controller: contrastive losses, validation accuracy and crops."""
 
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,13 +29,13 @@ def module(clip_folder):
     return module
 
 
-def batch(count=3, **told):
+def batch(count=3, **texts):
     generator = torch.Generator().manual_seed(1)
     clean, rainy = (torch.rand(count, 3, 40, 40, generator=generator) for _ in range(2))
-    return {"rainy": rainy, "clean": clean, "name": ["a"] * count, "index": torch.arange(count), **told}
+    return {"rainy": rainy, "clean": clean, "name": ["a"] * count, "index": torch.arange(count), **texts}
 
 
-def test_rainy_and_clean_images_are_shown(module):
+def test_batches_contain_rainy_and_clean_images(module):
     images, captions, words = module._shown(batch(2, caption=["a dog", "a cat"], degradation=["rainy", "light rain"]))
     assert images.shape[0] == 4
     assert captions == ["a dog", "a cat", "a dog", "a cat"]
@@ -44,19 +45,19 @@ def test_rainy_and_clean_images_are_shown(module):
     assert words == ["rainy", "rainy", "clean", "clean"]
 
 
-def test_the_loss_is_that_of_content_and_degradation(module):
-    told = batch(2, caption=["a dog", "a cat"], degradation=["rainy", "rainy"])
+def test_loss_is_the_mean_of_content_and_degradation(module):
+    data = batch(2, caption=["a dog", "a cat"], degradation=["rainy", "rainy"])
     module.hparams["smallest"] = 1.0
     torch.manual_seed(3)
-    loss = module.training_step(told, 0)
+    loss = module.training_step(data, 0)
     torch.manual_seed(3)
-    images = torch.cat((told["rainy"], told["clean"]))
+    images = torch.cat((data["rainy"], data["clean"]))
     pixels = module.clip.pixels(random_resized_crop(images, 1.0, module.clip.side))
     embeddings = module.network(module.clip.model, pixels)
     scale = module.network.logit_scale.exp().double()
     total = 0.0
-    for side, texts in zip(embeddings, (["a dog", "a cat"] * 2, ["rainy"] * 2 + ["clean"] * 2), strict=True):
-        x = torch.nn.functional.normalize(side.double(), dim=1)
+    for embedding, texts in zip(embeddings, (["a dog", "a cat"] * 2, ["rainy"] * 2 + ["clean"] * 2), strict=True):
+        x = torch.nn.functional.normalize(embedding.double(), dim=1)
         y = torch.nn.functional.normalize(module.clip.texts(texts).double(), dim=1)
         p = (scale * x @ y.T).exp()
         for i in range(4):
@@ -68,29 +69,34 @@ def test_the_loss_is_that_of_content_and_degradation(module):
     assert float(module.logged["train/content"] + module.logged["train/degradation"]) == pytest.approx(float(loss))
 
 
-def test_equal_words_are_told_once(clip_folder, module, caplog):
+def test_equal_words_are_warned_of_once(clip_folder, module, caplog):
     module.hparams["clean"] = None
-    told = batch(3, caption=["a", "b", "c"], degradation=["rainy"] * 3)
+    data = batch(3, caption=["a", "b", "c"], degradation=["rainy"] * 3)
     with caplog.at_level(logging.WARNING, "derain"):
-        module.training_step(told, 0)
-        module.training_step(told, 1)
-    assert caplog.text.count("all 3 degradations of a batch are 'rainy'") == 1
+        module.training_step(data, 0)
+        module.training_step(data, 1)
+    assert caplog.text.count("3 degradations") == 1
     assert float(module.logged["train/degradation"]) == 0
     module.hparams["equal_texts"] = False
-    module.training_step(told, 2)
+    module.training_step(data, 2)
     assert float(module.logged["train/degradation"]) >= math.log(3) - 1e-4
 
 
 def test_texts_are_embedded_once(module, monkeypatch):
-    asked = []
-    texts = module.clip.texts
-    monkeypatch.setattr(module.clip, "texts", lambda new, **options: asked.extend(new) or texts(new, **options))
+    embedded = []
+    original = module.clip.texts
+
+    def texts(new, **options):
+        embedded.extend(new)
+        return original(new, **options)
+
+    monkeypatch.setattr(module.clip, "texts", texts)
     for _ in range(3):
         module.training_step(batch(2), 0)
-    assert sorted(asked) == ["a photo", "clean", "rainy"]
+    assert sorted(embedded) == ["a photo", "clean", "rainy"]
 
 
-def test_gradient_reaches_the_controller_alone(module):
+def test_training_step_has_gradients_only_in_the_controller(module):
     for layer in module.network.zero:
         torch.nn.init.normal_(layer.weight, std=0.1)
     module.training_step(batch(3, caption=["a", "b", "c"], degradation=["rainy"] * 3), 0).backward()
@@ -99,7 +105,7 @@ def test_gradient_reaches_the_controller_alone(module):
     assert all(name.startswith("network.") for name, _ in module.named_parameters())
 
 
-def test_the_temperature_keeps_its_range(module):
+def test_temperature_is_clamped(module):
     optimizer = torch.optim.SGD([module.network.logit_scale], 0.0)
     with torch.no_grad():
         module.network.logit_scale.fill_(9)
@@ -111,10 +117,10 @@ def test_the_temperature_keeps_its_range(module):
     assert float(module.network.logit_scale) == 0
 
 
-def test_decay_spares_vectors(module, monkeypatch):
+def test_vectors_have_no_weight_decay(module, monkeypatch):
     monkeypatch.setattr(DACLIPModule, "steps", 1000)
-    made = module.configure_optimizers()
-    matrices, vectors = made["optimizer"].param_groups
+    optimizer = module.configure_optimizers()["optimizer"]
+    matrices, vectors = optimizer.param_groups
     assert matrices["weight_decay"] == 0.05
     assert vectors["weight_decay"] == 0
     assert all(value.ndim >= 2 for value in matrices["params"])
@@ -122,11 +128,11 @@ def test_decay_spares_vectors(module, monkeypatch):
     assert any(value is module.network.vision.embeddings.class_embedding for value in vectors["params"])
     count = sum(len(group["params"]) for group in (matrices, vectors))
     assert count == len(list(module.network.parameters()))
-    assert made["optimizer"].defaults["betas"] == (0.9, 0.98)
-    assert made["optimizer"].defaults["eps"] == 1e-6
+    assert optimizer.defaults["betas"] == (0.9, 0.98)
+    assert optimizer.defaults["eps"] == 1e-6
 
 
-def test_accuracy_is_the_share_of_nearest_words(module, monkeypatch):
+def test_accuracy_of_nearest_words(module, monkeypatch):
     module.on_validation_epoch_start()
     assert module.words == ["clean", "rainy"]
     rainy = module.clip.texts(["rainy"])[0]
@@ -135,10 +141,7 @@ def test_accuracy_is_the_share_of_nearest_words(module, monkeypatch):
 
     class Answers(torch.nn.Module):
         def forward(self, clip, pixels):
-            class Found:
-                degradation = next(answers)
-
-            return Found
+            return SimpleNamespace(degradation=next(answers))
 
     module.network = Answers()
     for index in range(3):
@@ -147,7 +150,7 @@ def test_accuracy_is_the_share_of_nearest_words(module, monkeypatch):
     assert module.logged["val/accuracy"] == pytest.approx(4 / 6)
 
 
-def test_words_are_kept_in_the_file(module):
+def test_words_are_in_the_metadata(module):
     assert set(module.metadata()["words"]) == {"rainy", "clean"}
 
     class Data:
@@ -160,8 +163,8 @@ def test_words_are_kept_in_the_file(module):
 
 @pytest.mark.parametrize("smallest", [0.08, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("size", [(448, 448), (50, 60), (40, 300), (300, 40), (1, 1), (2, 3)])
-def test_crops_are_those_of_torchvision(smallest, size):
-    """The same draws, redrawn and given up alike."""
+def test_crops_equal_torchvision(smallest, size):
+    """Same random draws, same rejections, same fallback."""
     image = torch.empty(3, *size)
     for seed in range(60):
         torch.manual_seed(seed)
@@ -171,7 +174,7 @@ def test_crops_are_those_of_torchvision(smallest, size):
 
 
 @pytest.mark.parametrize("smallest", [0.3, 0.9])
-def test_no_crop_is_smaller_than_allowed(smallest):
+def test_crops_have_the_smallest_area(smallest):
     torch.manual_seed(0)
     boxes = [random_crop(448, 448, smallest) for _ in range(2000)]
     shares = [rows * columns / 448**2 for _, _, rows, columns in boxes]
@@ -179,7 +182,7 @@ def test_no_crop_is_smaller_than_allowed(smallest):
     assert len({round(share, 3) for share in shares}) > 50
 
 
-def test_crops_are_resized_parts_of_their_images():
+def test_crops_are_resized():
     torch.manual_seed(0)
     gradient = torch.linspace(0, 1, 60)[None, None, None].expand(4, 3, 50, 60)
     crops = random_resized_crop(gradient, 0.3, 32)
@@ -189,7 +192,7 @@ def test_crops_are_resized_parts_of_their_images():
     assert len({round(float(span), 3) for span in spans}) > 1
 
 
-def test_a_file_belongs_to_its_clip(module, clip_folder, tmp_path):
+def test_weights_require_their_clip(module, clip_folder, tmp_path):
     file = tmp_path / "controller.safetensors"
     module._trainer = None
     module.save_weights(file)
@@ -199,11 +202,11 @@ def test_a_file_belongs_to_its_clip(module, clip_folder, tmp_path):
     assert all(torch.equal(value, own[name]) for name, value in module.network.state_dict().items())
     other = make_clip(tmp_path / "other", seed=9, num_hidden_layers=3)
     description = module.metadata()
-    with pytest.raises(DerainError, match="belongs to another CLIP"):
+    with pytest.raises(DerainError, match=r"--model\.clip .*other"):
         DACLIPModule(str(other)).restore_metadata(description)
 
 
-@pytest.mark.parametrize(("options", "told"), [({"smallest": 0.0}, "smallest 0"), ({"warm_up": 1.0}, "warm_up 1")])
-def test_options_out_of_range(clip_folder, options, told):
-    with pytest.raises(DerainError, match=told):
+@pytest.mark.parametrize(("options", "value"), [({"smallest": 0.0}, "smallest 0"), ({"warm_up": 1.0}, "warm_up 1")])
+def test_options_out_of_range(clip_folder, options, value):
+    with pytest.raises(DerainError, match=value):
         DACLIPModule(str(clip_folder), **options)

@@ -1,4 +1,4 @@
-"""What the module adds to network, SDE and solvers: contexts, one schedule for any number of steps, tiles."""
+"""Lightning module of DA-CLIP + IR-SDE: contexts, the schedule for any number of steps, tiles, training."""
 
 import dataclasses
 from functools import partial
@@ -35,22 +35,22 @@ def batch(count=2, size=16):
 
 
 def visited(module, sampling):
-    """Times that the network is asked for, and what came out."""
-    seen = []
+    """Return the times of the network's calls, and the derained image."""
+    times_seen = []
     forward = module.network.forward
 
     def watch(state, rainy, times, **contexts):
-        seen.append(int(times[0]))
+        times_seen.append(int(times[0]))
         return forward(state, rainy, times, **contexts)
 
     module.network.forward = watch
     module.sample_by(sampling)
     out = module(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2)))
     module.network.forward = forward
-    return seen, out
+    return times_seen, out
 
 
-def test_ten_steps_use_the_schedule_of_a_hundred(module):
+def test_ten_steps_use_the_schedule_of_hundred(module):
     before = module.sde
     hundred, _ = visited(module, Sampling("posterior", 100))
     ten, _ = visited(module, Sampling("posterior", 10))
@@ -59,7 +59,7 @@ def test_ten_steps_use_the_schedule_of_a_hundred(module):
     assert module.sde is before
 
 
-def test_the_schedule_is_read_from_the_file_not_made_anew(module, tmp_path, monkeypatch):
+def test_schedule_is_restored_from_weights(module, tmp_path, monkeypatch):
     file = tmp_path / "w.safetensors"
     module.save_weights(file)
     tau = module.sde.tau.clone()
@@ -69,20 +69,20 @@ def test_the_schedule_is_read_from_the_file_not_made_anew(module, tmp_path, monk
     assert not torch.equal(DACLIPSDEModule("none", **TINY).sde.tau, tau)
 
 
-def test_how_it_samples_is_no_part_of_a_file(module, tmp_path):
+def test_sampling_is_not_part_of_weights(module, tmp_path):
     module.sample_by(Sampling("ode", 3, 7))
     module.save_weights(tmp_path / "w.safetensors")
     assert catalog.load(tmp_path / "w.safetensors").module.sampling == Sampling()
     assert not {"solver", "steps", "seed", "sampling"} & set(module.hparams)
 
 
-def test_default_steps_are_those_that_a_short_schedule_has():
+def test_default_steps_of_a_short_schedule():
     short = DACLIPSDEModule("none", **TINY, sde_steps=4).eval()
     assert short.sampling == Sampling(steps=4)
     assert visited(short, short.sampling)[0] == [4, 3, 2, 1]
 
 
-def test_a_method_without_samples_refuses_a_solver():
+def test_methods_without_sampling_refuse_a_solver():
     with pytest.raises(DerainError, match="PReNetModule"):
         Restorer(PReNetModule(stages=1), device="cpu", sampling=Sampling())
 
@@ -99,15 +99,15 @@ def test_a_method_without_samples_refuses_a_solver():
         ("none", set()),
     ],
 )
-def test_contexts_are_perceived_as_wanted(clip_folder, contexts, names):
+def test_encode_returns_the_required_contexts(clip_folder, contexts, names):
     module = contextual(clip_folder, contexts)
-    found = module.encode(torch.rand(2, 3, 20, 20))
-    assert set(found) == names
-    assert all(value.shape == (2, 8) for value in found.values())
+    conditions = module.encode(torch.rand(2, 3, 20, 20))
+    assert set(conditions) == names
+    assert all(value.shape == (2, 8) for value in conditions.values())
 
 
-def test_contexts_off_is_ir_sde():
-    """No CLIP, no parameter of contexts; the network is the textbook U-Net of IR-SDE (compared in test_network.py)."""
+def test_no_contexts_is_ir_sde():
+    """No CLIP and no parameters of contexts: the U-Net of IR-SDE, which test_network.py compares with the reference."""
     module = DACLIPSDEModule("none", channels=32, multipliers=(1, 2))
     assert module.perception is None
     assert module.network.contexts == (False, False)
@@ -116,11 +116,16 @@ def test_contexts_off_is_ir_sde():
     assert module.encode(torch.rand(1, 3, 8, 8)) == {}
 
 
-def test_contexts_are_computed_once_an_image(clip_folder, monkeypatch):
+def test_contexts_are_computed_once_per_image(clip_folder, monkeypatch):
     module = contextual(clip_folder)
     calls = []
     pixels = module.perception.clip.pixels
-    monkeypatch.setattr(module.perception.clip, "pixels", lambda rainy: calls.append(1) or pixels(rainy))
+
+    def counted(rainy):
+        calls.append(rainy)
+        return pixels(rainy)
+
+    monkeypatch.setattr(module.perception.clip, "pixels", counted)
     module.sample_by(Sampling("posterior", 20))
     module(torch.rand(1, 3, 20, 20))
     assert len(calls) == 1
@@ -128,16 +133,16 @@ def test_contexts_are_computed_once_an_image(clip_folder, monkeypatch):
     assert len(calls) == 2
 
 
-def test_contexts_matter_and_frozen_parts_get_no_gradient(clip_folder):
+def test_contexts_affect_the_result_and_frozen_parts_have_no_gradient(clip_folder):
     module = contextual(clip_folder).train()
     module.log = lambda *args, **kwargs: None
     optimizer = torch.optim.SGD(module.network.parameters(), 0.1)
-    for _ in range(2):  # the first step fills projections that began as zeros
+    for _ in range(2):  # the first step changes layers that are initialised to zero
         optimizer.zero_grad()
         module.training_step(batch(), 0).backward()
         optimizer.step()
-    lacking = [name for name, value in module.network.named_parameters() if value.grad is None]
-    assert lacking == []
+    without_gradient = [name for name, value in module.network.named_parameters() if value.grad is None]
+    assert without_gradient == []
     controller = module.perception.controller
     assert all(value.grad is None for value in controller.parameters())
     assert all(value.grad is None for value in module.perception.clip.model.parameters())
@@ -152,21 +157,21 @@ def test_contexts_matter_and_frozen_parts_get_no_gradient(clip_folder):
         assert not torch.equal(module(rainy, **plain), module(rainy, **(plain | {name: changed[name]}))), name
 
 
-def test_embeddings_of_another_size_are_refused(clip_folder):
+def test_embeddings_of_wrong_size_are_refused(clip_folder):
     module = DACLIPSDEModule("both", str(clip_folder), context=512, **TINY)
-    with pytest.raises(DerainError, match=r"gives 8 numbers; set --model.context 8"):
+    with pytest.raises(DerainError, match="context 512"):
         module.check_requirements()
 
 
-def test_degradation_is_told(clip_folder):
+def test_description_of_the_degradation(clip_folder):
     module = contextual(clip_folder)
-    told = module.describe_image(module.encode(torch.rand(2, 3, 20, 20)), 1)
-    assert set(told["degradation"]) == {"rainy", "clean"}
-    assert sum(told["degradation"].values()) == pytest.approx(1, abs=1e-3)
+    description = module.describe_image(module.encode(torch.rand(2, 3, 20, 20)), 1)
+    assert set(description["degradation"]) == {"rainy", "clean"}
+    assert sum(description["degradation"].values()) == pytest.approx(1, abs=1e-3)
     assert contextual(clip_folder, "content").describe_image({}, 0) == {}
 
 
-def test_files_say_which_clip_and_controller(clip_folder, tmp_path, caplog):
+def test_weights_record_hashes_of_clip_and_controller(clip_folder, tmp_path, caplog):
     module = contextual(clip_folder)
     module.check_requirements()
     module.save_weights(tmp_path / "w.safetensors")
@@ -175,14 +180,14 @@ def test_files_say_which_clip_and_controller(clip_folder, tmp_path, caplog):
     assert loaded.perception.hashes["clip_sha256"] == module.perception.clip.sha256
     loaded.perception.hashes["clip_sha256"] = "other"
     loaded.check_requirements()
-    assert "trained with another CLIP" in caplog.text
+    assert "DERAIN_CLIP" in caplog.text
 
 
 # Tiles.
 
 
-def test_tiles_share_one_noise_field_and_show_no_seam(module):
-    """Of a network that sees a single pixel, tiles give the whole image's picture exactly."""
+def test_tiles_share_the_noise_and_have_no_seams(module):
+    """With a pixel-wise network, tiles give the same result as the whole image."""
     torch.manual_seed(0)
 
     class Pixelwise(torch.nn.Module):
@@ -198,7 +203,7 @@ def test_tiles_share_one_noise_field_and_show_no_seam(module):
         torch.testing.assert_close(tiled, whole, atol=2e-4, rtol=1e-4)
 
 
-def test_restorer_tiles_every_step_and_tells_them(module, monkeypatch):
+def test_restorer_tiles_every_step_and_shows_progress(module, monkeypatch):
     sizes, shown = [], []
     forward = module.network.forward
 
@@ -216,7 +221,7 @@ def test_restorer_tiles_every_step_and_tells_them(module, monkeypatch):
     assert shown == [("Sampling", 4)]
 
 
-def test_restorer_takes_a_seed(module):
+def test_restorer_seed(module):
     image = np.random.default_rng(1).random((20, 30, 3), np.float32)
     one, again, other = (
         Restorer(module, device="cpu", sampling=Sampling("posterior", 5, seed))(image) for seed in (1, 1, 2)
@@ -232,8 +237,8 @@ def test_schedules_of_the_learning_rate(monkeypatch):
     monkeypatch.setattr(DACLIPSDEModule, "steps", 700)
     for decay, expected in (("halving", [1, 0.5, 0.25, 0.125]), ("cosine", None)):
         module = DACLIPSDEModule("none", **TINY, learning_rate=1e-4, decay=decay)
-        made = module.configure_optimizers()
-        optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+        configured = module.configure_optimizers()
+        optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
         assert optimizer.defaults["betas"] == (0.9, 0.99)
         assert optimizer.defaults["weight_decay"] == 0
         rates = []
@@ -242,7 +247,7 @@ def test_schedules_of_the_learning_rate(monkeypatch):
             optimizer.step()
             schedule.step()
         if expected:
-            assert [rates[at] / 1e-4 for at in (0, 200, 400, 600)] == pytest.approx(expected)
+            assert [rates[step] / 1e-4 for step in (0, 200, 400, 600)] == pytest.approx(expected)
             assert rates[199] == rates[0]
         else:
             assert rates[350] == pytest.approx(1e-6 + (1e-4 - 1e-6) / 2)
@@ -253,21 +258,21 @@ def test_sampling_is_plain_data():
     assert dataclasses.asdict(Sampling()) == {"solver": "posterior", "steps": 10, "seed": 0}
 
 
-def test_preconditioned_networks_estimate_what_is_left():
+def test_preconditioned_network_estimates_the_remaining_noise():
     module = DACLIPSDEModule("none", **TINY, residual=0.1).eval()
     state, rainy = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
     times = torch.tensor([3, 90])
-    scale, kept, left = module.sde.precondition(times, 0.1, rainy)
+    scale, slope, error = module.sde.precondition(times, 0.1, rainy)
     with torch.no_grad():
-        inner = module.network(rainy + scale * (state - rainy), rainy, times)
-        found = module.noise(state, rainy, times)
-    torch.testing.assert_close(found, kept * (state - rainy) + left * inner)
+        estimated = module.network(rainy + scale * (state - rainy), rainy, times)
+        noise = module.noise(state, rainy, times)
+    torch.testing.assert_close(noise, slope * (state - rainy) + error * estimated)
     plain = DACLIPSDEModule("none", **TINY).eval()
     with torch.no_grad():
         assert torch.equal(plain.noise(state, rainy, times), plain.network(state, rainy, times))
 
 
-def test_what_is_perceived_is_perceived_where_the_network_is(clip_folder, monkeypatch):
+def test_images_are_encoded_on_the_device_of_the_network(clip_folder, monkeypatch):
     module = contextual(clip_folder)
     restorer = Restorer(module, device="cpu", sampling=Sampling(steps=1))
     restorer.device = torch.device("meta")  # stands for a GPU: what is perceived must be there
@@ -279,7 +284,7 @@ def test_what_is_perceived_is_perceived_where_the_network_is(clip_folder, monkey
     assert seen == ["meta", "meta"]
 
 
-def test_published_contexts_need_their_controller(clip_folder):
+def test_published_unet_needs_its_controller(clip_folder):
     state = contextual(clip_folder, attention="linear").network.state_dict()
     module = DACLIPSDEModule.from_published(state)
     with pytest.raises(DerainError, match="DERAIN_CONTROLLER"):

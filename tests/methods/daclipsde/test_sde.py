@@ -1,4 +1,4 @@
-"""The mean-reverting SDE against golden numbers and against the paper's formulas in float64."""
+"""Mean-reverting SDE compared with golden numbers and with the paper's formulas in float64."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_golden_numbers():
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_every_schedule_ends_where_it_should(schedule):
+def test_every_schedule_ends_at_eps(schedule):
     sde = MeanRevertingSDE(20.0, 30, 0.01, schedule)
     assert sde.steps == 30
     assert float(sde.decay[0]) == 1
@@ -52,7 +52,7 @@ def images():
 
 
 def reference(times, max_sigma=10, count=100, eps=0.005):
-    """θ, dt, cumulative θ and λ, written out number by number."""
+    """θ, dt, cumulative θ and λ, computed number by number."""
     n = count + 2
     bar = [math.cos((k / n + 0.008) / 1.008 * math.pi / 2) ** 2 for k in range(n + 1)]
     theta = [1 - bar[t + 1] / bar[0] for t in range(count + 1)]
@@ -61,14 +61,14 @@ def reference(times, max_sigma=10, count=100, eps=0.005):
     return theta, dt, cumulative, max_sigma / 255
 
 
-def test_marginals_and_score_follow_the_paper(images):
+def test_marginals_and_score_equal_the_paper(images):
     clean, rainy, noise, times = images
     sde = MeanRevertingSDE(max_sigma=10.0)
     theta, dt, cumulative, scale = reference(times)
     state = sde.diffuse(clean, rainy, times, noise)
     score = sde.score(noise, times)
     for i, t in enumerate(times.tolist()):
-        x0, mu, z = (one[i].double() for one in (clean, rainy, noise))
+        x0, mu, z = (images[i].double() for images in (clean, rainy, noise))
         mean = mu + (x0 - mu) * math.exp(-cumulative[t] * dt)
         deviation = scale * math.sqrt(1 - math.exp(-2 * cumulative[t] * dt))
         torch.testing.assert_close(sde.mean(clean, rainy, times)[i].double(), mean, atol=1e-6, rtol=0)
@@ -79,7 +79,7 @@ def test_marginals_and_score_follow_the_paper(images):
     assert theta[0] > 0
 
 
-def test_reverse_steps_follow_the_paper(images):
+def test_reverse_steps_equal_the_paper(images):
     clean, rainy, noise, times = images
     sde = MeanRevertingSDE(max_sigma=10.0)
     theta, dt, cumulative, scale = reference(times)
@@ -89,7 +89,7 @@ def test_reverse_steps_follow_the_paper(images):
     flow = sde.euler(state, rainy, score, times, times - 1, ode=True)
     optimum = sde.optimum(state, clean, rainy, times, times - 1)
     for i, t in enumerate(times.tolist()):
-        x, x0, mu, s = (one[i].double() for one in (state, clean, rainy, score))
+        x, x0, mu, s = (images[i].double() for images in (state, clean, rainy, score))
         variance = 2 * scale**2 * theta[t]
         expected = x - (theta[t] * (mu - x) - variance * s) * dt
         torch.testing.assert_close(euler[i].double(), expected, atol=1e-6, rtol=0)
@@ -105,8 +105,8 @@ def test_reverse_steps_follow_the_paper(images):
         )
 
 
-def test_the_optimum_is_the_posterior_mean():
-    """Of a sampled path, the regression of x(s) on x(t) and x(0) has the optimum's coefficients and spread."""
+def test_optimum_is_the_posterior_mean():
+    """Regress x(s) on x(t) and x(0) of sampled paths: coefficients and residual are those of the optimum step."""
     sde = MeanRevertingSDE(max_sigma=100.0)
     generator = torch.Generator().manual_seed(0)
     count, t, s = 400_000, 60, 40
@@ -115,16 +115,17 @@ def test_the_optimum_is_the_posterior_mean():
     z = torch.randn(2, count, generator=generator, dtype=torch.float64)
     earlier = clean * sde.decay[s] + sde.deviation[s] * z[0]
     later = earlier * math.exp(-step) + sde.spread(torch.tensor(step, dtype=torch.float64)) * z[1]
-    ones = torch.tensor([t]), torch.tensor([s])
+    step_times = torch.tensor([t]), torch.tensor([s])
     unit, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
-    expected = [float(sde.optimum(x, y, zero, *ones)) for x, y in ((unit, zero), (zero, unit))]
-    found = torch.linalg.lstsq(torch.stack((later, clean), 1), earlier[:, None])
-    assert found.solution.flatten().tolist() == pytest.approx(expected, abs=5e-3)
-    rest = earlier - torch.stack((later, clean), 1) @ found.solution[:, 0]
-    assert float(rest.std()) == pytest.approx(float(sde.optimum_deviation(*ones)[0]), rel=5e-3)
+    expected = [float(sde.optimum(x, y, zero, *step_times)) for x, y in ((unit, zero), (zero, unit))]
+    regressors = torch.stack((later, clean), 1)
+    coefficients = torch.linalg.lstsq(regressors, earlier[:, None]).solution[:, 0]
+    assert coefficients.tolist() == pytest.approx(expected, abs=5e-3)
+    residual = earlier - regressors @ coefficients
+    assert float(residual.std()) == pytest.approx(float(sde.optimum_deviation(*step_times)[0]), rel=5e-3)
 
 
-def test_low_precision_stays_outside(images):
+def test_formulas_return_float32(images):
     clean, rainy, noise, times = images
     sde = MeanRevertingSDE(max_sigma=10.0)
     state = sde.diffuse(clean, rainy, times, noise)
@@ -133,7 +134,7 @@ def test_low_precision_stays_outside(images):
     assert sde.euler(state, rainy, sde.score(rough, times), times, times - 1).dtype == torch.float32
 
 
-def test_a_file_brings_back_the_schedule_to_the_last_digit():
+def test_state_rebuilds_the_schedule_exactly():
     sde = MeanRevertingSDE(10.0, 40, 0.01, "linear")
     again = MeanRevertingSDE.from_state(sde.state())
     assert torch.equal(again.tau, sde.tau)
@@ -142,22 +143,23 @@ def test_a_file_brings_back_the_schedule_to_the_last_digit():
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("options", "value"),
     [({"max_sigma": 0.0}, "max_sigma 0"), ({"steps": 0}, "sde_steps 0"), ({"eps": 1.0}, "eps 1.0")],
 )
-def test_values_out_of_range(values, told):
-    with pytest.raises(DerainError, match=told):
-        MeanRevertingSDE(**values)
+def test_options_out_of_range(options, value):
+    with pytest.raises(DerainError, match=value):
+        MeanRevertingSDE(**options)
 
 
-def test_preconditioning_is_the_best_linear_estimate():
+def test_precondition_is_the_best_linear_estimate():
     sde = MeanRevertingSDE(10.0)
     generator = torch.Generator().manual_seed(0)
     residual = 0.1 * torch.randn(200_000, generator=generator, dtype=torch.float64)
     noise = torch.randn(200_000, generator=generator, dtype=torch.float64)
     for t in (1, 40, 80, 100):
-        scale, kept, left = (float(one) for one in sde.precondition(torch.tensor([t]), 0.1, torch.zeros(1, 3, 1, 1)))
-        away = sde.decay[t] * residual + sde.deviation[t] * noise
-        assert float((scale * away).std()) == pytest.approx(1, rel=0.01)
-        assert float((away * noise).mean() / away.square().mean()) == pytest.approx(kept, rel=0.02, abs=0.1)
-        assert float((noise - kept * away).std()) == pytest.approx(left, rel=0.01)
+        factors = sde.precondition(torch.tensor([t]), 0.1, torch.zeros(1, 3, 1, 1))
+        scale, slope, error = (float(factor) for factor in factors)
+        distance = sde.decay[t] * residual + sde.deviation[t] * noise
+        assert float((scale * distance).std()) == pytest.approx(1, rel=0.01)
+        assert float((distance * noise).mean() / distance.square().mean()) == pytest.approx(slope, rel=0.02, abs=0.1)
+        assert float((noise - slope * distance).std()) == pytest.approx(error, rel=0.01)

@@ -1,4 +1,4 @@
-"""Solvers on cases whose answer is known: the true noise, and a one-dimensional Gaussian."""
+"""Solvers on problems with known solutions: the true noise, and one-dimensional Gaussian residuals."""
 
 import itertools
 import math
@@ -8,13 +8,13 @@ import torch
 
 from derain.errors import DerainError
 from derain.methods.daclipsde.sde import MeanRevertingSDE
-from derain.methods.daclipsde.solvers import SOLVERS, Noise, Sampling, sample, states, times_of
+from derain.methods.daclipsde.solvers import SOLVERS, Noise, Sampling, sample, states, visited_times
 
 EXACT = ("posterior", "mrs-ode1", "mrs-ode2", "mrs-sde2", "mars-ode2", "mars-sde2")
 
 
-def db(one, other):
-    return -10 * math.log10(float((one.double() - other.double()).square().mean()))
+def db(image, reference):
+    return -10 * math.log10(float((image.double() - reference.double()).square().mean()))
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def pair():
 
 
 def oracle(sde, clean, rainy):
-    """The noise that is in a state if the clean image is known."""
+    """Return a function that computes the noise in a state from the clean image."""
 
     def estimate(state, time):
         return (state - sde.mean(clean, rainy, torch.full((len(state),), time))) / float(sde.deviation[time])
@@ -36,13 +36,13 @@ def oracle(sde, clean, rainy):
 
 
 @pytest.mark.parametrize(("max_sigma", "sde_db", "ode_db"), [(10.0, 62.6, 64.9), (50.0, 48.8, 51.1)])
-def test_the_true_noise_leads_to_the_clean_image(pair, max_sigma, sde_db, ode_db):
+def test_true_noise_restores_the_clean_image(pair, max_sigma, sde_db, ode_db):
     clean, rainy = pair
     sde = MeanRevertingSDE(max_sigma)
-    found = {s: db(sample(sde, oracle(sde, clean, rainy), rainy, Sampling(s, None)), clean) for s in SOLVERS}
-    assert all(found[name] > 130 for name in EXACT), found
-    assert found["sde"] == pytest.approx(sde_db, abs=0.4)
-    assert found["ode"] == pytest.approx(ode_db, abs=0.4)
+    psnr = {s: db(sample(sde, oracle(sde, clean, rainy), rainy, Sampling(s, None)), clean) for s in SOLVERS}
+    assert all(psnr[name] > 130 for name in EXACT), psnr
+    assert psnr["sde"] == pytest.approx(sde_db, abs=0.4)
+    assert psnr["ode"] == pytest.approx(ode_db, abs=0.4)
 
 
 @pytest.mark.parametrize("solver", EXACT)
@@ -50,21 +50,22 @@ def test_the_true_noise_leads_to_the_clean_image(pair, max_sigma, sde_db, ode_db
 def test_semi_analytic_steps_are_exact_for_the_true_noise(pair, solver, steps):
     clean, rainy = pair
     sde = MeanRevertingSDE(10.0)
-    found = sample(sde, oracle(sde, clean, rainy), rainy, Sampling(solver, steps))
-    assert db(found, clean) > (100 if steps == 1 else 130)  # one step multiplies rounding errors by 200
+    derained = sample(sde, oracle(sde, clean, rainy), rainy, Sampling(solver, steps))
+    assert db(derained, clean) > (100 if steps == 1 else 130)  # one step multiplies rounding errors by 200
 
 
 @pytest.mark.parametrize("solver", EXACT)
-def test_rounding_of_the_noise_to_bf16_tells_with_one_step_only(pair, solver):
+def test_bfloat16_noise_is_harmful_only_with_one_step(pair, solver):
     clean, rainy = pair
     sde = MeanRevertingSDE(50.0)
     exact = oracle(sde, clean, rainy)
-    found = [
-        db(sample(sde, lambda state, t: exact(state, t).bfloat16().float(), rainy, Sampling(solver, steps)), clean)
-        for steps in (1, 5, 10)
-    ]
-    assert found[0] < 30
-    assert min(found[1:]) > 70
+
+    def rounded(state, time):
+        return exact(state, time).bfloat16().float()
+
+    psnr = [db(sample(sde, rounded, rainy, Sampling(solver, steps)), clean) for steps in (1, 5, 10)]
+    assert psnr[0] < 30
+    assert min(psnr[1:]) > 70
 
 
 # A clean image of independent Gaussian pixels: mean residual a, standard deviation s. The estimate that an ideal
@@ -74,7 +75,7 @@ MEAN, SPREAD = 0.3, 0.15
 
 
 def gaussian(sde, rainy):
-    """The expected noise given a state, where clean residuals are Gaussian."""
+    """Return a function that computes the expected noise in a state, for Gaussian clean residuals."""
 
     def estimate(state, time):
         decay, deviation = float(sde.decay[time]), float(sde.deviation[time])
@@ -85,7 +86,7 @@ def gaussian(sde, rainy):
 
 
 def closed_form(sde, solver, times):
-    """Mean and standard deviation that a solver gives: each step is linear in the state, so both can be followed.
+    """Mean and standard deviation of a solver's result: each step is linear in the state, so both have a recursion.
 
     The linear maps are those of the docstrings, in float64, written per solver: ``y' = p y + q ŷ + r z`` with the ideal
     ``ŷ = g y + (1 - g α) a`` and its counterpart one step before.
@@ -140,14 +141,14 @@ def closed_form(sde, solver, times):
 def test_mean_and_spread_of_a_gaussian(solver, steps):
     sde = MeanRevertingSDE(50.0)
     rainy = torch.full((1, 3, 256, 256), 0.2)
-    found = sample(sde, gaussian(sde, rainy), rainy, Sampling(solver, steps, seed=1)) - rainy
-    mean, spread = closed_form(sde, solver, times_of(sde, steps))
-    assert float(found.mean()) == pytest.approx(mean, abs=3e-3)
-    assert float(found.std()) == pytest.approx(spread, rel=0.01, abs=1e-3)
+    residual = sample(sde, gaussian(sde, rainy), rainy, Sampling(solver, steps, seed=1)) - rainy
+    mean, spread = closed_form(sde, solver, visited_times(sde, steps))
+    assert float(residual.mean()) == pytest.approx(mean, abs=3e-3)
+    assert float(residual.std()) == pytest.approx(spread, rel=0.01, abs=1e-3)
 
 
 def test_steps_converge_to_the_true_distribution():
-    """More steps come closer, to the mean and the spread of the clean images."""
+    """With more steps, mean and spread approach those of the clean images."""
     for solver in SOLVERS:
         far, near = (closed_form(MeanRevertingSDE(50.0, n), solver, list(range(n, -1, -1))) for n in (20, 640))
         assert abs(near[0] - MEAN) < 0.01
@@ -156,11 +157,11 @@ def test_steps_converge_to_the_true_distribution():
 
 @pytest.mark.parametrize("max_sigma", [10.0, 50.0])
 @pytest.mark.parametrize("kind", ["ode2", "sde2"])
-def test_mars_wins_in_5_steps_and_the_midpoint_in_10(kind, max_sigma):
+def test_mars_is_better_in_5_steps_and_midpoint_in_10(kind, max_sigma):
     sde = MeanRevertingSDE(max_sigma)
 
     def error(solver, steps):
-        mean, spread = closed_form(sde, solver, times_of(sde, steps))
+        mean, spread = closed_form(sde, solver, visited_times(sde, steps))
         return math.hypot(mean - MEAN, spread - SPREAD)
 
     assert error(f"mars-{kind}", 5) < 0.95 * error(f"mrs-{kind}", 5)
@@ -175,8 +176,8 @@ def drift(solver, count):
     sde = MeanRevertingSDE(50.0, 20_000)
     ratio = torch.log(sde.decay / (sde.deviation / sde.scale))
     low, high = float(ratio[18_000]), float(ratio[2_000])
-    wanted = torch.linspace(low, high, count + 1, dtype=torch.float64)
-    times = [int((ratio - one).abs().argmin()) for one in wanted]
+    targets = torch.linspace(low, high, count + 1, dtype=torch.float64)
+    times = [int((ratio - target).abs().argmin()) for target in targets]
     rainy = torch.zeros(1, 3, 1, 1)
     advance = SOLVERS[solver](sde, rainy.double(), Noise(0, rainy))
     state = torch.full((1, 3, 1, 1), 0.4, dtype=torch.float64)
@@ -193,56 +194,56 @@ def drift(solver, count):
 
 @pytest.mark.parametrize(("solver", "order"), [("mrs-ode1", 1), ("mrs-ode2", 2), ("mars-ode2", 2)])
 def test_order_of_convergence(solver, order):
-    found = [drift(solver, count) for count in (32, 64, 128)]
-    measured = [math.log2(a / b) for a, b in itertools.pairwise(found)]
-    assert measured == pytest.approx([order] * 2, abs=0.35), found
+    errors = [drift(solver, count) for count in (32, 64, 128)]
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert orders == pytest.approx([order] * 2, abs=0.35), errors
 
 
 # Sampling.
 
 
-def test_the_same_seed_gives_the_same_picture_in_any_batch(pair):
+def test_same_seed_gives_the_same_image_in_any_batch(pair):
     _, rainy = pair
     sde = MeanRevertingSDE(10.0)
     torch.manual_seed(5)
     batch = torch.cat((torch.rand_like(rainy), rainy))
     for solver in SOLVERS:
-        how = Sampling(solver, 7, seed=3)
-        alone = sample(sde, gaussian(sde, rainy), rainy, how)
-        torch.rand(1)  # what others draw does not matter
-        together = sample(sde, gaussian(sde, batch), batch, how)
+        sampling = Sampling(solver, 7, seed=3)
+        alone = sample(sde, gaussian(sde, rainy), rainy, sampling)
+        torch.rand(1)  # PyTorch's own generator has no influence
+        together = sample(sde, gaussian(sde, batch), batch, sampling)
         assert torch.equal(together[1:], alone), solver
         assert not torch.equal(alone, sample(sde, gaussian(sde, rainy), rainy, Sampling(solver, 7, seed=4)))
 
 
 def test_fewer_steps_use_times_of_the_schedule():
     sde = MeanRevertingSDE(10.0)
-    seen = []
+    times = []
 
     def estimate(state, time):
-        seen.append(time)
+        times.append(time)
         return torch.zeros_like(state)
 
     sample(sde, estimate, torch.rand(1, 3, 4, 4), Sampling("mrs-ode2", 10))
-    assert seen == [100, 90, 80, 70, 60, 50, 40, 30, 20, 10]
-    assert times_of(sde, None) == list(range(100, -1, -1))
+    assert times == [100, 90, 80, 70, 60, 50, 40, 30, 20, 10]
+    assert visited_times(sde, None) == list(range(100, -1, -1))
     for steps in range(1, 101):
-        times = times_of(sde, steps)
+        times = visited_times(sde, steps)
         assert times[0] == 100
         assert times[-1] == 0
         assert len(set(times)) == steps + 1
-    with pytest.raises(DerainError, match="--steps 101: the schedule of these weights has 100 times"):
-        times_of(sde, 101)
+    with pytest.raises(DerainError, match="--steps 101"):
+        visited_times(sde, 101)
 
 
-def test_states_begin_with_noise_and_end_with_the_result(pair):
+def test_states_start_with_noise_and_end_with_the_result(pair):
     _, rainy = pair
     sde = MeanRevertingSDE(10.0)
-    how = Sampling("posterior", 5)
-    path = list(states(sde, gaussian(sde, rainy), rainy, how))
+    sampling = Sampling("posterior", 5)
+    path = list(states(sde, gaussian(sde, rainy), rainy, sampling))
     assert len(path) == 6
     assert float((path[0] - rainy).std()) == pytest.approx(sde.scale, rel=0.02)
-    assert torch.equal(path[-1], sample(sde, gaussian(sde, rainy), rainy, how))
+    assert torch.equal(path[-1], sample(sde, gaussian(sde, rainy), rainy, sampling))
 
 
 def test_steps_are_shown(pair):
@@ -259,8 +260,8 @@ def test_steps_are_shown(pair):
     assert shown == [((100, 75), 4), ((75, 50), 4), ((50, 25), 4), ((25, 0), 4)]
 
 
-def test_what_cannot_be_asked_for():
-    with pytest.raises(DerainError, match="--solver euler: unknown; choose from posterior, sde"):
+def test_invalid_sampling_options():
+    with pytest.raises(DerainError, match="--solver euler"):
         Sampling("euler")
     with pytest.raises(DerainError, match="--steps 0"):
         Sampling(steps=0)

@@ -1,4 +1,4 @@
-"""PReNet against its published form, written down literally from a state dict."""
+"""PReNet compared with a literal implementation of its published form."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def literal(state, rainy, stages=6, residual=True):
 
 
 def network_of(variant, stages=6):
-    """A network in float64 whose gates and branches all answer."""
+    """Return a network in float64 whose gates and branches are all active."""
     torch.manual_seed(0)
     network = PReNet(stages, **VARIANTS[variant]).double()
     with torch.no_grad():
@@ -59,7 +59,7 @@ def network_of(variant, stages=6):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", [(19, 23), (1, 1), (1, 6)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_every_stage_equals_the_literal_form(variant, size, memory_format):
+def test_every_stage_equals_the_literal_implementation(variant, size, memory_format):
     network = network_of(variant)
     rainy = torch.rand(2, 3, *size, dtype=torch.float64)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_every_stage_equals_the_literal_form(variant, size, memory_format):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_equal_those_of_the_literal_form(variant):
+def test_gradients_equal_the_literal_implementation(variant):
     network = network_of(variant, stages=3).train()
     state = {name: value.detach().clone().requires_grad_() for name, value in network.named_parameters()}
     rainy = torch.rand(1, 3, 9, 11, dtype=torch.float64)
@@ -88,12 +88,12 @@ def test_gradients_equal_those_of_the_literal_form(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_parameters_are_as_many_as_published(variant):
+def test_parameter_counts_equal_the_published_ones(variant):
     assert sum(p.numel() for p in PReNet(**VARIANTS[variant]).parameters()) == PARAMETERS[variant]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_pixel_reaches_13_pixels_a_stage(variant):
+def test_receptive_field_of_a_stage(variant):
     network = network_of(variant, stages=1)
     rainy = torch.rand(1, 3, 1, 41, dtype=torch.float64)
     touched = rainy.clone()
@@ -105,7 +105,7 @@ def test_a_pixel_reaches_13_pixels_a_stage(variant):
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "PReNet_LSTM"])
-def test_a_state_dict_names_its_variant(variant):
+def test_variant_of_a_state_dict(variant):
     state = PReNet(2, **VARIANTS[variant]).state_dict()
     assert variant_of(state) == variant
     assert variant_of({**state, "extra": torch.zeros(1)}) is None
@@ -113,8 +113,8 @@ def test_a_state_dict_names_its_variant(variant):
 
 
 @pytest.mark.parametrize("stages", [0, -1, 101, 10**9])
-def test_numbers_of_stages_are_bounded(stages):
-    with pytest.raises(DerainError, match=f"stages {stages}: .* 1 to 100"):
+def test_number_of_stages_is_limited(stages):
+    with pytest.raises(DerainError, match=f"stages {stages}"):
         PReNet(stages)
 
 
@@ -132,7 +132,7 @@ FOLDERS = {
 
 @pytest.fixture
 def file_in(tmp_path):
-    """Writes the authors' state dict of a variant into a folder."""
+    """Function that writes the authors' state dict of a variant into a folder."""
 
     def write(folder, variant, name="net_latest.pth"):
         path = tmp_path / folder / name
@@ -144,7 +144,7 @@ def file_in(tmp_path):
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_the_authors_folders_name_the_network(folder, file_in, caplog):
+def test_authors_folders_determine_the_network(folder, file_in, caplog):
     variant, stages = FOLDERS[folder]
     path = file_in(folder, variant)
     module = catalog.load(path).module
@@ -156,7 +156,7 @@ def test_the_authors_folders_name_the_network(folder, file_in, caplog):
         torch.testing.assert_close(module(rainy), expected, atol=1e-5, rtol=0)
 
 
-def test_other_folders_are_warned_of(file_in, caplog):
+def test_warning_for_other_folders(file_in, caplog):
     module = catalog.load(file_in("downloads", "PReNet")).module
     assert (module.hparams.variant, module.hparams.stages) == ("PReNet", 6)
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -164,7 +164,7 @@ def test_other_folders_are_warned_of(file_in, caplog):
     assert "FILE:stages=N,variant=PReNet_LSTM" in warning
 
 
-def test_options_behind_a_file_count_first(file_in, caplog):
+def test_options_after_the_file_name_take_precedence(file_in, caplog):
     path = file_in("Ablation/PReNet6", "PReNet")
     for name in (f"{path}:stages=5,variant=PReNet_LSTM", Path(f"{path}:variant=PReNet_LSTM,stages=5")):
         hyper = Restorer(name, device="cpu").method.hparams
@@ -176,13 +176,13 @@ def test_options_behind_a_file_count_first(file_in, caplog):
 @pytest.mark.parametrize(
     "options", ["stages=0", "stages=101", "stages=x", "variant=PRN", "variant=no", "dim=3", "stages=4,dim=3"]
 )
-def test_options_that_do_not_fit_are_refused(options, file_in):
+def test_invalid_options_after_the_file_name_are_refused(options, file_in):
     path = file_in("PReNet6", "PReNet")
     with pytest.raises(DerainError, match=options.split(",")[-1].split("=")[0]):
         catalog.load(f"{path}:{options}")
 
 
-def test_options_of_files_that_record_theirs_are_refused(tmp_path):
+def test_options_of_files_with_metadata_are_refused(tmp_path):
     PReNetModule(stages=2).save_weights(tmp_path / "w.safetensors")
     with pytest.raises(DerainError, match=r"w\.safetensors:stages=4"):
         catalog.load(f"{tmp_path / 'w.safetensors'}:stages=4")
@@ -191,18 +191,18 @@ def test_options_of_files_that_record_theirs_are_refused(tmp_path):
         catalog.load(f"{tmp_path / 'n.pth'}:stages=4")
 
 
-def test_a_file_with_such_a_name_is_that_file(file_in):
+def test_file_name_that_looks_like_options(file_in):
     path = file_in("PReNet6", "PReNet", "net.pth:stages=3")
     assert catalog.load(path).module.hparams.stages == 6
 
 
-def test_the_authors_generator_for_real_rain_is_refused(file_in):
+def test_authors_generator_of_real_rain_is_refused(file_in):
     for name in ("PReNet1.pth", "PReNet2.pth"):
         with pytest.raises(DerainError, match=name):
             catalog.load(file_in("real", "PReNet", name))
 
 
-def test_bfloat16_autocast_adds_to_the_rainy_image_in_float32():
+def test_output_is_float32_under_bfloat16_autocast():
     network = PReNet(2)
     rainy = torch.rand(1, 3, 8, 8)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -213,7 +213,7 @@ def test_bfloat16_autocast_adds_to_the_rainy_image_in_float32():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["PReNet", "PReNet_r"])
-def test_authors_weights_give_the_authors_image(variant, real_data, authors_weights):
+def test_authors_weights_equal_the_literal_implementation(variant, real_data, authors_weights):
     path = authors_weights / "Rain100L" / variant.replace("PReNet", "PReNet6") / "net_latest.pth"
     state = torch.load(path, map_location="cpu", weights_only=True)
     network = PReNet(**VARIANTS[variant])
