@@ -1,4 +1,4 @@
-"""What travels from data to methods."""
+"""The batch type that the data module produces and the methods consume."""
 
 from typing import NotRequired, TypedDict
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 class PairBatch(TypedDict):
-    """Pairs of one size.
+    """Image pairs of equal size.
 
     Keys:
         rainy: ``(b, 3, h, w)`` in [0, 1].
-        clean: The same shape; absent where there is no ground truth.
-        name: One name a pair, unique in its set.
-        index: ``(b,)``, place of each pair in its set.
-        caption: What each clean image shows; where there is a table of captions.
-        degradation: A word for how each rainy image is degraded; likewise.
+        clean: Same shape; missing if there is no ground truth.
+        name: Name of each pair, unique within the data set.
+        index: ``(b,)``, index of each pair in the data set.
+        caption: Description of each clean image; only with a caption table.
+        degradation: Word for the degradation of each rainy image; only with a caption table.
     """
 
     rainy: Float[Tensor, "b 3 h w"]

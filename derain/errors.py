@@ -1,28 +1,28 @@
-"""The exceptions for bad input, and for commands that were stopped from outside."""
+"""Exceptions for invalid input and for commands interrupted by a signal."""
 
 import signal
 
 
 class DerainError(ValueError):
-    """Bad input, told in one line: what is wrong with which file or option, what was expected, what to do.
+    """Invalid input, described in one line: what is wrong (value); what was expected; what to do.
 
     The command line prints the line without a traceback and exits with code 2.
 
     Example:
-        >>> raise DerainError("photo.jpg: not an image; give a JPEG, PNG, WebP, TIFF, BMP or AVIF file")
+        >>> raise DerainError("photo.jpg: not an image; use a JPEG, PNG, WebP, TIFF, BMP or AVIF file")
         Traceback (most recent call last):
-        derain.errors.DerainError: photo.jpg: not an image; give a JPEG, PNG, WebP, TIFF, BMP or AVIF file
+        derain.errors.DerainError: photo.jpg: not an image; use a JPEG, PNG, WebP, TIFF, BMP or AVIF file
     """
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal such as Ctrl-C's stopped a command.
+    """Command interrupted by a signal, for example by Ctrl-C.
 
-    The command line prints the message and exits with the code by which shells know the signal.
+    The command line prints the message and exits with the code that shells use for the signal.
 
     Args:
-        message: What is left of the command's work, and how to continue, in one line.
-        number: Of the signal.
+        message: What was finished and how to continue, in one line.
+        number: Signal number.
 
     Example:
         >>> Stopped("interrupted", signal.SIGTERM).code

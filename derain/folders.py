@@ -1,4 +1,4 @@
-"""Folders: the cache, and outputs that must not overwrite each other."""
+"""The cache folder, and a check that output files do not overwrite each other."""
 
 import os
 from collections.abc import Iterable
@@ -10,32 +10,33 @@ from derain.errors import DerainError
 
 
 def cache_folder() -> Path:
-    """``$DERAIN_CACHE``, else the system's cache folder."""
+    """Return ``$DERAIN_CACHE`` if it is set, else derain's folder in the system's cache."""
     return Path(os.environ.get("DERAIN_CACHE") or platformdirs.user_cache_dir("derain", appauthor=False))
 
 
 def check_outputs(outputs: Iterable[tuple[Path, object]]) -> None:
-    """Refuse outputs of which one would overwrite another, or be a file where another needs a folder.
+    """Check that no output overwrites another one, and that none is a file where another needs a folder.
 
     Args:
-        outputs: Each file that is to be written, and what it is made from.
+        outputs: Path of each output, and the input that it is made from.
 
     Raises:
-        DerainError: If there are any.
+        DerainError: If two outputs collide.
 
     Example:
         >>> check_outputs([(Path("out/a.png"), "a.jpg"), (Path("out/a.png"), "a.bmp")])
         Traceback (most recent call last):
-        derain.errors.DerainError: out/a.png: is the output of both a.jpg and a.bmp; rename one of them
+        derain.errors.DerainError: out/a.png: output of both a.jpg and a.bmp; rename one of the inputs
     """
     sources: dict[Path, object] = {}
     for target, source in outputs:
         if target in sources:
-            raise DerainError(f"{target}: is the output of both {sources[target]} and {source}; rename one of them")
+            raise DerainError(f"{target}: output of both {sources[target]} and {source}; rename one of the inputs")
         sources[target] = source
     for target, source in sources.items():
-        folder = next((parent for parent in target.parents if parent in sources), None)
-        if folder is not None:
-            raise DerainError(
-                f"{folder}: is the output of {sources[folder]} and the folder of {source}'s; rename one of them"
-            )
+        for folder in target.parents:
+            if folder in sources:
+                raise DerainError(
+                    f"{folder}: output of {sources[folder]}, but also the output folder of {source}; "
+                    "rename one of the inputs"
+                )

@@ -108,7 +108,7 @@ def verify_sets(
         return exit_code
     console = Console()
     for found in sets:
-        console.print(Text(f"{found}: {len(found.matched.pairs)} pairs in {found.root}"), soft_wrap=True)
+        console.print(Text(f"{found}: {len(found.files.pairs)} pairs in {found.root}"), soft_wrap=True)
     if findings:
         console.print(findings_table(findings))
     console.print(

@@ -33,7 +33,7 @@ from derain.memory import keep_freed_memory
 from derain.methods import DerainModule, TrainableModule, catalog
 from derain.methods.daclipsde.solvers import Sampling
 from derain.methods.interfaces import Explains
-from derain.methods.registry import add_current_folder, use_method
+from derain.methods.registry import add_current_folder, methods, use_method
 from derain.metrics import resolve
 from derain.metrics.perceptual import available_lpips
 from derain.options import in_one_line, without_option
@@ -457,6 +457,7 @@ def run(arguments: list[str]) -> int:
     """
     keep_freed_memory()
     add_current_folder()  # --model my_method.MyModule
+    methods()  # imports them: --model finds imported subclasses by the names of their classes
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they concern Lightning's calls
     set_parsing_settings(import_path_denylist=DENIED_IMPORTS)  # with a list, jsonargparse raises instead of warning
     choose_messages()

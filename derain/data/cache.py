@@ -1,4 +1,4 @@
-"""Decoded pixels of a training set: decoded once, in one buffer that all workers (and ranks) share."""
+"""Pixel cache of a training set: images are decoded once, into one buffer that all workers (and ranks) share."""
 
 import hashlib
 import logging
@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,53 +25,53 @@ from derain.progress import track
 
 CacheMode = Literal["auto", "ram", "disk", "off"]
 FORMAT = 2
-"""To be raised when the same files would decode to other bytes."""
+"""Cache version; increase it when decoding the same files gives other bytes."""
 
 SHARED_MEMORY = Path("/dev/shm")
-"""Where Linux puts shared memory."""
+"""Shared memory on Linux."""
 
 log = logging.getLogger("derain")
 
 
 def fingerprint(pairs: Sequence[Pair]) -> str:
-    """Return a hash of names and file contents of a set: equal where two people have the same images.
+    """Return a hash of the names and file contents of pairs: equal for equal images, wherever they are.
 
     Example:
         >>> fingerprint([]) == fingerprint([])
         True
     """
     files = [path for pair in pairs for path in (pair.rainy, pair.clean) if path is not None]
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for pair in pairs:
-        whole.update(os.fsencode(f"{pair.name}\0{pair.clean_side}\0"))
-    for digest in file_hashes(files):
-        whole.update(digest)
-    return whole.hexdigest()[:16]
+        digest.update(os.fsencode(f"{pair.name}\0{pair.clean_side}\0"))
+    for file_digest in file_hashes(files):
+        digest.update(file_digest)
+    return digest.hexdigest()[:16]
 
 
 def read_pair(pair: Pair) -> tuple[Pixels, Pixels]:
-    """Decodes a pair that must have a clean image.
+    """Read rainy and clean image of a pair for training.
 
     Raises:
-        DerainError: If it has none, or the pair cannot be read.
+        DerainError: If there is no clean image, or the pair cannot be read.
     """
     rainy, clean = pair.read()
     if clean is None:
-        raise DerainError(f"{pair.rainy}: has no clean image; training needs pairs, `derain predict` does not")
+        raise DerainError(f"{pair.rainy}: no clean image; training needs pairs, `derain predict` does not")
     return rainy, clean
 
 
 class PixelCache:
-    """Pairs of pixels in one contiguous uint8 buffer: rainy, then clean, of each pair.
+    """Pixels of image pairs in one contiguous uint8 buffer: rainy, then clean, of each pair.
 
-    A Python list of arrays would be copied into every DataLoader worker page by page, since reference
-    counts are written on reading; one buffer is not. On disk it is a memory map, which every rank of a
-    machine shares through the system's page cache; in RAM it is shared memory, one copy a rank.
+    A Python list of arrays would be copied to every DataLoader worker page by page, since reading changes reference
+    counts; one buffer is not. On disk it is a memory map, which all ranks of a machine share through the page cache;
+    in RAM it is shared memory, with one copy per rank.
 
     Args:
-        index: ``(n, 3)``: offset of the pair in the buffer, height, width.
-        file: The memory-mapped buffer; or
-        memory: the buffer in shared memory.
+        index: ``(n, 3)``: offset of each pair in the buffer, height, width.
+        file: Memory-mapped buffer; exclusive with ``memory``.
+        memory: Buffer in shared memory.
     """
 
     def __init__(self, index: NDArray[np.int64], file: Path | None = None, memory: torch.Tensor | None = None) -> None:
@@ -84,7 +85,7 @@ class PixelCache:
             self._pixels = self.memory.numpy()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Workers that are not forked open the same buffer again instead of receiving a copy."""
+        """Return the state for workers that are not forked: they open the same buffer instead of copying it."""
         return {"index": self.index, "file": self.file, "memory": self.memory}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -94,14 +95,14 @@ class PixelCache:
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, place: int) -> tuple[Pixels, Pixels]:
-        offset, height, width = (int(value) for value in self.index[place])
+    def __getitem__(self, index: int) -> tuple[Pixels, Pixels]:
+        offset, height, width = (int(value) for value in self.index[index])
         pair = self._pixels[offset : offset + 6 * height * width].reshape(2, height, width, 3)
         return pair[0], pair[1]
 
 
 def decoded_index(pairs: Sequence[Pair]) -> NDArray[np.int64]:
-    """Where each pair will stand in the buffer, from the image files' heads alone.
+    """Return the position of each pair in the buffer, from the headers of the image files.
 
     Returns:
         ``(n, 3)``: offset, height, width.
@@ -117,80 +118,117 @@ def decoded_index(pairs: Sequence[Pair]) -> NDArray[np.int64]:
     return np.column_stack([np.concatenate([[0], ends[:-1]]), sizes]).astype(np.int64)
 
 
+@dataclass(frozen=True)
+class _Space:
+    """Bytes that the cache needs and that are free."""
+
+    need: int
+    disk: int
+    memory: int
+    shared: int
+
+    @property
+    def fits_memory(self) -> bool:
+        return self.need <= min(self.memory, self.shared)
+
+
 def open_cache(pairs: Sequence[Pair], mode: CacheMode = "auto", *, folder: Path | None = None) -> PixelCache | None:
-    """Open the cache of these pairs, decoding them first if nobody has yet.
+    """Open the cache of pairs; decode the images first if the cache does not exist.
 
     Args:
-        pairs: Pairs with a clean image each.
+        pairs: Pairs with clean images.
         mode: ``disk`` (memory map), ``ram`` (shared memory, or ``disk`` with a warning if ``/dev/shm`` is too
-            small), ``off``, or ``auto``: on disk when it takes at most half of the free space, else in RAM when it
-            takes at most half of the free memory, else off. The size is estimated from the files' heads and logged
-            first.
-        folder: Where the memory maps are saved; ``cache_folder()`` by default.
+            small), ``off``, or ``auto``: on disk if it needs at most half of the free space, else in RAM if it needs
+            at most half of the free memory, else off. The size is estimated from the image headers and logged.
+        folder: Folder of the memory maps; ``cache_folder()`` by default.
 
     Returns:
-        The cache, or None when it is off.
+        The cache, or None if it is off.
 
     Raises:
-        DerainError: If an image cannot be read, or the pixels do not fit where they are to be saved.
+        DerainError: If an image cannot be read, or the pixels do not fit on disk or into memory.
     """
     if mode == "off" or not pairs:
         return None
     folder = (folder or cache_folder()) / "pixels"
     folder.mkdir(parents=True, exist_ok=True)
-    ready = folder / f"{fingerprint(pairs)}-v{FORMAT}"
-    index_file = ready.with_name(f"{ready.name}.npy")
-    index = np.load(index_file) if ready.exists() and index_file.exists() else decoded_index(pairs)
+    file = folder / f"{fingerprint(pairs)}-v{FORMAT}"
+    index_file = file.with_name(f"{file.name}.npy")
+    index = np.load(index_file) if file.exists() and index_file.exists() else decoded_index(pairs)
     need = int((6 * index[:, 1] * index[:, 2]).sum())
-    disk, memory, shared = shutil.disk_usage(folder).free, free_memory(), _free_shared_memory()
-    asked = mode
+    space = _Space(need, shutil.disk_usage(folder).free, free_memory(), _free_shared_memory())
+    requested = mode
     if mode == "auto":
-        mode = "disk" if ready.exists() or need <= disk / 2 else "ram" if need <= min(memory, shared) / 2 else "off"
-    if mode == "ram" and need > memory:
-        other = "disk or off" if need <= disk else "off"
-        raise DerainError(f"--data.cache ram: {need / 1e9:.2f} GB do not fit into memory; use {other}")
-    pixels = _shared(need) if mode == "ram" else None
-    if mode == "ram" and pixels is None:
-        mode = "disk" if asked == "ram" else "off"  # auto: the disk is too full
+        mode = _choose_mode(space, cached=file.exists())
+    if mode == "ram" and need > space.memory:
+        alternatives = "disk or off" if need <= space.disk else "off"
+        raise DerainError(f"--data.cache ram: {need / 1e9:.2f} GB do not fit into memory; use {alternatives}")
+    buffer = _allocate_shared(need) if mode == "ram" else None
+    if mode == "ram" and buffer is None:
+        mode = "disk" if requested == "ram" else "off"  # auto chose RAM since the disk is too full
         log.warning(
             "--data.cache %s: %.2f GB do not fit into %s, which has %.2f GB free; using %s",
-            *(asked, need / 1e9, SHARED_MEMORY, shared / 1e9, mode),
+            requested,
+            need / 1e9,
+            SHARED_MEMORY,
+            space.shared / 1e9,
+            mode,
         )
-    where = {"disk": str(ready), "ram": "shared memory", "off": "nowhere: too little disk and memory"}[mode]
-    log.info("pixel cache: %d pairs, %.2f GB decoded, saved in %s", len(pairs), need / 1e9, where)
+    location = {"disk": str(file), "ram": "shared memory", "off": "nowhere: too little disk and memory"}[mode]
+    log.info("pixel cache: %d pairs, %.2f GB decoded, saved in %s", len(pairs), need / 1e9, location)
     if mode == "off":
         return None
-    if pixels is not None:
-        _decode(pairs, index, pixels.numpy())
-        return PixelCache(index, memory=pixels)
-    # One process decodes; the lock of one that dies is freed by the system, and only a whole file is renamed.
-    with FileLock(f"{ready}.lock"):
-        if not ready.exists():
-            if need > disk:
-                full = f"{folder}, which has {disk / 1e9:.2f} GB free"
-                if asked == "ram":
-                    full = f"{SHARED_MEMORY}, which has {shared / 1e9:.2f} GB free, nor into {full}"
-                other = "ram or off" if asked != "ram" and need <= min(memory, shared) else "off"
-                raise DerainError(f"--data.cache {asked}: {need / 1e9:.2f} GB do not fit into {full}; use {other}")
-            for left_over in folder.glob(f".*-{ready.name}*"):
-                left_over.unlink()
-            with write_whole(ready) as temporary:
-                buffer = np.memmap(temporary, np.uint8, "w+", shape=(need,))
-                _decode(pairs, index, buffer)
-                buffer.flush()
+    if buffer is not None:
+        _decode(pairs, index, buffer.numpy())
+        return PixelCache(index, memory=buffer)
+    # One process decodes. The system frees the lock of a process that dies, and only a complete file is renamed.
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            if need > space.disk:
+                raise DerainError(_disk_full(requested, folder, space))
+            _write_pixels(pairs, index, file, need)
         if not index_file.exists():
-            with write_whole(index_file) as temporary, temporary.open("wb") as file:
-                np.save(file, index)
-    return PixelCache(index, file=ready)
+            _write_index(index, index_file)
+    return PixelCache(index, file=file)
+
+
+def _choose_mode(space: _Space, *, cached: bool) -> CacheMode:
+    if cached or space.need <= space.disk / 2:
+        return "disk"
+    if space.need <= min(space.memory, space.shared) / 2:
+        return "ram"
+    return "off"
+
+
+def _disk_full(requested: CacheMode, folder: Path, space: _Space) -> str:
+    full = f"{folder}, which has {space.disk / 1e9:.2f} GB free"
+    if requested == "ram":
+        full = f"{SHARED_MEMORY}, which has {space.shared / 1e9:.2f} GB free, nor into {full}"
+    alternatives = "ram or off" if requested != "ram" and space.fits_memory else "off"
+    return f"--data.cache {requested}: {space.need / 1e9:.2f} GB do not fit into {full}; use {alternatives}"
+
+
+def _write_pixels(pairs: Sequence[Pair], index: NDArray[np.int64], file: Path, size: int) -> None:
+    for unfinished in file.parent.glob(f".*-{file.name}*"):
+        unfinished.unlink()
+    with write_whole(file) as temporary:
+        buffer = np.memmap(temporary, np.uint8, "w+", shape=(size,))
+        _decode(pairs, index, buffer)
+        buffer.flush()
+
+
+def _write_index(index: NDArray[np.int64], file: Path) -> None:
+    with write_whole(file) as temporary, temporary.open("wb") as opened:
+        np.save(opened, index)
 
 
 def _free_shared_memory() -> int:
-    """Return the bytes that shared memory can take: on Linux a file system, often of 64 MB in a container."""
+    """Return the free bytes of shared memory: on Linux a file system, often of 64 MB in a container."""
     return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else free_memory()
 
 
-def _shared(size: int) -> torch.Tensor | None:
-    """Return a buffer in shared memory, or None where it does not fit: other ranks may take their copies meanwhile."""
+def _allocate_shared(size: int) -> torch.Tensor | None:
+    """Return a buffer in shared memory; None if it does not fit, for example since other ranks allocated theirs."""
     if size > _free_shared_memory():
         return None
     buffer = torch.empty(size, dtype=torch.uint8)
@@ -202,16 +240,15 @@ def _shared(size: int) -> torch.Tensor | None:
 
 
 def _decode(pairs: Sequence[Pair], index: NDArray[np.int64], pixels: NDArray[np.uint8]) -> None:
-    """Fills the buffer."""
+    """Decode all pairs into the buffer."""
 
-    def decode(place: int) -> None:
-        rainy, clean = read_pair(pairs[place])
-        offset, height, width = (int(value) for value in index[place])
+    def decode(number: int) -> None:
+        rainy, clean = read_pair(pairs[number])
+        offset, height, width = (int(value) for value in index[number])
         size = 3 * height * width
         pixels[offset : offset + size] = rainy.reshape(-1)
         pixels[offset + size : offset + 2 * size] = clean.reshape(-1)
 
     with ThreadPoolExecutor() as threads:
-        done = threads.map(decode, range(len(pairs)))
-        for _ in track(done, "Decoding", len(pairs)):
+        for _ in track(threads.map(decode, range(len(pairs))), "Decoding", len(pairs)):
             pass

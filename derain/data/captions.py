@@ -1,4 +1,4 @@
-"""Captions of training images: a table in DA-CLIP's form, and the journal that a table is made from."""
+"""Captions of training images: tables in DA-CLIP's format, and the journal of an unfinished table."""
 
 import csv
 import hashlib
@@ -17,24 +17,29 @@ from derain.images import write_whole
 from derain.progress import track
 
 COLUMNS = ["filepath", "title"]
-"""The table's first line: a rainy image's file, and what stands in it."""
+"""Header of a table: file of the rainy image, and its caption with the degradation."""
 
 DEGRADATION = "rainy"
 """DA-CLIP's word for rain."""
 
 TEMPLATE = "a photo"
-"""The caption of any clean image, where no model makes one."""
+"""Caption of every clean image if no model is used."""
 
 
 class Caption(NamedTuple):
-    """What the clean image shows, and what is wrong with the other one."""
+    """Caption of an image pair.
+
+    Attributes:
+        text: Description of the clean image.
+        degradation: Word for the degradation of the rainy image.
+    """
 
     text: str
     degradation: str
 
     @property
     def title(self) -> str:
-        """As DA-CLIP writes it.
+        """Text and degradation in DA-CLIP's format.
 
         Example:
             >>> Caption("a street at night", "rainy").title
@@ -44,7 +49,7 @@ class Caption(NamedTuple):
 
 
 def one_line(text: str) -> str:
-    """Makes tabs, newlines and other gaps one space each.
+    """Replace each run of whitespace by one space.
 
     Example:
         >>> one_line(" a dog  on grass ")
@@ -53,95 +58,104 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-# The table.
-
-
 def write_captions(path: Path, rows: Iterable[tuple[str, Caption]]) -> None:
-    """Writes a table whole or not at all: tab-separated, quoted where needed, as DA-CLIP's script does.
+    """Write a table atomically: tab-separated, quoted where needed, like DA-CLIP's script.
 
     Args:
         path: The table.
-        rows: A rainy image's file, as :func:`table_paths` gives it, and its caption.
+        rows: Path of each rainy image as returned by :func:`table_paths`, and its caption.
     """
     with write_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows((name, caption._replace(text=one_line(caption.text)).title) for name, caption in rows)
+        for name, caption in rows:
+            writer.writerow([name, Caption(one_line(caption.text), caption.degradation).title])
 
 
 def read_captions(path: Path) -> dict[str, Caption]:
-    """Reads a table, ours or of DA-CLIP's script.
+    """Read a table written by derain or by DA-CLIP's script.
 
     Returns:
-        Captions by the rainy image's file, as it is written.
+        Captions by path of the rainy image, as written in the table.
 
     Raises:
-        DerainError: If the file is absent or no such table; with the number of the line.
+        DerainError: If the file does not exist or is not such a table; names the line.
     """
-    try:
-        content = path.read_bytes()
-        text = content.decode("utf-8-sig")
-    except FileNotFoundError as error:
-        raise DerainError(f"{path}: no such file; make it by: derain caption ROOT {path}") from error
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DerainError(f"{path}:{line}: not UTF-8; save the table in this encoding") from error
+    text = _read_utf8(path)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True)
     captions: dict[str, Caption] = {}
     line = 1
     try:
         if next(reader, None) != COLUMNS:
-            raise DerainError(f"{path}:1: expected the line 'filepath<TAB>title'; is it a table of captions?")
+            raise DerainError(f"{path}:1: not a table of captions; expected the line 'filepath<TAB>title'")
         line = reader.line_num + 1
         for row in reader:
-            if len(row) != len(COLUMNS):
-                raise DerainError(f"{path}:{line}: {len(row)} columns, expected 2 with a tab between; correct the line")
-            name, title = row
-            parts = title.rsplit(": ", 1)
-            if len(parts) != 2:
-                raise DerainError(f"{path}:{line}: {title[:60]!r} has no ': '; expected 'CAPTION: DEGRADATION'")
+            name, caption = _parse_row(row, f"{path}:{line}")
             if name in captions:
-                raise DerainError(f"{path}:{line}: a second caption of {name}; remove one of the lines")
-            captions[name] = Caption(*parts)
+                raise DerainError(f"{path}:{line}: second caption of {name}; remove one of the lines")
+            captions[name] = caption
             line = reader.line_num + 1
     except csv.Error as error:
         raise DerainError(f"{path}:{line}: {error}; correct the quotation marks of the line") from error
     return captions
 
 
+def _read_utf8(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DerainError(f"{path}: no such file; make it by: derain caption ROOT {path}") from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DerainError(f"{path}:{line}: not UTF-8; save the table in this encoding") from error
+
+
+def _parse_row(row: list[str], location: str) -> tuple[str, Caption]:
+    if len(row) != len(COLUMNS):
+        raise DerainError(f"{location}: {len(row)} columns, expected 2 separated by a tab; correct the line")
+    name, title = row
+    text, separator, degradation = title.rpartition(": ")
+    if not separator:
+        raise DerainError(f"{location}: {title[:60]!r} has no ': '; expected 'CAPTION: DEGRADATION'")
+    return name, Caption(text, degradation)
+
+
 def match_captions(pairs: Sequence[Pair], tables: Mapping[Path, Mapping[str, Caption]]) -> list[Caption]:
-    """The caption of each pair, in order, by the file of its rainy image.
+    """Return the caption of each pair, found by the file of its rainy image.
 
     Args:
         pairs: The pairs.
-        tables: What :func:`read_captions` gave, by file; paths in a table are absolute or start at its folder.
+        tables: Results of :func:`read_captions` by file. Paths in a table are absolute or relative to its folder.
 
     Raises:
-        DerainError: If a pair has none, or one file two.
+        DerainError: If a pair has no caption, or a file has two.
     """
-    found: dict[str, Caption] = {}
+    captions: dict[str, Caption] = {}
     for path, table in tables.items():
-        for (name, caption), file in zip(table.items(), _spelt([path.parent / name for name in table]), strict=True):
-            if found.setdefault(file, caption) != caption:
+        files = _normalized([path.parent / name for name in table])
+        for (name, caption), file in zip(table.items(), files, strict=True):
+            if captions.setdefault(file, caption) != caption:
                 raise DerainError(
                     f"{path}: two captions of {name}, in another table or by another spelling of its path; remove one"
                 )
-    captions = [found.get(file) for file in _spelt([pair.rainy for pair in pairs])]
-    lacking = [pair.rainy for pair, caption in zip(pairs, captions, strict=True) if caption is None]
-    if lacking:
+    files = _normalized([pair.rainy for pair in pairs])
+    missing = [pair.rainy for pair, file in zip(pairs, files, strict=True) if file not in captions]
+    if missing:
         raise DerainError(
-            f"{', '.join(map(str, tables))}: no caption of {len(lacking)} of {len(pairs)} rainy images, first "
-            f"{lacking[0]}; expected their paths, absolute or from {' or '.join(str(path.parent) for path in tables)}; "
+            f"{', '.join(map(str, tables))}: no caption of {len(missing)} of {len(pairs)} rainy images, first "
+            f"{missing[0]}; expected their paths, absolute or from {' or '.join(str(path.parent) for path in tables)}; "
             "make a table by: derain caption ROOT OUT.tsv, and give several as --data.captions '[A.tsv, B.tsv]'"
         )
-    return [caption for caption in captions if caption is not None]
+    return [captions[file] for file in files]
 
 
 def table_paths(images: Sequence[Path], table: Path) -> list[str]:
-    """Rainy images' files as they stand in a table: from its folder where they lie below it, else absolute.
+    """Return the paths of rainy images for a table: relative to its folder if they are below it, else absolute.
 
     Raises:
-        DerainError: If a name cannot be written.
+        DerainError: If a path is not valid UTF-8.
 
     Example:
         >>> table_paths([Path("set/rain-1.png")], Path("captions.tsv"))
@@ -149,37 +163,35 @@ def table_paths(images: Sequence[Path], table: Path) -> list[str]:
     """
     folder = table.parent.resolve()
     names = []
-    for file in _places(images):
+    for file in _absolute(images):
         name = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
         try:
             name.encode()
         except UnicodeEncodeError as error:
-            raise DerainError(f"{name!r}: is no UTF-8 and cannot stand in a table; rename it") from error
+            raise DerainError(f"{name!r}: is not UTF-8, as tables must be; rename it") from error
         names.append(name)
     return names
 
 
-def _places(files: Sequence[Path]) -> list[Path]:
-    """Absolute paths; links of folders are followed, but not those of files: two of them may be one file."""
-    real = {folder: folder.resolve() for folder in {file.parent for file in files}}
-    return [real[file.parent] / file.name for file in files]
+def _absolute(files: Sequence[Path]) -> list[Path]:
+    """Return absolute paths with links to folders resolved; links to files are kept, since two may be one file."""
+    folders = {file.parent for file in files}
+    resolved = {folder: folder.resolve() for folder in folders}
+    return [resolved[file.parent] / file.name for file in files]
 
 
-def _spelt(files: Sequence[Path]) -> list[str]:
-    """Absolute paths in Unicode's composed form (NFC): a table may come from a system that writes accents otherwise."""
-    return [unicodedata.normalize("NFC", str(file)) for file in _places(files)]
-
-
-# The journal.
+def _normalized(files: Sequence[Path]) -> list[str]:
+    """Return absolute paths in Unicode's composed form (NFC), since systems differ in how they write accents."""
+    return [unicodedata.normalize("NFC", str(file)) for file in _absolute(files)]
 
 
 class JournalEntry(NamedTuple):
-    """A caption that is done.
+    """Finished caption.
 
     Attributes:
-        file: The rainy image, as it will stand in the table.
+        file: Path of the rainy image, as it will be written in the table.
         text: The caption.
-        image: Hash of the clean image's file, empty where it was not looked at.
+        image: Hash of the clean image's file; empty if the captioner does not read it.
     """
 
     file: str
@@ -188,7 +200,9 @@ class JournalEntry(NamedTuple):
 
 
 class Journal:
-    """Captions as they come, in a file that outlives the process: what the run is, then one row a line.
+    """Finished captions of an unfinished table, in a file that outlives the process.
+
+    The first line identifies the run, every further line is one caption.
 
     Args:
         path: The file.
@@ -197,91 +211,98 @@ class Journal:
 
     def __init__(self, path: Path, run: Mapping[str, str | int]) -> None:
         self.path, self.run = path, dict(run)
-        self._first = json.dumps(self.run).encode()
+        self._header = json.dumps(self.run).encode()
 
     def begin(self, pairs: Sequence[tuple[str, Path]], overwrite: bool = False) -> list[JournalEntry]:
-        """Starts the file, or goes on with what an earlier process left; a last line that it half wrote is dropped.
+        """Start the file, or resume from that of an interrupted process; an incomplete last line is dropped.
 
         Args:
-            pairs: Every rainy image's file as it will stand in the table, and the file of its clean image.
-            overwrite: Whether what another run left may go.
+            pairs: Path of each rainy image as it will be written in the table, and file of its clean image.
+            overwrite: Whether the file of another run may be replaced.
 
         Returns:
-            The rows that are there already, those of the first pairs.
+            The entries that are in the file, those of the first pairs.
 
         Raises:
-            DerainError: If the file is another run's, or one of its images has changed.
+            DerainError: If the file is of another run, or one of its images has changed.
         """
         try:
-            rows = self._earlier(pairs)
+            entries = self._read_entries(pairs)
         except DerainError:
             if not overwrite:
                 raise
-            rows = None
-        if rows is None:
+            entries = None
+        if entries is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_bytes(self._first + b"\n")
-        return rows or []
+            self.path.write_bytes(self._header + b"\n")
+        return entries or []
 
-    def add(self, rows: Iterable[JournalEntry]) -> None:
-        """Appends rows."""
+    def add(self, entries: Iterable[JournalEntry]) -> None:
+        """Append entries."""
         with self.path.open("ab") as file:
-            file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+            file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
 
-    def _earlier(self, pairs: Sequence[tuple[str, Path]]) -> list[JournalEntry] | None:
-        """What the file holds, None if not even its first line is whole."""
+    def _read_entries(self, pairs: Sequence[tuple[str, Path]]) -> list[JournalEntry] | None:
+        """Return the entries in the file; None if not even its first line is complete."""
         if not self.path.is_file():
             return None
         content = self.path.read_bytes()
-        if self._first.startswith(content):
+        if self._header.startswith(content):
             return None
-        whole = content[: content.rfind(b"\n") + 1]
-        first, *lines = whole.splitlines() or [content]
-        if first != self._first:
-            raise self._refused(self._difference(first))
-        rows = [self._row(line) for line in lines]
-        if len(rows) > len(pairs):
-            raise self._refused(f"has {len(rows)} rows, the set has {len(pairs)} pairs")
-        for row, (file, _) in zip(rows, pairs, strict=False):
-            if row.file != file:
-                raise self._refused(f"has a caption of {row.file} where this run has {file}")
-        seen = {clean: row.image for row, (_, clean) in zip(rows, pairs, strict=False) if row.image}
+        complete = content[: content.rfind(b"\n") + 1]
+        header, *lines = complete.splitlines() or [content]
+        if header != self._header:
+            raise self._rejected(self._difference(header))
+        entries = [self._parse(line) for line in lines]
+        if len(entries) > len(pairs):
+            raise self._rejected(f"has {len(entries)} captions, the data set has {len(pairs)} pairs")
+        for entry, (file, _) in zip(entries, pairs, strict=False):
+            if entry.file != file:
+                raise self._rejected(f"has a caption of {entry.file} where this run has {file}")
+        self._check_images(entries, [clean for _, clean in pairs])
+        os.truncate(self.path, len(complete))
+        return entries
+
+    def _check_images(self, entries: Sequence[JournalEntry], clean_files: Sequence[Path]) -> None:
+        hashes = {}
+        for entry, clean in zip(entries, clean_files, strict=False):
+            if entry.image:
+                hashes[clean] = entry.image
         with ThreadPoolExecutor() as threads:
-            for clean, now in zip(seen, track(threads.map(file_hash, seen), "Comparing", len(seen)), strict=True):
-                if now != seen[clean]:
-                    raise self._refused(f"has a caption of {clean}, which has changed since")
-        os.truncate(self.path, len(whole))
-        return rows
+            current_hashes = track(threads.map(file_hash, hashes), "Comparing", len(hashes))
+            for clean, current in zip(hashes, current_hashes, strict=True):
+                if current != hashes[clean]:
+                    raise self._rejected(f"has a caption of {clean}, which has changed since")
 
-    def _row(self, line: bytes) -> JournalEntry:
+    def _parse(self, line: bytes) -> JournalEntry:
         try:
-            row = json.loads(line)
+            fields = json.loads(line)
         except ValueError as error:
-            raise self._refused("is damaged") from error
-        if not (isinstance(row, list) and len(row) == 3 and all(isinstance(part, str) for part in row)):
-            raise self._refused("is damaged")
-        return JournalEntry(*row)
+            raise self._rejected("is damaged") from error
+        if not (isinstance(fields, list) and len(fields) == 3 and all(isinstance(part, str) for part in fields)):
+            raise self._rejected("is damaged")
+        return JournalEntry(*fields)
 
-    def _difference(self, first: bytes) -> str:
-        """What the run that the file begins with has else."""
+    def _difference(self, header: bytes) -> str:
+        """Return how the run of the file differs from this one."""
         try:
-            told = json.loads(first)
+            run = json.loads(header)
         except ValueError:
-            told = None
-        if not isinstance(told, dict) or not self.run.keys() & told.keys():
-            return "is no unfinished table of captions"
-        key = next(key for key in self.run | told if told.get(key) != self.run.get(key))
-        return f"is of a run with {key} {told.get(key)}, not {self.run.get(key)}"
+            run = None
+        if not isinstance(run, dict) or not self.run.keys() & run.keys():
+            return "is not an unfinished table of captions"
+        key = next(key for key in self.run | run if run.get(key) != self.run.get(key))
+        return f"is of a run with {key} {run.get(key)}, not {self.run.get(key)}"
 
-    def _refused(self, why: str) -> DerainError:
-        return DerainError(f"{self.path}: {why}; delete it or give --overwrite to begin anew")
+    def _rejected(self, reason: str) -> DerainError:
+        return DerainError(f"{self.path}: {reason}; delete it, or add --overwrite to start anew")
 
 
 def file_hash(path: Path) -> str:
-    """Hash of a file, to see whether it has changed.
+    """Return a hash of a file's content.
 
     Raises:
-        DerainError: If there is no such file.
+        DerainError: If the file does not exist.
     """
     try:
         with path.open("rb") as file:

@@ -1,7 +1,7 @@
-"""Which data sets lie below a folder."""
+"""Find the data sets in a folder."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,81 +13,86 @@ from derain.errors import DerainError
 
 @dataclass(frozen=True, eq=False)
 class DataSplit:
-    """A split of a set that lies somewhere.
+    """One split of a data set on disk.
 
     Attributes:
-        name: Set, or folder where its layout is a general one.
-        split: Which split.
-        layout: Its layout.
-        root: The set's folder.
-        matched: Its files.
+        name: Name of the data set, or of its folder if the layout is a general one.
+        split: ``train``, ``test`` or ``predict``.
+        layout: Key of :data:`derain.data.layouts.LAYOUTS`.
+        root: Folder of the data set.
+        files: Its paired files.
     """
 
     name: str
     split: Split
     layout: str
     root: Path
-    matched: PairedFiles
+    files: PairedFiles
 
     def __str__(self) -> str:
-        """Set and split."""
+        """Return data set and split."""
         return f"{self.name} {self.split}"
+
+    @property
+    def rainy_files(self) -> frozenset[Path]:
+        """Rainy files of the split."""
+        return frozenset(rainy for _, rainy, _ in self.files.pairs)
 
 
 def find_sets(root: Path, layout: str | None = None) -> list[DataSplit]:
-    """Finds all splits of all sets below a folder, or of the set that it is, without a warning of skipped images.
+    """Return all splits of the data sets in a folder, without warnings about skipped images.
 
     Args:
-        root: A set's folder, or a folder that holds several.
-        layout: The layout of ``root``, if it shall not be detected.
+        root: Folder of one data set or of several.
+        layout: Layout of ``root``; detected by default.
 
     Raises:
-        DerainError: If there is no set.
+        DerainError: If there is no data set.
     """
     files = list_relative(root, warn=False)
-    if layout is not None:
-        if layout not in LAYOUTS:
-            raise DerainError(f"--layout {layout}: no such layout; known are {', '.join(LAYOUTS)}")
-        found = _splits(root.resolve().name, layout, root, files)
-        if not found:
-            wanted = " or ".join(str(variants[0]) for variants in LAYOUTS[layout].files.values())
-            raise DerainError(f"{root}: no {layout} pairs, it holds {inventory(root)}; expected {wanted}")
-        return found
-    return _by_name(root, files) or _by_files(root, files)
+    if layout is None:
+        return _find_by_folder_name(root, files) or _find_by_files(root, files)
+    if layout not in LAYOUTS:
+        raise DerainError(f"--layout {layout}: no such layout; choose from {', '.join(LAYOUTS)}")
+    splits = _find_splits(root.resolve().name, layout, root, files)
+    if not splits:
+        expected = " or ".join(str(variants[0]) for variants in LAYOUTS[layout].files.values())
+        raise DerainError(f"{root}: no {layout} pairs, it contains {inventory(root)}; expected {expected}")
+    return splits
 
 
-def _by_name(root: Path, files: Sequence[str]) -> list[DataSplit]:
-    """Sets whose folders bear their names; files that two could claim belong to the outer, then to the first."""
-    candidates = [
-        (len(folder.parts), place, folder, name)
-        for place, (name, layout) in enumerate(LAYOUTS.items())
-        if layout.without is None and layout.folders  # strict sets have the files of another
-        for folder in find_set_folders(name, root)
-    ]
-    found: list[DataSplit] = []
-    claimed: set[Path] = set()
-    for _, _, folder, name in sorted(candidates, key=lambda one: one[:2]):
-        below = folder.relative_to(root)
-        inside = [Path(file).relative_to(below).as_posix() for file in _below(below, files)]
-        inside = inside or list_relative(folder, warn=False)  # a link to a folder that is listed by its own path
-        splits = [one for one in _splits(name, name, folder, inside) if not claimed & _rainy(one)]
-        found += splits
-        claimed.update(*(_rainy(one) for one in splits))
+def _find_by_folder_name(root: Path, files: Sequence[str]) -> list[DataSplit]:
+    """Return the data sets whose folders have their names.
+
+    Files that belong to several are assigned to the outermost folder, then to the first layout.
+    """
     names = list(LAYOUTS)
-    return sorted(found, key=lambda one: names.index(one.layout))
+    candidates = []
+    for index, (name, layout) in enumerate(LAYOUTS.items()):
+        if layout.without is not None:  # strict sets share the files of the full set
+            continue
+        candidates += [(len(folder.parts), index, folder, name) for folder in find_set_folders(name, root)]
+    candidates.sort(key=lambda candidate: candidate[:2])
+    found: list[DataSplit] = []
+    assigned: set[Path] = set()
+    for _, _, folder, name in candidates:
+        own_files = _files_below(folder.relative_to(root), files)
+        own_files = own_files or list_relative(folder, warn=False)  # a link to a folder that is listed elsewhere
+        splits = [split for split in _find_splits(name, name, folder, own_files) if not assigned & split.rainy_files]
+        found += splits
+        for split in splits:
+            assigned |= split.rainy_files
+    return sorted(found, key=lambda split: names.index(split.layout))
 
 
-def _below(folder: Path, files: Sequence[str]) -> Iterator[str]:
+def _files_below(folder: Path, files: Sequence[str]) -> list[str]:
+    """Return the files in a folder, relative to it."""
     prefix = "" if folder == Path() else f"{folder.as_posix()}/"
-    return (file for file in files if file.startswith(prefix))
+    return [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
 
 
-def _rainy(one: DataSplit) -> frozenset[Path]:
-    return frozenset(rainy for _, rainy, _ in one.matched.pairs)
-
-
-def _by_files(root: Path, files: Sequence[str]) -> list[DataSplit]:
-    """The set that the files make the folder out to be."""
+def _find_by_files(root: Path, files: Sequence[str]) -> list[DataSplit]:
+    """Return the splits of the data set that the files of a folder look like."""
     splits: tuple[Split, ...] = ("train", "test", "predict")
     for split in splits:
         try:
@@ -96,23 +101,25 @@ def _by_files(root: Path, files: Sequence[str]) -> list[DataSplit]:
             if split == "predict":
                 raise
         else:
-            return _splits(root.resolve().name, name, root, files)
+            return _find_splits(root.resolve().name, name, root, files)
     return []
 
 
-def _splits(name: str, layout: str, root: Path, files: Sequence[str]) -> list[DataSplit]:
-    """The splits of one set; of several that consist of the same files the likeliest."""
-    best: dict[frozenset[Path], DataSplit] = {}
-    for split in LAYOUTS[layout].files:
-        one = DataSplit(name, split, layout, root, pair_files(layout, split, root, files))
-        if one.matched.pairs:
-            other = best.setdefault(_rainy(one), one)
-            best[_rainy(one)] = max(other, one, key=_likelihood)
-    return list(best.values())
+def _find_splits(name: str, layout: str, root: Path, files: Sequence[str]) -> list[DataSplit]:
+    """Return the splits of one data set; the likeliest one of those that consist of the same files."""
+    splits: dict[frozenset[Path], DataSplit] = {}
+    for split_name in LAYOUTS[layout].files:
+        split = DataSplit(name, split_name, layout, root, pair_files(layout, split_name, root, files))
+        if not split.files.pairs:
+            continue
+        previous = splits.setdefault(split.rainy_files, split)
+        if _likelihood(split) > _likelihood(previous):
+            splits[split.rainy_files] = split
+    return list(splits.values())
 
 
-def _likelihood(one: DataSplit) -> tuple[bool, bool]:
-    """Whether a split has the published count, and whether the folder is named after it."""
-    folders = SPLIT_FOLDERS.get(one.split, "predict")
-    named = re.match(folders, one.root.resolve().name, re.IGNORECASE) is not None
-    return len(one.matched.pairs) == LAYOUTS[one.layout].counts.get(one.split), named
+def _likelihood(split: DataSplit) -> tuple[bool, bool]:
+    """Return whether a split has the published number of pairs, and whether the folder has its name."""
+    pattern = SPLIT_FOLDERS.get(split.split, "predict")
+    has_name = re.match(pattern, split.root.resolve().name, re.IGNORECASE) is not None
+    return len(split.files.pairs) == LAYOUTS[split.layout].counts.get(split.split), has_name

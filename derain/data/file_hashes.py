@@ -1,4 +1,4 @@
-"""Content hashes of files, and what depends on contents alone, computed once: remembered until a file changes."""
+"""Content hashes of files, and results that depend on contents alone; both are cached until a file changes."""
 
 import hashlib
 import json
@@ -15,10 +15,10 @@ from derain.images import write_whole
 from derain.progress import track
 
 SETTLED = 2_000_000_000
-"""Nanoseconds after which a file's times are trusted: a later change gets other times even on coarse clocks."""
+"""Age in nanoseconds from which a file's times are trusted: a later change gets other times even on coarse clocks."""
 
-DAMAGE = (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
-"""What reading a cache file that is absent or damaged can raise."""
+UNREADABLE_CACHE = (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""Exceptions that reading a missing or damaged cache file can raise."""
 
 log = logging.getLogger("derain")
 Entry = tuple[list[int], bytes]
@@ -26,64 +26,65 @@ Entry = tuple[list[int], bytes]
 
 
 def file_hashes(files: Sequence[Path]) -> list[bytes]:
-    """Return the SHA-256 of each file's content, from the cache where size, inode and times are unchanged.
+    """Return the SHA-256 of each file's content, from the cache if size, inode and times are unchanged.
 
-    The cache has one JSON file for each folder of images, in ``cache_folder()/digests``.
+    The cache has one JSON file per folder of images, in ``cache_folder()/digests``.
 
     Raises:
-        FileNotFoundError: If a file is absent.
+        FileNotFoundError: If a file does not exist.
     """
-    folders: dict[Path, list[Path]] = defaultdict(list)
+    files_by_folder: dict[Path, list[Path]] = defaultdict(list)
     for file in dict.fromkeys(files):
-        folders[file.parent].append(file)
-    known: dict[Path, dict[str, Entry]] = {folder: _load(_cache_file(folder)) for folder in folders}
-    found: dict[Path, bytes] = {}
-    new = []
-    for folder, members in folders.items():
+        files_by_folder[file.parent].append(file)
+    entries = {folder: _load(_cache_file(folder)) for folder in files_by_folder}
+    hashes: dict[Path, bytes] = {}
+    changed = []
+    for folder, members in files_by_folder.items():
         for file in members:
-            entry = known[folder].get(file.name)
+            entry = entries[folder].get(file.name)
             if entry is not None and entry[0] == _state(file.stat()):
-                found[file] = entry[1]
+                hashes[file] = entry[1]
             else:
-                new.append(file)
-    if not new:
-        return [found[file] for file in files]
-    size = sum(file.stat().st_size for file in new)
-    log.info("fingerprint: reading %d new or changed files, %.2f GB", len(new), size / 1e9)
+                changed.append(file)
+    if not changed:
+        return [hashes[file] for file in files]
+    size = sum(file.stat().st_size for file in changed)
+    log.info("fingerprint: reading %d new or changed files, %.2f GB", len(changed), size / 1e9)
     with ThreadPoolExecutor() as threads:
-        for file, (state, digest) in zip(new, track(threads.map(_digest, new), "Hashing", len(new)), strict=True):
-            found[file] = digest
+        results = track(threads.map(_hash, changed), "Hashing", len(changed))
+        for file, (state, digest) in zip(changed, results, strict=True):
+            hashes[file] = digest
             if state is not None:
-                known[file.parent][file.name] = (state, digest)
-    for folder in {file.parent for file in new}:
-        entries = {name: (state, digest.hex()) for name, (state, digest) in known[folder].items()}
-        _save(_cache_file(folder), entries)
-    return [found[file] for file in files]
+                entries[file.parent][file.name] = (state, digest)
+    for folder in {file.parent for file in changed}:
+        content = {name: (state, digest.hex()) for name, (state, digest) in entries[folder].items()}
+        _save(_cache_file(folder), content)
+    return [hashes[file] for file in files]
 
 
-def cached_numbers(what: str, files: Sequence[Path], compute: Callable[[], list[int]]) -> list[int]:
-    """Return numbers that depend on the contents of files alone, from the cache if they were computed before.
+def cached_numbers(computation: str, files: Sequence[Path], compute: Callable[[], list[int]]) -> list[int]:
+    """Return integers that depend on the contents of files alone, from the cache if they were computed before.
 
     Args:
-        what: Names the computation, its version and its options.
-        files: What it depends on, in order.
-        compute: Computes them.
+        computation: Name of the computation, with its version and options.
+        files: Files that the result depends on, in order.
+        compute: Called if the cache has no result.
 
     Raises:
-        FileNotFoundError: If a file is absent.
+        FileNotFoundError: If a file does not exist.
     """
-    key = hashlib.sha256(b"\0".join([what.encode(), *file_hashes(files)])).hexdigest()[:16]
+    key = hashlib.sha256(b"\0".join([computation.encode(), *file_hashes(files)])).hexdigest()[:16]
     path = cache_folder() / "computed" / f"{key}.json"
     try:
         return list(map(int, json.loads(path.read_bytes())))
-    except DAMAGE:
+    except UNREADABLE_CACHE:
         numbers = compute()
     _save(path, numbers)
     return numbers
 
 
-def _digest(file: Path) -> tuple[list[int] | None, bytes]:
-    """Hash a file; its state is None if it changed so recently that a further change might not show."""
+def _hash(file: Path) -> tuple[list[int] | None, bytes]:
+    """Return state and hash of a file; no state if it changed so recently that a further change might not show."""
     with file.open("rb") as opened:
         status = os.fstat(opened.fileno())
         digest = hashlib.file_digest(opened, "sha256").digest()
@@ -92,7 +93,7 @@ def _digest(file: Path) -> tuple[list[int] | None, bytes]:
 
 
 def _state(status: os.stat_result) -> list[int]:
-    """What changes with a file's content: the time of its last status change cannot be set by programs."""
+    """Return what changes with a file's content; programs cannot set the time of the last status change."""
     return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
@@ -102,20 +103,20 @@ def _cache_file(folder: Path) -> Path:
 
 
 def _load(path: Path) -> dict[str, Entry]:
-    """Read a cache file; one that is absent or damaged counts as empty."""
+    """Return the entries of a cache file; none if it is missing or damaged."""
     try:
         content = json.loads(path.read_bytes())
         entries = {name: (list(map(int, state)), bytes.fromhex(digest)) for name, (state, digest) in content.items()}
-    except DAMAGE:
+    except UNREADABLE_CACHE:
         return {}
-    whole = all(len(digest) == hashlib.sha256().digest_size for _, digest in entries.values())
-    return entries if whole else {}
+    complete = all(len(digest) == hashlib.sha256().digest_size for _, digest in entries.values())
+    return entries if complete else {}
 
 
 def _save(path: Path, content: object) -> None:
-    """Write a cache file; without it the next start reads the images again."""
+    """Write a cache file; warn if that fails, since the next start then computes again."""
     try:
         with write_whole(path) as temporary:
             temporary.write_text(json.dumps(content))
     except OSError as error:
-        log.warning("%s: cannot remember what images hold: %s", path, error)
+        log.warning("%s: cannot write the cache, the next start reads the images again: %s", path, error)

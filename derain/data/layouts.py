@@ -1,12 +1,11 @@
-"""Where the field's data sets keep their files: folders, file patterns, counts, sources.
+"""Layouts of the public data sets: folders, file patterns, number of pairs, sources.
 
-A pattern is a regular expression for a file's path below the set's folder, without its ending, ``/``
-between folders, upper and lower case alike. The named groups are the pair's key; files whose keys agree
-belong together:
+A pattern is a regular expression for the path of a file relative to the data set's folder, without suffix, with ``/``
+between folders; case is ignored. The named groups are the key of the pair: files with equal keys form a pair.
 
-- ``{n}``: a number (``007`` and ``7`` are the same);
-- ``{name}``: any text, folders included;
-- ``{streak}``: which of several rains on one clean image; the only group that the clean file lacks.
+- ``{n}``: a number (``007`` equals ``7``);
+- ``{name}``: any text, including folders;
+- ``{streak}``: number of the rain where a clean image has several; the only group that the clean file lacks.
 """
 
 import re
@@ -18,24 +17,24 @@ Split = Literal["train", "test", "predict"]
 Side = Literal["left", "right"]
 
 SPLIT_FOLDERS: Mapping[str, str] = {"train": "train|training", "test": "test|testing"}
-"""Folders that any pattern may stand below, tried before the bare pattern."""
+"""Folders that may precede any pattern; tried before the pattern alone."""
 
 AUXILIARY = r"(?:.*/)?(?:rainregion|rainstreak|raintrainregion|rain_?mask|streak)(?:[-_/].*)?"
-"""Files beside the pairs of some archives (rain masks and streaks), never part of a pair."""
+"""Rain masks and streaks that some archives contain; never part of a pair."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """One way in which the files of a split lie.
+    """File patterns of one split.
 
     Attributes:
-        rainy: Pattern of rainy files.
-        clean: Pattern of clean files; none if the rainy file holds both halves or there is no clean image.
-        clean_side: Side of the clean half where one file is a pair, side by side.
-        numbers: First and last ``{n}`` that belong to the split.
-        truth: Whether the clean half is one (real photos lie twice in their file).
-        auxiliary: Whether files named as rain masks and streaks are images of the split too.
-        note: What a user must know of this version of the set.
+        rainy: Pattern of the rainy files.
+        clean: Pattern of the clean files; None for side-by-side files and if there are no clean images.
+        clean_side: Clean half of side-by-side files; None if rainy and clean are separate files.
+        numbers: First and last ``{n}`` of the split.
+        truth: Whether the clean half is ground truth (some side-by-side files contain a real photo twice).
+        auxiliary: Whether files named like rain masks and streaks belong to the split.
+        note: What users must know about this version of the data set.
     """
 
     rainy: str
@@ -47,7 +46,7 @@ class Files:
     note: str = ""
 
     def __str__(self) -> str:
-        """The patterns as a person reads them, without what is optional.
+        """Return the patterns in readable form, without optional parts.
 
         Example:
             >>> str(LAYOUTS["Rain100L"].files["test"][1])
@@ -59,15 +58,15 @@ class Files:
             return f"{_plain(self.rainy)} with {_plain(self.clean)}"
         if self.clean_side is None:
             return _plain(self.rainy)
-        return _plain(self.rainy) + (
-            " (clean left, rainy right)" if self.clean_side == "left" else " (rainy left, clean right)"
-        )
+        order = "clean left, rainy right" if self.clean_side == "left" else "rainy left, clean right"
+        return f"{_plain(self.rainy)} ({order})"
 
 
 def _plain(pattern: str) -> str:
-    """Shortens a pattern: optional parts dropped, of alternatives the first, back references filled in."""
-    plain, previous = pattern.replace(r"\d+", "{n}").replace("(?P=video)", "{n}").replace("[-_]?", "-"), ""
-    while plain != previous:
+    """Return a pattern without optional groups, with the first of alternatives, and without back references."""
+    plain = pattern.replace(r"\d+", "{n}").replace("(?P=video)", "{n}").replace("[-_]?", "-")
+    previous = ""
+    while plain != previous:  # groups are nested: each pass resolves the innermost ones
         previous = plain
         plain = re.sub(r"\(\?(?::|P<\w+>)[^()]*\)\?", "", plain)
         plain = re.sub(r"\(\?(?::|P<\w+>)([^()|]*)[^()]*\)(?!\?)", r"\1", plain)
@@ -76,17 +75,17 @@ def _plain(pattern: str) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """A data set, or a general way of laying out pairs.
+    """Layout of a data set, or a general layout of pairs.
 
     Attributes:
-        title: One line on what it is.
-        source: Page to get it from; empty for general layouts.
+        title: Description in one line.
+        source: Download page; empty for general layouts.
         citation: Paper.
-        folders: Names its folder goes by below the data root; none for general layouts.
-        files: For each split the ways its files may lie, first match wins.
-        counts: Expected number of pairs.
-        without: Test set whose backgrounds are left out of the training pairs.
-        partner: The set that holds the other split.
+        folders: Names of the data set's folder below the data root; empty for general layouts.
+        files: Variants of the file patterns by split; the first one that matches is used.
+        counts: Published number of pairs by split.
+        without: Test set whose backgrounds are excluded from the training pairs.
+        partner: Data set that contains the other split.
     """
 
     title: str
@@ -193,7 +192,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "RainTrainH": _RAIN_TRAIN_H,
     "RainTrainH-full": Layout(
-        title="training pairs of Rain100H, all of them; 546 share a background with Rain100H",
+        title="training pairs of Rain100H, all 1800; 546 share a background with Rain100H",
         folders=_RAIN_TRAIN_H.folders,
         files=_RAIN_TRAIN_H.files,
         counts={"train": 1800},
@@ -321,6 +320,6 @@ LAYOUTS: dict[str, Layout] = {
             for split in ("train", "test")
         },
     ),
-    "images": Layout(title="rainy photos without clean ones", files={"predict": (Files("{name}", auxiliary=True),)}),
+    "images": Layout(title="rainy photos without clean images", files={"predict": (Files("{name}", auxiliary=True),)}),
 }
-"""Every set by name, and the general layouts ``folder`` and ``images``."""
+"""Every data set by name, and the general layouts ``folder`` and ``images``."""

@@ -1,4 +1,4 @@
-"""Which files of a folder belong together: keys, variants of a layout, folders of sets. Reads no image."""
+"""Pair the files of a folder by the keys in their names, and find the folders of data sets. Reads no image."""
 
 import os
 import re
@@ -6,26 +6,35 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from derain.data.layouts import AUXILIARY, LAYOUTS, SPLIT_FOLDERS, Files, Split
 from derain.errors import DerainError
 from derain.images import image_files, list_images, natural_key
 
 _GROUPS = {"{n}": r"(?P<n>\d+)", "{name}": "(?P<name>.+?)", "{streak}": r"(?P<streak>\d+)"}
-_DEPTH = 3  # folders below the data root in which a set is looked for
+_MAX_DEPTH = 3  # how many levels below the data root are searched for data sets
+
+Key = tuple[str | int, ...]
+
+
+class _KeyedFile(NamedTuple):
+    key: Key
+    streak: str | None
+    file: str
 
 
 @dataclass(frozen=True)
 class PairedFiles:
-    """What a layout makes of the files of a split.
+    """Files of one split, paired by a layout.
 
     Attributes:
         pairs: Name, rainy file and clean file of each pair, in natural order of the names.
-        unpaired: Files that the layout knows and that lack their partner.
-        clashes: Two files each of which only one can be in a pair: a key occurs twice, or a rainy image has one
-            clean image by this variant and another one by a later variant of the layout.
-        variant: How the files lie.
-        unused: Later variants by which other files are pairs, with the number of those pairs.
+        unpaired: Files that match the layout but have no partner.
+        clashes: Two files of which only one can be part of a pair: they have the same key, or they are the clean
+            images of one rainy image by this variant and by a later variant of the layout.
+        variant: Variant of the layout that matched.
+        unused: Later variants that match further files, with the number of their pairs.
     """
 
     pairs: tuple[tuple[str, Path, Path | None], ...] = ()
@@ -36,140 +45,162 @@ class PairedFiles:
 
 
 def list_relative(root: Path, *, warn: bool = True) -> list[str]:
-    """Image files below a folder, ``/`` between folders, in natural order.
+    """Return the paths of all images below a folder, relative to it, with ``/``, in natural order.
 
     Args:
         root: The folder.
-        warn: Warn of images that are skipped.
+        warn: Warn about skipped images.
 
     Raises:
-        DerainError: If there is no such folder.
+        DerainError: If the folder does not exist.
     """
     if not root.is_dir():
-        raise DerainError(f"{root}: no such folder; give a data set's name or its folder")
+        raise DerainError(f"{root}: no such folder; give the name of a data set or its folder")
     files = image_files(root, recursive=True) if warn else list_images(root, recursive=True).files
     return [path.relative_to(root).as_posix() for path in files]
 
 
 def pair_files(name: str, split: Split, root: Path, files: Sequence[str] | None = None) -> PairedFiles:
-    """Pair files by the first variant of a layout that fits; none does if there are no pairs.
+    """Pair files by the first variant of a layout that matches any; return no pairs if none does.
 
     Args:
-        name: A layout.
-        split: For ``predict``, a layout without such files gives the rainy images of its test split.
-        root: The set's folder.
-        files: Image files below it, ``/`` between folders; listed if not given.
+        name: Name of the layout.
+        split: Split to look for. For ``predict``, a layout without such files returns the rainy images of ``test``.
+        root: Folder of the data set.
+        files: Paths of the images below it, relative, with ``/``; listed by default.
     """
     files = list_relative(root) if files is None else files
     variants = LAYOUTS[name].files
     source: Split = "test" if split == "predict" and "predict" not in variants else split
     prefixes = [f"(?:{SPLIT_FOLDERS[source]})/", ""] if source in SPLIT_FOLDERS else [""]
-    fits = []
+    matches = []
     for variant in variants.get(source, ()):
-        tries = (_match(variant, prefix, root, files) for prefix in prefixes)
-        fits += [matched for matched in tries if matched.pairs][:1]
-    if not fits:
+        for prefix in prefixes:
+            paired = _pair_by_variant(variant, prefix, root, files)
+            if paired.pairs:
+                matches.append(paired)
+                break
+    if not matches:
         return PairedFiles()
-    matched = _compared(fits[0], fits[1:])
+    paired = _with_later_variants(matches[0], matches[1:])
     if split == "predict":
-        return replace(matched, pairs=tuple((name, rainy, None) for name, rainy, _ in matched.pairs))
-    return matched
+        return replace(paired, pairs=tuple((name, rainy, None) for name, rainy, _ in paired.pairs))
+    return paired
 
 
-def _compared(chosen: PairedFiles, others: Sequence[PairedFiles]) -> PairedFiles:
-    """Add what the later variants make of the files: other clean images, and pairs of other files."""
-    clean = {rainy: partner for _, rainy, partner in chosen.pairs}
+def _with_later_variants(chosen: PairedFiles, later: Sequence[PairedFiles]) -> PairedFiles:
+    """Add the clashes with later variants of the layout, and the further files that these match."""
+    clean_files = {rainy: clean for _, rainy, clean in chosen.pairs}
     clashes = list(chosen.clashes)
     unused = []
-    for other in others:
-        if other.clashes:  # it does not fit well enough to contradict
+    for paired in later:
+        if paired.clashes:  # this variant does not fit well enough to contradict the chosen one
             continue
-        partners = [(clean[rainy], partner) for _, rainy, partner in other.pairs if rainy in clean]
-        clashes += [(one, two) for one, two in partners if one is not None and two is not None and one != two]
-        further = sum(rainy not in clean for _, rainy, _ in other.pairs)
+        further = 0
+        for _, rainy, clean in paired.pairs:
+            if rainy not in clean_files:
+                further += 1
+                continue
+            expected = clean_files[rainy]
+            if expected is not None and clean is not None and expected != clean:
+                clashes.append((expected, clean))
         if further:
-            unused.append((other.variant, further))
+            unused.append((paired.variant, further))
     return replace(chosen, clashes=tuple(dict.fromkeys(clashes)), unused=tuple(unused))
 
 
-def _match(variant: Files, prefix: str, root: Path, files: Sequence[str]) -> PairedFiles:
-    rainy = _keyed(prefix + variant.rainy, variant.numbers, files, auxiliary=variant.auxiliary)
-    unpaired, clashes = [], []
-    matched: list[tuple[str, str | None]] = []
-    if variant.clean is None:
-        has_clean = variant.clean_side is not None and variant.truth
-        matched = [(file, file if has_clean else None) for _, _, file in rainy]
+def _pair_by_variant(variant: Files, prefix: str, root: Path, files: Sequence[str]) -> PairedFiles:
+    rainy = _match_pattern(prefix + variant.rainy, variant.numbers, files, auxiliary=variant.auxiliary)
+    if variant.clean is not None:
+        clean = _match_pattern(prefix + variant.clean, variant.numbers, files)
+        pairs, unpaired, clashes = _pair_by_key(rainy, clean)
     else:
-        clean: dict[tuple[str | int, ...], str] = {}
-        for key, _, file in _keyed(prefix + variant.clean, variant.numbers, files):
-            first = clean.setdefault(key, file)
-            if first != file:
-                clashes.append((first, file))
-        clean_files = set(clean.values())  # the rainy pattern may fit them as well
-        taken: dict[tuple[object, ...], str] = {}
-        used = set()
-        for key, streak, file in rainy:
-            if file in clean_files:
-                continue
-            first = taken.setdefault((key, streak), file)
-            if first != file:
-                clashes.append((first, file))
-            elif key not in clean:
-                unpaired.append(file)
-            else:
-                matched.append((file, clean[key]))
-                used.add(key)
-        unpaired += [file for key, file in clean.items() if key not in used]
-    pairs = [
-        (name, root / file, None if partner is None else root / partner)
-        for name, (file, partner) in zip(_names([file for file, _ in matched]), matched, strict=True)
-    ]
+        has_clean = variant.clean_side is not None and variant.truth
+        pairs = [(keyed.file, keyed.file if has_clean else None) for keyed in rainy]
+        unpaired, clashes = [], []
+    named_pairs = []
+    for name, (rainy_file, clean_file) in zip(_unique_names([file for file, _ in pairs]), pairs, strict=True):
+        named_pairs.append((name, root / rainy_file, None if clean_file is None else root / clean_file))
     return PairedFiles(
-        tuple(sorted(pairs, key=lambda pair: natural_key(pair[0]))),
-        tuple(root / file for file in sorted(unpaired, key=natural_key)),
-        tuple((root / first, root / second) for first, second in clashes),
-        variant,
+        pairs=tuple(sorted(named_pairs, key=lambda pair: natural_key(pair[0]))),
+        unpaired=tuple(root / file for file in sorted(unpaired, key=natural_key)),
+        clashes=tuple((root / first, root / second) for first, second in clashes),
+        variant=variant,
     )
 
 
-def _keyed(
+def _pair_by_key(
+    rainy: Sequence[_KeyedFile], clean: Sequence[_KeyedFile]
+) -> tuple[list[tuple[str, str | None]], list[str], list[tuple[str, str]]]:
+    """Return pairs of equal key, files without partner, and files that have the key of an earlier one."""
+    pairs: list[tuple[str, str | None]] = []
+    unpaired: list[str] = []
+    clashes: list[tuple[str, str]] = []
+    clean_by_key: dict[Key, str] = {}
+    for key, _, file in clean:
+        first = clean_by_key.setdefault(key, file)
+        if first != file:
+            clashes.append((first, file))
+    clean_files = set(clean_by_key.values())
+    rainy_by_key: dict[tuple[Key, str | None], str] = {}
+    paired_keys = set()
+    for key, streak, file in rainy:
+        if file in clean_files:  # the rainy pattern may match clean files, too
+            continue
+        first = rainy_by_key.setdefault((key, streak), file)
+        if first != file:
+            clashes.append((first, file))
+        elif key not in clean_by_key:
+            unpaired.append(file)
+        else:
+            pairs.append((file, clean_by_key[key]))
+            paired_keys.add(key)
+    unpaired += [file for key, file in clean_by_key.items() if key not in paired_keys]
+    return pairs, unpaired, clashes
+
+
+def _match_pattern(
     pattern: str, numbers: tuple[int, int] | None, files: Iterable[str], *, auxiliary: bool = False
-) -> list[tuple[tuple[str | int, ...], str | None, str]]:
-    """Return key, streak and path of every file that a pattern fits; names in Unicode's composed form (NFC).
+) -> list[_KeyedFile]:
+    """Return every file that matches a pattern, with its key; names are compared in Unicode's composed form (NFC).
 
     Args:
-        pattern: What :class:`Files` describes.
+        pattern: Pattern as described in :mod:`derain.data.layouts`.
         numbers: First and last ``{n}``.
-        files: Paths, ``/`` between folders.
-        auxiliary: Whether files named as rain masks and streaks count.
+        files: Relative paths with ``/``.
+        auxiliary: Include files that are named like rain masks and streaks.
     """
-    for short, group in _GROUPS.items():
-        pattern = pattern.replace(short, group)
-    fits, masks = re.compile(pattern, re.IGNORECASE), re.compile(AUXILIARY, re.IGNORECASE)
-    found = []
+    for placeholder, group in _GROUPS.items():
+        pattern = pattern.replace(placeholder, group)
+    pattern_regex = re.compile(pattern, re.IGNORECASE)
+    auxiliary_regex = re.compile(AUXILIARY, re.IGNORECASE)
+    keyed_files = []
     for file in files:
         stem = unicodedata.normalize("NFC", file.rpartition(".")[0])
-        fit = fits.fullmatch(stem)
-        if fit is None or (not auxiliary and masks.fullmatch(stem)):
+        match = pattern_regex.fullmatch(stem)
+        if match is None or (not auxiliary and auxiliary_regex.fullmatch(stem)):
             continue
-        groups = fit.groupdict()
+        groups = match.groupdict()
         if numbers and not numbers[0] <= int(groups["n"]) <= numbers[1]:
             continue
         streak = groups.pop("streak", None)
         key = tuple(int(groups[name]) if name == "n" else groups[name].lower() for name in sorted(groups))
-        found.append((key, streak, file))
-    return found
+        keyed_files.append(_KeyedFile(key, streak, file))
+    return keyed_files
 
 
-def _names(files: Sequence[str]) -> list[str]:
-    """Return the shortest names that differ on any file system: stems, else paths without ending, else paths."""
+def _unique_names(files: Sequence[str]) -> list[str]:
+    """Return the shortest names that differ on any file system: stems, else paths without suffix, else paths."""
     stems = [Path(file).stem for file in files]
     paths = [file.rpartition(".")[0] for file in files]
-    return next((names for names in (stems, paths) if len({*map(canonical_name, names)}) == len(names)), list(files))
+    for names in (stems, paths):
+        if len({canonical_name(name) for name in names}) == len(names):
+            return names
+    return list(files)
 
 
 def canonical_name(name: str) -> str:
-    """Return what a name has in common with those that some file systems take for the same one.
+    """Return a form of a name that is equal for names that some file systems treat as the same.
 
     Example:
         >>> canonical_name("Cafe\u0301") == canonical_name("caf\u00e9")
@@ -179,32 +210,37 @@ def canonical_name(name: str) -> str:
 
 
 def find_set_folders(name: str, data_root: Path) -> list[Path]:
-    """Return the folders below the data root, or the root itself, that have a set's name; the nearest first.
+    """Return the folders at or below the data root that are named after a data set, nearest first.
 
-    Of links to one folder only the nearest counts.
+    Of several links to one folder only the nearest counts.
 
     Raises:
-        DerainError: If the data root is no folder.
+        DerainError: If the data root is not a folder.
     """
     if not data_root.is_dir():
-        raise DerainError(f"{data_root}: no such folder; give the folder that holds the data sets")
-    found = []
-    for folder in (data_root, *_subfolders(data_root, _DEPTH)):
-        rank = folder_alias_index(folder, name)
-        if rank is not None:
-            found.append((len(folder.parts), rank, folder))
+        raise DerainError(f"{data_root}: no such folder; give the folder that contains the data sets")
+    candidates = []
+    for folder in (data_root, *_subfolders(data_root, _MAX_DEPTH)):
+        alias = folder_alias_index(folder, name)
+        if alias is not None:
+            candidates.append((len(folder.parts), alias, folder))
     nearest: dict[Path, Path] = {}
-    for *_, folder in sorted(found):
+    for _, _, folder in sorted(candidates):
         nearest.setdefault(folder.resolve(), folder)
     return list(nearest.values())
 
 
 def folder_alias_index(folder: Path, name: str) -> int | None:
-    """Return which of a set's folder names a folder, or what it links to, has in any case; None if none."""
+    """Return the index of the data set's folder name that a folder, or its link target, has; None if it has none.
+
+    Upper and lower case are the same.
+    """
     paths = [[part.lower() for part in path.parts] for path in (folder.absolute(), folder.resolve())]
-    tails = [tail.lower().split("/") for tail in LAYOUTS[name].folders]
-    ranks = (rank for rank, tail in enumerate(tails) if any(parts[-len(tail) :] == tail for parts in paths))
-    return next(ranks, None)
+    for index, alias in enumerate(LAYOUTS[name].folders):
+        tail = alias.lower().split("/")
+        if any(parts[-len(tail) :] == tail for parts in paths):
+            return index
+    return None
 
 
 def _subfolders(root: Path, depth: int) -> Iterator[Path]:
@@ -217,9 +253,12 @@ def _subfolders(root: Path, depth: int) -> Iterator[Path]:
 
 
 def inventory(folder: Path) -> str:
-    """What a folder holds, in words: ``folders rainy and 100 images``."""
+    """Return the contents of a folder in words: ``folders rainy and 100 images``."""
     folders = sorted((path.name for path in folder.iterdir() if path.is_dir()), key=natural_key)
     images = len(list_images(folder).files)
-    listed = "folders " + ", ".join(folders[:6]) + (" …" if len(folders) > 6 else "")
-    held = [listed] * bool(folders) + [f"{images} images"] * bool(images)
-    return " and ".join(held) or "neither folders nor images"
+    parts = []
+    if folders:
+        parts.append("folders " + ", ".join(folders[:6]) + (" …" if len(folders) > 6 else ""))
+    if images:
+        parts.append(f"{images} images")
+    return " and ".join(parts) or "neither folders nor images"

@@ -1,4 +1,4 @@
-"""Which of two aligned images has the rain on it."""
+"""Decide which of two aligned images is the rainy one."""
 
 from collections.abc import Sequence
 
@@ -8,72 +8,105 @@ from numpy.typing import NDArray
 
 from derain.images import Pixels
 
-_SIDE = 1024  # longest side at which the images are compared
+_MAX_SIDE = 1024  # larger images are shrunk to this longest side before they are compared
 _SCALES = np.array([0.2, 0.5, 0.7])
 _WEIGHTS = np.array([1.75, 4.2, 4.3])  # log-odds, fitted to the 1000 pairs of Rain800, Rain100L and Rain100H
-_BRIGHTNESS = 6.0
+_BRIGHTNESS_WEIGHT = 6.0
+_WINDOW = 15  # box filter that separates detail from background, in pixels
+_CELL = 16  # side of the regions whose detail energy is compared, in pixels
 
 
 def rain_cues(first: Pixels, second: Pixels) -> NDArray[np.float64]:
-    """Signs that rain lies on the first image rather than on the second; exchanging the two negates them.
+    """Return four signs that the first image is the rainy one; swapping the images negates them.
 
     Args:
         first: ``(h, w, 3)`` in 0 to 255.
-        second: The same scene, of the same size.
+        second: Same scene, same shape.
 
     Returns:
-        Four numbers, positive where rain lies on the first: log ratio of mean absolute Laplacians; skewness of
-        what either has that the other does not explain (streaks are bright and sparse); log ratio of energies
-        in smooth regions (rain textures the sky); and mean difference over mean absolute difference
-        (rain only brightens, unless the image was darkened as well).
+        ``(4,)``, positive if the first image looks rainy: log ratio of the mean absolute Laplacians; difference of
+        the skewness of what the other image does not explain (streaks are bright and sparse); log ratio of the
+        detail energies in smooth regions (rain textures the sky); mean difference over mean absolute difference
+        (rain brightens, unless the image was darkened as well).
     """
-    a, b = (_small_grey(image) for image in (first, second))
-    laplacians = [float(np.abs(cv2.Laplacian(image, cv2.CV_32F)).mean()) + 1e-3 for image in (a, b)]
-    inside = (a > 5) & (a < 245) & (b > 5) & (b < 245)
-    if inside.mean() < 0.1:
-        inside[:] = True
-    high_a, high_b = (image - cv2.blur(image, (15, 15)) for image in (a, b))
-    x, y = high_a[inside], high_b[inside]
-    xx, xy, yy = (float(p @ q) + 1e-6 for p, q in ((x, x), (x, y), (y, y)))
-    left_over = _skewness(x - np.float32(xy / yy) * y) - _skewness(y - np.float32(xy / xx) * x)
-    cell = min(16, *a.shape)
-    energies = [
-        cv2.blur(high * high, (cell, cell))[cell // 2 :: cell, cell // 2 :: cell] + 1 for high in (high_a, high_b)
-    ]
-    ratio = np.log(energies[0] / energies[1]).ravel()
-    order = np.argsort(np.log(energies[0] * energies[1]).ravel(), kind="stable")
-    smooth = ratio[order][len(order) // 10 : max(len(order) // 2, 1)]
+    a, b = _small_grey(first), _small_grey(second)
+    detail_a, detail_b = a - cv2.blur(a, (_WINDOW, _WINDOW)), b - cv2.blur(b, (_WINDOW, _WINDOW))
+    sharpness = np.log(_mean_laplacian(a) / _mean_laplacian(b))
     difference = a - b
-    brighter = float(difference.mean()) / (float(np.abs(difference).mean()) + 1e-3)
-    return np.array([np.log(laplacians[0] / laplacians[1]), left_over, smooth.mean(), brighter])
+    brightness = float(difference.mean()) / (float(np.abs(difference).mean()) + 1e-3)
+    return np.array(
+        [
+            sharpness,
+            _residual_skewness(detail_a, detail_b, _unclipped(a, b)),
+            _smooth_energy_ratio(detail_a, detail_b),
+            brightness,
+        ]
+    )
 
 
 def rain_scores(cues: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Log-odds that rain lies on the first image of each pair, judged together with the other pairs of a set.
+    """Return the log-odds that the first image of each pair is the rainy one, given the other pairs of the set.
 
-    Brightness tells only where it does so throughout the set: Rain800 darkens some of its rainy images.
+    Brightness counts only if it agrees throughout the set: Rain800 darkens some of its rainy images.
 
     Args:
-        cues: Of :func:`rain_cues`, one a pair.
+        cues: Result of :func:`rain_cues` for each pair.
+
+    Returns:
+        ``(n,)``.
     """
     table = np.stack(cues)
     scores = np.tanh(table[:, :3] / _SCALES) @ _WEIGHTS
-    brighter = table[:, 3]
-    if len(table) >= 8 and (brighter > 0).mean() >= 0.9:
-        scores = scores + _BRIGHTNESS * brighter
+    brightness = table[:, 3]
+    if len(table) >= 8 and (brightness > 0).mean() >= 0.9:
+        scores = scores + _BRIGHTNESS_WEIGHT * brightness
     return np.asarray(scores)
 
 
 def _small_grey(image: Pixels) -> NDArray[np.float32]:
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    scale = _SIDE / max(grey.shape)
+    scale = _MAX_SIDE / max(grey.shape)
     if scale < 1:
         grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     return grey.astype(np.float32)
 
 
+def _mean_laplacian(grey: NDArray[np.float32]) -> float:
+    return float(np.abs(cv2.Laplacian(grey, cv2.CV_32F)).mean()) + 1e-3
+
+
+def _unclipped(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Return the mask of pixels that are neither black nor white in both images; all if these are too few."""
+    inside: NDArray[np.bool_] = (a > 5) & (a < 245) & (b > 5) & (b < 245)
+    if inside.mean() < 0.1:
+        inside[:] = True
+    return inside
+
+
+def _residual_skewness(a: NDArray[np.float32], b: NDArray[np.float32], inside: NDArray[np.bool_]) -> float:
+    """Return how much more skewed the residual of ``a`` regressed on ``b`` is than that of ``b`` on ``a``."""
+    x, y = a[inside], b[inside]
+    xx, xy, yy = float(x @ x) + 1e-6, float(x @ y) + 1e-6, float(y @ y) + 1e-6
+    return _skewness(x - np.float32(xy / yy) * y) - _skewness(y - np.float32(xy / xx) * x)
+
+
 def _skewness(values: NDArray[np.float32]) -> float:
     squares = values * values
     count = max(len(values), 1)
-    spread = float(squares.sum()) / count
-    return float(squares @ values) / count / float(spread**1.5 + 1e-9)
+    variance = float(squares.sum()) / count
+    return float(squares @ values) / count / float(variance**1.5 + 1e-9)
+
+
+def _smooth_energy_ratio(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """Return the mean log ratio of detail energies over smooth regions: between the 10th and 50th percentile."""
+    cell = min(_CELL, *a.shape)
+    energy_a, energy_b = _cell_energy(a, cell), _cell_energy(b, cell)
+    ratio = np.log(energy_a / energy_b).ravel()
+    order = np.argsort(np.log(energy_a * energy_b).ravel(), kind="stable")
+    smooth = ratio[order][len(order) // 10 : max(len(order) // 2, 1)]
+    return float(smooth.mean())
+
+
+def _cell_energy(detail: NDArray[np.float32], cell: int) -> NDArray[np.float32]:
+    means = cv2.blur(detail * detail, (cell, cell))
+    return np.asarray(means[cell // 2 :: cell, cell // 2 :: cell] + 1, np.float32)

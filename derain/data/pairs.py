@@ -1,4 +1,4 @@
-"""Pairs of rainy and clean images: found by key, read from files."""
+"""Find the image pairs of a data set, and read them."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -27,13 +27,13 @@ from derain.progress import track
 
 @dataclass(frozen=True)
 class Pair:
-    """A rainy image and, where there is one, its clean image.
+    """A rainy image and its clean image, if there is one.
 
     Attributes:
-        name: Name of the rainy file without ending, unique within its set; results are written under it.
+        name: Name of the rainy file without suffix, unique within the data set; results are saved under this name.
         rainy: File of the rainy image.
-        clean: File of the clean image; the same file where both lie side by side.
-        clean_side: Which half of the file is clean, where both lie side by side.
+        clean: File of the clean image; the same file if both are side by side.
+        clean_side: Clean half of a side-by-side file; None for separate files.
     """
 
     name: str
@@ -42,13 +42,13 @@ class Pair:
     clean_side: Side | None = None
 
     def read(self) -> tuple[Pixels, Pixels | None]:
-        """Reads both images.
+        """Read both images.
 
         Returns:
-            Rainy and clean pixels, ``(h, w, 3)`` in 0 to 255 each; ``None`` where there is no clean image.
+            Rainy and clean pixels, ``(h, w, 3)`` in 0 to 255 each; None if there is no clean image.
 
         Raises:
-            DerainError: If a file cannot be read, or the two differ in size.
+            DerainError: If a file cannot be read, or the sizes differ.
         """
         rainy = read_rgb(self.rainy)
         if self.clean_side is not None:
@@ -69,15 +69,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairSet:
-    """The pairs of one split of a set.
+    """Pairs of one split of a data set.
 
     Attributes:
-        name: The set's name, or the folder's.
-        layout: Which layout of :data:`derain.data.layouts.LAYOUTS` the pairs were found by.
+        name: Name of the data set, or of its folder.
+        layout: Key of :data:`derain.data.layouts.LAYOUTS` by which the pairs were found.
         split: ``train``, ``test`` or ``predict``.
-        root: The set's folder.
-        pairs: In natural order of their names.
-        notes: What a user should know: how the layout was detected, what is missing or left out.
+        root: Folder of the data set.
+        pairs: The pairs, in natural order of their names.
+        notes: What users should know: how the layout was detected, what is missing or excluded.
     """
 
     name: str
@@ -89,28 +89,31 @@ class PairSet:
 
 
 def split_halves(image: Pixels) -> tuple[Pixels, Pixels]:
-    """Cuts side-by-side pixels ``(h, 2w, 3)`` in two; of an odd width the middle column is dropped.
+    """Return the left and right half of a side-by-side image; the middle column of an odd width is dropped.
+
+    Args:
+        image: ``(h, 2w, 3)``.
 
     Raises:
         DerainError: If the image is one pixel wide.
     """
     half = image.shape[1] // 2
     if half == 0:
-        raise DerainError("an image one pixel wide has no two halves; expected rainy and clean side by side")
+        raise DerainError("image is 1 pixel wide; expected a rainy and a clean image side by side")
     return np.ascontiguousarray(image[:, :half]), np.ascontiguousarray(image[:, -half:])
 
 
 def find_pairs(spec: str | Path, split: Split, *, data_root: Path | None = None) -> PairSet:
-    """Finds the pairs of a split.
+    """Return the pairs of one split of a data set.
 
     Args:
-        spec: A set's name (``Rain100L``, looked up below ``data_root``), a folder (its layout is detected,
-            and said in the notes), or both (``Rain800:path/to/folder``).
-        split: ``train``, ``test``, or ``predict``, which gives rainy images only.
-        data_root: Folder that holds the sets; by default what the environment variable DERAIN_DATA names.
+        spec: Name of a data set (``Rain100L``, searched below ``data_root``), a folder (its layout is detected and
+            reported in the notes), or both (``Rain800:path/to/folder``).
+        split: ``train``, ``test``, or ``predict`` for rainy images only.
+        data_root: Folder that contains the data sets; by default ``$DERAIN_DATA``.
 
     Raises:
-        DerainError: If the set or folder is absent, of unknown or ambiguous layout, or lacks the split.
+        DerainError: If the data set or folder does not exist, has an unknown or ambiguous layout, or lacks the split.
 
     Example:
         >>> find_pairs("Rain100L", "train")
@@ -119,89 +122,97 @@ def find_pairs(spec: str | Path, split: Split, *, data_root: Path | None = None)
     """
     if data_root is None and os.environ.get("DERAIN_DATA"):
         data_root = Path(os.environ["DERAIN_DATA"])
-    name, folder = _parse(spec)
+    name, folder = _parse_spec(spec)
     if folder is not None and not folder.exists() and data_root is not None and (data_root / folder).exists():
         folder = data_root / folder
     notes = []
     if name is not None:
-        root, matched = _named(name, split, folder, data_root)
+        root, files = _find_named_set(name, split, folder, data_root)
     else:
         assert folder is not None
         root = folder
-        name, reason, matched = detect_layout(root, split)
+        name, reason, files = detect_layout(root, split)
         notes.append(f"layout {name}, detected by {reason}")
-    if matched.clashes:
-        first, second = matched.clashes[0]
-        raise DerainError(f"{second}: fits the same pair as {first}; remove or rename one of them")
-    if matched.variant.note:
-        notes.append(matched.variant.note)
-    for variant, count in matched.unused:
+    if files.clashes:
+        first, second = files.clashes[0]
+        raise DerainError(f"{second}: belongs to the same pair as {first}; remove or rename one of them")
+    if files.variant.note:
+        notes.append(files.variant.note)
+    for variant, count in files.unused:
         notes.append(f"not used: {count} further pairs of files {variant}; to use them, move them to their own folder")
-    pairs = to_pairs(matched)
+    pairs = to_pairs(files)
     layout = LAYOUTS[name]
     if layout.without is not None:
-        kept = _without(name, pairs, data_root or root.parent)
-        left_out = len(pairs) - len(kept)
-        notes.append(f"{left_out} of {len(pairs)} pairs left out: their background is in {layout.without}")
-        pairs = kept
-    if matched.unpaired:
-        notes.append(f"files without partner: {len(matched.unpaired)}, first {matched.unpaired[0]}")
+        total = len(pairs)
+        pairs = _exclude_test_backgrounds(name, pairs, data_root or root.parent)
+        notes.append(f"{total - len(pairs)} of {total} pairs excluded: their background is in {layout.without}")
+    if files.unpaired:
+        notes.append(f"files without partner: {len(files.unpaired)}, first {files.unpaired[0]}")
     expected = layout.counts.get(split)
     if expected is not None and len(pairs) != expected:
         notes.append(f"{len(pairs)} pairs, {name} has {expected}; run: derain data verify {root}")
     return PairSet(name if folder is None else root.resolve().name, name, split, root, pairs, tuple(notes))
 
 
-def to_pairs(matched: PairedFiles) -> tuple[Pair, ...]:
-    """Makes pairs of files that belong together."""
-    return tuple(Pair(name, rainy, clean, matched.variant.clean_side) for name, rainy, clean in matched.pairs)
+def to_pairs(files: PairedFiles) -> tuple[Pair, ...]:
+    """Return paired files as pairs."""
+    return tuple(Pair(name, rainy, clean, files.variant.clean_side) for name, rainy, clean in files.pairs)
 
 
-def merge_pairs(found: Sequence[PairSet], *, repeats: bool = False) -> tuple[Pair, ...]:
-    """Return the pairs of several sets, named ``SET/NAME``.
+def merge_pairs(sets: Sequence[PairSet], *, repeats: bool = False) -> tuple[Pair, ...]:
+    """Return the pairs of several data sets, named ``SET/NAME``.
 
-    Where two folders have one name, their names begin with the folders above them, as few as make the names differ.
+    Sets of equal name are named by their parent folders as well, as many as make the names differ.
 
     Args:
-        found: The sets.
-        repeats: Whether one set may occur several times.
+        sets: The data sets.
+        repeats: Whether a data set may occur several times.
 
     Raises:
-        DerainError: If two pairs would still have one name.
+        DerainError: If two pairs would have the same name.
 
     Example:
         >>> sets = [PairSet("a", "images", "predict", Path(root), (Pair("1", Path(root, "1.png")),)) for root in "xy"]
-        >>> sets = [replace(one, name="photos", root=one.root / "photos") for one in sets]
+        >>> sets = [replace(pair_set, name="photos", root=pair_set.root / "photos") for pair_set in sets]
         >>> [pair.name for pair in merge_pairs(sets)]
         ['x/photos/1', 'y/photos/1']
     """
-    if len(found) == 1:
-        return found[0].pairs
-    pairs: dict[str, Pair] = {}
-    joined = []
-    for one in found:
-        kin = {other.root.resolve() for other in found if other.name == one.name}
-        name = one.name if len(kin) == 1 else _tail(one.root.resolve(), kin)
-        for pair in one.pairs:
-            joined.append(replace(pair, name=f"{name}/{pair.name}"))
-            first = pairs.setdefault(joined[-1].name, joined[-1])
-            if first is not joined[-1] and not (repeats and first == joined[-1]):
+    if len(sets) == 1:
+        return sets[0].pairs
+    pairs_by_name: dict[str, Pair] = {}
+    merged = []
+    for pair_set in sets:
+        same_name_roots = {other.root.resolve() for other in sets if other.name == pair_set.name}
+        name = pair_set.name
+        if len(same_name_roots) > 1:
+            name = _distinct_tail(pair_set.root.resolve(), same_name_roots)
+        for original in pair_set.pairs:
+            pair = replace(original, name=f"{name}/{original.name}")
+            merged.append(pair)
+            if pair.name not in pairs_by_name:
+                pairs_by_name[pair.name] = pair
+                continue
+            first = pairs_by_name[pair.name]
+            if not (repeats and first == pair):
                 raise DerainError(
-                    f"{pair.rainy}: has the name {first.name}, as {first.rainy} has; name each set once, and rename "
-                    "folders of one name"
+                    f"{pair.rainy}: has the same name as {first.rainy} ({first.name}); give each data set once, and "
+                    "rename folders of the same name"
                 )
-    return tuple(joined)
+    return tuple(merged)
 
 
-def _tail(root: Path, roots: Iterable[Path]) -> str:
-    """Return the last parts of a folder's path, as few as no other of these folders ends in."""
+def _distinct_tail(root: Path, roots: Iterable[Path]) -> str:
+    """Return the last parts of a path, as few as distinguish it from the other paths."""
     others = [other.parts for other in roots if other != root]
-    count = next(n for n in range(1, len(root.parts) + 1) if all(other[-n:] != root.parts[-n:] for other in others))
-    return "/".join(root.parts[-count:]).lstrip("/")
+    for count in range(1, len(root.parts) + 1):
+        tail = root.parts[-count:]
+        if all(parts[-count:] != tail for parts in others):
+            break
+    return "/".join(tail).lstrip("/")
 
 
-def _parse(spec: str | Path) -> tuple[str | None, Path | None]:
-    """Takes apart a set's name, ``name:path``, or a path."""
+def _parse_spec(spec: str | Path) -> tuple[str | None, Path | None]:
+    """Split ``NAME``, ``NAME:PATH`` or ``PATH`` into name and path."""
     names = {name.lower(): name for name in LAYOUTS}
     if isinstance(spec, str):
         head, _, tail = spec.partition(":")
@@ -209,69 +220,74 @@ def _parse(spec: str | Path) -> tuple[str | None, Path | None]:
         if name is not None and (tail or LAYOUTS[name].folders):
             return name, Path(tail).expanduser() if tail else None
     if not str(spec):
-        raise DerainError(f"no data set is named; give a folder or one of {', '.join(LAYOUTS)}")
+        raise DerainError(f"no data set given; expected a folder or one of {', '.join(LAYOUTS)}")
     return None, Path(spec).expanduser()
 
 
-def _named(name: str, split: Split, folder: Path | None, data_root: Path | None) -> tuple[Path, PairedFiles]:
-    """Folder and files of a set whose layout is given."""
+def _find_named_set(name: str, split: Split, folder: Path | None, data_root: Path | None) -> tuple[Path, PairedFiles]:
+    """Return folder and files of a data set whose layout is known."""
     layout = LAYOUTS[name]
     if split not in layout.files and not (split == "predict" and "test" in layout.files):
         partner = f"; see {layout.partner}" if layout.partner else ""
         raise DerainError(f"{name} has no {split} split, only {' and '.join(layout.files)}{partner}")
     variants = layout.files.get(split) or layout.files["test"]
-    wanted = f"expected files: {' or '.join(dict.fromkeys(str(files) for files in variants))}"
+    expected = f"expected files: {' or '.join(dict.fromkeys(str(files) for files in variants))}"
     source = f"; get it from {layout.source}" if layout.source else ""
     if folder is not None:
         roots = [folder]
     elif data_root is None or not data_root.is_dir():
         raise DerainError(
-            f"{name}: no folder of data sets ({data_root or 'none named'}); let the environment variable DERAIN_DATA "
-            f"name it, or give {name}:path/to/folder{source}"
+            f"{name}: no folder of data sets ({data_root or 'not set'}); set the environment variable DERAIN_DATA to "
+            f"it, or give {name}:path/to/folder{source}"
         )
     else:
         roots = find_set_folders(name, data_root)
         if not roots:
-            looked = " or ".join(layout.folders)
-            raise DerainError(f"{name}: no folder {looked} below {data_root}{source}; {wanted}")
-    found = [(root, matched) for root in roots if (matched := pair_files(name, split, root)).pairs]
-    if not found:
+            aliases = " or ".join(layout.folders)
+            raise DerainError(f"{name}: no folder {aliases} below {data_root}{source}; {expected}")
+    candidates = []
+    for root in roots:
+        files = pair_files(name, split, root)
+        if files.pairs:
+            candidates.append((root, files))
+    if not candidates:
         raise DerainError(
-            f"{name}: no {split} pairs in {roots[0]}, which holds {inventory(roots[0])}; {wanted}{source}"
+            f"{name}: no {split} pairs in {roots[0]}, which contains {inventory(roots[0])}; {expected}{source}"
         )
-    root, matched = found[0]
-    for other, _ in found[1:]:
+    root, files = candidates[0]
+    for other, _ in candidates[1:]:
         if len(other.parts) == len(root.parts):
-            raise DerainError(f"{name}: both {root} and {other} hold it; say which: {name}:{root}")
-    return root, matched
+            raise DerainError(f"{name}: found in both {root} and {other}; give one of them, for example {name}:{root}")
+    return root, files
 
 
-def _without(name: str, pairs: tuple[Pair, ...], data_root: Path) -> tuple[Pair, ...]:
-    """Leaves out the pairs whose background is in the test set that the layout names; the images are read once."""
-    other = LAYOUTS[name].without
-    assert other is not None
+def _exclude_test_backgrounds(name: str, pairs: tuple[Pair, ...], data_root: Path) -> tuple[Pair, ...]:
+    """Return the pairs whose background is not in the layout's test set; the result is cached."""
+    test_name = LAYOUTS[name].without
+    assert test_name is not None
     try:
-        test = find_pairs(other, "test", data_root=data_root).pairs
+        test_pairs = find_pairs(test_name, "test", data_root=data_root).pairs
     except DerainError as error:
         raise DerainError(
-            f"{name} leaves out the backgrounds of {other} and cannot without it: {error}; {name}-full takes all pairs"
+            f"{name}: cannot exclude the backgrounds of {test_name}: {error}; or use {name}-full, which has all pairs"
         ) from error
-    both = (*pairs, *test)
+    all_pairs = (*pairs, *test_pairs)
 
     def find_shared() -> list[int]:
         with ThreadPoolExecutor() as threads:
-            described = threads.map(lambda pair: backgrounds.compute_signature(read_clean(pair), local=False), both)
-            images = list(track(described, f"Looking in {name} for backgrounds of {other}", len(both)))
-        matches = backgrounds.find_matches(images[: len(pairs)], images[len(pairs) :], crops=False)
+            results = threads.map(lambda pair: backgrounds.compute_signature(read_clean(pair), local=False), all_pairs)
+            signatures = list(track(results, f"Searching {name} for backgrounds of {test_name}", len(all_pairs)))
+        matches = backgrounds.find_matches(signatures[: len(pairs)], signatures[len(pairs) :], crops=False)
         return sorted({match.first for match in matches})
 
-    what = f"shared backgrounds, version {backgrounds.FORMAT}, {len(pairs)} pairs, {[pair.clean_side for pair in both]}"
-    shared = set(cached_numbers(what, [pair.clean or pair.rainy for pair in both], find_shared))
+    sides = [pair.clean_side for pair in all_pairs]
+    computation = f"shared backgrounds, version {backgrounds.FORMAT}, {len(pairs)} pairs, {sides}"
+    shared = set(cached_numbers(computation, [pair.clean or pair.rainy for pair in all_pairs], find_shared))
     return tuple(pair for index, pair in enumerate(pairs) if index not in shared)
 
 
 def read_clean(pair: Pair) -> Pixels:
-    """Reads the clean image of a pair that has one, and not the rainy one if it is another file."""
+    """Read the clean image of a pair that has one, without reading the rainy file if that is another."""
     if pair.clean is not None and pair.clean_side is None:
         return read_rgb(pair.clean)
     _, clean = pair.read()
@@ -280,54 +296,56 @@ def read_clean(pair: Pair) -> Pixels:
 
 
 def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) -> tuple[str, str, PairedFiles]:
-    """Finds the layout of a folder, by its name, else by the files in it.
+    """Detect the layout of a folder by its name, or else by the files in it.
 
     Args:
         root: The folder.
-        split: Which pairs it shall give.
-        files: Image files below it, ``/`` between folders; listed if not given.
+        split: Split whose pairs are searched.
+        files: Relative paths of the images below the folder, with ``/``; listed by default.
 
     Returns:
-        The layout's name, what spoke for it, and the files that belong together.
+        Name of the layout, reason for it, and the paired files.
 
     Raises:
-        DerainError: If no layout gives pairs, or several disagree on them.
+        DerainError: If no layout fits, or several fit and disagree about the pairs.
     """
     files = list_relative(root) if files is None else files
-    fits: dict[str, PairedFiles] = {}
+    candidates: dict[str, PairedFiles] = {}
     for name, layout in LAYOUTS.items():
-        matched = pair_files(name, split, root, files)
-        if not matched.pairs or name == "images":
+        paired = pair_files(name, split, root, files)
+        if not paired.pairs or name == "images":
             continue
-        around = (root.absolute(), root.absolute().parent, root.resolve(), root.resolve().parent)
-        named = [folder for folder in around if folder_alias_index(folder, name) is not None]
-        if named:
-            return name, f"the name of the folder {named[0]}", matched
-        sided = matched.variant.clean_side is not None
-        if layout.without is None and not (sided and (split == "predict" or not _alike(matched))):
-            fits[name] = matched
-    if not fits:
+        for folder in (root.absolute(), root.absolute().parent, root.resolve(), root.resolve().parent):
+            if folder_alias_index(folder, name) is not None:
+                return name, f"the name of the folder {folder}", paired
+        if layout.without is not None:
+            continue
+        side_by_side = paired.variant.clean_side is not None
+        if side_by_side and (split == "predict" or not _halves_look_alike(paired)):
+            continue
+        candidates[name] = paired
+    if not candidates:
         if split == "predict" and files:
             return "images", "the lack of clean images", pair_files("images", split, root, files)
         expected = "; ".join(str(variant) for variant in LAYOUTS["folder"].files["test"])
         raise DerainError(
-            f"{root}: no {split} pairs in it, it holds {inventory(root)}; expected {expected}; "
-            "other layouts are named, as in Rain800:path (see derain data list)"
+            f"{root}: no {split} pairs in it, it contains {inventory(root)}; expected {expected}; "
+            "give other layouts by name, as in Rain800:path (see derain data list)"
         )
-    most = max(len(matched.pairs) for matched in fits.values())
-    best = {name: matched for name, matched in fits.items() if len(matched.pairs) == most}
-    if len({to_pairs(matched) for matched in best.values()}) > 1:
-        options = " or ".join(f"{name}:{root} ({matched.variant})" for name, matched in best.items())
-        raise DerainError(f"{root}: layouts that disagree on the pairs fit it; say which: {options}")
+    most = max(len(paired.pairs) for paired in candidates.values())
+    best = {name: paired for name, paired in candidates.items() if len(paired.pairs) == most}
+    if len({to_pairs(paired) for paired in best.values()}) > 1:
+        options = " or ".join(f"{name}:{root} ({paired.variant})" for name, paired in best.items())
+        raise DerainError(f"{root}: several layouts fit and disagree about the pairs; give one: {options}")
     name = "folder" if "folder" in best else next(iter(best))
     return name, f"the files ({best[name].variant})", best[name]
 
 
-def _alike(matched: PairedFiles) -> bool:
-    """Whether files look like the same picture twice, side by side."""
-    scores = []
-    for _, file, _ in matched.pairs[:5]:
+def _halves_look_alike(files: PairedFiles) -> bool:
+    """Return whether the left and right half of the first files show the same scene."""
+    correlations = []
+    for _, file, _ in files.pairs[:5]:
         grey = cv2.cvtColor(read_rgb(file), cv2.COLOR_RGB2GRAY)
         small = cv2.resize(grey, (64, 32), interpolation=cv2.INTER_AREA)
-        scores.append(float(np.corrcoef(small[:, :32].ravel(), small[:, 32:].ravel())[0, 1]))
-    return float(np.median(scores)) > 0.6
+        correlations.append(float(np.corrcoef(small[:, :32].ravel(), small[:, 32:].ravel())[0, 1]))
+    return float(np.median(correlations)) > 0.6

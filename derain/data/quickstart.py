@@ -1,4 +1,4 @@
-"""The set ``Quickstart``: rain on a few freely licensed photos, made where it is asked for."""
+"""The data set ``Quickstart``: rain on a few freely licensed photos, generated on first use."""
 
 from pathlib import Path
 
@@ -7,25 +7,21 @@ from filelock import FileLock
 from derain.data.quickstart_photos import write_photos
 from derain.data.rain import PRESETS, synthesize
 
-PER_PHOTO = {"train": 6, "test": 3}
-"""Rains on one training tile, and on one held-out photo."""
+RAINS_PER_PHOTO = {"train": 6, "test": 3}
+"""Number of rainy images for each training tile and for each test photo."""
 
 
-def quickstart_set(folder: Path) -> Path:
-    """Makes the set below ``folder`` unless it is there, and gives its folder.
+def quickstart_set(parent: Path) -> Path:
+    """Generate the data set in ``parent/Quickstart`` if it is missing, and return this folder.
 
-    Training and test photos are different ones; the rain is of preset ``medium``.
-
-    Args:
-        folder: Where the set's folder ``Quickstart`` shall stand.
+    Training and test photos differ; the rain is of preset ``medium``.
     """
-    place = folder / "Quickstart"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "Quickstart.lock"):
-        if not (place / "photos" / "LICENCES.txt").is_file():
-            write_photos(place / "photos")
-        for split, count in PER_PHOTO.items():
-            if not (place / split / "rain.json").is_file():
-                photos = place / "photos" / split
-                synthesize(photos, place / split, PRESETS["medium"], per_image=count, seed=0)
-    return place
+    folder = parent / "Quickstart"
+    parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(parent / "Quickstart.lock"):
+        if not (folder / "photos" / "LICENCES.txt").is_file():
+            write_photos(folder / "photos")
+        for split, count in RAINS_PER_PHOTO.items():
+            if not (folder / split / "rain.json").is_file():
+                synthesize(folder / "photos" / split, folder / split, PRESETS["medium"], per_image=count, seed=0)
+    return folder

@@ -1,4 +1,4 @@
-"""The freely licensed photos of the quickstart, which scikit-image ships."""
+"""Freely licensed photos of the quickstart, taken from scikit-image."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from derain.images import read_rgb, write_image
 
 @dataclass(frozen=True)
 class FreePhoto:
-    """A photo that anyone may use.
+    """Freely licensed photo.
 
     Attributes:
-        file: Its file in ``skimage/data``.
-        shows: What is to be seen.
-        author: Who made it.
-        licence: As scikit-image states it.
-        split: What the quickstart uses it for; no photo serves both.
+        file: File in ``skimage/data``.
+        subject: Subject of the photo.
+        author: Author.
+        licence: Licence as stated by scikit-image.
+        split: Split of the quickstart data set; no photo is in both.
     """
 
     file: str
-    shows: str
+    subject: str
     author: str
     licence: str
     split: Literal["train", "test"]
@@ -39,20 +39,20 @@ PHOTOS = (
     FreePhoto("chelsea.png", "Chelsea the cat", "Stefan van der Walt", "CC0", "test"),
     FreePhoto("rocket.jpg", "a Falcon 9 before its launch", "SpaceX", "public domain", "test"),
 )
-"""Authors and licences are those that the docstrings of ``skimage.data`` give."""
+"""Authors and licences are from the docstrings of ``skimage.data``."""
 
 
 def write_photos(folder: Path) -> list[Path]:
-    """Writes the photos as PNG files to ``folder/train`` and ``folder/test``, and ``folder/LICENCES.txt``.
+    """Write the photos as PNG files to ``folder/train`` and ``folder/test``, and ``folder/LICENCES.txt``.
 
-    A training photo is cut into four tiles, so that few photos give many kinds of rain; a test photo stays
-    whole. No photo is in both folders.
+    Training photos are cut into four tiles, so that few photos get many kinds of rain; test photos stay whole. No
+    photo is in both folders.
 
     Args:
-        folder: Where to; files of these names are replaced.
+        folder: Output folder; existing files of the same names are replaced.
 
     Returns:
-        The image files.
+        Paths of the images.
 
     Raises:
         DerainError: If scikit-image is not installed.
@@ -60,20 +60,21 @@ def write_photos(folder: Path) -> list[Path]:
     spec = importlib.util.find_spec("skimage")  # finds the folder without importing scikit-image
     if spec is None or spec.origin is None:
         raise DerainError(
-            "the photos come with scikit-image, which is not installed; run: pip install 'derain[quickstart]'"
+            "scikit-image is not installed; the quickstart uses its photos; run: pip install 'derain[quickstart]'"
         )
     written, lines = [], []
     for photo in PHOTOS:
         pixels = read_rgb(Path(spec.origin).parent / "data" / photo.file)
         stem = Path(photo.file).stem
-        parts = {stem: pixels}
+        images = {stem: pixels}
         if photo.split == "train":
-            halves = np.array_split(pixels, 2, axis=0)
-            quarters = [quarter for half in halves for quarter in np.array_split(half, 2, axis=1)]
-            parts = {f"{stem}-{number}": quarter for number, quarter in enumerate(quarters, 1)}
-        for name, part in parts.items():
-            written.append(folder / photo.split / f"{name}.png")
-            write_image(written[-1], np.ascontiguousarray(part))
-        lines.append(f"{photo.split}/{stem}: {photo.shows}; by {photo.author}; {photo.licence}\n")
+            upper, lower = np.array_split(pixels, 2, axis=0)
+            tiles = [*np.array_split(upper, 2, axis=1), *np.array_split(lower, 2, axis=1)]
+            images = {f"{stem}-{number}": tile for number, tile in enumerate(tiles, 1)}
+        for name, image in images.items():
+            path = folder / photo.split / f"{name}.png"
+            write_image(path, np.ascontiguousarray(image))
+            written.append(path)
+        lines.append(f"{photo.split}/{stem}: {photo.subject}; by {photo.author}; {photo.licence}\n")
     (folder / "LICENCES.txt").write_text("".join(lines), encoding="utf-8")
     return written

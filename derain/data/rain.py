@@ -1,19 +1,18 @@
-"""Rain for clean photos, deterministic by seed.
+"""Synthetic rain on clean photos, determined by a seed.
 
 A rainy image is the clean one seen through streaks and mist::
 
     rainy = w · clean + (1 − w) · sky,    w = T · Π_l (1 − S_l)
 
-``S_l`` in [0, 1] is the opacity of the streaks of depth layer ``l``, ``T`` in [0, 1] the transmission of the
-veil that distant rain makes, ``sky`` the light that both scatter. This is the heavy rain model
-``T · (clean + Σ S_l) + (1 − T) · A`` of Yang et al. (CVPR 2017) and Li et al. (CVPR 2019) with
-streaks that are seen through, as Garg and Nayar measured (IJCV 2007), and composed like the screen blend of
-Luo et al. (ICCV 2015): sums of streaks do not overflow. A layer's streaks are noise smeared along the fall;
-near layers have longer, wider, softer and brighter streaks, far ones shorter, fainter and more. Drops on the
-lens show the scene inverted, small and blurred (You et al., TPAMI 2016).
+``S_l`` in [0, 1] is the opacity of the streaks of depth layer ``l``, ``T`` in [0, 1] the transmission of the veil of
+distant rain, ``sky`` the light that both scatter. This is the heavy rain model ``T · (clean + Σ S_l) + (1 − T) · A``
+of Yang et al. (CVPR 2017) and Li et al. (CVPR 2019) with translucent streaks, as Garg and Nayar measured (IJCV 2007),
+composed like the screen blend of Luo et al. (ICCV 2015), so that overlapping streaks do not overflow. The streaks of a
+layer are motion-blurred noise; near layers have longer, wider, softer and brighter streaks, far ones shorter, fainter
+and more. Drops on the lens show the scene inverted, small and blurred (You et al., TPAMI 2016).
 
-``RandomRain`` of albumentations (lines of one grey and length, without depth) and of kornia are not used:
-they import torch, which takes longer than many photos' rain.
+``RandomRain`` of albumentations (lines of one grey value and length, without depth) and of kornia are not used: their
+import of torch takes longer than adding rain to many photos.
 """
 
 import dataclasses
@@ -39,36 +38,37 @@ from derain.pictures import contact_sheet
 from derain.progress import track
 
 SKY = (128, 242)
-"""Limits of the light that streaks and veil scatter: dusk, and a bright overcast sky."""
+"""Range of the light that streaks and veil scatter, in 0 to 255: dusk to a bright overcast sky."""
 
 RECORD = "rain.json"
+"""File in the data set with all that is needed to generate it again."""
 
 FULL_SIZE = 512
-"""Shorter side up to which lengths are plain pixels; in larger photos they grow with it."""
+"""Shorter side of a photo, in pixels, from which lengths and widths of streaks scale with it."""
 
 
-def _field(default: float | int, low: float | int, high: float | int, told: str) -> Any:
-    return field(default=default, metadata={"limits": (low, high), "help": told})
+def _field(default: float | int, low: float | int, high: float | int, text: str) -> Any:
+    return field(default=default, metadata={"limits": (low, high), "help": text})
 
 
 @dataclass(frozen=True)
 class Rain:
-    """The rain of one image.
+    """Parameters of the rain in one image.
 
     Attributes:
-        density: Share of the image that streaks cover, all layers together, were none to overlap.
-        length: Mean length of the nearest streaks in pixels (of a photo with a shorter side up to 512; in a
-            larger one lengths and widths grow with it).
-        width: Width of the nearest streaks in pixels.
-        angle: Degrees from the vertical; positive falls to the right.
-        spread: Standard deviation of the angle from layer to layer, in degrees.
-        layers: Number of depth layers.
-        brightness: Opacity of the brightest streaks.
-        veil: Opacity of the mist that distant rain makes.
-        drops: Number of drops on the lens.
+        density: Share of the image covered by the streaks of all layers, without overlap; 0 to 4.
+        length: Mean length of the nearest streaks in pixels (for a shorter side of up to 512; lengths and widths
+            scale with larger photos); 1 to 400.
+        width: Width of the nearest streaks in pixels; 0.2 to 40.
+        angle: Degrees from the vertical, positive for rain that falls to the right; -90 to 90.
+        spread: Standard deviation of the angle between layers, in degrees; 0 to 45.
+        layers: Number of depth layers; 1 to 16.
+        brightness: Opacity of the brightest streaks; 0 to 1.
+        veil: Opacity of the mist of distant rain; 0 to 1.
+        drops: Number of drops on the lens; 0 to 200.
 
     Raises:
-        DerainError: If a value is outside its limits.
+        DerainError: If a value is outside its range.
     """
 
     density: float = _field(0.3, 0, 4, "share of the image under streaks")
@@ -82,10 +82,11 @@ class Rain:
     drops: int = _field(0, 0, 200, "drops on the lens")
 
     def __post_init__(self) -> None:
-        for part in dataclasses.fields(self):
-            value, (low, high) = getattr(self, part.name), part.metadata["limits"]
+        for parameter in dataclasses.fields(self):
+            value = getattr(self, parameter.name)
+            low, high = parameter.metadata["limits"]
             if not low <= value <= high:
-                raise DerainError(f"rain: {part.name} is {value}; expected {low} to {high}")
+                raise DerainError(f"rain: {parameter.name} {value}: out of range; expected {low} to {high}")
 
 
 PRESETS: dict[str, tuple[Rain, Rain]] = {
@@ -102,38 +103,48 @@ PRESETS: dict[str, tuple[Rain, Rain]] = {
         Rain(density=1.2, length=110.0, width=3.0, angle=25.0, spread=6.0, layers=6, brightness=0.95, veil=0.2),
     ),
 }
-"""Lightest and heaviest rain; each image's is drawn between them.
+"""Lightest and heaviest rain of each preset; the rain of an image is sampled between them.
 
-Chosen to lie where the field's sets lie: on photos the rainy input has a luma PSNR of about 28 dB (light, as
-Rain100L), 22 dB (medium, as Rain800) and 15 dB (heavy, as Rain100H).
+The presets match public data sets: rainy photos have a luma PSNR of about 28 dB (light, as in Rain100L), 22 dB
+(medium, as in Rain800) and 15 dB (heavy, as in Rain100H).
 """
 
 
 def sample_rain(lightest: Rain, heaviest: Rain, rng: np.random.Generator) -> Rain:
-    """Draws a rain, every parameter uniformly between two.
+    """Sample each parameter uniformly between two rains.
+
+    Args:
+        lightest: Lower limits.
+        heaviest: Upper limits.
+        rng: Source of randomness.
+
+    Raises:
+        DerainError: If a lower limit exceeds the upper one.
 
     Example:
         >>> rain = sample_rain(*PRESETS["light"], np.random.default_rng(0))
         >>> 0.08 <= rain.density <= 0.30 and rain.layers in (2, 3, 4)
         True
     """
-    drawn: dict[str, float] = {}
-    for part in dataclasses.fields(Rain):
-        low, high = getattr(lightest, part.name), getattr(heaviest, part.name)
+    values: dict[str, float] = {}
+    for parameter in dataclasses.fields(Rain):
+        low, high = getattr(lightest, parameter.name), getattr(heaviest, parameter.name)
         if low > high:
-            raise DerainError(f"rain: {part.name} from {low} to {high}; give the smaller number first")
-        whole = part.type is int
-        drawn[part.name] = int(rng.integers(low, high + 1)) if whole else float(rng.uniform(low, high))
-    return Rain(**drawn)  # type: ignore[arg-type]
+            raise DerainError(f"rain: {parameter.name} from {low} to {high}; give the smaller number first")
+        if parameter.type is int:
+            values[parameter.name] = int(rng.integers(low, high + 1))
+        else:
+            values[parameter.name] = float(rng.uniform(low, high))
+    return Rain(**values)  # type: ignore[arg-type]
 
 
 def add_rain(clean: Pixels, rain: Rain, rng: np.random.Generator) -> Pixels:
-    """Lets it rain on a photo of any size.
+    """Add rain to a photo of any size.
 
     Args:
         clean: ``(h, w, 3)`` uint8.
-        rain: What rain.
-        rng: Where the streaks fall; the same state gives the same pixels.
+        rain: Parameters of the rain.
+        rng: Source of randomness; equal states return equal pixels.
 
     Returns:
         The rainy photo, ``(h, w, 3)`` uint8.
@@ -145,29 +156,30 @@ def add_rain(clean: Pixels, rain: Rain, rng: np.random.Generator) -> Pixels:
         ((32, 48, 3), True)
     """
     shape = clean.shape[:2]
-    through = (1 - streaks(shape, rain, rng)) * (1 - _veil(shape, rain, rng))
-    sky = np.full_like(clean, round(float(np.clip(1.5 * np.percentile(clean[::4, ::4], 95), *SKY))))
-    rainy = cv2.blendLinear(np.ascontiguousarray(clean), sky, through, 1 - through)
-    return _lens_drops(np.asarray(rainy, np.uint8), rain, rng)
+    transmission = (1 - streaks(shape, rain, rng)) * (1 - _veil(shape, rain, rng))
+    sky_brightness = np.clip(1.5 * np.percentile(clean[::4, ::4], 95), *SKY)
+    sky = np.full_like(clean, round(float(sky_brightness)))
+    rainy = cv2.blendLinear(np.ascontiguousarray(clean), sky, transmission, 1 - transmission)
+    return _add_lens_drops(np.asarray(rainy, np.uint8), rain, rng)
 
 
 def streaks(shape: tuple[int, int], rain: Rain, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Opacity of all streaks, ``1 − Π_l (1 − S_l)``.
+    """Return the opacity of all streaks, ``1 − Π_l (1 − S_l)``.
 
     Args:
         shape: ``(h, w)`` in pixels.
-        rain: What rain; veil and drops are left out.
-        rng: Where the streaks fall.
+        rain: Parameters of the rain; veil and drops are ignored.
+        rng: Source of randomness.
 
     Returns:
-        ``(h, w)`` in [0, 1]; up to ``rain.brightness`` where streaks do not cross.
+        ``(h, w)`` in [0, 1]; at most ``rain.brightness`` where streaks do not overlap.
     """
-    through = np.ones(shape, np.float32)
+    transmission = np.ones(shape, np.float32)
     scale = max(1.0, min(shape) / FULL_SIZE)
     for layer in range(rain.layers):
-        near = 1.0 if rain.layers == 1 else 1 - layer / (rain.layers - 1)  # 1 nearest, 0 farthest
-        size = scale * (0.35 + 0.65 * near)
-        opacity = _layer(
+        nearness = 1.0 if rain.layers == 1 else 1 - layer / (rain.layers - 1)  # 1 nearest, 0 farthest
+        size = scale * (0.35 + 0.65 * nearness)
+        opacity = _layer_opacity(
             shape,
             coverage=rain.density / rain.layers,
             length=rain.length * size,
@@ -175,11 +187,11 @@ def streaks(shape: tuple[int, int], rain: Rain, rng: np.random.Generator) -> NDA
             angle=math.radians(rng.normal(rain.angle, rain.spread)),
             rng=rng,
         )
-        through *= 1 - rain.brightness * (0.5 + 0.5 * near) * opacity
-    return 1 - through
+        transmission *= 1 - rain.brightness * (0.5 + 0.5 * nearness) * opacity
+    return 1 - transmission
 
 
-def _layer(
+def _layer_opacity(
     shape: tuple[int, int],
     *,
     coverage: float,
@@ -188,13 +200,13 @@ def _layer(
     angle: float,
     rng: np.random.Generator,
 ) -> NDArray[np.float32]:
-    """Opacity of one layer's streaks in [0, 1].
+    """Return the opacity of the streaks of one layer, in [0, 1].
 
-    Streaks are drawn level on a canvas, as runs of pixels in its rows, each with its own length and
-    brightness; then blurred (ends taper, flanks soften) and turned into the fall.
+    Streaks are drawn horizontally, as runs of pixels in the rows of a canvas, each with its own length and brightness;
+    then they are blurred (ends taper, flanks soften) and rotated into the direction of the fall.
     """
     sin, cos = math.sin(angle), math.cos(angle)
-    (h, w), centre = shape, (shape[1] / 2, shape[0] / 2)
+    h, w = shape
     along = math.ceil(abs(w * sin) + abs(h * cos)) + 2
     across = math.ceil(abs(w * cos) + abs(h * sin)) + 2
 
@@ -202,24 +214,24 @@ def _layer(
     start = rng.uniform(-1.5 * length, along, count)
     end = start + length * rng.uniform(0.5, 1.5, count)
     row = rng.integers(across, size=count)
-    bright = rng.uniform(0.3, 1, count).astype(np.float32)
-    canvas = np.zeros((across, along + 1), np.float32)
-    np.add.at(canvas, (row, np.clip(np.rint(start).astype(int), 0, along)), bright)
-    np.subtract.at(canvas, (row, np.clip(np.rint(end).astype(int), 0, along)), bright)
+    brightness = rng.uniform(0.3, 1, count).astype(np.float32)
+    canvas = np.zeros((across, along + 1), np.float32)  # steps at the ends of each run, summed up below
+    np.add.at(canvas, (row, np.clip(np.rint(start).astype(int), 0, along)), brightness)
+    np.subtract.at(canvas, (row, np.clip(np.rint(end).astype(int), 0, along)), brightness)
     canvas = canvas.cumsum(axis=1, dtype=np.float32)
 
     flank = cv2.getGaussianKernel(2 * math.ceil(width) + 3, max(0.5, width / 2.35), cv2.CV_32F)
-    flank *= min(1.0, width) / flank.max()  # the middle of a streak keeps its brightness
+    flank *= min(1.0, width) / flank.max()  # keeps the brightness in the middle of a streak
     tapered = cv2.blur(canvas, (max(1, round(length / 2)), 1))
-    level = np.minimum(cv2.sepFilter2D(tapered, -1, np.ones(1, np.float32), flank), 1)
-    turn = np.array([[sin, cos, 0], [cos, -sin, 0]])  # a pixel's place along and across the fall
-    turn[:, 2] = (along / 2, across / 2) - turn[:, :2] @ centre
-    turned = cv2.warpAffine(level, turn, (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-    return np.asarray(turned, np.float32)
+    softened = np.minimum(cv2.sepFilter2D(tapered, -1, np.ones(1, np.float32), flank), 1)
+    rotation = np.array([[sin, cos, 0], [cos, -sin, 0]])  # from pixels to coordinates along and across the fall
+    rotation[:, 2] = (along / 2, across / 2) - rotation[:, :2] @ (w / 2, h / 2)
+    rotated = cv2.warpAffine(softened, rotation, (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    return np.asarray(rotated, np.float32)
 
 
 def _veil(shape: tuple[int, int], rain: Rain, rng: np.random.Generator) -> NDArray[np.float32] | float:
-    """Opacity of the mist, 0 to 1: patchy, and denser towards the top, where outdoor photos are deeper."""
+    """Return the opacity of the mist in [0, 1]: patchy, and denser at the top, where scenes are farther away."""
     patches = rng.uniform(0.7, 1.0, (4, 5)).astype(np.float32)
     if rain.veil == 0:
         return 0.0
@@ -228,8 +240,8 @@ def _veil(shape: tuple[int, int], rain: Rain, rng: np.random.Generator) -> NDArr
     return np.asarray(np.clip(rain.veil * mist, 0, 1), np.float32)
 
 
-def _lens_drops(scene: Pixels, rain: Rain, rng: np.random.Generator) -> Pixels:
-    """Puts drops on the lens: each a small fish-eye picture of the scene, upside down and out of focus."""
+def _add_lens_drops(scene: Pixels, rain: Rain, rng: np.random.Generator) -> Pixels:
+    """Add drops on the lens: each is a small fish-eye image of the scene, upside down and out of focus."""
     if rain.drops == 0:
         return scene
     height, width = scene.shape[:2]
@@ -237,33 +249,51 @@ def _lens_drops(scene: Pixels, rain: Rain, rng: np.random.Generator) -> Pixels:
     blurred = cv2.GaussianBlur(scene, (0, 0), max(0.5, side / 100))
     image = scene.copy()
     for _ in range(rain.drops):
-        radius, tall = max(1.0, side * rng.uniform(0.015, 0.05)), rng.uniform(1.0, 1.3)
-        x, y = rng.uniform(0, width), rng.uniform(0, height)
-        left, right = max(0, math.floor(x - 1.3 * radius)), min(width, math.ceil(x + 1.3 * radius) + 1)
-        top, bottom = max(0, math.floor(y - radius * tall)), min(height, math.ceil(y + radius * tall) + 1)
-        across, down = np.meshgrid(
-            np.asarray((np.arange(left, right) - x) / radius, np.float32),
-            np.asarray((np.arange(top, bottom) - y) / (radius * tall), np.float32),
-        )
-        rho = np.hypot(across * (1 - 0.2 * down), down)  # 1 at the rim; drops hang, wider below than above
-        reach = 0.175 * side * (1 + rho**2)
-        seen = cv2.remap(
-            blurred,
-            np.asarray(x - across * reach, np.float32),
-            np.asarray(y - down * reach, np.float32),
-            cv2.INTER_LINEAR,
-            borderMode=cv2.BORDER_REFLECT_101,
-        )
-        shade = 1 - 0.45 * np.clip(rho, 0, 1) ** 4 + 0.15 * np.clip(-down, 0, 1)
-        opacity = np.clip((1 - rho) * 4, 0, 1)[..., None]
-        patch = image[top:bottom, left:right]
-        mixed = patch * (1 - opacity) + np.clip(seen * shade[..., None], 0, 255) * opacity
-        image[top:bottom, left:right] = np.rint(mixed).astype(np.uint8)
+        radius = max(1.0, side * rng.uniform(0.015, 0.05))
+        tall_radius = radius * rng.uniform(1.0, 1.3)
+        centre = (rng.uniform(0, width), rng.uniform(0, height))
+        _add_drop(image, blurred, centre, radius, tall_radius)
     return image
 
 
+def _add_drop(
+    image: Pixels, blurred: NDArray[Any], centre: tuple[float, float], radius: float, tall_radius: float
+) -> None:
+    """Draw one drop into the image.
+
+    Args:
+        image: ``(h, w, 3)``, changed in place.
+        blurred: The scene out of focus, same shape.
+        centre: x and y of the drop in pixels.
+        radius: Horizontal radius in pixels.
+        tall_radius: Vertical radius in pixels.
+    """
+    height, width = image.shape[:2]
+    x, y = centre
+    left, right = max(0, math.floor(x - 1.3 * radius)), min(width, math.ceil(x + 1.3 * radius) + 1)
+    top, bottom = max(0, math.floor(y - tall_radius)), min(height, math.ceil(y + tall_radius) + 1)
+    across, down = np.meshgrid(
+        np.asarray((np.arange(left, right) - x) / radius, np.float32),
+        np.asarray((np.arange(top, bottom) - y) / tall_radius, np.float32),
+    )
+    rho = np.hypot(across * (1 - 0.2 * down), down)  # 1 at the rim; drops are wider below than above
+    reach = 0.175 * min(height, width) * (1 + rho**2)
+    refracted = cv2.remap(
+        blurred,
+        np.asarray(x - across * reach, np.float32),
+        np.asarray(y - down * reach, np.float32),
+        cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REFLECT_101,
+    )
+    shade = 1 - 0.45 * np.clip(rho, 0, 1) ** 4 + 0.15 * np.clip(-down, 0, 1)
+    opacity = np.clip((1 - rho) * 4, 0, 1)[..., None]
+    patch = image[top:bottom, left:right]
+    mixed = patch * (1 - opacity) + np.clip(refracted * shade[..., None], 0, 255) * opacity
+    image[top:bottom, left:right] = np.rint(mixed).astype(np.uint8)
+
+
 def rain_generator(seed: int, name: str) -> np.random.Generator:
-    """Randomness of one image: depends on the seed and the image's name, not on the images around it."""
+    """Return the generator of one image: it depends on the seed and the image's name, not on other images."""
     digest = hashlib.sha256(os.fsencode(name)).digest()
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
 
@@ -277,123 +307,142 @@ def synthesize(
     seed: int = 0,
     overwrite: bool = False,
 ) -> list[str]:
-    """Makes a set of pairs from clean photos.
+    """Generate a data set of pairs from clean photos.
 
-    ``out`` gets ``input/NAME.png`` (``input/NAME_rain1.png``, … for several rains an image),
-    ``target/NAME.png``, ``rain.json`` (everything needed to make the set again, and each image's rain) and
-    ``contact_sheet.png``. It appears when all is written.
+    ``out`` gets ``input/NAME.png`` (``input/NAME_rain1.png``, … for several rainy images per photo),
+    ``target/NAME.png``, ``rain.json`` (all that is needed to generate the data set again, and the rain of each image)
+    and ``contact_sheet.png``. The folder appears when all files are written.
 
     Args:
-        clean: Folder of clean photos; those in folders below keep their place.
-        out: Folder of the set.
-        rain: Lightest and heaviest rain (:data:`PRESETS`); each image's is drawn between them.
-        per_image: Number of rainy images for each clean one.
-        seed: Another seed gives other rain. An image's rain depends on the seed and its name alone.
-        overwrite: Replace ``out`` if it holds a set that this function made.
+        clean: Folder of clean photos; subfolders are kept.
+        out: Folder of the data set.
+        rain: Lightest and heaviest rain (:data:`PRESETS`); the rain of an image is sampled between them.
+        per_image: Number of rainy images per photo, 1 to 1000.
+        seed: Seed, at least 0. The rain of an image depends on the seed and its name alone.
+        overwrite: Replace ``out`` if it contains a data set written by this function.
 
     Returns:
-        One line for each photo that could not be read, and was left out.
+        One line for each photo that was skipped since it could not be read.
 
     Raises:
-        DerainError: If there are no photos that can be read, two have one name, a number is out of range, or
-            ``out`` is not empty.
+        DerainError: If no photo can be read, two photos have the same name, a number is out of range, or ``out`` is
+            not empty.
     """
     if not 1 <= per_image <= 1000 or seed < 0:
-        raise DerainError(f"rain: {per_image} images each, seed {seed}; expected 1 to 1000 and at least 0")
+        raise DerainError(
+            f"rain: {per_image} images per photo, seed {seed}; expected 1 to 1000 images and a seed of at least 0"
+        )
     _check_folders(clean, out, overwrite)
-    files = image_files(clean, recursive=True)
-    if not files:
-        raise DerainError(f"{clean}: no images in it; give a folder of clean photos")
-    stems: dict[str, Path] = {}
-    for file in files:
-        first = stems.setdefault(file.relative_to(clean).with_suffix("").as_posix(), file)
-        if first != file:
-            raise DerainError(f"{first} and {file}: both would become one PNG; rename one of them")
-    if per_image > 1:
-        for stem, file in stems.items():
-            base, _, number = stem.rpartition("_rain")
-            if number.isdecimal() and base in stems:
-                raise DerainError(
-                    f"{file}: would be the clean image of rain {number} on {stems[base].name}; rename one of them"
-                )
-    sample_rain(*rain, np.random.default_rng())  # refuses limits the wrong way round before any work
+    sample_rain(*rain, np.random.default_rng())  # checks the order of the limits before any work
+    photos = _photos_by_stem(clean, per_image)
+    folder = out.resolve()
+    temporary = folder.with_name(f".{uuid.uuid4().hex[:8]}-{folder.name}")
 
-    place = out.resolve()
-    temporary = place.with_name(f".{uuid.uuid4().hex[:8]}-{place.name}")
-
-    def make(stem: str) -> dict[str, Rain] | str:
+    def generate(stem: str) -> dict[str, Rain] | str:
         try:
-            photo = read_rgb(stems[stem])
+            photo = read_rgb(photos[stem])
         except DerainError as error:
             return str(error)
-        drawn = {}
-        for index in range(1, per_image + 1):
-            name = stem if per_image == 1 else f"{stem}_rain{index}"
+        rains = {}
+        for number in range(1, per_image + 1):
+            name = stem if per_image == 1 else f"{stem}_rain{number}"
             rng = rain_generator(seed, name)
-            drawn[name] = sample_rain(*rain, rng)
-            rainy = add_rain(photo, drawn[name], rng)
+            rains[name] = sample_rain(*rain, rng)
+            rainy = add_rain(photo, rains[name], rng)
             write_image(temporary / "input" / f"{name}.png", rainy, compress_level=3)
         write_image(temporary / "target" / f"{stem}.png", photo, compress_level=3)
-        return drawn
+        return rains
 
     threads = ThreadPoolExecutor(os.cpu_count())
     try:
-        done = list(track(threads.map(make, stems), "Raining", len(stems)))
-        broken = [result for result in done if isinstance(result, str)]
-        if len(broken) == len(done):
-            raise DerainError(f"{clean}: none of {len(done)} images can be read; first: {broken[0]}")
-        drawn = {stem: result for stem, result in zip(stems, done, strict=True) if not isinstance(result, str)}
-        record = {
-            "made by": f"derain {derain.__version__}",
-            "seed": seed,
-            "per_image": per_image,
-            "lightest": dataclasses.asdict(rain[0]),
-            "heaviest": dataclasses.asdict(rain[1]),
-            "images": {name: dataclasses.asdict(its) for each in drawn.values() for name, its in each.items()},
+        results = list(track(threads.map(generate, photos), "Adding rain", len(photos)))
+        skipped = [result for result in results if isinstance(result, str)]
+        if len(skipped) == len(results):
+            raise DerainError(f"{clean}: none of {len(results)} images can be read; first: {skipped[0]}")
+        rains_by_photo = {
+            stem: result for stem, result in zip(photos, results, strict=True) if not isinstance(result, str)
         }
-        (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        _write_sheet(temporary, {stem: next(iter(each)) for stem, each in drawn.items()})
+        _write_record(temporary, rains_by_photo, rain, per_image, seed)
+        _write_contact_sheet(temporary, {stem: next(iter(rains)) for stem, rains in rains_by_photo.items()})
         old = temporary.with_name(temporary.name + "-old")
-        if place.exists():
-            place.rename(old)
-        temporary.rename(place)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         threads.shutdown(cancel_futures=True)
         shutil.rmtree(temporary, ignore_errors=True)
-    return broken
+    return skipped
+
+
+def _photos_by_stem(clean: Path, per_image: int) -> dict[str, Path]:
+    """Return the photos below a folder by relative path without suffix, and check that outputs do not collide."""
+    files = image_files(clean, recursive=True)
+    if not files:
+        raise DerainError(f"{clean}: no images in it; give a folder of clean photos")
+    photos: dict[str, Path] = {}
+    for file in files:
+        first = photos.setdefault(file.relative_to(clean).with_suffix("").as_posix(), file)
+        if first != file:
+            raise DerainError(f"{first} and {file}: both would become the same PNG file; rename one of them")
+    if per_image > 1:
+        for stem, file in photos.items():
+            base, _, number = stem.rpartition("_rain")
+            if number.isdecimal() and base in photos:
+                raise DerainError(
+                    f"{file}: has the name of rain {number} on {photos[base].name}; rename one of the photos"
+                )
+    return photos
+
+
+def _write_record(
+    folder: Path, rains_by_photo: dict[str, dict[str, Rain]], rain: tuple[Rain, Rain], per_image: int, seed: int
+) -> None:
+    images: dict[str, dict[str, Any]] = {}
+    for rains in rains_by_photo.values():
+        for name, image_rain in rains.items():
+            images[name] = dataclasses.asdict(image_rain)
+    record = {
+        "made by": f"derain {derain.__version__}",
+        "seed": seed,
+        "per_image": per_image,
+        "lightest": dataclasses.asdict(rain[0]),
+        "heaviest": dataclasses.asdict(rain[1]),
+        "images": images,
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _check_folders(clean: Path, out: Path, overwrite: bool) -> None:
-    """Refuses folders that are absent, lie within each other, or whose content would be lost."""
+    """Check that the folders exist and are not nested, and that no content would be lost."""
     if not clean.is_dir():
         raise DerainError(f"{clean}: no such folder; give a folder of clean photos")
-    ours, theirs = out.resolve(), clean.resolve()
-    if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
-        raise DerainError(f"{out}: lies in the folder of clean photos, or holds it; choose another folder")
+    out_path, clean_path = out.resolve(), clean.resolve()
+    if out_path.is_relative_to(clean_path) or clean_path.is_relative_to(out_path):
+        raise DerainError(f"{out}: inside the folder of clean photos, or contains it; choose another folder")
     if out.exists() and not out.is_dir():
         raise DerainError(f"{out}: is a file; choose another folder")
     if out.exists() and any(out.iterdir()):
         if not (out / RECORD).is_file():
-            raise DerainError(f"{out}: holds files of something else; choose an empty or a new folder")
+            raise DerainError(f"{out}: contains other files than a data set; choose an empty or a new folder")
         if not overwrite:
-            raise DerainError(f"{out}: holds a set already; add --overwrite to replace it")
+            raise DerainError(f"{out}: already contains a data set; add --overwrite to replace it")
 
 
-def _write_sheet(folder: Path, rainy: dict[str, str]) -> None:
-    """Writes a contact sheet of up to ten pairs, spread over the set.
+def _write_contact_sheet(folder: Path, names: dict[str, str]) -> None:
+    """Write a contact sheet of up to ten pairs, spread over the data set.
 
     Args:
-        folder: The set's folder.
-        rainy: Name of the clean image to name of the rainy one.
+        folder: Folder of the data set.
+        names: Names of the rainy images by names of the clean ones.
     """
-    names = list(rainy.items())
-    chosen = [names[round(i * (len(names) - 1) / 9)] for i in range(10)] if len(names) > 10 else names
-    images = [
-        read_rgb(folder / kind / f"{name}.png")
-        for pair in chosen
-        for kind, name in zip(("target", "input"), pair, strict=True)
-    ]
+    pairs = list(names.items())
+    if len(pairs) > 10:
+        pairs = [pairs[round(number * (len(pairs) - 1) / 9)] for number in range(10)]
+    images = []
+    for clean_name, rainy_name in pairs:
+        images.append(read_rgb(folder / "target" / f"{clean_name}.png"))
+        images.append(read_rgb(folder / "input" / f"{rainy_name}.png"))
     rows = [images[start : start + 4] for start in range(0, len(images), 4)]
     columns = ["clean", "rainy"] * (len(rows[0]) // 2)
     write_image(folder / "contact_sheet.png", contact_sheet(rows, columns=columns, cell=320))

@@ -1,14 +1,15 @@
-"""Which derained image belongs to which clean one, by the names of their files."""
+"""Find the clean image of each derained image in folders of results, by file name."""
 
+import itertools
 import os
 import re
 import sys
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from derain.data.layouts import Split
 from derain.data.pairs import Pair, find_pairs
@@ -19,16 +20,17 @@ SPLITS: tuple[Split, ...] = ("test", "train")
 
 Key = tuple[str, ...]
 K = TypeVar("K", bound=Hashable)
+References = dict[str, Path | Pair]
 
 
 @dataclass(frozen=True)
 class ScoringPair:
-    """A derained image and its clean one.
+    """A derained image and its clean image.
 
     Attributes:
-        name: What the image is called in results.
-        derained: Its file.
-        clean: The clean image: a file, or half of a pair's file.
+        name: Name of the image in the scores.
+        derained: Derained file.
+        clean: Clean file, or the pair whose clean half it is; None without clean images.
     """
 
     name: str
@@ -36,7 +38,10 @@ class ScoringPair:
     clean: Path | Pair | None
 
     def read(self) -> tuple[Pixels, Pixels | None]:
-        """Reads both.
+        """Read both images.
+
+        Returns:
+            Derained and clean pixels, ``(h, w, 3)`` in 0 to 255 each; None if there is no clean image.
 
         Raises:
             DerainError: If a file cannot be read, or the sizes differ.
@@ -44,27 +49,42 @@ class ScoringPair:
         derained = read_rgb(self.derained)
         if self.clean is None:
             return derained, None
-        clean = self.clean.read()[1] if isinstance(self.clean, Pair) else read_rgb(self.clean)
+        if isinstance(self.clean, Pair):
+            file = self.clean.clean
+            _, clean = self.clean.read()
+        else:
+            file = self.clean
+            clean = read_rgb(self.clean)
         if clean is not None and derained.shape != clean.shape:
-            sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in (derained, clean)]
-            file = self.clean.clean if isinstance(self.clean, Pair) else self.clean
+            derained_size, clean_size = (f"{image.shape[1]}x{image.shape[0]}" for image in (derained, clean))
             raise DerainError(
-                f"{self.derained}: is {sizes[0]}, but the clean image {file} is {sizes[1]}; "
-                "score results of the clean images' size"
+                f"{self.derained}: is {derained_size}, but the clean image {file} is {clean_size}; "
+                "score results of the same size as the clean images"
             )
         return derained, clean
 
 
+class _Candidate(NamedTuple):
+    """Clean images that the results may belong to."""
+
+    title: str
+    references: References
+
+
 def find_scoring_pairs(derained: Path, clean: str | None) -> list[ScoringPair]:
-    """Find which clean image belongs to which derained one, by name.
+    """Return each derained image with its clean image, found by name.
+
+    Args:
+        derained: File or folder of derained images.
+        clean: File or folder of clean images, or a data set; None for scores without reference.
 
     Raises:
-        DerainError: If files are absent, or names leave open which belong together.
+        DerainError: If files are missing, or names are ambiguous.
     """
     if derained.is_file():
         files = {derained.stem: derained}
     elif derained.is_dir():
-        files = _images(derained)
+        files = _images_by_name(derained)
     else:
         raise DerainError(f"{derained}: no such file or folder; give the folder of derained images")
     if clean is None:
@@ -72,33 +92,42 @@ def find_scoring_pairs(derained: Path, clean: str | None) -> list[ScoringPair]:
     if Path(clean).is_file():
         if derained.is_file():
             return [ScoringPair(derained.stem, derained, Path(clean))]
-        raise DerainError(f"{clean}: is one file, but {derained} is a folder; give the folder of clean images")
-    names, part, where = list(files), derained.is_file(), (str(derained), clean)
-    candidates = _references(clean, derained if part else next(iter(files.values())))
-    fits = [
-        (title, references, fit) for title, references in candidates if (fit := _fit(names, list(references), part))
-    ]
+        raise DerainError(f"{clean}: is a file, but {derained} is a folder; give the folder of clean images")
+    labels = (str(derained), clean)
+    candidates = _candidates(clean, next(iter(files.values())))
+    candidate, clean_names = _best_candidate(list(files), candidates, labels, allow_extra=derained.is_file())
+    if candidate.title:
+        print(f"clean images: {candidate.title}", file=sys.stderr)
+    return [ScoringPair(name, file, candidate.references[clean_names[name]]) for name, file in files.items()]
+
+
+def _best_candidate(
+    names: Sequence[str], candidates: Sequence[_Candidate], labels: tuple[str, str], *, allow_extra: bool
+) -> tuple[_Candidate, dict[str, str]]:
+    """Return the candidate that the names match by the strictest rule, and the clean name of each name."""
+    fits = []
+    for candidate in candidates:
+        fit = _fit(names, list(candidate.references), allow_extra)
+        if fit is not None:
+            fits.append((candidate, fit))
     if not fits:
-        raise DerainError(_mismatch(names, list(candidates[0][1]), where))
-    strictest = min(fit.step for _, _, fit in fits)
-    fits = [one for one in fits if one[2].step == strictest]
+        raise DerainError(_mismatch(names, list(candidates[0].references), labels))
+    strictest_rule = min(fit.rule for _, fit in fits)
+    fits = [(candidate, fit) for candidate, fit in fits if fit.rule == strictest_rule]
     if len(fits) > 1:
-        titles = " and ".join(title.partition(";")[0] for title, _, _ in fits)
-        raise DerainError(f"{derained}: fits images of {titles} in {clean}; give the folder of one of them")
-    ((title, references, fit),) = fits
-    found = fit.only(where, part)
-    if title:
-        print(f"clean images: {title}", file=sys.stderr)
-    return [ScoringPair(name, file, references[found[name]]) for name, file in files.items()]
+        titles = " and ".join(candidate.title.partition(";")[0] for candidate, _ in fits)
+        raise DerainError(f"{labels[0]}: matches images of {titles} in {labels[1]}; give the folder of one of them")
+    candidate, fit = fits[0]
+    return candidate, fit.unique(labels, allow_extra)
 
 
-def _images(folder: Path) -> dict[str, Path]:
-    """Images by name without ending: of the folder itself, or where it has none, of the folders below."""
+def _images_by_name(folder: Path) -> dict[str, Path]:
+    """Return the images in a folder by name without suffix; those in its subfolders if it has none itself."""
     paths = image_files(folder)
     if paths:
         below = len(list_images(folder, recursive=True).files) - len(paths)
         if below:
-            warn_once(f"{folder}: {below} images in folders below it are not scored; give those folders by themselves")
+            warn_once(f"{folder}: {below} images in subfolders are not scored; score these folders separately")
     else:
         paths = image_files(folder, recursive=True)
     if not paths:
@@ -110,192 +139,226 @@ def _images(folder: Path) -> dict[str, Path]:
         if name in files:
             raise DerainError(f"{path}: has the same name as {files[name].name}; remove one of them")
         files[name] = path
-    # What `derain restore` and `derain predict` write beside their results are no results.
-    beside = {f"{path.name}-{what}" for path in files.values() for what in ("compare", "explain")}
-    beside |= {f"{path.stem}-explain" for path in files.values()}
-    return {name: path for name, path in files.items() if name.rpartition("/")[2] not in beside}
+    # `derain restore` and `derain predict` write comparisons and explanations beside their results.
+    extras = set()
+    for path in files.values():
+        extras |= {f"{path.name}-compare", f"{path.name}-explain", f"{path.stem}-explain"}
+    return {name: path for name, path in files.items() if name.rpartition("/")[2] not in extras}
 
 
-def _references(clean: str, derained: Path) -> list[tuple[str, dict[str, Path | Pair]]]:
-    """Return title and clean images by name: of each split of a data set where it is one, else of a plain folder."""
-    sets: list[tuple[str, dict[str, Path | Pair]]] = []
-    problem = None
+def _candidates(clean: str, derained: Path) -> list[_Candidate]:
+    """Return the clean images of each split of a data set, or those of a plain folder."""
+    candidates: list[_Candidate] = []
+    first_error = None
     for split in SPLITS:
         try:
-            found = find_pairs(clean, split)
+            pair_set = find_pairs(clean, split)
         except DerainError as error:
-            problem = problem or error
+            first_error = first_error or error
             continue
-        pair = found.pairs[0]
-        if pair.clean_side and image_size(pair.rainy) == image_size(derained):
-            return [("", dict(_images(Path(clean))))]  # not side by side after all
-        references: dict[str, Path | Pair] = {pair.name: pair for pair in found.pairs}
-        if all(references != other for _, other in sets):
-            sets.append(("; ".join([f"{found.name}, {split}", *found.notes]), references))
-    if not sets and problem is not None and not Path(clean).is_dir():
-        raise problem
-    return sets or [("", dict(_images(Path(clean))))]
+        first = pair_set.pairs[0]
+        if first.clean_side and image_size(first.rainy) == image_size(derained):  # not side by side
+            return [_plain_folder(clean)]
+        references: References = {pair.name: pair for pair in pair_set.pairs}
+        if all(references != candidate.references for candidate in candidates):
+            title = "; ".join([f"{pair_set.name}, {split}", *pair_set.notes])
+            candidates.append(_Candidate(title, references))
+    if candidates:
+        return candidates
+    if first_error is not None and not Path(clean).is_dir():
+        raise first_error
+    return [_plain_folder(clean)]
+
+
+def _plain_folder(clean: str) -> _Candidate:
+    return _Candidate("", dict(_images_by_name(Path(clean))))
 
 
 def match_names(
     derained: Sequence[str],
     clean: Sequence[str],
     *,
-    part: bool = False,
-    where: tuple[str, str] = ("DERAINED", "CLEAN"),
+    allow_extra: bool = False,
+    labels: tuple[str, str] = ("DERAINED", "CLEAN"),
 ) -> dict[str, str]:
-    """Find the clean image of every derained one by name, never by position.
+    """Return the clean name of every derained name, found by the names alone, never by their order.
 
-    Tried in turn, each for all images at once, in Unicode's composed form (NFC): the same name; the same but for the
-    usual words (``rain-001``, ``norain-1x2``, ``1_derained``) and zeros; then the looser readings: the same but for
-    one prefix and suffix that all results share, and one clean image for several results numbered ``901_1``, ``901_2``.
-    The looser readings must agree.
+    The first of these rules that fits all names is used, in Unicode's composed form (NFC):
+
+    1. Equal names.
+    2. Equal except for usual words (``rain-001``, ``norain-1x2``, ``1_derained``) and leading zeros.
+    3. Equal except for one prefix and suffix shared by all results, or several results per clean image, numbered
+       ``901_1``, ``901_2``. If both apply, they must agree.
 
     Args:
-        derained: Names of the results, without ending.
-        clean: Names of the clean images.
-        part: Whether clean images may be left over.
-        where: What messages call the two.
+        derained: Names of the results, without suffix.
+        clean: Names of the clean images, without suffix.
+        allow_extra: Allow clean images without result.
+        labels: Names of both lists in messages.
 
     Raises:
-        DerainError: If an image is left over on either side, or fits several.
+        DerainError: If an image has no partner, or several.
 
     Example:
         >>> match_names(["rain-1", "rain-2"], ["norain-001", "norain-002"])
         {'rain-1': 'norain-001', 'rain-2': 'norain-002'}
         >>> match_names(["901_1", "901_2", "902_1"], ["901", "902"])
         {'901_1': '901', '901_2': '901', '902_1': '902'}
-        >>> match_names(["scene_3_12"], ["3", "12"], part=True)
+        >>> match_names(["scene_3_12"], ["3", "12"], allow_extra=True)
         Traceback (most recent call last):
-        derain.errors.DerainError: DERAINED: scene_3_12 fits several images of CLEAN: 3, 12; give the clean file
+        derain.errors.DerainError: DERAINED: scene_3_12 matches several images of CLEAN: 3, 12; give the clean file
     """
-    fit = _fit(derained, clean, part)
+    fit = _fit(derained, clean, allow_extra)
     if fit is None:
-        raise DerainError(_mismatch(derained, clean, where))
-    return fit.only(where, part)
+        raise DerainError(_mismatch(derained, clean, labels))
+    return fit.unique(labels, allow_extra)
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """What the strictest reading of names that fits makes of them.
+    """Clean names that match each derained name by the strictest rule that fits.
 
     Attributes:
-        step: Which reading it is, 0 the strictest.
-        options: Clean images that fit each result.
+        rule: Number of the rule; lower is stricter.
+        options: Clean names by derained name.
     """
 
-    step: int
+    rule: int
     options: dict[str, list[str]]
 
-    def only(self, where: tuple[str, str], part: bool) -> dict[str, str]:
-        """Return the one clean image of each result.
+    def unique(self, labels: tuple[str, str], allow_extra: bool) -> dict[str, str]:
+        """Return the only clean name of each derained name.
 
         Raises:
-            DerainError: If a result has several.
+            DerainError: If a name has several.
         """
-        for name, fitting in self.options.items():
-            if len(fitting) > 1:
-                several = f"{name} fits several images of {where[1]}: {_some(fitting)}"
-                raise DerainError(f"{where[0]}: {several}; {'give the clean file' if part else 'rename them'}")
-        return {name: fitting for name, (fitting,) in self.options.items()}
+        for name, clean_names in self.options.items():
+            if len(clean_names) > 1:
+                remedy = "give the clean file" if allow_extra else "rename them"
+                raise DerainError(
+                    f"{labels[0]}: {name} matches several images of {labels[1]}: {_first(clean_names)}; {remedy}"
+                )
+        return {name: clean_names[0] for name, clean_names in self.options.items()}
 
 
-def _fit(derained: Sequence[str], clean: Sequence[str], part: bool) -> _Fit | None:
-    """Return the strictest reading of the names that `match` describes and that fits, if any does."""
-    exact, words = [_composed(name) for name in derained], [_key(name) for name in derained]
-    by_name, by_words = _by_key(clean, _composed), _by_key(clean, _key)
-    steps: list[list[dict[str, list[str]]]] = [
-        _reading(derained, exact, by_name, part),
-        _reading(derained, words, by_words, part),
-        [fit for keys in _middles(words, by_words) for fit in _reading(derained, keys, by_words, part)],
+def _fit(derained: Sequence[str], clean: Sequence[str], allow_extra: bool) -> _Fit | None:
+    """Apply the rules of `match_names` in order; return the first that fits, or None."""
+    keys = [_key(name) for name in derained]
+    clean_by_name, clean_by_key = _by_key(clean, _composed), _by_key(clean, _key)
+    equal = _look_up(derained, [_composed(name) for name in derained], clean_by_name, allow_extra)
+    equal_keys = _look_up(derained, keys, clean_by_key, allow_extra)
+    trimmed = [
+        _look_up(derained, trimmed_keys, clean_by_key, allow_extra) for trimmed_keys in _trimmed(keys, clean_by_key)
     ]
-    if not part and len(set(words)) == len(words) and all(len(key) > 1 and key[-1].isdecimal() for key in words):
-        steps[-1] += _reading(derained, [key[:-1] for key in words], by_words, part, repeated=True)
-    for step, readings in enumerate(steps):
-        if readings:
-            options = {name: list(dict.fromkeys(one for fit in readings for one in fit[name])) for name in derained}
-            return _Fit(step, options)
+    numbered = all(len(key) > 1 and key[-1].isdecimal() for key in keys)
+    if not allow_extra and numbered and len(set(keys)) == len(keys):
+        without_number = [key[:-1] for key in keys]
+        trimmed.append(_look_up(derained, without_number, clean_by_key, allow_extra, repeated=True))
+    for rule, results in enumerate(([equal], [equal_keys], trimmed)):
+        matches = [result for result in results if result is not None]
+        if matches:
+            return _Fit(rule, {name: _union(match[name] for match in matches) for name in derained})
     return None
 
 
-def _middles(words: Sequence[Key], known: dict[Key, list[str]]) -> list[list[Key]]:
-    """Return what is left of all results without one prefix and one suffix that they share, where it is known."""
-    first = words[0]
-    found = []
-    for start, stop in ((i, j) for i in range(len(first)) for j in range(len(first), i, -1)):
-        before, after = first[:start], first[stop:]
-        if first[start:stop] in known and all(
-            key[:start] == before and key[len(key) - len(after) :] == after for key in words
-        ):
-            found.append([key[start : len(key) - len(after)] for key in words])
-    return found
+def _union(lists: Iterable[list[str]]) -> list[str]:
+    """Return the distinct items of several lists, in order."""
+    return list(dict.fromkeys(itertools.chain.from_iterable(lists)))
 
 
-def _reading(
-    derained: Sequence[str], keys: Sequence[K], known: dict[K, list[str]], part: bool, *, repeated: bool = False
-) -> list[dict[str, list[str]]]:
-    """Return the clean images of every result, or nothing if some have none, or clean images or keys are left over."""
+def _trimmed(keys: Sequence[Key], clean: dict[Key, list[str]]) -> list[list[Key]]:
+    """Return the keys without each shared prefix and suffix for which the rest of the first key is known."""
+    first = keys[0]
+    trimmed = []
+    for start in range(len(first)):
+        for stop in range(len(first), start, -1):
+            if first[start:stop] not in clean:
+                continue
+            prefix, suffix = first[:start], first[stop:]
+            if all(key[:start] == prefix and key[len(key) - len(suffix) :] == suffix for key in keys):
+                trimmed.append([key[start : len(key) - len(suffix)] for key in keys])
+    return trimmed
+
+
+def _look_up(
+    derained: Sequence[str],
+    keys: Sequence[K],
+    clean: dict[K, list[str]],
+    allow_extra: bool,
+    *,
+    repeated: bool = False,
+) -> dict[str, list[str]] | None:
+    """Return the clean names by derained name; None if a key is unknown or repeated, or clean images remain."""
     distinct = set(keys)
-    if not distinct <= known.keys() or (not part and len(distinct) != len(known)):
-        return []
+    if not distinct <= clean.keys():
+        return None
+    if not allow_extra and len(distinct) != len(clean):
+        return None
     if not repeated and len(distinct) != len(keys):
-        return []
-    return [{name: known[key] for name, key in zip(derained, keys, strict=True)}]
+        return None
+    return {name: clean[key] for name, key in zip(derained, keys, strict=True)}
 
 
-_USUAL = frozenset(
+_USUAL_WORDS = frozenset(
     re.findall(
         r"\w+",
         "rain rainy input lq norain clean gt groundtruth ground truth target hq "
         "derain derained deraining output out result results restored pred sr",
     )
 )
-"""Words that say which side of a pair an image is on, not which pair."""
+"""Words that name the kind of an image, not the pair that it belongs to."""
 
 
-_WORDS = ("L", "M", "N", "So", "Cs")
-"""Unicode's categories of letters, marks, numbers, pictographs, and bytes that are not UTF-8."""
+_WORD_CATEGORIES = ("L", "M", "N", "So", "Cs")
+"""Unicode categories of letters, marks, numbers, pictographs, and bytes that are not UTF-8."""
 
 
 def _composed(name: str) -> str:
-    """Return a name in Unicode's composed form: file systems and archives differ in how they write accents."""
+    """Return a name in Unicode's composed form, since file systems and archives differ in how they write accents."""
     return unicodedata.normalize("NFC", name)
 
 
 def _key(name: str) -> Key:
-    """Return the words and numbers of a name that say which image it is.
+    """Return the words and numbers of a name, without usual words and leading zeros.
 
     Accents, signs of any script, and bytes that are not UTF-8 belong to words; punctuation and spaces separate them.
     """
     plain = re.sub(r"(?<=\d)x\d$", "", _composed(name.lower()))
-    spaced = "".join(char if unicodedata.category(char).startswith(_WORDS) else " " for char in plain)
-    parts = re.findall(r"\d+|[^\d\s]+", spaced)
-    return tuple(part.lstrip("0") or "0" if part.isdecimal() else part for part in parts if part not in _USUAL)
+    spaced = "".join(char if unicodedata.category(char).startswith(_WORD_CATEGORIES) else " " for char in plain)
+    key = []
+    for part in re.findall(r"\d+|[^\d\s]+", spaced):
+        if part.isdecimal():
+            key.append(part.lstrip("0") or "0")
+        elif part not in _USUAL_WORDS:
+            key.append(part)
+    return tuple(key)
 
 
 def _by_key(names: Sequence[str], key: Callable[[str], K]) -> dict[K, list[str]]:
-    found: dict[K, list[str]] = defaultdict(list)
+    groups: dict[K, list[str]] = defaultdict(list)
     for name in names:
-        found[key(name)].append(name)
-    return dict(found)
+        groups[key(name)].append(name)
+    return dict(groups)
 
 
-def _mismatch(derained: Sequence[str], clean: Sequence[str], where: tuple[str, str]) -> str:
-    """Return one line that names the files that do not pair."""
-    results, references = _by_key(derained, _key), _by_key(clean, _key)
-    for names, folder in ((results, where[0]), (references, where[1])):
-        for several in names.values():
-            if len(several) > 1:
-                return f"{folder}: {_some(several)} have the same numbers and words; give the images distinct names"
-    extra = [name for key, (name,) in results.items() if key not in references]
-    missing = [name for key, (name,) in references.items() if key not in results]
+def _mismatch(derained: Sequence[str], clean: Sequence[str], labels: tuple[str, str]) -> str:
+    """Return a message that names the files without partner."""
+    derained_by_key, clean_by_key = _by_key(derained, _key), _by_key(clean, _key)
+    for groups, label in ((derained_by_key, labels[0]), (clean_by_key, labels[1])):
+        for names in groups.values():
+            if len(names) > 1:
+                return f"{label}: {_first(names)} have the same numbers and words; give the images distinct names"
+    extra = [names[0] for key, names in derained_by_key.items() if key not in clean_by_key]
+    missing = [names[0] for key, names in clean_by_key.items() if key not in derained_by_key]
     problems = []
     if extra:
-        problems.append(f"{where[0]}: no clean image for {_some(extra)}")
+        problems.append(f"{labels[0]}: no clean image for {_first(extra)}")
     if missing:
-        problems.append(f"{where[1]}: no derained image for {_some(missing)}")
-    return f"{'; '.join(problems)}; rename, add or remove files so that every image has its partner"
+        problems.append(f"{labels[1]}: no derained image for {_first(missing)}")
+    return f"{'; '.join(problems)}; rename, add or remove files so that every image has a partner"
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _first(names: list[str]) -> str:
+    """Return the first five names, and the number of the remaining ones."""
+    listed = ", ".join(names[:5])
+    return listed if len(names) <= 5 else f"{listed} and {len(names) - 5} more"

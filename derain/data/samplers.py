@@ -1,8 +1,9 @@
-"""Samplers: the order of training samples, and each rank's share of evaluation images."""
+"""Samplers: order of the training samples, and distribution of evaluation images over ranks."""
 
 import bisect
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,11 +14,11 @@ from derain.errors import DerainError
 
 
 class Sample(NamedTuple):
-    """All that a training sample depends on besides the run's seed.
+    """Training sample; together with the seed of the run it determines the crop.
 
     Attributes:
-        epoch: Epoch that draws it.
-        number: Number of the sample in the epoch's data; pair ``number % pairs`` is read.
+        epoch: Epoch of the sample.
+        number: Sample index; pair ``number % pairs`` is read.
         crop: Side of the crop in pixels.
     """
 
@@ -27,12 +28,12 @@ class Sample(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """Crop and batch size from a batch of the training on.
+    """Stage of a training schedule, counted in batches.
 
     Attributes:
-        first: Number of batches that were trained on before.
+        first: Index of its first batch, counted from the start of training.
         crop: Side of the crops in pixels.
-        batch_size: Crops a batch and rank.
+        batch_size: Crops per batch and rank.
     """
 
     first: int
@@ -42,15 +43,15 @@ class Stage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CropStage:
-    """Part of a training with crops and batches of its own, as options give it.
+    """Stage of a training schedule, counted in optimiser steps.
 
     Attributes:
-        steps: Optimiser steps; the last stage lasts to the end.
+        steps: Number of optimiser steps; the last stage lasts until the end of training.
         crop: Side of the crops in pixels.
-        batch_size: Crops a batch and device.
+        batch_size: Crops per batch and device.
 
     Raises:
-        DerainError: If one is below 1.
+        DerainError: If a value is below 1.
     """
 
     steps: int
@@ -63,7 +64,7 @@ class CropStage:
                 raise DerainError(f"--data.schedule: {name} {value}: must be at least 1")
 
     def __str__(self) -> str:
-        """Return the stage in words.
+        """Return a description of the stage.
 
         Example:
             >>> str(CropStage(steps=92_000, crop=128, batch_size=8))
@@ -73,15 +74,16 @@ class CropStage:
 
 
 def to_batch_stages(schedule: Sequence[CropStage], accumulate: int, batches: int) -> list[Stage]:
-    """Return the stages by the batch that each starts at.
+    """Convert a schedule from optimiser steps to batches.
 
     Args:
-        schedule: By optimiser steps.
-        accumulate: Batches of a step.
-        batches: Of an epoch.
+        schedule: Stages in optimiser steps.
+        accumulate: Batches per optimiser step.
+        batches: Batches per epoch.
 
     Raises:
-        DerainError: If an epoch ends with a step of fewer batches, so that steps cannot be converted.
+        DerainError: If the batches of an epoch are not a multiple of ``accumulate``; the number of batches per step
+            then varies.
 
     Example:
         >>> to_batch_stages([CropStage(10, 128, 8), CropStage(5, 160, 5)], accumulate=2, batches=4)
@@ -89,37 +91,36 @@ def to_batch_stages(schedule: Sequence[CropStage], accumulate: int, batches: int
     """
     if len(schedule) > 1 and batches % accumulate:
         raise DerainError(
-            f"--trainer.accumulate_grad_batches {accumulate}: does not divide the {batches} batches of an epoch, so "
-            "that --data.schedule has no exact steps; choose a divisor, or limit the batches by "
-            "--trainer.limit_train_batches"
+            f"--trainer.accumulate_grad_batches {accumulate}: does not divide the {batches} batches of an epoch, as "
+            "--data.schedule requires; choose a divisor, or limit the batches by --trainer.limit_train_batches"
         )
     starts = itertools.accumulate((stage.steps * accumulate for stage in schedule[:-1]), initial=0)
     return [Stage(first, stage.crop, stage.batch_size) for first, stage in zip(starts, schedule, strict=True)]
 
 
 class TrainingBatchSampler(Sampler[list[Sample]]):
-    """Batches of shuffled samples of one rank, a function of (seed, epoch, batch) alone.
+    """Batches of shuffled samples for one rank, determined by seed, epoch and batch index alone.
 
-    Nothing is drawn from a generator that other code shares, and the position in the epoch is a number: after
-    `resume_at`, the remaining batches are those of an uninterrupted run, with any number of workers.
+    No generator is shared with other code: after `resume_at`, the remaining batches equal those of an uninterrupted
+    run, for any number of workers.
 
-    With one stage, an epoch visits every sample once; its last batch is smaller, and ranks get equally many samples
-    (the next permutation fills up). With several, every epoch has as many batches as one of the first stage, whatever
-    their size: it starts a new permutation, and draws the next one where it needs more samples.
+    With one stage, an epoch contains every sample once. Its last batch may be smaller, and all ranks get the same
+    number of samples (filled up from the next permutation). With several stages, every epoch has the number of batches
+    of the first stage, whatever their size: it starts a new permutation and draws further ones as needed.
 
     Args:
-        count: Samples in an epoch over all ranks.
+        count: Samples per epoch, over all ranks.
         rank: Rank of this process.
         world: Number of ranks.
         seed: Seed of the run.
-        stages: Crop and batch sizes in order; the first one starts at batch 0.
-        limit: Batches that the trainer takes of an epoch, if fewer than there are.
+        stages: Crop and batch sizes in order; the first stage starts at batch 0.
+        limit: Maximum number of batches per epoch; None for all.
 
     Example:
-        >>> batches = TrainingBatchSampler(4, rank=0, world=1, seed=0, stages=[Stage(0, 64, 2)])
-        >>> whole = list(batches)
-        >>> batches.resume_at(epoch=0, batch=1)
-        >>> list(batches) == whole[1:]
+        >>> sampler = TrainingBatchSampler(4, rank=0, world=1, seed=0, stages=[Stage(0, 64, 2)])
+        >>> batches = list(sampler)
+        >>> sampler.resume_at(epoch=0, batch=1)
+        >>> list(sampler) == batches[1:]
         True
     """
 
@@ -129,79 +130,90 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
         self.count, self.rank, self.world, self.seed = count, rank, world, seed
         self.stages, self.limit = list(stages), limit
         self.epoch = self.first = 0
-        self._counted = (0, 0)  # an epoch, and the batches that were trained on before it
+        self._reference = (0, 0)  # an epoch, and the number of batches before it
 
     @property
     def sampler(self) -> "TrainingBatchSampler":
-        """Where Lightning looks for ``set_epoch``."""
+        """The sampler itself; Lightning calls ``set_epoch`` on this attribute."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Start an epoch; the epoch that `resume_at` named keeps its position."""
+        """Start an epoch; the epoch given to `resume_at` keeps its position."""
         if epoch != self.epoch:
             self.resume_at(epoch, 0)
 
     def count_from(self, epoch: int, trained: int) -> None:
-        """Begin an epoch's stage after so many batches, where earlier epochs may have had more or fewer than now."""
-        self._counted = (epoch, trained)
+        """Set the number of batches before an epoch, if earlier epochs had another length than this one."""
+        self._reference = (epoch, trained)
 
     def resume_at(self, epoch: int, batch: int) -> None:
         """Skip the first batches of an epoch."""
         self.epoch, self.first = epoch, batch
 
     def stage(self, epoch: int, batch: int) -> Stage:
-        """Return the crop and batch size of a batch of an epoch."""
-        counted, before = self._counted
-        done = before + (epoch - counted) * self.batches + batch
-        return self.stages[bisect.bisect_right([stage.first for stage in self.stages], done) - 1]
+        """Return the stage of a batch."""
+        reference_epoch, before = self._reference
+        index = before + (epoch - reference_epoch) * self.batches + batch
+        starts = [stage.first for stage in self.stages]
+        return self.stages[bisect.bisect_right(starts, index) - 1]
 
     @property
     def batches(self) -> int:
-        """Batches that are trained on in an epoch."""
+        """Number of batches per epoch, with the limit."""
         return len(self) if self.limit is None else min(self.limit, len(self))
 
     @property
-    def _share(self) -> int:
-        return -(-self.count // self.world)
+    def _samples_per_rank(self) -> int:
+        return math.ceil(self.count / self.world)
 
     def __len__(self) -> int:
-        """Return the number of batches of a whole epoch."""
-        return -(-self._share // self.stages[0].batch_size)
+        """Return the number of batches per epoch, without the limit."""
+        return math.ceil(self._samples_per_rank / self.stages[0].batch_size)
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        # Computed at once: a lazy generator would read the epoch and the position after they were changed.
+        # Computed eagerly: a generator would read the epoch and the position after they were changed.
         return iter(self._batches(self.epoch)[self.first :])
 
     def _batches(self, epoch: int) -> list[list[Sample]]:
         stages = [self.stage(epoch, batch) for batch in range(len(self))]
         order = self._permutations(epoch, sum(stage.batch_size for stage in stages) * self.world)
-        own, start, batches = order[self.rank :: self.world], 0, []
+        own_indices = order[self.rank :: self.world]
         if len(self.stages) == 1:
-            own = own[: self._share]
+            own_indices = own_indices[: self._samples_per_rank]
+        batches = []
+        start = 0
         for stage in stages:
-            numbers = own[start : start + stage.batch_size]
-            batches.append([Sample(epoch, number, stage.crop) for number in numbers])
+            indices = own_indices[start : start + stage.batch_size]
+            batches.append([Sample(epoch, index, stage.crop) for index in indices])
             start += stage.batch_size
         return batches
 
-    def _permutations(self, epoch: int, least: int) -> list[int]:
-        """At least so many numbers; those of the n-th permutation are raised by ``n * count``."""
+    def _permutations(self, epoch: int, minimum: int) -> list[int]:
+        """Return at least ``minimum`` shuffled indices; the n-th permutation is offset by ``n * count``."""
         generator = torch.Generator().manual_seed(self.seed + epoch)
         order: list[int] = []
-        while len(order) < least:
+        while len(order) < minimum:
             order += (torch.randperm(self.count, generator=generator) + len(order)).tolist()
         return order
 
 
 class StridedSampler(Sampler[int]):
-    """Every image once over all ranks: rank r evaluates images r, r + world, …; counts may differ by one.
+    """Sampler that evaluates every image once over all ranks: rank r gets images r, r + world, …, without padding.
 
-    With fewer images than ranks, the surplus ranks evaluate one again (scores count an image once): a rank without any
-    would skip the loop, and the others would wait for it for ever.
+    With fewer images than ranks, the remaining ranks evaluate an image again (metrics count it once): a rank without
+    images would skip the loop, and the other ranks would wait for it forever.
+
+    Args:
+        count: Number of images.
+        rank: Rank of this process.
+        world: Number of ranks.
     """
 
     def __init__(self, count: int, rank: int, world: int) -> None:
-        self.indices = range(rank, count, world) if rank < count else range(rank % count, rank % count + 1)
+        if rank < count:
+            self.indices = range(rank, count, world)
+        else:
+            self.indices = range(rank % count, rank % count + 1)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices)

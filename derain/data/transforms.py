@@ -1,10 +1,10 @@
-"""What happens to the pixels of a training pair: the same crop and flips of rainy and clean."""
+"""Augmentation of training pairs: same random crop and flips for rainy and clean."""
 
 import os
 import random
 from typing import Literal
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for its newest version
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import looks for a newer version on the network
 
 import albumentations
 import cv2
@@ -16,13 +16,13 @@ Flips = bool | Literal["horizontal"]
 
 
 class Augmentation:
-    """Random crop, flips and transpose, the same for rainy and clean, decided by a seed alone.
+    """Random crop, flips and transposition, the same for rainy and clean, determined by a seed.
 
-    Images smaller than the crop are reflect-padded, so that none is dropped.
+    Images smaller than the crop are padded by reflection.
 
     Args:
         crop: Side of the square crop in pixels.
-        flips: Flip left–right and up–down, each with probability 0.5; ``horizontal``: left–right alone.
+        flips: Flip horizontally and vertically, each with probability 0.5; ``horizontal``: horizontally only.
         transpose: Also swap rows and columns with probability 0.5.
 
     Example:
@@ -45,15 +45,18 @@ class Augmentation:
         self._compose = albumentations.Compose(steps, additional_targets={"clean": "image"})
 
     def __call__(self, rainy: Pixels, clean: Pixels, seed: tuple[int, ...]) -> tuple[Pixels, Pixels]:
-        """Cuts one training pair out of a pair of images; equal seeds give equal crops.
+        """Return a random crop of a pair; equal seeds return equal crops.
 
         Args:
             rainy: ``(h, w, 3)``.
-            clean: The same shape.
-            seed: Numbers that name this draw: seed of the run, epoch, place in the epoch.
+            clean: Same shape.
+            seed: Seed of the run, epoch, and sample index.
+
+        Returns:
+            Rainy and clean crop, ``(crop, crop, 3)`` each.
         """
-        # One stream for all steps: set_random_seed would give each the same number, and so tie the flips together.
-        numbers = np.random.default_rng(seed)
-        self._compose.set_random_state(numbers, random.Random(int(numbers.integers(2**63))))
+        # One generator for all steps: set_random_seed would give each step the same number and correlate the flips.
+        rng = np.random.default_rng(seed)
+        self._compose.set_random_state(rng, random.Random(int(rng.integers(2**63))))
         result = self._compose(image=rainy, clean=clean)
         return result["image"], result["clean"]

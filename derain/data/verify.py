@@ -1,4 +1,4 @@
-"""Finds what is wrong with data sets: lost, damaged, mismatched, exchanged and repeated images, and leaks."""
+"""Check data sets: missing, damaged, mismatched, swapped and repeated images, and leaks between splits."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -38,27 +38,28 @@ Kind = Literal[
     "backgrounds",
 ]
 Level = Literal["error", "warning", "note"]
+Cues = tuple[tuple[Pair, NDArray[np.float64]], ...]
 
-SURE = 2.0
-"""Log-odds from which a pair counts as surely exchanged (88 in 100)."""
+CERTAIN = 2.0
+"""Log-odds from which a pair certainly counts as swapped (probability 0.88)."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to know about a data set.
+    """Result of a check of a data set.
 
     Attributes:
-        kind: ``skipped`` (images of formats that are not read, broken links), ``count`` (not as many pairs as
-            published), ``unreadable``, ``frames`` (several frames or pages, of which the first is read), ``size``
-            (rainy and clean differ), ``exif`` (invalid, so that an image may lie on its side), ``unpaired``,
-            ``unused`` (pairs of another version of the set in the same folder), ``clash`` (two files fit one pair),
-            ``swapped`` (rain on the clean side), ``leak`` (a test image's background outside of the test set),
-            ``duplicate`` (one background several times in a split), ``shared`` (one background in two sets, and no
-            leak), ``backgrounds`` (how many there are).
-        files: The files concerned; of a leak the test image first.
-        detail: What is the matter, in words.
-        level: ``error`` is wrong, ``warning`` needs a look, ``note`` is good to know.
-        set: Set and split.
+        kind: ``skipped`` (unsupported formats, broken links), ``count`` (not the published number of pairs),
+            ``unreadable``, ``frames`` (several frames or pages, only the first is read), ``size`` (rainy and clean
+            differ), ``exif`` (invalid, so that the orientation may be wrong), ``unpaired``, ``unused`` (pairs of
+            another version of the data set in the same folder), ``clash`` (two files belong to one pair), ``swapped``
+            (rain on the clean side), ``leak`` (background of a test image outside of the test set), ``duplicate``
+            (one background several times in a split), ``shared`` (one background in two data sets without a leak),
+            ``backgrounds`` (number of distinct backgrounds).
+        files: Files concerned; for a leak the test image first.
+        detail: Description.
+        level: ``error``, ``warning`` or ``note``.
+        set: Data set and split.
     """
 
     kind: Kind
@@ -68,197 +69,250 @@ class Finding:
     set: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values for a JSON file."""
+        """Return plain values for a JSON file."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A clean image, or a rainy one without clean, and the rainy ones on it, once they were read."""
+class _CheckedImage:
+    """A clean image (or a rainy one without clean image) after reading it and the rainy images on it."""
 
     file: Path
     background: Signature | None = None
-    rainy: Signature | None = None  # the first on it
-    cues: tuple[tuple[Pair, NDArray[np.float64]], ...] = ()
+    rainy: Signature | None = None  # of the first rainy image
+    cues: Cues = ()
     findings: tuple[Finding, ...] = ()
 
 
 @dataclass(eq=False)
 class _Images:
-    """All images that could be read, in one order."""
+    """Readable images of all data sets; the lists have equal length and order."""
 
     files: list[str] = field(default_factory=list)
-    owners: list[DataSplit] = field(default_factory=list)
+    splits: list[DataSplit] = field(default_factory=list)
     backgrounds: list[Signature] = field(default_factory=list)
     rainy: list[Signature] = field(default_factory=list)
+
+    def add(self, image: _CheckedImage, split: DataSplit) -> None:
+        if image.background is None or image.rainy is None:
+            return
+        self.files.append(str(image.file))
+        self.splits.append(split)
+        self.backgrounds.append(image.background)
+        self.rainy.append(image.rainy)
 
 
 def verify(
     root: Path, *, against: Sequence[Path] = (), layout: str | None = None
 ) -> tuple[list[DataSplit], list[Finding]]:
-    """Checks the sets below a folder, and compares their backgrounds with one another.
+    """Check the data sets in a folder, and compare their backgrounds with one another.
 
     Args:
-        root: A set's folder, or a folder that holds several.
-        against: Folders of sets that must not share a background with those of ``root``.
-        layout: The layout of ``root``, if it shall not be detected.
+        root: Folder of one data set or of several.
+        against: Folders of data sets that must not share backgrounds with those in ``root``.
+        layout: Layout of ``root``; detected by default.
 
     Returns:
-        The splits found in ``root`` and the findings, both in a fixed order.
+        The splits in ``root``, and the findings, both in a fixed order.
 
     Raises:
-        DerainError: If a folder is absent or holds no set.
+        DerainError: If a folder does not exist or contains no data set.
     """
-    sets = find_sets(root, layout)
-    others = [one for other in against for one in find_sets(other)]
-    findings = [
-        Finding("skipped", tuple(map(str, paths)), f"{len(paths)} {reason}; not read", "warning")
-        for folder in (root, *against)
-        for reason, paths in list_images(folder, recursive=True).skipped.items()
-    ]
-    findings += [finding for one in sets for finding in _check_files(one)]
-    groups = [(one, group) for one in (*sets, *others) for group in _by_clean(to_pairs(one.matched))]
+    splits = find_sets(root, layout)
+    other_splits = [split for folder in against for split in find_sets(folder)]
+    findings: list[Finding] = []
+    for folder in (root, *against):
+        for reason, paths in list_images(folder, recursive=True).skipped.items():
+            files = tuple(str(path) for path in paths)
+            findings.append(Finding("skipped", files, f"{len(paths)} {reason}; not read", "warning"))
+    for split in splits:
+        findings += _check_files(split)
     images = _Images()
-    cues: dict[DataSplit, list[tuple[Pair, NDArray[np.float64]]]] = {one: [] for one in sets}
+    cues: dict[DataSplit, Cues] = dict.fromkeys(splits, ())
+    groups = [(split, group) for split in (*splits, *other_splits) for group in _group_by_clean(to_pairs(split.files))]
     with ThreadPoolExecutor() as threads:
-        read = threads.map(lambda item: _read(*item), groups)
-        for (one, _), seen in zip(groups, track(read, "Reading images", len(groups)), strict=True):
-            findings += seen.findings
-            if one in cues:
-                cues[one] += seen.cues
-            if seen.background is not None and seen.rainy is not None:
-                images.files.append(str(seen.file))
-                images.owners.append(one)
-                images.backgrounds.append(seen.background)
-                images.rainy.append(seen.rainy)
-    for one in sets:
-        findings += _check_sides(one, cues[one])
+        results = track(threads.map(lambda group: _check_group(*group), groups), "Reading images", len(groups))
+        for (split, _), image in zip(groups, results, strict=True):
+            findings += image.findings
+            if split in cues:
+                cues[split] += image.cues
+            images.add(image, split)
+    for split in splits:
+        findings += _check_sides(split, cues[split])
     with Console(stderr=True).status(f"Comparing {len(images.files)} backgrounds"):
-        findings += _compare(sets, images)
-    order = ["", *(str(one) for one in (*sets, *others))]
-    kinds = get_args(Kind)
-    findings.sort(key=lambda f: (order.index(f.set), kinds.index(f.kind), natural_key("\n".join(f.files))))
-    return sets, findings
+        findings += _check_backgrounds(splits, images)
+    set_order = ["", *(str(split) for split in (*splits, *other_splits))]
+    kind_order = get_args(Kind)
+    findings.sort(
+        key=lambda finding: (
+            set_order.index(finding.set),
+            kind_order.index(finding.kind),
+            natural_key("\n".join(finding.files)),
+        )
+    )
+    return splits, findings
 
 
-def _check_files(one: DataSplit) -> Iterator[Finding]:
-    """What the names of the files tell."""
-    folders = LAYOUTS[one.layout].folders
+def _check_files(split: DataSplit) -> Iterator[Finding]:
+    """Check what can be seen from the names of the files."""
+    folders = LAYOUTS[split.layout].folders
     same_files = [layout for layout in LAYOUTS.values() if folders and layout.folders == folders]
-    expected = sorted({layout.counts[one.split] for layout in same_files if one.split in layout.counts})
-    count = len(one.matched.pairs)
-    if expected and count not in expected:
-        told = " or ".join(str(number) for number in expected)
-        yield Finding("count", (str(one.root),), f"{count} pairs, published are {told}", set=str(one))
-    for file in one.matched.unpaired:
-        yield Finding("unpaired", (str(file),), "has no partner", set=str(one))
-    for first, second in one.matched.clashes:
-        yield Finding("clash", (str(first), str(second)), "fit the same pair", set=str(one))
-    for variant, count in one.matched.unused:
-        yield Finding("unused", (str(one.root),), f"{count} further pairs of files {variant}", "warning", str(one))
+    published = sorted({layout.counts[split.split] for layout in same_files if split.split in layout.counts})
+    count = len(split.files.pairs)
+    if published and count not in published:
+        numbers = " or ".join(str(number) for number in published)
+        yield Finding("count", (str(split.root),), f"{count} pairs, published are {numbers}", set=str(split))
+    for file in split.files.unpaired:
+        yield Finding("unpaired", (str(file),), "no partner", set=str(split))
+    for first, second in split.files.clashes:
+        yield Finding("clash", (str(first), str(second)), "belong to the same pair", set=str(split))
+    for variant, count in split.files.unused:
+        yield Finding("unused", (str(split.root),), f"{count} further pairs of files {variant}", "warning", str(split))
 
 
-def _by_clean(pairs: Sequence[Pair]) -> list[list[Pair]]:
+def _group_by_clean(pairs: Sequence[Pair]) -> list[list[Pair]]:
     groups: dict[Path, list[Pair]] = defaultdict(list)
     for pair in pairs:
         groups[pair.clean or pair.rainy].append(pair)
     return list(groups.values())
 
 
-def _read(one: DataSplit, group: Sequence[Pair]) -> Seen:
-    """Reads the pairs of one clean image."""
-    findings, cues = [], []
-    background = first = None
-    for pair in group:
+def _check_group(split: DataSplit, pairs: Sequence[Pair]) -> _CheckedImage:
+    """Read and check the pairs of one clean image."""
+    findings: list[Finding] = []
+    cues = []
+    background = first_rainy = None
+    for pair in pairs:
         files = tuple(dict.fromkeys(str(file) for file in (pair.rainy, pair.clean) if file is not None))
         try:
             rainy, clean = pair.read()
         except DerainError as error:
-            kind: Kind = "size" if "of one size" in str(error) else "unreadable"
-            broken = files if kind == "size" else tuple(file for file in files if str(error).startswith(f"{file}:"))
-            told = str(error).removeprefix(f"{broken[0] if broken else files[0]}: ")
-            findings.append(Finding(kind, broken or files, told, set=str(one)))
+            findings.append(_read_failure(split, files, str(error)))
             continue
-        for file in files:
-            if several_frames(Path(file)):
-                findings.append(Finding("frames", (file,), "several frames or pages; first read", "warning", str(one)))
-        problems = ((file, exif_problem(Path(file))) for file in files)
-        findings += [Finding("exif", (file,), problem, "warning", str(one)) for file, problem in problems if problem]
+        findings += _check_metadata(split, files)
         if background is None:
             background = compute_signature(rainy if clean is None else clean, rainy=clean is None)
-            first = compute_signature(rainy, local=False)
+            first_rainy = compute_signature(rainy, local=False)
         if clean is not None:
             cues.append((pair, rain_cues(rainy, clean)))
-    return Seen(group[0].clean or group[0].rainy, background, first, tuple(cues), tuple(findings))
+    return _CheckedImage(pairs[0].clean or pairs[0].rainy, background, first_rainy, tuple(cues), tuple(findings))
 
 
-def _check_sides(one: DataSplit, cues: Sequence[tuple[Pair, NDArray[np.float64]]]) -> Iterator[Finding]:
-    """Pairs that have the rain on the clean side."""
+def _read_failure(split: DataSplit, files: tuple[str, ...], message: str) -> Finding:
+    if "of one size" in message:
+        kind: Kind = "size"
+        broken = files
+    else:
+        kind = "unreadable"
+        broken = tuple(file for file in files if message.startswith(f"{file}:"))
+    subject = broken[0] if broken else files[0]
+    return Finding(kind, broken or files, message.removeprefix(f"{subject}: "), set=str(split))
+
+
+def _check_metadata(split: DataSplit, files: tuple[str, ...]) -> Iterator[Finding]:
+    for file in files:
+        if several_frames(Path(file)):
+            yield Finding("frames", (file,), "several frames or pages; only the first is read", "warning", str(split))
+    for file in files:
+        problem = exif_problem(Path(file))
+        if problem:
+            yield Finding("exif", (file,), problem, "warning", str(split))
+
+
+def _check_sides(split: DataSplit, cues: Cues) -> Iterator[Finding]:
+    """Find pairs that have the rain on the clean side."""
     if not cues:
         return
     scores = rain_scores([cue for _, cue in cues])
-    if len(cues) > 1 and np.median(scores) < -SURE:
-        told = f"rainy and clean are exchanged throughout, expected {one.matched.variant}; name the right layout"
-        yield Finding("swapped", (str(one.root),), told, set=str(one))
+    if len(cues) > 1 and np.median(scores) < -CERTAIN:
+        detail = (
+            f"rainy and clean are swapped in most pairs; expected {split.files.variant}; "
+            "give the right layout by --layout"
+        )
+        yield Finding("swapped", (str(split.root),), detail, set=str(split))
         return
     for (pair, _), score in zip(cues, scores, strict=True):
-        if score < 0:
-            files = tuple(dict.fromkeys((str(pair.rainy), str(pair.clean))))
-            sure = score < -SURE
-            told = f"rainy and clean {'are' if sure else 'may be'} exchanged (log-odds {-score:.1f})"
-            yield Finding("swapped", files, told, "error" if sure else "warning", str(one))
+        if score >= 0:
+            continue
+        files = tuple(dict.fromkeys((str(pair.rainy), str(pair.clean))))
+        certain = score < -CERTAIN
+        detail = f"rainy and clean {'are' if certain else 'may be'} swapped (log-odds {-score:.1f})"
+        yield Finding("swapped", files, detail, "error" if certain else "warning", str(split))
 
 
-def _compare(sets: Sequence[DataSplit], images: _Images) -> Iterator[Finding]:
-    """Backgrounds that appear more than once, in one split or in two."""
-    inside: dict[DataSplit, list[BackgroundMatch]] = defaultdict(list)
+def _check_backgrounds(checked: Sequence[DataSplit], images: _Images) -> Iterator[Finding]:
+    """Find backgrounds that occur several times, in one split or in two."""
+    duplicates: dict[DataSplit, list[BackgroundMatch]] = defaultdict(list)
     leaks: dict[tuple[int, DataSplit], list[tuple[int, BackgroundMatch]]] = defaultdict(list)
     shared: dict[tuple[DataSplit, DataSplit], list[BackgroundMatch]] = defaultdict(list)
     for match in find_matches(images.backgrounds):
-        one, other = images.owners[match.first], images.owners[match.second]
-        checked = [owner in sets for owner in (one, other)]
-        if one is other and all(checked):
-            inside[one].append(match)
-        elif all(checked) and (one.split == "train") == (other.split == "train"):
-            shared[one, other].append(match)
-        elif any(checked):
-            test_is_first = other.split == "train" if one.split != other.split else not checked[0]
-            tested, known = (match.first, match.second) if test_is_first else (match.second, match.first)
-            leaks[tested, images.owners[known]].append((known, match))
-    for (tested, place), matches in leaks.items():
-        files = (images.files[tested], *(images.files[index] for index, _ in matches))
-        ways = [Path(images.files[index]).name + f" ({match})" * (str(match) != "whole") for index, match in matches]
-        told = f"its background is in {place}: {', '.join(ways)}"
-        yield Finding("leak", files, told, set=str(images.owners[tested]))
-    for one, repeated in inside.items():
-        yield from _duplicates(one, images, repeated)
-    for (one, other), common in shared.items():
-        files = tuple(dict.fromkeys(images.files[index] for m in common for index in (m.first, m.second)))
-        counts = [len({m.first for m in common}), len({m.second for m in common})]
-        told = f"{counts[0]} of its images share their background with {counts[1]} of {other}"
-        yield Finding("shared", files, told, "note", str(one))
+        first, second = images.splits[match.first], images.splits[match.second]
+        if first not in checked and second not in checked:
+            continue
+        both_checked = first in checked and second in checked
+        if first is second:
+            duplicates[first].append(match)
+        elif both_checked and (first.split == "train") == (second.split == "train"):
+            shared[first, second].append(match)
+        else:
+            test_is_first = first not in checked if first.split == second.split else second.split == "train"
+            if test_is_first:
+                leaks[match.first, second].append((match.second, match))
+            else:
+                leaks[match.second, first].append((match.first, match))
+    for (test_index, split), leak in leaks.items():
+        yield _leak(test_index, split, leak, images)
+    for split, matches in duplicates.items():
+        yield from _duplicates(split, images, matches)
+    for (first, second), matches in shared.items():
+        files = tuple(dict.fromkeys(images.files[index] for m in matches for index in (m.first, m.second)))
+        first_count = len({match.first for match in matches})
+        second_count = len({match.second for match in matches})
+        detail = f"{first_count} of its images share their background with {second_count} of {second}"
+        yield Finding("shared", files, detail, "note", str(first))
 
 
-def _duplicates(one: DataSplit, images: _Images, matches: Sequence[BackgroundMatch]) -> Iterator[Finding]:
-    """Groups of images of one background, and how many distinct backgrounds there are."""
+def _leak(test_index: int, split: DataSplit, leak: list[tuple[int, BackgroundMatch]], images: _Images) -> Finding:
+    """Return the finding for a test image whose background is in another split."""
+    files = [images.files[test_index]]
+    copies = []
+    for index, match in leak:
+        files.append(images.files[index])
+        change = "" if str(match) == "whole" else f" ({match})"
+        copies.append(Path(images.files[index]).name + change)
+    detail = f"its background is in {split}: {', '.join(copies)}"
+    return Finding("leak", tuple(files), detail, set=str(images.splits[test_index]))
+
+
+def _duplicates(split: DataSplit, images: _Images, matches: Sequence[BackgroundMatch]) -> Iterator[Finding]:
+    """Report groups of images with one background, and the number of distinct backgrounds."""
+    groups = _connected_groups(matches)
+    repeats = 0
+    for group in groups:
+        indices = sorted(_indices(group))
+        repeats += len(indices) - 1
+        same_rain = find_matches([images.rainy[index] for index in indices], crops=False)
+        changes = [change for change in dict.fromkeys(str(match) for match in group) if change != "whole"]
+        detail = ", ".join([f"one background {len(indices)} times", *changes])
+        detail += ", the same rain" if same_rain else ", different rain"
+        level: Level = "error" if same_rain or split.split != "train" else "note"
+        yield Finding("duplicate", tuple(images.files[index] for index in indices), detail, level, str(split))
+    total = images.splits.count(split)
+    detail = f"{total} images show {total - repeats} distinct backgrounds"
+    yield Finding("backgrounds", (str(split.root),), detail, "note", str(split))
+
+
+def _connected_groups(matches: Sequence[BackgroundMatch]) -> list[list[BackgroundMatch]]:
+    """Group matches that share images, directly or through others; sorted by the first index of each group."""
     groups: dict[int, list[BackgroundMatch]] = {}
     for match in matches:
-        of_match = [first for first, group in groups.items() if {match.first, match.second} & _indices(group)]
-        joined = [*(found for first in of_match for found in groups.pop(first)), match]
-        groups[min(_indices(joined))] = joined
-    for _, group in sorted(groups.items()):
-        indices = sorted(_indices(group))
-        same_rain = find_matches([images.rainy[index] for index in indices], crops=False)
-        told = f"one background {len(indices)} times"
-        told += "".join(f", {way}" for way in dict.fromkeys(str(match) for match in group) if way != "whole")
-        told += f", {'the same' if same_rain else 'other'} rain"
-        level: Level = "error" if same_rain or one.split != "train" else "note"
-        yield Finding("duplicate", tuple(images.files[index] for index in indices), told, level, str(one))
-    total = images.owners.count(one)
-    distinct = total - sum(len(_indices(group)) - 1 for group in groups.values())
-    yield Finding(
-        "backgrounds", (str(one.root),), f"{total} images show {distinct} distinct backgrounds", "note", str(one)
-    )
+        touching = [first for first, group in groups.items() if {match.first, match.second} & _indices(group)]
+        merged = []
+        for first in touching:
+            merged += groups.pop(first)
+        merged.append(match)
+        groups[min(_indices(merged))] = merged
+    return [group for _, group in sorted(groups.items())]
 
 
 def _indices(matches: Sequence[BackgroundMatch]) -> set[int]:

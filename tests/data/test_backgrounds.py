@@ -8,6 +8,9 @@ from tests.factories import add_rain, photo
 NAMES = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle_left", "camera", "brick", "grass")
 
 
+SIDE = 400
+
+
 def jpeg(pixels, quality):
     data = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     return np.ascontiguousarray(cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1])
@@ -28,7 +31,7 @@ def resized(pixels, w, h):
 def photos():
     pytest.importorskip("skimage")
     found = [photo(name) for name in NAMES]
-    return [resized(p, round(p.shape[1] * 400 / max(p.shape)), round(p.shape[0] * 400 / max(p.shape))) for p in found]
+    return [resized(p, round(p.shape[1] * SIDE / max(p.shape)), round(p.shape[0] * SIDE / max(p.shape))) for p in found]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +47,8 @@ CHANGES = {
     "left to right": (lambda p: p[:, ::-1], "flipped left to right"),
     "upside down": (lambda p: p[::-1], "flipped upside down"),
     "transposed": (lambda p: p.transpose(1, 0, 2), "transposed"),
-    "turned clockwise": (lambda p: np.rot90(p, -1), "turned by 90°"),
-    "turned by half": (lambda p: np.rot90(p, 2), "turned by 180°"),
+    "rotated clockwise": (lambda p: np.rot90(p, -1), "rotated by 90°"),
+    "rotated by half": (lambda p: np.rot90(p, 2), "rotated by 180°"),
     "half the area": (lambda p: crop(p, 0.5), "cropped to 50% of its area"),
     "a quarter of the area": (lambda p: crop(p, 0.25), "cropped to 25% of its area"),
     "all at once": (lambda p: jpeg(np.rot90(crop(p, 0.3)[:, ::-1]), 75), "transposed, cropped to 30% of its area"),
@@ -53,15 +56,15 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_was_made_of_an_image_is_recognised(photos, known, change):
-    make, told = CHANGES[change]
+def test_changed_copies_are_found(photos, known, change):
+    make, expected = CHANGES[change]
     changed = [compute_signature(np.ascontiguousarray(make(pixels))) for pixels in photos]
     found = find_matches(known, changed)
     assert [(match.first, match.second) for match in found] == [(i, i) for i in range(len(NAMES))]
     assert all(match.score > 0.99 for match in found)
     words = [str(match) for match in found]
-    close = sum(word == told or abs(share(word) - share(told)) <= 0.02 for word in words)
-    assert close >= len(NAMES) - 1, words  # a grass or brick may look alike however it is turned
+    close = sum(word == expected or abs(share(word) - share(expected)) <= 0.02 for word in words)
+    assert close >= len(NAMES) - 1, words  # a grass or brick may look alike however it is rotated
 
 
 def share(words):
@@ -79,25 +82,25 @@ def test_rain_does_not_hide_a_background(photos, known, make):
     assert len(found) >= len(NAMES) - 2  # streaks hide the lawn and the bricks
 
 
-def test_a_photo_taken_a_step_aside_is_another(photos, known):
+def test_a_photo_from_a_step_aside_does_not_match(photos, known):
     right = photo("motorcycle_right")
     right = resized(right, 400, round(right.shape[0] * 400 / right.shape[1]))
     assert find_matches(known, [compute_signature(right)]) == []
     assert len(find_matches(known, [compute_signature(photos[NAMES.index("motorcycle_left")])])) == 1
 
 
-def test_within_one_list_each_pair_is_told_once(photos, known):
+def test_each_pair_in_one_list_is_found_once(photos, known):
     images = [known[0], known[1], compute_signature(np.ascontiguousarray(photos[0][::-1])), known[1]]
     assert [(match.first, match.second) for match in find_matches(images)] == [(0, 2), (1, 3)]
 
 
 def test_whole_images_need_no_features(photos):
     images = [compute_signature(photos[0], local=False), compute_signature(photos[1], local=False)]
-    turned = [
+    rotated = [
         compute_signature(np.ascontiguousarray(np.rot90(photos[1])), local=False),
         compute_signature(crop(photos[0], 0.5), local=False),
     ]
-    assert [(match.first, match.second) for match in find_matches(images, turned, crops=False)] == [(1, 0)]
+    assert [(match.first, match.second) for match in find_matches(images, rotated, crops=False)] == [(1, 0)]
 
 
 def test_the_same_comparison_gives_the_same_matches(photos, known):
@@ -105,17 +108,17 @@ def test_the_same_comparison_gives_the_same_matches(photos, known):
     assert find_matches(known, cropped) == find_matches(known, cropped)
 
 
-def test_images_without_anything_to_see_match_nothing():
+def test_blank_images_do_not_match():
     blank = [compute_signature(np.full((40, 50, 3), value, np.uint8)) for value in (0, 0, 255)]
     assert find_matches(blank) == []
     assert find_matches([], blank) == find_matches(blank, []) == find_matches([]) == []
     assert find_matches([compute_signature(np.zeros((1, 1, 3), np.uint8))] * 2) == []
 
 
-def test_shares_are_told_from_both_sides(photos, known):
+def test_shares_of_both_images(photos, known):
     (found,) = find_matches([known[0]], [compute_signature(crop(photos[0], 0.5))])
     assert found.share == pytest.approx(0.5, abs=0.02)
-    assert found.of_second == pytest.approx(1, abs=0.02)
-    (turned,) = find_matches([compute_signature(crop(photos[0], 0.5))], [known[0]])
-    assert (turned.share, turned.of_second) == pytest.approx((found.of_second, found.share), abs=0.02)
+    assert found.second_share == pytest.approx(1, abs=0.02)
+    (rotated,) = find_matches([compute_signature(crop(photos[0], 0.5))], [known[0]])
+    assert (rotated.share, rotated.second_share) == pytest.approx((found.second_share, found.share), abs=0.02)
     assert str(BackgroundMatch(0, 1, 1.0, True, 90, 1.0, 0.4)) == "transposed, cropped to 40% of its area"

@@ -48,7 +48,7 @@ def test_training_batches(root):
     assert (batch["rainy"] - batch["clean"]).mean() > 0
 
 
-def test_validation_is_a_seeded_slice_of_train(root):
+def test_validation_is_a_seeded_share_of_train(root):
     slices = []
     for seed in (0, 0, 1, 2):
         module = data(root, train="Rain800", val_share=0.3, split_seed=seed)
@@ -71,7 +71,7 @@ def test_no_background_both_trains_and_validates(root):
     assert not clean["train"] & clean["val"]
 
 
-def test_validating_alone_sees_the_same_slice(root):
+def test_validation_without_training_uses_the_same_share(root):
     fit, alone = (data(root, train="Rain800", val_share=0.3) for _ in range(2))
     fit.setup("fit")
     alone.setup("validate")
@@ -85,7 +85,7 @@ def test_a_named_validation_set_and_a_limit(root):
     assert module.pairs["val"] == find_pairs("Rain100L", "test", data_root=root).pairs[:2]
 
 
-def test_whole_images_come_one_by_one(root):
+def test_whole_images_are_in_batches_of_one(root):
     module = data(root, test="Rain800")
     module.setup("test")
     found = batches(module, "test")
@@ -104,7 +104,7 @@ def test_prediction_needs_no_clean_images(root):
     assert len(module.pairs["predict"]) == 2
 
 
-def test_sets_are_mixed_under_names_that_tell_them_apart(root):
+def test_names_of_mixed_sets_are_distinct(root):
     module = data(root, test=["Rain800", "Rain100L"])
     module.setup("test")
     names = [pair.name for pair in module.pairs["test"]]
@@ -112,7 +112,7 @@ def test_sets_are_mixed_under_names_that_tell_them_apart(root):
     assert {name.split("/")[0] for name in names} == {"Rain800", "Rain100L"}
 
 
-def test_samples_depend_on_seed_epoch_and_place_alone(root):
+def test_samples_depend_on_seed_epoch_and_index_alone(root):
     def tensors(epoch, workers=0, **options):
         module = data(root, train="Rain800", workers=workers, repeat=2, **options)
         module.setup("fit")
@@ -125,7 +125,7 @@ def test_samples_depend_on_seed_epoch_and_place_alone(root):
     assert not torch.equal(first, tensors(0, seed=1))
 
 
-def test_repeat_draws_several_crops_of_an_image(root):
+def test_repeat_gives_several_crops_per_image(root):
     module = data(root, train="Rain800", repeat=3, val_share=0.2)
     module.setup("fit")
     assert sum(len(batch["name"]) for batch in batches(module, "train")) == 24
@@ -140,18 +140,18 @@ def test_a_loader_resumes_within_an_epoch(root, workers):
     loader = module.train_dataloader()
     rest = list(loader)
     assert [batch["name"] for batch in rest] == [batch["name"] for batch in whole[3:]]
-    assert all(torch.equal(one["rainy"], other["rainy"]) for one, other in zip(rest, whole[3:], strict=True))
+    assert all(torch.equal(a["rainy"], b["rainy"]) for a, b in zip(rest, whole[3:], strict=True))
     loader.batch_sampler.set_epoch(2)
     assert len(list(loader)) == len(loader) == len(whole)
 
 
 @pytest.mark.parametrize(("option", "value"), [("batch_size", 3), ("repeat", 2), ("seed", 1), ("train", "Rain1400")])
-def test_another_order_is_refused_within_an_epoch_only(root, option, value):
+def test_other_options_are_rejected_within_an_epoch_only(root, option, value):
     make_set(root, "Rain1400", "train", count=5)
     options = {"train": "Rain800", "batch_size": 2}
     modules = []
-    for one in (options, options | {option: value}):
-        module = data(root, **one)
+    for module_options in (options, options | {option: value}):
+        module = data(root, **module_options)
         module.setup("fit")
         modules.append(module)
     state = modules[0].state_dict()
@@ -175,8 +175,8 @@ def test_a_batch_size_that_a_schedule_ignores_may_change_within_an_epoch(root):
     modules[1].train_dataloader()
 
 
-def test_a_schedule_counts_the_batches_that_were_trained_on(root):
-    """Not epochs of as many batches as this run has."""
+def test_a_schedule_counts_the_trained_batches(root):
+    """It does not assume that earlier epochs had as many batches as this one."""
     schedule = [CropStage(6, 16, 2), CropStage(9, 24, 2)]
     module = data(root, train="Rain800", batch_size=2, schedule=schedule)
     module.setup("fit")
@@ -185,12 +185,12 @@ def test_a_schedule_counts_the_batches_that_were_trained_on(root):
     assert [sampler.stage(3, batch).crop for batch in (1, 2)] == [16, 24]
 
 
-def test_refusals(root):
+def test_invalid_options_are_rejected(root):
     for option, value in (("crop", 0), ("batch_size", -1), ("val_share", 1.5)):
         with pytest.raises(DerainError, match=f"--data.{option} {value}"):
             data(root, **{option: value})
     for stage, option in (("fit", "train"), ("test", "test"), ("predict", "predict")):
-        with pytest.raises(DerainError, match=f"--data.{option}: no set is named"):
+        with pytest.raises(DerainError, match=f"--data.{option}: "):
             data(root).setup(stage)
     with pytest.raises(DerainError, match=r"Rain12.*below"):
         data(root, test="Rain12").setup("test")
@@ -209,12 +209,12 @@ def test_all_pairs_train_without_validation(root):
     assert len(set(names)) == 10
 
 
-def test_nothing_can_be_validated_without_validation(root):
+def test_validate_without_validation_set_is_rejected(root):
     with pytest.raises(DerainError, match=r"--data\.val none"):
         data(root, train="Rain800", val="none").setup("validate")
 
 
-def test_a_folder_named_none_can_still_validate(root, monkeypatch):
+def test_a_folder_named_none_can_be_a_validation_set(root, monkeypatch):
     make_set(root, "folder", "test", count=2).rename(root / "none")
     monkeypatch.chdir(root)
     module = data(root, train="Rain800", val="./none")
@@ -226,7 +226,7 @@ SCHEDULE = [CropStage(3, 16, 4), CropStage(2, 24, 2), CropStage(1, 32, 1)]
 
 
 class Shapes(lightning.LightningModule):
-    """Notes the shapes of batches and how many steps the optimiser took; can validate."""
+    """Records the shapes of batches and the number of optimiser steps."""
 
     def __init__(self):
         super().__init__()
@@ -260,34 +260,34 @@ def test_crops_and_batches_follow_the_steps(root, accumulate):
     assert seen == [(step, *shape) for step, shape in enumerate(expected) for _ in range(accumulate)]
 
 
-def test_steps_that_an_epoch_cuts_short_are_refused(root):
+def test_incomplete_steps_at_the_end_of_an_epoch_are_rejected(root):
     module = data(root, train="Rain800", val="none", schedule=SCHEDULE)
     with pytest.raises(DerainError, match=r"accumulate_grad_batches 2: .* 3 batches"):
         fit(module, max_steps=8, accumulate_grad_batches=2)
 
 
 @pytest.mark.parametrize("stage", [(0, 16, 4), (3, 0, 4), (3, 16, 0), (-1, 16, 4)])
-def test_stages_of_nothing_are_refused(stage):
-    with pytest.raises(DerainError, match="at least 1"):
+def test_stages_without_steps_or_crops_are_rejected(stage):
+    with pytest.raises(DerainError, match=r"--data\.schedule"):
         CropStage(*stage)
 
 
-def test_a_schedule_without_stages_is_refused(root):
-    with pytest.raises(DerainError, match="at least one stage"):
+def test_a_schedule_without_stages_is_rejected(root):
+    with pytest.raises(DerainError, match=r"--data\.schedule \[\]"):
         data(root, train="Rain800", schedule=[])
 
 
 @pytest.mark.parametrize(
     ("options", "named"), [({"crop": 100_000}, "crop 100000"), ({"batch_size": 10**9}, "10000000")]
 )
-def test_crops_that_nothing_can_hold_are_refused(root, options, named):
+def test_crops_that_exceed_images_or_memory_are_rejected(root, options, named):
     with pytest.raises(DerainError, match=named):
         data(root, train="Rain800", **options).setup("fit")
 
 
 @pytest.mark.parametrize("cache", ["ram", "disk", "off"])
-def test_a_decompression_bomb_is_refused(root, cache):
+def test_a_decompression_bomb_is_rejected(root, cache):
     found = data(root, train="Rain800", cache=cache)
     (root / "Rain800/training/3.jpg").write_bytes(png_header(40_000, 40_000))
-    with pytest.raises(DerainError, match=r"3\.jpg: .*megapixels"):
+    with pytest.raises(DerainError, match=r"3\.jpg: "):
         found.setup("fit") or batches(found, "train")

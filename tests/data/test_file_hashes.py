@@ -29,7 +29,7 @@ def files(tmp_path):
 
 
 def settle():
-    """Lets files become old enough for their times to be trusted."""
+    """Wait until the times of new files are trusted."""
     time.sleep(module.SETTLED / 1e9 + 0.05)
 
 
@@ -42,8 +42,8 @@ def quick(monkeypatch):
 def read(monkeypatch):
     """Names of the files whose content is read."""
     names = []
-    hashed = module._digest
-    monkeypatch.setattr(module, "_digest", lambda file: names.append(file.name) or hashed(file))
+    hashed = module._hash
+    monkeypatch.setattr(module, "_hash", lambda file: names.append(file.name) or hashed(file))
     return names
 
 
@@ -60,12 +60,12 @@ def test_a_file_is_read_once_until_it_changes(files, read):
     assert set(read) == {"1.png"}
 
 
-@pytest.mark.parametrize("how", ["in its old place", "by another file"])
-def test_content_that_changes_behind_equal_size_and_time_is_read(files, read, how):
+@pytest.mark.parametrize("how", ["rewritten", "replaced"])
+def test_changed_content_of_equal_size_and_time_is_read(files, read, how):
     (first,) = file_hashes(files[:1])
     times = files[0].stat()
     changed = bytes(len(files[0].read_bytes()))
-    if how == "in its old place":
+    if how == "rewritten":
         files[0].write_bytes(changed)
     else:
         files[1].write_bytes(changed)
@@ -75,7 +75,7 @@ def test_content_that_changes_behind_equal_size_and_time_is_read(files, read, ho
     assert file_hashes(files[:1]) != [first]
 
 
-def test_a_file_that_has_just_changed_is_not_remembered(files, read, monkeypatch):
+def test_the_hash_of_a_file_that_has_just_changed_is_not_cached(files, read, monkeypatch):
     monkeypatch.setattr(module, "SETTLED", 3600 * 10**9)
     file_hashes(files)
     file_hashes(files)
@@ -100,7 +100,7 @@ def test_a_damaged_cache_counts_as_empty(files, read, damage):
     assert file_hashes(files) == first
 
 
-def test_links_are_read_where_they_lead(files, read):
+def test_links_are_resolved(files, read):
     link = files[0].with_name("link.png")
     link.symlink_to(files[2])
     (first,) = file_hashes([link])
@@ -109,8 +109,8 @@ def test_links_are_read_where_they_lead(files, read):
     assert file_hashes([link]) != [first]
 
 
-def test_a_fingerprint_is_that_of_the_content_with_and_without_cache(tmp_path, read, caplog):
-    """Its value is pinned: results are cited by it, and another person with the same images must get the same."""
+def test_the_fingerprint_depends_on_content_alone(tmp_path, read, caplog):
+    """The value is fixed: results are cited by it, and equal images must have equal fingerprints everywhere."""
     caplog.set_level(logging.INFO, "derain")
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
@@ -123,4 +123,4 @@ def test_a_fingerprint_is_that_of_the_content_with_and_without_cache(tmp_path, r
             read.clear()
             assert fingerprint(pairs) == "494230a0cdaedaac"
             assert read == [] if again else len(read) == 3
-    assert caplog.text.count("reading 3 new or changed files") == 2
+    assert caplog.text.count("reading 3 ") == 2

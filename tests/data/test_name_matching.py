@@ -15,7 +15,7 @@ def pairs(matched, root):
     ]
 
 
-def test_files_without_partner_and_files_for_one_place_are_told(tmp_path):
+def test_unpaired_and_clashing_files_are_reported(tmp_path):
     touch(tmp_path, "input/a.png", "target/a.png", "input/b.png", "target/c.png", "target/a.jpg", "input/A.bmp")
     matched = pair_files("folder", "train", tmp_path)
     assert pairs(matched, tmp_path) == [("A", "input/A.bmp", "target/a.jpg")]
@@ -23,14 +23,23 @@ def test_files_without_partner_and_files_for_one_place_are_told(tmp_path):
     assert [(a.name, b.name) for a, b in matched.clashes] == [("a.jpg", "a.png"), ("A.bmp", "a.png")]
 
 
-def test_the_first_way_that_gives_pairs_is_taken(tmp_path):
+def test_each_file_has_one_role(tmp_path):
+    """A second file of a key is a clash only, and a file without partner is unpaired only."""
+    touch(tmp_path, "input/1.png", "input/1.jpg", "input/01.bmp", "input/2.png", "target/1.png", "target/3.png")
+    files = pair_files("folder", "train", tmp_path)
+    assert pairs(files, tmp_path) == [("1", "input/1.jpg", "target/1.png")]
+    assert [path.name for path in files.unpaired] == ["01.bmp", "2.png", "3.png"]
+    assert [(first.name, second.name) for first, second in files.clashes] == [("1.jpg", "1.png")]
+
+
+def test_the_first_matching_variant_is_used(tmp_path):
     touch(tmp_path, "rainy/rain-001.png", "norain-001.png", "input/1.png", "target/1.png")
     matched = pair_files("Rain100L", "test", tmp_path)
     assert pairs(matched, tmp_path) == [("rain-001", "rainy/rain-001.png", "norain-001.png")]
     assert str(matched.variant) == "rainy/rain-{n} with norain-{n}"
 
 
-def test_a_strip_of_x2_and_folders_in_names(tmp_path):
+def test_x2_suffixes_and_folders_in_names(tmp_path):
     touch(tmp_path, "train/rain/X2/norain-3x2.png", "train/norain/norain-3.png")
     assert pairs(pair_files("Rain200H", "train", tmp_path), tmp_path)[0][0] == "norain-3x2"
     touch(tmp_path / "own", "input/s1/a.png", "target/s1/a.png", "input/s2/a.png", "target/s2/a.png")
@@ -46,12 +55,12 @@ def test_video_frames_share_their_clean_image(tmp_path):
     assert [path.name for path in matched.unpaired] == ["013_64_0.png"]
 
 
-def test_hidden_files_and_other_files_are_no_images(tmp_path):
+def test_hidden_and_other_files_are_skipped(tmp_path):
     touch(tmp_path, ".thumbs/a.png", "a.png", "notes.txt", "b/.c.png", "b/10.JPG", "b/9.jpg")
     assert list_relative(tmp_path) == ["a.png", "b/9.jpg", "b/10.JPG"]
 
 
-def test_folders_of_a_set_are_listed_the_nearest_first(tmp_path):
+def test_set_folders_are_listed_nearest_first(tmp_path):
     for folder in ("deep/down/Rain12", "rain12", "x/RAIN12", "Rain120", ".hidden/Rain12"):
         (tmp_path / folder).mkdir(parents=True)
     assert [path.relative_to(tmp_path).as_posix() for path in find_set_folders("Rain12", tmp_path)] == [
@@ -63,7 +72,7 @@ def test_folders_of_a_set_are_listed_the_nearest_first(tmp_path):
     assert find_set_folders("RainTrainL", tmp_path) == [tmp_path / "Rain100L/train"]
 
 
-def test_an_inventory_tells_what_is_there(tmp_path):
+def test_the_inventory_lists_folders_and_images(tmp_path):
     assert inventory(tmp_path) == "neither folders nor images"
     make_set(tmp_path, "folder", "test", count=1)
     save(tmp_path / "1.png", clean_image(0, (4, 5)))

@@ -13,19 +13,19 @@ def pairs():
     return [(add_rain(photo(name), seed), photo(name)) for seed, name in enumerate(names)]
 
 
-def test_exchanging_the_images_negates_every_cue(pairs):
+def test_swapping_the_images_negates_every_cue(pairs):
     for rainy, clean in pairs:
         assert rain_cues(rainy, clean) == pytest.approx(-rain_cues(clean, rainy), abs=1e-5)
 
 
-def test_rain_is_told_from_what_lies_below_it(pairs):
+def test_the_rainy_image_is_recognised(pairs):
     scores = rain_scores([rain_cues(rainy, clean) for rainy, clean in pairs])
     assert scores.min() > 2
-    exchanged = rain_scores([rain_cues(clean, rainy) for rainy, clean in pairs])
-    assert exchanged == pytest.approx(-scores)
+    swapped = rain_scores([rain_cues(clean, rainy) for rainy, clean in pairs])
+    assert swapped == pytest.approx(-scores)
 
 
-def test_rain_is_told_where_the_rainy_image_was_darkened_or_veiled(pairs):
+def test_a_darkened_or_veiled_rainy_image_is_recognised(pairs):
     for rainy, clean in pairs:
         darkened = (rainy * 0.6).astype(np.uint8)
         veiled = (rainy * 0.7 + 70).astype(np.uint8)
@@ -33,23 +33,23 @@ def test_rain_is_told_where_the_rainy_image_was_darkened_or_veiled(pairs):
         assert (scores > 0).all()
 
 
-def test_brightness_counts_only_where_it_holds_throughout_the_set():
+def test_brightness_counts_only_if_it_agrees_throughout_the_set():
     faint = np.array([0.0, 0.0, 0.0, 0.9])
     assert rain_scores([faint] * 10)[0] == pytest.approx(5.4)
-    assert rain_scores([faint] * 5)[0] == 0  # too few to tell
-    assert rain_scores([faint, -faint] * 5)[0] == 0  # the set does not keep to it
-    lone = rain_scores([faint] * 19 + [-faint])
-    assert lone[-1] == pytest.approx(-5.4)
+    assert rain_scores([faint] * 5)[0] == 0  # too few pairs
+    assert rain_scores([faint, -faint] * 5)[0] == 0  # no agreement
+    scores = rain_scores([faint] * 19 + [-faint])
+    assert scores[-1] == pytest.approx(-5.4)
 
 
-def test_tiny_and_blank_images_have_no_side():
+def test_tiny_and_blank_images_have_score_zero():
     blank = np.zeros((1, 1, 3), np.uint8)
     assert rain_scores([rain_cues(blank, blank)])[0] == pytest.approx(0, abs=1e-6)
     assert rain_scores([rain_cues(np.zeros((5, 40, 3), np.uint8), np.zeros((5, 40, 3), np.uint8))])[0] == 0
 
 
 @pytest.mark.slow
-def test_few_correct_pairs_of_real_sets_look_exchanged(real_data):
+def test_few_correct_pairs_of_real_sets_look_swapped(real_data):
     for name, split, most in [("Rain800", "test", 0), ("Rain100L", "test", 0), ("Rain100H", "test", 0)]:
         pairs = find_pairs(name, split, data_root=real_data).pairs
         scores = rain_scores([rain_cues(rainy, clean) for pair in pairs for rainy, clean in [pair.read()]])
