@@ -50,5 +50,5 @@ def print_differences(differences: dict[tuple[int, int], float]) -> None:
     table = Table("size", title="file against method")
     table.add_column("largest difference", justify="right")
     for (height, width), difference in differences.items():
-        table.add_row(f"{height}×{width}", f"{difference:.1e}")
+        table.add_row(f"{width}×{height}", f"{difference:.1e}")
     Console().print(table)

@@ -130,7 +130,7 @@ def restore(
 
 def _sampling(**options: str | int | None) -> Any:
     """Return the sampling that was asked for; None for that of the method."""
-    from derain.methods.daclipsde.solvers import Sampling
+    from derain.methods.interfaces import Sampling
 
     chosen: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     return Sampling(**chosen) if chosen else None
