@@ -41,5 +41,5 @@ def show(differences: dict[tuple[int, int], float]) -> None:
     table = Table("size", title="file against method")
     table.add_column("largest difference", justify="right")
     for (height, width), difference in differences.items():
-        table.add_row(f"{height}×{width}", f"{difference:.1e}")
+        table.add_row(f"{width}×{height}", f"{difference:.1e}")
     Console().print(table)

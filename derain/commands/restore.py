@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
             waiting.pop(source)
     if broken and not waiting:
         raise _told(broken)
-    from derain.methods.daclipsde.solvers import Sampling
+    from derain.methods.interfaces import Sampling
     from derain.restoration import Restorer
 
     keep_freed_memory()

@@ -127,7 +127,7 @@ def test_forms_hold_the_same_numbers(capsys, small):
 
 def test_weights_are_counted_and_timed_on_named_hardware(capsys, small, tmp_path):
     file = tmp_path / "mine.safetensors"
-    save(PReNetModule("PRN_r", stages=2), file)
+    PReNetModule("PRN_r", stages=2).save_weights(file)
     options = ["--size", "16", "--weights", str(file), "--time", "--device", "cpu", "--format", "json"]
     assert main(["bench", *options]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -1,5 +1,6 @@
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import av
@@ -16,7 +17,7 @@ from derain.errors import DerainError
 from derain.images import read_photo, read_rgb, to_bytes, write_image
 from derain.methods import CLIPRPNModule, DACLIPSDEModule, PReNetModule, catalog
 from derain.methods.cliprpn.network import CLIPRPN
-from derain.methods.daclipsde.solvers import Sampling
+from derain.methods.interfaces import Sampling
 from derain.restoration import Restorer
 from derain.videos import rewrite
 from tests.factories import clean_image, located, make_video
