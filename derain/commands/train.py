@@ -291,7 +291,7 @@ class DerainCLI(LightningCLI):
         Raises:
             DerainError: If the weights belong to another network, or the method has loaded initial weights itself.
         """
-        controller = getattr(self.model, "begun_from", None)
+        controller = getattr(self.model, "initial_controller", None)
         given = {"--weights": config.weights, "--model.controller": controller}
         options = [f"{option} {file}" for option, file in given.items() if file]
         if config.ckpt_path:
