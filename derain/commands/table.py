@@ -96,7 +96,7 @@ def _with_cost(row: ResultRow) -> ResultRow:
 
     known = {one.__name__: one for one in catalog.methods()}
     try:
-        method = known[row.described["method"]](**row.described["hyper_parameters"])
+        method = known[row.metadata["method"]](**row.metadata["hyper_parameters"])
     except (KeyError, TypeError, ValueError) as error:
         log.warning("%s: its cost is not counted, as %s cannot be built here (%s)", row.file, row.method, error)
         return row
@@ -322,7 +322,7 @@ def draw(folder: Path, rows: Sequence[ResultRow], protocol: str, metrics: Iterab
         written.append(plots.curves(folder / "curves.png", curves))
     for row in rows:
         for score in row.scores:
-            name, pairs = names[id(row)] + _part(score), _images(score.each, protocol)
+            name, pairs = names[id(row)] + _part(score), _images(score.image_scores, protocol)
             if pairs:
                 file = _free(folder / f"images-{_slug(name)}-{_slug(score.dataset)}.png", written)
                 written.append(plots.images(file, pairs, name, score.dataset, protocol))

@@ -163,7 +163,7 @@ def test_refuses_what_is_absent_empty_or_of_the_wrong_kind(folders, tmp_path):
         run(derained, tmp_path / "empty")
     with pytest.raises(DerainError, match="nowhere"):
         run(derained, tmp_path / "nowhere")
-    with pytest.raises(DerainError, match=r"is one file, but .* is a folder"):
+    with pytest.raises(DerainError, match=r"norain-1\.png: .*derained"):
         run(derained, clean / "norain-1.png")
     with pytest.raises(DerainError, match="CLEAN: not given"):
         run(derained)
@@ -186,9 +186,9 @@ def test_without_weights_lpips_is_one_line_and_the_rest_is_told(folders, capsys)
     assert run(*folders, "--format", "json") == 0
     told = capsys.readouterr()
     assert json.loads(told.out)[0]["lpips"] is None
-    assert [line for line in told.err.splitlines() if "LPIPS" in line] == [
-        "LPIPS left out: AlexNet's weights are not here; --lpips alex fetches 233 MB"
-    ]
+    (message,) = [line for line in told.err.splitlines() if "LPIPS" in line]
+    assert "--lpips alex" in message
+    assert "233 MB" in message
 
 
 class MeanLpips(Lpips):
