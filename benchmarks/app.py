@@ -1,6 +1,6 @@
-"""The page of derain app under 20 users and 200 requests, with hostile requests among them: figures.
+"""The page of ``derain app`` with 20 users, 200 photos and hostile requests.
 
-The page runs in a process of its own, on the CPU, with a small PReNet; all requests go to this machine.
+The page runs in another process, on the CPU, with a small PReNet; all requests are local.
 """
 
 import re
@@ -22,7 +22,7 @@ from PIL import Image
 
 from derain.methods import PReNetModule
 
-USERS, EACH, ATTACKERS = 20, 10, 4
+USERS, PHOTOS_PER_USER, ATTACKERS = 20, 10, 4
 SIZE = (320, 240)
 PATHS = ("{secret}", "{upload}/../../../secret.png", "file://{secret}", "http://127.0.0.1:1/x.png", "/etc/passwd")
 HOSTS = ("evil.example", "127.0.0.1.evil.example", "192.0.2.1", "[::2]:80")
@@ -30,11 +30,11 @@ ORIGINS = ("http://evil.example", "null", "http://localhost:3000")
 
 
 def user(address: str, photo: bytes, number: int) -> list[tuple[str, float]]:
-    """Restore photos one after the other as a browser does; what became of each, and the seconds."""
+    """Restore photos one after another like a browser; return the outcome of each, and the seconds."""
     outcomes = []
     with httpx.Client(base_url=address, timeout=300) as client:
         client.get("/")
-        for i in range(EACH):
+        for i in range(PHOTOS_PER_USER):
             start = time.perf_counter()
             name = f"{number}-{i}.png"
             path = client.post("/gradio_api/upload", files={"files": (name, photo)}).json()[0]
@@ -44,36 +44,40 @@ def user(address: str, photo: bytes, number: int) -> list[tuple[str, float]]:
                 outcomes.append((str(joined.status_code), time.perf_counter() - start))
                 continue
             answer = client.get(f"/gradio_api/call/restore/{joined.json()['event_id']}").text
-            found = re.search(rf"/gradio_api/file=[^\"]*{number}-{i}-derained\.png", answer)
-            right = found is not None and client.get(found[0]).status_code == 200
-            outcomes.append(("restored" if right else "lost", time.perf_counter() - start))
+            link = re.search(rf"/gradio_api/file=[^\"]*{number}-{i}-derained\.png", answer)
+            restored = link is not None and client.get(link[0]).status_code == 200
+            outcomes.append(("restored" if restored else "lost", time.perf_counter() - start))
     return outcomes
 
 
 def attack(address: str, secret: Path, upload: str, done: threading.Event) -> Counter[str]:
-    """Ask for files of others, under foreign names, from foreign sites, and without listening."""
+    """Request private files, use foreign host names and origins, and start jobs without fetching their results."""
     answers: Counter[str] = Counter()
     with httpx.Client(base_url=address, timeout=60) as client:
         while not done.is_set():
             for path in PATHS:
                 for meta in ({}, {"meta": {"_type": "gradio.FileData"}}):
-                    sent = {"data": [{"path": path.format(secret=secret, upload=upload), **meta}, "w · PReNet", 0, 0]}
-                    answers[f"path {client.post('/gradio_api/call/restore', json=sent).status_code}"] += 1
+                    file = {"path": path.format(secret=secret, upload=upload), **meta}
+                    response = client.post("/gradio_api/call/restore", json={"data": [file, "w · PReNet", 0, 0]})
+                    answers[f"path {response.status_code}"] += 1
             for host in HOSTS:
-                answers[f"host {client.get('/config', headers={'host': host}).status_code}"] += 1
+                response = client.get("/config", headers={"host": host})
+                answers[f"host {response.status_code}"] += 1
             for origin in ORIGINS:
-                posted = client.post("/gradio_api/queue/join", json={"data": []}, headers={"origin": origin})
-                answers[f"origin {posted.status_code}"] += 1
-            answers[f"file {client.get(f'/gradio_api/file={secret}').status_code}"] += 1
+                response = client.post("/gradio_api/queue/join", json={"data": []}, headers={"origin": origin})
+                answers[f"origin {response.status_code}"] += 1
+            response = client.get(f"/gradio_api/file={secret}")
+            answers[f"file {response.status_code}"] += 1
             for i in range(10):
-                sent = {"data": [{"path": upload}, "w · PReNet", 0, 0], "session_hash": f"nobody{i}"}
-                answers[f"unheard {client.post('/gradio_api/call/restore', json=sent).status_code}"] += 1
+                job = {"data": [{"path": upload}, "w · PReNet", 0, 0], "session_hash": f"abandoned{i}"}
+                response = client.post("/gradio_api/call/restore", json=job)
+                answers[f"abandoned {response.status_code}"] += 1
             time.sleep(0.2)
     return answers
 
 
 def main() -> int:
-    """Print what became of all requests, how long they took, and the memory of the page; 1 if an aim is missed."""
+    """Print outcomes, times and the memory of the page; return 1 if a target is missed."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         torch.manual_seed(0)
@@ -95,18 +99,18 @@ def main() -> int:
                     threads.submit(attack, address, folder / "secret.png", upload, done) for _ in range(ATTACKERS)
                 ]
                 users = [threads.submit(user, address, photo, i) for i in range(USERS)]
-                outcomes = [one for future in users for one in future.result()]
+                outcomes = [outcome for future in users for outcome in future.result()]
                 seconds = time.perf_counter() - start
                 done.set()
                 answers = sum((future.result() for future in attacks), Counter())
             times = sorted(time for _, time in outcomes)
             print(f"{USERS} users, {len(outcomes)} photos of {SIZE[0]} × {SIZE[1]} in {seconds:.1f} s: ", end="")
             print(", ".join(f"{n} {name}" for name, n in Counter(name for name, _ in outcomes).items()))
-            print(f"seconds a photo: median {statistics.median(times):.2f}, 95 % {times[int(0.95 * len(times))]:.2f}")
-            print("hostile requests, by kind and answer:", dict(sorted(answers.items())))
+            print(f"seconds per photo: median {statistics.median(times):.2f}, 95 % {times[int(0.95 * len(times))]:.2f}")
+            print("hostile requests by kind and status:", dict(sorted(answers.items())))
             grown = (memory.memory_info().rss - before) / 1e6
             print(f"memory of the page: {before / 1e6:.0f} MB, {grown:+.0f} MB")
-            refused = {"path 403", "host 403", "origin 403", "file 403", "unheard 200", "unheard 429"}
+            refused = {"path 403", "host 403", "origin 403", "file 403", "abandoned 200", "abandoned 429"}
             return int({name for name, _ in outcomes} != {"restored"} or not set(answers) <= refused)
         finally:
             page.terminate()

@@ -1,9 +1,9 @@
 """Training batches (8 crops of 128×128, flips) from the pixel cache against decoding two files a sample.
 
-At least 20 times the samples per second is asked for, of one process and of each way's default number of workers, and
-resident memory that does not grow with workers. The same with two workers each is shown: there, sending a batch
-between processes takes longer than making it.
-Real images of Rain100L are used where DERAIN_DATA has them, else generated ones of the same size.
+Targets: at least 20 times the samples per second, in one process and with the default number of workers of each
+variant; memory per worker that does not grow with the number of workers. Two workers each are shown as well: sending a
+batch between processes then takes longer than making it. Images are Rain100L's if DERAIN_DATA contains them, else
+generated images of the same size.
 """
 
 import os
@@ -26,28 +26,28 @@ from derain.data.transforms import Augmentation
 from derain.images import write_image
 
 SAMPLES: dict[CacheMode, int] = {"disk": 8000, "off": 400}
-"""So many that each way is timed for seconds, not for the start of its workers."""
+"""Enough to measure seconds of loading, not the start of workers."""
 
-LEAST = 20
-READ = 400
+MIN_SPEED_UP = 20
+MEMORY_SAMPLES = 400
 
 
-def a_set(folder: Path) -> str:
-    """Rain100L, or 60 generated pairs of 481×321."""
+def data_set(folder: Path) -> str:
+    """Return the ``--data`` option of Rain100L, or of 60 generated pairs of 481×321."""
     root = os.environ.get("DERAIN_DATA")
     if root and (Path(root) / "Rain100L").is_dir():
         return f"Rain100L:{root}/Rain100L"
     rng = np.random.default_rng(0)
-    for place in range(60):
+    for index in range(60):
         clean = cv2.resize(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8), (481, 321), interpolation=cv2.INTER_CUBIC)
         noisy = np.clip(clean + rng.normal(0, 8, clean.shape), 0, 255).astype(np.uint8)
-        write_image(folder / "target" / f"{place}.png", clean)
-        write_image(folder / "input" / f"{place}.png", noisy)
+        write_image(folder / "target" / f"{index}.png", clean)
+        write_image(folder / "input" / f"{index}.png", noisy)
     return f"folder:{folder}"
 
 
 def samples_per_second(pairs: tuple[Pair, ...], mode: CacheMode, workers: int) -> float:
-    """Samples a second from the second batch on."""
+    """Return the samples per second from the second batch on."""
     dataset = TrainingPairs(pairs, open_cache(pairs, mode), {128: Augmentation(128)}, seed=0)
     order = TrainingBatchSampler(SAMPLES[mode], rank=0, world=1, seed=0, stages=[Stage(0, 128, 8)])
     batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=workers))
@@ -58,33 +58,36 @@ def samples_per_second(pairs: tuple[Pair, ...], mode: CacheMode, workers: int) -
 
 
 def worker_memory(pairs: tuple[Pair, ...], workers: int) -> float:
-    """Memory in MiB that a worker does not share, in the middle of an epoch that reads every image."""
+    """Return the unshared memory of a worker in MiB, in the middle of an epoch that reads every image."""
     dataset = TrainingPairs(pairs, open_cache(pairs, "disk"), {128: Augmentation(128)}, seed=0)
-    order = TrainingBatchSampler(4 * READ, rank=0, world=1, seed=0, stages=[Stage(0, 128, 8)])
+    order = TrainingBatchSampler(4 * MEMORY_SAMPLES, rank=0, world=1, seed=0, stages=[Stage(0, 128, 8)])
     batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=workers))
-    for _ in range(READ // 8):
+    for _ in range(MEMORY_SAMPLES // 8):
         next(batches)
     children = psutil.Process().children()
     return sum(child.memory_full_info().uss for child in children) / 2**20 / len(children)
 
 
 def main() -> int:
-    """Prints speeds, their ratios, and memory a worker; 1 if the defaults or memory miss their limit."""
+    """Print speeds, ratios and memory per worker; return 1 if a target is missed."""
     warnings.filterwarnings("ignore", ".*suggested max number of worker.*")
     os.environ["DERAIN_CACHE"] = tempfile.mkdtemp()
-    found = find_pairs(a_set(Path(tempfile.mkdtemp())), "test")
-    print(f"at least 20 times asked for; batches of 8 crops of 128×128 from {len(found.pairs)} pairs of {found.layout}")
-    speed = {(mode, n): samples_per_second(found.pairs, mode, n) for mode in SAMPLES for n in (0, 2)}
+    split = find_pairs(data_set(Path(tempfile.mkdtemp())), "test")
+    print(
+        f"batches of 8 crops of 128×128 from {len(split.pairs)} pairs of {split.layout} (at least {MIN_SPEED_UP} times)"
+    )
+    speeds = {(mode, n): samples_per_second(split.pairs, mode, n) for mode in SAMPLES for n in (0, 2)}
     ratios = []
-    for fast, slow in ((0, 0), (0, 2), (2, 2)):  # without workers is the default with a cache, with them without
-        ratios.append(speed["disk", fast] / speed["off", slow])
+    for cache_workers, decoding_workers in ((0, 0), (0, 2), (2, 2)):  # (0, 2) are the defaults
+        cached, decoded = speeds["disk", cache_workers], speeds["off", decoding_workers]
+        ratios.append(cached / decoded)
         print(
-            f"  cache with {fast} workers {speed['disk', fast]:,.0f}/s, decoding with {slow} workers "
-            f"{speed['off', slow]:,.0f}/s: {ratios[-1]:.1f} times"
+            f"  cache with {cache_workers} workers {cached:,.0f}/s, decoding with {decoding_workers} workers "
+            f"{decoded:,.0f}/s: {ratios[-1]:.1f} times"
         )
-    memory = [worker_memory(found.pairs, workers) for workers in (1, 4)]
-    print(f"  memory of its own that a worker takes: {memory[0]:.0f} MiB with 1, {memory[1]:.0f} MiB with 4 workers")
-    return int(min(ratios[:2]) < LEAST or memory[1] > 1.5 * memory[0])
+    memory = [worker_memory(split.pairs, workers) for workers in (1, 4)]
+    print(f"  unshared memory per worker: {memory[0]:.0f} MiB with 1, {memory[1]:.0f} MiB with 4 workers")
+    return int(min(ratios[:2]) < MIN_SPEED_UP or memory[1] > 1.5 * memory[0])
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """The conditional U-Net of DA-CLIP and IR-SDE against its textbook form: same weights, same output, less time.
 
-The textbook form (`tests/methods/daclipsde/references.py`, which the tests check ours against too) is the authors'
-arrangement: contiguous ``(b, c, h, w)``, variances and means for norms, `einsum` for attention, images enlarged before
-they are convolved. Ways take turns at estimating the noise in one image of 256×256, on a GPU where there is one, else
-on all cores; a ratio is of medians. Where other programs disturb, the time that processors worked for this process says
-more, on a single thread: ``--threads 1``; both are printed. Asked for with the contexts of DA-CLIP: on a CPU, float32
-1.2 times as fast, both in a plain process and with large blocks kept by glibc, as `derain` makes it do in its own
-processes, and equal to 1e-5; on a GPU, twice as fast with bf16 and compiled.
+The textbook form (`tests/methods/daclipsde/references.py`, also the reference of the tests) computes like the authors'
+code: contiguous ``(b, c, h, w)``, variances and means for norms, `einsum` for attention, images upsampled before they
+are convolved. The variants alternately estimate the noise in one image of 256×256, on a GPU if there is one, else on
+all cores; ratios are of medians. If other programs run, processor time on a single thread (``--threads 1``) is more
+reliable than wall time; both are printed. Targets with the contexts of DA-CLIP: on a CPU, a speed-up of 1.2 in float32,
+with glibc's default settings as well as with freed memory kept (as in `derain`'s own processes), equal to 1e-5; on a
+GPU, a speed-up of 2, compiled in bf16.
 
-Sampling needs no more memory for more steps: 50 steps take less than 5 % more than 5, each in a process of its own on
-the CPU. An image of 2000×1500 is restored within 6 GiB there, in tiles; those of a trained network show no seam:
+Memory does not depend on the number of sampling steps: 50 steps need less than 5 % more than 5, measured in separate
+processes on the CPU. An image of 2000×1500 is restored there in tiles within 6 GiB; tiles of a trained network show no
+seams:
 
     DERAIN_DATA=data DERAIN_SDE_WEIGHTS=runs/rain800/fit-1/weights.safetensors python benchmarks/daclipsde.py
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _turns import Times, in_turns, references, report
+from _timing import Times, references, report, time_alternately
 from torch import Tensor
 
 from derain import Restorer
@@ -36,47 +37,52 @@ from derain.methods.daclipsde.solvers import Sampling
 from derain.restoration import starts
 
 SIDE, ROUNDS = 256, 3
-SPEED, APART, GROWTH = 1.2, 1e-5, 1.05
-GPU_SPEED, GIBIBYTES, SEAM = 2.0, 6.0, 1.5
+SPEED_UP, MAX_DIFFERENCE, MEMORY_RATIO = 1.2, 1e-5, 1.05
+GPU_SPEED_UP, MAX_GIBIBYTES, SEAM_RATIO = 2.0, 6.0, 1.5
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IR_SDE = {"multipliers": (2, 4, 8, 16), "content": False, "degradation": False}
 NETWORKS = {"DA-CLIP, 49 M": {}, "IR-SDE, 137 M": IR_SDE}
-RUNS = [("DA-CLIP, 49 M",), *([] if DEVICE.type == "cuda" else [("DA-CLIP, 49 M", "--kept")]), ("IR-SDE, 137 M",)]
+RUNS = [["DA-CLIP, 49 M"], ["DA-CLIP, 49 M", "--keep-freed-memory"], ["IR-SDE, 137 M"]]
+if DEVICE.type == "cuda":
+    RUNS.pop(1)
 
 
 @torch.inference_mode()
-def measured(name: str) -> tuple[dict[str, Times], dict[str, float]]:
-    """Times of every way and how far they are from the textbook form, whose output is of the size of 1."""
+def measure(name: str) -> tuple[dict[str, Times], dict[str, float]]:
+    """Return times of all variants, and differences from the textbook form in standard deviations of its output."""
     torch.manual_seed(0)
     ours = ConditionalUNet(**NETWORKS[name]).to(DEVICE).eval()
     for parameter_name, parameter in ours.named_parameters():
         if "proj_out" in parameter_name:  # starts at zero
             parameter.normal_(std=0.05)
-    theirs = references("daclipsde").Textbook(ours.state_dict())
-    images = torch.rand(2, 1, 3, SIDE, SIDE)
-    given = [one.to(DEVICE) for one in (*images, torch.tensor([50]), *torch.randn(2, 1, 512))]
+    textbook = references("daclipsde").Textbook(ours.state_dict())
+    noisy, rainy = torch.rand(2, 1, 3, SIDE, SIDE)
+    content, degradation = torch.randn(2, 1, 512)
+    inputs = [tensor.to(DEVICE) for tensor in (noisy, rainy, torch.tensor([50]), content, degradation)]
 
-    def finished(network: Callable[..., Tensor]) -> Tensor:
-        estimated = network(*given).float()
+    def float32(network: Callable[..., Tensor]) -> Tensor:
+        noise = network(*inputs).float()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
-        return estimated
+        return noise
 
-    def half(network: Callable[..., Tensor]) -> Tensor:
+    def bf16(network: Callable[..., Tensor]) -> Tensor:
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            return finished(network)
+            return float32(network)
 
-    ways = {"textbook": lambda: finished(theirs), "ours": lambda: finished(ours), "ours, bf16": lambda: half(ours)}
+    variants = {"textbook": lambda: float32(textbook), "ours": lambda: float32(ours), "ours, bf16": lambda: bf16(ours)}
     if DEVICE.type == "cuda":
         compiled = torch.compile(ours)
-        ways["ours, bf16, compiled"] = lambda: half(compiled)
-    reference = theirs(*given)
-    apart = {way: float((step() - reference).abs().max() / reference.std()) for way, step in ways.items()}
-    return in_turns(ways, ROUNDS), apart
+        variants["ours, bf16, compiled"] = lambda: bf16(compiled)
+    reference = textbook(*inputs)
+    differences = {
+        variant: float((estimate() - reference).abs().max() / reference.std()) for variant, estimate in variants.items()
+    }
+    return time_alternately(variants, ROUNDS), differences
 
 
-def sampled(steps: int) -> int:
-    """Peak resident memory in KiB of this process after sampling an image with a tiny network."""
+def sampling_memory(steps: int) -> int:
+    """Return the peak memory of this process in KiB, after sampling an image with a tiny network."""
     module = DACLIPSDEModule("none", channels=16, multipliers=(1, 2, 4, 8), attention="none", max_sigma=10.0)
     module.sampling = Sampling(steps=steps)
     module.eval()(torch.rand(1, 3, SIDE, SIDE))
@@ -84,11 +90,11 @@ def sampled(steps: int) -> int:
 
 
 @torch.inference_mode()
-def large() -> float:
-    """Peak resident memory in GiB of this process after one step on an image of 2000×1500 with contexts."""
+def large_image_memory() -> float:
+    """Return the peak memory of this process in GiB, after one step on an image of 2000×1500 with contexts."""
     keep_freed_memory()
     module = DACLIPSDEModule().eval()
-    module.check = lambda: None  # CLIP has no part in it: embeddings are made up
+    module.check = lambda: None  # no CLIP: the embeddings are constant
     module.encode = lambda rainy: {"content": torch.ones(1, 512), "degradation": torch.ones(1, 512)}
     image = np.random.default_rng(0).random((1500, 2000, 3), np.float32)
     Restorer(module, device="cpu", sampling=Sampling(steps=1))(image)
@@ -96,74 +102,82 @@ def large() -> float:
 
 
 def seams(file: str) -> tuple[float, float]:
-    """What tiles change of an image, from a row or column to the next: where tiles begin or end, and everywhere."""
+    """Return how much the effect of tiles changes between adjacent rows or columns: at tile borders, and on average."""
     tile, overlap = 192, 64
-    pixels = find_pairs("Rain100L", "test", data_root=Path(os.environ["DERAIN_DATA"])).pairs[0].read()[0] / 255
-    tiled, whole = (Restorer(file, tile=side, overlap=overlap)(pixels.astype(np.float32)) for side in (tile, None))
-    there, everywhere = [], []
-    for change in (tiled - whole, (tiled - whole).transpose(1, 0, 2)):
-        jumps = np.abs(np.diff(change, axis=0)).mean((1, 2))
-        edges = {edge for start in starts(len(change), tile, overlap) for edge in (start, start + tile)}
-        there += [float(jumps[edge - 1]) for edge in edges - {0, len(change)}]
-        everywhere += [float(jump) for jump in jumps]
-    return float(np.mean(there)), float(np.mean(everywhere))
+    split = find_pairs("Rain100L", "test", data_root=Path(os.environ["DERAIN_DATA"]))
+    rainy, _ = split.pairs[0].read()
+    image = rainy.astype(np.float32) / 255
+    tiled = Restorer(file, tile=tile, overlap=overlap)(image)
+    untiled = Restorer(file, tile=None, overlap=overlap)(image)
+    effect = tiled - untiled
+    at_borders, overall = [], []
+    for rows in (effect, effect.transpose(1, 0, 2)):
+        changes = np.abs(np.diff(rows, axis=0)).mean((1, 2))
+        borders = set()
+        for start in starts(len(rows), tile, overlap):
+            borders |= {start, start + tile}
+        at_borders += [float(changes[border - 1]) for border in borders - {0, len(rows)}]
+        overall += [float(change) for change in changes]
+    return float(np.mean(at_borders)), float(np.mean(overall))
 
 
-def itself(*arguments: object) -> str:
-    """What this file prints in a process of its own."""
+def run_self(*arguments: object) -> str:
+    """Run this file in another process; return its output."""
     command = [sys.executable, __file__, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def judged(name: str, threads: int, kept: bool) -> bool:
-    """Prints a table of one network; whether what is asked for of it is missed."""
-    times, apart = measured(name)
-    where = f"{threads} threads, {'large blocks kept' if kept else 'a plain process'}"
+def compare_network(name: str, threads: int, freed_memory_kept: bool) -> bool:
+    """Print a table for a network; return whether a target is missed."""
+    times, differences = measure(name)
     if DEVICE.type == "cuda":
-        where = torch.cuda.get_device_name()
-    ratio = report(f"{name}, {SIDE}×{SIDE}, {where}", times, apart)
-    if DEVICE.type == "cuda":  # whose float32 may be rounded to TF32
-        return "49 M" in name and times["textbook"][0] < GPU_SPEED * times["ours, bf16, compiled"][0]
-    return apart["ours"] > APART or ("49 M" in name and ratio < SPEED)
+        hardware = torch.cuda.get_device_name()
+    else:
+        hardware = f"{threads} threads, {'freed memory kept' if freed_memory_kept else 'glibc defaults'}"
+    speed_up = report(f"{name}, {SIDE}×{SIDE}, {hardware}", times, differences)
+    has_target = "49 M" in name
+    if DEVICE.type == "cuda":  # float32 may be rounded to TF32: differences have no target
+        return has_target and times["textbook"][0] < GPU_SPEED_UP * times["ours, bf16, compiled"][0]
+    return differences["ours"] > MAX_DIFFERENCE or (has_target and speed_up < SPEED_UP)
 
 
 def main() -> int:
-    """Prints times, ratios and memory; 1 if an aim is missed."""
+    """Print times, ratios and memory; return 1 if a target is missed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--network", choices=NETWORKS)
-    parser.add_argument("--kept", action="store_true", help="with --network: glibc keeps large blocks")
-    parser.add_argument("--sample", type=int, metavar="STEPS")
-    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--network", choices=NETWORKS, help="measure only this network")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="with --network: glibc keeps freed memory")
+    parser.add_argument("--sampling-memory", type=int, metavar="STEPS", help="print the peak memory of sampling in KiB")
+    parser.add_argument("--large-image-memory", action="store_true", help="print the peak memory of a step in GiB")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.sample:
-        print(sampled(options.sample))
+    if options.sampling_memory:
+        print(sampling_memory(options.sampling_memory))
+        return 0
+    if options.large_image_memory:
+        print(large_image_memory())
         return 0
     if options.network:
-        if options.kept:
+        if options.keep_freed_memory:
             keep_freed_memory()
-        return int(judged(options.network, options.threads, options.kept))
-    if options.large:
-        print(large())
-        return 0
+        return int(compare_network(options.network, options.threads, options.keep_freed_memory))
     missed = False
     for run in RUNS:
         command = [sys.executable, __file__, "--threads", str(options.threads), "--network", *run]
         missed |= subprocess.run(command, check=False).returncode != 0
-    few, many = (int(itself("--sample", steps, "--threads", options.threads)) for steps in (5, 50))
-    print(f"sampling in 5 steps {few / 1024:.0f} MiB, in 50 {many / 1024:.0f} MiB: {many / few:.3f} times")
-    missed |= many > GROWTH * few
-    peak = float(itself("--large", "--threads", options.threads))
-    print(f"one step on 2000×1500 in tiles: {peak:.2f} GiB; asked for: at most {GIBIBYTES:.0f}")
-    missed |= peak > GIBIBYTES
+    few, many = (int(run_self("--sampling-memory", steps, "--threads", options.threads)) for steps in (5, 50))
+    print(f"sampling with 5 steps {few / 1024:.0f} MiB, with 50 {many / 1024:.0f} MiB: {many / few:.3f} times")
+    missed |= many > MEMORY_RATIO * few
+    peak = float(run_self("--large-image-memory", "--threads", options.threads))
+    print(f"one step on 2000×1500 in tiles: {peak:.2f} GiB (at most {MAX_GIBIBYTES:.0f})")
+    missed |= peak > MAX_GIBIBYTES
     if os.environ.get("DERAIN_SDE_WEIGHTS") and os.environ.get("DERAIN_DATA"):
-        there, everywhere = seams(os.environ["DERAIN_SDE_WEIGHTS"])
-        print(f"what tiles change jumps by {there:.1e} where they begin or end, by {everywhere:.1e} everywhere")
-        missed |= there > SEAM * everywhere
+        at_borders, overall = seams(os.environ["DERAIN_SDE_WEIGHTS"])
+        print(f"the effect of tiles changes by {at_borders:.1e} at their borders, by {overall:.1e} on average")
+        missed |= at_borders > SEAM_RATIO * overall
     else:
-        print("seams left out: DERAIN_SDE_WEIGHTS names no weights of DACLIPSDEModule, or DERAIN_DATA no data")
-    print("an aim is missed" if missed else "all asked for is met")
+        print("seams skipped: needs DERAIN_SDE_WEIGHTS (weights of DACLIPSDEModule) and DERAIN_DATA (data sets)")
+    print("a target is missed" if missed else "all targets are met")
     return int(missed)
 
 

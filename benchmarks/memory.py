@@ -1,4 +1,4 @@
-"""Peak resident memory of ``derain restore`` on a 3840×2160 photo with the full PReNet; at most 4 GiB is asked for."""
+"""Peak resident memory of ``derain restore`` on a 3840×2160 photo with the full PReNet; target: at most 4 GiB."""
 
 import resource
 import subprocess
@@ -17,7 +17,7 @@ LIMIT = 4.0
 
 
 def main() -> int:
-    """Prints memory and time; 1 if the limit is broken."""
+    """Print memory and time; return 1 if the target is missed."""
     folder = Path(tempfile.mkdtemp())
     coarse = np.random.default_rng(0).integers(0, 256, (90, 160, 3), dtype=np.uint8)
     write_image(folder / "photo.png", cv2.resize(coarse, (3840, 2160), interpolation=cv2.INTER_CUBIC))
@@ -28,7 +28,7 @@ def main() -> int:
     subprocess.run([sys.executable, *map(str, command)], check=True)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    print(f"3840×2160 on the CPU: {peak:.2f} GiB at most {LIMIT:.0f} GiB, {seconds:.0f} s")
+    print(f"3840×2160 on the CPU: {peak:.2f} GiB (at most {LIMIT:.0f} GiB), {seconds:.0f} s")
     return int(peak > LIMIT)
 
 

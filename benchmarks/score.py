@@ -1,7 +1,7 @@
-"""``derain score`` against a plain float64 NumPy/SciPy program: time of the whole command, and agreement.
+"""``derain score`` against a float64 NumPy/SciPy program: time of the whole command, and differences of the scores.
 
-Both are processes of their own that read the same 100 pairs and write JSON: Rain100L where DERAIN_DATA names
-a folder that holds it, else generated images of the same size. Turns alternate on one machine.
+Both run as processes that read the same 100 pairs and write JSON: Rain100L if DERAIN_DATA contains it, else generated
+images of the same size. Rounds alternate between the two.
 """
 
 import json
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from scipy.signal import convolve2d
 
-TURNS = 2
+ROUNDS = 2
 LIMIT = 1 / 3
 
 
@@ -44,7 +44,7 @@ def ssim(x, y):
 
 
 def reference(derained, clean):
-    """Scores of the images, in order of their names."""
+    """Return the scores of the images, ordered by name."""
     pairs = zip(sorted(Path(derained).glob("*.png")), sorted(Path(clean).glob("*.png")), strict=True)
     scores = []
     for pair in pairs:
@@ -54,14 +54,14 @@ def reference(derained, clean):
 
 
 def images(folder):
-    """Folders of derained and clean images, and what they are."""
+    """Return the folders of derained and clean images, and a description."""
     root = os.environ.get("DERAIN_DATA")
     if root and (Path(root) / "Rain100L" / "rainy").is_dir():
         return Path(root) / "Rain100L" / "rainy", Path(root) / "Rain100L", "Rain100L's 100 rainy images"
-    print("score: DERAIN_DATA names no folder with Rain100L; generated images instead")
+    print("score: no Rain100L in DERAIN_DATA; using generated images")
     rng = np.random.default_rng(0)
-    for side in ("derained", "clean"):
-        (folder / side).mkdir()
+    for name in ("derained", "clean"):
+        (folder / name).mkdir()
     for number in range(100):
         clean = rng.integers(0, 256, (11, 16, 3), dtype=np.uint8)
         clean = np.asarray(Image.fromarray(clean).resize((481, 321), Image.Resampling.BICUBIC))
@@ -73,27 +73,28 @@ def images(folder):
 
 def timed(command):
     start = time.perf_counter()
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return time.perf_counter() - start, json.loads(done.stdout)
+    process = subprocess.run(command, check=True, capture_output=True, text=True)
+    return time.perf_counter() - start, json.loads(process.stdout)
 
 
 def main():
     with tempfile.TemporaryDirectory() as temporary:
-        derained, clean, told = images(Path(temporary))
+        derained, clean, description = images(Path(temporary))
         folders = [str(derained), str(clean)]
         ours = [sys.executable, "-m", "derain", "score", *folders, "--format", "json", "--lpips", "none"]
-        theirs = [sys.executable, __file__, *folders]
-        turns = [(timed(ours), timed(theirs)) for _ in range(TURNS)]
-    seconds = [min(turn[place][0] for turn in turns) for place in (0, 1)]
-    scores = sorted(turns[0][0][1][0]["images"], key=lambda image: image["name"])
-    apart = np.abs(np.array([(image["psnr"], image["ssim"]) for image in scores]) - np.array(turns[0][1][1])).max(
-        axis=0
-    )
-    ratio = seconds[0] / seconds[1]
-    print(f"score: {told}, matlab-y, {os.cpu_count()} cores")
-    print(f"  derain score {seconds[0]:.2f} s, NumPy/SciPy {seconds[1]:.2f} s: ratio {ratio:.3f} (at most {LIMIT:.3f})")
-    print(f"  furthest apart: {apart[0]:.1e} dB, {apart[1]:.1e} SSIM (at most 1e-06)")
-    return 0 if ratio <= LIMIT and apart.max() <= 1e-6 else 1
+        scipy = [sys.executable, __file__, *folders]
+        rounds = [(timed(ours), timed(scipy)) for _ in range(ROUNDS)]
+    our_seconds = min(our_time for (our_time, _), _ in rounds)
+    scipy_seconds = min(scipy_time for _, (scipy_time, _) in rounds)
+    (_, our_output), (_, scipy_scores) = rounds[0]
+    images_by_name = sorted(our_output[0]["images"], key=lambda image: image["name"])
+    our_scores = [(image["psnr"], image["ssim"]) for image in images_by_name]
+    differences = np.abs(np.array(our_scores) - np.array(scipy_scores)).max(axis=0)
+    ratio = our_seconds / scipy_seconds
+    print(f"score: {description}, matlab-y, {os.cpu_count()} cores")
+    print(f"  derain {our_seconds:.2f} s, NumPy/SciPy {scipy_seconds:.2f} s: ratio {ratio:.3f} (at most {LIMIT:.3f})")
+    print(f"  maximum differences: {differences[0]:.1e} dB, {differences[1]:.1e} SSIM (at most 1e-06)")
+    return 0 if ratio <= LIMIT and differences.max() <= 1e-6 else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Image files of every kind that derain reads, and seeded ways to damage them.
+"""Image files of every kind that derain reads, and reproducible damage to them.
 
-Run by hand for more files than the suite has time for::
+To check more files than the tests do::
 
     python -m tests.mutated_images 1000 --seed 7
 """
@@ -37,10 +37,10 @@ WRONG_CONTENT = {
     "text": b"no image",
     "empty": b"",
 }
-"""What other programs' formats, and no image at all, look like under an image's name."""
+"""Contents of files that have the name of an image but are none, or in a format that derain does not read."""
 
 
-def whole_files(rng: Rng) -> Files:
+def undamaged_files(rng: Rng) -> Files:
     """Return undamaged files by name."""
     rgb = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (40, 30))
     rgba = np.dstack([rgb, rgb[..., 0]])
@@ -95,7 +95,7 @@ def whole_files(rng: Rng) -> Files:
 
 
 def camera_exif() -> bytes:
-    """Return EXIF with what cameras write: texts, rationals, bytes, and directories of the exposure and location."""
+    """Return EXIF like that of a camera: text, rationals, bytes, and directories of exposure and location."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010E], exif[0x010F], exif[0x0110], exif[0x0132] = 6, "rain", "Maker", "Model", "2020:01:01"
     exif[0x011A], exif[0x011B], exif[0x8298] = 72.0, 72.0, "nobody"
@@ -110,7 +110,7 @@ def saved(name: str, image: Image.Image, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-# Ways to damage a file: each takes its bytes and returns others.
+# Each mutation returns damaged contents of a file.
 
 
 def flip_bits(data: bytes, rng: Rng, files: Files) -> bytes:
@@ -123,8 +123,8 @@ def flip_bits_of_the_head(data: bytes, rng: Rng, files: Files) -> bytes:
 
 def flipped(data: bytes, rng: Rng, end: int) -> bytes:
     changed = bytearray(data)
-    for place in rng.integers(0, end, rng.integers(1, 12)):
-        changed[place] ^= 1 << int(rng.integers(8))
+    for position in rng.integers(0, end, rng.integers(1, 12)):
+        changed[position] ^= 1 << int(rng.integers(8))
     return bytes(changed)
 
 
@@ -133,26 +133,26 @@ def truncate(data: bytes, rng: Rng, files: Files) -> bytes:
 
 
 def cut_out(data: bytes, rng: Rng, files: Files) -> bytes:
-    start, end = sorted(int(place) for place in rng.integers(0, len(data), 2))
+    start, end = sorted(int(position) for position in rng.integers(0, len(data), 2))
     return data[:start] + data[end:]
 
 
 def overwrite(data: bytes, rng: Rng, files: Files) -> bytes:
-    """Write extreme numbers over a field of two, four or eight bytes."""
+    """Overwrite two, four or eight bytes with an extreme number."""
     size = int(rng.choice([2, 4, 8]))
-    place = int(rng.integers(0, max(1, min(len(data) - size, 400))))
+    start = int(rng.integers(0, max(1, min(len(data) - size, 400))))
     value = [bytes(size), b"\xff" * size, b"\x7f" + b"\xff" * (size - 1), rng.bytes(size)][int(rng.integers(4))]
-    return data[:place] + value + data[place + size :]
+    return data[:start] + value + data[start + size :]
 
 
-def swap_heads(data: bytes, rng: Rng, files: Files) -> bytes:
-    other = list(files.values())[int(rng.integers(len(files)))]
+def swap_headers(data: bytes, rng: Rng, files: Files) -> bytes:
+    source = list(files.values())[int(rng.integers(len(files)))]
     length = int(rng.choice([4, 8, 16, 64]))
-    return other[:length] + data[length:]
+    return source[:length] + data[length:]
 
 
 def edit_chunk(data: bytes, rng: Rng, files: Files) -> bytes:
-    """Change a chunk of a PNG with a right checksum, or a tag of a TIFF; other files get bits flipped."""
+    """Change a chunk of a PNG with a valid checksum, or a tag of a TIFF; flip bits of files in other formats."""
     if data.startswith(b"\x89PNG"):
         return edit_png(data, rng)
     if data[:2] in {b"II", b"MM"}:
@@ -162,11 +162,11 @@ def edit_chunk(data: bytes, rng: Rng, files: Files) -> bytes:
 
 def edit_png(data: bytes, rng: Rng) -> bytes:
     chunks = []
-    place = 8
-    while place < len(data):
-        (length,) = struct.unpack_from(">I", data, place)
-        chunks.append((data[place + 4 : place + 8], data[place + 8 : place + 8 + length]))
-        place += 12 + length
+    start = 8
+    while start < len(data):
+        (length,) = struct.unpack_from(">I", data, start)
+        chunks.append((data[start + 4 : start + 8], data[start + 8 : start + 8 + length]))
+        start += 12 + length
     index = int(rng.integers(len(chunks)))
     kind, body = chunks[index]
     action = int(rng.integers(4))
@@ -179,35 +179,38 @@ def edit_png(data: bytes, rng: Rng) -> bytes:
     else:
         new = [b"tRNS", b"PLTE", b"eXIf", b"iCCP", b"acTL", b"zTXt", b"gAMA"][int(rng.integers(7))]
         chunks.insert(1, (new, rng.bytes(int(rng.integers(40)))))
-    return data[:8] + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
-    )
+    encoded = data[:8]
+    for kind, body in chunks:
+        encoded += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return encoded
 
 
 def edit_tiff(data: bytes, rng: Rng) -> bytes:
     """Change number, type, count or value of a tag."""
     order = "<" if data[:2] == b"II" else ">"
     big = b"+" in data[:4]
-    start, size, first = (
-        (struct.unpack_from(order + "Q", data, 8)[0], 20, 8)
-        if big
-        else (struct.unpack_from(order + "I", data, 4)[0], 12, 2)
-    )
-    (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, start)
-    tag = start + first + size * int(rng.integers(count))
-    offset, form, most = [(0, "H", 65535), (2, "H", 20), (4, "I", 100), (size - (8 if big else 4), "I", 70_000)][
-        int(rng.integers(4))
-    ]
+    if big:
+        (start,) = struct.unpack_from(order + "Q", data, 8)
+        (count,) = struct.unpack_from(order + "Q", data, start)
+        first_tag, tag_size, value_offset = start + 8, 20, 12
+    else:
+        (start,) = struct.unpack_from(order + "I", data, 4)
+        (count,) = struct.unpack_from(order + "H", data, start)
+        first_tag, tag_size, value_offset = start + 2, 12, 8
+    tag = first_tag + tag_size * int(rng.integers(count))
+    fields = [(0, "H", 65535), (2, "H", 20), (4, "I", 100), (value_offset, "I", 70_000)]
+    offset, form, maximum = fields[int(rng.integers(4))]
     changed = bytearray(data)
-    struct.pack_into(order + form, changed, tag + offset, int(rng.integers(most + 1)))
+    struct.pack_into(order + form, changed, tag + offset, int(rng.integers(maximum + 1)))
     return bytes(changed)
 
 
 def edit_exif(data: bytes, rng: Rng, files: Files) -> bytes:
-    """Flip bits within EXIF, or put EXIF that means nothing into a JPEG."""
-    place = max(data.find(b"II*\0", 4), data.find(b"MM\0*", 4))
-    if place >= 0:
-        return data[:place] + flipped(data[place : place + 120], rng, min(120, len(data) - place)) + data[place + 120 :]
+    """Flip bits of EXIF, or add invalid EXIF to a JPEG."""
+    start = max(data.find(b"II*\0", 4), data.find(b"MM\0*", 4))
+    if start >= 0:
+        exif = data[start : start + 120]
+        return data[:start] + flipped(exif, rng, len(exif)) + data[start + 120 :]
     if data.startswith(b"\xff\xd8"):
         body = b"Exif\0\0" + [b"II*\0", b"MM\0*", b""][int(rng.integers(3))] + rng.bytes(int(rng.integers(80)))
         return data[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + data[2:]
@@ -215,7 +218,7 @@ def edit_exif(data: bytes, rng: Rng, files: Files) -> bytes:
 
 
 def edit_exif_entry(data: bytes, rng: Rng, files: Files) -> bytes:
-    """Change tag, type, count or value of entries of EXIF's directories; files without EXIF become a JPEG with it."""
+    """Change tag, type, count or value of entries of EXIF's directories; a JPEG replaces files without EXIF."""
     start = data.find(b"MM\0*\0\0\0\x08", 4)  # EXIF of `camera_exif`
     if start < 0:
         return edit_exif_entry(files["a.jpg"], rng, files)
@@ -229,15 +232,14 @@ def edit_exif_entry(data: bytes, rng: Rng, files: Files) -> bytes:
             entries += [start + value + 2 + 12 * index for index in range(count)]
     for _ in range(int(rng.integers(1, 4))):
         entry = entries[int(rng.integers(len(entries)))]
-        field, form, most = [(2, "H", 14), (2, "H", 14), (2, "H", 14), (0, "H", 65535), (4, "I", 20), (8, "I", 400)][
-            int(rng.integers(6))
-        ]
-        struct.pack_into(f">{form}", changed, entry + field, int(rng.integers(most)))
+        fields = [(2, "H", 14), (2, "H", 14), (2, "H", 14), (0, "H", 65535), (4, "I", 20), (8, "I", 400)]
+        offset, form, limit = fields[int(rng.integers(6))]
+        struct.pack_into(f">{form}", changed, entry + offset, int(rng.integers(limit)))
     return bytes(fix_checksums(changed))
 
 
 def fix_checksums(data: bytearray) -> bytearray:
-    """Write the right checksums into a PNG; other files stay as they are."""
+    """Update the checksums of a PNG; files in other formats stay as they are."""
     start = 8
     while data.startswith(b"\x89PNG") and start < len(data):
         end = start + 8 + struct.unpack_from(">I", data, start)[0]
@@ -258,7 +260,7 @@ MUTATIONS: tuple[Callable[[bytes, Rng, Files], bytes], ...] = (
     truncate,
     cut_out,
     overwrite,
-    swap_heads,
+    swap_headers,
     edit_chunk,
     edit_chunk,
     edit_exif,
@@ -267,25 +269,22 @@ MUTATIONS: tuple[Callable[[bytes, Rng, Files], bytes], ...] = (
 
 
 def mutated_files(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """Yield names and contents of damaged files; every kind of file meets every kind of damage in repetition."""
+    """Yield names and contents of damaged files: first each kind of file with each mutation, then random pairs."""
     rng = np.random.default_rng(seed)
-    files = whole_files(rng)
+    files = undamaged_files(rng)
     for number in range(count):
         kind = list(files)[number % len(files)]
-        mutate = (
-            MUTATIONS[number // len(files) % len(MUTATIONS)]
-            if number < len(MUTATIONS) * len(files)
-            else rng.choice(MUTATIONS)
-        )
+        index = number // len(files)
+        mutate = MUTATIONS[index] if index < len(MUTATIONS) else rng.choice(MUTATIONS)
         yield f"{number:04d}-{mutate.__name__}-{kind}", mutate(files[kind], rng, files)
 
 
 def check(path: Path) -> str:
-    """Read a file in every way, and write what was read: return "read", or why it was refused.
+    """Read a file with all functions and write the photo: return "read", or the message of the error.
 
     Raises:
-        AssertionError: If the ways disagree on the size, an image is not one, or a refusal does not name the file.
-        Exception: Anything but a DerainError is a fault.
+        AssertionError: If sizes differ, an image is invalid, or a message does not name the file.
+        Exception: Any other exception is a bug.
     """
     results: list[object] = []
     for read in (image_size, read_rgb, read_photo):
@@ -293,9 +292,10 @@ def check(path: Path) -> str:
             results.append(read(path))
         except DerainError as error:
             results.append(str(error))
-    for refusal in (result for result in results if isinstance(result, str)):
-        assert str(path) in refusal
-        assert "\n" not in refusal
+    for result in results:
+        if isinstance(result, str):
+            assert str(path) in result
+            assert "\n" not in result
     size, pixels, photo = results
     for image in (pixels, photo.rgb if isinstance(photo, Photo) else photo):
         if isinstance(image, np.ndarray):
@@ -312,7 +312,7 @@ def check_written(photo: Photo, path: Path) -> None:
     """Write a photo in every format and read it again.
 
     Raises:
-        AssertionError: If size or metadata are not what was written.
+        AssertionError: If size or metadata differ.
     """
     with TemporaryDirectory(dir=path.parent) as folder:
         for suffix in (".jpg", ".png", ".webp", ".tif", ".bmp"):
@@ -325,7 +325,7 @@ def check_written(photo: Photo, path: Path) -> None:
 
 
 def main() -> None:
-    """Check mutated files and print figures."""
+    """Check damaged files; print counts, times and memory."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("count", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -337,16 +337,16 @@ def main() -> None:
         for name, data in mutated_files(arguments.count, arguments.seed):
             path = Path(folder, name)
             path.write_bytes(data)
-            began = time.perf_counter()
+            file_start = time.perf_counter()
             try:
                 results["read" if check(path) == "read" else "refused"] += 1
-            except Exception as error:  # noqa: BLE001 - every kind of fault is to be counted
-                results["fault"] += 1
+            except Exception as error:  # noqa: BLE001 - all bugs are counted
+                results["bug"] += 1
                 print(f"{name}: {type(error).__name__}: {str(error)[:200]}")
-            spent = time.perf_counter() - began
-            slowest = max(slowest, spent)
-            if arguments.verbose and spent > 0.3:
-                print(name, spent, image_size(path))
+            seconds = time.perf_counter() - file_start
+            slowest = max(slowest, seconds)
+            if arguments.verbose and seconds > 0.3:
+                print(name, seconds, image_size(path))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"{dict(results)} in {time.perf_counter() - start:.1f} s, slowest {slowest:.2f} s, ", end="")
     print(f"memory {before / 1024:.0f} to {peak / 1024:.0f} MB")

@@ -31,9 +31,8 @@ from derain.errors import DerainError, Stopped
 from derain.files.weights import read
 from derain.memory import keep_freed_memory
 from derain.methods import DerainModule, TrainableModule, catalog
-from derain.methods.daclipsde.solvers import Sampling
-from derain.methods.interfaces import Explains
-from derain.methods.registry import add_current_folder, use_method
+from derain.methods.interfaces import Explains, Sampling
+from derain.methods.registry import add_current_folder, methods, use_method
 from derain.metrics import resolve
 from derain.metrics.perceptual import available_lpips
 from derain.options import in_one_line, without_option
@@ -292,7 +291,7 @@ class DerainCLI(LightningCLI):
         Raises:
             DerainError: If the weights belong to another network, or the method has loaded initial weights itself.
         """
-        controller = getattr(self.model, "begun_from", None)
+        controller = getattr(self.model, "initial_controller", None)
         given = {"--weights": config.weights, "--model.controller": controller}
         options = [f"{option} {file}" for option, file in given.items() if file]
         if config.ckpt_path:
@@ -457,6 +456,7 @@ def run(arguments: list[str]) -> int:
     """
     keep_freed_memory()
     add_current_folder()  # --model my_method.MyModule
+    methods()  # imports them: --model finds imported subclasses by the names of their classes
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they concern Lightning's calls
     set_parsing_settings(import_path_denylist=DENIED_IMPORTS)  # with a list, jsonargparse raises instead of warning
     choose_messages()

@@ -18,9 +18,9 @@ from derain.methods.daclipsde.loss import matching_loss
 from derain.methods.daclipsde.network import AttentionKind, ConditionalUNet
 from derain.methods.daclipsde.published_keys import unet_options
 from derain.methods.daclipsde.sde import MeanRevertingSDE, Schedule
-from derain.methods.daclipsde.solvers import Sampling, sample
+from derain.methods.daclipsde.solvers import SOLVERS, sample
 from derain.methods.graph import Graph
-from derain.methods.interfaces import Explains, RunsGraph, Sampled
+from derain.methods.interfaces import Explains, RunsGraph, Sampled, Sampling
 from derain.nn.schedule import multiplied_at, warm_up_then_cosine
 
 log = logging.getLogger("derain")
@@ -116,7 +116,13 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         return [name for name in ("content", "degradation") if chosen in {"both", name}]
 
     def sample_by(self, sampling: Sampling) -> None:
-        """Set solver, number of steps and seed."""
+        """Set solver, number of steps and seed.
+
+        Raises:
+            DerainError: If there is no such solver.
+        """
+        if sampling.solver not in SOLVERS:
+            raise DerainError(f"--solver {sampling.solver}: unknown; choose from {', '.join(SOLVERS)}")
         self.sampling = sampling
 
     def check_requirements(self) -> None:

@@ -317,6 +317,7 @@ def test_gradients_are_clipped():
 def test_bfloat16_keeps_losses_in_float32():
     method = module(generator_steps=1)
     losses = []
+    method.log = lambda name, value, **_: losses.append(value)
     method.log_dict = lambda parts, **_: losses.extend(parts.values())
     fit(method, Batches(1), precision="bf16-mixed")
     assert {loss.dtype for loss in losses} == {torch.float32}
@@ -412,7 +413,7 @@ def test_options_out_of_range(options, value):
 
 @pytest.mark.parametrize("options", [{"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}])
 def test_trainer_clipping_and_accumulation_are_refused(options):
-    with pytest.raises(DerainError, match="gradient_clip_val"):
+    with pytest.raises(DerainError, match=next(iter(options))):
         fit(module(), Batches(1), **options)
 
 
