@@ -155,7 +155,7 @@ def test_the_page_offers_it(folder, monkeypatch):
 
 
 def test_bench_counts_it(folder, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "BUILDS", {})
+    monkeypatch.setattr(bench, "find_variants", dict)
     command = ["--weights", WEIGHTS, "--method", "my_method.MyModule"]
     assert main(["bench", "--size", "8", "--format", "json", *command]) == 0
     parameters = json.loads(capsys.readouterr().out)["methods"][0]["parameters"]
