@@ -1,4 +1,4 @@
-"""The ``derain`` command: one line a command, nothing heavy imported until one is chosen."""
+"""The ``derain`` command; imports only what the chosen command needs."""
 
 import importlib
 import io
@@ -9,55 +9,59 @@ import sys
 import derain
 from derain.errors import DerainError, Stopped
 from derain.interrupts import interruptible
-from derain.options import CommandParser
 from derain.warning_limit import few_warnings
 
 TRAINER = {
     "fit": "train a method: derain fit --config experiments/rain100h.yaml",
-    "validate": "judge a method on its validation images",
-    "test": "judge a method on test images: per-image CSV, summary JSON, one table",
-    "predict": "restore the images of a data set, sharded over devices",
+    "validate": "score a method on validation images",
+    "test": "score a method on test images: per-image CSV, summary JSON, a table",
+    "predict": "restore the images of a data set, on one or several devices",
 }
+"""Commands of LightningCLI."""
+
 COMMANDS = {
     "restore": "remove rain from photos and videos: derain restore rainy.jpg clean.jpg",
-    "app": "a page that restores photos, in the browser on this machine",
-    "models": "the weights that have a name: derain models list",
-    "score": "judge any method's result folder: derain score DERAINED CLEAN",
+    "app": "serve a page that restores photos, in the browser on this machine",
+    "models": "list the bundled models: derain models list",
+    "score": "score the results of any method: derain score DERAINED CLEAN",
     "data": "list, verify and synthesize data sets",
-    "route": "tell which of CLIP-RPN's routes images take: derain route Rain800 --prompts 3",
-    "caption": "captions of clean images, for DA-CLIP: derain caption RainTrainH captions.tsv",
-    "export": "a method as ONNX or torch.export, checked: derain export --weights W --format onnx OUT",
-    "table": "the papers' tables from results of derain test: derain table RESULTS...",
-    "bench": "parameters, multiplications and time of every method",
-    "doctor": "versions, devices, caches and weights found here",
+    "route": "count which routes of CLIP-RPN images take: derain route Rain800 --prompts 3",
+    "caption": "caption clean images for DA-CLIP: derain caption RainTrainH captions.tsv",
+    "export": "export a method as ONNX or with torch.export: derain export derain.onnx --weights W",
+    "table": "tables as in papers, from results of derain test: derain table RESULTS...",
+    "bench": "count parameters and multiplications, and time methods",
+    "doctor": "report versions, devices, caches and weights",
 }
+"""Commands with a module of the same name in ``derain.commands``."""
 
 
 def usage() -> str:
-    """All commands, one line each."""
-    commands = "\n".join(f"  {name:<10}{told}" for name, told in (TRAINER | COMMANDS).items())
+    """Return the help text with one line a command."""
+    commands = "\n".join(f"  {name:<10}{summary}" for name, summary in (TRAINER | COMMANDS).items())
     return f"""derain {derain.__version__}: single-image rain removal
 
-usage: derain COMMAND [options]     (derain COMMAND --help tells the options)
+usage: derain COMMAND [options]     (derain COMMAND --help lists the options)
 
 {commands}
 
   --version print the version"""
 
 
-def _tell() -> None:
-    """Send log messages to standard error, once and from one rank; print characters that cannot be encoded escaped."""
+def set_up_output() -> None:
+    """Send log messages of one rank to standard error, and escape characters that a stream cannot encode."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be any bytes
+    variables = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    rank = next((os.environ[name] for name in variables if name in os.environ), "0")
     log = logging.getLogger("derain")
-    rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
     log.setLevel(logging.INFO if rank == "0" else logging.WARNING)
-    log.handlers = log.handlers or [logging.StreamHandler()]
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
 
 
 def command_first(arguments: list[str]) -> list[str]:
-    """Move configurations that are given before a trainer command behind it: ``--config x.yaml fit`` is usual too.
+    """Move ``--config`` options that precede the command behind it.
 
     Raises:
         DerainError: If no command follows them.
@@ -72,45 +76,57 @@ def command_first(arguments: list[str]) -> list[str]:
     if end == 0:
         return arguments
     if end >= len(arguments):
-        given = " ".join(arguments)
-        raise DerainError(f"{given}: no command; write it first, as derain fit {given}")
+        options = " ".join(arguments)
+        raise DerainError(f"{options}: no command; write it first, as derain fit {options}")
     return [arguments[end], *arguments[:end], *arguments[end + 1 :]]
 
 
+def run(arguments: list[str]) -> int:
+    """Run a command and return its exit code.
+
+    Raises:
+        DerainError: If there is no such command, or it refuses its input.
+    """
+    command, *options = command_first(arguments)
+    if command in TRAINER:
+        from derain.commands import train
+
+        with few_warnings(logging.getLogger("derain")):
+            return train.run([command, *options])
+    if command not in COMMANDS:
+        raise DerainError(f"no command {command!r}; choose {', '.join(TRAINER | COMMANDS)}")
+    from derain.options import run_command
+
+    module = importlib.import_module(f"derain.commands.{command}")
+    with interruptible(), few_warnings(logging.getLogger("derain")):
+        return run_command(f"derain {command}", module, options)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code; bad input gives one line and code 2."""
+    """Run a command line and return the exit code: 2 after bad input, which prints one line.
+
+    Args:
+        argv: Arguments after ``derain``; those of the process by default.
+    """
     arguments = sys.argv[1:] if argv is None else argv
-    command = arguments[0] if arguments else "--help"
-    _tell()
-    if command in {"-h", "--help", "help"}:
+    set_up_output()
+    if not arguments or arguments[0] in {"-h", "--help", "help"}:
         print(usage())
         return 0
-    if command == "--version":
+    if arguments[0] == "--version":
         print(derain.__version__)
         return 0
     try:
-        arguments = command_first(arguments)
-        command = arguments[0]
-        if command in TRAINER:
-            from derain.commands import train
-
-            with few_warnings(logging.getLogger("derain")):
-                return train.run(arguments)
-        if command not in COMMANDS:
-            raise DerainError(f"no command {command!r}; known are {', '.join(TRAINER | COMMANDS)}")
-        module = importlib.import_module(f"derain.commands.{command}")
-        parser = CommandParser(f"derain {command}", description=module.__doc__)
-        module.add_arguments(parser)
-        with interruptible(), few_warnings(logging.getLogger("derain")):
-            return int(module.run(parser.parse_args(arguments[1:])))
+        return run(arguments)
     except KeyboardInterrupt as interrupt:
         stop = interrupt if isinstance(interrupt, Stopped) else Stopped("interrupted")
         print(f"derain: {stop}", file=sys.stderr)
         return stop.code
-    except BrokenPipeError:  # the reader of our output, `head` for example, has what it wanted
+    except BrokenPipeError:  # such as of head, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (DerainError, OSError) as error:  # OSError: a disk that is full, a folder that may not be written
-        # A DataLoader's worker puts its traceback before the line.
-        print(f"derain: error: {str(error).rpartition('derain.errors.DerainError: ')[2].strip()}", file=sys.stderr)
+    except (DerainError, OSError) as error:  # OSError: a full disk, a folder without permission
+        # The workers of a DataLoader put their traceback before the message.
+        message = str(error).rpartition("derain.errors.DerainError: ")[2].strip()
+        print(f"derain: error: {message}", file=sys.stderr)
         return 2

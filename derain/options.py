@@ -1,63 +1,214 @@
-"""What is wrong with a command line, in one line."""
+"""Command lines: parsers that are derived from functions, and one-line messages about wrong options."""
 
 import argparse
-import re
-from collections.abc import Iterable, Sequence
-from typing import NoReturn
+import inspect
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from derain.errors import DerainError
 
-KINDS = {
-    "NoneType": "null",
-    "list": "a list, as [a, b]",
-    "Sequence": "a list, as [a, b]",
-    "bool": "true or false",
-    "int": "a whole number",
-    "float": "a number",
-}
+METAVARS = {Path: "PATH", int: "N", float: "X"}
+"""Names of values in ``--help``, by type."""
 
+RENAMED = {"--output": "--out", "--json": "--format json"}
+"""Names of earlier versions."""
 
-OURS = {
+REPLACEMENTS = {
     "optimizer": "--model.learning_rate (derain fit --help METHOD lists all options of a method)",
-    "lr_scheduler": "--model.milestones or --model.warm_up, as the method has it",
+    "lr_scheduler": "--model.milestones or --model.warm_up, depending on the method",
 }
-"""What users of LightningCLI look for, and what derain has instead."""
+"""Options of LightningCLI that derain does not have, and what to set instead."""
+
+Command = Callable[..., int]
+"""Function of a command or a task; returns the exit code."""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parses a command's options; what is wrong is one line, and the usage stays with ``--help``."""
+    """Parser of a command, derived from a function's signature and Google-style docstring.
+
+    Positional parameters become positional arguments, keyword-only parameters options. Supported types are ``str``,
+    ``int``, ``float``, ``Path``, ``Literal`` of texts, ``bool`` (a flag, False by default), each of them optional, and
+    sequences of them (several values after one option, which may be repeated).
+
+    Args:
+        prog: Words that call the command, such as ``derain score``.
+        function: Function with a docstring that describes each parameter.
+
+    Example:
+        >>> def shout(text: str, *, times: int = 1) -> int:
+        ...     '''Print a text in capitals.
+        ...
+        ...     Args:
+        ...         text: Text to print.
+        ...         times: How often.
+        ...     '''
+        ...     print(" ".join([text.upper()] * times))
+        ...     return 0
+        >>> CommandParser("derain shout", shout).parse(["rain", "--times", "2"])
+        {'text': 'rain', 'times': 2}
+    """
+
+    def __init__(self, prog: str, function: Command) -> None:
+        description, descriptions = parse_docstring(function)
+        super().__init__(prog, description=_escape(description), argument_default=argparse.SUPPRESS)
+        self.function = function
+        for parameter in inspect.signature(function).parameters.values():
+            self._add_parameter(parameter, descriptions[parameter.name])
+
+    def _add_parameter(self, parameter: inspect.Parameter, description: str) -> None:
+        settings = _type_settings(parameter.annotation)
+        default = parameter.default
+        has_default = default not in (None, (), inspect.Parameter.empty) and default is not False
+        if has_default:
+            text = " ".join(default) if isinstance(default, tuple) else default
+            description += f" (default {text})"
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            self.add_argument(f"--{parameter.name.replace('_', '-')}", help=_escape(description), **settings)
+            return
+        settings = {key: value for key, value in settings.items() if key not in {"action", "metavar"}}
+        if default is not inspect.Parameter.empty:
+            settings["nargs"] = "?"
+        self.add_argument(parameter.name, help=_escape(description), **settings)
+
+    def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """Return the arguments of a command line by parameter, without those that keep their default.
+
+        Raises:
+            DerainError: If an argument is unknown, missing or wrong.
+        """
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            self.error(unknown_argument(unknown[0], self._option_string_actions))
+        return vars(known)
 
     def error(self, message: str) -> NoReturn:
-        """Refuses.
+        """Raise an error of one line; the usage is printed by ``--help`` only.
 
         Raises:
             DerainError: Always.
         """
-        surplus = re.match(r"unrecognized arguments: (\S+)", message)
-        told = absent(surplus[1], self._option_string_actions) if surplus else message
-        raise DerainError(f"{told}; {self.prog} --help tells the options")
+        raise DerainError(f"{message}; see {self.prog} --help")
 
 
-def absent(option: str, known: Iterable[str]) -> str:
-    """That there is no such option, and which one may have been meant.
+def _type_settings(annotation: Any) -> dict[str, Any]:
+    """Return the settings of argparse for a type."""
+    if get_origin(annotation) in {Union, types.UnionType}:
+        annotation = next(member for member in get_args(annotation) if member is not types.NoneType)
+    if annotation is bool:
+        return {"action": "store_true"}
+    if get_origin(annotation) is Sequence:
+        return {**_type_settings(get_args(annotation)[0]), "nargs": "+", "action": "extend"}
+    if get_origin(annotation) is Literal:
+        return {"choices": get_args(annotation)}
+    return {"type": annotation, "metavar": METAVARS.get(annotation)}
+
+
+def _escape(text: str) -> str:
+    """Return a text as argparse expects it."""
+    return text.replace("%", "%%").replace("``", "`")
+
+
+def parse_docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
+    """Return the description of a function and of each of its parameters, from a Google-style docstring."""
+    documentation = inspect.getdoc(function) or ""
+    description, _, section = documentation.partition("\n\nArgs:\n")
+    descriptions: dict[str, str] = {}
+    name = ""
+    for line in section.partition("\n\n")[0].splitlines():
+        if line.startswith("        "):  # a further line of the same parameter
+            descriptions[name] += f" {line.strip()}"
+        else:
+            name, _, text = line.strip().partition(": ")
+            descriptions[name] = text
+    return description, {name: text.removesuffix(".") for name, text in descriptions.items()}
+
+
+def run_command(prog: str, module: types.ModuleType, arguments: Sequence[str]) -> int:
+    """Run the function of a command, or of the task that the first argument names.
+
+    Args:
+        prog: Words that call the command, such as ``derain data``.
+        module: Module of the command: it has a function of its own name, or ``TASKS``, functions by name.
+        arguments: Command line after the command.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        DerainError: If an argument is unknown, missing or wrong.
+    """
+    tasks = getattr(module, "TASKS", None)
+    if tasks is not None and arguments[:1] in (["-h"], ["--help"]):
+        print(_tasks_usage(prog, module, tasks))
+        return 0
+    parser, options = find_parser(prog, module, arguments)
+    return parser.function(**parser.parse(options))
+
+
+def find_parser(prog: str, module: types.ModuleType, arguments: Sequence[str]) -> tuple[CommandParser, Sequence[str]]:
+    """Return the parser of a command, or of the task that the first argument names, and the remaining arguments.
+
+    Raises:
+        DerainError: If the command has tasks, and the first argument names none of them.
+    """
+    tasks: Mapping[str, Command] | None = getattr(module, "TASKS", None)
+    if tasks is None:
+        name = module.__name__.rpartition(".")[2]
+        return CommandParser(prog, getattr(module, name)), arguments
+    task = arguments[0] if arguments else "TASK"
+    if task not in tasks:
+        raise DerainError(f"{prog} {task}: no such task; choose {', '.join(tasks)}")
+    return CommandParser(f"{prog} {task}", tasks[task]), arguments[1:]
+
+
+def _tasks_usage(prog: str, module: types.ModuleType, tasks: Mapping[str, Command]) -> str:
+    lines = [f"  {name:<12}{parse_docstring(function)[0].splitlines()[0]}" for name, function in tasks.items()]
+    return "\n".join(
+        [
+            str(module.__doc__),
+            "",
+            f"usage: {prog} TASK [options]     ({prog} TASK --help lists the options)",
+            "",
+            *lines,
+        ]
+    )
+
+
+def unknown_argument(argument: str, known: Iterable[str]) -> str:
+    """Return a message about an unknown argument, with the known option that was probably meant.
 
     Example:
-        >>> absent("--cropp", ["--crop"]), absent("b.jpg", ["--crop"])
-        ('--cropp: no such option; did you mean --crop?', "b.jpg: one argument too many; quote globs, as '*.jpg'")
+        >>> unknown_argument("--cropp", ["--crop"])
+        '--cropp: no such option; did you mean --crop?'
+        >>> unknown_argument("b.jpg", ["--crop"])
+        "unexpected argument b.jpg; quote globs, as '*.jpg'"
     """
-    if not option.startswith("-"):
-        return f"{option}: one argument too many; quote globs, as '*.jpg'"
-    if (group := option.lstrip("-").partition(".")[0]) in OURS:
-        return f"{option}: no such option, since a method brings its own {group.replace('_', ' ')}; set {OURS[group]}"
+    if not argument.startswith("-"):
+        return f"unexpected argument {argument}; quote globs, as '*.jpg'"
+    option = argument.partition("=")[0]
+    group = option.lstrip("-").partition(".")[0]
+    if group in REPLACEMENTS:
+        return f"{option}: methods configure their own {group.replace('_', ' ')}; set {REPLACEMENTS[group]}"
+    suggestion = RENAMED.get(option) or _most_similar(option, known)
+    return f"{option}: no such option" + (f"; did you mean {suggestion}?" if suggestion else "")
+
+
+def _most_similar(option: str, known: Iterable[str]) -> str | None:
+    """Return the option whose last part, after the dots, is most similar; None if none is similar enough."""
     from difflib import SequenceMatcher
 
-    def alike(one: str) -> tuple[float, float]:
-        """By the last parts of the names, then by all of them."""
-        ends = (one.rpartition(".")[2].lstrip("-"), option.rpartition(".")[2].lstrip("-"))
-        return SequenceMatcher(None, *ends).ratio(), SequenceMatcher(None, one, option).ratio()
+    def last_part(name: str) -> str:
+        return name.lstrip("-").rpartition(".")[2]
 
-    near = max((one for one in known if not one.endswith(".help")), key=alike, default="")
-    return f"{option}: no such option" + (f"; did you mean {near}?" if alike(near)[0] > 0.75 else "")
+    def similarity(name: str) -> tuple[float, float]:
+        last = SequenceMatcher(None, last_part(name), last_part(option)).ratio()
+        return last, SequenceMatcher(None, name, option).ratio()
+
+    candidates = [name for name in known if not name.endswith(".help")]
+    best = max(candidates, key=similarity, default=None)
+    return best if best is not None and similarity(best)[0] > 0.75 else None
 
 
 def without_option(arguments: Sequence[str], option: str) -> list[str]:
@@ -73,69 +224,3 @@ def without_option(arguments: Sequence[str], option: str) -> list[str]:
             kept.append(argument)
         is_value = argument == option and not is_value
     return kept
-
-
-def in_one_line(message: str, known: Iterable[str] = ()) -> str:
-    r"""The line that matters of what jsonargparse says of a configuration.
-
-    Args:
-        message: Of one or many lines.
-        known: Options that there are.
-
-    Example:
-        >>> in_one_line("Parser key \"data.crop\":\n  Expected a <class 'int'>. Got value: abc")
-        '--data.crop abc: must be a whole number'
-    """
-    import inspect
-    from pydoc import locate
-
-    key = ""
-    for part in re.findall(r'Parser key "([\w.]+)"', message):
-        key = part if not key or part.startswith(f"{key}.") else f"{key}.{part}"
-    key = f"--{key}" if key else next(iter(re.findall(r"--[\w.]+", message)), "--config")
-    classes, options = re.findall(r"Problem with given class_path '([\w.]+)'", message), list(known)
-    if classes and callable(built := locate(classes[-1])):
-        options += [f"{key}.{name}" for name in inspect.signature(built).parameters]
-
-    def where(pattern: str) -> re.Match[str] | None:
-        return re.search(pattern, message)
-
-    if found := where(r"Importing '([\w.]+)' is not allowed"):
-        return f"{key} {found[1]}: may not name what runs commands or loads code; name a class of yours or Lightning's"
-    if found := where(r"Option '([\w.-]+)' is not accepted"):
-        return absent(f"{key}.{found[1]}", options)
-    if found := where(r"does not accept option '([\w.-]+)'"):
-        return absent(f"--{found[1]}", options)
-    if found := where(r"unrecognized arguments: ([^\s=]+)"):
-        return absent(f"{key}.{found[1].lstrip('-')}" if classes else found[1], options)
-    if found := where(r"arguments are required: (?:fit|validate|test|predict)\.(\w+)"):
-        return f"--{found[1]}: is missing; give it, or a --config FILE that has it"
-    if found := where(r"arguments are required: (.*)"):
-        return f"{key} {classes[-1] if classes else ''}: needs {found[1]}"
-    if found := where(r"File does not exist: '(.*)'"):
-        return f"{key} {found[1]}: no such file"
-    if found := where(r"not correspond to a subclass of (\w+)[\s\S]*Given value: (?:\{'class_path': ')?([\w.]+)"):
-        return f"{key} {found[2]}: is no {found[1]}"
-    if found := where(r"Expected a dot import path string: (.*)"):
-        return f"{key} {found[1]}: no such class; give the name of one"
-    if classes and not callable(locate(classes[-1])):
-        return f"{key} {classes[-1]}: no such class; give the name of one"
-    if found := where(r"Expected an? (.+)\. Got value: (.*)"):
-        return f"{key} {found[2]}: must be {_kind(found[1])}"
-    if found := where(r"Given value: (.*)"):
-        value = re.sub(r"^NestedArg\(key='.*', val='(.*)'\)$", r"\1", found[1])
-        kinds = dict.fromkeys(_kind(told) for told in re.findall(r"Expected an? (?!path but)(.+)", message))
-        if set(kinds) - {"null"}:
-            return f"{key} {value}: must be {' or '.join(kinds)}"
-        if found := where(r"Errors:\s+- ([\s\S]+?)\n\s+- "):
-            return f"{key}: {' '.join(found[1].split())}"
-    line = " ".join(message.split()).replace('"<unicode string>", ', "").removesuffix(":")
-    return line.replace("Problems parsing config", "--config: a file is no YAML")
-
-
-def _kind(told: str) -> str:
-    """What a type is to whoever gives a value of it."""
-    if choices := re.search(r"Literal\[(.*)\]", told):
-        return f"one of {choices[1].replace(chr(39), '')}"
-    name = re.sub(r"<class '(.*)'>", r"\1", told).rsplit(".", 1)[-1]
-    return KINDS.get(name, name)

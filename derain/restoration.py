@@ -20,8 +20,7 @@ from derain.errors import DerainError
 from derain.memory import free_memory
 from derain.methods import DerainModule
 from derain.methods.catalog import load
-from derain.methods.daclipsde.solvers import Sampling
-from derain.methods.interfaces import Explains, Routed, Sampled
+from derain.methods.interfaces import Explains, Routed, Sampled, Sampling
 from derain.progress import track
 from derain.ranges import check_finite, check_range
 
@@ -279,7 +278,7 @@ def take_route(method: DerainModule, route: int) -> None:
     method.take_route(route)
 
 
-def sample_by(method: DerainModule, sampling: Any) -> None:
+def sample_by(method: DerainModule, sampling: Sampling) -> None:
     """Set solver, number of steps and seed of a method that samples.
 
     Raises:

@@ -10,14 +10,14 @@ from derain import cli
 from derain.cli import COMMANDS, TRAINER, main
 
 
-def test_help_lists_every_command_on_one_line_and_imports_nothing_heavy():
+def test_help_has_one_line_a_command_and_imports_nothing_heavy():
     code = "import sys; from derain.cli import main; main(['--help']); " + (
-        "print(sorted(set(sys.modules) & {'torch', 'lightning', 'numpy', 'PIL', 'rich', 'jsonargparse'}))"
+        "print(sorted(set(sys.modules) & {'torch', 'lightning', 'numpy', 'PIL', 'rich', 'inspect', 'jsonargparse'}))"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     for command in (*TRAINER, *COMMANDS):
-        assert sum(line.split()[:1] == [command] for line in told.splitlines()) == 1
-    assert told.splitlines()[-1] == "[]"
+        assert sum(line.split()[:1] == [command] for line in lines) == 1
+    assert lines[-1] == "[]"
 
 
 @pytest.mark.parametrize(
@@ -28,17 +28,17 @@ def test_help_lists_every_command_on_one_line_and_imports_nothing_heavy():
         "import derain.commands.score",
     ],
 )
-def test_what_needs_no_torch_starts_without(start):
+def test_commands_without_networks_do_not_import_torch(start):
     code = f"import sys; {start}; print('torch' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert told.splitlines()[-1] == "False"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize(
     ("variables", "level"),
     [({}, logging.INFO), ({"RANK": "2", "LOCAL_RANK": "0"}, logging.WARNING), ({"SLURM_PROCID": "0"}, logging.INFO)],
 )
-def test_one_rank_of_all_nodes_speaks(variables, level, monkeypatch):
+def test_only_the_first_rank_logs_messages(variables, level, monkeypatch):
     for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -55,22 +55,23 @@ def test_version(capsys):
 def test_bad_input_gives_one_line_and_code_2(capsys):
     assert main(["deran"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("derain: error: no command 'deran'")
+    assert error.startswith("derain: error: ")
+    assert "'deran'" in error
     assert error.count("\n") == 1
 
 
-def test_a_fault_of_ours_is_not_hidden(monkeypatch):
-    def fault(arguments):
+def test_other_exceptions_are_not_caught(monkeypatch):
+    def fail(arguments):
         raise RuntimeError("a fault")
 
     from derain.commands import train
 
-    monkeypatch.setattr(train, "run", fault)
+    monkeypatch.setattr(train, "run", fail)
     with pytest.raises(RuntimeError, match="a fault"):
         cli.main(["fit"])
 
 
-def test_ctrl_c_takes_one_line(monkeypatch, capsys):
+def test_ctrl_c_gives_one_line(monkeypatch, capsys):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
@@ -81,9 +82,9 @@ def test_ctrl_c_takes_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_public_names_load_when_used():
+def test_public_names_are_imported_when_used():
     assert derain.PReNetModule().parameter_count == 168_963
-    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+    with pytest.raises(AttributeError, match="Nothing"):
         _ = derain.Nothing
 
 
@@ -91,62 +92,69 @@ RAIN800 = str(Path(__file__).parents[1] / "experiments/rain800.yaml")
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "values"),
     [
-        (["restore", "a.jpg"], "the following arguments are required: output; derain restore --help"),
-        (["restore", "a.jpg", "b.jpg", "--ensembel"], "--ensembel: no such option; did you mean --ensemble?"),
-        (["table", "runs", "--format", "word"], "argument --format: invalid choice: 'word'"),
-        (["data", "lisst"], "invalid choice: 'lisst'"),
-        (["fit"], "--model: is missing; give it, or a --config FILE that has it"),
-        (["fit", "--config", "absent.yaml"], "absent.yaml: no such file"),
-        (["fit", "--config", RAIN800, "--data.cropp", "3"], "--data.cropp: no such option; did you mean --data.crop?"),
-        (["fit", "--config", RAIN800, "--data.crop", "x"], "--data.crop x: must be a whole number"),
-        (["fit", "--config", RAIN800, "--data.cache", "x"], "--data.cache x: must be one of auto, ram, disk, off"),
-        (["fit", "--config", RAIN800, "--model", "Alien"], "--model Alien: no such class"),
-        (["fit", "--config", RAIN800, "--model.dims", "8"], "--model.dims: no such option; did you mean --model.dim?"),
-        (["fit", "--config", RAIN800, "--model.dim", "x"], "--model.dim x: must be a whole number"),
-        (["restore", "a.jpg", "b.jpg", "c.jpg", "out"], "c.jpg: one argument too many; quote globs, as '*.jpg'"),
-        (["caption", "Rain800"], "the following arguments are required: OUT.tsv; derain caption --help"),
-        (["predict"], "derain predict: no weights given; add --weights default"),
-        (["fit", "--config", RAIN800, "--data", "{crop: x}"], "--data.crop x: must be a whole number"),
-        (["fit", "--config", RAIN800, "--model", "derain.nope.Foo"], "--model derain.nope.Foo: no such class"),
+        (["restore", "a.jpg"], ["out", "derain restore --help"]),
+        (["restore", "a.jpg", "b.jpg", "--ensembel"], ["--ensembel:", "--ensemble?"]),
+        (["table", "runs", "--format", "word"], ["--format", "'word'"]),
+        (["data", "lisst"], ["lisst", "synthesize"]),
+        (["data"], ["list", "synthesize"]),
+        (["score", "a", "b", "--output", "c"], ["--output:", "--out?"]),
+        (["data", "list", "--json"], ["--json:", "--format json?"]),
+        (["caption", "a", "b", "--max_tokens", "3"], ["--max_tokens:", "--max-tokens?"]),
+        (["bench", "--size", "x"], ["--size", "'x'"]),
+        (["fit"], ["--model", "--config"]),
+        (["fit", "--config", "absent.yaml"], ["absent.yaml"]),
+        (["fit", "--config", RAIN800, "--data.cropp", "3"], ["--data.cropp:", "--data.crop?"]),
+        (["fit", "--config", RAIN800, "--data.crop", "x"], ["--data.crop x", "whole number"]),
+        (["fit", "--config", RAIN800, "--data.cache", "x"], ["--data.cache x", "auto, ram, disk, off"]),
+        (["fit", "--config", RAIN800, "--model", "Alien"], ["--model Alien"]),
+        (["fit", "--config", RAIN800, "--model.dims", "8"], ["--model.dims:", "--model.dim?"]),
+        (["fit", "--config", RAIN800, "--model.dim", "x"], ["--model.dim x", "whole number"]),
+        (["restore", "a.jpg", "b.jpg", "c.jpg", "out"], ["c.jpg", "'*.jpg'"]),
+        (["caption", "Rain800"], ["out", "derain caption --help"]),
+        (["predict"], ["derain predict", "--weights default"]),
+        (["fit", "--config", RAIN800, "--data", "{crop: x}"], ["--data.crop x", "whole number"]),
+        (["fit", "--config", RAIN800, "--model", "derain.nope.Foo"], ["--model derain.nope.Foo"]),
         (
             ["fit", "--config", RAIN800, "--model", "json.JSONDecoder"],
-            "--model json.JSONDecoder: is no TrainableModule",
+            ["--model json.JSONDecoder", "TrainableModule"],
         ),
-        (["fit", "--config", RAIN800, "--model.nope", "3"], "--model.nope: no such option; derain fit"),
-        (["fit", "--config", RAIN800, "--trainer.accelerator", "tpuu"], "--trainer: "),
-        (["fit", "--config", RAIN800, "--trainer.max_time", "x"], "--trainer: "),
+        (["fit", "--config", RAIN800, "--model.nope", "3"], ["--model.nope:"]),
+        (["fit", "--config", RAIN800, "--trainer.accelerator", "tpuu"], ["--trainer: "]),
+        (["fit", "--config", RAIN800, "--trainer.max_time", "x"], ["--trainer: "]),
         (
             ["fit", "--config", RAIN800, "--trainer.callbacks", "EarlyStopping"],
-            "EarlyStopping: needs monitor; derain fit",
+            ["EarlyStopping", "monitor"],
         ),
-        (["test", "--config", RAIN800, "--sampling.stepz", "5"], "--sampling.stepz: no such option; did you mean"),
-        (["test", "--config", RAIN800, "--sampling.steps", "x"], "--sampling.steps x: must be a whole number or null"),
+        (["test", "--config", RAIN800, "--sampling.stepz", "5"], ["--sampling.stepz:", "--sampling.steps?"]),
+        (["test", "--config", RAIN800, "--sampling.steps", "x"], ["--sampling.steps x", "whole number", "null"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_options_that_are_wrong_take_one_line(line, told, capsys):
+def test_wrong_options_give_one_line(line, values, capsys):
     assert main(line) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith("derain: error: ")
-    assert told in error
+    for value in values:
+        assert value in error
 
 
-def test_a_broken_configuration_takes_one_line(tmp_path, capsys):
+def test_a_broken_configuration_gives_one_line(tmp_path, capsys):
     (tmp_path / "broken.yaml").write_text("data: [\n")
     (tmp_path / "unknown.yaml").write_text("data: {cropp: 3}\nmodel: PReNetModule\n")
     (tmp_path / "nested.yaml").write_text("model: {class_path: PReNetModule, init_args: {stagess: 3}}\n")
-    for name, told in (
+    for name, values in (
         (
             "broken",
-            "--config: a file is no YAML: while parsing a flow node",
+            ["--config", "while parsing a flow node"],
         ),
-        ("unknown", "--data.cropp: no such option; did you mean --data.crop?"),
-        ("nested", "--model.stagess: no such option; did you mean --model.stages?"),
+        ("unknown", ["--data.cropp:", "--data.crop?"]),
+        ("nested", ["--model.stagess:", "--model.stages?"]),
     ):
         assert main(["fit", "--config", str(tmp_path / f"{name}.yaml")]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert told in error
+        for value in values:
+            assert value in error

@@ -1,6 +1,5 @@
-"""What docs/ and README.md name exists: code, tests, commands and their options, files."""
+"""Code, tests, commands, options and files that docs/ and README.md name exist, and their examples run."""
 
-import argparse
 import ast
 import importlib
 import importlib.util
@@ -13,6 +12,7 @@ import sys
 from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import yaml
@@ -22,7 +22,9 @@ from derain.cli import COMMANDS, TRAINER, main
 from derain.commands import train
 from derain.data.layouts import LAYOUTS
 from derain.images import write_image
+from derain.methods import registry
 from derain.metrics import PROTOCOLS
+from derain.options import find_parser
 from tests.factories import clean_image, make_set
 
 ROOT = Path(__file__).parents[1]
@@ -33,32 +35,38 @@ NAMES = sorted(
 
 
 def blocks(page, language="\\w*"):
-    """A page's code blocks."""
+    """Return a page's code blocks."""
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 def command_lines(page):
-    """Words of every command line of ours in a page's code blocks, from the command on."""
-    told = [line for block in blocks(page) for line in re.sub(r"\\\n\s*", "", block).splitlines()]
-    words = [shlex.split(line, comments=True) for line in told if re.search(r"(^|[ /])derain +[a-z]+", line)]
-    lines = [line[next(i for i, word in enumerate(line) if word.endswith("derain")) + 1 :] for line in words]
-    return [line for line in lines if line and line[0] != "import"]
+    """Return the arguments of every derain command in a page's code blocks."""
+    commands = []
+    for block in blocks(page):
+        for line in re.sub(r"\\\n\s*", "", block).splitlines():
+            if not re.search(r"(^|[ /])derain +[a-z]+", line):
+                continue
+            words = shlex.split(line, comments=True)
+            start = next(index for index, word in enumerate(words) if word.endswith("derain")) + 1
+            if words[start:] and words[start] != "import":
+                commands.append(words[start:])
+    return commands
 
 
 LINES = sorted({tuple(line) for page in PAGES for line in command_lines(page)})
 
 
-def parser_of(command):
-    """The command's parser; None for one that LightningCLI parses, or that this version does not have."""
+def parse(command, arguments):
+    """Parse a command line, except those of LightningCLI and of commands that this version does not have."""
     if command in TRAINER or importlib.util.find_spec(f"derain.commands.{command}") is None:
-        return None
-    parser = argparse.ArgumentParser(command, exit_on_error=False)
-    importlib.import_module(f"derain.commands.{command}").add_arguments(parser)
-    return parser
+        return
+    module = importlib.import_module(f"derain.commands.{command}")
+    parser, options = find_parser(f"derain {command}", module, arguments)
+    parser.parse(options)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_tables_name_exists(name):
+def test_names_in_tables_exist(name):
     file, _, attribute = name.partition("::")
     if file.startswith("tests/"):
         tree = ast.parse((ROOT / file).read_text())
@@ -68,7 +76,7 @@ def test_what_tables_name_exists(name):
         assert reduce(getattr, attribute.split("."), module) is not None
 
 
-def test_there_is_something_to_check():
+def test_pages_have_names_and_commands():
     assert len(NAMES) > 50
     assert len(LINES) > 30
     assert {line[0] for line in LINES} >= {"fit", "test", "predict", "restore", "score", "data", "route", "caption"}
@@ -76,80 +84,87 @@ def test_there_is_something_to_check():
 
 
 @pytest.mark.parametrize("line", LINES, ids=" ".join)
-def test_commands_are_what_they_say(line):
+def test_command_lines_are_valid(line):
     command, *arguments = line
     assert command in TRAINER | COMMANDS
     for option, value in itertools.pairwise(arguments):
         if option == "--config" and value != "my-run.yaml":
             assert (ROOT / value).is_file(), value
-    parser = parser_of(command)
-    if parser is not None:
-        parser.parse_args([word for word in arguments if word != "..."])
+    parse(command, [word for word in arguments if word != "..."])
 
 
 class Parsed(Exception):
-    """Raised where a command would go on."""
+    """Raised when the command line has been parsed."""
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line[0] in TRAINER], ids=" ".join)
-def test_training_commands_are_understood(line, monkeypatch):
-    """Configurations are read and options are known, values of the right kind; nothing is built."""
+def test_training_command_lines_are_valid(line, monkeypatch):
+    """Parse configurations and options; build nothing."""
 
     def stop(self):
         raise Parsed
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(train.DerainCLI, "before_instantiate_classes", stop)
-    checkpoint = SimpleNamespace(note="derain checkpoint", module=None)  # of files that the pages name
-    monkeypatch.setattr(train.weights, "load", lambda *_: checkpoint)
+    checkpoint = SimpleNamespace(note="derain checkpoint", module=None)  # in place of files that the pages name
+    monkeypatch.setattr(train.catalog, "load", lambda *_: checkpoint)
     words = [word for word in line if word != "..."]
     if "my-run.yaml" in words:
-        pytest.skip("of the page's own file, which another test runs")
+        pytest.skip("my-run.yaml is run by another test")
     with pytest.raises(Parsed):
         train.run(words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_in_the_text_are_known(page):
-    told = re.findall(r"`derain ([a-z]+)[^`]*`", page.read_text())
-    assert set(told) <= set(TRAINER | COMMANDS)
+    commands = re.findall(r"`derain ([a-z]+)[^`]*`", page.read_text())
+    assert set(commands) <= set(TRAINER | COMMANDS)
 
 
-def test_files_that_the_text_names_exist():
+def test_files_in_the_text_exist():
     for page in PAGES:
         for name in re.findall(r"`((?:experiments|derain|tests|notebooks)/[\w./-]+)`", page.read_text()):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
-def test_sweeps_are_all_told():
-    told = (ROOT / "docs/train.md").read_text()
+def test_all_sweeps_are_listed():
+    page = (ROOT / "docs/train.md").read_text()
     for file in (ROOT / "experiments/sweeps").glob("*.yaml"):
-        assert f"`{file.name}`" in told
+        assert f"`{file.name}`" in page
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Change to a folder from which modules are imported for the time of a test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_named", {})
+    sys.modules.pop("my_method", None)
+    yield tmp_path
+    sys.modules.pop("my_method", None)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
-def test_python_runs(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_image(tmp_path / "rainy.jpg", clean_image(0))
-    before = dict(LAYOUTS), dict(PROTOCOLS)
-    try:
+def test_python_runs(page, folder):
+    write_image(folder / "rainy.jpg", clean_image(0))
+    # Pages add entries to these tables; patching keeps them from later tests.
+    with mock.patch.dict(LAYOUTS), mock.patch.dict(PROTOCOLS):
         for block in blocks(page, "python"):
-            exec(compile(block, page.name, "exec"), {"__name__": "__main__"})
-    finally:
-        for table, entries in zip((LAYOUTS, PROTOCOLS), before, strict=True):
-            table.clear()
-            table.update(entries)
+            if name := re.match(r"# (\w+\.py)\n", block):
+                (folder / name[1]).write_text(block)
+            namespace = {"__name__": "__main__"}
+            exec(compile(block, page.name, "exec"), namespace)
+            for function in [value for name, value in namespace.items() if name.startswith("test_")]:
+                function()
 
 
 @pytest.mark.slow
-def test_the_method_of_the_page_trains_and_is_tested(tmp_path, monkeypatch):
+def test_method_of_the_page_can_be_trained_and_tested(folder, monkeypatch):
     page = ROOT / "docs/add-a-method.md"
-    (tmp_path / "my_package.py").write_text(blocks(page, "python")[0])
-    (tmp_path / "my-run.yaml").write_text(blocks(page, "yaml")[0])
-    make_set(tmp_path / "data", "Rain800", "train", count=4)
-    make_set(tmp_path / "data", "Rain800", "test", count=2, seed=50)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+    (folder / "my_method.py").write_text(blocks(page, "python")[0])
+    (folder / "my-run.yaml").write_text(blocks(page, "yaml")[0])
+    make_set(folder / "data", "Rain800", "train", count=4)
+    make_set(folder / "data", "Rain800", "test", count=2, seed=50)
     monkeypatch.setenv("DERAIN_DATA", "data")
     small = ["--config", "my-run.yaml", "--data.train", "Rain800", "--data.test", "Rain800", "--data.crop", "16"]
     small += ["--data.workers", "0", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
@@ -157,27 +172,29 @@ def test_the_method_of_the_page_trains_and_is_tested(tmp_path, monkeypatch):
     run = Path("runs/my-run/fit-1")
     for option, file in (("--weights", "weights.safetensors"), ("--ckpt_path", "checkpoints/best.ckpt")):
         assert main(["test", *small, option, str(run / file)]) == 0
-    one, two = (json.loads(Path(f"runs/my-run/test-{n}/summary.json").read_text()) for n in (1, 2))
-    assert one["method"]["method"] == "ResidualModule"
-    assert one["method"]["hyper_parameters"] == {"channels": 8, "learning_rate": 1e-3}
-    assert one["results"] == two["results"]
+    weights, checkpoint = (json.loads(Path(f"runs/my-run/test-{n}/summary.json").read_text()) for n in (1, 2))
+    assert weights["method"]["method"] == "MyModule"
+    assert weights["method"]["hyper_parameters"] == {"channels": 8, "learning_rate": 1e-3}
+    assert weights["results"] == checkpoint["results"]
 
 
 @pytest.mark.slow
-def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
+def test_site_builds_without_warnings_and_remote_resources(tmp_path):
     pytest.importorskip("material")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     pages = list((tmp_path / "site").rglob("*.html"))
     listed = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     assert len(pages) > len(listed)
     for page in pages:
         loaded = re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(https?:)?//[^"]*"', page.read_text())
         assert loaded == [], page.name
+        assert "arithmatex" not in page.read_text(), page.name
+    assert "<math" in (tmp_path / "site/methods/cliprpn.html").read_text()
 
 
-def test_the_citation_is_valid_and_names_this_version():
+def test_citation_is_valid_and_has_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["cff-version"] == "1.2.0"
     assert {"message", "title", "authors"} <= citation.keys()
@@ -193,5 +210,5 @@ def test_workflows_and_issue_forms_are_yaml(path):
     assert path.stem == "config" or required[path.parent.name] <= content.keys()
 
 
-def test_the_package_is_marked_as_typed():
+def test_package_is_typed():
     assert (ROOT / "derain/py.typed").is_file()

@@ -169,7 +169,7 @@ def test_verify_reports_skipped_images_once(tmp_path, capsys, caplog):
     folder = make_set(tmp_path, "folder", "test")
     for name in ("input/9.gif", "target/9.gif", "input/8.heic"):
         (folder / name).touch()
-    assert main(["data", "verify", str(folder), "--json"]) == 0
+    assert main(["data", "verify", str(folder), "--format", "json"]) == 0
     findings = [one for one in json.loads(capsys.readouterr().out) if one["kind"] == "skipped"]
     assert [one["files"] for one in findings] == [
         [str(folder / "input/8.heic")],
@@ -229,7 +229,7 @@ def test_many_files_of_several_frames_give_few_lines_and_a_total(tmp_path, caplo
         write_frames(tmp_path / f"derained/{index}.tif")
         save(tmp_path / f"clean/{index}.png", clean_image(0))
     command = ["score", str(tmp_path / "derained"), str(tmp_path / "clean"), "--protocol", "rgb"]
-    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
     lines = [record.getMessage() for record in caplog.records if "frames" in record.getMessage()]
     assert len(lines) == 6
     assert lines[-1].startswith("9 files")

@@ -1,4 +1,4 @@
-"""What the README begins with runs as written, offline; `tests/test_docs.py` checks the rest of it."""
+"""The first commands of the README run as written, offline; `tests/test_docs.py` checks the rest of the README."""
 
 import os
 import re
@@ -17,21 +17,21 @@ from tests.factories import clean_image
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 FIRST = next(block for block in BLOCKS if "derain restore" in block)
-"""What whoever has just installed derain tries."""
+"""The first commands that a new user runs."""
 
-ALONE = {
+OFFLINE = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "HF_HUB_OFFLINE": "1",
     "http_proxy": "http://127.0.0.1:9",
     "https_proxy": "http://127.0.0.1:9",
     "no_proxy": "127.0.0.1",
 }
-"""An environment that finds ``derain``, and no network."""
+"""Environment variables that find ``derain`` and no network."""
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with what the README's reader has: a photo, a folder of photos, a video."""
+def user_folder(tmp_path_factory):
+    """Make a folder with a photo, a folder of photos and a video."""
     folder = tmp_path_factory.mktemp("reader")
     write_image(folder / "rainy.jpg", clean_image(0, (70, 90)))
     for number in (1, 2):
@@ -46,48 +46,47 @@ def place(tmp_path_factory):
     return folder
 
 
-def run(command, place):
-    """Runs a line as a shell would."""
-    done = subprocess.run(
+def run(command, folder):
+    """Run a line in a shell."""
+    result = subprocess.run(
         ["bash", "-c", command],
-        cwd=place,
-        env={**os.environ, **ALONE},
+        cwd=folder,
+        env={**os.environ, **OFFLINE},
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
 
 
 @pytest.mark.slow
-def test_the_first_commands_run_as_written(place):
+def test_first_commands_run_as_written(user_folder):
     commands = [line.partition("  #")[0].strip() for line in FIRST.splitlines()]
     for command in commands:
         if not command.startswith("derain app"):
-            run(command, place)
-    for one in ("clean.jpg", "again.jpg"):
-        assert image_size(place / one) == (70, 90)
-    assert {file.name for file in (place / "restored").iterdir()} >= {"1.png", "2.png"}
-    assert (place / "clean.mp4").stat().st_size > 0
+            run(command, user_folder)
+    for name in ("clean.jpg", "again.jpg"):
+        assert image_size(user_folder / name) == (70, 90)
+    assert {file.name for file in (user_folder / "restored").iterdir()} >= {"1.png", "2.png"}
+    assert (user_folder / "clean.mp4").stat().st_size > 0
     assert any(command.startswith("derain app") for command in commands)
 
 
 @pytest.mark.slow
-def test_the_page_is_there_until_it_is_stopped(place):
+def test_app_serves_the_page_until_it_is_stopped(user_folder):
     command = next(line.partition("  #")[0].strip() for line in FIRST.splitlines() if line.startswith("derain app"))
     process = subprocess.Popen(
         [*shlex.split(command), "--port", "0"],
-        cwd=place,
-        env={**os.environ, **ALONE},
+        cwd=user_folder,
+        env={**os.environ, **OFFLINE},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     try:
-        told = next(line for line in process.stdout if "http://127.0.0.1:" in line)
-        page = re.search(r"http://127\.0\.0\.1:\d+", told).group()
+        line = next(line for line in process.stdout if "http://127.0.0.1:" in line)
+        page = re.search(r"http://127\.0\.0\.1:\d+", line).group()
         with urllib.request.urlopen(page, timeout=60) as answer:
             assert b"derain" in answer.read()
     finally:
@@ -95,6 +94,6 @@ def test_the_page_is_there_until_it_is_stopped(place):
         assert process.wait(60) == 0
 
 
-def test_the_picture_is_there():
+def test_pictures_exist():
     for file in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert np.prod(image_size(Path(__file__).parents[1] / file)) > 0

@@ -1,10 +1,9 @@
-"""Caption the clean images of a data set: a table 'filepath<TAB>title' in DA-CLIP's form, to train DA-CLIP with."""
+"""Caption the clean images of a data set, to train DA-CLIP."""
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from derain.data.captions import (
     DEGRADATION,
@@ -21,166 +20,170 @@ from derain.data.pairs import Pair, find_pairs, read_clean
 from derain.errors import DerainError
 from derain.progress import track
 
-BLIP = "Salesforce/blip-image-captioning-large"
-"""What DA-CLIP's authors captioned with."""
-
 
 class Captioner(NamedTuple):
-    """What gives captions.
+    """Function that captions images, and its settings.
 
     Attributes:
-        run: What they depend on besides the images.
-        captions: Those of the clean images of pairs.
-        looks: Whether it looks at the images.
+        settings: What captions depend on besides the images.
+        caption: Returns the captions of the clean images of pairs.
+        uses_images: Whether captions depend on the images.
     """
 
-    run: dict[str, str | int]
-    captions: Callable[[Sequence[Pair]], list[str]]
-    looks: bool = True
+    settings: dict[str, str | int]
+    caption: Callable[[Sequence[Pair]], list[str]]
+    uses_images: bool = True
 
 
-class Clean(NamedTuple):
-    """A clean image: its file, and which half of it."""
+class CleanImage(NamedTuple):
+    """Clean image: its file, and which half of the file it is."""
 
     file: Path
     side: str | None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the options."""
-    parser.add_argument("set", metavar="ROOT", help="a data set's name or folder")
-    parser.add_argument(
-        "output", type=Path, metavar="OUT.tsv", help="the table; OUT.tsv.part holds it until it is done"
-    )
-    parser.add_argument("--split", choices=["train", "test"], default="train", help="of the data set (default train)")
-    parser.add_argument("--root", type=Path, help="folder that holds the sets (default $DERAIN_DATA)")
-    parser.add_argument("--degradation", default=DEGRADATION, metavar="WORD", help=f"default {DEGRADATION}")
-    parser.add_argument(
-        "--captioner",
-        default=BLIP,
-        metavar="BLIP",
-        help=f"id on the Hugging Face hub or a directory (default {BLIP}, 1.9 GB, fetched once), "
-        f"or template: '{TEMPLATE}' for every image, without a model",
-    )
-    parser.add_argument("--max_tokens", type=int, default=32, metavar="N", help="of a caption (default 32)")
-    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="images at once (default 8)")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
-    parser.add_argument("--overwrite", action="store_true", help="replace the table, and what another run left of one")
+def caption(
+    dataset: str,
+    out: Path,
+    *,
+    split: Literal["train", "test"] = "train",
+    root: Path | None = None,
+    degradation: str = "rainy",
+    captioner: str = "Salesforce/blip-image-captioning-large",
+    max_tokens: int = 32,
+    batch_size: int = 8,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> int:
+    """Caption the clean images of a data set: writes a table 'filepath<TAB>title' as DA-CLIP's authors do.
 
+    An interrupted run resumes when the same command is run again.
 
-def run(args: argparse.Namespace) -> int:
-    """Captions the images and writes the table; the same command goes on where it was interrupted."""
-    check(args)
-    found = find_pairs(args.set, args.split, data_root=args.root)
-    for note in found.notes:
-        print(f"{found.name}: {note}", file=sys.stderr)
-    files = table_paths([pair.rainy for pair in found.pairs], args.output)
-    captioner = captioner_of(args)
-    journal = Journal(args.output.with_name(f"{args.output.name}.part"), captioner.run)
-    images = [(file, clean_of(pair).file) for file, pair in zip(files, found.pairs, strict=True)]
-    done = journal.begin(images, args.overwrite)
-    if done:
-        print(f"{journal.path}: goes on after {len(done):,} of {len(files):,} rows", file=sys.stderr)
-    texts = captioned(found.pairs, files, captioner, journal, done, args.batch_size)
-    rows = [(file, Caption(text, args.degradation)) for file, text in zip(files, texts, strict=True)]
-    write_captions(args.output, rows)
+    Args:
+        dataset: Name or folder of a data set.
+        out: The table, such as captions.tsv; captions.tsv.part has the captions of an unfinished run.
+        split: Split of the data set.
+        root: Folder with data sets (default $DERAIN_DATA).
+        degradation: Word for the degradation of the rainy images.
+        captioner: BLIP model on the Hugging Face hub (the default is downloaded once, 1.9 GB) or in a folder; or
+            template, which is the caption 'a photo' for every image, without a model.
+        max_tokens: Largest length of a caption in tokens.
+        batch_size: Images in a batch.
+        device: Device: auto, cpu, cuda, cuda:N or mps.
+        overwrite: Replace the table, and the captions of another unfinished run.
+
+    Raises:
+        DerainError: If an option is wrong, or images cannot be read.
+    """
+    for option, number in {"--max-tokens": max_tokens, "--batch-size": batch_size}.items():
+        if number < 1:
+            raise DerainError(f"{option} {number}: must be at least 1")
+    _check_degradation(degradation)
+    _check_table(out, overwrite)
+    pair_set = find_pairs(dataset, split, data_root=root)
+    for note in pair_set.notes:
+        print(f"{pair_set.name}: {note}", file=sys.stderr)
+    files = table_paths([pair.rainy for pair in pair_set.pairs], out)
+    model = _load_captioner(captioner, degradation, max_tokens, device)
+    journal = Journal(out.with_name(f"{out.name}.part"), model.settings)
+    images = [(file, clean_image(pair).file) for file, pair in zip(files, pair_set.pairs, strict=True)]
+    finished = journal.begin(images, overwrite)
+    if finished:
+        print(f"{journal.path}: resuming after {len(finished):,} of {len(files):,} captions", file=sys.stderr)
+    texts = caption_pairs(pair_set.pairs, files, model, journal, finished, batch_size)
+    rows = [(file, Caption(text, degradation)) for file, text in zip(files, texts, strict=True)]
+    write_captions(out, rows)
     journal.path.unlink(missing_ok=True)
-    cleans = len({clean_of(pair) for pair in found.pairs})
+    clean_count = len({clean_image(pair) for pair in pair_set.pairs})
     print(
-        f"{args.output}: {len(rows):,} rainy images of {found.name}, {cleans:,} clean ones, "
+        f"wrote {out}: {len(rows):,} rainy images of {pair_set.name}, {clean_count:,} clean images, "
         f"{len(set(texts)):,} different captions; for example"
     )
-    for place in sorted({0, len(rows) // 2, len(rows) - 1}):
-        print(f"{rows[place][0]}\t{rows[place][1].title}")
+    for index in sorted({0, len(rows) // 2, len(rows) - 1}):
+        print(f"{rows[index][0]}\t{rows[index][1].title}")
     return 0
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuses options that cannot be meant, before anything is read.
-
-    Raises:
-        DerainError: If there are any.
-    """
-    for name in ("max_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            raise DerainError(f"--{name} {getattr(args, name)}: give a number of at least 1")
-    if one_line(args.degradation) != args.degradation or not args.degradation or ": " in args.degradation:
-        raise DerainError(f"--degradation {args.degradation!r}: give a word like {DEGRADATION}, without ': '")
-    if args.output.is_dir():
-        raise DerainError(f"{args.output}: is a folder; name the table, as {args.output / 'captions.tsv'}")
-    if args.output.exists() and not args.overwrite:
-        raise DerainError(f"{args.output}: exists; give --overwrite to replace it, or another name")
+def _check_degradation(word: str) -> None:
+    if not word or one_line(word) != word or ": " in word:
+        raise DerainError(f"--degradation {word!r}: expected a word without ': ', such as {DEGRADATION}")
 
 
-def captioner_of(args: argparse.Namespace) -> Captioner:
-    """What gives captions.
+def _check_table(out: Path, overwrite: bool) -> None:
+    if out.is_dir():
+        raise DerainError(f"{out}: is a folder; give a file, such as {out / 'captions.tsv'}")
+    if out.exists() and not overwrite:
+        raise DerainError(f"{out}: exists already; add --overwrite to replace it, or give another file")
 
-    Raises:
-        DerainError: If there is no such model or device.
-    """
-    run: dict[str, str | int] = {"captioner": args.captioner, "degradation": args.degradation}
-    if args.captioner == "template":
-        return Captioner(run, lambda pairs: [TEMPLATE] * len(pairs), looks=False)
+
+def _load_captioner(name: str, degradation: str, max_tokens: int, device: str) -> Captioner:
+    settings: dict[str, str | int] = {"captioner": name, "degradation": degradation}
+    if name == "template":
+        return Captioner(settings, lambda pairs: [TEMPLATE] * len(pairs), uses_images=False)
     from derain.methods.daclipsde.blip import FrozenBLIP
     from derain.restoration import choose_device
 
-    device = choose_device(args.device)
-    blip = FrozenBLIP(args.captioner, args.max_tokens)
-    run |= {"max_tokens": args.max_tokens, "sha256": blip.sha256}
-    return Captioner(run, lambda pairs: blip.captions([read_clean(pair) for pair in pairs], device))
+    chosen_device = choose_device(device)
+    blip = FrozenBLIP(name, max_tokens)
+    settings |= {"max_tokens": max_tokens, "sha256": blip.sha256}
+    return Captioner(settings, lambda pairs: blip.captions([read_clean(pair) for pair in pairs], chosen_device))
 
 
-def clean_of(pair: Pair) -> Clean:
-    """The clean image of a pair that has one; pairs may share it."""
+def clean_image(pair: Pair) -> CleanImage:
+    """Return the clean image of a pair; several pairs may have the same one."""
     assert pair.clean is not None
-    return Clean(pair.clean, pair.clean_side)
+    return CleanImage(pair.clean, pair.clean_side)
 
 
-def captioned(
+def caption_pairs(
     pairs: Sequence[Pair],
     files: Sequence[str],
     captioner: Captioner,
     journal: Journal,
-    done: Sequence[JournalEntry],
-    size: int,
+    finished: Sequence[JournalEntry],
+    batch_size: int,
 ) -> list[str]:
-    """Captions each clean image once and writes the rows of its pairs into the journal, in their order.
+    """Caption each clean image once, and write the entries of its pairs to the journal in order.
 
-    The batches of a run that goes on are those of one that was never interrupted: on some devices an image's caption
-    could depend on those beside it.
+    A resumed run has the same batches as an uninterrupted one: on some devices, a caption may depend on the other
+    images of the batch.
 
     Args:
-        pairs: The pairs.
-        files: Their rainy images, as they stand in the table.
-        captioner: What gives captions.
-        journal: Where rows go.
-        done: Those that are there, of the first pairs.
-        size: Images of a batch.
+        pairs: Pairs.
+        files: Path of each rainy image in the table.
+        captioner: Captioner.
+        journal: Journal of the run.
+        finished: Entries of the first pairs, from an earlier run.
+        batch_size: Images in a batch.
 
     Returns:
         The caption of each pair.
     """
-    firsts: dict[Clean, Pair] = {}
+    first_pairs: dict[CleanImage, Pair] = {}
     for pair in pairs:
-        firsts.setdefault(clean_of(pair), pair)
-    known = {clean_of(pair): (row.text, row.image) for pair, row in zip(pairs, done, strict=False)}
-    cleans = list(firsts)
-    batches = [cleans[place : place + size] for place in range(0, len(cleans), size)]
-    left = [batch for batch in batches if any(clean not in known for clean in batch)]
+        first_pairs.setdefault(clean_image(pair), pair)
+    captions = {clean_image(pair): (entry.text, entry.image) for pair, entry in zip(pairs, finished, strict=False)}
+    images = list(first_pairs)
+    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    unfinished = [batch for batch in batches if any(image not in captions for image in batch)]
 
-    def work() -> Iterator[Clean]:
-        start = len(done)
-        for batch in left:
-            for clean, text in zip(batch, captioner.captions([firsts[clean] for clean in batch]), strict=True):
-                if clean not in known:
-                    known[clean] = (one_line(text), file_hash(clean.file) if captioner.looks else "")
-            ready = start
-            while ready < len(pairs) and clean_of(pairs[ready]) in known:
-                ready += 1
-            journal.add(JournalEntry(files[place], *known[clean_of(pairs[place])]) for place in range(start, ready))
-            start = ready
+    def caption_batches() -> Iterator[CleanImage]:
+        written = len(finished)
+        for batch in unfinished:
+            texts = captioner.caption([first_pairs[image] for image in batch])
+            for image, text in zip(batch, texts, strict=True):
+                if image not in captions:
+                    image_hash = file_hash(image.file) if captioner.uses_images else ""
+                    captions[image] = (one_line(text), image_hash)
+            entries = []
+            for pair, file in zip(pairs[written:], files[written:], strict=True):
+                if clean_image(pair) not in captions:
+                    break
+                entries.append(JournalEntry(file, *captions[clean_image(pair)]))
+            journal.add(entries)
+            written += len(entries)
             yield from batch
 
-    for _ in track(work(), "Captioning", sum(map(len, left))):
+    for _ in track(caption_batches(), "Captioning", sum(map(len, unfinished))):
         pass
-    return [known[clean_of(pair)][0] for pair in pairs]
+    return [captions[clean_image(pair)][0] for pair in pairs]

@@ -1,12 +1,11 @@
 """List, verify and synthesize data sets."""
 
-import argparse
 import dataclasses
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -15,101 +14,68 @@ from rich.text import Text
 from derain.data.layouts import LAYOUTS
 from derain.data.name_matching import find_set_folders, pair_files
 from derain.data.quickstart_photos import PHOTOS, write_photos
-from derain.data.rain import PRESETS, Rain, synthesize
+from derain.data.rain import PRESETS, synthesize
 from derain.data.verify import Finding, verify
 from derain.errors import DerainError
 
-SHOWN = 10
-"""Findings of one kind in one set that the table shows; the JSON has all."""
+MAX_ROWS = 10
+"""Findings of the same kind and set in the table; the JSON has all."""
 
-STYLE = {"error": "red", "warning": "yellow", "note": "dim"}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the subcommands."""
-    commands = parser.add_subparsers(dest="task", required=True, metavar="TASK")
-    listing = commands.add_parser("list", help="the sets, their sizes, where to get them and which are here")
-    listing.add_argument("--root", type=Path, help="folder that holds the sets (default $DERAIN_DATA)")
-    listing.add_argument("--json", action="store_true", help="for programs")
-    check = commands.add_parser("verify", help="broken files, mismatched pairs, duplicates, train/test leaks")
-    check.add_argument("root", type=Path, help="a set, or a folder that holds several")
-    check.add_argument(
-        "--against", type=Path, nargs="+", default=[], metavar="ROOT2", help="sets to share nothing with"
-    )
-    check.add_argument("--layout", help="layout of the set, if it shall not be detected (see derain data list)")
-    check.add_argument("--json", action="store_true", help="a list of findings with kind, files, detail")
-    rain = commands.add_parser("synthesize", help="rain for clean photos: a paired set and a contact sheet")
-    rain.add_argument("clean", type=Path, help="folder of clean photos")
-    rain.add_argument("out", type=Path, help="folder of the set")
-    rain.add_argument("--preset", choices=list(PRESETS), default="medium")
-    rain.add_argument("--seed", type=int, default=0)
-    rain.add_argument("--per-image", type=int, default=1, help="rainy images for each clean one")
-    rain.add_argument("--overwrite", action="store_true", help="replace a set made before")
-    for part in dataclasses.fields(Rain):
-        low, high = part.metadata["limits"]
-        told = f"{part.metadata['help']}, {low} to {high}; two numbers: drawn between them for each image"
-        rain.add_argument(f"--{part.name}", type=part.type, nargs="+", metavar="X", help=told)
-    licences = "; ".join(f"{photo.file} by {photo.author}, {photo.licence} ({photo.split})" for photo in PHOTOS)
-    photos = commands.add_parser(
-        "photos",
-        help="write the freely licensed photos of the quickstart",
-        description=f"Writes the photos that scikit-image ships and the quickstart uses: {licences}.",
-    )
-    photos.add_argument("out", type=Path)
+STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
+"""Colours of findings, by level."""
 
 
-def run(args: argparse.Namespace) -> int:
-    """Runs a subcommand; ``verify`` gives 1 when something is wrong."""
-    if args.task == "list":
-        return list_sets(args.root, as_json=args.json)
-    if args.task == "verify":
-        return report(args)
-    if args.task == "photos":
-        print(f"{len(write_photos(args.out))} photos: {args.out}")
-        return 0
-    return rain_on(args)
+def list_sets(*, root: Path | None = None, format: Literal["table", "json"] = "table") -> int:
+    """List data sets: their sizes, where to get them, and which of them are on this machine.
 
-
-def list_sets(root: Path | None, *, as_json: bool) -> int:
-    """Prints the sets and which of them are below the data root."""
+    Args:
+        root: Folder with data sets (default $DERAIN_DATA).
+        format: Output format; JSON also has file patterns and citations.
+    """
     if root is None and os.environ.get("DERAIN_DATA"):
         root = Path(os.environ["DERAIN_DATA"])
-    told: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "title": layout.title,
-            "counts": {**layout.counts},
-            "files": {split: [str(files) for files in ways] for split, ways in layout.files.items()},
-            "source": layout.source,
-            "citation": layout.citation,
-            "found": {} if root is None or not layout.folders else found(name, root),
-        }
-        for name, layout in LAYOUTS.items()
-    ]
-    if as_json:
-        print(json.dumps(told, indent=2))
-        return 0
-    table = Table(title=Text(f"data sets{f' and what {root} has of them' if root else ''}"), title_justify="left")
-    for column in ("set", "train", "test", "here", "what it is and where to get it"):
+    sets: list[dict[str, Any]] = []
+    for name, layout in LAYOUTS.items():
+        sets.append(
+            {
+                "name": name,
+                "title": layout.title,
+                "counts": {**layout.counts},
+                "files": {split: [str(files) for files in ways] for split, ways in layout.files.items()},
+                "source": layout.source,
+                "citation": layout.citation,
+                "found": {} if root is None or not layout.folders else count_pairs(name, root),
+            }
+        )
+    if format == "json":
+        print(json.dumps(sets, indent=2))
+    else:
+        _print_sets(sets, root)
+    return 0
+
+
+def _print_sets(sets: Sequence[dict[str, Any]], root: Path | None) -> None:
+    title = "Data sets" if root is None else f"Data sets, and pairs found in {root}"
+    table = Table(title=Text(title), title_justify="left")
+    for column in ("set", "train", "test", "found", "source"):
         table.add_column(column, justify="right" if column in {"train", "test"} else "left", overflow="fold")
-    for one in told:
-        counts, here = one["counts"], one["found"]
+    for entry in sets:
+        counts = entry["counts"]
         table.add_row(
-            one["name"],
+            entry["name"],
             *(f"{counts[split]:,}" if split in counts else "" for split in ("train", "test")),
-            "\n".join(f"{split} {count:,}" for split, count in here.items()),
-            f"{one['title']}\n[dim]{one['source']}[/dim]" if one["source"] else one["title"],
+            "\n".join(f"{split} {count:,}" for split, count in entry["found"].items()),
+            f"{entry['title']}\n[dim]{entry['source']}[/dim]" if entry["source"] else entry["title"],
         )
     console = Console()
     console.print(table)
     if root is None:
-        console.print("Let DERAIN_DATA (or --root) name the folder that holds the sets, to see which are here.")
-    console.print("Files and citations: derain data list --json", highlight=False)
-    return 0
+        console.print("Set DERAIN_DATA or --root to the folder with your data sets to see which are found.")
+    console.print("File patterns and citations: derain data list --format json", highlight=False)
 
 
-def found(name: str, root: Path) -> dict[str, int]:
-    """Pairs of each split of a set below the data root."""
+def count_pairs(name: str, root: Path) -> dict[str, int]:
+    """Return the number of pairs of each split of a set in the data root; empty if the set is not there."""
     for folder in find_set_folders(name, root):
         counts = {split: len(pair_files(name, split, folder).pairs) for split in LAYOUTS[name].files}
         if any(counts.values()):
@@ -117,68 +83,163 @@ def found(name: str, root: Path) -> dict[str, int]:
     return {}
 
 
-def report(args: argparse.Namespace) -> int:
-    """Prints what is wrong with sets."""
-    sets, findings = verify(place(args.root), against=[place(one) for one in args.against], layout=args.layout)
-    wrong = [finding for finding in findings if finding.level == "error"]
-    if args.json:
+def verify_sets(
+    root: Path,
+    *,
+    against: Sequence[Path] = (),
+    layout: str | None = None,
+    format: Literal["table", "json"] = "table",
+) -> int:
+    """Find broken files, mismatched pairs, duplicates, and images that training and test sets share.
+
+    Exit code 1 if there are errors.
+
+    Args:
+        root: A data set, or a folder with several.
+        against: Data sets that must not share images with ROOT.
+        layout: Layout of the data set (default: detected; see derain data list).
+        format: Output format; JSON lists all files.
+    """
+    sets, findings = verify(find_folder(root), against=[find_folder(path) for path in against], layout=layout)
+    counts = {level: sum(finding.level == level for finding in findings) for level in STYLES}
+    exit_code = 1 if counts["error"] else 0
+    if format == "json":
         print(json.dumps([finding.as_json() for finding in findings], indent=2))
-        return 1 if wrong else 0
+        return exit_code
     console = Console()
-    for one in sets:
-        console.print(Text(f"{one}: {len(one.files.pairs)} pairs in {one.root}"), soft_wrap=True)
+    for found in sets:
+        console.print(Text(f"{found}: {len(found.files.pairs)} pairs in {found.root}"), soft_wrap=True)
     if findings:
-        console.print(as_table(findings))
-    counted = {level: sum(finding.level == level for finding in findings) for level in STYLE}
-    verdict = "nothing is wrong" if not wrong else f"{counted['error']} found wrong"
-    console.print(f"{verdict}; {counted['warning']} to look at, {counted['note']} good to know (all files: --json)")
-    return 1 if wrong else 0
+        console.print(findings_table(findings))
+    console.print(
+        f"{counts['error'] or 'no'} errors, {counts['warning']} warnings, {counts['note']} notes "
+        "(--format json lists all files)"
+    )
+    return exit_code
 
 
-def place(told: Path) -> Path:
-    """The folder that is meant: as told, or below the data root, where a set's name may stand for its folder."""
+def find_folder(path: Path) -> Path:
+    """Return a path that exists, or the folder of the data set of this name in the data root.
+
+    The path is returned as it is if there is neither.
+    """
     root = os.environ.get("DERAIN_DATA")
-    if told.exists() or not root or not Path(root).is_dir():
-        return told
-    name = next((name for name in LAYOUTS if name.lower() == str(told).lower() and LAYOUTS[name].folders), None)
-    named = find_set_folders(name, Path(root)) if name else []
-    return named[0] if named else told
+    if path.exists() or not root or not Path(root).is_dir():
+        return path
+    for name, layout in LAYOUTS.items():
+        if name.lower() == str(path).lower() and layout.folders:
+            folders = find_set_folders(name, Path(root))
+            return folders[0] if folders else path
+    return path
 
 
-def as_table(findings: Sequence[Finding]) -> Table:
-    """One row a finding, of many of one kind in one set the first ten."""
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """Return a table with one row a finding, and at most ``MAX_ROWS`` rows of the same kind and set."""
     table = Table(show_lines=False)
-    for column in ("", "kind", "set", "files", "what"):
+    for column in ("level", "kind", "set", "files", "detail"):
         table.add_column(column, overflow="fold")
     counts: dict[tuple[str, str, str], int] = {}
     for finding in findings:
         kind = (finding.level, finding.kind, finding.set)
         counts[kind] = counts.get(kind, 0) + 1
-        if counts[kind] > SHOWN:
+        if counts[kind] > MAX_ROWS:
             continue
         names = [Path(file).name for file in finding.files]
-        files = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        title = Text(finding.level, STYLE[finding.level])
-        table.add_row(title, finding.kind, *(Text(text) for text in (finding.set, files, finding.detail)))
-    for (level, named, of_set), count in counts.items():
-        if count > SHOWN:
-            table.add_row(level, named, Text(of_set), f"{count - SHOWN} more", "")
+        files = ", ".join(names[:4])
+        if len(names) > 4:
+            files += f" and {len(names) - 4} more"
+        level = Text(finding.level, STYLES[finding.level])
+        table.add_row(level, finding.kind, Text(finding.set), Text(files), Text(finding.detail))
+    for (level, kind, name), count in counts.items():
+        if count > MAX_ROWS:
+            table.add_row(level, kind, Text(name), f"{count - MAX_ROWS} more", "")
     return table
 
 
-def rain_on(args: argparse.Namespace) -> int:
-    """Synthesizes a set; photos that cannot be read are told at the end, with code 2."""
-    lightest, heaviest = PRESETS[args.preset]
-    for part in dataclasses.fields(Rain):
-        given = getattr(args, part.name)
-        if given is not None:
-            if len(given) > 2:
-                raise DerainError(f"--{part.name}: {len(given)} numbers; give one, or the least and the most")
-            lightest = dataclasses.replace(lightest, **{part.name: given[0]})
-            heaviest = dataclasses.replace(heaviest, **{part.name: given[-1]})
-    options = {"per_image": args.per_image, "seed": args.seed, "overwrite": args.overwrite}
-    broken = synthesize(args.clean, args.out, (lightest, heaviest), **options)
-    print(f"rainy set: {args.out} (look at {args.out / 'contact_sheet.png'})")
-    if broken:
-        raise DerainError(f"{len(broken)} photos were left out: {'; '.join(broken)}")
+def synthesize_set(
+    clean: Path,
+    out: Path,
+    *,
+    preset: Literal["light", "medium", "heavy"] = "medium",
+    seed: int = 0,
+    per_image: int = 1,
+    overwrite: bool = False,
+    density: Sequence[float] | None = None,
+    length: Sequence[float] | None = None,
+    width: Sequence[float] | None = None,
+    angle: Sequence[float] | None = None,
+    spread: Sequence[float] | None = None,
+    layers: Sequence[int] | None = None,
+    brightness: Sequence[float] | None = None,
+    veil: Sequence[float] | None = None,
+    drops: Sequence[int] | None = None,
+) -> int:
+    """Add rain to clean photos: writes a paired data set and a contact sheet.
+
+    Parameters of the rain replace those of the preset. Two numbers are the limits of a uniform distribution, from
+    which the rain of each image is drawn.
+
+    Args:
+        clean: Folder with clean photos.
+        out: Folder for the data set.
+        preset: Strength of the rain.
+        seed: Seed of the rain.
+        per_image: Rainy images for each clean one.
+        overwrite: Replace a data set of an earlier run.
+        density: Share of the image that streaks cover, 0 to 4.
+        length: Length of the nearest streaks in pixels, 1 to 400.
+        width: Width of the nearest streaks in pixels, 0.2 to 40.
+        angle: Angle in degrees from the vertical, positive falls to the right, -90 to 90.
+        spread: Standard deviation of the angle in degrees, 0 to 45.
+        layers: Number of depth layers, 1 to 16.
+        brightness: Opacity of the brightest streaks, 0 to 1.
+        veil: Opacity of the mist, 0 to 1.
+        drops: Number of drops on the lens, 0 to 200.
+
+    Raises:
+        DerainError: If a parameter is out of its limits, or photos could not be read; the others are written.
+    """
+    parameters: dict[str, Sequence[float] | None] = {
+        "density": density,
+        "length": length,
+        "width": width,
+        "angle": angle,
+        "spread": spread,
+        "layers": layers,
+        "brightness": brightness,
+        "veil": veil,
+        "drops": drops,
+    }
+    lightest, heaviest = PRESETS[preset]
+    for name, limits in parameters.items():
+        if limits is None:
+            continue
+        if len(limits) > 2:
+            raise DerainError(f"--{name}: {len(limits)} numbers; give one number, or the least and the largest")
+        lightest = dataclasses.replace(lightest, **{name: limits[0]})
+        heaviest = dataclasses.replace(heaviest, **{name: limits[-1]})
+    unreadable = synthesize(clean, out, (lightest, heaviest), per_image=per_image, seed=seed, overwrite=overwrite)
+    print(f"wrote data set: {out} (contact sheet: {out / 'contact_sheet.png'})")
+    if unreadable:
+        raise DerainError(f"skipped {len(unreadable)} photos: {'; '.join(unreadable)}")
     return 0
+
+
+def quickstart_photos(out: Path) -> int:
+    """Write the freely licensed photos of the quickstart, which are part of scikit-image.
+
+    Args:
+        out: Folder for the photos.
+    """
+    print(f"wrote {len(write_photos(out))} photos: {out}")
+    for photo in PHOTOS:
+        print(f"{photo.split}/{photo.file}: {photo.author}, {photo.licence}")
+    return 0
+
+
+TASKS = {
+    "list": list_sets,
+    "verify": verify_sets,
+    "synthesize": synthesize_set,
+    "photos": quickstart_photos,
+}

@@ -1,45 +1,54 @@
-"""Write a method as ONNX or by torch.export, and check the file against the method at five odd sizes."""
+"""Export a method as ONNX or with torch.export."""
 
-import argparse
 import sys
 from pathlib import Path
-from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from derain.errors import DerainError
-from derain.export import Format, export
+from derain.export import Format
+from derain.export import export as write
 from derain.methods import DerainModule
 from derain.methods.catalog import load
 from derain.restoration import take_route
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    parser.add_argument("output", type=Path, help="the file: NAME.onnx or NAME.pt2")
-    parser.add_argument("--weights", default="default", help="name or file as of derain restore (default: %(default)s)")
-    parser.add_argument("--format", choices=get_args(Format), default="onnx", help="default onnx")
-    parser.add_argument("--route", type=int, help="the route of all images (CLIP-RPN; CLIP stays outside)")
+def export(
+    out: Path,
+    *,
+    weights: str = "default",
+    method: str | None = None,
+    format: Format = "onnx",
+    route: int | None = None,
+) -> int:
+    """Write a method as ONNX or with torch.export, and compare the file with the method at five image sizes.
 
+    Args:
+        out: The file: NAME.onnx or NAME.pt2.
+        weights: Name or file of weights, as for derain restore.
+        method: Class of weights of a method outside derain, such as my_method.MyModule.
+        format: onnx, or torch for a program of torch.export.
+        route: Route of all images (CLIP-RPN; CLIP is not part of the file).
 
-def run(args: argparse.Namespace) -> int:
-    """Export, compare, and keep the file if it computes what the method does."""
-    method, note = load(args.weights)
-    if not isinstance(method, DerainModule):
-        raise DerainError(f"{args.weights}: {note} does not restore images; use weights of a method")
-    if args.route is not None:
-        take_route(method, args.route)
-    print(f"{args.weights}: {note}; exporting takes up to minutes", file=sys.stderr)
-    show(export(method, args.output, args.format))
-    print(f"wrote {args.output}", file=sys.stderr)
+    Raises:
+        DerainError: If the method cannot be exported, or the file differs from it.
+    """
+    module, note = load(weights, method)
+    if not isinstance(module, DerainModule):
+        raise DerainError(f"{weights}: {note} does not restore images; use weights of a method")
+    if route is not None:
+        take_route(module, route)
+    print(f"{weights}: {note}; exporting takes up to minutes", file=sys.stderr)
+    print_differences(write(module, out, format))
+    print(f"wrote {out}", file=sys.stderr)
     return 0
 
 
-def show(differences: dict[tuple[int, int], float]) -> None:
-    """Print a table of the differences by image size."""
+def print_differences(differences: dict[tuple[int, int], float]) -> None:
+    """Print a table of the largest differences between file and method, by image size."""
     table = Table("size", title="file against method")
     table.add_column("largest difference", justify="right")
     for (height, width), difference in differences.items():
-        table.add_row(f"{height}×{width}", f"{difference:.1e}")
+        table.add_row(f"{width}×{height}", f"{difference:.1e}")
     Console().print(table)

@@ -1,11 +1,11 @@
 """Remove rain from a photo, a video, a folder of them (recursively) or a glob."""
 
-import argparse
 import glob
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,126 +24,199 @@ from derain.progress import track
 if TYPE_CHECKING:
     from derain.restoration import Restorer
 
-KINDS = SUFFIXES | videos.SUFFIXES
-"""Endings of names that are restored."""
+ACCEPTED = SUFFIXES | videos.SUFFIXES
+"""Suffixes of photos and videos."""
 
 log = logging.getLogger("derain")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the options."""
-    parser.add_argument("input", help="a photo, a video, a folder (searched recursively), or a quoted glob")
-    parser.add_argument("output", type=Path, help="the restored photo or video, or a folder for several")
-    parser.add_argument(
-        "--weights",
-        default="default",
-        help="a name of `derain models list`, hub:OWNER/NAME, or a file: ours, the authors', ONNX of derain "
-        "export, or what spandrel knows; FILE:stages=N,variant=NAME for what PReNet's authors do not record "
-        "(default: %(default)s)",
-    )
-    parser.add_argument("--tile", default="auto", help="side of tiles in pixels, auto (default) or none")
-    parser.add_argument(
-        "--ensemble",
-        action="store_true",
-        help="mean over 8 flips and rotations, 8 times slower; for methods that were trained on transposed crops",
-    )
-    parser.add_argument(
-        "--compare", action="store_true", help="also write NAME.EXT-compare.png, or .mp4: before and after"
-    )
-    parser.add_argument("--crf", type=int, default=18, help="of videos: quality from 0 to 51, the best first (18)")
-    parser.add_argument(
-        "--explain",
-        action="store_true",
-        help="also write a photo's NAME.EXT-explain.png and .json: masks, route, scores",
-    )
-    parser.add_argument(
-        "--strip-metadata",
-        action="store_true",
-        help="write no metadata: neither time, camera and location (EXIF) nor a video's tags; the profile stays",
-    )
-    parser.add_argument(
-        "--white", type=float, default=1.0, help="of floating-point TIFF: value of white, such as 255 (default: 1)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
-    parser.add_argument("--route", type=int, help="let all images take this route instead of asking CLIP (CLIP-RPN)")
-    parser.add_argument(
-        "--solver",
-        help="of DA-CLIP + IR-SDE: posterior (default), mrs-ode1, mrs-ode2, mrs-sde2, mars-ode2, mars-sde2, sde or ode",
-    )
-    parser.add_argument("--steps", type=int, help="of the solver, at most those of its schedule (default 10)")
-    parser.add_argument("--seed", type=int, help="of the solver's noise (default 0)")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
-    parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
-    parser.add_argument("--compile", action="store_true", help="compile the network: for many photos of one size")
+@dataclass(frozen=True)
+class WriteOptions:
+    """How restored photos and videos are written; see `restore` for the fields."""
+
+    compare: bool = False
+    explain: bool = False
+    strip_metadata: bool = False
+    white: float = 1.0
+    crf: int = 18
 
 
-def run(args: argparse.Namespace) -> int:
-    """Restores, and reports broken files at the end; exit code 2 if there were any."""
-    jobs = plan(args.input, args.output)
-    check_outputs((file, source) for source, target in jobs.items() for file in outputs(target, args))
-    films = [source for source in jobs if is_video(source)]
-    if films and args.explain:
-        raise DerainError(f"--explain: explains photos, and {films[0]} is a video; leave it out, or give one frame")
-    videos.check_crf(args.crf)
-    if not 0 < args.white < math.inf:
-        raise DerainError(f"--white {args.white:g}: must be above 0; give the value that white has in the file")
-    waiting = {source: target for source, target in jobs.items() if args.overwrite or not target.exists()}
-    kept = len(jobs) - len(waiting)
-    if kept and len(jobs) == 1:
-        raise DerainError(f"{args.output}: exists already; add --overwrite to replace it")
-    broken: list[str] = []
-    for source in [source for source in films if source in waiting]:
-        try:
-            videos.check(source, jobs[source])
-        except DerainError as error:
-            broken.append(str(error))
-            waiting.pop(source)
-    if broken and not waiting:
-        raise _told(broken)
-    from derain.methods.daclipsde.solvers import Sampling
+def restore(
+    input: str,
+    out: Path,
+    *,
+    weights: str = "default",
+    method: str | None = None,
+    tile: str = "auto",
+    ensemble: bool = False,
+    compare: bool = False,
+    explain: bool = False,
+    crf: int = 18,
+    strip_metadata: bool = False,
+    white: float = 1.0,
+    overwrite: bool = False,
+    route: int | None = None,
+    solver: str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    precision: Literal["float32", "bf16"] = "float32",
+    compile: bool = False,
+) -> int:
+    """Remove rain from a photo, a video, a folder of them (recursively) or a glob.
+
+    Args:
+        input: A photo, a video, a folder (searched recursively), or a quoted glob.
+        out: The restored photo or video, or a folder for several.
+        weights: A name of `derain models list`, hub:OWNER/NAME, or a file: weights of derain or of the authors, ONNX
+            of derain export, or a model that spandrel knows; FILE:stages=N,variant=NAME for weights of PReNet's
+            authors.
+        method: Class of weights of a method outside derain, such as my_method.MyModule.
+        tile: Side of tiles in pixels, auto or none.
+        ensemble: Average over 8 flips and rotations, 8 times slower; for methods trained on transposed crops.
+        compare: Also write NAME.EXT-compare.png, or .mp4, before and after side by side.
+        explain: Also write NAME.EXT-explain.png and .json for photos, with masks, route and scores.
+        crf: Quality of videos from 0 (best) to 51.
+        strip_metadata: Write no time, camera and location (EXIF) and no tags of videos; the colour profile stays.
+        white: Value of white in floating-point TIFF files, such as 255.
+        overwrite: Replace outputs that exist.
+        route: Route for all images, instead of the one that CLIP selects (CLIP-RPN).
+        solver: Solver of DA-CLIP + IR-SDE: posterior (default), mrs-ode1, mrs-ode2, mrs-sde2, mars-ode2, mars-sde2,
+            sde or ode.
+        steps: Steps of the solver (default 10).
+        seed: Seed of the solver's noise (default 0).
+        device: Device: auto, cpu, cuda, cuda:N or mps.
+        precision: Precision of the network.
+        compile: Compile the network, for many photos of the same size.
+
+    Raises:
+        DerainError: If options are wrong, or any file could not be restored; the others are written.
+    """
+    options = WriteOptions(compare, explain, strip_metadata, white, crf)
+    jobs = plan(input, out)
+    check_outputs((file, source) for source, target in jobs.items() for file in output_files(target, options))
+    _check_options(options, jobs)
+    pending = {source: target for source, target in jobs.items() if overwrite or not target.exists()}
+    if not pending and len(jobs) == 1:
+        raise DerainError(f"{out}: exists already; add --overwrite to replace it")
+    report = Report(out, total=len(jobs), kept=len(jobs) - len(pending), failures=_remove_broken_videos(pending))
+    if report.failures and not pending:
+        raise report.error()
     from derain.restoration import Restorer
 
     keep_freed_memory()
-    chosen = {key: getattr(args, key) for key in ("solver", "steps", "seed") if getattr(args, key) is not None}
     restorer = Restorer(
-        args.weights,
-        device=args.device,
-        precision=args.precision,
-        tile=tile_size(args.tile),
-        ensemble=args.ensemble,
-        route=args.route,
-        sampling=Sampling(**chosen) if chosen else None,
-        compile=args.compile,
+        weights,
+        method=method,
+        device=device,
+        precision=precision,
+        tile=tile_size(tile),
+        ensemble=ensemble,
+        route=route,
+        sampling=_sampling(solver=solver, steps=steps, seed=seed),
+        compile=compile,
     )
-    print(f"{args.weights}: {restorer.note}, on {restorer.device}", file=sys.stderr)
-    done, refused = 0, len(broken)
-    located: list[Path] = []
+    print(f"{weights}: {restorer.note}, on {restorer.device}", file=sys.stderr)
     try:
-        for source, target in track(waiting.items(), "Restoring", len(waiting)):
-            try:
-                if (restore_video if is_video(source) else restore_photo)(restorer, source, target, args):
-                    located.append(target)
-                done += 1
-            except (DerainError, OSError) as error:
-                broken.append(str(error))
-            release_freed_memory()
+        _restore_all(restorer, pending, options, report)
     except KeyboardInterrupt:
-        remaining = list(waiting.values())[done + len(broken) - refused :]
-        counts = (
-            f"restored {done} of {len(jobs)}, kept {kept} that exist, {len(broken)} failed, {len(remaining)} remain"
-        )
-        print(f"{counts}: {args.output}; {_next_step(remaining, args.overwrite)}", file=sys.stderr)
+        report.print_interrupted(list(pending.values())[report.attempted :], overwrite)
         raise
-    told = f"restored {done} of {len(jobs)} {'photos' if not films else 'photos and videos'}" + (
-        f", kept {kept} that exist (--overwrite)" if kept else ""
-    )
-    print(f"{told}: {args.output}", file=sys.stderr)
-    if located:
-        more = f" and {len(located) - 1} more" if len(located) > 1 else ""
-        print(f"{located[0]}{more}: the metadata has the location (GPS); --strip-metadata removes it", file=sys.stderr)
-    if broken:
-        raise _told(broken)
+    report.print_summary("photos and videos" if any(map(is_video, jobs)) else "photos")
+    if report.failures:
+        raise report.error()
     return 0
+
+
+def _sampling(**options: str | int | None) -> Any:
+    """Return the sampling that was asked for; None for that of the method."""
+    from derain.methods.interfaces import Sampling
+
+    chosen: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    return Sampling(**chosen) if chosen else None
+
+
+@dataclass
+class Report:
+    """Counts and messages of a run.
+
+    Attributes:
+        out: Output of the run.
+        total: Number of photos and videos.
+        kept: Number of outputs that exist and are kept.
+        failures: Messages about files that could not be restored.
+        restored: Number of restored files.
+        attempted: Number of files that were restored or failed since the weights were loaded.
+        located: Outputs whose metadata has a location.
+    """
+
+    out: Path
+    total: int
+    kept: int
+    failures: list[str]
+    restored: int = 0
+    attempted: int = 0
+    located: list[Path] = field(default_factory=list)
+
+    def print_summary(self, kind: str) -> None:
+        """Print the counts of a finished run, and a note about locations in the metadata."""
+        kept = f", kept {self.kept} that exist (--overwrite)" if self.kept else ""
+        print(f"restored {self.restored} of {self.total} {kind}{kept}: {self.out}", file=sys.stderr)
+        if self.located:
+            more = f" and {len(self.located) - 1} more" if len(self.located) > 1 else ""
+            print(
+                f"{self.located[0]}{more}: the metadata has the location (GPS); --strip-metadata removes it",
+                file=sys.stderr,
+            )
+
+    def print_interrupted(self, remaining: Sequence[Path], overwrite: bool) -> None:
+        """Print the counts of an interrupted run, and how to restore the remaining files."""
+        print(
+            f"restored {self.restored} of {self.total}, kept {self.kept} that exist, {len(self.failures)} failed, "
+            f"{len(remaining)} remain: {self.out}; {_next_step(remaining, overwrite)}",
+            file=sys.stderr,
+        )
+
+    def error(self) -> DerainError:
+        """Return the failures as one error."""
+        if len(self.failures) == 1:
+            return DerainError(self.failures[0])
+        return DerainError("\n  ".join([f"{len(self.failures)} files:", *self.failures]))
+
+
+def _check_options(options: WriteOptions, sources: Mapping[Path, Path]) -> None:
+    video = next(filter(is_video, sources), None)
+    if video is not None and options.explain:
+        raise DerainError(f"--explain: {video} is a video; omit --explain, or extract a frame as a photo")
+    videos.check_crf(options.crf)
+    if not 0 < options.white < math.inf:
+        raise DerainError(f"--white {options.white:g}: must be above 0; give the value of white in the file")
+
+
+def _remove_broken_videos(pending: dict[Path, Path]) -> list[str]:
+    """Remove videos that cannot be restored, before weights are loaded; return messages about them."""
+    failures = []
+    for source in filter(is_video, list(pending)):
+        try:
+            videos.check(source, pending[source])
+        except DerainError as error:
+            failures.append(str(error))
+            del pending[source]
+    return failures
+
+
+def _restore_all(restorer: "Restorer", jobs: Mapping[Path, Path], options: WriteOptions, report: Report) -> None:
+    """Restore files one after the other; failures are collected in the report."""
+    for source, target in track(jobs.items(), "Restoring", len(jobs)):
+        restore_file = restore_video if is_video(source) else restore_photo
+        try:
+            if restore_file(restorer, source, target, options):
+                report.located.append(target)
+            report.restored += 1
+        except (DerainError, OSError) as error:
+            report.failures.append(str(error))
+        report.attempted += 1
+        release_freed_memory()
 
 
 def _next_step(remaining: Sequence[Path], overwrite: bool) -> str:
@@ -156,91 +229,79 @@ def _next_step(remaining: Sequence[Path], overwrite: bool) -> str:
     return "run the same command without --overwrite for the rest"
 
 
-def _told(broken: Sequence[str]) -> DerainError:
-    return DerainError(broken[0] if len(broken) == 1 else "\n  ".join([f"{len(broken)} files:", *broken]))
-
-
-def restore_photo(restorer: "Restorer", source: Path, target: Path, args: argparse.Namespace) -> bool:
+def restore_photo(restorer: "Restorer", source: Path, target: Path, options: WriteOptions) -> bool:
     """Restore a photo.
 
-    The explanation and the comparison are written before the photo, so that a photo that exists has them beside it.
+    The explanation and the comparison are written before the photo: if the photo exists, they exist as well.
 
     Returns:
-        Whether the metadata that is written has the location.
+        Whether the written metadata has a location.
     """
-    photo = read_photo(source, args.white)
-    if args.strip_metadata:
+    photo = read_photo(source, options.white)
+    if options.strip_metadata:
         photo = photo.without_metadata()
-    explained = restorer.explain(photo.rgb, str(source)) if args.explain else None
-    derained = restorer(photo.rgb, name=str(source)) if explained is None else explained.derained
-    if explained is not None:
-        images = {"rainy": to_bytes(photo.rgb), "derained": to_bytes(derained)}
-        maps = {name: to_bytes(np.repeat(one[..., None], 3, 2)) for name, one in explained.maps.items()}
-        write_explanation(explanation(target), images | maps, explained.description)
-    if args.compare:
+    if options.explain:
+        derained, maps, description = restorer.explain(photo.rgb, str(source))
+        pictures = {"rainy": to_bytes(photo.rgb), "derained": to_bytes(derained)}
+        for name, values in maps.items():
+            pictures[name] = to_bytes(np.repeat(values[..., None], 3, 2))
+        write_explanation(explanation_path(target), pictures, description)
+    else:
+        derained = restorer(photo.rgb, name=str(source))
+    if options.compare:
         write_comparison(photo, derained, target)
     return has_location(photo.write(target, derained))
 
 
-def restore_video(restorer: "Restorer", source: Path, target: Path, args: argparse.Namespace) -> bool:
-    """Restore a video frame by frame; all frames are conditioned on what the first one shows.
+def restore_video(restorer: "Restorer", source: Path, target: Path, options: WriteOptions) -> bool:
+    """Restore a video frame by frame; all frames are conditioned on the first one.
 
     Returns:
-        Whether the metadata that is written has the location.
+        Whether the written metadata has a location.
     """
     conditions: dict[str, Any] | None = None
 
-    def restore(frame: NDArray[np.float32]) -> NDArray[np.float32]:
+    def restore_frame(frame: NDArray[np.float32]) -> NDArray[np.float32]:
         nonlocal conditions
-        conditions = restorer.encode(frame) if conditions is None else conditions
+        if conditions is None:
+            conditions = restorer.encode(frame)
         return restorer(frame, conditions, name=str(source))
 
-    beside = comparison(target) if args.compare else None
-    return videos.rewrite(source, target, restore, crf=args.crf, beside=beside, metadata=not args.strip_metadata)
+    beside = comparison_path(target) if options.compare else None
+    return videos.rewrite(
+        source, target, restore_frame, crf=options.crf, beside=beside, metadata=not options.strip_metadata
+    )
 
 
 def is_video(path: Path) -> bool:
-    """Whether a name is that of a video."""
+    """Return whether a path has the suffix of a video."""
     return path.suffix.lower() in videos.SUFFIXES
 
 
-def plan(source: str, output: Path) -> dict[Path, Path]:
-    """Says which file becomes which; names and sub-folders are kept.
+def plan(source: str, out: Path) -> dict[Path, Path]:
+    """Return the output path of each input; names and subfolders are kept.
 
     Args:
         source: A file, a folder or a glob.
-        output: A file for one photo or video, a folder for several.
+        out: A file for one photo or video, a folder for several.
 
     Raises:
-        DerainError: If nothing is found, or two photos would become one file.
+        DerainError: If there are no inputs, or two inputs have the same output.
     """
     path = Path(source)
-    if path.resolve() == output.resolve() and path.exists():
-        raise DerainError(f"{output}: is the input itself; give another output")
-    if path.is_dir():
-        inside = output.resolve().is_relative_to(path.resolve())
-        files = [f for f in image_files(path, recursive=True, suffixes=KINDS) if not (inside and _within(f, output))]
-        targets = {file: videos.output_path(output / file.relative_to(path)) for file in files}
-    elif path.is_file():
-        target = videos.output_path(output / path.name) if output.is_dir() or not output.suffix else output
-        targets = {path: target}
-        if not is_video(path) and target.suffix.lower() not in SUFFIXES:
-            raise DerainError(
-                f"{target}: cannot write '{target.suffix}'; end it in .png, .jpg, .webp, .tif, .bmp or .avif"
-            )
+    if path.exists() and path.resolve() == out.resolve():
+        raise DerainError(f"{out}: is the input itself; give another output")
+    if path.is_file():
+        targets = _plan_file(path, out)
     else:
-        matches = (Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207 - the pattern may be absolute
-        found = select_images(matches, KINDS)
-        if found.skipped:
-            log.warning("%s: %s", source, found.note())
-        targets = {file: videos.output_path(output / file.name) for file in found.files}
-    if not targets:
-        raise DerainError(
-            f"{source}: no such photo, video, folder or glob with any ({', '.join(sorted(KINDS))}); check the path"
-        )
-    if path.is_dir() or not path.is_file():
-        if output.is_file() or output.suffix.lower() in KINDS:
-            raise DerainError(f"{output}: is a file, but {source} has several photos; give a folder")
+        targets = _plan_folder(path, out) if path.is_dir() else _plan_glob(source, out)
+        if not targets:
+            raise DerainError(
+                f"{source}: no photos or videos there; expected a file, a folder or a glob with "
+                f"{', '.join(sorted(ACCEPTED))} files"
+            )
+        if out.is_file() or out.suffix.lower() in ACCEPTED:
+            raise DerainError(f"{out}: is a file, but {source} has several photos; give a folder")
         check_outputs((target, file) for file, target in targets.items())
     for file, target in targets.items():
         if target.resolve() == file.resolve():
@@ -248,48 +309,72 @@ def plan(source: str, output: Path) -> dict[Path, Path]:
     return targets
 
 
-def _within(file: Path, folder: Path) -> bool:
-    return file.resolve().is_relative_to(folder.resolve())
+def _plan_file(path: Path, out: Path) -> dict[Path, Path]:
+    is_folder = out.is_dir() or not out.suffix
+    target = videos.output_path(out / path.name if is_folder else out)
+    if not is_video(path) and target.suffix.lower() not in SUFFIXES:
+        raise DerainError(f"{target}: cannot write '{target.suffix}'; use .png, .jpg, .webp, .tif, .bmp or .avif")
+    return {path: target}
 
 
-def outputs(target: Path, args: argparse.Namespace) -> list[Path]:
-    """Return the files that are written for a restored photo or video."""
-    explained = explanation(target)
-    return [
-        target,
-        *([comparison(target)] if args.compare else []),
-        *([explained.with_name(f"{explained.name}{ending}") for ending in (".png", ".json")] if args.explain else []),
-    ]
+def _plan_folder(path: Path, out: Path) -> dict[Path, Path]:
+    files = image_files(path, recursive=True, suffixes=ACCEPTED)
+    if _is_inside(out, path):  # outputs of an earlier run are not inputs
+        files = [file for file in files if not _is_inside(file, out)]
+    return {file: videos.output_path(out / file.relative_to(path)) for file in files}
 
 
-def comparison(target: Path) -> Path:
-    """Where the picture, or the video, of before and after goes: beside what was restored.
+def _plan_glob(pattern: str, out: Path) -> dict[Path, Path]:
+    matches = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207 - the pattern may be absolute
+    selected = select_images(matches, ACCEPTED)
+    if selected.skipped:
+        log.warning("%s: %s", pattern, selected.note())
+    return {file: videos.output_path(out / file.name) for file in selected.files}
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def output_files(target: Path, options: WriteOptions) -> list[Path]:
+    """Return all files that are written for a photo or video."""
+    files = [target]
+    if options.compare:
+        files.append(comparison_path(target))
+    if options.explain:
+        explanation = explanation_path(target)
+        files += [explanation.with_name(f"{explanation.name}{suffix}") for suffix in (".png", ".json")]
+    return files
+
+
+def comparison_path(target: Path) -> Path:
+    """Return the path of the picture, or video, of before and after.
 
     Example:
-        >>> comparison(Path("out/a.jpg")).as_posix(), comparison(Path("out/a.mp4")).as_posix()
+        >>> comparison_path(Path("out/a.jpg")).as_posix(), comparison_path(Path("out/a.mp4")).as_posix()
         ('out/a.jpg-compare.png', 'out/a.mp4-compare.mp4')
     """
     return target.with_name(f"{target.name}-compare{target.suffix if is_video(target) else '.png'}")
 
 
-def explanation(target: Path) -> Path:
-    """Where the explanation goes, without suffix.
+def explanation_path(target: Path) -> Path:
+    """Return the path of the explanation, without suffix.
 
     Example:
-        >>> explanation(Path("out/a.jpg")).as_posix()
+        >>> explanation_path(Path("out/a.jpg")).as_posix()
         'out/a.jpg-explain'
     """
     return target.with_name(f"{target.name}-explain")
 
 
 def write_comparison(photo: Photo, derained: NDArray[np.float32], target: Path) -> None:
-    """Writes the picture of before and after."""
+    """Write the picture of before and after."""
     picture = compare({"rainy": to_bytes(photo.rgb), "derained": to_bytes(derained)})
-    write_image(comparison(target), picture)
+    write_image(comparison_path(target), picture)
 
 
 def tile_size(text: str) -> int | Literal["auto"] | None:
-    """Reads ``--tile``.
+    """Return the value of ``--tile``.
 
     Example:
         >>> tile_size("none"), tile_size("auto"), tile_size("512")
@@ -297,6 +382,8 @@ def tile_size(text: str) -> int | Literal["auto"] | None:
     """
     if text == "auto":
         return "auto"
-    if text != "none" and not text.isdecimal():
+    if text == "none":
+        return None
+    if not text.isdecimal():
         raise DerainError(f"--tile {text}: expected a number of pixels, auto or none")
-    return None if text == "none" else int(text)
+    return int(text)

@@ -1,13 +1,12 @@
-"""Tell which of CLIP-RPN's routes images take: counts by prompt, every image's scores, a contact sheet a route."""
+"""Count which routes of CLIP-RPN images take."""
 
-import argparse
 import csv
 import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -27,102 +26,116 @@ from derain.pictures import contact_sheet
 from derain.progress import track
 from derain.restoration import choose_device
 
-PAPER = {"Rain800": "Rain800", "RainTrainH": "Rain100H", "RainTrainH-full": "Rain100H", "RainTrainL": "Rain100L"}
-"""What CLIP-RPN calls the training pairs of a layout."""
+PAPER_SETS = {"Rain800": "Rain800", "RainTrainH": "Rain100H", "RainTrainH-full": "Rain100H", "RainTrainL": "Rain100L"}
+"""Names in CLIP-RPN's paper of the training sets, by layout."""
 
-SHOWN, ACROSS = 24, 6
-"""Images on a contact sheet, and in a row of it."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the options."""
-    parser.add_argument("sets", nargs="+", metavar="ROOT", help="a data set's name or folder, or a folder of images")
-    parser.add_argument("--prompts", default="3", metavar="SET", help=f"{', '.join(PROMPTS)}, or a YAML list of texts")
-    parser.add_argument(
-        "--clip", default="openai/clip-vit-base-patch32", help="id on the Hugging Face hub, or a directory"
-    )
-    parser.add_argument("--similarity", choices=["cosine", "dot"], default="cosine")
-    parser.add_argument("--split", choices=["train", "test"], default="train", help="of data sets (default train)")
-    parser.add_argument("--root", type=Path, help="folder that holds the sets (default $DERAIN_DATA)")
-    parser.add_argument("--output", type=Path, default=Path("runs/route"), help="folder (default runs/route)")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
-    parser.add_argument("--format", choices=["table", "json"], default="table")
+SHEET_IMAGES, SHEET_COLUMNS = 24, 6
+"""Images on a contact sheet, and in one of its rows."""
 
 
-def run(args: argparse.Namespace) -> int:
-    """Perceives the images, prints the counts, writes ``routes.csv``, ``summary.json`` and the contact sheets."""
-    texts = prompt_texts(args.prompts)
-    device = choose_device(args.device)
-    sets = [find_images(name, args.split, args.root) for name in args.sets]
-    for one in sets:
-        for note in one.notes:
-            print(f"{one.name}: {note}", file=sys.stderr)
-    pairs = [pair for one in sets for pair in one.pairs]
-    perception = RainPerception(args.clip, texts, args.similarity)
-    found = perception.all_similarities(track(map(rainy_image, pairs), "Perceiving rain", len(pairs)), device)
-    routes = found.argmax(1).tolist()
+def route(
+    sets: Sequence[str],
+    *,
+    prompts: str = "3",
+    clip: str = "openai/clip-vit-base-patch32",
+    similarity: Literal["cosine", "dot"] = "cosine",
+    split: Literal["train", "test"] = "train",
+    root: Path | None = None,
+    out: Path = Path("runs/route"),
+    device: str = "auto",
+    format: Literal["table", "json"] = "table",
+) -> int:
+    """Count which routes of CLIP-RPN images take: counts, scores of each image, a contact sheet for each route.
+
+    Args:
+        sets: Names or folders of data sets, or folders with images.
+        prompts: Prompt set (1, 2, 2-long, 3, 3-distortion, rain, intensity), or a YAML file with a list of texts.
+        clip: CLIP model on the Hugging Face hub, or a folder.
+        similarity: Similarity of images and prompts.
+        split: Split of the data sets.
+        root: Folder with data sets (default $DERAIN_DATA).
+        out: Folder for routes.csv, summary.json and the contact sheets.
+        device: Device: auto, cpu, cuda, cuda:N or mps.
+        format: Format of the printed counts.
+
+    Raises:
+        DerainError: If there are no images, or no such prompts or model.
+    """
+    texts = read_prompts(prompts)
+    chosen_device = choose_device(device)
+    pair_sets = [find_images(name, split, root) for name in sets]
+    for pair_set in pair_sets:
+        for note in pair_set.notes:
+            print(f"{pair_set.name}: {note}", file=sys.stderr)
+    pairs = [pair for pair_set in pair_sets for pair in pair_set.pairs]
+    perception = RainPerception(clip, texts, similarity)
+    images = track(map(read_rainy, pairs), "Perceiving rain", len(pairs))
+    similarities = perception.all_similarities(images, chosen_device)
     summary = {
-        "prompts": {"set": args.prompts, "texts": texts},
+        "prompts": {"set": prompts, "texts": texts},
         "clip": {"name": perception.clip.name, "sha256": perception.clip.sha256},
-        "similarity": args.similarity,
-        "sets": counted(sets, routes, args.prompts, len(texts)),
+        "similarity": similarity,
+        "sets": count_routes(pair_sets, similarities.argmax(1).tolist(), prompts, len(texts)),
     }
-    write(args.output, sets, found, summary)
-    if args.format == "json":
+    write_files(out, pair_sets, similarities, summary)
+    if format == "json":
         print(json.dumps(summary, indent=2))
     else:
         print_table(summary)
-    print(f"every image, summary and contact sheets: {args.output}", file=sys.stderr)
+    print(f"scores of each image, summary and contact sheets: {out}", file=sys.stderr)
     return 0
 
 
-# What is given.
+# Inputs.
 
 
-def prompt_texts(told: str) -> tuple[str, ...]:
-    """The prompts of a set's name, or of a YAML file with a list of texts.
+def read_prompts(name: str) -> tuple[str, ...]:
+    """Return the prompts of a set, or of a YAML file with a list of texts.
+
+    Args:
+        name: Name of a prompt set, or path of a YAML file.
 
     Raises:
-        DerainError: If it is neither, or holds no two different texts.
+        DerainError: If there is neither, or the texts are not at least two different ones.
     """
-    path = Path(told).expanduser()
-    if told in PROMPTS:
-        return texts_of(told)
+    if name in PROMPTS:
+        return texts_of(name)
+    path = Path(name).expanduser()
     if not path.is_file():
-        raise DerainError(f"--prompts {told}: neither a set ({', '.join(PROMPTS)}) nor a YAML file; check the name")
+        raise DerainError(f"--prompts {name}: expected a prompt set ({', '.join(PROMPTS)}) or a YAML file")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DerainError(f"--prompts {path}: no YAML ({' '.join(str(error).split())})") from error
+        raise DerainError(f"--prompts {path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
-        raise DerainError(f"--prompts {path}: expected a list of texts, one a route; write each as a line '- text'")
+        raise DerainError(f"--prompts {path}: expected a list of texts, one a route, each on a line '- text'")
     return texts_of(content)
 
 
 def find_images(name: str, split: Split, root: Path | None = None) -> PairSet:
-    """The images of a set's split, or all those of a folder that is no data set.
+    """Return the images of a split of a data set, or of a folder that is not a data set.
 
     Args:
-        name: A set's name, its folder, or any folder of images.
-        split: Of a data set.
-        root: Folder that holds the sets.
+        name: Name or folder of a data set, or a folder with images.
+        split: Split of a data set.
+        root: Folder with data sets.
 
     Raises:
-        DerainError: If there are none, or a data set lacks the split.
+        DerainError: If there are no images, or the data set does not have the split.
     """
     folder = Path(name).expanduser()
     try:
         return find_pairs(name, split, data_root=root)
     except DerainError:
         files = image_files(folder, recursive=True) if folder.is_dir() else []
-        if not files or _is_set(folder):
+        if not files or _is_data_set(folder):
             raise
     pairs = tuple(Pair(file.relative_to(folder).as_posix(), file) for file in files)
-    notes = ("no data set: all images of the folder",)
+    notes = ("not a data set; all images of the folder",)
     return PairSet(folder.resolve().name, "images", "predict", folder, pairs, notes)
 
 
-def _is_set(folder: Path) -> bool:
+def _is_data_set(folder: Path) -> bool:
     splits: tuple[Split, ...] = ("train", "test")
     for split in splits:
         with suppress(DerainError):
@@ -131,110 +144,145 @@ def _is_set(folder: Path) -> bool:
     return detect_layout(folder, "predict")[0] != "images"
 
 
-def rainy_image(pair: Pair) -> Pixels:
-    """Reads the rainy image of a pair, and not the clean one if it is another file."""
+def read_rainy(pair: Pair) -> Pixels:
+    """Read the rainy image of a pair, without the clean one if that is another file."""
     return read_rgb(pair.rainy) if pair.clean_side is None else pair.read()[0]
 
 
-# What is told.
+# Outputs.
 
 
-def counted(sets: Sequence[PairSet], routes: Sequence[int], prompts: str, number: int) -> list[dict[str, Any]]:
-    """Images a route of every set, beside the paper's count where the set is the paper's; of several also the sum.
+def count_routes(
+    sets: Sequence[PairSet], routes: Sequence[int], prompts: str, route_count: int
+) -> list[dict[str, Any]]:
+    """Count the images of each route in each set, and in all sets together if there are several.
 
     Args:
-        sets: The sets.
-        routes: The route of each of their images, in order.
-        prompts: As told; the paper counted for those that have a name.
-        number: Of the routes.
+        sets: Data sets.
+        routes: Route of each image, in order.
+        prompts: Name of the prompt set; the paper has counts for its own ones.
+        route_count: Number of routes.
+
+    Returns:
+        One entry a set, with ``counts`` by route, and the counts of the ``paper`` if it has the same images.
     """
-    told: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     start = 0
-    for one in sets:
-        taken = routes[start : start + len(one.pairs)]
-        start += len(one.pairs)
-        paper = PROMPTS[prompts].counts[PAPER[one.layout]] if prompts in PROMPTS and one.layout in PAPER else ()
-        told.append(
+    for pair_set in sets:
+        set_routes = routes[start : start + len(pair_set.pairs)]
+        start += len(pair_set.pairs)
+        entries.append(
             {
-                "set": one.name,
-                "layout": one.layout,
-                "split": one.split,
-                "root": str(one.root),
-                "images": len(taken),
-                "counts": [taken.count(route) for route in range(number)],
-                "paper": list(paper) if one.split == "train" and sum(paper) == len(taken) else None,
+                "set": pair_set.name,
+                "layout": pair_set.layout,
+                "split": pair_set.split,
+                "root": str(pair_set.root),
+                "images": len(set_routes),
+                "counts": [set_routes.count(index) for index in range(route_count)],
+                "paper": _paper_counts(pair_set, prompts),
             }
         )
-    if len(told) > 1:
-        papers = [one["paper"] for one in told if one["paper"]]
-        told.append(
+    if len(entries) > 1:
+        papers = [entry["paper"] for entry in entries]
+        entries.append(
             {
                 "set": "all",
                 "images": len(routes),
-                "counts": [sum(column) for column in zip(*(one["counts"] for one in told), strict=True)],
-                "paper": [sum(column) for column in zip(*papers, strict=True)] if len(papers) == len(told) else None,
+                "counts": _sum_columns([entry["counts"] for entry in entries]),
+                "paper": None if None in papers else _sum_columns(papers),
             }
         )
-    return told
+    return entries
 
 
-def write(folder: Path, sets: Sequence[PairSet], similarities: Tensor, summary: dict[str, Any]) -> None:
-    """Writes every image's route, the summary and the contact sheets, each file whole or not at all.
+def _paper_counts(pair_set: PairSet, prompts: str) -> list[int] | None:
+    """Return the paper's counts for a set; None if the paper has none, or its set has other images."""
+    if prompts not in PROMPTS or pair_set.layout not in PAPER_SETS or pair_set.split != "train":
+        return None
+    counts = PROMPTS[prompts].counts[PAPER_SETS[pair_set.layout]]
+    return list(counts) if sum(counts) == len(pair_set.pairs) else None
+
+
+def _sum_columns(rows: Sequence[Sequence[int]]) -> list[int]:
+    return [sum(column) for column in zip(*rows, strict=True)]
+
+
+def write_files(folder: Path, sets: Sequence[PairSet], similarities: Tensor, summary: dict[str, Any]) -> None:
+    """Write the route of each image, the summary and the contact sheets; contact sheets of earlier runs are deleted.
 
     Args:
-        folder: Where to; the sheets of an earlier run are removed.
-        sets: The sets.
-        similarities: ``(n, m)``, of their images in order to the prompts.
-        summary: What ``summary.json`` holds.
+        folder: Folder for the files.
+        sets: Data sets.
+        similarities: Similarities of the images to the prompts, ``(n, m)``.
+        summary: Content of ``summary.json``.
     """
     shares = scores(similarities)
-    routes, number = similarities.argmax(1).tolist(), similarities.shape[1]
-    images = [(one.name, pair) for one in sets for pair in one.pairs]
+    images = [(pair_set.name, pair) for pair_set in sets for pair in pair_set.pairs]
+    routes = similarities.argmax(1).tolist()
+    _write_csv(folder / "routes.csv", images, routes, similarities, shares)
+    with write_whole(folder / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    for file in folder.glob("route-[0-9]*.png"):
+        file.unlink()
+    best = shares.topk(2, dim=1).values
+    margins = (best[:, 0] - best[:, 1]).tolist()
+    members: dict[int, list[tuple[float, Pair]]] = {}
+    for margin, (_, pair), taken in zip(margins, images, routes, strict=True):
+        members.setdefault(taken, []).append((margin, pair))
+    for taken, group in members.items():
+        group.sort(key=lambda member: member[0], reverse=True)
+        write_image(folder / f"route-{taken}.png", route_sheet(group))
+
+
+def _write_csv(
+    path: Path, images: Sequence[tuple[str, Pair]], routes: Sequence[int], similarities: Tensor, shares: Tensor
+) -> None:
     with (
-        write_whole(folder / "routes.csv") as temporary,
+        write_whole(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors=ESCAPED) as file,
     ):
         writer = csv.writer(file)
-        columns = [f"{what}_{route}" for what in ("similarity", "score") for route in range(number)]
+        indices = range(similarities.shape[1])
+        columns = [*(f"similarity_{index}" for index in indices), *(f"score_{index}" for index in indices)]
         writer.writerow(["set", "image", "route", *columns])
-        for (name, pair), route, *values in zip(images, routes, similarities.tolist(), shares.tolist(), strict=True):
-            writer.writerow([name, pair.name, route, *values[0], *values[1]])
-    with write_whole(folder / "summary.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    for old in folder.glob("route-[0-9]*.png"):
-        old.unlink()
-    best = shares.topk(2, dim=1).values
-    margins = (best[:, 0] - best[:, 1]).tolist()
-    for route in sorted(set(routes)):
-        taken = [(margin, images[i][1]) for i, margin in enumerate(margins) if routes[i] == route]
-        write_image(folder / f"route-{route}.png", sheet(sorted(taken, key=lambda one: one[0], reverse=True)))
+        rows = zip(images, routes, similarities.tolist(), shares.tolist(), strict=True)
+        for (name, pair), taken, image_similarities, image_scores in rows:
+            writer.writerow([name, pair.name, taken, *image_similarities, *image_scores])
 
 
-def sheet(images: Sequence[tuple[float, Pair]]) -> Image.Image:
-    """At most 24 images, evenly chosen, each under its name and the difference of its two largest scores."""
-    chosen = [images[i] for i in np.linspace(0, len(images) - 1, min(SHOWN, len(images))).round().astype(int)]
+def route_sheet(images: Sequence[tuple[float, Pair]]) -> Image.Image:
+    """Return a contact sheet of at most 24 images, evenly spaced in the list.
+
+    Args:
+        images: Images of a route, each with the difference of its two largest scores.
+    """
+    indices = np.linspace(0, len(images) - 1, min(SHEET_IMAGES, len(images))).round().astype(int)
+    selected = [images[index] for index in indices]
     strips = []
-    for start in range(0, len(chosen), ACROSS):
-        part = chosen[start : start + ACROSS]
-        labels = [f"{pair.name}\n{margin:+.4f}" for margin, pair in part]
-        strips.append(contact_sheet([[rainy_image(pair) for _, pair in part]], columns=labels))
+    for start in range(0, len(selected), SHEET_COLUMNS):
+        row = selected[start : start + SHEET_COLUMNS]
+        labels = [f"{pair.name}\n{margin:+.4f}" for margin, pair in row]
+        strips.append(contact_sheet([[read_rainy(pair) for _, pair in row]], columns=labels))
     if len(strips) == 1:
         return strips[0]
     return contact_sheet([[np.asarray(strip)] for strip in strips], cell=max(max(strip.size) for strip in strips))
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    """Prints images a route, with the paper's beneath."""
+    """Print the counts, with those of the paper below."""
     texts = summary["prompts"]["texts"]
     table = Table("set", title=f"prompts {summary['prompts']['set']}, {summary['clip']['name']}", title_justify="left")
-    for column in ("images", *(f"route {route}" for route in range(len(texts)))):
+    for column in ("images", *(f"route {index}" for index in range(len(texts)))):
         table.add_column(column, justify="right")
-    for one in summary["sets"]:
-        for name, counts in ((one["set"], one["counts"]), ("  paper", one["paper"])):
-            if counts:
-                cells = [f"{count:,} ({count / one['images']:.2%})" for count in counts]
-                table.add_row(Text(name), f"{one['images']:,}", *cells, style="dim" if counts is one["paper"] else "")
+    for entry in summary["sets"]:
+        table.add_row(*_table_row(entry["set"], entry["images"], entry["counts"]))
+        if entry["paper"]:
+            table.add_row(*_table_row("  paper", entry["images"], entry["paper"]), style="dim")
     console = Console()
     console.print(table)
-    for route, text in enumerate(texts):
-        console.print(Text(f"route {route}: {text}"))
+    for index, text in enumerate(texts):
+        console.print(Text(f"route {index}: {text}"))
+
+
+def _table_row(name: str, images: int, counts: Sequence[int]) -> list[Text]:
+    return [Text(name), Text(f"{images:,}"), *(Text(f"{count:,} ({count / images:.2%})") for count in counts)]

@@ -135,7 +135,7 @@ class RestorationService:
                 if not self.keep_metadata:
                     photo = photo.without_metadata()
                 rainy = photo.rgb if amount <= 0 else add_rain_to(photo.rgb, amount, seed)
-                derained, maps, conditions = self.restorers[model].explain(rainy, str(upload))
+                derained, maps, description = self.restorers[model].explain(rainy, str(upload))
             except DerainError as error:
                 raise _renamed(error, upload, name) from error
             seconds = time.perf_counter() - start
@@ -149,7 +149,7 @@ class RestorationService:
             pictures = map_pictures(rainy, derained, maps)
             release_freed_memory()
         height, width = derained.shape[:2]
-        facts = {"model": model, "size": f"{width:,} × {height:,} pixels", "time": f"{seconds:.1f} s", **conditions}
+        facts = {"model": model, "size": f"{width:,} × {height:,} pixels", "time": f"{seconds:.1f} s", **description}
         if amount > 0:
             facts["synthetic rain"] = f"{amount:g} %, seed {seed}"
         return RestoredPhoto(before, after, download, pictures, facts)
@@ -226,7 +226,7 @@ def add_rain_to(rgb: NDArray[np.float32], amount: float, seed: int) -> NDArray[n
 
 
 def rain_of_amount(amount: float, seed: int) -> Rain:
-    """Interpolate sample_rain no rain (0) and the light (33), medium (67) and heavy (100) presets.
+    """Interpolate between no rain (0) and the light (33), medium (67) and heavy (100) presets.
 
     Args:
         amount: From 0 to 100.

@@ -1,20 +1,14 @@
-"""Build the papers' tables, and plots, from what `derain test` left behind."""
+"""Build the papers' tables, and plots, from the results of ``derain test``."""
 
-import argparse
 import csv
-import io
 import itertools
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
 
 from derain.data.layouts import LAYOUTS
 from derain.data.run_summaries import (
@@ -29,333 +23,300 @@ from derain.data.run_summaries import (
     shorten_paths,
 )
 from derain.errors import DerainError
-from derain.images import ESCAPED, write_whole
 from derain.metrics import resolve
+from derain.tables import Cell, Column, Format, Row, Table, Value, print_or_write, render
 
 log = logging.getLogger("derain")
 
-LATEX = str.maketrans(
-    {
-        **{mark: f"\\{mark}" for mark in "&%$#_{}"},
-        **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"},
-        **{"σ": r"$\sigma$", "×": r"$\times$", "±": r"$\pm$"},
-    }
-)
-
 PARTIAL = "*"
-"""Marks numbers of a part of a set's images."""
+"""Mark of scores over a part of the images of a set."""
 
-SIDE = 256
+COST_SIDE = 256
 """Side of the image that multiplications are counted for, in pixels."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the options."""
-    parser.add_argument("results", type=Path, nargs="+", help="summary.json files, or folders that hold some")
-    parser.add_argument("--protocol", metavar="P", help="the one to show, where results were judged by several")
-    parser.add_argument("--published", action="store_true", help="also what the papers print for these sets")
-    parser.add_argument("--cost", action="store_true", help=f"also count parameters and MACs at {SIDE}×{SIDE} pixels")
-    parser.add_argument("--format", choices=list(FORMATS), default="table")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write to this file")
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FOLDER",
-        help="write PNGs: PSNR over seconds, curves of training runs below RESULTS, every image rainy and derained",
-    )
+def table(
+    results: Sequence[Path],
+    *,
+    protocol: str | None = None,
+    published: bool = False,
+    cost: bool = False,
+    method: Sequence[str] = (),
+    best: bool = False,
+    format: Format = "table",
+    out: Path | None = None,
+    plot: Path | None = None,
+) -> int:
+    """Build a table like those of papers from the results of derain test: one row a method, one column a data set.
 
+    Args:
+        results: Files summary.json, or folders with some.
+        protocol: Protocol of the table, if the results have several.
+        published: Add rows with the numbers that papers print for these data sets.
+        cost: Add parameters and MACs at 256×256 pixels.
+        method: Classes of methods outside derain whose cost is counted, such as my_method.MyModule.
+        best: Print the best value of each column in bold.
+        format: Output format; CSV and JSON have full precision.
+        out: Write to this file.
+        plot: Write plots to this folder: PSNR over seconds, PSNR over epochs for training runs below RESULTS, and
+            PSNR of each derained image over that of the rainy one.
 
-def run(args: argparse.Namespace) -> int:
-    """Reads, and prints or writes the table."""
-    files = find_files(args.results, "summary.json")
+    Raises:
+        DerainError: If there are no results, or they cannot be compared.
+    """
+    files = find_files(results, "summary.json")
     if not files:
-        raise DerainError(f"{args.results[0]}: holds no summary.json; make one by derain test, and give its folder")
-    found, protocol = select_protocol([(file, read_summary(file)) for file in files], args.protocol)
-    rows = merge_rows(found)
-    if args.cost:
-        rows = [_with_cost(row) for row in rows]
-    if args.published:
+        raise DerainError(f"{results[0]}: no summary.json; run derain test, and give the folder of its run")
+    selected, protocol = select_protocol([(file, read_summary(file)) for file in files], protocol)
+    rows = merge_rows(selected)
+    if cost:
+        rows = add_costs(rows, method)
+    if published:
         rows += published_rows({score.dataset for row in rows for score in row.scores}, protocol)
-    told = FORMATS[args.format](rows, protocol)
-    if args.out is None:
-        print(told, end="")
-    else:
-        with write_whole(args.out) as temporary:
-            temporary.write_text(told, encoding="utf-8", errors=ESCAPED)
-        print(f"wrote {args.out}", file=sys.stderr)
-    if args.plot is not None:
-        drawn = draw(args.plot, rows, protocol, find_files(args.results, "metrics.csv"))
-        print(f"wrote {len(drawn)} plots to {args.plot}", file=sys.stderr)
+    records = score_records(rows)
+    print_or_write(render(format, results_table(rows, protocol, best=best), records, records), out)
+    if plot is not None:
+        files = write_plots(plot, rows, protocol, find_files(results, "metrics.csv"))
+        print(f"wrote {len(files)} plots to {plot}", file=sys.stderr)
     return 0
 
 
-def _with_cost(row: ResultRow) -> ResultRow:
-    """Adds parameters and multiplications of the method as it was tested, if it is one of ours."""
-    from derain.commands.bench import cost
-    from derain.methods import catalog
+def add_costs(rows: Sequence[ResultRow], methods: Sequence[str] = ()) -> list[ResultRow]:
+    """Return rows with parameters and multiplications of their methods; rows of unknown methods are reported.
 
-    known = {one.__name__: one for one in catalog.methods()}
-    try:
-        method = known[row.described["method"]](**row.described["hyper_parameters"])
-    except (KeyError, TypeError, ValueError) as error:
-        log.warning("%s: its cost is not counted, as %s cannot be built here (%s)", row.file, row.method, error)
-        return row
-    counted = cost(method, SIDE)
-    return replace(row, parameters=float(counted["parameters"]), macs=float(counted["macs"]))
-
-
-# Words.
-
-
-def sets_of(rows: Sequence[ResultRow]) -> list[str]:
-    """The sets of a table, in the order of the layouts, others behind them."""
-    known = {name: place for place, name in enumerate([*LAYOUTS, "Mixed"])}
-    names = dict.fromkeys(score.dataset for row in rows for score in row.scores)
-    return sorted(names, key=lambda name: known.get(name, len(known)))
-
-
-def _marks(rows: Sequence[ResultRow]) -> dict[str, str]:
-    """Footnotes of published rows, by number."""
-    return {note: str(place) for place, note in enumerate(dict.fromkeys(row.note for row in rows if row.note), 1)}
-
-
-def notes(rows: Sequence[ResultRow], protocol: str) -> list[str]:
-    """What stands below a table."""
-    told = [f"Protocol {protocol}: {resolve([protocol])[0].definition}."]
-    for name in sets_of(rows):
-        prints = dict.fromkeys(s.fingerprint for row in rows for s in row.scores if s.dataset == name and s.fingerprint)
-        if len(prints) > 1:
-            told.append(f"{name}: not all rows are of the same images (fingerprints {', '.join(prints)}).")
-    for name, row in zip(row_labels(rows), rows, strict=True):
-        told += [
-            f"{PARTIAL} partial: {name} on {score.dataset}{_part(score)}." for score in row.scores if score.partial_of
-        ]
-    if any(row.macs is not None and row.note is None for row in rows):
-        told.append(
-            f"MACs: at {SIDE}×{SIDE} pixels, one route executed, CLIP left out, of a diffusion one of its steps."
-        )
-    where = dict.fromkeys(row.hardware for row in rows if row.seconds is not None and row.hardware)
-    if where:
-        told.append(f"Seconds: a test image, mean; on {'; '.join(where)}.")
-    return told + [f"[{number}] {note}." for note, number in _marks(rows).items()]
-
-
-def _lpips(rows: Sequence[ResultRow], name: str) -> bool:
-    return any(score.lpips is not None for row in rows for score in row.scores if score.dataset == name)
-
-
-def _further(rows: Sequence[ResultRow]) -> dict[str, Callable[[ResultRow], str]]:
-    """The columns behind the sets, as far as any row fills them."""
-    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "parameters, M": ("parameters", lambda value: f"{value / 1e6:.2f}"),
-        "MACs, G": ("macs", lambda value: f"{value / 1e9:.2f}"),
-        "seconds": ("seconds", lambda value: f"{value:.3g}"),
-    }
-
-    def cell(name: str, told: Callable[[Any], str]) -> Callable[[ResultRow], str]:
-        return lambda row: "–" if getattr(row, name) is None else told(getattr(row, name))
-
-    return {
-        title: cell(name, told)
-        for title, (name, told) in columns.items()
-        if any(getattr(row, name) is not None for row in rows)
-    }
-
-
-def _numbers(row: ResultRow, name: str, lpips: bool) -> list[str]:
-    """PSNR, SSIM and LPIPS of a row on a set."""
-    score = next((score for score in row.scores if score.dataset == name), None)
-    if score is None:
-        return ["–"] * (2 + lpips)
-    last = ["–" if score.lpips is None else f"{score.lpips:.4f}"] if lpips else []
-    mark = PARTIAL if score.partial_of else ""
-    return [f"{score.psnr:.2f}{mark}", f"{score.ssim:.4f}{mark}", *last]
-
-
-def cells(rows: Sequence[ResultRow]) -> list[list[str]]:
-    """Titles, and a line a row; the numbers of a set stand in one cell."""
-    sets, further, marks = sets_of(rows), _further(rows), _marks(rows)
-    net = next((row.lpips_net for row in rows if row.lpips_net), None)
-    third = f" / LPIPS{f' ({net})' if net else ''}"
-    titles = [f"{name}, PSNR / SSIM{third if _lpips(rows, name) else ''}" for name in sets]
-    lines = [["method", "trained on", *titles, *further]]
-    for name, row in zip(row_labels(rows), rows, strict=True):
-        trained = f"[{marks[row.note]}]" if row.note else "; ".join(row.trained_on) or "not told"
-        numbers = [_numbers(row, one, _lpips(rows, one)) for one in sets]
-        joined = ["–" if set(values) == {"–"} else " / ".join(values) for values in numbers]
-        lines.append([f"{name} {trained}" if row.note else name, "" if row.note else trained, *joined])
-        lines[-1] += [cell(row) for cell in further.values()]
-    return lines
-
-
-# Forms.
-
-
-def _table(rows: Sequence[ResultRow], protocol: str) -> str:
-    (first, second, *titles), *lines = cells(rows)
-    table = Table(first, second)
-    for title in titles:
-        table.add_column(title.replace(", ", "\n", 1), justify="right", no_wrap=True)
-    for row, line in zip(rows, lines, strict=True):
-        table.add_row(*map(Text, line), style="dim" if row.note else None)
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    with console.capture() as captured:
-        console.print(Group(table, *map(Text, notes(rows, protocol))))
-    return captured.get()
-
-
-def _markdown(rows: Sequence[ResultRow], protocol: str) -> str:
-    titles, *lines = cells(rows)
-    ruler = ["---", "---", *["---:"] * (len(titles) - 2)]
-    told = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in [titles, ruler, *lines]]
-    return "\n".join([*told, "", *(f"{note}  " for note in notes(rows, protocol))]) + "\n"
-
-
-def _latex(rows: Sequence[ResultRow], protocol: str) -> str:
-    sets, further, marks = sets_of(rows), _further(rows), _marks(rows)
-    wide = {name: 2 + _lpips(rows, name) for name in sets}
-    heads = [rf"\multicolumn{{{count}}}{{c}}{{{escape(name)}}}" for name, count in wide.items()]
-    rules, place = [], 3
-    for count in wide.values():
-        rules.append(rf"\cmidrule(lr){{{place}-{place + count - 1}}}")
-        place += count
-    measures = [measure for count in wide.values() for measure in ("PSNR", "SSIM", "LPIPS")[:count]]
-    lines = []
-    for name, row in zip(row_labels(rows), rows, strict=True):
-        mark = rf"\textsuperscript{{{marks[row.note]}}}" if row.note else ""
-        numbers = [value for one in sets for value in _numbers(row, one, wide[one] == 3)]
-        trained = "" if row.note else "; ".join(row.trained_on) or "not told"
-        told = [escape(name) + mark, *map(escape, [trained, *numbers, *(cell(row) for cell in further.values())])]
-        lines.append(" & ".join(told) + r" \\")
-    return "\n".join(
-        [
-            r"\begin{tabular}{ll" + "c" * (len(measures) + len(further)) + "}  % needs booktabs",
-            r"\toprule",
-            " & ".join(["Method", "Trained on", *heads, *map(escape, further)]) + r" \\",
-            " ".join(rules),
-            " & ".join(["", "", *measures, *[""] * len(further)]) + r" \\",
-            r"\midrule",
-            *lines,
-            r"\bottomrule",
-            r"\end{tabular}",
-            *footnotes(notes(rows, protocol)),
-            "",
-        ]
-    )
-
-
-def footnotes(told: Sequence[str]) -> list[str]:
-    """Lines of LaTeX that print notes below a table; numbers in brackets are raised, as the table's marks are."""
-    lines = [re.sub(r"^\[(\d+)\]", r"\\textsuperscript{\1}", escape(note)) + r"\par" for note in told]
-    return [r"\par\smallskip", r"{\footnotesize\raggedright", *lines, "}"]
-
-
-def escape(text: str) -> str:
-    r"""A text as LaTeX has it.
-
-    Example:
-        >>> print(escape("my_set: 50 %"))
-        my\_set: 50 \%
+    Args:
+        rows: Rows of own results.
+        methods: Classes of methods outside derain.
     """
-    return text.translate(LATEX)
+    from derain.commands.bench import count_cost
+    from derain.methods.registry import find, use_method
+
+    for name in methods:
+        use_method(name)
+    with_costs = []
+    for row in rows:
+        try:
+            method = find(Path(row.file), row.metadata)
+            cost = count_cost(method(**row.metadata["hyper_parameters"]), COST_SIDE)
+        except (KeyError, TypeError, ValueError) as error:
+            log.warning("%s: cost of %s is not counted: the method cannot be built (%s)", row.file, row.method, error)
+            with_costs.append(row)
+            continue
+        with_costs.append(replace(row, parameters=float(cost["parameters"]), macs=float(cost["macs"])))
+    return with_costs
 
 
-def _csv(rows: Sequence[ResultRow], protocol: str) -> str:
-    """One line a method and set, in full precision."""
-    text = io.StringIO()
-    measures = ("psnr", "ssim", "lpips", "images", "partial_of", "fingerprint")
-    titles = ["method", "trained_on", "protocol", "dataset", *measures]
-    titles += ["seconds", "parameters", "macs", "hardware", "weights", "file", "note"]
-    writer = csv.DictWriter(text, titles, lineterminator="\n")
-    writer.writeheader()
-    for name, row in zip(row_labels(rows), rows, strict=True):
-        same = {key: getattr(row, key) for key in titles[-6:]}
-        same |= {"method": name, "trained_on": "; ".join(row.trained_on), "protocol": row.protocol}
+# The table.
+
+
+def set_names(rows: Sequence[ResultRow]) -> list[str]:
+    """Return the names of the sets: known ones in the order of the layouts, then the others."""
+    order = {name: index for index, name in enumerate([*LAYOUTS, "Mixed"])}
+    names = dict.fromkeys(score.dataset for row in rows for score in row.scores)
+    return sorted(names, key=lambda name: order.get(name, len(order)))
+
+
+def footnote_numbers(rows: Sequence[ResultRow]) -> dict[str, int]:
+    """Return the numbers of the notes of published rows."""
+    notes = dict.fromkeys(row.note for row in rows if row.note)
+    return {note: number for number, note in enumerate(notes, start=1)}
+
+
+def results_table(rows: Sequence[ResultRow], protocol: str, *, best: bool = False) -> Table:
+    """Return the table, with a group of columns for each set.
+
+    Args:
+        rows: One row a method.
+        protocol: Protocol of the scores.
+        best: Whether the best value of each column is marked.
+    """
+    columns = [Column("method", align="left"), Column("trained on", align="left")]
+    values = [
+        _method_values(row, label, footnote_numbers(rows)) for row, label in zip(rows, row_labels(rows), strict=True)
+    ]
+    network = next((row.lpips_net for row in rows if row.lpips_net), None)
+    for name in set_names(rows):
+        scores = [next((score for score in row.scores if score.dataset == name), None) for row in rows]
+        has_lpips = any(score is not None and score.lpips is not None for score in scores)
+        columns.append(Column("PSNR", ".2f", group=name, best="max" if best else None))
+        columns.append(Column("SSIM", ".4f", group=name, best="max" if best else None))
+        if has_lpips:
+            header = f"LPIPS ({network})" if network else "LPIPS"
+            columns.append(Column(header, ".4f", group=name, best="min" if best else None))
+        for row_values, score in zip(values, scores, strict=True):
+            row_values += _score_values(score, has_lpips)
+    for column, costs in _cost_columns(rows):
+        columns.append(column)
+        for row_values, cost in zip(values, costs, strict=True):
+            row_values.append(cost)
+    table_rows = [Row(row_values, dim=row.note is not None) for row, row_values in zip(rows, values, strict=True)]
+    return Table(columns, table_rows, table_notes(rows, protocol))
+
+
+def _method_values(row: ResultRow, label: str, numbers: dict[str, int]) -> list[Value]:
+    """Return the name of a method and its training sets."""
+    if row.note:
+        return [f"{label} [{numbers[row.note]}]", ""]
+    return [label, "; ".join(row.trained_on) or "unknown"]
+
+
+def _score_values(score: Score | None, has_lpips: bool) -> list[Value]:
+    if score is None:
+        return [None] * (3 if has_lpips else 2)
+    mark = PARTIAL if score.partial_of else ""
+    values: list[Value] = [Cell(score.psnr, mark), Cell(score.ssim, mark)] if mark else [score.psnr, score.ssim]
+    return [*values, score.lpips] if has_lpips else values
+
+
+def _cost_columns(rows: Sequence[ResultRow]) -> Iterator[tuple[Column, list[float | None]]]:
+    """Yield parameters, multiplications and seconds, as far as any row has them."""
+    candidates = (
+        (Column("parameters (M)", ".2f"), [_scale(row.parameters, 1e-6) for row in rows]),
+        (Column("MACs (G)", ".2f"), [_scale(row.macs, 1e-9) for row in rows]),
+        (Column("seconds", ".3g"), [row.seconds for row in rows]),
+    )
+    for column, numbers in candidates:
+        if any(number is not None for number in numbers):
+            yield column, numbers
+
+
+def _scale(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+def table_notes(rows: Sequence[ResultRow], protocol: str) -> list[str]:
+    """Return the notes below the table."""
+    notes = [f"Protocol {protocol}: {resolve([protocol])[0].definition}."]
+    for name in set_names(rows):
+        scores = [score for row in rows for score in row.scores if score.dataset == name]
+        fingerprints = dict.fromkeys(score.fingerprint for score in scores if score.fingerprint)
+        if len(fingerprints) > 1:
+            notes.append(f"{name}: rows were scored on different images (fingerprints {', '.join(fingerprints)}).")
+    for label, row in zip(row_labels(rows), rows, strict=True):
         for score in row.scores:
-            numbers = {key: getattr(score, key) for key in ("dataset", *measures, "seconds")}
-            writer.writerow(same | numbers)
-    return text.getvalue()
+            if score.partial_of:
+                notes.append(f"{PARTIAL} partial: {label} on {score.dataset}{_partial_suffix(score)}.")
+    if any(row.macs is not None and row.note is None for row in rows):
+        notes.append(
+            f"MACs: at {COST_SIDE}×{COST_SIDE} pixels, one route, without CLIP, and for a diffusion one sampling step."
+        )
+    hardware = dict.fromkeys(row.hardware for row in rows if row.seconds is not None and row.hardware)
+    if hardware:
+        notes.append(f"Seconds: mean for a test image; on {'; '.join(hardware)}.")
+    return notes + [f"[{number}] {note}." for note, number in footnote_numbers(rows).items()]
 
 
-FORMATS: dict[str, Callable[[Sequence[ResultRow], str], str]] = {
-    "table": _table,
-    "markdown": _markdown,
-    "latex": _latex,
-    "csv": _csv,
-}
+def _partial_suffix(score: Score) -> str:
+    """Return how many images a score is of, if it is not of the whole set."""
+    return f", {score.images} of {score.partial_of} images" if score.partial_of else ""
+
+
+def score_records(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
+    """Return one record a method and set, in full precision, for CSV and JSON."""
+    records = []
+    for label, row in zip(row_labels(rows), rows, strict=True):
+        for score in row.scores:
+            records.append(
+                {
+                    "method": label,
+                    "trained_on": "; ".join(row.trained_on),
+                    "protocol": row.protocol,
+                    "dataset": score.dataset,
+                    "psnr": score.psnr,
+                    "ssim": score.ssim,
+                    "lpips": score.lpips,
+                    "images": score.images,
+                    "partial_of": score.partial_of,
+                    "fingerprint": score.fingerprint,
+                    "seconds": score.seconds,
+                    "parameters": row.parameters,
+                    "macs": row.macs,
+                    "hardware": row.hardware,
+                    "weights": row.weights,
+                    "file": row.file,
+                    "note": row.note,
+                }
+            )
+    return records
 
 
 # Plots.
 
 
-def draw(folder: Path, rows: Sequence[ResultRow], protocol: str, metrics: Iterable[Path]) -> list[Path]:
-    """Writes the plots that there are numbers for.
+def write_plots(folder: Path, rows: Sequence[ResultRow], protocol: str, logs: Iterable[Path]) -> list[Path]:
+    """Write the plots for which there are numbers.
 
     Args:
-        folder: Where to.
-        rows: The table's.
-        protocol: Of the numbers.
-        metrics: Logs of runs.
+        folder: Folder for the plots.
+        rows: Rows of the table.
+        protocol: Protocol of the scores.
+        logs: Files ``metrics.csv`` of training runs.
+
+    Returns:
+        The files.
     """
     from derain import plots
 
-    told = row_labels(rows)
-    names = {
-        id(row): name if told.count(name) == 1 else f"{name}, trained on {'; '.join(row.trained_on) or 'unknown'}"
-        for row, name in zip(rows, told, strict=True)
-    }
+    names = _plot_names(rows)
     written: list[Path] = []
-    for name in sets_of(rows):
-        timed = {
-            names[id(row)] + _part(score): (score.seconds, score.psnr)
-            for row in rows
-            for score in row.scores
-            if score.seconds is not None and score.dataset == name
-        }
-        if timed:
-            file = _free(folder / f"seconds-{_slug(name)}.png", written)
-            written.append(plots.trade_off(file, timed, name, protocol))
-    runs = {file: points for file in metrics if (points := _epochs(file))}
-    if runs:
-        folders = dict(zip(runs, shorten_paths([file.parent for file in runs]), strict=True))
-        curves = {folders[file]: points for file, points in runs.items()}
-        written.append(plots.curves(folder / "curves.png", curves))
-    for row in rows:
+    for dataset in set_names(rows):
+        points = {}
+        for name, row in zip(names, rows, strict=True):
+            for score in row.scores:
+                if score.dataset == dataset and score.seconds is not None:
+                    points[name + _partial_suffix(score)] = (score.seconds, score.psnr)
+        if points:
+            file = _unused(folder / f"seconds-{_slug(dataset)}.png", written)
+            written.append(plots.trade_off(file, points, dataset, protocol))
+    curves = {file: epochs for file in logs if (epochs := _read_epochs(file))}
+    if curves:
+        runs = shorten_paths([file.parent for file in curves])
+        written.append(plots.curves(folder / "curves.png", dict(zip(runs, curves.values(), strict=True))))
+    for name, row in zip(names, rows, strict=True):
         for score in row.scores:
-            name, pairs = names[id(row)] + _part(score), _images(score.each, protocol)
-            if pairs:
-                file = _free(folder / f"images-{_slug(name)}-{_slug(score.dataset)}.png", written)
-                written.append(plots.images(file, pairs, name, score.dataset, protocol))
+            images = _read_images(score.image_scores, protocol)
+            if images:
+                title = name + _partial_suffix(score)
+                file = _unused(folder / f"images-{_slug(title)}-{_slug(score.dataset)}.png", written)
+                written.append(plots.images(file, images, title, score.dataset, protocol))
     return written
 
 
-def _part(score: Score) -> str:
-    """Return how many images a score is of, where it is not all of the set."""
-    return f", {score.images} of {score.partial_of} images" if score.partial_of else ""
+def _plot_names(rows: Sequence[ResultRow]) -> list[str]:
+    """Return the labels of the rows, with the training sets where labels are the same."""
+    labels = row_labels(rows)
+    names = []
+    for label, row in zip(labels, rows, strict=True):
+        unique = labels.count(label) == 1
+        names.append(label if unique else f"{label}, trained on {'; '.join(row.trained_on) or 'unknown'}")
+    return names
 
 
 def _slug(name: str) -> str:
     return re.sub(r"[\W_]+", "-", name.lower()).strip("-")
 
 
-def _free(file: Path, written: Sequence[Path]) -> Path:
-    """The path, numbered where another plot has it: names may differ only in what was left out of file names."""
-    stems = itertools.chain([file.stem], (f"{file.stem}-{count}" for count in itertools.count(2)))
-    return next(one for one in map(file.with_stem, stems) if one not in written)
+def _unused(file: Path, written: Sequence[Path]) -> Path:
+    """Return the path, with a number if another plot has it: different names may have the same slug."""
+    for count in itertools.count(1):
+        candidate = file if count == 1 else file.with_stem(f"{file.stem}-{count}")
+        if candidate not in written:
+            return candidate
+    raise AssertionError
 
 
-def _epochs(file: Path) -> list[tuple[float, float]]:
-    """Epochs and their ``val/psnr`` in a run's log; none where it was no training."""
+def _read_epochs(file: Path) -> list[tuple[float, float]]:
+    """Return epochs and their ``val/psnr`` from the log of a run; empty if the run was not a training."""
     try:
         with file.open(newline="", encoding="utf-8") as opened:
             rows = [row for row in csv.DictReader(opened) if row.get("val/psnr") and row.get("epoch")]
         return [(float(row["epoch"]), float(row["val/psnr"])) for row in rows]
     except (ValueError, csv.Error) as error:
-        raise DerainError(f"{file}: no log of derain fit ({error}); leave it out") from error
+        raise DerainError(f"{file}: not a log of derain fit ({error}); omit it") from error
 
 
-def _images(file: Path | None, protocol: str) -> list[tuple[float, float]]:
-    """PSNR of every image, rainy and derained; none where they were not kept."""
+def _read_images(file: Path | None, protocol: str) -> list[tuple[float, float]]:
+    """Return the PSNR of each image, rainy and derained; empty if there is no file."""
     if file is None or not file.is_file():
         return []
     try:
@@ -363,4 +324,4 @@ def _images(file: Path | None, protocol: str) -> list[tuple[float, float]]:
             rows = [row for row in csv.DictReader(opened) if row["protocol"] == protocol]
         return [(float(row["rainy_psnr"]), float(row["psnr"])) for row in rows]
     except (KeyError, TypeError, ValueError) as error:
-        raise DerainError(f"{file}: no images of derain test ({error!r}); leave --plot out") from error
+        raise DerainError(f"{file}: not written by derain test ({error!r}); omit --plot") from error

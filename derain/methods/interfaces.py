@@ -3,12 +3,15 @@
 Commands and the `Restorer` ask for these interfaces by ``isinstance``, never for a method.
 """
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from derain.errors import DerainError
 
 
 class Routed(ABC):
@@ -26,6 +29,30 @@ class Routed(ABC):
         """
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a method samples images; an inference option, not part of weights files.
+
+    Args:
+        solver: Name of a solver of the method. Those of DA-CLIP + IR-SDE: ``posterior`` (IR-SDE's authors), ``sde``
+            (Euler-Maruyama), ``ode`` (Euler), or semi-analytic ``mrs-ode1``, ``mrs-ode2``, ``mrs-sde2``,
+            ``mars-ode2``, ``mars-sde2``.
+        steps: Evaluations of the network, at most those of the schedule; None: all of the schedule.
+        seed: Seed of the noise. The same seed gives an image the same noise in any batch.
+
+    Raises:
+        DerainError: If the number of steps is below 1.
+    """
+
+    solver: str = "posterior"
+    steps: int | None = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise DerainError(f"--steps {self.steps}: must be at least 1")
+
+
 class Sampled(ABC):
     """Interface of methods that run their network many times on a state, as diffusions do.
 
@@ -33,17 +60,17 @@ class Sampled(ABC):
     by tile, for use at every step; and ``show(steps, total)``, which wraps the steps to report progress.
 
     Attributes:
-        sampling: Solver, number of steps and seed, as a dataclass; not part of weights files.
+        sampling: Solver, number of steps and seed.
     """
 
-    sampling: Any
+    sampling: Sampling
 
     @abstractmethod
-    def sample_by(self, sampling: Any) -> None:
+    def sample_by(self, sampling: Sampling) -> None:
         """Set solver, number of steps and seed.
 
         Raises:
-            DerainError: If the method cannot sample that way.
+            DerainError: If the method has no such solver.
         """
 
 

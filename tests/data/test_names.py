@@ -66,7 +66,7 @@ def test_scores_of_such_names_are_written(tmp_path, form, where):
     arguments = ["score", str(folder / "input"), str(folder / "target"), "--lpips", "none", "--format", form]
     done = derain(
         *arguments,
-        *(["--output", str(output)] if where == "file" else []),
+        *(["--out", str(output)] if where == "file" else []),
         **({} if where == "file" else {"PYTHONIOENCODING": where}),
     )
     assert done.returncode == 0, done.stderr
@@ -78,7 +78,7 @@ def test_scores_of_such_names_are_written(tmp_path, form, where):
 
 
 @pytest.mark.parametrize("name", [LATIN, "[/red]", "[bold]"])
-@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize("options", [[], ["--format", "json"]])
 def test_findings_on_such_names_are_reported(tmp_path, name, options):
     folder = pair_set(tmp_path / name, name, name)
     file = folder / f"input/{name}1.png"

@@ -8,8 +8,7 @@ import torch
 from derain.errors import DerainError
 from derain.export import write
 from derain.methods import CLIPRPNModule, DACLIPSDEModule, PReNetModule, catalog, onnx_model
-from derain.methods.daclipsde.solvers import Sampling
-from derain.methods.interfaces import Sampled
+from derain.methods.interfaces import Sampled, Sampling
 from derain.methods.onnx_model import OnnxNetwork
 from tests.methods.test_contract import METHODS, SMALL
 

@@ -77,7 +77,7 @@ def test_bench_counts_their_multiplications(tmp_path):
     method = spandrel_model.recognise(tmp_path / "w.pth", network.state_dict())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.rand(1, 3, 16, 16))
-    assert bench.cost(method, 16)["macs"] == counter.get_total_flops() / 2
+    assert bench.count_cost(method, 16)["macs"] == counter.get_total_flops() / 2
 
 
 def test_networks_that_restore_no_photos_are_refused(tmp_path):

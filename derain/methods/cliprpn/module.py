@@ -1,4 +1,4 @@
-"""CLIP-RPN as a LightningModule: which route an image takes, when the loss's exponent grows."""
+"""Lightning module of CLIP-RPN: routes of images, and the schedule of the loss's exponent."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from derain.methods.cliprpn.loss import (
     rain_mask,
     reconstruction_loss,
 )
-from derain.methods.cliprpn.network import CLIPRPN, Interaction, mask_maps
+from derain.methods.cliprpn.network import CLIPRPN, LEVELS, Interaction, mask_maps
 from derain.methods.cliprpn.perception import RainPerception, Similarity
 from derain.methods.cliprpn.prompts import texts_of
 from derain.methods.cliprpn.routing import Routing
@@ -42,42 +42,42 @@ class CLIPRPNMetadata(Metadata):
 
 
 class CLIPRPNModule(DerainModule, Routed, Explains):
-    """CLIP-RPN: CLIP perceives the rain, images take routes of mask-guided cross-attention.
+    """CLIP-RPN: CLIP chooses a route of mask-guided cross-attention for each image.
 
-    Guan and Yoshie, CLIP-driven rain perception. Trained by dynamic loss scheduling and masks of rain with AdamW.
-    CLIP is frozen and part neither of checkpoints nor of optimisers. Numbers count optimiser steps, so that
-    accumulation and several devices change nothing.
+    Guan and Yoshie, CLIP-driven rain perception. Trained by dynamic loss scheduling and rain masks with AdamW. CLIP is
+    frozen, and not part of checkpoints and optimisers. Schedules count optimiser steps, so that they do not depend on
+    accumulation and the number of devices.
 
     Args:
-        perception: What chooses the route: ``clip``; ``none``: there is one (Table 10 without RPN); ``fixed``: all
-            images take ``route``.
+        perception: Choice of the route: ``clip``; ``none``: there is a single route (Table 10 without RPN); ``fixed``:
+            all images take ``route``.
         clip: Id on the Hugging Face hub, or a local directory.
-        prompts: Name of a set (``1``, ``2``, ``3`` of Table 5, …) or a list of texts, one a route.
+        prompts: Name of a set (``1``, ``2``, ``3`` of Table 5, …) or a list of texts, one per route.
         similarity: ``cosine``, or ``dot`` as eq. 1 is printed.
-        route_by: ``image``: an image has one route, its crops too; ``patch``: whatever ``forward`` is given is
-            perceived, so each crop in training and each tile at inference.
-        route: The route of ``fixed``.
-        mgca: Routes are mask-guided cross-attention; else plain cross-attention beside a short cut, whatever the
-            next three say, and without perception none at all (Table 10 without MGCA).
-        interaction: Reading of eqs. 11 and 12.
-        residual: Add the features to what cross-attention makes of them.
-        spatial_kernel: Side of the convolution that eq. 11 lacks.
-        dim: Channels at the finest level, like the rest of Restormer.
+        route_by: ``image``: all crops and tiles of an image take its route; ``patch``: each crop in training and each
+            tile at inference has its own route.
+        route: Route of ``fixed``.
+        mgca: Whether routes are mask-guided cross-attention; otherwise plain cross-attention, which ignores the next
+            three options, and without perception no cross-attention (Table 10 without MGCA).
+        interaction: Reading of eqs. 11 and 12, see `MaskGuidedCrossAttention`.
+        residual: Whether the cross-attention is residual.
+        spatial_kernel: Side of the convolution that is missing in eq. 11.
+        dim: Channels of Restormer at the finest level.
         blocks: Transformer blocks of the four levels.
         refinement: Blocks at full resolution at the end.
         heads: Attention heads of the four levels.
-        expansion: Of the feed-forward networks.
+        expansion: Expansion of the feed-forward networks.
         loss: Reconstruction loss, one of Table 11.
         beta: Exponent of ``dls`` at the start; section 4.2: 0.8.
-        eta: Its growth; section 4.2: 2.3.
-        smoothing: What keeps the gradient of ``dls`` finite at zero error.
-        rescale: Scale the reconstruction loss to the mean absolute error, gradient and all: late in the training
-            ``dls`` is so small that the masks outweigh it. Not in the paper.
-        mask_weight: Of the masks' loss; eq. 15: 0.1.
-        mask_threshold: Difference in [0, 1] from which a pixel is rainy; eq. 4: 0.1.
-        mask_scaling: How the true mask comes to a level's size.
-        learning_rate: Of AdamW; section 4.2: 2e-4.
-        weight_decay: Section 4.2: 0.01.
+        eta: Increase of the exponent; section 4.2: 2.3.
+        smoothing: How the gradient of ``dls`` is kept finite at zero error.
+        rescale: Scale the reconstruction loss and its gradient to the mean absolute error: late in the training,
+            ``dls`` is much smaller than the loss of the masks. Not in the paper.
+        mask_weight: Weight of the loss of the masks; eq. 15: 0.1.
+        mask_threshold: Difference in [0, 1] above which a pixel is rainy; eq. 4: 0.1.
+        mask_scaling: How the true mask is downscaled to the size of a level.
+        learning_rate: Learning rate of AdamW; section 4.2: 2e-4.
+        weight_decay: Weight decay of AdamW; section 4.2: 0.01.
         warm_up: Share of the steps in which the learning rate rises; section 4.2: 15 of 300 epochs.
 
     Raises:
@@ -86,10 +86,25 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
 
     metadata_schema: ClassVar[Any] = CLIPRPNMetadata
     bytes_per_pixel: ClassVar[int] = 4700
-    may_change = DerainModule.may_change | {
-        *("clip", "loss", "beta", "eta", "smoothing", "rescale", "mask_weight", "mask_threshold", "mask_scaling")
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "CLIP-RPN, 1 route": {"perception": "none"},
+        "CLIP-RPN, 2 routes": {"perception": "fixed"},
+        "CLIP-RPN, 3 routes": {"perception": "fixed", "prompts": "1"},
+        "CLIP-RPN without MGCA": {"perception": "fixed", "mgca": False},
+        "CLIP-RPN, tiny": {"perception": "fixed", "dim": 16, "blocks": (1, 1, 1, 1), "refinement": 1},
     }
-    compiles_any_size: ClassVar[bool] = False  # frozen weights and unknown sizes: wrong strides in inductor, torch 2.13
+    may_change = DerainModule.may_change | {
+        "clip",
+        "loss",
+        "beta",
+        "eta",
+        "smoothing",
+        "rescale",
+        "mask_weight",
+        "mask_threshold",
+        "mask_scaling",
+    }
+    compiles_any_size: ClassVar[bool] = False  # inductor of torch 2.13: wrong strides of frozen weights, dynamic sizes
 
     def __init__(
         self,
@@ -125,15 +140,15 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         texts = texts_of(prompts)
         routes = len(texts) if perception != "none" else int(mgca)
         if not 0 <= warm_up < 1:
-            raise DerainError(f"--model.warm_up {warm_up}: must be a share of the training, at least 0 and below 1")
+            raise DerainError(f"--model.warm_up {warm_up}: expected a share of the training, at least 0 and below 1")
         self.network: CLIPRPN = CLIPRPN(
             routes, mgca, interaction, residual, spatial_kernel, dim, blocks, refinement, heads, expansion
         )
         self.maps = tuple(f"mask at 1/{2**level}" for level in (1, 2, 3)) if len(self.network.masks) else ()
-        seen_by = RainPerception(clip, texts, similarity) if perception == "clip" else None
-        self.routing = Routing(routes, seen_by, route if perception == "fixed" else 0)
+        rain_perception = RainPerception(clip, texts, similarity) if perception == "clip" else None
+        self.routing = Routing(routes, rain_perception, route if perception == "fixed" else 0)
         self.route_counts: list[int] | None = [0] * len(self.network.routes)
-        self._new_counts = [0] * len(self.network.routes)  # of this process, since the last sum over all
+        self._new_counts = [0] * len(self.network.routes)  # of this process, since the last sum over all processes
 
     def check_requirements(self) -> None:
         """Find or fetch CLIP."""
@@ -156,11 +171,11 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         return cast(Tensor, self.network(rainy, routes).derained)
 
     def take_route(self, route: int) -> None:
-        """Send all images along one route instead of asking CLIP."""
+        """Send all images along one route, instead of the choice of CLIP."""
         self.routing.take(route)
 
     def export_graph(self) -> Graph:
-        """Return ``forward`` along one route; CLIP, which chooses between routes, stays outside.
+        """Return ``forward`` along one route; CLIP is not part of the graph.
 
         Raises:
             DerainError: If no route was chosen.
@@ -186,59 +201,68 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
     # Training.
 
     def on_fit_start(self) -> None:
-        """Perceives every training image once, before the first step.
+        """Compute the route of every training image before the first step.
 
         Raises:
-            DerainError: If a strategy of several devices would wait for routes that no image took.
+            DerainError: If a distributed strategy would wait for gradients of unused routes.
         """
         super().on_fit_start()
         if len(self.network.routes) > 1:
-            self.refuse_plain_ddp("a route that no image of a batch takes has no gradient")
+            self.refuse_plain_ddp("routes that no image of a batch takes have no gradients")
         self.routing.check(resuming=True)
         if self.routing.perception is None or self.hparams["route_by"] == "patch":
             return
         data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "rainy_images"):
-            raise DerainError("routing whole images needs derain's RainDataModule; or set --model.route_by patch")
+            raise DerainError("--model.route_by image: requires RainDataModule; use it, or set --model.route_by patch")
         if self.local_rank != 0:
-            self.trainer.strategy.barrier()  # the first process of a machine perceives, the others read what it kept
+            self.trainer.strategy.barrier()  # the first process of a machine runs CLIP and fills the cache
         names = [pair.name for pair in data.pairs["train"]]
         images = data.rainy_images("train")
-        self.routing.learn(names, track(images, "Perceiving rain", len(names)), self.device)
+        self.routing.learn(names, track(images, "Rain perception", len(names)), self.device)
         if self.local_rank == 0:
             self.trainer.strategy.barrier()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Reconstruction loss and masks; every part is logged."""
-        known = self.routing.known
-        if known is None:
-            routes = self.routing(batch["rainy"], remember=False)["routes"]
-        else:
-            routes = [known[name] for name in batch["name"]]
-        for route in routes if self._new_counts else ():
-            self._new_counts[route] += 1
+        """Return the sum of reconstruction loss and mask losses; all parts are logged."""
+        routes = self._training_routes(batch)
         hyper = self.hparams
         power = exponent(self.trainer.global_step / self.steps, hyper["beta"], hyper["eta"])
         restored = self.network(batch["rainy"], routes)
         loss = reconstruction_loss(restored.derained, batch["clean"], hyper["loss"], power, hyper["smoothing"])
         parts: dict[str, Any] = {"train/reconstruction": loss}
         if hyper["rescale"]:
-            loss = loss * ((restored.derained.float() - batch["clean"]).abs().mean() / loss.clamp_min(1e-12)).detach()
+            mean_error = (restored.derained.float() - batch["clean"]).abs().mean()
+            loss = loss * (mean_error / loss.clamp_min(1e-12)).detach()
         if restored.logits:
             mask = rain_mask(batch["rainy"], batch["clean"], hyper["mask_threshold"])
-            for level, one in zip((3, 2, 1), mask_loss(restored.logits, mask, hyper["mask_scaling"]), strict=True):
-                parts[f"train/mask_{level}"] = one
-                loss = loss + hyper["mask_weight"] * one
+            mask_losses = mask_loss(restored.logits, mask, hyper["mask_scaling"])
+            for level, level_loss in zip(LEVELS, mask_losses, strict=True):
+                parts[f"train/mask_{level}"] = level_loss
+                loss = loss + hyper["mask_weight"] * level_loss
         if hyper["loss"] == "dls":
             parts["train/exponent"] = power
         if len(self.network.routes) > 1:
-            parts |= {f"train/route_{i}": routes.count(i) / len(routes) for i in range(len(self.network.routes))}
+            for route in range(len(self.network.routes)):
+                parts[f"train/route_{route}"] = routes.count(route) / len(routes)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(routes))
         self.log_dict(parts, batch_size=len(routes))
         return loss
 
+    def _training_routes(self, batch: PairBatch) -> list[int]:
+        """Return the routes of a training batch, and count them."""
+        known = self.routing.known
+        if known is None:
+            routes = self.routing(batch["rainy"], remember=False)["routes"]
+        else:
+            routes = [known[name] for name in batch["name"]]
+        if self._new_counts:
+            for route in routes:
+                self._new_counts[route] += 1
+        return list(routes)
+
     def configure_optimizers(self) -> Any:
-        """AdamW; the learning rate rises evenly, then falls along a cosine, step by step."""
+        """Return AdamW, and a learning rate that rises linearly and falls along a cosine."""
         rate, decay = self.hparams["learning_rate"], self.hparams["weight_decay"]
         optimizer = torch.optim.AdamW(self.network.parameters(), rate, betas=(0.9, 0.999), weight_decay=decay)
         factor = warm_up_then_cosine(self.steps, self.hparams["warm_up"])
@@ -246,23 +270,23 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _sum_counts(self) -> None:
-        """Add the routes that training samples took since the last call, on all devices."""
+        """Add the route counts of all devices since the last call."""
         if self.route_counts is None or self._trainer is None:
             return
         new = torch.tensor(self._new_counts, device=self.device)
         summed = cast(Tensor, self.trainer.strategy.reduce(new, reduce_op="sum")).tolist()
-        self.route_counts = [count + more for count, more in zip(self.route_counts, summed, strict=True)]
+        self.route_counts = [count + added for count, added in zip(self.route_counts, summed, strict=True)]
         self._new_counts = [0] * len(summed)
 
     def on_train_end(self) -> None:
-        """Warn of routes that no image took."""
+        """Log a warning for routes that no image took."""
         self._sum_counts()
         counts = self.route_counts or ()
         untrained = [str(route) for route, count in enumerate(counts) if not count]
         if untrained and self.trainer.is_global_zero:
             log.warning(
-                "route %s: no image took it in training (samples a route: %s), so it is untrained; train on more "
-                "varied rain, or with other --model.prompts",
+                "route %s is untrained: no training image took it (samples per route: %s); train on more varied rain "
+                "or change --model.prompts",
                 ", ".join(untrained),
                 ", ".join(f"{count:,}" for count in counts),
             )
@@ -282,7 +306,7 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         """Restore CLIP's hash and the training samples of each route.
 
         Raises:
-            DerainError: If there are counts of other routes.
+            DerainError: If the number of counts is not the number of routes.
         """
         super().restore_metadata(metadata)
         self.routing.clip_sha256 = metadata.get("clip_sha256")

@@ -66,7 +66,7 @@ class FrozenBLIP:
         check_whole("BLIP", self.name, loading_info)
         longest = model.config.text_config.max_position_embeddings - 1
         if self.max_tokens > longest:
-            raise DerainError(f"--max_tokens {self.max_tokens}: {self.name} writes at most {longest}; use fewer")
+            raise DerainError(f"--max-tokens {self.max_tokens}: {self.name} writes at most {longest}; use fewer")
         model.train(False)
         return model.requires_grad_(False), tokenizer, processor
 
@@ -86,7 +86,7 @@ class FrozenBLIP:
             )
         except torch.OutOfMemoryError as error:
             raise DerainError(
-                f"--batch_size {len(images)}: the images do not fit into the memory of {device}; use a smaller batch"
+                f"--batch-size {len(images)}: the images do not fit into the memory of {device}; use a smaller batch"
             ) from error
         words = tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True, clean_up_tokenization_spaces=True)
         return [caption.strip() for caption in words]

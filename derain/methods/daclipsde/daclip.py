@@ -1,4 +1,4 @@
-"""Training of DA-CLIP's controller as a LightningModule."""
+"""Lightning module that trains the controller of DA-CLIP."""
 
 import hashlib
 import logging
@@ -24,36 +24,36 @@ from derain.nn.schedule import warm_up_then_cosine
 log = logging.getLogger("derain")
 
 CAPTION = "a photo"
-"""Of images that nobody captioned."""
+"""Caption of images without one."""
 
 
 class DACLIPModule(TrainableModule):
-    """DA-CLIP's controller, trained so that CLIP sees through rain and says that there was some.
+    """Controller of DA-CLIP, trained to embed the content of rainy images as if they were clean, and the degradation.
 
-    Two contrastive losses (Pullabhotla, eqs. 3 and 4): the content embedding of an image against the caption of its
-    clean image, and the degradation embedding against a word for its degradation. CLIP itself is frozen and part of no
-    checkpoint.
-    Clean images are shown beside rainy ones, as otherwise all words are equal and nothing tells degradations apart.
+    It minimises two contrastive losses (Pullabhotla, eqs. 3 and 4): between the content embedding of an image and the
+    caption of its clean image, and between the degradation embedding and a word for the degradation. CLIP is frozen and
+    not part of checkpoints. Training batches contain clean images too, since with a single word there is nothing to
+    distinguish.
 
     Args:
         clip: Id on the Hugging Face hub, or a local directory.
-        order: Which frozen block a block of the controller feeds, see `Controller`.
-        controller: Start from this file instead of CLIP's own tower: weights of this class, or the authors'.
-        degradation: Word for rainy images, where a table of captions (``--data.captions``) gives no other.
-        clean: Word for clean images; none: they are not shown.
-        equal_texts: Any of equal texts is right for an image, instead of its own alone.
-        smallest: Least share of a crop's area that is cut out at random and brought to CLIP's size; DA-CLIP: 0.9.
-        learning_rate: Of AdamW, betas 0.9 and 0.98, epsilon 1e-6; DA-CLIP: 2e-5 on one GPU, 3e-5 on four.
-        weight_decay: DA-CLIP: 0.05; none on vectors, biases and the temperature.
+        order: Connections of the controller to the frozen tower, see `Controller`.
+        controller: Weights to start from, of this class or the authors'; default: CLIP's own tower.
+        degradation: Word for rainy images without one in the table of captions (``--data.captions``).
+        clean: Word for clean images; None: batches contain no clean images.
+        equal_texts: Whether each of several equal texts is a correct answer, rather than only that of the image.
+        smallest: Smallest share of an image's area in the random crops, which are resized for CLIP; DA-CLIP: 0.9.
+        learning_rate: Learning rate of AdamW, betas 0.9 and 0.98, epsilon 1e-6; DA-CLIP: 2e-5 on one GPU, 3e-5 on four.
+        weight_decay: Weight decay of matrices; vectors, biases and the temperature have none; DA-CLIP: 0.05.
         warm_up: Share of the steps in which the learning rate rises; it then falls to 0 along a cosine.
 
     Raises:
-        DerainError: If CLIP cannot be had, or an option is out of its range.
+        DerainError: If CLIP is not available, or an option is out of its range.
     """
 
     metadata_schema: ClassVar[Any] = DACLIPMetadata
     monitor: ClassVar[str] = "val/accuracy"
-    bounded_by_file: ClassVar[bool] = False  # CLIP, which is built too, is in no file
+    bounded_by_file: ClassVar[bool] = False  # building it also loads CLIP, which is not in the file
     may_change = TrainableModule.may_change | {"clip", "degradation", "clean", "equal_texts", "smallest"}
 
     def __init__(
@@ -70,35 +70,36 @@ class DACLIPModule(TrainableModule):
         warm_up: float = 0.01,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore="controller")  # files hold the whole controller
+        self.save_hyperparameters(ignore="controller")  # weights contain the whole controller
         if not 0 < smallest <= 1:
-            raise DerainError(f"--model.smallest {smallest}: must be above 0 and at most 1")
+            raise DerainError(f"--model.smallest {smallest}: expected a number above 0 and at most 1")
         if not 0 <= warm_up < 1:
-            raise DerainError(f"--model.warm_up {warm_up}: must be a share of the training, at least 0 and below 1")
-        self.clip, self.begun_from = FrozenCLIP(clip), controller
+            raise DerainError(f"--model.warm_up {warm_up}: expected a share of the training, at least 0 and below 1")
+        self.clip = FrozenCLIP(clip)
+        self.initial_controller = controller
         if controller is None:
             self.network: Controller = Controller(self.clip.model, order)
         else:
             self.network, _ = load_controller(Path(controller), self.clip)
             if self.network.order != order:
-                raise DerainError(f"--model.order {order}: {controller} has {self.network.order}; give that one")
+                raise DerainError(f"--model.order {order}: {controller} has order {self.network.order}; use that order")
         self.clip_sha256: str | None = self.clip.sha256
         self._texts: dict[str, Tensor] = {}
-        self._accuracy: dict[str, Any] = {}
+        self._accuracy: dict[str, Any] = {}  # a dict, so that the metric is not a submodule
         self._warned: set[str] = set()
         self.words: list[str] = [degradation] if clean is None else [clean, degradation]
 
     # Training.
 
     def on_fit_start(self) -> None:
-        """Moves CLIP to where the controller is, and notes the words that it will tell apart."""
+        """Move CLIP to the device, and collect the words for degradations."""
         super().on_fit_start()
         self._find_words()
         self.clip.model.to(self.device)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Contrasts contents with captions, and degradations with words."""
-        images, captions, words = self._shown(batch)
+        """Return the sum of the contrastive losses of content and degradation."""
+        images, captions, words = self._examples(batch)
         pixels = self.clip.pixels(random_resized_crop(images, self.hparams["smallest"], self.clip.side))
         embeddings = self.network(self.clip.model, pixels)
         scale = self.network.logit_scale.exp()
@@ -111,8 +112,8 @@ class DACLIPModule(TrainableModule):
         self.log_dict(losses | {"train/scale": scale.detach()}, batch_size=len(images))
         return loss
 
-    def _shown(self, batch: PairBatch) -> tuple[Tensor, list[str], list[str]]:
-        """Images, captions and degradations of a batch: the rainy images, then the clean ones if they are shown."""
+    def _examples(self, batch: PairBatch) -> tuple[Tensor, list[str], list[str]]:
+        """Return images, captions and words of a batch: rainy images, then clean images unless ``clean`` is None."""
         rainy, clean = batch["rainy"], self.hparams["clean"]
         captions = batch.get("caption") or [CAPTION] * len(rainy)
         words = batch.get("degradation") or [self.hparams["degradation"]] * len(rainy)
@@ -120,22 +121,19 @@ class DACLIPModule(TrainableModule):
             return rainy, captions, words
         return torch.cat((rainy, batch["clean"])), captions * 2, words + [clean] * len(rainy)
 
-    def _contrast(self, images: Float[Tensor, "b d"], texts: list[str], scale: Tensor, what: str) -> Tensor:
-        """The contrastive loss over the batches of all devices; texts are equal if they are written alike."""
+    def _contrast(self, images: Float[Tensor, "b d"], texts: list[str], scale: Tensor, kind: str) -> Tensor:
+        """Return the contrastive loss over the batches of all devices; ``kind`` names the texts in a warning."""
         features = self._features(texts).to(images.device)
         ids = torch.tensor([_number(text) for text in texts], device=images.device)
         if self.trainer.world_size > 1:
             images = self._gathered(images, sync_grads=True)
             features, ids = self._gathered(features), self._gathered(ids)
         same = ids[:, None] == ids if self.hparams["equal_texts"] else None
-        if what not in self._warned and bool((ids == ids[0]).all()):
-            self._warned.add(what)
+        if kind not in self._warned and bool((ids == ids[0]).all()):
+            self._warned.add(kind)
+            effect = "this part of the loss is 0" if same is not None else "the loss pushes images towards each other"
             log.warning(
-                "all %d %s of a batch are %r: nothing can be told apart by them; %s",
-                len(ids),
-                what,
-                texts[0],
-                "this part of the loss is 0" if same is not None else "the loss pushes images towards each other",
+                "all %d %s of a batch are %r, so they distinguish nothing; %s", len(ids), kind, texts[0], effect
             )
         return contrastive_loss(images, features, scale, same)
 
@@ -143,23 +141,27 @@ class DACLIPModule(TrainableModule):
         return self.all_gather(values, sync_grads=sync_grads).flatten(0, 1)  # type: ignore[union-attr]
 
     def _features(self, texts: list[str]) -> Float[Tensor, "b d"]:
-        """Text embeddings, each computed once."""
+        """Return text embeddings; each is computed once."""
         new = sorted({text for text in texts if text not in self._texts})
         if new:
             self._texts |= dict(zip(new, self.clip.texts(new, truncate=True), strict=True))
         return torch.stack([self._texts[text] for text in texts])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Keep the temperature in its range, 1 to 1/100, before a checkpoint may be saved."""
+        """Clamp the temperature to its range, 1 to 1/100, before a checkpoint may be saved."""
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.network.logit_scale.clamp_(0, math.log(100))
 
     def configure_optimizers(self) -> Any:
-        """AdamW; the learning rate rises evenly, then falls along a cosine, step by step."""
-        named = dict(self.network.named_parameters())
-        vectors = [value for name, value in named.items() if value.ndim < 2 or name.endswith("bias")]
-        matrices = [value for name, value in named.items() if not (value.ndim < 2 or name.endswith("bias"))]
+        """Return AdamW, and a learning rate that rises linearly and falls along a cosine."""
+        matrices: list[Tensor] = []
+        vectors: list[Tensor] = []
+        for name, parameter in self.network.named_parameters():
+            if parameter.ndim < 2 or name.endswith("bias"):
+                vectors.append(parameter)
+            else:
+                matrices.append(parameter)
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         decay = self.hparams["weight_decay"]
         optimizer = torch.optim.AdamW(
@@ -169,33 +171,35 @@ class DACLIPModule(TrainableModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    # Validation: the degradation whose word is nearest.
+    # Validation: classification of the degradation by the nearest word.
 
     def on_validation_epoch_start(self) -> None:
-        """Forgets the last epoch's counts."""
+        """Reset the accuracy."""
         self.clip.model.to(self.device)
         self._find_words()
         if len(self.words) > 1:
             self._accuracy = {"all": MulticlassAccuracy(len(self.words), average="micro").to(self.device)}
 
     def _find_words(self) -> None:
+        """Collect the words of the data set, or of the options."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        told = getattr(data, "degradations", ()) or (self.hparams["degradation"],)
-        clean = self.hparams["clean"]
-        self.words = sorted({*told, *([clean] if clean is not None else [])})
+        words = set(getattr(data, "degradations", ()) or [self.hparams["degradation"]])
+        if self.hparams["clean"] is not None:
+            words.add(self.hparams["clean"])
+        self.words = sorted(words)
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """Classifies whole images by the nearest word, without having been trained to classify."""
+        """Classify the degradation of whole images by the nearest word (zero-shot)."""
         if not self._accuracy:
             return
-        images, _, words = self._shown(batch)
+        images, _, words = self._examples(batch)
         degradation = self.network(self.clip.model, self.clip.pixels(images)).degradation
         nearest = cosines(degradation, self._features(self.words).to(images.device)).argmax(1)
-        told = torch.tensor([self.words.index(word) for word in words], device=images.device)
-        self._accuracy["all"].update(nearest, told)
+        expected = torch.tensor([self.words.index(word) for word in words], device=images.device)
+        self._accuracy["all"].update(nearest, expected)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val/accuracy``, over all devices; with a single word there is nothing to tell apart, so it is 0."""
+        """Log ``val/accuracy`` of all devices; 0 if there is a single word."""
         accuracy = float(self._accuracy["all"].compute()) if self._accuracy else 0.0
         self.log("val/accuracy", accuracy, prog_bar=True)
 
@@ -209,37 +213,36 @@ class DACLIPModule(TrainableModule):
         """Restore the words for degradations.
 
         Raises:
-            DerainError: If the controller was trained with another CLIP.
+            DerainError: If the controller was trained with a different CLIP.
         """
         super().restore_metadata(metadata)
         self.words = metadata.get("words", self.words)
         expected = metadata.get("clip_sha256")
         if expected not in {None, self.clip_sha256}:
             raise DerainError(
-                f"--model.clip {self.clip.name}: this controller belongs to another CLIP; give the one of its training "
-                "by --model.clip or DERAIN_CLIP"
+                f"--model.clip {self.clip.name}: the controller was trained with a different CLIP; name that one by "
+                "--model.clip or DERAIN_CLIP"
             )
 
 
 def _number(text: str) -> int:
-    """A number for a text, the same in every process."""
+    """Return a number for a text that is the same in every process."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
 
 def random_crop(height: int, width: int, smallest: float) -> tuple[int, int, int, int]:
     """Return top, left, height and width of a random part of an image.
 
-    Area and aspect ratio are drawn until the part fits, ten times at most; after that it is the whole image, or the
-    middle of one whose sides are not within 3 to 4.
+    Area and aspect ratio are drawn until the part fits, at most ten times. The fallback is the whole image, cropped at
+    the centre to an aspect ratio between 3:4 and 4:3.
 
     Args:
-        height: Of the image, in pixels.
-        width: Likewise.
-        smallest: Least share of the area.
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
+        smallest: Smallest share of the area.
 
     References:
-        torchvision's ``RandomResizedCrop`` with its default ratios, which open_clip trains with; equal seeds give equal
-        parts.
+        torchvision's ``RandomResizedCrop`` with its default ratios, as used by open_clip; equal seeds give equal parts.
     """
     narrowest, widest = 3 / 4, 4 / 3
     low, high = (float(value) for value in torch.tensor((narrowest, widest)).log())
@@ -248,7 +251,8 @@ def random_crop(height: int, width: int, smallest: float) -> tuple[int, int, int
         ratio = float(torch.empty(()).uniform_(low, high).exp())
         rows, columns = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < rows <= height and 0 < columns <= width:
-            top, left = (int(torch.randint(0, margin + 1, ())) for margin in (height - rows, width - columns))
+            top = int(torch.randint(0, height - rows + 1, ()))
+            left = int(torch.randint(0, width - columns + 1, ()))
             return top, left, rows, columns
     rows = min(height, round(width / narrowest))
     columns = min(width, round(height * widest))
@@ -260,7 +264,7 @@ def random_resized_crop(images: Float[Tensor, "b 3 h w"], smallest: float, side:
 
     Args:
         images: In [0, 1].
-        smallest: Least share of the area, see `random_crop`.
+        smallest: Smallest share of the area, see `random_crop`.
         side: Of the result, in pixels.
     """
     height, width = images.shape[2:]

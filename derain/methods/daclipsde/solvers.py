@@ -20,7 +20,6 @@ of the step, as DPM-Solver++ does: ``c = h (1 - exp(-κh)) / 2``. MaRS (Li et al
 order of convergence. The last step ends at ``σ = 0`` and returns ``x̂_0`` itself.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from derain.errors import DerainError
 from derain.methods.daclipsde.sde import MeanRevertingSDE
+from derain.methods.interfaces import Sampling
 
 Image = Float[Tensor, "b c h w"]
 Estimate = Callable[[Image, int], Image]
@@ -39,31 +39,6 @@ Step = tuple[int, int]
 """Time before and after a step."""
 Show = Callable[[Iterable[Step], int], Iterable[Step]]
 """Function of the steps and their number that yields the steps and shows progress."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """Options of sampling; not part of a checkpoint.
-
-    Args:
-        solver: ``posterior`` (IR-SDE's authors), ``sde`` (Euler-Maruyama), ``ode`` (Euler), or semi-analytic:
-            ``mrs-ode1``, ``mrs-ode2``, ``mrs-sde2``, ``mars-ode2``, ``mars-sde2``.
-        steps: Evaluations of the network, at most T of the schedule; None: T.
-        seed: Seed of the noise. With the same seed, an image gets the same noise in any batch.
-
-    Raises:
-        DerainError: If the solver is unknown or ``steps`` is below 1.
-    """
-
-    solver: str = "posterior"
-    steps: int | None = 10
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise DerainError(f"--solver {self.solver}: unknown solver; expected one of {', '.join(SOLVERS)}")
-        if self.steps is not None and self.steps < 1:
-            raise DerainError(f"--steps {self.steps}: expected at least 1")
 
 
 class Noise:

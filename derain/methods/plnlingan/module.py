@@ -1,7 +1,7 @@
-"""PLNLIN-MCDDL as a LightningModule: generator and discriminator take turns, by manual optimisation."""
+"""Lightning module of PLNLIN-MCDDL: alternating updates of generator and discriminator by manual optimisation."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -34,36 +34,37 @@ log = logging.getLogger("derain")
 
 
 class PLNLINGANModule(DerainModule, Explains):
-    """PLNLIN-MCDDL: an interactive generator against a discriminator that sees its features too.
+    """PLNLIN-MCDDL: interactive generator, and a discriminator that also gets the generator's features.
 
     Wang et al., Progressive Local and Non-Local Interactive Networks with Deeply Discriminative Training, MM 2024.
-    ``network`` is the generator; the discriminator is part of checkpoints but not of files of weights. The trainer's
-    steps are turns: batches, or ``accumulate`` of them.
+    ``network`` is the generator; the discriminator is part of checkpoints but not of weights. A step of the trainer is
+    a batch, or ``accumulate`` batches, whichever network is updated.
 
     Args:
         channels: Width of the generator.
-        stages: N of its PLNLIMs from the finest to the coarsest; the decoder has the same.
+        stages: N of its PLNLIMs from the finest to the coarsest scale; same for the decoder.
         hierarchy: N of the PLNLIMs of the hierarchical supervision.
         heads: Attention heads of the Swin blocks.
-        unit: Of the generator: ``plnlim``, or chains of ``local`` or ``non-local`` blocks (Table 4).
-        branches: Of a PLNLIM: ``both``, or both ``local`` or ``non-local`` (Table 3).
-        interaction: Of the branches (Table 3): ``sft``, ``concatenation`` or ``none``.
+        unit: Unit of the generator: ``plnlim``, or a chain of ``local`` or ``non-local`` blocks (Table 4).
+        branches: Branches of a PLNLIM: ``both``; ``local`` or ``non-local`` for two of that kind (Table 3).
+        interaction: Interaction of the branches (Table 3): ``sft``, ``concatenation`` or ``none``.
         fusion: Whether a PLNLIM has a fusion branch (Table 3).
         last_interaction: Whether branches interact after the last stage too.
         discriminator_channels: Width of the discriminator.
         discriminator_stages: N of its PLNLIMs; section 4.1: 2.
-        discriminator_unit: As ``unit`` (Table 6).
+        discriminator_unit: Unit of the discriminator, see ``unit`` (Table 6).
         discriminator_heads: Attention heads of its Swin blocks; ``heads`` by default.
-        content: Whether the discriminator sees the generator's features (section 4.5.2).
-        deep: Whether it judges at four scales, or at the coarsest alone (section 4.5.2).
-        alpha: Weight of the hierarchical supervision (eq. 9); 0 is without (Table 5).
-        beta: Weight of the adversarial losses (eq. 9); 0 is without a discriminator.
-        generator_steps: r, of the generator for one of the discriminator (Table 7); paper: 5.
-        discriminator_steps: The reverse: of the discriminator for one of the generator. One of both must be 1.
-        learning_rate: Of both Adams; section 4.1: 1e-4.
+        content: Whether the discriminator gets the generator's features (section 4.5.2).
+        deep: Whether it has logits at four scales, or only at the coarsest (section 4.5.2).
+        alpha: Weight of the hierarchical supervision (eq. 9); 0: none (Table 5).
+        beta: Weight of the adversarial losses (eq. 9); 0: no discriminator.
+        generator_steps: r, updates of the generator per update of the discriminator (Table 7); paper: 5.
+        discriminator_steps: Updates of the discriminator per update of the generator. One of the two must be 1.
+        learning_rate: Learning rate of both Adam optimisers; section 4.1: 1e-4.
         milestones: Epochs after which it is divided by 10; section 4.1: 300, 400 of 500.
-        clip: Largest norm of a network's gradient; none by default. The discriminator's is small: eq. 12 weighs it.
-        accumulate: Batches whose gradients are added up before a step.
+        clip: Largest gradient norm of a network; default: no clipping. That of the discriminator is small, since eq. 12
+            weights it.
+        accumulate: Batches whose gradients are accumulated before an update.
 
     Raises:
         DerainError: If an option is out of its range.
@@ -71,6 +72,10 @@ class PLNLINGANModule(DerainModule, Explains):
 
     compiles_any_size: ClassVar[bool] = False
     tile_multiple: ClassVar[int] = 56
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "PLNLIN": {},
+        "PLNLIN, tiny": {"channels": 16, "stages": (1, 1, 1, 1), "hierarchy": 1, "heads": 1},
+    }
 
     may_change = DerainModule.may_change | {"alpha", "clip"}
 
@@ -105,29 +110,32 @@ class PLNLINGANModule(DerainModule, Explains):
         self.automatic_optimization = False
         if min(generator_steps, discriminator_steps) != 1:
             raise DerainError(
-                f"--model.generator_steps {generator_steps}, --model.discriminator_steps {discriminator_steps}: one of "
-                "them must be 1, the other at least 1"
+                f"--model.generator_steps {generator_steps}, --model.discriminator_steps {discriminator_steps}: "
+                "expected 1 for one of them and at least 1 for the other"
             )
         if accumulate < 1 or (clip is not None and clip <= 0) or min(alpha, beta) < 0:
             raise DerainError(
-                f"--model.accumulate {accumulate} must be at least 1, clip {clip} above 0 or none, alpha {alpha} and "
-                f"beta {beta} at least 0"
+                f"--model.accumulate {accumulate}, clip {clip}, alpha {alpha}, beta {beta}: expected accumulate of at "
+                "least 1, clip above 0 or null, alpha and beta of at least 0"
             )
         content = content and beta > 0
         if hierarchy < 1 and (alpha or content):
-            raise DerainError(f"--model.hierarchy {hierarchy}: must be at least 1, or alpha 0 and content false too")
+            raise DerainError(f"--model.hierarchy {hierarchy}: expected at least 1 unless alpha is 0 and content false")
         style = Style(channels, unit, branches, interaction, fusion, last_interaction, heads)
         discriminator_heads = heads if discriminator_heads is None else discriminator_heads
-        judging = Style(discriminator_channels, discriminator_unit, heads=discriminator_heads)
+        discriminator_style = Style(discriminator_channels, discriminator_unit, heads=discriminator_heads)
         self.network: PLNLIN = PLNLIN(style, stages, hierarchy if alpha or content else 0)
-        self.discriminator = MCDDL(judging, channels if content else 0, deep, discriminator_stages) if beta else None
+        self.discriminator: MCDDL | None = None
+        if beta:
+            self.discriminator = MCDDL(discriminator_style, channels if content else 0, deep, discriminator_stages)
         first, second = ("local", "non-local") if branches == "both" else (branches, f"other {branches}")
-        both = (f"{first} features", f"{second} features", "features of both")
-        self.maps = both if unit == "plnlim" else (f"{unit} features",)
+        self.maps = (f"{unit} features",)
+        if unit == "plnlim":
+            self.maps = (f"{first} features", f"{second} features", "features of both")
         self.updates = 0  # decides which network is updated next
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Restores images of any size in [0, 1], without the hierarchy."""
+        """Restore images of any size in [0, 1], without the hierarchy."""
         return cast(Tensor, self.network(rainy).derained)
 
     def export_graph(self) -> Graph:
@@ -135,125 +143,154 @@ class PLNLINGANModule(DerainModule, Explains):
         return Graph(self.network, lambda rainy: cast(Tensor, self.network(rainy).derained))
 
     def explain(self, rainy: Float[Tensor, "b 3 h w"], **conditions: Any) -> Float[Tensor, "b n h w"]:
-        """Return the derained image and the features of the last PLNLIM: of its branches and of both (Figure 4)."""
+        """Return the derained image and the features of the last PLNLIM: its branches and their sum (Figure 4)."""
         restored: Restored = self.network(rainy, show=True)
         return torch.cat((restored.derained.float(), *map(feature_map, restored.shown)), dim=1)
 
     # Training.
 
     def configure_callbacks(self) -> list[Any]:
-        """Refuses what goes with one optimiser alone, before the trainer does so less clearly."""
-        asked = (self.trainer.gradient_clip_val, self.trainer.accumulate_grad_batches, self.trainer.precision)
-        if self.is_fitting and (asked[:2] != (None, 1) or asked[2] == "16-mixed"):
-            told = "--trainer.gradient_clip_val, accumulate_grad_batches, precision 16-mixed: for one optimiser"
-            raise DerainError(f"{told}; use --model.clip, --model.accumulate, --trainer.precision bf16-mixed")
+        """Refuse trainer options that require a single optimiser, with a clearer message than the trainer's."""
+        if not self.is_fitting:
+            return []
+        trainer = self.trainer
+        if trainer.gradient_clip_val is not None:
+            self._refuse(f"gradient_clip_val {trainer.gradient_clip_val}", "--model.clip")
+        if trainer.accumulate_grad_batches != 1:
+            self._refuse(f"accumulate_grad_batches {trainer.accumulate_grad_batches}", "--model.accumulate")
+        if trainer.precision == "16-mixed":
+            self._refuse("precision 16-mixed", "--trainer.precision bf16-mixed")
         return []
 
+    def _refuse(self, option: str, instead: str) -> None:
+        raise DerainError(f"--trainer.{option}: not supported with manual optimisation of two networks; use {instead}")
+
     def on_fit_start(self) -> None:
-        """Refuses a strategy of several devices that waits for the gradients of whoever's turn it is not."""
+        """Refuse distributed strategies that wait for gradients of the network that is not updated."""
         super().on_fit_start()
         if self.discriminator is not None:
-            self.refuse_plain_ddp("generator and discriminator take turns, and one has no gradient")
+            self.refuse_plain_ddp("only one of generator and discriminator has gradients")
         crop = getattr(getattr(self.trainer, "datamodule", None), "crop", self.network.multiple)
         if crop % self.network.multiple:
-            log.warning("--data.crop %d: padded to a multiple of %d, in losses too", crop, self.network.multiple)
+            log.warning("--data.crop %d: padded to a multiple of %d, also in the losses", crop, self.network.multiple)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """A generator's turn, a discriminator's, or both."""
-        hyper, count = self.hparams, len(batch["name"])
-        rainy, clean = (pad_to_multiple(batch[key], self.network.multiple) for key in ("rainy", "clean"))
-        turn = self.updates + 1
-        generating = self.discriminator is None or turn % hyper["discriminator_steps"] == 0
-        judging = self.discriminator is not None and turn % hyper["generator_steps"] == 0
-        with torch.set_grad_enabled(generating):
+        """Compute the gradients of the networks that are updated next, and update them."""
+        count = len(batch["name"])
+        rainy = pad_to_multiple(batch["rainy"], self.network.multiple)
+        clean = pad_to_multiple(batch["clean"], self.network.multiple)
+        update = self.updates + 1
+        of_generator = self.discriminator is None or update % self.hparams["discriminator_steps"] == 0
+        of_discriminator = self.discriminator is not None and update % self.hparams["generator_steps"] == 0
+        with torch.set_grad_enabled(of_generator):
             restored: Restored = self.network(rainy, hierarchy=len(self.network.joins) > 0)
-        with torch.no_grad():
-            known = self.discriminator is not None and len(self.discriminator.joins) > 0
-            real = self.network(clean, hierarchy=True).features if known else []
-        if generating:
-            self._descend("train/loss", self.generator_losses(restored, clean, real), count)
-        if judging:
-            self._descend("train/discriminator", self.discriminator_losses(restored, clean, real), count)
-        if (batch_idx + 1) % hyper["accumulate"] == 0 or self.trainer.is_last_batch:
-            self._step(generating, judging)
+        real = self._clean_features(clean)
+        if of_generator:
+            self._backward("train/loss", self.generator_losses(restored, clean, real), count)
+        if of_discriminator:
+            self._backward("train/discriminator", self.discriminator_losses(restored, clean, real), count)
+        if (batch_idx + 1) % self.hparams["accumulate"] == 0 or self.trainer.is_last_batch:
+            self._update(of_generator, of_discriminator)
+
+    @torch.no_grad()
+    def _clean_features(self, clean: Tensor) -> list[Tensor]:
+        """Return the generator's features of clean images, if the discriminator gets features."""
+        if self.discriminator is None or not len(self.discriminator.joins):
+            return []
+        return cast(Restored, self.network(clean, hierarchy=True)).features
 
     def generator_losses(self, restored: Restored, clean: Tensor, real: list[Tensor]) -> dict[str, list[Tensor]]:
-        """Of eqs. 8, 10 and 11; the discriminator gets no gradient. ``real``: features of the clean images."""
+        """Return the losses of eqs. 8, 10 and 11; the discriminator gets no gradient.
+
+        Args:
+            restored: Output of the generator for the rainy images.
+            clean: Clean images.
+            real: Features of the clean images.
+        """
         parts = {"pixel": [1 - structural_similarity(restored.derained, clean)]}
         if self.hparams["alpha"]:
             parts["hierarchical"] = hierarchical_losses(restored.images, clean)
         if self.discriminator is not None:
-            self.discriminator.requires_grad_(False)  # its graph is built without its parameters
+            self.discriminator.requires_grad_(False)  # no graph for its parameters
             fake = self.discriminator(restored.derained, restored.features)
             self.discriminator.requires_grad_(True)
             with torch.no_grad():
-                truth = self.discriminator(clean, real)
-            parts["generator"] = relativistic_losses(fake, truth)
+                real_logits = self.discriminator(clean, real)
+            parts["generator"] = relativistic_losses(fake, real_logits)
         return parts
 
     def discriminator_losses(self, restored: Restored, clean: Tensor, real: list[Tensor]) -> dict[str, list[Tensor]]:
-        """The reverse of eq. 8; the generator gets no gradient."""
-        judge = cast(nn.Module, self.discriminator)
-        fake = judge(restored.derained.detach(), [one.detach() for one in restored.features])
-        return {"discriminator": relativistic_losses(judge(clean, real), fake)}
+        """Return the reverse of eq. 8; the generator gets no gradient. Arguments as for `generator_losses`."""
+        discriminator = cast(nn.Module, self.discriminator)
+        fake = discriminator(restored.derained.detach(), [features.detach() for features in restored.features])
+        return {"discriminator": relativistic_losses(discriminator(clean, real), fake)}
 
-    def _descend(self, name: str, parts: Parts, count: int) -> None:
-        """Add the gradients of a weighted sum of losses of ``count`` images, and log it with every part."""
+    def _backward(self, name: str, parts: Parts, count: int) -> None:
+        """Accumulate the gradients of the weighted sum of losses of ``count`` images, and log all losses."""
         total = weighted_sum(parts, self.hparams["alpha"], self.hparams["beta"])
         self.log(name, total, prog_bar=name == "train/loss", batch_size=count)
         for part, losses in parts.items():
-            scales = {f"train/{part}_{scale}": loss for scale, loss in enumerate(losses, SCALES + 1 - len(losses))}
-            self.log_dict({"train/pixel": losses[0]} if part == "pixel" else scales, batch_size=count)
+            if part == "pixel":
+                self.log("train/pixel", losses[0], batch_size=count)
+                continue
+            first = SCALES + 1 - len(losses)  # fewer losses than scales are those of the coarsest scales
+            scales = {f"train/{part}_{scale}": loss for scale, loss in enumerate(losses, first)}
+            self.log_dict(scales, batch_size=count)
         self.manual_backward(total / self.hparams["accumulate"])
 
-    def _step(self, generating: bool, judging: bool) -> None:
-        """Lets whoever's turn it is take a step; the trainer counts one, also where both take one."""
-        found: Any = self.optimizers()
-        generator, *others = cast(list[LightningOptimizer], found if isinstance(found, list) else [found])
-        if generating:
-            generator.step()
-            generator.zero_grad()
-        for optimizer in others if judging else ():
-            if generating:
+    def _update(self, of_generator: bool, of_discriminator: bool) -> None:
+        """Update the networks; the trainer counts one step, even if both are updated."""
+        optimizers: Any = self.optimizers()
+        if not isinstance(optimizers, list):
+            optimizers = [optimizers]
+        if of_generator:
+            generator_optimizer: LightningOptimizer = optimizers[0]
+            generator_optimizer.step()
+            generator_optimizer.zero_grad()
+        if of_discriminator:
+            optimizer: LightningOptimizer = optimizers[1]
+            if of_generator:  # keeps the trainer from counting a second step
                 optimizer._on_before_step = optimizer._on_after_step = lambda: None
             optimizer.step()
             optimizer.zero_grad()
         self.updates += 1
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse what is not finite, and clip the gradient."""
+        """Check that the gradient is finite, and clip it."""
         norm = self.finite.require(self, optimizer)
         if self.hparams["clip"]:
             nn.utils.clip_grads_with_norm_(optimizer.param_groups[0]["params"], self.hparams["clip"], norm)
 
     def on_validation_model_zero_grad(self) -> None:
-        """Keeps gradients that are being added up while validation comes in between."""
+        """Keep accumulated gradients during validation."""
 
     def on_train_epoch_end(self) -> None:
-        """Moves the schedules of the learning rates on."""
+        """Step the learning rate schedules."""
         schedules: Any = self.lr_schedulers()
         for schedule in schedules if isinstance(schedules, list) else [schedules]:
             schedule.step()
 
     def configure_optimizers(self) -> Any:
-        """An Adam for each network, their learning rates divided by 10 at the milestones."""
+        """Return Adam for each network, with learning rates that are divided by 10 at the milestones."""
         networks = [self.network] if self.discriminator is None else [self.network, self.discriminator]
         optimizers = [torch.optim.Adam(network.parameters(), self.hparams["learning_rate"]) for network in networks]
         factor = multiplied_at(self.hparams["milestones"], 0.1)
         schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
-        names = ("lr-generator", "lr-discriminator")
-        named = zip(schedules, names, strict=False)
-        return optimizers, [{"scheduler": schedule, "name": name} for schedule, name in named]
+        names = ("lr-generator", "lr-discriminator")[: len(schedules)]
+        configurations = [
+            {"scheduler": schedule, "name": name} for schedule, name in zip(schedules, names, strict=True)
+        ]
+        return optimizers, configurations
 
     # Files.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add whose turn it is."""
+        """Save the number of updates."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["updates"] = self.updates
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore whose turn it is."""
+        """Restore the number of updates."""
         super().on_load_checkpoint(checkpoint)
         key = "updates" if "updates" in checkpoint else "windows"  # "windows": checkpoints of earlier versions
         self.updates = checkpoint[key]

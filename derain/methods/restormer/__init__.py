@@ -1,1 +1,1 @@
-"""Restormer (Zamir et al., CVPR 2022): the transformer that CLIP-RPN is built on."""
+"""Restormer (Zamir et al., CVPR 2022), the transformer that CLIP-RPN extends."""

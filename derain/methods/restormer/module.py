@@ -1,4 +1,4 @@
-"""Restormer as a LightningModule."""
+"""Lightning module of Restormer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,10 @@ from derain.nn.schedule import warm_up_then_cosine
 def mixed(
     rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"], beta: float
 ) -> tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b 3 h w"]]:
-    """Return pairs mixed with those of the same batch in another order: λ of the former, 1 - λ of the latter.
+    """Mix each pair with another pair of the batch, with weights λ and 1 - λ (mixup).
 
-    One λ for all, drawn from Beta(``beta``, ``beta``); λ and the order come from PyTorch's generator of the CPU. So
-    does ``Mixing_Augment`` of Restormer's authors (``basicsr/models/image_restoration_model.py``).
+    λ is drawn from Beta(``beta``, ``beta``) once per batch. λ and the permutation use PyTorch's generator of the CPU.
+    Same as ``Mixing_Augment`` of Restormer's authors (``basicsr/models/image_restoration_model.py``).
     """
     share = float(torch.distributions.Beta(beta, beta).sample())
     order = torch.randperm(len(rainy)).to(rainy.device)
@@ -33,28 +33,30 @@ def mixed(
 class RestormerModule(DerainModule):
     """Restormer (Zamir et al., CVPR 2022), trained by the mean absolute error with AdamW.
 
-    The paper trains 300,000 steps: the learning rate is constant for 92,000 and falls along a cosine to 1e-6, while
-    crops grow from 128 to 384 pixels (``experiments/rain13k.yaml``). By default it falls from the start, to 0.
+    The paper trains for 300,000 steps: the learning rate is constant for 92,000 steps, then falls along a cosine to
+    1e-6, while crops grow from 128 to 384 pixels (``experiments/rain13k.yaml``). By default, it falls from the start,
+    to 0.
 
     Args:
         dim: Channels at the finest level.
         blocks: Transformer blocks of the four levels.
         refinement: Blocks at full resolution at the end.
         heads: Attention heads of the four levels.
-        expansion: Of the feed-forward networks.
-        learning_rate: Of AdamW; paper: 3e-4.
-        weight_decay: Paper: 1e-4.
-        warm_up: Share of the optimiser steps in which the learning rate rises from 0; paper: none.
-        hold: Share of the steps, after the warm-up, in which it stays; paper: 92/300.
-        min_learning_rate: Where it falls to; paper: 1e-6.
-        mixup: Beta of `mixed`, by which half of the batches are mixed; the authors' recipe for deraining: 1.2
-            (``Options/Deraining_Restormer.yml``, ``mixing_augs``). By default none are.
+        expansion: Expansion of the feed-forward networks.
+        learning_rate: Learning rate of AdamW; paper: 3e-4.
+        weight_decay: Weight decay of AdamW; paper: 1e-4.
+        warm_up: Share of the optimiser steps in which the learning rate rises from 0; paper: 0.
+        hold: Share of the steps after the warm-up in which it is constant; paper: 92/300.
+        min_learning_rate: Final learning rate; paper: 1e-6.
+        mixup: ``beta`` of `mixed`, which is applied to half of the batches; the authors' recipe for deraining: 1.2
+            (``Options/Deraining_Restormer.yml``, ``mixing_augs``). Default: no mixup.
 
     Raises:
         DerainError: If an option is out of its range.
     """
 
     bytes_per_pixel: ClassVar[int] = 4700
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"Restormer": {}}
     may_change = DerainModule.may_change | {"hold", "min_learning_rate", "mixup"}
     compiles_any_size: ClassVar[bool] = False  # frozen weights and unknown sizes: wrong strides in inductor, torch 2.13
 
@@ -76,28 +78,28 @@ class RestormerModule(DerainModule):
         self.save_hyperparameters()
         if min(warm_up, hold) < 0 or warm_up + hold >= 1:
             raise DerainError(
-                f"--model.warm_up {warm_up}, --model.hold {hold}: must be shares of the training, together below 1"
+                f"--model.warm_up {warm_up}, --model.hold {hold}: expected shares of the training with a sum below 1"
             )
         if not 0 <= min_learning_rate <= learning_rate:
             raise DerainError(
-                f"--model.min_learning_rate {min_learning_rate}: must be from 0 to the learning rate {learning_rate}"
+                f"--model.min_learning_rate {min_learning_rate}: expected 0 to the learning rate {learning_rate}"
             )
         if mixup is not None and not 0 < mixup < math.inf:
-            raise DerainError(f"--model.mixup {mixup}: must be above 0; null for none")
+            raise DerainError(f"--model.mixup {mixup}: expected a number above 0, or null for no mixup")
         self.mixup = mixup
         self.learning_rate, self.weight_decay, self.warm_up = learning_rate, weight_decay, warm_up
         self.hold, self.min_learning_rate = hold, min_learning_rate
         self.network = Restormer(dim, blocks, refinement, heads, expansion)
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Restores images of any size in [0, 1]."""
+        """Restore images of any size in [0, 1]."""
         return cast(Tensor, self.network(rainy))
 
     @classmethod
     def from_published(
         cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any
     ) -> "DerainModule | None":
-        """Takes the authors' deraining checkpoint (``deraining.pth``, its entry ``params``)."""
+        """Return the method with the authors' weights (entry ``params`` of ``deraining.pth``)."""
         if "refinement.0.attn.temperature" not in state:
             return None
         module = cls()
@@ -108,7 +110,7 @@ class RestormerModule(DerainModule):
         return module
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Mean absolute error, of mixed pairs if ``mixup`` is set."""
+        """Return the mean absolute error, of mixed pairs if ``mixup`` is set."""
         rainy, clean = batch["rainy"], batch["clean"]
         if self.mixup is not None and torch.rand(()) < 0.5:
             rainy, clean = mixed(rainy, clean, self.mixup)
@@ -117,7 +119,7 @@ class RestormerModule(DerainModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW, and a learning rate that rises, stays and falls along a cosine."""
+        """Return AdamW, and a learning rate that rises, is constant and falls along a cosine."""
         optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,

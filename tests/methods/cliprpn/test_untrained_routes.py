@@ -78,6 +78,7 @@ def test_no_warning_for_weights_without_counts(counts, file, tmp_path, caplog):
     assert loaded.method.metadata()["route_counts"] is None
 
 
+@pytest.mark.slow
 def test_untrained_route_of_an_onnx_file_is_warned_of(file, tmp_path, caplog):
     module = catalog.load(file).module
     module.take_route(1)
@@ -89,6 +90,7 @@ def test_untrained_route_of_an_onnx_file_is_warned_of(file, tmp_path, caplog):
     assert any("m.onnx" in warning and "route 1" in warning for warning in warnings(caplog))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("perception", ["fixed", "none"])
 def test_training_counts_samples_per_route(perception, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)

@@ -186,7 +186,7 @@ def test_transformers_logs_nothing(folder, tmp_path):
 
 
 def test_too_many_tokens_are_refused(folder):
-    refused(folder, "--max_tokens 600", "511", max_tokens=600)
+    refused(folder, "--max-tokens 600", "511", max_tokens=600)
 
 
 def test_batch_that_exceeds_memory(blip, monkeypatch):
@@ -194,7 +194,7 @@ def test_batch_that_exceeds_memory(blip, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
 
     monkeypatch.setattr(blip._loaded[0], "generate", generate)
-    with pytest.raises(DerainError, match="--batch_size 2"):
+    with pytest.raises(DerainError, match="--batch-size 2"):
         blip.captions([clean_image(0)] * 2, torch.device("cpu"))
 
 

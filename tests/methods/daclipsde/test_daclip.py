@@ -36,11 +36,12 @@ def batch(count=3, **texts):
 
 
 def test_batches_contain_rainy_and_clean_images(module):
-    images, captions, words = module._shown(batch(2, caption=["a dog", "a cat"], degradation=["rainy", "light rain"]))
+    data = batch(2, caption=["a dog", "a cat"], degradation=["rainy", "light rain"])
+    images, captions, words = module._examples(data)
     assert images.shape[0] == 4
     assert captions == ["a dog", "a cat", "a dog", "a cat"]
     assert words == ["rainy", "light rain", "clean", "clean"]
-    images, captions, words = module._shown(batch(2))
+    images, captions, words = module._examples(batch(2))
     assert captions == ["a photo"] * 4
     assert words == ["rainy", "rainy", "clean", "clean"]
 

@@ -11,7 +11,7 @@ from derain import Restorer
 from derain.errors import DerainError
 from derain.methods import DACLIPSDEModule, PReNetModule, catalog
 from derain.methods.daclipsde import sde as formulas
-from derain.methods.daclipsde.solvers import Sampling
+from derain.methods.interfaces import Sampling
 from derain.restoration import blend_tiles
 
 TINY = {"channels": 32, "multipliers": (1, 2), "attention": "none", "max_sigma": 10.0}
@@ -126,7 +126,7 @@ def test_contexts_are_computed_once_per_image(clip_folder, monkeypatch):
         return pixels(rainy)
 
     monkeypatch.setattr(module.perception.clip, "pixels", counted)
-    module.sample_by(Sampling("posterior", 20))
+    module.sample_by(Sampling("posterior", 2))
     module(torch.rand(1, 3, 20, 20))
     assert len(calls) == 1
     Restorer(module, device="cpu", tile=64, ensemble=True)(np.random.default_rng(0).random((70, 80, 3), np.float32))

@@ -317,6 +317,7 @@ def test_gradients_are_clipped():
 def test_bfloat16_keeps_losses_in_float32():
     method = module(generator_steps=1)
     losses = []
+    method.log = lambda name, value, **_: losses.append(value)
     method.log_dict = lambda parts, **_: losses.extend(parts.values())
     fit(method, Batches(1), precision="bf16-mixed")
     assert {loss.dtype for loss in losses} == {torch.float32}
@@ -345,6 +346,17 @@ def test_infinite_gradient_stops_the_run():
     with pytest.raises(DerainError, match="0-0, 0-1"):
         fit(method, Batches(1, images=2))
     assert all(value.isfinite().all() for value in method.network.parameters())
+
+
+def test_checkpoints_with_the_former_name_of_updates_load(tmp_path):
+    trainer = fit(module_of_one_weight(), Batches(3, size=16))
+    trainer.save_checkpoint(tmp_path / "new.ckpt")
+    checkpoint = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    assert checkpoint["updates"] == 3
+    checkpoint["windows"] = checkpoint.pop("updates")
+    method = module_of_one_weight()
+    method.on_load_checkpoint(checkpoint)
+    assert method.updates == 3
 
 
 class SaveAt(lightning.Callback):
@@ -412,7 +424,7 @@ def test_options_out_of_range(options, value):
 
 @pytest.mark.parametrize("options", [{"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}])
 def test_trainer_clipping_and_accumulation_are_refused(options):
-    with pytest.raises(DerainError, match="gradient_clip_val"):
+    with pytest.raises(DerainError, match=next(iter(options))):
         fit(module(), Batches(1), **options)
 
 

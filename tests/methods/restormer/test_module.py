@@ -123,12 +123,12 @@ def test_half_of_the_batches_are_mixed(mixup, share, monkeypatch):
     rainy, clean = torch.rand(2, 4, 3, 2, 2)
     batch = {"rainy": rainy, "clean": clean, "name": list("abcd"), "index": torch.arange(4)}
     losses = []
-    for seed in (*range(300), *range(300)):
+    for seed in (*range(100), *range(100)):
         torch.manual_seed(seed)
         losses.append(float(module.training_step(batch, 0)))
     changed = [not torch.equal(images, rainy) for images in inputs]
-    assert np.mean(changed) == pytest.approx(share, abs=0.1)
-    assert losses[:300] == losses[300:]  # a resumed run draws the same, by the seed of the batch
+    assert np.mean(changed) == pytest.approx(share, abs=0.15)
+    assert losses[:100] == losses[100:]  # a resumed run draws the same, by the seed of the batch
 
 
 @pytest.mark.parametrize("mixup", [0.0, -1.2, float("inf"), float("nan")])

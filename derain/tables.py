@@ -1,0 +1,307 @@
+"""Tables of results: as text, Markdown, LaTeX, CSV and JSON."""
+
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import rich.table
+from rich.console import Console, Group
+from rich.text import Text
+
+from derain.images import ESCAPED, write_whole
+
+Format = Literal["table", "json", "csv", "markdown", "latex"]
+"""``table`` is text for a terminal."""
+
+MISSING = "–"
+"""Shown where there is no value."""
+
+LATEX = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "–": "--",
+        "σ": r"$\sigma$",
+        "×": r"$\times$",
+        "±": r"$\pm$",
+    }
+)
+
+WIDTH = 200
+"""Characters in a line of text that is not printed on a terminal."""
+
+
+class Cell(NamedTuple):
+    """Value with a suffix, such as an interval or the mark of a footnote.
+
+    Attributes:
+        value: Number, text, or None for a missing value.
+        suffix: Text after the value; a value with a suffix is never marked as the best.
+    """
+
+    value: str | int | float | None
+    suffix: str = ""
+
+
+Value = str | int | float | Cell | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """Column of a table.
+
+    Attributes:
+        header: Title.
+        spec: Format specification of numbers, such as ``.2f``.
+        align: Alignment.
+        group: Title above several neighbouring columns. Text and Markdown show a group as one column, with values
+            separated by slashes.
+        best: Which value is printed in bold: the largest, the smallest, or none.
+    """
+
+    header: str
+    spec: str = ""
+    align: Literal["left", "right"] = "right"
+    group: str | None = None
+    best: Literal["max", "min"] | None = None
+
+
+class _Formatted(NamedTuple):
+    """Cell as text, and whether it has the best value of its column."""
+
+    text: str
+    best: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """Row of a table.
+
+    Attributes:
+        values: One value a column.
+        dim: Whether the row is printed dim, such as results that were copied from a paper.
+    """
+
+    values: Sequence[Value]
+    dim: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Table with footnotes.
+
+    Attributes:
+        columns: Columns from left to right.
+        rows: Rows from top to bottom.
+        notes: Footnotes; numbered ones begin with ``[1]``, and cells refer to them by a trailing ``[1]``.
+        title: Title of the text.
+
+    Example:
+        >>> columns = [Column("method", align="left"), Column("PSNR", ".2f", best="max")]
+        >>> print(Table(columns, [Row(["a", 27.123]), Row(["b", 28.0])]).markdown(), end="")
+        | method | PSNR |
+        | --- | ---: |
+        | a | 27.12 |
+        | b | **28.00** |
+    """
+
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+    notes: Sequence[str] = ()
+    title: str | None = None
+
+    def renderable(self) -> Group:
+        """Return the table and its notes as an object that rich prints."""
+        table = rich.table.Table(title=self.title, title_justify="left")
+        for columns in self._groups():
+            group = columns[0].group
+            header = " / ".join(column.header for column in columns)
+            table.add_column(
+                Text(header if group is None else f"{group}\n{header}"),
+                justify=columns[0].align,
+                no_wrap=group is not None,
+            )
+        for row, cells in zip(self.rows, self._formatted(), strict=True):
+            texts = [[Text(cell.text, "bold" if cell.best else "") for cell in group] for group in self._grouped(cells)]
+            table.add_row(*map(Text(" / ").join, texts), style="dim" if row.dim else None)
+        return Group(table, *map(Text, self.notes))
+
+    def text(self) -> str:
+        """Return the table as text; lines fit a terminal, or have up to ``WIDTH`` characters."""
+        console = Console(width=None if sys.stdout.isatty() else WIDTH)
+        with console.capture() as captured:
+            console.print(self.renderable())
+        return captured.get()
+
+    def markdown(self) -> str:
+        """Return the table as Markdown."""
+        headers, rules = [], []
+        for columns in self._groups():
+            header = " / ".join(column.header for column in columns)
+            group = columns[0].group
+            headers.append(header if group is None else f"{group}, {header}")
+            rules.append("---" if columns[0].align == "left" else "---:")
+        lines = [headers, rules]
+        for cells in self._formatted():
+            texts = [
+                [f"**{cell.text}**" if cell.best else cell.text for cell in group] for group in self._grouped(cells)
+            ]
+            lines.append([" / ".join(group) for group in texts])
+        escaped = [[text.replace("|", r"\|") for text in line] for line in lines]
+        table = [f"| {' | '.join(line)} |" for line in escaped]
+        notes = ["", *(f"{note}  " for note in self.notes)] if self.notes else []
+        return "\n".join([*table, *notes]) + "\n"
+
+    def latex(self) -> str:
+        """Return the table as LaTeX that needs the package booktabs."""
+        alignment = "".join(column.align[0] for column in self.columns)
+        rows = [_latex_row(map(_latex_cell, cells)) for cells in self._formatted()]
+        lines = [
+            rf"\begin{{tabular}}{{{alignment}}}  % needs booktabs",
+            r"\toprule",
+            *self._latex_header(),
+            r"\midrule",
+            *rows,
+            r"\bottomrule",
+            r"\end{tabular}",
+            *latex_notes(self.notes),
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _latex_header(self) -> list[str]:
+        """Return the row of headers, below a row of groups if there are any."""
+        headers = [escape_latex(column.header) for column in self.columns]
+        if all(column.group is None for column in self.columns):
+            return [_latex_row(headers)]
+        over, rules, below = [], [], []
+        first = 1
+        for columns in self._groups():
+            last = first + len(columns) - 1
+            if columns[0].group is None:
+                over.append(escape_latex(columns[0].header))
+                below.append("")
+            else:
+                over.append(rf"\multicolumn{{{len(columns)}}}{{c}}{{{escape_latex(columns[0].group)}}}")
+                rules.append(rf"\cmidrule(lr){{{first}-{last}}}")
+                below += headers[first - 1 : last]
+            first = last + 1
+        return [_latex_row(over), " ".join(rules), _latex_row(below)]
+
+    def _groups(self) -> list[list[Column]]:
+        """Return the columns, neighbours of the same group together."""
+        groups: list[list[Column]] = []
+        for column in self.columns:
+            if groups and column.group is not None and column.group == groups[-1][0].group:
+                groups[-1].append(column)
+            else:
+                groups.append([column])
+        return groups
+
+    def _grouped(self, cells: Sequence[_Formatted]) -> Iterator[list[_Formatted]]:
+        """Yield the cells of a row by group; a group without any value is one cell."""
+        remaining = iter(cells)
+        for columns in self._groups():
+            group = list(islice(remaining, len(columns)))
+            missing = all(cell.text == MISSING for cell in group)
+            yield group[:1] if missing else group
+
+    def _formatted(self) -> list[list[_Formatted]]:
+        """Return the cells as text, row by row."""
+        columns = []
+        for column, values in zip(self.columns, zip(*(row.values for row in self.rows), strict=True), strict=True):
+            best = _best(column, values)
+            cells = [_format(value, column) for value in values]
+            columns.append([_Formatted(text, text == best) for text in cells])
+        return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _format(value: Value, column: Column) -> str:
+    if isinstance(value, Cell):
+        return _format(value.value, column) + value.suffix
+    if value is None:
+        return MISSING
+    return value if isinstance(value, str) else format(value, column.spec)
+
+
+def _best(column: Column, values: Sequence[Value]) -> str | None:
+    """Return the best value of a column as it is printed; None if none is to be marked."""
+    numbers = [value for value in values if isinstance(value, int | float)]
+    if column.best is None or len(numbers) < 2:
+        return None
+    return _format(max(numbers) if column.best == "max" else min(numbers), column)
+
+
+def _latex_row(cells: Iterable[str]) -> str:
+    return rf"{' & '.join(cells)} \\"
+
+
+def _latex_cell(cell: _Formatted) -> str:
+    text = re.sub(r" \[(\d+)\]$", r"\\textsuperscript{\1}", escape_latex(cell.text))
+    return rf"\textbf{{{text}}}" if cell.best else text
+
+
+def latex_notes(notes: Sequence[str]) -> list[str]:
+    """Return lines of LaTeX that print notes below a table; ``[1]`` at the beginning is raised, as in the table."""
+    if not notes:
+        return []
+    lines = [re.sub(r"^\[(\d+)\]", r"\\textsuperscript{\1}", escape_latex(note)) + r"\par" for note in notes]
+    return [r"\par\smallskip", r"{\footnotesize\raggedright", *lines, "}"]
+
+
+def escape_latex(text: str) -> str:
+    r"""Escape the special characters of LaTeX.
+
+    Example:
+        >>> print(escape_latex("my_set: 50 %"))
+        my\_set: 50 \%
+    """
+    return text.translate(LATEX)
+
+
+def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return records with the same keys as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def json_text(content: Any) -> str:
+    """Return content as JSON."""
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def render(form: Format, table: Table, records: Sequence[Mapping[str, Any]], content: Any) -> str:
+    """Return results in one of the forms.
+
+    Args:
+        form: Form.
+        table: Table for people: text, Markdown and LaTeX.
+        records: Rows of the CSV.
+        content: Content of the JSON.
+    """
+    if form == "json":
+        return json_text(content)
+    if form == "csv":
+        return csv_text(records)
+    return {"table": table.text, "markdown": table.markdown, "latex": table.latex}[form]()
+
+
+def print_or_write(text: str, out: Path | None) -> None:
+    """Print a text, or write it to a file as a whole."""
+    if out is None:
+        print(text, end="")
+        return
+    with write_whole(out) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors=ESCAPED)
+    print(f"wrote {out}", file=sys.stderr)

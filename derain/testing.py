@@ -1,0 +1,231 @@
+"""Check that a method keeps the contract of `derain.DerainModule`; for tests of methods in and outside derain.
+
+Example:
+    In ``test_my_method.py``::
+
+        from derain.testing import check_method
+        from my_method import MyModule
+
+        def test_my_method():
+            check_method(MyModule, channels=4)
+"""
+
+import importlib.util
+import inspect
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import lightning
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from derain.batch import PairBatch
+from derain.errors import DerainError
+from derain.export import export
+from derain.files.weights import read
+from derain.methods.base import DerainModule
+
+SIZES = ((1, 1), (1, 5), (37, 31), (64, 48))
+"""Heights and widths that a method must accept."""
+
+TOLERANCE = 1e-5
+"""Largest difference between equal results, absolute and relative to the largest value."""
+
+
+class ContractError(AssertionError):
+    """A method does not keep the contract of `derain.DerainModule`."""
+
+
+def make_batch(count: int = 2, height: int = 16, width: int = 16, seed: int = 1) -> PairBatch:
+    """Return a batch of random clean images, and the same images with bright spots as rain.
+
+    Args:
+        count: Number of pairs.
+        height: Height in pixels.
+        width: Width in pixels.
+        seed: Seed of the random numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.rand(count, 3, height, width, generator=generator)
+    spots = torch.rand(count, 1, height, width, generator=generator) > 0.8
+    batch = {
+        "rainy": (clean + 0.3 * spots).clamp(0, 1),
+        "clean": clean,
+        "name": [f"{index}.png" for index in range(count)],
+        "index": torch.arange(count),
+    }
+    return cast(PairBatch, batch)
+
+
+def check_method(method: type[DerainModule], *, can_export: bool = True, **hyper_parameters: Any) -> None:
+    """Check that a method keeps the contract of `derain.DerainModule`.
+
+    It is built with its defaults and with the given hyper-parameters; what follows uses the latter, which should give
+    a small network. Lightning trains it for a step of each of its optimizers on random images.
+
+    Args:
+        method: The class.
+        can_export: Also export it as ONNX, if onnxruntime is installed.
+        **hyper_parameters: Arguments of its ``__init__``.
+
+    Raises:
+        ContractError: If it breaks the contract; the message says where.
+    """
+
+    def build() -> DerainModule:
+        torch.manual_seed(0)
+        return method(**hyper_parameters).eval()
+
+    check_hyper_parameters(method, hyper_parameters)
+    check_forward(build())
+    check_files(build())
+    check_training(build())
+    if can_export and importlib.util.find_spec("onnxruntime") is not None:
+        check_export(build())
+
+
+def check_hyper_parameters(method: type[DerainModule], hyper_parameters: dict[str, Any]) -> None:
+    """Check that all hyper-parameters have types and defaults and are recorded.
+
+    Raises:
+        ContractError: If not.
+    """
+    parameters = inspect.signature(method.__init__).parameters
+    for name, parameter in list(parameters.items())[1:]:
+        if parameter.default is inspect.Parameter.empty:
+            raise ContractError(f"{method.__name__}.{name}: has no default, so that files cannot rebuild the method")
+        if parameter.annotation is inspect.Parameter.empty:
+            raise ContractError(f"{method.__name__}.{name}: has no type, so that options cannot be read")
+    module = method(**hyper_parameters)
+    for name, value in hyper_parameters.items():
+        if name not in module.hparams:
+            raise ContractError(f"{method.__name__}.{name}: is not recorded; call self.save_hyperparameters()")
+        if module.hparams[name] != value:
+            raise ContractError(f"{method.__name__}.{name}: is recorded as {module.hparams[name]}, not as {value}")
+    try:
+        module.metadata()
+    except TypeError as error:
+        raise ContractError(f"{method.__name__}: hyper-parameters that files cannot hold ({error})") from error
+
+
+@torch.no_grad()
+def check_forward(module: DerainModule) -> None:
+    """Check ``forward`` in eval mode: shapes, values, determinism, independence of the images of a batch.
+
+    Raises:
+        ContractError: If it breaks the contract.
+    """
+    name = type(module).__name__
+    for height, width in SIZES:
+        rainy = make_batch(1, height, width)["rainy"]
+        derained = module(rainy)
+        if derained.shape != rainy.shape:
+            raise ContractError(f"{name}.forward: returns shape {tuple(derained.shape)} for {tuple(rainy.shape)}")
+        if not derained.isfinite().all():
+            raise ContractError(f"{name}.forward: returns NaN or infinity for an image of {height}×{width} pixels")
+    rainy = make_batch(3)["rainy"]
+    derained = module(rainy)
+    if not torch.equal(derained, module(rainy)):
+        raise ContractError(f"{name}.forward: is not deterministic in eval mode")
+    alone = torch.cat([module(image[None]) for image in rainy])
+    _compare(alone, derained, f"{name}.forward: the images of a batch influence each other")
+    conditions = module.encode(rainy)
+    _compare(module(rainy, **conditions), derained, f"{name}.forward: differs with the conditions of encode")
+
+
+@torch.no_grad()
+def check_files(module: DerainModule) -> None:
+    """Check that weights files and checkpoints restore the method.
+
+    Raises:
+        ContractError: If a restored method differs.
+    """
+    name, rainy = type(module).__name__, make_batch()["rainy"]
+    module.trained_on = ("a set",)
+    with tempfile.TemporaryDirectory() as folder:
+        weights, checkpoint = Path(folder) / "w.safetensors", Path(folder) / "c.ckpt"
+        module.save_weights(weights)
+        trainer = _trainer(max_steps=0)
+        trainer.strategy.connect(module)
+        trainer.save_checkpoint(checkpoint)
+        for path in (weights, checkpoint):
+            try:
+                restored = cast(DerainModule, type(module).from_content(path, read(path)))
+            except DerainError as error:
+                raise ContractError(f"{name}: a {path.suffix} file cannot be loaded ({error})") from error
+            if restored.metadata() != module.metadata():
+                raise ContractError(f"{name}: a {path.suffix} file restores other metadata")
+            if not torch.equal(restored(rainy), module(rainy)):
+                raise ContractError(f"{name}: forward differs after loading a {path.suffix} file; is all in network?")
+
+
+def check_training(module: DerainModule, batches: int = 6) -> None:
+    """Check that training steps run, give a finite loss, and reach all parameters that are to be trained.
+
+    Args:
+        module: The method, whose weights change.
+        batches: Number of batches, enough for a step of each optimizer.
+
+    Raises:
+        ContractError: If the training breaks the contract.
+    """
+    name = type(module).__name__
+    gradients = _Gradients()
+    trainer = _trainer(max_epochs=1, callbacks=[gradients])
+    data = torch.utils.data.DataLoader(cast(Any, [make_batch()] * batches), batch_size=None)
+    try:
+        trainer.fit(module.train(), data)
+    except DerainError as error:
+        raise ContractError(f"{name}: cannot be trained ({error})") from error
+    parameters = dict(module.named_parameters())
+    missing = [key for key, value in parameters.items() if value.requires_grad and key not in gradients.names]
+    frozen = [key for key, value in parameters.items() if not value.requires_grad and key in gradients.names]
+    if missing:
+        raise ContractError(f"{name}: no gradient for {_listed(missing)}; use them, or freeze them")
+    if frozen:
+        raise ContractError(f"{name}: a gradient for {_listed(frozen)}, which do not require one")
+    if not gradients.names:
+        raise ContractError(f"{name}: no parameter was trained")
+    module.eval()
+
+
+def check_export(module: DerainModule) -> None:
+    """Check that the method can be written as ONNX, and that the file computes what the method does.
+
+    Raises:
+        ContractError: If not.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            export(module, Path(folder) / "m.onnx")
+        except DerainError as error:
+            raise ContractError(f"{type(module).__name__}: cannot be exported ({error})") from error
+
+
+class _Gradients(lightning.Callback):
+    """Notes the parameters that have a gradient at an optimizer step."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.names |= {name for name, value in pl_module.named_parameters() if value.grad is not None}
+
+
+def _trainer(**options: Any) -> lightning.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return lightning.Trainer(accelerator="cpu", enable_model_summary=False, **quiet, **options)
+
+
+def _compare(actual: Float[Tensor, "b 3 h w"], expected: Float[Tensor, "b 3 h w"], message: str) -> None:
+    difference = float((actual - expected).abs().max())
+    if not difference <= TOLERANCE * (1 + float(expected.abs().max())):
+        raise ContractError(f"{message} (by {difference:.2g})")
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")

@@ -1,0 +1,185 @@
+"""A method from outside derain, by commands: from a folder with one file, and from an installed package."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from derain import DerainModule, Restorer
+from derain.cli import main
+from derain.errors import DerainError
+from derain.images import read_rgb
+from derain.methods import catalog, registry
+from tests.factories import make_set
+
+ROOT = Path(__file__).parents[1]
+METHOD = '''
+import torch
+from torch import nn
+
+from derain import DerainModule
+
+
+class MyModule(DerainModule):
+    """Two convolutions that estimate the rain."""
+
+    def __init__(self, channels: int = 4, learning_rate: float = 1e-3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.network = nn.Sequential(
+            nn.Conv2d(3, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, 3, 3, padding=1)
+        )
+
+    def forward(self, rainy):
+        return rainy - self.network(rainy)
+
+    def training_step(self, batch, batch_idx):
+        loss = (self(batch["rainy"]) - batch["clean"]).abs().mean()
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.network.parameters(), self.hparams["learning_rate"])
+'''
+RUN = """
+model: {{class_path: {module}.MyModule}}
+data: {{train: Rain800, test: Rain800, crop: 32, batch_size: 2, workers: 0}}
+trainer: {{max_epochs: 1, accelerator: cpu, enable_progress_bar: false}}
+"""
+WEIGHTS = "runs/my-run/fit-1/weights.safetensors"
+PHOTO = "data/Rain800/test_syn/1.jpg"
+
+
+@pytest.fixture(autouse=True)
+def _no_method_is_known_yet(monkeypatch):
+    monkeypatch.setattr(registry, "_named", {})
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for module in ("my_method", "my_package", "my_package.models"):
+        sys.modules.pop(module, None)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with one file, a configuration and data, in which a process has trained the method."""
+    folder = tmp_path_factory.mktemp("outside")
+    make_set(folder / "data", "Rain800", "train", count=4, size=(64, 64))
+    make_set(folder / "data", "Rain800", "test", count=2, seed=50)
+    (folder / "my_method.py").write_text(METHOD)
+    (folder / "my-run.yaml").write_text(RUN.format(module="my_method"))
+    environment = {**os.environ, "DERAIN_DATA": "data", "DERAIN_CACHE": "cache"}
+    environment.pop("PYTHONPATH", None)
+    start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from derain.cli import main; sys.exit(main())"
+    command = [sys.executable, "-P", "-c", start, "fit", "--config", "my-run.yaml"]
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+@pytest.fixture
+def folder(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    monkeypatch.setenv("DERAIN_DATA", "data")
+    monkeypatch.setenv("DERAIN_CACHE", "cache")
+    return trained
+
+
+def test_weights_alone_import_nothing(folder, capsys):
+    assert main(["restore", PHOTO, "out.png", "--weights", WEIGHTS]) == 2
+    assert "--method my_method.MyModule" in capsys.readouterr().err
+    assert "my_method" not in sys.modules
+    with pytest.raises(DerainError, match=r"my_method\.MyModule"):
+        DerainModule.from_pretrained(WEIGHTS)
+    with pytest.raises(DerainError, match=r"absent\.MyModule"):
+        Restorer(WEIGHTS, method="absent.MyModule")
+    with pytest.raises(DerainError, match=r"json\.JSONDecoder"):
+        Restorer(WEIGHTS, method="json.JSONDecoder")
+
+
+def test_the_run_is_tested_and_tabled(folder, capsys):
+    assert main(["test", "--config", "my-run.yaml", "--weights", WEIGHTS]) == 0
+    summary = json.loads(Path("runs/my-run/test-1/summary.json").read_text())
+    assert summary["method"]["class_path"] == "my_method.MyModule"
+    capsys.readouterr()
+    assert main(["table", "runs/my-run/test-1", "--cost", "--method", "my_method.MyModule", "--format", "csv"]) == 0
+    assert "MyModule" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["method", "class"])
+def test_photos_are_restored_and_scored(folder, tmp_path, name):
+    out = tmp_path / "derained"
+    command = ["restore", "data/Rain800/test_syn", str(out), "--weights", WEIGHTS, "--device", "cpu"]
+    assert main([*command, "--method", "my_method.MyModule"]) == 0
+    derained = read_rgb(next(out.glob("1.*")))
+    method = catalog.use_method("my_method.MyModule")
+    restorer = Restorer(WEIGHTS, device="cpu", method=method if name == "class" else "my_method.MyModule")
+    assert np.abs(restorer(read_rgb(Path(PHOTO))).astype(int) - derained).max() <= 1
+    assert main(["score", str(out), str(out)]) == 0
+
+
+def test_from_pretrained(folder, tmp_path):
+    method = catalog.use_method("my_method.MyModule")
+    module = method.from_pretrained(WEIGHTS)
+    module.save_pretrained(tmp_path / "saved")
+    for kind in (method, DerainModule):
+        loaded = kind.from_pretrained(tmp_path / "saved")
+        assert type(loaded) is method
+        assert loaded.trained_on == ("Rain800",)
+
+
+def test_what_forward_computes_is_exported(folder, tmp_path):
+    command = ["--weights", WEIGHTS, "--method", "my_method.MyModule"]
+    assert main(["export", str(tmp_path / "m.onnx"), *command]) == 0
+    assert main(["export", str(tmp_path / "m.pt2"), "--format", "torch", *command]) == 0
+    module = catalog.load(WEIGHTS, "my_method.MyModule").module
+    rainy = torch.rand(1, 3, 37, 31)
+    with torch.no_grad():
+        expected = module(rainy)
+        assert not torch.allclose(expected, module.network(rainy), atol=0.1)
+        program = torch.export.load(tmp_path / "m.pt2").module()
+        for actual in (catalog.load(tmp_path / "m.onnx").module(rainy), program(rainy)):
+            assert float((actual - expected).abs().max()) < 1e-5
+
+
+def test_bench_and_app_know_it(folder, monkeypatch, capsys):
+    from derain.commands import bench
+
+    monkeypatch.setattr(bench, "find_variants", dict)
+    command = ["--weights", WEIGHTS, "--method", "my_method.MyModule"]
+    assert main(["bench", "--size", "8", "--format", "json", *command]) == 0
+    parameters = json.loads(capsys.readouterr().out)["methods"][0]["parameters"]
+    assert parameters == 4 * 27 + 4 + 3 * 36 + 3
+
+
+def test_an_installed_package_announces_its_method(folder, tmp_path, monkeypatch):
+    site = tmp_path / "site"
+    (site / "my_package").mkdir(parents=True)
+    (site / "my_package/__init__.py").touch()
+    (site / "my_package/models.py").write_text(METHOD)
+    information = site / "my_package-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text("[derain.methods]\nmy_method = my_package.models:MyModule\n")
+    monkeypatch.syspath_prepend(site)
+    assert "MyModule" in [method.__name__ for method in catalog.methods()]
+    method = registry.find(Path("w"), {"method": "MyModule", "class_path": "my_package.models.MyModule"})
+    method().save_weights(tmp_path / "w.safetensors")
+    assert type(catalog.load(tmp_path / "w.safetensors").module) is method
+    out = tmp_path / "out.png"
+    assert main(["restore", PHOTO, str(out), "--weights", str(tmp_path / "w.safetensors"), "--device", "cpu"]) == 0
+    assert type(DerainModule.from_pretrained(tmp_path / "w.safetensors")) is method
+
+
+def test_a_package_that_cannot_be_imported_is_ignored(tmp_path, monkeypatch, caplog):
+    information = tmp_path / "broken-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text("[derain.methods]\nx = absent_package:Broken\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "PReNetModule" in [method.__name__ for method in catalog.methods()]
+    assert "absent_package:Broken" in caplog.text
