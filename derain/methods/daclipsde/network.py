@@ -92,7 +92,7 @@ class ResBlock(nn.Module):
         if torch.is_grad_enabled():
             y = F.silu(torch.addcmul(shift, y, scale + 1))
             y = F.silu(self.block2(y))
-            return y + self.res_conv(x)
+            return cast(Tensor, y + self.res_conv(x))
         y = F.silu(y.mul_(scale + 1).add_(shift), inplace=True)
         y = F.silu(self.block2(y), inplace=True)
         return y.add_(self.res_conv(x))
@@ -145,7 +145,8 @@ class LinearAttention(nn.Module):
         weight = cast(Tensor, self.to_out[0].weight)
         with torch.autocast(context.device.type, enabled=False):
             head_weights = weight.view(-1, self.heads, HEAD).permute(1, 2, 0) * HEAD**-0.5
-            return (context @ head_weights).reshape(len(context), self.heads * HEAD, -1)
+            matrices = cast(Tensor, context @ head_weights)
+            return matrices.reshape(len(context), self.heads * HEAD, -1)
 
     def _attend(self, strip: Map, matrix: Float[Tensor, "b i o"], pixels: int) -> Float[Tensor, "_ _ _ _"]:
         """Return the output for a strip of rows, ``(b, h, w, c)``; the map has ``pixels`` pixels."""
@@ -229,7 +230,7 @@ class CrossAttention(nn.Module):
 
 
 def _heads(x: Float[Tensor, "b n c"]) -> Float[Tensor, "b heads n 32"]:
-    return x.unflatten(-1, (-1, HEAD)).transpose(1, 2)
+    return cast(Tensor, x.unflatten(-1, (-1, HEAD)).transpose(1, 2))  # type: ignore[no-untyped-call]
 
 
 class GatedFeedForward(nn.Module):
