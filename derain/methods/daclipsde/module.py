@@ -78,6 +78,11 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
     """
 
     bytes_per_pixel: ClassVar[int] = 6000
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "IR-SDE, one step": {"contexts": "none", "multipliers": (2, 4, 8, 16)},
+        "DA-CLIP + IR-SDE, one step": {},
+        "IR-SDE, tiny, one step": {"contexts": "none", "channels": 16, "attention": "none"},
+    }
     metadata_schema: ClassVar[Any] = DACLIPSDEMetadata
     may_change = DerainModule.may_change | {"clip", "controller"}
 
