@@ -20,8 +20,9 @@ def _own_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _hang_up_as_usual():
-    """Programs that the tests start end at SIGHUP, also where the tests run under nohup."""
+def _default_signals():
+    """Restore signals that a shell ignores for background jobs: programs that the tests start inherit them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
