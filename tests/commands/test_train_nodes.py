@@ -137,7 +137,7 @@ def test_another_training_of_the_job_does_not_go_on_with_the_first(place, capsys
     last.parent.mkdir(parents=True)
     last.write_bytes(b"of another training")
     assert main(FIT) == 2
-    assert "holds a run of this job; start each by srun" in capsys.readouterr().err
+    assert "fit-7" in capsys.readouterr().err
 
 
 @pytest.mark.slow
