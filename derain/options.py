@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,16 +20,6 @@ REPLACEMENTS = {
     "lr_scheduler": "--model.milestones or --model.warm_up, depending on the method",
 }
 """Options of LightningCLI that derain does not have, and what to set instead."""
-
-KINDS = {
-    "NoneType": "null",
-    "list": "a list, as [a, b]",
-    "Sequence": "a list, as [a, b]",
-    "bool": "true or false",
-    "int": "a whole number",
-    "float": "a number",
-}
-"""Types as the user of a configuration knows them."""
 
 Command = Callable[..., int]
 """Function of a command or a task; returns the exit code."""
@@ -235,69 +224,3 @@ def without_option(arguments: Sequence[str], option: str) -> list[str]:
             kept.append(argument)
         is_value = argument == option and not is_value
     return kept
-
-
-def in_one_line(message: str, known: Iterable[str] = ()) -> str:
-    r"""The line that matters of what jsonargparse says of a configuration.
-
-    Args:
-        message: Of one or many lines.
-        known: Options that there are.
-
-    Example:
-        >>> in_one_line("Parser key \"data.crop\":\n  Expected a <class 'int'>. Got value: abc")
-        '--data.crop abc: must be a whole number'
-    """
-    import inspect
-    from pydoc import locate
-
-    key = ""
-    for part in re.findall(r'Parser key "([\w.]+)"', message):
-        key = part if not key or part.startswith(f"{key}.") else f"{key}.{part}"
-    key = f"--{key}" if key else next(iter(re.findall(r"--[\w.]+", message)), "--config")
-    classes, options = re.findall(r"Problem with given class_path '([\w.]+)'", message), list(known)
-    if classes and callable(built := locate(classes[-1])):
-        options += [f"{key}.{name}" for name in inspect.signature(built).parameters]
-
-    def where(pattern: str) -> re.Match[str] | None:
-        return re.search(pattern, message)
-
-    if found := where(r"Importing '([\w.]+)' is not allowed"):
-        return f"{key} {found[1]}: may not name what runs commands or loads code; name a class of yours or Lightning's"
-    if found := where(r"Option '([\w.-]+)' is not accepted"):
-        return unknown_argument(f"{key}.{found[1]}", options)
-    if found := where(r"does not accept option '([\w.-]+)'"):
-        return unknown_argument(f"--{found[1]}", options)
-    if found := where(r"unrecognized arguments: ([^\s=]+)"):
-        return unknown_argument(f"{key}.{found[1].lstrip('-')}" if classes else found[1], options)
-    if found := where(r"arguments are required: (?:fit|validate|test|predict)\.(\w+)"):
-        return f"--{found[1]}: is missing; give it, or a --config FILE that has it"
-    if found := where(r"arguments are required: (.*)"):
-        return f"{key} {classes[-1] if classes else ''}: needs {found[1]}"
-    if found := where(r"File does not exist: '(.*)'"):
-        return f"{key} {found[1]}: no such file"
-    if found := where(r"not correspond to a subclass of (\w+)[\s\S]*Given value: (?:\{'class_path': ')?([\w.]+)"):
-        return f"{key} {found[2]}: is no {found[1]}"
-    if found := where(r"Expected a dot import path string: (.*)"):
-        return f"{key} {found[1]}: no such class; give the name of one"
-    if classes and not callable(locate(classes[-1])):
-        return f"{key} {classes[-1]}: no such class; give the name of one"
-    if found := where(r"Expected an? (.+)\. Got value: (.*)"):
-        return f"{key} {found[2]}: must be {_kind(found[1])}"
-    if found := where(r"Given value: (.*)"):
-        value = re.sub(r"^NestedArg\(key='.*', val='(.*)'\)$", r"\1", found[1])
-        kinds = dict.fromkeys(_kind(told) for told in re.findall(r"Expected an? (?!path but)(.+)", message))
-        if set(kinds) - {"null"}:
-            return f"{key} {value}: must be {' or '.join(kinds)}"
-        if found := where(r"Errors:\s+- ([\s\S]+?)\n\s+- "):
-            return f"{key}: {' '.join(found[1].split())}"
-    line = " ".join(message.split()).replace('"<unicode string>", ', "").removesuffix(":")
-    return line.replace("Problems parsing config", "--config: a file is no YAML")
-
-
-def _kind(told: str) -> str:
-    """What a type is to whoever gives a value of it."""
-    if choices := re.search(r"Literal\[(.*)\]", told):
-        return f"one of {choices[1].replace(chr(39), '')}"
-    name = re.sub(r"<class '(.*)'>", r"\1", told).rsplit(".", 1)[-1]
-    return KINDS.get(name, name)

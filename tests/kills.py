@@ -1,4 +1,4 @@
-"""Training killed by SIGKILL at random moments and resumed each time, against the same training in one go.
+"""Compare a training that is killed at random moments and resumed with an uninterrupted one.
 
 ``python -m tests.kills METHOD --kills 5 [--steps]`` prints where each kill hit and whether the last checkpoints are
 equal to the last bit; with ``--steps``, a checkpoint is saved after every optimiser step.
@@ -23,16 +23,16 @@ EPOCHS = {"PReNetModule": 24, "DACLIPSDEModule": 16, "CLIPRPNModule": 12, "PLNLI
 
 
 def newest(root: Path) -> Path | None:
-    """The checkpoint that was written last, of all runs below a folder."""
+    """Return the newest checkpoint of all runs in a folder."""
     files = [path for path in root.glob("fit-*/checkpoints/*.ckpt") if not path.name.startswith(".")]
     return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def kill_once(fit: list[str], root: Path, delay: float) -> tuple[bool, str]:
-    """Train on from the newest checkpoint, and kill the process some seconds after it has saved another.
+    """Resume the newest checkpoint, and kill the process some seconds after it has saved another one.
 
     Returns:
-        Whether it was killed before it ended; what was resumed, for people.
+        Whether it was killed before it ended; a description of the resumed checkpoint.
     """
     before = newest(root)
     resume = [] if before is None else ["--ckpt_path", str(before)]
@@ -45,8 +45,8 @@ def kill_once(fit: list[str], root: Path, delay: float) -> tuple[bool, str]:
     process = start(*fit, *resume, "--trainer.default_root_dir", str(root))
     try:
         while process.poll() is None:
-            found = newest(root)
-            if found is not None and found.stat().st_mtime_ns > stamp:
+            checkpoint = newest(root)
+            if checkpoint is not None and checkpoint.stat().st_mtime_ns > stamp:
                 time.sleep(delay)
                 break
             time.sleep(0.01)
@@ -59,10 +59,10 @@ def kill_once(fit: list[str], root: Path, delay: float) -> tuple[bool, str]:
 
 
 def killed_equals_whole(method: str, folder: Path, kills: int, steps: bool, seed: int = 0, slowest: float = 2.0) -> int:
-    """Compare a training that is killed so many times with one in one go.
+    """Compare a training that is killed ``kills`` times with an uninterrupted one.
 
     Returns:
-        How many kills hit before the end.
+        Number of kills before the training ended.
 
     Raises:
         AssertionError: If weights, averages or the state of the optimisers differ.
@@ -85,16 +85,16 @@ def killed_equals_whole(method: str, folder: Path, kills: int, steps: bool, seed
         if not alive:
             break
     if alive:
-        found = newest(killed)
-        assert derain([*fit, "--ckpt_path", str(found), "--trainer.default_root_dir", str(killed)]) == 0
+        checkpoint = newest(killed)
+        assert derain([*fit, "--ckpt_path", str(checkpoint), "--trainer.default_root_dir", str(killed)]) == 0
     finished = newest(killed)
     assert finished is not None
-    one, two = last(whole / "fit-1"), torch.load(finished.with_name("last.ckpt"), weights_only=True)
+    expected, actual = last(whole / "fit-1"), torch.load(finished.with_name("last.ckpt"), weights_only=True)
     for state in ("state_dict", "ema"):
-        assert differing(one.get(state, {}), two.get(state, {})) == []
-    for mine, other in zip(one["optimizer_states"], two["optimizer_states"], strict=True):
-        assert differing(mine["state"], other["state"]) == []
-    assert one["global_step"] == two["global_step"]
+        assert differing(expected.get(state, {}), actual.get(state, {})) == []
+    for first, second in zip(expected["optimizer_states"], actual["optimizer_states"], strict=True):
+        assert differing(first["state"], second["state"]) == []
+    assert expected["global_step"] == actual["global_step"]
     return hits
 
 

@@ -22,6 +22,7 @@ from derain.cli import COMMANDS, TRAINER, main
 from derain.commands import train
 from derain.data.layouts import LAYOUTS
 from derain.images import write_image
+from derain.methods import registry
 from derain.metrics import PROTOCOLS
 from derain.options import find_parser
 from tests.factories import clean_image, make_set
@@ -132,25 +133,38 @@ def test_all_sweeps_are_listed():
         assert f"`{file.name}`" in page
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
-def test_python_runs(page, tmp_path, monkeypatch):
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Change to a folder from which modules are imported for the time of a test."""
     monkeypatch.chdir(tmp_path)
-    write_image(tmp_path / "rainy.jpg", clean_image(0))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_named", {})
+    sys.modules.pop("my_method", None)
+    yield tmp_path
+    sys.modules.pop("my_method", None)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_python_runs(page, folder):
+    write_image(folder / "rainy.jpg", clean_image(0))
     # Pages add entries to these tables; patching keeps them from later tests.
     with mock.patch.dict(LAYOUTS), mock.patch.dict(PROTOCOLS):
         for block in blocks(page, "python"):
-            exec(compile(block, page.name, "exec"), {"__name__": "__main__"})
+            if name := re.match(r"# (\w+\.py)\n", block):
+                (folder / name[1]).write_text(block)
+            namespace = {"__name__": "__main__"}
+            exec(compile(block, page.name, "exec"), namespace)
+            for function in [value for name, value in namespace.items() if name.startswith("test_")]:
+                function()
 
 
 @pytest.mark.slow
-def test_method_of_the_page_can_be_trained_and_tested(tmp_path, monkeypatch):
+def test_method_of_the_page_can_be_trained_and_tested(folder, monkeypatch):
     page = ROOT / "docs/add-a-method.md"
-    (tmp_path / "my_method.py").write_text(blocks(page, "python")[0])
-    (tmp_path / "my-run.yaml").write_text(blocks(page, "yaml")[0])
-    make_set(tmp_path / "data", "Rain800", "train", count=4)
-    make_set(tmp_path / "data", "Rain800", "test", count=2, seed=50)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+    (folder / "my_method.py").write_text(blocks(page, "python")[0])
+    (folder / "my-run.yaml").write_text(blocks(page, "yaml")[0])
+    make_set(folder / "data", "Rain800", "train", count=4)
+    make_set(folder / "data", "Rain800", "test", count=2, seed=50)
     monkeypatch.setenv("DERAIN_DATA", "data")
     small = ["--config", "my-run.yaml", "--data.train", "Rain800", "--data.test", "Rain800", "--data.crop", "16"]
     small += ["--data.workers", "0", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]

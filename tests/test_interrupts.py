@@ -28,7 +28,7 @@ def test_a_signal_stops_the_block(number, code, handlers):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_that_is_ignored_stays_ignored(number):
-    """As ``nohup`` does by SIGHUP, and a shell by SIGINT for what runs in the background."""
+    """``nohup`` ignores SIGHUP, and shells ignore SIGINT for commands in the background."""
     signal.signal(number, signal.SIG_IGN)
     with interruptible():
         os.kill(os.getpid(), number)
@@ -60,7 +60,7 @@ def test_a_second_signal_does_not_end_the_clean_up(first, second):
         (Stopped("stopped here", signal.SIGTERM), 143, "stopped here"),
     ],
 )
-def test_the_command_line_has_one_line_and_the_code(raised, code, message, monkeypatch, capsys):
+def test_the_command_line_prints_one_line_and_returns_the_code(raised, code, message, monkeypatch, capsys):
     from derain.commands import train
 
     def stopped(arguments):

@@ -149,7 +149,7 @@ def test_what_forward_computes_is_exported(folder, tmp_path):
 def test_bench_and_app_know_it(folder, monkeypatch, capsys):
     from derain.commands import bench
 
-    monkeypatch.setattr(bench, "BUILDS", {})
+    monkeypatch.setattr(bench, "find_variants", dict)
     command = ["--weights", WEIGHTS, "--method", "my_method.MyModule"]
     assert main(["bench", "--size", "8", "--format", "json", *command]) == 0
     parameters = json.loads(capsys.readouterr().out)["methods"][0]["parameters"]

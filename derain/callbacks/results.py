@@ -13,8 +13,6 @@ from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from rich.console import Console
-from rich.table import Table
 
 from derain.callbacks.parts import image_count
 from derain.files.weights import sha256
@@ -23,6 +21,7 @@ from derain.methods import DerainModule
 from derain.methods.catalog import locate
 from derain.methods.interfaces import Sampled
 from derain.metrics import Scores, bootstrap_interval
+from derain.tables import Column, Row, Table
 
 PACKAGES = ("derain", "torch", "lightning", "torchmetrics")
 """Packages whose versions the summary contains."""
@@ -169,31 +168,30 @@ def cpu_name() -> str:
 
 def print_table(summary: dict[str, Any]) -> None:
     """Print the scores of rainy and derained images, one row per protocol."""
-    table = Table(title=_title(summary), title_justify="left")
-    table.add_column("protocol")
-    for column in ("rainy", "derained", "95 % interval"):
-        table.add_column(column, justify="right")
-    for row in summary["results"]:
-        low, high = row["psnr_interval"]
-        table.add_row(row["protocol"], _scores(row, "rainy_"), _scores(row, ""), f"{low:.2f} – {high:.2f} dB")
-    Console().print(table)
+    columns = [Column("protocol", align="left")]
+    for kind in ("rainy", "derained"):
+        columns += [Column("PSNR (dB)", ".3f", group=kind), Column("SSIM", ".4f", group=kind)]
+        if summary["lpips_net"]:
+            columns.append(Column(f"LPIPS ({summary['lpips_net']})", ".4f", group=kind))
+    columns.append(Column("95 % interval (dB)"))
+    rows = []
+    for result in summary["results"]:
+        low, high = result["psnr_interval"]
+        scores = [*_scores(result, "rainy_"), *_scores(result, "")]
+        rows.append(Row([result["protocol"], *scores, f"{low:.2f} – {high:.2f}"]))
+    print(Table(columns, rows, title=_title(summary)).text(), end="")
 
 
 def _title(summary: dict[str, Any]) -> str:
-    """Return method, sets, number of images, sampling and metrics."""
+    """Return method, sets, number of images and sampling."""
     data, sampling = summary["data"], summary["sampling"]
     sets = data["sets"] if isinstance(data["sets"], str) else " + ".join(data["sets"])
     title = f"{summary['method']['method']} on {sets}, {image_count(data['images'], data['images_in_sets'])}"
     if sampling:
         title += f", {sampling['solver']}, {sampling['steps'] or 'all'} steps, seed {sampling['seed']}"
-    if summary["lpips_net"]:
-        title += f", PSNR / SSIM / LPIPS ({summary['lpips_net']})"
     return title
 
 
-def _scores(row: dict[str, Any], prefix: str) -> str:
-    """Return PSNR, SSIM and perhaps LPIPS of a row; the prefix is ``rainy_`` or empty."""
-    scores = f"{row[f'{prefix}psnr']:.3f} dB / {row[f'{prefix}ssim']:.4f}"
-    if "lpips" in row:
-        scores += f" / {row[f'{prefix}lpips']:.4f}"
-    return scores
+def _scores(result: dict[str, Any], prefix: str) -> list[float]:
+    """Return PSNR, SSIM and LPIPS, if it was computed; the prefix is ``rainy_`` or empty."""
+    return [result[f"{prefix}{name}"] for name in ("psnr", "ssim", "lpips") if f"{prefix}{name}" in result]

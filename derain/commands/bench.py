@@ -18,41 +18,16 @@ from torch.overrides import TorchFunctionMode
 from derain.callbacks.results import cpu_name
 from derain.errors import DerainError
 from derain.memory import keep_freed_memory
-from derain.methods import CLIPRPNModule, DACLIPSDEModule, DerainModule, PLNLINGANModule, PReNetModule, RestormerModule
-from derain.methods.catalog import load, use_method
+from derain.methods import DerainModule
+from derain.methods.catalog import load, methods, use_method
 from derain.methods.daclipsde.network import HEAD, CrossAttention, LinearAttention, Upsample
 from derain.methods.onnx_model import OnnxNetwork
 from derain.methods.plnlingan.shifted_windows import shift_mask
-from derain.methods.prenet.network import VARIANTS, PReNet
+from derain.methods.prenet.network import PReNet
 from derain.nn.restormer import Attention
 from derain.progress import track
 from derain.restoration import choose_device
 from derain.tables import Column, Format, Row, Table, print_or_write, render
-
-TINY: dict[str, Any] = {"dim": 16, "blocks": (1, 1, 1, 1), "refinement": 1}
-"""The network of ``experiments/methods/cliprpn-tiny.yaml``."""
-
-TINY_SDE: dict[str, Any] = {"channels": 16, "attention": "none"}
-"""The network of ``experiments/methods/daclipsde-tiny.yaml``."""
-
-TINY_GAN: dict[str, Any] = {"channels": 16, "stages": (1, 1, 1, 1), "hierarchy": 1, "heads": 1}
-"""The network of ``experiments/methods/plnlingan-tiny.yaml``."""
-
-BUILDS: dict[str, Callable[[], DerainModule]] = {
-    **{variant: partial(PReNetModule, variant) for variant in VARIANTS},
-    "Restormer": RestormerModule,
-    "CLIP-RPN, 1 route": partial(CLIPRPNModule, "none"),
-    "CLIP-RPN, 2 routes": partial(CLIPRPNModule, "fixed"),
-    "CLIP-RPN, 3 routes": partial(CLIPRPNModule, "fixed", prompts="1"),
-    "CLIP-RPN without MGCA": partial(CLIPRPNModule, "fixed", mgca=False),
-    "CLIP-RPN, tiny": partial(CLIPRPNModule, "fixed", **TINY),
-    "IR-SDE, one step": partial(DACLIPSDEModule, "none", multipliers=(2, 4, 8, 16)),
-    "DA-CLIP + IR-SDE, one step": DACLIPSDEModule,
-    "IR-SDE, tiny, one step": partial(DACLIPSDEModule, "none", **TINY_SDE),
-    "PLNLIN": PLNLINGANModule,
-    "PLNLIN, tiny": partial(PLNLINGANModule, **TINY_GAN),
-}
-"""Every method and variant; none of them needs CLIP to be built."""
 
 CONVENTION = (
     "MACs: counted as thop counts the authors' code: convolutions and linear layers only, one route, without CLIP, and "
@@ -91,8 +66,9 @@ def bench(
         raise DerainError(f"--size {size}: expected at least 1 pixel")
     chosen_device = choose_device(device)
     keep_freed_memory()
-    outside = {name: use_method(name) for name in method}
-    builds = BUILDS | outside | {name: partial(load_countable, name) for name in weights}
+    for name in method:
+        use_method(name)
+    builds = find_variants() | {name: partial(load_countable, name) for name in weights}
     records: list[dict[str, Any]] = []
     for name, build in track(builds.items(), "Counting", len(builds)):
         module = build()
@@ -106,6 +82,17 @@ def bench(
         content["hardware"] = f"{hardware}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32"
     print_or_write(render(format, cost_table(content), records, content), out)
     return 0
+
+
+def find_variants() -> dict[str, Callable[[], DerainModule]]:
+    """Return functions that build the variants of all known methods, by name; none of them needs CLIP."""
+    builds: dict[str, Callable[[], DerainModule]] = {}
+    for method in methods():
+        if issubclass(method, DerainModule):
+            variants = method.variants or {method.__name__: {}}
+            for name, hyper_parameters in variants.items():
+                builds[name] = partial(method, **hyper_parameters)
+    return builds
 
 
 def load_countable(name: str) -> DerainModule:

@@ -1,4 +1,4 @@
-"""Protection of the page of ``derain app``: who may ask, for what, with which files, and how much at once."""
+"""Access control of the page of ``derain app``: requests, files and jobs."""
 
 import asyncio
 import dataclasses
@@ -30,29 +30,29 @@ CALLS = JOINS | {"/gradio_api/run/predict", "/gradio_api/cancel", "/gradio_api/r
 RUNS = JOINS | {"/gradio_api/run/predict"}
 STREAMS = re.compile(r"/gradio_api/(queue/data|(heartbeat|call/restore)/[\w.-]+)")
 FIELDS = ("data", "event_data", "fn_index", "trigger_id", "session_hash")
-"""What the page sends to start a job; the rest is not passed on."""
+"""Fields of a request that starts a job; other fields are removed."""
 
 SERVED = re.compile(
     r"/|/config/?|/theme\.css|/manifest\.json|/favicon\.ico|/robots\.txt|/(assets|static|svelte)/.*"
     r"|/gradio_api/(info/?|app_id/?|startup-events|theme\.css|upload_progress|queue/(data|status)|file=.*)"
     r"|/gradio_api/(heartbeat|call/restore)/[\w.-]+"
 )
-"""What the page and the clients of gradio read; of all else that gradio serves, nothing is needed."""
+"""Paths that the page and gradio's clients read; other paths of gradio are not served."""
 
 CALL_BYTES = 1_000_000
-"""Largest request that is not an upload; those of the page have a few thousand bytes."""
+"""Largest request without an upload; the page sends a few thousand bytes."""
 
 FORM_BYTES = 65_536
-"""What a form adds to the file that it carries."""
+"""Largest size of a form around an uploaded file."""
 
 QUEUE = 64
-"""Jobs that wait at once, of all clients."""
+"""Largest number of waiting jobs of all clients."""
 
 PER_CLIENT = QUEUE // 2
-"""Jobs that wait at once, of one address."""
+"""Largest number of waiting jobs of one address."""
 
 PATIENCE = 15.0
-"""Seconds after which a job ends that nobody listens to."""
+"""Seconds after which a job without a listener is abandoned."""
 
 COOKIE = "derain-session"
 
@@ -62,9 +62,9 @@ class Session:
     """Session of gradio: one open page, or one call of a program.
 
     Attributes:
-        owner: Cookie of the browser that began it.
-        heard: When it began, or the last of its streams ended.
-        listeners: Streams of results that are open.
+        owner: Cookie of the browser that started it.
+        heard: Time when it started, or its last stream of results was closed.
+        listeners: Number of open streams of results.
     """
 
     owner: str
@@ -72,24 +72,24 @@ class Session:
     listeners: int = 0
 
     def unheard(self) -> float:
-        """Return for how many seconds nobody has listened."""
+        """Return the seconds since a stream of results was open."""
         return 0.0 if self.listeners else time.monotonic() - self.heard
 
 
 class Guard:
-    """ASGI application in front of gradio's; refuses what the page itself would not ask.
+    """ASGI application in front of gradio's, which refuses requests that the page would not send.
 
-    Requests must come from a page that this server has served (or from no page at all) under a known host name, which
-    ends DNS rebinding and cross-site requests. Files and jobs are only for the browser that uploaded or started them.
-    Programs that send no cookie are one browser among themselves.
+    Requests must come from this page (or from no page) under a known host name, which prevents DNS rebinding and
+    cross-site requests. Files and jobs are accessible only to the browser that uploaded or started them. All programs
+    without a cookie count as one browser.
 
     Args:
-        app: The application behind.
-        queue: Of gradio, which keeps the jobs.
-        folder: Where uploads and restored photos are.
+        app: Application of gradio.
+        queue: Job queue of gradio.
+        folder: Folder with uploads and restored photos.
         max_bytes: Largest upload.
-        host: Address that the page is served at.
-        allowed: Further host names that the page is opened by.
+        host: Address of the server.
+        allowed: Further host names under which browsers may open the page.
 
     Raises:
         DerainError: If ``host`` or a further name is not a host name.
@@ -106,7 +106,7 @@ class Guard:
         self._joining = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or refuse it."""
+        """Respond to a request, or refuse it."""
         if scope["type"] == "lifespan":
             cleaning = asyncio.create_task(self._clean_up_each_minute())
             try:
@@ -132,7 +132,7 @@ class Guard:
         elif request.method not in {"GET", "HEAD"} or not SERVED.fullmatch(path):
             raise HTTPException(404, f"{request.method} {path}: not served here")
         elif path.startswith(FILE) and not self.files.belongs(str(Path(path.removeprefix(FILE))), _cookie(request)):
-            raise HTTPException(403, f"{path.removeprefix(FILE)}: not a file of yours, or it is deleted")
+            raise HTTPException(403, f"{path.removeprefix(FILE)}: not a file of this session, or already deleted")
         elif STREAMS.fullmatch(path):
             await self._stream(request, send)
         else:
@@ -144,7 +144,7 @@ class Guard:
             self.clean_up()
 
     def clean_up(self) -> None:
-        """Delete old files, and forget sessions without jobs that nobody has listened to for as long."""
+        """Delete old files, and sessions that had neither jobs nor listeners for as long."""
         self.files.delete_old()
         busy = {event.session_hash for event in self.queue.event_ids_to_events.values()}
         for name, session in list(self.sessions.items()):
@@ -154,22 +154,22 @@ class Guard:
                 self.queue.pending_event_ids_session.pop(name, None)
 
     def _check_sender(self, request: Request) -> None:
-        """Refuse a request under a foreign host name, or from the page of another site."""
+        """Refuse a request with an unknown host name, or from another site."""
         address = request.scope["server"][0] if self.host in ANY_ADDRESS else self.host
         known = LOCAL | self.allowed | {address}
         hosts, origin = request.headers.getlist("host"), request.headers.get("origin")
         if len(hosts) != 1 or host_of(hosts[0]) not in known:
             raise HTTPException(
                 403,
-                f"Host {', '.join(hosts)!r}: not a name of this page; open it under another one, or start it by "
+                f"Host {', '.join(hosts)!r}: not a host name of this page; use another one, or start the page with "
                 "derain app --allow-host NAME",
             )
         site = (origin or "").partition("://")[2].lower()
         if origin is not None and site != hosts[0].lower() and host_of(site) not in self.allowed:
-            raise HTTPException(403, f"Origin {origin!r}: not this page; requests from other sites are refused")
+            raise HTTPException(403, f"Origin {origin!r}: not this page; expected a request from the page itself")
 
     async def _upload(self, request: Request, send: Send) -> None:
-        """Pass an upload on, and record which session it belongs to."""
+        """Forward an upload, and record the session that it belongs to."""
         answer, started = bytearray(), False
 
         async def recording(message: Message) -> None:
@@ -185,7 +185,7 @@ class Guard:
         self._count(request, 0)
 
         async def receive() -> Message:
-            """Read a part; gradio deletes its temporary files if an upload ends by this type of error."""
+            """Read a part; gradio deletes its temporary files after this type of error."""
             try:
                 message = await bounded()
                 self._count(request, len(message.get("body", b"")))
@@ -204,32 +204,34 @@ class Guard:
             raise HTTPException(429, f"{address} has uploaded {limit} in {KEPT} minutes; try again later")
 
     async def _call(self, request: Request, send: Send) -> None:
-        """Pass a call on, if it names only files of its session and its client has room in the queue."""
+        """Forward a call, if its files belong to its session and the client may add a job."""
         path, cookie = request.scope["path"], _cookie(request)
         sent = await _json(request)
         for file in _paths(sent):
             if not self.files.belongs(file, cookie):
-                raise HTTPException(403, f"{file}: was not uploaded from here, or is deleted; upload it again")
+                raise HTTPException(403, f"{file}: not uploaded by this session, or already deleted; upload it again")
         if path in RUNS:
             sent = {field: sent[field] for field in FIELDS if field in sent}
             self._check_data(path, sent)
         if path == "/gradio_api/call/restore":
-            sent["session_hash"] = sent.get("session_hash") or uuid.uuid4().hex  # or gradio takes a job's own name
+            sent["session_hash"] = (
+                sent.get("session_hash") or uuid.uuid4().hex
+            )  # otherwise gradio uses the name of the job
         for name in (sent.get("session_hash"), self._session_of_job(sent.get("event_id"))):
             self._claim(name, cookie)
-        body = json.dumps(sent).encode()  # what was checked is what is read, whatever else the text may mean
+        body = json.dumps(sent).encode()  # gradio then reads exactly what was checked
         if path in JOINS:
-            async with self._joining:  # so that no other call takes the room meanwhile
+            async with self._joining:  # no other call may add a job in between
                 self._make_room(_address(request))
                 await self.app(request.scope, _whole(body, request), send)
         else:
             await self.app(request.scope, _whole(body, request), send)
 
     def _check_data(self, path: str, sent: dict[str, Any]) -> None:
-        """Refuse values that are too few or too many for a function of the page, and a file that is not one."""
+        """Refuse a wrong number of values for a function of the page, and a first value that is not a file."""
         functions, index, data = self.queue.blocks.fns, sent.get("fn_index"), sent.get("data")
         if path == "/gradio_api/call/restore":
-            function = next(one for one in functions.values() if one.api_name == "restore")
+            function = next(function for function in functions.values() if function.api_name == "restore")
         elif isinstance(index, int) and index in functions:
             function = functions[index]
         else:
@@ -243,16 +245,16 @@ class Guard:
                 raise HTTPException(400, "data: the first value is not an uploaded file, with its path") from error
 
     def _claim(self, name: Any, cookie: str) -> None:
-        """Begin a session of gradio, or refuse that of another browser."""
+        """Start a session of gradio, or refuse the session of another browser."""
         if name is None:
             return
         if not isinstance(name, str):
             raise HTTPException(400, f"{name!r}: not a session or job")
         if self.sessions.setdefault(name, Session(cookie)).owner != cookie:
-            raise HTTPException(403, f"session {name}: of another browser")
+            raise HTTPException(403, f"session {name}: belongs to another browser")
 
     def _make_room(self, address: str) -> None:
-        """End jobs that nobody listens to: those of long ago, and the oldest of a client that has too many."""
+        """Cancel abandoned jobs, and the oldest job without a listener if a client has too many."""
         for event in self._waiting():
             if self._is_abandoned(event):
                 self._end(event)
@@ -265,7 +267,7 @@ class Guard:
         self._end(unheard)
 
     def _waiting(self) -> list[Event]:
-        """Return the jobs that have not begun, the oldest first."""
+        """Return the jobs that have not started, the oldest first."""
         return [event for jobs in self.queue.event_queue_per_concurrency_id.values() for event in jobs.queue]
 
     def _session(self, event: Event) -> Session:
@@ -275,21 +277,21 @@ class Guard:
         return min(time.monotonic() - event.enqueue_time, self._session(event).unheard()) > PATIENCE
 
     def _end(self, event: Event) -> None:
-        """Take a waiting job off the queue; one that runs asks ``abandoned``."""
+        """Remove a waiting job from the queue; running jobs call ``abandoned``."""
         self.queue.event_queue_per_concurrency_id[event.concurrency_id].queue.remove(event)
         self.queue.event_ids_to_events.pop(event._id, None)
-        if event.session_hash in self.queue.pending_messages_per_session:  # for a listener that is late
+        if event.session_hash in self.queue.pending_messages_per_session:  # for late listeners
             gone = ProcessCompletedMessage(output={"error": "nobody listened for the result"}, success=False)
             self.queue.send_message(event, gone)
 
     def abandoned(self, session: str) -> bool:
-        """Return whether nobody listens for the jobs of a session of gradio, and has not for a while."""
+        """Return whether all jobs of a session of gradio are abandoned."""
         jobs = list(self.queue.event_ids_to_events.values())
         events = [event for event in jobs if event.session_hash == session]
         return bool(events) and all(map(self._is_abandoned, events))
 
     async def _stream(self, request: Request, send: Send) -> None:
-        """Pass a stream of a session on to its browser, which may then load the files that it names."""
+        """Forward a stream of results to its browser, which may then load the files in it."""
         path, cookie = request.scope["path"], _cookie(request)
         last = path.rsplit("/", 1)[1]
         if path.startswith("/gradio_api/call/"):
@@ -298,7 +300,7 @@ class Guard:
             name = request.query_params.get("session_hash") if last == "data" else last
         session = self.sessions.get(name or "")
         if session and session.owner != cookie:
-            raise HTTPException(403, f"session {name}: of another browser")
+            raise HTTPException(403, f"session {name}: belongs to another browser")
         if session is None or "/heartbeat/" in path:
             await self.app(request.scope, request.receive, send)
             return
@@ -320,7 +322,7 @@ class Guard:
             session.heard = time.monotonic()
 
     def _session_of_job(self, job: Any) -> str | None:
-        """Return the session of gradio that a job is of, also after its end, until the result is read."""
+        """Return the session of gradio of a job whose result was not read yet."""
         pending = list(self.queue.pending_event_ids_session.items())
         return next((session for session, jobs in pending if isinstance(job, str) and job in jobs), None)
 
@@ -330,12 +332,12 @@ def _address(request: Request) -> str:
 
 
 def _cookie(request: Request) -> str:
-    """Return the cookie of a browser's session; programs send none, and it is empty."""
+    """Return the cookie of a browser; empty for programs, which send none."""
     return request.cookies.get(COOKIE, "")
 
 
 def _paths(sent: Any) -> Iterator[Any]:
-    """Find the paths of files, however deep they are in a message, and whatever they are."""
+    """Yield all values of the key ``path`` at any depth of a message."""
     waiting = [sent]
     while waiting:
         value = waiting.pop()
@@ -365,13 +367,13 @@ async def _json(request: Request) -> dict[str, Any]:
 
 
 def _uncompressed(request: Request) -> Scope:
-    """Return the request as one whose answer can be read here."""
+    """Return the request without its Accept-Encoding header, so that the response can be read."""
     headers = [(name, value) for name, value in request.scope["headers"] if name != b"accept-encoding"]
     return {**request.scope, "headers": headers}
 
 
 def _with_cookie(request: Request, send: Send) -> Send:
-    """Give a browser that has none the cookie of its session."""
+    """Set a cookie in browsers that have none."""
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start" and not _cookie(request):
@@ -383,7 +385,7 @@ def _with_cookie(request: Request, send: Send) -> Send:
 
 
 def _bounded(request: Request, limit: int) -> Receive:
-    """Read a request, but not beyond a limit."""
+    """Return a receiver that refuses requests above a size."""
     size = 0
 
     async def receive() -> Message:
@@ -401,7 +403,7 @@ def _bounded(request: Request, limit: int) -> Receive:
 
 
 def _whole(body: bytes, request: Request) -> Receive:
-    """Hand on a body that has been read."""
+    """Return a receiver of a body that was already read."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:

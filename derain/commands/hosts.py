@@ -1,4 +1,4 @@
-"""Host names that the page of ``derain app`` answers to."""
+"""Host names of the page of ``derain app``."""
 
 import ipaddress
 import re
@@ -7,10 +7,10 @@ from urllib.parse import urlsplit
 from derain.errors import DerainError
 
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
-"""Names of this machine that no other site can have."""
+"""Names of this machine."""
 
 ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})
-"""Values of ``--host`` that stand for all addresses of this machine."""
+"""Values of ``--host`` that mean all addresses of this machine."""
 
 LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
 NAME = re.compile(rf"{LABEL}(\.{LABEL})*")
@@ -21,10 +21,10 @@ def host_name(text: str, option: str) -> str:
 
     Args:
         text: Name or address.
-        option: Where it was given, for the message.
+        option: Option that the name was given with, for the message.
 
     Raises:
-        DerainError: If it is not a bare host name, but for example has a port, a scheme or a wildcard.
+        DerainError: If it is not a host name alone, but has a port, a scheme or a wildcard.
 
     Example:
         >>> host_name("Box.lan", "--host"), host_name("[::0:1]", "--host"), host_name("münchen.de", "--host")

@@ -17,6 +17,8 @@ class MessageFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether to show a message."""
+        if not record.name.startswith("lightning"):  # the handler may be shared with other loggers
+            return True
         if SIGTERM.match(str(record.msg)):
             return False
         return record.levelno >= logging.WARNING or bool(SHOWN.search(Path(record.pathname).as_posix()))

@@ -1,10 +1,11 @@
-"""The page of ``derain app``: what people see and touch; restoring is the service's."""
+"""The page of ``derain app``: its layout and events."""
 
 import base64
 import html
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import gradio as gr
@@ -27,24 +28,24 @@ HEAD = (
     + """">
 <meta name="color-scheme" content="light dark">
 <script>
-const give = (files) => {
+const upload = (files) => {
   const input = document.querySelector("#photo input[type=file]");
   if (!input || !files.length) return;
-  const given = new DataTransfer();
-  given.items.add(files[0]);
-  input.files = given.files;
+  const transfer = new DataTransfer();
+  transfer.items.add(files[0]);
+  input.files = transfer.files;
   input.dispatchEvent(new Event("change", {bubbles: true}));
 };
-document.addEventListener("paste", (event) => give(event.clipboardData.files));
+document.addEventListener("paste", (event) => upload(event.clipboardData.files));
 document.addEventListener("dragover", (event) => event.preventDefault());
 document.addEventListener("drop", (event) => {
   if (event.defaultPrevented) return;
   event.preventDefault();
-  give(event.dataTransfer.files);
+  upload(event.dataTransfer.files);
 });
 </script>"""
 )
-"""A photo may be pasted, and dropped anywhere: a browser would otherwise leave the page and open it."""
+"""Lets users paste a photo, or drop it anywhere; browsers would otherwise leave the page and open the photo."""
 
 METADATA = {
     False: "The restored photo has no metadata: no time, camera or location.",
@@ -58,105 +59,14 @@ def build(
     """Return the page as an application to serve.
 
     Args:
-        service: Restores what people give.
-        max_megabytes: Largest file that is taken.
-        host: Address that the page is served at.
-        allowed: Further host names that the page is opened by.
+        service: Restores uploaded photos.
+        max_megabytes: Largest file that is accepted.
+        host: Address of the server.
+        allowed: Further host names under which browsers may open the page.
     """
-    models = list(service.restorers)
     with gr.Blocks(title="derain", analytics_enabled=False) as blocks:
-        gr.HTML(
-            f"<h1>{ICON}derain</h1><p>Takes the rain out of a photo. It stays on this machine, and is deleted after "
-            f"{KEPT} minutes. {METADATA[service.keep_metadata]}</p>",
-            elem_id="title",
-        )
-        kept = gr.State()
-        photo = gr.Image(
-            type="filepath",
-            sources=["upload"],
-            show_label=False,
-            label="Rainy photo",
-            height=420,
-            elem_id="photo",
-            buttons=[],
-            placeholder="# Drop a rainy photo here\nor click to choose one, or paste it",
-        )
-        note = gr.HTML(elem_id="note", visible=False)
-        with gr.Column(visible=False, elem_id="result") as result:
-            slider = gr.ImageSlider(
-                type="filepath",
-                show_label=False,
-                label="Before and after",
-                elem_id="slider",
-                buttons=["fullscreen"],
-                max_height=560,
-            )
-            with gr.Row(elem_id="actions"):
-                told = gr.HTML(elem_id="told")
-                again = gr.Button("Another photo", elem_id="again", size="md")
-                download = gr.DownloadButton("Download PNG", variant="primary", elem_id="download", size="md")
-        model = gr.Dropdown(models, value=models[0], label="Model", visible=len(models) > 1, elem_id="model")
-        with gr.Accordion("No rain in it? Add some", open=False, visible=False, elem_id="rain") as rain:
-            amount = gr.Slider(0, 100, 0, step=1, label="Synthetic rain", info="0 adds none, 100 is a downpour.")
-            seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="Another one, other streaks.")
-        with gr.Accordion("Details", open=False, visible=False, elem_id="details") as details:
-            facts = gr.HTML(elem_id="facts")
-
-        shown = [kept, photo, note, result, slider, told, download, rain, details, facts]
-
-        def restore(file: Any, model: Any, amount: Any, seed: Any, request: gr.Request) -> Any:
-            """Answer a photo with its restoration, or with what is wrong with it."""
-            if not file:
-                return gr.skip()
-            path, name = Path(str(file.get("path"))), _text(file.get("orig_name") or "photo")
-            session = request.session_hash or ""
-            try:
-                restored = service.restore(
-                    path,
-                    name,
-                    _text(model),
-                    _number(amount, "Synthetic rain", 100),
-                    int(_number(seed, "Seed", 2**32)),
-                    abandoned=lambda: guard.abandoned(session),
-                )
-            except DerainError as error:
-                refused = {
-                    note: gr.update(value=_told(str(error)), visible=True),
-                    photo: gr.update(value=None, visible=True),
-                }
-                return {**refused, kept: None, **{one: gr.update(visible=False) for one in (result, rain, details)}}
-            return {
-                kept: {"path": str(path), "orig_name": name},
-                photo: gr.update(value=None, visible="hidden"),
-                note: gr.update(visible=False),
-                result: gr.update(visible=True),
-                slider: (str(restored.before), str(restored.after)),
-                told: _caption(name, restored),
-                download: str(restored.download),
-                rain: gr.update(visible=True),
-                details: gr.update(visible=True),
-                facts: _table(restored.facts) + "".join(_figure(*one) for one in restored.maps.items()),
-            }
-
-        busy: Any = {"show_progress_on": [photo, slider], "concurrency_id": "restore", "preprocess": False}
-        photo.upload(restore, [photo, model, amount, seed], shown, api_name="restore", **busy)
-        for control in (model, amount, seed):
-            control.change(
-                restore,
-                [kept, model, amount, seed],
-                shown,
-                api_visibility="private",
-                trigger_mode="always_last",
-                **busy,
-            )
-        away = dict.fromkeys((result, rain, details), gr.update(visible=False))
-        again.click(
-            lambda: {kept: None, photo: gr.update(visible=True), amount: 0, **away},
-            None,
-            [kept, photo, amount, *away],
-            queue=False,
-            api_visibility="private",
-        )
+        components = _add_components(service)
+        _add_events(components, service, lambda session: guard.abandoned(session))
     blocks.queue(max_size=QUEUE, api_open=False)
     page: FastAPI = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
@@ -169,34 +79,189 @@ def build(
         ssr_mode=False,
         mcp_server=False,
         enable_monitoring=False,
-        theme=gr.themes.Base(
-            primary_hue="blue",
-            neutral_hue="slate",
-            font=["system-ui", "sans-serif"],
-            font_mono=["ui-monospace", "monospace"],
-        ).set(
-            button_primary_background_fill="*primary_600",
-            button_primary_background_fill_hover="*primary_700",
-            block_info_text_color="*neutral_500",
-            block_info_text_color_dark="*neutral_300",
-        ),
-        head=f"{HEAD}<style>{STYLE.read_text(encoding='utf-8')}</style>",  # whole, which css= would not leave it
+        theme=_theme(),
+        head=f"{HEAD}<style>{STYLE.read_text(encoding='utf-8')}</style>",  # css= would rewrite the selectors
     )
-    blocks.has_launched = True  # only then does gradio, too, refuse a path that nobody has uploaded
+    blocks.has_launched = True  # then gradio also refuses paths that were not uploaded
     guard = Guard(page, blocks._queue, service.folder, max_megabytes * 2**20, host, allowed)
     return guard
 
 
+def _theme() -> gr.themes.Base:
+    theme = gr.themes.Base(
+        primary_hue="blue",
+        neutral_hue="slate",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+    return theme.set(
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        block_info_text_color="*neutral_500",
+        block_info_text_color_dark="*neutral_300",
+    )
+
+
+class _Components(NamedTuple):
+    """Components of the page that events read or update."""
+
+    uploaded: gr.State
+    photo: gr.Image
+    note: gr.HTML
+    result: gr.Column
+    slider: gr.ImageSlider
+    caption: gr.HTML
+    again: gr.Button
+    download: gr.DownloadButton
+    model: gr.Dropdown
+    rain: gr.Accordion
+    amount: gr.Slider
+    seed: gr.Number
+    details: gr.Accordion
+    facts: gr.HTML
+
+
+def _add_components(service: RestorationService) -> _Components:
+    """Add the components to the page, from top to bottom."""
+    models = list(service.restorers)
+    gr.HTML(
+        f"<h1>{ICON}derain</h1><p>Removes rain from a photo. Photos stay on this machine and are deleted after "
+        f"{KEPT} minutes. {METADATA[service.keep_metadata]}</p>",
+        elem_id="title",
+    )
+    uploaded = gr.State()
+    photo = gr.Image(
+        type="filepath",
+        sources=["upload"],
+        show_label=False,
+        label="Rainy photo",
+        height=420,
+        elem_id="photo",
+        buttons=[],
+        placeholder="# Drop a rainy photo here\nor click to choose one, or paste it",
+    )
+    note = gr.HTML(elem_id="note", visible=False)
+    with gr.Column(visible=False, elem_id="result") as result:
+        slider = gr.ImageSlider(
+            type="filepath",
+            show_label=False,
+            label="Before and after",
+            elem_id="slider",
+            buttons=["fullscreen"],
+            max_height=560,
+        )
+        with gr.Row(elem_id="actions"):
+            caption = gr.HTML(elem_id="caption")
+            again = gr.Button("Another photo", elem_id="again", size="md")
+            download = gr.DownloadButton("Download PNG", variant="primary", elem_id="download", size="md")
+    model = gr.Dropdown(models, value=models[0], label="Model", visible=len(models) > 1, elem_id="model")
+    with gr.Accordion("No rain in it? Add some", open=False, visible=False, elem_id="rain") as rain:
+        amount = gr.Slider(0, 100, 0, step=1, label="Synthetic rain", info="0 adds none, 100 is a downpour.")
+        seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="Changes where the streaks fall.")
+    with gr.Accordion("Details", open=False, visible=False, elem_id="details") as details:
+        facts = gr.HTML(elem_id="facts")
+    return _Components(
+        uploaded, photo, note, result, slider, caption, again, download, model, rain, amount, seed, details, facts
+    )
+
+
+def _add_events(page: _Components, service: RestorationService, abandoned: Callable[[str], bool]) -> None:
+    """Connect uploads and changed settings with the restoration.
+
+    Args:
+        page: Components.
+        service: Restores uploaded photos.
+        abandoned: Returns whether the jobs of a session are abandoned.
+    """
+    hidden = dict.fromkeys((page.result, page.rain, page.details), gr.update(visible=False))
+
+    def restore(file: Any, model: Any, amount: Any, seed: Any, request: gr.Request) -> Any:
+        """Return the updates of the page after a photo was restored or refused."""
+        if not file:
+            return gr.skip()
+        path, name = Path(str(file.get("path"))), _text(file.get("orig_name") or "photo")
+        session = request.session_hash or ""
+        try:
+            restored = service.restore(
+                path,
+                name,
+                _text(model),
+                _number(amount, "Synthetic rain", 100),
+                int(_number(seed, "Seed", 2**32)),
+                abandoned=lambda: abandoned(session),
+            )
+        except DerainError as error:
+            return {
+                page.uploaded: None,
+                page.note: gr.update(value=_error(str(error)), visible=True),
+                page.photo: gr.update(value=None, visible=True),
+                **hidden,
+            }
+        return {page.uploaded: {"path": str(path), "orig_name": name}, **_result_updates(page, name, restored)}
+
+    updated = [
+        page.uploaded,
+        page.photo,
+        page.note,
+        page.result,
+        page.slider,
+        page.caption,
+        page.download,
+        page.rain,
+        page.details,
+        page.facts,
+    ]
+    settings = [page.model, page.amount, page.seed]
+    options: dict[str, Any] = {
+        "show_progress_on": [page.photo, page.slider],
+        "concurrency_id": "restore",
+        "preprocess": False,
+    }
+    page.photo.upload(restore, [page.photo, *settings], updated, api_name="restore", **options)
+    for setting in settings:
+        setting.change(
+            restore,
+            [page.uploaded, *settings],
+            updated,
+            api_visibility="private",
+            trigger_mode="always_last",
+            **options,
+        )
+    page.again.click(
+        lambda: {page.uploaded: None, page.photo: gr.update(visible=True), page.amount: 0, **hidden},
+        None,
+        [page.uploaded, page.photo, page.amount, *hidden],
+        queue=False,
+        api_visibility="private",
+    )
+
+
+def _result_updates(page: _Components, name: str, restored: RestoredPhoto) -> dict[Any, Any]:
+    """Return the updates that show a restored photo."""
+    figures = [_figure(title, picture) for title, picture in restored.maps.items()]
+    return {
+        page.photo: gr.update(value=None, visible="hidden"),
+        page.note: gr.update(visible=False),
+        page.result: gr.update(visible=True),
+        page.slider: (str(restored.before), str(restored.after)),
+        page.caption: _caption(name, restored),
+        page.download: str(restored.download),
+        page.rain: gr.update(visible=True),
+        page.details: gr.update(visible=True),
+        page.facts: _table(restored.facts) + "".join(figures),
+    }
+
+
 def _text(value: Any) -> str:
-    """Return a text that can be sent back, whatever came."""
+    """Return a value as text that can be encoded."""
     return str(value).encode("utf-8", "replace").decode()
 
 
 def _number(value: Any, name: str, most: float) -> float:
-    """Return a number of the form, nothing as 0.
+    """Return a number of the form, or 0 if the field is empty.
 
     Raises:
-        DerainError: If it is not one from 0 to ``most``; in words for the page.
+        DerainError: If it is not a number from 0 to ``most``; the message is shown on the page.
     """
     if value is None:
         return 0.0
@@ -205,21 +270,21 @@ def _number(value: Any, name: str, most: float) -> float:
     return float(value)
 
 
-def _told(message: str) -> str:
-    """A message as HTML; what stands between backticks is code."""
-    parts = [f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(html.escape(message).split("`"))]
-    return f"<p role='alert'>{''.join(parts)}</p>"
+def _error(message: str) -> str:
+    """Return a message as HTML, with code in backticks."""
+    text = re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(message))
+    return f"<p role='alert'>{text}</p>"
 
 
 def _caption(name: str, restored: RestoredPhoto) -> str:
-    told = [restored.facts["size"], restored.facts["time"]]
+    facts = [restored.facts["size"], restored.facts["time"]]
     if "synthetic rain" in restored.facts:
-        told.append("rain added")
-    return f"<b>{html.escape(name)}</b>{html.escape(' · '.join(told))}"
+        facts.append("rain added")
+    return f"<b>{html.escape(name)}</b>{html.escape(' · '.join(facts))}"
 
 
 def _table(facts: Mapping[str, Any]) -> str:
-    """Facts as rows; shares by name, such as the scores of routes, as bars."""
+    """Return facts as an HTML list; numbers by name, such as the scores of routes, are bars."""
     rows = []
     for name, value in facts.items():
         if isinstance(value, Mapping):
@@ -235,7 +300,7 @@ def _table(facts: Mapping[str, Any]) -> str:
 
 
 def _figure(name: str, picture: Pixels) -> str:
-    """A small picture, within the page itself: no file of it has to be deleted."""
+    """Return a small picture as HTML; the image is embedded, so that no file has to be deleted."""
     data = base64.b64encode(cv2.imencode(".jpg", picture[..., ::-1])[1].tobytes()).decode()
     caption = html.escape(name)
     return (

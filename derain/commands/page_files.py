@@ -6,15 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 KEPT = 30
-"""Minutes after which a photo and what was made of it are deleted, if the page does not end earlier."""
+"""Minutes after which an upload and its results are deleted, unless the page ends earlier."""
 
 
 class PageFiles:
     """Uploads and restored photos in one folder.
 
     Args:
-        folder: With all files of the page.
-        client_bytes: What one address may upload in ``KEPT`` minutes, so that the disk does not fill up.
+        folder: Folder with all files of the page.
+        client_bytes: Largest size of all uploads from one address in ``KEPT`` minutes.
     """
 
     def __init__(self, folder: Path, client_bytes: int) -> None:
@@ -24,7 +24,7 @@ class PageFiles:
         """Bytes by address and minute."""
 
     def add(self, paths: Iterable[str], session: str) -> None:
-        """Let a session use files, if they are in the folder."""
+        """Allow a session to use files, if they are in the folder."""
         for path in paths:
             if self._is_inside(path):
                 self._owners.setdefault(path, set()).add(session)
@@ -34,18 +34,18 @@ class PageFiles:
         return isinstance(path, str) and session in self._owners.get(path, ()) and self._is_inside(path)
 
     def count(self, address: str, size: int) -> bool:
-        """Count bytes that an address uploads, whatever becomes of them; return False if they are too many."""
+        """Count bytes that an address uploads; return False if they are too many."""
         minute = _minute()
         self._received[address, minute] += size
         return sum(self._received[address, minute - age] for age in range(KEPT + 1)) <= self.client_bytes
 
     def delete_old(self) -> None:
-        """Delete what is older than ``KEPT`` minutes, registered or not."""
+        """Delete all files that are older than ``KEPT`` minutes."""
         for path in self.folder.rglob("*"):
             try:
                 if not path.is_dir() and time.time() - path.lstat().st_ctime > KEPT * 60:
                     path.unlink()
-            except OSError:  # deleted meanwhile, or open on Windows: next time
+            except OSError:  # already deleted, or open on Windows: tried again
                 continue
         self._owners = {path: owners for path, owners in self._owners.items() if Path(path).exists()}
         oldest = _minute() - KEPT
@@ -54,7 +54,7 @@ class PageFiles:
     def _is_inside(self, name: str) -> bool:
         try:
             return Path(name).is_absolute() and Path(name).resolve().is_relative_to(self.folder)
-        except (OSError, ValueError):  # a name that is too long, or has a NUL in it
+        except (OSError, ValueError):  # a name that is too long or contains NUL
             return False
 
 

@@ -26,6 +26,7 @@ from derain.commands.lightning_messages import choose_messages
 from derain.commands.run_folders import restarts, root_of, run_folder, shared_folder
 from derain.commands.run_setup import callbacks, check_options, check_trainer, loggers
 from derain.commands.train_parser import DENIED_IMPORTS, OptionParser
+from derain.config_errors import explain_config_error
 from derain.data.datamodule import RainDataModule
 from derain.errors import DerainError, Stopped
 from derain.files.weights import read
@@ -35,7 +36,7 @@ from derain.methods.interfaces import Explains, Sampling
 from derain.methods.registry import add_current_folder, methods, use_method
 from derain.metrics import resolve
 from derain.metrics.perceptual import available_lpips
-from derain.options import in_one_line, without_option
+from derain.options import without_option
 from derain.restoration import sample_by
 
 log = logging.getLogger("derain")
@@ -442,7 +443,7 @@ def _original_error(error: BaseException) -> BaseException:
     other_errors = [cause for cause in chain if isinstance(cause, LIGHTNING_ERRORS) and "Subtypes:" not in str(cause)]
     if other_errors:
         return DerainError(f"--trainer: {_one_line(other_errors[-1])}")
-    return DerainError(in_one_line(str(error))) if "Subtypes:" in str(error) else error
+    return DerainError(explain_config_error(str(error))) if "Subtypes:" in str(error) else error
 
 
 def run(arguments: list[str]) -> int:

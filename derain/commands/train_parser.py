@@ -6,8 +6,8 @@ from typing import Any, NoReturn
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from derain.config_errors import explain_config_error
 from derain.errors import DerainError
-from derain.options import in_one_line
 
 COMMANDS = tuple(LightningCLI.subcommands())
 
@@ -42,7 +42,7 @@ class OptionParser(LightningArgumentParser):
         if command == "derain":  # the top-level parser reports the missing options of a command
             subcommand = re.search("(?:required: |Subcommand .)(validate|test|predict)", message)
             command += f" {subcommand[1] if subcommand else 'fit'}"
-        problem = in_one_line(message, parser._option_string_actions)
+        problem = explain_config_error(message, parser._option_string_actions)
         raise DerainError(f"{problem}; see {command} --help for all options") from ex
 
     def add_lightning_class_args(

@@ -46,6 +46,7 @@ class DerainModule(TrainableModule, ABC):
         tile_multiple: Number that sides of tiles should be multiples of.
         compiles_any_size: Whether ``network`` is compiled once for all image sizes, else once for each.
         published_options: Hyper-parameters that the authors' weights files do not record.
+        variants: Hyper-parameters of variants that ``derain bench`` counts, by name; by default the method as it is.
     """
 
     monitor: ClassVar[str] = "val/psnr"
@@ -56,6 +57,7 @@ class DerainModule(TrainableModule, ABC):
     tile_multiple: ClassVar[int] = 32
     compiles_any_size: ClassVar[bool] = True
     published_options: ClassVar[frozenset[str]] = frozenset()
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(self) -> None:
         super().__init__()

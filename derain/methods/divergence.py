@@ -1,4 +1,4 @@
-"""Check that a training is finite: its losses and gradients, what it saves, and how it validates."""
+"""Checks that losses, gradients and saved weights of a training are finite."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from derain.errors import DerainError
 
-REMEDY = "checkpoints saved before are unharmed; lower --model.learning_rate, or look at these images"
-NAMED = 8
+REMEDY = "earlier checkpoints are intact; lower --model.learning_rate, or check these images"
+MAX_NAMES = 8
+"""Images that a message names."""
 
 
 def listed(names: Sequence[str]) -> str:
@@ -20,19 +21,21 @@ def listed(names: Sequence[str]) -> str:
         >>> listed(["a", "b"]), listed("abcdefghij")
         ('a, b', 'a, b, c, d, e, f, g, h and 2 more')
     """
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    shown = ", ".join(names[:MAX_NAMES])
+    hidden = len(names) - MAX_NAMES
+    return f"{shown} and {hidden} more" if hidden > 0 else shown
 
 
 def position(module: LightningModule, names: Sequence[str]) -> str:
-    """Return epoch, step and images for a message; without names, the images are another device's."""
+    """Return epoch, step and images for a message; without names, the images are those of another device."""
     images = f"images {listed(names)}" if names else "on another device"
     return f"epoch {module.current_epoch}, step {module.global_step}, {images}"
 
 
 class FiniteCheck:
-    """Losses and images of the batches since the last optimiser step, checked together with the gradient.
+    """Check of losses and gradients before every optimiser step, which names the images of the step.
 
-    The check before each step is one norm over all gradients and one transfer to the host.
+    A check costs one norm over all gradients and one transfer from the device.
     """
 
     def __init__(self) -> None:
@@ -41,21 +44,20 @@ class FiniteCheck:
         self._stepped = False
 
     def see_batch(self, batch: Any) -> None:
-        """Note the images of a batch."""
+        """Record the images of a batch."""
         if self._stepped:
             self.names.clear()
         self._stepped = False
         self.names += batch.get("name", ()) if isinstance(batch, Mapping) else ()
 
     def see_loss(self, loss: Tensor) -> None:
-        """Note a loss whose gradient is computed."""
+        """Record a loss whose gradient is computed."""
         self.losses.append(loss.detach())
 
     def require(self, module: LightningModule, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Return the norm of the gradient before a step of an optimiser.
+        """Check the losses and the gradient before a step of an optimiser; return the norm of the gradient.
 
-        An infinite gradient that is due to the scaling of losses (precision ``16-mixed``) is left to the scaler, which
-        skips the step.
+        With scaled losses (precision ``16-mixed``), an infinite gradient is no error: the scaler skips the step.
 
         Raises:
             DerainError: If a loss or the gradient is not finite, on any device.
@@ -69,33 +71,38 @@ class FiniteCheck:
         self.losses.clear()
         self._stepped = True
         if not module.trainer.strategy.reduce_boolean_decision(finite, all=True):
-            what = "gradient" if losses.isfinite() else "loss"
-            raise DerainError(f"{what} is not finite at {position(module, () if finite else self.names)}; {REMEDY}")
+            quantity = "gradient" if losses.isfinite() else "loss"
+            raise DerainError(f"{quantity} is not finite at {position(module, () if finite else self.names)}; {REMEDY}")
         return norm
 
     def refuse_anomaly(self, module: LightningModule, error: RuntimeError) -> None:
-        """Refuse a gradient in which torch's anomaly detection found NaN.
+        """Raise an error that names the images, if torch's anomaly detection found a NaN in a gradient.
 
         Args:
-            module: Whose gradient it is.
-            error: Raised in the backward pass.
+            module: The module that is trained.
+            error: Error of the backward pass.
 
         Raises:
-            DerainError: If the error is one of anomaly detection.
+            DerainError: If the error was raised by anomaly detection.
         """
         if torch.is_anomaly_enabled() and "returned nan values" in str(error):
             message = f"gradient is not finite at {position(module, self.names)}"
             raise DerainError(f"{message} ({str(error).rstrip('.')}); {REMEDY}") from error
 
 
-def require_finite(module: LightningModule, tensors: Iterable[Tensor], what: str) -> None:
-    """Refuse to save tensors that are not finite.
+def require_finite(module: LightningModule, tensors: Iterable[Tensor], subject: str) -> None:
+    """Check that tensors are finite before they are saved.
+
+    Args:
+        module: The module that is trained.
+        tensors: Weights, averages and gradients; integers are ignored.
+        subject: Beginning of the message, such as ``weights are``.
 
     Raises:
-        DerainError: If a value of them is not.
+        DerainError: If a value is not finite.
     """
     floating = [value.detach() for value in tensors if value.is_floating_point() and value.numel()]
     if floating and not nn.utils.get_total_norm(floating, norm_type=float("inf")).isfinite():
         raise DerainError(
-            f"{what} not finite at epoch {module.current_epoch}, step {module.global_step}; not saved: {REMEDY}"
+            f"{subject} not finite at epoch {module.current_epoch}, step {module.global_step}; not saved: {REMEDY}"
         )

@@ -9,7 +9,6 @@ from mkdocs.exceptions import PluginError
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\(?:\(|\[)(.*?)\\(?:\)|\])</\1>', re.DOTALL)
 """What ``pymdownx.arithmatex`` with ``generic: true`` makes of ``$…$`` and of ``$$…$$``."""
 
-
 UNKNOWN = re.compile(r">(\\[A-Za-z]+)<")
 """A LaTeX command that latex2mathml does not know: it passes such a command on as text."""
 

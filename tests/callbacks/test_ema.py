@@ -29,7 +29,7 @@ class Tiny(DerainModule):
 
 
 class Record(lightning.Callback):
-    """Keeps the weights after every batch, and what validation sees."""
+    """Record the weights after every batch and in validation."""
 
     def __init__(self):
         self.weights, self.validated = [], []
@@ -70,8 +70,8 @@ def test_the_average_follows_the_formula(tmp_path, every):
     ema = EMA(decay=0.5, every=every)
     _, _, record, expected = run(tmp_path, ema)
     updates = 0
-    for place, weight in enumerate(record.weights):
-        if (place + 1) % every == 0:
+    for batch, weight in enumerate(record.weights, start=1):
+        if batch % every == 0:
             updates += 1
             decay = min(0.5, (1 + updates) / (10 + updates))
             expected = decay * expected + (1 - decay) * weight
@@ -80,7 +80,7 @@ def test_the_average_follows_the_formula(tmp_path, every):
     assert ema.average.seen == 7 // every * every
 
 
-def test_validation_sees_the_average_and_training_goes_on_with_the_weights(tmp_path):
+def test_validation_uses_the_average_and_training_the_raw_weights(tmp_path):
     ema = EMA(decay=0.9)
     _, module, record, _ = run(tmp_path, ema)
     assert torch.equal(record.validated[-1], ema.average.weight)
@@ -88,7 +88,7 @@ def test_validation_sees_the_average_and_training_goes_on_with_the_weights(tmp_p
     assert not torch.equal(module.network.weight, ema.average.weight)
 
 
-def test_the_checkpoint_holds_both_and_averages_the_network_only(tmp_path):
+def test_the_checkpoint_contains_raw_weights_and_the_average_of_the_network(tmp_path):
     ema = EMA(decay=0.9)
     _, module, _, _ = run(tmp_path, ema)
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
@@ -97,7 +97,7 @@ def test_the_checkpoint_holds_both_and_averages_the_network_only(tmp_path):
     assert set(saved["ema"]["network"]) == {"weight", "seen"}
 
 
-def test_a_resumed_average_is_the_uninterrupted_one(tmp_path):
+def test_a_resumed_average_equals_an_uninterrupted_one(tmp_path):
     whole = EMA(decay=0.9)
     run(tmp_path, whole, epochs=2)
     run(tmp_path, EMA(decay=0.9), epochs=1)
@@ -107,15 +107,15 @@ def test_a_resumed_average_is_the_uninterrupted_one(tmp_path):
     assert torch.equal(resumed.average.weight, whole.average.weight)
 
 
-def test_a_checkpoint_without_average_is_refused(tmp_path):
+def test_a_checkpoint_without_average_is_an_error(tmp_path):
     run(tmp_path, None)
-    with pytest.raises(DerainError, match="holds no average"):
+    with pytest.raises(DerainError, match="EMA"):
         run(tmp_path, EMA(), epochs=2, resume=tmp_path / "a.ckpt")
 
 
-def test_going_on_without_the_average_is_refused(tmp_path):
+def test_resuming_without_the_average_is_an_error(tmp_path):
     run(tmp_path, EMA())
-    with pytest.raises(DerainError, match="no EMA callback is configured"):
+    with pytest.raises(DerainError, match="EMA"):
         run(tmp_path, None, epochs=2, resume=tmp_path / "a.ckpt")
 
 
@@ -125,7 +125,7 @@ def test_updates_are_counted_over_epochs(tmp_path):
     assert ema.updates == 2
 
 
-def test_unfit_numbers_are_refused():
-    for options in ({"decay": 1.0}, {"decay": -0.1}, {"every": 0}):
-        with pytest.raises(DerainError, match="EMA"):
-            EMA(**options)
+def test_options_out_of_range_are_errors():
+    for name, value in (("decay", 1.0), ("decay", -0.1), ("every", 0)):
+        with pytest.raises(DerainError, match=f"{name} {value}"):
+            EMA(**{name: value})

@@ -11,16 +11,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.restormer import Published
 from derain.cli import main
 from derain.commands import bench
-from derain.commands.bench import BUILDS, TINY, TINY_GAN, TINY_SDE, count_cost
+from derain.commands.bench import count_cost, find_variants
 from derain.methods import CLIPRPNModule, PReNetModule, RestormerModule
 
-SMALL = {"PRN_r": BUILDS["PRN_r"], "CLIP-RPN, tiny": BUILDS["CLIP-RPN, tiny"]}
+VARIANTS = find_variants()
+SMALL = {name: VARIANTS[name] for name in ("PRN_r", "CLIP-RPN, tiny")}
+TINY = CLIPRPNModule.variants["CLIP-RPN, tiny"]
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Only the two smallest methods."""
-    monkeypatch.setattr(bench, "BUILDS", SMALL)
+    monkeypatch.setattr(bench, "find_variants", lambda: dict(SMALL))
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,7 @@ def small(monkeypatch):
     ],
 )
 def test_numbers_are_those_of_the_literature(name, parameters, macs, with_attention):
-    counted = count_cost(BUILDS[name](), 256)
+    counted = count_cost(VARIANTS[name](), 256)
     assert counted["parameters"] == parameters
     for key, text in {"macs": macs, "macs_with_attention": with_attention}.items():
         digits = len(text.partition(".")[2])
@@ -44,7 +46,7 @@ def test_numbers_are_those_of_the_literature(name, parameters, macs, with_attent
 
 
 def test_other_routes_have_parameters_but_no_multiplications():
-    one, three = (count_cost(CLIPRPNModule("fixed", prompts=list(texts), **TINY), 64) for texts in ("ab", "abc"))
+    one, three = (count_cost(CLIPRPNModule(**TINY, prompts=list(texts)), 64) for texts in ("ab", "abc"))
     assert one["parameters"] < three["parameters"]
     assert one["macs"] == three["macs"]
 
@@ -78,27 +80,46 @@ def test_counting_does_not_change_the_network():
 
 
 def test_a_counted_method_still_restores():
-    method = BUILDS["PLNLIN, tiny"]()
+    method = VARIANTS["PLNLIN, tiny"]()
     count_cost(method, 64)
     assert type(method(torch.rand(1, 3, 64, 64))) is torch.Tensor
 
 
 def test_every_method_and_variant_is_counted():
-    assert list(BUILDS) == [
-        *("PReNet", "PReNet_r", "PRN", "PRN_r", "PReNet_LSTM", "Restormer", "CLIP-RPN, 1 route", "CLIP-RPN, 2 routes"),
-        *("CLIP-RPN, 3 routes", "CLIP-RPN without MGCA", "CLIP-RPN, tiny", "IR-SDE, one step"),
-        *("DA-CLIP + IR-SDE, one step", "IR-SDE, tiny, one step", "PLNLIN", "PLNLIN, tiny"),
-    ]
+    assert sorted(VARIANTS) == sorted(
+        [
+            *(
+                "PReNet",
+                "PReNet_r",
+                "PRN",
+                "PRN_r",
+                "PReNet_LSTM",
+                "Restormer",
+                "CLIP-RPN, 1 route",
+                "CLIP-RPN, 2 routes",
+            ),
+            *("CLIP-RPN, 3 routes", "CLIP-RPN without MGCA", "CLIP-RPN, tiny", "IR-SDE, one step"),
+            *("DA-CLIP + IR-SDE, one step", "IR-SDE, tiny, one step", "PLNLIN", "PLNLIN, tiny"),
+        ]
+    )
 
 
 @pytest.mark.parametrize(
-    ("preset", "built"),
-    [("cliprpn-tiny", TINY), ("daclipsde-tiny", TINY_SDE), ("plnlingan-tiny", TINY_GAN)],
+    ("experiment", "variant"),
+    [
+        ("cliprpn-tiny", "CLIP-RPN, tiny"),
+        ("daclipsde-tiny", "IR-SDE, tiny, one step"),
+        ("plnlingan-tiny", "PLNLIN, tiny"),
+    ],
 )
-def test_tiny_networks_are_those_of_the_experiments(preset, built):
-    file = Path(__file__).parents[2] / "experiments" / "methods" / f"{preset}.yaml"
+def test_tiny_networks_are_those_of_the_experiments(experiment, variant):
+    file = Path(__file__).parents[2] / "experiments" / "methods" / f"{experiment}.yaml"
     arguments = yaml.safe_load(file.read_text())["model"]["init_args"]
-    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in built.items()}
+    listed = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in VARIANTS[variant].keywords.items()
+    }
+    for name in ("perception", "contexts"):
+        listed.pop(name, None)
     assert {name: arguments[name] for name in listed} == listed
     assert set(arguments) - set(listed) <= {
         *("learning_rate", "contexts", "max_sigma", "residual"),

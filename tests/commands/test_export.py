@@ -98,7 +98,7 @@ def test_weights_that_are_no_numbers_are_not_exported(folder, tmp_path, capsys):
 
 
 def test_refusals_take_one_line(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "BUILDS", {})
+    monkeypatch.setattr(bench, "find_variants", dict)
     file, onnx, photo = (str(folder / name) for name in ("w.safetensors", "m.onnx", "rainy.png"))
     out = str(tmp_path / "o.png")
     for arguments, told in (

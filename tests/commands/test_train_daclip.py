@@ -1,6 +1,7 @@
 """DA-CLIP + IR-SDE through the command: controller, restoration, sampling, several processes, resuming."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,46 +17,70 @@ from tests.runs import differing, finish, last, rows, whole_and_resumed
 NETWORK = {"channels": 32, "multipliers": [1, 2], "attention": "none", "max_sigma": 10, "context": 8}
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A working directory with data, a tiny CLIP, ``daclip.yaml`` for the controller and ``sde.yaml``."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DERAIN_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("DERAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "nothing"))
-    for name in ("LOCAL_RANK", "DERAIN_CLIP", "DERAIN_CONTROLLER"):
-        monkeypatch.delenv(name, raising=False)
-    make_set(tmp_path / "data", "Rain800", "train", count=8)
-    make_set(tmp_path / "data", "Rain800", "test", count=3, seed=50)
-    clip = str(make_clip(tmp_path / "clip"))
+ONE_STEP = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"]
+CONTROLLER = "runs/daclip/fit-1/weights.safetensors"
+WEIGHTS = "runs/sde/fit-1/weights.safetensors"
+
+
+def enter(folder, patch):
+    """Make a folder the working directory, with its data and cache."""
+    patch.chdir(folder)
+    patch.setenv("DERAIN_DATA", str(folder / "data"))
+    patch.setenv("DERAIN_CACHE", str(folder / "cache"))
+    patch.setenv("TORCH_HOME", str(folder / "nothing"))
+    for name in ("LOCAL_RANK", "DERAIN_RUN", "DERAIN_CLIP", "DERAIN_CONTROLLER"):
+        patch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with data, a tiny CLIP, ``daclip.yaml`` (controller), ``sde.yaml``, and a run of one step of both."""
+    folder = tmp_path_factory.mktemp("daclip")
+    make_set(folder / "data", "Rain800", "train", count=8)
+    make_set(folder / "data", "Rain800", "test", count=3, seed=50)
+    make_clip(folder / "clip")
     data = {"train": "Rain800", "test": "Rain800", "crop": 16, "batch_size": 2, "workers": 0}
     trainer = {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1}
     ema = {"callbacks": [{"class_path": "EMA", "init_args": {"decay": 0.9}}]}
-    configs = {
-        "daclip": {"model": {"class_path": "DACLIPModule", "init_args": {"clip": clip}}, "trainer": trainer},
-        "sde": {
-            "model": {"class_path": "DACLIPSDEModule", "init_args": {**NETWORK, "clip": clip}},
-            "trainer": trainer | ema,
-        },
-    }
-    for name, config in configs.items():
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config | {"data": data}))
+    daclip = {"class_path": "DACLIPModule", "init_args": {"clip": "clip"}}
+    sde = {"class_path": "DACLIPSDEModule", "init_args": {**NETWORK, "clip": "clip"}}
+    configs = {"daclip": {"model": daclip, "trainer": trainer}, "sde": {"model": sde, "trainer": trainer | ema}}
+    with pytest.MonkeyPatch.context() as patch:
+        enter(folder, patch)
+        for name, config in configs.items():
+            Path(f"{name}.yaml").write_text(yaml.safe_dump(config | {"data": data}))
+            assert main(["fit", "--config", f"{name}.yaml", *ONE_STEP]) == 0
+    return folder
+
+
+@pytest.fixture
+def trained(prepared, tmp_path, monkeypatch):
+    """The working directory of a test: a copy of ``prepared``."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    enter(tmp_path, monkeypatch)
     return tmp_path
 
 
+@pytest.fixture
+def workdir(trained):
+    """A copy of ``prepared`` without its runs."""
+    shutil.rmtree(trained / "runs")
+    return trained
+
+
 @pytest.mark.slow
-def test_from_captions_to_a_restored_photo(place, capsys):
+def test_from_captions_to_a_restored_photo(workdir, capsys):
     for split in ("train", "test"):
         assert main(["caption", "Rain800", f"{split}.tsv", "--captioner", "template", "--split", split]) == 0
     captioned = ["--data.val", "Rain800", "--data.captions", "[train.tsv, test.tsv]"]
     assert main(["fit", "--config", "daclip.yaml", *captioned]) == 0
-    controller = str(place / "runs/daclip/fit-1/weights.safetensors")
-    accuracies = [row["val/accuracy"] for row in rows(place / "runs/daclip/fit-1/metrics.csv") if row["val/accuracy"]]
+    controller = str(workdir / "runs/daclip/fit-1/weights.safetensors")
+    accuracies = [row["val/accuracy"] for row in rows(workdir / "runs/daclip/fit-1/metrics.csv") if row["val/accuracy"]]
     assert len(accuracies) == 2
     assert main(["validate", "--config", "daclip.yaml", "--weights", controller]) == 0
     assert main(["fit", "--config", "sde.yaml", "--model.controller", controller]) == 0
-    file = str(place / "runs/sde/fit-1/weights.safetensors")
-    content = last(place / "runs/sde/fit-1")
+    file = str(workdir / "runs/sde/fit-1/weights.safetensors")
+    content = last(workdir / "runs/sde/fit-1")
     assert all(name.startswith("network.") for name in content["state_dict"])
     assert content["derain"]["controller_sha256"] == sha256(Path(controller))
     assert len(content["derain"]["sde"]["speed"]) == 101
@@ -63,151 +88,144 @@ def test_from_captions_to_a_restored_photo(place, capsys):
     for steps in ("3", "100"):
         chosen = ["--sampling.solver", "posterior", "--sampling.steps", steps, "--sampling.seed", "4"]
         assert main(["test", "--config", "sde.yaml", "--weights", file, *chosen]) == 0
-    summary = json.loads((place / "runs/sde/test-2/summary.json").read_text())
+    summary = json.loads((workdir / "runs/sde/test-2/summary.json").read_text())
     assert summary["sampling"] == {"solver": "posterior", "steps": 100, "seed": 4}
     assert summary["lpips_net"] is None
     predict = ["predict", "--config", "sde.yaml", "--weights", file, "--data.predict", "Rain800", "--explain", "true"]
     assert main([*predict, "--sampling.steps", "2"]) == 2  # Rain800's own real photos are not here
-    make_set(place, "images", "predict", count=1)
+    make_set(workdir, "images", "predict", count=1)
     predict[6] = "images"
     assert main([*predict, "--sampling.steps", "2"]) == 0
-    told = next((place / "runs/sde").rglob("*-explain.json"))
-    assert set(json.loads(told.read_text())["degradation"]) == {"rainy", "clean"}
+    explanation = next((workdir / "runs/sde").rglob("*-explain.json"))
+    assert set(json.loads(explanation.read_text())["degradation"]) == {"rainy", "clean"}
     restore = ["restore", "images", "--weights", file]
     assert main([restore[0], restore[1], "one", *restore[2:], "--steps", "2", "--explain"]) == 0
     assert main([restore[0], restore[1], "two", *restore[2:], "--steps", "2", "--seed", "1"]) == 0
-    one, two = (read_rgb(min(Path(folder).rglob("*.png"), key=str)) for folder in ("one", "two"))
-    assert not np.array_equal(one, two)
+    first, second = (read_rgb(min(Path(folder).rglob("*.png"), key=str)) for folder in ("one", "two"))
+    assert not np.array_equal(first, second)
 
 
 @pytest.mark.slow
-def test_a_controller_learns_to_tell_rainy_from_clean(place):
-    """From about chance to four of five at least, on images that it was not trained on."""
-    make_set(place / "more", "Rain800", "train", count=40, size=(64, 64))
-    make_set(place / "more", "Rain800", "test", count=20, size=(64, 64), seed=500)
+def test_a_controller_learns_to_distinguish_rainy_from_clean(workdir):
+    """Its accuracy on validation images rises from chance to at least 80 %."""
+    make_set(workdir / "more", "Rain800", "train", count=40, size=(64, 64))
+    make_set(workdir / "more", "Rain800", "test", count=20, size=(64, 64), seed=500)
     vision = {"patch_size": 16, "hidden_size": 64, "intermediate_size": 128}
-    clip = str(make_clip(place / "larger", size=32, **vision))
-    data = {"root": str(place / "more"), "val": "Rain800", "crop": 64, "batch_size": 8, "repeat": 4, "workers": 0}
+    clip = str(make_clip(workdir / "larger", size=32, **vision))
+    data = {"root": str(workdir / "more"), "val": "Rain800", "crop": 64, "batch_size": 8, "repeat": 4, "workers": 0}
     options = [f"--data.{name}={value}" for name, value in data.items()]
     options += ["--model.clip", clip, "--model.learning_rate", "1e-3", "--model.smallest", "0.3"]
     assert main(["fit", "--config", "daclip.yaml", *options, "--trainer.max_epochs", "7"]) == 0
-    found = rows(place / "runs/daclip/fit-1/metrics.csv")
-    accuracies = [float(row["val/accuracy"]) for row in found if row["val/accuracy"]]
+    metrics = rows(workdir / "runs/daclip/fit-1/metrics.csv")
+    accuracies = [float(row["val/accuracy"]) for row in metrics if row["val/accuracy"]]
     assert accuracies[0] < 0.75
     assert max(accuracies) >= 0.8  # 0.875 to 0.95, depending on the processor
 
 
-def test_what_is_refused_in_one_line(place, capsys, monkeypatch):
-    one = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"]
-    assert main(["fit", "--config", "daclip.yaml", *one]) == 0
-    assert main(["fit", "--config", "sde.yaml", *one]) == 0
-    controller, file = (str(place / f"runs/{name}/fit-1/weights.safetensors") for name in ("daclip", "sde"))
-    make_set(place, "images", "predict", count=1)
+def error_of(arguments, capsys):
+    """Run a command that must fail; return its error line."""
+    capsys.readouterr()
+    assert main(arguments) == 2, arguments
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_errors_take_one_line(trained, capsys, monkeypatch):
+    make_set(trained, "images", "predict", count=1)
     restore = ["restore", "images", "out", "--weights"]
-    again = ["--trainer.max_epochs", "2", "--ckpt_path", "last"]
-    for arguments, told in (
-        (["test", "--config", "sde.yaml", "--weights", controller], "DACLIPModule restores no images"),
-        ([*restore, controller], "restores no images; give weights of a method"),
-        ([*restore, file, "--solver", "euler"], "--solver euler: unknown; choose from posterior"),
-        ([*restore, file, "--steps", "101"], "the schedule of these weights has 100 times"),
-        ([*restore, file, "--route", "1"], "DACLIPSDEModule has no routes"),
-        (["fit", "--config", "sde.yaml", "--model.context", "9"], "set --model.context 8"),
-        (["fit", "--config", "sde.yaml", "--model.max_sigma", "0"], "--model.max_sigma 0"),
-        (["fit", "--config", "sde.yaml", "--model.controller", "no.pt"], "no.pt: no such file"),
-        (["fit", "--config", "daclip.yaml", "--data.captions", "no.tsv"], "no.tsv: no such file"),
-        (
-            ["fit", "--config", "sde.yaml", *again, "--model.controller", controller],
-            "different one (None)",
-        ),
-        (["fit", "--config", "daclip.yaml", *again, "--model.order", "aligned"], "this run began with reversed"),
-        (["fit", "--config", "daclip.yaml", "--weights", controller, "--model.controller", controller], "give one"),
+    fit_controller, fit_sde = ["fit", "--config", "daclip.yaml"], ["fit", "--config", "sde.yaml"]
+    resume = ["--trainer.max_epochs", "2", "--ckpt_path", "last"]
+    for arguments, named in (
+        (["test", "--config", "sde.yaml", "--weights", CONTROLLER], "DACLIPModule"),
+        ([*restore, CONTROLLER], CONTROLLER),
+        ([*restore, WEIGHTS, "--solver", "euler"], "--solver euler"),
+        ([*restore, WEIGHTS, "--steps", "101"], "101"),
+        ([*restore, WEIGHTS, "--route", "1"], "DACLIPSDEModule"),
+        ([*fit_sde, "--model.context", "9"], "--model.context 8"),
+        ([*fit_sde, "--model.max_sigma", "0"], "--model.max_sigma 0"),
+        ([*fit_sde, "--model.controller", "no.pt"], "no.pt"),
+        ([*fit_controller, "--data.captions", "no.tsv"], "no.tsv"),
+        ([*fit_sde, *resume, "--model.controller", CONTROLLER], "(None)"),
+        ([*fit_controller, *resume, "--model.order", "aligned"], "reversed"),
+        ([*fit_controller, "--weights", CONTROLLER, "--model.controller", CONTROLLER], "--weights"),
     ):
-        capsys.readouterr()
-        assert main(arguments) == 2, arguments
-        assert told in capsys.readouterr().err.strip().splitlines()[-1], arguments
-    monkeypatch.setenv("DERAIN_CLIP", str(make_clip(place / "wider", size=16)))
-    for command in ("test", "validate", "predict"):  # what restores checks first, as fit and restore do
-        arguments = [command, "--config", "sde.yaml", "--weights", file, "--data.predict", "images"]
-        assert main(arguments) == 2
-        assert "set --model.context 16" in capsys.readouterr().err.strip().splitlines()[-1], command
+        assert named in error_of(arguments, capsys), arguments
+    monkeypatch.setenv("DERAIN_CLIP", str(make_clip(trained / "wider", size=16)))
+    for command in ("test", "validate", "predict"):  # they check the context before they restore an image
+        arguments = [command, "--config", "sde.yaml", "--weights", WEIGHTS, "--data.predict", "images"]
+        assert "--model.context 16" in error_of(arguments, capsys), command
 
 
-@pytest.mark.parametrize("path", ["last", "runs/sde/fit-1/checkpoints/last.ckpt"])
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        (["--model.channels", "64"], "--model.channels 64: this run began with 32; give that one to go on"),
-        (["--model.attention", "linear"], "--model.attention linear: this run began with none"),
-        (["--model", "PReNetModule"], "--model PReNetModule: this run began with DACLIPSDEModule"),
-        (["--model.max_sigma", "20"], "--model.max_sigma 20.0: this run began with 10"),
-        (["--model.residual", "0.1"], "--model.residual 0.1: this run began with None"),
-    ],
-)
-def test_a_run_does_not_go_on_with_another_network(place, capsys, options, told, path):
-    fit = ["fit", "--config", "sde.yaml", "--model.contexts", "none", "--trainer.limit_train_batches", "1"]
-    assert main([*fit, "--trainer.max_epochs", "1"]) == 0
-    assert main([*fit, "--ckpt_path", path, *options]) == 2
-    assert told in capsys.readouterr().err.strip().splitlines()[-1]
+def test_a_run_cannot_resume_with_another_network(trained, capsys):
+    resume = ["fit", "--config", "sde.yaml", "--ckpt_path"]
+    checkpoint = "runs/sde/fit-1/checkpoints/last.ckpt"
+    for options, old in (
+        (["--model.channels", "64"], "32"),
+        (["--model.attention", "linear"], "none"),
+        (["--model.max_sigma", "20"], "10"),
+        (["--model.residual", "0.1"], "None"),
+        (["--model", "PReNetModule"], "DACLIPSDEModule"),
+    ):
+        error = error_of([*resume, checkpoint, *options], capsys)
+        assert " ".join(options) in error
+        assert old in error
+    assert "--model.channels 64" in error_of([*resume, "last", "--model.channels", "64"], capsys)
 
 
-def test_a_run_tells_how_it_is_trained_otherwise(place, caplog):
-    fit = ["fit", "--config", "sde.yaml", "--model.contexts", "none", "--trainer.limit_train_batches", "1"]
-    assert main([*fit, "--trainer.max_epochs", "1"]) == 0
-    again = ["--trainer.max_epochs", "2", "--ckpt_path", "last", "--model.learning_rate", "1e-5"]
-    assert main([*fit, *again]) == 0
-    assert "differ from those that the run began with: learning_rate 0.0002 → 1e-05" in caplog.text
+def test_a_resumed_run_logs_changed_options(trained, caplog):
+    resume = ["fit", "--config", "sde.yaml", "--trainer.limit_train_batches", "1", "--ckpt_path", "last"]
+    assert main([*resume, "--trainer.max_epochs", "2", "--model.learning_rate", "1e-5"]) == 0
+    assert "learning_rate 0.0002 → 1e-05" in caplog.text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "judged"), [("sde", "val/psnr"), ("daclip", "val/accuracy")])
-def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_ends(place, name, judged):
-    fit = ["fit", "--config", f"{name}.yaml", "--trainer.max_epochs", "4"]
-    whole, _, resumed = whole_and_resumed(fit, "train/loss", judged, "lr-AdamW")
-    for state in ("state_dict", "ema") if name == "sde" else ("state_dict",):
-        assert differing(whole[state], resumed[state]) == []
-
-
-def test_a_table_that_was_cut_off_does_not_keep_a_run_from_going_on(place, caplog):
-    fit = ["fit", "--config", "sde.yaml", "--trainer.default_root_dir", "cut"]
-    assert main([*fit, "--trainer.max_epochs", "1"]) == 0
-    table = place / "cut/fit-1/metrics.csv"
-    whole = table.read_text()
-    table.write_text(whole + "1,7")
-    assert main([*fit, "--trainer.max_epochs", "2", "--ckpt_path", "last"]) == 0
-    assert table.read_text().startswith(whole.partition("\n")[0])
-    assert len(rows(table)) > whole.count("\n")
+def test_a_run_resumes_with_a_truncated_table_of_metrics(trained, caplog):
+    resume = ["fit", "--config", "sde.yaml", "--trainer.limit_train_batches", "1", "--ckpt_path", "last"]
+    table = trained / "runs/sde/fit-1/metrics.csv"
+    content = table.read_text()
+    table.write_text(content + "1,7")
+    assert main([*resume, "--trainer.max_epochs", "2"]) == 0
+    assert table.read_text().startswith(content.partition("\n")[0])
+    assert len(rows(table)) > content.count("\n")
     table.write_text("")
-    assert main([*fit, "--trainer.max_epochs", "3", "--ckpt_path", "last"]) == 0
+    assert main([*resume, "--trainer.max_epochs", "3"]) == 0
     assert "metrics.csv" in caplog.text
     assert rows(table)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sde", "daclip"])
-def test_two_processes(place, name):
-    both = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1"]
-    finish("fit", "--config", f"{name}.yaml", *both)
-    found = rows(place / f"runs/{name}/fit-1/metrics.csv")
-    assert all(float(row["train/loss"]) >= 0 for row in found if row["train/loss"])
-    key = "val/accuracy" if name == "daclip" else "val/psnr"
-    assert [row[key] for row in found if row[key]]
+@pytest.mark.parametrize(("name", "monitor"), [("sde", "val/psnr"), ("daclip", "val/accuracy")])
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(workdir, name, monitor):
+    fit = ["fit", "--config", f"{name}.yaml", "--trainer.max_epochs", "4"]
+    whole, _, resumed = whole_and_resumed(fit, "train/loss", monitor, "lr-AdamW")
+    for state in ("state_dict", "ema") if name == "sde" else ("state_dict",):
+        assert differing(whole[state], resumed[state]) == []
 
 
 @pytest.mark.slow
-def test_two_processes_judge_as_one(place):
+@pytest.mark.parametrize("name", ["sde", "daclip"])
+def test_two_processes(workdir, name):
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1"]
+    finish("fit", "--config", f"{name}.yaml", *two)
+    metrics = rows(workdir / f"runs/{name}/fit-1/metrics.csv")
+    assert all(float(row["train/loss"]) >= 0 for row in metrics if row["train/loss"])
+    key = "val/accuracy" if name == "daclip" else "val/psnr"
+    assert [row[key] for row in metrics if row[key]]
+
+
+@pytest.mark.slow
+def test_two_processes_test_as_one_does(workdir):
     assert main(["fit", "--config", "sde.yaml", "--trainer.max_epochs", "1"]) == 0
     test = ["test", "--config", "sde.yaml", "--weights", "runs/sde/fit-1/weights.safetensors", "--sampling.steps", "3"]
     assert main([*test, "--trainer.default_root_dir", "one"]) == 0
     two = ["--trainer.default_root_dir", "two", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     finish(*test, *two)
-    tables = [(place / f"{root}/test-1/images.csv").read_text() for root in ("one", "two")]
+    tables = [(workdir / f"{root}/test-1/images.csv").read_text() for root in ("one", "two")]
     assert tables[0] == tables[1]
 
 
 @pytest.mark.slow
-def test_the_contrast_of_two_processes_is_that_of_one_large_batch(place):
+def test_the_contrast_of_two_processes_is_that_of_one_large_batch(workdir):
     """Gathered over ranks, two batches of one pair contrast as one of two; so do their gradients."""
-    script = place / "ranks.py"
+    script = workdir / "ranks.py"
     script.write_text(
         "import sys, torch, lightning\n"
         "from derain.methods import DACLIPModule\n"
@@ -235,4 +253,4 @@ def test_the_contrast_of_two_processes_is_that_of_one_large_batch(place):
         "lightning.Trainer(accelerator='cpu', devices=2, strategy='ddp', max_steps=1, logger=False,\n"
         "    enable_checkpointing=False, enable_progress_bar=False).fit(m, torch.utils.data.DataLoader([0, 1]))\n"
     )
-    finish(str(place / "clip"), program=(str(script),))
+    finish(str(workdir / "clip"), program=(str(script),))

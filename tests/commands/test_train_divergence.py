@@ -1,4 +1,4 @@
-"""A loss, a gradient, weights or scores that are not finite stop a training, whatever the method."""
+"""Losses, gradients, weights and scores that are not finite stop the training of any method."""
 
 import copy
 
@@ -13,22 +13,12 @@ from derain.errors import DerainError
 from derain.methods import DerainModule
 from derain.methods.divergence import FiniteCheck, require_finite
 from tests.runs import last, start
-from tests.tiny import MODELS, write_configs
+from tests.tiny import MODELS
 
 METHODS = [pytest.param(name, marks=[pytest.mark.slow] * (name != "PReNetModule")) for name in MODELS]
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A working directory with a configuration of every method."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("DERAIN_DATA", "DERAIN_CACHE"):
-        monkeypatch.setenv(name, "")
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    return write_configs(tmp_path)
-
-
-def assert_nothing_spoiled(run):
+def assert_files_finite(run):
     assert not (run / "weights.safetensors").exists()
     for file in (run / "checkpoints").glob("*"):
         content = torch.load(file, weights_only=True)
@@ -37,31 +27,30 @@ def assert_nothing_spoiled(run):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_learning_rate_beyond_all_bounds(place, capsys, method):
+def test_a_learning_rate_that_is_too_high(all_methods, capsys, method):
     options = ["--model.learning_rate", "1e30"]
     options += ["--model.warm_up", "0"] if "warm_up" in MODELS[method] or method == "DACLIPModule" else []
     assert main(["fit", "--config", f"{method}.yaml", *options]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "epoch 0, step" in error
-    assert_nothing_spoiled(place / f"runs/{method}/fit-1")
+    assert_files_finite(all_methods / f"runs/{method}/fit-1")
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore:Error detected in:UserWarning")
-def test_with_detection_of_anomalies(place, capsys, monkeypatch, method):
+def test_anomaly_detection(all_methods, capsys, monkeypatch, method):
     backward = LightningModule.backward
     monkeypatch.setattr(LightningModule, "backward", lambda self, loss: backward(self, loss + (loss * 0).sqrt() * 0))
     assert main(["fit", "--config", f"{method}.yaml", "--trainer.detect_anomaly", "true"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("derain: error: gradient is not finite at epoch 0, step 0, images ")
-    assert_nothing_spoiled(place / f"runs/{method}/fit-1")
+    assert "gradient" in error
+    assert "epoch 0, step 0" in error
+    assert_files_finite(all_methods / f"runs/{method}/fit-1")
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_images_that_are_not_finite_are_named_and_the_last_checkpoint_stays(
-    place, capsys, monkeypatch, method, accumulate
-):
+def test_images_that_are_not_finite_are_named(all_methods, capsys, monkeypatch, method, accumulate):
     cls = getattr(methods, method)
     kept, spoiled = cls.training_step, []
 
@@ -78,12 +67,12 @@ def test_images_that_are_not_finite_are_named_and_the_last_checkpoint_stays(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"epoch 1, step {4 // accumulate + 2 // accumulate}," in error
     assert all(name in error for name in spoiled)
-    run = place / f"runs/{method}/fit-1"
+    run = all_methods / f"runs/{method}/fit-1"
     assert last(run)["global_step"] == 4 // accumulate
-    assert_nothing_spoiled(run)
+    assert_files_finite(run)
 
 
-def test_scores_that_are_not_finite_leave_the_best_checkpoint(place, capsys, monkeypatch):
+def test_scores_that_are_not_finite_keep_the_best_checkpoint(all_methods, capsys, monkeypatch):
     kept, spoiled = DerainModule.validation_step, []
 
     def spoil(self, batch, batch_idx):
@@ -97,12 +86,12 @@ def test_scores_that_are_not_finite_leave_the_best_checkpoint(place, capsys, mon
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert len(spoiled) == 2
     assert f"epoch 1, step 10, images {', '.join(spoiled)};" in error
-    run = place / "runs/PReNetModule/fit-1"
+    run = all_methods / "runs/PReNetModule/fit-1"
     assert {last(run)["epoch"], torch.load(run / "checkpoints/best.ckpt", weights_only=True)["epoch"]} == {0}
-    assert_nothing_spoiled(run)
+    assert_files_finite(run)
 
 
-def test_weights_that_are_not_finite_are_not_saved(place, capsys, monkeypatch):
+def test_weights_that_are_not_finite_are_not_saved(all_methods, capsys, monkeypatch):
     cls = methods.PReNetModule
 
     def spoil(self):
@@ -112,15 +101,15 @@ def test_weights_that_are_not_finite_are_not_saved(place, capsys, monkeypatch):
     monkeypatch.setattr(cls, "on_train_epoch_end", spoil)
     assert main(["fit", "--config", "PReNetModule.yaml"]) == 2
     assert "epoch 1" in capsys.readouterr().err
-    run = place / "runs/PReNetModule/fit-1"
+    run = all_methods / "runs/PReNetModule/fit-1"
     assert last(run)["epoch"] == 0
-    assert_nothing_spoiled(run)
+    assert_files_finite(run)
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together(place):
-    """The loss of one rank is not finite, and has no gradient: the other rank could not know."""
-    script = place / "ranks.py"
+def test_two_processes_stop_together(all_methods):
+    """The loss of one rank is not finite, which the other rank cannot see in its gradient."""
+    script = all_methods / "ranks.py"
     script.write_text(
         "import sys, torch\n"
         "from derain.cli import main\n"
@@ -138,14 +127,14 @@ def test_two_processes_stop_together(place):
     assert process.returncode == 2, output
     assert "Traceback" not in output
     assert "epoch 0, step 2" in output
-    assert_nothing_spoiled(place / "runs/PReNetModule/fit-1")
+    assert_files_finite(all_methods / "runs/PReNetModule/fit-1")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_two_processes_stop_together_after_validation(place, rank):
-    """The image of one rank is not finite: the other waits for its scores."""
-    script = place / "ranks.py"
+def test_two_processes_stop_together_after_validation(all_methods, rank):
+    """The image of one rank is not finite; the other rank waits for its scores."""
+    script = all_methods / "ranks.py"
     script.write_text(
         "import sys\n"
         "from derain.cli import main\n"
@@ -163,11 +152,11 @@ def test_two_processes_stop_together_after_validation(place, rank):
     assert process.returncode == 2, output
     assert "Traceback" not in output
     assert f"epoch 0, step 5, images {rank + 1};" in output
-    assert_nothing_spoiled(place / "runs/PReNetModule/fit-1")
+    assert_files_finite(all_methods / "runs/PReNetModule/fit-1")
 
 
 class Scaled(LightningModule):
-    """One weight whose gradient overflows half precision when the loss is scaled by more than it bears."""
+    """A weight whose gradient overflows if the loss is scaled by more than ``finite_from``."""
 
     def __init__(self, finite_from):
         super().__init__()
@@ -194,16 +183,16 @@ class Scaled(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-@pytest.mark.parametrize("bearable", [2.0, 0.25])
-def test_an_infinite_gradient_is_left_to_the_scaler_while_it_can_help(bearable):
-    module = Scaled(bearable)
+@pytest.mark.parametrize("finite_from", [2.0, 0.25])
+def test_the_scaler_handles_an_infinite_gradient_while_losses_are_scaled(finite_from):
+    module = Scaled(finite_from)
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000))
     trainer = Trainer(
         **{"accelerator": "cpu", "max_steps": 6, "logger": False, "enable_checkpointing": False},
         **{"enable_progress_bar": False, "enable_model_summary": False, "plugins": plugin},
     )
     loader = torch.utils.data.DataLoader(torch.zeros(8, 1))
-    if bearable < 1:
+    if finite_from < 1:
         with pytest.raises(DerainError, match="gradient"):
             trainer.fit(module, loader)
         assert torch.equal(module.weight, torch.ones(2))
@@ -214,7 +203,7 @@ def test_an_infinite_gradient_is_left_to_the_scaler_while_it_can_help(bearable):
         assert (module.weight < 1).all()
 
 
-def test_what_is_large_is_finite():
+def test_large_values_are_finite():
     module = methods.PReNetModule(stages=1)
     with pytest.raises(DerainError):
         require_finite(_attached(module), [torch.tensor([1.0, float("-inf")])], "weights are")

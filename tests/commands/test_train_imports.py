@@ -15,7 +15,7 @@ CONFIG = {
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def workdir(tmp_path, monkeypatch):
     """A working directory with data and ``exp.yaml``."""
     make_set(tmp_path / "data", "Rain800", "train", count=9)
     (tmp_path / "exp.yaml").write_text(yaml.safe_dump(CONFIG))
@@ -39,25 +39,25 @@ def place(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_what_runs_commands_is_refused(place, monkeypatch, capsys, module, option, named):
-    (place / "named.py").write_text(module)
-    monkeypatch.syspath_prepend(place)
-    (place / "evil.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [option]}}))
+def test_what_runs_commands_is_refused(workdir, monkeypatch, capsys, module, option, named):
+    (workdir / "named.py").write_text(module)
+    monkeypatch.syspath_prepend(workdir)
+    (workdir / "evil.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [option]}}))
     assert main(["fit", "--config", "exp.yaml", "--config", "evil.yaml"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert named in error
     assert "may not name" in error
-    assert not (place / "runs").exists()
+    assert not (workdir / "runs").exists()
 
 
-def test_classes_of_an_own_file_lightning_and_torch_are_used(place, monkeypatch):
-    (place / "own_method.py").write_text(
+def test_classes_of_an_own_file_lightning_and_torch_are_used(workdir, monkeypatch):
+    (workdir / "own_method.py").write_text(
         "from derain.methods import PReNetModule\n"
         "class OwnModule(PReNetModule):\n    '''PReNet of an own file.'''\n"
         "def began(trainer, module):\n    open('began', 'w').close()\n"
     )
-    monkeypatch.syspath_prepend(place)
+    monkeypatch.syspath_prepend(workdir)
     callbacks = [
         {"class_path": LAMBDA, "init_args": {"on_fit_start": "own_method.began"}},
         {"class_path": "lightning.pytorch.callbacks.ModelSummary", "init_args": {"max_depth": 1}},
@@ -67,7 +67,7 @@ def test_classes_of_an_own_file_lightning_and_torch_are_used(place, monkeypatch)
         "model": {"class_path": "own_method.OwnModule"},
         "trainer": {"callbacks": callbacks, "profiler": {"class_path": "lightning.pytorch.profilers.SimpleProfiler"}},
     }
-    (place / "own.yaml").write_text(yaml.safe_dump(own))
+    (workdir / "own.yaml").write_text(yaml.safe_dump(own))
     assert main(["fit", "--config", "exp.yaml", "--config", "own.yaml"]) == 0
-    assert (place / "began").is_file()
-    assert (place / "runs/exp/fit-1/weights.safetensors").is_file()
+    assert (workdir / "began").is_file()
+    assert (workdir / "runs/exp/fit-1/weights.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""Training resumed from a checkpoint that was saved anywhere: as if nothing had happened."""
+"""A training that is resumed from any checkpoint equals an uninterrupted one to the last bit."""
 
 import os
 import shutil
@@ -14,26 +14,16 @@ from safetensors.torch import load_file
 from derain.cli import main
 from derain.methods import DerainModule, PReNetModule
 from tests.kills import killed_equals_whole
-from tests.runs import differing, finish, last, metrics, start
-from tests.tiny import MODELS, write_configs
+from tests.runs import differing, finish, last, metrics, start, wait_for
+from tests.tiny import MODELS
 
 METHODS = [pytest.param(name, marks=[pytest.mark.slow] * (name != "PReNetModule")) for name in MODELS]
 WITHIN, AT_THE_END, IN_THE_NEXT = 3, 4, 6  # of epochs of four steps
 WORSE = ["--model.milestones", "[1]", "--model.decay", "100"]  # the second epoch
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A working directory with a configuration of every method."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("DERAIN_DATA", "DERAIN_CACHE"):
-        monkeypatch.setenv(name, "")
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    return write_configs(tmp_path)
-
-
 def logged(run):
-    """Losses and validation scores, step by step."""
+    """Return losses and validation scores by step."""
     return [
         {name: value for name, value in row.items() if value}
         for row in metrics(run, "train/loss", "val/psnr", "val/rainy_psnr")
@@ -41,7 +31,7 @@ def logged(run):
 
 
 def resumed(config, checkpoint, *options):
-    """A new run that resumes a checkpoint."""
+    """Resume a checkpoint in a new run; return its folder."""
     root = f"resumed-{Path(checkpoint).stem}"
     resume = ["--ckpt_path", str(checkpoint), "--trainer.default_root_dir", root]
     assert main(["fit", "--config", config, *resume, *options]) == 0
@@ -49,23 +39,23 @@ def resumed(config, checkpoint, *options):
 
 
 def assert_equal_runs(whole, again, rows=True):
-    one, two = last(whole), last(again)
+    expected, actual = last(whole), last(again)
     for state in ("state_dict", "ema"):
-        assert differing(one.get(state, {}), two.get(state, {})) == []
-    for mine, other in zip(one["optimizer_states"], two["optimizer_states"], strict=True):
-        assert differing(mine["state"], other["state"]) == []
-    assert (one["epoch"], one["global_step"]) == (two["epoch"], two["global_step"])
-    assert one["position"]["steps"] == two["position"]["steps"]
+        assert differing(expected.get(state, {}), actual.get(state, {})) == []
+    for first, second in zip(expected["optimizer_states"], actual["optimizer_states"], strict=True):
+        assert differing(first["state"], second["state"]) == []
+    assert (expected["epoch"], expected["global_step"]) == (actual["epoch"], actual["global_step"])
+    assert expected["position"]["steps"] == actual["position"]["steps"]
     if rows:
         added = logged(again)
         assert added == logged(whole)[-len(added) :]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_any_method_resumes_from_any_step(place, method):
+def test_any_method_resumes_from_any_step(all_methods, method):
     config = f"{method}-steps.yaml"
     assert main(["fit", "--config", config]) == 0
-    whole = place / f"runs/{method}-steps/fit-1"
+    whole = all_methods / f"runs/{method}-steps/fit-1"
     for step in (WITHIN, AT_THE_END, IN_THE_NEXT):
         again = resumed(config, whole / f"checkpoints/step-{step}.ckpt")
         assert_equal_runs(whole, again)
@@ -75,55 +65,56 @@ def test_any_method_resumes_from_any_step(place, method):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--trainer.max_steps", "7", "--trainer.max_epochs", "-1"],
+        pytest.param(["--trainer.max_steps", "7", "--trainer.max_epochs", "-1"], marks=pytest.mark.slow),
         ["--trainer.accumulate_grad_batches", "3", "--trainer.val_check_interval", "2"],
-        ["--trainer.check_val_every_n_epoch", "2"],
-        ["--trainer.limit_train_batches", "3"],
-        ["--data.workers", "2"],
+        pytest.param(["--trainer.check_val_every_n_epoch", "2"], marks=pytest.mark.slow),
+        pytest.param(["--trainer.limit_train_batches", "3"], marks=pytest.mark.slow),
+        pytest.param(["--data.workers", "2"], marks=pytest.mark.slow),
     ],
 )
-def test_any_option_of_the_trainer_resumes(place, options):
+def test_any_option_of_the_trainer_resumes(all_methods, options):
     config = "PReNetModule-steps.yaml"
     assert main(["fit", "--config", config, *options]) == 0
-    whole = place / "runs/PReNetModule-steps/fit-1"
+    whole = all_methods / "runs/PReNetModule-steps/fit-1"
     for file in sorted((whole / "checkpoints").glob("*.ckpt")):
         if last(whole)["global_step"] > torch.load(file, weights_only=True)["global_step"]:
             assert_equal_runs(whole, resumed(config, file, *options))
 
 
-def test_from_the_best_checkpoint_too(place):
+def test_from_the_best_checkpoint_too(all_methods):
     config = "PReNetModule.yaml"
     assert main(["fit", "--config", config, *WORSE]) == 0
-    whole = place / "runs/PReNetModule/fit-1"
+    whole = all_methods / "runs/PReNetModule/fit-1"
     best = torch.load(whole / "checkpoints/best.ckpt", weights_only=True)
     assert best["global_step"] == 4
     again = resumed(config, whole / "checkpoints/best.ckpt", *WORSE)
     assert_equal_runs(whole, again)
 
 
-def exported(run):
-    """Weights that a run exports, and those of its last checkpoint."""
+def run_weights(run):
+    """Load the weights of a run, and the average of its last checkpoint."""
     return load_file(run / "weights.safetensors"), last(run)["ema"]["network"]
 
 
-def test_the_best_epoch_is_kept_in_a_new_folder(place):
+def test_the_best_checkpoint_is_copied_to_a_new_folder(all_methods):
     config = "PReNetModule-steps.yaml"
     assert main(["fit", "--config", config, *WORSE]) == 0
-    whole = place / "runs/PReNetModule-steps/fit-1"
-    weights, after = exported(whole)
+    whole = all_methods / "runs/PReNetModule-steps/fit-1"
+    weights, after = run_weights(whole)
     assert differing(weights, after)
     checkpoint = whole / f"checkpoints/step-{IN_THE_NEXT}.ckpt"
     again = resumed(config, checkpoint, *WORSE)
-    assert differing(weights, exported(again)[0]) == []
-    moved = Path(shutil.move(whole, place / "moved"))
+    assert differing(weights, run_weights(again)[0]) == []
+    moved = Path(shutil.move(whole, all_methods / "moved"))
     again = resumed(config, moved / "checkpoints" / checkpoint.name, *WORSE, "--trainer.default_root_dir", "moved-on")
-    assert differing(weights, exported(place / "moved-on/fit-1")[0]) == []
+    assert differing(weights, run_weights(all_methods / "moved-on/fit-1")[0]) == []
 
 
-def test_the_best_epoch_starts_anew_where_scores_cannot_be_compared(place, caplog):
+@pytest.mark.slow
+def test_the_best_score_is_discarded_if_scores_cannot_be_compared(all_methods, caplog):
     config = "PReNetModule-steps.yaml"
     assert main(["fit", "--config", config, *WORSE]) == 0
-    whole = place / "runs/PReNetModule-steps/fit-1"
+    whole = all_methods / "runs/PReNetModule-steps/fit-1"
     again = [*WORSE, "--trainer.max_epochs", "3"]
     for root, change, note in [
         ("protocol", ["--protocol", "[rgb]"], "--protocol ['rgb']"),
@@ -136,16 +127,16 @@ def test_the_best_epoch_starts_anew_where_scores_cannot_be_compared(place, caplo
             (whole / "checkpoints/best.ckpt").unlink()
         caplog.clear()
         resumed(config, whole / "checkpoints/last.ckpt", *again, *change, "--trainer.default_root_dir", root)
-        weights, after = exported(place / root / "fit-1")
+        weights, after = run_weights(all_methods / root / "fit-1")
         assert differing(weights, after) == []
         assert [note in record.message for record in caplog.records if "best.ckpt" in record.message] == [True]
         assert "0 of" not in caplog.text
 
 
-def test_another_order_is_refused(place, capsys):
+def test_another_order_of_batches_is_an_error(all_methods, capsys):
     config = "PReNetModule-steps.yaml"
     assert main(["fit", "--config", config, "--trainer.max_epochs", "1"]) == 0
-    files = place / f"runs/{Path(config).stem}/fit-1/checkpoints"
+    files = all_methods / f"runs/{Path(config).stem}/fit-1/checkpoints"
     again = ["fit", "--config", config, "--data.batch_size", "3", "--ckpt_path"]
     assert main([*again, str(files / "step-2.ckpt")]) == 2
     assert "--data.batch_size 3" in capsys.readouterr().err
@@ -160,7 +151,7 @@ def test_another_order_is_refused(place, capsys):
         ("--seed_everything 5", "--seed_everything 0"),
     ],
 )
-def test_other_steps_of_an_epoch_are_refused(place, capsys, options, changed):
+def test_other_steps_of_an_epoch_are_errors(all_methods, capsys, options, changed):
     config = "PReNetModule-steps.yaml"
     assert main(["fit", "--config", config, "--trainer.max_epochs", "1", *options.split()]) == 0
     checkpoint = "runs/PReNetModule-steps/fit-1/checkpoints/step-1.ckpt"
@@ -168,24 +159,24 @@ def test_other_steps_of_an_epoch_are_refused(place, capsys, options, changed):
     assert f"{changed}: " in capsys.readouterr().err
 
 
-def test_another_seed_of_the_data_is_refused(place, capsys):
+def test_another_seed_of_the_data_is_an_error(all_methods, capsys):
     assert main(["fit", "--config", "PReNetModule.yaml", "--data.seed", "5"]) == 2
     assert "--data.seed 5" in capsys.readouterr().err
 
 
-def test_scheduled_accumulation_resumes_within_an_epoch(place):
+def test_scheduled_accumulation_resumes_within_an_epoch(all_methods):
     config = yaml.safe_load(Path("PReNetModule-steps.yaml").read_text())
     schedule = "lightning.pytorch.callbacks.GradientAccumulationScheduler"
     config["trainer"]["callbacks"].append({"class_path": schedule, "init_args": {"scheduling": {0: 1, 1: 2}}})
     Path("scheduled.yaml").write_text(yaml.safe_dump(config))
     assert main(["fit", "--config", "scheduled.yaml"]) == 0
-    whole = place / "runs/scheduled/fit-1"
+    whole = all_methods / "runs/scheduled/fit-1"
     assert last(whole)["global_step"] == 6
     again = resumed("scheduled.yaml", whole / "checkpoints/step-5.ckpt")
     assert_equal_runs(whole, again)
 
 
-def test_a_signal_stops_within_a_validation(place, monkeypatch):
+def test_a_signal_stops_within_a_validation(all_methods, monkeypatch):
     config = ["fit", "--config", "PReNetModule.yaml", "--data.val", "Rain800"]
     assert main([*config, "--trainer.default_root_dir", "whole"]) == 0
     kept, scored = DerainModule.validation_step, []
@@ -199,17 +190,17 @@ def test_a_signal_stops_within_a_validation(place, monkeypatch):
     monkeypatch.setattr(DerainModule, "validation_step", signalled)
     assert main([*config, "--trainer.default_root_dir", "ended"]) == 128 + signal.SIGTERM
     assert scored == [0]
-    assert last(place / "ended/fit-1")["global_step"] == 10
+    assert last(all_methods / "ended/fit-1")["global_step"] == 10
     monkeypatch.setattr(DerainModule, "validation_step", kept)
     assert main([*config, "--trainer.default_root_dir", "ended", "--ckpt_path", "last"]) == 0
-    assert_equal_runs(place / "whole/fit-1", place / "ended/fit-1")
+    assert_equal_runs(all_methods / "whole/fit-1", all_methods / "ended/fit-1")
 
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "fit", "SLURM_NODELIST": "127.0.0.1", "SLURM_NTASKS": "1"}
 SLURM |= {f"SLURM_{name}ID": "0" for name in ("PROC", "LOCAL", "NODE")}
 
 
-def test_a_job_that_cannot_be_requeued_keeps_its_position(place, monkeypatch, caplog):
+def test_a_job_that_cannot_be_requeued_keeps_its_position(all_methods, monkeypatch, caplog):
     for name, value in (SLURM | {"PATH": ""}).items():
         monkeypatch.setenv(name, value)
     kept, calls = PReNetModule.training_step, []
@@ -225,15 +216,15 @@ def test_a_job_that_cannot_be_requeued_keeps_its_position(place, monkeypatch, ca
     assert main(["fit", "--config", "PReNetModule.yaml"]) == 128 + signal.SIGTERM
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    assert last(place / "runs/PReNetModule/fit-7")["global_step"] == 6
+    assert last(all_methods / "runs/PReNetModule/fit-7")["global_step"] == 6
     assert "job 7 was not requeued" in caplog.text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_the_step_where_it_stops(place, sent):
+def test_a_signal_saves_the_step_where_it_stops(all_methods, sent):
     """SIGTERM, and what SLURM sends before time is up: it wants the job in the queue again."""
-    scontrol = place / "bin/scontrol"
+    scontrol = all_methods / "bin/scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text("#!/bin/sh\ncp ended/fit-7/checkpoints/last.ckpt requeued.ckpt\n")
     scontrol.chmod(0o755)
@@ -242,30 +233,26 @@ def test_a_signal_saves_the_step_where_it_stops(place, sent):
     config += ["--trainer.accumulate_grad_batches", "2"]
     assert main([*config, "--trainer.default_root_dir", "whole"]) == 0
     process = start(*config, "--trainer.default_root_dir", "ended", **variables)
-    run = place / ("ended/fit-7" if variables else "ended/fit-1")
-    while not (run / "checkpoints/last.ckpt").exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.02)
+    run = all_methods / ("ended/fit-7" if variables else "ended/fit-1")
+    wait_for(run / "checkpoints/last.ckpt", process)
     os.kill(process.pid, sent)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, output
     assert 2 <= last(run)["global_step"] < 40
     if variables:  # requeued after the position was saved
-        assert (place / "requeued.ckpt").read_bytes() == (run / "checkpoints/last.ckpt").read_bytes()
+        assert (all_methods / "requeued.ckpt").read_bytes() == (run / "checkpoints/last.ckpt").read_bytes()
     assert not list(run.glob("hpc_ckpt*"))
     assert main([*config, "--trainer.default_root_dir", "ended", "--ckpt_path", "last"]) == 0
-    assert_equal_runs(place / "whole/fit-1", run)
+    assert_equal_runs(all_methods / "whole/fit-1", run)
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_processes_stops_both(place):
+def test_a_signal_to_one_of_two_processes_stops_both(all_methods):
     config = ["fit", "--config", "PReNetModule.yaml", "--trainer.max_epochs", "20", "--data.batch_size", "1"]
     config += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     process = start(*config)
-    run = place / "runs/PReNetModule/fit-1"
-    while not (run / "checkpoints/last.ckpt").exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.02)
+    run = all_methods / "runs/PReNetModule/fit-1"
+    wait_for(run / "checkpoints/last.ckpt", process)
     os.kill(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, output
@@ -274,16 +261,16 @@ def test_a_signal_to_one_of_two_processes_stops_both(place):
     assert 4 <= stopped["global_step"] < 80
     finish(*config, "--trainer.default_root_dir", "whole")
     finish(*config, "--ckpt_path", "last")
-    assert_equal_runs(place / "whole/fit-1", run)
+    assert_equal_runs(all_methods / "whole/fit-1", run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["PReNetModule", "PLNLINGANModule"])
-def test_two_processes_resume_within_an_epoch(place, method):
+def test_two_processes_resume_within_an_epoch(all_methods, method):
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp_find_unused_parameters_true", "--data.batch_size", "1"]
     fit = ["fit", "--config", f"{method}-steps.yaml", *two]
     finish(*fit)
-    whole = place / f"runs/{method}-steps/fit-1"
+    whole = all_methods / f"runs/{method}-steps/fit-1"
     finish(*fit, "--ckpt_path", str(whole / "checkpoints/step-2.ckpt"), "--trainer.default_root_dir", "again")
     assert_equal_runs(whole, Path("again/fit-1"))
 
@@ -301,7 +288,7 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_changed_options_are_used_as_if_the_run_had_begun_with_them(place, method, monkeypatch):
+def test_changed_options_apply_as_if_the_run_had_started_with_them(all_methods, method, monkeypatch):
     """Rates and weight decay of every step after the resume are those of a run with these options."""
     used = []
 
@@ -315,32 +302,32 @@ def test_changed_options_are_used_as_if_the_run_had_begun_with_them(place, metho
     for kind in (torch.optim.Adam, torch.optim.AdamW):
         monkeypatch.setattr(kind, "step", spy(kind.step))
     config = f"{method}-steps.yaml"
-    assert main(["fit", "--config", config, *CHANGED[method], "--trainer.default_root_dir", "wanted"]) == 0
-    wanted = list(used)
+    assert main(["fit", "--config", config, *CHANGED[method], "--trainer.default_root_dir", "expected"]) == 0
+    expected = list(used)
     assert main(["fit", "--config", config]) == 0
-    assert used[len(wanted) :] != wanted
+    assert used[len(expected) :] != expected
     used.clear()
-    resumed(config, place / f"runs/{method}-steps/fit-1/checkpoints/step-6.ckpt", *CHANGED[method])
+    resumed(config, all_methods / f"runs/{method}-steps/fit-1/checkpoints/step-6.ckpt", *CHANGED[method])
     assert used
-    for step, expected in zip(used, wanted[-len(used) :], strict=True):
-        assert step == [pytest.approx(group) for group in expected]
+    for step, groups in zip(used, expected[-len(used) :], strict=True):
+        assert step == [pytest.approx(group) for group in groups]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [False, True])
-def test_a_run_killed_twice_at_random_moments(place, steps):
-    assert killed_equals_whole("PReNetModule", place, kills=2, steps=steps, slowest=1.0) == 2
+def test_a_run_killed_twice_at_random_moments(all_methods, steps):
+    assert killed_equals_whole("PReNetModule", all_methods, kills=2, steps=steps, slowest=1.0) == 2
 
 
-def test_what_killed_runs_left_is_removed_at_the_next_start(place):
+def test_unfinished_files_of_killed_runs_are_removed_at_the_next_start(all_methods):
     config = ["fit", "--config", "PReNetModule.yaml"]
     assert main(config) == 0
-    old, new = (place / f"runs/PReNetModule/fit-1/checkpoints/.0123456{n}-last.ckpt" for n in (0, 1))
+    old, new = (all_methods / f"runs/PReNetModule/fit-1/checkpoints/.0123456{n}-last.ckpt" for n in (0, 1))
     for file in (old, new):
         file.write_text("half")
     os.utime(old, (time.time() - 7200,) * 2)
     assert main([*config, "--trainer.max_epochs", "1"]) == 0
     assert (old.exists(), new.exists()) == (False, True)  # the young one may be another process's
-    os.utime(place / "runs/PReNetModule/fit-1/checkpoints/last.ckpt")
+    os.utime(all_methods / "runs/PReNetModule/fit-1/checkpoints/last.ckpt")
     assert main([*config, "--trainer.max_epochs", "3", "--ckpt_path", "last"]) == 0
     assert not new.exists()

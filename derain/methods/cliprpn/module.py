@@ -86,6 +86,13 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
 
     metadata_schema: ClassVar[Any] = CLIPRPNMetadata
     bytes_per_pixel: ClassVar[int] = 4700
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "CLIP-RPN, 1 route": {"perception": "none"},
+        "CLIP-RPN, 2 routes": {"perception": "fixed"},
+        "CLIP-RPN, 3 routes": {"perception": "fixed", "prompts": "1"},
+        "CLIP-RPN without MGCA": {"perception": "fixed", "mgca": False},
+        "CLIP-RPN, tiny": {"perception": "fixed", "dim": 16, "blocks": (1, 1, 1, 1), "refinement": 1},
+    }
     may_change = DerainModule.may_change | {
         "clip",
         "loss",

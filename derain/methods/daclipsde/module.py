@@ -1,4 +1,4 @@
-"""DA-CLIP + IR-SDE as a LightningModule: what is perceived of an image, which times are trained, how it is sampled."""
+"""Lightning module of DA-CLIP + IR-SDE: contexts, training times and sampling."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,11 +27,11 @@ log = logging.getLogger("derain")
 
 Contexts = Literal["both", "content", "degradation", "none"]
 Tiled = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
-"""Applies a function of images to an image, tile by tile or whole."""
+"""Function that applies a function of images to an image, as a whole or tile by tile."""
 
 
 class Speeds(TypedDict):
-    """A schedule of the SDE, as `MeanRevertingSDE.state` returns it."""
+    """Schedule of the SDE, as `MeanRevertingSDE.state` returns it."""
 
     max_sigma: float
     eps: float
@@ -47,29 +47,29 @@ class DACLIPSDEMetadata(Metadata):
 
 
 class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
-    """DA-CLIP + IR-SDE: a degradation-aware CLIP controller steers a mean-reverting SDE.
+    """DA-CLIP + IR-SDE: mean-reverting SDE, conditioned on the embeddings of a degradation-aware CLIP controller.
 
     Pullabhotla, Image Deraining using Degradation-aware CLIP; Luo et al., ICML 2023 (IR-SDE) and ICLR 2024 (DA-CLIP).
-    The network estimates noise; restoring runs it ``sampling.steps`` times. Controller and CLIP are frozen and part
-    neither of checkpoints nor of optimisers. Without contexts, this is IR-SDE alone.
+    The network estimates noise; ``forward`` runs it ``sampling.steps`` times. Controller and CLIP are frozen, and not
+    part of checkpoints and optimisers. Without contexts, the method is IR-SDE.
 
     Args:
-        contexts: What the network is told of the image: the ``content`` embedding by cross-attention in the bottom
-            blocks, the ``degradation`` embedding by a prompt added to the time, ``both``, or ``none``.
+        contexts: Embeddings that the network is conditioned on: ``content``, by cross-attention in the deepest blocks;
+            ``degradation``, by a prompt that is added to the time embedding; ``both``; or ``none``.
         clip: Id on the Hugging Face hub, or a local directory.
-        controller: File of weights of `DACLIPModule`, or the authors' checkpoint of DA-CLIP.
-        channels: At full resolution.
-        multipliers: Channels after each level as multiples; IR-SDE: 2, 4, 8, 16.
+        controller: Weights of `DACLIPModule`, or the authors' checkpoint of DA-CLIP.
+        channels: Channels at full resolution.
+        multipliers: Channels after each level, as multiples of ``channels``; IR-SDE: 2, 4, 8, 16.
         attention: ``linear`` at every level, or ``none``.
         context: Size of CLIP's embeddings.
-        max_sigma: Stationary noise λ, of 255; IR-SDE for rain: 10.
-        sde_steps: T, the times of the schedule.
-        eps: What is left of the clean image's residual at T.
-        schedule: Of the speed θ.
-        residual: Standard deviation of clean minus rainy images, if the network shall estimate only what a state
-            itself does not tell of its noise, and errors of that count alike at all times: small networks learn much
-            faster. Not in the paper; Karras et al., NeurIPS 2022.
-        learning_rate: Of AdamW without weight decay, betas 0.9 and 0.99; IR-SDE: 1e-4.
+        max_sigma: Stationary standard deviation λ of the noise, of 255; IR-SDE for rain: 10.
+        sde_steps: T, the number of steps of the schedule.
+        eps: Share of the clean image's residual that remains at T.
+        schedule: How the speed θ changes with time.
+        residual: Standard deviation of clean minus rainy images, for preconditioning: the network estimates only the
+            part of the noise that is not linear in the state, with the same weight at all times. Small networks then
+            train much faster. Not in the paper; Karras et al., NeurIPS 2022. Default: no preconditioning.
+        learning_rate: Learning rate of AdamW without weight decay, betas 0.9 and 0.99; IR-SDE: 1e-4.
         decay: The learning rate falls along a ``cosine`` to 1e-6, or is halved at 2/7, 4/7 and 6/7 of the steps
             (``halving``, IR-SDE: 200, 400 and 600 of 700 thousand).
 
@@ -78,6 +78,11 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
     """
 
     bytes_per_pixel: ClassVar[int] = 6000
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "IR-SDE, one step": {"contexts": "none", "multipliers": (2, 4, 8, 16)},
+        "DA-CLIP + IR-SDE, one step": {},
+        "IR-SDE, tiny, one step": {"contexts": "none", "channels": 16, "attention": "none"},
+    }
     metadata_schema: ClassVar[Any] = DACLIPSDEMetadata
     may_change = DerainModule.may_change | {"clip", "controller"}
 
@@ -100,11 +105,17 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        content, degradation = contexts in {"both", "content"}, contexts in {"both", "degradation"}
         if residual is not None and residual <= 0:
-            raise DerainError(f"--model.residual {residual}: must be above 0, or none")
+            raise DerainError(f"--model.residual {residual}: expected a number above 0, or null")
         self.sde = MeanRevertingSDE(max_sigma, sde_steps, eps, schedule)
-        self.network: ConditionalUNet = ConditionalUNet(channels, multipliers, attention, content, degradation, context)
+        self.network: ConditionalUNet = ConditionalUNet(
+            channels,
+            multipliers,
+            attention,
+            content=contexts in {"both", "content"},
+            degradation=contexts in {"both", "degradation"},
+            context=context,
+        )
         self.perception = Perception(clip, controller) if contexts != "none" else None
         self.sampling = Sampling(steps=min(10, sde_steps))
         self.published = False
@@ -112,8 +123,8 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
     @property
     def wanted(self) -> list[str]:
         """Names of the embeddings that the network is conditioned on."""
-        chosen = self.hparams["contexts"]
-        return [name for name in ("content", "degradation") if chosen in {"both", name}]
+        contexts = self.hparams["contexts"]
+        return [name for name in ("content", "degradation") if contexts in {"both", name}]
 
     def sample_by(self, sampling: Sampling) -> None:
         """Set solver, number of steps and seed.
@@ -129,20 +140,21 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         """Find or fetch CLIP and the controller.
 
         Raises:
-            DerainError: If they cannot be had, or their embeddings are of another size.
+            DerainError: If they are not available, or the size of their embeddings is not ``context``.
         """
         if self.perception is None:
             return
         if self.published and self.perception.file is None:
             raise DerainError(
-                "the authors' U-Net of DA-CLIP needs the controller of its training (daclip_ViT-B-32.pt); name it by "
+                "the authors' U-Net of DA-CLIP requires its controller (daclip_ViT-B-32.pt); name the file by "
                 "DERAIN_CONTROLLER"
             )
         size = self.perception.controller.projection.out_features
-        if size != self.hparams["context"]:
+        context = self.hparams["context"]
+        if size != context:
             raise DerainError(
-                f"--model.context {self.hparams['context']}: CLIP {self.perception.clip.name} gives {size} numbers; "
-                f"set --model.context {size}"
+                f"--model.context {context}: embeddings of CLIP {self.perception.clip.name} have size {size}; set "
+                f"--model.context {size}"
             )
 
     def encode(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
@@ -185,10 +197,9 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         conditions = {"content": content, "degradation": degradation}
         if content is None and degradation is None:
             conditions |= self.encode(rainy)
-        conditions = {
-            name: embedding if embedding is None else embedding.to(rainy.device)
-            for name, embedding in conditions.items()
-        }
+        for name, embedding in conditions.items():
+            if embedding is not None:
+                conditions[name] = embedding.to(rainy.device)
 
         def estimate(state: Tensor, time: int) -> Tensor:
             times = torch.full((len(rainy),), time)
@@ -204,29 +215,36 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         times: Int[Tensor, " b"],
         **contexts: Any,
     ) -> Float[Tensor, "b 3 h w"]:
-        """Estimates the noise in states at times (on the CPU)."""
-        there = times.to(state.device, non_blocking=state.is_cuda)
+        """Estimate the noise in states.
+
+        Args:
+            state: ``x(t)``.
+            rainy: ``μ``, in [0, 1].
+            times: ``t``, on the CPU.
+            **contexts: Embeddings that the network is conditioned on.
+        """
+        device_times = times.to(state.device, non_blocking=state.is_cuda)
         if self.hparams["residual"] is None:
-            return cast(Tensor, self.network(state, rainy, there, **contexts))
-        scale, kept, left = self.sde.precondition(times, self.hparams["residual"], state)
-        away = state - rainy
-        estimated: Tensor = self.network(rainy + scale * away, rainy, there, **contexts)
-        return kept * away + left * estimated.float()
+            return cast(Tensor, self.network(state, rainy, device_times, **contexts))
+        scale, slope, error = self.sde.precondition(times, self.hparams["residual"], state)
+        distance = state - rainy
+        estimated: Tensor = self.network(rainy + scale * distance, rainy, device_times, **contexts)
+        return slope * distance + error * estimated.float()
 
     def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Any:
-        """Estimate the noise of one step, for embeddings of ones."""
+        """Estimate the noise of one step, with embeddings of ones."""
         ones = rainy.new_ones(len(rainy), self.hparams["context"])
         return self.network(rainy, rainy, rainy.new_ones(len(rainy)), **dict.fromkeys(self.wanted, ones))
 
     def export_graph(self) -> Graph:
-        """Return one pass of the network: the noise in a state; the solver stays outside.
+        """Return one pass of the network, which estimates the noise in a state; the solver is not part of the graph.
 
         Raises:
-            DerainError: If the network is a graph that was exported already.
+            DerainError: If the network is an exported graph.
         """
         network = self.network
         if not isinstance(network, ConditionalUNet):
-            raise DerainError("DACLIPSDEModule with an exported graph: cannot be exported again; use its weights")
+            raise DerainError("DACLIPSDEModule: an exported graph cannot be exported again; use the weights")
         inputs = ["state", "rainy", "times", *self.wanted]
         return Graph(
             network,
@@ -257,7 +275,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         self.check_requirements()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the loss against the optimum reverse step at a random time of each image."""
+        """Return the matching loss at a random time of each image, or the preconditioned error of the noise."""
         rainy, clean = batch["rainy"], batch["clean"]
         times = torch.randint(1, self.sde.steps + 1, (len(rainy),))
         noise = torch.randn_like(rainy)
@@ -266,8 +284,8 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         if self.hparams["residual"] is None:
             loss = matching_loss(self.sde, estimated, state, clean, rainy, times)
         else:
-            left = self.sde.precondition(times, self.hparams["residual"], rainy)[2]
-            loss = ((estimated - noise).abs() / left).mean()
+            _, _, error = self.sde.precondition(times, self.hparams["residual"], rainy)
+            loss = ((estimated - noise).abs() / error).mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(rainy))
         return loss
 
@@ -276,7 +294,8 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         rate, steps = self.hparams["learning_rate"], self.steps
         optimizer = torch.optim.AdamW(self.network.parameters(), rate, betas=(0.9, 0.99), weight_decay=0)
         if self.hparams["decay"] == "halving":
-            factor = multiplied_at([max(1, round(steps * share / 7)) for share in (2, 4, 6)], 0.5)
+            milestones = [max(1, round(steps * sevenths / 7)) for sevenths in (2, 4, 6)]
+            factor = multiplied_at(milestones, 0.5)
         else:
             factor = warm_up_then_cosine(steps, 0.0, min(1.0, 1e-6 / rate))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -285,15 +304,15 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
     # Files.
 
     def metadata(self) -> dict[str, Any]:
-        """Return the metadata with the schedule, and the hashes of controller and CLIP."""
+        """Return the metadata with the schedule and the hashes of controller and CLIP."""
         hashes = self.perception.hashes if self.perception else {}
         return super().metadata() | {"sde": self.sde.state()} | hashes
 
     def restore_metadata(self, metadata: Mapping[str, Any]) -> None:
-        """Restore the schedule, and the hashes that controller and CLIP are expected to have.
+        """Restore the schedule, and the expected hashes of controller and CLIP.
 
         Raises:
-            DerainError: If the schedule has another number of steps than ``sde_steps``.
+            DerainError: If the number of steps of the schedule is not ``sde_steps``.
         """
         super().restore_metadata(metadata)
         if "sde" in metadata:
@@ -320,5 +339,5 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
             return None
         module.network.load_state_dict(dict(state), strict=True)
-        log.info("λ stands in no file: %g of 255, as in the settings of the authors' U-Net", sizes["max_sigma"])
+        log.info("λ is not recorded in the file: using %g of 255, as in the authors' settings", sizes["max_sigma"])
         return module

@@ -1,7 +1,7 @@
 """Lightning module of PLNLIN-MCDDL: alternating updates of generator and discriminator by manual optimisation."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -72,6 +72,10 @@ class PLNLINGANModule(DerainModule, Explains):
 
     compiles_any_size: ClassVar[bool] = False
     tile_multiple: ClassVar[int] = 56
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "PLNLIN": {},
+        "PLNLIN, tiny": {"channels": 16, "stages": (1, 1, 1, 1), "hierarchy": 1, "heads": 1},
+    }
 
     may_change = DerainModule.may_change | {"alpha", "clip"}
 

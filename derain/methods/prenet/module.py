@@ -43,6 +43,7 @@ class PReNetModule(DerainModule):
 
     bytes_per_pixel: ClassVar[int] = 1600
     published_options: ClassVar[frozenset[str]] = frozenset({"variant", "stages"})
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {variant: {"variant": variant} for variant in VARIANTS}
 
     def __init__(
         self,

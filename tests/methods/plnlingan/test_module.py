@@ -348,6 +348,17 @@ def test_infinite_gradient_stops_the_run():
     assert all(value.isfinite().all() for value in method.network.parameters())
 
 
+def test_checkpoints_with_the_former_name_of_updates_load(tmp_path):
+    trainer = fit(module_of_one_weight(), Batches(3, size=16))
+    trainer.save_checkpoint(tmp_path / "new.ckpt")
+    checkpoint = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    assert checkpoint["updates"] == 3
+    checkpoint["windows"] = checkpoint.pop("updates")
+    method = module_of_one_weight()
+    method.on_load_checkpoint(checkpoint)
+    assert method.updates == 3
+
+
 class SaveAt(lightning.Callback):
     """Write a checkpoint at the validation after a number of batches."""
 

@@ -1,0 +1,123 @@
+"""One-line messages for the errors of jsonargparse, which has only their text."""
+
+import inspect
+import re
+from collections.abc import Iterable
+from pydoc import locate
+
+from derain.options import unknown_argument
+
+TYPES = {
+    "NoneType": "null",
+    "list": "a list, as [a, b]",
+    "Sequence": "a list, as [a, b]",
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+}
+"""Types as users of a configuration know them."""
+
+UNKNOWN_OPTION = re.compile(
+    r"Option '(?P<nested>[\w.-]+)' is not accepted"
+    r"|does not accept option '(?P<full>[\w.-]+)'"
+    r"|unrecognized arguments: --(?P<argument>[^\s=]+)"
+)
+
+UNKNOWN_CLASS = "{key} {value}: no such class; give the name of an importable class"
+
+MESSAGES = {
+    r"unrecognized arguments: (?P<value>[^\s=]+)": "unexpected argument {value}; options begin with --",
+    r"arguments are required: (fit|validate|test|predict)\.(?P<value>\w+)": (
+        "--{value}: is missing; give it, or a --config FILE that has it"
+    ),
+    r"arguments are required: (?P<value>.*)": "{key} {class_path}: needs {value}",
+    r"File does not exist: '(?P<value>.*)'": "{key} {value}: no such file",
+    r"not correspond to a subclass of (?P<base>\w+)[\s\S]*Given value: (\{'class_path': ')?(?P<value>[\w.]+)": (
+        "{key} {value}: expected a class that derives from {base}"
+    ),
+    r"Expected a dot import path string: (?P<value>.*)": UNKNOWN_CLASS,
+    r"Expected an? (?P<type>.+)\. Got value: (?P<value>.*)": "{key} {value}: must be {type}",
+}
+"""Messages by a pattern in the text of an error; the first that matches is used."""
+
+
+def explain_config_error(text: str, known: Iterable[str] = ()) -> str:
+    r"""Return the error of a configuration or option in one line.
+
+    Args:
+        text: Text of the error, of one or several lines.
+        known: Known options, to suggest one for a misspelt option.
+
+    Example:
+        >>> explain_config_error("Parser key \"data.crop\":\n  Expected a <class 'int'>. Got value: abc")
+        '--data.crop abc: must be a whole number'
+    """
+    key = _option_of(text)
+    class_paths = re.findall(r"Problem with given class_path '([\w.]+)'", text)
+    class_path = class_paths[-1] if class_paths else ""
+    denied = re.search(r"Importing '([\w.]+)' is not allowed", text)
+    if denied:
+        return f"{key} {denied[1]}: not allowed, as it runs commands or loads code; name a class of Lightning or yours"
+    unknown = UNKNOWN_OPTION.search(text)
+    if unknown:
+        name = unknown["nested"] or unknown["full"] or unknown["argument"]
+        is_nested = unknown["nested"] or (class_path and unknown["argument"])
+        option = f"{key}.{name}" if is_nested else f"--{name}"
+        return unknown_argument(option, [*known, *_class_options(key, class_path)])
+    for pattern, template in MESSAGES.items():
+        match = re.search(pattern, text)
+        if match:
+            groups = match.groupdict()
+            groups["type"] = _type_name(groups.get("type", ""))
+            return template.format(key=key, class_path=class_path, **groups)
+    if class_path and not callable(locate(class_path)):
+        return UNKNOWN_CLASS.format(key=key, value=class_path)
+    return _explain_value(key, text) or _joined(text)
+
+
+def _option_of(text: str) -> str:
+    """Return the option that an error is about: the keys of nested parsers, joined."""
+    key = ""
+    for part in re.findall(r'Parser key "([\w.]+)"', text):
+        key = part if not key or part.startswith(f"{key}.") else f"{key}.{part}"
+    if key:
+        return f"--{key}"
+    option = re.search(r"--[\w.]+", text)
+    return option[0] if option else "--config"
+
+
+def _class_options(key: str, class_path: str) -> list[str]:
+    """Return the options of a class within a configuration."""
+    configured = locate(class_path) if class_path else None
+    if not callable(configured):
+        return []
+    return [f"{key}.{name}" for name in inspect.signature(configured).parameters]
+
+
+def _explain_value(key: str, text: str) -> str | None:
+    """Return a message about a value that has none of several types; None if the text is about something else."""
+    given = re.search(r"Given value: (.*)", text)
+    if not given:
+        return None
+    nested = re.fullmatch(r"NestedArg\(key='.*', val='(.*)'\)", given[1])
+    value = nested[1] if nested else given[1]
+    types = dict.fromkeys(_type_name(name) for name in re.findall(r"Expected an? (?!path but)(.+)", text))
+    if set(types) - {"null"}:
+        return f"{key} {value}: must be {' or '.join(types)}"
+    errors = re.search(r"Errors:\s+- ([\s\S]+?)\n\s+- ", text)
+    return f"{key}: {_joined(errors[1])}" if errors else None
+
+
+def _type_name(text: str) -> str:
+    """Return the name of a type as jsonargparse prints it, in plain words."""
+    choices = re.search(r"Literal\[(.*)\]", text)
+    if choices:
+        return f"one of {choices[1].replace(chr(39), '')}"
+    name = re.sub(r"<class '(.*)'>", r"\1", text).rpartition(".")[2]
+    return TYPES.get(name, name)
+
+
+def _joined(text: str) -> str:
+    """Return a text in one line."""
+    line = " ".join(text.split()).replace('"<unicode string>", ', "").removesuffix(":")
+    return line.replace("Problems parsing config", "--config: not YAML")

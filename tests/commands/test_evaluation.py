@@ -1,0 +1,148 @@
+"""What the training commands evaluate, and which weights a training ends with."""
+
+import functools
+import json
+import logging
+
+import pytest
+import torch
+import yaml
+
+from derain.cli import main
+from derain.data.datamodule import RainDataModule
+from derain.files.weights import read
+from derain.methods import DerainModule, PReNetModule
+from tests.factories import make_set
+from tests.runs import EXPERIMENT, error_line, fit, rows, with_callbacks
+
+
+def summary(workdir, name="exp/test-1"):
+    return json.loads((workdir / f"runs/{name}/summary.json").read_text())
+
+
+def test_evaluation_is_in_float32_by_default(workdir, caplog):
+    caplog.set_level(logging.INFO, "derain")
+    line = ["test", "--config", "bf16.yaml", "--weights", "w.safetensors"]
+    assert main(line) == 0
+    assert "bf16-mixed" in caplog.text
+    assert main([*line, "--trainer.precision", "bf16-mixed"]) == 0
+    assert main([*line[:2], "exp.yaml", *line[3:]]) == 0
+    summaries = [summary(workdir, name) for name in ("bf16/test-1", "bf16/test-2", "exp/test-1")]
+    precisions = [content["hardware"]["precision"] for content in summaries]
+    assert precisions == ["32-true", "bf16-mixed", "32-true"]
+    float32, bfloat16, default = (content["results"] for content in summaries)
+    assert float32 == default != bfloat16
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_weights_and_checkpoints_name_their_method(trained, command):
+    data = {"validate": "--data.train", "test": "--data.test", "predict": "--data.predict"}[command]
+    for file in (["--weights", "w.safetensors"], ["--ckpt_path", "runs/exp/fit-1/checkpoints/best.ckpt"]):
+        assert main([command, *file, data, "Rain800", "--trainer.accelerator", "cpu"]) == 0
+    if command == "test":
+        methods = [summary(trained, f"derain/test-{number}")["method"] for number in (1, 2)]
+        assert [method["hyper_parameters"]["variant"] for method in methods] == ["PReNet", "PRN_r"]
+
+
+def test_only_the_method_of_the_weights_is_built(workdir, monkeypatch):
+    config = {**EXPERIMENT, "model": {"class_path": "PReNetModule", "init_args": {"variant": "PRN_r", "stages": 4}}}
+    (workdir / "other.yaml").write_text(yaml.safe_dump(config))
+    stages, original = [], PReNetModule.__init__
+
+    @functools.wraps(original)
+    def build(self, **options):
+        stages.append(options["stages"])
+        original(self, **options)
+
+    monkeypatch.setattr(PReNetModule, "__init__", build)
+    assert main(["test", "--config", "other.yaml", "--weights", "w.safetensors"]) == 0
+    assert stages == [1]
+
+
+@pytest.mark.parametrize(
+    ("limit", "images"),
+    [
+        (["--trainer.limit_test_batches", "3"], 3),
+        (["--trainer.limit_test_batches", "0.4"], 2),
+        (["--trainer.fast_dev_run", "true"], 1),
+        ([], 5),
+    ],
+)
+def test_results_count_the_images_that_were_evaluated(workdir, capsys, limit, images):
+    assert main(["test", "--config", "exp.yaml", "--weights", "w.safetensors", *limit]) == 0
+    title = capsys.readouterr().out
+    assert f"{images} of 5 images (partial)" in title or (images == 5 and "5 images" in title)
+    assert ("partial" in title) == (images < 5)
+    data = summary(workdir)["data"]
+    assert (data["images"], data["images_in_sets"]) == (images, 5)
+    assert summary(workdir)["results"][0]["count"] == images
+    assert len(rows(workdir / "runs/exp/test-1/images.csv")) == images
+    make_set(workdir / "part", "Rain800", "test", count=images, seed=50)
+    part = RainDataModule(root=str(workdir / "part"), test="Rain800")
+    part.setup("test")
+    assert data["fingerprint"] == part.fingerprint("test")
+
+
+def test_a_test_of_no_image_is_an_error(workdir, capsys):
+    line = ["test", "--config", "exp.yaml", "--weights", "w.safetensors", "--trainer.limit_test_batches", "0"]
+    assert main(line) == 2
+    assert "limit_test_batches 0" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "partial"),
+    [
+        ("validate", ["--data.val", "Rain800", "--trainer.limit_val_batches", "3"], "3 of 5 images (partial)"),
+        ("validate", ["--data.val", "Rain800", "--data.val_limit", "2"], "2 of 5 images (partial)"),
+        ("validate", ["--data.val", "Rain800"], None),
+        ("predict", ["--trainer.limit_predict_batches", "2"], "2 of 5 images (partial)"),
+        ("predict", ["--trainer.limit_predict_batches", "9"], None),
+        ("fit", ["--data.val", "Rain800", "--data.val_limit", "2"], "2 of 5 images (partial)"),
+    ],
+)
+def test_a_part_of_the_images_is_reported_as_one(workdir, caplog, command, options, partial):
+    caplog.set_level(logging.INFO, "derain")
+    weighted = [] if command == "fit" else ["--weights", "w.safetensors"]
+    assert main([command, "--config", "exp.yaml", *weighted, *options]) == 0
+    assert partial in caplog.text if partial else "partial" not in caplog.text
+
+
+@pytest.fixture
+def scores(monkeypatch):
+    """Validation scores of three epochs; the second one is the best."""
+    values = iter([10.0, 30.0, 20.0])
+    monkeypatch.setattr(DerainModule, "on_validation_epoch_end", lambda self: self.log("val/psnr", next(values)))
+
+
+@pytest.mark.parametrize(
+    "second", [None, {"monitor": "train/loss", "mode": "max"}, {"monitor": "val/psnr", "mode": "min"}]
+)
+def test_the_weights_are_those_of_the_best_epoch(workdir, scores, second):
+    callbacks = [("ModelCheckpoint", {**second, "filename": "other"})] if second else []
+    config = with_callbacks(workdir, *callbacks)
+    assert fit("--trainer.max_epochs", "3", "--trainer.num_sanity_val_steps", "0", config=config) == 0
+    run = workdir / "runs/callbacks/fit-1"
+    best, last = (torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True) for name in ("best", "last"))
+    assert (best["epoch"], last["epoch"]) == (1, 2)
+    final = read(run / "weights.safetensors").state
+    for name, value in final.items():
+        assert torch.equal(value, best["state_dict"][f"network.{name}"])
+    assert any(not torch.equal(value, last["state_dict"][f"network.{name}"]) for name, value in final.items())
+
+
+@pytest.mark.parametrize("options", [["--trainer.limit_val_batches", "0"], ["--trainer.check_val_every_n_epoch", "5"]])
+def test_without_validation_the_weights_are_those_of_the_last_epoch(workdir, options, caplog):
+    assert fit("--trainer.max_epochs", "2", *options) == 0
+    assert "no validation" in caplog.text
+    run = workdir / "runs/exp/fit-1"
+    last = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    for name, value in read(run / "weights.safetensors").state.items():
+        assert torch.equal(value, last["state_dict"][f"network.{name}"])
+
+
+@pytest.mark.parametrize(("option", "value"), [("max_epochs", 0), ("limit_train_batches", 0), ("fast_dev_run", 1)])
+def test_a_training_without_steps_or_files_warns(workdir, option, value, caplog):
+    caplog.set_level(logging.INFO, "derain")
+    assert fit(f"--trainer.{option}", str(value)) == 0
+    assert "no weights" in caplog.text
+    assert not (workdir / "runs/exp/fit-1/weights.safetensors").exists()
