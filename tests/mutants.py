@@ -63,9 +63,9 @@ FAULTS: dict[tuple[str, ...], list[tuple[str, str, str]]] = {
             'np.trunc(values) if output == "round" else np.rint(values)',
         ),
         ("luma: never rounded", "np.rint(luma) if protocol.luma_rounded", "luma if protocol.luma_rounded"),
-        ("SSIM: border of 6 pixels", "_EDGE = 5", "_EDGE = 6"),
+        ("SSIM: border of 6 pixels", "_MARGIN = 5", "_MARGIN = 6"),
         ("SSIM: another constant", "(0.03 * 255) ** 2", "(0.3 * 255) ** 2"),
-        ("SSIM: strips lose rows", "top + _STRIP + 2 * _EDGE", "top + _STRIP + _EDGE"),
+        ("SSIM: strips lose rows", "top + _STRIP + 2 * _MARGIN", "top + _STRIP + _MARGIN"),
         ("interval of 90 %", "(2.5, 97.5)", "(5, 95)"),
     ],
     ("metrics/protocols.py", "metrics/test_protocols.py", "metrics/test_full_reference.py"): [
