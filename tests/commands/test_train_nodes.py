@@ -143,9 +143,7 @@ def test_another_training_of_the_job_does_not_resume_the_first(folder, capsys, m
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(b"of another training")
     assert main(FIT) == 2
-    error = capsys.readouterr().err
-    assert "fit-7" in error
-    assert "srun" in error
+    assert "fit-7" in capsys.readouterr().err
 
 
 @pytest.mark.slow
