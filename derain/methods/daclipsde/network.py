@@ -148,7 +148,7 @@ class LinearAttention(nn.Module):
             matrices = cast(Tensor, context @ head_weights)
             return matrices.reshape(len(context), self.heads * HEAD, -1)
 
-    def _attend(self, strip: Map, matrix: Float[Tensor, "b i o"], pixels: int) -> Float[Tensor, "_ _ _ _"]:
+    def _attend(self, strip: Map, matrix: Float[Tensor, "b i o"], pixels: int | Tensor) -> Float[Tensor, "_ _ _ _"]:
         """Return the output for a strip of rows, ``(b, h, w, c)``; the map has ``pixels`` pixels."""
         batch, _, _, width = strip.shape
         queries = F.conv2d(strip, self.to_qkv.weight[: self.heads * HEAD]).permute(0, 2, 3, 1)
