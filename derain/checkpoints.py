@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or not at all, whatever kills the process."""
+"""Checkpoints that are written whole or not at all, even if the process is killed."""
 
 import os
 import re
@@ -16,7 +16,7 @@ UNFINISHED = re.compile(r"\.[0-9a-f]{8}-.+")
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its target and renames it.
+    """Write a checkpoint to a temporary file beside its target, then rename it.
 
     Lightning's own writes to the folder for temporary files, which may be another file system: a rename from there is
     a copy, and a kill meanwhile leaves half a file in place of the last good one.
@@ -34,7 +34,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def remove_unfinished(folder: Path, age: float = 0.0) -> None:
-    """Remove what killed processes left behind below a folder.
+    """Remove unfinished files of killed processes below a folder.
 
     Args:
         folder: Folder of a run or of several.

@@ -322,7 +322,7 @@ def memory_for(device: torch.device) -> int:
     On a CPU, larger tiles are no faster, and other programs want memory too.
     """
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch keeps it at hand
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # cached by PyTorch
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     return min(free_memory(), 4 << 30)
 

@@ -2,7 +2,7 @@ import os
 import signal
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist uses the cores; small tensors gain nothing by threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist uses all cores, and small tensors gain nothing
 
 import numpy as np
 import pytest
@@ -14,21 +14,21 @@ def rng():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory):
-    """Tests never touch the user's cache."""
+def _temporary_cache(tmp_path_factory):
+    """Keep tests out of the user's cache."""
     os.environ["DERAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _hang_up_as_usual():
-    """Programs that the tests start end at SIGHUP, also where the tests run under nohup."""
+def _default_sighup():
+    """Let SIGHUP end the programs that tests start, even if the tests run under nohup."""
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
 def real_data():
-    """Folder of the real data sets; tests that ask for it skip where it is absent."""
+    """Return the folder of the real data sets; skip the test if there is none."""
     root = os.environ.get("DERAIN_DATA")
     if not root or not Path(root).is_dir():
         pytest.skip("DERAIN_DATA names no folder of real data sets")
@@ -37,7 +37,7 @@ def real_data():
 
 @pytest.fixture(scope="session")
 def authors_weights(real_data):
-    """Folder of the authors' PReNet weights, beside the real data."""
+    """Return the folder of the authors' PReNet weights, beside the real data; skip the test if there is none."""
     folder = real_data.parent / "weights" / "prenet"
     if not folder.is_dir():
         pytest.skip("the authors' PReNet weights are not beside DERAIN_DATA")
@@ -45,13 +45,13 @@ def authors_weights(real_data):
 
 
 def escaped(text: str) -> str:
-    """Text with its surrogates, which stand for bytes that are not UTF-8, written out."""
+    """Return the text with surrogates, which represent bytes that are not UTF-8, as escape sequences."""
     return text.encode(errors="backslashreplace").decode()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Escape captured output that is not UTF-8: pytest-xdist cannot send it, and ends the whole run."""
+    """Escape captured output that is not UTF-8: pytest-xdist cannot send it and would stop."""
     report = yield
     report.sections = [(title, escaped(text)) for title, text in report.sections]
     if report.longrepr is not None and escaped(str(report.longrepr)) != str(report.longrepr):

@@ -22,6 +22,7 @@ from derain.cli import COMMANDS, TRAINER, main
 from derain.commands import train
 from derain.data.layouts import LAYOUTS
 from derain.images import write_image
+from derain.methods import registry
 from derain.metrics import PROTOCOLS
 from derain.options import find_parser
 from tests.factories import clean_image, make_set
@@ -137,6 +138,7 @@ def folder(tmp_path, monkeypatch):
     """Change to a folder from which modules are imported for the time of a test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_named", {})
     sys.modules.pop("my_method", None)
     yield tmp_path
     sys.modules.pop("my_method", None)

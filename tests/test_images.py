@@ -459,3 +459,8 @@ def test_names_of_the_greatest_length(tmp_path):
     path = tmp_path / ("ü" * 125 + ".png")
     write_image(path, noise(4, 6, 3))
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_bytes_are_rounded_to_the_nearest():
+    values = np.array([0.0, 0.4, 0.6, 99.49, 99.51, 254.6, 300.0, -5.0]).reshape(1, 8, 1).repeat(3, axis=2) / 255
+    assert to_bytes(values.astype(np.float32))[0, :, 0].tolist() == [0, 0, 1, 99, 100, 255, 255, 0]

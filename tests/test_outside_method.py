@@ -12,6 +12,7 @@ import torch
 
 from derain import DerainModule, Restorer
 from derain.cli import main
+from derain.commands import app, bench
 from derain.errors import DerainError
 from derain.images import read_rgb
 from derain.methods import catalog, registry
@@ -113,9 +114,9 @@ def test_the_run_is_tested_and_tabled(folder, capsys):
 @pytest.mark.parametrize("name", ["method", "class"])
 def test_photos_are_restored_and_scored(folder, tmp_path, name):
     out = tmp_path / "derained"
-    command = ["restore", "data/Rain800/test_syn", str(out), "--weights", WEIGHTS, "--device", "cpu"]
+    command = ["restore", PHOTO, str(out / "1.png"), "--weights", WEIGHTS, "--device", "cpu"]
     assert main([*command, "--method", "my_method.MyModule"]) == 0
-    derained = read_rgb(next(out.glob("1.*")))
+    derained = read_rgb(out / "1.png")
     method = catalog.use_method("my_method.MyModule")
     restorer = Restorer(WEIGHTS, device="cpu", method=method if name == "class" else "my_method.MyModule")
     assert np.abs(restorer(read_rgb(Path(PHOTO))).astype(int) - derained).max() <= 1
@@ -146,9 +147,14 @@ def test_what_forward_computes_is_exported(folder, tmp_path):
             assert float((actual - expected).abs().max()) < 1e-5
 
 
-def test_bench_and_app_know_it(folder, monkeypatch, capsys):
-    from derain.commands import bench
+def test_the_page_offers_it(folder, monkeypatch):
+    offered = []
+    monkeypatch.setattr(app, "serve", lambda service, *options: offered.extend(service.restorers))
+    assert main(["app", "--weights", WEIGHTS, "--method", "my_method.MyModule", "--device", "cpu"]) == 0
+    assert offered == ["weights · My"]
 
+
+def test_bench_counts_it(folder, monkeypatch, capsys):
     monkeypatch.setattr(bench, "find_variants", dict)
     command = ["--weights", WEIGHTS, "--method", "my_method.MyModule"]
     assert main(["bench", "--size", "8", "--format", "json", *command]) == 0

@@ -20,10 +20,7 @@ from derain.errors import DerainError
 from derain.memory import keep_freed_memory
 from derain.methods import DerainModule
 from derain.methods.catalog import load, methods, use_method
-from derain.methods.daclipsde.network import HEAD, CrossAttention, LinearAttention, Upsample
 from derain.methods.onnx_model import OnnxNetwork
-from derain.methods.plnlingan.shifted_windows import shift_mask
-from derain.methods.prenet.network import PReNet
 from derain.nn.restormer import Attention
 from derain.progress import track
 from derain.restoration import choose_device
@@ -158,25 +155,16 @@ def count_cost(method: DerainModule, size: int) -> dict[str, int]:
             pixels = out.numel() // len(weight)
             saved.append(weight.numel() * pixels)
             attention.append(2 * pixels * weight.numel() // len(module.temperature))
-        elif isinstance(module, LinearAttention):
-            weight = cast(Tensor, module.to_out[0].weight)
-            pixels = out.numel() // len(weight)
-            saved.append((weight.numel() - module.to_qkv.weight.numel()) * pixels)
-            attention.append(2 * pixels * weight.shape[1] * HEAD)
-        elif isinstance(module, Upsample):
-            weight = cast(Tensor, module[1].weight)
-            saved.append(weight.numel() * (out.numel() // len(weight)))
-        elif isinstance(module, CrossAttention):
-            attention.append(2 * inputs[0].shape[1] * inputs[1].shape[1] * inputs[0].shape[2])
         elif isinstance(module, WindowAttention):
             attention.append(2 * inputs[0].numel() * module.window_area)
-        elif isinstance(module, PReNet) and module.recurrent:
-            saved.append(module.get_parameter("conv_f.0.weight").numel() * size**2)
+        elif hasattr(module, "extra_macs"):
+            plain, of_attention = cast(Any, module).extra_macs(inputs, out)
+            saved.append(plain)
+            attention.append(of_attention)
 
     no_content = FakeTensorMode(allow_non_fake_inputs=True)
     with register_module_forward_hook(count_layer), torch.enable_grad(), no_content, _Products() as products:
         method.pass_once(torch.empty(1, 3, size, size))
-    shift_mask.cache_clear()  # cached masks have no content
     macs = products.macs + sum(saved)
     return {
         "parameters": sum(parameter.numel() for parameter in method.network.parameters()),

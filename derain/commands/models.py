@@ -7,7 +7,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from derain.errors import DerainError
-from derain.models import in_the_box
+from derain.models import bundled
 
 
 def list_models() -> int:
@@ -15,7 +15,7 @@ def list_models() -> int:
     from derain.files.weights import read
 
     table = Table("name", "method", "parameters", "MB", "trained on", title_justify="left")
-    for name, file in in_the_box().items():
+    for name, file in bundled().items():
         content = read(file)
         parameters = sum(tensor.numel() for tensor in content.state.values())
         table.add_row(
@@ -40,7 +40,7 @@ def show_model(name: str = "default") -> int:
     Raises:
         DerainError: If there is no such model.
     """
-    models = in_the_box()
+    models = bundled()
     if name not in models:
         raise DerainError(f"no bundled model {name!r}; choose {', '.join(models)}")
     card = models[name].with_suffix(".md").read_text(encoding="utf-8")

@@ -96,8 +96,8 @@ def add_costs(rows: Sequence[ResultRow], methods: Sequence[str] = ()) -> list[Re
     with_costs = []
     for row in rows:
         try:
-            method = find(Path(row.file), row.described)
-            cost = count_cost(method(**row.described["hyper_parameters"]), COST_SIDE)
+            method = find(Path(row.file), row.metadata)
+            cost = count_cost(method(**row.metadata["hyper_parameters"]), COST_SIDE)
         except (KeyError, TypeError, ValueError) as error:
             log.warning("%s: cost of %s is not counted: the method cannot be built (%s)", row.file, row.method, error)
             with_costs.append(row)
@@ -274,7 +274,7 @@ def write_plots(folder: Path, rows: Sequence[ResultRow], protocol: str, logs: It
         written.append(plots.curves(folder / "curves.png", dict(zip(runs, curves.values(), strict=True))))
     for name, row in zip(names, rows, strict=True):
         for score in row.scores:
-            images = _read_images(score.each, protocol)
+            images = _read_images(score.image_scores, protocol)
             if images:
                 title = name + _partial_suffix(score)
                 file = _unused(folder / f"images-{_slug(title)}-{_slug(score.dataset)}.png", written)

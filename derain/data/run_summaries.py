@@ -1,4 +1,4 @@
-"""What ``derain test`` and the papers say of methods, as lines of a table."""
+"""Results of ``derain test`` and of papers, as rows of a table."""
 
 import importlib.resources
 import json
@@ -20,29 +20,29 @@ NAMES = {
     "RestormerModule": "Restormer",
     "DACLIPSDEModule": "DA-CLIP + IR-SDE",
 }
-"""What papers call the methods."""
+"""Names of the methods in papers."""
 
-TESTED_BY = {"RainTrainL": "Rain100L", "RainTrainH": "Rain100H", "RainTrainH-full": "Rain100H"}
-"""Test sets of training sets, where they go by another name."""
+TEST_SETS = {"RainTrainL": "Rain100L", "RainTrainH": "Rain100H", "RainTrainH-full": "Rain100H"}
+"""Test set of each training set that has another name."""
 
 MIXED = {"Rain100L", "Rain100H", "Rain800"}
-"""What CLIP-RPN's authors call Mixed."""
+"""Sets that CLIP-RPN's authors call Mixed."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A method's numbers on one set.
+    """Scores of a method on one data set.
 
     Attributes:
-        dataset: The set.
-        psnr: In dB.
-        ssim: At most 1.
-        lpips: If it was computed.
-        images: How many were evaluated.
-        partial_of: How many the set has, where only some were evaluated.
-        fingerprint: Of the images.
-        each: The file of every image's scores.
-        seconds: An image, mean.
+        dataset: Name of the data set.
+        psnr: PSNR in dB.
+        ssim: SSIM, at most 1.
+        lpips: LPIPS; None if it was not computed.
+        images: Number of evaluated images.
+        fingerprint: Hash of the images.
+        image_scores: File with the scores of each image.
+        seconds: Mean time per image.
+        partial_of: Number of images in the data set, if only some were evaluated.
     """
 
     dataset: str
@@ -51,29 +51,29 @@ class Score:
     lpips: float | None = None
     images: int | None = None
     fingerprint: str | None = None
-    each: Path | None = None
+    image_scores: Path | None = None
     seconds: float | None = None
     partial_of: int | None = None
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A line of the table.
+    """Row of the table.
 
     Attributes:
-        method: As papers call it.
+        method: Name of the method in papers.
         details: Hyper-parameters and sampling.
-        trained_on: Names of training sets, or what a paper says of them.
-        protocol: How images were judged.
-        scores: One a set.
-        weights: Start of the hash of the file of weights, or of several.
+        trained_on: Names of the training sets.
+        protocol: Evaluation protocol.
+        scores: One per data set.
+        weights: Start of the hash of the weights file, or of several.
         file: ``summary.json``, or the table of a paper.
-        described: What rebuilds the method.
-        parameters: Of the network.
-        macs: Multiplications for an image.
-        hardware: Where seconds were measured.
-        lpips_net: What LPIPS compared with.
-        note: What a reader must know of a published row.
+        metadata: What is needed to build the method again.
+        parameters: Number of parameters of the network.
+        macs: Multiply-accumulate operations per image.
+        hardware: Hardware on which the time was measured.
+        lpips_net: Network of LPIPS.
+        note: What readers must know about a published row; None for own results.
     """
 
     method: str
@@ -83,7 +83,7 @@ class ResultRow:
     scores: tuple[Score, ...]
     weights: str | None
     file: str
-    described: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     parameters: float | None = None
     macs: float | None = None
     hardware: str | None = None
@@ -92,251 +92,297 @@ class ResultRow:
 
     @property
     def seconds(self) -> float | None:
-        """An image, mean over the sets."""
-        told = [score.seconds for score in self.scores if score.seconds is not None]
-        return sum(told) / len(told) if told else None
+        """Mean time per image over the data sets."""
+        seconds = [score.seconds for score in self.scores if score.seconds is not None]
+        return sum(seconds) / len(seconds) if seconds else None
 
 
-def find_files(places: Iterable[Path], name: str) -> list[Path]:
-    """Files of a name, given or anywhere below folders.
+def find_files(paths: Iterable[Path], name: str) -> list[Path]:
+    """Return the given files, and all files of a name below the given folders.
 
     Raises:
-        DerainError: If a place is neither a folder nor a file.
+        DerainError: If a path is neither a folder nor a file.
     """
-    found: dict[Path, Path] = {}
-    for place in places:
-        if not place.exists():
-            raise DerainError(f"{place}: no such file or folder; give summary.json files, or folders that hold some")
-        below = sorted(place.rglob(name), key=natural_key) if place.is_dir() else [place]
-        found |= {file.resolve(): file for file in below if place.is_dir() or place.suffix == Path(name).suffix}
-    return list(found.values())
+    files: dict[Path, Path] = {}
+    for path in paths:
+        if path.is_dir():
+            for file in sorted(path.rglob(name), key=natural_key):
+                files[file.resolve()] = file
+        elif not path.exists():
+            raise DerainError(f"{path}: no such file or folder; give summary.json files, or folders that contain some")
+        elif path.suffix == Path(name).suffix:
+            files[path.resolve()] = path
+    return list(files.values())
 
 
 def read_summary(file: Path) -> dict[str, Any]:
-    """Reads a summary.
+    """Read a summary of ``derain test``.
 
     Raises:
-        DerainError: If it is none of ``derain test``.
+        DerainError: If the file is not such a summary.
     """
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
-        if not summary["results"]:
-            raise ValueError("it holds no results")
-        described, data = summary["method"], summary["data"]
-        _ = described["method"], described["hyper_parameters"], data["sets"], data["fingerprint"]
-        _ = int(data["images"]), int(data.get("images_in_sets", 0))
-        _ = [(one["protocol"], float(one["psnr"]), float(one["ssim"])) for one in summary["results"]]
-        return dict(summary)
+        _check_summary(summary)
     except (ValueError, KeyError, TypeError) as error:
-        raise DerainError(f"{file}: no summary of derain test ({error}); leave it out") from error
+        raise DerainError(f"{file}: not a summary of derain test ({error}); omit it") from error
+    return dict(summary)
+
+
+def _check_summary(summary: Any) -> None:
+    """Access all required fields, so that a missing or invalid one raises."""
+    method, data = summary["method"], summary["data"]
+    for key in ("method", "hyper_parameters"):
+        method[key]
+    for key in ("sets", "fingerprint"):
+        data[key]
+    int(data["images"])
+    int(data.get("images_in_sets", 0))
+    if not summary["results"]:
+        raise ValueError("it contains no results")
+    for result in summary["results"]:
+        result["protocol"]
+        float(result["psnr"])
+        float(result["ssim"])
 
 
 def select_protocol(
-    summaries: Sequence[tuple[Path, dict[str, Any]]], wanted: str | None
+    summaries: Sequence[tuple[Path, dict[str, Any]]], protocol: str | None
 ) -> tuple[list[ResultRow], str]:
-    """Takes the results by one protocol, one row a summary.
+    """Return the results by one protocol, one row per summary, and the name of the protocol.
 
     Args:
-        summaries: Files and what they hold.
-        wanted: The protocol, if it was chosen.
-
-    Returns:
-        The rows, and the protocol's name.
+        summaries: Files and their contents.
+        protocol: The protocol; may be None if all results follow the same one.
 
     Raises:
-        DerainError: If results follow several protocols and none was chosen, or one has none by the chosen one.
+        DerainError: If results follow several protocols and none is given, or one has no results by the given one.
     """
-    counts = Counter(one["protocol"] for _, summary in summaries for one in summary["results"])
-    if wanted is None and len(counts) > 1:
-        told = ", ".join(f"{name} ({count})" for name, count in counts.most_common())
-        raise DerainError(f"results by several protocols cannot be compared: {told}; choose one by --protocol")
-    protocol = wanted or next(iter(counts))
+    counts = Counter(result["protocol"] for _, summary in summaries for result in summary["results"])
+    if protocol is None:
+        if len(counts) > 1:
+            listed = ", ".join(f"{name} ({count})" for name, count in counts.most_common())
+            raise DerainError(f"cannot compare results by several protocols: {listed}; choose one by --protocol")
+        protocol = next(iter(counts))
     rows = []
     for file, summary in summaries:
-        results = [one for one in summary["results"] if one["protocol"] == protocol]
+        results = [result for result in summary["results"] if result["protocol"] == protocol]
         if not results:
-            has = ", ".join(one["protocol"] for one in summary["results"])
-            raise DerainError(f"{file}: has no results by {protocol}, only by {has}; test again by it, or leave it out")
-        rows.append(_row(file, summary, results[0]))
+            available = ", ".join(result["protocol"] for result in summary["results"])
+            raise DerainError(f"{file}: no results by {protocol}, only by {available}; test again by it, or omit it")
+        rows.append(_to_row(file, summary, results[0]))
     nets = {row.lpips_net for row in rows if row.lpips_net}
     if len(nets) > 1:
-        raise DerainError(f"LPIPS by several networks cannot be compared: {', '.join(sorted(nets))}; test by one")
+        raise DerainError(f"cannot compare LPIPS by several networks: {', '.join(sorted(nets))}; test by one of them")
     return rows, protocol
 
 
-def _row(file: Path, summary: dict[str, Any], result: dict[str, Any]) -> ResultRow:
-    described, sampling = summary["method"], summary.get("sampling")
-    details = {key: value for key, value in described["hyper_parameters"].items() if key != "clip"}
-    method = described.get("architecture") or NAMES.get(described["method"], described["method"])
+def _to_row(file: Path, summary: dict[str, Any], result: dict[str, Any]) -> ResultRow:
+    metadata, data = summary["method"], summary["data"]
+    sampling, weights, hardware = summary.get("sampling"), summary.get("weights"), summary.get("hardware")
+    details = {key: value for key, value in metadata["hyper_parameters"].items() if key != "clip"}
+    method = metadata.get("architecture") or NAMES.get(metadata["method"], metadata["method"])
     if details.get("contexts") == "none":
         method = "IR-SDE"
     if sampling:
         details["sampling"] = f"{sampling['solver']}, steps {sampling['steps'] or 'all'}"
-    weights, hardware = summary.get("weights"), summary.get("hardware")
-    total = summary["data"].get("images_in_sets", summary["data"]["images"])
+    total = data.get("images_in_sets", data["images"])
     images = result.get("count", total)
+    score = Score(
+        dataset=dataset_name(data["sets"]),
+        psnr=result["psnr"],
+        ssim=result["ssim"],
+        lpips=result.get("lpips"),
+        images=images,
+        fingerprint=data["fingerprint"],
+        image_scores=file.with_name("images.csv"),
+        seconds=summary.get("seconds"),
+        partial_of=total if total > images else None,
+    )
     return ResultRow(
-        method,
-        details,
-        tuple(described.get("trained_on") or ()),
-        result["protocol"],
-        (
-            Score(
-                dataset_name(summary["data"]["sets"]),
-                result["psnr"],
-                result["ssim"],
-                result.get("lpips"),
-                images,
-                summary["data"]["fingerprint"],
-                file.with_name("images.csv"),
-                summary.get("seconds"),
-                total if total > images else None,
-            ),
-        ),
-        weights["sha256"][:8] if weights else None,
-        str(file),
-        described,
-        hardware=hardware and f"{hardware['device']}, {hardware['precision']}",
+        method=method,
+        details=details,
+        trained_on=tuple(metadata.get("trained_on") or ()),
+        protocol=result["protocol"],
+        scores=(score,),
+        weights=weights["sha256"][:8] if weights else None,
+        file=str(file),
+        metadata=metadata,
+        hardware=f"{hardware['device']}, {hardware['precision']}" if hardware else None,
         lpips_net=summary.get("lpips_net") if "lpips" in result else None,
     )
 
 
 def dataset_name(sets: str | list[str]) -> str:
-    """What a set or several are called in a table.
+    """Return the name of one or several data sets in a table.
 
     Example:
         >>> dataset_name(["Rain800", "Rain100H", "Rain100L"]), dataset_name(["a", "b"]), dataset_name("data/Rain12")
         ('Mixed', 'a + b', 'Rain12')
     """
-    names = [Path(name).name for name in ([sets] if isinstance(sets, str) else sets)]
+    paths = [sets] if isinstance(sets, str) else sets
+    names = [Path(path).name for path in paths]
     return "Mixed" if set(names) == MIXED else " + ".join(names)
 
 
-def merge_rows(found: Sequence[ResultRow]) -> list[ResultRow]:
-    """Puts results of one method on several sets into one line, as papers do.
+def merge_rows(rows: Sequence[ResultRow]) -> list[ResultRow]:
+    """Merge the results of one method on several data sets into one row, as papers do.
 
-    A line is of one file of weights, or of several that were each trained for the one set that they were tested on.
-    Where a method was tested on a set twice, nothing is put together that would hide it.
+    A merged row is of one weights file, or of several that were each trained for the data set they were tested on.
+    Rows are not merged if a method was tested on a data set twice, since that would hide a result.
     """
-    rows: list[ResultRow] = []
-    for _, kin in _groups(found, lambda row: (row.method, row.details)):
-        lines: list[list[ResultRow]] = []
-        for weights, members in _groups(kin, lambda row: row.weights):
-            lines += [members] if weights and _once(members) else [[row] for row in members]
-        single = [line for line in lines if len(line) == 1 and _own(line[0])]
-        together = [row for line in single for row in line]
-        if _once(together) and together:
-            lines = [together, *(line for line in lines if line not in single)]
-        rows += map(_joined, lines)
-    return rows
+    merged: list[ResultRow] = []
+    for same_method in _group(rows, lambda row: (row.method, row.details)):
+        groups: list[list[ResultRow]] = []
+        for same_weights in _group(same_method, lambda row: row.weights):
+            if same_weights[0].weights and _distinct_sets(same_weights):
+                groups.append(same_weights)
+            else:
+                groups += [[row] for row in same_weights]
+        specialised = [group for group in groups if len(group) == 1 and _trained_for_its_set(group[0])]
+        specialised_rows = [group[0] for group in specialised]
+        if specialised and _distinct_sets(specialised_rows):
+            groups = [specialised_rows, *(group for group in groups if group not in specialised)]
+        merged += [_merge(group) for group in groups]
+    return merged
 
 
-def _once(rows: Sequence[ResultRow]) -> bool:
-    """Whether no set occurs twice."""
+def _distinct_sets(rows: Sequence[ResultRow]) -> bool:
     return len({row.scores[0].dataset for row in rows}) == len(rows)
 
 
-def _own(row: ResultRow) -> bool:
-    """Whether weights were trained on what belongs to the set that they are tested on."""
+def _trained_for_its_set(row: ResultRow) -> bool:
+    """Return whether the weights were trained on the training set that belongs to the test set."""
     name = row.scores[0].dataset
-    return {TESTED_BY.get(one, one) for one in row.trained_on} == (MIXED if name == "Mixed" else {name})
+    expected = MIXED if name == "Mixed" else {name}
+    return {TEST_SETS.get(training_set, training_set) for training_set in row.trained_on} == expected
 
 
-def _groups(rows: Iterable[ResultRow], key: Callable[[ResultRow], Any]) -> list[tuple[Any, list[ResultRow]]]:
-    """Rows that agree in a key, which need not be hashable, in the order they came."""
+def _group(rows: Iterable[ResultRow], key: Callable[[ResultRow], Any]) -> list[list[ResultRow]]:
+    """Group rows by a key, which need not be hashable, in order of first occurrence."""
     groups: list[tuple[Any, list[ResultRow]]] = []
     for row in rows:
-        mine = key(row)
-        for other, members in groups:
-            if other == mine:
+        row_key = key(row)
+        for group_key, members in groups:
+            if group_key == row_key:
                 members.append(row)
                 break
         else:
-            groups.append((mine, [row]))
-    return groups
+            groups.append((row_key, [row]))
+    return [members for _, members in groups]
 
 
-def _joined(rows: list[ResultRow]) -> ResultRow:
-    """One line of several; what differs is told side by side."""
-    sets = tuple(dict.fromkeys(name for row in rows for name in row.trained_on))
+def _merge(rows: list[ResultRow]) -> ResultRow:
+    """Return one row of several; values that differ are listed."""
+    training_sets = dict.fromkeys(name for row in rows for name in row.trained_on)
+    weights = dict.fromkeys(row.weights for row in rows if row.weights)
+    hardware = dict.fromkeys(row.hardware for row in rows if row.hardware)
+    lpips_nets = [row.lpips_net for row in rows if row.lpips_net]
     return replace(
         rows[0],
-        trained_on=sets,
+        trained_on=tuple(training_sets),
         scores=tuple(score for row in rows for score in row.scores),
-        weights=", ".join(dict.fromkeys(row.weights for row in rows if row.weights)) or None,
+        weights=", ".join(weights) or None,
         file=", ".join(row.file for row in rows),
-        hardware="; ".join(dict.fromkeys(row.hardware for row in rows if row.hardware)) or None,
-        lpips_net=next((row.lpips_net for row in rows if row.lpips_net), None),
+        hardware="; ".join(hardware) or None,
+        lpips_net=lpips_nets[0] if lpips_nets else None,
     )
 
 
 def published_rows(sets: set[str], protocol: str) -> list[ResultRow]:
-    """Rows of the papers that have numbers on any of the sets; a note says what they stand on."""
+    """Return the rows of papers with results on any of the data sets.
+
+    Args:
+        sets: Names of the data sets.
+        protocol: Protocol of the own results; rows by another one are marked in their note.
+    """
     text = (importlib.resources.files("derain") / "published.yaml").read_text(encoding="utf-8")
     rows = []
     for table in yaml.safe_load(text):
-        judged = f"protocol {table['protocol']}, " if table["protocol"] else ""
-        other = "" if table["protocol"] == protocol else f"; another protocol than {protocol}: not to be compared"
-        cost = f"; {table['cost']}" if "cost" in table else ""
-        note = f"published: {table['source']}: {judged}{table['told']}; trained on {table['trained_on']}{cost}{other}"
+        note = _table_note(table, protocol)
         for method, numbers in table["methods"].items():
             scores = tuple(Score(name, *values) for name, values in numbers["results"].items() if name in sets)
+            if not scores:
+                continue
             millions, billions = numbers.get("cost", (None, None))
-            if scores:
-                rows.append(
-                    ResultRow(
-                        method,
-                        {},
-                        (),
-                        table["protocol"],
-                        scores,
-                        None,
-                        table["source"],
-                        parameters=millions and millions * 1e6,
-                        macs=billions and billions * 1e9,
-                        note="; ".join([note, *([numbers["doubt"]] if "doubt" in numbers else [])]),
-                    )
-                )
+            row = ResultRow(
+                method=method,
+                details={},
+                trained_on=(),
+                protocol=table["protocol"],
+                scores=scores,
+                weights=None,
+                file=table["source"],
+                parameters=millions * 1e6 if millions else None,
+                macs=billions * 1e9 if billions else None,
+                note=f"{note}; {numbers['caveat']}" if "caveat" in numbers else note,
+            )
+            rows.append(row)
     return rows
 
 
+def _table_note(table: dict[str, Any], protocol: str) -> str:
+    """Return the note on a published table: source, evaluation, training, cost, and whether it can be compared."""
+    evaluation = f"protocol {table['protocol']}, {table['evaluation']}" if table["protocol"] else table["evaluation"]
+    parts = [f"published: {table['source']}: {evaluation}", f"trained on {table['trained_on']}"]
+    if "cost" in table:
+        parts.append(table["cost"])
+    if table["protocol"] != protocol:
+        parts.append(f"not comparable: another protocol than {protocol}")
+    return "; ".join(parts)
+
+
 def row_labels(rows: Sequence[ResultRow]) -> list[str]:
-    """Names of the rows: the method, where it differs from another row of it, and weights or file where it does not."""
-    told = []
+    """Return the labels of the rows.
+
+    A label is the method, with the hyper-parameters that differ from other rows of the method, and with weights or
+    file if rows would still have the same label.
+    """
+    labels = []
     for row in rows:
-        kin = [other for other in rows if other.method == row.method and other.note is None]
-        if row.note is not None:
-            told.append(row.method)
-            continue
-        differing = [key for key in row.details if any(other.details.get(key) != row.details[key] for other in kin)]
-        told.append(", ".join([row.method, *(_detail(key, row.details[key]) for key in differing)]))
-    ours = [place for place, row in enumerate(rows) if row.note is None]
-    files = dict(zip(ours, shorten_paths([Path(rows[place].file) for place in ours]), strict=True))
-    for known in ({place: rows[place].weights or "no weights" for place in ours}, files):
-        seen = Counter((told[place], rows[place].trained_on) for place in ours)
-        twice = [place for place in ours if seen[told[place], rows[place].trained_on] > 1]
-        for place in twice:
-            told[place] += f" [{known[place]}]"
-    return told
+        details = [] if row.note is not None else _differing_details(row, rows)
+        labels.append(", ".join([row.method, *details]))
+    own = [index for index, row in enumerate(rows) if row.note is None]
+    weights = [rows[index].weights or "no weights" for index in own]
+    files = shorten_paths([Path(rows[index].file) for index in own])
+    for suffixes in (weights, files):
+        counts = Counter((labels[index], rows[index].trained_on) for index in own)
+        ambiguous = [counts[labels[index], rows[index].trained_on] > 1 for index in own]
+        for index, suffix, is_ambiguous in zip(own, suffixes, ambiguous, strict=True):
+            if is_ambiguous:
+                labels[index] += f" [{suffix}]"
+    return labels
+
+
+def _differing_details(row: ResultRow, rows: Sequence[ResultRow]) -> list[str]:
+    """Return the hyper-parameters that differ from another own row of the same method."""
+    same_method = [other for other in rows if other.method == row.method and other.note is None]
+    details = []
+    for key, value in row.details.items():
+        if any(other.details.get(key) != value for other in same_method):
+            details.append(_format_detail(key, value))
+    return details
 
 
 def shorten_paths(paths: Sequence[Path]) -> list[str]:
-    """Names of several places without the folders that they have in common.
+    """Return paths without the leading folders that they have in common.
 
     Example:
         >>> shorten_paths([Path("/runs/a/fit-1"), Path("/runs/b/fit-1")]), shorten_paths([Path("/runs/a/fit-1")])
         (['a/fit-1', 'b/fit-1'], ['fit-1'])
     """
-    parts = [path.resolve().parts for path in paths]
-    same = 0
-    while parts and all(len(one) > same + 1 and one[same] == parts[0][same] for one in parts):
-        same += 1
-    return ["/".join(one[same:]) for one in parts]
+    all_parts = [path.resolve().parts for path in paths]
+    common = 0
+    while all_parts and all(len(parts) > common + 1 and parts[common] == all_parts[0][common] for parts in all_parts):
+        common += 1
+    return ["/".join(parts[common:]) for parts in all_parts]
 
 
-def _detail(key: str, value: Any) -> str:
+def _format_detail(key: str, value: Any) -> str:
     if key == "sampling":
         return str(value)
     if isinstance(value, list):
-        value = " ".join(map(str, value))
-    return f"{key} {Path(value).name if isinstance(value, str) and '/' in value else value}"
+        return f"{key} {' '.join(map(str, value))}"
+    if isinstance(value, str) and "/" in value:
+        return f"{key} {Path(value).name}"
+    return f"{key} {value}"

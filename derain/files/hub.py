@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: found in a directory or fetched, told apart by a hash, refused when incomplete."""
+"""Models of the Hugging Face hub: found on disk or fetched, identified by a hash, checked for completeness."""
 
 import hashlib
 import logging
@@ -16,19 +16,19 @@ from derain.errors import DerainError
 log = logging.getLogger("derain")
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""Of these, one suffices; the first is preferred."""
+"""Names of the weights file; one suffices, the first is preferred."""
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """A kind of model, and what is said of it when it cannot be had.
+    """A kind of model, with the remedies that error messages name.
 
     Attributes:
-        kind: What it is called.
+        kind: Name of the kind in messages.
         tokenizer: Files of the tokenizer, in groups of which one suffices.
-        option: Which option names it.
-        instead: What else to do than to name one.
-        unfetched: What to do when it cannot be fetched, beyond fetching it elsewhere.
+        option: Option that names the model.
+        instead: Alternative to naming a model.
+        unfetched: Alternative to fetching the model on another machine.
     """
 
     kind: str
@@ -39,11 +39,11 @@ class HubModel:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What stands beside the weights."""
+        """Names of the files beside the weights."""
         return ("config.json", "preprocessor_config.json", *(file for group in self.tokenizer for file in group))
 
     def folder(self, name: str) -> Path:
-        """Directory of a model; fetched from the hub, with a word about it, where it is not here yet.
+        """Return the directory of a model; fetch it from the hub if it is not on disk.
 
         Args:
             name: Id on the hub (``OWNER/NAME``) or a directory.
@@ -63,55 +63,57 @@ class HubModel:
         return path
 
     def sha256(self, folder: Path) -> str:
-        """Hash of weights, configuration and tokenizer."""
-        whole = hashlib.sha256()
+        """Return the SHA-256 of weights, configuration and tokenizer."""
+        digest = hashlib.sha256()
         for path in (_weights(folder), *(folder / name for name in self.files)):
             if path and path.is_file():
                 with path.open("rb") as file:
-                    whole.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-        return whole.hexdigest()
+                    digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     def _complete(self, folder: Path) -> bool:
-        here = {path.name for path in folder.iterdir()}
-        tokenizer = any(set(group) <= here for group in self.tokenizer)
-        return {"config.json", "preprocessor_config.json"} <= here and tokenizer and _weights(folder) is not None
+        names = {path.name for path in folder.iterdir()}
+        has_tokenizer = any(set(group) <= names for group in self.tokenizer)
+        has_configuration = {"config.json", "preprocessor_config.json"} <= names
+        return has_configuration and has_tokenizer and _weights(folder) is not None
 
     def _from_hub(self, name: str) -> Path:
-        """Directory of a hub's model; says what it fetches, from where and how big, before it does."""
+        """Return the directory of a model of the hub; log name, size and source before it is fetched."""
         from huggingface_hub import HfApi, constants, snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
         from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
 
         try:
-            here = Path(snapshot_download(name, local_files_only=True))
-            if self._complete(here):
-                return here  # else a download was interrupted: it goes on below
+            folder = Path(snapshot_download(name, local_files_only=True))
+            if self._complete(folder):
+                return folder  # else a download was interrupted: it continues below
         except HFValidationError as error:
             raise DerainError(
                 f"{self.option} {name}: neither a directory nor an id on the Hugging Face hub like OWNER/NAME; "
-                f"give one, or {self.instead}"
+                f"name one, or {self.instead}"
             ) from error
         except LocalEntryNotFoundError:
             pass
         try:
             files = {f.rfilename: f.size or 0 for f in HfApi().model_info(name, files_metadata=True).siblings or ()}
-            wanted = [file for file in (next((w for w in WEIGHTS if w in files), ""), *self.files) if file in files]
+            weights = [file for file in WEIGHTS if file in files][:1]
+            wanted = [*weights, *(file for file in self.files if file in files)]
             size = sum(files[file] for file in wanted) / 1e6
             source, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
             log.info("fetching %s %s (%.0f MB) from %s into %s", self.kind, name, size, source, cache)
-            here = Path(snapshot_download(name, allow_patterns=wanted))
+            folder = Path(snapshot_download(name, allow_patterns=wanted))
         except (NetworkError, LocalEntryNotFoundError, OSError) as error:
             raise DerainError(
                 f"{self.kind} {name}: not in {constants.HF_HUB_CACHE} and cannot be fetched from {constants.ENDPOINT} "
                 f"({type(error).__name__}); fetch it beforehand where there is a network by `hf download {name}` and "
                 f"copy that folder, or {self.unfetched}"
             ) from error
-        if not self._complete(here):
+        if not self._complete(folder):
             raise DerainError(
-                f"{self.kind} {name}: {constants.ENDPOINT} has not all files of a {self.kind} under this name; "
-                "give another"
+                f"{self.kind} {name}: incomplete at {constants.ENDPOINT}; expected all files of a {self.kind}; use "
+                "another name"
             )
-        return here
+        return folder
 
 
 METHOD = "model.safetensors"
@@ -121,16 +123,16 @@ METHOD = "model.safetensors"
 def fetch_weights(
     name: str, *, revision: str | None = None, cache_dir: str | None = None, token: str | None = None
 ) -> Path:
-    """File of a method's weights on the hub; fetched, with a word about it, where it is not here yet.
+    """Return the weights file of a method on the hub; fetch it if it is not on disk.
 
     Args:
         name: ``OWNER/NAME``.
         revision: Branch, tag or commit.
-        cache_dir: Where the hub's files are kept.
-        token: For what is private.
+        cache_dir: Folder for files of the hub.
+        token: Access token for private repositories.
 
     Raises:
-        DerainError: If it can be neither found nor fetched.
+        DerainError: If the file can be neither found nor fetched.
     """
     from huggingface_hub import HfApi, constants, hf_hub_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -140,7 +142,7 @@ def fetch_weights(
     try:
         return Path(download(local_files_only=True))
     except HFValidationError as error:
-        raise DerainError(f"hub:{name}: no id on the Hugging Face hub; expected hub:OWNER/NAME") from error
+        raise DerainError(f"hub:{name}: not an id on the Hugging Face hub; expected hub:OWNER/NAME") from error
     except LocalEntryNotFoundError:
         pass
     source, cache = constants.ENDPOINT, cache_dir or constants.HF_HUB_CACHE
@@ -148,32 +150,34 @@ def fetch_weights(
         info = HfApi(token=token).model_info(name, revision=revision, files_metadata=True)
         files = {f.rfilename: f.size or 0 for f in info.siblings or ()}
         if METHOD not in files:
-            raise DerainError(f"hub:{name}: {source} has no {METHOD} under this name; give one that derain has pushed")
+            raise DerainError(
+                f"hub:{name}: {source} has no {METHOD} under this name; use a repository that push_to_hub wrote"
+            )
         log.info("fetching %s of %s (%.1f MB) from %s into %s", METHOD, name, files[METHOD] / 1e6, source, cache)
         return Path(download())
     except (NetworkError, LocalEntryNotFoundError, OSError) as error:
         raise DerainError(
             f"hub:{name}: not in {cache} and cannot be fetched from {source} ({type(error).__name__}); fetch it "
-            f"where there is a network by `hf download {name} {METHOD}`, and give that file"
+            f"where there is a network by `hf download {name} {METHOD}`, and use that file"
         ) from error
 
 
 @contextmanager
 def loading(kind: str, name: str) -> Iterator[None]:
-    """Keeps transformers quiet, and says of files that it cannot load why, in one line.
+    """Silence transformers, and turn its errors into one line.
 
     Args:
-        kind: What is loaded.
-        name: As the user named it.
+        kind: Kind of the model in messages.
+        name: Name of the model as the user gave it.
 
     Raises:
-        DerainError: If it cannot be loaded.
+        DerainError: If the model cannot be loaded.
     """
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     before = transformers_logging.get_verbosity()
-    # Else it prints a table of all parts that are missing, or too many.
+    # It would print a table of all missing and unexpected parts.
     transformers_logging.set_verbosity(logging.ERROR)
     try:
         yield
@@ -183,20 +187,22 @@ def loading(kind: str, name: str) -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def check_whole(kind: str, name: str, told: Mapping[str, Any]) -> None:
-    """Refuses weights that lack parts of the model, or have others of its sizes: transformers fills in random numbers.
+def check_whole(kind: str, name: str, loading_info: Mapping[str, Any]) -> None:
+    """Refuse weights with missing or mismatched parts, which transformers fills with random numbers.
 
     Args:
-        kind: What was loaded.
-        name: As the user named it.
-        told: What ``from_pretrained`` tells about the loading.
+        kind: Kind of the model in messages.
+        name: Name of the model as the user gave it.
+        loading_info: ``output_loading_info`` of ``from_pretrained``.
 
     Raises:
-        DerainError: If there are any.
+        DerainError: If parts are missing or mismatched.
     """
-    lacking = sorted(told["missing_keys"]) + sorted(name for name, *_ in told["mismatched_keys"])
-    if lacking:
-        raise DerainError(f"{name}: its weights lack {len(lacking)} parts of {kind} (as {lacking[0]}); fetch them anew")
+    missing = sorted(loading_info["missing_keys"]) + sorted(key for key, *_ in loading_info["mismatched_keys"])
+    if missing:
+        raise DerainError(
+            f"{name}: its weights lack {len(missing)} parts of {kind}, such as {missing[0]}; fetch them again"
+        )
 
 
 def _weights(folder: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""Networks that a file describes are built only as large as the file."""
+"""Bound the size of a network that is built from the metadata of a file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,12 +8,12 @@ from torch.nn import Module, Parameter
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 SPARE_TENSORS, SPARE_NUMBERS = 5_000, 50_000_000
-"""Parameters that a method may have beyond its file, such as PLNLIN's discriminator."""
+"""Parameters that a method may have beyond its file, such as those of a discriminator."""
 
 
 @contextmanager
 def built_within(tensors: int, numbers: int) -> Iterator[None]:
-    """Stop the building of a network in this thread that outgrows its file, at the first parameter too many.
+    """Raise at the first parameter by which a network that this thread builds exceeds its file.
 
     A parameter is counted before its memory is touched, so that neither a long list of blocks nor a wide layer costs
     more than a moment.

@@ -1,4 +1,4 @@
-"""Metadata of weights files: parsed within bounds, checked against a schema and a method's signature."""
+"""Metadata of weights files, checked against a schema and the signature of a method."""
 
 import json
 import math
@@ -29,12 +29,14 @@ class Metadata(TypedDict):
 
     Attributes:
         method: Name of the class.
+        class_path: Path that the class is imported by; files of derain 0.1 and older have none.
         hyper_parameters: Arguments of its ``__init__``.
         trained_on: Names of the training sets.
         version: Version of derain that wrote the file.
     """
 
     method: str
+    class_path: NotRequired[str]
     hyper_parameters: dict[str, Any]
     trained_on: NotRequired[Sequence[str]]
     version: NotRequired[str | None]
@@ -48,12 +50,12 @@ def shorten(text: object, limit: int = 200) -> str:
         'conv ?[31mw…'
     """
     line = " ".join(str(text).split())
-    printable = "".join(one if one.isprintable() else "?" for one in line[: limit + 1])
+    printable = "".join(letter if letter.isprintable() else "?" for letter in line[: limit + 1])
     return printable if len(printable) <= limit else f"{printable[:limit]}…"
 
 
 def parse(path: Path, text: str) -> dict[str, Any]:
-    """Return the metadata of a file's ``derain`` entry; empty if the entry is not a JSON object.
+    """Parse the ``derain`` entry of a file; return an empty dictionary if it is not a JSON object.
 
     Args:
         path: The file, for messages.
@@ -67,12 +69,12 @@ def parse(path: Path, text: str) -> dict[str, Any]:
             f"{path}: metadata of {len(text):,} characters; expected at most {LONGEST:,}; use another file"
         )
     try:
-        found = json.loads(text, parse_constant=_refuse_constant)
+        metadata = json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError:
         return {}
     except (ValueError, RecursionError) as error:
         raise DerainError(f"{path}: metadata cannot be read ({shorten(error)}); use another file") from error
-    return found if isinstance(found, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -132,7 +134,7 @@ def signature(built: Any) -> dict[str, Any]:
 
 
 def fits(value: object, expected: Any) -> bool:
-    """Whether a value from a file has a declared type; types that JSON has no counterpart of accept any value.
+    """Return whether a value from a file has a declared type; types without a counterpart in JSON accept any value.
 
     An integer is a float too, floats are finite, and lists stand for tuples, as JSON returns them.
 
@@ -146,7 +148,7 @@ def fits(value: object, expected: Any) -> bool:
         return (
             isinstance(value, dict)
             and expected.__required_keys__ <= value.keys()
-            and all(fits(one, hints.get(name, Any)) for name, one in value.items())
+            and all(fits(item, hints.get(name, Any)) for name, item in value.items())
         )
     if origin in (Union, UnionType):
         return any(fits(value, choice) for choice in arguments)

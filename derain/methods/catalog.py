@@ -14,7 +14,7 @@ from derain.methods import onnx_model, spandrel_model
 from derain.methods.base import DerainModule
 from derain.methods.registry import find, methods, use_method
 from derain.methods.trainable import TrainableModule
-from derain.models import in_the_box
+from derain.models import bundled
 
 __all__ = ["Weights", "load", "locate", "methods", "use_method"]
 
@@ -65,7 +65,7 @@ def locate(name: Path | str) -> Path:
     kind, _, hub_name = file.partition(":")
     if kind == "hub" and hub_name:
         return fetch_weights(hub_name)
-    return in_the_box().get(file, Path(file))
+    return bundled().get(file, Path(file))
 
 
 def load(name: Path | str, method: str | type | None = None) -> Weights:

@@ -1,6 +1,6 @@
-"""How derained images are judged: PSNR and SSIM under named protocols, LPIPS, no-reference quality.
+"""Metrics of derained images: PSNR and SSIM by named protocols, LPIPS, no-reference quality.
 
-Importing this package imports neither torch nor torchmetrics, which takes seconds; `ImageQuality` does.
+Importing this package does not import torch or torchmetrics, which takes seconds; `ImageQuality` does.
 """
 
 from typing import TYPE_CHECKING, Any

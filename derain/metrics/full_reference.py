@@ -1,8 +1,8 @@
 """PSNR and SSIM of one image in float64.
 
-The filtering is OpenCV's separable one: torchmetrics' SSIM map, cut by 5 pixels, is the same to 1e-9 (tested)
-but takes about 200 times as long in float64 on a CPU, and its import alone takes seconds. Working outside
-torch also keeps autocast and the devices' arithmetic away from the numbers: they are the same everywhere.
+SSIM is filtered by OpenCV's separable filter. The SSIM map of torchmetrics, cropped by 5 pixels, agrees to 1e-9
+(tested) but takes about 200 times as long in float64 on a CPU, and its import takes seconds. Without torch, the
+results do not depend on autocast or the device either.
 """
 
 import math
@@ -21,24 +21,24 @@ from .protocols import Protocol
 Array = NDArray[np.float64]
 
 MAX_PSNR = 100.0
-"""PSNR in dB that stands for infinity, so that means stay finite: the value of images that are the same."""
+"""PSNR in dB of identical images, and upper limit of all others; keeps means finite."""
 
 _LUMA = np.array([[65.481 / 255, 128.553 / 255, 24.966 / 255, 16.0]])  # Rec. ITU-R BT.601, limited range
 _WINDOW = cv2.getGaussianKernel(11, 1.5, cv2.CV_64F)
-_EDGE = 5  # half the window
-_STRIP = 128  # rows filtered at once
+_MARGIN = 5  # half the window
+_STRIP = 128  # rows that are filtered at once
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 @dataclass
 class Scores:
-    """Scores of images under one protocol, sorted by index.
+    """Scores of images by one protocol, sorted by index.
 
     Attributes:
-        index: ``(n,)``, places of the images in their set.
-        psnr: ``(n,)``, dB; 100 for an image that equals the clean one.
+        index: ``(n,)``, indices of the images in the data set.
+        psnr: ``(n,)`` in dB; 100 if the image equals the clean one.
         ssim: ``(n,)``.
-        lpips: ``(n,)``, the same under every protocol; none where it was not asked for.
+        lpips: ``(n,)``, equal for all protocols; None if it was not computed.
     """
 
     index: NDArray[np.int64]
@@ -48,19 +48,19 @@ class Scores:
 
 
 def psnr_ssim(derained: NDArray[Any], clean: NDArray[Any], protocol: Protocol) -> tuple[float, float]:
-    """Judges one image.
+    """Return PSNR and SSIM of one image.
 
     Args:
         derained: ``(h, w, 3)``, RGB; uint8, or float32 or float64 in [0, 1].
-        clean: The same shape.
-        protocol: What is compared and how.
+        clean: Same shape.
+        protocol: Color space, rounding, border and window.
 
     Returns:
-        PSNR in dB (at most 100) and SSIM.
+        PSNR in dB (at most 100), and SSIM.
 
     Raises:
-        DerainError: If the shapes differ, the images are too small for the protocol or of another type, or floats
-            are not in [0, 1].
+        DerainError: If shapes differ, images are too small for the protocol or of another type, or floats are not in
+            [0, 1].
 
     Example:
         >>> from derain.metrics import resolve
@@ -72,43 +72,41 @@ def psnr_ssim(derained: NDArray[Any], clean: NDArray[Any], protocol: Protocol) -
     if derained.shape != clean.shape:
         raise DerainError(f"derained and clean image must be of one size, got {_size(derained)} and {_size(clean)}")
     check_values(derained, clean)
-    border = protocol.border
-    height, width = clean.shape[0] - 2 * border, clean.shape[1] - 2 * border
-    shrink = max(1, int(min(height, width) / 256 + 0.5)) if protocol.downsample else 1
-    least = 1 if protocol.ssim == "padded" else len(_WINDOW)
-    if min(height, width) < least:
-        needed = least + 2 * border
-        raise DerainError(
-            f"protocol {protocol.name} needs images of at least {needed}x{needed} pixels, "
-            f"got {_size(clean)}; leave the image out"
-        )
-    x, y = (
-        _planes(image[border : border + height, border : border + width], output, protocol)
-        for image, output in (
-            (derained, protocol.output),
-            (clean, "round" if protocol.output != "none" else "none"),
-        )
-    )
+    _check_size(clean, protocol)
+    x = _planes(derained, protocol.output, protocol)
+    y = _planes(clean, "none" if protocol.output == "none" else "round", protocol)
     psnr = _psnr(np.clip(x, 0, 255) if protocol.output == "none" else x, y)
-    values = []
-    for plane in range(x.shape[2]):
-        pair = [_shrunk(image[..., plane], shrink) for image in (x, y)]
-        if protocol.ssim == "padded":
-            pair = [np.pad(image, _EDGE) for image in pair]
-        values.append(_ssim(*pair))
-    return psnr, sum(values) / len(values)
+    shrink = max(1, int(min(x.shape[:2]) / 256 + 0.5)) if protocol.downsample else 1
+    planes = range(x.shape[2])
+    ssim = sum(_plane_ssim(x[..., plane], y[..., plane], shrink, protocol.ssim) for plane in planes) / len(planes)
+    return psnr, ssim
+
+
+def _check_size(image: NDArray[Any], protocol: Protocol) -> None:
+    window = 1 if protocol.ssim == "padded" else len(_WINDOW)
+    minimum = window + 2 * protocol.border
+    if min(image.shape[:2]) < minimum:
+        raise DerainError(
+            f"protocol {protocol.name} needs images of at least {minimum}x{minimum} pixels, got {_size(image)}; "
+            "omit the image"
+        )
 
 
 def check_values(derained: NDArray[Any], clean: NDArray[Any], name: str = "") -> None:
     """Check that floating-point images are in [0, 1], not in 0 to 255, where clipping would make all of them white.
 
+    Args:
+        derained: Derained image; its values may leave [0, 1] by up to 1.
+        clean: Clean image.
+        name: Name of the image in messages.
+
     Raises:
-        DerainError: If values are not finite, or leave [0, 1]; those of the derained image may do so by up to 1.
+        DerainError: If values are not finite or out of range.
     """
-    of_name = f"{name}: " if name else ""
+    prefix = f"{name}: " if name else ""
     for kind, image, overshoot in (("derained", derained, 1.0), ("clean", clean, OVERSHOOT)):
         if image.dtype.kind == "f":
-            check_range(image, f"{of_name}{kind} image", overshoot)
+            check_range(image, f"{prefix}{kind} image", overshoot)
 
 
 def _size(image: NDArray[Any]) -> str:
@@ -116,22 +114,27 @@ def _size(image: NDArray[Any]) -> str:
 
 
 def _planes(image: NDArray[Any], output: str, protocol: Protocol) -> Array:
-    """Values to compare, ``(h, w, 1 or 3)``, 0 to 255."""
-    if image.dtype == np.uint8:
-        values = image.astype(np.float64)
-    elif image.dtype in (np.float32, np.float64):
-        if output == "none":
-            values = image.astype(np.float64) * 255
-        else:
-            # In the image's own type, as authors multiply: k / 255 comes back as exactly k, not just below.
-            values = np.clip((image * image.dtype.type(255)).astype(np.float64), 0, 255)
-            values = np.rint(values) if output == "round" else np.trunc(values)
-    else:
-        raise DerainError(f"images to judge must be uint8, float32 or float64, got {image.dtype}; convert them first")
+    """Return the values to compare, ``(h, w, 1 or 3)`` in 0 to 255, without the protocol's border."""
+    height, width = image.shape[:2]
+    border = protocol.border
+    values = _to_255(image[border : height - border, border : width - border], output)
     if protocol.colour == "rgb":
         return values
     luma = cv2.transform(np.ascontiguousarray(values), _LUMA).reshape(*values.shape[:2], 1)
     return cast(Array, np.rint(luma) if protocol.luma_rounded else luma)
+
+
+def _to_255(image: NDArray[Any], output: str) -> Array:
+    """Scale an image to 0 to 255, and convert floats to 8 bit: ``round``, ``truncate``, or ``none`` to keep them."""
+    if image.dtype == np.uint8:
+        return image.astype(np.float64)
+    if image.dtype not in (np.float32, np.float64):
+        raise DerainError(f"image type {image.dtype} is not supported; convert images to uint8, float32 or float64")
+    if output == "none":
+        return image.astype(np.float64) * 255
+    # In the image's own type, like authors' code: then k / 255 becomes exactly k, not slightly less.
+    values = np.clip((image * image.dtype.type(255)).astype(np.float64), 0, 255)
+    return cast(Array, np.rint(values) if output == "round" else np.trunc(values))
 
 
 def _psnr(x: Array, y: Array) -> float:
@@ -139,22 +142,32 @@ def _psnr(x: Array, y: Array) -> float:
     return MAX_PSNR if error == 0 else min(10 * math.log10(255**2 / error), MAX_PSNR)
 
 
-def _shrunk(plane: Array, by: int) -> Array:
-    """Down-sampling of ssim.m: imfilter(ones(f) / f², 'symmetric'), then every f-th pixel."""
-    if by == 1:
+def _plane_ssim(x: Array, y: Array, shrink: int, mode: str) -> float:
+    x, y = _shrunk(x, shrink), _shrunk(y, shrink)
+    if mode == "padded":
+        x, y = np.pad(x, _MARGIN), np.pad(y, _MARGIN)
+    return _ssim(x, y)
+
+
+def _shrunk(plane: Array, factor: int) -> Array:
+    """Down-sample like ssim.m: imfilter(ones(f) / f², 'symmetric'), then every f-th pixel."""
+    if factor == 1:
         return np.ascontiguousarray(plane)
-    anchor = ((by - 1) // 2,) * 2  # where MATLAB puts the centre of an even filter
-    means = cv2.blur(np.ascontiguousarray(plane), (by, by), anchor=anchor, borderType=cv2.BORDER_REFLECT)
-    return np.ascontiguousarray(means[::by, ::by])
+    centre = (factor - 1) // 2  # that of an even filter in MATLAB
+    means = cv2.blur(
+        np.ascontiguousarray(plane), (factor, factor), anchor=(centre, centre), borderType=cv2.BORDER_REFLECT
+    )
+    return np.ascontiguousarray(means[::factor, ::factor])
 
 
 def _ssim(x: Array, y: Array) -> float:
-    """Mean SSIM where the whole window lies inside the image (Wang et al., TIP 2004, eq. 13).
+    """Return the mean SSIM over the valid region (Wang et al., TIP 2004, eq. 13).
 
-    The two variances occur as their sum only. Strips keep large images out of memory and small ones in cache.
+    The variances are computed as their sum, since they occur in no other form. Strips limit the memory and fit into
+    the processor's cache.
     """
-    rows, columns = (int(length) - 2 * _EDGE for length in x.shape)
-    strips = [slice(top, top + _STRIP + 2 * _EDGE) for top in range(0, rows, _STRIP)]
+    rows, columns = (int(length) - 2 * _MARGIN for length in x.shape)
+    strips = [slice(top, top + _STRIP + 2 * _MARGIN) for top in range(0, rows, _STRIP)]
     return sum(float(_ssim_map(x[strip], y[strip]).sum()) for strip in strips) / (rows * columns)
 
 
@@ -168,19 +181,19 @@ def _ssim_map(x: Array, y: Array) -> Array:
 
 
 def _local_mean(values: Array) -> Array:
-    """Gaussian mean around every pixel whose window lies inside."""
-    return cast(Array, cv2.sepFilter2D(values, cv2.CV_64F, _WINDOW, _WINDOW)[_EDGE:-_EDGE, _EDGE:-_EDGE])
+    """Return the Gaussian mean around every pixel of the valid region."""
+    return cast(Array, cv2.sepFilter2D(values, cv2.CV_64F, _WINDOW, _WINDOW)[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN])
 
 
 def bootstrap_interval(
     values: NDArray[np.floating[Any]], *, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % interval of the mean: percentiles of the means of images drawn with replacement.
+    """Return the 95 % bootstrap interval of the mean: percentiles of the means of resampled images.
 
     Args:
-        values: ``(n,)``, one an image.
-        resamples: How often n images are drawn.
-        seed: The same seed gives the same interval.
+        values: ``(n,)``, one per image.
+        resamples: Number of resamples of n images each.
+        seed: Seed of the resampling.
 
     Example:
         >>> low, high = bootstrap_interval(np.arange(100.0))

@@ -1,4 +1,4 @@
-"""Scores collected image by image during evaluation, on one device or many."""
+"""Torchmetrics metric for PSNR, SSIM and LPIPS of each image, on one device or several."""
 
 from collections.abc import Sequence
 
@@ -16,15 +16,14 @@ from .protocols import resolve
 
 
 class ImageQuality(Metric):
-    """PSNR and SSIM of every image of a set under named protocols.
+    """PSNR and SSIM of every image of a data set by named protocols.
 
-    Values are kept per image, never pooled. Devices may hold different numbers of images; an image that
-    several devices were given (samplers pad) counts once. The result is that of a single device to the last
-    digit.
+    Values are kept per image, never pooled. Devices may have different numbers of images; an image that several
+    devices evaluated counts once. The result is identical to that of a single device.
 
     Args:
-        protocols: Names that :func:`derain.metrics.resolve` knows.
-        lpips: Also compares by this, on whole images in floating point.
+        protocols: Names for :func:`derain.metrics.resolve`.
+        lpips: LPIPS of whole images in floating point; not computed by default.
 
     Example:
         >>> quality = ImageQuality(["matlab-y"])
@@ -44,8 +43,8 @@ class ImageQuality(Metric):
         self.lpips = lpips
         self.set_dtype(torch.float64)
         self.protocols = resolve(protocols)
-        # index, then PSNR and SSIM of each protocol, then LPIPS if wanted; flat, as is the empty state that
-        # torchmetrics sends for a device without images.
+        # Index, PSNR and SSIM by each protocol, LPIPS if computed. Flat, since torchmetrics sends a flat empty state
+        # for a device without images.
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
     def update(
@@ -55,13 +54,13 @@ class ImageQuality(Metric):
         index: Int[Tensor, " b"],
         names: Sequence[str] = (),
     ) -> None:
-        """Judges images.
+        """Evaluate a batch of images.
 
         Args:
-            derained: uint8, or float32 or float64 in [0, 1]; not clamped, protocols do so as they say.
-            clean: The same.
-            index: Place of each image in its set.
-            names: What messages call the images; their index if not given.
+            derained: ``(b, 3, h, w)``, uint8, or float32 or float64 in [0, 1]; not clamped, since protocols differ.
+            clean: Same shape.
+            index: ``(b,)``, index of each image in the data set.
+            names: Names of the images in messages; their indices by default.
 
         Raises:
             DerainError: If images are in half precision, not in [0, 1], or too small for a protocol.
@@ -69,21 +68,22 @@ class ImageQuality(Metric):
         for images in (derained, clean):
             if images.dtype not in {torch.uint8, torch.float32, torch.float64}:
                 raise DerainError(
-                    f"images to judge must be uint8, float32 or float64, got {images.dtype}; "
-                    "evaluate in 32-true or mixed precision"
+                    f"image type {images.dtype} is not supported; expected uint8, float32 or float64; "
+                    "evaluate with --trainer.precision 32-true or a mixed precision"
                 )
-        arrays = (images.detach().cpu().movedim(1, -1).numpy() for images in (derained, clean))
-        pairs = list(zip(*arrays, strict=True))
-        for name, (x, y) in zip(names or [f"image {number}" for number in index.tolist()], pairs, strict=True):
+        derained_arrays, clean_arrays = (images.detach().cpu().movedim(1, -1).numpy() for images in (derained, clean))
+        indices = index.tolist()
+        names = names or [f"image {number}" for number in indices]
+        for name, x, y in zip(names, derained_arrays, clean_arrays, strict=True):
             check_values(x, y, name)
-        rows = [
-            [
-                float(place),
-                *(value for protocol in self.protocols for value in psnr_ssim(x, y, protocol)),
-                *([] if self.lpips is None else [self.lpips(x, y)]),
-            ]
-            for place, (x, y) in zip(index.tolist(), pairs, strict=True)
-        ]
+        rows = []
+        for number, x, y in zip(indices, derained_arrays, clean_arrays, strict=True):
+            row = [float(number)]
+            for protocol in self.protocols:
+                row += psnr_ssim(x, y, protocol)
+            if self.lpips is not None:
+                row.append(self.lpips(x, y))
+            rows.append(row)
         self._append(rows)
 
     def update_failed(self, index: Int[Tensor, " b"]) -> None:
@@ -92,8 +92,12 @@ class ImageQuality(Metric):
         Args:
             index: Index of each image in its set.
         """
-        columns = 2 * len(self.protocols) + (self.lpips is not None)
-        self._append([[float(number)] + [float("nan")] * columns for number in index.tolist()])
+        missing = [float("nan")] * (self._columns - 1)
+        self._append([[float(number), *missing] for number in index.tolist()])
+
+    @property
+    def _columns(self) -> int:
+        return 1 + 2 * len(self.protocols) + (self.lpips is not None)
 
     def _append(self, rows: list[list[float]]) -> None:
         # MPS has no float64.
@@ -101,14 +105,14 @@ class ImageQuality(Metric):
         self.rows.append(torch.tensor(rows, dtype=torch.float64, device=device).flatten())
 
     def compute(self) -> dict[str, Scores]:
-        """Gives the scores of all images of all devices, by protocol."""
+        """Return the scores of all images on all devices, by protocol."""
         rows = torch.cat(self.rows) if isinstance(self.rows, list) and self.rows else self.rows
-        table = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows, np.float64)
-        table = table.reshape(-1, 1 + 2 * len(self.protocols) + (self.lpips is not None))
+        table = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows, np.float64).reshape(-1, self._columns)
         index, first = np.unique(table[:, 0].astype(np.int64), return_index=True)
         table = table[first]
         lpips = None if self.lpips is None else table[:, -1]
-        return {
-            protocol.name: Scores(index, table[:, 1 + 2 * place], table[:, 2 + 2 * place], lpips)
-            for place, protocol in enumerate(self.protocols)
-        }
+        scores = {}
+        for number, protocol in enumerate(self.protocols):
+            psnr, ssim = table[:, 1 + 2 * number], table[:, 2 + 2 * number]
+            scores[protocol.name] = Scores(index, psnr, ssim, lpips)
+        return scores

@@ -1,6 +1,6 @@
-"""Perceptual quality of one image: LPIPS against the clean one, and no-reference quality through pyiqa.
+"""Perceptual metrics of one image: LPIPS, and no-reference quality by pyiqa.
 
-Importing this module does not import torch; making a metric does.
+Importing this module does not import torch; creating a metric does.
 """
 
 import importlib.util
@@ -21,23 +21,23 @@ from .full_reference import check_values
 
 
 class Backbone(NamedTuple):
-    """A network that LPIPS compares features of, and torchvision's weights of it.
+    """Network whose features LPIPS compares, with torchvision's weights.
 
     Attributes:
-        name: The network.
-        url: Where torchvision gets the weights.
-        megabytes: Size of that file.
-        least: Shortest side of an image that the network can take, in pixels.
+        name: Name of the network.
+        url: URL of the weights.
+        megabytes: Size of the weights file.
+        min_side: Shortest side of an image that the network accepts, in pixels.
     """
 
     name: str
     url: str
     megabytes: int
-    least: int
+    min_side: int
 
     @property
     def file(self) -> Path:
-        """The weights in the cache of ``torch.hub``."""
+        """Path of the weights in the cache of ``torch.hub``."""
         cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
         home = Path(os.environ.get("TORCH_HOME", f"{cache}/torch")).expanduser()
         return home / "hub" / "checkpoints" / self.url.rpartition("/")[2]
@@ -50,16 +50,16 @@ BACKBONES = {
 
 
 class Lpips:
-    """LPIPS distance of an image to the clean one; 0 for equal images, lower is better.
+    """LPIPS distance to the clean image: 0 for equal images, lower is better.
 
-    Computed by torchmetrics on whole images in float32 and [-1, 1], on the CPU.
+    Computed by torchmetrics on whole images in float32, scaled to [-1, 1], on the CPU.
 
     Args:
-        net: ``alex`` (what papers on deraining report) or ``vgg``.
-        fetch: Whether weights that are not in ``torch.hub``'s cache are downloaded, after saying so.
+        net: ``alex`` (reported by papers on deraining) or ``vgg``.
+        fetch: Whether to download weights that are not in the cache of ``torch.hub``, with a message.
 
     Raises:
-        DerainError: If torchvision or the weights are missing, cannot be fetched, or are damaged.
+        DerainError: If torchvision or the weights are missing, cannot be downloaded, or are damaged.
 
     References:
         Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual Metric, CVPR 2018.
@@ -67,26 +67,30 @@ class Lpips:
 
     def __init__(self, net: Literal["alex", "vgg"] = "alex", *, fetch: bool = False) -> None:
         self.net, self.backbone = net, BACKBONES[net]
-        told = f"{self.backbone.name} weights ({self.backbone.megabytes} MB, {self.backbone.url})"
+        weights = f"{self.backbone.name} weights ({self.backbone.megabytes} MB, {self.backbone.url})"
         if importlib.util.find_spec("torchvision") is None:
             raise DerainError("LPIPS needs torchvision; install it with: pip install 'derain[lpips]'")
         if not self.backbone.file.is_file():
             if not fetch:
-                raise DerainError(f"LPIPS needs {told}; --lpips {net} fetches them to {self.backbone.file}")
-            print(f"LPIPS: fetching {told} to {self.backbone.file}", file=sys.stderr)
+                raise DerainError(f"LPIPS needs {weights}; --lpips {net} downloads them to {self.backbone.file}")
+            print(f"LPIPS: downloading {weights} to {self.backbone.file}", file=sys.stderr)
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
         try:
-            with redirect_stdout(sys.stderr):  # torch.hub says there what it downloads
+            with redirect_stdout(sys.stderr):  # torch.hub prints its progress
                 self.network = LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="none").net
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             if self.backbone.file.is_file():
                 raise DerainError(f"{self.backbone.file}: damaged ({reason}); delete it and try again") from error
-            raise DerainError(f"cannot fetch {told}: {reason}; put them at {self.backbone.file}") from error
+            raise DerainError(f"cannot download {weights}: {reason}; save them to {self.backbone.file}") from error
 
     def __call__(self, derained: NDArray[Any], clean: NDArray[Any]) -> float:
-        """Compares two images ``(h, w, 3)``, uint8 or floating point in [0, 1].
+        """Return the distance of two images.
+
+        Args:
+            derained: ``(h, w, 3)``, uint8 or floating point in [0, 1].
+            clean: Same shape.
 
         Raises:
             DerainError: If the image is too small for the network, or floats are not in [0, 1].
@@ -94,10 +98,9 @@ class Lpips:
         import torch
 
         check_values(derained, clean)
-
-        if min(clean.shape[:2]) < self.backbone.least:
+        if min(clean.shape[:2]) < self.backbone.min_side:
             raise DerainError(
-                f"LPIPS needs images of at least {self.backbone.least}x{self.backbone.least} pixels, "
+                f"LPIPS needs images of at least {self.backbone.min_side}x{self.backbone.min_side} pixels, "
                 f"got {clean.shape[1]}x{clean.shape[0]}; add --lpips none"
             )
         with torch.inference_mode():
@@ -105,30 +108,38 @@ class Lpips:
 
 
 def available_lpips(choice: str) -> Lpips | None:
-    """Makes LPIPS if its weights are here (``auto``) or can be had; else says why not on standard error."""
-    backbone = BACKBONES["vgg" if choice == "vgg" else "alex"]
+    """Return LPIPS by a choice of ``--lpips``, or None with a message on standard error if it is not available.
+
+    Args:
+        choice: ``auto`` for AlexNet if its weights are in the cache, ``alex`` or ``vgg`` to download missing weights,
+            or ``none``.
+    """
     if choice == "none":
         return None
-    try:
-        if choice == "auto" and not backbone.file.is_file():
-            raise DerainError(f"{backbone.name}'s weights are not here; --lpips alex fetches {backbone.megabytes} MB")
-        return Lpips("vgg" if choice == "vgg" else "alex", fetch=True)
-    except DerainError as error:
-        print(f"LPIPS left out: {error}", file=sys.stderr)
-        return None
+    net: Literal["alex", "vgg"] = "vgg" if choice == "vgg" else "alex"
+    backbone = BACKBONES[net]
+    if choice == "auto" and not backbone.file.is_file():
+        message = f"no {backbone.name} weights in the cache; --lpips alex downloads {backbone.megabytes} MB"
+    else:
+        try:
+            return Lpips(net, fetch=True)
+        except DerainError as error:
+            message = str(error)
+    print(f"LPIPS skipped: {message}", file=sys.stderr)
+    return None
 
 
 class NoReference:
-    """Quality of an image on its own, by a metric of pyiqa (an optional extra), such as niqe or musiq.
+    """No-reference metric of pyiqa (an optional extra), such as niqe or musiq.
 
     Attributes:
         lower_better: Whether lower values are better.
 
     Args:
-        name: What pyiqa calls the metric. pyiqa may fetch weights when it makes one.
+        name: Name of the metric in pyiqa, which may download its weights.
 
     Raises:
-        DerainError: If pyiqa is missing, has no such metric, or cannot get its weights.
+        DerainError: If pyiqa is missing, has no such metric, or cannot download its weights.
     """
 
     def __init__(self, name: str) -> None:
@@ -143,7 +154,9 @@ class NoReference:
             with redirect_stdout(sys.stderr):
                 self.metric = pyiqa.create_metric(name, device="cpu")
         except (OSError, RuntimeError) as error:
-            raise DerainError(f"{name}: pyiqa cannot get its weights: {str(error).partition(chr(10))[0]}") from error
+            raise DerainError(
+                f"{name}: pyiqa cannot download its weights: {str(error).partition(chr(10))[0]}"
+            ) from error
         self.name = name
         self.lower_better = bool(getattr(self.metric, "lower_better", False))
 
@@ -153,14 +166,15 @@ class NoReference:
 
         if image.dtype.kind == "f":
             check_range(image, "image", 1.0)
-
         with torch.inference_mode():
             return float(self.metric(_tensor(image)))
 
 
 def _tensor(image: NDArray[Any]) -> Any:
-    """``(1, 3, h, w)``, float32 in [0, 1]."""
+    """Return ``(1, 3, h, w)``, float32 in [0, 1]."""
     import torch
 
-    values = image.astype(np.float32) / np.float32(255) if image.dtype == np.uint8 else image.astype(np.float32)
+    values = image.astype(np.float32)
+    if image.dtype == np.uint8:
+        values = values / np.float32(255)
     return torch.from_numpy(np.ascontiguousarray(np.clip(values, 0, 1).transpose(2, 0, 1)))[None]

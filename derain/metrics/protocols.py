@@ -1,6 +1,7 @@
-"""Evaluation protocols: what PSNR and SSIM are computed on, under the names that go beside the numbers.
+"""Evaluation protocols: named definitions of how PSNR and SSIM are computed.
 
-Papers on deraining differ by over 1 dB through these choices alone: no number stands without its protocol.
+The results of deraining papers differ by over 1 dB through these choices alone, so every number is reported with its
+protocol.
 """
 
 from collections.abc import Sequence
@@ -12,24 +13,24 @@ from derain.errors import DerainError
 
 @dataclass(frozen=True)
 class Protocol:
-    """One way to judge a derained image against the clean one.
+    """Definition of PSNR and SSIM of a derained image.
 
-    PSNR is of peak 255. SSIM's window is an 11×11 Gaussian of σ 1.5, its constants are (0.01·255)² and
-    (0.03·255)². Colours give the mean of the channels.
+    The peak of PSNR is 255. The window of SSIM is an 11×11 Gaussian of σ 1.5, its constants are (0.01·255)² and
+    (0.03·255)². For RGB, the mean over the channels is reported.
 
     Attributes:
-        name: What goes beside the numbers.
-        definition: The protocol in one line, for people.
-        users: Whose published numbers follow it.
-        colour: ``y``, BT.601 limited-range luma (65.481 R + 128.553 G + 24.966 B) / 255 + 16; or ``rgb``.
+        name: Name that is reported with the numbers.
+        definition: Definition in one line.
+        users: Papers that use the protocol.
+        colour: ``y`` for BT.601 limited-range luma, (65.481 R + 128.553 G + 24.966 B) / 255 + 16; or ``rgb``.
         luma_rounded: Whether luma is rounded to integers.
-        output: How derained values become 8 bit: clipped, then ``round`` or ``truncate``; ``none`` leaves
-            them as they are, clipped for PSNR only.
-        border: Pixels cut off at every side before anything is computed.
-        ssim: ``valid`` averages SSIM where the whole window lies inside the image (MATLAB's); ``padded``
-            everywhere, with zeros around the image (the SSIM of PyTorch losses).
-        downsample: Whether SSIM first shrinks images as Wang's ssim.m does: to every f-th pixel of the mean
-            over f×f, symmetric at the border, f = max(1, round(min(h, w) / 256)).
+        output: Conversion of derained values to 8 bit: clipped, then ``round`` or ``truncate``; ``none`` keeps floats,
+            clipped for PSNR only.
+        border: Width of the border that is cropped before PSNR and SSIM, in pixels.
+        ssim: ``valid`` averages SSIM over the valid region (as in MATLAB); ``padded`` over the whole image with zero
+            padding (as in PyTorch losses).
+        downsample: Whether images are down-sampled for SSIM like in Wang's ssim.m: every f-th pixel of the mean over
+            f×f, symmetric at the border, f = max(1, round(min(h, w) / 256)).
     """
 
     name: str
@@ -56,7 +57,7 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(
             "prenet",
             f"as matlab-y, but output truncated to 8 bit; {_VALID}",
-            "PReNet; its ssim.m shrinks larger images as well: prenet+down",
+            "PReNet; its ssim.m also down-samples large images: prenet+down",
             "y",
             output="truncate",
         ),
@@ -77,14 +78,14 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         Protocol(
             "ir-sde-rgb",
-            f"RGB of 8-bit output (rounded) without a 4-pixel border; {_VALID}, mean of channels",
+            f"RGB of 8-bit output (rounded), 4-pixel border cropped; {_VALID}, mean of channels",
             "IR-SDE, DA-CLIP",
             "rgb",
             border=4,
         ),
         Protocol(
             "ir-sde-y",
-            f"as matlab-y, without a 4-pixel border; {_VALID}",
+            f"as matlab-y, 4-pixel border cropped; {_VALID}",
             "IR-SDE, DA-CLIP",
             "y",
             border=4,
@@ -92,25 +93,25 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(
             "rgb",
             f"RGB of 8-bit output (rounded); {_VALID}, mean of channels",
-            "papers that report RGB without a border cut off",
+            "papers that report RGB without border crop",
             "rgb",
         ),
     )
 }
-"""Every protocol by its name; the first is the default."""
+"""Protocols by name; the first is the default."""
 
 PROTOCOL_GROUPS = {"ir-sde": ("ir-sde-rgb", "ir-sde-y")}
-"""Names that stand for several protocols, reported side by side."""
+"""Names of groups of protocols that are reported together."""
 
 DOWNSAMPLE_SUFFIX = "+down"
-"""Ending of a protocol's name that asks for SSIM's automatic down-sampling."""
+"""Suffix of a protocol's name for SSIM with down-sampling."""
 
 
 def resolve(names: Sequence[str]) -> tuple[Protocol, ...]:
-    """Finds protocols by name, each once, in the order asked for.
+    """Return protocols by name, each once, in the given order.
 
     Args:
-        names: Keys of :data:`PROTOCOLS` or :data:`TOGETHER`; with ``+down`` at the end SSIM shrinks images.
+        names: Keys of :data:`PROTOCOLS` or :data:`PROTOCOL_GROUPS`; the suffix ``+down`` adds down-sampling to SSIM.
 
     Raises:
         DerainError: If a name is unknown, or there are none.
@@ -121,20 +122,28 @@ def resolve(names: Sequence[str]) -> tuple[Protocol, ...]:
         >>> resolve(["matlab-y+down"])[0].downsample
         True
     """
-    found: dict[str, Protocol] = {}
+    known = ", ".join([*PROTOCOLS, *PROTOCOL_GROUPS])
+    protocols: dict[str, Protocol] = {}
     for name in names:
         base = name.removesuffix(DOWNSAMPLE_SUFFIX)
         for member in PROTOCOL_GROUPS.get(base, (base,)):
             if member not in PROTOCOLS:
-                known = ", ".join([*PROTOCOLS, *PROTOCOL_GROUPS])
                 raise DerainError(
-                    f"no protocol '{name}'; choose from {known} (with {DOWNSAMPLE_SUFFIX} SSIM shrinks images first)"
+                    f"no protocol '{name}'; choose from {known} (add {DOWNSAMPLE_SUFFIX} for SSIM with down-sampling)"
                 )
             protocol = PROTOCOLS[member]
             if name.endswith(DOWNSAMPLE_SUFFIX):
-                told = f"{protocol.definition}; SSIM of images shrunk to about 256 pixels (as by ssim.m)"
-                protocol = replace(protocol, name=member + DOWNSAMPLE_SUFFIX, definition=told, downsample=True)
-            found[protocol.name] = protocol
-    if not found:
-        raise DerainError(f"no protocol named; choose from {', '.join([*PROTOCOLS, *PROTOCOL_GROUPS])}")
-    return tuple(found.values())
+                protocol = _with_downsampling(protocol)
+            protocols[protocol.name] = protocol
+    if not protocols:
+        raise DerainError(f"no protocol given; choose from {known}")
+    return tuple(protocols.values())
+
+
+def _with_downsampling(protocol: Protocol) -> Protocol:
+    return replace(
+        protocol,
+        name=protocol.name + DOWNSAMPLE_SUFFIX,
+        definition=f"{protocol.definition}; SSIM of images down-sampled to about 256 pixels (as in ssim.m)",
+        downsample=True,
+    )

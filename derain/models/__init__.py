@@ -1,8 +1,8 @@
-"""What derain ships: ``NAME.safetensors``, and ``NAME.md``, which says where it comes from."""
+"""Bundled models: weights ``NAME.safetensors`` with a model card ``NAME.md``."""
 
 from pathlib import Path
 
 
-def in_the_box() -> dict[str, Path]:
-    """The weights that derain ships, by name."""
+def bundled() -> dict[str, Path]:
+    """Return the weights files of the bundled models by name."""
     return {file.stem: file for file in sorted(Path(__file__).parent.glob("*.safetensors"))}

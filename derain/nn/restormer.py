@@ -139,7 +139,8 @@ class Attention(nn.Module):
         cosines = products / (query_norms[..., :, None] * key_norms[..., None, :])
         attention = (cosines * self.temperature).softmax(-1)  # (b, heads, d, d)
         projection = self.project_out.weight.reshape(c, heads, -1).transpose(0, 1)
-        return (projection @ attention).transpose(2, 3).reshape(b, c, c)
+        matrix: Tensor = (projection @ attention).transpose(2, 3).reshape(b, c, c)
+        return matrix
 
 
 class SelfAttention(Attention):

@@ -7,14 +7,14 @@ from derain.data.pairs import find_pairs
 from derain.data.rain import PRESETS, add_rain, sample_rain
 from derain.methods import catalog
 from derain.metrics import psnr_ssim, resolve
-from derain.models import in_the_box
+from derain.models import bundled
 from tests.factories import photo
 
 
 def test_list_has_every_bundled_model(capsys):
     assert main(["models", "list"]) == 0
     table = capsys.readouterr().out
-    for name, file in in_the_box().items():
+    for name, file in bundled().items():
         module = catalog.load(file).module
         assert name in table
         assert f"{module.parameter_count:,}" in table
@@ -22,8 +22,8 @@ def test_list_has_every_bundled_model(capsys):
 
 
 def test_bundled_models_are_small_and_have_a_card(capsys):
-    assert "default" in in_the_box()
-    for name, file in in_the_box().items():
+    assert "default" in bundled()
+    for name, file in bundled().items():
         assert file.stat().st_size <= 8e6
         assert main(["models", "info", name]) == 0
         card = capsys.readouterr().out

@@ -203,6 +203,22 @@ def test_the_scaler_handles_an_infinite_gradient_while_losses_are_scaled(finite_
         assert (module.weight < 1).all()
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+def test_half_accumulated_gradients_may_overflow_while_losses_are_scaled(scaled, monkeypatch):
+    module = methods.PReNetModule(stages=1)
+    plugins = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu")) if scaled else None
+    module.trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", plugins=plugins)
+    module.trainer.state.fn = "fit"
+    monkeypatch.setattr(module, "_accumulated_gradients", lambda: {"network.x": torch.tensor([float("inf")])})
+    checkpoint = {}
+    if scaled:
+        module.on_save_checkpoint(checkpoint)
+        assert "gradients" in checkpoint
+    else:
+        with pytest.raises(DerainError, match="weights"):
+            module.on_save_checkpoint(checkpoint)
+
+
 def test_large_values_are_finite():
     module = methods.PReNetModule(stages=1)
     with pytest.raises(DerainError):

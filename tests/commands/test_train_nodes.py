@@ -1,4 +1,4 @@
-"""Two nodes of two processes each, on this machine, as torchrun and SLURM start them, do what one process does."""
+"""Two nodes with two processes each, started on this machine as torchrun and SLURM do, give one process's result."""
 
 import os
 import socket
@@ -29,7 +29,7 @@ NODES = ["--trainer.num_nodes", "2", "--trainer.devices", "2", "--trainer.strate
 
 
 class Witness(Callback):
-    """Writes down which rank saw which images."""
+    """Records which rank received which images."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         with Path(f"rank-{trainer.global_rank}.txt").open("a") as file:
@@ -43,7 +43,7 @@ WITNESS = [f"--trainer.callbacks+={__name__}.Witness"]
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
     make_set(tmp_path / "data", "Rain800", "train", count=16)
     make_set(tmp_path / "data", "Rain800", "test", count=5, seed=50)
     (tmp_path / "exp.yaml").write_text(yaml.safe_dump(CONFIG))
@@ -55,104 +55,111 @@ def place(tmp_path, monkeypatch):
 
 
 def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return str(one.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
 
 
 def torchrun(*arguments, nodes):
-    """What the nodes told; each starts two processes."""
-    meeting = ["--master-addr", "127.0.0.1", "--master-port", free_port()]
-    program = ("-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", "2", *meeting)
+    """Run derain on nodes of two processes each and return what the nodes printed."""
+    rendezvous = ["--master-addr", "127.0.0.1", "--master-port", free_port()]
+    program = ("-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", "2", *rendezvous)
     return finish_all(
         [start("-m", "derain", *arguments, program=(*program, "--node-rank", str(node))) for node in range(nodes)]
     )
 
 
 def sbatch(*arguments):
-    """What four processes told that find the variables of SLURM's srun, of the script in experiments/slurm."""
+    """Run the script in experiments/slurm as four tasks with the variables of srun; return what they printed."""
     job = {
-        **{"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "derain-fit", "SLURM_NODELIST": "127.0.0.1"},
-        **{"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "2", "MASTER_PORT": free_port()},
+        "SLURM_JOB_ID": "4242",
+        "SLURM_JOB_NAME": "derain-fit",
+        "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "4",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "2",
+        "MASTER_PORT": free_port(),
     }
-    stand_in = Path("bin/srun")
-    stand_in.parent.mkdir()
-    stand_in.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
-    stand_in.chmod(0o755)
-    variables = os.environ | job | {"PATH": f"{stand_in.parent.resolve()}:{os.environ['PATH']}"}
+    srun = Path("bin/srun")
+    srun.parent.mkdir()
+    srun.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')  # prints its arguments
+    srun.chmod(0o755)
+    environment = os.environ | job | {"PATH": f"{srun.parent.resolve()}:{os.environ['PATH']}"}
     script = ["bash", str(SCRIPT), *arguments]
-    program, *told = subprocess.run(script, env=variables, capture_output=True, text=True, check=True).stdout.split()
+    printed = subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout
+    program, *command = printed.split()
     assert program == "derain"
     tasks = [{"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n % 2), "SLURM_NODEID": str(n // 2)} for n in range(4)]
-    return finish_all([start(*told, **job, **task) for task in tasks])
+    return finish_all([start(*command, **job, **task) for task in tasks])
 
 
 def files(run):
     return sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
 
 
-def seen(place, ranks):
-    """Images that each rank saw, in order."""
-    return [(place / f"rank-{rank}.txt").read_text().split() for rank in range(ranks)]
+def images_by_rank(folder, ranks):
+    """Return the images that each rank received, in order."""
+    return [(folder / f"rank-{rank}.txt").read_text().split() for rank in range(ranks)]
 
 
-def assert_same_run(run, other):
-    assert files(run) == files(other)
-    scores = [[float(row["val/psnr"]) for row in metrics(one, "val/psnr")] for one in (run, other)]
-    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+def assert_same_run(run, expected):
+    assert files(run) == files(expected)
+    scores, expected_scores = ([float(row["val/psnr"]) for row in metrics(r, "val/psnr")] for r in (run, expected))
+    assert scores == pytest.approx(expected_scores, abs=1e-3)
     for name, value in last(run)["state_dict"].items():
-        torch.testing.assert_close(value, last(other)["state_dict"][name], atol=2e-5, rtol=0)
+        torch.testing.assert_close(value, last(expected)["state_dict"][name], atol=2e-5, rtol=0)
 
 
 @pytest.mark.slow
-def test_two_nodes_by_torchrun(place):
-    """The order of additions differs, and nothing else."""
-    told = torchrun(*FIT, *NODES, *WITNESS, nodes=2)
-    seen_by = seen(place, 4)
-    assert [len(names) for names in seen_by] == [4, 4, 4, 4]
-    assert len({name for names in seen_by for name in names}) == 16
+def test_two_nodes_by_torchrun(folder):
+    """Only the order of additions differs."""
+    outputs = torchrun(*FIT, *NODES, *WITNESS, nodes=2)
+    images = images_by_rank(folder, 4)
+    assert [len(names) for names in images] == [4, 4, 4, 4]
+    assert len({name for names in images for name in names}) == 16
     assert main([*FIT, *ALONE]) == 0
-    assert_same_run(place / "runs/exp/fit-1", place / "runs/exp/fit-2")
-    assert {path.name for path in (place / "runs/exp").iterdir()} == {"fit-1", "fit-2"}
-    assert sum(text.count("restore photos by") for text in told) == 1
+    assert_same_run(folder / "runs/exp/fit-1", folder / "runs/exp/fit-2")
+    assert {path.name for path in (folder / "runs/exp").iterdir()} == {"fit-1", "fit-2"}
+    assert sum(text.count("derain restore") for text in outputs) == 1
 
 
 @pytest.mark.slow
-def test_a_job_that_slurm_starts_again_goes_on_on_two_nodes(place, monkeypatch):
+def test_a_job_that_slurm_restarts_resumes_on_two_nodes(folder, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert main([*FIT, *ALONE, "--trainer.max_epochs", "2", "--trainer.default_root_dir", "whole"]) == 0
     assert main([*FIT, *ALONE]) == 0
     run = Path("runs/exp/fit-1").rename("runs/exp/fit-4242")
     sbatch("--config", "exp.yaml", "--data.batch_size", "2", *WITNESS, "--trainer.max_epochs", "2")
-    assert [len(names) for names in seen(place, 4)] == [4, 4, 4, 4]
-    assert_same_run(run, place / "whole/fit-1")
+    assert [len(names) for names in images_by_rank(folder, 4)] == [4, 4, 4, 4]
+    assert_same_run(run, folder / "whole/fit-1")
     assert len(metrics(run, "val/psnr")) == 2
     assert list(Path("runs/exp").iterdir()) == [run]
 
 
-def test_another_training_of_the_job_does_not_go_on_with_the_first(place, capsys, monkeypatch):
+def test_another_training_of_the_job_does_not_resume_the_first(folder, capsys, monkeypatch):
     for name, value in {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "SLURM_LOCALID": "0"}.items():
         monkeypatch.setenv(name, value)
-    last = place / "runs/exp/fit-7/checkpoints/last.ckpt"
-    last.parent.mkdir(parents=True)
-    last.write_bytes(b"of another training")
+    checkpoint = folder / "runs/exp/fit-7/checkpoints/last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"of another training")
     assert main(FIT) == 2
-    assert "holds a run of this job; start each by srun" in capsys.readouterr().err
+    assert "fit-7" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_two_ranks_restore_every_image_of_a_folder_once(place):
-    make_set(place, "images", "predict", count=5)
-    PReNetModule(stages=1).save_weights(place / "w.safetensors")
+def test_two_ranks_restore_every_image_of_a_folder_once(folder):
+    make_set(folder, "images", "predict", count=5)
+    PReNetModule(stages=1).save_weights(folder / "w.safetensors")
     predict = ["predict", "--config", "exp.yaml", "--data.predict", "images", "--weights", "w.safetensors"]
     torchrun(*predict, *WITNESS, "--trainer.devices", "2", "--trainer.strategy", "ddp", nodes=1)
-    one, two = seen(place, 2)
-    assert (len(one), len(two)) == (3, 2)
+    first_rank, second_rank = images_by_rank(folder, 2)
+    assert (len(first_rank), len(second_rank)) == (3, 2)
     assert main(predict) == 0
-    both, alone = (image_files(place / f"runs/exp/predict-{n}/images") for n in (1, 2))
-    assert sorted(path.stem for path in both) == sorted([*one, *two]) == sorted(path.stem for path in alone)
-    for path, other in zip(both, alone, strict=True):
-        assert (read_rgb(path) == read_rgb(other)).all()
+    by_two, by_one = (image_files(folder / f"runs/exp/predict-{n}/images") for n in (1, 2))
+    names = sorted([*first_rank, *second_rank])
+    assert sorted(path.stem for path in by_two) == names == sorted(path.stem for path in by_one)
+    for path, expected in zip(by_two, by_one, strict=True):
+        assert (read_rgb(path) == read_rgb(expected)).all()
 
 
 def test_tasks_of_slurm_share_the_folder_of_their_job_step(tmp_path, monkeypatch):
@@ -168,7 +175,7 @@ def test_tasks_of_slurm_share_the_folder_of_their_job_step(tmp_path, monkeypatch
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    """Start a run of one task in SLURM's job 7, as its N-th attempt; return the name of its folder."""
+    """Return a function that starts an attempt of a run in SLURM's job 7 and returns the name of its folder."""
     for name in ("LOCAL_RANK", "DERAIN_RUN", "SLURM_NTASKS", "SLURM_STEP_ID", "SLURM_JOB_NAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -187,7 +194,7 @@ def test_a_restarted_job_of_one_task_returns_to_its_folder(job):
     assert [job(number, SLURM_NTASKS="1") for number in (0, 1, 3)] == ["fit-7"] * 3
 
 
-def test_runs_of_one_job_are_told_apart_by_their_command_lines(job):
+def test_runs_of_one_job_are_distinguished_by_their_command_lines(job):
     runs = [("--data.crop", "64"), ("--data.crop", "128"), ("--data.crop", "64")]
     assert [job(0, *run) for run in runs] == ["fit-7", "fit-7.1", "fit-7.2"]
     assert [job(1, *run) for run in runs] == ["fit-7", "fit-7.1", "fit-7.2"]
@@ -199,16 +206,16 @@ def test_runs_in_the_shell_of_an_allocation_are_runs_of_their_own(job):
     assert [job(0, **shell) for _ in range(3)] == ["fit-7", "fit-7.1", "fit-7.2"]
 
 
-def test_a_training_in_a_restarted_job_of_one_task_is_resumed(place, job, monkeypatch):
+def test_a_training_in_a_restarted_job_of_one_task_is_resumed(folder, job, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "1")
     assert main([*FIT, "--trainer.max_epochs", "2", "--trainer.default_root_dir", "whole"]) == 0
     halves = [*FIT, "--config", "epochs.yaml"]  # the command line stays, as in a job that was interrupted
     for number, epochs in enumerate((1, 2)):
-        (place / "epochs.yaml").write_text(f"trainer: {{max_epochs: {epochs}}}")
+        (folder / "epochs.yaml").write_text(f"trainer: {{max_epochs: {epochs}}}")
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(number))
         assert main(halves) == 0
-    assert [path.name for path in (place / "runs/exp").iterdir()] == ["fit-7"]
-    run = place / "runs/exp/fit-7"
+    assert [path.name for path in (folder / "runs/exp").iterdir()] == ["fit-7"]
+    run = folder / "runs/exp/fit-7"
     assert len(metrics(run, "val/psnr")) == 2
     for name, value in last(run)["state_dict"].items():
-        assert torch.equal(value, last(place / "whole/fit-7")["state_dict"][name])
+        assert torch.equal(value, last(folder / "whole/fit-7")["state_dict"][name])

@@ -55,8 +55,8 @@ def test_a_run_killed_within_a_round_equals_an_uninterrupted_one(workdir):
     states = [{"weights": c["state_dict"], "average": c["ema"]["network"]} for c in (one, two)]
     assert differing(*states) == []
     assert len(one["optimizer_states"]) == 2
-    for mine, other in zip(one["optimizer_states"], two["optimizer_states"], strict=True):
-        assert differing(mine["state"], other["state"]) == []
+    for first, second in zip(one["optimizer_states"], two["optimizer_states"], strict=True):
+        assert differing(first["state"], second["state"]) == []
     table = metrics(workdir / "whole/fit-1", *columns)
     discriminator_losses = {row["train/discriminator_1"] for row in table} - {"", None}
     assert len(discriminator_losses) == 2  # each is logged until the epoch ends
@@ -115,7 +115,7 @@ def test_weights_contain_the_generator_only(workdir):
     content = last(workdir / "runs/gan/fit-1")
     assert set(read(file).state) == set(loaded.network.state_dict())
     assert any(name.startswith("discriminator.") for name in content["state_dict"])
-    for size in ((481, 321), (1, 1), (37, 31)):
+    for size in ((121, 77), (1, 1), (37, 31)):
         photo = workdir / f"{size[0]}.png"
         write_image(photo, clean_image(1, size))
         assert main(["restore", str(photo), f"out-{size[0]}.png", "--weights", str(file)]) == 0

@@ -62,14 +62,15 @@ def test_any_method_resumes_from_any_step(all_methods, method):
         assert logged(again)[0]["step"] == str(step - 1)  # logged after the checkpoint was saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(["--trainer.max_steps", "7", "--trainer.max_epochs", "-1"], marks=pytest.mark.slow),
+        ["--trainer.max_steps", "7", "--trainer.max_epochs", "-1"],
         ["--trainer.accumulate_grad_batches", "3", "--trainer.val_check_interval", "2"],
-        pytest.param(["--trainer.check_val_every_n_epoch", "2"], marks=pytest.mark.slow),
-        pytest.param(["--trainer.limit_train_batches", "3"], marks=pytest.mark.slow),
-        pytest.param(["--data.workers", "2"], marks=pytest.mark.slow),
+        ["--trainer.check_val_every_n_epoch", "2"],
+        ["--trainer.limit_train_batches", "3"],
+        ["--data.workers", "2"],
     ],
 )
 def test_any_option_of_the_trainer_resumes(all_methods, options):
@@ -164,6 +165,7 @@ def test_another_seed_of_the_data_is_an_error(all_methods, capsys):
     assert "--data.seed 5" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_scheduled_accumulation_resumes_within_an_epoch(all_methods):
     config = yaml.safe_load(Path("PReNetModule-steps.yaml").read_text())
     schedule = "lightning.pytorch.callbacks.GradientAccumulationScheduler"
@@ -287,7 +289,8 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", MODELS)
 def test_changed_options_apply_as_if_the_run_had_started_with_them(all_methods, method, monkeypatch):
     """Rates and weight decay of every step after the resume are those of a run with these options."""
     used = []
@@ -320,7 +323,7 @@ def test_a_run_killed_twice_at_random_moments(all_methods, steps):
 
 
 def test_unfinished_files_of_killed_runs_are_removed_at_the_next_start(all_methods):
-    config = ["fit", "--config", "PReNetModule.yaml"]
+    config = ["fit", "--config", "PReNetModule.yaml", "--trainer.limit_train_batches", "1"]
     assert main(config) == 0
     old, new = (all_methods / f"runs/PReNetModule/fit-1/checkpoints/.0123456{n}-last.ckpt" for n in (0, 1))
     for file in (old, new):

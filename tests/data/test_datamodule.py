@@ -291,3 +291,10 @@ def test_a_decompression_bomb_is_rejected(root, cache):
     (root / "Rain800/training/3.jpg").write_bytes(png_header(40_000, 40_000))
     with pytest.raises(DerainError, match=r"3\.jpg: "):
         found.setup("fit") or batches(found, "train")
+
+
+def test_batches_are_scaled_to_0_to_1():
+    pixels = torch.tensor([0, 1, 127, 255], dtype=torch.uint8).expand(1, 3, 1, 4)
+    batch = RainDataModule().on_after_batch_transfer({"rainy": pixels, "name": ["a"]}, 0)
+    assert batch["rainy"].dtype == torch.float32
+    assert batch["rainy"][0, 0, 0].tolist() == pytest.approx([0, 1 / 255, 127 / 255, 1], abs=1e-7)

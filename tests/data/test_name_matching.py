@@ -78,3 +78,10 @@ def test_the_inventory_lists_folders_and_images(tmp_path):
     save(tmp_path / "1.png", clean_image(0, (4, 5)))
     assert inventory(tmp_path) == "folders folder and 1 images"
     assert inventory(tmp_path / "folder") == "folders input, target"
+
+
+def test_first_and_last_number_of_a_split_belong_to_it(tmp_path):
+    numbers = (1, 900, 901, 1000)
+    touch(tmp_path, *(f"rainy_image/{n}_1.jpg" for n in numbers), *(f"ground_truth/{n}.jpg" for n in numbers))
+    for split, expected in (("train", ["1_1", "900_1"]), ("test", ["901_1", "1000_1"])):
+        assert [name for name, *_ in pair_files("Rain1400", split, tmp_path).pairs] == expected

@@ -7,7 +7,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from derain import DerainModule, PReNetModule, RestormerModule
 from derain.errors import DerainError
 from derain.methods import catalog
-from derain.models import in_the_box
+from derain.models import bundled
 
 
 def tiny():
@@ -109,8 +109,8 @@ def test_what_cannot_be_had_is_told_in_one_line(monkeypatch, name, told):
     assert "\n" not in str(caught.value)
 
 
-def test_names_in_the_box_come_before_files(tmp_path, monkeypatch):
+def test_bundled_names_come_before_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "default").write_text("mine")
-    assert catalog.locate("default") == in_the_box()["default"]
+    assert catalog.locate("default") == bundled()["default"]
     assert catalog.locate("./default").read_text() == "mine"

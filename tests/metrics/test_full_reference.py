@@ -15,7 +15,7 @@ from derain.metrics.full_reference import _shrunk
 
 NAMES = [*PROTOCOLS, "matlab-y+down", "rgb+down", "ir-sde-y+down"]
 
-# What each protocol is, said a second time: luma, rounded luma, 8-bit conversion, border, SSIM's padding.
+# Independent definition of each protocol: luma, rounded luma, 8-bit conversion, border, padding of SSIM.
 SPEC = {
     "matlab-y": (True, False, np.round, 0, False),
     "prenet": (True, False, np.floor, 0, False),
@@ -43,7 +43,7 @@ def reference_ssim(x, y, mode):
 
 
 def reference(derained, clean, name):
-    """PSNR and SSIM in plain float64 NumPy and SciPy, from floats in about [0, 1]."""
+    """Return PSNR and SSIM by plain NumPy and SciPy in float64, from floats in about [0, 1]."""
     use_luma, round_luma, quantise, border, padded = SPEC[name.removesuffix("+down")]
     x, y = 255 * derained.astype(np.float64), 255 * clean.astype(np.float64)
     if quantise is not None:
@@ -58,7 +58,7 @@ def reference(derained, clean, name):
     psnr = 10 * np.log10(255**2 / np.mean((np.clip(x, 0, 255) - y) ** 2))
     shrink = max(1, int(np.floor(min(x.shape[:2]) / 256 + 0.5))) if name.endswith("+down") else 1
     if shrink > 1:
-        # The centre of MATLAB's even filters lies before the middle, that of SciPy's behind it.
+        # The centre of even filters is before the middle in MATLAB, after it in SciPy.
         kernel = np.ones((shrink, shrink, 1)) / shrink**2
         origin = (-1 if shrink % 2 == 0 else 0, -1 if shrink % 2 == 0 else 0, 0)
         x, y = (correlate(i, kernel, mode="reflect", origin=origin)[::shrink, ::shrink] for i in (x, y))
@@ -67,7 +67,7 @@ def reference(derained, clean, name):
 
 
 def images(rng, size, noise=0.08):
-    """Derained floats that leave [0, 1] a little, and 8-bit clean ones."""
+    """Return a derained image that slightly exceeds [0, 1], and an 8-bit clean one."""
     clean = rng.integers(0, 256, (*size, 3)).astype(np.float32) / np.float32(255)
     clean = np.round((clean + np.roll(clean, 1, 0) + np.roll(clean, 1, 1)) / 3 * 255) / 255
     derained = clean + noise * rng.standard_normal(clean.shape)
@@ -78,8 +78,8 @@ def images(rng, size, noise=0.08):
 @pytest.mark.parametrize("size", [(37, 31), (19, 150)])
 def test_agrees_with_plain_float64(rng, name, size):
     derained, clean = images(rng, size)
-    got = psnr_ssim(derained, clean, resolve([name])[0])
-    assert got == pytest.approx(reference(derained, clean, name), abs=1e-9)
+    scores = psnr_ssim(derained, clean, resolve([name])[0])
+    assert scores == pytest.approx(reference(derained, clean, name), abs=1e-9)
 
 
 @pytest.mark.parametrize("size", [(385, 391), (700, 645), (901, 899)])
@@ -91,16 +91,16 @@ def test_down_sampling_agrees_with_plain_float64(rng, size):
     assert abs(psnr_ssim(derained, clean, resolve(["matlab-y"])[0])[1] - expected[1]) > 0.01
 
 
-@pytest.mark.parametrize("by", [2, 3, 4, 5])
-def test_shrinks_as_imfilter_does(rng, by):
+@pytest.mark.parametrize("factor", [2, 3, 4, 5])
+def test_down_sampling_equals_imfilter(rng, factor):
     plane = rng.random((23, 17))
-    wide = np.pad(plane, by, mode="symmetric")
-    before = int(np.floor((by + 1) / 2)) - 1  # imfilter: centre floor((size + 1) / 2), from 1
+    padded = np.pad(plane, factor, mode="symmetric")
+    before = int(np.floor((factor + 1) / 2)) - 1  # imfilter: centre floor((size + 1) / 2), from 1
     expected = [
-        [wide[by + i - before :, by + j - before :][:by, :by].mean() for j in range(0, 17, by)]
-        for i in range(0, 23, by)
+        [padded[factor + i - before :, factor + j - before :][:factor, :factor].mean() for j in range(0, 17, factor)]
+        for i in range(0, 23, factor)
     ]
-    np.testing.assert_allclose(_shrunk(plane, by), expected, atol=1e-12)
+    np.testing.assert_allclose(_shrunk(plane, factor), expected, atol=1e-12)
 
 
 def test_ssim_is_that_of_torchmetrics_without_its_border(rng):
@@ -111,7 +111,7 @@ def test_ssim_is_that_of_torchmetrics_without_its_border(rng):
     assert psnr_ssim(derained, clean, resolve(["rgb"])[0])[1] == pytest.approx(expected, abs=1e-9)
 
 
-def test_floats_that_came_from_bytes_are_those_bytes_also_when_truncated():
+def test_floats_converted_from_bytes_are_restored_exactly():
     levels = np.arange(256, dtype=np.uint8)
     image = np.stack([np.tile(levels.reshape(16, 16), (2, 2))] * 3, axis=-1)
     for protocol in PROTOCOLS.values():
@@ -123,18 +123,41 @@ def test_floats_that_came_from_bytes_are_those_bytes_also_when_truncated():
             assert psnr_ssim(floats, image, protocol) == pytest.approx((100, 1), abs=1e-6), protocol.name
 
 
-def test_bytes_and_floats_of_a_file_score_alike(rng):
+def test_bytes_and_floats_have_equal_scores(rng):
     derained, clean = (rng.integers(0, 256, (24, 25, 3)).astype(np.uint8) for _ in range(2))
     for protocol in PROTOCOLS.values():
         floats = psnr_ssim(derained / np.float32(255), clean / np.float32(255), protocol)
         assert floats == pytest.approx(psnr_ssim(derained, clean, protocol), abs=1e-5)
 
 
-def test_truncation_and_rounding_differ_by_the_half_that_they_should():
+def test_truncation_and_rounding_of_derained_values():
     clean = np.full((16, 16, 3), 100, np.uint8)
     derained = np.full((16, 16, 3), 101.9 / 255, np.float32)
     prenet, matlab = (psnr_ssim(derained, clean, resolve([name])[0])[0] for name in ("prenet", "matlab-y"))
     assert prenet - matlab == pytest.approx(20 * np.log10(2))  # 101 against 102
+
+
+def test_clean_values_are_rounded_by_every_8_bit_protocol():
+    derained = np.full((24, 24, 3), 101, np.uint8)
+    clean = np.full((24, 24, 3), 100.6 / 255, np.float32)
+    for protocol in PROTOCOLS.values():
+        is_equal = psnr_ssim(derained, clean, protocol)[0] == 100
+        assert is_equal == (protocol.output != "none"), protocol.name
+
+
+@pytest.mark.parametrize(("value", "level"), [(0.4, 0), (0.6, 1), (1.5, 2), (254.6, 255)])
+def test_derained_values_are_rounded_to_the_nearest_level(value, level):
+    derained = np.full((16, 16, 3), value / 255, np.float64)
+    clean = np.full((16, 16, 3), level, np.uint8)
+    assert psnr_ssim(derained, clean, resolve(["rgb"])[0])[0] == 100
+
+
+def test_luma_is_rounded_by_restormer_only():
+    """Luma of grey 100 is 101.88: with grey 101 it differs by 0.86 exactly, and by 1 rounded to integers."""
+    clean, derained = np.full((16, 16, 3), 100, np.uint8), np.full((16, 16, 3), 101, np.uint8)
+    exact, rounded = (psnr_ssim(derained, clean, resolve([name])[0])[0] for name in ("matlab-y", "restormer"))
+    assert exact == pytest.approx(20 * np.log10(255 / (219 / 255)))
+    assert rounded == pytest.approx(20 * np.log10(255))
 
 
 def test_unclipped_values_count_in_the_authors_ssim_only(rng):
@@ -151,32 +174,32 @@ def test_equal_images_count_as_100_db():
     assert psnr_ssim(image, image, resolve(["matlab-y"])[0]) == (100.0, pytest.approx(1.0))
 
 
-def test_large_images_are_filtered_in_strips_without_seams(rng):
+def test_strips_of_large_images_have_no_seams(rng):
     derained, clean = images(rng, (300, 40))  # three strips
     expected = reference(derained, clean, "rgb")
     assert psnr_ssim(derained, clean, resolve(["rgb"])[0]) == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize(("name", "least"), [("matlab-y", 11), ("ir-sde-y", 19), ("plnlin", 1)])
-def test_refuses_images_smaller_than_the_window(name, least):
+@pytest.mark.parametrize(("name", "minimum"), [("matlab-y", 11), ("ir-sde-y", 19), ("plnlin", 1)])
+def test_images_smaller_than_the_window_are_rejected(name, minimum):
     protocol = resolve([name])[0]
-    image = np.zeros((least, least + 9, 3), np.uint8)
+    image = np.zeros((minimum, minimum + 9, 3), np.uint8)
     assert psnr_ssim(image, image, protocol)[1] == pytest.approx(1)
-    if least > 1:
-        with pytest.raises(DerainError, match=f"{name} needs images of at least {least}x{least} pixels, got"):
+    if minimum > 1:
+        with pytest.raises(DerainError, match=f"{name} .*{minimum}x{minimum}"):
             psnr_ssim(image[1:], image[1:], protocol)
 
 
-def test_refuses_other_sizes_and_types():
+def test_other_sizes_and_types_are_rejected():
     image = np.zeros((16, 20, 3), np.uint8)
     protocol = resolve(["rgb"])[0]
     with pytest.raises(DerainError, match="19x16 and 20x16"):
         psnr_ssim(image[:, 1:], image, protocol)
-    with pytest.raises(DerainError, match="got float16"):
+    with pytest.raises(DerainError, match="float16"):
         psnr_ssim(image.astype(np.float16), image, protocol)
 
 
-def test_bootstrap_interval_is_that_of_theory_and_the_same_each_time(rng):
+def test_the_bootstrap_interval_agrees_with_theory_and_is_deterministic(rng):
     values = rng.normal(30, 4, 400)
     low, high = bootstrap_interval(values)
     spread = 1.96 * values.std() / np.sqrt(400)
@@ -226,12 +249,12 @@ def test_golden_numbers_of_real_rainy_images(real_data, folder, expected):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", ["matlab-y", "plnlin", "ir-sde-rgb"])
-def test_floats_of_another_range_are_refused(rng, dtype, name):
+def test_floats_out_of_range_are_rejected(rng, dtype, name):
     (protocol,) = resolve([name])
     clean = rng.random((32, 32, 3)).astype(dtype)
     derained = np.clip(clean + dtype(0.1), 0, 1)
     assert psnr_ssim(derained, clean, protocol)[0] < 30
-    for images, found in [
+    for images, pattern in [
         ((derained * 255, clean * 255), "255"),  # all white once clipped: a perfect score
         ((derained * 255, clean), "derained.*255"),
         ((derained, clean * 255), "clean"),
@@ -239,5 +262,5 @@ def test_floats_of_another_range_are_refused(rng, dtype, name):
         ((np.where(derained > 0.5, np.nan, derained).astype(dtype), clean), "derained.*NaN"),
         ((derained, np.where(clean > 0.5, np.inf, clean).astype(dtype)), "clean.*inf"),
     ]:
-        with pytest.raises(DerainError, match=found):
+        with pytest.raises(DerainError, match=pattern):
             psnr_ssim(*images, protocol)

@@ -14,21 +14,21 @@ NAMES = ["matlab-y", "prenet", "ir-sde"]
 
 
 def image(index, clean=False):
-    """An image of its own for every index."""
+    """Return a different image for each index."""
     generator = torch.Generator().manual_seed(index)
     truth = torch.rand(1, 3, 24, 31, generator=generator)
     return truth if clean else truth + 0.02 * (1 + index % 5) * torch.randn(truth.shape, generator=generator)
 
 
-def judged(indices, names=NAMES):
+def evaluated(indices, names=NAMES):
     quality = ImageQuality(names)
     for index in indices:
         quality.update(image(index), image(index, clean=True), torch.tensor([index]))
     return quality
 
 
-def test_scores_are_those_of_single_images_sorted_by_index():
-    scores = judged([5, 2, 9]).compute()
+def test_scores_of_images_are_sorted_by_index():
+    scores = evaluated([5, 2, 9]).compute()
     assert list(scores) == [protocol.name for protocol in resolve(NAMES)]
     for protocol in resolve(NAMES):
         score = scores[protocol.name]
@@ -38,19 +38,19 @@ def test_scores_are_those_of_single_images_sorted_by_index():
         np.testing.assert_array_equal(np.stack([score.psnr, score.ssim], axis=1), expected)
 
 
-def test_batches_give_what_single_images_give():
+def test_batches_and_single_images_have_equal_scores():
     together = ImageQuality(NAMES)
     indices = [3, 1, 2]
     batch = [torch.cat([image(index, clean) for index in indices]) for clean in (False, True)]
     together.update(*batch, torch.tensor(indices))
-    alone = judged(indices)
+    alone = evaluated(indices)
     for name, score in together.compute().items():
         np.testing.assert_array_equal(score.psnr, alone.compute()[name].psnr)
         np.testing.assert_array_equal(score.ssim, alone.compute()[name].ssim)
 
 
-def test_an_image_counts_once_and_errors_are_never_pooled():
-    scores = judged([0, 4, 0, 4, 4]).compute()["matlab-y"]
+def test_images_count_once_and_errors_are_not_pooled():
+    scores = evaluated([0, 4, 0, 4, 4]).compute()["matlab-y"]
     assert scores.index.tolist() == [0, 4]
     worse, better = sorted(scores.psnr.tolist())
     pooled = -10 * np.log10((10 ** (-worse / 10) + 10 ** (-better / 10)) / 2)
@@ -58,25 +58,25 @@ def test_an_image_counts_once_and_errors_are_never_pooled():
     assert abs(scores.psnr.mean() - pooled) > 1
 
 
-def test_one_image_and_none_keep_their_shape():
-    assert judged([7]).compute()["matlab-y"].psnr.shape == (1,)
+def test_shapes_for_one_image_and_for_none():
+    assert evaluated([7]).compute()["matlab-y"].psnr.shape == (1,)
     empty = ImageQuality(NAMES)
     empty._update_count = 1  # torchmetrics warns otherwise
     assert empty.compute()["matlab-y"].psnr.shape == (0,)
 
 
-def test_reset_forgets():
-    quality = judged([1, 2])
+def test_reset_clears_the_scores():
+    quality = evaluated([1, 2])
     quality.compute()
     quality.reset()
     quality.update(image(3), image(3, clean=True), torch.tensor([3]))
     assert quality.compute()["prenet"].index.tolist() == [3]
 
 
-def test_autocast_and_half_modules_do_not_reach_the_numbers():
-    plain = judged([1])
+def test_autocast_and_half_modules_do_not_change_scores():
+    plain = evaluated([1])
     with torch.autocast("cpu", torch.bfloat16):
-        cast = judged([1])
+        cast = evaluated([1])
     module = nn.Module()
     module.quality = ImageQuality(NAMES)
     module.bfloat16()
@@ -87,48 +87,48 @@ def test_autocast_and_half_modules_do_not_reach_the_numbers():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_refuses_half_precision(dtype):
+def test_half_precision_is_rejected(dtype):
     quality = ImageQuality()
     for derained, clean in ((image(1).to(dtype), image(1)), (image(1), image(1).to(dtype))):
-        with pytest.raises(DerainError, match=f"float32, float64 or uint8|got {dtype}"):
+        with pytest.raises(DerainError, match=str(dtype)):
             quality.update(derained, clean, torch.tensor([0]))
 
 
-def test_bytes_are_images_too():
+def test_uint8_images():
     clean = (image(1, clean=True) * 255).byte()
     quality = ImageQuality(["matlab-y"])
     quality.update(clean, clean, torch.tensor([0]))
     assert quality.compute()["matlab-y"].psnr.tolist() == [100]
 
 
-def test_adds_nothing_to_checkpoints_or_optimisers():
-    quality = judged([1])
+def test_no_state_and_no_parameters():
+    quality = evaluated([1])
     assert not quality.state_dict()
     assert not list(quality.parameters())
 
 
 SHARES = {
     "51 and 50": [[*range(0, 101, 2)], [*range(1, 101, 2)]],
-    "padded": [[*range(0, 101, 2)], [*range(1, 101, 2), 0]],  # as a padding sampler deals them
+    "padded": [[*range(0, 101, 2)], [*range(1, 101, 2), 0]],  # as by a padding sampler
     "one without images": [[3, 1, 2], []],
 }
 
 
 def evaluate(rank, folder):
-    assert "lightning" not in sys.modules  # metrics do without it
+    assert "lightning" not in sys.modules  # metrics do not need it
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    scores = {case: judged(shares[rank]).compute() for case, shares in SHARES.items()}
+    scores = {case: evaluated(shares[rank]).compute() for case, shares in SHARES.items()}
     torch.save(scores, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(tmp_path):
+def test_two_processes_give_the_scores_of_one(tmp_path):
     torch.multiprocessing.spawn(evaluate, (tmp_path,), nprocs=2)
     for rank in range(2):
         together = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         for case, shares in SHARES.items():
-            alone = judged(sorted({index for indices in shares for index in indices})).compute()
+            alone = evaluated(sorted({index for indices in shares for index in indices})).compute()
             for name, score in alone.items():
                 for column in ("index", "psnr", "ssim"):
                     expected = getattr(score, column)
@@ -136,11 +136,11 @@ def test_two_processes_give_what_one_gives(tmp_path):
                 assert together[case][name].psnr.mean() == score.psnr.mean()
 
 
-@pytest.mark.parametrize(("names", "named"), [((), "image 7"), (["scene_3"], "scene_3")])
-def test_floats_of_another_range_are_refused(names, named):
+@pytest.mark.parametrize(("names", "label"), [((), "image 7"), (["scene_3"], "scene_3")])
+def test_floats_out_of_range_are_rejected(names, label):
     quality = ImageQuality(NAMES)
     clean = torch.rand(1, 3, 24, 31)
     for images in ((clean * 255, clean * 255), (clean * float("nan"), clean), (clean, clean * 2 - 1)):
-        with pytest.raises(DerainError, match=named):
+        with pytest.raises(DerainError, match=label):
             quality.update(*images, torch.tensor([7]), names)
     assert quality.rows == []

@@ -1,4 +1,5 @@
 import importlib.util
+import re
 import urllib.error
 
 import numpy as np
@@ -12,7 +13,7 @@ from derain.metrics.perceptual import BACKBONES, Lpips, NoReference
 
 
 def random_alexnet():
-    """AlexNet's weights, features drawn at random, the classifier (which LPIPS does not use) as one zero."""
+    """Return weights of AlexNet: random features, and zeros for the classifier, which LPIPS does not use."""
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in torchvision.models.alexnet(weights=None).state_dict().items()}
     generator = torch.Generator().manual_seed(0)
@@ -33,7 +34,7 @@ def alexnet_file(tmp_path_factory):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache of torch.hub."""
+    """Empty cache of torch.hub."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return tmp_path / "torch" / "hub" / "checkpoints"
 
@@ -71,58 +72,58 @@ def test_lpips_is_zero_for_equal_images_and_grows_with_noise(cached_alexnet, pho
     assert lpips(little / np.float32(255), clean / np.float32(255)) == pytest.approx(lpips(little, clean))
 
 
-def test_lpips_is_that_of_torchmetrics_between_minus_one_and_one(cached_alexnet, photos):
+def test_lpips_equals_that_of_torchmetrics(cached_alexnet, photos):
     x, y = (torch.from_numpy(photo).movedim(-1, 0)[None].float() / 127.5 - 1 for photo in photos)
     expected = learned_perceptual_image_patch_similarity(x, y, net_type="alex").item()
     assert Lpips("alex")(*photos) == pytest.approx(expected, rel=1e-4)
 
 
-def test_lpips_refuses_images_too_small_for_the_network(cached_alexnet):
+def test_lpips_rejects_images_too_small_for_the_network(cached_alexnet):
     lpips = Lpips("alex")
     image = np.zeros((31, 31, 3), np.uint8)
     assert lpips(image, image) == 0
-    with pytest.raises(DerainError, match="at least 31x31 pixels, got 31x30"):
+    with pytest.raises(DerainError, match=r"31x31.*31x30"):
         lpips(image[1:], image[1:])
 
 
-def test_lpips_without_weights_says_what_is_missing_and_fetches_nothing(cache, capsys):
-    with pytest.raises(DerainError, match=r"AlexNet weights \(233 MB, https://.*--lpips alex fetches them"):
+def test_lpips_without_weights_downloads_nothing(cache, capsys):
+    with pytest.raises(DerainError, match=r"AlexNet.*233 MB, https://.*--lpips alex"):
         Lpips("alex")
     assert not cache.exists()
     assert capsys.readouterr().err == ""
 
 
-def test_lpips_says_what_it_fetches_before_it_does(cache, monkeypatch, capsys):
-    said = []
+def test_lpips_announces_a_download(cache, monkeypatch, capsys):
+    messages = []
 
     def no_network(url, *args, **kwargs):
-        said.append(capsys.readouterr().err)
+        messages.append(capsys.readouterr().err)
         print("downloading")
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(DerainError, match=r"cannot fetch AlexNet weights .*no network"):
+    with pytest.raises(DerainError, match=r"AlexNet.*no network"):
         Lpips("alex", fetch=True)
-    assert capsys.readouterr().out == ""  # where results go
-    (line,) = said
+    assert capsys.readouterr().out == ""  # stdout is for results
+    (line,) = messages
     assert all(word in line for word in ("233 MB", BACKBONES["alex"].url, str(cache)))
 
 
-def test_lpips_refuses_damaged_weights(cache):
+def test_lpips_rejects_damaged_weights(cache):
     cache.mkdir(parents=True)
     BACKBONES["alex"].file.write_bytes(b"half a download")
-    with pytest.raises(DerainError, match=r"damaged .*delete it") as refused:
+    with pytest.raises(DerainError, match=re.escape(str(BACKBONES["alex"].file))) as caught:
         Lpips("alex")
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("package", "make"), [("torchvision", lambda: Lpips("alex")), ("pyiqa", lambda: NoReference("niqe"))]
 )
-def test_says_which_package_is_missing(package, make, monkeypatch):
+def test_a_missing_package_is_reported(package, make, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
-    with pytest.raises(DerainError, match=rf"needs {package}; install it with: pip install 'derain\["):
+    with pytest.raises(DerainError, match=rf"{package}.*pip install"):
         make()
 
 
@@ -152,20 +153,20 @@ def fake_pyiqa(tmp_path, monkeypatch):
     __import__("sys").modules.pop("pyiqa", None)
 
 
-def test_no_reference_quality_comes_from_pyiqa(fake_pyiqa, photos):
+def test_no_reference_metrics_are_from_pyiqa(fake_pyiqa, photos):
     metric = NoReference("brightness")
     assert metric(photos[0]) == pytest.approx(photos[0].mean() / 255, rel=1e-5)
     assert metric.lower_better
 
 
-def test_refuses_metrics_that_pyiqa_does_not_have_or_cannot_make(fake_pyiqa):
-    with pytest.raises(DerainError, match="no no-reference metric 'psnr'; choose from brightness"):
+def test_unknown_and_unavailable_metrics_are_rejected(fake_pyiqa):
+    with pytest.raises(DerainError, match=r"psnr.*brightness"):
         NoReference("psnr")
-    with pytest.raises(DerainError, match="unreachable: pyiqa cannot get its weights: no network"):
+    with pytest.raises(DerainError, match=r"unreachable: .*no network"):
         NoReference("unreachable")
 
 
-def test_floats_of_another_range_are_refused(cached_alexnet, photos):
+def test_floats_out_of_range_are_rejected(cached_alexnet, photos):
     derained, clean = (photo.astype(np.float32) for photo in photos)
     lpips = Lpips()
     assert lpips(derained / 255, clean / 255) > 0

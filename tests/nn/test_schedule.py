@@ -1,8 +1,9 @@
 import math
 
 import pytest
+import torch
 
-from derain.nn.schedule import warm_up_then_cosine
+from derain.nn.schedule import multiplied_at, warm_up_then_cosine
 
 
 def test_linear_warm_up_and_cosine_decay():
@@ -44,3 +45,13 @@ def test_the_factor_is_held_after_warm_up():
     assert factor(41) < 1
     assert factor(70) == pytest.approx(0.6)
     assert factor(100) == pytest.approx(0.2)
+
+
+def test_milestones_are_those_of_pytorch():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5, 5], gamma=0.1)
+    factor = multiplied_at([5, 2, 5], 0.1)
+    for epoch in range(8):
+        assert factor(epoch) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()

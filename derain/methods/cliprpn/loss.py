@@ -72,8 +72,12 @@ def reconstruction_loss(
     """Return a loss of Table 11 of CLIP-RPN; ``power`` and ``smoothing`` are of ``dls`` alone, Huber's δ is 1."""
     if kind == "dls":
         return scheduled_loss(derained, clean, power, smoothing)
-    losses = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
-    return losses[kind](_widened(derained), _widened(clean))
+    derained, clean = _widened(derained), _widened(clean)
+    if kind == "l1":
+        return F.l1_loss(derained, clean)
+    if kind == "l2":
+        return F.mse_loss(derained, clean)
+    return F.huber_loss(derained, clean)
 
 
 def rain_mask(

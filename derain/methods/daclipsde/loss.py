@@ -46,7 +46,7 @@ def contrastive_loss(
 ) -> Float[Tensor, ""]:
     """Return the symmetric cross-entropy of matching images and texts (Pullabhotla, eq. 3, with the missing log).
 
-    Equal texts cannot be told apart, so each of them is a correct answer: their probabilities are summed. If all texts
+    Equal texts cannot be distinguished, so each of them is correct: their probabilities are summed. If all texts
     differ, this is CLIP's loss. If all are equal, it is 0, whereas CLIP's loss would push images towards each other.
 
     Args:

@@ -92,7 +92,7 @@ class ResBlock(nn.Module):
         if torch.is_grad_enabled():
             y = F.silu(torch.addcmul(shift, y, scale + 1))
             y = F.silu(self.block2(y))
-            return y + self.res_conv(x)
+            return cast(Tensor, y + self.res_conv(x))
         y = F.silu(y.mul_(scale + 1).add_(shift), inplace=True)
         y = F.silu(self.block2(y), inplace=True)
         return y.add_(self.res_conv(x))
@@ -127,6 +127,13 @@ class LinearAttention(nn.Module):
         rows = [self._attend(strip, matrix, pixels) for strip in strips]
         return torch.cat(rows, dim=1).permute(0, 3, 1, 2)
 
+    def extra_macs(self, inputs: tuple[Tensor, ...], output: Tensor) -> tuple[int, int]:
+        """Return the multiplications that ``derain bench`` adds: of the plain arithmetic, and of attention."""
+        weight = cast(Tensor, self.to_out[0].weight)
+        pixels = output.numel() // len(weight)
+        plain = (weight.numel() - self.to_qkv.weight.numel()) * pixels
+        return plain, 2 * pixels * weight.shape[1] * HEAD
+
     def _strips(self, x: Map) -> Sequence[Map]:
         """Cut a map into strips of rows where this saves time: on a CPU without gradients."""
         if torch.is_grad_enabled() or compiling_or_exporting() or x.device.type != "cpu":
@@ -138,9 +145,10 @@ class LinearAttention(nn.Module):
         weight = cast(Tensor, self.to_out[0].weight)
         with torch.autocast(context.device.type, enabled=False):
             head_weights = weight.view(-1, self.heads, HEAD).permute(1, 2, 0) * HEAD**-0.5
-            return (context @ head_weights).reshape(len(context), self.heads * HEAD, -1)
+            matrices = cast(Tensor, context @ head_weights)
+            return matrices.reshape(len(context), self.heads * HEAD, -1)
 
-    def _attend(self, strip: Map, matrix: Float[Tensor, "b i o"], pixels: int) -> Float[Tensor, "_ _ _ _"]:
+    def _attend(self, strip: Map, matrix: Float[Tensor, "b i o"], pixels: int | Tensor) -> Float[Tensor, "_ _ _ _"]:
         """Return the output for a strip of rows, ``(b, h, w, c)``; the map has ``pixels`` pixels."""
         batch, _, _, width = strip.shape
         queries = F.conv2d(strip, self.to_qkv.weight[: self.heads * HEAD]).permute(0, 2, 3, 1)
@@ -183,6 +191,11 @@ class Upsample(nn.ModuleList):
             kernel = torch.stack((third, second + third, first + second, first)).movedim(0, 2)
         return F.conv_transpose2d(x, kernel, cast(Tensor, self[1].bias), stride=2, padding=1)
 
+    def extra_macs(self, inputs: tuple[Tensor, ...], output: Tensor) -> tuple[int, int]:
+        """Return the multiplications that ``derain bench`` adds: of the plain arithmetic, and of attention."""
+        weight = cast(Tensor, self[1].weight)
+        return weight.numel() * (output.numel() // len(weight)), 0
+
 
 class CrossAttention(nn.Module):
     """Multi-head attention of pixels to tokens, or to themselves.
@@ -210,9 +223,14 @@ class CrossAttention(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return cast(Tensor, self.to_out(attended))
 
+    def extra_macs(self, inputs: tuple[Tensor, ...], output: Tensor) -> tuple[int, int]:
+        """Return the multiplications that ``derain bench`` adds: of the plain arithmetic, and of attention."""
+        x, tokens = inputs
+        return 0, 2 * x.shape[1] * tokens.shape[1] * x.shape[2]
+
 
 def _heads(x: Float[Tensor, "b n c"]) -> Float[Tensor, "b heads n 32"]:
-    return x.unflatten(-1, (-1, HEAD)).transpose(1, 2)
+    return cast(Tensor, x.unflatten(-1, (-1, HEAD)).transpose(1, 2))  # type: ignore[no-untyped-call]
 
 
 class GatedFeedForward(nn.Module):

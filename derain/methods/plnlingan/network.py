@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from derain.errors import DerainError
 from derain.methods.plnlingan.shifted_windows import shift_mask, transform_shifted
@@ -138,7 +139,8 @@ class WindowBlock(SwinTransformerBlock):
         if not (down or right):
             return None
         _, height, width, _ = strip.shape
-        build = shift_mask.__wrapped__ if torch.compiler.is_compiling() else shift_mask
+        cacheable = not torch.compiler.is_compiling() and not isinstance(strip, FakeTensor)
+        build = shift_mask if cacheable else shift_mask.__wrapped__
         return build(height, width, WINDOW, down, right, strip.device)
 
     def _transform(self, x: Features, mask: Tensor | None) -> Features:

@@ -113,6 +113,13 @@ class PReNet(nn.Module):
             outputs.append(derained)
         return outputs
 
+    def extra_macs(self, inputs: tuple[Tensor, ...], output: Tensor) -> tuple[int, int]:
+        """Return the multiplications that ``derain bench`` adds: of the first forget gate, and of attention."""
+        if not self.recurrent:
+            return 0, 0
+        pixels = output.numel() // output.shape[1]
+        return self.get_parameter("conv_f.0.weight").numel() * pixels, 0
+
     def _lstm(self, x: Float[Tensor, "b 32 h w"], state: State | None) -> State:
         """Return the next state of the LSTM; None is the zero state, which adds nothing."""
         if state is None:

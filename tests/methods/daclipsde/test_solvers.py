@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from derain.errors import DerainError
+from derain.methods import DACLIPSDEModule
 from derain.methods.daclipsde.sde import MeanRevertingSDE
 from derain.methods.daclipsde.solvers import SOLVERS, Noise, Sampling, sample, states, visited_times
 
@@ -262,6 +263,6 @@ def test_steps_are_shown(pair):
 
 def test_invalid_sampling_options():
     with pytest.raises(DerainError, match="--solver euler"):
-        Sampling("euler")
+        DACLIPSDEModule(contexts="none", channels=8, multipliers=(1, 2)).sample_by(Sampling("euler"))
     with pytest.raises(DerainError, match="--steps 0"):
         Sampling(steps=0)
