@@ -69,11 +69,11 @@ class CommandParser(argparse.ArgumentParser):
             return
         settings = {key: value for key, value in settings.items() if key not in {"action", "metavar"}}
         if default is not inspect.Parameter.empty:
-            settings["nargs"] = "?"
+            settings |= {"nargs": "?", "default": default}  # argparse would convert SUPPRESS to the type
         self.add_argument(parameter.name, help=_escape(description), **settings)
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """Return the arguments of a command line by parameter, without those that keep their default.
+        """Return the arguments of a command line by parameter, without options that are not given.
 
         Raises:
             DerainError: If an argument is unknown, missing or wrong.

@@ -112,10 +112,10 @@ def test_an_existing_table_is_kept(folder, capsys):
 
 def test_each_clean_image_is_captioned_once(folder, blip, monkeypatch):
     """Three rainy images of a clean one have its caption."""
-    folder = make_set(folder / "data", "Rain1400", "train", 4)
+    rain1400 = make_set(folder / "data", "Rain1400", "train", 4)
     model, sizes = FrozenBLIP(blip, 12), []
     captions = FrozenBLIP.captions
-    expected = [captions(model, [read_rgb(folder / f"training/ground_truth/{i}.jpg")])[0] for i in range(1, 5)]
+    expected = [captions(model, [read_rgb(rain1400 / f"training/ground_truth/{i}.jpg")])[0] for i in range(1, 5)]
 
     def counted(self, images, device=None):
         sizes.append(len(images))
@@ -130,9 +130,9 @@ def test_each_clean_image_is_captioned_once(folder, blip, monkeypatch):
 
 
 def test_the_clean_half_is_captioned(folder, blip):
-    folder = make_set(folder / "data", "Rain800", "train", 3, seed=50)
+    rain800 = make_set(folder / "data", "Rain800", "train", 3, seed=50)
     assert main(["caption", "Rain800", "out.tsv", "--captioner", blip]) == 0
-    expected = FrozenBLIP(blip).captions([read_rgb(folder / f"training/{i}.jpg")[:, :64] for i in range(1, 4)])
+    expected = FrozenBLIP(blip).captions([read_rgb(rain800 / f"training/{i}.jpg")[:, :64] for i in range(1, 4)])
     assert texts_of("out.tsv", folder / "data", "Rain800") == expected
     assert len(set(expected)) > 1
 
@@ -262,8 +262,8 @@ def test_other_images_do_not_resume(folder, capsys, interrupted):
 
 @pytest.mark.parametrize("then", ["replaced", "removed"])
 def test_a_damaged_image_is_named_and_captions_are_kept(folder, blip, capsys, monkeypatch, then):
-    folder = folder / "data/RainTrainL"
-    broken = folder / "norain-8.png"
+    data_set = folder / "data/RainTrainL"
+    broken = data_set / "norain-8.png"
     sound = broken.read_bytes()
     broken.write_bytes(sound[: len(sound) // 2])
     command = ["caption", "RainTrainL", "out.tsv", "--captioner", blip, "--batch-size", "3"]
@@ -272,7 +272,7 @@ def test_a_damaged_image_is_named_and_captions_are_kept(folder, blip, capsys, mo
         broken.write_bytes(sound)
     else:
         broken.unlink()
-        (folder / "rain-8.png").unlink()
+        (data_set / "rain-8.png").unlink()
     stop_after(monkeypatch, 2)  # of four
     assert main(command) == 0
     monkeypatch.undo()
