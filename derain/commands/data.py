@@ -140,16 +140,16 @@ def findings_table(findings: Sequence[Finding]) -> Table:
         table.add_column(column, overflow="fold")
     counts: dict[tuple[str, str, str], int] = {}
     for finding in findings:
-        kind = (finding.level, finding.kind, finding.set)
-        counts[kind] = counts.get(kind, 0) + 1
-        if counts[kind] > MAX_ROWS:
+        group = (finding.level, finding.kind, finding.set)
+        counts[group] = counts.get(group, 0) + 1
+        if counts[group] > MAX_ROWS:
             continue
         names = [Path(file).name for file in finding.files]
         files = ", ".join(names[:4])
         if len(names) > 4:
             files += f" and {len(names) - 4} more"
-        level = Text(finding.level, STYLES[finding.level])
-        table.add_row(level, finding.kind, Text(finding.set), Text(files), Text(finding.detail))
+        styled_level = Text(finding.level, STYLES[finding.level])
+        table.add_row(styled_level, finding.kind, Text(finding.set), Text(files), Text(finding.detail))
     for (level, kind, name), count in counts.items():
         if count > MAX_ROWS:
             table.add_row(level, kind, Text(name), f"{count - MAX_ROWS} more", "")
@@ -210,15 +210,17 @@ def synthesize_set(
         "veil": veil,
         "drops": drops,
     }
-    lightest, heaviest = PRESETS[preset]
+    smallest: dict[str, Any] = {}
+    largest: dict[str, Any] = {}
     for name, limits in parameters.items():
         if limits is None:
             continue
         if len(limits) > 2:
             raise DerainError(f"--{name}: {len(limits)} numbers; give one number, or the least and the largest")
-        lightest = dataclasses.replace(lightest, **{name: limits[0]})
-        heaviest = dataclasses.replace(heaviest, **{name: limits[-1]})
-    unreadable = synthesize(clean, out, (lightest, heaviest), per_image=per_image, seed=seed, overwrite=overwrite)
+        smallest[name], largest[name] = limits[0], limits[-1]
+    lightest, heaviest = PRESETS[preset]
+    rains = (dataclasses.replace(lightest, **smallest), dataclasses.replace(heaviest, **largest))
+    unreadable = synthesize(clean, out, rains, per_image=per_image, seed=seed, overwrite=overwrite)
     print(f"wrote data set: {out} (contact sheet: {out / 'contact_sheet.png'})")
     if unreadable:
         raise DerainError(f"skipped {len(unreadable)} photos: {'; '.join(unreadable)}")

@@ -211,7 +211,7 @@ def _add_events(page: _Components, service: RestorationService, abandoned: Calla
         page.details,
         page.facts,
     ]
-    settings = [page.model, page.amount, page.seed]
+    settings: list[Any] = [page.model, page.amount, page.seed]
     options: dict[str, Any] = {
         "show_progress_on": [page.photo, page.slider],
         "concurrency_id": "restore",
@@ -227,8 +227,12 @@ def _add_events(page: _Components, service: RestorationService, abandoned: Calla
             trigger_mode="always_last",
             **options,
         )
+
+    def clear() -> dict[Any, Any]:
+        return {page.uploaded: None, page.photo: gr.update(visible=True), page.amount: 0, **hidden}
+
     page.again.click(
-        lambda: {page.uploaded: None, page.photo: gr.update(visible=True), page.amount: 0, **hidden},
+        clear,
         None,
         [page.uploaded, page.photo, page.amount, *hidden],
         queue=False,

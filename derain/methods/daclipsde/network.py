@@ -154,7 +154,7 @@ class LinearAttention(nn.Module):
         queries = F.conv2d(strip, self.to_qkv.weight[: self.heads * HEAD]).permute(0, 2, 3, 1)
         queries = queries.reshape(batch, -1, self.heads, HEAD).softmax(3).flatten(2)
         bias = cast(Tensor, self.to_out[0].bias)
-        y = torch.baddbmm(bias.to(queries.dtype), queries, matrix.to(queries.dtype), alpha=1 / pixels)
+        y = torch.baddbmm(bias.to(queries.dtype), queries, matrix.to(queries.dtype), alpha=1 / cast(int, pixels))
         y = y.view(batch, -1, width, y.shape[2])
         return cast(Tensor, self.to_out[1](y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
