@@ -216,8 +216,14 @@ class _Gradients(lightning.Callback):
 
 
 def _trainer(**options: Any) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    return lightning.Trainer(accelerator="cpu", enable_model_summary=False, **quiet, **options)
+    return lightning.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
 
 
 def _compare(actual: Float[Tensor, "b 3 h w"], expected: Float[Tensor, "b 3 h w"], message: str) -> None:

@@ -20,8 +20,9 @@ def _temporary_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _default_sighup():
-    """Let SIGHUP end the programs that tests start, even if the tests run under nohup."""
+def _default_signals():
+    """Let signals end the programs that tests start, even if the tests run under nohup or in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

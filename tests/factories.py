@@ -1,4 +1,4 @@
-"""Tiny generated data sets of every layout, the photos that scikit-image ships, a tiny CLIP and a tiny BLIP."""
+"""Small generated data sets of every layout, photos of scikit-image, a small CLIP and a small BLIP."""
 
 import gzip
 import importlib.metadata
@@ -16,7 +16,7 @@ from derain.images import Pixels
 
 
 def clean_image(seed: int, size: tuple[int, int] = (48, 64)) -> Pixels:
-    """A smooth picture with edges, ``(h, w, 3)``, another for every seed."""
+    """Return a smooth image with edges, ``(h, w, 3)`` in 0 to 220, determined by the seed."""
     rng = np.random.default_rng(seed)
     h, w = size
     coarse = rng.uniform(30, 200, (4, 5, 3)).astype(np.float32)
@@ -30,7 +30,7 @@ def clean_image(seed: int, size: tuple[int, int] = (48, 64)) -> Pixels:
 
 
 def add_rain(clean: Pixels, seed: int, share: float = 0.06) -> Pixels:
-    """Bright short streaks on an image."""
+    """Return an image with short bright streaks."""
     rng = np.random.default_rng(seed)
     h, w = clean.shape[:2]
     rainy = clean.astype(np.int16)
@@ -51,16 +51,16 @@ def make_set(
     *,
     variant: int = 0,
 ) -> Path:
-    """Writes a tiny set as it is found in the wild and returns its folder.
+    """Write a small data set in the layout of a public one, and return its folder.
 
     Args:
-        root: The data root; the set's folder is made below it.
-        name: A layout; ``folder`` and ``images`` get a folder of that name.
-        split: Which split to write.
-        count: Clean images.
-        size: Height and width of one image.
-        seed: Of the pictures; the clean image of pair ``i`` is ``clean_image(seed + i, size)``.
-        variant: For the sets of which several forms are found: which one.
+        root: Data root; the folder of the data set is created below it.
+        name: Name of the layout; ``folder`` and ``images`` get a folder of this name.
+        split: Split to write.
+        count: Number of clean images.
+        size: Height and width of an image.
+        seed: Seed of the images; the clean image of pair ``i`` is ``clean_image(seed + i, size)``.
+        variant: Index of the variant, for data sets that exist in several.
     """
     folder = root / (LAYOUTS[name].folders[0] if LAYOUTS[name].folders else name)
     for index, (rainy_name, clean_name) in enumerate(_names(name, split, count, variant)):
@@ -69,8 +69,8 @@ def make_set(
         clean = clean_image(seed + clean_index, size)
         rainy = add_rain(clean, 10_000 + seed + index)
         if clean_name in {"left", "right"}:
-            both = [clean, rainy] if clean_name == "left" else [rainy, clean]
-            save(folder / rainy_name, np.concatenate(both, axis=1))
+            halves = [clean, rainy] if clean_name == "left" else [rainy, clean]
+            save(folder / rainy_name, np.concatenate(halves, axis=1))
             continue
         save(folder / rainy_name, rainy)
         if clean_name and not (folder / clean_name).exists():
@@ -80,13 +80,15 @@ def make_set(
 
 def save(path: Path, pixels: Pixels) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(
-        path, **({"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {"compress_level": 1})
-    )
+    image = Image.fromarray(pixels)
+    if path.suffix == ".jpg":
+        image.save(path, quality=95, subsampling=0)
+    else:
+        image.save(path, compress_level=1)
 
 
 def located(path: Path) -> Path:
-    """A photo of 30 × 20 pixels whose EXIF says when and where it was taken."""
+    """Write a photo of 30 × 20 pixels with date and GPS position in its EXIF."""
     exif = Image.Exif()
     exif[0x0132] = "2024:05:06 07:08:09"
     exif.get_ifd(0x8825).update({1: "N", 2: (48.0, 51.0, 30.0), 3: "E", 4: (2.0, 17.0, 40.0)})
@@ -95,7 +97,7 @@ def located(path: Path) -> Path:
 
 
 def _names(name: str, split: str, count: int, variant: int) -> Iterator[tuple[str, str]]:
-    """Rainy and clean file of each pair; ``#3`` behind a clean name says which picture it shows."""
+    """Yield the rainy and clean file of each pair; ``#3`` after a clean name is the index of its image."""
     numbers = range(1, count + 1)
     if name in {"Rain100L", "Rain100H"}:
         yield from [
@@ -135,9 +137,9 @@ def _names(name: str, split: str, count: int, variant: int) -> Iterator[tuple[st
     elif name == "Rain12":
         yield from ((f"rainy/{i}.png", f"groundtruth/{i}.png") for i in numbers)
     elif name == "Rain13K":
-        sets = ["train"] if split == "train" else [f"test/{one}" for one in ("Test100", "Rain100L", "Test2800")]
-        for place, one in enumerate(sets):
-            yield from ((f"{one}/input/{i}.png", f"{one}/target/{i}.png#{place * 100 + i}") for i in numbers)
+        sets = ["train"] if split == "train" else [f"test/{name}" for name in ("Test100", "Rain100L", "Test2800")]
+        for index, folder in enumerate(sets):
+            yield from ((f"{folder}/input/{i}.png", f"{folder}/target/{i}.png#{index * 100 + i}") for i in numbers)
     elif name == "SPA-Data":
         for i in range(count):
             if split == "train":

@@ -85,24 +85,24 @@ def test_sets_behind_links_are_found(tmp_path):
     assert len(find_pairs("Rain100L", "test", data_root=tmp_path / "data").pairs) == 4
     assert find_pairs(tmp_path / "data/Rain100L", "test").layout == "Rain100L"
     sets, _ = verify(tmp_path / "data")
-    assert [(str(one), len(one.files.pairs)) for one in sets] == [("Rain100L test", 4)]
+    assert [(str(split), len(split.files.pairs)) for split in sets] == [("Rain100L test", 4)]
 
 
 def test_a_set_is_found_by_the_name_of_a_link_to_it(tmp_path):
     store = make_set(tmp_path / "data", "Rain100L", "test").rename(tmp_path / "data/files of rain")
     (tmp_path / "data/Rain100L").symlink_to(store)
     sets, findings = verify(tmp_path / "data")
-    assert [(str(one), len(one.files.pairs)) for one in sets] == [("Rain100L test", 4)]
-    assert [one.files for one in findings if one.kind == "skipped"] == [(str(tmp_path / "data/Rain100L"),)]
+    assert [(str(split), len(split.files.pairs)) for split in sets] == [("Rain100L test", 4)]
+    assert [finding.files for finding in findings if finding.kind == "skipped"] == [(str(tmp_path / "data/Rain100L"),)]
 
 
-def test_two_links_to_one_set_are_one_set(tmp_path):
+def test_two_links_to_one_set_are_counted_once(tmp_path):
     folder = make_set(tmp_path / "data/a", "Rain100L", "test")
     (tmp_path / "data/b").mkdir()
     (tmp_path / "data/b/Rain100L").symlink_to(folder)
     assert find_set_folders("Rain100L", tmp_path / "data") == [folder]
     assert len(find_pairs("Rain100L", "test", data_root=tmp_path / "data").pairs) == 4
-    assert [len(one.files.pairs) for one in verify(tmp_path / "data")[0]] == [4]
+    assert [len(split.files.pairs) for split in verify(tmp_path / "data")[0]] == [4]
 
 
 def test_sets_that_share_linked_clean_images_keep_their_pairs(tmp_path):

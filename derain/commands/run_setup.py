@@ -171,7 +171,7 @@ def _keep_metrics(csv: CSVLogger, file: Path, checkpoint: Path) -> None:
         step = int(values[step_column])
         if step == last_step:  # metrics that were logged after the checkpoint was saved are logged again
             return not any(values[column] for column in relogged)
-        return step < last_step
+        return bool(step < last_step)
 
     kept = [row for row in rows if is_kept(row)]
     experiment = csv.experiment  # deletes the file

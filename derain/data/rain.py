@@ -424,7 +424,9 @@ def _check_folders(clean: Path, out: Path, overwrite: bool) -> None:
         raise DerainError(f"{out}: is a file; choose another folder")
     if out.exists() and any(out.iterdir()):
         if not (out / RECORD).is_file():
-            raise DerainError(f"{out}: contains other files than a data set; choose an empty or a new folder")
+            raise DerainError(
+                f"{out}: contains files that are not of a generated data set; choose an empty or a new folder"
+            )
         if not overwrite:
             raise DerainError(f"{out}: already contains a data set; add --overwrite to replace it")
 

@@ -131,9 +131,8 @@ def _from_metadata(path: Path, content: Content, named: type[TrainableModule] | 
 
 def _from_published(path: Path, content: Content, options: Mapping[str, Any]) -> DerainModule | None:
     """Return the method of its authors' state dict, or None if no method recognises it."""
-    for method in methods():
-        if not issubclass(method, DerainModule):
-            continue
+    restoring: list[type[DerainModule]] = [method for method in methods() if issubclass(method, DerainModule)]
+    for method in restoring:
         accepted = {name: value for name, value in options.items() if name in method.published_options}
         try:
             with built_within(len(content.state), path.stat().st_size):

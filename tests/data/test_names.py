@@ -92,13 +92,14 @@ def test_findings_on_such_names_are_reported(tmp_path, name, options):
         assert Path(name).name.encode(errors="backslashreplace") + b"1.png" in done.stdout
 
 
-def test_rain_is_put_on_photos_of_such_names(tmp_path):
+def test_rain_is_added_to_photos_of_such_names(tmp_path):
     save(tmp_path / f"photos/{LATIN}.png", clean_image(0))
     assert synthesize(tmp_path / "photos", tmp_path / "set") == []
     assert list(json.loads((tmp_path / "set/rain.json").read_text())["images"]) == [LATIN]
     assert [pair.name for pair in find_pairs(tmp_path / "set", "train").pairs] == [LATIN]
 
 
+@pytest.mark.slow
 def test_methods_are_tested_and_predict_images_of_such_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pair_set(tmp_path / LATIN, LATIN, LATIN)
@@ -122,12 +123,12 @@ def test_names_pair_however_accents_are_written(tmp_path, rainy, clean):
     ]
 
 
-def test_two_spellings_of_one_name_are_refused(tmp_path):
+def test_two_spellings_of_one_name_are_rejected(tmp_path):
     pair_set(tmp_path, COMPOSED, COMPOSED)
     save(tmp_path / f"target/{DECOMPOSED}0.png", clean_image(7))
-    with pytest.raises(DerainError) as refused:
+    with pytest.raises(DerainError) as caught:
         find_pairs(tmp_path, "test")
-    assert all(f"target/{name}0.png" in str(refused.value) for name in (COMPOSED, DECOMPOSED))
+    assert all(f"target/{name}0.png" in str(caught.value) for name in (COMPOSED, DECOMPOSED))
 
 
 def test_captions_are_found_however_accents_are_written(tmp_path):
@@ -139,18 +140,18 @@ def test_captions_are_found_however_accents_are_written(tmp_path):
 # One name for two things.
 
 
-def test_a_rainy_image_with_two_clean_ones_is_refused(tmp_path):
-    """What rain 1 on `a` is called is also the name of another photo."""
+def test_a_rainy_image_with_two_clean_images_is_rejected(tmp_path):
+    """The name of rain 1 on `a` is also the name of another photo."""
     for name in ("a_rain1", "b_rain1"):
         save(tmp_path / f"input/{name}.png", clean_image(0))
     for name in ("a", "b", "a_rain1"):
         save(tmp_path / f"target/{name}.png", clean_image(0))
-    with pytest.raises(DerainError) as refused:
+    with pytest.raises(DerainError) as caught:
         find_pairs(tmp_path, "test")
-    assert all(f"target/{name}.png" in str(refused.value) for name in ("a", "a_rain1"))
+    assert all(f"target/{name}.png" in str(caught.value) for name in ("a", "a_rain1"))
 
 
-def test_rain_is_not_put_on_photos_whose_pairs_would_be_mixed_up(tmp_path):
+def test_synthesize_rejects_names_that_would_be_ambiguous(tmp_path):
     for name in ("a", "a_rain1"):
         save(tmp_path / f"photos/{name}.png", clean_image(0))
     with pytest.raises(DerainError, match=r"a_rain1\.png: .* a\.png"):
@@ -167,7 +168,7 @@ def test_pairs_of_another_version_in_the_folder_are_noted(tmp_path):
     assert any("2 further pairs of files input/{name} with target/{name}" in note for note in found.notes)
 
 
-def test_a_clean_file_that_the_rainy_pattern_fits_is_no_rainy_one(tmp_path, monkeypatch):
+def test_a_clean_file_that_the_rainy_pattern_matches_is_not_rainy(tmp_path, monkeypatch):
     files = Files("(?:no)?rain-{n}", "norain-{n}")
     monkeypatch.setitem(LAYOUTS, "both", Layout("", {"test": (files,)}))
     found = pair_files("both", "test", tmp_path, ["norain-1.png", "norain-2.png", "rain-1.png", "rain-3.png"])
@@ -176,7 +177,7 @@ def test_a_clean_file_that_the_rainy_pattern_fits_is_no_rainy_one(tmp_path, monk
     assert found.clashes == ()
 
 
-def test_photos_called_like_masks_are_restored(tmp_path):
+def test_photos_named_like_masks_are_restored(tmp_path):
     for name in ("streak-1", "rain_mask/2", "3"):
         save(tmp_path / f"{name}.png", clean_image(0))
     assert [pair.name for pair in find_pairs(tmp_path, "predict").pairs] == ["2", "3", "streak-1"]
@@ -211,7 +212,7 @@ def test_images_of_one_stem_do_not_overwrite_each_other(predict, tmp_path):
     assert predict("photos") == (0, ["a.bmp.png", "a.png.png"])
 
 
-def test_a_folder_named_twice_is_refused_where_images_are_counted(predict, tmp_path, capsys):
+def test_a_folder_given_twice_is_rejected_for_prediction(predict, tmp_path, capsys):
     save(tmp_path / "photos/1.png", clean_image(0))
     (tmp_path / "link").mkdir()
     (tmp_path / "link/photos").symlink_to(tmp_path / "photos")
@@ -220,14 +221,14 @@ def test_a_folder_named_twice_is_refused_where_images_are_counted(predict, tmp_p
         assert "photos/1" in capsys.readouterr().err
 
 
-def test_outputs_that_overwrite_each_other_are_refused():
+def test_outputs_that_overwrite_each_other_are_rejected():
     check_outputs([(Path("a.png"), "a"), (Path("b/a.png"), "b")])
     for first, second in (("a.png", "a.png"), ("a.png", "a.png/b.png"), ("a.png/b.png", "a.png")):
         with pytest.raises(DerainError, match=r"a\.png: .*one.*two|a\.png: .*two.*one"):
             check_outputs([(Path(first), "one"), (Path(second), "two")])
 
 
-def test_names_that_some_file_systems_take_for_one_are_made_longer(tmp_path):
+def test_names_that_are_equal_on_some_file_systems_are_made_longer(tmp_path):
     for name in ("one/A.png", "two/a.png", f"one/{COMPOSED}.png", f"two/{DECOMPOSED}.png"):
         save(tmp_path / name, clean_image(0))
     names = [pair.name for pair in find_pairs(tmp_path, "predict").pairs]

@@ -37,6 +37,7 @@ def test_tiles_make_up_the_photo(tmp_path):
 
 
 @needs_photos
+@pytest.mark.slow
 def test_no_photo_is_in_both_splits(tmp_path):
     write_photos(tmp_path)
     train, test = (
@@ -49,6 +50,7 @@ def test_no_photo_is_in_both_splits(tmp_path):
 
 
 @needs_photos
+@pytest.mark.slow
 def test_scikit_image_and_torch_are_not_imported(tmp_path):
     code = (
         "import sys; from pathlib import Path; import derain.data.rain; from derain.data import quickstart_photos\n"
