@@ -1,6 +1,7 @@
 import lightning
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from derain.callbacks import EMA
@@ -129,3 +130,17 @@ def test_options_out_of_range_are_errors():
     for name, value in (("decay", 1.0), ("decay", -0.1), ("every", 0)):
         with pytest.raises(DerainError, match=f"{name} {value}"):
             EMA(**{name: value})
+
+
+def test_the_checkpoint_has_the_counters():
+    """A resumed average is updated at the batches of an uninterrupted one, also after a batch without an update."""
+    ema, resumed = EMA(every=2), EMA(every=2)
+    ema.average, resumed.average = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    ema.batches, ema.updates = 5, 2
+    checkpoint = {}
+    trainer = lightning.Trainer(accelerator="cpu", barebones=True)
+    trainer.state.fn = TrainerFn.FITTING
+    ema.on_save_checkpoint(trainer, Tiny(), checkpoint)
+    resumed.on_load_checkpoint(trainer, Tiny(), checkpoint)
+    assert (resumed.batches, resumed.updates) == (5, 2)
+    assert torch.equal(resumed.average.weight, ema.average.weight)

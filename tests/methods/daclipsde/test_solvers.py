@@ -266,3 +266,8 @@ def test_invalid_sampling_options():
         DACLIPSDEModule(contexts="none", channels=8, multipliers=(1, 2)).sample_by(Sampling("euler"))
     with pytest.raises(DerainError, match="--steps 0"):
         Sampling(steps=0)
+
+
+def test_visited_times_are_rounded_to_the_nearest():
+    assert visited_times(MeanRevertingSDE(steps=100), 3) == [100, 67, 33, 0]
+    assert visited_times(MeanRevertingSDE(steps=10), 4) == [10, 8, 5, 2, 0]
