@@ -64,7 +64,13 @@ def export(method: DerainModule, path: Path, format: Format = "onnx") -> dict[tu
             try:
                 differences = compare(method, temporary, format)
             except DerainError as error:
-                raise _not_written(path, temporary, format, error) from error
+                if not str(error).startswith(f"{temporary}: "):
+                    raise
+                # What derain advises is for users of such files.
+                reason, _, advice = str(error).removeprefix(f"{temporary}: ").rpartition("; ")
+                raise DerainError(
+                    f"{path}: not written, as derain cannot run it ({reason or advice}); {_alternative(format)}"
+                ) from error
             worst = max(differences, key=lambda size: _nan_last(differences[size]))
             if not differences[worst] <= TOLERANCE:  # NaN too
                 raise DerainError(
@@ -72,16 +78,6 @@ def export(method: DerainModule, path: Path, format: Format = "onnx") -> dict[tu
                     f"{worst[0]}×{worst[1]} pixels; expected at most {TOLERANCE:g}; use the weights themselves"
                 )
     return differences
-
-
-def _not_written(path: Path, temporary: Path, format: Format, error: DerainError) -> DerainError:
-    """Return the error for a file that derain refuses to read; its own advice is for users of such files."""
-    message = str(error)
-    prefix = f"{temporary}: "
-    if not message.startswith(prefix):
-        return error
-    reason, _, advice = message.removeprefix(prefix).rpartition("; ")
-    return DerainError(f"{path}: not written, as derain cannot run it ({reason or advice}); {_alternative(format)}")
 
 
 @contextmanager
