@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from derain.checkpoints import remove_unfinished
 from derain.commands.lightning_messages import choose_messages
 from derain.commands.run_folders import restarts, root_of, run_folder, shared_folder
-from derain.commands.run_setup import callbacks, check_options, check_trainer, loggers
+from derain.commands.run_setup import check_options, check_trainer, configured_loggers, run_callbacks
 from derain.commands.train_parser import DENIED_IMPORTS, OptionParser
 from derain.config_errors import explain_config_error
 from derain.data.datamodule import RainDataModule
@@ -352,9 +352,9 @@ class DerainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, with the CSV log and the callbacks that save checkpoints, pictures and results."""
         command, config = str(self.subcommand), self.config_init[self.subcommand]
-        config.trainer.logger = loggers(config.trainer.logger, self.folder, self.config[command].ckpt_path)
+        config.trainer.logger = configured_loggers(config.trainer.logger, self.folder, self.config[command].ckpt_path)
         monitor = self.model.monitor if command == "fit" else ""
-        config.trainer.callbacks = callbacks(
+        config.trainer.callbacks = run_callbacks(
             _as_list(config.trainer.callbacks), command, config, self.folder, monitor, commit()
         )
         if not config.trainer.fast_dev_run:

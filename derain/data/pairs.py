@@ -273,15 +273,20 @@ def _exclude_test_backgrounds(name: str, pairs: tuple[Pair, ...], data_root: Pat
         ) from error
     all_pairs = (*pairs, *test_pairs)
 
+    def whole_image_signature(pair: Pair) -> backgrounds.Signature:
+        return backgrounds.compute_signature(read_clean(pair), features=False)
+
     def find_shared() -> list[int]:
         with ThreadPoolExecutor() as threads:
-            results = threads.map(lambda pair: backgrounds.compute_signature(read_clean(pair), local=False), all_pairs)
+            results = threads.map(
+                lambda pair: backgrounds.compute_signature(read_clean(pair), features=False), all_pairs
+            )
             signatures = list(track(results, f"Searching {name} for backgrounds of {test_name}", len(all_pairs)))
-        matches = backgrounds.find_matches(signatures[: len(pairs)], signatures[len(pairs) :], crops=False)
+        matches = backgrounds.find_matches(signatures[: len(pairs)], signatures[len(pairs) :], features=False)
         return sorted({match.first for match in matches})
 
     sides = [pair.clean_side for pair in all_pairs]
-    computation = f"shared backgrounds, version {backgrounds.FORMAT}, {len(pairs)} pairs, {sides}"
+    computation = f"shared backgrounds, version {backgrounds.SEARCH_VERSION}, {len(pairs)} pairs, {sides}"
     shared = set(cached_numbers(computation, [pair.clean or pair.rainy for pair in all_pairs], find_shared))
     return tuple(pair for index, pair in enumerate(pairs) if index not in shared)
 

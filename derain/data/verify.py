@@ -192,7 +192,7 @@ def _check_group(split: DataSplit, pairs: Sequence[Pair]) -> _CheckedImage:
         findings += _check_metadata(split, files)
         if background is None:
             background = compute_signature(rainy if clean is None else clean, rainy=clean is None)
-            first_rainy = compute_signature(rainy, local=False)
+            first_rainy = compute_signature(rainy, features=False)
         if clean is not None:
             cues.append((pair, rain_cues(rainy, clean)))
     return _CheckedImage(pairs[0].clean or pairs[0].rainy, background, first_rainy, tuple(cues), tuple(findings))
@@ -278,7 +278,7 @@ def _leak(test_index: int, split: DataSplit, leak: list[tuple[int, BackgroundMat
     copies = []
     for index, match in leak:
         files.append(images.files[index])
-        change = "" if str(match) == "whole" else f" ({match})"
+        change = "" if str(match) == "unchanged" else f" ({match})"
         copies.append(Path(images.files[index]).name + change)
     detail = f"its background is in {split}: {', '.join(copies)}"
     return Finding("leak", tuple(files), detail, set=str(images.splits[test_index]))
@@ -291,8 +291,8 @@ def _duplicates(split: DataSplit, images: _Images, matches: Sequence[BackgroundM
     for group in groups:
         indices = sorted(_indices(group))
         repeats += len(indices) - 1
-        same_rain = find_matches([images.rainy[index] for index in indices], crops=False)
-        changes = [change for change in dict.fromkeys(str(match) for match in group) if change != "whole"]
+        same_rain = find_matches([images.rainy[index] for index in indices], features=False)
+        changes = [change for change in dict.fromkeys(str(match) for match in group) if change != "unchanged"]
         detail = ", ".join([f"one background {len(indices)} times", *changes])
         detail += ", the same rain" if same_rain else ", different rain"
         level: Level = "error" if same_rain or split.split != "train" else "note"
