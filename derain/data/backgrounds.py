@@ -281,9 +281,8 @@ def _by_features(images: Sequence[Signature]) -> list[_Hypothesis]:
         first, second, flip, quarter_turns = (int(value) for value in group[0, :4])
         flipped_vertically = bool(flip)
         closest = group[np.argsort(group[:, 6], kind="stable")[:_MAX_GROUP]]
-        source = _oriented_points(
-            points[closest[:, 4], :2], images[first].grey.shape, bool(flipped_vertically), quarter_turns
-        )
+        shape = images[first].grey.shape
+        source = _oriented_points(points[closest[:, 4], :2], shape, flipped_vertically, quarter_turns)
         target = points[closest[:, 5], :2]
         fit = _fit_scale_and_shift(source, target)
         if fit is not None:

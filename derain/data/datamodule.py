@@ -30,9 +30,6 @@ from derain.memory import free_memory
 BYTES_PER_CROP_PIXEL = 2 * 3 * 4
 """Rainy and clean, three channels each, float32."""
 
-OF_THE_SCHEDULE = "of the schedule"
-"""Batch size in a checkpoint of training with a schedule."""
-
 log = logging.getLogger("derain")
 
 
@@ -346,10 +343,11 @@ class RainDataModule(LightningDataModule):
         for option, value in self._sampling_options(self._resume_position.epoch).items():
             saved = self._saved_sampling_options.get(option, value)
             if saved != value:
+                current, previous = ("null" if text == "" else text for text in (value, saved))  # no schedule
                 name = "seed_everything" if option == "data.seed" else option
                 raise DerainError(
-                    f"--{name} {_option_text(value)}: cannot resume within an epoch, since the checkpoint was saved "
-                    f"with {_option_text(saved)}; use that value, or a checkpoint from the end of an epoch"
+                    f"--{name} {current}: cannot resume within an epoch, since the checkpoint was saved with {previous}; "
+                    "use that value, or a checkpoint from the end of an epoch"
                 )
 
     def _stages(self) -> list[Stage]:
@@ -377,8 +375,9 @@ class RainDataModule(LightningDataModule):
             "data.train": f"{' + '.join(self.train_sets)} ({len(names)} pairs, {digest})",
             "data.repeat": self.repeat,
             "data.seed": self.seed,
+            # Compared before the batch size, whose value is not a number if there is a schedule.
             "data.schedule": ", ".join(map(str, self.schedule or ())),
-            "data.batch_size": self.batch_size if self.schedule is None else OF_THE_SCHEDULE,
+            "data.batch_size": self.batch_size if self.schedule is None else "of the schedule",
             "trainer.devices": self._rank_and_world()[1],
             "trainer.limit_train_batches": self._epoch_batches(),
             "trainer.accumulate_grad_batches": 1 if self.trainer is None else accumulation(self.trainer, epoch),
@@ -431,13 +430,6 @@ class RainDataModule(LightningDataModule):
 def _limited(count: int, limit: int | float) -> int:
     """Apply Lightning's ``limit_*_batches`` (a count or a fraction) to a number of batches."""
     return min(count, limit) if isinstance(limit, int) else int(count * limit)
-
-
-def _option_text(value: object) -> object:
-    """Return the value of a sampling option for a message."""
-    if value == OF_THE_SCHEDULE:
-        return "set by --data.schedule"
-    return "null" if value == "" else value
 
 
 def _caption_fields(captions: Sequence[Caption], index: int) -> dict[str, str]:

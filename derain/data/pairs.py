@@ -278,9 +278,7 @@ def _exclude_test_backgrounds(name: str, pairs: tuple[Pair, ...], data_root: Pat
 
     def find_shared() -> list[int]:
         with ThreadPoolExecutor() as threads:
-            results = threads.map(
-                lambda pair: backgrounds.compute_signature(read_clean(pair), features=False), all_pairs
-            )
+            results = threads.map(whole_image_signature, all_pairs)
             signatures = list(track(results, f"Searching {name} for backgrounds of {test_name}", len(all_pairs)))
         matches = backgrounds.find_matches(signatures[: len(pairs)], signatures[len(pairs) :], features=False)
         return sorted({match.first for match in matches})
