@@ -343,11 +343,10 @@ class RainDataModule(LightningDataModule):
         for option, value in self._sampling_options(self._resume_position.epoch).items():
             saved = self._saved_sampling_options.get(option, value)
             if saved != value:
-                current, previous = ("null" if text == "" else text for text in (value, saved))  # no schedule
                 name = "seed_everything" if option == "data.seed" else option
                 raise DerainError(
-                    f"--{name} {current}: cannot resume within an epoch, since the checkpoint was saved with {previous}; "
-                    "use that value, or a checkpoint from the end of an epoch"
+                    f"--{name} {_or_null(value)}: cannot resume within an epoch, since the checkpoint was saved with "
+                    f"{_or_null(saved)}; use that value, or a checkpoint from the end of an epoch"
                 )
 
     def _stages(self) -> list[Stage]:
@@ -430,6 +429,11 @@ class RainDataModule(LightningDataModule):
 def _limited(count: int, limit: int | float) -> int:
     """Apply Lightning's ``limit_*_batches`` (a count or a fraction) to a number of batches."""
     return min(count, limit) if isinstance(limit, int) else int(count * limit)
+
+
+def _or_null(value: object) -> object:
+    """Return the value of an option for a message; a missing schedule is saved as empty text."""
+    return "null" if value == "" else value
 
 
 def _caption_fields(captions: Sequence[Caption], index: int) -> dict[str, str]:
