@@ -37,7 +37,7 @@ from derain.methods.registry import add_current_folder, methods, use_method
 from derain.metrics import resolve
 from derain.metrics.perceptual import available_lpips
 from derain.options import without_option
-from derain.restoration import sample_by
+from derain.restoration import set_sampling
 
 log = logging.getLogger("derain")
 
@@ -342,7 +342,7 @@ class DerainCLI(LightningCLI):
                 self.model.explaining = True
             sampling = self.config_init[self.subcommand].sampling
             if sampling is not None:
-                sample_by(self.model, sampling)
+                set_sampling(self.model, sampling)
         elif self.subcommand in {"test", "predict"}:
             raise DerainError(
                 f"derain {self.subcommand}: {type(self.model).__name__} restores no images; use derain validate, or "

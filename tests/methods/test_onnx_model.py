@@ -36,7 +36,7 @@ def made(name):
 def restored(method, size):
     rainy = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(size[1]))
     if isinstance(method, DACLIPSDEModule):
-        method.sample_by(Sampling(steps=2))
+        method.set_sampling(Sampling(steps=2))
         return method(rainy, **(CONTEXTS if method.hparams.contexts == "both" else {}))
     with torch.no_grad():
         return method(rainy)
