@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from derain.errors import ArgumentError, DerainError
+from derain.errors import ArgumentError
 from derain.methods.daclipsde.sde import MeanRevertingSDE
 from derain.methods.interfaces import Sampling
 
@@ -98,7 +98,7 @@ def sample(
         Clean images, not clipped.
 
     Raises:
-        DerainError: If the schedule has fewer steps than ``sampling``.
+        ArgumentError: If the schedule has fewer steps than ``sampling``.
     """
     last = rainy
     for state in states(sde, estimate, rainy, sampling, show):
