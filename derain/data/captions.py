@@ -170,7 +170,7 @@ def table_paths(images: Sequence[Path], table: Path) -> list[str]:
         try:
             name.encode()
         except UnicodeEncodeError as error:
-            raise DerainError(f"{name!r}: not valid UTF-8, as tables require; rename the file") from error
+            raise DerainError(f"{name!r}: not UTF-8, as tables require; rename the file") from error
         names.append(name)
     return names
 
