@@ -45,7 +45,7 @@ def export(method: DerainModule, path: Path, format: Format = "onnx") -> dict[tu
     """Export a method; the file is written only if it computes what the method does.
 
     Args:
-        method: The method; one with routes after `Routed.take_route`.
+        method: The method; one with routes after `Routed.set_route`.
         path: The file.
         format: ``onnx``, or ``torch`` for a program of ``torch.export``.
 
@@ -202,5 +202,5 @@ def _restore_by_file(method: DerainModule, graph: Graph, path: Path, format: For
     metadata: Mapping[str, Any] = method.metadata()
     restored = type(method).from_graph(metadata, network, graph.inputs)
     if isinstance(method, Sampled):
-        restored.sample_by(method.sampling)
+        restored.set_sampling(method.sampling)
     return cast(DerainModule, restored)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from derain.errors import DerainError
+from derain.errors import ArgumentError, DerainError
 from derain.memory import free_memory
 from derain.methods import DerainModule
 from derain.methods.catalog import load
@@ -86,9 +86,9 @@ class Restorer:
         self.device = choose_device(device)
         self.method = restoring.to(self.device).eval()
         if route is not None:
-            take_route(self.method, route)
+            set_route(self.method, route)
         if sampling is not None:
-            sample_by(self.method, sampling)
+            set_sampling(self.method, sampling)
         self.method.check_requirements()
         if precision == "bf16" and not computes_bf16(self.device):
             log.warning("bf16: %s has no instructions for it, and emulation is slower: using float32", self.device)
@@ -260,7 +260,7 @@ def _load(weights: Path | str | DerainModule, method: str | type | None) -> tupl
     """Return the method and one line about it."""
     if isinstance(weights, DerainModule):
         if method is not None:
-            raise DerainError(f"method {method}: not used with a {type(weights).__name__}; omit it")
+            raise ArgumentError(f"method {method}: not used with a {type(weights).__name__}; omit it")
         return weights, type(weights).__name__
     module, note = load(weights, method)
     if not isinstance(module, DerainModule):
@@ -272,11 +272,11 @@ def _compile(method: DerainModule) -> None:
     """Compile the network of a method.
 
     Raises:
-        DerainError: If ``forward`` cannot call the network as a whole.
+        ArgumentError: If ``forward`` cannot call the network as a whole.
     """
     network = method.network
     if type(network).forward is torch.nn.Module.forward:  # a list or dictionary of modules
-        raise DerainError(
+        raise ArgumentError(
             f"compile: {type(method).__name__}.network is a {type(network).__name__}, which is not called as a whole; "
             "omit the option"
         )
@@ -284,7 +284,7 @@ def _compile(method: DerainModule) -> None:
     network.compile(dynamic=method.compiles_any_size)
 
 
-def take_route(method: DerainModule, route: int) -> None:
+def set_route(method: DerainModule, route: int) -> None:
     """Send all images along one route.
 
     Raises:
@@ -292,10 +292,10 @@ def take_route(method: DerainModule, route: int) -> None:
     """
     if not isinstance(method, Routed):
         raise DerainError(f"--route {route}: {type(method).__name__} has no routes; omit the option")
-    method.take_route(route)
+    method.set_route(route)
 
 
-def sample_by(method: DerainModule, sampling: Sampling) -> None:
+def set_sampling(method: DerainModule, sampling: Sampling) -> None:
     """Set solver, number of steps and seed of a method that samples.
 
     Raises:
@@ -303,17 +303,17 @@ def sample_by(method: DerainModule, sampling: Sampling) -> None:
     """
     if not isinstance(method, Sampled):
         raise DerainError(f"{type(method).__name__} restores in one pass; omit solver, steps and seed")
-    method.sample_by(sampling)
+    method.set_sampling(sampling)
 
 
 def require_explains(method: DerainModule) -> Explains:
     """Return a method that explains its restorations.
 
     Raises:
-        DerainError: If it does not.
+        ArgumentError: If it does not.
     """
     if not isinstance(method, Explains):
-        raise DerainError(f"--explain: {type(method).__name__} has no maps; omit the option")
+        raise ArgumentError(f"explain: {type(method).__name__} has no maps; omit the option")
     return method
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from derain.errors import DerainError
+from derain.errors import ArgumentError, DerainError
 from derain.files.metadata import shorten
 
 log = logging.getLogger("derain")
@@ -68,28 +68,28 @@ def must_be_named(method: type) -> bool:
     return class_path(method) not in BUILT_IN and method not in _announced(method.__name__)
 
 
-def use_method(name: str | type, option: str = "--method") -> Any:
+def use_method(name: str | type, argument: str = "method") -> Any:
     """Make a method from outside derain known, so that its weights files can be loaded.
 
     Args:
         name: The class, or its path, such as ``my_method.MyModule``, which is imported from the installed packages or
             the current folder.
-        option: Option that named it, for messages.
+        argument: Argument or option that named it, for messages.
 
     Returns:
         The class.
 
     Raises:
-        DerainError: If there is no such class, or it does not derive from ``DerainModule``.
+        ArgumentError: If there is no such class, or it does not derive from ``DerainModule``.
     """
     if not isinstance(name, str | type):
-        raise DerainError(
-            f"method is a {type(name).__name__}; expected a class or its path; give a module itself as the first "
+        raise ArgumentError(
+            f"{argument}: is a {type(name).__name__}; expected a class or its path; give a module itself as the first "
             "argument of Restorer"
         )
-    method = _import(name, option) if isinstance(name, str) else name
+    method = _import(name, argument) if isinstance(name, str) else name
     if not _is_method(method):
-        raise DerainError(f"{option} {name}: is not a class that derives from derain.DerainModule; name one that does")
+        raise ArgumentError(f"{argument} {name}: is no class that derives from derain.DerainModule; name one that does")
     _named[class_path(method)] = method
     return method
 
@@ -207,30 +207,30 @@ def _is_method(method: object) -> bool:
     return isinstance(method, type) and hasattr(method, "metadata_schema")
 
 
-def _import(name: str, option: str) -> Any:
+def _import(name: str, argument: str) -> Any:
     """Import a class, which may be nested in another class.
 
     Raises:
-        DerainError: If there is no such class, or its module cannot be imported.
+        ArgumentError: If there is no such class, or its module cannot be imported.
     """
     parts = name.split(".")
     expected = "expected MODULE.CLASS, such as my_method.MyModule for a class in the file my_method.py here"
     if len(parts) < 2 or not all(parts):
-        raise DerainError(f"{option} {name}: {expected}")
+        raise ArgumentError(f"{argument} {name}: {expected}")
     add_current_folder()
     importlib.invalidate_caches()  # the file may be new
     for count in range(len(parts) - 1, 0, -1):
-        module = _import_module(".".join(parts[:count]), f"{option} {name}")
+        module = _import_module(".".join(parts[:count]), f"{argument} {name}")
         if module is not None:
-            return _attribute(module, parts[count:], f"{option} {name}")
-    raise DerainError(f"{option} {name}: no module {parts[0]} here or in the installed packages; {expected}")
+            return _attribute(module, parts[count:], f"{argument} {name}")
+    raise ArgumentError(f"{argument} {name}: no module {parts[0]} here or in the installed packages; {expected}")
 
 
 def _import_module(name: str, given: str) -> Any:
     """Return a module, or None if there is none of this name.
 
     Raises:
-        DerainError: If the module fails.
+        ArgumentError: If the module fails.
     """
     try:
         return importlib.import_module(name)
@@ -238,12 +238,12 @@ def _import_module(name: str, given: str) -> Any:
         missing = error.name or ""
         if name == missing or name.startswith(f"{missing}."):
             return None
-        raise DerainError(f"{given}: {_position(error)}: cannot be imported: {shorten(error)}; install it") from error
+        raise ArgumentError(f"{given}: {_position(error)}: cannot be imported: {shorten(error)}; install it") from error
     except DerainError:
         raise
     except IMPORT_ERRORS as error:
         reason = f"{type(error).__name__}: {shorten(error)}"
-        raise DerainError(f"{given}: {_position(error)}: cannot be imported: {reason}; mend the file") from error
+        raise ArgumentError(f"{given}: {_position(error)}: cannot be imported: {reason}; mend the file") from error
 
 
 def _position(error: BaseException) -> str:
@@ -259,6 +259,6 @@ def _attribute(module: Any, names: Iterable[str], given: str) -> Any:
     for name in names:
         if not hasattr(found, name):
             file = getattr(module, "__file__", None) or module.__name__
-            raise DerainError(f"{given}: {file} has no {name}; expected the name of a class in this file")
+            raise ArgumentError(f"{given}: {file} has no {name}; expected the name of a class in this file")
         found = getattr(found, name)
     return found

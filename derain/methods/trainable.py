@@ -35,15 +35,17 @@ FORMER_NAMES = {
     "perceive": "encode",
     "recall": "restore_metadata",
     "resuming": "is_fitting",
+    "sample_by": "set_sampling",
     "samples": "derain.methods.interfaces.Sampled",
+    "take_route": "set_route",
 }
 """Names that classes for commits before 0.1 define, and their names now."""
 
 INTERFACES = {
     "describe_image": Explains,
     "explain": Explains,
-    "sample_by": Sampled,
-    "take_route": Routed,
+    "set_route": Routed,
+    "set_sampling": Sampled,
 }
 """Methods that have an effect only in classes that derive from an interface."""
 

@@ -19,7 +19,7 @@ from derain.methods.daclipsde.loss import matching_loss
 from derain.methods.daclipsde.network import AttentionKind, ConditionalUNet
 from derain.methods.daclipsde.published_keys import unet_options
 from derain.methods.daclipsde.sde import MeanRevertingSDE, Schedule
-from derain.methods.daclipsde.solvers import sample, solver_name
+from derain.methods.daclipsde.solvers import sample, solver_name, visited_times
 from derain.methods.graph import Graph
 from derain.methods.interfaces import Explains, RunsGraph, Sampled, Sampling
 from derain.nn.schedule import multiplied_at, warm_up_then_cosine
@@ -128,12 +128,13 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         contexts = self.hparams["contexts"]
         return [name for name in ("content", "degradation") if contexts in {"both", name}]
 
-    def sample_by(self, sampling: Sampling) -> None:
+    def set_sampling(self, sampling: Sampling) -> None:
         """Set solver, number of steps and seed.
 
         Raises:
-            DerainError: If there is no such solver.
+            ArgumentError: If there is no such solver, or the schedule has fewer steps.
         """
+        visited_times(self.sde, sampling.steps)  # checks the number of steps
         self.sampling = dataclasses.replace(sampling, solver=solver_name(sampling))
 
     def check_requirements(self) -> None:
