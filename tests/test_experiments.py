@@ -291,7 +291,7 @@ def test_means_of_weights(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_data_of_the_model_in_the_box_has_no_leak(tmp_path, monkeypatch, capsys):
+def test_data_of_the_bundled_model_has_no_leak(tmp_path, monkeypatch, capsys):
     script = load_script("default_data")
     monkeypatch.setattr(script, "VALIDATE", 1)
     make_set(tmp_path / "data", "Rain800", "train", count=5, seed=1, size=(96, 128))
