@@ -42,7 +42,7 @@ def export(method: DerainModule, path: Path, format: Format = "onnx") -> dict[tu
     """Export a method; the file is written only if it computes what the method does.
 
     Args:
-        method: The method; one with routes after `Routed.take_route`.
+        method: The method; one with routes after `Routed.set_route`.
         path: The file.
         format: ``onnx``, or ``torch`` for a program of ``torch.export``.
 
