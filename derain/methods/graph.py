@@ -19,7 +19,8 @@ class Graph(nn.Module):
     Args:
         method: The module whose parameters the function uses.
         function: Accepts the inputs in order and returns one image; by default ``method`` itself.
-        inputs: Names of the inputs: ``rainy`` and ``state`` are images, ``times`` is one number, others are vectors.
+        inputs: Names of the inputs: ``rainy`` alone, or those of `derain.methods.interfaces.RunsGraph`, where ``rainy``
+            and ``state`` are images, ``times`` is one number, others are vectors.
         context: Length of the vectors.
         metadata: What the file records beside inputs and parameters.
     """

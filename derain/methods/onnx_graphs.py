@@ -25,7 +25,6 @@ OPERATORS = frozenset(NAMES.split())
 Which ones PyTorch exports depends on the options of a method and even on its weights (equal ones become ``Identity``).
 """
 
-IMAGES = ("rainy", "state")
 CONTEXTS = ("content", "degradation")
 
 
