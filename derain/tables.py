@@ -37,7 +37,7 @@ LATEX = str.maketrans(
 )
 
 WIDTH = 160
-"""Characters in a line of text that is not printed on a terminal; more if the columns need them."""
+"""Characters in a line of text that is not printed on a terminal; more if a row needs them."""
 
 
 class Cell(NamedTuple):
@@ -149,12 +149,14 @@ class Table:
         """Return the table as text.
 
         Args:
-            terminal: Whether lines fit the terminal and have its styles, else lines have up to ``WIDTH`` characters.
+            terminal: Whether lines fit the terminal and have its styles, else notes have lines of ``WIDTH`` characters
+                and each row has one line.
         """
         renderable = self.renderable()
-        console = Console() if terminal else Console(file=io.StringIO(), width=WIDTH, color_system=None)
+        console = Console() if terminal else Console(file=io.StringIO(), force_terminal=False, color_system=None)
         if not terminal:
-            console.width = max(WIDTH, console.measure(renderable).minimum)
+            table = renderable.renderables[0]
+            console.width = max(WIDTH, console.measure(table, options=console.options.update(width=10_000)).maximum)
         with console.capture() as captured:
             console.print(renderable)
         return captured.get()

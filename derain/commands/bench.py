@@ -201,6 +201,7 @@ def count_cost(method: DerainModule, size: int) -> dict[str, int]:
     try:
         with register_module_forward_hook(count_layer), torch.enable_grad(), no_content, _Products() as products:
             method.pass_once(torch.empty(1, 3, size, size))
+        parameters = sum(parameter.numel() for parameter in method.network.parameters())
     except (*BUILD_ERRORS, AssertionError) as error:
         raise DerainError(
             f"{type(method).__name__}: multiplications cannot be counted ({shorten(error)}); override pass_once with a "
@@ -208,7 +209,7 @@ def count_cost(method: DerainModule, size: int) -> dict[str, int]:
         ) from error
     macs = products.macs + sum(saved)
     return {
-        "parameters": sum(parameter.numel() for parameter in method.network.parameters()),
+        "parameters": parameters,
         "macs": macs,
         "macs_with_attention": macs + sum(attention),
     }
