@@ -139,7 +139,7 @@ def test_refusals(method, tmp_path):
     with pytest.raises(DerainError, match=r"--device cuda:99.*found"):
         choose_device("cuda:99")
     for name in ("gpu", "cpu:", "cpu:x", "cpu:1"):
-        with pytest.raises(DerainError, match=f"--device {name}: not here"):
+        with pytest.raises(DerainError, match=f"--device {name}"):
             choose_device(name)
     with pytest.raises(DerainError, match="no such file of weights"):
         Restorer(tmp_path / "absent.pth")

@@ -15,10 +15,10 @@ import gradio as gr
 from gradio.queueing import Event, EventQueue
 from starlette.requests import Request
 
-from derain.commands.guard import PATIENCE, PER_CLIENT, QUEUE, Guard, Session
+from derain.commands.guard import LISTENER_TIMEOUT, MAX_CLIENT_JOBS, MAX_JOBS, Guard, Session
 from derain.commands.hosts import host_name
 from derain.commands.page import build
-from derain.commands.page_files import KEPT, PageFiles
+from derain.commands.page_files import KEEP_MINUTES, PageFiles
 from derain.commands.service import RestorationService
 from derain.errors import DerainError
 
@@ -297,14 +297,14 @@ def test_old_files_and_sessions_are_forgotten(make, tmp_path, monkeypatch):
     (uploaded,) = ask(guard, "POST", "/gradio_api/upload", content=b"photo").json()
     part = tmp_path / "tmpx"  # of an upload that was never finished
     part.write_bytes(b"part")
-    guard.sessions |= {"old": Session("a", time.monotonic() - KEPT * 60 - 1), "new": Session("a")}
-    guard.sessions["heard"] = Session("a", time.monotonic() - KEPT * 60 - 1, listeners=1)
+    guard.sessions |= {"old": Session("a", time.monotonic() - KEEP_MINUTES * 60 - 1), "new": Session("a")}
+    guard.sessions["heard"] = Session("a", time.monotonic() - KEEP_MINUTES * 60 - 1, listeners=1)
     guard.clean_up()
     assert list(guard.sessions) == ["new", "heard"]
     assert part.exists()
     assert guard.files.belongs(uploaded, "")
     now = time.time()
-    monkeypatch.setattr("time.time", lambda: now + KEPT * 60 + 1)
+    monkeypatch.setattr("time.time", lambda: now + KEEP_MINUTES * 60 + 1)
     guard.clean_up()
     assert not part.exists()
     assert not Path(uploaded).exists()
@@ -313,7 +313,7 @@ def test_old_files_and_sessions_are_forgotten(make, tmp_path, monkeypatch):
 
 def test_what_a_client_uploads_is_bounded(make, tmp_path, monkeypatch):
     guard = make()
-    assert guard.files.client_bytes == QUEUE * 1000
+    assert guard.files.client_bytes == MAX_JOBS * 1000
     guard.files = PageFiles(tmp_path, 1000)
     sent = [ask(guard, "POST", "/gradio_api/upload", content=bytes(500)).status_code for _ in range(2)]
     assert sent == [200, 200]
@@ -321,7 +321,7 @@ def test_what_a_client_uploads_is_bounded(make, tmp_path, monkeypatch):
     assert ask(guard, "POST", "/gradio_api/upload", content=b"x").status_code == 429
     assert guard.files.count("192.0.2.7", 1000)
     now = time.monotonic()
-    monkeypatch.setattr("time.monotonic", lambda: now + (KEPT + 1) * 60)
+    monkeypatch.setattr("time.monotonic", lambda: now + (KEEP_MINUTES + 1) * 60)
     assert ask(guard, "POST", "/gradio_api/upload", content=b"x").status_code == 200
 
 
@@ -400,32 +400,32 @@ def _session(age=0.0, **more):
 @pytest.mark.parametrize(
     ("heard", "address", "age", "status", "left"),
     [
-        (False, "127.0.0.1", 1, 200, PER_CLIENT - 1),  # the oldest one leaves
-        (False, "127.0.0.1", PATIENCE + 1, 200, 0),
-        (True, "127.0.0.1", PATIENCE + 1, 429, PER_CLIENT),
-        (True, "192.0.2.7", 1, 200, PER_CLIENT),
-        (False, "192.0.2.7", PATIENCE + 1, 200, 0),
+        (False, "127.0.0.1", 1, 200, MAX_CLIENT_JOBS - 1),  # the oldest one leaves
+        (False, "127.0.0.1", LISTENER_TIMEOUT + 1, 200, 0),
+        (True, "127.0.0.1", LISTENER_TIMEOUT + 1, 429, MAX_CLIENT_JOBS),
+        (True, "192.0.2.7", 1, 200, MAX_CLIENT_JOBS),
+        (False, "192.0.2.7", LISTENER_TIMEOUT + 1, 200, 0),
     ],
 )
 def test_a_client_has_room_for_so_many_jobs(make, heard, address, age, status, left):
     guard = make()
-    running, *events = [_event(i, address, age) for i in range(PER_CLIENT + 1)]
+    running, *events = [_event(i, address, age) for i in range(MAX_CLIENT_JOBS + 1)]
     guard.queue.event_ids_to_events.update({event._id: event for event in [running, *events]})
     waiting = guard.queue.event_queue_per_concurrency_id["c"] = EventQueue("c", 1)
     waiting.queue += events
     guard.sessions |= {event.session_hash: _session(age, listeners=int(heard)) for event in [running, *events]}
     guard.sessions["s0"].listeners = 0
-    assert guard.abandoned("s1") == (age > PATIENCE and not heard)
+    assert guard.abandoned("s1") == (age > LISTENER_TIMEOUT and not heard)
     assert ask(guard, "POST", JOIN, json=NO_FILE).status_code == status
     assert len(waiting.queue) == len(guard.queue.event_ids_to_events) - 1 == left
     assert not left or events[-1] in waiting.queue
     assert running._id in guard.queue.event_ids_to_events
-    assert guard.abandoned("s0") == (age > PATIENCE)
+    assert guard.abandoned("s0") == (age > LISTENER_TIMEOUT)
 
 
 def test_a_job_is_abandoned_when_its_stream_has_ended_for_a_while(make):
     guard = make()
-    event = _event(1, "127.0.0.1", PATIENCE + 1)
+    event = _event(1, "127.0.0.1", LISTENER_TIMEOUT + 1)
     guard.queue.event_ids_to_events[event._id] = event
     guard.queue.pending_event_ids_session["s1"] = {event._id}
     heard = []
@@ -437,7 +437,7 @@ def test_a_job_is_abandoned_when_its_stream_has_ended_for_a_while(make):
 
     guard.app = watching
     for path in ("/gradio_api/queue/data?session_hash=s1", f"/gradio_api/call/restore/{event._id}", "/config"):
-        guard.sessions["s1"] = _session(PATIENCE + 1)
+        guard.sessions["s1"] = _session(LISTENER_TIMEOUT + 1)
         assert guard.abandoned("s1")
         assert ask(guard, "GET", path).status_code == 200
         assert guard.abandoned("s1") == (path == "/config")  # the others have been heard until now
@@ -459,10 +459,10 @@ def test_calls_at_the_same_time_take_no_more_room_than_there_is(make):
 
     async def all_at_once():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=guard), base_url=f"http://{OWN}") as client:
-            await asyncio.gather(*(client.post(JOIN, json=NO_FILE) for _ in range(PER_CLIENT + 8)))
+            await asyncio.gather(*(client.post(JOIN, json=NO_FILE) for _ in range(MAX_CLIENT_JOBS + 8)))
 
     asyncio.run(all_at_once())
-    assert len(waiting.queue) == PER_CLIENT
+    assert len(waiting.queue) == MAX_CLIENT_JOBS
 
 
 @pytest.mark.parametrize(

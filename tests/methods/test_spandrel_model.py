@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from derain.commands import bench
 from derain.errors import DerainError
 from derain.methods import catalog, spandrel_model
-from derain.methods.spandrel_model import SMALLEST, SpandrelModule
+from derain.methods.spandrel_model import MIN_SIDE, SpandrelModule
 
 BUILDS = {
     "NAFNet": lambda: NAFNet(width=8, enc_blk_nums=[1, 1], middle_blk_num=1, dec_blk_nums=[1, 1]),
@@ -54,7 +54,7 @@ def test_what_spandrel_knows_restores_as_spandrel_does(network, form, tmp_path):
         assert torch.equal(loaded(both), torch.cat([descriptor(one[None]) for one in both]))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 40), (5, 3), (SMALLEST, 1)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (5, 3), (MIN_SIDE, 1)])
 def test_any_size_keeps_its_shape(network, size, tmp_path):
     torch.save(network[1].state_dict(), tmp_path / "w.pth")
     with torch.no_grad():
