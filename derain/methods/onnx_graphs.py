@@ -30,8 +30,11 @@ CONTEXTS = ("content", "degradation")
 INTERFACES = (
     ["rainy"],
     ["state", "rainy", "times"],
-    *(["state", "rainy", "times", *names] for names in ([], *map(list, CONTEXTS), [*CONTEXTS])),
+    ["state", "rainy", "times", "content"],
+    ["state", "rainy", "times", "degradation"],
+    ["state", "rainy", "times", "content", "degradation"],
 )
+"""Names of the inputs of a graph: of a method that restores in one pass, or of an IR-SDE with its contexts."""
 
 
 class GraphMetadata(TypedDict):

@@ -94,6 +94,14 @@ def test_files_say_what_they_are(tmp_path):
     assert sizes[2:] == ["height", "width"]
 
 
+@pytest.mark.parametrize("contexts", ["content", "degradation"])
+def test_graphs_with_one_context_are_loaded(contexts, tmp_path):
+    _, options = CASES["DACLIPSDEModule with contexts"]
+    method = DACLIPSDEModule(**options | {"contexts": contexts}).eval()
+    write(method.export_graph(), method, tmp_path / "m.onnx", "onnx")
+    assert catalog.load(tmp_path / "m.onnx").module.hparams["contexts"] == contexts
+
+
 def test_a_graph_takes_one_route():
     with pytest.raises(DerainError, match=r"have 2 routes.*--route 0 to --route 1"):
         CLIPRPNModule(**SMALL["CLIPRPNModule"] | {"perception": "clip"}).export_graph()
