@@ -153,7 +153,8 @@ def mutate_content(content: dict[str, Any], random: Random) -> str:
         state[new_name] = state.pop(name)
     elif kind == "structure":
         keys = [key for key in ("state_dict", "ema", "params") if key in content]
-        content[random.choice(keys or [name])] = random.choice(HOSTILE_VALUES)(3)
+        key = random.choice(keys or [name])
+        content[key] = random.choice(HOSTILE_VALUES)(3)
     else:
         state[name] = mutate_tensor(state[name], random)
     return f"{kind} {name}"
