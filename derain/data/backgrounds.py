@@ -215,7 +215,7 @@ def _oriented_points(points: Floats, shape: tuple[int, ...], mirrored: bool, tur
 
 
 def _by_thumbnail(images: Sequence[Signature]) -> list[_Hypothesis]:
-    """Return pairs of whole images that look alike when small, in any of the eight orientations."""
+    """Return pairs of whole images whose thumbnails are similar, in any of the eight orientations."""
     size = (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE)
     thumbnails = [np.asarray(cv2.resize(image.grey, size, interpolation=cv2.INTER_AREA), np.uint8) for image in images]
     targets = _standardised(thumbnails)
@@ -224,8 +224,8 @@ def _by_thumbnail(images: Sequence[Signature]) -> list[_Hypothesis]:
         for turns in range(4):
             sources = _standardised([_oriented(thumbnail, mirrored, turns) for thumbnail in thumbnails])
             for start in range(0, len(images), 1024):  # blocks bound the memory
-                alike = sources[start : start + 1024] @ targets.T > _THUMBNAIL_CORRELATION
-                for offset, second in zip(*np.nonzero(alike), strict=True):
+                similar = sources[start : start + 1024] @ targets.T > _THUMBNAIL_CORRELATION
+                for offset, second in zip(*np.nonzero(similar), strict=True):
                     first = start + int(offset)
                     if first < second:
                         hypotheses.append(_whole(images, first, int(second), mirrored, turns))

@@ -130,7 +130,7 @@ class RainDataModule(LightningDataModule):
             for `DACLIPModule`.
         val_limit: Validate on this number of pairs, the first ones; on all by default.
         workers: Number of loader processes; by default 0 if pixels are cached (a crop takes a seventh of a
-            millisecond, less than sending it between processes), else the number of cores less one, at most 8.
+            millisecond, less than sending it between processes), otherwise the number of cores minus 1, at most 8.
         cache: Cache of decoded training pixels: ``auto``, ``ram``, ``disk`` or ``off``.
         split_seed: Seed of the random share for validation.
         seed: Seed of sample order and crops; the command line sets it to ``seed_everything``.

@@ -203,10 +203,10 @@ def merge_pairs(sets: Sequence[PairSet], *, repeats: bool = False) -> tuple[Pair
 
 def _distinct_tail(root: Path, roots: Iterable[Path]) -> str:
     """Return the last parts of a path, as few as distinguish it from the other paths."""
-    others = [other.parts for other in roots if other != root]
+    different_roots = [path.parts for path in roots if path != root]
     for count in range(1, len(root.parts) + 1):
         tail = root.parts[-count:]
-        if all(parts[-count:] != tail for parts in others):
+        if all(parts[-count:] != tail for parts in different_roots):
             break
     return "/".join(tail).lstrip("/")
 
@@ -255,9 +255,9 @@ def _find_named_set(name: str, split: Split, folder: Path | None, data_root: Pat
             f"{name}: no {split} pairs in {roots[0]}, which contains {inventory(roots[0])}; {expected}{source}"
         )
     root, files = candidates[0]
-    for other, _ in candidates[1:]:
-        if len(other.parts) == len(root.parts):
-            raise DerainError(f"{name}: found in both {root} and {other}; give one of them, for example {name}:{root}")
+    for path, _ in candidates[1:]:
+        if len(path.parts) == len(root.parts):
+            raise DerainError(f"{name}: found in both {root} and {path}; give one of them, for example {name}:{root}")
     return root, files
 
 
@@ -287,7 +287,7 @@ def _exclude_test_backgrounds(name: str, pairs: tuple[Pair, ...], data_root: Pat
 
 
 def read_clean(pair: Pair) -> Pixels:
-    """Read the clean image of a pair that has one, without reading the rainy file if that is another."""
+    """Read the clean image of a pair that has one; the rainy image is not decoded if it is in a separate file."""
     if pair.clean is not None and pair.clean_side is None:
         return read_rgb(pair.clean)
     _, clean = pair.read()

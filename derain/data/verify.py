@@ -303,7 +303,7 @@ def _duplicates(split: DataSplit, images: _Images, matches: Sequence[BackgroundM
 
 
 def _connected_groups(matches: Sequence[BackgroundMatch]) -> list[list[BackgroundMatch]]:
-    """Group matches that share images, directly or through others; sorted by the first index of each group."""
+    """Group matches that share images, directly or through further matches; sorted by the first index of each group."""
     groups: dict[int, list[BackgroundMatch]] = {}
     for match in matches:
         touching = [first for first, group in groups.items() if {match.first, match.second} & _indices(group)]
