@@ -49,10 +49,10 @@ def test_tiles_leave_no_seam():
 def test_starts_cover_and_overlap():
     for length in range(1, 300, 7):
         for tile, overlap in ((64, 0), (64, 32), (100, 30)):
-            places = starts(length, tile, overlap)
-            assert places[0] == 0
-            assert places[-1] == max(0, length - tile)
-            assert all(b - a <= tile - overlap for a, b in pairwise(places))
+            tops = starts(length, tile, overlap)
+            assert tops[0] == 0
+            assert tops[-1] == max(0, length - tile)
+            assert all(following - top <= tile - overlap for top, following in pairwise(tops))
 
 
 def test_tiled_and_whole_agree_away_from_tile_borders(method):
