@@ -263,9 +263,9 @@ def _find_named_set(name: str, split: Split, folder: Path | None, data_root: Pat
             f"{name}: no {split} pairs in {roots[0]}, which contains {inventory(roots[0])}; {expected}{source}"
         )
     root, files = candidates[0]
-    for other, _ in candidates[1:]:
-        if len(other.parts) == len(root.parts):
-            raise DerainError(f"{name}: found in both {root} and {other}; give one of them, for example {name}:{root}")
+    for path, _ in candidates[1:]:
+        if len(path.parts) == len(root.parts):
+            raise DerainError(f"{name}: found in both {root} and {path}; give one of them, for example {name}:{root}")
     return root, files
 
 
@@ -298,7 +298,7 @@ def _exclude_test_backgrounds(name: str, pairs: tuple[Pair, ...], data_root: Pat
 
 
 def read_clean(pair: Pair) -> Pixels:
-    """Read the clean image of a pair that has one, without reading the rainy file if the clean image has its own."""
+    """Read the clean image of a pair that has one; the rainy image is not decoded if it is in a separate file."""
     if pair.clean is not None and pair.clean_side is None:
         return read_rgb(pair.clean)
     _, clean = pair.read()
