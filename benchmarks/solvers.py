@@ -74,7 +74,7 @@ def main() -> int:
     for solver, steps in track(rows, "Sampling", len(rows)):
         scores, times = [], []
         for seed in SEEDS:
-            module.sample_by(Sampling(solver, steps, seed))
+            module.set_sampling(Sampling(solver, steps, seed))
             start = time.perf_counter()
             derained = module(rainy, **conditions).cpu()
             times.append(time.perf_counter() - start)

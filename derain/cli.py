@@ -7,7 +7,7 @@ import os
 import sys
 
 import derain
-from derain.errors import DerainError, Stopped
+from derain.errors import ArgumentError, DerainError, Stopped
 from derain.interrupts import interruptible
 from derain.warning_limit import few_warnings
 
@@ -128,5 +128,6 @@ def main(argv: list[str] | None = None) -> int:
     except (DerainError, OSError) as error:  # OSError: a full disk, a folder without permission
         # The workers of a DataLoader put their traceback before the message.
         message = str(error).rpartition("derain.errors.DerainError: ")[2].strip()
-        print(f"derain: error: {message}", file=sys.stderr)
+        prefix = "--" if isinstance(error, ArgumentError) else ""
+        print(f"derain: error: {prefix}{message}", file=sys.stderr)
         return 2

@@ -15,6 +15,18 @@ class DerainError(ValueError):
     """
 
 
+class ArgumentError(DerainError):
+    """Invalid argument; the message begins with its name and value.
+
+    Commands print it as the option of the same name: ``--tile 50: …``.
+
+    Example:
+        >>> raise ArgumentError("tile 50: must be at least 64, 'auto' or None")
+        Traceback (most recent call last):
+        derain.errors.ArgumentError: tile 50: must be at least 64, 'auto' or None
+    """
+
+
 class Stopped(KeyboardInterrupt):
     """Command interrupted by a signal, for example by Ctrl-C.
 

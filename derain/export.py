@@ -43,7 +43,7 @@ def export(method: DerainModule, path: Path, format: Format = "onnx") -> dict[tu
     """Export a method; the file is kept only if its results equal those of the method.
 
     Args:
-        method: The method; call `Routed.take_route` first if it has routes.
+        method: The method; call `Routed.set_route` first if it has routes.
         path: Output file.
         format: ``onnx``, or ``torch`` for a program of ``torch.export``.
 

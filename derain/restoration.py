@@ -86,9 +86,9 @@ class Restorer:
         self.device = choose_device(device)
         self.method = restoring.to(self.device).eval()
         if route is not None:
-            take_route(self.method, route)
+            set_route(self.method, route)
         if sampling is not None:
-            sample_by(self.method, sampling)
+            set_sampling(self.method, sampling)
         self.method.check_requirements()
         if precision == "bf16" and not computes_bf16(self.device):
             log.warning("bf16: %s has no instructions for it, and emulation is slower: using float32", self.device)
@@ -270,7 +270,7 @@ def _load(weights: Path | str | DerainModule, method: str | type | None) -> tupl
     return module, note
 
 
-def take_route(method: DerainModule, route: int) -> None:
+def set_route(method: DerainModule, route: int) -> None:
     """Send all images along one route.
 
     Raises:
@@ -278,10 +278,10 @@ def take_route(method: DerainModule, route: int) -> None:
     """
     if not isinstance(method, Routed):
         raise DerainError(f"--route {route}: {type(method).__name__} has no routes; omit the option")
-    method.take_route(route)
+    method.set_route(route)
 
 
-def sample_by(method: DerainModule, sampling: Sampling) -> None:
+def set_sampling(method: DerainModule, sampling: Sampling) -> None:
     """Set solver, number of steps and seed of a method that samples.
 
     Raises:
@@ -289,7 +289,7 @@ def sample_by(method: DerainModule, sampling: Sampling) -> None:
     """
     if not isinstance(method, Sampled):
         raise DerainError(f"{type(method).__name__} restores in one pass; omit solver, steps and seed")
-    method.sample_by(sampling)
+    method.set_sampling(sampling)
 
 
 def choose_device(name: str) -> torch.device:

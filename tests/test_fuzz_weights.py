@@ -2,11 +2,14 @@
 
 import os
 
+import pytest
+
 from tests.mutated_weights import run
 
 COUNT = int(os.environ.get("DERAIN_FUZZ", 100))
 
 
+@pytest.mark.slow
 def test_mutated_weights_are_loaded_or_refused(tmp_path):
     failures = []
     figures = run(COUNT, 0, tmp_path, lambda path, change, error: failures.append((path.name, change, repr(error))))

@@ -48,6 +48,7 @@ def repository(tmp_path, monkeypatch):
     return tmp_path / "repository"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(mutants.os, "fork"), reason="needs os.fork")
 def test_survivors_are_reported(repository, capsys, monkeypatch):
     assert mutants.main([]) == 1

@@ -145,6 +145,7 @@ def test_refusals(method, tmp_path):
         Restorer(tmp_path / "absent.pth")
 
 
+@pytest.mark.slow
 def test_tiles_and_views_take_the_route_of_the_whole_image(monkeypatch):
     method = CLIPRPNModule(perception="fixed", route=1, dim=8, blocks=(1, 1, 1, 1), refinement=1)
     seen, taken = [], []

@@ -28,7 +28,9 @@ PACKAGES = ("derain", "torch", "lightning", "torchmetrics")
 
 
 class TestResults(Callback):
-    """Save ``images.csv`` and ``summary.json`` to the folder of the run, and print a table.
+    """Save ``images.csv`` and ``summary.json`` to ``trainer.default_root_dir``, and print a table.
+
+    In the summary, ``seconds`` is the mean time of ``forward`` per image.
 
     Args:
         weights: Weights that are tested; None for a checkpoint that the trainer loads.
@@ -41,7 +43,7 @@ class TestResults(Callback):
         self.weights, self.commit = weights, commit
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the time that the method restores images, without reading or scoring them."""
+        """Register hooks that time ``forward``, excluding loading and scoring."""
         self._seconds, self._images = 0.0, 0
 
         def now() -> float:
@@ -95,7 +97,12 @@ class TestResults(Callback):
 
 
 def image_rows(scores: dict[str, dict[str, Scores]], names: list[str]) -> Iterator[dict[str, Any]]:
-    """Return one row per image and protocol."""
+    """Yield one row per image and protocol.
+
+    Args:
+        scores: Scores of the ``rainy`` and the ``derained`` images, by protocol.
+        names: Names of all images of the data set; the index of a score refers to them.
+    """
     for protocol, derained in scores["derained"].items():
         rainy = scores["rainy"][protocol]
         for row, index in enumerate(derained.index.tolist()):
@@ -123,7 +130,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def results(scores: dict[str, dict[str, Scores]]) -> list[dict[str, Any]]:
-    """Return means over images and 95 % bootstrap intervals, one entry per protocol."""
+    """Return means over images and 95 % bootstrap intervals, one entry per protocol.
+
+    Args:
+        scores: Scores of the ``rainy`` and the ``derained`` images, by protocol.
+    """
     entries = []
     for protocol, derained in scores["derained"].items():
         rainy = scores["rainy"][protocol]

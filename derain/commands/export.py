@@ -11,7 +11,7 @@ from derain.export import Format
 from derain.export import export as write
 from derain.methods import DerainModule
 from derain.methods.catalog import load
-from derain.restoration import take_route
+from derain.restoration import set_route
 
 
 def export(
@@ -38,7 +38,7 @@ def export(
     if not isinstance(module, DerainModule):
         raise DerainError(f"{weights}: {note} does not restore images; use weights of a method")
     if route is not None:
-        take_route(module, route)
+        set_route(module, route)
     print(f"{weights}: {note}; exporting takes up to minutes", file=sys.stderr)
     print_differences(write(module, out, format))
     print(f"wrote {out}", file=sys.stderr)

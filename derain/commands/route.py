@@ -1,4 +1,4 @@
-"""Count which routes of CLIP-RPN images take."""
+"""Count the images on each route of CLIP-RPN."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ from derain.progress import track
 from derain.restoration import choose_device
 
 PAPER_SETS = {"Rain800": "Rain800", "RainTrainH": "Rain100H", "RainTrainH-full": "Rain100H", "RainTrainL": "Rain100L"}
-"""Names in CLIP-RPN's paper of the training sets, by layout."""
+"""Training sets of CLIP-RPN's paper, by layout."""
 
 SHEET_IMAGES, SHEET_COLUMNS = 24, 6
 """Images on a contact sheet, and in one of its rows."""
@@ -45,7 +45,7 @@ def route(
     device: str = "auto",
     format: Literal["table", "json"] = "table",
 ) -> int:
-    """Count which routes of CLIP-RPN images take: counts, scores of each image, a contact sheet for each route.
+    """Count the images on each route of CLIP-RPN, and save their scores and a contact sheet for each route.
 
     Args:
         sets: Names or folders of data sets, or folders with images.
@@ -59,7 +59,7 @@ def route(
         format: Format of the printed counts.
 
     Raises:
-        DerainError: If there are no images, or no such prompts or model.
+        DerainError: If a set has no images, or the prompts or the CLIP model cannot be loaded.
     """
     texts = read_prompts(prompts)
     chosen_device = choose_device(device)
@@ -69,7 +69,7 @@ def route(
             print(f"{pair_set.name}: {note}", file=sys.stderr)
     pairs = [pair for pair_set in pair_sets for pair in pair_set.pairs]
     perception = RainPerception(clip, texts, similarity)
-    images = track(map(read_rainy, pairs), "Perceiving rain", len(pairs))
+    images = track(map(read_rainy, pairs), "Computing CLIP similarities", len(pairs))
     similarities = perception.all_similarities(images, chosen_device)
     summary = {
         "prompts": {"set": prompts, "texts": texts},
@@ -96,7 +96,7 @@ def read_prompts(name: str) -> tuple[str, ...]:
         name: Name of a prompt set, or path of a YAML file.
 
     Raises:
-        DerainError: If there is neither, or the texts are not at least two different ones.
+        DerainError: If there is neither, or the file is not a list of at least two texts, all different.
     """
     if name in PROMPTS:
         return texts_of(name)
@@ -108,7 +108,7 @@ def read_prompts(name: str) -> tuple[str, ...]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DerainError(f"--prompts {path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
-        raise DerainError(f"--prompts {path}: expected a list of texts, one a route, each on a line '- text'")
+        raise DerainError(f"--prompts {path}: expected a YAML list with one text per route (lines '- text')")
     return texts_of(content)
 
 
@@ -160,11 +160,12 @@ def count_routes(
     Args:
         sets: Data sets.
         routes: Route of each image, in order.
-        prompts: Name of the prompt set; the paper has counts for its own ones.
+        prompts: Name of the prompt set; the paper has counts for some sets.
         route_count: Number of routes.
 
     Returns:
-        One entry a set, with ``counts`` by route, and the counts of the ``paper`` if it has the same images.
+        One entry per set, with ``counts`` by route; ``paper`` has the paper's counts, or None if the paper has none or
+        counted another number of images.
     """
     entries: list[dict[str, Any]] = []
     start = 0
@@ -196,7 +197,7 @@ def count_routes(
 
 
 def _paper_counts(pair_set: PairSet, prompts: str) -> list[int] | None:
-    """Return the paper's counts for a set; None if the paper has none, or its set has other images."""
+    """Return the paper's counts for a set; None if it has none, or counted another number of images."""
     if prompts not in PROMPTS or pair_set.layout not in PAPER_SETS or pair_set.split != "train":
         return None
     counts = PROMPTS[prompts].counts[PAPER_SETS[pair_set.layout]]
@@ -216,26 +217,26 @@ def write_files(folder: Path, sets: Sequence[PairSet], similarities: Tensor, sum
         similarities: Similarities of the images to the prompts, ``(n, m)``.
         summary: Content of ``summary.json``.
     """
-    shares = scores(similarities)
+    image_scores = scores(similarities)
     images = [(pair_set.name, pair) for pair_set in sets for pair in pair_set.pairs]
     routes = similarities.argmax(1).tolist()
-    _write_csv(folder / "routes.csv", images, routes, similarities, shares)
+    _write_csv(folder / "routes.csv", images, routes, similarities, image_scores)
     with write_whole(folder / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     for file in folder.glob("route-[0-9]*.png"):
         file.unlink()
-    best = shares.topk(2, dim=1).values
-    margins = (best[:, 0] - best[:, 1]).tolist()
-    members: dict[int, list[tuple[float, Pair]]] = {}
-    for margin, (_, pair), taken in zip(margins, images, routes, strict=True):
-        members.setdefault(taken, []).append((margin, pair))
-    for taken, group in members.items():
-        group.sort(key=lambda member: member[0], reverse=True)
-        write_image(folder / f"route-{taken}.png", route_sheet(group))
+    largest = image_scores.topk(2, dim=1).values
+    margins = (largest[:, 0] - largest[:, 1]).tolist()
+    images_by_route: dict[int, list[tuple[float, Pair]]] = {}
+    for margin, (_, pair), image_route in zip(margins, images, routes, strict=True):
+        images_by_route.setdefault(image_route, []).append((margin, pair))
+    for image_route, route_images in images_by_route.items():
+        route_images.sort(key=lambda image: image[0], reverse=True)
+        write_image(folder / f"route-{image_route}.png", route_sheet(route_images))
 
 
 def _write_csv(
-    path: Path, images: Sequence[tuple[str, Pair]], routes: Sequence[int], similarities: Tensor, shares: Tensor
+    path: Path, images: Sequence[tuple[str, Pair]], routes: Sequence[int], similarities: Tensor, image_scores: Tensor
 ) -> None:
     with (
         write_whole(path) as temporary,
@@ -245,9 +246,9 @@ def _write_csv(
         indices = range(similarities.shape[1])
         columns = [*(f"similarity_{index}" for index in indices), *(f"score_{index}" for index in indices)]
         writer.writerow(["set", "image", "route", *columns])
-        rows = zip(images, routes, similarities.tolist(), shares.tolist(), strict=True)
-        for (name, pair), taken, image_similarities, image_scores in rows:
-            writer.writerow([name, pair.name, taken, *image_similarities, *image_scores])
+        rows = zip(images, routes, similarities.tolist(), image_scores.tolist(), strict=True)
+        for (set_name, pair), image_route, similarity_row, score_row in rows:
+            writer.writerow([set_name, pair.name, image_route, *similarity_row, *score_row])
 
 
 def route_sheet(images: Sequence[tuple[float, Pair]]) -> Image.Image:

@@ -52,7 +52,7 @@ LIMITS = {
 
 
 def check_options(trainer: Any, command: str) -> None:
-    """Check for values that Lightning accepts, but that fail later or have no effect.
+    """Check the trainer's options for values that Lightning accepts, but that fail later or have no effect.
 
     Args:
         trainer: The configured options of the trainer.
@@ -70,8 +70,8 @@ def check_options(trainer: Any, command: str) -> None:
         raise DerainError(f"--trainer.gradient_clip_val {clip}: must be a finite number of at least 0 (0: no clipping)")
     if trainer.overfit_batches:
         raise DerainError(
-            f"--trainer.overfit_batches {trainer.overfit_batches}: not supported, since crops are drawn anew in every "
-            "epoch; to overfit, set --data.train and --data.val to a folder of few pairs, and --data.crop to their size"
+            f"--trainer.overfit_batches {trainer.overfit_batches}: not supported, since every epoch draws new "
+            "crops; to overfit, set --data.train and --data.val to a folder of few pairs, and --data.crop to their size"
         )
     if trainer.use_distributed_sampler:
         raise DerainError(
@@ -83,11 +83,11 @@ def check_options(trainer: Any, command: str) -> None:
         )
     limit = LIMITS.get(command)
     if limit and trainer[limit] == 0:
-        raise DerainError(f"--trainer.{limit} 0: must be at least 1, so that an image is evaluated; or omit it")
+        raise DerainError(f"--trainer.{limit} 0: must be at least 1; or omit the option")
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Check precision, strategy, plugins and callbacks; make the trainer write checkpoints completely or not at all.
+    """Check precision, strategy, plugins and callbacks, and make the trainer write checkpoints atomically.
 
     Raises:
         DerainError: If one of them is not supported.
@@ -113,7 +113,7 @@ def check_trainer(trainer: Trainer) -> None:
     elif not isinstance(checkpoint_io, WholeCheckpointIO):
         raise DerainError(
             f"--trainer.plugins {type(checkpoint_io).__name__}: not supported, since a checkpoint must be complete "
-            "when the training continues; omit it, or derive a class from derain.checkpoints.WholeCheckpointIO"
+            "to resume from it; omit the plugin, or derive its class from derain.checkpoints.WholeCheckpointIO"
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
@@ -128,12 +128,12 @@ def check_trainer(trainer: Trainer) -> None:
             )
 
 
-def loggers(configured: Any, folder: Path, checkpoint: str | None) -> list[Logger] | bool:
-    """Return the CSV log of the run and the configured loggers; False if logging is turned off.
+def configured_loggers(configured: Any, folder: Path, checkpoint: str | None) -> list[Logger] | bool:
+    """Return a CSV logger for ``metrics.csv`` and the configured loggers; False if logging is turned off.
 
     Args:
         configured: The trainer's ``logger``, instantiated.
-        folder: Of the run.
+        folder: Folder of the run.
         checkpoint: Checkpoint that the run resumes from, if any.
     """
     if configured is False:
@@ -193,10 +193,10 @@ def save_during_manual_optimization(callback: ModelCheckpoint) -> None:
         callback.__class__ = type(configured.__name__, (configured, Checkpoint), names)
 
 
-def callbacks(
+def run_callbacks(
     configured: list[Callback], command: str, config: Any, folder: Path, monitor: str, commit: str | None
 ) -> list[Callback]:
-    """Return the configured callbacks, and those that save a run's checkpoints, weights, pictures and results.
+    """Return the configured callbacks and those that save checkpoints, weights, image panels and results.
 
     Args:
         configured: Callbacks of the configuration.
@@ -216,7 +216,7 @@ def callbacks(
         return callbacks + _training_callbacks(config, folder, monitor)
     for callback in list(callbacks):
         if isinstance(callback, BatchSizeFinder | LearningRateFinder):
-            log.info("%s: ignored, since it is for training", type(callback).__name__)
+            log.info("%s: ignored, since it only affects training", type(callback).__name__)
             callbacks.remove(callback)
     if command == "test":
         return [*callbacks, TestResults(config.weights, commit), ImagePanels()]
@@ -226,7 +226,7 @@ def callbacks(
 
 
 def _training_callbacks(config: Any, folder: Path, monitor: str) -> list[Callback]:
-    """Return the callbacks of a training, without those that its options turn off."""
+    """Return the callbacks for training, without those that options turn off."""
     callbacks: list[Callback] = [BatchSeeds(config.seed_everything), ImagePanels()]
     if config.trainer.enable_checkpointing is not False:
         checkpoints = folder / "checkpoints"

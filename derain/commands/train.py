@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from derain.checkpoints import remove_unfinished
 from derain.commands.lightning_messages import choose_messages
 from derain.commands.run_folders import restarts, root_of, run_folder, shared_folder
-from derain.commands.run_setup import callbacks, check_options, check_trainer, loggers
+from derain.commands.run_setup import check_options, check_trainer, configured_loggers, run_callbacks
 from derain.commands.train_parser import DENIED_IMPORTS, OptionParser
 from derain.config_errors import explain_config_error
 from derain.data.datamodule import RainDataModule
@@ -37,7 +37,7 @@ from derain.methods.registry import add_current_folder, methods, use_method
 from derain.metrics import resolve
 from derain.metrics.perceptual import available_lpips
 from derain.options import without_option
-from derain.restoration import sample_by
+from derain.restoration import set_sampling
 
 log = logging.getLogger("derain")
 
@@ -342,7 +342,7 @@ class DerainCLI(LightningCLI):
                 self.model.explaining = True
             sampling = self.config_init[self.subcommand].sampling
             if sampling is not None:
-                sample_by(self.model, sampling)
+                set_sampling(self.model, sampling)
         elif self.subcommand in {"test", "predict"}:
             raise DerainError(
                 f"derain {self.subcommand}: {type(self.model).__name__} restores no images; use derain validate, or "
@@ -352,9 +352,9 @@ class DerainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, with the CSV log and the callbacks that save checkpoints, pictures and results."""
         command, config = str(self.subcommand), self.config_init[self.subcommand]
-        config.trainer.logger = loggers(config.trainer.logger, self.folder, self.config[command].ckpt_path)
+        config.trainer.logger = configured_loggers(config.trainer.logger, self.folder, self.config[command].ckpt_path)
         monitor = self.model.monitor if command == "fit" else ""
-        config.trainer.callbacks = callbacks(
+        config.trainer.callbacks = run_callbacks(
             _as_list(config.trainer.callbacks), command, config, self.folder, monitor, commit()
         )
         if not config.trainer.fast_dev_run:

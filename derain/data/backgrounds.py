@@ -16,23 +16,26 @@ from numpy.typing import NDArray
 
 from derain.images import Pixels
 
-FORMAT = 1
-"""Version of the search; increase it when other images count as the same background."""
+SEARCH_VERSION = 1
+"""Increment when a change to the search alters which images match."""
 
 _SEARCH_SIDE = 400  # longest side for the detection of features
 _COMPARE_SIDE = 256  # longest side for the comparison of pixels
 _MAX_FEATURES = 150  # per image
 _NEIGHBOURS = 8
-_MAX_DISTANCE = 250  # of SIFT descriptors; that of copies is lower, that of most other images higher
+_MAX_DISTANCE = 250  # between SIFT descriptors; copies are closer, most different images farther
 _MAX_TURN_ERROR = 12  # degrees between the angles of matching features and a quarter turn
 _MAX_GROUP = 40  # matching features used to fit scale and shift
 _TOLERANCE = 4.0  # pixels between matching features after scale and shift
 _THUMBNAIL_SIDE = 16
 _THUMBNAIL_CORRELATION = 0.96
 _CERTAIN_SCORE = 0.998  # refinement could hardly raise it
+_REFINED_SCORE = 0.2  # below it, an alignment is refined only if enough features vote for it
+_REFINED_VOTES = 6
 _MIN_COPY_SCORE = 0.99
 _MIN_RAINY_SCORE = 0.9  # if rain is on one of the images
-_MIN_SHARE = 0.25  # of the area of one image that the other one shows
+_MIN_SHARE = 0.25  # of the area of one image that the other image shows
+_WHOLE_SHARE = 0.97  # of the area; images that show less count as cropped
 _MIN_OVERLAP = 64  # pixels
 
 Floats = NDArray[np.float64]
@@ -64,8 +67,8 @@ class BackgroundMatch:
         first: Index of the first image.
         second: Index of the second image.
         score: Correlation of their gradients where they overlap, at most 1.
-        mirrored: Whether the first image is flipped upside down.
-        turn: Rotation of the first image after that, in degrees clockwise: 0, 90, 180 or 270.
+        flipped_vertically: Whether the first image is flipped upside down.
+        rotation: Rotation of the first image after the flip, in degrees clockwise: 0, 90, 180 or 270.
         share: Share of the first image's area that the second one shows, 0 to 1.
         second_share: Share of the second image's area that the first one shows, 0 to 1.
     """
@@ -73,42 +76,43 @@ class BackgroundMatch:
     first: int
     second: int
     score: float
-    mirrored: bool
-    turn: int
+    flipped_vertically: bool
+    rotation: int
     share: float
     second_share: float
 
     def __str__(self) -> str:
-        """Return the changes to the image in words.
+        """Return how the second image was changed, as text; unchanged if it is not flipped, rotated or cropped.
 
         Example:
             >>> str(BackgroundMatch(0, 1, 1.0, True, 180, 1.0, 1.0))
             'flipped left to right'
         """
         changes = []
-        if self.mirrored:
+        if self.flipped_vertically:
             flips = {0: "flipped upside down", 90: "transposed", 180: "flipped left to right", 270: "transposed"}
-            changes.append(flips[self.turn])
-        elif self.turn:
-            changes.append(f"rotated by {self.turn}°")
-        if min(self.share, self.second_share) < 0.97:
-            changes.append(f"cropped to {min(self.share, self.second_share):.0%} of its area")
-        return ", ".join(changes) or "whole"
+            changes.append(flips[self.rotation])
+        elif self.rotation:
+            changes.append(f"rotated by {self.rotation}°")
+        share = min(self.share, self.second_share)
+        if share < _WHOLE_SHARE:
+            changes.append(f"cropped to {share:.0%} of its area")
+        return ", ".join(changes) or "unchanged"
 
 
-def compute_signature(pixels: Pixels, *, rainy: bool = False, local: bool = True) -> Signature:
+def compute_signature(pixels: Pixels, *, rainy: bool = False, features: bool = True) -> Signature:
     """Return the signature of an image.
 
     Args:
         pixels: ``(h, w, 3)`` in 0 to 255.
         rainy: Whether rain is on the image; thin bright streaks are then suppressed first.
-        local: Whether to compute features; without them, cropped images are not recognised.
+        features: Whether to compute features; without them, cropped images are not recognised.
     """
     grey = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.uint8)
     if rainy:
         grey = np.asarray(cv2.morphologyEx(grey, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)), np.uint8)
     small = _shrunk(grey, _COMPARE_SIDE)
-    if local:
+    if features:
         points, descriptors = _features(grey, small.shape[1])
     else:
         points, descriptors = np.zeros((0, 3), np.float32), np.zeros((0, 128), np.uint8)
@@ -139,7 +143,7 @@ def _shrunk(grey: Grey, side: int) -> Grey:
 
 
 def find_matches(
-    first: Sequence[Signature], second: Sequence[Signature] | None = None, *, crops: bool = True
+    first: Sequence[Signature], second: Sequence[Signature] | None = None, *, features: bool = True
 ) -> list[BackgroundMatch]:
     """Return all pairs of images with the same background.
 
@@ -147,7 +151,7 @@ def find_matches(
         first: Signatures of some images.
         second: Signatures of the images to compare them with; by default each of ``first`` is compared with every
             later one.
-        crops: Whether to search for crops, too, which needs features.
+        features: Whether to compare features too; without them, cropped images are not found.
 
     Returns:
         One match per pair of images, sorted by the images' indices.
@@ -156,7 +160,7 @@ def find_matches(
     if len(images) < 2:
         return []
     best: dict[tuple[int, int], BackgroundMatch] = {}
-    searches = [_by_thumbnail, _by_features] if crops else [_by_thumbnail]
+    searches = [_by_thumbnail, _by_features] if features else [_by_thumbnail]
     for search in searches:
         hypotheses = []
         for hypothesis in search(images):
@@ -178,57 +182,60 @@ def find_matches(
 
 @dataclass(frozen=True)
 class _Hypothesis:
-    """Possible match: the first image, flipped and turned, is at ``scale * xy + shift`` in the second.
+    """Possible match: the first image, flipped and rotated, is at ``scale * xy + shift`` in the second.
 
     Attributes:
         first: Index of the first image.
         second: Index of the second image.
-        mirrored: Whether the first image is flipped upside down.
-        turns: Quarter turns clockwise of the first image after that.
-        scale: By axis.
-        shift: By axis, in pixels of the second image.
+        flipped_vertically: Whether the first image is flipped upside down.
+        quarter_turns: Clockwise quarter turns of the first image after the flip.
+        scale: Scale in x and y.
+        shift: Shift in x and y, in pixels of the second image.
         votes: Number of features that agree.
     """
 
     first: int
     second: int
-    mirrored: bool
-    turns: int
+    flipped_vertically: bool
+    quarter_turns: int
     scale: tuple[float, float]
     shift: tuple[float, float]
     votes: int
 
 
-def _oriented(image: Grey, mirrored: bool, turns: int) -> Grey:
-    return np.ascontiguousarray(np.rot90(image[::-1] if mirrored else image, -turns))
+def _oriented(image: Grey, flipped_vertically: bool, quarter_turns: int) -> Grey:
+    return np.ascontiguousarray(np.rot90(image[::-1] if flipped_vertically else image, -quarter_turns))
 
 
-def _oriented_points(points: Floats, shape: tuple[int, ...], mirrored: bool, turns: int) -> Floats:
-    """Return the coordinates of points ``(n, 2)`` after an image of the given shape was flipped and turned."""
+def _oriented_points(points: Floats, shape: tuple[int, ...], flipped_vertically: bool, quarter_turns: int) -> Floats:
+    """Return the coordinates of points ``(n, 2)`` after an image of the given shape was flipped and rotated."""
     x, y = points[:, 0], points[:, 1]
     h, w = shape[:2]
-    if mirrored:
+    if flipped_vertically:
         y = h - 1 - y
-    for _ in range(turns):
+    for _ in range(quarter_turns):
         x, y, h, w = h - 1 - y, x, w, h
     return np.stack([x, y], 1)
 
 
 def _by_thumbnail(images: Sequence[Signature]) -> list[_Hypothesis]:
-    """Return pairs of whole images whose thumbnails are similar, in any of the eight orientations."""
+    """Return pairs of whole images with similar thumbnails, in any of the eight orientations."""
     size = (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE)
     thumbnails = [np.asarray(cv2.resize(image.grey, size, interpolation=cv2.INTER_AREA), np.uint8) for image in images]
     targets = _standardised(thumbnails)
     hypotheses = []
-    for mirrored in (False, True):
-        for turns in range(4):
-            sources = _standardised([_oriented(thumbnail, mirrored, turns) for thumbnail in thumbnails])
+    for flipped_vertically in (False, True):
+        for quarter_turns in range(4):
+            oriented = [_oriented(thumbnail, flipped_vertically, quarter_turns) for thumbnail in thumbnails]
+            sources = _standardised(oriented)
             for start in range(0, len(images), 1024):  # blocks bound the memory
-                similar = sources[start : start + 1024] @ targets.T > _THUMBNAIL_CORRELATION
-                for offset, second in zip(*np.nonzero(similar), strict=True):
+                is_similar = sources[start : start + 1024] @ targets.T > _THUMBNAIL_CORRELATION
+                for offset, second in zip(*np.nonzero(is_similar), strict=True):
                     first = start + int(offset)
                     if first < second:
-                        hypotheses.append(_whole(images, first, int(second), mirrored, turns))
+                        hypotheses.append(
+                            _whole_image_hypothesis(images, first, int(second), flipped_vertically, quarter_turns)
+                        )
     return hypotheses
 
 
@@ -238,15 +245,18 @@ def _standardised(thumbnails: Sequence[Grey]) -> NDArray[np.float32]:
     return np.asarray(flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6), np.float32)
 
 
-def _whole(images: Sequence[Signature], first: int, second: int, mirrored: bool, turns: int) -> _Hypothesis:
-    """Return the hypothesis that one whole image is the other."""
+def _whole_image_hypothesis(
+    images: Sequence[Signature], first: int, second: int, flipped_vertically: bool, quarter_turns: int
+) -> _Hypothesis:
+    """Return the hypothesis that the whole first image shows the whole second image."""
     h, w = images[first].grey.shape
-    if turns % 2:
+    if quarter_turns % 2:
         h, w = w, h
     target_h, target_w = images[second].grey.shape
     scale = (target_w / w, target_h / h)
     shift = ((scale[0] - 1) / 2, (scale[1] - 1) / 2)
-    return _Hypothesis(first, second, mirrored, turns, scale, shift, votes=_MAX_FEATURES)
+    # No features vote here; the highest number of votes has the alignment refined in any case.
+    return _Hypothesis(first, second, flipped_vertically, quarter_turns, scale, shift, votes=_MAX_FEATURES)
 
 
 def _by_features(images: Sequence[Signature]) -> list[_Hypothesis]:
@@ -260,22 +270,24 @@ def _by_features(images: Sequence[Signature]) -> list[_Hypothesis]:
     index = cv2.flann.Index(descriptors, {"algorithm": 1, "trees": 4})
     votes = np.concatenate(
         [
-            _votes(index, descriptors, points[:, 2], owner, mirrored=False),
-            _votes(index, _mirrored_descriptors(descriptors), points[:, 2], owner, mirrored=True),
+            _votes(index, descriptors, points[:, 2], owner, flipped_vertically=False),
+            _votes(index, _flipped_descriptors(descriptors), points[:, 2], owner, flipped_vertically=True),
         ]
     )
     hypotheses = []
     for group in _groups_of_equal_rows(votes, columns=4):
         if len(group) < 3:
             continue
-        first, second, mirrored, turns = (int(value) for value in group[0, :4])
+        first, second, flip, quarter_turns = (int(value) for value in group[0, :4])
+        flipped_vertically = bool(flip)
         closest = group[np.argsort(group[:, 6], kind="stable")[:_MAX_GROUP]]
-        source = _oriented_points(points[closest[:, 4], :2], images[first].grey.shape, bool(mirrored), turns)
+        shape = images[first].grey.shape
+        source = _oriented_points(points[closest[:, 4], :2], shape, flipped_vertically, quarter_turns)
         target = points[closest[:, 5], :2]
         fit = _fit_scale_and_shift(source, target)
         if fit is not None:
             scale, shift, count = fit
-            hypotheses.append(_Hypothesis(first, second, bool(mirrored), turns, scale, shift, count))
+            hypotheses.append(_Hypothesis(first, second, flipped_vertically, quarter_turns, scale, shift, count))
     return hypotheses
 
 
@@ -287,8 +299,8 @@ def _groups_of_equal_rows(table: NDArray[np.int64], columns: int) -> list[NDArra
     return [table[start:end] for start, end in pairwise(limits)]
 
 
-def _mirrored_descriptors(descriptors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the SIFT descriptors of the mirror image: 4 x 4 cells of 8 directions, rows and directions reversed."""
+def _flipped_descriptors(descriptors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the SIFT descriptors of the flipped image: 4 x 4 cells of 8 directions, rows and directions reversed."""
     cells = descriptors.reshape(-1, 4, 4, 8)[:, ::-1][..., -np.arange(8) % 8]
     return np.ascontiguousarray(cells.reshape(-1, 128))
 
@@ -298,12 +310,13 @@ def _votes(
     queries: NDArray[np.float32],
     angles: Floats,
     owner: NDArray[np.int64],
-    mirrored: bool,
+    flipped_vertically: bool,
 ) -> NDArray[np.int64]:
     """Return pairs of similar features of different images.
 
     Returns:
-        ``(n, 7)``: first image, second image, mirrored, quarter turns, first feature, second feature, distance.
+        ``(n, 7)``: first image, second image, whether the first image is flipped vertically, its quarter turns,
+        first feature, second feature, distance.
     """
     parts = [part for part in np.array_split(queries, 8) if len(part)]
     count = min(_NEIGHBOURS, len(queries))
@@ -312,16 +325,16 @@ def _votes(
     a = np.repeat(np.arange(len(queries)), count)
     b = np.concatenate([ids for ids, _ in results]).astype(np.int64).ravel()
     distance = np.sqrt(np.concatenate([squares for _, squares in results])).ravel()
-    rotation = angles[b] + (angles[a] if mirrored else -angles[a])
-    turns = np.rint(rotation / 90).astype(np.int64)
+    rotation = angles[b] + (angles[a] if flipped_vertically else -angles[a])
+    quarter_turns = np.rint(rotation / 90).astype(np.int64)
     different = owner[a] != owner[b]
-    similar = different & (distance < _MAX_DISTANCE) & (np.abs(rotation - 90 * turns) < _MAX_TURN_ERROR)
-    a, b, turns, distance = a[similar], b[similar], turns[similar] % 4, distance[similar]
+    similar = different & (distance < _MAX_DISTANCE) & (np.abs(rotation - 90 * quarter_turns) < _MAX_TURN_ERROR)
+    a, b, quarter_turns, distance = a[similar], b[similar], quarter_turns[similar] % 4, distance[similar]
     # The first image is always the earlier one; swapping the images inverts the orientation.
     swapped = owner[a] > owner[b]
-    turns = np.where(swapped & (not mirrored), -turns % 4, turns)
+    quarter_turns = np.where(swapped & (not flipped_vertically), -quarter_turns % 4, quarter_turns)
     a, b = np.where(swapped, b, a), np.where(swapped, a, b)
-    columns = [owner[a], owner[b], np.full(len(a), mirrored), turns, a, b, distance.astype(np.int64)]
+    columns = [owner[a], owner[b], np.full(len(a), flipped_vertically), quarter_turns, a, b, distance.astype(np.int64)]
     return np.unique(np.stack(columns, 1).astype(np.int64), axis=0)
 
 
@@ -367,7 +380,7 @@ def _candidates(a: Floats, b: Floats) -> tuple[Floats, Floats]:
 def _confirmed(images: Sequence[Signature], hypothesis: _Hypothesis) -> BackgroundMatch | None:
     """Return the match if the pixels agree, after refinement if they nearly do; else None."""
     first, second = images[hypothesis.first], images[hypothesis.second]
-    a = _oriented(first.grey, hypothesis.mirrored, hypothesis.turns)
+    a = _oriented(first.grey, hypothesis.flipped_vertically, hypothesis.quarter_turns)
     b = second.grey
     min_score = _MIN_RAINY_SCORE if first.rainy or second.rainy else _MIN_COPY_SCORE
     scale, shift = hypothesis.scale, hypothesis.shift
@@ -376,7 +389,7 @@ def _confirmed(images: Sequence[Signature], hypothesis: _Hypothesis) -> Backgrou
     if swapped:  # sample the finer image at the pixels of the coarser one
         a, b, warp = b, a, cv2.invertAffineTransform(warp)
     score, a_share, b_share = _agreement(a, b, warp)
-    if score < _CERTAIN_SCORE and (score > 0.2 or hypothesis.votes >= 6):
+    if score < _CERTAIN_SCORE and (score > _REFINED_SCORE or hypothesis.votes >= _REFINED_VOTES):
         score, a_share, b_share = _agreement(a, b, _refined(a, b, warp))
     if score < min_score or max(a_share, b_share) < _MIN_SHARE:
         return None
@@ -384,8 +397,8 @@ def _confirmed(images: Sequence[Signature], hypothesis: _Hypothesis) -> Backgrou
         first=hypothesis.first,
         second=hypothesis.second,
         score=score,
-        mirrored=hypothesis.mirrored,
-        turn=hypothesis.turns * 90,
+        flipped_vertically=hypothesis.flipped_vertically,
+        rotation=hypothesis.quarter_turns * 90,
         share=b_share if swapped else a_share,
         second_share=a_share if swapped else b_share,
     )

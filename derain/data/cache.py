@@ -24,8 +24,8 @@ from derain.memory import free_memory
 from derain.progress import track
 
 CacheMode = Literal["auto", "ram", "disk", "off"]
-FORMAT = 2
-"""Cache version; increase it when decoding the same files gives other bytes."""
+CACHE_VERSION = 2
+"""Increment when decoding the same files yields different bytes."""
 
 SHARED_MEMORY = Path("/dev/shm")
 """Shared memory on Linux."""
@@ -34,7 +34,7 @@ log = logging.getLogger("derain")
 
 
 def fingerprint(pairs: Sequence[Pair]) -> str:
-    """Return a hash of the names and file contents of pairs: equal for equal images, wherever they are.
+    """Return a hash of the names and file contents of pairs; it does not depend on their folders.
 
     Example:
         >>> fingerprint([]) == fingerprint([])
@@ -120,7 +120,7 @@ def decoded_index(pairs: Sequence[Pair]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class _Space:
-    """Bytes that the cache needs and that are free."""
+    """Size of the cache and free space, in bytes."""
 
     need: int
     disk: int
@@ -152,7 +152,7 @@ def open_cache(pairs: Sequence[Pair], mode: CacheMode = "auto", *, folder: Path 
         return None
     folder = (folder or cache_folder()) / "pixels"
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{fingerprint(pairs)}-v{FORMAT}"
+    file = folder / f"{fingerprint(pairs)}-v{CACHE_VERSION}"
     index_file = file.with_name(f"{file.name}.npy")
     index = np.load(index_file) if file.exists() and index_file.exists() else decoded_index(pairs)
     need = int((6 * index[:, 1] * index[:, 2]).sum())
@@ -165,7 +165,7 @@ def open_cache(pairs: Sequence[Pair], mode: CacheMode = "auto", *, folder: Path 
         raise DerainError(f"--data.cache ram: {need / 1e9:.2f} GB do not fit into memory; use {alternatives}")
     buffer = _allocate_shared(need) if mode == "ram" else None
     if mode == "ram" and buffer is None:
-        mode = "disk" if requested == "ram" else "off"  # auto chose RAM since the disk is too full
+        mode = "disk" if requested == "ram" else "off"  # auto chooses RAM only if the disk is too full
         log.warning(
             "--data.cache %s: %.2f GB do not fit into %s, which has %.2f GB free; using %s",
             requested,
@@ -174,10 +174,11 @@ def open_cache(pairs: Sequence[Pair], mode: CacheMode = "auto", *, folder: Path 
             space.shared / 1e9,
             mode,
         )
-    location = {"disk": str(file), "ram": "shared memory", "off": "nowhere: too little disk and memory"}[mode]
-    log.info("pixel cache: %d pairs, %.2f GB decoded, saved in %s", len(pairs), need / 1e9, location)
     if mode == "off":
+        log.info("pixel cache: off, since %.2f GB are too much for the free disk space and memory", need / 1e9)
         return None
+    location = str(file) if mode == "disk" else "shared memory"
+    log.info("pixel cache: %d pairs, %.2f GB decoded, in %s", len(pairs), need / 1e9, location)
     if buffer is not None:
         _decode(pairs, index, buffer.numpy())
         return PixelCache(index, memory=buffer)
@@ -201,6 +202,7 @@ def _choose_mode(space: _Space, *, cached: bool) -> CacheMode:
 
 
 def _disk_full(requested: CacheMode, folder: Path, space: _Space) -> str:
+    """Return the message that the cache does not fit."""
     full = f"{folder}, which has {space.disk / 1e9:.2f} GB free"
     if requested == "ram":
         full = f"{SHARED_MEMORY}, which has {space.shared / 1e9:.2f} GB free, nor into {full}"
@@ -242,9 +244,9 @@ def _allocate_shared(size: int) -> torch.Tensor | None:
 def _decode(pairs: Sequence[Pair], index: NDArray[np.int64], pixels: NDArray[np.uint8]) -> None:
     """Decode all pairs into the buffer."""
 
-    def decode(number: int) -> None:
-        rainy, clean = read_pair(pairs[number])
-        offset, height, width = (int(value) for value in index[number])
+    def decode(pair_index: int) -> None:
+        rainy, clean = read_pair(pairs[pair_index])
+        offset, height, width = (int(value) for value in index[pair_index])
         size = 3 * height * width
         pixels[offset : offset + size] = rainy.reshape(-1)
         pixels[offset + size : offset + 2 * size] = clean.reshape(-1)

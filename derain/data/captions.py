@@ -104,7 +104,7 @@ def _read_utf8(path: Path) -> str:
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
-        raise DerainError(f"{path}: no such file; make it by: derain caption ROOT {path}") from error
+        raise DerainError(f"{path}: no such file; create it by: derain caption ROOT {path}") from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -138,15 +138,17 @@ def match_captions(pairs: Sequence[Pair], tables: Mapping[Path, Mapping[str, Cap
         for (name, caption), file in zip(table.items(), files, strict=True):
             if captions.setdefault(file, caption) != caption:
                 raise DerainError(
-                    f"{path}: two captions of {name}, in another table or by another spelling of its path; remove one"
+                    f"{path}: second caption of {name}; the first is in another table, or has another spelling of the "
+                    "path; remove one of them"
                 )
     files = _normalized([pair.rainy for pair in pairs])
     missing = [pair.rainy for pair, file in zip(pairs, files, strict=True) if file not in captions]
     if missing:
         raise DerainError(
-            f"{', '.join(map(str, tables))}: no caption of {len(missing)} of {len(pairs)} rainy images, first "
-            f"{missing[0]}; expected their paths, absolute or from {' or '.join(str(path.parent) for path in tables)}; "
-            "make a table by: derain caption ROOT OUT.tsv, and give several as --data.captions '[A.tsv, B.tsv]'"
+            f"{', '.join(map(str, tables))}: no caption for {len(missing)} of {len(pairs)} rainy images, first "
+            f"{missing[0]}; expected paths that are absolute or relative to "
+            f"{' or '.join(str(path.parent) for path in tables)}; create a table by: derain caption ROOT OUT.tsv, and "
+            "list several tables as --data.captions '[A.tsv, B.tsv]'"
         )
     return [captions[file] for file in files]
 
@@ -168,7 +170,7 @@ def table_paths(images: Sequence[Path], table: Path) -> list[str]:
         try:
             name.encode()
         except UnicodeEncodeError as error:
-            raise DerainError(f"{name!r}: is not UTF-8, as tables must be; rename it") from error
+            raise DerainError(f"{name!r}: not UTF-8, as tables require; rename the file") from error
         names.append(name)
     return names
 
@@ -206,7 +208,7 @@ class Journal:
 
     Args:
         path: The file.
-        run: What the captions depend on besides the images.
+        run: Options of the run that the captions depend on.
     """
 
     def __init__(self, path: Path, run: Mapping[str, str | int]) -> None:
@@ -218,13 +220,13 @@ class Journal:
 
         Args:
             pairs: Path of each rainy image as it will be written in the table, and file of its clean image.
-            overwrite: Whether the file of another run may be replaced.
+            overwrite: Whether to replace the file of another run.
 
         Returns:
-            The entries that are in the file, those of the first pairs.
+            The entries in the file; they belong to the first pairs.
 
         Raises:
-            DerainError: If the file is of another run, or one of its images has changed.
+            DerainError: If the file belongs to another run, or one of its images has changed.
         """
         try:
             entries = self._read_entries(pairs)
@@ -284,7 +286,7 @@ class Journal:
         return JournalEntry(*fields)
 
     def _difference(self, header: bytes) -> str:
-        """Return how the run of the file differs from this one."""
+        """Return how the run that started the file differs from this one."""
         try:
             run = json.loads(header)
         except ValueError:
@@ -292,7 +294,7 @@ class Journal:
         if not isinstance(run, dict) or not self.run.keys() & run.keys():
             return "is not an unfinished table of captions"
         key = next(key for key in self.run | run if run.get(key) != self.run.get(key))
-        return f"is of a run with {key} {run.get(key)}, not {self.run.get(key)}"
+        return f"was started with {key} {run.get(key)}, this run has {self.run.get(key)}"
 
     def _rejected(self, reason: str) -> DerainError:
         return DerainError(f"{self.path}: {reason}; delete it, or add --overwrite to start anew")

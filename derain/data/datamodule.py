@@ -43,7 +43,7 @@ class TrainingPairs(Dataset[dict[str, Any]]):
 
     Args:
         pairs: The pairs.
-        cache: Their decoded pixels; without it every sample decodes two files.
+        cache: Decoded pixels of the pairs; if None, every sample decodes two files.
         augmentations: Augmentation by crop size.
         seed: Seed of the run.
         captions: Captions of the pairs, in order; none by default.
@@ -85,7 +85,7 @@ class WholePairs(Dataset[dict[str, Any]]):
 
     Args:
         pairs: The pairs, with or without clean images.
-        cache: Their decoded pixels; files are read by default.
+        cache: Decoded pixels of the pairs; by default files are read.
         captions: Captions of the pairs, in order; none by default.
     """
 
@@ -106,8 +106,8 @@ class WholePairs(Dataset[dict[str, Any]]):
 class RainDataModule(LightningDataModule):
     """Data module of paired rain images for training and evaluation, and of rainy images for prediction.
 
-    A data set is the name of a set in ``derain data list`` (searched below ``root``), a folder (its layout is
-    detected and reported), or ``layout:path``. A list mixes several data sets. ``Quickstart`` is generated from photos
+    A data set is given as a name from ``derain data list`` (looked up in ``root``), a folder (its layout is detected
+    and reported), or ``layout:path``. A list mixes several data sets. ``Quickstart`` is generated from photos
     of scikit-image.
 
     Args:
@@ -120,8 +120,8 @@ class RainDataModule(LightningDataModule):
         crop: Side of the training crops in pixels.
         batch_size: Crops per batch and device.
         repeat: Crops per image and epoch.
-        schedule: Stages of crop and batch size in the course of training, instead of ``crop`` and ``batch_size``; an
-            epoch has as many batches as in the first stage.
+        schedule: Stages of training with different crop and batch sizes, instead of ``crop`` and ``batch_size``;
+            every epoch has as many batches as one of the first stage.
         flips: Random horizontal and vertical flips; ``horizontal``: horizontal flips only.
         transpose: Random transposition.
         val_share: Share of the clean images of ``train`` used for validation (at least one) if ``val`` is not set;
@@ -129,11 +129,11 @@ class RainDataModule(LightningDataModule):
         captions: Table or tables of captions of the training and validation pairs, as written by ``derain caption``;
             for `DACLIPModule`.
         val_limit: Validate on this number of pairs, the first ones; on all by default.
-        workers: Number of loader processes; by default 0 if pixels are cached (a crop takes a seventh of a
-            millisecond, less than sending it between processes), otherwise the number of cores minus 1, at most 8.
+        workers: Number of loader processes; by default 0 if pixels are cached (a cached crop takes about 0.15 ms,
+            less than its transfer between processes), else the number of cores less one, at most 8.
         cache: Cache of decoded training pixels: ``auto``, ``ram``, ``disk`` or ``off``.
         split_seed: Seed of the random share for validation.
-        seed: Seed of sample order and crops; the command line sets it to ``seed_everything``.
+        seed: Seed of the sample order and the crops; the command line sets it to ``seed_everything``.
     """
 
     def __init__(
@@ -183,21 +183,21 @@ class RainDataModule(LightningDataModule):
         self._pixels: dict[str, PixelCache | None] = {}
         self._resume_position: Position | None = None  # until the training loader has been created
         self._schedule_start: Position | None = None  # the batches of a schedule are counted from here
-        self._saved_order: dict[str, Any] = {}
+        self._saved_sampling_options: dict[str, Any] = {}
 
     @property
     def train_sets(self) -> list[str]:
         """Names of the training data sets."""
         return _as_list(self.sets["train"])
 
-    def fingerprint(self, stage: str, indices: Sequence[int] | None = None) -> str:
+    def fingerprint(self, split: str, indices: Sequence[int] | None = None) -> str:
         """Return a hash of the images of ``train``, ``val``, ``test`` or ``predict``, or of those at given indices."""
-        pairs = self.pairs[stage]
+        pairs = self.pairs[split]
         return fingerprint(pairs if indices is None else [pairs[index] for index in indices])
 
-    def count(self, stage: str) -> int:
-        """Return the number of images of a stage, without ``val_limit``."""
-        return self._counts.get(stage, len(self.pairs.get(stage, ())))
+    def count(self, split: str) -> int:
+        """Return the number of images of ``train``, ``val``, ``test`` or ``predict``, ignoring ``val_limit``."""
+        return self._counts.get(split, len(self.pairs.get(split, ())))
 
     @property
     def degradations(self) -> list[str]:
@@ -205,7 +205,7 @@ class RainDataModule(LightningDataModule):
         return sorted({caption.degradation for captions in self._captions.values() for caption in captions})
 
     def setup(self, stage: str) -> None:
-        """Find the pairs that a stage needs, and open the pixel cache for training.
+        """Find the pairs for ``fit``, ``validate``, ``test`` or ``predict``, and open the pixel cache for training.
 
         Raises:
             DerainError: If no data set is given, or one is missing, empty or damaged.
@@ -228,8 +228,8 @@ class RainDataModule(LightningDataModule):
     def _setup_fit(self) -> None:
         self._split_train()
         self._check_crop()
-        for part in ("train", "val"):
-            self._pixels[part] = open_cache(self.pairs[part], self.cache) if self.pairs[part] else None
+        for split in ("train", "val"):
+            self._pixels[split] = open_cache(self.pairs[split], self.cache) if self.pairs[split] else None
         self._read_captions()
         if self.sets["val"] == "none":
             log.info("--data.val none: training on all %d pairs without validation", len(self.pairs["train"]))
@@ -285,8 +285,8 @@ class RainDataModule(LightningDataModule):
     def _read_captions(self) -> None:
         if self.captions:
             tables = {table: read_captions(table) for table in self.captions}
-            parts = [part for part in ("train", "val") if self.pairs.get(part)]
-            self._captions = {part: match_captions(self.pairs[part], tables) for part in parts}
+            splits = [split for split in ("train", "val") if self.pairs.get(split)]
+            self._captions = {split: match_captions(self.pairs[split], tables) for split in splits}
 
     def _find(self, option: str, split: Split) -> tuple[Pair, ...]:
         names = _as_list(self.sets[option])
@@ -298,10 +298,10 @@ class RainDataModule(LightningDataModule):
                 log.info("%s: %s", pair_set.name, note)
         return merge_pairs(sets, repeats=option == "train")
 
-    def rainy_images(self, stage: str) -> Iterator[Pixels]:
+    def rainy_images(self, split: str) -> Iterator[Pixels]:
         """Yield the whole rainy images of ``train``, ``val``, ``test`` or ``predict``, in order of their index."""
-        cache = self._pixels.get(stage)
-        for index, pair in enumerate(self.pairs[stage]):
+        cache = self._pixels.get(split)
+        for index, pair in enumerate(self.pairs[split]):
             yield cache[index][0] if cache is not None else pair.read()[0]
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -319,9 +319,9 @@ class RainDataModule(LightningDataModule):
             sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         if self._resume_position is not None:  # Lightning may create the loader before it restores its counters
             sampler.resume_at(self._resume_position.epoch, self._resume_position.batch)
-            self._check_order()
+            self._check_sampling_options()
             self._resume_position = None
-        return TrainingLoader(dataset, batch_sampler=sampler, **self._loading("train"))
+        return TrainingLoader(dataset, batch_sampler=sampler, **self._loader_options("train"))
 
     def resume_at(self, position: Position) -> None:
         """Start the next training data loader at a batch of an epoch."""
@@ -330,23 +330,23 @@ class RainDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return the options that determine the samples of each batch."""
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        return self._order(epoch) if "train" in self.pairs else {}
+        return self._sampling_options(epoch) if "train" in self.pairs else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the options of the checkpoint, to compare them with those of this run."""
-        self._saved_order = state_dict
+        self._saved_sampling_options = state_dict
 
-    def _check_order(self) -> None:
-        """Check that training within an epoch resumes with the options of the checkpoint."""
+    def _check_sampling_options(self) -> None:
+        """Check that training resumes within an epoch with the options of the checkpoint."""
         if self._resume_position is None or not self._resume_position.batch:
             return
-        for option, value in self._order(self._resume_position.epoch).items():
-            saved = self._saved_order.get(option, value)
+        for option, value in self._sampling_options(self._resume_position.epoch).items():
+            saved = self._saved_sampling_options.get(option, value)
             if saved != value:
                 name = "seed_everything" if option == "data.seed" else option
                 raise DerainError(
-                    f"--{name} {value}: the checkpoint was saved within an epoch with {saved}; resume with this value, "
-                    "or from a checkpoint at the end of an epoch"
+                    f"--{name} {_or_null(value)}: cannot resume within an epoch, since the checkpoint was saved with "
+                    f"{_or_null(saved)}; use that value, or a checkpoint from the end of an epoch"
                 )
 
     def _stages(self) -> list[Stage]:
@@ -366,7 +366,7 @@ class RainDataModule(LightningDataModule):
         batches = math.ceil(samples / size)
         return batches if self.trainer is None else _limited(batches, self.trainer.limit_train_batches)
 
-    def _order(self, epoch: int) -> dict[str, Any]:
+    def _sampling_options(self, epoch: int) -> dict[str, Any]:
         """Return the options that determine the samples of each batch, and when the optimiser steps."""
         names = [pair.name for pair in self.pairs["train"]]
         digest = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()[:8]
@@ -374,8 +374,9 @@ class RainDataModule(LightningDataModule):
             "data.train": f"{' + '.join(self.train_sets)} ({len(names)} pairs, {digest})",
             "data.repeat": self.repeat,
             "data.seed": self.seed,
-            "data.batch_size": self.batch_size if self.schedule is None else "of the schedule",
+            # Compared before the batch size, whose value is not a number if there is a schedule.
             "data.schedule": ", ".join(map(str, self.schedule or ())),
+            "data.batch_size": self.batch_size if self.schedule is None else "of the schedule",
             "trainer.devices": self._rank_and_world()[1],
             "trainer.limit_train_batches": self._epoch_batches(),
             "trainer.accumulate_grad_batches": 1 if self.trainer is None else accumulation(self.trainer, epoch),
@@ -383,27 +384,28 @@ class RainDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         """Return whole validation images in batches of one; an empty list without validation."""
-        return self._whole("val") if self.pairs["val"] else []
+        return self._evaluation_loader("val") if self.pairs["val"] else []
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return whole test images in batches of one."""
-        return self._whole("test")
+        return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return whole rainy images in batches of one."""
-        return self._whole("predict")
+        return self._evaluation_loader("predict")
 
-    def _whole(self, stage: str) -> DataLoader[dict[str, Any]]:
-        pairs = self.pairs[stage]
+    def _evaluation_loader(self, split: str) -> DataLoader[dict[str, Any]]:
+        """Return a data loader of whole images."""
+        pairs = self.pairs[split]
         sampler = StridedSampler(len(pairs), *self._rank_and_world())
-        dataset = WholePairs(pairs, self._pixels.get(stage), self._captions.get(stage, ()))
-        return DataLoader(dataset, batch_size=1, sampler=sampler, **self._loading(stage))
+        dataset = WholePairs(pairs, self._pixels.get(split), self._captions.get(split, ()))
+        return DataLoader(dataset, batch_size=1, sampler=sampler, **self._loader_options(split))
 
-    def _loading(self, stage: str) -> dict[str, Any]:
+    def _loader_options(self, split: str) -> dict[str, Any]:
         """Return the options of a data loader."""
         workers = self.workers
         if workers is None:
-            cached = self._pixels.get(stage) is not None
+            cached = self._pixels.get(split) is not None
             workers = 0 if cached else min(8, (os.cpu_count() or 1) - 1)
         return {
             "num_workers": workers,
@@ -425,8 +427,13 @@ class RainDataModule(LightningDataModule):
 
 
 def _limited(count: int, limit: int | float) -> int:
-    """Return the number of batches with a limit of Lightning's trainer: a number of batches, or a share of them."""
+    """Apply Lightning's ``limit_*_batches`` (a count or a fraction) to a number of batches."""
     return min(count, limit) if isinstance(limit, int) else int(count * limit)
+
+
+def _or_null(value: object) -> object:
+    """Return the value of an option for a message; a missing schedule is saved as empty text."""
+    return "null" if value == "" else value
 
 
 def _caption_fields(captions: Sequence[Caption], index: int) -> dict[str, str]:
@@ -436,7 +443,7 @@ def _caption_fields(captions: Sequence[Caption], index: int) -> dict[str, str]:
 
 
 def _resolve_quickstart(name: str, split: Split) -> str:
-    """Generate the data set ``Quickstart`` if it is asked for, and return its folder; else return the name."""
+    """Return a data set's name; for ``Quickstart``, generate the data set and return its folder."""
     if name.lower() != "quickstart":
         return name
     folder = quickstart_set(cache_folder())

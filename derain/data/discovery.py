@@ -20,7 +20,7 @@ class DataSplit:
         split: ``train``, ``test`` or ``predict``.
         layout: Key of :data:`derain.data.layouts.LAYOUTS`.
         root: Folder of the data set.
-        files: Its paired files.
+        files: Paired files of the split.
     """
 
     name: str
@@ -53,7 +53,7 @@ def find_sets(root: Path, layout: str | None = None) -> list[DataSplit]:
     if layout is None:
         return _find_by_folder_name(root, files) or _find_by_files(root, files)
     if layout not in LAYOUTS:
-        raise DerainError(f"--layout {layout}: no such layout; choose from {', '.join(LAYOUTS)}")
+        raise DerainError(f"--layout {layout}: unknown layout; choose from {', '.join(LAYOUTS)}")
     splits = _find_splits(root.resolve().name, layout, root, files)
     if not splits:
         expected = " or ".join(str(variants[0]) for variants in LAYOUTS[layout].files.values())
@@ -62,9 +62,9 @@ def find_sets(root: Path, layout: str | None = None) -> list[DataSplit]:
 
 
 def _find_by_folder_name(root: Path, files: Sequence[str]) -> list[DataSplit]:
-    """Return the data sets whose folders have their names.
+    """Return the splits of all data sets that a folder is named after.
 
-    Files that belong to several are assigned to the outermost folder, then to the first layout.
+    Files that match several data sets belong to that of the outermost folder, or else of the first layout.
     """
     names = list(LAYOUTS)
     candidates = []
@@ -92,7 +92,7 @@ def _files_below(folder: Path, files: Sequence[str]) -> list[str]:
 
 
 def _find_by_files(root: Path, files: Sequence[str]) -> list[DataSplit]:
-    """Return the splits of the data set that the files of a folder look like."""
+    """Return the splits of the data set whose layout fits the files of a folder."""
     splits: tuple[Split, ...] = ("train", "test", "predict")
     for split in splits:
         try:
@@ -106,7 +106,7 @@ def _find_by_files(root: Path, files: Sequence[str]) -> list[DataSplit]:
 
 
 def _find_splits(name: str, layout: str, root: Path, files: Sequence[str]) -> list[DataSplit]:
-    """Return the splits of one data set; the likeliest one of those that consist of the same files."""
+    """Return the splits of one data set; of splits with the same rainy files, only the likeliest."""
     splits: dict[frozenset[Path], DataSplit] = {}
     for split_name in LAYOUTS[layout].files:
         split = DataSplit(name, split_name, layout, root, pair_files(layout, split_name, root, files))
@@ -119,7 +119,7 @@ def _find_splits(name: str, layout: str, root: Path, files: Sequence[str]) -> li
 
 
 def _likelihood(split: DataSplit) -> tuple[bool, bool]:
-    """Return whether a split has the published number of pairs, and whether the folder has its name."""
+    """Return whether a split has the published number of pairs, and whether its folder is named after it."""
     pattern = SPLIT_FOLDERS.get(split.split, "predict")
     has_name = re.match(pattern, split.root.resolve().name, re.IGNORECASE) is not None
     return len(split.files.pairs) == LAYOUTS[split.layout].counts.get(split.split), has_name

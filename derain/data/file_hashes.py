@@ -15,7 +15,7 @@ from derain.images import write_whole
 from derain.progress import track
 
 SETTLED = 2_000_000_000
-"""Age in nanoseconds from which a file's times are trusted: a later change gets other times even on coarse clocks."""
+"""Age in nanoseconds from which a file's times are trusted: later changes alter them even on coarse clocks."""
 
 UNREADABLE_CACHE = (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """Exceptions that reading a missing or damaged cache file can raise."""
@@ -39,8 +39,8 @@ def file_hashes(files: Sequence[Path]) -> list[bytes]:
     entries = {folder: _load(_cache_file(folder)) for folder in files_by_folder}
     hashes: dict[Path, bytes] = {}
     changed = []
-    for folder, members in files_by_folder.items():
-        for file in members:
+    for folder, folder_files in files_by_folder.items():
+        for file in folder_files:
             entry = entries[folder].get(file.name)
             if entry is not None and entry[0] == _state(file.stat()):
                 hashes[file] = entry[1]
@@ -84,7 +84,7 @@ def cached_numbers(computation: str, files: Sequence[Path], compute: Callable[[]
 
 
 def _hash(file: Path) -> tuple[list[int] | None, bytes]:
-    """Return state and hash of a file; no state if it changed so recently that a further change might not show."""
+    """Return state and hash of a file; no state if it changed so recently that its times are not trusted."""
     with file.open("rb") as opened:
         status = os.fstat(opened.fileno())
         digest = hashlib.file_digest(opened, "sha256").digest()
@@ -93,7 +93,7 @@ def _hash(file: Path) -> tuple[list[int] | None, bytes]:
 
 
 def _state(status: os.stat_result) -> list[int]:
-    """Return what changes with a file's content; programs cannot set the time of the last status change."""
+    """Return size, inode and times; they change with the content, since programs cannot set the last of the times."""
     return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
@@ -114,9 +114,9 @@ def _load(path: Path) -> dict[str, Entry]:
 
 
 def _save(path: Path, content: object) -> None:
-    """Write a cache file; warn if that fails, since the next start then computes again."""
+    """Write a cache file; warn if that fails, since the next run then computes its content again."""
     try:
         with write_whole(path) as temporary:
             temporary.write_text(json.dumps(content))
     except OSError as error:
-        log.warning("%s: cannot write the cache, the next start reads the images again: %s", path, error)
+        log.warning("%s: cannot write the cache (%s); the next run reads the images again", path, error)

@@ -89,23 +89,23 @@ def pair_files(name: str, split: Split, root: Path, files: Sequence[str] | None 
 
 
 def _with_later_variants(chosen: PairedFiles, later: Sequence[PairedFiles]) -> PairedFiles:
-    """Add the clashes with later variants of the layout, and the further files that these match."""
+    """Add the clashes with later variants of the layout, and the pairs that only these match."""
     clean_files = {rainy: clean for _, rainy, clean in chosen.pairs}
     clashes = list(chosen.clashes)
     unused = []
     for paired in later:
         if paired.clashes:  # this variant does not fit well enough to contradict the chosen one
             continue
-        further = 0
+        unused_pairs = 0
         for _, rainy, clean in paired.pairs:
             if rainy not in clean_files:
-                further += 1
+                unused_pairs += 1
                 continue
             expected = clean_files[rainy]
             if expected is not None and clean is not None and expected != clean:
                 clashes.append((expected, clean))
-        if further:
-            unused.append((paired.variant, further))
+        if unused_pairs:
+            unused.append((paired.variant, unused_pairs))
     return replace(chosen, clashes=tuple(dict.fromkeys(clashes)), unused=tuple(unused))
 
 
@@ -132,7 +132,7 @@ def _pair_by_variant(variant: Files, prefix: str, root: Path, files: Sequence[st
 def _pair_by_key(
     rainy: Sequence[_KeyedFile], clean: Sequence[_KeyedFile]
 ) -> tuple[list[tuple[str, str | None]], list[str], list[tuple[str, str]]]:
-    """Return pairs of equal key, files without partner, and files that have the key of an earlier one."""
+    """Return pairs of files with equal keys, files without partner, and files with the key of an earlier file."""
     pairs: list[tuple[str, str | None]] = []
     unpaired: list[str] = []
     clashes: list[tuple[str, str]] = []
@@ -200,7 +200,7 @@ def _unique_names(files: Sequence[str]) -> list[str]:
 
 
 def canonical_name(name: str) -> str:
-    """Return a form of a name that is equal for names that some file systems treat as the same.
+    """Return a name in a form that is equal for names that some file systems do not distinguish.
 
     Example:
         >>> canonical_name("Cafe\u0301") == canonical_name("caf\u00e9")
@@ -212,7 +212,7 @@ def canonical_name(name: str) -> str:
 def find_set_folders(name: str, data_root: Path) -> list[Path]:
     """Return the folders at or below the data root that are named after a data set, nearest first.
 
-    Of several links to one folder only the nearest counts.
+    Of several links to one folder, only the nearest is returned.
 
     Raises:
         DerainError: If the data root is not a folder.
@@ -233,7 +233,7 @@ def find_set_folders(name: str, data_root: Path) -> list[Path]:
 def folder_alias_index(folder: Path, name: str) -> int | None:
     """Return the index of the data set's folder name that a folder, or its link target, has; None if it has none.
 
-    Upper and lower case are the same.
+    Case is ignored.
     """
     paths = [[part.lower() for part in path.parts] for path in (folder.absolute(), folder.resolve())]
     for index, alias in enumerate(LAYOUTS[name].folders):
@@ -253,7 +253,7 @@ def _subfolders(root: Path, depth: int) -> Iterator[Path]:
 
 
 def inventory(folder: Path) -> str:
-    """Return the contents of a folder in words: ``folders rainy and 100 images``."""
+    """Return the contents of a folder as text, such as ``folders rainy and 100 images``."""
     folders = sorted((path.name for path in folder.iterdir() if path.is_dir()), key=natural_key)
     images = len(list_images(folder).files)
     parts = []

@@ -17,7 +17,7 @@ _CELL = 16  # side of the regions whose detail energy is compared, in pixels
 
 
 def rain_cues(first: Pixels, second: Pixels) -> NDArray[np.float64]:
-    """Return four signs that the first image is the rainy one; swapping the images negates them.
+    """Return four cues that the first image is the rainy one; swapping the images negates them.
 
     Args:
         first: ``(h, w, 3)`` in 0 to 255.
@@ -25,9 +25,9 @@ def rain_cues(first: Pixels, second: Pixels) -> NDArray[np.float64]:
 
     Returns:
         ``(4,)``, positive if the first image looks rainy: log ratio of the mean absolute Laplacians; difference of
-        the skewness of what the other image does not explain (streaks are bright and sparse); log ratio of the
-        detail energies in smooth regions (rain textures the sky); mean difference over mean absolute difference
-        (rain brightens, unless the image was darkened as well).
+        the skewness of the residuals of each image regressed on the other (streaks are bright and sparse); log ratio
+        of the detail energies in smooth regions (rain adds texture to the sky); mean difference over mean absolute
+        difference (rain brightens, unless the image was darkened too).
     """
     a, b = _small_grey(first), _small_grey(second)
     detail_a, detail_b = a - cv2.blur(a, (_WINDOW, _WINDOW)), b - cv2.blur(b, (_WINDOW, _WINDOW))
@@ -76,16 +76,16 @@ def _mean_laplacian(grey: NDArray[np.float32]) -> float:
 
 
 def _unclipped(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Return the mask of pixels that are neither black nor white in both images; all if these are too few."""
-    inside: NDArray[np.bool_] = (a > 5) & (a < 245) & (b > 5) & (b < 245)
-    if inside.mean() < 0.1:
-        inside[:] = True
-    return inside
+    """Return the mask of pixels that are clipped in neither image; all pixels if these are fewer than a tenth."""
+    unclipped: NDArray[np.bool_] = (a > 5) & (a < 245) & (b > 5) & (b < 245)
+    if unclipped.mean() < 0.1:
+        unclipped[:] = True
+    return unclipped
 
 
-def _residual_skewness(a: NDArray[np.float32], b: NDArray[np.float32], inside: NDArray[np.bool_]) -> float:
+def _residual_skewness(a: NDArray[np.float32], b: NDArray[np.float32], mask: NDArray[np.bool_]) -> float:
     """Return how much more skewed the residual of ``a`` regressed on ``b`` is than that of ``b`` on ``a``."""
-    x, y = a[inside], b[inside]
+    x, y = a[mask], b[mask]
     xx, xy, yy = float(x @ x) + 1e-6, float(x @ y) + 1e-6, float(y @ y) + 1e-6
     return _skewness(x - np.float32(xy / yy) * y) - _skewness(y - np.float32(xy / xx) * x)
 
@@ -98,7 +98,7 @@ def _skewness(values: NDArray[np.float32]) -> float:
 
 
 def _smooth_energy_ratio(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    """Return the mean log ratio of detail energies over smooth regions: between the 10th and 50th percentile."""
+    """Return the mean log ratio of detail energies over smooth regions (10th to 50th percentile of the energy)."""
     cell = min(_CELL, *a.shape)
     energy_a, energy_b = _cell_energy(a, cell), _cell_energy(b, cell)
     ratio = np.log(energy_a / energy_b).ravel()

@@ -24,6 +24,13 @@ from derain.errors import DerainError
 from derain.images import Pixels, read_rgb
 from derain.progress import track
 
+SCENE_CORRELATION = 0.6
+"""Correlation of small halves above which a side-by-side image shows one scene twice."""
+
+
+class PairSizeError(DerainError):
+    """Rainy and clean image of a pair that differ in size."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -48,7 +55,8 @@ class Pair:
             Rainy and clean pixels, ``(h, w, 3)`` in 0 to 255 each; None if there is no clean image.
 
         Raises:
-            DerainError: If a file cannot be read, or the sizes differ.
+            DerainError: If a file cannot be read.
+            PairSizeError: If the sizes differ.
         """
         rainy = read_rgb(self.rainy)
         if self.clean_side is not None:
@@ -60,8 +68,8 @@ class Pair:
         clean = read_rgb(self.clean)
         if rainy.shape != clean.shape:
             sizes = " and ".join(f"{image.shape[1]}x{image.shape[0]}" for image in (rainy, clean))
-            raise DerainError(
-                f"{self.rainy}: rainy and clean image must be of one size, got {sizes} ({self.clean}); "
+            raise PairSizeError(
+                f"{self.rainy}: rainy and clean image must have equal sizes, got {sizes} ({self.clean}); "
                 "remove or replace the pair"
             )
         return rainy, clean
@@ -77,7 +85,7 @@ class PairSet:
         split: ``train``, ``test`` or ``predict``.
         root: Folder of the data set.
         pairs: The pairs, in natural order of their names.
-        notes: What users should know: how the layout was detected, what is missing or excluded.
+        notes: Notes for the user: how the layout was detected, which files are missing or excluded.
     """
 
     name: str
@@ -203,10 +211,10 @@ def merge_pairs(sets: Sequence[PairSet], *, repeats: bool = False) -> tuple[Pair
 
 def _distinct_tail(root: Path, roots: Iterable[Path]) -> str:
     """Return the last parts of a path, as few as distinguish it from the other paths."""
-    different_roots = [path.parts for path in roots if path != root]
+    other_paths = [other.parts for other in roots if other != root]
     for count in range(1, len(root.parts) + 1):
         tail = root.parts[-count:]
-        if all(parts[-count:] != tail for parts in different_roots):
+        if all(parts[-count:] != tail for parts in other_paths):
             break
     return "/".join(tail).lstrip("/")
 
@@ -255,9 +263,9 @@ def _find_named_set(name: str, split: Split, folder: Path | None, data_root: Pat
             f"{name}: no {split} pairs in {roots[0]}, which contains {inventory(roots[0])}; {expected}{source}"
         )
     root, files = candidates[0]
-    for path, _ in candidates[1:]:
-        if len(path.parts) == len(root.parts):
-            raise DerainError(f"{name}: found in both {root} and {path}; give one of them, for example {name}:{root}")
+    for other, _ in candidates[1:]:
+        if len(other.parts) == len(root.parts):
+            raise DerainError(f"{name}: found in both {root} and {other}; give one of them, for example {name}:{root}")
     return root, files
 
 
@@ -273,21 +281,24 @@ def _exclude_test_backgrounds(name: str, pairs: tuple[Pair, ...], data_root: Pat
         ) from error
     all_pairs = (*pairs, *test_pairs)
 
+    def whole_image_signature(pair: Pair) -> backgrounds.Signature:
+        return backgrounds.compute_signature(read_clean(pair), features=False)
+
     def find_shared() -> list[int]:
         with ThreadPoolExecutor() as threads:
-            results = threads.map(lambda pair: backgrounds.compute_signature(read_clean(pair), local=False), all_pairs)
+            results = threads.map(whole_image_signature, all_pairs)
             signatures = list(track(results, f"Searching {name} for backgrounds of {test_name}", len(all_pairs)))
-        matches = backgrounds.find_matches(signatures[: len(pairs)], signatures[len(pairs) :], crops=False)
+        matches = backgrounds.find_matches(signatures[: len(pairs)], signatures[len(pairs) :], features=False)
         return sorted({match.first for match in matches})
 
     sides = [pair.clean_side for pair in all_pairs]
-    computation = f"shared backgrounds, version {backgrounds.FORMAT}, {len(pairs)} pairs, {sides}"
+    computation = f"shared backgrounds, version {backgrounds.SEARCH_VERSION}, {len(pairs)} pairs, {sides}"
     shared = set(cached_numbers(computation, [pair.clean or pair.rainy for pair in all_pairs], find_shared))
     return tuple(pair for index, pair in enumerate(pairs) if index not in shared)
 
 
 def read_clean(pair: Pair) -> Pixels:
-    """Read the clean image of a pair that has one; the rainy image is not decoded if it is in a separate file."""
+    """Read the clean image of a pair that has one, without reading the rainy file if the clean image has its own."""
     if pair.clean is not None and pair.clean_side is None:
         return read_rgb(pair.clean)
     _, clean = pair.read()
@@ -321,7 +332,7 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
         if layout.without is not None:
             continue
         side_by_side = paired.variant.clean_side is not None
-        if side_by_side and (split == "predict" or not _halves_look_alike(paired)):
+        if side_by_side and (split == "predict" or not _halves_show_one_scene(paired)):
             continue
         candidates[name] = paired
     if not candidates:
@@ -329,7 +340,7 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
             return "images", "the lack of clean images", pair_files("images", split, root, files)
         expected = "; ".join(str(variant) for variant in LAYOUTS["folder"].files["test"])
         raise DerainError(
-            f"{root}: no {split} pairs in it, it contains {inventory(root)}; expected {expected}; "
+            f"{root}: no {split} pairs, it contains {inventory(root)}; expected {expected}; "
             "give other layouts by name, as in Rain800:path (see derain data list)"
         )
     most = max(len(paired.pairs) for paired in candidates.values())
@@ -341,11 +352,11 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
     return name, f"the files ({best[name].variant})", best[name]
 
 
-def _halves_look_alike(files: PairedFiles) -> bool:
+def _halves_show_one_scene(files: PairedFiles) -> bool:
     """Return whether the left and right half of the first files show the same scene."""
     correlations = []
     for _, file, _ in files.pairs[:5]:
         grey = cv2.cvtColor(read_rgb(file), cv2.COLOR_RGB2GRAY)
         small = cv2.resize(grey, (64, 32), interpolation=cv2.INTER_AREA)
         correlations.append(float(np.corrcoef(small[:, :32].ravel(), small[:, 32:].ravel())[0, 1]))
-    return float(np.median(correlations)) > 0.6
+    return float(np.median(correlations)) > SCENE_CORRELATION

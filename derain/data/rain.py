@@ -41,10 +41,10 @@ SKY = (128, 242)
 """Range of the light that streaks and veil scatter, in 0 to 255: dusk to a bright overcast sky."""
 
 RECORD = "rain.json"
-"""File in the data set with all that is needed to generate it again."""
+"""File in the data set with everything needed to reproduce it."""
 
 FULL_SIZE = 512
-"""Shorter side of a photo, in pixels, from which lengths and widths of streaks scale with it."""
+"""Shorter side of a photo in pixels, above which lengths and widths of streaks scale with it."""
 
 
 def _field(default: float | int, low: float | int, high: float | int, text: str) -> Any:
@@ -86,7 +86,7 @@ class Rain:
             value = getattr(self, parameter.name)
             low, high = parameter.metadata["limits"]
             if not low <= value <= high:
-                raise DerainError(f"rain: {parameter.name} {value}: out of range; expected {low} to {high}")
+                raise DerainError(f"rain: {parameter.name} {value}: expected {low} to {high}")
 
 
 PRESETS: dict[str, tuple[Rain, Rain]] = {
@@ -130,7 +130,7 @@ def sample_rain(lightest: Rain, heaviest: Rain, rng: np.random.Generator) -> Rai
     for parameter in dataclasses.fields(Rain):
         low, high = getattr(lightest, parameter.name), getattr(heaviest, parameter.name)
         if low > high:
-            raise DerainError(f"rain: {parameter.name} from {low} to {high}; give the smaller number first")
+            raise DerainError(f"rain: {parameter.name} from {low} to {high}: expected the smaller number first")
         if parameter.type is int:
             values[parameter.name] = int(rng.integers(low, high + 1))
         else:
@@ -310,8 +310,8 @@ def synthesize(
     """Generate a data set of pairs from clean photos.
 
     ``out`` gets ``input/NAME.png`` (``input/NAME_rain1.png``, … for several rainy images per photo),
-    ``target/NAME.png``, ``rain.json`` (all that is needed to generate the data set again, and the rain of each image)
-    and ``contact_sheet.png``. The folder appears when all files are written.
+    ``target/NAME.png``, ``rain.json`` (everything needed to reproduce the data set, and the rain of each image)
+    and ``contact_sheet.png``. The folder is created when all files are written.
 
     Args:
         clean: Folder of clean photos; subfolders are kept.
@@ -390,7 +390,7 @@ def _photos_by_stem(clean: Path, per_image: int) -> dict[str, Path]:
             base, _, number = stem.rpartition("_rain")
             if number.isdecimal() and base in photos:
                 raise DerainError(
-                    f"{file}: has the name of rain {number} on {photos[base].name}; rename one of the photos"
+                    f"{file}: has the name of rainy image {number} of {photos[base].name}; rename one of the photos"
                 )
     return photos
 
@@ -424,9 +424,7 @@ def _check_folders(clean: Path, out: Path, overwrite: bool) -> None:
         raise DerainError(f"{out}: is a file; choose another folder")
     if out.exists() and any(out.iterdir()):
         if not (out / RECORD).is_file():
-            raise DerainError(
-                f"{out}: contains files that are not of a generated data set; choose an empty or a new folder"
-            )
+            raise DerainError(f"{out}: contains files, but no generated data set; choose an empty or a new folder")
         if not overwrite:
             raise DerainError(f"{out}: already contains a data set; add --overwrite to replace it")
 

@@ -104,7 +104,7 @@ def find_scoring_pairs(derained: Path, clean: str | None) -> list[ScoringPair]:
 def _best_candidate(
     names: Sequence[str], candidates: Sequence[_Candidate], labels: tuple[str, str], *, allow_extra: bool
 ) -> tuple[_Candidate, dict[str, str]]:
-    """Return the candidate that the names match by the strictest rule, and the clean name of each name."""
+    """Return the candidate that matches by the strictest rule, and the clean name of each derained name."""
     fits = []
     for candidate in candidates:
         fit = _fit(names, list(candidate.references), allow_extra)
@@ -140,10 +140,10 @@ def _images_by_name(folder: Path) -> dict[str, Path]:
             raise DerainError(f"{path}: has the same name as {files[name].name}; remove one of them")
         files[name] = path
     # `derain restore` and `derain predict` write comparisons and explanations beside their results.
-    extras = set()
+    companions = set()
     for path in files.values():
-        extras |= {f"{path.name}-compare", f"{path.name}-explain", f"{path.stem}-explain"}
-    return {name: path for name, path in files.items() if name.rpartition("/")[2] not in extras}
+        companions |= {f"{path.name}-compare", f"{path.name}-explain", f"{path.stem}-explain"}
+    return {name: path for name, path in files.items() if name.rpartition("/")[2] not in companions}
 
 
 def _candidates(clean: str, derained: Path) -> list[_Candidate]:
@@ -267,7 +267,7 @@ def _union(lists: Iterable[list[str]]) -> list[str]:
 
 
 def _trimmed(keys: Sequence[Key], clean: dict[Key, list[str]]) -> list[list[Key]]:
-    """Return the keys without each shared prefix and suffix for which the rest of the first key is known."""
+    """Return the keys without a shared prefix and suffix, for each with which the first key becomes a clean one."""
     first = keys[0]
     trimmed = []
     for start in range(len(first)):
@@ -306,7 +306,7 @@ _USUAL_WORDS = frozenset(
         "derain derained deraining output out result results restored pred sr",
     )
 )
-"""Words that name the kind of an image, not the pair that it belongs to."""
+"""Words that name the kind of an image, not its pair."""
 
 
 _WORD_CATEGORIES = ("L", "M", "N", "So", "Cs")
@@ -319,7 +319,7 @@ def _composed(name: str) -> str:
 
 
 def _key(name: str) -> Key:
-    """Return the words and numbers of a name, without usual words and leading zeros.
+    """Return the words and numbers of a name, without leading zeros and words such as ``rain`` or ``gt``.
 
     Accents, signs of any script, and bytes that are not UTF-8 belong to words; punctuation and spaces separate them.
     """

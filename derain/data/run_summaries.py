@@ -68,12 +68,12 @@ class ResultRow:
         scores: One per data set.
         weights: Start of the hash of the weights file, or of several.
         file: ``summary.json``, or the table of a paper.
-        metadata: What is needed to build the method again.
+        metadata: Metadata of the weights, from which the method can be built.
         parameters: Number of parameters of the network.
         macs: Multiply-accumulate operations per image.
         hardware: Hardware on which the time was measured.
         lpips_net: Network of LPIPS.
-        note: What readers must know about a published row; None for own results.
+        note: Source and caveats of a published row; None for own results.
     """
 
     method: str
@@ -125,7 +125,7 @@ def read_summary(file: Path) -> dict[str, Any]:
         summary = json.loads(file.read_text(encoding="utf-8"))
         _check_summary(summary)
     except (ValueError, KeyError, TypeError) as error:
-        raise DerainError(f"{file}: not a summary of derain test ({error}); omit it") from error
+        raise DerainError(f"{file}: not a summary of derain test ({error}); omit the file") from error
     return dict(summary)
 
 
@@ -149,31 +149,33 @@ def _check_summary(summary: Any) -> None:
 def select_protocol(
     summaries: Sequence[tuple[Path, dict[str, Any]]], protocol: str | None
 ) -> tuple[list[ResultRow], str]:
-    """Return the results by one protocol, one row per summary, and the name of the protocol.
+    """Return the results under one protocol, one row per summary, and the name of the protocol.
 
     Args:
         summaries: Files and their contents.
-        protocol: The protocol; may be None if all results follow the same one.
+        protocol: Name of the protocol; None if all results have the same one.
 
     Raises:
-        DerainError: If results follow several protocols and none is given, or one has no results by the given one.
+        DerainError: If there are results under several protocols and none is given, or a summary has none under it.
     """
     counts = Counter(result["protocol"] for _, summary in summaries for result in summary["results"])
     if protocol is None:
         if len(counts) > 1:
             listed = ", ".join(f"{name} ({count})" for name, count in counts.most_common())
-            raise DerainError(f"cannot compare results by several protocols: {listed}; choose one by --protocol")
+            raise DerainError(f"cannot compare results under several protocols: {listed}; choose one by --protocol")
         protocol = next(iter(counts))
     rows = []
     for file, summary in summaries:
         results = [result for result in summary["results"] if result["protocol"] == protocol]
         if not results:
             available = ", ".join(result["protocol"] for result in summary["results"])
-            raise DerainError(f"{file}: no results by {protocol}, only by {available}; test again by it, or omit it")
+            raise DerainError(
+                f"{file}: no results under {protocol}, only under {available}; test again under it, or omit the file"
+            )
         rows.append(_to_row(file, summary, results[0]))
     nets = {row.lpips_net for row in rows if row.lpips_net}
     if len(nets) > 1:
-        raise DerainError(f"cannot compare LPIPS by several networks: {', '.join(sorted(nets))}; test by one of them")
+        raise DerainError(f"cannot compare LPIPS of several networks: {', '.join(sorted(nets))}; test with one of them")
     return rows, protocol
 
 
@@ -228,7 +230,7 @@ def dataset_name(sets: str | list[str]) -> str:
 def merge_rows(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """Merge the results of one method on several data sets into one row, as papers do.
 
-    A merged row is of one weights file, or of several that were each trained for the data set they were tested on.
+    A merged row has the results of one weights file, or of several, each trained for the data set it was tested on.
     Rows are not merged if a method was tested on a data set twice, since that would hide a result.
     """
     merged: list[ResultRow] = []
@@ -263,17 +265,17 @@ def _group(rows: Iterable[ResultRow], key: Callable[[ResultRow], Any]) -> list[l
     groups: list[tuple[Any, list[ResultRow]]] = []
     for row in rows:
         row_key = key(row)
-        for group_key, members in groups:
+        for group_key, group in groups:
             if group_key == row_key:
-                members.append(row)
+                group.append(row)
                 break
         else:
             groups.append((row_key, [row]))
-    return [members for _, members in groups]
+    return [group for _, group in groups]
 
 
 def _merge(rows: list[ResultRow]) -> ResultRow:
-    """Return one row of several; values that differ are listed."""
+    """Merge rows into one; values that differ are listed."""
     training_sets = dict.fromkeys(name for row in rows for name in row.trained_on)
     weights = dict.fromkeys(row.weights for row in rows if row.weights)
     hardware = dict.fromkeys(row.hardware for row in rows if row.hardware)
@@ -294,7 +296,7 @@ def published_rows(sets: set[str], protocol: str) -> list[ResultRow]:
 
     Args:
         sets: Names of the data sets.
-        protocol: Protocol of the own results; rows by another one are marked in their note.
+        protocol: Protocol of the own results; rows under another protocol are marked in their note.
     """
     text = (importlib.resources.files("derain") / "published.yaml").read_text(encoding="utf-8")
     rows = []
@@ -342,13 +344,13 @@ def row_labels(rows: Sequence[ResultRow]) -> list[str]:
     for row in rows:
         details = [] if row.note is not None else _differing_details(row, rows)
         labels.append(", ".join([row.method, *details]))
-    own = [index for index, row in enumerate(rows) if row.note is None]
-    weights = [rows[index].weights or "no weights" for index in own]
-    files = shorten_paths([Path(rows[index].file) for index in own])
+    own_indices = [index for index, row in enumerate(rows) if row.note is None]
+    weights = [rows[index].weights or "no weights" for index in own_indices]
+    files = shorten_paths([Path(rows[index].file) for index in own_indices])
     for suffixes in (weights, files):
         counts = Counter((labels[index], rows[index].trained_on) for index in own)
-        ambiguous = [counts[labels[index], rows[index].trained_on] > 1 for index in own]
-        for index, suffix, is_ambiguous in zip(own, suffixes, ambiguous, strict=True):
+        ambiguous = [counts[labels[index], rows[index].trained_on] > 1 for index in own_indices]
+        for index, suffix, is_ambiguous in zip(own_indices, suffixes, ambiguous, strict=True):
             if is_ambiguous:
                 labels[index] += f" [{suffix}]"
     return labels

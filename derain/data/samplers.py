@@ -18,7 +18,7 @@ class Sample(NamedTuple):
 
     Attributes:
         epoch: Epoch of the sample.
-        number: Sample index; pair ``number % pairs`` is read.
+        number: Index of the sample; the pair with index ``number % pairs`` is read.
         crop: Side of the crop in pixels.
     """
 
@@ -82,8 +82,7 @@ def to_batch_stages(schedule: Sequence[CropStage], accumulate: int, batches: int
         batches: Batches per epoch.
 
     Raises:
-        DerainError: If the batches of an epoch are not a multiple of ``accumulate``; the number of batches per step
-            then varies.
+        DerainError: If ``batches`` is not a multiple of ``accumulate``: the number of batches per step would vary.
 
     Example:
         >>> to_batch_stages([CropStage(10, 128, 8), CropStage(5, 160, 5)], accumulate=2, batches=4)
@@ -92,7 +91,7 @@ def to_batch_stages(schedule: Sequence[CropStage], accumulate: int, batches: int
     if len(schedule) > 1 and batches % accumulate:
         raise DerainError(
             f"--trainer.accumulate_grad_batches {accumulate}: does not divide the {batches} batches of an epoch, as "
-            "--data.schedule requires; choose a divisor, or limit the batches by --trainer.limit_train_batches"
+            "--data.schedule requires; use a divisor, or set --trainer.limit_train_batches to a multiple"
         )
     starts = itertools.accumulate((stage.steps * accumulate for stage in schedule[:-1]), initial=0)
     return [Stage(first, stage.crop, stage.batch_size) for first, stage in zip(starts, schedule, strict=True)]
@@ -105,8 +104,8 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
     run, for any number of workers.
 
     With one stage, an epoch contains every sample once. Its last batch may be smaller, and all ranks get the same
-    number of samples (filled up from the next permutation). With several stages, every epoch has the number of batches
-    of the first stage, whatever their size: it starts a new permutation and draws further ones as needed.
+    number of samples (filled up from the next permutation). With several stages, every epoch has as many batches as
+    an epoch of the first stage: it starts with a new permutation and draws further ones as needed.
 
     Args:
         count: Samples per epoch, over all ranks.
@@ -142,9 +141,9 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
         if epoch != self.epoch:
             self.resume_at(epoch, 0)
 
-    def count_from(self, epoch: int, trained: int) -> None:
-        """Set the number of batches before an epoch, if earlier epochs had another length than this one."""
-        self._reference = (epoch, trained)
+    def count_from(self, epoch: int, batches_before: int) -> None:
+        """Set the number of batches before an epoch, if earlier epochs had a different number of batches."""
+        self._reference = (epoch, batches_before)
 
     def resume_at(self, epoch: int, batch: int) -> None:
         """Skip the first batches of an epoch."""
@@ -152,8 +151,8 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
 
     def stage(self, epoch: int, batch: int) -> Stage:
         """Return the stage of a batch."""
-        reference_epoch, before = self._reference
-        index = before + (epoch - reference_epoch) * self.batches + batch
+        reference_epoch, batches_before = self._reference
+        index = batches_before + (epoch - reference_epoch) * self.batches + batch
         starts = [stage.first for stage in self.stages]
         return self.stages[bisect.bisect_right(starts, index) - 1]
 
@@ -189,7 +188,7 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
         return batches
 
     def _permutations(self, epoch: int, minimum: int) -> list[int]:
-        """Return at least ``minimum`` shuffled indices; the n-th permutation is offset by ``n * count``."""
+        """Return at least ``minimum`` shuffled indices; the n-th permutation (from 0) has ``n * count`` added."""
         generator = torch.Generator().manual_seed(self.seed + epoch)
         order: list[int] = []
         while len(order) < minimum:

@@ -15,7 +15,7 @@ from derain.data.backgrounds import BackgroundMatch, Signature, compute_signatur
 from derain.data.discovery import DataSplit, find_sets
 from derain.data.layouts import LAYOUTS
 from derain.data.pair_sides import rain_cues, rain_scores
-from derain.data.pairs import Pair, to_pairs
+from derain.data.pairs import Pair, PairSizeError, to_pairs
 from derain.errors import DerainError
 from derain.image_sources import several_frames
 from derain.images import exif_problem, list_images, natural_key
@@ -40,8 +40,8 @@ Kind = Literal[
 Level = Literal["error", "warning", "note"]
 Cues = tuple[tuple[Pair, NDArray[np.float64]], ...]
 
-CERTAIN = 2.0
-"""Log-odds from which a pair certainly counts as swapped (probability 0.88)."""
+CERTAIN_LOG_ODDS = 2.0
+"""Log-odds above which a swapped pair is an error instead of a warning (probability 0.88)."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class _CheckedImage:
-    """A clean image (or a rainy one without clean image) after reading it and the rainy images on it."""
+    """Result of reading a clean image and its rainy images, or a rainy image without a clean one."""
 
     file: Path
     background: Signature | None = None
@@ -154,14 +154,14 @@ def verify(
 
 
 def _check_files(split: DataSplit) -> Iterator[Finding]:
-    """Check what can be seen from the names of the files."""
+    """Check numbers and names of files, without reading images."""
     folders = LAYOUTS[split.layout].folders
     same_files = [layout for layout in LAYOUTS.values() if folders and layout.folders == folders]
     published = sorted({layout.counts[split.split] for layout in same_files if split.split in layout.counts})
     count = len(split.files.pairs)
     if published and count not in published:
         numbers = " or ".join(str(number) for number in published)
-        yield Finding("count", (str(split.root),), f"{count} pairs, published are {numbers}", set=str(split))
+        yield Finding("count", (str(split.root),), f"{count} pairs, the published set has {numbers}", set=str(split))
     for file in split.files.unpaired:
         yield Finding("unpaired", (str(file),), "no partner", set=str(split))
     for first, second in split.files.clashes:
@@ -187,19 +187,21 @@ def _check_group(split: DataSplit, pairs: Sequence[Pair]) -> _CheckedImage:
         try:
             rainy, clean = pair.read()
         except DerainError as error:
-            findings.append(_read_failure(split, files, str(error)))
+            findings.append(_read_failure(split, files, error))
             continue
         findings += _check_metadata(split, files)
         if background is None:
             background = compute_signature(rainy if clean is None else clean, rainy=clean is None)
-            first_rainy = compute_signature(rainy, local=False)
+            first_rainy = compute_signature(rainy, features=False)
         if clean is not None:
             cues.append((pair, rain_cues(rainy, clean)))
     return _CheckedImage(pairs[0].clean or pairs[0].rainy, background, first_rainy, tuple(cues), tuple(findings))
 
 
-def _read_failure(split: DataSplit, files: tuple[str, ...], message: str) -> Finding:
-    if "of one size" in message:
+def _read_failure(split: DataSplit, files: tuple[str, ...], error: DerainError) -> Finding:
+    """Return the finding for a pair that cannot be read."""
+    message = str(error)
+    if isinstance(error, PairSizeError):
         kind: Kind = "size"
         broken = files
     else:
@@ -220,11 +222,11 @@ def _check_metadata(split: DataSplit, files: tuple[str, ...]) -> Iterator[Findin
 
 
 def _check_sides(split: DataSplit, cues: Cues) -> Iterator[Finding]:
-    """Find pairs that have the rain on the clean side."""
+    """Find pairs whose rainy and clean images are swapped."""
     if not cues:
         return
     scores = rain_scores([cue for _, cue in cues])
-    if len(cues) > 1 and np.median(scores) < -CERTAIN:
+    if len(cues) > 1 and np.median(scores) < -CERTAIN_LOG_ODDS:
         detail = (
             f"rainy and clean are swapped in most pairs; expected {split.files.variant}; "
             "give the right layout by --layout"
@@ -235,7 +237,7 @@ def _check_sides(split: DataSplit, cues: Cues) -> Iterator[Finding]:
         if score >= 0:
             continue
         files = tuple(dict.fromkeys((str(pair.rainy), str(pair.clean))))
-        certain = score < -CERTAIN
+        certain = score < -CERTAIN_LOG_ODDS
         detail = f"rainy and clean {'are' if certain else 'may be'} swapped (log-odds {-score:.1f})"
         yield Finding("swapped", files, detail, "error" if certain else "warning", str(split))
 
@@ -278,7 +280,7 @@ def _leak(test_index: int, split: DataSplit, leak: list[tuple[int, BackgroundMat
     copies = []
     for index, match in leak:
         files.append(images.files[index])
-        change = "" if str(match) == "whole" else f" ({match})"
+        change = "" if str(match) == "unchanged" else f" ({match})"
         copies.append(Path(images.files[index]).name + change)
     detail = f"its background is in {split}: {', '.join(copies)}"
     return Finding("leak", tuple(files), detail, set=str(images.splits[test_index]))
@@ -291,8 +293,8 @@ def _duplicates(split: DataSplit, images: _Images, matches: Sequence[BackgroundM
     for group in groups:
         indices = sorted(_indices(group))
         repeats += len(indices) - 1
-        same_rain = find_matches([images.rainy[index] for index in indices], crops=False)
-        changes = [change for change in dict.fromkeys(str(match) for match in group) if change != "whole"]
+        same_rain = find_matches([images.rainy[index] for index in indices], features=False)
+        changes = [change for change in dict.fromkeys(str(match) for match in group) if change != "unchanged"]
         detail = ", ".join([f"one background {len(indices)} times", *changes])
         detail += ", the same rain" if same_rain else ", different rain"
         level: Level = "error" if same_rain or split.split != "train" else "note"
@@ -303,12 +305,12 @@ def _duplicates(split: DataSplit, images: _Images, matches: Sequence[BackgroundM
 
 
 def _connected_groups(matches: Sequence[BackgroundMatch]) -> list[list[BackgroundMatch]]:
-    """Group matches that share images, directly or through further matches; sorted by the first index of each group."""
+    """Group matches that share images, directly or through other matches; sorted by the first index of each group."""
     groups: dict[int, list[BackgroundMatch]] = {}
     for match in matches:
-        touching = [first for first, group in groups.items() if {match.first, match.second} & _indices(group)]
+        overlapping = [first for first, group in groups.items() if {match.first, match.second} & _indices(group)]
         merged = []
-        for first in touching:
+        for first in overlapping:
             merged += groups.pop(first)
         merged.append(match)
         groups[min(_indices(merged))] = merged

@@ -20,8 +20,8 @@ from typing import (
 
 from derain.errors import DerainError
 
-LONGEST = 1 << 20
-"""Characters of metadata that are parsed; the longest that derain writes has a few thousand."""
+MAX_CHARACTERS = 1 << 20
+"""Largest number of characters that are parsed; metadata that derain writes has a few thousand."""
 
 
 class Metadata(TypedDict):
@@ -62,11 +62,11 @@ def parse(path: Path, text: str) -> dict[str, Any]:
         text: JSON.
 
     Raises:
-        DerainError: If it is too long, too deeply nested, or holds NaN.
+        DerainError: If the text is too long, too deeply nested, or contains NaN or infinity.
     """
-    if len(text) > LONGEST:
+    if len(text) > MAX_CHARACTERS:
         raise DerainError(
-            f"{path}: metadata of {len(text):,} characters; expected at most {LONGEST:,}; use another file"
+            f"{path}: metadata of {len(text):,} characters; expected at most {MAX_CHARACTERS:,}; use another file"
         )
     try:
         metadata = json.loads(text, parse_constant=_refuse_constant)
@@ -81,33 +81,33 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a finite number")
 
 
-def check(path: Path, metadata: Mapping[str, Any], schema: Any, built: Any = None) -> None:
-    """Refuse metadata that does not fit a schema, or hyper-parameters that do not fit a signature.
+def check(path: Path, metadata: Mapping[str, Any], schema: Any, method_class: Any = None) -> None:
+    """Check metadata against a schema, and hyper-parameters against the signature of a class.
 
     Args:
         path: The file, for messages.
-        metadata: As read from the file, from JSON or a checkpoint.
+        metadata: Content of the file's ``derain`` entry, or of a checkpoint.
         schema: ``Metadata``, or a TypedDict that extends it.
-        built: The class whose ``__init__`` accepts the hyper-parameters; None: they are not checked.
+        method_class: Class whose ``__init__`` accepts the hyper-parameters; by default they are not checked.
 
     Raises:
-        DerainError: If a value is of another type, or is missing.
+        DerainError: If a value is missing or has another type.
     """
     hints = get_type_hints(schema)
     for name in sorted(schema.__required_keys__ - metadata.keys()):
-        raise DerainError(f"{path}: metadata without {name}; use a file that derain wrote")
+        raise DerainError(f"{path}: metadata lacks {name}; use a file that derain wrote")
     for name, value in metadata.items():
         if not fits(value, hints.get(name, Any)):
-            raise _refusal(path, name, value, hints[name])
-    if built is None:
+            raise _type_error(path, name, value, hints[name])
+    if method_class is None:
         return
-    hints = signature(built)
+    hints = signature(method_class)
     for name, value in metadata["hyper_parameters"].items():
         if not fits(value, hints.get(name, Any)):
-            raise _refusal(path, f"{built.__name__}.{name}", value, hints[name])
+            raise _type_error(path, f"{method_class.__name__}.{name}", value, hints[name])
 
 
-def _refusal(path: Path, name: str, value: object, expected: Any) -> DerainError:
+def _type_error(path: Path, name: str, value: object, expected: Any) -> DerainError:
     return DerainError(
         f"{path}: metadata has {shorten(name, 60)} = {shorten(repr(value), 60)}; expected {type_name(expected)}; use a "
         "file that derain wrote"
@@ -115,7 +115,7 @@ def _refusal(path: Path, name: str, value: object, expected: Any) -> DerainError
 
 
 def type_name(expected: Any) -> str:
-    """Return a declared type as it is written in a signature.
+    """Return a type as it is written in a signature.
 
     Example:
         >>> type_name(float), type_name(Sequence[int] | None)
@@ -125,18 +125,18 @@ def type_name(expected: Any) -> str:
     return name.replace("typing.", "").replace("collections.abc.", "")
 
 
-def signature(built: Any) -> dict[str, Any]:
-    """Return the declared types of the arguments of a class; none where they cannot be resolved."""
+def signature(method_class: Any) -> dict[str, Any]:
+    """Return the types of the arguments of a class's ``__init__``; an empty dictionary if they cannot be resolved."""
     try:
-        return get_type_hints(built.__init__)
+        return get_type_hints(method_class.__init__)
     except NameError:  # a user's class with names that only a type checker imports
         return {}
 
 
 def fits(value: object, expected: Any) -> bool:
-    """Return whether a value from a file has a declared type; types without a counterpart in JSON accept any value.
+    """Return whether a value from a file has a type; types without a counterpart in JSON accept any value.
 
-    An integer is a float too, floats are finite, and lists stand for tuples, as JSON returns them.
+    An integer is also accepted as a float, and a list as a tuple, since JSON has no tuples. Floats must be finite.
 
     Example:
         >>> fits([1, 2], Sequence[int]), fits(True, int), fits(float("nan"), float), fits(None, str | None)
@@ -155,8 +155,8 @@ def fits(value: object, expected: Any) -> bool:
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in arguments)
     if origin is tuple and Ellipsis not in arguments:
-        same = isinstance(value, list | tuple) and len(value) == len(arguments)
-        return same and all(fits(item, kind) for item, kind in zip(value, arguments, strict=True))  # type: ignore[call-overload]
+        has_length = isinstance(value, list | tuple) and len(value) == len(arguments)
+        return has_length and all(fits(item, kind) for item, kind in zip(value, arguments, strict=True))  # type: ignore[call-overload]
     if origin in (Sequence, list, tuple):
         return isinstance(value, list | tuple) and all(fits(item, arguments[0]) for item in value)
     if origin is dict:

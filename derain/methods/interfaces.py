@@ -1,4 +1,4 @@
-"""What some methods can do beyond `DerainModule`: take routes, sample, explain themselves.
+"""Interfaces of methods that do more than `DerainModule`: choose routes, sample, explain restorations.
 
 Commands and the `Restorer` ask for these interfaces by ``isinstance``, never for a method.
 """
@@ -11,7 +11,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from derain.errors import DerainError
+from derain.errors import ArgumentError
 
 
 class Routed(ABC):
@@ -21,11 +21,11 @@ class Routed(ABC):
     """
 
     @abstractmethod
-    def take_route(self, route: int) -> None:
+    def set_route(self, route: int) -> None:
         """Send all images along one route.
 
         Raises:
-            DerainError: If there is no such route.
+            ArgumentError: If there is no such route.
         """
 
 
@@ -41,7 +41,7 @@ class Sampling:
         seed: Seed of the noise. The same seed gives an image the same noise in any batch.
 
     Raises:
-        DerainError: If the number of steps is below 1.
+        ArgumentError: If the number of steps is below 1.
     """
 
     solver: str = "posterior"
@@ -50,7 +50,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
-            raise DerainError(f"--steps {self.steps}: must be at least 1")
+            raise ArgumentError(f"steps {self.steps}: must be at least 1")
 
 
 class Sampled(ABC):
@@ -66,16 +66,16 @@ class Sampled(ABC):
     sampling: Sampling
 
     @abstractmethod
-    def sample_by(self, sampling: Sampling) -> None:
+    def set_sampling(self, sampling: Sampling) -> None:
         """Set solver, number of steps and seed.
 
         Raises:
-            DerainError: If the method has no such solver.
+            ArgumentError: If the method has no such solver, or cannot take so many steps.
         """
 
 
 class Explains(ABC):
-    """Interface of methods that show how a restoration came about.
+    """Interface of methods that explain a restoration.
 
     Attributes:
         maps: Names of the maps that `explain` appends.

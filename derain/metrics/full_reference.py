@@ -21,7 +21,7 @@ from .protocols import Protocol
 Array = NDArray[np.float64]
 
 MAX_PSNR = 100.0
-"""PSNR of identical images in dB, and upper limit of any PSNR; keeps means finite."""
+"""Upper limit of PSNR in dB, so that identical images keep means finite."""
 
 _LUMA = np.array([[65.481 / 255, 128.553 / 255, 24.966 / 255, 16.0]])  # Rec. ITU-R BT.601, limited range
 _WINDOW = cv2.getGaussianKernel(11, 1.5, cv2.CV_64F)
@@ -53,7 +53,7 @@ def psnr_ssim(derained: NDArray[Any], clean: NDArray[Any], protocol: Protocol) -
     Args:
         derained: ``(h, w, 3)``, RGB; uint8, or float32 or float64 in [0, 1].
         clean: Same shape.
-        protocol: Color space, rounding, border and window.
+        protocol: Colour space, rounding, border and window.
 
     Returns:
         PSNR in dB (at most 100), and SSIM.
@@ -70,7 +70,7 @@ def psnr_ssim(derained: NDArray[Any], clean: NDArray[Any], protocol: Protocol) -
         (34.15, 0.9988)
     """
     if derained.shape != clean.shape:
-        raise DerainError(f"derained and clean image must be of one size, got {_size(derained)} and {_size(clean)}")
+        raise DerainError(f"derained and clean image must have equal sizes, got {_size(derained)} and {_size(clean)}")
     check_values(derained, clean)
     _check_size(clean, protocol)
     x = _planes(derained, protocol.output, protocol)
@@ -93,7 +93,7 @@ def _check_size(image: NDArray[Any], protocol: Protocol) -> None:
 
 
 def check_values(derained: NDArray[Any], clean: NDArray[Any], name: str = "") -> None:
-    """Check that floating-point images are in [0, 1], not in 0 to 255, where clipping would make all of them white.
+    """Check that floating-point images are in [0, 1]; clipping would turn images in 0 to 255 white.
 
     Args:
         derained: Derained image; its values may leave [0, 1] by up to 1.
@@ -132,7 +132,7 @@ def _to_255(image: NDArray[Any], output: str) -> Array:
         raise DerainError(f"image type {image.dtype} is not supported; convert images to uint8, float32 or float64")
     if output == "none":
         return image.astype(np.float64) * 255
-    # In the image's own type, like authors' code: then k / 255 becomes exactly k, not slightly less.
+    # In the image's own type, as in the authors' code: k / 255 then becomes exactly k, not slightly less.
     values = np.clip((image * image.dtype.type(255)).astype(np.float64), 0, 255)
     return cast(Array, np.rint(values) if output == "round" else np.trunc(values))
 
@@ -153,7 +153,7 @@ def _shrunk(plane: Array, factor: int) -> Array:
     """Down-sample like ssim.m: imfilter(ones(f) / f², 'symmetric'), then every f-th pixel."""
     if factor == 1:
         return np.ascontiguousarray(plane)
-    centre = (factor - 1) // 2  # that of an even filter in MATLAB
+    centre = (factor - 1) // 2  # MATLAB's centre of an even filter
     means = cv2.blur(
         np.ascontiguousarray(plane), (factor, factor), anchor=(centre, centre), borderType=cv2.BORDER_REFLECT
     )

@@ -16,7 +16,7 @@ from .protocols import resolve
 
 
 class ImageQuality(Metric):
-    """PSNR and SSIM of every image of a data set by named protocols.
+    """PSNR and SSIM of every image of a data set under named protocols.
 
     Values are kept per image, never pooled. Devices may have different numbers of images; an image that several
     devices evaluated counts once. The result is identical to that of a single device.
@@ -43,7 +43,7 @@ class ImageQuality(Metric):
         self.lpips = lpips
         self.set_dtype(torch.float64)
         self.protocols = resolve(protocols)
-        # Index, PSNR and SSIM by each protocol, LPIPS if computed. Flat, since torchmetrics sends a flat empty state
+        # Index, PSNR and SSIM under each protocol, LPIPS if computed. Flat, since torchmetrics sends a flat empty state
         # for a device without images.
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
@@ -73,12 +73,12 @@ class ImageQuality(Metric):
                 )
         derained_arrays, clean_arrays = (images.detach().cpu().movedim(1, -1).numpy() for images in (derained, clean))
         indices = index.tolist()
-        names = names or [f"image {number}" for number in indices]
+        names = names or [f"image {image_index}" for image_index in indices]
         for name, x, y in zip(names, derained_arrays, clean_arrays, strict=True):
             check_values(x, y, name)
         rows = []
-        for number, x, y in zip(indices, derained_arrays, clean_arrays, strict=True):
-            row = [float(number)]
+        for image_index, x, y in zip(indices, derained_arrays, clean_arrays, strict=True):
+            row = [float(image_index)]
             for protocol in self.protocols:
                 row += psnr_ssim(x, y, protocol)
             if self.lpips is not None:
@@ -90,10 +90,10 @@ class ImageQuality(Metric):
         """Record images that cannot be scored: their scores are NaN.
 
         Args:
-            index: Index of each image in its set.
+            index: ``(b,)``, index of each image in the data set.
         """
         missing = [float("nan")] * (self._columns - 1)
-        self._append([[float(number), *missing] for number in index.tolist()])
+        self._append([[float(image_index), *missing] for image_index in index.tolist()])
 
     @property
     def _columns(self) -> int:
@@ -108,11 +108,11 @@ class ImageQuality(Metric):
         """Return the scores of all images on all devices, by protocol."""
         rows = torch.cat(self.rows) if isinstance(self.rows, list) and self.rows else self.rows
         table = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows, np.float64).reshape(-1, self._columns)
-        index, first = np.unique(table[:, 0].astype(np.int64), return_index=True)
-        table = table[first]
+        index, first_rows = np.unique(table[:, 0].astype(np.int64), return_index=True)
+        table = table[first_rows]
         lpips = None if self.lpips is None else table[:, -1]
         scores = {}
-        for number, protocol in enumerate(self.protocols):
-            psnr, ssim = table[:, 1 + 2 * number], table[:, 2 + 2 * number]
+        for protocol_index, protocol in enumerate(self.protocols):
+            psnr, ssim = table[:, 1 + 2 * protocol_index], table[:, 2 + 2 * protocol_index]
             scores[protocol.name] = Scores(index, psnr, ssim, lpips)
         return scores

@@ -29,12 +29,14 @@ def small(monkeypatch):
     ("name", "parameters", "macs", "with_attention"),
     [
         ("PReNet", 168_963, "66.249", "66.249"),  # as the package thop prints it
-        ("Restormer", 26_126_644, "140.990", "154.88"),
-        ("CLIP-RPN, 2 routes", 32_720_308, "150.73", "165.4"),
+        pytest.param("Restormer", 26_126_644, "140.990", "154.88", marks=pytest.mark.slow),
+        pytest.param("CLIP-RPN, 2 routes", 32_720_308, "150.73", "165.4", marks=pytest.mark.slow),
         # thop prints 379.34 and 129.02: it adds 0.03 G for nearest upsampling and group and layer normalisation.
         ("IR-SDE, one step", 137_147_523, "379.31", "380.7"),
         ("DA-CLIP + IR-SDE, one step", 48_975_747, "128.99", "133.1"),
-        ("PLNLIN", 2_251_423, "68.18", "73.3"),  # 256 is padded to 280: thop's 57.5 of 256 are 68.8 of 280
+        pytest.param(
+            "PLNLIN", 2_251_423, "68.18", "73.3", marks=pytest.mark.slow
+        ),  # 256 is padded to 280: thop's 57.5 of 256 are 68.8 of 280
     ],
 )
 def test_numbers_are_those_of_the_literature(name, parameters, macs, with_attention):
@@ -51,6 +53,7 @@ def test_other_routes_have_parameters_but_no_multiplications():
     assert one["macs"] == three["macs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parts", "size"),
     [({}, 256), ({"dim": 24, "blocks": (1, 2, 1, 1), "refinement": 1}, 61)],  # 24 and 61 are padded
@@ -127,6 +130,7 @@ def test_tiny_networks_are_those_of_the_experiments(experiment, variant):
     }
 
 
+@pytest.mark.slow
 def test_all_formats_have_the_same_numbers(capsys, small):
     def printed(form):
         assert main(["bench", "--size", "64", "--format", form]) == 0

@@ -109,7 +109,7 @@ def test_broken_photos_are_skipped_and_reported(tmp_path, capsys, rng):
         (["list", "--root", "absent"], "absent"),
         (["synthesize", "absent", "out"], "absent"),
         (["verify", ".", "--layout", "Rain99"], "Rain99"),
-        (["synthesize", ".", "out", "--density", "9"], "density is 9"),
+        (["synthesize", ".", "out", "--density", "9"], "density 9"),
         (["synthesize", ".", "out", "--density", "0.1", "0.2", "0.3"], "--density: 3"),
     ],
 )

@@ -45,6 +45,7 @@ def test_onnx_restores_photos(folder, tmp_path, options):
     assert np.abs(difference).max() <= 1
 
 
+@pytest.mark.slow
 def test_an_exported_diffusion_is_sampled_by_derain(folder, tmp_path, capsys):
     torch.manual_seed(0)
     DACLIPSDEModule(**SMALL["DACLIPSDEModule"]).save_weights(folder / "sde.safetensors")
@@ -62,6 +63,7 @@ def test_an_exported_diffusion_is_sampled_by_derain(folder, tmp_path, capsys):
     assert "--steps 1000" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_route_must_be_given(folder, tmp_path, capsys):
     torch.manual_seed(0)
     CLIPRPNModule(**SMALL["CLIPRPNModule"] | {"perception": "clip"}).save_weights(tmp_path / "w.safetensors")

@@ -27,7 +27,7 @@ def test_bundled_models_are_small_and_have_a_card(capsys):
         assert file.stat().st_size <= 8e6
         assert main(["models", "info", name]) == 0
         card = capsys.readouterr().out
-        for part in ("Data", "terms", "Budget", "Results", "matlab-y", "Limits"):
+        for part in ("Data", "terms", "Training", "Results", "matlab-y", "Limits"):
             assert part in card
     assert main(["models", "info"]) == 0
 

@@ -339,7 +339,14 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    ],
+)
 def test_interrupt_gives_one_line_and_no_temporary_file(photo, file, tmp_path, number, code):
     folder = tmp_path / "out"
     process = start("restore", str(photo), str(folder), "--weights", file, "--device", "cpu", program=("-c", SLOW))

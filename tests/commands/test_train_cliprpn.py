@@ -108,6 +108,7 @@ def test_another_clip_than_in_training_is_warned_of(workdir, caplog):
     assert "CLIP" in caplog.text
 
 
+@pytest.mark.slow
 def test_accumulation_counts_optimiser_steps(workdir):
     options = ["--trainer.accumulate_grad_batches", "4", "--trainer.limit_val_batches", "0"]
     assert main(["fit", "--config", "exp.yaml", *options]) == 0
@@ -181,6 +182,7 @@ def test_predict_and_restore_explain(workdir):
         assert json.loads(path.read_text()) == json.loads((folder / f"{image.stem}-explain.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -195,6 +197,7 @@ def test_a_run_cannot_resume_with_other_routes(workdir, capsys, options, named):
     assert named in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_routes_of_patches_are_not_cached(workdir):
     files = workdir / "cache/routes"
     before = {path: path.read_text() for path in files.iterdir()}

@@ -129,6 +129,7 @@ def error_of(arguments, capsys):
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_errors_take_one_line(trained, capsys, monkeypatch):
     make_set(trained, "images", "predict", count=1)
     restore = ["restore", "images", "out", "--weights"]

@@ -91,6 +91,7 @@ def test_scores_that_are_not_finite_keep_the_best_checkpoint(all_methods, capsys
     assert_files_finite(run)
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_not_saved(all_methods, capsys, monkeypatch):
     cls = methods.PReNetModule
 

@@ -108,6 +108,7 @@ def test_two_processes_train_and_test_through_the_command(workdir):
     assert tables[0] == tables[1]
 
 
+@pytest.mark.slow
 def test_weights_contain_the_generator_only(workdir):
     assert main(["fit", "--config", "gan.yaml", "--trainer.max_epochs", "1"]) == 0
     file = workdir / "runs/gan/fit-1/weights.safetensors"

@@ -51,6 +51,7 @@ def assert_equal_runs(whole, again, rows=True):
         assert added == logged(whole)[-len(added) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_any_method_resumes_from_any_step(all_methods, method):
     config = f"{method}-steps.yaml"
@@ -82,6 +83,7 @@ def test_any_option_of_the_trainer_resumes(all_methods, options):
             assert_equal_runs(whole, resumed(config, file, *options))
 
 
+@pytest.mark.slow
 def test_from_the_best_checkpoint_too(all_methods):
     config = "PReNetModule.yaml"
     assert main(["fit", "--config", config, *WORSE]) == 0
@@ -97,6 +99,7 @@ def run_weights(run):
     return load_file(run / "weights.safetensors"), last(run)["ema"]["network"]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_copied_to_a_new_folder(all_methods):
     config = "PReNetModule-steps.yaml"
     assert main(["fit", "--config", config, *WORSE]) == 0
@@ -178,6 +181,7 @@ def test_scheduled_accumulation_resumes_within_an_epoch(all_methods):
     assert_equal_runs(whole, again)
 
 
+@pytest.mark.slow
 def test_a_signal_stops_within_a_validation(all_methods, monkeypatch):
     config = ["fit", "--config", "PReNetModule.yaml", "--data.val", "Rain800"]
     assert main([*config, "--trainer.default_root_dir", "whole"]) == 0

@@ -116,7 +116,7 @@ def test_configured_checkpoint_callbacks_save_beside_best_and_last(workdir):
     assert {"best.ckpt", "last.ckpt"} | {f"{name}-epoch=0.ckpt" for name in names} <= checkpoints()
 
 
-@pytest.mark.parametrize("config", ["exp", "gan"])
+@pytest.mark.parametrize("config", ["exp", pytest.param("gan", marks=pytest.mark.slow)])
 def test_checkpoints_by_time_and_by_steps_with_automatic_and_manual_optimisation(workdir, config, recwarn):
     by_time = {"train_time_interval": "00:00:00", "save_top_k": -1}
     by_steps = {"every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"}
@@ -148,6 +148,7 @@ def test_a_configured_progress_bar_replaces_the_default(workdir, bar):
     assert fit("--trainer.enable_progress_bar", "true", config=config) == 0
 
 
+@pytest.mark.slow
 def test_learning_rates_of_generator_and_discriminator_have_their_names(workdir):
     assert fit(config="gan.yaml") == 0
     logged = {key for row in rows(workdir / "runs/gan/fit-1/metrics.csv") for key, value in row.items() if value}

@@ -198,7 +198,7 @@ def test_a_killed_process_leaves_no_partial_cache(pairs, tmp_path):
     process.join()
     assert equal(open_cache(pairs, "disk", folder=tmp_path / "c"), pairs)
     left = [path.name for path in (tmp_path / "c" / "pixels").iterdir() if not path.name.endswith(".lock")]
-    assert sorted(left) == [f"{fingerprint(pairs)}-v{cache.FORMAT}{ending}" for ending in ("", ".npy")]
+    assert sorted(left) == [f"{fingerprint(pairs)}-v{cache.CACHE_VERSION}{ending}" for ending in ("", ".npy")]
 
 
 def test_the_fingerprint_depends_on_content_and_names(pairs):

@@ -34,10 +34,18 @@ SMALL = {
 """Hyper-parameters of small networks; a method without an entry fails here."""
 OVERFITTED = {"PLNLINGANModule": 1.15}
 """Factor by which the error of an overfitted batch falls if not 4: SSIM at many scales learns noise slowly."""
+LARGE = {"CLIPRPNModule", "PLNLINGANModule"}
+"""Methods whose graphs take long to trace, however small their networks."""
 METHODS = [method for method in catalog.methods() if issubclass(method, DerainModule)]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, id=method.__name__, marks=[pytest.mark.slow] if method.__name__ in LARGE else [])
+        for method in METHODS
+    ],
+)
 def test_methods_keep_the_contract(method):
     check_method(method, can_export=False, **SMALL[method.__name__])  # exports: test_onnx_model.py
 

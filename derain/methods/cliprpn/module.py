@@ -170,9 +170,9 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
             routes = self.routing(rainy)["routes"]
         return cast(Tensor, self.network(rainy, routes).derained)
 
-    def take_route(self, route: int) -> None:
-        """Send all images along one route, instead of the choice of CLIP."""
-        self.routing.take(route)
+    def set_route(self, route: int) -> None:
+        """Send all images along one route, instead of the routes that CLIP chooses."""
+        self.routing.set_route(route)
 
     def export_graph(self) -> Graph:
         """Return ``forward`` along one route; CLIP is not part of the graph.

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from derain.errors import DerainError
+from derain.errors import ArgumentError, DerainError
 from derain.images import Pixels
 from derain.methods.cliprpn.perception import RainPerception, scores
 
@@ -39,9 +39,9 @@ class Routing:
         self.counts: Sequence[int] | None = None
         self._warned: set[int] = set()
         if perception is None:
-            self.take(route)
+            self.set_route(route)
 
-    def take(self, route: int) -> None:
+    def set_route(self, route: int) -> None:
         """Use a fixed route for all images, instead of CLIP.
 
         Raises:
@@ -49,7 +49,7 @@ class Routing:
         """
         last = max(1, self.count) - 1
         if not 0 <= route <= last:
-            raise DerainError(f"route {route}: does not exist; expected a route from 0 to {last}")
+            raise ArgumentError(f"route {route}: does not exist; expected a route from 0 to {last}")
         self.perception, self.route = None, route
 
     def check(self, resuming: bool = False) -> None:
@@ -86,7 +86,7 @@ class Routing:
         return {"routes": routes, "similarities": similarities}
 
     def untrained(self, route: int) -> bool:
-        """Whether the weights record that no training image took a route."""
+        """Return whether no training image took a route, as recorded in the weights."""
         return self.counts is not None and route < len(self.counts) and self.counts[route] == 0
 
     def warn_untrained(self, routes: Iterable[int]) -> None:
@@ -119,7 +119,7 @@ class Routing:
             description["untrained"] = True
         if self.perception is not None and "similarities" in conditions:
             texts = self.perception.texts
-            shares = scores(conditions["similarities"])[index].tolist()
+            image_scores = scores(conditions["similarities"])[index].tolist()
             description["prompt"] = texts[route]
-            description["scores"] = dict(zip(texts, shares, strict=True))
+            description["scores"] = dict(zip(texts, image_scores, strict=True))
         return description

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from derain.batch import PairBatch
-from derain.errors import DerainError
+from derain.errors import ArgumentError, DerainError
 from derain.files.metadata import Metadata
 from derain.methods.base import DerainModule
 from derain.methods.daclipsde.controller import Perception
@@ -18,7 +18,7 @@ from derain.methods.daclipsde.loss import matching_loss
 from derain.methods.daclipsde.network import AttentionKind, ConditionalUNet
 from derain.methods.daclipsde.published_keys import unet_options
 from derain.methods.daclipsde.sde import MeanRevertingSDE, Schedule
-from derain.methods.daclipsde.solvers import SOLVERS, sample
+from derain.methods.daclipsde.solvers import SOLVERS, sample, visited_times
 from derain.methods.graph import Graph
 from derain.methods.interfaces import Explains, RunsGraph, Sampled, Sampling
 from derain.nn.schedule import multiplied_at, warm_up_then_cosine
@@ -126,14 +126,15 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         contexts = self.hparams["contexts"]
         return [name for name in ("content", "degradation") if contexts in {"both", name}]
 
-    def sample_by(self, sampling: Sampling) -> None:
+    def set_sampling(self, sampling: Sampling) -> None:
         """Set solver, number of steps and seed.
 
         Raises:
-            DerainError: If there is no such solver.
+            ArgumentError: If there is no such solver, or the schedule has fewer steps.
         """
         if sampling.solver not in SOLVERS:
-            raise DerainError(f"--solver {sampling.solver}: unknown; choose from {', '.join(SOLVERS)}")
+            raise ArgumentError(f"solver {sampling.solver}: unknown; choose from {', '.join(SOLVERS)}")
+        visited_times(self.sde, sampling.steps)  # checks the number of steps
         self.sampling = sampling
 
     def check_requirements(self) -> None:

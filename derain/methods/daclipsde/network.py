@@ -127,7 +127,7 @@ class LinearAttention(nn.Module):
         rows = [self._attend(strip, matrix, pixels) for strip in strips]
         return torch.cat(rows, dim=1).permute(0, 3, 1, 2)
 
-    def extra_macs(self, inputs: tuple[Tensor, ...], output: Tensor) -> tuple[int, int]:
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
         """Return the multiplications that ``derain bench`` adds: of the plain arithmetic, and of attention."""
         weight = cast(Tensor, self.to_out[0].weight)
         pixels = output.numel() // len(weight)
@@ -191,7 +191,7 @@ class Upsample(nn.ModuleList):
             kernel = torch.stack((third, second + third, first + second, first)).movedim(0, 2)
         return F.conv_transpose2d(x, kernel, cast(Tensor, self[1].bias), stride=2, padding=1)
 
-    def extra_macs(self, inputs: tuple[Tensor, ...], output: Tensor) -> tuple[int, int]:
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
         """Return the multiplications that ``derain bench`` adds: of the plain arithmetic, and of attention."""
         weight = cast(Tensor, self[1].weight)
         return weight.numel() * (output.numel() // len(weight)), 0
@@ -223,7 +223,7 @@ class CrossAttention(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return cast(Tensor, self.to_out(attended))
 
-    def extra_macs(self, inputs: tuple[Tensor, ...], output: Tensor) -> tuple[int, int]:
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
         """Return the multiplications that ``derain bench`` adds: of the plain arithmetic, and of attention."""
         x, tokens = inputs
         return 0, 2 * x.shape[1] * tokens.shape[1] * x.shape[2]

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from derain.errors import DerainError
+from derain.errors import ArgumentError
 from derain.methods.daclipsde.sde import MeanRevertingSDE
 from derain.methods.interfaces import Sampling
 
@@ -64,7 +64,7 @@ def visited_times(sde: MeanRevertingSDE, steps: int | None) -> list[int]:
     """Return the times that a number of steps visits, evenly spread from T down to 0.
 
     Raises:
-        DerainError: If the schedule has fewer steps.
+        ArgumentError: If the schedule has fewer steps.
 
     Example:
         >>> visited_times(MeanRevertingSDE(steps=100), 4)
@@ -73,7 +73,7 @@ def visited_times(sde: MeanRevertingSDE, steps: int | None) -> list[int]:
     if steps is None:
         steps = sde.steps
     if steps > sde.steps:
-        raise DerainError(f"--steps {steps}: the schedule of these weights has {sde.steps} steps; use at most that")
+        raise ArgumentError(f"steps {steps}: the schedule of these weights has {sde.steps} steps; use at most that")
     return [round(sde.steps * remaining / steps) for remaining in range(steps, -1, -1)]
 
 
@@ -98,7 +98,7 @@ def sample(
         Clean images, not clipped.
 
     Raises:
-        DerainError: If the schedule has fewer steps than ``sampling``.
+        ArgumentError: If the schedule has fewer steps than ``sampling``.
     """
     last = rainy
     for state in states(sde, estimate, rainy, sampling, show):

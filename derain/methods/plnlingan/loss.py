@@ -15,7 +15,7 @@ HIERARCHICAL = (0.1, 0.05, 0.02, 0.01)
 ADVERSARIAL = (0.0005, 0.001, 0.0025, 0.005)
 """μ of eq. 12, the finest scale first."""
 
-Parts = Mapping[str, Sequence[Tensor]]
+LossesByName = Mapping[str, Sequence[Tensor]]
 """Losses by name, one per scale."""
 
 
@@ -66,14 +66,15 @@ def hierarchical_losses(
 def relativistic_losses(
     higher: Sequence[Float[Tensor, "b 1 _ _"]], lower: Sequence[Float[Tensor, "b 1 _ _"]]
 ) -> list[Float[Tensor, ""]]:
-    """Return the relativistic average loss of each scale: one side's logits should exceed the mean of the other's.
+    """Return the relativistic average loss of each scale.
 
-    The generator wants higher logits than clean images: ``relativistic_losses(fake, real)``; the discriminator the
-    reverse. Computed in float32 or wider, also under autocast.
+    The loss is low if the ``higher`` logits exceed the mean of the ``lower`` ones, and the ``lower`` logits are below
+    the mean of the ``higher`` ones. Generator: ``relativistic_losses(fake, real)``; discriminator:
+    ``relativistic_losses(real, fake)``. Computed in float32 or wider, also under autocast.
 
     Args:
-        higher: Logits that should be higher.
-        lower: Logits that should be lower.
+        higher: Logits by scale.
+        lower: Logits by scale, of the same shapes.
 
     References:
         Wang et al., MM 2024, eq. 8, is the generator's; Jolicoeur-Martineau, ICLR 2019, eqs. 12 and 13.
@@ -92,12 +93,12 @@ def relativistic_losses(
     return losses
 
 
-def weighted_sum(parts: Parts, alpha: float, beta: float) -> Float[Tensor, ""]:
+def weighted_sum(losses_by_name: LossesByName, alpha: float, beta: float) -> Float[Tensor, ""]:
     """Return the weighted sum of losses.
 
     Args:
-        parts: Any of ``pixel``, ``hierarchical``, ``generator``, ``discriminator``. Fewer losses than four scales are
-            those of the coarsest scales.
+        losses_by_name: Any of ``pixel``, ``hierarchical``, ``generator`` and ``discriminator``. If one of the last
+            three has fewer than four losses, they belong to the coarsest scales.
         alpha: Weight of the hierarchical losses.
         beta: Weight of the adversarial losses, those of the discriminator included.
 
@@ -115,7 +116,7 @@ def weighted_sum(parts: Parts, alpha: float, beta: float) -> Float[Tensor, ""]:
         "discriminator": (beta, ADVERSARIAL),
     }
     terms = []
-    for name, losses in parts.items():
+    for name, losses in losses_by_name.items():
         weight, scale_weights = weights[name]
         for scale_weight, loss in zip(scale_weights[-len(losses) :], losses, strict=True):
             terms.append(weight * scale_weight * loss)

@@ -14,7 +14,7 @@ from derain.errors import DerainError
 from derain.methods.base import DerainModule
 from derain.methods.graph import Graph
 from derain.methods.interfaces import Explains
-from derain.methods.plnlingan.loss import Parts, hierarchical_losses, relativistic_losses, weighted_sum
+from derain.methods.plnlingan.loss import LossesByName, hierarchical_losses, relativistic_losses, weighted_sum
 from derain.methods.plnlingan.network import (
     MCDDL,
     PLNLIN,
@@ -225,7 +225,7 @@ class PLNLINGANModule(DerainModule, Explains):
         fake = discriminator(restored.derained.detach(), [features.detach() for features in restored.features])
         return {"discriminator": relativistic_losses(discriminator(clean, real), fake)}
 
-    def _backward(self, name: str, parts: Parts, count: int) -> None:
+    def _backward(self, name: str, parts: LossesByName, count: int) -> None:
         """Accumulate the gradients of the weighted sum of losses of ``count`` images, and log all losses."""
         total = weighted_sum(parts, self.hparams["alpha"], self.hparams["beta"])
         self.log(name, total, prog_bar=name == "train/loss", batch_size=count)

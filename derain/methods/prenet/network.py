@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +113,7 @@ class PReNet(nn.Module):
             outputs.append(derained)
         return outputs
 
-    def extra_macs(self, inputs: tuple[Tensor, ...], output: Tensor) -> tuple[int, int]:
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
         """Return the multiplications that ``derain bench`` adds: of the first forget gate, and of attention."""
         if not self.recurrent:
             return 0, 0

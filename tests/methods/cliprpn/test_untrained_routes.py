@@ -81,7 +81,7 @@ def test_no_warning_for_weights_without_counts(counts, file, tmp_path, caplog):
 @pytest.mark.slow
 def test_untrained_route_of_an_onnx_file_is_warned_of(file, tmp_path, caplog):
     module = catalog.load(file).module
-    module.take_route(1)
+    module.set_route(1)
     write(module.export_graph(), module, tmp_path / "m.onnx", "onnx")
     assert any("route 1" in warning for warning in warnings(caplog))
     assert json.loads(onnx.load(tmp_path / "m.onnx").metadata_props[0].value)["route_counts"] == [7, 0]

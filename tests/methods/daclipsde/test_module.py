@@ -44,7 +44,7 @@ def visited(module, sampling):
         return forward(state, rainy, times, **contexts)
 
     module.network.forward = watch
-    module.sample_by(sampling)
+    module.set_sampling(sampling)
     out = module(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2)))
     module.network.forward = forward
     return times_seen, out
@@ -70,7 +70,7 @@ def test_schedule_is_restored_from_weights(module, tmp_path, monkeypatch):
 
 
 def test_sampling_is_not_part_of_weights(module, tmp_path):
-    module.sample_by(Sampling("ode", 3, 7))
+    module.set_sampling(Sampling("ode", 3, 7))
     module.save_weights(tmp_path / "w.safetensors")
     assert catalog.load(tmp_path / "w.safetensors").module.sampling == Sampling()
     assert not {"solver", "steps", "seed", "sampling"} & set(module.hparams)
@@ -126,7 +126,7 @@ def test_contexts_are_computed_once_per_image(clip_folder, monkeypatch):
         return pixels(rainy)
 
     monkeypatch.setattr(module.perception.clip, "pixels", counted)
-    module.sample_by(Sampling("posterior", 2))
+    module.set_sampling(Sampling("posterior", 2))
     module(torch.rand(1, 3, 20, 20))
     assert len(calls) == 1
     Restorer(module, device="cpu", tile=64, ensemble=True)(np.random.default_rng(0).random((70, 80, 3), np.float32))
@@ -197,7 +197,7 @@ def test_tiles_share_the_noise_and_have_no_seams(module):
     module.network = Pixelwise()
     rainy = torch.rand(1, 3, 90, 130)
     for solver in ("posterior", "sde", "mrs-ode2", "mrs-sde2"):
-        module.sample_by(Sampling(solver, 7))
+        module.set_sampling(Sampling(solver, 7))
         whole = module(rainy)
         tiled = module(rainy, tiled=partial(blend_tiles, tile=64, overlap=16))
         torch.testing.assert_close(tiled, whole, atol=2e-4, rtol=1e-4)

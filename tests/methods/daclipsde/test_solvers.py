@@ -233,7 +233,7 @@ def test_fewer_steps_use_times_of_the_schedule():
         assert times[0] == 100
         assert times[-1] == 0
         assert len(set(times)) == steps + 1
-    with pytest.raises(DerainError, match="--steps 101"):
+    with pytest.raises(DerainError, match="steps 101"):
         visited_times(sde, 101)
 
 
@@ -262,9 +262,9 @@ def test_steps_are_shown(pair):
 
 
 def test_invalid_sampling_options():
-    with pytest.raises(DerainError, match="--solver euler"):
-        DACLIPSDEModule(contexts="none", channels=8, multipliers=(1, 2)).sample_by(Sampling("euler"))
-    with pytest.raises(DerainError, match="--steps 0"):
+    with pytest.raises(DerainError, match="solver euler"):
+        DACLIPSDEModule(contexts="none", channels=8, multipliers=(1, 2)).set_sampling(Sampling("euler"))
+    with pytest.raises(DerainError, match="steps 0"):
         Sampling(steps=0)
 
 

@@ -254,6 +254,7 @@ def test_beta_zero_removes_the_discriminator():
     assert len(module(alpha=0.0).network.supervised) == 4
 
 
+@pytest.mark.slow
 def test_training_equals_a_hand_written_loop():
     """Three epochs of three batches: two generator steps per round, accumulation of 2, clipping, schedules and EMA."""
     data = Batches(3, torch.float64)
