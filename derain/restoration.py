@@ -290,7 +290,7 @@ def _compile(method: DerainModule) -> None:
             f"compile: {type(method).__name__}.network is a {type(network).__name__}, which is not called as a whole; "
             "omit the option"
         )
-    torch._inductor.config.freezing = True  # folds layouts and bias into the convolutions; global or not at all
+    torch._inductor.config.freezing = True  # faster convolutions; PyTorch has only a global switch
     network.compile(dynamic=method.compiles_any_size)
 
 

@@ -263,9 +263,9 @@ def _find_named_set(name: str, split: Split, folder: Path | None, data_root: Pat
             f"{name}: no {split} pairs in {roots[0]}, which contains {inventory(roots[0])}; {expected}{source}"
         )
     root, files = candidates[0]
-    for path, _ in candidates[1:]:
-        if len(path.parts) == len(root.parts):
-            raise DerainError(f"{name}: found in both {root} and {path}; give one of them, for example {name}:{root}")
+    for other, _ in candidates[1:]:
+        if len(other.parts) == len(root.parts):
+            raise DerainError(f"{name}: found in both {root} and {other}; give one of them, for example {name}:{root}")
     return root, files
 
 
