@@ -229,7 +229,7 @@ FAULTS: dict[tuple[str, ...], list[tuple[str, str, str]]] = {
     ("restoration.py", "test_restoration.py"): [
         ("tiles: fade not mirrored", "ramp.flip(0)", "ramp"),
         ("tiles: not divided by weights", "cast(Tensor, total) / weight", "cast(Tensor, total)"),
-        ("ensemble: rotated the wrong way back", "-turns, (2, 3))", "turns, (2, 3))"),
+        ("ensemble: rotated the wrong way back", "-quarter_turns, (2, 3))", "quarter_turns, (2, 3))"),
         ("restoration: bytes truncated", "restored.mul(255).round()", "restored.mul(255)"),
     ],
 }

@@ -91,7 +91,7 @@ def restore(
         compile: Compile the network, for many photos of the same size.
 
     Raises:
-        DerainError: If options are wrong, or any file could not be restored; the others are written.
+        DerainError: If options are wrong, or any file could not be restored; all other files are written.
     """
     options = WriteOptions(compare, explain, strip_metadata, white, crf)
     jobs = plan(input, out)
@@ -211,7 +211,7 @@ def _remove_broken_videos(pending: dict[Path, Path]) -> list[str]:
 
 
 def _restore_all(restorer: "Restorer", jobs: Mapping[Path, Path], options: WriteOptions, report: Report) -> None:
-    """Restore files one after the other; failures are collected in the report."""
+    """Restore files in order; failures are collected in the report."""
     for source, target in track(jobs.items(), "Restoring", len(jobs)):
         restore_file = restore_video if is_video(source) else restore_photo
         try:

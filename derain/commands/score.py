@@ -60,7 +60,7 @@ def score(
 
 
 def available_metrics(names: Sequence[str]) -> list[NoReference]:
-    """Return the no-reference metrics that can be loaded; report the others on standard error."""
+    """Return the no-reference metrics that can be loaded; report the unavailable ones on standard error."""
     metrics = []
     for name in names:
         try:

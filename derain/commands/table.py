@@ -120,7 +120,7 @@ def add_costs(rows: Sequence[ResultRow], methods: Sequence[str] = ()) -> list[Re
 
 
 def set_names(rows: Sequence[ResultRow]) -> list[str]:
-    """Return the names of the sets: known ones in the order of the layouts, then the others."""
+    """Return the names of the sets: known sets in the order of the layouts, then unknown sets."""
     order = {name: index for index, name in enumerate([*LAYOUTS, "Mixed"])}
     names = dict.fromkeys(score.dataset for row in rows for score in row.scores)
     return sorted(names, key=lambda name: order.get(name, len(order)))
