@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole or not at all, even if the process is killed."""
+"""Atomic writing of checkpoints: a process that is killed leaves no incomplete file under the final name."""
 
 import os
 import re
@@ -12,18 +12,18 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from derain.images import write_whole
 
 UNFINISHED = re.compile(r"\.[0-9a-f]{8}-.+")
-"""Names of the files that `derain.images.write_whole` writes."""
+"""Names of the temporary files of `derain.images.write_whole`."""
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Write a checkpoint to a temporary file beside its target, then rename it.
+    """Checkpoint IO that writes to a temporary file beside the target, then renames it.
 
-    Lightning's own writes to the folder for temporary files, which may be another file system: a rename from there is
-    a copy, and a kill meanwhile leaves half a file in place of the last good one.
+    Lightning's own uses the system's temporary folder. If that is on a different file system, renaming copies the file,
+    and a process that is killed meanwhile leaves half a file in place of the previous checkpoint.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Save a checkpoint; one on a remote file system is left to Lightning."""
+        """Save a checkpoint; on a remote file system, as Lightning does."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -34,15 +34,15 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def remove_unfinished(folder: Path, age: float = 0.0) -> None:
-    """Remove unfinished files of killed processes below a folder.
+    """Remove temporary files that killed processes left in a folder and its subfolders.
 
     Args:
-        folder: Folder of a run or of several.
-        age: Seconds for which files have not been written; younger ones may belong to a process that still runs.
+        folder: Folder of one or several runs.
+        age: Minimum time since a file was written, in seconds; newer files may belong to a running process.
     """
     for path in list(folder.rglob(".*")):
         try:
             if UNFINISHED.fullmatch(path.name) and path.is_file() and time.time() - path.stat().st_mtime >= age:
                 path.unlink()
-        except FileNotFoundError:  # another process has just renamed or removed it
+        except FileNotFoundError:  # renamed or removed by another process meanwhile
             continue

@@ -1,10 +1,11 @@
 """Export a method as ONNX or by torch.export, and compare the file with the method.
 
-What is exported is the method's own affair (``export_graph``): by default ``forward``. CLIP, which chooses routes and
-encodes images, and the solver of a diffusion stay outside the file.
+Each method returns the graph to export (``export_graph``); by default it is ``forward``. CLIP, which chooses routes and
+encodes images, and the solver of a diffusion are not part of the file.
 """
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,34 +27,34 @@ from derain.progress import track
 
 Format = Literal["onnx", "torch"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
-"""Suffix of the files of a format."""
+"""Suffix of the files by format."""
 
 OPSET = 17
-"""ONNX's operator set: the first with layer normalisation; newer ones bring nothing that the networks use."""
+"""Version of ONNX's operator set: the first with layer normalisation."""
 
 SIZES = ((37, 31), (63, 65), (101, 77), (1, 1), (131, 97))
-"""Heights and widths at which file and method are compared."""
+"""Image sizes (height, width) at which file and method are compared."""
 
 TOLERANCE = 1e-4
-"""Largest difference of any value, where images are in [0, 1]."""
+"""Largest allowed difference between file and method, of images in [0, 1]."""
 
 EXAMPLE_SIZE = (75, 90)
-"""Height and width of the image that the graph is recorded with."""
+"""Size (height, width) of the image that the graph is traced with."""
 
 
 def export(method: DerainModule, path: Path, format: Format = "onnx") -> dict[tuple[int, int], float]:
-    """Export a method; the file is written only if it computes what the method does.
+    """Export a method; the file is kept only if its results equal those of the method.
 
     Args:
-        method: The method; one with routes after `Routed.set_route`.
-        path: The file.
+        method: The method; call `Routed.set_route` first if it has routes.
+        path: Output file.
         format: ``onnx``, or ``torch`` for a program of ``torch.export``.
 
     Returns:
         The largest difference between file and method at each size (height, width).
 
     Raises:
-        DerainError: If the method cannot be exported, the file differs from it, or a package is not installed.
+        DerainError: If the method cannot be exported, the results of the file differ, or a package is not installed.
     """
     if path.suffix.lower() != SUFFIXES[format]:
         raise DerainError(f"{path}: a file of --format {format} must end in {SUFFIXES[format]}")
@@ -74,8 +75,8 @@ def export(method: DerainModule, path: Path, format: Format = "onnx") -> dict[tu
             worst = max(differences, key=lambda size: _nan_last(differences[size]))
             if not differences[worst] <= TOLERANCE:  # NaN too
                 raise DerainError(
-                    f"{path}: not written, as it differs from {type(method).__name__} by {differences[worst]:.2g} at "
-                    f"{worst[0]}×{worst[1]} pixels; expected at most {TOLERANCE:g}; use the weights themselves"
+                    f"{path}: not written: results differ from {type(method).__name__} by {differences[worst]:.2g} at "
+                    f"{worst[1]}×{worst[0]} pixels; expected at most {TOLERANCE:g}; use the weights without export"
                 )
     return differences
 
@@ -98,7 +99,7 @@ def _alternative(format: Format) -> str:
 
 
 def _nan_last(difference: float) -> float:
-    return difference if difference == difference else float("inf")
+    return math.inf if math.isnan(difference) else difference
 
 
 @torch.no_grad()
@@ -109,10 +110,10 @@ def write(graph: Graph, method: DerainModule, path: Path, format: Format) -> Non
         DerainError: If the format cannot hold the graph, or a package for it is not installed.
     """
     parameters = sum(parameter.numel() for parameter in method.network.parameters())
-    metadata = json.dumps({**method.metadata(), "graph": graph.metadata(parameters)})
+    metadata = json.dumps(method.metadata() | {"graph": graph.metadata(parameters)})
     with warnings.catch_warnings():
-        # Of PyTorch about itself; and about tracing, which is deprecated: the newer exporter takes minutes for what
-        # tracing does in seconds. Its result is compared with the method at many sizes.
+        # PyTorch warns of its own code, and that tracing is deprecated. The newer exporter takes minutes where tracing
+        # takes seconds, and the traced graph is compared with the method at several sizes.
         warnings.simplefilter("ignore")
         try:
             if format == "onnx":
@@ -132,7 +133,7 @@ def _write_onnx(graph: Graph, metadata: str, path: Path) -> None:
     onnx_model.require_packages("onnx", "onnxruntime")
     import onnx
 
-    sizes = {2: "height", 3: "width"}
+    image_axes = {name: {2: "height", 3: "width"} for name in (*graph.inputs, "out") if name in {*IMAGES, "out"}}
     torch.onnx.export(
         graph,
         graph.example(*EXAMPLE_SIZE),
@@ -141,7 +142,7 @@ def _write_onnx(graph: Graph, metadata: str, path: Path) -> None:
         opset_version=OPSET,
         input_names=graph.inputs,
         output_names=["out"],
-        dynamic_axes={name: sizes for name in (*graph.inputs, "out") if name in {*IMAGES, "out"}},
+        dynamic_axes=image_axes,
     )
     model = onnx.load(path)
     onnx.helper.set_model_props(model, {"derain": metadata})
@@ -149,11 +150,13 @@ def _write_onnx(graph: Graph, metadata: str, path: Path) -> None:
 
 
 def _write_program(graph: Graph, metadata: str, path: Path) -> None:
-    height, width = (torch.export.Dim(name, min=1, max=1 << 16) for name in ("height", "width"))
+    height = torch.export.Dim("height", min=1, max=1 << 16)
+    width = torch.export.Dim("width", min=1, max=1 << 16)
+    axes = tuple({2: height, 3: width} if name in IMAGES else {} for name in graph.inputs)
     program = torch.export.export(
         graph,
         graph.example(*EXAMPLE_SIZE),
-        dynamic_shapes=(tuple({2: height, 3: width} if name in IMAGES else {} for name in graph.inputs),),
+        dynamic_shapes=(axes,),  # of the tuple ``*inputs``
         strict=False,
         prefer_deferred_runtime_asserts_over_guards=True,
     )
@@ -165,16 +168,17 @@ class _Program(nn.Module):
 
     def __init__(self, run: Callable[..., Tensor], inputs: list[str]) -> None:
         super().__init__()
-        self.run, self.inputs = run, inputs
+        self.run = run
+        self.inputs = inputs
 
     def forward(self, *inputs: Tensor, **named: Tensor | None) -> Tensor:
-        rest = [cast(Tensor, named[name]) for name in self.inputs[len(inputs) :]]
-        return self.run(*inputs[: len(self.inputs)], *rest)
+        remaining = [cast(Tensor, named[name]) for name in self.inputs[len(inputs) :]]
+        return self.run(*inputs[: len(self.inputs)], *remaining)
 
 
 @torch.no_grad()
 def compare(method: DerainModule, path: Path, format: Format) -> dict[tuple[int, int], float]:
-    """Return the largest difference between a method and its file, by size of the image.
+    """Return the largest difference between the results of a method and its file, by image size (height, width).
 
     Raises:
         DerainError: If the file cannot be read.
@@ -192,7 +196,7 @@ def compare(method: DerainModule, path: Path, format: Format) -> dict[tuple[int,
 
 
 def _restore_by_file(method: DerainModule, graph: Graph, path: Path, format: Format) -> Callable[..., Tensor]:
-    """Return a function that restores images by the file, as ``method`` restores them."""
+    """Return a function with the signature of ``method`` that restores images by the file."""
     if format == "onnx":
         network: nn.Module = onnx_model.OnnxNetwork(path)
     else:

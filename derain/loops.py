@@ -1,8 +1,8 @@
-"""Position of a training: saved with a checkpoint at any moment, restored exactly.
+"""Exact position of a training run in its checkpoints, and resuming from it.
 
-Lightning restarts its loops from the counters of a checkpoint, but not from all of them: within an epoch it repeats or
-skips validations and counts a step of the loggers twice or not at all; between two epochs it may skip the next one
-where ``max_steps`` is set. Here the counters are put where a clean position has them.
+Lightning restores only some counters of a checkpoint. Within an epoch it repeats or skips validations, and counts a
+step of the loggers twice or not at all. Between two epochs it may skip the next one if ``max_steps`` is set. The
+functions here correct the counters.
 """
 
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ from lightning.pytorch.loops.loop import _Loop
 
 
 class Position(NamedTuple):
-    """Where a training is.
+    """Position of a training run.
 
     Attributes:
-        epoch: Epochs before this one.
-        batch: Batches of this epoch that were trained on.
-        trained: Batches that were trained on in all epochs, which may have had other numbers of them.
+        epoch: Index of the current epoch.
+        batch: Number of batches of this epoch that were trained on.
+        trained: Number of batches that were trained on in all epochs, whose lengths may differ.
     """
 
     epoch: int
@@ -27,11 +27,11 @@ class Position(NamedTuple):
 
 
 def describe(trainer: Trainer) -> dict[str, Any]:
-    """Return what a checkpoint must say of the position beside Lightning's counters.
+    """Return the entries of a checkpoint that describe the position beside Lightning's counters.
 
     Returns:
-        ``steps``: steps that loggers have counted, with the batch that was trained on last; ``log``: metrics of this
-        step that are logged only after the checkpoint is written.
+        ``steps``: number of logger steps, including that of the last batch; ``log``: metrics of this step that
+        Lightning logs only after it has saved the checkpoint.
     """
     loop = trainer.fit_loop.epoch_loop
     progress: Any = loop.batch_progress.current
@@ -41,66 +41,75 @@ def describe(trainer: Trainer) -> dict[str, Any]:
 
 
 def _unlogged(trainer: Trainer, after_batch: bool) -> dict[str, float | int]:
+    """Return the metrics that Lightning has collected but not yet logged."""
     connector = trainer._logger_connector
     epoch: Any = trainer.fit_loop.epoch_progress.current
     accumulating = trainer.fit_loop._should_accumulate() and trainer.lightning_module.automatic_optimization
     step = after_batch and connector.should_update_logs and not accumulating
     if not trainer.training or not (step or epoch.processed > epoch.completed):
         return {}
-    return {name: float(value) for name, value in connector.metrics["log"].items()} | {"epoch": trainer.current_epoch}
+    metrics: dict[str, float | int] = {name: float(value) for name, value in connector.metrics["log"].items()}
+    metrics["epoch"] = trainer.current_epoch
+    return metrics
 
 
-def settle(loops: dict[str, Any]) -> Position:
-    """Put the counters of a checkpoint (its entry ``loops``) to a clean position, before a trainer loads them."""
+def correct_counters(loops: dict[str, Any]) -> Position:
+    """Set the counters of a checkpoint to a position from which Lightning resumes correctly.
+
+    Args:
+        loops: Entry ``loops`` of the checkpoint; changed in place, before a trainer loads it.
+
+    Returns:
+        The position.
+    """
     counters = loops["fit_loop"]
     epoch, batches = counters["epoch_progress"], counters["epoch_loop.batch_progress"]
     validation = counters["epoch_loop.val_loop.batch_progress"]
-    images = validation["current"]
-    validated = batches["current"]["processed"] == batches["current"]["completed"] and (
-        images["ready"] == images["completed"]  # else stopped within a validation
-    )
+    batch_completed = batches["current"]["processed"] == batches["current"]["completed"]
+    validation_completed = validation["current"]["ready"] == validation["current"]["completed"]
     _complete(batches)
     if epoch["current"]["started"] == epoch["current"]["processed"]:  # between two epochs
         _complete(epoch)
         return Position(epoch["current"]["processed"], 0, batches["total"]["processed"])
-    if not validated:  # a validation that is due here is begun, as Lightning sees it
-        for tracker in (validation["total"], validation["current"]):
-            tracker |= dict.fromkeys(tracker, 0)
+    if not (batch_completed and validation_completed):  # Lightning runs a validation that is due if one has started
+        for counts in (validation["total"], validation["current"]):
+            counts |= dict.fromkeys(counts, 0)
         validation["total"] |= {"ready": 1, "started": 1}
     return Position(epoch["current"]["processed"], batches["current"]["processed"], batches["total"]["processed"])
 
 
 def _complete(progress: dict[str, Any]) -> None:
-    """Count what was processed as completed, and forget what was begun."""
-    for tracker in (progress["total"], progress["current"]):
-        tracker |= dict.fromkeys(tracker, tracker["processed"])
+    """Set all counts of a progress tracker to the number of processed items."""
+    for counts in (progress["total"], progress["current"]):
+        counts |= dict.fromkeys(counts, counts["processed"])
 
 
 def accumulation(trainer: Trainer, epoch: int) -> int:
-    """Return the batches of an optimiser step in an epoch: Lightning's callback sets them when an epoch begins."""
-    schedules = [one for one in trainer.callbacks if isinstance(one, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
-    if schedules:
-        return schedules[0].get_accumulate_grad_batches(epoch)
+    """Return the number of batches per optimiser step in an epoch, which may be set by a callback of Lightning."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches(epoch)
     return int(trainer.accumulate_grad_batches)
 
 
-def begin(trainer: Trainer, saved: dict[str, Any]) -> None:
-    """Let loops and loggers continue from a position, when the training starts.
+def restore_position(trainer: Trainer, saved: dict[str, Any]) -> None:
+    """Set the loops to a saved position when training starts, and log the metrics that were not logged yet.
 
     Args:
-        trainer: The trainer, which has loaded settled counters.
-        saved: What `describe` returned when the checkpoint was saved.
+        trainer: The trainer, which has loaded the counters that `correct_counters` changed.
+        saved: Result of `describe` when the checkpoint was saved.
     """
     fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     epoch: Any = fit.epoch_progress.current
     trainer.accumulate_grad_batches = accumulation(trainer, epoch.processed)
     loop._batches_that_stepped = saved["steps"]
-    for logger in trainer.loggers if saved["log"] else ():
-        logger.log_metrics(saved["log"], step=saved["steps"] - 1)
-        logger.save()
+    if saved["log"]:
+        for logger in trainer.loggers:
+            logger.log_metrics(saved["log"], step=saved["steps"] - 1)
+            logger.save()
     if epoch.started == epoch.processed:
-        _Loop.restarting.fset(fit, False)  # type: ignore[attr-defined]  # else max_steps ends the epoch again
+        _Loop.restarting.fset(fit, False)  # type: ignore[attr-defined]  # otherwise max_steps may end the epoch
         return
     assert fit._data_fetcher is not None
     if loop._should_check_val_fx(fit._data_fetcher) and not loop._should_accumulate():
-        loop._batches_that_stepped -= 1  # the end of the last batch, with its validation, is to come
+        loop._batches_that_stepped -= 1  # counted again after the validation that is due

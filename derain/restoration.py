@@ -1,4 +1,4 @@
-"""Weights in, rainy image of any size in, clean image out."""
+"""Restoration of rainy images of any size, in tiles if memory is short."""
 
 import itertools
 import logging
@@ -29,10 +29,10 @@ Precision = Literal["float32", "bf16"]
 T = TypeVar("T")
 
 OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")
-"""How PyTorch's allocators of Linux, Windows and Apple GPUs say it."""
+"""Out-of-memory messages of PyTorch's allocators on Linux, Windows and Apple GPUs."""
 
 SMALLEST_TILE = 64
-"""Side below which running out of memory is final, in pixels."""
+"""Smallest side of a tile in pixels."""
 
 
 class Restorer:
@@ -44,17 +44,17 @@ class Restorer:
             ``my_method.MyModule``, imported from the installed packages or the current folder.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         precision: ``float32``, or ``bf16`` (autocast to bfloat16; float32 where the device cannot compute in it).
-        tile: Side of the tiles in pixels; ``auto``: whole images where memory allows, else the largest
-            tile that fits; ``None``: whole images always. Out of memory halves the tile and tries again.
+        tile: Side of the tiles in pixels; ``auto``: whole images if they fit into memory, otherwise the largest tile
+            that does; ``None``: whole images always. If memory runs out, tiles of half the side are tried.
         overlap: Pixels that neighbouring tiles share; they are blended by a raised cosine.
-        ensemble: Mean over the eight flips and rotations, eight times slower: better only by methods that were trained
-            on transposed crops; others take turned rain for no rain.
-        route: Let all images take this route, of methods that have routes, instead of perceiving them.
-        sampling: Solver, steps and seed, of methods that sample; their own default if not given.
-        compile: Compile the network; takes up to a minute first, and pays from a few hundred images on.
+        ensemble: Average over the eight flips and rotations, which takes eight times as long. Improves only methods
+            trained on transposed crops; others miss rotated rain.
+        route: Route of all images, for methods with routes; by default CLIP selects it per image.
+        sampling: Solver, steps and seed, for methods that sample; by default those of the method.
+        compile: Compile the network, which takes up to a minute; worthwhile for a few hundred images or more.
 
     Raises:
-        DerainError: If the weights cannot be used or the device is not there.
+        DerainError: If the weights cannot be used, or the device is not available.
 
     Example:
         >>> restorer = Restorer(device="cpu")
@@ -81,10 +81,10 @@ class Restorer:
         compile: bool = False,
     ) -> None:
         if isinstance(tile, int) and tile < SMALLEST_TILE:
-            raise DerainError(f"--tile {tile}: must be at least {SMALLEST_TILE}, auto or none")
-        restoring, self.note = _load(weights, method)
+            raise ArgumentError(f"tile {tile}: must be at least {SMALLEST_TILE}, 'auto' or None")
+        module, self.note = _load(weights, method)
         self.device = choose_device(device)
-        self.method = restoring.to(self.device).eval()
+        self.method = module.to(self.device).eval()
         if route is not None:
             set_route(self.method, route)
         if sampling is not None:
@@ -94,13 +94,13 @@ class Restorer:
             log.warning("bf16: %s has no instructions for it, and emulation is slower: using float32", self.device)
             precision = "float32"
         self.precision, self.tile, self.overlap, self.ensemble = precision, tile, overlap, ensemble
-        self._fitting: dict[tuple[int, int], int] = {}
+        self._tile_sides: dict[tuple[int, int], int] = {}
         if compile:
             _compile(self.method)
 
     @torch.inference_mode()
     def __call__(self, rainy: T, conditions: dict[str, Any] | None = None, *, name: str = "image") -> T:
-        """Restore one or several images; return them in the form that they were given in.
+        """Restore one or several images.
 
         Args:
             rainy: A PIL image, an array ``(h, w, 3)`` or ``(n, h, w, 3)``, a tensor ``(3, h, w)`` or ``(n, 3, h, w)``
@@ -110,11 +110,12 @@ class Restorer:
             name: Name of the image in messages.
 
         Returns:
-            The same kind, shape, type and device. A PIL image is upright RGB, with the alpha and profile that it had.
+            Restored images of the same kind, shape, type and device. PIL images are returned upright, as RGB or RGBA,
+            with the ICC profile of the input if that is for RGB.
 
         Raises:
-            DerainError: If it is none of these, floats are not in [0, 1], memory does not suffice for the smallest
-                tile, or the restored image has values that are not finite.
+            DerainError: If the input is of another kind, floats are not in [0, 1], memory does not suffice for the
+                smallest tile, or the restored image has values that are not finite.
         """
         restored: Any
         if isinstance(rainy, list | tuple):
@@ -122,7 +123,10 @@ class Restorer:
             restored = type(rainy)(self(image, conditions, name=f"{name} {index}") for index, image in images)
         elif isinstance(rainy, Image.Image):
             if rainy.mode[0] in "IF":  # more than 8 bits, which Pillow would clip
-                raise DerainError(f"a PIL image of mode {rainy.mode}; give 8 bits, or an array of floats in [0, 1]")
+                raise DerainError(
+                    f"{name}: PIL mode {rainy.mode}; expected 8 bits per channel; convert it, or pass an array of "
+                    "floats in [0, 1]"
+                )
             upright = ImageOps.exif_transpose(rainy)
             restored = Image.fromarray(self(np.asarray(upright.convert("RGB")), conditions, name=name))
             if upright.has_transparency_data:
@@ -137,15 +141,17 @@ class Restorer:
         return cast(T, restored)
 
     def _call(self, rainy: Tensor, conditions: dict[str, Any] | None, name: str) -> Tensor:
-        """Restore the images of a tensor one by one."""
+        """Restore the images of a tensor."""
         in_bytes = rainy.dtype == torch.uint8
         images = rainy.reshape(-1, 1, *rainy.shape[-3:]).to("cpu", torch.float32)
         if in_bytes:
             images = images / 255
         restored = torch.empty_like(images)
         for index, image in enumerate(images):
-            own = self.method.encode(image.to(self.device)) if conditions is None else conditions
-            derained = self._views(image, self.method, own)
+            image_conditions = conditions
+            if image_conditions is None:
+                image_conditions = self.method.encode(image.to(self.device))
+            derained = self._restore_ensemble(image, self.method, image_conditions)
             check_finite(derained, name if rainy.ndim == 3 else f"{name} {index}")
             restored[index] = derained.clamp(0, 1)
         if in_bytes:
@@ -156,12 +162,12 @@ class Restorer:
 
     @torch.inference_mode()
     def encode(self, rainy: NDArray[np.float32]) -> dict[str, Any]:
-        """Return what the method is conditioned on for an image ``(h, w, 3)`` in [0, 1]; often nothing."""
+        """Return the conditions of the method for an image ``(h, w, 3)`` in [0, 1]; empty for most methods."""
         return self.method.encode(torch.from_numpy(np.moveaxis(rainy, -1, 0).copy())[None].to(self.device))
 
     @torch.inference_mode()
     def explain(self, rainy: NDArray[np.float32], name: str = "image") -> "Explanation":
-        """Restore one image as a call does, with maps and a description if the method explains itself.
+        """Restore one image; also return the maps and the description of a method with the interface `Explains`.
 
         Args:
             rainy: ``(h, w, 3)`` in [0, 1].
@@ -170,55 +176,57 @@ class Restorer:
         image = torch.from_numpy(np.ascontiguousarray(rainy.transpose(2, 0, 1)))[None]
         conditions = self.encode(rainy)
         function = self.method.explain if isinstance(self.method, Explains) else self.method
-        views = self._views(image, function, conditions)
-        check_finite(views, name)
-        stack = np.ascontiguousarray(views[0].clamp(0, 1).permute(1, 2, 0).numpy())
+        restored = self._restore_ensemble(image, function, conditions)
+        check_finite(restored, name)
+        channels = np.ascontiguousarray(restored[0].clamp(0, 1).permute(1, 2, 0).numpy())
         if not isinstance(self.method, Explains):
-            return Explanation(stack, {}, {})
-        maps = {name: stack[:, :, channel] for channel, name in enumerate(self.method.maps, 3)}
-        return Explanation(stack[:, :, :3], maps, self.method.describe_image(conditions, 0))
+            return Explanation(channels, {}, {})
+        maps = {name: channels[:, :, index] for index, name in enumerate(self.method.maps, 3)}
+        return Explanation(channels[:, :, :3], maps, self.method.describe_image(conditions, 0))
 
-    def _views(
+    def _restore_ensemble(
         self, image: Float[Tensor, "1 3 h w"], forward: Callable[..., Tensor], conditions: dict[str, Any]
     ) -> Float[Tensor, "1 n h w"]:
-        """Restore the image, or the mean of its flips and rotations, under the same conditions."""
+        """Restore an image; with ``ensemble``, average over its flips and rotations."""
         if not self.ensemble:
             return self._restore(image, forward, conditions)
         restored = []
-        for turns, mirror in itertools.product(range(4), (False, True)):
-            view = torch.rot90(image.flip(3) if mirror else image, turns, (2, 3))
-            upright = torch.rot90(self._restore(view, forward, conditions), -turns, (2, 3))
-            restored.append(upright.flip(3) if mirror else upright)
+        for quarter_turns, is_flipped in itertools.product(range(4), (False, True)):
+            view = torch.rot90(image.flip(3) if is_flipped else image, quarter_turns, (2, 3))
+            upright = torch.rot90(self._restore(view, forward, conditions), -quarter_turns, (2, 3))
+            restored.append(upright.flip(3) if is_flipped else upright)
         return torch.stack(restored).mean(0)
 
     def _restore(
         self, image: Float[Tensor, "1 3 h w"], forward: Callable[..., Tensor], conditions: dict[str, Any]
     ) -> Float[Tensor, "1 n h w"]:
-        """Restore by the largest tiles that memory holds; their side is found once for each image size."""
+        """Restore by the largest tiles that fit into memory; their side is found once for each image size."""
         height, width = image.shape[2:]
-        if (height, width) not in self._fitting:
-            self._fitting[height, width] = self._first_tile(height, width)
+        if (height, width) not in self._tile_sides:
+            self._tile_sides[height, width] = self._first_tile(height, width)
         while True:
-            tile = self._fitting[height, width]
+            tile = self._tile_sides[height, width]
             try:
-                if isinstance(self.method, Sampled):  # each step is cut into tiles, since all share one state
+                if isinstance(self.method, Sampled):  # uses tiles at each step, since all tiles share one state
                     tiled = partial(blend_tiles, tile=tile, overlap=self.overlap)
                     return self._forward(image, forward, conditions | {"tiled": tiled, "show": show_steps})
-                return blend_tiles(image, lambda part: self._forward(part, forward, conditions), tile, self.overlap)
+                return blend_tiles(image, lambda crop: self._forward(crop, forward, conditions), tile, self.overlap)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+                is_memory_error = isinstance(error, torch.OutOfMemoryError | MemoryError)
+                if not is_memory_error and not OUT_OF_MEMORY.search(str(error)):
                     raise
                 if self.tile is None or tile // 2 < SMALLEST_TILE:
                     raise DerainError(
                         f"not enough memory for a tile of {tile}×{tile} pixels on {self.device}; "
-                        "close other programs, or use --tile auto, a smaller --tile or --device cpu"
+                        "close other programs, or use a smaller tile, tile auto or device cpu"
                     ) from error
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._fitting[height, width] = tile // 2
+            self._tile_sides[height, width] = tile // 2
             log.warning("out of memory: continuing with tiles of %d×%d pixels", tile // 2, tile // 2)
 
     def _first_tile(self, height: int, width: int) -> int:
+        """Return the side of the tiles to try first; the image's longest side means no tiles."""
         if isinstance(self.tile, int):
             return self.tile
         longest = max(height, width)
@@ -238,12 +246,12 @@ class Restorer:
             autocast = torch.autocast(self.device.type, torch.bfloat16)
         with autocast:
             derained = forward(tile.to(self.device, memory_format=torch.channels_last), **conditions).float()
-        # Clamping would turn infinity into white; as NaN it survives until the whole image is checked.
+        # Clamping would turn infinity into white; NaN is found when the whole image is checked.
         return torch.where(derained.isfinite(), derained.clamp(0, 1), torch.nan).cpu()
 
 
 class Explanation(NamedTuple):
-    """A derained image and what the method shows of its computation.
+    """Derained image with maps and findings of the method.
 
     Attributes:
         derained: ``(h, w, 3)`` in [0, 1].
@@ -257,14 +265,16 @@ class Explanation(NamedTuple):
 
 
 def _load(weights: Path | str | DerainModule, method: str | type | None) -> tuple[DerainModule, str]:
-    """Return the method and one line about it."""
+    """Return the method, and a line about it for messages."""
     if isinstance(weights, DerainModule):
         if method is not None:
             raise ArgumentError(f"method {method}: not used with a {type(weights).__name__}; omit it")
         return weights, type(weights).__name__
     module, note = load(weights, method)
     if not isinstance(module, DerainModule):
-        raise DerainError(f"{weights}: {note} does not restore images; use weights of a method")
+        raise DerainError(
+            f"{weights}: {note} does not restore images; use weights of a restoration method (derain models list)"
+        )
     return module, note
 
 
@@ -280,7 +290,7 @@ def _compile(method: DerainModule) -> None:
             f"compile: {type(method).__name__}.network is a {type(network).__name__}, which is not called as a whole; "
             "omit the option"
         )
-    torch._inductor.config.freezing = True  # folds layouts and bias into the convolutions; global or not at all
+    torch._inductor.config.freezing = True  # faster convolutions; PyTorch has only a global switch
     network.compile(dynamic=method.compiles_any_size)
 
 
@@ -288,10 +298,10 @@ def set_route(method: DerainModule, route: int) -> None:
     """Send all images along one route.
 
     Raises:
-        DerainError: If the method has no routes, or not this one.
+        ArgumentError: If the method has no routes, or not this one.
     """
     if not isinstance(method, Routed):
-        raise DerainError(f"--route {route}: {type(method).__name__} has no routes; omit the option")
+        raise ArgumentError(f"route {route}: {type(method).__name__} has no routes; omit it")
     method.set_route(route)
 
 
@@ -318,40 +328,45 @@ def require_explains(method: DerainModule) -> Explains:
 
 
 def choose_device(name: str) -> torch.device:
-    """Turns ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` into a device.
+    """Return the device for ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
 
     Raises:
-        DerainError: If there is no such device here.
+        ArgumentError: If the device is not available.
 
     Example:
         >>> choose_device("cpu")
         device(type='cpu')
     """
-    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    device_counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        return torch.device("cuda" if here["cuda"] else "mps" if here["mps"] else "cpu")
+        return torch.device(next(kind for kind, count in device_counts.items() if count))
     kind, colon, number = name.partition(":")
-    if kind not in here or (colon and not number.isdecimal()) or int(number or 0) >= here[kind]:
-        found = ", ".join(f"{count} {kind}" for kind, count in here.items() if count)
-        raise DerainError(f"--device {name}: not here (found {found}); give auto, cpu, cuda, cuda:N or mps")
+    if kind not in device_counts or (colon and not number.isdecimal()) or int(number or 0) >= device_counts[kind]:
+        available = ", ".join(f"{count} {kind}" for kind, count in device_counts.items() if count)
+        raise ArgumentError(
+            f"device {name}: not available (found {available}); expected auto, cpu, cuda, cuda:N or mps"
+        )
     return torch.device(name)
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16."""
+    """Return whether a device has instructions for bfloat16."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
+    if device.type != "cpu":
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def memory_for(device: torch.device) -> int:
-    """Bytes that a restoration may count on: free memory of the GPU, or of the machine, at most 4 GiB there.
+    """Return the bytes available to a restoration: free GPU memory, or on other devices free RAM, at most 4 GiB.
 
-    On a CPU, larger tiles are no faster, and other programs want memory too.
+    On a CPU, larger tiles are not faster.
     """
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # cached by PyTorch
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     return min(free_memory(), 4 << 30)
 
 
@@ -361,15 +376,15 @@ def blend_tiles(
     tile: int,
     overlap: int,
 ) -> Float[Tensor, "1 n h w"]:
-    """Restores tile by tile; where tiles overlap, each fades out along a raised cosine, so no seam shows.
+    """Apply a function to an image tile by tile, and blend the overlaps of the tiles by a raised cosine.
 
-    All tiles have one size, ``min(tile, h)`` by ``min(tile, w)``, so that a compiled network compiles once.
+    All tiles have the same size, ``min(tile, h)`` × ``min(tile, w)``, so that a compiled network compiles once.
 
     Args:
-        image: Or what else is laid out as one.
-        forward: Restores one tile, ``(1, c, s, s)`` to ``(1, n, s, s)``.
+        image: Image, or another tensor with the same layout, such as a sampler's state.
+        forward: Function of a tile, ``(1, c, min(tile, h), min(tile, w))``, that returns ``n`` channels of its size.
         tile: Side of a tile in pixels.
-        overlap: Least overlap of neighbours in pixels; at most half a tile is used.
+        overlap: Minimum overlap of neighbours in pixels; at most half a tile is used.
 
     Example:
         >>> image = torch.rand(1, 3, 50, 90)
@@ -377,43 +392,45 @@ def blend_tiles(
         True
     """
     height, width = image.shape[2:]
-    side_h, side_w = min(tile, height), min(tile, width)
-    if (side_h, side_w) == (height, width):
+    tile_height, tile_width = min(tile, height), min(tile, width)
+    if (tile_height, tile_width) == (height, width):
         return forward(image)
     overlap = min(overlap, tile // 2)
     total: Tensor | None = None
     weight = image.new_zeros(1, 1, height, width)
-    for top, left in itertools.product(starts(height, side_h, overlap), starts(width, side_w, overlap)):
-        rows, columns = slice(top, top + side_h), slice(left, left + side_w)
+    tops, lefts = tile_starts(height, tile_height, overlap), tile_starts(width, tile_width, overlap)
+    for top, left in itertools.product(tops, lefts):
+        bottom, right = top + tile_height, left + tile_width
+        rows, columns = slice(top, bottom), slice(left, right)
         fade = torch.outer(
-            _fade(side_h, overlap, top > 0, top + side_h < height),
-            _fade(side_w, overlap, left > 0, left + side_w < width),
+            _fade(tile_height, overlap, top > 0, bottom < height),
+            _fade(tile_width, overlap, left > 0, right < width),
         ).to(image.device)
-        part = forward(image[..., rows, columns].contiguous()) * fade
+        faded = forward(image[..., rows, columns].contiguous()) * fade
         if total is None:
-            total = part.new_zeros(1, part.shape[1], height, width)
-        total[..., rows, columns] += part
+            total = faded.new_zeros(1, faded.shape[1], height, width)
+        total[..., rows, columns] += faded
         weight[..., rows, columns] += fade
     return cast(Tensor, total) / weight
 
 
-def starts(length: int, tile: int, overlap: int) -> list[int]:
-    """First pixels of tiles that cover ``length`` and overlap by at least ``overlap``, evenly spread.
+def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Return the first pixels of evenly spaced tiles that cover ``length`` and overlap by at least ``overlap``.
 
     Example:
-        >>> starts(100, 40, 10)
+        >>> tile_starts(100, 40, 10)
         [0, 30, 60]
-        >>> starts(101, 40, 10)
+        >>> tile_starts(101, 40, 10)
         [0, 20, 41, 61]
     """
     if tile >= length:
         return [0]
     count = -(-(length - tile) // (tile - overlap)) + 1
-    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+    return [round(index * (length - tile) / (count - 1)) for index in range(count)]
 
 
 def _fade(side: int, overlap: int, before: bool, after: bool) -> Float[Tensor, " side"]:
-    """Weights along one side of a tile: 1 inside, a raised cosine towards neighbours, nowhere zero."""
+    """Return the weights along one side of a tile: 1 inside, a raised cosine above 0 towards its neighbours."""
     ramp = torch.sin((torch.arange(overlap) + 0.5) / max(overlap, 1) * torch.pi / 2) ** 2
     weight = torch.ones(side)
     if before:
@@ -424,24 +441,24 @@ def _fade(side: int, overlap: int, before: bool, after: bool) -> Float[Tensor, "
 
 
 def show_steps(steps: Iterable[T], total: int) -> Iterator[T]:
-    """Shows on a terminal how far sampling is."""
+    """Show the progress of sampling on a terminal."""
     return track(steps, "Sampling", total)
 
 
 def _checked(images: object, name: str) -> Tensor:
-    """Images that can be restored.
+    """Return a tensor of images if it can be restored.
 
     Raises:
-        DerainError: If they are not.
+        DerainError: If type, shape, data type or range is wrong.
     """
-    wanted = "expected a PIL image, an array (h, w, 3) or a tensor (3, h, w), or several; bytes, or floats in [0, 1]"
+    expected = "expected a PIL image, an array (h, w, 3) or a tensor (3, h, w), or several; bytes, or floats in [0, 1]"
     if not isinstance(images, Tensor):
         shape = f" of shape {images.shape}" if isinstance(images, np.ndarray) else ""
-        raise DerainError(f"{name}: is a {type(images).__name__}{shape}; {wanted}")
+        raise DerainError(f"{name}: is a {type(images).__name__}{shape}; {expected}")
     if images.ndim not in (3, 4) or images.shape[-3] != 3 or 0 in images.shape[-2:]:
-        raise DerainError(f"{name}: has channels, height and width {tuple(images.shape)}; {wanted}")
+        raise DerainError(f"{name}: has shape {tuple(images.shape)}; {expected}")
     if images.dtype != torch.uint8:
         if not images.is_floating_point():
-            raise DerainError(f"{name}: holds {images.dtype}; {wanted}")
+            raise DerainError(f"{name}: has dtype {images.dtype}; expected uint8 or floating point; convert it")
         check_range(images, name)
     return images

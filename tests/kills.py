@@ -1,7 +1,7 @@
-"""Compare a training that is killed at random moments and resumed with an uninterrupted one.
+"""Compare a training run that is killed at random times and resumed with an uninterrupted run.
 
-``python -m tests.kills METHOD --kills 5 [--steps]`` prints where each kill hit and whether the last checkpoints are
-equal to the last bit; with ``--steps``, a checkpoint is saved after every optimiser step.
+``python -m tests.kills METHOD --kills 5 [--steps]`` prints the position of each resumed checkpoint, and checks that the
+last checkpoints are equal to the last bit. With ``--steps``, a checkpoint is saved after every optimiser step.
 """
 
 import argparse
@@ -23,46 +23,58 @@ EPOCHS = {"PReNetModule": 24, "DACLIPSDEModule": 16, "CLIPRPNModule": 12, "PLNLI
 
 
 def newest(root: Path) -> Path | None:
-    """Return the newest checkpoint of all runs in a folder."""
+    """Return the newest checkpoint of all runs in a folder, or None."""
     files = [path for path in root.glob("fit-*/checkpoints/*.ckpt") if not path.name.startswith(".")]
     return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def kill_once(fit: list[str], root: Path, delay: float) -> tuple[bool, str]:
-    """Resume the newest checkpoint, and kill the process some seconds after it has saved another one.
+    """Resume the newest checkpoint, and kill the process ``delay`` seconds after it has saved another one.
 
     Returns:
-        Whether it was killed before it ended; a description of the resumed checkpoint.
+        Whether the process was killed before it ended; a description of the resumed checkpoint.
     """
-    before = newest(root)
-    resume = [] if before is None else ["--ckpt_path", str(before)]
+    resumed = newest(root)
+    options = []
     position = "nothing"
-    if before is not None:
-        content = torch.load(before, weights_only=True)
+    resumed_time = 0
+    if resumed is not None:
+        content = torch.load(resumed, weights_only=True)
         batch = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"]
-        position = f"{before.name} of step {content['global_step']}, batch {batch} of epoch {content['epoch']}"
-    stamp = 0 if before is None else before.stat().st_mtime_ns
-    process = start(*fit, *resume, "--trainer.default_root_dir", str(root))
+        options = ["--ckpt_path", str(resumed)]
+        position = f"{resumed.name} of step {content['global_step']}, batch {batch} of epoch {content['epoch']}"
+        resumed_time = resumed.stat().st_mtime_ns
+    process = start(*fit, *options, "--trainer.default_root_dir", str(root))
     try:
         while process.poll() is None:
             checkpoint = newest(root)
-            if checkpoint is not None and checkpoint.stat().st_mtime_ns > stamp:
+            if checkpoint is not None and checkpoint.stat().st_mtime_ns > resumed_time:
                 time.sleep(delay)
                 break
             time.sleep(0.01)
-        alive = process.poll() is None
+        running = process.poll() is None
     finally:
         process.kill()
     output, _ = process.communicate()
-    assert alive or process.returncode == 0, output
-    return alive, position
+    assert running or process.returncode == 0, output
+    return running, position
 
 
-def killed_equals_whole(method: str, folder: Path, kills: int, steps: bool, seed: int = 0, slowest: float = 2.0) -> int:
-    """Compare a training that is killed ``kills`` times with an uninterrupted one.
+def killed_equals_whole(
+    method: str, folder: Path, kills: int, steps: bool, seed: int = 0, max_delay: float = 2.0
+) -> int:
+    """Compare a training run that is killed up to ``kills`` times with an uninterrupted run.
+
+    Args:
+        method: Name of the method's class.
+        folder: Folder for both runs.
+        kills: Maximum number of kills.
+        steps: Whether a checkpoint is saved after every optimiser step.
+        seed: Seed of the times between a checkpoint and a kill.
+        max_delay: Maximum time between a checkpoint and a kill, in seconds.
 
     Returns:
-        Number of kills before the training ended.
+        Number of kills before the run ended.
 
     Raises:
         AssertionError: If weights, averages or the state of the optimisers differ.
@@ -70,21 +82,22 @@ def killed_equals_whole(method: str, folder: Path, kills: int, steps: bool, seed
     config = f"{method}.yaml"
     if steps:
         content = yaml.safe_load(Path(f"{method}-steps.yaml").read_text())
-        newest_only = {"save_top_k": 1, "filename": "step", "enable_version_counter": False}
-        content["trainer"]["callbacks"][-1]["init_args"] |= newest_only
+        one_file = {"save_top_k": 1, "filename": "step", "enable_version_counter": False}
+        content["trainer"]["callbacks"][-1]["init_args"] |= one_file
         config = f"{method}-newest.yaml"
         Path(config).write_text(yaml.safe_dump(content))
     fit = ["fit", "--config", config, "--trainer.max_epochs", str(EPOCHS[method])]
     whole, killed = folder / f"whole-{steps}", folder / f"killed-{steps}"
     assert derain([*fit, "--trainer.default_root_dir", str(whole)]) == 0
-    moments, hits = random.Random(seed), 0
+    delays = random.Random(seed)
+    count = 0
     for _ in range(kills):
-        alive, position = kill_once(fit, killed, moments.uniform(0, slowest))
-        print(f"  {method}: resumed {position}, {'killed' if alive else 'ended'}", flush=True)
-        hits += alive
-        if not alive:
+        was_killed, position = kill_once(fit, killed, delays.uniform(0, max_delay))
+        print(f"  {method}: resumed {position}, {'killed' if was_killed else 'ended'}", flush=True)
+        if not was_killed:
             break
-    if alive:
+        count += 1
+    if was_killed:
         checkpoint = newest(killed)
         assert derain([*fit, "--ckpt_path", str(checkpoint), "--trainer.default_root_dir", str(killed)]) == 0
     finished = newest(killed)
@@ -95,11 +108,11 @@ def killed_equals_whole(method: str, folder: Path, kills: int, steps: bool, seed
     for first, second in zip(expected["optimizer_states"], actual["optimizer_states"], strict=True):
         assert differing(first["state"], second["state"]) == []
     assert expected["global_step"] == actual["global_step"]
-    return hits
+    return count
 
 
 def main() -> int:
-    """Print the kills of one method."""
+    """Run the comparison for one method and print its kills."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("method", choices=list(MODELS))
     parser.add_argument("--kills", type=int, default=5)
@@ -109,8 +122,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         write_configs(Path(folder))
-        hits = killed_equals_whole(options.method, Path(folder), options.kills, options.steps, options.seed)
-        print(f"{options.method}: {hits} kills, last checkpoints equal to the last bit")
+        count = killed_equals_whole(options.method, Path(folder), options.kills, options.steps, options.seed)
+        print(f"{options.method}: {count} kills, last checkpoints equal to the last bit")
         os.chdir("/")
     return 0
 

@@ -1,4 +1,4 @@
-"""Image files of every kind that derain reads, and reproducible damage to them.
+"""Image files of all kinds with reproducible damage.
 
 To check more files than the tests do::
 
@@ -37,11 +37,11 @@ WRONG_CONTENT = {
     "text": b"no image",
     "empty": b"",
 }
-"""Contents of files that have the name of an image but are none, or in a format that derain does not read."""
+"""Contents that are not images, or images of a format that derain does not read."""
 
 
 def undamaged_files(rng: Rng) -> Files:
-    """Return undamaged files by name."""
+    """Return small undamaged files of all kinds by name."""
     rgb = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (40, 30))
     rgba = np.dstack([rgb, rgb[..., 0]])
     exif = camera_exif()
@@ -95,7 +95,7 @@ def undamaged_files(rng: Rng) -> Files:
 
 
 def camera_exif() -> bytes:
-    """Return EXIF like that of a camera: text, rationals, bytes, and directories of exposure and location."""
+    """Return EXIF with the tags of a camera: text, rationals, bytes, and directories of exposure and location."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010E], exif[0x010F], exif[0x0110], exif[0x0132] = 6, "rain", "Maker", "Model", "2020:01:01"
     exif[0x011A], exif[0x011B], exif[0x8298] = 72.0, 72.0, "nobody"
@@ -105,12 +105,13 @@ def camera_exif() -> bytes:
 
 
 def saved(name: str, image: Image.Image, **options: object) -> bytes:
+    """Return an image in the format of the name's suffix."""
     buffer = io.BytesIO()
     image.save(buffer, format=Image.registered_extensions()[Path(name).suffix], **options)
     return buffer.getvalue()
 
 
-# Each mutation returns damaged contents of a file.
+# Mutations: each returns a damaged copy of a file's content.
 
 
 def flip_bits(data: bytes, rng: Rng, files: Files) -> bytes:
@@ -141,8 +142,8 @@ def overwrite(data: bytes, rng: Rng, files: Files) -> bytes:
     """Overwrite two, four or eight bytes with an extreme number."""
     size = int(rng.choice([2, 4, 8]))
     start = int(rng.integers(0, max(1, min(len(data) - size, 400))))
-    value = [bytes(size), b"\xff" * size, b"\x7f" + b"\xff" * (size - 1), rng.bytes(size)][int(rng.integers(4))]
-    return data[:start] + value + data[start + size :]
+    values = [bytes(size), b"\xff" * size, b"\x7f" + b"\xff" * (size - 1), rng.bytes(size)]
+    return data[:start] + values[int(rng.integers(4))] + data[start + size :]
 
 
 def swap_headers(data: bytes, rng: Rng, files: Files) -> bytes:
@@ -177,8 +178,9 @@ def edit_png(data: bytes, rng: Rng) -> bytes:
     elif action == 2 and body:
         chunks[index] = (kind, flipped(body, rng, len(body)))
     else:
-        new = [b"tRNS", b"PLTE", b"eXIf", b"iCCP", b"acTL", b"zTXt", b"gAMA"][int(rng.integers(7))]
-        chunks.insert(1, (new, rng.bytes(int(rng.integers(40)))))
+        kinds = [b"tRNS", b"PLTE", b"eXIf", b"iCCP", b"acTL", b"zTXt", b"gAMA"]
+        kind = kinds[int(rng.integers(7))]
+        chunks.insert(1, (kind, rng.bytes(int(rng.integers(40)))))
     encoded = data[:8]
     for kind, body in chunks:
         encoded += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -212,14 +214,15 @@ def edit_exif(data: bytes, rng: Rng, files: Files) -> bytes:
         exif = data[start : start + 120]
         return data[:start] + flipped(exif, rng, len(exif)) + data[start + 120 :]
     if data.startswith(b"\xff\xd8"):
-        body = b"Exif\0\0" + [b"II*\0", b"MM\0*", b""][int(rng.integers(3))] + rng.bytes(int(rng.integers(80)))
+        header = [b"II*\0", b"MM\0*", b""][int(rng.integers(3))]
+        body = b"Exif\0\0" + header + rng.bytes(int(rng.integers(80)))
         return data[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + data[2:]
     return flip_bits_of_the_head(data, rng, files)
 
 
 def edit_exif_entry(data: bytes, rng: Rng, files: Files) -> bytes:
-    """Change tag, type, count or value of entries of EXIF's directories; a JPEG replaces files without EXIF."""
-    start = data.find(b"MM\0*\0\0\0\x08", 4)  # EXIF of `camera_exif`
+    """Change tag, type, count or value of EXIF entries; of ``a.jpg`` if the file has no EXIF."""
+    start = data.find(b"MM\0*\0\0\0\x08", 4)  # as `camera_exif` begins
     if start < 0:
         return edit_exif_entry(files["a.jpg"], rng, files)
     changed = bytearray(data)
@@ -280,11 +283,14 @@ def mutated_files(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
 
 
 def check(path: Path) -> str:
-    """Read a file with all functions and write the photo: return "read", or the message of the error.
+    """Read a file with all functions, and write the photo in all formats.
+
+    Returns:
+        ``read``, or the message of the `DerainError`.
 
     Raises:
-        AssertionError: If sizes differ, an image is invalid, or a message does not name the file.
-        Exception: Any other exception is a bug.
+        AssertionError: If sizes differ, an image is invalid, or an error message does not name the file.
+        Exception: Any exception but a `DerainError` is a bug.
     """
     results: list[object] = []
     for read in (image_size, read_rgb, read_photo):
@@ -309,7 +315,7 @@ def check(path: Path) -> str:
 
 
 def check_written(photo: Photo, path: Path) -> None:
-    """Write a photo in every format and read it again.
+    """Write a photo in every format, and read the files.
 
     Raises:
         AssertionError: If size or metadata differ.
@@ -318,10 +324,10 @@ def check_written(photo: Photo, path: Path) -> None:
         for suffix in (".jpg", ".png", ".webp", ".tif", ".bmp"):
             target = Path(folder, path.name).with_suffix(suffix)
             written = photo.write(target)
-            again = read_photo(target)
-            assert again.rgb.shape == photo.rgb.shape
-            assert bool((again.info or {}).get("exif")) == ("exif" in written), (suffix, written)
-            assert again.has_location == has_location(written)
+            copy = read_photo(target)
+            assert copy.rgb.shape == photo.rgb.shape
+            assert bool((copy.info or {}).get("exif")) == ("exif" in written), (suffix, written)
+            assert copy.has_location == has_location(written)
 
 
 def main() -> None:
@@ -331,8 +337,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verbose", action="store_true", help="name slow files")
     arguments = parser.parse_args()
-    start, results, slowest = time.perf_counter(), Counter[str](), 0.0
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    results = Counter[str]()
+    slowest = 0.0
+    initial_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with TemporaryDirectory() as folder:
         for name, data in mutated_files(arguments.count, arguments.seed):
             path = Path(folder, name)
@@ -347,9 +355,9 @@ def main() -> None:
             slowest = max(slowest, seconds)
             if arguments.verbose and seconds > 0.3:
                 print(name, seconds, image_size(path))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"{dict(results)} in {time.perf_counter() - start:.1f} s, slowest {slowest:.2f} s, ", end="")
-    print(f"memory {before / 1024:.0f} to {peak / 1024:.0f} MB")
+    print(f"memory {initial_memory / 1024:.0f} to {peak_memory / 1024:.0f} MB")
 
 
 if __name__ == "__main__":

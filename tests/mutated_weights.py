@@ -1,8 +1,8 @@
-"""Damaged and hostile weights files of all kinds, made from whole ones by a seed; also a longer run by hand.
+"""Weights files of all kinds with reproducible damage and hostile content.
+
+To check more files than the tests do, and keep those that fail::
 
     python -m tests.mutated_weights 1000 --seed 7
-
-loads as many files, reports what was loaded, refused or went wrong, and keeps each file that went wrong.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from derain.methods import DACLIPSDEModule, DerainModule, PReNetModule, catalog
 from derain.restoration import Restorer
 from tests.methods.test_contract import METHODS, SMALL
 
-NASTY: tuple[Callable[[Any], Any], ...] = (
+HOSTILE_VALUES: tuple[Callable[[Any], Any], ...] = (
     lambda old: None,
     lambda old: True,
     lambda old: -1,
@@ -53,42 +53,44 @@ NASTY: tuple[Callable[[Any], Any], ...] = (
     lambda old: [[[]]],
     lambda old: old * 2 if isinstance(old, int | float | str | list) else old,
 )
-"""Values in place of those that a file has."""
+"""Functions of the value in a file that return its replacement."""
 
 
-def originals(folder: Path) -> list[Path]:
-    """Write a whole file of every kind and method, small ones."""
+def undamaged_files(folder: Path) -> list[Path]:
+    """Write a small undamaged file of every kind and method."""
     torch.manual_seed(0)
-    made = []
+    paths = []
     for method in METHODS:
         module = method(**SMALL[method.__name__]).eval()
-        module.save_weights(folder / f"{method.__name__}.safetensors")
-        torch.save(checkpoint(module), folder / f"{method.__name__}.ckpt")
-        made += [folder / f"{method.__name__}.safetensors", folder / f"{method.__name__}.ckpt"]
+        weights = folder / f"{method.__name__}.safetensors"
+        module.save_weights(weights)
+        torch.save(checkpoint(module), weights.with_suffix(".ckpt"))
+        paths += [weights, weights.with_suffix(".ckpt")]
     published = {
         "prenet": PReNetModule("PRN_r").network.state_dict(),
         "irsde": DACLIPSDEModule(**SMALL["DACLIPSDEModule"] | {"attention": "linear"}).network.state_dict(),
         "nafnet": NAFNet(width=4, enc_blk_nums=[1], middle_blk_num=1, dec_blk_nums=[1]).state_dict(),
     }
     for name, state in published.items():
-        torch.save({"params": state} if name == "nafnet" else state, folder / f"{name}.pth")
-        made.append(folder / f"{name}.pth")
+        path = folder / f"{name}.pth"
+        torch.save({"params": state} if name == "nafnet" else state, path)
+        paths.append(path)
     for module in (PReNetModule(stages=1).eval(), DACLIPSDEModule(**SMALL["DACLIPSDEModule"]).eval()):
         path = folder / f"{type(module).__name__}.onnx"
         write(module.export_graph(), module, path, "onnx")
-        made += [path] * 2
-    return made
+        paths += [path] * 2
+    return paths
 
 
 def checkpoint(module: DerainModule) -> dict[str, Any]:
-    """A checkpoint with an average, as training writes it."""
+    """Return a checkpoint with the average of EMA, as training saves it."""
     state = {f"network.{name}": value for name, value in module.network.state_dict().items()}
     average = {"network": module.network.state_dict(), "updates": 3, "batches": 3}
     return {"derain": module.metadata(), "state_dict": state, "ema": average, "epoch": 3, "global_step": 7}
 
 
 def mutate(source: Path, target: Path, random: Random) -> str:
-    """Write a mutation of a file; returns what was done."""
+    """Write a mutated copy of a file; return a description of the change."""
     shutil.copy(source, target)
     if random.random() < 0.4:
         return mutate_bytes(target, random)
@@ -96,15 +98,15 @@ def mutate(source: Path, target: Path, random: Random) -> str:
         with safetensors.safe_open(source, framework="pt") as file:
             metadata = file.metadata()
         content = {"derain": json.loads(metadata["derain"]), "state_dict": safetensors.torch.load_file(source)}
-        done = mutate_content(content, random)
+        change = mutate_content(content, random)
         write_safetensors(content, target, random)
-        return done
+        return change
     if target.suffix == ".onnx":
         return mutate_onnx(target, random)
     content = torch.load(source, weights_only=True)
-    done = mutate_content(content, random)
+    change = mutate_content(content, random)
     torch.save(content, target, _use_new_zipfile_serialization=random.random() < 0.7)
-    return done
+    return change
 
 
 def mutate_bytes(path: Path, random: Random) -> str:
@@ -138,27 +140,28 @@ def mutate_content(content: dict[str, Any], random: Random) -> str:
     kind = random.choice(("metadata", "metadata", "hyper-parameter", "hyper-parameter", "tensor", "name", "structure"))
     metadata = content.get("derain")
     if metadata is not None and kind in {"metadata", "hyper-parameter"}:
-        part = metadata["hyper_parameters"] if kind == "hyper-parameter" else metadata
-        key = random.choice([*part, "unknown"])
+        entries = metadata["hyper_parameters"] if kind == "hyper-parameter" else metadata
+        key = random.choice([*entries, "unknown"])
         if random.random() < 0.15:
-            part.pop(key, None)
+            entries.pop(key, None)
         else:
-            part[key] = random.choice(NASTY)(part.get(key))
+            entries[key] = random.choice(HOSTILE_VALUES)(entries.get(key))
         return f"{kind} {key}"
     name = random.choice(list(state))
     if kind == "name":
-        new = random.choice((f"{name}.x", "", name.upper(), "conv\n0", "body.99999999.weight", 7))
-        state[new] = state.pop(name)
+        new_name = random.choice((f"{name}.x", "", name.upper(), "conv\n0", "body.99999999.weight", 7))
+        state[new_name] = state.pop(name)
     elif kind == "structure":
-        outer = random.choice([key for key in ("state_dict", "ema", "params") if key in content] or [name])
-        content[outer] = random.choice(NASTY)(3)
+        keys = [key for key in ("state_dict", "ema", "params") if key in content]
+        key = random.choice(keys or [name])
+        content[key] = random.choice(HOSTILE_VALUES)(3)
     else:
         state[name] = mutate_tensor(state[name], random)
     return f"{kind} {name}"
 
 
 def mutate_tensor(tensor: torch.Tensor, random: Random) -> Any:
-    """Another type, shape, layout, or numbers."""
+    """Return a tensor of another type, shape or layout, or with other values."""
     changes: tuple[Callable[[], Any], ...] = (
         lambda: tensor.to(torch.int64),
         lambda: tensor.to(torch.bool),
@@ -179,22 +182,21 @@ def mutate_tensor(tensor: torch.Tensor, random: Random) -> Any:
 
 
 def write_safetensors(content: dict[str, Any], path: Path, random: Random) -> None:
-    """Write what safetensors can hold of mutated content; now and then metadata that is no JSON."""
+    """Write the mutated content that safetensors can contain; sometimes with metadata that is not JSON."""
     state = content["state_dict"] if isinstance(content["state_dict"], dict) else {}
-    dense = {
-        str(name): value.contiguous()
-        for name, value in state.items()
-        if isinstance(value, torch.Tensor) and value.layout == torch.strided and value.numel() < 10**8
-    }
-    dense = {name: value for name, value in dense.items() if value.device.type == "cpu"}
+    tensors = {}
+    for name, value in state.items():
+        dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        if dense and value.numel() < 10**8:
+            tensors[str(name)] = value.clone(memory_format=torch.contiguous_format)
     text = json.dumps(content["derain"])
     if random.random() < 0.1:
         text = random.choice(("", "[", "[" * 100_000, '{"a":' * 100_000, "5", '"x"', "null", text[:-1], "9" * 5_000))
-    safetensors.torch.save_file({name: value.clone() for name, value in dense.items()}, path, {"derain": text})
+    safetensors.torch.save_file(tensors, path, {"derain": text})
 
 
 def mutate_onnx(path: Path, random: Random) -> str:
-    """Change metadata, an operator, an input or output, or weights."""
+    """Change metadata, an operator, an input or output, or weights; return a description of the change."""
     model = onnx.load(path)
     graph = model.graph
     kind = random.choice(
@@ -202,9 +204,9 @@ def mutate_onnx(path: Path, random: Random) -> str:
     )
     if kind == "metadata":
         metadata = json.loads(model.metadata_props[0].value)
-        part = random.choice((metadata, metadata["graph"], metadata["hyper_parameters"]))
-        key = random.choice(list(part))
-        part[key] = random.choice(NASTY)(part[key])
+        entries = random.choice((metadata, metadata["graph"], metadata["hyper_parameters"]))
+        key = random.choice(list(entries))
+        entries[key] = random.choice(HOSTILE_VALUES)(entries[key])
         onnx.helper.set_model_props(model, {"derain": json.dumps(metadata)})
     elif kind == "operator":
         random.choice(graph.node).op_type = random.choice(("Loop", "If", "Conv", "Range", "Nothing", "Expand"))
@@ -233,9 +235,9 @@ def mutate_onnx(path: Path, random: Random) -> str:
     else:
         limit = onnx.helper.make_tensor("limit", onnx.TensorProto.INT64, [], [10**15])
         graph.initializer.append(limit)
-        one = onnx.helper.make_tensor("one", onnx.TensorProto.INT64, [], [1])
-        graph.initializer.append(one)
-        graph.node.append(onnx.helper.make_node("Range", ["one", "limit", "one"], ["long"]))
+        step = onnx.helper.make_tensor("step", onnx.TensorProto.INT64, [], [1])
+        graph.initializer.append(step)
+        graph.node.append(onnx.helper.make_node("Range", ["step", "limit", "step"], ["long"]))
         graph.output.add().CopyFrom(onnx.helper.make_tensor_value_info("long", onnx.TensorProto.INT64, [None]))
         if random.random() < 0.5:
             del graph.output[-1]
@@ -244,7 +246,7 @@ def mutate_onnx(path: Path, random: Random) -> str:
 
 
 def outcome(path: Path, by_restorer: bool) -> str:
-    """Load a file; returns ``loaded``, ``refused``, or ``refused badly``: not in one line that names the file."""
+    """Load a file; return ``loaded``, ``refused``, or ``refused badly`` (not in one line that names the file)."""
     try:
         if by_restorer:
             Restorer(path, device="cpu")
@@ -252,50 +254,55 @@ def outcome(path: Path, by_restorer: bool) -> str:
             catalog.load(path)
     except DerainError as error:
         message = str(error)
-        well = path.name in message and "\n" not in message and len(message) < 1_500
-        return "refused" if well else f"refused badly: {message}"
+        is_one_line = path.name in message and "\n" not in message and len(message) < 1_500
+        return "refused" if is_one_line else f"refused badly: {message}"
     return "loaded"
 
 
 def run(count: int, seed: int, folder: Path, report: Callable[[Path, str, BaseException], None]) -> dict[str, Any]:
-    """Load mutated files, and return figures: outcomes, seconds of the slowest, growth of memory in bytes.
+    """Load mutated files.
 
     Args:
         count: Number of files.
-        seed: Of all mutations.
-        folder: Where the files are written.
-        report: Called for each file that is neither loaded nor refused.
+        seed: Seed of all mutations.
+        folder: Folder for the files.
+        report: Called with the file, its change and the error if a file is neither loaded nor refused.
+
+    Returns:
+        ``outcomes``: number of files by outcome; ``slowest``: processor time in seconds and change of the slowest file;
+        ``growth``: growth of memory in bytes.
     """
-    sources = originals(folder)
+    sources = undamaged_files(folder)
     process = psutil.Process()
-    start, peak = process.memory_info().rss, 0
+    initial_memory = process.memory_info().rss
+    peak_memory = 0
     outcomes: Counter[str] = Counter()
     slowest = (0.0, "")
     for number in range(count):
         random = Random(f"{seed} {number}")
         source = sources[number % len(sources)]
         path = folder / f"{number}{source.suffix}"
-        done = f"{source.name}, {mutate(source, path, random)}"
-        began = time.process_time()
+        change = f"{source.name}, {mutate(source, path, random)}"
+        start = time.process_time()
         try:
             result = outcome(path, by_restorer=number % 3 == 0)
             outcomes[result] += 1
             if result.startswith("refused badly"):
-                report(path, done, ValueError(result))
+                report(path, change, ValueError(result))
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
-            outcomes["wrong"] += 1
-            report(path, done, error)
+            outcomes["failed"] += 1
+            report(path, change, error)
         else:
             path.unlink()
-        slowest = max(slowest, (time.process_time() - began, done))
-        peak = max(peak, process.memory_info().rss)
-    return {"outcomes": dict(outcomes), "slowest": slowest, "growth": peak - start}
+        slowest = max(slowest, (time.process_time() - start, change))
+        peak_memory = max(peak_memory, process.memory_info().rss)
+    return {"outcomes": dict(outcomes), "slowest": slowest, "growth": peak_memory - initial_memory}
 
 
 def main() -> None:
-    """Run by hand."""
+    """Load mutated files; print errors and figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("count", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -304,12 +311,12 @@ def main() -> None:
     folder = args.folder or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
 
-    def report(path: Path, done: str, error: BaseException) -> None:
-        print(f"{path} ({done}): {''.join(traceback.format_exception(error)[-3:])}", flush=True)
+    def report(path: Path, change: str, error: BaseException) -> None:
+        print(f"{path} ({change}): {''.join(traceback.format_exception(error)[-3:])}", flush=True)
 
-    began = time.perf_counter()
+    start = time.perf_counter()
     figures = run(args.count, args.seed, folder, report)
-    print(f"{figures}, {time.perf_counter() - began:.0f} s, files that went wrong in {folder}")
+    print(f"{figures}, {time.perf_counter() - start:.0f} s, failing files in {folder}")
 
 
 if __name__ == "__main__":

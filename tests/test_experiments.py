@@ -282,16 +282,16 @@ def test_means_of_weights(tmp_path, capsys):
     script.main(tmp_path / "a", tmp_path / "b", tmp_path / "mean", 0.7)
     mean = catalog.load(tmp_path / "mean").module.network.state_dict()
     for name, value in mean.items():
-        one, other = (module.network.state_dict()[name] for module in modules)
-        torch.testing.assert_close(value, 0.7 * one + 0.3 * other)
+        first, second = (module.network.state_dict()[name] for module in modules)
+        torch.testing.assert_close(value, 0.7 * first + 0.3 * second)
     PReNetModule("PRN", stages=1).save_weights(tmp_path / "c")
-    for file, share, told in (("c", 0.5, "/c: "), ("b", 1.5, "--share 1.5")):
-        with pytest.raises(DerainError, match=told):
+    for file, share, value in (("c", 0.5, "/c: "), ("b", 1.5, "--share 1.5")):
+        with pytest.raises(DerainError, match=value):
             script.main(tmp_path / "a", tmp_path / file, tmp_path / "out", share)
     assert not (tmp_path / "out").exists()
 
 
-def test_data_of_the_model_in_the_box_has_no_leak(tmp_path, monkeypatch, capsys):
+def test_data_of_the_bundled_model_has_no_leak(tmp_path, monkeypatch, capsys):
     script = load_script("default_data")
     monkeypatch.setattr(script, "VALIDATE", 1)
     make_set(tmp_path / "data", "Rain800", "train", count=5, seed=1, size=(96, 128))

@@ -1,4 +1,4 @@
-"""Weights files that are damaged or hostile are loaded or refused in one line, within bounds of time and memory."""
+"""Damaged and hostile weights files are loaded or refused in one line, within limits of time and memory."""
 
 import os
 
@@ -11,10 +11,10 @@ COUNT = int(os.environ.get("DERAIN_FUZZ", 100))
 
 @pytest.mark.slow
 def test_mutated_weights_are_loaded_or_refused(tmp_path):
-    wrong = []
-    figures = run(COUNT, 0, tmp_path, lambda path, done, error: wrong.append((path.name, done, repr(error))))
-    assert wrong == []
+    failures = []
+    figures = run(COUNT, 0, tmp_path, lambda path, change, error: failures.append((path.name, change, repr(error))))
+    assert failures == []
     assert figures["outcomes"]["refused"] > COUNT / 2
-    seconds, slowest = figures["slowest"]
-    assert seconds < 30, slowest
+    seconds, change = figures["slowest"]
+    assert seconds < 30, change
     assert figures["growth"] < 1 << 30

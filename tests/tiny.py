@@ -1,4 +1,4 @@
-"""Every method as a network of seconds, on a few images: for what all of them must do in training."""
+"""Configurations that train a tiny network of every method on a few images in seconds."""
 
 import os
 from pathlib import Path
@@ -7,42 +7,68 @@ import yaml
 
 from tests.factories import make_clip, make_set
 
-BLOCKS = {"dim": 8, "blocks": [1, 1, 1, 1], "refinement": 1}
+RESTORMER_SIZE = {"dim": 8, "blocks": [1, 1, 1, 1], "refinement": 1}
 MODELS = {
     "PReNetModule": {"variant": "PReNet", "stages": 2, "milestones": [1, 2]},
-    "RestormerModule": {**BLOCKS, "warm_up": 0.2},
-    "CLIPRPNModule": BLOCKS,
+    "RestormerModule": {**RESTORMER_SIZE, "warm_up": 0.2},
+    "CLIPRPNModule": RESTORMER_SIZE,
     "DACLIPSDEModule": {"contexts": "none", "channels": 8, "multipliers": [1, 2], "sde_steps": 4},
     "DACLIPModule": {},
     "PLNLINGANModule": {
-        **{"channels": 4, "stages": [1, 1, 1, 1], "hierarchy": 1, "heads": 1, "learning_rate": 1e-3},
-        **{"discriminator_channels": 4, "discriminator_stages": 1, "generator_steps": 3, "milestones": [1, 2]},
+        "channels": 4,
+        "stages": [1, 1, 1, 1],
+        "hierarchy": 1,
+        "heads": 1,
+        "learning_rate": 1e-3,
+        "discriminator_channels": 4,
+        "discriminator_stages": 1,
+        "generator_steps": 3,
+        "milestones": [1, 2],
     },
 }
-STEPS = {
+"""Options of the tiny networks."""
+
+CHECKPOINT_EVERY_STEP = {
     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-    "init_args": {"every_n_train_steps": 1, "save_top_k": -1, "filename": "step-{step}", "save_last": False}
-    | {"auto_insert_metric_name": False, "save_on_train_epoch_end": False},
+    "init_args": {
+        "every_n_train_steps": 1,
+        "save_top_k": -1,
+        "filename": "step-{step}",
+        "save_last": False,
+        "auto_insert_metric_name": False,
+        "save_on_train_epoch_end": False,
+    },
 }
-"""Checkpoint after every optimiser step."""
+"""Callback that saves a checkpoint after every optimiser step."""
+
+EMA = {"class_path": "EMA", "init_args": {"decay": 0.9}}
 
 
 def write_configs(folder: Path, epochs: int = 2) -> Path:
-    """Makes data, a tiny CLIP and ``METHOD.yaml`` of every method: four batches of two crops an epoch."""
+    """Write data, a tiny CLIP, and configurations of every method with four batches of two crops per epoch.
+
+    Returns:
+        The folder, with ``METHOD.yaml`` and, with a checkpoint after every step, ``METHOD-steps.yaml``.
+    """
     make_set(folder / "data", "Rain800", "train", count=9, size=(64, 64))
     make_set(folder / "data", "Rain800", "test", count=2, seed=50)
     clip = str(make_clip(folder / "clip"))
     os.environ |= {"DERAIN_DATA": str(folder / "data"), "DERAIN_CACHE": str(folder / "cache")}
     for name, options in MODELS.items():
-        own = {"clip": clip} if "CLIP" in name else {}
-        callbacks = [{"class_path": "EMA", "init_args": {"decay": 0.9}}] * (name != "DACLIPModule")
+        clip_option = {"clip": clip} if "CLIP" in name else {}
+        callbacks = [] if name == "DACLIPModule" else [EMA]
         config = {
-            "model": {"class_path": name, "init_args": options | own},
+            "model": {"class_path": name, "init_args": options | clip_option},
             "data": {"train": "Rain800", "crop": 56, "batch_size": 2, "workers": 0},
-            "trainer": {"max_epochs": epochs, "accelerator": "cpu", "enable_progress_bar": False}
-            | {"log_every_n_steps": 1, "callbacks": callbacks},
+            "trainer": {
+                "max_epochs": epochs,
+                "accelerator": "cpu",
+                "enable_progress_bar": False,
+                "log_every_n_steps": 1,
+                "callbacks": callbacks,
+            },
         }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
-        steps = config | {"trainer": config["trainer"] | {"callbacks": [*callbacks, STEPS]}}
-        (folder / f"{name}-steps.yaml").write_text(yaml.safe_dump(steps))
+        config["trainer"]["callbacks"] = [*callbacks, CHECKPOINT_EVERY_STEP]
+        (folder / f"{name}-steps.yaml").write_text(yaml.safe_dump(config))
     return folder

@@ -1,4 +1,4 @@
-"""Weights file of a training run."""
+"""Callback that writes the weights file of a training run."""
 
 import logging
 from pathlib import Path
@@ -18,9 +18,9 @@ log = logging.getLogger("derain")
 
 
 class FinalWeights(Callback):
-    """Write ``weights.safetensors`` when training ends, and log the validation score.
+    """Write ``weights.safetensors`` at the end of training, and log the validation score.
 
-    The weights are those of the best checkpoint, or of the last one if nothing was validated.
+    The weights are those of the best checkpoint, or of the last one if no validation ran.
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -33,9 +33,9 @@ class FinalWeights(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             log.info("fast_dev_run: no checkpoints and no weights are saved")
             return
-        file = best.best_model_path or last.best_model_path  # without a monitor, the best is the newest
+        file = best.best_model_path or last.best_model_path  # of a callback without monitor, best is the newest
         if not file:
-            log.warning("no step was trained: no weights are saved")
+            log.warning("no training step was run: no weights are saved")
             return
         for checkpoint in trainer.checkpoint_callbacks:
             if isinstance(checkpoint, ModelCheckpoint) and not checkpoint.monitor:  # loggers would call it best
@@ -44,15 +44,15 @@ class FinalWeights(Callback):
         load(Path(file), type(pl_module)).module.save_weights(target)
         score = float("nan") if best.best_model_score is None else float(best.best_model_score)
         images = image_count(*validation_counts(trainer))
-        rainy = trainer.callback_metrics.get("val/rainy_psnr")  # of this run, which may have had no epoch left
+        rainy = trainer.callback_metrics.get("val/rainy_psnr")  # None if the resumed run had no epoch left
         if not best.best_model_path:
-            log.warning("no validation took place: the weights are those after the last epoch")
+            log.warning("no validation was run: saved the weights of the last epoch")
         elif isinstance(pl_module, DerainModule):
             baseline = "" if rainy is None else f"rainy {float(rainy):.2f} dB, "
             protocol = pl_module.protocols[0]
-            log.info("validation: %sderained %.2f dB at best (%s, %s)", baseline, score, protocol, images)
+            log.info("best validation: %sderained %.2f dB (%s, %s)", baseline, score, protocol, images)
         else:
-            log.info("validation: %s %.4f at best (%s)", cast(TrainableModule, pl_module).monitor, score, images)
+            log.info("best validation: %s %.4f (%s)", cast(TrainableModule, pl_module).monitor, score, images)
         method = type(pl_module)
         option = f"--method {class_path(method)}" if must_be_named(method) else ""
         log.info("%s", cast(TrainableModule, pl_module).next_step(target, option))

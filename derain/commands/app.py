@@ -139,7 +139,7 @@ def server_config(page: Any, proxies: Sequence[str]) -> Any:
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """Listen at a port at once, so that no other program can take it while weights are loaded.
+    """Open a listening socket early, so that no other program can use the port while weights are loaded.
 
     Args:
         host: Address.
@@ -161,5 +161,5 @@ def listen(host: str, port: int | None) -> socket.socket:
                 "port from 1024 to 65535"
             ) from error
     if port is None:
-        raise DerainError(f"ports {PORTS[0]} to {PORTS[-1]} are in use; give another one: --port")
+        raise DerainError(f"ports {PORTS[0]} to {PORTS[-1]} are in use; give another port by --port")
     raise DerainError(f"--port {port}: in use by another program; give another port, or omit it")

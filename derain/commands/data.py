@@ -197,7 +197,7 @@ def synthesize_set(
         drops: Number of drops on the lens, 0 to 200.
 
     Raises:
-        DerainError: If a parameter is out of its limits, or photos could not be read; the others are written.
+        DerainError: If a parameter is out of its limits, or photos could not be read; all other photos are written.
     """
     parameters: dict[str, Sequence[float] | None] = {
         "density": density,

@@ -1,4 +1,4 @@
-"""Access control of the page of ``derain app``: requests, files and jobs."""
+"""Access control of the page of ``derain app``: hosts, origins, files, sessions and queued jobs."""
 
 import asyncio
 import dataclasses
@@ -21,38 +21,42 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from derain.commands.hosts import ANY_ADDRESS, LOCAL, host_name, host_of
-from derain.commands.page_files import KEPT, PageFiles
+from derain.commands.page_files import KEEP_MINUTES, PageFiles
 
 UPLOAD = "/gradio_api/upload"
-FILE = "/gradio_api/file="
+FILE_PREFIX = "/gradio_api/file="
 JOINS = frozenset({"/gradio_api/queue/join", "/gradio_api/call/restore"})
-CALLS = JOINS | {"/gradio_api/run/predict", "/gradio_api/cancel", "/gradio_api/reset"}
+"""Paths of requests that add a job to the queue."""
+
 RUNS = JOINS | {"/gradio_api/run/predict"}
+"""Paths of requests that call a function of the page."""
+
+CALLS = RUNS | {"/gradio_api/cancel", "/gradio_api/reset"}
 STREAMS = re.compile(r"/gradio_api/(queue/data|(heartbeat|call/restore)/[\w.-]+)")
 FIELDS = ("data", "event_data", "fn_index", "trigger_id", "session_hash")
-"""Fields of a request that starts a job; other fields are removed."""
+"""Fields of a call that are passed to gradio; all others are removed."""
 
 SERVED = re.compile(
     r"/|/config/?|/theme\.css|/manifest\.json|/favicon\.ico|/robots\.txt|/(assets|static|svelte)/.*"
     r"|/gradio_api/(info/?|app_id/?|startup-events|theme\.css|upload_progress|queue/(data|status)|file=.*)"
     r"|/gradio_api/(heartbeat|call/restore)/[\w.-]+"
 )
-"""Paths that the page and gradio's clients read; other paths of gradio are not served."""
+"""Paths that the page and gradio's clients read; all other paths of gradio are refused."""
 
 CALL_BYTES = 1_000_000
-"""Largest request without an upload; the page sends a few thousand bytes."""
+"""Maximum size of a request that is not an upload; the page sends a few thousand bytes."""
 
 FORM_BYTES = 65_536
-"""Largest size of a form around an uploaded file."""
+"""Maximum size of a form without the file in it."""
 
-QUEUE = 64
-"""Largest number of waiting jobs of all clients."""
+MAX_JOBS = 64
+"""Maximum number of waiting jobs of all clients."""
 
-PER_CLIENT = QUEUE // 2
-"""Largest number of waiting jobs of one address."""
+MAX_CLIENT_JOBS = MAX_JOBS // 2
+"""Maximum number of waiting jobs of one address."""
 
-PATIENCE = 15.0
-"""Seconds after which a job without a listener is abandoned."""
+LISTENER_TIMEOUT = 15.0
+"""Seconds without a listener after which a job counts as abandoned."""
 
 COOKIE = "derain-session"
 
@@ -62,22 +66,22 @@ class Session:
     """Session of gradio: one open page, or one call of a program.
 
     Attributes:
-        owner: Cookie of the browser that started it.
-        heard: Time when it started, or its last stream of results was closed.
+        owner: Cookie of the browser that started the session.
+        last_open: Time when the session started, or when its last stream of results was closed.
         listeners: Number of open streams of results.
     """
 
     owner: str
-    heard: float = dataclasses.field(default_factory=time.monotonic)
+    last_open: float = dataclasses.field(default_factory=time.monotonic)
     listeners: int = 0
 
-    def unheard(self) -> float:
-        """Return the seconds since a stream of results was open."""
-        return 0.0 if self.listeners else time.monotonic() - self.heard
+    def idle_seconds(self) -> float:
+        """Return the time since a stream of results was open; 0 while one is."""
+        return 0.0 if self.listeners else time.monotonic() - self.last_open
 
 
 class Guard:
-    """ASGI application in front of gradio's, which refuses requests that the page would not send.
+    """ASGI application in front of gradio's that refuses all requests but those of the page.
 
     Requests must come from this page (or from no page) under a known host name, which prevents DNS rebinding and
     cross-site requests. Files and jobs are accessible only to the browser that uploaded or started them. All programs
@@ -87,21 +91,23 @@ class Guard:
         app: Application of gradio.
         queue: Job queue of gradio.
         folder: Folder with uploads and restored photos.
-        max_bytes: Largest upload.
+        max_bytes: Maximum size of an upload.
         host: Address of the server.
-        allowed: Further host names under which browsers may open the page.
+        allowed: Additional host names of the page.
 
     Raises:
-        DerainError: If ``host`` or a further name is not a host name.
+        DerainError: If ``host`` or an additional name is not a host name.
     """
 
     def __init__(
         self, app: ASGIApp, queue: Queue, folder: Path, max_bytes: int, host: str, allowed: Collection[str]
     ) -> None:
-        self.app, self.queue, self.max_bytes = app, queue, max_bytes
+        self.app = app
+        self.queue = queue
+        self.max_bytes = max_bytes
         self.host = host if host in ANY_ADDRESS else host_name(host, "--host")
         self.allowed = {host_name(name, "--allow-host") for name in allowed}
-        self.files = PageFiles(folder, QUEUE * max_bytes)
+        self.files = PageFiles(folder, MAX_JOBS * max_bytes)
         self.sessions: dict[str, Session] = {}
         self._joining = asyncio.Lock()
 
@@ -117,12 +123,12 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
         else:
             try:
-                await self._answer(Request(scope, receive), send)
-            except HTTPException as refusal:
-                response = JSONResponse({"detail": refusal.detail}, refusal.status_code)
+                await self._respond(Request(scope, receive), send)
+            except HTTPException as error:
+                response = JSONResponse({"detail": error.detail}, error.status_code)
                 await response(scope, receive, send)
 
-    async def _answer(self, request: Request, send: Send) -> None:
+    async def _respond(self, request: Request, send: Send) -> None:
         path = request.scope["path"]
         self._check_sender(request)
         if request.method == "POST" and path == UPLOAD:
@@ -131,12 +137,19 @@ class Guard:
             await self._call(request, send)
         elif request.method not in {"GET", "HEAD"} or not SERVED.fullmatch(path):
             raise HTTPException(404, f"{request.method} {path}: not served here")
-        elif path.startswith(FILE) and not self.files.belongs(str(Path(path.removeprefix(FILE))), _cookie(request)):
-            raise HTTPException(403, f"{path.removeprefix(FILE)}: not a file of this session, or already deleted")
+        elif path.startswith(FILE_PREFIX):
+            await self._serve_file(request, send)
         elif STREAMS.fullmatch(path):
             await self._stream(request, send)
         else:
             await self.app(request.scope, request.receive, _with_cookie(request, send) if path == "/" else send)
+
+    async def _serve_file(self, request: Request, send: Send) -> None:
+        """Forward a request for a file, if the file belongs to its browser."""
+        file = request.scope["path"].removeprefix(FILE_PREFIX)
+        if not self.files.belongs(str(Path(file)), _cookie(request)):
+            raise HTTPException(403, f"{file}: not a file of this session, or already deleted")
+        await self.app(request.scope, request.receive, send)
 
     async def _clean_up_each_minute(self) -> None:
         while True:
@@ -144,11 +157,11 @@ class Guard:
             self.clean_up()
 
     def clean_up(self) -> None:
-        """Delete old files, and sessions that had neither jobs nor listeners for as long."""
+        """Delete files and idle sessions that are older than ``KEEP_MINUTES``."""
         self.files.delete_old()
-        busy = {event.session_hash for event in self.queue.event_ids_to_events.values()}
+        with_jobs = {event.session_hash for event in self.queue.event_ids_to_events.values()}
         for name, session in list(self.sessions.items()):
-            if name not in busy and session.unheard() > KEPT * 60:
+            if name not in with_jobs and session.idle_seconds() > KEEP_MINUTES * 60:
                 del self.sessions[name]
                 self.queue.pending_messages_per_session.pop(name, None)
                 self.queue.pending_event_ids_session.pop(name, None)
@@ -157,11 +170,12 @@ class Guard:
         """Refuse a request with an unknown host name, or from another site."""
         address = request.scope["server"][0] if self.host in ANY_ADDRESS else self.host
         known = LOCAL | self.allowed | {address}
-        hosts, origin = request.headers.getlist("host"), request.headers.get("origin")
+        hosts = request.headers.getlist("host")
+        origin = request.headers.get("origin")
         if len(hosts) != 1 or host_of(hosts[0]) not in known:
             raise HTTPException(
                 403,
-                f"Host {', '.join(hosts)!r}: not a host name of this page; use another one, or start the page with "
+                f"Host {', '.join(hosts)!r}: not a host name of this page; to add it, start the page with "
                 "derain app --allow-host NAME",
             )
         site = (origin or "").partition("://")[2].lower()
@@ -169,67 +183,69 @@ class Guard:
             raise HTTPException(403, f"Origin {origin!r}: not this page; expected a request from the page itself")
 
     async def _upload(self, request: Request, send: Send) -> None:
-        """Forward an upload, and record the session that it belongs to."""
-        answer, started = bytearray(), False
+        """Forward an upload, and record the browser that its files belong to."""
+        response = bytearray()
+        succeeded = False
 
-        async def recording(message: Message) -> None:
-            nonlocal started
-            started = started or message.get("status") == 200
-            if started and message["type"] == "http.response.body":
-                answer.extend(message.get("body", b""))
+        async def send_and_record(message: Message) -> None:
+            nonlocal succeeded
+            succeeded = succeeded or message.get("status") == 200
+            if succeeded and message["type"] == "http.response.body":
+                response.extend(message.get("body", b""))
                 if not message.get("more_body"):
-                    self.files.add(json.loads(answer), _cookie(request))
+                    self.files.add(json.loads(response), _cookie(request))
             await send(message)
 
-        bounded = _bounded(request, self.max_bytes + FORM_BYTES)
-        self._count(request, 0)
+        receive_bounded = _bounded(request, self.max_bytes + FORM_BYTES)
+        self._count_upload(request, 0)
 
         async def receive() -> Message:
-            """Read a part; gradio deletes its temporary files after this type of error."""
+            """Receive a part; gradio deletes its temporary files after a ``MultiPartException``."""
             try:
-                message = await bounded()
-                self._count(request, len(message.get("body", b"")))
-            except HTTPException as refusal:
-                raise MultiPartException(f"{refusal.detail}: above the maximum allowed size") from refusal
+                message = await receive_bounded()
+                self._count_upload(request, len(message.get("body", b"")))
+            except HTTPException as error:
+                raise MultiPartException(f"{error.detail}: above the maximum allowed size") from error
             if message["type"] == "http.disconnect":
                 raise MultiPartException("the connection ended before the upload did")
             return message
 
-        await self.app(_uncompressed(request), receive, recording)
+        await self.app(_uncompressed(request), receive, send_and_record)
 
-    def _count(self, request: Request, size: int) -> None:
+    def _count_upload(self, request: Request, size: int) -> None:
+        """Count bytes of an upload, or refuse them if the client has sent too many."""
         address = _address(request)
         if not self.files.count(address, size):
             limit = f"{self.files.client_bytes / 1e6:,.0f} MB"
-            raise HTTPException(429, f"{address} has uploaded {limit} in {KEPT} minutes; try again later")
+            raise HTTPException(429, f"{address} has uploaded {limit} in {KEEP_MINUTES} minutes; try again later")
 
     async def _call(self, request: Request, send: Send) -> None:
-        """Forward a call, if its files belong to its session and the client may add a job."""
+        """Forward a call, if its files belong to its browser and the client may add a job."""
         path, cookie = request.scope["path"], _cookie(request)
-        sent = await _json(request)
-        for file in _paths(sent):
+        call = await _read_json(request)
+        for file in _paths(call):
             if not self.files.belongs(file, cookie):
                 raise HTTPException(403, f"{file}: not uploaded by this session, or already deleted; upload it again")
         if path in RUNS:
-            sent = {field: sent[field] for field in FIELDS if field in sent}
-            self._check_data(path, sent)
-        if path == "/gradio_api/call/restore":
-            sent["session_hash"] = (
-                sent.get("session_hash") or uuid.uuid4().hex
-            )  # otherwise gradio uses the name of the job
-        for name in (sent.get("session_hash"), self._session_of_job(sent.get("event_id"))):
-            self._claim(name, cookie)
-        body = json.dumps(sent).encode()  # gradio then reads exactly what was checked
+            call = {field: call[field] for field in FIELDS if field in call}
+            self._check_data(path, call)
+        if path == "/gradio_api/call/restore" and not call.get("session_hash"):
+            call["session_hash"] = uuid.uuid4().hex  # otherwise gradio uses the name of the job
+        self._claim_session(call.get("session_hash"), cookie)
+        self._claim_session(self._session_of_job(call.get("event_id")), cookie)
+        body = json.dumps(call).encode()  # gradio then reads exactly what was checked
         if path in JOINS:
-            async with self._joining:  # no other call may add a job in between
+            async with self._joining:  # the queue must not grow between the check and the new job
                 self._make_room(_address(request))
-                await self.app(request.scope, _whole(body, request), send)
+                await self.app(request.scope, _receive_bytes(body, request), send)
         else:
-            await self.app(request.scope, _whole(body, request), send)
+            await self.app(request.scope, _receive_bytes(body, request), send)
 
-    def _check_data(self, path: str, sent: dict[str, Any]) -> None:
-        """Refuse a wrong number of values for a function of the page, and a first value that is not a file."""
-        functions, index, data = self.queue.blocks.fns, sent.get("fn_index"), sent.get("data")
+    def _check_data(self, path: str, call: dict[str, Any]) -> None:
+        """Refuse a wrong number of values for a function of the page, or a first value that is not a file."""
+        functions = self.queue.blocks.fns
+        index = call.get("fn_index")
+        data = call.get("data")
         if path == "/gradio_api/call/restore":
             function = next(function for function in functions.values() if function.api_name == "restore")
         elif isinstance(index, int) and index in functions:
@@ -244,8 +260,8 @@ class Guard:
             except ValidationError as error:
                 raise HTTPException(400, "data: the first value is not an uploaded file, with its path") from error
 
-    def _claim(self, name: Any, cookie: str) -> None:
-        """Start a session of gradio, or refuse the session of another browser."""
+    def _claim_session(self, name: Any, cookie: str) -> None:
+        """Start a session of gradio, or refuse a session that belongs to another browser."""
         if name is None:
             return
         if not isinstance(name, str):
@@ -254,35 +270,37 @@ class Guard:
             raise HTTPException(403, f"session {name}: belongs to another browser")
 
     def _make_room(self, address: str) -> None:
-        """Cancel abandoned jobs, and the oldest job without a listener if a client has too many."""
-        for event in self._waiting():
+        """Cancel abandoned jobs, and a client's oldest job without a listener if it has too many jobs."""
+        for event in self._waiting_jobs():
             if self._is_abandoned(event):
-                self._end(event)
-        own = [event for event in self._waiting() if _address(event.request) == address]
-        if len(own) < PER_CLIENT:
+                self._cancel(event)
+        client_jobs = [event for event in self._waiting_jobs() if _address(event.request) == address]
+        if len(client_jobs) < MAX_CLIENT_JOBS:
             return
-        unheard = next((event for event in own if not self._session(event).listeners), None)
-        if unheard is None:
-            raise HTTPException(429, f"{len(own)} photos from {address} are waiting already; wait for one of them")
-        self._end(unheard)
+        for event in client_jobs:
+            if not self._session(event).listeners:
+                self._cancel(event)
+                return
+        raise HTTPException(429, f"{len(client_jobs)} photos from {address} are waiting; wait until one is restored")
 
-    def _waiting(self) -> list[Event]:
-        """Return the jobs that have not started, the oldest first."""
+    def _waiting_jobs(self) -> list[Event]:
+        """Return the jobs that have not started, oldest first."""
         return [event for jobs in self.queue.event_queue_per_concurrency_id.values() for event in jobs.queue]
 
     def _session(self, event: Event) -> Session:
         return self.sessions.setdefault(event.session_hash, Session(_cookie(event.request)))
 
     def _is_abandoned(self, event: Event) -> bool:
-        return min(time.monotonic() - event.enqueue_time, self._session(event).unheard()) > PATIENCE
+        waited = time.monotonic() - event.enqueue_time
+        return min(waited, self._session(event).idle_seconds()) > LISTENER_TIMEOUT
 
-    def _end(self, event: Event) -> None:
-        """Remove a waiting job from the queue; running jobs call ``abandoned``."""
+    def _cancel(self, event: Event) -> None:
+        """Remove a waiting job from the queue; running jobs stop themselves when `abandoned` is true."""
         self.queue.event_queue_per_concurrency_id[event.concurrency_id].queue.remove(event)
         self.queue.event_ids_to_events.pop(event._id, None)
         if event.session_hash in self.queue.pending_messages_per_session:  # for late listeners
-            gone = ProcessCompletedMessage(output={"error": "nobody listened for the result"}, success=False)
-            self.queue.send_message(event, gone)
+            message = ProcessCompletedMessage(output={"error": "cancelled: no client listened"}, success=False)
+            self.queue.send_message(event, message)
 
     def abandoned(self, session: str) -> bool:
         """Return whether all jobs of a session of gradio are abandoned."""
@@ -291,40 +309,45 @@ class Guard:
         return bool(events) and all(map(self._is_abandoned, events))
 
     async def _stream(self, request: Request, send: Send) -> None:
-        """Forward a stream of results to its browser, which may then load the files in it."""
+        """Forward a stream of results to its browser, and allow the browser to load the files in it."""
         path, cookie = request.scope["path"], _cookie(request)
-        last = path.rsplit("/", 1)[1]
+        last_part = path.rsplit("/", 1)[1]
         if path.startswith("/gradio_api/call/"):
-            name = self._session_of_job(last)
+            name = self._session_of_job(last_part)
+        elif last_part == "data":
+            name = request.query_params.get("session_hash")
         else:
-            name = request.query_params.get("session_hash") if last == "data" else last
+            name = last_part
         session = self.sessions.get(name or "")
         if session and session.owner != cookie:
             raise HTTPException(403, f"session {name}: belongs to another browser")
         if session is None or "/heartbeat/" in path:
             await self.app(request.scope, request.receive, send)
             return
-        rest = b""
+        incomplete_line = b""
 
-        async def recording(message: Message) -> None:
-            nonlocal rest
-            *lines, rest = (rest + message.get("body", b"")).split(b"\n")
+        async def send_and_record(message: Message) -> None:
+            nonlocal incomplete_line
+            *lines, incomplete_line = (incomplete_line + message.get("body", b"")).split(b"\n")
             for line in lines:
                 if line.startswith(b"data: "):
-                    self.files.add(filter(_is_text, _paths(json.loads(line[6:]))), cookie)
+                    paths = _paths(json.loads(line.removeprefix(b"data: ")))
+                    self.files.add([path for path in paths if isinstance(path, str)], cookie)
             await send(message)
 
         session.listeners += 1
         try:
-            await self.app(_uncompressed(request), request.receive, recording)
+            await self.app(_uncompressed(request), request.receive, send_and_record)
         finally:
             session.listeners -= 1
-            session.heard = time.monotonic()
+            session.last_open = time.monotonic()
 
     def _session_of_job(self, job: Any) -> str | None:
-        """Return the session of gradio of a job whose result was not read yet."""
+        """Return the session of gradio of a job whose result was not read yet; None for an unknown job."""
+        if not isinstance(job, str):
+            return None
         pending = list(self.queue.pending_event_ids_session.items())
-        return next((session for session, jobs in pending if isinstance(job, str) and job in jobs), None)
+        return next((session for session, jobs in pending if job in jobs), None)
 
 
 def _address(request: Request) -> str:
@@ -332,60 +355,56 @@ def _address(request: Request) -> str:
 
 
 def _cookie(request: Request) -> str:
-    """Return the cookie of a browser; empty for programs, which send none."""
+    """Return the session cookie of a browser; empty for programs, which send none."""
     return request.cookies.get(COOKIE, "")
 
 
-def _paths(sent: Any) -> Iterator[Any]:
-    """Yield all values of the key ``path`` at any depth of a message."""
-    waiting = [sent]
-    while waiting:
-        value = waiting.pop()
+def _paths(content: Any) -> Iterator[Any]:
+    """Yield all values of the key ``path`` at any depth of JSON content."""
+    values = [content]
+    while values:
+        value = values.pop()
         if isinstance(value, dict):
-            waiting += value.values()
+            values += value.values()
             if "path" in value:
                 yield value["path"]
         elif isinstance(value, list):
-            waiting += value
+            values += value
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-async def _json(request: Request) -> dict[str, Any]:
-    """Read a call."""
+async def _read_json(request: Request) -> dict[str, Any]:
+    """Return the JSON object in a request."""
     try:
-        sent = json.loads(await Request(request.scope, _bounded(request, CALL_BYTES)).body())
+        content = json.loads(await Request(request.scope, _bounded(request, CALL_BYTES)).body())
     except ClientDisconnect as error:
         raise HTTPException(400, "the connection ended before the request did") from error
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, "the request is not JSON") from error
-    if not isinstance(sent, dict):
+    if not isinstance(content, dict):
         raise HTTPException(400, "the request is not a JSON object")
-    return sent
+    return content
 
 
 def _uncompressed(request: Request) -> Scope:
-    """Return the request without its Accept-Encoding header, so that the response can be read."""
+    """Return the scope of a request without its Accept-Encoding header, so that the response can be read."""
     headers = [(name, value) for name, value in request.scope["headers"] if name != b"accept-encoding"]
     return {**request.scope, "headers": headers}
 
 
 def _with_cookie(request: Request, send: Send) -> Send:
-    """Set a cookie in browsers that have none."""
+    """Return a sender that sets a session cookie if the request has none."""
 
-    async def sending(message: Message) -> None:
+    async def send_with_cookie(message: Message) -> None:
         if message["type"] == "http.response.start" and not _cookie(request):
             cookie = f"{COOKIE}={uuid.uuid4().hex}; Path=/; HttpOnly; SameSite=Strict"
-            message = {**message, "headers": [*message["headers"], (b"set-cookie", cookie.encode())]}
+            message = dict(message, headers=[*message["headers"], (b"set-cookie", cookie.encode())])
         await send(message)
 
-    return sending
+    return send_with_cookie
 
 
 def _bounded(request: Request, limit: int) -> Receive:
-    """Return a receiver that refuses requests above a size."""
+    """Return a receiver that refuses requests of more than ``limit`` bytes."""
     size = 0
 
     async def receive() -> Message:
@@ -398,12 +417,12 @@ def _bounded(request: Request, limit: int) -> Receive:
 
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > limit:
-        raise HTTPException(413, f"the request has {length} bytes, and at most {limit:,} are read")
+        raise HTTPException(413, f"the request has {length} bytes; expected at most {limit:,}")
     return receive
 
 
-def _whole(body: bytes, request: Request) -> Receive:
-    """Return a receiver of a body that was already read."""
+def _receive_bytes(body: bytes, request: Request) -> Receive:
+    """Return a receiver that yields a body which was read already, then further messages of the request."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:

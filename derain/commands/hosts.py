@@ -1,4 +1,4 @@
-"""Host names of the page of ``derain app``."""
+"""Checks of host names for the page of ``derain app``."""
 
 import ipaddress
 import re
@@ -7,48 +7,48 @@ from urllib.parse import urlsplit
 from derain.errors import DerainError
 
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
-"""Names of this machine."""
+"""Host names of this machine."""
 
 ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})
-"""Values of ``--host`` that mean all addresses of this machine."""
+"""Values of ``--host`` for all addresses of this machine."""
 
 LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
 NAME = re.compile(rf"{LABEL}(\.{LABEL})*")
 
 
 def host_name(text: str, option: str) -> str:
-    """Return a host name in the form in which browsers send it: lower case, IPv6 short and without brackets.
+    """Return a host name as browsers send it: lower case, ASCII, IPv6 abbreviated and without brackets.
 
     Args:
-        text: Name or address.
-        option: Option that the name was given with, for the message.
+        text: Name or IP address.
+        option: Option with the name, for the error message.
 
     Raises:
-        DerainError: If it is not a host name alone, but has a port, a scheme or a wildcard.
+        DerainError: If ``text`` is not a host name, or contains more than one, such as a port or a scheme.
 
     Example:
         >>> host_name("Box.lan", "--host"), host_name("[::0:1]", "--host"), host_name("münchen.de", "--host")
         ('box.lan', '::1', 'xn--mnchen-3ya.de')
     """
-    bare = text.removeprefix("[").removesuffix("]")
+    without_brackets = text.removeprefix("[").removesuffix("]")
     try:
-        return str(ipaddress.ip_address(bare))
+        return str(ipaddress.ip_address(without_brackets))
     except ValueError:
         pass
     try:
         name = text.lower().encode("idna").decode("ascii")
-    except UnicodeError:  # also of labels that are empty or too long
+    except UnicodeError:  # raised for empty and long labels too
         name = ""
     if not NAME.fullmatch(name):
         raise DerainError(
-            f"{option} {text}: not a host name; expected a name or an IP address alone, without scheme, port, wildcard "
-            "or dot at the end, such as photos.example.org"
+            f"{option} {text}: not a host name; expected a name or an IP address without scheme, port, wildcard "
+            "or final dot, such as photos.example.org"
         )
     return name
 
 
 def host_of(netloc: str) -> str:
-    """Return the host of ``name:port``, empty if there is none.
+    """Return the host of ``host:port``; empty if there is none.
 
     Example:
         >>> host_of("Box.lan:7860"), host_of("[::1]:7860"), host_of("[::1")

@@ -11,8 +11,8 @@ import cv2
 import gradio as gr
 from fastapi import FastAPI
 
-from derain.commands.guard import QUEUE, Guard
-from derain.commands.page_files import KEPT
+from derain.commands.guard import MAX_JOBS, Guard
+from derain.commands.page_files import KEEP_MINUTES
 from derain.commands.service import RestorationService, RestoredPhoto
 from derain.errors import DerainError
 from derain.images import Pixels
@@ -67,7 +67,7 @@ def build(
     with gr.Blocks(title="derain", analytics_enabled=False) as blocks:
         components = _add_components(service)
         _add_events(components, service, lambda session: guard.abandoned(session))
-    blocks.queue(max_size=QUEUE, api_open=False)
+    blocks.queue(max_size=MAX_JOBS, api_open=False)
     page: FastAPI = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         blocks,
@@ -126,7 +126,7 @@ def _add_components(service: RestorationService) -> _Components:
     models = list(service.restorers)
     gr.HTML(
         f"<h1>{ICON}derain</h1><p>Removes rain from a photo. Photos stay on this machine and are deleted after "
-        f"{KEPT} minutes. {METADATA[service.keep_metadata]}</p>",
+        f"{KEEP_MINUTES} minutes. {METADATA[service.keep_metadata]}</p>",
         elem_id="title",
     )
     uploaded = gr.State()

@@ -1,4 +1,4 @@
-"""Photo restoration behind the page of ``derain app``."""
+"""Restoration of uploaded photos for the page of ``derain app``."""
 
 import dataclasses
 import re
@@ -14,15 +14,18 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from derain.commands.page_files import KEPT
+from derain.commands.page_files import KEEP_MINUTES
 from derain.data.rain import PRESETS, Rain, add_rain, sample_rain
 from derain.errors import DerainError
 from derain.images import Pixels, image_size, read_photo, to_bytes, write_image
 from derain.memory import release_freed_memory
 from derain.restoration import Restorer
 
-PREVIEW_SIDE, MAP_SIDE = 2048, 640
-"""Longest side of a picture and of a map on the page, in pixels; the download has the size of the photo."""
+PREVIEW_SIDE = 2048
+"""Longest side of a photo on the page, in pixels; the download has full size."""
+
+MAP_SIDE = 640
+"""Longest side of a map on the page, in pixels."""
 
 
 def load_restorers(names: Sequence[str], device: str) -> dict[str, Restorer]:
@@ -71,12 +74,12 @@ def _never() -> bool:
 
 
 class RestorationService:
-    """Restores uploaded photos one after the other, each with the model that was chosen for it.
+    """Restores uploaded photos, one at a time.
 
     Args:
         restorers: Restorers by label.
         folder: Folder for the results.
-        max_megapixels: Largest photo that is accepted.
+        max_megapixels: Maximum size of a photo.
         keep_metadata: Whether restored photos keep their EXIF metadata.
     """
 
@@ -157,7 +160,7 @@ class RestorationService:
     def close(self) -> None:
         """Stop the running restoration before its next layer, and refuse further ones."""
         self._closed.set()
-        with self._lock:
+        with self._lock:  # returns when the restoration has stopped
             pass
 
     def _stop_if_unwanted(self, *_: Any) -> None:
@@ -167,17 +170,17 @@ class RestorationService:
             raise DerainError("the client has left")
 
     def check(self, upload: Path, name: str) -> None:
-        """Check that a file is a photo of an accepted size; reads only the head of the file.
+        """Check that a file is a photo of an accepted size; only the head of the file is read.
 
         Args:
             upload: Uploaded file.
             name: Name of the file on the client.
 
         Raises:
-            DerainError: If it is not; the message is shown on the page.
+            DerainError: If the file is missing, empty, not a photo, or too large; the message is shown on the page.
         """
         if not upload.is_file():
-            raise DerainError(f"{name} was deleted: photos are deleted after {KEPT} minutes. Please add it again.")
+            raise DerainError(f"{name} was deleted, as all photos after {KEEP_MINUTES} minutes. Please add it again.")
         if upload.stat().st_size == 0:
             raise DerainError(f"{name} is empty: it has 0 bytes. Please try another copy of it.")
         try:
@@ -193,7 +196,7 @@ class RestorationService:
 
 
 def _renamed(error: DerainError, upload: Path, name: str) -> DerainError:
-    """Return an error that names the client's file, not the one on this machine."""
+    """Return an error with the client's name of a file in place of the path on this machine."""
     return DerainError(f"{name}: {str(error).removeprefix(f'{upload}: ')}")
 
 

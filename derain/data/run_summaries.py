@@ -357,11 +357,11 @@ def row_labels(rows: Sequence[ResultRow]) -> list[str]:
 
 
 def _differing_details(row: ResultRow, rows: Sequence[ResultRow]) -> list[str]:
-    """Return the hyper-parameters that differ from another own row of the same method."""
-    same_method = [other for other in rows if other.method == row.method and other.note is None]
+    """Return the hyper-parameters that differ between own rows of the same method."""
+    same_method = [candidate for candidate in rows if candidate.method == row.method and candidate.note is None]
     details = []
     for key, value in row.details.items():
-        if any(other.details.get(key) != value for other in same_method):
+        if any(candidate.details.get(key) != value for candidate in same_method):
             details.append(_format_detail(key, value))
     return details
 

@@ -90,18 +90,18 @@ class HubModel:
         except HFValidationError as error:
             raise DerainError(
                 f"{self.option} {name}: neither a directory nor an id on the Hugging Face hub like OWNER/NAME; "
-                f"name one, or {self.instead}"
+                f"give one, or {self.instead}"
             ) from error
         except LocalEntryNotFoundError:
             pass
         try:
             files = {f.rfilename: f.size or 0 for f in HfApi().model_info(name, files_metadata=True).siblings or ()}
             weights = [file for file in WEIGHTS if file in files][:1]
-            wanted = [*weights, *(file for file in self.files if file in files)]
-            size = sum(files[file] for file in wanted) / 1e6
+            patterns = [*weights, *(file for file in self.files if file in files)]
+            size = sum(files[file] for file in patterns) / 1e6
             source, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
             log.info("fetching %s %s (%.0f MB) from %s into %s", self.kind, name, size, source, cache)
-            folder = Path(snapshot_download(name, allow_patterns=wanted))
+            folder = Path(snapshot_download(name, allow_patterns=patterns))
         except (NetworkError, LocalEntryNotFoundError, OSError) as error:
             raise DerainError(
                 f"{self.kind} {name}: not in {constants.HF_HUB_CACHE} and cannot be fetched from {constants.ENDPOINT} "

@@ -184,7 +184,7 @@ def _from_spandrel(path: Path, content: Content) -> Weights:
         if content.kind != "safetensors":
             names = shorten(", ".join(list(content.state)[:4]) or "nothing")
             reason = f"contains no known method (found {names} …)"
-        raise DerainError(f"{path}: {reason}; {EXPECTED}{spandrel_model.missing()}")
+        raise DerainError(f"{path}: {reason}; {EXPECTED}{spandrel_model.install_hint()}")
     check_network(path, module.network, content.state)
     architecture = module.descriptor.architecture.name
     return Weights(module, f"{architecture} by spandrel ({module.parameter_count:,} parameters)")

@@ -1,4 +1,4 @@
-"""The function of tensors that a method exports."""
+"""Graph: the function of tensors that `derain export` writes to a file."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -7,22 +7,22 @@ import torch
 from torch import Tensor, nn
 
 IMAGES = ("rainy", "state")
-"""Inputs that are images of any size; others are vectors."""
+"""Names of inputs that are images of any size."""
 
 TIME = 3.0
-"""Time of the example inputs of a diffusion; any time gives the same graph."""
+"""Time in the example inputs of a diffusion; the graph is the same for any time."""
 
 
 class Graph(nn.Module):
-    """A function of tensors with named inputs, and what a file records of it.
+    """Function of tensors with named inputs, and its metadata.
 
     Args:
-        method: The module whose parameters the function uses.
-        function: Accepts the inputs in order and returns one image; by default ``method`` itself.
+        method: Module whose parameters the function uses.
+        function: Function of the inputs, in order, that returns one image; by default ``method`` itself.
         inputs: Names of the inputs: ``rainy`` alone, or those of `derain.methods.interfaces.RunsGraph`, where ``rainy``
-            and ``state`` are images, ``times`` is one number, others are vectors.
+            and ``state`` are images, ``times`` is one number, the rest are vectors.
         context: Length of the vectors.
-        metadata: What the file records beside inputs and parameters.
+        metadata: Metadata of the file beside inputs and number of parameters.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Graph(nn.Module):
         self.method = method
         self.function = function
         self.inputs, self.context = list(inputs), context
-        self.recorded = dict(metadata or {})
+        self.extra_metadata = dict(metadata or {})
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return one image."""
@@ -45,15 +45,15 @@ class Graph(nn.Module):
         return cast(Tensor, function(*inputs))
 
     def example(self, height: int, width: int) -> tuple[Tensor, ...]:
-        """Return inputs for one image of a size, the same for every call."""
+        """Return random inputs for an image of a given size, the same on every call."""
         generator = torch.Generator().manual_seed(height * 10_000 + width)
         tensors = []
         for name in self.inputs:
             shape = (1, 3, height, width) if name in IMAGES else (1, self.context)
-            random = torch.rand(shape, generator=generator)
-            tensors.append(torch.tensor([TIME]) if name == "times" else random)
+            values = torch.rand(shape, generator=generator)
+            tensors.append(torch.tensor([TIME]) if name == "times" else values)
         return tuple(tensors)
 
     def metadata(self, parameters: int) -> dict[str, Any]:
-        """Return what a file records of the graph."""
-        return {"inputs": self.inputs, "parameters": parameters, **self.recorded}
+        """Return the metadata of the graph in a file."""
+        return {"inputs": self.inputs, "parameters": parameters, **self.extra_metadata}

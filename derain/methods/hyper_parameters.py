@@ -1,4 +1,4 @@
-"""Hyper-parameters are checked before a training starts."""
+"""Check of hyper-parameters before training starts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,15 +7,18 @@ from derain.errors import DerainError
 from derain.files.metadata import fits, signature, type_name
 
 POSITIVE = ("learning_rate",)
+"""Hyper-parameters that must be greater than 0."""
+
 NOT_NEGATIVE = ("weight_decay", "decay", "warm_up", "hold", "min_learning_rate")
+"""Hyper-parameters that must be at least 0."""
 
 
 def check_hyper_parameters(method: type, hyper_parameters: Mapping[str, Any]) -> None:
-    """Refuse hyper-parameters that no training can use, or that the metadata of weights cannot record.
+    """Check the types and ranges of hyper-parameters.
 
     Args:
-        method: The class whose ``__init__`` declares them.
-        hyper_parameters: Its arguments.
+        method: Class whose ``__init__`` declares them.
+        hyper_parameters: Arguments of ``__init__`` by name.
 
     Raises:
         DerainError: If a value is not of its declared type, is not finite, or is out of range.

@@ -1,7 +1,7 @@
-"""Bounds of what an ONNX graph allocates and computes, found before it runs, by the shapes of its values.
+"""Limits on the memory and the operations of an ONNX graph, checked before it runs.
 
-Every node is passed once with the shapes of its inputs. Values that follow from constants and from the size of the
-image alone (they name the shapes of others) are computed by ONNX's reference operators while they are small.
+The shapes of all values are inferred node by node for one image size. Small values that depend only on constants and on
+the image size are computed by ONNX's reference operators, since they determine the shapes of large values.
 """
 
 import math
@@ -15,37 +15,41 @@ from derain.errors import DerainError
 from derain.files.metadata import shorten
 
 SIDES = ((64, 64), (128, 192))
-"""Sizes of the images for which a graph is bounded on loading: the second finds what grows faster than the image."""
+"""Image sizes that are checked on loading; the second finds graphs whose costs grow faster than the image."""
 
 NUMBERS_PER_PIXEL = 1 << 14
-"""Of all values that are needed at one time; Restormer has 2,000 at most."""
+"""Largest number of elements that are in memory at one time, per pixel; Restormer needs 2,000."""
 
 OPERATIONS_PER_PIXEL = 1 << 26
-"""Multiplications and additions of all nodes; Restormer has 2 million, a PReNet of 100 stages 17 million."""
+"""Largest number of multiplications and additions per pixel; Restormer has 2 million, a 100-stage PReNet 17 million."""
 
 FOLDED_NUMBERS = 1 << 24
-"""Numbers, besides twice those of the file, that onnxruntime may compute from constants when it loads a graph."""
+"""Largest number of elements that onnxruntime may compute from constants when it loads a graph (constant folding).
+
+Twice the elements of the weights are added.
+"""
 
 FOLDED_OPERATIONS = 1 << 28
+"""Largest number of operations of constant folding; twice the elements of the weights are added."""
 
 SMALL = 4096
-"""Numbers of a value that is computed here."""
+"""Largest number of elements of a value that is computed here."""
 
-NAMES = """
+_OPERATOR_NAMES = """
 Abs Add And Cast Ceil Concat Constant ConstantOfShape Div Equal Expand Floor Gather Greater GreaterOrEqual Identity Less
 LessOrEqual Max Min Mod Mul Neg Not Or Range Reshape ScatterND Shape Slice Split Sqrt Squeeze Sub Transpose Unsqueeze
 Where
 """
-COMPUTED = frozenset(NAMES.split())
-"""Operators of which sizes are computed: each takes about as long as its output is large."""
+COMPUTED = frozenset(_OPERATOR_NAMES.split())
+"""Operators that are computed for small values; their time is proportional to the size of their output."""
 
 
 class Costs:
-    """The nodes of a graph and the shapes of its weights, without the weights.
+    """Nodes of a graph and shapes of its weights, from which its costs are computed; large weights are not stored.
 
     Args:
-        path: Of the file, named by refusals.
-        model: ``onnx.ModelProto``, whose operators and weights have been checked.
+        path: File of the graph, named in error messages.
+        model: ``onnx.ModelProto`` whose operators and weights have been checked.
     """
 
     def __init__(self, path: Path, model: Any) -> None:
@@ -56,26 +60,29 @@ class Costs:
         self.types: dict[str, Any] = {}
         self.values: dict[str, Any] = {}
         self.size = (0, 0)
-        self.shapes: dict[str, tuple[tuple[int, int], list[int]]] = {}  # with the first size of the image
+        self.first_shapes: dict[str, tuple[tuple[int, int], list[int]]] = {}
+        """Image size and result of each ``Shape`` and ``Size`` node, from the first check."""
         self.nodes = list(model.graph.node)
         self.opsets = list(model.opset_import)
-        self.version = next((one.version for one in self.opsets if one.domain in {"", "ai.onnx"}), 1)
+        self.version = next((opset.version for opset in self.opsets if opset.domain in {"", "ai.onnx"}), 1)
         self.weights: dict[str, Any] = {}
         self.small: dict[str, Any] = {}
         for tensor in model.graph.initializer:
             self.weights[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, list(tensor.dims))
             if math.prod(tensor.dims) <= SMALL:
                 self.small[tensor.name] = numpy_helper.to_array(tensor)
-        self.last = {name: index for index, node in enumerate(self.nodes) for name in (*node.output, *node.input)}
-        self.inputs = {one.name: one.type for one in model.graph.input if one.name not in self.weights}
-        self.held = sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
+        self.last_uses: dict[str, int] = {}
+        for index, node in enumerate(self.nodes):
+            self.last_uses |= dict.fromkeys((*node.output, *node.input), index)
+        self.inputs = {value.name: value.type for value in model.graph.input if value.name not in self.weights}
+        self.weight_elements = sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
 
     def check(self, height: int, width: int) -> None:
-        """Bound the graph for an image of a size.
+        """Check the costs of the graph for one image size.
 
         Raises:
-            DerainError: If the shape of a value does not follow from constants and the image's size, or values or
-                operations are beyond the limits above.
+            DerainError: If the shape of a value does not follow from constants and the image size, or memory or
+                operations exceed the limits of this module.
         """
         from onnx.checker import ValidationError
         from onnx.defs import SchemaError
@@ -104,132 +111,153 @@ class Costs:
 
     def _bound(self, height: int, width: int) -> None:
         pixels = max(height * width, math.prod(SIDES[0]))
-        self.types = self.weights | {name: _sized(kind, height, width) for name, kind in self.inputs.items()}
-        self.values, self.size = dict(self.small), (height, width)
+        extra = 2 * self.weight_elements
+        self.size = (height, width)
+        self.types = dict(self.weights)
+        for name, input_type in self.inputs.items():
+            self.types[name] = _sized(input_type, height, width)
+        self.values = dict(self.small)
         constant = {*self.weights, ""}  # what onnxruntime may compute when it loads the graph
-        sizes: dict[str, int] = {}
+        live_sizes: dict[str, int] = {}
         live = folded = folded_operations = operations = 0
         for index, node in enumerate(self.nodes):
-            shapes = self._pass(node)
-            numbers = sum(math.prod(shape) for shape in shapes)
-            work = self._work(node, shapes)
-            operations += work
+            shapes = self._infer(node)
+            sizes = [math.prod(shape) for shape in shapes]
+            node_operations = self._operations(node, shapes)
+            operations += node_operations
             if set(node.input) <= constant or self._is_fixed(node):
                 constant.update(node.output)
-                folded, folded_operations = folded + numbers, folded_operations + work
-            sizes |= dict(zip(filter(None, node.output), map(math.prod, shapes), strict=True))
-            live += numbers
-            if live > NUMBERS_PER_PIXEL * pixels + 2 * self.held:
-                raise ValueError(f"{_name(node)}: {live:,} numbers at one time for an image of {width}×{height} pixels")
-            used = [name for name in {*node.input, *node.output} if self.last[name] <= index]
-            live -= sum(sizes.pop(name, 0) for name in used)
-            if folded > FOLDED_NUMBERS + 2 * self.held or folded_operations > FOLDED_OPERATIONS + 2 * self.held:
-                raise ValueError(f"{_name(node)}: {folded:,} numbers are computed from constants")
+                folded += sum(sizes)
+                folded_operations += node_operations
+            live_sizes |= dict(zip(filter(None, node.output), sizes, strict=True))
+            live += sum(sizes)
+            if live > NUMBERS_PER_PIXEL * pixels + extra:
+                raise ValueError(f"{_name(node)}: {live:,} elements in memory for an image of {width}×{height} pixels")
+            for name in {*node.input, *node.output}:
+                if self.last_uses[name] <= index:
+                    live -= live_sizes.pop(name, 0)
+            if folded > FOLDED_NUMBERS + extra or folded_operations > FOLDED_OPERATIONS + extra:
+                raise ValueError(f"{_name(node)}: {folded:,} elements are computed from constants")
             if operations > OPERATIONS_PER_PIXEL * pixels:
                 raise ValueError(f"more than {operations:,} operations on an image of {width}×{height} pixels")
 
     def _is_fixed(self, node: Any) -> bool:
-        """Return whether a shape was the same for an image of another size; onnxruntime then takes it as a constant."""
+        """Return whether a shape was the same for an image of different size: onnxruntime then folds it."""
         if node.op_type not in {"Shape", "Size"}:
             return False
         shape = self._shape(node.input[0]) if node.op_type == "Size" else self.values[node.output[0]].tolist()
-        size, before = self.shapes.setdefault(node.output[0], (self.size, shape))
-        return size != self.size and shape == before
+        first_size, first_shape = self.first_shapes.setdefault(node.output[0], (self.size, shape))
+        return first_size != self.size and first_shape == shape
 
-    def _pass(self, node: Any) -> Sequence[Sequence[int]]:
-        """Note types and, where they are small, values of a node's outputs; return their shapes."""
+    def _infer(self, node: Any) -> Sequence[Sequence[int]]:
+        """Infer the types of a node's outputs, and their values if they are small; return their shapes."""
         from onnx import defs, numpy_helper, shape_inference
 
-        given = {name: self.types[name] for name in node.input if name}
-        data = {name: numpy_helper.from_array(self.values[name]) for name in given if name in self.values}
+        input_types = {name: self.types[name] for name in node.input if name}
+        inputs = {name: numpy_helper.from_array(self.values[name]) for name in input_types if name in self.values}
         schema = defs.get_schema(node.op_type, self.version, "")
-        found = shape_inference.infer_node_outputs(schema, node, given, data, opset_imports=self.opsets)
+        inferred = shape_inference.infer_node_outputs(schema, node, input_types, inputs, opset_imports=self.opsets)
         shapes = []
         for name in filter(None, node.output):
-            kind = found.get(name)
-            if kind is None or not kind.tensor_type.HasField("shape"):
-                raise ValueError(f"{_name(node)}: its size does not follow from that of the image")
-            dimensions = kind.tensor_type.shape.dim
-            if not all(one.HasField("dim_value") and one.dim_value >= 0 for one in dimensions):
-                raise ValueError(f"{_name(node)}: its size does not follow from that of the image")
-            self.types[name] = kind
-            shapes.append([one.dim_value for one in dimensions])
-        known = node.op_type == "Shape" or all(name in self.values for name in given)
+            shape = _known_shape(inferred.get(name))
+            if shape is None:
+                raise ValueError(f"{_name(node)}: its size does not follow from the image size")
+            self.types[name] = inferred[name]
+            shapes.append(shape)
+        known = node.op_type == "Shape" or all(name in self.values for name in input_types)
         if known and node.op_type in COMPUTED and sum(map(math.prod, shapes)) <= SMALL:
             self._compute(node)
         return shapes
 
     def _compute(self, node: Any) -> None:
+        """Compute the values of a node's outputs."""
         from onnx import helper, numpy_helper, reference
 
         if node.op_type == "Shape":
-            attributes = {one.name: one.i for one in node.attribute}
+            attributes = {attribute.name: attribute.i for attribute in node.attribute}
             shape = self._shape(node.input[0])[attributes.get("start", 0) : attributes.get("end")]
             self.values[node.output[0]] = np.array(shape, np.int64)
             return
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             self.values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
             return
-        inputs, outputs = (
-            [helper.make_value_info(name, self.types[name]) for name in dict.fromkeys(names) if name]
-            for names in (node.input, node.output)
+        inputs = {name: self.values[name] for name in node.input if name}
+        graph = helper.make_graph(
+            [node],
+            "node",
+            [helper.make_value_info(name, self.types[name]) for name in inputs],
+            [helper.make_value_info(name, self.types[name]) for name in dict.fromkeys(node.output) if name],
         )
-        run = reference.ReferenceEvaluator(
-            helper.make_graph([node], "node", inputs, outputs), opsets={"": self.version}
-        )
-        made = run.run(None, {name: self.values[name] for name in node.input if name})
-        for name, value in zip(filter(None, node.output), made, strict=True):
+        results = reference.ReferenceEvaluator(graph, opsets={"": self.version}).run(None, inputs)
+        for name, value in zip(filter(None, node.output), results, strict=True):
             self.values[name] = np.asarray(value)
 
     def _shape(self, name: str) -> list[int]:
-        return [one.dim_value for one in self.types[name].tensor_type.shape.dim]
+        return [dimension.dim_value for dimension in self.types[name].tensor_type.shape.dim]
 
-    def _work(self, node: Any, made: Sequence[Sequence[int]]) -> int:
-        """Return about how many multiplications and additions a node takes; never far too few."""
+    def _operations(self, node: Any, outputs: Sequence[Sequence[int]]) -> int:
+        """Estimate the multiplications and additions of a node, rather too many than too few.
+
+        Args:
+            node: The node.
+            outputs: Shapes of its outputs.
+        """
         from onnx import helper
 
-        given = [self._shape(name) for name in node.input if name]
-        largest = max((math.prod(shape) for shape in (*given, *made)), default=0)
-        out = sum(math.prod(shape) for shape in made)
-        attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+        inputs = [self._shape(name) for name in node.input if name]
+        largest = max((math.prod(shape) for shape in (*inputs, *outputs)), default=0)
+        elements = sum(math.prod(shape) for shape in outputs)
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         if node.op_type == "Conv":
-            return out * math.prod(given[1][1:])
+            return elements * math.prod(inputs[1][1:])
         if node.op_type == "ConvTranspose":
-            return math.prod(given[0]) * math.prod(given[1][1:])
+            return math.prod(inputs[0]) * math.prod(inputs[1][1:])
         if node.op_type == "MatMul":
-            return out * given[0][-1]
+            return elements * inputs[0][-1]
         if node.op_type == "Gemm":
-            return out * given[0][0 if attributes.get("transA") else 1]
+            return elements * inputs[0][0 if attributes.get("transA") else 1]
         if node.op_type == "Einsum":
-            return _sizes_of_letters(attributes["equation"].decode(), given)
+            return _product_of_indices(attributes["equation"].decode(), inputs)
         if node.op_type in {"AveragePool", "MaxPool"}:
-            return out * int(math.prod(map(abs, attributes["kernel_shape"])))
+            return elements * int(math.prod(map(abs, attributes["kernel_shape"])))
         return largest * (16 if node.op_type == "Resize" else 1)
 
 
-def _sizes_of_letters(equation: str, shapes: Sequence[Sequence[int]]) -> int:
-    """Return the product of the sizes of an Einsum's letters.
+def _known_shape(value_type: Any) -> list[int] | None:
+    """Return the shape of an inferred type; None if it is not known completely."""
+    if value_type is None or not value_type.tensor_type.HasField("shape"):
+        return None
+    dimensions = value_type.tensor_type.shape.dim
+    if not all(dimension.HasField("dim_value") and dimension.dim_value >= 0 for dimension in dimensions):
+        return None
+    return [dimension.dim_value for dimension in dimensions]
+
+
+def _product_of_indices(equation: str, shapes: Sequence[Sequence[int]]) -> int:
+    """Return the product of the sizes of all indices of an Einsum.
 
     Example:
-        >>> _sizes_of_letters("ab, bc -> ac", [[2, 3], [3, 5]])
+        >>> _product_of_indices("ab, bc -> ac", [[2, 3], [3, 5]])
         30
     """
     terms = equation.replace(" ", "").split("->")[0].split(",")
     if "." in equation or [len(term) for term in terms] != [len(shape) for shape in shapes]:
-        raise ValueError(f"Einsum {equation[:40]}: letters and shapes differ")
+        raise ValueError(f"Einsum {equation[:40]}: indices do not fit the shapes")
     sizes: dict[str, int] = {}
     for term, shape in zip(terms, shapes, strict=True):
         sizes |= dict(zip(term, shape, strict=True))
     return math.prod(sizes.values())
 
 
-def _sized(kind: Any, height: int, width: int) -> Any:
-    """Return the type of an input for an image of a size."""
+def _sized(input_type: Any, height: int, width: int) -> Any:
+    """Return the type of an input for one image size."""
     from onnx import helper
 
-    tensor = kind.tensor_type
-    shape = [one.dim_value or 1 for one in tensor.shape.dim]
-    return helper.make_tensor_type_proto(tensor.elem_type, [*shape[:2], height, width] if len(shape) == 4 else shape)
+    tensor_type = input_type.tensor_type
+    shape = [dimension.dim_value or 1 for dimension in tensor_type.shape.dim]
+    if len(shape) == 4:
+        shape[2:] = height, width
+    return helper.make_tensor_type_proto(tensor_type.elem_type, shape)
 
 
 def _name(node: Any) -> str:

@@ -1,4 +1,4 @@
-"""ONNX graphs, checked before onnxruntime runs them: operators, inputs and outputs, sizes, weights."""
+"""Checks of an ONNX file before onnxruntime runs it: operators, inputs and outputs, weights, costs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from derain.errors import DerainError
 from derain.files.metadata import Metadata, check, parse, shorten
 from derain.methods.onnx_costs import SIDES, Costs
 
-NAMES = """
+_OPERATOR_NAMES = """
 Abs Add And AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos
 DepthToSpace Div Einsum Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gemm GlobalAveragePool
 GlobalMaxPool Greater GreaterOrEqual HardSigmoid HardSwish Identity InstanceNormalization LayerNormalization LeakyRelu
@@ -19,22 +19,31 @@ ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize Ro
 Sigmoid Sign Sin Size Slice Softmax Softplus SpaceToDepth Split Sqrt Squeeze Sub Sum Tanh Tile Transpose Trilu
 Unsqueeze Where Xor
 """
-OPERATORS = frozenset(NAMES.split())
-"""Operators that compute a tensor from tensors; none loops, branches, draws random numbers or reads files.
+OPERATORS = frozenset(_OPERATOR_NAMES.split())
+"""Operators that compute a tensor from tensors: no loops, branches, random numbers or files.
 
-Which ones PyTorch exports depends on the options of a method and even on its weights (equal ones become ``Identity``).
+The list is longer than what the methods need today: PyTorch's choice depends on the options of a method, and even on
+its weights (equal ones become ``Identity``).
 """
 
 CONTEXTS = ("content", "degradation")
+INTERFACES = (
+    ["rainy"],
+    ["state", "rainy", "times"],
+    ["state", "rainy", "times", "content"],
+    ["state", "rainy", "times", "degradation"],
+    ["state", "rainy", "times", "content", "degradation"],
+)
+"""Names of the inputs of a graph: of a method that restores in one pass, or of an IR-SDE with its contexts."""
 
 
 class GraphMetadata(TypedDict):
     """Metadata of a graph.
 
     Attributes:
-        inputs: Names of its inputs in order.
+        inputs: Names of the inputs in order.
         parameters: Number of parameters of the network.
-        routes: The route that CLIP-RPN's graph takes.
+        routes: Route of CLIP-RPN that the graph computes.
     """
 
     inputs: Sequence[str]
@@ -49,11 +58,12 @@ class OnnxMetadata(Metadata):
 
 
 def read_graph(path: Path) -> tuple[dict[str, Any], Costs]:
-    """Return the metadata of an ONNX file that derain can run, and what bounds it for images of other sizes.
+    """Return the metadata and the costs of an ONNX file that `derain export` wrote.
 
     Raises:
-        DerainError: If the file is damaged, is not derain's, has another interface or operators than derain exports,
-            tensors or computations of unreasonable size, files beside it, or NaN or infinite weights.
+        DerainError: If the file is damaged, has no metadata of derain, has inputs, outputs or operators that derain
+            does not export, exceeds the limits of `Costs`, refers to files with weights, or has NaN or infinite
+            weights.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -61,13 +71,11 @@ def read_graph(path: Path) -> tuple[dict[str, Any], Costs]:
     try:
         model = onnx.load(path, load_external_data=False)
     except (DecodeError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        raise DerainError(f"{path}: damaged, or no ONNX file ({shorten(error, 120)}); export it again") from error
+        raise DerainError(f"{path}: damaged, or not an ONNX file ({shorten(error, 120)}); export it again") from error
     entries = {entry.key: entry.value for entry in model.metadata_props}
     metadata = parse(path, entries.get("derain", "null"))
     if not metadata:
-        raise DerainError(
-            f"{path}: ONNX that does not say its method (no 'derain' entry); give a file of derain export"
-        )
+        raise DerainError(f"{path}: no entry 'derain' in the metadata of the ONNX file; give a file of derain export")
     check(path, metadata, OnnxMetadata)
     _check_operators(path, model)
     _check_interface(path, model.graph, metadata)
@@ -78,7 +86,7 @@ def read_graph(path: Path) -> tuple[dict[str, Any], Costs]:
     return metadata, costs
 
 
-def _refuse(path: Path, reason: str) -> DerainError:
+def _error(path: Path, reason: str) -> DerainError:
     return DerainError(f"{path}: {reason}; give a file of derain export")
 
 
@@ -86,48 +94,48 @@ def _check_operators(path: Path, model: Any) -> None:
     graph = model.graph
     domains = {entry.domain for entry in model.opset_import} | {node.domain for node in graph.node}
     if domains - {"", "ai.onnx"}:
-        raise _refuse(path, f"operators of {shorten(', '.join(sorted(domains)))}; expected ONNX's own")
-    other = {node.op_type for node in graph.node} - OPERATORS
-    if other:
-        raise _refuse(path, f"operators that derain does not run ({shorten(', '.join(sorted(other)))})")
-    nested = any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute)
+        raise _error(path, f"operators of {shorten(', '.join(sorted(domains)))}; expected operators of ONNX")
+    unsupported = {node.op_type for node in graph.node} - OPERATORS
+    if unsupported:
+        raise _error(path, f"operators that derain does not run ({shorten(', '.join(sorted(unsupported)))})")
+    attributes = [attribute for node in graph.node for attribute in node.attribute]
+    nested = any(attribute.HasField("g") or attribute.graphs for attribute in attributes)
     if model.functions or graph.sparse_initializer or nested:
-        raise _refuse(path, "nested graphs or sparse weights, which derain does not export")
+        raise _error(path, "nested graphs or sparse weights, which derain does not export")
 
 
 def _check_interface(path: Path, graph: Any, metadata: Mapping[str, Any]) -> None:
-    """Refuse other inputs than an image of any size, or a state of the SDE with its conditions; one output."""
+    """Refuse inputs that are not in ``INTERFACES``, or whose shapes do not fit, and outputs that are not one image."""
     from onnx import TensorProto
 
     weights = {tensor.name for tensor in graph.initializer}
     inputs = {value.name: value for value in graph.input if value.name not in weights}
     expected = list(metadata["graph"]["inputs"])
-    interfaces = [
-        ["rainy"],
-        *(["state", "rainy", "times", *names] for names in ([], *map(list, CONTEXTS), [*CONTEXTS])),
-    ]
-    if expected not in interfaces or list(inputs) != expected:
-        raise _refuse(path, f"inputs {shorten(', '.join(inputs))}; expected {shorten(', '.join(expected))} of an image")
+    if expected not in INTERFACES or list(inputs) != expected:
+        raise _error(path, f"inputs {shorten(', '.join(inputs))}; expected {shorten(', '.join(expected))} of an image")
     if len(graph.output) != 1:
-        raise _refuse(path, f"{len(graph.output)} outputs; expected one image")
+        raise _error(path, f"{len(graph.output)} outputs; expected one image")
     for value in (*inputs.values(), *graph.output):
-        kind = value.type.tensor_type
-        shape = [dimension.dim_value or None for dimension in kind.shape.dim]  # None: any size
+        tensor_type = value.type.tensor_type
+        shape = [dimension.dim_value or None for dimension in tensor_type.shape.dim]  # None: any size
         if value.name == "times":
             fits = shape == [1]
         elif value.name in CONTEXTS:
             fits = len(shape) == 2 and shape[0] == 1 and shape[1] == metadata["hyper_parameters"].get("context")
         else:
             fits = len(shape) == 4 and shape[0] in {1, None} and shape[1:] == [3, None, None]
-        if kind.elem_type != TensorProto.FLOAT or not fits:
-            raise _refuse(path, f"{shorten(value.name)} of shape {shape}; expected float32 images of any size")
+        if tensor_type.elem_type != TensorProto.FLOAT or not fits:
+            raise _error(path, f"{shorten(value.name)} of shape {shape}; expected float32 images of any size")
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
+    """Yield the weights and the constants of a graph."""
     yield from graph.initializer
     for node in graph.node:
         for attribute in node.attribute:
-            yield from (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors)
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
 
 
 def _check_weights(path: Path, graph: Any) -> None:
@@ -135,12 +143,12 @@ def _check_weights(path: Path, graph: Any) -> None:
 
     for tensor in _tensors(graph):
         if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
-            raise _refuse(path, f"{shorten(tensor.name)} is in another file, which derain does not export")
+            raise _error(path, f"{shorten(tensor.name)} is in another file, which derain does not export")
         try:
             values = numpy_helper.to_array(tensor)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, MemoryError) as error:
-            raise _refuse(path, f"damaged, {shorten(tensor.name)}: {shorten(error, 80)}") from error
+            raise _error(path, f"{shorten(tensor.name)} is damaged ({shorten(error, 80)})") from error
         if values.dtype.kind not in "biuf":
-            raise _refuse(path, f"{shorten(tensor.name)} has no real numbers")
+            raise _error(path, f"{shorten(tensor.name)} is of type {values.dtype}, not of real numbers")
         if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise _refuse(path, f"{shorten(tensor.name)} has NaN or infinite numbers")
+            raise _error(path, f"{shorten(tensor.name)} has NaN or infinite numbers")

@@ -1,4 +1,4 @@
-"""Methods that run an ONNX file of derain export by onnxruntime."""
+"""Methods whose network is an ONNX file of `derain export`, run by onnxruntime."""
 
 import importlib.util
 import logging
@@ -22,14 +22,14 @@ from derain.methods.registry import find
 log = logging.getLogger("derain")
 
 OUT_OF_MEMORY = re.compile("bad_alloc|[Ff]ailed to allocate|out of memory")
-"""Messages of onnxruntime."""
+"""Matches onnxruntime's messages about memory."""
 
 
 def require_packages(*packages: str) -> None:
-    """Refuse to go further if a package is not installed.
+    """Check that packages are installed.
 
     Raises:
-        DerainError: If one is missing.
+        DerainError: If one is not.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
@@ -37,7 +37,7 @@ def require_packages(*packages: str) -> None:
 
 
 class OnnxNetwork(nn.Module):
-    """Graph of an ONNX file, run by onnxruntime; on a GPU if the images are there and onnxruntime supports it.
+    """Graph of an ONNX file, run by onnxruntime, on a GPU if the images are on one.
 
     Args:
         path: The file.
@@ -56,7 +56,8 @@ class OnnxNetwork(nn.Module):
         self.path = path
         self.metadata, self.costs = read_graph(path)
         self.inputs: list[str] = list(self.metadata["graph"]["inputs"])
-        self.session, self.on_gpu = self._open("CPUExecutionProvider"), False
+        self.session = self._open("CPUExecutionProvider")
+        self.on_gpu = False
 
     def _open(self, *providers: str) -> Any:
         import onnxruntime
@@ -72,24 +73,24 @@ class OnnxNetwork(nn.Module):
             ) from error
 
     def forward(self, *inputs: Tensor, **named: Tensor | None) -> Tensor:
-        """Run the graph image by image.
+        """Run the graph on each image of a batch.
 
         Args:
-            *inputs: Tensors in the order of ``inputs``.
+            *inputs: Tensors in the order of the attribute ``inputs``; the first are images.
             **named: Further tensors by name.
 
         Raises:
-            DerainError: If the graph cannot be run, is too expensive at this size (`Costs`), or does not return an
+            DerainError: If the graph cannot be run, exceeds the limits of `Costs` at this size, or does not return an
                 image of the same size.
             MemoryError: If memory does not suffice.
         """
         images = inputs[0]
         self._use_device_of(images)
         self.costs.check(*images.shape[2:])
-        tensors = {**dict(zip(self.inputs, inputs, strict=False)), **named}
-        arrays = {
-            name: tensor.float().cpu().contiguous().numpy() for name, tensor in tensors.items() if tensor is not None
-        }
+        arrays = {}
+        for name, tensor in [*zip(self.inputs, inputs, strict=False), *named.items()]:
+            if tensor is not None:
+                arrays[name] = tensor.float().cpu().contiguous().numpy()
         outputs = []
         for index in range(len(images)):
             output = self._run({name: array[index : index + 1] for name, array in arrays.items()})
@@ -112,23 +113,24 @@ class OnnxNetwork(nn.Module):
     def _use_device_of(self, images: Tensor) -> None:
         if not images.is_cuda or self.on_gpu:
             return
-        self.session, self.on_gpu = self._open(*_gpu_first()), True
+        self.session = self._open(*_gpu_first())
+        self.on_gpu = True
         if "CUDAExecutionProvider" not in self.session.get_providers():
             raise DerainError(
-                f"{self.path}: this onnxruntime has no CUDA; add --device cpu, or: pip install onnxruntime-gpu"
+                f"{self.path}: this onnxruntime lacks CUDA; add --device cpu, or: pip install onnxruntime-gpu"
             )
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse compilation: onnxruntime has optimised the graph.
+        """Refuse compilation, since onnxruntime has optimised the graph already.
 
         Raises:
             DerainError: Always.
         """
-        raise DerainError(f"--compile: {self.path} is ONNX, which onnxruntime has optimised; omit the option")
+        raise DerainError(f"--compile: {self.path} is an ONNX file, which onnxruntime optimises; omit the option")
 
 
 def runtime_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions of onnxruntime, which have no common base but ``Exception``."""
+    """Return the exceptions of onnxruntime, whose only common base is ``Exception``."""
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
     return (
@@ -157,10 +159,10 @@ class OnnxModule(DerainModule):
     """Method whose ``forward`` is an ONNX graph.
 
     Args:
-        network: Runs the file.
+        network: Network that runs the file.
     """
 
-    bytes_per_pixel: ClassVar[int] = 8000  # Restormer takes 6,400 by onnxruntime, other methods less
+    bytes_per_pixel: ClassVar[int] = 8000  # measured: 6,400 for Restormer in onnxruntime, less for the rest
 
     def __init__(self, network: OnnxNetwork) -> None:
         super().__init__()
@@ -181,19 +183,23 @@ class OnnxModule(DerainModule):
         Raises:
             DerainError: Always.
         """
-        raise DerainError(f"{cast(OnnxNetwork, self.network).path}: is ONNX already; export the weights it was made of")
+        path = cast(OnnxNetwork, self.network).path
+        raise DerainError(f"{path}: already exported; give the weights that it was made from")
 
 
 def load(path: Path) -> tuple[DerainModule, str]:
-    """Load an ONNX file of derain export; return the method and one line for messages.
+    """Load an ONNX file of `derain export`.
+
+    Returns:
+        The method, and a line about it for messages.
 
     Raises:
         DerainError: If the file cannot be read, was not written by derain, or does not fit its metadata.
     """
     network = OnnxNetwork(path)
     metadata = network.metadata
-    graph, name = metadata["graph"], metadata["method"]
-    if graph["inputs"] == ["rainy"]:  # all that is computed is in the file, so its method need not be known
+    graph = metadata["graph"]
+    if graph["inputs"] == ["rainy"]:  # the graph is the whole method, whose class is not needed
         module: DerainModule = OnnxModule(network)
     else:
         module = _with_graph(path, network)
@@ -201,13 +207,13 @@ def load(path: Path) -> tuple[DerainModule, str]:
     counts = metadata.get("route_counts") or ()
     for route in routes:
         if isinstance(counts, list) and 0 <= route < len(counts) and counts[route] == 0:
-            log.warning("%s: no image took route %d in training: expect a poor result", path, route)
+            log.warning("%s: route %d was not trained; expect a poor result", path, route)
     suffix = "".join(f", route {route}" for route in routes)
-    return module.eval(), f"{shorten(name, 60)} as ONNX ({graph['parameters']:,} parameters{suffix})"
+    return module.eval(), f"{shorten(metadata['method'], 60)} as ONNX ({graph['parameters']:,} parameters{suffix})"
 
 
 def _with_graph(path: Path, network: OnnxNetwork) -> DerainModule:
-    """Build the method that computes what the graph does not."""
+    """Build a method whose network is the graph."""
     metadata = network.metadata
     method = find(path, metadata)
     check(path, metadata, method.metadata_schema, method)
@@ -218,7 +224,7 @@ def _with_graph(path: Path, network: OnnxNetwork) -> DerainModule:
             module = method.from_graph(metadata, network, network.inputs)
     except BUILD_ERRORS as error:
         raise DerainError(
-            f"{path}: does not fit this derain ({shorten(error)}); it was written by derain "
-            f"{shorten(metadata.get('version'), 40)}"
+            f"{path}: written by derain {shorten(metadata.get('version'), 40)}, does not fit the installed version "
+            f"({shorten(error)}); export the weights again"
         ) from error
     return cast(DerainModule, module)

@@ -24,8 +24,8 @@ def use_configured(trainer: Trainer, changed: Sequence[str]) -> None:
         DerainError: If an option was changed, and a schedule is not a ``LambdaLR``: its rate at a step is unknown.
     """
     optimizers, schedules = _init_optimizers_and_lr_schedulers(trainer.lightning_module)
-    for optimizer, fresh in zip(trainer.optimizers, optimizers, strict=True):
-        for group, options in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+    for optimizer, configured_optimizer in zip(trainer.optimizers, optimizers, strict=True):
+        for group, options in zip(optimizer.param_groups, configured_optimizer.param_groups, strict=True):
             scheduled = any(config.scheduler.optimizer is optimizer for config in trainer.lr_scheduler_configs)
             for name, value in options.items():
                 if name != "params" and not (name == "lr" and scheduled):

@@ -1,4 +1,4 @@
-"""Networks of other projects that spandrel recognises by their tensors."""
+"""Networks that are not derain's, which spandrel recognises by their tensors."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -14,18 +14,18 @@ from derain.errors import DerainError
 from derain.methods.base import DerainModule
 from derain.methods.graph import Graph
 
-SMALLEST = 16
+MIN_SIDE = 16
 """Side in pixels that smaller images are padded to: some networks pad by reflection, which needs as many pixels."""
 
 
 class SpandrelModule(DerainModule):
-    """Network of another project, for restoring only.
+    """Network that spandrel knows, for restoring only.
 
     Args:
         descriptor: ``ImageModelDescriptor`` of spandrel: the network, its architecture and the sizes that it accepts.
     """
 
-    bytes_per_pixel: ClassVar[int] = 12_000  # not measured: there are many networks
+    bytes_per_pixel: ClassVar[int] = 12_000  # an assumption: the networks were not measured
 
     def __init__(self, descriptor: Any) -> None:
         super().__init__()
@@ -33,9 +33,9 @@ class SpandrelModule(DerainModule):
         self.network = descriptor.model
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Restore images of any size in [0, 1], one after another, as spandrel's descriptors require."""
+        """Restore images of any size in [0, 1]; each on its own, as spandrel's descriptors require."""
         height, width = rainy.shape[2:]
-        right, below = max(0, SMALLEST - width), max(0, SMALLEST - height)
+        right, below = max(0, MIN_SIDE - width), max(0, MIN_SIDE - height)
         padded = F.pad(rainy, (0, right, 0, below), "replicate") if right or below else rainy
         derained = torch.cat([self.descriptor(image[None]) for image in padded])
         return derained[:, :, :height, :width]
@@ -56,14 +56,17 @@ class SpandrelModule(DerainModule):
             DerainError: Always.
         """
         name = self.descriptor.architecture.name
-        raise DerainError(f"{name} by spandrel cannot be exported; use weights of a method of derain")
+        raise DerainError(f"{name} by spandrel cannot be exported; give weights of a method of derain")
 
 
 def recognise(path: Path, state: Mapping[str, Tensor]) -> SpandrelModule | None:
-    """Build the network of a state dict; None if spandrel is not installed or does not know it.
+    """Build the network of a state dict.
+
+    Returns:
+        The network; None if spandrel is not installed or does not know the tensors.
 
     Raises:
-        DerainError: If the tensors do not fit the network, or it does not turn an RGB image into one of its size.
+        DerainError: If the tensors do not fit the network, or it does not map an RGB image to one of the same size.
     """
     if importlib.util.find_spec("spandrel") is None:
         return None
@@ -82,12 +85,13 @@ def recognise(path: Path, state: Mapping[str, Tensor]) -> SpandrelModule | None:
         purpose = descriptor.purpose.lower() if scale == 1 else f"enlarges {scale} times"
         raise DerainError(
             f"{path}: is {name} ({purpose}, {channels[0]} channels to {channels[1]}); expected a network that restores "
-            "RGB images at their own size"
+            "RGB images at the same size"
         )
     return SpandrelModule(descriptor).eval()
 
 
-def missing() -> str:
-    """Return the end of an error message where spandrel might have recognised the file; empty if it is installed."""
-    installed = importlib.util.find_spec("spandrel") is not None
-    return "" if installed else "; for networks of other projects: pip install 'derain[others]'"
+def install_hint() -> str:
+    """Return the hint to install spandrel, for the end of an error message; empty if it is installed."""
+    if importlib.util.find_spec("spandrel") is not None:
+        return ""
+    return "; to load networks that are not derain's: pip install 'derain[others]'"

@@ -301,7 +301,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     def _resume(self, checkpoint: dict[str, Any]) -> None:
         """Prepare loops, data and schedules for the position of a checkpoint."""
         self._compare(checkpoint.get("derain", {}))
-        position = loops.settle(checkpoint["loops"])
+        position = loops.correct_counters(checkpoint["loops"])
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "resume_at"):
             data.resume_at(position)
@@ -356,7 +356,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         for name, gradient in self._resumed.get("gradients", {}).items():
             self.get_parameter(name).grad = gradient.to(self.device)
         if "position" in self._resumed:
-            loops.begin(self.trainer, self._resumed["position"])
+            loops.restore_position(self.trainer, self._resumed["position"])
         self._resumed = None
 
     def refuse_plain_ddp(self, reason: str) -> None:

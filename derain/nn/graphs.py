@@ -1,15 +1,15 @@
-"""Whether a network runs eagerly, or a graph of its operations is made."""
+"""Checks whether PyTorch is recording a graph of a network for compilation or export."""
 
 import torch
 
 
 def compiling_or_exporting() -> bool:
-    """Return whether a graph is made, to compile or export it: it should contain whole maps, not strips of them."""
+    """Return whether a graph is recorded, which should process whole maps instead of strips."""
     return torch.compiler.is_compiling() or _is_tracing()
 
 
 def exporting() -> bool:
-    """Return whether a graph for images of any size is made: it must not depend on the size of the example image."""
+    """Return whether a graph for images of any size is recorded, which must not depend on the example's size."""
     return torch.compiler.is_exporting() or _is_tracing()
 
 

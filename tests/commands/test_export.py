@@ -17,7 +17,7 @@ from tests.methods.test_contract import SMALL, Plain
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Weights, their ONNX file and a photo."""
+    """Folder with weights, their ONNX file and a photo."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("export")
     PReNetModule(stages=1).save_weights(path / "w.safetensors")
@@ -27,17 +27,17 @@ def folder(tmp_path_factory):
 
 
 def restore(folder, file, target, *options):
-    given = ["--weights", str(folder / file), "--device", "cpu", *options]
-    return main(["restore", str(folder / "rainy.png"), str(target), *given])
+    weights = ["--weights", str(folder / file)]
+    return main(["restore", str(folder / "rainy.png"), str(target), *weights, "--device", "cpu", *options])
 
 
-def test_the_file_is_compared_at_five_sizes(folder, tmp_path, capsys):
-    told = ["export", "--weights", str(folder / "w.safetensors"), "--format", "torch", str(tmp_path / "m.pt2")]
-    assert main(told) == 0
-    out = capsys.readouterr()
+def test_the_file_is_compared_at_all_sizes(folder, tmp_path, capsys):
+    command = ["export", "--weights", str(folder / "w.safetensors"), "--format", "torch", str(tmp_path / "m.pt2")]
+    assert main(command) == 0
+    output = capsys.readouterr()
     for height, width in SIZES:
-        assert f"{width}×{height}" in out.out
-    assert "PReNetModule" in out.err
+        assert f"{width}×{height}" in output.out
+    assert "PReNetModule" in output.err
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"]
 
 
@@ -45,12 +45,12 @@ def test_the_file_is_compared_at_five_sizes(folder, tmp_path, capsys):
 def test_onnx_restores_photos(folder, tmp_path, options):
     assert restore(folder, "m.onnx", tmp_path / "onnx.png", *options) == 0
     assert restore(folder, "w.safetensors", tmp_path / "torch.png", *options) == 0
-    apart = np.abs(read_rgb(tmp_path / "onnx.png").astype(int) - read_rgb(tmp_path / "torch.png"))
-    assert apart.max() <= 1
+    difference = read_rgb(tmp_path / "onnx.png").astype(int) - read_rgb(tmp_path / "torch.png")
+    assert np.abs(difference).max() <= 1
 
 
 @pytest.mark.slow
-def test_an_exported_diffusion_is_solved_by_derain(folder, tmp_path, capsys):
+def test_an_exported_diffusion_is_sampled_by_derain(folder, tmp_path, capsys):
     torch.manual_seed(0)
     DACLIPSDEModule(**SMALL["DACLIPSDEModule"]).save_weights(folder / "sde.safetensors")
     assert main(["export", "--weights", str(folder / "sde.safetensors"), str(folder / "sde.onnx")]) == 0
@@ -59,35 +59,35 @@ def test_an_exported_diffusion_is_solved_by_derain(folder, tmp_path, capsys):
         options = ("--steps", "3", "--solver", solver, "--seed", "4", "--tile", "64")
         for file in ("sde.onnx", "sde.safetensors"):
             assert restore(folder, file, tmp_path / f"{solver}-{file}.png", *options) == 0
-        first, second = (
-            read_rgb(tmp_path / f"{solver}-sde.{kind}.png").astype(int) for kind in ("onnx", "safetensors")
-        )
-        assert np.abs(first - second).max() <= 1
+        by_file = read_rgb(tmp_path / f"{solver}-sde.onnx.png").astype(int)
+        by_method = read_rgb(tmp_path / f"{solver}-sde.safetensors.png").astype(int)
+        assert np.abs(by_file - by_method).max() <= 1
     capsys.readouterr()
     assert restore(folder, "sde.onnx", tmp_path / "o.png", "--steps", "1000") == 2
     assert "--steps 1000" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_route_is_chosen(folder, tmp_path, capsys):
+def test_a_route_must_be_given(folder, tmp_path, capsys):
     torch.manual_seed(0)
-    (CLIPRPNModule(**SMALL["CLIPRPNModule"] | {"perception": "clip"})).save_weights(tmp_path / "w.safetensors")
-    given = ["export", "--weights", str(tmp_path / "w.safetensors"), str(tmp_path / "m.onnx")]
-    assert main(given) == 2
+    CLIPRPNModule(**SMALL["CLIPRPNModule"] | {"perception": "clip"}).save_weights(tmp_path / "w.safetensors")
+    command = ["export", "--weights", str(tmp_path / "w.safetensors"), str(tmp_path / "m.onnx")]
+    assert main(command) == 2
     assert "--route 0 to --route 1" in capsys.readouterr().err
-    assert main([*given, "--route", "7"]) == 2
+    assert main([*command, "--route", "7"]) == 2
     assert "route 7" in capsys.readouterr().err
-    assert main([*given, "--route", "1"]) == 0
+    assert main([*command, "--route", "1"]) == 0
     assert "route 1" in catalog.load(tmp_path / "m.onnx").note
 
 
-def test_a_graph_that_does_not_hold_for_all_sizes_is_not_kept(folder, tmp_path, capsys, monkeypatch):
-    forward = PReNetModule().network.__class__.forward
+def test_a_graph_that_depends_on_the_size_is_not_written(folder, tmp_path, capsys, monkeypatch):
+    network_class = type(PReNetModule().network)
+    forward = network_class.forward
 
-    def decides_by_size(self, rainy):
+    def forward_large_images(self, rainy):
         return forward(self, rainy) if rainy.shape[2] > 70 else rainy
 
-    monkeypatch.setattr(PReNetModule().network.__class__, "forward", decides_by_size)
+    monkeypatch.setattr(network_class, "forward", forward_large_images)
     (tmp_path / "m.onnx").write_bytes(b"old")
     assert main(["export", "--weights", str(folder / "w.safetensors"), str(tmp_path / "m.onnx")]) == 2
     assert "m.onnx" in capsys.readouterr().err.splitlines()[-1]
@@ -95,19 +95,19 @@ def test_a_graph_that_does_not_hold_for_all_sizes_is_not_kept(folder, tmp_path, 
     assert (tmp_path / "m.onnx").read_bytes() == b"old"
 
 
-def test_weights_that_are_no_numbers_are_not_exported(folder, tmp_path, capsys):
-    broken = PReNetModule(stages=1)
-    torch.nn.init.constant_(broken.network.conv[0].bias, float("nan"))
-    broken.save_weights(tmp_path / "w.safetensors")
+def test_nan_weights_are_not_exported(folder, tmp_path, capsys):
+    module = PReNetModule(stages=1)
+    torch.nn.init.constant_(module.network.conv[0].bias, float("nan"))
+    module.save_weights(tmp_path / "w.safetensors")
     assert main(["export", "--weights", str(tmp_path / "w.safetensors"), str(tmp_path / "m.onnx")]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-def test_refusals_take_one_line(folder, tmp_path, capsys, monkeypatch):
+def test_bad_arguments_are_refused_in_one_line(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "find_variants", dict)
     file, onnx, photo = (str(folder / name) for name in ("w.safetensors", "m.onnx", "rainy.png"))
     out = str(tmp_path / "o.png")
-    for arguments, told in (
+    for arguments, value in (
         (["export", "--weights", file, str(tmp_path / "m.pth")], ".onnx"),
         (["export", "--weights", file, "--format", "torch", str(tmp_path / "m.onnx")], ".pt2"),
         (["export", "--weights", onnx, str(tmp_path / "m.onnx")], "m.onnx"),
@@ -122,7 +122,7 @@ def test_refusals_take_one_line(folder, tmp_path, capsys, monkeypatch):
         assert main(arguments) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("derain: error:")
-        assert told in error
+        assert value in error
     assert list(tmp_path.iterdir()) == []
 
 

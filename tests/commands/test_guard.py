@@ -1,4 +1,4 @@
-"""What the page of derain app refuses before gradio reads it: hosts, sites, routes, sizes."""
+"""Requests that the page of derain app refuses before gradio reads them: by host, site, path and size."""
 
 import asyncio
 import json
@@ -15,21 +15,22 @@ import gradio as gr
 from gradio.queueing import Event, EventQueue
 from starlette.requests import Request
 
-from derain.commands.guard import PATIENCE, PER_CLIENT, QUEUE, Guard, Session
+from derain.commands.guard import LISTENER_TIMEOUT, MAX_CLIENT_JOBS, MAX_JOBS, Guard, Session
 from derain.commands.hosts import host_name
 from derain.commands.page import build
-from derain.commands.page_files import KEPT, PageFiles
+from derain.commands.page_files import KEEP_MINUTES, PageFiles
 from derain.commands.service import RestorationService
 from derain.errors import DerainError
 
 OWN = "127.0.0.1:7860"
 
 
-class Behind:
-    """The application behind the guard: records what comes through."""
+class Application:
+    """ASGI application behind the guard, which records the bodies of requests."""
 
     def __init__(self, folder):
-        self.bodies, self.folder = [], folder
+        self.bodies = []
+        self.folder = folder
 
     async def __call__(self, scope, receive, send):
         body = b""
@@ -38,11 +39,11 @@ class Behind:
             if not message["more_body"]:
                 break
         self.bodies.append(body)
-        answer = json.dumps([self.uploaded()] if scope["path"].endswith("upload") else {}).encode()
+        content = [self.new_file()] if scope["path"].endswith("upload") else {}
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": answer})
+        await send({"type": "http.response.body", "body": json.dumps(content).encode()})
 
-    def uploaded(self):
+    def new_file(self):
         path = self.folder / "a" / f"{len(self.bodies)}.png"
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -51,12 +52,14 @@ class Behind:
 
 @pytest.fixture
 def make(tmp_path):
+    """Return a function that builds a guard."""
+
     def make(host="127.0.0.1", allowed=()):
         with gr.Blocks() as blocks:
             inputs = gr.Image(), gr.Dropdown(), gr.Slider(), gr.Number()
             inputs[0].upload(lambda *_: None, [*inputs], None, api_name="restore")
             gr.Button().click(lambda: None, None, None)
-        return Guard(Behind(tmp_path), blocks.queue()._queue, tmp_path, 1000, host, allowed)
+        return Guard(Application(tmp_path), blocks.queue()._queue, tmp_path, 1000, host, allowed)
 
     return make
 
@@ -65,24 +68,25 @@ JOIN = "/gradio_api/queue/join"
 NO_FILE = {"data": [None, "m", 0, 0], "fn_index": 0, "session_hash": "s"}
 
 
-def call(path, **more):
-    """A call to restore a file."""
-    return {"data": [{"path": path}, "m", 0, 0], "fn_index": 0, "session_hash": "s", **more}
+def call(path, **fields):
+    """Return the body of a call that restores a file."""
+    return {"data": [{"path": path}, "m", 0, 0], "fn_index": 0, "session_hash": "s", **fields}
 
 
 def browser(name):
+    """Return the headers of a browser."""
     return {"cookie": f"derain-session={name}"}
 
 
-def ask(guard, method, path, headers=(), server=OWN, **more):
-    """Answer of the guard; ``server`` is the address that the request comes in at."""
+def request(guard, method, path, headers=(), server=OWN, **options):
+    """Return the response of the guard; ``server`` is the address that received the request."""
 
-    async def asking():
+    async def send():
         transport = httpx.ASGITransport(app=_at(guard, server))
         async with httpx.AsyncClient(transport=transport, base_url=f"http://{OWN}") as client:
-            return await client.request(method, path, headers=dict(headers), **more)
+            return await client.request(method, path, headers=dict(headers), **options)
 
-    return asyncio.run(asking())
+    return asyncio.run(send())
 
 
 def _at(guard, server):
@@ -104,7 +108,7 @@ def _at(guard, server):
         ("box.lan:7860", "Box.lan", [], 200),
         ("[fe80::1]:7860", "FE80:0::1", [], 200),
         ("box.lan:7860", "127.0.0.1", ["Box.lan"], 200),
-        ("192.0.2.7:7860", "0.0.0.0", [], 200),  # the address that the request came in at
+        ("192.0.2.7:7860", "0.0.0.0", [], 200),  # the address that received the request
         ("192.0.2.8:7860", "0.0.0.0", [], 403),
         ("192.0.2.7:7860", "127.0.0.1", [], 403),
         ("evil.example:7860", "127.0.0.1", [], 403),
@@ -118,11 +122,11 @@ def _at(guard, server):
 )
 def test_hosts(make, host, served_at, allowed, status):
     guard = make(served_at, allowed)
-    answer = ask(guard, "GET", "/config", {"host": host}, server="192.0.2.7:7860")
-    assert answer.status_code == status
+    response = request(guard, "GET", "/config", {"host": host}, server="192.0.2.7:7860")
+    assert response.status_code == status
     assert len(guard.app.bodies) == (status == 200)
     if status == 403:
-        assert "--allow-host" in answer.json()["detail"]
+        assert "--allow-host" in response.json()["detail"]
 
 
 @pytest.mark.parametrize(
@@ -131,11 +135,11 @@ def test_hosts(make, host, served_at, allowed, status):
         (None, [], 200),
         (f"http://{OWN}", [], 200),
         (f"https://{OWN}", [], 200),
-        ("https://photos.example", ["photos.example"], 200),  # a proxy that names this machine to us
+        ("https://photos.example", ["photos.example"], 200),  # through a proxy that changes the Host header
         ("http://evil.example", [], 403),
         ("null", [], 403),
         ("", [], 403),
-        ("http://localhost:3000", [], 403),  # another program's page
+        ("http://localhost:3000", [], 403),  # the page of a program on this machine
         ("http://127.0.0.1:7861", ["photos.example"], 403),
         (f"http://{OWN}.evil.example", [], 403),
         (f"http://evil.example/{OWN}", [], 403),
@@ -145,7 +149,7 @@ def test_hosts(make, host, served_at, allowed, status):
 def test_origins(make, origin, allowed, status, method, path):
     guard = make(allowed=allowed)
     headers = {} if origin is None else {"origin": origin}
-    assert ask(guard, method, path, headers, json=NO_FILE).status_code == status
+    assert request(guard, method, path, headers, json=NO_FILE).status_code == status
     assert len(guard.app.bodies) == (status == 200)
 
 
@@ -169,65 +173,67 @@ def test_origins(make, origin, allowed, status, method, path):
         ("GET", "/docs"),
     ],
 )
-def test_what_the_page_does_not_need_is_not_served(make, method, path):
+def test_paths_that_the_page_does_not_use_are_refused(make, method, path):
     guard = make()
-    assert ask(guard, method, path, content=b"{}").status_code == 404
+    assert request(guard, method, path, content=b"{}").status_code == 404
     assert guard.app.bodies == []
 
 
 @pytest.mark.parametrize(
     "name", ["/etc/passwd", "http://127.0.0.1/x", "file:///etc/passwd", "x.png", "{0}/../x", "{0}/%00", "", "{0}x/y"]
 )
-def test_files_of_other_folders_are_not_served(make, tmp_path, name):
+def test_files_outside_the_folder_are_refused(make, tmp_path, name):
     guard = make()
-    assert ask(guard, "GET", f"/gradio_api/file={name.format(tmp_path)}").status_code == 403
+    assert request(guard, "GET", f"/gradio_api/file={name.format(tmp_path)}").status_code == 403
     assert guard.app.bodies == []
 
 
-def test_an_upload_is_served_to_the_browser_that_sent_it_only(make):
+def test_uploads_are_served_only_to_their_browser(make):
     guard = make()
-    (uploaded,) = ask(guard, "POST", "/gradio_api/upload", browser("a"), content=b"photo").json()
+    (uploaded,) = request(guard, "POST", "/gradio_api/upload", browser("a"), content=b"photo").json()
     for cookie, status in ((browser("a"), 200), (browser("b"), 403), ({}, 403)):
-        assert ask(guard, "GET", f"/gradio_api/file={uploaded}", cookie).status_code == status
+        assert request(guard, "GET", f"/gradio_api/file={uploaded}", cookie).status_code == status
     link = Path(uploaded).with_name("link.png")
     link.symlink_to("/etc/passwd")
     guard.files.add([str(link), "/etc/passwd"], "a")
     for path in (link, "/etc/passwd"):
-        assert ask(guard, "GET", f"/gradio_api/file={path}", browser("a")).status_code == 403
+        assert request(guard, "GET", f"/gradio_api/file={path}", browser("a")).status_code == 403
 
 
-def test_a_restored_photo_is_served_to_the_browser_that_listens_only(make, tmp_path):
+def test_results_are_served_only_to_their_browser(make, tmp_path):
     guard = make()
-    made = str(tmp_path / "made" / "a.png")
+    result = str(tmp_path / "results" / "a.png")
     guard.sessions["s"] = Session("a")
 
-    async def streaming(scope, receive, send):
+    async def stream_result(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        text = f"data: {json.dumps({'output': {'data': [{'value': {'path': made}}, {'path': None}]}})}\n\n".encode()
-        for part in (text[:30], text[30:]):
+        output = {"output": {"data": [{"value": {"path": result}}, {"path": None}]}}
+        event = f"data: {json.dumps(output)}\n\n".encode()
+        for part in (event[:30], event[30:]):
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    guard.app, behind = streaming, guard.app
+    application = guard.app
+    guard.app = stream_result
     stream = "/gradio_api/queue/data?session_hash=s"
-    assert ask(guard, "GET", stream, browser("b")).status_code == 403
-    assert ask(guard, "GET", stream, browser("a")).status_code == 200
-    guard.app = behind
+    assert request(guard, "GET", stream, browser("b")).status_code == 403
+    assert request(guard, "GET", stream, browser("a")).status_code == 200
+    guard.app = application
     for name, status in (("a", 200), ("b", 403)):
-        assert ask(guard, "GET", f"/gradio_api/file={made}", browser(name)).status_code == status
+        assert request(guard, "GET", f"/gradio_api/file={result}", browser(name)).status_code == status
 
 
-def test_only_what_was_checked_is_passed_on(make):
+def test_only_checked_content_is_forwarded(make):
     guard = make()
     for body in (b"", b"x", b"[" * 100_000, b"\xff", b'{"path": 5}', b'{"data": [[{"path": {"a": "b"}}]]}'):
-        assert ask(guard, "POST", JOIN, content=body).status_code in {400, 403}
+        assert request(guard, "POST", JOIN, content=body).status_code in {400, 403}
     assert guard.app.bodies == []
-    (uploaded,) = ask(guard, "POST", "/gradio_api/upload", content=b"photo").json()
-    twice = json.dumps(call(uploaded, batched=True)).replace('{"path"', '{"path": "/etc/passwd", "path"')
-    assert ask(guard, "POST", JOIN, content=twice.encode()).status_code == 200
+    (uploaded,) = request(guard, "POST", "/gradio_api/upload", content=b"photo").json()
+    two_paths = json.dumps(call(uploaded, batched=True)).replace('{"path"', '{"path": "/etc/passwd", "path"')
+    assert request(guard, "POST", JOIN, content=two_paths.encode()).status_code == 200
     assert json.loads(guard.app.bodies[-1]) == call(uploaded)
     assert guard.app.bodies[-1].count(b'"path"') == 1
-    assert ask(guard, "POST", JOIN, browser("other"), json=call(uploaded)).status_code == 403
+    assert request(guard, "POST", JOIN, browser("b"), json=call(uploaded)).status_code == 403
 
 
 @pytest.mark.parametrize(
@@ -255,25 +261,25 @@ def test_only_what_was_checked_is_passed_on(make):
 @pytest.mark.parametrize("path", [JOIN, "/gradio_api/call/restore", "/gradio_api/run/predict"])
 def test_malformed_calls_are_refused(make, changed, status, path):
     guard = make()
-    (uploaded,) = ask(guard, "POST", "/gradio_api/upload", content=b"photo").json()
-    assert ask(guard, "POST", path, json=call(uploaded)).status_code == 200
+    (uploaded,) = request(guard, "POST", "/gradio_api/upload", content=b"photo").json()
+    assert request(guard, "POST", path, json=call(uploaded)).status_code == 200
     body = json.dumps(call(uploaded, **changed)).replace("{file}", uploaded)
-    assert ask(guard, "POST", path, content=body.encode()).status_code == status
+    assert request(guard, "POST", path, content=body.encode()).status_code == status
     assert len(guard.app.bodies) == 2
 
 
 @pytest.mark.parametrize("index", [None, 9, -1, "0", [0], {"a": 0}])
-def test_functions_that_the_page_does_not_have_are_refused(make, index):
+def test_unknown_functions_are_refused(make, index):
     guard = make()
-    assert ask(guard, "POST", JOIN, json={**NO_FILE, "fn_index": index}).status_code == 400
-    assert ask(guard, "POST", JOIN, json={**NO_FILE, "fn_index": 1, "data": []}).status_code == 200
+    assert request(guard, "POST", JOIN, json={**NO_FILE, "fn_index": index}).status_code == 400
+    assert request(guard, "POST", JOIN, json={**NO_FILE, "fn_index": 1, "data": []}).status_code == 200
 
 
-def test_a_session_belongs_to_the_browser_that_began_it(make):
+def test_a_session_belongs_to_the_browser_that_started_it(make):
     guard = make()
     event = _event(1, "127.0.0.1", 0, session="s")
     guard.queue.pending_event_ids_session["s"] = {event._id}
-    asked = [
+    requests = [
         ("POST", JOIN, NO_FILE),
         ("POST", "/gradio_api/call/restore", NO_FILE),
         ("POST", "/gradio_api/run/predict", {**NO_FILE, "fn_index": 1, "data": []}),
@@ -283,66 +289,66 @@ def test_a_session_belongs_to_the_browser_that_began_it(make):
         ("GET", f"/gradio_api/call/restore/{event._id}", None),
         ("GET", "/gradio_api/heartbeat/s", None),
     ]
-    assert ask(guard, "POST", JOIN, browser("a"), json=NO_FILE).status_code == 200
-    assert ask(guard, "POST", JOIN, browser("b"), json={**NO_FILE, "session_hash": "own"}).status_code == 200
-    for method, path, body in asked:
-        assert ask(guard, method, path, browser("b"), json=body).status_code == 403, path
-        assert ask(guard, method, path, json=body).status_code == 403, path
-    for method, path, body in asked[:4] + asked[5:]:
-        assert ask(guard, method, path, browser("a"), json=body).status_code == 200, path
+    assert request(guard, "POST", JOIN, browser("a"), json=NO_FILE).status_code == 200
+    assert request(guard, "POST", JOIN, browser("b"), json={**NO_FILE, "session_hash": "own"}).status_code == 200
+    for method, path, body in requests:
+        assert request(guard, method, path, browser("b"), json=body).status_code == 403, path
+        assert request(guard, method, path, json=body).status_code == 403, path
+    for method, path, body in requests[:4] + requests[5:]:
+        assert request(guard, method, path, browser("a"), json=body).status_code == 200, path
 
 
-def test_old_files_and_sessions_are_forgotten(make, tmp_path, monkeypatch):
+def test_old_files_and_sessions_are_deleted(make, tmp_path, monkeypatch):
     guard = make()
-    (uploaded,) = ask(guard, "POST", "/gradio_api/upload", content=b"photo").json()
-    part = tmp_path / "tmpx"  # of an upload that was never finished
-    part.write_bytes(b"part")
-    guard.sessions |= {"old": Session("a", time.monotonic() - KEPT * 60 - 1), "new": Session("a")}
-    guard.sessions["heard"] = Session("a", time.monotonic() - KEPT * 60 - 1, listeners=1)
+    (uploaded,) = request(guard, "POST", "/gradio_api/upload", content=b"photo").json()
+    incomplete = tmp_path / "tmpx"  # of an upload that was never finished
+    incomplete.write_bytes(b"part")
+    guard.sessions |= {"old": Session("a", time.monotonic() - KEEP_MINUTES * 60 - 1), "new": Session("a")}
+    guard.sessions["open"] = Session("a", time.monotonic() - KEEP_MINUTES * 60 - 1, listeners=1)
     guard.clean_up()
-    assert list(guard.sessions) == ["new", "heard"]
-    assert part.exists()
+    assert list(guard.sessions) == ["new", "open"]
+    assert incomplete.exists()
     assert guard.files.belongs(uploaded, "")
     now = time.time()
-    monkeypatch.setattr("time.time", lambda: now + KEPT * 60 + 1)
+    monkeypatch.setattr("time.time", lambda: now + KEEP_MINUTES * 60 + 1)
     guard.clean_up()
-    assert not part.exists()
+    assert not incomplete.exists()
     assert not Path(uploaded).exists()
     assert not guard.files.belongs(uploaded, "")
 
 
-def test_what_a_client_uploads_is_bounded(make, tmp_path, monkeypatch):
+def test_uploads_of_a_client_are_limited(make, tmp_path, monkeypatch):
     guard = make()
-    assert guard.files.client_bytes == QUEUE * 1000
+    assert guard.files.client_bytes == MAX_JOBS * 1000
     guard.files = PageFiles(tmp_path, 1000)
-    sent = [ask(guard, "POST", "/gradio_api/upload", content=bytes(500)).status_code for _ in range(2)]
-    assert sent == [200, 200]
+    responses = [request(guard, "POST", "/gradio_api/upload", content=bytes(500)) for _ in range(2)]
+    assert [response.status_code for response in responses] == [200, 200]
     guard.files.count("127.0.0.1", 1)
-    assert ask(guard, "POST", "/gradio_api/upload", content=b"x").status_code == 429
+    assert request(guard, "POST", "/gradio_api/upload", content=b"x").status_code == 429
     assert guard.files.count("192.0.2.7", 1000)
     now = time.monotonic()
-    monkeypatch.setattr("time.monotonic", lambda: now + (KEPT + 1) * 60)
-    assert ask(guard, "POST", "/gradio_api/upload", content=b"x").status_code == 200
+    monkeypatch.setattr("time.monotonic", lambda: now + (KEEP_MINUTES + 1) * 60)
+    assert request(guard, "POST", "/gradio_api/upload", content=b"x").status_code == 200
 
 
-@pytest.mark.parametrize(("path", "most"), [("/gradio_api/upload", 66_536), (JOIN, 1_000_000)])
-def test_requests_are_bounded(make, path, most):
+@pytest.mark.parametrize(("path", "limit"), [("/gradio_api/upload", 66_536), (JOIN, 1_000_000)])
+def test_large_requests_are_refused(make, path, limit):
     guard = make()
 
     async def chunks():
         for _ in range(20):
             yield bytes(100_000)
 
-    assert ask(guard, "POST", path, content=bytes(most + 1)).status_code == 413
-    if path == JOIN:  # of an upload, gradio answers: see the next test
-        assert ask(guard, "POST", path, content=chunks()).status_code == 413
-    assert ask(guard, "POST", path, {"content-length": "x"}, content=chunks()).status_code == 413
+    assert request(guard, "POST", path, content=bytes(limit + 1)).status_code == 413
+    if path == JOIN:  # uploads: see the next test, since gradio responds
+        assert request(guard, "POST", path, content=chunks()).status_code == 413
+    assert request(guard, "POST", path, {"content-length": "x"}, content=chunks()).status_code == 413
     assert guard.app.bodies == []
 
 
 @pytest.fixture
 def page(tmp_path, monkeypatch):
-    """The page itself, with uploads of at most 1 MB, and its folder."""
+    """The page with gradio, which accepts uploads of at most 1 MB."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     service = RestorationService({}, tmp_path)
     service.restorers["m"] = None  # nothing is restored
@@ -352,7 +358,7 @@ def page(tmp_path, monkeypatch):
 FORM = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
 
 
-def test_of_an_upload_that_is_too_large_nothing_is_left(page, tmp_path):
+def test_large_uploads_leave_no_files(page, tmp_path):
     async def chunks():
         yield FORM
         for _ in range(20):
@@ -360,109 +366,113 @@ def test_of_an_upload_that_is_too_large_nothing_is_left(page, tmp_path):
         yield b"\r\n--x--\r\n"
 
     form = {"content-type": "multipart/form-data; boundary=x"}
-    assert ask(page, "POST", "/gradio_api/upload", form, content=chunks()).status_code == 413
+    assert request(page, "POST", "/gradio_api/upload", form, content=chunks()).status_code == 413
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_of_an_upload_that_ends_early_nothing_is_left(page, tmp_path):
-    seen, sent = [], []
+def test_interrupted_uploads_leave_no_files(page, tmp_path):
+    files = []
 
     async def receive():
-        if not seen:
-            seen.append([])
+        files.append([path for path in tmp_path.rglob("*") if path.is_file()])
+        if len(files) == 1:
             return {"type": "http.request", "body": FORM + bytes(100_000), "more_body": True}
-        seen.append([path for path in tmp_path.rglob("*") if path.is_file()])
         return {"type": "http.disconnect"}
 
     async def send(message):
-        sent.append(message)
+        pass
 
     headers = [(b"host", OWN.encode()), (b"content-type", b"multipart/form-data; boundary=x")]
     scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "raw_path": b"/gradio_api/upload"}
     scope |= {"headers": headers, "query_string": b"", "root_path": "", "scheme": "http", "http_version": "1.1"}
     scope |= {"server": ("127.0.0.1", 7860), "client": ("127.0.0.1", 1)}
     asyncio.run(page(scope, receive, send))
-    assert len(seen[1]) == 1  # so that the test sees where gradio writes
+    assert len(files[1]) == 1  # before the end, the folder contains gradio's temporary file
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def _event(i, address, age, session=None):
-    request = Request({"type": "http", "client": (address, 1), "headers": []})
-    event = Event(session or f"s{i}", SimpleNamespace(concurrency_id="c", connection="sse"), request, None)
+def _event(index, address, age, session=None):
+    """Return a job that has waited for ``age`` seconds."""
+    job_request = Request({"type": "http", "client": (address, 1), "headers": []})
+    function = SimpleNamespace(concurrency_id="c", connection="sse")
+    event = Event(session or f"s{index}", function, job_request, None)
     event.enqueue_time -= age
     return event
 
 
-def _session(age=0.0, **more):
-    return Session("", time.monotonic() - age, **more)
+def _session(age=0.0, listeners=0):
+    return Session("", time.monotonic() - age, listeners)
 
 
 @pytest.mark.parametrize(
-    ("heard", "address", "age", "status", "left"),
+    ("has_listener", "address", "age", "status", "waiting"),
     [
-        (False, "127.0.0.1", 1, 200, PER_CLIENT - 1),  # the oldest one leaves
-        (False, "127.0.0.1", PATIENCE + 1, 200, 0),
-        (True, "127.0.0.1", PATIENCE + 1, 429, PER_CLIENT),
-        (True, "192.0.2.7", 1, 200, PER_CLIENT),
-        (False, "192.0.2.7", PATIENCE + 1, 200, 0),
+        (False, "127.0.0.1", 1, 200, MAX_CLIENT_JOBS - 1),  # the oldest is cancelled
+        (False, "127.0.0.1", LISTENER_TIMEOUT + 1, 200, 0),
+        (True, "127.0.0.1", LISTENER_TIMEOUT + 1, 429, MAX_CLIENT_JOBS),
+        (True, "192.0.2.7", 1, 200, MAX_CLIENT_JOBS),
+        (False, "192.0.2.7", LISTENER_TIMEOUT + 1, 200, 0),
     ],
 )
-def test_a_client_has_room_for_so_many_jobs(make, heard, address, age, status, left):
+def test_jobs_of_a_client_are_limited(make, has_listener, address, age, status, waiting):
     guard = make()
-    running, *events = [_event(i, address, age) for i in range(PER_CLIENT + 1)]
-    guard.queue.event_ids_to_events.update({event._id: event for event in [running, *events]})
-    waiting = guard.queue.event_queue_per_concurrency_id["c"] = EventQueue("c", 1)
-    waiting.queue += events
-    guard.sessions |= {event.session_hash: _session(age, listeners=int(heard)) for event in [running, *events]}
+    running, *events = [_event(index, address, age) for index in range(MAX_CLIENT_JOBS + 1)]
+    jobs = EventQueue("c", 1)
+    jobs.queue += events
+    guard.queue.event_queue_per_concurrency_id["c"] = jobs
+    for event in (running, *events):
+        guard.queue.event_ids_to_events[event._id] = event
+        guard.sessions[event.session_hash] = _session(age, int(has_listener))
     guard.sessions["s0"].listeners = 0
-    assert guard.abandoned("s1") == (age > PATIENCE and not heard)
-    assert ask(guard, "POST", JOIN, json=NO_FILE).status_code == status
-    assert len(waiting.queue) == len(guard.queue.event_ids_to_events) - 1 == left
-    assert not left or events[-1] in waiting.queue
+    assert guard.abandoned("s1") == (age > LISTENER_TIMEOUT and not has_listener)
+    assert request(guard, "POST", JOIN, json=NO_FILE).status_code == status
+    assert len(jobs.queue) == len(guard.queue.event_ids_to_events) - 1 == waiting
+    assert not waiting or events[-1] in jobs.queue
     assert running._id in guard.queue.event_ids_to_events
-    assert guard.abandoned("s0") == (age > PATIENCE)
+    assert guard.abandoned("s0") == (age > LISTENER_TIMEOUT)
 
 
-def test_a_job_is_abandoned_when_its_stream_has_ended_for_a_while(make):
+def test_a_job_is_abandoned_some_time_after_its_stream_was_closed(make):
     guard = make()
-    event = _event(1, "127.0.0.1", PATIENCE + 1)
+    event = _event(1, "127.0.0.1", LISTENER_TIMEOUT + 1)
     guard.queue.event_ids_to_events[event._id] = event
     guard.queue.pending_event_ids_session["s1"] = {event._id}
-    heard = []
-    behind = guard.app
+    abandoned = []
+    application = guard.app
 
-    async def watching(*arguments):
-        heard.append(not guard.abandoned("s1"))
-        await behind(*arguments)
+    async def record_and_forward(*arguments):
+        abandoned.append(guard.abandoned("s1"))
+        await application(*arguments)
 
-    guard.app = watching
+    guard.app = record_and_forward
     for path in ("/gradio_api/queue/data?session_hash=s1", f"/gradio_api/call/restore/{event._id}", "/config"):
-        guard.sessions["s1"] = _session(PATIENCE + 1)
+        guard.sessions["s1"] = _session(LISTENER_TIMEOUT + 1)
         assert guard.abandoned("s1")
-        assert ask(guard, "GET", path).status_code == 200
-        assert guard.abandoned("s1") == (path == "/config")  # the others have been heard until now
+        assert request(guard, "GET", path).status_code == 200
+        assert guard.abandoned("s1") == (path == "/config")  # a stream was open until now
         assert guard.sessions["s1"].listeners == 0
-    assert heard == [True, True, False]
+    assert abandoned == [False, False, True]
 
 
-def test_calls_at_the_same_time_take_no_more_room_than_there_is(make):
+def test_simultaneous_calls_do_not_exceed_the_limit(make):
     guard = make()
-    waiting = guard.queue.event_queue_per_concurrency_id["c"] = EventQueue("c", 1)
+    jobs = EventQueue("c", 1)
+    guard.queue.event_queue_per_concurrency_id["c"] = jobs
 
-    async def joining(scope, receive, send):
+    async def add_job(scope, receive, send):
         await asyncio.sleep(0)
-        waiting.queue.append(_event(len(waiting.queue), "127.0.0.1", 0))
+        jobs.queue.append(_event(len(jobs.queue), "127.0.0.1", 0))
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
-    guard.app = joining
+    guard.app = add_job
 
-    async def all_at_once():
+    async def call_at_once():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=guard), base_url=f"http://{OWN}") as client:
-            await asyncio.gather(*(client.post(JOIN, json=NO_FILE) for _ in range(PER_CLIENT + 8)))
+            await asyncio.gather(*(client.post(JOIN, json=NO_FILE) for _ in range(MAX_CLIENT_JOBS + 8)))
 
-    asyncio.run(all_at_once())
-    assert len(waiting.queue) == PER_CLIENT
+    asyncio.run(call_at_once())
+    assert len(jobs.queue) == MAX_CLIENT_JOBS
 
 
 @pytest.mark.parametrize(
@@ -483,7 +493,7 @@ def test_calls_at_the_same_time_take_no_more_room_than_there_is(make):
         "a" * 64,
     ],
 )
-def test_what_is_no_host_name_is_refused(make, name):
+def test_invalid_host_names_are_refused(make, name):
     for option, arguments in (("--host", [name]), ("--allow-host", ["127.0.0.1", [name]])):
         if option == "--host" and not name:
             continue  # all addresses
@@ -498,12 +508,12 @@ def test_host_names_are_compared_as_browsers_send_them():
 
 
 def test_a_websocket_is_refused(make):
-    sent = []
+    messages = []
 
     async def send(message):
-        sent.append(message)
+        messages.append(message)
 
     guard = make()
     asyncio.run(guard({"type": "websocket", "path": "/", "headers": []}, None, send))
-    assert sent[0]["type"] == "websocket.close"
+    assert messages[0]["type"] == "websocket.close"
     assert guard.app.bodies == []

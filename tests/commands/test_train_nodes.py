@@ -1,4 +1,4 @@
-"""Two nodes with two processes each, started on this machine as torchrun and SLURM do, give one process's result."""
+"""Training on two nodes of two processes, as torchrun and SLURM start them, equals training in one process."""
 
 import os
 import socket
@@ -24,12 +24,12 @@ CONFIG = {
     "trainer": {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False},
 }
 FIT = ["fit", "--config", "exp.yaml"]
-ALONE = ["--data.batch_size", "8"]
+ONE_PROCESS = ["--data.batch_size", "8"]
 NODES = ["--trainer.num_nodes", "2", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "2"]
 
 
-class Witness(Callback):
-    """Records which rank received which images."""
+class ImageRecorder(Callback):
+    """Records the images that each rank received."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         with Path(f"rank-{trainer.global_rank}.txt").open("a") as file:
@@ -39,7 +39,7 @@ class Witness(Callback):
         self.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
-WITNESS = [f"--trainer.callbacks+={__name__}.Witness"]
+RECORDER = [f"--trainer.callbacks+={__name__}.ImageRecorder"]
 
 
 @pytest.fixture
@@ -63,10 +63,12 @@ def free_port():
 def torchrun(*arguments, nodes):
     """Run derain on nodes of two processes each and return what the nodes printed."""
     rendezvous = ["--master-addr", "127.0.0.1", "--master-port", free_port()]
-    program = ("-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", "2", *rendezvous)
-    return finish_all(
-        [start("-m", "derain", *arguments, program=(*program, "--node-rank", str(node))) for node in range(nodes)]
-    )
+    torchrun_options = ("-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", "2", *rendezvous)
+    processes = []
+    for node in range(nodes):
+        program = (*torchrun_options, "--node-rank", str(node))
+        processes.append(start("-m", "derain", *arguments, program=program))
+    return finish_all(processes)
 
 
 def sbatch(*arguments):
@@ -86,11 +88,14 @@ def sbatch(*arguments):
     srun.chmod(0o755)
     environment = os.environ | job | {"PATH": f"{srun.parent.resolve()}:{os.environ['PATH']}"}
     script = ["bash", str(SCRIPT), *arguments]
-    printed = subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout
-    program, *command = printed.split()
+    output = subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout
+    program, *command = output.split()
     assert program == "derain"
-    tasks = [{"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n % 2), "SLURM_NODEID": str(n // 2)} for n in range(4)]
-    return finish_all([start(*command, **job, **task) for task in tasks])
+    processes = []
+    for rank in range(4):
+        task = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % 2), "SLURM_NODEID": str(rank // 2)}
+        processes.append(start(*command, **job, **task))
+    return finish_all(processes)
 
 
 def files(run):
@@ -102,22 +107,26 @@ def images_by_rank(folder, ranks):
     return [(folder / f"rank-{rank}.txt").read_text().split() for rank in range(ranks)]
 
 
+def validation_scores(run):
+    return [float(row["val/psnr"]) for row in metrics(run, "val/psnr")]
+
+
 def assert_same_run(run, expected):
+    """Assert that files, scores and weights of two runs are equal, but for the order of additions."""
     assert files(run) == files(expected)
-    scores, expected_scores = ([float(row["val/psnr"]) for row in metrics(r, "val/psnr")] for r in (run, expected))
-    assert scores == pytest.approx(expected_scores, abs=1e-3)
+    assert validation_scores(run) == pytest.approx(validation_scores(expected), abs=1e-3)
+    expected_state = last(expected)["state_dict"]
     for name, value in last(run)["state_dict"].items():
-        torch.testing.assert_close(value, last(expected)["state_dict"][name], atol=2e-5, rtol=0)
+        torch.testing.assert_close(value, expected_state[name], atol=2e-5, rtol=0)
 
 
 @pytest.mark.slow
 def test_two_nodes_by_torchrun(folder):
-    """Only the order of additions differs."""
-    outputs = torchrun(*FIT, *NODES, *WITNESS, nodes=2)
+    outputs = torchrun(*FIT, *NODES, *RECORDER, nodes=2)
     images = images_by_rank(folder, 4)
     assert [len(names) for names in images] == [4, 4, 4, 4]
     assert len({name for names in images for name in names}) == 16
-    assert main([*FIT, *ALONE]) == 0
+    assert main([*FIT, *ONE_PROCESS]) == 0
     assert_same_run(folder / "runs/exp/fit-1", folder / "runs/exp/fit-2")
     assert {path.name for path in (folder / "runs/exp").iterdir()} == {"fit-1", "fit-2"}
     assert sum(text.count("derain restore") for text in outputs) == 1
@@ -126,22 +135,22 @@ def test_two_nodes_by_torchrun(folder):
 @pytest.mark.slow
 def test_a_job_that_slurm_restarts_resumes_on_two_nodes(folder, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert main([*FIT, *ALONE, "--trainer.max_epochs", "2", "--trainer.default_root_dir", "whole"]) == 0
-    assert main([*FIT, *ALONE]) == 0
+    assert main([*FIT, *ONE_PROCESS, "--trainer.max_epochs", "2", "--trainer.default_root_dir", "whole"]) == 0
+    assert main([*FIT, *ONE_PROCESS]) == 0
     run = Path("runs/exp/fit-1").rename("runs/exp/fit-4242")
-    sbatch("--config", "exp.yaml", "--data.batch_size", "2", *WITNESS, "--trainer.max_epochs", "2")
+    sbatch("--config", "exp.yaml", "--data.batch_size", "2", *RECORDER, "--trainer.max_epochs", "2")
     assert [len(names) for names in images_by_rank(folder, 4)] == [4, 4, 4, 4]
     assert_same_run(run, folder / "whole/fit-1")
     assert len(metrics(run, "val/psnr")) == 2
     assert list(Path("runs/exp").iterdir()) == [run]
 
 
-def test_another_training_of_the_job_does_not_resume_the_first(folder, capsys, monkeypatch):
+def test_a_second_run_of_a_job_does_not_resume_the_first(folder, capsys, monkeypatch):
     for name, value in {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "SLURM_LOCALID": "0"}.items():
         monkeypatch.setenv(name, value)
     checkpoint = folder / "runs/exp/fit-7/checkpoints/last.ckpt"
     checkpoint.parent.mkdir(parents=True)
-    checkpoint.write_bytes(b"of another training")
+    checkpoint.write_bytes(b"of the first run")
     assert main(FIT) == 2
     assert "fit-7" in capsys.readouterr().err
 
@@ -151,14 +160,15 @@ def test_two_ranks_restore_every_image_of_a_folder_once(folder):
     make_set(folder, "images", "predict", count=5)
     PReNetModule(stages=1).save_weights(folder / "w.safetensors")
     predict = ["predict", "--config", "exp.yaml", "--data.predict", "images", "--weights", "w.safetensors"]
-    torchrun(*predict, *WITNESS, "--trainer.devices", "2", "--trainer.strategy", "ddp", nodes=1)
+    torchrun(*predict, *RECORDER, "--trainer.devices", "2", "--trainer.strategy", "ddp", nodes=1)
     first_rank, second_rank = images_by_rank(folder, 2)
     assert (len(first_rank), len(second_rank)) == (3, 2)
     assert main(predict) == 0
-    by_two, by_one = (image_files(folder / f"runs/exp/predict-{n}/images") for n in (1, 2))
+    two_ranks = image_files(folder / "runs/exp/predict-1/images")
+    one_process = image_files(folder / "runs/exp/predict-2/images")
     names = sorted([*first_rank, *second_rank])
-    assert sorted(path.stem for path in by_two) == names == sorted(path.stem for path in by_one)
-    for path, expected in zip(by_two, by_one, strict=True):
+    assert sorted(path.stem for path in two_ranks) == names == sorted(path.stem for path in one_process)
+    for path, expected in zip(two_ranks, one_process, strict=True):
         assert (read_rgb(path) == read_rgb(expected)).all()
 
 
@@ -175,23 +185,23 @@ def test_tasks_of_slurm_share_the_folder_of_their_job_step(tmp_path, monkeypatch
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    """Return a function that starts an attempt of a run in SLURM's job 7 and returns the name of its folder."""
+    """Return a function that returns the folder's name of a run in SLURM's job 7, after a number of restarts."""
     for name in ("LOCAL_RANK", "DERAIN_RUN", "SLURM_NTASKS", "SLURM_STEP_ID", "SLURM_JOB_NAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
 
-    def attempt(number, *arguments, **variables):
-        if number:
-            monkeypatch.setenv("SLURM_RESTART_COUNT", str(number))
+    def run_folder(restarts, *arguments, **variables):
+        if restarts:
+            monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         return shared_folder(tmp_path, "fit", False, ["fit", *arguments]).name
 
-    return attempt
+    return run_folder
 
 
-def test_a_restarted_job_of_one_task_returns_to_its_folder(job):
-    assert [job(number, SLURM_NTASKS="1") for number in (0, 1, 3)] == ["fit-7"] * 3
+def test_a_restarted_job_of_one_task_uses_its_folder(job):
+    assert [job(restarts, SLURM_NTASKS="1") for restarts in (0, 1, 3)] == ["fit-7"] * 3
 
 
 def test_runs_of_one_job_are_distinguished_by_their_command_lines(job):
@@ -201,21 +211,22 @@ def test_runs_of_one_job_are_distinguished_by_their_command_lines(job):
     assert job(1, "--data.crop", "32") == "fit-7.3"
 
 
-def test_runs_in_the_shell_of_an_allocation_are_runs_of_their_own(job):
+def test_runs_of_an_interactive_job_have_own_folders(job):
     shell = {"SLURM_JOB_NAME": "interactive", "SLURM_NTASKS": "4"}
     assert [job(0, **shell) for _ in range(3)] == ["fit-7", "fit-7.1", "fit-7.2"]
 
 
-def test_a_training_in_a_restarted_job_of_one_task_is_resumed(folder, job, monkeypatch):
+def test_a_restarted_job_of_one_task_is_resumed(folder, job, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "1")
     assert main([*FIT, "--trainer.max_epochs", "2", "--trainer.default_root_dir", "whole"]) == 0
-    halves = [*FIT, "--config", "epochs.yaml"]  # the command line stays, as in a job that was interrupted
-    for number, epochs in enumerate((1, 2)):
+    command = [*FIT, "--config", "epochs.yaml"]  # the same for both attempts, as in a restarted job
+    for restarts, epochs in enumerate((1, 2)):
         (folder / "epochs.yaml").write_text(f"trainer: {{max_epochs: {epochs}}}")
-        monkeypatch.setenv("SLURM_RESTART_COUNT", str(number))
-        assert main(halves) == 0
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        assert main(command) == 0
     assert [path.name for path in (folder / "runs/exp").iterdir()] == ["fit-7"]
     run = folder / "runs/exp/fit-7"
     assert len(metrics(run, "val/psnr")) == 2
+    expected = last(folder / "whole/fit-7")["state_dict"]
     for name, value in last(run)["state_dict"].items():
-        assert torch.equal(value, last(folder / "whole/fit-7")["state_dict"][name])
+        assert torch.equal(value, expected[name])

@@ -323,7 +323,7 @@ def test_changed_options_apply_as_if_the_run_had_started_with_them(all_methods, 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [False, True])
 def test_a_run_killed_twice_at_random_moments(all_methods, steps):
-    assert killed_equals_whole("PReNetModule", all_methods, kills=2, steps=steps, slowest=1.0) == 2
+    assert killed_equals_whole("PReNetModule", all_methods, kills=2, steps=steps, max_delay=1.0) == 2
 
 
 def test_unfinished_files_of_killed_runs_are_removed_at_the_next_start(all_methods):

@@ -26,22 +26,22 @@ HEAD = "filepath\ttitle\n"
 def refused(call, *parts):
     with pytest.raises(DerainError) as caught:
         call()
-    told = str(caught.value)
-    assert "\n" not in told
+    message = str(caught.value)
+    assert "\n" not in message
     for part in parts:
-        assert str(part) in told, told
+        assert str(part) in message, message
 
 
 def test_starts_without_torch():
     code = "import sys, derain.data.captions; print({'torch', 'transformers', 'lightning'} & set(sys.modules))"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert told.strip() == "set()"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "set()"
 
 
 # The table.
 
 
-def test_a_table_is_what_daclip_reads(tmp_path):
+def test_tables_have_the_format_of_daclip(tmp_path):
     rows = [("rain-1.png", Caption("a street at night", "rainy")), ("b/2.png", Caption("a dog", "rainy"))]
     write_captions(tmp_path / "t.tsv", rows)
     text = (tmp_path / "t.tsv").read_bytes().decode()
@@ -70,7 +70,7 @@ def test_any_caption_comes_back(tmp_path, text, kept):
     assert read["c\td.png"] == ("x", "low-light")
 
 
-def test_what_others_write_is_read(tmp_path):
+def test_tables_of_pandas_and_spreadsheets_are_read(tmp_path):
     """A mark of the byte order, Windows' ends of lines, no end of the last line, quoted fields."""
     file = tmp_path / "t.tsv"
     file.write_bytes('\ufeff"filepath"\ttitle\r\n/x/1.png\t"a ""b"": c: hazy"\r\n2.png\td: rainy'.encode())
@@ -80,7 +80,7 @@ def test_what_others_write_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "line", "told"),
+    ("content", "line", "reason"),
     [
         (b"", 1, "filepath<TAB>title"),
         (b"1.png\ta: rainy\n", 1, "filepath<TAB>title"),
@@ -95,9 +95,9 @@ def test_what_others_write_is_read(tmp_path):
         (b'filepath\ttitle\n1.png\t"a" b: c\n', 2, "quotation marks"),
     ],
 )
-def test_what_is_no_table_is_told_with_its_line(tmp_path, content, line, told):
+def test_malformed_tables_are_refused_with_the_line(tmp_path, content, line, reason):
     (tmp_path / "t.tsv").write_bytes(content)
-    refused(lambda: read_captions(tmp_path / "t.tsv"), f"{tmp_path / 't.tsv'}:{line}: ", told)
+    refused(lambda: read_captions(tmp_path / "t.tsv"), f"{tmp_path / 't.tsv'}:{line}: ", reason)
 
 
 def test_a_table_that_is_not_there(tmp_path):

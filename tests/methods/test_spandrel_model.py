@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from derain.commands import bench
 from derain.errors import DerainError
 from derain.methods import catalog, spandrel_model
-from derain.methods.spandrel_model import SMALLEST, SpandrelModule
+from derain.methods.spandrel_model import MIN_SIDE, SpandrelModule
 
 BUILDS = {
     "NAFNet": lambda: NAFNet(width=8, enc_blk_nums=[1, 1], middle_blk_num=1, dec_blk_nums=[1, 1]),
@@ -33,7 +33,7 @@ def network(request):
 
 
 @pytest.mark.parametrize("form", ["plain", "params_ema", "safetensors"])
-def test_what_spandrel_knows_restores_as_spandrel_does(network, form, tmp_path):
+def test_networks_of_spandrel_equal_spandrel(network, form, tmp_path):
     name, theirs = network
     path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
     state = theirs.state_dict()
@@ -54,14 +54,14 @@ def test_what_spandrel_knows_restores_as_spandrel_does(network, form, tmp_path):
         assert torch.equal(loaded(both), torch.cat([descriptor(one[None]) for one in both]))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 40), (5, 3), (SMALLEST, 1)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (5, 3), (MIN_SIDE, 1)])
 def test_any_size_keeps_its_shape(network, size, tmp_path):
     torch.save(network[1].state_dict(), tmp_path / "w.pth")
     with torch.no_grad():
         assert catalog.load(tmp_path / "w.pth").module(torch.rand(1, 3, *size)).shape == (1, 3, *size)
 
 
-def test_a_networks_own_sizes_are_kept_to():
+def test_sizes_that_a_network_requires_are_used():
     """Uformer takes squares alone."""
     torch.manual_seed(0)
     theirs = Uformer(embed_dim=8, depths=[1] * 9, num_heads=[1] * 9, win_size=4).eval()
@@ -80,7 +80,7 @@ def test_bench_counts_their_multiplications(tmp_path):
     assert bench.count_cost(method, 16)["macs"] == counter.get_total_flops() / 2
 
 
-def test_networks_that_restore_no_photos_are_refused(tmp_path):
+def test_networks_of_other_tasks_are_refused(tmp_path):
     cases = {
         "large.pth": (Compact(num_in_ch=3, num_out_ch=3, num_feat=8, num_conv=2, upscale=2), "enlarges 2 times"),
         "grey.pth": (
@@ -88,21 +88,21 @@ def test_networks_that_restore_no_photos_are_refused(tmp_path):
             "1 channels",
         ),
     }
-    for name, (network, told) in cases.items():
+    for name, (network, reason) in cases.items():
         torch.save(network.state_dict(), tmp_path / name)
-        with pytest.raises(DerainError, match=told) as caught:
+        with pytest.raises(DerainError, match=reason) as caught:
             catalog.load(tmp_path / name)
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
     state = BUILDS["NAFNet"]().state_dict()
     state["middle_blks.0.conv1.weight"] = torch.zeros(3)
     torch.save(state, tmp_path / "misfit.pth")
-    with pytest.raises(DerainError, match=r"misfit\.pth: resembles") as caught:
+    with pytest.raises(DerainError, match=r"misfit\.pth") as caught:
         catalog.load(tmp_path / "misfit.pth")
     assert "\n" not in str(caught.value)
 
 
-def test_without_spandrel_the_refusal_says_how_to_get_it(tmp_path, monkeypatch):
+def test_without_spandrel_the_error_names_the_extra(tmp_path, monkeypatch):
     torch.save(BUILDS["NAFNet"]().state_dict(), tmp_path / "w.pth")
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "spandrel" else found(name))

@@ -17,11 +17,11 @@ def method():
 def refused(path, *parts):
     with pytest.raises(DerainError) as caught:
         catalog.load(path)
-    told = str(caught.value)
-    assert path.name in told
-    assert "\n" not in told
+    message = str(caught.value)
+    assert path.name in message
+    assert "\n" not in message
     for part in parts:
-        assert part in told
+        assert part in message
 
 
 @pytest.mark.parametrize("variant", ["PReNet", "PReNet_r", "PRN", "PRN_r"])
@@ -90,11 +90,11 @@ def test_damaged_and_foreign_safetensors_are_refused(method, tmp_path):
     state = {name: value.contiguous() for name, value in method.network.state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / "plain.safetensors")
     refused(tmp_path / "plain.safetensors", "plain.safetensors")
-    told = json.dumps({"method": "FutureModule", "hyper_parameters": {}})
-    safetensors.torch.save_file(state, tmp_path / "new.safetensors", {"derain": told})
+    metadata = json.dumps({"method": "FutureModule", "hyper_parameters": {}})
+    safetensors.torch.save_file(state, tmp_path / "new.safetensors", {"derain": metadata})
     refused(tmp_path / "new.safetensors", "FutureModule", "PReNetModule")
-    told = json.dumps({**method.metadata(), "hyper_parameters": {"variant": "PRN"}})
-    safetensors.torch.save_file(state, tmp_path / "wrong.safetensors", {"derain": told})
+    metadata = json.dumps(method.metadata() | {"hyper_parameters": {"variant": "PRN"}})
+    safetensors.torch.save_file(state, tmp_path / "wrong.safetensors", {"derain": metadata})
     refused(tmp_path / "wrong.safetensors", "does not fit PReNetModule")
 
 

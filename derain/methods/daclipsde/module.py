@@ -123,7 +123,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         self.published = False
 
     @property
-    def wanted(self) -> list[str]:
+    def context_names(self) -> list[str]:
         """Names of the embeddings that the network is conditioned on."""
         contexts = self.hparams["contexts"]
         return [name for name in ("content", "degradation") if contexts in {"both", name}]
@@ -163,7 +163,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         if self.perception is None:
             return {}
         embeddings = self.perception(rainy)
-        return {name: getattr(embeddings, name) for name in self.wanted}
+        return {name: getattr(embeddings, name) for name in self.context_names}
 
     def explain(self, rainy: Float[Tensor, "b 3 h w"], **conditions: Any) -> Float[Tensor, "b n h w"]:
         """Return the derained image; there are no maps."""
@@ -235,7 +235,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
     def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Any:
         """Estimate the noise of one step, with embeddings of ones."""
         ones = rainy.new_ones(len(rainy), self.hparams["context"])
-        return self.network(rainy, rainy, rainy.new_ones(len(rainy)), **dict.fromkeys(self.wanted, ones))
+        return self.network(rainy, rainy, rainy.new_ones(len(rainy)), **dict.fromkeys(self.context_names, ones))
 
     def export_graph(self) -> Graph:
         """Return one pass of the network, which estimates the noise in a state; the solver is not part of the graph.
@@ -246,7 +246,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         network = self.network
         if not isinstance(network, ConditionalUNet):
             raise DerainError("DACLIPSDEModule: an exported graph cannot be exported again; use the weights")
-        inputs = ["state", "rainy", "times", *self.wanted]
+        inputs = ["state", "rainy", "times", *self.context_names]
         return Graph(
             network,
             lambda *tensors: network(**dict(zip(inputs, tensors, strict=True))),
@@ -262,7 +262,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
             ValueError: If the inputs of the graph do not fit the hyper-parameters.
         """
         module = cls(**metadata["hyper_parameters"])
-        if inputs != ["state", "rainy", "times", *module.wanted]:
+        if inputs != ["state", "rainy", "times", *module.context_names]:
             raise ValueError(f"contexts {module.hparams['contexts']} and inputs {', '.join(inputs)}")
         module.restore_metadata(metadata)
         module.network = cast(ConditionalUNet, network)

@@ -5,8 +5,8 @@ Parameters have the names and shapes of the authors' checkpoints; the arithmetic
 - Maps are channels last, so that normalisation and attention of a pixel read contiguous memory.
 - Upsampling and the convolution after it are one transposed convolution, with 4/9 of the multiplications.
 - The channel matrix of linear attention is multiplied with the output projection before it is applied to pixels.
-- Without gradients, linear attention runs over strips of rows that fit into the cache of a processor, operations are in
-  place, and cross-attention to a single token, whose weights are all 1, adds the same vector to every pixel.
+- Without gradients, linear attention runs over strips of rows that fit into the cache of a processor, operations are
+  in-place, and cross-attention to a single token, whose weights are all 1, adds the same vector to every pixel.
 """
 
 import itertools

@@ -92,7 +92,7 @@ class PReNetModule(DerainModule):
         if variant not in possible or not isinstance(stages, int):
             raise DerainError(
                 f"{path}: variant {variant}, stages {stages}: expected variant {' or '.join(sorted(possible))} and an "
-                "integer number of stages; name them by FILE:stages=N,variant=NAME"
+                "integer number of stages; use FILE:stages=N,variant=NAME"
             )
         module = cls(variant=variant, stages=stages)
         module.network.load_state_dict(dict(state), strict=True)
@@ -100,16 +100,16 @@ class PReNetModule(DerainModule):
             log.info("%s: %s with %d stages", path, variant, stages)
         elif len(possible) > 1:
             log.warning(
-                "%s: the file records neither the variant nor the number of stages; assuming %s with %d stages; for "
-                "others, use FILE:stages=N,variant=PReNet_LSTM",
+                "%s: the file records neither the variant nor the number of stages; assuming %s with %d stages; to "
+                "change them, use FILE:stages=N,variant=PReNet_LSTM",
                 path,
                 variant,
                 stages,
             )
         else:
             log.warning(
-                "%s: the file does not record the number of stages; assuming %s with %d stages; for others, use "
-                "FILE:stages=N",
+                "%s: the file does not record the number of stages; assuming %s with %d stages; to change "
+                "it, use FILE:stages=N",
                 path,
                 variant,
                 stages,
