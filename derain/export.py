@@ -7,7 +7,8 @@ encodes images, and the solver of a diffusion are not part of the file.
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from derain.errors import DerainError
+from derain.files.metadata import shorten
+from derain.files.weights import BUILD_ERRORS
 from derain.images import write_whole
 from derain.methods import onnx_model
 from derain.methods.base import DerainModule
 from derain.methods.graph import IMAGES, Graph
-from derain.methods.interfaces import RunsGraph
+from derain.methods.interfaces import RunsGraph, Sampled
 from derain.progress import track
 
 Format = Literal["onnx", "torch"]
@@ -55,18 +58,46 @@ def export(method: DerainModule, path: Path, format: Format = "onnx") -> dict[tu
     """
     if path.suffix.lower() != SUFFIXES[format]:
         raise DerainError(f"{path}: a file of --format {format} must end in {SUFFIXES[format]}")
-    method = method.eval().cpu()
-    graph = method.export_graph().eval()
-    with write_whole(path) as temporary:
-        write(graph, method, temporary, format)
-        differences = compare(method, temporary, format)
-        worst = max(differences, key=lambda size: _nan_last(differences[size]))
-        if not differences[worst] <= TOLERANCE:  # NaN too
-            raise DerainError(
-                f"{path}: not written: results differ from {type(method).__name__} by {differences[worst]:.2g} at "
-                f"{worst[1]}×{worst[0]} pixels; expected at most {TOLERANCE:g}; use the weights without export"
-            )
+    with _in_eval_mode_on_cpu(method):
+        graph = method.export_graph().eval()
+        with write_whole(path) as temporary:
+            write(graph, method, temporary, format)
+            try:
+                differences = compare(method, temporary, format)
+            except DerainError as error:
+                if not str(error).startswith(f"{temporary}: "):
+                    raise
+                # The advice in the message is for users of the file; here the file was not written.
+                reason, _, advice = str(error).removeprefix(f"{temporary}: ").rpartition("; ")
+                raise DerainError(
+                    f"{path}: not written: derain cannot run it ({reason or advice}); {_alternative(format)}"
+                ) from error
+            worst = max(differences, key=lambda size: _nan_last(differences[size]))
+            if not differences[worst] <= TOLERANCE:  # NaN too
+                raise DerainError(
+                    f"{path}: not written: results differ from {type(method).__name__} by {differences[worst]:.2g} at "
+                    f"{worst[1]}×{worst[0]} pixels; expected at most {TOLERANCE:g}; use the weights without export"
+                )
     return differences
+
+
+@contextmanager
+def _in_eval_mode_on_cpu(method: DerainModule) -> Iterator[None]:
+    """Move a method to the CPU in eval mode; afterwards, restore its device and the mode of each of its modules."""
+    device = method.device
+    modes = [(module, module.training) for module in method.modules()]
+    method.eval().cpu()
+    try:
+        yield
+    finally:
+        method.to(device)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _alternative(format: Format) -> str:
+    """Return what to do instead of exporting to a format, for error messages."""
+    return f"use --format {'torch' if format == 'onnx' else 'onnx'}, or the weights without export"
 
 
 def _nan_last(difference: float) -> float:
@@ -78,7 +109,7 @@ def write(graph: Graph, method: DerainModule, path: Path, format: Format) -> Non
     """Write a graph with the metadata of its method as the entry ``derain`` of the file.
 
     Raises:
-        DerainError: If a package for the format is not installed.
+        DerainError: If the format cannot hold the graph, or a package for it is not installed.
     """
     parameters = sum(parameter.numel() for parameter in method.network.parameters())
     metadata = json.dumps(method.metadata() | {"graph": graph.metadata(parameters)})
@@ -86,10 +117,18 @@ def write(graph: Graph, method: DerainModule, path: Path, format: Format) -> Non
         # PyTorch warns of its own code, and that tracing is deprecated. The newer exporter takes minutes where tracing
         # takes seconds, and the traced graph is compared with the method at several sizes.
         warnings.simplefilter("ignore")
-        if format == "onnx":
-            _write_onnx(graph, metadata, path)
-        else:
-            _write_program(graph, metadata, path)
+        try:
+            if format == "onnx":
+                _write_onnx(graph, metadata, path)
+            else:
+                _write_program(graph, metadata, path)
+        except DerainError:
+            raise
+        except (*BUILD_ERRORS, AssertionError) as error:
+            form = "ONNX" if format == "onnx" else "a program of torch.export"
+            raise DerainError(
+                f"{type(method).__name__}: cannot be written as {form} ({shorten(error, 160)}); {_alternative(format)}"
+            ) from error
 
 
 def _write_onnx(graph: Graph, metadata: str, path: Path) -> None:
@@ -168,4 +207,6 @@ def _restore_by_file(method: DerainModule, graph: Graph, path: Path, format: For
         return network
     metadata: Mapping[str, Any] = method.metadata()
     restored = type(method).from_graph(metadata, network, graph.inputs)
+    if isinstance(method, Sampled):
+        restored.set_sampling(method.sampling)
     return cast(DerainModule, restored)

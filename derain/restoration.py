@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from derain.errors import DerainError
+from derain.errors import ArgumentError, DerainError
 from derain.memory import free_memory
 from derain.methods import DerainModule
 from derain.methods.catalog import load
@@ -96,8 +96,7 @@ class Restorer:
         self.precision, self.tile, self.overlap, self.ensemble = precision, tile, overlap, ensemble
         self._tile_sides: dict[tuple[int, int], int] = {}
         if compile:
-            torch._inductor.config.freezing = True  # faster convolutions; PyTorch has only a global switch
-            self.method.network.compile(dynamic=self.method.compiles_any_size)
+            _compile(self.method)
 
     @torch.inference_mode()
     def __call__(self, rainy: T, conditions: dict[str, Any] | None = None, *, name: str = "image") -> T:
@@ -263,11 +262,29 @@ class Explanation(NamedTuple):
 def _load(weights: Path | str | DerainModule, method: str | type | None) -> tuple[DerainModule, str]:
     """Return the method, and a line about it for messages."""
     if isinstance(weights, DerainModule):
+        if method is not None:
+            raise ArgumentError(f"method {method}: not used with a {type(weights).__name__}; omit it")
         return weights, type(weights).__name__
     module, note = load(weights, method)
     if not isinstance(module, DerainModule):
         raise DerainError(f"{weights}: {note} does not restore images; give weights of a method")
     return module, note
+
+
+def _compile(method: DerainModule) -> None:
+    """Compile the network of a method.
+
+    Raises:
+        ArgumentError: If ``forward`` cannot call the network as a whole.
+    """
+    network = method.network
+    if type(network).forward is torch.nn.Module.forward:  # a list or dictionary of modules
+        raise ArgumentError(
+            f"compile: {type(method).__name__}.network is a {type(network).__name__}, which is not called as a whole; "
+            "omit the option"
+        )
+    torch._inductor.config.freezing = True  # folds layouts and bias into the convolutions; global or not at all
+    network.compile(dynamic=method.compiles_any_size)
 
 
 def set_route(method: DerainModule, route: int) -> None:
@@ -290,6 +307,17 @@ def set_sampling(method: DerainModule, sampling: Sampling) -> None:
     if not isinstance(method, Sampled):
         raise DerainError(f"{type(method).__name__} restores in one pass; omit solver, steps and seed")
     method.set_sampling(sampling)
+
+
+def require_explains(method: DerainModule) -> Explains:
+    """Return a method that explains its restorations.
+
+    Raises:
+        ArgumentError: If it does not.
+    """
+    if not isinstance(method, Explains):
+        raise ArgumentError(f"explain: {type(method).__name__} has no maps; omit the option")
+    return method
 
 
 def choose_device(name: str) -> torch.device:

@@ -12,6 +12,7 @@ Example:
 
 import importlib.util
 import inspect
+import logging
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +28,8 @@ from derain.errors import DerainError
 from derain.export import export
 from derain.files.weights import read
 from derain.methods.base import DerainModule
+
+log = logging.getLogger("derain")
 
 SIZES = ((1, 1), (1, 5), (37, 31), (64, 48))
 """Heights and widths that a method must accept."""
@@ -63,12 +66,12 @@ def make_batch(count: int = 2, height: int = 16, width: int = 16, seed: int = 1)
 def check_method(method: type[DerainModule], *, can_export: bool = True, **hyper_parameters: Any) -> None:
     """Check that a method keeps the contract of `derain.DerainModule`.
 
-    It is built with its defaults and with the given hyper-parameters; what follows uses the latter, which should give
-    a small network. Lightning trains it for a step of each of its optimizers on random images.
+    It is built with the given hyper-parameters, which should give a small network, and not with its defaults. Lightning
+    trains it for a step of each of its optimizers on random images.
 
     Args:
         method: The class.
-        can_export: Also export it as ONNX, if onnxruntime is installed.
+        can_export: Also export it as ONNX; skipped with a warning if onnx or onnxruntime is not installed.
         **hyper_parameters: Arguments of its ``__init__``.
 
     Raises:
@@ -83,26 +86,36 @@ def check_method(method: type[DerainModule], *, can_export: bool = True, **hyper
     check_forward(build())
     check_files(build())
     check_training(build())
-    if can_export and importlib.util.find_spec("onnxruntime") is not None:
+    if not can_export:
+        return
+    missing = [package for package in ("onnx", "onnxruntime") if importlib.util.find_spec(package) is None]
+    if missing:
+        log.warning("%s: its export as ONNX is not checked: %s not installed", method.__name__, " and ".join(missing))
+    else:
         check_export(build())
 
 
 def check_hyper_parameters(method: type[DerainModule], hyper_parameters: dict[str, Any]) -> None:
-    """Check that all hyper-parameters have types and defaults and are recorded.
+    """Check that the method has a network, and that all hyper-parameters have types and defaults and are recorded.
 
     Raises:
         ContractError: If not.
     """
-    parameters = inspect.signature(method.__init__).parameters
-    for name, parameter in list(parameters.items())[1:]:
+    parameters = dict(list(inspect.signature(method.__init__).parameters.items())[1:])
+    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    parameters = {name: parameter for name, parameter in parameters.items() if parameter.kind not in variadic}
+    for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty:
             raise ContractError(f"{method.__name__}.{name}: has no default, so that files cannot rebuild the method")
         if parameter.annotation is inspect.Parameter.empty:
             raise ContractError(f"{method.__name__}.{name}: has no type, so that options cannot be read")
     module = method(**hyper_parameters)
-    for name, value in hyper_parameters.items():
+    if not isinstance(getattr(module, "network", None), torch.nn.Module):
+        raise ContractError(f"{method.__name__}.network: is not a module; expected all that weights files restore")
+    for name in dict.fromkeys((*parameters, *hyper_parameters)):
         if name not in module.hparams:
             raise ContractError(f"{method.__name__}.{name}: is not recorded; call self.save_hyperparameters()")
+    for name, value in hyper_parameters.items():
         if module.hparams[name] != value:
             raise ContractError(f"{method.__name__}.{name}: is recorded as {module.hparams[name]}, not as {value}")
     try:

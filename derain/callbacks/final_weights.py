@@ -12,6 +12,7 @@ from derain.callbacks.last import LastCheckpoint
 from derain.callbacks.parts import image_count, validation_counts
 from derain.methods import DerainModule, TrainableModule
 from derain.methods.catalog import load
+from derain.methods.registry import class_path, must_be_named
 
 log = logging.getLogger("derain")
 
@@ -52,7 +53,6 @@ class FinalWeights(Callback):
             log.info("best validation: %sderained %.2f dB (%s, %s)", baseline, score, protocol, images)
         else:
             log.info("best validation: %s %.4f (%s)", cast(TrainableModule, pl_module).monitor, score, images)
-        if isinstance(pl_module, DerainModule):
-            log.info("restore photos: derain restore IN OUT --weights %s", target)
-        else:
-            log.info("use the weights in training: --model.controller %s", target)
+        method = type(pl_module)
+        option = f"--method {class_path(method)}" if must_be_named(method) else ""
+        log.info("%s", cast(TrainableModule, pl_module).next_step(target, option))

@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from derain.callbacks.results import cpu_name
 from derain.errors import DerainError
+from derain.files.metadata import shorten
+from derain.files.weights import BUILD_ERRORS
 from derain.memory import keep_freed_memory
 from derain.methods import DerainModule
 from derain.methods.catalog import load, methods, use_method
@@ -146,6 +148,9 @@ def count_cost(method: DerainModule, size: int) -> dict[str, int]:
 
     Returns:
         ``parameters``; ``macs`` as the Python package thop counts them; ``macs_with_attention``.
+
+    Raises:
+        DerainError: If the method cannot run on tensors without content, such as one that branches by their values.
     """
     saved, attention = [], []
 
@@ -163,8 +168,14 @@ def count_cost(method: DerainModule, size: int) -> dict[str, int]:
             attention.append(of_attention)
 
     no_content = FakeTensorMode(allow_non_fake_inputs=True)
-    with register_module_forward_hook(count_layer), torch.enable_grad(), no_content, _Products() as products:
-        method.pass_once(torch.empty(1, 3, size, size))
+    try:
+        with register_module_forward_hook(count_layer), torch.enable_grad(), no_content, _Products() as products:
+            method.pass_once(torch.empty(1, 3, size, size))
+    except (*BUILD_ERRORS, AssertionError) as error:
+        raise DerainError(
+            f"{type(method).__name__}: multiplications cannot be counted ({shorten(error)}); override pass_once with a "
+            "computation that does not depend on values of tensors"
+        ) from error
     macs = products.macs + sum(saved)
     return {
         "parameters": sum(parameter.numel() for parameter in method.network.parameters()),

@@ -75,7 +75,8 @@ def restore(
         tile: Side of tiles in pixels, auto or none.
         ensemble: Average over 8 flips and rotations, 8 times slower; for methods trained on transposed crops.
         compare: Also write NAME.EXT-compare.png, or .mp4, before and after side by side.
-        explain: Also write NAME.EXT-explain.png and .json for photos, with masks, route and scores.
+        explain: Also write NAME.EXT-explain.png and .json for photos, with masks, route and scores, of methods that
+            have them.
         crf: Quality of videos from 0 (best) to 51.
         strip_metadata: Write no time, camera and location (EXIF) and no tags of videos; the colour profile stays.
         white: Value of white in floating-point TIFF files, such as 255.
@@ -102,7 +103,7 @@ def restore(
     report = Report(out, total=len(jobs), kept=len(jobs) - len(pending), failures=_remove_broken_videos(pending))
     if report.failures and not pending:
         raise report.error()
-    from derain.restoration import Restorer
+    from derain.restoration import Restorer, require_explains
 
     keep_freed_memory()
     restorer = Restorer(
@@ -116,6 +117,8 @@ def restore(
         sampling=_sampling(solver=solver, steps=steps, seed=seed),
         compile=compile,
     )
+    if explain:
+        require_explains(restorer.method)
     print(f"{weights}: {restorer.note}, on {restorer.device}", file=sys.stderr)
     try:
         _restore_all(restorer, pending, options, report)

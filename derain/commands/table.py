@@ -99,7 +99,7 @@ def add_costs(rows: Sequence[ResultRow], methods: Sequence[str] = ()) -> list[Re
             method = find(Path(row.file), row.metadata)
             cost = count_cost(method(**row.metadata["hyper_parameters"]), COST_SIDE)
         except (KeyError, TypeError, ValueError) as error:
-            log.warning("%s: cost of %s is not counted: the method cannot be built (%s)", row.file, row.method, error)
+            log.warning("%s: cost of %s is not counted: %s", row.file, row.method, error)
             with_costs.append(row)
             continue
         with_costs.append(replace(row, parameters=float(cost["parameters"]), macs=float(cost["macs"])))

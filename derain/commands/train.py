@@ -32,12 +32,12 @@ from derain.errors import DerainError, Stopped
 from derain.files.weights import read
 from derain.memory import keep_freed_memory
 from derain.methods import DerainModule, TrainableModule, catalog
-from derain.methods.interfaces import Explains, Sampling
+from derain.methods.interfaces import Sampling
 from derain.methods.registry import add_current_folder, methods, use_method
 from derain.metrics import resolve
 from derain.metrics.perceptual import available_lpips
 from derain.options import without_option
-from derain.restoration import set_sampling
+from derain.restoration import require_explains, set_sampling
 
 log = logging.getLogger("derain")
 
@@ -71,7 +71,7 @@ class SaveConfig(SaveConfigCallback):
 
 def _model_class(config: Any) -> type[TrainableModule] | None:
     """Return the class that ``--model`` names; None without the option."""
-    return cast(type[TrainableModule], use_method(config.model.class_path)) if config.model else None
+    return cast(type[TrainableModule], use_method(config.model.class_path, "model")) if config.model else None
 
 
 class DerainCLI(LightningCLI):
@@ -166,10 +166,7 @@ class DerainCLI(LightningCLI):
 
     def _load_checkpoint(self, config: Any) -> None:
         """Load the checkpoint of ``--ckpt_path``, which checks the file and finds its method."""
-        self.loaded = catalog.load(Path(config.ckpt_path), _model_class(config))
-        note = self.loaded.note
-        if "derain checkpoint" not in note:
-            raise DerainError(f"--ckpt_path {config.ckpt_path}: {note}, not a checkpoint; use --weights instead")
+        self.loaded = catalog.load_checkpoint(Path(config.ckpt_path), _model_class(config))
 
     def _check_evaluated_file(self, config: Any) -> None:
         """Require either weights or a checkpoint."""
@@ -292,9 +289,9 @@ class DerainCLI(LightningCLI):
         Raises:
             DerainError: If the weights belong to another network, or the method has loaded initial weights itself.
         """
-        controller = getattr(self.model, "initial_controller", None)
-        given = {"--weights": config.weights, "--model.controller": controller}
-        options = [f"{option} {file}" for option, file in given.items() if file]
+        options = [f"--model.{name} {file}" for name, file in self.model.initial_weights.items()]
+        if config.weights:
+            options.insert(0, f"--weights {config.weights}")
         if config.ckpt_path:
             for option in options:
                 log.info("%s: ignored: resuming from a checkpoint", option)
@@ -337,9 +334,7 @@ class DerainCLI(LightningCLI):
             self.model.protocols = self.protocols
             self.model.lpips = available_lpips(config.lpips)
             if config.get("explain"):
-                if not isinstance(self.model, Explains):
-                    raise DerainError(f"--explain true: {type(self.model).__name__} has no maps; omit the option")
-                self.model.explaining = True
+                require_explains(self.model).explaining = True
             sampling = self.config_init[self.subcommand].sampling
             if sampling is not None:
                 set_sampling(self.model, sampling)

@@ -348,7 +348,7 @@ def row_labels(rows: Sequence[ResultRow]) -> list[str]:
     weights = [rows[index].weights or "no weights" for index in own_indices]
     files = shorten_paths([Path(rows[index].file) for index in own_indices])
     for suffixes in (weights, files):
-        counts = Counter((labels[index], rows[index].trained_on) for index in own)
+        counts = Counter((labels[index], rows[index].trained_on) for index in own_indices)
         ambiguous = [counts[labels[index], rows[index].trained_on] > 1 for index in own_indices]
         for index, suffix, is_ambiguous in zip(own_indices, suffixes, ambiguous, strict=True):
             if is_ambiguous:

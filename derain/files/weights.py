@@ -7,7 +7,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -23,8 +23,9 @@ EXPECTED = (
     "the authors' weights of a method of derain"
 )
 
-WITHOUT_METADATA = "safetensors without metadata of derain"
-"""Kind of a safetensors file that derain did not write."""
+Kind = Literal["checkpoint", "weights", "published", "safetensors"]
+"""Kind of a weights file: a checkpoint or weights of derain, a pickled state dict, or safetensors that derain did not
+write."""
 
 STATE_KEYS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net")
 """Keys of the state dict in files of BasicSR (Restormer's authors), open_clip (DA-CLIP's) and other libraries."""
@@ -51,12 +52,14 @@ class Content(NamedTuple):
     Attributes:
         state: State dict of the network.
         metadata: Metadata of derain; empty for the authors' weights.
-        kind: Kind of file for messages, with ``{}`` for the name of the method.
+        kind: Kind of file.
+        label: Kind of file for messages, with ``{}`` for the name of the method.
     """
 
     state: Mapping[str, Tensor]
     metadata: Mapping[str, Any]
-    kind: str
+    kind: Kind
+    label: str
 
 
 def save(state: Mapping[str, Tensor], metadata: Mapping[str, Any], path: Path) -> None:
@@ -101,7 +104,7 @@ def read(path: Path) -> Content:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
-        return Content(_tensors(path, content), {}, "authors' weights of {}")
+        return Content(_tensors(path, content), {}, "published", "authors' weights of {}")
     found = ", ".join(map(str, list(content)[:4])) if isinstance(content, Mapping) else type(content).__name__
     raise DerainError(f"{path}: contains no known method (found {shorten(found) or 'nothing'} …); {EXPECTED}")
 
@@ -142,9 +145,9 @@ def _read_safetensors(path: Path) -> Content:
         entry = (file.metadata() or {}).get("derain", "null")
     metadata = parse(path, entry)
     if not metadata:
-        return Content(safetensors.torch.load_file(path), {}, WITHOUT_METADATA)
+        return Content(safetensors.torch.load_file(path), {}, "safetensors", "safetensors without metadata of derain")
     check(path, metadata, Metadata)
-    return Content(safetensors.torch.load_file(path), metadata, "derain weights of {}")
+    return Content(safetensors.torch.load_file(path), metadata, "weights", "derain weights of {}")
 
 
 def _refuse_compressed(path: Path) -> None:
@@ -165,12 +168,13 @@ def _from_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> Content:
     state: Mapping[str, Tensor] = {
         name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
     }
-    kind = "derain checkpoint"
+    label = "derain checkpoint"
     if average is not None:
         state = _tensors(path, average.get("network") if isinstance(average, Mapping) else average)
-        kind = "averaged weights of a derain checkpoint"
+        label = "averaged weights of a derain checkpoint"
     epoch = checkpoint.get("epoch")
-    return Content(state, metadata, f"{kind} of {{}}, epoch {epoch if isinstance(epoch, int) else 'unknown'}")
+    label += f" of {{}}, epoch {epoch if isinstance(epoch, int) else 'unknown'}"
+    return Content(state, metadata, "checkpoint", label)
 
 
 def _tensors(path: Path, state: object) -> Mapping[str, Tensor]:

@@ -45,7 +45,6 @@ class DerainModule(TrainableModule, ABC):
         bytes_per_pixel: Memory of ``forward`` at inference in bytes a pixel, measured in float32.
         tile_multiple: Number that sides of tiles should be multiples of.
         compiles_any_size: Whether ``network`` is compiled once for all image sizes, else once for each.
-        published_options: Hyper-parameters that the authors' weights files do not record.
         variants: Hyper-parameters of variants that ``derain bench`` counts, by name; by default the method as it is.
     """
 
@@ -56,7 +55,6 @@ class DerainModule(TrainableModule, ABC):
     bytes_per_pixel: ClassVar[int] = 4096
     tile_multiple: ClassVar[int] = 32
     compiles_any_size: ClassVar[bool] = True
-    published_options: ClassVar[frozenset[str]] = frozenset()
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(self) -> None:
@@ -84,8 +82,13 @@ class DerainModule(TrainableModule, ABC):
         """
 
     def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Any:
-        """Run the network once, for counting and timing."""
-        return self.network(rainy)
+        """Run what ``derain bench`` counts and times: by default ``forward``.
+
+        Methods override it that run the network many times, or encode images by another network. Modules of the network
+        may have a method ``extra_macs(inputs, output)``, which returns multiplications that counting misses: those of
+        convolutions and linear layers, and those of attention.
+        """
+        return self(rainy)
 
     def export_graph(self) -> Graph:
         """Return the function that ``derain export`` writes: by default ``forward`` without conditions.
@@ -97,18 +100,9 @@ class DerainModule(TrainableModule, ABC):
         """
         return Graph(self)
 
-    @classmethod
-    def from_published(
-        cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any
-    ) -> "DerainModule | None":
-        """Return the method with its authors' state dict, or None if the keys are not theirs.
-
-        Args:
-            state: The tensors by the authors' names.
-            path: The file, whose folder may name what the tensors do not.
-            **options: Values of ``published_options`` that the user gave.
-        """
-        return None
+    def next_step(self, path: Path, option: str) -> str:
+        """Return the command that restores photos with the weights of a finished training."""
+        return f"restore photos: derain restore IN OUT --weights {path}{f' {option}' if option else ''}"
 
     # Evaluation.
 

@@ -1,5 +1,6 @@
 """Load weights: find the file, recognise it by its content, build its method."""
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,14 +10,15 @@ from derain.errors import DerainError
 from derain.files.hub import fetch_weights
 from derain.files.limits import built_within
 from derain.files.metadata import shorten
-from derain.files.weights import BUILD_ERRORS, EXPECTED, WITHOUT_METADATA, Content, check_network, read
+from derain.files.weights import BUILD_ERRORS, EXPECTED, Content, check_network, read
 from derain.methods import onnx_model, spandrel_model
-from derain.methods.base import DerainModule
-from derain.methods.registry import find, methods, use_method
+from derain.methods.registry import BUILT_IN, class_path, find, methods, use_method
 from derain.methods.trainable import TrainableModule
 from derain.models import bundled
 
-__all__ = ["Weights", "load", "locate", "methods", "use_method"]
+__all__ = ["Weights", "load", "load_checkpoint", "locate", "methods", "use_method"]
+
+log = logging.getLogger("derain")
 
 OPTIONS = re.compile(r"(?P<file>.+?):(?P<options>[a-z_]+=[^:/\\\\=,]+(,[a-z_]+=[^:/\\\\=,]+)*)")
 """A file and options that it does not record: ``FILE:stages=5,variant=PReNet_LSTM``."""
@@ -78,12 +80,41 @@ def load(name: Path | str, method: str | type | None = None) -> Weights:
     Args:
         name: A file, or a name as `locate` accepts it; ``FILE:stages=5,variant=PReNet_LSTM`` adds what the file of
             PReNet's authors does not record.
-        method: A method from outside derain that the file may be of: its class, or ``my_method.MyModule``.
+        method: A method from outside derain that the file may be of: its class, or ``my_method.MyModule``. A file of
+            another method loads too, with a warning.
 
     Raises:
         DerainError: If the file is absent, damaged or unknown, does not fit its method, or contains NaN or infinity.
     """
     named = None if method is None else use_method(method)
+    weights = _load(name, named)
+    if named is not None:
+        _warn_if_unused(name, weights.module, named)
+    return weights
+
+
+def load_checkpoint(path: Path, method: type | None = None) -> Weights:
+    """Load a method from a checkpoint; arguments as for `load`.
+
+    Raises:
+        DerainError: If the file is no checkpoint, or `load` refuses it.
+    """
+    content = read(path)
+    if content.kind != "checkpoint":
+        label = content.label.format(content.metadata.get("method", "a method"))
+        raise DerainError(f"--ckpt_path {path}: {label}, not a checkpoint; use --weights instead")
+    return _from_metadata(path, content, method)
+
+
+def _warn_if_unused(name: Path | str, module: TrainableModule, named: type[TrainableModule]) -> None:
+    """Report a class from outside derain that the user named, but that the weights are not of."""
+    written_by = module.metadata()["method"]
+    if class_path(named) in BUILT_IN or named.__name__ == written_by or issubclass(named, type(module)):
+        return
+    log.warning("method %s: not used: %s has weights of %s", class_path(named), name, shorten(written_by, 60))
+
+
+def _load(name: Path | str, named: type[TrainableModule] | None) -> Weights:
     path, (_, options) = locate(name), split_options(name)
     suffix = path.suffix.lower()
     if suffix == ".pt2":
@@ -98,7 +129,7 @@ def load(name: Path | str, method: str | type | None = None) -> Weights:
         if options:
             raise unknown_options
         return _from_metadata(path, content, named)
-    if content.kind != WITHOUT_METADATA:
+    if content.kind == "published":
         published = _from_published(path, content, options)
         if published is not None:
             if set(options) - published.published_options:
@@ -106,16 +137,11 @@ def load(name: Path | str, method: str | type | None = None) -> Weights:
             return Weights(published, _note(content, published))
     if options:
         raise unknown_options
-    if any("visual_control." in key for key in content.state):
-        raise DerainError(
-            f"{path}: is the authors' controller of DA-CLIP, which does not restore images; use it by "
-            "--model.controller or DERAIN_CONTROLLER"
-        )
     return _from_spandrel(path, content)
 
 
 def _note(content: Content, module: TrainableModule) -> str:
-    return content.kind.format(f"{type(module).__name__} ({module.parameter_count:,} parameters)")
+    return content.label.format(f"{type(module).__name__} ({module.parameter_count:,} parameters)")
 
 
 def _from_metadata(path: Path, content: Content, named: type[TrainableModule] | None) -> Weights:
@@ -129,13 +155,13 @@ def _from_metadata(path: Path, content: Content, named: type[TrainableModule] | 
     return Weights(module, _note(content, module))
 
 
-def _from_published(path: Path, content: Content, options: Mapping[str, Any]) -> DerainModule | None:
+def _from_published(path: Path, content: Content, options: Mapping[str, Any]) -> TrainableModule | None:
     """Return the method of its authors' state dict, or None if no method recognises it."""
-    restoring: list[type[DerainModule]] = [method for method in methods() if issubclass(method, DerainModule)]
-    for method in restoring:
+    classes: list[type[TrainableModule]] = methods()
+    for method in classes:
         accepted = {name: value for name, value in options.items() if name in method.published_options}
         try:
-            with built_within(len(content.state), path.stat().st_size):
+            with method.limits(len(content.state), path.stat().st_size):
                 module = method.from_published(content.state, path, **accepted)
         except DerainError:
             raise
@@ -154,8 +180,8 @@ def _from_spandrel(path: Path, content: Content) -> Weights:
     with built_within(len(content.state), path.stat().st_size):
         module = spandrel_model.recognise(path, content.state)
     if module is None:
-        reason = content.kind
-        if reason != WITHOUT_METADATA:
+        reason = content.label
+        if content.kind != "safetensors":
             names = shorten(", ".join(list(content.state)[:4]) or "nothing")
             reason = f"contains no known method (found {names} …)"
         raise DerainError(f"{path}: {reason}; {EXPECTED}{spandrel_model.install_hint()}")

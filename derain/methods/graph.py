@@ -19,7 +19,8 @@ class Graph(nn.Module):
     Args:
         method: Module whose parameters the function uses.
         function: Function of the inputs, in order, that returns one image; by default ``method`` itself.
-        inputs: Names of the inputs: ``rainy`` and ``state`` are images, ``times`` is one number, the rest are vectors.
+        inputs: Names of the inputs: ``rainy`` alone, or those of `derain.methods.interfaces.RunsGraph`, where ``rainy``
+            and ``state`` are images, ``times`` is one number, the rest are vectors.
         context: Length of the vectors.
         metadata: Metadata of the file beside inputs and number of parameters.
     """

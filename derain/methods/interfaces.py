@@ -34,9 +34,9 @@ class Sampling:
     """How a method samples images; an inference option, not part of weights files.
 
     Args:
-        solver: Name of a solver of the method. Those of DA-CLIP + IR-SDE: ``posterior`` (IR-SDE's authors), ``sde``
-            (Euler-Maruyama), ``ode`` (Euler), or semi-analytic ``mrs-ode1``, ``mrs-ode2``, ``mrs-sde2``,
-            ``mars-ode2``, ``mars-sde2``.
+        solver: Name of a solver of the method; None: the method's own choice. Those of DA-CLIP + IR-SDE:
+            ``posterior`` (default, IR-SDE's authors), ``sde`` (Euler-Maruyama), ``ode`` (Euler), or semi-analytic
+            ``mrs-ode1``, ``mrs-ode2``, ``mrs-sde2``, ``mars-ode2``, ``mars-sde2``.
         steps: Evaluations of the network, at most those of the schedule; None: all of the schedule.
         seed: Seed of the noise. The same seed gives an image the same noise in any batch.
 
@@ -44,7 +44,7 @@ class Sampling:
         ArgumentError: If the number of steps is below 1.
     """
 
-    solver: str = "posterior"
+    solver: str | None = None
     steps: int | None = 10
     seed: int = 0
 
@@ -60,7 +60,7 @@ class Sampled(ABC):
     by tile, for use at every step; and ``show(steps, total)``, which wraps the steps to report progress.
 
     Attributes:
-        sampling: Solver, number of steps and seed.
+        sampling: Solver (not None), number of steps and seed.
     """
 
     sampling: Sampling
@@ -100,7 +100,12 @@ class Explains(ABC):
 
 
 class RunsGraph(ABC):
-    """Interface of methods whose exported graph is a part of them, and that restore by a graph that was read again."""
+    """Interface of diffusions whose exported graph is one step, and that restore by a graph that was read again.
+
+    ``derain export`` supports the inputs ``state``, ``rainy`` and ``times`` in this order, then optionally ``content``
+    and ``degradation``, vectors of the size that the hyper-parameter ``context`` gives. Graphs of all other methods
+    have one input, ``rainy``.
+    """
 
     @classmethod
     @abstractmethod

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from derain.errors import DerainError
-from derain.files.limits import built_within
 from derain.files.metadata import check, shorten
 from derain.files.weights import BUILD_ERRORS
 from derain.methods.base import DerainModule
@@ -221,7 +220,7 @@ def _with_graph(path: Path, network: OnnxNetwork) -> DerainModule:
     try:
         if not issubclass(method, RunsGraph):
             raise ValueError(f"{method.__name__} cannot run a graph with inputs {', '.join(network.inputs)}")
-        with built_within(0, path.stat().st_size):
+        with method.limits(0, path.stat().st_size):
             module = method.from_graph(metadata, network, network.inputs)
     except BUILD_ERRORS as error:
         raise DerainError(

@@ -8,11 +8,12 @@ import importlib
 import importlib.metadata
 import logging
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from derain.errors import DerainError
+from derain.errors import ArgumentError, DerainError
 from derain.files.metadata import shorten
 
 log = logging.getLogger("derain")
@@ -30,8 +31,26 @@ BUILT_IN = (
 ENTRY_POINTS = "derain.methods"
 """Group of the entry points by which installed packages announce their classes."""
 
+IMPORT_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+"""Exceptions of code from outside derain when it is imported."""
+
 _named: dict[str, type] = {}
 """Classes that the user named, by class path."""
+
+_reported: set[str] = set()
+"""Entry points that were reported as broken, once each."""
 
 
 def class_path(method: type) -> str:
@@ -39,22 +58,38 @@ def class_path(method: type) -> str:
     return f"{method.__module__}.{method.__qualname__}"
 
 
-def use_method(name: str | type) -> Any:
+def is_importable(path: str) -> bool:
+    """Return whether another process can import a class path: not if a script, notebook or function defines it."""
+    return not path.startswith("__main__.") and "<locals>" not in path
+
+
+def must_be_named(method: type) -> bool:
+    """Return whether weights of a class load only if the user names it."""
+    return class_path(method) not in BUILT_IN and method not in _announced(method.__name__)
+
+
+def use_method(name: str | type, argument: str = "method") -> Any:
     """Make a method from outside derain known, so that its weights files can be loaded.
 
     Args:
         name: The class, or its path, such as ``my_method.MyModule``, which is imported from the installed packages or
             the current folder.
+        argument: Argument or option that named it, for messages.
 
     Returns:
         The class.
 
     Raises:
-        DerainError: If there is no such class, or it does not derive from ``DerainModule``.
+        ArgumentError: If there is no such class, or it does not derive from ``DerainModule``.
     """
-    method = name if isinstance(name, type) else _import(name)
+    if not isinstance(name, str | type):
+        raise ArgumentError(
+            f"{argument}: is a {type(name).__name__}; expected a class or its path; give a module itself as the first "
+            "argument of Restorer"
+        )
+    method = _import(name, argument) if isinstance(name, str) else name
     if not _is_method(method):
-        raise DerainError(f"--method {name}: is not a class that derives from derain.DerainModule; name one that does")
+        raise ArgumentError(f"{argument} {name}: is no class that derives from derain.DerainModule; name one that does")
     _named[class_path(method)] = method
     return method
 
@@ -74,7 +109,7 @@ def find(path: Path, metadata: Mapping[str, Any]) -> Any:
         metadata: Metadata with ``method`` and, in files of newer versions, ``class_path``.
 
     Raises:
-        DerainError: If no such class is known.
+        DerainError: If no such class is known, or several are.
     """
     name = metadata["method"]
     origin = metadata.get("class_path") or f"derain.{name}"
@@ -82,14 +117,40 @@ def find(path: Path, metadata: Mapping[str, Any]) -> Any:
         return _named[origin]
     if origin.partition(".")[0] == "derain" and name in _built_in_paths():
         return built_in(name)
-    for method in (*_announced(name), *_named.values()):  # a class may have moved since the file was written
-        if method.__name__ == name:
+    announced = _announced(name)
+    for method in announced:
+        if class_path(method) == origin:
             return method
+    for classes in (_named.values(), announced):  # the class may have moved since the file was written
+        same_name = [method for method in classes if method.__name__ == name]
+        if len(same_name) > 1:
+            paths = " and ".join(map(class_path, same_name))
+            raise DerainError(f"{path}: was written by {shorten(origin, 100)}; {paths} are known; name the right one")
+        if same_name:
+            return same_name[0]
+    raise _unknown(path, name, metadata.get("class_path"))
+
+
+def _unknown(path: Path, name: str, origin: str | None) -> DerainError:
+    """Return the error for a file of a class that is not known.
+
+    Args:
+        path: The file.
+        name: Name of the class.
+        origin: Its class path; files of derain 0.1 and older have none.
+    """
+    written_by = f"{path}: was written by the method {shorten(origin or name, 100)}"
+    if origin is not None and not is_importable(origin):
+        short = shorten(name, 60)
+        return DerainError(
+            f"{written_by}, which a script or notebook defines; in Python, use Restorer(file, method={short}); for "
+            f"commands, move the class to a module and add --method MODULE.{short}"
+        )
     known = ", ".join(method.__name__ for method in methods())
-    module = shorten(origin, 100) if "class_path" in metadata else f"MODULE.{shorten(name, 60)}"
-    raise DerainError(
-        f"{path}: was written by the method {shorten(origin if 'class_path' in metadata else name, 100)}; known are "
-        f"{known}; if you trust it, add --method {module} (derain fit, validate, test, predict: --model)"
+    module = shorten(origin, 100) if origin else f"MODULE.{shorten(name, 60)}"
+    return DerainError(
+        f"{written_by}; known are {known}; if you trust it, add --method {module} (fit, validate, test and predict: "
+        "--model; in Python: derain.methods.catalog.use_method)"
     )
 
 
@@ -120,31 +181,84 @@ def _announced(name: str | None = None) -> list[Any]:
     """Return the classes of installed packages, all of them or those of a name."""
     classes = []
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        if name not in {None, entry.attr}:
+        if name not in {None, entry.attr.rpartition(".")[2]}:
             continue
         try:
             method = entry.load()
-        except (ImportError, AttributeError) as error:
-            log.warning("method %s of an installed package is ignored: cannot be imported (%s)", entry.value, error)
+        except IMPORT_ERRORS as error:  # a broken package must not stop commands that do not use it
+            _report_broken(entry, f"cannot be imported ({type(error).__name__}: {shorten(error)})")
             continue
         if _is_method(method):
             classes.append(method)
         else:
-            log.warning("method %s of an installed package is ignored: not a DerainModule", entry.value)
+            _report_broken(entry, "not a DerainModule")
     return classes
+
+
+def _report_broken(entry: importlib.metadata.EntryPoint, reason: str) -> None:
+    if entry.value in _reported:
+        return
+    _reported.add(entry.value)
+    package = entry.dist.name if entry.dist is not None else "an installed package"
+    log.warning("method %s of %s is ignored: %s", entry.value, package, reason)
 
 
 def _is_method(method: object) -> bool:
     return isinstance(method, type) and hasattr(method, "metadata_schema")
 
 
-def _import(name: str) -> Any:
-    module, _, attribute = name.rpartition(".")
+def _import(name: str, argument: str) -> Any:
+    """Import a class, which may be nested in another class.
+
+    Raises:
+        ArgumentError: If there is no such class, or its module cannot be imported.
+    """
+    parts = name.split(".")
     expected = "expected MODULE.CLASS, such as my_method.MyModule for a class in the file my_method.py here"
-    if not module:
-        raise DerainError(f"--method {name}: {expected}")
+    if len(parts) < 2 or not all(parts):
+        raise ArgumentError(f"{argument} {name}: {expected}")
     add_current_folder()
+    importlib.invalidate_caches()  # the file may be new
+    for count in range(len(parts) - 1, 0, -1):
+        module = _import_module(".".join(parts[:count]), f"{argument} {name}")
+        if module is not None:
+            return _attribute(module, parts[count:], f"{argument} {name}")
+    raise ArgumentError(f"{argument} {name}: no module {parts[0]} here or in the installed packages; {expected}")
+
+
+def _import_module(name: str, given: str) -> Any:
+    """Return a module, or None if there is none of this name.
+
+    Raises:
+        ArgumentError: If the module fails.
+    """
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise DerainError(f"--method {name}: cannot be imported ({shorten(error)}); {expected}") from error
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if name == missing or name.startswith(f"{missing}."):
+            return None
+        raise ArgumentError(f"{given}: {_position(error)}: cannot be imported: {shorten(error)}; install it") from error
+    except DerainError:
+        raise
+    except IMPORT_ERRORS as error:
+        reason = f"{type(error).__name__}: {shorten(error)}"
+        raise ArgumentError(f"{given}: {_position(error)}: cannot be imported: {reason}; mend the file") from error
+
+
+def _position(error: BaseException) -> str:
+    """Return file and line where an import failed."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    return f"{frames[-1].filename}, line {frames[-1].lineno}"
+
+
+def _attribute(module: Any, names: Iterable[str], given: str) -> Any:
+    found = module
+    for name in names:
+        if not hasattr(found, name):
+            file = getattr(module, "__file__", None) or module.__name__
+            raise ArgumentError(f"{given}: {file} has no {name}; expected the name of a class in this file")
+        found = getattr(found, name)
+    return found

@@ -21,10 +21,33 @@ from derain.files.limits import built_within
 from derain.files.metadata import Metadata, check, shorten
 from derain.methods.divergence import FiniteCheck, require_finite
 from derain.methods.hyper_parameters import check_hyper_parameters
-from derain.methods.registry import class_path, find
+from derain.methods.interfaces import Explains, Routed, Sampled
+from derain.methods.registry import class_path, find, is_importable
 from derain.methods.resuming import use_configured
 
 log = logging.getLogger("derain")
+
+FORMER_NAMES = {
+    "begin_from": "start_from",
+    "check": "check_requirements",
+    "describe": "metadata",
+    "judged_by": "monitor",
+    "perceive": "encode",
+    "recall": "restore_metadata",
+    "resuming": "is_fitting",
+    "sample_by": "set_sampling",
+    "samples": "derain.methods.interfaces.Sampled",
+    "take_route": "set_route",
+}
+"""Names that classes for commits before 0.1 define, and their names now."""
+
+INTERFACES = {
+    "describe_image": Explains,
+    "explain": Explains,
+    "set_route": Routed,
+    "set_sampling": Sampled,
+}
+"""Methods that have an effect only in classes that derive from an interface."""
 
 
 class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tags=["image-deraining"]):
@@ -40,8 +63,14 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         may_change: Hyper-parameters that may differ when a run is resumed: they change how a network is trained, not
             what it computes.
         metadata_schema: TypedDict of the metadata, with every key that a subclass adds to ``metadata``.
-        bounded_by_file: Whether a network that is built from a file may have only as many parameters as the file;
-            False for a class whose ``__init__`` also builds frozen networks that its files do not contain.
+        bounded_by_file: Whether a class that is built from a file may have hardly more parameters than the file, so
+            that a hostile file cannot fill the memory; not for a class whose ``__init__`` also builds networks that
+            its files do not contain, such as a frozen VGG.
+        published_options: Hyper-parameters that the authors' weights files do not record.
+        initial_weights: Files that ``__init__`` has loaded weights from, by hyper-parameter.
+
+    Raises:
+        DerainError: If a subclass defines a name that has an effect no longer, or only with an interface.
     """
 
     network: nn.Module
@@ -51,11 +80,25 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         {"learning_rate", "weight_decay", "warm_up", "milestones", "decay"}
     )
     metadata_schema: ClassVar[Any] = Metadata
-    bounded_by_file: ClassVar[bool] = True
+    bounded_by_file: ClassVar[bool] = False
+    published_options: ClassVar[frozenset[str]] = frozenset()
+    initial_weights: Mapping[str, str] = {}
     _resumed: Mapping[str, Any] | None = None
     """Position and gradients of the checkpoint that is resumed, until training starts."""
     _changed: tuple[str, ...] = ()
     """Hyper-parameters that differ from those of the checkpoint."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for former, name in FORMER_NAMES.items():
+            if hasattr(cls, former):
+                raise DerainError(f"{cls.__name__}.{former}: has no effect; expected {name} instead; rename it")
+        for name, interface in INTERFACES.items():
+            if hasattr(cls, name) and not issubclass(cls, interface):
+                raise DerainError(
+                    f"{cls.__name__}.{name}: has no effect without its interface; derive the class also from "
+                    f"derain.methods.interfaces.{interface.__name__}"
+                )
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,9 +150,50 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     def start_from(self, loaded: "TrainableModule") -> None:
         """Adopt the history of weights that a training starts from; nothing by default."""
 
+    def next_step(self, path: Path, option: str) -> str:
+        """Return what to do with the weights of a finished training, in one line.
+
+        Args:
+            path: The weights file.
+            option: ``--method CLASS_PATH`` if commands need it to load the file, else empty.
+        """
+        return f"load them: {type(self).__name__}.from_pretrained({str(path)!r})"
+
     def save_weights(self, path: Path) -> None:
         """Write the weights of the network with their metadata as safetensors, whole or not at all."""
         weights.save(self.network.state_dict(), self.metadata(), path)
+        if not is_importable(class_path(type(self))):
+            name = type(self).__name__
+            log.warning(
+                "%s: %s is defined in a script or notebook; load the file by Restorer(file, method=%s), or move the "
+                "class to a module to use it in commands",
+                path,
+                name,
+                name,
+            )
+
+    @classmethod
+    def limits(cls, tensors: int, numbers: int) -> AbstractContextManager[None]:
+        """Return a context for building the class from a file, see ``bounded_by_file``.
+
+        Args:
+            tensors: Tensors in the file.
+            numbers: Numbers in the file, at most its size in bytes.
+        """
+        return built_within(tensors, numbers) if cls.bounded_by_file else nullcontext()
+
+    @classmethod
+    def from_published(
+        cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any
+    ) -> "TrainableModule | None":
+        """Return the method with its authors' state dict, or None if the keys are not theirs.
+
+        Args:
+            state: The tensors by the authors' names.
+            path: The file, whose folder may name what the tensors do not.
+            **options: Values of ``published_options`` that the user gave.
+        """
+        return None
 
     @classmethod
     def from_content(cls, path: Path, content: weights.Content) -> "TrainableModule":
@@ -124,11 +208,8 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         """
         metadata, state = content.metadata, content.state
         check(path, metadata, cls.metadata_schema, cls)
-        limits: AbstractContextManager[None] = nullcontext()
-        if cls.bounded_by_file:
-            limits = built_within(len(state), path.stat().st_size)
         try:
-            with limits:
+            with cls.limits(len(state), path.stat().st_size):
                 module = cls(**metadata["hyper_parameters"])
             module.network.load_state_dict(state, strict=True)
             module.restore_metadata(metadata)

@@ -85,6 +85,7 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
     """
 
     metadata_schema: ClassVar[Any] = CLIPRPNMetadata
+    bounded_by_file: ClassVar[bool] = True
     bytes_per_pixel: ClassVar[int] = 4700
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "CLIP-RPN, 1 route": {"perception": "none"},
@@ -169,6 +170,10 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         if routes is None:
             routes = self.routing(rainy)["routes"]
         return cast(Tensor, self.network(rainy, routes).derained)
+
+    def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Any:
+        """Restore along one route, without CLIP."""
+        return self.network(rainy)
 
     def set_route(self, route: int) -> None:
         """Send all images along one route, instead of the routes that CLIP chooses."""

@@ -53,7 +53,6 @@ class DACLIPModule(TrainableModule):
 
     metadata_schema: ClassVar[Any] = DACLIPMetadata
     monitor: ClassVar[str] = "val/accuracy"
-    bounded_by_file: ClassVar[bool] = False  # building it also loads CLIP, which is not in the file
     may_change = TrainableModule.may_change | {"clip", "degradation", "clean", "equal_texts", "smallest"}
 
     def __init__(
@@ -76,7 +75,7 @@ class DACLIPModule(TrainableModule):
         if not 0 <= warm_up < 1:
             raise DerainError(f"--model.warm_up {warm_up}: expected a share of the training, at least 0 and below 1")
         self.clip = FrozenCLIP(clip)
-        self.initial_controller = controller
+        self.initial_weights = {} if controller is None else {"controller": controller}
         if controller is None:
             self.network: Controller = Controller(self.clip.model, order)
         else:
@@ -204,6 +203,26 @@ class DACLIPModule(TrainableModule):
         self.log("val/accuracy", accuracy, prog_bar=True)
 
     # Files.
+
+    def next_step(self, path: Path, option: str) -> str:
+        """Return the option that trains DA-CLIP + IR-SDE with the controller."""
+        return f"use it in training: --model.controller {path}"
+
+    @classmethod
+    def from_published(
+        cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any
+    ) -> TrainableModule | None:
+        """Recognise the authors' controller, which only ``--model.controller`` loads, as it needs CLIP.
+
+        Raises:
+            DerainError: If it is their controller.
+        """
+        if any("visual_control." in name for name in state):
+            raise DerainError(
+                f"{path}: is the authors' controller of DA-CLIP, which does not restore images; use it by "
+                "--model.controller or DERAIN_CONTROLLER"
+            )
+        return None
 
     def metadata(self) -> dict[str, Any]:
         """Return the metadata with CLIP's hash and the words for degradations."""

@@ -1,5 +1,6 @@
 """Lightning module of DA-CLIP + IR-SDE: contexts, training times and sampling."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from derain.batch import PairBatch
-from derain.errors import ArgumentError, DerainError
+from derain.errors import DerainError
 from derain.files.metadata import Metadata
 from derain.methods.base import DerainModule
 from derain.methods.daclipsde.controller import Perception
@@ -18,7 +19,7 @@ from derain.methods.daclipsde.loss import matching_loss
 from derain.methods.daclipsde.network import AttentionKind, ConditionalUNet
 from derain.methods.daclipsde.published_keys import unet_options
 from derain.methods.daclipsde.sde import MeanRevertingSDE, Schedule
-from derain.methods.daclipsde.solvers import SOLVERS, sample, visited_times
+from derain.methods.daclipsde.solvers import sample, solver_name, visited_times
 from derain.methods.graph import Graph
 from derain.methods.interfaces import Explains, RunsGraph, Sampled, Sampling
 from derain.nn.schedule import multiplied_at, warm_up_then_cosine
@@ -77,6 +78,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         DerainError: If an option is out of its range.
     """
 
+    bounded_by_file: ClassVar[bool] = True
     bytes_per_pixel: ClassVar[int] = 6000
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "IR-SDE, one step": {"contexts": "none", "multipliers": (2, 4, 8, 16)},
@@ -117,7 +119,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
             context=context,
         )
         self.perception = Perception(clip, controller) if contexts != "none" else None
-        self.sampling = Sampling(steps=min(10, sde_steps))
+        self.sampling = Sampling("posterior", min(10, sde_steps))
         self.published = False
 
     @property
@@ -132,10 +134,8 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         Raises:
             ArgumentError: If there is no such solver, or the schedule has fewer steps.
         """
-        if sampling.solver not in SOLVERS:
-            raise ArgumentError(f"solver {sampling.solver}: unknown; choose from {', '.join(SOLVERS)}")
         visited_times(self.sde, sampling.steps)  # checks the number of steps
-        self.sampling = sampling
+        self.sampling = dataclasses.replace(sampling, solver=solver_name(sampling))
 
     def check_requirements(self) -> None:
         """Find or fetch CLIP and the controller.

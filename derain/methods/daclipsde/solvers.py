@@ -98,7 +98,7 @@ def sample(
         Clean images, not clipped.
 
     Raises:
-        ArgumentError: If the schedule has fewer steps than ``sampling``.
+        ArgumentError: If the schedule has fewer steps than ``sampling``, or there is no such solver.
     """
     last = rainy
     for state in states(sde, estimate, rainy, sampling, show):
@@ -116,7 +116,7 @@ def states(
     """Yield the state at the start and after every step; arguments as for `sample`."""
     times = visited_times(sde, sampling.steps)
     noise = Noise(sampling.seed, rainy)
-    advance = SOLVERS[sampling.solver](sde, rainy.float(), noise)
+    advance = SOLVERS[solver_name(sampling)](sde, rainy.float(), noise)
     state = rainy.float() + sde.scale * noise()
     yield state
     for t, s in show(itertools.pairwise(times), len(times) - 1):
@@ -206,6 +206,18 @@ class _SemiAnalytic:
 
 def _pair(t: int, s: int, count: int) -> tuple[Tensor, Tensor]:
     return torch.full((count,), t), torch.full((count,), s)
+
+
+def solver_name(sampling: Sampling) -> str:
+    """Return the name of the solver, by default ``posterior``.
+
+    Raises:
+        ArgumentError: If there is no such solver.
+    """
+    name = sampling.solver or "posterior"
+    if name not in SOLVERS:
+        raise ArgumentError(f"solver {name}: unknown; choose from {', '.join(SOLVERS)}")
+    return name
 
 
 Solver = Callable[[Image, Image, int, int], Image]

@@ -70,6 +70,7 @@ class PLNLINGANModule(DerainModule, Explains):
         DerainError: If an option is out of its range.
     """
 
+    bounded_by_file: ClassVar[bool] = True
     compiles_any_size: ClassVar[bool] = False
     tile_multiple: ClassVar[int] = 56
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {

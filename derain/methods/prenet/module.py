@@ -41,6 +41,7 @@ class PReNetModule(DerainModule):
         decay: Factor at the milestones; paper: 0.2.
     """
 
+    bounded_by_file: ClassVar[bool] = True
     bytes_per_pixel: ClassVar[int] = 1600
     published_options: ClassVar[frozenset[str]] = frozenset({"variant", "stages"})
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {variant: {"variant": variant} for variant in VARIANTS}

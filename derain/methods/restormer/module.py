@@ -55,6 +55,7 @@ class RestormerModule(DerainModule):
         DerainError: If an option is out of its range.
     """
 
+    bounded_by_file: ClassVar[bool] = True
     bytes_per_pixel: ClassVar[int] = 4700
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"Restormer": {}}
     may_change = DerainModule.may_change | {"hold", "min_learning_rate", "mixup"}

@@ -266,6 +266,8 @@ def test_invalid_sampling_options():
         DACLIPSDEModule(contexts="none", channels=8, multipliers=(1, 2)).set_sampling(Sampling("euler"))
     with pytest.raises(DerainError, match="steps 0"):
         Sampling(steps=0)
+    with pytest.raises(DerainError, match="solver typo"):
+        sample(MeanRevertingSDE(50.0), lambda state, t: state, torch.rand(1, 3, 4, 4), Sampling("typo"))
 
 
 def test_visited_times_are_rounded_to_the_nearest():
