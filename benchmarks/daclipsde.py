@@ -34,7 +34,7 @@ from derain.memory import keep_freed_memory
 from derain.methods import DACLIPSDEModule
 from derain.methods.daclipsde.network import ConditionalUNet
 from derain.methods.daclipsde.solvers import Sampling
-from derain.restoration import starts
+from derain.restoration import tile_starts
 
 SIDE, ROUNDS = 256, 3
 SPEED_UP, MAX_DIFFERENCE, MEMORY_RATIO = 1.2, 1e-5, 1.05
@@ -114,7 +114,7 @@ def seams(file: str) -> tuple[float, float]:
     for rows in (effect, effect.transpose(1, 0, 2)):
         changes = np.abs(np.diff(rows, axis=0)).mean((1, 2))
         borders = set()
-        for start in starts(len(rows), tile, overlap):
+        for start in tile_starts(len(rows), tile, overlap):
             borders |= {start, start + tile}
         at_borders += [float(changes[border - 1]) for border in borders - {0, len(rows)}]
         overall += [float(change) for change in changes]

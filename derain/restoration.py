@@ -1,4 +1,4 @@
-"""Restorer: restores rainy images of any size by the weights of any method."""
+"""Restoration of rainy images of any size, in tiles if memory is short."""
 
 import itertools
 import logging
@@ -29,7 +29,7 @@ Precision = Literal["float32", "bf16"]
 T = TypeVar("T")
 
 OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")
-"""Matches the messages of PyTorch's allocators for CPUs (Linux, Windows) and Apple GPUs."""
+"""Out-of-memory messages of PyTorch's allocators on Linux, Windows and Apple GPUs."""
 
 SMALLEST_TILE = 64
 """Smallest side of a tile in pixels."""
@@ -47,11 +47,11 @@ class Restorer:
         tile: Side of the tiles in pixels; ``auto``: whole images if they fit into memory, otherwise the largest tile
             that does; ``None``: whole images always. If memory runs out, tiles of half the side are tried.
         overlap: Pixels that neighbouring tiles share; they are blended by a raised cosine.
-        ensemble: Return the mean over the eight flips and rotations, which takes eight times as long. It helps only
-            methods that were trained with rotations; models trained without them miss rotated rain.
-        route: Route of all images, for methods that have routes; by default the method chooses one for each image.
+        ensemble: Average over the eight flips and rotations, which takes eight times as long. Improves only methods
+            trained on transposed crops; others miss rotated rain.
+        route: Route of all images, for methods with routes; by default CLIP selects it per image.
         sampling: Solver, steps and seed, for methods that sample; by default those of the method.
-        compile: Compile the network: takes up to a minute, and saves time from a few hundred images on.
+        compile: Compile the network, which takes up to a minute; worthwhile for a few hundred images or more.
 
     Raises:
         DerainError: If the weights cannot be used, or the device is not available.
@@ -81,10 +81,10 @@ class Restorer:
         compile: bool = False,
     ) -> None:
         if isinstance(tile, int) and tile < SMALLEST_TILE:
-            raise DerainError(f"--tile {tile}: must be at least {SMALLEST_TILE}, auto or none")
-        restoring, self.note = _load(weights, method)
+            raise ArgumentError(f"tile {tile}: must be at least {SMALLEST_TILE}, 'auto' or None")
+        module, self.note = _load(weights, method)
         self.device = choose_device(device)
-        self.method = restoring.to(self.device).eval()
+        self.method = module.to(self.device).eval()
         if route is not None:
             set_route(self.method, route)
         if sampling is not None:
@@ -110,8 +110,8 @@ class Restorer:
             name: Name of the image in messages.
 
         Returns:
-            Restored images of the same kind, shape, type and device. A PIL image is upright RGB, with the alpha channel
-            and ICC profile of the input.
+            Restored images of the same kind, shape, type and device. PIL images are returned upright, as RGB or RGBA,
+            with the ICC profile of the input if that is for RGB.
 
         Raises:
             DerainError: If the input is of another kind, floats are not in [0, 1], memory does not suffice for the
@@ -123,7 +123,10 @@ class Restorer:
             restored = type(rainy)(self(image, conditions, name=f"{name} {index}") for index, image in images)
         elif isinstance(rainy, Image.Image):
             if rainy.mode[0] in "IF":  # more than 8 bits, which Pillow would clip
-                raise DerainError(f"a PIL image of mode {rainy.mode}; give 8 bits, or an array of floats in [0, 1]")
+                raise DerainError(
+                    f"{name}: PIL mode {rainy.mode}; expected 8 bits per channel; convert it, or pass an array of "
+                    "floats in [0, 1]"
+                )
             upright = ImageOps.exif_transpose(rainy)
             restored = Image.fromarray(self(np.asarray(upright.convert("RGB")), conditions, name=name))
             if upright.has_transparency_data:
@@ -145,8 +148,10 @@ class Restorer:
             images = images / 255
         restored = torch.empty_like(images)
         for index, image in enumerate(images):
-            own = self.method.encode(image.to(self.device)) if conditions is None else conditions
-            derained = self._views(image, self.method, own)
+            image_conditions = conditions
+            if image_conditions is None:
+                image_conditions = self.method.encode(image.to(self.device))
+            derained = self._restore_ensemble(image, self.method, image_conditions)
             check_finite(derained, name if rainy.ndim == 3 else f"{name} {index}")
             restored[index] = derained.clamp(0, 1)
         if in_bytes:
@@ -171,25 +176,25 @@ class Restorer:
         image = torch.from_numpy(np.ascontiguousarray(rainy.transpose(2, 0, 1)))[None]
         conditions = self.encode(rainy)
         function = self.method.explain if isinstance(self.method, Explains) else self.method
-        views = self._views(image, function, conditions)
-        check_finite(views, name)
-        channels = np.ascontiguousarray(views[0].clamp(0, 1).permute(1, 2, 0).numpy())
+        restored = self._restore_ensemble(image, function, conditions)
+        check_finite(restored, name)
+        channels = np.ascontiguousarray(restored[0].clamp(0, 1).permute(1, 2, 0).numpy())
         if not isinstance(self.method, Explains):
             return Explanation(channels, {}, {})
         maps = {name: channels[:, :, index] for index, name in enumerate(self.method.maps, 3)}
         return Explanation(channels[:, :, :3], maps, self.method.describe_image(conditions, 0))
 
-    def _views(
+    def _restore_ensemble(
         self, image: Float[Tensor, "1 3 h w"], forward: Callable[..., Tensor], conditions: dict[str, Any]
     ) -> Float[Tensor, "1 n h w"]:
-        """Restore the image, or the mean of its flips and rotations, under the same conditions."""
+        """Restore an image; with ``ensemble``, average over its flips and rotations."""
         if not self.ensemble:
             return self._restore(image, forward, conditions)
         restored = []
-        for turns, mirror in itertools.product(range(4), (False, True)):
-            view = torch.rot90(image.flip(3) if mirror else image, turns, (2, 3))
-            upright = torch.rot90(self._restore(view, forward, conditions), -turns, (2, 3))
-            restored.append(upright.flip(3) if mirror else upright)
+        for quarter_turns, is_flipped in itertools.product(range(4), (False, True)):
+            view = torch.rot90(image.flip(3) if is_flipped else image, quarter_turns, (2, 3))
+            upright = torch.rot90(self._restore(view, forward, conditions), -quarter_turns, (2, 3))
+            restored.append(upright.flip(3) if is_flipped else upright)
         return torch.stack(restored).mean(0)
 
     def _restore(
@@ -213,7 +218,7 @@ class Restorer:
                 if self.tile is None or tile // 2 < SMALLEST_TILE:
                     raise DerainError(
                         f"not enough memory for a tile of {tile}×{tile} pixels on {self.device}; "
-                        "close other programs, or use --tile auto, a smaller --tile or --device cpu"
+                        "close other programs, or use a smaller tile, tile auto or device cpu"
                     ) from error
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -267,7 +272,9 @@ def _load(weights: Path | str | DerainModule, method: str | type | None) -> tupl
         return weights, type(weights).__name__
     module, note = load(weights, method)
     if not isinstance(module, DerainModule):
-        raise DerainError(f"{weights}: {note} does not restore images; give weights of a method")
+        raise DerainError(
+            f"{weights}: {note} does not restore images; use weights of a restoration method (derain models list)"
+        )
     return module, note
 
 
@@ -283,7 +290,7 @@ def _compile(method: DerainModule) -> None:
             f"compile: {type(method).__name__}.network is a {type(network).__name__}, which is not called as a whole; "
             "omit the option"
         )
-    torch._inductor.config.freezing = True  # folds layouts and bias into the convolutions; global or not at all
+    torch._inductor.config.freezing = True  # faster convolutions; PyTorch has only a global switch
     network.compile(dynamic=method.compiles_any_size)
 
 
@@ -291,10 +298,10 @@ def set_route(method: DerainModule, route: int) -> None:
     """Send all images along one route.
 
     Raises:
-        DerainError: If the method has no routes, or not this one.
+        ArgumentError: If the method has no routes, or not this one.
     """
     if not isinstance(method, Routed):
-        raise DerainError(f"--route {route}: {type(method).__name__} has no routes; omit the option")
+        raise ArgumentError(f"route {route}: {type(method).__name__} has no routes; omit it")
     method.set_route(route)
 
 
@@ -321,22 +328,24 @@ def require_explains(method: DerainModule) -> Explains:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a name: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+    """Return the device for ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
 
     Raises:
-        DerainError: If the device is not available.
+        ArgumentError: If the device is not available.
 
     Example:
         >>> choose_device("cpu")
         device(type='cpu')
     """
-    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    device_counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        return torch.device(next(kind for kind, count in counts.items() if count))
+        return torch.device(next(kind for kind, count in device_counts.items() if count))
     kind, colon, number = name.partition(":")
-    if kind not in counts or (colon and not number.isdecimal()) or int(number or 0) >= counts[kind]:
-        available = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-        raise DerainError(f"--device {name}: not available (found {available}); give auto, cpu, cuda, cuda:N or mps")
+    if kind not in device_counts or (colon and not number.isdecimal()) or int(number or 0) >= device_counts[kind]:
+        available = ", ".join(f"{count} {kind}" for kind, count in device_counts.items() if count)
+        raise ArgumentError(
+            f"device {name}: not available (found {available}); expected auto, cpu, cuda, cuda:N or mps"
+        )
     return torch.device(name)
 
 
@@ -351,7 +360,7 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def memory_for(device: torch.device) -> int:
-    """Return the bytes that a restoration may use: the free memory of a GPU, or at most 4 GiB of the main memory.
+    """Return the bytes available to a restoration: free GPU memory, or on other devices free RAM, at most 4 GiB.
 
     On a CPU, larger tiles are not faster.
     """
@@ -372,8 +381,8 @@ def blend_tiles(
     All tiles have the same size, ``min(tile, h)`` × ``min(tile, w)``, so that a compiled network compiles once.
 
     Args:
-        image: Image, or a tensor of any number of channels.
-        forward: Function of one tile: ``(1, c, s, s)`` → ``(1, n, s, s)``.
+        image: Image, or another tensor with the same layout, such as a sampler's state.
+        forward: Function of a tile, ``(1, c, min(tile, h), min(tile, w))``, that returns ``n`` channels of its size.
         tile: Side of a tile in pixels.
         overlap: Minimum overlap of neighbours in pixels; at most half a tile is used.
 
@@ -389,7 +398,8 @@ def blend_tiles(
     overlap = min(overlap, tile // 2)
     total: Tensor | None = None
     weight = image.new_zeros(1, 1, height, width)
-    for top, left in itertools.product(starts(height, tile_height, overlap), starts(width, tile_width, overlap)):
+    tops, lefts = tile_starts(height, tile_height, overlap), tile_starts(width, tile_width, overlap)
+    for top, left in itertools.product(tops, lefts):
         bottom, right = top + tile_height, left + tile_width
         rows, columns = slice(top, bottom), slice(left, right)
         fade = torch.outer(
@@ -404,13 +414,13 @@ def blend_tiles(
     return cast(Tensor, total) / weight
 
 
-def starts(length: int, tile: int, overlap: int) -> list[int]:
+def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     """Return the first pixels of evenly spaced tiles that cover ``length`` and overlap by at least ``overlap``.
 
     Example:
-        >>> starts(100, 40, 10)
+        >>> tile_starts(100, 40, 10)
         [0, 30, 60]
-        >>> starts(101, 40, 10)
+        >>> tile_starts(101, 40, 10)
         [0, 20, 41, 61]
     """
     if tile >= length:
@@ -446,9 +456,9 @@ def _checked(images: object, name: str) -> Tensor:
         shape = f" of shape {images.shape}" if isinstance(images, np.ndarray) else ""
         raise DerainError(f"{name}: is a {type(images).__name__}{shape}; {expected}")
     if images.ndim not in (3, 4) or images.shape[-3] != 3 or 0 in images.shape[-2:]:
-        raise DerainError(f"{name}: has channels, height and width {tuple(images.shape)}; {expected}")
+        raise DerainError(f"{name}: has shape {tuple(images.shape)}; {expected}")
     if images.dtype != torch.uint8:
         if not images.is_floating_point():
-            raise DerainError(f"{name}: is of type {images.dtype}; {expected}")
+            raise DerainError(f"{name}: has dtype {images.dtype}; expected uint8 or floating point; convert it")
         check_range(images, name)
     return images

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 from derain import restoration
 from derain.errors import DerainError
 from derain.methods import CLIPRPNModule, PReNetModule
-from derain.restoration import Restorer, blend_tiles, choose_device, starts
+from derain.restoration import Restorer, blend_tiles, choose_device, tile_starts
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +46,10 @@ def test_tiles_leave_no_seam():
     assert derained[0, 0, 0].diff().abs().max() < 0.06
 
 
-def test_starts_cover_and_overlap():
+def test_tile_starts_cover_and_overlap():
     for length in range(1, 300, 7):
         for tile, overlap in ((64, 0), (64, 32), (100, 30)):
-            tops = starts(length, tile, overlap)
+            tops = tile_starts(length, tile, overlap)
             assert tops[0] == 0
             assert tops[-1] == max(0, length - tile)
             assert all(following - top <= tile - overlap for top, following in pairwise(tops))
@@ -134,12 +134,12 @@ def test_bf16_is_close_and_used_only_where_it_is_native(method, native, monkeypa
 
 
 def test_refusals(method, tmp_path):
-    with pytest.raises(DerainError, match="--tile 10"):
+    with pytest.raises(DerainError, match="tile 10"):
         Restorer(method, tile=10)
-    with pytest.raises(DerainError, match=r"--device cuda:99.*found"):
+    with pytest.raises(DerainError, match=r"device cuda:99.*found"):
         choose_device("cuda:99")
     for name in ("gpu", "cpu:", "cpu:x", "cpu:1"):
-        with pytest.raises(DerainError, match=f"--device {name}"):
+        with pytest.raises(DerainError, match=f"device {name}"):
             choose_device(name)
     with pytest.raises(DerainError, match="no such file of weights"):
         Restorer(tmp_path / "absent.pth")

@@ -298,7 +298,7 @@ def _exclude_test_backgrounds(name: str, pairs: tuple[Pair, ...], data_root: Pat
 
 
 def read_clean(pair: Pair) -> Pixels:
-    """Read the clean image of a pair that has one, without reading the rainy file if the clean image has its own."""
+    """Read the clean image of a pair that has one; the rainy image is not decoded if it is in a separate file."""
     if pair.clean is not None and pair.clean_side is None:
         return read_rgb(pair.clean)
     _, clean = pair.read()

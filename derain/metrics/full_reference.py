@@ -21,7 +21,7 @@ from .protocols import Protocol
 Array = NDArray[np.float64]
 
 MAX_PSNR = 100.0
-"""Upper limit of PSNR in dB, so that identical images keep means finite."""
+"""PSNR of identical images in dB, and upper limit of any PSNR; keeps means finite."""
 
 _LUMA = np.array([[65.481 / 255, 128.553 / 255, 24.966 / 255, 16.0]])  # Rec. ITU-R BT.601, limited range
 _WINDOW = cv2.getGaussianKernel(11, 1.5, cv2.CV_64F)

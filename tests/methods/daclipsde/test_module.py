@@ -280,7 +280,7 @@ def test_images_are_encoded_on_the_device_of_the_network(clip_folder, monkeypatc
     restorer.device = torch.device("meta")  # stands for a GPU: what is perceived must be there
     seen = []
     monkeypatch.setattr(module, "encode", lambda rainy: seen.append(rainy.device.type) or {})
-    monkeypatch.setattr(restorer, "_views", lambda image, forward, conditions: torch.zeros(1, 3, 4, 4))
+    monkeypatch.setattr(restorer, "_restore_ensemble", lambda image, forward, conditions: torch.zeros(1, 3, 4, 4))
     restorer(np.zeros((4, 4, 3), np.float32))
     restorer.explain(np.zeros((4, 4, 3), np.float32))
     assert seen == ["meta", "meta"]
