@@ -30,7 +30,8 @@ class CommandParser(argparse.ArgumentParser):
 
     Positional parameters become positional arguments, keyword-only parameters options. Supported types are ``str``,
     ``int``, ``float``, ``Path``, ``Literal`` of texts, ``bool`` (a flag, False by default), each of them optional, and
-    sequences of them (several values after one option, which may be repeated).
+    sequences of them. A sequence option accepts several values and may be repeated; if a positional argument is a
+    sequence as well, it accepts one value at a time, as the others would be taken from that argument.
 
     Args:
         prog: Words that call the command, such as ``derain score``.
@@ -54,22 +55,35 @@ class CommandParser(argparse.ArgumentParser):
         description, descriptions = parse_docstring(function)
         super().__init__(prog, description=_escape(description), argument_default=argparse.SUPPRESS)
         self.function = function
-        for parameter in inspect.signature(function).parameters.values():
+        parameters = inspect.signature(function).parameters.values()
+        self._one_value = any(
+            _is_sequence(parameter.annotation)
+            for parameter in parameters
+            if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+        )
+        for parameter in parameters:
             self._add_parameter(parameter, descriptions[parameter.name])
 
     def _add_parameter(self, parameter: inspect.Parameter, description: str) -> None:
         settings = _type_settings(parameter.annotation)
+        is_sequence = _is_sequence(parameter.annotation)
         default = parameter.default
         has_default = default not in (None, (), inspect.Parameter.empty) and default is not False
         if has_default:
             text = " ".join(default) if isinstance(default, tuple) else default
             description += f" (default {text})"
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            if is_sequence and self._one_value:
+                settings |= {"nargs": None, "action": "append"}
+                description += "; may be repeated"
             self.add_argument(f"--{parameter.name.replace('_', '-')}", help=_escape(description), **settings)
             return
         settings = {key: value for key, value in settings.items() if key not in {"action", "metavar"}}
         if default is not inspect.Parameter.empty:
-            settings |= {"nargs": "?", "default": default}  # argparse would convert SUPPRESS to the type
+            settings |= {
+                "nargs": "*" if is_sequence else "?",
+                "default": default,
+            }  # argparse would convert SUPPRESS to the type
         self.add_argument(parameter.name, help=_escape(description), **settings)
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
@@ -80,8 +94,15 @@ class CommandParser(argparse.ArgumentParser):
         """
         known, unknown = self.parse_known_args(arguments)
         if unknown:
-            self.error(unknown_argument(unknown[0], self._option_string_actions))
+            self.error(unknown_argument(unknown[0], self._known_options()))
         return vars(known)
+
+    def _known_options(self) -> list[str]:
+        """Return the options, and those with choices with each choice, such as ``--format json``."""
+        options = []
+        for name, action in self._option_string_actions.items():
+            options += [name, *(f"{name} {choice}" for choice in action.choices or ())]
+        return options
 
     def error(self, message: str) -> NoReturn:
         """Raise an error of one line; the usage is printed by ``--help`` only.
@@ -92,13 +113,17 @@ class CommandParser(argparse.ArgumentParser):
         raise DerainError(f"{message}; see {self.prog} --help")
 
 
+def _is_sequence(annotation: Any) -> bool:
+    return get_origin(annotation) is Sequence
+
+
 def _type_settings(annotation: Any) -> dict[str, Any]:
     """Return the settings of argparse for a type."""
     if get_origin(annotation) in {Union, types.UnionType}:
         annotation = next(member for member in get_args(annotation) if member is not types.NoneType)
     if annotation is bool:
         return {"action": "store_true"}
-    if get_origin(annotation) is Sequence:
+    if _is_sequence(annotation):
         return {**_type_settings(get_args(annotation)[0]), "nargs": "+", "action": "extend"}
     if get_origin(annotation) is Literal:
         return {"choices": get_args(annotation)}
@@ -151,15 +176,18 @@ def find_parser(prog: str, module: types.ModuleType, arguments: Sequence[str]) -
     """Return the parser of a command, or of the task that the first argument names, and the remaining arguments.
 
     Raises:
-        DerainError: If the command has tasks, and the first argument names none of them.
+        DerainError: If the command has tasks, and the first argument is missing or names none of them.
     """
     tasks: Mapping[str, Command] | None = getattr(module, "TASKS", None)
     if tasks is None:
         name = module.__name__.rpartition(".")[2]
         return CommandParser(prog, getattr(module, name)), arguments
-    task = arguments[0] if arguments else "TASK"
+    choices = f"choose {', '.join(tasks)}"
+    if not arguments:
+        raise DerainError(f"{prog}: TASK is missing; {choices}")
+    task = arguments[0]
     if task not in tasks:
-        raise DerainError(f"{prog} {task}: no such task; choose {', '.join(tasks)}")
+        raise DerainError(f"{prog} {task}: no such task; {choices}")
     return CommandParser(f"{prog} {task}", tasks[task]), arguments[1:]
 
 
@@ -179,6 +207,10 @@ def _tasks_usage(prog: str, module: types.ModuleType, tasks: Mapping[str, Comman
 def unknown_argument(argument: str, known: Iterable[str]) -> str:
     """Return a message about an unknown argument, with the known option that was probably meant.
 
+    Args:
+        argument: The argument.
+        known: Known options; those with choices also with each choice, such as ``--format json``.
+
     Example:
         >>> unknown_argument("--cropp", ["--crop"])
         '--cropp: no such option; did you mean --crop?'
@@ -191,7 +223,9 @@ def unknown_argument(argument: str, known: Iterable[str]) -> str:
     group = option.lstrip("-").partition(".")[0]
     if group in REPLACEMENTS:
         return f"{option}: methods configure their own {group.replace('_', ' ')}; set {REPLACEMENTS[group]}"
-    suggestion = RENAMED.get(option) or _most_similar(option, known)
+    options = list(known)
+    renamed = RENAMED.get(option)
+    suggestion = renamed if renamed in options else _most_similar(option, options)
     return f"{option}: no such option" + (f"; did you mean {suggestion}?" if suggestion else "")
 
 
@@ -206,7 +240,7 @@ def _most_similar(option: str, known: Iterable[str]) -> str | None:
         last = SequenceMatcher(None, last_part(name), last_part(option)).ratio()
         return last, SequenceMatcher(None, name, option).ratio()
 
-    candidates = [name for name in known if not name.endswith(".help")]
+    candidates = [name for name in known if not name.endswith(".help") and " " not in name]
     best = max(candidates, key=similarity, default=None)
     return best if best is not None and similarity(best)[0] > 0.75 else None
 

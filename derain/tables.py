@@ -36,20 +36,22 @@ LATEX = str.maketrans(
     }
 )
 
-WIDTH = 200
-"""Characters in a line of text that is not printed on a terminal."""
+WIDTH = 160
+"""Characters in a line of text that is not printed on a terminal; more if a row needs them."""
 
 
 class Cell(NamedTuple):
-    """Value with a suffix, such as an interval or the mark of a footnote.
+    """Value with a suffix, such as an interval, or with a footnote.
 
     Attributes:
         value: Number, text, or None for a missing value.
-        suffix: Text after the value; a value with a suffix is never marked as the best.
+        suffix: Text after the value; a cell is never marked as the best of its column.
+        footnote: Number of a footnote, which begins with it, such as ``[1]``.
     """
 
     value: str | int | float | None
     suffix: str = ""
+    footnote: int | None = None
 
 
 Value = str | int | float | Cell | None
@@ -76,10 +78,15 @@ class Column:
 
 
 class _Formatted(NamedTuple):
-    """Cell as text, and whether it has the best value of its column."""
+    """Cell as text, whether it has the best value of its column, and the number of its footnote."""
 
     text: str
     best: bool
+    footnote: int | None
+
+    @property
+    def with_footnote(self) -> str:
+        return self.text if self.footnote is None else f"{self.text} [{self.footnote}]"
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ class Table:
     Attributes:
         columns: Columns from left to right.
         rows: Rows from top to bottom.
-        notes: Footnotes; numbered ones begin with ``[1]``, and cells refer to them by a trailing ``[1]``.
+        notes: Footnotes; numbered ones begin with ``[1]``, and cells refer to them by ``footnote``.
         title: Title of the text.
 
     Example:
@@ -131,15 +138,27 @@ class Table:
                 no_wrap=group is not None,
             )
         for row, cells in zip(self.rows, self._formatted(), strict=True):
-            texts = [[Text(cell.text, "bold" if cell.best else "") for cell in group] for group in self._grouped(cells)]
+            texts = [
+                [Text(cell.with_footnote, "bold" if cell.best else "") for cell in group]
+                for group in self._grouped(cells)
+            ]
             table.add_row(*map(Text(" / ").join, texts), style="dim" if row.dim else None)
         return Group(table, *map(Text, self.notes))
 
-    def text(self) -> str:
-        """Return the table as text; lines fit a terminal, or have up to ``WIDTH`` characters."""
-        console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    def text(self, *, terminal: bool = False) -> str:
+        """Return the table as text.
+
+        Args:
+            terminal: Whether lines fit the terminal and have its styles, else notes have lines of ``WIDTH`` characters
+                and each row has one line.
+        """
+        renderable = self.renderable()
+        console = Console() if terminal else Console(file=io.StringIO(), force_terminal=False, color_system=None)
+        if not terminal:
+            table = renderable.renderables[0]
+            console.width = max(WIDTH, console.measure(table, options=console.options.update(width=10_000)).maximum)
         with console.capture() as captured:
-            console.print(self.renderable())
+            console.print(renderable)
         return captured.get()
 
     def markdown(self) -> str:
@@ -153,7 +172,8 @@ class Table:
         lines = [headers, rules]
         for cells in self._formatted():
             texts = [
-                [f"**{cell.text}**" if cell.best else cell.text for cell in group] for group in self._grouped(cells)
+                [f"**{cell.text}**" if cell.best else cell.with_footnote for cell in group]
+                for group in self._grouped(cells)
             ]
             lines.append([" / ".join(group) for group in texts])
         escaped = [[text.replace("|", r"\|") for text in line] for line in lines]
@@ -217,11 +237,18 @@ class Table:
     def _formatted(self) -> list[list[_Formatted]]:
         """Return the cells as text, row by row."""
         columns = []
-        for column, values in zip(self.columns, zip(*(row.values for row in self.rows), strict=True), strict=True):
+        for index, column in enumerate(self.columns):
+            values = [row.values[index] for row in self.rows]
             best = _best(column, values)
-            cells = [_format(value, column) for value in values]
-            columns.append([_Formatted(text, text == best) for text in cells])
+            columns.append([_formatted_cell(value, column, best) for value in values])
         return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _formatted_cell(value: Value, column: Column, best: str | None) -> _Formatted:
+    text = _format(value, column)
+    if isinstance(value, Cell):
+        return _Formatted(text, False, value.footnote)
+    return _Formatted(text, text == best, None)
 
 
 def _format(value: Value, column: Column) -> str:
@@ -245,7 +272,9 @@ def _latex_row(cells: Iterable[str]) -> str:
 
 
 def _latex_cell(cell: _Formatted) -> str:
-    text = re.sub(r" \[(\d+)\]$", r"\\textsuperscript{\1}", escape_latex(cell.text))
+    text = escape_latex(cell.text)
+    if cell.footnote is not None:
+        text += rf"\textsuperscript{{{cell.footnote}}}"
     return rf"\textbf{{{text}}}" if cell.best else text
 
 
@@ -268,7 +297,9 @@ def escape_latex(text: str) -> str:
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return records with the same keys as CSV."""
+    """Return records with the same keys as CSV; an empty text without records."""
+    if not records:
+        return ""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
     writer.writeheader()
@@ -281,27 +312,44 @@ def json_text(content: Any) -> str:
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
-def render(form: Format, table: Table, records: Sequence[Mapping[str, Any]], content: Any) -> str:
-    """Return results in one of the forms.
+def write_results(
+    form: Format, table: Table, records: Sequence[Mapping[str, Any]], content: Any, out: Path | None
+) -> None:
+    """Print results in one of the forms, or write them to a file as a whole.
 
     Args:
         form: Form.
         table: Table for people: text, Markdown and LaTeX.
         records: Rows of the CSV.
         content: Content of the JSON.
+        out: File to write; None prints.
     """
-    if form == "json":
-        return json_text(content)
-    if form == "csv":
-        return csv_text(records)
-    return {"table": table.text, "markdown": table.markdown, "latex": table.latex}[form]()
-
-
-def print_or_write(text: str, out: Path | None) -> None:
-    """Print a text, or write it to a file as a whole."""
+    terminal = out is None and sys.stdout.isatty()
+    text = render(form, table, records, content, terminal=terminal)
     if out is None:
         print(text, end="")
         return
     with write_whole(out) as temporary:
         temporary.write_text(text, encoding="utf-8", errors=ESCAPED)
     print(f"wrote {out}", file=sys.stderr)
+
+
+def render(
+    form: Format, table: Table, records: Sequence[Mapping[str, Any]], content: Any, *, terminal: bool = False
+) -> str:
+    """Return results in one of the forms; see `write_results`.
+
+    Args:
+        form: Form.
+        table: Table for people.
+        records: Rows of the CSV.
+        content: Content of the JSON.
+        terminal: Whether the text is printed on a terminal.
+    """
+    if form == "json":
+        return json_text(content)
+    if form == "csv":
+        return csv_text(records)
+    if form == "table":
+        return table.text(terminal=terminal)
+    return {"markdown": table.markdown, "latex": table.latex}[form]()

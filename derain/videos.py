@@ -42,15 +42,14 @@ Frame = NDArray[np.float32]
 log = logging.getLogger("derain")
 
 
-def check_crf(crf: int) -> int:
-    """Return a valid ``--crf``.
+def check_crf(crf: int) -> None:
+    """Check ``--crf``.
 
     Raises:
         DerainError: If it is not from 0 to 51.
     """
     if not 0 <= crf <= 51:
         raise DerainError(f"--crf {crf}: expected 0 (lossless) to 51 (worst); 18 looks lossless")
-    return crf
 
 
 def output_path(path: Path) -> Path:

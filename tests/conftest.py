@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist uses all cores, and small tensors gain nothing
@@ -25,6 +26,15 @@ def _default_signals():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def _forget_named_methods():
+    """Forget the methods that a test names: commands that run in the test's process keep them."""
+    yield
+    registry = sys.modules.get("derain.methods.registry")
+    if registry is not None:
+        registry._named.clear()
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,14 @@
+import importlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
+from derain.cli import COMMANDS
 from derain.errors import DerainError
-from derain.options import CommandParser
+from derain.options import RENAMED, CommandParser, find_parser
 
 
 def command(
@@ -36,7 +39,18 @@ def command(
     return 0
 
 
+def command_of_files(files: Sequence[Path] = (), *, method: Sequence[str] = ()) -> int:
+    """Do something with files.
+
+    Args:
+        files: Files.
+        method: Methods.
+    """
+    return 0
+
+
 PARSER = CommandParser("derain command", command)
+PARSER_OF_FILES = CommandParser("derain files", command_of_files)
 
 
 @pytest.mark.parametrize(
@@ -82,3 +96,45 @@ def test_help_is_the_docstring():
 def test_wrong_arguments_are_refused(line, value):
     with pytest.raises(DerainError, match=value.replace("?", r"\?")):
         PARSER.parse(line.split())
+
+
+@pytest.mark.parametrize(
+    ("line", "arguments"),
+    [
+        ("a b", {"files": [Path("a"), Path("b")]}),
+        ("--method m a b", {"files": [Path("a"), Path("b")], "method": ["m"]}),
+        ("a --method m --method n", {"files": [Path("a")], "method": ["m", "n"]}),
+        ("--method m", {"files": (), "method": ["m"]}),
+    ],
+)
+def test_options_do_not_take_the_values_of_a_positional_sequence(line, arguments):
+    assert PARSER_OF_FILES.parse(line.split()) == arguments
+
+
+def all_parsers():
+    """Yield the parser of each command and task."""
+    for name in COMMANDS:
+        module = importlib.import_module(f"derain.commands.{name}")
+        for task in getattr(module, "TASKS", {name: None}):
+            yield find_parser(f"derain {name}", module, [task])[0]
+
+
+def required_arguments(parser):
+    """Return a value for each required positional argument."""
+    positional = [action for action in parser._actions if not action.option_strings and action.required]
+    return [next(iter(action.choices or ["1"])) for action in positional]
+
+
+def test_renamed_options_are_suggested_where_the_new_name_exists():
+    suggested = set()
+    for parser in all_parsers():
+        for old in RENAMED:
+            with pytest.raises(DerainError, match=old) as raised:
+                parser.parse([*required_arguments(parser), old])
+            suggestion = re.search(r"did you mean (\S+)(?: (\S+))?\?", str(raised.value))
+            if suggestion:
+                option, choice = suggestion.groups()
+                action = parser._option_string_actions[option]
+                assert choice is None or choice in action.choices
+                suggested.add(old)
+    assert suggested == set(RENAMED)

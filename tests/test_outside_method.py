@@ -57,8 +57,7 @@ PHOTO = "data/Rain800/test_syn/1.jpg"
 
 
 @pytest.fixture(autouse=True)
-def _no_method_is_known_yet(monkeypatch):
-    monkeypatch.setattr(registry, "_named", {})
+def _no_module_is_imported_yet(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
     for module in ("my_method", "my_package", "my_package.models"):

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,11 +161,18 @@ def hardware(trainer: Trainer) -> dict[str, Any]:
     """Return device, cores and precision of a test, for the summary."""
     device = trainer.strategy.root_device
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "device": device_name(device),
         "cores": os.cpu_count(),
         "devices": trainer.world_size,
         "precision": str(trainer.precision),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or of the processor, with the type of any other device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return cpu_name() if device.type == "cpu" else f"{cpu_name()}, {device.type}"
 
 
 def cpu_name() -> str:
@@ -190,7 +198,7 @@ def print_table(summary: dict[str, Any]) -> None:
         low, high = result["psnr_interval"]
         scores = [*_scores(result, "rainy_"), *_scores(result, "")]
         rows.append(Row([result["protocol"], *scores, f"{low:.2f} – {high:.2f}"]))
-    print(Table(columns, rows, title=_title(summary)).text(), end="")
+    print(Table(columns, rows, title=_title(summary)).text(terminal=sys.stdout.isatty()), end="")
 
 
 def _title(summary: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Count parameters and multiplications of methods, and time them."""
 
+import logging
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
-from derain.callbacks.results import cpu_name
+from derain.callbacks.results import device_name
 from derain.errors import DerainError
 from derain.files.metadata import shorten
 from derain.files.weights import BUILD_ERRORS
@@ -23,10 +24,10 @@ from derain.memory import keep_freed_memory
 from derain.methods import DerainModule
 from derain.methods.catalog import load, methods, use_method
 from derain.methods.onnx_model import OnnxNetwork
-from derain.nn.restormer import Attention
+from derain.methods.registry import class_path
 from derain.progress import track
 from derain.restoration import choose_device
-from derain.tables import Column, Format, Row, Table, print_or_write, render
+from derain.tables import Column, Format, Row, Table, write_results
 
 CONVENTION = (
     "MACs: counted as thop counts the authors' code: convolutions and linear layers only, one route, without CLIP, and "
@@ -34,6 +35,8 @@ CONVENTION = (
 )
 PAPER = "CLIP-RPN's paper: parameters of two routes, and 293.53 G at 256×256 (Table 4), where derain counts 150.73."
 ROUNDS = 3
+
+log = logging.getLogger("derain")
 
 
 def bench(
@@ -67,31 +70,63 @@ def bench(
     keep_freed_memory()
     for name in method:
         use_method(name)
-    builds = find_variants() | {name: partial(load_countable, name) for name in weights}
+    loaded = {name: load_countable(name) for name in weights}  # a wrong file is reported before anything is counted
+    variants = find_variants()
+    timed_device = chosen_device if time else None
     records: list[dict[str, Any]] = []
-    for name, build in track(builds.items(), "Counting", len(builds)):
-        module = build()
-        record: dict[str, Any] = {"method": name, **count_cost(module, size)}
-        if time:
-            record["seconds"] = measure_seconds(module, size, chosen_device)
-        records.append(record)
+    for name, build in track(variants.items(), "Counting", len(variants)):
+        try:
+            records.append(cost_record(name, build(), size, timed_device))
+        except DerainError as error:
+            log.warning("%s: skipped: %s", name, error)
+    records += [cost_record(name, module, size, timed_device) for name, module in loaded.items()]
     content: dict[str, Any] = {"size": size, "convention": CONVENTION, "methods": records}
     if time:
-        hardware = cpu_name() if chosen_device.type == "cpu" else torch.cuda.get_device_name(chosen_device)
-        content["hardware"] = f"{hardware}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32"
-    print_or_write(render(format, cost_table(content), records, content), out)
+        content["hardware"] = (
+            f"{device_name(chosen_device)}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32"
+        )
+    write_results(format, cost_table(content), records, content, out)
     return 0
 
 
 def find_variants() -> dict[str, Callable[[], DerainModule]]:
-    """Return functions that build the variants of all known methods, by name; none of them needs CLIP."""
+    """Return functions that build the variants of all known methods, by name; none of them needs CLIP.
+
+    A class without ``variants`` of its own has one, of its own name: those of its base class are another method. A name
+    that another class has already used is followed by the class path.
+    """
     builds: dict[str, Callable[[], DerainModule]] = {}
     for method in methods():
         if issubclass(method, DerainModule):
-            variants = method.variants or {method.__name__: {}}
+            variants = vars(method).get("variants") or {method.__name__: {}}
             for name, hyper_parameters in variants.items():
-                builds[name] = partial(method, **hyper_parameters)
+                unique = f"{name} ({class_path(method)})" if name in builds else name
+                builds[unique] = partial(build_method, method, **hyper_parameters)
     return builds
+
+
+def build_method(method: type[DerainModule], /, **hyper_parameters: Any) -> DerainModule:
+    """Build a method for counting.
+
+    Raises:
+        DerainError: If it cannot be built with these hyper-parameters.
+    """
+    try:
+        return method(**hyper_parameters)
+    except BUILD_ERRORS as error:
+        raise DerainError(f"{method.__name__}: cannot be built ({shorten(error)})") from error
+
+
+def cost_record(name: str, method: DerainModule, size: int, device: torch.device | None) -> dict[str, Any]:
+    """Return the cost of a method, and its seconds on a device if one is given.
+
+    Raises:
+        DerainError: If it cannot be counted.
+    """
+    record: dict[str, Any] = {"method": name, **count_cost(method, size)}
+    if device is not None:
+        record["seconds"] = measure_seconds(method, size, device)
+    return record
 
 
 def load_countable(name: str) -> DerainModule:
@@ -155,12 +190,7 @@ def count_cost(method: DerainModule, size: int) -> dict[str, int]:
     saved, attention = [], []
 
     def count_layer(module: nn.Module, inputs: Any, out: Any) -> None:
-        if isinstance(module, Attention):
-            weight = module.project_out.weight
-            pixels = out.numel() // len(weight)
-            saved.append(weight.numel() * pixels)
-            attention.append(2 * pixels * weight.numel() // len(module.temperature))
-        elif isinstance(module, WindowAttention):
+        if isinstance(module, WindowAttention):  # of timm
             attention.append(2 * inputs[0].numel() * module.window_area)
         elif hasattr(module, "extra_macs"):
             plain, of_attention = cast(Any, module).extra_macs(inputs, out)
@@ -171,6 +201,7 @@ def count_cost(method: DerainModule, size: int) -> dict[str, int]:
     try:
         with register_module_forward_hook(count_layer), torch.enable_grad(), no_content, _Products() as products:
             method.pass_once(torch.empty(1, 3, size, size))
+        parameters = sum(parameter.numel() for parameter in method.network.parameters())
     except (*BUILD_ERRORS, AssertionError) as error:
         raise DerainError(
             f"{type(method).__name__}: multiplications cannot be counted ({shorten(error)}); override pass_once with a "
@@ -178,7 +209,7 @@ def count_cost(method: DerainModule, size: int) -> dict[str, int]:
         ) from error
     macs = products.macs + sum(saved)
     return {
-        "parameters": sum(parameter.numel() for parameter in method.network.parameters()),
+        "parameters": parameters,
         "macs": macs,
         "macs_with_attention": macs + sum(attention),
     }

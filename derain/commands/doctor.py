@@ -24,6 +24,7 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "pillow",
+    "psutil",
 )
 OPTIONAL = (
     "torchvision",
@@ -130,8 +131,8 @@ def version_mismatch(torch_version: str | None, vision_version: str | None) -> s
     Example:
         >>> version_mismatch("2.13.0", "0.28.0") is None
         True
-        >>> version_mismatch("2.13.0", "0.27.0")
-        'torchvision 0.27.0 does not fit torch 2.13.0: install torchvision 0.28'
+        >>> "install torchvision 0.28" in version_mismatch("2.13.0", "0.27.0")
+        True
     """
     if torch_version is None or vision_version is None:
         return None

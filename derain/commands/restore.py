@@ -100,7 +100,9 @@ def restore(
     pending = {source: target for source, target in jobs.items() if overwrite or not target.exists()}
     if not pending and len(jobs) == 1:
         raise DerainError(f"{out}: exists already; add --overwrite to replace it")
-    report = Report(out, total=len(jobs), kept=len(jobs) - len(pending), failures=_remove_broken_videos(pending))
+    kept = len(jobs) - len(pending)
+    failures = _remove_broken_videos(pending)
+    report = Report(out, total=len(jobs), kept=kept, failures=failures)
     if report.failures and not pending:
         raise report.error()
     from derain.restoration import Restorer, require_explains
@@ -314,7 +316,7 @@ def plan(source: str, out: Path) -> dict[Path, Path]:
 
 def _plan_file(path: Path, out: Path) -> dict[Path, Path]:
     is_folder = out.is_dir() or not out.suffix
-    target = videos.output_path(out / path.name if is_folder else out)
+    target = videos.output_path(out / path.name) if is_folder else out
     if not is_video(path) and target.suffix.lower() not in SUFFIXES:
         raise DerainError(f"{target}: cannot write '{target.suffix}'; use .png, .jpg, .webp, .tif, .bmp or .avif")
     return {path: target}

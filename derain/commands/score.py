@@ -16,7 +16,7 @@ from derain.metrics import Protocol, bootstrap_interval, psnr_ssim, resolve
 from derain.metrics.full_reference import MAX_PSNR
 from derain.metrics.perceptual import Lpips, NoReference, available_lpips
 from derain.progress import track
-from derain.tables import Cell, Column, Format, Row, Table, Value, print_or_write, render
+from derain.tables import Cell, Column, Format, Row, Table, Value, write_results
 
 
 def score(
@@ -55,7 +55,7 @@ def score(
         raise DerainError("no metric is available; give clean images, or install pyiqa: pip install 'derain[iqa]'")
     results = evaluate(pairs, protocols, network, metrics)
     table = results_table(results, intervals=format == "table")
-    print_or_write(render(format, table, image_records(results), results), out)
+    write_results(format, table, image_records(results), results, out)
     return 0
 
 

@@ -24,7 +24,7 @@ from derain.data.run_summaries import (
 )
 from derain.errors import DerainError
 from derain.metrics import resolve
-from derain.tables import Cell, Column, Format, Row, Table, Value, print_or_write, render
+from derain.tables import Cell, Column, Format, Row, Table, Value, write_results
 
 log = logging.getLogger("derain")
 
@@ -55,7 +55,7 @@ def table(
         published: Add rows with the numbers that papers print for these data sets.
         cost: Add parameters and MACs at 256×256 pixels.
         method: Classes of methods outside derain whose cost is counted, such as my_method.MyModule.
-        best: Print the best value of each column in bold.
+        best: Print the best value of each column in bold; scores over a part of a set are not compared.
         format: Output format; CSV and JSON have full precision.
         out: Write to this file.
         plot: Write plots to this folder: PSNR over seconds, PSNR over epochs for training runs below RESULTS, and
@@ -74,11 +74,21 @@ def table(
     if published:
         rows += published_rows({score.dataset for row in rows for score in row.scores}, protocol)
     records = score_records(rows)
-    print_or_write(render(format, results_table(rows, protocol, best=best), records, records), out)
+    if best and not _shows_best(format, out):
+        form = "plain text" if format == "table" else format
+        log.warning("--best: ignored: %s has no bold; use --format markdown or latex", form)
+    write_results(format, results_table(rows, protocol, best=best), records, records, out)
     if plot is not None:
         files = write_plots(plot, rows, protocol, find_files(results, "metrics.csv"))
         print(f"wrote {len(files)} plots to {plot}", file=sys.stderr)
     return 0
+
+
+def _shows_best(format: Format, out: Path | None) -> bool:
+    """Return whether the output can mark values in bold."""
+    if format == "table":
+        return out is None and sys.stdout.isatty()
+    return format in {"markdown", "latex"}
 
 
 def add_costs(rows: Sequence[ResultRow], methods: Sequence[str] = ()) -> list[ResultRow]:
@@ -88,7 +98,7 @@ def add_costs(rows: Sequence[ResultRow], methods: Sequence[str] = ()) -> list[Re
         rows: Rows of own results.
         methods: Classes of methods outside derain.
     """
-    from derain.commands.bench import count_cost
+    from derain.commands.bench import build_method, count_cost
     from derain.methods.registry import find, use_method
 
     for name in methods:
@@ -96,9 +106,9 @@ def add_costs(rows: Sequence[ResultRow], methods: Sequence[str] = ()) -> list[Re
     with_costs = []
     for row in rows:
         try:
-            method = find(Path(row.file), row.metadata)
-            cost = count_cost(method(**row.metadata["hyper_parameters"]), COST_SIDE)
-        except (KeyError, TypeError, ValueError) as error:
+            method = build_method(find(Path(row.file), row.metadata), **row.metadata["hyper_parameters"])
+            cost = count_cost(method, COST_SIDE)
+        except (KeyError, DerainError) as error:
             log.warning("%s: cost of %s is not counted: %s", row.file, row.method, error)
             with_costs.append(row)
             continue
@@ -150,13 +160,16 @@ def results_table(rows: Sequence[ResultRow], protocol: str, *, best: bool = Fals
         for row_values, cost in zip(values, costs, strict=True):
             row_values.append(cost)
     table_rows = [Row(row_values, dim=row.note is not None) for row, row_values in zip(rows, values, strict=True)]
-    return Table(columns, table_rows, table_notes(rows, protocol))
+    notes = table_notes(rows, protocol)
+    if best and any(score.partial_of for row in rows for score in row.scores):
+        notes.append(f"Bold: best of the scores over whole sets; those with {PARTIAL} are not compared.")
+    return Table(columns, table_rows, notes)
 
 
 def _method_values(row: ResultRow, label: str, numbers: dict[str, int]) -> list[Value]:
     """Return the name of a method and its training sets."""
     if row.note:
-        return [f"{label} [{numbers[row.note]}]", ""]
+        return [Cell(label, footnote=numbers[row.note]), ""]
     return [label, "; ".join(row.trained_on) or "unknown"]
 
 

@@ -12,7 +12,7 @@ names and shapes of the authors' checkpoints. The computation is optimised:
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +120,13 @@ class Attention(nn.Module):
         b, h, w, c = value.shape
         mixed: Tensor = value.flatten(1, 2) @ matrix.to(value.dtype)
         return mixed.reshape(b, h, w, c)
+
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
+        """Return multiplications that are not counted: of the projection of pixels, and of the attention matrices."""
+        weight = self.project_out.weight
+        pixels = output.numel() // len(weight)
+        projection = weight.numel() * pixels
+        return projection, 2 * projection // len(self.temperature)
 
     def _products(self, query: Tensor, key: Tensor) -> Float[Tensor, "b heads d d"]:
         """Return the products of channels, summed over the pixels."""

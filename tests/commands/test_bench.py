@@ -9,10 +9,11 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.restormer import Published
+from derain.callbacks.results import cpu_name, device_name
 from derain.cli import main
 from derain.commands import bench
 from derain.commands.bench import count_cost, find_variants
-from derain.methods import CLIPRPNModule, PReNetModule, RestormerModule
+from derain.methods import CLIPRPNModule, DerainModule, PReNetModule, RestormerModule
 
 VARIANTS = find_variants()
 SMALL = {name: VARIANTS[name] for name in ("PRN_r", "CLIP-RPN, tiny")}
@@ -163,6 +164,67 @@ def test_weights_are_counted_and_timed_on_named_hardware(capsys, small, tmp_path
     assert six["macs"] == 3 * two["macs"]
     assert all(row["seconds"] > 0 for row in result["methods"])
     assert f"torch {torch.__version__}" in result["hardware"]
+
+
+class Inheriting(PReNetModule):
+    """Method whose base class has variants."""
+
+
+class Unbuildable(DerainModule):
+    """Method that needs an argument."""
+
+    def __init__(self, needed):
+        super().__init__()
+
+    def forward(self, rainy):
+        return rainy
+
+
+class Uncountable(DerainModule):
+    """Method that branches by the values of pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = torch.nn.Conv2d(3, 3, 1)
+
+    def forward(self, rainy):
+        return self.network(rainy) if rainy.max() > 0 else rainy
+
+    def pass_once(self, rainy):
+        return self(rainy)
+
+
+def test_variants_are_those_of_the_class_itself(monkeypatch):
+    renamed = type("Inheriting", (PReNetModule,), {"__module__": "other", "variants": {"PRN": {"variant": "PRN"}}})
+    monkeypatch.setattr(bench, "methods", lambda: [PReNetModule, Inheriting, renamed])
+    variants = find_variants()
+    assert list(variants) == [*PReNetModule.variants, "Inheriting", "PRN (other.Inheriting)"]
+    assert type(variants["Inheriting"]()) is Inheriting
+    assert type(variants["PRN"]()) is PReNetModule
+
+
+def test_methods_that_cannot_be_counted_are_reported(monkeypatch, capsys, caplog):
+    monkeypatch.setattr(bench, "methods", lambda: [Unbuildable, Uncountable])
+    assert main(["bench", "--format", "json", "--size", "8"]) == 0
+    assert json.loads(capsys.readouterr().out)["methods"] == []
+    reported = [record.getMessage() for record in caplog.records]
+    assert len(reported) == 2
+    for message, name in zip(reported, ("Unbuildable", "Uncountable"), strict=True):
+        assert name in message
+        assert "\n" not in message
+
+
+def test_weights_are_loaded_before_methods_are_counted(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "count_cost", lambda *arguments: pytest.fail("counted"))
+    assert main(["bench", "--weights", "absent.pth"]) == 2
+    assert "absent.pth" in capsys.readouterr().err
+
+
+def test_devices_have_names(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert device_name(torch.device("cuda", 0)) == "a GPU"
+    assert device_name(torch.device("cpu")) == cpu_name()
+    assert device_name(torch.device("mps")) == f"{cpu_name()}, mps"
 
 
 @pytest.mark.parametrize(

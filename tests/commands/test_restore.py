@@ -206,6 +206,10 @@ def test_folder_of_photos_and_videos(photo, video, file, tmp_path, capsys):
     assert "kept 3 that exist" in capsys.readouterr().err
     assert main(["restore", str(source / "*.avi"), str(tmp_path / "more"), "--weights", file]) == 0
     assert [p.name for p in (tmp_path / "more").iterdir()] == ["c.mp4"]
+    capsys.readouterr()
+    assert main(["restore", str(source / "c.avi"), str(tmp_path / "out.avi"), "--weights", file]) == 2
+    assert "'.avi'" in capsys.readouterr().err
+    assert not (tmp_path / "out.mp4").exists()
 
 
 def test_frames_in_a_folder_keep_names_and_order(photo, file, tmp_path):

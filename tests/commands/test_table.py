@@ -255,6 +255,43 @@ def test_an_unknown_method_has_a_row_without_cost(tested, copy, capsys, caplog):
     assert "AlienModule" in caplog.text
 
 
+def test_cost_of_a_method_that_cannot_be_built_is_reported(tested, copy, capsys, caplog):
+    copy("broken", hyper_parameters={"variant": "PReNet", "absent": 1})
+    (row,) = table(capsys, copy.folder, "--cost")
+    assert row["macs"] == ""
+    assert "absent" in caplog.text
+
+
+def test_cost_of_a_method_that_cannot_be_counted_is_reported(tested, capsys, caplog, monkeypatch):
+    def fail(method, rainy):
+        raise RuntimeError("depends on values")
+
+    monkeypatch.setattr(PReNetModule, "pass_once", fail)
+    (row,) = table(capsys, tested, "--protocol", "plnlin", "--cost")
+    assert row["macs"] == ""
+    assert "depends on values" in caplog.text
+
+
+def test_best_values_and_what_is_not_compared(copy, tmp_path, capsys, caplog):
+    for name, psnr in (("a", 20.0), ("b", 21.0), ("c", 29.0)):
+        folder = copy(name)
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["results"][0]["psnr"] = psnr
+        summary["results"][0]["count"] = 3 if name == "c" else 5
+        (folder / "summary.json").write_text(json.dumps(summary))
+    assert main(["table", str(copy.folder), "--best", "--format", "markdown"]) == 0
+    text = capsys.readouterr().out
+    assert "**21.00**" in text
+    assert "29.00*" in text
+    assert text.rstrip().splitlines()[-1].startswith("Bold:")
+    assert "--best" not in caplog.text
+    for form, out in (("csv", None), ("json", None), ("table", None), ("table", tmp_path / "t.txt")):
+        caplog.clear()
+        options = [] if out is None else ["--out", str(out)]
+        assert main(["table", str(copy.folder), "--best", "--format", form, *options]) == 0
+        assert "--best" in caplog.text
+
+
 def test_table_has_notes(copy, capsys):
     copy("a", hardware=None)
     changed = json.loads((copy("b", sha="other") / "summary.json").read_text())

@@ -54,6 +54,24 @@ def test_ssim_of_equal_images_is_1():
     assert torch.isfinite(flat.grad).all()
 
 
+def gradient_functions(tensor):
+    """Return the names of the functions that compute the gradient of a tensor."""
+    names, nodes = set(), [tensor.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and id(node) not in names:
+            names |= {id(node), node.name()}
+            nodes += [function for function, _ in node.next_functions]
+    return {name for name in names if isinstance(name, str)}
+
+
+def test_the_gradient_has_no_padding_that_is_not_deterministic_on_a_gpu():
+    derained, clean = pair((20, 20))
+    names = gradient_functions(structural_similarity(derained.requires_grad_(), clean))
+    assert any("Convolution" in name for name in names)
+    assert not [name for name in names if "ReflectionPad" in name or "ReplicationPad" in name]
+
+
 def test_ssim_is_computed_in_float32_under_autocast():
     derained, clean = pair((24, 24), torch.float32)
     expected = structural_similarity(derained, clean)
