@@ -106,8 +106,8 @@ def test_training_command_lines_are_valid(line, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(train.DerainCLI, "before_instantiate_classes", stop)
-    checkpoint = SimpleNamespace(note="derain checkpoint", module=None)  # in place of files that the pages name
-    monkeypatch.setattr(train.catalog, "load", lambda *_: checkpoint)
+    checkpoint = SimpleNamespace(note="", module=None)  # in place of files that the pages name
+    monkeypatch.setattr(train.catalog, "load_checkpoint", lambda *_: checkpoint)
     words = [word for word in line if word != "..."]
     if "my-run.yaml" in words:
         pytest.skip("my-run.yaml is run by another test")
