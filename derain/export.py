@@ -67,10 +67,10 @@ def export(method: DerainModule, path: Path, format: Format = "onnx") -> dict[tu
             except DerainError as error:
                 if not str(error).startswith(f"{temporary}: "):
                     raise
-                # What derain advises is for users of such files.
+                # The advice in the message is for users of the file; here the file was not written.
                 reason, _, advice = str(error).removeprefix(f"{temporary}: ").rpartition("; ")
                 raise DerainError(
-                    f"{path}: not written, as derain cannot run it ({reason or advice}); {_alternative(format)}"
+                    f"{path}: not written: derain cannot run it ({reason or advice}); {_alternative(format)}"
                 ) from error
             worst = max(differences, key=lambda size: _nan_last(differences[size]))
             if not differences[worst] <= TOLERANCE:  # NaN too
@@ -84,7 +84,8 @@ def export(method: DerainModule, path: Path, format: Format = "onnx") -> dict[tu
 @contextmanager
 def _in_eval_mode_on_cpu(method: DerainModule) -> Iterator[None]:
     """Move a method to the CPU in eval mode; afterwards, restore its device and the mode of each of its modules."""
-    device, modes = method.device, [(module, module.training) for module in method.modules()]
+    device = method.device
+    modes = [(module, module.training) for module in method.modules()]
     method.eval().cpu()
     try:
         yield
@@ -95,7 +96,8 @@ def _in_eval_mode_on_cpu(method: DerainModule) -> Iterator[None]:
 
 
 def _alternative(format: Format) -> str:
-    return f"use --format {'torch' if format == 'onnx' else 'onnx'}, or the weights themselves"
+    """Return what to do instead of exporting to a format, for error messages."""
+    return f"use --format {'torch' if format == 'onnx' else 'onnx'}, or the weights without export"
 
 
 def _nan_last(difference: float) -> float:

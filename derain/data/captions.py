@@ -294,7 +294,7 @@ class Journal:
         if not isinstance(run, dict) or not self.run.keys() & run.keys():
             return "is not an unfinished table of captions"
         key = next(key for key in self.run | run if run.get(key) != self.run.get(key))
-        return f"was started with {key} {run.get(key)}, this run has {self.run.get(key)}"
+        return f"was started with {key} {run.get(key)}, not {self.run.get(key)}"
 
     def _rejected(self, reason: str) -> DerainError:
         return DerainError(f"{self.path}: {reason}; delete it, or add --overwrite to start anew")

@@ -114,7 +114,8 @@ def load_controller(file: Path, clip: FrozenCLIP) -> tuple[Controller, Mapping[s
     Raises:
         DerainError: If the file does not exist, has no controller, or does not fit CLIP.
     """
-    state, metadata, _ = weights.read(file)
+    content = weights.read(file)
+    state, metadata = content.state, content.metadata
     if metadata.get("method") not in {None, "DACLIPModule"}:
         raise DerainError(
             f"--model.controller {file}: contains {shorten(metadata['method'])}; expected weights of DACLIPModule or "
