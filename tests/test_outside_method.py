@@ -1,5 +1,7 @@
 """A method from outside derain, by commands: from a folder with one file, and from an installed package."""
 
+import csv
+import io
 import json
 import os
 import subprocess
@@ -54,14 +56,15 @@ trainer: {{max_epochs: 1, accelerator: cpu, enable_progress_bar: false}}
 """
 WEIGHTS = "runs/my-run/fit-1/weights.safetensors"
 PHOTO = "data/Rain800/test_syn/1.jpg"
+PARAMETERS = 4 * 27 + 4 + 3 * 36 + 3
+MACS_PER_PIXEL = 4 * 27 + 3 * 36
 
 
 @pytest.fixture(autouse=True)
 def _no_module_is_imported_yet(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
-    for module in ("my_method", "my_package", "my_package.models"):
-        sys.modules.pop(module, None)
+    sys.modules.pop("my_method", None)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,7 @@ def trained(tmp_path_factory):
     command = [sys.executable, "-P", "-c", start, "fit", "--config", "my-run.yaml"]
     process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
+    assert "--method my_method.MyModule" in process.stderr  # the command that restores photos
     return folder
 
 
@@ -107,7 +111,25 @@ def test_the_run_is_tested_and_tabled(folder, capsys):
     assert summary["method"]["class_path"] == "my_method.MyModule"
     capsys.readouterr()
     assert main(["table", "runs/my-run/test-1", "--cost", "--method", "my_method.MyModule", "--format", "csv"]) == 0
-    assert "MyModule" in capsys.readouterr().out
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert (float(row["parameters"]), float(row["macs"])) == (PARAMETERS, 256 * 256 * MACS_PER_PIXEL)
+
+
+def test_the_run_is_validated_and_photos_are_predicted(folder):
+    (last,) = Path("runs/my-run/fit-1/checkpoints").glob("last.ckpt")
+    assert main(["validate", "--config", "my-run.yaml", "--ckpt_path", str(last)]) == 0
+    assert main(["predict", "--config", "my-run.yaml", "--weights", WEIGHTS, "--data.predict", "data/Rain800"]) == 0
+    assert list(Path("runs/my-run").glob("predict-1/images/**/*.png"))
+
+
+def test_maps_that_a_method_has_not_are_refused(folder, tmp_path, capsys):
+    options = ["--weights", WEIGHTS, "--explain"]
+    restore = ["restore", PHOTO, str(tmp_path / "o.png"), "--method", "my_method.MyModule", "--device", "cpu"]
+    predict = ["predict", "--config", "my-run.yaml", "--data.predict", "data/Rain800"]
+    for command in ([*restore, *options], [*predict, *options, "true"]):
+        assert main(command) == 2
+        assert "--explain: MyModule" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["method", "class"])
@@ -154,30 +176,55 @@ def test_the_page_offers_it(folder, monkeypatch):
 
 
 def test_bench_counts_it(folder, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "find_variants", dict)
+    built_in = set(catalog.methods())
+    monkeypatch.setattr(bench, "methods", lambda: [method for method in catalog.methods() if method not in built_in])
     command = ["--weights", WEIGHTS, "--method", "my_method.MyModule"]
     assert main(["bench", "--size", "8", "--format", "json", *command]) == 0
-    parameters = json.loads(capsys.readouterr().out)["methods"][0]["parameters"]
-    assert parameters == 4 * 27 + 4 + 3 * 36 + 3
+    records = json.loads(capsys.readouterr().out)["methods"]
+    assert [record["method"] for record in records] == ["MyModule", WEIGHTS]
+    for record in records:
+        assert (record["parameters"], record["macs"]) == (PARAMETERS, 8 * 8 * MACS_PER_PIXEL)
+
+
+def install(folder, name):
+    """Install a package that announces the method by a name, and return the class path."""
+    package = name.lower()
+    (folder / package).mkdir()
+    (folder / package / "__init__.py").touch()
+    (folder / package / "models.py").write_text(METHOD.replace("MyModule", name))
+    information = folder / f"{package}-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text(f"[derain.methods]\nx = {package}.models:{name}\n")
+    return f"{package}.models.{name}"
 
 
 def test_an_installed_package_announces_its_method(folder, tmp_path, monkeypatch):
-    site = tmp_path / "site"
-    (site / "my_package").mkdir(parents=True)
-    (site / "my_package/__init__.py").touch()
-    (site / "my_package/models.py").write_text(METHOD)
-    information = site / "my_package-1.0.dist-info"
-    information.mkdir()
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
-    (information / "entry_points.txt").write_text("[derain.methods]\nmy_method = my_package.models:MyModule\n")
-    monkeypatch.syspath_prepend(site)
-    assert "MyModule" in [method.__name__ for method in catalog.methods()]
-    method = registry.find(Path("w"), {"method": "MyModule", "class_path": "my_package.models.MyModule"})
-    method().save_weights(tmp_path / "w.safetensors")
-    assert type(catalog.load(tmp_path / "w.safetensors").module) is method
-    out = tmp_path / "out.png"
-    assert main(["restore", PHOTO, str(out), "--weights", str(tmp_path / "w.safetensors"), "--device", "cpu"]) == 0
-    assert type(DerainModule.from_pretrained(tmp_path / "w.safetensors")) is method
+    path = install(tmp_path, "Installed")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "Installed" in [method.__name__ for method in catalog.methods()]
+    method = registry.find(Path("w"), {"method": "Installed", "class_path": path})
+    weights = str(tmp_path / "w.safetensors")
+    method().save_weights(Path(weights))
+    assert type(catalog.load(weights).module) is method
+    assert main(["restore", PHOTO, str(tmp_path / "out.png"), "--weights", weights, "--device", "cpu"]) == 0
+    assert type(DerainModule.from_pretrained(weights)) is method
+
+
+def test_an_installed_method_is_trained_exported_and_counted(folder, tmp_path, monkeypatch, capsys):
+    install(tmp_path, "Packaged")
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("installed.yaml").write_text(RUN.replace("{module}.MyModule", "Packaged").format())
+    assert main(["fit", "--config", "installed.yaml"]) == 0
+    assert "--method" not in capsys.readouterr().err
+    weights = "runs/installed/fit-1/weights.safetensors"
+    assert main(["export", str(tmp_path / "m.onnx"), "--weights", weights]) == 0
+    monkeypatch.setattr(bench, "methods", lambda: [m for m in catalog.methods() if m.__name__ == "Packaged"])
+    capsys.readouterr()
+    assert main(["bench", "--size", "8", "--format", "json", "--weights", weights]) == 0
+    first, second = json.loads(capsys.readouterr().out)["methods"]
+    assert (first["method"], second["method"]) == ("Packaged", weights)
+    assert first["macs"] == second["macs"] == 64 * 2 * 108
 
 
 def test_a_package_that_cannot_be_imported_is_ignored(tmp_path, monkeypatch, caplog):

@@ -17,6 +17,13 @@ def method():
     return PReNetModule(stages=2)
 
 
+def test_a_list_of_modules_is_not_compiled():
+    method = PReNetModule(stages=1)
+    method.network = torch.nn.ModuleList([method.network])
+    with pytest.raises(DerainError, match=r"compile.*ModuleList"):
+        Restorer(method, device="cpu", compile=True)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (37, 31), (64, 64)])
 def test_any_size(method, size):
     derained = Restorer(method, device="cpu")(np.random.default_rng(0).random((*size, 3), np.float32))

@@ -13,7 +13,9 @@ from derain.callbacks.results import cpu_name, device_name
 from derain.cli import main
 from derain.commands import bench
 from derain.commands.bench import count_cost, find_variants
+from derain.errors import DerainError
 from derain.methods import CLIPRPNModule, DerainModule, PReNetModule, RestormerModule
+from tests.methods.test_contract import Plain
 
 VARIANTS = find_variants()
 SMALL = {name: VARIANTS[name] for name in ("PRN_r", "CLIP-RPN, tiny")}
@@ -72,6 +74,30 @@ def test_prenet_counts_every_convolution_of_every_stage(variant):
     products = 9 * 6 * 32 + gates + 10 * 9 * 32 * 32 + 9 * 32 * 3
     counted = count_cost(PReNetModule(variant, stages=3), 40)
     assert counted["macs"] == counted["macs_with_attention"] == 3 * 40 * 40 * products
+
+
+class Twice(Plain):
+    """Runs its network twice."""
+
+    def forward(self, rainy):
+        return super().forward(super().forward(rainy))
+
+
+class Branches(Plain):
+    """Computes differently for dark images."""
+
+    def forward(self, rainy):
+        return rainy if rainy.mean() < 0.5 else super().forward(rainy)
+
+
+def test_what_forward_computes_is_counted():
+    assert count_cost(Plain(), 8)["macs"] == 64 * 81
+    assert count_cost(Twice(), 8)["macs"] == 2 * 64 * 81
+
+
+def test_what_cannot_be_counted_is_refused():
+    with pytest.raises(DerainError, match="Branches"):
+        count_cost(Branches(), 8)
 
 
 def test_counting_does_not_change_the_network():

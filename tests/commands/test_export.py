@@ -4,11 +4,15 @@ import torch
 
 from derain.cli import main
 from derain.commands import bench
+from derain.errors import DerainError
 from derain.export import SIZES
+from derain.export import export as write_export
 from derain.images import read_rgb, write_image
 from derain.methods import CLIPRPNModule, DACLIPSDEModule, PReNetModule, catalog
 from derain.methods.graph import Graph
-from tests.methods.test_contract import SMALL
+from derain.methods.interfaces import Sampling
+from derain.testing import ContractError, check_export
+from tests.methods.test_contract import SMALL, Plain
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +124,50 @@ def test_bad_arguments_are_refused_in_one_line(folder, tmp_path, capsys, monkeyp
         assert error.startswith("derain: error:")
         assert value in error
     assert list(tmp_path.iterdir()) == []
+
+
+class Spectral(Plain):
+    """Uses an operator that ONNX lacks."""
+
+    def forward(self, rainy):
+        return super().forward(rainy) + torch.fft.fft2(rainy).real
+
+
+class Hungry(Plain):
+    """Uses an operator that derain does not run."""
+
+    def forward(self, rainy):
+        return super().forward(rainy) + torch.cumsum(rainy, 3)
+
+
+@pytest.mark.parametrize(("method", "part"), [(Spectral, "fft_fft2"), (Hungry, "CumSum")])
+def test_what_onnx_cannot_hold_is_refused_in_one_line(method, part, tmp_path):
+    with pytest.raises(DerainError, match=part) as caught:
+        write_export(method(), tmp_path / "m.onnx")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "--format torch" in message
+    assert "tmp" not in message.replace(str(tmp_path), "")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ContractError, match=part):
+        check_export(method())
+
+
+def test_export_leaves_the_modes_of_modules(tmp_path):
+    module = PReNetModule(stages=1).train()
+    module.network.conv0.eval()
+    write_export(module, tmp_path / "m.onnx")
+    assert module.training
+    assert module.network.training
+    assert not module.network.conv0.training
+
+
+def test_a_diffusion_is_compared_with_its_own_sampling(tmp_path):
+    torch.manual_seed(0)
+    module = DACLIPSDEModule(**SMALL["DACLIPSDEModule"])
+    module.set_sampling(Sampling("ode", 3, 2))
+    write_export(module, tmp_path / "m.onnx")
+    assert module.sampling == Sampling("ode", 3, 2)
 
 
 def test_a_graph_of_another_function_is_refused(folder, tmp_path, monkeypatch, capsys):

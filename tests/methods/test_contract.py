@@ -1,5 +1,7 @@
 """The contract, for every method of derain and for methods that break it."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -84,6 +86,19 @@ class NotRecorded(Plain):
         self.hparams.pop("channels")
 
 
+class NeverRecorded(Plain):
+    def __init__(self, channels: int = 4, width: int = 3) -> None:
+        super().__init__(channels)
+        self.hparams.pop("width")
+
+
+class NoNetwork(Plain):
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__(channels)
+        self.body = self.network
+        del self.network
+
+
 class Crops(Plain):
     def forward(self, rainy):
         return super().forward(rainy)[..., :30]
@@ -121,8 +136,21 @@ class NaN(Plain):
         return super().training_step(batch, batch_idx) * float("nan")
 
 
-def test_a_plain_method_keeps_the_contract():
+class Variadic(Plain):
+    def __init__(self, channels: int = 4, **options: int) -> None:
+        super().__init__(channels)
+
+
+@pytest.mark.parametrize("method", [Plain, Variadic])
+def test_a_plain_method_keeps_the_contract(method):
+    check_method(method)
+
+
+def test_a_skipped_export_is_reported(monkeypatch, caplog):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find_spec(name))
     check_method(Plain)
+    assert "onnxruntime" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -131,6 +159,8 @@ def test_a_plain_method_keeps_the_contract():
         (NoDefault, "channels"),
         (NoType, "channels"),
         (NotRecorded, "channels"),
+        (NeverRecorded, "width"),
+        (NoNetwork, "network"),
         (Crops, "30"),
         (Random, "deterministic"),
         (Mixes, "batch"),

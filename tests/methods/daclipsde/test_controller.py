@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from derain.errors import DerainError
 from derain.files.weights import sha256
-from derain.methods import DACLIPModule, PReNetModule
+from derain.methods import DACLIPModule, PReNetModule, catalog
 from derain.methods.clip import FrozenCLIP
 from derain.methods.daclipsde.controller import Controller, Perception
 from derain.methods.daclipsde.published_keys import controller_of
@@ -122,6 +122,14 @@ def published_state(controller):
             parts = [own[f"{layer}self_attn.{part}_proj.{kind}"] for part in "qkv"]
             state[f"{block}attn.in_proj_{kind}"] = torch.cat(parts)
     return state
+
+
+def test_the_authors_controller_is_recognised(tmp_path):
+    with torch.device("meta"):
+        names = published_state(Controller(CLIPModel(CLIPConfig())))
+    torch.save({name: torch.ones(1) for name in names}, tmp_path / "daclip.pt")
+    with pytest.raises(DerainError, match=r"daclip\.pt: .*--model\.controller"):
+        catalog.load(tmp_path / "daclip.pt")
 
 
 def test_authors_keys_fit_vit_b_32():
