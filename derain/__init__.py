@@ -31,18 +31,7 @@ _MODULES = {
     "RainDataModule": "derain.data.datamodule",
     "Restorer": "derain.restoration",
 }
-__all__ = [
-    "CLIPRPNModule",
-    "DACLIPModule",
-    "DACLIPSDEModule",
-    "DerainModule",
-    "PLNLINGANModule",
-    "PReNetModule",
-    "RainDataModule",
-    "Restorer",
-    "RestormerModule",
-    "__version__",
-]
+__all__ = [*_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

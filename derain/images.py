@@ -227,7 +227,6 @@ def read_rgb(path: Path) -> Pixels:
     Returns:
         ``(h, w, 3)``, 0 to 255.
 
-
     Raises:
         DerainError: If the file cannot be read as an image.
     """

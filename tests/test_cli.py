@@ -8,6 +8,7 @@ import pytest
 import derain
 from derain import cli
 from derain.cli import COMMANDS, TRAINER, main
+from derain.methods.registry import BUILT_IN
 
 
 def test_help_has_one_line_a_command_and_imports_nothing_heavy():
@@ -84,6 +85,9 @@ def test_ctrl_c_gives_one_line(monkeypatch, capsys):
 
 def test_public_names_are_imported_when_used():
     assert derain.PReNetModule().parameter_count == 168_963
+    for name in derain.__all__:
+        assert getattr(derain, name) is not None
+    assert {path.rpartition(".")[2] for path in BUILT_IN} <= set(derain.__all__)
     with pytest.raises(AttributeError, match="Nothing"):
         _ = derain.Nothing
 

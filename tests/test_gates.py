@@ -90,6 +90,12 @@ def test_packages_are_named_after_their_methods():
     assert misnamed(["derain.methods.prenet.module.OtherModule"]) == ["OtherModule"]
 
 
+def test_packages_of_methods_are_independent():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (independent,) = [contract["modules"] for contract in contracts if contract["type"] == "independence"]
+    assert set(independent) == {path.rsplit(".", 2)[0] for path in registry.BUILT_IN}
+
+
 def lint_imports(root: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"], cwd=root, capture_output=True, text=True
@@ -105,6 +111,9 @@ def lint_imports(root: Path) -> subprocess.CompletedProcess:
         ("methods/plnlingan/loss.py", "import derain.data.pairs"),
         ("data/verify.py", "import torch"),
         ("images.py", "import derain.metrics"),
+        ("commands/bench.py", "import derain.methods.prenet.network"),
+        ("methods/prenet/network.py", "import derain.methods.plnlingan.shifted_windows"),
+        ("options.py", "import derain.commands.data"),
     ],
 )
 def test_import_contracts(tmp_path, file, line):

@@ -1,14 +1,24 @@
+import dataclasses
 import importlib
+import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import pytest
 
 from derain.cli import COMMANDS
+from derain.commands.data import synthesize_set
+from derain.commands.restore import restore
+from derain.commands.route import route
+from derain.commands.score import score
+from derain.data.rain import PRESETS, Rain
 from derain.errors import DerainError
-from derain.options import RENAMED, CommandParser, find_parser
+from derain.methods.cliprpn.prompts import PROMPTS
+from derain.methods.daclipsde.solvers import SOLVERS
+from derain.metrics.protocols import PROTOCOL_GROUPS, PROTOCOLS
+from derain.options import RENAMED, CommandParser, find_parser, parse_docstring
 
 
 def command(
@@ -138,3 +148,39 @@ def test_renamed_options_are_suggested_where_the_new_name_exists():
                 assert choice is None or choice in action.choices
                 suggested.add(old)
     assert suggested == set(RENAMED)
+
+
+def help_of(function, parameter):
+    """Return the help of an option."""
+    return parse_docstring(function)[1][parameter]
+
+
+def attribute_help(described, name):
+    """Return the description of an attribute in the docstring of a class."""
+    section = inspect.getdoc(described).partition("Attributes:\n")[2].partition("\n\n")[0]
+    joined = re.sub(r"\n {8,}", " ", section)
+    return re.search(rf"^ *{name}: (.*?)\.?$", joined, re.MULTILINE)[1]
+
+
+def test_help_of_protocols_lists_all():
+    names = help_of(score, "protocol").partition(": ")[2].partition(";")[0]
+    listed, _, groups = names.partition(", or ")
+    assert listed.split(", ") == list(PROTOCOLS)
+    assert groups == "; ".join(f"{name} for {' and '.join(members)}" for name, members in PROTOCOL_GROUPS.items())
+
+
+def test_help_of_prompts_lists_all():
+    assert re.search(r"\((.*?)\)", help_of(route, "prompts"))[1].split(", ") == list(PROMPTS)
+
+
+def test_help_of_solvers_lists_all():
+    names = help_of(restore, "solver").partition(": ")[2].replace(" (default)", "")
+    assert set(re.split(", | or ", names)) == set(SOLVERS)
+
+
+def test_help_of_rain_has_its_limits():
+    assert get_args(get_type_hints(synthesize_set)["preset"]) == tuple(PRESETS)
+    for parameter in dataclasses.fields(Rain):
+        low, high = parameter.metadata["limits"]
+        for documentation in (parse_docstring(synthesize_set)[1][parameter.name], attribute_help(Rain, parameter.name)):
+            assert re.search(rf"[ ;]{re.escape(str(low))} to {re.escape(str(high))}$", documentation)

@@ -1,5 +1,7 @@
 """A method from outside derain, by commands: from a folder with one file, and from an installed package."""
 
+import csv
+import io
 import json
 import os
 import subprocess
@@ -54,6 +56,8 @@ trainer: {{max_epochs: 1, accelerator: cpu, enable_progress_bar: false}}
 """
 WEIGHTS = "runs/my-run/fit-1/weights.safetensors"
 PHOTO = "data/Rain800/test_syn/1.jpg"
+PARAMETERS = 4 * 27 + 4 + 3 * 36 + 3
+MACS_PER_PIXEL = 4 * 27 + 3 * 36
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +111,8 @@ def test_the_run_is_tested_and_tabled(folder, capsys):
     assert summary["method"]["class_path"] == "my_method.MyModule"
     capsys.readouterr()
     assert main(["table", "runs/my-run/test-1", "--cost", "--method", "my_method.MyModule", "--format", "csv"]) == 0
-    assert "MyModule" in capsys.readouterr().out
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert (float(row["parameters"]), float(row["macs"])) == (PARAMETERS, 256 * 256 * MACS_PER_PIXEL)
 
 
 def test_the_run_is_validated_and_photos_are_predicted(folder):
@@ -171,11 +176,14 @@ def test_the_page_offers_it(folder, monkeypatch):
 
 
 def test_bench_counts_it(folder, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "find_variants", dict)
+    built_in = set(catalog.methods())
+    monkeypatch.setattr(bench, "methods", lambda: [method for method in catalog.methods() if method not in built_in])
     command = ["--weights", WEIGHTS, "--method", "my_method.MyModule"]
     assert main(["bench", "--size", "8", "--format", "json", *command]) == 0
-    parameters = json.loads(capsys.readouterr().out)["methods"][0]["parameters"]
-    assert parameters == 4 * 27 + 4 + 3 * 36 + 3
+    records = json.loads(capsys.readouterr().out)["methods"]
+    assert [record["method"] for record in records] == ["MyModule", WEIGHTS]
+    for record in records:
+        assert (record["parameters"], record["macs"]) == (PARAMETERS, 8 * 8 * MACS_PER_PIXEL)
 
 
 def install(folder, name):

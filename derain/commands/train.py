@@ -25,7 +25,7 @@ from derain.checkpoints import remove_unfinished
 from derain.commands.lightning_messages import choose_messages
 from derain.commands.run_folders import restarts, root_of, run_folder, shared_folder
 from derain.commands.run_setup import check_options, check_trainer, configured_loggers, run_callbacks
-from derain.commands.train_parser import DENIED_IMPORTS, OptionParser
+from derain.commands.train_parser import DENIED_IMPORTS, OptionParser, model_class_paths
 from derain.config_errors import explain_config_error
 from derain.data.datamodule import RainDataModule
 from derain.errors import DerainError, Stopped
@@ -451,7 +451,8 @@ def run(arguments: list[str]) -> int:
         Exit code of the process.
     """
     keep_freed_memory()
-    add_current_folder()  # --model my_method.MyModule
+    for path in model_class_paths(arguments):
+        add_current_folder(path)
     methods()  # imports them: --model finds imported subclasses by the names of their classes
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they concern Lightning's calls
     set_parsing_settings(import_path_denylist=DENIED_IMPORTS)  # with a list, jsonargparse raises instead of warning

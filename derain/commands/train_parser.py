@@ -1,6 +1,9 @@
 """Parser of ``derain fit``, ``validate``, ``test`` and ``predict``, with error messages of one line."""
 
 import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -83,3 +86,43 @@ def _section(content: str, command: str, path: Any) -> str:
     if command not in loaded:
         raise DerainError(f"--config {path}: no section {command}, only {', '.join(sections)}; add a section {command}")
     return yaml.safe_dump(loaded[command] or {}, sort_keys=False)
+
+
+def model_class_paths(arguments: Sequence[str]) -> list[str]:
+    """Return the class paths that ``--model`` and configurations name, before they are parsed.
+
+    Values that cannot be read are ignored here: the parser reports them.
+
+    Args:
+        arguments: Command and options.
+
+    Example:
+        >>> model_class_paths(["fit", "--model=my_method.MyModule", "--model", "PReNetModule"])
+        ['my_method.MyModule']
+    """
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    models = []
+    for option, value in pairwise(words):
+        if option in {"--model", "--model.class_path"}:
+            models.append(_read_yaml(value))
+        elif option in {"--config", "-c"}:
+            configuration = _read_configuration(Path(value))
+            section = configuration.get(arguments[0])
+            models += [part.get("model") for part in (configuration, section) if isinstance(part, dict)]
+    paths = [model.get("class_path") if isinstance(model, dict) else model for model in models]
+    return [path for path in paths if isinstance(path, str) and "." in path]
+
+
+def _read_configuration(path: Path) -> dict[str, Any]:
+    try:
+        content = _read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None

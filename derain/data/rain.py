@@ -47,8 +47,8 @@ FULL_SIZE = 512
 """Shorter side of a photo in pixels, above which lengths and widths of streaks scale with it."""
 
 
-def _field(default: float | int, low: float | int, high: float | int, text: str) -> Any:
-    return field(default=default, metadata={"limits": (low, high), "help": text})
+def _field(default: float | int, low: float | int, high: float | int) -> Any:
+    return field(default=default, metadata={"limits": (low, high)})
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,15 @@ class Rain:
         DerainError: If a value is outside its range.
     """
 
-    density: float = _field(0.3, 0, 4, "share of the image under streaks")
-    length: float = _field(40.0, 1, 400, "length of the nearest streaks in pixels")
-    width: float = _field(2.0, 0.2, 40, "width of the nearest streaks in pixels")
-    angle: float = _field(0.0, -90, 90, "degrees from the vertical, positive falls to the right")
-    spread: float = _field(2.0, 0, 45, "deviation of the angle in degrees")
-    layers: int = _field(4, 1, 16, "depth layers")
-    brightness: float = _field(0.7, 0, 1, "opacity of the brightest streaks")
-    veil: float = _field(0.0, 0, 1, "opacity of the mist")
-    drops: int = _field(0, 0, 200, "drops on the lens")
+    density: float = _field(0.3, 0, 4)
+    length: float = _field(40.0, 1, 400)
+    width: float = _field(2.0, 0.2, 40)
+    angle: float = _field(0.0, -90, 90)
+    spread: float = _field(2.0, 0, 45)
+    layers: int = _field(4, 1, 16)
+    brightness: float = _field(0.7, 0, 1)
+    veil: float = _field(0.0, 0, 1)
+    drops: int = _field(0, 0, 200)
 
     def __post_init__(self) -> None:
         for parameter in dataclasses.fields(self):

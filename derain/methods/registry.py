@@ -6,6 +6,7 @@ that neither derain, nor an installed package, nor the user has named.
 
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import sys
 import traceback
@@ -94,8 +95,16 @@ def use_method(name: str | type, argument: str = "method") -> Any:
     return method
 
 
-def add_current_folder() -> None:
-    """Let modules of the current folder be imported, after those of installed packages."""
+def add_current_folder(path: str) -> None:
+    """Let a class be imported from the current folder, if no installed package has it.
+
+    Args:
+        path: Path of the class, such as ``my_method.MyModule``.
+    """
+    package = path.partition(".")[0]
+    importlib.invalidate_caches()  # the file may be new
+    if not package or package in sys.modules or importlib.util.find_spec(package) is not None:
+        return
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)
@@ -217,8 +226,7 @@ def _import(name: str, argument: str) -> Any:
     expected = "expected MODULE.CLASS, such as my_method.MyModule for a class in the file my_method.py here"
     if len(parts) < 2 or not all(parts):
         raise ArgumentError(f"{argument} {name}: {expected}")
-    add_current_folder()
-    importlib.invalidate_caches()  # the file may be new
+    add_current_folder(name)
     for count in range(len(parts) - 1, 0, -1):
         module = _import_module(".".join(parts[:count]), f"{argument} {name}")
         if module is not None:

@@ -1,5 +1,8 @@
 """Configurations may name classes of methods, data and training, but no functions that run commands."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -70,3 +73,21 @@ def test_classes_of_the_working_directory_and_of_lightning_are_used(workdir, mon
     assert main(["fit", "--config", "exp.yaml", "--config", "more.yaml"]) == 0
     assert (workdir / "started").is_file()
     assert (workdir / "runs/exp/fit-1/weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "searched"),
+    [
+        ([], False),
+        (["--model", "derain.methods.PReNetModule"], False),
+        (["--model", "absent_module.MyModule"], True),
+        (["--config", "my-run.yaml"], True),
+        (["--config", "sections.yaml"], True),
+    ],
+)
+def test_the_current_folder_is_searched_only_for_a_model_that_is_not_installed(workdir, monkeypatch, options, searched):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (workdir / "my-run.yaml").write_text("model: {class_path: absent_module.MyModule}")
+    (workdir / "sections.yaml").write_text("fit: {model: absent_module.MyModule}")
+    assert main(["fit", "--config", "exp.yaml", *options, "--data.crop", "x"]) == 2
+    assert (str(Path.cwd()) in sys.path) == searched
