@@ -50,6 +50,7 @@ def test_numbers_are_those_of_the_literature(name, parameters, macs, with_attent
         assert f"{counted[key] / 1e9:.{digits}f}" == text
 
 
+@pytest.mark.slow
 def test_other_routes_have_parameters_but_no_multiplications():
     one, three = (count_cost(CLIPRPNModule(**TINY, prompts=list(texts)), 64) for texts in ("ab", "abc"))
     assert one["parameters"] < three["parameters"]
@@ -109,6 +110,7 @@ def test_counting_does_not_change_the_network():
     assert network(torch.rand(1, 3, 8, 8)).isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_counted_method_still_restores():
     method = VARIANTS["PLNLIN, tiny"]()
     count_cost(method, 64)

@@ -258,7 +258,14 @@ def test_only_checked_content_is_forwarded(make):
         ({"session_hash": ["s"]}, 400),
     ],
 )
-@pytest.mark.parametrize("path", [JOIN, "/gradio_api/call/restore", "/gradio_api/run/predict"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        JOIN,
+        pytest.param("/gradio_api/call/restore", marks=pytest.mark.slow),
+        pytest.param("/gradio_api/run/predict", marks=pytest.mark.slow),
+    ],
+)
 def test_malformed_calls_are_refused(make, changed, status, path):
     guard = make()
     (uploaded,) = request(guard, "POST", "/gradio_api/upload", content=b"photo").json()

@@ -303,6 +303,7 @@ def test_table_has_notes(copy, capsys):
     assert "of other images" in text
 
 
+@pytest.mark.slow
 def test_plots(copy, tmp_path, capsys):
     copy("a")
     copy("b", "Rain100L", ["RainTrainL"])

@@ -156,6 +156,7 @@ def test_errors_take_one_line(trained, capsys, monkeypatch):
         assert "--model.context 16" in error_of(arguments, capsys), command
 
 
+@pytest.mark.slow
 def test_a_run_cannot_resume_with_another_network(trained, capsys):
     resume = ["fit", "--config", "sde.yaml", "--ckpt_path"]
     checkpoint = "runs/sde/fit-1/checkpoints/last.ckpt"
@@ -178,6 +179,7 @@ def test_a_resumed_run_logs_changed_options(trained, caplog):
     assert "learning_rate 0.0002 → 1e-05" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_a_truncated_table_of_metrics(trained, caplog):
     resume = ["fit", "--config", "sde.yaml", "--trainer.limit_train_batches", "1", "--ckpt_path", "last"]
     table = trained / "runs/sde/fit-1/metrics.csv"

@@ -137,6 +137,7 @@ def test_the_best_score_is_discarded_if_scores_cannot_be_compared(all_methods, c
         assert "0 of" not in caplog.text
 
 
+@pytest.mark.slow
 def test_another_order_of_batches_is_an_error(all_methods, capsys):
     config = "PReNetModule-steps.yaml"
     assert main(["fit", "--config", config, "--trainer.max_epochs", "1"]) == 0
@@ -326,6 +327,7 @@ def test_a_run_killed_twice_at_random_moments(all_methods, steps):
     assert killed_equals_whole("PReNetModule", all_methods, kills=2, steps=steps, max_delay=1.0) == 2
 
 
+@pytest.mark.slow
 def test_unfinished_files_of_killed_runs_are_removed_at_the_next_start(all_methods):
     config = ["fit", "--config", "PReNetModule.yaml", "--trainer.limit_train_batches", "1"]
     assert main(config) == 0

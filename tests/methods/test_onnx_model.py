@@ -95,6 +95,7 @@ def test_metadata(tmp_path):
     assert sizes[2:] == ["height", "width"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contexts", ["content", "degradation"])
 def test_graphs_with_one_context_are_loaded(contexts, tmp_path):
     _, options = CASES["DACLIPSDEModule with contexts"]

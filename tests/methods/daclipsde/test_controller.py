@@ -187,6 +187,7 @@ def test_authors_controller_with_a_different_clip_of_the_same_size(trained, tmp_
         _ = Perception(str(other), str(authors)).controller
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_controller(clip_folder, trained):
     module, *files = trained
     for file in files:
@@ -217,6 +218,7 @@ def test_shares_of_the_trained_words(clip_folder, trained, trained_words):
     torch.testing.assert_close(shares.double(), (scale * cosines).softmax(1), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_invalid_controllers_are_refused(clip_folder, trained, tmp_path, monkeypatch, caplog):
     _, ours, _ = trained
     with pytest.raises(DerainError, match=r"absent\.pt"):

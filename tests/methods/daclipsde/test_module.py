@@ -116,6 +116,7 @@ def test_no_contexts_is_ir_sde():
     assert module.encode(torch.rand(1, 3, 8, 8)) == {}
 
 
+@pytest.mark.slow
 def test_contexts_are_computed_once_per_image(clip_folder, monkeypatch):
     module = contextual(clip_folder)
     calls = []

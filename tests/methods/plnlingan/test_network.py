@@ -39,7 +39,7 @@ def test_parameter_counts():
     assert [count(PLNLIN(Style(heads=heads))) for heads in (1, 2, 8)] == [2_225_059, 2_233_847, 2_286_575]
 
 
-@pytest.mark.parametrize("size", [(112, 56), (56, 168)])
+@pytest.mark.parametrize("size", [(112, 56), pytest.param((56, 168), marks=pytest.mark.slow)])
 def test_generator_and_its_gradients_equal_the_reference(size):
     generator = with_large_weights(PLNLIN(SMALL, STAGES))
     state = {name: value.detach().clone().requires_grad_() for name, value in generator.state_dict().items()}
