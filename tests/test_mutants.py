@@ -1,4 +1,4 @@
-"""The planted faults of ``make mutants`` can be planted, and the script tells caught from survived."""
+"""The planted faults of ``make mutants`` can be planted, and the script distinguishes caught faults from survivors."""
 
 from pathlib import Path
 
