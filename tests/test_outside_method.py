@@ -63,6 +63,7 @@ MACS_PER_PIXEL = 4 * 27 + 3 * 36
 @pytest.fixture(autouse=True)
 def _no_module_is_imported_yet(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("my_method", None)  # another file's tests may have imported one of this name
     yield
     sys.modules.pop("my_method", None)
 

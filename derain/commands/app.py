@@ -5,6 +5,7 @@ import importlib.util
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Sequence
@@ -113,12 +114,23 @@ def serve(
     from derain.commands.page import build
 
     page = build(service, max_megabytes, host, allowed)
-    server = uvicorn.Server(server_config(page, proxies))
-    # Browsers keep connections open: closing them at the end is not an error.
-    logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
     name = "localhost" if host in ANY_ADDRESS else host
     address = f"[{name}]" if ":" in name else name
-    print(f"http://{address}:{listening.getsockname()[1]} restores photos in a browser; Ctrl-C stops it", flush=True)
+
+    class Server(uvicorn.Server):
+        """Prints the address once the page is served; closes the page at SIGHUP as at Ctrl-C and SIGTERM."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            hang_up = getattr(signal, "SIGHUP", None)  # absent on Windows; ignored under nohup
+            if hang_up and signal.getsignal(hang_up) is not signal.SIG_IGN:
+                signal.signal(hang_up, self.handle_exit)
+            port = listening.getsockname()[1]
+            print(f"http://{address}:{port} restores photos in a browser; Ctrl-C stops it", flush=True)
+
+    server = Server(server_config(page, proxies))
+    # Browsers keep connections open: closing them at the end is not an error.
+    logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
     try:
         server.run(sockets=[listening])
     finally:
