@@ -1,0 +1,145 @@
+"""Base class of the networks: what goes in and out, and the names of the authors' tensors."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from derain.errors import DerainError
+from derain.nn.padding import pad_to_multiple
+
+Names = Sequence[tuple[str, str | None]]
+"""Regular expressions of the authors' names, each with its replacement; None for tensors that nothing uses."""
+
+
+class Network(nn.Module, ABC):
+    """A network that restores images, with further outputs that its loss may use.
+
+    A subclass has a default for each argument of ``__init__``: scalars, strings, lists and dictionaries only.
+
+    Attributes:
+        size_multiple: Images are padded to a multiple of it, by reflection at the bottom and the right.
+        bgr: Whether the network was designed for the channel order blue, green, red.
+        bytes_per_pixel: Memory of ``forward`` at inference in bytes a pixel, measured in float32.
+        tile_multiple: Number that sides of tiles should be multiples of.
+        signature: Name of a tensor that only the authors' weights of this network have.
+        published_names: How the authors name the tensors; applied in order to each name.
+        published_options: Arguments that the authors' files do not determine, see `options_of`.
+    """
+
+    size_multiple: ClassVar[int] = 1
+    bgr: ClassVar[bool] = False
+    bytes_per_pixel: ClassVar[int] = 4096
+    tile_multiple: ClassVar[int] = 32
+    signature: ClassVar[str]
+    published_names: ClassVar[Names] = ()
+    published_options: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
+        """Return the outputs by name, first ``derained``.
+
+        Args:
+            image: Rainy images in [0, 1], in the network's order of channels, with sides that are multiples of
+                ``size_multiple``. Outputs with three channels are images in the same order and of the same range.
+        """
+
+    def targets(
+        self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"], outputs: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return what the outputs should be in training, by name; by default the clean image for all of them.
+
+        Args:
+            rainy: Rainy images in [0, 1], RGB.
+            clean: Clean images in [0, 1], RGB.
+            outputs: What `outputs` returned for the rainy images.
+        """
+        return dict.fromkeys(outputs, clean)
+
+    def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Restore RGB images of any size in [0, 1]; not clamped."""
+        return self.outputs(rainy)["derained"]
+
+    def outputs(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
+        """Return all outputs for RGB images of any size in [0, 1]; images among them are RGB."""
+        height, width = rainy.shape[2:]
+        image = rainy.flip(1) if self.bgr else rainy
+        padded = pad_to_multiple(image, self.size_multiple) if self.size_multiple > 1 else image
+        outputs = {}
+        for name, output in self.restore(padded).items():
+            if output.shape[2:] == padded.shape[2:]:
+                output = output[..., :height, :width]
+            outputs[name] = output.flip(1) if self.bgr and output.dim() == 4 and output.shape[1] == 3 else output
+        return outputs
+
+    # The authors' weights.
+
+    @classmethod
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Return the arguments of ``__init__`` that the shapes of the authors' tensors determine.
+
+        Args:
+            state: Tensors by the authors' names.
+
+        Returns:
+            The arguments; None if the tensors are of another network.
+        """
+        return {} if cls.signature in state else None
+
+    @classmethod
+    def translate(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the authors' tensors by our names, without those that the authors' network does not use.
+
+        Raises:
+            DerainError: If two tensors that are one here differ.
+        """
+        translated: dict[str, Tensor] = {}
+        for published, tensor in state.items():
+            name = translate_name(published, cls.published_names)
+            if name is None:
+                continue
+            if name in translated and not torch.equal(translated[name], tensor):
+                raise DerainError(f"{published}: differs from the tensor that it should equal; expected one {name}")
+            translated[name] = tensor
+        return translated
+
+
+def translate_name(published: str, names: Names) -> str | None:
+    """Return our name for an authors' tensor, or None if it is unused.
+
+    Args:
+        published: The authors' name.
+        names: Replacements in order. A pattern without replacement drops the names that it matches as a whole.
+
+    Example:
+        >>> names = [(r"unused\\..*", None), (r"^conv(\\d)\\.", r"stage\\1.conv.")]
+        >>> translate_name("conv2.weight", names), translate_name("unused.bias", names)
+        ('stage2.conv.weight', None)
+    """
+    name = published
+    for pattern, replacement in names:
+        if replacement is None:
+            if re.fullmatch(pattern, name):
+                return None
+        else:
+            name = re.sub(pattern, replacement, name)
+    return name
+
+
+def count_numbered(state: Mapping[str, Tensor], pattern: str) -> int:
+    """Return how many modules of a list a state dict has.
+
+    Args:
+        state: Tensors by name.
+        pattern: Regular expression of the names, with the index as its group.
+
+    Example:
+        >>> count_numbered({"body.0.weight": torch.zeros(1), "body.1.weight": torch.zeros(1)}, r"body\\.(\\d+)\\.")
+        2
+    """
+    found = (re.match(pattern, name) for name in state)
+    return 1 + max((int(cast(re.Match[str], match)[1]) for match in found if match), default=-1)
