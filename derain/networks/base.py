@@ -3,7 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -109,14 +109,14 @@ class Network(nn.Module, ABC):
 
 
 def translate_name(published: str, names: Names) -> str | None:
-    """Return our name for an authors' tensor, or None if it is unused.
+    r"""Return our name for an authors' tensor, or None if it is unused.
 
     Args:
         published: The authors' name.
         names: Replacements in order. A pattern without replacement drops the names that it matches as a whole.
 
     Example:
-        >>> names = [(r"unused\\..*", None), (r"^conv(\\d)\\.", r"stage\\1.conv.")]
+        >>> names = [(r"unused\..*", None), (r"^conv(\d)\.", r"stage\1.conv.")]
         >>> translate_name("conv2.weight", names), translate_name("unused.bias", names)
         ('stage2.conv.weight', None)
     """
@@ -131,15 +131,15 @@ def translate_name(published: str, names: Names) -> str | None:
 
 
 def count_numbered(state: Mapping[str, Tensor], pattern: str) -> int:
-    """Return how many modules of a list a state dict has.
+    r"""Return how many modules of a list a state dict has.
 
     Args:
         state: Tensors by name.
         pattern: Regular expression of the names, with the index as its group.
 
     Example:
-        >>> count_numbered({"body.0.weight": torch.zeros(1), "body.1.weight": torch.zeros(1)}, r"body\\.(\\d+)\\.")
+        >>> count_numbered({"body.0.weight": torch.zeros(1), "body.1.weight": torch.zeros(1)}, r"body\.(\d+)\.")
         2
     """
     found = (re.match(pattern, name) for name in state)
-    return 1 + max((int(cast(re.Match[str], match)[1]) for match in found if match), default=-1)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
