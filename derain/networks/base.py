@@ -3,6 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -89,6 +90,15 @@ class Network(nn.Module, ABC):
             The arguments; None if the tensors are of another network.
         """
         return {} if cls.signature in state else None
+
+    @classmethod
+    def options_of_path(cls, path: Path) -> dict[str, Any]:
+        """Return those of ``published_options`` that the authors' names of folders determine; by default none.
+
+        Args:
+            path: The authors' file, in a folder of the same name as in their repository.
+        """
+        return {}
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
