@@ -30,8 +30,8 @@ class BRN(Network):
         image_blocks: Residual blocks of the image branch.
 
     Outputs:
-        ``derained`` and ``rain`` of the last iteration, ``derained_i`` and ``rain_i`` of iteration i = 1, 2, … before
-        it. The target of a rain map is the difference of the rainy and the clean image.
+        ``derained`` and ``rain`` of the last iteration; ``derained1``, ``rain1``, ``derained2``, … of those before. The
+        target of a rain map is the difference of the rainy and the clean image.
 
     Shape:
         ``(b, 3, h, w)`` in [0, 1] → same, not clamped; any ``h, w >= 1``.
@@ -49,10 +49,10 @@ class BRN(Network):
         >>> sum(parameter.numel() for parameter in network.parameters())
         375526
         >>> list(network.outputs(torch.rand(1, 3, 5, 7)))
-        ['derained', 'rain', 'derained_1', 'rain_1']
+        ['derained', 'rain', 'derained1', 'rain1']
     """
 
-    bytes_per_pixel: ClassVar[int] = 2048
+    bytes_per_pixel: ClassVar[int] = 2560
     signature: ClassVar[str] = "conv_i_r.0.weight"
     published_options: ClassVar[frozenset[str]] = frozenset({"iterations"})
     published_names: ClassVar[Names] = (
@@ -82,7 +82,7 @@ class BRN(Network):
         earlier: dict[str, Tensor] = {}
         for iteration in range(self.iterations):
             if iteration:
-                earlier |= {f"derained_{iteration}": derained, f"rain_{iteration}": rain}
+                earlier |= {f"derained{iteration}": derained, f"rain{iteration}": rain}
             image_memory = None if image_state is None else image_state.hidden
             features, rain_state = self.rain_branch(torch.cat((image, rain), dim=1), rain_state, (image_memory,))
             rain = self.rain_tail(features)

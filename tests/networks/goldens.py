@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from derain.data.pairs import find_pairs, read_clean
+from derain.files.weights import read
+from derain.images import read_rgb
 from derain.methods.prenet.network import PReNet
+from derain.metrics import psnr_ssim, resolve
 from derain.networks.base import Network, translate_name
 from derain.nn.restormer import Restormer
 
@@ -225,6 +230,36 @@ def check_sizes(network: Network, *sizes: tuple[int, int]) -> None:
         assert torch.equal(derained, again)
         torch.testing.assert_close(single, derained[1:2], rtol=1e-9, atol=1e-9)
     network.float()
+
+
+def check_real(network: type[Network], run: str, *numbers: int, **options: Any) -> None:
+    """Compare scores of real images, restored with the authors' weights, with those of the authors' code.
+
+    Args:
+        network: Class of the network.
+        run: Name of the run in ``real_results.json``, such as ``brn_H``.
+        numbers: Numbers of images, from 1.
+        options: Arguments of the network that the weights do not determine.
+    """
+    recorded = json.loads((folder() / "real_results.json").read_text())[run]
+    weights = folder() / "weights" / recorded["system"] / recorded["set"]
+    if not weights.is_dir():
+        pytest.skip(f"{weights}: the authors' weights are absent")
+    state = read(next(weights.iterdir())).state
+    restorer = network(**(network.options_of(state) or {}), **options).eval()
+    restorer.load_state_dict(network.translate(state))
+    pairs = find_pairs(recorded["set"], "test").pairs
+    expected = {row["image"]: row for row in recorded["images"]}
+    for number in numbers:
+        pair = pairs[number - 1]
+        rainy = torch.from_numpy(read_rgb(pair.rainy).astype(np.float32)).permute(2, 0, 1)[None] / 255
+        with torch.inference_mode():
+            derained = restorer(rainy).clamp(0, 1)[0].permute(1, 2, 0).numpy()
+        for protocol in resolve(["matlab-y", "prenet"]):
+            psnr, ssim = psnr_ssim(derained, read_clean(pair), protocol)
+            recorded_psnr, recorded_ssim = expected[number][protocol.name]
+            assert psnr == pytest.approx(recorded_psnr, abs=2e-3), f"{run} {number} {protocol.name}"
+            assert ssim == pytest.approx(recorded_ssim, abs=1e-4), f"{run} {number} {protocol.name}"
 
 
 def _recorded(golden: Golden, name: str, size: str, dtype: torch.dtype) -> Tensor | None:
