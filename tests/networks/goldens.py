@@ -102,6 +102,20 @@ def load(network: Network, golden: Golden) -> None:
     assert set(result.missing_keys) <= defaults
 
 
+def published_state(network: Network, golden: Golden) -> dict[str, Tensor]:
+    """Return the tensors of a network by the authors' names, such as of a small one to test `Network.options_of`.
+
+    Args:
+        network: The network; it may have other shapes and fewer blocks than the recorded one.
+        golden: Recorded outputs with all names.
+    """
+    own, names = network.state_dict(), type(network).published_names
+    translated = {key: translate_name(key, names) for key, *_ in golden.rows()}
+    state = {key: own[name] for key, name in translated.items() if name in own}
+    assert own.keys() == {translated[key] for key in state}
+    return state
+
+
 def check_outputs(
     network: Network,
     golden: Golden,
