@@ -1,0 +1,54 @@
+"""Arguments of transformer blocks from the shapes of their tensors."""
+
+import math
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+DECIMALS = 4
+"""Decimals of an expansion at most."""
+
+
+def heads_of(state: Mapping[str, Tensor], *blocks: str) -> list[int]:
+    """Return the number of heads of some blocks, by their temperatures.
+
+    Args:
+        state: Tensors by name.
+        blocks: Name of each block, as ``latent.0``.
+
+    Example:
+        >>> import torch
+        >>> heads_of({"latent.0.attn.temperature": torch.ones(8, 1, 1)}, "latent.0")
+        [8]
+    """
+    return [state[f"{block}.attn.temperature"].shape[0] for block in blocks]
+
+
+def expansion_of(state: Mapping[str, Tensor], layer: str = r"\.ffn\.project_in") -> float | None:
+    """Return the expansion of feed-forward networks: the shortest decimal that gives the widths of all of them.
+
+    Args:
+        state: Tensors by name.
+        layer: Regular expression of the layers from ``channels`` to twice the hidden channels.
+
+    Returns:
+        The number of hidden channels divided by ``channels``, which was rounded down; None if no number fits.
+
+    Example:
+        >>> import torch
+        >>> expansion_of({"0.ffn.project_in.weight": torch.zeros(254, 48, 1, 1)})
+        2.65
+        >>> expansion_of({f"{c}.ffn.project_in.weight": torch.zeros(2 * h, c) for c, h in [(48, 127), (384, 1021)]})
+        2.66
+    """
+    weights = [tensor for name, tensor in state.items() if re.search(layer + r"\.weight$", name)]
+    widths = [(weight.shape[1], weight.shape[0] // 2) for weight in weights]
+    if not widths or min(map(min, widths)) < 1:
+        return None
+    smallest = max(hidden / channels for channels, hidden in widths)
+    for decimals in range(DECIMALS + 1):
+        expansion: float = math.ceil(smallest * 10.0**decimals) / 10.0**decimals
+        if all(int(expansion * channels) == hidden for channels, hidden in widths):
+            return expansion
+    return None
