@@ -3,6 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -93,6 +94,18 @@ class Network(nn.Module, ABC):
             The arguments; None if the tensors are of another network.
         """
         return {} if cls.signature in state else None
+
+    @classmethod
+    def assume(cls, path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the ``published_options`` of an authors' file: those that the user gave, else assumed ones.
+
+        A network with such options overrides it, and reports what it assumes in a warning.
+
+        Args:
+            path: The file, whose folder may tell.
+            given: Options that the user gave as ``FILE:name=value``.
+        """
+        return dict(given)
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
