@@ -64,6 +64,28 @@ def _indices_to_minimum(indices: Int[Tensor, " n"], minimum: int) -> Int[Tensor,
     return torch.arange(length, device=indices.device).clamp(max=indices[-1])
 
 
+def pad_with_zeros(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor, "b c h2 w2"]:
+    """Pad images with zeros at the bottom and the right until height and width are multiples of a number.
+
+    Args:
+        x: Images of any size.
+        multiple: Divisor of the padded height and width.
+
+    Example:
+        >>> import torch
+        >>> pad_with_zeros(torch.ones(1, 1, 2, 1), 3)[0, 0]
+        tensor([[1., 0., 0.],
+                [1., 0., 0.],
+                [0., 0., 0.]])
+    """
+    height, width = x.shape[2:]
+    if exporting():
+        padded = pad_to_multiple(x, multiple)
+        rows, columns = (torch.arange(length, device=x.device) for length in padded.shape[2:])
+        return padded * ((rows < height)[:, None] & (columns < width))
+    return F.pad(x, (0, -width % multiple, 0, -height % multiple))
+
+
 def padded_indices(last: Int[Tensor, ""], multiple: int, reflect: Tensor) -> Int[Tensor, " n"]:
     """Return the index of the row (or column) to copy for each row of a padded image.
 
