@@ -8,12 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from derain.errors import DerainError
 from derain.networks.base import Names, Network, count_numbered
+from derain.networks.iterations import assume_iterations, check_iterations
 from derain.nn.recurrent import STAGE_NAMES, RecurrentStage, State, conv3x3
-
-MAX_ITERATIONS = 100
-"""Limit of the iterations, since files do not bound them and time grows with them."""
 
 
 class BRN(Network):
@@ -37,7 +34,7 @@ class BRN(Network):
         ``(b, 3, h, w)`` in [0, 1] → same, not clamped; any ``h, w >= 1``.
 
     Raises:
-        DerainError: If there are fewer than 1 or more than `MAX_ITERATIONS` iterations.
+        DerainError: If there are fewer than 1 or more than 100 iterations.
 
     References:
         Ren et al., Single Image Deraining Using Bilateral Recurrent Network, IEEE TIP 2020, Figure 3. Shang et al.,
@@ -66,8 +63,7 @@ class BRN(Network):
 
     def __init__(self, iterations: int = 8, channels: int = 32, rain_blocks: int = 3, image_blocks: int = 5) -> None:
         super().__init__()
-        if not 1 <= iterations <= MAX_ITERATIONS:
-            raise DerainError(f"iterations {iterations}: expected 1 to {MAX_ITERATIONS}")
+        check_iterations(iterations)
         self.iterations = iterations
         self.rain_branch = RecurrentStage(6, channels, rain_blocks, memories=2)
         self.rain_tail = conv3x3(channels, 3)
@@ -114,20 +110,22 @@ class BRN(Network):
         return {"channels": channels, "image_blocks": count_numbered(state, r"res_conv(\d+)\.") - 1}
 
     @classmethod
-    def options_of_path(cls, path: Path) -> dict[str, Any]:
-        """Return the number of iterations by the folders of the authors' repositories.
+    def assume(cls, path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the number of iterations: given, by the folders of the authors' repositories, or 8 with a warning.
 
-        Those of the journal are ``SET/BRN``, those of ICASSP ``BRN/R100H`` and ``BRN/R100L``.
+        The journal's folders are ``SET/BRN``, those of ICASSP ``BRN/R100H`` and ``BRN/R100L``.
 
         Example:
-            >>> BRN.options_of_path(Path("logs/Rain100L/BRN/net_latest.pth"))
+            >>> BRN.assume(Path("logs/Rain100L/BRN/net_latest.pth"), {})
             {'iterations': 8}
-            >>> BRN.options_of_path(Path("logs/BRN/R100L/net_latest.pth"))
+            >>> BRN.assume(Path("logs/BRN/R100L/net_latest.pth"), {})
             {'iterations': 4}
         """
-        folder = path.resolve().parent
-        if folder.name == "BRN":
-            return {"iterations": 8}
-        if folder.parent.name == "BRN" and folder.name in {"R100H", "R100L"}:
-            return {"iterations": 4}
-        return {}
+        known = None
+        if path is not None:
+            folder = path.resolve().parent
+            if folder.name == "BRN":
+                known = 8
+            elif folder.parent.name == "BRN" and folder.name in {"R100H", "R100L"}:
+                known = 4
+        return assume_iterations(path, given, known, usual=8)

@@ -9,10 +9,11 @@ from derain.errors import DerainError
 from derain.networks.brn import BRN
 from tests.networks.goldens import (
     Golden,
+    authors_network,
     check_gradients,
     check_outputs,
     check_parameters,
-    check_real,
+    check_real_image,
     check_recognition,
     check_sizes,
     load,
@@ -65,16 +66,15 @@ def test_recognition(golden):
 
 
 @pytest.mark.parametrize(
-    ("folder", "options"),
-    [
-        ("logs/Rain100L/BRN", {"iterations": 8}),
-        ("logs/BRN/R100H", {"iterations": 4}),
-        ("logs/BRN-RX/R100H", {}),
-        ("downloads", {}),
-    ],
+    ("folder", "iterations", "warnings"),
+    [("logs/Rain100L/BRN", 8, 0), ("logs/BRN/R100H", 4, 0), ("downloads", 8, 1), ("BRN/downloads", 8, 1)],
 )
-def test_iterations_by_folder(folder, options):
-    assert BRN.options_of_path(Path(folder) / "net_latest.pth") == options
+def test_iterations_by_folder(folder, iterations, warnings, caplog):
+    path = Path(folder) / "net_latest.pth"
+    assert BRN.assume(path, {}) == {"iterations": iterations}
+    assert len(caplog.records) == warnings
+    assert BRN.assume(path, {"iterations": 5}) == {"iterations": 5}
+    assert len(caplog.records) == warnings
 
 
 def test_any_size():
@@ -98,7 +98,13 @@ def test_number_of_iterations_is_limited(iterations):
         BRN(iterations)
 
 
+REAL = {
+    "Rain100H": {"matlab-y": (27.2365, 0.91004), "prenet": (27.2371, 0.91006)},
+    "Rain100L": {"matlab-y": (40.6816, 0.99538), "prenet": (40.5280, 0.99517)},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["brn_H", "brn_L"])
-def test_real_images(run):
-    check_real(BRN, run, 3, iterations=8)
+@pytest.mark.parametrize("data", REAL)
+def test_real_image(data):
+    check_real_image(authors_network(BRN, f"brn/{data}/net_latest.pth"), data, 3, REAL[data])
