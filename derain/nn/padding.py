@@ -36,6 +36,36 @@ def pad_to_multiple(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor,
     return F.pad(x, (0, -width % multiple, 0, -height % multiple), mode)
 
 
+def pad_to_minimum(x: Float[Tensor, "b c h w"], minimum: int) -> Float[Tensor, "b c h2 w2"]:
+    """Repeat the border of images at the bottom and the right until no side is shorter than a number.
+
+    Args:
+        x: Images of any size.
+        minimum: Smallest height and width of the result.
+
+    Example:
+        >>> import torch
+        >>> pad_to_minimum(torch.zeros(1, 3, 37, 1), 8).shape
+        torch.Size([1, 3, 37, 8])
+    """
+    height, width = x.shape[2:]
+    if exporting():
+        return x[:, :, _repeated_indices(height, minimum, x.device)][..., _repeated_indices(width, minimum, x.device)]
+    if min(height, width) >= minimum:
+        return x
+    return F.pad(x, (0, max(minimum - width, 0), 0, max(minimum - height, 0)), "replicate")
+
+
+def _repeated_indices(side: int, minimum: int, device: torch.device) -> Int[Tensor, " n"]:
+    """Return the index of the row (or column) to copy for each row of an image that is padded by its border."""
+    last = torch.arange(side, device=device)[-1]
+    length: Any = (last + 1).clamp(min=minimum)
+    if torch.compiler.is_exporting():  # a symbolic number
+        length = length.item()
+        torch._check(length >= minimum)  # type: ignore[no-untyped-call]
+    return torch.arange(length, device=device).clamp(max=last)
+
+
 def padded_indices(last: Int[Tensor, ""], multiple: int, reflect: Tensor) -> Int[Tensor, " n"]:
     """Return the index of the row (or column) to copy for each row of a padded image.
 
