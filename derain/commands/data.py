@@ -239,7 +239,7 @@ def quickstart_photos(out: Path) -> int:
     return 0
 
 
-TASKS = {
+SUBCOMMANDS = {
     "list": list_sets,
     "verify": verify_sets,
     "synthesize": synthesize_set,
