@@ -186,11 +186,11 @@ def synthesize_set(
         seed: Seed of the rain.
         per_image: Rainy images for each clean one.
         overwrite: Replace a data set of an earlier run.
-        density: Share of the image that streaks cover, 0 to 4.
+        density: Total area of the streaks, divided by the image area, 0 to 4.
         length: Length of the nearest streaks in pixels, 1 to 400.
         width: Width of the nearest streaks in pixels, 0.2 to 40.
         angle: Angle in degrees from the vertical, positive falls to the right, -90 to 90.
-        spread: Standard deviation of the angle in degrees, 0 to 45.
+        spread: Standard deviation of the layers' angles in degrees, 0 to 45.
         layers: Number of depth layers, 1 to 16.
         brightness: Opacity of the brightest streaks, 0 to 1.
         veil: Opacity of the mist, 0 to 1.
@@ -216,10 +216,10 @@ def synthesize_set(
         if limits is None:
             continue
         if len(limits) > 2:
-            raise DerainError(f"--{name}: {len(limits)} numbers; give one number, or the least and the largest")
+            raise DerainError(f"--{name}: {len(limits)} numbers; give one number, or the smallest and the largest")
         smallest[name], largest[name] = limits[0], limits[-1]
-    lightest, heaviest = PRESETS[preset]
-    rains = (dataclasses.replace(lightest, **smallest), dataclasses.replace(heaviest, **largest))
+    low, high = PRESETS[preset]
+    rains = (dataclasses.replace(low, **smallest), dataclasses.replace(high, **largest))
     unreadable = synthesize(clean, out, rains, per_image=per_image, seed=seed, overwrite=overwrite)
     print(f"wrote data set: {out} (contact sheet: {out / 'contact_sheet.png'})")
     if unreadable:
