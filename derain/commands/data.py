@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from derain.data.layouts import LAYOUTS
-from derain.data.name_matching import find_set_folders, pair_files
+from derain.data.name_matching import find_data_set_folders, pair_files
 from derain.data.quickstart_photos import PHOTOS, write_photos
 from derain.data.rain import PRESETS, synthesize
 from derain.data.verify import Finding, verify
@@ -76,7 +76,7 @@ def _print_sets(sets: Sequence[dict[str, Any]], root: Path | None) -> None:
 
 def count_pairs(name: str, root: Path) -> dict[str, int]:
     """Return the number of pairs of each split of a set in the data root; empty if the set is not there."""
-    for folder in find_set_folders(name, root):
+    for folder in find_data_set_folders(name, root):
         counts = {split: len(pair_files(name, split, folder).pairs) for split in LAYOUTS[name].files}
         if any(counts.values()):
             return {split: count for split, count in counts.items() if count}
@@ -128,7 +128,7 @@ def find_folder(path: Path) -> Path:
         return path
     for name, layout in LAYOUTS.items():
         if name.lower() == str(path).lower() and layout.folders:
-            folders = find_set_folders(name, Path(root))
+            folders = find_data_set_folders(name, Path(root))
             return folders[0] if folders else path
     return path
 
