@@ -3,9 +3,9 @@
 On a Gaussian: 2-Wasserstein distance between the solver's result and the clean residuals, with the exact score; needs
 neither weights nor data. On a network: 5 to 100 steps and three seeds.
 
-Targets on the network: a semi-analytic solver (``mrs-*``) with 10 steps is at most 0.1 dB worse than posterior sampling with 100 steps
-on the same images and seeds, and at least 9 times as fast. Images are central crops of 128×128 of test images; PSNR and
-SSIM by the protocol `matlab-y`; on a GPU if there is one.
+Targets on the network: a semi-analytic solver (``mrs-*``) with 10 steps is at most 0.1 dB worse than posterior sampling
+with 100 steps on the same images and seeds, and at least 9 times as fast. Images are central crops of
+128×128 of test images; PSNR and SSIM by the protocol `matlab-y`; on a GPU if there is one.
 
     DERAIN_DATA=data DERAIN_SDE_WEIGHTS=runs/rain800/fit-1/weights.safetensors python benchmarks/solvers.py
 """

@@ -112,8 +112,8 @@ class RainDataModule(LightningDataModule):
 
     Args:
         train: Training data set, or a list.
-        val: Validation data set, or a list. None (``null``) and the string ``none`` differ: None, the default, holds out
-            a random share of ``train``; ``none`` trains on all pairs of ``train`` without validation.
+        val: Validation data set, or a list. None (``null``) and the string ``none`` differ: None, the default, holds
+            out a random share of ``train``; ``none`` trains on all pairs of ``train`` without validation.
         test: Test data set, or a list.
         predict: Folder of rainy images, or a data set, or a list, for ``derain predict``.
         root: Folder that contains the data sets; ``$DERAIN_DATA`` by default.

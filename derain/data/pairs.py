@@ -343,8 +343,8 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
             f"{root}: no {split} pairs, it contains {describe_contents(root)}; expected {expected}; "
             "give other layouts by name, as in Rain800:path (see derain data list)"
         )
-    most = max(len(paired.pairs) for paired in candidates.values())
-    best = {name: paired for name, paired in candidates.items() if len(paired.pairs) == most}
+    most_pairs = max(len(paired.pairs) for paired in candidates.values())
+    best = {name: paired for name, paired in candidates.items() if len(paired.pairs) == most_pairs}
     if len({to_pairs(paired) for paired in best.values()}) > 1:
         options = " or ".join(f"{name}:{root} ({paired.variant})" for name, paired in best.items())
         raise DerainError(f"{root}: several layouts fit and disagree about the pairs; give one: {options}")
