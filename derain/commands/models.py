@@ -68,4 +68,4 @@ def show_model(name: str = "default") -> int:
     return 0
 
 
-TASKS = {"list": list_models, "info": show_model}
+SUBCOMMANDS = {"list": list_models, "info": show_model}
