@@ -39,9 +39,10 @@ def list_models(*, all: bool = False) -> int:
 
 
 def _public_table() -> Table:
-    table = Table("name", "method", "licence", "trained on", "fetched from the hub", title_justify="left")
+    table = Table("name", "method", "licence", "trained on", title="fetched from the Hugging Face hub on first use")
+    table.columns[0].no_wrap = True
     for name, model in public().items():
-        table.add_row(name, model.method, model.licence, ", ".join(model.trained_on), model.hub)
+        table.add_row(name, model.method, model.licence, ", ".join(model.trained_on))
     return table
 
 
@@ -66,6 +67,21 @@ def show_model(name: str = "default") -> int:
     else:
         print(card, end="")
     return 0
+
+
+def _public_card(name: str) -> str:
+    """Return what is known of a public model."""
+    model = public()[name]
+    lines = [
+        f"{name}: {model.method}",
+        f"fetched on first use from https://huggingface.co/{model.hub} ({model.file})",
+        f"licence: {model.licence}",
+        f"trained on: {', '.join(model.trained_on)}",
+    ]
+    if model.published:
+        lines.append("published results in RGB, not reproduced by derain (PSNR in dB, SSIM):")
+        lines += [f"  {dataset}: {psnr:.2f}, {ssim:.3f}" for dataset, (psnr, ssim) in model.published.items()]
+    return "".join(f"{line}\n" for line in lines)
 
 
 SUBCOMMANDS = {"list": list_models, "info": show_model}
