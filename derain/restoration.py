@@ -269,7 +269,7 @@ def _load(weights: Path | str | DerainModule, method: str | type | None) -> tupl
     if isinstance(weights, DerainModule):
         if method is not None:
             raise ArgumentError(f"method {method}: not used with a {type(weights).__name__}; omit it")
-        return weights, type(weights).__name__
+        return weights, weights.title
     module, note = load(weights, method)
     if not isinstance(module, DerainModule):
         raise DerainError(

@@ -46,7 +46,7 @@ def load_restorers(names: Sequence[str], device: str) -> dict[str, Restorer]:
     ambiguous = len(set(stems.values())) < len(stems)
     labelled = {}
     for name, restorer in restorers.items():
-        method = type(restorer.method).__name__.removesuffix("Module")
+        method = restorer.method.title.removesuffix("Module")
         labelled[f"{name if ambiguous else stems[name]} · {method}"] = restorer
     return labelled
 

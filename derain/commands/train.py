@@ -278,7 +278,7 @@ class DerainCLI(LightningCLI):
         self._configure_evaluation(config)
         log.info(
             "%s: %s trainable parameters; saving the run to %s",
-            type(self.model).__name__,
+            self.model.title,
             f"{self.model.parameter_count:,}",
             self.folder,
         )

@@ -30,6 +30,9 @@ write."""
 STATE_KEYS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net")
 """Keys of the state dict in files of BasicSR (Restormer's authors), open_clip (DA-CLIP's) and other libraries."""
 
+PREFIXES = ("module.", "net.")
+"""Prefixes of all names in files of `torch.nn.DataParallel` and of Lightning modules."""
+
 BUILD_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 """Exceptions of networks that are built with unexpected arguments."""
 
@@ -104,7 +107,7 @@ def read(path: Path) -> Content:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
-        return Content(_tensors(path, content), {}, "published", "authors' weights of {}")
+        return Content(_without_prefix(_tensors(path, content)), {}, "published", "authors' weights of {}")
     found = ", ".join(map(str, list(content)[:4])) if isinstance(content, Mapping) else type(content).__name__
     raise DerainError(f"{path}: contains no known method (found {shorten(found) or 'nothing'} …); {EXPECTED}")
 
@@ -175,6 +178,14 @@ def _from_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> Content:
     epoch = checkpoint.get("epoch")
     label += f" of {{}}, epoch {epoch if isinstance(epoch, int) else 'unknown'}"
     return Content(state, metadata, "checkpoint", label)
+
+
+def _without_prefix(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return a state dict without a prefix of `PREFIXES` that all names have."""
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
 
 
 def _tensors(path: Path, state: object) -> Mapping[str, Tensor]:

@@ -52,8 +52,8 @@ class DerainModule(TrainableModule, ABC):
     protocols: tuple[str, ...] = ("matlab-y",)
     lpips: Lpips | None = None
     scores: dict[str, dict[str, Scores]]
-    bytes_per_pixel: ClassVar[int] = 4096
-    tile_multiple: ClassVar[int] = 32
+    bytes_per_pixel: int = 4096
+    tile_multiple: int = 32
     compiles_any_size: ClassVar[bool] = True
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 

@@ -87,6 +87,8 @@ def load(name: Path | str, method: str | type | None = None) -> Weights:
         DerainError: If the file is absent, damaged or unknown, does not fit its method, or contains NaN or infinity.
     """
     named = None if method is None else use_method(method)
+    if named is not None and not issubclass(named, TrainableModule):
+        named = None  # a network, which the weights of a RegressionModule may name
     weights = _load(name, named)
     if named is not None:
         _warn_if_unused(name, weights.module, named)
@@ -141,7 +143,7 @@ def _load(name: Path | str, named: type[TrainableModule] | None) -> Weights:
 
 
 def _note(content: Content, module: TrainableModule) -> str:
-    return content.label.format(f"{type(module).__name__} ({module.parameter_count:,} parameters)")
+    return content.label.format(f"{module.title} ({module.parameter_count:,} parameters)")
 
 
 def _from_metadata(path: Path, content: Content, named: type[TrainableModule] | None) -> Weights:

@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import re
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -162,7 +162,7 @@ class OnnxModule(DerainModule):
         network: Network that runs the file.
     """
 
-    bytes_per_pixel: ClassVar[int] = 8000  # measured: 6,400 for Restormer in onnxruntime, less for the rest
+    bytes_per_pixel: int = 8000  # measured: 6,400 for Restormer in onnxruntime, less for the rest
 
     def __init__(self, network: OnnxNetwork) -> None:
         super().__init__()

@@ -26,6 +26,7 @@ BUILT_IN = (
     "derain.methods.plnlingan.module.PLNLINGANModule",
     "derain.methods.restormer.module.RestormerModule",
     "derain.methods.prenet.module.PReNetModule",
+    "derain.methods.regression.module.RegressionModule",
 )
 """Methods of derain: a new one adds a line."""
 
@@ -89,10 +90,35 @@ def use_method(name: str | type, argument: str = "method") -> Any:
             "argument of Restorer"
         )
     method = _import(name, argument) if isinstance(name, str) else name
-    if not _is_method(method):
-        raise ArgumentError(f"{argument} {name}: is no class that derives from derain.DerainModule; name one that does")
+    if not _is_method(method) and not _is_network(method):
+        raise ArgumentError(
+            f"{argument} {name}: is no class that derives from derain.DerainModule, nor a network for RegressionModule "
+            "(torch.nn.Module); name one that does"
+        )
     _named[class_path(method)] = method
     return method
+
+
+def is_named(path: str) -> bool:
+    """Return whether the user has named the class of this path."""
+    return path in _named
+
+
+def import_class(path: str, option: str, base: type) -> Any:
+    """Import a class that a configuration names.
+
+    Args:
+        path: Path of the class, such as ``torch.optim.AdamW``.
+        option: Option that named it, for messages.
+        base: Class that it must derive from.
+
+    Raises:
+        ArgumentError: If there is no such class.
+    """
+    found = _import(path, option)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ArgumentError(f"{option} {path}: is no {base.__module__}.{base.__qualname__}; name a class that is")
+    return found
 
 
 def add_current_folder(path: str) -> None:
@@ -166,7 +192,7 @@ def _unknown(path: Path, name: str, origin: str | None) -> DerainError:
 def methods() -> list[Any]:
     """Return all classes that are known here: of derain, of installed packages, and those that the user named."""
     classes = [built_in(name) for name in _built_in_paths()]
-    return list(dict.fromkeys((*classes, *_announced(), *_named.values())))
+    return list(dict.fromkeys((*classes, *_announced(), *filter(_is_method, _named.values()))))
 
 
 def built_in(name: str) -> Any:
@@ -214,6 +240,11 @@ def _report_broken(entry: importlib.metadata.EntryPoint, reason: str) -> None:
 
 def _is_method(method: object) -> bool:
     return isinstance(method, type) and hasattr(method, "metadata_schema")
+
+
+def _is_network(found: object) -> bool:
+    """Return whether a class is a network: a module of PyTorch, which this file does not import."""
+    return isinstance(found, type) and any(class_path(base) == "torch.nn.modules.module.Module" for base in found.mro())
 
 
 def _import(name: str, argument: str) -> Any:

@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ class SpandrelModule(DerainModule):
         descriptor: ``ImageModelDescriptor`` of spandrel: the network, its architecture and the sizes that it accepts.
     """
 
-    bytes_per_pixel: ClassVar[int] = 12_000  # an assumption: the networks were not measured
+    bytes_per_pixel: int = 12_000  # an assumption: the networks were not measured
 
     def __init__(self, descriptor: Any) -> None:
         super().__init__()

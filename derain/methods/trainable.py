@@ -105,6 +105,11 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         self.finite = FiniteCheck()
 
     @property
+    def title(self) -> str:
+        """Name of the method in messages and tables; by default that of the class."""
+        return type(self).__name__
+
+    @property
     def is_fitting(self) -> bool:
         """Whether a trainer runs ``fit``."""
         return self._trainer is not None and self._trainer.state.fn == "fit"

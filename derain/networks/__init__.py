@@ -1,1 +1,4 @@
-"""Networks of published systems; each is one class, trained and run by `derain.methods.regression.RegressionModule`."""
+"""Networks of published systems, which `derain.methods.regression.RegressionModule` trains and runs."""
+
+NETWORKS: tuple[str, ...] = ()
+"""Class paths of the networks: a new one adds a line."""

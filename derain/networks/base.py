@@ -3,6 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +23,7 @@ class Network(nn.Module, ABC):
     A subclass has a default for each argument of ``__init__``: scalars, strings, lists and dictionaries only.
 
     Attributes:
-        size_multiple: Images are padded to a multiple of it, by reflection at the bottom and the right.
+        size_multiple: Images are padded to a multiple of it at the bottom and the right, see `pad`.
         bgr: Whether the network was designed for the channel order blue, green, red.
         bytes_per_pixel: Memory of ``forward`` at inference in bytes a pixel, measured in float32.
         tile_multiple: Number that sides of tiles should be multiples of.
@@ -64,11 +65,15 @@ class Network(nn.Module, ABC):
         """Restore RGB images of any size in [0, 1]; not clamped."""
         return self.outputs(rainy)["derained"]
 
+    def pad(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
+        """Return images padded at the bottom and the right to multiples of ``size_multiple``, by reflection."""
+        return pad_to_multiple(image, self.size_multiple) if self.size_multiple > 1 else image
+
     def outputs(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
         """Return all outputs for RGB images of any size in [0, 1]; images among them are RGB."""
         height, width = rainy.shape[2:]
         image = rainy.flip(1) if self.bgr else rainy
-        padded = pad_to_multiple(image, self.size_multiple) if self.size_multiple > 1 else image
+        padded = self.pad(image)
         outputs = {}
         for name, output in self.restore(padded).items():
             if output.shape[2:] == padded.shape[2:]:
@@ -89,6 +94,18 @@ class Network(nn.Module, ABC):
             The arguments; None if the tensors are of another network.
         """
         return {} if cls.signature in state else None
+
+    @classmethod
+    def assume(cls, path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the ``published_options`` of an authors' file: those that the user gave, else assumed ones.
+
+        A network with such options overrides it, and reports what it assumes in a warning.
+
+        Args:
+            path: The file, whose folder may tell.
+            given: Options that the user gave as ``FILE:name=value``.
+        """
+        return dict(given)
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -31,9 +31,11 @@ Interact = Callable[[int, Float[Tensor, "b h w c"]], Float[Tensor, "b h w c"]]
 """Function of a level and its features that returns features of the same shape, applied before upsampling."""
 
 
-def pointwise(x: Float[Tensor, "b h w i"], weight: Float[Tensor, "o i 1 1"]) -> Float[Tensor, "b h w o"]:
-    """Apply a 1×1 convolution without bias."""
-    return F.conv2d(x.permute(0, 3, 1, 2), weight).permute(0, 2, 3, 1)
+def pointwise(
+    x: Float[Tensor, "b h w i"], weight: Float[Tensor, "o i 1 1"], bias: Float[Tensor, " o"] | None = None
+) -> Float[Tensor, "b h w o"]:
+    """Apply a 1×1 convolution."""
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
 
 
 def spatial(x: Float[Tensor, "b h w i"], convolution: nn.Module) -> Float[Tensor, "b h w o"]:

@@ -13,7 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from derain.images import read_rgb
+from derain.methods.prenet.network import PReNet
+from derain.metrics import psnr_ssim, resolve
 from derain.networks.base import Network, translate_name
+from derain.nn.restormer import Restormer
 
 Change = Callable[[Tensor], Tensor]
 """Changes an input or an output between the authors' form and ours, such as ``lambda image: image / 255``."""
@@ -100,6 +104,20 @@ def load(network: Network, golden: Golden) -> None:
     defaults = {name for name, _ in network.named_buffers()}
     assert result.unexpected_keys == []
     assert set(result.missing_keys) <= defaults
+
+
+def published_state(network: Network, golden: Golden) -> dict[str, Tensor]:
+    """Return the tensors of a network by the authors' names, such as of a small one to test `Network.options_of`.
+
+    Args:
+        network: The network; it may have other shapes and fewer blocks than the recorded one.
+        golden: Recorded outputs with all names.
+    """
+    own, names = network.state_dict(), type(network).published_names
+    translated = {key: translate_name(key, names) for key, *_ in golden.rows()}
+    state = {key: own[name] for key, name in translated.items() if name in own}
+    assert own.keys() == {translated[key] for key in state}
+    return state
 
 
 def check_outputs(
@@ -189,6 +207,81 @@ def check_parameters(network: Network, golden: Golden) -> None:
     """Compare the number of parameters, with those that the authors' network does not use, with the measured one."""
     own = sum(parameter.numel() for parameter in network.parameters())
     assert own + unused_numbers(type(network), golden) == golden.facts["measured"]["params"]
+
+
+def check_recognition(network: type[Network], *own: str) -> None:
+    """Check that a network takes the tensors of no other system for its own.
+
+    Args:
+        network: Class of the network.
+        own: Names of the recorded systems that are this network.
+    """
+    others = {path.stem for path in folder().glob("*.npz")} - set(own)
+    keys = {name: [str(key) for key in np.load(folder() / f"{name}.npz")["keys"]] for name in others}
+    keys |= {"Restormer": list(Restormer().state_dict()), "PReNet": list(PReNet().state_dict())}
+    for name, names in keys.items():
+        assert network.options_of(dict.fromkeys(names, torch.empty(0))) is None, name
+
+
+def check_sizes(network: Network, *sizes: tuple[int, int]) -> None:
+    """Check that outputs have the size of the images, are repeatable, and do not depend on the rest of the batch.
+
+    Args:
+        network: A small network with random weights.
+        sizes: Heights and widths; by default 1×1 and three odd ones.
+    """
+    network.eval().double()
+    for height, width in sizes or ((1, 1), (1, 9), (7, 5), (33, 18)):
+        rainy = torch.rand(3, 3, height, width, dtype=torch.float64)
+        with torch.no_grad():
+            derained, again = network(rainy), network(rainy)
+            single = network(rainy[1:2])
+        assert derained.shape == rainy.shape
+        assert derained.isfinite().all()
+        assert torch.equal(derained, again)
+        torch.testing.assert_close(single, derained[1:2], rtol=1e-9, atol=1e-9)
+    network.float()
+
+
+def authors_network(network: type[Network], path: str) -> Network:
+    """Return a network with the authors' weights; skip the test if they are absent.
+
+    Args:
+        network: Class of the network.
+        path: Their file in the folder ``weights``, such as ``nledn/Rain100L/net_Rain100L.pth``.
+    """
+    file = folder() / "weights" / path
+    if not file.exists():
+        pytest.skip(f"DERAIN_DATA/../zoo/weights/{path}, weights of the authors, is absent")
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    options = network.options_of(state)
+    assert options is not None
+    restorer = network(**options)
+    restorer.load_state_dict(network.translate(state), strict=True)
+    return restorer.eval()
+
+
+def check_real_image(network: Network, data: str, number: int, recorded: Mapping[str, tuple[float, float]]) -> None:
+    """Restore an image and compare PSNR to 0.002 dB and SSIM to 0.0001 with those of the authors' code.
+
+    Args:
+        network: The network with the authors' weights.
+        data: ``Rain100L`` or ``Rain100H``.
+        number: Number of the image.
+        recorded: PSNR and SSIM by protocol.
+    """
+    files = {
+        "Rain100L": (f"rainy/rain-{number:03}.png", f"norain-{number:03}.png"),
+        "Rain100H": (f"rain/norain-{number}.png", f"norain/norain-{number}.png"),
+    }
+    root = Path(os.environ["DERAIN_DATA"]) / data
+    rainy, clean = (read_rgb(root / file) for file in files[data])
+    with torch.no_grad():
+        derained = network(torch.from_numpy(rainy.astype(np.float32).transpose(2, 0, 1) / 255)[None])
+    pixels = derained[0].clamp(0, 1).permute(1, 2, 0).double().numpy()
+    for protocol, (psnr, ssim) in recorded.items():
+        scores = psnr_ssim(pixels, clean, resolve([protocol])[0])
+        assert scores == (pytest.approx(psnr, abs=0.002), pytest.approx(ssim, abs=1e-4)), protocol
 
 
 def _recorded(golden: Golden, name: str, size: str, dtype: torch.dtype) -> Tensor | None:

@@ -86,7 +86,7 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
 
     metadata_schema: ClassVar[Any] = CLIPRPNMetadata
     bounded_by_file: ClassVar[bool] = True
-    bytes_per_pixel: ClassVar[int] = 4700
+    bytes_per_pixel: int = 4700
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "CLIP-RPN, 1 route": {"perception": "none"},
         "CLIP-RPN, 2 routes": {"perception": "fixed"},

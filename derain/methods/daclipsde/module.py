@@ -79,7 +79,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
     """
 
     bounded_by_file: ClassVar[bool] = True
-    bytes_per_pixel: ClassVar[int] = 6000
+    bytes_per_pixel: int = 6000
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "IR-SDE, one step": {"contexts": "none", "multipliers": (2, 4, 8, 16)},
         "DA-CLIP + IR-SDE, one step": {},

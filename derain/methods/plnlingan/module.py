@@ -72,7 +72,7 @@ class PLNLINGANModule(DerainModule, Explains):
 
     bounded_by_file: ClassVar[bool] = True
     compiles_any_size: ClassVar[bool] = False
-    tile_multiple: ClassVar[int] = 56
+    tile_multiple: int = 56
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "PLNLIN": {},
         "PLNLIN, tiny": {"channels": 16, "stages": (1, 1, 1, 1), "hierarchy": 1, "heads": 1},

@@ -42,7 +42,7 @@ class PReNetModule(DerainModule):
     """
 
     bounded_by_file: ClassVar[bool] = True
-    bytes_per_pixel: ClassVar[int] = 1600
+    bytes_per_pixel: int = 1600
     published_options: ClassVar[frozenset[str]] = frozenset({"variant", "stages"})
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {variant: {"variant": variant} for variant in VARIANTS}
 

@@ -56,7 +56,7 @@ class RestormerModule(DerainModule):
     """
 
     bounded_by_file: ClassVar[bool] = True
-    bytes_per_pixel: ClassVar[int] = 4700
+    bytes_per_pixel: int = 4700
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"Restormer": {}}
     may_change = DerainModule.may_change | {"hold", "min_learning_rate", "mixup"}
     compiles_any_size: ClassVar[bool] = False  # frozen weights and unknown sizes: wrong strides in inductor, torch 2.13

@@ -1,0 +1,291 @@
+"""Lightning module of systems that are a network, a loss between its outputs and the clean image, and one optimiser."""
+
+import importlib
+import inspect
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from derain.batch import PairBatch
+from derain.errors import DerainError
+from derain.files.metadata import shorten
+from derain.files.weights import BUILD_ERRORS, Content
+from derain.methods import registry
+from derain.methods.base import DerainModule
+from derain.networks import NETWORKS
+from derain.networks.base import Network
+from derain.nn.losses import LOSSES
+from derain.nn.schedule import multiplied_at, warm_up_then_cosine
+
+log = logging.getLogger("derain")
+
+LossWeights = dict[str, dict[str, float]]
+"""Weights of losses by the name of the output and of the loss."""
+
+SCHEDULES = {
+    "constant": frozenset(),
+    "cosine": frozenset({"warm_up", "hold", "minimum"}),
+    "milestones": frozenset({"milestones", "decay"}),
+}
+"""Options of the schedules that are known by name."""
+
+LENGTHS = ("T_max", "total_steps", "total_iters")
+"""Arguments of PyTorch's schedules that are the length of the training unless they are given."""
+
+
+class RegressionModule(DerainModule):
+    """A network that is trained by the distance of its outputs to the clean image.
+
+    Args:
+        network: Class of the network: a name of derain, such as ``DRSformer`` (`derain.networks`), or the path of any
+            module that maps images ``(b, 3, h, w)`` in [0, 1] to derained ones, such as ``my_network.MyNetwork``.
+        network_options: Arguments of the class; by default those of its paper.
+        loss: Name of a loss of the derained image (`derain.nn.losses`), or weights by output and loss:
+            ``{derained: {charbonnier: 1, edge: 0.05}}``. A network's class describes its outputs.
+        optimizer: Class of the optimizer: ``Adam`` for ``torch.optim.Adam``, or any other by its path.
+        learning_rate: Learning rate of the optimizer.
+        optimizer_options: Further arguments of the optimizer.
+        schedule: Schedule of the learning rate: ``constant``; ``cosine``, stepped by batch; ``milestones``, stepped by
+            epoch; or the path of a class, such as ``torch.optim.lr_scheduler.StepLR``.
+        schedule_options: For ``cosine``: ``warm_up`` and ``hold``, shares of the training, and ``minimum``, the final
+            learning rate, all 0 by default; for ``milestones``: the epochs ``milestones`` and the factor ``decay``; for
+            a class: its arguments, and ``interval``, ``step`` or ``epoch`` (default). PyTorch's ``T_max``,
+            ``total_steps`` and ``total_iters`` are the length of the training unless they are given.
+
+    Raises:
+        DerainError: If an option has no meaning, or the network cannot be built.
+    """
+
+    bounded_by_file: ClassVar[bool] = True
+    published_options: ClassVar[frozenset[str]] = frozenset({"iterations"})
+    may_change = DerainModule.may_change | {"schedule_options", "optimizer_options"}
+
+    def __init__(
+        self,
+        network: str = "NLEDN",
+        network_options: dict[str, Any] | None = None,
+        loss: str | LossWeights = "l1",
+        optimizer: str = "Adam",
+        learning_rate: float = 1e-4,
+        optimizer_options: dict[str, Any] | None = None,
+        schedule: str = "cosine",
+        schedule_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.learning_rate = learning_rate
+        self.loss: LossWeights = {"derained": {loss: 1.0}} if isinstance(loss, str) else loss
+        _check_losses(self.loss)
+        self.optimizer, self.optimizer_options = optimizer, dict(optimizer_options or {})
+        self.schedule, self.schedule_options = schedule, dict(schedule_options or {})
+        _check_schedule(schedule, self.schedule_options)
+        network_class = find_network(network)
+        self.network = build(network_class, network_options or {})
+        if isinstance(self.network, Network):
+            self.bytes_per_pixel = self.network.bytes_per_pixel
+            self.tile_multiple = self.network.tile_multiple
+
+    @property
+    def title(self) -> str:
+        """Name of the network."""
+        return type(self.network).__name__
+
+    def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Restore images of any size in [0, 1]."""
+        return cast(Tensor, self.network(rainy))
+
+    @classmethod
+    def from_content(cls, path: Path, content: Content) -> "RegressionModule":
+        """Build the module that a weights file of derain describes, in eval mode.
+
+        Raises:
+            DerainError: If the content does not fit, or names a network that neither derain nor the user has named.
+        """
+        name = content.metadata["hyper_parameters"].get("network", "")
+        if not isinstance(name, str) or not (name in network_paths() or registry.is_named(name)):
+            raise DerainError(
+                f"{path}: was written with the network {shorten(name, 100)}, which derain does not have; if you trust "
+                f"it, add --method {shorten(name, 100)}"
+            )
+        return cast("RegressionModule", super().from_content(path, content))
+
+    @classmethod
+    def from_published(
+        cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any
+    ) -> "RegressionModule | None":
+        """Return the method with the authors' weights of a network, which the names of the tensors tell.
+
+        Raises:
+            DerainError: If the tensors resemble those of a network, but do not fit.
+        """
+        for name in network_paths():
+            network_class = cast(type[Network], find_network(name))
+            found = network_class.options_of(state)
+            if found is None:
+                continue
+            assumed = network_class.assume(path, options)
+            module = cls(network=name, network_options={**found, **assumed})
+            module.network.load_state_dict(network_class.translate(state), strict=True)
+            return module
+        return None
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """Return the weighted sum of the losses of the outputs."""
+        rainy, clean = batch["rainy"], batch["clean"]
+        outputs, targets = self.outputs_and_targets(rainy, clean)
+        terms = {
+            f"{output}_{name}": weight * LOSSES[name](outputs[output].float(), targets[output])
+            for output, weights in self.loss.items()
+            for name, weight in weights.items()
+        }
+        loss = torch.stack(list(terms.values())).sum()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["name"]))
+        if len(terms) > 1:
+            self.log_dict({f"train/{name}": term for name, term in terms.items()}, batch_size=len(batch["name"]))
+        return loss
+
+    def outputs_and_targets(
+        self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the outputs of the network and what they should be, by name.
+
+        Raises:
+            DerainError: If the loss names an output that the network does not have.
+        """
+        if isinstance(self.network, Network):
+            outputs = self.network.outputs(rainy)
+            targets = self.network.targets(rainy, clean, outputs)
+        else:
+            outputs, targets = {"derained": self.network(rainy)}, {"derained": clean}
+        unknown = sorted(set(self.loss) - set(outputs))
+        if unknown:
+            raise DerainError(f"--model.loss {unknown[0]}: {self.title} has the outputs {', '.join(outputs)}")
+        return outputs, targets
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer and the schedule of its learning rate.
+
+        Raises:
+            DerainError: If they do not accept their options.
+        """
+        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        options = {"lr": self.learning_rate, **self.optimizer_options}
+        optimizer_class = _import(self.optimizer, "torch.optim", torch.optim.Optimizer, "optimizer")
+        optimizer = _build(optimizer_class, trained, options, "optimizer_options")
+        if self.schedule == "constant":
+            return optimizer
+        scheduler, interval = self._scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer) -> tuple[Any, str]:
+        options = dict(self.schedule_options)
+        factors = torch.optim.lr_scheduler.LambdaLR
+        if self.schedule == "cosine":
+            minimum = options.get("minimum", 0.0) / self.learning_rate
+            curve = warm_up_then_cosine(self.steps, options.get("warm_up", 0.0), minimum, options.get("hold", 0.0))
+            return factors(optimizer, curve), "step"
+        if self.schedule == "milestones":
+            return factors(optimizer, multiplied_at(options["milestones"], options["decay"])), "epoch"
+        interval = options.pop("interval", "epoch")
+        schedule_class = _import(self.schedule, "torch.optim.lr_scheduler", torch.optim.lr_scheduler.LRScheduler)
+        for name in LENGTHS:
+            if name in inspect.signature(schedule_class).parameters and name not in options:
+                options[name] = self.steps if interval == "step" else self.trainer.max_epochs
+                log.info("%s: %s = %s, the length of the training", self.schedule, name, options[name])
+        return _build(schedule_class, optimizer, options, "schedule_options"), interval
+
+
+def network_paths() -> dict[str, str]:
+    """Return the class paths of derain's networks by the names of their classes."""
+    return {path.rpartition(".")[2]: path for path in NETWORKS}
+
+
+def find_network(name: str) -> type[nn.Module]:
+    """Return the class of a network.
+
+    Args:
+        name: Name of a network of derain, or a class path, which is imported: configurations are code.
+
+    Raises:
+        DerainError: If there is none.
+    """
+    paths = network_paths()
+    if name in paths:
+        module, _, attribute = paths[name].rpartition(".")
+        return cast(type[nn.Module], getattr(importlib.import_module(module), attribute))
+    if "." not in name:
+        raise DerainError(
+            f"--model.network {name}: expected {', '.join(paths)}, or a path such as my_network.MyNetwork"
+        )
+    return cast(type[nn.Module], registry.import_class(name, "--model.network", nn.Module))
+
+
+def build(network_class: type[nn.Module], options: Mapping[str, Any]) -> nn.Module:
+    """Build a network.
+
+    Raises:
+        DerainError: If it does not accept the options.
+    """
+    known = inspect.signature(network_class).parameters
+    unknown = sorted(set(options) - set(known))
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        expected = ", ".join(known) or "none"
+        raise DerainError(f"--model.network_options {unknown[0]}: {network_class.__name__} has {expected}")
+    return network_class(**options)
+
+
+def _build(kind: Any, first: Any, options: Mapping[str, Any], option: str) -> Any:
+    """Build an optimizer or a schedule.
+
+    Raises:
+        DerainError: If it does not accept the options.
+    """
+    try:
+        return kind(first, **options)
+    except BUILD_ERRORS as error:
+        given = ", ".join(f"{name}={value}" for name, value in options.items())
+        raise DerainError(f"--model.{option}: {kind.__name__} does not accept {given} ({shorten(error)})") from error
+
+
+def _import(name: str, package: str, base: Any, option: str = "schedule") -> Any:
+    """Return the class of an optimizer or a schedule; a name without dots is one of PyTorch's.
+
+    Raises:
+        DerainError: If there is none.
+    """
+    return registry.import_class(name if "." in name else f"{package}.{name}", f"--model.{option}", base)
+
+
+def _check_losses(weights: LossWeights) -> None:
+    known = ", ".join(LOSSES)
+    if not weights or not all(weights.values()):
+        raise DerainError(f"--model.loss {weights}: expected a loss, such as l1, or {{derained: {{l1: 1}}}}")
+    for output, terms in weights.items():
+        for name, weight in terms.items():
+            if name not in LOSSES:
+                raise DerainError(f"--model.loss {output}.{name}: expected one of {known}")
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise DerainError(f"--model.loss {output}.{name} {weight}: expected a number, its weight")
+
+
+def _check_schedule(name: str, options: Mapping[str, Any]) -> None:
+    if name in SCHEDULES:
+        unknown = sorted(set(options) - SCHEDULES[name])
+        if unknown:
+            expected = ", ".join(sorted(SCHEDULES[name])) or "no options"
+            raise DerainError(f"--model.schedule_options {unknown[0]}: {name} has {expected}")
+        if name == "milestones" and set(options) != SCHEDULES[name]:
+            raise DerainError("--model.schedule_options: milestones needs milestones (epochs) and decay (a factor)")
+        if name == "cosine" and (
+            min(options.get("warm_up", 0), options.get("hold", 0)) < 0
+            or options.get("warm_up", 0) + options.get("hold", 0) >= 1
+        ):
+            raise DerainError(f"--model.schedule_options {dict(options)}: expected shares with a sum below 1")
+    elif "." not in name:
+        raise DerainError(f"--model.schedule {name}: expected {', '.join(SCHEDULES)}, or the path of a class")

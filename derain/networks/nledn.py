@@ -1,0 +1,275 @@
+r"""NLEDN: encoder-decoder of dense blocks, each of which begins with attention between distant pixels.
+
+Li et al., Non-locally Enhanced Encoder-Decoder Network for Single Image De-raining, ACM Multimedia 2018. Max pooling
+remembers where the maxima were, and the decoder puts its features back there ("pooling indices").
+
+Attention is non-local within the pieces of a grid: all pieces are one batch, so that a map is read once. Pieces at the
+bottom and the right may be shorter than the others; their missing pixels are masked.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from derain.errors import DerainError
+from derain.networks.base import Names, Network, count_numbered
+from derain.nn.graphs import exporting
+
+
+class NonLocal(nn.Module):
+    """Attention of each pixel to the pixels of its piece, halved by max pooling.
+
+    Args:
+        channels: Number of channels.
+        inner: Channels of queries, keys and values.
+        grid: Number of pieces along each side; 1 attends to the whole map.
+
+    Shape:
+        ``(b, channels, h, w)`` → same, if no piece has a side of one pixel only, except shorter ones at the border.
+
+    References:
+        NLEDN, eqs. 1 to 4: ``y = W softmax(θ(x)ᵀ φ(x)) g(x) + x``, without scaling.
+    """
+
+    def __init__(self, channels: int, inner: int, grid: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.query = nn.Conv2d(channels, inner, 1)
+        self.key = nn.Conv2d(channels, inner, 1)
+        self.value = nn.Conv2d(channels, inner, 1)
+        self.project = nn.Conv2d(inner, channels, 1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Attend."""
+        height, width = x.shape[2:]
+        rows, columns = ((side + self.grid - 1) // self.grid for side in (height, width))  # of a piece
+        key, value = (
+            F.max_pool2d(self.pieces(part(x), rows, columns).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+            for part in (self.key, self.value)
+        )
+        attended = F.scaled_dot_product_attention(
+            self.pieces(self.query(x), rows, columns).flatten(1, 2)[:, None],
+            key.flatten(1, 2)[:, None],
+            value.flatten(1, 2)[:, None],
+            attn_mask=self.mask(x, rows, columns),
+            scale=1.0,
+        )
+        grid, inner = self.grid, attended.shape[-1]
+        whole = attended.reshape(-1, grid, grid, rows, columns, inner).permute(0, 5, 1, 3, 2, 4)
+        whole = whole.reshape(-1, inner, grid * rows, grid * columns)[..., :height, :width]
+        return cast(Tensor, self.project(whole) + x)
+
+    def pieces(self, x: Float[Tensor, "b c h w"], rows: int, columns: int) -> Float[Tensor, "n rows columns c"]:
+        """Split a map, continued at the bottom and the right by its border."""
+        grid, (height, width) = self.grid, x.shape[2:]
+        if grid > 1 and (exporting() or height % grid or width % grid):
+            x = F.pad(x, (0, grid * columns - width, 0, grid * rows - height), "replicate")
+        split = x.reshape(-1, x.shape[1], grid, rows, grid, columns).permute(0, 2, 4, 3, 5, 1)
+        return split.reshape(-1, rows, columns, x.shape[1])
+
+    def mask(self, x: Float[Tensor, "b c h w"], rows: int, columns: int) -> Tensor | None:
+        """Return 0 where keys are of pixels of the map, −∞ elsewhere, ``(b · pieces, 1, 1, keys)``; None if all are."""
+        grid, (height, width) = self.grid, x.shape[2:]
+        if grid == 1 or not (exporting() or height % grid or width % grid):
+            return None
+
+        def inside(side: int, length: int) -> Tensor:
+            """Return whether both pixels of a key are in the map; a piece's first key always counts as such."""
+            key = torch.arange(length // 2, device=x.device)
+            piece = torch.arange(grid, device=x.device)[:, None]
+            return (piece * length + 2 * key + 1 < side) | (key == 0)
+
+        both = inside(height, rows)[:, None, :, None] & inside(width, columns)[None, :, None, :]
+        mask = torch.zeros_like(both, dtype=x.dtype).masked_fill(~both, -torch.inf).reshape(1, grid * grid, 1, 1, -1)
+        return mask.expand(x.shape[0], -1, -1, -1, -1).flatten(0, 1)
+
+
+class DenseBlock(nn.Module):
+    """Non-local attention and densely connected convolutions ("NEDB").
+
+    Args:
+        channels: Number of channels.
+        growth: Channels of each convolution.
+        convolutions: Number of convolutions.
+        inner: Channels of the attention.
+        grid: Grid of the attention.
+
+    Shape:
+        ``(b, channels, h, w)`` → same.
+
+    References:
+        NLEDN, Figure 3 and section 3.2.
+    """
+
+    def __init__(self, channels: int, growth: int, convolutions: int, inner: int, grid: int) -> None:
+        super().__init__()
+        self.attention = NonLocal(channels, inner, grid)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(channels + index * growth, growth, 3, padding=1) for index in range(convolutions)
+        )
+        self.fusion = nn.Conv2d(channels + convolutions * growth, channels, 1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Transform features."""
+        dense = self.attention(x)
+        for convolution in self.convolutions:
+            dense = torch.cat((dense, F.relu(convolution(dense), inplace=True)), dim=1)
+        return cast(Tensor, self.fusion(dense) + x)
+
+
+def unpool(
+    x: Float[Tensor, "b c h2 w2"], indices: Int[Tensor, "b c h2 w2"], like: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b c h w"]:
+    """Put values where the maxima of max pooling were, and zeros elsewhere.
+
+    Equals `torch.nn.functional.max_unpool2d`, but is faster, and deterministic on a GPU.
+
+    Args:
+        x: The values.
+        indices: Indices of the maxima from `torch.nn.functional.max_pool2d`.
+        like: A map of the size before pooling.
+
+    Example:
+        >>> unpool(torch.ones(1, 1, 1, 1), torch.tensor([[[[3]]]]), torch.empty(1, 1, 2, 2)).tolist()
+        [[[[0.0, 0.0], [0.0, 1.0]]]]
+    """
+    zeros = torch.zeros_like(like).flatten(2)
+    return zeros.scatter(2, indices.flatten(2), x.flatten(2)).reshape(like.shape)
+
+
+class NLEDN(Network):
+    """NLEDN: three levels of encoder and decoder, and attention to ever larger pieces at the coarser ones.
+
+    Args:
+        channels: Number of channels at all levels.
+        growth: Channels of each convolution of a dense block.
+        convolutions: Number of convolutions of a dense block.
+        inner: Channels of queries, keys and values.
+        grids: Number of pieces along each side at the three levels, the finest first.
+
+    Outputs:
+        ``derained``: The rainy image minus the rain.
+        ``rain``: The rain, in [-1, 1].
+
+    Shape:
+        ``(b, 3, h, w)`` in [0, 1] → same, not clamped. Images are not padded; sides of less than 16 pixels, which the
+        authors' code cannot process, are continued to 16 by their border.
+
+    Raises:
+        DerainError: If ``grids`` does not have three numbers.
+
+    References:
+        NLEDN, Figure 2. 1,005,379 parameters by default.
+    """
+
+    bytes_per_pixel: ClassVar[int] = 3600
+    signature: ClassVar[str] = "up_1.region_non_local.non_local_block.theta.weight"
+    published_options: ClassVar[frozenset[str]] = frozenset({"grids"})
+    published_names: ClassVar[Names] = (
+        (r"^conv1\.", "head."),
+        (r"^conv2\.", "features."),
+        (r"^up_1\.", "encoder.0."),
+        (r"^up_2\.", "encoder.1."),
+        (r"^up_3\.", "encoder.2."),
+        (r"^down_3\.", "bottom."),
+        (r"^down_2\.", "decoder.1."),
+        (r"^down_1\.", "decoder.0."),
+        (r"^down_2_fusion\.", "joins.1."),
+        (r"^down_1_fusion\.", "joins.0."),
+        (r"^fusion\.0\.", "join."),
+        (r"^fusion\.1\.", "refinement."),
+        (r"^final_conv\.0\.", "tail."),
+        (r"\.(region_non_local\.non_local_block|non_local)\.", ".attention."),
+        (r"\.theta\.", ".query."),
+        (r"\.phi\.0\.", ".key."),
+        (r"\.g\.0\.", ".value."),
+        (r"\.W\.", ".project."),
+        (r"\.group_(\d+)\.0\.", r".convolutions.\1."),
+        (r"\.fusion\.0\.", ".fusion."),
+    )
+
+    def __init__(
+        self,
+        channels: int = 64,
+        growth: int = 32,
+        convolutions: int = 4,
+        inner: int = 32,
+        grids: Sequence[int] = (8, 4, 2),
+    ) -> None:
+        super().__init__()
+        if len(grids) != 3:
+            raise DerainError(f"grids {list(grids)}: expected three numbers, one per level")
+        # All pieces must have two pixels a side, and so must the coarsest map.
+        self.smallest_side = max(16, *((grid + 1) << level for level, grid in enumerate(grids)))
+
+        def block(grid: int) -> DenseBlock:
+            return DenseBlock(channels, growth, convolutions, inner, grid)
+
+        self.head = nn.Conv2d(3, channels, 3, padding=1)
+        self.features = nn.Conv2d(channels, channels, 3, padding=1)
+        self.encoder = nn.ModuleList(block(grid) for grid in grids)
+        self.bottom = block(1)
+        self.joins = nn.ModuleList(nn.Conv2d(2 * channels, channels, 1) for _ in range(2))
+        self.decoder = nn.ModuleList(block(grid) for grid in grids[1:])
+        self.join = nn.Conv2d(3 * channels, channels, 1)
+        self.refinement = nn.Conv2d(channels, channels, 3, padding=1)
+        self.tail = nn.Conv2d(channels, 3, 3, padding=1)
+
+    def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
+        """Return the restored image and the rain."""
+        height, width = image.shape[2:]
+        rain = self.rain(self.enlarge(image))[..., :height, :width]
+        return {"derained": image - rain, "rain": rain}
+
+    def enlarge(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
+        """Continue an image that is too small by its border."""
+        if exporting():
+            further = torch.arange(self.smallest_side, device=image.device)
+            for axis, side in ((2, image.shape[2]), (3, image.shape[3])):
+                index = torch.arange(side, device=image.device)
+                image = image.index_select(axis, torch.cat((index, index[-1:].expand_as(further[side:]))))
+            return image
+        bottom, right = (max(0, self.smallest_side - side) for side in image.shape[2:])
+        return F.pad(image, (0, right, 0, bottom), "replicate") if bottom or right else image
+
+    def rain(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Return the rain of an image of at least 16 × 16 pixels."""
+        shallow = self.head(image)
+        features = x = self.features(shallow)
+        finest, maps, maxima = None, [], []
+        for block in self.encoder:
+            maps.append(x)
+            x = block(x)
+            finest = x if finest is None else finest
+            x, indices = F.max_pool2d(x, 2, return_indices=True)
+            maxima.append(indices)
+        x = self.bottom(x)
+        for level in (1, 0):
+            pooled = maps[level + 1]
+            x = unpool(x, maxima[level + 1], pooled)
+            x = self.decoder[level](self.joins[level](torch.cat((pooled, x), dim=1)))
+        x = self.join(torch.cat((features, unpool(x, maxima[0], features), cast(Tensor, finest)), dim=1))
+        return torch.tanh(self.tail(self.refinement(x) + shallow))
+
+    def targets(
+        self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"], outputs: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the clean image, and the rain that was added to it."""
+        return {"derained": clean, "rain": rainy - clean}
+
+    @classmethod
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Return the widths and the number of convolutions of the authors' tensors; None for another network."""
+        if cls.signature not in state:
+            return None
+        inner, channels = state[cls.signature].shape[:2]
+        return {
+            "channels": channels,
+            "growth": state["up_1.group_0.0.weight"].shape[0],
+            "convolutions": count_numbered(state, r"up_1\.group_(\d+)\."),
+            "inner": inner,
+        }

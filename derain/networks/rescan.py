@@ -1,0 +1,148 @@
+r"""RESCAN: dilated recurrent layers with squeeze-and-excitation that remove rain in stages.
+
+Li et al., Recurrent Squeeze-and-Excitation Context Aggregation Net for Single Image Deraining, ECCV 2018.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from derain.networks.base import Names, Network, count_numbered
+from derain.nn.conv_gru import ConvGRU
+
+SLOPE = 0.2
+"""Slope of the LeakyReLU for negative values."""
+
+
+class SqueezeExcitation(nn.Module):
+    """Weights channels by a function of their means over the image, then applies LeakyReLU.
+
+    Args:
+        channels: Channels of the features.
+        hidden: Width of the function's hidden layer.
+
+    Shape:
+        ``(b, channels, h, w)`` → same.
+
+    References:
+        RESCAN, section 4.1 and Figure 3; Hu et al., CVPR 2018.
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Linear(channels, hidden)
+        self.excite = nn.Linear(hidden, channels)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Weight the channels."""
+        weights = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3))))))
+        return F.leaky_relu_(x * weights[..., None, None], SLOPE)
+
+
+class RecurrentLayer(nn.Module):
+    """Convolutional GRU whose new state is weighted by squeeze-and-excitation.
+
+    Args:
+        inputs: Channels of the input.
+        channels: Channels of the state.
+        dilation: Dilation of the convolutions of the input.
+        hidden: Width of the squeeze-and-excitation.
+
+    Shape:
+        ``(b, inputs, h, w)`` and, if any, the state ``(b, channels, h, w)`` → ``(b, channels, h, w)``.
+    """
+
+    def __init__(self, inputs: int, channels: int, dilation: int, hidden: int) -> None:
+        super().__init__()
+        self.gru = ConvGRU(inputs, channels, dilation)
+        self.excitation = SqueezeExcitation(channels, hidden)
+
+    def forward(self, x: Float[Tensor, "b i h w"], state: Float[Tensor, "b c h w"] | None) -> Float[Tensor, "b c h w"]:
+        """Return the new state, which is also the output."""
+        return cast(Tensor, self.excitation(self.gru(x, state)))
+
+
+class RESCAN(Network):
+    """Recurrent squeeze-and-excitation context aggregation network (149,823 parameters).
+
+    Each stage estimates all rain of the input from the image that the stage before has restored ("full prediction").
+    Its layers are convolutional GRUs with dilations 1, 1, 2, 4, 8; they carry their states from stage to stage.
+
+    Outputs: ``derained``, the image after the last stage, and ``stage1``, ``stage2``, …, those after the others.
+    The authors' loss is the sum over all stages of the mean squared error of the rain, which equals that of the images.
+
+    Args:
+        channels: Width of all layers.
+        layers: Number of recurrent layers, the paper's depth minus 2.
+        stages: Number of stages.
+        squeeze: Width of the squeeze-and-excitation.
+
+    References:
+        Sections 4.1 and 4.2 of the paper, with ConvGRU and full prediction.
+
+    Example:
+        >>> sum(parameter.numel() for parameter in RESCAN().parameters())
+        149823
+    """
+
+    bgr: ClassVar[bool] = True
+    bytes_per_pixel: ClassVar[int] = 1792
+    signature: ClassVar[str] = "rnns.0.conv_xz.weight"
+    published_names: ClassVar[Names] = (
+        (r"^rnns\.(\d+)\.conv_", r"layers.\1.gru."),
+        (r"^rnns\.(\d+)\.se\.", r"layers.\1.excitation."),
+        (r"gru\.([xh])z\.", r"gru.update_\1."),
+        (r"gru\.([xh])r\.", r"gru.reset_\1."),
+        (r"gru\.([xh])n\.", r"gru.candidate_\1."),
+        (r"_x\.", "_input."),
+        (r"_h\.", "_state."),
+        (r"^dec\.0\.", "decoder.features."),
+        (r"^dec\.1\.", "decoder.excitation."),
+        (r"^dec\.3\.", "decoder.rain."),
+        (r"\.fc\.0\.", ".squeeze."),
+        (r"\.fc\.2\.", ".excite."),
+    )
+    published_options: ClassVar[frozenset[str]] = frozenset({"stages"})
+
+    def __init__(self, channels: int = 24, layers: int = 5, stages: int = 4, squeeze: int = 6) -> None:
+        super().__init__()
+        self.stages = stages
+        first = RecurrentLayer(3, channels, 1, squeeze)
+        dilated = (RecurrentLayer(channels, channels, 2**index, squeeze) for index in range(layers - 1))
+        self.layers = nn.ModuleList([first, *dilated])
+        self.decoder = nn.ModuleDict(
+            {
+                "features": nn.Conv2d(channels, channels, 3, padding=1),
+                "excitation": SqueezeExcitation(channels, squeeze),
+                "rain": nn.Conv2d(channels, 3, 1),
+            }
+        )
+
+    def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
+        """Remove rain stage by stage; see the base class."""
+        states: list[Tensor | None] = [None] * len(self.layers)
+        derained, images = image, []
+        for _ in range(self.stages):
+            x = derained
+            for index, layer in enumerate(self.layers):
+                x = states[index] = layer(x, states[index])
+            for layer in self.decoder.values():
+                x = layer(x)
+            derained = image - x
+            images.append(derained)
+        return {"derained": images[-1]} | {f"stage{number}": image for number, image in enumerate(images[:-1], 1)}
+
+    @classmethod
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Return width, layers and squeeze of the authors' tensors; see the base class."""
+        if cls.signature not in state:
+            return None
+        return {
+            "channels": len(state[cls.signature]),
+            "layers": count_numbered(state, r"rnns\.(\d+)\."),
+            "squeeze": len(state["dec.1.fc.0.weight"]),
+        }

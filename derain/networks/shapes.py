@@ -1,0 +1,80 @@
+"""Arguments of networks with Restormer's blocks and levels from the shapes of their tensors."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from derain.networks.base import count_numbered
+
+DECIMALS = 4
+"""Decimals of an expansion at most."""
+
+LEVELS = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
+"""Names of Restormer's levels."""
+
+
+def restormer_options(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Return ``dim``, ``blocks``, ``refinement``, ``heads`` and ``expansion`` of a network with Restormer's levels.
+
+    Args:
+        state: Tensors by Restormer's names.
+
+    Returns:
+        The arguments; None if no expansion fits. Each level has at least one block.
+    """
+    if (expansion := expansion_of(state)) is None:
+        return None
+    return {
+        "dim": state["patch_embed.proj.weight"].shape[0],
+        "blocks": [count_numbered(state, rf"{level}\.(\d+)\.") for level in LEVELS],
+        "refinement": count_numbered(state, r"refinement\.(\d+)\."),
+        "heads": heads_of(state, *(f"{level}.0" for level in LEVELS)),
+        "expansion": expansion,
+    }
+
+
+def heads_of(state: Mapping[str, Tensor], *blocks: str) -> list[int]:
+    """Return the number of heads of some blocks, by their temperatures.
+
+    Args:
+        state: Tensors by name.
+        blocks: Name of each block, as ``latent.0``.
+
+    Example:
+        >>> import torch
+        >>> heads_of({"latent.0.attn.temperature": torch.ones(8, 1, 1)}, "latent.0")
+        [8]
+    """
+    return [state[f"{block}.attn.temperature"].shape[0] for block in blocks]
+
+
+def expansion_of(state: Mapping[str, Tensor], layer: str = r"\.ffn\.project_in") -> float | None:
+    """Return the expansion of feed-forward networks: the shortest decimal that gives the widths of all of them.
+
+    Args:
+        state: Tensors by name.
+        layer: Regular expression of the layers from ``channels`` to twice the hidden channels.
+
+    Returns:
+        The number of hidden channels divided by ``channels``, which was rounded down; None if no number fits.
+
+    Example:
+        >>> import torch
+        >>> expansion_of({"0.ffn.project_in.weight": torch.zeros(254, 48, 1, 1)})
+        2.65
+        >>> expansion_of({f"{c}.ffn.project_in.weight": torch.zeros(2 * h, c) for c, h in [(48, 127), (384, 1021)]})
+        2.66
+    """
+    weights = [tensor for name, tensor in state.items() if re.search(layer + r"\.weight$", name)]
+    widths = [(weight.shape[1], weight.shape[0] // 2) for weight in weights]
+    if not widths or min(map(min, widths)) < 1:
+        return None
+    smallest = max(hidden / channels for channels, hidden in widths)
+    for decimals in range(DECIMALS + 1):
+        expansion: float = math.ceil(smallest * 10.0**decimals) / 10.0**decimals
+        if all(int(expansion * channels) == hidden for channels, hidden in widths):
+            return expansion
+    return None

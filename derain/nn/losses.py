@@ -1,0 +1,86 @@
+"""Losses between an output of a network and its target, by name."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from derain.nn.ssim import structural_similarity
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Function of an output and its target, ``(b, c, h, w)`` each, that returns their loss ``()``."""
+
+CHARBONNIER_EPSILON = 1e-3
+
+
+def charbonnier(output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+    """Return the mean of ``sqrt((output - target)² + ε²)`` with ε = 0.001.
+
+    References:
+        Zamir et al., MPRNet, CVPR 2021, eq. 3, as computed by their code: mean over pixels, not the norm of images.
+    """
+    return ((output - target).square() + CHARBONNIER_EPSILON**2).sqrt().mean()
+
+
+def edge(output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+    """Return the Charbonnier loss of the Laplacians.
+
+    References:
+        MPRNet, eq. 4, as computed by their code, see `laplacian`.
+    """
+    return charbonnier(laplacian(output), laplacian(target))
+
+
+def laplacian(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Return images minus themselves blurred, sampled at every second pixel, and interpolated by another blur.
+
+    The blur is Gaussian, 5×5, with weights (0.05, 0.25, 0.4, 0.25, 0.05) along each axis and repeated borders.
+    """
+    blurred = _blur(images)
+    sampled = torch.zeros_like(blurred)
+    sampled[..., ::2, ::2] = 4 * blurred[..., ::2, ::2]
+    return images - _blur(sampled)
+
+
+def _blur(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    channels = images.shape[1]
+    window = images.new_tensor([0.05, 0.25, 0.4, 0.25, 0.05])
+    kernel = torch.outer(window, window).expand(channels, 1, 5, 5)
+    return F.conv2d(F.pad(images, (2, 2, 2, 2), "replicate"), kernel, groups=channels)
+
+
+def fft(output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+    """Return the mean absolute difference of real and imaginary parts of the discrete Fourier transforms.
+
+    References:
+        Chen et al., NeRD-Rain, CVPR 2024, section 3.4, as computed by their code: transforms without normalisation.
+    """
+    with torch.autocast(output.device.type, enabled=False):
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        difference = torch.fft.fft2(output.to(dtype)) - torch.fft.fft2(target.to(dtype))
+    return torch.view_as_real(difference).abs().mean()
+
+
+def negative_ssim(output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+    """Return the negative structural similarity, see `structural_similarity`."""
+    return -structural_similarity(output, target)
+
+
+def mean(output: Tensor, target: Tensor) -> Float[Tensor, ""]:
+    """Return the mean of an output that is a loss itself; the target is not used."""
+    return output.mean()
+
+
+LOSSES: Mapping[str, Loss] = {
+    "l1": F.l1_loss,
+    "mse": F.mse_loss,
+    "smooth_l1": F.smooth_l1_loss,
+    "charbonnier": charbonnier,
+    "edge": edge,
+    "fft": fft,
+    "ssim": negative_ssim,
+    "mean": mean,
+}
+"""Losses by name."""
