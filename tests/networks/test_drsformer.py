@@ -8,7 +8,16 @@ import torch
 
 from derain.networks.drsformer import DRSformer, MixedScaleFeedForward, SparseAttention
 from derain.nn import restormer
-from tests.networks.goldens import Golden, check_gradients, check_outputs, check_parameters, folder, load
+from tests.networks.goldens import (
+    Golden,
+    check_gradients,
+    check_outputs,
+    check_parameters,
+    check_recognition,
+    check_sizes,
+    load,
+    published_state,
+)
 from tests.nn.references import with_random_parameters
 
 TINY = {"dim": 8, "blocks": [1, 2, 1, 1], "heads": [1, 2, 2, 4], "expansion": 2.66}
@@ -20,14 +29,19 @@ def tiny(**changes):
     return with_random_parameters(DRSformer(**{**TINY, **changes})).eval()
 
 
+@VARIANTS
+def test_parameters(name, experts):
+    check_parameters(DRSformer(experts=experts), Golden(name))
+
+
 @pytest.mark.slow
 @VARIANTS
 def test_it_equals_the_authors_code(name, experts):
     network, golden = DRSformer(experts=experts), Golden(name)
     load(network, golden)
-    check_parameters(network, golden)
-    check_outputs(network, golden, float32=False)  # near ties of the top k
-    check_outputs(network, golden, sizes=["64x64" if experts else "53x75"])  # sizes without ties
+    continuous = "64x64" if experts else "53x75"  # near ties of the top k at the other size
+    check_outputs(network, golden, sizes=[continuous])
+    check_outputs(network, golden, sizes=["53x75" if experts else "64x64"], float32=False)
     check_gradients(network, golden)
 
 
@@ -40,34 +54,16 @@ def test_options_are_read_from_the_authors_shapes(name, experts):
 @pytest.mark.parametrize("experts", [True, False])
 def test_options_of_other_shapes(experts):
     options = {**TINY, "experts": experts}
-    assert DRSformer.options_of(by_authors_names(DRSformer(**options))) == options
-
-
-def by_authors_names(network):
-    """Return the tensors by the names of a state dict of the authors with the same blocks."""
-    keys = [key for key in Golden("drsformer").state() if DRSformer.translate({key: torch.zeros(1)})]
-    own = network.state_dict()
-    pairs = ((key, next(iter(DRSformer.translate({key: torch.zeros(1)})))) for key in keys)
-    return {key: own[name] for key, name in pairs if name in own}
+    assert DRSformer.options_of(published_state(DRSformer(**options), Golden("drsformer"))) == options
 
 
 def test_other_networks_are_not_taken_for_it():
-    for path in sorted(folder().glob("*.npz")):
-        keys = np.load(path, allow_pickle=False)["keys"].tolist()
-        assert (DRSformer.signature in keys) == path.stem.startswith("drsformer")
+    check_recognition(DRSformer, "drsformer", "drsformer_light")
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 21), (8, 9)])
 @pytest.mark.parametrize("experts", [True, False])
-def test_any_size_and_independent_images(size, experts):
-    network = tiny(experts=experts)
-    rainy = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    with torch.no_grad():
-        derained = network(rainy)
-        assert derained.shape == rainy.shape
-        for index in range(2):
-            alone = network(rainy[index : index + 1])
-            torch.testing.assert_close(derained[index : index + 1], alone, atol=1e-12, rtol=0)
+def test_any_size_and_independent_images(experts):
+    check_sizes(tiny(experts=experts))
 
 
 def test_strips_do_not_change_the_result(monkeypatch):
