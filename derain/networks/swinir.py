@@ -46,7 +46,7 @@ class SwinGroup(nn.Module):
         ``(b, h, w, channels)`` → same; height and width must be multiples of the window.
 
     References:
-        SwinIR, eqs. 5 and 6, Figure 2 (a).
+        SwinIR, section 3.2 and Figure 2 (a).
     """
 
     def __init__(self, channels: int, heads: int, window: int, expansion: float, drop_paths: Sequence[float]) -> None:
@@ -96,10 +96,10 @@ class SwinIR(Network):
         DerainError: If ``blocks`` and ``heads`` differ in length, or the heads do not divide the channels.
 
     References:
-        SwinIR, eqs. 1 to 7 and Figure 2. 11,504,163 parameters by default.
+        SwinIR, section 3.1 and Figure 2. 11,504,163 parameters by default.
     """
 
-    bytes_per_pixel: ClassVar[int] = 8192
+    bytes_per_pixel: ClassVar[int] = 5632
     signature: ClassVar[str] = "layers.0.residual_group.blocks.0.attn.relative_position_bias_table"
     published_names: ClassVar[Names] = (
         (r".*\.(attn_mask|relative_position_index)", None),
