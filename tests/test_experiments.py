@@ -62,7 +62,9 @@ def method_of(*paths):
 
 def arguments_of(*paths):
     """Return the hyper-parameters of the method that files configure together."""
-    return {name: value for path in paths for name, value in CONFIGS[path].get("model", {}).get("init_args", {}).items()}
+    return {
+        name: value for path in paths for name, value in CONFIGS[path].get("model", {}).get("init_args", {}).items()
+    }
 
 
 def network_of(*paths):
