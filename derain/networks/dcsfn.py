@@ -108,7 +108,7 @@ class DCSFN(Network):
         for encoder, x in zip(self.encoders, features, strict=True):
             x, results = encoder(x)
             encoded.append(x)
-            skips.append([(result,) for result in results])
+            skips.append(results)
         exchanged = self._exchange(encoded)
         decoded = [decoder(x, skip)[0] for decoder, x, skip in zip(self.decoders, exchanged, skips, strict=True)]
         rain = self.rain(activate(self.merge(decoded)))
