@@ -44,7 +44,7 @@ def test_graphs_equal_networks_or_are_refused_in_one_line(name, tmp_path):
     torch.manual_seed(0)
     method = RegressionModule(**arguments(name)).eval()
     if name in NOT_EXPORTED:
-        with pytest.raises(DerainError, match="^[^\n]+$"):
+        with pytest.raises(DerainError, match=r"^[^\n]+$"):
             export(method, tmp_path / "m.onnx")
     else:
         export(method, tmp_path / "m.onnx")  # compares the graph with the method
