@@ -57,10 +57,10 @@ def pad_to_minimum(x: Float[Tensor, "b c h w"], minimum: int) -> Float[Tensor, "
 
 def _indices_to_minimum(indices: Int[Tensor, " n"], minimum: int) -> Int[Tensor, " m"]:
     """Repeat the last index until there are at least ``minimum`` indices; in a graph for any size."""
-    if torch.compiler.is_exporting():
-        length: Any = torch.sym_max(indices.shape[0], minimum)  # type: ignore[no-untyped-call]
-    else:
-        length = (indices[-1] + 1).clamp(min=minimum)
+    length: Any = (indices[-1] + 1).clamp(min=minimum)
+    if torch.compiler.is_exporting():  # a symbolic number; max(side, minimum) would exclude sizes below it
+        length = length.item()
+        torch._check(length >= minimum)  # type: ignore[no-untyped-call]
     return torch.arange(length, device=indices.device).clamp(max=indices[-1])
 
 
