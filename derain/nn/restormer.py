@@ -11,8 +11,7 @@ names and shapes of the authors' checkpoints. The computation is optimised:
   instructions. Padded channels stay zero.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -443,25 +442,3 @@ class Restormer(nn.Module):
         x = torch.cat((self.up2_1(x), level1), dim=-1)
         x = spatial(self.refinement(self.decoder_level1(x)), self.output) + padded
         return x[:, :height, :width].permute(0, 3, 1, 2)
-
-
-def expansion_of(hidden: Mapping[int, int]) -> float:
-    """Return the expansion of feed-forward networks, as the shortest decimal number that fits.
-
-    Args:
-        hidden: Number of hidden channels by number of channels.
-
-    Raises:
-        DerainError: If no expansion fits.
-
-    Example:
-        >>> expansion_of({48: 127, 96: 255, 192: 510, 384: 1021})
-        2.66
-    """
-    lowest = max(wide / channels for channels, wide in hidden.items())
-    for digits in range(12):
-        scale = int(10**digits)
-        expansion = math.ceil(lowest * scale) / scale
-        if all(int(expansion * channels) == wide for channels, wide in hidden.items()):
-            return expansion
-    raise DerainError(f"hidden channels by channels {dict(hidden)}: expected one expansion for all levels")
