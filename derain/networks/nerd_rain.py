@@ -1,4 +1,7 @@
-"""NeRD-Rain: transformers at three scales, which exchange images, features and latent features in both directions."""
+"""NeRD-Rain: transformers at three scales, which exchange images, features and latent features in both directions.
+
+The file is longer than those of other networks: it has four kinds of blocks, pyramids as targets, and windows.
+"""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
