@@ -75,6 +75,9 @@ class RegressionModule(DerainModule):
     bounded_by_file: ClassVar[bool] = True
     metadata_schema: ClassVar[Any] = RegressionMetadata
     published_options: ClassVar[frozenset[str]] = frozenset({"iterations"})
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        path.rpartition(".")[2]: {"network": path.rpartition(".")[2]} for path in NETWORKS
+    }
     may_change = DerainModule.may_change | {"schedule_options", "optimizer_options"}
 
     def __init__(
