@@ -307,6 +307,6 @@ def _check_schedule(name: str, options: Mapping[str, Any]) -> None:
             raise DerainError(f"--model.schedule_options {dict(options)}: expected shares with a sum below 1")
     elif "." not in name and not hasattr(torch.optim.lr_scheduler, name):
         raise DerainError(
-            f"--model.schedule {name}: expected {', '.join(SCHEDULES)}, a class of torch.optim.lr_scheduler, or the path "
-            "of a class"
+            f"--model.schedule {name}: expected {', '.join(SCHEDULES)}, a class of torch.optim.lr_scheduler, or the "
+            "path of a class"
         )
