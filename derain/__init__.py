@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from derain.data.datamodule import RainDataModule as RainDataModule
+    from derain.methods import AirNetModule as AirNetModule
     from derain.methods import CLIPRPNModule as CLIPRPNModule
     from derain.methods import DACLIPModule as DACLIPModule
     from derain.methods import DACLIPSDEModule as DACLIPSDEModule
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "AirNetModule": "derain.methods",
     "CLIPRPNModule": "derain.methods",
     "DACLIPModule": "derain.methods",
     "DACLIPSDEModule": "derain.methods",

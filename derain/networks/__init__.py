@@ -5,10 +5,12 @@ NETWORKS = (
     "derain.networks.promptir.PromptIR",
     "derain.networks.mprnet.MPRNet",
     "derain.networks.nledn.NLEDN",
+    "derain.networks.airnet.AirNet",
     "derain.networks.amir.AMIR",
     "derain.networks.spanet.SPANet",
     "derain.networks.dcsfn.DCSFN",
     "derain.networks.rescan.RESCAN",
     "derain.networks.brn.BRN",
+    "derain.networks.ssid_kd.SSIDKD",
 )
 """Class paths of the networks: a new one adds a line."""

@@ -191,17 +191,21 @@ class SSIDKD(Network):
         )
         self.rain = nn.Conv2d(sum(channels), 3, 3, padding=1)
 
+    def pad(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
+        """Return images with sides of at least 32 pixels, by repeating their border."""
+        return pad_to_minimum(image, MINIMUM)
+
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
         """Remove rain; see the base class."""
-        padded = pad_to_minimum(image, MINIMUM).contiguous(memory_format=torch.channels_last)
-        size = padded.shape[2:]
+        image = image.contiguous(memory_format=torch.channels_last)
+        size = image.shape[2:]
         features: list[Tensor] = []
         results: Results | None = None
         for scale in reversed(range(len(self.branches))):
-            resized = _resize(padded, [side // 2**scale for side in size]) if scale else padded
+            resized = _resize(image, [side // 2**scale for side in size]) if scale else image
             x, results = self.branches[scale](activate(self.heads[scale](resized)), results)
             features.insert(0, _resize(x, size) if scale else x)
-        rain = activate(self.rain(torch.cat(features, dim=1)))[..., : image.shape[2], : image.shape[3]]
+        rain = activate(self.rain(torch.cat(features, dim=1)))
         return {"derained": image - rain, "rain": rain, "code": cast(Results, results).encoded[-1][-1]}
 
     def targets(

@@ -14,7 +14,11 @@ from tests.networks.goldens import Golden, folder
 
 ROOT = Path(__file__).parents[2]
 MODELS = [yaml.safe_load(path.read_text())["model"] for path in sorted((ROOT / "experiments/methods").glob("*.yaml"))]
-RECIPES = [model["init_args"] for model in MODELS if "network" in model.get("init_args", {})]
+RECIPES = [
+    {"network": model["class_path"].removesuffix("Module"), **model["init_args"]}
+    for model in MODELS
+    if "network" in model.get("init_args", {}) or model["class_path"] == "AirNetModule"
+]
 TINY = {recipe["network"]: recipe for recipe in RECIPES if recipe.get("network_options", {}) not in ({}, None)}
 NAMES = list(network_paths())
 

@@ -62,7 +62,7 @@ class RegressionModule(DerainModule):
         learning_rate: Learning rate of the optimizer.
         optimizer_options: Further arguments of the optimizer.
         schedule: Schedule of the learning rate: ``constant``; ``cosine``, stepped by batch; ``milestones``, stepped by
-            epoch; or the path of a class, such as ``torch.optim.lr_scheduler.StepLR``.
+            epoch; ``StepLR`` for ``torch.optim.lr_scheduler.StepLR``, or any other class by its path.
         schedule_options: For ``cosine``: ``warm_up`` and ``hold``, shares of the training, and ``minimum``, the final
             learning rate, all 0 by default; for ``milestones``: the epochs ``milestones`` and the factor ``decay``; for
             a class: its arguments, and ``interval``, ``step`` or ``epoch`` (default). PyTorch's ``T_max``,
@@ -305,5 +305,8 @@ def _check_schedule(name: str, options: Mapping[str, Any]) -> None:
             or options.get("warm_up", 0) + options.get("hold", 0) >= 1
         ):
             raise DerainError(f"--model.schedule_options {dict(options)}: expected shares with a sum below 1")
-    elif "." not in name:
-        raise DerainError(f"--model.schedule {name}: expected {', '.join(SCHEDULES)}, or the path of a class")
+    elif "." not in name and not hasattr(torch.optim.lr_scheduler, name):
+        raise DerainError(
+            f"--model.schedule {name}: expected {', '.join(SCHEDULES)}, a class of torch.optim.lr_scheduler, or the "
+            "path of a class"
+        )
