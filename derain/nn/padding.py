@@ -36,6 +36,34 @@ def pad_to_multiple(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor,
     return F.pad(x, (0, -width % multiple, 0, -height % multiple), mode)
 
 
+def pad_to_minimum(x: Float[Tensor, "b c h w"], minimum: int) -> Float[Tensor, "b c h2 w2"]:
+    """Repeat the border of images at the bottom and the right until both sides have a minimum length.
+
+    Args:
+        x: Images of any size.
+        minimum: Smallest height and width in pixels.
+
+    Example:
+        >>> import torch
+        >>> pad_to_minimum(torch.zeros(1, 3, 37, 1), 8).shape
+        torch.Size([1, 3, 37, 8])
+    """
+    if exporting():
+        rows, columns = (_indices_to_minimum(torch.arange(side, device=x.device), minimum) for side in x.shape[2:])
+        return x[:, :, rows][..., columns]
+    height, width = x.shape[2:]
+    return F.pad(x, (0, max(minimum - width, 0), 0, max(minimum - height, 0)), "replicate")
+
+
+def _indices_to_minimum(indices: Int[Tensor, " n"], minimum: int) -> Int[Tensor, " m"]:
+    """Repeat the last index until there are at least ``minimum`` indices; in a graph for any size."""
+    length: Any = (indices[-1] + 1).clamp(min=minimum)
+    if torch.compiler.is_exporting():  # a symbolic number; max(side, minimum) would exclude sizes below it
+        length = length.item()
+        torch._check(length >= minimum)  # type: ignore[no-untyped-call]
+    return torch.arange(length, device=indices.device).clamp(max=indices[-1])
+
+
 def pad_with_zeros(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor, "b c h2 w2"]:
     """Pad images with zeros at the bottom and the right until height and width are multiples of a number.
 
