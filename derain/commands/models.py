@@ -24,7 +24,7 @@ def list_models(*, all: bool = False) -> int:
         parameters = sum(tensor.numel() for tensor in content.state.values())
         table.add_row(
             name,
-            content.metadata["method"],
+            content.metadata.get("title") or content.metadata["method"],
             f"{parameters:,}",
             f"{file.stat().st_size / 1e6:.1f}",
             ", ".join(content.metadata["trained_on"]),

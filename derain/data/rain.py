@@ -58,8 +58,8 @@ class Rain:
 
     Attributes:
         density: Total area of the streaks of all layers, divided by the image area; overlaps count repeatedly; 0 to 4.
-        length: Mean length of the nearest streaks in pixels, 1 to 400. In photos whose shorter side exceeds 512 pixels
-            (``REFERENCE_SIDE``), lengths and widths scale with that side.
+        length: Mean length of the nearest streaks in pixels; like ``width``, it scales with the shorter side of photos
+            in which that exceeds 512 pixels (``REFERENCE_SIDE``); 1 to 400.
         width: Width of the nearest streaks in pixels; 0.2 to 40.
         angle: Degrees from the vertical, positive for rain that falls to the right; -90 to 90.
         spread: Standard deviation of the layers' angles around ``angle``, in degrees; 0 to 45.

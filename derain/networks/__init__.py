@@ -1,4 +1,16 @@
 """Networks of published systems, which `derain.methods.regression.RegressionModule` trains and runs."""
 
-NETWORKS: tuple[str, ...] = ()
+NETWORKS = (
+    "derain.networks.drsformer.DRSformer",
+    "derain.networks.promptir.PromptIR",
+    "derain.networks.mprnet.MPRNet",
+    "derain.networks.nledn.NLEDN",
+    "derain.networks.airnet.AirNet",
+    "derain.networks.amir.AMIR",
+    "derain.networks.spanet.SPANet",
+    "derain.networks.dcsfn.DCSFN",
+    "derain.networks.rescan.RESCAN",
+    "derain.networks.brn.BRN",
+    "derain.networks.ssid_kd.SSIDKD",
+)
 """Class paths of the networks: a new one adds a line."""

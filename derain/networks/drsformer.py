@@ -9,12 +9,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from derain.networks.base import Names, Network, count_numbered
+from derain.networks.base import Names, Network
+from derain.networks.shapes import restormer_options
 from derain.nn.experts import PUBLISHED_NAMES, ExpertCompensator
-from derain.nn.restormer import Restormer, SelfAttention, TransformerBlock, expansion_of, pointwise
-
-LEVELS = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
-"""Names of the four levels in the authors' files, from fine to coarse."""
+from derain.nn.restormer import Restormer, SelfAttention, TransformerBlock, pointwise
 
 SHARES = ((1, 2), (2, 3), (3, 4), (4, 5))
 """Shares of the keys that the four branches of the attention keep, as fractions."""
@@ -165,13 +163,7 @@ class DRSformer(Network):
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """Return the arguments of ``__init__`` that the shapes of the authors' tensors determine."""
-        if cls.signature not in state:
+        if cls.signature not in state or (options := restormer_options(state)) is None:
             return None
-        hidden = [state[f"{level}.0.ffn.project_out.weight"].shape[:2] for level in LEVELS]
-        return {
-            "dim": len(state["patch_embed.proj.weight"]),
-            "blocks": [count_numbered(state, rf"{level}\.(\d+)\.") for level in LEVELS],
-            "heads": [len(state[f"{level}.0.attn.temperature"]) for level in LEVELS],
-            "expansion": expansion_of({channels: wide // 2 for channels, wide in hidden}),
-            "experts": any(name.startswith("encoder_level0.") for name in state),
-        }
+        del options["refinement"]
+        return options | {"experts": any(name.startswith("encoder_level0.") for name in state)}
