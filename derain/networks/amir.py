@@ -195,7 +195,7 @@ class AMIR(Network):
         atoms: Number of learned vectors that instruction vectors are sums of.
         instruction: Length of the instruction vector.
         experts: Number of experts of each spatial routing.
-        selected: Number of experts that a pixel selects.
+        selected: Number of experts that a pixel selects; the authors' files do not tell it.
 
     Raises:
         DerainError: If ``blocks`` or ``heads`` does not have four numbers.
@@ -207,7 +207,6 @@ class AMIR(Network):
     size_multiple: ClassVar[int] = 8
     bytes_per_pixel: ClassVar[int] = 5000
     signature: ClassVar[str] = "spatial_routing_encoder_level1.moe.w_gate"
-    published_options: ClassVar[frozenset[str]] = frozenset({"selected"})
     published_names: ClassVar[Names] = (
         (r"spatial_routing_encoder_level\d\.moe\.(mean|std)", None),
         (r"^patch_embed\.", "embedding."),
