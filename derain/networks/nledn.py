@@ -72,7 +72,7 @@ class NonLocal(nn.Module):
         return split.reshape(-1, rows, columns, x.shape[1])
 
     def mask(self, x: Float[Tensor, "b c h w"], rows: Any, columns: Any) -> Tensor | None:
-        """Return 0 where keys are of pixels of the map, the least number elsewhere, ``(b · pieces, 1, 1, keys)``; None if all are."""
+        """Return 0 for keys in the map, else the least number, ``(b · pieces, 1, 1, keys)``; None if all are in it."""
         grid, (height, width) = self.grid, x.shape[2:]
         if grid == 1 or not (exporting() or height % grid or width % grid):
             return None
