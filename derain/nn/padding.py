@@ -36,6 +36,35 @@ def pad_to_multiple(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor,
     return F.pad(x, (0, -width % multiple, 0, -height % multiple), mode)
 
 
+def pad_to_at_least(x: Float[Tensor, "b c h w"], side: int) -> Float[Tensor, "b c h2 w2"]:
+    """Pad images that are too small at the bottom and the right, by repeating their border.
+
+    Args:
+        x: Images of any size.
+        side: Smallest height and width.
+
+    Example:
+        >>> import torch
+        >>> pad_to_at_least(torch.zeros(1, 3, 37, 1), 16).shape
+        torch.Size([1, 3, 37, 16])
+    """
+    height, width = x.shape[2:]
+    if exporting():
+        return x[:, :, _continued(height, side, x.device)][..., _continued(width, side, x.device)]
+    bottom, right = max(0, side - height), max(0, side - width)
+    return F.pad(x, (0, right, 0, bottom), "replicate") if bottom or right else x
+
+
+def _continued(length: int, smallest: int, device: torch.device) -> Int[Tensor, " n"]:
+    """Return the indices 0 to ``length - 1``, the last of them repeated until there are ``smallest``."""
+    if torch.compiler.is_exporting():
+        count = torch.sym_max(length, smallest)  # type: ignore[no-untyped-call]
+        return torch.arange(count, device=device).clamp(max=length - 1)
+    indices = torch.arange(length, device=device)
+    further = torch.arange(smallest, device=device)[length:]
+    return torch.cat((indices, indices[-1:].expand_as(further)))
+
+
 def padded_indices(last: Int[Tensor, ""], multiple: int, reflect: Tensor) -> Int[Tensor, " n"]:
     """Return the index of the row (or column) to copy for each row of a padded image.
 
