@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from derain.methods import DerainModule as DerainModule
     from derain.methods import PLNLINGANModule as PLNLINGANModule
     from derain.methods import PReNetModule as PReNetModule
+    from derain.methods import RegressionModule as RegressionModule
     from derain.methods import RestormerModule as RestormerModule
     from derain.restoration import Restorer as Restorer
 
@@ -27,6 +28,7 @@ _MODULES = {
     "DerainModule": "derain.methods",
     "PLNLINGANModule": "derain.methods",
     "PReNetModule": "derain.methods",
+    "RegressionModule": "derain.methods",
     "RestormerModule": "derain.methods",
     "RainDataModule": "derain.data.datamodule",
     "Restorer": "derain.restoration",

@@ -116,8 +116,8 @@ FAULTS: dict[tuple[str, ...], list[tuple[str, str, str]]] = {
         ("CLIP-RPN: mask needs all channels", ".amax(1, keepdim=True)", ".amin(1, keepdim=True)"),
         ("CLIP-RPN: mask shifted", "mask[..., ::factor, ::factor]", "mask[..., 1::factor, 1::factor]"),
     ],
-    ("methods/prenet/network.py", "methods/prenet/test_network.py"): [
-        ("PReNet: forget gate", 'self._gate("f", x) * state.cell', 'self._gate("i", x) * state.cell'),
+    ("nn/recurrent.py", "methods/prenet/test_network.py"): [
+        ("PReNet: forget gate", "_sigmoid(gates.forget, x, maps) * cell", "_sigmoid(gates.input, x, maps) * cell"),
     ],
     ("nn/padding.py", "nn/test_padding.py"): [
         (

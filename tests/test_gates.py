@@ -112,7 +112,7 @@ def lint_imports(root: Path) -> subprocess.CompletedProcess:
         ("data/verify.py", "import torch"),
         ("images.py", "import derain.metrics"),
         ("commands/bench.py", "import derain.methods.prenet.network"),
-        ("methods/prenet/network.py", "import derain.methods.plnlingan.shifted_windows"),
+        ("methods/prenet/network.py", "import derain.methods.plnlingan.loss"),
         ("options.py", "import derain.commands.data"),
     ],
 )

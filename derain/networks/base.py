@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from derain.errors import DerainError
+from derain.nn.graphs import exporting
 from derain.nn.padding import pad_to_multiple
 
 Names = Sequence[tuple[str, str | None]]
@@ -23,7 +24,7 @@ class Network(nn.Module, ABC):
     A subclass has a default for each argument of ``__init__``: scalars, strings, lists and dictionaries only.
 
     Attributes:
-        size_multiple: Images are padded to a multiple of it, by reflection at the bottom and the right.
+        size_multiple: Images are padded to a multiple of it at the bottom and the right, see `pad`.
         bgr: Whether the network was designed for the channel order blue, green, red.
         bytes_per_pixel: Memory of ``forward`` at inference in bytes a pixel, measured in float32.
         tile_multiple: Number that sides of tiles should be multiples of.
@@ -65,14 +66,20 @@ class Network(nn.Module, ABC):
         """Restore RGB images of any size in [0, 1]; not clamped."""
         return self.outputs(rainy)["derained"]
 
+    def pad(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
+        """Return images padded at the bottom and the right to multiples of ``size_multiple``, by reflection."""
+        return pad_to_multiple(image, self.size_multiple) if self.size_multiple > 1 else image
+
     def outputs(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
         """Return all outputs for RGB images of any size in [0, 1]; images among them are RGB."""
         height, width = rainy.shape[2:]
         image = rainy.flip(1) if self.bgr else rainy
-        padded = pad_to_multiple(image, self.size_multiple) if self.size_multiple > 1 else image
+        padded = self.pad(image)
         outputs = {}
         for name, output in self.restore(padded).items():
-            if output.shape[2:] == padded.shape[2:]:
+            if name != "derained" and exporting():  # a graph returns the image alone, and cannot compare sizes
+                continue
+            if name == "derained" or output.shape[2:] == padded.shape[2:]:
                 output = output[..., :height, :width]
             outputs[name] = output.flip(1) if self.bgr and output.dim() == 4 and output.shape[1] == 3 else output
         return outputs

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from derain.networks.base import Names, Network, count_numbered
 from derain.nn.experts import PUBLISHED_NAMES, ExpertCompensator
 from derain.nn.graphs import exporting
-from derain.nn.padding import pad_to_at_least
+from derain.nn.padding import pad_to_minimum
 
 RUNS = 16
 """Number of runs of pixels within which pixels attend to each other; a remainder is a further, shorter run."""
@@ -338,7 +338,7 @@ class HCTFFN(Network):
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
         """Return the images of the three stages, the last first."""
         height, width = image.shape[2:]
-        rainy = 255 * pad_to_at_least(image, SMALLEST)
+        rainy = 255 * pad_to_minimum(image, SMALLEST)
         x = self.shallow(rainy)
         x1 = self.stage1(x, self.encoder1(rainy))
         image1 = self.output1(x1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from derain.errors import DerainError
 from derain.networks.base import Names, Network, count_numbered
 from derain.nn.graphs import exporting
-from derain.nn.padding import pad_to_at_least
+from derain.nn.padding import pad_to_minimum
 
 
 class NonLocal(nn.Module):
@@ -229,7 +229,7 @@ class NLEDN(Network):
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
         """Return the restored image and the rain."""
         height, width = image.shape[2:]
-        rain = self.rain(pad_to_at_least(image, self.smallest_side))[..., :height, :width]
+        rain = self.rain(pad_to_minimum(image, self.smallest_side))[..., :height, :width]
         return {"derained": image - rain, "rain": rain}
 
     def rain(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:

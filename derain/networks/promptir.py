@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from derain.errors import DerainError
-from derain.networks.base import Names, Network, count_numbered
-from derain.networks.shapes import expansion_of, heads_of
+from derain.networks.base import Names, Network
+from derain.networks.shapes import heads_of, restormer_options
 from derain.nn.restormer import Downsample, PatchEmbedding, TransformerBlock, Upsample, pointwise, spatial
 
 LEVELS = (3, 2, 1)
@@ -199,16 +199,10 @@ class PromptIR(Network):
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """Return the arguments of ``__init__``; each level has at least one block."""
-        if cls.signature not in state or (expansion := expansion_of(state)) is None:
+        if cls.signature not in state or (options := restormer_options(state)) is None:
             return None
         prompts = [state[f"prompt{i}.prompt_param"].shape for i in (1, 2, 3)]
-        levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
-        return {
-            "dim": state["patch_embed.proj.weight"].shape[0],
-            "blocks": [count_numbered(state, rf"{level}\.(\d+)\.") for level in levels],
-            "refinement": count_numbered(state, r"refinement\.(\d+)\."),
-            "heads": heads_of(state, *(f"{level}.0" for level in levels)),
-            "expansion": expansion,
+        return options | {
             "maps": prompts[0][1],
             "prompt_channels": [shape[2] for shape in prompts],
             "prompt_sizes": [shape[3] for shape in prompts],

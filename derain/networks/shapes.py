@@ -1,13 +1,39 @@
-"""Arguments of transformer blocks from the shapes of their tensors."""
+"""Arguments of networks with Restormer's blocks and levels from the shapes of their tensors."""
 
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
+from derain.networks.base import count_numbered
+
 DECIMALS = 4
 """Decimals of an expansion at most."""
+
+LEVELS = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
+"""Names of Restormer's levels."""
+
+
+def restormer_options(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Return ``dim``, ``blocks``, ``refinement``, ``heads`` and ``expansion`` of a network with Restormer's levels.
+
+    Args:
+        state: Tensors by Restormer's names.
+
+    Returns:
+        The arguments; None if no expansion fits. Each level has at least one block.
+    """
+    if (expansion := expansion_of(state)) is None:
+        return None
+    return {
+        "dim": state["patch_embed.proj.weight"].shape[0],
+        "blocks": [count_numbered(state, rf"{level}\.(\d+)\.") for level in LEVELS],
+        "refinement": count_numbered(state, r"refinement\.(\d+)\."),
+        "heads": heads_of(state, *(f"{level}.0" for level in LEVELS)),
+        "expansion": expansion,
+    }
 
 
 def heads_of(state: Mapping[str, Tensor], *blocks: str) -> list[int]:

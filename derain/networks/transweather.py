@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from derain.errors import DerainError
 from derain.networks.base import Names, Network, count_numbered
-from derain.nn.padding import pad_to_at_least
+from derain.nn.padding import pad_to_minimum
 from derain.nn.pyramid import EPSILON, Block, Embedding, Map, ReducedAttention, split_heads
 
 SMALLEST = 48
@@ -271,7 +271,7 @@ class TransWeather(Network):
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
         """Return the restored image."""
         height, width = image.shape[2:]
-        maps = self.encode(pad_to_at_least(2 * image - 1, SMALLEST).permute(0, 2, 3, 1))
+        maps = self.encode(pad_to_minimum(2 * image - 1, SMALLEST).permute(0, 2, 3, 1))
         features = self.projection(self.decoder(maps[-1]), maps)
         return {"derained": torch.tanh(self.tail(features))[..., :height, :width]}
 

@@ -36,33 +36,54 @@ def pad_to_multiple(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor,
     return F.pad(x, (0, -width % multiple, 0, -height % multiple), mode)
 
 
-def pad_to_at_least(x: Float[Tensor, "b c h w"], side: int) -> Float[Tensor, "b c h2 w2"]:
-    """Pad images that are too small at the bottom and the right, by repeating their border.
+def pad_to_minimum(x: Float[Tensor, "b c h w"], minimum: int) -> Float[Tensor, "b c h2 w2"]:
+    """Repeat the border of images at the bottom and the right until both sides have a minimum length.
 
     Args:
         x: Images of any size.
-        side: Smallest height and width.
+        minimum: Smallest height and width in pixels.
 
     Example:
         >>> import torch
-        >>> pad_to_at_least(torch.zeros(1, 3, 37, 1), 16).shape
-        torch.Size([1, 3, 37, 16])
+        >>> pad_to_minimum(torch.zeros(1, 3, 37, 1), 8).shape
+        torch.Size([1, 3, 37, 8])
+    """
+    if exporting():
+        rows, columns = (_indices_to_minimum(torch.arange(side, device=x.device), minimum) for side in x.shape[2:])
+        return x[:, :, rows][..., columns]
+    height, width = x.shape[2:]
+    return F.pad(x, (0, max(minimum - width, 0), 0, max(minimum - height, 0)), "replicate")
+
+
+def _indices_to_minimum(indices: Int[Tensor, " n"], minimum: int) -> Int[Tensor, " m"]:
+    """Repeat the last index until there are at least ``minimum`` indices; in a graph for any size."""
+    length: Any = (indices[-1] + 1).clamp(min=minimum)
+    if torch.compiler.is_exporting():  # a symbolic number; max(side, minimum) would exclude sizes below it
+        length = length.item()
+        torch._check(length >= minimum)  # type: ignore[no-untyped-call]
+    return torch.arange(length, device=indices.device).clamp(max=indices[-1])
+
+
+def pad_with_zeros(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor, "b c h2 w2"]:
+    """Pad images with zeros at the bottom and the right until height and width are multiples of a number.
+
+    Args:
+        x: Images of any size.
+        multiple: Divisor of the padded height and width.
+
+    Example:
+        >>> import torch
+        >>> pad_with_zeros(torch.ones(1, 1, 2, 1), 3)[0, 0]
+        tensor([[1., 0., 0.],
+                [1., 0., 0.],
+                [0., 0., 0.]])
     """
     height, width = x.shape[2:]
     if exporting():
-        return x[:, :, _continued(height, side, x.device)][..., _continued(width, side, x.device)]
-    bottom, right = max(0, side - height), max(0, side - width)
-    return F.pad(x, (0, right, 0, bottom), "replicate") if bottom or right else x
-
-
-def _continued(length: int, smallest: int, device: torch.device) -> Int[Tensor, " n"]:
-    """Return the indices 0 to ``length - 1``, the last of them repeated until there are ``smallest``."""
-    if torch.compiler.is_exporting():
-        count = torch.sym_max(length, smallest)  # type: ignore[no-untyped-call]
-        return torch.arange(count, device=device).clamp(max=length - 1)
-    indices = torch.arange(length, device=device)
-    further = torch.arange(smallest, device=device)[length:]
-    return torch.cat((indices, indices[-1:].expand_as(further)))
+        padded = pad_to_multiple(x, multiple)
+        rows, columns = (torch.arange(length, device=x.device) for length in padded.shape[2:])
+        return padded * ((rows < height)[:, None] & (columns < width))
+    return F.pad(x, (0, -width % multiple, 0, -height % multiple))
 
 
 def padded_indices(last: Int[Tensor, ""], multiple: int, reflect: Tensor) -> Int[Tensor, " n"]:

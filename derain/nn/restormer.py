@@ -11,8 +11,9 @@ names and shapes of the authors' checkpoints. The computation is optimised:
   instructions. Padded channels stay zero.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +31,11 @@ Interact = Callable[[int, Float[Tensor, "b h w c"]], Float[Tensor, "b h w c"]]
 """Function of a level and its features that returns features of the same shape, applied before upsampling."""
 
 
-def pointwise(x: Float[Tensor, "b h w i"], weight: Float[Tensor, "o i 1 1"]) -> Float[Tensor, "b h w o"]:
-    """Apply a 1×1 convolution without bias."""
-    return F.conv2d(x.permute(0, 3, 1, 2), weight).permute(0, 2, 3, 1)
+def pointwise(
+    x: Float[Tensor, "b h w i"], weight: Float[Tensor, "o i 1 1"], bias: Float[Tensor, " o"] | None = None
+) -> Float[Tensor, "b h w o"]:
+    """Apply a 1×1 convolution."""
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
 
 
 def spatial(x: Float[Tensor, "b h w i"], convolution: nn.Module) -> Float[Tensor, "b h w o"]:
@@ -40,8 +43,8 @@ def spatial(x: Float[Tensor, "b h w i"], convolution: nn.Module) -> Float[Tensor
     return cast(Tensor, convolution(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-def strips(x: Float[Tensor, "b h w c"], width: int) -> Iterator[tuple[slice, Tensor, slice]]:
-    """Split a map into strips of rows, each with one further row above and below for 3×3 convolutions.
+def strips(x: Float[Tensor, "b h w c"], width: int, halo: int = 1) -> Iterator[tuple[slice, Tensor, slice]]:
+    """Split a map into strips of rows, each with further rows above and below for the kernels of convolutions.
 
     Without gradients, the maps computed from a strip fit into a processor's cache, which is faster and saves memory.
     With gradients, or when a graph is made (a compiler fuses operations itself), there is one strip.
@@ -49,6 +52,7 @@ def strips(x: Float[Tensor, "b h w c"], width: int) -> Iterator[tuple[slice, Ten
     Args:
         x: The map.
         width: Channels of the widest map computed from a strip.
+        halo: Number of further rows above and below.
 
     Yields:
         The rows of the strip in the map, the strip with its neighbouring rows, and its rows without them.
@@ -57,10 +61,10 @@ def strips(x: Float[Tensor, "b h w c"], width: int) -> Iterator[tuple[slice, Ten
         yield slice(None), x, slice(None)
         return
     budget = STRIP_BYTES["cpu" if x.device.type == "cpu" else "gpu"]
-    rows = max(4, budget // (x.shape[0] * x.shape[2] * width * x.element_size()))
+    rows = max(4 * halo, budget // (x.shape[0] * x.shape[2] * width * x.element_size()))
     for top in range(0, x.shape[1], rows):
-        above = min(top, 1)
-        yield slice(top, top + rows), x[:, top - above : top + rows + 1], slice(above, above + rows)
+        above = min(top, halo)
+        yield slice(top, top + rows), x[:, top - above : top + rows + halo], slice(above, above + rows)
 
 
 def _as_float32(x: Tensor) -> Tensor:
@@ -121,6 +125,10 @@ class Attention(nn.Module):
         mixed: Tensor = value.flatten(1, 2) @ matrix.to(value.dtype)
         return mixed.reshape(b, h, w, c)
 
+    def normalize(self, scores: Float[Tensor, "b heads d d"]) -> Float[Tensor, "b heads d d"]:
+        """Return the attention of scores of queries (rows) and keys."""
+        return scores.softmax(-1)
+
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
         """Return multiplications that are not counted: of the projection of pixels, and of the attention matrices."""
         weight = self.project_out.weight
@@ -144,7 +152,7 @@ class Attention(nn.Module):
         c = norms.shape[2]
         query_norms, key_norms = norms.reshape(2, b, heads, -1)
         cosines = products / (query_norms[..., :, None] * key_norms[..., None, :])
-        attention = (cosines * self.temperature).softmax(-1)  # (b, heads, d, d)
+        attention = self.normalize(cosines * self.temperature)
         projection = self.project_out.weight.reshape(c, heads, -1).transpose(0, 1)
         matrix: Tensor = (projection @ attention).transpose(2, 3).reshape(b, c, c)
         return matrix
@@ -230,6 +238,9 @@ class GatedFeedForward(nn.Module):
         Restormer, section 3.2, eq. 2.
     """
 
+    halo: ClassVar[int] = 1
+    """Distance in rows of the farthest pixel that a result depends on."""
+
     def __init__(self, channels: int, expansion: float) -> None:
         super().__init__()
         hidden = int(expansion * channels)
@@ -279,17 +290,26 @@ class TransformerBlock(nn.Module):
         channels: Number of channels.
         heads: Number of heads of the attention.
         expansion: Expansion of the feed-forward network.
+        attention: Class of the attention, with the arguments of `SelfAttention`.
+        feed_forward: Class of the feed-forward network, with arguments, methods and ``halo`` of `GatedFeedForward`.
 
     Shape:
         ``(b, h, w, channels)`` → same.
     """
 
-    def __init__(self, channels: int, heads: int, expansion: float) -> None:
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        expansion: float,
+        attention: Callable[[int, int], nn.Module] = SelfAttention,
+        feed_forward: Callable[[int, float], Any] = GatedFeedForward,
+    ) -> None:
         super().__init__()
         self.norm1 = Norm(channels)
-        self.attn = SelfAttention(channels, heads)
+        self.attn = attention(channels, heads)
         self.norm2 = Norm(channels)
-        self.ffn = GatedFeedForward(channels, expansion)
+        self.ffn = feed_forward(channels, expansion)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         """Transform features."""
@@ -298,7 +318,7 @@ class TransformerBlock(nn.Module):
             return cast(Tensor, x + self.ffn(self.norm2(x), self.ffn.kernels()))
         kernels = self.ffn.kernels()
         out = torch.empty_like(x)
-        for rows, strip, own_rows in strips(x, len(kernels[0])):
+        for rows, strip, own_rows in strips(x, len(kernels[0]), self.ffn.halo):
             transformed = self.ffn(self.norm2(strip), kernels)[:, own_rows]
             torch.add(x[:, rows], transformed, out=out[:, rows])
         return out
@@ -353,6 +373,7 @@ class Restormer(nn.Module):
         refinement: Number of refinement blocks.
         heads: Number of attention heads at each of the four levels.
         expansion: Expansion of the feed-forward networks.
+        block: Class of the transformer blocks, with the first three arguments of `TransformerBlock`.
 
     Shape:
         ``(b, 3, h, w)`` in [0, 1] → same, any ``h, w >= 1``: images are padded to a multiple of 8, by
@@ -372,15 +393,16 @@ class Restormer(nn.Module):
         refinement: int = 4,
         heads: Sequence[int] = (1, 2, 4, 8),
         expansion: float = 2.66,
+        block: Callable[[int, int, float], nn.Module] = TransformerBlock,
     ) -> None:
         super().__init__()
         if len(blocks) != 4 or len(heads) != 4:
             raise DerainError(f"blocks {list(blocks)}, heads {list(heads)}: expected four numbers each, one per level")
 
         def level(channels: int, index: int, count: int) -> nn.Sequential:
-            return nn.Sequential(*(TransformerBlock(channels, heads[index], expansion) for _ in range(count)))
+            return nn.Sequential(*(block(channels, heads[index], expansion) for _ in range(count)))
 
-        self.patch_embed = PatchEmbedding(dim)
+        self.patch_embed: nn.Module = PatchEmbedding(dim)
         self.encoder_level1 = level(dim, 0, blocks[0])
         self.down1_2 = Downsample(dim)
         self.encoder_level2 = level(2 * dim, 1, blocks[1])
@@ -421,3 +443,25 @@ class Restormer(nn.Module):
         x = torch.cat((self.up2_1(x), level1), dim=-1)
         x = spatial(self.refinement(self.decoder_level1(x)), self.output) + padded
         return x[:, :height, :width].permute(0, 3, 1, 2)
+
+
+def expansion_of(hidden: Mapping[int, int]) -> float:
+    """Return the expansion of feed-forward networks, as the shortest decimal number that fits.
+
+    Args:
+        hidden: Number of hidden channels by number of channels.
+
+    Raises:
+        DerainError: If no expansion fits.
+
+    Example:
+        >>> expansion_of({48: 127, 96: 255, 192: 510, 384: 1021})
+        2.66
+    """
+    lowest = max(wide / channels for channels, wide in hidden.items())
+    for digits in range(12):
+        scale = int(10**digits)
+        expansion = math.ceil(lowest * scale) / scale
+        if all(int(expansion * channels) == wide for channels, wide in hidden.items()):
+            return expansion
+    raise DerainError(f"hidden channels by channels {dict(hidden)}: expected one expansion for all levels")

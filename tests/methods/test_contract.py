@@ -32,6 +32,12 @@ SMALL = {
     },
     "RestormerModule": TRANSFORMER,
     "CLIPRPNModule": TRANSFORMER | {"perception": "none"},
+    "RegressionModule": {
+        "network": "RESCAN",
+        "network_options": {"channels": 8, "stages": 2},
+        "schedule": "constant",
+        "learning_rate": 5e-3,
+    },
 }
 """Hyper-parameters of small networks; a method without an entry is built with its defaults."""
 OVERFITTED = {"PLNLINGANModule": 1.15}

@@ -7,7 +7,16 @@ import torch
 
 from derain.errors import DerainError
 from derain.networks.promptir import Prompt, PromptIR
-from tests.networks.goldens import Golden, check_gradients, check_outputs, check_parameters, load, published_state
+from tests.networks.goldens import (
+    Golden,
+    check_gradients,
+    check_outputs,
+    check_parameters,
+    check_recognition,
+    check_sizes,
+    load,
+    published_state,
+)
 
 TINY = {
     "dim": 8,
@@ -58,9 +67,10 @@ def test_it_recognises_its_weights(golden):
     assert {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()} == {
         name: parameter.default for name, parameter in inspect.signature(PromptIR).parameters.items()
     }
-    assert PromptIR.options_of(Golden("amir").state()) is None
-    assert PromptIR.options_of(Golden("drsformer").state()) is None
-    assert PromptIR.options_of({}) is None
+
+
+def test_it_recognises_no_other_weights():
+    check_recognition(PromptIR, "promptir")
 
 
 def test_options_of_another_size(golden):
@@ -73,17 +83,8 @@ def test_options_of_another_size(golden):
         assert torch.equal(again.eval()(rainy), network(rainy))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (7, 9), (19, 33)])
-def test_any_size(size):
-    rainy = torch.rand(1, 3, *size)
-    with torch.no_grad():
-        assert tiny()(rainy).shape == rainy.shape
-
-
-def test_images_of_a_batch_are_independent():
-    network, rainy = tiny(), torch.rand(2, 3, 16, 24)
-    with torch.no_grad():
-        torch.testing.assert_close(network(rainy)[1:], network(rainy[1:]))
+def test_sizes():
+    check_sizes(tiny())
 
 
 def test_prompt_is_the_weighted_sum_of_maps():

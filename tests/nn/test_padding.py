@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from derain.nn.padding import pad_to_at_least, pad_to_multiple
+from derain.nn.padding import pad_to_minimum, pad_to_multiple
 
 
 @pytest.mark.parametrize(
@@ -25,9 +25,9 @@ def test_padding_equals_numpy(rng, size, multiple, mode):
     np.testing.assert_array_equal(padded, expected)
 
 
-@pytest.mark.parametrize("size", [(37, 31), (3, 20), (4, 1), (1, 1), (4, 4)])
-def test_smallest_sides_equal_numpy(rng, size):
+@pytest.mark.parametrize("size", [(37, 31), (1, 1), (8, 3), (8, 8)])
+def test_padding_to_a_minimum_equals_numpy(rng, size):
     image = rng.random((2, 3, *size))
-    bottom, right = (max(0, 4 - side) for side in size)
+    bottom, right = (max(8 - side, 0) for side in size)
     expected = np.pad(image, ((0, 0), (0, 0), (0, bottom), (0, right)), mode="edge")
-    np.testing.assert_array_equal(pad_to_at_least(torch.from_numpy(image), 4).numpy(), expected)
+    np.testing.assert_array_equal(pad_to_minimum(torch.from_numpy(image), 8).numpy(), expected)

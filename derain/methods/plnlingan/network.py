@@ -11,15 +11,12 @@ from typing import Literal, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from derain.errors import DerainError
-from derain.methods.plnlingan.shifted_windows import shift_mask, transform_shifted
-from derain.nn.graphs import exporting
 from derain.nn.padding import pad_to_multiple
-from derain.nn.restormer import STRIP_BYTES, spatial
+from derain.nn.restormer import spatial
+from derain.nn.shifted_windows import WindowBlock
 
 Features = Float[Tensor, "b h w c"]
 Widths = Float[Tensor, "b h w _"]
@@ -73,84 +70,6 @@ class ResidualBlock(nn.Module):
         """Transform features."""
         hidden = F.leaky_relu(spatial(x, self.conv1), 0.2)
         return x + spatial(hidden, self.conv2)
-
-
-class WindowBlock(SwinTransformerBlock):
-    """Swin block of timm for maps of any size: the non-local block.
-
-    Masks are cached by size. Without gradients, the map is processed in strips of window rows that fit into the
-    cache of a processor, which also bounds memory.
-
-    Shape:
-        ``(b, h, w, channels)`` → same; height and width must be multiples of the window.
-
-    References:
-        Liu et al., Swin Transformer, ICCV 2021, eq. 3; a map of one window is not shifted.
-    """
-
-    def __init__(self, style: Style, shifted: bool) -> None:
-        if style.channels % style.heads:
-            raise DerainError(
-                f"{style.heads} heads do not divide {style.channels} channels; choose a number of heads that does"
-            )
-        super().__init__(style.channels, (WINDOW, WINDOW), num_heads=style.heads, window_size=WINDOW)
-        self.shift = WINDOW // 2 if shifted else 0
-
-    def forward(self, x: Features) -> Features:
-        """Transform features."""
-        if exporting():
-            return transform_shifted(x, WINDOW, self.shift, self._transform)
-        height, width = x.shape[1:3]
-        down = self.shift if height > WINDOW else 0
-        right = self.shift if width > WINDOW else 0
-        if down or right:
-            x = torch.roll(x, (-down, -right), (1, 2))
-        rows = self._strip_rows(x)
-        if rows >= height:
-            x = self._transform(x, self._mask(x, down, right))
-        else:
-            x = self._transform_strips(x, rows, down, right)
-        if down or right:
-            x = torch.roll(x, (down, right), (1, 2))
-        return x
-
-    def _strip_rows(self, x: Features) -> int:
-        """Return the rows of a strip; all rows where gradients are needed."""
-        batch, height, width, _ = x.shape
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return height
-        budget = STRIP_BYTES["cpu" if x.device.type == "cpu" else "gpu"]
-        row_bytes = batch * width * WINDOW**3 * self.attn.num_heads * x.element_size()
-        return max(1, budget // row_bytes) * WINDOW
-
-    def _transform_strips(self, x: Features, rows: int, down: int, right: int) -> Features:
-        """Transform a map strip by strip; only its last strip holds rows from across the border."""
-        height = x.shape[1]
-        out = torch.empty_like(x)
-        for top in range(0, height, rows):
-            strip = x[:, top : top + rows]
-            is_last = top + rows >= height
-            mask = self._mask(strip, down if is_last else 0, right)
-            out[:, top : top + rows] = self._transform(strip, mask)
-        return out
-
-    def _mask(self, strip: Features, down: int, right: int) -> Tensor | None:
-        """Return the attention mask of a strip, or None if nothing was shifted."""
-        if not (down or right):
-            return None
-        _, height, width, _ = strip.shape
-        cacheable = not torch.compiler.is_compiling() and not isinstance(strip, FakeTensor)
-        build = shift_mask if cacheable else shift_mask.__wrapped__
-        return build(height, width, WINDOW, down, right, strip.device)
-
-    def _transform(self, x: Features, mask: Tensor | None) -> Features:
-        """Apply attention within windows, then the MLP; each is normalised and residual."""
-        _, height, width, channels = x.shape
-        windows = window_partition(self.norm1(x), self.window_size).flatten(1, 2)
-        attended = self.attn(windows, mask=None if mask is None else mask.to(x.dtype))
-        attended = attended.view(-1, WINDOW, WINDOW, channels)
-        x = x + window_reverse(attended, self.window_size, height, width)
-        return cast(Tensor, x + self.mlp(self.norm2(x)))
 
 
 class SFT(nn.Module):
@@ -251,7 +170,7 @@ def _block(kind: str, index: int, style: Style) -> nn.Module:
     """Block of a branch; every second Swin block is shifted."""
     if kind == "local":
         return ResidualBlock(style.channels)
-    return WindowBlock(style, shifted=index % 2 == 1)
+    return WindowBlock(style.channels, style.heads, WINDOW, shifted=index % 2 == 1)
 
 
 def _interaction(style: Style) -> nn.Module:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from derain.errors import DerainError
+from derain.nn.recurrent import Gates, State, lstm_step
 
 Variant = Literal["PReNet", "PReNet_r", "PRN", "PRN_r", "PReNet_LSTM"]
 """Names of the network and its ablations in the paper and its code."""
@@ -26,18 +26,6 @@ VARIANTS: dict[Variant, dict[str, bool]] = {
 
 MAX_STAGES = 100
 """Limit of the stages, since files do not bound them and time grows with them; the authors use 2 to 7."""
-
-
-class State(NamedTuple):
-    """State of the LSTM.
-
-    Attributes:
-        hidden: ``(b, 32, h, w)``.
-        cell: ``(b, 32, h, w)``.
-    """
-
-    hidden: Tensor
-    cell: Tensor
 
 
 class PReNet(nn.Module):
@@ -121,24 +109,10 @@ class PReNet(nn.Module):
         return self.get_parameter("conv_f.0.weight").numel() * pixels, 0
 
     def _lstm(self, x: Float[Tensor, "b 32 h w"], state: State | None) -> State:
-        """Return the next state of the LSTM; None is the zero state, which adds nothing."""
-        if state is None:
-            cell = self._gate("i", x) * self._gate("g", x)
-        else:
-            x = torch.cat((x, state.hidden), dim=1)
-            cell = self._gate("f", x) * state.cell
-            cell = torch.addcmul(cell, self._gate("i", x), self._gate("g", x))
-        return State(self._gate("o", x) * torch.tanh(cell), cell)
-
-    def _gate(self, name: str, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 32 h w"]:
-        """Return a gate of the LSTM, from features and hidden state (c = 64) or, in the first stage, features alone.
-
-        The gates are four convolutions: reading the quarters of one large result, which are not contiguous, costs a
-        CPU more time than the larger convolution saves.
-        """
-        weight, bias = self.get_submodule(f"conv_{name}").parameters()
-        gate = F.conv2d(x, weight[:, : x.shape[1]], bias, padding=1)
-        return torch.tanh_(gate) if name == "g" else torch.sigmoid_(gate)
+        """Return the next state of the LSTM; None is the zero state."""
+        gates = Gates(*(cast(nn.Conv2d, self.get_submodule(f"conv_{name}.0")) for name in "ifgo"))
+        hidden, cell = (None, None) if state is None else state
+        return lstm_step(gates, (x, hidden), cell)
 
 
 def variant_of(state: Mapping[str, Tensor]) -> Variant | None:

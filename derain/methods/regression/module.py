@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NotRequired, cast
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from derain.batch import PairBatch
 from derain.errors import DerainError
-from derain.files.metadata import shorten
+from derain.files.metadata import Metadata, shorten
 from derain.files.weights import BUILD_ERRORS, Content
 from derain.methods import registry
 from derain.methods.base import DerainModule
@@ -37,6 +37,16 @@ SCHEDULES = {
 
 LENGTHS = ("T_max", "total_steps", "total_iters")
 """Arguments of PyTorch's schedules that are the length of the training unless they are given."""
+
+
+class RegressionMetadata(Metadata):
+    """Metadata of a `RegressionModule`.
+
+    Attributes:
+        title: Name of the network's class.
+    """
+
+    title: NotRequired[str]
 
 
 class RegressionModule(DerainModule):
@@ -63,7 +73,11 @@ class RegressionModule(DerainModule):
     """
 
     bounded_by_file: ClassVar[bool] = True
+    metadata_schema: ClassVar[Any] = RegressionMetadata
     published_options: ClassVar[frozenset[str]] = frozenset({"iterations"})
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        path.rpartition(".")[2]: {"network": path.rpartition(".")[2]} for path in NETWORKS
+    }
     may_change = DerainModule.may_change | {"schedule_options", "optimizer_options"}
 
     def __init__(
@@ -95,6 +109,10 @@ class RegressionModule(DerainModule):
     def title(self) -> str:
         """Name of the network."""
         return type(self.network).__name__
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what files record; the title is for tables."""
+        return {**super().metadata(), "title": self.title}
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """Restore images of any size in [0, 1]."""

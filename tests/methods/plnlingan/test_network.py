@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from derain.errors import DerainError
-from derain.methods.plnlingan import network as network_file
-from derain.methods.plnlingan.network import MCDDL, PLNLIM, PLNLIN, SFT, ConcatLinear, Style, WindowBlock
-from derain.methods.plnlingan.shifted_windows import shift_mask
+from derain.methods.plnlingan.network import MCDDL, PLNLIM, PLNLIN, SFT, ConcatLinear, Style
 from tests.methods.plnlingan.references import Textbook
 
 SMALL = Style(channels=8, heads=2)
@@ -74,60 +72,6 @@ def test_discriminator_uses_all_generator_features():
     logits = discriminator(images(56, 56, batch=1), features)
     sum(scale.square().sum() for scale in logits).backward()
     assert all(content.grad.abs().sum() > 0 for content in features)
-
-
-@pytest.mark.parametrize("size", [(35, 28), (14, 7), (7, 7)])
-def test_strips_give_the_same_result_as_the_whole_map(size, monkeypatch):
-    torch.manual_seed(0)
-    block = with_large_weights(WindowBlock(SMALL, shifted=True))
-    x = torch.randn(2, *size, 8, dtype=torch.float64)
-    whole = block(x)
-    monkeypatch.setattr(network_file, "STRIP_BYTES", {"cpu": 1})
-    strips = []
-
-    def transform(strip, mask):
-        strips.append(strip)
-        return WindowBlock._transform(block, strip, mask)
-
-    monkeypatch.setattr(block, "_transform", transform)
-    with torch.no_grad():
-        torch.testing.assert_close(block(x), whole, rtol=1e-12, atol=1e-12)
-    assert len(strips) == size[0] // 7
-
-
-def test_a_map_of_one_window_is_not_shifted():
-    block, plain = WindowBlock(SMALL, shifted=True), WindowBlock(SMALL, shifted=False)
-    plain.load_state_dict(block.state_dict())
-    x = torch.randn(1, 7, 7, 8)
-    assert torch.equal(block(x), plain(x))
-    assert not torch.equal(block(torch.cat((x, x), 1)), plain(torch.cat((x, x), 1)))
-
-
-def test_masks_are_cached_by_size():
-    block = WindowBlock(SMALL, shifted=True)
-    shift_mask.cache_clear()
-    for _ in range(3):
-        block(torch.randn(1, 14, 21, 8))
-        block(torch.randn(1, 14, 14, 8))
-    assert shift_mask.cache_info().misses == 2
-
-
-def test_masks_built_in_inference_mode_work_in_training():
-    block = WindowBlock(SMALL, shifted=True)
-    block.attn.fused_attn = True  # keeps its mask for the backward pass
-    shift_mask.cache_clear()
-    with torch.inference_mode():
-        block(torch.randn(1, 14, 14, 8))
-    block(torch.randn(1, 14, 14, 8, requires_grad=True)).sum().backward()
-
-
-def test_masked_pixels_do_not_attend_across_the_border():
-    block = with_large_weights(WindowBlock(SMALL, shifted=True))
-    x = torch.randn(1, 14, 14, 8, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(block(x)[0, 0, 0].sum(), x)
-    assert gradient[0, :4, :4].abs().sum() > 0
-    assert gradient[0, 4:].abs().max() < 1e-30
-    assert gradient[0, :, 4:].abs().max() < 1e-30
 
 
 @pytest.mark.parametrize("size", [(1, 1), (37, 31), (57, 20), (112, 56)])

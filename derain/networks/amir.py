@@ -1,0 +1,300 @@
+"""AMIR: Restormer whose features take routes that depend on an instruction vector of the image.
+
+Yang et al., All-In-One Medical Image Restoration via Task-Adaptive Routing, MICCAI 2024.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from derain.errors import DerainError
+from derain.networks.base import Names, Network
+from derain.networks.shapes import restormer_options
+from derain.nn.graphs import compiling_or_exporting
+from derain.nn.padding import pad_to_minimum
+from derain.nn.restormer import Downsample, PatchEmbedding, TransformerBlock, Upsample, pointwise, spatial
+
+MIN_DEVIATION = 0.01
+"""Smallest standard deviation of the noise of gates in training."""
+
+
+class Instruction(nn.Module):
+    """Instruction vector of an image: a weighted sum of learned vectors ("RIN").
+
+    Args:
+        atoms: Number of learned vectors.
+        channels: Length of a vector.
+        hidden: Number of channels of the convolutions.
+
+    Shape:
+        Images ``(b, 3, h, w)`` → ``(b, channels)``. Images below 9×9 pixels are enlarged by repeating their border.
+
+    References:
+        AMIR, section 2.2.
+    """
+
+    def __init__(self, atoms: int, channels: int, hidden: int = 64) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs, kernel in (
+            (3, hidden, 3),
+            (hidden, hidden, 3),
+            (hidden, hidden, 1),
+            (hidden, hidden, 1),
+            (hidden, 32, 1),
+        ):
+            layers += [nn.Conv2d(inputs, outputs, kernel, stride=kernel), nn.LeakyReLU(0.1, inplace=True)]
+        self.condition = nn.Sequential(*layers[:-1])
+        self.weights = nn.Linear(32, atoms)
+        self.atoms = nn.Parameter(torch.randn(atoms, channels))
+
+    def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b i"]:
+        """Return the instruction vectors of images."""
+        weights = self.weights(self.condition(pad_to_minimum(image, 9)).mean((2, 3))).softmax(-1)
+        return F.gelu(weights @ self.atoms)
+
+
+class ChannelRouting(nn.Module):
+    """Scale and shift of channels, as strong as the instruction says.
+
+    Args:
+        channels: Number of channels.
+        instruction: Length of the instruction vector.
+
+    References:
+        AMIR, section 2.2. Scale and shift are zero before training.
+    """
+
+    def __init__(self, channels: int, instruction: int) -> None:
+        super().__init__()
+        self.instruction = nn.Linear(instruction, channels)
+        self.scale = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x: Float[Tensor, "b h w c"], instruction: Float[Tensor, "b i"]) -> Float[Tensor, "b h w c"]:
+        """Return ``x + s (scale x + shift)``, where ``s`` is a sigmoid for each channel."""
+        strength = self.instruction(instruction).sigmoid()[:, None, None]
+        return torch.addcmul(strength * self.shift.flatten(), x, 1 + strength * self.scale.flatten())
+
+
+class SpatialRouting(nn.Module):
+    """Mixture of experts that each pixel chooses from, by its features and the instruction.
+
+    With expert outputs y and gates g, which sum to 1 over the selected experts, the result is
+    ``x + log Σ g exp(y)`` for each channel. In training, noise is added to the logits of the gates.
+
+    Args:
+        channels: Number of channels.
+        instruction: Length of the instruction vector.
+        experts: Number of experts.
+        selected: Number of experts of a pixel.
+        expansion: Number of hidden channels of an expert divided by ``channels``.
+
+    Raises:
+        DerainError: If not fewer experts are selected than there are.
+
+    References:
+        AMIR, section 2.2; noisy gates and their loss: Shazeer et al., Outrageously Large Neural Networks, ICLR 2017,
+        eqs. 3 to 5, 7 and 8 to 11.
+    """
+
+    def __init__(self, channels: int, instruction: int, experts: int, selected: int, expansion: float) -> None:
+        super().__init__()
+        if not 0 < selected < experts:
+            raise DerainError(f"{selected} of {experts} experts are selected; expected 1 to {experts - 1}")
+        self.selected = selected
+        hidden = int(expansion * channels)
+        self.instruction = nn.Linear(instruction, channels)
+        self.gate = nn.Parameter(torch.randn(2 * channels, experts))
+        self.noise = nn.Parameter(torch.zeros(2 * channels, experts))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, channels)) for _ in range(experts)
+        )
+
+    def forward(
+        self, x: Float[Tensor, "b h w c"], instruction: Float[Tensor, "b i"]
+    ) -> tuple[Float[Tensor, "b h w c"], Tensor | None]:
+        """Return the features, and in training the loss that balances the experts."""
+        instruction = self.instruction(instruction)
+        logits = self._logits(x, instruction, self.gate)
+        loss = None
+        if self.training:
+            clean = logits
+            deviation = F.softplus(self._logits(x, instruction, self.noise)) + MIN_DEVIATION
+            logits = clean + torch.randn_like(clean) * deviation
+            loss = self._imbalance(clean, logits, deviation)
+        top, index = logits.topk(self.selected, dim=1)
+        mix = self._mix_all if compiling_or_exporting() else self._mix_selected
+        mixed = mix(x.flatten(0, 2), index, top.log_softmax(1)).reshape(x.shape)
+        return x + mixed, loss
+
+    def _logits(self, x: Tensor, instruction: Tensor, weight: Tensor) -> Float[Tensor, "n experts"]:
+        """Return the product of ``[x, instruction]`` and a weight for each pixel."""
+        of_features, of_instruction = weight.chunk(2)
+        return (x @ of_features + (instruction @ of_instruction)[:, None, None]).flatten(0, 2)
+
+    def _mix_selected(
+        self, x: Float[Tensor, "n c"], index: Int[Tensor, "n k"], log_gates: Float[Tensor, "n k"]
+    ) -> Float[Tensor, "n c"]:
+        """Apply each expert to the pixels that selected it."""
+        order = index.flatten().argsort(stable=True)
+        counts = index.flatten().bincount(minlength=len(self.experts)).tolist()
+        groups = torch.split(x[order // self.selected], counts)
+        grouped = torch.cat([expert(group) for expert, group in zip(self.experts, groups, strict=True)])
+        outputs = torch.empty_like(grouped)
+        outputs[order] = grouped
+        return reduce(torch.logaddexp, (outputs.reshape(*index.shape, -1) + log_gates[..., None]).unbind(1))
+
+    def _mix_all(
+        self, x: Float[Tensor, "n c"], index: Int[Tensor, "n k"], log_gates: Float[Tensor, "n k"]
+    ) -> Float[Tensor, "n c"]:
+        """Apply each expert to all pixels, without sizes that depend on the features."""
+        outputs = torch.stack([expert(x) for expert in self.experts], dim=1)
+        gates = torch.full_like(outputs[..., 0], -torch.inf, dtype=log_gates.dtype).scatter(1, index, log_gates)
+        return torch.logsumexp(outputs + gates[..., None], dim=1)
+
+    def _imbalance(self, clean: Tensor, noisy: Tensor, deviation: Tensor) -> Float[Tensor, ""]:
+        """Return how unequal sums of gates, and expected numbers of pixels, are between experts."""
+        top, index = noisy.topk(self.selected + 1, dim=1)
+        gates = top[:, :-1].softmax(1)
+        importance = torch.zeros_like(noisy).scatter(1, index[:, :-1], gates).sum(0)
+        # The other logits an expert is compared with: the k-th largest of them.
+        threshold = torch.where(noisy > top[:, -1:], top[:, -1:], top[:, -2:-1])
+        load = torch.special.ndtr((clean - threshold) / deviation).sum(0)
+        return squared_variation(importance) + squared_variation(load)
+
+
+def squared_variation(x: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    """Return the squared coefficient of variation: variance divided by squared mean.
+
+    Example:
+        >>> squared_variation(torch.tensor([1.0, 3.0]))
+        tensor(0.5000)
+    """
+    x = x.float()
+    return x.var() / (x.mean().square() + 1e-10)
+
+
+class AMIR(Network):
+    """AMIR: Restormer with spatial routing in the encoder and channel routing in the decoder.
+
+    Outputs are ``derained`` and, in training mode, ``routing_loss``: a scalar, the sum over the three spatial routings.
+    The published loss is the mean absolute error plus 0.001 of it.
+
+    Args:
+        dim: Number of channels at the finest level; it doubles at each level.
+        blocks: Number of transformer blocks at each of the four levels; the decoder has as many as the encoder.
+        refinement: Number of refinement blocks.
+        heads: Number of attention heads at each of the four levels.
+        expansion: Expansion of the feed-forward networks and of the experts.
+        atoms: Number of learned vectors that instruction vectors are sums of.
+        instruction: Length of the instruction vector.
+        experts: Number of experts of each spatial routing.
+        selected: Number of experts that a pixel selects.
+
+    Raises:
+        DerainError: If ``blocks`` or ``heads`` does not have four numbers.
+
+    References:
+        AMIR, section 2 and Figure 1; the authors restore medical images of one channel. 23,543,918 parameters.
+    """
+
+    size_multiple: ClassVar[int] = 8
+    bytes_per_pixel: ClassVar[int] = 5000
+    signature: ClassVar[str] = "spatial_routing_encoder_level1.moe.w_gate"
+    published_options: ClassVar[frozenset[str]] = frozenset({"selected"})
+    published_names: ClassVar[Names] = (
+        (r"spatial_routing_encoder_level\d\.moe\.(mean|std)", None),
+        (r"^patch_embed\.", "embedding."),
+        (r"^dict_generator\.CondNet\.", "instruction.condition."),
+        (r"^dict_generator\.lastOut\.", "instruction.weights."),
+        (r"^dict_generator\.dictionary$", "instruction.atoms"),
+        (r"^spatial_routing_encoder_level(\d)\.(moe\.)?", r"spatial_routing.level\1."),
+        (r"\.w_(gate|noise)$", r".\1"),
+        (r"\.experts\.(\d+)\.fc1\.", r".experts.\1.0."),
+        (r"\.experts\.(\d+)\.fc2\.", r".experts.\1.2."),
+        (r"^channel_routing_(?:decoder_)?(level\d|latent)\.", r"channel_routing.\1."),
+        (r"^(channel_routing\..*)\.gamma$", r"\1.scale"),
+        (r"^(channel_routing\..*)\.beta$", r"\1.shift"),
+        (r"^(\w+_routing\.\w+)\.fc\.", r"\1.instruction."),
+        (r"^(en|de)coder_level(\d)\.", r"\1coder.level\2."),
+        (r"^down(\d)_\d\.", r"downsample.level\1."),
+        (r"^up\d_(\d)\.", r"upsample.level\1."),
+        (r"^reduce_chan_level(\d)\.", r"fuse.level\1."),
+    )
+
+    def __init__(
+        self,
+        dim: int = 42,
+        blocks: Sequence[int] = (5, 7, 7, 9),
+        refinement: int = 4,
+        heads: Sequence[int] = (1, 2, 4, 8),
+        expansion: float = 2.66,
+        atoms: int = 32,
+        instruction: int = 256,
+        experts: int = 4,
+        selected: int = 2,
+    ) -> None:
+        super().__init__()
+        if len(blocks) != 4 or len(heads) != 4:
+            raise DerainError(f"blocks {list(blocks)}, heads {list(heads)}: expected four numbers each, one per level")
+
+        def level(channels: int, index: int, count: int) -> nn.Sequential:
+            return nn.Sequential(*(TransformerBlock(channels, heads[index], expansion) for _ in range(count)))
+
+        widths = {f"level{i + 1}": dim << i for i in range(3)}
+        index = {name: i for i, name in enumerate(widths)}
+        decoder_widths = {"level3": 4 * dim, "level2": 2 * dim, "level1": 2 * dim}
+        self.instruction = Instruction(atoms, instruction)
+        self.embedding = PatchEmbedding(dim)
+        self.spatial_routing = nn.ModuleDict(
+            {name: SpatialRouting(width, instruction, experts, selected, expansion) for name, width in widths.items()}
+        )
+        self.encoder = nn.ModuleDict({n: level(width, index[n], blocks[index[n]]) for n, width in widths.items()})
+        self.downsample = nn.ModuleDict({name: Downsample(width) for name, width in widths.items()})
+        self.latent = level(8 * dim, 3, blocks[3])
+        self.upsample = nn.ModuleDict({name: Upsample(2 * widths[name]) for name in decoder_widths})
+        self.fuse = nn.ModuleDict({n: nn.Conv2d(2 * widths[n], widths[n], 1, bias=False) for n in ("level3", "level2")})
+        self.channel_routing = nn.ModuleDict(
+            {n: ChannelRouting(width, instruction) for n, width in {"latent": 8 * dim, **decoder_widths}.items()}
+        )
+        self.decoder = nn.ModuleDict(
+            {name: level(width, index[name], blocks[index[name]]) for name, width in decoder_widths.items()}
+        )
+        self.refinement = level(2 * dim, 0, refinement)
+        self.output = nn.Conv2d(2 * dim, 3, 3, padding=1, bias=False)
+
+    def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
+        """Return the restored image, and in training mode ``routing_loss``."""
+        instruction = self.instruction(image)
+        image = image.permute(0, 2, 3, 1).contiguous()
+        x = self.embedding(image)
+        skips, losses = {}, []
+        for name, blocks in self.encoder.items():
+            x, loss = self.spatial_routing[name](x, instruction)
+            losses.append(loss)
+            skips[name] = blocks(x)
+            x = self.downsample[name](skips[name])
+        x = self.latent(self.channel_routing["latent"](x, instruction))
+        for name, blocks in self.decoder.items():
+            x = torch.cat((self.upsample[name](x), skips.pop(name)), dim=-1)
+            if name in self.fuse:
+                x = pointwise(x, cast(nn.Conv2d, self.fuse[name]).weight)
+            x = blocks(self.channel_routing[name](x, instruction))
+        derained = spatial(self.refinement(x), self.output) + image
+        outputs = {"derained": derained.permute(0, 3, 1, 2)}
+        return outputs | {"routing_loss": torch.stack(losses).sum()} if self.training else outputs
+
+    @classmethod
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Return the arguments of ``__init__``; each level has at least one block."""
+        if cls.signature not in state or (options := restormer_options(state)) is None:
+            return None
+        atoms, instruction = state["dict_generator.dictionary"].shape
+        experts = state[cls.signature].shape[1]
+        return options | {"atoms": atoms, "instruction": instruction, "experts": experts}

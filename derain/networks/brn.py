@@ -1,0 +1,131 @@
+r"""BRN: two recurrent networks, for the rain and for the image, that exchange their memories."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from derain.networks.base import Names, Network, count_numbered
+from derain.networks.iterations import assume_iterations, check_iterations
+from derain.nn.recurrent import STAGE_NAMES, RecurrentStage, State, conv3x3
+
+
+class BRN(Network):
+    """Bilateral recurrent network: in each iteration, estimate the rain, then the image without it.
+
+    Each of the two branches is a stage of PReNet whose LSTM also reads the hidden state of the other branch. The image
+    is predicted itself, not as a residual. The same weights serve every iteration: 375,526 parameters; the authors'
+    files have 36,992 more, of two residual blocks of the rain branch that their network does not apply.
+
+    Args:
+        iterations: Number of iterations, 1 to 100; 8 in the journal's BRN, 4 in that of ICASSP.
+        channels: Channels of the features.
+        rain_blocks: Residual blocks of the rain branch.
+        image_blocks: Residual blocks of the image branch.
+
+    Outputs:
+        ``derained`` and ``rain`` of the last iteration; ``derained1``, ``rain1``, ``derained2``, … of those before. The
+        target of a rain map is the difference of the rainy and the clean image.
+
+    Shape:
+        ``(b, 3, h, w)`` in [0, 1] → same, not clamped; any ``h, w >= 1``.
+
+    Raises:
+        DerainError: If there are fewer than 1 or more than 100 iterations.
+
+    References:
+        Ren et al., Single Image Deraining Using Bilateral Recurrent Network, IEEE TIP 2020, Figure 3. Shang et al.,
+        Bilateral Recursive Network for Single Image Deraining, ICASSP 2020: the same network with 4 iterations and
+        a loss of all iterations.
+
+    Example:
+        >>> network = BRN(iterations=2)
+        >>> sum(parameter.numel() for parameter in network.parameters())
+        375526
+        >>> list(network.outputs(torch.rand(1, 3, 5, 7)))
+        ['derained', 'rain', 'derained1', 'rain1']
+    """
+
+    bytes_per_pixel: ClassVar[int] = 2560
+    signature: ClassVar[str] = "conv_i_r.0.weight"
+    published_options: ClassVar[frozenset[str]] = frozenset({"iterations"})
+    published_names: ClassVar[Names] = (
+        (r"^module\.", ""),
+        (r"res_conv[45]_r\..*", None),
+        (r"^(\w+)_r\.", r"rain_branch.\1."),
+        (r"^(?!rain_branch)", "image_branch."),
+        (r"_branch\.conv\.0\.", "_tail."),
+        *STAGE_NAMES,
+    )
+
+    def __init__(self, iterations: int = 8, channels: int = 32, rain_blocks: int = 3, image_blocks: int = 5) -> None:
+        super().__init__()
+        check_iterations(iterations)
+        self.iterations = iterations
+        self.rain_branch = RecurrentStage(6, channels, rain_blocks, memories=2)
+        self.rain_tail = conv3x3(channels, 3)
+        self.image_branch = RecurrentStage(9, channels, image_blocks, memories=2)
+        self.image_tail = conv3x3(channels, 3)
+
+    def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
+        """Return the outputs of all iterations."""
+        rain, derained = image, image
+        rain_state: State | None = None
+        image_state: State | None = None
+        earlier: dict[str, Tensor] = {}
+        for iteration in range(self.iterations):
+            if iteration:
+                earlier |= {f"derained{iteration}": derained, f"rain{iteration}": rain}
+            image_memory = None if image_state is None else image_state.hidden
+            features, rain_state = self.rain_branch(torch.cat((image, rain), dim=1), rain_state, (image_memory,))
+            rain = self.rain_tail(features)
+            images = torch.cat((image, derained, rain), dim=1)
+            features, image_state = self.image_branch(images, image_state, (rain_state.hidden,))
+            derained = self.image_tail(features)
+        return {"derained": derained, "rain": rain, **earlier}
+
+    def targets(
+        self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"], outputs: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the clean image for the images, and the difference to the rainy image for the rain maps."""
+        rain = rainy - clean
+        return {name: rain if name.startswith("rain") else clean for name in outputs}
+
+    @classmethod
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Return the channels and the residual blocks of the image branch; files of BRN-RX, BRN-XR and CRN are None.
+
+        The authors' rain branch has unused residual blocks, so that files do not tell the number of used ones.
+        """
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+        if cls.signature not in state:
+            return None
+        channels = state[cls.signature].shape[0]
+        gates = (state.get("conv_i.0.weight"), state.get("conv_i_r.0.weight"))
+        if any(gate is None or gate.shape[1] != 3 * channels for gate in gates):
+            return None  # a branch that does not read the other one's memory
+        return {"channels": channels, "image_blocks": count_numbered(state, r"res_conv(\d+)\.") - 1}
+
+    @classmethod
+    def assume(cls, path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the number of iterations: given, by the folders of the authors' repositories, or 8 with a warning.
+
+        The journal's folders are ``SET/BRN``, those of ICASSP ``BRN/R100H`` and ``BRN/R100L``.
+
+        Example:
+            >>> BRN.assume(Path("logs/Rain100L/BRN/net_latest.pth"), {})
+            {'iterations': 8}
+            >>> BRN.assume(Path("logs/BRN/R100L/net_latest.pth"), {})
+            {'iterations': 4}
+        """
+        known = None
+        if path is not None:
+            folder = path.resolve().parent
+            if folder.name == "BRN":
+                known = 8
+            elif folder.parent.name == "BRN" and folder.name in {"R100H", "R100L"}:
+                known = 4
+        return assume_iterations(path, given, known, usual=8)

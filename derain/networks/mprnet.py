@@ -1,0 +1,357 @@
+"""MPRNet: three stages that restore quarters, halves and the whole image.
+
+Zamir et al., Multi-Stage Progressive Image Restoration, CVPR 2021. Computed as by the authors, except that
+
+- quarters and halves are a batch;
+- 1×1 convolutions come before bilinear upsampling, not after it: the two commute, and there are fewer pixels;
+- features that are added after upsampling are added before it.
+
+The file is long since encoder-decoders and the subnetwork at full resolution have modules and names of their own.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from derain.networks.base import Names, Network, count_numbered
+
+Features = Sequence[Tensor]
+"""Features ``(b, c, h, w)`` at three levels: full, half and quarter resolution."""
+
+
+def convolution(inputs: int, outputs: int, size: int) -> nn.Conv2d:
+    """Return a convolution without bias that keeps height and width."""
+    return nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
+
+
+def halved(x: Float[Tensor, "b c h w"], dim: int) -> Float[Tensor, "b2 c h2 w2"]:
+    """Return the two halves of images along a dimension as a batch: all first halves, then all second halves."""
+    return x.reshape(*x.shape[:dim], 2, -1, *x.shape[dim + 1 :]).movedim(dim, 0).flatten(0, 1)
+
+
+def joined(x: Float[Tensor, "b2 c h2 w2"], dim: int) -> Float[Tensor, "b c h w"]:
+    """Return images whose halves `halved` returned."""
+    return x.reshape(2, -1, *x.shape[1:]).movedim(0, dim).flatten(dim, dim + 1)
+
+
+def upsampled(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+    """Return features at twice the resolution by bilinear interpolation."""
+    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+class ChannelAttentionBlock(nn.Module):
+    """Residual block of two 3×3 convolutions and channel attention ("CAB").
+
+    Args:
+        channels: Number of channels.
+        reduction: Divisor of the channels between the two convolutions of the attention.
+
+    Shape:
+        ``(b, channels, h, w)`` → same.
+
+    References:
+        MPRNet, section 3.1, Figure 2(b).
+    """
+
+    def __init__(self, channels: int, reduction: int) -> None:
+        super().__init__()
+        self.conv1 = convolution(channels, channels, 3)
+        self.conv2 = convolution(channels, channels, 3)
+        self.squeeze = convolution(channels, channels // reduction, 1)
+        self.excite = convolution(channels // reduction, channels, 1)
+
+    def forward(self, x: Float[Tensor, "b c h w"], slope: Float[Tensor, "1"]) -> Float[Tensor, "b c h w"]:
+        """Transform features; negative values between the convolutions are multiplied by ``slope``."""
+        hidden = self.conv1(x)
+        residual = self.conv2(F.prelu(hidden, slope.to(hidden.dtype)))
+        weights = self.excite(F.relu(self.squeeze(residual.mean((2, 3), keepdim=True)))).sigmoid()
+        if torch.is_grad_enabled():
+            return cast(Tensor, residual * weights + x)
+        return cast(Tensor, residual.mul_(weights).add_(x))
+
+
+class Blocks(nn.ModuleList):
+    """Channel attention blocks, one after the other."""
+
+    def __init__(self, count: int, channels: int, reduction: int) -> None:
+        super().__init__(ChannelAttentionBlock(channels, reduction) for _ in range(count))
+
+    def forward(self, x: Float[Tensor, "b c h w"], slope: Float[Tensor, "1"]) -> Float[Tensor, "b c h w"]:
+        """Transform features."""
+        for block in self:
+            x = block(x, slope)
+        return x
+
+
+class Embedding(nn.Module):
+    """Features of images by a 3×3 convolution and a channel attention block."""
+
+    def __init__(self, channels: int, reduction: int) -> None:
+        super().__init__()
+        self.conv = convolution(3, channels, 3)
+        self.block = ChannelAttentionBlock(channels, reduction)
+
+    def forward(self, image: Float[Tensor, "b 3 h w"], slope: Float[Tensor, "1"]) -> Float[Tensor, "b c h w"]:
+        """Embed images."""
+        return cast(Tensor, self.block(self.conv(image), slope))
+
+
+class Encoder(nn.Module):
+    """Encoder of three levels with two blocks each.
+
+    Args:
+        widths: Number of channels of each level.
+        reduction: Reduction of the channel attention.
+        fusing: Whether features of the previous stage are added at each level ("CSFF").
+
+    References:
+        MPRNet, Figure 2(b) and (d).
+    """
+
+    def __init__(self, widths: Sequence[int], reduction: int, fusing: bool) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(Blocks(2, width, reduction) for width in widths)
+        self.down = nn.ModuleList(convolution(fine, coarse, 1) for fine, coarse in pairwise(widths))
+        if fusing:
+            self.from_encoder = nn.ModuleList(convolution(width, width, 1) for width in widths)
+            self.from_decoder = nn.ModuleList(convolution(width, width, 1) for width in widths)
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], slope: Float[Tensor, "1"], previous: tuple[Features, Features] | None = None
+    ) -> list[Tensor]:
+        """Return the features of each level, finest first.
+
+        Args:
+            x: Features at full resolution.
+            slope: Slope of the activations.
+            previous: Features of the previous stage's encoder and decoder.
+        """
+        features: list[Tensor] = []
+        for level, blocks in enumerate(self.levels):
+            if level:  # the average of 2×2 pixels is bilinear downsampling by 2
+                x = self.down[level - 1](F.avg_pool2d(x, 2))
+            x = blocks(x, slope)
+            if previous is not None:
+                encoded, decoded = previous
+                x = x + self.from_encoder[level](encoded[level]) + self.from_decoder[level](decoded[level])
+            features.append(x)
+        return features
+
+
+class Decoder(nn.Module):
+    """Decoder of three levels with two blocks each, and a block in each skip connection.
+
+    Args:
+        widths: Number of channels of each level.
+        reduction: Reduction of the channel attention.
+
+    References:
+        MPRNet, Figure 2(b).
+    """
+
+    def __init__(self, widths: Sequence[int], reduction: int) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(Blocks(2, width, reduction) for width in widths)
+        self.skip = nn.ModuleList(ChannelAttentionBlock(width, reduction) for width in widths[:-1])
+        self.up = nn.ModuleList(convolution(coarse, fine, 1) for fine, coarse in pairwise(widths))
+
+    def forward(self, encoded: Features, slope: Float[Tensor, "1"]) -> list[Tensor]:
+        """Return the features of each level, finest first."""
+        x = self.levels[-1](encoded[-1], slope)
+        features = [x]
+        for level in reversed(range(len(self.up))):
+            x = upsampled(self.up[level](x)) + self.skip[level](encoded[level], slope)
+            x = self.levels[level](x, slope)
+            features.insert(0, x)
+        return features
+
+
+class SupervisedAttention(nn.Module):
+    """Restored image of a stage, and features for the next stage that it gates ("SAM").
+
+    References:
+        MPRNet, section 3.3, Figure 3.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.features = convolution(channels, channels, 1)
+        self.image = convolution(channels, 3, 1)
+        self.gate = convolution(3, channels, 1)
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], rainy: Float[Tensor, "b 3 h w"]
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b 3 h w"]]:
+        """Return features and image."""
+        image = self.image(x) + rainy
+        return self.features(x) * self.gate(image).sigmoid() + x, image
+
+
+class OriginalResolution(nn.Module):
+    """Subnetwork without downsampling, with features of the previous stage ("ORSNet").
+
+    Args:
+        widths: Number of channels of each level of the previous stage.
+        channels: Number of channels.
+        blocks: Number of blocks in each of three residual groups ("ORB"), one per level of the previous stage.
+        reduction: Reduction of the channel attention.
+
+    References:
+        MPRNet, section 3.1, Figure 2(c) and (e).
+    """
+
+    def __init__(self, widths: Sequence[int], channels: int, blocks: int, reduction: int) -> None:
+        super().__init__()
+        self.groups = nn.ModuleList(Blocks(blocks, channels, reduction) for _ in widths)
+        self.convs = nn.ModuleList(convolution(channels, channels, 3) for _ in widths)
+
+        def projections() -> nn.ModuleList:
+            paths = ([*widths[level::-1], channels] for level in range(len(widths)))
+            return nn.ModuleList(
+                nn.Sequential(*(convolution(inputs, outputs, 1) for inputs, outputs in pairwise(path)))
+                for path in paths
+            )
+
+        self.from_encoder = projections()
+        self.from_decoder = projections()
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], encoded: Features, decoded: Features, slope: Float[Tensor, "1"]
+    ) -> Float[Tensor, "b c h w"]:
+        """Transform features, given those of the previous stage."""
+        for level, (blocks, conv) in enumerate(zip(self.groups, self.convs, strict=True)):
+            previous = self.from_encoder[level](encoded[level]) + self.from_decoder[level](decoded[level])
+            for _ in range(level):
+                previous = upsampled(previous)
+            x = x + conv(blocks(x, slope)) + previous
+        return x
+
+
+_BLOCK = r"(?:feat\d\.1|level\d\.\d+|skip_attn\d|orb\d\.body\.\d+)"
+"""The authors' names of channel attention blocks."""
+
+
+def _names_of_level(level: int) -> Names:
+    """Return how the authors name the tensors of a level; they count levels from 1."""
+    number = level + 1
+    return (
+        (rf"(?:en|de)coder_level{number}\.", f"levels.{level}."),
+        (rf"skip_attn{number}\.", f"skip.{level}."),
+        (rf"(down|up)(?:{number}{number + 1}|{number + 1}{number})\.\1\.1\.", rf"\1.{level}."),
+        (rf"csff_(enc|dec){number}\.", rf"from_\1oder.{level}."),
+        (rf"orb{number}\.body\.(\d+)\.(?=conv|squeeze|excite)", rf"groups.{level}.\1."),
+        (rf"orb{number}\.body\.\d+\.", f"convs.{level}."),
+        (rf"up_(enc|dec){number}\.up\.1\.", rf"from_\1oder.{number}.0."),
+        (rf"up_(enc|dec){number}\.(\d)\.up\.1\.", rf"from_\1oder.{number}.\2."),
+        (rf"conv_(enc|dec){number}\.", rf"from_\1oder.{level}.{level}."),
+    )
+
+
+class MPRNet(Network):
+    """MPRNet.
+
+    Outputs are ``derained``, and the images of the first two stages, ``stage2`` and ``stage1``.
+
+    Stage 1 encodes quarters and decodes halves. Stage 2 encodes halves and decodes the whole image. Stage 3 works at
+    full resolution.
+
+    Args:
+        width: Number of channels of the encoder-decoders at full resolution.
+        growth: Number of channels that each coarser level has more.
+        refinement_growth: Number of channels that stage 3 has more than ``width``.
+        refinement_blocks: Number of blocks in each group of stage 3.
+        reduction: Reduction of the channel attention.
+
+    References:
+        MPRNet, Figure 2, section 3. 3,637,249 parameters by default. All activations share one slope.
+    """
+
+    size_multiple: ClassVar[int] = 8
+    bytes_per_pixel: ClassVar[int] = 3800
+    signature: ClassVar[str] = "sam12.conv1.weight"
+    published_names: ClassVar[Names] = (
+        (rf"^.*{_BLOCK}\.body\.1\.weight$", "slope"),
+        (rf"({_BLOCK})\.body\.0\.", r"\1.conv1."),
+        (rf"({_BLOCK})\.body\.2\.", r"\1.conv2."),
+        (r"\.CA\.conv_du\.0\.", ".squeeze."),
+        (r"\.CA\.conv_du\.2\.", ".excite."),
+        (r"^shallow_feat(\d)\.0\.", r"embedding\1.conv."),
+        (r"^shallow_feat(\d)\.1\.", r"embedding\1.block."),
+        (r"^stage(\d)_((?:en|de)coder)\.", r"\2\1."),
+        (r"^stage3_orsnet\.", "refinement."),
+        *(row for level in range(3) for row in _names_of_level(level)),
+        (r"^sam12\.", "attention1."),
+        (r"^sam23\.", "attention2."),
+        (r"^(attention\d)\.conv1\.", r"\1.features."),
+        (r"^(attention\d)\.conv2\.", r"\1.image."),
+        (r"^(attention\d)\.conv3\.", r"\1.gate."),
+        (r"^concat12\.", "merge2."),
+        (r"^concat23\.", "merge3."),
+        (r"^tail\.", "output."),
+    )
+
+    def __init__(
+        self,
+        width: int = 40,
+        growth: int = 20,
+        refinement_growth: int = 16,
+        refinement_blocks: int = 8,
+        reduction: int = 4,
+    ) -> None:
+        super().__init__()
+        widths = [width, width + growth, width + 2 * growth]
+        channels = width + refinement_growth
+        self.slope = nn.Parameter(torch.full((1,), 0.25))
+        self.embedding1 = Embedding(width, reduction)
+        self.embedding2 = Embedding(width, reduction)
+        self.embedding3 = Embedding(width, reduction)
+        self.encoder1 = Encoder(widths, reduction, fusing=False)
+        self.encoder2 = Encoder(widths, reduction, fusing=True)
+        self.decoder1 = Decoder(widths, reduction)
+        self.decoder2 = Decoder(widths, reduction)
+        self.attention1 = SupervisedAttention(width)
+        self.attention2 = SupervisedAttention(width)
+        self.merge2 = convolution(2 * width, width, 3)
+        self.merge3 = convolution(2 * width, channels, 3)
+        self.refinement = OriginalResolution(widths, channels, refinement_blocks, reduction)
+        self.output = convolution(channels, 3, 3)
+
+    def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
+        """Return ``derained``, ``stage2`` and ``stage1``, images in [0, 1]."""
+        slope, halves = self.slope, halved(image, 2)
+        encoded = self.encoder1(self.embedding1(halved(halves, 3), slope), slope)
+        encoded = [joined(features, 3) for features in encoded]
+        decoded = self.decoder1(encoded, slope)
+        attended, stage1 = self.attention1(decoded[0], halves)
+        x = self.merge2(torch.cat((self.embedding2(halves, slope), attended), dim=1))
+        encoded = self.encoder2(x, slope, (encoded, decoded))
+        encoded = [joined(features, 2) for features in encoded]
+        decoded = self.decoder2(encoded, slope)
+        attended, stage2 = self.attention2(decoded[0], image)
+        x = self.merge3(torch.cat((self.embedding3(image, slope), attended), dim=1))
+        derained = self.output(self.refinement(x, encoded, decoded, slope)) + image
+        return {"derained": derained, "stage2": stage2, "stage1": joined(stage1, 2)}
+
+    @classmethod
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Return the arguments that the shapes of the authors' tensors determine; None for another network."""
+        if cls.signature not in state:
+            return None
+        widths = [len(state[f"stage1_encoder.encoder_level{level}.0.body.0.weight"]) for level in (1, 2, 3)]
+        reduced = [len(state[f"stage1_encoder.encoder_level{level}.0.CA.conv_du.0.weight"]) for level in (1, 2, 3)]
+        reductions = range(1, widths[0] + 1)
+        reduction = next((r for r in reductions if [width // r for width in widths] == reduced), None)
+        if reduction is None:
+            return None
+        return {
+            "width": widths[0],
+            "growth": widths[1] - widths[0],
+            "refinement_growth": len(state["concat23.weight"]) - widths[0],
+            "refinement_blocks": count_numbered(state, r"stage3_orsnet\.orb1\.body\.(\d+)\.CA"),
+            "reduction": reduction,
+        }

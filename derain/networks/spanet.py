@@ -1,0 +1,207 @@
+"""SPANet: residual blocks whose output an attention map gates, computed by recurrences over rows and columns.
+
+Wang et al., Spatial Attentive Single-Image Deraining with a High Quality Real Rain Dataset, CVPR 2019.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, ClassVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from derain.errors import DerainError
+from derain.networks.base import Names, Network, count_numbered
+from derain.nn.graphs import is_tracing
+
+BLOCKS_BEFORE, BLOCKS_PER_GROUP, BLOCKS_AFTER = 3, 3, 2
+"""Residual blocks before the first attention map, for each attention map, and after the last (figure 4)."""
+
+GREY_LEVEL = 1 / 255
+"""Smallest difference of two 8-bit images in [0, 1]."""
+
+
+class SPANet(Network):
+    """Spatial attentive network: 276,704 parameters.
+
+    Three residual blocks, then groups of three blocks that share the attention map of their input, then two blocks. The
+    module that computes the maps is the same for all groups. The authors also compute an attention over the four
+    directions, but do not use it; its six tensors are not loaded.
+
+    Outputs: ``derained``, and ``mask`` ``(b, 1, h, w)`` in [0, 1], the attention map of the first group. Its target is
+    1 where rainy and clean image differ in any channel, else 0 (section 4.3; the authors' code). The published loss is
+    L1 and negative SSIM of ``derained`` plus MSE of ``mask``.
+
+    Args:
+        dim: Channels of all features.
+        groups: Number of attention maps, each for three blocks.
+
+    Raises:
+        DerainError: If ``dim`` or ``groups`` is less than 1.
+
+    Example:
+        >>> network = SPANet(dim=4, groups=1)
+        >>> {name: tuple(output.shape) for name, output in network.outputs(torch.rand(1, 3, 5, 7)).items()}
+        {'derained': (1, 3, 5, 7), 'mask': (1, 1, 5, 7)}
+    """
+
+    bgr = True
+    bytes_per_pixel = 2048
+    signature: ClassVar[str] = "SAM1.irnn1.left_weight.weight"
+    published_names: ClassVar[Names] = (
+        (r"SAM1\.attention_layer\..*", None),
+        (r"^conv_in\.0\.", "head."),
+        (r"^conv_out\.0\.", "tail."),
+        (r"^res_block(\d+)\.group1\.", r"blocks.\1."),
+        (r"^SAM1\.irnn(\d)\.(up|right|down|left)_weight\.", r"attention.recurrence\1.\2."),
+        (r"^SAM1\.conv_in\.", "attention.conv1."),
+        (r"^SAM1\.conv_out\.", "attention.to_map."),
+        (r"^SAM1\.", "attention."),
+    )
+
+    def __init__(self, dim: int = 32, groups: int = 4) -> None:
+        super().__init__()
+        if dim < 1 or groups < 1:
+            raise DerainError(f"dim {dim}, groups {groups}: both must be at least 1")
+        blocks = BLOCKS_BEFORE + BLOCKS_PER_GROUP * groups + BLOCKS_AFTER
+        self.head = _conv(3, dim)
+        self.attention = SpatialAttention(dim)
+        self.blocks = nn.ModuleDict({str(number): Bottleneck(dim) for number in range(1, blocks + 1)})
+        self.tail = _conv(dim, 3)
+
+    def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
+        """Return ``derained`` and ``mask``."""
+        x = torch.relu(self.head(image))
+        mask: Tensor | None = None
+        attention: Tensor | None = None
+        for index, block in enumerate(self.blocks.values()):
+            group, index_in_group = divmod(index - BLOCKS_BEFORE, BLOCKS_PER_GROUP)
+            if group < 0 or index >= len(self.blocks) - BLOCKS_AFTER:
+                attention = None
+            elif index_in_group == 0:
+                attention = self.attention(x)
+                mask = attention if mask is None else mask
+            x = block(x, attention)
+        return {"derained": self.tail(x), "mask": cast(Tensor, mask)}
+
+    def targets(
+        self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"], outputs: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the clean image, and as the mask 1 where the images differ by at least half a grey level, else 0."""
+        differs = ((rainy - clean).abs() > GREY_LEVEL / 2).any(dim=1, keepdim=True)
+        return {"derained": clean, "mask": differs.to(clean.dtype)}
+
+    @classmethod
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Return ``dim`` and ``groups``; None if the tensors are of another network."""
+        if cls.signature not in state:
+            return None
+        blocks = count_numbered(state, r"res_block(\d+)\.") - 1  # numbered from 1
+        return {
+            "dim": state["conv_in.0.weight"].shape[0],
+            "groups": (blocks - BLOCKS_BEFORE - BLOCKS_AFTER) // BLOCKS_PER_GROUP,
+        }
+
+
+class Bottleneck(nn.Module):
+    """Residual block of three convolutions without bias, the second with dilation 2; an attention map scales it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(dim, dim, 1)
+        self.conv2 = _conv(dim, dim, dilation=2)
+        self.conv3 = _conv(dim, dim, 1)
+
+    def forward(self, x: Float[Tensor, "b c h w"], attention: Tensor | None) -> Float[Tensor, "b c h w"]:
+        """Return ReLU(x + attention · block(x)); ``attention`` is ``(b, 1, h, w)`` or None for 1 everywhere."""
+        residual = self.conv3(torch.relu_(self.conv2(torch.relu_(self.conv1(x)))))
+        return torch.relu_(x + residual if attention is None else torch.addcmul(x, residual, attention))
+
+
+class SpatialAttention(nn.Module):
+    """Attention map of features (SAM, figure 4): two rounds of recurrences collect the context of the whole image."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(dim, dim)
+        self.recurrence1 = Recurrence(dim)
+        self.conv2 = _conv(4 * dim, dim)
+        self.recurrence2 = Recurrence(dim)
+        self.conv3 = _conv(4 * dim, dim)
+        self.to_map = _conv(dim, 1, 1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
+        """Return the map, in [0, 1]."""
+        x = self.recurrence1(self.conv1(x))
+        x = self.recurrence2(self.conv2(x))
+        return torch.sigmoid(self.to_map(torch.relu_(self.conv3(x))))
+
+
+class Recurrence(nn.Module):
+    """Recurrences of ReLU units over rows and columns, in four directions (IRNN; Bell et al., CVPR 2016).
+
+    A unit of a channel is ``h[t] = ReLU(weight · h[t - 1] + bias + x[t])``, with ``h[0] = ReLU(x[0])``: the first row
+    (or column) has no bias, as in the authors' kernel. Weights start at 0.2, biases at 0.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        for direction in ("up", "right", "down", "left"):
+            unit = nn.Conv2d(dim, dim, 1, groups=dim)
+            nn.init.constant_(unit.weight, 0.2)
+            nn.init.zeros_(cast(Tensor, unit.bias))
+            self.add_module(direction, unit)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c4 h w"]:
+        """Return the units that run up, right, down and left, one direction after the other."""
+        down, up = self._there_and_back(x, "down", "up")
+        right, left = self._there_and_back(x.transpose(2, 3).contiguous(), "right", "left")
+        return torch.cat((up, right.transpose(2, 3), down, left.transpose(2, 3)), dim=1)
+
+    def _there_and_back(self, x: Float[Tensor, "b c t n"], there: str, back: str) -> tuple[Tensor, Tensor]:
+        """Return the units that run forwards and backwards over the third dimension; both run at once."""
+        units = [cast(nn.Conv2d, self.get_submodule(name)) for name in (there, back)]
+        weight = torch.stack([unit.weight.view(-1, 1) for unit in units])
+        bias = torch.stack([cast(Tensor, unit.bias).view(-1, 1) for unit in units])
+        steps = torch.stack((x, x.flip(2)), dim=1)
+        hidden = _scripted_scan()(steps, weight, bias) if is_tracing() else scan(steps, weight, bias)
+        return hidden[:, 0], hidden[:, 1].flip(2)
+
+
+@torch.compiler.disable  # a compiler would unroll the loop
+def scan(
+    steps: Float[Tensor, "b 2 c t n"], weight: Float[Tensor, "2 c 1"], bias: Float[Tensor, "2 c 1"]
+) -> Float[Tensor, "b 2 c t n"]:
+    """Return the units of recurrences over the dimension t; without gradients, in the memory of ``steps``."""
+    if torch.is_grad_enabled():
+        first, *others = steps.unbind(3)
+        hidden = [torch.relu(first)]
+        for step in others:
+            hidden.append(torch.relu_(torch.addcmul(step + bias, weight, hidden[-1])))
+        return torch.stack(hidden, dim=3)
+    steps[:, :, :, 1:] += bias[:, :, None]
+    previous, *others = steps.unbind(3)
+    previous.relu_()
+    for step in others:
+        previous = step.addcmul_(weight, previous).relu_()
+    return steps
+
+
+@cache
+def _scripted_scan() -> Callable[..., Tensor]:
+    """Return `scan` as TorchScript: a traced graph keeps its loop, and is therefore valid for images of any size."""
+    source = """
+def scan(steps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    previous = torch.relu(steps.select(3, 0))
+    hidden = [previous]
+    for index in range(1, steps.size(3)):
+        previous = torch.relu(torch.addcmul(steps.select(3, index) + bias, weight, previous))
+        hidden.append(previous)
+    return torch.stack(hidden, 3)
+"""
+    return cast(Callable[..., Tensor], torch.jit.CompilationUnit(source).scan)
+
+
+def _conv(inputs: int, outputs: int, size: int = 3, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, padding=dilation * (size // 2), dilation=dilation, bias=False)

@@ -1,0 +1,185 @@
+"""Blocks of convolutions at several scales, densely connected, of DCSFN and SSID-KD.
+
+Maps are channels last in memory at inference, as ``x.contiguous(memory_format=torch.channels_last)``, where narrow
+convolutions are faster on a CPU.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from derain.nn.graphs import compiling_or_exporting
+
+SLOPE = 0.2
+"""Slope of the LeakyReLU for negative values."""
+
+
+def activate(x: Tensor) -> Tensor:
+    """Apply LeakyReLU in place."""
+    return F.leaky_relu_(x, SLOPE)
+
+
+def resize(x: Float[Tensor, "b c h w"], like: Float[Tensor, "b d h2 w2"]) -> Float[Tensor, "b c h2 w2"]:
+    """Resize a map to the size of another by the nearest neighbour."""
+    return F.interpolate(x, size=like.shape[2:])
+
+
+class ScaleFusion(nn.Module):
+    """1×1 convolution of the concatenation of maps of several scales, which are resized by the nearest neighbour.
+
+    Maps are convolved before they are resized: the sum is the same, and coarse maps have fewer pixels.
+
+    Args:
+        inputs: Channels of all maps together.
+        outputs: Channels of the result.
+
+    Shape:
+        ``[(b, c_1, h_1, w_1), …]`` → ``(b, outputs, h, w)``, of the size of the map ``like``, by default the first.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, maps: Sequence[Tensor], like: Tensor | None = None) -> Float[Tensor, "b c h w"]:
+        """Fuse the maps, without activation."""
+        like = maps[0] if like is None else like
+        weights = torch.split(self.mix.weight, [x.shape[1] for x in maps], dim=1)
+        fused: Tensor | None = None
+        for x, weight in zip(maps, weights, strict=True):
+            mixed = F.conv2d(x, weight, self.mix.bias if fused is None else None)
+            if x is not like:
+                mixed = resize(mixed, like)
+            fused = mixed if fused is None else fused.add_(mixed)
+        assert fused is not None
+        return fused
+
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
+        """Return what to add to the count, which has the whole weight for each map, for one convolution of all maps."""
+        pixels = output.numel() // output.shape[1]
+        counted = sum(x.numel() // x.shape[1] for x in inputs[0])
+        return self.mix.weight.numel() * (pixels - counted), 0
+
+
+class InnerScaleBlock(nn.Module):
+    """Residual block of convolutions at several scales ("inner-scale connection block").
+
+    The features are max-pooled to scales 1, 1/2, 1/4, …. From coarse to fine, each scale has convolutions of its pooled
+    features, fused with the result of the coarser scale. At the end, the results of all scales are fused.
+
+    Args:
+        channels: Width.
+        convolutions: Number of 3×3 convolutions at each scale.
+        scales: Number of scales.
+
+    Shape:
+        ``(b, channels, h, w)`` → same; ``h, w >= 2 ** (scales - 1)``.
+
+    References:
+        Wang et al., DCSFN, ACM MM 2020, "inner-scale connection block".
+    """
+
+    def __init__(self, channels: int, convolutions: int = 4, scales: int = 4) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(
+            nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(convolutions))
+            for _ in range(scales)
+        )
+        self.fusions = nn.ModuleList(ScaleFusion(2 * channels, channels) for _ in range(scales - 1))
+        self.fusion = ScaleFusion(scales * channels, channels)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Apply the block."""
+        pooled = [x]
+        for _ in self.fusions:
+            pooled.append(F.max_pool2d(pooled[-1], 2))
+        results: list[Tensor] = []
+        for level in reversed(range(len(pooled))):
+            features = pooled[level]
+            if results:
+                features = activate(self.fusions[level]([features, results[0]]))
+            for convolution in self.scales[level].children():
+                features = activate(convolution(features))
+            results.insert(0, features)
+        return x + activate(self.fusion(results))
+
+
+class DenseConnection(nn.Module):
+    """Blocks, each of which gets a 1×1 convolution of the input and the results of all blocks before.
+
+    Args:
+        blocks: The blocks, whose results have the shape of their input.
+        channels: Width.
+        repeats: How often the blocks are applied in turn, each time with the same weights.
+        output: Whether there is a last 1×1 convolution, of the results of all blocks.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], channels: int, *, repeats: int = 1, output: bool = True) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.repeats = repeats
+        count = len(self.blocks) * repeats + int(output) - 1
+        self.transitions = nn.ModuleList(nn.Conv2d((index + 2) * channels, channels, 1) for index in range(count))
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], skips: Sequence[Tensor] = ()
+    ) -> tuple[Float[Tensor, "b c h w"], list[Tensor]]:
+        """Apply the blocks.
+
+        Args:
+            x: The input.
+            skips: Maps of the shape of ``x`` that are added to the inputs of the blocks, one for each; or none.
+
+        Returns:
+            The last 1×1 convolution, or the last block's result if there is none; and the results of all blocks.
+        """
+        blocks = [*self.blocks] * self.repeats
+        dense = _Concatenation(x, 1 + len(blocks))
+        for index, block in enumerate(blocks):
+            x = dense.append(block(x + skips[index] if skips else x))
+            if index < len(self.transitions):
+                x = activate(dense.convolve(self.transitions[index]))
+        return x, dense.maps[1:]
+
+
+class _Concatenation:
+    """Growing concatenation of maps for 1×1 convolutions.
+
+    Without gradients, the maps are written side by side into one tensor. Its convolution is a product of matrices,
+    which needs no copy. With gradients, or when a graph is made, maps are concatenated for each convolution.
+
+    Args:
+        x: The first map.
+        count: Number of maps at the end.
+    """
+
+    def __init__(self, x: Float[Tensor, "b c h w"], count: int) -> None:
+        self.maps: list[Tensor] = []
+        self.pixels: Tensor | None = None
+        if not (torch.is_grad_enabled() or compiling_or_exporting()):
+            b, c, h, w = x.shape
+            self.pixels = x.new_empty(b, h, w, count * c)
+        self.append(x)
+
+    def append(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Append a map and return it as it is stored."""
+        if self.pixels is not None:
+            start = len(self.maps) * x.shape[1]
+            stored = self.pixels[..., start : start + x.shape[1]].permute(0, 3, 1, 2)
+            x = stored.copy_(x)
+        self.maps.append(x)
+        return x
+
+    def convolve(self, convolution: nn.Module) -> Float[Tensor, "b c h w"]:
+        """Apply a 1×1 convolution to the concatenation."""
+        if self.pixels is None:
+            result: Tensor = convolution(torch.cat(self.maps, dim=1))
+            return result
+        weight, bias = convolution.parameters()
+        b, h, w, c = self.pixels.shape
+        product = torch.addmm(bias, self.pixels.view(b * h * w, c)[:, : weight.shape[1]], weight.flatten(1).t())
+        return product.view(b, h, w, -1).permute(0, 3, 1, 2)

@@ -1,0 +1,188 @@
+"""Swin blocks for maps of any size: attention masks, strips, and shifts that an exported graph can hold.
+
+Features are ``(b, h, w, c)``: windows and pixels are normalised along contiguous memory.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from derain.errors import DerainError
+from derain.nn.graphs import exporting
+from derain.nn.restormer import STRIP_BYTES
+
+Features = Float[Tensor, "b h w c"]
+
+MASKED = -100.0
+"""Added to the attention score of two pixels that must not attend to each other."""
+
+
+class WindowBlock(SwinTransformerBlock):
+    """Swin block of timm for maps of any size: attention within windows, and an MLP.
+
+    Masks are cached by size. Without gradients, the map is processed in strips of window rows that fit into the
+    cache of a processor, which also bounds memory.
+
+    Args:
+        channels: Number of channels.
+        heads: Number of heads, which must divide ``channels``.
+        window: Side of the windows.
+        shifted: Whether windows are shifted by half their side.
+        expansion: Width of the MLP as a multiple of ``channels``.
+        drop_path: Probability that training skips attention or the MLP of an image.
+        shift_single: Whether a map of a single window is shifted too, which splits it. Swin Transformers do not.
+
+    Shape:
+        ``(b, h, w, channels)`` → same; height and width must be multiples of the window.
+
+    Raises:
+        DerainError: If the heads do not divide the channels.
+
+    References:
+        Liu et al., Swin Transformer, ICCV 2021, eq. 3.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        window: int,
+        shifted: bool,
+        *,
+        expansion: float = 4.0,
+        drop_path: float = 0.0,
+        shift_single: bool = False,
+    ) -> None:
+        if channels % heads:
+            raise DerainError(f"{heads} heads do not divide {channels} channels; choose a number of heads that does")
+        size = (window, window)
+        super().__init__(channels, size, num_heads=heads, window_size=window, mlp_ratio=expansion, drop_path=drop_path)
+        self.window = window
+        self.shift = window // 2 if shifted else 0
+        self.shift_above = 0 if shift_single else window
+
+    def forward(self, x: Features) -> Features:
+        """Transform features."""
+        if exporting():
+            return transform_shifted(x, self.window, self.shift, self._transform, self.shift_above)
+        height, width = x.shape[1:3]
+        down = self.shift if height > self.shift_above else 0
+        right = self.shift if width > self.shift_above else 0
+        if down or right:
+            x = torch.roll(x, (-down, -right), (1, 2))
+        rows = self._strip_rows(x)
+        if rows >= height:
+            x = self._transform(x, self._mask(x, down, right))
+        else:
+            x = self._transform_strips(x, rows, down, right)
+        if down or right:
+            x = torch.roll(x, (down, right), (1, 2))
+        return x
+
+    def _strip_rows(self, x: Features) -> int:
+        """Return the rows of a strip; all rows where gradients are needed."""
+        batch, height, width, _ = x.shape
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return height
+        budget = STRIP_BYTES["cpu" if x.device.type == "cpu" else "gpu"]
+        row_bytes = batch * width * self.window**3 * self.attn.num_heads * x.element_size()
+        return max(1, budget // row_bytes) * self.window
+
+    def _transform_strips(self, x: Features, rows: int, down: int, right: int) -> Features:
+        """Transform a map strip by strip; only its last strip holds rows from across the border."""
+        height = x.shape[1]
+        out = torch.empty_like(x)
+        for top in range(0, height, rows):
+            strip = x[:, top : top + rows]
+            is_last = top + rows >= height
+            mask = self._mask(strip, down if is_last else 0, right)
+            out[:, top : top + rows] = self._transform(strip, mask)
+        return out
+
+    def _mask(self, strip: Features, down: int, right: int) -> Tensor | None:
+        """Return the attention mask of a strip, or None if nothing was shifted."""
+        if not (down or right):
+            return None
+        _, height, width, _ = strip.shape
+        cacheable = not torch.compiler.is_compiling() and not isinstance(strip, FakeTensor)
+        build = shift_mask if cacheable else shift_mask.__wrapped__
+        return build(height, width, self.window, down, right, strip.device)
+
+    def _transform(self, x: Features, mask: Tensor | None) -> Features:
+        """Apply attention within windows, then the MLP; each is normalised and residual."""
+        _, height, width, channels = x.shape
+        windows = window_partition(self.norm1(x), self.window_size).flatten(1, 2)
+        attended = self.attn(windows, mask=None if mask is None else mask.to(x.dtype))
+        attended = attended.view(-1, self.window, self.window, channels)
+        x = x + self.drop_path1(window_reverse(attended, self.window_size, height, width))
+        return cast(Tensor, x + self.drop_path2(self.mlp(self.norm2(x))))
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a cached mask may be used in training later
+def shift_mask(
+    height: int, width: int, side: int, down: int, right: int, device: torch.device
+) -> Float[Tensor, "n k k"]:
+    """Return the attention mask of a rolled map: -100 between pixels that were no neighbours before, else 0.
+
+    Args:
+        height: Height of the map, or of its last rows.
+        width: Width of the map.
+        side: Side of the windows.
+        down: Rows by which the map was rolled; 0 if the rows are not its last ones.
+        right: Columns by which the map was rolled.
+        device: Device of the mask.
+
+    Returns:
+        ``(windows, side², side²)``.
+
+    Example:
+        >>> shift_mask(2, 4, 2, 0, 1, torch.device("cpu"))[:, 0]
+        tensor([[   0.,    0.,    0.,    0.],
+                [   0., -100.,    0., -100.]])
+    """
+    rows = torch.zeros(height, dtype=torch.int64)
+    columns = torch.zeros(width, dtype=torch.int64)
+    rows[height - down :] = 1
+    columns[width - right :] = 2
+    return _mask(rows[:, None] + columns, side).to(device)
+
+
+def transform_shifted(
+    x: Features, side: int, shift: int, transform: Callable[[Tensor, Tensor | None], Tensor], above: int
+) -> Features:
+    """Shift a map, transform it and shift it back, with no branch that depends on its size.
+
+    An exported graph must hold for all sizes, so whether there are windows to shift is computed by the graph.
+
+    Args:
+        x: The map; height and width are multiples of ``side``.
+        side: Side of the windows.
+        shift: Pixels by which the map is shifted along an axis; 0 for none.
+        transform: Function of the map and the attention mask.
+        above: Axes of at most this length are not shifted.
+    """
+    if not shift:
+        return transform(x, None)
+    rows = torch.arange(x.shape[1], device=x.device)
+    columns = torch.arange(x.shape[2], device=x.device)
+    height = rows[-1] + 1  # tensors rather than numbers: the graph computes what follows from them
+    width = columns[-1] + 1
+    down = shift * (height > above)
+    right = shift * (width > above)
+    regions = (rows + down >= height).int()[:, None] + 2 * (columns + right >= width).int()
+    shifted = x[:, (rows + down) % height][:, :, (columns + right) % width]
+    transformed = transform(shifted, _mask(regions, side))
+    return transformed[:, (rows - down) % height][:, :, (columns - right) % width]
+
+
+def _mask(regions: Int[Tensor, "h w"], side: int) -> Float[Tensor, "n k k"]:
+    """Mask pairs of pixels in a window that come from different regions of the map."""
+    windows = window_partition(regions[None, :, :, None], (side, side)).flatten(1)
+    return torch.where(windows[:, None] == windows[:, :, None], 0.0, MASKED)

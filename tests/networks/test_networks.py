@@ -1,0 +1,71 @@
+"""Every network: a method that keeps the contract, with a recipe, a small preset and a page."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from derain.errors import DerainError
+from derain.export import export
+from derain.methods.regression.module import RegressionModule, find_network, network_paths
+from derain.testing import check_method
+from tests.networks.goldens import Golden, folder
+
+ROOT = Path(__file__).parents[2]
+MODELS = [yaml.safe_load(path.read_text())["model"] for path in sorted((ROOT / "experiments/methods").glob("*.yaml"))]
+RECIPES = [model["init_args"] for model in MODELS if "network" in model.get("init_args", {})]
+TINY = {recipe["network"]: recipe for recipe in RECIPES if recipe.get("network_options", {}) not in ({}, None)}
+NAMES = list(network_paths())
+
+
+def arguments(name):
+    """Return the hyper-parameters of a small network with the loss of its recipe."""
+    recipe = TINY[name]
+    return {
+        "network": name,
+        "network_options": recipe["network_options"],
+        "loss": recipe.get("loss", "l1"),
+        "learning_rate": 1e-3,
+        "schedule": "constant",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_networks_keep_the_contract(name):
+    check_method(RegressionModule, can_export=False, **arguments(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_graphs_equal_networks_or_are_refused_in_one_line(name, tmp_path):
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    method = RegressionModule(**arguments(name)).eval()
+    if name in NOT_EXPORTED:
+        with pytest.raises(DerainError, match=r"^[^\n]+$"):
+            export(method, tmp_path / "m.onnx")
+    else:
+        export(method, tmp_path / "m.onnx")  # compares the graph with the method
+
+
+NOT_EXPORTED: set[str] = set()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_networks_have_a_recipe_and_a_page(name):
+    assert name in {recipe["network"] for recipe in RECIPES}
+    assert name in TINY
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs/methods").glob("*.md"))
+    module = network_paths()[name].rpartition(".")[0]
+    assert module.rpartition(".")[2] in pages
+
+
+def test_every_recorded_system_has_one_network():
+    files = sorted(folder().glob("*.npz"))
+    assert len(files) >= 27
+    for file in files:
+        state = Golden(file.stem).state()
+        found = [name for name in NAMES if find_network(name).options_of(state) is not None]
+        assert len(found) == 1, (file.stem, found)

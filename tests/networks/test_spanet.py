@@ -1,0 +1,111 @@
+"""SPANet compared with recorded outputs of the authors' code."""
+
+import pytest
+import torch
+
+from derain.errors import DerainError
+from derain.networks.spanet import Recurrence, SPANet
+from tests.networks.goldens import (
+    Golden,
+    check_gradients,
+    check_outputs,
+    check_parameters,
+    check_recognition,
+    check_sizes,
+    load,
+    published_state,
+)
+
+TINY = {"dim": 4, "groups": 1}
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return Golden("spanet")
+
+
+@pytest.fixture(scope="module")
+def network(golden):
+    network = SPANet(**SPANet.options_of(golden.state()))
+    load(network, golden)
+    return network
+
+
+def test_outputs_equal_the_authors(network, golden):
+    check_outputs(network, golden, names={"mask": "mask"})
+
+
+def test_gradients_equal_the_authors(network, golden):
+    check_gradients(network, golden)
+
+
+def test_parameters(network, golden):
+    check_parameters(network, golden)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 276_704
+
+
+def test_recognition(golden):
+    check_recognition(SPANet, "spanet")
+    for options in ({"dim": 4, "groups": 1}, {"dim": 6, "groups": 3}):
+        assert SPANet.options_of(published_state(SPANet(**options), golden)) == options
+
+
+def test_any_size():
+    check_sizes(SPANet(**TINY))
+
+
+@pytest.mark.parametrize("options", [{"dim": 0}, {"groups": 0}])
+def test_options_out_of_range(options):
+    with pytest.raises(DerainError, match="0"):
+        SPANet(**options)
+
+
+def literal(x, unit, backwards, dim):
+    """The recurrence of a direction, one row or column after the other."""
+    rows = list(x.unbind(dim))[:: -1 if backwards else 1]
+    weight, bias = unit.weight.view(-1, 1), unit.bias.view(-1, 1)
+    hidden = [rows[0].clamp(min=0)]
+    for row in rows[1:]:
+        hidden.append((weight * hidden[-1] + bias + row).clamp(min=0))
+    return torch.stack(hidden[:: -1 if backwards else 1], dim)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 1), (7, 4)])
+def test_recurrences_are_those_of_single_directions(size, gradients):
+    torch.manual_seed(0)
+    recurrence = Recurrence(3).double()
+    with torch.no_grad():
+        for parameter in recurrence.parameters():
+            parameter.normal_()
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    expected = [
+        literal(x, recurrence.up, True, 2),
+        literal(x, recurrence.right, False, 3),
+        literal(x, recurrence.down, False, 2),
+        literal(x, recurrence.left, True, 3),
+    ]
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(recurrence(x), torch.cat(expected, 1))
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing is deprecated, but what ONNX files are made by
+def test_traced_network_restores_other_sizes():
+    torch.manual_seed(0)
+    network = SPANet(**TINY).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(network, torch.rand(1, 3, 12, 9))
+        for size in ((5, 17), (1, 1)):
+            rainy = torch.rand(1, 3, *size)
+            torch.testing.assert_close(traced(rainy), network(rainy))
+
+
+def test_mask_is_1_where_any_channel_differs_by_a_grey_level():
+    clean = torch.randint(256, (1, 3, 4, 4)) / 255
+    rainy = clean.clone()
+    rainy[0, 2, 1, 3] = (rainy[0, 2, 1, 3] * 255 + 1) / 255
+    rainy[0, 0, 0, 0] += 1e-4
+    targets = SPANet(**TINY).targets(rainy, clean, {})
+    assert targets["derained"] is clean
+    assert targets["mask"].shape == (1, 1, 4, 4)
+    assert targets["mask"].nonzero().tolist() == [[0, 0, 1, 3]]
