@@ -79,6 +79,7 @@ TINY = {
     if path.stem.endswith("-tiny") and "network" in arguments_of(path)
 }
 """Options of small networks, by network."""
+TINY["Restormer"] = {"dim": 8, "blocks": [1, 1, 1, 1], "refinement": 1, "bias": True, "bias_free_norm": True}
 
 
 def small_options(*paths, clip):

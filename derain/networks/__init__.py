@@ -12,5 +12,8 @@ NETWORKS = (
     "derain.networks.rescan.RESCAN",
     "derain.networks.brn.BRN",
     "derain.networks.ssid_kd.SSIDKD",
+    "derain.networks.nerd_rain.NeRDRain",
+    "derain.networks.nafnet.NAFNet",
+    "derain.networks.restormer.Restormer",
 )
 """Class paths of the networks: a new one adds a line."""

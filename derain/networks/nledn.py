@@ -63,7 +63,7 @@ class NonLocal(nn.Module):
         whole = whole.reshape(-1, inner, grid * rows, grid * columns)[..., :height, :width]
         return cast(Tensor, self.project(whole) + x)
 
-    def pieces(self, x: Float[Tensor, "b c h w"], rows: int, columns: int) -> Float[Tensor, "n rows columns c"]:
+    def pieces(self, x: Float[Tensor, "b c h w"], rows: Any, columns: Any) -> Float[Tensor, "n rows columns c"]:
         """Split a map, continued at the bottom and the right by its border."""
         grid, (height, width) = self.grid, x.shape[2:]
         if grid > 1 and (exporting() or height % grid or width % grid):
@@ -71,20 +71,24 @@ class NonLocal(nn.Module):
         split = x.reshape(-1, x.shape[1], grid, rows, grid, columns).permute(0, 2, 4, 3, 5, 1)
         return split.reshape(-1, rows, columns, x.shape[1])
 
-    def mask(self, x: Float[Tensor, "b c h w"], rows: int, columns: int) -> Tensor | None:
-        """Return 0 where keys are of pixels of the map, −∞ elsewhere, ``(b · pieces, 1, 1, keys)``; None if all are."""
+    def mask(self, x: Float[Tensor, "b c h w"], rows: Any, columns: Any) -> Tensor | None:
+        """Return 0 for keys in the map, else the least number, ``(b · pieces, 1, 1, keys)``; None if all are in it."""
         grid, (height, width) = self.grid, x.shape[2:]
         if grid == 1 or not (exporting() or height % grid or width % grid):
             return None
 
-        def inside(side: int, length: int) -> Tensor:
+        def inside(side: Any, length: Any) -> Tensor:
             """Return whether both pixels of a key are in the map; a piece's first key always counts as such."""
             key = torch.arange(length // 2, device=x.device)
             piece = torch.arange(grid, device=x.device)[:, None]
             return (piece * length + 2 * key + 1 < side) | (key == 0)
 
         both = inside(height, rows)[:, None, :, None] & inside(width, columns)[None, :, None, :]
-        mask = torch.zeros_like(both, dtype=x.dtype).masked_fill(~both, -torch.inf).reshape(1, grid * grid, 1, 1, -1)
+        mask = (
+            torch.zeros_like(both, dtype=x.dtype)
+            .masked_fill(~both, torch.finfo(x.dtype).min)
+            .reshape(1, grid * grid, 1, 1, -1)
+        )
         return mask.expand(x.shape[0], -1, -1, -1, -1).flatten(0, 1)
 
 

@@ -13,13 +13,20 @@ from derain.testing import check_method
 from tests.networks.goldens import Golden, folder
 
 ROOT = Path(__file__).parents[2]
-MODELS = [yaml.safe_load(path.read_text())["model"] for path in sorted((ROOT / "experiments/methods").glob("*.yaml"))]
-RECIPES = [
-    {"network": model["class_path"].removesuffix("Module"), **model["init_args"]}
-    for model in MODELS
+MODELS = {
+    path.stem: yaml.safe_load(path.read_text())["model"] for path in (ROOT / "experiments/methods").glob("*.yaml")
+}
+RECIPES = {
+    stem: {"network": model["class_path"].removesuffix("Module"), **model["init_args"]}
+    for stem, model in MODELS.items()
     if "network" in model.get("init_args", {}) or model["class_path"] == "AirNetModule"
-]
-TINY = {recipe["network"]: recipe for recipe in RECIPES if recipe.get("network_options", {}) not in ({}, None)}
+}
+"""Hyper-parameters by the name of the file."""
+TINY = {recipe["network"]: recipe for stem, recipe in RECIPES.items() if stem.endswith("-tiny")}
+TINY["Restormer"] = {
+    "network": "Restormer",
+    "network_options": {"dim": 8, "blocks": [1, 1, 1, 1], "refinement": 1, "bias": True, "bias_free_norm": True},
+}
 NAMES = list(network_paths())
 
 
@@ -59,7 +66,7 @@ NOT_EXPORTED: set[str] = set()
 
 @pytest.mark.parametrize("name", NAMES)
 def test_networks_have_a_recipe_and_a_page(name):
-    assert name in {recipe["network"] for recipe in RECIPES}
+    assert name in {recipe["network"] for recipe in RECIPES.values()}
     assert name in TINY
     pages = "\n".join(path.read_text() for path in (ROOT / "docs/methods").glob("*.md"))
     module = network_paths()[name].rpartition(".")[0]
