@@ -155,7 +155,8 @@ class SpatialRouting(nn.Module):
     ) -> Float[Tensor, "n c"]:
         """Apply each expert to all pixels, without sizes that depend on the features."""
         outputs = torch.stack([expert(x) for expert in self.experts], dim=1)
-        gates = torch.full_like(outputs[..., 0], -torch.inf, dtype=log_gates.dtype).scatter(1, index, log_gates)
+        least = torch.finfo(log_gates.dtype).min  # graphs hold no infinity
+        gates = torch.full_like(outputs[..., 0], least, dtype=log_gates.dtype).scatter(1, index, log_gates)
         return torch.logsumexp(outputs + gates[..., None], dim=1)
 
     def _imbalance(self, clean: Tensor, noisy: Tensor, deviation: Tensor) -> Float[Tensor, ""]:

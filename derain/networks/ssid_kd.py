@@ -225,6 +225,6 @@ class SSIDKD(Network):
         }
 
 
-def _resize(x: Float[Tensor, "b c h w"], size: Sequence[int]) -> Float[Tensor, "b c h2 w2"]:
+def _resize(x: Float[Tensor, "b c h w"], size: Sequence[Any]) -> Float[Tensor, "b c h2 w2"]:
     """Resize maps bilinearly."""
     return F.interpolate(x, size=list(size), mode="bilinear", align_corners=False)

@@ -1,5 +1,7 @@
 """Deformable convolution by bilinear sampling of maps."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -46,7 +48,7 @@ def deformable_convolution(
     return torch.cat([_convolve_samples(x, *strip, weight) for strip in strips], dim=2)
 
 
-def sampling_grid(offset: Float[Tensor, "b two_taps h w"], side: int) -> Float[Tensor, "b taps h w 2"]:
+def sampling_grid(offset: Float[Tensor, "b two_taps h w"], side: Any) -> Float[Tensor, "b taps h w 2"]:
     """Return where each tap samples, right and down, from -1 to 1 for the map's outer edges; float32 or wider.
 
     Args:
