@@ -43,7 +43,7 @@ class DenseBlock(nn.Module):
         ``(b, channels, h, w)`` → ``(b, 2 * channels, h, w)``.
 
     References:
-        Syn2Real, section 4 ("Res2Block"); Gao et al., Res2Net, TPAMI 2021, eq. 1.
+        "Res2Block" of Syn2Real, after Gao et al., Res2Net, TPAMI 2021, eq. 1.
     """
 
     def __init__(self, channels: int, width: int, parts: int, groups: int) -> None:
@@ -59,12 +59,16 @@ class DenseBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
         """Return the input and the transformed features."""
-        *parts, last = self.expand(_activate(self.first_norm, x)).chunk(len(self.convs) + 1, dim=1)
+        joined = self.convolve(self.expand(_activate(self.first_norm, x)))
+        return torch.cat((x, self.project(_activate(self.last_norm, joined)) + x), dim=1)
+
+    def convolve(self, hidden: Float[Tensor, "b k h w"]) -> Float[Tensor, "b k h w"]:
+        """Convolve all parts but the last, each with the result of the part before."""
+        *parts, last = hidden.chunk(len(self.convs) + 1, dim=1)
         results: list[Tensor] = []
         for part, norm, conv in zip(parts, self.norms, self.convs, strict=True):
             results.append(conv(_activate(norm, results[-1] + part if results else part)))
-        joined = torch.cat((*results, last), dim=1)
-        return torch.cat((x, self.project(_activate(self.last_norm, joined)) + x), dim=1)
+        return torch.cat((*results, last), dim=1)
 
 
 class Transition(nn.Module):
@@ -140,12 +144,12 @@ class Syn2Real(Network):
         ``(b, 3, h, w)`` in [0, 1] → same.
 
     References:
-        Syn2Real, section 4. 2,605,710 parameters by default; the authors' network has 12,584 more that it does not use
+        The network of Syn2Real. 2,605,710 parameters by default; the authors' network has 12,584 more that it does not use
         (squeeze-and-excitation of each block).
     """
 
     size_multiple: ClassVar[int] = 8
-    bytes_per_pixel: ClassVar[int] = 12288
+    bytes_per_pixel: ClassVar[int] = 13824
     signature: ClassVar[str] = "zout.weight"
     published_names: ClassVar[Names] = (
         (r"dense_block\d\.SE\..*", None),
