@@ -35,7 +35,7 @@ SMALL = {
     "CLIPRPNModule": TRANSFORMER | {"perception": "none"},
     "RegressionModule": {
         "network": "RESCAN",
-        "network_options": {"channels": 8, "stages": 2},
+        "network_options": {"channels": 8, "iterations": 2},
         "schedule": "constant",
         "learning_rate": 5e-3,
     },
