@@ -144,7 +144,7 @@ class Syn2Real(Network):
         ``(b, 3, h, w)`` in [0, 1] → same.
 
     References:
-        The network of Syn2Real. 2,605,710 parameters by default; the authors' network has 12,584 more that it does not use
+        The network of Syn2Real. 2,605,710 parameters by default; the authors' has 12,584 more that it does not use
         (squeeze-and-excitation of each block).
     """
 
