@@ -63,6 +63,12 @@ class NonLocal(nn.Module):
         whole = whole.reshape(-1, inner, grid * rows, grid * columns)[..., :height, :width]
         return cast(Tensor, self.project(whole) + x)
 
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
+        """Return the multiplications of queries, keys and values."""
+        batch, _, height, width = output.shape
+        rows, columns = ((side + self.grid - 1) // self.grid for side in (height, width))
+        return 0, 2 * batch * height * width * (rows // 2) * (columns // 2) * self.query.out_channels
+
     def pieces(self, x: Float[Tensor, "b c h w"], rows: Any, columns: Any) -> Float[Tensor, "n rows columns c"]:
         """Split a map, continued at the bottom and the right by its border."""
         grid, (height, width) = self.grid, x.shape[2:]
