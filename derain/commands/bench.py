@@ -25,6 +25,7 @@ from derain.methods import DerainModule
 from derain.methods.catalog import load, methods, use_method
 from derain.methods.onnx_model import OnnxNetwork
 from derain.methods.registry import class_path
+from derain.nn.normalization import OPERATIONS
 from derain.progress import track
 from derain.restoration import choose_device
 from derain.tables import Column, Format, Row, Table, write_results
@@ -32,12 +33,10 @@ from derain.tables import Column, Format, Row, Table, write_results
 CONVENTION = (
     "MACs: counted as thop counts the authors' code: convolutions and linear layers, one route, without CLIP, and for a "
     "diffusion one sampling step; in networks of other systems also layers whose results are not used, and thop's "
-    "operations for pooling and batch normalisation; +attention: also what thop does not see: the products QKᵀ and AV, "
-    "deformable convolutions and gates of experts"
+    "operations for pooling and normalisation where printed figures have them; +attention: also what thop does not see: "
+    "the products QKᵀ and AV, gates of experts, and deformable and functional convolutions"
 )
 PAPER = "CLIP-RPN's paper: parameters of two routes, and 293.53 G at 256×256 (Table 4), where derain counts 150.73."
-NORMALIZATION = 4
-"""Operations of a value of batch normalisation, as thop counts them."""
 ROUNDS = 3
 
 log = logging.getLogger("derain")
@@ -197,7 +196,7 @@ def count_cost(method: DerainModule, size: int) -> dict[str, int]:
         if isinstance(module, WindowAttention):  # of timm
             attention.append(2 * inputs[0].numel() * module.window_area)
         elif isinstance(module, nn.BatchNorm2d):
-            saved.append(NORMALIZATION * out.numel())
+            saved.append(OPERATIONS * out.numel())
         elif hasattr(module, "extra_macs"):
             plain, of_attention = cast(Any, module).extra_macs(inputs, out)
             saved.append(plain)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from derain.errors import DerainError
 from derain.networks.base import Names, Network, count_numbered
 from derain.nn.graphs import exporting
+from derain.nn.padding import pad_to_minimum
 
 
 class NonLocal(nn.Module):
@@ -64,10 +65,10 @@ class NonLocal(nn.Module):
         return cast(Tensor, self.project(whole) + x)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the multiplications of queries, keys and values."""
+        """Return multiplications that are not counted: of the attention matrices."""
         batch, _, height, width = output.shape
-        rows, columns = ((side + self.grid - 1) // self.grid for side in (height, width))
-        return 0, 2 * batch * height * width * (rows // 2) * (columns // 2) * self.query.out_channels
+        keys = (-(height // -self.grid) // 2) * (-(width // -self.grid) // 2)
+        return 0, 2 * batch * height * width * keys * self.query.out_channels
 
     def pieces(self, x: Float[Tensor, "b c h w"], rows: Any, columns: Any) -> Float[Tensor, "n rows columns c"]:
         """Split a map, continued at the bottom and the right by its border."""
@@ -232,19 +233,8 @@ class NLEDN(Network):
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
         """Return the restored image and the rain."""
         height, width = image.shape[2:]
-        rain = self.rain(self.enlarge(image))[..., :height, :width]
+        rain = self.rain(pad_to_minimum(image, self.smallest_side))[..., :height, :width]
         return {"derained": image - rain, "rain": rain}
-
-    def enlarge(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
-        """Continue an image that is too small by its border."""
-        if exporting():
-            further = torch.arange(self.smallest_side, device=image.device)
-            for axis, side in ((2, image.shape[2]), (3, image.shape[3])):
-                index = torch.arange(side, device=image.device)
-                image = image.index_select(axis, torch.cat((index, index[-1:].expand_as(further[side:]))))
-            return image
-        bottom, right = (max(0, self.smallest_side - side) for side in image.shape[2:])
-        return F.pad(image, (0, right, 0, bottom), "replicate") if bottom or right else image
 
     def rain(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """Return the rain of an image of at least 16 × 16 pixels."""

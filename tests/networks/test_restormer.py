@@ -40,10 +40,14 @@ def test_options_and_parameters(name):
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
 
 
-def test_small_one_equals_the_authors():
+def test_outputs_of_the_small_one_equal_the_authors():
     network, golden = loaded("clearview_restormer_small")
     check_outputs(network, golden)
-    check_gradients(network, golden)
+
+
+@pytest.mark.slow
+def test_gradients_of_the_small_one_equal_the_authors():
+    check_gradients(*loaded("clearview_restormer_small"))
 
 
 @pytest.mark.slow
