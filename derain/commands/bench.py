@@ -31,10 +31,10 @@ from derain.restoration import choose_device
 from derain.tables import Column, Format, Row, Table, write_results
 
 CONVENTION = (
-    "MACs: counted as thop counts the authors' code: convolutions and linear layers, one route, without CLIP, and for a "
-    "diffusion one sampling step; in networks of other systems also layers whose results are not used, and thop's "
-    "operations for pooling and normalisation where printed figures have them; +attention: also what thop does not see: "
-    "the products QKᵀ and AV, gates of experts, and deformable and functional convolutions"
+    "MACs: counted as thop counts the authors' code: convolutions and linear layers, one route, without CLIP, and for "
+    "a diffusion one sampling step; in networks of other systems also layers whose results are not used, and thop's "
+    "operations for pooling and normalisation where printed figures have them; +attention: also what thop does not "
+    "see: the products QKᵀ and AV, gates of experts, and deformable and functional convolutions"
 )
 PAPER = "CLIP-RPN's paper: parameters of two routes, and 293.53 G at 256×256 (Table 4), where derain counts 150.73."
 ROUNDS = 3
