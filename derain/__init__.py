@@ -9,24 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from derain.data.datamodule import RainDataModule as RainDataModule
+    from derain.methods import AirNetModule as AirNetModule
     from derain.methods import CLIPRPNModule as CLIPRPNModule
     from derain.methods import DACLIPModule as DACLIPModule
     from derain.methods import DACLIPSDEModule as DACLIPSDEModule
     from derain.methods import DerainModule as DerainModule
     from derain.methods import PLNLINGANModule as PLNLINGANModule
     from derain.methods import PReNetModule as PReNetModule
+    from derain.methods import RegressionModule as RegressionModule
     from derain.methods import RestormerModule as RestormerModule
     from derain.restoration import Restorer as Restorer
 
 __version__ = "0.1.0"
 
 _MODULES = {
+    "AirNetModule": "derain.methods",
     "CLIPRPNModule": "derain.methods",
     "DACLIPModule": "derain.methods",
     "DACLIPSDEModule": "derain.methods",
     "DerainModule": "derain.methods",
     "PLNLINGANModule": "derain.methods",
     "PReNetModule": "derain.methods",
+    "RegressionModule": "derain.methods",
     "RestormerModule": "derain.methods",
     "RainDataModule": "derain.data.datamodule",
     "Restorer": "derain.restoration",

@@ -13,7 +13,7 @@ METAVARS = {Path: "PATH", int: "N", float: "X"}
 """Names of values in ``--help``, by type."""
 
 RENAMED = {"--output": "--out", "--json": "--format json"}
-"""Names of earlier versions."""
+"""Options renamed since earlier versions: old spelling to new spelling."""
 
 REPLACEMENTS = {
     "optimizer": "--model.learning_rate (derain fit --help METHOD lists all options of a method)",
@@ -22,16 +22,16 @@ REPLACEMENTS = {
 """Options of LightningCLI that derain does not have, and what to set instead."""
 
 Command = Callable[..., int]
-"""Function of a command or a task; returns the exit code."""
+"""Function of a command or subcommand; returns the exit code."""
 
 
 class CommandParser(argparse.ArgumentParser):
     """Parser of a command, derived from a function's signature and Google-style docstring.
 
     Positional parameters become positional arguments, keyword-only parameters options. Supported types are ``str``,
-    ``int``, ``float``, ``Path``, ``Literal`` of texts, ``bool`` (a flag, False by default), each of them optional, and
-    sequences of them. A sequence option accepts several values and may be repeated; if a positional argument is a
-    sequence as well, it accepts one value at a time, as the others would be taken from that argument.
+    ``int``, ``float``, ``Path``, ``Literal`` of strings, ``bool`` (a flag, False by default), each of them optional,
+    and sequences of them. A sequence option accepts several values and may be repeated. If the function also has a
+    positional sequence, the option accepts one value at a time; otherwise it would consume the positional values.
 
     Args:
         prog: Words that call the command, such as ``derain score``.
@@ -56,7 +56,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(prog, description=_escape(description), argument_default=argparse.SUPPRESS)
         self.function = function
         parameters = inspect.signature(function).parameters.values()
-        self._one_value = any(
+        self._single_value_options = any(
             _is_sequence(parameter.annotation)
             for parameter in parameters
             if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
@@ -73,17 +73,15 @@ class CommandParser(argparse.ArgumentParser):
             text = " ".join(default) if isinstance(default, tuple) else default
             description += f" (default {text})"
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            if is_sequence and self._one_value:
+            if is_sequence and self._single_value_options:
                 settings |= {"nargs": None, "action": "append"}
                 description += "; may be repeated"
             self.add_argument(f"--{parameter.name.replace('_', '-')}", help=_escape(description), **settings)
             return
         settings = {key: value for key, value in settings.items() if key not in {"action", "metavar"}}
         if default is not inspect.Parameter.empty:
-            settings |= {
-                "nargs": "*" if is_sequence else "?",
-                "default": default,
-            }  # argparse would convert SUPPRESS to the type
+            # explicit default: argparse would pass the string SUPPRESS through `type`
+            settings |= {"nargs": "*" if is_sequence else "?", "default": default}
         self.add_argument(parameter.name, help=_escape(description), **settings)
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
@@ -98,7 +96,7 @@ class CommandParser(argparse.ArgumentParser):
         return vars(known)
 
     def _known_options(self) -> list[str]:
-        """Return the options, and those with choices with each choice, such as ``--format json``."""
+        """Return all options; for an option with choices also each combination, such as ``--format json``."""
         options = []
         for name, action in self._option_string_actions.items():
             options += [name, *(f"{name} {choice}" for choice in action.choices or ())]
@@ -118,7 +116,7 @@ def _is_sequence(annotation: Any) -> bool:
 
 
 def _type_settings(annotation: Any) -> dict[str, Any]:
-    """Return the settings of argparse for a type."""
+    """Return the keyword arguments of ``add_argument`` for a type."""
     if get_origin(annotation) in {Union, types.UnionType}:
         annotation = next(member for member in get_args(annotation) if member is not types.NoneType)
     if annotation is bool:
@@ -131,7 +129,7 @@ def _type_settings(annotation: Any) -> dict[str, Any]:
 
 
 def _escape(text: str) -> str:
-    """Return a text as argparse expects it."""
+    """Return a text with the escapes that argparse expects."""
     return text.replace("%", "%%").replace("``", "`")
 
 
@@ -151,11 +149,11 @@ def parse_docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
 
 
 def run_command(prog: str, module: types.ModuleType, arguments: Sequence[str]) -> int:
-    """Run the function of a command, or of the task that the first argument names.
+    """Run the function of a command, or of the subcommand that the first argument names.
 
     Args:
         prog: Words that call the command, such as ``derain data``.
-        module: Module of the command: it has a function of its own name, or ``TASKS``, functions by name.
+        module: Module of the command: it has a function of its own name, or ``SUBCOMMANDS``, functions by name.
         arguments: Command line after the command.
 
     Returns:
@@ -164,40 +162,40 @@ def run_command(prog: str, module: types.ModuleType, arguments: Sequence[str]) -
     Raises:
         DerainError: If an argument is unknown, missing or wrong.
     """
-    tasks = getattr(module, "TASKS", None)
-    if tasks is not None and arguments[:1] in (["-h"], ["--help"]):
-        print(_tasks_usage(prog, module, tasks))
+    subcommands = getattr(module, "SUBCOMMANDS", None)
+    if subcommands is not None and arguments[:1] in (["-h"], ["--help"]):
+        print(_subcommands_usage(prog, module, subcommands))
         return 0
     parser, options = find_parser(prog, module, arguments)
     return parser.function(**parser.parse(options))
 
 
 def find_parser(prog: str, module: types.ModuleType, arguments: Sequence[str]) -> tuple[CommandParser, Sequence[str]]:
-    """Return the parser of a command, or of the task that the first argument names, and the remaining arguments.
+    """Return the parser of a command, or of the subcommand named by the first argument, and the remaining arguments.
 
     Raises:
-        DerainError: If the command has tasks, and the first argument is missing or names none of them.
+        DerainError: If the command has subcommands, and the first argument is missing or names none of them.
     """
-    tasks: Mapping[str, Command] | None = getattr(module, "TASKS", None)
-    if tasks is None:
+    subcommands: Mapping[str, Command] | None = getattr(module, "SUBCOMMANDS", None)
+    if subcommands is None:
         name = module.__name__.rpartition(".")[2]
         return CommandParser(prog, getattr(module, name)), arguments
-    choices = f"choose {', '.join(tasks)}"
+    choices = f"choose {', '.join(subcommands)}"
     if not arguments:
-        raise DerainError(f"{prog}: TASK is missing; {choices}")
-    task = arguments[0]
-    if task not in tasks:
-        raise DerainError(f"{prog} {task}: no such task; {choices}")
-    return CommandParser(f"{prog} {task}", tasks[task]), arguments[1:]
+        raise DerainError(f"{prog}: SUBCOMMAND is missing; {choices}")
+    name = arguments[0]
+    if name not in subcommands:
+        raise DerainError(f"{prog} {name}: no such subcommand; {choices}")
+    return CommandParser(f"{prog} {name}", subcommands[name]), arguments[1:]
 
 
-def _tasks_usage(prog: str, module: types.ModuleType, tasks: Mapping[str, Command]) -> str:
-    lines = [f"  {name:<12}{parse_docstring(function)[0].splitlines()[0]}" for name, function in tasks.items()]
+def _subcommands_usage(prog: str, module: types.ModuleType, subcommands: Mapping[str, Command]) -> str:
+    lines = [f"  {name:<12}{parse_docstring(function)[0].splitlines()[0]}" for name, function in subcommands.items()]
     return "\n".join(
         [
             str(module.__doc__),
             "",
-            f"usage: {prog} TASK [options]     ({prog} TASK --help lists the options)",
+            f"usage: {prog} SUBCOMMAND [options]     ({prog} SUBCOMMAND --help lists the options)",
             "",
             *lines,
         ]
@@ -209,7 +207,7 @@ def unknown_argument(argument: str, known: Iterable[str]) -> str:
 
     Args:
         argument: The argument.
-        known: Known options; those with choices also with each choice, such as ``--format json``.
+        known: All options; for an option with choices also each combination, such as ``--format json``.
 
     Example:
         >>> unknown_argument("--cropp", ["--crop"])

@@ -132,8 +132,8 @@ def _names(name: str, split: str, count: int, variant: int) -> Iterator[tuple[st
         first, folder = (1, "training") if split == "train" else (901, "testing")
         base = f"{folder}/" if variant == 0 else ""
         for i in range(count):
-            for streak in range(1, 4):
-                yield f"{base}rainy_image/{first + i}_{streak}.jpg", f"{base}ground_truth/{first + i}.jpg#{i}"
+            for version in range(1, 4):
+                yield f"{base}rainy_image/{first + i}_{version}.jpg", f"{base}ground_truth/{first + i}.jpg#{i}"
     elif name == "Rain12":
         yield from ((f"rainy/{i}.png", f"groundtruth/{i}.png") for i in numbers)
     elif name == "Rain13K":

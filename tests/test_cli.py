@@ -102,7 +102,7 @@ RAIN800 = str(Path(__file__).parents[1] / "experiments/rain800.yaml")
         (["restore", "a.jpg", "b.jpg", "--ensembel"], ["--ensembel:", "--ensemble?"]),
         (["table", "runs", "--format", "word"], ["--format", "'word'"]),
         (["data", "lisst"], ["lisst", "synthesize"]),
-        (["data"], ["TASK", "list", "synthesize"]),
+        (["data"], ["SUBCOMMAND", "list", "synthesize"]),
         (["restore", "a.jpg", "b.jpg", "--json"], ["--json: no such option;"]),
         (["score", "a", "b", "--output", "c"], ["--output:", "--out?"]),
         (["data", "list", "--json"], ["--json:", "--format json?"]),

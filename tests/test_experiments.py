@@ -60,6 +60,28 @@ def method_of(*paths):
     return [CONFIGS[path]["model"]["class_path"] for path in paths if "model" in CONFIGS[path]][-1]
 
 
+def arguments_of(*paths):
+    """Return the hyper-parameters of the method that files configure together."""
+    return {
+        name: value for path in paths for name, value in CONFIGS[path].get("model", {}).get("init_args", {}).items()
+    }
+
+
+def network_of(*paths):
+    """Return the name of what files configure together: the method, or the network of a ``RegressionModule``."""
+    method = method_of(*paths)
+    return arguments_of(*paths)["network"] if method == "RegressionModule" else method
+
+
+TINY = {
+    arguments_of(path)["network"]: arguments_of(path)["network_options"]
+    for path in FILES
+    if path.stem.endswith("-tiny") and "network" in arguments_of(path)
+}
+"""Options of small networks, by network."""
+TINY["Restormer"] = {"dim": 8, "blocks": [1, 1, 1, 1], "refinement": 1, "bias": True, "bias_free_norm": True}
+
+
 def small_options(*paths, clip):
     """Return options that make what these files configure small enough for tests."""
     method = method_of(*paths)
@@ -69,6 +91,8 @@ def small_options(*paths, clip):
         options += ["--data.schedule", json.dumps(stages)]
     options += ["--data.workers", "0", "--data.crop", "16", "--data.batch_size", "2"]
     options += SMALL.get(method, [])
+    if "network" in arguments_of(*paths):
+        options += ["--model.network_options", json.dumps(TINY[network_of(*paths)])]
     clip_option = inspect.signature(getattr(derain.methods, method)).parameters.get("clip")
     if clip_option is not None and isinstance(clip_option.default, str):  # a number clips gradients
         options += ["--model.clip", str(clip)]
@@ -153,8 +177,10 @@ def test_appended_files_are_built(path, build, clip):
     assert type(cli.model).__name__ == method_of(first, path)
     given = CONFIGS[path].get("model", {}).get("init_args", {})
     overridden = {option.removeprefix("--model.") for option in SMALL.get(method_of(first, path), [])[::2]}
+    overridden.add("network_options")
     for name in given.keys() - overridden:
-        assert cli.model.hparams[name] == pytest.approx(given[name]), name
+        expected = given[name] if isinstance(given[name], dict) else pytest.approx(given[name])
+        assert cli.model.hparams[name] == expected, name
     assert_restores(cli.model)
     if path in PLNLIN:
         assert (cli.model.discriminator is None) == (path.stem == "mcddl-none")
@@ -176,18 +202,16 @@ def one_recipe_each():
     """Return files for every method that the experiments have: a data set's own method, or with one appended."""
     recipes = {}
     for path in DATA:
-        recipes.setdefault(method_of(path), [path])
+        recipes.setdefault(network_of(path), [path])
     for path in APPENDED:
-        recipes.setdefault(method_of(EXPERIMENTS / "rain800.yaml", path), [EXPERIMENTS / "rain800.yaml", path])
+        recipes.setdefault(network_of(EXPERIMENTS / "rain800.yaml", path), [EXPERIMENTS / "rain800.yaml", path])
     return recipes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "paths"), one_recipe_each().items(), ids=one_recipe_each())
 def test_methods_train_and_restore_by_a_recipe(method, paths, data_root, clip, tmp_path):
-    settings = {
-        name: value for path in paths for name, value in CONFIGS[path].get("model", {}).get("init_args", {}).items()
-    }
+    settings = arguments_of(*paths)
     updates = max(settings.get("generator_steps", 5), settings.get("discriminator_steps", 1))
     adversarial = method == "PLNLINGANModule"  # both networks are updated within so many batches
     config = [option for path in paths for option in ("--config", str(path))]

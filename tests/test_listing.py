@@ -11,7 +11,7 @@ from PIL import Image
 from derain import images
 from derain.cli import main
 from derain.commands.restore import plan
-from derain.data.name_matching import find_set_folders
+from derain.data.name_matching import find_data_set_folders
 from derain.data.pairs import find_pairs
 from derain.data.result_folders import find_scoring_pairs
 from derain.data.verify import verify
@@ -100,7 +100,7 @@ def test_two_links_to_one_set_are_counted_once(tmp_path):
     folder = make_set(tmp_path / "data/a", "Rain100L", "test")
     (tmp_path / "data/b").mkdir()
     (tmp_path / "data/b/Rain100L").symlink_to(folder)
-    assert find_set_folders("Rain100L", tmp_path / "data") == [folder]
+    assert find_data_set_folders("Rain100L", tmp_path / "data") == [folder]
     assert len(find_pairs("Rain100L", "test", data_root=tmp_path / "data").pairs) == 4
     assert [len(split.files.pairs) for split in verify(tmp_path / "data")[0]] == [4]
 

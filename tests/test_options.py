@@ -122,11 +122,11 @@ def test_options_do_not_take_the_values_of_a_positional_sequence(line, arguments
 
 
 def all_parsers():
-    """Yield the parser of each command and task."""
+    """Yield the parser of each command and subcommand."""
     for name in COMMANDS:
         module = importlib.import_module(f"derain.commands.{name}")
-        for task in getattr(module, "TASKS", {name: None}):
-            yield find_parser(f"derain {name}", module, [task])[0]
+        for subcommand in getattr(module, "SUBCOMMANDS", {name: None}):
+            yield find_parser(f"derain {name}", module, [subcommand])[0]
 
 
 def required_arguments(parser):

@@ -77,10 +77,10 @@ def app(
     return 0
 
 
-def _check_hosts(host: str, allowed: Sequence[str], proxies: Sequence[str]) -> None:
+def _check_hosts(host: str, allowed_hosts: Sequence[str], proxies: Sequence[str]) -> None:
     if host not in ANY_ADDRESS:
         host_name(host, "--host")
-    for name in allowed:
+    for name in allowed_hosts:
         host_name(name, "--allow-host")
     for proxy in proxies:
         try:
@@ -94,7 +94,7 @@ def serve(
     listening: socket.socket,
     max_megabytes: int,
     host: str,
-    allowed: Sequence[str],
+    allowed_hosts: Sequence[str],
     proxies: Sequence[str],
 ) -> None:
     """Serve the page until Ctrl-C.
@@ -104,7 +104,7 @@ def serve(
         listening: Socket to serve at.
         max_megabytes: Largest file that is accepted.
         host: Address of the socket.
-        allowed: Further host names of the page.
+        allowed_hosts: Further host names of the page.
         proxies: Trusted proxies.
     """
     variables = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(service.folder)}
@@ -113,7 +113,7 @@ def serve(
 
     from derain.commands.page import build
 
-    page = build(service, max_megabytes, host, allowed)
+    page = build(service, max_megabytes, host, allowed_hosts)
     name = "localhost" if host in ANY_ADDRESS else host
     address = f"[{name}]" if ":" in name else name
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from derain.data.layouts import LAYOUTS
-from derain.data.name_matching import find_set_folders, pair_files
+from derain.data.name_matching import find_data_set_folders, pair_files
 from derain.data.quickstart_photos import PHOTOS, write_photos
 from derain.data.rain import PRESETS, synthesize
 from derain.data.verify import Finding, verify
@@ -76,7 +76,7 @@ def _print_sets(sets: Sequence[dict[str, Any]], root: Path | None) -> None:
 
 def count_pairs(name: str, root: Path) -> dict[str, int]:
     """Return the number of pairs of each split of a set in the data root; empty if the set is not there."""
-    for folder in find_set_folders(name, root):
+    for folder in find_data_set_folders(name, root):
         counts = {split: len(pair_files(name, split, folder).pairs) for split in LAYOUTS[name].files}
         if any(counts.values()):
             return {split: count for split, count in counts.items() if count}
@@ -128,7 +128,7 @@ def find_folder(path: Path) -> Path:
         return path
     for name, layout in LAYOUTS.items():
         if name.lower() == str(path).lower() and layout.folders:
-            folders = find_set_folders(name, Path(root))
+            folders = find_data_set_folders(name, Path(root))
             return folders[0] if folders else path
     return path
 
@@ -186,11 +186,11 @@ def synthesize_set(
         seed: Seed of the rain.
         per_image: Rainy images for each clean one.
         overwrite: Replace a data set of an earlier run.
-        density: Share of the image that streaks cover, 0 to 4.
+        density: Total area of the streaks, divided by the image area, 0 to 4.
         length: Length of the nearest streaks in pixels, 1 to 400.
         width: Width of the nearest streaks in pixels, 0.2 to 40.
         angle: Angle in degrees from the vertical, positive falls to the right, -90 to 90.
-        spread: Standard deviation of the angle in degrees, 0 to 45.
+        spread: Standard deviation of the layers' angles in degrees, 0 to 45.
         layers: Number of depth layers, 1 to 16.
         brightness: Opacity of the brightest streaks, 0 to 1.
         veil: Opacity of the mist, 0 to 1.
@@ -216,10 +216,10 @@ def synthesize_set(
         if limits is None:
             continue
         if len(limits) > 2:
-            raise DerainError(f"--{name}: {len(limits)} numbers; give one number, or the least and the largest")
+            raise DerainError(f"--{name}: {len(limits)} numbers; give one number, or the smallest and the largest")
         smallest[name], largest[name] = limits[0], limits[-1]
-    lightest, heaviest = PRESETS[preset]
-    rains = (dataclasses.replace(lightest, **smallest), dataclasses.replace(heaviest, **largest))
+    low, high = PRESETS[preset]
+    rains = (dataclasses.replace(low, **smallest), dataclasses.replace(high, **largest))
     unreadable = synthesize(clean, out, rains, per_image=per_image, seed=seed, overwrite=overwrite)
     print(f"wrote data set: {out} (contact sheet: {out / 'contact_sheet.png'})")
     if unreadable:
@@ -239,7 +239,7 @@ def quickstart_photos(out: Path) -> int:
     return 0
 
 
-TASKS = {
+SUBCOMMANDS = {
     "list": list_sets,
     "verify": verify_sets,
     "synthesize": synthesize_set,

@@ -93,20 +93,20 @@ class Guard:
         folder: Folder with uploads and restored photos.
         max_bytes: Maximum size of an upload.
         host: Address of the server.
-        allowed: Additional host names of the page.
+        allowed_hosts: Additional host names of the page.
 
     Raises:
         DerainError: If ``host`` or an additional name is not a host name.
     """
 
     def __init__(
-        self, app: ASGIApp, queue: Queue, folder: Path, max_bytes: int, host: str, allowed: Collection[str]
+        self, app: ASGIApp, queue: Queue, folder: Path, max_bytes: int, host: str, allowed_hosts: Collection[str]
     ) -> None:
         self.app = app
         self.queue = queue
         self.max_bytes = max_bytes
         self.host = host if host in ANY_ADDRESS else host_name(host, "--host")
-        self.allowed = {host_name(name, "--allow-host") for name in allowed}
+        self.allowed_hosts = {host_name(name, "--allow-host") for name in allowed_hosts}
         self.files = PageFiles(folder, MAX_JOBS * max_bytes)
         self.sessions: dict[str, Session] = {}
         self._joining = asyncio.Lock()
@@ -169,7 +169,7 @@ class Guard:
     def _check_sender(self, request: Request) -> None:
         """Refuse a request with an unknown host name, or from another site."""
         address = request.scope["server"][0] if self.host in ANY_ADDRESS else self.host
-        known = LOCAL | self.allowed | {address}
+        known = LOCAL | self.allowed_hosts | {address}
         hosts = request.headers.getlist("host")
         origin = request.headers.get("origin")
         if len(hosts) != 1 or host_of(hosts[0]) not in known:
@@ -179,7 +179,7 @@ class Guard:
                 "derain app --allow-host NAME",
             )
         site = (origin or "").partition("://")[2].lower()
-        if origin is not None and site != hosts[0].lower() and host_of(site) not in self.allowed:
+        if origin is not None and site != hosts[0].lower() and host_of(site) not in self.allowed_hosts:
             raise HTTPException(403, f"Origin {origin!r}: not this page; expected a request from the page itself")
 
     async def _upload(self, request: Request, send: Send) -> None:

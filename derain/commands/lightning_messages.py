@@ -5,27 +5,30 @@ import re
 import warnings
 from pathlib import Path
 
-SHOWN = re.compile(r"lightning/pytorch/(callbacks|tuner|profilers)/|signal_connector\.py$")
-"""Files of Lightning whose messages are shown: configured callbacks, searches, signals of SLURM."""
+SHOWN_FILES = re.compile(r"lightning/pytorch/(callbacks|tuner|profilers)/|signal_connector\.py$")
+"""Source files whose info messages are shown: callbacks, tuner, profilers, and SLURM signal handling."""
 
-SIGTERM = re.compile("An SIGTERMException was raised")
-"""Hidden message: derain reports itself what stopped a run, and how to resume it."""
+SIGTERM_MESSAGE = re.compile("An SIGTERMException was raised")
+"""Hidden, since derain's own message says what stopped the run and how to resume it."""
 
 
 class MessageFilter(logging.Filter):
-    """Hide Lightning's messages about seeds, absent devices, a product and signals."""
+    """Hide Lightning's info messages (seed, unused accelerators, tips), except those from `SHOWN_FILES`.
+
+    The SIGTERM message is hidden, too.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether to show a message."""
         if not record.name.startswith("lightning"):  # the handler may be shared with other loggers
             return True
-        if SIGTERM.match(str(record.msg)):
+        if SIGTERM_MESSAGE.match(str(record.msg)):
             return False
-        return record.levelno >= logging.WARNING or bool(SHOWN.search(Path(record.pathname).as_posix()))
+        return record.levelno >= logging.WARNING or bool(SHOWN_FILES.search(Path(record.pathname).as_posix()))
 
 
-def choose_messages() -> None:
-    """Show Lightning's messages about configured objects; hide warnings that are due to derain's own calls."""
+def filter_lightning_messages() -> None:
+    """Show Lightning's info messages about configured objects; hide warnings that are due to derain's own calls."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             if not any(isinstance(message_filter, MessageFilter) for message_filter in handler.filters):
@@ -34,11 +37,10 @@ def choose_messages() -> None:
         ".*args parameter is intended to run from within Python.*",
         ".*treespec, LeafSpec.*",
         ".*The dirpath has changed.*",
-        ".*exists and is not empty. Previous log files.*",  # of another logger
-        "Checkpoint directory .* exists and is not empty.",  # of any resumed run
+        ".*exists and is not empty. Previous log files.*",  # run_setup keeps the metrics of a resumed run
+        "Checkpoint directory .* exists and is not empty.",  # true of every resumed run
         ".*is smaller than the logging interval.*",
-        ".*You requested to overfit but enabled .* dataloader shuffling.*",  # Lightning turns it off itself
     ):
         warnings.filterwarnings("ignore", message)
-    # PLNLIN-MCDDL steps a schedule before its optimiser in epochs of few batches.
+    # PLNLIN-MCDDL: if an epoch ends before the first discriminator step, its LR scheduler steps before its optimiser.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)

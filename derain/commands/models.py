@@ -1,4 +1,4 @@
-"""List the bundled models, or show a model card."""
+"""List the models that have names, or show a model card."""
 
 import sys
 
@@ -7,11 +7,15 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from derain.errors import DerainError
-from derain.models import bundled
+from derain.models import bundled, public
 
 
-def list_models() -> int:
-    """List the names for --weights, with method, size and training sets."""
+def list_models(*, all: bool = False) -> int:
+    """List the names for --weights, with method, size and training sets.
+
+    Args:
+        all: Also list public models of other people, which are fetched from the Hugging Face hub on first use.
+    """
     from derain.files.weights import read
 
     table = Table("name", "method", "parameters", "MB", "trained on", title_justify="left")
@@ -20,29 +24,43 @@ def list_models() -> int:
         parameters = sum(tensor.numel() for tensor in content.state.values())
         table.add_row(
             name,
-            content.metadata["method"],
+            content.metadata.get("title") or content.metadata["method"],
             f"{parameters:,}",
             f"{file.stat().st_size / 1e6:.1f}",
             ", ".join(content.metadata["trained_on"]),
         )
     console = Console()
     console.print(table)
-    console.print("further models: --weights hub:OWNER/NAME, or a file", highlight=False)
+    if all:
+        console.print(_public_table())
+    more = "" if all else "derain models list --all, "
+    console.print(f"further models: {more}--weights hub:OWNER/NAME, or a file", highlight=False)
     return 0
+
+
+def _public_table() -> Table:
+    table = Table("name", "method", "licence", "trained on", title="fetched from the Hugging Face hub on first use")
+    table.columns[0].no_wrap = True
+    for name, model in public().items():
+        table.add_row(name, model.method, model.licence, ", ".join(model.trained_on))
+    return table
 
 
 def show_model(name: str = "default") -> int:
     """Show the model card: training data and its terms, budget, results, limits.
 
     Args:
-        name: Name of a bundled model.
+        name: Name of a bundled or a public model.
 
     Raises:
         DerainError: If there is no such model.
     """
     models = bundled()
+    if name in public():
+        print(_public_card(name), end="")
+        return 0
     if name not in models:
-        raise DerainError(f"no bundled model {name!r}; choose {', '.join(models)}")
+        raise DerainError(f"no model {name!r}; choose {', '.join([*models, *public()])}")
     card = models[name].with_suffix(".md").read_text(encoding="utf-8")
     if sys.stdout.isatty():
         Console(width=100).print(Markdown(card))
@@ -51,4 +69,19 @@ def show_model(name: str = "default") -> int:
     return 0
 
 
-TASKS = {"list": list_models, "info": show_model}
+def _public_card(name: str) -> str:
+    """Return what is known of a public model."""
+    model = public()[name]
+    lines = [
+        f"{name}: {model.method}",
+        f"fetched on first use from https://huggingface.co/{model.hub} ({model.file})",
+        f"licence: {model.licence}",
+        f"trained on: {', '.join(model.trained_on)}",
+    ]
+    if model.published:
+        lines.append("published results in RGB, not reproduced by derain (PSNR in dB, SSIM):")
+        lines += [f"  {dataset}: {psnr:.2f}, {ssim:.3f}" for dataset, (psnr, ssim) in model.published.items()]
+    return "".join(f"{line}\n" for line in lines)
+
+
+SUBCOMMANDS = {"list": list_models, "info": show_model}

@@ -54,21 +54,21 @@ METADATA = {
 
 
 def build(
-    service: RestorationService, max_megabytes: int, host: str = "127.0.0.1", allowed: Collection[str] = ()
+    service: RestorationService, max_megabytes: int, host: str = "127.0.0.1", allowed_hosts: Collection[str] = ()
 ) -> Guard:
-    """Return the page as an application to serve.
+    """Build the Gradio page and wrap it in Guard, the ASGI app that enforces hosts, sizes and queue limits.
 
     Args:
         service: Restores uploaded photos.
         max_megabytes: Largest file that is accepted.
         host: Address of the server.
-        allowed: Further host names under which browsers may open the page.
+        allowed_hosts: Further host names under which browsers may open the page.
     """
     with gr.Blocks(title="derain", analytics_enabled=False) as blocks:
         components = _add_components(service)
-        _add_events(components, service, lambda session: guard.abandoned(session))
+        _add_events(components, service, lambda session: guard.abandoned(session))  # late binding: guard is made below
     blocks.queue(max_size=MAX_JOBS, api_open=False)
-    page: FastAPI = gr.mount_gradio_app(
+    application: FastAPI = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         blocks,
         path="/",
@@ -83,7 +83,7 @@ def build(
         head=f"{HEAD}<style>{STYLE.read_text(encoding='utf-8')}</style>",  # css= would rewrite the selectors
     )
     blocks.has_launched = True  # then gradio also refuses paths that were not uploaded
-    guard = Guard(page, blocks._queue, service.folder, max_megabytes * 2**20, host, allowed)
+    guard = Guard(application, blocks._queue, service.folder, max_megabytes * 2**20, host, allowed_hosts)
     return guard
 
 
@@ -125,8 +125,8 @@ def _add_components(service: RestorationService) -> _Components:
     """Add the components to the page, from top to bottom."""
     models = list(service.restorers)
     gr.HTML(
-        f"<h1>{ICON}derain</h1><p>Removes rain from a photo. Photos stay on this machine and are deleted after "
-        f"{KEEP_MINUTES} minutes. {METADATA[service.keep_metadata]}</p>",
+        f"<h1>{ICON}derain</h1><p>Removes rain from a photo. Photos are processed on the computer that serves this "
+        f"page and deleted after {KEEP_MINUTES} minutes. {METADATA[service.keep_metadata]}</p>",
         elem_id="title",
     )
     uploaded = gr.State()
@@ -155,7 +155,9 @@ def _add_components(service: RestorationService) -> _Components:
             again = gr.Button("Another photo", elem_id="again", size="md")
             download = gr.DownloadButton("Download PNG", variant="primary", elem_id="download", size="md")
     model = gr.Dropdown(models, value=models[0], label="Model", visible=len(models) > 1, elem_id="model")
-    with gr.Accordion("No rain in it? Add some", open=False, visible=False, elem_id="rain") as rain:
+    with gr.Accordion(
+        "Try it with a clean photo: add synthetic rain", open=False, visible=False, elem_id="rain"
+    ) as rain:
         amount = gr.Slider(0, 100, 0, step=1, label="Synthetic rain", info="0 adds none, 100 is a downpour.")
         seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="Changes where the streaks fall.")
     with gr.Accordion("Details", open=False, visible=False, elem_id="details") as details:
@@ -165,15 +167,15 @@ def _add_components(service: RestorationService) -> _Components:
     )
 
 
-def _add_events(page: _Components, service: RestorationService, abandoned: Callable[[str], bool]) -> None:
+def _add_events(components: _Components, service: RestorationService, abandoned: Callable[[str], bool]) -> None:
     """Connect uploads and changed settings with the restoration.
 
     Args:
-        page: Components.
+        components: Components of the page.
         service: Restores uploaded photos.
         abandoned: Returns whether the jobs of a session are abandoned.
     """
-    hidden = dict.fromkeys((page.result, page.rain, page.details), gr.update(visible=False))
+    hidden = dict.fromkeys((components.result, components.rain, components.details), gr.update(visible=False))
 
     def restore(file: Any, model: Any, amount: Any, seed: Any, request: gr.Request) -> Any:
         """Return the updates of the page after a photo was restored or refused."""
@@ -192,36 +194,39 @@ def _add_events(page: _Components, service: RestorationService, abandoned: Calla
             )
         except DerainError as error:
             return {
-                page.uploaded: None,
-                page.note: gr.update(value=_error(str(error)), visible=True),
-                page.photo: gr.update(value=None, visible=True),
+                components.uploaded: None,
+                components.note: gr.update(value=_error(str(error)), visible=True),
+                components.photo: gr.update(value=None, visible=True),
                 **hidden,
             }
-        return {page.uploaded: {"path": str(path), "orig_name": name}, **_result_updates(page, name, restored)}
+        return {
+            components.uploaded: {"path": str(path), "orig_name": name},
+            **_result_updates(components, name, restored),
+        }
 
     updated = [
-        page.uploaded,
-        page.photo,
-        page.note,
-        page.result,
-        page.slider,
-        page.caption,
-        page.download,
-        page.rain,
-        page.details,
-        page.facts,
+        components.uploaded,
+        components.photo,
+        components.note,
+        components.result,
+        components.slider,
+        components.caption,
+        components.download,
+        components.rain,
+        components.details,
+        components.facts,
     ]
-    settings: list[Any] = [page.model, page.amount, page.seed]
+    settings: list[Any] = [components.model, components.amount, components.seed]
     options: dict[str, Any] = {
-        "show_progress_on": [page.photo, page.slider],
+        "show_progress_on": [components.photo, components.slider],
         "concurrency_id": "restore",
         "preprocess": False,
     }
-    page.photo.upload(restore, [page.photo, *settings], updated, api_name="restore", **options)
+    components.photo.upload(restore, [components.photo, *settings], updated, api_name="restore", **options)
     for setting in settings:
         setting.change(
             restore,
-            [page.uploaded, *settings],
+            [components.uploaded, *settings],
             updated,
             api_visibility="private",
             trigger_mode="always_last",
@@ -229,30 +234,30 @@ def _add_events(page: _Components, service: RestorationService, abandoned: Calla
         )
 
     def clear() -> dict[Any, Any]:
-        return {page.uploaded: None, page.photo: gr.update(visible=True), page.amount: 0, **hidden}
+        return {components.uploaded: None, components.photo: gr.update(visible=True), components.amount: 0, **hidden}
 
-    page.again.click(
+    components.again.click(
         clear,
         None,
-        [page.uploaded, page.photo, page.amount, *hidden],
+        [components.uploaded, components.photo, components.amount, *hidden],
         queue=False,
         api_visibility="private",
     )
 
 
-def _result_updates(page: _Components, name: str, restored: RestoredPhoto) -> dict[Any, Any]:
+def _result_updates(components: _Components, name: str, restored: RestoredPhoto) -> dict[Any, Any]:
     """Return the updates that show a restored photo."""
     figures = [_figure(title, picture) for title, picture in restored.maps.items()]
     return {
-        page.photo: gr.update(value=None, visible="hidden"),
-        page.note: gr.update(visible=False),
-        page.result: gr.update(visible=True),
-        page.slider: (str(restored.before), str(restored.after)),
-        page.caption: _caption(name, restored),
-        page.download: str(restored.download),
-        page.rain: gr.update(visible=True),
-        page.details: gr.update(visible=True),
-        page.facts: _table(restored.facts) + "".join(figures),
+        components.photo: gr.update(value=None, visible="hidden"),
+        components.note: gr.update(visible=False),
+        components.result: gr.update(visible=True),
+        components.slider: (str(restored.before), str(restored.after)),
+        components.caption: _caption(name, restored),
+        components.download: str(restored.download),
+        components.rain: gr.update(visible=True),
+        components.details: gr.update(visible=True),
+        components.facts: _facts_list(restored.facts) + "".join(figures),
     }
 
 
@@ -261,16 +266,16 @@ def _text(value: Any) -> str:
     return str(value).encode("utf-8", "replace").decode()
 
 
-def _number(value: Any, name: str, most: float) -> float:
-    """Return a number of the form, or 0 if the field is empty.
+def _number(value: Any, name: str, maximum: float) -> float:
+    """Return the value of a number field; 0 if it is empty.
 
     Raises:
-        DerainError: If it is not a number from 0 to ``most``; the message is shown on the page.
+        DerainError: If it is not a number from 0 to ``maximum``; the message is shown on the page.
     """
     if value is None:
         return 0.0
-    if not isinstance(value, int | float) or not 0 <= value <= most:
-        raise DerainError(f"{name} is {_text(value)[:20]}. Please give a number from 0 to {most:g}.")
+    if not isinstance(value, int | float) or not 0 <= value <= maximum:
+        raise DerainError(f"{name} is {_text(value)[:20]}. Please give a number from 0 to {maximum:g}.")
     return float(value)
 
 
@@ -287,8 +292,8 @@ def _caption(name: str, restored: RestoredPhoto) -> str:
     return f"<b>{html.escape(name)}</b>{html.escape(' · '.join(facts))}"
 
 
-def _table(facts: Mapping[str, Any]) -> str:
-    """Return facts as an HTML list; numbers by name, such as the scores of routes, are bars."""
+def _facts_list(facts: Mapping[str, Any]) -> str:
+    """Return facts as an HTML description list; a mapping of scores becomes a list of bars."""
     rows = []
     for name, value in facts.items():
         if isinstance(value, Mapping):

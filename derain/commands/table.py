@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from derain.data.layouts import LAYOUTS
 from derain.data.run_summaries import (
@@ -17,6 +17,7 @@ from derain.data.run_summaries import (
     find_files,
     merge_rows,
     published_rows,
+    published_table,
     read_summary,
     row_labels,
     select_protocol,
@@ -36,10 +37,11 @@ COST_SIDE = 256
 
 
 def table(
-    results: Sequence[Path],
+    results: Sequence[Path] = (),
     *,
     protocol: str | None = None,
     published: bool = False,
+    paper: str | None = None,
     cost: bool = False,
     method: Sequence[str] = (),
     best: bool = False,
@@ -50,9 +52,11 @@ def table(
     """Build a table like those of papers from the results of derain test: one row a method, one column a data set.
 
     Args:
-        results: Files summary.json, or folders with some.
+        results: Files summary.json, or folders with some; none are needed with --paper.
         protocol: Protocol of the table, if the results have several.
         published: Add rows with the numbers that papers print for these data sets.
+        paper: Rebuild one table of a paper, with our results on its data sets: cliprpn:3, cliprpn:6, cliprpn:10,
+            cliprpn:11, daclip:1, daclip:2, plnlin:2, plnlin:4 or plnlin:6.
         cost: Add parameters and MACs at 256×256 pixels.
         method: Classes of methods outside derain whose cost is counted, such as my_method.MyModule.
         best: Print the best value of each column in bold; scores over a part of a set are not compared.
@@ -64,24 +68,65 @@ def table(
     Raises:
         DerainError: If there are no results, or they cannot be compared.
     """
-    files = find_files(results, "summary.json")
-    if not files:
-        raise DerainError(f"{results[0]}: no summary.json; run derain test, and give the folder of its run")
-    selected, protocol = select_protocol([(file, read_summary(file)) for file in files], protocol)
-    rows = merge_rows(selected)
+    rows: list[ResultRow] = []
+    if results or paper is None:
+        rows, protocol = own_rows(results, protocol)
+    sets = {score.dataset for row in rows for score in row.scores}
+    if paper is not None:
+        sets = paper_sets(paper)
+        rows = restrict_to(rows, sets)
     if cost:
         rows = add_costs(rows, method)
-    if published:
-        rows += published_rows({score.dataset for row in rows for score in row.scores}, protocol)
+    if published or paper is not None:
+        rows += published_rows(sets, protocol, paper)
+    if protocol is None:
+        protocol = published_table(cast(str, paper))["protocol"]
     records = score_records(rows)
     if best and not _shows_best(format, out):
         form = "plain text" if format == "table" else format
         log.warning("--best: ignored: %s has no bold; use --format markdown or latex", form)
     write_results(format, results_table(rows, protocol, best=best), records, records, out)
     if plot is not None:
+        if protocol is None or not results:
+            raise DerainError("--plot: needs own results; give the folder of a run of derain test")
         files = write_plots(plot, rows, protocol, find_files(results, "metrics.csv"))
         print(f"wrote {len(files)} plots to {plot}", file=sys.stderr)
     return 0
+
+
+def own_rows(results: Sequence[Path], protocol: str | None) -> tuple[list[ResultRow], str]:
+    """Return the rows of own results, and their protocol.
+
+    Raises:
+        DerainError: If there are no results, or they cannot be compared.
+    """
+    files = find_files(results, "summary.json")
+    if not files:
+        place = f"{results[0]}: no summary.json" if results else "no results are given"
+        raise DerainError(f"{place}; run derain test, and give the folder of its run")
+    selected, protocol = select_protocol([(file, read_summary(file)) for file in files], protocol)
+    return merge_rows(selected), protocol
+
+
+def paper_sets(paper: str) -> set[str]:
+    """Return the names of the data sets in a table of a paper.
+
+    Raises:
+        DerainError: If derain does not know the table.
+    """
+    return {name for numbers in published_table(paper)["methods"].values() for name in numbers["results"]}
+
+
+def restrict_to(rows: Sequence[ResultRow], sets: set[str]) -> list[ResultRow]:
+    """Return rows with their scores on these data sets only; rows without any are reported and left out."""
+    restricted = []
+    for row in rows:
+        scores = tuple(score for score in row.scores if score.dataset in sets)
+        if scores:
+            restricted.append(replace(row, scores=scores))
+        else:
+            log.warning("%s: left out: no results on %s", row.file, ", ".join(sorted(sets)))
+    return restricted
 
 
 def _shows_best(format: Format, out: Path | None) -> bool:
@@ -132,12 +177,12 @@ def footnote_numbers(rows: Sequence[ResultRow]) -> dict[str, int]:
     return {note: number for number, note in enumerate(notes, start=1)}
 
 
-def results_table(rows: Sequence[ResultRow], protocol: str, *, best: bool = False) -> Table:
+def results_table(rows: Sequence[ResultRow], protocol: str | None, *, best: bool = False) -> Table:
     """Return the table, with a group of columns for each set.
 
     Args:
         rows: One row a method.
-        protocol: Protocol of the scores.
+        protocol: Protocol of the scores; None if they are those of a paper that does not define one.
         best: Whether the best value of each column is marked.
     """
     columns = [Column("method", align="left"), Column("trained on", align="left")]
@@ -197,9 +242,9 @@ def _scale(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
 
 
-def table_notes(rows: Sequence[ResultRow], protocol: str) -> list[str]:
+def table_notes(rows: Sequence[ResultRow], protocol: str | None) -> list[str]:
     """Return the notes below the table."""
-    notes = [f"Protocol {protocol}: {resolve([protocol])[0].definition}."]
+    notes = [f"Protocol {protocol}: {resolve([protocol])[0].definition}."] if protocol else []
     for name in set_names(rows):
         scores = [score for row in rows for score in row.scores if score.dataset == name]
         fingerprints = dict.fromkeys(score.fingerprint for score in scores if score.fingerprint)

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import LightningEnum, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from derain.checkpoints import remove_unfinished
-from derain.commands.lightning_messages import choose_messages
+from derain.commands.lightning_messages import filter_lightning_messages
 from derain.commands.run_folders import restarts, root_of, run_folder, shared_folder
 from derain.commands.run_setup import check_options, check_trainer, configured_loggers, run_callbacks
 from derain.commands.train_parser import DENIED_IMPORTS, OptionParser, model_class_paths
@@ -456,7 +456,7 @@ def run(arguments: list[str]) -> int:
     methods()  # imports them: --model finds imported subclasses by the names of their classes
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they concern Lightning's calls
     set_parsing_settings(import_path_denylist=DENIED_IMPORTS)  # with a list, jsonargparse raises instead of warning
-    choose_messages()
+    filter_lightning_messages()
     yaml.SafeDumper.add_multi_representer(LightningEnum, lambda dumper, value: dumper.represent_str(value.value))
     command = arguments[0]
     programs: dict[str, Any] = {"prog": "derain", command: {"prog": f"derain {command}"}}

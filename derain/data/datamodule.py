@@ -112,8 +112,8 @@ class RainDataModule(LightningDataModule):
 
     Args:
         train: Training data set, or a list.
-        val: Validation data set, or a list; by default a random share of ``train``; ``none``: train on all pairs of
-            ``train`` without validation.
+        val: Validation data set, or a list. None (``null``) and the string ``none`` differ: None, the default, holds
+            out a random share of ``train``; ``none`` trains on all pairs of ``train`` without validation.
         test: Test data set, or a list.
         predict: Folder of rainy images, or a data set, or a list, for ``derain predict``.
         root: Folder that contains the data sets; ``$DERAIN_DATA`` by default.
@@ -215,7 +215,8 @@ class RainDataModule(LightningDataModule):
         elif stage == "validate" and "val" not in self.pairs:
             if self.sets["val"] == "none":
                 raise DerainError(
-                    "--data.val none: no validation set; give a data set, or null for a share of --data.train"
+                    "--data.val none: no validation set (none and null differ); give a data set, or null to hold out "
+                    "a random share of --data.train"
                 )
             self._split_train()
             self._pixels["val"] = None

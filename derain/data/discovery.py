@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from derain.data.layouts import LAYOUTS, SPLIT_FOLDERS, Split
-from derain.data.name_matching import PairedFiles, find_set_folders, inventory, list_relative, pair_files
+from derain.data.name_matching import PairedFiles, describe_contents, find_data_set_folders, list_relative, pair_files
 from derain.data.pairs import detect_layout
 from derain.errors import DerainError
 
@@ -57,7 +57,7 @@ def find_sets(root: Path, layout: str | None = None) -> list[DataSplit]:
     splits = _find_splits(root.resolve().name, layout, root, files)
     if not splits:
         expected = " or ".join(str(variants[0]) for variants in LAYOUTS[layout].files.values())
-        raise DerainError(f"{root}: no {layout} pairs, it contains {inventory(root)}; expected {expected}")
+        raise DerainError(f"{root}: no {layout} pairs, it contains {describe_contents(root)}; expected {expected}")
     return splits
 
 
@@ -71,7 +71,7 @@ def _find_by_folder_name(root: Path, files: Sequence[str]) -> list[DataSplit]:
     for index, (name, layout) in enumerate(LAYOUTS.items()):
         if layout.without is not None:  # strict sets share the files of the full set
             continue
-        candidates += [(len(folder.parts), index, folder, name) for folder in find_set_folders(name, root)]
+        candidates += [(len(folder.parts), index, folder, name) for folder in find_data_set_folders(name, root)]
     candidates.sort(key=lambda candidate: candidate[:2])
     found: list[DataSplit] = []
     assigned: set[Path] = set()

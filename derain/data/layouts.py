@@ -5,7 +5,7 @@ between folders; case is ignored. The named groups are the key of the pair: file
 
 - ``{n}``: a number (``007`` equals ``7``);
 - ``{name}``: any text, including folders;
-- ``{streak}``: number of the rain where a clean image has several; the only group that the clean file lacks.
+- ``{version}``: number of the rainy version where a clean image has several; not part of the key.
 """
 
 import re
@@ -239,11 +239,11 @@ LAYOUTS: dict[str, Layout] = {
         folders=("Rain1400", "rainy_image_dataset", "DDN-Data", "Rain12600"),
         files={
             "train": (
-                Files("(?:.+/)?rainy_image/{n}_{streak}", "(?:.+/)?ground_truth/{n}", numbers=(1, 900)),
+                Files("(?:.+/)?rainy_image/{n}_{version}", "(?:.+/)?ground_truth/{n}", numbers=(1, 900)),
                 _FOLDERS,
             ),
             "test": (
-                Files("(?:.+/)?rainy_image/{n}_{streak}", "(?:.+/)?ground_truth/{n}", numbers=(901, 1000)),
+                Files("(?:.+/)?rainy_image/{n}_{version}", "(?:.+/)?ground_truth/{n}", numbers=(901, 1000)),
                 _FOLDERS,
             ),
         },
@@ -290,7 +290,7 @@ LAYOUTS: dict[str, Layout] = {
         files={
             "train": (
                 Files(
-                    r"real_world/(?P<video>\d+)/(?P=video)-\d+/(?P=video)-{streak}_(?P<x>\d+)_(?P<y>\d+)",
+                    r"real_world/(?P<video>\d+)/(?P=video)-\d+/(?P=video)-{version}_(?P<x>\d+)_(?P<y>\d+)",
                     r"real_world_gt/(?P<video>\d+)/(?P=video)_(?P<x>\d+)_(?P<y>\d+)",
                 ),
                 _FOLDERS,
@@ -312,7 +312,7 @@ LAYOUTS: dict[str, Layout] = {
         files={
             split: (
                 _FOLDERS,
-                Files(f"{_IN}/{{name}}_rain{{streak}}", f"{_OUT}/{{name}}"),
+                Files(f"{_IN}/{{name}}_rain{{version}}", f"{_OUT}/{{name}}"),
                 Files(f"{_IN}/(?:X2/)?(?:no)?rain[-_]?{{name}}(?:x2)?", f"{_OUT}/norain[-_]?{{name}}"),
                 Files(f"{_IN}/rain[-_]?{{name}}(?:x2)?", "norain[-_]?{name}"),
                 Files("rain[-_]?{name}(?:x2)?", "norain[-_]?{name}"),

@@ -1,4 +1,8 @@
-"""Pair the files of a folder by the keys in their names, and find the folders of data sets. Reads no image."""
+"""Pair files by the key that a pattern extracts from their names, and find the folders of data sets.
+
+A key is the text of all groups of the pattern but ``{version}``: ``rainy/7_2.jpg`` and ``clean/7.jpg`` have the key 7.
+Reads no image.
+"""
 
 import os
 import re
@@ -12,7 +16,7 @@ from derain.data.layouts import AUXILIARY, LAYOUTS, SPLIT_FOLDERS, Files, Split
 from derain.errors import DerainError
 from derain.images import image_files, list_images, natural_key
 
-_GROUPS = {"{n}": r"(?P<n>\d+)", "{name}": "(?P<name>.+?)", "{streak}": r"(?P<streak>\d+)"}
+_GROUPS = {"{n}": r"(?P<n>\d+)", "{name}": "(?P<name>.+?)", "{version}": r"(?P<version>\d+)"}
 _MAX_DEPTH = 3  # how many levels below the data root are searched for data sets
 
 Key = tuple[str | int, ...]
@@ -20,7 +24,7 @@ Key = tuple[str | int, ...]
 
 class _KeyedFile(NamedTuple):
     key: Key
-    streak: str | None
+    rain_version: str | None  # number of a rainy version, where a clean image has several
     file: str
 
 
@@ -31,10 +35,10 @@ class PairedFiles:
     Attributes:
         pairs: Name, rainy file and clean file of each pair, in natural order of the names.
         unpaired: Files that match the layout but have no partner.
-        clashes: Two files of which only one can be part of a pair: they have the same key, or they are the clean
-            images of one rainy image by this variant and by a later variant of the layout.
+        clashes: Pairs of conflicting files: two files with the same key, or two clean files that different variants of
+            the layout assign to one rainy file.
         variant: Variant of the layout that matched.
-        unused: Later variants that match further files, with the number of their pairs.
+        unused: Later variants that match files the chosen one misses, with the number of these additional pairs.
     """
 
     pairs: tuple[tuple[str, Path, Path | None], ...] = ()
@@ -144,10 +148,10 @@ def _pair_by_key(
     clean_files = set(clean_by_key.values())
     rainy_by_key: dict[tuple[Key, str | None], str] = {}
     paired_keys = set()
-    for key, streak, file in rainy:
+    for key, rain_version, file in rainy:
         if file in clean_files:  # the rainy pattern may match clean files, too
             continue
-        first = rainy_by_key.setdefault((key, streak), file)
+        first = rainy_by_key.setdefault((key, rain_version), file)
         if first != file:
             clashes.append((first, file))
         elif key not in clean_by_key:
@@ -183,9 +187,9 @@ def _match_pattern(
         groups = match.groupdict()
         if numbers and not numbers[0] <= int(groups["n"]) <= numbers[1]:
             continue
-        streak = groups.pop("streak", None)
+        rain_version = groups.pop("version", None)
         key = tuple(int(groups[name]) if name == "n" else groups[name].lower() for name in sorted(groups))
-        keyed_files.append(_KeyedFile(key, streak, file))
+        keyed_files.append(_KeyedFile(key, rain_version, file))
     return keyed_files
 
 
@@ -200,7 +204,7 @@ def _unique_names(files: Sequence[str]) -> list[str]:
 
 
 def canonical_name(name: str) -> str:
-    """Return a name in a form that is equal for names that some file systems do not distinguish.
+    """Normalise a name (NFC, case-folded); names that some file system treats as equal become equal.
 
     Example:
         >>> canonical_name("Cafe\u0301") == canonical_name("caf\u00e9")
@@ -209,7 +213,7 @@ def canonical_name(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def find_set_folders(name: str, data_root: Path) -> list[Path]:
+def find_data_set_folders(name: str, data_root: Path) -> list[Path]:
     """Return the folders at or below the data root that are named after a data set, nearest first.
 
     Of several links to one folder, only the nearest is returned.
@@ -231,7 +235,7 @@ def find_set_folders(name: str, data_root: Path) -> list[Path]:
 
 
 def folder_alias_index(folder: Path, name: str) -> int | None:
-    """Return the index of the data set's folder name that a folder, or its link target, has; None if it has none.
+    """Return the index in ``Layout.folders`` that matches the folder or its link target; None if none does.
 
     Case is ignored.
     """
@@ -252,13 +256,13 @@ def _subfolders(root: Path, depth: int) -> Iterator[Path]:
             yield from _subfolders(folder, depth - 1)
 
 
-def inventory(folder: Path) -> str:
-    """Return the contents of a folder as text, such as ``folders rainy and 100 images``."""
+def describe_contents(folder: Path) -> str:
+    """Return the contents of a folder as text, such as ``100 images; folders: rainy, clean``."""
     folders = sorted((path.name for path in folder.iterdir() if path.is_dir()), key=natural_key)
     images = len(list_images(folder).files)
     parts = []
-    if folders:
-        parts.append("folders " + ", ".join(folders[:6]) + (" …" if len(folders) > 6 else ""))
     if images:
-        parts.append(f"{images} images")
-    return " and ".join(parts) or "neither folders nor images"
+        parts.append("1 image" if images == 1 else f"{images} images")
+    if folders:
+        parts.append("folders: " + ", ".join(folders[:6]) + (" …" if len(folders) > 6 else ""))
+    return "; ".join(parts) or "neither folders nor images"

@@ -14,9 +14,9 @@ from derain.data.file_hashes import cached_numbers
 from derain.data.layouts import LAYOUTS, Side, Split
 from derain.data.name_matching import (
     PairedFiles,
-    find_set_folders,
+    describe_contents,
+    find_data_set_folders,
     folder_alias_index,
-    inventory,
     list_relative,
     pair_files,
 )
@@ -249,7 +249,7 @@ def _find_named_set(name: str, split: Split, folder: Path | None, data_root: Pat
             f"it, or give {name}:path/to/folder{source}"
         )
     else:
-        roots = find_set_folders(name, data_root)
+        roots = find_data_set_folders(name, data_root)
         if not roots:
             aliases = " or ".join(layout.folders)
             raise DerainError(f"{name}: no folder {aliases} below {data_root}{source}; {expected}")
@@ -260,7 +260,7 @@ def _find_named_set(name: str, split: Split, folder: Path | None, data_root: Pat
             candidates.append((root, files))
     if not candidates:
         raise DerainError(
-            f"{name}: no {split} pairs in {roots[0]}, which contains {inventory(roots[0])}; {expected}{source}"
+            f"{name}: no {split} pairs in {roots[0]}, which contains {describe_contents(roots[0])}; {expected}{source}"
         )
     root, files = candidates[0]
     for other, _ in candidates[1:]:
@@ -340,11 +340,11 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
             return "images", "the lack of clean images", pair_files("images", split, root, files)
         expected = "; ".join(str(variant) for variant in LAYOUTS["folder"].files["test"])
         raise DerainError(
-            f"{root}: no {split} pairs, it contains {inventory(root)}; expected {expected}; "
+            f"{root}: no {split} pairs, it contains {describe_contents(root)}; expected {expected}; "
             "give other layouts by name, as in Rain800:path (see derain data list)"
         )
-    most = max(len(paired.pairs) for paired in candidates.values())
-    best = {name: paired for name, paired in candidates.items() if len(paired.pairs) == most}
+    most_pairs = max(len(paired.pairs) for paired in candidates.values())
+    best = {name: paired for name, paired in candidates.items() if len(paired.pairs) == most_pairs}
     if len({to_pairs(paired) for paired in best.values()}) > 1:
         options = " or ".join(f"{name}:{root} ({paired.variant})" for name, paired in best.items())
         raise DerainError(f"{root}: several layouts fit and disagree about the pairs; give one: {options}")

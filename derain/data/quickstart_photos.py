@@ -33,9 +33,9 @@ class FreePhoto:
 PHOTOS = (
     FreePhoto("astronaut.png", "the astronaut Eileen Collins", "NASA", "public domain", "train"),
     FreePhoto("coffee.png", "a cup of coffee", "Rachel Michetti", "CC0", "train"),
-    FreePhoto("camera.png", "a man with a camera, grey", "Lav Varshney", "CC0", "train"),
-    FreePhoto("brick.png", "a brick wall, grey", "CC0Textures.com", "CC0", "train"),
-    FreePhoto("grass.png", "grass, grey", "linolafett at deviantart.com", "CC0", "train"),
+    FreePhoto("camera.png", "a man with a camera (greyscale)", "Lav Varshney", "CC0", "train"),
+    FreePhoto("brick.png", "a brick wall (greyscale)", "CC0Textures.com", "CC0", "train"),
+    FreePhoto("grass.png", "grass (greyscale)", "linolafett at deviantart.com", "CC0", "train"),
     FreePhoto("chelsea.png", "Chelsea the cat", "Stefan van der Walt", "CC0", "test"),
     FreePhoto("rocket.jpg", "a Falcon 9 before its launch", "SpaceX", "public domain", "test"),
 )
@@ -45,7 +45,7 @@ PHOTOS = (
 def write_photos(folder: Path) -> list[Path]:
     """Write the photos as PNG files to ``folder/train`` and ``folder/test``, and ``folder/LICENCES.txt``.
 
-    Training photos are cut into four tiles, so that few photos get many kinds of rain; test photos stay whole. No
+    Training photos are cut into four tiles, so that training sees more kinds of rain; test photos stay whole. No
     photo is in both folders.
 
     Args:

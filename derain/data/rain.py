@@ -4,15 +4,16 @@ A rainy image is the clean one seen through streaks and mist::
 
     rainy = w · clean + (1 − w) · sky,    w = T · Π_l (1 − S_l)
 
-``S_l`` in [0, 1] is the opacity of the streaks of depth layer ``l``, ``T`` in [0, 1] the transmission of the veil of
-distant rain, ``sky`` the light that both scatter. This is the heavy rain model ``T · (clean + Σ S_l) + (1 − T) · A``
+``w`` in [0, 1] is the share of light that reaches the camera from the scene. ``S_l`` in [0, 1] is the opacity of the
+streaks of depth layer ``l``, ``T`` in [0, 1] the transmission of the veil of distant rain, ``sky`` the light that both
+scatter. This is the heavy rain model ``T · (clean + Σ S_l) + (1 − T) · A``
 of Yang et al. (CVPR 2017) and Li et al. (CVPR 2019) with translucent streaks, as Garg and Nayar measured (IJCV 2007),
 composed like the screen blend of Luo et al. (ICCV 2015), so that overlapping streaks do not overflow. The streaks of a
 layer are motion-blurred noise; near layers have longer, wider, softer and brighter streaks, far ones shorter, fainter
 and more. Drops on the lens show the scene inverted, small and blurred (You et al., TPAMI 2016).
 
-``RandomRain`` of albumentations (lines of one grey value and length, without depth) and of kornia are not used: their
-import of torch takes longer than adding rain to many photos.
+This module imports no torch: importing it takes longer than adding rain to many photos. ``RandomRain`` of kornia or
+albumentations would, and draws lines of one grey value and length, without depth.
 """
 
 import dataclasses
@@ -43,8 +44,8 @@ SKY = (128, 242)
 RECORD = "rain.json"
 """File in the data set with everything needed to reproduce it."""
 
-FULL_SIZE = 512
-"""Shorter side of a photo in pixels, above which lengths and widths of streaks scale with it."""
+REFERENCE_SIDE = 512
+"""Shorter side in pixels up to which streak sizes are absolute; beyond it, they scale with the photo."""
 
 
 def _field(default: float | int, low: float | int, high: float | int) -> Any:
@@ -56,12 +57,12 @@ class Rain:
     """Parameters of the rain in one image.
 
     Attributes:
-        density: Share of the image covered by the streaks of all layers, without overlap; 0 to 4.
-        length: Mean length of the nearest streaks in pixels (for a shorter side of up to 512; lengths and widths
-            scale with larger photos); 1 to 400.
+        density: Total area of the streaks of all layers, divided by the image area; overlaps count repeatedly; 0 to 4.
+        length: Mean length of the nearest streaks in pixels; like ``width``, it scales with the shorter side of photos
+            in which that exceeds 512 pixels (``REFERENCE_SIDE``); 1 to 400.
         width: Width of the nearest streaks in pixels; 0.2 to 40.
         angle: Degrees from the vertical, positive for rain that falls to the right; -90 to 90.
-        spread: Standard deviation of the angle between layers, in degrees; 0 to 45.
+        spread: Standard deviation of the layers' angles around ``angle``, in degrees; 0 to 45.
         layers: Number of depth layers; 1 to 16.
         brightness: Opacity of the brightest streaks; 0 to 1.
         veil: Opacity of the mist of distant rain; 0 to 1.
@@ -103,19 +104,19 @@ PRESETS: dict[str, tuple[Rain, Rain]] = {
         Rain(density=1.2, length=110.0, width=3.0, angle=25.0, spread=6.0, layers=6, brightness=0.95, veil=0.2),
     ),
 }
-"""Lightest and heaviest rain of each preset; the rain of an image is sampled between them.
+"""Lower and upper limits of the rain of each preset; the rain of an image is sampled between them.
 
-The presets match public data sets: rainy photos have a luma PSNR of about 28 dB (light, as in Rain100L), 22 dB
-(medium, as in Rain800) and 15 dB (heavy, as in Rain100H).
+The presets approximate public data sets. Mean luma PSNR of the rainy photos: light 28 dB (Rain100L: 26.9), medium 22 dB
+(Rain800: 22.6), heavy 15 dB (Rain100H: 13.6).
 """
 
 
-def sample_rain(lightest: Rain, heaviest: Rain, rng: np.random.Generator) -> Rain:
-    """Sample each parameter uniformly between two rains.
+def sample_rain(low: Rain, high: Rain, rng: np.random.Generator) -> Rain:
+    """Sample each rain parameter uniformly between its limits.
 
     Args:
-        lightest: Lower limits.
-        heaviest: Upper limits.
+        low: Lower limits.
+        high: Upper limits.
         rng: Source of randomness.
 
     Raises:
@@ -123,18 +124,18 @@ def sample_rain(lightest: Rain, heaviest: Rain, rng: np.random.Generator) -> Rai
 
     Example:
         >>> rain = sample_rain(*PRESETS["light"], np.random.default_rng(0))
-        >>> 0.08 <= rain.density <= 0.30 and rain.layers in (2, 3, 4)
+        >>> 0.08 <= rain.density <= 0.24 and rain.layers in (2, 3, 4)
         True
     """
     values: dict[str, float] = {}
     for parameter in dataclasses.fields(Rain):
-        low, high = getattr(lightest, parameter.name), getattr(heaviest, parameter.name)
-        if low > high:
-            raise DerainError(f"rain: {parameter.name} from {low} to {high}: expected the smaller number first")
+        minimum, maximum = getattr(low, parameter.name), getattr(high, parameter.name)
+        if minimum > maximum:
+            raise DerainError(f"rain: {parameter.name} from {minimum} to {maximum}: expected the smaller number first")
         if parameter.type is int:
-            values[parameter.name] = int(rng.integers(low, high + 1))
+            values[parameter.name] = int(rng.integers(minimum, maximum + 1))
         else:
-            values[parameter.name] = float(rng.uniform(low, high))
+            values[parameter.name] = float(rng.uniform(minimum, maximum))
     return Rain(**values)  # type: ignore[arg-type]
 
 
@@ -156,10 +157,10 @@ def add_rain(clean: Pixels, rain: Rain, rng: np.random.Generator) -> Pixels:
         ((32, 48, 3), True)
     """
     shape = clean.shape[:2]
-    transmission = (1 - streaks(shape, rain, rng)) * (1 - _veil(shape, rain, rng))
+    scene_weight = (1 - streaks(shape, rain, rng)) * (1 - _veil(shape, rain, rng))  # w
     sky_brightness = np.clip(1.5 * np.percentile(clean[::4, ::4], 95), *SKY)
     sky = np.full_like(clean, round(float(sky_brightness)))
-    rainy = cv2.blendLinear(np.ascontiguousarray(clean), sky, transmission, 1 - transmission)
+    rainy = cv2.blendLinear(np.ascontiguousarray(clean), sky, scene_weight, 1 - scene_weight)
     return _add_lens_drops(np.asarray(rainy, np.uint8), rain, rng)
 
 
@@ -175,7 +176,7 @@ def streaks(shape: tuple[int, int], rain: Rain, rng: np.random.Generator) -> NDA
         ``(h, w)`` in [0, 1]; at most ``rain.brightness`` where streaks do not overlap.
     """
     transmission = np.ones(shape, np.float32)
-    scale = max(1.0, min(shape) / FULL_SIZE)
+    scale = max(1.0, min(shape) / REFERENCE_SIDE)
     for layer in range(rain.layers):
         nearness = 1.0 if rain.layers == 1 else 1 - layer / (rain.layers - 1)  # 1 nearest, 0 farthest
         size = scale * (0.35 + 0.65 * nearness)
@@ -203,35 +204,37 @@ def _layer_opacity(
     """Return the opacity of the streaks of one layer, in [0, 1].
 
     Streaks are drawn horizontally, as runs of pixels in the rows of a canvas, each with its own length and brightness;
-    then they are blurred (ends taper, flanks soften) and rotated into the direction of the fall.
+    then they are blurred (ends taper, edges soften) and rotated into the direction of the fall.
     """
     sin, cos = math.sin(angle), math.cos(angle)
     h, w = shape
-    along = math.ceil(abs(w * sin) + abs(h * cos)) + 2
-    across = math.ceil(abs(w * cos) + abs(h * sin)) + 2
+    canvas_length = math.ceil(abs(w * sin) + abs(h * cos)) + 2
+    canvas_width = math.ceil(abs(w * cos) + abs(h * sin)) + 2
 
-    count = rng.poisson(coverage * across * (along + length) / (length * max(width, 1)))
-    start = rng.uniform(-1.5 * length, along, count)
+    count = rng.poisson(coverage * canvas_width * (canvas_length + length) / (length * max(width, 1)))
+    start = rng.uniform(-1.5 * length, canvas_length, count)
     end = start + length * rng.uniform(0.5, 1.5, count)
-    row = rng.integers(across, size=count)
+    row = rng.integers(canvas_width, size=count)
     brightness = rng.uniform(0.3, 1, count).astype(np.float32)
-    canvas = np.zeros((across, along + 1), np.float32)  # steps at the ends of each run, summed up below
-    np.add.at(canvas, (row, np.clip(np.rint(start).astype(int), 0, along)), brightness)
-    np.subtract.at(canvas, (row, np.clip(np.rint(end).astype(int), 0, along)), brightness)
+    # difference array: +brightness at the start, −brightness at the end; cumsum fills the run
+    canvas = np.zeros((canvas_width, canvas_length + 1), np.float32)
+    np.add.at(canvas, (row, np.clip(np.rint(start).astype(int), 0, canvas_length)), brightness)
+    np.subtract.at(canvas, (row, np.clip(np.rint(end).astype(int), 0, canvas_length)), brightness)
     canvas = canvas.cumsum(axis=1, dtype=np.float32)
 
-    flank = cv2.getGaussianKernel(2 * math.ceil(width) + 3, max(0.5, width / 2.35), cv2.CV_32F)
-    flank *= min(1.0, width) / flank.max()  # keeps the brightness in the middle of a streak
+    cross_profile = cv2.getGaussianKernel(2 * math.ceil(width) + 3, max(0.5, width / 2.35), cv2.CV_32F)
+    cross_profile *= min(1.0, width) / cross_profile.max()  # keeps the brightness in the middle of a streak
     tapered = cv2.blur(canvas, (max(1, round(length / 2)), 1))
-    softened = np.minimum(cv2.sepFilter2D(tapered, -1, np.ones(1, np.float32), flank), 1)
+    softened = np.minimum(cv2.sepFilter2D(tapered, -1, np.ones(1, np.float32), cross_profile), 1)
     rotation = np.array([[sin, cos, 0], [cos, -sin, 0]])  # from pixels to coordinates along and across the fall
-    rotation[:, 2] = (along / 2, across / 2) - rotation[:, :2] @ (w / 2, h / 2)
+    rotation[:, 2] = (canvas_length / 2, canvas_width / 2) - rotation[:, :2] @ (w / 2, h / 2)
     rotated = cv2.warpAffine(softened, rotation, (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
     return np.asarray(rotated, np.float32)
 
 
 def _veil(shape: tuple[int, int], rain: Rain, rng: np.random.Generator) -> NDArray[np.float32] | float:
     """Return the opacity of the mist in [0, 1]: patchy, and denser at the top, where scenes are farther away."""
+    # drawn even without a veil, so that the veil does not change the drops
     patches = rng.uniform(0.7, 1.0, (4, 5)).astype(np.float32)
     if rain.veil == 0:
         return 0.0
@@ -269,31 +272,31 @@ def _add_drop(
         tall_radius: Vertical radius in pixels.
     """
     height, width = image.shape[:2]
-    x, y = centre
-    left, right = max(0, math.floor(x - 1.3 * radius)), min(width, math.ceil(x + 1.3 * radius) + 1)
-    top, bottom = max(0, math.floor(y - tall_radius)), min(height, math.ceil(y + tall_radius) + 1)
-    across, down = np.meshgrid(
-        np.asarray((np.arange(left, right) - x) / radius, np.float32),
-        np.asarray((np.arange(top, bottom) - y) / tall_radius, np.float32),
+    centre_x, centre_y = centre
+    left, right = max(0, math.floor(centre_x - 1.3 * radius)), min(width, math.ceil(centre_x + 1.3 * radius) + 1)
+    top, bottom = max(0, math.floor(centre_y - tall_radius)), min(height, math.ceil(centre_y + tall_radius) + 1)
+    x, y = np.meshgrid(  # from the centre, in radii
+        np.asarray((np.arange(left, right) - centre_x) / radius, np.float32),
+        np.asarray((np.arange(top, bottom) - centre_y) / tall_radius, np.float32),
     )
-    rho = np.hypot(across * (1 - 0.2 * down), down)  # 1 at the rim; drops are wider below than above
+    rho = np.hypot(x * (1 - 0.2 * y), y)  # 1 at the rim; drops are wider below than above
     reach = 0.175 * min(height, width) * (1 + rho**2)
     refracted = cv2.remap(
         blurred,
-        np.asarray(x - across * reach, np.float32),
-        np.asarray(y - down * reach, np.float32),
+        np.asarray(centre_x - x * reach, np.float32),
+        np.asarray(centre_y - y * reach, np.float32),
         cv2.INTER_LINEAR,
         borderMode=cv2.BORDER_REFLECT_101,
     )
-    shade = 1 - 0.45 * np.clip(rho, 0, 1) ** 4 + 0.15 * np.clip(-down, 0, 1)
+    shade = 1 - 0.45 * np.clip(rho, 0, 1) ** 4 + 0.15 * np.clip(-y, 0, 1)
     opacity = np.clip((1 - rho) * 4, 0, 1)[..., None]
     patch = image[top:bottom, left:right]
     mixed = patch * (1 - opacity) + np.clip(refracted * shade[..., None], 0, 255) * opacity
     image[top:bottom, left:right] = np.rint(mixed).astype(np.uint8)
 
 
-def rain_generator(seed: int, name: str) -> np.random.Generator:
-    """Return the generator of one image: it depends on the seed and the image's name, not on other images."""
+def image_rng(seed: int, name: str) -> np.random.Generator:
+    """Return the random number generator of an image, seeded by the seed and the image's name only."""
     digest = hashlib.sha256(os.fsencode(name)).digest()
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
 
@@ -316,7 +319,7 @@ def synthesize(
     Args:
         clean: Folder of clean photos; subfolders are kept.
         out: Folder of the data set.
-        rain: Lightest and heaviest rain (:data:`PRESETS`); the rain of an image is sampled between them.
+        rain: Lower and upper limits of the rain (:data:`PRESETS`); the rain of each image is sampled between them.
         per_image: Number of rainy images per photo, 1 to 1000.
         seed: Seed, at least 0. The rain of an image depends on the seed and its name alone.
         overwrite: Replace ``out`` if it contains a data set written by this function.
@@ -346,7 +349,7 @@ def synthesize(
         rains = {}
         for number in range(1, per_image + 1):
             name = stem if per_image == 1 else f"{stem}_rain{number}"
-            rng = rain_generator(seed, name)
+            rng = image_rng(seed, name)
             rains[name] = sample_rain(*rain, rng)
             rainy = add_rain(photo, rains[name], rng)
             write_image(temporary / "input" / f"{name}.png", rainy, compress_level=3)
@@ -414,7 +417,7 @@ def _write_record(
 
 
 def _check_folders(clean: Path, out: Path, overwrite: bool) -> None:
-    """Check that the folders exist and are not nested, and that no content would be lost."""
+    """Check that the clean folder exists, that the folders are not nested, and that no files would be overwritten."""
     if not clean.is_dir():
         raise DerainError(f"{clean}: no such folder; give a folder of clean photos")
     out_path, clean_path = out.resolve(), clean.resolve()

@@ -183,7 +183,8 @@ def _to_row(file: Path, summary: dict[str, Any], result: dict[str, Any]) -> Resu
     metadata, data = summary["method"], summary["data"]
     sampling, weights, hardware = summary.get("sampling"), summary.get("weights"), summary.get("hardware")
     details = {key: value for key, value in metadata["hyper_parameters"].items() if key != "clip"}
-    method = metadata.get("architecture") or NAMES.get(metadata["method"], metadata["method"])
+    title = metadata.get("architecture") or metadata.get("title")
+    method = title or NAMES.get(metadata["method"], metadata["method"])
     if details.get("contexts") == "none":
         method = "IR-SDE"
     if sampling:
@@ -291,16 +292,40 @@ def _merge(rows: list[ResultRow]) -> ResultRow:
     )
 
 
-def published_rows(sets: set[str], protocol: str) -> list[ResultRow]:
+def published_tables() -> dict[str, dict[str, Any]]:
+    """Return the tables of papers that derain knows, by their ids, such as ``cliprpn:3``."""
+    text = (importlib.resources.files("derain") / "published.yaml").read_text(encoding="utf-8")
+    return {table["id"]: table for table in yaml.safe_load(text)}
+
+
+def published_table(paper: str) -> dict[str, Any]:
+    """Return a table of a paper.
+
+    Raises:
+        DerainError: If derain does not know it.
+    """
+    tables = published_tables()
+    if paper not in tables:
+        raise DerainError(f"--paper {paper}: expected one of {', '.join(tables)}")
+    return tables[paper]
+
+
+def published_rows(sets: set[str], protocol: str | None, paper: str | None = None) -> list[ResultRow]:
     """Return the rows of papers with results on any of the data sets.
 
     Args:
         sets: Names of the data sets.
-        protocol: Protocol of the own results; rows under another protocol are marked in their note.
+        protocol: Protocol of the own results; rows under another protocol are marked in their note. None if there are
+            no own results.
+        paper: Id of one table; by default all but those of ablations.
     """
-    text = (importlib.resources.files("derain") / "published.yaml").read_text(encoding="utf-8")
+    tables = (
+        [published_table(paper)]
+        if paper
+        else [table for table in published_tables().values() if not table.get("ablation")]
+    )
     rows = []
-    for table in yaml.safe_load(text):
+    for table in tables:
         note = _table_note(table, protocol)
         for method, numbers in table["methods"].items():
             scores = tuple(Score(name, *values) for name, values in numbers["results"].items() if name in sets)
@@ -323,13 +348,13 @@ def published_rows(sets: set[str], protocol: str) -> list[ResultRow]:
     return rows
 
 
-def _table_note(table: dict[str, Any], protocol: str) -> str:
+def _table_note(table: dict[str, Any], protocol: str | None) -> str:
     """Return the note on a published table: source, evaluation, training, cost, and whether it can be compared."""
     evaluation = f"protocol {table['protocol']}, {table['evaluation']}" if table["protocol"] else table["evaluation"]
     parts = [f"published: {table['source']}: {evaluation}", f"trained on {table['trained_on']}"]
     if "cost" in table:
         parts.append(table["cost"])
-    if table["protocol"] != protocol:
+    if protocol is not None and table["protocol"] != protocol:
         parts.append(f"not comparable: another protocol than {protocol}")
     return "; ".join(parts)
 

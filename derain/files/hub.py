@@ -121,24 +121,48 @@ METHOD = "model.safetensors"
 
 
 def fetch_weights(
-    name: str, *, revision: str | None = None, cache_dir: str | None = None, token: str | None = None
+    name: str,
+    file: str = METHOD,
+    *,
+    licence: str = "see its page",
+    sha256: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
 ) -> Path:
     """Return the weights file of a method on the hub; fetch it if it is not on disk.
 
+    Before it is fetched, its size, source and licence are logged.
+
     Args:
         name: ``OWNER/NAME``.
+        file: File of the repository; by default the one that ``push_to_hub`` writes.
+        licence: Licence of the weights.
+        sha256: Hash that the file must have; by default it is not compared.
         revision: Branch, tag or commit.
         cache_dir: Folder for files of the hub.
         token: Access token for private repositories.
 
     Raises:
-        DerainError: If the file can be neither found nor fetched.
+        DerainError: If the file can be neither found nor fetched, or has another hash.
     """
+    path = _find_or_fetch(name, file, licence, revision, cache_dir, token)
+    if sha256 is not None:
+        with path.open("rb") as content:
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+        if found != sha256:
+            raise DerainError(f"{path}: SHA-256 {found}; expected {sha256} of hub:{name}; delete it to fetch it again")
+    return path
+
+
+def _find_or_fetch(
+    name: str, file: str, licence: str, revision: str | None, cache_dir: str | None, token: str | None
+) -> Path:
     from huggingface_hub import HfApi, constants, hf_hub_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
 
-    download = partial(hf_hub_download, name, METHOD, revision=revision, cache_dir=cache_dir, token=token)
+    download = partial(hf_hub_download, name, file, revision=revision, cache_dir=cache_dir, token=token)
     try:
         return Path(download(local_files_only=True))
     except HFValidationError as error:
@@ -149,16 +173,24 @@ def fetch_weights(
     try:
         info = HfApi(token=token).model_info(name, revision=revision, files_metadata=True)
         files = {f.rfilename: f.size or 0 for f in info.siblings or ()}
-        if METHOD not in files:
+        if file not in files:
             raise DerainError(
-                f"hub:{name}: {source} has no {METHOD} under this name; use a repository that push_to_hub wrote"
+                f"hub:{name}: {source} has no {file} under this name; use a repository that push_to_hub wrote"
             )
-        log.info("fetching %s of %s (%.1f MB) from %s into %s", METHOD, name, files[METHOD] / 1e6, source, cache)
+        log.info(
+            "fetching %s of %s (%.1f MB, licence: %s) from %s into %s",
+            file,
+            name,
+            files[file] / 1e6,
+            licence,
+            source,
+            cache,
+        )
         return Path(download())
     except (NetworkError, LocalEntryNotFoundError, OSError) as error:
         raise DerainError(
             f"hub:{name}: not in {cache} and cannot be fetched from {source} ({type(error).__name__}); fetch it "
-            f"where there is a network by `hf download {name} {METHOD}`, and use that file"
+            f"where there is a network by `hf download {name} {file}`, and use that file"
         ) from error
 
 

@@ -14,7 +14,7 @@ from derain.files.weights import BUILD_ERRORS, EXPECTED, Content, check_network,
 from derain.methods import onnx_model, spandrel_model
 from derain.methods.registry import BUILT_IN, class_path, find, methods, use_method
 from derain.methods.trainable import TrainableModule
-from derain.models import bundled
+from derain.models import bundled, public
 
 __all__ = ["Weights", "load", "load_checkpoint", "locate", "methods", "use_method"]
 
@@ -57,14 +57,18 @@ def locate(name: Path | str) -> Path:
     """Return the weights file of a name.
 
     Args:
-        name: Name of a bundled model (``default``), ``hub:OWNER/NAME`` on the Hugging Face hub, which is fetched on
-            first use, or a file; options behind it are ignored.
+        name: Name of a bundled model (``default``) or of a public one (``clearview-restormer``), ``hub:OWNER/NAME`` on
+            the Hugging Face hub, or a file; options behind it are ignored. What is on the hub is fetched on first use.
 
     Raises:
         DerainError: If the weights can be neither found nor fetched.
     """
     file, _ = split_options(name)
     kind, _, hub_name = file.partition(":")
+    by_hub_name = {model.hub: model for model in public().values()}
+    model = by_hub_name.get(hub_name) if kind == "hub" else public().get(file)
+    if model is not None and not Path(file).exists():
+        return fetch_weights(model.hub, model.file, licence=model.licence, sha256=model.sha256)
     if kind == "hub" and hub_name:
         return fetch_weights(hub_name)
     return bundled().get(file, Path(file))

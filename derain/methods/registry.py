@@ -27,6 +27,7 @@ BUILT_IN = (
     "derain.methods.restormer.module.RestormerModule",
     "derain.methods.prenet.module.PReNetModule",
     "derain.methods.regression.module.RegressionModule",
+    "derain.methods.airnet.module.AirNetModule",
 )
 """Methods of derain: a new one adds a line."""
 

@@ -1,8 +1,44 @@
-"""Bundled models: weights ``NAME.safetensors`` with a model card ``NAME.md``."""
+"""Models by name: bundled weights ``NAME.safetensors`` with a card ``NAME.md``, and public ones on the hub."""
 
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PublicModel:
+    """Weights that someone publishes on the Hugging Face hub.
+
+    Attributes:
+        hub: ``OWNER/NAME``.
+        file: The weights file in the repository.
+        method: The network.
+        licence: Licence of the weights.
+        trained_on: Names of the training sets.
+        sha256: Hash of the file; None if it is not known.
+        published: Results that the publisher prints: PSNR in dB and SSIM by data set.
+    """
+
+    hub: str
+    file: str
+    method: str
+    licence: str
+    trained_on: tuple[str, ...]
+    sha256: str | None = None
+    published: dict[str, list[float]] = field(default_factory=dict)
 
 
 def bundled() -> dict[str, Path]:
     """Return the weights files of the bundled models by name."""
     return {file.stem: file for file in sorted(Path(__file__).parent.glob("*.safetensors"))}
+
+
+@cache
+def public() -> dict[str, PublicModel]:
+    """Return the public models that derain knows by name."""
+    import yaml  # most commands do not need it
+
+    text = Path(__file__).with_name("public.yaml").read_text(encoding="utf-8")
+    entries: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return {name: PublicModel(**{**entry, "trained_on": tuple(entry["trained_on"])}) for name, entry in entries.items()}

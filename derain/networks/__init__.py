@@ -1,4 +1,24 @@
 """Networks of published systems, which `derain.methods.regression.RegressionModule` trains and runs."""
 
-NETWORKS: tuple[str, ...] = ()
+NETWORKS = (
+    "derain.networks.drsformer.DRSformer",
+    "derain.networks.promptir.PromptIR",
+    "derain.networks.mprnet.MPRNet",
+    "derain.networks.nledn.NLEDN",
+    "derain.networks.airnet.AirNet",
+    "derain.networks.amir.AMIR",
+    "derain.networks.hct_ffn.HCTFFN",
+    "derain.networks.transweather.TransWeather",
+    "derain.networks.rcdnet.RCDNet",
+    "derain.networks.spanet.SPANet",
+    "derain.networks.dcsfn.DCSFN",
+    "derain.networks.rescan.RESCAN",
+    "derain.networks.swinir.SwinIR",
+    "derain.networks.brn.BRN",
+    "derain.networks.syn2real.Syn2Real",
+    "derain.networks.ssid_kd.SSIDKD",
+    "derain.networks.nerd_rain.NeRDRain",
+    "derain.networks.nafnet.NAFNet",
+    "derain.networks.restormer.Restormer",
+)
 """Class paths of the networks: a new one adds a line."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from derain.errors import DerainError
 from derain.networks.base import Names, Network
 from derain.networks.shapes import restormer_options
-from derain.nn.graphs import compiling_or_exporting
+from derain.nn.graphs import compiling_or_exporting, has_no_values
 from derain.nn.padding import pad_to_minimum
 from derain.nn.restormer import Downsample, PatchEmbedding, TransformerBlock, Upsample, pointwise, spatial
 
@@ -129,9 +129,15 @@ class SpatialRouting(nn.Module):
             logits = clean + torch.randn_like(clean) * deviation
             loss = self._imbalance(clean, logits, deviation)
         top, index = logits.topk(self.selected, dim=1)
-        mix = self._mix_all if compiling_or_exporting() else self._mix_selected
+        mix = self._mix_all if compiling_or_exporting() or has_no_values(x) else self._mix_selected
         mixed = mix(x.flatten(0, 2), index, top.log_softmax(1)).reshape(x.shape)
         return x + mixed, loss
+
+    def extra_macs(self, inputs: tuple[Any, ...], output: Any) -> tuple[int, int]:
+        """Return what to take off for experts that a pixel does not select, and the multiplications of the gates."""
+        (expert, *others), pixels = self.experts, inputs[0].numel() // inputs[0].shape[-1]
+        layers = sum(layer.weight.numel() for layer in expert.modules() if isinstance(layer, nn.Linear))
+        return -(1 + len(others) - self.selected) * layers * pixels, self.gate.numel() * pixels
 
     def _logits(self, x: Tensor, instruction: Tensor, weight: Tensor) -> Float[Tensor, "n experts"]:
         """Return the product of ``[x, instruction]`` and a weight for each pixel."""
@@ -155,7 +161,8 @@ class SpatialRouting(nn.Module):
     ) -> Float[Tensor, "n c"]:
         """Apply each expert to all pixels, without sizes that depend on the features."""
         outputs = torch.stack([expert(x) for expert in self.experts], dim=1)
-        gates = torch.full_like(outputs[..., 0], -torch.inf, dtype=log_gates.dtype).scatter(1, index, log_gates)
+        least = torch.finfo(log_gates.dtype).min  # graphs hold no infinity
+        gates = torch.full_like(outputs[..., 0], least, dtype=log_gates.dtype).scatter(1, index, log_gates)
         return torch.logsumexp(outputs + gates[..., None], dim=1)
 
     def _imbalance(self, clean: Tensor, noisy: Tensor, deviation: Tensor) -> Float[Tensor, ""]:
@@ -195,7 +202,7 @@ class AMIR(Network):
         atoms: Number of learned vectors that instruction vectors are sums of.
         instruction: Length of the instruction vector.
         experts: Number of experts of each spatial routing.
-        selected: Number of experts that a pixel selects.
+        selected: Number of experts that a pixel selects; the authors' files do not tell it.
 
     Raises:
         DerainError: If ``blocks`` or ``heads`` does not have four numbers.
@@ -207,7 +214,6 @@ class AMIR(Network):
     size_multiple: ClassVar[int] = 8
     bytes_per_pixel: ClassVar[int] = 5000
     signature: ClassVar[str] = "spatial_routing_encoder_level1.moe.w_gate"
-    published_options: ClassVar[frozenset[str]] = frozenset({"selected"})
     published_names: ClassVar[Names] = (
         (r"spatial_routing_encoder_level\d\.moe\.(mean|std)", None),
         (r"^patch_embed\.", "embedding."),

@@ -98,21 +98,23 @@ class DCSFN(Network):
         self.merge = ScaleFusion(SCALES * channels, 3)
         self.rain = nn.Conv2d(3, 3, 3, padding=1)
 
+    def pad(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
+        """Return images with sides of at least 32 pixels, by repeating their border."""
+        return pad_to_minimum(image, MINIMUM)
+
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
         """Remove rain; see the base class."""
-        padded = pad_to_minimum(image, MINIMUM).contiguous(memory_format=torch.channels_last)
-        features = [activate(self.head(padded))]
+        features = [activate(self.head(image.contiguous(memory_format=torch.channels_last)))]
         for _ in range(1, SCALES):
             features.append(F.max_pool2d(features[-1], 2))
         encoded, skips = [], []
         for encoder, x in zip(self.encoders, features, strict=True):
             x, results = encoder(x)
             encoded.append(x)
-            skips.append([(result,) for result in results])
+            skips.append(results)
         exchanged = self._exchange(encoded)
         decoded = [decoder(x, skip)[0] for decoder, x, skip in zip(self.decoders, exchanged, skips, strict=True)]
-        rain = self.rain(activate(self.merge(decoded)))
-        return {"derained": image - rain[..., : image.shape[2], : image.shape[3]]}
+        return {"derained": image - self.rain(activate(self.merge(decoded)))}
 
     def _exchange(self, encoded: list[Tensor]) -> list[Tensor]:
         """Return the features of the scales after both chains of recurrent units."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from derain.errors import DerainError
 from derain.networks.base import Names, Network, count_numbered
 from derain.nn.graphs import exporting
+from derain.nn.padding import pad_to_minimum
 
 
 class NonLocal(nn.Module):
@@ -63,7 +64,13 @@ class NonLocal(nn.Module):
         whole = whole.reshape(-1, inner, grid * rows, grid * columns)[..., :height, :width]
         return cast(Tensor, self.project(whole) + x)
 
-    def pieces(self, x: Float[Tensor, "b c h w"], rows: int, columns: int) -> Float[Tensor, "n rows columns c"]:
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
+        """Return multiplications that are not counted: of the attention matrices."""
+        batch, _, height, width = output.shape
+        keys = (-(height // -self.grid) // 2) * (-(width // -self.grid) // 2)
+        return 0, 2 * batch * height * width * keys * self.query.out_channels
+
+    def pieces(self, x: Float[Tensor, "b c h w"], rows: Any, columns: Any) -> Float[Tensor, "n rows columns c"]:
         """Split a map, continued at the bottom and the right by its border."""
         grid, (height, width) = self.grid, x.shape[2:]
         if grid > 1 and (exporting() or height % grid or width % grid):
@@ -71,20 +78,25 @@ class NonLocal(nn.Module):
         split = x.reshape(-1, x.shape[1], grid, rows, grid, columns).permute(0, 2, 4, 3, 5, 1)
         return split.reshape(-1, rows, columns, x.shape[1])
 
-    def mask(self, x: Float[Tensor, "b c h w"], rows: int, columns: int) -> Tensor | None:
-        """Return 0 where keys are of pixels of the map, −∞ elsewhere, ``(b · pieces, 1, 1, keys)``; None if all are."""
+    def mask(self, x: Float[Tensor, "b c h w"], rows: Any, columns: Any) -> Tensor | None:
+        """Return 0 for keys in the map, else the least number, ``(b · pieces, 1, 1, keys)``; None if all are in it."""
         grid, (height, width) = self.grid, x.shape[2:]
         if grid == 1 or not (exporting() or height % grid or width % grid):
             return None
 
-        def inside(side: int, length: int) -> Tensor:
+        def inside(side: Any, length: Any) -> Tensor:
             """Return whether both pixels of a key are in the map; a piece's first key always counts as such."""
             key = torch.arange(length // 2, device=x.device)
             piece = torch.arange(grid, device=x.device)[:, None]
-            return (piece * length + 2 * key + 1 < side) | (key == 0)
+            whole: Tensor = piece * length + 2 * key + 1 < side
+            return whole | (key == 0)
 
         both = inside(height, rows)[:, None, :, None] & inside(width, columns)[None, :, None, :]
-        mask = torch.zeros_like(both, dtype=x.dtype).masked_fill(~both, -torch.inf).reshape(1, grid * grid, 1, 1, -1)
+        mask = (
+            torch.zeros_like(both, dtype=x.dtype)
+            .masked_fill(~both, torch.finfo(x.dtype).min)
+            .reshape(1, grid * grid, 1, 1, -1)
+        )
         return mask.expand(x.shape[0], -1, -1, -1, -1).flatten(0, 1)
 
 
@@ -222,19 +234,8 @@ class NLEDN(Network):
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
         """Return the restored image and the rain."""
         height, width = image.shape[2:]
-        rain = self.rain(self.enlarge(image))[..., :height, :width]
+        rain = self.rain(pad_to_minimum(image, self.smallest_side))[..., :height, :width]
         return {"derained": image - rain, "rain": rain}
-
-    def enlarge(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
-        """Continue an image that is too small by its border."""
-        if exporting():
-            further = torch.arange(self.smallest_side, device=image.device)
-            for axis, side in ((2, image.shape[2]), (3, image.shape[3])):
-                index = torch.arange(side, device=image.device)
-                image = image.index_select(axis, torch.cat((index, index[-1:].expand_as(further[side:]))))
-            return image
-        bottom, right = (max(0, self.smallest_side - side) for side in image.shape[2:])
-        return F.pad(image, (0, right, 0, bottom), "replicate") if bottom or right else image
 
     def rain(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """Return the rain of an image of at least 16 × 16 pixels."""

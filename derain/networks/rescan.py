@@ -4,6 +4,7 @@ Li et al., Recurrent Squeeze-and-Excitation Context Aggregation Net for Single I
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from derain.networks.base import Names, Network, count_numbered
+from derain.networks.iterations import assume_iterations, check_iterations
 from derain.nn.conv_gru import ConvGRU
 
 SLOPE = 0.2
@@ -41,6 +43,10 @@ class SqueezeExcitation(nn.Module):
         """Weight the channels."""
         weights = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3))))))
         return F.leaky_relu_(x * weights[..., None, None], SLOPE)
+
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
+        """Return thop's operations for the mean of the features: one per value, one per mean."""
+        return output.numel() + output.shape[0] * output.shape[1], 0
 
 
 class RecurrentLayer(nn.Module):
@@ -78,8 +84,11 @@ class RESCAN(Network):
     Args:
         channels: Width of all layers.
         layers: Number of recurrent layers, the paper's depth minus 2.
-        stages: Number of stages.
+        iterations: Number of stages, 1 to 100.
         squeeze: Width of the squeeze-and-excitation.
+
+    Raises:
+        DerainError: If there are fewer than 1 or more than 100 stages.
 
     References:
         Sections 4.1 and 4.2 of the paper, with ConvGRU and full prediction.
@@ -106,11 +115,12 @@ class RESCAN(Network):
         (r"\.fc\.0\.", ".squeeze."),
         (r"\.fc\.2\.", ".excite."),
     )
-    published_options: ClassVar[frozenset[str]] = frozenset({"stages"})
+    published_options: ClassVar[frozenset[str]] = frozenset({"iterations"})
 
-    def __init__(self, channels: int = 24, layers: int = 5, stages: int = 4, squeeze: int = 6) -> None:
+    def __init__(self, channels: int = 24, layers: int = 5, iterations: int = 4, squeeze: int = 6) -> None:
         super().__init__()
-        self.stages = stages
+        check_iterations(iterations)
+        self.iterations = iterations
         first = RecurrentLayer(3, channels, 1, squeeze)
         dilated = (RecurrentLayer(channels, channels, 2**index, squeeze) for index in range(layers - 1))
         self.layers = nn.ModuleList([first, *dilated])
@@ -126,7 +136,7 @@ class RESCAN(Network):
         """Remove rain stage by stage; see the base class."""
         states: list[Tensor | None] = [None] * len(self.layers)
         derained, images = image, []
-        for _ in range(self.stages):
+        for _ in range(self.iterations):
             x = derained
             for index, layer in enumerate(self.layers):
                 x = states[index] = layer(x, states[index])
@@ -146,3 +156,13 @@ class RESCAN(Network):
             "layers": count_numbered(state, r"rnns\.(\d+)\."),
             "squeeze": len(state["dec.1.fc.0.weight"]),
         }
+
+    @classmethod
+    def assume(cls, path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the number of stages: given, or the authors' 4 with a warning.
+
+        Example:
+            >>> RESCAN.assume(Path("models/latest"), {"iterations": 3})
+            {'iterations': 3}
+        """
+        return assume_iterations(path, given, known=None, usual=4)

@@ -3,8 +3,7 @@
 Wang et al., Spatial Attentive Single-Image Deraining with a High Quality Real Rain Dataset, CVPR 2019.
 """
 
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from derain.errors import DerainError
 from derain.networks.base import Names, Network, count_numbered
-from derain.nn.graphs import is_tracing
+from derain.nn.graphs import exporting
 
 BLOCKS_BEFORE, BLOCKS_PER_GROUP, BLOCKS_AFTER = 3, 3, 2
 """Residual blocks before the first attention map, for each attention map, and after the last (figure 4)."""
@@ -71,7 +70,16 @@ class SPANet(Network):
         self.tail = _conv(dim, 3)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return ``derained`` and ``mask``."""
+        """Return ``derained`` and ``mask``.
+
+        Raises:
+            DerainError: If the network is being exported: the graph's loops would have the length of the example.
+        """
+        if exporting():
+            raise DerainError(
+                "SPANet: cannot be exported, since its recurrences are loops over rows and columns, of which derain's "
+                "files have none; use the weights without export"
+            )
         x = torch.relu(self.head(image))
         mask: Tensor | None = None
         attention: Tensor | None = None
@@ -137,6 +145,11 @@ class SpatialAttention(nn.Module):
         x = self.recurrence2(self.conv2(x))
         return torch.sigmoid(self.to_map(torch.relu_(self.conv3(x))))
 
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
+        """Return the multiplications of the attention over directions, which the authors compute but do not use."""
+        dim, half = self.conv1.in_channels, self.conv1.in_channels // 2
+        return (9 * dim * half + 9 * half * half + half * 4) * output.numel(), 0
+
 
 class Recurrence(nn.Module):
     """Recurrences of ReLU units over rows and columns, in four directions (IRNN; Bell et al., CVPR 2016).
@@ -165,7 +178,7 @@ class Recurrence(nn.Module):
         weight = torch.stack([unit.weight.view(-1, 1) for unit in units])
         bias = torch.stack([cast(Tensor, unit.bias).view(-1, 1) for unit in units])
         steps = torch.stack((x, x.flip(2)), dim=1)
-        hidden = _scripted_scan()(steps, weight, bias) if is_tracing() else scan(steps, weight, bias)
+        hidden = scan(steps, weight, bias)
         return hidden[:, 0], hidden[:, 1].flip(2)
 
 
@@ -186,21 +199,6 @@ def scan(
     for step in others:
         previous = step.addcmul_(weight, previous).relu_()
     return steps
-
-
-@cache
-def _scripted_scan() -> Callable[..., Tensor]:
-    """Return `scan` as TorchScript: a traced graph keeps its loop, and is therefore valid for images of any size."""
-    source = """
-def scan(steps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    previous = torch.relu(steps.select(3, 0))
-    hidden = [previous]
-    for index in range(1, steps.size(3)):
-        previous = torch.relu(torch.addcmul(steps.select(3, index) + bias, weight, previous))
-        hidden.append(previous)
-    return torch.stack(hidden, 3)
-"""
-    return cast(Callable[..., Tensor], torch.jit.CompilationUnit(source).scan)
 
 
 def _conv(inputs: int, outputs: int, size: int = 3, dilation: int = 1) -> nn.Conv2d:

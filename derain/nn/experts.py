@@ -45,8 +45,8 @@ class SeparableExpert(nn.Module):
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         """Return what the last layer multiplies by `projection`."""
         if self.kernel == 1:  # factors of channels, which the 1×1 convolutions include
-            return F.relu(pointwise(x, self.pointwise.weight * self.depthwise.weight.transpose(0, 1)))
-        return spatial(F.relu(pointwise(spatial(x, self.depthwise), self.pointwise.weight)), self.depthwise2)
+            return rectified(pointwise(x, self.pointwise.weight * self.depthwise.weight.transpose(0, 1)))
+        return spatial(rectified(pointwise(spatial(x, self.depthwise), self.pointwise.weight)), self.depthwise2)
 
     def projection(self) -> Float[Tensor, "c c"]:
         """Return the matrix of the last layer."""
@@ -110,15 +110,16 @@ class ExpertLayer(nn.Module):
         for module, join, factor in zip(self.experts, joins, factors, strict=False):
             expert = cast("SeparableExpert | DilatedExpert", module)
             matrix = factor * (join @ expert.projection()).t()
-            total = torch.baddbmm(total, expert(x).flatten(1, 2), matrix)
+            total.baddbmm_(expert(x).flatten(1, 2), matrix)
         return total.reshape(b, h, w, c)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return multiplications that are not counted: of the layers that are multiplied first."""
+        """Return what is not counted: the layers that are multiplied first, and thop's operation per averaged value."""
         channels = output.shape[-1]
         single = 2 * channels  # the 1×1 depth-wise convolutions of the first expert
         merged = (EXPERTS - 1 + EXPERTS) * channels**2
-        return (single + merged) * (output.numel() // channels), 0
+        average = channels
+        return (single + merged + average) * (output.numel() // channels), 0
 
 
 class ExpertCompensator(nn.Module):
@@ -145,10 +146,19 @@ class ExpertCompensator(nn.Module):
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         """Return the compensated features."""
         weights = self.gate(x.mean((1, 2))).unflatten(1, (-1, EXPERTS)).softmax(-1)  # (b, steps, 8)
-        x = F.relu(pointwise(x, self.preprocess.weight))
+        x = rectified(pointwise(x, self.preprocess.weight))
         for step, factors in zip(self.steps, weights.unbind(1), strict=True):
-            x = F.relu(x + F.relu(step(x, factors)))
+            x = rectified(x + rectified(step(x, factors)))
         return x
+
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
+        """Return thop's operations for the mean of the features: one per value, one per mean."""
+        return output.numel() + len(output) * output.shape[-1], 0
+
+
+def rectified(x: Tensor) -> Tensor:
+    """Apply a ReLU, in place without gradients (with them, views would be copied)."""
+    return F.relu(x, inplace=not torch.is_grad_enabled())
 
 
 PUBLISHED_NAMES = (

@@ -1,18 +1,24 @@
 """Checks whether PyTorch is recording a graph of a network for compilation or export."""
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 
 def compiling_or_exporting() -> bool:
     """Return whether a graph is recorded, which should process whole maps instead of strips."""
-    return torch.compiler.is_compiling() or is_tracing()
+    return torch.compiler.is_compiling() or _is_tracing()
 
 
 def exporting() -> bool:
     """Return whether a graph for images of any size is recorded, which must not depend on the example's size."""
-    return torch.compiler.is_exporting() or is_tracing()
+    return torch.compiler.is_exporting() or _is_tracing()
 
 
-def is_tracing() -> bool:
-    """Return whether a graph is traced, as for ONNX."""
+def _is_tracing() -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def has_no_values(x: Tensor) -> bool:
+    """Return whether a tensor has a shape only, as when multiplications are counted."""
+    return x.is_meta or is_fake(x)

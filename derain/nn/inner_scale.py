@@ -112,34 +112,35 @@ class DenseConnection(nn.Module):
     """Blocks, each of which gets a 1×1 convolution of the input and the results of all blocks before.
 
     Args:
-        blocks: The blocks, whose results have the shape of their input. One block may be there several times.
+        blocks: The blocks, whose results have the shape of their input.
         channels: Width.
+        repeats: How often the blocks are applied in turn, each time with the same weights.
         output: Whether there is a last 1×1 convolution, of the results of all blocks.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], channels: int, *, output: bool = True) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], channels: int, *, repeats: int = 1, output: bool = True) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        count = len(self.blocks) if output else len(self.blocks) - 1
+        self.repeats = repeats
+        count = len(self.blocks) * repeats + int(output) - 1
         self.transitions = nn.ModuleList(nn.Conv2d((index + 2) * channels, channels, 1) for index in range(count))
 
     def forward(
-        self, x: Float[Tensor, "b c h w"], skips: Sequence[Iterable[Tensor]] = ()
+        self, x: Float[Tensor, "b c h w"], skips: Sequence[Tensor] = ()
     ) -> tuple[Float[Tensor, "b c h w"], list[Tensor]]:
         """Apply the blocks.
 
         Args:
             x: The input.
-            skips: Maps of the shape of ``x`` that are added to the input of each block.
+            skips: Maps of the shape of ``x`` that are added to the inputs of the blocks, one for each; or none.
 
         Returns:
             The last 1×1 convolution, or the last block's result if there is none; and the results of all blocks.
         """
-        dense = _Concatenation(x, 1 + len(self.blocks))
-        for index, block in enumerate(self.blocks):
-            for skip in skips[index] if skips else ():
-                x = x + skip
-            x = dense.append(block(x))
+        blocks = [*self.blocks] * self.repeats
+        dense = _Concatenation(x, 1 + len(blocks))
+        for index, block in enumerate(blocks):
+            x = dense.append(block(x + skips[index] if skips else x))
             if index < len(self.transitions):
                 x = activate(dense.convolve(self.transitions[index]))
         return x, dense.maps[1:]

@@ -86,6 +86,38 @@ def pad_with_zeros(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor, 
     return F.pad(x, (0, -width % multiple, 0, -height % multiple))
 
 
+def pad_by_mirror(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor, "b c h2 w2"]:
+    """Pad images by their mirror image at the bottom and the right to the next greater multiple of a number.
+
+    The border itself is repeated. A side that is a multiple already grows by ``multiple`` pixels. Sides that are
+    shorter than the padding are mirrored again and again.
+
+    Args:
+        x: Images of any size.
+        multiple: Divisor of the padded height and width.
+
+    Example:
+        >>> pad_by_mirror(torch.arange(3.0).reshape(1, 1, 1, 3), 4)
+        tensor([[[[0., 1., 2., 2.],
+                  [0., 1., 2., 2.],
+                  [0., 1., 2., 2.],
+                  [0., 1., 2., 2.]]]])
+    """
+    rows, columns = (_mirrored_indices(torch.arange(side, device=x.device), multiple) for side in x.shape[2:])
+    return x[:, :, rows][..., columns]
+
+
+def _mirrored_indices(inside: Int[Tensor, " n"], multiple: int) -> Int[Tensor, " m"]:
+    """Return the index of the row (or column) to copy for each row of a padded image, given those of the image."""
+    length: Any = inside[-1] + 1 if exporting() else len(inside)  # a graph is to compute it, not to hold it
+    blocks: Any = length // multiple + 1
+    if torch.compiler.is_exporting():  # a symbolic number; the sizes of the graph are multiples of it
+        blocks = blocks.item()
+        torch._check(blocks >= 1)  # type: ignore[no-untyped-call]
+    indices = torch.arange(blocks * multiple, device=inside.device) % (2 * length)
+    return torch.minimum(indices, 2 * length - 1 - indices)
+
+
 def padded_indices(last: Int[Tensor, ""], multiple: int, reflect: Tensor) -> Int[Tensor, " n"]:
     """Return the index of the row (or column) to copy for each row of a padded image.
 

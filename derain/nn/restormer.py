@@ -12,7 +12,7 @@ names and shapes of the authors' checkpoints. The computation is optimised:
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,8 @@ def spatial(x: Float[Tensor, "b h w i"], convolution: nn.Module) -> Float[Tensor
     return cast(Tensor, convolution(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-def strips(x: Float[Tensor, "b h w c"], width: int) -> Iterator[tuple[slice, Tensor, slice]]:
-    """Split a map into strips of rows, each with one further row above and below for 3×3 convolutions.
+def strips(x: Float[Tensor, "b h w c"], width: int, halo: int = 1) -> Iterator[tuple[slice, Tensor, slice]]:
+    """Split a map into strips of rows, each with further rows above and below for the kernels of convolutions.
 
     Without gradients, the maps computed from a strip fit into a processor's cache, which is faster and saves memory.
     With gradients, or when a graph is made (a compiler fuses operations itself), there is one strip.
@@ -51,6 +51,7 @@ def strips(x: Float[Tensor, "b h w c"], width: int) -> Iterator[tuple[slice, Ten
     Args:
         x: The map.
         width: Channels of the widest map computed from a strip.
+        halo: Number of further rows above and below.
 
     Yields:
         The rows of the strip in the map, the strip with its neighbouring rows, and its rows without them.
@@ -59,10 +60,10 @@ def strips(x: Float[Tensor, "b h w c"], width: int) -> Iterator[tuple[slice, Ten
         yield slice(None), x, slice(None)
         return
     budget = STRIP_BYTES["cpu" if x.device.type == "cpu" else "gpu"]
-    rows = max(4, budget // (x.shape[0] * x.shape[2] * width * x.element_size()))
+    rows = max(4 * halo, budget // (x.shape[0] * x.shape[2] * width * x.element_size()))
     for top in range(0, x.shape[1], rows):
-        above = min(top, 1)
-        yield slice(top, top + rows), x[:, top - above : top + rows + 1], slice(above, above + rows)
+        above = min(top, halo)
+        yield slice(top, top + rows), x[:, top - above : top + rows + halo], slice(above, above + rows)
 
 
 def _as_float32(x: Tensor) -> Tensor:
@@ -87,6 +88,7 @@ class Attention(nn.Module):
     Args:
         channels: Number of channels.
         heads: Number of heads; must divide ``channels``.
+        bias: Whether the convolutions have biases.
 
     Raises:
         DerainError: If ``heads`` does not divide ``channels``.
@@ -95,12 +97,12 @@ class Attention(nn.Module):
         Restormer, eq. 1; CLIP-RPN, eq. 9, where the temperature is 1/α.
     """
 
-    def __init__(self, channels: int, heads: int) -> None:
+    def __init__(self, channels: int, heads: int, bias: bool = False) -> None:
         super().__init__()
         if channels % heads:
             raise DerainError(f"{heads} heads do not divide {channels} channels; change heads or dim")
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
-        self.project_out = nn.Conv2d(channels, channels, 1, bias=False)
+        self.project_out = nn.Conv2d(channels, channels, 1, bias=bias)
 
     def attend(self, strips: Iterable[Sequence[Tensor]]) -> Float[Tensor, "b h w c"]:
         """Return the projected attention.
@@ -120,8 +122,13 @@ class Attention(nn.Module):
             norms = torch.stack(squared_norms).sum(0).clamp_min(min_norm**2).sqrt()
             matrix = self._projected_attention(torch.stack(products).sum(0), norms)
         b, h, w, c = value.shape
-        mixed: Tensor = value.flatten(1, 2) @ matrix.to(value.dtype)
+        bias, pixels, matrix = self.project_out.bias, value.flatten(1, 2), matrix.to(value.dtype)
+        mixed = pixels @ matrix if bias is None else torch.baddbmm(bias.to(value.dtype), pixels, matrix)
         return mixed.reshape(b, h, w, c)
+
+    def normalize(self, scores: Float[Tensor, "b heads d d"]) -> Float[Tensor, "b heads d d"]:
+        """Return the attention of scores of queries (rows) and keys."""
+        return scores.softmax(-1)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
         """Return multiplications that are not counted: of the projection of pixels, and of the attention matrices."""
@@ -146,7 +153,7 @@ class Attention(nn.Module):
         c = norms.shape[2]
         query_norms, key_norms = norms.reshape(2, b, heads, -1)
         cosines = products / (query_norms[..., :, None] * key_norms[..., None, :])
-        attention = (cosines * self.temperature).softmax(-1)  # (b, heads, d, d)
+        attention = self.normalize(cosines * self.temperature)
         projection = self.project_out.weight.reshape(c, heads, -1).transpose(0, 1)
         matrix: Tensor = (projection @ attention).transpose(2, 3).reshape(b, c, c)
         return matrix
@@ -158,6 +165,7 @@ class SelfAttention(Attention):
     Args:
         channels: Number of channels.
         heads: Number of heads; must divide ``channels``.
+        bias: Whether the convolutions have biases.
 
     Shape:
         ``(b, h, w, channels)`` → same.
@@ -166,17 +174,17 @@ class SelfAttention(Attention):
         Restormer, section 3.1, eq. 1.
     """
 
-    def __init__(self, channels: int, heads: int) -> None:
-        super().__init__(channels, heads)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
-        self.qkv_dwconv = nn.Conv2d(3 * channels, 3 * channels, 3, padding=1, groups=3 * channels, bias=False)
+    def __init__(self, channels: int, heads: int, bias: bool = False) -> None:
+        super().__init__(channels, heads, bias)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=bias)
+        self.qkv_dwconv = nn.Conv2d(3 * channels, 3 * channels, 3, padding=1, groups=3 * channels, bias=bias)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         """Attend."""
 
         def queries_keys_values() -> Iterator[Sequence[Tensor]]:
             for _, strip, own_rows in strips(x, self.qkv.out_channels):
-                qkv = spatial(pointwise(strip, self.qkv.weight), self.qkv_dwconv)
+                qkv = spatial(pointwise(strip, self.qkv.weight, self.qkv.bias), self.qkv_dwconv)
                 yield qkv[:, own_rows].chunk(3, dim=-1)
 
         return self.attend(queries_keys_values())
@@ -224,6 +232,7 @@ class GatedFeedForward(nn.Module):
     Args:
         channels: Number of channels.
         expansion: Number of hidden channels divided by ``channels``; the product is rounded down.
+        bias: Whether the convolutions have biases.
 
     Shape:
         ``(b, h, w, channels)`` → same.
@@ -232,34 +241,42 @@ class GatedFeedForward(nn.Module):
         Restormer, section 3.2, eq. 2.
     """
 
-    def __init__(self, channels: int, expansion: float) -> None:
+    halo: ClassVar[int] = 1
+    """Distance in rows of the farthest pixel that a result depends on."""
+
+    def __init__(self, channels: int, expansion: float, bias: bool = False) -> None:
         super().__init__()
         hidden = int(expansion * channels)
-        self.project_in = nn.Conv2d(channels, 2 * hidden, 1, bias=False)
-        self.dwconv = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
-        self.project_out = nn.Conv2d(hidden, channels, 1, bias=False)
+        self.project_in = nn.Conv2d(channels, 2 * hidden, 1, bias=bias)
+        self.dwconv = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=bias)
+        self.project_out = nn.Conv2d(hidden, channels, 1, bias=bias)
 
-    def kernels(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the weights of the three convolutions, with hidden channels padded to a multiple of 16."""
+    def kernels(self) -> tuple[Tensor, ...]:
+        """Return weights, then biases, of the three convolutions, with hidden channels padded to a multiple of 16."""
+        convolutions = (self.project_in, self.dwconv, self.project_out)
+        weights = [convolution.weight for convolution in convolutions]
+        biases = [convolution.bias for convolution in convolutions if convolution.bias is not None]
         if exporting():  # the weights of an ONNX graph are constants
-            return self.project_in.weight, self.dwconv.weight, self.project_out.weight
+            return (*weights, *biases)
         padding = -self.project_out.in_channels % 16
 
-        def padded(weight: Tensor) -> Tensor:
-            halves = weight.reshape(2, -1, *weight.shape[1:])
-            return F.pad(halves, (0, 0, 0, 0, 0, 0, 0, padding)).flatten(0, 1)
+        def padded(parameter: Tensor) -> Tensor:
+            halves = parameter.reshape(2, -1, *parameter.shape[1:])
+            return F.pad(halves, (0, 0) * (parameter.dim() - 1) + (0, padding)).flatten(0, 1)
 
-        project_out = F.pad(self.project_out.weight, (0, 0, 0, 0, 0, padding))
-        return padded(self.project_in.weight), padded(self.dwconv.weight), project_out
+        project_out = F.pad(weights[2], (0, 0, 0, 0, 0, padding))
+        return (*map(padded, weights[:2]), project_out, *map(padded, biases[:2]), *biases[2:])
 
-    def forward(self, x: Float[Tensor, "b h w c"], kernels: tuple[Tensor, Tensor, Tensor]) -> Float[Tensor, "b h w c"]:
+    def forward(self, x: Float[Tensor, "b h w c"], kernels: tuple[Tensor, ...]) -> Float[Tensor, "b h w c"]:
         """Apply the network with the weights from ``kernels()``."""
-        project_in, depthwise, project_out = kernels
-        hidden = pointwise(x, project_in).permute(0, 3, 1, 2)
-        gate, gated = F.conv2d(hidden, depthwise, padding=1, groups=len(depthwise)).permute(0, 2, 3, 1).chunk(2, dim=-1)
+        project_in, depthwise, project_out, *biases = kernels
+        bias_in, bias_depthwise, bias_out = biases or (None, None, None)
+        hidden = pointwise(x, project_in, bias_in).permute(0, 3, 1, 2)
+        hidden = F.conv2d(hidden, depthwise, bias_depthwise, padding=1, groups=len(depthwise))
+        gate, gated = hidden.permute(0, 2, 3, 1).chunk(2, dim=-1)
         activation = F.gelu(gate)
         product = activation * gated if torch.is_grad_enabled() else activation.mul_(gated)
-        return pointwise(product, project_out)
+        return pointwise(product, project_out, bias_out)
 
 
 class Norm(nn.Module):
@@ -281,17 +298,28 @@ class TransformerBlock(nn.Module):
         channels: Number of channels.
         heads: Number of heads of the attention.
         expansion: Expansion of the feed-forward network.
+        attention: Class of the attention, with the arguments of `SelfAttention`.
+        feed_forward: Class of the feed-forward network, with arguments, methods and ``halo`` of `GatedFeedForward`.
+        norm: Class of the normalisation, with the argument of `Norm`.
 
     Shape:
         ``(b, h, w, channels)`` → same.
     """
 
-    def __init__(self, channels: int, heads: int, expansion: float) -> None:
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        expansion: float,
+        attention: Callable[[int, int], nn.Module] = SelfAttention,
+        feed_forward: Callable[[int, float], Any] = GatedFeedForward,
+        norm: Callable[[int], nn.Module] = Norm,
+    ) -> None:
         super().__init__()
-        self.norm1 = Norm(channels)
-        self.attn = SelfAttention(channels, heads)
-        self.norm2 = Norm(channels)
-        self.ffn = GatedFeedForward(channels, expansion)
+        self.norm1 = norm(channels)
+        self.attn = attention(channels, heads)
+        self.norm2 = norm(channels)
+        self.ffn = feed_forward(channels, expansion)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         """Transform features."""
@@ -300,7 +328,7 @@ class TransformerBlock(nn.Module):
             return cast(Tensor, x + self.ffn(self.norm2(x), self.ffn.kernels()))
         kernels = self.ffn.kernels()
         out = torch.empty_like(x)
-        for rows, strip, own_rows in strips(x, len(kernels[0])):
+        for rows, strip, own_rows in strips(x, len(kernels[0]), self.ffn.halo):
             transformed = self.ffn(self.norm2(strip), kernels)[:, own_rows]
             torch.add(x[:, rows], transformed, out=out[:, rows])
         return out
@@ -337,9 +365,9 @@ class Upsample(nn.Module):
 class PatchEmbedding(nn.Module):
     """Embedding of images by a 3×3 convolution, with the parameter names of the authors."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, bias: bool = False) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.proj = nn.Conv2d(3, channels, 3, padding=1, bias=bias)
 
     def forward(self, image: Float[Tensor, "b h w 3"]) -> Float[Tensor, "b h w c"]:
         """Embed images."""
@@ -355,6 +383,8 @@ class Restormer(nn.Module):
         refinement: Number of refinement blocks.
         heads: Number of attention heads at each of the four levels.
         expansion: Expansion of the feed-forward networks.
+        block: Class of the transformer blocks, with the first three arguments of `TransformerBlock`.
+        bias: Whether the convolutions outside of the blocks, of downsampling and of upsampling have biases.
 
     Shape:
         ``(b, 3, h, w)`` in [0, 1] → same, any ``h, w >= 1``: images are padded to a multiple of 8, by
@@ -374,15 +404,17 @@ class Restormer(nn.Module):
         refinement: int = 4,
         heads: Sequence[int] = (1, 2, 4, 8),
         expansion: float = 2.66,
+        block: Callable[[int, int, float], nn.Module] = TransformerBlock,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         if len(blocks) != 4 or len(heads) != 4:
             raise DerainError(f"blocks {list(blocks)}, heads {list(heads)}: expected four numbers each, one per level")
 
         def level(channels: int, index: int, count: int) -> nn.Sequential:
-            return nn.Sequential(*(TransformerBlock(channels, heads[index], expansion) for _ in range(count)))
+            return nn.Sequential(*(block(channels, heads[index], expansion) for _ in range(count)))
 
-        self.patch_embed = PatchEmbedding(dim)
+        self.patch_embed: nn.Module = PatchEmbedding(dim, bias)
         self.encoder_level1 = level(dim, 0, blocks[0])
         self.down1_2 = Downsample(dim)
         self.encoder_level2 = level(2 * dim, 1, blocks[1])
@@ -391,15 +423,15 @@ class Restormer(nn.Module):
         self.down3_4 = Downsample(4 * dim)
         self.latent = level(8 * dim, 3, blocks[3])
         self.up4_3 = Upsample(8 * dim)
-        self.reduce_chan_level3 = nn.Conv2d(8 * dim, 4 * dim, 1, bias=False)
+        self.reduce_chan_level3 = nn.Conv2d(8 * dim, 4 * dim, 1, bias=bias)
         self.decoder_level3 = level(4 * dim, 2, blocks[2])
         self.up3_2 = Upsample(4 * dim)
-        self.reduce_chan_level2 = nn.Conv2d(4 * dim, 2 * dim, 1, bias=False)
+        self.reduce_chan_level2 = nn.Conv2d(4 * dim, 2 * dim, 1, bias=bias)
         self.decoder_level2 = level(2 * dim, 1, blocks[1])
         self.up2_1 = Upsample(2 * dim)
         self.decoder_level1 = level(2 * dim, 0, blocks[0])
         self.refinement = level(2 * dim, 0, refinement)
-        self.output = nn.Conv2d(2 * dim, 3, 3, padding=1, bias=False)
+        self.output = nn.Conv2d(2 * dim, 3, 3, padding=1, bias=bias)
 
     def forward(
         self, rainy: Float[Tensor, "b 3 h w"], interact: Interact = lambda level, features: features
@@ -416,9 +448,9 @@ class Restormer(nn.Module):
         level2 = self.encoder_level2(self.down1_2(level1))
         level3 = self.encoder_level3(self.down2_3(level2))
         x = interact(3, self.latent(self.down3_4(level3)))
-        x = pointwise(torch.cat((self.up4_3(x), level3), dim=-1), self.reduce_chan_level3.weight)
+        x = spatial(torch.cat((self.up4_3(x), level3), dim=-1), self.reduce_chan_level3)
         x = interact(2, self.decoder_level3(x))
-        x = pointwise(torch.cat((self.up3_2(x), level2), dim=-1), self.reduce_chan_level2.weight)
+        x = spatial(torch.cat((self.up3_2(x), level2), dim=-1), self.reduce_chan_level2)
         x = interact(1, self.decoder_level2(x))
         x = torch.cat((self.up2_1(x), level1), dim=-1)
         x = spatial(self.refinement(self.decoder_level1(x)), self.output) + padded

@@ -324,7 +324,7 @@ def test_in_a_browser(served, photo, tmp_path, width):
             page.get_by_text("Download PNG").click()
         assert read_rgb(download.value.path()).shape == (20, 30, 3)
 
-        page.get_by_text("No rain in it?").click()
+        page.get_by_text("Try it with a clean photo").click()
         rain_added = page.get_by_text("rain added")
         for amount in ("80", "60", "40"):  # a slow browser may lose a change made when the box opens
             page.get_by_role("spinbutton").first.fill(amount)

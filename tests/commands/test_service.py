@@ -73,7 +73,7 @@ def test_one_pixel(service, tmp_path):
 
 def test_maps_and_facts_of_a_method_with_routes(tmp_path, photo):
     pytest.importorskip("gradio")
-    from derain.commands.page import _table
+    from derain.commands.page import _facts_list
 
     torch.manual_seed(0)
     small = CLIPRPNModule(dim=8, blocks=(1, 1, 1, 1), refinement=1, perception="none")
@@ -83,7 +83,7 @@ def test_maps_and_facts_of_a_method_with_routes(tmp_path, photo):
     assert list(restored.maps) == ["removed rain", "mask at 1/2", "mask at 1/4", "mask at 1/8"]
     assert all(picture.shape == (20, 30, 3) for picture in restored.maps.values())
     assert restored.facts["route"] == 0
-    page = _table({"route": 1, "scores": {"<b>heavy</b> rain": 0.75}})
+    page = _facts_list({"route": 1, "scores": {"<b>heavy</b> rain": 0.75}})
     assert "<dd>1</dd>" in page
     assert "&lt;b&gt;heavy&lt;/b&gt; rain</span><meter min='0' max='1' value='0.7500'>" in page
 

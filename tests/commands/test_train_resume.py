@@ -19,7 +19,7 @@ from tests.tiny import MODELS
 
 METHODS = [pytest.param(name, marks=[pytest.mark.slow] * (name != "PReNetModule")) for name in MODELS]
 WITHIN, AT_THE_END, IN_THE_NEXT = 3, 4, 6  # of epochs of four steps
-WORSE = ["--model.milestones", "[1]", "--model.decay", "100"]  # the second epoch
+WORSE = ["--model.milestones", "[1]", "--model.decay", "30"]  # the second epoch
 
 
 def logged(run):

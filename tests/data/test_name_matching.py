@@ -1,4 +1,4 @@
-from derain.data.name_matching import find_set_folders, inventory, list_relative, pair_files
+from derain.data.name_matching import describe_contents, find_data_set_folders, list_relative, pair_files
 from tests.factories import clean_image, make_set, save
 
 
@@ -63,21 +63,21 @@ def test_hidden_and_other_files_are_skipped(tmp_path):
 def test_set_folders_are_listed_nearest_first(tmp_path):
     for folder in ("deep/down/Rain12", "rain12", "x/RAIN12", "Rain120", ".hidden/Rain12"):
         (tmp_path / folder).mkdir(parents=True)
-    assert [path.relative_to(tmp_path).as_posix() for path in find_set_folders("Rain12", tmp_path)] == [
+    assert [path.relative_to(tmp_path).as_posix() for path in find_data_set_folders("Rain12", tmp_path)] == [
         "rain12",
         "x/RAIN12",
         "deep/down/Rain12",
     ]
     (tmp_path / "Rain100L/train").mkdir(parents=True)
-    assert find_set_folders("RainTrainL", tmp_path) == [tmp_path / "Rain100L/train"]
+    assert find_data_set_folders("RainTrainL", tmp_path) == [tmp_path / "Rain100L/train"]
 
 
-def test_the_inventory_lists_folders_and_images(tmp_path):
-    assert inventory(tmp_path) == "neither folders nor images"
+def test_the_description_of_a_folder_lists_images_and_folders(tmp_path):
+    assert describe_contents(tmp_path) == "neither folders nor images"
     make_set(tmp_path, "folder", "test", count=1)
     save(tmp_path / "1.png", clean_image(0, (4, 5)))
-    assert inventory(tmp_path) == "folders folder and 1 images"
-    assert inventory(tmp_path / "folder") == "folders input, target"
+    assert describe_contents(tmp_path) == "1 image; folders: folder"
+    assert describe_contents(tmp_path / "folder") == "folders: input, target"
 
 
 def test_first_and_last_number_of_a_split_belong_to_it(tmp_path):

@@ -185,7 +185,7 @@ def test_the_error_for_missing_data_names_folder_source_and_files(tmp_path):
         "Rain1400",
         str(tmp_path),
         LAYOUTS["Rain1400"].source,
-        "rainy_image/{n}_{streak} with ground_truth/{n}",
+        "rainy_image/{n}_{version} with ground_truth/{n}",
     ):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -193,7 +193,7 @@ def test_the_error_for_missing_data_names_folder_source_and_files(tmp_path):
 
 def test_the_error_for_unexpected_files_lists_the_contents(tmp_path):
     save(tmp_path / "Rain800/photos/1.jpg", picture(0, (8, 18)))
-    with pytest.raises(DerainError, match=r"Rain800: .*folders photos; .*training/"):
+    with pytest.raises(DerainError, match=r"Rain800: .*folders: photos; .*training/"):
         find_pairs("Rain800", "train", data_root=tmp_path)
 
 

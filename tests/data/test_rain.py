@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from derain.data.pairs import find_pairs
-from derain.data.rain import PRESETS, Rain, add_rain, rain_generator, sample_rain, streaks, synthesize
+from derain.data.rain import PRESETS, Rain, add_rain, image_rng, sample_rain, streaks, synthesize
 from derain.data.verify import verify
 from derain.errors import DerainError
 from derain.images import image_files, read_rgb
@@ -227,9 +227,9 @@ def test_sampled_rain_varies_within_its_limits():
 
 
 def test_generator_depends_on_seed_and_name():
-    draws = {(seed, name): rain_generator(seed, name).random() for seed, name in itertools.product((0, 1), ("a", "b"))}
+    draws = {(seed, name): image_rng(seed, name).random() for seed, name in itertools.product((0, 1), ("a", "b"))}
     assert len(set(draws.values())) == 4
-    assert rain_generator(1, "a").random() == draws[1, "a"]
+    assert image_rng(1, "a").random() == draws[1, "a"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from derain.testing import ContractError, check_method, make_batch
 
 TRANSFORMER = {"dim": 8, "blocks": (1, 1, 1, 1), "refinement": 1, "learning_rate": 5e-3}
 SMALL = {
+    "AirNetModule": {"network_options": {"channels": 4, "groups": 1, "blocks": 1}, "encoder_epochs": 0},
     "PReNetModule": {"stages": 2},
     "DACLIPSDEModule": {
         "contexts": "none",
@@ -32,6 +33,12 @@ SMALL = {
     },
     "RestormerModule": TRANSFORMER,
     "CLIPRPNModule": TRANSFORMER | {"perception": "none"},
+    "RegressionModule": {
+        "network": "RESCAN",
+        "network_options": {"channels": 8, "iterations": 2},
+        "schedule": "constant",
+        "learning_rate": 5e-3,
+    },
 }
 """Hyper-parameters of small networks; a method without an entry is built with its defaults."""
 OVERFITTED = {"PLNLINGANModule": 1.15}

@@ -5,7 +5,10 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from derain import DerainModule, PReNetModule, RestormerModule
+from derain.cli import main
 from derain.errors import DerainError
+from derain.files.hub import fetch_weights
+from derain.files.weights import sha256
 from derain.methods import catalog
 from derain.models import bundled
 
@@ -114,3 +117,32 @@ def test_bundled_names_come_before_files(tmp_path, monkeypatch):
     (tmp_path / "default").write_text("mine")
     assert catalog.locate("default") == bundled()["default"]
     assert catalog.locate("./default").read_text() == "mine"
+
+
+def test_public_models_are_fetched_after_a_word_about_size_source_and_licence(monkeypatch, tmp_path, caplog):
+    asked = hub(monkeypatch, tmp_path, ["clearview-derain-nafnet.pth"])
+    caplog.set_level("INFO", "derain")
+    for name in ("clearview-nafnet", "hub:dronefreak/clearview-derain-nafnet"):
+        assert catalog.locate(name).name == "clearview-derain-nafnet.pth"
+    assert len(asked) == 4
+    for part in ("clearview-derain-nafnet", "0.7 MB", "Apache-2.0", "from https://"):
+        assert part in caplog.text
+
+
+def test_public_files_with_another_hash_are_refused(monkeypatch, tmp_path):
+    hub(monkeypatch, tmp_path, ["model.safetensors"])
+    digest = sha256(catalog.locate("hub:someone/prenet"))
+    assert fetch_weights("someone/prenet", sha256=digest).is_file()
+    with pytest.raises(DerainError, match=f"{digest}; expected 1234"):
+        fetch_weights("someone/prenet", sha256="1234")
+
+
+def test_public_models_are_listed_and_shown(capsys):
+    assert main(["models", "list", "--all"]) == 0
+    assert "clearview-restormer" in capsys.readouterr().out
+    assert main(["models", "info", "clearview-restormer"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("Apache-2.0", "RealRain-1k-L: 42.35", "dronefreak/clearview-derain-restormer"):
+        assert part in shown
+    assert main(["models", "info", "absent"]) == 2
+    assert "clearview-nafnet" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from tests.networks.goldens import (
     load,
 )
 
-TINY = {"channels": 4, "layers": 3, "stages": 2, "squeeze": 2}
+TINY = {"channels": 4, "layers": 3, "iterations": 2, "squeeze": 2}
 
 
 @pytest.fixture(scope="module")

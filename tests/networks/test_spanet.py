@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from derain.errors import DerainError
+from derain.export import SUFFIXES, export
+from derain.methods.regression.module import RegressionModule
 from derain.networks.spanet import Recurrence, SPANet
 from tests.networks.goldens import (
     Golden,
@@ -89,15 +91,14 @@ def test_recurrences_are_those_of_single_directions(size, gradients):
         torch.testing.assert_close(recurrence(x), torch.cat(expected, 1))
 
 
-@pytest.mark.filterwarnings("ignore")  # tracing is deprecated, but what ONNX files are made by
-def test_traced_network_restores_other_sizes():
-    torch.manual_seed(0)
-    network = SPANet(**TINY).eval()
-    with torch.no_grad():
-        traced = torch.jit.trace(network, torch.rand(1, 3, 12, 9))
-        for size in ((5, 17), (1, 1)):
-            rainy = torch.rand(1, 3, *size)
-            torch.testing.assert_close(traced(rainy), network(rainy))
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_export_is_refused_in_one_line(format, tmp_path):
+    pytest.importorskip("onnxruntime")
+    method = RegressionModule("SPANet", TINY)
+    path = tmp_path / f"spanet{SUFFIXES[format]}"
+    with pytest.raises(DerainError, match=r"^SPANet: cannot be exported[^\n]+$"):
+        export(method, path, format)
+    assert not path.exists()
 
 
 def test_mask_is_1_where_any_channel_differs_by_a_grey_level():

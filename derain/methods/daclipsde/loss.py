@@ -16,7 +16,7 @@ def matching_loss(
     rainy: Float[Tensor, "b 3 h w"],
     times: Int[Tensor, " b"],
 ) -> Float[Tensor, ""]:
-    """Return the mean absolute difference of the Euler step and the optimum step (IR-SDE, eq. 16).
+    """Return the mean absolute difference of the Euler step and the posterior mean (IR-SDE, eq. 16).
 
     It equals the error of the noise weighted by ``σ_t² dt / √v_t``, about 1e-3, and is computed in float32.
 
@@ -29,7 +29,7 @@ def matching_loss(
         times: ``t`` from 1, on the CPU.
     """
     step = sde.euler(state, rainy, sde.score(estimated, times), times, times - 1)
-    return F.l1_loss(step, sde.optimum(state, clean, rainy, times, times - 1))
+    return F.l1_loss(step, sde.posterior_mean(state, clean, rainy, times, times - 1))
 
 
 def cosines(images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:

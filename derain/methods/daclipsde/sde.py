@@ -1,8 +1,9 @@
-"""Mean-reverting SDE: forward marginals, score, optimum reverse step.
+"""Mean-reverting SDE: forward marginals, score, posterior of an earlier state.
 
 Luo et al., Image Restoration with Mean-Reverting Stochastic Differential Equations, ICML 2023; Pullabhotla, Image
-Deraining using Degradation-aware CLIP, eqs. 5-10, with three misprints corrected: ``x(0)`` is the clean image and the
-mean ``μ`` the rainy one; the noise integral of eq. 6 is ``∫ σ_z exp(-θ̄_{z:t}) dw``; eq. 9 has ``-σ² score``.
+Deraining using Degradation-aware CLIP, eqs. 5-10, with misprints corrected: ``x(0)`` is the clean image and the mean
+``μ`` the rainy one; the noise integral of eq. 6 is ``∫ σ_z exp(-θ̄_{z:t}) dw``; the numerator of eq. 10 is
+``x(t) - m_t(x(0))``.
 
     dx = θ_t (μ - x) dt + σ_t dw,    σ_t² = 2 λ² θ_t
 
@@ -28,8 +29,8 @@ Image = Float[Tensor, "b c h w"]
 Times = Int[Tensor, " b"]
 
 
-def speeds(schedule: Schedule, steps: int) -> Float[Tensor, " t"]:
-    """Return the speed θ of the mean reversion at the times 0, …, T, up to a constant factor.
+def theta_schedule(schedule: Schedule, steps: int) -> Float[Tensor, " t"]:
+    """Return the speed θ of the mean reversion at the times 0, …, T, up to a constant factor (eq. 5).
 
     Args:
         schedule: ``cosine``: one minus the squared cosine of improved DDPM; ``linear``: grows 200-fold;
@@ -40,7 +41,7 @@ def speeds(schedule: Schedule, steps: int) -> Float[Tensor, " t"]:
         ``(T + 1,)`` float64.
 
     Example:
-        >>> [round(float(speeds("cosine", 100)[t]), 6) for t in (0, 1, 50, 100)]
+        >>> [round(float(theta_schedule("cosine", 100)[t]), 6) for t in (0, 1, 50, 100)]
         [0.000614, 0.001695, 0.506156, 0.999767]
     """
     if schedule == "constant":
@@ -69,14 +70,14 @@ class MeanRevertingSDE:
         scale: λ.
         tau: ``(T + 1,)`` float64, the integral of θ up to each time.
         decay: ``exp(-τ)``: share of the clean image's residual that remains at each time, eq. 8.
-        deviation: Standard deviation at each time given the clean image: the square root of ``v`` in eq. 8.
+        marginal_std: Standard deviation at each time given the clean image: the square root of ``v`` in eq. 8.
 
     Raises:
         DerainError: If a value is out of its range.
 
     Example:
         >>> sde = MeanRevertingSDE(max_sigma=10.0)
-        >>> round(sde.dt, 6), round(float(sde.deviation[50]), 6)
+        >>> round(sde.dt, 6), round(float(sde.marginal_std[50]), 6)
         (0.104094, 0.036574)
     """
 
@@ -96,16 +97,16 @@ class MeanRevertingSDE:
             raise DerainError(f"--model.eps {eps}: expected a number between 0 and 1")
         self.max_sigma, self.eps = max_sigma, eps
         self.scale = max_sigma / 255 if max_sigma >= 1 else max_sigma
-        self.speed = speeds(schedule, steps) if speed is None else torch.tensor(speed, dtype=torch.float64)
+        self.speed = theta_schedule(schedule, steps) if speed is None else torch.tensor(speed, dtype=torch.float64)
         total = self.speed.cumsum(0) - self.speed[0]
         if not (self.speed.min() >= 0 and 0 < total[-1] < math.inf):
             raise DerainError(f"SDE schedule: lowest speed {self.speed.min()}; expected positive, finite speeds")
         self.dt = -math.log(eps) / float(total[-1])
         self.tau = total * self.dt
         self.decay = torch.exp(-self.tau)
-        self.deviation = self.spread(self.tau)
+        self.marginal_std = self.std(self.tau)
 
-    def spread(self, tau: Tensor) -> Tensor:
+    def std(self, tau: Tensor) -> Tensor:
         """Return the standard deviation of the state after an interval of τ, given the state before it."""
         return self.scale * torch.sqrt(-torch.expm1(-2 * tau))
 
@@ -139,15 +140,15 @@ class MeanRevertingSDE:
             times: In 0, …, T.
             noise: Standard normal.
         """
-        return self.mean(clean, rainy, times) + _per_image(self.deviation[times], rainy) * noise
+        return self.mean(clean, rainy, times) + _per_image(self.marginal_std[times], rainy) * noise
 
     def score(self, noise: Image, times: Times) -> Image:
         """Return the gradient of the log density, given the added or estimated noise: eq. 10; times from 1."""
-        return -noise.float() / _per_image(self.deviation[times], noise)
+        return -noise.float() / _per_image(self.marginal_std[times], noise)
 
     def clean(self, state: Image, rainy: Image, noise: Image, times: Times) -> Image:
         """Return the clean image, given the noise: eqs. 7 and 8 solved for ``x(0)``."""
-        residual = (state - rainy).float() - _per_image(self.deviation[times], rainy) * noise
+        residual = (state - rainy).float() - _per_image(self.marginal_std[times], rainy) * noise
         return rainy + residual / _per_image(self.decay[times], rainy)
 
     def precondition(self, times: Times, residual: float, like: Image) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,7 +166,7 @@ class MeanRevertingSDE:
             of the estimate's error.
         """
         signal = self.decay[times] * residual
-        noise = self.deviation[times]
+        noise = self.marginal_std[times]
         total = torch.sqrt(signal**2 + noise**2)
         scale = _per_image(1 / total, like)
         slope = _per_image(noise / total**2, like)
@@ -189,7 +190,7 @@ class MeanRevertingSDE:
         factor = 1.0 if ode else 2.0
         return state.float() - step * (rainy - state) + factor * self.scale**2 * step * score
 
-    def optimum(self, state: Image, clean: Image, rainy: Image, times: Times, earlier: Times) -> Image:
+    def posterior_mean(self, state: Image, clean: Image, rainy: Image, times: Times, earlier: Times) -> Image:
         """Return the most likely earlier state given ``x(t)`` and ``x(0)``: the posterior mean (IR-SDE, eq. 14)."""
         step, total, rest = self._variances(times, earlier)
         weight_state = torch.exp(self.tau[earlier] - self.tau[times]) * rest / total
@@ -197,7 +198,7 @@ class MeanRevertingSDE:
         residual = _per_image(weight_state, state) * (state - rainy).float()
         return rainy + residual + _per_image(weight_clean, state) * (clean - rainy)
 
-    def optimum_deviation(self, times: Times, earlier: Times) -> Float[Tensor, " b"]:
+    def posterior_std(self, times: Times, earlier: Times) -> Float[Tensor, " b"]:
         """Return the standard deviation of the earlier state given ``x(t)`` and ``x(0)``; 0 for time 0."""
         step, total, rest = self._variances(times, earlier)
         return self.scale * torch.sqrt(step * rest / total)

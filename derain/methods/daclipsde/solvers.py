@@ -141,7 +141,7 @@ class _Euler:
 
 
 class _Posterior:
-    """Optimum reverse step with noise: the sampler of IR-SDE's authors."""
+    """Sample of the posterior of the earlier state: the sampler of IR-SDE's authors."""
 
     def __init__(self, sde: MeanRevertingSDE, rainy: Image, noise: Noise) -> None:
         self.sde, self.rainy, self.noise = sde, rainy, noise
@@ -149,11 +149,11 @@ class _Posterior:
     def __call__(self, state: Image, estimated: Image, t: int, s: int) -> Image:
         times, earlier = _pair(t, s, len(state))
         clean = self.sde.clean(state, self.rainy, estimated, times)
-        mean = self.sde.optimum(state, clean, self.rainy, times, earlier)
-        deviation = float(self.sde.optimum_deviation(times, earlier)[0])
-        if deviation == 0:
+        mean = self.sde.posterior_mean(state, clean, self.rainy, times, earlier)
+        std = float(self.sde.posterior_std(times, earlier)[0])
+        if std == 0:
             return mean
-        return mean + deviation * self.noise()
+        return mean + std * self.noise()
 
 
 class _SemiAnalytic:
@@ -180,7 +180,7 @@ class _SemiAnalytic:
     ) -> None:
         self.sde, self.rainy, self.noise, self.order = sde, rainy, noise, order
         self.stochastic, self.integrated = stochastic, integrated
-        self.ratio = torch.log(sde.decay / (sde.deviation / sde.scale))  # ℓ; infinite at time 0
+        self.ratio = torch.log(sde.decay / (sde.marginal_std / sde.scale))  # ℓ; infinite at time 0
         self.previous: tuple[Image, float] | None = None  # estimate and length of the step before
 
     def __call__(self, state: Image, estimated: Image, t: int, s: int) -> Image:
@@ -197,11 +197,11 @@ class _SemiAnalytic:
             weight = step - change / kappa if self.integrated else step / 2 * change
             drift = drift + weight / previous_step * (residual - previous_residual)
         self.previous = residual, step
-        shrink = float(self.sde.deviation[s] / self.sde.deviation[t]) * math.exp((1 - kappa) * step)
+        shrink = float(self.sde.marginal_std[s] / self.sde.marginal_std[t]) * math.exp((1 - kappa) * step)
         mean = self.rainy + shrink * (state - self.rainy) + float(self.sde.decay[s]) * drift
         if not self.stochastic:
             return mean
-        return mean + float(self.sde.deviation[s]) * math.sqrt(change) * self.noise()
+        return mean + float(self.sde.marginal_std[s]) * math.sqrt(change) * self.noise()
 
 
 def _pair(t: int, s: int, count: int) -> tuple[Tensor, Tensor]:

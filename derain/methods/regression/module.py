@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NotRequired, cast
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from derain.batch import PairBatch
 from derain.errors import DerainError
-from derain.files.metadata import shorten
+from derain.files.metadata import Metadata, shorten
 from derain.files.weights import BUILD_ERRORS, Content
 from derain.methods import registry
 from derain.methods.base import DerainModule
@@ -39,6 +39,16 @@ LENGTHS = ("T_max", "total_steps", "total_iters")
 """Arguments of PyTorch's schedules that are the length of the training unless they are given."""
 
 
+class RegressionMetadata(Metadata):
+    """Metadata of a `RegressionModule`.
+
+    Attributes:
+        title: Name of the network's class.
+    """
+
+    title: NotRequired[str]
+
+
 class RegressionModule(DerainModule):
     """A network that is trained by the distance of its outputs to the clean image.
 
@@ -52,7 +62,7 @@ class RegressionModule(DerainModule):
         learning_rate: Learning rate of the optimizer.
         optimizer_options: Further arguments of the optimizer.
         schedule: Schedule of the learning rate: ``constant``; ``cosine``, stepped by batch; ``milestones``, stepped by
-            epoch; or the path of a class, such as ``torch.optim.lr_scheduler.StepLR``.
+            epoch; ``StepLR`` for ``torch.optim.lr_scheduler.StepLR``, or any other class by its path.
         schedule_options: For ``cosine``: ``warm_up`` and ``hold``, shares of the training, and ``minimum``, the final
             learning rate, all 0 by default; for ``milestones``: the epochs ``milestones`` and the factor ``decay``; for
             a class: its arguments, and ``interval``, ``step`` or ``epoch`` (default). PyTorch's ``T_max``,
@@ -63,7 +73,11 @@ class RegressionModule(DerainModule):
     """
 
     bounded_by_file: ClassVar[bool] = True
+    metadata_schema: ClassVar[Any] = RegressionMetadata
     published_options: ClassVar[frozenset[str]] = frozenset({"iterations"})
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        path.rpartition(".")[2]: {"network": path.rpartition(".")[2]} for path in NETWORKS
+    }
     may_change = DerainModule.may_change | {"schedule_options", "optimizer_options"}
 
     def __init__(
@@ -95,6 +109,10 @@ class RegressionModule(DerainModule):
     def title(self) -> str:
         """Name of the network."""
         return type(self.network).__name__
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what files record; the title is for tables."""
+        return {**super().metadata(), "title": self.title}
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """Restore images of any size in [0, 1]."""
@@ -287,5 +305,8 @@ def _check_schedule(name: str, options: Mapping[str, Any]) -> None:
             or options.get("warm_up", 0) + options.get("hold", 0) >= 1
         ):
             raise DerainError(f"--model.schedule_options {dict(options)}: expected shares with a sum below 1")
-    elif "." not in name:
-        raise DerainError(f"--model.schedule {name}: expected {', '.join(SCHEDULES)}, or the path of a class")
+    elif "." not in name and not hasattr(torch.optim.lr_scheduler, name):
+        raise DerainError(
+            f"--model.schedule {name}: expected {', '.join(SCHEDULES)}, a class of torch.optim.lr_scheduler, or the "
+            "path of a class"
+        )

@@ -18,7 +18,7 @@ def test_matching_loss_is_a_weighted_error_of_the_noise():
         times = torch.full((3,), t)
         state = sde.diffuse(clean, rainy, times, noise)
         loss = matching_loss(sde, estimated, state, clean, rainy, times)
-        theta, sbar = float(sde.speed[t]), float(sde.deviation[t])
+        theta, sbar = float(sde.speed[t]), float(sde.marginal_std[t])
         exact = 2 * sde.scale**2 * theta * sde.dt / sbar
         assert exact == pytest.approx(weight, rel=0.02)
         # The true noise has no loss, up to the second order of a step.

@@ -63,7 +63,7 @@ def test_schedule_is_restored_from_weights(module, tmp_path, monkeypatch):
     file = tmp_path / "w.safetensors"
     module.save_weights(file)
     tau = module.sde.tau.clone()
-    monkeypatch.setattr(formulas, "speeds", lambda schedule, steps: torch.linspace(1, 2, steps + 1).double())
+    monkeypatch.setattr(formulas, "theta_schedule", lambda schedule, steps: torch.linspace(1, 2, steps + 1).double())
     loaded = catalog.load(file).module
     assert torch.equal(loaded.sde.tau, tau)
     assert not torch.equal(DACLIPSDEModule("none", **TINY).sde.tau, tau)

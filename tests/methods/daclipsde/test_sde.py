@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from derain.errors import DerainError
-from derain.methods.daclipsde.sde import MeanRevertingSDE, speeds
+from derain.methods.daclipsde.sde import MeanRevertingSDE, theta_schedule
 
 
 def test_golden_numbers():
@@ -16,12 +16,12 @@ def test_golden_numbers():
     assert sde.speed[chosen].tolist() == pytest.approx([6.1429e-4, 1.69456e-3, 0.50615633, 0.99976659], abs=1e-6)
     cumulative = sde.tau / sde.dt
     assert cumulative[[1, 50, 100]].tolist() == pytest.approx([1.69456e-3, 9.792815, 50.899448], abs=1e-5)
-    assert sde.deviation[[1, 50, 100]].tolist() == pytest.approx([7.36525e-4, 0.0365739, 0.0392152], abs=1e-7)
+    assert sde.marginal_std[[1, 50, 100]].tolist() == pytest.approx([7.36525e-4, 0.0365739, 0.0392152], abs=1e-7)
     volatility = sde.scale * torch.sqrt(2 * sde.speed)
     assert volatility[[1, 50, 100]].tolist() == pytest.approx([2.28299e-3, 0.0394564, 0.0554529], abs=1e-6)
     assert float(sde.decay[100]) == pytest.approx(0.005, abs=1e-12)
     wide = MeanRevertingSDE(max_sigma=50.0)
-    torch.testing.assert_close(wide.deviation, 5 * sde.deviation)
+    torch.testing.assert_close(wide.marginal_std, 5 * sde.marginal_std)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -31,17 +31,17 @@ def test_every_schedule_ends_at_eps(schedule):
     assert float(sde.decay[0]) == 1
     assert float(sde.decay[30]) == pytest.approx(0.01)
     assert (sde.tau.diff() > 0).all()
-    assert speeds(schedule, 30).shape == (31,)
+    assert theta_schedule(schedule, 30).shape == (31,)
 
 
 def test_speed_of_each_schedule():
-    assert speeds("constant", 5).tolist() == [1.0] * 6
-    linear = speeds("linear", 10)
+    assert theta_schedule("constant", 5).tolist() == [1.0] * 6
+    linear = theta_schedule("linear", 10)
     assert float(linear[-1] / linear[0]) == pytest.approx(200)
     torch.testing.assert_close(linear.diff(), linear.diff()[:1].expand(10))
     k, n = 8, 12
     share = math.cos((k / n + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
-    assert float(speeds("cosine", 10)[7]) == pytest.approx(1 - share, abs=1e-15)
+    assert float(theta_schedule("cosine", 10)[7]) == pytest.approx(1 - share, abs=1e-15)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_reverse_steps_equal_the_paper(images):
     score = sde.score(noise, times)
     euler = sde.euler(state, rainy, score, times, times - 1)
     flow = sde.euler(state, rainy, score, times, times - 1, ode=True)
-    optimum = sde.optimum(state, clean, rainy, times, times - 1)
+    posterior_mean = sde.posterior_mean(state, clean, rainy, times, times - 1)
     for i, t in enumerate(times.tolist()):
         x, x0, mu, s = (images[i].double() for images in (state, clean, rainy, score))
         variance = 2 * scale**2 * theta[t]
@@ -98,31 +98,29 @@ def test_reverse_steps_equal_the_paper(images):
         a, b = math.exp(-theta[t] * dt), math.exp(-cumulative[t] * dt)
         c = math.exp(-cumulative[t - 1] * dt)
         expected = mu + a * (1 - c**2) / (1 - b**2) * (x - mu) + c * (1 - a**2) / (1 - b**2) * (x0 - mu)
-        torch.testing.assert_close(optimum[i].double(), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(posterior_mean[i].double(), expected, atol=1e-6, rtol=0)
         variance = scale**2 * (1 - a**2) * (1 - c**2) / (1 - b**2)
-        assert float(sde.optimum_deviation(times, times - 1)[i]) == pytest.approx(
-            math.sqrt(max(variance, 0)), abs=1e-12
-        )
+        assert float(sde.posterior_std(times, times - 1)[i]) == pytest.approx(math.sqrt(max(variance, 0)), abs=1e-12)
 
 
-def test_optimum_is_the_posterior_mean():
-    """Regress x(s) on x(t) and x(0) of sampled paths: coefficients and residual are those of the optimum step."""
+def test_posterior_mean_and_std_equal_a_regression():
+    """Regress x(s) on x(t) and x(0) of sampled paths: coefficients and residual are those of the posterior."""
     sde = MeanRevertingSDE(max_sigma=100.0)
     generator = torch.Generator().manual_seed(0)
     count, t, s = 400_000, 60, 40
     clean = torch.rand(count, generator=generator, dtype=torch.float64)
     step = float(sde.tau[t] - sde.tau[s])
     z = torch.randn(2, count, generator=generator, dtype=torch.float64)
-    earlier = clean * sde.decay[s] + sde.deviation[s] * z[0]
-    later = earlier * math.exp(-step) + sde.spread(torch.tensor(step, dtype=torch.float64)) * z[1]
+    earlier = clean * sde.decay[s] + sde.marginal_std[s] * z[0]
+    later = earlier * math.exp(-step) + sde.std(torch.tensor(step, dtype=torch.float64)) * z[1]
     step_times = torch.tensor([t]), torch.tensor([s])
     unit, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
-    expected = [float(sde.optimum(x, y, zero, *step_times)) for x, y in ((unit, zero), (zero, unit))]
+    expected = [float(sde.posterior_mean(x, y, zero, *step_times)) for x, y in ((unit, zero), (zero, unit))]
     regressors = torch.stack((later, clean), 1)
     coefficients = torch.linalg.lstsq(regressors, earlier[:, None]).solution[:, 0]
     assert coefficients.tolist() == pytest.approx(expected, abs=5e-3)
     residual = earlier - regressors @ coefficients
-    assert float(residual.std()) == pytest.approx(float(sde.optimum_deviation(*step_times)[0]), rel=5e-3)
+    assert float(residual.std()) == pytest.approx(float(sde.posterior_std(*step_times)[0]), rel=5e-3)
 
 
 def test_formulas_return_float32(images):
@@ -138,7 +136,7 @@ def test_state_rebuilds_the_schedule_exactly():
     sde = MeanRevertingSDE(10.0, 40, 0.01, "linear")
     again = MeanRevertingSDE.from_state(sde.state())
     assert torch.equal(again.tau, sde.tau)
-    assert torch.equal(again.deviation, sde.deviation)
+    assert torch.equal(again.marginal_std, sde.marginal_std)
     assert again.scale == sde.scale
 
 
@@ -159,7 +157,7 @@ def test_precondition_is_the_best_linear_estimate():
     for t in (1, 40, 80, 100):
         factors = sde.precondition(torch.tensor([t]), 0.1, torch.zeros(1, 3, 1, 1))
         scale, slope, error = (float(factor) for factor in factors)
-        distance = sde.decay[t] * residual + sde.deviation[t] * noise
+        distance = sde.decay[t] * residual + sde.marginal_std[t] * noise
         assert float((scale * distance).std()) == pytest.approx(1, rel=0.01)
         assert float((distance * noise).mean() / distance.square().mean()) == pytest.approx(slope, rel=0.02, abs=0.1)
         assert float((noise - slope * distance).std()) == pytest.approx(error, rel=0.01)

@@ -31,7 +31,7 @@ def oracle(sde, clean, rainy):
     """Return a function that computes the noise in a state from the clean image."""
 
     def estimate(state, time):
-        return (state - sde.mean(clean, rainy, torch.full((len(state),), time))) / float(sde.deviation[time])
+        return (state - sde.mean(clean, rainy, torch.full((len(state),), time))) / float(sde.marginal_std[time])
 
     return estimate
 
@@ -72,15 +72,15 @@ def test_bfloat16_noise_is_harmful_only_with_one_step(pair, solver):
 # A clean image of independent Gaussian pixels: mean residual a, standard deviation s. The estimate that an ideal
 # network would give, and the distribution at time 0, have closed forms.
 
-MEAN, SPREAD = 0.3, 0.15
+MEAN, STD = 0.3, 0.15
 
 
 def gaussian(sde, rainy):
     """Return a function that computes the expected noise in a state, for Gaussian clean residuals."""
 
     def estimate(state, time):
-        decay, deviation = float(sde.decay[time]), float(sde.deviation[time])
-        variance = decay**2 * SPREAD**2 + deviation**2
+        decay, deviation = float(sde.decay[time]), float(sde.marginal_std[time])
+        variance = decay**2 * STD**2 + deviation**2
         return deviation * (state - rainy - decay * MEAN) / variance
 
     return estimate
@@ -98,8 +98,8 @@ def closed_form(sde, solver, times):
         tau_t, tau_s = float(sde.tau[t]), float(sde.tau[s])
         alpha, beta = math.exp(-tau_t), math.exp(-tau_s)
         sd_t, sd_s = (sde.scale * math.sqrt(1 - math.exp(-2 * tau)) for tau in (tau_t, tau_s))
-        total = alpha**2 * SPREAD**2 + sd_t**2
-        gain = alpha * SPREAD**2 / total  # ŷ = a + gain (y - α a)
+        total = alpha**2 * STD**2 + sd_t**2
+        gain = alpha * STD**2 / total  # ŷ = a + gain (y - α a)
         estimate_mean = MEAN + gain * (mean - alpha * MEAN)
         p = q = r = extra = 0.0
         if solver in {"sde", "ode"}:
@@ -139,21 +139,21 @@ def closed_form(sde, solver, times):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("steps", [5, 10, 20, 50, 100])
-def test_mean_and_spread_of_a_gaussian(solver, steps):
+def test_mean_and_std_of_a_gaussian(solver, steps):
     sde = MeanRevertingSDE(50.0)
     rainy = torch.full((1, 3, 256, 256), 0.2)
     residual = sample(sde, gaussian(sde, rainy), rainy, Sampling(solver, steps, seed=1)) - rainy
-    mean, spread = closed_form(sde, solver, visited_times(sde, steps))
+    mean, std = closed_form(sde, solver, visited_times(sde, steps))
     assert float(residual.mean()) == pytest.approx(mean, abs=3e-3)
-    assert float(residual.std()) == pytest.approx(spread, rel=0.01, abs=1e-3)
+    assert float(residual.std()) == pytest.approx(std, rel=0.01, abs=1e-3)
 
 
 def test_steps_converge_to_the_true_distribution():
-    """With more steps, mean and spread approach those of the clean images."""
+    """With more steps, mean and std approach those of the clean images."""
     for solver in SOLVERS:
         far, near = (closed_form(MeanRevertingSDE(50.0, n), solver, list(range(n, -1, -1))) for n in (20, 640))
         assert abs(near[0] - MEAN) < 0.01
-        assert abs(near[1] - SPREAD) < min(0.005, abs(far[1] - SPREAD)), solver
+        assert abs(near[1] - STD) < min(0.005, abs(far[1] - STD)), solver
 
 
 @pytest.mark.parametrize("max_sigma", [10.0, 50.0])
@@ -162,8 +162,8 @@ def test_mars_is_better_in_5_steps_and_midpoint_in_10(kind, max_sigma):
     sde = MeanRevertingSDE(max_sigma)
 
     def error(solver, steps):
-        mean, spread = closed_form(sde, solver, visited_times(sde, steps))
-        return math.hypot(mean - MEAN, spread - SPREAD)
+        mean, std = closed_form(sde, solver, visited_times(sde, steps))
+        return math.hypot(mean - MEAN, std - STD)
 
     assert error(f"mars-{kind}", 5) < 0.95 * error(f"mrs-{kind}", 5)
     assert error(f"mars-{kind}", 10) > 1.1 * error(f"mrs-{kind}", 10)
@@ -175,7 +175,7 @@ def drift(solver, count):
     The noise of the schedule is far from 0 there, so that the order of the method shows.
     """
     sde = MeanRevertingSDE(50.0, 20_000)
-    ratio = torch.log(sde.decay / (sde.deviation / sde.scale))
+    ratio = torch.log(sde.decay / (sde.marginal_std / sde.scale))
     low, high = float(ratio[18_000]), float(ratio[2_000])
     targets = torch.linspace(low, high, count + 1, dtype=torch.float64)
     times = [int((ratio - target).abs().argmin()) for target in targets]
@@ -187,8 +187,8 @@ def drift(solver, count):
         state = advance(state, estimate(state, t), t, s)
 
     def exact(y, t, s):
-        spreads = [math.sqrt(float(sde.decay[n]) ** 2 * SPREAD**2 + float(sde.deviation[n]) ** 2) for n in (t, s)]
-        return float(sde.decay[s]) * MEAN + spreads[1] / spreads[0] * (y - float(sde.decay[t]) * MEAN)
+        stds = [math.sqrt(float(sde.decay[n]) ** 2 * STD**2 + float(sde.marginal_std[n]) ** 2) for n in (t, s)]
+        return float(sde.decay[s]) * MEAN + stds[1] / stds[0] * (y - float(sde.decay[t]) * MEAN)
 
     return abs(float(state[0, 0, 0, 0]) - exact(0.4, times[0], times[-1]))
 

@@ -1,0 +1,212 @@
+"""Lightning module of AirNet: momentum contrast of the encoder, first alone, then with the error of the image."""
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from derain.batch import PairBatch
+from derain.errors import DerainError
+from derain.methods.regression.module import LossWeights, RegressionModule
+from derain.networks.airnet import AirNet
+
+PHASES = "derain.methods.airnet.module.PhasesLR"
+LOSS: LossWeights = {"derained": {"l1": 1.0}, "contrast": {"mean": 0.1}}
+"""Loss of the second phase, with the weights of the authors' code."""
+ENCODER_LOSS: LossWeights = {"contrast": {"mean": 1.0}}
+"""Loss of the first phase."""
+
+
+class AirNetModule(RegressionModule):
+    """AirNet, whose encoder learns that two crops of an image have the same degradation.
+
+    Li et al., All-In-One Image Restoration for Unknown Corruption, CVPR 2022. The contrast of a crop (query) is the
+    cross-entropy of choosing another crop of the same image (key) among keys of former images. Keys come from a moving
+    average of the encoder. Both are part of checkpoints, but not of weights. The query is restored; it is the output
+    ``derained`` of the loss, and the contrast is ``contrast``.
+
+    Args:
+        network: Class of the network: ``AirNet``, or the path of a class that derives from it.
+        network_options: Arguments of the class; by default those of the paper.
+        loss: Weights of the losses after the first phase, see `RegressionModule`; by default 1 for the mean absolute
+            error and 0.1 for the contrast.
+        encoder_epochs: Epochs of the first phase, which trains the encoder by the contrast alone.
+        crop: Side of query and key divided by that of the data's crops; the authors cut them out of whole images.
+        momentum: Share of the moving average that a step keeps.
+        temperature: Divisor of the cosines of embeddings.
+        queue: Number of former keys; the authors have 256 times the batch size.
+        optimizer: Class of the optimizer, see `RegressionModule`.
+        learning_rate: Learning rate of the optimizer.
+        optimizer_options: Further arguments of the optimizer.
+        schedule: Schedule of the learning rate, see `RegressionModule`; by default `PhasesLR`.
+        schedule_options: Options of the schedule; ``encoder_epochs`` of `PhasesLR` is that above unless it is given.
+
+    Raises:
+        DerainError: If an option is out of its range, or the network is no AirNet.
+
+    References:
+        AirNet, sections 3.1 and 3.2, and the authors' code; He et al., Momentum Contrast for Unsupervised Visual
+        Representation Learning, CVPR 2020, eqs. 1 and 2.
+    """
+
+    may_change = RegressionModule.may_change | {"encoder_epochs", "momentum", "temperature", "crop"}
+    queued: Tensor
+    position: Tensor
+
+    def __init__(
+        self,
+        network: str = "AirNet",
+        network_options: dict[str, Any] | None = None,
+        loss: LossWeights | None = None,
+        encoder_epochs: int = 100,
+        crop: float = 0.5,
+        momentum: float = 0.999,
+        temperature: float = 0.07,
+        queue: int = 256,
+        optimizer: str = "Adam",
+        learning_rate: float = 1e-3,
+        optimizer_options: dict[str, Any] | None = None,
+        schedule: str = PHASES,
+        schedule_options: dict[str, Any] | None = None,
+    ) -> None:
+        phases = {"encoder_epochs": encoder_epochs} if schedule == PHASES else {}
+        super().__init__(
+            network=network,
+            network_options=network_options,
+            loss=LOSS if loss is None else loss,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            optimizer_options=optimizer_options,
+            schedule=schedule,
+            schedule_options=phases | (schedule_options or {}),
+        )
+        self.save_hyperparameters()
+        if not isinstance(self.network, AirNet):
+            raise DerainError(f"--model.network {network}: expected AirNet, or a class that derives from it")
+        if not (0 < crop < 1 and 0 <= momentum < 1 and temperature > 0 and queue >= 1 and encoder_epochs >= 0):
+            raise DerainError(
+                f"--model.crop {crop}, momentum {momentum}, temperature {temperature}, queue {queue}, encoder_epochs "
+                f"{encoder_epochs}: expected crop and momentum below 1, crop and temperature above 0, queue of at "
+                "least 1, the others of at least 0"
+            )
+        self.joint_loss = self.loss
+        self.encoder_epochs, self.crop, self.momentum, self.temperature = encoder_epochs, crop, momentum, temperature
+        self.key_encoder = copy.deepcopy(self.network.encoder).requires_grad_(False)
+        width = self.network.encoder.width
+        self.register_buffer("queued", F.normalize(torch.randn(queue, width), dim=1))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+
+    @classmethod
+    def from_published(cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any) -> None:
+        """Return None: `RegressionModule` loads the authors' weights."""
+        return
+
+    def on_fit_start(self) -> None:
+        """Refuse strategies of several devices that wait for gradients of all parameters."""
+        super().on_fit_start()
+        self.refuse_plain_ddp("the first phase trains only the encoder")
+
+    def on_train_start(self) -> None:
+        """Start keys from the encoder, whose weights may come from a file, unless a run is resumed."""
+        super().on_train_start()
+        if self.global_step == 0:
+            self.key_encoder.load_state_dict(cast(AirNet, self.network).encoder.state_dict())
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """Return the loss of the phase."""
+        self.loss = ENCODER_LOSS if self.current_epoch < self.encoder_epochs else self.joint_loss
+        return super().training_step(batch, batch_idx)
+
+    def outputs_and_targets(
+        self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the contrast of two crops of each image and, after the first phase, the restored first crop.
+
+        Raises:
+            DerainError: If the loss names another output.
+        """
+        unknown = sorted(set(self.loss) - {"derained", "contrast"})
+        if unknown:
+            raise DerainError(f"--model.loss {unknown[0]}: {self.title} has the outputs derained, contrast")
+        network = cast(AirNet, self.network)
+        query, target = self._crop(rainy, clean)
+        (key,) = self._crop(rainy)
+        outputs = network.outputs(query) if "derained" in self.loss else {"embedding": network.encoder(query)}
+        outputs["contrast"] = self.contrast(outputs.pop("embedding"), key)
+        return outputs, dict.fromkeys(outputs, target)
+
+    def _crop(self, *images: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
+        """Return the same random part of each image."""
+        height, width = images[0].shape[2:]
+        rows, columns = (max(1, round(self.crop * side)) for side in (height, width))
+        top, left = (int(torch.randint(spare + 1, ())) for spare in (height - rows, width - columns))
+        return [image[..., top : top + rows, left : left + columns] for image in images]
+
+    def contrast(self, embedding: Float[Tensor, "b e"], key: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
+        """Update the moving average and the queue, and return the loss of the embeddings.
+
+        Args:
+            embedding: Embeddings of the queries.
+            key: Other parts of the same images.
+        """
+        with torch.no_grad():
+            for average, parameter in zip(
+                self.key_encoder.parameters(), cast(AirNet, self.network).encoder.parameters(), strict=True
+            ):
+                average.lerp_(parameter, 1 - self.momentum)
+            keys = F.normalize(self.key_encoder(key).float(), dim=1)
+        queries = F.normalize(embedding.float(), dim=1)
+        with torch.autocast(queries.device.type, enabled=False):
+            positive = (queries * keys).sum(1, keepdim=True)
+            logits = torch.cat((positive, queries @ self.queued.clone().T), dim=1) / self.temperature
+        self._enqueue(keys)
+        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+
+    def _enqueue(self, keys: Float[Tensor, "b e"]) -> None:
+        """Replace the oldest keys."""
+        size = len(self.queued)
+        kept = keys[-size:]
+        index = (self.position + torch.arange(len(kept), device=keys.device)) % size
+        self.queued[index] = kept
+        self.position.copy_((self.position + len(kept)) % size)
+
+
+class PhasesLR(torch.optim.lr_scheduler.LambdaLR):
+    """Learning rate of AirNet, by epoch.
+
+    Args:
+        optimizer: The optimizer, with the learning rate of the first epochs.
+        encoder_epochs: Epochs of the first phase.
+        decay_epochs: The first phase multiplies the learning rate by 0.1 each time after so many epochs.
+        halving_epochs: The second phase starts at 0.1, and halves it each time after so many epochs.
+
+    References:
+        The authors' code, which sets the learning rate after an epoch by the number of the epoch.
+
+    Example:
+        >>> optimizer = torch.optim.Adam([torch.zeros(1)], 1e-3)
+        >>> factor = PhasesLR(optimizer).lr_lambdas[0]
+        >>> [round(factor(epoch), 4) for epoch in (0, 60, 61, 101, 225, 226, 351)]
+        [1.0, 1.0, 0.1, 0.1, 0.1, 0.05, 0.025]
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        encoder_epochs: int = 100,
+        decay_epochs: int = 60,
+        halving_epochs: int = 125,
+    ) -> None:
+        def factor(epoch: int) -> float:
+            finished = max(epoch - 1, 0)
+            if finished <= encoder_epochs:
+                return float(0.1 ** (finished // decay_epochs))
+            return float(0.1 * 0.5 ** ((finished - encoder_epochs) // halving_epochs))
+
+        functions: list[Callable[[int], float]] = [factor for _ in optimizer.param_groups]
+        super().__init__(optimizer, functions)

@@ -1,0 +1,205 @@
+"""NAFNet: a U-net of blocks without activation functions; two halves of the channels multiply each other instead.
+
+Chen et al., Simple Baselines for Image Restoration, ECCV 2022, as published by ClearView
+(github.com/dronefreak/clearview). Computed as by the authors, except that
+
+- tensors are ``(b, h, w, c)``, and without gradients, blocks process strips of rows that fit into a processor's cache;
+- the factors of the residuals are multiplied with the weights of the last convolutions, not with the maps.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from derain.errors import DerainError
+from derain.networks.base import Names, Network, count_numbered
+from derain.nn.graphs import compiling_or_exporting
+from derain.nn.padding import pad_with_zeros
+from derain.nn.restormer import pointwise, spatial, strips
+
+
+def gated(x: Float[Tensor, "b h w c2"]) -> Float[Tensor, "b h w c"]:
+    """Return the product of both halves of the channels ("SimpleGate", NAFNet, eq. 4)."""
+    first, second = x.chunk(2, dim=-1)
+    return first * second
+
+
+class NAFBlock(nn.Module):
+    """Depth-wise convolution with channel attention, then a feed-forward network; each gated, with a residual.
+
+    Args:
+        channels: Number of channels.
+
+    Shape:
+        ``(b, h, w, channels)`` → same.
+
+    References:
+        NAFNet, Figures 3(d) and 4(c), eqs. 4 to 6.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
+        self.expand = nn.Conv2d(channels, 2 * channels, 1)
+        self.depthwise = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1, groups=2 * channels)
+        self.attention = nn.Conv2d(channels, channels, 1)
+        self.project = nn.Conv2d(channels, channels, 1)
+        self.factor1 = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
+        self.feed_in = nn.Conv2d(channels, 2 * channels, 1)
+        self.feed_out = nn.Conv2d(channels, channels, 1)
+        self.factor2 = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        """Transform features."""
+        width = self.expand.out_channels
+        parts = [self._spatially_mixed(strip)[:, own_rows] for _, strip, own_rows in strips(x, width)]
+        mixed = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        means = mixed.mean((1, 2), keepdim=True)
+        weights = pointwise(means, self.attention.weight, self.attention.bias)
+        projections = _scaled(self.project, self.factor1), _scaled(self.feed_out, self.factor2)
+        if torch.is_grad_enabled() or compiling_or_exporting():
+            return self._projected(x, mixed * weights, projections)
+        for rows, _, _ in strips(x, width):
+            mixed[:, rows] = self._projected(x[:, rows], mixed[:, rows] * weights, projections)
+        return mixed
+
+    def _spatially_mixed(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        hidden = pointwise(self.norm1(x), self.expand.weight, self.expand.bias)
+        return gated(spatial(hidden, self.depthwise))
+
+    def _projected(
+        self, x: Float[Tensor, "b h w c"], mixed: Float[Tensor, "b h w c"], projections: Sequence[tuple[Tensor, Tensor]]
+    ) -> Float[Tensor, "b h w c"]:
+        project, feed_out = projections
+        x = x + pointwise(mixed, *project)
+        hidden = gated(pointwise(self.norm2(x), self.feed_in.weight, self.feed_in.bias))
+        return x + pointwise(hidden, *feed_out)
+
+
+def _scaled(convolution: nn.Conv2d, factor: Float[Tensor, "1 c 1 1"]) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of a convolution whose output is multiplied by a factor for each channel."""
+    return convolution.weight * factor.transpose(0, 1), cast(Tensor, convolution.bias) * factor.flatten()
+
+
+class Downsample(nn.Module):
+    """Downsampling by a 2×2 convolution: half the resolution, twice the channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 2 * channels, 2, stride=2)
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 c2"]:
+        """Downsample."""
+        return cast(Tensor, self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class Upsample(nn.Module):
+    """Upsampling by a 1×1 convolution and pixel-shuffle: twice the resolution, half the channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 2 * channels, 1, bias=False)
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 c2"]:
+        """Upsample."""
+        return F.pixel_shuffle(self.conv(x.permute(0, 3, 1, 2)), 2).permute(0, 2, 3, 1)
+
+
+class NAFNet(Network):
+    """NAFNet with four levels.
+
+    The output is ``derained``.
+
+    Args:
+        width: Number of channels at full resolution; it doubles at each level.
+        encoder_blocks: Number of blocks at each of the four levels of the encoder, finest first.
+        middle_blocks: Number of blocks at the coarsest resolution.
+        decoder_blocks: Number of blocks at each of the four levels of the decoder, finest first.
+
+    Raises:
+        DerainError: If encoder or decoder does not have four levels.
+
+    References:
+        NAFNet, Figures 2(c) and 3(d). By default ClearView's "nafnet", 14,344,483 parameters; its "nafnet-small" has
+        width 16 and one block everywhere, 1,137,203 parameters.
+    """
+
+    size_multiple: ClassVar[int] = 16
+    bytes_per_pixel: ClassVar[int] = 1500
+    signature: ClassVar[str] = "encoders.0.0.sca.conv.weight"
+    published_names: ClassVar[Names] = (
+        (r"^intro\.", "embedding."),
+        (r"^ending\.", "output."),
+        (r"^middle_blks\.", "middle."),
+        (r"^encoders\.", "encoder."),
+        *((rf"^decoders\.{3 - level}\.", f"decoder.{level}.") for level in range(4)),
+        (r"^downs\.(\d)\.", r"down.\1.conv."),
+        *((rf"^ups\.{3 - level}\.0\.", f"up.{level}.conv.") for level in range(4)),
+        (r"\.beta$", ".factor1"),
+        (r"\.gamma$", ".factor2"),
+        (r"\.conv1\.", ".expand."),
+        (r"\.dwconv\.", ".depthwise."),
+        (r"\.sca\.conv\.", ".attention."),
+        (r"\.conv2\.", ".project."),
+        (r"\.conv3\.", ".feed_in."),
+        (r"\.conv4\.", ".feed_out."),
+    )
+
+    def __init__(
+        self,
+        width: int = 32,
+        encoder_blocks: Sequence[int] = (2, 2, 4, 8),
+        middle_blocks: int = 4,
+        decoder_blocks: Sequence[int] = (2, 2, 2, 2),
+    ) -> None:
+        super().__init__()
+        if len(encoder_blocks) != 4 or len(decoder_blocks) != 4:
+            raise DerainError(
+                f"encoder_blocks {list(encoder_blocks)}, decoder_blocks {list(decoder_blocks)}: "
+                "expected four numbers each, one per level"
+            )
+
+        def blocks(level: int, count: int) -> nn.Sequential:
+            return nn.Sequential(*(NAFBlock(width * 2**level) for _ in range(count)))
+
+        self.embedding = nn.Conv2d(3, width, 3, padding=1)
+        self.encoder = nn.ModuleList(blocks(level, count) for level, count in enumerate(encoder_blocks))
+        self.down = nn.ModuleList(Downsample(width * 2**level) for level in range(4))
+        self.middle = blocks(4, middle_blocks)
+        self.up = nn.ModuleList(Upsample(2 * width * 2**level) for level in range(4))
+        self.decoder = nn.ModuleList(blocks(level, count) for level, count in enumerate(decoder_blocks))
+        self.output = nn.Conv2d(width, 3, 3, padding=1)
+
+    def pad(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
+        """Return images padded with zeros at the bottom and the right to multiples of 16."""
+        return pad_with_zeros(image, self.size_multiple)
+
+    def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
+        """Return ``derained``, images in [0, 1]."""
+        x = spatial(image.permute(0, 2, 3, 1).contiguous(), self.embedding)
+        skips = []
+        for blocks, down in zip(self.encoder, self.down, strict=True):
+            x = blocks(x)
+            skips.append(x)
+            x = down(x)
+        x = self.middle(x)
+        for level in reversed(range(4)):
+            x = self.decoder[level](self.up[level](x) + skips.pop())
+        return {"derained": self.output(x.permute(0, 3, 1, 2)) + image}
+
+    @classmethod
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Return the arguments that the shapes of the authors' tensors determine; None for another network."""
+        if cls.signature not in state:
+            return None
+        return {
+            "width": len(state["intro.weight"]),
+            "encoder_blocks": [count_numbered(state, rf"encoders\.{level}\.(\d+)\.") for level in range(4)],
+            "middle_blocks": count_numbered(state, r"middle_blks\.(\d+)\."),
+            "decoder_blocks": [count_numbered(state, rf"decoders\.{3 - level}\.(\d+)\.") for level in range(4)],
+        }

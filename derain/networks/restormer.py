@@ -1,0 +1,105 @@
+"""Restormer as a network with options: biases, normalisation without bias, numbers of blocks and channels."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from derain.networks.base import Names, Network
+from derain.networks.shapes import restormer_options
+from derain.nn import restormer
+from derain.nn.graphs import compiling_or_exporting
+from derain.nn.restormer import GatedFeedForward, Norm, SelfAttention, TransformerBlock
+
+
+class BiasFreeNorm(nn.Module):
+    """Layer normalisation over the channels that neither subtracts the mean nor adds a bias.
+
+    Shape:
+        ``(b, h, w, channels)`` → same.
+
+    References:
+        ``BiasFree_LayerNorm`` of Restormer's code, which uses it to remove Gaussian noise.
+    """
+
+    eps: ClassVar[float] = 1e-5
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        """Normalise."""
+        if torch.is_grad_enabled() or compiling_or_exporting():
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            inverse_deviation = (wide.var(-1, correction=0, keepdim=True) + self.eps).rsqrt()
+            return x * inverse_deviation.to(x.dtype) * self.weight
+        # Several times faster, but without gradients of mean and deviation.
+        out, mean, inverse_deviation = torch.native_layer_norm(x, x.shape[-1:], None, None, self.eps)
+        return out.add_(mean * inverse_deviation).mul_(self.weight)
+
+
+class Restormer(Network):
+    """Restormer, with the options of ClearView's.
+
+    The output is ``derained``.
+
+    Args:
+        dim: Number of channels at the finest level; it doubles at each level.
+        blocks: Number of transformer blocks at each of the four levels.
+        refinement: Number of refinement blocks.
+        heads: Number of attention heads at each of the four levels.
+        expansion: Expansion of the feed-forward networks.
+        bias: Whether convolutions have biases, except those of downsampling and upsampling.
+        bias_free_norm: Whether normalisation neither subtracts the mean nor adds a bias.
+
+    Raises:
+        DerainError: If ``blocks`` or ``heads`` does not have four numbers.
+
+    References:
+        Zamir et al., Restormer, CVPR 2022: the defaults, 26,126,644 parameters. ClearView
+        (github.com/dronefreak/clearview): ``blocks`` 2, 3, 3, 4 with ``bias`` and ``bias_free_norm``, 15,263,563
+        parameters; small: also ``dim`` 24, ``blocks`` 1, 1, 1, 2, ``refinement`` 2, 2,278,027 parameters.
+    """
+
+    bytes_per_pixel: ClassVar[int] = 5400
+    signature: ClassVar[str] = "encoder_level1.0.norm1.weight"  # of ClearView; its authors' has ``norm1.body.weight``
+    published_names: ClassVar[Names] = (
+        (r"^patch_embed\.(?!proj)", "patch_embed.proj."),
+        (r"^", "body."),
+    )
+
+    def __init__(
+        self,
+        dim: int = 48,
+        blocks: Sequence[int] = (4, 6, 6, 8),
+        refinement: int = 4,
+        heads: Sequence[int] = (1, 2, 4, 8),
+        expansion: float = 2.66,
+        bias: bool = False,
+        bias_free_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        block = partial(
+            TransformerBlock,
+            attention=partial(SelfAttention, bias=bias),
+            feed_forward=partial(GatedFeedForward, bias=bias),
+            norm=BiasFreeNorm if bias_free_norm else Norm,
+        )
+        self.body = restormer.Restormer(dim, blocks, refinement, heads, expansion, block, bias)
+
+    def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
+        """Return ``derained``, images in [0, 1]; of any size, since ``body`` pads to a multiple of 8."""
+        return {"derained": self.body(image)}
+
+    @classmethod
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Return the arguments that the shapes of ClearView's tensors determine; None for another network."""
+        if cls.signature not in state:
+            return None
+        names = {name.removeprefix("body."): tensor for name, tensor in cls.translate(state).items()}
+        options = restormer_options(names)
+        return None if options is None else {**options, "bias": True, "bias_free_norm": True}

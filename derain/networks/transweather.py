@@ -1,0 +1,313 @@
+r"""TransWeather: a pyramid transformer whose decoder asks learned queries what the weather did to the image.
+
+Valanarasu et al., TransWeather: Transformer-based Restoration of Images Degraded by Adverse Weather Conditions, CVPR
+2022. The network computes from images in [-1, 1]; the result of its tanh is read as an image in [0, 1].
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from derain.errors import DerainError
+from derain.networks.base import Names, Network, count_numbered
+from derain.nn.normalization import LayerNorm
+from derain.nn.padding import pad_to_minimum
+from derain.nn.pyramid import EPSILON, Block, Embedding, Map, ReducedAttention, split_heads
+
+SMALLEST = 48
+"""Smallest side of images: the reductions of the small scales need maps of 2 pixels a side."""
+
+
+class QueryAttention(nn.Module):
+    """Attention of learned weather queries to the pixels.
+
+    A pixel gets the result of a query by its position: the first pixels that of the first query. So there are no more
+    different results than queries; they are computed once and then copied.
+
+    Args:
+        width: Number of channels.
+        heads: Number of heads.
+        queries: Number of queries.
+
+    References:
+        TransWeather, section 3.3.
+    """
+
+    def __init__(self, width: int, heads: int, queries: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.queries = nn.Parameter(torch.randn(1, queries, width))
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.project = nn.Linear(width, width)
+
+    def forward(self, x: Map) -> Map:
+        """Attend."""
+        batch, height, width, _ = x.shape
+        query = split_heads(self.query(self.queries), self.heads).expand(batch, -1, -1, -1)
+        key, value = (split_heads(part, self.heads) for part in self.key_value(x).flatten(1, 2).chunk(2, dim=-1))
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        answers = self.project(attended).transpose(1, 2)
+        return F.interpolate(answers, size=height * width).transpose(1, 2).reshape(x.shape)
+
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
+        """Return multiplications that are not counted: those of the authors, who compute all pixels."""
+        pixels = output.shape[1] * output.shape[2]
+        saved = output.shape[0] * (pixels - self.queries.shape[1])
+        return saved * self.project.weight.numel(), 2 * output.numel() * pixels
+
+
+class Stage(nn.Module):
+    """Stage of the encoder: embedding to a coarser map, blocks, normalisation.
+
+    Args:
+        embedding: The embedding.
+        blocks: The blocks.
+        width: Number of channels.
+    """
+
+    def __init__(self, embedding: Embedding, blocks: Iterable[Block], width: int) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = LayerNorm(width, EPSILON)
+
+    def forward(self, x: Map) -> Map:
+        """Transform features."""
+        return cast(Tensor, self.norm(self.blocks(self.embedding(x))))
+
+
+class IntraPatch(nn.Module):
+    """Path beside a stage, of patches within its patches, to the resolution of the next stage ("Intra-PT").
+
+    References:
+        TransWeather, section 3.2.
+    """
+
+    def __init__(self, channels: int, width: int, heads: int, reduction: int, expansion: int, drop: float) -> None:
+        super().__init__()
+        self.embedding = Embedding(channels, width)
+        self.block = Block(width, ReducedAttention(width, heads, reduction), expansion, drop)
+        self.norm = LayerNorm(width, EPSILON)
+
+    def forward(self, x: Map) -> Map:
+        """Transform features."""
+        return cast(Tensor, self.norm(self.block(self.embedding(x))))
+
+
+class ResidualBlock(nn.Module):
+    """Residual block of two convolutions, with a tenth of their result."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Transform features."""
+        return cast(Tensor, x + 0.1 * self.conv2(F.relu(self.conv1(x), inplace=True)))
+
+
+class Upsample(nn.ConvTranspose2d):
+    """Transposed convolution to twice the resolution.
+
+    Args:
+        channels: Number of channels of the input.
+        out_channels: Number of channels of the output.
+    """
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels, 4, 2, 1)
+
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
+        """Return multiplications that are not counted: all, as thop counts them, with those by inserted zeros."""
+        return self.weight.numel() * (output.numel() // output.shape[1]), 0
+
+
+class Projection(nn.Module):
+    """Upsampling by transposed convolutions, to which the maps of the encoder are added.
+
+    Args:
+        widths: Number of channels of the maps, the finest first.
+        last: Number of channels at half and at full resolution.
+
+    Shape:
+        The decoder's map and those of the encoder → ``(b, last[1], h, w)``.
+    """
+
+    def __init__(self, widths: Sequence[int], last: Sequence[int]) -> None:
+        super().__init__()
+        channels = [widths[3], *widths[::-1], *last]
+        steps = zip(("32", "16", "8", "4", "2", "1"), channels, channels[1:], strict=False)
+        self.up = nn.ModuleDict({name: Upsample(c, d) for name, c, d in steps})
+        self.residual = nn.ModuleDict({name: ResidualBlock(c) for name, c in zip("4321", channels[2:6], strict=True)})
+
+    def forward(self, x: Map, maps: Sequence[Map]) -> Float[Tensor, "b c h w"]:
+        """Upsample."""
+        first, second, third, fourth = (encoded.permute(0, 3, 1, 2) for encoded in maps)
+        y = self.upsample("32", x.permute(0, 3, 1, 2), fourth) + fourth
+        y = self.residual["4"](self.upsample("16", y, third)) + third
+        y = self.residual["3"](self.upsample("8", y, second)) + second
+        y = self.residual["2"](self.upsample("4", y, first)) + first
+        y = self.residual["1"](self.up["2"](y))
+        return cast(Tensor, self.up["1"](y))
+
+    def upsample(
+        self, scale: str, x: Float[Tensor, "b c h w"], like: Float[Tensor, "b d h2 w2"]
+    ) -> Float[Tensor, "b d h2 w2"]:
+        """Upsample by 2; the last row and column are cropped where the encoder rounded up."""
+        return cast(Tensor, self.up[scale](x)[..., : like.shape[2], : like.shape[3]])
+
+
+class TransWeather(Network):
+    """TransWeather: encoder of four stages, decoder with weather queries, convolutional projection.
+
+    Args:
+        widths: Number of channels of the four stages.
+        depths: Number of blocks of the four stages.
+        heads: Number of heads of the four stages.
+        reductions: Reduction of keys and values in the four stages; the path beside a stage has the same.
+        expansion: Hidden channels of the encoder's feed-forward networks divided by the width.
+        intra_heads: Number of heads of the paths beside the first three stages.
+        decoder_depth: Number of blocks of the decoder.
+        decoder_heads: Number of heads of the decoder.
+        decoder_expansion: As ``expansion``, of the decoder.
+        queries: Number of weather queries of each block.
+        last: Number of channels of the projection at half and at full resolution.
+        drop: Probability in training that the residual of the encoder's and the decoder's last block is skipped;
+            it grows linearly from 0 at the first block.
+
+    Outputs:
+        ``derained``: The restored image, in [-1, 1], to be read as [0, 1].
+
+    Shape:
+        ``(b, 3, h, w)`` in [0, 1] → same. Sides are padded to multiples of 16, and to 48 at least.
+
+    Raises:
+        DerainError: If a list does not have a number for each stage.
+
+    References:
+        TransWeather, Figure 2. 37,755,411 parameters by default.
+    """
+
+    size_multiple: ClassVar[int] = 16
+    bytes_per_pixel: ClassVar[int] = 1000
+    signature: ClassVar[str] = "Tdec.block1.0.attn.task_query"
+    published_options: ClassVar[frozenset[str]] = frozenset({"heads", "intra_heads", "decoder_heads"})
+    published_names: ClassVar[Names] = (
+        (r"Tenc\.mini_patch_embed4\..*", None),
+        (r"convtail\.conv_output\..*", None),
+        (r"^Tenc\.patch_embed(\d)\.", r"encoder.\1.embedding."),
+        (r"^Tenc\.block(\d)\.", r"encoder.\1.blocks."),
+        (r"^Tenc\.norm(\d)\.", r"encoder.\1.norm."),
+        (r"^Tenc\.mini_patch_embed(\d)\.", r"intra.\1.embedding."),
+        (r"^Tenc\.patch_block(\d)\.0\.", r"intra.\1.block."),
+        (r"^Tenc\.pnorm(\d)\.", r"intra.\1.norm."),
+        (r"^Tdec\.patch_embed1\.", "decoder.embedding."),
+        (r"^Tdec\.block1\.", "decoder.blocks."),
+        (r"^Tdec\.norm1\.", "decoder.norm."),
+        (r"\.embedding\.proj\.", ".embedding.conv."),
+        (r"\.attn\.task_query$", ".attention.queries"),
+        (r"\.attn\.q\.", ".attention.query."),
+        (r"\.attn\.kv\.", ".attention.key_value."),
+        (r"\.attn\.proj\.", ".attention.project."),
+        (r"\.attn\.sr\.", ".attention.reduce."),
+        (r"\.attn\.norm\.", ".attention.norm."),
+        (r"\.mlp\.fc1\.", ".feed_forward.project_in."),
+        (r"\.mlp\.dwconv\.dwconv\.", ".feed_forward.depthwise."),
+        (r"\.mlp\.fc2\.", ".feed_forward.project_out."),
+        (r"^convtail\.convd(\d+)x\.conv2d\.", r"projection.up.\1."),
+        (r"^convtail\.dense_(\d)\.0\.(conv\d)\.conv2d\.", r"projection.residual.\1.\2."),
+        (r"^clean\.conv2d\.", "tail."),
+    )
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (64, 128, 320, 512),
+        depths: Sequence[int] = (2, 2, 2, 2),
+        heads: Sequence[int] = (1, 2, 4, 4),
+        reductions: Sequence[int] = (4, 2, 2, 1),
+        expansion: int = 2,
+        intra_heads: Sequence[int] = (1, 2, 2),
+        decoder_depth: int = 3,
+        decoder_heads: int = 8,
+        decoder_expansion: int = 4,
+        queries: int = 48,
+        last: Sequence[int] = (16, 8),
+        drop: float = 0.1,
+    ) -> None:
+        super().__init__()
+        expected = {"widths": 4, "depths": 4, "heads": 4, "reductions": 4, "intra_heads": 3, "last": 2}
+        given = (widths, depths, heads, reductions, intra_heads, last)
+        for (name, count), numbers in zip(expected.items(), given, strict=True):
+            if len(numbers) != count:
+                raise DerainError(f"{name} {list(numbers)}: expected {count} numbers")
+        rates = torch.linspace(0, drop, sum(depths)).tolist()
+        self.encoder, self.intra = nn.ModuleDict(), nn.ModuleDict()
+        for stage, name in enumerate("1234"):
+            width, reduction, rates_of_stage = widths[stage], reductions[stage], rates[sum(depths[:stage]) :]
+            blocks = (
+                Block(width, ReducedAttention(width, heads[stage], reduction), expansion, rate)
+                for rate in rates_of_stage[: depths[stage]]
+            )
+            embedding = Embedding(widths[stage - 1], width) if stage else Embedding(3, width, 7, 4)
+            self.encoder[name] = Stage(embedding, blocks, width)
+            if stage < 3:
+                self.intra[name] = IntraPatch(
+                    width, widths[stage + 1], intra_heads[stage], reduction, expansion, rates_of_stage[0]
+                )
+        width = widths[3]
+        answers = (
+            Block(width, QueryAttention(width, decoder_heads, queries), decoder_expansion, rate)
+            for rate in torch.linspace(0, drop, decoder_depth).tolist()
+        )
+        self.decoder = Stage(Embedding(width, width), answers, width)
+        self.projection = Projection(widths, last)
+        self.tail = nn.Conv2d(last[1], 3, 3, padding=1)
+
+    def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
+        """Return the restored image."""
+        height, width = image.shape[2:]
+        maps = self.encode(pad_to_minimum(2 * image - 1, SMALLEST).permute(0, 2, 3, 1))
+        features = self.projection(self.decoder(maps[-1]), maps)
+        return {"derained": torch.tanh(self.tail(features))[..., :height, :width]}
+
+    def encode(self, image: Float[Tensor, "b h w 3"]) -> list[Map]:
+        """Return the maps of the four stages, at 1/4, 1/8, 1/16 and 1/32 of the resolution."""
+        maps, x, beside = [], image, None
+        for name, module in self.encoder.items():
+            stage = cast(Stage, module)
+            x = stage.embedding(x)
+            x = x if beside is None else x + beside
+            beside = self.intra[name](x) if name in self.intra else None
+            x = stage.norm(stage.blocks(x))
+            maps.append(x)
+        return maps
+
+    @classmethod
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Return widths, depths and reductions of the authors' tensors; None for another network."""
+        if cls.signature not in state:
+            return None
+
+        def shape(name: str) -> list[int]:
+            return list(state[name].shape)
+
+        stages = range(1, 5)
+        reductions = (f"Tenc.block{stage}.0.attn.sr.weight" for stage in stages)
+        widths = [shape(f"Tenc.patch_embed{stage}.proj.weight")[0] for stage in stages]
+        hidden, width = shape("Tdec.block1.0.mlp.fc1.weight")
+        return {
+            "widths": widths,
+            "depths": [count_numbered(state, rf"Tenc\.block{stage}\.(\d+)\.") for stage in stages],
+            "reductions": [shape(name)[2] if name in state else 1 for name in reductions],
+            "expansion": shape("Tenc.block1.0.mlp.fc1.weight")[0] // widths[0],
+            "decoder_depth": count_numbered(state, r"Tdec\.block1\.(\d+)\."),
+            "decoder_expansion": hidden // width,
+            "queries": shape(cls.signature)[1],
+            "last": [shape(f"convtail.convd{scale}x.conv2d.weight")[1] for scale in (2, 1)],
+        }
