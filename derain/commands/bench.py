@@ -31,10 +31,10 @@ from derain.restoration import choose_device
 from derain.tables import Column, Format, Row, Table, write_results
 
 CONVENTION = (
-    "MACs: counted as thop counts the authors' code: convolutions and linear layers, one route, without CLIP, and for a "
+    "MACs: counted as thop counts the authors' code: convolutions and linear layers, one route, without CLIP, for a "
     "diffusion one sampling step; in networks of other systems also layers whose results are not used, and thop's "
-    "operations for pooling and normalisation where printed figures have them; +attention: also what thop does not see: "
-    "the products QKᵀ and AV, gates of experts, and deformable and functional convolutions"
+    "operations for pooling and normalisation where printed figures have them; +attention: also what thop does not "
+    "see: the products QKᵀ and AV, gates of experts, and deformable and functional convolutions"
 )
 PAPER = "CLIP-RPN's paper: parameters of two routes, and 293.53 G at 256×256 (Table 4), where derain counts 150.73."
 ROUNDS = 3
@@ -178,7 +178,7 @@ def count_cost(method: DerainModule, size: int) -> dict[str, int]:
 
     derain's networks save products of the authors' code, which are added here: attention multiplies its projection with
     the attention matrix instead of the pixels, the first stage of PReNet has no state to forget, and pixels are
-    convolved before they are repeated.
+    convolved before they are repeated. Further differences from thop are methods ``extra_macs`` of the modules.
 
     Args:
         method: Method on the CPU.
