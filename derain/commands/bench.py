@@ -178,7 +178,7 @@ def count_cost(method: DerainModule, size: int) -> dict[str, int]:
 
     derain's networks save products of the authors' code, which are added here: attention multiplies its projection with
     the attention matrix instead of the pixels, the first stage of PReNet has no state to forget, and pixels are
-    convolved before they are repeated.
+    convolved before they are repeated. Further differences from thop are methods ``extra_macs`` of the modules.
 
     Args:
         method: Method on the CPU.

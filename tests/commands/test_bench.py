@@ -15,6 +15,9 @@ from derain.commands import bench
 from derain.commands.bench import count_cost, find_variants
 from derain.errors import DerainError
 from derain.methods import CLIPRPNModule, DerainModule, PReNetModule, RestormerModule
+from derain.methods.registry import class_path
+from derain.methods.regression.module import RegressionModule
+from derain.networks import NETWORKS
 from tests.methods.test_contract import Plain
 
 VARIANTS = find_variants()
@@ -118,22 +121,14 @@ def test_a_counted_method_still_restores():
 
 
 def test_every_method_and_variant_is_counted():
-    assert sorted(VARIANTS) == sorted(
-        [
-            *(
-                "PReNet",
-                "PReNet_r",
-                "PRN",
-                "PRN_r",
-                "PReNet_LSTM",
-                "Restormer",
-                "CLIP-RPN, 1 route",
-                "CLIP-RPN, 2 routes",
-            ),
-            *("CLIP-RPN, 3 routes", "CLIP-RPN without MGCA", "CLIP-RPN, tiny", "IR-SDE, one step"),
-            *("DA-CLIP + IR-SDE, one step", "IR-SDE, tiny, one step", "PLNLIN", "PLNLIN, tiny"),
-        ]
-    )
+    own = {
+        *("PReNet", "PReNet_r", "PRN", "PRN_r", "PReNet_LSTM", "Restormer", "CLIP-RPN, 1 route", "CLIP-RPN, 2 routes"),
+        *("CLIP-RPN, 3 routes", "CLIP-RPN without MGCA", "CLIP-RPN, tiny", "IR-SDE, one step"),
+        *("DA-CLIP + IR-SDE, one step", "IR-SDE, tiny, one step", "PLNLIN", "PLNLIN, tiny"),
+    }
+    networks = {path.rpartition(".")[2] for path in NETWORKS}
+    repeated = {f"{name} ({class_path(RegressionModule)})" for name in networks & own}
+    assert set(VARIANTS) == own | networks | repeated
 
 
 @pytest.mark.parametrize(
