@@ -101,7 +101,7 @@ def find_variants() -> dict[str, Callable[[], DerainModule]]:
     builds: dict[str, Callable[[], DerainModule]] = {}
     for method in methods():
         if issubclass(method, DerainModule):
-            variants = vars(method).get("variants") or {method.__name__: {}}
+            variants = vars(method).get("variants", {method.__name__: {}})
             for name, hyper_parameters in variants.items():
                 unique = f"{name} ({class_path(method)})" if name in builds else name
                 builds[unique] = partial(build_method, method, **hyper_parameters)

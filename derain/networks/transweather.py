@@ -160,7 +160,7 @@ class Projection(nn.Module):
         self, scale: str, x: Float[Tensor, "b c h w"], like: Float[Tensor, "b d h2 w2"]
     ) -> Float[Tensor, "b d h2 w2"]:
         """Upsample by 2; the last row and column are cropped where the encoder rounded up."""
-        return cast(Tensor, self.up[scale](x)[..., : like.shape[2], : like.shape[3]])
+        return cast(Tensor, self.up[scale](x).narrow(2, 0, like.shape[2]).narrow(3, 0, like.shape[3]))
 
 
 class TransWeather(Network):
@@ -195,7 +195,7 @@ class TransWeather(Network):
     """
 
     size_multiple: ClassVar[int] = 16
-    bytes_per_pixel: ClassVar[int] = 1000
+    bytes_per_pixel: ClassVar[int] = 400
     signature: ClassVar[str] = "Tdec.block1.0.attn.task_query"
     published_options: ClassVar[frozenset[str]] = frozenset({"heads", "intra_heads", "decoder_heads"})
     published_names: ClassVar[Names] = (

@@ -10,13 +10,22 @@ from jaxtyping import Float
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 from derain.nn.normalization import LayerNorm
 from derain.nn.restormer import spatial
 
+=======
+>>>>>>> z4
 EPSILON = 1e-6
 """Added to variances by the layer normalisations of blocks and stages."""
 
-Map = Float[Tensor, "b h w c"]
+Map = Float[Tensor, "b _ _ _"]
+"""Map ``(b, h, w, c)``."""
+
+
+def convolve(x: Map, convolution: nn.Module) -> Map:
+    """Apply a convolution with any stride to a map."""
+    return cast(Tensor, convolution(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class Embedding(nn.Module):
@@ -36,7 +45,7 @@ class Embedding(nn.Module):
 
     def forward(self, x: Map) -> Map:
         """Embed."""
-        return cast(Tensor, self.norm(spatial(x, self.conv)))
+        return cast(Tensor, self.norm(convolve(x, self.conv)))
 
 
 def split_heads(x: Float[Tensor, "b n c"], heads: int) -> Float[Tensor, "b heads n d"]:
@@ -70,7 +79,7 @@ class ReducedAttention(nn.Module):
     def forward(self, x: Map) -> Map:
         """Attend."""
         query = split_heads(self.query(x).flatten(1, 2), self.heads)
-        reduced = self.norm(spatial(x, self.reduce)) if self.reduction > 1 else x
+        reduced = self.norm(convolve(x, self.reduce)) if self.reduction > 1 else x
         key, value = (split_heads(part, self.heads) for part in self.key_value(reduced).flatten(1, 2).chunk(2, dim=-1))
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         return cast(Tensor, self.project(attended.reshape(x.shape)))
@@ -93,7 +102,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Map) -> Map:
         """Apply the network."""
-        return cast(Tensor, self.project_out(F.gelu(spatial(self.project_in(x), self.depthwise))))
+        return cast(Tensor, self.project_out(F.gelu(convolve(self.project_in(x), self.depthwise))))
 
 
 class Block(nn.Module):

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,7 @@ class AirNetModule(RegressionModule):
         Representation Learning, CVPR 2020, eqs. 1 and 2.
     """
 
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # counted as RegressionModule's
     may_change = RegressionModule.may_change | {"encoder_epochs", "momentum", "temperature", "crop"}
     queued: Tensor
     position: Tensor
