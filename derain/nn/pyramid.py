@@ -10,12 +10,8 @@ from jaxtyping import Float
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
-<<<<<<< HEAD
 from derain.nn.normalization import LayerNorm
-from derain.nn.restormer import spatial
 
-=======
->>>>>>> z4
 EPSILON = 1e-6
 """Added to variances by the layer normalisations of blocks and stages."""
 
