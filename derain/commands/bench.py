@@ -25,13 +25,16 @@ from derain.methods import DerainModule
 from derain.methods.catalog import load, methods, use_method
 from derain.methods.onnx_model import OnnxNetwork
 from derain.methods.registry import class_path
+from derain.nn.normalization import OPERATIONS
 from derain.progress import track
 from derain.restoration import choose_device
 from derain.tables import Column, Format, Row, Table, write_results
 
 CONVENTION = (
-    "MACs: counted as thop counts the authors' code: convolutions and linear layers only, one route, without CLIP, and "
-    "for a diffusion one sampling step; +attention: also the products QKᵀ and AV"
+    "MACs: counted as thop counts the authors' code: convolutions and linear layers, one route, without CLIP, and for "
+    "a diffusion one sampling step; in networks of other systems also layers whose results are not used, and thop's "
+    "operations for pooling and normalisation where printed figures have them; +attention: also what thop does not "
+    "see: the products QKᵀ and AV, gates of experts, and deformable and functional convolutions"
 )
 PAPER = "CLIP-RPN's paper: parameters of two routes, and 293.53 G at 256×256 (Table 4), where derain counts 150.73."
 ROUNDS = 3
@@ -192,6 +195,8 @@ def count_cost(method: DerainModule, size: int) -> dict[str, int]:
     def count_layer(module: nn.Module, inputs: Any, out: Any) -> None:
         if isinstance(module, WindowAttention):  # of timm
             attention.append(2 * inputs[0].numel() * module.window_area)
+        elif isinstance(module, nn.BatchNorm2d):
+            saved.append(OPERATIONS * out.numel())
         elif hasattr(module, "extra_macs"):
             plain, of_attention = cast(Any, module).extra_macs(inputs, out)
             saved.append(plain)

@@ -36,9 +36,9 @@ SMALL = 4096
 """Largest number of elements of a value that is computed here."""
 
 _OPERATOR_NAMES = """
-Abs Add And Cast Ceil Concat Constant ConstantOfShape Div Equal Expand Floor Gather Greater GreaterOrEqual Identity Less
-LessOrEqual Max Min Mod Mul Neg Not Or Range Reshape ScatterND Shape Slice Split Sqrt Squeeze Sub Transpose Unsqueeze
-Where
+Abs Add And Cast Ceil Clip Concat Constant ConstantOfShape Div Equal Expand Floor Gather Greater GreaterOrEqual Identity
+Less LessOrEqual Max Min Mod Mul Neg Not Or Range Reshape ScatterND Shape Slice Split Sqrt Squeeze Sub Transpose
+Unsqueeze Where
 """
 COMPUTED = frozenset(_OPERATOR_NAMES.split())
 """Operators that are computed for small values; their time is proportional to the size of their output."""

@@ -15,6 +15,7 @@ NETWORKS = (
     "derain.networks.rescan.RESCAN",
     "derain.networks.swinir.SwinIR",
     "derain.networks.brn.BRN",
+    "derain.networks.syn2real.Syn2Real",
     "derain.networks.ssid_kd.SSIDKD",
     "derain.networks.nerd_rain.NeRDRain",
     "derain.networks.nafnet.NAFNet",

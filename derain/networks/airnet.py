@@ -107,6 +107,11 @@ class Guidance(nn.Module):
         deformed = deformable_convolution(x, offset, mask.sigmoid(), self.weight)
         return x + deformed + torch.addcmul(self.shift(guide), x, self.scale(guide))
 
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
+        """Return the deformable convolution as work that thop does not see."""
+        deformable = self.weight.numel() * (output.numel() // output.shape[1])
+        return -deformable, deformable
+
 
 class Block(nn.Module):
     """Two guided deformable convolutions, each followed by a convolution, with a residual connection ("DGB").

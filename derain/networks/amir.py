@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from derain.errors import DerainError
 from derain.networks.base import Names, Network
 from derain.networks.shapes import restormer_options
-from derain.nn.graphs import compiling_or_exporting
+from derain.nn.graphs import compiling_or_exporting, has_no_values
 from derain.nn.padding import pad_to_minimum
 from derain.nn.restormer import Downsample, PatchEmbedding, TransformerBlock, Upsample, pointwise, spatial
 
@@ -129,9 +129,15 @@ class SpatialRouting(nn.Module):
             logits = clean + torch.randn_like(clean) * deviation
             loss = self._imbalance(clean, logits, deviation)
         top, index = logits.topk(self.selected, dim=1)
-        mix = self._mix_all if compiling_or_exporting() else self._mix_selected
+        mix = self._mix_all if compiling_or_exporting() or has_no_values(x) else self._mix_selected
         mixed = mix(x.flatten(0, 2), index, top.log_softmax(1)).reshape(x.shape)
         return x + mixed, loss
+
+    def extra_macs(self, inputs: tuple[Any, ...], output: Any) -> tuple[int, int]:
+        """Return what to take off for experts that a pixel does not select, and the multiplications of the gates."""
+        (expert, *others), pixels = self.experts, inputs[0].numel() // inputs[0].shape[-1]
+        layers = sum(layer.weight.numel() for layer in expert.modules() if isinstance(layer, nn.Linear))
+        return -(1 + len(others) - self.selected) * layers * pixels, self.gate.numel() * pixels
 
     def _logits(self, x: Tensor, instruction: Tensor, weight: Tensor) -> Float[Tensor, "n experts"]:
         """Return the product of ``[x, instruction]`` and a weight for each pixel."""

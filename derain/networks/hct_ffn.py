@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from derain.networks.base import Names, Network, count_numbered
 from derain.nn.experts import PUBLISHED_NAMES, ExpertCompensator
 from derain.nn.graphs import exporting
+from derain.nn.normalization import LayerNorm
 from derain.nn.padding import pad_to_minimum
 
 RUNS = 16
@@ -68,6 +69,10 @@ class ResidualBlock(nn.Module):
         y = F.relu(self.conv2(F.relu(self.conv1(x), inplace=True)), inplace=True)
         weights = torch.sigmoid(self.excite(F.relu(self.squeeze(y.mean((2, 3))))))
         return torch.addcmul(x, y, weights[:, :, None, None])
+
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
+        """Return thop's operations for the mean of the features: one per value, one per mean."""
+        return output.numel() + output.shape[0] * output.shape[1], 0
 
 
 class PriorEncoder(nn.Module):
@@ -143,11 +148,11 @@ class RunTransformer(nn.Module):
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
         self.reduce = nn.Linear(width, width // 2, bias=False)
         self.qkv = nn.Linear(width // 2, 3 * (width // 2), bias=False)
         self.project = nn.Linear(width // 2, width)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = LayerNorm(width)
         self.feed_forward = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, width))
         self.heads = heads
         self.scale = (width // heads) ** -0.5

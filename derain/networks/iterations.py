@@ -13,14 +13,14 @@ MAX_ITERATIONS = 100
 """Limit of the iterations, since files do not bound them and time grows with them."""
 
 
-def check_iterations(iterations: int) -> None:
+def check_iterations(iterations: int, least: int = 1) -> None:
     """Refuse numbers of iterations that a network cannot have.
 
     Raises:
-        DerainError: If there are fewer than 1 or more than `MAX_ITERATIONS`.
+        DerainError: If there are fewer than ``least`` or more than `MAX_ITERATIONS`.
     """
-    if not isinstance(iterations, int) or not 1 <= iterations <= MAX_ITERATIONS:
-        raise DerainError(f"iterations {iterations}: expected an integer from 1 to {MAX_ITERATIONS}")
+    if not isinstance(iterations, int) or not least <= iterations <= MAX_ITERATIONS:
+        raise DerainError(f"iterations {iterations}: expected an integer from {least} to {MAX_ITERATIONS}")
 
 
 def assume_iterations(path: Path | None, given: Mapping[str, Any], known: int | None, usual: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Zamir et al., Multi-Stage Progressive Image Restoration, CVPR 2021. Computed as 
 The file is long since encoder-decoders and the subnetwork at full resolution have modules and names of their own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, cast
 
@@ -22,6 +22,9 @@ from derain.networks.base import Names, Network, count_numbered
 
 Features = Sequence[Tensor]
 """Features ``(b, c, h, w)`` at three levels: full, half and quarter resolution."""
+
+BILINEAR = 11
+"""Operations of a value of bilinear interpolation, as the package thop counts them."""
 
 
 def convolution(inputs: int, outputs: int, size: int) -> nn.Conv2d:
@@ -42,6 +45,25 @@ def joined(x: Float[Tensor, "b2 c h2 w2"], dim: int) -> Float[Tensor, "b c h w"]
 def upsampled(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
     """Return features at twice the resolution by bilinear interpolation."""
     return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+def more_after_upsampling(convolutions: Sequence[nn.Module], x: Float[Tensor, "b c h w"], doublings: int) -> int:
+    """Return how many more operations thop counts if upsampling comes first.
+
+    Args:
+        convolutions: 1×1 convolutions of ``x``, one after the other.
+        x: Features before upsampling.
+        doublings: How many times the size is doubled: before each of the first convolutions.
+    """
+    low = pixels = x.numel() // x.shape[1]
+    operations = 0
+    for index, module in enumerate(convolutions):
+        convolution = cast(nn.Conv2d, module)
+        if index < doublings:
+            pixels *= 4
+            operations += BILINEAR * convolution.in_channels * pixels
+        operations += convolution.weight.numel() * (pixels - low)
+    return operations
 
 
 class ChannelAttentionBlock(nn.Module):
@@ -73,6 +95,10 @@ class ChannelAttentionBlock(nn.Module):
         if torch.is_grad_enabled():
             return cast(Tensor, residual * weights + x)
         return cast(Tensor, residual.mul_(weights).add_(x))
+
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
+        """Return thop's operations: one per value of the activation and of the mean, one per mean."""
+        return 2 * output.numel() + output.shape[0] * output.shape[1], 0
 
 
 class Blocks(nn.ModuleList):
@@ -142,6 +168,10 @@ class Encoder(nn.Module):
             features.append(x)
         return features
 
+    def extra_macs(self, inputs: tuple[Any, ...], output: list[Tensor]) -> tuple[int, int]:
+        """Return thop's operations of bilinear downsampling."""
+        return sum(BILINEAR * x.numel() // 4 for x in output[:-1]), 0
+
 
 class Decoder(nn.Module):
     """Decoder of three levels with two blocks each, and a block in each skip connection.
@@ -169,6 +199,10 @@ class Decoder(nn.Module):
             x = self.levels[level](x, slope)
             features.insert(0, x)
         return features
+
+    def extra_macs(self, inputs: tuple[Any, ...], output: list[Tensor]) -> tuple[int, int]:
+        """Return what the authors' order, upsampling and then convolution, has more."""
+        return sum(more_after_upsampling([conv], x, 1) for conv, x in zip(self.up, output[1:], strict=True)), 0
 
 
 class SupervisedAttention(nn.Module):
@@ -230,6 +264,15 @@ class OriginalResolution(nn.Module):
                 previous = upsampled(previous)
             x = x + conv(blocks(x, slope)) + previous
         return x
+
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
+        """Return what the authors' order, upsampling and then convolution, has more."""
+        _, encoded, decoded, _ = inputs
+        more = 0
+        for paths, features in ((self.from_encoder, encoded), (self.from_decoder, decoded)):
+            for level, (path, x) in enumerate(zip(paths, features, strict=True)):
+                more += more_after_upsampling([*cast(Iterable[nn.Module], path)], x, level)
+        return more, 0
 
 
 _BLOCK = r"(?:feat\d\.1|level\d\.\d+|skip_attn\d|orb\d\.body\.\d+)"

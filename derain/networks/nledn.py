@@ -88,7 +88,8 @@ class NonLocal(nn.Module):
             """Return whether both pixels of a key are in the map; a piece's first key always counts as such."""
             key = torch.arange(length // 2, device=x.device)
             piece = torch.arange(grid, device=x.device)[:, None]
-            return (piece * length + 2 * key + 1 < side) | (key == 0)
+            whole: Tensor = piece * length + 2 * key + 1 < side
+            return whole | (key == 0)
 
         both = inside(height, rows)[:, None, :, None] & inside(width, columns)[None, :, None, :]
         mask = (

@@ -129,6 +129,12 @@ class RCDNet(Network):
                 maps = maps - rain_steps[stage] * spread(background + rain - rainy, kernel)
         return cast(Tensor, self.final(state))[:, :3] / MAX_VALUE
 
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
+        """Return the convolutions with the kernels of rain and the filter, which are no modules that thop sees."""
+        kernels = (2 * len(self.rain) - 1) * self.kernel.numel() + self.first_kernel.numel()
+        functional = (kernels + self.filter.numel()) * (output.numel() // output.shape[1])
+        return -functional, functional
+
     @staticmethod
     def _store(outputs: dict[str, Tensor] | None, name: str, image: Tensor) -> Tensor:
         """Return an image of [0, 255]; store it with a range of [0, 1], in memory of its own."""

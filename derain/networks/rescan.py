@@ -44,6 +44,10 @@ class SqueezeExcitation(nn.Module):
         weights = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3))))))
         return F.leaky_relu_(x * weights[..., None, None], SLOPE)
 
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
+        """Return thop's operations for the mean of the features: one per value, one per mean."""
+        return output.numel() + output.shape[0] * output.shape[1], 0
+
 
 class RecurrentLayer(nn.Module):
     """Convolutional GRU whose new state is weighted by squeeze-and-excitation.

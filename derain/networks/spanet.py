@@ -145,6 +145,11 @@ class SpatialAttention(nn.Module):
         x = self.recurrence2(self.conv2(x))
         return torch.sigmoid(self.to_map(torch.relu_(self.conv3(x))))
 
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
+        """Return the multiplications of the attention over directions, which the authors compute but do not use."""
+        dim, half = self.conv1.in_channels, self.conv1.in_channels // 2
+        return (9 * dim * half + 9 * half * half + half * 4) * output.numel(), 0
+
 
 class Recurrence(nn.Module):
     """Recurrences of ReLU units over rows and columns, in four directions (IRNN; Bell et al., CVPR 2016).

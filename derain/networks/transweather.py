@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from derain.errors import DerainError
 from derain.networks.base import Names, Network, count_numbered
+from derain.nn.normalization import LayerNorm
 from derain.nn.padding import pad_to_minimum
 from derain.nn.pyramid import EPSILON, Block, Embedding, Map, ReducedAttention, split_heads
 
@@ -73,7 +74,7 @@ class Stage(nn.Module):
         super().__init__()
         self.embedding = embedding
         self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.LayerNorm(width, EPSILON)
+        self.norm = LayerNorm(width, EPSILON)
 
     def forward(self, x: Map) -> Map:
         """Transform features."""
@@ -91,7 +92,7 @@ class IntraPatch(nn.Module):
         super().__init__()
         self.embedding = Embedding(channels, width)
         self.block = Block(width, ReducedAttention(width, heads, reduction), expansion, drop)
-        self.norm = nn.LayerNorm(width, EPSILON)
+        self.norm = LayerNorm(width, EPSILON)
 
     def forward(self, x: Map) -> Map:
         """Transform features."""

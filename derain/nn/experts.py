@@ -114,11 +114,12 @@ class ExpertLayer(nn.Module):
         return total.reshape(b, h, w, c)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return multiplications that are not counted: of the layers that are multiplied first."""
+        """Return what is not counted: the layers that are multiplied first, and thop's operation per averaged value."""
         channels = output.shape[-1]
         single = 2 * channels  # the 1×1 depth-wise convolutions of the first expert
         merged = (EXPERTS - 1 + EXPERTS) * channels**2
-        return (single + merged) * (output.numel() // channels), 0
+        average = channels
+        return (single + merged + average) * (output.numel() // channels), 0
 
 
 class ExpertCompensator(nn.Module):
@@ -149,6 +150,10 @@ class ExpertCompensator(nn.Module):
         for step, factors in zip(self.steps, weights.unbind(1), strict=True):
             x = rectified(x + rectified(step(x, factors)))
         return x
+
+    def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
+        """Return thop's operations for the mean of the features: one per value, one per mean."""
+        return output.numel() + len(output) * output.shape[-1], 0
 
 
 def rectified(x: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Checks whether PyTorch is recording a graph of a network for compilation or export."""
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 
 def compiling_or_exporting() -> bool:
@@ -15,3 +17,8 @@ def exporting() -> bool:
 
 def _is_tracing() -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def has_no_values(x: Tensor) -> bool:
+    """Return whether a tensor has a shape only, as when multiplications are counted."""
+    return x.is_meta or is_fake(x)

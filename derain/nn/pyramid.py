@@ -10,6 +10,7 @@ from jaxtyping import Float
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
+from derain.nn.normalization import LayerNorm
 from derain.nn.restormer import spatial
 
 EPSILON = 1e-6
@@ -31,7 +32,7 @@ class Embedding(nn.Module):
     def __init__(self, channels: int, width: int, kernel: int = 3, stride: int = 2) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, width, kernel, stride, kernel // 2)
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
 
     def forward(self, x: Map) -> Map:
         """Embed."""
@@ -63,7 +64,7 @@ class ReducedAttention(nn.Module):
         self.project = nn.Linear(width, width)
         if reduction > 1:
             self.reduce = nn.Conv2d(width, width, reduction, reduction)
-            self.norm = nn.LayerNorm(width)
+            self.norm = LayerNorm(width)
         self.reduction = reduction
 
     def forward(self, x: Map) -> Map:
@@ -107,9 +108,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, attention: nn.Module, expansion: int, drop: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, EPSILON)
+        self.norm1 = LayerNorm(width, EPSILON)
         self.attention = attention
-        self.norm2 = nn.LayerNorm(width, EPSILON)
+        self.norm2 = LayerNorm(width, EPSILON)
         self.feed_forward = FeedForward(width, expansion)
         self.drop = DropPath(drop)
 

@@ -10,6 +10,7 @@ from derain.testing import ContractError, check_method, make_batch
 
 TRANSFORMER = {"dim": 8, "blocks": (1, 1, 1, 1), "refinement": 1, "learning_rate": 5e-3}
 SMALL = {
+    "AirNetModule": {"network_options": {"channels": 4, "groups": 1, "blocks": 1}, "encoder_epochs": 0},
     "PReNetModule": {"stages": 2},
     "DACLIPSDEModule": {
         "contexts": "none",
@@ -34,7 +35,7 @@ SMALL = {
     "CLIPRPNModule": TRANSFORMER | {"perception": "none"},
     "RegressionModule": {
         "network": "RESCAN",
-        "network_options": {"channels": 8, "stages": 2},
+        "network_options": {"channels": 8, "iterations": 2},
         "schedule": "constant",
         "learning_rate": 5e-3,
     },

@@ -7,7 +7,7 @@ import spandrel
 import torch
 from spandrel.architectures.Compact import Compact
 from spandrel.architectures.NAFNet import NAFNet
-from spandrel.architectures.SwinIR import SwinIR
+from spandrel.architectures.RetinexFormer import RetinexFormer
 from spandrel.architectures.Uformer import Uformer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +18,7 @@ from derain.methods.spandrel_model import MIN_SIDE, SpandrelModule
 
 BUILDS = {
     "NAFNet": lambda: NAFNet(width=8, enc_blk_nums=[1, 1], middle_blk_num=1, dec_blk_nums=[1, 1]),
-    "SwinIR": lambda: SwinIR(embed_dim=12, depths=[1, 1], num_heads=[2, 2], window_size=8, mlp_ratio=2.0, upscale=1),
+    "RetinexFormer": lambda: RetinexFormer(n_feat=8, stage=1, num_blocks=[1, 1, 1]),
 }
 
 

@@ -1,0 +1,91 @@
+r"""VRGNet's derain net: PReNet whose last stage returns a distribution of the image."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from derain.networks.base import Names, Network, count_numbered
+from derain.networks.iterations import assume_iterations, check_iterations
+from derain.nn.recurrent import STAGE_NAMES, RecurrentStage, State, conv3x3
+
+
+class VRGNet(Network):
+    """Derain net of VRGNet ("BNet", PReNet-): PReNet with a Gaussian posterior of the clean image (170,697 parameters).
+
+    The network is PReNet, except for the last convolution of the last iteration: it returns mean and variance. VRGNet
+    trains it together with a generator of rain, which is not part of this class.
+
+    Args:
+        iterations: Number of iterations, 2 to 100; paper: 6.
+        channels: Channels of the features.
+        blocks: Number of residual blocks.
+
+    Outputs:
+        ``derained``, the mean of the posterior; ``log_variance``, the logarithm of its variance in each pixel and
+        channel; ``derained1``, ``derained2``, … of the iterations before the last.
+
+    Shape:
+        ``(b, 3, h, w)`` in [0, 1] → same, not clamped; any ``h, w >= 1``.
+
+    Raises:
+        DerainError: If there are fewer than 2 or more than 100 iterations.
+
+    References:
+        Wang et al., From Rain Generation to Rain Removal, CVPR 2021. PReNet: Ren et al., CVPR 2019.
+
+    Example:
+        >>> network = VRGNet()
+        >>> sum(parameter.numel() for parameter in network.parameters())
+        170697
+        >>> network.outputs(torch.rand(1, 3, 5, 7))["log_variance"].shape
+        torch.Size([1, 3, 5, 7])
+    """
+
+    bytes_per_pixel: ClassVar[int] = 2048
+    signature: ClassVar[str] = "derainet.convfinal.0.weight"
+    published_options: ClassVar[frozenset[str]] = frozenset({"iterations"})
+    published_names: ClassVar[Names] = (
+        (r"^derainet\.conv\.0\.", "tail."),
+        (r"^derainet\.convfinal\.0\.", "final_tail."),
+        (r"^derainet\.", "stage."),
+        *STAGE_NAMES,
+    )
+
+    def __init__(self, iterations: int = 6, channels: int = 32, blocks: int = 5) -> None:
+        super().__init__()
+        check_iterations(iterations, least=2)
+        self.iterations = iterations
+        self.stage = RecurrentStage(6, channels, blocks)
+        self.tail = conv3x3(channels, 3)
+        self.final_tail = conv3x3(channels, 6)
+
+    def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
+        """Return mean and log-variance of the last iteration, and the images of those before."""
+        derained = image
+        state: State | None = None
+        earlier: dict[str, Tensor] = {}
+        for iteration in range(1, self.iterations):
+            features, state = self.stage(torch.cat((image, derained), dim=1), state)
+            derained = self.tail(features) + image
+            earlier[f"derained{iteration}"] = derained
+        features, _ = self.stage(torch.cat((image, derained), dim=1), state)
+        residual, log_variance = self.final_tail(features).chunk(2, dim=1)
+        return {"derained": residual + image, "log_variance": log_variance, **earlier}
+
+    @classmethod
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Return channels and number of residual blocks; see the base class."""
+        if cls.signature not in state:
+            return None
+        channels, blocks = state[cls.signature].shape[1], count_numbered(state, r"derainet\.res_conv(\d+)\.") - 1
+        return {"channels": channels, "blocks": blocks}
+
+    @classmethod
+    def assume(cls, path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the number of iterations: given, or 6, without a warning for the authors' ``DerainNet_state_N.pt``."""
+        known = 6 if path is not None and path.name.startswith("DerainNet_state_") else None
+        return assume_iterations(path, given, known, usual=6)
