@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from derain.images import read_rgb
 from derain.methods.prenet.network import PReNet
@@ -261,7 +261,7 @@ def authors_network(network: type[Network], path: str) -> Network:
     return restorer.eval()
 
 
-def check_real_image(network: Network, data: str, number: int, recorded: Mapping[str, tuple[float, float]]) -> None:
+def check_real_image(network: nn.Module, data: str, number: int, recorded: Mapping[str, tuple[float, float]]) -> None:
     """Restore an image and compare PSNR to 0.002 dB and SSIM to 0.0001 with those of the authors' code.
 
     Args:

@@ -146,6 +146,9 @@ class Published(NamedTuple):
 FOLDER = re.compile("(PReNet|PRN)([2-9])((?:_r)?)(_MSE|_LSTM|_RecSSIM)?")
 """Names of the authors' folders: network, stages, shared block, loss or ablation."""
 
+RECDERAIN_FOLDER = re.compile("Rainy?(Heavy|Light)/PReNet")
+"""Folders of BRN's authors (RecDerain), who trained PReNet with 6 stages on Rain200H and Rain200L."""
+
 
 def published_network(path: Path) -> Published | None:
     """Return variant and number of stages in the folder name of an authors' file, or None for other folders.
@@ -157,7 +160,10 @@ def published_network(path: Path) -> Published | None:
         >>> published_network(Path("logs/Ablation/PReNet5_LSTM/net_latest.pth"))
         Published(variant='PReNet_LSTM', stages=5)
     """
-    match = FOLDER.fullmatch(path.resolve().parent.name)
+    folder = path.resolve().parent
+    if RECDERAIN_FOLDER.fullmatch(f"{folder.parent.name}/{folder.name}"):
+        return Published("PReNet", 6)
+    match = FOLDER.fullmatch(folder.name)
     if match is None:
         return None
     name, stages, shared, ablation = match.groups()

@@ -13,6 +13,7 @@ from derain.images import read_rgb
 from derain.methods import PReNetModule, catalog
 from derain.methods.prenet.network import VARIANTS, PReNet, variant_of
 from derain.restoration import Restorer
+from tests.networks.goldens import check_real_image
 
 PARAMETERS = {"PReNet": 168_963, "PReNet_r": 94_979, "PRN": 95_107, "PRN_r": 21_123, "PReNet_LSTM": 168_963}
 
@@ -127,6 +128,8 @@ FOLDERS = {
     "Ablation/PReNet5_LSTM": ("PReNet_LSTM", 5),
     "Ablation/PReNet6_RecSSIM": ("PReNet_LSTM", 6),
     "Ablation/PReNet6_MSE": ("PReNet", 6),
+    "RainHeavy/PReNet": ("PReNet", 6),
+    "RainyLight/PReNet": ("PReNet", 6),
 }
 
 
@@ -225,3 +228,22 @@ def test_authors_weights_equal_the_literal_implementation(variant, real_data, au
         theirs = literal({name: value.double() for name, value in state.items()}, rainy.double())[-1]
     torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=0)
     assert (theirs - rainy).abs().max() > 0.02  # rain was removed
+
+
+RECDERAIN = {
+    ("RainHeavy", "Rain100H"): {"matlab-y": (26.7990, 0.90211), "prenet": (26.7578, 0.90204)},
+    ("RainLight", "Rain100L"): {"matlab-y": (41.6880, 0.99598), "prenet": (41.3288, 0.99568)},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("trained", "data"), RECDERAIN)
+def test_weights_of_recderain_restore_as_its_code(trained, data, real_data):
+    """BRN's authors trained PReNet too; derain recognises their files and reproduces their scores."""
+    path = real_data.parent / "zoo" / "weights" / "prenet_recderain" / trained / "net_latest.pth"
+    if not path.exists():
+        pytest.skip(f"{path}, weights of the authors, is absent")
+    module = catalog.load(path).module
+    assert isinstance(module, PReNetModule)
+    assert (module.hparams.variant, module.hparams.stages) == ("PReNet", 6)
+    check_real_image(module, data, 3, RECDERAIN[trained, data])
