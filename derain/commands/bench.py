@@ -95,13 +95,14 @@ def bench(
 def find_variants() -> dict[str, Callable[[], DerainModule]]:
     """Return functions that build the variants of all known methods, by name; none of them needs CLIP.
 
-    A class without ``variants`` of its own has one, of its own name: those of its base class are another method. A name
-    that another class has already used is followed by the class path.
+    A class without ``variants`` of its own has one, of its own name: those of its base class are another method. One
+    that trains a network of another class has empty ``variants``. A name that another class has already used is
+    followed by the class path.
     """
     builds: dict[str, Callable[[], DerainModule]] = {}
     for method in methods():
         if issubclass(method, DerainModule):
-            variants = vars(method).get("variants") or {method.__name__: {}}
+            variants = vars(method).get("variants", {method.__name__: {}})
             for name, hyper_parameters in variants.items():
                 unique = f"{name} ({class_path(method)})" if name in builds else name
                 builds[unique] = partial(build_method, method, **hyper_parameters)

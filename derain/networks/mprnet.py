@@ -268,9 +268,11 @@ class OriginalResolution(nn.Module):
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
         """Return what the authors' order, upsampling and then convolution, has more."""
         _, encoded, decoded, _ = inputs
-        paths = [*zip(self.from_encoder, encoded, strict=True), *zip(self.from_decoder, decoded, strict=True)]
-        levels = [*range(len(self.groups))] * 2
-        return sum(more_after_upsampling([*path], x, n) for n, (path, x) in zip(levels, paths, strict=True)), 0
+        operations = 0
+        for projections, features in ((self.from_encoder, encoded), (self.from_decoder, decoded)):
+            for level, (path, x) in enumerate(zip(projections, features, strict=True)):
+                operations += more_after_upsampling([*path.children()], x, level)
+        return operations, 0
 
 
 _BLOCK = r"(?:feat\d\.1|level\d\.\d+|skip_attn\d|orb\d\.body\.\d+)"

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,8 @@ class AirNetModule(RegressionModule):
         AirNet, sections 3.1 and 3.2, and the authors' code; He et al., Momentum Contrast for Unsupervised Visual
         Representation Learning, CVPR 2020, eqs. 1 and 2.
     """
+
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # RegressionModule has the network
 
     may_change = RegressionModule.may_change | {"encoder_epochs", "momentum", "temperature", "crop"}
     queued: Tensor
