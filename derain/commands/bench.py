@@ -95,8 +95,9 @@ def bench(
 def find_variants() -> dict[str, Callable[[], DerainModule]]:
     """Return functions that build the variants of all known methods, by name; none of them needs CLIP.
 
-    A class without ``variants`` of its own has one, of its own name: those of its base class are another method. A name
-    that another class has already used is followed by the class path.
+    A class without ``variants`` of its own has one, of its own name: those of its base class are another method. One
+    that trains a network of another class has empty ``variants``. A name that another class has already used is
+    followed by the class path.
     """
     builds: dict[str, Callable[[], DerainModule]] = {}
     for method in methods():

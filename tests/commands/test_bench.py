@@ -226,6 +226,12 @@ def test_variants_are_those_of_the_class_itself(monkeypatch):
     assert type(variants["PRN"]()) is PReNetModule
 
 
+def test_a_method_without_a_network_of_its_own_is_not_counted(monkeypatch):
+    empty = type("Trainer", (PReNetModule,), {"__module__": "other", "variants": {}})
+    monkeypatch.setattr(bench, "methods", lambda: [empty])
+    assert find_variants() == {}
+
+
 def test_methods_that_cannot_be_counted_are_reported(monkeypatch, capsys, caplog):
     monkeypatch.setattr(bench, "methods", lambda: [Unbuildable, Uncountable])
     assert main(["bench", "--format", "json", "--size", "8"]) == 0

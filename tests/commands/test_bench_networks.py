@@ -11,7 +11,6 @@ from derain.networks.mprnet import ChannelAttentionBlock, MPRNet
 
 NAMES = [path.rpartition(".")[2] for path in NETWORKS]
 
-
 FIGURES = {
     # Multiplications at 256×256 in billions: by thop 0.1.1 of the authors' code, then with what thop does not see.
     "DRSformer": ("220.38", "229.44"),
@@ -34,7 +33,7 @@ def marked(name):
     return name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", map(marked, FIGURES))
+@pytest.mark.parametrize("name", [marked(name) for name in FIGURES])
 def test_figures_are_those_of_thop(name):
     counted = count_cost(RegressionModule(name), 256)
     assert tuple(f"{counted[key] / 1e9:.2f}" for key in ("macs", "macs_with_attention")) == FIGURES[name]
