@@ -9,7 +9,7 @@ Zamir et al., Multi-Stage Progressive Image Restoration, CVPR 2021. Computed as 
 The file is long since encoder-decoders and the subnetwork at full resolution have modules and names of their own.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, cast
 
@@ -268,19 +268,11 @@ class OriginalResolution(nn.Module):
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
         """Return what the authors' order, upsampling and then convolution, has more."""
         _, encoded, decoded, _ = inputs
-<<<<<<< HEAD
-        more = 0
-        for paths, features in ((self.from_encoder, encoded), (self.from_decoder, decoded)):
-            for level, (path, x) in enumerate(zip(paths, features, strict=True)):
-                more += more_after_upsampling([*cast(Iterable[nn.Module], path)], x, level)
-        return more, 0
-=======
         operations = 0
         for projections, features in ((self.from_encoder, encoded), (self.from_decoder, decoded)):
             for level, (path, x) in enumerate(zip(projections, features, strict=True)):
                 operations += more_after_upsampling([*path.children()], x, level)
         return operations, 0
->>>>>>> ya
 
 
 _BLOCK = r"(?:feat\d\.1|level\d\.\d+|skip_attn\d|orb\d\.body\.\d+)"

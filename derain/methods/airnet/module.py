@@ -54,12 +54,8 @@ class AirNetModule(RegressionModule):
         Representation Learning, CVPR 2020, eqs. 1 and 2.
     """
 
-<<<<<<< HEAD
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # counted as RegressionModule's
-=======
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # RegressionModule has the network
 
->>>>>>> ya
     may_change = RegressionModule.may_change | {"encoder_epochs", "momentum", "temperature", "crop"}
     queued: Tensor
     position: Tensor
