@@ -12,7 +12,6 @@ from derain.callbacks.last import LastCheckpoint
 from derain.callbacks.parts import image_count, validation_counts
 from derain.methods import DerainModule, TrainableModule
 from derain.methods.catalog import load
-from derain.methods.registry import class_path, must_be_named
 
 log = logging.getLogger("derain")
 
@@ -53,6 +52,6 @@ class FinalWeights(Callback):
             log.info("best validation: %sderained %.2f dB (%s, %s)", baseline, score, protocol, images)
         else:
             log.info("best validation: %s %.4f (%s)", cast(TrainableModule, pl_module).monitor, score, images)
-        method = type(pl_module)
-        option = f"--method {class_path(method)}" if must_be_named(method) else ""
-        log.info("%s", cast(TrainableModule, pl_module).next_step(target, option))
+        module = cast(TrainableModule, pl_module)
+        required = module.required_class()
+        log.info("%s", module.next_step(target, f"--method {required}" if required else ""))

@@ -151,7 +151,9 @@ def add_costs(rows: Sequence[ResultRow], methods: Sequence[str] = ()) -> list[Re
     with_costs = []
     for row in rows:
         try:
-            method = build_method(find(Path(row.file), row.metadata), **row.metadata["hyper_parameters"])
+            kind = find(Path(row.file), row.metadata)
+            kind.check_trusted(Path(row.file), row.metadata["hyper_parameters"])
+            method = build_method(kind, **row.metadata["hyper_parameters"])
             cost = count_cost(method, COST_SIDE)
         except (KeyError, DerainError) as error:
             log.warning("%s: cost of %s is not counted: %s", row.file, row.method, error)

@@ -71,7 +71,12 @@ class SaveConfig(SaveConfigCallback):
 
 def _model_class(config: Any) -> type[TrainableModule] | None:
     """Return the class that ``--model`` names; None without the option."""
-    return cast(type[TrainableModule], use_method(config.model.class_path, "model")) if config.model else None
+    if not config.model:
+        return None
+    network = (config.model.get("init_args") or {}).get("network")
+    if isinstance(network, str) and "." in network:  # of RegressionModule
+        use_method(network, "--model.network")
+    return cast(type[TrainableModule], use_method(config.model.class_path, "model"))
 
 
 class DerainCLI(LightningCLI):

@@ -1,14 +1,54 @@
 """Bound the size of a network that is built from the metadata of a file."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import get_ident
+from typing import Any
 
+import torch
 from torch.nn import Module, Parameter
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 SPARE_TENSORS, SPARE_NUMBERS = 5_000, 50_000_000
 """Parameters that a method may have beyond its file, such as those of a discriminator."""
+
+
+SIZED = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+"""Functions whose positional arguments are the size of the new tensor."""
+
+
+class _Allocations(TorchFunctionMode):
+    """Refuses new tensors that are larger than the network may be, before their memory is touched.
+
+    Args:
+        numbers: Numbers in the file.
+    """
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.numbers, self.limit = numbers, numbers + SPARE_NUMBERS
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _new_elements(func, args, kwargs) > self.limit:
+            raise ValueError(
+                f"a network of more than {self.limit:,} numbers, where the file has at most {self.numbers:,}"
+            )
+        return func(*args, **kwargs)
+
+
+def _new_elements(func: Any, args: Any, kwargs: Any) -> int | float:
+    """Return the number of elements that a function creates; 0 for functions that do not create tensors by size."""
+    if func in SIZED or func is torch.full:
+        size = kwargs.get("size", args[0] if args and isinstance(args[0], tuple | list) else args)
+        return math.prod(size) if isinstance(size, tuple | list) else size
+    if func is torch.linspace:
+        return float(kwargs.get("steps", args[2] if len(args) > 2 else 0))
+    if func is torch.arange:
+        return max(map(abs, args), default=0)
+    return 0
 
 
 @contextmanager
@@ -50,6 +90,7 @@ def built_within(tensors: int, numbers: int) -> Iterator[None]:
 
     hook = register_module_parameter_registration_hook(count)
     try:
-        yield
+        with _Allocations(numbers):
+            yield
     finally:
         hook.remove()

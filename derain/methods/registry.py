@@ -97,6 +97,8 @@ def use_method(name: str | type, argument: str = "method") -> Any:
             "(torch.nn.Module); name one that does"
         )
     _named[class_path(method)] = method
+    if isinstance(name, str):
+        _named[name] = method  # a package may offer a class under another path than that of its file
     return method
 
 
@@ -157,7 +159,7 @@ def find(path: Path, metadata: Mapping[str, Any]) -> Any:
     for method in announced:
         if class_path(method) == origin:
             return method
-    for classes in (_named.values(), announced):  # the class may have moved since the file was written
+    for classes in (dict.fromkeys(_named.values()), announced):  # the class may have moved since the file was written
         same_name = [method for method in classes if method.__name__ == name]
         if len(same_name) > 1:
             paths = " and ".join(map(class_path, same_name))

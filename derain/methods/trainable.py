@@ -22,7 +22,7 @@ from derain.files.metadata import Metadata, check, shorten
 from derain.methods.divergence import FiniteCheck, require_finite
 from derain.methods.hyper_parameters import check_hyper_parameters
 from derain.methods.interfaces import Explains, Routed, Sampled
-from derain.methods.registry import class_path, find, is_importable
+from derain.methods.registry import class_path, find, is_importable, must_be_named
 from derain.methods.resuming import use_configured
 
 log = logging.getLogger("derain")
@@ -199,6 +199,22 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
             **options: Values of ``published_options`` that the user gave.
         """
         return None
+
+    @classmethod
+    def check_trusted(cls, path: Path, hyper_parameters: Mapping[str, Any]) -> None:
+        """Refuse hyper-parameters of a file that would cause the import of code that nobody named.
+
+        Args:
+            path: The file, for messages.
+            hyper_parameters: Hyper-parameters from the file.
+
+        Raises:
+            DerainError: If the user must name a class first.
+        """
+
+    def required_class(self) -> str | None:
+        """Return the path of the class that commands must name to load the weights; None if none is needed."""
+        return class_path(type(self)) if must_be_named(type(self)) else None
 
     @classmethod
     def from_content(cls, path: Path, content: weights.Content) -> "TrainableModule":

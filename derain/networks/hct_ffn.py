@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from derain.errors import DerainError
 from derain.networks.base import Names, Network, count_numbered
 from derain.nn.experts import PUBLISHED_NAMES, ExpertCompensator
 from derain.nn.graphs import exporting
@@ -29,6 +30,10 @@ SMALLEST = RUNS
 
 HEADS = 8
 """Number of heads of the attention."""
+
+
+MAX_REPEATS = 100
+"""Limit of the applications of a block, since files do not bound them and time grows with them."""
 
 
 class ReflectConv(nn.Conv2d):
@@ -196,6 +201,8 @@ class BackgroundTransformer(nn.Module):
         super().__init__()
         self.block = RunTransformer(9 * channels, HEADS, hidden)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        if not 1 <= repeats <= MAX_REPEATS:
+            raise DerainError(f"repeats {repeats}: expected 1 to {MAX_REPEATS}")
         self.repeats = repeats
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

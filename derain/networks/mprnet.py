@@ -387,7 +387,7 @@ class MPRNet(Network):
             return None
         widths = [len(state[f"stage1_encoder.encoder_level{level}.0.body.0.weight"]) for level in (1, 2, 3)]
         reduced = [len(state[f"stage1_encoder.encoder_level{level}.0.CA.conv_du.0.weight"]) for level in (1, 2, 3)]
-        reductions = range(1, widths[0] + 1)
+        reductions = range(1, min(widths[0], 1024) + 1)
         reduction = next((r for r in reductions if [width // r for width in widths] == reduced), None)
         if reduction is None:
             return None

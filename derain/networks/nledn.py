@@ -20,6 +20,9 @@ from derain.networks.base import Names, Network, count_numbered
 from derain.nn.graphs import exporting
 from derain.nn.padding import pad_to_minimum
 
+MAX_GRID = 64
+"""Limit of the pieces along a side, since files do not bound them and images are padded to as many pixels."""
+
 
 class NonLocal(nn.Module):
     """Attention of each pixel to the pixels of its piece, halved by max pooling.
@@ -213,8 +216,8 @@ class NLEDN(Network):
         grids: Sequence[int] = (8, 4, 2),
     ) -> None:
         super().__init__()
-        if len(grids) != 3:
-            raise DerainError(f"grids {list(grids)}: expected three numbers, one per level")
+        if len(grids) != 3 or not all(1 <= grid <= MAX_GRID for grid in grids):
+            raise DerainError(f"grids {list(grids)}: expected three numbers from 1 to {MAX_GRID}, one per level")
         # All pieces must have two pixels a side, and so must the coarsest map.
         self.smallest_side = max(16, *((grid + 1) << level for level, grid in enumerate(grids)))
 

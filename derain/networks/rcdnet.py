@@ -86,10 +86,10 @@ class RCDNet(Network):
 
     def __init__(self, stages: int = 17, maps: int = 32, dual: int = 32, blocks: int = 4, kernel: int = 9) -> None:
         super().__init__()
-        if min(stages, maps, dual, blocks, kernel) < 1 or kernel % 2 == 0:
+        if min(stages, maps, dual, blocks, kernel) < 1 or kernel % 2 == 0 or kernel > 31:
             raise DerainError(
                 f"stages {stages}, maps {maps}, dual {dual}, blocks {blocks}, kernel {kernel}: each must be at least "
-                "1, and kernel odd"
+                "1, and kernel odd and at most 31"
             )
         self.threshold = nn.Parameter(torch.ones(1))
         self.filter = nn.Parameter(torch.full((dual, 3, 3, 3), 1 / 9))

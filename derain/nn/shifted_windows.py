@@ -23,6 +23,10 @@ MASKED = -100.0
 """Added to the attention score of two pixels that must not attend to each other."""
 
 
+MAX_WINDOW = 32
+"""Limit of the side of a window in pixels."""
+
+
 class WindowBlock(SwinTransformerBlock):
     """Swin block of timm for maps of any size: attention within windows, and an MLP.
 
@@ -61,6 +65,8 @@ class WindowBlock(SwinTransformerBlock):
     ) -> None:
         if channels % heads:
             raise DerainError(f"{heads} heads do not divide {channels} channels; choose a number of heads that does")
+        if not 1 <= window <= MAX_WINDOW:  # the index of relative positions has its fourth power of elements
+            raise DerainError(f"window {window}: expected 1 to {MAX_WINDOW}")
         size = (window, window)
         super().__init__(channels, size, num_heads=heads, window_size=window, mlp_ratio=expansion, drop_path=drop_path)
         self.window = window

@@ -15,6 +15,8 @@ from derain.errors import DerainError
 from derain.methods.regression.module import LossWeights, RegressionModule
 from derain.networks.airnet import AirNet
 
+MAX_QUEUE = 1 << 18
+"""Limit of the former keys, since files do not bound them."""
 PHASES = "derain.methods.airnet.module.PhasesLR"
 LOSS: LossWeights = {"derained": {"l1": 1.0}, "contrast": {"mean": 0.1}}
 """Loss of the second phase, with the weights of the authors' code."""
@@ -90,11 +92,13 @@ class AirNetModule(RegressionModule):
         self.save_hyperparameters()
         if not isinstance(self.network, AirNet):
             raise DerainError(f"--model.network {network}: expected AirNet, or a class that derives from it")
-        if not (0 < crop < 1 and 0 <= momentum < 1 and temperature > 0 and queue >= 1 and encoder_epochs >= 0):
+        if not (
+            0 < crop < 1 and 0 <= momentum < 1 and temperature > 0 and 1 <= queue <= MAX_QUEUE and encoder_epochs >= 0
+        ):
             raise DerainError(
                 f"--model.crop {crop}, momentum {momentum}, temperature {temperature}, queue {queue}, encoder_epochs "
-                f"{encoder_epochs}: expected crop and momentum below 1, crop and temperature above 0, queue of at "
-                "least 1, the others of at least 0"
+                f"{encoder_epochs}: expected crop and momentum below 1, crop and temperature above 0, queue from 1 "
+                f"to {MAX_QUEUE}, the others of at least 0"
             )
         self.joint_loss = self.loss
         self.encoder_epochs, self.crop, self.momentum, self.temperature = encoder_epochs, crop, momentum, temperature

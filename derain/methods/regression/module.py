@@ -29,7 +29,7 @@ LossWeights = dict[str, dict[str, float]]
 """Weights of losses by the name of the output and of the loss."""
 
 SCHEDULES = {
-    "constant": frozenset(),
+    "constant": frozenset[str](),
     "cosine": frozenset({"warm_up", "hold", "minimum"}),
     "milestones": frozenset({"milestones", "decay"}),
 }
@@ -74,7 +74,9 @@ class RegressionModule(DerainModule):
 
     bounded_by_file: ClassVar[bool] = True
     metadata_schema: ClassVar[Any] = RegressionMetadata
-    published_options: ClassVar[frozenset[str]] = frozenset({"iterations"})
+    published_options: ClassVar[frozenset[str]] = frozenset(
+        {"iterations", "repeats", "grids", "window", "heads", "selected"}
+    )
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         path.rpartition(".")[2]: {"network": path.rpartition(".")[2]} for path in NETWORKS
     }
@@ -97,8 +99,10 @@ class RegressionModule(DerainModule):
         self.loss: LossWeights = {"derained": {loss: 1.0}} if isinstance(loss, str) else loss
         _check_losses(self.loss)
         self.optimizer, self.optimizer_options = optimizer, dict(optimizer_options or {})
+        if "lr" in self.optimizer_options:
+            raise DerainError("--model.optimizer_options lr: use --model.learning_rate")
         self.schedule, self.schedule_options = schedule, dict(schedule_options or {})
-        _check_schedule(schedule, self.schedule_options)
+        _check_schedule(schedule, self.schedule_options, learning_rate)
         network_class = find_network(network)
         self.network = build(network_class, network_options or {})
         if isinstance(self.network, Network):
@@ -125,13 +129,27 @@ class RegressionModule(DerainModule):
         Raises:
             DerainError: If the content does not fit, or names a network that neither derain nor the user has named.
         """
-        name = content.metadata["hyper_parameters"].get("network", "")
-        if not isinstance(name, str) or not (name in network_paths() or registry.is_named(name)):
+        cls.check_trusted(path, content.metadata["hyper_parameters"])
+        try:
+            return cast("RegressionModule", super().from_content(path, content))
+        except DerainError as error:
+            raise error if str(path) in str(error) else DerainError(f"{path}: {error}") from error
+
+    @classmethod
+    def check_trusted(cls, path: Path, hyper_parameters: Mapping[str, Any]) -> None:
+        """Refuse a file with a network that neither derain has nor the user has named: it would be imported."""
+        name = hyper_parameters.get("network", "")
+        known = {*network_paths(), *NETWORKS}
+        if not isinstance(name, str) or not (not name or name in known or registry.is_named(name)):
             raise DerainError(
                 f"{path}: was written with the network {shorten(name, 100)}, which derain does not have; if you trust "
-                f"it, add --method {shorten(name, 100)}"
+                f"it, add --method {shorten(name, 100)} (fit, validate, test and predict: --model.network)"
             )
-        return cast("RegressionModule", super().from_content(path, content))
+
+    def required_class(self) -> str | None:
+        """Return the path of a network from outside derain, which commands must name to load weights."""
+        name = str(self.hparams["network"])
+        return None if name in {*network_paths(), *NETWORKS} else name
 
     @classmethod
     def from_published(
@@ -147,9 +165,15 @@ class RegressionModule(DerainModule):
             found = network_class.options_of(state)
             if found is None:
                 continue
-            assumed = network_class.assume(path, options)
-            module = cls(network=name, network_options={**found, **assumed})
-            module.network.load_state_dict(network_class.translate(state), strict=True)
+            unknown = sorted(set(options) - network_class.published_options)
+            if unknown:
+                expected = ", ".join(sorted(network_class.published_options)) or "none"
+                raise DerainError(f"{path}: option {unknown[0]}: {name} has {expected}")
+            try:
+                module = cls(network=name, network_options={**found, **network_class.assume(path, options)})
+                module.network.load_state_dict(network_class.translate(state), strict=True)
+            except (DerainError, *BUILD_ERRORS) as error:
+                raise DerainError(f"{path}: resembles {name}, but does not fit it ({shorten(error, 200)})") from error
             return module
         return None
 
@@ -157,16 +181,26 @@ class RegressionModule(DerainModule):
         """Return the weighted sum of the losses of the outputs."""
         rainy, clean = batch["rainy"], batch["clean"]
         outputs, targets = self.outputs_and_targets(rainy, clean)
-        terms = {
-            f"{output}_{name}": weight * LOSSES[name](outputs[output].float(), targets[output])
-            for output, weights in self.loss.items()
-            for name, weight in weights.items()
-        }
+        terms = {}
+        for output, weights in self.loss.items():
+            for name, weight in weights.items():
+                term = _loss(name, outputs[output], targets[output], f"--model.loss {output}.{name}")
+                terms[f"{output}_{name}"] = weight * term
         loss = torch.stack(list(terms.values())).sum()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["name"]))
         if len(terms) > 1:
             self.log_dict({f"train/{name}": term for name, term in terms.items()}, batch_size=len(batch["name"]))
         return loss
+
+    def on_after_backward(self) -> None:
+        """Report parameters that the loss does not reach; refuse strategies that wait for their gradients."""
+        if self.trainer.global_step or self.trainer.fit_loop.epoch_loop.total_batch_idx:
+            return
+        named = self.network.named_parameters()
+        idle = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
+        if idle:
+            self.refuse_plain_ddp(f"{idle[0]} has no gradient by this loss")
+            log.warning("%s: %d parameters have no gradient by this loss, such as %s", self.title, len(idle), idle[0])
 
     def outputs_and_targets(
         self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"]
@@ -212,11 +246,32 @@ class RegressionModule(DerainModule):
             return factors(optimizer, multiplied_at(options["milestones"], options["decay"])), "epoch"
         interval = options.pop("interval", "epoch")
         schedule_class = _import(self.schedule, "torch.optim.lr_scheduler", torch.optim.lr_scheduler.LRScheduler)
-        for name in LENGTHS:
+        lengths = LENGTHS if "epochs" not in options else ()  # of OneCycleLR
+        for name in lengths:
             if name in inspect.signature(schedule_class).parameters and name not in options:
-                options[name] = self.steps if interval == "step" else self.trainer.max_epochs
-                log.info("%s: %s = %s, the length of the training", self.schedule, name, options[name])
+                length = self.steps if interval == "step" else self.trainer.max_epochs
+                if not length or length < 0:
+                    raise DerainError(
+                        f"--model.schedule {self.schedule}: {name} is unknown without --trainer.max_epochs; set that, "
+                        f"or {name}, or interval: step"
+                    )
+                options[name] = length
+                log.info("%s: %s = %s, the length of the training", self.schedule, name, length)
         return _build(schedule_class, optimizer, options, "schedule_options"), interval
+
+
+def _loss(name: str, output: Tensor, target: Tensor, option: str) -> Tensor:
+    """Return a loss, computed in float32 or wider.
+
+    Raises:
+        DerainError: If output and target differ in shape, so that they would be repeated to fit.
+    """
+    if name != "mean" and output.shape != target.shape:
+        raise DerainError(
+            f"{option}: the output has shape {tuple(output.shape)}, its target {tuple(target.shape)}; expected equal "
+            "shapes; use mean for an output that is a loss itself"
+        )
+    return LOSSES[name](output.to(torch.promote_types(output.dtype, torch.float32)), target)
 
 
 def network_paths() -> dict[str, str]:
@@ -285,6 +340,8 @@ def _check_losses(weights: LossWeights) -> None:
     if not weights or not all(weights.values()):
         raise DerainError(f"--model.loss {weights}: expected a loss, such as l1, or {{derained: {{l1: 1}}}}")
     for output, terms in weights.items():
+        if not isinstance(terms, Mapping):
+            raise DerainError(f"--model.loss {output}: {terms}: expected weights by loss, such as {{l1: 1}}")
         for name, weight in terms.items():
             if name not in LOSSES:
                 raise DerainError(f"--model.loss {output}.{name}: expected one of {known}")
@@ -292,21 +349,35 @@ def _check_losses(weights: LossWeights) -> None:
                 raise DerainError(f"--model.loss {output}.{name} {weight}: expected a number, its weight")
 
 
-def _check_schedule(name: str, options: Mapping[str, Any]) -> None:
-    if name in SCHEDULES:
-        unknown = sorted(set(options) - SCHEDULES[name])
-        if unknown:
-            expected = ", ".join(sorted(SCHEDULES[name])) or "no options"
-            raise DerainError(f"--model.schedule_options {unknown[0]}: {name} has {expected}")
-        if name == "milestones" and set(options) != SCHEDULES[name]:
+def _check_schedule(name: str, options: Mapping[str, Any], learning_rate: float) -> None:
+    if name not in SCHEDULES:
+        _check_schedule_class(name, options)
+        return
+    unknown = sorted(set(options) - SCHEDULES[name])
+    if unknown:
+        expected = ", ".join(sorted(SCHEDULES[name])) or "no options"
+        raise DerainError(f"--model.schedule_options {unknown[0]}: {name} has {expected}")
+    numbers = {option: value for option, value in options.items() if option != "milestones"}
+    for option, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise DerainError(f"--model.schedule_options {option} {value}: expected a number of at least 0")
+    if name == "milestones":
+        epochs = options.get("milestones")
+        if "decay" not in options or not isinstance(epochs, list | tuple) or not all(type(n) is int for n in epochs):
             raise DerainError("--model.schedule_options: milestones needs milestones (epochs) and decay (a factor)")
-        if name == "cosine" and (
-            min(options.get("warm_up", 0), options.get("hold", 0)) < 0
-            or options.get("warm_up", 0) + options.get("hold", 0) >= 1
-        ):
-            raise DerainError(f"--model.schedule_options {dict(options)}: expected shares with a sum below 1")
-    elif "." not in name and not hasattr(torch.optim.lr_scheduler, name):
+    if numbers.get("warm_up", 0) + numbers.get("hold", 0) >= 1:
+        raise DerainError(f"--model.schedule_options {dict(options)}: expected shares with a sum below 1")
+    if numbers.get("minimum", 0) > learning_rate:
+        raise DerainError(f"--model.schedule_options minimum {numbers['minimum']}: above the learning rate")
+
+
+def _check_schedule_class(name: str, options: Mapping[str, Any]) -> None:
+    if "." not in name and not hasattr(torch.optim.lr_scheduler, name):
         raise DerainError(
             f"--model.schedule {name}: expected {', '.join(SCHEDULES)}, a class of torch.optim.lr_scheduler, or the "
             "path of a class"
         )
+    if name.endswith("ReduceLROnPlateau"):
+        raise DerainError(f"--model.schedule {name}: depends on validations, not on the step; choose another")
+    if options.get("interval", "epoch") not in {"step", "epoch"}:
+        raise DerainError(f"--model.schedule_options interval {options['interval']}: expected step or epoch")

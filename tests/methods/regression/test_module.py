@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from derain.commands.table import add_costs
+from derain.data.run_summaries import ResultRow
 from derain.errors import DerainError
+from derain.files.weights import save
 from derain.methods import catalog, registry
 from derain.methods.regression import module as regression
 from derain.methods.regression.module import RegressionModule
@@ -56,7 +59,9 @@ def networks(tmp_path, monkeypatch):
     sys.modules.pop("my_network", None)
     yield
     sys.modules.pop("my_network", None)
-    registry._named.pop(PATH, None)
+    for name in [name for name in registry._named if name.startswith(("my_network", "my_package"))]:
+        registry._named.pop(name)
+    sys.modules.pop("my_package", None)
 
 
 def fit(module, steps=3):
@@ -112,7 +117,7 @@ def test_laplacian_equals_its_definition():
 def test_fft_loss_equals_its_definition():
     a, b = np.random.default_rng(0).random((2, 1, 3, 6, 5))
     difference = np.fft.fft2(a) - np.fft.fft2(b)
-    expected = np.stack([difference.real, difference.imag]).__abs__().mean()
+    expected = np.hypot(difference.real, difference.imag).mean()
     assert float(LOSSES["fft"](torch.from_numpy(a), torch.from_numpy(b))) == pytest.approx(expected, rel=1e-12)
 
 
@@ -168,6 +173,12 @@ def test_milestones(networks):
         {"loss": "l3"},
         {"loss": {}},
         {"loss": {"derained": {"l1": float("inf")}}},
+        {"optimizer_options": {"lr": 1.0}},
+        {"schedule": "ReduceLROnPlateau"},
+        {"schedule": "StepLR", "schedule_options": {"interval": "steps"}},
+        {"schedule": "cosine", "schedule_options": {"minimum": 1.0}},
+        {"schedule": "cosine", "schedule_options": {"warm_up": "much"}},
+        {"schedule": "milestones", "schedule_options": {"milestones": 5, "decay": 0.1}},
         {"schedule": "stairs"},
         {"schedule": "cosine", "schedule_options": {"warmup": 0.1}},
         {"schedule": "cosine", "schedule_options": {"warm_up": 0.6, "hold": 0.5}},
@@ -203,6 +214,67 @@ def test_weights_do_not_import_networks_that_nobody_named(networks, tmp_path):
     module, note = catalog.load(tmp_path / "w.safetensors", PATH)
     assert type(module.network).__name__ == "TwoStages"
     assert "TwoStages" in note
+
+
+def test_a_network_has_several_names(networks, tmp_path):
+    """A package may offer a class under another path than that of its file."""
+    (tmp_path / "my_package.py").write_text("from my_network import TwoStages\n")
+    registry.use_method("my_package.TwoStages")
+    RegressionModule("my_package.TwoStages").save_weights(tmp_path / "w.safetensors")
+    assert catalog.load(tmp_path / "w.safetensors").module.title == "TwoStages"
+    module = RegressionModule("derain.networks.rescan.RESCAN", {"channels": 8, "layers": 2, "squeeze": 2})
+    module.save_weights(tmp_path / "r.safetensors")
+    assert catalog.load(tmp_path / "r.safetensors").module.title == "RESCAN"
+
+
+def test_a_finished_training_names_the_network_from_outside(networks):
+    assert RegressionModule(PATH).required_class() == PATH
+    assert RegressionModule("RESCAN").required_class() is None
+
+
+def test_tables_do_not_import_networks_that_nobody_named(networks, tmp_path, caplog):
+    metadata = RegressionModule(PATH).metadata()
+    sys.modules.pop("my_network")
+    row = ResultRow("TwoStages", {}, (), None, (), None, "summary.json", metadata)
+    assert add_costs([row]) == [row]
+    assert f"--method {PATH}" in caplog.text
+    assert "my_network" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("network", "options"),
+    [
+        ("SwinIR", {"window": 256}),
+        ("RCDNet", {"kernel": 4095}),
+        ("NLEDN", {"grids": [1 << 20, 1, 1]}),
+        ("HCTFFN", {"repeats": 1 << 30}),
+        ("TransWeather", {"depths": [1 << 40, 1, 1, 1]}),
+        ("PromptIR", {"dim": 1 << 24}),
+    ],
+)
+def test_hostile_options_are_refused_before_memory_is_used(tmp_path, network, options):
+    path = tmp_path / "w.safetensors"
+    metadata = RegressionModule("RESCAN", {"channels": 8, "layers": 2, "squeeze": 2}).metadata()
+    metadata["hyper_parameters"] |= {"network": network, "network_options": options}
+    save({"weight": torch.zeros(1)}, metadata, path)
+    with pytest.raises(DerainError, match=r"w\.safetensors"):
+        catalog.load(path)
+
+
+def test_outputs_and_targets_of_other_shapes_are_refused():
+    class Grey(nn.Module):
+        def forward(self, rainy):
+            return rainy.mean(1, keepdim=True).requires_grad_()
+
+    module = RegressionModule("RESCAN", {"channels": 8, "layers": 2, "squeeze": 2})
+    module.network = Grey()
+    with pytest.raises(DerainError, match=r"derained\.l1.*\(2, 1, 16, 16\)"):
+        module.training_step(make_batch(), 0)
+
+
+def test_parameters_that_the_loss_does_not_reach_are_reported(networks, caplog):
+    fit(RegressionModule(PATH, loss={"first": {"l1": 1.0}}), 1)
+    assert "2 parameters have no gradient by this loss, such as second.weight" in caplog.text
 
 
 def test_weights_do_not_import_their_optimizer(networks, tmp_path):
