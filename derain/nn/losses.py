@@ -19,7 +19,7 @@ def charbonnier(output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w
     """Return the mean of ``sqrt((output - target)² + ε²)`` with ε = 0.001.
 
     References:
-        Zamir et al., MPRNet, CVPR 2021, eq. 3, as computed by their code: mean over pixels, not the norm of images.
+        Zamir et al., MPRNet, CVPR 2021, the authors' code: mean over pixels, not the norm of images.
     """
     return ((output - target).square() + CHARBONNIER_EPSILON**2).sqrt().mean()
 
@@ -28,7 +28,7 @@ def edge(output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> 
     """Return the Charbonnier loss of the Laplacians.
 
     References:
-        MPRNet, eq. 4, as computed by their code, see `laplacian`.
+        MPRNet, the authors' code, see `laplacian`.
     """
     return charbonnier(laplacian(output), laplacian(target))
 
