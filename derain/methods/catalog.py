@@ -14,7 +14,7 @@ from derain.files.weights import BUILD_ERRORS, EXPECTED, Content, check_network,
 from derain.methods import onnx_model, spandrel_model
 from derain.methods.registry import BUILT_IN, class_path, find, methods, use_method
 from derain.methods.trainable import TrainableModule
-from derain.models import bundled, public
+from derain.models import PublicModel, bundled, public
 
 __all__ = ["Weights", "load", "load_checkpoint", "locate", "methods", "use_method"]
 
@@ -65,13 +65,23 @@ def locate(name: Path | str) -> Path:
     """
     file, _ = split_options(name)
     kind, _, hub_name = file.partition(":")
-    by_hub_name = {model.hub: model for model in public().values()}
-    model = by_hub_name.get(hub_name) if kind == "hub" else public().get(file)
-    if model is not None and not Path(file).exists():
+    model = public_model(name)
+    if model is not None:
+        if model.sha256 is None:
+            log.warning("%s: no hash of its file is known, so that it is not checked", file)
         return fetch_weights(model.hub, model.file, licence=model.licence, sha256=model.sha256)
     if kind == "hub" and hub_name:
         return fetch_weights(hub_name)
     return bundled().get(file, Path(file))
+
+
+def public_model(name: Path | str) -> PublicModel | None:
+    """Return what is known of a public model, by its name or ``hub:OWNER/NAME``; None for other weights."""
+    file, _ = split_options(name)
+    if Path(file).exists():
+        return None
+    by_hub_name = {f"hub:{model.hub}": model for model in public().values()}
+    return public().get(file) or by_hub_name.get(file)
 
 
 def load(name: Path | str, method: str | type | None = None) -> Weights:
@@ -94,6 +104,9 @@ def load(name: Path | str, method: str | type | None = None) -> Weights:
     if named is not None and not issubclass(named, TrainableModule):
         named = None  # a network, which the weights of a RegressionModule may name
     weights = _load(name, named)
+    model = public_model(name)
+    if model is not None and not weights.module.trained_on:
+        weights.module.trained_on = model.trained_on
     if named is not None:
         _warn_if_unused(name, weights.module, named)
     return weights

@@ -202,7 +202,7 @@ class AMIR(Network):
         atoms: Number of learned vectors that instruction vectors are sums of.
         instruction: Length of the instruction vector.
         experts: Number of experts of each spatial routing.
-        selected: Number of experts that a pixel selects; the authors' files do not tell it.
+        selected: Number of experts that a pixel selects; the authors' files do not record it.
 
     Raises:
         DerainError: If ``blocks`` or ``heads`` does not have four numbers.

@@ -1,4 +1,4 @@
-"""Base class of the networks: what goes in and out, and the names of the authors' tensors."""
+"""Base class of the networks: outputs, padding, order of channels, and the names of the authors' tensors."""
 
 import re
 from abc import ABC, abstractmethod
@@ -105,7 +105,7 @@ class Network(nn.Module, ABC):
         A network with such options overrides it, and reports what it assumes in a warning.
 
         Args:
-            path: The file, whose folder may tell.
+            path: The file, whose folder may determine them.
             given: Options that the user gave as ``FILE:name=value``.
         """
         return dict(given)

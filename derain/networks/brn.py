@@ -98,7 +98,7 @@ class BRN(Network):
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """Return the channels and the residual blocks of the image branch; files of BRN-RX, BRN-XR and CRN are None.
 
-        The authors' rain branch has unused residual blocks, so that files do not tell the number of used ones.
+        The authors' rain branch has unused residual blocks, so that files do not record the number of used ones.
         """
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         if cls.signature not in state:

@@ -296,7 +296,7 @@ class HCTFFN(Network):
 
     Shape:
         ``(b, 3, h, w)`` in [0, 1] → same, not clamped. Images are not padded; sides of less than 16 pixels are
-        continued to 16 by their border.
+        padded to 16 pixels by repeating the border.
 
     References:
         HCT-FFN, Figure 2. 873,693 parameters by default.

@@ -29,7 +29,7 @@ def assume_iterations(path: Path | None, given: Mapping[str, Any], known: int | 
     Args:
         path: The file.
         given: Options that the user gave.
-        known: Number that the file's name or folder tells.
+        known: Number that the file's name or folder states.
         usual: Number to assume otherwise, with a warning.
 
     Example:

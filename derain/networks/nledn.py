@@ -172,7 +172,7 @@ class NLEDN(Network):
 
     Shape:
         ``(b, 3, h, w)`` in [0, 1] → same, not clamped. Images are not padded; sides of less than 16 pixels, which the
-        authors' code cannot process, are continued to 16 by their border.
+        authors' code cannot process, are padded to 16 pixels by repeating the border.
 
     Raises:
         DerainError: If ``grids`` does not have three numbers.

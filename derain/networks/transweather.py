@@ -1,4 +1,4 @@
-r"""TransWeather: a pyramid transformer whose decoder asks learned queries what the weather did to the image.
+r"""TransWeather: a pyramid transformer whose decoder attends to learned queries of the weather.
 
 Valanarasu et al., TransWeather: Transformer-based Restoration of Images Degraded by Adverse Weather Conditions, CVPR
 2022. The network computes from images in [-1, 1]; the result of its tanh is read as an image in [0, 1].

@@ -41,7 +41,7 @@ class ConvGRU(nn.Module):
                 self.add_module(f"{gate}_state", nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x: Float[Tensor, "b i h w"], state: Float[Tensor, "b c h w"] | None) -> Float[Tensor, "b c h w"]:
-        """Return the new state; None: there is no state yet."""
+        """Return the new state; None stands for the first step."""
         if state is None:
             return torch.sigmoid_(self._convolve("update_input", x)) * torch.tanh_(self._convolve("candidate_input", x))
         update = torch.sigmoid_(self._sum("update", x, state))

@@ -25,7 +25,7 @@ def deformable_convolution(
 
     Args:
         x: The map.
-        offset: Distance of each tap from its place in a regular kernel in pixels: down and right in turn.
+        offset: Distance of each tap from its position in a regular kernel in pixels: down and right in turn.
         mask: Factor of each tap.
         weight: Kernel with an odd side.
 
@@ -52,7 +52,7 @@ def sampling_grid(offset: Float[Tensor, "b two_taps h w"], side: Any) -> Float[T
     """Return where each tap samples, right and down, from -1 to 1 for the map's outer edges; float32 or wider.
 
     Args:
-        offset: Distance of each tap from its place in a regular kernel in pixels.
+        offset: Distance of each tap from its position in a regular kernel in pixels.
         side: Side of the kernel.
     """
     batch, _, height, width = offset.shape

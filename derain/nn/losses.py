@@ -62,7 +62,8 @@ def fft(output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> F
     with torch.autocast(output.device.type, enabled=False):
         dtype = torch.promote_types(output.dtype, torch.float32)
         difference = torch.fft.fft2(output.to(dtype)) - torch.fft.fft2(target.to(dtype))
-    return difference.abs().mean()
+    modulus: Tensor = difference.abs()
+    return modulus.mean()
 
 
 def negative_ssim(output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
