@@ -295,8 +295,8 @@ class HCTFFN(Network):
         ``stage2``, ``stage1``: The images of the others.
 
     Shape:
-        ``(b, 3, h, w)`` in [0, 1] → same, not clamped. Images are not padded; sides of less than 16 pixels are
-        padded to 16 pixels by repeating the border.
+        ``(b, 3, h, w)`` in [0, 1] → same, not clamped. Only images with sides of less than 16 pixels are padded, by
+        repeating the border.
 
     References:
         HCT-FFN, Figure 2. 873,693 parameters by default.
