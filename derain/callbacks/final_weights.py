@@ -54,4 +54,5 @@ class FinalWeights(Callback):
             log.info("best validation: %s %.4f (%s)", cast(TrainableModule, pl_module).monitor, score, images)
         module = cast(TrainableModule, pl_module)
         required = module.required_class()
-        log.info("%s", module.next_step(target, f"--method {required}" if required else ""))
+        option = f"--method {required}" if required else ""
+        log.info("%s", module.next_step(target, option))
