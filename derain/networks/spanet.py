@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -19,6 +20,12 @@ BLOCKS_BEFORE, BLOCKS_PER_GROUP, BLOCKS_AFTER = 3, 3, 2
 
 GREY_LEVEL = 1 / 255
 """Smallest difference of two 8-bit images in [0, 1]."""
+
+DOUBLINGS = 16
+"""Doublings of the steps of a recurrence in exported graphs, whose images have sides of up to 2 to the 16 pixels."""
+
+LARGE = 1e18
+"""Number above all values of the network, whose square float32 can hold; it stands for infinity in exported graphs."""
 
 
 class SPANet(Network):
@@ -70,16 +77,7 @@ class SPANet(Network):
         self.tail = _conv(dim, 3)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return ``derained`` and ``mask``.
-
-        Raises:
-            DerainError: If the network is being exported: the graph's loops would have the length of the example.
-        """
-        if exporting():
-            raise DerainError(
-                "SPANet: cannot be exported, since its recurrences are loops over rows and columns, of which derain's "
-                "files have none; use the weights without export"
-            )
+        """Return ``derained`` and ``mask``."""
         x = torch.relu(self.head(image))
         mask: Tensor | None = None
         attention: Tensor | None = None
@@ -178,7 +176,7 @@ class Recurrence(nn.Module):
         weight = torch.stack([unit.weight.view(-1, 1) for unit in units])
         bias = torch.stack([cast(Tensor, unit.bias).view(-1, 1) for unit in units])
         steps = torch.stack((x, x.flip(2)), dim=1)
-        hidden = scan(steps, weight, bias)
+        hidden = (scan_by_doubling if exporting() else scan)(steps, weight, bias)
         return hidden[:, 0], hidden[:, 1].flip(2)
 
 
@@ -199,6 +197,28 @@ def scan(
     for step in others:
         previous = step.addcmul_(weight, previous).relu_()
     return steps
+
+
+def scan_by_doubling(
+    steps: Float[Tensor, "b 2 c t n"], weight: Float[Tensor, "2 c 1"], bias: Float[Tensor, "2 c 1"]
+) -> Float[Tensor, "b 2 c t n"]:
+    """Return the same as `scan` without a loop over t, for exported graphs; t is at most 2 to the `DOUBLINGS`.
+
+    A unit is a function ``clamp(slope · h + offset, low, high)`` of the unit before, and so is a composition of units.
+    Each doubling composes the functions of as many steps with those of as many steps before (Hillis and
+    Steele, Data Parallel Algorithms, 1986). A function before the first step is constantly 0.
+    """
+    index = torch.arange(steps.shape[3] + 1, device=steps.device)
+    offset = F.pad(steps, (0, 0, 1, 0)) + bias[:, :, None] * (index > 1)[:, None]
+    slope, low = weight[:, :, None], torch.zeros_like(offset)
+    high = low + LARGE * (index > 0)[:, None]
+    for doubling in range(DOUBLINGS):
+        before = (index - 2**doubling).clamp(min=0)
+        ends = [(slope * end[:, :, :, before] + offset).clamp(low, high) for end in (low, high)]
+        offset = (slope * offset[:, :, :, before] + offset).clamp(-LARGE, LARGE)
+        low, high = torch.minimum(*ends), torch.maximum(*ends)
+        slope = (slope * slope).clamp(max=LARGE)
+    return offset.clamp(low, high)[:, :, :, 1:]
 
 
 def _conv(inputs: int, outputs: int, size: int = 3, dilation: int = 1) -> nn.Conv2d:
