@@ -234,7 +234,7 @@ class BackgroundTransformer(nn.Module):
         index = torch.arange((RUNS + 1) * length, device=tokens.device)
         padded = tokens[:, index.clamp(max=count - 1)].reshape(-1, length, width)
         outside = (index >= count) & (index > RUNS * length)  # a run needs a token, even if there is no remainder
-        mask = torch.zeros_like(index, dtype=tokens.dtype).masked_fill(outside, -torch.inf)
+        mask = torch.zeros_like(index, dtype=tokens.dtype).masked_fill(outside, torch.finfo(tokens.dtype).min)
         mask = mask.reshape(1, RUNS + 1, 1, 1, length).expand(b, -1, -1, -1, -1).flatten(0, 1)
         return self.repeat(padded, mask).reshape(b, -1, width)[:, :count]
 
@@ -244,7 +244,7 @@ class BackgroundTransformer(nn.Module):
             run = self.block(run, mask)
         return run
 
-    def fold(self, patches: Float[Tensor, "b d n"], height: int, width: int) -> Float[Tensor, "b c h w"]:
+    def fold(self, patches: Float[Tensor, "b d n"], height: Any, width: Any) -> Float[Tensor, "b c h w"]:
         """Sum patches where they overlap."""
         if not exporting():
             return F.fold(patches, (height, width), 3, padding=1)

@@ -73,8 +73,8 @@ class VRGNet(Network):
             derained = self.tail(features) + image
             earlier[f"derained{iteration}"] = derained
         features, _ = self.stage(torch.cat((image, derained), dim=1), state)
-        residual, log_variance = self.final_tail(features).chunk(2, dim=1)
-        return {"derained": residual + image, "log_variance": log_variance, **earlier}
+        output = self.final_tail(features)
+        return {"derained": output[:, :3] + image, "log_variance": output[:, 3:], **earlier}
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:

@@ -41,7 +41,7 @@ SMALL = {
     },
 }
 """Hyper-parameters of small networks; a method without an entry is built with its defaults."""
-OVERFITTED = {"PLNLINGANModule": 1.15}
+OVERFITTED = {"PLNLINGANModule": 1.15, "RegressionModule": 1.15}
 """Factor by which the error of an overfitted batch falls if not 4: SSIM at many scales learns noise slowly."""
 LARGE = {"CLIPRPNModule", "PLNLINGANModule"}
 """Methods whose graphs take long to trace, however small their networks."""

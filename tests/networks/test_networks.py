@@ -64,7 +64,7 @@ def test_graphs_equal_networks_or_are_refused_in_one_line(name, tmp_path):
         export(method, tmp_path / "m.onnx")  # compares the graph with the method
 
 
-NOT_EXPORTED: set[str] = set()
+NOT_EXPORTED = {"HCTFFN"}  # its attention over runs of pixels needs more memory than derain grants a graph
 
 
 @pytest.mark.parametrize("name", NAMES)
