@@ -39,7 +39,7 @@ __all__ = [*_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on first use."""
+    """Return a public name; its module is imported on first use."""
     if name not in _MODULES:
         raise AttributeError(f"module 'derain' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)

@@ -11,11 +11,11 @@ class PairBatch(TypedDict):
 
     Keys:
         rainy: ``(b, 3, h, w)`` in [0, 1].
-        clean: Same shape; missing if there is no ground truth.
+        clean: Same shape and range; missing in batches for prediction.
         name: Name of each pair, unique within the data set.
         index: ``(b,)``, index of each pair in the data set.
-        caption: Description of each clean image; only with a caption table.
-        degradation: Word for the degradation of each rainy image; only with a caption table.
+        caption: Text that describes each clean image; only if the data set has captions.
+        degradation: Name of the degradation of each rainy image, such as ``rainy``; only if the data set has captions.
     """
 
     rainy: Float[Tensor, "b 3 h w"]

@@ -1,4 +1,4 @@
-"""Atomic writing of checkpoints: a process that is killed leaves no incomplete file under the final name."""
+"""Checkpoints that are written atomically: a killed process leaves no incomplete file under the final name."""
 
 import os
 import re
@@ -18,12 +18,12 @@ UNFINISHED = re.compile(r"\.[0-9a-f]{8}-.+")
 class WholeCheckpointIO(TorchCheckpointIO):
     """Checkpoint IO that writes to a temporary file beside the target, then renames it.
 
-    Lightning's own uses the system's temporary folder. If that is on a different file system, renaming copies the file,
-    and a process that is killed meanwhile leaves half a file in place of the previous checkpoint.
+    `TorchCheckpointIO` writes to the system's temporary folder. If that is on another file system, the file is copied
+    instead of renamed, and a process that is killed meanwhile replaces the previous checkpoint with a partial file.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Save a checkpoint; on a remote file system, as Lightning does."""
+        """Save a checkpoint; Lightning saves to paths with ``://``, such as ``s3://…``."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -38,11 +38,11 @@ def remove_unfinished(folder: Path, age: float = 0.0) -> None:
 
     Args:
         folder: Folder of one or several runs.
-        age: Minimum time since a file was written, in seconds; newer files may belong to a running process.
+        age: Seconds since a file was last written; younger files are kept, as a running process may be writing them.
     """
     for path in list(folder.rglob(".*")):
         try:
             if UNFINISHED.fullmatch(path.name) and path.is_file() and time.time() - path.stat().st_mtime >= age:
                 path.unlink()
-        except FileNotFoundError:  # renamed or removed by another process meanwhile
+        except FileNotFoundError:  # another process has renamed or removed it
             continue

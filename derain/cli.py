@@ -9,35 +9,35 @@ import sys
 import derain
 from derain.errors import ArgumentError, DerainError, Stopped
 from derain.interrupts import interruptible
-from derain.warning_limit import few_warnings
+from derain.warning_limit import limited_warnings
 
-TRAINER = {
+TRAINER_COMMANDS = {
     "fit": "train a method: derain fit --config experiments/rain100h.yaml",
     "validate": "score a method on validation images",
     "test": "score a method on test images: per-image CSV, summary JSON, a table",
     "predict": "restore the images of a data set, on one or several devices",
 }
-"""Commands of LightningCLI."""
+"""Commands that LightningCLI runs, and their summaries."""
 
 COMMANDS = {
     "restore": "remove rain from photos and videos: derain restore rainy.jpg clean.jpg",
-    "app": "serve a page that restores photos, in the browser on this machine",
+    "app": "restore photos in the browser, by a page that this machine serves",
     "models": "list the bundled models: derain models list",
     "score": "score the results of any method: derain score DERAINED CLEAN",
     "data": "list, verify and synthesize data sets",
-    "route": "count which routes of CLIP-RPN images take: derain route Rain800 --prompts 3",
+    "route": "count the images on each route of CLIP-RPN: derain route Rain800 --prompts 3",
     "caption": "caption clean images for DA-CLIP: derain caption RainTrainH captions.tsv",
-    "export": "export a method as ONNX or with torch.export: derain export derain.onnx --weights W",
-    "table": "tables as in papers, from results of derain test: derain table RESULTS...",
+    "export": "export a method as ONNX or with torch.export: derain export derain.onnx --weights FILE",
+    "table": "build the papers' tables from results of derain test: derain table RESULTS...",
     "bench": "count parameters and multiplications, and time methods",
     "doctor": "report versions, devices, caches and weights",
 }
-"""Commands with a module of the same name in ``derain.commands``."""
+"""Commands with a module of the same name in ``derain.commands``, and their summaries."""
 
 
 def usage() -> str:
-    """Return the help text with one line a command."""
-    commands = "\n".join(f"  {name:<10}{summary}" for name, summary in (TRAINER | COMMANDS).items())
+    """Return the help text: one line per command."""
+    commands = "\n".join(f"  {name:<10}{summary}" for name, summary in (TRAINER_COMMANDS | COMMANDS).items())
     return f"""derain {derain.__version__}: single-image rain removal
 
 usage: derain COMMAND [options]     (derain COMMAND --help lists the options)
@@ -48,10 +48,13 @@ usage: derain COMMAND [options]     (derain COMMAND --help lists the options)
 
 
 def set_up_output() -> None:
-    """Send log messages of one rank to standard error, and escape characters that a stream cannot encode."""
+    """Send log messages to standard error, and escape characters that a stream cannot encode.
+
+    Ranks above 0 log only warnings and errors.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files may be any bytes
+            stream.reconfigure(errors="backslashreplace")  # file names may contain any bytes
     variables = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
     rank = next((os.environ[name] for name in variables if name in os.environ), "0")
     log = logging.getLogger("derain")
@@ -61,10 +64,10 @@ def set_up_output() -> None:
 
 
 def command_first(arguments: list[str]) -> list[str]:
-    """Move ``--config`` options that precede the command behind it.
+    """Move options ``--config`` and ``-c`` from before the command to after it.
 
     Raises:
-        DerainError: If no command follows them.
+        DerainError: If there is no command.
 
     Example:
         >>> command_first(["--config", "x.yaml", "fit", "--data.crop", "64"])
@@ -77,7 +80,7 @@ def command_first(arguments: list[str]) -> list[str]:
         return arguments
     if end >= len(arguments):
         options = " ".join(arguments)
-        raise DerainError(f"{options}: no command; write it first, as derain fit {options}")
+        raise DerainError(f"{options}: no command; expected one before the options, as in: derain fit {options}")
     return [arguments[end], *arguments[:end], *arguments[end + 1 :]]
 
 
@@ -85,28 +88,31 @@ def run(arguments: list[str]) -> int:
     """Run a command and return its exit code.
 
     Raises:
-        DerainError: If there is no such command, or it refuses its input.
+        DerainError: If there is no such command, or its input is invalid.
     """
     command, *options = command_first(arguments)
-    if command in TRAINER:
+    if command in TRAINER_COMMANDS:
         from derain.commands import train
 
-        with few_warnings(logging.getLogger("derain")):
+        with limited_warnings(logging.getLogger("derain")):
             return train.run([command, *options])
     if command not in COMMANDS:
-        raise DerainError(f"no command {command!r}; choose {', '.join(TRAINER | COMMANDS)}")
+        raise DerainError(f"{command}: no such command; choose {', '.join(TRAINER_COMMANDS | COMMANDS)}")
     from derain.options import run_command
 
     module = importlib.import_module(f"derain.commands.{command}")
-    with interruptible(), few_warnings(logging.getLogger("derain")):
+    with interruptible(), limited_warnings(logging.getLogger("derain")):
         return run_command(f"derain {command}", module, options)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line and return the exit code: 2 after bad input, which prints one line.
+    """Run a command line and report errors in one line on standard error.
 
     Args:
-        argv: Arguments after ``derain``; those of the process by default.
+        argv: Arguments after ``derain``; by default those of the process.
+
+    Returns:
+        Exit code: that of the command; 2 after an error, 128 plus the signal's number after an interrupt.
     """
     arguments = sys.argv[1:] if argv is None else argv
     set_up_output()
@@ -122,11 +128,11 @@ def main(argv: list[str] | None = None) -> int:
         stop = interrupt if isinstance(interrupt, Stopped) else Stopped("interrupted")
         print(f"derain: {stop}", file=sys.stderr)
         return stop.code
-    except BrokenPipeError:  # such as of head, which has read enough
+    except BrokenPipeError:  # the reader of a pipe has ended, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (DerainError, OSError) as error:  # OSError: a full disk, a folder without permission
-        # The workers of a DataLoader put their traceback before the message.
+        # Errors of DataLoader workers contain a traceback before the message.
         message = str(error).rpartition("derain.errors.DerainError: ")[2].strip()
         prefix = "--" if isinstance(error, ArgumentError) else ""
         print(f"derain: error: {prefix}{message}", file=sys.stderr)

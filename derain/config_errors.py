@@ -1,4 +1,4 @@
-"""One-line messages for the errors of jsonargparse, which has only their text."""
+"""One-line messages for errors of jsonargparse, found by patterns in their text."""
 
 import inspect
 import re
@@ -9,13 +9,13 @@ from derain.options import unknown_argument
 
 TYPES = {
     "NoneType": "null",
-    "list": "a list, as [a, b]",
-    "Sequence": "a list, as [a, b]",
+    "list": "a list, such as [a, b]",
+    "Sequence": "a list, such as [a, b]",
     "bool": "true or false",
     "int": "a whole number",
     "float": "a number",
 }
-"""Types as users of a configuration know them."""
+"""Types by their names in jsonargparse, in plain words."""
 
 UNKNOWN_OPTION = re.compile(
     r"Option '(?P<nested>[\w.-]+)' is not accepted"
@@ -23,30 +23,30 @@ UNKNOWN_OPTION = re.compile(
     r"|unrecognized arguments: --(?P<argument>[^\s=]+)"
 )
 
-UNKNOWN_CLASS = "{key} {value}: no such class; give the name of an importable class"
+UNKNOWN_CLASS = "{key} {value}: no such class; expected the name of an importable class"
 
 MESSAGES = {
     r"unrecognized arguments: (?P<value>[^\s=]+)": "unexpected argument {value}; options begin with --",
     r"arguments are required: (fit|validate|test|predict)\.(?P<value>\w+)": (
-        "--{value}: is missing; give it, or a --config FILE that has it"
+        "--{value}: is missing; set it, or pass a --config FILE that contains it"
     ),
-    r"arguments are required: (?P<value>.*)": "{key} {class_path}: needs {value}",
-    r"File does not exist: '(?P<value>.*)'": "{key} {value}: no such file",
+    r"arguments are required: (?P<value>.*)": "{key} {class_path}: {value} is missing; set it",
+    r"File does not exist: '(?P<value>.*)'": "{key} {value}: no such file; check the path",
     r"not correspond to a subclass of (?P<base>\w+)[\s\S]*Given value: (\{'class_path': ')?(?P<value>[\w.]+)": (
         "{key} {value}: expected a class that derives from {base}"
     ),
     r"Expected a dot import path string: (?P<value>.*)": UNKNOWN_CLASS,
     r"Expected an? (?P<type>.+)\. Got value: (?P<value>.*)": "{key} {value}: must be {type}",
 }
-"""Messages by a pattern in the text of an error; the first that matches is used."""
+"""Patterns in the text of an error, and the message for each; the first match is used."""
 
 
 def explain_config_error(text: str, known: Iterable[str] = ()) -> str:
-    r"""Return the error of a configuration or option in one line.
+    r"""Return a one-line message for an error of jsonargparse.
 
     Args:
-        text: Text of the error, of one or several lines.
-        known: Known options, to suggest one for a misspelt option.
+        text: Text of the error, which may have several lines.
+        known: Existing options, one of which is suggested for a misspelt option.
 
     Example:
         >>> explain_config_error("Parser key \"data.crop\":\n  Expected a <class 'int'>. Got value: abc")
@@ -57,7 +57,7 @@ def explain_config_error(text: str, known: Iterable[str] = ()) -> str:
     class_path = class_paths[-1] if class_paths else ""
     denied = re.search(r"Importing '([\w.]+)' is not allowed", text)
     if denied:
-        return f"{key} {denied[1]}: not allowed, as it runs commands or loads code; name a class of Lightning or yours"
+        return f"{key} {denied[1]}: not allowed: it runs commands or loads code; use a class of Lightning or your own"
     unknown = UNKNOWN_OPTION.search(text)
     if unknown:
         name = unknown["nested"] or unknown["full"] or unknown["argument"]
@@ -76,7 +76,7 @@ def explain_config_error(text: str, known: Iterable[str] = ()) -> str:
 
 
 def _option_of(text: str) -> str:
-    """Return the option that an error is about: the keys of nested parsers, joined."""
+    """Return the option with the error: the joined keys of nested parsers; ``--config`` if the text names none."""
     key = ""
     for part in re.findall(r'Parser key "([\w.]+)"', text):
         key = part if not key or part.startswith(f"{key}.") else f"{key}.{part}"
@@ -87,7 +87,7 @@ def _option_of(text: str) -> str:
 
 
 def _class_options(key: str, class_path: str) -> list[str]:
-    """Return the options of a class within a configuration."""
+    """Return the options of a class that a configuration names."""
     configured = locate(class_path) if class_path else None
     if not callable(configured):
         return []
@@ -95,7 +95,7 @@ def _class_options(key: str, class_path: str) -> list[str]:
 
 
 def _explain_value(key: str, text: str) -> str | None:
-    """Return a message about a value that has none of several types; None if the text is about something else."""
+    """Return a message about a value that has none of the accepted types; None if the error is of another kind."""
     given = re.search(r"Given value: (.*)", text)
     if not given:
         return None
@@ -109,7 +109,7 @@ def _explain_value(key: str, text: str) -> str | None:
 
 
 def _type_name(text: str) -> str:
-    """Return the name of a type as jsonargparse prints it, in plain words."""
+    """Return the plain words for a type that jsonargparse printed."""
     choices = re.search(r"Literal\[(.*)\]", text)
     if choices:
         return f"one of {choices[1].replace(chr(39), '')}"
@@ -118,6 +118,6 @@ def _type_name(text: str) -> str:
 
 
 def _joined(text: str) -> str:
-    """Return a text in one line."""
+    """Return a text as one line."""
     line = " ".join(text.split()).replace('"<unicode string>", ', "").removesuffix(":")
     return line.replace("Problems parsing config", "--config: not YAML")

@@ -1,4 +1,4 @@
-"""Deep PNG and TIFF files (more than 8 bits per channel), for which Pillow has no colour mode: coded by OpenCV."""
+"""Read and write PNG and TIFF files with more than 8 bits per channel, with OpenCV: Pillow has no mode for them."""
 
 import struct
 import zlib
@@ -15,15 +15,15 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # decoders wr
 
 WIDTH, HEIGHT, BITS, PHOTOMETRIC = 256, 257, 258, 262
 CHANNELS, PLANES, EXTRA, SAMPLE_FORMAT, PROFILE = 277, 284, 338, 339, 34675
-"""Tags of TIFF."""
+"""TIFF tags."""
 
 FLOATS = 3
-"""Value of the tag SAMPLE_FORMAT."""
+"""Value of the tag SAMPLE_FORMAT for floating-point numbers."""
 
 SAMPLE_FORMATS = {1: "unsigned integers", 2: "signed integers", FLOATS: "floats"}
 
 INVERTED, GREY, RGB = 0, 1, 2
-"""Values of the tag PHOTOMETRIC."""
+"""Values of the tag PHOTOMETRIC; INVERTED is grey with 0 as white."""
 
 PREMULTIPLIED = 1
 """Value of the tag EXTRA: colours are multiplied by alpha."""
@@ -31,32 +31,32 @@ PREMULTIPLIED = 1
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 PNG_HEADER_END = 33
-"""Length of the signature and the chunk IHDR."""
+"""Length of the signature and the chunk IHDR in bytes."""
 
 PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}
 """Colour type of a PNG to its number of channels."""
 
 PNG_TRANSPARENT_COLOUR = {0: 2, 2: 6}
-"""Colour type of a PNG to the bytes of the colour that is transparent, in 16 bits per channel."""
+"""Colour type of a PNG to the length of its transparent colour in bytes, with 16 bits per channel."""
 
 ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
-"""Passes of an interlaced PNG: first column and row, steps between columns and rows."""
+"""Passes of an interlaced PNG: first column, first row, step between columns, step between rows."""
 
 WRITABLE = frozenset({".png", ".tif", ".tiff"})
-"""Suffixes of formats with 16 bits per channel."""
+"""Suffixes of the formats that `encode` writes."""
 
 
 def is_deep_png(header: bytes) -> bool:
-    """Return whether a file with this header (26 bytes) is a PNG with 16 bits per channel."""
+    """Return whether a file is a PNG with 16 bits per channel, from its first 26 bytes."""
     return header[:8] == PNG_SIGNATURE and header[24:25] == b"\x10"
 
 
 def deep_tiff_tags(file: BinaryIO) -> ImageFileDirectory_v2 | None:
-    """Return the tags of a TIFF with more than 8 bits per channel, and None for any other file.
+    """Return the tags of a TIFF with more than 8 bits per channel; None for any other file.
 
     Raises:
-        ValueError: If the file is a big-endian BigTIFF.
-        Exception: Whatever Pillow raises for damaged tags (SyntaxError, struct.error, ...).
+        ValueError: If the file is a big-endian BigTIFF, or its number of bits is not an integer.
+        Exception: If the tags are damaged: any exception of Pillow, such as SyntaxError or struct.error.
     """
     file.seek(0)
     header = file.read(8)
@@ -73,15 +73,15 @@ def deep_tiff_tags(file: BinaryIO) -> ImageFileDirectory_v2 | None:
 
 
 def tag_values(tags: ImageFileDirectory_v2, tag: int, default: int) -> tuple[int, ...]:
-    """Return the numbers of a tag.
+    """Return the integers in a tag.
 
     Args:
         tags: Tags of a TIFF.
         tag: Number of the tag.
-        default: Value of a tag that is missing.
+        default: Value if the tag is missing.
 
     Raises:
-        ValueError: If the tag contains no integers, but text for example.
+        ValueError: If the tag contains anything else, such as text.
     """
     value: Any = tags.get(tag, default)
     values = value if isinstance(value, tuple) else (value,)
@@ -91,7 +91,7 @@ def tag_values(tags: ImageFileDirectory_v2, tag: int, default: int) -> tuple[int
 
 
 def decode(file: BinaryIO, size: tuple[int, int], tags: ImageFileDirectory_v2 | None) -> NDArray[Any]:
-    """Decode a file: 16-bit integers are scaled to [0, 1], floats keep their values.
+    """Decode a file: 16-bit integers are scaled to [0, 1], floats are not; premultiplied colours are divided by alpha.
 
     Args:
         file: A PNG or TIFF.
@@ -99,10 +99,11 @@ def decode(file: BinaryIO, size: tuple[int, int], tags: ImageFileDirectory_v2 | 
         tags: Tags of a TIFF; None for a PNG.
 
     Returns:
-        ``(h, w, c)`` float32: grey, grey and alpha, RGB, or RGB and alpha.
+        ``(h, w, c)`` float32: grey, RGB, or RGB and alpha (also from a PNG with grey and alpha).
 
     Raises:
         ValueError: If the file is damaged, or has a pixel format that OpenCV decodes wrongly.
+        KeyError, struct.error, zlib.error: If a PNG lacks a chunk, or its header or pixels are damaged.
     """
     file.seek(0)
     if tags is None:
@@ -131,24 +132,24 @@ def _decoded_by_opencv(data: bytes, size: tuple[int, int]) -> NDArray[Any]:
     if array is None:
         raise ValueError("pixels cannot be decoded: the file is damaged or truncated")
     if array.shape[:2] != size or array.dtype not in (np.uint16, np.float32, np.float64):
-        raise ValueError(f"pixels decode to {array.dtype} of shape {array.shape}; expected 16 bits or floats of {size}")
+        raise ValueError(f"decodes to {array.dtype} of shape {array.shape}; expected uint16 or floats of shape {size}")
     return array
 
 
 def _swap_red_and_blue(channels: NDArray[Any]) -> NDArray[Any]:
-    """Convert ``(h, w, c)`` from OpenCV's order of channels to RGB, or back; grey stays as it is."""
+    """Convert ``(h, w, c)`` from OpenCV's channel order to RGB, or back; grey is not changed."""
     count = channels.shape[2]
     return channels if count < 3 else channels[..., [2, 1, 0, *range(3, count)]]
 
 
 def _minimal_png(data: bytes) -> bytes:
-    """Return a PNG that contains nothing but checked pixels.
+    """Check a PNG, and return it with its header, transparent colour and pixels only.
 
-    OpenCV's decoder writes to standard error about everything that is damaged.
+    Without the check, OpenCV would report damage on standard error, and allocate memory for any length of a chunk.
 
     Raises:
-        ValueError: If a chunk is damaged, or longer than the file (OpenCV would allocate memory for it).
-        zlib.error: If the pixels are damaged.
+        ValueError: If a chunk or the header is damaged, or the number of pixels is wrong.
+        KeyError, struct.error, zlib.error: If a chunk is missing, or the header or the pixels are damaged.
     """
     chunks = _png_chunks(data)
     header = chunks[b"IHDR"][0]
@@ -170,7 +171,7 @@ def _minimal_png(data: bytes) -> bytes:
 
 
 def _png_chunks(data: bytes) -> dict[bytes, list[bytes]]:
-    """Return the contents of a PNG's chunks by type, up to the chunk IEND."""
+    """Return the contents of the chunks of a PNG by type, up to the chunk IEND; raise ValueError if one is damaged."""
     chunks: dict[bytes, list[bytes]] = {}
     start = len(PNG_SIGNATURE)
     while start < len(data) and b"IEND" not in chunks:
@@ -186,7 +187,7 @@ def _png_chunks(data: bytes) -> dict[bytes, list[bytes]]:
 
 
 def _png_bytes(height: int, width: int, pixel_bytes: int, *, interlaced: bool) -> int:
-    """Return the number of bytes of a PNG's decompressed pixels: each row begins with the number of its filter."""
+    """Return the number of bytes of a PNG's decompressed pixels; each row begins with a byte for its filter."""
     total = 0
     for left, top, across, down in ADAM7 if interlaced else [(0, 0, 1, 1)]:
         columns = len(range(left, width, across))
@@ -201,27 +202,27 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def _check_layout(tags: ImageFileDirectory_v2) -> None:
-    """Refuse layouts that OpenCV decodes to wrong values, or not at all."""
+    """Raise ValueError for layouts that OpenCV decodes to wrong values, or not at all."""
     bits = set(tag_values(tags, BITS, 1))
     sample_format = tag_values(tags, SAMPLE_FORMAT, 1)[0]
     channels = tag_values(tags, CHANNELS, 1)[0]
     photometric = tag_values(tags, PHOTOMETRIC, GREY)[0]
 
     bit_text = "/".join(str(count) for count in sorted(bits))
-    layout = f"{channels} channels of {bit_text}-bit {SAMPLE_FORMATS.get(sample_format, 'unknown numbers')}"
+    layout = f"{channels} × {bit_text}-bit {SAMPLE_FORMATS.get(sample_format, 'unknown numbers')}"
     numbers_supported = (sample_format, bits) in [(1, {16}), (FLOATS, {32}), (FLOATS, {64})]
     channels_supported = channels in {INVERTED: {1}, GREY: {1}, RGB: {3, 4}}.get(photometric, set())
     inverted_floats = photometric == INVERTED and sample_format == FLOATS
     if not numbers_supported or not channels_supported or inverted_floats:
-        raise ValueError(f"{layout} (photometric interpretation {photometric}) are not supported")
+        raise ValueError(f"pixels of {layout} (photometric interpretation {photometric}) are not supported")
     if channels > 1 and tag_values(tags, PLANES, 1)[0] != 1:
-        raise ValueError(f"{layout} in separate planes are not supported")
+        raise ValueError(f"pixels of {layout} in separate planes are not supported")
 
 
 def encode(
     suffix: str, channels: NDArray[np.float32], icc_profile: bytes | None = None, exif: bytes | None = None
 ) -> bytes:
-    """Encode an image with 16 bits per channel.
+    """Encode an image as PNG or TIFF with 16 bits per channel.
 
     Args:
         suffix: One of ``WRITABLE``.
@@ -229,15 +230,20 @@ def encode(
         icc_profile: ICC profile for these channels.
         exif: EXIF as Pillow stores it; ignored for TIFF.
 
+    Returns:
+        Content of the file; grey and alpha are written as RGB and alpha.
+
     Raises:
-        DerainError: If the image cannot be encoded.
+        DerainError: If OpenCV cannot encode the image.
     """
     array = np.rint(channels * 65535).astype(np.uint16)
-    if array.shape[2] == 2:  # OpenCV has no grey with alpha
+    if array.shape[2] == 2:  # OpenCV cannot encode grey with alpha
         array = array[..., [0, 0, 0, 1]]
     ok, data = cv2.imencode(suffix, _swap_red_and_blue(array))
     if not ok:
-        raise DerainError(f"'{suffix}': an image of shape {array.shape} cannot be encoded with 16 bits; write 8 bits")
+        raise DerainError(
+            f"'{suffix}': cannot encode shape {array.shape} with 16 bits per channel; write .webp instead"
+        )
     encoded: bytes = data.tobytes()
     if suffix != ".png":
         return encoded if icc_profile is None else _tiff_with_profile(encoded, icc_profile)
@@ -250,9 +256,9 @@ def encode(
 
 
 def _tiff_with_profile(encoded: bytes, profile: bytes) -> bytes:
-    """Add an ICC profile to a TIFF that OpenCV wrote: it is in this machine's byte order and has no such tag.
+    """Add an ICC profile to a TIFF that OpenCV wrote, in this machine's byte order and without a profile.
 
-    The profile and a longer directory of tags are appended, the latter at an even position.
+    The profile and a new directory of tags are appended; TIFF requires an even position for the directory.
     """
     (start,) = struct.unpack_from("=I", encoded, 4)
     (count,) = struct.unpack_from("=H", encoded, start)

@@ -1,12 +1,13 @@
-"""Exceptions for invalid input and for commands interrupted by a signal."""
+"""Exceptions for errors that users can correct, and for commands interrupted by a signal."""
 
 import signal
 
 
 class DerainError(ValueError):
-    """Invalid input, described in one line: what is wrong (value); what was expected; what to do.
+    """Error that the user can correct, such as invalid input or a missing package.
 
-    The command line prints the line without a traceback and exits with code 2.
+    The message is one line: what is wrong, with the value; what was expected; what to do. Commands print it without a
+    traceback and exit with code 2.
 
     Example:
         >>> raise DerainError("photo.jpg: not an image; use a JPEG, PNG, WebP, TIFF, BMP or AVIF file")
@@ -30,11 +31,14 @@ class ArgumentError(DerainError):
 class Stopped(KeyboardInterrupt):
     """Command interrupted by a signal, for example by Ctrl-C.
 
-    The command line prints the message and exits with the code that shells use for the signal.
+    The command line prints the message and exits with ``code``.
 
     Args:
-        message: What was finished and how to continue, in one line.
+        message: One line, for example what was finished and how to continue.
         number: Signal number.
+
+    Attributes:
+        code: Exit code that shells use for the signal, 128 plus its number.
 
     Example:
         >>> Stopped("interrupted", signal.SIGTERM).code

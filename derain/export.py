@@ -1,7 +1,7 @@
-"""Export a method as ONNX or by torch.export, and compare the file with the method.
+"""Export a method as ONNX or with torch.export, and compare the file with the method.
 
-Each method returns the graph to export (``export_graph``); by default it is ``forward``. CLIP, which chooses routes and
-encodes images, and the solver of a diffusion are not part of the file.
+The graph to export is what ``export_graph`` of the method returns: by default ``forward``. The file contains neither
+CLIP, which chooses routes and encodes images, nor the solver of a diffusion model.
 """
 
 import json
@@ -27,7 +27,7 @@ from derain.progress import track
 
 Format = Literal["onnx", "torch"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
-"""Suffix of the files by format."""
+"""Suffix of the file by format."""
 
 OPSET = 17
 """Version of ONNX's operator set: the first with layer normalisation."""
@@ -36,28 +36,29 @@ SIZES = ((37, 31), (63, 65), (101, 77), (1, 1), (131, 97))
 """Image sizes (height, width) at which file and method are compared."""
 
 TOLERANCE = 1e-4
-"""Largest allowed difference between file and method, of images in [0, 1]."""
+"""Largest allowed absolute difference between the results of file and method, for images in [0, 1]."""
 
 EXAMPLE_SIZE = (75, 90)
-"""Size (height, width) of the image that the graph is traced with."""
+"""Size (height, width) of the image that the graph is traced with, in pixels."""
 
 
 def export(method: DerainModule, path: Path, format: Format = "onnx") -> dict[tuple[int, int], float]:
-    """Export a method; the file is kept only if its results equal those of the method.
+    """Export a method; the file is written only if its results equal those of the method within ``TOLERANCE``.
 
     Args:
-        method: The method; call `Routed.set_route` first if it has routes.
-        path: Output file.
-        format: ``onnx``, or ``torch`` for a program of ``torch.export``.
+        method: The method; if it has routes, choose one by `Routed.set_route` first.
+        path: Output file, with the suffix of the format.
+        format: ``onnx`` (``.onnx``), or ``torch`` for a program of ``torch.export`` (``.pt2``).
 
     Returns:
-        The largest difference between file and method at each size (height, width).
+        The largest absolute difference between file and method for each image size (height, width) in ``SIZES``.
 
     Raises:
-        DerainError: If the method cannot be exported, the results of the file differ, or a package is not installed.
+        DerainError: If the suffix is wrong, the method cannot be exported, the results of the file differ, or a package
+            is not installed.
     """
     if path.suffix.lower() != SUFFIXES[format]:
-        raise DerainError(f"{path}: a file of --format {format} must end in {SUFFIXES[format]}")
+        raise DerainError(f"{path}: wrong suffix; a file of format {format} ends in {SUFFIXES[format]}")
     with _in_eval_mode_on_cpu(method):
         graph = method.export_graph().eval()
         with write_whole(path) as temporary:
@@ -67,7 +68,7 @@ def export(method: DerainModule, path: Path, format: Format = "onnx") -> dict[tu
             except DerainError as error:
                 if not str(error).startswith(f"{temporary}: "):
                     raise
-                # The advice in the message is for users of the file; here the file was not written.
+                # The message advises users of the file, but this file is not written.
                 reason, _, advice = str(error).removeprefix(f"{temporary}: ").rpartition("; ")
                 raise DerainError(
                     f"{path}: not written: derain cannot run it ({reason or advice}); {_alternative(format)}"
@@ -83,7 +84,7 @@ def export(method: DerainModule, path: Path, format: Format = "onnx") -> dict[tu
 
 @contextmanager
 def _in_eval_mode_on_cpu(method: DerainModule) -> Iterator[None]:
-    """Move a method to the CPU in eval mode; afterwards, restore its device and the mode of each of its modules."""
+    """Move a method to the CPU in eval mode; afterwards, restore its device and the modes of its modules."""
     device = method.device
     modes = [(module, module.training) for module in method.modules()]
     method.eval().cpu()
@@ -106,16 +107,16 @@ def _nan_last(difference: float) -> float:
 
 @torch.no_grad()
 def write(graph: Graph, method: DerainModule, path: Path, format: Format) -> None:
-    """Write a graph with the metadata of its method as the entry ``derain`` of the file.
+    """Write a graph with the metadata of its method, in the entry ``derain`` (ONNX) or ``derain.json`` (torch.export).
 
     Raises:
-        DerainError: If the format cannot hold the graph, or a package for it is not installed.
+        DerainError: If the format cannot represent the graph, or a package is not installed.
     """
     parameters = sum(parameter.numel() for parameter in method.network.parameters())
     metadata = json.dumps(method.metadata() | {"graph": graph.metadata(parameters)})
     with warnings.catch_warnings():
-        # PyTorch warns of its own code, and that tracing is deprecated. The newer exporter takes minutes where tracing
-        # takes seconds, and the traced graph is compared with the method at several sizes.
+        # PyTorch warns about its own code, and that tracing is deprecated. Its new ONNX exporter takes minutes, not
+        # seconds. Tracing is safe here, since `export` compares the graph with the method at several sizes.
         warnings.simplefilter("ignore")
         try:
             if format == "onnx":
@@ -166,7 +167,7 @@ def _write_program(graph: Graph, metadata: str, path: Path) -> None:
 
 
 class _Program(nn.Module):
-    """Network that runs a program of ``torch.export``."""
+    """Network that runs a program of ``torch.export``: inputs in order, or by name."""
 
     def __init__(self, run: Callable[..., Tensor], inputs: list[str]) -> None:
         super().__init__()
@@ -180,10 +181,10 @@ class _Program(nn.Module):
 
 @torch.no_grad()
 def compare(method: DerainModule, path: Path, format: Format) -> dict[tuple[int, int], float]:
-    """Return the largest difference between the results of a method and its file, by image size (height, width).
+    """Return the largest absolute difference between the results of a method and its file, by size (height, width).
 
     Raises:
-        DerainError: If the file cannot be read.
+        DerainError: If an ONNX file cannot be read or run.
     """
     graph = method.export_graph()
     restore = _restore_by_file(method, graph, path, format)
@@ -198,7 +199,7 @@ def compare(method: DerainModule, path: Path, format: Format) -> dict[tuple[int,
 
 
 def _restore_by_file(method: DerainModule, graph: Graph, path: Path, format: Format) -> Callable[..., Tensor]:
-    """Return a function with the signature of ``method`` that restores images by the file."""
+    """Return a function with the signature of ``method`` that restores images with the file."""
     if format == "onnx":
         network: nn.Module = onnx_model.OnnxNetwork(path)
     else:

@@ -10,12 +10,12 @@ from derain.errors import DerainError
 
 
 def cache_folder() -> Path:
-    """Return ``$DERAIN_CACHE`` if it is set, else derain's folder in the system's cache."""
+    """Return ``$DERAIN_CACHE`` if it is set, else derain's folder in the user's cache folder."""
     return Path(os.environ.get("DERAIN_CACHE") or platformdirs.user_cache_dir("derain", appauthor=False))
 
 
 def check_outputs(outputs: Iterable[tuple[Path, object]]) -> None:
-    """Check that no output overwrites another one, and that none is a file where another needs a folder.
+    """Check that no output overwrites another, and that no output file has the path of another output's folder.
 
     Args:
         outputs: Path of each output, and the input that it is made from.
@@ -37,6 +37,5 @@ def check_outputs(outputs: Iterable[tuple[Path, object]]) -> None:
         for folder in target.parents:
             if folder in sources:
                 raise DerainError(
-                    f"{folder}: output of {sources[folder]}, but also the output folder of {source}; "
-                    "rename one of the inputs"
+                    f"{folder}: output of {sources[folder]}, and output folder of {source}; rename one of the inputs"
                 )

@@ -1,4 +1,4 @@
-"""EXIF and ICC profiles that are copied from an input image to the restored image."""
+"""Copy EXIF and the ICC profile of an input image to the restored image."""
 
 import logging
 from pathlib import Path
@@ -16,15 +16,15 @@ TIFF = frozenset({".tif", ".tiff"})
 """Suffixes of TIFF files."""
 
 MAX_JPEG_EXIF = 65_533
-"""Bytes of EXIF that a JPEG file can contain."""
+"""Largest size of EXIF in a JPEG file, in bytes."""
 
 DESCRIPTIVE_TAGS = (270, 271, 272, 305, 306, 315, 33432)
-"""TIFF tags that describe the photo, not the layout of the file: description, make, model, software, date, ..."""
+"""TIFF tags that describe the photo: description, make, model, software, date, artist, copyright."""
 
 NAMES = {"exif": "EXIF", "icc_profile": "ICC profile"}
 
 Info = dict[str, Any]
-"""Metadata that Pillow writes with the pixels: ``exif`` and ``icc_profile``, as bytes."""
+"""Metadata as arguments of Pillow's ``save``: ``exif`` and ``icc_profile``, as bytes."""
 
 log = logging.getLogger("derain")
 
@@ -37,13 +37,13 @@ def has_location(info: Info) -> bool:
 
 
 def copy_exif(source: ImageSource, path: Path) -> bytes | None:
-    """Return the EXIF of an open image to write with the restored image; None if there is none.
+    """Return the EXIF of an image as bytes for the restored image; None if there is none.
 
-    The orientation is removed, since the pixels are rotated upright; of a TIFF only descriptive tags are copied.
-    EXIF that cannot be written is dropped with a warning.
+    The orientation is removed, since the pixels are rotated upright. Of a TIFF, only ``DESCRIPTIVE_TAGS`` and the Exif
+    and GPS directories are copied. EXIF that cannot be copied is dropped with a warning.
 
     Args:
-        source: The image, while its file is open.
+        source: The image; its file must be open.
         path: Name of the file in the warning.
     """
     try:
@@ -70,7 +70,7 @@ def _exif_of_deep_tiff(source: ImageSource) -> Image.Exif:
 
 
 def _descriptive_exif(exif: Image.Exif) -> Image.Exif:
-    """Return a copy without the tags that describe the layout of a TIFF file."""
+    """Return a copy with ``DESCRIPTIVE_TAGS`` and the Exif and GPS directories only."""
     copy = Image.Exif()
     for tag in DESCRIPTIVE_TAGS:
         if tag in exif:
@@ -83,13 +83,13 @@ def _descriptive_exif(exif: Image.Exif) -> Image.Exif:
 
 
 def supported_metadata(info: Info, path: Path, *, grey: bool, deep: bool) -> Info:
-    """Return the metadata that the format of a file supports; a warning names the rest.
+    """Return the metadata that the format of a file supports; a warning names the items that are dropped.
 
     Args:
         info: Metadata of the photo.
-        path: File to write; its suffix is the format.
-        grey: Whether the file has one colour channel.
-        deep: Whether it has 16 bits per channel.
+        path: File to write; its suffix selects the format.
+        grey: Whether the file will have one colour channel.
+        deep: Whether the file will have 16 bits per channel.
     """
     supported = {key: value for key, value in info.items() if value}
     problems = _problems(supported, path, grey=grey, deep=deep)
@@ -108,13 +108,13 @@ def supported_metadata(info: Info, path: Path, *, grey: bool, deep: bool) -> Inf
 
 
 def _problems(info: Info, path: Path, *, grey: bool, deep: bool) -> dict[str, str]:
-    """Return why a format does not support items of the metadata, by key."""
+    """Return the keys of the items that a format does not support, each with the reason."""
     suffix = path.suffix.lower()
     if suffix == ".bmp":
         return dict.fromkeys(info, "not supported by BMP")
     problems = {}
     if "exif" in info and suffix in JPEG and len(info["exif"]) > MAX_JPEG_EXIF:
-        problems["exif"] = f"{len(info['exif'])} bytes; JPEG supports {MAX_JPEG_EXIF}"
+        problems["exif"] = f"{len(info['exif'])} bytes; JPEG supports at most {MAX_JPEG_EXIF}"
     if "exif" in info and suffix in TIFF and deep:
         problems["exif"] = "not written to 16-bit TIFF"
     if "icc_profile" in info:

@@ -1,4 +1,4 @@
-"""Opening image files: accepted formats, size, orientation and EXIF, read before the pixels are decoded."""
+"""Open image files: read format, size, orientation and EXIF before the pixels are decoded."""
 
 import ctypes
 import logging
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,16 +21,16 @@ from derain.deep_images import tag_values
 from derain.errors import DerainError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "AVIF")
-"""Formats that Pillow may open, whatever a file is named: its plug-in for PostScript runs Ghostscript."""
+"""Formats that Pillow may open, whatever the suffix; its other plug-ins are unsafe (PostScript runs Ghostscript)."""
 
 MEGAPIXELS = 178
-"""Size above which an image counts as a decompression bomb."""
+"""Millions of pixels above which an image is refused as a decompression bomb: Pillow's limit, rounded down."""
 
 ORIENTATION = 0x0112
-"""Tag of EXIF and TIFF."""
+"""Number of the orientation tag in EXIF and TIFF."""
 
 ROTATIONS = {1: (0, 0), 2: (1, 0), 3: (0, 2), 4: (1, 2), 5: (1, 1), 6: (0, 3), 7: (1, 3), 8: (0, 1)}
-"""EXIF orientation to the steps that make an image upright: mirror it or not, then quarter turns counter-clockwise."""
+"""EXIF orientation to the steps that make an image upright: 1 to mirror it, then quarter turns counter-clockwise."""
 
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, EOFError),
@@ -38,7 +38,7 @@ UNREADABLE = (
 )
 """Exceptions that decoders raise for damaged files: Pillow reports damaged PNG chunks as SyntaxError, for example."""
 
-# Pillow and libtiff report damage without the name of the file. Files that cannot be read are refused below, by name.
+# Pillow and libtiff warn about damage without a file name. `open_image` raises an error that names the file instead.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
@@ -51,16 +51,16 @@ class ImageSource:
     """An image file whose header has been read.
 
     Attributes:
-        file: The file.
-        height: As stored, before the image is rotated upright.
-        width: As stored.
-        orientation_tag: Orientation in EXIF or TIFF, valid or not; None if there is none.
+        file: The open file.
+        height: Height of the stored image in pixels, before it is rotated upright.
+        width: Width of the stored image in pixels.
+        orientation_tag: Orientation from EXIF or TIFF, valid or not; None if there is none.
         image: The image that Pillow opened; None for a TIFF with more than 8 bits per channel.
         tags: Tags of a TIFF with more than 8 bits per channel, else None.
         deep: Whether the file has more than 8 bits per channel.
         several_frames: Whether the file has several frames or pages, of which only the first is read.
-        exif: None if the file has no EXIF, or damaged EXIF.
-        exif_error: Why EXIF could not be read; empty if it could.
+        exif: EXIF as Pillow read it, empty if there is none; None if it is damaged, or if ``tags`` is set.
+        exif_error: Why EXIF could not be read; empty if there was no error.
     """
 
     file: BinaryIO
@@ -96,14 +96,14 @@ class ImageSource:
 
     @property
     def floating(self) -> bool:
-        """Whether pixels are floating-point numbers; such a file does not say which value is white."""
+        """Whether pixels are floating-point numbers; the file does not state which value is white."""
         if self.tags is None:
             return False
         return tag_values(self.tags, deep_images.SAMPLE_FORMAT, 1)[0] == deep_images.FLOATS
 
     @property
     def profile(self) -> bytes | None:
-        """ICC profile for RGB or grey; None for CMYK and other profiles, since pixels are converted to RGB."""
+        """ICC profile if it is for RGB or grey, else None: other pixels, such as CMYK, are converted to RGB."""
         if self.image is not None:
             profile = self.image.info.get("icc_profile")
         else:
@@ -112,8 +112,8 @@ class ImageSource:
         is_supported = isinstance(profile, bytes) and profile[16:20] in {b"RGB ", b"GRAY"}
         return profile if is_supported else None
 
-    def pixels(self, mode: str) -> NDArray[np.uint8]:
-        """Decode upright 8-bit pixels ``(h, w, c)`` in one of Pillow's modes."""
+    def pixels(self, mode: Literal["RGB", "RGBA"]) -> NDArray[np.uint8]:
+        """Return the upright image ``(h, w, c)``, 0 to 255, in mode ``RGB`` or ``RGBA``; requires ``image``."""
         assert self.image is not None
         self.image.load()
         array = np.asarray(self.image.convert(mode))
@@ -126,7 +126,7 @@ def several_frames(path: Path) -> bool:
     """Return whether a file has several frames or pages, of which only the first is read.
 
     Raises:
-        DerainError: If the file is missing or not an image.
+        DerainError: If `open_image` cannot open the file.
     """
     with open_image(path) as source:
         return source.several_frames
@@ -137,7 +137,7 @@ def open_image(path: Path) -> Iterator[ImageSource]:
     """Open an image file and read its header.
 
     Raises:
-        DerainError: If the file is missing, not an image, damaged, or too large to be decoded safely. Exceptions that
+        DerainError: If the file is missing, not an image, damaged, or larger than ``MEGAPIXELS``. Exceptions that
             decoders raise within the block become DerainError as well.
     """
     try:
@@ -182,16 +182,18 @@ def _opened_by_pillow(file: BinaryIO, image: Image.Image, deep: bool) -> ImageSo
     except UNREADABLE as error:
         exif_error = first_line(error)
     width, height = image.size
-    if image.format == "TIFF":  # image.size is that of the rotated image, but not always as the pixels will be rotated
+    if (
+        image.format == "TIFF"
+    ):  # image.size is meant for the rotated image, but may not match how Pillow rotates the pixels
         width, height = image.tag_v2[256], image.tag_v2[257]  # type: ignore[attr-defined]
     orientation_tag = None if exif is None else exif.get(ORIENTATION)
-    # The further images in a camera's JPEG (MPO) are previews and depth maps.
+    # Further images in a camera's JPEG (MPO) are previews and depth maps, not frames.
     several_frames = image.format != "MPO" and getattr(image, "is_animated", False)
     return ImageSource(file, height, width, orientation_tag, image, None, deep, several_frames, exif, exif_error)
 
 
 def _has_late_metadata(file: BinaryIO) -> bool:
-    """Return whether a PNG has metadata after its pixels; only the headers of chunks are read."""
+    """Return whether a PNG has metadata after its pixels; reads only the headers of its chunks."""
     position = file.tell()
     try:
         file.seek(8)
@@ -212,7 +214,7 @@ def _deep_tiff(file: BinaryIO, tags: ImageFileDirectory_v2) -> ImageSource:
     height = tag_values(tags, deep_images.HEIGHT, 0)[0]
     width = tag_values(tags, deep_images.WIDTH, 0)[0]
     if min(height, width) < 1:
-        raise ValueError(f"its size is {width}x{height}")
+        raise ValueError(f"size {width}×{height} pixels is not valid")
     if height * width > MEGAPIXELS * 1_000_000:
         raise Image.DecompressionBombError
     has_further_pages = bool(tags.next)
@@ -220,7 +222,7 @@ def _deep_tiff(file: BinaryIO, tags: ImageFileDirectory_v2) -> ImageSource:
 
 
 def valid_orientation(value: Any) -> int:
-    """Return an EXIF orientation from 1 to 8; 1 for anything else, such as text and lists of numbers.
+    """Return a valid EXIF orientation, 1 to 8, unchanged, and 1 for any other value, such as text or a tuple.
 
     Example:
         >>> [valid_orientation(value) for value in (6, 9, "6", (6, 6), None)]
@@ -230,7 +232,7 @@ def valid_orientation(value: Any) -> int:
 
 
 def upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Rotate ``(h, w, ...)`` pixels upright by an EXIF orientation, 1 to 8."""
+    """Mirror and rotate ``(h, w, ...)`` pixels upright, by an EXIF orientation from 1 to 8."""
     mirrored, quarter_turns = ROTATIONS[orientation]
     if mirrored:
         pixels = pixels[:, ::-1]

@@ -1,4 +1,4 @@
-"""Image files: listing folders, reading photos of any kind, and writing complete files only."""
+"""List, read and write image files; a file is written completely or not at all."""
 
 import functools
 import logging
@@ -35,23 +35,22 @@ UNREAD_SUFFIXES = frozenset(
 """Suffixes of images that derain cannot read; a warning names such files."""
 
 ESCAPED = "backslashreplace"
-"""Error handler for text with file names: bytes that are not UTF-8 are written as ``\\udcXX``, as in JSON."""
+"""Encoding error handler for text with file names: writes bytes that are not UTF-8 as ``\\udcXX``, as in JSON."""
 
 LOSSY = JPEG | {".webp", ".avif"}
-"""Suffixes of formats that are compressed with loss."""
+"""Suffixes of formats that are written with lossy compression."""
 
 WITH_ALPHA = frozenset({".png", ".webp", ".tif", ".tiff", ".avif"})
 """Suffixes of formats with transparency."""
 
 DARK = 0.02
-"""Fraction of white that the brightest pixel of a photo exceeds; darker floating-point files probably have another
-scale."""
+"""A floating-point photo whose maximum is below this fraction of white probably has another scale."""
 
 log = logging.getLogger("derain")
 
 
 def natural_key(path: Path | str) -> list[tuple[int, int, str]]:
-    """Return a sorting key that puts ``2.png`` before ``10.png``.
+    """Return a sort key that puts ``2.png`` before ``10.png``.
 
     Example:
         >>> sorted(["b/10.png", "b/2.png"], key=natural_key)
@@ -65,7 +64,7 @@ class Listing(NamedTuple):
     """Image files of a folder.
 
     Attributes:
-        files: Files that can be read, in natural order.
+        files: Image files with accepted suffixes, in natural order.
         skipped: Files and folders that were skipped, by reason: a suffix such as ``.gif``, ``broken link``,
             ``special file``, ``unreadable folder``, ``repeated folder`` (a link to a folder that is already listed).
     """
@@ -90,14 +89,18 @@ class Listing(NamedTuple):
 
 
 def image_files(folder: Path, *, recursive: bool = False, suffixes: frozenset[str] = SUFFIXES) -> list[Path]:
-    """Return the image files of a folder in natural order, without hidden files; warn about skipped images.
+    """Return the image files of a folder in natural order, without hidden files; warn once about skipped images.
 
-    Links to files and folders are followed. Each folder is listed once, by a path without links if there is one.
+    Links to files are followed; so are links to folders if ``recursive``. Each folder is listed once, by a path without
+    links if there is one.
 
     Args:
         folder: Folder to list.
-        recursive: Also list its subfolders.
-        suffixes: Suffixes of image files.
+        recursive: Whether to list its subfolders too.
+        suffixes: Accepted suffixes, in lower case.
+
+    Raises:
+        OSError: If the folder does not exist or cannot be read.
     """
     listing = list_images(folder, recursive=recursive, suffixes=suffixes)
     if listing.skipped:
@@ -109,7 +112,7 @@ def image_files(folder: Path, *, recursive: bool = False, suffixes: frozenset[st
 
 
 def list_images(folder: Path, *, recursive: bool = False, suffixes: frozenset[str] = SUFFIXES) -> Listing:
-    """Return the image files of a folder and those that `image_files` skips."""
+    """Return what `image_files` lists and what it skips, without a warning; arguments and errors are the same."""
     skipped: dict[str, list[Path]] = defaultdict(list)
     listing = select_images(_walk(folder, recursive, skipped), suffixes)
     listing.skipped.update(_in_natural_order(skipped))
@@ -117,7 +120,7 @@ def list_images(folder: Path, *, recursive: bool = False, suffixes: frozenset[st
 
 
 def select_images(paths: Iterable[Path], suffixes: frozenset[str] = SUFFIXES) -> Listing:
-    """Split paths into images that can be read and images that are skipped; files that are no images are ignored."""
+    """Split paths into image files and skipped images; folders and files of other kinds are ignored."""
     files = []
     skipped: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
@@ -136,14 +139,15 @@ def _in_natural_order(skipped: dict[str, list[Path]]) -> dict[str, list[Path]]:
 
 
 def _walk(top: Path, recursive: bool, skipped: dict[str, list[Path]]) -> Iterator[Path]:
-    """Yield all files that are not hidden, each once.
+    """Yield the files of each folder that are not hidden; each folder is entered once.
 
-    Links to folders wait until all other folders are listed, so that a folder is entered by a path without links.
+    Links to folders are followed after all other folders, so that a folder is entered by a path without links if it
+    has one.
 
     Args:
         top: Folder to list.
         recursive: Whether to enter subfolders.
-        skipped: Receives folders that are reached again or cannot be listed.
+        skipped: Receives the folders that are reached again or cannot be read.
     """
     entered: set[tuple[int, int]] = set()
     folders, links = [top], deque[Path]()
@@ -179,7 +183,7 @@ def _walk(top: Path, recursive: bool, skipped: dict[str, list[Path]]) -> Iterato
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Log a warning unless this process has logged it before: the steps of a command list a folder several times."""
+    """Log a warning unless this process has logged it before: a command may list a folder several times."""
     log.warning(message)
 
 
@@ -194,15 +198,15 @@ def _open(path: Path) -> Iterator[ImageSource]:
 
 @functools.cache
 def _warn_of_frames(path: Path) -> None:
-    """Log a warning, once per file; the command line limits how many of them it shows."""
+    """Log a warning, once per file; commands show only the first few (`derain.warning_limit`)."""
     log.warning("%s: several frames or pages; only the first is used", path)
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return height and width of the upright image; only the header is read.
+    """Return height and width of the upright image in pixels; decodes no pixels.
 
     Raises:
-        DerainError: If the file is missing, not an image, or too large to be decoded safely.
+        DerainError: If `open_image` cannot open the file.
     """
     with _open(path) as source:
         return source.size
@@ -212,14 +216,16 @@ def exif_problem(path: Path) -> str:
     """Return a message about invalid EXIF, such as an unknown orientation; empty if there is no problem.
 
     Raises:
-        DerainError: If the file is missing or not an image.
+        DerainError: If `open_image` cannot open the file.
     """
     with _open(path) as source:
         return source.exif_problem
 
 
 def read_rgb(path: Path) -> Pixels:
-    """Read an image as upright 8-bit RGB: grey is repeated, transparency dropped, 16 bits are scaled down.
+    """Read an image as upright 8-bit RGB.
+
+    Grey is repeated, transparency is dropped, 16-bit values are scaled, and floating-point values have white at 1.
 
     Args:
         path: The file.
@@ -228,7 +234,7 @@ def read_rgb(path: Path) -> Pixels:
         ``(h, w, 3)``, 0 to 255.
 
     Raises:
-        DerainError: If the file cannot be read as an image.
+        DerainError: If the file cannot be read as an image, or floating-point values are not in [0, 1].
     """
     with _open(path) as source:
         if source.deep:
@@ -237,11 +243,14 @@ def read_rgb(path: Path) -> Pixels:
 
 
 def to_bytes(rgb: NDArray[np.floating[Any]], name: str = "image") -> Pixels:
-    """Convert an image to 8 bits, rounded and clipped.
+    """Convert an image to 8 bits, clipped and rounded.
 
     Args:
-        rgb: ``(h, w, 3)`` in [0, 1].
+        rgb: ``(h, w, 3)``; 1 is white.
         name: Name of the image in messages.
+
+    Returns:
+        ``(h, w, 3)``, 0 to 255.
 
     Raises:
         DerainError: If a value is NaN or infinite.
@@ -252,14 +261,14 @@ def to_bytes(rgb: NDArray[np.floating[Any]], name: str = "image") -> Pixels:
 
 @dataclass(frozen=True)
 class Photo:
-    """Colours of a photo, with the transparency, bit depth and metadata that are written with the restored colours.
+    """Photo: its colours, and the transparency, bit depth and metadata to write with the restored colours.
 
     Attributes:
         rgb: Upright colours, ``(h, w, 3)`` float32 in [0, 1].
         alpha: Transparency, ``(h, w)`` float32 in [0, 1]; None if the file has none.
         grey: Whether the file has one colour channel.
-        bits: Bits per channel of the file, 8 or 16.
-        info: ICC profile and EXIF without the orientation, as Pillow writes them.
+        bits: Bits per channel to write: 8, or 16 if the file has more than 8.
+        info: ICC profile, and EXIF without the orientation.
     """
 
     rgb: NDArray[np.float32]
@@ -269,17 +278,19 @@ class Photo:
     info: Info | None = None
 
     def write(self, path: Path, rgb: NDArray[np.float32] | None = None) -> Info:
-        """Write an image with the transparency, bit depth and metadata of this photo, as far as the format has them.
+        """Write an image with the transparency, bit depth and metadata of this photo, if the format supports them.
+
+        A warning names the metadata that is dropped.
 
         Args:
-            path: The file; its suffix is the format.
-            rgb: Colours, ``(h, w, 3)`` in [0, 1]; the photo's own if None.
+            path: The file; its suffix selects the format.
+            rgb: Colours, ``(h, w, 3)`` in [0, 1], clipped to it; by default those of the photo.
 
         Returns:
-            The metadata that was written; a warning names metadata that the format does not support.
+            The metadata that was written.
 
         Raises:
-            DerainError: If a value is NaN or infinite, or the format is unknown or does not support the image.
+            DerainError: If a value is NaN or infinite, or the format is unknown or cannot store the image.
         """
         suffix = path.suffix.lower()
         if suffix not in SUFFIXES:
@@ -312,21 +323,22 @@ class Photo:
         """Whether EXIF contains the location where the photo was taken."""
         return has_location(self.info or {})
 
-    def without_metadata(self) -> "Photo":
+    def without_exif(self) -> "Photo":
         """Return the photo without EXIF (time, camera, location); the ICC profile stays."""
         info = {key: value for key, value in (self.info or {}).items() if key != "exif"}
         return replace(self, info=info)
 
 
 def read_photo(path: Path, white: float | int | None = None) -> Photo:
-    """Read a photo: grey, palette, transparent, 16-bit, floating-point, rotated by EXIF.
+    """Read a photo upright: grey, palette, transparent, 16-bit or floating-point.
 
     Args:
         path: The file.
-        white: Value of white in a floating-point file, 255 for example; 1 if None.
+        white: Value of white in floating-point files, for example 255; None means 1. Other files ignore it.
 
     Raises:
-        DerainError: If the file cannot be read as an image, or floating-point values are not from 0 to ``white``.
+        DerainError: If the file cannot be read as an image, or floating-point values are not from 0 to ``white`` (an
+            overshoot of a quarter of ``white`` is clipped with a warning).
     """
     with _open(path) as source:
         photo = _read_deep(source, path, white) if source.deep else _read_shallow(source)
@@ -348,9 +360,9 @@ def _read_shallow(source: ImageSource) -> Photo:
 
 
 def _read_deep(source: ImageSource, path: Path, white: float | int | None) -> Photo:
-    """Read a photo with 16 bits or floating-point numbers per channel."""
+    """Read a photo with 16-bit integers or floating-point numbers."""
     if source.image is not None:
-        source.image.load()  # detects damage; OpenCV's PNG decoder would write it to standard error
+        source.image.load()  # raises if damaged; OpenCV's PNG decoder would only write to standard error
     channels = deep_images.decode(source.file, (source.height, source.width), source.tags)
     channels = upright(channels, source.orientation)
     count = channels.shape[2]
@@ -371,19 +383,21 @@ def _warn_if_dark(colors: NDArray[np.float32], path: Path, white: float | int | 
     maximum = float(colors.max())
     if 0 < maximum < DARK:
         white = white or 1
-        log.warning("%s: nearly black: the maximum is %g, and white is %g", path, maximum * white, white)
+        log.warning(
+            "%s: nearly black: maximum %g, white %g; check the scale of its values", path, maximum * white, white
+        )
 
 
 def _scaled_by_white(values: NDArray[np.float32], path: Path, white: float | int | None) -> NDArray[np.float32]:
-    """Divide floating-point values by white and clip a slight overshoot.
+    """Divide floating-point values by white, and clip them to [0, 1]; warn if more than rounding errors are clipped.
 
     Args:
         values: Colours or transparency.
         path: Name of the file in messages.
-        white: Value of white; 1 if None, and the message does not suggest ``--white``.
+        white: Value of white. None means 1; the message then does not mention ``--white``.
 
     Raises:
-        DerainError: If values are further outside the range from 0 to white.
+        DerainError: If values are outside 0 to white by more than a quarter of white (``OVERSHOOT``).
     """
     low, high = extremes(values)
     maximum = 1 if white is None else white
@@ -398,15 +412,15 @@ def _scaled_by_white(values: NDArray[np.float32], path: Path, white: float | int
 
 
 def write_image(path: Path, image: Image.Image | Pixels, **options: Any) -> None:
-    """Write a complete image file, or none; JPEG, WebP and AVIF at quality 95 by default.
+    """Write a complete image file, or none; JPEG, WebP and AVIF have quality 95 by default.
 
     Args:
         path: The file; missing folders are created.
-        image: A Pillow image or ``(h, w, 3)`` pixels.
-        **options: Options of Pillow, for example ``quality``.
+        image: A Pillow image, or ``(h, w, 3)`` uint8 pixels.
+        **options: Options of Pillow's ``save``, for example ``quality``.
 
     Raises:
-        DerainError: If the format does not support the image, for example because of its size.
+        DerainError: If the format cannot store the image, for example because of its size.
     """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     if path.suffix.lower() in LOSSY:
@@ -431,9 +445,9 @@ def _not_encodable(path: Path, picture: Image.Image, error: Exception) -> Derain
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside a file, and rename it to the file's name when the block succeeds.
+    """Yield a temporary path in the folder of a file; when the block succeeds, rename it to the file.
 
-    If the block raises, the temporary file is deleted and an existing file stays as it was.
+    Missing folders are created. If the block raises, the temporary file is deleted, and an existing file is unchanged.
 
     Example:
         >>> import tempfile

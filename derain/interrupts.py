@@ -1,4 +1,4 @@
-"""Stop a command at Ctrl-C or a signal, after removing its temporary files."""
+"""Stop a command by an exception at Ctrl-C or another signal, so that it removes its temporary files."""
 
 import signal
 import threading
@@ -14,16 +14,17 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise `Stopped` at the first of ``SIGNALS`` within the block; ignore further ones until its end.
+    """Raise `Stopped` at the first signal of ``SIGNALS`` within the block; ignore further ones until its end.
 
-    Signals that the process already ignores, such as SIGHUP under ``nohup``, stay ignored.
+    Signals that the process already ignores, such as SIGHUP under ``nohup``, stay ignored. Outside the main thread, the
+    block runs without handlers, which only the main thread can set.
     """
-    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for handled in handlers:  # another signal would interrupt the removal of temporary files
+        for handled in handlers:  # a second signal would interrupt the removal of temporary files
             signal.signal(handled, signal.SIG_IGN)
         reason = "" if number == signal.SIGINT else f" ({signal.Signals(number).name})"
         raise Stopped(f"interrupted{reason}", number)

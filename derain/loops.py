@@ -1,8 +1,8 @@
 """Exact position of a training run in its checkpoints, and resuming from it.
 
-Lightning restores only some counters of a checkpoint. Within an epoch it repeats or skips validations, and counts a
-step of the loggers twice or not at all. Between two epochs it may skip the next one if ``max_steps`` is set. The
-functions here correct the counters.
+Lightning restores only some counters of a checkpoint. If it resumes within an epoch, it repeats or skips a validation,
+and counts a step of the loggers twice or not at all. If it resumes between two epochs and ``max_steps`` is set, it may
+skip the next epoch. The functions here correct the counters.
 """
 
 from typing import Any, NamedTuple
@@ -17,8 +17,8 @@ class Position(NamedTuple):
 
     Attributes:
         epoch: Index of the current epoch.
-        batch: Number of batches of this epoch that were trained on.
-        trained: Number of batches that were trained on in all epochs, whose lengths may differ.
+        batch: Number of batches trained on in this epoch.
+        trained: Number of batches trained on in all epochs, which may differ in length.
     """
 
     epoch: int
@@ -27,10 +27,10 @@ class Position(NamedTuple):
 
 
 def describe(trainer: Trainer) -> dict[str, Any]:
-    """Return the entries of a checkpoint that describe the position beside Lightning's counters.
+    """Return the part of a position that Lightning's counters in a checkpoint lack.
 
     Returns:
-        ``steps``: number of logger steps, including that of the last batch; ``log``: metrics of this step that
+        ``steps``: number of logger steps, including that of the last batch. ``log``: metrics of this step that
         Lightning logs only after it has saved the checkpoint.
     """
     loop = trainer.fit_loop.epoch_loop
@@ -54,7 +54,7 @@ def _unlogged(trainer: Trainer, after_batch: bool) -> dict[str, float | int]:
 
 
 def correct_counters(loops: dict[str, Any]) -> Position:
-    """Set the counters of a checkpoint to a position from which Lightning resumes correctly.
+    """Correct the counters of a checkpoint, so that Lightning resumes from the right position.
 
     Args:
         loops: Entry ``loops`` of the checkpoint; changed in place, before a trainer loads it.
@@ -71,7 +71,7 @@ def correct_counters(loops: dict[str, Any]) -> Position:
     if epoch["current"]["started"] == epoch["current"]["processed"]:  # between two epochs
         _complete(epoch)
         return Position(epoch["current"]["processed"], 0, batches["total"]["processed"])
-    if not (batch_completed and validation_completed):  # Lightning runs a validation that is due if one has started
+    if not (batch_completed and validation_completed):  # Lightning runs a due validation if one has started
         for counts in (validation["total"], validation["current"]):
             counts |= dict.fromkeys(counts, 0)
         validation["total"] |= {"ready": 1, "started": 1}
@@ -85,7 +85,7 @@ def _complete(progress: dict[str, Any]) -> None:
 
 
 def accumulation(trainer: Trainer, epoch: int) -> int:
-    """Return the number of batches per optimiser step in an epoch, which may be set by a callback of Lightning."""
+    """Return the number of batches per optimiser step in an epoch, also if Lightning's scheduler callback sets it."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientAccumulationScheduler):
             return callback.get_accumulate_grad_batches(epoch)
@@ -93,11 +93,11 @@ def accumulation(trainer: Trainer, epoch: int) -> int:
 
 
 def restore_position(trainer: Trainer, saved: dict[str, Any]) -> None:
-    """Set the loops to a saved position when training starts, and log the metrics that were not logged yet.
+    """Set the loops to a saved position when training starts, and log the metrics that were not yet logged.
 
     Args:
-        trainer: The trainer, which has loaded the counters that `correct_counters` changed.
-        saved: Result of `describe` when the checkpoint was saved.
+        trainer: Trainer that has loaded the counters from `correct_counters`.
+        saved: Result of `describe` from when the checkpoint was saved.
     """
     fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     epoch: Any = fit.epoch_progress.current

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 
 CGROUP = Path("/sys/fs/cgroup")
-"""Limits of the container that the process runs in, if any (cgroup v2)."""
+"""Folder with the limits of the container, if the process runs in one (cgroup v2)."""
 
 
 def free_memory() -> int:
@@ -26,7 +26,7 @@ def free_memory() -> int:
 
 
 def _bytes_in(path: Path) -> int | None:
-    """Return the number in a file of the kernel; None if there is no file, or it contains "max"."""
+    """Return the number in a cgroup file; None if the file is missing, or contains "max" (no limit)."""
     text = path.read_text().strip() if path.is_file() else ""
     return int(text) if text.isdecimal() else None
 
@@ -34,8 +34,8 @@ def _bytes_in(path: Path) -> int | None:
 def keep_freed_memory() -> None:
     """Let glibc reuse large blocks of freed memory instead of requesting new pages from the system.
 
-    Clearing new pages takes up to 40 % of the time of a network on a large image. The setting applies to the whole
-    process, so only programs should call it, not libraries. Without glibc nothing happens.
+    Clearing new pages takes up to 40 % of a network's time on a large image. The setting applies to the whole process:
+    programs should call this function, libraries should not. It does nothing without glibc.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
@@ -44,6 +44,6 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Return freed memory to the system, for example between photos of different sizes."""
+    """Return freed memory to the system, for example between photos of different sizes; does nothing without glibc."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

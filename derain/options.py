@@ -1,4 +1,4 @@
-"""Command lines: parsers that are derived from functions, and one-line messages about wrong options."""
+"""Command-line parsers that are derived from functions, and one-line messages about invalid options."""
 
 import argparse
 import inspect
@@ -10,28 +10,28 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 from derain.errors import DerainError
 
 METAVARS = {Path: "PATH", int: "N", float: "X"}
-"""Names of values in ``--help``, by type."""
+"""Placeholders for values in ``--help``, by type."""
 
 RENAMED = {"--output": "--out", "--json": "--format json"}
-"""Options renamed since earlier versions: old spelling to new spelling."""
+"""Options of earlier versions, and what replaces them."""
 
 REPLACEMENTS = {
     "optimizer": "--model.learning_rate (derain fit --help METHOD lists all options of a method)",
     "lr_scheduler": "--model.milestones or --model.warm_up, depending on the method",
 }
-"""Options of LightningCLI that derain does not have, and what to set instead."""
+"""Option groups of LightningCLI that derain does not have, and what to set instead."""
 
 Command = Callable[..., int]
-"""Function of a command or subcommand; returns the exit code."""
+"""Function of a command or subcommand, which returns the exit code."""
 
 
 class CommandParser(argparse.ArgumentParser):
     """Parser of a command, derived from a function's signature and Google-style docstring.
 
     Positional parameters become positional arguments, keyword-only parameters options. Supported types are ``str``,
-    ``int``, ``float``, ``Path``, ``Literal`` of strings, ``bool`` (a flag, False by default), each of them optional,
-    and sequences of them. A sequence option accepts several values and may be repeated. If the function also has a
-    positional sequence, the option accepts one value at a time; otherwise it would consume the positional values.
+    ``int``, ``float``, ``Path``, ``Literal`` of strings and ``bool`` (a flag, False by default), unions of them with
+    None, and sequences of them. A sequence option accepts several values and may be repeated. If the function also has
+    a positional sequence, the option accepts one value at a time; otherwise it would consume the positional values.
 
     Args:
         prog: Words that call the command, such as ``derain score``.
@@ -43,7 +43,7 @@ class CommandParser(argparse.ArgumentParser):
         ...
         ...     Args:
         ...         text: Text to print.
-        ...         times: How often.
+        ...         times: Number of repetitions.
         ...     '''
         ...     print(" ".join([text.upper()] * times))
         ...     return 0
@@ -80,15 +80,15 @@ class CommandParser(argparse.ArgumentParser):
             return
         settings = {key: value for key, value in settings.items() if key not in {"action", "metavar"}}
         if default is not inspect.Parameter.empty:
-            # explicit default: argparse would pass the string SUPPRESS through `type`
+            # without an explicit default, argparse would convert the string SUPPRESS by `type`
             settings |= {"nargs": "*" if is_sequence else "?", "default": default}
         self.add_argument(parameter.name, help=_escape(description), **settings)
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """Return the arguments of a command line by parameter, without options that are not given.
+        """Return the arguments of a command line by parameter name; options that are not given are left out.
 
         Raises:
-            DerainError: If an argument is unknown, missing or wrong.
+            DerainError: If an argument is unknown, missing or invalid.
         """
         known, unknown = self.parse_known_args(arguments)
         if unknown:
@@ -96,14 +96,14 @@ class CommandParser(argparse.ArgumentParser):
         return vars(known)
 
     def _known_options(self) -> list[str]:
-        """Return all options; for an option with choices also each combination, such as ``--format json``."""
+        """Return all options, and each combination of an option with its choices, such as ``--format json``."""
         options = []
         for name, action in self._option_string_actions.items():
             options += [name, *(f"{name} {choice}" for choice in action.choices or ())]
         return options
 
     def error(self, message: str) -> NoReturn:
-        """Raise an error of one line; the usage is printed by ``--help`` only.
+        """Raise an error with a one-line message, without the usage that argparse prints.
 
         Raises:
             DerainError: Always.
@@ -129,12 +129,12 @@ def _type_settings(annotation: Any) -> dict[str, Any]:
 
 
 def _escape(text: str) -> str:
-    """Return a text with the escapes that argparse expects."""
+    """Return a text as argparse expects it: ``%`` is escaped, and double backticks become single."""
     return text.replace("%", "%%").replace("``", "`")
 
 
 def parse_docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
-    """Return the description of a function and of each of its parameters, from a Google-style docstring."""
+    """Return the description of a function and those of its parameters by name, from a Google-style docstring."""
     documentation = inspect.getdoc(function) or ""
     description, _, section = documentation.partition("\n\nArgs:\n")
     descriptions: dict[str, str] = {}
@@ -153,14 +153,14 @@ def run_command(prog: str, module: types.ModuleType, arguments: Sequence[str]) -
 
     Args:
         prog: Words that call the command, such as ``derain data``.
-        module: Module of the command: it has a function of its own name, or ``SUBCOMMANDS``, functions by name.
-        arguments: Command line after the command.
+        module: Module of the command, with a function of the same name, or a dictionary ``SUBCOMMANDS`` of functions.
+        arguments: Arguments after the command.
 
     Returns:
         The exit code.
 
     Raises:
-        DerainError: If an argument is unknown, missing or wrong.
+        DerainError: If an argument is unknown, missing or invalid.
     """
     subcommands = getattr(module, "SUBCOMMANDS", None)
     if subcommands is not None and arguments[:1] in (["-h"], ["--help"]):
@@ -203,20 +203,20 @@ def _subcommands_usage(prog: str, module: types.ModuleType, subcommands: Mapping
 
 
 def unknown_argument(argument: str, known: Iterable[str]) -> str:
-    """Return a message about an unknown argument, with the known option that was probably meant.
+    """Return a message about an unknown argument, which suggests a similar option if there is one.
 
     Args:
         argument: The argument.
-        known: All options; for an option with choices also each combination, such as ``--format json``.
+        known: All options, and each combination of an option with its choices, such as ``--format json``.
 
     Example:
         >>> unknown_argument("--cropp", ["--crop"])
         '--cropp: no such option; did you mean --crop?'
         >>> unknown_argument("b.jpg", ["--crop"])
-        "unexpected argument b.jpg; quote globs, as '*.jpg'"
+        "unexpected argument b.jpg; if it is from a glob, quote the glob, as in '*.jpg'"
     """
     if not argument.startswith("-"):
-        return f"unexpected argument {argument}; quote globs, as '*.jpg'"
+        return f"unexpected argument {argument}; if it is from a glob, quote the glob, as in '*.jpg'"
     option = argument.partition("=")[0]
     group = option.lstrip("-").partition(".")[0]
     if group in REPLACEMENTS:
@@ -228,7 +228,7 @@ def unknown_argument(argument: str, known: Iterable[str]) -> str:
 
 
 def _most_similar(option: str, known: Iterable[str]) -> str | None:
-    """Return the option whose last part, after the dots, is most similar; None if none is similar enough."""
+    """Return the option whose part after the last dot is most similar; None if no option is similar enough."""
     from difflib import SequenceMatcher
 
     def last_part(name: str) -> str:
@@ -244,7 +244,7 @@ def _most_similar(option: str, known: Iterable[str]) -> str | None:
 
 
 def without_option(arguments: Sequence[str], option: str) -> list[str]:
-    """Return arguments without an option and its value, in either form.
+    """Return arguments without an option and its value, written as ``--option value`` or ``--option=value``.
 
     Example:
         >>> without_option(["fit", "--ckpt_path", "last", "--ckpt_path=last", "--data.crop=64"], "--ckpt_path")

@@ -15,10 +15,10 @@ WHITE, INK = (255, 255, 255), (32, 32, 32)
 
 
 def compare(images: Mapping[str, Pixels]) -> Image.Image:
-    """Return images side by side, each below its name; their pixels are not changed.
+    """Return images side by side at their original size, each below its name.
 
     Args:
-        images: Name to pixels, from left to right, as in ``{"rainy": …, "derained": …, "clean": …}``. Sizes may
+        images: Pixels by name, from left to right, for example ``{"rainy": …, "derained": …, "clean": …}``. Sizes may
             differ. A name may have several lines.
 
     Raises:
@@ -39,9 +39,10 @@ def write_explanation(path: Path, images: Mapping[str, Pixels], description: Map
     """Write a picture and a JSON file that explain a restoration.
 
     Args:
-        path: Path without suffix: ``.png`` shows all images side by side, ``.json`` contains the description.
-        images: Rainy image, derained image and the method's maps, by name.
-        description: Route, scores and other facts from the method; the picture's label shows ``route`` and ``scores``.
+        path: Path of the files without ``.png`` (all images side by side) and ``.json`` (the description).
+        images: Pixels by name: ``rainy``, ``derained`` and the maps of the method.
+        description: What `Explains.describe_image` returned; the label of the derained image shows its ``route`` and
+            ``scores``, if it has a route.
     """
     labelled = dict(images)
     if "route" in description:
@@ -66,12 +67,12 @@ def contact_sheet(
 
     Args:
         rows: Images from top to bottom and left to right; rows may differ in length.
-        columns: A label above each column.
-        row_labels: A label left of each row.
+        columns: Labels above the columns; empty for none.
+        row_labels: Labels left of the rows; empty for none.
         cell: Longest side of an image on the sheet, in pixels.
 
     Raises:
-        DerainError: If there are no images, or not as many labels as columns or rows.
+        DerainError: If there are no images, or the number of labels is not that of the columns or rows.
     """
     thumbnails = []
     for row in rows:
@@ -87,7 +88,7 @@ def _font_size(size: int) -> int:
 
 
 class _Labels:
-    """Font of a sheet's labels, and their sizes."""
+    """Font of the labels on a sheet; measures labels in pixels."""
 
     def __init__(self, font_size: int) -> None:
         self.font = ImageFont.load_default(size=font_size)
@@ -96,7 +97,7 @@ class _Labels:
         self._ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
     def width(self, label: str) -> int:
-        """Return the width of a label with its padding."""
+        """Return the width of a label with padding."""
         left, _, right, _ = self._ruler.multiline_textbbox((0, 0), label, font=self.font)
         return int(right - left) + self.padding
 
@@ -108,10 +109,10 @@ class _Labels:
 def _sheet(
     rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], row_labels: Sequence[str], *, font_size: int
 ) -> Image.Image:
-    """Lay out images of any sizes: a column is as wide as its widest image or label, a row as high as its highest."""
+    """Lay out images of any size: a column is as wide as its widest, a row as high as its highest image or label."""
     column_count = max((len(row) for row in rows), default=0)
     if column_count == 0:
-        raise DerainError("no images for the sheet; expected at least one")
+        raise DerainError("no images to show; expected at least one")
     _check_label_count("column", columns, column_count)
     _check_label_count("row", row_labels, len(rows))
     labels = _Labels(font_size)

@@ -9,7 +9,7 @@ from derain.errors import DerainError
 from derain.images import write_whole
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
-"""Colours that colour-blind people can distinguish (Okabe and Ito, 2008)."""
+"""Colours that colour-blind people can distinguish: six of Okabe and Ito (2008), and grey."""
 
 MARKERS = "os^D"
 LINE_STYLES = ("-", "--", ":")
@@ -32,12 +32,12 @@ STYLE: Any = {
 }
 
 MAX_LABEL_OFFSET = 120
-"""Points by which a label is moved down at most."""
+"""Largest distance by which a label is moved down, in points."""
 
 
 @contextmanager
 def _axes(path: Path, title: str, size: tuple[float, float] = (6.4, 4.2)) -> Iterator[Any]:
-    """Yield axes to draw on, and write the figure when the block succeeds."""
+    """Yield axes to draw on; when the block succeeds, write the figure as PNG."""
     try:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -59,16 +59,19 @@ def _color(index: int) -> str:
 
 
 def trade_off(path: Path, methods: Mapping[str, tuple[float, float]], dataset: str, protocol: str) -> Path:
-    """Plot PSNR over seconds per image, with a label at each method.
+    """Plot PSNR against seconds per image: one labelled point per method.
 
     Args:
         path: PNG file to write.
-        methods: Name to seconds and dB.
+        methods: Seconds per image and PSNR in dB, by name of the method.
         dataset: Name of the test set.
         protocol: Protocol of the PSNR.
 
     Returns:
         The path.
+
+    Raises:
+        DerainError: If matplotlib is not installed.
     """
     with _axes(path, f"{dataset}: quality and time") as axes:
         axes.set(xlabel="seconds per image", ylabel=f"PSNR, dB ({protocol})", xscale="log")
@@ -82,7 +85,7 @@ def trade_off(path: Path, methods: Mapping[str, tuple[float, float]], dataset: s
 
 
 def _set_log_axis(axes: Any, values: Sequence[float]) -> None:
-    """Set a logarithmic x axis with some space around the values, and with plain numbers instead of powers of ten."""
+    """Set the limits of a logarithmic x axis, and label it with plain numbers instead of powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xlim(min(values) / 1.8, max(values) * 1.8)
@@ -92,7 +95,7 @@ def _set_log_axis(axes: Any, values: Sequence[float]) -> None:
 
 
 def _label_points(axes: Any, names: Sequence[str], points: Sequence[tuple[float, float]]) -> None:
-    """Write names beside their points, towards the middle; moved down where they would cover names or points."""
+    """Write names beside their points, towards the middle; move a name down if it covers another name or a point."""
     from matplotlib.transforms import Bbox
 
     left, right = axes.get_xlim()
@@ -112,15 +115,15 @@ def _label_points(axes: Any, names: Sequence[str], points: Sequence[tuple[float,
 def _label_point(
     axes: Any, name: str, point: tuple[float, float], side: int, color: str, occupied: Sequence[Any]
 ) -> Any:
-    """Write a name at the highest free position beside a point; return its box in pixels.
+    """Write a name at the highest free position beside a point, or else the lowest; return its box in pixels.
 
     Args:
-        axes: Axes.
+        axes: Axes to write on.
         name: Text of the label.
-        point: Point of the label in data coordinates.
-        side: 1 for a label to the right of the point, -1 to the left.
+        point: The point in data coordinates.
+        side: 1 for a label right of the point, -1 for left.
         color: Colour of the text.
-        occupied: Boxes in pixels that the label should not cover.
+        occupied: Boxes that the label should not cover, in pixels.
     """
     from matplotlib.transforms import offset_copy
 
@@ -137,14 +140,17 @@ def _label_point(
 
 
 def curves(path: Path, runs: Mapping[str, Sequence[tuple[float, float]]]) -> Path:
-    """Plot validation PSNR over epochs, with a label at the end of each curve.
+    """Plot validation PSNR against epochs: one curve per run, with a label at its end.
 
     Args:
         path: PNG file to write.
-        runs: Name to epochs and dB.
+        runs: Pairs of epoch and PSNR in dB, by name of the run.
 
     Returns:
         The path.
+
+    Raises:
+        DerainError: If matplotlib is not installed.
     """
     with _axes(path, "Validation by epoch", (7.2, 4.2)) as axes:
         from matplotlib.ticker import MaxNLocator
@@ -164,11 +170,11 @@ def curves(path: Path, runs: Mapping[str, Sequence[tuple[float, float]]]) -> Pat
 
 
 def _label_ends(axes: Any, ends: Mapping[str, tuple[float, float, str]]) -> None:
-    """Write names to the right of the axes, near the ends of their curves, and connect them by thin lines.
+    """Write names right of the axes near the ends of their curves, and connect them with thin lines.
 
     Args:
-        axes: Axes.
-        ends: Name to the last point of the curve, in data coordinates, and its colour.
+        axes: Axes to write on.
+        ends: Last epoch, last PSNR and colour of each curve, by name.
     """
     low, high = axes.get_ylim()
     names = sorted(ends, key=lambda name: ends[name][1])
@@ -190,7 +196,7 @@ def _label_ends(axes: Any, ends: Mapping[str, tuple[float, float, str]]) -> None
 
 
 def _spread(heights: Sequence[float], low: float, high: float, distance: float) -> list[float]:
-    """Return heights in ascending order that are moved as little as needed to keep a distance.
+    """Return ascending heights, moved up, or down from ``high``, until neighbours have a minimum distance.
 
     Example:
         >>> _spread([1.0, 1.0, 5.0], 0.0, 5.0, 1.0), _spread([4.5, 5.0], 0.0, 5.0, 1.0)
@@ -207,17 +213,20 @@ def _spread(heights: Sequence[float], low: float, high: float, distance: float) 
 
 
 def images(path: Path, pairs: Sequence[tuple[float, float]], method: str, dataset: str, protocol: str) -> Path:
-    """Plot the PSNR of each image before and after restoration; images above the diagonal improved.
+    """Plot the PSNR of each image after restoration against that before; images above the diagonal improved.
 
     Args:
         path: PNG file to write.
-        pairs: PSNR of the rainy and the derained image, in dB.
+        pairs: PSNR of the rainy and of the derained image in dB, for each image.
         method: Name of the method.
         dataset: Name of the test set.
         protocol: Protocol of the PSNR.
 
     Returns:
         The path.
+
+    Raises:
+        DerainError: If matplotlib is not installed.
     """
     gains = [after - before for before, after in pairs]
     improved = sum(gain > 0 for gain in gains)

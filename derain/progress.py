@@ -1,4 +1,4 @@
-"""Progress bar for long work."""
+"""Progress bar of long loops."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -20,7 +20,7 @@ def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
     """Yield the items and show a progress bar, if standard error is a terminal.
 
     Args:
-        items: What is iterated over.
+        items: Items to iterate over.
         label: Text before the bar.
         total: Number of items.
 

@@ -1,4 +1,4 @@
-"""Checks of floating-point images: finite values, in [0, 1] rather than in 0 to 255 or [-1, 1]."""
+"""Check that floating-point images are finite, and in [0, 1] rather than in [0, 255] or [-1, 1]."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from derain.errors import DerainError
 
 OVERSHOOT = 0.25
-"""Distance from [0, 1] that sharpening and bicubic resampling may cause; images of another range are further away."""
+"""Accepted distance from [0, 1]: sharpening and bicubic resampling cause less, images in another range more."""
 
 
 def extremes(values: Any) -> tuple[float, float]:
@@ -33,7 +33,7 @@ def span(low: float, high: float) -> str:
 
 
 def check_finite(values: Any, name: str) -> None:
-    """Check that all values of a restored image are finite: NaN and infinity would be written as black or white.
+    """Check that all values of a restored image are finite; NaN and infinity would become black or white in a file.
 
     Args:
         values: Array or tensor of any shape.
@@ -54,7 +54,7 @@ def check_finite(values: Any, name: str) -> None:
 
 
 def check_range(values: Any, name: str, overshoot: float = OVERSHOOT) -> None:
-    """Check that the values of a floating-point image are in [0, 1].
+    """Check that the values of a floating-point image are in [0, 1], up to a small overshoot.
 
     Args:
         values: Array or tensor of any shape.
@@ -62,7 +62,7 @@ def check_range(values: Any, name: str, overshoot: float = OVERSHOOT) -> None:
         overshoot: Accepted distance from [0, 1].
 
     Raises:
-        DerainError: If a value is NaN or outside the range.
+        DerainError: If a value is NaN, or further than ``overshoot`` from [0, 1].
 
     Example:
         >>> import numpy as np

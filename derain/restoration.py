@@ -39,22 +39,25 @@ class Restorer:
     """Restores rainy images with any method of derain.
 
     Args:
-        weights: Weights by name (`derain.methods.catalog.locate`) or file, or a method; by default the bundled model.
-        method: Class of the weights if they are of a method from outside derain: the class or its path, such as
+        weights: Name of weights (`derain.methods.catalog.locate`), a file, or a method; by default the bundled model.
+        method: For weights of a method from outside derain: its class, or the path of the class, such as
             ``my_method.MyModule``, imported from the installed packages or the current folder.
-        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         precision: ``float32``, or ``bf16`` (autocast to bfloat16; float32 where the device cannot compute in it).
-        tile: Side of the tiles in pixels; ``auto``: whole images if they fit into memory, otherwise the largest tile
-            that does; ``None``: whole images always. If memory runs out, tiles of half the side are tried.
-        overlap: Pixels that neighbouring tiles share; they are blended by a raised cosine.
+        tile: Side of the tiles in pixels, at least 64; ``auto``: whole images if they fit into memory, otherwise the
+            largest tiles that do; ``None``: always whole images. If memory runs out, tiles of half the side are tried,
+            except with ``None``.
+        overlap: Minimum number of pixels that neighbouring tiles share, at most half a tile; they are blended by a
+            raised cosine.
         ensemble: Average over the eight flips and rotations, which takes eight times as long. Improves only methods
-            trained on transposed crops; others miss rotated rain.
-        route: Route of all images, for methods with routes; by default CLIP selects it per image.
+            trained on rotated or transposed crops; others miss rotated rain.
+        route: Route for all images, for methods with routes; by default CLIP chooses one for each image.
         sampling: Solver, steps and seed, for methods that sample; by default those of the method.
         compile: Compile the network, which takes up to a minute; worthwhile for a few hundred images or more.
 
     Raises:
-        DerainError: If the weights cannot be used, or the device is not available.
+        DerainError: If the weights cannot be loaded, the device is not available, or the method does not support an
+            option.
 
     Example:
         >>> restorer = Restorer(device="cpu")
@@ -104,18 +107,18 @@ class Restorer:
 
         Args:
             rainy: A PIL image, an array ``(h, w, 3)`` or ``(n, h, w, 3)``, a tensor ``(3, h, w)`` or ``(n, 3, h, w)``
-                on any device, or a list of any of these; any ``h, w >= 1``. Floats in [0, 1], or bytes (uint8).
-            conditions: What `encode` returned for another image, such as the first frame of a video; by default each
-                image is encoded.
+                on any device, or a list or tuple of any of these; any ``h, w >= 1``. Floats in [0, 1], or uint8.
+            conditions: Result of `encode` for another image, such as the first frame of a video; by default each image
+                is encoded.
             name: Name of the image in messages.
 
         Returns:
             Restored images of the same kind, shape, type and device. PIL images are returned upright, as RGB or RGBA,
-            with the ICC profile of the input if that is for RGB.
+            with the ICC profile of the input if its mode is RGB, RGBA or P.
 
         Raises:
             DerainError: If the input is of another kind, floats are not in [0, 1], memory does not suffice for the
-                smallest tile, or the restored image has values that are not finite.
+                smallest tile, or a restored value is NaN or infinite.
         """
         restored: Any
         if isinstance(rainy, list | tuple):
@@ -167,11 +170,17 @@ class Restorer:
 
     @torch.inference_mode()
     def explain(self, rainy: NDArray[np.float32], name: str = "image") -> "Explanation":
-        """Restore one image; also return the maps and the description of a method with the interface `Explains`.
+        """Restore one image, with the maps and the description of the method if it implements `Explains`.
 
         Args:
             rainy: ``(h, w, 3)`` in [0, 1].
             name: Name of the image in messages.
+
+        Returns:
+            The restored image with maps and description, which are empty for other methods.
+
+        Raises:
+            DerainError: As for ``__call__``.
         """
         image = torch.from_numpy(np.ascontiguousarray(rainy.transpose(2, 0, 1)))[None]
         conditions = self.encode(rainy)
@@ -200,14 +209,14 @@ class Restorer:
     def _restore(
         self, image: Float[Tensor, "1 3 h w"], forward: Callable[..., Tensor], conditions: dict[str, Any]
     ) -> Float[Tensor, "1 n h w"]:
-        """Restore by the largest tiles that fit into memory; their side is found once for each image size."""
+        """Restore in the largest tiles that fit into memory; their side is determined once per image size."""
         height, width = image.shape[2:]
         if (height, width) not in self._tile_sides:
             self._tile_sides[height, width] = self._first_tile(height, width)
         while True:
             tile = self._tile_sides[height, width]
             try:
-                if isinstance(self.method, Sampled):  # uses tiles at each step, since all tiles share one state
+                if isinstance(self.method, Sampled):  # tiles each step itself, since all tiles share one state
                     tiled = partial(blend_tiles, tile=tile, overlap=self.overlap)
                     return self._forward(image, forward, conditions | {"tiled": tiled, "show": show_steps})
                 return blend_tiles(image, lambda crop: self._forward(crop, forward, conditions), tile, self.overlap)
@@ -226,7 +235,7 @@ class Restorer:
             log.warning("out of memory: continuing with tiles of %d×%d pixels", tile // 2, tile // 2)
 
     def _first_tile(self, height: int, width: int) -> int:
-        """Return the side of the tiles to try first; the image's longest side means no tiles."""
+        """Return the side of the first tiles to try; the longest side of the image means no tiles."""
         if isinstance(self.tile, int):
             return self.tile
         longest = max(height, width)
@@ -246,17 +255,17 @@ class Restorer:
             autocast = torch.autocast(self.device.type, torch.bfloat16)
         with autocast:
             derained = forward(tile.to(self.device, memory_format=torch.channels_last), **conditions).float()
-        # Clamping would turn infinity into white; NaN is found when the whole image is checked.
+        # Clamping would turn infinity into white; NaN is reported when the whole image is checked.
         return torch.where(derained.isfinite(), derained.clamp(0, 1), torch.nan).cpu()
 
 
 class Explanation(NamedTuple):
-    """Derained image with maps and findings of the method.
+    """Derained image with the maps and the description of the method.
 
     Attributes:
         derained: ``(h, w, 3)`` in [0, 1].
-        maps: Maps of the method by name, ``(h, w)`` in [0, 1] each.
-        description: Findings on the whole image, such as its route.
+        maps: Maps of the method by name, each ``(h, w)`` in [0, 1].
+        description: Facts about the image from `Explains.describe_image`, such as its route.
     """
 
     derained: NDArray[np.float32]
@@ -265,7 +274,7 @@ class Explanation(NamedTuple):
 
 
 def _load(weights: Path | str | DerainModule, method: str | type | None) -> tuple[DerainModule, str]:
-    """Return the method, and a line about it for messages."""
+    """Return the method, and one line that describes it in messages."""
     if isinstance(weights, DerainModule):
         if method is not None:
             raise ArgumentError(f"method {method}: not used with a {type(weights).__name__}; omit it")
@@ -282,12 +291,12 @@ def _compile(method: DerainModule) -> None:
     """Compile the network of a method.
 
     Raises:
-        ArgumentError: If ``forward`` cannot call the network as a whole.
+        ArgumentError: If the network is a container of modules without a ``forward``.
     """
     network = method.network
     if type(network).forward is torch.nn.Module.forward:  # a list or dictionary of modules
         raise ArgumentError(
-            f"compile: {type(method).__name__}.network is a {type(network).__name__}, which is not called as a whole; "
+            f"compile: {type(method).__name__}.network is a {type(network).__name__}, which has no forward to compile; "
             "omit the option"
         )
     torch._inductor.config.freezing = True  # faster convolutions; PyTorch has only a global switch
@@ -298,7 +307,7 @@ def set_route(method: DerainModule, route: int) -> None:
     """Send all images along one route.
 
     Raises:
-        ArgumentError: If the method has no routes, or not this one.
+        ArgumentError: If the method has no routes, or no such route.
     """
     if not isinstance(method, Routed):
         raise ArgumentError(f"route {route}: {type(method).__name__} has no routes; omit it")
@@ -309,7 +318,7 @@ def set_sampling(method: DerainModule, sampling: Sampling) -> None:
     """Set solver, number of steps and seed of a method that samples.
 
     Raises:
-        DerainError: If the method does not sample.
+        DerainError: If the method does not sample, or does not support the solver or the number of steps.
     """
     if not isinstance(method, Sampled):
         raise DerainError(f"{type(method).__name__} restores in one pass; omit solver, steps and seed")
@@ -317,10 +326,10 @@ def set_sampling(method: DerainModule, sampling: Sampling) -> None:
 
 
 def require_explains(method: DerainModule) -> Explains:
-    """Return a method that explains its restorations.
+    """Return the method as `Explains`.
 
     Raises:
-        ArgumentError: If it does not.
+        ArgumentError: If the method does not implement it.
     """
     if not isinstance(method, Explains):
         raise ArgumentError(f"explain: {type(method).__name__} has no maps; omit the option")
@@ -360,9 +369,9 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def memory_for(device: torch.device) -> int:
-    """Return the bytes available to a restoration: free GPU memory, or on other devices free RAM, at most 4 GiB.
+    """Return the memory available to a restoration in bytes: free CUDA memory; on other devices free RAM, up to 4 GiB.
 
-    On a CPU, larger tiles are not faster.
+    Tiles that need more are no faster on a CPU.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch
@@ -382,9 +391,9 @@ def blend_tiles(
 
     Args:
         image: Image, or another tensor with the same layout, such as a sampler's state.
-        forward: Function of a tile, ``(1, c, min(tile, h), min(tile, w))``, that returns ``n`` channels of its size.
+        forward: Function of a tile, ``(1, c, min(tile, h), min(tile, w))``, that returns ``n`` channels of that size.
         tile: Side of a tile in pixels.
-        overlap: Minimum overlap of neighbours in pixels; at most half a tile is used.
+        overlap: Minimum overlap of neighbours in pixels, reduced to half a tile if it is larger.
 
     Example:
         >>> image = torch.rand(1, 3, 50, 90)
@@ -415,7 +424,7 @@ def blend_tiles(
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Return the first pixels of evenly spaced tiles that cover ``length`` and overlap by at least ``overlap``.
+    """Return the start of each of the evenly spaced tiles that cover ``length`` and overlap by at least ``overlap``.
 
     Example:
         >>> tile_starts(100, 40, 10)
@@ -430,7 +439,7 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def _fade(side: int, overlap: int, before: bool, after: bool) -> Float[Tensor, " side"]:
-    """Return the weights along one side of a tile: 1 inside, a raised cosine above 0 towards its neighbours."""
+    """Return the weights along one side of a tile: 1 inside, and a raised cosine, above 0, towards its neighbours."""
     ramp = torch.sin((torch.arange(overlap) + 0.5) / max(overlap, 1) * torch.pi / 2) ** 2
     weight = torch.ones(side)
     if before:
@@ -446,12 +455,12 @@ def show_steps(steps: Iterable[T], total: int) -> Iterator[T]:
 
 
 def _checked(images: object, name: str) -> Tensor:
-    """Return a tensor of images if it can be restored.
+    """Return a tensor of images after checking that it can be restored.
 
     Raises:
-        DerainError: If type, shape, data type or range is wrong.
+        DerainError: If its type, shape, data type or range is not accepted.
     """
-    expected = "expected a PIL image, an array (h, w, 3) or a tensor (3, h, w), or several; bytes, or floats in [0, 1]"
+    expected = "expected a PIL image, an array (h, w, 3) or a tensor (3, h, w), or several; uint8, or floats in [0, 1]"
     if not isinstance(images, Tensor):
         shape = f" of shape {images.shape}" if isinstance(images, np.ndarray) else ""
         raise DerainError(f"{name}: is a {type(images).__name__}{shape}; {expected}")

@@ -1,4 +1,4 @@
-"""Tables of results: as text, Markdown, LaTeX, CSV and JSON."""
+"""Results as text, Markdown and LaTeX tables, CSV and JSON."""
 
 import csv
 import io
@@ -18,10 +18,10 @@ from rich.text import Text
 from derain.images import ESCAPED, write_whole
 
 Format = Literal["table", "json", "csv", "markdown", "latex"]
-"""``table`` is text for a terminal."""
+"""``table`` is plain text."""
 
 MISSING = "–"
-"""Shown where there is no value."""
+"""Text of a missing value."""
 
 LATEX = str.maketrans(
     {
@@ -37,16 +37,16 @@ LATEX = str.maketrans(
 )
 
 WIDTH = 160
-"""Characters in a line of text that is not printed on a terminal; more if a row needs them."""
+"""Line length of text that is not printed on a terminal, in characters; more if a row needs it."""
 
 
 class Cell(NamedTuple):
-    """Value with a suffix, such as an interval, or with a footnote.
+    """Value with a suffix, such as an interval, or with a footnote; never marked as the best of its column.
 
     Attributes:
         value: Number, text, or None for a missing value.
-        suffix: Text after the value; a cell is never marked as the best of its column.
-        footnote: Number of a footnote, which begins with it, such as ``[1]``.
+        suffix: Text after the value.
+        footnote: Number of a footnote: 1 for the note that begins with ``[1]``.
     """
 
     value: str | int | float | None
@@ -64,10 +64,10 @@ class Column:
     Attributes:
         header: Title.
         spec: Format specification of numbers, such as ``.2f``.
-        align: Alignment.
-        group: Title above several neighbouring columns. Text and Markdown show a group as one column, with values
+        align: Alignment of the values.
+        group: Title of several neighbouring columns. Text and Markdown show a group as one column, with values
             separated by slashes.
-        best: Which value is printed in bold: the largest, the smallest, or none.
+        best: Whether the largest or the smallest of two or more numbers is printed in bold; None for neither.
     """
 
     header: str
@@ -78,7 +78,7 @@ class Column:
 
 
 class _Formatted(NamedTuple):
-    """Cell as text, whether it has the best value of its column, and the number of its footnote."""
+    """Text of a cell, whether it is the best of its column, and the number of its footnote."""
 
     text: str
     best: bool
@@ -94,8 +94,8 @@ class Row:
     """Row of a table.
 
     Attributes:
-        values: One value a column.
-        dim: Whether the row is printed dim, such as results that were copied from a paper.
+        values: One value per column.
+        dim: Whether a terminal shows the row dimmed, for example results copied from a paper.
     """
 
     values: Sequence[Value]
@@ -109,8 +109,8 @@ class Table:
     Attributes:
         columns: Columns from left to right.
         rows: Rows from top to bottom.
-        notes: Footnotes; numbered ones begin with ``[1]``, and cells refer to them by ``footnote``.
-        title: Title of the text.
+        notes: Notes below the table; those that cells refer to by ``footnote`` begin with ``[1]``, ``[2]``, …
+        title: Title above the text; Markdown and LaTeX have none.
 
     Example:
         >>> columns = [Column("method", align="left"), Column("PSNR", ".2f", best="max")]
@@ -127,7 +127,7 @@ class Table:
     title: str | None = None
 
     def renderable(self) -> Group:
-        """Return the table and its notes as an object that rich prints."""
+        """Return the table and its notes as an object that ``rich`` prints."""
         table = rich.table.Table(title=self.title, title_justify="left")
         for columns in self._groups():
             group = columns[0].group
@@ -149,8 +149,8 @@ class Table:
         """Return the table as text.
 
         Args:
-            terminal: Whether lines fit the terminal and have its styles, else notes have lines of ``WIDTH`` characters
-                and each row has one line.
+            terminal: Whether to fit the width of the terminal and use its styles. Otherwise each row is one line, and
+                notes are wrapped at ``WIDTH`` characters, or at the width of the table if that is larger.
         """
         renderable = self.renderable()
         console = Console() if terminal else Console(file=io.StringIO(), force_terminal=False, color_system=None)
@@ -182,7 +182,7 @@ class Table:
         return "\n".join([*table, *notes]) + "\n"
 
     def latex(self) -> str:
-        """Return the table as LaTeX that needs the package booktabs."""
+        """Return the table as LaTeX, which requires the package booktabs."""
         alignment = "".join(column.align[0] for column in self.columns)
         rows = [_latex_row(map(_latex_cell, cells)) for cells in self._formatted()]
         lines = [
@@ -198,7 +198,7 @@ class Table:
         return "\n".join(lines) + "\n"
 
     def _latex_header(self) -> list[str]:
-        """Return the row of headers, below a row of groups if there are any."""
+        """Return the row of headers; if there are groups, a row of their titles above it."""
         headers = [escape_latex(column.header) for column in self.columns]
         if all(column.group is None for column in self.columns):
             return [_latex_row(headers)]
@@ -217,7 +217,7 @@ class Table:
         return [_latex_row(over), " ".join(rules), _latex_row(below)]
 
     def _groups(self) -> list[list[Column]]:
-        """Return the columns, neighbours of the same group together."""
+        """Return the columns by group; a column without a group is a group of its own."""
         groups: list[list[Column]] = []
         for column in self.columns:
             if groups and column.group is not None and column.group == groups[-1][0].group:
@@ -227,7 +227,7 @@ class Table:
         return groups
 
     def _grouped(self, cells: Sequence[_Formatted]) -> Iterator[list[_Formatted]]:
-        """Yield the cells of a row by group; a group without any value is one cell."""
+        """Yield the cells of a row by group; a group of missing values only is reduced to one cell."""
         remaining = iter(cells)
         for columns in self._groups():
             group = list(islice(remaining, len(columns)))
@@ -260,7 +260,7 @@ def _format(value: Value, column: Column) -> str:
 
 
 def _best(column: Column, values: Sequence[Value]) -> str | None:
-    """Return the best value of a column as it is printed; None if none is to be marked."""
+    """Return the text of the best value of a column; None if no value is to be marked."""
     numbers = [value for value in values if isinstance(value, int | float)]
     if column.best is None or len(numbers) < 2:
         return None
@@ -279,7 +279,7 @@ def _latex_cell(cell: _Formatted) -> str:
 
 
 def latex_notes(notes: Sequence[str]) -> list[str]:
-    """Return lines of LaTeX that print notes below a table; ``[1]`` at the beginning is raised, as in the table."""
+    """Return lines of LaTeX with the notes below a table; a leading ``[1]`` becomes a superscript, as in the cells."""
     if not notes:
         return []
     lines = [re.sub(r"^\[(\d+)\]", r"\\textsuperscript{\1}", escape_latex(note)) + r"\par" for note in notes]
@@ -297,7 +297,7 @@ def escape_latex(text: str) -> str:
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return records with the same keys as CSV; an empty text without records."""
+    """Return records with the same keys as CSV; empty if there are no records."""
     if not records:
         return ""
     text = io.StringIO()
@@ -308,24 +308,28 @@ def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def json_text(content: Any) -> str:
-    """Return content as JSON."""
+    """Return content as indented JSON.
+
+    Raises:
+        ValueError: If a number is NaN or infinite.
+    """
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def write_results(
-    form: Format, table: Table, records: Sequence[Mapping[str, Any]], content: Any, out: Path | None
+    format: Format, table: Table, records: Sequence[Mapping[str, Any]], content: Any, out: Path | None
 ) -> None:
-    """Print results in one of the forms, or write them to a file as a whole.
+    """Print results in a format, or write them to a complete file.
 
     Args:
-        form: Form.
-        table: Table for people: text, Markdown and LaTeX.
-        records: Rows of the CSV.
-        content: Content of the JSON.
-        out: File to write; None prints.
+        format: Format of the results.
+        table: Results for text, Markdown and LaTeX.
+        records: Results for CSV: one dictionary per row.
+        content: Results for JSON.
+        out: File to write; None to print.
     """
     terminal = out is None and sys.stdout.isatty()
-    text = render(form, table, records, content, terminal=terminal)
+    text = render(format, table, records, content, terminal=terminal)
     if out is None:
         print(text, end="")
         return
@@ -335,21 +339,21 @@ def write_results(
 
 
 def render(
-    form: Format, table: Table, records: Sequence[Mapping[str, Any]], content: Any, *, terminal: bool = False
+    format: Format, table: Table, records: Sequence[Mapping[str, Any]], content: Any, *, terminal: bool = False
 ) -> str:
-    """Return results in one of the forms; see `write_results`.
+    """Return results in a format, as text; arguments as for `write_results`.
 
     Args:
-        form: Form.
-        table: Table for people.
-        records: Rows of the CSV.
-        content: Content of the JSON.
-        terminal: Whether the text is printed on a terminal.
+        format: Format of the results.
+        table: Results for text, Markdown and LaTeX.
+        records: Results for CSV.
+        content: Results for JSON.
+        terminal: Whether a ``table`` will be printed on a terminal.
     """
-    if form == "json":
+    if format == "json":
         return json_text(content)
-    if form == "csv":
+    if format == "csv":
         return csv_text(records)
-    if form == "table":
+    if format == "table":
         return table.text(terminal=terminal)
-    return {"markdown": table.markdown, "latex": table.latex}[form]()
+    return {"markdown": table.markdown, "latex": table.latex}[format]()

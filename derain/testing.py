@@ -1,4 +1,4 @@
-"""Check that a method keeps the contract of `derain.DerainModule`; for tests of methods in and outside derain.
+"""Check that a method keeps the contract of `derain.DerainModule`, for tests of methods in and outside derain.
 
 Example:
     In ``test_my_method.py``::
@@ -32,10 +32,10 @@ from derain.methods.base import DerainModule
 log = logging.getLogger("derain")
 
 SIZES = ((1, 1), (1, 5), (37, 31), (64, 48))
-"""Heights and widths that a method must accept."""
+"""Image sizes (height, width) that a method must accept."""
 
 TOLERANCE = 1e-5
-"""Largest difference between equal results, absolute and relative to the largest value."""
+"""Largest difference between results that count as equal: absolute, plus relative to the largest value."""
 
 
 class ContractError(AssertionError):
@@ -43,12 +43,12 @@ class ContractError(AssertionError):
 
 
 def make_batch(count: int = 2, height: int = 16, width: int = 16, seed: int = 1) -> PairBatch:
-    """Return a batch of random clean images, and the same images with bright spots as rain.
+    """Return a batch of random clean images, with bright spots as rain in the rainy ones; all values are in [0, 1].
 
     Args:
         count: Number of pairs.
-        height: Height in pixels.
-        width: Width in pixels.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
         seed: Seed of the random numbers.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -66,16 +66,15 @@ def make_batch(count: int = 2, height: int = 16, width: int = 16, seed: int = 1)
 def check_method(method: type[DerainModule], *, can_export: bool = True, **hyper_parameters: Any) -> None:
     """Check that a method keeps the contract of `derain.DerainModule`.
 
-    It is built with the given hyper-parameters, which should give a small network, and not with its defaults. Lightning
-    trains it for a step of each of its optimizers on random images.
+    The checks build the method several times and train it on six random batches: choose a small network.
 
     Args:
-        method: The class.
-        can_export: Also export it as ONNX; skipped with a warning if onnx or onnxruntime is not installed.
-        **hyper_parameters: Arguments of its ``__init__``.
+        method: Class of the method.
+        can_export: Whether to check the export as ONNX too; skipped with a warning if onnx or onnxruntime is missing.
+        **hyper_parameters: Arguments of ``method``; its defaults for the rest.
 
     Raises:
-        ContractError: If it breaks the contract; the message says where.
+        ContractError: If the method breaks the contract; the message says how.
     """
 
     def build() -> DerainModule:
@@ -90,55 +89,57 @@ def check_method(method: type[DerainModule], *, can_export: bool = True, **hyper
         return
     missing = [package for package in ("onnx", "onnxruntime") if importlib.util.find_spec(package) is None]
     if missing:
-        log.warning("%s: its export as ONNX is not checked: %s not installed", method.__name__, " and ".join(missing))
+        log.warning("%s: export as ONNX not checked: %s not installed", method.__name__, " and ".join(missing))
     else:
         check_export(build())
 
 
 def check_hyper_parameters(method: type[DerainModule], hyper_parameters: dict[str, Any]) -> None:
-    """Check that the method has a network, and that all hyper-parameters have types and defaults and are recorded.
+    """Check that the method has a network, and that all hyper-parameters have types and defaults and are saved.
 
     Raises:
-        ContractError: If not.
+        ContractError: If one of these is not true.
     """
     parameters = dict(list(inspect.signature(method.__init__).parameters.items())[1:])
     variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     parameters = {name: parameter for name, parameter in parameters.items() if parameter.kind not in variadic}
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty:
-            raise ContractError(f"{method.__name__}.{name}: has no default, so that files cannot rebuild the method")
+            raise ContractError(f"{method.__name__}.{name}: has no default; files need one to rebuild the method")
         if parameter.annotation is inspect.Parameter.empty:
-            raise ContractError(f"{method.__name__}.{name}: has no type, so that options cannot be read")
+            raise ContractError(f"{method.__name__}.{name}: has no type; options need one to be parsed")
     module = method(**hyper_parameters)
     if not isinstance(getattr(module, "network", None), torch.nn.Module):
-        raise ContractError(f"{method.__name__}.network: is not a module; expected all that weights files restore")
+        raise ContractError(f"{method.__name__}.network: is not a module; expected one with all weights")
     for name in dict.fromkeys((*parameters, *hyper_parameters)):
         if name not in module.hparams:
             raise ContractError(f"{method.__name__}.{name}: is not recorded; call self.save_hyperparameters()")
     for name, value in hyper_parameters.items():
         if module.hparams[name] != value:
-            raise ContractError(f"{method.__name__}.{name}: is recorded as {module.hparams[name]}, not as {value}")
+            raise ContractError(f"{method.__name__}.{name}: is recorded as {module.hparams[name]}; expected {value}")
     try:
         module.metadata()
     except TypeError as error:
-        raise ContractError(f"{method.__name__}: hyper-parameters that files cannot hold ({error})") from error
+        raise ContractError(f"{method.__name__}: files cannot store its hyper-parameters ({error})") from error
 
 
 @torch.no_grad()
 def check_forward(module: DerainModule) -> None:
-    """Check ``forward`` in eval mode: shapes, values, determinism, independence of the images of a batch.
+    """Check ``forward`` in eval mode: shape, finite values, determinism, independence of the images in a batch.
+
+    It must also return the same result with the conditions of ``encode``.
 
     Raises:
-        ContractError: If it breaks the contract.
+        ContractError: If ``forward`` breaks the contract.
     """
     name = type(module).__name__
     for height, width in SIZES:
         rainy = make_batch(1, height, width)["rainy"]
         derained = module(rainy)
         if derained.shape != rainy.shape:
-            raise ContractError(f"{name}.forward: returns shape {tuple(derained.shape)} for {tuple(rainy.shape)}")
+            raise ContractError(f"{name}.forward: returns shape {tuple(derained.shape)}; expected {tuple(rainy.shape)}")
         if not derained.isfinite().all():
-            raise ContractError(f"{name}.forward: returns NaN or infinity for an image of {height}×{width} pixels")
+            raise ContractError(f"{name}.forward: returns NaN or infinity for an image of {width}×{height} pixels")
     rainy = make_batch(3)["rainy"]
     derained = module(rainy)
     if not torch.equal(derained, module(rainy)):
@@ -146,7 +147,7 @@ def check_forward(module: DerainModule) -> None:
     alone = torch.cat([module(image[None]) for image in rainy])
     _compare(alone, derained, f"{name}.forward: the images of a batch influence each other")
     conditions = module.encode(rainy)
-    _compare(module(rainy, **conditions), derained, f"{name}.forward: differs with the conditions of encode")
+    _compare(module(rainy, **conditions), derained, f"{name}.forward: the result differs with the conditions of encode")
 
 
 @torch.no_grad()
@@ -154,7 +155,7 @@ def check_files(module: DerainModule) -> None:
     """Check that weights files and checkpoints restore the method.
 
     Raises:
-        ContractError: If a restored method differs.
+        ContractError: If a file cannot be loaded, or the loaded method differs.
     """
     name, rainy = type(module).__name__, make_batch()["rainy"]
     module.trained_on = ("a set",)
@@ -170,20 +171,22 @@ def check_files(module: DerainModule) -> None:
             except DerainError as error:
                 raise ContractError(f"{name}: a {path.suffix} file cannot be loaded ({error})") from error
             if restored.metadata() != module.metadata():
-                raise ContractError(f"{name}: a {path.suffix} file restores other metadata")
+                raise ContractError(f"{name}: metadata differs after loading a {path.suffix} file")
             if not torch.equal(restored(rainy), module(rainy)):
-                raise ContractError(f"{name}: forward differs after loading a {path.suffix} file; is all in network?")
+                raise ContractError(
+                    f"{name}: forward differs after loading a {path.suffix} file; move all weights to network"
+                )
 
 
 def check_training(module: DerainModule, batches: int = 6) -> None:
-    """Check that training steps run, give a finite loss, and reach all parameters that are to be trained.
+    """Check that the loss is finite and every trainable parameter, and no other, receives a gradient.
 
     Args:
-        module: The method, whose weights change.
-        batches: Number of batches, enough for a step of each optimizer.
+        module: The method; its weights change.
+        batches: Number of training batches, enough for a step of each optimiser.
 
     Raises:
-        ContractError: If the training breaks the contract.
+        ContractError: If training breaks the contract.
     """
     name = type(module).__name__
     gradients = _Gradients()
@@ -197,19 +200,19 @@ def check_training(module: DerainModule, batches: int = 6) -> None:
     missing = [key for key, value in parameters.items() if value.requires_grad and key not in gradients.names]
     frozen = [key for key, value in parameters.items() if not value.requires_grad and key in gradients.names]
     if missing:
-        raise ContractError(f"{name}: no gradient for {_listed(missing)}; use them, or freeze them")
+        raise ContractError(f"{name}: no gradient for {_listed(missing)}; use or freeze these parameters")
     if frozen:
-        raise ContractError(f"{name}: a gradient for {_listed(frozen)}, which do not require one")
+        raise ContractError(f"{name}: frozen parameters receive a gradient: {_listed(frozen)}")
     if not gradients.names:
         raise ContractError(f"{name}: no parameter was trained")
     module.eval()
 
 
 def check_export(module: DerainModule) -> None:
-    """Check that the method can be written as ONNX, and that the file computes what the method does.
+    """Check that the method can be exported as ONNX, and that the file gives the same results.
 
     Raises:
-        ContractError: If not.
+        ContractError: If the export fails, or the results differ.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -219,7 +222,7 @@ def check_export(module: DerainModule) -> None:
 
 
 class _Gradients(lightning.Callback):
-    """Notes the parameters that have a gradient at an optimizer step."""
+    """Callback that collects the names of parameters with a gradient at an optimiser step."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()

@@ -1,4 +1,4 @@
-"""Writing videos: containers, encoders, colours, and streams that are copied."""
+"""Write videos: containers, encoders, colours and copied streams."""
 
 import io
 import logging
@@ -11,20 +11,20 @@ from derain.errors import DerainError
 from derain.images import Pixels
 
 FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
-"""Suffixes to containers that are written: those that store the time of every frame."""
+"""Suffix to container, for the containers that can be written: they store the time of every frame."""
 
 ENCODERS: dict[str, Callable[[int], dict[str, str]]] = {
     "libx264": lambda crf: {"crf": str(crf)},
     "libvpx-vp9": lambda crf: {"crf": str(crf), "b": "0"},
     "mpeg4": lambda crf: {"qmin": "1", "qmax": str(max(1, crf // 6))},
 }
-"""Encoders in order of preference, and their options for a quality."""
+"""Encoders in order of preference, and the function from ``crf`` to their options."""
 
 MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
-"""Colour matrices in videos (ISO/IEC 23091-2) to those of PyAV's conversions."""
+"""Colour matrix in videos (ISO/IEC 23091-2) to the colour space of PyAV's conversions."""
 
 UNSPECIFIED = 2
-"""Value of the tag of an unknown colour matrix."""
+"""Value of the tag for an unknown colour matrix."""
 
 LIMITED, FULL = 1, 2
 """Values of the tag of the colour range: luma from 16 to 235, or from 0 to 255."""
@@ -48,7 +48,7 @@ class VideoFormat(NamedTuple):
         color_tags: Colour matrix, range, transfer function and primaries, as tagged in the file.
         aspect: Width of an upright pixel divided by its height.
         bits: Bits per channel.
-        interlaced: Whether odd and even lines are of different times.
+        interlaced: Whether odd and even lines show different times.
     """
 
     height: int
@@ -64,7 +64,7 @@ class VideoFormat(NamedTuple):
 
 
 def accurate_interpolation() -> Any:
-    """Return PyAV's flags for bicubic chroma and exact rounding."""
+    """Return PyAV's flags for bicubic, full-resolution chroma and exact rounding."""
     from av.video.reformatter import Interpolation
 
     accurate = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
@@ -72,7 +72,7 @@ def accurate_interpolation() -> Any:
 
 
 def reason(error: Any) -> str:
-    """Return the short message of an error of FFmpeg."""
+    """Return the short message of an FFmpeg error."""
     return str(error.strerror or type(error).__name__)
 
 
@@ -86,11 +86,11 @@ class Writer:
         size: Height and width of the frames.
         stream: Video stream of the source.
         copied_streams: Streams of the source to copy.
-        crf: Quality on x264's scale.
+        crf: Quality on x264's scale, 0 (lossless) to 51.
         source: Name of the source in messages.
 
     Raises:
-        DerainError: If the container does not support a stream of sound.
+        DerainError: If the suffix is not in ``FORMATS``, or the container does not support an audio stream.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Writer:
         encoder = next(name for name in ENCODERS if name in self.container.supported_codecs)
         video = self.container.add_stream(encoder, rate=self.rate, options=ENCODERS[encoder](crf))
         video.height, video.width = size
-        has_odd_side = size[0] % 2 or size[1] % 2  # H.264 can halve the resolution of colour for even sides only
+        has_odd_side = size[0] % 2 or size[1] % 2  # H.264 can halve the resolution of chroma for even sides only
         video.pix_fmt = "yuv444p" if encoder == "libx264" and has_odd_side else "yuv420p"
         context = video.codec_context
         video.time_base = context.time_base = self.stream.time_base
@@ -176,7 +176,7 @@ class Writer:
         return copies
 
     def _add_copy(self, stream: Any) -> Any | None:
-        """Add a stream like one of the source; return None if the container does not support it."""
+        """Add a copy of a source stream; return None if the container does not support it."""
         if stream.codec_context is None:
             return None
         try:
@@ -193,7 +193,7 @@ class Writer:
             stream.metadata.update(language)
 
     def add(self, pixels: Pixels, source_frame: Any) -> None:
-        """Add a frame at the time of a frame of the source."""
+        """Encode a frame ``(h, w, 3)``, 0 to 255, with the time of a frame of the source."""
         import av
 
         frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
@@ -209,7 +209,7 @@ class Writer:
         self._mux(lambda: self.video.encode(frame))
 
     def _next_pts(self, pts: int | None) -> int:
-        """Return the time of the next frame: later than the last, and estimated if the source has none."""
+        """Return the time of the next frame, later than the last; estimated from the frame rate if ``pts`` is None."""
         if self.last_pts is None:
             return 0 if pts is None else pts
         if pts is None:

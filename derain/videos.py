@@ -1,4 +1,4 @@
-"""Videos: frames are changed; times, sound, subtitles, chapters and tags are copied."""
+"""Restore videos: frames are changed; times, sound, subtitles, chapters and tags are copied."""
 
 import io
 import logging
@@ -34,7 +34,7 @@ SUFFIXES = frozenset(
 """Suffixes of videos, in lower case."""
 
 MICROSECONDS = 1_000_000
-"""Unit in which FFmpeg gives the duration of a container."""
+"""Microseconds per second: FFmpeg's unit for start and duration of a container."""
 
 Frame = NDArray[np.float32]
 """An upright frame, ``(h, w, 3)`` in [0, 1]."""
@@ -53,7 +53,7 @@ def check_crf(crf: int) -> None:
 
 
 def output_path(path: Path) -> Path:
-    """Return the name of the restored file: videos in a container that is not written become ``.mp4``.
+    """Return the path of the restored file: videos in a container that cannot be written become ``.mp4``.
 
     Example:
         >>> [output_path(Path(name)).name for name in ("a.mts", "b.mkv", "c.jpg")]
@@ -67,7 +67,7 @@ def check(source: Path, target: Path) -> None:
     """Check that a video can be read and its restored copy can be written.
 
     Raises:
-        DerainError: If ``source`` is not a video, or the container of ``target`` does not support its streams.
+        DerainError: If ``source`` is not a readable video, or the container of ``target`` does not support its sound.
     """
     with _open(source) as container:
         stream, copied_streams = _streams(container, source)
@@ -84,23 +84,24 @@ def rewrite(
     beside: Path | None = None,
     metadata: bool = True,
 ) -> bool:
-    """Write a complete video with changed frames, or none: upright, with the times and the sound of the source.
+    """Write a complete video with changed, upright frames and the times and sound of the source, or no video.
 
-    Of a truncated video the readable part is written, with a warning.
+    If the source is truncated, its readable part is written, with a warning.
 
     Args:
         source: The video.
         target: The new video; its suffix is the container.
         change: Function of a frame that returns a frame of the same size.
         crf: Quality on x264's scale, 0 (lossless) to 51.
-        beside: Also write a video of both side by side to this file.
+        beside: File for another video that shows source and result side by side; None for no such video.
         metadata: Whether to copy the tags of the video, such as time and location.
 
     Returns:
-        Whether the copied tags include the location.
+        Whether the copied tags include a location.
 
     Raises:
-        DerainError: If the video cannot be read, or the container does not support its sound.
+        DerainError: If the video cannot be read, the size of its frames changes, the container does not support its
+            sound, or a changed frame is not finite.
     """
     video_format = read_format(source)
     _warn_of_losses(video_format, source)
@@ -140,7 +141,7 @@ def _warn_of_losses(video_format: VideoFormat, source: Path) -> None:
     if video_format.bits > 8:
         log.warning("%s: %d bits per channel; the copy has 8", source, video_format.bits)
     if video_format.interlaced:
-        log.warning("%s: interlaced, restored as if it were not; deinterlace it first for a better result", source)
+        log.warning("%s: interlaced, but restored as progressive; deinterlace it first for a better result", source)
 
 
 def _warn_of_skipped_streams(container: Any, kept: list[Any], source: Path) -> None:
@@ -152,7 +153,7 @@ def _warn_of_skipped_streams(container: Any, kept: list[Any], source: Path) -> N
 
 
 def read_format(path: Path) -> VideoFormat:
-    """Return size, rotation and colours of a video, from its first frame.
+    """Return size, rotation and colours of a video, as those of its first frame.
 
     Raises:
         DerainError: If no frame can be decoded, or the rotation is not a multiple of 90°.
@@ -195,7 +196,7 @@ def read_format(path: Path) -> VideoFormat:
 
 
 def _color_matrix(frame: Any, shorter_side: int) -> tuple[int, int]:
-    """Return the colour matrix as tagged, and the one to convert with: without a tag, BT.709 for HD, else BT.601."""
+    """Return the tagged colour matrix and that for the conversion; without a tag, BT.709 for HD and BT.601 below."""
     tag = int(frame.colorspace)
     if tag in MATRICES:
         return tag, tag
@@ -206,8 +207,8 @@ def rotation_of(display_matrix: Sequence[int]) -> tuple[bool, int] | None:
     """Return the rotation of a display matrix: whether to mirror first, and quarter turns counter-clockwise.
 
     Args:
-        display_matrix: Nine numbers by rows in 16.16 fixed point, ``x' = x m0 + y m3``, ``y' = x m1 + y m4``, with y
-            downwards.
+        display_matrix: Nine numbers, row by row, in 16.16 fixed point: ``x' = x m0 + y m3``, ``y' = x m1 + y m4``, with
+            y downwards.
 
     Returns:
         None if the rotation is not a multiple of 90°.
@@ -244,7 +245,7 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 def _streams(container: Any, path: Path) -> tuple[Any, list[Any]]:
-    """Return the video stream (not a cover picture), and the streams of sound and subtitles."""
+    """Return the video stream (not a cover picture), and the audio and subtitle streams."""
     from av.stream import Disposition
 
     videos = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
@@ -263,7 +264,7 @@ def _frame_count(container: Any, stream: Any) -> int:
 
 
 def _read(frame: Any, video_format: VideoFormat, path: Path) -> Frame:
-    """Return an upright frame as RGB."""
+    """Return a frame as upright RGB."""
     size = (frame.height, frame.width)
     if video_format.quarter_turns % 2:
         size = (frame.width, frame.height)
@@ -287,7 +288,7 @@ def _read(frame: Any, video_format: VideoFormat, path: Path) -> Frame:
 
 
 def _with_even_sides(pixels: Pixels) -> Pixels:
-    """Return pixels with a white row or column added where a side is odd."""
+    """Return pixels with even sides: a white row or column is appended to an odd side."""
     height, width = pixels.shape[:2]
     return np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), constant_values=255)
 
@@ -298,7 +299,7 @@ class _FrameReader:
     Args:
         container: The video.
         stream: Its video stream.
-        copied_streams: Streams of sound and subtitles.
+        copied_streams: Audio and subtitle streams.
         path: Name of the file in messages.
         writers: Receive the packets of the copied streams.
     """
@@ -323,7 +324,7 @@ class _FrameReader:
                 yield frame
 
     def _packets(self) -> Iterator[Any]:
-        """Yield packets up to the end or the damage, then None, which flushes the decoder."""
+        """Yield packets up to the end or to damage, then None, which flushes the decoder."""
         import av
 
         packets = self.container.demux([self.stream, *self.copied_streams])
@@ -357,7 +358,7 @@ class _FrameReader:
             writer.copy(packet, index)
 
     def copy_early_packets(self, writer: Writer) -> None:
-        """Copy the packets before the first frame to a writer that was opened after it."""
+        """Copy the packets before the first frame to a writer that was opened after these."""
         for packet, index in self.early_packets:
             writer.copy(packet, index)
 

@@ -10,9 +10,9 @@ SHOWN = 5
 
 
 class WarningLimit(logging.Filter):
-    """Show the first warnings of a kind, and count all of them.
+    """Logging filter that shows the first ``SHOWN`` warnings of a kind and counts all.
 
-    Warnings of a kind share a format string that starts with a file name (``"%s: "``).
+    Warnings are of the same kind if they share a format string that starts with a file name (``"%s: "``).
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class WarningLimit(logging.Filter):
         self.counts: Counter[str] = Counter()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether to show a message."""
+        """Return whether to show a log record."""
         kind = record.msg
         if record.levelno != logging.WARNING or not isinstance(kind, str) or not kind.startswith("%s: "):
             return True
@@ -28,7 +28,7 @@ class WarningLimit(logging.Filter):
         return self.counts[kind] <= SHOWN
 
     def totals(self) -> list[str]:
-        """Return a line for each kind of which warnings were hidden.
+        """Return one line for each kind with hidden warnings.
 
         Example:
             >>> limit = WarningLimit()
@@ -44,8 +44,8 @@ class WarningLimit(logging.Filter):
 
 
 @contextmanager
-def few_warnings(log: logging.Logger) -> Iterator[None]:
-    """Limit the warnings within the block; log at its end how many were hidden."""
+def limited_warnings(log: logging.Logger) -> Iterator[None]:
+    """Limit the warnings of a logger within the block; at its end, log the number of each kind with hidden warnings."""
     limit = WarningLimit()
     log.addFilter(limit)
     try:

@@ -7,7 +7,7 @@ import pytest
 
 import derain
 from derain import cli
-from derain.cli import COMMANDS, TRAINER, main
+from derain.cli import COMMANDS, TRAINER_COMMANDS, main
 from derain.methods.registry import BUILT_IN
 
 
@@ -16,7 +16,7 @@ def test_help_has_one_line_a_command_and_imports_nothing_heavy():
         "print(sorted(set(sys.modules) & {'torch', 'lightning', 'numpy', 'PIL', 'rich', 'inspect', 'jsonargparse'}))"
     )
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    for command in (*TRAINER, *COMMANDS):
+    for command in (*TRAINER_COMMANDS, *COMMANDS):
         assert sum(line.split()[:1] == [command] for line in lines) == 1
     assert lines[-1] == "[]"
 

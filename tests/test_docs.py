@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import derain
-from derain.cli import COMMANDS, TRAINER, main
+from derain.cli import COMMANDS, TRAINER_COMMANDS, main
 from derain.commands import train
 from derain.data.layouts import Files, Layout
 from derain.images import write_image
@@ -58,7 +58,7 @@ LINES = sorted({tuple(line) for page in PAGES for line in command_lines(page)})
 
 def parse(command, arguments):
     """Parse a command line, except those of LightningCLI and of commands that this version does not have."""
-    if command in TRAINER or importlib.util.find_spec(f"derain.commands.{command}") is None:
+    if command in TRAINER_COMMANDS or importlib.util.find_spec(f"derain.commands.{command}") is None:
         return
     module = importlib.import_module(f"derain.commands.{command}")
     parser, options = find_parser(f"derain {command}", module, arguments)
@@ -86,7 +86,7 @@ def test_pages_have_names_and_commands():
 @pytest.mark.parametrize("line", LINES, ids=" ".join)
 def test_command_lines_are_valid(line):
     command, *arguments = line
-    assert command in TRAINER | COMMANDS
+    assert command in TRAINER_COMMANDS | COMMANDS
     for option, value in itertools.pairwise(arguments):
         if option == "--config" and value != "my-run.yaml":
             assert (ROOT / value).is_file(), value
@@ -97,7 +97,7 @@ class Parsed(Exception):
     """Raised when the command line has been parsed."""
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if line[0] in TRAINER], ids=" ".join)
+@pytest.mark.parametrize("line", [line for line in LINES if line[0] in TRAINER_COMMANDS], ids=" ".join)
 def test_training_command_lines_are_valid(line, monkeypatch):
     """Parse configurations and options; build nothing."""
 
@@ -118,7 +118,7 @@ def test_training_command_lines_are_valid(line, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_in_the_text_are_known(page):
     commands = re.findall(r"`derain ([a-z]+)[^`]*`", page.read_text())
-    assert set(commands) <= set(TRAINER | COMMANDS)
+    assert set(commands) <= set(TRAINER_COMMANDS | COMMANDS)
 
 
 def test_files_in_the_text_exist():

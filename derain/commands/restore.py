@@ -244,7 +244,7 @@ def restore_photo(restorer: "Restorer", source: Path, target: Path, options: Wri
     """
     photo = read_photo(source, options.white)
     if options.strip_metadata:
-        photo = photo.without_metadata()
+        photo = photo.without_exif()
     if options.explain:
         derained, maps, description = restorer.explain(photo.rgb, str(source))
         pictures = {"rainy": to_bytes(photo.rgb), "derained": to_bytes(derained)}

@@ -136,7 +136,7 @@ class RestorationService:
                 self._stop_if_unwanted()
                 photo = read_photo(upload)
                 if not self.keep_metadata:
-                    photo = photo.without_metadata()
+                    photo = photo.without_exif()
                 rainy = photo.rgb if amount <= 0 else add_rain_to(photo.rgb, amount, seed)
                 derained, maps, description = self.restorers[model].explain(rainy, str(upload))
             except DerainError as error:
