@@ -21,7 +21,7 @@ TRAINER_COMMANDS = {
 
 COMMANDS = {
     "restore": "remove rain from photos and videos: derain restore rainy.jpg clean.jpg",
-    "app": "restore photos in the browser, by a page that this machine serves",
+    "app": "serve a web page on this machine that restores photos",
     "models": "list the bundled models: derain models list",
     "score": "score the results of any method: derain score DERAINED CLEAN",
     "data": "list, verify and synthesize data sets",

@@ -30,7 +30,7 @@ MESSAGES = {
     r"arguments are required: (fit|validate|test|predict)\.(?P<value>\w+)": (
         "--{value}: is missing; set it, or pass a --config FILE that contains it"
     ),
-    r"arguments are required: (?P<value>.*)": "{key} {class_path}: {value} is missing; set it",
+    r"arguments are required: (?P<value>.*)": "{key} {class_path}: requires {value}; set it",
     r"File does not exist: '(?P<value>.*)'": "{key} {value}: no such file; check the path",
     r"not correspond to a subclass of (?P<base>\w+)[\s\S]*Given value: (\{'class_path': ')?(?P<value>[\w.]+)": (
         "{key} {value}: expected a class that derives from {base}"

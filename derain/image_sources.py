@@ -173,7 +173,7 @@ def first_line(error: Exception) -> str:
 
 
 def _opened_by_pillow(file: BinaryIO, image: Image.Image, deep: bool) -> ImageSource:
-    """Read size and EXIF before the pixels are decoded: decoding changes both."""
+    """Read size and EXIF before the pixels are decoded, which changes both; PNG with late metadata is decoded first."""
     if image.format == "PNG" and _has_late_metadata(file):
         image.load()
     exif, exif_error = None, ""
@@ -182,9 +182,8 @@ def _opened_by_pillow(file: BinaryIO, image: Image.Image, deep: bool) -> ImageSo
     except UNREADABLE as error:
         exif_error = first_line(error)
     width, height = image.size
-    if (
-        image.format == "TIFF"
-    ):  # image.size is meant for the rotated image, but may not match how Pillow rotates the pixels
+    if image.format == "TIFF":
+        # image.size is meant for the rotated image, but may not match how Pillow rotates the pixels.
         width, height = image.tag_v2[256], image.tag_v2[257]  # type: ignore[attr-defined]
     orientation_tag = None if exif is None else exif.get(ORIENTATION)
     # Further images in a camera's JPEG (MPO) are previews and depth maps, not frames.

@@ -203,7 +203,7 @@ def _warn_of_frames(path: Path) -> None:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return height and width of the upright image in pixels; decodes no pixels.
+    """Return height and width of the upright image in pixels, without decoding it where possible.
 
     Raises:
         DerainError: If `open_image` cannot open the file.
@@ -261,7 +261,7 @@ def to_bytes(rgb: NDArray[np.floating[Any]], name: str = "image") -> Pixels:
 
 @dataclass(frozen=True)
 class Photo:
-    """Photo: its colours, and the transparency, bit depth and metadata to write with the restored colours.
+    """Photo, with the transparency, bit depth and metadata to write with its restored colours.
 
     Attributes:
         rgb: Upright colours, ``(h, w, 3)`` float32 in [0, 1].
@@ -383,9 +383,7 @@ def _warn_if_dark(colors: NDArray[np.float32], path: Path, white: float | int | 
     maximum = float(colors.max())
     if 0 < maximum < DARK:
         white = white or 1
-        log.warning(
-            "%s: nearly black: maximum %g, white %g; check the scale of its values", path, maximum * white, white
-        )
+        log.warning("%s: nearly black: maximum %g, white %g; check the scale", path, maximum * white, white)
 
 
 def _scaled_by_white(values: NDArray[np.float32], path: Path, white: float | int | None) -> NDArray[np.float32]:

@@ -213,7 +213,7 @@ def _spread(heights: Sequence[float], low: float, high: float, distance: float) 
 
 
 def images(path: Path, pairs: Sequence[tuple[float, float]], method: str, dataset: str, protocol: str) -> Path:
-    """Plot the PSNR of each image after restoration against that before; images above the diagonal improved.
+    """Plot the PSNR of each image after restoration against the PSNR before; points above the diagonal improved.
 
     Args:
         path: PNG file to write.

@@ -51,7 +51,7 @@ class Restorer:
             raised cosine.
         ensemble: Average over the eight flips and rotations, which takes eight times as long. Improves only methods
             trained on rotated or transposed crops; others miss rotated rain.
-        route: Route for all images, for methods with routes; by default CLIP chooses one for each image.
+        route: Route for all images, for methods with routes; by default the method chooses one for each image.
         sampling: Solver, steps and seed, for methods that sample; by default those of the method.
         compile: Compile the network, which takes up to a minute; worthwhile for a few hundred images or more.
 

@@ -348,7 +348,7 @@ def render(
         table: Results for text, Markdown and LaTeX.
         records: Results for CSV.
         content: Results for JSON.
-        terminal: Whether a ``table`` will be printed on a terminal.
+        terminal: Whether the text is for a terminal; other formats ignore it.
     """
     if format == "json":
         return json_text(content)

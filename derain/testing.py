@@ -105,12 +105,12 @@ def check_hyper_parameters(method: type[DerainModule], hyper_parameters: dict[st
     parameters = {name: parameter for name, parameter in parameters.items() if parameter.kind not in variadic}
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty:
-            raise ContractError(f"{method.__name__}.{name}: has no default; files need one to rebuild the method")
+            raise ContractError(f"{method.__name__}.{name}: has no default; add one, as files may lack the argument")
         if parameter.annotation is inspect.Parameter.empty:
-            raise ContractError(f"{method.__name__}.{name}: has no type; options need one to be parsed")
+            raise ContractError(f"{method.__name__}.{name}: has no type; add one, by which options are parsed")
     module = method(**hyper_parameters)
     if not isinstance(getattr(module, "network", None), torch.nn.Module):
-        raise ContractError(f"{method.__name__}.network: is not a module; expected one with all weights")
+        raise ContractError(f"{method.__name__}.network: is not a torch.nn.Module; expected one with all weights")
     for name in dict.fromkeys((*parameters, *hyper_parameters)):
         if name not in module.hparams:
             raise ContractError(f"{method.__name__}.{name}: is not recorded; call self.save_hyperparameters()")
@@ -120,7 +120,7 @@ def check_hyper_parameters(method: type[DerainModule], hyper_parameters: dict[st
     try:
         module.metadata()
     except TypeError as error:
-        raise ContractError(f"{method.__name__}: files cannot store its hyper-parameters ({error})") from error
+        raise ContractError(f"{method.__name__}: hyper-parameters cannot be stored as JSON ({error})") from error
 
 
 @torch.no_grad()
