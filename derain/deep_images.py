@@ -99,19 +99,24 @@ def decode(file: BinaryIO, size: tuple[int, int], tags: ImageFileDirectory_v2 | 
         tags: Tags of a TIFF; None for a PNG.
 
     Returns:
-        ``(h, w, c)`` float32: grey, RGB, or RGB and alpha (also from a PNG with grey and alpha).
+        ``(h, w, c)`` float32: grey, grey and alpha, RGB, or RGB and alpha (also for a PNG with grey and alpha).
 
     Raises:
         ValueError: If the file is damaged, or has a pixel format that OpenCV decodes wrongly.
         KeyError, struct.error, zlib.error: If a PNG lacks a chunk, or its header or pixels are damaged.
     """
     file.seek(0)
+    transparent = None
     if tags is None:
         data = _minimal_png(file.read())
+        transparent = _transparent_grey(data)
     else:
         _check_layout(tags)
         data = file.read()
     array = _decoded_by_opencv(data, size)
+    if transparent is not None:
+        alpha = np.where(array == transparent, 0, 65535).astype(np.uint16)
+        array = np.dstack((array, alpha))
     with np.errstate(over="ignore"):  # float64 may become infinite, which is refused later as out of range
         values = np.atleast_3d(array).astype(np.float32)
     if array.dtype == np.uint16:
@@ -168,6 +173,12 @@ def _minimal_png(data: bytes) -> bytes:
     if len(transparent) == PNG_TRANSPARENT_COLOUR.get(color_type):
         minimal += _chunk(b"tRNS", transparent)
     return minimal + _chunk(b"IDAT", compressed) + _chunk(b"IEND", b"")
+
+
+def _transparent_grey(png: bytes) -> int | None:
+    """Return the transparent grey level of a PNG from `_minimal_png`, which OpenCV ignores; None if there is none."""
+    color_type, chunk = png[25], png[PNG_HEADER_END + 4 :]
+    return int.from_bytes(chunk[4:6]) if color_type == 0 and chunk.startswith(b"tRNS") else None
 
 
 def _png_chunks(data: bytes) -> dict[bytes, list[bytes]]:

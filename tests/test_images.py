@@ -94,6 +94,15 @@ def test_16_bit_round_trips(tmp_path, suffix, channels):
     assert (np.atleast_3d(again) == deep).all()
 
 
+def test_a_transparent_grey_level_of_a_16_bit_png_becomes_alpha(tmp_path):
+    levels = np.array([[100, 300, 0], [65535, 300, 301]], np.uint16)
+    Image.fromarray(levels).save(tmp_path / "a.png", transparency=300)
+    photo = read_photo(tmp_path / "a.png")
+    assert photo.alpha is not None
+    assert photo.alpha.tolist() == [[1, 0, 1], [1, 0, 1]]
+    np.testing.assert_allclose(photo.rgb[..., 0], levels / 65535, atol=1e-6)
+
+
 def test_rotation_by_exif_is_applied_once(tmp_path):
     pixels = noise(4, 6, 3)
     exif = Image.Exif()
