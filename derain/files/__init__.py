@@ -1,1 +1,1 @@
-"""Files of weights and checkpoints: bytes to tensors and metadata and back, without knowledge of any method."""
+"""Weights files and checkpoints as tensors and metadata; this package does not depend on any method."""

@@ -1,4 +1,4 @@
-"""Weights files and checkpoints: read and written as tensors with metadata."""
+"""Reading and writing of weights files: tensors with metadata. Checkpoints are only read."""
 
 import hashlib
 import json
@@ -24,17 +24,17 @@ EXPECTED = (
 )
 
 Kind = Literal["checkpoint", "weights", "published", "safetensors"]
-"""Kind of a weights file: a checkpoint or weights of derain, a pickled state dict, or safetensors that derain did not
-write."""
+"""Kind of a weights file: ``checkpoint`` or ``weights`` of derain, ``published`` (a pickled state dict), ``safetensors``
+without metadata of derain."""
 
 STATE_KEYS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net")
-"""Keys of the state dict in files of BasicSR (Restormer's authors), open_clip (DA-CLIP's) and other libraries."""
+"""Keys of the state dict in files of BasicSR (used by Restormer's authors), open_clip (by DA-CLIP's) and others."""
 
 PREFIXES = ("module.", "net.")
-"""Prefixes of all names in files of `torch.nn.DataParallel` and of Lightning modules."""
+"""Prefixes that `torch.nn.DataParallel` and Lightning modules add to all names of a state dict."""
 
 BUILD_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
-"""Exceptions of networks that are built with unexpected arguments."""
+"""Exceptions raised when a network is built with unexpected arguments or tensors."""
 
 READ_ERRORS = (
     *BUILD_ERRORS,
@@ -46,17 +46,17 @@ READ_ERRORS = (
     struct.error,
     zipfile.BadZipFile,
 )
-"""Exceptions of libraries that read damaged files."""
+"""Exceptions that libraries raise when they read damaged files."""
 
 
 class Content(NamedTuple):
     """Content of a weights file.
 
     Attributes:
-        state: State dict of the network.
-        metadata: Metadata of derain; empty for the authors' weights.
+        state: State dict of the network, on the CPU.
+        metadata: Metadata of derain; empty for files that derain did not write.
         kind: Kind of file.
-        label: Kind of file for messages, with ``{}`` for the name of the method.
+        label: Description of the file for messages; ``{}``, if present, stands for the name of the method.
     """
 
     state: Mapping[str, Tensor]
@@ -66,11 +66,11 @@ class Content(NamedTuple):
 
 
 def save(state: Mapping[str, Tensor], metadata: Mapping[str, Any], path: Path) -> None:
-    """Write a state dict with metadata as safetensors, whole or not at all.
+    """Write a state dict with metadata as a safetensors file; if writing fails, an existing file is unchanged.
 
     Args:
         state: State dict of a network.
-        metadata: Metadata that JSON can hold, see `Metadata`.
+        metadata: Metadata that JSON can represent, see `Metadata`.
         path: The file, usually with the suffix ``.safetensors``.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -79,15 +79,15 @@ def save(state: Mapping[str, Tensor], metadata: Mapping[str, Any], path: Path) -
 
 
 def read(path: Path) -> Content:
-    """Read tensors and metadata of a weights file without building a network; code in a file is never executed.
+    """Read the tensors and metadata of a weights file; no network is built, and code in the file is never executed.
 
-    The averaged weights (EMA) of a checkpoint are preferred to its raw weights.
+    The averaged weights (EMA) of a checkpoint are preferred to its raw weights. ONNX files are not read.
 
     Raises:
-        DerainError: If the file is absent, damaged or holds no tensors, or if its metadata does not fit `Metadata`.
+        DerainError: If the file is absent, damaged, compressed or without tensors, or its metadata do not fit `Metadata`.
     """
     if not path.is_file():
-        raise DerainError(f"{path}: no such file of weights; {EXPECTED}")
+        raise DerainError(f"{path}: no such file; {EXPECTED}")
     try:
         with path.open("rb") as file:
             head = file.read(9)
@@ -108,12 +108,23 @@ def read(path: Path) -> Content:
             content = content[key]
     if isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
         return Content(_without_prefix(_tensors(path, content)), {}, "published", "authors' weights of {}")
-    found = ", ".join(map(str, list(content)[:4])) if isinstance(content, Mapping) else type(content).__name__
-    raise DerainError(f"{path}: contains no known method (found {shorten(found) or 'nothing'} …); {EXPECTED}")
+    found = first_keys(content) if isinstance(content, Mapping) else type(content).__name__
+    raise DerainError(f"{path}: contains no known method (found {found}); {EXPECTED}")
+
+
+def first_keys(content: Mapping[Any, Any]) -> str:
+    """Return the first four keys of a mapping for a message.
+
+    Example:
+        >>> first_keys({"a": 1, "b": 2}), first_keys(dict.fromkeys("abcdef")), first_keys({})
+        ('a, b', 'a, b, c, d, …', 'nothing')
+    """
+    keys = ", ".join(map(str, list(content)[:4]))
+    return shorten(f"{keys}, …" if len(content) > 4 else keys) or "nothing"
 
 
 def check_network(path: Path, network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are not finite, and integers where the network has real numbers.
+    """Check that weights are finite, and real numbers where the network has real numbers.
 
     Args:
         path: The file, for messages.
@@ -121,7 +132,7 @@ def check_network(path: Path, network: nn.Module, state: Mapping[str, Tensor]) -
         state: The tensors as read from the file.
 
     Raises:
-        DerainError: If there are any.
+        DerainError: If a tensor has NaN or infinity, or integers instead of real numbers.
     """
     for name, parameter in network.state_dict().items():
         if not parameter.is_floating_point():
@@ -138,7 +149,7 @@ def check_network(path: Path, network: nn.Module, state: Mapping[str, Tensor]) -
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
+    """Return the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -154,11 +165,11 @@ def _read_safetensors(path: Path) -> Content:
 
 
 def _refuse_compressed(path: Path) -> None:
-    """Refuse archives that are larger unpacked than packed; PyTorch writes none."""
+    """Refuse archives that are larger when unpacked; PyTorch writes none."""
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
     if unpacked > path.stat().st_size:
-        raise ValueError(f"an archive that unpacks to {unpacked:,} bytes")
+        raise ValueError(f"compressed; unpacks to {unpacked:,} bytes")
 
 
 def _from_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> Content:
@@ -181,7 +192,7 @@ def _from_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> Content:
 
 
 def _without_prefix(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return a state dict without a prefix of `PREFIXES` that all names have."""
+    """Remove each of `PREFIXES` that all names of a state dict have."""
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -189,14 +200,14 @@ def _without_prefix(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _tensors(path: Path, state: object) -> Mapping[str, Tensor]:
-    """Return a state dict of a file if all its values are dense tensors with memory for all their numbers."""
+    """Return a state dict if all its values are dense tensors, each with memory for all its elements."""
     if not isinstance(state, Mapping):
         raise DerainError(f"{path}: damaged, its weights are {type(state).__name__}; {EXPECTED}")
     for name, tensor in state.items():
         dense = isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
         if not dense or tensor.is_quantized or tensor.device.type != "cpu":
             kind = tensor.type() if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise DerainError(f"{path}: {shorten(name)} is {kind}; expected a dense tensor by name; {EXPECTED}")
+            raise DerainError(f"{path}: {shorten(name)} is {kind}; expected a dense tensor; {EXPECTED}")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise DerainError(f"{path}: damaged, {shorten(name)} has more numbers than the file; {EXPECTED}")
+            raise DerainError(f"{path}: damaged, {shorten(name)} has more elements than its memory; {EXPECTED}")
     return state

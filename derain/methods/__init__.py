@@ -1,4 +1,4 @@
-"""The methods, each a LightningModule with ``forward(rainy) -> derained``; imported when first used."""
+"""Base classes, and the methods as LightningModules: ``from derain.methods import PReNetModule`` imports one."""
 
 from typing import Any
 
@@ -10,5 +10,5 @@ __all__ = ["DerainModule", "TrainableModule"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a method of derain when it is first used."""
+    """Import a built-in method on first access."""
     return built_in(name)

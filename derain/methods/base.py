@@ -1,4 +1,4 @@
-"""Base class of the methods: their contract, evaluation and prediction."""
+"""Base class of rain removal methods: contract, evaluation and prediction."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -23,29 +23,31 @@ from derain.ranges import check_finite
 
 
 class DerainModule(TrainableModule, ABC):
-    """Base class of methods that remove rain.
+    """Base class of rain removal methods.
 
-    The contract, which `derain.testing.check_method` checks:
+    `derain.testing.check_method` checks the contract:
 
     - ``forward(rainy)`` accepts ``(b, 3, h, w)`` in [0, 1] with any ``h, w >= 1`` and returns the same shape. In eval
-      mode it is deterministic, and the images of a batch do not influence each other. Values may leave [0, 1] a
-      little; they are clipped where images are scored or written.
+      mode it is deterministic, and the images of a batch do not influence each other. Values may lie slightly outside
+      [0, 1]; they are clipped when images are scored or written.
     - Every ``__init__`` argument has a type and a default and is recorded by ``self.save_hyperparameters()``: scalars,
-      strings, lists and dictionaries only. Inference options such as a sampler are not among them.
-    - ``self.network`` holds all that is restored from a weights file.
-    - ``training_step`` returns a finite loss, and every parameter with ``requires_grad`` receives a gradient within an
-      epoch. ``training_step`` and ``configure_optimizers`` belong to the method; evaluation, prediction, checkpoints
-      and weights files are inherited.
-    - What the method can do beyond that it says by the interfaces of `derain.methods.interfaces`.
+      strings, lists and dictionaries only. Inference options, such as the sampler, are not ``__init__`` arguments.
+    - ``self.network`` is a module with all tensors of a weights file.
+    - Losses are finite, and every parameter with ``requires_grad`` receives a gradient within an epoch.
+
+    A method defines ``forward``, ``training_step`` and ``configure_optimizers``; it inherits evaluation, prediction,
+    checkpoints and weights files. For further capabilities, it also derives from `derain.methods.interfaces`.
 
     Attributes:
         protocols: Protocols that score validation and test images; the first one selects the best checkpoint.
-        lpips: Perceptual metric that scores them too.
-        scores: Scores of every test image by kind (``derained``, ``rainy``) and protocol.
-        bytes_per_pixel: Memory of ``forward`` at inference in bytes a pixel, measured in float32.
-        tile_multiple: Number that sides of tiles should be multiples of.
-        compiles_any_size: Whether ``network`` is compiled once for all image sizes, else once for each.
-        variants: Hyper-parameters of variants that ``derain bench`` counts, by name; by default the method as it is.
+        lpips: Perceptual metric that also scores these images; None for none.
+        scores: After a test, scores of all images by kind (``derained``, ``rainy``) and protocol.
+        bytes_per_pixel: Memory that ``forward`` needs at inference, in bytes per image pixel, measured in float32.
+        tile_multiple: Tile sides should be multiples of this number of pixels.
+        compiles_any_size: Whether one compilation of ``network`` serves all image sizes; if not, it is compiled for
+            each size.
+        variants: Hyper-parameters of the variants that ``derain bench`` counts, by name. If a class does not define
+            them, its defaults are counted.
     """
 
     monitor: ClassVar[str] = "val/psnr"
@@ -66,34 +68,34 @@ class DerainModule(TrainableModule, ABC):
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """Restore images of any size ``h, w >= 1`` in [0, 1].
 
-        A method whose ``encode`` returns conditions accepts them as further keyword arguments, and encodes the images
-        itself if they are not given.
+        If ``encode`` returns conditions, ``forward`` accepts them as keyword arguments, and calls ``encode`` itself if
+        they are not given.
         """
 
     def encode(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
-        """Return what ``forward`` is conditioned on when it restores tiles of these images; nothing by default."""
+        """Return the conditions of images, which are passed to ``forward`` for all their tiles; empty by default."""
         return {}
 
     def check_requirements(self) -> None:
-        """Find or fetch what ``encode`` needs.
+        """Find or fetch the models that ``encode`` needs; by default none.
 
         Raises:
-            DerainError: If it is missing.
+            DerainError: If a model is not available.
         """
 
     def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Any:
-        """Run what ``derain bench`` counts and times: by default ``forward``.
+        """Run the computation that ``derain bench`` counts and times; by default ``forward``.
 
-        Methods override it that run the network many times, or encode images by another network. Modules of the network
-        may have a method ``extra_macs(inputs, output)``, which returns multiplications that counting misses: those of
-        convolutions and linear layers, and those of attention.
+        Override it if ``forward`` runs the network many times or encodes images by another network. If a submodule has
+        a method ``extra_macs(inputs, output)``, ``derain bench`` adds the two numbers that it returns: multiplications
+        of layers and of attention that are not counted otherwise.
         """
         return self(rainy)
 
     def export_graph(self) -> Graph:
-        """Return the function that ``derain export`` writes: by default ``forward`` without conditions.
+        """Return the function that ``derain export`` writes; by default ``forward`` without conditions.
 
-        A method that overrides it with a part of its computation implements `RunsGraph`.
+        A method that exports only a part of ``forward`` implements `RunsGraph`.
 
         Raises:
             DerainError: If the method cannot be exported.
@@ -101,13 +103,17 @@ class DerainModule(TrainableModule, ABC):
         return Graph(self)
 
     def next_step(self, path: Path, option: str) -> str:
-        """Return the command that restores photos with the weights of a finished training."""
+        """Return the command that restores photos with the weights of a finished training; arguments as inherited."""
         return f"restore photos: derain restore IN OUT --weights {path}{f' {option}' if option else ''}"
 
     # Evaluation.
 
     def on_validation_epoch_start(self) -> None:
-        """Check requirements and reset the scores."""
+        """Check requirements and reset the scores.
+
+        Raises:
+            DerainError: If `check_requirements` finds a model missing.
+        """
         self.check_requirements()
         kinds = ("derained", "rainy")
         self._quality = {kind: ImageQuality(self.protocols, self.lpips).to(self.device) for kind in kinds}
@@ -115,15 +121,19 @@ class DerainModule(TrainableModule, ABC):
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor] | None:
-        """Score images; return the derained ones for callbacks, or None if one is not finite."""
+        """Score the derained and the rainy images of a batch.
+
+        Returns:
+            ``derained``, ``(b, 3, h, w)`` clipped to [-1, 2], for callbacks; None if a value is not finite.
+        """
         self._release_memory(batch["rainy"].shape)
         derained = self(batch["rainy"]).float()
         finite = derained.flatten(1).isfinite().all(1)
-        if not finite.all():  # refused when scores are gathered: other ranks would wait for one that stops here
-            for quality in self._quality.values():  # a rank without any scores would break the gathering
+        if not finite.all():  # reported when scores are gathered; if one rank raised here, the others would wait for it
+            for quality in self._quality.values():  # gathering fails if a rank has no scores
                 quality.update_failed(batch["index"][~finite])
             return None
-        derained = derained.clamp(-1, 2)  # far outside [0, 1], where metrics suspect another range; protocols clip
+        derained = derained.clamp(-1, 2)  # metrics refuse other ranges, such as 0 to 255; protocols clip to [0, 1]
         self._quality["derained"].update(derained, batch["clean"], batch["index"], batch["name"])
         self._quality["rainy"].update(batch["rainy"], batch["clean"], batch["index"], batch["name"])
         return {"derained": derained}
@@ -131,11 +141,21 @@ class DerainModule(TrainableModule, ABC):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/psnr`` and ``val/ssim``, means over the images of all devices."""
+        """Log means over the images of all devices: ``val/psnr``, ``val/ssim``, ``val/rainy_psnr``.
+
+        Further protocols are logged as ``val/PROTOCOL/psnr`` and so on, LPIPS as ``val/lpips``.
+
+        Raises:
+            DerainError: If a derained image is not finite.
+        """
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the means and keep the scores of every image for callbacks."""
+        """Log the same means under ``test``, and keep the scores of every image in ``scores``.
+
+        Raises:
+            DerainError: If a derained image is not finite.
+        """
         self.scores = self._log_scores("test")
 
     def _log_scores(self, stage: str) -> dict[str, dict[str, Scores]]:
@@ -151,7 +171,7 @@ class DerainModule(TrainableModule, ABC):
         return scores
 
     def _require_finite(self, stage: str, scores: Scores) -> None:
-        """Refuse images without a score; all ranks know of them once scores are gathered.
+        """Refuse images without a score, on all ranks alike.
 
         Raises:
             DerainError: If a derained image was not finite.
@@ -166,7 +186,7 @@ class DerainModule(TrainableModule, ABC):
         raise DerainError(f"{listed(names)}: derained image is not finite; use other weights")
 
     def _release_memory(self, shape: torch.Size) -> None:
-        """Release cached memory when the image size changes, which needs blocks of other sizes."""
+        """Release cached memory if the image size differs from the last one, since its blocks do not fit."""
         if shape != self._shape:
             release_freed_memory()
         self._shape = shape
@@ -174,7 +194,15 @@ class DerainModule(TrainableModule, ABC):
     # Prediction.
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
-        """Restore images into [0, 1], with maps if the method explains itself; return them and the conditions."""
+        """Restore a batch of images.
+
+        Returns:
+            ``derained``, ``(b, 3, h, w)`` in [0, 1], with further channels for the maps of `Explains` if ``explaining``
+            is true; ``conditions``, the result of ``encode``.
+
+        Raises:
+            DerainError: If a model that ``encode`` needs is missing, or a restored value is not finite.
+        """
         self.check_requirements()
         rainy = batch["rainy"]
         self._release_memory(rainy.shape)

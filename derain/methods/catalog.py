@@ -1,4 +1,4 @@
-"""Load weights: find the file, recognise it by its content, build its method."""
+"""Loading of weights: find the file, recognise its content, build the method."""
 
 import logging
 import re
@@ -10,26 +10,26 @@ from derain.errors import DerainError
 from derain.files.hub import fetch_weights
 from derain.files.limits import built_within
 from derain.files.metadata import shorten
-from derain.files.weights import BUILD_ERRORS, EXPECTED, Content, check_network, read
+from derain.files.weights import BUILD_ERRORS, EXPECTED, Content, check_network, first_keys, read
 from derain.methods import onnx_model, spandrel_model
 from derain.methods.registry import BUILT_IN, class_path, find, methods, use_method
 from derain.methods.trainable import TrainableModule
 from derain.models import PublicModel, bundled, public
 
-__all__ = ["Weights", "load", "load_checkpoint", "locate", "methods", "use_method"]
+__all__ = ["LoadedMethod", "load", "load_checkpoint", "locate", "methods", "use_method"]
 
 log = logging.getLogger("derain")
 
 OPTIONS = re.compile(r"(?P<file>.+?):(?P<options>[a-z_]+=[^:/\\\\=,]+(,[a-z_]+=[^:/\\\\=,]+)*)")
-"""A file and options that it does not record: ``FILE:stages=5,variant=PReNet_LSTM``."""
+"""Matches a file followed by options that it does not record: ``FILE:stages=5,variant=PReNet_LSTM``."""
 
 
-class Weights(NamedTuple):
-    """A method that was loaded from a weights file.
+class LoadedMethod(NamedTuple):
+    """Method that was loaded from a weights file.
 
     Attributes:
         module: The method, in eval mode.
-        note: One line for messages: kind of file, method, number of parameters.
+        note: Description for messages: kind of file, method, number of parameters.
     """
 
     module: TrainableModule
@@ -37,7 +37,9 @@ class Weights(NamedTuple):
 
 
 def split_options(name: Path | str) -> tuple[str, dict[str, Any]]:
-    """Split ``FILE:option=value,…`` into the file and the options, unless a file has this very name.
+    """Split ``FILE:option=value,…`` into the file and the options.
+
+    The name is not split if a file of this name exists. Values of digits are returned as integers, all others as text.
 
     Example:
         >>> split_options("net.pth:stages=5,variant=PReNet_LSTM"), split_options("hub:someone/prenet")
@@ -54,21 +56,21 @@ def split_options(name: Path | str) -> tuple[str, dict[str, Any]]:
 
 
 def locate(name: Path | str) -> Path:
-    """Return the weights file of a name.
+    """Return the path of a weights file; fetch files of the Hugging Face hub on first use.
 
     Args:
         name: Name of a bundled model (``default``) or of a public one (``clearview-restormer``), ``hub:OWNER/NAME`` on
-            the Hugging Face hub, or a file; options behind it are ignored. What is on the hub is fetched on first use.
+            the Hugging Face hub, or a file, which need not exist. Options after a file are ignored.
 
     Raises:
-        DerainError: If the weights can be neither found nor fetched.
+        DerainError: If a file of the hub is not on disk and cannot be fetched, or has another SHA-256 than recorded.
     """
     file, _ = split_options(name)
     kind, _, hub_name = file.partition(":")
     model = public_model(name)
     if model is not None:
         if model.sha256 is None:
-            log.warning("%s: no hash of its file is known, so that it is not checked", file)
+            log.warning("%s: file not verified; no SHA-256 is recorded for this model", file)
         return fetch_weights(model.hub, model.file, licence=model.licence, sha256=model.sha256)
     if kind == "hub" and hub_name:
         return fetch_weights(hub_name)
@@ -76,7 +78,7 @@ def locate(name: Path | str) -> Path:
 
 
 def public_model(name: Path | str) -> PublicModel | None:
-    """Return what is known of a public model, by its name or ``hub:OWNER/NAME``; None for other weights."""
+    """Return the record of a public model, given its name or ``hub:OWNER/NAME``; None for other weights."""
     file, _ = split_options(name)
     if Path(file).exists():
         return None
@@ -84,65 +86,71 @@ def public_model(name: Path | str) -> PublicModel | None:
     return public().get(file) or by_hub_name.get(file)
 
 
-def load(name: Path | str, method: str | type | None = None) -> Weights:
+def load(name: Path | str, method: str | type | None = None) -> LoadedMethod:
     """Load a method from weights; code in a file is never executed.
 
-    The averaged weights (EMA) of a checkpoint are preferred to its raw weights. A network of neither derain nor its
-    authors' files may be known to spandrel. Metadata and tensors are compared before and while the method is built, so
-    that a damaged or hostile file needs no more memory than an intact one.
+    Checkpoints and weights of derain, files of derain export and weights files of the methods' authors are recognised by
+    their content. Other networks are loaded by spandrel if it is installed and recognises them. The averaged weights
+    (EMA) of a checkpoint are preferred to its raw weights. The metadata of a file are checked before the method is
+    built, and the method's size while it is built, so that a damaged or hostile file does not exhaust memory.
 
     Args:
-        name: A file, or a name as `locate` accepts it; ``FILE:stages=5,variant=PReNet_LSTM`` adds what the file of
-            PReNet's authors does not record.
-        method: A method from outside derain that the file may be of: its class, or ``my_method.MyModule``. A file of
-            another method loads too, with a warning.
+        name: File or name that `locate` accepts. Options that the authors' files of a method do not record follow the
+            file: ``FILE:stages=5,variant=PReNet_LSTM``.
+        method: Method or network from outside derain that the file may belong to: its class, or its path
+            ``my_method.MyModule``. A file of another method is loaded too, with a warning.
 
     Raises:
-        DerainError: If the file is absent, damaged or unknown, does not fit its method, or contains NaN or infinity.
+        DerainError: If the file is absent, damaged or unknown, does not fit its method, does not accept the options, or
+            contains NaN or infinity; if ``method`` cannot be imported.
     """
     named = None if method is None else use_method(method)
     if named is not None and not issubclass(named, TrainableModule):
-        named = None  # a network, which the weights of a RegressionModule may name
-    weights = _load(name, named)
+        named = None  # a network; weights of RegressionModule refer to it by its path
+    loaded = _load(name, named)
     model = public_model(name)
-    if model is not None and not weights.module.trained_on:
-        weights.module.trained_on = model.trained_on
+    if model is not None and not loaded.module.trained_on:
+        loaded.module.trained_on = model.trained_on
     if named is not None:
-        _warn_if_unused(name, weights.module, named)
-    return weights
+        _warn_if_unused(name, loaded.module, named)
+    return loaded
 
 
-def load_checkpoint(path: Path, method: type | None = None) -> Weights:
-    """Load a method from a checkpoint; arguments as for `load`.
+def load_checkpoint(path: Path, method: type | None = None) -> LoadedMethod:
+    """Load a method from a checkpoint of derain, with its averaged weights (EMA) if there are any.
+
+    Args:
+        path: The checkpoint.
+        method: Class to build if the checkpoint names a class of the same name; by default the known class of this name.
 
     Raises:
-        DerainError: If the file is no checkpoint, or `load` refuses it.
+        DerainError: If the file is not a checkpoint of derain, is damaged, or does not fit its method.
     """
     content = read(path)
     if content.kind != "checkpoint":
         label = content.label.format(content.metadata.get("method", "a method"))
-        raise DerainError(f"--ckpt_path {path}: {label}, not a checkpoint; use --weights instead")
+        raise DerainError(f"--ckpt_path {path}: {label}, expected a checkpoint; use --weights instead")
     return _from_metadata(path, content, method)
 
 
 def _warn_if_unused(name: Path | str, module: TrainableModule, named: type[TrainableModule]) -> None:
-    """Report a class from outside derain that the user named, but that the weights are not of."""
+    """Log a warning if the user named a class from outside derain, but the weights belong to another."""
     written_by = module.metadata()["method"]
     if class_path(named) in BUILT_IN or named.__name__ == written_by or issubclass(named, type(module)):
         return
     log.warning("method %s: not used: %s has weights of %s", class_path(named), name, shorten(written_by, 60))
 
 
-def _load(name: Path | str, named: type[TrainableModule] | None) -> Weights:
+def _load(name: Path | str, named: type[TrainableModule] | None) -> LoadedMethod:
     path, (_, options) = locate(name), split_options(name)
     suffix = path.suffix.lower()
     if suffix == ".pt2":
-        raise DerainError(f"{path}: a program of torch.export, for use without derain; use weights or ONNX instead")
+        raise DerainError(f"{path}: a torch.export program, which derain does not load; use weights or ONNX instead")
     unknown_options = DerainError(f"{name}: options that this file does not accept; use {path} without them")
     if suffix == ".onnx" and path.is_file():
         if options:
             raise unknown_options
-        return Weights(*onnx_model.load(path))
+        return LoadedMethod(*onnx_model.load(path))
     content = read(path)
     if content.metadata:
         if options:
@@ -153,7 +161,7 @@ def _load(name: Path | str, named: type[TrainableModule] | None) -> Weights:
         if published is not None:
             if set(options) - published.published_options:
                 raise unknown_options
-            return Weights(published, _note(content, published))
+            return LoadedMethod(published, _note(content, published))
     if options:
         raise unknown_options
     return _from_spandrel(path, content)
@@ -163,19 +171,19 @@ def _note(content: Content, module: TrainableModule) -> str:
     return content.label.format(f"{module.title} ({module.parameter_count:,} parameters)")
 
 
-def _from_metadata(path: Path, content: Content, named: type[TrainableModule] | None) -> Weights:
-    """Build the class that the metadata name; a class that the user named is preferred."""
+def _from_metadata(path: Path, content: Content, named: type[TrainableModule] | None) -> LoadedMethod:
+    """Build the class that the metadata name, preferably the class that the user named."""
     method: type[TrainableModule]
     if named is not None and named.__name__ == content.metadata["method"]:
         method = named
     else:
         method = find(path, content.metadata)
     module = method.from_content(path, content)
-    return Weights(module, _note(content, module))
+    return LoadedMethod(module, _note(content, module))
 
 
 def _from_published(path: Path, content: Content, options: Mapping[str, Any]) -> TrainableModule | None:
-    """Return the method of its authors' state dict, or None if no method recognises it."""
+    """Build the method that recognises its authors' state dict; return None if no method does."""
     classes: list[type[TrainableModule]] = methods()
     for method in classes:
         accepted = {name: value for name, value in options.items() if name in method.published_options}
@@ -195,15 +203,14 @@ def _from_published(path: Path, content: Content, options: Mapping[str, Any]) ->
     return None
 
 
-def _from_spandrel(path: Path, content: Content) -> Weights:
+def _from_spandrel(path: Path, content: Content) -> LoadedMethod:
     with built_within(len(content.state), path.stat().st_size):
         module = spandrel_model.recognise(path, content.state)
     if module is None:
         reason = content.label
         if content.kind != "safetensors":
-            names = shorten(", ".join(list(content.state)[:4]) or "nothing")
-            reason = f"contains no known method (found {names} …)"
+            reason = f"contains no known method (found {first_keys(content.state)})"
         raise DerainError(f"{path}: {reason}; {EXPECTED}{spandrel_model.install_hint()}")
     check_network(path, module.network, content.state)
     architecture = module.descriptor.architecture.name
-    return Weights(module, f"{architecture} by spandrel ({module.parameter_count:,} parameters)")
+    return LoadedMethod(module, f"{architecture} by spandrel ({module.parameter_count:,} parameters)")

@@ -1,4 +1,4 @@
-"""Frozen CLIP: found or fetched, loaded when first needed, and never part of a method's parameters."""
+"""Frozen CLIP: found on disk or fetched, loaded when first needed, and not part of a method's parameters."""
 
 import logging
 import os
@@ -15,50 +15,51 @@ from PIL import Image
 from torch import Tensor
 
 from derain.errors import DerainError
-from derain.files.hub import HubModel, check_whole, loading
+from derain.files.hub import HubModel, check_complete, loading
+from derain.files.metadata import shorten
 from derain.images import Pixels
 
 log = logging.getLogger("derain")
 
-PREPARATION = 2
-"""Version of the preprocessing of images: cached features belong to one version."""
+PREPROCESSING_VERSION = 2
+"""Version of the image preprocessing; part of the keys of cached similarities."""
 
 
-def clip_model(without: str) -> HubModel:
-    """Return CLIP as a model of the hub, with the advice of its error messages.
+def clip_model(alternative: str) -> HubModel:
+    """Return the `HubModel` of CLIP.
 
     Args:
-        without: How to work without CLIP; empty if that is impossible.
+        alternative: How to work without CLIP, for error messages; empty if that is impossible.
     """
-    unfetched = "name a local directory by --model.clip or DERAIN_CLIP"
-    if without:
-        unfetched += f"; {without}"
+    download_advice = "name a local directory by --model.clip or DERAIN_CLIP"
+    if alternative:
+        download_advice += f"; {alternative}"
     return HubModel(
         "CLIP",
         tokenizer=(("tokenizer.json",), ("vocab.json", "merges.txt")),
         option="--model.clip",
-        instead=without or "set DERAIN_CLIP",
-        unfetched=unfetched,
+        naming_advice=alternative or "set DERAIN_CLIP",
+        download_advice=download_advice,
     )
 
 
-def centre_view(height: int, width: int, shortest: int, crop: int) -> tuple[int, int, int, int]:
-    """Return the size that an image is resized to and the position of its centre crop, as torchvision does.
+def resize_and_crop_geometry(height: int, width: int, shortest: int, crop: int) -> tuple[int, int, int, int]:
+    """Return the size after resizing and the position of the centre crop, as torchvision computes them.
 
-    CLIP's authors and open_clip use torchvision, which rounds a margin of half a pixel to the even number; transformers
-    rounds it down.
+    CLIP's authors and open_clip use torchvision, which rounds a margin that ends in half a pixel to the nearest even
+    number. transformers rounds it down.
 
     Args:
         height: Height of the image, in pixels.
         width: Width of the image, in pixels.
-        shortest: Length of the shorter side after resizing.
-        crop: Side of the centre crop.
+        shortest: Length of the shorter side after resizing, in pixels.
+        crop: Side of the square centre crop, in pixels.
 
     Returns:
-        Height, width, top, left.
+        Height and width after resizing; top and left of the crop.
 
     Example:
-        >>> centre_view(481, 321, 224, 224)  # a margin of 111 pixels
+        >>> resize_and_crop_geometry(481, 321, 224, 224)  # top: (335 - 224) / 2 = 55.5, rounded to 56
         (335, 224, 56, 0)
     """
     if height <= width:
@@ -71,34 +72,34 @@ def centre_view(height: int, width: int, shortest: int, crop: int) -> tuple[int,
 
 
 class FrozenCLIP:
-    """Image and text features of CLIP.
+    """Image and text features of a frozen CLIP.
 
-    It is not an ``nn.Module``, so that it is not part of checkpoints, optimisers and averages. It moves to the device
-    of its inputs.
+    It is not an ``nn.Module``, so checkpoints, optimisers and EMA weights do not include it. The model stays on the CPU
+    until `images` or its user moves it.
 
     Args:
-        name: Id on the Hugging Face hub (``openai/clip-vit-base-patch32``) or a local directory in that form;
-            ``$DERAIN_CLIP`` takes precedence, for weights that name a directory of another machine.
-        without: How to work without CLIP, for error messages.
+        name: Id on the Hugging Face hub (``openai/clip-vit-base-patch32``) or a local directory with the same files;
+            ``$DERAIN_CLIP`` takes precedence, for weights that record a directory of another machine.
+        alternative: How to work without CLIP, for error messages; empty if that is impossible.
 
     Raises:
-        DerainError: When CLIP is first needed and can neither be found nor fetched.
+        DerainError: On first use, if CLIP is incomplete or damaged, or can be neither found nor fetched.
     """
 
-    def __init__(self, name: str, without: str = "") -> None:
-        self.hub = clip_model(without)
+    def __init__(self, name: str, alternative: str = "") -> None:
+        self.hub = clip_model(alternative)
         self.name = os.environ.get("DERAIN_CLIP") or name
         if self.name != name:
             log.info("CLIP: %s (DERAIN_CLIP) instead of %s", self.name, name)
 
     @cached_property
     def folder(self) -> Path:
-        """Directory of the model; it is fetched from the hub at the first access if necessary, with a log message."""
+        """Directory of the model; on first access, it is fetched from the hub if necessary, with a log message."""
         return self.hub.folder(self.name)
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of weights, configuration and tokenizer."""
+        """SHA-256 of the files of weights, configuration and tokenizer."""
         return self.hub.sha256(self.folder)
 
     @cached_property
@@ -112,39 +113,39 @@ class FrozenCLIP:
                 local_files_only=True,
                 dtype=torch.float32,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported by check_whole
+                ignore_mismatched_sizes=True,  # reported by check_complete
             )
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
         model, loading_info = loaded
-        check_whole("CLIP", self.name, loading_info)
+        check_complete("CLIP", self.name, loading_info)
         model.train(False)
         return model.requires_grad_(False), tokenizer, processor
 
     @property
     def model(self) -> Any:
-        """Frozen model of transformers, on the CPU until it is moved."""
+        """Frozen ``CLIPModel`` of transformers, in float32, on the CPU until it is moved."""
         return self._loaded[0]
 
     @property
     def side(self) -> int:
-        """Side of CLIP's input images, in pixels."""
+        """Side of CLIP's square input images, in pixels."""
         return int(self._loaded[2].crop_size["height"])
 
-    def _view(self, height: int, width: int) -> tuple[int, int, int, int]:
-        return centre_view(height, width, self._loaded[2].size["shortest_edge"], self.side)
+    def _geometry(self, height: int, width: int) -> tuple[int, int, int, int]:
+        return resize_and_crop_geometry(height, width, self._loaded[2].size["shortest_edge"], self.side)
 
     def pixels(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
-        """Return images at CLIP's input size and range, on their device.
+        """Return images resized, cropped at the centre and normalised for CLIP, on their device.
 
-        They are resized by antialiased bicubic interpolation, as by Pillow but in floating point, and cropped at the
-        centre.
+        Resizing is antialiased bicubic interpolation, as in Pillow, but in floating point. The result has the side
+        ``s`` that the attribute ``side`` gives, and is normalised by CLIP's mean and standard deviation per channel.
 
         Args:
-            images: In [0, 1], of any size.
+            images: Images in [0, 1], of any size.
         """
         processor = self._loaded[2]
-        height, width, top, left = self._view(*images.shape[2:])
+        height, width, top, left = self._geometry(*images.shape[2:])
         resized = F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
         resized = resized[:, :, top : top + self.side, left : left + self.side]
         mean = images.new_tensor(processor.image_mean)[:, None, None]
@@ -152,7 +153,7 @@ class FrozenCLIP:
         return (resized - mean) / std
 
     def _cropped(self, image: Pixels) -> Pixels:
-        height, width, top, left = self._view(*image.shape[:2])
+        height, width, top, left = self._geometry(*image.shape[:2])
         resized = Image.fromarray(image).resize((width, height), self._loaded[2].resample)
         return np.asarray(resized.crop((left, top, left + self.side, top + self.side)))
 
@@ -162,10 +163,10 @@ class FrozenCLIP:
 
         Args:
             prompts: The texts.
-            truncate: Truncate texts that are too long for CLIP, except for the end token, instead of refusing them.
+            truncate: Whether to shorten texts that are too long for CLIP; their end token is kept.
 
         Raises:
-            DerainError: If a text is too long for CLIP.
+            DerainError: If a text is too long for CLIP and ``truncate`` is false.
         """
         model, tokenizer, _ = self._loaded
         device = next(model.parameters()).device
@@ -177,18 +178,25 @@ class FrozenCLIP:
             max_length=length if truncate else None,
             return_tensors="pt",
         )
-        if tokens.input_ids.shape[1] > length:
-            longest = max(prompts, key=len)
-            raise DerainError(f"prompt {longest[:60]!r} …: too long; CLIP reads {length - 2} tokens; shorten it")
+        counts = tokens.attention_mask.sum(1)
+        if counts.max() > length:  # start and end token included
+            longest, count = shorten(prompts[int(counts.argmax())], 60), int(counts.max()) - 2
+            raise DerainError(
+                f"prompt {longest!r}: {count} tokens; CLIP accepts at most {length - 2} tokens; shorten it"
+            )
         with torch.autocast(device.type, enabled=False):
             pooled = model.text_model(**tokens.to(device)).pooler_output
             return model.text_projection(pooled).float().cpu()  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def images(self, images: Sequence[Pixels], device: torch.device | None = None) -> Float[Tensor, "n d"]:
-        """Return features of images of any sizes, not normalised, on the CPU.
+        """Return features of images, not normalised, on the CPU.
 
-        They are resized by Pillow's bicubic interpolation and cropped at the centre, as by CLIP's authors.
+        Images are resized by Pillow's bicubic interpolation and cropped at the centre, as by CLIP's authors.
+
+        Args:
+            images: RGB images ``(h, w, 3)``, uint8, of any sizes.
+            device: Device that CLIP is moved to; by default the CPU.
         """
         model, _, processor = self._loaded
         model.to(device or "cpu")

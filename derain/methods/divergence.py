@@ -1,4 +1,4 @@
-"""Checks that losses, gradients and saved weights of a training are finite."""
+"""Checks that losses, gradients and saved weights are finite."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,11 +11,11 @@ from derain.errors import DerainError
 
 REMEDY = "earlier checkpoints are intact; lower --model.learning_rate, or check these images"
 MAX_NAMES = 8
-"""Images that a message names."""
+"""Largest number of images that a message names."""
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the names of images for a message.
+    """Return image names as one string, of which at most `MAX_NAMES` are listed.
 
     Example:
         >>> listed(["a", "b"]), listed("abcdefghij")
@@ -26,16 +26,23 @@ def listed(names: Sequence[str]) -> str:
     return f"{shown} and {hidden} more" if hidden > 0 else shown
 
 
-def position(module: LightningModule, names: Sequence[str]) -> str:
-    """Return epoch, step and images for a message; without names, the images are those of another device."""
-    images = f"images {listed(names)}" if names else "on another device"
-    return f"epoch {module.current_epoch}, step {module.global_step}, {images}"
+def position(module: LightningModule, names: Sequence[str] | None) -> str:
+    """Return epoch, step and images for a message.
+
+    Args:
+        module: The module that is trained.
+        names: Names of the images, empty if the batch has none; None if another device has the images.
+    """
+    step = f"epoch {module.current_epoch}, step {module.global_step}"
+    if names is None:
+        return f"{step}, on another device"
+    return f"{step}, images {listed(names)}" if names else step
 
 
 class FiniteCheck:
-    """Check of losses and gradients before every optimiser step, which names the images of the step.
+    """Checks losses and gradients before every optimiser step; errors name the images of the step.
 
-    A check costs one norm over all gradients and one transfer from the device.
+    A check computes one norm over all gradients and copies one value from the device.
     """
 
     def __init__(self) -> None:
@@ -44,7 +51,7 @@ class FiniteCheck:
         self._stepped = False
 
     def see_batch(self, batch: Any) -> None:
-        """Record the images of a batch."""
+        """Record the image names of a batch, its entry ``name``; names of batches before the last step are dropped."""
         if self._stepped:
             self.names.clear()
         self._stepped = False
@@ -55,12 +62,19 @@ class FiniteCheck:
         self.losses.append(loss.detach())
 
     def require(self, module: LightningModule, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Check the losses and the gradient before a step of an optimiser; return the norm of the gradient.
+        """Check the recorded losses and the gradients of an optimiser before its step.
 
-        With scaled losses (precision ``16-mixed``), an infinite gradient is no error: the scaler skips the step.
+        With scaled losses (precision ``16-mixed``), a gradient may be infinite: the scaler then skips the step.
+
+        Args:
+            module: The module that is trained.
+            optimizer: The optimiser that is about to step.
+
+        Returns:
+            L2 norm of all gradients of the optimiser, ``()``.
 
         Raises:
-            DerainError: If a loss or the gradient is not finite, on any device.
+            DerainError: If a loss or a gradient is not finite, on any device.
         """
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
@@ -72,18 +86,20 @@ class FiniteCheck:
         self._stepped = True
         if not module.trainer.strategy.reduce_boolean_decision(finite, all=True):
             quantity = "gradient" if losses.isfinite() else "loss"
-            raise DerainError(f"{quantity} is not finite at {position(module, () if finite else self.names)}; {REMEDY}")
+            raise DerainError(
+                f"{quantity} is not finite at {position(module, None if finite else self.names)}; {REMEDY}"
+            )
         return norm
 
     def refuse_anomaly(self, module: LightningModule, error: RuntimeError) -> None:
-        """Raise an error that names the images, if torch's anomaly detection found a NaN in a gradient.
+        """Raise an error that names the images if PyTorch's anomaly detection found NaN in a gradient.
 
         Args:
             module: The module that is trained.
             error: Error of the backward pass.
 
         Raises:
-            DerainError: If the error was raised by anomaly detection.
+            DerainError: If ``error`` comes from anomaly detection.
         """
         if torch.is_anomaly_enabled() and "returned nan values" in str(error):
             message = f"gradient is not finite at {position(module, self.names)}"
@@ -95,8 +111,8 @@ def require_finite(module: LightningModule, tensors: Iterable[Tensor], subject: 
 
     Args:
         module: The module that is trained.
-        tensors: Weights, averages and gradients; integers are ignored.
-        subject: Beginning of the message, such as ``weights are``.
+        tensors: Weights, EMA weights and gradients; integer tensors are ignored.
+        subject: Subject and verb of the message, such as ``weights are``.
 
     Raises:
         DerainError: If a value is not finite.

@@ -1,4 +1,4 @@
-"""Graph: the function of tensors that `derain export` writes to a file."""
+"""Function of tensors that `derain export` writes to a file."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 IMAGES = ("rainy", "state")
-"""Names of inputs that are images of any size."""
+"""Names of the inputs that are images, ``(1, 3, h, w)`` of any size."""
 
 TIME = 3.0
-"""Time in the example inputs of a diffusion; the graph is the same for any time."""
+"""Example of the input ``times``, in steps of the schedule; the graph is valid for any time."""
 
 
 class Graph(nn.Module):
@@ -19,10 +19,10 @@ class Graph(nn.Module):
     Args:
         method: Module whose parameters the function uses.
         function: Function of the inputs, in order, that returns one image; by default ``method`` itself.
-        inputs: Names of the inputs: ``rainy`` alone, or those of `derain.methods.interfaces.RunsGraph`, where ``rainy``
-            and ``state`` are images, ``times`` is one number, the rest are vectors.
+        inputs: Names of the inputs: ``rainy`` alone, or those of `derain.methods.interfaces.RunsGraph`. ``rainy`` and
+            ``state`` are images, ``times`` is ``(1,)``, all others are vectors ``(1, context)``.
         context: Length of the vectors.
-        metadata: Metadata of the file beside inputs and number of parameters.
+        metadata: Metadata of the graph in addition to inputs and number of parameters.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class Graph(nn.Module):
         self.extra_metadata = dict(metadata or {})
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Return one image."""
+        """Return the result of the function, ``(1, 3, h, w)``."""
         function = self.method if self.function is None else self.function
         return cast(Tensor, function(*inputs))
 
     def example(self, height: int, width: int) -> tuple[Tensor, ...]:
-        """Return random inputs for an image of a given size, the same on every call."""
+        """Return random inputs for an image size in pixels; the same on every call."""
         generator = torch.Generator().manual_seed(height * 10_000 + width)
         tensors = []
         for name in self.inputs:
@@ -55,5 +55,5 @@ class Graph(nn.Module):
         return tuple(tensors)
 
     def metadata(self, parameters: int) -> dict[str, Any]:
-        """Return the metadata of the graph in a file."""
+        """Return the entry ``graph`` of a file's metadata, given the number of parameters of the network."""
         return {"inputs": self.inputs, "parameters": parameters, **self.extra_metadata}

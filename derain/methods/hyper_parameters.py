@@ -1,4 +1,4 @@
-"""Check of hyper-parameters before training starts."""
+"""Checks of hyper-parameters before training starts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,11 +17,11 @@ def check_hyper_parameters(method: type, hyper_parameters: Mapping[str, Any]) ->
     """Check the types and ranges of hyper-parameters.
 
     Args:
-        method: Class whose ``__init__`` declares them.
-        hyper_parameters: Arguments of ``__init__`` by name.
+        method: Class of the method, whose ``__init__`` declares the types.
+        hyper_parameters: Arguments of ``__init__`` by name; those without a declared type may have any.
 
     Raises:
-        DerainError: If a value is not of its declared type, is not finite, or is out of range.
+        DerainError: If a value is not of the declared type, is not a finite number, or is out of range.
 
     Example:
         >>> from derain.methods import PReNetModule
@@ -34,7 +34,7 @@ def check_hyper_parameters(method: type, hyper_parameters: Mapping[str, Any]) ->
         expected = types.get(name, Any)
         if not fits(value, expected):
             finite = "a finite " if expected is float else ""
-            raise DerainError(f"--model.{name} {value}: must be {finite}{type_name(expected)}")
+            raise DerainError(f"--model.{name} {value}: expected {finite}{type_name(expected)}")
         is_number = isinstance(value, int | float)
         if is_number and name in POSITIVE and value <= 0:
             raise DerainError(f"--model.{name} {value}: must be greater than 0")

@@ -1,6 +1,6 @@
-"""Interfaces of methods that do more than `DerainModule`: choose routes, sample, explain restorations.
+"""Interfaces of methods with routes, sampling, explanations, or an exported graph that is one step of a diffusion.
 
-Commands and the `Restorer` ask for these interfaces by ``isinstance``, never for a method.
+Commands and `Restorer` test for an interface by ``isinstance``, never for a particular method.
 """
 
 import dataclasses
@@ -17,12 +17,15 @@ from derain.errors import ArgumentError
 class Routed(ABC):
     """Interface of methods that send each image along one of several routes.
 
-    A method logs a warning when an image takes a route that was not trained.
+    Methods should log a warning if an image takes a route that was not trained.
     """
 
     @abstractmethod
     def set_route(self, route: int) -> None:
         """Send all images along one route.
+
+        Args:
+            route: Index of the route, from 0.
 
         Raises:
             ArgumentError: If there is no such route.
@@ -31,14 +34,15 @@ class Routed(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a method samples images; an inference option, not part of weights files.
+    """Sampling options of a method, which are not part of weights files.
 
     Args:
-        solver: Name of a solver of the method; None: the method's own choice. Those of DA-CLIP + IR-SDE:
-            ``posterior`` (default, IR-SDE's authors), ``sde`` (Euler-Maruyama), ``ode`` (Euler), or semi-analytic
-            ``mrs-ode1``, ``mrs-ode2``, ``mrs-sde2``, ``mars-ode2``, ``mars-sde2``.
-        steps: Evaluations of the network, at most those of the schedule; None: all of the schedule.
-        seed: Seed of the noise. The same seed gives an image the same noise in any batch.
+        solver: Name of a solver; by default the method's. Solvers of DA-CLIP + IR-SDE: ``posterior`` (default, as by
+            IR-SDE's authors), ``sde`` (Euler-Maruyama), ``ode`` (Euler), and the semi-analytic ``mrs-ode1``,
+            ``mrs-ode2``, ``mrs-sde2``, ``mars-ode2`` and ``mars-sde2``.
+        steps: Number of steps, with one evaluation of the network each; at most the steps of the schedule. None: all
+            of them.
+        seed: Seed of the noise, which is the same for all images of equal size, in any batch.
 
     Raises:
         ArgumentError: If the number of steps is below 1.
@@ -54,13 +58,13 @@ class Sampling:
 
 
 class Sampled(ABC):
-    """Interface of methods that run their network many times on a state, as diffusions do.
+    """Interface of methods that restore images in many steps, such as diffusions.
 
-    ``forward`` then accepts two more arguments: ``tiled(image, function)``, which applies a function to an image tile
-    by tile, for use at every step; and ``show(steps, total)``, which wraps the steps to report progress.
+    ``forward`` accepts two more arguments: ``tiled(image, function)``, which applies a function to an image tile by
+    tile, for use at every step; and ``show(steps, total)``, which iterates over the steps and reports progress.
 
     Attributes:
-        sampling: Solver (not None), number of steps and seed.
+        sampling: Current options; ``solver`` is not None.
     """
 
     sampling: Sampling
@@ -70,7 +74,7 @@ class Sampled(ABC):
         """Set solver, number of steps and seed.
 
         Raises:
-            ArgumentError: If the method has no such solver, or cannot take so many steps.
+            ArgumentError: If the method has no such solver, or its schedule has fewer steps.
         """
 
 
@@ -78,8 +82,8 @@ class Explains(ABC):
     """Interface of methods that explain a restoration.
 
     Attributes:
-        maps: Names of the maps that `explain` appends.
-        explaining: Whether ``predict_step`` returns the maps too.
+        maps: Names of the maps that `explain` appends, in order.
+        explaining: Whether ``predict_step`` appends them too.
     """
 
     maps: tuple[str, ...] = ()
@@ -87,34 +91,39 @@ class Explains(ABC):
 
     @abstractmethod
     def explain(self, rainy: Float[Tensor, "b 3 h w"], **conditions: Any) -> Float[Tensor, "b n h w"]:
-        """Return the derained image and, after its three channels, the ``maps`` in [0, 1].
+        """Return derained images with the ``maps``, in [0, 1], as further channels: ``n`` is 3 plus their number.
 
         Args:
             rainy: Images in [0, 1].
-            **conditions: What ``encode`` returned.
+            **conditions: Result of ``encode``; by default the images are encoded.
         """
 
     def describe_image(self, conditions: dict[str, Any], index: int) -> dict[str, Any]:
-        """Return what ``encode`` found in an image of a batch, as JSON can hold it; nothing by default."""
+        """Return findings about one image that JSON can represent, such as its route; empty by default.
+
+        Args:
+            conditions: Result of ``encode`` for a batch.
+            index: Index of the image in the batch.
+        """
         return {}
 
 
 class RunsGraph(ABC):
-    """Interface of diffusions whose exported graph is one step, and that restore by a graph that was read again.
+    """Interface of diffusions whose exported graph is one step: they restore images by running the graph many times.
 
-    ``derain export`` supports the inputs ``state``, ``rainy`` and ``times`` in this order, then optionally ``content``
-    and ``degradation``, vectors of the size that the hyper-parameter ``context`` gives. Graphs of all other methods
-    have one input, ``rainy``.
+    The inputs of the graph are ``state``, ``rainy`` and ``times`` in this order, then optionally ``content`` and
+    ``degradation``, vectors whose length is the hyper-parameter ``context``. Graphs of all other methods have one
+    input, ``rainy``.
     """
 
     @classmethod
     @abstractmethod
     def from_graph(cls, metadata: Mapping[str, Any], network: nn.Module, inputs: list[str]) -> Any:
-        """Return the method with a graph in place of its network.
+        """Return the method with an exported graph in place of its network, in eval mode.
 
         Args:
             metadata: Metadata of the file.
-            network: Runs the graph: tensors in the order of ``inputs``, or by name.
+            network: Module that runs the graph; it accepts tensors in the order of ``inputs``, or by name.
             inputs: Names of the inputs.
 
         Raises:

@@ -12,7 +12,7 @@ from derain.errors import DerainError
 from derain.methods.clip import FrozenCLIP
 from tests.factories import clean_image, clip_view, make_clip
 
-WITHOUT = "use --model.perception none"
+ALTERNATIVE = "use --model.perception none"
 TEXTS = ("almost no rain", "Heavy rain, with large DENSE raindrops; 3 puddles!", "rain " * 60)
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -150,7 +150,7 @@ def test_hash_depends_on_weights_and_preprocessing(folder, tmp_path):
 
 def refused(name, *parts):
     with pytest.raises(DerainError) as caught:
-        FrozenCLIP(str(name), WITHOUT).texts(["rain"])
+        FrozenCLIP(str(name), ALTERNATIVE).texts(["rain"])
     message = str(caught.value)
     assert "\n" not in message
     for part in (str(name), *parts):
@@ -191,8 +191,10 @@ def test_damaged_file(folder, tmp_path, file):
 
 
 def test_prompt_that_is_too_long(clip):
-    with pytest.raises(DerainError, match="75 tokens"):
-        clip.texts(["rain", "rain " * 90])
+    many_characters = "photography " * 40
+    assert len(many_characters) > len("rain " * 80)
+    with pytest.raises(DerainError, match=r"'rain rain .*…': 80 tokens.* 75 tokens"):
+        clip.texts([many_characters, "rain " * 80])
 
 
 def test_directory_without_tokenizer(folder, tmp_path):

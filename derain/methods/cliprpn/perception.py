@@ -15,14 +15,14 @@ from torch import Tensor
 
 from derain.folders import cache_folder
 from derain.images import Pixels
-from derain.methods.clip import PREPARATION, FrozenCLIP
+from derain.methods.clip import PREPROCESSING_VERSION, FrozenCLIP
 
 Similarity = Literal["cosine", "dot"]
 
 BATCH = 8
 """Images that CLIP processes at a time."""
 
-WITHOUT = "train without CLIP by --model.perception none, restore without it by --route N"
+ALTERNATIVE = "train without CLIP by --model.perception none, restore without it by --route N"
 """Advice of messages where CLIP is not available."""
 
 
@@ -43,11 +43,11 @@ class RainPerception:
     """
 
     def __init__(self, clip: str, texts: Sequence[str], similarity: Similarity = "cosine") -> None:
-        self.clip, self.texts, self.similarity = FrozenCLIP(clip, WITHOUT), tuple(texts), similarity
+        self.clip, self.texts, self.similarity = FrozenCLIP(clip, ALTERNATIVE), tuple(texts), similarity
 
     @cached_property
     def _file(self) -> Path:
-        key = json.dumps([self.clip.sha256, self.texts, self.similarity, PREPARATION])
+        key = json.dumps([self.clip.sha256, self.texts, self.similarity, PREPROCESSING_VERSION])
         return cache_folder() / "routes" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
 
     @cached_property

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from derain.errors import DerainError
-from derain.files.hub import HubModel, check_whole, loading
+from derain.files.hub import HubModel, check_complete, loading
 from derain.images import Pixels
 
 BLIP = HubModel(
     "BLIP",
     tokenizer=(("tokenizer.json",), ("vocab.txt",)),
     option="--captioner",
-    instead="caption without a model (--captioner template)",
-    unfetched="name a local directory by --captioner; without a model: --captioner template",
+    naming_advice="caption without a model (--captioner template)",
+    download_advice="name a local directory by --captioner; without a model: --captioner template",
 )
 
 
@@ -58,12 +58,12 @@ class FrozenBLIP:
                 local_files_only=True,
                 dtype=torch.float32,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported by check_whole
+                ignore_mismatched_sizes=True,  # reported by check_complete
             )
             tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
             processor = BlipImageProcessorPil.from_pretrained(folder, local_files_only=True)
         model, loading_info = loaded
-        check_whole("BLIP", self.name, loading_info)
+        check_complete("BLIP", self.name, loading_info)
         longest = model.config.text_config.max_position_embeddings - 1
         if self.max_tokens > longest:
             raise DerainError(f"--max-tokens {self.max_tokens}: {self.name} writes at most {longest}; use fewer")

@@ -149,7 +149,7 @@ def test_cache_depends_on_prompts_similarity_and_weights(clip_folder, images, tm
 
 def test_cache_depends_on_the_preprocessing(clip_folder, images, calls, monkeypatch):
     RainPerception(str(clip_folder), TEXTS).similarities(images[:1])
-    monkeypatch.setattr("derain.methods.cliprpn.perception.PREPARATION", 1)
+    monkeypatch.setattr("derain.methods.cliprpn.perception.PREPROCESSING_VERSION", 1)
     RainPerception(str(clip_folder), TEXTS).similarities(images[:1])
     assert calls == [1, 1]
 
