@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: found on disk or fetched, identified by a hash, checked for completeness."""
+"""Models of the Hugging Face hub: find or fetch them, hash them, check that they are complete."""
 
 import hashlib
 import logging
@@ -16,40 +16,40 @@ from derain.errors import DerainError
 log = logging.getLogger("derain")
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""Names of the weights file; one suffices, the first is preferred."""
+"""Names of a weights file; one suffices, and the first is preferred."""
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """A kind of model, with the remedies that error messages name.
+    """Kind of model on the hub, such as CLIP, with the advice of its error messages.
 
     Attributes:
         kind: Name of the kind in messages.
-        tokenizer: Files of the tokenizer, in groups of which one suffices.
-        option: Option that names the model.
-        instead: Alternative to naming a model.
-        unfetched: Alternative to fetching the model on another machine.
+        tokenizer: Alternative sets of tokenizer files; one complete set suffices.
+        option: Command-line option that names the model.
+        naming_advice: Advice if the name is not valid, in addition to naming another model.
+        download_advice: Advice if the model cannot be fetched, in addition to fetching it on another machine.
     """
 
     kind: str
     tokenizer: tuple[tuple[str, ...], ...]
     option: str
-    instead: str
-    unfetched: str
+    naming_advice: str
+    download_advice: str
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Names of the files beside the weights."""
+        """Names of all files that a model may have other than its weights."""
         return ("config.json", "preprocessor_config.json", *(file for group in self.tokenizer for file in group))
 
     def folder(self, name: str) -> Path:
-        """Return the directory of a model; fetch it from the hub if it is not on disk.
+        """Return the directory of a model; fetch the model from the hub if it is not on disk.
 
         Args:
             name: Id on the hub (``OWNER/NAME``) or a directory.
 
         Raises:
-            DerainError: If the directory lacks files, or the model can be neither found nor fetched.
+            DerainError: If files are missing from the directory, or the model can be neither found nor fetched.
         """
         path = Path(name).expanduser()
         if not path.is_dir():
@@ -57,13 +57,13 @@ class HubModel:
         if not self._complete(path):
             tokenizer = " or ".join(" and ".join(group) for group in self.tokenizer)
             raise DerainError(
-                f"{path}: no {self.kind} in this directory (expected config.json, preprocessor_config.json, "
-                f"{tokenizer}, {' or '.join(WEIGHTS)})"
+                f"{path}: no {self.kind} in this directory; expected config.json, preprocessor_config.json, "
+                f"{tokenizer}, {' or '.join(WEIGHTS)}; name another directory"
             )
         return path
 
     def sha256(self, folder: Path) -> str:
-        """Return the SHA-256 of weights, configuration and tokenizer."""
+        """Return one SHA-256 of the names and contents of the files of weights, configuration and tokenizer."""
         digest = hashlib.sha256()
         for path in (_weights(folder), *(folder / name for name in self.files)):
             if path and path.is_file():
@@ -78,7 +78,7 @@ class HubModel:
         return has_configuration and has_tokenizer and _weights(folder) is not None
 
     def _from_hub(self, name: str) -> Path:
-        """Return the directory of a model of the hub; log name, size and source before it is fetched."""
+        """Return the cached directory of a model; if it must be fetched, log its name, size and source."""
         from huggingface_hub import HfApi, constants, snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
         from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
@@ -86,11 +86,11 @@ class HubModel:
         try:
             folder = Path(snapshot_download(name, local_files_only=True))
             if self._complete(folder):
-                return folder  # else a download was interrupted: it continues below
+                return folder  # otherwise, a download was interrupted; it is resumed below
         except HFValidationError as error:
             raise DerainError(
                 f"{self.option} {name}: neither a directory nor an id on the Hugging Face hub like OWNER/NAME; "
-                f"give one, or {self.instead}"
+                f"give one, or {self.naming_advice}"
             ) from error
         except LocalEntryNotFoundError:
             pass
@@ -106,7 +106,7 @@ class HubModel:
             raise DerainError(
                 f"{self.kind} {name}: not in {constants.HF_HUB_CACHE} and cannot be fetched from {constants.ENDPOINT} "
                 f"({type(error).__name__}); fetch it beforehand where there is a network by `hf download {name}` and "
-                f"copy that folder, or {self.unfetched}"
+                f"copy that folder, or {self.download_advice}"
             ) from error
         if not self._complete(folder):
             raise DerainError(
@@ -116,13 +116,13 @@ class HubModel:
         return folder
 
 
-METHOD = "model.safetensors"
-"""File of a method's weights on the hub, as ``save_pretrained`` writes it."""
+METHOD_FILE = "model.safetensors"
+"""Name of a method's weights file on the hub, as ``save_pretrained`` writes it."""
 
 
 def fetch_weights(
     name: str,
-    file: str = METHOD,
+    file: str = METHOD_FILE,
     *,
     licence: str = "see its page",
     sha256: str | None = None,
@@ -130,21 +130,21 @@ def fetch_weights(
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> Path:
-    """Return the weights file of a method on the hub; fetch it if it is not on disk.
+    """Return the path of a weights file of the hub; fetch the file if it is not on disk.
 
-    Before it is fetched, its size, source and licence are logged.
+    Size, source and licence are logged before a download.
 
     Args:
         name: ``OWNER/NAME``.
         file: File of the repository; by default the one that ``push_to_hub`` writes.
-        licence: Licence of the weights.
-        sha256: Hash that the file must have; by default it is not compared.
-        revision: Branch, tag or commit.
-        cache_dir: Folder for files of the hub.
+        licence: Licence of the weights, for the log.
+        sha256: SHA-256 that the file must have, in hexadecimal digits; by default the file is not verified.
+        revision: Branch, tag or commit; by default the main branch.
+        cache_dir: Folder for files of the hub; by default the cache of huggingface_hub.
         token: Access token for private repositories.
 
     Raises:
-        DerainError: If the file can be neither found nor fetched, or has another hash.
+        DerainError: If the file can be neither found nor fetched, or has another SHA-256.
     """
     path = _find_or_fetch(name, file, licence, revision, cache_dir, token)
     if sha256 is not None:
@@ -175,7 +175,7 @@ def _find_or_fetch(
         files = {f.rfilename: f.size or 0 for f in info.siblings or ()}
         if file not in files:
             raise DerainError(
-                f"hub:{name}: {source} has no {file} under this name; use a repository that push_to_hub wrote"
+                f"hub:{name}: {source} has no file {file} in this repository; use one that push_to_hub wrote"
             )
         log.info(
             "fetching %s of %s (%.1f MB, licence: %s) from %s into %s",
@@ -196,7 +196,7 @@ def _find_or_fetch(
 
 @contextmanager
 def loading(kind: str, name: str) -> Iterator[None]:
-    """Silence transformers, and turn its errors into one line.
+    """Silence transformers in a block that loads a model, and turn its errors into a `DerainError`.
 
     Args:
         kind: Kind of the model in messages.
@@ -209,18 +209,19 @@ def loading(kind: str, name: str) -> Iterator[None]:
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     before = transformers_logging.get_verbosity()
-    # It would print a table of all missing and unexpected parts.
+    # At its default level it prints a table of missing and unexpected tensors; check_complete reports missing ones.
     transformers_logging.set_verbosity(logging.ERROR)
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        raise DerainError(f"{name}: cannot be loaded as {kind} ({' '.join(str(error).split())[:200]})") from error
+        reason = " ".join(str(error).split())[:200]
+        raise DerainError(f"{name}: cannot be loaded as {kind} ({reason}); fetch it again, or use another") from error
     finally:
         transformers_logging.set_verbosity(before)
 
 
-def check_whole(kind: str, name: str, loading_info: Mapping[str, Any]) -> None:
-    """Refuse weights with missing or mismatched parts, which transformers fills with random numbers.
+def check_complete(kind: str, name: str, loading_info: Mapping[str, Any]) -> None:
+    """Refuse weights with missing tensors or wrong shapes, which transformers replaces by random numbers.
 
     Args:
         kind: Kind of the model in messages.
@@ -228,12 +229,12 @@ def check_whole(kind: str, name: str, loading_info: Mapping[str, Any]) -> None:
         loading_info: ``output_loading_info`` of ``from_pretrained``.
 
     Raises:
-        DerainError: If parts are missing or mismatched.
+        DerainError: If tensors are missing or have wrong shapes.
     """
     missing = sorted(loading_info["missing_keys"]) + sorted(key for key, *_ in loading_info["mismatched_keys"])
     if missing:
         raise DerainError(
-            f"{name}: its weights lack {len(missing)} parts of {kind}, such as {missing[0]}; fetch them again"
+            f"{name}: {len(missing)} tensors of {kind} are missing or mis-shaped, such as {missing[0]}; fetch it again"
         )
 
 

@@ -1,4 +1,4 @@
-"""Bound the size of a network that is built from the metadata of a file."""
+"""Limits on the size of a network that is built from the metadata of a file."""
 
 import math
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 SPARE_TENSORS, SPARE_NUMBERS = 5_000, 50_000_000
-"""Parameters that a method may have beyond its file, such as those of a discriminator."""
+"""Parameter tensors and elements that a method may have in addition to those of its file, such as a discriminator's."""
 
 
 SIZED = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
-"""Functions whose positional arguments are the size of the new tensor."""
+"""Functions whose positional arguments are the size of a new tensor."""
 
 
 class _Allocations(TorchFunctionMode):
-    """Refuses new tensors that are larger than the network may be, before their memory is touched.
+    """Refuses to create tensors with more elements than the whole network may have.
 
     Args:
-        numbers: Numbers in the file.
+        numbers: Elements in the file, or an upper bound.
     """
 
     def __init__(self, numbers: int) -> None:
@@ -34,13 +34,13 @@ class _Allocations(TorchFunctionMode):
         kwargs = kwargs or {}
         if _new_elements(func, args, kwargs) > self.limit:
             raise ValueError(
-                f"a network of more than {self.limit:,} numbers, where the file has at most {self.numbers:,}"
+                f"a network of more than {self.limit:,} elements; the file has at most {self.numbers:,} elements"
             )
         return func(*args, **kwargs)
 
 
 def _new_elements(func: Any, args: Any, kwargs: Any) -> int | float:
-    """Return the number of elements that a function creates; 0 for functions that do not create tensors by size."""
+    """Return the number of elements of the tensor that a function creates; 0 for functions that are not checked."""
     if func in SIZED or func is torch.full:
         size = kwargs.get("size", args[0] if args and isinstance(args[0], tuple | list) else args)
         return math.prod(size) if isinstance(size, tuple | list) else size
@@ -53,24 +53,24 @@ def _new_elements(func: Any, args: Any, kwargs: Any) -> int | float:
 
 @contextmanager
 def built_within(tensors: int, numbers: int) -> Iterator[None]:
-    """Raise at the first parameter by which a network that this thread builds exceeds its file.
+    """Limit the size of networks that the current thread builds in a block.
 
-    A parameter is counted before its memory is touched, so that neither a long list of blocks nor a wide layer costs
-    more than a moment.
+    Parameters of PyTorch's layers are counted before they are initialised, so a hostile file costs little time.
 
     Args:
-        tensors: Tensors in the file.
-        numbers: Numbers in the file, at most its size in bytes.
+        tensors: Number of tensors in the file.
+        numbers: Number of elements in the file, or an upper bound, such as its size in bytes.
 
     Raises:
-        ValueError: If the network has more parameters than the file and what `SPARE_TENSORS` and `SPARE_NUMBERS` allow.
+        ValueError: If the networks have more than `SPARE_TENSORS` parameter tensors, or `SPARE_NUMBERS` elements, in
+            addition to those of the file.
 
     Example:
         >>> from torch import nn
         >>> with built_within(tensors=2, numbers=100):
         ...     network = nn.Linear(100_000, 1_000)
         Traceback (most recent call last):
-        ValueError: a network of more than 50,000,100 numbers, where the file has at most 100
+        ValueError: a network of more than 50,000,100 elements; the file has at most 100 elements
     """
     thread, counted, size = get_ident(), 0, 0
 
@@ -81,11 +81,11 @@ def built_within(tensors: int, numbers: int) -> Iterator[None]:
         counted, size = counted + 1, size + parameter.numel()
         for found, limit, spare, kind in (
             (counted, tensors, SPARE_TENSORS, "tensors"),
-            (size, numbers, SPARE_NUMBERS, "numbers"),
+            (size, numbers, SPARE_NUMBERS, "elements"),
         ):
             if found > limit + spare:
                 raise ValueError(
-                    f"a network of more than {limit + spare:,} {kind}, where the file has at most {limit:,}"
+                    f"a network of more than {limit + spare:,} {kind}; the file has at most {limit:,} {kind}"
                 )
 
     hook = register_module_parameter_registration_hook(count)

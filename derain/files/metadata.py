@@ -1,4 +1,4 @@
-"""Metadata of weights files, checked against a schema and the signature of a method."""
+"""Metadata of weights files, and checks against a schema and the signature of a method."""
 
 import json
 import math
@@ -21,16 +21,16 @@ from typing import (
 from derain.errors import DerainError
 
 MAX_CHARACTERS = 1 << 20
-"""Largest number of characters that are parsed; metadata that derain writes has a few thousand."""
+"""Largest number of characters that are parsed; derain writes a few thousand."""
 
 
 class Metadata(TypedDict):
-    """Metadata that every method writes; a method that adds keys extends it.
+    """Metadata that every method writes; a method with further keys extends this class.
 
     Attributes:
-        method: Name of the class.
-        class_path: Path that the class is imported by; files of derain 0.1 and older have none.
-        hyper_parameters: Arguments of its ``__init__``.
+        method: Name of the method's class.
+        class_path: Import path of the class; absent from files of derain 0.1 and older.
+        hyper_parameters: Arguments of ``__init__`` of the class.
         trained_on: Names of the training sets.
         version: Version of derain that wrote the file.
     """
@@ -43,7 +43,11 @@ class Metadata(TypedDict):
 
 
 def shorten(text: object, limit: int = 200) -> str:
-    r"""Return text from a file as one line of printable characters.
+    r"""Return text from a file as one line of printable characters, for messages.
+
+    Args:
+        text: Any object; its string is used.
+        limit: Largest number of characters; longer text is cut and ends in ``…``.
 
     Example:
         >>> shorten("conv\n  \x1b[31mweight", 11)
@@ -55,14 +59,17 @@ def shorten(text: object, limit: int = 200) -> str:
 
 
 def parse(path: Path, text: str) -> dict[str, Any]:
-    """Parse the ``derain`` entry of a file; return an empty dictionary if it is not a JSON object.
+    """Parse the ``derain`` entry of a file.
 
     Args:
         path: The file, for messages.
-        text: JSON.
+        text: The entry.
+
+    Returns:
+        The metadata; empty if the entry is not a JSON object.
 
     Raises:
-        DerainError: If the text is too long, too deeply nested, or contains NaN or infinity.
+        DerainError: If the entry is too long or too deeply nested, or contains NaN, infinity or a huge integer.
     """
     if len(text) > MAX_CHARACTERS:
         raise DerainError(
@@ -86,16 +93,16 @@ def check(path: Path, metadata: Mapping[str, Any], schema: Any, method_class: An
 
     Args:
         path: The file, for messages.
-        metadata: Content of the file's ``derain`` entry, or of a checkpoint.
-        schema: ``Metadata``, or a TypedDict that extends it.
+        metadata: Entry ``derain`` of the file.
+        schema: `Metadata`, or a TypedDict that extends it; keys that it does not have may be of any type.
         method_class: Class whose ``__init__`` accepts the hyper-parameters; by default they are not checked.
 
     Raises:
-        DerainError: If a value is missing or has another type.
+        DerainError: If a required key is missing, or a value has another type.
     """
     hints = get_type_hints(schema)
     for name in sorted(schema.__required_keys__ - metadata.keys()):
-        raise DerainError(f"{path}: metadata lacks {name}; use a file that derain wrote")
+        raise DerainError(f"{path}: metadata without {name}; use a file that derain wrote")
     for name, value in metadata.items():
         if not fits(value, hints.get(name, Any)):
             raise _type_error(path, name, value, hints[name])
@@ -115,7 +122,7 @@ def _type_error(path: Path, name: str, value: object, expected: Any) -> DerainEr
 
 
 def type_name(expected: Any) -> str:
-    """Return a type as it is written in a signature.
+    """Return a type annotation as text.
 
     Example:
         >>> type_name(float), type_name(Sequence[int] | None)
@@ -126,17 +133,19 @@ def type_name(expected: Any) -> str:
 
 
 def signature(method_class: Any) -> dict[str, Any]:
-    """Return the types of the arguments of a class's ``__init__``; an empty dictionary if they cannot be resolved."""
+    """Return the types of ``__init__`` arguments by name; empty if an annotation cannot be resolved."""
     try:
         return get_type_hints(method_class.__init__)
-    except NameError:  # a user's class with names that only a type checker imports
+    except NameError:  # a user's class with names that are imported only for type checking
         return {}
 
 
 def fits(value: object, expected: Any) -> bool:
-    """Return whether a value from a file has a type; types without a counterpart in JSON accept any value.
+    """Return whether a value that was read from JSON fits a type annotation.
 
-    An integer is also accepted as a float, and a list as a tuple, since JSON has no tuples. Floats must be finite.
+    JSON has no tuples, so lists are accepted as tuples. Integers are accepted as floats. Integers must fit 64 bits, and
+    floats must be finite. Values of dictionaries are not checked, and types without a counterpart in JSON accept any
+    value.
 
     Example:
         >>> fits([1, 2], Sequence[int]), fits(True, int), fits(float("nan"), float), fits(None, str | None)

@@ -24,8 +24,8 @@ EXPECTED = (
 )
 
 Kind = Literal["checkpoint", "weights", "published", "safetensors"]
-"""Kind of a weights file: ``checkpoint`` or ``weights`` of derain, ``published`` (a pickled state dict), ``safetensors``
-without metadata of derain."""
+"""Kind of a weights file: ``checkpoint`` or ``weights`` of derain, ``published`` (a pickled state dict), or
+``safetensors`` without metadata of derain."""
 
 STATE_KEYS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net")
 """Keys of the state dict in files of BasicSR (used by Restormer's authors), open_clip (by DA-CLIP's) and others."""
@@ -84,7 +84,8 @@ def read(path: Path) -> Content:
     The averaged weights (EMA) of a checkpoint are preferred to its raw weights. ONNX files are not read.
 
     Raises:
-        DerainError: If the file is absent, damaged, compressed or without tensors, or its metadata do not fit `Metadata`.
+        DerainError: If the file is absent, damaged, compressed or without tensors, or its metadata does not fit
+            `Metadata`.
     """
     if not path.is_file():
         raise DerainError(f"{path}: no such file; {EXPECTED}")

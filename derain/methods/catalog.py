@@ -89,10 +89,10 @@ def public_model(name: Path | str) -> PublicModel | None:
 def load(name: Path | str, method: str | type | None = None) -> LoadedMethod:
     """Load a method from weights; code in a file is never executed.
 
-    Checkpoints and weights of derain, files of derain export and weights files of the methods' authors are recognised by
-    their content. Other networks are loaded by spandrel if it is installed and recognises them. The averaged weights
-    (EMA) of a checkpoint are preferred to its raw weights. The metadata of a file are checked before the method is
-    built, and the method's size while it is built, so that a damaged or hostile file does not exhaust memory.
+    Checkpoints and weights of derain, and weights files of the methods' authors, are recognised by their content; ONNX
+    files of derain export by their suffix. spandrel, if installed, loads networks that it recognises. The averaged
+    weights (EMA) of a checkpoint are preferred to its raw weights. Metadata is checked before a method is built, and
+    its size while it is built, so that a damaged or hostile file does not exhaust memory.
 
     Args:
         name: File or name that `locate` accepts. Options that the authors' files of a method do not record follow the
@@ -121,7 +121,8 @@ def load_checkpoint(path: Path, method: type | None = None) -> LoadedMethod:
 
     Args:
         path: The checkpoint.
-        method: Class to build if the checkpoint names a class of the same name; by default the known class of this name.
+        method: Class that is preferred if the checkpoint records a class of the same name; by default, the class is
+            found among the known methods.
 
     Raises:
         DerainError: If the file is not a checkpoint of derain, is damaged, or does not fit its method.
@@ -172,7 +173,7 @@ def _note(content: Content, module: TrainableModule) -> str:
 
 
 def _from_metadata(path: Path, content: Content, named: type[TrainableModule] | None) -> LoadedMethod:
-    """Build the class that the metadata name, preferably the class that the user named."""
+    """Build the class that the metadata records; a class of this name that the user named is preferred."""
     method: type[TrainableModule]
     if named is not None and named.__name__ == content.metadata["method"]:
         method = named

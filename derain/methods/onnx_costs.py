@@ -1,7 +1,7 @@
 """Limits on the memory and the operations of an ONNX graph, checked before it runs.
 
-The shapes of all values are inferred node by node for one image size. Small values that depend only on constants and on
-the image size are computed by ONNX's reference operators, since they determine the shapes of large values.
+The shapes of all values are inferred node by node for one image size. Small values that depend only on constants and
+the image size are computed, most by ONNX's reference implementation, since they determine the shapes of large values.
 """
 
 import math
@@ -14,26 +14,29 @@ import numpy as np
 from derain.errors import DerainError
 from derain.files.metadata import shorten
 
-SIDES = ((64, 64), (128, 192))
-"""Image sizes that are checked on loading; the second finds graphs whose costs grow faster than the image."""
+LOADING_SIZES = ((64, 64), (128, 192))
+"""Image sizes (height, width) that are checked on loading; the second reveals costs that grow faster than the image."""
 
-NUMBERS_PER_PIXEL = 1 << 14
-"""Largest number of elements that are in memory at one time, per pixel; Restormer needs 2,000."""
+ELEMENTS_PER_PIXEL = 1 << 14
+"""Largest number of elements in memory at one time, per pixel; Restormer needs 2,000.
+
+Twice the elements of the weights are added. Smaller images count as the first of `LOADING_SIZES`.
+"""
 
 OPERATIONS_PER_PIXEL = 1 << 26
-"""Largest number of multiplications and additions per pixel; Restormer has 2 million, a 100-stage PReNet 17 million."""
+"""Largest number of multiply-adds per pixel; Restormer needs 2 million, a 100-stage PReNet 17 million."""
 
-FOLDED_NUMBERS = 1 << 24
+FOLDED_ELEMENTS = 1 << 24
 """Largest number of elements that onnxruntime may compute from constants when it loads a graph (constant folding).
 
 Twice the elements of the weights are added.
 """
 
 FOLDED_OPERATIONS = 1 << 28
-"""Largest number of operations of constant folding; twice the elements of the weights are added."""
+"""Largest number of multiply-adds of constant folding; twice the elements of the weights are added."""
 
 SMALL = 4096
-"""Largest number of elements of a value that is computed here."""
+"""Largest number of elements of the values that are computed here."""
 
 _OPERATOR_NAMES = """
 Abs Add And Cast Ceil Clip Concat Constant ConstantOfShape Div Equal Expand Floor Gather Greater GreaterOrEqual Identity
@@ -45,7 +48,9 @@ COMPUTED = frozenset(_OPERATOR_NAMES.split())
 
 
 class Costs:
-    """Nodes of a graph and shapes of its weights, from which its costs are computed; large weights are not stored.
+    """Memory and operations of a graph, computed from its nodes and the shapes of its weights.
+
+    Weights of more than `SMALL` elements are not stored.
 
     Args:
         path: File of the graph, named in error messages.
@@ -61,7 +66,7 @@ class Costs:
         self.values: dict[str, Any] = {}
         self.size = (0, 0)
         self.first_shapes: dict[str, tuple[tuple[int, int], list[int]]] = {}
-        """Image size and result of each ``Shape`` and ``Size`` node, from the first check."""
+        """Image size and shape at each ``Shape`` and ``Size`` node, from the first check that reached it."""
         self.nodes = list(model.graph.node)
         self.opsets = list(model.opset_import)
         self.version = next((opset.version for opset in self.opsets if opset.domain in {"", "ai.onnx"}), 1)
@@ -78,10 +83,14 @@ class Costs:
         self.weight_elements = sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
 
     def check(self, height: int, width: int) -> None:
-        """Check the costs of the graph for one image size.
+        """Check the costs of the graph for one image size, once.
+
+        Args:
+            height: Height of the image, in pixels.
+            width: Width of the image, in pixels.
 
         Raises:
-            DerainError: If the shape of a value does not follow from constants and the image size, or memory or
+            DerainError: If the shape of a value cannot be inferred from constants and the image size, or memory or
                 operations exceed the limits of this module.
         """
         from onnx.checker import ValidationError
@@ -110,14 +119,14 @@ class Costs:
         self.checked.add((height, width))
 
     def _bound(self, height: int, width: int) -> None:
-        pixels = max(height * width, math.prod(SIDES[0]))
+        pixels = max(height * width, math.prod(LOADING_SIZES[0]))
         extra = 2 * self.weight_elements
         self.size = (height, width)
         self.types = dict(self.weights)
         for name, input_type in self.inputs.items():
             self.types[name] = _sized(input_type, height, width)
         self.values = dict(self.small)
-        constant = {*self.weights, ""}  # what onnxruntime may compute when it loads the graph
+        constant = {*self.weights, ""}  # values that onnxruntime may compute when it loads the graph
         live_sizes: dict[str, int] = {}
         live = folded = folded_operations = operations = 0
         for index, node in enumerate(self.nodes):
@@ -131,18 +140,18 @@ class Costs:
                 folded_operations += node_operations
             live_sizes |= dict(zip(filter(None, node.output), sizes, strict=True))
             live += sum(sizes)
-            if live > NUMBERS_PER_PIXEL * pixels + extra:
+            if live > ELEMENTS_PER_PIXEL * pixels + extra:
                 raise ValueError(f"{_name(node)}: {live:,} elements in memory for an image of {width}×{height} pixels")
             for name in {*node.input, *node.output}:
                 if self.last_uses[name] <= index:
                     live -= live_sizes.pop(name, 0)
-            if folded > FOLDED_NUMBERS + extra or folded_operations > FOLDED_OPERATIONS + extra:
+            if folded > FOLDED_ELEMENTS + extra or folded_operations > FOLDED_OPERATIONS + extra:
                 raise ValueError(f"{_name(node)}: {folded:,} elements are computed from constants")
             if operations > OPERATIONS_PER_PIXEL * pixels:
                 raise ValueError(f"more than {operations:,} operations on an image of {width}×{height} pixels")
 
     def _is_fixed(self, node: Any) -> bool:
-        """Return whether a shape was the same for an image of different size: onnxruntime then folds it."""
+        """Return whether a node returns the same shape as for another image size, so that onnxruntime folds it."""
         if node.op_type not in {"Shape", "Size"}:
             return False
         shape = self._shape(node.input[0]) if node.op_type == "Size" else self.values[node.output[0]].tolist()
@@ -161,7 +170,7 @@ class Costs:
         for name in filter(None, node.output):
             shape = _known_shape(inferred.get(name))
             if shape is None:
-                raise ValueError(f"{_name(node)}: its size does not follow from the image size")
+                raise ValueError(f"{_name(node)}: shape cannot be inferred from the image size")
             self.types[name] = inferred[name]
             shapes.append(shape)
         known = node.op_type == "Shape" or all(name in self.values for name in input_types)
@@ -170,7 +179,7 @@ class Costs:
         return shapes
 
     def _compute(self, node: Any) -> None:
-        """Compute the values of a node's outputs."""
+        """Compute the values of a node's outputs from those of its inputs."""
         from onnx import helper, numpy_helper, reference
 
         if node.op_type == "Shape":
@@ -196,7 +205,7 @@ class Costs:
         return [dimension.dim_value for dimension in self.types[name].tensor_type.shape.dim]
 
     def _operations(self, node: Any, outputs: Sequence[Sequence[int]]) -> int:
-        """Estimate the multiplications and additions of a node, rather too many than too few.
+        """Estimate the multiply-adds of a node; an overestimate is preferred.
 
         Args:
             node: The node.
@@ -224,7 +233,7 @@ class Costs:
 
 
 def _known_shape(value_type: Any) -> list[int] | None:
-    """Return the shape of an inferred type; None if it is not known completely."""
+    """Return the shape of an inferred type; None if a dimension is unknown."""
     if value_type is None or not value_type.tensor_type.HasField("shape"):
         return None
     dimensions = value_type.tensor_type.shape.dim
@@ -234,7 +243,7 @@ def _known_shape(value_type: Any) -> list[int] | None:
 
 
 def _product_of_indices(equation: str, shapes: Sequence[Sequence[int]]) -> int:
-    """Return the product of the sizes of all indices of an Einsum.
+    """Return the product of the sizes of all indices of an Einsum: its number of multiply-adds.
 
     Example:
         >>> _product_of_indices("ab, bc -> ac", [[2, 3], [3, 5]])
@@ -242,7 +251,7 @@ def _product_of_indices(equation: str, shapes: Sequence[Sequence[int]]) -> int:
     """
     terms = equation.replace(" ", "").split("->")[0].split(",")
     if "." in equation or [len(term) for term in terms] != [len(shape) for shape in shapes]:
-        raise ValueError(f"Einsum {equation[:40]}: indices do not fit the shapes")
+        raise ValueError(f"Einsum {equation[:40]}: indices do not fit the input shapes")
     sizes: dict[str, int] = {}
     for term, shape in zip(terms, shapes, strict=True):
         sizes |= dict(zip(term, shape, strict=True))
@@ -250,7 +259,7 @@ def _product_of_indices(equation: str, shapes: Sequence[Sequence[int]]) -> int:
 
 
 def _sized(input_type: Any, height: int, width: int) -> Any:
-    """Return the type of an input for one image size."""
+    """Return the type of a graph input for one image size; unknown sizes of other axes become 1."""
     from onnx import helper
 
     tensor_type = input_type.tensor_type

@@ -1,4 +1,4 @@
-"""Checks of an ONNX file before onnxruntime runs it: operators, inputs and outputs, weights, costs."""
+"""Checks of an ONNX file before onnxruntime loads it: operators, inputs and outputs, weights, costs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 
 from derain.errors import DerainError
 from derain.files.metadata import Metadata, check, parse, shorten
-from derain.methods.onnx_costs import SIDES, Costs
+from derain.methods.onnx_costs import LOADING_SIZES, Costs
 
 _OPERATOR_NAMES = """
 Abs Add And AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos
@@ -20,13 +20,15 @@ ReduceSumSquare Relu Reshape Resize Round ScatterElements ScatterND Shape Sigmoi
 SpaceToDepth Split Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor
 """
 OPERATORS = frozenset(_OPERATOR_NAMES.split())
-"""Operators that compute a tensor from tensors: no loops, branches, random numbers or files.
+"""Supported operators: they compute tensors from tensors, without loops, branches, random numbers or files.
 
-The list is longer than what the methods need today: PyTorch's choice depends on the options of a method, and even on
-its weights (equal ones become ``Identity``).
+The methods need only some of them today. PyTorch's choice of operators depends on the options of a method, and even on
+its weights: of equal weights, all but one become ``Identity``.
 """
 
 CONTEXTS = ("content", "degradation")
+"""Names of the inputs that are vectors."""
+
 INTERFACES = (
     ["rainy"],
     ["state", "rainy", "times"],
@@ -34,7 +36,7 @@ INTERFACES = (
     ["state", "rainy", "times", "degradation"],
     ["state", "rainy", "times", "content", "degradation"],
 )
-"""Names of the inputs of a graph: of a method that restores in one pass, or of an IR-SDE with its contexts."""
+"""Supported inputs of a graph, in order: of a method that restores in one pass, or of an IR-SDE with its contexts."""
 
 
 class GraphMetadata(TypedDict):
@@ -43,7 +45,7 @@ class GraphMetadata(TypedDict):
     Attributes:
         inputs: Names of the inputs in order.
         parameters: Number of parameters of the network.
-        routes: Route of CLIP-RPN that the graph computes.
+        routes: For CLIP-RPN, the one route that the graph computes.
     """
 
     inputs: Sequence[str]
@@ -58,12 +60,11 @@ class OnnxMetadata(Metadata):
 
 
 def read_graph(path: Path) -> tuple[dict[str, Any], Costs]:
-    """Return the metadata and the costs of an ONNX file that `derain export` wrote.
+    """Check an ONNX file that `derain export` wrote; return its metadata and its costs.
 
     Raises:
-        DerainError: If the file is damaged, has no metadata of derain, has inputs, outputs or operators that derain
-            does not export, exceeds the limits of `Costs`, refers to files with weights, or has NaN or infinite
-            weights.
+        DerainError: If the file is damaged or has no metadata of derain; if its inputs, outputs or operators are not
+            supported; if it exceeds the limits of `Costs`; if weights are in other files, NaN or infinite.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -75,13 +76,13 @@ def read_graph(path: Path) -> tuple[dict[str, Any], Costs]:
     entries = {entry.key: entry.value for entry in model.metadata_props}
     metadata = parse(path, entries.get("derain", "null"))
     if not metadata:
-        raise DerainError(f"{path}: no entry 'derain' in the metadata of the ONNX file; give a file of derain export")
+        raise DerainError(f"{path}: ONNX file without metadata of derain; give a file of derain export")
     check(path, metadata, OnnxMetadata)
     _check_operators(path, model)
     _check_interface(path, model.graph, metadata)
     _check_weights(path, model.graph)
     costs = Costs(path, model)
-    for size in SIDES:
+    for size in LOADING_SIZES:
         costs.check(*size)
     return metadata, costs
 
@@ -94,38 +95,43 @@ def _check_operators(path: Path, model: Any) -> None:
     graph = model.graph
     domains = {entry.domain for entry in model.opset_import} | {node.domain for node in graph.node}
     if domains - {"", "ai.onnx"}:
-        raise _error(path, f"operators of {shorten(', '.join(sorted(domains)))}; expected operators of ONNX")
+        raise _error(
+            path, f"operators of {shorten(', '.join(sorted(domains)))}; expected only standard operators of ONNX"
+        )
     unsupported = {node.op_type for node in graph.node} - OPERATORS
     if unsupported:
-        raise _error(path, f"operators that derain does not run ({shorten(', '.join(sorted(unsupported)))})")
+        raise _error(path, f"operators that derain does not support ({shorten(', '.join(sorted(unsupported)))})")
     attributes = [attribute for node in graph.node for attribute in node.attribute]
     nested = any(attribute.HasField("g") or attribute.graphs for attribute in attributes)
     if model.functions or graph.sparse_initializer or nested:
-        raise _error(path, "nested graphs or sparse weights, which derain does not export")
+        raise _error(path, "functions, nested graphs or sparse weights, which derain does not support")
 
 
 def _check_interface(path: Path, graph: Any, metadata: Mapping[str, Any]) -> None:
-    """Refuse inputs that are not in ``INTERFACES``, or whose shapes do not fit, and outputs that are not one image."""
+    """Check that the inputs are one of `INTERFACES`, and that their shapes and the one output fit."""
     from onnx import TensorProto
 
     weights = {tensor.name for tensor in graph.initializer}
     inputs = {value.name: value for value in graph.input if value.name not in weights}
     expected = list(metadata["graph"]["inputs"])
     if expected not in INTERFACES or list(inputs) != expected:
-        raise _error(path, f"inputs {shorten(', '.join(inputs))}; expected {shorten(', '.join(expected))} of an image")
+        found, recorded = (shorten(", ".join(names)) for names in (inputs, expected))
+        raise _error(path, f"inputs {found}, in its metadata {recorded}; expected equal inputs that derain exports")
     if len(graph.output) != 1:
         raise _error(path, f"{len(graph.output)} outputs; expected one image")
     for value in (*inputs.values(), *graph.output):
         tensor_type = value.type.tensor_type
         shape = [dimension.dim_value or None for dimension in tensor_type.shape.dim]  # None: any size
+        accepted: list[list[Any]]
         if value.name == "times":
-            fits = shape == [1]
+            accepted = [[1]]
         elif value.name in CONTEXTS:
-            fits = len(shape) == 2 and shape[0] == 1 and shape[1] == metadata["hyper_parameters"].get("context")
+            accepted = [[1, metadata["hyper_parameters"].get("context")]]
         else:
-            fits = len(shape) == 4 and shape[0] in {1, None} and shape[1:] == [3, None, None]
-        if tensor_type.elem_type != TensorProto.FLOAT or not fits:
-            raise _error(path, f"{shorten(value.name)} of shape {shape}; expected float32 images of any size")
+            accepted = [[1, 3, None, None], [None, 3, None, None]]
+        if tensor_type.elem_type != TensorProto.FLOAT or shape not in accepted:
+            name = shorten(value.name)
+            raise _error(path, f"{name} of shape {shape}; expected float32 of shape {shorten(accepted[0])} (None: any)")
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
@@ -143,12 +149,12 @@ def _check_weights(path: Path, graph: Any) -> None:
 
     for tensor in _tensors(graph):
         if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
-            raise _error(path, f"{shorten(tensor.name)} is in another file, which derain does not export")
+            raise _error(path, f"{shorten(tensor.name)} is stored in another file; expected weights inside the file")
         try:
             values = numpy_helper.to_array(tensor)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, MemoryError) as error:
             raise _error(path, f"{shorten(tensor.name)} is damaged ({shorten(error, 80)})") from error
         if values.dtype.kind not in "biuf":
-            raise _error(path, f"{shorten(tensor.name)} is of type {values.dtype}, not of real numbers")
+            raise _error(path, f"{shorten(tensor.name)} is of type {values.dtype}; expected real numbers")
         if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise _error(path, f"{shorten(tensor.name)} has NaN or infinite numbers")
+            raise _error(path, f"{shorten(tensor.name)} contains NaN or infinity")

@@ -1,4 +1,4 @@
-"""Methods whose network is an ONNX file of `derain export`, run by onnxruntime."""
+"""Methods whose network is an ONNX file of `derain export`; onnxruntime runs it."""
 
 import importlib.util
 import logging
@@ -29,7 +29,7 @@ def require_packages(*packages: str) -> None:
     """Check that packages are installed.
 
     Raises:
-        DerainError: If one is not.
+        DerainError: If a package is not installed.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
@@ -37,17 +37,18 @@ def require_packages(*packages: str) -> None:
 
 
 class OnnxNetwork(nn.Module):
-    """Graph of an ONNX file, run by onnxruntime, on a GPU if the images are on one.
+    """Graph of an ONNX file that onnxruntime runs, on a GPU if the images are on one.
 
     Args:
         path: The file.
 
     Attributes:
         metadata: Metadata of the file.
-        inputs: Names of its inputs in order.
+        costs: Memory and operations of the graph.
+        inputs: Names of the inputs of the graph, in order.
 
     Raises:
-        DerainError: If onnxruntime is not installed, or `read_graph` refuses the file.
+        DerainError: If onnx or onnxruntime is not installed, or `read_graph` or onnxruntime refuses the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,7 +65,7 @@ class OnnxNetwork(nn.Module):
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 4  # errors are raised, and reported by derain
+        options.log_severity_level = 4  # fatal errors only; all others are raised
         try:
             return onnxruntime.InferenceSession(self.path, options, providers=list(providers))
         except runtime_errors() as error:
@@ -76,13 +77,17 @@ class OnnxNetwork(nn.Module):
         """Run the graph on each image of a batch.
 
         Args:
-            *inputs: Tensors in the order of the attribute ``inputs``; the first are images.
-            **named: Further tensors by name.
+            *inputs: Tensors in the order of the attribute ``inputs``, all with the batch as first axis. The first
+                tensor has the images, ``(b, 3, h, w)``.
+            **named: Further tensors by name; None is ignored.
+
+        Returns:
+            ``(b, 3, h, w)``, on the device of the images.
 
         Raises:
-            DerainError: If the graph cannot be run, exceeds the limits of `Costs` at this size, or does not return an
-                image of the same size.
-            MemoryError: If memory does not suffice.
+            DerainError: If the graph cannot be run, exceeds the limits of `Costs` at this size, or returns another
+                shape; if the images are on a GPU that onnxruntime cannot use.
+            MemoryError: If memory is insufficient.
         """
         images = inputs[0]
         self._use_device_of(images)
@@ -117,20 +122,22 @@ class OnnxNetwork(nn.Module):
         self.on_gpu = True
         if "CUDAExecutionProvider" not in self.session.get_providers():
             raise DerainError(
-                f"{self.path}: this onnxruntime lacks CUDA; add --device cpu, or: pip install onnxruntime-gpu"
+                f"{self.path}: onnxruntime is installed without CUDA; add --device cpu, or pip install onnxruntime-gpu"
             )
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse compilation, since onnxruntime has optimised the graph already.
+        """Refuse compilation: onnxruntime has optimised the graph already.
 
         Raises:
             DerainError: Always.
         """
-        raise DerainError(f"--compile: {self.path} is an ONNX file, which onnxruntime optimises; omit the option")
+        raise DerainError(
+            f"--compile: {self.path} is an ONNX file, which onnxruntime has optimised already; omit the option"
+        )
 
 
 def runtime_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions of onnxruntime, whose only common base is ``Exception``."""
+    """Return the exceptions of onnxruntime; their only common base class is ``Exception``."""
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
     return (
@@ -156,13 +163,13 @@ def _gpu_first() -> list[str]:
 
 
 class OnnxModule(DerainModule):
-    """Method whose ``forward`` is an ONNX graph.
+    """Method whose ``forward`` runs an ONNX graph with the one input ``rainy``.
 
     Args:
-        network: Network that runs the file.
+        network: Network that runs the graph.
     """
 
-    bytes_per_pixel: int = 8000  # measured: 6,400 for Restormer in onnxruntime, less for the rest
+    bytes_per_pixel: int = 8000  # measured: 6,400 for Restormer in onnxruntime, less for other methods
 
     def __init__(self, network: OnnxNetwork) -> None:
         super().__init__()
@@ -184,22 +191,23 @@ class OnnxModule(DerainModule):
             DerainError: Always.
         """
         path = cast(OnnxNetwork, self.network).path
-        raise DerainError(f"{path}: already exported; give the weights that it was made from")
+        raise DerainError(f"{path}: is exported already; give the weights that it was exported from")
 
 
 def load(path: Path) -> tuple[DerainModule, str]:
     """Load an ONNX file of `derain export`.
 
     Returns:
-        The method, and a line about it for messages.
+        The method in eval mode, and its description for messages.
 
     Raises:
-        DerainError: If the file cannot be read, was not written by derain, or does not fit its metadata.
+        DerainError: If onnx or onnxruntime is not installed, or the file cannot be read, was not written by derain, or
+            does not fit its metadata.
     """
     network = OnnxNetwork(path)
     metadata = network.metadata
     graph = metadata["graph"]
-    if graph["inputs"] == ["rainy"]:  # the graph is the whole method, whose class is not needed
+    if graph["inputs"] == ["rainy"]:  # the graph computes ``forward``; the class of the method is not needed
         module: DerainModule = OnnxModule(network)
     else:
         module = _with_graph(path, network)

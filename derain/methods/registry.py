@@ -1,7 +1,7 @@
-"""Which methods there are: those of derain, of installed packages, and those that the user names.
+"""Registry of methods: those of derain, of installed packages, and those that the user names.
 
-Classes are known by their paths and imported when they are needed. A weights file never causes the import of a module
-that neither derain, nor an installed package, nor the user has named.
+Methods are registered by class path and imported when needed. A weights file never causes the import of a module unless
+derain, an installed package or the user has named it.
 """
 
 import importlib
@@ -29,10 +29,10 @@ BUILT_IN = (
     "derain.methods.regression.module.RegressionModule",
     "derain.methods.airnet.module.AirNetModule",
 )
-"""Methods of derain: a new one adds a line."""
+"""Class paths of derain's own methods; add a line for a new one."""
 
 ENTRY_POINTS = "derain.methods"
-"""Group of the entry points by which installed packages announce their classes."""
+"""Entry-point group in which installed packages register their methods."""
 
 IMPORT_ERRORS = (
     ArithmeticError,
@@ -47,63 +47,64 @@ IMPORT_ERRORS = (
     TypeError,
     ValueError,
 )
-"""Exceptions of code from outside derain when it is imported."""
+"""Exceptions that code from outside derain may raise when it is imported."""
 
 _named: dict[str, type] = {}
-"""Classes that the user named, by class path."""
+"""Classes that the user named, by class path and by the path that the user gave."""
 
 _reported: set[str] = set()
-"""Entry points that were reported as broken, once each."""
+"""Entry points that were already reported as broken."""
 
 
 def class_path(method: type) -> str:
-    """Return the path that a class is imported by."""
+    """Return the import path of a class, such as ``my_method.MyModule``."""
     return f"{method.__module__}.{method.__qualname__}"
 
 
 def is_importable(path: str) -> bool:
-    """Return whether another process can import a class path: not if a script, notebook or function defines it."""
+    """Return whether another process can import a class path; false for classes of a script, notebook or function."""
     return not path.startswith("__main__.") and "<locals>" not in path
 
 
 def must_be_named(method: type) -> bool:
-    """Return whether weights of a class load only if the user names it."""
+    """Return whether the user must name a class to load its weights: neither derain nor an installed package does."""
     return class_path(method) not in BUILT_IN and method not in _announced(method.__name__)
 
 
 def use_method(name: str | type, argument: str = "method") -> Any:
-    """Make a method from outside derain known, so that its weights files can be loaded.
+    """Register a class from outside derain, so that its weights files can be loaded.
 
     Args:
         name: The class, or its path, such as ``my_method.MyModule``, which is imported from the installed packages or
             the current folder.
-        argument: Argument or option that named it, for messages.
+        argument: Argument or option that contains the name, for messages.
 
     Returns:
         The class.
 
     Raises:
-        ArgumentError: If there is no such class, or it does not derive from ``DerainModule``.
+        ArgumentError: If the class cannot be imported, or is neither a method (``DerainModule``) nor a network
+            (``torch.nn.Module``).
     """
     if not isinstance(name, str | type):
         raise ArgumentError(
-            f"{argument}: is a {type(name).__name__}; expected a class or its path; give a module itself as the first "
-            "argument of Restorer"
+            f"{argument}: is a {type(name).__name__}; expected a class or its path; pass a module as the first "
+            "argument of Restorer instead"
         )
     method = _import(name, argument) if isinstance(name, str) else name
     if not _is_method(method) and not _is_network(method):
         raise ArgumentError(
-            f"{argument} {name}: is no class that derives from derain.DerainModule, nor a network for RegressionModule "
-            "(torch.nn.Module); name one that does"
+            f"{argument} {name}: not a method; expected a class that derives from derain.DerainModule, or a network "
+            "(torch.nn.Module) for RegressionModule; name such a class"
         )
     _named[class_path(method)] = method
     if isinstance(name, str):
-        _named[name] = method  # a package may offer a class under another path than that of its file
+        _named[name] = method  # a package may re-export a class under a shorter path
     return method
 
 
 def is_named(path: str) -> bool:
-    """Return whether the user has named the class of this path."""
+    """Return whether the user has named a class by this path."""
     return path in _named
 
 
@@ -112,20 +113,20 @@ def import_class(path: str, option: str, base: type) -> Any:
 
     Args:
         path: Path of the class, such as ``torch.optim.AdamW``.
-        option: Option that named it, for messages.
+        option: Option that contains the path, for messages.
         base: Class that it must derive from.
 
     Raises:
-        ArgumentError: If there is no such class.
+        ArgumentError: If the class cannot be imported, or does not derive from ``base``.
     """
     found = _import(path, option)
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise ArgumentError(f"{option} {path}: is no {base.__module__}.{base.__qualname__}; name a class that is")
+        raise ArgumentError(f"{option} {path}: expected a subclass of {base.__module__}.{base.__qualname__}; name one")
     return found
 
 
 def add_current_folder(path: str) -> None:
-    """Let a class be imported from the current folder, if no installed package has it.
+    """Add the current folder to ``sys.path``, unless the package of a class can be imported already.
 
     Args:
         path: Path of the class, such as ``my_method.MyModule``.
@@ -140,14 +141,14 @@ def add_current_folder(path: str) -> None:
 
 
 def find(path: Path, metadata: Mapping[str, Any]) -> Any:
-    """Return the class that the metadata of a file name.
+    """Return the known class that a file was written by, also if its class path has changed since.
 
     Args:
         path: The file, for messages.
-        metadata: Metadata with ``method`` and, in files of newer versions, ``class_path``.
+        metadata: Metadata with ``method`` and, if derain 0.1 or older did not write the file, ``class_path``.
 
     Raises:
-        DerainError: If no such class is known, or several are.
+        DerainError: If no class of this path or name is known, or several of this name are.
     """
     name = metadata["method"]
     origin = metadata.get("class_path") or f"derain.{name}"
@@ -163,7 +164,9 @@ def find(path: Path, metadata: Mapping[str, Any]) -> Any:
         same_name = [method for method in classes if method.__name__ == name]
         if len(same_name) > 1:
             paths = " and ".join(map(class_path, same_name))
-            raise DerainError(f"{path}: was written by {shorten(origin, 100)}; {paths} are known; name the right one")
+            raise DerainError(
+                f"{path}: was written by {shorten(origin, 100)}; {paths} have this name; choose one by --method"
+            )
         if same_name:
             return same_name[0]
     raise _unknown(path, name, metadata.get("class_path"))
@@ -173,9 +176,9 @@ def _unknown(path: Path, name: str, origin: str | None) -> DerainError:
     """Return the error for a file of a class that is not known.
 
     Args:
-        path: The file.
+        path: The file, for the message.
         name: Name of the class.
-        origin: Its class path; files of derain 0.1 and older have none.
+        origin: Class path; None for files of derain 0.1 and older.
     """
     written_by = f"{path}: was written by the method {shorten(origin or name, 100)}"
     if origin is not None and not is_importable(origin):
@@ -187,13 +190,13 @@ def _unknown(path: Path, name: str, origin: str | None) -> DerainError:
     known = ", ".join(method.__name__ for method in methods())
     module = shorten(origin, 100) if origin else f"MODULE.{shorten(name, 60)}"
     return DerainError(
-        f"{written_by}; known are {known}; if you trust it, add --method {module} (fit, validate, test and predict: "
-        "--model; in Python: derain.methods.catalog.use_method)"
+        f"{written_by}; expected one of {known}; if you trust it, add --method {module} (fit, validate, test and "
+        "predict: --model; in Python: derain.methods.catalog.use_method)"
     )
 
 
 def methods() -> list[Any]:
-    """Return all classes that are known here: of derain, of installed packages, and those that the user named."""
+    """Return all known methods: those of derain, of installed packages, and those that the user named."""
     classes = [built_in(name) for name in _built_in_paths()]
     return list(dict.fromkeys((*classes, *_announced(), *filter(_is_method, _named.values()))))
 
@@ -216,7 +219,7 @@ def _built_in_paths() -> dict[str, str]:
 
 
 def _announced(name: str | None = None) -> list[Any]:
-    """Return the classes of installed packages, all of them or those of a name."""
+    """Return the methods of installed packages, all of them or those with a class name."""
     classes = []
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         if name not in {None, entry.attr.rpartition(".")[2]}:
@@ -246,12 +249,12 @@ def _is_method(method: object) -> bool:
 
 
 def _is_network(found: object) -> bool:
-    """Return whether a class is a network: a module of PyTorch, which this file does not import."""
+    """Return whether a class derives from ``torch.nn.Module``; compared by name to avoid an import of torch."""
     return isinstance(found, type) and any(class_path(base) == "torch.nn.modules.module.Module" for base in found.mro())
 
 
 def _import(name: str, argument: str) -> Any:
-    """Import a class, which may be nested in another class.
+    """Import a class by its path; it may be nested in another class.
 
     Raises:
         ArgumentError: If there is no such class, or its module cannot be imported.
@@ -265,14 +268,16 @@ def _import(name: str, argument: str) -> Any:
         module = _import_module(".".join(parts[:count]), f"{argument} {name}")
         if module is not None:
             return _attribute(module, parts[count:], f"{argument} {name}")
-    raise ArgumentError(f"{argument} {name}: no module {parts[0]} here or in the installed packages; {expected}")
+    raise ArgumentError(
+        f"{argument} {name}: no module {parts[0]} in the current folder or the installed packages; {expected}"
+    )
 
 
 def _import_module(name: str, given: str) -> Any:
-    """Return a module, or None if there is none of this name.
+    """Import a module; return None if there is none of this name.
 
     Raises:
-        ArgumentError: If the module fails.
+        ArgumentError: If the module exists, but its import fails.
     """
     try:
         return importlib.import_module(name)
@@ -285,7 +290,7 @@ def _import_module(name: str, given: str) -> Any:
         raise
     except IMPORT_ERRORS as error:
         reason = f"{type(error).__name__}: {shorten(error)}"
-        raise ArgumentError(f"{given}: {_position(error)}: cannot be imported: {reason}; mend the file") from error
+        raise ArgumentError(f"{given}: {_position(error)}: cannot be imported: {reason}; correct the file") from error
 
 
 def _position(error: BaseException) -> str:

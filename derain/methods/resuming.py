@@ -1,4 +1,4 @@
-"""Optimisers and schedules of a resumed training, with the options of the new run."""
+"""Options of optimisers and schedules when a training is resumed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,17 +11,18 @@ from derain.errors import DerainError
 
 
 def use_configured(trainer: Trainer, changed: Sequence[str]) -> None:
-    """Apply the configured options to optimisers and schedules that were restored from a checkpoint.
+    """Apply the options of the present run to optimisers and schedules that were restored from a checkpoint.
 
-    Learning rates, schedules and weight decay become those of this run at the restored step. Without changed options,
-    nothing changes: schedules of derain are functions of the step.
+    Learning rates, schedules and weight decay become those of the present run at the restored step. If no option was
+    changed, nothing changes, since the schedules of derain are functions of the step.
 
     Args:
         trainer: The trainer, after it has loaded a checkpoint.
         changed: Names of the options that differ from those of the checkpoint.
 
     Raises:
-        DerainError: If an option was changed, and a schedule is not a ``LambdaLR``: its rate at a step is unknown.
+        DerainError: If an option was changed and a schedule is not a ``LambdaLR``, whose learning rate is known at any
+            step.
     """
     optimizers, schedules = _init_optimizers_and_lr_schedulers(trainer.lightning_module)
     for optimizer, configured_optimizer in zip(trainer.optimizers, optimizers, strict=True):
@@ -37,13 +38,13 @@ def use_configured(trainer: Trainer, changed: Sequence[str]) -> None:
             _set_rates(schedule)
         elif changed:
             raise DerainError(
-                f"--model.{changed[0]}: {type(schedule).__name__} cannot resume with another value; use the value "
-                "of the checkpoint, or LambdaLR"
+                f"--model.{changed[0]}: {type(schedule).__name__} cannot resume with another value; use that of the "
+                "checkpoint, or a LambdaLR"
             )
 
 
 def _set_rates(schedule: Any) -> None:
-    """Set the learning rates of a schedule's optimiser to those of its last step."""
+    """Set the learning rates of a schedule's optimiser to those at its current step."""
     factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
     schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
     for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):

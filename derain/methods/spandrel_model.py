@@ -1,4 +1,4 @@
-"""Networks that are not derain's, which spandrel recognises by their tensors."""
+"""Networks of other projects, which spandrel recognises by their tensors."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ from derain.methods.base import DerainModule
 from derain.methods.graph import Graph
 
 MIN_SIDE = 16
-"""Side in pixels that smaller images are padded to: some networks pad by reflection, which needs as many pixels."""
+"""Smaller sides are padded to this number of pixels: some networks pad by reflection, which needs enough pixels."""
 
 
 class SpandrelModule(DerainModule):
-    """Network that spandrel knows, for restoring only.
+    """Network of another project, loaded by spandrel; it restores images, but is neither trained nor exported.
 
     Args:
         descriptor: ``ImageModelDescriptor`` of spandrel: the network, its architecture and the sizes that it accepts.
@@ -33,7 +33,7 @@ class SpandrelModule(DerainModule):
         self.network = descriptor.model
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Restore images of any size in [0, 1]; each on its own, as spandrel's descriptors require."""
+        """Restore images of any size in [0, 1], one after the other, as spandrel's descriptors require."""
         height, width = rainy.shape[2:]
         right, below = max(0, MIN_SIDE - width), max(0, MIN_SIDE - height)
         padded = F.pad(rainy, (0, right, 0, below), "replicate") if right or below else rainy
@@ -41,12 +41,12 @@ class SpandrelModule(DerainModule):
         return derained[:, :, :height, :width]
 
     def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Any:
-        """Run the network once, on images padded to a size that it accepts."""
+        """Run the network without the descriptor, on images padded to a size that it accepts."""
         right, below = self.descriptor.size_requirements.get_padding(rainy.shape[3], rainy.shape[2])
         return self.network(F.pad(rainy, (0, right, 0, below), "replicate"))
 
     def metadata(self) -> dict[str, Any]:
-        """Return the metadata with the name of the architecture."""
+        """Return the metadata, to which the name of the architecture is added."""
         return super().metadata() | {"architecture": self.descriptor.architecture.name}
 
     def export_graph(self) -> Graph:
@@ -56,14 +56,18 @@ class SpandrelModule(DerainModule):
             DerainError: Always.
         """
         name = self.descriptor.architecture.name
-        raise DerainError(f"{name} by spandrel cannot be exported; give weights of a method of derain")
+        raise DerainError(f"{name}: networks of spandrel cannot be exported; expected weights of a method of derain")
 
 
 def recognise(path: Path, state: Mapping[str, Tensor]) -> SpandrelModule | None:
-    """Build the network of a state dict.
+    """Build the network that spandrel recognises in a state dict.
+
+    Args:
+        path: The file, for messages.
+        state: The tensors of the file.
 
     Returns:
-        The network; None if spandrel is not installed or does not know the tensors.
+        The network in eval mode; None if spandrel is not installed or does not recognise the tensors.
 
     Raises:
         DerainError: If the tensors do not fit the network, or it does not map an RGB image to one of the same size.
@@ -78,20 +82,22 @@ def recognise(path: Path, state: Mapping[str, Tensor]) -> SpandrelModule | None:
         return None
     except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DerainError(f"{path}: resembles a network that spandrel knows, but does not fit it ({reason})") from error
+        raise DerainError(
+            f"{path}: resembles a network that spandrel knows, but does not fit it ({reason}); use another file"
+        ) from error
     name, scale = descriptor.architecture.name, descriptor.scale
     channels = descriptor.input_channels, descriptor.output_channels
     if not isinstance(descriptor, spandrel.ImageModelDescriptor) or scale != 1 or channels != (3, 3):
         purpose = descriptor.purpose.lower() if scale == 1 else f"enlarges {scale} times"
         raise DerainError(
-            f"{path}: is {name} ({purpose}, {channels[0]} channels to {channels[1]}); expected a network that restores "
-            "RGB images at the same size"
+            f"{path}: is {name} ({purpose}, {channels[0]} channels to {channels[1]}); expected a network that maps an "
+            "RGB image to one of the same size; use another file"
         )
     return SpandrelModule(descriptor).eval()
 
 
 def install_hint() -> str:
-    """Return the hint to install spandrel, for the end of an error message; empty if it is installed."""
+    """Return a hint to install spandrel that ends an error message; empty if spandrel is installed."""
     if importlib.util.find_spec("spandrel") is not None:
         return ""
-    return "; to load networks that are not derain's: pip install 'derain[others]'"
+    return "; to load networks of other projects: pip install 'derain[others]'"

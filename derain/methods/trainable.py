@@ -39,7 +39,7 @@ FORMER_NAMES = {
     "samples": "derain.methods.interfaces.Sampled",
     "take_route": "set_route",
 }
-"""Names that classes for commits before 0.1 define, and their names now."""
+"""Names of methods and attributes before 0.1, and their present names."""
 
 INTERFACES = {
     "describe_image": Explains,
@@ -47,7 +47,7 @@ INTERFACES = {
     "set_route": Routed,
     "set_sampling": Sampled,
 }
-"""Methods that have an effect only in classes that derive from an interface."""
+"""Methods that have an effect only if the class derives from an interface."""
 
 
 class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tags=["image-deraining"]):
@@ -57,20 +57,20 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     calls ``self.save_hyperparameters()``. ``save_pretrained`` and ``push_to_hub`` write what ``from_pretrained`` loads.
 
     Attributes:
-        network: The module that is trained, averaged, saved as weights and compiled.
+        network: The module that is trained, averaged (EMA), compiled and saved in weights files.
         trained_on: Names of the training sets, set when training starts.
-        monitor: Logged validation metric, higher is better, that selects the best checkpoint.
+        monitor: Logged validation metric that selects the best checkpoint; higher is better.
         may_change: Hyper-parameters that may differ when a run is resumed: they change how a network is trained, not
             what it computes.
         metadata_schema: TypedDict of the metadata, with every key that a subclass adds to ``metadata``.
-        bounded_by_file: Whether a class that is built from a file may have hardly more parameters than the file, so
-            that a hostile file cannot fill the memory; not for a class whose ``__init__`` also builds networks that
-            its files do not contain, such as a frozen VGG.
+        bounded_by_file: Whether the class refuses to be built with many more parameters than its file has, so that a
+            hostile file cannot exhaust memory. Must be false if ``__init__`` also builds networks that are not in
+            weights files, such as a frozen VGG.
         published_options: Hyper-parameters that the authors' weights files do not record.
-        initial_weights: Files that ``__init__`` has loaded weights from, by hyper-parameter.
+        initial_weights: Files from which ``__init__`` loaded weights, by hyper-parameter.
 
     Raises:
-        DerainError: If a subclass defines a name that has an effect no longer, or only with an interface.
+        DerainError: If a subclass uses a name from before 0.1, or a method of an interface without deriving from it.
     """
 
     network: nn.Module
@@ -84,19 +84,19 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     published_options: ClassVar[frozenset[str]] = frozenset()
     initial_weights: Mapping[str, str] = {}
     _resumed: Mapping[str, Any] | None = None
-    """Position and gradients of the checkpoint that is resumed, until training starts."""
+    """Position and gradients of the resumed checkpoint, until training starts."""
     _changed: tuple[str, ...] = ()
-    """Hyper-parameters that differ from those of the checkpoint."""
+    """Names of hyper-parameters that differ from those of the resumed checkpoint."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for former, name in FORMER_NAMES.items():
             if hasattr(cls, former):
-                raise DerainError(f"{cls.__name__}.{former}: has no effect; expected {name} instead; rename it")
+                raise DerainError(f"{cls.__name__}.{former}: has no effect; expected {name}; use that instead")
         for name, interface in INTERFACES.items():
             if hasattr(cls, name) and not issubclass(cls, interface):
                 raise DerainError(
-                    f"{cls.__name__}.{name}: has no effect without its interface; derive the class also from "
+                    f"{cls.__name__}.{name}: has no effect without its interface; also derive the class from "
                     f"derain.methods.interfaces.{interface.__name__}"
                 )
 
@@ -106,7 +106,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
 
     @property
     def title(self) -> str:
-        """Name of the method in messages and tables; by default that of the class."""
+        """Name of the method in messages and tables; by default the name of the class."""
         return type(self).__name__
 
     @property
@@ -116,15 +116,15 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole training, whatever the accumulation and the number of devices.
+        """Number of optimiser steps of the whole training, with its accumulation and number of devices.
 
         Raises:
-            DerainError: If the training has no end.
+            DerainError: If the trainer limits neither epochs nor steps.
         """
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise DerainError(
-                f"{type(self).__name__}: its schedule needs the length of the training; set --trainer.max_epochs or "
+                f"{type(self).__name__}: the schedule requires a limited training; set --trainer.max_epochs or "
                 "--trainer.max_steps"
             )
         return int(steps)
@@ -137,7 +137,11 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     # Metadata and weights.
 
     def metadata(self) -> dict[str, Any]:
-        """Return what files record: class, hyper-parameters, training sets and version of derain."""
+        """Return what files record: class, hyper-parameters, training sets and version of derain.
+
+        Raises:
+            TypeError: If JSON cannot represent a hyper-parameter.
+        """
         hyper_parameters = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
         metadata = {
             "method": type(self).__name__,
@@ -146,14 +150,16 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
             "trained_on": self.trained_on,
             "version": derain.__version__,
         }
-        return cast(dict[str, Any], json.loads(json.dumps(metadata)))  # lists for tuples, as read from a file
+        return cast(
+            dict[str, Any], json.loads(json.dumps(metadata))
+        )  # tuples become lists, as in metadata that is read from a file
 
     def restore_metadata(self, metadata: Mapping[str, Any]) -> None:
-        """Restore the part of the metadata that hyper-parameters do not hold."""
+        """Restore the metadata other than hyper-parameters."""
         self.trained_on = tuple(metadata.get("trained_on", ()))
 
     def start_from(self, loaded: "TrainableModule") -> None:
-        """Adopt the history of weights that a training starts from; nothing by default."""
+        """Continue the records of the method whose weights training starts from; by default there are none."""
 
     def next_step(self, path: Path, option: str) -> str:
         """Return what to do with the weights of a finished training, in one line.
@@ -165,7 +171,10 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         return f"load them: {type(self).__name__}.from_pretrained({str(path)!r})"
 
     def save_weights(self, path: Path) -> None:
-        """Write the weights of the network with their metadata as safetensors, whole or not at all."""
+        """Write the weights of the network, with metadata, as a safetensors file.
+
+        If the class cannot be imported elsewhere, a warning says how to load the file.
+        """
         weights.save(self.network.state_dict(), self.metadata(), path)
         if not is_importable(class_path(type(self))):
             name = type(self).__name__
@@ -179,11 +188,11 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
 
     @classmethod
     def limits(cls, tensors: int, numbers: int) -> AbstractContextManager[None]:
-        """Return a context for building the class from a file, see ``bounded_by_file``.
+        """Return the context in which the class is built from a file, see ``bounded_by_file``.
 
         Args:
-            tensors: Tensors in the file.
-            numbers: Numbers in the file, at most its size in bytes.
+            tensors: Number of tensors in the file.
+            numbers: Number of elements in the file, or an upper bound, such as its size in bytes.
         """
         return built_within(tensors, numbers) if cls.bounded_by_file else nullcontext()
 
@@ -191,18 +200,21 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     def from_published(
         cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any
     ) -> "TrainableModule | None":
-        """Return the method with its authors' state dict, or None if the keys are not theirs.
+        """Return the method with the weights of its authors, or None if the state dict is not theirs.
 
         Args:
-            state: The tensors by the authors' names.
-            path: The file, whose folder may name what the tensors do not.
-            **options: Values of ``published_options`` that the user gave.
+            state: Tensors by the authors' names.
+            path: The file, whose folder may determine options that the tensors do not.
+            **options: Those of ``published_options`` that the user specified.
         """
         return None
 
     @classmethod
     def check_trusted(cls, path: Path, hyper_parameters: Mapping[str, Any]) -> None:
-        """Refuse hyper-parameters of a file that would cause the import of code that nobody named.
+        """Check that the hyper-parameters of a file do not cause an import of code that the user has not named.
+
+        By default there is nothing to check. A subclass that imports classes overrides it, and calls it in
+        `from_content`.
 
         Args:
             path: The file, for messages.
@@ -213,19 +225,19 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         """
 
     def required_class(self) -> str | None:
-        """Return the path of the class that commands must name to load the weights; None if none is needed."""
+        """Return the class path that commands need as ``--method`` to load the weights; None if they need none."""
         return class_path(type(self)) if must_be_named(type(self)) else None
 
     @classmethod
     def from_content(cls, path: Path, content: weights.Content) -> "TrainableModule":
-        """Build the module that a weights file of derain describes, in eval mode.
+        """Build the module from a checkpoint or a weights file of derain, in eval mode.
 
         Args:
-            path: The file, for messages.
-            content: What `derain.files.weights.read` returned, with metadata.
+            path: The file.
+            content: Result of `derain.files.weights.read`, with metadata.
 
         Raises:
-            DerainError: If the content does not fit the class.
+            DerainError: If the content does not fit the class, or has weights that are not finite.
         """
         metadata, state = content.metadata, content.state
         check(path, metadata, cls.metadata_schema, cls)
@@ -237,15 +249,15 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         except weights.BUILD_ERRORS as error:
             reason = shorten(error, 300) or type(error).__name__
             raise DerainError(
-                f"{path}: does not fit {cls.__name__} of derain {derain.__version__} ({reason}); "
-                f"it was written by derain {shorten(metadata.get('version'), 40)}"
+                f"{path}: does not fit {cls.__name__} of derain {derain.__version__} ({reason}); it was written by "
+                f"derain {shorten(metadata.get('version'), 40)}; use that version, or another file"
             ) from error
         weights.check_network(path, module.network, state)
         return module.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write the files of a hub repository; called by ``save_pretrained`` and ``push_to_hub``."""
-        self.save_weights(save_directory / hub.METHOD)
+        """Write the weights file of a hub repository; called by ``save_pretrained`` and ``push_to_hub``."""
+        self.save_weights(save_directory / hub.METHOD_FILE)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -253,26 +265,29 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     ) -> "TrainableModule":
         """Load a module from the Hugging Face hub or from disk, in eval mode.
 
-        ``DerainModule.from_pretrained`` loads any method that is known; a method's own loads that method alone, and
-        need not be known.
+        ``DerainModule.from_pretrained`` loads any known method. ``MyModule.from_pretrained`` loads ``MyModule`` and its
+        subclasses only; ``MyModule`` itself need not be known.
 
         Args:
-            name: Id on the hub (``OWNER/NAME``), a folder that ``save_pretrained`` wrote, or a weights file.
-            revision: Branch, tag or commit on the hub.
-            cache_dir: Folder for files of the hub.
+            name: Id on the hub (``OWNER/NAME``), a folder that ``save_pretrained`` wrote, or a file of derain.
+            revision: Branch, tag or commit on the hub; by default the main branch.
+            cache_dir: Folder for files of the hub; by default the cache of huggingface_hub.
             token: Access token for private repositories.
 
         Raises:
-            DerainError: If the weights are of another method, cannot be fetched or are damaged.
+            DerainError: If the weights are of another or unknown method, have no metadata of derain, cannot be fetched
+                or are damaged.
         """
         file = Path(name)
         if file.is_dir():
-            file = file / hub.METHOD
+            file = file / hub.METHOD_FILE
         elif not file.is_file():
             file = hub.fetch_weights(str(name), revision=revision, cache_dir=cache_dir, token=token)
         content = weights.read(file)
         if not content.metadata:
-            raise DerainError(f"{name}: has no metadata of derain; load it by Restorer or derain.methods.catalog.load")
+            raise DerainError(
+                f"{name}: has no metadata of derain; load it by Restorer or derain.methods.catalog.load instead"
+            )
         written_by = content.metadata["method"]
         own = cls if cls.__name__ == written_by else find(file, content.metadata)
         if not issubclass(own, cls):
@@ -285,7 +300,11 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the metadata and the position in the training."""
+        """Add the metadata and, during training, the position and the accumulated gradients.
+
+        Raises:
+            DerainError: If weights, EMA weights or accumulated gradients are not finite during training.
+        """
         checkpoint["derain"] = self.metadata()
         if not self.is_fitting:
             return
@@ -299,11 +318,11 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         require_finite(self, [*self.parameters(), *average.values(), *checked_gradients], "weights are")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the metadata; fit resumes with the raw weights, all else uses the average where there is one.
+        """Restore the metadata; ``fit`` resumes with the raw weights, other stages use EMA weights if there are any.
 
         Raises:
-            DerainError: If training cannot resume: the run was started with another method, or with an EMA callback
-                that is not configured now.
+            DerainError: If training cannot resume: the run was started with another method, with hyper-parameters that
+                must not change, or with an EMA callback that is not configured now.
         """
         if self.is_fitting:
             self._resume(checkpoint)
@@ -315,8 +334,8 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
             checkpoint["state_dict"] |= averaged
         elif not any(hasattr(callback, "average") for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             raise DerainError(
-                "cannot resume: the checkpoint contains averaged weights (EMA), but no EMA callback is configured; "
-                "configure it as in the run to resume"
+                "cannot resume: the checkpoint has averaged weights (EMA), but no EMA callback is configured; "
+                "configure it as in the resumed run"
             )
 
     def _resume(self, checkpoint: dict[str, Any]) -> None:
@@ -327,15 +346,17 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         if hasattr(data, "resume_at"):
             data.resume_at(position)
         for schedule in checkpoint["lr_schedulers"]:
-            schedule.setdefault("lr_lambdas", [None] * len(schedule["base_lrs"]))  # of derain's earlier MultiStepLR
+            schedule.setdefault("lr_lambdas", [None] * len(schedule["base_lrs"]))  # of MultiStepLR, before 0.1
         self._resumed = {name: checkpoint[name] for name in ("position", "gradients") if name in checkpoint}
 
     def _compare(self, saved: Mapping[str, Any]) -> None:
-        """Refuse to resume a run of another method or network; log other hyper-parameters that differ."""
+        """Refuse to resume with another method or network; log other hyper-parameters that differ."""
         configured = self.metadata()
         method = saved.get("method", configured["method"])
         if method != configured["method"]:
-            raise DerainError(f"--model {configured['method']}: cannot resume; the run was started with {method}")
+            raise DerainError(
+                f"--model {configured['method']}: cannot resume; the run was started with {method}; use that method"
+            )
         old, new = saved.get("hyper_parameters", {}), configured["hyper_parameters"]
         changed = [name for name, value in new.items() if old.get(name, value) != value]
         self._changed = tuple(changed)
@@ -349,7 +370,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
             log.info("options that differ from those of the resumed run: %s", differences)
 
     def _accumulated_gradients(self) -> dict[str, Tensor]:
-        """Return the gradients that are being accumulated over several batches, by parameter."""
+        """Return the gradients that are being accumulated, by parameter; with manual optimisation, all gradients."""
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         accumulating = progress.processed % self.trainer.accumulate_grad_batches != 0
         if self.automatic_optimization and not accumulating:
@@ -359,18 +380,26 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     # Training.
 
     def setup(self, stage: str) -> None:
-        """Refuse hyper-parameters that cannot be trained with or recorded, before the optimizer is built."""
+        """Before training, check types and ranges of the hyper-parameters.
+
+        Raises:
+            DerainError: If a hyper-parameter is of a wrong type, not finite or out of range.
+        """
         if stage == "fit":
             hyper_parameters = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
             check_hyper_parameters(type(self), hyper_parameters)
 
     def on_fit_start(self) -> None:
-        """Note the names of the training sets for the metadata."""
+        """Record the names of the training sets for the metadata."""
         data = getattr(self.trainer, "datamodule", None)
         self.trained_on = tuple(getattr(data, "train_sets", ()))
 
     def on_train_start(self) -> None:
-        """Continue at the position of the resumed checkpoint, with the options of this run."""
+        """Continue at the position of the resumed checkpoint, with the options of the present run.
+
+        Raises:
+            DerainError: If a schedule cannot resume with a changed option.
+        """
         if self._resumed is None:
             return
         use_configured(self.trainer, self._changed)
@@ -381,13 +410,13 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         self._resumed = None
 
     def refuse_plain_ddp(self, reason: str) -> None:
-        """Refuse a strategy of several devices that waits for the gradients of all parameters.
+        """Refuse DDP that expects a gradient for every parameter; for methods in which some receive none.
 
         Args:
             reason: Why some parameters have no gradient, for the message.
 
         Raises:
-            DerainError: If the trainer uses such a strategy.
+            DerainError: If the trainer uses DDP without ``find_unused_parameters``.
         """
         strategy = self.trainer.strategy
         if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
@@ -398,15 +427,19 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     # Losses and gradients that are not finite stop the training.
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Note the images of a batch."""
+        """Record the names of the images of a batch for error messages."""
         self.finite.see_batch(batch)
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Note a loss."""
+        """Record a loss, which is checked before the next optimiser step."""
         self.finite.see_loss(loss)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Compute gradients; name the images of a NaN that ``detect_anomaly`` finds."""
+        """Compute gradients.
+
+        Raises:
+            DerainError: If ``detect_anomaly`` finds NaN in a gradient; the message names the images.
+        """
         try:
             super().backward(loss, *args, **kwargs)
         except RuntimeError as error:
@@ -414,5 +447,9 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
             raise
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Refuse losses and gradients that are not finite before they reach the weights."""
+        """Check losses and gradients before they reach the weights.
+
+        Raises:
+            DerainError: If one is not finite.
+        """
         self.finite.require(self, optimizer)

@@ -1,4 +1,4 @@
-"""Gated recurrent unit of 3×3 convolutions, whose state is a feature map."""
+"""Gated recurrent unit of 3×3 convolutions; its state is a feature map."""
 
 from typing import cast
 
@@ -10,23 +10,23 @@ from torch import Tensor, nn
 class ConvGRU(nn.Module):
     """Convolutional gated recurrent unit.
 
-    With ``∗`` for convolutions with bias and ``σ`` for the sigmoid::
+    ``∗`` is a convolution with bias, ``σ`` the sigmoid, ``x`` the input and ``h`` the state::
 
         z = σ(W_z ∗ x + U_z ∗ h)          update gate
         r = σ(W_r ∗ x + U_r ∗ h)          reset gate
         n = tanh(W_n ∗ x + U_n ∗ (r h))   candidate
         h' = (1 − z) h + z n
 
-    Without a state ``h``, the new state is ``z n`` of the input alone. Then the other four convolutions are not needed.
+    Without a state, the result is ``h' = z n`` with ``z = σ(W_z ∗ x)`` and ``n = tanh(W_n ∗ x)``.
 
     Args:
         inputs: Channels of the input.
         channels: Channels of the state.
-        dilation: Dilation of the convolutions of the input.
-        recurrent: Whether a state may be given.
+        dilation: Dilation of the convolutions ``W`` of the input.
+        recurrent: Whether the unit is ever given a state; otherwise it has only ``W_z`` and ``W_n``.
 
     Shape:
-        ``(b, inputs, h, w)`` and, if any, the state ``(b, channels, h, w)`` → ``(b, channels, h, w)``.
+        Input ``(b, inputs, h, w)``, state ``(b, channels, h, w)`` or None → new state ``(b, channels, h, w)``.
 
     References:
         Ballas et al., Delving Deeper into Convolutional Networks for Learning Video Representations, ICLR 2016.
@@ -41,7 +41,7 @@ class ConvGRU(nn.Module):
                 self.add_module(f"{gate}_state", nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x: Float[Tensor, "b i h w"], state: Float[Tensor, "b c h w"] | None) -> Float[Tensor, "b c h w"]:
-        """Return the new state; None stands for the first step."""
+        """Return the new state; ``state`` is None at the first step."""
         if state is None:
             return torch.sigmoid_(self._convolve("update_input", x)) * torch.tanh_(self._convolve("candidate_input", x))
         update = torch.sigmoid_(self._sum("update", x, state))

@@ -1,4 +1,4 @@
-"""Deformable convolution by bilinear sampling of maps."""
+"""Deformable convolution by bilinear sampling."""
 
 from typing import Any
 
@@ -17,17 +17,18 @@ def deformable_convolution(
     mask: Float[Tensor, "b taps h w"],
     weight: Float[Tensor, "o c k k"],
 ) -> Float[Tensor, "b o h w"]:
-    """Convolve samples at learned positions, each multiplied by a mask; stride 1, zeros outside the map.
+    """Return the convolution of samples at learned positions, each multiplied by a mask; stride 1, zero padding.
 
-    The result is that of ``torchvision.ops.deform_conv2d(x, offset, weight, padding=k // 2, mask=mask)``. Sampling all
-    taps at once is faster on a CPU, and has a form in ONNX. Without gradients, maps are processed in strips of rows
-    that fit into a processor's cache.
+    Equal to ``torchvision.ops.deform_conv2d(x, offset, weight, padding=k // 2, mask=mask)``, but faster on a CPU and
+    exportable to ONNX, since all taps are sampled at once. Without gradients, maps are processed in strips of rows that
+    fit into a processor's cache.
 
     Args:
-        x: The map.
-        offset: Distance of each tap from its position in a regular kernel in pixels: down and right in turn.
+        x: Feature map.
+        offset: Displacement of each of the ``k²`` taps from its regular position, in pixels; for each tap, down, then
+            right.
         mask: Factor of each tap.
-        weight: Kernel with an odd side.
+        weight: Kernel; ``k`` is odd.
 
     References:
         Zhu et al., Deformable ConvNets v2, CVPR 2019, eq. 1.
@@ -49,11 +50,13 @@ def deformable_convolution(
 
 
 def sampling_grid(offset: Float[Tensor, "b two_taps h w"], side: Any) -> Float[Tensor, "b taps h w 2"]:
-    """Return where each tap samples, right and down, from -1 to 1 for the map's outer edges; float32 or wider.
+    """Return the sampling position (right, down) of each tap for `torch.nn.functional.grid_sample`.
+
+    -1 and 1 are the outer edges of the map (``align_corners=False``). The type is float32 or wider.
 
     Args:
-        offset: Distance of each tap from its position in a regular kernel in pixels.
-        side: Side of the kernel.
+        offset: Displacement of each tap, as for `deformable_convolution`.
+        side: Side ``k`` of the kernel.
     """
     batch, _, height, width = offset.shape
     dtype, device = torch.promote_types(offset.dtype, torch.float32), offset.device
@@ -71,7 +74,7 @@ def _convolve_samples(
     weight: Float[Tensor, "o c k k"],
 ) -> Float[Tensor, "b o rows w"]:
     source, taps = x.to(grid.dtype), grid.shape[1]
-    if len(x) == 1:  # the taps are the batch, which PyTorch distributes to the cores of a CPU
+    if len(x) == 1:  # taps become the batch, over which PyTorch parallelises on a CPU
         samples = F.grid_sample(source.expand(taps, -1, -1, -1), grid[0], align_corners=False)
         samples, kernel = (samples * mask[0][:, None]).flatten(0, 1)[None], weight.permute(0, 2, 3, 1)
     else:

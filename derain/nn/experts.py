@@ -1,13 +1,13 @@
-"""Mixture-of-experts feature compensator: convolutions of several kinds, weighted by the image.
+"""Mixture-of-experts feature compensator: convolutions of several kinds, weighted by a gate that reads the image.
 
 Suganuma et al., Attention-based Adaptive Selection of Operations for Image Restoration in the Presence of Unknown
 Combined Distortions, CVPR 2019; Chen et al., Learning A Sparse Transformer Network for Effective Image Deraining
-(DRSformer), CVPR 2023, Figure 2, as "MEFC". The computation is optimised:
+(DRSformer), CVPR 2023, Figure 2, "MEFC". The computation is optimised:
 
 - Tensors are ``(b, h, w, c)``: depth-wise convolutions are several times faster if the channels of a pixel are
   contiguous.
-- The last layer of each expert, its weight and the layer that joins the experts are linear in the channels of a pixel.
-  They are multiplied first, to one matrix for each image and expert.
+- The last 1×1 convolution of an expert, its gate and the 1×1 convolution that joins the experts are linear in the
+  channels of a pixel. Their product, one matrix per image and expert, is computed first.
 """
 
 from typing import Any, cast
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from derain.nn.restormer import pointwise, spatial
 
 EXPERTS = 8
-"""Number of experts: four separable and three dilated convolutions, and an average."""
+"""Number of experts: four separable convolutions, three dilated convolutions and an average pooling."""
 
 
 class SeparableExpert(nn.Module):
-    """Two separable convolutions with a ReLU between, without the 1×1 convolution at the end.
+    """Two separable convolutions with a ReLU in between; the last 1×1 convolution is left to `projection`.
 
     Args:
         channels: Number of channels.
@@ -43,19 +43,19 @@ class SeparableExpert(nn.Module):
         self.kernel = kernel
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        """Return what the last layer multiplies by `projection`."""
-        if self.kernel == 1:  # factors of channels, which the 1×1 convolutions include
+        """Return the features that are to be multiplied by `projection`."""
+        if self.kernel == 1:  # 1×1 depth-wise kernels scale channels, and are merged into the 1×1 convolutions
             return rectified(pointwise(x, self.pointwise.weight * self.depthwise.weight.transpose(0, 1)))
         return spatial(rectified(pointwise(spatial(x, self.depthwise), self.pointwise.weight)), self.depthwise2)
 
     def projection(self) -> Float[Tensor, "c c"]:
-        """Return the matrix of the last layer."""
+        """Return the matrix (output, input channels) of the last 1×1 convolution."""
         matrix = self.pointwise2.weight.flatten(1)
         return matrix * self.depthwise2.weight.flatten() if self.kernel == 1 else matrix
 
 
 class DilatedExpert(nn.Module):
-    """Separable convolution of dilation 2, without the 1×1 convolution at the end.
+    """Separable convolution of dilation 2; its 1×1 convolution is left to `projection`.
 
     Args:
         channels: Number of channels.
@@ -73,19 +73,22 @@ class DilatedExpert(nn.Module):
         self.pointwise = nn.Conv2d(channels, channels, 1, bias=False)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        """Return what the last layer multiplies by `projection`."""
+        """Return the features that are to be multiplied by `projection`."""
         return spatial(x, self.depthwise)
 
     def projection(self) -> Float[Tensor, "c c"]:
-        """Return the matrix of the last layer."""
+        """Return the matrix (output, input channels) of the 1×1 convolution."""
         return self.pointwise.weight.flatten(1)
 
 
 class ExpertLayer(nn.Module):
-    """Weighted experts, joined by a 1×1 convolution.
+    """Experts, each multiplied by its weight, and a 1×1 convolution of their concatenation.
 
     Args:
         channels: Number of channels.
+
+    Shape:
+        ``(b, h, w, channels)`` and weights ``(b, 8)`` → ``(b, h, w, channels)``.
     """
 
     def __init__(self, channels: int) -> None:
@@ -96,11 +99,11 @@ class ExpertLayer(nn.Module):
         self.join = nn.Conv2d(EXPERTS * channels, channels, 1, bias=False)
 
     def forward(self, x: Float[Tensor, "b h w c"], weights: Float[Tensor, "b 8"]) -> Float[Tensor, "b h w c"]:
-        """Return the join of the experts' outputs.
+        """Return the 1×1 convolution of the weighted outputs of the experts.
 
         Args:
             x: Features.
-            weights: Weights of the experts, the average last.
+            weights: Weight of each expert; that of the average is the last.
         """
         b, h, w, c = x.shape
         joins = self.join.weight.flatten(1).chunk(EXPERTS, dim=1)
@@ -114,7 +117,7 @@ class ExpertLayer(nn.Module):
         return total.reshape(b, h, w, c)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return what is not counted: the layers that are multiplied first, and thop's operation per averaged value."""
+        """Return multiplications that are not counted: of merged layers, and thop's operation per averaged value."""
         channels = output.shape[-1]
         single = 2 * channels  # the 1×1 depth-wise convolutions of the first expert
         merged = (EXPERTS - 1 + EXPERTS) * channels**2
@@ -123,14 +126,14 @@ class ExpertLayer(nn.Module):
 
 
 class ExpertCompensator(nn.Module):
-    """Mixture-of-experts feature compensator ("MEFC"): layers of experts, whose weights depend on the image.
+    """Mixture-of-experts feature compensator ("MEFC"): layers of experts, weighted by a gate that reads the image.
 
     Args:
         channels: Number of channels.
         steps: Number of layers of experts.
 
     Shape:
-        ``(b, h, w, channels)`` → same, not negative.
+        ``(b, h, w, channels)`` → same; non-negative.
 
     References:
         DRSformer, Figure 2, "MEFC"; HCT-FFN (Chen et al., AAAI 2023), "DaMoE".
@@ -152,12 +155,12 @@ class ExpertCompensator(nn.Module):
         return x
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return thop's operations for the mean of the features: one per value, one per mean."""
+        """Return thop's operations for the mean of the features: one per value and one per mean."""
         return output.numel() + len(output) * output.shape[-1], 0
 
 
 def rectified(x: Tensor) -> Tensor:
-    """Apply a ReLU, in place without gradients (with them, views would be copied)."""
+    """Apply a ReLU, in place if gradients are disabled; with gradients, views would be copied."""
     return F.relu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -170,4 +173,4 @@ PUBLISHED_NAMES = (
     (r"\blayers\.1\._ops\.(\d)\._ops\.(\d)\.op\.3\.", r"steps.\1.experts.\2.depthwise2."),
     (r"\blayers\.1\._ops\.(\d)\._ops\.(\d)\.op\.4\.", r"steps.\1.experts.\2.pointwise2."),
 )
-"""Names of the tensors in the files of DRSformer and HCT-FFN, as `derain.networks.base.Network` translates them."""
+"""Regular expressions of the tensor names in the authors' files of DRSformer and HCT-FFN, and derain's names."""

@@ -1,4 +1,4 @@
-"""Checks whether PyTorch is recording a graph of a network for compilation or export."""
+"""Checks whether PyTorch is recording a graph of a network, to compile or export it."""
 
 import torch
 from torch import Tensor
@@ -6,12 +6,12 @@ from torch._subclasses.fake_tensor import is_fake
 
 
 def compiling_or_exporting() -> bool:
-    """Return whether a graph is recorded, which should process whole maps instead of strips."""
+    """Return whether a graph is being recorded; graphs should process whole maps instead of strips."""
     return torch.compiler.is_compiling() or _is_tracing()
 
 
 def exporting() -> bool:
-    """Return whether a graph for images of any size is recorded, which must not depend on the example's size."""
+    """Return whether a graph for export is being recorded; it must not depend on the size of the example image."""
     return torch.compiler.is_exporting() or _is_tracing()
 
 
@@ -20,5 +20,5 @@ def _is_tracing() -> bool:
 
 
 def has_no_values(x: Tensor) -> bool:
-    """Return whether a tensor has a shape only, as when multiplications are counted."""
+    """Return whether a tensor has a shape but no values, as when ``derain bench`` counts multiplications."""
     return x.is_meta or is_fake(x)

@@ -1,7 +1,6 @@
-"""Blocks of convolutions at several scales, densely connected, of DCSFN and SSID-KD.
+"""Multi-scale convolution blocks and dense connections of DCSFN and SSID-KD.
 
-Maps are channels last in memory at inference, as ``x.contiguous(memory_format=torch.channels_last)``, where narrow
-convolutions are faster on a CPU.
+On a CPU, these narrow convolutions are faster if the input is in memory format ``torch.channels_last``.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from derain.nn.graphs import compiling_or_exporting
 
 SLOPE = 0.2
-"""Slope of the LeakyReLU for negative values."""
+"""Slope of LeakyReLU for negative values."""
 
 
 def activate(x: Tensor) -> Tensor:
@@ -24,21 +23,21 @@ def activate(x: Tensor) -> Tensor:
 
 
 def resize(x: Float[Tensor, "b c h w"], like: Float[Tensor, "b d h2 w2"]) -> Float[Tensor, "b c h2 w2"]:
-    """Resize a map to the size of another by the nearest neighbour."""
+    """Resize a map to the size of another by nearest-neighbour interpolation."""
     return F.interpolate(x, size=like.shape[2:])
 
 
 class ScaleFusion(nn.Module):
-    """1×1 convolution of the concatenation of maps of several scales, which are resized by the nearest neighbour.
+    """1×1 convolution of the concatenation of maps, resized to one size by nearest-neighbour interpolation.
 
-    Maps are convolved before they are resized: the sum is the same, and coarse maps have fewer pixels.
+    Each map is convolved before it is resized: the result is the same, and coarse maps have fewer pixels.
 
     Args:
-        inputs: Channels of all maps together.
+        inputs: Total number of channels of the maps.
         outputs: Channels of the result.
 
     Shape:
-        ``[(b, c_1, h_1, w_1), …]`` → ``(b, outputs, h, w)``, of the size of the map ``like``, by default the first.
+        ``[(b, c_1, h_1, w_1), …]`` → ``(b, outputs, h, w)``; ``(h, w)`` is the size of ``like``.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -46,7 +45,12 @@ class ScaleFusion(nn.Module):
         self.mix = nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, maps: Sequence[Tensor], like: Tensor | None = None) -> Float[Tensor, "b c h w"]:
-        """Fuse the maps, without activation."""
+        """Fuse the maps, without activation.
+
+        Args:
+            maps: The maps.
+            like: One of the maps, whose size the result has; by default the first.
+        """
         like = maps[0] if like is None else like
         weights = torch.split(self.mix.weight, [x.shape[1] for x in maps], dim=1)
         fused: Tensor | None = None
@@ -59,7 +63,7 @@ class ScaleFusion(nn.Module):
         return fused
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return what to add to the count, which has the whole weight for each map, for one convolution of all maps."""
+        """Correct the count, which has the whole weight once per map, to one convolution of the concatenation."""
         pixels = output.numel() // output.shape[1]
         counted = sum(x.numel() // x.shape[1] for x in inputs[0])
         return self.mix.weight.numel() * (pixels - counted), 0
@@ -68,11 +72,11 @@ class ScaleFusion(nn.Module):
 class InnerScaleBlock(nn.Module):
     """Residual block of convolutions at several scales ("inner-scale connection block").
 
-    The features are max-pooled to scales 1, 1/2, 1/4, …. From coarse to fine, each scale has convolutions of its pooled
-    features, fused with the result of the coarser scale. At the end, the results of all scales are fused.
+    The features are max-pooled to scales 1, 1/2, 1/4, …. From coarse to fine, the features of a scale are fused with
+    the result of the coarser scale, then convolved. Finally, the results of all scales are fused, and the input is added.
 
     Args:
-        channels: Width.
+        channels: Number of channels.
         convolutions: Number of 3×3 convolutions at each scale.
         scales: Number of scales.
 
@@ -109,13 +113,15 @@ class InnerScaleBlock(nn.Module):
 
 
 class DenseConnection(nn.Module):
-    """Blocks, each of which gets a 1×1 convolution of the input and the results of all blocks before.
+    """Densely connected blocks: each one reads a 1×1 convolution of the input and the results of all previous blocks.
+
+    The first block reads the input itself. LeakyReLU follows each 1×1 convolution.
 
     Args:
         blocks: The blocks, whose results have the shape of their input.
-        channels: Width.
-        repeats: How often the blocks are applied in turn, each time with the same weights.
-        output: Whether there is a last 1×1 convolution, of the results of all blocks.
+        channels: Number of channels.
+        repeats: How many times the sequence of blocks is applied, each time with the same weights.
+        output: Whether a last 1×1 convolution reads the input and the results of all blocks.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], channels: int, *, repeats: int = 1, output: bool = True) -> None:
@@ -132,10 +138,12 @@ class DenseConnection(nn.Module):
 
         Args:
             x: The input.
-            skips: Maps of the shape of ``x`` that are added to the inputs of the blocks, one for each; or none.
+            skips: Maps of the shape of ``x`` that are added to the inputs of the blocks, one each time a block is
+                applied; empty for none.
 
         Returns:
-            The last 1×1 convolution, or the last block's result if there is none; and the results of all blocks.
+            The output of the last 1×1 convolution, or of the last block if ``output`` is false; and the results of all
+            blocks.
         """
         blocks = [*self.blocks] * self.repeats
         dense = _Concatenation(x, 1 + len(blocks))
@@ -147,14 +155,14 @@ class DenseConnection(nn.Module):
 
 
 class _Concatenation:
-    """Growing concatenation of maps for 1×1 convolutions.
+    """Growing concatenation of maps, read by 1×1 convolutions.
 
-    Without gradients, the maps are written side by side into one tensor. Its convolution is a product of matrices,
-    which needs no copy. With gradients, or when a graph is made, maps are concatenated for each convolution.
+    Without gradients, the maps are stored side by side in one tensor, of which a 1×1 convolution is a matrix product
+    without a copy. With gradients, or when a graph is recorded, the maps are concatenated for each convolution.
 
     Args:
         x: The first map.
-        count: Number of maps at the end.
+        count: Final number of maps.
     """
 
     def __init__(self, x: Float[Tensor, "b c h w"], count: int) -> None:
@@ -166,7 +174,7 @@ class _Concatenation:
         self.append(x)
 
     def append(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Append a map and return it as it is stored."""
+        """Append a map; return the stored map, which may be a view of the common tensor."""
         if self.pixels is not None:
             start = len(self.maps) * x.shape[1]
             stored = self.pixels[..., start : start + x.shape[1]].permute(0, 3, 1, 2)
@@ -175,7 +183,7 @@ class _Concatenation:
         return x
 
     def convolve(self, convolution: nn.Module) -> Float[Tensor, "b c h w"]:
-        """Apply a 1×1 convolution to the concatenation."""
+        """Apply a 1×1 convolution to the concatenation of the maps so far."""
         if self.pixels is None:
             result: Tensor = convolution(torch.cat(self.maps, dim=1))
             return result

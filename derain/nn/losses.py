@@ -1,4 +1,4 @@
-"""Losses between an output of a network and its target, by name."""
+"""Losses between a network's output and its target, by name."""
 
 from collections.abc import Callable, Mapping
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from derain.nn.ssim import structural_similarity
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Function of an output and its target, ``(b, c, h, w)`` each, that returns their loss ``()``."""
+"""Function of output and target, both ``(b, c, h, w)``, that returns the loss ``()``."""
 
 CHARBONNIER_EPSILON = 1e-3
 
@@ -19,24 +19,25 @@ def charbonnier(output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w
     """Return the mean of ``sqrt((output - target)² + ε²)`` with ε = 0.001.
 
     References:
-        Zamir et al., MPRNet, CVPR 2021, the authors' code: mean over pixels, not the norm of images.
+        Zamir et al., MPRNet, CVPR 2021, as computed by their code: the mean over values, not the norm of an image.
     """
     return ((output - target).square() + CHARBONNIER_EPSILON**2).sqrt().mean()
 
 
 def edge(output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """Return the Charbonnier loss of the Laplacians.
+    """Return the Charbonnier loss of the Laplacians of output and target, see `laplacian`.
 
     References:
-        MPRNet, the authors' code, see `laplacian`.
+        Zamir et al., MPRNet, CVPR 2021, as computed by their code.
     """
     return charbonnier(laplacian(output), laplacian(target))
 
 
 def laplacian(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """Return images minus themselves blurred, sampled at every second pixel, and interpolated by another blur.
+    """Return a level of the Laplacian pyramid: images minus their low-pass version, in float32 or wider.
 
-    The blur is Gaussian, 5×5, with weights (0.05, 0.25, 0.4, 0.25, 0.05) along each axis and repeated borders.
+    For the low-pass version, images are blurred, set to zero except in every second row and column, multiplied by 4,
+    and blurred again. The 5×5 blur has the weights (0.05, 0.25, 0.4, 0.25, 0.05) along each axis and replicates borders.
     """
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     blurred = _blur(images)
@@ -54,10 +55,10 @@ def _blur(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
 
 
 def fft(output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """Return the mean modulus of the difference of the discrete Fourier transforms.
+    """Return the mean modulus of the difference of the two-dimensional discrete Fourier transforms.
 
     References:
-        Chen et al., NeRD-Rain, CVPR 2024, section 3.4, as computed by their code: transforms without normalisation.
+        Chen et al., NeRD-Rain, CVPR 2024, section 3.4, as computed by their code: transforms are not normalised.
     """
     with torch.autocast(output.device.type, enabled=False):
         dtype = torch.promote_types(output.dtype, torch.float32)
@@ -67,12 +68,12 @@ def fft(output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> F
 
 
 def negative_ssim(output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """Return the negative structural similarity, see `structural_similarity`."""
+    """Return the negative SSIM, see `structural_similarity`."""
     return -structural_similarity(output, target)
 
 
 def mean(output: Tensor, target: Tensor) -> Float[Tensor, ""]:
-    """Return the mean of an output that is a loss itself; the target is not used."""
+    """Return the mean of an output that is itself a loss; the target is not used."""
     return output.mean()
 
 
@@ -86,4 +87,4 @@ LOSSES: Mapping[str, Loss] = {
     "ssim": negative_ssim,
     "mean": mean,
 }
-"""Losses by name."""
+"""Losses by the name that configurations use."""

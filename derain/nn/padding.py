@@ -1,4 +1,4 @@
-"""Padding of images to sizes that a network can halve."""
+"""Padding of images at the bottom and the right to sizes that a network accepts."""
 
 from typing import Any
 
@@ -11,9 +11,10 @@ from derain.nn.graphs import exporting
 
 
 def pad_to_multiple(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor, "b c h2 w2"]:
-    """Pad images at the bottom and the right until height and width are multiples of a number.
+    """Pad images until height and width are multiples of a number.
 
-    The padding is a reflection of the image, or repeats its border if a side is shorter than ``multiple``.
+    The padding reflects the image without repeating its border. If a side is shorter than ``multiple``, the border is
+    replicated instead.
 
     Args:
         x: Images of any size.
@@ -37,7 +38,7 @@ def pad_to_multiple(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor,
 
 
 def pad_to_minimum(x: Float[Tensor, "b c h w"], minimum: int) -> Float[Tensor, "b c h2 w2"]:
-    """Repeat the border of images at the bottom and the right until both sides have a minimum length.
+    """Replicate the border of images until both sides have a minimum length.
 
     Args:
         x: Images of any size.
@@ -56,7 +57,7 @@ def pad_to_minimum(x: Float[Tensor, "b c h w"], minimum: int) -> Float[Tensor, "
 
 
 def _indices_to_minimum(indices: Int[Tensor, " n"], minimum: int) -> Int[Tensor, " m"]:
-    """Repeat the last index until there are at least ``minimum`` indices; in a graph for any size."""
+    """Repeat the last index until there are at least ``minimum`` indices; valid in a graph for any size."""
     length: Any = (indices[-1] + 1).clamp(min=minimum)
     if torch.compiler.is_exporting():  # a symbolic number; max(side, minimum) would exclude sizes below it
         length = length.item()
@@ -65,7 +66,7 @@ def _indices_to_minimum(indices: Int[Tensor, " n"], minimum: int) -> Int[Tensor,
 
 
 def pad_with_zeros(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor, "b c h2 w2"]:
-    """Pad images with zeros at the bottom and the right until height and width are multiples of a number.
+    """Pad images with zeros until height and width are multiples of a number.
 
     Args:
         x: Images of any size.
@@ -87,10 +88,9 @@ def pad_with_zeros(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor, 
 
 
 def pad_by_mirror(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor, "b c h2 w2"]:
-    """Pad images by their mirror image at the bottom and the right to the next greater multiple of a number.
+    """Pad images by their mirror image, border included, to the next greater multiple of a number.
 
-    The border itself is repeated. A side that is a multiple already grows by ``multiple`` pixels. Sides that are
-    shorter than the padding are mirrored again and again.
+    A side that is already a multiple grows by ``multiple`` pixels. A side shorter than its padding is mirrored again.
 
     Args:
         x: Images of any size.
@@ -108,8 +108,8 @@ def pad_by_mirror(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor, "
 
 
 def _mirrored_indices(inside: Int[Tensor, " n"], multiple: int) -> Int[Tensor, " m"]:
-    """Return the index of the row (or column) to copy for each row of a padded image, given those of the image."""
-    length: Any = inside[-1] + 1 if exporting() else len(inside)  # a graph is to compute it, not to hold it
+    """Return, for each row (or column) of a padded image, the row to copy; ``inside`` has the indices of the image."""
+    length: Any = inside[-1] + 1 if exporting() else len(inside)  # a graph must compute the length
     blocks: Any = length // multiple + 1
     if torch.compiler.is_exporting():  # a symbolic number; the sizes of the graph are multiples of it
         blocks = blocks.item()
@@ -119,14 +119,14 @@ def _mirrored_indices(inside: Int[Tensor, " n"], multiple: int) -> Int[Tensor, "
 
 
 def padded_indices(last: Int[Tensor, ""], multiple: int, reflect: Tensor) -> Int[Tensor, " n"]:
-    """Return the index of the row (or column) to copy for each row of a padded image.
+    """Return, for each row (or column) of a padded image, the row to copy.
 
-    Computed from tensors, so that an exported graph is valid for images of any size.
+    All values are tensors, so an exported graph is valid for images of any size.
 
     Args:
         last: Index of the image's last row.
         multiple: Divisor of the padded length.
-        reflect: Whether padding is a reflection; otherwise the last row is repeated.
+        reflect: Whether padding reflects the image, bool ``()``; otherwise it replicates the last row.
 
     Example:
         >>> padded_indices(torch.tensor(4), 8, torch.tensor(True))

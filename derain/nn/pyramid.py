@@ -1,6 +1,6 @@
-"""Blocks of pyramid vision transformers, for maps ``(b, h, w, c)``, of which they see each pixel as a token.
+"""Blocks of pyramid vision transformers; maps are ``(b, h, w, c)``, and each pixel is a token.
 
-Wang et al., Pyramid Vision Transformer, ICCV 2021 and PVT v2, Computational Visual Media 2022.
+Wang et al., Pyramid Vision Transformer, ICCV 2021, and PVT v2, Computational Visual Media 2022.
 """
 
 from typing import Any, cast
@@ -13,25 +13,31 @@ from torch import Tensor, nn
 from derain.nn.normalization import LayerNorm
 
 EPSILON = 1e-6
-"""Added to variances by the layer normalisations of blocks and stages."""
+"""Epsilon of the layer normalisations in blocks and at the end of stages."""
 
 Map = Float[Tensor, "b _ _ _"]
 """Map ``(b, h, w, c)``."""
 
 
 def convolve(x: Map, convolution: nn.Module) -> Map:
-    """Apply a convolution with any stride to a map."""
+    """Apply a convolution module to a channels-last map."""
     return cast(Tensor, convolution(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class Embedding(nn.Module):
-    """Strided convolution to pixels of a coarser map, and layer normalisation.
+    """Overlapping patch embedding: strided convolution and layer normalisation.
 
     Args:
         channels: Number of channels of the input.
         width: Number of channels of the output.
         kernel: Side of the kernel, odd.
-        stride: Its stride; a side of n pixels becomes ⌈n / stride⌉.
+        stride: Stride of the convolution.
+
+    Shape:
+        ``(b, h, w, channels)`` → ``(b, ⌈h / stride⌉, ⌈w / stride⌉, width)``.
+
+    References:
+        PVT v2, overlapping patch embedding.
     """
 
     def __init__(self, channels: int, width: int, kernel: int = 3, stride: int = 2) -> None:
@@ -40,22 +46,25 @@ class Embedding(nn.Module):
         self.norm = LayerNorm(width)
 
     def forward(self, x: Map) -> Map:
-        """Embed."""
+        """Embed a map."""
         return cast(Tensor, self.norm(convolve(x, self.conv)))
 
 
 def split_heads(x: Float[Tensor, "b n c"], heads: int) -> Float[Tensor, "b heads n d"]:
-    """Return the channels of each head."""
+    """Split the channels of tokens among heads."""
     return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 class ReducedAttention(nn.Module):
-    """Attention of pixels to a map of reduced size.
+    """Attention whose keys and values are from a map of reduced size.
 
     Args:
         width: Number of channels.
-        heads: Number of heads.
-        reduction: Factor by which keys and values are smaller along each side.
+        heads: Number of heads; must divide ``width``.
+        reduction: Factor by which the map is reduced along each side.
+
+    Shape:
+        ``(b, h, w, width)`` → same; ``h, w >= reduction``.
 
     References:
         Wang et al., Pyramid Vision Transformer, ICCV 2021, eqs. 1 to 3.
@@ -73,7 +82,7 @@ class ReducedAttention(nn.Module):
         self.reduction = reduction
 
     def forward(self, x: Map) -> Map:
-        """Attend."""
+        """Apply the attention."""
         query = split_heads(self.query(x).flatten(1, 2), self.heads)
         reduced = self.norm(convolve(x, self.reduce)) if self.reduction > 1 else x
         key, value = (split_heads(part, self.heads) for part in self.key_value(reduced).flatten(1, 2).chunk(2, dim=-1))
@@ -81,13 +90,24 @@ class ReducedAttention(nn.Module):
         return cast(Tensor, self.project(attended.reshape(x.shape)))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return multiplications that are not counted: of the attention matrices."""
+        """Return multiplications that are not counted: the matrix products of attention."""
         reduced = (output.shape[1] // self.reduction) * (output.shape[2] // self.reduction)
         return 0, 2 * output.numel() * reduced
 
 
 class FeedForward(nn.Module):
-    """Feed-forward network with a depth-wise convolution before its GELU."""
+    """Feed-forward network with a 3×3 depth-wise convolution before its GELU.
+
+    Args:
+        width: Number of channels.
+        expansion: Hidden channels divided by ``width``.
+
+    Shape:
+        ``(b, h, w, width)`` → same.
+
+    References:
+        PVT v2, convolutional feed-forward network.
+    """
 
     def __init__(self, width: int, expansion: int) -> None:
         super().__init__()
@@ -102,13 +122,16 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward network, each after normalisation, with a residual connection.
+    """Transformer block: attention and feed-forward network, each with pre-normalisation and a residual connection.
 
     Args:
         width: Number of channels.
-        attention: The attention.
+        attention: Attention module, ``(b, h, w, width)`` → same.
         expansion: Hidden channels of the feed-forward network divided by ``width``.
-        drop: Probability in training that a residual is skipped, for each image.
+        drop: Probability that training skips a residual branch of an image (stochastic depth).
+
+    Shape:
+        ``(b, h, w, width)`` → same.
     """
 
     def __init__(self, width: int, attention: nn.Module, expansion: int, drop: float) -> None:
@@ -120,6 +143,6 @@ class Block(nn.Module):
         self.drop = DropPath(drop)
 
     def forward(self, x: Map) -> Map:
-        """Transform features."""
+        """Apply the block."""
         x = x + self.drop(self.attention(self.norm1(x)))
         return cast(Tensor, x + self.drop(self.feed_forward(self.norm2(x))))

@@ -1,4 +1,4 @@
-"""Convolutional LSTM and residual blocks of networks that refine an image in stages."""
+"""Convolutional LSTM and residual blocks of progressive networks, which refine an image in stages."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 Maps = Sequence[Tensor | None]
-"""Maps of equally many channels side by side; None is a map of zeros."""
-
+"""Maps that are concatenated along the channels; all have the same shape, and None stands for zeros."""
 
 STAGE_NAMES: tuple[tuple[str, str], ...] = (
     (r"\bconv0\.0\.", "head."),
@@ -22,15 +21,15 @@ STAGE_NAMES: tuple[tuple[str, str], ...] = (
     (r"\b(blocks\.\d)\.0\.", r"\1.first."),
     (r"\b(blocks\.\d)\.2\.", r"\1.second."),
 )
-"""Regular expressions of the names that PReNet, BRN and VRGNet give to the tensors of a `RecurrentStage`, and ours."""
+"""Regular expressions of tensor names in the authors' files of PReNet, BRN and VRGNet; names in `RecurrentStage`."""
 
 
 class State(NamedTuple):
     """State of a convolutional LSTM.
 
     Attributes:
-        hidden: ``(b, c, h, w)``.
-        cell: ``(b, c, h, w)``.
+        hidden: Hidden state, ``(b, c, h, w)``.
+        cell: Cell state, ``(b, c, h, w)``.
     """
 
     hidden: Tensor
@@ -38,16 +37,15 @@ class State(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """Convolutions of the gates of an LSTM; each reads all maps side by side and returns ``(b, c, h, w)``.
+    """Convolutions of the gates of an LSTM; each maps the concatenated maps to ``(b, c, h, w)``.
 
-    The gates are four convolutions: reading the quarters of one large result, which are not contiguous, costs a CPU
-    more time than the larger convolution saves.
+    They are separate, since one large convolution is slower on a CPU: the quarters of its result are not contiguous.
 
     Attributes:
-        input: How much of the candidate enters the cell.
-        forget: How much of the cell remains.
+        input: Gate of the candidate.
+        forget: Gate of the previous cell state.
         candidate: New content of the cell.
-        output: How much of the cell becomes visible.
+        output: Gate of the hidden state.
     """
 
     input: nn.Conv2d
@@ -61,8 +59,8 @@ def lstm_step(gates: Gates, maps: Maps, cell: Float[Tensor, "b c h w"] | None) -
 
     Args:
         gates: Convolutions of the gates.
-        maps: What the gates read: features and hidden states. Zeros are not convolved.
-        cell: Last state of the cell; None for zeros.
+        maps: Inputs of the gates: features and hidden states. Zeros (None) are not convolved.
+        cell: Previous cell state; None for zeros.
     """
     x = _side_by_side([features for features in maps if features is not None])
     candidate = torch.tanh_(_convolve(gates.candidate, x, maps))
@@ -79,7 +77,7 @@ def _sigmoid(gate: nn.Conv2d, x: Float[Tensor, "b c h w"], maps: Maps) -> Float[
 
 
 def _convolve(gate: nn.Conv2d, x: Float[Tensor, "b c h w"], maps: Maps) -> Float[Tensor, "b d h w"]:
-    """Convolve the maps that are not zero by their part of the weights."""
+    """Convolve ``x``, the concatenation of the maps that are not None, with their part of the weights."""
     weight = gate.weight
     if any(features is None for features in maps):
         parts = zip(weight.chunk(len(maps), dim=1), maps, strict=True)
@@ -88,7 +86,7 @@ def _convolve(gate: nn.Conv2d, x: Float[Tensor, "b c h w"], maps: Maps) -> Float
 
 
 def _side_by_side(maps: list[Tensor]) -> Tensor:
-    """Concatenate along the channels without copying a single map."""
+    """Concatenate along the channels; a single map is not copied."""
     return maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
 
 
@@ -108,7 +106,7 @@ class ResidualBlock(nn.Module):
         self.second = conv3x3(channels, channels)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return the features after the block."""
+        """Apply the block."""
         branch = torch.relu_(self.second(torch.relu_(self.first(x))))
         return torch.relu_(branch + x)
 
@@ -117,10 +115,11 @@ class RecurrentStage(nn.Module):
     """Stage of a progressive network: a convolution with ReLU, a convolutional LSTM, residual blocks.
 
     Args:
-        inputs: Channels i of the images that the stage reads.
+        inputs: Channels i of the concatenated input images.
         channels: Channels c of the features.
         blocks: Number of residual blocks.
-        memories: Number of hidden states that the gates read after the features: the stage's own, then those of others.
+        memories: Number of hidden states that the gates read in addition to the features: the stage's own, then those
+            of other stages.
 
     Shape:
         ``(b, i, h, w)`` → ``(b, c, h, w)``.
@@ -140,28 +139,28 @@ class RecurrentStage(nn.Module):
         self.blocks = nn.Sequential(*[ResidualBlock(channels) for _ in range(blocks)])
 
     def forward(
-        self, images: Float[Tensor, "b i h w"], state: State | None, others: Maps = ()
+        self, images: Float[Tensor, "b i h w"], state: State | None, hidden_states: Maps = ()
     ) -> tuple[Float[Tensor, "b c h w"], State]:
-        """Return the features of the stage, and its next state.
+        """Return the features of the stage and its next state.
 
         Args:
-            images: Images side by side.
-            state: The stage's own last state; None for zeros.
-            others: Hidden states of others.
+            images: Images, concatenated along the channels.
+            state: Previous state of this stage; None for zeros.
+            hidden_states: Hidden states of other stages, ``memories - 1`` in number.
         """
         features = torch.relu_(self.head(images))
         gates = Gates(self.input_gate, self.forget_gate, self.candidate, self.output_gate)
         hidden, cell = (None, None) if state is None else state
-        state = lstm_step(gates, (features, hidden, *others), cell)
+        state = lstm_step(gates, (features, hidden, *hidden_states), cell)
         return self.blocks(state.hidden), state
 
     def extra_macs(self, inputs: tuple[Any, ...], output: tuple[Tensor, State]) -> tuple[int, int]:
-        """Return the multiplications that ``derain bench`` adds: of a forget gate without a state, and of attention."""
+        """Return multiplications that are not counted: of the forget gate, which is not computed without a state."""
         if inputs[1] is not None:
             return 0, 0
         return self.forget_gate.weight.numel() * output[0][:, 0].numel(), 0
 
 
 def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
-    """Return a 3×3 convolution that keeps the size, with zeros around the maps."""
+    """Return a 3×3 convolution with zero padding, which keeps the size."""
     return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1)

@@ -3,12 +3,12 @@
 Zamir et al., Restormer: Efficient Transformer for High-Resolution Image Restoration, CVPR 2022. Parameters have the
 names and shapes of the authors' checkpoints. The computation is optimised:
 
-- Tensors are ``(b, h, w, c)``: the channels of a pixel are contiguous, as normalisation and convolutions prefer.
+- Tensors are ``(b, h, w, c)``: normalisation and convolutions are faster if the channels of a pixel are contiguous.
 - Without gradients, maps are processed in strips of rows that fit into a processor's cache.
 - Attention and its output projection both multiply the channels of a pixel by a matrix. The two matrices are
-  multiplied first, so that the pixels are read once. The products of queries and keys are normalised, not the maps.
-- The hidden channels of the feed-forward network are padded with zeros to a multiple of 16, the width of vector
-  instructions. Padded channels stay zero.
+  multiplied first, so that pixels are read once. Instead of queries and keys, their products are normalised.
+- Except in exported graphs, the hidden channels of the feed-forward network are padded with zeros to a multiple of 16,
+  the width of vector instructions. Padded channels stay zero.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,16 +24,16 @@ from derain.nn.graphs import compiling_or_exporting, exporting
 from derain.nn.padding import pad_to_multiple
 
 STRIP_BYTES = {"cpu": 8 << 20, "gpu": 256 << 20}
-"""Size of a strip's widest map: fits into the cache of a CPU core, and is large enough to occupy a GPU."""
+"""Bytes of a strip's widest map: few enough for the cache of a CPU core, and enough to occupy a GPU."""
 
 Interact = Callable[[int, Float[Tensor, "b h w c"]], Float[Tensor, "b h w c"]]
-"""Function of a level and its features that returns features of the same shape, applied before upsampling."""
+"""Function of a level (0 is the finest) and its features that returns features of the same shape."""
 
 
 def pointwise(
     x: Float[Tensor, "b h w i"], weight: Float[Tensor, "o i 1 1"], bias: Float[Tensor, " o"] | None = None
 ) -> Float[Tensor, "b h w o"]:
-    """Apply a 1×1 convolution."""
+    """Apply a 1×1 convolution to channels-last features."""
     return F.conv2d(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
 
 
@@ -43,18 +43,18 @@ def spatial(x: Float[Tensor, "b h w i"], convolution: nn.Module) -> Float[Tensor
 
 
 def strips(x: Float[Tensor, "b h w c"], width: int, halo: int = 1) -> Iterator[tuple[slice, Tensor, slice]]:
-    """Split a map into strips of rows, each with further rows above and below for the kernels of convolutions.
+    """Split a map into strips of rows, with neighbouring rows above and below for convolution kernels.
 
     Without gradients, the maps computed from a strip fit into a processor's cache, which is faster and saves memory.
-    With gradients, or when a graph is made (a compiler fuses operations itself), there is one strip.
+    With gradients, or when a graph is recorded (a compiler fuses operations itself), there is only one strip.
 
     Args:
         x: The map.
         width: Channels of the widest map computed from a strip.
-        halo: Number of further rows above and below.
+        halo: Number of neighbouring rows above and below a strip; fewer at the border of the map.
 
     Yields:
-        The rows of the strip in the map, the strip with its neighbouring rows, and its rows without them.
+        Slice of the strip's rows in the map; the strip with its neighbouring rows; slice of its own rows in the latter.
     """
     if torch.is_grad_enabled() or compiling_or_exporting():
         yield slice(None), x, slice(None)
@@ -67,23 +67,23 @@ def strips(x: Float[Tensor, "b h w c"], width: int, halo: int = 1) -> Iterator[t
 
 
 def _as_float32(x: Tensor) -> Tensor:
-    """Convert to float32; float64 stays."""
+    """Convert to float32; float64 is unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _min_norm(dtype: torch.dtype) -> float:
-    """Return the minimum of norms: 1e-12 as in `torch.nn.functional.normalize`, 1e-4 in float16.
+    """Return the lower bound of norms: 1e-12, as in `torch.nn.functional.normalize`; 1e-4 in float16.
 
-    Gradients grow with its inverse, and scaled gradients must not overflow in float16.
+    Gradients are proportional to its inverse, and scaled gradients must not overflow in float16.
     """
     return 1e-4 if dtype == torch.float16 else 1e-12
 
 
 class Attention(nn.Module):
-    """Base of self- and cross-attention between channels.
+    """Base class of self- and cross-attention between channels.
 
-    Each head computes ``softmax(Q Kᵀ · temperature) V`` with queries and keys normalised over the pixels. Similarities
-    are accumulated over strips in float32 or wider.
+    Each head computes ``softmax(Q Kᵀ · temperature) V``, with queries and keys normalised over the pixels. Products of
+    queries and keys are accumulated over strips in float32 or wider.
 
     Args:
         channels: Number of channels.
@@ -105,10 +105,10 @@ class Attention(nn.Module):
         self.project_out = nn.Conv2d(channels, channels, 1, bias=bias)
 
     def attend(self, strips: Iterable[Sequence[Tensor]]) -> Float[Tensor, "b h w c"]:
-        """Return the projected attention.
+        """Return attention followed by the output projection, ``(b, h, w, channels)``.
 
         Args:
-            strips: Queries, keys and values of strips of rows, ``(b, rows, w, channels)`` each.
+            strips: For each strip of rows, its queries, keys and values, ``(b, rows, w, channels)`` each.
         """
         values, products, squared_norms = [], [], []
         for query, key, value in strips:
@@ -127,18 +127,18 @@ class Attention(nn.Module):
         return mixed.reshape(b, h, w, c)
 
     def normalize(self, scores: Float[Tensor, "b heads d d"]) -> Float[Tensor, "b heads d d"]:
-        """Return the attention of scores of queries (rows) and keys."""
+        """Return the attention weights of scores, whose rows are queries and columns keys."""
         return scores.softmax(-1)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return multiplications that are not counted: of the projection of pixels, and of the attention matrices."""
+        """Return multiplications that are not counted: of the output projection, and of the products of attention."""
         weight = self.project_out.weight
         pixels = output.numel() // len(weight)
         projection = weight.numel() * pixels
         return projection, 2 * projection // len(self.temperature)
 
     def _products(self, query: Tensor, key: Tensor) -> Float[Tensor, "b heads d d"]:
-        """Return the products of channels, summed over the pixels."""
+        """Return the products of query and key channels, summed over the pixels."""
         if query.dtype == torch.float16:  # the sums could overflow
             query, key = query.float(), key.float()
         b, h, w, _ = query.shape
@@ -148,7 +148,7 @@ class Attention(nn.Module):
     def _projected_attention(
         self, products: Float[Tensor, "b heads d d"], norms: Float[Tensor, "2 b c"]
     ) -> Float[Tensor, "b c c"]:
-        """Return the product of the attention of all heads and the output projection."""
+        """Return the matrix by which values are multiplied: attention of all heads, then the output projection."""
         b, heads, _, _ = products.shape
         c = norms.shape[2]
         query_norms, key_norms = norms.reshape(2, b, heads, -1)
@@ -180,7 +180,7 @@ class SelfAttention(Attention):
         self.qkv_dwconv = nn.Conv2d(3 * channels, 3 * channels, 3, padding=1, groups=3 * channels, bias=bias)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        """Attend."""
+        """Apply the attention."""
 
         def queries_keys_values() -> Iterator[Sequence[Tensor]]:
             for _, strip, own_rows in strips(x, self.qkv.out_channels):
@@ -198,7 +198,7 @@ class CrossAttention(Attention):
         heads: Number of heads; must divide ``channels``.
 
     Shape:
-        Query, key and value ``(b, h, w, channels)`` → same.
+        Query, key and value, ``(b, h, w, channels)`` each → same.
 
     References:
         CLIP-RPN, eqs. 8 and 9, Figure 1(c).
@@ -231,7 +231,7 @@ class GatedFeedForward(nn.Module):
 
     Args:
         channels: Number of channels.
-        expansion: Number of hidden channels divided by ``channels``; the product is rounded down.
+        expansion: Hidden channels divided by ``channels``; the number of hidden channels is rounded down.
         bias: Whether the convolutions have biases.
 
     Shape:
@@ -242,7 +242,7 @@ class GatedFeedForward(nn.Module):
     """
 
     halo: ClassVar[int] = 1
-    """Distance in rows of the farthest pixel that a result depends on."""
+    """Number of rows above and below a pixel that its result depends on."""
 
     def __init__(self, channels: int, expansion: float, bias: bool = False) -> None:
         super().__init__()
@@ -252,11 +252,14 @@ class GatedFeedForward(nn.Module):
         self.project_out = nn.Conv2d(hidden, channels, 1, bias=bias)
 
     def kernels(self) -> tuple[Tensor, ...]:
-        """Return weights, then biases, of the three convolutions, with hidden channels padded to a multiple of 16."""
+        """Return the weights, then the biases, of the three convolutions for `forward`.
+
+        Hidden channels are padded to a multiple of 16, except in exported graphs.
+        """
         convolutions = (self.project_in, self.dwconv, self.project_out)
         weights = [convolution.weight for convolution in convolutions]
         biases = [convolution.bias for convolution in convolutions if convolution.bias is not None]
-        if exporting():  # the weights of an ONNX graph are constants
+        if exporting():  # padding would be part of the graph, and its weights are constants
             return (*weights, *biases)
         padding = -self.project_out.in_channels % 16
 
@@ -268,7 +271,7 @@ class GatedFeedForward(nn.Module):
         return (*map(padded, weights[:2]), project_out, *map(padded, biases[:2]), *biases[2:])
 
     def forward(self, x: Float[Tensor, "b h w c"], kernels: tuple[Tensor, ...]) -> Float[Tensor, "b h w c"]:
-        """Apply the network with the weights from ``kernels()``."""
+        """Apply the network with the result of `kernels`, which is computed once for all strips."""
         project_in, depthwise, project_out, *biases = kernels
         bias_in, bias_depthwise, bias_out = biases or (None, None, None)
         hidden = pointwise(x, project_in, bias_in).permute(0, 3, 1, 2)
@@ -280,7 +283,11 @@ class GatedFeedForward(nn.Module):
 
 
 class Norm(nn.Module):
-    """Layer normalisation over the channels, with the parameter names of the authors."""
+    """Layer normalisation over the channels, with the authors' parameter names.
+
+    Shape:
+        ``(b, h, w, channels)`` → same.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -292,15 +299,16 @@ class Norm(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention and feed-forward network, each with normalisation and a residual connection.
+    """Self-attention and feed-forward network, each with pre-normalisation and a residual connection.
 
     Args:
         channels: Number of channels.
         heads: Number of heads of the attention.
-        expansion: Expansion of the feed-forward network.
-        attention: Class of the attention, with the arguments of `SelfAttention`.
-        feed_forward: Class of the feed-forward network, with arguments, methods and ``halo`` of `GatedFeedForward`.
-        norm: Class of the normalisation, with the argument of `Norm`.
+        expansion: Hidden channels of the feed-forward network divided by ``channels``.
+        attention: Class of the attention; its arguments are ``channels`` and ``heads``.
+        feed_forward: Class of the feed-forward network, with the interface of `GatedFeedForward`; its arguments are
+            ``channels`` and ``expansion``.
+        norm: Class of the normalisation; its argument is ``channels``.
 
     Shape:
         ``(b, h, w, channels)`` → same.
@@ -322,7 +330,7 @@ class TransformerBlock(nn.Module):
         self.ffn = feed_forward(channels, expansion)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        """Transform features."""
+        """Apply the block."""
         x = x + self.attn(self.norm1(x))
         if torch.is_grad_enabled() or compiling_or_exporting():
             return cast(Tensor, x + self.ffn(self.norm2(x), self.ffn.kernels()))
@@ -335,7 +343,11 @@ class TransformerBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Downsampling by 3×3 convolution and pixel-unshuffle: half the resolution, twice the channels."""
+    """Downsampling by 3×3 convolution and pixel-unshuffle.
+
+    Shape:
+        ``(b, h, w, channels)`` → ``(b, h / 2, w / 2, 2 channels)``; ``h`` and ``w`` are even.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -349,7 +361,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Upsampling by 3×3 convolution and pixel-shuffle: twice the resolution, half the channels."""
+    """Upsampling by 3×3 convolution and pixel-shuffle.
+
+    Shape:
+        ``(b, h, w, channels)`` → ``(b, 2 h, 2 w, channels / 2)``.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -363,7 +379,7 @@ class Upsample(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Embedding of images by a 3×3 convolution, with the parameter names of the authors."""
+    """Embedding of image pixels by a 3×3 convolution, with the authors' parameter names."""
 
     def __init__(self, channels: int, bias: bool = False) -> None:
         super().__init__()
@@ -381,17 +397,16 @@ class Restormer(nn.Module):
         dim: Number of channels at the finest level; it doubles at each level.
         blocks: Number of transformer blocks at each of the four levels; the decoder has as many as the encoder.
         refinement: Number of refinement blocks.
-        heads: Number of attention heads at each of the four levels.
-        expansion: Expansion of the feed-forward networks.
+        heads: Number of attention heads at each of the four levels; must divide its channels.
+        expansion: Hidden channels of the feed-forward networks divided by their channels.
         block: Class of the transformer blocks, with the first three arguments of `TransformerBlock`.
-        bias: Whether the convolutions outside of the blocks, of downsampling and of upsampling have biases.
+        bias: Whether convolutions have biases, except those of blocks, downsampling and upsampling.
 
     Shape:
-        ``(b, 3, h, w)`` in [0, 1] → same, any ``h, w >= 1``: images are padded to a multiple of 8, by
-        reflection if they are large enough, else by repeating the border.
+        ``(b, 3, h, w)`` in [0, 1] → same, not clipped; any ``h, w >= 1``, see `pad_to_multiple` with a multiple of 8.
 
     Raises:
-        DerainError: If ``blocks`` or ``heads`` does not have four numbers.
+        DerainError: If ``blocks`` or ``heads`` does not have four numbers, or ``heads`` do not divide the channels.
 
     References:
         Restormer, Figure 2 and section 4; CLIP-RPN, Figure 1(d). 26,126,644 parameters by default.
@@ -409,7 +424,9 @@ class Restormer(nn.Module):
     ) -> None:
         super().__init__()
         if len(blocks) != 4 or len(heads) != 4:
-            raise DerainError(f"blocks {list(blocks)}, heads {list(heads)}: expected four numbers each, one per level")
+            raise DerainError(
+                f"blocks {list(blocks)}, heads {list(heads)}: expected four numbers each; give one per level"
+            )
 
         def level(channels: int, index: int, count: int) -> nn.Sequential:
             return nn.Sequential(*(block(channels, heads[index], expansion) for _ in range(count)))
@@ -440,7 +457,7 @@ class Restormer(nn.Module):
 
         Args:
             rainy: Images.
-            interact: Changes the features of levels 3, 2 and 1 (0 is the finest) before they are upsampled.
+            interact: Function that changes the features of levels 3, 2 and 1 before they are upsampled.
         """
         height, width = rainy.shape[2:]
         padded = pad_to_multiple(rainy, 8).permute(0, 2, 3, 1).contiguous()

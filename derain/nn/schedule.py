@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 
 
 def warm_up_then_cosine(steps: int, warm_up: float, minimum: float = 0.0, hold: float = 0.0) -> Callable[[int], float]:
-    """Return a schedule with linear warm-up and cosine decay: the factor of the learning rate at each step.
+    """Return a schedule with linear warm-up and cosine decay, for PyTorch's ``LambdaLR``.
 
     Args:
-        steps: Number of optimiser steps.
-        warm_up: Fraction of the steps that warm up, in [0, 1).
-        minimum: Factor at the end.
-        hold: Fraction of the steps at a factor of 1 between warm-up and decay.
+        steps: Number of optimiser steps of the training.
+        warm_up: Fraction of the steps in which the factor rises to 1, in [0, 1).
+        minimum: Factor at the end and after it, in [0, 1].
+        hold: Fraction of the steps with a factor of 1 between warm-up and decay.
+
+    Returns:
+        Function of the step, from 0, that returns the factor of the learning rate.
 
     Example:
         >>> factor = warm_up_then_cosine(100, 0.1)
@@ -33,13 +36,16 @@ def warm_up_then_cosine(steps: int, warm_up: float, minimum: float = 0.0, hold: 
 
 
 def multiplied_at(milestones: Sequence[int], factor: float) -> Callable[[int], float]:
-    """Return a schedule that multiplies the learning rate by ``factor`` at each milestone.
+    """Return a schedule that multiplies the learning rate by ``factor`` at each milestone, for PyTorch's ``LambdaLR``.
 
-    It equals PyTorch's ``MultiStepLR``, but is a function of the step or epoch alone.
+    The learning rates are those of ``MultiStepLR``, but as a function of the step or epoch.
 
     Args:
         milestones: Steps or epochs, in any order.
         factor: Factor at each milestone.
+
+    Returns:
+        Function of the step or epoch, from 0, that returns the factor of the learning rate.
 
     Example:
         >>> rate = multiplied_at([2, 3], 0.1)

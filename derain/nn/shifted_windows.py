@@ -1,6 +1,6 @@
-"""Swin blocks for maps of any size: attention masks, strips, and shifts that an exported graph can hold.
+"""Swin blocks for maps of any size: cached attention masks, strips of rows, shifts in exported graphs.
 
-Features are ``(b, h, w, c)``: windows and pixels are normalised along contiguous memory.
+Features are ``(b, h, w, c)``, so that the channels of a pixel are contiguous.
 """
 
 from collections.abc import Callable
@@ -18,35 +18,36 @@ from derain.nn.graphs import exporting
 from derain.nn.restormer import STRIP_BYTES
 
 Features = Float[Tensor, "b h w c"]
+"""Feature maps ``(b, h, w, c)``."""
 
 MASKED = -100.0
 """Added to the attention score of two pixels that must not attend to each other."""
 
-
 MAX_WINDOW = 32
-"""Limit of the side of a window in pixels."""
+"""Largest side of a window, in pixels."""
 
 
 class WindowBlock(SwinTransformerBlock):
     """Swin block of timm for maps of any size: attention within windows, and an MLP.
 
-    Masks are cached by size. Without gradients, the map is processed in strips of window rows that fit into the
-    cache of a processor, which also bounds memory.
+    Attention masks are cached by map size. Without gradients, the map is processed in strips of window rows that fit
+    into a processor's cache, which also limits memory.
 
     Args:
         channels: Number of channels.
-        heads: Number of heads, which must divide ``channels``.
-        window: Side of the windows.
-        shifted: Whether windows are shifted by half their side.
-        expansion: Width of the MLP as a multiple of ``channels``.
-        drop_path: Probability that training skips attention or the MLP of an image.
-        shift_single: Whether a map of a single window is shifted too, which splits it. Swin Transformers do not.
+        heads: Number of heads; must divide ``channels``.
+        window: Side of the windows in pixels, 1 to 32.
+        shifted: Whether the windows are shifted by half their side.
+        expansion: Hidden channels of the MLP divided by ``channels``.
+        drop_path: Probability that training skips the attention, or the MLP, of an image (stochastic depth).
+        shift_single: Whether axes of a single window are shifted too, which splits the window. Swin Transformers do
+            not shift them.
 
     Shape:
-        ``(b, h, w, channels)`` → same; height and width must be multiples of the window.
+        ``(b, h, w, channels)`` → same; ``h`` and ``w`` must be multiples of ``window``.
 
     Raises:
-        DerainError: If the heads do not divide the channels.
+        DerainError: If ``heads`` does not divide ``channels``, or ``window`` is out of range.
 
     References:
         Liu et al., Swin Transformer, ICCV 2021, eq. 3.
@@ -65,8 +66,8 @@ class WindowBlock(SwinTransformerBlock):
     ) -> None:
         if channels % heads:
             raise DerainError(f"{heads} heads do not divide {channels} channels; choose a number of heads that does")
-        if not 1 <= window <= MAX_WINDOW:  # the index of relative positions has its fourth power of elements
-            raise DerainError(f"window {window}: expected 1 to {MAX_WINDOW}")
+        if not 1 <= window <= MAX_WINDOW:  # the index of relative positions has window⁴ elements
+            raise DerainError(f"window {window}: expected 1 to {MAX_WINDOW}; change it")
         size = (window, window)
         super().__init__(channels, size, num_heads=heads, window_size=window, mlp_ratio=expansion, drop_path=drop_path)
         self.window = window
@@ -74,7 +75,7 @@ class WindowBlock(SwinTransformerBlock):
         self.shift_above = 0 if shift_single else window
 
     def forward(self, x: Features) -> Features:
-        """Transform features."""
+        """Apply the block."""
         if exporting():
             return transform_shifted(x, self.window, self.shift, self._transform, self.shift_above)
         height, width = x.shape[1:3]
@@ -92,7 +93,7 @@ class WindowBlock(SwinTransformerBlock):
         return x
 
     def _strip_rows(self, x: Features) -> int:
-        """Return the rows of a strip; all rows where gradients are needed."""
+        """Return the number of rows of a strip: all rows if gradients are enabled or the block is compiled."""
         batch, height, width, _ = x.shape
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return height
@@ -101,7 +102,7 @@ class WindowBlock(SwinTransformerBlock):
         return max(1, budget // row_bytes) * self.window
 
     def _transform_strips(self, x: Features, rows: int, down: int, right: int) -> Features:
-        """Transform a map strip by strip; only its last strip holds rows from across the border."""
+        """Transform a rolled map strip by strip; only its last strip contains rows from the opposite border."""
         height = x.shape[1]
         out = torch.empty_like(x)
         for top in range(0, height, rows):
@@ -121,7 +122,7 @@ class WindowBlock(SwinTransformerBlock):
         return build(height, width, self.window, down, right, strip.device)
 
     def _transform(self, x: Features, mask: Tensor | None) -> Features:
-        """Apply attention within windows, then the MLP; each is normalised and residual."""
+        """Apply attention within windows, then the MLP, each with pre-normalisation and a residual connection."""
         _, height, width, channels = x.shape
         windows = window_partition(self.norm1(x), self.window_size).flatten(1, 2)
         attended = self.attn(windows, mask=None if mask is None else mask.to(x.dtype))
@@ -135,18 +136,18 @@ class WindowBlock(SwinTransformerBlock):
 def shift_mask(
     height: int, width: int, side: int, down: int, right: int, device: torch.device
 ) -> Float[Tensor, "n k k"]:
-    """Return the attention mask of a rolled map: -100 between pixels that were no neighbours before, else 0.
+    """Return the attention mask of a rolled map: -100 between pixels from opposite borders of the map, else 0.
 
     Args:
-        height: Height of the map, or of its last rows.
+        height: Height of the map or strip, in pixels.
         width: Width of the map.
         side: Side of the windows.
-        down: Rows by which the map was rolled; 0 if the rows are not its last ones.
-        right: Columns by which the map was rolled.
+        down: Number of rows from the opposite border, at the bottom; 0 for a strip other than the last.
+        right: Number of columns from the opposite border, at the right.
         device: Device of the mask.
 
     Returns:
-        ``(windows, side², side²)``.
+        The mask ``(n, k, k)`` of n windows of ``k = side²`` pixels.
 
     Example:
         >>> shift_mask(2, 4, 2, 0, 1, torch.device("cpu"))[:, 0]
@@ -163,22 +164,22 @@ def shift_mask(
 def transform_shifted(
     x: Features, side: int, shift: int, transform: Callable[[Tensor, Tensor | None], Tensor], above: int
 ) -> Features:
-    """Shift a map, transform it and shift it back, with no branch that depends on its size.
+    """Shift a map, transform it and shift it back, without a branch that depends on the map's size.
 
-    An exported graph must hold for all sizes, so whether there are windows to shift is computed by the graph.
+    An exported graph must be valid for all sizes, so the graph itself computes whether an axis is shifted.
 
     Args:
         x: The map; height and width are multiples of ``side``.
-        side: Side of the windows.
-        shift: Pixels by which the map is shifted along an axis; 0 for none.
-        transform: Function of the map and the attention mask.
+        side: Side of the windows in pixels.
+        shift: Number of pixels by which the map is shifted along each axis; 0 for none.
+        transform: Function of the shifted map and its attention mask (None without a shift).
         above: Axes of at most this length are not shifted.
     """
     if not shift:
         return transform(x, None)
     rows = torch.arange(x.shape[1], device=x.device)
     columns = torch.arange(x.shape[2], device=x.device)
-    height = rows[-1] + 1  # tensors rather than numbers: the graph computes what follows from them
+    height = rows[-1] + 1  # a tensor, so that the graph computes it
     width = columns[-1] + 1
     down = shift * (height > above)
     right = shift * (width > above)
@@ -189,6 +190,6 @@ def transform_shifted(
 
 
 def _mask(regions: Int[Tensor, "h w"], side: int) -> Float[Tensor, "n k k"]:
-    """Mask pairs of pixels in a window that come from different regions of the map."""
+    """Return the attention mask of pixels in a window that are from different regions of the map."""
     windows = window_partition(regions[None, :, :, None], (side, side)).flatten(1)
     return torch.where(windows[:, None] == windows[:, :, None], 0.0, MASKED)

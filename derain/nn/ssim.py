@@ -1,4 +1,4 @@
-"""Structural similarity as a loss of networks."""
+"""Structural similarity (SSIM) as a differentiable loss."""
 
 import torch
 import torch.nn.functional as F
@@ -6,21 +6,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 RADIUS = 5
-"""Pixels from the centre of the Gaussian window to its border."""
+"""Radius of the Gaussian window in pixels; its side is 11."""
 
 SIGMA = 1.5
 """Standard deviation of the Gaussian window in pixels."""
 
 
 def structural_similarity(derained: Float[Tensor, "b c h w"], clean: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """Return the mean structural similarity (SSIM) of two batches; 1 for equal images.
+    """Return the mean structural similarity (SSIM) over images, channels and pixels; 1 for equal images.
 
-    Computed in float32 or wider, also under autocast. Unlike the SSIM of the evaluation protocols, it compares the
-    RGB channels separately and pads the images with zeros, so that pixels at the border count.
+    Computed in float32 or wider, also under autocast. Unlike in the evaluation protocols, channels are compared
+    separately, and images are padded with zeros, so that pixels at the border count.
 
     Args:
-        derained: Values of about [0, 1].
-        clean: Values in [0, 1].
+        derained: Images in about [0, 1].
+        clean: Images in [0, 1].
 
     References:
         Ren et al., CVPR 2019, section 4.1, as computed by their code: 11×11 Gaussian window of σ = 1.5, zero
@@ -45,7 +45,7 @@ def structural_similarity(derained: Float[Tensor, "b c h w"], clean: Float[Tenso
 def _gaussian_mean(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """Return the Gaussian mean around each pixel, with zeros outside the image.
 
-    The gradient of the convolutions' zero padding is deterministic on a GPU, that of reflection padding is not.
+    On a GPU, the gradient of zero padding is deterministic; that of reflection padding is not.
     """
     offsets = torch.arange(-RADIUS, RADIUS + 1, dtype=images.dtype, device=images.device)
     window = torch.exp(offsets.square() / (-2 * SIGMA**2))
