@@ -148,7 +148,7 @@ def test_refusals(method, tmp_path):
     for name in ("gpu", "cpu:", "cpu:x", "cpu:1"):
         with pytest.raises(DerainError, match=f"device {name}"):
             choose_device(name)
-    with pytest.raises(DerainError, match="no such file of weights"):
+    with pytest.raises(DerainError, match="no such file"):
         Restorer(tmp_path / "absent.pth")
 
 

@@ -150,9 +150,8 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
             "trained_on": self.trained_on,
             "version": derain.__version__,
         }
-        return cast(
-            dict[str, Any], json.loads(json.dumps(metadata))
-        )  # tuples become lists, as in metadata that is read from a file
+        as_read_from_file = json.loads(json.dumps(metadata))  # lists instead of tuples
+        return cast(dict[str, Any], as_read_from_file)
 
     def restore_metadata(self, metadata: Mapping[str, Any]) -> None:
         """Restore the metadata other than hyper-parameters."""
@@ -346,7 +345,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         if hasattr(data, "resume_at"):
             data.resume_at(position)
         for schedule in checkpoint["lr_schedulers"]:
-            schedule.setdefault("lr_lambdas", [None] * len(schedule["base_lrs"]))  # of MultiStepLR, before 0.1
+            schedule.setdefault("lr_lambdas", [None] * len(schedule["base_lrs"]))  # of an old MultiStepLR
         self._resumed = {name: checkpoint[name] for name in ("position", "gradients") if name in checkpoint}
 
     def _compare(self, saved: Mapping[str, Any]) -> None:
@@ -370,7 +369,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
             log.info("options that differ from those of the resumed run: %s", differences)
 
     def _accumulated_gradients(self) -> dict[str, Tensor]:
-        """Return the gradients that are being accumulated, by parameter; with manual optimisation, all gradients."""
+        """Return accumulated gradients by parameter; with manual optimisation, all gradients."""
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         accumulating = progress.processed % self.trainer.accumulate_grad_batches != 0
         if self.automatic_optimization and not accumulating:
@@ -380,7 +379,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     # Training.
 
     def setup(self, stage: str) -> None:
-        """Before training, check types and ranges of the hyper-parameters.
+        """Check types and ranges of the hyper-parameters before training.
 
         Raises:
             DerainError: If a hyper-parameter is of a wrong type, not finite or out of range.

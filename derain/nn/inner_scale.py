@@ -73,7 +73,7 @@ class InnerScaleBlock(nn.Module):
     """Residual block of convolutions at several scales ("inner-scale connection block").
 
     The features are max-pooled to scales 1, 1/2, 1/4, …. From coarse to fine, the features of a scale are fused with
-    the result of the coarser scale, then convolved. Finally, the results of all scales are fused, and the input is added.
+    the result of the coarser scale, then convolved. The results of all scales are fused and added to the input.
 
     Args:
         channels: Number of channels.

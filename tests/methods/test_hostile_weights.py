@@ -232,7 +232,7 @@ def test_controllers_with_other_metadata(tmp_path):
 
 def test_numbers_that_are_not_in_the_file(tmp_path):
     torch.save({"a": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "views.pth")
-    refused(tmp_path / "views.pth", "more numbers than the file")
+    refused(tmp_path / "views.pth", "more elements than its memory")
     torch.save({"a": torch.zeros(10**7)}, tmp_path / "w.pth")
     with zipfile.ZipFile(tmp_path / "w.pth") as plain, zipfile.ZipFile(tmp_path / "packed.pth", "w") as packed:
         for entry in plain.infolist():
