@@ -29,7 +29,7 @@ class Metadata(TypedDict):
 
     Attributes:
         method: Name of the method's class.
-        class_path: Import path of the class; absent from files of derain 0.1 and older.
+        class_path: Import path of the class; absent from files written before 0.1.
         hyper_parameters: Arguments of ``__init__`` of the class.
         trained_on: Names of the training sets.
         version: Version of derain that wrote the file.

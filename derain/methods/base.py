@@ -13,7 +13,7 @@ from torch import Tensor
 from derain.batch import PairBatch
 from derain.errors import DerainError
 from derain.memory import release_freed_memory
-from derain.methods.divergence import REMEDY, listed, position
+from derain.methods.divergence import REMEDY, join_names, position
 from derain.methods.graph import Graph
 from derain.methods.interfaces import Explains
 from derain.methods.trainable import TrainableModule
@@ -103,7 +103,7 @@ class DerainModule(TrainableModule, ABC):
         return Graph(self)
 
     def next_step(self, path: Path, option: str) -> str:
-        """Return the command that restores photos with the weights of a finished training; arguments as inherited."""
+        """Return the command that restores photos with the weights of a finished training."""
         return f"restore photos: derain restore IN OUT --weights {path}{f' {option}' if option else ''}"
 
     # Evaluation.
@@ -125,6 +125,9 @@ class DerainModule(TrainableModule, ABC):
 
         Returns:
             ``derained``, ``(b, 3, h, w)`` clipped to [-1, 2], for callbacks; None if a value is not finite.
+
+        Raises:
+            DerainError: If `ImageQuality` cannot score an image, such as one that is too small for a protocol.
         """
         self._release_memory(batch["rainy"].shape)
         derained = self(batch["rainy"]).float()
@@ -183,10 +186,10 @@ class DerainModule(TrainableModule, ABC):
         names = [pairs[index].name if pairs else str(index) for index in failed]
         if self.is_fitting:
             raise DerainError(f"derained image is not finite at {position(self, names)}; {REMEDY}")
-        raise DerainError(f"{listed(names)}: derained image is not finite; use other weights")
+        raise DerainError(f"{join_names(names)}: derained image is not finite; use other weights")
 
     def _release_memory(self, shape: torch.Size) -> None:
-        """Release cached memory if the image size differs from the last one, since its blocks do not fit."""
+        """Release cached memory if the image size changed: memory blocks of another size cannot be reused."""
         if shape != self._shape:
             release_freed_memory()
         self._shape = shape

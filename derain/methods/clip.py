@@ -75,7 +75,7 @@ class FrozenCLIP:
     """Image and text features of a frozen CLIP.
 
     It is not an ``nn.Module``, so checkpoints, optimisers and EMA weights do not include it. The model stays on the CPU
-    until `images` or its user moves it.
+    until `images` or the caller moves it.
 
     Args:
         name: Id on the Hugging Face hub (``openai/clip-vit-base-patch32``) or a local directory with the same files;

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from derain.errors import DerainError
 
 REMEDY = "earlier checkpoints are intact; lower --model.learning_rate, or check these images"
+"""Advice that ends the messages."""
+
 MAX_NAMES = 8
 """Largest number of images that a message names."""
 
 
-def listed(names: Sequence[str]) -> str:
-    """Return image names as one string, of which at most `MAX_NAMES` are listed.
+def join_names(names: Sequence[str]) -> str:
+    """Join image names for a message; all but the first `MAX_NAMES` are only counted.
 
     Example:
-        >>> listed(["a", "b"]), listed("abcdefghij")
+        >>> join_names(["a", "b"]), join_names("abcdefghij")
         ('a, b', 'a, b, c, d, e, f, g, h and 2 more')
     """
     shown = ", ".join(names[:MAX_NAMES])
@@ -36,7 +38,7 @@ def position(module: LightningModule, names: Sequence[str] | None) -> str:
     step = f"epoch {module.current_epoch}, step {module.global_step}"
     if names is None:
         return f"{step}, on another device"
-    return f"{step}, images {listed(names)}" if names else step
+    return f"{step}, images {join_names(names)}" if names else step
 
 
 class FiniteCheck:
@@ -50,21 +52,22 @@ class FiniteCheck:
         self.names: list[str] = []
         self._stepped = False
 
-    def see_batch(self, batch: Any) -> None:
-        """Record the image names of a batch, its entry ``name``; names of batches before the last step are dropped."""
+    def record_batch(self, batch: Any) -> None:
+        """Record the image names of a batch (its entry ``name``); names from before the last step are dropped."""
         if self._stepped:
             self.names.clear()
         self._stepped = False
         self.names += batch.get("name", ()) if isinstance(batch, Mapping) else ()
 
-    def see_loss(self, loss: Tensor) -> None:
-        """Record a loss whose gradient is computed."""
+    def record_loss(self, loss: Tensor) -> None:
+        """Record a loss that is about to be differentiated."""
         self.losses.append(loss.detach())
 
-    def require(self, module: LightningModule, optimizer: torch.optim.Optimizer) -> Tensor:
+    def check(self, module: LightningModule, optimizer: torch.optim.Optimizer) -> Tensor:
         """Check the recorded losses and the gradients of an optimiser before its step.
 
-        With scaled losses (precision ``16-mixed``), a gradient may be infinite: the scaler then skips the step.
+        With precision ``16-mixed``, gradients that are not finite are accepted while the loss scale is above 1, since
+        the scaler then skips the step.
 
         Args:
             module: The module that is trained.

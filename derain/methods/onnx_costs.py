@@ -15,12 +15,15 @@ from derain.errors import DerainError
 from derain.files.metadata import shorten
 
 LOADING_SIZES = ((64, 64), (128, 192))
-"""Image sizes (height, width) that are checked on loading; the second reveals costs that grow faster than the image."""
+"""Image sizes (height, width) that are checked on loading; the second reveals costs that grow faster than the image.
+
+Smaller images than the first may cost as much as the first.
+"""
 
 ELEMENTS_PER_PIXEL = 1 << 14
 """Largest number of elements in memory at one time, per pixel; Restormer needs 2,000.
 
-Twice the elements of the weights are added. Smaller images count as the first of `LOADING_SIZES`.
+Twice the elements of the weights are added.
 """
 
 OPERATIONS_PER_PIXEL = 1 << 26

@@ -141,11 +141,11 @@ def add_current_folder(path: str) -> None:
 
 
 def find(path: Path, metadata: Mapping[str, Any]) -> Any:
-    """Return the known class that a file was written by, also if its class path has changed since.
+    """Return the known class that wrote a file, even if its class path has changed since.
 
     Args:
         path: The file, for messages.
-        metadata: Metadata with ``method`` and, if derain 0.1 or older did not write the file, ``class_path``.
+        metadata: Metadata with ``method`` and, unless written before 0.1, ``class_path``.
 
     Raises:
         DerainError: If no class of this path or name is known, or several of this name are.
@@ -178,7 +178,7 @@ def _unknown(path: Path, name: str, origin: str | None) -> DerainError:
     Args:
         path: The file, for the message.
         name: Name of the class.
-        origin: Class path; None for files of derain 0.1 and older.
+        origin: Class path; None for files written before 0.1.
     """
     written_by = f"{path}: was written by the method {shorten(origin or name, 100)}"
     if origin is not None and not is_importable(origin):
@@ -190,8 +190,8 @@ def _unknown(path: Path, name: str, origin: str | None) -> DerainError:
     known = ", ".join(method.__name__ for method in methods())
     module = shorten(origin, 100) if origin else f"MODULE.{shorten(name, 60)}"
     return DerainError(
-        f"{written_by}; expected one of {known}; if you trust it, add --method {module} (fit, validate, test and "
-        "predict: --model; in Python: derain.methods.catalog.use_method)"
+        f"{written_by}; expected one of {known}; if you trust its code, add --method {module} (fit, validate, "
+        "test and predict: --model; in Python: derain.methods.catalog.use_method)"
     )
 
 

@@ -427,11 +427,11 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Record the names of the images of a batch for error messages."""
-        self.finite.see_batch(batch)
+        self.finite.record_batch(batch)
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Record a loss, which is checked before the next optimiser step."""
-        self.finite.see_loss(loss)
+        self.finite.record_loss(loss)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute gradients.
@@ -451,4 +451,4 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         Raises:
             DerainError: If one is not finite.
         """
-        self.finite.require(self, optimizer)
+        self.finite.check(self, optimizer)

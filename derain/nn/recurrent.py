@@ -62,7 +62,7 @@ def lstm_step(gates: Gates, maps: Maps, cell: Float[Tensor, "b c h w"] | None) -
         maps: Inputs of the gates: features and hidden states. Zeros (None) are not convolved.
         cell: Previous cell state; None for zeros.
     """
-    x = _side_by_side([features for features in maps if features is not None])
+    x = _concatenate([features for features in maps if features is not None])
     candidate = torch.tanh_(_convolve(gates.candidate, x, maps))
     if cell is None:
         cell = _sigmoid(gates.input, x, maps) * candidate
@@ -81,11 +81,11 @@ def _convolve(gate: nn.Conv2d, x: Float[Tensor, "b c h w"], maps: Maps) -> Float
     weight = gate.weight
     if any(features is None for features in maps):
         parts = zip(weight.chunk(len(maps), dim=1), maps, strict=True)
-        weight = _side_by_side([part for part, features in parts if features is not None])
+        weight = _concatenate([part for part, features in parts if features is not None])
     return F.conv2d(x, weight, gate.bias, padding=gate.padding)
 
 
-def _side_by_side(maps: list[Tensor]) -> Tensor:
+def _concatenate(maps: list[Tensor]) -> Tensor:
     """Concatenate along the channels; a single map is not copied."""
     return maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
 
@@ -122,7 +122,7 @@ class RecurrentStage(nn.Module):
             of other stages.
 
     Shape:
-        ``(b, i, h, w)`` → ``(b, c, h, w)``.
+        Images ``(b, i, h, w)``, state ``(b, c, h, w)`` → features ``(b, c, h, w)``, new state.
 
     References:
         Ren et al., Progressive Image Deraining Networks, CVPR 2019, eq. 5 and Figure 3: f_in, f_recurrent, f_res.

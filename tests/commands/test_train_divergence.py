@@ -11,7 +11,7 @@ from derain import methods
 from derain.cli import main
 from derain.errors import DerainError
 from derain.methods import DerainModule
-from derain.methods.divergence import FiniteCheck, require_finite
+from derain.methods.divergence import FiniteCheck, position, require_finite
 from tests.runs import last, start
 from tests.tiny import MODELS
 
@@ -175,10 +175,10 @@ class Scaled(LightningModule):
         return gradient if scale <= self.finite_from else gradient * float("inf")
 
     def on_before_backward(self, loss):
-        self.finite.see_loss(loss)
+        self.finite.record_loss(loss)
 
     def on_before_optimizer_step(self, optimizer):
-        self.finite.require(self, optimizer)
+        self.finite.check(self, optimizer)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
@@ -226,6 +226,13 @@ def test_large_values_are_finite():
         require_finite(_attached(module), [torch.tensor([1.0, float("-inf")])], "weights are")
     require_finite(_attached(module), [torch.full((9,), 1e30), torch.ones(2, dtype=torch.int64)], "weights are")
     require_finite(_attached(module), [], "weights are")
+
+
+def test_a_batch_without_names_is_not_that_of_another_device():
+    module = _attached(methods.PReNetModule(stages=1))
+    assert "device" not in position(module, [])
+    assert "device" in position(module, None)
+    assert "a.png" in position(module, ["a.png"])
 
 
 def _attached(module):

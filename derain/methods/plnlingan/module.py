@@ -258,7 +258,7 @@ class PLNLINGANModule(DerainModule, Explains):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Check that the gradient is finite, and clip it."""
-        norm = self.finite.require(self, optimizer)
+        norm = self.finite.check(self, optimizer)
         if self.hparams["clip"]:
             nn.utils.clip_grads_with_norm_(optimizer.param_groups[0]["params"], self.hparams["clip"], norm)
 
