@@ -1,6 +1,7 @@
-"""Plain forms of the blocks that derain computes in another way: as the papers write them, with the same weights.
+"""Plain forms of derain's optimised blocks: computed as the papers write them, with the same weights.
 
-`plain` replaces the blocks of all networks for a while. Between blocks, maps keep the order of channels of derain.
+The context manager `plain` replaces the blocks of all networks. Maps between blocks keep derain's layout, mostly
+``(b, h, w, c)``.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,17 +23,17 @@ from derain.nn.restormer import GatedFeedForward, Norm, SelfAttention, Transform
 from derain.nn.shifted_windows import WindowBlock
 
 
-def first(x: Tensor) -> Tensor:
-    """Return a map ``(b, h, w, c)`` with its channels first."""
+def channels_first(x: Tensor) -> Tensor:
+    """Return a map ``(b, h, w, c)`` as a contiguous one ``(b, c, h, w)``."""
     return x.permute(0, 3, 1, 2).contiguous()
 
 
-def last(x: Tensor) -> Tensor:
-    """Return a map ``(b, c, h, w)`` as the others are, without copying it."""
+def channels_last(x: Tensor) -> Tensor:
+    """Return a map ``(b, c, h, w)`` as a view ``(b, h, w, c)``."""
     return x.permute(0, 2, 3, 1)
 
 
-# Restormer and what is made of its blocks.
+# Restormer and networks of its blocks.
 
 
 def norm(self: Norm, x: Tensor) -> Tensor:
@@ -40,19 +41,19 @@ def norm(self: Norm, x: Tensor) -> Tensor:
     pixels = x.contiguous().flatten(1, 2)
     deviation = torch.sqrt(pixels.var(-1, keepdim=True, unbiased=False) + self.body.eps)
     normal = (pixels - pixels.mean(-1, keepdim=True)) / deviation * self.body.weight + self.body.bias
-    return last(first(normal.reshape(x.shape)))
+    return channels_last(channels_first(normal.reshape(x.shape)))
 
 
 def bias_free_norm(self: BiasFreeNorm, x: Tensor) -> Tensor:
-    """Divide by the standard deviation of a pixel."""
+    """Divide the channels of each pixel by their standard deviation."""
     pixels = x.contiguous().flatten(1, 2)
     deviation = torch.sqrt(pixels.var(-1, keepdim=True, unbiased=False) + self.eps)
-    return last(first((pixels / deviation * self.weight).reshape(x.shape)))
+    return channels_last(channels_first((pixels / deviation * self.weight).reshape(x.shape)))
 
 
 def cosines_and_values(self: SelfAttention, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scaled cosines ``(b, heads, d, d)`` and the values ``(b, heads, d, h · w)``."""
-    queries_keys_values = self.qkv_dwconv(self.qkv(first(x))).chunk(3, dim=1)
+    """Return the cosines times the temperature ``(b, heads, d, d)``, and the values ``(b, heads, d, h * w)``."""
+    queries_keys_values = self.qkv_dwconv(self.qkv(channels_first(x))).chunk(3, dim=1)
     q, k, v = (t.reshape(len(x), len(self.temperature), -1, x.shape[1] * x.shape[2]) for t in queries_keys_values)
     return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature, v
 
@@ -61,33 +62,33 @@ def self_attention(self: SelfAttention, x: Tensor) -> Tensor:
     """Attend between channels (Restormer, eq. 1)."""
     cosines, values = cosines_and_values(self, x)
     attended = (cosines.softmax(-1) @ values).reshape(len(x), -1, *x.shape[1:3])
-    return last(self.project_out(attended))
+    return channels_last(self.project_out(attended))
 
 
 def sparse_attention(self: SparseAttention, x: Tensor) -> Tensor:
-    """Attend four times to the largest cosines (DRSformer, "TKSA")."""
+    """Attend to the largest cosines, in four branches (DRSformer, "TKSA")."""
     cosines, values = cosines_and_values(self, x)
     total: Tensor | float = 0.0
     for index, count in enumerate(self.counts, 1):
         kept = torch.zeros_like(cosines).scatter_(-1, cosines.topk(count, dim=-1).indices, 1.0)
         attention = torch.where(kept > 0, cosines, -torch.inf).softmax(-1)
         total = total + (attention @ values) * self.get_parameter(f"factor{index}")
-    return last(self.project_out(total.reshape(len(x), -1, *x.shape[1:3])))
+    return channels_last(self.project_out(total.reshape(len(x), -1, *x.shape[1:3])))
 
 
 def gated_feed_forward(self: GatedFeedForward, x: Tensor, kernels: object = None) -> Tensor:
-    """Apply the network (Restormer, eq. 2)."""
-    gate, gated = self.dwconv(self.project_in(first(x))).chunk(2, dim=1)
-    return last(self.project_out(F.gelu(gate) * gated))
+    """Apply the feed-forward network (Restormer, eq. 2)."""
+    gate, gated = self.dwconv(self.project_in(channels_first(x))).chunk(2, dim=1)
+    return channels_last(self.project_out(F.gelu(gate) * gated))
 
 
 def mixed_scale_feed_forward(self: MixedScaleFeedForward, x: Tensor, kernels: object = None) -> Tensor:
-    """Apply the network (DRSformer, "MSFN")."""
-    hidden = self.project_in(first(x))
+    """Apply the feed-forward network (DRSformer, "MSFN")."""
+    hidden = self.project_in(channels_first(x))
     fine, wide = (F.relu(layer(hidden)).chunk(2, dim=1) for layer in (self.first3, self.first5))
     second3 = F.relu(self.second3(torch.cat((fine[0], wide[0]), dim=1)))
     second5 = F.relu(self.second5(torch.cat((fine[1], wide[1]), dim=1)))
-    return last(self.project_out(torch.cat((second3, second5), dim=1)))
+    return channels_last(self.project_out(torch.cat((second3, second5), dim=1)))
 
 
 def transformer_block(self: TransformerBlock, x: Tensor) -> Tensor:
@@ -104,12 +105,12 @@ def expert(module: nn.Module, x: Tensor) -> Tensor:
 
 def expert_layer(self: ExpertLayer, x: Tensor, weights: Tensor) -> Tensor:
     """Concatenate the weighted experts, then join them ("MEFC")."""
-    x = first(x)
+    x = channels_first(x)
     modules: list[SeparableExpert | DilatedExpert] = list(self.experts)
     outputs = [expert(module, x) for module in modules]
     outputs.append(F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
     weighted = [y * weight[:, None, None, None] for y, weight in zip(outputs, weights.unbind(1), strict=True)]
-    return last(self.join(torch.cat(weighted, dim=1)))
+    return channels_last(self.join(torch.cat(weighted, dim=1)))
 
 
 def naf_block(self: nafnet.NAFBlock, x: Tensor) -> Tensor:
@@ -121,13 +122,13 @@ def naf_block(self: nafnet.NAFBlock, x: Tensor) -> Tensor:
         return y * layer.weight[:, None, None] + layer.bias[:, None, None]
 
     def gated(x: Tensor) -> Tensor:
-        one, other = x.chunk(2, dim=1)
-        return one * other
+        values, gates = x.chunk(2, dim=1)
+        return values * gates
 
-    x = first(x)
+    x = channels_first(x)
     y = gated(self.depthwise(self.expand(normal(x, self.norm1))))
     x = x + self.project(y * self.attention(y.mean((2, 3), keepdim=True))) * self.factor1
-    return last(x + self.feed_out(gated(self.feed_in(normal(x, self.norm2)))) * self.factor2)
+    return channels_last(x + self.feed_out(gated(self.feed_in(normal(x, self.norm2)))) * self.factor2)
 
 
 # Dense concatenations.
@@ -140,7 +141,7 @@ def scale_fusion(self: ScaleFusion, maps: list[Tensor], like: Tensor | None = No
 
 
 def dense_connection(self: DenseConnection, x: Tensor, skips: Any = ()) -> tuple[Tensor, list[Tensor]]:
-    """Concatenate all maps for each convolution."""
+    """Concatenate all maps before each convolution."""
     maps = [x := x.contiguous()]
     for index, block in enumerate([*self.blocks] * self.repeats):
         maps.append(x := block(x + skips[index] if skips else x))
@@ -153,7 +154,7 @@ def dense_connection(self: DenseConnection, x: Tensor, skips: Any = ()) -> tuple
 
 
 def deformable_convolution(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-    """Convolve by the operator of torchvision."""
+    """Convolve by torchvision's operator."""
     return torchvision.ops.deform_conv2d(x, offset, weight, padding=weight.shape[-1] // 2, mask=mask)
 
 
@@ -165,17 +166,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None =
 
 
 def unpool(x: Tensor, indices: Tensor, like: Tensor) -> Tensor:
-    """Put values back where the maxima were."""
+    """Put values back at the indices of max pooling."""
     return F.max_unpool2d(x, indices, 2, output_size=like.shape[2:])
 
 
-def spread(rain: Tensor, kernels: Tensor) -> Tensor:
-    """Apply a transposed convolution."""
+def transposed_convolution(rain: Tensor, kernels: Tensor) -> Tensor:
+    """Convolve by PyTorch's transposed convolution."""
     return F.conv_transpose2d(rain, kernels, padding=kernels.shape[-1] // 2)
 
 
 def scan(steps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return the units of recurrences, step by step."""
+    """Return the hidden states of recurrent units, step by step."""
     hidden = [torch.relu(steps[:, :, :, 0])]
     for index in range(1, steps.shape[3]):
         hidden.append(torch.relu(weight * hidden[-1] + bias + steps[:, :, :, index]))
@@ -183,7 +184,7 @@ def scan(steps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def whole_height(self: WindowBlock, x: Tensor) -> int:
-    """Return the rows of a strip: all of them."""
+    """Return the number of rows of a strip: all rows of the map."""
     return x.shape[1]
 
 
@@ -203,15 +204,15 @@ REPLACED: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (airnet, "deformable_convolution", deformable_convolution),
     (F, "scaled_dot_product_attention", attend),
     (nledn, "unpool", unpool),
-    (rcdnet, "spread", spread),
+    (rcdnet, "transposed_convolution", transposed_convolution),
     (spanet, "scan", scan),
 )
-"""Class or module, what is replaced of it, and its plain form."""
+"""Class or module, name of the replaced function, and its plain form."""
 
 
 @contextmanager
 def plain() -> Iterator[set[str]]:
-    """Compute in the plain form, and collect the names of the plain forms that were used."""
+    """Use the plain forms within a ``with`` block; the yielded set collects the names of those that were called."""
     used: set[str] = set()
 
     def recorded(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Alternating timings of variants, and tables of them."""
+"""Timings of variants in alternation, and tables of the results."""
 
 import importlib.util
 import statistics
@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 Times = tuple[float, float]
-"""Wall time and processor time in seconds."""
+"""Wall-clock time and processor time in seconds."""
 
 
 def time_alternately(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
-    """Return the median times of each variant; rounds run all variants, and the first one warms up."""
+    """Return the median times of each variant. Each round runs all variants; a first round, not counted, warms up."""
     times: dict[str, list[Times]] = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, run in variants.items():
@@ -30,15 +30,15 @@ def time_alternately(variants: Mapping[str, Callable[[], object]], rounds: int) 
 
 
 def report(title: str, times: Mapping[str, Times], differences: Mapping[str, float] | None = None) -> float:
-    """Print a table of variants, compared with the first.
+    """Print a table of at least two variants, compared with the first.
 
     Args:
         title: Title of the table.
         times: Times of each variant.
-        differences: Maximum difference of each variant's output from the first's.
+        differences: Maximum difference of each variant's output from the reference.
 
     Returns:
-        The speed-up of the second variant, in wall time.
+        The speed-up of the second variant over the first, by wall-clock time.
     """
     columns = ["variant", "seconds", "speed-up", "processor seconds", "speed-up"]
     if differences:

@@ -1,6 +1,7 @@
-"""The page of ``derain app`` with 20 users, 200 photos and hostile requests.
+"""The page of ``derain app`` under load: 20 users, 200 photos and hostile requests.
 
-The page runs in another process, on the CPU, with a small PReNet; all requests are local.
+The page runs in another process, on the CPU, with a small PReNet; all requests are local. Targets: every photo is
+restored, and every hostile request is refused.
 """
 
 import re
@@ -30,7 +31,7 @@ ORIGINS = ("http://evil.example", "null", "http://localhost:3000")
 
 
 def user(address: str, photo: bytes, number: int) -> list[tuple[str, float]]:
-    """Restore photos one after another like a browser; return the outcome of each, and the seconds."""
+    """Restore photos one after another like a browser; return outcome and seconds of each."""
     outcomes = []
     with httpx.Client(base_url=address, timeout=300) as client:
         client.get("/")
@@ -51,7 +52,7 @@ def user(address: str, photo: bytes, number: int) -> list[tuple[str, float]]:
 
 
 def attack(address: str, secret: Path, upload: str, done: threading.Event) -> Counter[str]:
-    """Request private files, use foreign host names and origins, and start jobs without fetching their results."""
+    """Request private files, use foreign hosts and origins, and abandon jobs until ``done``; count the answers."""
     answers: Counter[str] = Counter()
     with httpx.Client(base_url=address, timeout=60) as client:
         while not done.is_set():
@@ -110,8 +111,8 @@ def main() -> int:
             print("hostile requests by kind and status:", dict(sorted(answers.items())))
             grown = (memory.memory_info().rss - before) / 1e6
             print(f"memory of the page: {before / 1e6:.0f} MB, {grown:+.0f} MB")
-            refused = {"path 403", "host 403", "origin 403", "file 403", "abandoned 200", "abandoned 429"}
-            return int({name for name, _ in outcomes} != {"restored"} or not set(answers) <= refused)
+            allowed = {"path 403", "host 403", "origin 403", "file 403", "abandoned 200", "abandoned 429"}
+            return int({name for name, _ in outcomes} != {"restored"} or not set(answers) <= allowed)
         finally:
             page.terminate()
             page.wait()

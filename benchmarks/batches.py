@@ -1,9 +1,9 @@
-"""Training batches (8 crops of 128×128, flips) from the pixel cache against decoding two files a sample.
+"""Training batches (8 crops of 128×128, flips) from the pixel cache against decoding both files of each sample.
 
 Targets: at least 20 times the samples per second, in one process and with the default number of workers of each
-variant; memory per worker that does not grow with the number of workers. Two workers each are shown as well: sending a
-batch between processes then takes longer than making it. Images are Rain100L's if DERAIN_DATA contains them, else
-generated images of the same size.
+variant; memory per worker that does not grow with the number of workers. The ratio with two workers each has no
+target: sending a batch between processes then takes longer than loading it. Images are those of Rain100L if DERAIN_DATA
+contains it, else generated ones of the same size.
 """
 
 import os
@@ -26,14 +26,14 @@ from derain.data.transforms import Augmentation
 from derain.images import write_image
 
 SAMPLES: dict[CacheMode, int] = {"disk": 8000, "off": 400}
-"""Enough to measure seconds of loading, not the start of workers."""
+"""Number of samples by cache mode: enough to load for seconds, so that the start of workers hardly counts."""
 
 MIN_SPEED_UP = 20
 MEMORY_SAMPLES = 400
 
 
 def data_set(folder: Path) -> str:
-    """Return the ``--data`` option of Rain100L, or of 60 generated pairs of 481×321."""
+    """Return the ``--data`` option for Rain100L, or for 60 generated pairs of 481×321."""
     root = os.environ.get("DERAIN_DATA")
     if root and (Path(root) / "Rain100L").is_dir():
         return f"Rain100L:{root}/Rain100L"
@@ -47,7 +47,7 @@ def data_set(folder: Path) -> str:
 
 
 def samples_per_second(pairs: tuple[Pair, ...], mode: CacheMode, workers: int) -> float:
-    """Return the samples per second from the second batch on."""
+    """Return the samples per second, without the first batch."""
     dataset = TrainingPairs(pairs, open_cache(pairs, mode), {128: Augmentation(128)}, seed=0)
     order = TrainingBatchSampler(SAMPLES[mode], rank=0, world=1, seed=0, stages=[Stage(0, 128, 8)])
     batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=workers))
@@ -58,7 +58,7 @@ def samples_per_second(pairs: tuple[Pair, ...], mode: CacheMode, workers: int) -
 
 
 def worker_memory(pairs: tuple[Pair, ...], workers: int) -> float:
-    """Return the unshared memory of a worker in MiB, in the middle of an epoch that reads every image."""
+    """Return the mean unshared memory of a worker in MiB, in the middle of an epoch that reads every image."""
     dataset = TrainingPairs(pairs, open_cache(pairs, "disk"), {128: Augmentation(128)}, seed=0)
     order = TrainingBatchSampler(4 * MEMORY_SAMPLES, rank=0, world=1, seed=0, stages=[Stage(0, 128, 8)])
     batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=workers))

@@ -1,16 +1,16 @@
 """The conditional U-Net of DA-CLIP and IR-SDE against its textbook form: same weights, same output, less time.
 
 The textbook form (`tests/methods/daclipsde/references.py`, also the reference of the tests) computes like the authors'
-code: contiguous ``(b, c, h, w)``, variances and means for norms, `einsum` for attention, images upsampled before they
-are convolved. The variants alternately estimate the noise in one image of 256×256, on a GPU if there is one, else on
-all cores; ratios are of medians. If other programs run, processor time on a single thread (``--threads 1``) is more
-reliable than wall time; both are printed. Targets with the contexts of DA-CLIP: on a CPU, a speed-up of 1.2 in float32,
-with glibc's default settings as well as with freed memory kept (as in `derain`'s own processes), equal to 1e-5; on a
-GPU, a speed-up of 2, compiled in bf16.
+code: contiguous ``(b, c, h, w)``, normalisation from means and variances, `einsum` for attention, images upsampled
+before they are convolved. The variants take turns to estimate the noise in one image of 256×256, on a GPU if there is
+one, else on all cores; ratios are of medians. If other programs run, processor time on a single thread
+(``--threads 1``) is more reliable than wall-clock time; both are printed. Targets for DA-CLIP's network: on a CPU, a
+speed-up of 1.2 in float32, with a difference of at most 1e-5, both with glibc's default settings and with freed memory
+kept (as in `derain`'s own processes); on a GPU, a speed-up of 2, compiled in bf16.
 
-Memory does not depend on the number of sampling steps: 50 steps need less than 5 % more than 5, measured in separate
-processes on the CPU. An image of 2000×1500 is restored there in tiles within 6 GiB; tiles of a trained network show no
-seams:
+Memory must not depend on the number of sampling steps: 50 steps need at most 5 % more than 5, measured in separate
+processes on the CPU. An image of 2000×1500 must be restored in tiles within 6 GiB. The tiles of a trained network must
+not show seams, which is measured if there are weights and data:
 
     DERAIN_DATA=data DERAIN_SDE_WEIGHTS=runs/rain800/fit-1/weights.safetensors python benchmarks/daclipsde.py
 """
@@ -49,7 +49,7 @@ if DEVICE.type == "cuda":
 
 @torch.inference_mode()
 def measure(name: str) -> tuple[dict[str, Times], dict[str, float]]:
-    """Return times of all variants, and differences from the textbook form in standard deviations of its output."""
+    """Return the times of all variants, and maximum differences from the textbook form, in standard deviations."""
     torch.manual_seed(0)
     ours = ConditionalUNet(**NETWORKS[name]).to(DEVICE).eval()
     for parameter_name, parameter in ours.named_parameters():
@@ -60,20 +60,24 @@ def measure(name: str) -> tuple[dict[str, Times], dict[str, float]]:
     content, degradation = torch.randn(2, 1, 512)
     inputs = [tensor.to(DEVICE) for tensor in (noisy, rainy, torch.tensor([50]), content, degradation)]
 
-    def float32(network: Callable[..., Tensor]) -> Tensor:
+    def run_float32(network: Callable[..., Tensor]) -> Tensor:
         noise = network(*inputs).float()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         return noise
 
-    def bf16(network: Callable[..., Tensor]) -> Tensor:
+    def run_bf16(network: Callable[..., Tensor]) -> Tensor:
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            return float32(network)
+            return run_float32(network)
 
-    variants = {"textbook": lambda: float32(textbook), "ours": lambda: float32(ours), "ours, bf16": lambda: bf16(ours)}
+    variants = {
+        "textbook": lambda: run_float32(textbook),
+        "ours": lambda: run_float32(ours),
+        "ours, bf16": lambda: run_bf16(ours),
+    }
     if DEVICE.type == "cuda":
         compiled = torch.compile(ours)
-        variants["ours, bf16, compiled"] = lambda: bf16(compiled)
+        variants["ours, bf16, compiled"] = lambda: run_bf16(compiled)
     reference = textbook(*inputs)
     differences = {
         variant: float((estimate() - reference).abs().max() / reference.std()) for variant, estimate in variants.items()
@@ -94,7 +98,7 @@ def large_image_memory() -> float:
     """Return the peak memory of this process in GiB, after one step on an image of 2000×1500 with contexts."""
     keep_freed_memory()
     module = DACLIPSDEModule().eval()
-    module.check = lambda: None  # no CLIP: the embeddings are constant
+    module.check_requirements = lambda: None  # CLIP is not needed: the embeddings are constant
     module.encode = lambda rainy: {"content": torch.ones(1, 512), "degradation": torch.ones(1, 512)}
     image = np.random.default_rng(0).random((1500, 2000, 3), np.float32)
     Restorer(module, device="cpu", sampling=Sampling(steps=1))(image)
@@ -102,7 +106,7 @@ def large_image_memory() -> float:
 
 
 def seams(file: str) -> tuple[float, float]:
-    """Return how much the effect of tiles changes between adjacent rows or columns: at tile borders, and on average."""
+    """Return how much tiling changes differences of adjacent rows or columns: at tile borders, and on average."""
     tile, overlap = 192, 64
     split = find_pairs("Rain100L", "test", data_root=Path(os.environ["DERAIN_DATA"]))
     rainy, _ = split.pairs[0].read()
@@ -144,7 +148,7 @@ def compare_network(name: str, threads: int, freed_memory_kept: bool) -> bool:
 def main() -> int:
     """Print times, ratios and memory; return 1 if a target is missed."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of PyTorch")
     parser.add_argument("--network", choices=NETWORKS, help="measure only this network")
     parser.add_argument("--keep-freed-memory", action="store_true", help="with --network: glibc keeps freed memory")
     parser.add_argument("--sampling-memory", type=int, metavar="STEPS", help="print the peak memory of sampling in KiB")
@@ -173,7 +177,7 @@ def main() -> int:
     missed |= peak > MAX_GIBIBYTES
     if os.environ.get("DERAIN_SDE_WEIGHTS") and os.environ.get("DERAIN_DATA"):
         at_borders, overall = seams(os.environ["DERAIN_SDE_WEIGHTS"])
-        print(f"the effect of tiles changes by {at_borders:.1e} at their borders, by {overall:.1e} on average")
+        print(f"change of the effect of tiling: {at_borders:.1e} at tile borders, {overall:.1e} on average")
         missed |= at_borders > SEAM_RATIO * overall
     else:
         print("seams skipped: needs DERAIN_SDE_WEIGHTS (weights of DACLIPSDEModule) and DERAIN_DATA (data sets)")

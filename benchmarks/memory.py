@@ -1,4 +1,4 @@
-"""Peak resident memory of ``derain restore`` on a 3840×2160 photo with the full PReNet; target: at most 4 GiB."""
+"""Peak resident memory of ``derain restore`` for a 3840×2160 photo with a full-size PReNet; target: at most 4 GiB."""
 
 import resource
 import subprocess
@@ -14,6 +14,7 @@ from derain.images import write_image
 from derain.methods import PReNetModule
 
 LIMIT = 4.0
+"""Memory in GiB."""
 
 
 def main() -> int:

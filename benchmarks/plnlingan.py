@@ -3,13 +3,14 @@
 A training round has five generator steps and one discriminator step, on batches of two crops of 112×112 with networks
 of the paper's size. The textbook form (`tests/methods/plnlingan/references.py`, also the reference of the tests)
 partitions windows and builds their masks at each call, keeps the discriminator's graph during generator steps, and
-computes the features of clean images again for the discriminator step. Targets: speed-up of 1.3, losses equal to 1e-5.
+computes the features of clean images again for the discriminator step. Targets: a speed-up of 1.3, and losses that
+differ by at most 1e-5.
 
-At inference, the hierarchy is skipped, with the same output. That saves multiplications by a factor of 1.206, the
-maximum of the speed-up; target: 1.12.
+At inference, the hierarchy is skipped, with the same output. With it, there are 1.206 times as many multiplications,
+which bounds the speed-up; target: 1.12.
 
-Rounds alternate between the variants; ratios are of medians. If other programs run, processor time on a single thread
-(``--threads 1``) is more reliable than wall time; both are printed.
+Each round runs all variants; ratios are of medians. If other programs run, processor time on a single thread
+(``--threads 1``) is more reliable than wall-clock time; both are printed.
 """
 
 import argparse
@@ -87,7 +88,7 @@ def textbook(module: PLNLINGANModule) -> list[float]:
 
 
 def step(parts: dict[str, list[Tensor]], optimizer: torch.optim.Adam) -> list[float]:
-    """Step an optimiser; return the losses."""
+    """Backpropagate the weighted losses, step the optimiser, and return the losses."""
     optimizer.zero_grad()
     weighted_sum(parts, 1.0, 1.0).backward()
     optimizer.step()
@@ -97,8 +98,8 @@ def step(parts: dict[str, list[Tensor]], optimizer: torch.optim.Adam) -> list[fl
 def main() -> int:
     """Print times and ratios; return 1 if a target is missed."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of PyTorch")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds after a warm-up")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()

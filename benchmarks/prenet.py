@@ -1,9 +1,10 @@
 """PReNet restoring Rain100L: ours against the authors' code (eager, float32, one image after another).
 
-All variants restore the same images alternately on all cores; ratios are medians over the images. Targets: float32 is
-at least as fast, and equal to 1e-5; on processors with bfloat16 instructions, bf16 has a speed-up of 1.6, compiled of
-2.1, and loses at most 0.02 dB. On other processors bfloat16 is emulated; its time is shown. Images and the authors'
-weights (beside the data) are loaded from DERAIN_DATA if they exist; otherwise images are generated and weights random.
+All variants take turns to restore the same images on all cores; ratios are medians over the images. Targets: float32
+is at least as fast, and differs by at most 1e-5; on processors with bfloat16 instructions, bf16 has a speed-up of 1.6,
+or 2.1 if compiled, and loses at most 0.02 dB. Other processors emulate bfloat16; its time is shown without a target.
+Images are read from DERAIN_DATA, and the authors' weights from ``../weights/prenet`` beside it; otherwise images are
+generated, and weights are random.
 """
 
 import os
@@ -39,7 +40,7 @@ LIMITS = {"float32": 1.0, "bf16": 1.6, "bf16, compiled": 2.1}
 
 
 def authors(state, rainy):
-    """Restore an image with PReNet as published."""
+    """Restore an image ``(h, w, 3)`` in [0, 1] by the authors' code, with their state dict."""
 
     def conv(name, x):
         return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], padding=1)
@@ -60,7 +61,7 @@ def authors(state, rainy):
 
 
 def images():
-    """Return rainy images in [0, 1], clean pixels, and a description."""
+    """Return rainy images in [0, 1], clean ones in [0, 255], and a description."""
     root = Path(os.environ.get("DERAIN_DATA", "")) / "Rain100L"
     if (root / "rainy").is_dir():
         names = [f"{number:03d}.png" for number in range(1, IMAGES + 1)]
@@ -77,7 +78,7 @@ def images():
 
 
 def method():
-    """Return PReNet and a description of its weights."""
+    """Return the PReNet module, and a description of its weights."""
     path = Path(os.environ.get("DERAIN_DATA", ""), "../weights/prenet/Rain100L/PReNet6/net_latest.pth")
     if path.is_file():
         return catalog.load(path).module, "the authors' weights"
@@ -86,7 +87,7 @@ def method():
 
 
 def emulated(network, rainy):
-    """Restore an image with bf16 on a processor without its instructions."""
+    """Restore an image in bf16 on a processor without bf16 instructions."""
     image = torch.from_numpy(rainy.transpose(2, 0, 1).copy())[None]
     with torch.autocast("cpu", torch.bfloat16):
         derained = network(image.contiguous(memory_format=torch.channels_last))
@@ -129,7 +130,7 @@ def main():
 
 
 def add_row(table, name, rounds, clean):
-    """Add a variant to the table; return whether it meets its targets."""
+    """Add a row for a variant; return whether the variant meets its targets."""
     times, speed_ups, differences, gains = [], [], [], []
     protocol = resolve(["matlab-y"])[0]
     for results, image in zip(rounds, clean, strict=True):

@@ -1,11 +1,11 @@
 """Restormer against the published network: same weights, same output, less time.
 
-The published network (`Published`, also the reference of the tests) moves the channels of every pixel to the end
-and back to normalise them, works on ``(b, c, h, w)``, and runs eagerly in float32. All variants restore the same crop
-of 256×256 on all cores, and train on two crops of 128×128; ratios are of medians. Targets: equal to 1e-5 in float32;
-speed-ups of 1.8 (eager), 2.3 (compiled), 4 (compiled in bf16, if the processor has instructions for it) and 1.5
-(training step). `derain` makes glibc keep freed memory in its own processes, unlike the published code; the effect of
-this setting alone is shown.
+The published network (`Published`, also the reference of the tests) works on ``(b, c, h, w)``, copies maps to
+``(b, h * w, c)`` and back for normalisation, and runs eagerly in float32. All variants restore the same crop of
+256×256 on all cores; training steps are on two crops of 128×128. Ratios are of medians. Targets: a difference of at
+most 1e-5 in float32; speed-ups of 1.8 (eager), 2.3 (compiled), 4 (compiled in bf16, if the processor has instructions
+for it) and 1.5 (training step). `derain` makes glibc keep freed memory in its own processes, unlike the published code;
+the effect of this setting alone is shown. ``--no-compile`` skips the compiled variants.
 """
 
 import statistics
@@ -89,7 +89,7 @@ class PublishedBlock(nn.Module):
 
 
 class Published(nn.Module):
-    """Restormer as its authors arranged it; takes the same state dict as ours."""
+    """Restormer computed as by its authors; accepts the same state dict as ours."""
 
     def __init__(self, dim=48, blocks=(4, 6, 6, 8), refinement=4, heads=(1, 2, 4, 8), expansion=2.66) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Published(nn.Module):
 
 
 def seconds(step: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """Return the median time of a step, after one that warms up."""
+    """Return the median time of a step in seconds, after a warm-up."""
     times = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -144,7 +144,7 @@ def seconds(step: Callable[[], object], rounds: int = ROUNDS) -> float:
 
 
 def training_step(network: nn.Module, images: Tensor) -> Callable[[], None]:
-    """Return a training step: forward, mean absolute error, backward, AdamW."""
+    """Return a function for a training step: forward, mean absolute error, backward, AdamW."""
     optimizer = torch.optim.AdamW(network.parameters())
 
     def step() -> None:
@@ -156,7 +156,7 @@ def training_step(network: nn.Module, images: Tensor) -> Callable[[], None]:
 
 
 def published_seconds() -> tuple[float, float]:
-    """Return the seconds of the published network for an image and for a training step."""
+    """Return the seconds that the published network needs for an image and for a training step."""
     torch.manual_seed(0)
     published = Published().eval()
     image, crops = torch.rand(1, 3, SIDE, SIDE), torch.rand(2, 3, CROP, CROP)
@@ -166,7 +166,7 @@ def published_seconds() -> tuple[float, float]:
 
 
 def our_seconds() -> tuple[dict[str, float], dict[str, float]]:
-    """Return the seconds of each variant, and the maximum differences from the published network's output."""
+    """Return the seconds of each variant, and maximum differences from the published network's output."""
     torch.manual_seed(0)
     published, ours = Published().eval(), Restormer().eval()
     ours.load_state_dict(published.state_dict())

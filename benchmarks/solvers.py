@@ -1,11 +1,11 @@
 """Error of the second-order solvers on a Gaussian, and quality of all solvers on a trained network.
 
-On a Gaussian: 2-Wasserstein distance between the solver's result and the clean residuals, with the exact score; needs
-neither weights nor data. On a network: 5 to 100 steps and three seeds.
+On a Gaussian: 2-Wasserstein distance between the solver's result and the clean residuals, with the exact score; this
+needs neither weights nor data. On a network: PSNR, SSIM and time with 5 to 100 steps and three seeds, on a GPU if there
+is one. Images are central crops of 128×128 from Rain800's test images; the protocol is `matlab-y`.
 
-Targets on the network: a semi-analytic solver (``mrs-*``) with 10 steps is at most 0.1 dB worse than posterior sampling
-with 100 steps on the same images and seeds, and at least 9 times as fast. Images are central crops of
-128×128 of test images; PSNR and SSIM by the protocol `matlab-y`; on a GPU if there is one.
+Target on the network: at least one ``mrs-*`` solver with 10 steps is at most 0.1 dB worse than posterior sampling with
+100 steps on the same images and seeds, and at least 9 times as fast.
 
     DERAIN_DATA=data DERAIN_SDE_WEIGHTS=runs/rain800/fit-1/weights.safetensors python benchmarks/solvers.py
 """
@@ -36,7 +36,7 @@ MEAN, STD = 0.3, 0.15
 
 
 class UnitNoise:
-    """Noise that is 1 in one image of a batch for each draw, and 0 elsewhere: shows the weight of every draw."""
+    """Noise whose n-th draw is 1 in the n-th image of a batch and 0 elsewhere: isolates the weight of each draw."""
 
     def __init__(self, images: int) -> None:
         self.images, self.draws = images, 0
@@ -52,8 +52,8 @@ class UnitNoise:
 def gaussian_error(solver: str, steps: int, max_sigma: float) -> float:
     """Return the 2-Wasserstein distance of a solver's residuals to N(MEAN, STD²), with the exact score.
 
-    Every step is linear in state and noise, so the result is Gaussian: one run without noise gives its mean, one run
-    for each draw of noise gives the weight of that draw.
+    Every step is linear in state and noise, so the result is Gaussian. One image of the batch gets no noise and gives
+    the mean; each of the others gets one draw of noise and gives the weight of that draw.
     """
     sde = MeanRevertingSDE(max_sigma)
     rainy = torch.zeros(steps + 2, 1, 1, 1)
@@ -70,7 +70,7 @@ def gaussian_error(solver: str, steps: int, max_sigma: float) -> float:
 
 
 def print_gaussian_errors() -> None:
-    """Print the table of the errors on a Gaussian."""
+    """Print a table of the errors on a Gaussian."""
     names = ("mrs-ode2", "mars-ode2", "mrs-sde2", "mars-sde2")
     print("2-Wasserstein distance to a Gaussian of clean residuals")
     print(f"{'steps':>5} {'λ':>7}", *(f"{name:>10}" for name in names))
@@ -80,7 +80,7 @@ def print_gaussian_errors() -> None:
 
 
 def crops(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rainy and clean central crops of evenly spaced test images, in [0, 1]."""
+    """Return rainy and clean central crops ``(n, 3, h, w)`` of evenly spaced test images, in [0, 1]."""
     pairs = find_pairs(name, "test", data_root=Path(os.environ["DERAIN_DATA"])).pairs
     rainy_crops: list[torch.Tensor] = []
     clean_crops: list[torch.Tensor] = []
@@ -98,7 +98,7 @@ def central_crop(pixels: np.ndarray) -> torch.Tensor:
 
 
 def evaluate(derained: torch.Tensor, clean: torch.Tensor) -> tuple[float, float]:
-    """Return the mean PSNR and SSIM."""
+    """Return the mean PSNR in dB and the mean SSIM."""
     (protocol,) = resolve(["matlab-y"])
     pairs = zip(derained.permute(0, 2, 3, 1).numpy(), clean.permute(0, 2, 3, 1).numpy(), strict=True)
     scores = [psnr_ssim(image, reference, protocol) for image, reference in pairs]

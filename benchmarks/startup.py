@@ -9,7 +9,7 @@ LIMIT = 1 / 8
 
 
 def seconds(*command: str) -> float:
-    """Return the wall time of a Python process."""
+    """Return the wall-clock time of a Python process."""
     start = time.perf_counter()
     subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - start

@@ -1,12 +1,12 @@
-"""Networks of other systems against the plain form of their papers, and the memory of a 1920×1080 photo.
+"""Published networks against plain forms of their blocks, and their memory for a 1920×1080 photo.
 
-``zoo.py [NETWORK …] [--size 256] [--rounds 3]`` restores an image with random weights, by derain's blocks and by the
-plain ones of ``_plain.py``; both keep large blocks of freed memory. Target: outputs equal to 1e-4 of the largest value
-(in float64 if float32 is less exact), and a network no slower than its plain form (5 % are noise).
-Networks that use no block with another form are listed as plain.
+``zoo.py [NETWORK …] [--size 256] [--rounds 3]`` restores an image with random weights, with derain's blocks and with
+the plain forms of ``_plain.py``; glibc keeps freed memory for both. Targets: outputs differ by at most 1e-4 of the
+largest value (compared in float64 if float32 differs more), and the network is no slower than its plain form, with a
+tolerance of 5 %. Networks without optimised blocks are skipped.
 
-``zoo.py --memory [NETWORK …]`` restores one tile of the side that derain chooses for the photo with 4 GiB of memory,
-each network in a process of its own, while it holds the image and the sum of the tiles. Target: at most 4 GiB. With
+``zoo.py --memory [NETWORK …]`` restores one tile of the size that derain chooses for the photo with 4 GiB of memory,
+each network in a process of its own, with the image and the sum of the tiles in memory. Target: at most 4 GiB. With
 ``--part 4``, a quarter of a tile is restored, and the memory that it needs is multiplied by 4.
 """
 
@@ -36,7 +36,7 @@ TOLERANCE, MIN_SPEED_UP = 1e-4, 0.95
 
 
 def module(name: str) -> RegressionModule:
-    """Return a network with random weights; those that start as zeros, too."""
+    """Return a module with random weights, including those that are initialised with zeros."""
     torch.manual_seed(0)
     method = RegressionModule(network=name).eval()
     with torch.no_grad():
@@ -48,14 +48,14 @@ def module(name: str) -> RegressionModule:
 
 @torch.inference_mode()
 def compare(name: str, size: int, rounds: int) -> bool:
-    """Print the time of a network and its plain form; return whether a target is missed."""
+    """Print the times of a network and its plain form; return whether a target is missed."""
     network = module(name).network
     contiguous = torch.rand(1, 3, size, size)
     image = contiguous.contiguous(memory_format=torch.channels_last)  # as derain restores it
     with plain() as used:
         expected = network(contiguous)
     if not used:
-        print(f"{name:12} is the plain form", flush=True)
+        print(f"{name:12} has no optimised blocks", flush=True)
         return False
     difference = float((network(image) - expected).abs().max() / expected.abs().max())
 
@@ -85,7 +85,7 @@ def measure_memory(name: str, part: int) -> None:
 
     Args:
         name: The network.
-        part: Part of a tile's pixels that is restored; the memory that they need is multiplied by it.
+        part: Divisor of the number of pixels that are restored, and factor of the memory that they need.
     """
     keep_freed_memory()
     method = module(name)
@@ -95,9 +95,9 @@ def measure_memory(name: str, part: int) -> None:
     held = torch.ones(4, HEIGHT, WIDTH)  # the sum of the tiles and of their weights
     rows, columns = (round(min(tile, side) / part**0.5) for side in (HEIGHT, WIDTH))
     if isinstance(window := getattr(method.network, "window", None), int) and name == "NeRDRain":
-        rows, columns, part = window, window + 1, 1  # the network uses windows of its own: two of them
+        rows, columns, part = window, window + 1, 1  # restores large images in windows: measure two of them
     restorer = Restorer(method, device="cpu", tile=None)
-    restorer(image[:, :64, :64])  # memory that libraries keep
+    restorer(image[:, :64, :64])  # libraries allocate memory that they keep
     before = peak_memory()
     restorer(image[:, :rows, :columns])
     print(tile, before + part * (peak_memory() - before), held.numel())
@@ -122,11 +122,11 @@ def main() -> int:
     """Print a line for each network; return 1 if a target is missed."""
     names = [path.rpartition(".")[2] for path in NETWORKS]
     parser = argparse.ArgumentParser()
-    parser.add_argument("networks", nargs="*", default=names)
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--part", type=int, default=1)
+    parser.add_argument("networks", nargs="*", default=names, help="names of networks; by default all")
+    parser.add_argument("--size", type=int, default=256, help="side of the image in pixels")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds after a warm-up")
+    parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
+    parser.add_argument("--part", type=int, default=1, help="with --memory: restore 1/PART of a tile")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:

@@ -1,4 +1,4 @@
-"""Models by name: bundled weights ``NAME.safetensors`` with a card ``NAME.md``, and public ones on the hub."""
+"""Models by name: bundled weights ``NAME.safetensors`` with a card ``NAME.md``, and weights on Hugging Face."""
 
 from dataclasses import dataclass, field
 from functools import cache
@@ -8,16 +8,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class PublicModel:
-    """Weights that someone publishes on the Hugging Face hub.
+    """Weights that other people publish on the Hugging Face hub.
 
     Attributes:
-        hub: ``OWNER/NAME``.
-        file: The weights file in the repository.
-        method: The network.
+        hub: Repository, ``OWNER/NAME``.
+        file: Name of the weights file in the repository.
+        method: The network and its size, for display.
         licence: Licence of the weights.
         trained_on: Names of the training sets.
-        sha256: Hash of the file; None if it is not known.
-        published: Results that the publisher prints: PSNR in dB and SSIM by data set.
+        sha256: SHA-256 of the file in hexadecimal; None if no hash is recorded.
+        published: Results that the publisher reports: PSNR in dB and SSIM, by data set.
     """
 
     hub: str
@@ -30,14 +30,14 @@ class PublicModel:
 
 
 def bundled() -> dict[str, Path]:
-    """Return the weights files of the bundled models by name."""
+    """Return the weights files of the bundled models, by name."""
     return {file.stem: file for file in sorted(Path(__file__).parent.glob("*.safetensors"))}
 
 
 @cache
 def public() -> dict[str, PublicModel]:
-    """Return the public models that derain knows by name."""
-    import yaml  # most commands do not need it
+    """Return the models of ``public.yaml``, by name."""
+    import yaml  # not needed by most commands
 
     text = Path(__file__).with_name("public.yaml").read_text(encoding="utf-8")
     entries: dict[str, dict[str, Any]] = yaml.safe_load(text)

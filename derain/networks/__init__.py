@@ -1,4 +1,4 @@
-"""Networks of published systems, which `derain.methods.regression.RegressionModule` trains and runs."""
+"""Published networks, which `derain.methods.regression.RegressionModule` trains and runs."""
 
 NETWORKS = (
     "derain.networks.drsformer.DRSformer",
@@ -23,4 +23,4 @@ NETWORKS = (
     "derain.networks.nafnet.NAFNet",
     "derain.networks.restormer.Restormer",
 )
-"""Class paths of the networks: a new one adds a line."""
+"""Class paths of the networks. Authors' weights files are compared with their signatures in this order."""

@@ -1,4 +1,4 @@
-"""AirNet: a network of deformable convolutions that features of the degradation guide.
+"""AirNet: deformable convolutions guided by features of the degradation.
 
 Li et al., All-In-One Image Restoration for Unknown Corruption, CVPR 2022.
 """
@@ -22,8 +22,8 @@ class EncoderBlock(nn.Module):
     """Residual block with batch normalisation.
 
     Args:
-        inputs: Channels of its input.
-        outputs: Channels of its output.
+        inputs: Channels of the input.
+        outputs: Channels of the output.
         stride: Stride of the first convolution and of the shortcut.
     """
 
@@ -44,7 +44,7 @@ class EncoderBlock(nn.Module):
 
 
 class DegradationEncoder(nn.Module):
-    """Encoder of the degradation: features of each pixel, and an embedding of the image for training ("CBDE").
+    """Encoder of the degradation: a map of features, and for training an embedding of the image ("CBDE").
 
     Args:
         channels: Number of channels of the features.
@@ -68,22 +68,24 @@ class DegradationEncoder(nn.Module):
         )
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
-        """Return the embeddings of images."""
+        """Return an embedding for each image; not normalised."""
         return self.embed(self.features(image))
 
     def embed(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b e"]:
-        """Return the embeddings of features; not normalised."""
+        """Return an embedding for each map of features; not normalised."""
         return cast(Tensor, self.head(self.blocks(features).mean((2, 3))))
 
 
 class Guidance(nn.Module):
     """Deformable convolution, scale and shift, all guided by features of the degradation ("DGM").
 
+    Before training, all offsets are 0 and all masks 1/2.
+
     Args:
         channels: Number of channels.
 
     References:
-        AirNet, section 3.3. Offsets are zero and masks 1/2 before training.
+        AirNet, section 3.3.
     """
 
     def __init__(self, channels: int) -> None:
@@ -108,7 +110,7 @@ class Guidance(nn.Module):
         return x + deformed + torch.addcmul(self.shift(guide), x, self.scale(guide))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the deformable convolution as work that thop does not see."""
+        """Return corrections of the counts: thop omits the deformable convolution."""
         deformable = self.weight.numel() * (output.numel() // output.shape[1])
         return -deformable, deformable
 
@@ -133,7 +135,7 @@ class Block(nn.Module):
 
 
 class Group(nn.Module):
-    """Some blocks and a convolution, with a residual connection ("DGG").
+    """Blocks and a convolution, with a residual connection ("DGG").
 
     Args:
         channels: Number of channels.
@@ -154,9 +156,9 @@ class Group(nn.Module):
 
 
 class AirNet(Network):
-    """AirNet: encoder of the degradation, and groups of blocks that it guides.
+    """AirNet: groups of blocks, guided by an encoder of the degradation.
 
-    Outputs are ``derained`` and, in training mode, ``embedding`` ``(b, 4 channels)``, which the contrastive loss of
+    Outputs are ``derained`` and, in training mode, ``embedding`` ``(b, 4 * channels)``, which the contrastive loss of
     `derain.methods.airnet` compares.
 
     Args:
@@ -165,8 +167,8 @@ class AirNet(Network):
         blocks: Number of blocks of a group.
 
     References:
-        AirNet, section 3 and Figures 2 and 3. 7,610,377 parameters by default, of which 1,319,936 are the encoder;
-        the authors' file has a second encoder for training.
+        AirNet, section 3 and Figures 2 and 3. 7,610,377 parameters by default, of which the encoder has 1,319,936;
+        the authors' file also has a second encoder, which is used only in training.
     """
 
     bytes_per_pixel: ClassVar[int] = 4300
@@ -208,7 +210,7 @@ class AirNet(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return the arguments of ``__init__``."""
+        """Return all arguments of ``__init__``; None for another network."""
         if cls.signature not in state:
             return None
         return {

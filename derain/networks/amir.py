@@ -1,4 +1,4 @@
-"""AMIR: Restormer whose features take routes that depend on an instruction vector of the image.
+"""AMIR: Restormer whose features are routed by an instruction vector of the image.
 
 Yang et al., All-In-One Medical Image Restoration via Task-Adaptive Routing, MICCAI 2024.
 """
@@ -20,7 +20,7 @@ from derain.nn.padding import pad_to_minimum
 from derain.nn.restormer import Downsample, PatchEmbedding, TransformerBlock, Upsample, pointwise, spatial
 
 MIN_DEVIATION = 0.01
-"""Smallest standard deviation of the noise of gates in training."""
+"""Minimum standard deviation of the noise that training adds to the logits of the gates."""
 
 
 class Instruction(nn.Module):
@@ -32,7 +32,7 @@ class Instruction(nn.Module):
         hidden: Number of channels of the convolutions.
 
     Shape:
-        Images ``(b, 3, h, w)`` → ``(b, channels)``. Images below 9×9 pixels are enlarged by repeating their border.
+        Images ``(b, 3, h, w)`` → ``(b, channels)``. Sides below 9 pixels are padded by repeating the border.
 
     References:
         AMIR, section 2.2.
@@ -60,14 +60,14 @@ class Instruction(nn.Module):
 
 
 class ChannelRouting(nn.Module):
-    """Scale and shift of channels, as strong as the instruction says.
+    """Scale and shift of each channel, weighted by the instruction vector; both are 0 before training.
 
     Args:
         channels: Number of channels.
         instruction: Length of the instruction vector.
 
     References:
-        AMIR, section 2.2. Scale and shift are zero before training.
+        AMIR, section 2.2.
     """
 
     def __init__(self, channels: int, instruction: int) -> None:
@@ -77,13 +77,13 @@ class ChannelRouting(nn.Module):
         self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x: Float[Tensor, "b h w c"], instruction: Float[Tensor, "b i"]) -> Float[Tensor, "b h w c"]:
-        """Return ``x + s (scale x + shift)``, where ``s`` is a sigmoid for each channel."""
+        """Return ``x + s (scale x + shift)``, where the instruction determines ``s`` in (0, 1) for each channel."""
         strength = self.instruction(instruction).sigmoid()[:, None, None]
         return torch.addcmul(strength * self.shift.flatten(), x, 1 + strength * self.scale.flatten())
 
 
 class SpatialRouting(nn.Module):
-    """Mixture of experts that each pixel chooses from, by its features and the instruction.
+    """Mixture of experts, which each pixel selects by its features and the instruction vector.
 
     With expert outputs y and gates g, which sum to 1 over the selected experts, the result is
     ``x + log Σ g exp(y)`` for each channel. In training, noise is added to the logits of the gates.
@@ -92,11 +92,11 @@ class SpatialRouting(nn.Module):
         channels: Number of channels.
         instruction: Length of the instruction vector.
         experts: Number of experts.
-        selected: Number of experts of a pixel.
+        selected: Number of experts that each pixel selects.
         expansion: Number of hidden channels of an expert divided by ``channels``.
 
     Raises:
-        DerainError: If not fewer experts are selected than there are.
+        DerainError: If ``selected`` is not from 1 to ``experts - 1``.
 
     References:
         AMIR, section 2.2; noisy gates and their loss: Shazeer et al., Outrageously Large Neural Networks, ICLR 2017,
@@ -106,7 +106,7 @@ class SpatialRouting(nn.Module):
     def __init__(self, channels: int, instruction: int, experts: int, selected: int, expansion: float) -> None:
         super().__init__()
         if not 0 < selected < experts:
-            raise DerainError(f"{selected} of {experts} experts are selected; expected 1 to {experts - 1}")
+            raise DerainError(f"selected {selected}: expected 1 to {experts - 1}, fewer than the {experts} experts")
         self.selected = selected
         hidden = int(expansion * channels)
         self.instruction = nn.Linear(instruction, channels)
@@ -119,7 +119,7 @@ class SpatialRouting(nn.Module):
     def forward(
         self, x: Float[Tensor, "b h w c"], instruction: Float[Tensor, "b i"]
     ) -> tuple[Float[Tensor, "b h w c"], Tensor | None]:
-        """Return the features, and in training the loss that balances the experts."""
+        """Return the features, and the loss that balances the experts; None outside of training."""
         instruction = self.instruction(instruction)
         logits = self._logits(x, instruction, self.gate)
         loss = None
@@ -134,13 +134,13 @@ class SpatialRouting(nn.Module):
         return x + mixed, loss
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Any) -> tuple[int, int]:
-        """Return what to take off for experts that a pixel does not select, and the multiplications of the gates."""
+        """Return minus the multiplications of experts that pixels do not select, and those of the gates."""
         (expert, *others), pixels = self.experts, inputs[0].numel() // inputs[0].shape[-1]
         layers = sum(layer.weight.numel() for layer in expert.modules() if isinstance(layer, nn.Linear))
         return -(1 + len(others) - self.selected) * layers * pixels, self.gate.numel() * pixels
 
     def _logits(self, x: Tensor, instruction: Tensor, weight: Tensor) -> Float[Tensor, "n experts"]:
-        """Return the product of ``[x, instruction]`` and a weight for each pixel."""
+        """Return ``[x, instruction] · weight`` for each pixel."""
         of_features, of_instruction = weight.chunk(2)
         return (x @ of_features + (instruction @ of_instruction)[:, None, None]).flatten(0, 2)
 
@@ -166,18 +166,18 @@ class SpatialRouting(nn.Module):
         return torch.logsumexp(outputs + gates[..., None], dim=1)
 
     def _imbalance(self, clean: Tensor, noisy: Tensor, deviation: Tensor) -> Float[Tensor, ""]:
-        """Return how unequal sums of gates, and expected numbers of pixels, are between experts."""
+        """Return the balancing loss: squared variations of sums of gates and of expected numbers of pixels."""
         top, index = noisy.topk(self.selected + 1, dim=1)
         gates = top[:, :-1].softmax(1)
         importance = torch.zeros_like(noisy).scatter(1, index[:, :-1], gates).sum(0)
-        # The other logits an expert is compared with: the k-th largest of them.
+        # The k-th largest logit of the other experts, which an expert must exceed to be selected.
         threshold = torch.where(noisy > top[:, -1:], top[:, -1:], top[:, -2:-1])
         load = torch.special.ndtr((clean - threshold) / deviation).sum(0)
         return squared_variation(importance) + squared_variation(load)
 
 
 def squared_variation(x: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    """Return the squared coefficient of variation: variance divided by squared mean.
+    """Return the squared coefficient of variation: unbiased variance divided by squared mean.
 
     Example:
         >>> squared_variation(torch.tensor([1.0, 3.0]))
@@ -191,7 +191,7 @@ class AMIR(Network):
     """AMIR: Restormer with spatial routing in the encoder and channel routing in the decoder.
 
     Outputs are ``derained`` and, in training mode, ``routing_loss``: a scalar, the sum over the three spatial routings.
-    The published loss is the mean absolute error plus 0.001 of it.
+    The published loss is the mean absolute error plus 0.001 times ``routing_loss``.
 
     Args:
         dim: Number of channels at the finest level; it doubles at each level.
@@ -202,18 +202,21 @@ class AMIR(Network):
         atoms: Number of learned vectors that instruction vectors are sums of.
         instruction: Length of the instruction vector.
         experts: Number of experts of each spatial routing.
-        selected: Number of experts that a pixel selects; the authors' files do not record it.
+        selected: Number of experts that each pixel selects; the authors' files do not record it.
 
     Raises:
-        DerainError: If ``blocks`` or ``heads`` does not have four numbers.
+        DerainError: If ``blocks`` or ``heads`` does not have four numbers, heads do not divide the channels of their
+            level, or ``selected`` is not from 1 to ``experts - 1``.
 
     References:
-        AMIR, section 2 and Figure 1; the authors restore medical images of one channel. 23,543,918 parameters.
+        AMIR, section 2 and Figure 1. 23,543,918 parameters by default. The authors restore medical images with one
+        channel.
     """
 
     size_multiple: ClassVar[int] = 8
     bytes_per_pixel: ClassVar[int] = 5000
     signature: ClassVar[str] = "spatial_routing_encoder_level1.moe.w_gate"
+    published_options: ClassVar[frozenset[str]] = frozenset({"selected"})
     published_names: ClassVar[Names] = (
         (r"spatial_routing_encoder_level\d\.moe\.(mean|std)", None),
         (r"^patch_embed\.", "embedding."),
@@ -298,7 +301,7 @@ class AMIR(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return the arguments of ``__init__``; each level has at least one block."""
+        """Return all arguments but ``selected``; None for another network. Each level must have a block."""
         if cls.signature not in state or (options := restormer_options(state)) is None:
             return None
         atoms, instruction = state["dict_generator.dictionary"].shape

@@ -1,4 +1,4 @@
-"""Base class of the networks: outputs, padding, order of channels, and the names of the authors' tensors."""
+"""Base class of the networks: outputs, padding, channel order, and translation of the authors' weights."""
 
 import re
 from abc import ABC, abstractmethod
@@ -15,22 +15,22 @@ from derain.nn.graphs import exporting
 from derain.nn.padding import pad_to_multiple
 
 Names = Sequence[tuple[str, str | None]]
-"""Regular expressions of the authors' names, each with its replacement; None for tensors that nothing uses."""
+"""Regular expressions of the authors' tensor names, each with its replacement; None drops an unused tensor."""
 
 
 class Network(nn.Module, ABC):
-    """A network that restores images, with further outputs that its loss may use.
+    """A network that restores images. It may have further outputs, which its loss can use.
 
-    A subclass has a default for each argument of ``__init__``: scalars, strings, lists and dictionaries only.
+    All arguments of a subclass's ``__init__`` have defaults, and are scalars, strings, lists or dictionaries.
 
     Attributes:
-        size_multiple: Images are padded to a multiple of it at the bottom and the right, see `pad`.
-        bgr: Whether the network was designed for the channel order blue, green, red.
-        bytes_per_pixel: Memory of ``forward`` at inference in bytes a pixel, measured in float32.
+        size_multiple: Height and width are padded to multiples of this number; see `pad`.
+        bgr: Whether `restore` expects the channel order blue, green, red.
+        bytes_per_pixel: Memory of ``forward`` at inference in bytes per pixel, measured in float32.
         tile_multiple: Number that sides of tiles should be multiples of.
         signature: Name of a tensor that only the authors' weights of this network have.
-        published_names: How the authors name the tensors; applied in order to each name.
-        published_options: Arguments that the authors' files do not determine, see `options_of`.
+        published_names: Replacements that turn the authors' tensor names into ours, applied in order.
+        published_options: Arguments that the shapes of the authors' tensors do not determine; see `assume`.
     """
 
     size_multiple: ClassVar[int] = 1
@@ -46,14 +46,14 @@ class Network(nn.Module, ABC):
         """Return the outputs by name, first ``derained``.
 
         Args:
-            image: Rainy images in [0, 1], in the network's order of channels, with sides that are multiples of
-                ``size_multiple``. Outputs with three channels are images in the same order and of the same range.
+            image: Rainy images in [0, 1], padded by `pad`, in the channel order of the network. Four-dimensional
+                outputs with three channels are images in the same order and range.
         """
 
     def targets(
         self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"], outputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return what the outputs should be in training, by name; by default the clean image for all of them.
+        """Return the training targets by output name; by default the clean image for every output.
 
         Args:
             rainy: Rainy images in [0, 1], RGB.
@@ -63,7 +63,7 @@ class Network(nn.Module, ABC):
         return dict.fromkeys(outputs, clean)
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Restore RGB images of any size in [0, 1]; not clamped."""
+        """Restore RGB images in [0, 1] of any size; the result is not clamped."""
         return self.outputs(rainy)["derained"]
 
     def pad(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
@@ -71,7 +71,10 @@ class Network(nn.Module, ABC):
         return pad_to_multiple(image, self.size_multiple) if self.size_multiple > 1 else image
 
     def outputs(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return all outputs for RGB images of any size in [0, 1]; images among them are RGB."""
+        """Return all outputs for RGB images in [0, 1] of any size; in an exported graph only ``derained``.
+
+        Outputs of the padded size are cropped to the size of the input. Images among them are RGB.
+        """
         height, width = rainy.shape[2:]
         image = rainy.flip(1) if self.bgr else rainy
         padded = self.pad(image)
@@ -94,28 +97,29 @@ class Network(nn.Module, ABC):
             state: Tensors by the authors' names.
 
         Returns:
-            The arguments; None if the tensors are of another network.
+            The arguments; None if the tensors belong to another network.
         """
         return {} if cls.signature in state else None
 
     @classmethod
     def assume(cls, path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the ``published_options`` of an authors' file: those that the user gave, else assumed ones.
+        """Return the ``published_options`` for an authors' file; the others keep the defaults of ``__init__``.
 
-        A network with such options overrides it, and reports what it assumes in a warning.
+        By default these are the given options. Networks whose authors published files with different values override
+        this method, and warn about values that they assume.
 
         Args:
-            path: The file, whose folder may determine them.
+            path: The file, whose name or folder may determine options; None if unknown.
             given: Options that the user gave as ``FILE:name=value``.
         """
         return dict(given)
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the authors' tensors by our names, without those that the authors' network does not use.
+        """Return the authors' tensors by our names, without unused ones.
 
         Raises:
-            DerainError: If two tensors that are one here differ.
+            DerainError: If the file has different values for a parameter that is shared here.
         """
         translated: dict[str, Tensor] = {}
         for published, tensor in state.items():
@@ -123,7 +127,9 @@ class Network(nn.Module, ABC):
             if name is None:
                 continue
             if name in translated and not torch.equal(translated[name], tensor):
-                raise DerainError(f"{published}: differs from the tensor that it should equal; expected one {name}")
+                raise DerainError(
+                    f"{published}: differs from another tensor of {name}; expected equal tensors, since it is shared"
+                )
             translated[name] = tensor
         return translated
 
@@ -133,7 +139,7 @@ def translate_name(published: str, names: Names) -> str | None:
 
     Args:
         published: The authors' name.
-        names: Replacements in order. A pattern without replacement drops the names that it matches as a whole.
+        names: Replacements in order. A pattern with None drops the names that it matches completely.
 
     Example:
         >>> names = [(r"unused\..*", None), (r"^conv(\d)\.", r"stage\1.conv.")]
@@ -151,11 +157,11 @@ def translate_name(published: str, names: Names) -> str | None:
 
 
 def count_numbered(state: Mapping[str, Tensor], pattern: str) -> int:
-    r"""Return how many modules of a list a state dict has.
+    r"""Return the length of a numbered list of modules in a state dict: the largest index plus one.
 
     Args:
         state: Tensors by name.
-        pattern: Regular expression of the names, with the index as its group.
+        pattern: Regular expression for the start of the names, with the index as its group.
 
     Example:
         >>> count_numbered({"body.0.weight": torch.zeros(1), "body.1.weight": torch.zeros(1)}, r"body\.(\d+)\.")

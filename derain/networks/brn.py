@@ -1,4 +1,4 @@
-r"""BRN: two recurrent networks, for the rain and for the image, that exchange their memories."""
+r"""BRN: two recurrent branches, for the rain and for the image, that read each other's hidden state."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,25 +16,25 @@ from derain.nn.recurrent import STAGE_NAMES, RecurrentStage, State, conv3x3
 class BRN(Network):
     """Bilateral recurrent network: in each iteration, estimate the rain, then the image without it.
 
-    Each of the two branches is a stage of PReNet whose LSTM also reads the hidden state of the other branch. The image
-    is predicted itself, not as a residual. The same weights serve every iteration: 375,526 parameters; the authors'
-    files have 36,992 more, of two residual blocks of the rain branch that their network does not apply.
+    Each of the two branches is a stage of PReNet whose LSTM also reads the hidden state of the other branch. The
+    network predicts the image itself, not a residual. All iterations share their weights: 375,526 parameters. The
+    authors' files have 36,992 more, of two residual blocks of the rain branch that their network does not apply.
 
     Args:
-        iterations: Number of iterations, 1 to 100; 8 in the journal's BRN, 4 in that of ICASSP.
+        iterations: Number of iterations, 1 to 100; 8 in the TIP paper, 4 in the ICASSP paper.
         channels: Channels of the features.
         rain_blocks: Residual blocks of the rain branch.
         image_blocks: Residual blocks of the image branch.
 
     Outputs:
-        ``derained`` and ``rain`` of the last iteration; ``derained1``, ``rain1``, ``derained2``, … of those before. The
-        target of a rain map is the difference of the rainy and the clean image.
+        ``derained`` and ``rain`` of the last iteration; ``derained1``, ``rain1``, ``derained2``, … of the earlier
+        ones. The target of the rain is the rainy minus the clean image.
 
     Shape:
         ``(b, 3, h, w)`` in [0, 1] → same, not clamped; any ``h, w >= 1``.
 
     Raises:
-        DerainError: If there are fewer than 1 or more than 100 iterations.
+        DerainError: If ``iterations`` is not from 1 to 100.
 
     References:
         Ren et al., Single Image Deraining Using Bilateral Recurrent Network, IEEE TIP 2020, Figure 3. Shang et al.,
@@ -71,7 +71,7 @@ class BRN(Network):
         self.image_tail = conv3x3(channels, 3)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return the outputs of all iterations."""
+        """Return the image and the rain of all iterations."""
         rain, derained = image, image
         rain_state: State | None = None
         image_state: State | None = None
@@ -90,15 +90,15 @@ class BRN(Network):
     def targets(
         self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"], outputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the clean image for the images, and the difference to the rainy image for the rain maps."""
+        """Return the clean image for images, and the rainy minus the clean image for the rain."""
         rain = rainy - clean
         return {name: rain if name.startswith("rain") else clean for name in outputs}
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return the channels and the residual blocks of the image branch; files of BRN-RX, BRN-XR and CRN are None.
+        """Return ``channels`` and ``image_blocks``; None for other networks, also for BRN-RX, BRN-XR and CRN.
 
-        The authors' rain branch has unused residual blocks, so that files do not record the number of used ones.
+        The authors' rain branch has unused residual blocks: their files do not determine ``rain_blocks``.
         """
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         if cls.signature not in state:
@@ -106,14 +106,14 @@ class BRN(Network):
         channels = state[cls.signature].shape[0]
         gates = (state.get("conv_i.0.weight"), state.get("conv_i_r.0.weight"))
         if any(gate is None or gate.shape[1] != 3 * channels for gate in gates):
-            return None  # a branch that does not read the other one's memory
+            return None  # a branch does not read the hidden state of the other
         return {"channels": channels, "image_blocks": count_numbered(state, r"res_conv(\d+)\.") - 1}
 
     @classmethod
     def assume(cls, path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the number of iterations: given, by the folders of the authors' repositories, or 8 with a warning.
+        """Return the number of iterations: as given, by the folder of the authors' repositories, or 8 with a warning.
 
-        The journal's folders are ``SET/BRN``, those of ICASSP ``BRN/R100H`` and ``BRN/R100L``.
+        The folders are ``SET/BRN`` (TIP, 8 iterations), ``BRN/R100H`` and ``BRN/R100L`` (ICASSP, 4).
 
         Example:
             >>> BRN.assume(Path("logs/Rain100L/BRN/net_latest.pth"), {})
@@ -128,4 +128,4 @@ class BRN(Network):
                 known = 8
             elif folder.parent.name == "BRN" and folder.name in {"R100H", "R100L"}:
                 known = 4
-        return assume_iterations(path, given, known, usual=8)
+        return assume_iterations(path, given, known, default=8)

@@ -1,4 +1,4 @@
-r"""DCSFN: three encoder-decoders at three scales that exchange features by recurrent units.
+r"""DCSFN: encoder-decoders at three scales that exchange features by recurrent units.
 
 Wang et al., DCSFN: Deep Cross-scale Fusion Network for Single Image Rain Removal, ACM MM 2020.
 """
@@ -19,26 +19,26 @@ from derain.nn.padding import pad_to_minimum
 SCALES = 3
 """Number of encoder-decoders, at scales 1, 1/2 and 1/4."""
 
-MINIMUM = 32
-"""Smallest height and width that can be pooled to scale 1/4 and, within a block, by 8 again."""
+MIN_SIDE = 32
+"""Smallest height and width: pooled to scale 1/4 and, within a block, by 8 again, they are one pixel."""
 
 
 class DCSFN(Network):
     """Deep cross-scale fusion network (6,422,547 parameters).
 
     Features of the image are max-pooled to scales 1, 1/2 and 1/4. Each scale has an encoder and a decoder of densely
-    connected inner-scale blocks; a block of the decoder also gets the result of the encoder's block of the same index.
+    connected inner-scale blocks; a block of the decoder also reads the result of the encoder's block of the same index.
     Between encoders and decoders, two chains of convolutional GRUs run across the scales: from coarse to fine, then
-    from fine to coarse. The state of a GRU is the output of the GRUs before, resized to its scale.
+    from fine to coarse. The input state of a GRU comes from the outputs of the preceding GRUs, resized to its scale.
 
-    Images smaller than 32 pixels are padded by repeating their border; the authors' code fails for them.
+    Sides below 32 pixels, for which the authors' code fails, are padded by repeating the border.
 
-    Outputs: ``derained``. The authors' loss is its negative SSIM.
+    The only output is ``derained``; the published loss is its negative SSIM.
 
     Args:
-        channels: Width of all layers.
+        channels: Number of channels of all layers.
         blocks: Number of inner-scale blocks of each encoder and decoder.
-        convolutions: Number of convolutions at each scale of a block.
+        convolutions: Number of convolutions at each of the four scales of a block.
 
     References:
         Section 3 of the paper.
@@ -99,11 +99,11 @@ class DCSFN(Network):
         self.rain = nn.Conv2d(3, 3, 3, padding=1)
 
     def pad(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
-        """Return images with sides of at least 32 pixels, by repeating their border."""
-        return pad_to_minimum(image, MINIMUM)
+        """Return images with sides of at least 32 pixels, padded by repeating the border."""
+        return pad_to_minimum(image, MIN_SIDE)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Remove rain; see the base class."""
+        """Return ``derained``."""
         features = [activate(self.head(image.contiguous(memory_format=torch.channels_last)))]
         for _ in range(1, SCALES):
             features.append(F.max_pool2d(features[-1], 2))
@@ -135,7 +135,7 @@ class DCSFN(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return the sizes of the authors' tensors; see the base class."""
+        """Return all arguments of ``__init__``; None for another network."""
         if cls.signature not in state:
             return None
         return {

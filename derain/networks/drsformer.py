@@ -1,4 +1,4 @@
-"""DRSformer: Restormer with sparse attention, feed-forward networks of two scales and mixtures of experts."""
+"""DRSformer: Restormer with sparse attention, feed-forward networks of two scales, and mixtures of experts."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,14 +15,14 @@ from derain.nn.experts import PUBLISHED_NAMES, ExpertCompensator
 from derain.nn.restormer import Restormer, SelfAttention, TransformerBlock, pointwise
 
 SHARES = ((1, 2), (2, 3), (3, 4), (4, 5))
-"""Shares of the keys that the four branches of the attention keep, as fractions."""
+"""Fractions of the keys that the four branches of the attention keep: numerator and denominator."""
 
 
 class SparseAttention(SelfAttention):
     """Self-attention between channels that keeps the largest scores of each query ("TKSA").
 
-    The sum of four softmaxes over the ⌊d/2⌋, ⌊2d/3⌋, ⌊3d/4⌋ and ⌊4d/5⌋ largest of d scores, with learned factors. The
-    sum is one matrix, so that the pixels are multiplied once. At least one score is kept.
+    The attention is the sum of four softmaxes, over the ⌊d/2⌋, ⌊2d/3⌋, ⌊3d/4⌋ and ⌊4d/5⌋ largest of d scores (at least
+    one), with learned factors. The four are summed before they are applied, so that the pixels are multiplied once.
 
     Args:
         channels: Number of channels.
@@ -42,7 +42,7 @@ class SparseAttention(SelfAttention):
             self.register_parameter(f"factor{index + 1}", nn.Parameter(torch.tensor([0.2])))
 
     def normalize(self, scores: Float[Tensor, "b heads d d"]) -> Float[Tensor, "b heads d d"]:
-        """Return the attention of scores of queries (rows) and keys."""
+        """Return the attention for the scores of queries (rows) and keys (columns)."""
         most = max(self.counts)
         largest, keys = scores.topk(most, dim=-1)
         weights = torch.zeros_like(largest)
@@ -55,12 +55,12 @@ class SparseAttention(SelfAttention):
 class MixedScaleFeedForward(nn.Module):
     """Feed-forward network of 3×3 and 5×5 convolutions, which exchange half of their channels ("MSFN").
 
-    A convolution of two channels in each group is a depth-wise one, whose outputs are added in pairs: several times
-    faster.
+    Convolutions with two channels per group are computed as depth-wise ones whose outputs are added in pairs, which
+    is several times faster.
 
     Args:
         channels: Number of channels.
-        expansion: Half the number of hidden channels divided by ``channels``; the product is rounded down.
+        expansion: The network has ``2 * int(expansion * channels)`` hidden channels.
 
     Shape:
         ``(b, h, w, channels)`` → same.
@@ -108,18 +108,19 @@ def depthwise(x: Float[Tensor, "b c h w"], weight: Float[Tensor, "c 1 k k"]) -> 
 class DRSformer(Network):
     """DRSformer, and its light variant without experts.
 
-    Restormer's encoder-decoder with other blocks, one mixture of experts after the embedding and one in place of the
-    blocks at full resolution. It has one output, ``derained``.
+    It is Restormer's encoder-decoder with other blocks, a mixture of experts after the embedding, and another one in
+    place of Restormer's refinement blocks. The only output is ``derained``.
 
     Args:
         dim: Number of channels at the finest level; it doubles at each level.
         blocks: Number of transformer blocks at each of the four levels.
         heads: Number of attention heads at each of the four levels.
         expansion: Expansion of the feed-forward networks.
-        experts: Whether the network has experts; those of Rain200L and SPA-Data have none.
+        experts: Whether the network has experts; the authors' models for Rain200L and SPA-Data have none.
 
     Raises:
-        DerainError: If ``blocks`` or ``heads`` does not have four numbers.
+        DerainError: If ``blocks`` or ``heads`` does not have four numbers, or heads do not divide the channels of their
+            level.
 
     References:
         Chen et al., Learning A Sparse Transformer Network for Effective Image Deraining, CVPR 2023, Figure 2.
@@ -151,8 +152,8 @@ class DRSformer(Network):
         super().__init__()
         block = partial(TransformerBlock, attention=SparseAttention, feed_forward=MixedScaleFeedForward)
         self.body = Restormer(dim, blocks, 0, heads, expansion, block)
-        experts_of_images = [ExpertCompensator(dim)] if experts else []
-        self.body.patch_embed = nn.Sequential(self.body.patch_embed, *experts_of_images)
+        first_experts = [ExpertCompensator(dim)] if experts else []
+        self.body.patch_embed = nn.Sequential(self.body.patch_embed, *first_experts)
         if experts:
             self.body.refinement = nn.Sequential(ExpertCompensator(2 * dim))
 
@@ -162,7 +163,7 @@ class DRSformer(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return the arguments of ``__init__`` that the shapes of the authors' tensors determine."""
+        """Return all arguments of ``__init__``; None for another network."""
         if cls.signature not in state or (options := restormer_options(state)) is None:
             return None
         del options["refinement"]

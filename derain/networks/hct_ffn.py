@@ -1,10 +1,11 @@
-r"""HCT-FFN: three stages of experts, attention within runs of pixels, and experts, each led by a rain prior.
+r"""HCT-FFN: three stages - experts, a transformer, experts - each guided by a rain prior.
 
-Chen et al., Hybrid CNN-Transformer Feature Fusion for Single Image Deraining, AAAI 2023. Convolutions remove rain
-roughly and refine the result; between them a transformer sees a large context. The network computes in 0 to 255.
+Chen et al., Hybrid CNN-Transformer Feature Fusion for Single Image Deraining, AAAI 2023. Convolutional experts remove
+most of the rain, a transformer adds a large context, and further experts refine the result. The network computes with
+values in [0, 255].
 
-Runs do not influence each other, so that at inference they are computed one by one: memory then hardly depends on the
-width of tokens, 288.
+Pixels attend to each other within runs: sequences of pixels in row-major order. Without gradients, runs are computed
+one after another, which bounds the memory of their tokens of 288 values.
 """
 
 from collections.abc import Mapping
@@ -23,21 +24,20 @@ from derain.nn.normalization import LayerNorm
 from derain.nn.padding import pad_to_minimum
 
 RUNS = 16
-"""Number of runs of pixels within which pixels attend to each other; a remainder is a further, shorter run."""
+"""Number of runs, of ``h * w // 16`` pixels each; the remaining pixels are a further, shorter run."""
 
-SMALLEST = RUNS
-"""Smallest side of images: there are then 17 runs at most, as the remainder is shorter than a run."""
+MIN_SIDE = RUNS
+"""Smallest side of images: a run then has at least 16 pixels, more than can remain, so there are at most 17 runs."""
 
 HEADS = 8
 """Number of heads of the attention."""
 
-
 MAX_REPEATS = 100
-"""Limit of the applications of a block, since files do not bound them and time grows with them."""
+"""Maximum of ``repeats``: run time grows with them, and even a small weights file could ask for any number."""
 
 
 class ReflectConv(nn.Conv2d):
-    """3×3 convolution of an image that is reflected at its border, and ReLU.
+    """3×3 convolution with reflection padding, followed by ReLU.
 
     Args:
         channels: Number of channels of the input.
@@ -48,12 +48,12 @@ class ReflectConv(nn.Conv2d):
         super().__init__(channels, out_channels, 3)
 
     def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
-        """Convolve."""
+        """Convolve and apply ReLU."""
         return F.relu(super().forward(F.pad(input, (1, 1, 1, 1), "reflect")), inplace=True)
 
 
 class ResidualBlock(nn.Module):
-    """Residual block of two convolutions with ReLU, and weights of the channels by squeeze-and-excitation.
+    """Residual block of two convolutions with ReLU, and squeeze-and-excitation.
 
     Args:
         channels: Number of channels.
@@ -81,7 +81,7 @@ class ResidualBlock(nn.Module):
 
 
 class PriorEncoder(nn.Module):
-    """Features of the residue channel of an image, which hardly depends on the background.
+    """Encoder of the residue channel of an image, which hardly depends on the background.
 
     Args:
         channels: Number of channels.
@@ -91,7 +91,7 @@ class PriorEncoder(nn.Module):
         ``(b, 3, h, w)`` → ``(b, channels, h, w)``.
 
     References:
-        Li et al., RainFlow, AAAI 2019, for the residue channel: the largest minus the smallest of R, G and B.
+        Residue channel, the largest minus the smallest of R, G and B: Li et al., RainFlow, AAAI 2019.
     """
 
     def __init__(self, channels: int, blocks: int) -> None:
@@ -108,13 +108,13 @@ class PriorEncoder(nn.Module):
 
 
 class PriorFusion(nn.Module):
-    """Fusion of features with those of the rain prior, by their similarity.
+    """Fusion of features with features of the rain prior, gated by their similarity.
 
     Args:
         channels: Number of channels.
 
     Shape:
-        Features and prior, ``(b, channels, h, w)`` each → same.
+        Features and prior, each ``(b, channels, h, w)`` → ``(b, channels, h, w)``.
 
     References:
         HCT-FFN, section 3.2, after Yi et al., SPDNet, ICCV 2021.
@@ -129,7 +129,7 @@ class PriorFusion(nn.Module):
         self.fuse = ReflectConv(2 * channels, channels)
 
     def forward(self, x: Float[Tensor, "b c h w"], prior: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Fuse."""
+        """Fuse features with the prior."""
         attention = torch.sigmoid(self.query(x) * self.key(prior))
         gated = []
         for features, gate in ((x, self.gate), (prior, self.prior_gate)):
@@ -140,11 +140,11 @@ class PriorFusion(nn.Module):
 
 
 class RunTransformer(nn.Module):
-    """Transformer block, applied to each run of tokens.
+    """Transformer block for runs of tokens.
 
     Args:
         width: Length of a token.
-        heads: Number of heads; queries, keys and values have half the width.
+        heads: Number of heads; queries, keys and values have ``width // 2`` channels together.
         hidden: Hidden channels of the feed-forward network.
 
     Shape:
@@ -167,7 +167,7 @@ class RunTransformer(nn.Module):
 
         Args:
             x: Runs of tokens.
-            mask: Added to the similarities, ``(runs, 1, 1, tokens)``.
+            mask: Added to the attention scores, ``(runs, 1, 1, tokens)``; None for no mask.
         """
         qkv = self.qkv(self.reduce(self.norm1(x))).reshape(*x.shape[:2], 3, self.heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -176,25 +176,28 @@ class RunTransformer(nn.Module):
         return cast(Tensor, x + self.feed_forward(self.norm2(x)))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return multiplications that are not counted: of the attention matrices."""
+        """Return the uncounted multiplications of the attention matrices."""
         return 0, 2 * output[..., : self.reduce.out_features].numel() * output.shape[1]
 
 
 class BackgroundTransformer(nn.Module):
-    """Transformer of overlapping 3×3 patches, with attention within runs of pixels ("BaViT").
+    """Transformer whose tokens are overlapping 3×3 patches, with attention within runs ("BaViT").
 
     The patches of the result are summed where they overlap.
 
     Args:
-        channels: Number of channels.
+        channels: Number of channels, a multiple of 16.
         hidden: Hidden channels of the feed-forward network.
-        repeats: How many times the block is applied.
+        repeats: How many times the block is applied, 1 to 100.
 
     Shape:
-        ``(b, channels, h, w)`` with ``h · w >= 256`` → same.
+        ``(b, channels, h, w)`` with ``h * w >= 256`` → same.
+
+    Raises:
+        DerainError: If ``repeats`` is not from 1 to 100.
 
     References:
-        HCT-FFN, section 3.3; Lu et al., ESRT, CVPR 2022 workshops, for attention within parts.
+        HCT-FFN, section 3.3; attention within runs: Lu et al., ESRT, CVPR 2022 workshops.
     """
 
     def __init__(self, channels: int, hidden: int, repeats: int) -> None:
@@ -213,7 +216,7 @@ class BackgroundTransformer(nn.Module):
         return cast(Tensor, self.conv(self.fold(patches, height, width)))
 
     def transform(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """Transform tokens: run by run, but in training all runs of equal length at once."""
+        """Transform tokens: without gradients run by run, with gradients all runs of equal length at once."""
         if exporting():
             return self.transform_padded(tokens)
         b, count, width = tokens.shape
@@ -228,12 +231,12 @@ class BackgroundTransformer(nn.Module):
         return torch.cat(parts, dim=1)
 
     def transform_padded(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """Transform tokens, with the last run padded and masked: valid for any size of an exported graph."""
+        """Transform tokens, with the last run padded and masked: an exported graph is then valid for any size."""
         b, count, width = tokens.shape
         length = count // RUNS
         index = torch.arange((RUNS + 1) * length, device=tokens.device)
         padded = tokens[:, index.clamp(max=count - 1)].reshape(-1, length, width)
-        outside = (index >= count) & (index > RUNS * length)  # a run needs a token, even if there is no remainder
+        outside = (index >= count) & (index > RUNS * length)  # a run needs an unmasked token
         mask = torch.zeros_like(index, dtype=tokens.dtype).masked_fill(outside, torch.finfo(tokens.dtype).min)
         mask = mask.reshape(1, RUNS + 1, 1, 1, length).expand(b, -1, -1, -1, -1).flatten(0, 1)
         return self.repeat(padded, mask).reshape(b, -1, width)[:, :count]
@@ -248,7 +251,7 @@ class BackgroundTransformer(nn.Module):
         """Sum patches where they overlap."""
         if not exporting():
             return F.fold(patches, (height, width), 3, padding=1)
-        channels = self.conv.in_channels  # ONNX has fold only since its version 18
+        channels = self.conv.in_channels  # ONNX has an operator for fold only since opset 18
         kernel = torch.eye(9, dtype=patches.dtype, device=patches.device).reshape(9, 1, 3, 3).repeat(channels, 1, 1, 1)
         patches = patches.reshape(-1, 9 * channels, height, width)
         return F.conv_transpose2d(patches, kernel, padding=1, groups=channels)
@@ -281,22 +284,26 @@ class TransformerStage(nn.Module):
 
 
 class HCTFFN(Network):
-    """HCT-FFN: three stages, each with a restored image whose residue channel is the prior of the next.
+    """HCT-FFN: three stages, each guided by a rain prior.
+
+    The prior is the residue channel of the rainy image (first stage) or of the image of the previous stage.
 
     Args:
-        channels: Number of channels; a multiple of 16.
-        blocks: Number of residual blocks that encode a prior.
-        steps: Number of layers of experts in the first and the last stage.
-        hidden: Hidden channels of the feed-forward network.
-        repeats: How many times the block of the transformer is applied.
+        channels: Number of channels, a multiple of 16.
+        blocks: Number of residual blocks in each encoder of a prior.
+        steps: Number of expert layers in the first and in the last stage.
+        hidden: Hidden channels of the transformer's feed-forward network.
+        repeats: How many times the transformer block is applied, 1 to 100.
 
     Outputs:
         ``derained``: The image of the last stage.
-        ``stage2``, ``stage1``: The images of the others.
+        ``stage2``, ``stage1``: The images of the second and the first stage.
 
     Shape:
-        ``(b, 3, h, w)`` in [0, 1] → same, not clamped. Only images with sides of less than 16 pixels are padded, by
-        repeating the border.
+        ``(b, 3, h, w)`` in [0, 1] → same, not clamped. Sides below 16 pixels are padded by repeating the border.
+
+    Raises:
+        DerainError: If ``repeats`` is not from 1 to 100.
 
     References:
         HCT-FFN, Figure 2. 873,693 parameters by default.
@@ -348,9 +355,9 @@ class HCTFFN(Network):
         self.output1, self.output2, self.output3 = (nn.Conv2d(channels, 3, 3, padding=1) for _ in range(3))
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return the images of the three stages, the last first."""
+        """Return the images of the three stages, last stage first."""
         height, width = image.shape[2:]
-        rainy = 255 * pad_to_minimum(image, SMALLEST)
+        rainy = 255 * pad_to_minimum(image, MIN_SIDE)
         x = self.shallow(rainy)
         x1 = self.stage1(x, self.encoder1(rainy))
         image1 = self.output1(x1)
@@ -363,7 +370,7 @@ class HCTFFN(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return the widths and numbers of blocks of the authors' tensors; None for another network."""
+        """Return all arguments but ``repeats``; None for another network."""
         if cls.signature not in state:
             return None
         return {

@@ -1,4 +1,4 @@
-"""Numbers of iterations, which the authors' files do not record."""
+"""Number of iterations of recurrent networks, which the authors' files do not record."""
 
 import logging
 from collections.abc import Mapping
@@ -10,30 +10,30 @@ from derain.errors import DerainError
 log = logging.getLogger("derain")
 
 MAX_ITERATIONS = 100
-"""Limit of the iterations, since files do not bound them and time grows with them."""
+"""Maximum number of iterations: run time grows with them, and even a small weights file could ask for any number."""
 
 
-def check_iterations(iterations: int, least: int = 1) -> None:
-    """Refuse numbers of iterations that a network cannot have.
+def check_iterations(iterations: int, minimum: int = 1) -> None:
+    """Check a number of iterations.
 
     Raises:
-        DerainError: If there are fewer than ``least`` or more than `MAX_ITERATIONS`.
+        DerainError: If it is not an integer from ``minimum`` to `MAX_ITERATIONS`.
     """
-    if not isinstance(iterations, int) or not least <= iterations <= MAX_ITERATIONS:
-        raise DerainError(f"iterations {iterations}: expected an integer from {least} to {MAX_ITERATIONS}")
+    if not isinstance(iterations, int) or not minimum <= iterations <= MAX_ITERATIONS:
+        raise DerainError(f"iterations {iterations}: expected an integer from {minimum} to {MAX_ITERATIONS}")
 
 
-def assume_iterations(path: Path | None, given: Mapping[str, Any], known: int | None, usual: int) -> dict[str, Any]:
-    """Return the number of iterations of an authors' file, as `derain.networks.base.Network.assume` does.
+def assume_iterations(path: Path | None, given: Mapping[str, Any], known: int | None, default: int) -> dict[str, Any]:
+    """Return options with ``iterations`` for an authors' file; see `derain.networks.base.Network.assume`.
 
     Args:
-        path: The file.
+        path: The file; None if unknown.
         given: Options that the user gave.
-        known: Number that the file's name or folder states.
-        usual: Number to assume otherwise, with a warning.
+        known: Number that the file's name or folder determines, if any.
+        default: Number to assume otherwise, with a warning.
 
     Example:
-        >>> assume_iterations(None, {}, known=4, usual=8), assume_iterations(None, {"iterations": 3}, None, 8)
+        >>> assume_iterations(None, {}, known=4, default=8), assume_iterations(None, {"iterations": 3}, None, 8)
         ({'iterations': 4}, {'iterations': 3})
     """
     if "iterations" in given:
@@ -42,6 +42,6 @@ def assume_iterations(path: Path | None, given: Mapping[str, Any], known: int | 
         log.warning(
             "%s: the file does not record the number of iterations; assuming %d; to change it, use FILE:iterations=N",
             path or "weights",
-            usual,
+            default,
         )
-    return {**given, "iterations": known or usual}
+    return {**given, "iterations": known or default}

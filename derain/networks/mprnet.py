@@ -1,12 +1,10 @@
 """MPRNet: three stages that restore quarters, halves and the whole image.
 
-Zamir et al., Multi-Stage Progressive Image Restoration, CVPR 2021. Computed as by the authors, except that
+Zamir et al., Multi-Stage Progressive Image Restoration, CVPR 2021. Differences from the authors' computation:
 
-- quarters and halves are a batch;
-- 1×1 convolutions come before bilinear upsampling, not after it: the two commute, and there are fewer pixels;
-- features that are added after upsampling are added before it.
-
-The file is long since encoder-decoders and the subnetwork at full resolution have modules and names of their own.
+- The quarters, or halves, of an image are processed as a batch.
+- 1×1 convolutions come before bilinear upsampling, not after it: the two commute, and there are fewer pixels.
+- Features that the authors upsample separately and then add are added first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +22,7 @@ Features = Sequence[Tensor]
 """Features ``(b, c, h, w)`` at three levels: full, half and quarter resolution."""
 
 BILINEAR = 11
-"""Operations of a value of bilinear interpolation, as the package thop counts them."""
+"""Operations per interpolated value of bilinear interpolation, as the Python package thop counts them."""
 
 
 def convolution(inputs: int, outputs: int, size: int) -> nn.Conv2d:
@@ -38,7 +36,7 @@ def halved(x: Float[Tensor, "b c h w"], dim: int) -> Float[Tensor, "b2 c h2 w2"]
 
 
 def joined(x: Float[Tensor, "b2 c h2 w2"], dim: int) -> Float[Tensor, "b c h w"]:
-    """Return images whose halves `halved` returned."""
+    """Return the images from their halves: the inverse of `halved`."""
     return x.reshape(2, -1, *x.shape[1:]).movedim(0, dim).flatten(dim, dim + 1)
 
 
@@ -47,13 +45,13 @@ def upsampled(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
     return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
-def more_after_upsampling(convolutions: Sequence[nn.Module], x: Float[Tensor, "b c h w"], doublings: int) -> int:
-    """Return how many more operations thop counts if upsampling comes first.
+def upsampling_first_cost(convolutions: Sequence[nn.Module], x: Float[Tensor, "b c h w"], doublings: int) -> int:
+    """Return how many more operations thop counts if upsampling comes before the convolutions.
 
     Args:
-        convolutions: 1×1 convolutions of ``x``, one after the other.
+        convolutions: 1×1 convolutions, applied to ``x`` one after another.
         x: Features before upsampling.
-        doublings: How many times the size is doubled: before each of the first convolutions.
+        doublings: Number of upsamplings by 2: one before each of the first ``doublings`` convolutions.
     """
     low = pixels = x.numel() // x.shape[1]
     operations = 0
@@ -71,7 +69,7 @@ class ChannelAttentionBlock(nn.Module):
 
     Args:
         channels: Number of channels.
-        reduction: Divisor of the channels between the two convolutions of the attention.
+        reduction: Factor by which the attention reduces the number of channels.
 
     Shape:
         ``(b, channels, h, w)`` → same.
@@ -88,7 +86,7 @@ class ChannelAttentionBlock(nn.Module):
         self.excite = convolution(channels // reduction, channels, 1)
 
     def forward(self, x: Float[Tensor, "b c h w"], slope: Float[Tensor, "1"]) -> Float[Tensor, "b c h w"]:
-        """Transform features; negative values between the convolutions are multiplied by ``slope``."""
+        """Transform features; ``slope`` is that of the PReLU between the convolutions."""
         hidden = self.conv1(x)
         residual = self.conv2(F.prelu(hidden, slope.to(hidden.dtype)))
         weights = self.excite(F.relu(self.squeeze(residual.mean((2, 3), keepdim=True)))).sigmoid()
@@ -97,12 +95,12 @@ class ChannelAttentionBlock(nn.Module):
         return cast(Tensor, residual.mul_(weights).add_(x))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return thop's operations: one per value of the activation and of the mean, one per mean."""
+        """Return the operations that thop counts for PReLU (one per value) and mean (one per value, one per mean)."""
         return 2 * output.numel() + output.shape[0] * output.shape[1], 0
 
 
 class Blocks(nn.ModuleList):
-    """Channel attention blocks, one after the other."""
+    """Sequence of channel attention blocks."""
 
     def __init__(self, count: int, channels: int, reduction: int) -> None:
         super().__init__(ChannelAttentionBlock(channels, reduction) for _ in range(count))
@@ -115,7 +113,7 @@ class Blocks(nn.ModuleList):
 
 
 class Embedding(nn.Module):
-    """Features of images by a 3×3 convolution and a channel attention block."""
+    """Embedding of images by a 3×3 convolution and a channel attention block."""
 
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
@@ -133,7 +131,7 @@ class Encoder(nn.Module):
     Args:
         widths: Number of channels of each level.
         reduction: Reduction of the channel attention.
-        fusing: Whether features of the previous stage are added at each level ("CSFF").
+        fusing: Whether the features of the previous stage are added at each level ("CSFF").
 
     References:
         MPRNet, Figure 2(b) and (d).
@@ -155,7 +153,7 @@ class Encoder(nn.Module):
         Args:
             x: Features at full resolution.
             slope: Slope of the activations.
-            previous: Features of the previous stage's encoder and decoder.
+            previous: Features of the previous stage's encoder and decoder; required if ``fusing``, else None.
         """
         features: list[Tensor] = []
         for level, blocks in enumerate(self.levels):
@@ -169,7 +167,7 @@ class Encoder(nn.Module):
         return features
 
     def extra_macs(self, inputs: tuple[Any, ...], output: list[Tensor]) -> tuple[int, int]:
-        """Return thop's operations of bilinear downsampling."""
+        """Return the operations that thop counts for bilinear downsampling."""
         return sum(BILINEAR * x.numel() // 4 for x in output[:-1]), 0
 
 
@@ -201,12 +199,15 @@ class Decoder(nn.Module):
         return features
 
     def extra_macs(self, inputs: tuple[Any, ...], output: list[Tensor]) -> tuple[int, int]:
-        """Return what the authors' order, upsampling and then convolution, has more."""
-        return sum(more_after_upsampling([conv], x, 1) for conv, x in zip(self.up, output[1:], strict=True)), 0
+        """Return how many more operations the authors' order needs: upsampling first, then convolution."""
+        return sum(upsampling_first_cost([conv], x, 1) for conv, x in zip(self.up, output[1:], strict=True)), 0
 
 
 class SupervisedAttention(nn.Module):
-    """Restored image of a stage, and features for the next stage that it gates ("SAM").
+    """Restored image of a stage, and features for the next stage, gated by the image ("SAM").
+
+    Args:
+        channels: Number of channels.
 
     References:
         MPRNet, section 3.3, Figure 3.
@@ -221,13 +222,13 @@ class SupervisedAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "b c h w"], rainy: Float[Tensor, "b 3 h w"]
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b 3 h w"]]:
-        """Return features and image."""
+        """Return the features for the next stage, and the restored image."""
         image = self.image(x) + rainy
         return self.features(x) * self.gate(image).sigmoid() + x, image
 
 
 class OriginalResolution(nn.Module):
-    """Subnetwork without downsampling, with features of the previous stage ("ORSNet").
+    """Subnetwork at full resolution that adds features of the previous stage ("ORSNet").
 
     Args:
         widths: Number of channels of each level of the previous stage.
@@ -257,7 +258,7 @@ class OriginalResolution(nn.Module):
     def forward(
         self, x: Float[Tensor, "b c h w"], encoded: Features, decoded: Features, slope: Float[Tensor, "1"]
     ) -> Float[Tensor, "b c h w"]:
-        """Transform features, given those of the previous stage."""
+        """Transform features ``x``, given the features of the previous stage's encoder and decoder."""
         for level, (blocks, conv) in enumerate(zip(self.groups, self.convs, strict=True)):
             previous = self.from_encoder[level](encoded[level]) + self.from_decoder[level](decoded[level])
             for _ in range(level):
@@ -266,21 +267,21 @@ class OriginalResolution(nn.Module):
         return x
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return what the authors' order, upsampling and then convolution, has more."""
+        """Return how many more operations the authors' order needs: upsampling first, then convolution."""
         _, encoded, decoded, _ = inputs
         operations = 0
         for projections, features in ((self.from_encoder, encoded), (self.from_decoder, decoded)):
             for level, (path, x) in enumerate(zip(projections, features, strict=True)):
-                operations += more_after_upsampling([*path.children()], x, level)
+                operations += upsampling_first_cost([*path.children()], x, level)
         return operations, 0
 
 
 _BLOCK = r"(?:feat\d\.1|level\d\.\d+|skip_attn\d|orb\d\.body\.\d+)"
-"""The authors' names of channel attention blocks."""
+"""Regular expression of the authors' names of channel attention blocks."""
 
 
 def _names_of_level(level: int) -> Names:
-    """Return how the authors name the tensors of a level; they count levels from 1."""
+    """Return the replacements for the tensors of a level, which the authors number from 1."""
     number = level + 1
     return (
         (rf"(?:en|de)coder_level{number}\.", f"levels.{level}."),
@@ -296,22 +297,22 @@ def _names_of_level(level: int) -> Names:
 
 
 class MPRNet(Network):
-    """MPRNet.
-
-    Outputs are ``derained``, and the images of the first two stages, ``stage2`` and ``stage1``.
+    """Multi-stage progressive restoration network.
 
     Stage 1 encodes quarters and decodes halves. Stage 2 encodes halves and decodes the whole image. Stage 3 works at
-    full resolution.
+    full resolution. All PReLUs share one slope.
+
+    Outputs: ``derained``, ``stage2`` and ``stage1``, the images of the third, second and first stage.
 
     Args:
         width: Number of channels of the encoder-decoders at full resolution.
-        growth: Number of channels that each coarser level has more.
-        refinement_growth: Number of channels that stage 3 has more than ``width``.
+        growth: Number of channels that each coarser level adds.
+        refinement_growth: Number of channels that stage 3 adds to ``width``.
         refinement_blocks: Number of blocks in each group of stage 3.
         reduction: Reduction of the channel attention.
 
     References:
-        MPRNet, Figure 2, section 3. 3,637,249 parameters by default. All activations share one slope.
+        MPRNet, Figure 2, section 3. 3,637,249 parameters by default.
     """
 
     size_multiple: ClassVar[int] = 8
@@ -365,7 +366,7 @@ class MPRNet(Network):
         self.output = convolution(channels, 3, 3)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return ``derained``, ``stage2`` and ``stage1``, images in [0, 1]."""
+        """Return the images of the three stages, last stage first."""
         slope, halves = self.slope, halved(image, 2)
         encoded = self.encoder1(self.embedding1(halved(halves, 3), slope), slope)
         encoded = [joined(features, 3) for features in encoded]
@@ -382,7 +383,7 @@ class MPRNet(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return the arguments that the shapes of the authors' tensors determine; None for another network."""
+        """Return all arguments of ``__init__``; None for another network."""
         if cls.signature not in state:
             return None
         widths = [len(state[f"stage1_encoder.encoder_level{level}.0.body.0.weight"]) for level in (1, 2, 3)]

@@ -1,6 +1,6 @@
 """NeRD-Rain: transformers at three scales, which exchange images, features and latent features in both directions.
 
-The file is longer than those of other networks: it has four kinds of blocks, pyramids as targets, and windows.
+Chen et al., Bidirectional Multi-Scale Implicit Neural Representations for Image Deraining, CVPR 2024.
 """
 
 import logging
@@ -21,13 +21,13 @@ from derain.nn.restormer import Downsample, PatchEmbedding, TransformerBlock, Up
 log = logging.getLogger("derain")
 
 Levels = tuple[Tensor, Tensor, Tensor]
-"""Features of three levels, from fine to coarse; the last are the latent features."""
+"""Features of three levels, from fine to coarse; the third are the latent features."""
 
 LEVELS = ("encoder_level1_small", "encoder_level2_small", "latent_small")
 """Names of the levels of the coarsest scale in the authors' files."""
 
 BODY = r"(encoder_level\d|decoder_level\d|latent|down\d_\d|up\d_\d|reduce_chan_level\d)"
-"""Names of the parts of an encoder-decoder in the authors' files."""
+"""Regular expression of the parts of an encoder-decoder in the authors' files."""
 
 
 class EncoderDecoder(nn.Module):
@@ -38,7 +38,7 @@ class EncoderDecoder(nn.Module):
         blocks: Number of transformer blocks at each level.
         heads: Number of attention heads at each level.
         expansion: Expansion of the feed-forward networks.
-        reduction: Whether it has its own reduction of channels at the finest level.
+        reduction: Whether the decoder has a 1×1 convolution of its own that reduces the channels at the finest level.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class EncoderDecoder(nn.Module):
         return level1, level2, self.latent(self.down2_3(level2))
 
     def decode(self, levels: Levels, feedback: Tensor | None = None, reduction: Tensor | None = None) -> Tensor:
-        """Return decoded features, ``(b, h, w, dim)``.
+        """Return the decoded features, ``(b, h, w, dim)``.
 
         Args:
             levels: Features from ``encode``.
-            feedback: Features to add to the latent ones.
-            reduction: Weight of the reduction of channels at the finest level, if it is not the own one.
+            feedback: Added to the latent features, if given.
+            reduction: Weight of the 1×1 convolution at the finest level; by default the module's own.
         """
         level1, level2, latent = levels
         x = latent if feedback is None else latent + feedback
@@ -86,14 +86,14 @@ class EncoderDecoder(nn.Module):
 
 
 class ImplicitRepresentation(nn.Module):
-    """Implicit neural representation: a perceptron that maps features of a pixel and its neighbours to colours.
+    """Implicit neural representation: an MLP that maps the features of a pixel and its neighbours to a colour.
 
-    The authors add 18 coordinates relative to the pixels and two sizes of a pixel. All of them are constants, 0 and 2,
-    since pixels are sampled at their centres. The perceptron is therefore computed by a 3×3 convolution and 1×1 ones.
+    The authors also feed 18 relative coordinates and the 2 sides of a pixel to the MLP. Since pixels are sampled at
+    their centres, these are constants, 0 and 2. The MLP is therefore computed by a 3×3 and several 1×1 convolutions.
 
     Args:
         dim: Number of channels at the finest level.
-        width: Number of hidden units.
+        width: Number of hidden units of each layer.
 
     Shape:
         Latent features ``(b, h, w, 4 * dim)`` → image ``(b, 4 * h, 4 * w, 3)``.
@@ -107,7 +107,7 @@ class ImplicitRepresentation(nn.Module):
         self.layers = nn.Sequential(*hidden, nn.ReLU(), nn.Linear(width, 3))
 
     def forward(self, latent: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h4 w4 3"]:
-        """Return images."""
+        """Return images of four times the size of the latent features."""
         x = self.upsample(latent)
         weight, bias = self.first.weight, self.first.bias + 2 * self.first.weight[:, -2:].sum(1)
         kernel = weight[:, :-20].reshape(len(bias), -1, 3, 3)
@@ -115,7 +115,7 @@ class ImplicitRepresentation(nn.Module):
         return cast(Tensor, self.layers(x.permute(0, 2, 3, 1)))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the multiplications of three more evaluations: the authors average four, which are all equal."""
+        """Return the multiplications of three further evaluations: the authors average four, which are equal."""
         layers = (self.first, *self.layers)
         weights = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
         return 3 * weights * (output.numel() // 3), 0
@@ -124,7 +124,7 @@ class ImplicitRepresentation(nn.Module):
 class Feedback(nn.Module):
     """Co-attention of latent features, as feedback to the next coarser scale.
 
-    Gates are computed only for the pixels that the coarser scale samples.
+    Gates are computed only for the pixels that the coarser scale samples, every second one along both axes.
 
     Args:
         channels: Number of channels.
@@ -141,7 +141,7 @@ class Feedback(nn.Module):
         self.gates2 = nn.Conv2d(2 * channels, 2, 3, padding=1, stride=2)
 
     def forward(self, first: Float[Tensor, "b h w c"], second: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 c"]:
-        """Return the sum of both maps, weighted by gates, without and with attention."""
+        """Return the gated sum of both maps, each with and without attention."""
         attention = (spatial(first, self.query) * spatial(second, self.key)).sigmoid()
         total: Tensor | float = 0.0
         for x, layer in ((first, self.gates1), (second, self.gates2)):
@@ -150,15 +150,15 @@ class Feedback(nn.Module):
         return cast(Tensor, total)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the multiplications of gates of pixels that the coarser scale does not sample: three of four."""
+        """Return the multiplications of gates at the three of four pixels that are not sampled."""
         return 3 * 2 * self.gates1.weight.numel() * (output.numel() // output.shape[-1]), 0
 
 
 class Scale(nn.Module):
-    """Embedding, encoder-decoders one after the other, and output of a scale.
+    """Embedding, sequence of encoder-decoders, and output convolution of a scale.
 
     Args:
-        count: Number of encoder-decoders. The third uses the last reduction of channels of the second.
+        count: Number of encoder-decoders, at most 3. The third has no reduction of channels at the finest level.
         dim: Number of channels at the finest level.
         blocks: Number of transformer blocks at each level.
         heads: Number of attention heads at each level.
@@ -173,22 +173,24 @@ class Scale(nn.Module):
         self.output = nn.Conv2d(dim, 3, 3, padding=1, bias=False)
 
     def body(self, index: int) -> EncoderDecoder:
-        """Return an encoder-decoder."""
+        """Return the encoder-decoder with an index from 0."""
         return cast(EncoderDecoder, self.bodies[index])
 
-    def next(self, index: int, decoded: Float[Tensor, "b h w c"]) -> Levels:
-        """Return the levels of an encoder-decoder from the decoded features of the one before."""
+    def encode_next(self, index: int, decoded: Float[Tensor, "b h w c"]) -> Levels:
+        """Encode the decoded features of the previous encoder-decoder by the one with an index from 1."""
         return self.body(index).encode(spatial(decoded, self.contexts[index - 1]))
 
 
 class NeRDRain(Network):
     """NeRD-Rain, and with ``dim`` 32 its small variant NeRD-Rain-S.
 
-    Images larger than a window are restored in windows that do not overlap, as the authors do; the last ones are
-    aligned to the right and the bottom. In training, and in exported graphs, the network restores whole images.
+    Like the authors' code, it restores images larger than a window in windows side by side. The last window of a row or
+    column is aligned to the border; where it overlaps the previous window, the earlier result is kept. In training and
+    in exported graphs, the network restores whole images.
 
-    Outputs: ``derained``; ``half`` and ``quarter``, restored at lower resolution; ``implicit_half`` and
-    ``implicit_quarter``, the images of the implicit representations. Images in windows have only ``derained``.
+    Outputs: ``derained``; ``half`` and ``quarter``, the restored images at 1/2 and 1/4 of the (padded) size;
+    ``implicit_half`` and ``implicit_quarter``, the images of the implicit representations at these sizes. Images that
+    are restored in windows have only ``derained``.
 
     Args:
         dim: Number of channels at the finest level; it doubles at each level.
@@ -199,7 +201,8 @@ class NeRDRain(Network):
         window: Side of the windows in pixels, a multiple of 16.
 
     Raises:
-        DerainError: If ``blocks`` or ``heads`` does not have three numbers, or ``window`` is no multiple of 16.
+        DerainError: If ``blocks`` or ``heads`` does not have three numbers, heads do not divide the channels of their
+            level, or ``window`` is not a positive multiple of 16.
 
     References:
         Chen et al., Bidirectional Multi-Scale Implicit Neural Representations for Image Deraining, CVPR 2024.
@@ -207,7 +210,7 @@ class NeRDRain(Network):
     """
 
     size_multiple = 16
-    bytes_per_pixel = 100  # of the image; a window needs memory of its own
+    bytes_per_pixel = 100  # of the whole image; the memory of a window does not depend on its size
     published_options: ClassVar[frozenset[str]] = frozenset({"window"})
     signature = "INR2.imnet.layers.0.weight"
     published_names: ClassVar[Names] = (
@@ -253,7 +256,7 @@ class NeRDRain(Network):
         if len(blocks) != 3 or len(heads) != 3:
             raise DerainError(f"blocks {list(blocks)}, heads {list(heads)}: expected three numbers each, one per level")
         if window < 1 or window % self.size_multiple:
-            raise DerainError(f"window {window}: expected a multiple of {self.size_multiple}")
+            raise DerainError(f"window {window}: expected a positive multiple of {self.size_multiple}")
         self.window = window
         self.coarse, self.middle, self.fine = (Scale(count, dim, blocks, heads, expansion) for count in (1, 2, 3))
         self.implicit_quarter = ImplicitRepresentation(dim, width)
@@ -263,7 +266,7 @@ class NeRDRain(Network):
         self.middle_feedback = Feedback(4 * dim)
 
     def outputs(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return all outputs, or ``derained`` alone if the image is larger than a window."""
+        """Return all outputs, or only ``derained`` for images larger than a window; see the class."""
         if exporting():
             log.warning("the graph restores whole images, not windows of %d pixels", self.window)
             return super().outputs(rainy)
@@ -277,7 +280,7 @@ class NeRDRain(Network):
         return {"derained": derained}
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return the outputs."""
+        """Return the outputs at the padded size; see the class."""
         full = image.permute(0, 2, 3, 1).contiguous()
         half, quarter = sampled(full, 2), sampled(full, 4)
         # From coarse to fine: images of the implicit representations are added to the inputs.
@@ -287,11 +290,11 @@ class NeRDRain(Network):
         middle1 = self.middle.body(0).encode(self.middle.embed(doubled))
         implicit_half = self.implicit_half(middle1[-1]) + doubled
         fine1 = self.fine.body(0).encode(self.fine.embed(full + enlarged(implicit_half)))
-        fine2 = self.fine.next(1, self.fine.body(0).decode(fine1))
-        fine3 = self.fine.next(2, self.fine.body(1).decode(fine2))
+        fine2 = self.fine.encode_next(1, self.fine.body(0).decode(fine1))
+        fine3 = self.fine.encode_next(2, self.fine.body(1).decode(fine2))
         # From fine to coarse: latent features are added.
         feedback = self.fine_feedback1(fine1[-1], fine2[-1])
-        middle2 = self.middle.next(1, self.middle.body(0).decode(middle1, feedback))
+        middle2 = self.middle.encode_next(1, self.middle.body(0).decode(middle1, feedback))
         feedback = self.middle_feedback(middle1[-1], middle2[-1])
         # From coarse to fine again: decoded features are added.
         coarsest = self.coarse.body(0).decode(coarse, feedback)
@@ -311,7 +314,7 @@ class NeRDRain(Network):
     def targets(
         self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"], outputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the clean image and its Gaussian pyramid, by the names of the outputs."""
+        """Return the clean image, or its level of the Gaussian pyramid, for each output."""
         half = halved(self.pad(clean))
         quarter = halved(half)
         return {
@@ -324,7 +327,7 @@ class NeRDRain(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return the arguments of ``__init__`` that the shapes of the authors' tensors determine."""
+        """Return all arguments but ``window``; None for another network."""
         if cls.signature not in state or (expansion := expansion_of(state)) is None:
             return None
         return {
@@ -337,11 +340,14 @@ class NeRDRain(Network):
 
 
 def windows(length: int, side: int) -> Iterator[tuple[slice, slice]]:
-    """Return the windows along an axis: each with the part of itself that no window before covers.
+    """Yield the windows along an axis, and the part of each window that no earlier window covers.
 
     Args:
-        length: Length of the axis.
-        side: Length of a window; shorter axes have one window.
+        length: Length of the axis in pixels.
+        side: Length of a window in pixels; an axis that is not longer has one window.
+
+    Yields:
+        A slice of the axis, and a slice of the window.
 
     Example:
         >>> list(windows(53, 32))
@@ -353,12 +359,12 @@ def windows(length: int, side: int) -> Iterator[tuple[slice, slice]]:
 
 
 def sampled(x: Float[Tensor, "b h w c"], step: int) -> Float[Tensor, "b h2 w2 c"]:
-    """Return every second or fourth pixel."""
+    """Return every ``step``-th pixel along both axes."""
     return x[:, ::step, ::step]
 
 
 def enlarged(x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 c"]:
-    """Return maps of twice the size, each pixel repeated."""
+    """Return maps of twice the size, by the nearest neighbour."""
     return F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2).permute(0, 2, 3, 1)
 
 

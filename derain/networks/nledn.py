@@ -1,10 +1,10 @@
-r"""NLEDN: encoder-decoder of dense blocks, each of which begins with attention between distant pixels.
+r"""NLEDN: encoder-decoder of dense blocks, each of which begins with non-local attention.
 
-Li et al., Non-locally Enhanced Encoder-Decoder Network for Single Image De-raining, ACM Multimedia 2018. Max pooling
-remembers where the maxima were, and the decoder puts its features back there ("pooling indices").
+Li et al., Non-locally Enhanced Encoder-Decoder Network for Single Image De-raining, ACM Multimedia 2018. The encoder
+stores the indices of the maxima of max pooling, and the decoder puts its features back there ("pooling indices").
 
-Attention is non-local within the pieces of a grid: all pieces are one batch, so that a map is read once. Pieces at the
-bottom and the right may be shorter than the others; their missing pixels are masked.
+Pixels attend to each other within the pieces of a grid. All pieces are processed as one batch. If the grid does not
+divide the size of a map, pieces at the bottom and the right are smaller; their missing pixels are masked.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,19 +21,19 @@ from derain.nn.graphs import exporting
 from derain.nn.padding import pad_to_minimum
 
 MAX_GRID = 64
-"""Limit of the pieces along a side, since files do not bound them and images are padded to as many pixels."""
+"""Maximum number of pieces along a side: images are padded to have pixels for all of them."""
 
 
 class NonLocal(nn.Module):
-    """Attention of each pixel to the pixels of its piece, halved by max pooling.
+    """Attention of each pixel to the keys and values of its piece, which are max-pooled by 2.
 
     Args:
         channels: Number of channels.
         inner: Channels of queries, keys and values.
-        grid: Number of pieces along each side; 1 attends to the whole map.
+        grid: Number of pieces along each side; 1 for attention to the whole map.
 
     Shape:
-        ``(b, channels, h, w)`` → same, if no piece has a side of one pixel only, except shorter ones at the border.
+        ``(b, channels, h, w)`` → same; ``h, w > grid``, so that the largest piece has at least 2×2 pixels.
 
     References:
         NLEDN, eqs. 1 to 4: ``y = W softmax(θ(x)ᵀ φ(x)) g(x) + x``, without scaling.
@@ -48,7 +48,7 @@ class NonLocal(nn.Module):
         self.project = nn.Conv2d(inner, channels, 1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Attend."""
+        """Attend within each piece, and add the input."""
         height, width = x.shape[2:]
         rows, columns = ((side + self.grid - 1) // self.grid for side in (height, width))  # of a piece
         key, value = (
@@ -68,13 +68,13 @@ class NonLocal(nn.Module):
         return cast(Tensor, self.project(whole) + x)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return multiplications that are not counted: of the attention matrices."""
+        """Return the uncounted multiplications of the attention matrices."""
         batch, _, height, width = output.shape
         keys = (-(height // -self.grid) // 2) * (-(width // -self.grid) // 2)
         return 0, 2 * batch * height * width * keys * self.query.out_channels
 
     def pieces(self, x: Float[Tensor, "b c h w"], rows: Any, columns: Any) -> Float[Tensor, "n rows columns c"]:
-        """Split a map, continued at the bottom and the right by its border."""
+        """Split a map into pieces of equal size, padded at the bottom and the right by repeating the border."""
         grid, (height, width) = self.grid, x.shape[2:]
         if grid > 1 and (exporting() or height % grid or width % grid):
             x = F.pad(x, (0, grid * columns - width, 0, grid * rows - height), "replicate")
@@ -82,13 +82,16 @@ class NonLocal(nn.Module):
         return split.reshape(-1, rows, columns, x.shape[1])
 
     def mask(self, x: Float[Tensor, "b c h w"], rows: Any, columns: Any) -> Tensor | None:
-        """Return 0 for keys in the map, else the least number, ``(b · pieces, 1, 1, keys)``; None if all are in it."""
+        """Return the attention mask, ``(b · pieces, 1, 1, keys)``: 0, or the lowest number for keys outside of the map.
+
+        None if all keys are inside.
+        """
         grid, (height, width) = self.grid, x.shape[2:]
         if grid == 1 or not (exporting() or height % grid or width % grid):
             return None
 
         def inside(side: Any, length: Any) -> Tensor:
-            """Return whether both pixels of a key are in the map; a piece's first key always counts as such."""
+            """Return whether both pixels of a key are inside; the first key of a piece always counts as inside."""
             key = torch.arange(length // 2, device=x.device)
             piece = torch.arange(grid, device=x.device)[:, None]
             whole: Tensor = piece * length + 2 * key + 1 < side
@@ -108,10 +111,10 @@ class DenseBlock(nn.Module):
 
     Args:
         channels: Number of channels.
-        growth: Channels of each convolution.
+        growth: Channels of each convolution's output.
         convolutions: Number of convolutions.
-        inner: Channels of the attention.
-        grid: Grid of the attention.
+        inner: Channels of queries, keys and values.
+        grid: Number of pieces along each side; see `NonLocal`.
 
     Shape:
         ``(b, channels, h, w)`` → same.
@@ -139,14 +142,14 @@ class DenseBlock(nn.Module):
 def unpool(
     x: Float[Tensor, "b c h2 w2"], indices: Int[Tensor, "b c h2 w2"], like: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, "b c h w"]:
-    """Put values where the maxima of max pooling were, and zeros elsewhere.
+    """Put values back at the indices of max pooling; all other values are 0.
 
-    Equals `torch.nn.functional.max_unpool2d`, but is faster, and deterministic on a GPU.
+    The result is that of `torch.nn.functional.max_unpool2d`. This function is faster, and deterministic on a GPU.
 
     Args:
         x: The values.
         indices: Indices of the maxima from `torch.nn.functional.max_pool2d`.
-        like: A map of the size before pooling.
+        like: A map with the shape before pooling.
 
     Example:
         >>> unpool(torch.ones(1, 1, 1, 1), torch.tensor([[[[3]]]]), torch.empty(1, 1, 2, 2)).tolist()
@@ -157,25 +160,25 @@ def unpool(
 
 
 class NLEDN(Network):
-    """NLEDN: three levels of encoder and decoder, and attention to ever larger pieces at the coarser ones.
+    """NLEDN: encoder and decoder with three levels; at coarser levels, pieces cover larger parts of the image.
 
     Args:
         channels: Number of channels at all levels.
-        growth: Channels of each convolution of a dense block.
+        growth: Channels of the output of each convolution of a dense block.
         convolutions: Number of convolutions of a dense block.
         inner: Channels of queries, keys and values.
-        grids: Number of pieces along each side at the three levels, the finest first.
+        grids: Number of pieces along each side at the three levels, finest first, 1 to 64.
 
     Outputs:
         ``derained``: The rainy image minus the rain.
         ``rain``: The rain, in [-1, 1].
 
     Shape:
-        ``(b, 3, h, w)`` in [0, 1] → same, not clamped. Images are not padded; sides of less than 16 pixels, which the
-        authors' code cannot process, are padded to 16 pixels by repeating the border.
+        ``(b, 3, h, w)`` in [0, 1] → same, not clamped. Sides below 16 pixels (more if ``grids`` are larger), which the
+        authors' code cannot process, are padded by repeating the border.
 
     Raises:
-        DerainError: If ``grids`` does not have three numbers.
+        DerainError: If ``grids`` is not three numbers from 1 to 64.
 
     References:
         NLEDN, Figure 2. 1,005,379 parameters by default.
@@ -218,7 +221,7 @@ class NLEDN(Network):
         super().__init__()
         if len(grids) != 3 or not all(1 <= grid <= MAX_GRID for grid in grids):
             raise DerainError(f"grids {list(grids)}: expected three numbers from 1 to {MAX_GRID}, one per level")
-        # All pieces must have two pixels a side, and so must the coarsest map.
+        # The largest piece of each level, and the coarsest map, need at least 2×2 pixels.
         self.smallest_side = max(16, *((grid + 1) << level for level, grid in enumerate(grids)))
 
         def block(grid: int) -> DenseBlock:
@@ -241,7 +244,7 @@ class NLEDN(Network):
         return {"derained": image - rain, "rain": rain}
 
     def rain(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Return the rain of an image of at least 16 × 16 pixels."""
+        """Return the rain, in [-1, 1], of images with sides of at least ``smallest_side`` pixels."""
         shallow = self.head(image)
         features = x = self.features(shallow)
         finest, maps, maxima = None, [], []
@@ -262,12 +265,12 @@ class NLEDN(Network):
     def targets(
         self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"], outputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the clean image, and the rain that was added to it."""
+        """Return the clean image, and as the rain the rainy minus the clean image."""
         return {"derained": clean, "rain": rainy - clean}
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return the widths and the number of convolutions of the authors' tensors; None for another network."""
+        """Return all arguments but ``grids``; None for another network."""
         if cls.signature not in state:
             return None
         inner, channels = state[cls.signature].shape[:2]

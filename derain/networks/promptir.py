@@ -1,4 +1,4 @@
-"""PromptIR: Restormer with prompts, which learned maps add to the features of the decoder.
+"""PromptIR: Restormer whose decoder gets prompts, weighted sums of learned maps.
 
 Potlapalli et al., PromptIR: Prompting for All-in-One Blind Image Restoration, NeurIPS 2023.
 """
@@ -17,7 +17,7 @@ from derain.networks.shapes import heads_of, restormer_options
 from derain.nn.restormer import Downsample, PatchEmbedding, TransformerBlock, Upsample, pointwise, spatial
 
 LEVELS = (3, 2, 1)
-"""Levels of the decoder in the order of computation; 1 is the finest."""
+"""Levels of the decoder in the order in which they are computed; 1 is the finest."""
 
 
 class Prompt(nn.Module):
@@ -43,7 +43,7 @@ class Prompt(nn.Module):
         self.convolution = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w p"]:
-        """Return the prompt for features."""
+        """Return the prompt for these features, resized bilinearly to their size."""
         weights = self.weights(x.mean((1, 2))).softmax(-1)
         prompt = (weights @ self.maps.flatten(2)[0]).reshape(-1, *self.maps.shape[2:])
         resized = F.interpolate(prompt, size=x.shape[1:3], mode="bilinear", align_corners=False)
@@ -55,13 +55,13 @@ class DecoderLevel(nn.Module):
 
     Args:
         features: Number of channels of the coarser level.
-        reduced: Number of channels before upsampling.
-        skip: Number of channels of the encoder's level.
-        channels: Number of channels of the level.
-        prompt: The prompt.
-        blocks: Transformer blocks of the level.
-        heads: Heads of the block that mixes features and prompt ("PIM").
-        expansion: Expansion of its feed-forward network.
+        reduced: Number of channels before upsampling, which halves them.
+        skip: Number of channels of the skip connection.
+        channels: Number of channels of this level.
+        prompt: Prompt for the features of the coarser level.
+        blocks: Transformer blocks of this level.
+        heads: Number of heads of the block that mixes features and prompt ("PIM").
+        expansion: Expansion of the feed-forward network of that block.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class DecoderLevel(nn.Module):
         self.blocks = blocks
 
     def forward(self, x: Float[Tensor, "b h w c"], skip: Float[Tensor, "b h2 w2 s"]) -> Float[Tensor, "b h2 w2 d"]:
-        """Decode features of the coarser level with the encoder's features of this level."""
+        """Decode features of the coarser level, given the encoder's features of this level."""
         x = self.interaction(torch.cat((x, self.prompt(x)), dim=-1))
         x = torch.cat((self.upsample(pointwise(x, self.reduce.weight)), skip), dim=-1)
         if self.fuse is not None:
@@ -96,9 +96,9 @@ class DecoderLevel(nn.Module):
 
 
 class PromptIR(Network):
-    """PromptIR: encoder of four levels, decoder of three with a prompt each, refinement at full resolution.
+    """PromptIR: encoder with four levels, decoder with three levels and a prompt for each, refinement.
 
-    The only output is ``derained``; the published loss is its mean absolute error.
+    The only output is ``derained``; the published loss is the mean absolute error.
 
     Args:
         dim: Number of channels at the finest level; it doubles at each level.
@@ -107,16 +107,17 @@ class PromptIR(Network):
         heads: Number of attention heads at each of the four levels.
         expansion: Expansion of the feed-forward networks.
         maps: Number of learned maps of each prompt.
-        prompt_channels: Channels of the prompts of levels 1, 2 and 3 of the decoder.
-        prompt_sizes: Height and width of the learned maps of levels 1, 2 and 3.
-        prompt_heads: Number of heads of the blocks that mix features and prompts.
+        prompt_channels: Number of channels of the prompts of decoder levels 1 (the finest), 2 and 3.
+        prompt_sizes: Height and width of the learned maps of decoder levels 1, 2 and 3.
+        prompt_heads: Number of attention heads of the blocks that mix features and prompts.
 
     Raises:
-        DerainError: If there are not four numbers of ``blocks`` and ``heads``, and three of the prompts.
+        DerainError: If ``blocks`` or ``heads`` does not have four numbers, ``prompt_channels`` or ``prompt_sizes`` not
+            three, or heads do not divide the channels of their level.
 
     References:
         PromptIR, section 3 and Figure 2. 35,376,967 parameters by default; the authors' file has 215,296 more, which
-        nothing uses.
+        their network does not use.
     """
 
     size_multiple: ClassVar[int] = 8
@@ -170,7 +171,7 @@ class PromptIR(Network):
         self.encoder = nn.ModuleDict({f"level{i + 1}": level(dim << i, i, blocks[i]) for i in range(3)})
         self.downsample = nn.ModuleDict({f"level{i + 1}": Downsample(dim << i) for i in range(3)})
         self.latent = level(8 * dim, 3, blocks[3])
-        # Channels of the coarser level, before upsampling, of the skip connection, and of the level.
+        # Multiples of dim: coarser level, before upsampling, skip connection, this level.
         widths = {3: (8, 4, 4, 4), 2: (4, 4, 2, 2), 1: (2, 2, 1, 2)}
         self.decoder = nn.ModuleDict()
         for i in LEVELS:
@@ -183,7 +184,7 @@ class PromptIR(Network):
         self.output = nn.Conv2d(2 * dim, 3, 3, padding=1, bias=False)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return the restored image."""
+        """Return ``derained``."""
         image = image.permute(0, 2, 3, 1).contiguous()
         x = self.embedding(image)
         skips = []
@@ -198,7 +199,7 @@ class PromptIR(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return the arguments of ``__init__``; each level has at least one block."""
+        """Return all arguments of ``__init__``; None for another network. Each level must have a block."""
         if cls.signature not in state or (options := restormer_options(state)) is None:
             return None
         prompts = [state[f"prompt{i}.prompt_param"].shape for i in (1, 2, 3)]

@@ -1,4 +1,4 @@
-"""RCDNet: proximal gradient descent for a convolutional dictionary of rain, unfolded into a network.
+"""RCDNet: proximal gradient descent for a convolutional dictionary of rain, unrolled into a network.
 
 Wang et al., A Model-driven Deep Neural Network for Single Image Rain Removal, CVPR 2020, sections 3 and 4.
 """
@@ -15,33 +15,33 @@ from derain.errors import DerainError
 from derain.networks.base import Names, Network, count_numbered
 
 MAX_VALUE = 255
-"""The network computes with grey levels in [0, 255]."""
+"""The network computes with pixel values in [0, 255]."""
 
 SPEED = 0.1
-"""Factor of step sizes and kernels."""
+"""Factor by which the stored step sizes and kernels are multiplied, as in the authors' code."""
 
 
 class RCDNet(Network):
     """Rain convolutional dictionary network: 2,975,186 parameters.
 
-    The model is O = B + Σ C_n ⊗ M_n: a rainy image is a background and the sum of rain maps, each convolved with a rain
-    kernel. A stage is a step of gradient descent for the maps and one for the background. Each step ends with a network
-    in the place of a proximal operator. Kernels are shared by all stages.
+    The model is O = B + Σ C_n ⊗ M_n: a rainy image O is the sum of a background B and of rain maps M_n, each convolved
+    with a rain kernel C_n. A stage is a step of gradient descent for the maps, then one for the background. After each
+    step, a network replaces the proximal operator. All stages share their kernels.
 
-    Outputs: ``derained``; ``background0``, the estimate before the first stage; ``background1``, … and ``rain1``, …,
-    background and rain ``(b, 3, h, w)`` after each stage. The target of rain is rainy minus clean image, that of all
-    others the clean image. The published loss is the MSE of all outputs: weight 1 for ``derained`` and the last rain,
-    0.1 for all others.
+    Outputs: ``derained``; ``background0``, the estimate before the first stage; ``rain1``, ``background1``, …, rain and
+    background ``(b, 3, h, w)`` of each stage. The target of rain is the rainy minus the clean image; the target of all
+    other outputs is the clean image. The published loss is the weighted sum of the MSE of all outputs, with weight 1
+    for ``derained`` and the last rain, and 0.1 for all others.
 
     Args:
         stages: Number of stages.
         maps: Number of rain maps and kernels.
-        dual: Channels that the proximal networks of the background have beside it.
-        blocks: Residual blocks of each proximal network.
-        kernel: Side of the rain kernels in pixels, odd.
+        dual: Number of channels that the proximal networks of the background process in addition to the background.
+        blocks: Number of residual blocks of each proximal network.
+        kernel: Side of the rain kernels in pixels: odd, at most 31.
 
     Raises:
-        DerainError: If a number is less than 1, or the side is even.
+        DerainError: If a number is less than 1, or ``kernel`` is even or above 31.
 
     Example:
         >>> network = RCDNet(stages=2, maps=3, dual=2, blocks=1)
@@ -52,7 +52,7 @@ class RCDNet(Network):
     bytes_per_pixel = 1280
     signature: ClassVar[str] = "w_z_f"
     published_names: ClassVar[Names] = (
-        # Names of the first code: step sizes of the background are two tensors, which `translate` joins.
+        # The repository RCDNet: step sizes of the background are two tensors, which `translate` joins.
         (r"eta1|mnet\..*", None),
         (r"^w_z_f$", "filter"),
         (r"^weight0$", "first_kernel"),
@@ -65,7 +65,7 @@ class RCDNet(Network):
         (r"^x_stage\.", "background."),
         (r"^m_stage\.", "rain."),
         *((rf"\.res[mx]{number}\.", f".blocks.{number - 1}.") for number in range(1, 5)),
-        # Names of the shorter code.
+        # The repository RCDNet_simple.
         (r"^C_z$", "filter"),
         (r"^C0$", "first_kernel"),
         (r"^C$", "kernel"),
@@ -76,7 +76,7 @@ class RCDNet(Network):
         (r"^proxNet_B_S\.", "background."),
         (r"^proxNet_M_S\.", "rain."),
         (r"\.layer\.(\d+)\.", r".blocks.\1."),
-        # Names of both.
+        # Both repositories.
         (r"(^|\.)tau$", r"\1threshold"),
         (r"\.0\.(weight|bias)$", r".conv1.\1"),
         (r"\.1\.(weight|bias|running_\w+|num_\w+)$", r".norm1.\1"),
@@ -103,22 +103,22 @@ class RCDNet(Network):
         self.final = ProximalNetwork(3 + dual, blocks)
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Restore RGB images of any size in [0, 1], not clamped, without keeping the outputs of the stages."""
+        """Restore RGB images in [0, 1] of any size, not clamped, without storing the outputs of the stages."""
         return self._unfold(rainy, None)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return the last background, and background and rain of every stage."""
+        """Return ``derained``, and rain and background of every stage."""
         outputs: dict[str, Tensor] = {}
         return {"derained": self._unfold(image, outputs), **outputs}
 
     def _unfold(self, image: Float[Tensor, "b 3 h w"], outputs: dict[str, Tensor] | None) -> Float[Tensor, "b 3 h w"]:
-        """Return the last background, and store the outputs of the stages in ``outputs`` if it is given."""
+        """Return the derained image; store the outputs of the stages in ``outputs``, unless it is None."""
         rainy = image * MAX_VALUE
         kernel, first_kernel = SPEED * self.kernel, SPEED * self.first_kernel
         background_steps, rain_steps = SPEED * self.background_steps, SPEED * self.rain_steps
         state: Tensor = self.initial(torch.cat((rainy, F.conv2d(rainy, self.filter, padding=1)), dim=1))
         background = self._store(outputs, "background0", state[:, :3])
-        maps = spread(torch.relu(rainy - background - self.threshold), first_kernel)
+        maps = transposed_convolution(torch.relu(rainy - background - self.threshold), first_kernel)
         for stage, (rain_network, background_network) in enumerate(zip(self.rain, self.background, strict=True)):
             maps = rain_network(maps)
             rain = self._store(outputs, f"rain{stage + 1}", F.conv2d(maps, kernel, padding=kernel.shape[-1] // 2))
@@ -126,18 +126,18 @@ class RCDNet(Network):
             state = background_network(torch.cat((background, state[:, 3:]), dim=1))
             background = self._store(outputs, f"background{stage + 1}", state[:, :3])
             if stage < len(self.rain) - 1:
-                maps = maps - rain_steps[stage] * spread(background + rain - rainy, kernel)
+                maps = maps - rain_steps[stage] * transposed_convolution(background + rain - rainy, kernel)
         return cast(Tensor, self.final(state))[:, :3] / MAX_VALUE
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the convolutions with the kernels of rain and the filter, which are no modules that thop sees."""
+        """Return corrections of the counts: thop omits convolutions by `torch.nn.functional`."""
         kernels = (2 * len(self.rain) - 1) * self.kernel.numel() + self.first_kernel.numel()
         functional = (kernels + self.filter.numel()) * (output.numel() // output.shape[1])
         return -functional, functional
 
     @staticmethod
     def _store(outputs: dict[str, Tensor] | None, name: str, image: Tensor) -> Tensor:
-        """Return an image of [0, 255]; store it with a range of [0, 1], in memory of its own."""
+        """Return an image in [0, 255], and store a copy in [0, 1]."""
         if outputs is not None:
             outputs[name] = image / MAX_VALUE
         return image
@@ -145,13 +145,13 @@ class RCDNet(Network):
     def targets(
         self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"], outputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the rain for the outputs ``rain1``, …, and the clean image for all others."""
+        """Return the rainy minus the clean image for ``rain1``, …, and the clean image for all other outputs."""
         rain = rainy - clean
         return {name: rain if name.startswith("rain") else clean for name in outputs}
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return all options, of tensors of the first or of the shorter code; None if they are of another network."""
+        """Return all arguments of ``__init__``, for files of RCDNet or RCDNet_simple; None for another network."""
         if cls.signature in state:
             stages, blocks = 1 + state["eta11"].shape[0], count_numbered(state, r"xnet\.resx(\d+)\.") - 1
             kernel, dual_filter = state["weight0"], state[cls.signature]
@@ -167,7 +167,8 @@ class RCDNet(Network):
     def translate(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the authors' tensors by our names.
 
-        The first code stores 16 sets of kernels and uses the second. Its step sizes of the background are two tensors.
+        Files of RCDNet have 16 sets of kernels, of which the code uses the second, and the step sizes of the background
+        as two tensors.
         """
         translated = super().translate(state)
         if "background_steps.first" in translated:
@@ -178,7 +179,13 @@ class RCDNet(Network):
 
 
 class ProximalNetwork(nn.Module):
-    """Residual blocks in the place of a proximal operator; with a threshold, soft-thresholding of rain maps follows."""
+    """Residual blocks that replace a proximal operator; for rain maps, followed by soft-thresholding.
+
+    Args:
+        channels: Number of channels.
+        blocks: Number of residual blocks.
+        threshold: Initial threshold of all channels, a parameter; None for no thresholding.
+    """
 
     def __init__(self, channels: int, blocks: int, threshold: float | None = None) -> None:
         super().__init__()
@@ -186,13 +193,13 @@ class ProximalNetwork(nn.Module):
         self.threshold = None if threshold is None else nn.Parameter(torch.full((1, channels, 1, 1), threshold))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return features that are not negative."""
+        """Return non-negative features."""
         x = self.blocks(x)
         return x if self.threshold is None else torch.relu_(x - self.threshold)
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with batch normalisation, the sum with the input, and ReLU."""
+    """Two convolutions with batch normalisation, a residual connection, and ReLU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -207,23 +214,26 @@ class ResidualBlock(nn.Module):
         return torch.relu_(x + residual)
 
 
-def spread(rain: Float[Tensor, "b 3 h w"], kernels: Float[Tensor, "3 n k k"]) -> Float[Tensor, "b n h w"]:
+def transposed_convolution(
+    rain: Float[Tensor, "b 3 h w"], kernels: Float[Tensor, "3 n k k"]
+) -> Float[Tensor, "b n h w"]:
     """Apply the transpose of the convolution of rain maps with kernels.
 
-    It is a convolution with the kernels turned by 180°, which PyTorch computes faster on a CPU than a transposed one.
+    This is a convolution with the kernels rotated by 180°, which PyTorch computes faster on a CPU than
+    `torch.nn.functional.conv_transpose2d`.
     """
     return F.conv2d(rain, kernels.flip(2, 3).transpose(0, 1), padding=kernels.shape[-1] // 2)
 
 
 def streaks(count: int, side: int) -> Float[Tensor, "3 n k k"]:
-    """Return the kernels that training starts from: vertical streaks of growing length, with a sum of 1.
+    """Return the initial rain kernels: vertical streaks of growing length, each with a sum of 1.
 
-    A kernel is a Gaussian, elongated vertically. The first three eighths are thin, the others have a flat centre. For
-    32 kernels of 9×9 they are those of the authors' script ``init_rain_kernel.m``, which wrote ``init_kernel.mat``.
+    A kernel is a vertically elongated Gaussian. The first three eighths of the kernels are thin; the others are wider,
+    with a flat centre. With 32 kernels of 9×9, they follow the authors' script ``init_rain_kernel.m``.
 
     Args:
         count: Number of kernels.
-        side: Their side in pixels, odd.
+        side: Side of the kernels in pixels, odd.
 
     Example:
         >>> kernels = streaks(32, 9)

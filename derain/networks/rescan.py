@@ -17,15 +17,15 @@ from derain.networks.iterations import assume_iterations, check_iterations
 from derain.nn.conv_gru import ConvGRU
 
 SLOPE = 0.2
-"""Slope of the LeakyReLU for negative values."""
+"""Negative slope of the LeakyReLU."""
 
 
 class SqueezeExcitation(nn.Module):
-    """Weights channels by a function of their means over the image, then applies LeakyReLU.
+    """Squeeze-and-excitation: channels weighted by a function of their means over the image, then LeakyReLU.
 
     Args:
-        channels: Channels of the features.
-        hidden: Width of the function's hidden layer.
+        channels: Number of channels.
+        hidden: Width of the hidden layer.
 
     Shape:
         ``(b, channels, h, w)`` → same.
@@ -45,7 +45,7 @@ class SqueezeExcitation(nn.Module):
         return F.leaky_relu_(x * weights[..., None, None], SLOPE)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return thop's operations for the mean of the features: one per value, one per mean."""
+        """Return the operations that thop counts for the means: one per value, one per mean."""
         return output.numel() + output.shape[0] * output.shape[1], 0
 
 
@@ -56,10 +56,10 @@ class RecurrentLayer(nn.Module):
         inputs: Channels of the input.
         channels: Channels of the state.
         dilation: Dilation of the convolutions of the input.
-        hidden: Width of the squeeze-and-excitation.
+        hidden: Width of the hidden layer of squeeze-and-excitation.
 
     Shape:
-        ``(b, inputs, h, w)`` and, if any, the state ``(b, channels, h, w)`` → ``(b, channels, h, w)``.
+        ``(b, inputs, h, w)`` and, after the first stage, the state ``(b, channels, h, w)`` → ``(b, channels, h, w)``.
     """
 
     def __init__(self, inputs: int, channels: int, dilation: int, hidden: int) -> None:
@@ -68,30 +68,31 @@ class RecurrentLayer(nn.Module):
         self.excitation = SqueezeExcitation(channels, hidden)
 
     def forward(self, x: Float[Tensor, "b i h w"], state: Float[Tensor, "b c h w"] | None) -> Float[Tensor, "b c h w"]:
-        """Return the new state, which is also the output."""
+        """Return the new state, which is also the output; ``state`` is None in the first stage."""
         return cast(Tensor, self.excitation(self.gru(x, state)))
 
 
 class RESCAN(Network):
     """Recurrent squeeze-and-excitation context aggregation network (149,823 parameters).
 
-    Each stage estimates all rain of the input from the image that the stage before has restored ("full prediction").
-    Its layers are convolutional GRUs with dilations 1, 1, 2, 4, 8; they carry their states from stage to stage.
+    Each stage estimates all rain of the rainy image from the image that the previous stage restored ("full
+    prediction"). Its layers are convolutional GRUs with dilations 1, 1, 2, 4, 8, …, which carry their states from stage
+    to stage.
 
-    Outputs: ``derained``, the image after the last stage, and ``stage1``, ``stage2``, …, those after the others.
-    The authors' loss is the sum over all stages of the mean squared error of the rain, which equals that of the images.
+    Outputs: ``derained``, the image of the last stage, and ``stage1``, ``stage2``, …, the images of the earlier stages.
+    The published loss is the sum of the mean squared errors of the rain of all stages, which equal those of the images.
 
     Args:
-        channels: Width of all layers.
-        layers: Number of recurrent layers, the paper's depth minus 2.
+        channels: Number of channels of all layers.
+        layers: Number of recurrent layers: the paper's depth minus 2.
         iterations: Number of stages, 1 to 100.
-        squeeze: Width of the squeeze-and-excitation.
+        squeeze: Width of the hidden layer of squeeze-and-excitation.
 
     Raises:
-        DerainError: If there are fewer than 1 or more than 100 stages.
+        DerainError: If ``iterations`` is not from 1 to 100.
 
     References:
-        Sections 4.1 and 4.2 of the paper, with ConvGRU and full prediction.
+        Sections 4.1 and 4.2 of the paper: the variant with ConvGRU and full prediction.
 
     Example:
         >>> sum(parameter.numel() for parameter in RESCAN().parameters())
@@ -133,7 +134,7 @@ class RESCAN(Network):
         )
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Remove rain stage by stage; see the base class."""
+        """Return the images of all stages, last stage first, then in order."""
         states: list[Tensor | None] = [None] * len(self.layers)
         derained, images = image, []
         for _ in range(self.iterations):
@@ -148,7 +149,7 @@ class RESCAN(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return width, layers and squeeze of the authors' tensors; see the base class."""
+        """Return all arguments but ``iterations``; None for another network."""
         if cls.signature not in state:
             return None
         return {
@@ -159,10 +160,10 @@ class RESCAN(Network):
 
     @classmethod
     def assume(cls, path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the number of stages: given, or the authors' 4 with a warning.
+        """Return the number of stages: as given, or the authors' 4 with a warning.
 
         Example:
             >>> RESCAN.assume(Path("models/latest"), {"iterations": 3})
             {'iterations': 3}
         """
-        return assume_iterations(path, given, known=None, usual=4)
+        return assume_iterations(path, given, known=None, default=4)

@@ -1,4 +1,4 @@
-"""Restormer as a network with options: biases, normalisation without bias, numbers of blocks and channels."""
+"""Restormer with optional biases and bias-free normalisation, as in ClearView's weights."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -32,41 +32,42 @@ class BiasFreeNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        """Normalise."""
+        """Divide the channels of each pixel by their standard deviation, and scale them."""
         if torch.is_grad_enabled() or compiling_or_exporting():
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             inverse_deviation = (wide.var(-1, correction=0, keepdim=True) + self.eps).rsqrt()
             return x * inverse_deviation.to(x.dtype) * self.weight
-        # Several times faster, but without gradients of mean and deviation.
+        # Several times faster, but this result has no gradients through mean and deviation.
         out, mean, inverse_deviation = torch.native_layer_norm(x, x.shape[-1:], None, None, self.eps)
         return out.add_(mean * inverse_deviation).mul_(self.weight)
 
 
 class Restormer(Network):
-    """Restormer, with the options of ClearView's.
+    """Restormer, with the options that ClearView's variants need.
 
-    The output is ``derained``.
+    The only output is ``derained``.
 
     Args:
         dim: Number of channels at the finest level; it doubles at each level.
-        blocks: Number of transformer blocks at each of the four levels.
+        blocks: Number of transformer blocks at each of the four levels; the decoder has as many as the encoder.
         refinement: Number of refinement blocks.
         heads: Number of attention heads at each of the four levels.
         expansion: Expansion of the feed-forward networks.
-        bias: Whether convolutions have biases, except those of downsampling and upsampling.
+        bias: Whether convolutions have biases, except in downsampling and upsampling.
         bias_free_norm: Whether normalisation neither subtracts the mean nor adds a bias.
 
     Raises:
-        DerainError: If ``blocks`` or ``heads`` does not have four numbers.
+        DerainError: If ``blocks`` or ``heads`` does not have four numbers, or heads do not divide the channels of their
+            level.
 
     References:
-        Zamir et al., Restormer, CVPR 2022: the defaults, 26,126,644 parameters. ClearView
-        (github.com/dronefreak/clearview): ``blocks`` 2, 3, 3, 4 with ``bias`` and ``bias_free_norm``, 15,263,563
-        parameters; small: also ``dim`` 24, ``blocks`` 1, 1, 1, 2, ``refinement`` 2, 2,278,027 parameters.
+        Defaults: Zamir et al., Restormer, CVPR 2022; 26,126,644 parameters. ClearView
+        (github.com/dronefreak/clearview) has ``bias`` and ``bias_free_norm``, with ``blocks`` 2, 3, 3, 4 (15,263,563
+        parameters) or, as its small variant, ``dim`` 24, ``blocks`` 1, 1, 1, 2 and ``refinement`` 2 (2,278,027).
     """
 
     bytes_per_pixel: ClassVar[int] = 5400
-    signature: ClassVar[str] = "encoder_level1.0.norm1.weight"  # of ClearView; its authors' has ``norm1.body.weight``
+    signature: ClassVar[str] = "encoder_level1.0.norm1.weight"  # ClearView's; the original has ``norm1.body.weight``
     published_names: ClassVar[Names] = (
         (r"^patch_embed\.(?!proj)", "patch_embed.proj."),
         (r"^", "body."),
@@ -92,12 +93,12 @@ class Restormer(Network):
         self.body = restormer.Restormer(dim, blocks, refinement, heads, expansion, block, bias)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return ``derained``, images in [0, 1]; of any size, since ``body`` pads to a multiple of 8."""
+        """Return ``derained`` for images of any size: ``body`` pads them to a multiple of 8."""
         return {"derained": self.body(image)}
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return the arguments that the shapes of ClearView's tensors determine; None for another network."""
+        """Return all arguments for ClearView's tensors; None for another network, also for the original Restormer."""
         if cls.signature not in state:
             return None
         names = {name.removeprefix("body."): tensor for name, tensor in cls.translate(state).items()}

@@ -1,4 +1,4 @@
-r"""RPDNet: recurrent network that attends to rain streaks of all scales in a Gaussian scale space."""
+r"""RPDNet: recurrent network with attention to rain streaks of all sizes by a Gaussian scale space."""
 
 import math
 import re
@@ -23,16 +23,16 @@ INPUT_SIGMA = 0.5
 """Blur that an image is assumed to have, in pixels (SIFT's value)."""
 
 INTERVALS = 3
-"""Levels in which the standard deviation doubles; an octave has two levels more, and five differences."""
+"""Number of levels over which the standard deviation doubles; an octave has six levels, and so five differences."""
 
 
 class ScaleSpace(nn.Module):
     """Differences of Gaussians of feature maps, in octaves of halved size.
 
-    As in the authors' code, a Gaussian of any standard deviation is cut to 3×3 pixels, with zeros around the maps.
+    As in the authors' code, all Gaussian kernels are truncated to 3×3 pixels, and maps are padded with zeros.
 
     Args:
-        channels: Channels c of the maps.
+        channels: Number of channels c of the maps.
         octaves: Number of octaves.
 
     Shape:
@@ -53,7 +53,7 @@ class ScaleSpace(nn.Module):
         self.register_buffer("kernels", torch.stack([_gaussian(sigma) for sigma in sigmas]), persistent=False)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b c5 h2 w2"]]:
-        """Return the differences of neighbouring levels side by side, octave by octave."""
+        """Return the differences of adjacent levels for each octave, concatenated along the channels."""
         x = self._blur(x, self.first_kernel)
         octaves = []
         for octave in range(self.octaves):
@@ -80,11 +80,14 @@ def _gaussian(sigma: float) -> Float[Tensor, "3 3"]:
 
 
 class ScaleAttention(nn.Module):
-    """Features of one scale, weighted by an attention from the differences of Gaussians of this scale.
+    """Features of one scale, weighted by attention computed from the differences of Gaussians of this scale.
 
     Args:
-        channels: Channels c of the features.
-        reduction: Factor by which the features of the image are reduced.
+        channels: Number of channels c of the features.
+        reduction: Factor r by which the features are downsampled.
+
+    Shape:
+        Features ``(b, c, h, w)`` and differences ``(b, 5c, h // r, w // r)`` → ``(b, c, h // r, w // r)``.
     """
 
     def __init__(self, channels: int, reduction: int) -> None:
@@ -106,13 +109,13 @@ class ScaleAttention(nn.Module):
 
 
 class SummingLSTM(nn.Module):
-    """Convolutional LSTM that adds separate convolutions of features and hidden state.
+    """Convolutional LSTM with separate convolutions of features and hidden state, whose results are added.
 
     Args:
-        channels: Channels c of features and state.
+        channels: Number of channels c of features and state.
 
     Shape:
-        Features ``(b, c, h, w)`` and the last state → the next state.
+        Features ``(b, c, h, w)`` and the previous state → the next state.
     """
 
     def __init__(self, channels: int) -> None:
@@ -124,7 +127,7 @@ class SummingLSTM(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "b c h w"], state: State | None) -> State:
-        """Return the next state; None is the zero state, which is not convolved."""
+        """Return the next state; ``state`` is None in the first iteration, for zeros."""
         candidate = torch.tanh_(self._gate("candidate", x, state))
         cell = torch.sigmoid_(self._gate("input", x, state)) * candidate
         if state is not None:
@@ -136,7 +139,7 @@ class SummingLSTM(nn.Module):
         return gate if state is None else gate + self.of_hidden[name](state.hidden)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: State) -> tuple[int, int]:
-        """Return the multiplications that ``derain bench`` adds: of a forget gate without a state, and of attention."""
+        """Return the multiplications that the authors' code needs for the zero state of the first iteration."""
         if inputs[1] is not None:
             return 0, 0
         hidden = sum(parameter.numel() for parameter in self.of_hidden.parameters())
@@ -145,7 +148,7 @@ class SummingLSTM(nn.Module):
 
 
 def _doubled(coarse: Float[Tensor, "b c h w"], fine: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b c h2 w2"]:
-    """Double the size of maps by bilinear interpolation between corners, with zeros up to the size of others."""
+    """Double the size of ``coarse`` bilinearly (``align_corners``), and pad with zeros to the size of ``fine``."""
     doubled = F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=True)
     height, width = (fine.shape[axis] - doubled.shape[axis] for axis in (2, 3))
     return F.pad(doubled, (0, width, 0, height))
@@ -155,24 +158,25 @@ class RPDNet(Network):
     """Recurrent network with scale-space invariant attention (491,939 parameters).
 
     Each iteration computes features of the rainy image and the last derained image at several scales. At each scale,
-    attention from the differences of Gaussians selects rain streaks of this size, and an LSTM carries the features to
-    the next iteration. They are merged from the coarsest to the finest scale into a map of rain, which is subtracted
-    from the rainy image. The authors' files have 18,496 parameters more, which their network does not apply.
+    attention from the differences of Gaussians selects rain streaks of the corresponding size, and an LSTM carries the
+    features to the next iteration. From the coarsest to the finest scale, the features are merged into a rain map,
+    which is subtracted from the rainy image. The authors' files have 18,496 more parameters, which their network does
+    not use.
 
     Args:
-        iterations: Number of iterations, 1 to 100; paper: 6.
-        channels: Channels of the features.
+        iterations: Number of iterations, 1 to 100; 6 in the paper.
+        channels: Number of channels of the features.
         scales: Number of scales (octaves).
 
     Outputs:
-        ``derained`` of the last iteration; ``derained1``, ``derained2``, … of those before.
+        ``derained`` of the last iteration; ``derained1``, ``derained2``, … of the earlier ones.
 
     Shape:
         ``(b, 3, h, w)`` in [0, 1] → same, not clamped; any ``h, w >= 1``. Sides below ``2**(scales - 1)`` are padded by
-        copies of the border.
+        repeating the border.
 
     Raises:
-        DerainError: If there are fewer than 1 or more than 100 iterations.
+        DerainError: If ``iterations`` is not from 1 to 100.
 
     References:
         Pang et al., Single Image Deraining via Scale-space Invariant Attention Neural Network, ACM MM 2020.
@@ -221,11 +225,11 @@ class RPDNet(Network):
         self.tail = nn.Sequential(ResidualBlock(channels), ResidualBlock(channels), conv3x3(channels, 3))
 
     def pad(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
-        """Return images whose sides have a pixel at the coarsest scale."""
+        """Return images padded to have at least one pixel a side at the coarsest scale."""
         return pad_to_minimum(image, 2 ** (self.scales - 1))
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return the images of all iterations."""
+        """Return the images of all iterations, the last first, then in order."""
         derained = image
         states: list[State | None] = [None] * self.scales
         earlier: dict[str, Tensor] = {}
@@ -243,7 +247,7 @@ class RPDNet(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return channels and number of scales; see the base class."""
+        """Return ``channels`` and ``scales``; None for another network."""
         if cls.signature not in state:
             return None
         return {
@@ -253,6 +257,6 @@ class RPDNet(Network):
 
     @classmethod
     def assume(cls, path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the number of iterations: given, or 6, without a warning for files such as ``rain100l.pth``."""
+        """Return the number of iterations: as given, or 6, with a warning except for files such as ``rain100l.pth``."""
         known = 6 if path is not None and re.fullmatch(r"rain\d+[hl]?\.pth", path.name) else None
-        return assume_iterations(path, given, known, usual=6)
+        return assume_iterations(path, given, known, default=6)

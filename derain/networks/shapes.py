@@ -1,4 +1,4 @@
-"""Arguments of networks with Restormer's blocks and levels from the shapes of their tensors."""
+"""Arguments of networks that are built of Restormer's blocks, from the shapes of their tensors."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from torch import Tensor
 from derain.networks.base import count_numbered
 
 DECIMALS = 4
-"""Decimals of an expansion at most."""
+"""Maximum number of decimals of an expansion."""
 
 LEVELS = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
 """Names of Restormer's levels."""
@@ -23,7 +23,7 @@ def restormer_options(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         state: Tensors by Restormer's names.
 
     Returns:
-        The arguments; None if no expansion fits. Each level has at least one block.
+        The arguments; None if no expansion fits. ``heads`` are those of each level's first block, which must exist.
     """
     if (expansion := expansion_of(state)) is None:
         return None
@@ -37,11 +37,11 @@ def restormer_options(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
 
 
 def heads_of(state: Mapping[str, Tensor], *blocks: str) -> list[int]:
-    """Return the number of heads of some blocks, by their temperatures.
+    """Return the number of attention heads of each block, from the shapes of their temperatures.
 
     Args:
         state: Tensors by name.
-        blocks: Name of each block, as ``latent.0``.
+        blocks: Names of the blocks, such as ``latent.0``.
 
     Example:
         >>> import torch
@@ -52,14 +52,14 @@ def heads_of(state: Mapping[str, Tensor], *blocks: str) -> list[int]:
 
 
 def expansion_of(state: Mapping[str, Tensor], layer: str = r"\.ffn\.project_in") -> float | None:
-    """Return the expansion of feed-forward networks: the shortest decimal that gives the widths of all of them.
+    """Return the expansion of all feed-forward networks: the decimal with the fewest digits that fits their widths.
 
     Args:
         state: Tensors by name.
-        layer: Regular expression of the layers from ``channels`` to twice the hidden channels.
+        layer: Regular expression of the layers that map ``channels`` to twice the hidden channels.
 
     Returns:
-        The number of hidden channels divided by ``channels``, which was rounded down; None if no number fits.
+        A number whose product with ``channels``, rounded down, is the number of hidden channels; None if none fits.
 
     Example:
         >>> import torch

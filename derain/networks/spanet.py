@@ -1,4 +1,4 @@
-"""SPANet: residual blocks whose output an attention map gates, computed by recurrences over rows and columns.
+"""SPANet: residual blocks gated by attention maps, which recurrent units compute over rows and columns.
 
 Wang et al., Spatial Attentive Single-Image Deraining with a High Quality Real Rain Dataset, CVPR 2019.
 """
@@ -16,32 +16,32 @@ from derain.networks.base import Names, Network, count_numbered
 from derain.nn.graphs import exporting
 
 BLOCKS_BEFORE, BLOCKS_PER_GROUP, BLOCKS_AFTER = 3, 3, 2
-"""Residual blocks before the first attention map, for each attention map, and after the last (figure 4)."""
+"""Number of residual blocks before the first group, in each group, and after the last group (Figure 4)."""
 
 GREY_LEVEL = 1 / 255
-"""Smallest difference of two 8-bit images in [0, 1]."""
+"""Smallest non-zero difference of 8-bit pixels, scaled to [0, 1]."""
 
 DOUBLINGS = 16
-"""Doublings of the steps of a recurrence in exported graphs, whose images have sides of up to 2 to the 16 pixels."""
+"""Number of rounds of `scan_by_doubling`: exported graphs accept sides of up to 2**16 pixels."""
 
 LARGE = 1e18
-"""Number above all values of the network, whose square float32 can hold; it stands for infinity in exported graphs."""
+"""Replaces infinity in exported graphs: larger than all values of the network, and its square fits into float32."""
 
 
 class SPANet(Network):
     """Spatial attentive network: 276,704 parameters.
 
-    Three residual blocks, then groups of three blocks that share the attention map of their input, then two blocks. The
-    module that computes the maps is the same for all groups. The authors also compute an attention over the four
+    The network has three residual blocks, then groups of three blocks that share an attention map of the group's input,
+    then two blocks. One module computes the maps of all groups. The authors also compute an attention over the four
     directions, but do not use it; its six tensors are not loaded.
 
-    Outputs: ``derained``, and ``mask`` ``(b, 1, h, w)`` in [0, 1], the attention map of the first group. Its target is
-    1 where rainy and clean image differ in any channel, else 0 (section 4.3; the authors' code). The published loss is
-    L1 and negative SSIM of ``derained`` plus MSE of ``mask``.
+    Outputs: ``derained``, and ``mask`` ``(b, 1, h, w)`` in [0, 1], the attention map of the first group. The target of
+    ``mask`` is 1 where the rainy and the clean image differ in any channel, else 0 (section 4.3; the authors' code).
+    The published loss is the mean absolute error and negative SSIM of ``derained`` plus the MSE of ``mask``.
 
     Args:
-        dim: Channels of all features.
-        groups: Number of attention maps, each for three blocks.
+        dim: Number of channels of all features.
+        groups: Number of groups of three blocks.
 
     Raises:
         DerainError: If ``dim`` or ``groups`` is less than 1.
@@ -94,13 +94,13 @@ class SPANet(Network):
     def targets(
         self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"], outputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the clean image, and as the mask 1 where the images differ by at least half a grey level, else 0."""
+        """Return the clean image; as the mask 1 where a channel differs by more than half a grey level, else 0."""
         differs = ((rainy - clean).abs() > GREY_LEVEL / 2).any(dim=1, keepdim=True)
         return {"derained": clean, "mask": differs.to(clean.dtype)}
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return ``dim`` and ``groups``; None if the tensors are of another network."""
+        """Return all arguments of ``__init__``; None for another network."""
         if cls.signature not in state:
             return None
         blocks = count_numbered(state, r"res_block(\d+)\.") - 1  # numbered from 1
@@ -111,7 +111,7 @@ class SPANet(Network):
 
 
 class Bottleneck(nn.Module):
-    """Residual block of three convolutions without bias, the second with dilation 2; an attention map scales it."""
+    """Residual block of three convolutions without bias, the second with dilation 2, scaled by an attention map."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Bottleneck(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Attention map of features (SAM, figure 4): two rounds of recurrences collect the context of the whole image."""
+    """Attention map by two layers of recurrent units, which see the whole image ("SAM", Figure 4)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -138,22 +138,22 @@ class SpatialAttention(nn.Module):
         self.to_map = _conv(dim, 1, 1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
-        """Return the map, in [0, 1]."""
+        """Return the attention map, in [0, 1]."""
         x = self.recurrence1(self.conv1(x))
         x = self.recurrence2(self.conv2(x))
         return torch.sigmoid(self.to_map(torch.relu_(self.conv3(x))))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the multiplications of the attention over directions, which the authors compute but do not use."""
+        """Return the multiplications of the authors' attention over directions, whose result is unused."""
         dim, half = self.conv1.in_channels, self.conv1.in_channels // 2
         return (9 * dim * half + 9 * half * half + half * 4) * output.numel(), 0
 
 
 class Recurrence(nn.Module):
-    """Recurrences of ReLU units over rows and columns, in four directions (IRNN; Bell et al., CVPR 2016).
+    """Recurrent ReLU units over rows and columns, in four directions (IRNN; Bell et al., CVPR 2016).
 
-    A unit of a channel is ``h[t] = ReLU(weight · h[t - 1] + bias + x[t])``, with ``h[0] = ReLU(x[0])``: the first row
-    (or column) has no bias, as in the authors' kernel. Weights start at 0.2, biases at 0.
+    In each channel, ``h[t] = ReLU(weight · h[t - 1] + bias + x[t])``, with ``h[0] = ReLU(x[0])``: the first row (or
+    column) has no bias, as in the authors' CUDA kernel. Weights are 0.2 and biases 0 before training.
     """
 
     def __init__(self, dim: int) -> None:
@@ -165,14 +165,14 @@ class Recurrence(nn.Module):
             self.add_module(direction, unit)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c4 h w"]:
-        """Return the units that run up, right, down and left, one direction after the other."""
-        down, up = self._there_and_back(x, "down", "up")
-        right, left = self._there_and_back(x.transpose(2, 3).contiguous(), "right", "left")
+        """Return the hidden states of the directions up, right, down and left, concatenated in this order."""
+        down, up = self._scan_both_ways(x, "down", "up")
+        right, left = self._scan_both_ways(x.transpose(2, 3).contiguous(), "right", "left")
         return torch.cat((up, right.transpose(2, 3), down, left.transpose(2, 3)), dim=1)
 
-    def _there_and_back(self, x: Float[Tensor, "b c t n"], there: str, back: str) -> tuple[Tensor, Tensor]:
-        """Return the units that run forwards and backwards over the third dimension; both run at once."""
-        units = [cast(nn.Conv2d, self.get_submodule(name)) for name in (there, back)]
+    def _scan_both_ways(self, x: Float[Tensor, "b c t n"], ahead: str, reverse: str) -> tuple[Tensor, Tensor]:
+        """Return the hidden states of two directions, forwards and backwards over t, computed together."""
+        units = [cast(nn.Conv2d, self.get_submodule(name)) for name in (ahead, reverse)]
         weight = torch.stack([unit.weight.view(-1, 1) for unit in units])
         bias = torch.stack([cast(Tensor, unit.bias).view(-1, 1) for unit in units])
         steps = torch.stack((x, x.flip(2)), dim=1)
@@ -184,7 +184,7 @@ class Recurrence(nn.Module):
 def scan(
     steps: Float[Tensor, "b 2 c t n"], weight: Float[Tensor, "2 c 1"], bias: Float[Tensor, "2 c 1"]
 ) -> Float[Tensor, "b 2 c t n"]:
-    """Return the units of recurrences over the dimension t; without gradients, in the memory of ``steps``."""
+    """Return the hidden states of recurrent units over t; without gradients, ``steps`` is overwritten."""
     if torch.is_grad_enabled():
         first, *others = steps.unbind(3)
         hidden = [torch.relu(first)]
@@ -202,11 +202,11 @@ def scan(
 def scan_by_doubling(
     steps: Float[Tensor, "b 2 c t n"], weight: Float[Tensor, "2 c 1"], bias: Float[Tensor, "2 c 1"]
 ) -> Float[Tensor, "b 2 c t n"]:
-    """Return the same as `scan` without a loop over t, for exported graphs; t is at most 2 to the `DOUBLINGS`.
+    """Return the same as `scan` without a loop over t, for exported graphs; t is at most ``2**DOUBLINGS``.
 
-    A unit is a function ``clamp(slope · h + offset, low, high)`` of the unit before, and so is a composition of units.
-    Each doubling composes the functions of as many steps with those of as many steps before (Hillis and
-    Steele, Data Parallel Algorithms, 1986). A function before the first step is constantly 0.
+    A step is a function ``clamp(slope · h + offset, low, high)`` of the previous hidden state h, and so is a
+    composition of steps. Round k composes the function of 2**k steps with that of the 2**k steps before them (Hillis
+    and Steele, Data Parallel Algorithms, 1986). Before the first step, the function is constantly 0.
     """
     index = torch.arange(steps.shape[3] + 1, device=steps.device)
     offset = F.pad(steps, (0, 0, 1, 0)) + bias[:, :, None] * (index > 1)[:, None]

@@ -1,4 +1,4 @@
-r"""SSID-KD's network: encoder-decoders at three scales, the finer ones with features of the coarser ones.
+r"""SSID-KD's network: encoder-decoders at three scales; finer ones also read features of coarser ones.
 
 Cui et al., Semi-Supervised Image Deraining Using Knowledge Distillation, IEEE TCSVT 2022.
 """
@@ -15,15 +15,15 @@ from derain.networks.base import Names, Network, count_numbered
 from derain.nn.inner_scale import DenseConnection, InnerScaleBlock, activate
 from derain.nn.padding import pad_to_minimum
 
-MINIMUM = 32
-"""Smallest height and width that can be halved to scale 1/4 and, within a block, pooled by 8 again."""
+MIN_SIDE = 32
+"""Smallest height and width: halved to scale 1/4 and, within a block, pooled by 8, they are one pixel."""
 
 
 class KernelFusionBlock(nn.Module):
-    """Residual block of 3×3 and 5×5 convolutions, whose results are exchanged ("multi-scale fusion block").
+    """Residual block of 3×3 and 5×5 convolutions that exchange their results ("multi-scale fusion block").
 
     Args:
-        channels: Width.
+        channels: Number of channels.
 
     Shape:
         ``(b, channels, h, w)`` → same.
@@ -46,11 +46,11 @@ class KernelFusionBlock(nn.Module):
 
 
 class Results(NamedTuple):
-    """Results of all blocks of an encoder-decoder, by level from the finest.
+    """Results of all blocks of an encoder-decoder: a list for each level, finest first.
 
     Attributes:
-        encoded: Of the encoders.
-        decoded: Of the decoders.
+        encoded: Results of the encoders.
+        decoded: Results of the decoders.
     """
 
     encoded: list[list[Tensor]]
@@ -58,15 +58,16 @@ class Results(NamedTuple):
 
 
 class EncoderDecoder(nn.Module):
-    """Encoder-decoder of densely connected blocks; each level has half the size of the level above.
+    """Encoder-decoder of densely connected blocks, with an encoder and a decoder at each level.
 
-    The results of all blocks of an encoder or decoder, concatenated and resized, are the input of the next. Encoders
-    and decoders also get the results of those of the coarser encoder-decoder at the same scale; the finest decoder
-    gets those of its own encoder. Each of them applies one block several times.
+    Each level has half the size of the next finer one; the coarsest level has no decoder. The results of all blocks of
+    an encoder or decoder, concatenated and resized, are the input of the next one. Encoders and decoders also read the
+    results of the coarser encoder-decoder's encoders and decoders at the same scale; the finest decoder reads those of
+    its own encoder. An encoder or decoder applies the same block several times.
 
     Args:
-        channels: Width of each level, from the finest. The last level has no decoder.
-        repeats: How often the block of each level is applied.
+        channels: Number of channels of each level, finest first.
+        repeats: How often each encoder or decoder applies its block, by level.
         convolutions: Number of convolutions at each scale of a block.
     """
 
@@ -88,11 +89,11 @@ class EncoderDecoder(nn.Module):
         self.up = nn.ModuleList(resample(level + 1, level) for level in levels[:-1])
 
     def forward(self, x: Float[Tensor, "b c h w"], coarser: Results | None) -> tuple[Tensor, Results]:
-        """Apply the network.
+        """Encode and decode features.
 
         Args:
             x: Features of the finest level.
-            coarser: Results of the encoder-decoder of the next coarser scale; None if there is none.
+            coarser: Results of the encoder-decoder at the next coarser scale, if any.
 
         Returns:
             The decoded features, ``(b, c, h, w)``, and the results of all blocks.
@@ -120,18 +121,18 @@ class EncoderDecoder(nn.Module):
 class SSIDKD(Network):
     """Network of SSID-KD (4,403,195 parameters).
 
-    Encoder-decoders of one, two and three levels restore features of the image at scales 1/4, 1/2 and 1. Their blocks
-    are an inner-scale block, as in DCSFN, and a block of 3×3 and 5×5 convolutions. The features of all scales give the
-    rain.
+    Encoder-decoders of one, two and three levels process features of the image at scales 1/4, 1/2 and 1. Their blocks
+    consist of an inner-scale block, as in DCSFN, and a block of 3×3 and 5×5 convolutions. A convolution of the features
+    of all scales estimates the rain, which is subtracted from the image.
 
-    Images smaller than 32 pixels are padded by repeating their border; the authors' code fails for them.
+    Sides below 32 pixels, for which the authors' code fails, are padded by repeating the border.
 
-    Outputs: ``derained``; ``rain``, what is subtracted from the image; ``code``, the last result of the coarsest
-    encoder ``(b, channels[2], h / 4, w / 4)``, whose distributions the semi-supervised stage compares. The loss of the
-    supervised stage is the negative SSIM of ``derained``.
+    Outputs: ``derained``; ``rain``, the rainy minus the derained image; ``code``, the last result of the coarsest
+    encoder ``(b, channels[2], h / 4, w / 4)``, whose distributions the semi-supervised stage compares. The published
+    loss of the supervised stage is the negative SSIM of ``derained``.
 
     Args:
-        channels: Width at scales 1, 1/2 and 1/4.
+        channels: Number of channels at scales 1, 1/2 and 1/4.
         repeats: How often each encoder and decoder applies its block, at scales 1, 1/2 and 1/4.
         convolutions: Number of convolutions at each scale of an inner-scale block.
 
@@ -164,7 +165,7 @@ class SSIDKD(Network):
         (r"^encoder_decoder_2\.catLayer_3\.0\.", "branches.1.up.0."),
         (r"^encoder_decoder_4\.enLayer_4\.", "branches.2.encoders.0."),
         (r"\.conv1x1\.(\d+)\.0\.", r".transitions.\1."),
-        (r"\.units\.\d+\.unit\.", ".blocks.0."),  # every index has the same tensors
+        (r"\.units\.\d+\.unit\.", ".blocks.0."),  # all indices refer to one block
         (r"\.scale1\.(\d+)\.0\.", r".scales.0.\1."),
         (r"\.scale2\.(\d+)\.0\.", r".scales.1.\1."),
         (r"\.scale4\.(\d+)\.0\.", r".scales.2.\1."),
@@ -192,11 +193,11 @@ class SSIDKD(Network):
         self.rain = nn.Conv2d(sum(channels), 3, 3, padding=1)
 
     def pad(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
-        """Return images with sides of at least 32 pixels, by repeating their border."""
-        return pad_to_minimum(image, MINIMUM)
+        """Return images with sides of at least 32 pixels, padded by repeating the border."""
+        return pad_to_minimum(image, MIN_SIDE)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Remove rain; see the base class."""
+        """Return ``derained``, ``rain`` and ``code``."""
         image = image.contiguous(memory_format=torch.channels_last)
         size = image.shape[2:]
         features: list[Tensor] = []
@@ -211,12 +212,12 @@ class SSIDKD(Network):
     def targets(
         self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"], outputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the clean image and the rain; the code has no target. See the base class."""
+        """Return the clean image, and as the rain the rainy minus the clean image; ``code`` has no target."""
         return {"derained": clean, "rain": rainy - clean}
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return width and convolutions of the authors' tensors; the repeats are constants of their code."""
+        """Return all arguments but ``repeats``, constants of the authors' code; None for another network."""
         if cls.signature not in state:
             return None
         return {

@@ -1,9 +1,9 @@
 r"""SwinIR: attention within windows that are shifted from block to block.
 
-Liang et al., SwinIR: Image Restoration Using Swin Transformer, ICCV Workshops 2021. The network is that of the paper's
-experiments on colour denoising, which others have trained to remove rain.
+Liang et al., SwinIR: Image Restoration Using Swin Transformer, ICCV Workshops 2021. This is the network of the paper's
+experiments on colour denoising, which other papers train to remove rain.
 
-Features are ``(b, h, w, c)``, see `derain.nn.shifted_windows`.
+Features are ``(b, h, w, c)``; see `derain.nn.shifted_windows`.
 """
 
 import math
@@ -29,7 +29,7 @@ TENSORS = re.compile(
     rf"(conv_first|patch_embed\.norm|norm|conv_after_body|conv_last|layers\.\d+\.conv|{BLOCK}\.(norm[12]|attn\.qkv|attn\."
     rf"proj|mlp\.fc[12]))\.(weight|bias)|{BLOCK}\.(attn_mask|attn\.relative_position_(bias_table|index))"
 )
-"""The authors' names. Networks for super-resolution, and others that build on SwinIR, have further tensors."""
+"""The authors' tensor names. Variants for super-resolution, and networks based on SwinIR, have further tensors."""
 
 
 class SwinGroup(nn.Module):
@@ -37,10 +37,10 @@ class SwinGroup(nn.Module):
 
     Args:
         channels: Number of channels.
-        heads: Heads of the attention.
+        heads: Number of attention heads.
         window: Side of the windows.
         expansion: Width of the MLPs as a multiple of ``channels``.
-        drop_paths: Probability of each block that training skips a part of it.
+        drop_paths: For each block, the probability in training that its attention or its MLP is skipped.
 
     Shape:
         ``(b, h, w, channels)`` → same; height and width must be multiples of the window.
@@ -73,18 +73,19 @@ class SwinGroup(nn.Module):
 
 
 class SwinIR(Network):
-    """SwinIR without upsampling: groups of Swin blocks at full resolution, between two residual connections.
+    """SwinIR without upsampling: groups of Swin blocks at full resolution, within two residual connections.
 
-    Images are padded by their mirror image to a size that is a multiple of the window and larger than the image, as the
-    authors' script for testing does. In training they are padded only where they have to be, by reflection.
+    Like the authors' test script, the network pads height and width by mirroring to the next larger multiple of the
+    window, even if they are multiples already. In training, only other sides are padded, by reflection.
 
     Args:
         channels: Number of channels.
         blocks: Number of blocks of each group.
-        heads: Heads of the attention in each group, which must divide ``channels``.
-        window: Side of the windows.
+        heads: Number of attention heads in each group; each must divide ``channels``.
+        window: Side of the windows in pixels.
         expansion: Width of the MLPs as a multiple of ``channels``.
-        drop_path: Probability that training skips attention or the MLP of the last block; it grows from 0 at the first.
+        drop_path: Probability in training that attention or MLP of the last block is skipped; it grows linearly from 0
+            at the first block.
 
     Outputs:
         ``derained``: The restored image.
@@ -93,7 +94,8 @@ class SwinIR(Network):
         ``(b, 3, h, w)`` in [0, 1] → same, not clamped, any ``h, w >= 1``.
 
     Raises:
-        DerainError: If ``blocks`` and ``heads`` differ in length, or the heads do not divide the channels.
+        DerainError: If ``blocks`` and ``heads`` differ in length, ``heads`` do not divide ``channels``, or ``window``
+            is not from 1 to 32.
 
     References:
         SwinIR, section 3.1 and Figure 2. 11,504,163 parameters by default.
@@ -144,11 +146,11 @@ class SwinIR(Network):
                 nn.init.zeros_(module.bias)
 
     def pad(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
-        """Return images padded to multiples of the window."""
+        """Return images whose sides are multiples of the window; see the class."""
         return pad_to_multiple(image, self.window) if self.training else pad_by_mirror(image, self.window)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return the restored image; see the base class."""
+        """Return ``derained``."""
         centred = image - cast(Tensor, self.mean)
         shallow = spatial(centred.permute(0, 2, 3, 1).contiguous(), self.head)
         deep: Tensor = self.last_norm(self.groups(self.first_norm(shallow)))
@@ -157,11 +159,10 @@ class SwinIR(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return the widths and numbers of blocks and heads of the authors' tensors.
+        """Return all arguments but ``drop_path``; None for other networks and other variants of SwinIR.
 
-        Returns:
-            None for other networks, and for SwinIR that has another number of colours, enlarges images, has other
-            residual connections ("3conv"), or has windows of 7 pixels, which the authors use for images in [0, 255].
+        Other variants have another number of colours, enlarge images, have further convolutions at residual
+        connections ("3conv"), or have windows of 7 pixels, which the authors use for images in [0, 255].
         """
         if cls.signature not in state or not all(map(TENSORS.fullmatch, state)):
             return None

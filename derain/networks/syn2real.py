@@ -1,4 +1,4 @@
-r"""Syn2Real: U-net of blocks whose convolutions see ever larger neighbourhoods.
+r"""Syn2Real: U-Net of Res2Net blocks.
 
 Yasarla et al., Syn2Real Transfer Learning for Image Deraining using Gaussian Processes, CVPR 2020. This is the network
 of the paper, which the authors call DeRain_v2. Its supervised training is that of any network; the Gaussian process,
@@ -17,27 +17,27 @@ from torch import Tensor, nn
 from derain.networks.base import Names, Network, count_numbered
 
 SLOPE = 0.2
-"""Slope of the LeakyReLU for negative values."""
+"""Negative slope of the LeakyReLU."""
 
 STAGES = (
     *(f"encoder.{level}" for level in range(3)),
     *(f"bottom.{index}" for index in range(3)),
     *(f"decoder.{index}" for index in range(3)),
 )
-"""Our names of the authors' blocks 1 to 9."""
+"""Our names for the authors' blocks 1 to 9."""
 
 
 class DenseBlock(nn.Module):
     """Res2Net block of grouped convolutions, whose input and output are concatenated.
 
-    A 1×1 convolution widens the features and splits them into parts. Each part but the last is added to the result of
-    the part before, and convolved. A 1×1 convolution joins all parts.
+    A 1×1 convolution widens the features, which are split into parts. Each part but the last is added to the result of
+    the previous part, and convolved. A 1×1 convolution joins all parts.
 
     Args:
         channels: Number of channels of the input.
-        width: Channels of a part.
+        width: Number of channels of a part.
         parts: Number of parts.
-        groups: Groups of the 3×3 convolutions.
+        groups: Number of groups of the 3×3 convolutions.
 
     Shape:
         ``(b, channels, h, w)`` → ``(b, 2 * channels, h, w)``.
@@ -58,12 +58,12 @@ class DenseBlock(nn.Module):
         self.project = nn.Conv2d(width * parts, channels, 1, bias=False)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
-        """Return the input and the transformed features."""
+        """Return the input and the transformed features, concatenated."""
         joined = self.convolve(self.expand(_activate(self.first_norm, x)))
         return torch.cat((x, self.project(_activate(self.last_norm, joined)) + x), dim=1)
 
     def convolve(self, hidden: Float[Tensor, "b k h w"]) -> Float[Tensor, "b k h w"]:
-        """Convolve all parts but the last, each with the result of the part before."""
+        """Convolve each part but the last, after adding the result of the previous part."""
         *parts, last = hidden.chunk(len(self.convs) + 1, dim=1)
         results: list[Tensor] = []
         for part, norm, conv in zip(parts, self.norms, self.convs, strict=True):
@@ -72,12 +72,13 @@ class DenseBlock(nn.Module):
 
 
 class Transition(nn.Module):
-    """Normalisation, ReLU, and a 1×1 convolution, with a change of size.
+    """Normalisation, ReLU, 1×1 convolution, and a change of size.
 
     Args:
         inputs: Channels of the input.
         outputs: Channels of the output.
-        resize: ``down`` averages squares of 2×2 pixels, ``up`` repeats each pixel twice along both axes.
+        resize: ``down`` averages squares of 2×2 pixels, ``up`` repeats each pixel twice along both axes, ``none`` keeps
+            the size.
 
     Shape:
         ``(b, inputs, h, w)`` → ``(b, outputs, h', w')``.
@@ -107,7 +108,7 @@ class Stage(nn.Module):
         exit: Transition that reduces the number of channels, if any.
 
     Shape:
-        ``(b, c, h, w)`` and skipped features, if any → ``(b, c', h', w')``.
+        ``(b, c, h, w)`` and skip connections ``(b, d, h', w')``, if any → ``(b, c', h', w')``.
     """
 
     def __init__(self, entry: Transition | None, block: DenseBlock, exit: Transition | None) -> None:
@@ -117,7 +118,7 @@ class Stage(nn.Module):
         self.exit = exit or nn.Identity()
 
     def forward(self, x: Float[Tensor, "b i h w"], *skipped: Float[Tensor, "b _ h2 w2"]) -> Float[Tensor, "b o h2 w2"]:
-        """Transform features; those of the encoder are appended after the first transition."""
+        """Transform features; skip connections are concatenated after the first transition."""
         x = self.entry(x)
         return cast(Tensor, self.exit(self.block(torch.cat((x, *skipped), dim=1) if skipped else x)))
 
@@ -127,25 +128,26 @@ def _activate(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class Syn2Real(Network):
-    """Syn2Real: three scales of encoder and decoder around three blocks at 1/8 of the size.
+    """Syn2Real: encoder and decoder with three scales each, and three blocks at 1/8 of the size between them.
 
     Args:
-        channels: Channels at full size; other widths are multiples of it.
-        base_width: Channels of a group of convolutions for 64 channels of a block, rounded down, but at least 1.
-        groups: Groups of the convolutions of a part.
+        channels: Number of channels at full size; the other widths are multiples of it.
+        base_width: Channels per convolution group of a block with 64 channels. Blocks with c channels have
+            ``max(1, c * base_width // 64)``.
+        groups: Number of groups of the 3×3 convolutions.
         parts: Number of parts of a block.
 
     Outputs:
         ``derained``: The restored image, in (0, 1).
-        ``features``: Features at 1/8 of the size, ``(b, 2 * channels, h / 8, w / 8)``: the ``z`` that the paper's
-            Gaussian process compares. They have no target; a supervised loss does not use them.
+        ``features``: Latent features ``(b, 2 * channels, h / 8, w / 8)``, which the paper calls z and compares by a
+            Gaussian process. A supervised loss does not use them.
 
     Shape:
         ``(b, 3, h, w)`` in [0, 1] → same.
 
     References:
-        The network of Syn2Real. 2,605,710 parameters by default; the authors' has 12,584 more that it does not use
-        (squeeze-and-excitation of each block).
+        Syn2Real, "DeRain_v2". 2,605,710 parameters by default; the authors' network has 12,584 more, unused ones
+        (squeeze-and-excitation in each block).
     """
 
     size_multiple: ClassVar[int] = 8
@@ -204,7 +206,7 @@ class Syn2Real(Network):
         self.tail = nn.Conv2d(8, 3, 3, padding=1)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return the restored image and the features; see the base class."""
+        """Return ``derained`` and ``features``."""
         shallow = self.head(2 * image - 1)
         finest = self.encoder[0](shallow)
         middle = self.encoder[1](finest)
@@ -219,7 +221,7 @@ class Syn2Real(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return the widths, groups and parts of the authors' tensors; None for another network."""
+        """Return all arguments of ``__init__``; None for another network."""
         if cls.signature not in state:
             return None
         channels = len(state["conv_input.weight"])

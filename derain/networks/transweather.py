@@ -1,7 +1,7 @@
 r"""TransWeather: a pyramid transformer whose decoder attends to learned queries of the weather.
 
 Valanarasu et al., TransWeather: Transformer-based Restoration of Images Degraded by Adverse Weather Conditions, CVPR
-2022. The network computes from images in [-1, 1]; the result of its tanh is read as an image in [0, 1].
+2022. The input is scaled to [-1, 1], but the output of the last tanh is taken as an image in [0, 1] without scaling.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,15 +18,15 @@ from derain.nn.normalization import LayerNorm
 from derain.nn.padding import pad_to_minimum
 from derain.nn.pyramid import EPSILON, Block, Embedding, Map, ReducedAttention, split_heads
 
-SMALLEST = 48
-"""Smallest side of images: the reductions of the small scales need maps of 2 pixels a side."""
+MIN_SIDE = 48
+"""Smallest side of images: the attention at coarse scales reduces maps by 2, and needs 2 pixels a side."""
 
 
 class QueryAttention(nn.Module):
     """Attention of learned weather queries to the pixels.
 
-    A pixel gets the result of a query by its position: the first pixels that of the first query. So there are no more
-    different results than queries; they are computed once and then copied.
+    The authors repeat the queries to one per pixel, in row-major order: the first pixels get the first query. Here, the
+    result of each query is computed once, and then copied to its pixels.
 
     Args:
         width: Number of channels.
@@ -46,7 +46,7 @@ class QueryAttention(nn.Module):
         self.project = nn.Linear(width, width)
 
     def forward(self, x: Map) -> Map:
-        """Attend."""
+        """Return the result of each pixel's query."""
         batch, height, width, _ = x.shape
         query = split_heads(self.query(self.queries), self.heads).expand(batch, -1, -1, -1)
         key, value = (split_heads(part, self.heads) for part in self.key_value(x).flatten(1, 2).chunk(2, dim=-1))
@@ -55,18 +55,18 @@ class QueryAttention(nn.Module):
         return F.interpolate(answers, size=height * width).transpose(1, 2).reshape(x.shape)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return multiplications that are not counted: those of the authors, who compute all pixels."""
+        """Return the multiplications of the authors, who compute the result for every pixel."""
         pixels = output.shape[1] * output.shape[2]
         saved = output.shape[0] * (pixels - self.queries.shape[1])
         return saved * self.project.weight.numel(), 2 * output.numel() * pixels
 
 
 class Stage(nn.Module):
-    """Stage of the encoder: embedding to a coarser map, blocks, normalisation.
+    """Stage of the encoder, or the decoder: embedding as a coarser map, blocks, normalisation.
 
     Args:
-        embedding: The embedding.
-        blocks: The blocks.
+        embedding: Patch embedding.
+        blocks: Transformer blocks.
         width: Number of channels.
     """
 
@@ -82,7 +82,15 @@ class Stage(nn.Module):
 
 
 class IntraPatch(nn.Module):
-    """Path beside a stage, of patches within its patches, to the resolution of the next stage ("Intra-PT").
+    """Path parallel to a stage, for smaller patches, with the output size of the next stage ("Intra-PT").
+
+    Args:
+        channels: Number of channels of the input.
+        width: Number of channels of the output.
+        heads: Number of attention heads.
+        reduction: Factor by which keys and values are downsampled.
+        expansion: Hidden channels of the feed-forward network divided by ``width``.
+        drop: Probability in training that the residual of the block is skipped.
 
     References:
         TransWeather, section 3.2.
@@ -100,7 +108,7 @@ class IntraPatch(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Residual block of two convolutions, with a tenth of their result."""
+    """Residual block of two convolutions, whose result is multiplied by 0.1."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -113,7 +121,7 @@ class ResidualBlock(nn.Module):
 
 
 class Upsample(nn.ConvTranspose2d):
-    """Transposed convolution to twice the resolution.
+    """Transposed convolution that doubles the resolution.
 
     Args:
         channels: Number of channels of the input.
@@ -124,19 +132,19 @@ class Upsample(nn.ConvTranspose2d):
         super().__init__(channels, out_channels, 4, 2, 1)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return multiplications that are not counted: all, as thop counts them, with those by inserted zeros."""
+        """Return all multiplications as thop counts them, including those by inserted zeros."""
         return self.weight.numel() * (output.numel() // output.shape[1]), 0
 
 
 class Projection(nn.Module):
-    """Upsampling by transposed convolutions, to which the maps of the encoder are added.
+    """Upsampling by transposed convolutions, with skip connections from the encoder.
 
     Args:
-        widths: Number of channels of the maps, the finest first.
+        widths: Number of channels of the encoder's maps, finest first.
         last: Number of channels at half and at full resolution.
 
     Shape:
-        The decoder's map and those of the encoder → ``(b, last[1], h, w)``.
+        The decoder's map and the encoder's four maps → ``(b, last[1], h, w)``.
     """
 
     def __init__(self, widths: Sequence[int], last: Sequence[int]) -> None:
@@ -147,7 +155,7 @@ class Projection(nn.Module):
         self.residual = nn.ModuleDict({name: ResidualBlock(c) for name, c in zip("4321", channels[2:6], strict=True)})
 
     def forward(self, x: Map, maps: Sequence[Map]) -> Float[Tensor, "b c h w"]:
-        """Upsample."""
+        """Upsample ``x`` to full resolution, adding the encoder's maps."""
         first, second, third, fourth = (encoded.permute(0, 3, 1, 2) for encoded in maps)
         y = self.upsample("32", x.permute(0, 3, 1, 2), fourth) + fourth
         y = self.residual["4"](self.upsample("16", y, third)) + third
@@ -159,36 +167,36 @@ class Projection(nn.Module):
     def upsample(
         self, scale: str, x: Float[Tensor, "b c h w"], like: Float[Tensor, "b d h2 w2"]
     ) -> Float[Tensor, "b d h2 w2"]:
-        """Upsample by 2; the last row and column are cropped where the encoder rounded up."""
+        """Double the size; crop the last row or column where the encoder rounded an odd size up."""
         return cast(Tensor, self.up[scale](x).narrow(2, 0, like.shape[2]).narrow(3, 0, like.shape[3]))
 
 
 class TransWeather(Network):
-    """TransWeather: encoder of four stages, decoder with weather queries, convolutional projection.
+    """TransWeather: encoder with four stages, decoder with weather queries, convolutional projection.
 
     Args:
         widths: Number of channels of the four stages.
         depths: Number of blocks of the four stages.
-        heads: Number of heads of the four stages.
-        reductions: Reduction of keys and values in the four stages; the path beside a stage has the same.
+        heads: Number of attention heads of the four stages.
+        reductions: Factors by which keys and values are downsampled in the four stages, also in the parallel paths.
         expansion: Hidden channels of the encoder's feed-forward networks divided by the width.
-        intra_heads: Number of heads of the paths beside the first three stages.
+        intra_heads: Number of attention heads of the paths parallel to the first three stages.
         decoder_depth: Number of blocks of the decoder.
-        decoder_heads: Number of heads of the decoder.
-        decoder_expansion: As ``expansion``, of the decoder.
-        queries: Number of weather queries of each block.
-        last: Number of channels of the projection at half and at full resolution.
-        drop: Probability in training that the residual of the encoder's and the decoder's last block is skipped;
-            it grows linearly from 0 at the first block.
+        decoder_heads: Number of attention heads of the decoder.
+        decoder_expansion: Like ``expansion``, for the decoder.
+        queries: Number of weather queries of each decoder block.
+        last: Number of channels at half and at full resolution.
+        drop: Probability in training that the residual of the last block is skipped, in encoder and decoder; it grows
+            linearly from 0 at the first block.
 
     Outputs:
-        ``derained``: The restored image, in [-1, 1], to be read as [0, 1].
+        ``derained``: The restored image: the output of a tanh, of which [0, 1] is the valid range.
 
     Shape:
-        ``(b, 3, h, w)`` in [0, 1] → same. Sides are padded to multiples of 16, and to 48 at least.
+        ``(b, 3, h, w)`` in [0, 1] → same. Sides are padded to multiples of 16, and at least to 48.
 
     Raises:
-        DerainError: If a list does not have a number for each stage.
+        DerainError: If a list does not have the expected length.
 
     References:
         TransWeather, Figure 2. 37,755,411 parameters by default.
@@ -245,7 +253,7 @@ class TransWeather(Network):
         given = (widths, depths, heads, reductions, intra_heads, last)
         for (name, count), numbers in zip(expected.items(), given, strict=True):
             if len(numbers) != count:
-                raise DerainError(f"{name} {list(numbers)}: expected {count} numbers")
+                raise DerainError(f"{name} {list(numbers)}: expected a list of {count} numbers")
         rates = torch.linspace(0, drop, sum(depths)).tolist()
         self.encoder, self.intra = nn.ModuleDict(), nn.ModuleDict()
         for stage, name in enumerate("1234"):
@@ -261,36 +269,36 @@ class TransWeather(Network):
                     width, widths[stage + 1], intra_heads[stage], reduction, expansion, rates_of_stage[0]
                 )
         width = widths[3]
-        answers = (
+        decoder_blocks = (
             Block(width, QueryAttention(width, decoder_heads, queries), decoder_expansion, rate)
             for rate in torch.linspace(0, drop, decoder_depth).tolist()
         )
-        self.decoder = Stage(Embedding(width, width), answers, width)
+        self.decoder = Stage(Embedding(width, width), decoder_blocks, width)
         self.projection = Projection(widths, last)
         self.tail = nn.Conv2d(last[1], 3, 3, padding=1)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return the restored image."""
+        """Return ``derained``."""
         height, width = image.shape[2:]
-        maps = self.encode(pad_to_minimum(2 * image - 1, SMALLEST).permute(0, 2, 3, 1))
+        maps = self.encode(pad_to_minimum(2 * image - 1, MIN_SIDE).permute(0, 2, 3, 1))
         features = self.projection(self.decoder(maps[-1]), maps)
         return {"derained": torch.tanh(self.tail(features))[..., :height, :width]}
 
     def encode(self, image: Float[Tensor, "b h w 3"]) -> list[Map]:
         """Return the maps of the four stages, at 1/4, 1/8, 1/16 and 1/32 of the resolution."""
-        maps, x, beside = [], image, None
+        maps, x, intra = [], image, None
         for name, module in self.encoder.items():
             stage = cast(Stage, module)
             x = stage.embedding(x)
-            x = x if beside is None else x + beside
-            beside = self.intra[name](x) if name in self.intra else None
+            x = x if intra is None else x + intra
+            intra = self.intra[name](x) if name in self.intra else None
             x = stage.norm(stage.blocks(x))
             maps.append(x)
         return maps
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return widths, depths and reductions of the authors' tensors; None for another network."""
+        """Return all arguments but ``drop`` and the numbers of heads; None for another network."""
         if cls.signature not in state:
             return None
 

@@ -1,4 +1,4 @@
-r"""VRGNet's derain net: PReNet whose last stage returns a distribution of the image."""
+r"""VRGNet's deraining network: PReNet whose last iteration returns a distribution of the image."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,25 +14,25 @@ from derain.nn.recurrent import STAGE_NAMES, RecurrentStage, State, conv3x3
 
 
 class VRGNet(Network):
-    """Derain net of VRGNet ("BNet", PReNet-): PReNet with a Gaussian posterior of the clean image (170,697 parameters).
+    """Deraining network of VRGNet ("BNet"): PReNet with a Gaussian posterior of the clean image (170,697 parameters).
 
-    The network is PReNet, except for the last convolution of the last iteration: it returns mean and variance. VRGNet
-    trains it together with a generator of rain, which is not part of this class.
+    The network is PReNet with another last convolution in the last iteration, which returns mean and log-variance.
+    VRGNet trains it together with a rain generator, which is not part of this class.
 
     Args:
-        iterations: Number of iterations, 2 to 100; paper: 6.
-        channels: Channels of the features.
+        iterations: Number of iterations, 2 to 100; 6 in the paper.
+        channels: Number of channels of the features.
         blocks: Number of residual blocks.
 
     Outputs:
-        ``derained``, the mean of the posterior; ``log_variance``, the logarithm of its variance in each pixel and
-        channel; ``derained1``, ``derained2``, … of the iterations before the last.
+        ``derained``, the mean of the posterior; ``log_variance`` ``(b, 3, h, w)``, the logarithm of its variance, which
+        a supervised loss does not use; ``derained1``, ``derained2``, … of the earlier iterations.
 
     Shape:
         ``(b, 3, h, w)`` in [0, 1] → same, not clamped; any ``h, w >= 1``.
 
     Raises:
-        DerainError: If there are fewer than 2 or more than 100 iterations.
+        DerainError: If ``iterations`` is not from 2 to 100.
 
     References:
         Wang et al., From Rain Generation to Rain Removal, CVPR 2021. PReNet: Ren et al., CVPR 2019.
@@ -57,14 +57,14 @@ class VRGNet(Network):
 
     def __init__(self, iterations: int = 6, channels: int = 32, blocks: int = 5) -> None:
         super().__init__()
-        check_iterations(iterations, least=2)
+        check_iterations(iterations, minimum=2)
         self.iterations = iterations
         self.stage = RecurrentStage(6, channels, blocks)
         self.tail = conv3x3(channels, 3)
         self.final_tail = conv3x3(channels, 6)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return mean and log-variance of the last iteration, and the images of those before."""
+        """Return mean and log-variance of the last iteration, and the images of the earlier ones."""
         derained = image
         state: State | None = None
         earlier: dict[str, Tensor] = {}
@@ -78,7 +78,7 @@ class VRGNet(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return channels and number of residual blocks; see the base class."""
+        """Return ``channels`` and ``blocks``; None for another network."""
         if cls.signature not in state:
             return None
         channels, blocks = state[cls.signature].shape[1], count_numbered(state, r"derainet\.res_conv(\d+)\.") - 1
@@ -86,6 +86,6 @@ class VRGNet(Network):
 
     @classmethod
     def assume(cls, path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the number of iterations: given, or 6, without a warning for the authors' ``DerainNet_state_N.pt``."""
+        """Return the number of iterations: as given, or 6, with a warning except for ``DerainNet_state_N.pt``."""
         known = 6 if path is not None and path.name.startswith("DerainNet_state_") else None
-        return assume_iterations(path, given, known, usual=6)
+        return assume_iterations(path, given, known, default=6)

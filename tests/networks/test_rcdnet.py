@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from derain.errors import DerainError
 from derain.networks.base import translate_name
-from derain.networks.rcdnet import RCDNet, spread, streaks
+from derain.networks.rcdnet import RCDNet, streaks, transposed_convolution
 from tests.networks.goldens import (
     Golden,
     check_gradients,
@@ -123,12 +123,12 @@ def test_targets():
     torch.testing.assert_close(targets["rain2"], rainy - clean)
 
 
-def test_spread_is_the_adjoint_of_the_convolution():
+def test_transposed_convolution_is_the_adjoint():
     torch.manual_seed(0)
     kernels, maps = torch.rand(3, 4, 5, 5).double(), torch.rand(1, 4, 6, 9).double()
     rain = torch.rand(1, 3, 6, 9).double()
     product = (F.conv2d(maps, kernels, padding=2) * rain).sum()
-    torch.testing.assert_close((spread(rain, kernels) * maps).sum(), product)
+    torch.testing.assert_close((transposed_convolution(rain, kernels) * maps).sum(), product)
 
 
 def test_streaks_equal_the_formula_of_the_authors():

@@ -75,7 +75,7 @@ class RegressionModule(DerainModule):
     bounded_by_file: ClassVar[bool] = True
     metadata_schema: ClassVar[Any] = RegressionMetadata
     published_options: ClassVar[frozenset[str]] = frozenset(
-        {"iterations", "repeats", "grids", "window", "heads", "selected"}
+        {"iterations", "repeats", "grids", "window", "heads", "intra_heads", "decoder_heads", "selected"}
     )
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         path.rpartition(".")[2]: {"network": path.rpartition(".")[2]} for path in NETWORKS

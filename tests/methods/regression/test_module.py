@@ -1,5 +1,6 @@
 """RegressionModule: networks by name or path, losses by output, optimizers and schedules by name or path."""
 
+import inspect
 import sys
 
 import lightning
@@ -292,6 +293,13 @@ def test_published_weights_are_recognised(networks, tmp_path, monkeypatch):
     module, _ = catalog.load(tmp_path / "theirs.pth")
     rainy = torch.rand(1, 3, 9, 10)
     torch.testing.assert_close(module(rainy), network(rainy))
+
+
+def test_options_of_authors_files_are_those_of_all_networks():
+    networks = [regression.find_network(name) for name in regression.network_paths()]
+    assert RegressionModule.published_options == set().union(*(network.published_options for network in networks))
+    for network in networks:
+        assert network.published_options <= set(inspect.signature(network).parameters), network.__name__
 
 
 def test_images_of_networks_are_rgb():
