@@ -100,7 +100,7 @@ class SpatialRouting(nn.Module):
 
     References:
         AMIR, section 2.2; noisy gates and their loss: Shazeer et al., Outrageously Large Neural Networks, ICLR 2017,
-        eqs. 3 to 5, 7 and 8 to 11.
+        eqs. 3 to 5 and 7 to 11.
     """
 
     def __init__(self, channels: int, instruction: int, experts: int, selected: int, expansion: float) -> None:
