@@ -46,7 +46,7 @@ def test_batches_contain_rainy_and_clean_images(module):
     assert words == ["rainy", "rainy", "clean", "clean"]
 
 
-def test_loss_is_the_mean_of_content_and_degradation(module):
+def test_loss_is_the_sum_of_content_and_degradation(module):
     data = batch(2, caption=["a dog", "a cat"], degradation=["rainy", "rainy"])
     module.hparams["smallest"] = 1.0
     torch.manual_seed(3)
