@@ -16,7 +16,7 @@ from derain.errors import DerainError
 from derain.export import write as write_graph
 from derain.files.limits import built_within
 from derain.methods import CLIPRPNModule, DACLIPModule, DACLIPSDEModule, PReNetModule, catalog
-from derain.methods.daclipsde.controller import Perception
+from derain.methods.daclipsde.controller import FrozenDACLIP
 from tests.factories import make_clip
 from tests.methods.test_contract import METHODS, SMALL
 from tests.mutated_weights import checkpoint
@@ -218,8 +218,8 @@ def test_controllers_with_nan(change, tmp_path):
     state["zero.0.weight"] = TENSORS[change](state["zero.0.weight"] + 1)
     safetensors.torch.save_file(state, tmp_path / "c.safetensors", {"derain": json.dumps(module.metadata())})
     refused(tmp_path / "c.safetensors", "zero.0.weight")
-    perception = Perception(str(tmp_path / "clip"), str(tmp_path / "c.safetensors"))
-    refused(tmp_path / "c.safetensors", "zero.0.weight", load=lambda path: perception.controller)
+    daclip = FrozenDACLIP(str(tmp_path / "clip"), str(tmp_path / "c.safetensors"))
+    refused(tmp_path / "c.safetensors", "zero.0.weight", load=lambda path: daclip.controller)
 
 
 def test_controllers_with_other_metadata(tmp_path):
@@ -227,7 +227,7 @@ def test_controllers_with_other_metadata(tmp_path):
     metadata = module.metadata()
     metadata["hyper_parameters"]["order"] = {"a": 1}
     path = write(tmp_path / "c.safetensors", module, metadata)
-    refused(path, "order", load=lambda path: Perception(str(tmp_path / "clip"), str(path)).controller)
+    refused(path, "order", load=lambda path: FrozenDACLIP(str(tmp_path / "clip"), str(path)).controller)
 
 
 def test_numbers_that_are_not_in_the_file(tmp_path):

@@ -1,4 +1,4 @@
-"""Losses of CLIP-RPN: a reconstruction loss with a growing exponent, and rain masks."""
+"""Losses of CLIP-RPN: dynamic loss scheduling (DLS), and the loss on predicted rain masks."""
 
 from typing import Literal
 
@@ -15,12 +15,12 @@ MaskScaling = Literal["nearest", "area", "max"]
 
 
 def exponent(progress: float, beta: float = 0.8, eta: float = 2.3) -> float:
-    """Return the exponent of the loss at a point of the training.
+    """Return the exponent of dynamic loss scheduling (DLS) at a given point in training.
 
     Args:
-        progress: Optimiser steps done over all steps, τ/T in [0, 1].
+        progress: Completed fraction of the optimiser steps, τ/T in [0, 1].
         beta: Exponent at the start.
-        eta: Increase until the end.
+        eta: Increase from start to end.
 
     References:
         CLIP-RPN, eq. 14 with its linear f(τ) = τ.
@@ -38,17 +38,17 @@ def scheduled_loss(
     power: float,
     smoothing: Smoothing = "shift",
 ) -> Float[Tensor, ""]:
-    """Return the mean of the absolute error to the power of ``exponent(progress)``: dynamic loss scheduling (DLS).
+    """Return the mean of ``|derained - clean|`` raised to the exponent of dynamic loss scheduling (DLS).
 
-    The gradient of ``|e|^p`` is infinite at e = 0 for p < 1. ``shift`` computes ``(|e| + 1e-6)^p``: its error is below
-    0.1 % for ``|e|`` above 1/255, its gradient at 0 is 0. ``root`` computes ``(e² + 1e-6)^(p/2)``, which is smooth.
-    Computed in float32 or wider, also under autocast.
+    The gradient of ``|e|^p`` is infinite at e = 0 for p < 1. ``shift`` computes ``(|e| + 1e-6)^p``, which differs by
+    less than 0.1 % for ``|e| >= 1/255`` and p up to 3.1, and whose gradient at 0 is 0. ``root`` computes
+    ``(e² + 1e-6)^(p/2)``, which is smooth. Both are computed in float32 or wider, also under autocast.
 
     Args:
-        derained: In about [0, 1].
-        clean: In [0, 1].
-        power: The exponent.
-        smoothing: How the gradient is kept finite.
+        derained: Derained images, about [0, 1].
+        clean: Clean images in [0, 1].
+        power: The exponent p, see `exponent`.
+        smoothing: How the gradient is kept finite: ``shift`` or ``root``.
 
     References:
         CLIP-RPN, eq. 14.
@@ -69,7 +69,17 @@ def reconstruction_loss(
     power: float,
     smoothing: Smoothing = "shift",
 ) -> Float[Tensor, ""]:
-    """Return a loss of Table 11 of CLIP-RPN; ``power`` and ``smoothing`` are of ``dls`` alone, Huber's δ is 1."""
+    """Return one of the reconstruction losses that Table 11 of CLIP-RPN compares.
+
+    Computed in float32 or wider, also under autocast.
+
+    Args:
+        derained: Derained images, about [0, 1].
+        clean: Clean images in [0, 1].
+        kind: ``dls``, see `scheduled_loss`; ``l1``; ``l2`` (mean squared error); ``huber`` with δ = 1.
+        power: Exponent of ``dls``; the other losses ignore it.
+        smoothing: Smoothing of ``dls``; the other losses ignore it.
+    """
     if kind == "dls":
         return scheduled_loss(derained, clean, power, smoothing)
     derained, clean = _widened(derained), _widened(clean)
@@ -83,7 +93,12 @@ def reconstruction_loss(
 def rain_mask(
     rainy: Float[Tensor, "b c h w"], clean: Float[Tensor, "b c h w"], threshold: float = 0.1
 ) -> Float[Tensor, "b 1 h w"]:
-    """Return the mask of rain: 1 where any channel differs by more than ``threshold``, else 0.
+    """Return the rain mask: 1 where any channel differs by more than ``threshold``, else 0.
+
+    Args:
+        rainy: Rainy images in [0, 1].
+        clean: Clean images in [0, 1].
+        threshold: Difference in [0, 1].
 
     References:
         CLIP-RPN, eq. 4; "any channel" is our reading.
@@ -96,16 +111,21 @@ def mask_loss(
     mask: Float[Tensor, "b 1 h w"],
     scaling: MaskScaling = "nearest",
 ) -> list[Float[Tensor, ""]]:
-    """Return the binary cross-entropy of the mask that each level predicts.
+    """Return the binary cross-entropy of the predicted mask at each level, in float32 or wider.
 
     Args:
-        logits: Logits of levels at 1/2, 1/4, … of the padded image, in any order.
-        mask: True mask; it is padded as the network pads the image.
-        scaling: How the true mask is downscaled: ``nearest`` keeps it binary with the same share of rain; ``area`` is
-            the share of rain in each cell; ``max`` is 1 if any pixel of the cell has rain.
+        logits: Logits of the predicted masks at 1/2, 1/4 and 1/8 of the padded image, in any order.
+        mask: True rain mask at the size of the image, see `rain_mask`; padded here to a multiple of 8, as the network
+            pads the image.
+        scaling: How the true mask is downscaled to a level: ``nearest`` takes the top left pixel of each cell, which
+            keeps the mask binary; ``area`` takes the fraction of rainy pixels in the cell; ``max`` is 1 if any pixel
+            of the cell is rainy.
+
+    Returns:
+        One loss per level, in the order of ``logits``.
 
     References:
-        CLIP-RPN, eq. 5, and the sum of eq. 15.
+        CLIP-RPN, eq. 5; eq. 15 sums the levels.
     """
     mask = pad_to_multiple(_widened(mask), 8)
     losses = []

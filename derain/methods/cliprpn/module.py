@@ -1,4 +1,4 @@
-"""Lightning module of CLIP-RPN: routes of images, and the schedule of the loss's exponent."""
+"""Lightning module of CLIP-RPN: routes of images, loss with a scheduled exponent, route counts."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,12 @@ log = logging.getLogger("derain")
 
 
 class CLIPRPNMetadata(Metadata):
-    """Metadata with CLIP's hash and the training samples of each route."""
+    """Metadata of `CLIPRPNModule`.
+
+    Attributes:
+        clip_sha256: Hash of the CLIP that chose the routes in training; None: no CLIP.
+        route_counts: Number of training samples of each route; None: unknown.
+    """
 
     clip_sha256: NotRequired[str | None]
     route_counts: NotRequired[Sequence[int] | None]
@@ -44,44 +49,49 @@ class CLIPRPNMetadata(Metadata):
 class CLIPRPNModule(DerainModule, Routed, Explains):
     """CLIP-RPN: CLIP chooses a route of mask-guided cross-attention for each image.
 
-    Guan and Yoshie, CLIP-driven rain perception. Trained by dynamic loss scheduling and rain masks with AdamW. CLIP is
-    frozen, and not part of checkpoints and optimisers. Schedules count optimiser steps, so that they do not depend on
-    accumulation and the number of devices.
+    Guan and Yoshie, CLIP-driven rain perception. Trained with AdamW by dynamic loss scheduling (DLS) and a loss on
+    predicted rain masks. CLIP is frozen and is part of neither checkpoints nor optimisers. Schedules count optimiser
+    steps, so they depend neither on gradient accumulation nor on the number of devices.
 
     Args:
-        perception: Choice of the route: ``clip``; ``none``: there is a single route (Table 10 without RPN); ``fixed``:
-            all images take ``route``.
-        clip: Id on the Hugging Face hub, or a local directory.
-        prompts: Name of a set (``1``, ``2``, ``3`` of Table 5, …) or a list of texts, one per route.
-        similarity: ``cosine``, or ``dot`` as eq. 1 is printed.
-        route_by: ``image``: all crops and tiles of an image take its route; ``patch``: each crop in training and each
-            tile at inference has its own route.
-        route: Route of ``fixed``.
-        mgca: Whether routes are mask-guided cross-attention; otherwise plain cross-attention, which ignores the next
-            three options, and without perception no cross-attention (Table 10 without MGCA).
-        interaction: Reading of eqs. 11 and 12, see `MaskGuidedCrossAttention`.
-        residual: Whether the cross-attention is residual.
-        spatial_kernel: Side of the convolution that is missing in eq. 11.
+        perception: How routes are chosen: ``clip``: by CLIP; ``fixed``: all images take ``route``; ``none``: the
+            network has a single route (Table 10 without RPN).
+        clip: Id on the Hugging Face hub, or a local directory; ``$DERAIN_CLIP`` takes precedence.
+        prompts: Name of a set in `derain.methods.cliprpn.prompts.PROMPTS` (``1``, ``2``, ``2-long``, ``3``,
+            ``3-distortion``, ``rain``, ``intensity``), or a list of texts, one per route.
+        similarity: Similarity of images and prompts: ``cosine``, or ``dot`` as eq. 1 is printed.
+        route_by: ``image``: all crops and tiles of an image take the route of the image; ``patch``: each crop in
+            training and each tile at inference has its own route.
+        route: Index of the route for perception ``fixed``, from 0.
+        mgca: Whether the sub-networks of the routes are mask-guided cross-attention. Otherwise they are plain
+            cross-attention, which ignores the next three options; with perception ``none``, there are no sub-networks
+            then (Table 10 without MGCA, and without both).
+        interaction: Reading of eqs. 11 and 12: ``prose`` or ``swapped``, see `MaskGuidedCrossAttention`.
+        residual: Whether mask-guided cross-attention is residual; not in the paper.
+        spatial_kernel: Kernel size of the convolution that is missing in eq. 11, an odd number; 0: a mean instead.
         dim: Channels of Restormer at the finest level.
-        blocks: Transformer blocks of the four levels.
-        refinement: Blocks at full resolution at the end.
-        heads: Attention heads of the four levels.
-        expansion: Expansion of the feed-forward networks.
-        loss: Reconstruction loss, one of Table 11.
+        blocks: Transformer blocks of each of the four levels.
+        refinement: Transformer blocks at full resolution after the decoder.
+        heads: Attention heads of each of the four levels; must divide its channels.
+        expansion: Hidden channels of the feed-forward networks divided by their channels.
+        loss: Reconstruction loss, one of Table 11: ``dls``, ``l1``, ``l2`` or ``huber``.
         beta: Exponent of ``dls`` at the start; section 4.2: 0.8.
-        eta: Increase of the exponent; section 4.2: 2.3.
-        smoothing: How the gradient of ``dls`` is kept finite at zero error.
-        rescale: Scale the reconstruction loss and its gradient to the mean absolute error: late in the training,
-            ``dls`` is much smaller than the loss of the masks. Not in the paper.
-        mask_weight: Weight of the loss of the masks; eq. 15: 0.1.
+        eta: Increase of the exponent from start to end; section 4.2: 2.3.
+        smoothing: How the gradient of ``dls`` is kept finite at zero error: ``shift`` or ``root``, see
+            `scheduled_loss`.
+        rescale: Whether to scale the reconstruction loss and its gradient so that its value is the mean absolute
+            error; otherwise ``dls`` is much smaller than the mask loss late in training. Not in the paper.
+        mask_weight: Weight of the mask loss; eq. 15: 0.1.
         mask_threshold: Difference in [0, 1] above which a pixel is rainy; eq. 4: 0.1.
-        mask_scaling: How the true mask is downscaled to the size of a level.
+        mask_scaling: How the true mask is downscaled to the size of a level: ``nearest``, ``area`` or ``max``, see
+            `mask_loss`.
         learning_rate: Learning rate of AdamW; section 4.2: 2e-4.
         weight_decay: Weight decay of AdamW; section 4.2: 0.01.
-        warm_up: Share of the steps in which the learning rate rises; section 4.2: 15 of 300 epochs.
+        warm_up: Fraction of the optimiser steps in which the learning rate rises, in [0, 1); section 4.2: 15 of 300
+            epochs.
 
     Raises:
-        DerainError: If the prompts or the route do not exist.
+        DerainError: If an option is out of its range, or the prompt set does not exist.
     """
 
     metadata_schema: ClassVar[Any] = CLIPRPNMetadata
@@ -105,7 +115,7 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         "mask_threshold",
         "mask_scaling",
     }
-    compiles_any_size: ClassVar[bool] = False  # inductor of torch 2.13: wrong strides of frozen weights, dynamic sizes
+    compiles_any_size: ClassVar[bool] = False  # torch 2.13's inductor: wrong strides for frozen weights, dynamic sizes
 
     def __init__(
         self,
@@ -149,53 +159,79 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         rain_perception = RainPerception(clip, texts, similarity) if perception == "clip" else None
         self.routing = Routing(routes, rain_perception, route if perception == "fixed" else 0)
         self.route_counts: list[int] | None = [0] * len(self.network.routes)
-        self._new_counts = [0] * len(self.network.routes)  # of this process, since the last sum over all processes
+        self._new_counts = [0] * len(self.network.routes)  # of this process since the last `_sum_counts`
 
     def check_requirements(self) -> None:
-        """Find or fetch CLIP."""
+        """Find or fetch CLIP, unless all images take the same route.
+
+        Raises:
+            DerainError: If CLIP is not available.
+        """
         self.routing.check()
 
     def encode(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
-        """Return routes and similarities to the prompts of whole images; nothing if each patch has its own route."""
+        """Return the routes of whole images and, if CLIP chose them, their similarities to the prompts.
+
+        The result is empty with ``route_by`` ``patch``, for which ``forward`` chooses the route of each tile.
+        """
         return {} if self.hparams["route_by"] == "patch" else self.routing(rainy)
 
     def describe_image(self, conditions: dict[str, Any], index: int) -> dict[str, Any]:
-        """Return the route of an image, and its scores (eq. 1) by prompt."""
+        """Return the route of an image and, if CLIP chose it, the prompt and the scores (eq. 1) by prompt."""
         return self.routing.describe(conditions, index)
 
     def forward(
         self, rainy: Float[Tensor, "b 3 h w"], routes: Sequence[int] | None = None, similarities: Tensor | None = None
     ) -> Float[Tensor, "b 3 h w"]:
-        """Restore images of any size in [0, 1]; CLIP chooses their routes unless these are given."""
+        """Restore images of any size in [0, 1].
+
+        Args:
+            rainy: Rainy images.
+            routes: Index of the route of each image, or of one route for all; by default chosen by ``routing``: by
+                CLIP, or the fixed route.
+            similarities: Not used; ``encode`` returns them for `describe_image`.
+        """
         if routes is None:
             routes = self.routing(rainy)["routes"]
         return cast(Tensor, self.network(rainy, routes).derained)
 
     def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Any:
-        """Restore along one route, without CLIP."""
+        """Restore along route 0, without CLIP."""
         return self.network(rainy)
 
     def set_route(self, route: int) -> None:
-        """Send all images along one route, instead of the routes that CLIP chooses."""
+        """Send all images along one route, without CLIP.
+
+        Args:
+            route: Index of the route, from 0.
+
+        Raises:
+            ArgumentError: If the route does not exist.
+        """
         self.routing.set_route(route)
 
     def export_graph(self) -> Graph:
-        """Return ``forward`` along one route; CLIP is not part of the graph.
+        """Return ``forward`` along the fixed route; CLIP is not part of the graph.
 
         Raises:
-            DerainError: If no route was chosen.
+            DerainError: If CLIP chooses the routes.
         """
         if self.routing.perception is not None:
             raise DerainError(
-                f"these weights have {self.routing.count} routes, and a graph has one; choose it by --route 0 to "
-                f"--route {self.routing.count - 1}"
+                f"these weights have {self.routing.count} routes; expected a single route for a graph; choose it by "
+                f"--route 0 to --route {self.routing.count - 1}"
             )
         route = self.routing.route
         self.routing.warn_untrained([route])
         return Graph(self, lambda rainy: self(rainy, routes=[route]), metadata={"routes": [route]})
 
     def explain(self, rainy: Float[Tensor, "b 3 h w"], **conditions: Any) -> Float[Tensor, "b n h w"]:
-        """Return the derained image and the predicted masks of all levels, the finest first (Figure 9)."""
+        """Return the derained image and the predicted rain masks in [0, 1], the finest level first (Figure 9).
+
+        Args:
+            rainy: Rainy images in [0, 1].
+            **conditions: Result of `encode`; if empty, the images are routed here.
+        """
         routes = (conditions or self.routing(rainy))["routes"]
         restored = self.network(rainy, routes)
         if not self.maps:
@@ -206,10 +242,12 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
     # Training.
 
     def on_fit_start(self) -> None:
-        """Compute the route of every training image before the first step.
+        """Compute the routes of all training images before the first step, if CLIP chooses routes by image.
 
         Raises:
-            DerainError: If a distributed strategy would wait for gradients of unused routes.
+            DerainError: If a distributed strategy would wait for gradients of unused routes; CLIP is not available or
+                is not that of the resumed run; or the data are not a `RainDataModule`, which ``route_by`` ``image``
+                requires.
         """
         super().on_fit_start()
         if len(self.network.routes) > 1:
@@ -224,12 +262,15 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
             self.trainer.strategy.barrier()  # the first process of a machine runs CLIP and fills the cache
         names = [pair.name for pair in data.pairs["train"]]
         images = data.rainy_images("train")
-        self.routing.learn(names, track(images, "Rain perception", len(names)), self.device)
+        self.routing.compute_training_routes(names, track(images, "Rain perception", len(names)), self.device)
         if self.local_rank == 0:
             self.trainer.strategy.barrier()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the sum of reconstruction loss and mask losses; all parts are logged."""
+        """Return the reconstruction loss plus the weighted mask losses (eq. 15).
+
+        Logs the sum as ``train/loss``, and its parts without weights and before ``rescale``.
+        """
         routes = self._training_routes(batch)
         hyper = self.hparams
         power = exponent(self.trainer.global_step / self.steps, hyper["beta"], hyper["eta"])
@@ -255,19 +296,19 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         return loss
 
     def _training_routes(self, batch: PairBatch) -> list[int]:
-        """Return the routes of a training batch, and count them."""
-        known = self.routing.known
-        if known is None:
-            routes = self.routing(batch["rainy"], remember=False)["routes"]
+        """Return the route of each image of a training batch, and count the routes."""
+        training_routes = self.routing.training_routes
+        if training_routes is None:
+            routes = self.routing(batch["rainy"], cache=False)["routes"]
         else:
-            routes = [known[name] for name in batch["name"]]
+            routes = [training_routes[name] for name in batch["name"]]
         if self._new_counts:
             for route in routes:
                 self._new_counts[route] += 1
         return list(routes)
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW, and a learning rate that rises linearly and falls along a cosine."""
+        """Return AdamW and a learning rate schedule with linear warm-up and cosine decay to 0."""
         rate, decay = self.hparams["learning_rate"], self.hparams["weight_decay"]
         optimizer = torch.optim.AdamW(self.network.parameters(), rate, betas=(0.9, 0.999), weight_decay=decay)
         factor = warm_up_then_cosine(self.steps, self.hparams["warm_up"])
@@ -275,7 +316,7 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _sum_counts(self) -> None:
-        """Add the route counts of all devices since the last call."""
+        """Add the samples of each route since the last call, summed over all devices."""
         if self.route_counts is None or self._trainer is None:
             return
         new = torch.tensor(self._new_counts, device=self.device)
@@ -284,14 +325,14 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         self._new_counts = [0] * len(summed)
 
     def on_train_end(self) -> None:
-        """Log a warning for routes that no image took."""
+        """Log a warning if no training sample took some of the routes."""
         self._sum_counts()
         counts = self.route_counts or ()
-        untrained = [str(route) for route, count in enumerate(counts) if not count]
+        untrained = [f"route {route}" for route, count in enumerate(counts) if not count]
         if untrained and self.trainer.is_global_zero:
             log.warning(
-                "route %s is untrained: no training image took it (samples per route: %s); train on more varied rain "
-                "or change --model.prompts",
+                "untrained: no training image took %s (samples per route: %s); train on more varied rain or change "
+                "--model.prompts",
                 ", ".join(untrained),
                 ", ".join(f"{count:,}" for count in counts),
             )
@@ -299,16 +340,16 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
     # Files.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the training samples of each route, of all devices."""
+        """Add the metadata, whose route counts are summed over all devices first."""
         self._sum_counts()
         super().on_save_checkpoint(checkpoint)
 
     def metadata(self) -> dict[str, Any]:
-        """Return the metadata with CLIP's hash and the training samples of each route."""
+        """Return the metadata with CLIP's hash and the number of training samples of each route."""
         return super().metadata() | {"clip_sha256": self.routing.clip_sha256, "route_counts": self.route_counts}
 
     def restore_metadata(self, metadata: Mapping[str, Any]) -> None:
-        """Restore CLIP's hash and the training samples of each route.
+        """Restore CLIP's hash and the number of training samples of each route.
 
         Raises:
             DerainError: If the number of counts is not the number of routes.
@@ -323,9 +364,9 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
             )
         self.route_counts = None if counts is None else list(counts)
         if not self.is_fitting:
-            self.routing.counts = self.route_counts
+            self.routing.sample_counts = self.route_counts
 
     def start_from(self, loaded: TrainableModule) -> None:
-        """Continue the counts of training samples of the weights that training starts from."""
+        """Continue the route counts of the weights that training starts from."""
         if isinstance(loaded, CLIPRPNModule):
             self.route_counts = loaded.route_counts

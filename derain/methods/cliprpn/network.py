@@ -19,8 +19,9 @@ class Restored(NamedTuple):
     """Output of the network.
 
     Attributes:
-        derained: ``(b, 3, h, w)``.
-        logits: Logits of the masks at 1/8, 1/4 and 1/2 of the padded image, ``(b, 1, _, _)`` each; empty without masks.
+        derained: ``(b, 3, h, w)``, not clamped.
+        logits: Logits of the rain masks at 1/8, 1/4 and 1/2 of the padded image, ``(b, 1, _, _)`` each; empty if the
+            network predicts no masks.
     """
 
     derained: Tensor
@@ -28,10 +29,14 @@ class Restored(NamedTuple):
 
 
 class MaskHead(nn.Module):
-    """Head that predicts the mask of rain from features.
+    """Head that predicts the logits of the rain mask from features.
+
+    Args:
+        channels: Channels of the features.
 
     References:
-        CLIP-RPN, eq. 3 without the sigmoid; applied to features, as the parameter count of the paper implies.
+        CLIP-RPN, eq. 3 without the sigmoid. Eq. 3 is printed for the image; the paper's parameter count implies
+        features.
     """
 
     def __init__(self, channels: int) -> None:
@@ -40,7 +45,7 @@ class MaskHead(nn.Module):
         self.logit = nn.Conv2d(channels, 1, 1, bias=False)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w 1"]:
-        """Return the logit of rain for every pixel."""
+        """Return the logit of rain at every pixel."""
         return spatial(nn.functional.gelu(spatial(x, self.features)), self.logit)
 
 
@@ -48,14 +53,16 @@ class MaskGuidedCrossAttention(nn.Module):
     """Mask-guided cross-attention (MGCA): exchange between rainy and rain-free regions of a feature map.
 
     Args:
-        channels: Width of the features.
-        heads: Heads of its three cross-attentions.
-        interaction: ``prose``: channel weights of the rain-free branch multiply the rainy branch, pixel weights of the
-            rainy branch multiply the rain-free branch, as the text of the paper and its equations say; ``swapped``:
-            the reverse, which the order of eqs. 11 and 12 under that text could mean.
-        residual: Add the input to the output; not in the paper.
-        spatial_kernel: Side of the convolution of the pixel weights; 0: the mean of average and maximum.
-        reduction: Ratio of channels to hidden channels of the channel weights.
+        channels: Channels of the features.
+        heads: Attention heads of the three cross-attentions.
+        interaction: ``prose``, as the text of the paper describes it: channel weights of the rain-free branch scale
+            the rainy branch, and pixel weights of the rainy branch scale the rain-free branch. ``swapped``: channel
+            weights of the rainy branch scale the rain-free branch, and pixel weights of the rain-free branch scale the
+            rainy branch; possible because eqs. 11 and 12 are printed in each other's paragraph.
+        residual: Whether to add the input to the output; not in the paper.
+        spatial_kernel: Kernel size of the convolution that computes the pixel weights from average and maximum over
+            the channels, an odd number; 0: their mean, without a convolution.
+        reduction: Channels divided by the hidden channels of the channel weights.
 
     Raises:
         DerainError: If ``spatial_kernel`` is even.
@@ -88,7 +95,7 @@ class MaskGuidedCrossAttention(nn.Module):
             self.weigh_pixels = nn.Conv2d(2, 1, spatial_kernel, padding=spatial_kernel // 2, bias=False)
 
     def forward(self, x: Float[Tensor, "b h w c"], mask: Float[Tensor, "b h w 1"]) -> Float[Tensor, "b h w c"]:
-        """Transform features, given the probability of rain at each pixel."""
+        """Transform features, given the probability of rain at each pixel, in [0, 1]."""
         rainy = self.rainy(x * mask, x, x)
         clear = self.clear(x * (1 - mask), x, x)
         if self.interaction == "prose":
@@ -99,12 +106,12 @@ class MaskGuidedCrossAttention(nn.Module):
         return cast(Tensor, x + out if self.residual else out)
 
     def channel_weights(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b 1 1 c"]:
-        """Return the weight of each channel, eq. 12."""
+        """Return the weight of each channel in [0, 1], eq. 12."""
         weights = self.from_mean(x.mean((1, 2))) + self.from_max(x.amax((1, 2)))
         return cast(Tensor, weights.sigmoid()[:, None, None])
 
     def pixel_weights(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w 1"]:
-        """Return the weight of each pixel: eq. 11 with the convolution that is missing there."""
+        """Return the weight of each pixel in [0, 1], eq. 11; the reduction of its two maps to one is ours."""
         pooled = torch.stack((x.mean(-1), x.amax(-1)), dim=-1)
         if self.weigh_pixels is None:
             return pooled.mean(-1, keepdim=True).sigmoid()
@@ -116,7 +123,7 @@ def _bottleneck(channels: int, hidden: int) -> nn.Sequential:
 
 
 class PlainCrossAttention(CrossAttention):
-    """Residual cross-attention of the features to themselves: the sub-network of a route without masks."""
+    """Residual cross-attention from features to themselves, which replaces MGCA in an ablation; ignores masks."""
 
     def forward(self, x: Float[Tensor, "b h w c"], mask: None = None) -> Float[Tensor, "b h w c"]:  # type: ignore[override]
         """Transform features."""
@@ -124,11 +131,11 @@ class PlainCrossAttention(CrossAttention):
 
 
 class CLIPRPN(nn.Module):
-    """Restoration network of CLIP-RPN; the route of each image is an argument.
+    """Restoration network of CLIP-RPN; the route of each image is an argument of ``forward``.
 
     Args:
-        routes: Number of routes: sub-networks at each of three levels; 0: a plain Restormer.
-        mgca: Sub-networks are mask-guided cross-attention; else plain cross-attention without masks.
+        route_count: Number of routes, each with a sub-network at three levels; 0: a plain Restormer.
+        mgca: Whether the sub-networks are mask-guided cross-attention; otherwise plain cross-attention without masks.
         interaction: See `MaskGuidedCrossAttention`.
         residual: See `MaskGuidedCrossAttention`.
         spatial_kernel: See `MaskGuidedCrossAttention`.
@@ -139,7 +146,10 @@ class CLIPRPN(nn.Module):
         expansion: Expansion of the feed-forward networks.
 
     Shape:
-        ``(b, 3, h, w)`` in [0, 1] → the same, and the logits of the masks.
+        ``(b, 3, h, w)`` in [0, 1], any ``h, w >= 1`` → `Restored`.
+
+    Raises:
+        DerainError: If an argument is out of its range.
 
     References:
         CLIP-RPN, Figure 1. 32,720,308 parameters with two routes.
@@ -147,7 +157,7 @@ class CLIPRPN(nn.Module):
 
     def __init__(
         self,
-        routes: int = 2,
+        route_count: int = 2,
         mgca: bool = True,
         interaction: Interaction = "prose",
         residual: bool = True,
@@ -167,26 +177,27 @@ class CLIPRPN(nn.Module):
                 return PlainCrossAttention(channels, heads[level])
             return MaskGuidedCrossAttention(channels, heads[level], interaction, residual, spatial_kernel)
 
-        mask_levels = LEVELS if mgca and routes else ()
+        mask_levels = LEVELS if mgca and route_count else ()
         self.masks = nn.ModuleDict({str(level): MaskHead(dim * 2**level) for level in mask_levels})
         self.routes = nn.ModuleList(
-            nn.ModuleDict({str(level): subnetwork(level) for level in LEVELS}) for _ in range(routes)
+            nn.ModuleDict({str(level): subnetwork(level) for level in LEVELS}) for _ in range(route_count)
         )
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"], routes: Sequence[int] | None = None) -> Restored:
         """Restore images.
 
         Args:
-            rainy: In [0, 1].
-            routes: Route of each image, or a single route for all images; the first route by default.
+            rainy: Rainy images in [0, 1].
+            routes: Index of the route of each image, or of a single route for all images; default: route 0.
 
         Raises:
-            ValueError: If the number of routes does not fit the images, or a route does not exist.
+            ValueError: If there is neither one index nor one per image, or a route does not exist.
         """
         logits: list[Tensor] = []
         image_routes = list(routes or [0])
-        if len(image_routes) not in {1, len(rainy)} or not set(image_routes) <= set(range(max(1, len(self.routes)))):
-            raise ValueError(f"routes {image_routes} for {len(rainy)} images and {len(self.routes)} routes")
+        count = max(1, len(self.routes))
+        if len(image_routes) not in {1, len(rainy)} or not set(image_routes) <= set(range(count)):
+            raise ValueError(f"routes {image_routes}: expected 1 or {len(rainy)} indices from 0 to {count - 1}")
 
         def interact(level: int, x: Tensor) -> Tensor:
             mask = None
@@ -202,7 +213,7 @@ class CLIPRPN(nn.Module):
         return Restored(derained, logits)
 
     def _apply_routes(self, level: int, x: Tensor, mask: Tensor | None, image_routes: Sequence[int]) -> Tensor:
-        """Transform the features of each image by the sub-network of its route."""
+        """Transform the features of each image by the sub-network of its route at a level."""
         used = sorted(set(image_routes))
         if len(used) == 1:
             return cast(Tensor, self._subnetwork(used[0], level)(x, mask))
@@ -219,7 +230,16 @@ class CLIPRPN(nn.Module):
 
 
 def mask_maps(logits: Sequence[Float[Tensor, "b 1 _ _"]], height: int, width: int) -> Float[Tensor, "b n h w"]:
-    """Return the masks of all levels at the size of the image, the finest first, in [0, 1]."""
+    """Return the predicted rain masks, upscaled to the size of the image, in [0, 1].
+
+    Args:
+        logits: Logits of the masks, the coarsest level first, as in `Restored`.
+        height: Height of the image before padding, in pixels.
+        width: Width of the image before padding, in pixels.
+
+    Returns:
+        The masks, the finest level first.
+    """
     finest = logits[-1]
     size = (finest.shape[2] * 2, finest.shape[3] * 2)
     maps = [nn.functional.interpolate(level.float().sigmoid(), size) for level in reversed(logits)]

@@ -1,4 +1,4 @@
-"""Rain perception: similarity of images to prompts, by CLIP, cached on disk."""
+"""Rain perception: similarities of images to prompts, computed by CLIP and cached on disk."""
 
 import hashlib
 import itertools
@@ -23,20 +23,21 @@ BATCH = 8
 """Images that CLIP processes at a time."""
 
 ALTERNATIVE = "train without CLIP by --model.perception none, restore without it by --route N"
-"""Advice of messages where CLIP is not available."""
+"""Advice in error messages if CLIP is not available."""
 
 
 class RainPerception:
-    """Similarities of whole images to each prompt.
+    """Similarities of images to prompts, computed by CLIP.
 
-    They are cached in a file of derain's cache folder. The key is the content of the image, the prompts, the kind of
-    similarity, the hash of CLIP and the version of its preprocessing, so CLIP processes an image only once.
+    They can be cached in a file in derain's cache folder, so that CLIP processes each image only once. The cache key
+    comprises the pixels of the image, the prompts, the kind of similarity, the hash of CLIP and the version of its
+    preprocessing.
 
     Args:
-        clip: Id on the Hugging Face hub or a local directory.
+        clip: Id on the Hugging Face hub or a local directory; ``$DERAIN_CLIP`` takes precedence.
         texts: Prompts, one per route.
-        similarity: ``cosine``, or ``dot`` as eq. 1 of CLIP-RPN is printed, where the length of the text features
-            matters (that of the image features does not change the order).
+        similarity: ``cosine``; or ``dot``, eq. 1 of CLIP-RPN as printed, which favours prompts whose embedding has a
+            large norm (the norm of the image embedding scales all similarities alike).
 
     Raises:
         DerainError: When CLIP is first needed and not available.
@@ -69,16 +70,19 @@ class RainPerception:
         return torch.nn.functional.normalize(features, dim=1) if self.similarity == "cosine" else features
 
     def similarities(
-        self, images: Sequence[Pixels], device: torch.device | None = None, remember: bool = True
+        self, images: Sequence[Pixels], device: torch.device | None = None, cache: bool = True
     ) -> Float[Tensor, "b n"]:
-        """Return the similarities of images, ``(h, w, 3)`` each, to every prompt.
+        """Return the similarity of each image to each prompt, on the CPU.
 
-        Images that are not cached are processed by CLIP as one batch.
+        CLIP processes the images that are not in the cache, as a single batch.
 
         Args:
-            images: Images of any sizes.
+            images: Images ``(h, w, 3)`` in uint8, of any sizes.
             device: Device of CLIP; the CPU by default.
-            remember: Whether to cache the similarities.
+            cache: Whether to add the similarities to the cache.
+
+        Raises:
+            DerainError: If CLIP is not available, or a prompt is too long for it.
         """
         keys = [hashlib.sha256(str(image.shape).encode() + image.tobytes()).hexdigest()[:32] for image in images]
         new = {key: image for key, image in zip(keys, images, strict=True) if key not in self._cached}
@@ -89,7 +93,7 @@ class RainPerception:
                 features = torch.nn.functional.normalize(features, dim=1)
             similarities = features @ self._text_features.T
             computed = dict(zip(new, similarities.tolist(), strict=True))
-        if computed and remember:
+        if computed and cache:
             self._cache(computed)
         return torch.tensor([computed[key] if key in computed else self._cached[key] for key in keys])
 
@@ -104,18 +108,23 @@ class RainPerception:
             os.close(descriptor)
 
     def all_similarities(
-        self, images: Iterable[Pixels], device: torch.device | None = None, remember: bool = True
+        self, images: Iterable[Pixels], device: torch.device | None = None, cache: bool = True
     ) -> Float[Tensor, "n m"]:
-        """Return the similarities of many images, computed in batches of eight; arguments as for `similarities`."""
+        """Return the similarities of any number of images to each prompt, computed in batches of 8.
+
+        Arguments and exceptions are those of `similarities`.
+        """
         batches = [torch.empty(0, len(self.texts))]
         remaining = iter(images)
         while batch := list(itertools.islice(remaining, BATCH)):
-            batches.append(self.similarities(batch, device, remember))
+            batches.append(self.similarities(batch, device, cache))
         return torch.cat(batches)
 
 
 def scores(similarities: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
-    """Return the softmax over the prompts; the largest score determines the route.
+    """Return the softmax of similarities over the prompts; the highest score determines the route.
+
+    CLIP's logit scale is not applied, as in the paper.
 
     References:
         CLIP-RPN, eqs. 1 and 2.

@@ -11,8 +11,9 @@ class PromptSet(NamedTuple):
 
     Attributes:
         texts: The prompts.
-        counts: Training images of each route in the paper, by set: Rain800 (700), Rain100H (1800), Rain100L (200).
-        source: Table of the paper.
+        counts: Number of training images of each route in the paper, by data set. Rain800 has 700 training images,
+            Rain100H 1800 and Rain100L 200.
+        source: Tables of the paper that the prompts and counts are from.
     """
 
     texts: tuple[str, ...]
@@ -92,14 +93,14 @@ PROMPTS = {
         "Table 2",
     ),
 }
-"""Sets by name: the numbers of Table 5, and the sets of Tables 1 and 2."""
+"""Prompt sets by name: the numbers of Table 5, their variants in Tables 8 and 9, and the sets of Tables 1 and 2."""
 
 
 def texts_of(prompts: str | Sequence[str]) -> tuple[str, ...]:
     """Return the prompts of a named set, or a list of prompts unchanged.
 
     Raises:
-        DerainError: If the set does not exist, or there are fewer than two different prompts.
+        DerainError: If the set does not exist, or the list has fewer than two prompts or a prompt twice.
 
     Example:
         >>> len(texts_of("3")), texts_of(["light rain", "heavy rain"])

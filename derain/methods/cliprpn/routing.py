@@ -16,36 +16,39 @@ log = logging.getLogger("derain")
 
 
 class Routing:
-    """Chooses the route of each image by CLIP, or uses a fixed route for all images.
+    """Choice of a route for each image: by CLIP, or the same route for all images.
 
     Args:
         count: Number of routes.
-        perception: Rain perception; None: all images take ``route``.
-        route: Route of all images without perception.
+        perception: Rain perception that chooses routes; None: all images take ``route``.
+        route: Index of the route of all images from 0; ignored if ``perception`` chooses.
 
     Attributes:
         clip_sha256: Hash of the CLIP that the weights were trained with; None: unknown.
-        known: Routes of the training images by name; None: not computed.
-        counts: Training samples of each route, as recorded in weights; None: unknown.
+        training_routes: Routes of the training images by name; None: not computed.
+        sample_counts: Number of training samples of each route, as recorded in the weights; None: unknown.
 
     Raises:
-        DerainError: If the route does not exist.
+        ArgumentError: If the route does not exist.
     """
 
     def __init__(self, count: int, perception: RainPerception | None, route: int = 0) -> None:
         self.count, self.perception = count, perception
         self.clip_sha256: str | None = None
-        self.known: dict[str, int] | None = None
-        self.counts: Sequence[int] | None = None
+        self.training_routes: dict[str, int] | None = None
+        self.sample_counts: Sequence[int] | None = None
         self._warned: set[int] = set()
         if perception is None:
             self.set_route(route)
 
     def set_route(self, route: int) -> None:
-        """Use a fixed route for all images, instead of CLIP.
+        """Use the same route for all images, without CLIP.
+
+        Args:
+            route: Index of the route, from 0.
 
         Raises:
-            DerainError: If the route does not exist.
+            ArgumentError: If the route does not exist.
         """
         last = max(1, self.count) - 1
         if not 0 <= route <= last:
@@ -55,11 +58,14 @@ class Routing:
     def check(self, resuming: bool = False) -> None:
         """Find or fetch CLIP, and compare it with the CLIP that the weights were trained with.
 
+        Nothing is checked if all images take the same route.
+
         Args:
-            resuming: Whether a training run resumes: it must use the same CLIP, otherwise a warning is enough.
+            resuming: Whether to refuse a different CLIP, which a resumed run must not use, instead of logging a
+                warning.
 
         Raises:
-            DerainError: If CLIP is not available, or a run resumes with a different CLIP.
+            DerainError: If CLIP is not available, or is a different one and ``resuming`` is set.
         """
         if self.perception is None:
             return
@@ -67,50 +73,78 @@ class Routing:
         if self.clip_sha256 not in {None, clip.sha256}:
             if resuming:
                 raise DerainError(
-                    f"cannot resume with CLIP {clip.name}: the run was started with a different one; name that one by "
-                    "--model.clip or DERAIN_CLIP"
+                    f"cannot resume with CLIP {clip.name}: the run was started with a different one; select that one "
+                    "by --model.clip or DERAIN_CLIP"
                 )
-            log.warning("these weights were trained with a CLIP other than %s: routes may differ", clip.name)
+            log.warning(
+                "these weights were trained with a CLIP other than %s: routes may differ; set DERAIN_CLIP to the right "
+                "one",
+                clip.name,
+            )
         self.clip_sha256 = clip.sha256
 
-    def __call__(self, rainy: Float[Tensor, "b 3 h w"], remember: bool = True) -> dict[str, Any]:
-        """Return the ``routes`` of images in [0, 1] and, with CLIP, their ``similarities`` to the prompts."""
+    def __call__(self, rainy: Float[Tensor, "b 3 h w"], cache: bool = True) -> dict[str, Any]:
+        """Return the routes of images.
+
+        Args:
+            rainy: Rainy images; CLIP gets them clamped to [0, 1] and rounded to 8 bit.
+            cache: Whether to cache similarities on disk.
+
+        Returns:
+            ``routes``, the index of each image's route; and ``similarities`` to the prompts, ``(b, n)``, if CLIP
+            chose the routes.
+
+        Raises:
+            DerainError: If CLIP is needed and not available.
+        """
         if self.perception is None:
             self.warn_untrained([self.route])
             return {"routes": [self.route] * len(rainy)}
         self.check()
         images = list((rainy.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
-        similarities = self.perception.all_similarities(images, rainy.device, remember)
+        similarities = self.perception.all_similarities(images, rainy.device, cache)
         routes = similarities.argmax(1).tolist()
         self.warn_untrained(routes)
         return {"routes": routes, "similarities": similarities}
 
     def untrained(self, route: int) -> bool:
-        """Return whether no training image took a route, as recorded in the weights."""
-        return self.counts is not None and route < len(self.counts) and self.counts[route] == 0
+        """Return whether weights record that no training sample took a route; False if they record no counts."""
+        counts = self.sample_counts
+        return counts is not None and route < len(counts) and counts[route] == 0
 
     def warn_untrained(self, routes: Iterable[int]) -> None:
-        """Log a warning for each untrained route, once."""
+        """Log a warning for each untrained route, once per route."""
         untrained = {route for route in routes if self.untrained(route)}
         trained = [str(route) for route in range(self.count) if not self.untrained(route)]
         advice = f"; use --route {' or --route '.join(trained)}" if trained else ""
         for route in untrained - self._warned:
             self._warned.add(route)
-            log.warning(
-                "an image takes route %d, which no image took in training: expect a poor result%s", route, advice
-            )
+            log.warning("route %d is untrained: no training image took it; expect a poor result%s", route, advice)
 
-    def learn(self, names: Sequence[str], images: Iterable[Pixels], device: torch.device) -> None:
-        """Compute the routes of the training images; their crops take the routes of the whole images."""
+    def compute_training_routes(self, names: Sequence[str], images: Iterable[Pixels], device: torch.device) -> None:
+        """Compute the routes of the whole training images, which their crops take too.
+
+        Nothing is computed if all images take the same route.
+
+        Args:
+            names: Names of the images.
+            images: Images ``(h, w, 3)`` in uint8.
+            device: Device of CLIP.
+        """
         if self.perception is None:
             return
         routes = self.perception.all_similarities(images, device).argmax(1)
-        self.known = dict(zip(names, routes.tolist(), strict=True))
+        self.training_routes = dict(zip(names, routes.tolist(), strict=True))
         counts = torch.bincount(routes, minlength=self.count).tolist()
         log.info("training images per route: %s", ", ".join(f"{count:,}" for count in counts))
 
     def describe(self, conditions: dict[str, Any], index: int) -> dict[str, Any]:
-        """Return the route of an image of a batch, and its scores (eq. 1) by prompt."""
+        """Return the route of an image and, if CLIP chose it, the prompt and the scores (eq. 1) by prompt.
+
+        Args:
+            conditions: Result of calling this object for a batch; the description is empty if it is.
+            index: Index of the image in the batch.
+        """
         if not conditions:
             return {}
         route = conditions["routes"][index]

@@ -1,1 +1,1 @@
-"""DA-CLIP + IR-SDE."""
+"""DA-CLIP + IR-SDE: mean-reverting SDE, conditioned on embeddings of a degradation-aware CLIP."""

@@ -28,10 +28,10 @@ class FrozenBLIP:
     Args:
         name: Id on the Hugging Face hub (``Salesforce/blip-image-captioning-large``) or a local directory in that
             form.
-        max_tokens: Longest caption, in tokens.
+        max_tokens: Maximum length of a caption, in tokens.
 
     Raises:
-        DerainError: When BLIP is first needed and can neither be found nor fetched.
+        DerainError: When BLIP is first needed, if it can neither be found nor fetched, or cannot write ``max_tokens``.
     """
 
     def __init__(self, name: str, max_tokens: int = 32) -> None:
@@ -66,13 +66,17 @@ class FrozenBLIP:
         check_complete("BLIP", self.name, loading_info)
         longest = model.config.text_config.max_position_embeddings - 1
         if self.max_tokens > longest:
-            raise DerainError(f"--max-tokens {self.max_tokens}: {self.name} writes at most {longest}; use fewer")
+            raise DerainError(f"--max-tokens {self.max_tokens}: expected at most {longest} for {self.name}; use fewer")
         model.train(False)
         return model.requires_grad_(False), tokenizer, processor
 
     @torch.inference_mode()
     def captions(self, images: Sequence[Pixels], device: torch.device | None = None) -> list[str]:
-        """Return the captions of images of any sizes, processed as one batch.
+        """Return the captions of images, processed as a single batch.
+
+        Args:
+            images: Images ``(h, w, 3)`` in uint8, of any sizes.
+            device: Device of BLIP; the CPU by default.
 
         Raises:
             DerainError: If the batch does not fit into the memory of the device.
@@ -88,5 +92,5 @@ class FrozenBLIP:
             raise DerainError(
                 f"--batch-size {len(images)}: the images do not fit into the memory of {device}; use a smaller batch"
             ) from error
-        words = tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True, clean_up_tokenization_spaces=True)
-        return [caption.strip() for caption in words]
+        captions = tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True, clean_up_tokenization_spaces=True)
+        return [caption.strip() for caption in captions]

@@ -27,11 +27,16 @@ Order = Literal["reversed", "aligned"]
 Tokens = Float[Tensor, "b n c"]
 
 WORDS = ("rainy", "clean")
-"""Degradations of a controller whose file names none, such as the authors'."""
+"""Degradation words of a controller whose file names fewer than two, such as the authors'."""
 
 
 class DACLIPMetadata(Metadata):
-    """Metadata with the hash of CLIP and the words for degradations."""
+    """Metadata of `DACLIPModule`.
+
+    Attributes:
+        clip_sha256: Hash of the CLIP that the controller was trained with.
+        words: Degradation words that the controller was trained to distinguish.
+    """
 
     clip_sha256: NotRequired[str | None]
     words: NotRequired[Sequence[str]]
@@ -41,8 +46,8 @@ class Embeddings(NamedTuple):
     """Embeddings of images.
 
     Attributes:
-        content: ``(b, d)``, embedding of the content, as if the images were clean; not normalised.
-        degradation: ``(b, d)``, embedding of the degradation; not normalised.
+        content: Embeddings of the content, as if the images were clean; not normalised.
+        degradation: Embeddings of the degradation; not normalised.
     """
 
     content: Float[Tensor, "b d"]
@@ -52,13 +57,14 @@ class Embeddings(NamedTuple):
 class Controller(nn.Module):
     """Trainable copy of CLIP's vision tower, connected to the frozen tower by zero-initialised layers.
 
-    The output of each block of the copy is added to a frozen block through such a layer, so that the content embedding
-    starts as CLIP's own. The degradation embedding is the output of the copy, which these layers do not affect.
+    The output of each block of the copy passes through a zero-initialised layer and is added to the output of a frozen
+    block, so that the content embedding starts as CLIP's own. The degradation embedding is the output of the copy; the
+    zero-initialised layers do not affect it.
 
     Args:
-        clip: CLIP of transformers.
-        order: Frozen block that a block is connected to: ``aligned``: the same block; ``reversed``: the mirrored block,
-            as in the authors' code, which starts with the last hidden state.
+        clip: ``CLIPModel`` of transformers.
+        order: Frozen block that a block of the copy is connected to: ``aligned``: the first to the first, and so on;
+            ``reversed``: the last to the first, and so on, as in the authors' code.
     """
 
     def __init__(self, clip: Any, order: Order = "reversed") -> None:
@@ -75,11 +81,11 @@ class Controller(nn.Module):
         self.train().requires_grad_(True)
 
     def forward(self, clip: Any, pixels: Float[Tensor, "b 3 s s"]) -> Embeddings:
-        """Embed images.
+        """Return the embeddings of images.
 
         Args:
-            clip: The same CLIP, frozen.
-            pixels: Result of `FrozenCLIP.pixels`.
+            clip: The CLIP that the controller was built from, frozen.
+            pixels: Images as `FrozenCLIP.pixels` returns them.
         """
         x = _embed(self.vision, pixels)
         controls = []
@@ -108,11 +114,15 @@ def _block(block: Any, x: Tokens) -> Tokens:
 def load_controller(file: Path, clip: FrozenCLIP) -> tuple[Controller, Mapping[str, Any]]:
     """Load a controller from weights of `DACLIPModule`, or from the authors' checkpoint of DA-CLIP.
 
+    Args:
+        file: Path of the file.
+        clip: CLIP that the controller was trained with; a warning is logged if its hash differs.
+
     Returns:
         The controller, and the metadata of its file: empty for the authors' checkpoint.
 
     Raises:
-        DerainError: If the file does not exist, has no controller, or does not fit CLIP.
+        DerainError: If the file cannot be read, has no controller, or does not fit CLIP.
     """
     content = weights.read(file)
     state, metadata = content.state, content.metadata
@@ -127,20 +137,22 @@ def load_controller(file: Path, clip: FrozenCLIP) -> tuple[Controller, Mapping[s
     else:
         projection, state = _from_published(file, state)
     controller = Controller(clip.model, metadata.get("hyper_parameters", {}).get("order", "reversed"))
-    if _shapes(state) != _shapes(controller.state_dict()) or not _is_of_clip(projection, clip):
+    if _shapes(state) != _shapes(controller.state_dict()) or not _matches_clip(projection, clip):
         raise DerainError(
-            f"--model.controller {file}: does not fit CLIP {clip.name}; name the CLIP that it was trained with by "
+            f"--model.controller {file}: does not fit CLIP {clip.name}; select the CLIP that it was trained with by "
             "--model.clip or DERAIN_CLIP"
         )
     if metadata.get("clip_sha256") not in {None, clip.sha256}:
-        log.warning("%s was trained with a CLIP other than %s", file, clip.name)
+        log.warning(
+            "%s was trained with a CLIP other than %s; select that one by --model.clip or DERAIN_CLIP", file, clip.name
+        )
     controller.load_state_dict(dict(state))
     weights.check_network(file, controller, state)
     return controller, metadata
 
 
 def _from_published(file: Path, state: Mapping[str, Tensor]) -> tuple[Tensor | None, Mapping[str, Tensor]]:
-    """Return CLIP's projection and the state dict of the controller in the authors' checkpoint."""
+    """Return the projection of the frozen CLIP, and the controller's state dict, from the authors' checkpoint."""
     try:
         return projection_of(state), controller_of(state)
     except DerainError:
@@ -153,27 +165,28 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {key: value.shape for key, value in state.items()}
 
 
-def _is_of_clip(projection: Tensor | None, clip: FrozenCLIP) -> bool:
-    """Whether a projection of the authors' checkpoint is that of CLIP; different CLIPs can have equal shapes."""
+def _matches_clip(projection: Tensor | None, clip: FrozenCLIP) -> bool:
+    """Return whether the authors' checkpoint contains the same CLIP; different CLIPs can have equal shapes."""
     if projection is None:
         return True
     expected = clip.model.visual_projection.weight.cpu()
     return projection.shape == expected.shape and torch.allclose(projection.float(), expected, atol=1e-3)
 
 
-class Perception:
+class FrozenDACLIP:
     """Trained controller with its CLIP, both frozen, loaded when first needed.
 
-    It is not an ``nn.Module``, so that its parameters are not those of a method.
-
-    Attributes:
-        hashes: Hashes of CLIP and of the controller's file; before they are loaded, those passed to `expect`.
-        words: Degradations that the controller was trained to distinguish.
+    It is not an ``nn.Module``, so that its parameters are not part of the method that uses it.
 
     Args:
         clip: Id on the Hugging Face hub or a local directory; ``$DERAIN_CLIP`` takes precedence.
         controller: Weights of `DACLIPModule`, or the authors' checkpoint; ``$DERAIN_CONTROLLER`` takes precedence.
             None: an untrained controller, so that both embeddings are CLIP's own.
+
+    Attributes:
+        file: Path of the controller's file; None: an untrained controller.
+        hashes: Hashes of CLIP and of the controller's file; until these are loaded, the expected ones.
+        words: Degradation words that the controller was trained to distinguish; known once it is loaded.
     """
 
     def __init__(self, clip: str, controller: str | None) -> None:
@@ -185,12 +198,13 @@ class Perception:
         self.words: Sequence[str] = WORDS
         self._resumed: Mapping[str, Any] | None = None
 
-    def expect(self, metadata: Mapping[str, Any], resuming: bool) -> None:
-        """Set the expected hashes of CLIP and controller.
+    def expect_hashes(self, metadata: Mapping[str, Any], resuming: bool) -> None:
+        """Set the hashes that CLIP and controller should have.
 
         Args:
             metadata: Metadata of a weights file or checkpoint.
-            resuming: Whether a training run resumes: a different CLIP or controller is then an error, else a warning.
+            resuming: Whether to raise an error when a different CLIP or controller is loaded, which a resumed run must
+                not use; otherwise a warning is logged.
         """
         self.hashes = {name: metadata[name] for name in ("clip_sha256", "controller_sha256") if name in metadata}
         self._resumed = metadata.get("hyper_parameters", {}) if resuming else None
@@ -200,7 +214,8 @@ class Perception:
         """The controller, loaded at the first access.
 
         Raises:
-            DerainError: If its file does not exist or does not fit CLIP, or a run resumes with a different one.
+            DerainError: If CLIP or the controller's file is not available, they do not fit each other, or a run resumes
+                with different ones.
         """
         controller = self._load()
         file_hash = weights.sha256(Path(self.file)) if self.file is not None else None
@@ -215,8 +230,8 @@ class Perception:
             return Controller(self.clip.model)
         if not Path(self.file).is_file():
             raise DerainError(
-                f"--model.controller {self.file}: no such file; name it by --model.controller, or by "
-                "DERAIN_CONTROLLER for weights that name another file"
+                f"--model.controller {self.file}: no such file; correct the path, or set DERAIN_CONTROLLER, which "
+                "overrides the path in weights"
             )
         controller, metadata = load_controller(Path(self.file), self.clip)
         words = metadata.get("words", ())
@@ -224,7 +239,11 @@ class Perception:
         return controller
 
     def _compare(self, option: str, name: str | None, sha256: str | None) -> None:
-        """Compare a hash with the expected one."""
+        """Compare the hash of CLIP or the controller with the expected one.
+
+        Raises:
+            DerainError: If they differ and a run resumes.
+        """
         if self.hashes.get(f"{option}_sha256", sha256) == sha256:
             return
         if self._resumed is not None:
@@ -234,21 +253,25 @@ class Perception:
             )
         variable = f"DERAIN_{option.upper()}"
         log.warning(
-            "these weights were trained with a different %s: expect worse results, or name the right one by %s",
+            "these weights were trained with a different %s: expect worse results, or set %s to the right one",
             option,
             variable,
         )
 
     @torch.no_grad()
     def __call__(self, rainy: Float[Tensor, "b 3 h w"]) -> Embeddings:
-        """Embed images in [0, 1] of any size, in float32."""
+        """Return the embeddings of images in [0, 1] of any size, in float32."""
         controller = self.controller.to(rainy.device)
         with torch.autocast(rainy.device.type, enabled=False):
             clip = self.clip.model.to(rainy.device)
             return cast(Embeddings, controller(clip, self.clip.pixels(rainy.float())))
 
-    def shares(self, degradation: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
-        """Return how well each of ``words`` fits: the softmax of cosines at the temperature of the controller."""
+    def probabilities(self, degradation: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
+        """Return the probability of each of ``words``: the softmax of cosines times the controller's logit scale.
+
+        Args:
+            degradation: Degradation embeddings.
+        """
         controller = self.controller  # loading it sets ``words``
         texts = nn.functional.normalize(self.clip.texts(self.words), dim=-1)
         cosines = nn.functional.normalize(degradation.float().cpu(), dim=-1) @ texts.T

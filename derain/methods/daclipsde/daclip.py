@@ -24,31 +24,36 @@ from derain.nn.schedule import warm_up_then_cosine
 log = logging.getLogger("derain")
 
 CAPTION = "a photo"
-"""Caption of images without one."""
+"""Caption of all images if there is no caption table."""
 
 
 class DACLIPModule(TrainableModule):
-    """Controller of DA-CLIP, trained to embed the content of rainy images as if they were clean, and the degradation.
+    """Controller of DA-CLIP, which embeds the content of rainy images as if they were clean, and the degradation.
 
-    It minimises two contrastive losses (Pullabhotla, eqs. 3 and 4): between the content embedding of an image and the
-    caption of its clean image, and between the degradation embedding and a word for the degradation. CLIP is frozen and
-    not part of checkpoints. Training batches contain clean images too, since with a single word there is nothing to
-    distinguish.
+    Training minimises two contrastive losses (Pullabhotla, eqs. 3 and 4): between the content embedding of an image and
+    the caption of its clean image, and between the degradation embedding and a word for the degradation. CLIP is frozen
+    and not part of checkpoints. Training batches contain the clean images too, since a single degradation word leaves
+    nothing to distinguish.
 
     Args:
-        clip: Id on the Hugging Face hub, or a local directory.
-        order: Connections of the controller to the frozen tower, see `Controller`.
+        clip: Id on the Hugging Face hub, or a local directory; ``$DERAIN_CLIP`` takes precedence.
+        order: Connections of the controller to the frozen tower: ``reversed`` or ``aligned``, see `Controller`.
         controller: Weights to start from, of this class or the authors'; default: CLIP's own tower.
-        degradation: Word for rainy images without one in the table of captions (``--data.captions``).
+        degradation: Word for rainy images if there is no caption table (``--data.captions``), which has words of its
+            own.
         clean: Word for clean images; None: batches contain no clean images.
-        equal_texts: Whether each of several equal texts is a correct answer, rather than only that of the image.
-        smallest: Smallest share of an image's area in the random crops, which are resized for CLIP; DA-CLIP: 0.9.
+        equal_texts: Whether each of several equal texts in a batch is a correct answer for an image; otherwise only its
+            own text is.
+        smallest: Minimum fraction of an image's area in the random crops, which are resized for CLIP, in (0, 1];
+            DA-CLIP: 0.9.
         learning_rate: Learning rate of AdamW, betas 0.9 and 0.98, epsilon 1e-6; DA-CLIP: 2e-5 on one GPU, 3e-5 on four.
-        weight_decay: Weight decay of matrices; vectors, biases and the temperature have none; DA-CLIP: 0.05.
-        warm_up: Share of the steps in which the learning rate rises; it then falls to 0 along a cosine.
+        weight_decay: Weight decay of matrices; vectors, biases and the logit scale have none; DA-CLIP: 0.05.
+        warm_up: Fraction of the optimiser steps in which the learning rate rises, in [0, 1); it then falls to 0 along a
+            cosine.
 
     Raises:
-        DerainError: If CLIP is not available, or an option is out of its range.
+        DerainError: If CLIP is not available, ``controller`` cannot be loaded or does not fit CLIP or ``order``, or an
+            option is out of its range.
     """
 
     metadata_schema: ClassVar[Any] = DACLIPMetadata
@@ -91,13 +96,13 @@ class DACLIPModule(TrainableModule):
     # Training.
 
     def on_fit_start(self) -> None:
-        """Move CLIP to the device, and collect the words for degradations."""
+        """Move CLIP to the device, and collect the degradation words."""
         super().on_fit_start()
         self._find_words()
         self.clip.model.to(self.device)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the sum of the contrastive losses of content and degradation."""
+        """Return the sum of the contrastive losses of content and degradation (eq. 4)."""
         images, captions, words = self._examples(batch)
         pixels = self.clip.pixels(random_resized_crop(images, self.hparams["smallest"], self.clip.side))
         embeddings = self.network(self.clip.model, pixels)
@@ -121,9 +126,16 @@ class DACLIPModule(TrainableModule):
         return torch.cat((rainy, batch["clean"])), captions * 2, words + [clean] * len(rainy)
 
     def _contrast(self, images: Float[Tensor, "b d"], texts: list[str], scale: Tensor, kind: str) -> Tensor:
-        """Return the contrastive loss over the batches of all devices; ``kind`` names the texts in a warning."""
+        """Return the contrastive loss over the batches of all devices; warn once if all texts are equal.
+
+        Args:
+            images: Embeddings of the images on this device.
+            texts: Texts of the images.
+            scale: Inverse temperature.
+            kind: Name of the texts in the warning.
+        """
         features = self._features(texts).to(images.device)
-        ids = torch.tensor([_number(text) for text in texts], device=images.device)
+        ids = torch.tensor([_text_id(text) for text in texts], device=images.device)
         if self.trainer.world_size > 1:
             images = self._gathered(images, sync_grads=True)
             features, ids = self._gathered(features), self._gathered(ids)
@@ -140,20 +152,20 @@ class DACLIPModule(TrainableModule):
         return self.all_gather(values, sync_grads=sync_grads).flatten(0, 1)  # type: ignore[union-attr]
 
     def _features(self, texts: list[str]) -> Float[Tensor, "b d"]:
-        """Return text embeddings; each is computed once."""
+        """Return the embeddings of texts; CLIP computes each text only once."""
         new = sorted({text for text in texts if text not in self._texts})
         if new:
             self._texts |= dict(zip(new, self.clip.texts(new, truncate=True), strict=True))
         return torch.stack([self._texts[text] for text in texts])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Clamp the temperature to its range, 1 to 1/100, before a checkpoint may be saved."""
+        """Clamp the logit scale to 1 to 100 after each step, before a checkpoint may be saved."""
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.network.logit_scale.clamp_(0, math.log(100))
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW, and a learning rate that rises linearly and falls along a cosine."""
+        """Return AdamW and a learning rate schedule with linear warm-up and cosine decay to 0."""
         matrices: list[Tensor] = []
         vectors: list[Tensor] = []
         for name, parameter in self.network.named_parameters():
@@ -170,17 +182,17 @@ class DACLIPModule(TrainableModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    # Validation: classification of the degradation by the nearest word.
+    # Validation: zero-shot classification of the degradation.
 
     def on_validation_epoch_start(self) -> None:
-        """Reset the accuracy."""
+        """Move CLIP to the device, collect the degradation words and reset the accuracy."""
         self.clip.model.to(self.device)
         self._find_words()
         if len(self.words) > 1:
             self._accuracy = {"all": MulticlassAccuracy(len(self.words), average="micro").to(self.device)}
 
     def _find_words(self) -> None:
-        """Collect the words of the data set, or of the options."""
+        """Collect the degradation words: those of the caption tables, or else ``degradation``; and ``clean``."""
         data: Any = getattr(self.trainer, "datamodule", None)
         words = set(getattr(data, "degradations", ()) or [self.hparams["degradation"]])
         if self.hparams["clean"] is not None:
@@ -188,7 +200,7 @@ class DACLIPModule(TrainableModule):
         self.words = sorted(words)
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """Classify the degradation of whole images by the nearest word (zero-shot)."""
+        """Classify the degradation of whole images, rainy and clean, by the nearest word."""
         if not self._accuracy:
             return
         images, _, words = self._examples(batch)
@@ -198,38 +210,38 @@ class DACLIPModule(TrainableModule):
         self._accuracy["all"].update(nearest, expected)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/accuracy`` of all devices; 0 if there is a single word."""
+        """Log ``val/accuracy`` over the images of all devices; 0 if there is only one word."""
         accuracy = float(self._accuracy["all"].compute()) if self._accuracy else 0.0
         self.log("val/accuracy", accuracy, prog_bar=True)
 
     # Files.
 
     def next_step(self, path: Path, option: str) -> str:
-        """Return the option that trains DA-CLIP + IR-SDE with the controller."""
+        """Return the option by which DA-CLIP + IR-SDE is trained with the controller."""
         return f"use it in training: --model.controller {path}"
 
     @classmethod
     def from_published(
         cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any
     ) -> TrainableModule | None:
-        """Recognise the authors' controller, which only ``--model.controller`` loads, as it needs CLIP.
+        """Return None, or refuse the authors' controller, which needs CLIP: only ``--model.controller`` loads it.
 
         Raises:
-            DerainError: If it is their controller.
+            DerainError: If the tensors are the authors' controller.
         """
         if any("visual_control." in name for name in state):
             raise DerainError(
-                f"{path}: is the authors' controller of DA-CLIP, which does not restore images; use it by "
-                "--model.controller or DERAIN_CONTROLLER"
+                f"{path}: contains the controller of DA-CLIP's authors, which does not restore images; pass it as "
+                "--model.controller, or set DERAIN_CONTROLLER"
             )
         return None
 
     def metadata(self) -> dict[str, Any]:
-        """Return the metadata with CLIP's hash and the words for degradations."""
+        """Return the metadata with CLIP's hash and the degradation words."""
         return super().metadata() | {"clip_sha256": self.clip_sha256, "words": self.words}
 
     def restore_metadata(self, metadata: Mapping[str, Any]) -> None:
-        """Restore the words for degradations.
+        """Restore the degradation words.
 
         Raises:
             DerainError: If the controller was trained with a different CLIP.
@@ -239,29 +251,29 @@ class DACLIPModule(TrainableModule):
         expected = metadata.get("clip_sha256")
         if expected not in {None, self.clip_sha256}:
             raise DerainError(
-                f"--model.clip {self.clip.name}: the controller was trained with a different CLIP; name that one by "
+                f"--model.clip {self.clip.name}: the controller was trained with a different CLIP; select that one by "
                 "--model.clip or DERAIN_CLIP"
             )
 
 
-def _number(text: str) -> int:
-    """Return a number for a text that is the same in every process."""
+def _text_id(text: str) -> int:
+    """Return a 64-bit id of a text, the same in every process."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
 
 def random_crop(height: int, width: int, smallest: float) -> tuple[int, int, int, int]:
-    """Return top, left, height and width of a random part of an image.
+    """Return top, left, height and width of a random crop of an image, in pixels.
 
-    Area and aspect ratio are drawn until the part fits, at most ten times. The fallback is the whole image, cropped at
-    the centre to an aspect ratio between 3:4 and 4:3.
+    Area and aspect ratio are drawn until the crop fits into the image, at most ten times. The fallback is a centre crop
+    as large as an aspect ratio from 3:4 to 4:3 permits.
 
     Args:
         height: Height of the image, in pixels.
         width: Width of the image, in pixels.
-        smallest: Smallest share of the area.
+        smallest: Minimum fraction of the area, in (0, 1].
 
     References:
-        torchvision's ``RandomResizedCrop`` with its default ratios, as used by open_clip; equal seeds give equal parts.
+        torchvision's ``RandomResizedCrop`` with its default ratios, as used by open_clip; equal seeds give equal crops.
     """
     narrowest, widest = 3 / 4, 4 / 3
     low, high = (float(value) for value in torch.tensor((narrowest, widest)).log())
@@ -279,12 +291,12 @@ def random_crop(height: int, width: int, smallest: float) -> tuple[int, int, int
 
 
 def random_resized_crop(images: Float[Tensor, "b 3 h w"], smallest: float, side: int) -> Float[Tensor, "b 3 s s"]:
-    """Return a random part of each image, resized (bicubic, antialiased).
+    """Return a random crop of each image, resized to a square by antialiased bicubic interpolation.
 
     Args:
-        images: In [0, 1].
-        smallest: Smallest share of the area, see `random_crop`.
-        side: Of the result, in pixels.
+        images: Images in [0, 1].
+        smallest: Minimum fraction of the area, see `random_crop`.
+        side: Height and width s of the result, in pixels.
     """
     height, width = images.shape[2:]
     parts = []

@@ -1,4 +1,4 @@
-"""Losses of IR-SDE and of DA-CLIP's controller."""
+"""Losses of IR-SDE's U-Net and of DA-CLIP's controller."""
 
 import torch
 import torch.nn.functional as F
@@ -16,24 +16,25 @@ def matching_loss(
     rainy: Float[Tensor, "b 3 h w"],
     times: Int[Tensor, " b"],
 ) -> Float[Tensor, ""]:
-    """Return the mean absolute difference of the Euler step and the posterior mean (IR-SDE, eq. 16).
+    """Return the mean absolute difference between the Euler step and the posterior mean (IR-SDE, eq. 16).
 
-    It equals the error of the noise weighted by ``σ_t² dt / √v_t``, about 1e-3, and is computed in float32.
+    Up to the discretisation error of the Euler step, it is the mean absolute error of the noise, weighted by
+    ``σ_t² dt / √v_t``. The weights are about 1e-3, so the loss is computed in float32.
 
     Args:
-        sde: The schedule.
+        sde: Schedule of the SDE.
         estimated: Noise in the state, as the network estimates it.
-        state: ``x(t)``.
-        clean: ``x(0)``.
-        rainy: ``μ``.
-        times: ``t`` from 1, on the CPU.
+        state: States ``x(t)``.
+        clean: Clean images ``x(0)`` in [0, 1].
+        rainy: Rainy images ``μ`` in [0, 1].
+        times: Times ``t`` from 1 to T, on the CPU.
     """
     step = sde.euler(state, rainy, sde.score(estimated, times), times, times - 1)
     return F.l1_loss(step, sde.posterior_mean(state, clean, rainy, times, times - 1))
 
 
 def cosines(images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
-    """Return the cosine similarities of embeddings, in float32 also under autocast."""
+    """Return the cosine similarity of each image and each text embedding, in float32 also under autocast."""
     with torch.autocast(images.device.type, enabled=False):
         return F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
 
@@ -46,14 +47,14 @@ def contrastive_loss(
 ) -> Float[Tensor, ""]:
     """Return the symmetric cross-entropy of matching images and texts (Pullabhotla, eq. 3, with the missing log).
 
-    Equal texts cannot be distinguished, so each of them is correct: their probabilities are summed. If all texts
-    differ, this is CLIP's loss. If all are equal, it is 0, whereas CLIP's loss would push images towards each other.
+    With ``same``, each of several equal texts is a correct answer: their probabilities are summed. If all texts are
+    equal, the loss is then 0, whereas CLIP's loss would push images towards each other.
 
     Args:
         images: Embeddings of images, normalised or not.
-        texts: Embeddings of their texts.
+        texts: Embeddings of the texts of the images, normalised or not.
         scale: Inverse temperature.
-        same: Which texts are equal; by default, each only to itself.
+        same: Which texts are equal. Default: no two texts are, which is CLIP's loss.
     """
     logits = scale.float() * cosines(images, texts)
     if same is None:

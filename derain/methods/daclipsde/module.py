@@ -1,4 +1,4 @@
-"""Lightning module of DA-CLIP + IR-SDE: contexts, training times and sampling."""
+"""Lightning module of DA-CLIP + IR-SDE: contexts, training at random times, sampling."""
 
 import dataclasses
 import logging
@@ -14,7 +14,7 @@ from derain.batch import PairBatch
 from derain.errors import DerainError
 from derain.files.metadata import Metadata
 from derain.methods.base import DerainModule
-from derain.methods.daclipsde.controller import Perception
+from derain.methods.daclipsde.controller import FrozenDACLIP
 from derain.methods.daclipsde.loss import matching_loss
 from derain.methods.daclipsde.network import AttentionKind, ConditionalUNet
 from derain.methods.daclipsde.published_keys import unet_options
@@ -31,7 +31,7 @@ Tiled = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 """Function that applies a function of images to an image, as a whole or tile by tile."""
 
 
-class Speeds(TypedDict):
+class ScheduleState(TypedDict):
     """Schedule of the SDE, as `MeanRevertingSDE.state` returns it."""
 
     max_sigma: float
@@ -40,9 +40,15 @@ class Speeds(TypedDict):
 
 
 class DACLIPSDEMetadata(Metadata):
-    """Metadata with the schedule, and hashes of CLIP and the controller."""
+    """Metadata of `DACLIPSDEModule`.
 
-    sde: NotRequired[Speeds]
+    Attributes:
+        sde: Schedule of the SDE.
+        clip_sha256: Hash of CLIP; absent without contexts.
+        controller_sha256: Hash of the controller's file; None: an untrained controller; absent without contexts.
+    """
+
+    sde: NotRequired[ScheduleState]
     clip_sha256: NotRequired[str | None]
     controller_sha256: NotRequired[str | None]
 
@@ -51,28 +57,30 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
     """DA-CLIP + IR-SDE: mean-reverting SDE, conditioned on the embeddings of a degradation-aware CLIP controller.
 
     Pullabhotla, Image Deraining using Degradation-aware CLIP; Luo et al., ICML 2023 (IR-SDE) and ICLR 2024 (DA-CLIP).
-    The network estimates noise; ``forward`` runs it ``sampling.steps`` times. Controller and CLIP are frozen, and not
-    part of checkpoints and optimisers. Without contexts, the method is IR-SDE.
+    The network estimates noise; ``forward`` runs it ``sampling.steps`` times. Controller and CLIP are frozen and are
+    part of neither checkpoints nor optimisers. Without contexts, the method is IR-SDE.
 
     Args:
-        contexts: Embeddings that the network is conditioned on: ``content``, by cross-attention in the deepest blocks;
+        contexts: Embeddings that the network is conditioned on: ``content``, by cross-attention at the deepest level;
             ``degradation``, by a prompt that is added to the time embedding; ``both``; or ``none``.
-        clip: Id on the Hugging Face hub, or a local directory.
-        controller: Weights of `DACLIPModule`, or the authors' checkpoint of DA-CLIP.
-        channels: Channels at full resolution.
+        clip: Id on the Hugging Face hub, or a local directory; ``$DERAIN_CLIP`` takes precedence.
+        controller: Weights of `DACLIPModule`, or the authors' checkpoint of DA-CLIP; ``$DERAIN_CONTROLLER`` takes
+            precedence. Default: an untrained controller, whose embeddings are CLIP's own, with a warning.
+        channels: Channels at full resolution, an even number.
         multipliers: Channels after each level, as multiples of ``channels``; IR-SDE: 2, 4, 8, 16.
-        attention: ``linear`` at every level, or ``none``.
+        attention: Self-attention: ``linear`` at every level, or ``none``.
         context: Size of CLIP's embeddings.
-        max_sigma: Stationary standard deviation λ of the noise, of 255; IR-SDE for rain: 10.
+        max_sigma: Stationary standard deviation λ of the noise in units of 1/255; IR-SDE for rain: 10. Values below 1
+            are in units of 1.
         sde_steps: T, the number of steps of the schedule.
-        eps: Share of the clean image's residual that remains at T.
-        schedule: How the speed θ changes with time.
+        eps: Fraction of the clean residual ``x(0) - μ`` that remains at time T, in (0, 1).
+        schedule: How the speed θ changes with time: ``cosine``, ``linear`` or ``constant``, see `theta_schedule`.
         residual: Standard deviation of clean minus rainy images, for preconditioning: the network estimates only the
             part of the noise that is not linear in the state, with the same weight at all times. Small networks then
             train much faster. Not in the paper; Karras et al., NeurIPS 2022. Default: no preconditioning.
         learning_rate: Learning rate of AdamW without weight decay, betas 0.9 and 0.99; IR-SDE: 1e-4.
-        decay: The learning rate falls along a ``cosine`` to 1e-6, or is halved at 2/7, 4/7 and 6/7 of the steps
-            (``halving``, IR-SDE: 200, 400 and 600 of 700 thousand).
+        decay: Learning rate schedule: ``cosine``: decays to 1e-6 along a cosine; ``halving``: is halved at 2/7, 4/7 and
+            6/7 of the optimiser steps (IR-SDE: after 200, 400 and 600 of 700 thousand steps).
 
     Raises:
         DerainError: If an option is out of its range.
@@ -118,13 +126,13 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
             degradation=contexts in {"both", "degradation"},
             context=context,
         )
-        self.perception = Perception(clip, controller) if contexts != "none" else None
+        self.daclip = FrozenDACLIP(clip, controller) if contexts != "none" else None
         self.sampling = Sampling("posterior", min(10, sde_steps))
-        self.published = False
+        self.published = False  # whether the network has the authors' weights
 
     @property
     def context_names(self) -> list[str]:
-        """Names of the embeddings that the network is conditioned on."""
+        """Names of the embeddings that the network is conditioned on: ``content``, ``degradation``, both or none."""
         contexts = self.hparams["contexts"]
         return [name for name in ("content", "degradation") if contexts in {"both", name}]
 
@@ -138,31 +146,32 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         self.sampling = dataclasses.replace(sampling, solver=solver_name(sampling))
 
     def check_requirements(self) -> None:
-        """Find or fetch CLIP and the controller.
+        """Find or fetch CLIP and the controller, if the network has contexts.
 
         Raises:
-            DerainError: If they are not available, or the size of their embeddings is not ``context``.
+            DerainError: If they are not available, the size of their embeddings is not ``context``, or a run is resumed
+                with different ones.
         """
-        if self.perception is None:
+        if self.daclip is None:
             return
-        if self.published and self.perception.file is None:
+        if self.published and self.daclip.file is None:
             raise DerainError(
-                "the authors' U-Net of DA-CLIP requires its controller (daclip_ViT-B-32.pt); name the file by "
-                "DERAIN_CONTROLLER"
+                "the authors' U-Net of DA-CLIP requires its controller; set DERAIN_CONTROLLER to the file "
+                "(daclip_ViT-B-32.pt)"
             )
-        size = self.perception.controller.projection.out_features
+        size = self.daclip.controller.projection.out_features
         context = self.hparams["context"]
         if size != context:
             raise DerainError(
-                f"--model.context {context}: embeddings of CLIP {self.perception.clip.name} have size {size}; set "
+                f"--model.context {context}: embeddings of CLIP {self.daclip.clip.name} have size {size}; set "
                 f"--model.context {size}"
             )
 
     def encode(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
-        """Return the embeddings of content and degradation that the network is conditioned on."""
-        if self.perception is None:
+        """Return the embeddings that the network is conditioned on, ``(b, context)`` each, by name."""
+        if self.daclip is None:
             return {}
-        embeddings = self.perception(rainy)
+        embeddings = self.daclip(rainy)
         return {name: getattr(embeddings, name) for name in self.context_names}
 
     def explain(self, rainy: Float[Tensor, "b 3 h w"], **conditions: Any) -> Float[Tensor, "b n h w"]:
@@ -170,12 +179,12 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         return cast(Tensor, self(rainy, **conditions))
 
     def describe_image(self, conditions: dict[str, Any], index: int) -> dict[str, Any]:
-        """Return how well each word for a degradation fits an image."""
-        if self.perception is None or "degradation" not in conditions:
+        """Return the probability of each degradation word for an image; nothing without a degradation embedding."""
+        if self.daclip is None or "degradation" not in conditions:
             return {}
-        shares = self.perception.shares(conditions["degradation"][index][None])[0].tolist()
-        words = self.perception.words
-        return {"degradation": {word: round(share, 4) for word, share in zip(words, shares, strict=True)}}
+        probabilities = self.daclip.probabilities(conditions["degradation"][index][None])[0].tolist()
+        by_word = zip(self.daclip.words, probabilities, strict=True)
+        return {"degradation": {word: round(probability, 4) for word, probability in by_word}}
 
     @torch.no_grad()
     def forward(
@@ -186,14 +195,17 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         tiled: Tiled = lambda image, forward: forward(image),
         show: Callable[[Iterable[Any], int], Iterable[Any]] = lambda steps, total: steps,
     ) -> Float[Tensor, "b 3 h w"]:
-        """Restore images of any size in [0, 1] by the solver that ``sampling`` names.
+        """Restore images of any size by the solver, the number of steps and the seed in ``sampling``.
 
         Args:
-            rainy: Images in [0, 1].
-            content: Content embeddings; the images are encoded if neither embedding is given.
+            rainy: Rainy images in [0, 1].
+            content: Content embeddings; if neither embedding is given, the images are encoded here.
             degradation: Degradation embeddings.
-            tiled: Applies the network to a large image at every step.
+            tiled: Applies the network to the image at every step, as a whole or tile by tile.
             show: Wraps the steps to report progress.
+
+        Returns:
+            Derained images, not clamped.
         """
         conditions = {"content": content, "degradation": degradation}
         if content is None and degradation is None:
@@ -216,13 +228,13 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         times: Int[Tensor, " b"],
         **contexts: Any,
     ) -> Float[Tensor, "b 3 h w"]:
-        """Estimate the noise in states.
+        """Estimate the standard normal noise in states of the SDE.
 
         Args:
-            state: ``x(t)``.
-            rainy: ``μ``, in [0, 1].
-            times: ``t``, on the CPU.
-            **contexts: Embeddings that the network is conditioned on.
+            state: States ``x(t)``.
+            rainy: Rainy images ``μ`` in [0, 1].
+            times: Times ``t`` from 1 to T, on the CPU.
+            **contexts: Embeddings that the network is conditioned on, by name.
         """
         device_times = times.to(state.device, non_blocking=state.is_cuda)
         if self.hparams["residual"] is None:
@@ -233,7 +245,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         return slope * distance + error * estimated.float()
 
     def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Any:
-        """Estimate the noise of one step, with embeddings of ones."""
+        """Estimate the noise for a single step, with embeddings of ones instead of CLIP's."""
         ones = rainy.new_ones(len(rainy), self.hparams["context"])
         return self.network(rainy, rainy, rainy.new_ones(len(rainy)), **dict.fromkeys(self.context_names, ones))
 
@@ -241,11 +253,11 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         """Return one pass of the network, which estimates the noise in a state; the solver is not part of the graph.
 
         Raises:
-            DerainError: If the network is an exported graph.
+            DerainError: If the network is an exported graph itself.
         """
         network = self.network
         if not isinstance(network, ConditionalUNet):
-            raise DerainError("DACLIPSDEModule: an exported graph cannot be exported again; use the weights")
+            raise DerainError("cannot export an exported graph of DACLIPSDEModule; export the weights file instead")
         inputs = ["state", "rainy", "times", *self.context_names]
         return Graph(
             network,
@@ -256,14 +268,14 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
 
     @classmethod
     def from_graph(cls, metadata: Mapping[str, Any], network: nn.Module, inputs: list[str]) -> "DACLIPSDEModule":
-        """Return the method with an exported graph as its network.
+        """Return the method with an exported graph as its network, in eval mode.
 
         Raises:
-            ValueError: If the inputs of the graph do not fit the hyper-parameters.
+            ValueError: If the inputs of the graph do not match ``contexts``.
         """
         module = cls(**metadata["hyper_parameters"])
         if inputs != ["state", "rainy", "times", *module.context_names]:
-            raise ValueError(f"contexts {module.hparams['contexts']} and inputs {', '.join(inputs)}")
+            raise ValueError(f"inputs {', '.join(inputs)}: do not match contexts {module.hparams['contexts']}")
         module.restore_metadata(metadata)
         module.network = cast(ConditionalUNet, network)
         return module.eval()
@@ -276,7 +288,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         self.check_requirements()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the matching loss at a random time of each image, or the preconditioned error of the noise."""
+        """Return the matching loss at a random time for each image, or the preconditioned noise error."""
         rainy, clean = batch["rainy"], batch["clean"]
         times = torch.randint(1, self.sde.steps + 1, (len(rainy),))
         noise = torch.randn_like(rainy)
@@ -291,7 +303,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW without weight decay (Adam), and a learning rate that falls step by step."""
+        """Return AdamW without weight decay and the learning rate schedule ``decay``, stepped per optimiser step."""
         rate, steps = self.hparams["learning_rate"], self.steps
         optimizer = torch.optim.AdamW(self.network.parameters(), rate, betas=(0.9, 0.99), weight_decay=0)
         if self.hparams["decay"] == "halving":
@@ -306,14 +318,14 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
 
     def metadata(self) -> dict[str, Any]:
         """Return the metadata with the schedule and the hashes of controller and CLIP."""
-        hashes = self.perception.hashes if self.perception else {}
+        hashes = self.daclip.hashes if self.daclip else {}
         return super().metadata() | {"sde": self.sde.state()} | hashes
 
     def restore_metadata(self, metadata: Mapping[str, Any]) -> None:
-        """Restore the schedule, and the expected hashes of controller and CLIP.
+        """Restore the schedule, and set the expected hashes of controller and CLIP.
 
         Raises:
-            DerainError: If the number of steps of the schedule is not ``sde_steps``.
+            DerainError: If the schedule does not have ``sde_steps`` steps.
         """
         super().restore_metadata(metadata)
         if "sde" in metadata:
@@ -323,22 +335,22 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
                     f"metadata with sde of {self.sde.steps} steps and sde_steps {self.hparams['sde_steps']}; expected "
                     "equal numbers; use a file that derain wrote"
                 )
-        if self.perception is not None:
-            self.perception.expect(metadata, self.is_fitting)
+        if self.daclip is not None:
+            self.daclip.expect_hashes(metadata, self.is_fitting)
 
     @classmethod
     def from_published(
         cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any
     ) -> "DerainModule | None":
-        """Return the method with the authors' U-Net of IR-SDE or DA-CLIP."""
-        sizes = unet_options(state)
-        if sizes is None:
+        """Return the method with the authors' U-Net of IR-SDE or DA-CLIP, or None if the tensors are not theirs."""
+        unet_arguments = unet_options(state)
+        if unet_arguments is None:
             return None
-        module = cls(**sizes)
+        module = cls(**unet_arguments)
         module.published = True
         own = module.network.state_dict()
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
             return None
         module.network.load_state_dict(dict(state), strict=True)
-        log.info("λ is not recorded in the file: using %g of 255, as in the authors' settings", sizes["max_sigma"])
+        log.info("the file does not record λ: assuming %g/255, as the authors used", unet_arguments["max_sigma"])
         return module

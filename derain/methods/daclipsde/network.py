@@ -2,11 +2,11 @@
 
 Parameters have the names and shapes of the authors' checkpoints; the arithmetic is arranged for speed:
 
-- Maps are channels last, so that normalisation and attention of a pixel read contiguous memory.
+- Maps are channels last, so that normalisation and attention read the contiguous channels of a pixel.
 - Upsampling and the convolution after it are one transposed convolution, with 4/9 of the multiplications.
-- The channel matrix of linear attention is multiplied with the output projection before it is applied to pixels.
-- Without gradients, linear attention runs over strips of rows that fit into the cache of a processor, operations are
-  in-place, and cross-attention to a single token, whose weights are all 1, adds the same vector to every pixel.
+- The channel matrix of linear attention is multiplied by the output projection before it is applied to pixels.
+- Without gradients, linear attention processes strips of rows that fit into a processor's cache (on CPUs), operations
+  are in-place, and cross-attention to a single token, whose weights are all 1, adds the same vector to every pixel.
 """
 
 import itertools
@@ -45,7 +45,7 @@ class TimeFeatures(nn.Module):
         self.count = size // 2
 
     def forward(self, times: Float[Tensor, " b"]) -> Embedding:
-        """Embed times."""
+        """Return the features of times ``t``, ``(b, size)``."""
         powers = torch.arange(self.count, device=times.device, dtype=times.dtype) / max(1, self.count - 1)
         angles = times.reshape(-1)[:, None] * torch.exp(-math.log(10_000) * powers)
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
@@ -69,7 +69,7 @@ class ChannelNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block of two convolutions, the first scaled and shifted by the time; no normalisation.
+    """Residual block of two convolutions without normalisation; the time scales and shifts the first one's output.
 
     Args:
         inputs: Input channels.
@@ -99,9 +99,10 @@ class ResBlock(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Linear attention: its matrix is of channels, so its cost is linear in the pixels.
+    """Linear attention: its matrix is between channels, so that its cost is linear in the number of pixels.
 
-    Queries are softmaxes over channels, keys over pixels.
+    Queries are a softmax over the channels of a head, keys a softmax over the pixels. Values are divided by the number
+    of pixels, as in the authors' code.
 
     Args:
         channels: Channels of the map.
@@ -128,7 +129,7 @@ class LinearAttention(nn.Module):
         return torch.cat(rows, dim=1).permute(0, 3, 1, 2)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the multiplications that ``derain bench`` adds: of the plain arithmetic, and of attention."""
+        """Return what ``derain bench`` adds: the output projection less ``to_qkv``, counted twice; and attention."""
         weight = cast(Tensor, self.to_out[0].weight)
         pixels = output.numel() // len(weight)
         plain = (weight.numel() - self.to_qkv.weight.numel()) * pixels
@@ -141,7 +142,7 @@ class LinearAttention(nn.Module):
         return torch.split(x, max(1, STRIP // (x.shape[0] * x.shape[3])), dim=2)
 
     def _projected(self, context: Float[Tensor, "b heads 32 32"]) -> Float[Tensor, "b i o"]:
-        """Multiply the matrix of each head by its part of the output projection."""
+        """Return the matrix of each head multiplied by the head's part of the output projection."""
         weight = cast(Tensor, self.to_out[0].weight)
         with torch.autocast(context.device.type, enabled=False):
             head_weights = weight.view(-1, self.heads, HEAD).permute(1, 2, 0) * HEAD**-0.5
@@ -159,7 +160,7 @@ class LinearAttention(nn.Module):
         return cast(Tensor, self.to_out[1](y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
     def _average(self, strip: Map) -> tuple[Float[Tensor, "b heads 32 32"], Float[Tensor, "b heads 32 1"]]:
-        """Return the mean value of a strip, weighted by its keys, and the logarithm of the sum of weights."""
+        """Return the mean of a strip's values, weighted by exp(key), and the logarithm of the sum of the weights."""
         maps = F.conv2d(strip, self.to_qkv.weight[self.heads * HEAD :]).permute(0, 2, 3, 1)
         k, v = maps.reshape(len(strip), -1, 2, self.heads, HEAD).permute(2, 0, 3, 1, 4)  # (b, heads, pixels, 32)
         k = k.to(torch.promote_types(k.dtype, torch.float32))
@@ -173,7 +174,7 @@ class LinearAttention(nn.Module):
 class Upsample(nn.ModuleList):
     """Nearest-neighbour upsampling by 2 and a 3×3 convolution, as one transposed convolution.
 
-    Only four different pixels are under the kernel, so weights that fall on the same pixel are summed first.
+    A kernel covers only four different pixels of the input, so weights for the same pixel are summed first.
 
     Args:
         inputs: Input channels.
@@ -192,7 +193,7 @@ class Upsample(nn.ModuleList):
         return F.conv_transpose2d(x, kernel, cast(Tensor, self[1].bias), stride=2, padding=1)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the multiplications that ``derain bench`` adds: of the plain arithmetic, and of attention."""
+        """Return what ``derain bench`` adds: the 3×3 convolution of the upsampled map; and no attention."""
         weight = cast(Tensor, self[1].weight)
         return weight.numel() * (output.numel() // len(weight)), 0
 
@@ -213,7 +214,10 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x: Float[Tensor, "b n c"], tokens: Float[Tensor, "b m d"]) -> Float[Tensor, "b k c"]:
-        """Apply attention; for a single token without gradients, the result is one vector for all pixels (k = 1)."""
+        """Apply attention to ``m`` tokens; returns ``k = n`` pixels.
+
+        For a single token and without gradients, the result is one vector for all pixels, ``k = 1``.
+        """
         values = self.to_v(tokens)
         if tokens.shape[1] == 1 and not torch.is_grad_enabled():
             return cast(Tensor, self.to_out(values))
@@ -224,7 +228,7 @@ class CrossAttention(nn.Module):
         return cast(Tensor, self.to_out(attended))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the multiplications that ``derain bench`` adds: of the plain arithmetic, and of attention."""
+        """Return what ``derain bench`` adds: no convolutions or linear layers; and attention."""
         x, tokens = inputs
         return 0, 2 * x.shape[1] * tokens.shape[1] * x.shape[2]
 
@@ -234,7 +238,7 @@ def _heads(x: Float[Tensor, "b n c"]) -> Float[Tensor, "b heads n 32"]:
 
 
 class GatedFeedForward(nn.Module):
-    """Two linear layers, gated by GELU (GEGLU).
+    """Feed-forward network of two linear layers with a GELU gate (GEGLU).
 
     Args:
         channels: Channels of the pixels.
@@ -253,7 +257,7 @@ class GatedFeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the content and gated feed-forward network.
+    """Residual, pre-normalised self-attention, cross-attention to the content, and gated feed-forward network.
 
     Args:
         channels: Channels of the pixels.
@@ -333,9 +337,10 @@ class ConditionalUNet(nn.Module):
     """U-Net that estimates the noise in a state of the mean-reverting SDE, given the rainy image and the time.
 
     Args:
-        channels: Channels at full resolution; with content, those of the deepest levels must be multiples of 32.
-        multipliers: Channels after each level, as multiples of ``channels``; their number is the depth.
-        attention: ``linear`` at every level, or ``none`` (Pullabhotla's U-Net has no self-attention).
+        channels: Channels at full resolution, an even number. With ``content``, the channels before and after the
+            deepest level must be multiples of 32.
+        multipliers: Channels after each level, as multiples of ``channels``; one per level.
+        attention: Self-attention: ``linear`` at every level, or ``none``, as in Pullabhotla's U-Net.
         content: Whether the deepest level and the middle have cross-attention to a content embedding.
         degradation: Whether a prompt, weighted by a degradation embedding, is added to the time embedding.
         context: Size of the content and degradation embeddings.
@@ -417,14 +422,14 @@ class ConditionalUNet(nn.Module):
         content: Embedding | None = None,
         degradation: Embedding | None = None,
     ) -> Float[Tensor, "b 3 h w"]:
-        """Estimate the noise.
+        """Return the estimated noise in states.
 
         Args:
-            state: ``x(t)``, of any size.
-            rainy: ``μ``, in [0, 1].
-            times: ``t``.
-            content: CLIP's embedding of the content of the image, not normalised.
-            degradation: Embedding of its degradation, not normalised.
+            state: States ``x(t)``, of any size.
+            rainy: Rainy images ``μ`` in [0, 1].
+            times: Times ``t``.
+            content: Content embeddings ``(b, context)``, not normalised; required if the network has ``content``.
+            degradation: Degradation embeddings ``(b, context)``, not normalised; required if it has ``degradation``.
         """
         height, width = state.shape[2:]
         time = self.embed(times, degradation)

@@ -9,14 +9,14 @@ from torch import Tensor
 from derain.errors import DerainError
 
 CONTEXTS = {(True, True): "both", (True, False): "content", (False, True): "degradation", (False, False): "none"}
-"""Contexts of a U-Net, by whether it has transformers and a prompt."""
+"""Contexts of a U-Net, by whether it has cross-attention and whether it has a prompt."""
 
 
 def unet_options(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """Return the options of `DACLIPSDEModule` for the authors' U-Net, or None for another state dict.
+    """Return the arguments of `DACLIPSDEModule` for the authors' U-Net, or None for another state dict.
 
-    Their parameters have our names, and sizes follow from the tensors. λ is not recorded: it is 10 of 255 for the
-    channels of IR-SDE, which double at every level, and 50 otherwise, as in the authors' settings.
+    The authors' parameters have our names, and sizes follow from the tensors. λ is not recorded. As in the authors'
+    settings, it is 10/255 if the first level doubles the channels (IR-SDE), and 50/255 otherwise (DA-CLIP).
     """
     if "init_conv.weight" not in state or "mid_block1.block1.proj.weight" not in state:
         return None
@@ -52,7 +52,10 @@ _KEYS = (
 
 
 def projection_of(state: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the last layer of the frozen vision tower in the authors' checkpoint of DA-CLIP; it identifies CLIP."""
+    """Return the projection of the frozen vision tower, which identifies CLIP, in the authors' checkpoint of DA-CLIP.
+
+    It has the shape of ``visual_projection.weight`` of transformers; None if there is no projection.
+    """
     for key, value in state.items():
         if key.endswith("visual.proj"):
             return value.T

@@ -1,4 +1,4 @@
-"""Mean-reverting SDE: forward marginals, score, posterior of an earlier state.
+"""Mean-reverting SDE: marginals, score, posterior of an earlier state.
 
 Luo et al., Image Restoration with Mean-Reverting Stochastic Differential Equations, ICML 2023; Pullabhotla, Image
 Deraining using Degradation-aware CLIP, eqs. 5-10, with misprints corrected: ``x(0)`` is the clean image and the mean
@@ -35,10 +35,13 @@ def theta_schedule(schedule: Schedule, steps: int) -> Float[Tensor, " t"]:
     Args:
         schedule: ``cosine``: one minus the squared cosine of improved DDPM; ``linear``: grows 200-fold;
             ``constant``.
-        steps: T.
+        steps: Number of steps T.
 
     Returns:
         ``(T + 1,)`` float64.
+
+    References:
+        Nichol and Dhariwal, Improved Denoising Diffusion Probabilistic Models, ICML 2021, for ``cosine``.
 
     Example:
         >>> [round(float(theta_schedule("cosine", 100)[t]), 6) for t in (0, 1, 50, 100)]
@@ -55,22 +58,25 @@ def theta_schedule(schedule: Schedule, steps: int) -> Float[Tensor, " t"]:
 
 
 class MeanRevertingSDE:
-    """Schedule of a mean-reverting SDE, with its formulas.
+    """Mean-reverting SDE with a discrete schedule.
 
     Images are computed in float32, whatever the precision of the network; constants in float64.
 
     Args:
-        max_sigma: Stationary standard deviation λ; values of 1 or more are divided by 255.
-        steps: T, the number of discrete times.
-        eps: Share of the clean image's residual that remains at time T: ``exp(-τ(T))``.
-        schedule: How the speed θ changes with time.
-        speed: Speeds at the times 0, …, T, as ``state`` returns them; replaces ``schedule``.
+        max_sigma: Stationary standard deviation λ for images in [0, 1]; values of 1 or more are divided by 255.
+        steps: Number of steps T.
+        eps: Fraction of the clean residual ``x(0) - μ`` that remains at time T: ``exp(-τ(T))``, in (0, 1).
+        schedule: How the speed θ changes with time, see `theta_schedule`.
+        speed: Speeds at the times 0, …, T, as ``state`` returns them; replaces ``steps`` and ``schedule``.
 
     Attributes:
-        scale: λ.
-        tau: ``(T + 1,)`` float64, the integral of θ up to each time.
-        decay: ``exp(-τ)``: share of the clean image's residual that remains at each time, eq. 8.
-        marginal_std: Standard deviation at each time given the clean image: the square root of ``v`` in eq. 8.
+        scale: λ for images in [0, 1].
+        speed: ``(T + 1,)`` float64, θ at each time up to the factor ``dt``.
+        dt: Length of a step, chosen such that ``exp(-τ(T))`` is ``eps``.
+        tau: ``(T + 1,)`` float64, τ at each time.
+        decay: ``(T + 1,)`` float64, ``exp(-τ)``: fraction of the clean residual that remains, eq. 8.
+        marginal_std: ``(T + 1,)`` float64, standard deviation of ``x(t)`` given ``x(0)``: the square root of ``v_t``
+            in eq. 8.
 
     Raises:
         DerainError: If a value is out of its range.
@@ -90,7 +96,7 @@ class MeanRevertingSDE:
         speed: Sequence[float] | None = None,
     ) -> None:
         if not 0 < max_sigma < math.inf:
-            raise DerainError(f"--model.max_sigma {max_sigma}: expected a number above 0")
+            raise DerainError(f"--model.max_sigma {max_sigma}: expected a finite number above 0")
         if not 1 <= steps <= MAX_STEPS:
             raise DerainError(f"--model.sde_steps {steps}: expected 1 to {MAX_STEPS:,}")
         if not 0 < eps < 1:
@@ -100,19 +106,22 @@ class MeanRevertingSDE:
         self.speed = theta_schedule(schedule, steps) if speed is None else torch.tensor(speed, dtype=torch.float64)
         total = self.speed.cumsum(0) - self.speed[0]
         if not (self.speed.min() >= 0 and 0 < total[-1] < math.inf):
-            raise DerainError(f"SDE schedule: lowest speed {self.speed.min()}; expected positive, finite speeds")
+            raise DerainError(
+                f"SDE schedule with lowest speed {self.speed.min()}: expected finite speeds of at least 0, not all 0; "
+                "use a file that derain wrote"
+            )
         self.dt = -math.log(eps) / float(total[-1])
         self.tau = total * self.dt
         self.decay = torch.exp(-self.tau)
         self.marginal_std = self.std(self.tau)
 
     def std(self, tau: Tensor) -> Tensor:
-        """Return the standard deviation of the state after an interval of τ, given the state before it."""
+        """Return the standard deviation of a state given the state before it, with τ between them."""
         return self.scale * torch.sqrt(-torch.expm1(-2 * tau))
 
     @property
     def steps(self) -> int:
-        """T, the number of steps."""
+        """Number of steps T."""
         return len(self.tau) - 1
 
     def state(self) -> dict[str, object]:
@@ -121,11 +130,15 @@ class MeanRevertingSDE:
 
     @classmethod
     def from_state(cls, state: dict[str, object]) -> "MeanRevertingSDE":
-        """Rebuild a schedule from the result of `state`."""
+        """Return the SDE with the schedule that `state` returned.
+
+        Raises:
+            DerainError: If a value is out of its range.
+        """
         speed: list[float] = state["speed"]  # type: ignore[assignment]
         return cls(float(state["max_sigma"]), len(speed) - 1, float(state["eps"]), speed=speed)  # type: ignore[arg-type]
 
-    # All methods below take a batch of times, on the CPU.
+    # Times are a batch, on the CPU.
 
     def mean(self, clean: Image, rainy: Image, times: Times) -> Image:
         """Return the mean of ``x(t)`` given the clean image: ``m_t`` of eq. 8."""
@@ -135,35 +148,40 @@ class MeanRevertingSDE:
         """Return a sample of ``x(t)`` given the clean image, eq. 7.
 
         Args:
-            clean: ``x(0)``.
-            rainy: ``μ``.
-            times: In 0, …, T.
-            noise: Standard normal.
+            clean: Clean images ``x(0)``.
+            rainy: Rainy images ``μ``.
+            times: Times ``t`` in 0, …, T.
+            noise: Standard normal noise.
         """
         return self.mean(clean, rainy, times) + _per_image(self.marginal_std[times], rainy) * noise
 
     def score(self, noise: Image, times: Times) -> Image:
-        """Return the gradient of the log density, given the added or estimated noise: eq. 10; times from 1."""
+        """Return the gradient of the log density of ``x(t)`` given the added or estimated noise, eq. 10.
+
+        Args:
+            noise: Noise in the state, standard normal.
+            times: Times ``t`` from 1; at 0, the score is not finite.
+        """
         return -noise.float() / _per_image(self.marginal_std[times], noise)
 
     def clean(self, state: Image, rainy: Image, noise: Image, times: Times) -> Image:
-        """Return the clean image, given the noise: eqs. 7 and 8 solved for ``x(0)``."""
+        """Return the clean image, given the noise in ``x(t)``: eqs. 7 and 8 solved for ``x(0)``."""
         residual = (state - rainy).float() - _per_image(self.marginal_std[times], rainy) * noise
         return rainy + residual / _per_image(self.decay[times], rainy)
 
     def precondition(self, times: Times, residual: float, like: Image) -> tuple[Tensor, Tensor, Tensor]:
         """Return the factors of the best linear estimate of the noise in a state (Karras et al., NeurIPS 2022).
 
-        Given the standard deviation of clean residuals, ``(x - μ) · slope`` is the best linear estimate.
+        The estimate is ``slope * (x(t) - μ)``.
 
         Args:
-            times: ``t`` from 1.
+            times: Times ``t`` from 1.
             residual: Standard deviation of clean minus rainy images.
-            like: Tensor on the device of the result.
+            like: Tensor whose device the result is on.
 
         Returns:
-            ``(b, 1, 1, 1)`` each: the factor that scales ``x - μ`` to unit variance; ``slope``; the standard deviation
-            of the estimate's error.
+            ``(b, 1, 1, 1)`` each: the factor that scales ``x(t) - μ`` to unit variance; ``slope``; and the standard
+            deviation of the error of the estimate.
         """
         signal = self.decay[times] * residual
         noise = self.marginal_std[times]
@@ -179,19 +197,19 @@ class MeanRevertingSDE:
         """Return the mean of an Euler step back in time: eq. 9, or the probability flow with half the score.
 
         Args:
-            state: ``x(t)``.
-            rainy: ``μ``.
-            score: At ``x(t)``.
-            times: ``t``.
-            earlier: Time at which the step ends; the schedule's own steps end at ``t - 1``.
-            ode: Step along the probability flow.
+            state: States ``x(t)``.
+            rainy: Rainy images ``μ``.
+            score: Scores at ``x(t)``, see `score`.
+            times: Times ``t`` at which the step begins.
+            earlier: Times at which the step ends; the schedule's own steps end at ``t - 1``.
+            ode: Whether to step along the probability flow ODE.
         """
         step = _per_image(self.tau[times] - self.tau[earlier], state)  # ∫ θ dt
         factor = 1.0 if ode else 2.0
         return state.float() - step * (rainy - state) + factor * self.scale**2 * step * score
 
     def posterior_mean(self, state: Image, clean: Image, rainy: Image, times: Times, earlier: Times) -> Image:
-        """Return the most likely earlier state given ``x(t)`` and ``x(0)``: the posterior mean (IR-SDE, eq. 14)."""
+        """Return the mean of the earlier state given ``x(t)`` and ``x(0)``, its most likely value (IR-SDE, eq. 14)."""
         step, total, rest = self._variances(times, earlier)
         weight_state = torch.exp(self.tau[earlier] - self.tau[times]) * rest / total
         weight_clean = self.decay[earlier] * step / total
@@ -199,12 +217,12 @@ class MeanRevertingSDE:
         return rainy + residual + _per_image(weight_clean, state) * (clean - rainy)
 
     def posterior_std(self, times: Times, earlier: Times) -> Float[Tensor, " b"]:
-        """Return the standard deviation of the earlier state given ``x(t)`` and ``x(0)``; 0 for time 0."""
+        """Return the standard deviation of the earlier state given ``x(t)`` and ``x(0)``; 0 if ``earlier`` is 0."""
         step, total, rest = self._variances(times, earlier)
         return self.scale * torch.sqrt(step * rest / total)
 
     def _variances(self, times: Times, earlier: Times) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``1 - exp(-2 τ)`` of the step, of all time from 0 to its start, and from 0 to its end."""
+        """Return ``1 - exp(-2 τ)`` from ``earlier`` to ``times``, from 0 to ``times``, and from 0 to ``earlier``."""
         step = -torch.expm1(-2 * (self.tau[times] - self.tau[earlier]))
         total = -torch.expm1(-2 * self.tau[times])
         rest = -torch.expm1(-2 * self.tau[earlier])

@@ -1,23 +1,25 @@
-"""Solvers of the reverse SDE: from the rainy image with noise to a clean image, in any number of steps.
+"""Solvers of the reverse SDE: from the rainy image plus noise to a derained image, in a chosen number of steps.
 
-A solver needs the SDE and a function that estimates the noise. It visits a subset of the schedule's times, so that few
-steps, too, use the noise levels that the network was trained with.
+A solver needs the SDE and a function that estimates the noise. It visits a subset of the schedule's times, so the
+network only sees noise levels that it was trained with.
 
-The fast ones are semi-analytic. With ``y = x - μ``, the SDE of `sde.py` is that of a variance-preserving diffusion
-of ``y / λ`` with signal ``α = exp(-τ)`` and noise ``σ = √(1 - α²)``. Written in ``ℓ = log(α / σ)``, half the log
-signal-to-noise ratio, the probability flow is ``d(y/σ) / dℓ = exp(ℓ) ŷ``, where ``ŷ`` is the estimated clean
-residual: the linear part is exact, and only ``ŷ``, which changes slowly, is approximated, by a constant (order 1) or
-by a line through its last two values (order 2). Over a step ``h = ℓ_s - ℓ_t``:
+The ``mrs-*`` and ``mars-*`` solvers are semi-analytic. With ``y = x - μ``, the SDE of `sde.py` is a
+variance-preserving diffusion of ``y / λ`` with signal ``α = exp(-τ)`` and noise ``σ = √(1 - α²)``. In terms of
+``ℓ = log(α / σ)``, half the log signal-to-noise ratio, the probability flow is ``d(y/σ) / dℓ = exp(ℓ) ŷ``, where ``ŷ``
+is the estimated clean residual. The linear part is solved exactly. Only ``ŷ``, which changes slowly, is approximated:
+by a constant (order 1), or by a line through its last two values (order 2). Over a step from ``t`` to ``s`` with
+``h = ℓ_s - ℓ_t`` and standard normal noise ``z``:
 
     ode, κ = 1:  y_s = σ_s/σ_t y_t + α_s D
     sde, κ = 2:  y_s = σ_s/σ_t exp(-h) y_t + α_s D + λ σ_s √(1 - exp(-2h)) z
 
     D = (1 - exp(-κh)) ŷ_t + c (ŷ_t - ŷ_before) / h_before
 
-Order 1 has ``c = 0``; for ``sde``, this is posterior sampling. Order 2 of ``mrs-*`` uses the line's value in the middle
-of the step, as DPM-Solver++ does: ``c = h (1 - exp(-κh)) / 2``. MaRS (Li et al., ICLR 2025, arXiv 2502.07856),
-``mars-*``, integrates the line: ``c = h - (1 - exp(-κh)) / κ``, which is larger for long steps. Both have the same
-order of convergence. The last step ends at ``σ = 0`` and returns ``x̂_0`` itself.
+``ŷ_before`` and ``h_before`` belong to the step before. Order 1 has ``c = 0``; for ``sde``, this is posterior sampling.
+Order 2 of ``mrs-*`` uses the line's value in the middle of the step, as DPM-Solver++ does:
+``c = h (1 - exp(-κh)) / 2``. ``mars-*`` (MaRS: Li et al., ICLR 2025, arXiv 2502.07856) integrates the line:
+``c = h - (1 - exp(-κh)) / κ``, which is larger, the more so for long steps. Both have the same order of convergence.
+The last step ends at ``σ = 0`` and returns the estimated clean image ``μ + ŷ``.
 """
 
 import itertools
@@ -34,7 +36,7 @@ from derain.methods.interfaces import Sampling
 
 Image = Float[Tensor, "b c h w"]
 Estimate = Callable[[Image, int], Image]
-"""Function of a state and its time that returns the noise in the state."""
+"""Function of a state and its time that returns the estimated noise in the state."""
 Step = tuple[int, int]
 """Time before and after a step."""
 Show = Callable[[Iterable[Step], int], Iterable[Step]]
@@ -42,7 +44,7 @@ Show = Callable[[Iterable[Step], int], Iterable[Step]]
 
 
 class Noise:
-    """Sequence of standard normal noise, equal for all images of a batch and in all runs.
+    """Reproducible sequence of standard normal noise, the same for all images of a batch and on every device.
 
     Args:
         seed: Seed of the generator.
@@ -54,14 +56,18 @@ class Noise:
         self.shape, self.device = like.shape[1:], like.device
 
     def __call__(self) -> Float[Tensor, "1 c h w"]:
-        """Draw noise, on the CPU so that it is the same on every device."""
+        """Return the next noise; drawn on the CPU, so that it is the same on every device."""
         on_gpu = self.device.type == "cuda"
         noise = torch.randn((1, *self.shape), generator=self.generator, pin_memory=on_gpu)
         return noise.to(self.device, non_blocking=on_gpu)
 
 
 def visited_times(sde: MeanRevertingSDE, steps: int | None) -> list[int]:
-    """Return the times that a number of steps visits, evenly spread from T down to 0.
+    """Return the times from T down to 0 that a solver visits, evenly spaced up to rounding.
+
+    Args:
+        sde: The SDE, whose schedule has T steps.
+        steps: Number of steps; None: T.
 
     Raises:
         ArgumentError: If the schedule has fewer steps.
@@ -88,14 +94,14 @@ def sample(
     """Restore images by solving the reverse process.
 
     Args:
-        sde: Schedule that the network was trained with.
+        sde: SDE with the schedule that the network was trained with.
         estimate: Function that estimates the noise in a state: the network.
-        rainy: ``μ``, in [0, 1].
-        sampling: Solver, steps and seed.
-        show: Progress bar of the steps.
+        rainy: Rainy images ``μ`` in [0, 1].
+        sampling: Solver, number of steps and seed.
+        show: Wraps the steps to show progress.
 
     Returns:
-        Clean images, not clipped.
+        Derained images, not clamped.
 
     Raises:
         ArgumentError: If the schedule has fewer steps than ``sampling``, or there is no such solver.
@@ -113,7 +119,7 @@ def states(
     sampling: Sampling,
     show: Show = lambda steps, total: steps,
 ) -> Iterator[Image]:
-    """Yield the state at the start and after every step; arguments as for `sample`."""
+    """Yield the state at the start and after every step; arguments and exceptions are those of `sample`."""
     times = visited_times(sde, sampling.steps)
     noise = Noise(sampling.seed, rainy)
     advance = SOLVERS[solver_name(sampling)](sde, rainy.float(), noise)
@@ -157,15 +163,15 @@ class _Posterior:
 
 
 class _SemiAnalytic:
-    """Exponential integrator in ℓ with data prediction.
+    """Exponential integrator in ℓ with data prediction, see the module's documentation.
 
     Args:
-        sde: The schedule.
-        rainy: ``μ``.
-        noise: Noise of ``stochastic`` steps.
+        sde: The SDE.
+        rainy: Rainy images ``μ``.
+        noise: Noise for ``stochastic`` steps.
         order: 1, or 2 for a line through the last two estimates.
-        stochastic: Follow the SDE instead of the probability flow.
-        integrated: Integrate the line, as MaRS does, instead of using its value in the middle.
+        stochastic: Whether to solve the SDE instead of the probability flow.
+        integrated: Whether to integrate the line, as MaRS does, instead of using its value in the middle.
     """
 
     def __init__(
@@ -181,7 +187,7 @@ class _SemiAnalytic:
         self.sde, self.rainy, self.noise, self.order = sde, rainy, noise, order
         self.stochastic, self.integrated = stochastic, integrated
         self.ratio = torch.log(sde.decay / (sde.marginal_std / sde.scale))  # ℓ; infinite at time 0
-        self.previous: tuple[Image, float] | None = None  # estimate and length of the step before
+        self.previous: tuple[Image, float] | None = None  # ŷ and h of the step before
 
     def __call__(self, state: Image, estimated: Image, t: int, s: int) -> Image:
         times, _ = _pair(t, s, len(state))
@@ -209,7 +215,7 @@ def _pair(t: int, s: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 def solver_name(sampling: Sampling) -> str:
-    """Return the name of the solver, by default ``posterior``.
+    """Return the name of the solver; ``posterior`` if ``sampling`` names none.
 
     Raises:
         ArgumentError: If there is no such solver.
@@ -232,4 +238,7 @@ SOLVERS: dict[str, Callable[[MeanRevertingSDE, Image, Noise], Solver]] = {
     "mars-ode2": lambda sde, rainy, noise: _SemiAnalytic(sde, rainy, noise, order=2, integrated=True),
     "mars-sde2": lambda sde, rainy, noise: _SemiAnalytic(sde, rainy, noise, order=2, stochastic=True, integrated=True),
 }
-"""Constructors of solvers. A solver maps a state, its noise, its time and an earlier time to the earlier state."""
+"""Constructors of solvers by name.
+
+A solver maps a state, the estimated noise, the time of the state and an earlier time to the state at the earlier time.
+"""

@@ -13,7 +13,7 @@ from derain.errors import DerainError
 from derain.files.weights import sha256
 from derain.methods import DACLIPModule, PReNetModule, catalog
 from derain.methods.clip import FrozenCLIP
-from derain.methods.daclipsde.controller import Controller, Perception
+from derain.methods.daclipsde.controller import Controller, FrozenDACLIP
 from derain.methods.daclipsde.published_keys import controller_of
 from tests.factories import clip_view, make_clip
 
@@ -165,26 +165,26 @@ def test_our_file_and_the_authors_give_the_same_controller(clip_folder, trained)
     rainy = torch.rand(2, 3, 40, 30)
     expected = module.network.eval()(module.clip.model, module.clip.pixels(rainy))
     for file in (ours, authors):
-        perception = Perception(str(clip_folder), str(file))
-        embeddings = perception(rainy)
+        daclip = FrozenDACLIP(str(clip_folder), str(file))
+        embeddings = daclip(rainy)
         torch.testing.assert_close(embeddings.content, expected.content, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(embeddings.degradation, expected.degradation, atol=1e-6, rtol=1e-5)
         assert not embeddings.content.requires_grad
-        assert perception.hashes["controller_sha256"] == sha256(file)
-    assert not torch.allclose(embeddings.content, Perception(str(clip_folder), None)(rainy).content)
+        assert daclip.hashes["controller_sha256"] == sha256(file)
+    assert not torch.allclose(embeddings.content, FrozenDACLIP(str(clip_folder), None)(rainy).content)
 
 
 def test_order_is_restored_from_weights(clip_folder, tmp_path):
     module = DACLIPModule(str(clip_folder), order="aligned")
     module.save_weights(tmp_path / "a.safetensors")
-    assert Perception(str(clip_folder), str(tmp_path / "a.safetensors")).controller.order == "aligned"
+    assert FrozenDACLIP(str(clip_folder), str(tmp_path / "a.safetensors")).controller.order == "aligned"
 
 
 def test_authors_controller_with_a_different_clip_of_the_same_size(trained, tmp_path):
     _, _, authors = trained
     other = make_clip(tmp_path / "other", seed=9, num_hidden_layers=3)
     with pytest.raises(DerainError, match=r"authors\.pt: .*other"):
-        _ = Perception(str(other), str(authors)).controller
+        _ = FrozenDACLIP(str(other), str(authors)).controller
 
 
 @pytest.mark.slow
@@ -201,47 +201,47 @@ def test_training_starts_from_a_controller(clip_folder, trained):
 
 
 @pytest.mark.parametrize("trained_words", [["clean", "hazy", "light rain"], ["rainy"], None])
-def test_shares_of_the_trained_words(clip_folder, trained, trained_words):
+def test_probabilities_of_the_trained_words(clip_folder, trained, trained_words):
     """Words of the file, if it names at least two; the authors' file names none."""
     module, ours, authors = trained
     module.words = trained_words or []
     module.save_weights(ours)
     words = trained_words if trained_words and len(trained_words) > 1 else ["rainy", "clean"]
-    perception = Perception(str(clip_folder), str(authors if trained_words is None else ours))
-    embeddings = perception(torch.rand(3, 3, 20, 20))
-    shares = perception.shares(embeddings.degradation)
-    assert list(perception.words) == words
-    texts = perception.clip.texts(words).double()
+    daclip = FrozenDACLIP(str(clip_folder), str(authors if trained_words is None else ours))
+    embeddings = daclip(torch.rand(3, 3, 20, 20))
+    probabilities = daclip.probabilities(embeddings.degradation)
+    assert list(daclip.words) == words
+    texts = daclip.clip.texts(words).double()
     x = embeddings.degradation.double()
     cosines = (x @ texts.T) / x.norm(dim=1, keepdim=True) / texts.norm(dim=1)
-    scale = perception.controller.logit_scale.double().exp()
-    torch.testing.assert_close(shares.double(), (scale * cosines).softmax(1), atol=1e-5, rtol=0)
+    scale = daclip.controller.logit_scale.double().exp()
+    torch.testing.assert_close(probabilities.double(), (scale * cosines).softmax(1), atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
 def test_invalid_controllers_are_refused(clip_folder, trained, tmp_path, monkeypatch, caplog):
     _, ours, _ = trained
     with pytest.raises(DerainError, match=r"absent\.pt"):
-        _ = Perception(str(clip_folder), str(tmp_path / "absent.pt")).controller
+        _ = FrozenDACLIP(str(clip_folder), str(tmp_path / "absent.pt")).controller
     other = tmp_path / "prenet.safetensors"
     safetensors.torch.save_file({"a": torch.ones(1)}, other, {"derain": json.dumps(PReNetModule(stages=1).metadata())})
     with pytest.raises(DerainError, match=r"prenet.safetensors: .*PReNetModule"):
-        _ = Perception(str(clip_folder), str(other)).controller
+        _ = FrozenDACLIP(str(clip_folder), str(other)).controller
     torch.save({"weight": torch.ones(2)}, tmp_path / "foreign.pt")
     with pytest.raises(DerainError, match="visual_control"):
-        _ = Perception(str(clip_folder), str(tmp_path / "foreign.pt")).controller
+        _ = FrozenDACLIP(str(clip_folder), str(tmp_path / "foreign.pt")).controller
     wider = make_clip(tmp_path / "wider", size=16)
     with pytest.raises(DerainError, match=r"ours\.safetensors: .*wider"):
-        _ = Perception(str(wider), str(ours)).controller
+        _ = FrozenDACLIP(str(wider), str(ours)).controller
     monkeypatch.setenv("DERAIN_CONTROLLER", str(ours))
-    assert Perception(str(clip_folder), "elsewhere.pt").controller.order == "reversed"
-    perception = Perception(str(clip_folder), None)
-    metadata = {"controller_sha256": "another", "clip_sha256": perception.clip.sha256}
-    perception.expect(metadata, resuming=False)
-    _ = perception.controller
+    assert FrozenDACLIP(str(clip_folder), "elsewhere.pt").controller.order == "reversed"
+    daclip = FrozenDACLIP(str(clip_folder), None)
+    metadata = {"controller_sha256": "another", "clip_sha256": daclip.clip.sha256}
+    daclip.expect_hashes(metadata, resuming=False)
+    _ = daclip.controller
     assert "DERAIN_CONTROLLER" in caplog.text
     assert "DERAIN_CLIP" not in caplog.text
-    again = Perception(str(clip_folder), None)
-    again.expect(metadata, resuming=True)
+    again = FrozenDACLIP(str(clip_folder), None)
+    again.expect_hashes(metadata, resuming=True)
     with pytest.raises(DerainError, match=r"controller .*ours\.safetensors"):
         _ = again.controller

@@ -109,7 +109,7 @@ def test_encode_returns_the_required_contexts(clip_folder, contexts, names):
 def test_no_contexts_is_ir_sde():
     """No CLIP and no parameters of contexts: the U-Net of IR-SDE, which test_network.py compares with the reference."""
     module = DACLIPSDEModule("none", channels=32, multipliers=(1, 2))
-    assert module.perception is None
+    assert module.daclip is None
     assert module.network.contexts == (False, False)
     names = {name for name, _ in module.network.named_parameters()}
     assert not any("transformer" in name or "prompt" in name or "text_mlp" in name for name in names)
@@ -120,13 +120,13 @@ def test_no_contexts_is_ir_sde():
 def test_contexts_are_computed_once_per_image(clip_folder, monkeypatch):
     module = contextual(clip_folder)
     calls = []
-    pixels = module.perception.clip.pixels
+    pixels = module.daclip.clip.pixels
 
     def counted(rainy):
         calls.append(rainy)
         return pixels(rainy)
 
-    monkeypatch.setattr(module.perception.clip, "pixels", counted)
+    monkeypatch.setattr(module.daclip.clip, "pixels", counted)
     module.set_sampling(Sampling("posterior", 2))
     module(torch.rand(1, 3, 20, 20))
     assert len(calls) == 1
@@ -144,9 +144,9 @@ def test_contexts_affect_the_result_and_frozen_parts_have_no_gradient(clip_folde
         optimizer.step()
     without_gradient = [name for name, value in module.network.named_parameters() if value.grad is None]
     assert without_gradient == []
-    controller = module.perception.controller
+    controller = module.daclip.controller
     assert all(value.grad is None for value in controller.parameters())
-    assert all(value.grad is None for value in module.perception.clip.model.parameters())
+    assert all(value.grad is None for value in module.daclip.clip.model.parameters())
     assert not controller.training
     owned = {id(value) for value in module.parameters()}
     assert not owned & {id(value) for value in controller.parameters()}
@@ -177,9 +177,9 @@ def test_weights_record_hashes_of_clip_and_controller(clip_folder, tmp_path, cap
     module.check_requirements()
     module.save_weights(tmp_path / "w.safetensors")
     loaded = catalog.load(tmp_path / "w.safetensors").module
-    assert loaded.perception.hashes == module.perception.hashes
-    assert loaded.perception.hashes["clip_sha256"] == module.perception.clip.sha256
-    loaded.perception.hashes["clip_sha256"] = "other"
+    assert loaded.daclip.hashes == module.daclip.hashes
+    assert loaded.daclip.hashes["clip_sha256"] == module.daclip.clip.sha256
+    loaded.daclip.hashes["clip_sha256"] = "other"
     loaded.check_requirements()
     assert "DERAIN_CLIP" in caplog.text
 
