@@ -16,17 +16,17 @@ ADVERSARIAL = (0.0005, 0.001, 0.0025, 0.005)
 """μ of eq. 12, the finest scale first."""
 
 LossesByName = Mapping[str, Sequence[Tensor]]
-"""Losses by name, one per scale."""
+"""Losses by name; a sequence has one loss per scale, the finest first."""
 
 
 def pyramid(images: Float[Tensor, "b c h w"], scales: int) -> list[Tensor]:
-    """Return the Gaussian pyramid of images: each level has half the size of the one before.
+    """Return the Gaussian pyramid of images: each level has half the size of the level before, rounded up.
 
     Computed in the precision of the images, also under autocast.
 
     Args:
-        images: Height and width of at least 3 at every scale but the last.
-        scales: Number of levels, the images included.
+        images: Images whose height and width are at least 3 at every level but the last.
+        scales: Number of levels, including the images.
 
     References:
         Burt and Adelson, 1983, as OpenCV's ``pyrDown``: kernel (1, 4, 6, 4, 1) / 16 along both axes, reflected
@@ -49,11 +49,11 @@ def pyramid(images: Float[Tensor, "b c h w"], scales: int) -> list[Tensor]:
 def hierarchical_losses(
     images: Sequence[Float[Tensor, "b 3 _ _"]], clean: Float[Tensor, "b 3 h w"]
 ) -> list[Float[Tensor, ""]]:
-    """Return ``1 - SSIM`` of each image of the hierarchy and the clean image at its size.
+    """Return ``1 - SSIM`` between each image of the hierarchy and the clean image at the same size.
 
     Args:
-        images: The finest first, each half as large as the one before.
-        clean: In [0, 1], as large as the finest.
+        images: Images of the hierarchy, the finest first; each has half the size of the image before.
+        clean: Clean images in [0, 1], at the size of the finest image.
 
     References:
         Wang et al., MM 2024, eq. 11. The paper does not say how the clean image is downscaled; its authors use
@@ -68,13 +68,13 @@ def relativistic_losses(
 ) -> list[Float[Tensor, ""]]:
     """Return the relativistic average loss of each scale.
 
-    The loss is low if the ``higher`` logits exceed the mean of the ``lower`` ones, and the ``lower`` logits are below
-    the mean of the ``higher`` ones. Generator: ``relativistic_losses(fake, real)``; discriminator:
+    The loss is low if the ``higher`` logits exceed the mean of the ``lower`` logits, and the ``lower`` logits are below
+    the mean of the ``higher`` logits. Generator: ``relativistic_losses(fake, real)``; discriminator:
     ``relativistic_losses(real, fake)``. Computed in float32 or wider, also under autocast.
 
     Args:
-        higher: Logits by scale.
-        lower: Logits by scale, of the same shapes.
+        higher: Logits of the images that should score higher, by scale.
+        lower: Logits of the images that should score lower, by scale, of the same shapes.
 
     References:
         Wang et al., MM 2024, eq. 8, is the generator's; Jolicoeur-Martineau, ICLR 2019, eqs. 12 and 13.
@@ -100,7 +100,7 @@ def weighted_sum(losses_by_name: LossesByName, alpha: float, beta: float) -> Flo
         losses_by_name: Any of ``pixel``, ``hierarchical``, ``generator`` and ``discriminator``. If one of the last
             three has fewer than four losses, they belong to the coarsest scales.
         alpha: Weight of the hierarchical losses.
-        beta: Weight of the adversarial losses, those of the discriminator included.
+        beta: Weight of the adversarial losses of generator and discriminator.
 
     References:
         Wang et al., MM 2024, eqs. 9, 11 and 12.

@@ -22,8 +22,8 @@ from derain.methods.plnlingan.network import (
     Branches,
     Interaction,
     Restored,
-    Style,
     Unit,
+    UnitConfig,
     feature_map,
 )
 from derain.nn.padding import pad_to_multiple
@@ -34,37 +34,39 @@ log = logging.getLogger("derain")
 
 
 class PLNLINGANModule(DerainModule, Explains):
-    """PLNLIN-MCDDL: interactive generator, and a discriminator that also gets the generator's features.
+    """PLNLIN-MCDDL: interactive generator, and a discriminator that also receives the generator's features.
 
     Wang et al., Progressive Local and Non-Local Interactive Networks with Deeply Discriminative Training, MM 2024.
-    ``network`` is the generator; the discriminator is part of checkpoints but not of weights. A step of the trainer is
-    a batch, or ``accumulate`` batches, whichever network is updated.
+    ``network`` is the generator; the discriminator is part of checkpoints but not of weights. The trainer counts one
+    step per update, after every ``accumulate`` batches, no matter which of the networks are updated.
 
     Args:
-        channels: Width of the generator.
-        stages: N of its PLNLIMs from the finest to the coarsest scale; same for the decoder.
-        hierarchy: N of the PLNLIMs of the hierarchical supervision.
-        heads: Attention heads of the Swin blocks.
+        channels: Channels of the generator's features.
+        stages: Number of stages N of the encoder's PLNLIMs, from the finest to the coarsest of four scales; the decoder
+            has the same.
+        hierarchy: Number of stages N of the PLNLIMs for hierarchical supervision; 0, which requires ``alpha`` 0 and no
+            ``content``: no such PLNLIMs.
+        heads: Attention heads of the generator's Swin blocks; must divide ``channels``.
         unit: Unit of the generator: ``plnlim``, or a chain of ``local`` or ``non-local`` blocks (Table 4).
-        branches: Branches of a PLNLIM: ``both``; ``local`` or ``non-local`` for two of that kind (Table 3).
+        branches: Branches of a PLNLIM: ``both``; ``local`` or ``non-local`` for two branches of that kind (Table 3).
         interaction: Interaction of the branches (Table 3): ``sft``, ``concatenation`` or ``none``.
         fusion: Whether a PLNLIM has a fusion branch (Table 3).
         last_interaction: Whether branches interact after the last stage too.
-        discriminator_channels: Width of the discriminator.
-        discriminator_stages: N of its PLNLIMs; section 4.1: 2.
+        discriminator_channels: Channels of the discriminator's features.
+        discriminator_stages: Number of stages N of the discriminator's PLNLIMs; section 4.1: 2.
         discriminator_unit: Unit of the discriminator, see ``unit`` (Table 6).
-        discriminator_heads: Attention heads of its Swin blocks; ``heads`` by default.
-        content: Whether the discriminator gets the generator's features (section 4.5.2).
-        deep: Whether it has logits at four scales, or only at the coarsest (section 4.5.2).
+        discriminator_heads: Attention heads of the discriminator's Swin blocks; ``heads`` by default.
+        content: Whether the discriminator receives the generator's features (section 4.5.2).
+        deep: Whether the discriminator has logits at four scales; otherwise only at the coarsest (section 4.5.2).
         alpha: Weight of the hierarchical supervision (eq. 9); 0: none (Table 5).
         beta: Weight of the adversarial losses (eq. 9); 0: no discriminator.
-        generator_steps: r, updates of the generator per update of the discriminator (Table 7); paper: 5.
+        generator_steps: Updates r of the generator per update of the discriminator (Table 7); paper: 5.
         discriminator_steps: Updates of the discriminator per update of the generator. One of the two must be 1.
         learning_rate: Learning rate of both Adam optimisers; section 4.1: 1e-4.
-        milestones: Epochs after which it is divided by 10; section 4.1: 300, 400 of 500.
-        clip: Largest gradient norm of a network; default: no clipping. That of the discriminator is small, since eq. 12
-            weights it.
-        accumulate: Batches whose gradients are accumulated before an update.
+        milestones: Epochs after which the learning rate is divided by 10; section 4.1: 300, 400 of 500.
+        clip: Maximum gradient norm of each network; default: no clipping. The discriminator's gradient is small, since
+            its loss has the weights of eq. 12.
+        accumulate: Number of batches whose gradients are accumulated before an update.
 
     Raises:
         DerainError: If an option is out of its range.
@@ -121,37 +123,46 @@ class PLNLINGANModule(DerainModule, Explains):
             )
         content = content and beta > 0
         if hierarchy < 1 and (alpha or content):
-            raise DerainError(f"--model.hierarchy {hierarchy}: expected at least 1 unless alpha is 0 and content false")
-        style = Style(channels, unit, branches, interaction, fusion, last_interaction, heads)
+            raise DerainError(
+                f"--model.hierarchy {hierarchy}: expected at least 1, or --model.alpha 0 with --model.content false"
+            )
+        config = UnitConfig(channels, unit, branches, interaction, fusion, last_interaction, heads)
         discriminator_heads = heads if discriminator_heads is None else discriminator_heads
-        discriminator_style = Style(discriminator_channels, discriminator_unit, heads=discriminator_heads)
-        self.network: PLNLIN = PLNLIN(style, stages, hierarchy if alpha or content else 0)
+        discriminator_config = UnitConfig(discriminator_channels, discriminator_unit, heads=discriminator_heads)
+        self.network: PLNLIN = PLNLIN(config, stages, hierarchy if alpha or content else 0)
         self.discriminator: MCDDL | None = None
         if beta:
-            self.discriminator = MCDDL(discriminator_style, channels if content else 0, deep, discriminator_stages)
+            self.discriminator = MCDDL(discriminator_config, channels if content else 0, deep, discriminator_stages)
         first, second = ("local", "non-local") if branches == "both" else (branches, f"other {branches}")
         self.maps = (f"{unit} features",)
         if unit == "plnlim":
             self.maps = (f"{first} features", f"{second} features", "features of both")
-        self.updates = 0  # decides which network is updated next
+        self.updates = 0  # determines which networks are updated next
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Restore images of any size in [0, 1], without the hierarchy."""
+        """Restore images of any size in [0, 1]; the images of the hierarchy are not computed."""
         return cast(Tensor, self.network(rainy).derained)
 
     def export_graph(self) -> Graph:
-        """Return ``forward``, without the discriminator's parameters."""
+        """Return ``forward`` of the generator."""
         return Graph(self.network, lambda rainy: cast(Tensor, self.network(rainy).derained))
 
     def explain(self, rainy: Float[Tensor, "b 3 h w"], **conditions: Any) -> Float[Tensor, "b n h w"]:
-        """Return the derained image and the features of the last PLNLIM: its branches and their sum (Figure 4)."""
+        """Return the derained image and feature maps in [0, 1) of the decoder's last PLNLIM (Figure 4).
+
+        The maps show both branches and their sum with the fusion, see `feature_map`. A chain of blocks has one map.
+        """
         restored: Restored = self.network(rainy, show=True)
         return torch.cat((restored.derained.float(), *map(feature_map, restored.shown)), dim=1)
 
     # Training.
 
     def configure_callbacks(self) -> list[Any]:
-        """Refuse trainer options that require a single optimiser, with a clearer message than the trainer's."""
+        """Refuse trainer options that require automatic optimisation, more clearly than the trainer; add no callbacks.
+
+        Raises:
+            DerainError: If the trainer clips or accumulates gradients, or has precision ``16-mixed``.
+        """
         if not self.is_fitting:
             return []
         trainer = self.trainer
@@ -163,50 +174,62 @@ class PLNLINGANModule(DerainModule, Explains):
             self._refuse("precision 16-mixed", "--trainer.precision bf16-mixed")
         return []
 
-    def _refuse(self, option: str, instead: str) -> None:
-        raise DerainError(f"--trainer.{option}: not supported with manual optimisation of two networks; use {instead}")
+    def _refuse(self, option: str, alternative: str) -> None:
+        raise DerainError(
+            f"--trainer.{option}: not supported with manual optimisation of two networks; use {alternative}"
+        )
 
     def on_fit_start(self) -> None:
-        """Refuse distributed strategies that wait for gradients of the network that is not updated."""
+        """Refuse distributed strategies that wait for gradients of the network that is not updated.
+
+        Logs a warning if the crops must be padded.
+
+        Raises:
+            DerainError: If the trainer has such a strategy.
+        """
         super().on_fit_start()
         if self.discriminator is not None:
             self.refuse_plain_ddp("only one of generator and discriminator has gradients")
         crop = getattr(getattr(self.trainer, "datamodule", None), "crop", self.network.multiple)
         if crop % self.network.multiple:
-            log.warning("--data.crop %d: padded to a multiple of %d, also in the losses", crop, self.network.multiple)
+            log.warning(
+                "--data.crop %d: crops are padded to a multiple of %d, and losses include the padding; use a multiple",
+                crop,
+                self.network.multiple,
+            )
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """Compute the gradients of the networks that are updated next, and update them."""
+        """Compute the gradients of the networks that are updated next; update them after ``accumulate`` batches."""
         count = len(batch["name"])
         rainy = pad_to_multiple(batch["rainy"], self.network.multiple)
         clean = pad_to_multiple(batch["clean"], self.network.multiple)
         update = self.updates + 1
-        of_generator = self.discriminator is None or update % self.hparams["discriminator_steps"] == 0
-        of_discriminator = self.discriminator is not None and update % self.hparams["generator_steps"] == 0
-        with torch.set_grad_enabled(of_generator):
+        update_generator = self.discriminator is None or update % self.hparams["discriminator_steps"] == 0
+        update_discriminator = self.discriminator is not None and update % self.hparams["generator_steps"] == 0
+        with torch.set_grad_enabled(update_generator):
             restored: Restored = self.network(rainy, hierarchy=len(self.network.joins) > 0)
         real = self._clean_features(clean)
-        if of_generator:
+        if update_generator:
             self._backward("train/loss", self.generator_losses(restored, clean, real), count)
-        if of_discriminator:
+        if update_discriminator:
             self._backward("train/discriminator", self.discriminator_losses(restored, clean, real), count)
         if (batch_idx + 1) % self.hparams["accumulate"] == 0 or self.trainer.is_last_batch:
-            self._update(of_generator, of_discriminator)
+            self._update(update_generator, update_discriminator)
 
     @torch.no_grad()
     def _clean_features(self, clean: Tensor) -> list[Tensor]:
-        """Return the generator's features of clean images, if the discriminator gets features."""
+        """Return the generator's features of clean images; none if the discriminator receives no features."""
         if self.discriminator is None or not len(self.discriminator.joins):
             return []
         return cast(Restored, self.network(clean, hierarchy=True)).features
 
     def generator_losses(self, restored: Restored, clean: Tensor, real: list[Tensor]) -> dict[str, list[Tensor]]:
-        """Return the losses of eqs. 8, 10 and 11; the discriminator gets no gradient.
+        """Return the unweighted losses of eqs. 8, 10 and 11 by name; they have no gradient for the discriminator.
 
         Args:
             restored: Output of the generator for the rainy images.
-            clean: Clean images.
-            real: Features of the clean images.
+            clean: Clean images in [0, 1], padded like the rainy images.
+            real: The generator's features of the clean images, see `_clean_features`.
         """
         parts = {"pixel": [1 - structural_similarity(restored.derained, clean)]}
         if self.hparams["alpha"]:
@@ -221,43 +244,52 @@ class PLNLINGANModule(DerainModule, Explains):
         return parts
 
     def discriminator_losses(self, restored: Restored, clean: Tensor, real: list[Tensor]) -> dict[str, list[Tensor]]:
-        """Return the reverse of eq. 8; the generator gets no gradient. Arguments as for `generator_losses`."""
+        """Return the unweighted reverse of eq. 8, without a gradient for the generator.
+
+        Arguments are those of `generator_losses`.
+        """
         discriminator = cast(nn.Module, self.discriminator)
         fake = discriminator(restored.derained.detach(), [features.detach() for features in restored.features])
         return {"discriminator": relativistic_losses(discriminator(clean, real), fake)}
 
     def _backward(self, name: str, parts: LossesByName, count: int) -> None:
-        """Accumulate the gradients of the weighted sum of losses of ``count`` images, and log all losses."""
+        """Accumulate the gradients of the weighted sum of the losses; log the sum as ``name``, and each loss.
+
+        Args:
+            name: Name of the sum in the log.
+            parts: Unweighted losses by name.
+            count: Number of images in the batch.
+        """
         total = weighted_sum(parts, self.hparams["alpha"], self.hparams["beta"])
         self.log(name, total, prog_bar=name == "train/loss", batch_size=count)
         for part, losses in parts.items():
             if part == "pixel":
                 self.log("train/pixel", losses[0], batch_size=count)
                 continue
-            first = SCALES + 1 - len(losses)  # fewer losses than scales are those of the coarsest scales
+            first = SCALES + 1 - len(losses)  # fewer losses than scales belong to the coarsest scales
             scales = {f"train/{part}_{scale}": loss for scale, loss in enumerate(losses, first)}
             self.log_dict(scales, batch_size=count)
         self.manual_backward(total / self.hparams["accumulate"])
 
-    def _update(self, of_generator: bool, of_discriminator: bool) -> None:
-        """Update the networks; the trainer counts one step, even if both are updated."""
+    def _update(self, update_generator: bool, update_discriminator: bool) -> None:
+        """Update one network or both; the trainer counts a single step."""
         optimizers: Any = self.optimizers()
         if not isinstance(optimizers, list):
             optimizers = [optimizers]
-        if of_generator:
+        if update_generator:
             generator_optimizer: LightningOptimizer = optimizers[0]
             generator_optimizer.step()
             generator_optimizer.zero_grad()
-        if of_discriminator:
+        if update_discriminator:
             optimizer: LightningOptimizer = optimizers[1]
-            if of_generator:  # keeps the trainer from counting a second step
+            if update_generator:  # keeps the trainer from counting a second step
                 optimizer._on_before_step = optimizer._on_after_step = lambda: None
             optimizer.step()
             optimizer.zero_grad()
         self.updates += 1
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check that the gradient is finite, and clip it."""
+        """Refuse losses and gradients that are not finite, and clip the gradient."""
         norm = self.finite.check(self, optimizer)
         if self.hparams["clip"]:
             nn.utils.clip_grads_with_norm_(optimizer.param_groups[0]["params"], self.hparams["clip"], norm)
@@ -266,13 +298,13 @@ class PLNLINGANModule(DerainModule, Explains):
         """Keep accumulated gradients during validation."""
 
     def on_train_epoch_end(self) -> None:
-        """Step the learning rate schedules."""
+        """Step the learning rate schedules, which count epochs."""
         schedules: Any = self.lr_schedulers()
         for schedule in schedules if isinstance(schedules, list) else [schedules]:
             schedule.step()
 
     def configure_optimizers(self) -> Any:
-        """Return Adam for each network, with learning rates that are divided by 10 at the milestones."""
+        """Return Adam for each network, with a learning rate that is divided by 10 at the milestones."""
         networks = [self.network] if self.discriminator is None else [self.network, self.discriminator]
         optimizers = [torch.optim.Adam(network.parameters(), self.hparams["learning_rate"]) for network in networks]
         factor = multiplied_at(self.hparams["milestones"], 0.1)
@@ -286,7 +318,7 @@ class PLNLINGANModule(DerainModule, Explains):
     # Files.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the number of updates."""
+        """Add the number of updates to the checkpoint."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["updates"] = self.updates
 

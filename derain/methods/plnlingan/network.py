@@ -1,8 +1,8 @@
 """PLNLIN and MCDDL: generator and discriminator of interacting local and non-local branches.
 
 Wang et al., Progressive Local and Non-Local Interactive Networks with Deeply Discriminative Training for Image
-Deraining, MM 2024. Features are ``(b, h, w, c)``: windows and pixels are normalised along contiguous memory, and
-convolutions see channels last.
+Deraining, MM 2024. Features are ``(b, h, w, c)``, so that layer normalisation reads contiguous memory, and convolutions
+run in the channels-last memory format.
 """
 
 from collections.abc import Sequence
@@ -32,17 +32,17 @@ WINDOW = 7
 """Side of the attention windows."""
 
 
-class Style(NamedTuple):
-    """How the units of a network are built; each ablation of the paper changes one field.
+class UnitConfig(NamedTuple):
+    """Configuration of the units of a generator or discriminator; the paper's ablations change it.
 
     Attributes:
-        channels: Width of the features.
+        channels: Channels of the features.
         unit: ``plnlim``, or a chain of residual (``local``) or Swin blocks (``non-local``) instead (Tables 4, 6).
         branches: ``both``; ``local`` or ``non-local`` for two branches of that kind (Table 3 c, d).
         interaction: Interaction of the branches: ``sft``, ``concatenation`` (Table 3 b) or ``none`` (Table 3 e).
-        fusion: Whether there is a fusion branch (without: Table 3 a).
-        last_interaction: Whether the branches interact after their last stage too, as eq. 5 has it for ``i = N``.
-        heads: Attention heads.
+        fusion: Whether there is a fusion branch (Table 3 a has none).
+        last_interaction: Whether the branches interact after their last stage too, as in eq. 5 with ``i = N``.
+        heads: Attention heads of the Swin blocks; must divide ``channels``.
     """
 
     channels: int = 32
@@ -73,9 +73,9 @@ class ResidualBlock(nn.Module):
 
 
 class SFT(nn.Module):
-    """Spatial feature transform: scales and shifts each pixel by the features of another branch.
+    """Spatial feature transform: scales and shifts each pixel depending on the features of another branch.
 
-    Two 1×1 convolutions give the scale, two the shift; the first convolutions of both are computed as one.
+    Two 1×1 convolutions compute the scale γ, two the shift β; the first convolutions of both are merged into one.
 
     Shape:
         ``(b, h, w, channels)`` twice → ``(b, h, w, channels)``.
@@ -91,7 +91,7 @@ class SFT(nn.Module):
         self.shift = nn.Linear(channels, channels)
 
     def forward(self, x: Features, condition: Features) -> Features:
-        """Modulate ``x`` by the condition."""
+        """Return ``x`` scaled and shifted depending on the condition."""
         for_scale, for_shift = F.leaky_relu(self.hidden(condition), 0.1).chunk(2, dim=-1)
         return torch.addcmul(x + self.shift(for_shift), x, self.scale(for_scale))
 
@@ -104,7 +104,7 @@ class ConcatLinear(nn.Linear):
     """
 
     def forward(self, *maps: Widths) -> Widths:
-        """Sum the maps, each multiplied by its columns of the weight."""
+        """Return the sum of the maps, each multiplied by its columns of the weight, plus the bias."""
         weights = torch.split(self.weight, [features.shape[-1] for features in maps], dim=1)
         total = F.linear(maps[0], weights[0], self.bias).flatten(0, 2)
         for features, weight in zip(maps[1:], weights[1:], strict=True):
@@ -116,36 +116,37 @@ class PLNLIM(nn.Module):
     """Progressive local and non-local interactive module.
 
     Args:
-        stages: N; each branch has N + 1 blocks, and the branches interact N times.
-        style: How the module is built.
+        stages: Number of stages N. Each branch has N + 1 blocks; the branches interact N times, or N - 1 times without
+            ``last_interaction``.
+        config: Configuration of the module.
 
     Shape:
         ``(b, h, w, channels)`` → same; height and width must be multiples of the window.
 
     References:
-        Wang et al., MM 2024, eqs. 2 to 6; eq. 5 read as SFT(RB(a), b), of which eq. 4 is the first instance.
+        Wang et al., MM 2024, eqs. 2 to 6. SFT(RB(a, b)) in eq. 5 is read as SFT(RB(a), b), as in eq. 4.
     """
 
-    def __init__(self, stages: int, style: Style) -> None:
+    def __init__(self, stages: int, config: UnitConfig) -> None:
         super().__init__()
-        local, non_local = ("local", "non-local") if style.branches == "both" else (style.branches, style.branches)
-        self.local = nn.ModuleList(_block(local, index, style) for index in range(stages + 1))
-        self.non_local = nn.ModuleList(_block(non_local, index, style) for index in range(stages + 1))
-        interactions = stages if style.last_interaction else stages - 1
-        if style.interaction == "none":
+        local, non_local = ("local", "non-local") if config.branches == "both" else (config.branches, config.branches)
+        self.local = nn.ModuleList(_block(local, index, config) for index in range(stages + 1))
+        self.non_local = nn.ModuleList(_block(non_local, index, config) for index in range(stages + 1))
+        interactions = stages if config.last_interaction else stages - 1
+        if config.interaction == "none":
             interactions = 0
         self.interactions = nn.ModuleList(
-            nn.ModuleList([_interaction(style), _interaction(style)]) for _ in range(interactions)
+            nn.ModuleList([_interaction(config), _interaction(config)]) for _ in range(interactions)
         )
-        fused_maps = [2, *[3] * stages] if style.fusion else []
-        self.fusions = nn.ModuleList(ConcatLinear(count * style.channels, style.channels) for count in fused_maps)
+        fused_maps = [2, *[3] * stages] if config.fusion else []
+        self.fusions = nn.ModuleList(ConcatLinear(count * config.channels, config.channels) for count in fused_maps)
 
     def forward(self, x: Features) -> Features:
         """Transform features."""
         return self.branches(x)[-1]
 
     def branches(self, x: Features) -> tuple[Features, Features, Features]:
-        """Return the features of the first branch, of the second branch, and their sum with the fusion (eq. 6)."""
+        """Return the outputs of the first and the second branch, and their sum with the fusion branch (eq. 6)."""
         local, non_local, fused = x, x, x
         stages = len(self.local) - 1
         for index in range(stages):
@@ -166,52 +167,58 @@ class PLNLIM(nn.Module):
         return last_local, last_non_local, total
 
 
-def _block(kind: str, index: int, style: Style) -> nn.Module:
-    """Block of a branch; every second Swin block is shifted."""
+def _block(kind: str, index: int, config: UnitConfig) -> nn.Module:
+    """Return a block of a branch; every second Swin block is shifted."""
     if kind == "local":
-        return ResidualBlock(style.channels)
-    return WindowBlock(style.channels, style.heads, WINDOW, shifted=index % 2 == 1)
+        return ResidualBlock(config.channels)
+    return WindowBlock(config.channels, config.heads, WINDOW, shifted=index % 2 == 1)
 
 
-def _interaction(style: Style) -> nn.Module:
-    if style.interaction == "sft":
-        return SFT(style.channels)
-    return ConcatLinear(2 * style.channels, style.channels)
+def _interaction(config: UnitConfig) -> nn.Module:
+    if config.interaction == "sft":
+        return SFT(config.channels)
+    return ConcatLinear(2 * config.channels, config.channels)
 
 
-def check_style(style: Style, *stages: int, network: str = "generator") -> None:
-    """Check that a network can be built.
+def check_config(config: UnitConfig, *stages: int, network: str = "generator") -> None:
+    """Check the configuration of a network.
+
+    Args:
+        config: Configuration of the units.
+        *stages: Numbers of stages of the PLNLIMs.
+        network: Name of the network in messages.
 
     Raises:
         DerainError: If a size is below 1, or a chain of blocks is given an option that only PLNLIMs have.
     """
-    if min(style.channels, style.heads, *stages) < 1:
+    if min(config.channels, config.heads, *stages) < 1:
         raise DerainError(
-            f"{network} with {style.channels} channels, {style.heads} heads and stages {', '.join(map(str, stages))}: "
+            f"{network} with {config.channels} channels, {config.heads} heads, stages {', '.join(map(str, stages))}: "
             "each must be at least 1"
         )
-    if style.unit != "plnlim" and (style.branches, style.interaction, style.fusion) != ("both", "sft", True):
+    if config.unit != "plnlim" and (config.branches, config.interaction, config.fusion) != ("both", "sft", True):
         raise DerainError(
-            f"--model.unit {style.unit}: has no branches, interaction or fusion; omit these options or use plnlim"
+            f"--model.unit {config.unit}: has no branches, interaction or fusion; omit these options or use plnlim"
         )
 
 
-def build_unit(stages: int, style: Style) -> nn.Module:
-    """Return a PLNLIM, or a chain of as many blocks as one of its branches has."""
-    if style.unit == "plnlim":
-        return PLNLIM(stages, style)
-    return nn.Sequential(*(_block(style.unit, index, style) for index in range(stages + 1)))
+def build_unit(stages: int, config: UnitConfig) -> nn.Module:
+    """Return a PLNLIM with ``stages`` stages, or a chain of ``stages + 1`` blocks, as a branch of it has."""
+    if config.unit == "plnlim":
+        return PLNLIM(stages, config)
+    return nn.Sequential(*(_block(config.unit, index, config) for index in range(stages + 1)))
 
 
 class Restored(NamedTuple):
     """Output of the generator.
 
     Attributes:
-        derained: ``(b, 3, h, w)``, in about [0, 1].
-        images: Images of the hierarchy, the finest first, ``(b, 3, h/2ᵏ, w/2ᵏ)`` of the padded image; eq. 11.
-        features: Features of these images, ``(b, h/2ᵏ, w/2ᵏ, c)``; eq. 7.
-        shown: Features of the decoder's finest unit, ``(b, h, w, c)`` each: of a PLNLIM both branches and their sum,
-            of a chain of blocks its output.
+        derained: Derained images, ``(b, 3, h, w)``, about [0, 1], not clamped.
+        images: Images of the hierarchy, the finest first, ``(b, 3, h/2ᵏ, w/2ᵏ)`` for the padded size; eq. 11. Empty
+            unless requested.
+        features: Features that these images are computed from, ``(b, h/2ᵏ, w/2ᵏ, c)``; eq. 7. Empty unless requested.
+        shown: Features of the decoder's finest unit, ``(b, h, w, c)`` each: both branches of a PLNLIM and their sum, or
+            the output of a chain of blocks. Empty unless requested.
     """
 
     derained: Tensor
@@ -224,40 +231,44 @@ class PLNLIN(nn.Module):
     """Generator: encoder-decoder of PLNLIMs, supervised at four scales.
 
     Args:
-        style: How its units are built.
-        stages: N of the PLNLIMs of the encoder, from the finest to the coarsest scale; same for the decoder.
-        hierarchy: N of the PLNLIMs of the hierarchical supervision; 0 for none.
+        config: Configuration of the units.
+        stages: Number of stages N of the encoder's PLNLIMs, from the finest to the coarsest of four scales; the decoder
+            has the same.
+        hierarchy: Number of stages N of the PLNLIMs for hierarchical supervision; 0: no such PLNLIMs.
 
     Shape:
-        ``(b, 3, h, w)`` in [0, 1] → same, any ``h, w >= 1``: the image is padded to a multiple of 8 windows, so that
-        windows fit the coarsest scale too.
+        ``(b, 3, h, w)`` in [0, 1], any ``h, w >= 1`` → `Restored`. Images are padded to multiples of 56 pixels, so that
+        attention windows fit the coarsest scale too.
+
+    Attributes:
+        multiple: Multiple that height and width are padded to: 56.
 
     Raises:
-        DerainError: If the network cannot be built.
+        DerainError: If an argument is out of its range.
 
     References:
         Wang et al., MM 2024, Figure 1 and section 3.1. 2,251,423 parameters by default, 1,690,851 of them without the
         hierarchy.
     """
 
-    def __init__(self, style: Style, stages: Sequence[int] = (8, 4, 2, 2), hierarchy: int = 2) -> None:
+    def __init__(self, config: UnitConfig, stages: Sequence[int] = (8, 4, 2, 2), hierarchy: int = 2) -> None:
         super().__init__()
         if len(stages) != SCALES or min(*stages, hierarchy + 1) < 1:
             raise DerainError(
                 f"--model.stages {list(stages)}, --model.hierarchy {hierarchy}: expected {SCALES} stages of at least "
                 "1, and a hierarchy of at least 0"
             )
-        check_style(style, *stages)
-        channels = style.channels
+        check_config(config, *stages)
+        channels = config.channels
         self.multiple = WINDOW << (SCALES - 1)
         self.embed = nn.Conv2d(3, channels, 3, padding=1)
-        self.encoder = nn.ModuleList(build_unit(count, style) for count in stages)
-        self.decoder = nn.ModuleList(build_unit(count, style) for count in stages)
+        self.encoder = nn.ModuleList(build_unit(count, config) for count in stages)
+        self.decoder = nn.ModuleList(build_unit(count, config) for count in stages)
         self.up = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in stages[1:])
         self.output = nn.Conv2d(channels, 3, 3, padding=1)
         scales = range(SCALES if hierarchy else 0)
         self.joins = nn.ModuleList(nn.Conv2d(2 * channels, channels, 3, padding=1) for _ in scales)
-        self.supervised = nn.ModuleList(build_unit(hierarchy, style) for _ in scales)
+        self.supervised = nn.ModuleList(build_unit(hierarchy, config) for _ in scales)
         self.outputs = nn.ModuleList(nn.Conv2d(channels, 3, 3, padding=1) for _ in scales)
         self.apply(initialize)
 
@@ -265,9 +276,9 @@ class PLNLIN(nn.Module):
         """Restore images.
 
         Args:
-            rainy: In [0, 1].
-            hierarchy: Compute images and features of the hierarchy.
-            show: Return the features of the decoder's finest unit.
+            rainy: Rainy images in [0, 1].
+            hierarchy: Whether to compute images and features of the hierarchy.
+            show: Whether to return the features of the decoder's finest unit.
         """
         height, width = rainy.shape[2:]
         padded = pad_to_multiple(rainy, self.multiple)
@@ -296,7 +307,7 @@ class PLNLIN(nn.Module):
         return encoded
 
     def _decode(self, encoded: list[Tensor], show: bool) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """Return the decoder's features, the finest scale first, and those of its finest unit if asked for."""
+        """Return the decoder's features, the finest scale first, and with ``show`` those of its finest unit."""
         decoded = [self.decoder[-1](encoded[-1])]
         shown: tuple[Tensor, ...] = ()
         for scale in reversed(range(SCALES - 1)):
@@ -311,43 +322,44 @@ class PLNLIN(nn.Module):
 
 
 class MCDDL(nn.Module):
-    """Discriminator: scores an image and the generator's features of it at four scales.
+    """Discriminator: scores an image and the generator's features of the image at four scales.
 
     Args:
-        style: How its units are built.
-        content: Channels of the generator's features; 0 for a discriminator of images alone ([71], Table 1).
-        deep: Whether every scale has logits, or only the coarsest ([9], Table 1).
-        stages: N of its PLNLIMs.
+        config: Configuration of the units.
+        content: Channels of the generator's features; 0 for a discriminator of images alone.
+        deep: Whether every scale has logits; otherwise only the coarsest.
+        stages: Number of stages N of the PLNLIMs.
 
     Raises:
-        DerainError: If the network cannot be built.
+        DerainError: If an argument is out of its range.
 
     References:
         Wang et al., MM 2024, eqs. 7 and 8, section 4.1. 679,968 parameters by default.
     """
 
-    def __init__(self, style: Style, content: int = 32, deep: bool = True, stages: int = 2) -> None:
+    def __init__(self, config: UnitConfig, content: int = 32, deep: bool = True, stages: int = 2) -> None:
         super().__init__()
-        check_style(style, stages, network="discriminator")
-        channels = style.channels
+        check_config(config, stages, network="discriminator")
+        channels = config.channels
         self.embed = nn.Conv2d(3, channels, 3, padding=1)
-        self.first = build_unit(stages, style)
+        self.first = build_unit(stages, config)
         joins = range(SCALES if content else 0)
         self.joins = nn.ModuleList(nn.Conv2d(channels + content, channels, 3, padding=1) for _ in joins)
-        self.units = nn.ModuleList(build_unit(stages, style) for _ in range(SCALES))
+        self.units = nn.ModuleList(build_unit(stages, config) for _ in range(SCALES))
         self.logit_scales = range(SCALES) if deep else range(SCALES - 1, SCALES)
         self.logits = nn.ModuleList(nn.Conv2d(channels, 1, 3, padding=1) for _ in self.logit_scales)
         self.apply(initialize)
 
     def forward(self, image: Float[Tensor, "b 3 h w"], features: Sequence[Sizes]) -> list[Tensor]:
-        """Score images whose height and width are multiples of 8 windows.
+        """Return the logits of images whose height and width are multiples of 56.
 
         Args:
-            image: Derained or clean.
-            features: The generator's features of the image, the finest scale first; ignored without ``content``.
+            image: Derained or clean images.
+            features: The generator's features of the images, the finest scale first; ignored without ``content``.
 
         Returns:
-            Logits ``(b, 1, h/2ᵏ, w/2ᵏ)`` of every scale that has some, the finest first; the higher, the cleaner.
+            Logits ``(b, 1, h/2ᵏ, w/2ᵏ)`` of each scale, the finest first, or of the coarsest scale alone. Training
+            raises the logits of clean images.
         """
         x = self.first(spatial(image.permute(0, 2, 3, 1).contiguous(), self.embed))
         logits: list[Tensor] = []
@@ -363,16 +375,16 @@ class MCDDL(nn.Module):
 
 
 def feature_map(features: Features) -> Float[Tensor, "b 1 h w"]:
-    """Return the mean magnitude of each pixel's features as a grey image in [0, 1): 0.5 is the image's mean."""
+    """Return the mean magnitude of the features at each pixel, scaled to [0, 1) so that the image's mean is 0.5."""
     magnitude = features.float().abs().mean(-1)[:, None]
     mean = magnitude.mean((2, 3), keepdim=True)
     return magnitude / (magnitude + mean).clamp_min(torch.finfo(magnitude.dtype).tiny)
 
 
 def initialize(module: nn.Module) -> None:
-    """Initialise weights as Swin does.
+    """Initialise a convolution or linear layer as Swin does: truncated normal weights (σ = 0.02), zero biases.
 
-    With PyTorch's defaults, each of many SFT layers would square the features, until they overflow.
+    With PyTorch's defaults, the many SFT layers, which multiply features by features, would overflow.
     """
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

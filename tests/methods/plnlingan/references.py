@@ -13,7 +13,7 @@ class Textbook:
     """Networks as functions of a state dict.
 
     Args:
-        state: Parameters of the generator or the discriminator, with the default style.
+        state: Parameters of the generator or the discriminator, with the default configuration.
         stages: N of the generator's PLNLIMs.
         heads: Attention heads.
     """

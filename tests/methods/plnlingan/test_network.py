@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from derain.errors import DerainError
-from derain.methods.plnlingan.network import MCDDL, PLNLIM, PLNLIN, SFT, ConcatLinear, Style
+from derain.methods.plnlingan.network import MCDDL, PLNLIM, PLNLIN, SFT, ConcatLinear, UnitConfig
 from tests.methods.plnlingan.references import Textbook
 
-SMALL = Style(channels=8, heads=2)
+SMALL = UnitConfig(channels=8, heads=2)
 STAGES = (3, 1, 2, 1)
 
 
@@ -30,11 +30,11 @@ def count(module):
 
 
 def test_parameter_counts():
-    assert count(PLNLIN(Style())) == 2_251_423
-    assert count(PLNLIN(Style(), hierarchy=0)) == 1_690_851
-    assert count(MCDDL(Style())) == 679_968
-    assert count(PLNLIN(Style(last_interaction=False))) == 2_150_047
-    assert [count(PLNLIN(Style(heads=heads))) for heads in (1, 2, 8)] == [2_225_059, 2_233_847, 2_286_575]
+    assert count(PLNLIN(UnitConfig())) == 2_251_423
+    assert count(PLNLIN(UnitConfig(), hierarchy=0)) == 1_690_851
+    assert count(MCDDL(UnitConfig())) == 679_968
+    assert count(PLNLIN(UnitConfig(last_interaction=False))) == 2_150_047
+    assert [count(PLNLIN(UnitConfig(heads=heads))) for heads in (1, 2, 8)] == [2_225_059, 2_233_847, 2_286_575]
 
 
 @pytest.mark.parametrize("size", [(112, 56), pytest.param((56, 168), marks=pytest.mark.slow)])
@@ -96,18 +96,18 @@ def test_hierarchy_is_computed_only_on_request():
 
 def test_ablations_of_tables_3_and_4():
     kinds = {
-        name: [type(module).__name__ for module in PLNLIM(2, Style(channels=8, heads=2, branches=name)).modules()]
+        name: [type(module).__name__ for module in PLNLIM(2, UnitConfig(channels=8, heads=2, branches=name)).modules()]
         for name in ("both", "local", "non-local")
     }
     assert [kinds[name].count("ResidualBlock") for name in kinds] == [3, 6, 0]
     assert [kinds[name].count("WindowBlock") for name in kinds] == [3, 0, 6]
-    assert len(PLNLIM(2, Style(channels=8, fusion=False)).fusions) == 0
-    assert len(PLNLIM(2, Style(channels=8, interaction="none")).interactions) == 0
+    assert len(PLNLIM(2, UnitConfig(channels=8, fusion=False)).fusions) == 0
+    assert len(PLNLIM(2, UnitConfig(channels=8, interaction="none")).interactions) == 0
     for interaction, kind in (("concatenation", ConcatLinear), ("sft", SFT)):
-        pairs = PLNLIM(2, Style(channels=8, interaction=interaction)).interactions
+        pairs = PLNLIM(2, UnitConfig(channels=8, interaction=interaction)).interactions
         assert {type(module) for pair in pairs for module in pair} == {kind}
     for unit, kind in (("local", "ResidualBlock"), ("non-local", "WindowBlock")):
-        names = [type(module).__name__ for module in PLNLIN(Style(channels=8, unit=unit)).modules()]
+        names = [type(module).__name__ for module in PLNLIN(UnitConfig(channels=8, unit=unit)).modules()]
         assert "PLNLIM" not in names
         assert names.count(kind) == 2 * (9 + 5 + 3 + 3) + 4 * 3
 
@@ -115,7 +115,7 @@ def test_ablations_of_tables_3_and_4():
 def test_branches_without_interaction_are_independent():
     torch.manual_seed(0)
     for interaction, informed in (("none", False), ("sft", True), ("concatenation", True)):
-        module = with_large_weights(PLNLIM(2, Style(channels=8, heads=2, interaction=interaction)))
+        module = with_large_weights(PLNLIM(2, UnitConfig(channels=8, heads=2, interaction=interaction)))
         inputs = []
         module.local[2].register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
         module(torch.randn(1, 14, 14, 8, dtype=torch.float64))
@@ -132,6 +132,6 @@ def test_concat_linear_equals_a_convolution_of_the_concatenation():
 
 def test_invalid_networks_are_refused():
     with pytest.raises(DerainError, match="30 channels"):
-        PLNLIN(Style(channels=30))
+        PLNLIN(UnitConfig(channels=30))
     with pytest.raises(DerainError, match=r"stages \[1, 1, 1\]"):
         PLNLIN(SMALL, (1, 1, 1))
