@@ -1,1 +1,1 @@
-"""AirNet: a network that an encoder of the degradation guides, with a contrastive loss."""
+"""AirNet (Li et al., CVPR 2022): restoration guided by a degradation encoder, which learns by contrast."""

@@ -1,4 +1,4 @@
-"""Lightning module of AirNet: momentum contrast of the encoder, first alone, then with the error of the image."""
+"""Lightning module of AirNet: momentum contrast, first alone, then with the error of the derained image."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -16,40 +16,43 @@ from derain.methods.regression.module import LossWeights, RegressionModule
 from derain.networks.airnet import AirNet
 
 MAX_QUEUE = 1 << 18
-"""Limit of the former keys, since files do not bound them."""
+"""Maximum length of the queue. A weights file can request any length, since it does not contain the queue."""
 PHASES = "derain.methods.airnet.module.PhasesLR"
+"""Class path of the default schedule."""
 LOSS: LossWeights = {"derained": {"l1": 1.0}, "contrast": {"mean": 0.1}}
-"""Loss of the second phase, with the weights of the authors' code."""
+"""Loss of the second phase: encoder and restoration, with the weights of the authors' code."""
 ENCODER_LOSS: LossWeights = {"contrast": {"mean": 1.0}}
-"""Loss of the first phase."""
+"""Loss of the first phase: the encoder alone."""
 
 
 class AirNetModule(RegressionModule):
     """AirNet, whose encoder learns that two crops of an image have the same degradation.
 
-    Li et al., All-In-One Image Restoration for Unknown Corruption, CVPR 2022. The contrast of a crop (query) is the
-    cross-entropy of choosing another crop of the same image (key) among keys of former images. Keys come from a moving
-    average of the encoder. Both are part of checkpoints, but not of weights. The query is restored; it is the output
-    ``derained`` of the loss, and the contrast is ``contrast``.
+    Li et al., All-In-One Image Restoration for Unknown Corruption, CVPR 2022. The contrastive loss of a crop (query) is
+    the cross-entropy of identifying another crop of the same image (key) among the keys of earlier images. A moving
+    average of the encoder computes the keys; a queue holds those of earlier images. Both are part of checkpoints, but
+    not of weights. ``loss`` can name the outputs ``derained``, the restored query, and ``contrast``, the contrastive
+    loss.
 
     Args:
         network: Class of the network: ``AirNet``, or the path of a class that derives from it.
-        network_options: Arguments of the class; by default those of the paper.
-        loss: Weights of the losses after the first phase, see `RegressionModule`; by default 1 for the mean absolute
-            error and 0.1 for the contrast.
-        encoder_epochs: Epochs of the first phase, which trains the encoder by the contrast alone.
-        crop: Side of query and key divided by that of the data's crops; the authors cut them out of whole images.
-        momentum: Share of the moving average that a step keeps.
-        temperature: Divisor of the cosines of embeddings.
-        queue: Number of former keys; the authors have 256 times the batch size.
+        network_options: Arguments of the class; default: those of the paper.
+        loss: Weights of the losses after the first phase, see `RegressionModule`; default: 1 for the mean absolute
+            error of ``derained``, 0.1 for the contrastive loss.
+        encoder_epochs: Epochs of the first phase, which trains the encoder alone, by the contrastive loss.
+        crop: Side of query and key as a fraction of the side of the training crops (``--data.crop``), in (0, 1); the
+            authors cut them out of whole images.
+        momentum: Fraction of the moving average that is kept after each batch, in [0, 1).
+        temperature: Divisor of the cosine similarities of embeddings, above 0.
+        queue: Number of keys of earlier images, 1 to 262,144; the authors use 256 times the batch size.
         optimizer: Class of the optimizer, see `RegressionModule`.
         learning_rate: Learning rate of the optimizer.
         optimizer_options: Further arguments of the optimizer.
-        schedule: Schedule of the learning rate, see `RegressionModule`; by default `PhasesLR`.
-        schedule_options: Options of the schedule; ``encoder_epochs`` of `PhasesLR` is that above unless it is given.
+        schedule: Schedule of the learning rate, see `RegressionModule`; default: `PhasesLR`.
+        schedule_options: Options of the schedule. For `PhasesLR`, the default of ``encoder_epochs`` is the value above.
 
     Raises:
-        DerainError: If an option is out of its range, or the network is no AirNet.
+        DerainError: If an option is out of its range, or ``network`` is not an AirNet.
 
     References:
         AirNet, sections 3.1 and 3.2, and the authors' code; He et al., Momentum Contrast for Unsupervised Visual
@@ -97,8 +100,8 @@ class AirNetModule(RegressionModule):
         ):
             raise DerainError(
                 f"--model.crop {crop}, momentum {momentum}, temperature {temperature}, queue {queue}, encoder_epochs "
-                f"{encoder_epochs}: expected crop and momentum below 1, crop and temperature above 0, queue from 1 "
-                f"to {MAX_QUEUE}, the others of at least 0"
+                f"{encoder_epochs}: expected 0 < crop < 1, 0 <= momentum < 1, temperature > 0, "
+                f"1 <= queue <= {MAX_QUEUE}, encoder_epochs >= 0"
             )
         self.joint_loss = self.loss
         self.encoder_epochs, self.crop, self.momentum, self.temperature = encoder_epochs, crop, momentum, temperature
@@ -109,36 +112,47 @@ class AirNetModule(RegressionModule):
 
     @classmethod
     def from_published(cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any) -> None:
-        """Return None: `RegressionModule` loads the authors' weights."""
+        """Return None; `RegressionModule` loads the authors' weights."""
         return
 
     def on_fit_start(self) -> None:
-        """Refuse strategies of several devices that wait for gradients of all parameters."""
+        """Refuse distributed strategies that wait for gradients of all parameters.
+
+        Raises:
+            DerainError: If the trainer has such a strategy.
+        """
         super().on_fit_start()
         self.refuse_plain_ddp("the first phase trains only the encoder")
 
     def on_train_start(self) -> None:
-        """Start keys from the encoder, whose weights may come from a file, unless a run is resumed."""
+        """Copy the encoder, whose weights may come from a file, to the moving average, unless a run is resumed."""
         super().on_train_start()
         if self.global_step == 0:
             self.key_encoder.load_state_dict(cast(AirNet, self.network).encoder.state_dict())
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the loss of the phase."""
+        """Return the loss of the current phase; ``encoder_epochs`` determines the phase."""
         self.loss = ENCODER_LOSS if self.current_epoch < self.encoder_epochs else self.joint_loss
         return super().training_step(batch, batch_idx)
 
     def outputs_and_targets(
         self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the contrast of two crops of each image and, after the first phase, the restored first crop.
+        """Return the outputs that the loss uses, and their targets, by name.
+
+        ``contrast`` is the contrastive loss of two random crops of each image, query and key. ``derained`` is the
+        restored query, if the loss of the current phase uses it.
+
+        Args:
+            rainy: Rainy images in [0, 1].
+            clean: Clean images in [0, 1].
 
         Raises:
             DerainError: If the loss names another output.
         """
         unknown = sorted(set(self.loss) - {"derained", "contrast"})
         if unknown:
-            raise DerainError(f"--model.loss {unknown[0]}: {self.title} has the outputs derained, contrast")
+            raise DerainError(f"--model.loss {unknown[0]}: not an output of {self.title}; use derained or contrast")
         network = cast(AirNet, self.network)
         query, target = self._crop(rainy, clean)
         (key,) = self._crop(rainy)
@@ -147,18 +161,18 @@ class AirNetModule(RegressionModule):
         return outputs, dict.fromkeys(outputs, target)
 
     def _crop(self, *images: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
-        """Return the same random part of each image."""
+        """Return the same random crop of all images."""
         height, width = images[0].shape[2:]
         rows, columns = (max(1, round(self.crop * side)) for side in (height, width))
         top, left = (int(torch.randint(spare + 1, ())) for spare in (height - rows, width - columns))
         return [image[..., top : top + rows, left : left + columns] for image in images]
 
     def contrast(self, embedding: Float[Tensor, "b e"], key: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
-        """Update the moving average and the queue, and return the loss of the embeddings.
+        """Return the contrastive loss, and update the moving average of the encoder and the queue.
 
         Args:
             embedding: Embeddings of the queries.
-            key: Other parts of the same images.
+            key: Keys: other crops of the same images.
         """
         with torch.no_grad():
             for average, parameter in zip(
@@ -174,7 +188,7 @@ class AirNetModule(RegressionModule):
         return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
     def _enqueue(self, keys: Float[Tensor, "b e"]) -> None:
-        """Replace the oldest keys."""
+        """Replace the oldest keys in the queue."""
         size = len(self.queued)
         kept = keys[-size:]
         index = (self.position + torch.arange(len(kept), device=keys.device)) % size
@@ -183,16 +197,18 @@ class AirNetModule(RegressionModule):
 
 
 class PhasesLR(torch.optim.lr_scheduler.LambdaLR):
-    """Learning rate of AirNet, by epoch.
+    """Schedule of AirNet's learning rate, stepped by epoch.
 
     Args:
-        optimizer: The optimizer, with the learning rate of the first epochs.
+        optimizer: Optimizer with the initial learning rate.
         encoder_epochs: Epochs of the first phase.
-        decay_epochs: The first phase multiplies the learning rate by 0.1 each time after so many epochs.
-        halving_epochs: The second phase starts at 0.1, and halves it each time after so many epochs.
+        decay_epochs: Interval in epochs at which the first phase multiplies the learning rate by 0.1.
+        halving_epochs: Interval in epochs at which the second phase, which starts at 0.1 times the initial learning
+            rate, halves it.
 
     References:
-        The authors' code, which sets the learning rate after an epoch by the number of the epoch.
+        The authors' code, which sets the learning rate at the end of an epoch by the number of that epoch, so that
+        changes take effect one epoch later.
 
     Example:
         >>> optimizer = torch.optim.Adam([torch.zeros(1)], 1e-3)

@@ -15,9 +15,9 @@ from derain.methods.base import DerainModule
 from derain.methods.prenet.network import (
     VARIANTS,
     PReNet,
-    Published,
+    PublishedNetwork,
     Variant,
-    is_real_rain_generator,
+    is_real_rain_network,
     published_network,
     variant_of,
 )
@@ -30,15 +30,18 @@ log = logging.getLogger("derain")
 class PReNetModule(DerainModule):
     """PReNet and its ablations (Ren et al., Progressive Image Deraining Networks, CVPR 2019).
 
-    Trained by the negative SSIM of the last stage with Adam; the learning rate falls at three epochs.
+    Trained by the negative SSIM of the last stage with Adam; the learning rate drops at the milestones.
 
     Args:
         variant: ``PReNet``; ``PReNet_r`` (one residual block applied five times); ``PRN`` and ``PRN_r`` (the same two
-            without recurrent layer); ``PReNet_LSTM`` (PReNet whose stages output the image instead of the residual).
-        stages: Number of recurrent stages, 1 to 100; paper: 6.
+            without a recurrent layer); ``PReNet_LSTM`` (PReNet whose stages output the image instead of the residual).
+        stages: Number of stages, 1 to 100; paper: 6.
         learning_rate: Learning rate of Adam; section 4 of the paper: 1e-3.
         milestones: Epochs after which the learning rate is multiplied by ``decay``; paper: 30, 50, 80 of 100.
         decay: Factor at the milestones; paper: 0.2.
+
+    Raises:
+        DerainError: If the number of stages is out of its range.
     """
 
     bounded_by_file: ClassVar[bool] = True
@@ -68,24 +71,25 @@ class PReNetModule(DerainModule):
     def from_published(
         cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any
     ) -> "DerainModule | None":
-        """Return the method with the authors' weights, such as ``net_latest.pth``.
+        """Return the method with the authors' weights, such as ``net_latest.pth``, or None for other tensors.
 
         The tensors determine neither the number of stages nor ``PReNet_LSTM``. Options take precedence, then the name
-        of the folder in the authors' repository; otherwise 6 stages are assumed, with a warning.
+        of the folder in the authors' repository; otherwise 6 stages and no ``PReNet_LSTM`` are assumed, with a warning.
 
         Raises:
-            DerainError: If an option does not fit the tensors.
+            DerainError: If an option does not fit the tensors, or the file is from the authors' folder ``logs/real``,
+                whose architecture is not supported.
         """
         variant_of_tensors = variant_of(state)
         if variant_of_tensors is None:
             return None
-        if path is not None and not options and is_real_rain_generator(path):
+        if path is not None and not options and is_real_rain_network(path):
             raise DerainError(
                 f"{path}: is from the authors' folder logs/real; its network has the tensors of PReNet but a different "
                 "architecture, which derain does not support; use the weights of another folder"
             )
         folder = published_network(path) if path is not None else None
-        network = folder or Published(variant_of_tensors, 6)
+        network = folder or PublishedNetwork(variant_of_tensors, 6)
         variant = options.get("variant", network.variant)
         stages = options.get("stages", network.stages)
         possible = {variant_of_tensors, "PReNet_LSTM"} if variant_of_tensors == "PReNet" else {variant_of_tensors}
@@ -123,7 +127,7 @@ class PReNetModule(DerainModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """Return Adam, and a learning rate that is multiplied by ``decay`` at the milestones."""
+        """Return Adam and a schedule that multiplies the learning rate by ``decay`` at the milestones."""
         optimizer = torch.optim.Adam(self.network.parameters(), self.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplied_at(self.milestones, self.decay))
         return {"optimizer": optimizer, "lr_scheduler": schedule}

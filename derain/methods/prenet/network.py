@@ -1,4 +1,4 @@
-"""PReNet: a small residual network that is applied repeatedly to its own output."""
+"""PReNet: a small network that is applied repeatedly to the rainy image and its own output."""
 
 import re
 from collections.abc import Mapping
@@ -31,26 +31,26 @@ MAX_STAGES = 100
 class PReNet(nn.Module):
     """Progressive recurrent network: the same small network restores the image in several stages.
 
-    The input of a stage is the rainy image and the output of the stage before; its output is added to the rainy image.
-    Parameters have the authors' names, so that their files load strictly. Weights fit any number of stages. PReNet has
-    168,963 parameters, PReNet_r 94,979, PRN 95,107 and PRN_r 21,123.
+    The inputs of a stage are the rainy image and the output of the stage before. Parameters have the authors' names, so
+    that their files load strictly. Weights fit any number of stages. PReNet has 168,963 parameters, PReNet_r 94,979,
+    PRN 95,107 and PRN_r 21,123.
 
     Args:
         stages: Number of stages, 1 to 100.
         recurrent: Whether a convolutional LSTM carries its state from stage to stage.
         shared: Whether one residual block is applied five times, instead of five blocks.
-        residual: Whether the output of a stage is added to the rainy image; otherwise it is the derained image, as in
-            the authors' ``PReNet_LSTM``, whose parameters have the same names and shapes.
+        residual: Whether the rainy image is added to the result of a stage; otherwise the result is the derained image,
+            as in the authors' ``PReNet_LSTM``, whose parameters have the same names and shapes.
 
     Shape:
         ``(b, 3, h, w)`` in [0, 1] → same, not clamped; any ``h, w >= 1``. An output pixel depends on input pixels up to
-        ``13 * stages`` away.
+        ``13 * stages`` pixels away.
 
     Raises:
         DerainError: If there are fewer than 1 or more than `MAX_STAGES` stages.
 
     References:
-        Ren et al., Progressive Image Deraining Networks: A Better and Simpler Baseline, CVPR 2019, eq. 3 and 5.
+        Ren et al., Progressive Image Deraining Networks: A Better and Simpler Baseline, CVPR 2019, eqs. 3 and 5.
         As in the authors' code, each residual branch ends with a ReLU.
 
     Example:
@@ -84,7 +84,7 @@ class PReNet(nn.Module):
         return self.every_stage(rainy)[-1]
 
     def every_stage(self, rainy: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b 3 h w"]]:
-        """Return the outputs of all stages, in order."""
+        """Return the outputs of all stages, in order, not clamped."""
         outputs: list[Tensor] = []
         derained = rainy
         state = None
@@ -102,7 +102,7 @@ class PReNet(nn.Module):
         return outputs
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the multiplications that ``derain bench`` adds: of the first forget gate, and of attention."""
+        """Return what ``derain bench`` adds: the forget gate that the first stage does not need; and no attention."""
         if not self.recurrent:
             return 0, 0
         pixels = output.numel() // output.shape[1]
@@ -116,7 +116,7 @@ class PReNet(nn.Module):
 
 
 def variant_of(state: Mapping[str, Tensor]) -> Variant | None:
-    """Return the variant of a state dict by names and shapes, or None for another network.
+    """Return the variant that has the names and shapes of a state dict, or None for another network.
 
     ``PReNet_LSTM`` has the names and shapes of ``PReNet`` and is never returned.
 
@@ -131,8 +131,8 @@ def variant_of(state: Mapping[str, Tensor]) -> Variant | None:
     return None
 
 
-class Published(NamedTuple):
-    """Network of an authors' file, according to the name of its folder.
+class PublishedNetwork(NamedTuple):
+    """Network of an authors' file, according to the name of the file's folder.
 
     Attributes:
         variant: Variant of the network.
@@ -150,32 +150,32 @@ RECDERAIN_FOLDER = re.compile("Rainy?(Heavy|Light)/PReNet")
 """Folders of BRN's authors (RecDerain), who trained PReNet with 6 stages on Rain200H and Rain200L."""
 
 
-def published_network(path: Path) -> Published | None:
-    """Return variant and number of stages in the folder name of an authors' file, or None for other folders.
+def published_network(path: Path) -> PublishedNetwork | None:
+    """Return the variant and the number of stages that the folder name of an authors' file states; None if it does not.
 
-    The authors' test script runs the files of ``PReNet6_RecSSIM`` as ``PReNet_LSTM``; ``_MSE`` is a different loss of
+    The authors' test script runs the files of ``PReNet6_RecSSIM`` as ``PReNet_LSTM``. ``_MSE`` denotes another loss for
     the same network.
 
     Example:
         >>> published_network(Path("logs/Ablation/PReNet5_LSTM/net_latest.pth"))
-        Published(variant='PReNet_LSTM', stages=5)
+        PublishedNetwork(variant='PReNet_LSTM', stages=5)
     """
     folder = path.resolve().parent
     if RECDERAIN_FOLDER.fullmatch(f"{folder.parent.name}/{folder.name}"):
-        return Published("PReNet", 6)
+        return PublishedNetwork("PReNet", 6)
     match = FOLDER.fullmatch(folder.name)
     if match is None:
         return None
     name, stages, shared, ablation = match.groups()
     variant = "PReNet_LSTM" if ablation in {"_LSTM", "_RecSSIM"} else f"{name}{shared}"
-    return Published(cast(Variant, variant), int(stages))
+    return PublishedNetwork(cast(Variant, variant), int(stages))
 
 
-def is_real_rain_generator(path: Path) -> bool:
-    """Whether a file is in the authors' folder ``logs/real``: its LSTM comes after the residual blocks.
+def is_real_rain_network(path: Path) -> bool:
+    """Return whether a file is from the authors' folder ``logs/real``: its LSTM comes after the residual blocks.
 
     Example:
-        >>> is_real_rain_generator(Path("logs/real/PReNet1.pth"))
+        >>> is_real_rain_network(Path("logs/real/PReNet1.pth"))
         True
     """
     file = path.resolve()

@@ -1,4 +1,4 @@
-"""Lightning module of systems that are a network, a loss between its outputs and the clean image, and one optimiser."""
+"""Lightning module that trains a network by losses between its outputs and the clean image, with one optimizer."""
 
 import importlib
 import inspect
@@ -26,17 +26,17 @@ from derain.nn.schedule import multiplied_at, warm_up_then_cosine
 log = logging.getLogger("derain")
 
 LossWeights = dict[str, dict[str, float]]
-"""Weights of losses by the name of the output and of the loss."""
+"""Weights of losses, by output and loss: ``{"derained": {"l1": 1.0}}``."""
 
 SCHEDULES = {
     "constant": frozenset[str](),
     "cosine": frozenset({"warm_up", "hold", "minimum"}),
     "milestones": frozenset({"milestones", "decay"}),
 }
-"""Options of the schedules that are known by name."""
+"""Options of derain's own schedules, by name of the schedule."""
 
 LENGTHS = ("T_max", "total_steps", "total_iters")
-"""Arguments of PyTorch's schedules that are the length of the training unless they are given."""
+"""Arguments of PyTorch's schedules whose default here is the length of the training."""
 
 
 class RegressionMetadata(Metadata):
@@ -50,26 +50,27 @@ class RegressionMetadata(Metadata):
 
 
 class RegressionModule(DerainModule):
-    """A network that is trained by the distance of its outputs to the clean image.
+    """Network that is trained by losses between its outputs and the clean image.
 
     Args:
-        network: Class of the network: a name of derain, such as ``DRSformer`` (`derain.networks`), or the path of any
-            module that maps images ``(b, 3, h, w)`` in [0, 1] to derained ones, such as ``my_network.MyNetwork``.
-        network_options: Arguments of the class; by default those of its paper.
-        loss: Name of a loss of the derained image (`derain.nn.losses`), or weights by output and loss:
-            ``{derained: {charbonnier: 1, edge: 0.05}}``. A network's class describes its outputs.
-        optimizer: Class of the optimizer: ``Adam`` for ``torch.optim.Adam``, or any other by its path.
+        network: Class of the network: the name of a class in `derain.networks`, such as ``DRSformer``; or the path of
+            any ``nn.Module`` that maps rainy images ``(b, 3, h, w)`` in [0, 1] to derained images, such as
+            ``my_network.MyNetwork``.
+        network_options: Arguments of the class; default: those of its paper.
+        loss: Name of a loss in `derain.nn.losses` for the derained image; or weights by output and loss, such as
+            ``{derained: {charbonnier: 1, edge: 0.05}}``. The documentation of a network names its outputs.
+        optimizer: Class of the optimizer: a name in ``torch.optim``, such as ``Adam``, or the path of any class.
         learning_rate: Learning rate of the optimizer.
         optimizer_options: Further arguments of the optimizer.
-        schedule: Schedule of the learning rate: ``constant``; ``cosine``, stepped by batch; ``milestones``, stepped by
-            epoch; ``StepLR`` for ``torch.optim.lr_scheduler.StepLR``, or any other class by its path.
-        schedule_options: For ``cosine``: ``warm_up`` and ``hold``, shares of the training, and ``minimum``, the final
-            learning rate, all 0 by default; for ``milestones``: the epochs ``milestones`` and the factor ``decay``; for
-            a class: its arguments, and ``interval``, ``step`` or ``epoch`` (default). PyTorch's ``T_max``,
-            ``total_steps`` and ``total_iters`` are the length of the training unless they are given.
+        schedule: Schedule of the learning rate: ``constant``; ``cosine``, stepped by optimiser step; ``milestones``,
+            stepped by epoch; a name in ``torch.optim.lr_scheduler``, such as ``StepLR``; or the path of any class.
+        schedule_options: For ``cosine``: ``warm_up`` and ``hold``, fractions of the training, and ``minimum``, the
+            final learning rate; all 0 by default. For ``milestones``: the epochs ``milestones`` and the factor
+            ``decay``. For a class: its arguments, and ``interval``, which is ``epoch`` (default) or ``step``; the
+            default of PyTorch's ``T_max``, ``total_steps`` and ``total_iters`` is the length of the training.
 
     Raises:
-        DerainError: If an option has no meaning, or the network cannot be built.
+        DerainError: If an option is unknown or out of its range, or the network cannot be built.
     """
 
     bounded_by_file: ClassVar[bool] = True
@@ -111,11 +112,11 @@ class RegressionModule(DerainModule):
 
     @property
     def title(self) -> str:
-        """Name of the network."""
+        """Name of the network's class."""
         return type(self.network).__name__
 
     def metadata(self) -> dict[str, Any]:
-        """Return what files record; the title is for tables."""
+        """Return what files record: the metadata of any method, and the title, which tables show."""
         return {**super().metadata(), "title": self.title}
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
@@ -127,7 +128,7 @@ class RegressionModule(DerainModule):
         """Build the module that a weights file of derain describes, in eval mode.
 
         Raises:
-            DerainError: If the content does not fit, or names a network that neither derain nor the user has named.
+            DerainError: If the content does not fit, or the network is not trusted, see `check_trusted`.
         """
         cls.check_trusted(path, content.metadata["hyper_parameters"])
         try:
@@ -137,7 +138,11 @@ class RegressionModule(DerainModule):
 
     @classmethod
     def check_trusted(cls, path: Path, hyper_parameters: Mapping[str, Any]) -> None:
-        """Refuse a file with a network that neither derain has nor the user has named: it would be imported."""
+        """Refuse a file whose network is neither derain's nor named by the user, since loading would import its code.
+
+        Raises:
+            DerainError: If the user must name the class of the network first.
+        """
         name = hyper_parameters.get("network", "")
         known = {*network_paths(), *NETWORKS}
         if not isinstance(name, str) or not (not name or name in known or registry.is_named(name)):
@@ -147,7 +152,7 @@ class RegressionModule(DerainModule):
             )
 
     def required_class(self) -> str | None:
-        """Return the path of a network from outside derain, which commands must name to load weights."""
+        """Return the path of a network from outside derain, which commands must name to load the weights, or None."""
         name = str(self.hparams["network"])
         return None if name in {*network_paths(), *NETWORKS} else name
 
@@ -155,10 +160,12 @@ class RegressionModule(DerainModule):
     def from_published(
         cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any
     ) -> "RegressionModule | None":
-        """Return the method with the authors' weights of a network, which the names of the tensors tell.
+        """Return the method with a network and its authors' weights, or None for unknown tensors.
+
+        The names of the tensors determine the network.
 
         Raises:
-            DerainError: If the tensors resemble those of a network, but do not fit.
+            DerainError: If the tensors resemble those of a network but do not fit it, or an option is unknown.
         """
         for name in network_paths():
             network_class = cast(type[Network], find_network(name))
@@ -168,17 +175,19 @@ class RegressionModule(DerainModule):
             unknown = sorted(set(options) - network_class.published_options)
             if unknown:
                 expected = ", ".join(sorted(network_class.published_options)) or "none"
-                raise DerainError(f"{path}: option {unknown[0]}: {name} has {expected}")
+                raise DerainError(f"{path}: option {unknown[0]}: unknown for {name}; expected {expected}")
             try:
                 module = cls(network=name, network_options={**found, **network_class.assume(path, options)})
                 module.network.load_state_dict(network_class.translate(state), strict=True)
             except (DerainError, *BUILD_ERRORS) as error:
-                raise DerainError(f"{path}: resembles {name}, but does not fit it ({shorten(error, 200)})") from error
+                raise DerainError(
+                    f"{path}: resembles {name}, but does not fit it ({shorten(error, 200)}); use a file of its authors"
+                ) from error
             return module
         return None
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the weighted sum of the losses of the outputs."""
+        """Return the weighted sum of the losses of all outputs; each weighted loss is logged if there are several."""
         rainy, clean = batch["rainy"], batch["clean"]
         outputs, targets = self.outputs_and_targets(rainy, clean)
         terms = {}
@@ -193,19 +202,27 @@ class RegressionModule(DerainModule):
         return loss
 
     def on_after_backward(self) -> None:
-        """Report parameters that the loss does not reach; refuse strategies that wait for their gradients."""
+        """After the first batch, report parameters without a gradient.
+
+        Raises:
+            DerainError: If there are some, and a distributed strategy waits for the gradients of all parameters.
+        """
         if self.trainer.global_step or self.trainer.fit_loop.epoch_loop.total_batch_idx:
             return
         named = self.network.named_parameters()
         idle = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
         if idle:
-            self.refuse_plain_ddp(f"{idle[0]} has no gradient by this loss")
-            log.warning("%s: %d parameters have no gradient by this loss, such as %s", self.title, len(idle), idle[0])
+            self.refuse_plain_ddp(f"the loss does not depend on {idle[0]}")
+            log.warning("%s: the loss does not depend on %d parameters, such as %s", self.title, len(idle), idle[0])
 
     def outputs_and_targets(
         self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the outputs of the network and what they should be, by name.
+        """Return the outputs of the network and their targets, by name.
+
+        Args:
+            rainy: Rainy images in [0, 1].
+            clean: Clean images in [0, 1].
 
         Raises:
             DerainError: If the loss names an output that the network does not have.
@@ -217,7 +234,8 @@ class RegressionModule(DerainModule):
             outputs, targets = {"derained": self.network(rainy)}, {"derained": clean}
         unknown = sorted(set(self.loss) - set(outputs))
         if unknown:
-            raise DerainError(f"--model.loss {unknown[0]}: {self.title} has the outputs {', '.join(outputs)}")
+            expected = ", ".join(outputs)
+            raise DerainError(f"--model.loss {unknown[0]}: not an output of {self.title}; expected {expected}")
         return outputs, targets
 
     def configure_optimizers(self) -> Any:
@@ -236,6 +254,7 @@ class RegressionModule(DerainModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
     def _scheduler(self, optimizer: torch.optim.Optimizer) -> tuple[Any, str]:
+        """Return the schedule and its interval, ``step`` or ``epoch``."""
         options = dict(self.schedule_options)
         factors = torch.optim.lr_scheduler.LambdaLR
         if self.schedule == "cosine":
@@ -246,14 +265,14 @@ class RegressionModule(DerainModule):
             return factors(optimizer, multiplied_at(options["milestones"], options["decay"])), "epoch"
         interval = options.pop("interval", "epoch")
         schedule_class = _import(self.schedule, "torch.optim.lr_scheduler", torch.optim.lr_scheduler.LRScheduler)
-        lengths = LENGTHS if "epochs" not in options else ()  # of OneCycleLR
+        lengths = LENGTHS if "epochs" not in options else ()  # OneCycleLR accepts epochs instead of total_steps
         for name in lengths:
             if name in inspect.signature(schedule_class).parameters and name not in options:
                 length = self.steps if interval == "step" else self.trainer.max_epochs
                 if not length or length < 0:
                     raise DerainError(
                         f"--model.schedule {self.schedule}: {name} is unknown without --trainer.max_epochs; set that, "
-                        f"or {name}, or interval: step"
+                        f"or {name} or interval: step in --model.schedule_options"
                     )
                 options[name] = length
                 log.info("%s: %s = %s, the length of the training", self.schedule, name, length)
@@ -263,8 +282,14 @@ class RegressionModule(DerainModule):
 def _loss(name: str, output: Tensor, target: Tensor, option: str) -> Tensor:
     """Return a loss, computed in float32 or wider.
 
+    Args:
+        name: Name of the loss.
+        output: Output of the network.
+        target: Target of the output; ``mean`` ignores it.
+        option: Option that names the loss, for messages.
+
     Raises:
-        DerainError: If output and target differ in shape, so that they would be repeated to fit.
+        DerainError: If output and target differ in shape, which broadcasting would hide.
     """
     if name != "mean" and output.shape != target.shape:
         raise DerainError(
@@ -275,7 +300,7 @@ def _loss(name: str, output: Tensor, target: Tensor, option: str) -> Tensor:
 
 
 def network_paths() -> dict[str, str]:
-    """Return the class paths of derain's networks by the names of their classes."""
+    """Return the paths of derain's network classes by class name."""
     return {path.rpartition(".")[2]: path for path in NETWORKS}
 
 
@@ -283,10 +308,10 @@ def find_network(name: str) -> type[nn.Module]:
     """Return the class of a network.
 
     Args:
-        name: Name of a network of derain, or a class path, which is imported: configurations are code.
+        name: Name of a class in `derain.networks`, or the path of any class; importing the class runs its code.
 
     Raises:
-        DerainError: If there is none.
+        DerainError: If there is no such class.
     """
     paths = network_paths()
     if name in paths:
@@ -302,22 +327,34 @@ def find_network(name: str) -> type[nn.Module]:
 def build(network_class: type[nn.Module], options: Mapping[str, Any]) -> nn.Module:
     """Build a network.
 
+    Args:
+        network_class: Class of the network.
+        options: Arguments of the class.
+
     Raises:
-        DerainError: If it does not accept the options.
+        DerainError: If the class has no such argument, or derain's classes refuse a value.
     """
     known = inspect.signature(network_class).parameters
     unknown = sorted(set(options) - set(known))
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         expected = ", ".join(known) or "none"
-        raise DerainError(f"--model.network_options {unknown[0]}: {network_class.__name__} has {expected}")
+        raise DerainError(
+            f"--model.network_options {unknown[0]}: unknown for {network_class.__name__}; expected {expected}"
+        )
     return network_class(**options)
 
 
 def _build(kind: Any, first: Any, options: Mapping[str, Any], option: str) -> Any:
     """Build an optimizer or a schedule.
 
+    Args:
+        kind: Class of the optimizer or schedule.
+        first: First argument: the parameters, or the optimizer.
+        options: Further arguments.
+        option: Option that names them, for messages.
+
     Raises:
-        DerainError: If it does not accept the options.
+        DerainError: If the class does not accept the arguments.
     """
     try:
         return kind(first, **options)
@@ -327,10 +364,10 @@ def _build(kind: Any, first: Any, options: Mapping[str, Any], option: str) -> An
 
 
 def _import(name: str, package: str, base: Any, option: str = "schedule") -> Any:
-    """Return the class of an optimizer or a schedule; a name without dots is one of PyTorch's.
+    """Return the class of an optimizer or a schedule; a name without dots is a class of PyTorch's ``package``.
 
     Raises:
-        DerainError: If there is none.
+        DerainError: If there is no such class.
     """
     return registry.import_class(name if "." in name else f"{package}.{name}", f"--model.{option}", base)
 
@@ -356,7 +393,7 @@ def _check_schedule(name: str, options: Mapping[str, Any], learning_rate: float)
     unknown = sorted(set(options) - SCHEDULES[name])
     if unknown:
         expected = ", ".join(sorted(SCHEDULES[name])) or "no options"
-        raise DerainError(f"--model.schedule_options {unknown[0]}: {name} has {expected}")
+        raise DerainError(f"--model.schedule_options {unknown[0]}: unknown for {name}; expected {expected}")
     numbers = {option: value for option, value in options.items() if option != "milestones"}
     for option, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
@@ -364,11 +401,16 @@ def _check_schedule(name: str, options: Mapping[str, Any], learning_rate: float)
     if name == "milestones":
         epochs = options.get("milestones")
         if "decay" not in options or not isinstance(epochs, list | tuple) or not all(type(n) is int for n in epochs):
-            raise DerainError("--model.schedule_options: milestones needs milestones (epochs) and decay (a factor)")
+            raise DerainError(
+                f"--model.schedule_options {dict(options)}: expected milestones (a list of epochs) and decay (a factor)"
+            )
     if numbers.get("warm_up", 0) + numbers.get("hold", 0) >= 1:
-        raise DerainError(f"--model.schedule_options {dict(options)}: expected shares with a sum below 1")
+        raise DerainError(f"--model.schedule_options {dict(options)}: expected warm_up and hold with a sum below 1")
     if numbers.get("minimum", 0) > learning_rate:
-        raise DerainError(f"--model.schedule_options minimum {numbers['minimum']}: above the learning rate")
+        raise DerainError(
+            f"--model.schedule_options minimum {numbers['minimum']}: expected at most --model.learning_rate "
+            f"{learning_rate}"
+        )
 
 
 def _check_schedule_class(name: str, options: Mapping[str, Any]) -> None:
@@ -378,6 +420,8 @@ def _check_schedule_class(name: str, options: Mapping[str, Any]) -> None:
             "path of a class"
         )
     if name.endswith("ReduceLROnPlateau"):
-        raise DerainError(f"--model.schedule {name}: depends on validations, not on the step; choose another")
+        raise DerainError(
+            f"--model.schedule {name}: depends on validation scores; expected a schedule by step or epoch"
+        )
     if options.get("interval", "epoch") not in {"step", "epoch"}:
         raise DerainError(f"--model.schedule_options interval {options['interval']}: expected step or epoch")

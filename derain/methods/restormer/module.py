@@ -17,13 +17,20 @@ from derain.nn.restormer import Restormer
 from derain.nn.schedule import warm_up_then_cosine
 
 
-def mixed(
+def mix_pairs(
     rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"], beta: float
 ) -> tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b 3 h w"]]:
-    """Mix each pair with another pair of the batch, with weights λ and 1 - λ (mixup).
+    """Return each pair of the batch mixed with a random pair of the batch, with weights λ and 1 - λ (mixup).
 
-    λ is drawn from Beta(``beta``, ``beta``) once per batch. λ and the permutation use PyTorch's generator of the CPU.
-    Same as ``Mixing_Augment`` of Restormer's authors (``basicsr/models/image_restoration_model.py``).
+    λ is drawn from Beta(``beta``, ``beta``) once per batch. λ and the permutation use PyTorch's CPU generator.
+
+    Args:
+        rainy: Rainy images in [0, 1].
+        clean: Clean images in [0, 1].
+        beta: Both parameters of the Beta distribution, above 0.
+
+    References:
+        ``Mixing_Augment`` of Restormer's authors (``basicsr/models/image_restoration_model.py``).
     """
     share = float(torch.distributions.Beta(beta, beta).sample())
     order = torch.randperm(len(rainy)).to(rainy.device)
@@ -33,23 +40,23 @@ def mixed(
 class RestormerModule(DerainModule):
     """Restormer (Zamir et al., CVPR 2022), trained by the mean absolute error with AdamW.
 
-    The paper trains for 300,000 steps: the learning rate is constant for 92,000 steps, then falls along a cosine to
-    1e-6, while crops grow from 128 to 384 pixels (``experiments/rain13k.yaml``). By default, it falls from the start,
-    to 0.
+    The paper trains for 300,000 steps: the learning rate is constant for 92,000 steps, then decays to 1e-6 along a
+    cosine, while crops grow from 128 to 384 pixels (``experiments/rain13k.yaml``). By default, the learning rate decays
+    to 0 from the start.
 
     Args:
         dim: Channels at the finest level.
-        blocks: Transformer blocks of the four levels.
-        refinement: Blocks at full resolution at the end.
-        heads: Attention heads of the four levels.
-        expansion: Expansion of the feed-forward networks.
+        blocks: Transformer blocks of each of the four levels.
+        refinement: Transformer blocks at full resolution after the decoder.
+        heads: Attention heads of each of the four levels; must divide its channels.
+        expansion: Hidden channels of the feed-forward networks divided by their channels.
         learning_rate: Learning rate of AdamW; paper: 3e-4.
         weight_decay: Weight decay of AdamW; paper: 1e-4.
-        warm_up: Share of the optimiser steps in which the learning rate rises from 0; paper: 0.
-        hold: Share of the steps after the warm-up in which it is constant; paper: 92/300.
+        warm_up: Fraction of the optimiser steps in which the learning rate rises linearly; paper: 0.
+        hold: Fraction of the optimiser steps, after the warm-up, in which the learning rate is constant; paper: 92/300.
         min_learning_rate: Final learning rate; paper: 1e-6.
-        mixup: ``beta`` of `mixed`, which is applied to half of the batches; the authors' recipe for deraining: 1.2
-            (``Options/Deraining_Restormer.yml``, ``mixing_augs``). Default: no mixup.
+        mixup: ``beta`` of `mix_pairs`, which is applied to half of the batches, at random; the authors' recipe for
+            deraining: 1.2 (``Options/Deraining_Restormer.yml``, ``mixing_augs``). Default: no mixup.
 
     Raises:
         DerainError: If an option is out of its range.
@@ -59,7 +66,7 @@ class RestormerModule(DerainModule):
     bytes_per_pixel: int = 4700
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"Restormer": {}}
     may_change = DerainModule.may_change | {"hold", "min_learning_rate", "mixup"}
-    compiles_any_size: ClassVar[bool] = False  # frozen weights and unknown sizes: wrong strides in inductor, torch 2.13
+    compiles_any_size: ClassVar[bool] = False  # torch 2.13's inductor: wrong strides for frozen weights, dynamic sizes
 
     def __init__(
         self,
@@ -83,7 +90,7 @@ class RestormerModule(DerainModule):
             )
         if not 0 <= min_learning_rate <= learning_rate:
             raise DerainError(
-                f"--model.min_learning_rate {min_learning_rate}: expected 0 to the learning rate {learning_rate}"
+                f"--model.min_learning_rate {min_learning_rate}: expected 0 to --model.learning_rate {learning_rate}"
             )
         if mixup is not None and not 0 < mixup < math.inf:
             raise DerainError(f"--model.mixup {mixup}: expected a number above 0, or null for no mixup")
@@ -100,7 +107,7 @@ class RestormerModule(DerainModule):
     def from_published(
         cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any
     ) -> "DerainModule | None":
-        """Return the method with the authors' weights (entry ``params`` of ``deraining.pth``)."""
+        """Return the method with the authors' weights (``params`` in ``deraining.pth``), or None for other tensors."""
         if "refinement.0.attn.temperature" not in state:
             return None
         module = cls()
@@ -111,16 +118,16 @@ class RestormerModule(DerainModule):
         return module
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the mean absolute error, of mixed pairs if ``mixup`` is set."""
+        """Return the mean absolute error; if ``mixup`` is set, for mixed pairs in half of the batches."""
         rainy, clean = batch["rainy"], batch["clean"]
         if self.mixup is not None and torch.rand(()) < 0.5:
-            rainy, clean = mixed(rainy, clean, self.mixup)
+            rainy, clean = mix_pairs(rainy, clean, self.mixup)
         loss = F.l1_loss(self(rainy).float(), clean)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["name"]))
         return loss
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW, and a learning rate that rises, is constant and falls along a cosine."""
+        """Return AdamW and a learning rate schedule with linear warm-up, constant phase and cosine decay."""
         optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,

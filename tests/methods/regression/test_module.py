@@ -275,7 +275,8 @@ def test_outputs_and_targets_of_other_shapes_are_refused():
 
 def test_parameters_that_the_loss_does_not_reach_are_reported(networks, caplog):
     fit(RegressionModule(PATH, loss={"first": {"l1": 1.0}}), 1)
-    assert "2 parameters have no gradient by this loss, such as second.weight" in caplog.text
+    assert "2 parameters" in caplog.text
+    assert "second.weight" in caplog.text
 
 
 def test_weights_do_not_import_their_optimizer(networks, tmp_path):

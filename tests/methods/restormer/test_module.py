@@ -6,7 +6,7 @@ import torch
 
 from derain.errors import DerainError
 from derain.methods import RestormerModule, catalog
-from derain.methods.restormer.module import mixed
+from derain.methods.restormer.module import mix_pairs
 from tests.nn.references import SMALL, Published
 
 
@@ -88,7 +88,7 @@ def test_rates_out_of_range_are_refused(options):
 def test_pairs_are_mixed_with_the_same_share():
     rainy, clean = torch.rand(2, 4, 3, 5, 6)
     torch.manual_seed(3)
-    mixed_pair = mixed(rainy, clean, 1.2)
+    mixed_pair = mix_pairs(rainy, clean, 1.2)
     torch.manual_seed(3)
     share = torch.distributions.Beta(1.2, 1.2).sample().item()
     order = torch.randperm(4).numpy()
@@ -103,7 +103,7 @@ def test_shares_have_a_beta_distribution():
     torch.manual_seed(0)
     black, white = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
     images = torch.cat([black, white])
-    shares = np.array([float(mixed(images, images, 1.2)[0][1].max()) for _ in range(2000)])
+    shares = np.array([float(mix_pairs(images, images, 1.2)[0][1].max()) for _ in range(2000)])
     shares = shares[shares < 1]  # the images were swapped
     assert abs(shares.mean() - 0.5) < 0.03
     assert shares.var() == pytest.approx(1 / (4 * (2 * 1.2 + 1)), rel=0.15)
