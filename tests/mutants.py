@@ -161,7 +161,7 @@ FAULTS: dict[tuple[str, ...], list[tuple[str, str, str]]] = {
             "last.best_model_path or best.best_model_path",
         ),
     ],
-    ("callbacks/parts.py", "callbacks/test_parts.py"): [
+    ("callbacks/image_counts.py", "callbacks/test_image_counts.py"): [
         (
             "counts: a limited validation looks whole",
             "return min(batches * trainer.world_size, count)",

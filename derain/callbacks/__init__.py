@@ -1,15 +1,15 @@
-"""Callbacks: checkpoints, weights, pictures, results, averages, seeds and throughput.
+"""Callbacks: checkpoints, final weights, EMA, panels, predictions, test results, seeds and throughput.
 
-Files are saved below ``trainer.default_root_dir``, which the command line sets to the folder of the run;
-``trainer.log_dir`` is a collective call: a single rank would wait in it for ever.
+Files are saved below ``trainer.default_root_dir``, which the command line sets to the folder of the run.
+``trainer.log_dir`` is not used: it is a collective call, in which a single rank would wait forever.
 """
 
 from derain.callbacks.checkpoints import BestCheckpoint, Checkpoint
 from derain.callbacks.ema import EMA
 from derain.callbacks.final_weights import FinalWeights
+from derain.callbacks.image_counts import PartialEvaluationWarning
 from derain.callbacks.last import LastCheckpoint
 from derain.callbacks.panels import ImagePanels
-from derain.callbacks.parts import PartialEvaluationWarning
 from derain.callbacks.predictions import SaveImages
 from derain.callbacks.results import TestResults
 from derain.callbacks.seeds import BatchSeeds

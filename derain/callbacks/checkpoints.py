@@ -1,4 +1,4 @@
-"""Checkpoints of a training run."""
+"""Callbacks that save the checkpoints of a training run."""
 
 import logging
 import shutil
@@ -10,7 +10,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from derain.callbacks.parts import validation_counts
+from derain.callbacks.image_counts import validation_counts
 from derain.files.weights import READ_ERRORS
 from derain.images import write_whole
 
@@ -18,16 +18,16 @@ log = logging.getLogger("derain")
 
 
 class Checkpoint(ModelCheckpoint):
-    """``ModelCheckpoint`` that treats manual like automatic optimisation.
+    """``ModelCheckpoint`` that treats manual optimisation like automatic optimisation.
 
-    With manual optimisation, Lightning ignores ``train_time_interval``, and warns that checkpoints contain the state
-    after the optimiser's step, which is the state that a resumed run needs.
+    With manual optimisation, Lightning ignores ``train_time_interval``. It also warns that checkpoints contain the
+    state after the optimiser step, which is the state that a resumed run needs.
     """
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save by steps or time, as with automatic optimisation."""
+        """Save after the configured steps or time, as with automatic optimisation."""
         automatic = SimpleNamespace(automatic_optimization=True)  # all that ModelCheckpoint reads
         super().on_train_batch_end(trainer, cast(LightningModule, automatic), outputs, batch, batch_idx)
 
@@ -35,17 +35,18 @@ class Checkpoint(ModelCheckpoint):
 class BestCheckpoint(Checkpoint):
     """Save ``best.ckpt``, the checkpoint of the epoch with the highest validation score.
 
-    A resumed run keeps score and file, even in another folder, if it validates the same images with the same protocols.
-    A class of its own keeps its state apart from that of a configured ``ModelCheckpoint``.
+    A resumed run continues with the best score and a copy of its file, even in another folder, if it validates the same
+    images with the same protocols. As a separate class, it does not share its state with a ``ModelCheckpoint`` in the
+    configuration.
 
     Args:
         dirpath: Folder of the checkpoints.
-        monitor: Logged metric, higher is better.
+        monitor: Logged validation metric; higher is better.
     """
 
     def __init__(self, dirpath: Any, monitor: str) -> None:
         super().__init__(dirpath, "best", monitor=monitor, mode="max", enable_version_counter=False)
-        self._validation: dict[str, Any] = {}  # images and protocols of the scores
+        self._validation: dict[str, Any] = {}  # protocols, and fingerprint of the images
         self._keep_score = False
 
     @property
@@ -54,7 +55,7 @@ class BestCheckpoint(Checkpoint):
         return Path(str(self.dirpath)) / "best.ckpt"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Record the validation images and the protocols."""
+        """Record the validation images and protocols on rank 0."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or not trainer.is_global_zero:
             return
@@ -65,11 +66,11 @@ class BestCheckpoint(Checkpoint):
         self._validation = {"protocols": protocols, "images": images}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return score and file, with the images and protocols that were scored."""
+        """Return the best score and its file, with the validation images and protocols."""
         return super().state_dict() | {"scored": self._validation}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Copy the best checkpoint of the resumed run to this run's folder; rank 0 decides for all ranks."""
+        """Copy the best checkpoint of the resumed run to this run's folder; rank 0 decides whether it is kept."""
         state = checkpoint["callbacks"].get(self.state_key, {})
         keep_score = False
         if trainer.is_global_zero and state.get("best_model_path"):
@@ -81,7 +82,7 @@ class BestCheckpoint(Checkpoint):
         self._keep_score = trainer.strategy.broadcast(keep_score)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore score and file if they can be kept."""
+        """Restore the best score and its file if they are kept."""
         if self._keep_score:
             file, score = str(self.file), state_dict["best_model_score"]
             paths = {"best_model_path": file, "kth_best_model_path": file, "best_k_models": {file: score}}
@@ -98,11 +99,11 @@ class BestCheckpoint(Checkpoint):
         return None
 
     def _copy(self, state: dict[str, Any], resumed: Any) -> str | None:
-        """Copy the best checkpoint, even if its folder was moved; return why not, or None.
+        """Copy the best checkpoint to this run, even if its folder was moved; return the problem if there is one.
 
         Args:
             state: State of this callback in the checkpoint.
-            resumed: Path of the checkpoint.
+            resumed: Path of the checkpoint that is resumed.
         """
         saved = Path(state["best_model_path"])
         score = float(state["best_model_score"])
@@ -118,7 +119,7 @@ class BestCheckpoint(Checkpoint):
         return f"{saved} (score {score:.2f}) {problem}"
 
     def _score_of(self, path: Path) -> float | None:
-        """Return the best score in a checkpoint; None if it has none."""
+        """Return the best score that a checkpoint records; None if it cannot be read or records none."""
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             return float(content["callbacks"][self.state_key]["best_model_score"])
@@ -126,6 +127,6 @@ class BestCheckpoint(Checkpoint):
             return None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if the score is the highest; without validation, Lightning would warn of a missing score."""
+        """Save if the score is the highest; skipped without validation, for which Lightning would warn."""
         if trainer.enable_validation:
             super().on_train_epoch_end(trainer, pl_module)

@@ -12,20 +12,20 @@ from derain.methods import TrainableModule
 
 
 class EMA(Callback):
-    """Exponential moving average of the network's weights; validated and saved beside the raw weights.
+    """Exponential moving average (EMA) of the network's weights, saved in checkpoints in addition to the raw weights.
 
     The n-th update is ``average = d * average + (1 - d) * weights`` with ``d = min(decay, (1 + n) / (10 + n))``, the
     warm-up of TensorFlow's ``ExponentialMovingAverage``. Buffers are copied. Batches are counted, not optimiser steps,
-    so that methods with two optimisers need no other settings. The checkpoint's ``state_dict`` contains the raw
-    weights, its entry ``ema`` the average, which is loaded for testing and restoring.
+    so that methods with two optimisers need no other settings. In a checkpoint, ``state_dict`` contains the raw weights
+    and ``ema`` the average, which testing, restoring and weights files use.
 
-    Lightning's ``WeightAveraging`` is no base for it: it averages the whole module (frozen parts, integer buffers),
-    counts the steps of all optimisers, and replaces the raw weights when training ends.
+    It does not derive from Lightning's ``WeightAveraging``, which averages the whole module (frozen parts, integer
+    buffers), counts the steps of all optimisers, and replaces the raw weights when training ends.
 
     Args:
-        decay: Share of the old average that an update keeps, in [0, 1).
-        every: Batches between updates, at least 1.
-        evaluate: Validate with the average instead of the raw weights.
+        decay: Fraction of the old average that an update keeps, in [0, 1).
+        every: Number of batches between updates, at least 1.
+        evaluate: Whether to validate with the average instead of the raw weights.
 
     Raises:
         DerainError: If ``decay`` or ``every`` is out of range.
@@ -33,9 +33,9 @@ class EMA(Callback):
 
     def __init__(self, decay: float = 0.999, every: int = 1, evaluate: bool = True) -> None:
         if not 0 <= decay < 1:
-            raise DerainError(f"EMA: decay {decay}: must be at least 0 and below 1")
+            raise DerainError(f"EMA: decay {decay}: expected at least 0 and below 1")
         if every < 1:
-            raise DerainError(f"EMA: every {every}: must be at least 1")
+            raise DerainError(f"EMA: every {every}: expected at least 1")
         self.decay, self.every, self.evaluate = decay, every, evaluate
         self.batches = 0
         self.updates = 0
@@ -56,7 +56,7 @@ class EMA(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update the average."""
+        """Update the average after every ``every`` batches."""
         if self.average is None:
             return
         self.batches += 1
@@ -71,7 +71,7 @@ class EMA(Callback):
             average_buffer.copy_(buffer)
 
     def _swap(self, pl_module: LightningModule) -> None:
-        """Exchange the weights of the network and the average."""
+        """Exchange the weights of the network and the average, if ``evaluate`` is set."""
         if self.average is None or not self.evaluate:
             return
         self.average.to(pl_module.device)  # sanity checking runs before on_train_start
@@ -83,7 +83,7 @@ class EMA(Callback):
         self._swapped = not self._swapped
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate with the average."""
+        """Load the average into the network, if ``evaluate`` is set."""
         self._swap(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,7 +102,7 @@ class EMA(Callback):
             checkpoint["ema"] = {"network": network, "updates": self.updates, "batches": self.batches}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore the average.
+        """Restore the average when training resumes.
 
         Raises:
             DerainError: If the checkpoint was saved without EMA.

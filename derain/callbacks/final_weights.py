@@ -8,8 +8,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from derain.callbacks.checkpoints import BestCheckpoint
+from derain.callbacks.image_counts import image_count, validation_counts
 from derain.callbacks.last import LastCheckpoint
-from derain.callbacks.parts import image_count, validation_counts
 from derain.methods import DerainModule, TrainableModule
 from derain.methods.catalog import load
 
@@ -17,9 +17,10 @@ log = logging.getLogger("derain")
 
 
 class FinalWeights(Callback):
-    """Write ``weights.safetensors`` at the end of training, and log the validation score.
+    """Write ``weights.safetensors`` at the end of training; log the best validation score and the next command.
 
-    The weights are those of the best checkpoint, or of the last one if no validation ran.
+    The weights are those of the best checkpoint, or of the last checkpoint if no validation ran; with EMA, the averaged
+    ones.
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -32,12 +33,12 @@ class FinalWeights(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             log.info("fast_dev_run: no checkpoints and no weights are saved")
             return
-        file = best.best_model_path or last.best_model_path  # of a callback without monitor, best is the newest
+        file = best.best_model_path or last.best_model_path  # last has no monitor: its best is its newest
         if not file:
             log.warning("no training step was run: no weights are saved")
             return
         for checkpoint in trainer.checkpoint_callbacks:
-            if isinstance(checkpoint, ModelCheckpoint) and not checkpoint.monitor:  # loggers would call it best
+            if isinstance(checkpoint, ModelCheckpoint) and not checkpoint.monitor:  # or loggers would call it the best
                 checkpoint.last_model_path, checkpoint.best_model_path = checkpoint.best_model_path, ""
         target = Path(trainer.default_root_dir) / "weights.safetensors"
         load(Path(file), type(pl_module)).module.save_weights(target)

@@ -12,17 +12,17 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from derain.callbacks.checkpoints import Checkpoint
-from derain.callbacks.parts import common_batches
+from derain.callbacks.image_counts import common_batches
 
 log = logging.getLogger("derain")
 
 
 class LastCheckpoint(Checkpoint):
-    """Save ``last.ckpt`` after every epoch, and when a signal ends the training.
+    """Save ``last.ckpt`` after every epoch, and when a signal stops the training.
 
     Batch systems send SIGTERM before they end or pre-empt a job. Under SLURM, the signal of ``sbatch --signal``
-    (SIGUSR1) also requeues the job. The training stops between two batches; other exceptions save no checkpoint, since
-    training cannot resume within a batch.
+    (default: SIGUSR1) also requeues the job. A signal stops the training between two batches. Other exceptions save no
+    checkpoint, since training cannot resume within a batch.
 
     Args:
         dirpath: Folder of the checkpoints.
@@ -35,7 +35,7 @@ class LastCheckpoint(Checkpoint):
         self._requeueing = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace Lightning's signal handlers, which communicate or save within a batch."""
+        """Replace Lightning's signal handlers, which communicate or save a checkpoint within a batch."""
         super().on_train_start(trainer, pl_module)
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
@@ -55,7 +55,7 @@ class LastCheckpoint(Checkpoint):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Stop within a validation too, which may take long; a resumed run repeats it."""
+        """Stop on all ranks during validation too, which may take long; a resumed run repeats the validation."""
         if not trainer.sanity_checking and batch_idx < common_batches(trainer):  # a collective decision
             self._stop_if_signalled(trainer)
 
@@ -67,7 +67,7 @@ class LastCheckpoint(Checkpoint):
         raise SIGTERMException
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save a checkpoint if a signal stopped the training; then requeue the job, which SLURM may end at once."""
+        """Save a checkpoint if a signal stopped the training; only then requeue the job, since SLURM may end it."""
         self.save_on_exception = isinstance(exception, SIGTERMException) and (trainer.training or trainer.validating)
         super().on_exception(trainer, pl_module, exception)
         if self._requeueing and trainer.is_global_zero:

@@ -22,8 +22,13 @@ def to_pixels(image: Tensor, name: str) -> Pixels:
     return to_bytes(image.float().permute(1, 2, 0).cpu().numpy(), name)
 
 
-def draw(batch: Any, outputs: Any) -> tuple[Image.Image, str]:
-    """Return the panel of the first image of a batch, and the image's name."""
+def draw_panel(batch: Any, outputs: Any) -> tuple[Image.Image, str]:
+    """Return the panel and the name of the first image of a batch.
+
+    Args:
+        batch: Batch of a `RainDataModule`.
+        outputs: What ``validation_step`` or ``test_step`` returned for the batch.
+    """
     images = {"rainy": batch["rainy"], "derained": outputs["derained"], "clean": batch["clean"]}
     name = batch["name"][0]
     panel = compare({label: to_pixels(image[0], f"{name}: {label} image") for label, image in images.items()})
@@ -31,13 +36,13 @@ def draw(batch: Any, outputs: Any) -> tuple[Image.Image, str]:
 
 
 class ImagePanels(Callback):
-    """Save panels (rainy | derained | clean) of the first images of a set.
+    """Save panels (rainy | derained | clean) of the first images of the validation and test sets.
 
-    Validation images are saved to ``panels/NAME/epoch-E.png`` after every validation, and sent to W&B or TensorBoard;
-    test images are saved to ``panels/NAME.png``.
+    Panels of validation images are saved to ``panels/NAME/epoch-E.png`` in every validation, and logged to W&B and
+    TensorBoard. Panels of test images are saved to ``panels/NAME.png``.
 
     Args:
-        count: Number of images.
+        count: Number of images per set.
     """
 
     def __init__(self, count: int = 4) -> None:
@@ -55,7 +60,7 @@ class ImagePanels(Callback):
         """Save and log the panel of one of the first images; each rank saves its own."""
         if trainer.sanity_checking or int(batch["index"][0]) >= self.count or outputs is None:
             return
-        panel, name = draw(batch, outputs)
+        panel, name = draw_panel(batch, outputs)
         write_image(Path(trainer.default_root_dir) / "panels" / name / f"epoch-{trainer.current_epoch:04d}.png", panel)
         tag = f"panels/{name}".encode(errors=ESCAPED).decode()
         for logger in trainer.loggers:
@@ -75,5 +80,5 @@ class ImagePanels(Callback):
     ) -> None:
         """Save the panel of one of the first test images."""
         if int(batch["index"][0]) < self.count and outputs is not None:
-            panel, name = draw(batch, outputs)
+            panel, name = draw_panel(batch, outputs)
             write_image(Path(trainer.default_root_dir) / "panels" / f"{name}.png", panel)

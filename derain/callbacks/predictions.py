@@ -14,13 +14,18 @@ from derain.pictures import write_explanation
 
 
 class SaveImages(Callback):
-    """Save every restored image to ``images/NAME.png`` in the folder of the run.
+    """Save every derained image to ``images/NAME.png`` in the folder of the run.
 
-    With ``--explain true``, ``images/NAME-explain.png`` and ``.json`` contain the maps and the conditions.
+    With ``--explain true``, ``images/NAME-explain.png`` shows the maps and ``images/NAME-explain.json`` describes the
+    conditions, such as the route.
     """
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that no image would overwrite another."""
+        """Check that no image would overwrite another image or an input.
+
+        Raises:
+            DerainError: If one would.
+        """
         endings = [".png"]
         if isinstance(pl_module, Explains) and pl_module.explaining:
             endings += ["-explain.png", "-explain.json"]
@@ -49,5 +54,5 @@ class SaveImages(Callback):
                     images[kind] = to_pixels(values.expand(3, -1, -1), f"{name}: {kind}")
                 description = pl_module.describe_image(outputs["conditions"], index)
                 write_explanation(folder / f"{name}-explain", images, description)
-        if trainer.received_sigterm:  # ignored by Lightning's prediction loop
+        if trainer.received_sigterm:  # Lightning's prediction loop ignores the signal
             raise SIGTERMException

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from derain.callbacks.parts import image_count
+from derain.callbacks.image_counts import image_count
 from derain.files.weights import sha256
 from derain.images import ESCAPED, write_whole
 from derain.methods import DerainModule
@@ -31,11 +31,11 @@ PACKAGES = ("derain", "torch", "lightning", "torchmetrics")
 class TestResults(Callback):
     """Save ``images.csv`` and ``summary.json`` to ``trainer.default_root_dir``, and print a table.
 
-    In the summary, ``seconds`` is the mean time of ``forward`` per image.
+    In the summary, ``seconds`` is the mean time of ``forward`` per image, measured on rank 0.
 
     Args:
-        weights: Weights that are tested; None for a checkpoint that the trainer loads.
-        commit: Git commit of derain, for the summary.
+        weights: Weights that are tested, as the user named them; None for a checkpoint that the trainer loads.
+        commit: Git commit of derain, for the summary; None: unknown.
     """
 
     __test__ = False  # pytest would collect the class
@@ -44,7 +44,7 @@ class TestResults(Callback):
         self.weights, self.commit = weights, commit
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Register hooks that time ``forward``, excluding loading and scoring."""
+        """Register hooks that time ``forward``, which excludes data loading and scoring."""
         self._seconds, self._images = 0.0, 0
 
         def now() -> float:
@@ -62,7 +62,7 @@ class TestResults(Callback):
         self._hooks = [pl_module.register_forward_pre_hook(before), pl_module.register_forward_hook(after)]
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save and print the scores on rank 0, gathered from all ranks."""
+        """Save and print the scores of all ranks on rank 0."""
         for hook in self._hooks:
             hook.remove()
         if not trainer.is_global_zero:
@@ -98,11 +98,11 @@ class TestResults(Callback):
 
 
 def image_rows(scores: dict[str, dict[str, Scores]], names: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield one row per image and protocol.
+    """Yield one row per image and protocol, with the columns of ``images.csv``.
 
     Args:
-        scores: Scores of the ``rainy`` and the ``derained`` images, by protocol.
-        names: Names of all images of the data set; the index of a score refers to them.
+        scores: Scores by kind (``rainy`` and ``derained``) and protocol.
+        names: Names of all images in the data set, in the order that the indices of the scores refer to.
     """
     for protocol, derained in scores["derained"].items():
         rainy = scores["rainy"][protocol]
@@ -123,7 +123,7 @@ def image_rows(scores: dict[str, dict[str, Scores]], names: list[str]) -> Iterat
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a CSV file, completely or not at all."""
+    """Write rows with equal keys to a CSV file, completely or not at all; there must be at least one row."""
     with write_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors=ESCAPED) as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -131,10 +131,10 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def results(scores: dict[str, dict[str, Scores]]) -> list[dict[str, Any]]:
-    """Return means over images and 95 % bootstrap intervals, one entry per protocol.
+    """Return means over the images with 95 % bootstrap intervals, one entry per protocol.
 
     Args:
-        scores: Scores of the ``rainy`` and the ``derained`` images, by protocol.
+        scores: Scores by kind (``rainy`` and ``derained``) and protocol.
     """
     entries = []
     for protocol, derained in scores["derained"].items():
@@ -158,7 +158,7 @@ def results(scores: dict[str, dict[str, Scores]]) -> list[dict[str, Any]]:
 
 
 def hardware(trainer: Trainer) -> dict[str, Any]:
-    """Return device, cores and precision of a test, for the summary."""
+    """Return the device, CPU cores, number of devices and precision of a test, for the summary."""
     device = trainer.strategy.root_device
     return {
         "device": device_name(device),
@@ -169,7 +169,7 @@ def hardware(trainer: Trainer) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of a GPU, or of the processor, with the type of any other device."""
+    """Return the name of a CUDA device; otherwise that of the processor, with the device type unless it is the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return cpu_name() if device.type == "cpu" else f"{cpu_name()}, {device.type}"
@@ -202,7 +202,7 @@ def print_table(summary: dict[str, Any]) -> None:
 
 
 def _title(summary: dict[str, Any]) -> str:
-    """Return method, sets, number of images and sampling."""
+    """Return the title of the table: method, data sets, number of images and sampling."""
     data, sampling = summary["data"], summary["sampling"]
     sets = data["sets"] if isinstance(data["sets"], str) else " + ".join(data["sets"])
     title = f"{summary['method']['method']} on {sets}, {image_count(data['images'], data['images_in_sets'])}"
@@ -212,5 +212,5 @@ def _title(summary: dict[str, Any]) -> str:
 
 
 def _scores(result: dict[str, Any], prefix: str) -> list[float]:
-    """Return PSNR, SSIM and LPIPS, if it was computed; the prefix is ``rainy_`` or empty."""
+    """Return PSNR, SSIM and, if it was computed, LPIPS; the prefix is ``rainy_`` or empty."""
     return [result[f"{prefix}{name}"] for name in ("psnr", "ssim", "lpips") if f"{prefix}{name}" in result]

@@ -9,9 +9,9 @@ from lightning import Callback, LightningModule, Trainer
 
 
 class BatchSeeds(Callback):
-    """Seed the global generators before each batch with a mix of seed, epoch, batch and rank.
+    """Seed the global generators before each batch with a hash of seed, epoch, batch and rank.
 
-    The random numbers of a batch then depend on nothing else, such as validations or a resume.
+    The random numbers of a batch then depend on nothing else, such as earlier validations or resuming.
 
     Args:
         seed: Seed of the run.

@@ -1,4 +1,4 @@
-"""Images per second of a training, and the share of time spent waiting for data."""
+"""Training throughput: images per second, and the fraction of time spent waiting for data."""
 
 import time
 from typing import Any
@@ -7,10 +7,10 @@ from lightning import Callback, LightningModule, Trainer
 
 
 class Throughput(Callback):
-    """Log ``train/images_per_second`` of all devices, and ``train/data_wait``, the share of time without data.
+    """Log ``train/images_per_second`` of all devices, and ``train/data_wait``, the fraction of time waiting for data.
 
-    Both are means over an epoch, also of one that was interrupted and resumed. The time between two batches, in which
-    the loop fetches the next one, counts as waiting; validation does not count.
+    Both are means over an epoch, including the part before an interruption if the run was resumed. The time between two
+    batches, in which the loop fetches the next batch, counts as waiting. Validation does not count.
     """
 
     def __init__(self) -> None:
@@ -23,15 +23,15 @@ class Throughput(Callback):
         self._waited, self._images = 0.0, 0
 
     def state_dict(self) -> dict[str, float | int]:
-        """Return seconds and images of the epoch so far."""
+        """Return the seconds spent and waited, and the number of images, in the epoch so far."""
         return {"spent": self._free - self._start, "waited": self._waited, "images": self._images}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them; `on_train_start` uses them."""
+        """Restore the state of an interrupted epoch, from which `on_train_start` continues."""
         self._resumed = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clocks; Lightning calls no ``on_train_epoch_start`` for a resumed epoch."""
+        """Start or continue the clocks: Lightning does not call ``on_train_epoch_start`` for a resumed epoch."""
         self._begin(self._resumed.get("spent", 0.0))
         self._waited, self._images = self._resumed.get("waited", 0.0), self._resumed.get("images", 0)
 
@@ -40,23 +40,23 @@ class Throughput(Callback):
         self._begin(0.0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Measure how long the batch was waited for."""
+        """Measure the time spent waiting for the batch."""
         self._wait = time.perf_counter() - self._free
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch; one that a signal stops before training is not counted."""
+        """Count the batch; a batch that a signal prevents is not counted."""
         self._waited += self._wait
         self._images += len(batch["name"])
         self._free = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clocks."""
+        """Pause the clocks."""
         self._paused = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start them again."""
+        """Continue the clocks."""
         if not trainer.sanity_checking:
             pause = time.perf_counter() - self._paused
             self._start += pause

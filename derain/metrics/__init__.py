@@ -1,6 +1,6 @@
 """Metrics of derained images: PSNR and SSIM by named protocols, LPIPS, no-reference quality.
 
-Importing this package does not import torch or torchmetrics, which takes seconds; `ImageQuality` does.
+Importing this package does not import torch or torchmetrics, which takes seconds; the first use of `ImageQuality` does.
 """
 
 from typing import TYPE_CHECKING, Any

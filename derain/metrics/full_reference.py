@@ -1,8 +1,8 @@
 """PSNR and SSIM of one image in float64.
 
-SSIM is filtered by OpenCV's separable filter. The SSIM map of torchmetrics, cropped by 5 pixels, agrees to 1e-9
-(tested) but takes about 200 times as long in float64 on a CPU, and its import takes seconds. Without torch, the
-results do not depend on autocast or the device either.
+The Gaussian window of SSIM is applied by OpenCV. The SSIM map of torchmetrics, cropped by 5 pixels, agrees to 1e-9
+(tested), but takes about 200 times as long in float64 on a CPU, and its import takes seconds. Without torch, the
+results depend neither on autocast nor on the device.
 """
 
 import math
@@ -21,7 +21,7 @@ from .protocols import Protocol
 Array = NDArray[np.float64]
 
 MAX_PSNR = 100.0
-"""PSNR of identical images in dB, and upper limit of any PSNR; keeps means finite."""
+"""PSNR of identical images in dB, and upper limit of any PSNR, so that means are finite."""
 
 _LUMA = np.array([[65.481 / 255, 128.553 / 255, 24.966 / 255, 16.0]])  # Rec. ITU-R BT.601, limited range
 _WINDOW = cv2.getGaussianKernel(11, 1.5, cv2.CV_64F)
@@ -36,9 +36,9 @@ class Scores:
 
     Attributes:
         index: ``(n,)``, indices of the images in the data set.
-        psnr: ``(n,)`` in dB; 100 if the image equals the clean one.
-        ssim: ``(n,)``.
-        lpips: ``(n,)``, equal for all protocols; None if it was not computed.
+        psnr: ``(n,)`` in dB, at most 100; NaN for images that cannot be scored.
+        ssim: ``(n,)``, at most 1; NaN for images that cannot be scored.
+        lpips: ``(n,)``, the same for all protocols; None if not computed.
     """
 
     index: NDArray[np.int64]
@@ -51,16 +51,17 @@ def psnr_ssim(derained: NDArray[Any], clean: NDArray[Any], protocol: Protocol) -
     """Return PSNR and SSIM of one image.
 
     Args:
-        derained: ``(h, w, 3)``, RGB; uint8, or float32 or float64 in [0, 1].
-        clean: Same shape.
-        protocol: Colour space, rounding, border and window.
+        derained: ``(h, w, 3)``, RGB; uint8, or float32 or float64 in [0, 1], which values may leave by up to 1: the
+            protocol clips them.
+        clean: Same shape; uint8, or float32 or float64 in [0, 1].
+        protocol: Definition of PSNR and SSIM.
 
     Returns:
         PSNR in dB (at most 100), and SSIM.
 
     Raises:
-        DerainError: If shapes differ, images are too small for the protocol or of another type, or floats are not in
-            [0, 1].
+        DerainError: If the shapes differ, the images are too small for the protocol, their type is not supported, or
+            values are out of range.
 
     Example:
         >>> from derain.metrics import resolve
@@ -87,17 +88,17 @@ def _check_size(image: NDArray[Any], protocol: Protocol) -> None:
     minimum = window + 2 * protocol.border
     if min(image.shape[:2]) < minimum:
         raise DerainError(
-            f"protocol {protocol.name} needs images of at least {minimum}x{minimum} pixels, got {_size(image)}; "
-            "omit the image"
+            f"image of {_size(image)} pixels: protocol {protocol.name} needs at least {minimum}x{minimum}; omit the "
+            "image"
         )
 
 
 def check_values(derained: NDArray[Any], clean: NDArray[Any], name: str = "") -> None:
-    """Check that floating-point images are in [0, 1]; clipping would turn images in 0 to 255 white.
+    """Check that floating-point images are in [0, 1], since clipping would turn images in [0, 255] white.
 
     Args:
-        derained: Derained image; its values may leave [0, 1] by up to 1.
-        clean: Clean image.
+        derained: Derained image; values may leave [0, 1] by up to 1.
+        clean: Clean image; values may leave [0, 1] by up to 0.25.
         name: Name of the image in messages.
 
     Raises:
@@ -114,7 +115,7 @@ def _size(image: NDArray[Any]) -> str:
 
 
 def _planes(image: NDArray[Any], output: str, protocol: Protocol) -> Array:
-    """Return the values to compare, ``(h, w, 1 or 3)`` in 0 to 255, without the protocol's border."""
+    """Return the values to compare, ``(h, w, 1)`` or ``(h, w, 3)`` in 0 to 255, without the protocol's border."""
     height, width = image.shape[:2]
     border = protocol.border
     values = _to_255(image[border : height - border, border : width - border], output)
@@ -132,7 +133,7 @@ def _to_255(image: NDArray[Any], output: str) -> Array:
         raise DerainError(f"image type {image.dtype} is not supported; convert images to uint8, float32 or float64")
     if output == "none":
         return image.astype(np.float64) * 255
-    # In the image's own type, as in the authors' code: k / 255 then becomes exactly k, not slightly less.
+    # Multiplied in the image's own type, as in the authors' code: k / 255 becomes exactly k, not slightly less.
     values = np.clip((image * image.dtype.type(255)).astype(np.float64), 0, 255)
     return cast(Array, np.rint(values) if output == "round" else np.trunc(values))
 
@@ -150,7 +151,7 @@ def _plane_ssim(x: Array, y: Array, shrink: int, mode: str) -> float:
 
 
 def _shrunk(plane: Array, factor: int) -> Array:
-    """Down-sample like ssim.m: imfilter(ones(f) / f², 'symmetric'), then every f-th pixel."""
+    """Return a plane down-sampled as by ssim.m: imfilter(ones(f) / f², 'symmetric'), then every f-th pixel."""
     if factor == 1:
         return np.ascontiguousarray(plane)
     centre = (factor - 1) // 2  # MATLAB's centre of an even filter
@@ -163,8 +164,8 @@ def _shrunk(plane: Array, factor: int) -> Array:
 def _ssim(x: Array, y: Array) -> float:
     """Return the mean SSIM over the valid region (Wang et al., TIP 2004, eq. 13).
 
-    The variances are computed as their sum, since they occur in no other form. Strips limit the memory and fit into
-    the processor's cache.
+    Only the sum of the two variances is computed, since SSIM does not need them separately. Strips of rows limit the
+    memory and fit into the processor's cache.
     """
     rows, columns = (int(length) - 2 * _MARGIN for length in x.shape)
     strips = [slice(top, top + _STRIP + 2 * _MARGIN) for top in range(0, rows, _STRIP)]
@@ -188,11 +189,11 @@ def _local_mean(values: Array) -> Array:
 def bootstrap_interval(
     values: NDArray[np.floating[Any]], *, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the mean: percentiles of the means of resampled images.
+    """Return the 95 % bootstrap interval of the mean: the 2.5th and 97.5th percentiles of the means of resamples.
 
     Args:
-        values: ``(n,)``, one per image.
-        resamples: Number of resamples of n images each.
+        values: ``(n,)``, one score per image.
+        resamples: Number of resamples, which draw n images with replacement.
         seed: Seed of the resampling.
 
     Example:

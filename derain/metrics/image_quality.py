@@ -1,4 +1,4 @@
-"""Torchmetrics metric for PSNR, SSIM and LPIPS of each image, on one device or several."""
+"""Metric of torchmetrics: PSNR, SSIM and LPIPS of each image, on one device or several."""
 
 from collections.abc import Sequence
 
@@ -16,14 +16,15 @@ from .protocols import resolve
 
 
 class ImageQuality(Metric):
-    """PSNR and SSIM of every image of a data set under named protocols.
+    """PSNR and SSIM of every image of a data set by named protocols, and optionally LPIPS.
 
-    Values are kept per image, never pooled. Devices may have different numbers of images; an image that several
-    devices evaluated counts once. The result is identical to that of a single device.
+    Scores are stored per image; squared errors are never pooled over images. Devices may have different numbers of
+    images, and an image that several devices evaluated counts once, so that the result is identical to that of a single
+    device.
 
     Args:
-        protocols: Names for :func:`derain.metrics.resolve`.
-        lpips: LPIPS of whole images in floating point; not computed by default.
+        protocols: Names of protocols or groups, see :func:`derain.metrics.resolve`.
+        lpips: LPIPS metric; by default, LPIPS is not computed.
 
     Example:
         >>> quality = ImageQuality(["matlab-y"])
@@ -43,8 +44,8 @@ class ImageQuality(Metric):
         self.lpips = lpips
         self.set_dtype(torch.float64)
         self.protocols = resolve(protocols)
-        # Index, PSNR and SSIM under each protocol, LPIPS if computed. Flat, since torchmetrics sends a flat empty state
-        # for a device without images.
+        # A row has the index, PSNR and SSIM by each protocol, and LPIPS if computed. Rows are flattened, since
+        # torchmetrics gathers a flat empty state from a device without images.
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
     def update(
@@ -54,16 +55,18 @@ class ImageQuality(Metric):
         index: Int[Tensor, " b"],
         names: Sequence[str] = (),
     ) -> None:
-        """Evaluate a batch of images.
+        """Score a batch of images.
 
         Args:
-            derained: ``(b, 3, h, w)``, uint8, or float32 or float64 in [0, 1]; not clamped, since protocols differ.
-            clean: Same shape.
+            derained: ``(b, 3, h, w)``, uint8, or float32 or float64 in [0, 1], which values may leave by up to 1; not
+                clamped, since each protocol clips in its own way.
+            clean: Same shape; uint8, or float32 or float64 in [0, 1].
             index: ``(b,)``, index of each image in the data set.
             names: Names of the images in messages; their indices by default.
 
         Raises:
-            DerainError: If images are in half precision, not in [0, 1], or too small for a protocol.
+            DerainError: If shapes differ, or images are in half precision, out of range, or too small for a protocol or
+                LPIPS.
         """
         for images in (derained, clean):
             if images.dtype not in {torch.uint8, torch.float32, torch.float64}:

@@ -1,4 +1,4 @@
-"""Perceptual metrics of one image: LPIPS, and no-reference quality by pyiqa.
+"""Perceptual metrics of one image: LPIPS, and no-reference metrics of pyiqa.
 
 Importing this module does not import torch; creating a metric does.
 """
@@ -21,13 +21,13 @@ from .full_reference import check_values
 
 
 class Backbone(NamedTuple):
-    """Network whose features LPIPS compares, with torchvision's weights.
+    """Network whose features LPIPS compares, with weights of torchvision.
 
     Attributes:
         name: Name of the network.
         url: URL of the weights.
-        megabytes: Size of the weights file.
-        min_side: Shortest side of an image that the network accepts, in pixels.
+        megabytes: Size of the weights file in MB.
+        min_side: Minimum height and width of an image, in pixels.
     """
 
     name: str
@@ -55,8 +55,8 @@ class Lpips:
     Computed by torchmetrics on whole images in float32, scaled to [-1, 1], on the CPU.
 
     Args:
-        net: ``alex`` (reported by papers on deraining) or ``vgg``.
-        fetch: Whether to download weights that are not in the cache of ``torch.hub``, with a message.
+        net: ``alex``, which deraining papers report, or ``vgg``.
+        fetch: Whether to download weights that are not in the cache of ``torch.hub``, with a message on standard error.
 
     Raises:
         DerainError: If torchvision or the weights are missing, cannot be downloaded, or are damaged.
@@ -86,29 +86,32 @@ class Lpips:
             raise DerainError(f"cannot download {weights}: {reason}; save them to {self.backbone.file}") from error
 
     def __call__(self, derained: NDArray[Any], clean: NDArray[Any]) -> float:
-        """Return the distance of two images.
+        """Return the distance between two images.
 
         Args:
-            derained: ``(h, w, 3)``, uint8 or floating point in [0, 1].
-            clean: Same shape.
+            derained: ``(h, w, 3)``, RGB; uint8, or floating point in [0, 1], which values may leave by up to 1: they
+                are clipped.
+            clean: Same shape; uint8, or floating point in [0, 1].
 
         Raises:
-            DerainError: If the image is too small for the network, or floats are not in [0, 1].
+            DerainError: If the images are too small for the network, or values are out of range.
         """
         import torch
 
         check_values(derained, clean)
         if min(clean.shape[:2]) < self.backbone.min_side:
             raise DerainError(
-                f"LPIPS needs images of at least {self.backbone.min_side}x{self.backbone.min_side} pixels, "
-                f"got {clean.shape[1]}x{clean.shape[0]}; add --lpips none"
+                f"image of {clean.shape[1]}x{clean.shape[0]} pixels: LPIPS needs at least "
+                f"{self.backbone.min_side}x{self.backbone.min_side}; add --lpips none"
             )
         with torch.inference_mode():
             return float(self.network(_tensor(derained) * 2 - 1, _tensor(clean) * 2 - 1))
 
 
 def available_lpips(choice: str) -> Lpips | None:
-    """Return LPIPS by a choice of ``--lpips``, or None with a message on standard error if it is not available.
+    """Return the LPIPS metric that ``--lpips`` selects, or None if it is ``none`` or not available.
+
+    A metric that is not available is reported on standard error.
 
     Args:
         choice: ``auto`` for AlexNet if its weights are in the cache, ``alex`` or ``vgg`` to download missing weights,
@@ -130,13 +133,13 @@ def available_lpips(choice: str) -> Lpips | None:
 
 
 class NoReference:
-    """No-reference metric of pyiqa (an optional extra), such as niqe or musiq.
-
-    Attributes:
-        lower_better: Whether lower values are better.
+    """No-reference metric of pyiqa (an optional extra), such as niqe or musiq, on the CPU.
 
     Args:
         name: Name of the metric in pyiqa, which may download its weights.
+
+    Attributes:
+        lower_better: Whether lower scores are better.
 
     Raises:
         DerainError: If pyiqa is missing, has no such metric, or cannot download its weights.
@@ -161,7 +164,15 @@ class NoReference:
         self.lower_better = bool(getattr(self.metric, "lower_better", False))
 
     def __call__(self, image: NDArray[Any]) -> float:
-        """Return the score of an image ``(h, w, 3)``, uint8 or floating point in [0, 1]."""
+        """Return the score of an image.
+
+        Args:
+            image: ``(h, w, 3)``, RGB; uint8, or floating point in [0, 1], which values may leave by up to 1: they are
+                clipped.
+
+        Raises:
+            DerainError: If values are out of range.
+        """
         import torch
 
         if image.dtype.kind == "f":
@@ -171,7 +182,7 @@ class NoReference:
 
 
 def _tensor(image: NDArray[Any]) -> Any:
-    """Return ``(1, 3, h, w)``, float32 in [0, 1]."""
+    """Return an image as ``(1, 3, h, w)`` tensor, float32, clipped to [0, 1]."""
     import torch
 
     values = image.astype(np.float32)

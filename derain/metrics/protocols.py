@@ -15,22 +15,23 @@ from derain.errors import DerainError
 class Protocol:
     """Definition of PSNR and SSIM of a derained image.
 
-    The peak of PSNR is 255. The window of SSIM is an 11×11 Gaussian of σ 1.5, its constants are (0.01·255)² and
-    (0.03·255)². For RGB, the mean over the channels is reported.
+    The peak of PSNR is 255. The window of SSIM is an 11×11 Gaussian with σ = 1.5, its constants are (0.01·255)² and
+    (0.03·255)². For RGB, PSNR has the mean squared error over all channels, and SSIM is the mean over the channels.
 
     Attributes:
-        name: Name that is reported with the numbers.
+        name: Name that is reported with the scores.
         definition: Definition in one line.
         users: Papers that use the protocol.
-        colour: ``y`` for BT.601 limited-range luma, (65.481 R + 128.553 G + 24.966 B) / 255 + 16; or ``rgb``.
+        colour: ``y`` for BT.601 limited-range luma, (65.481 R + 128.553 G + 24.966 B) / 255 + 16 with R, G, B in 0 to
+            255; or ``rgb``.
         luma_rounded: Whether luma is rounded to integers.
-        output: Conversion of derained values to 8 bit: clipped, then ``round`` or ``truncate``; ``none`` keeps floats,
+        output: Conversion of derained floats to 8 bit: clipped, then ``round`` or ``truncate``; ``none`` keeps floats,
             clipped for PSNR only.
         border: Width of the border that is cropped before PSNR and SSIM, in pixels.
         ssim: ``valid`` averages SSIM over the valid region (as in MATLAB); ``padded`` over the whole image with zero
             padding (as in PyTorch losses).
-        downsample: Whether images are down-sampled for SSIM like in Wang's ssim.m: every f-th pixel of the mean over
-            f×f, symmetric at the border, f = max(1, round(min(h, w) / 256)).
+        downsample: Whether images are down-sampled for SSIM as in Wang's ssim.m: every f-th pixel of the mean over
+            f×f pixels, with symmetric borders and f = max(1, round(min(h, w) / 256)).
     """
 
     name: str
@@ -111,10 +112,10 @@ def resolve(names: Sequence[str]) -> tuple[Protocol, ...]:
     """Return protocols by name, each once, in the given order.
 
     Args:
-        names: Keys of :data:`PROTOCOLS` or :data:`PROTOCOL_GROUPS`; the suffix ``+down`` adds down-sampling to SSIM.
+        names: Names in :data:`PROTOCOLS` or :data:`PROTOCOL_GROUPS`; the suffix ``+down`` adds down-sampling to SSIM.
 
     Raises:
-        DerainError: If a name is unknown, or there are none.
+        DerainError: If a name is unknown, or ``names`` is empty.
 
     Example:
         >>> [protocol.name for protocol in resolve(["prenet", "ir-sde"])]

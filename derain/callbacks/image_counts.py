@@ -1,4 +1,4 @@
-"""Number of images that are evaluated, and a warning if they are only a part of the set."""
+"""Numbers of evaluated images, and a warning if only a part of a set is evaluated."""
 
 import logging
 from typing import Any
@@ -9,7 +9,7 @@ log = logging.getLogger("derain")
 
 
 def image_count(evaluated: int, total: int) -> str:
-    """Return the number of evaluated images for a message, marked if they are only a part of the set.
+    """Return the number of evaluated images as text, marked "partial" if it is less than the total.
 
     Example:
         >>> image_count(3, 100), image_count(100, 100), image_count(1, 1)
@@ -20,9 +20,9 @@ def image_count(evaluated: int, total: int) -> str:
 
 
 def validation_counts(trainer: Trainer) -> tuple[int, int]:
-    """Return the number of images that are validated, and that of the validation set.
+    """Return how many images a validation evaluates, and how many the validation set has.
 
-    They are computed from the options: Lightning counts batches only when a validation starts.
+    Both are computed from the options, since Lightning counts batches only when a validation starts.
     """
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     count = len(data.pairs.get("val", ()))
@@ -31,7 +31,7 @@ def validation_counts(trainer: Trainer) -> tuple[int, int]:
 
 
 def common_batches(trainer: Trainer) -> int:
-    """Return the number of validation batches that every rank has; some ranks have one more."""
+    """Return the number of validation batches that all ranks have in common; some ranks have one more."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     return _limited(max(1, len(data.pairs["val"]) // trainer.world_size), trainer)
 
@@ -42,7 +42,7 @@ def _limited(batches: int, trainer: Trainer) -> int:
 
 
 class PartialEvaluationWarning(Callback):
-    """Warn if ``derain validate`` or ``predict`` evaluates only a part of the images."""
+    """Warn if ``derain validate`` or ``derain predict`` evaluates only a part of the images."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn after ``derain validate``."""

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 import pytest
 from lightning import Trainer
 
-from derain.callbacks.parts import PartialEvaluationWarning, validation_counts
+from derain.callbacks.image_counts import PartialEvaluationWarning, validation_counts
 from derain.methods import PReNetModule
 
 
