@@ -21,10 +21,10 @@ class SaveImages(Callback):
     """
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that no image would overwrite another image or an input.
+        """Check that no output would overwrite another output.
 
         Raises:
-            DerainError: If one would.
+            DerainError: If two outputs collide.
         """
         endings = [".png"]
         if isinstance(pl_module, Explains) and pl_module.explaining:
