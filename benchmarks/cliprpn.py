@@ -29,7 +29,7 @@ def random_perception(folder: Path) -> RainPerception:
     perception = RainPerception(str(folder), ("no rain", "rain"))
     perception.clip = clip
     perception.__dict__["_text_features"] = torch.rand(2, model.config.projection_dim)
-    perception.__dict__["_known"], perception.__dict__["_file"] = {}, folder / "routes.jsonl"
+    perception.__dict__["_cached"], perception.__dict__["_file"] = {}, folder / "routes.jsonl"
     return perception
 
 
@@ -38,7 +38,7 @@ def main() -> int:
     """Print the ratios; return 1 if a target is missed."""
     keep_freed_memory()
     torch.manual_seed(0)
-    routed, single = CLIPRPN(routes=2).eval(), CLIPRPN(routes=1).eval()
+    routed, single = CLIPRPN(route_count=2).eval(), CLIPRPN(route_count=1).eval()
     image, batch = torch.rand(1, 3, 256, 256), torch.rand(4, 3, 128, 128)
     pixels = (image[0] * 255).byte().permute(1, 2, 0).numpy()
     perception = random_perception(Path(tempfile.mkdtemp()))

@@ -37,15 +37,15 @@ PLAIN = sum(4 * c * c + 3 * 9 * c + heads for c, heads in ((384, 8), (192, 4), (
     ("options", "count"),
     [
         ({}, 32_720_308),
-        ({"routes": 1}, 30_294_724),
-        ({"routes": 3}, 35_145_892),
+        ({"route_count": 1}, 30_294_724),
+        ({"route_count": 3}, 35_145_892),
         ({"spatial_kernel": 1}, 32_720_308 - 6 * (98 - 2)),
         ({"spatial_kernel": 0}, 32_720_308 - 6 * 98),
         ({"interaction": "swapped", "residual": False}, 32_720_308),
         ({"mgca": False}, BACKBONE + 2 * PLAIN),
-        ({"mgca": False, "routes": 3}, BACKBONE + 3 * PLAIN),
-        ({"routes": 0, "mgca": False}, BACKBONE),
-        ({"routes": 0}, BACKBONE),
+        ({"mgca": False, "route_count": 3}, BACKBONE + 3 * PLAIN),
+        ({"route_count": 0, "mgca": False}, BACKBONE),
+        ({"route_count": 0}, BACKBONE),
     ],
 )
 def test_parameters(options, count):
