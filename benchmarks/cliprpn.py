@@ -44,7 +44,7 @@ def main() -> int:
     perception = random_perception(Path(tempfile.mkdtemp()))
 
     def encode() -> None:
-        perception._known.clear()
+        perception._cached.clear()
         perception.similarities([pixels])
 
     times = time_alternately(

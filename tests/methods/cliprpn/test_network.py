@@ -1,6 +1,7 @@
 """Network of CLIP-RPN compared with its equations as sums; effects of routing on images and gradients."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -260,7 +261,7 @@ def test_routes_in_bfloat16(precision):
 @pytest.mark.parametrize("routes", [[0, 1], [0, 1, 0, 1, 1], [0, 1, 0, 2], [0, 0, 0, -1]])
 def test_invalid_routes_are_refused(routes):
     network = CLIPRPN(dim=8, blocks=(1, 1, 1, 1), refinement=1)
-    with pytest.raises(ValueError, match="4 images"):
+    with pytest.raises(ValueError, match=re.escape(str(routes))):
         network(torch.rand(4, 3, 16, 16), routes)
 
 
