@@ -37,7 +37,7 @@ def laplacian(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """Return a level of the Laplacian pyramid: images minus their low-pass version, in float32 or wider.
 
     For the low-pass version, images are blurred, set to zero except in every second row and column, multiplied by 4,
-    and blurred again. The 5×5 blur has the weights (0.05, 0.25, 0.4, 0.25, 0.05) along each axis; borders repeat.
+    and blurred again. The 5×5 blur has weights (0.05, 0.25, 0.4, 0.25, 0.05) along each axis; borders are replicated.
     """
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     blurred = _blur(images)
