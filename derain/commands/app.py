@@ -1,4 +1,4 @@
-"""Serve a page that restores photos in the browser, on this machine."""
+"""Serve a web page that removes rain from photos, on this machine."""
 
 import errno
 import importlib.util
@@ -20,7 +20,7 @@ from derain.memory import keep_freed_memory
 from derain.methods.catalog import use_method
 
 PORTS = range(7860, 7960)
-"""Ports to try if none is given."""
+"""Ports that are tried in order if none is given."""
 
 
 def app(
@@ -36,24 +36,24 @@ def app(
     max_megapixels: float = 24.0,
     keep_metadata: bool = False,
 ) -> int:
-    """Serve a page that restores photos in the browser, until Ctrl-C.
+    """Serve a web page that removes rain from photos, until Ctrl-C.
 
     Photos are processed on this machine and deleted after 30 minutes.
 
     Args:
-        weights: Weights to choose from, as for derain restore; the first is selected at the beginning.
-        method: Classes of the weights that are of methods outside derain, such as my_method.MyModule.
+        weights: Weights that the page offers, as for derain restore; the first one is preselected.
+        method: Classes of methods outside derain that the weights belong to, such as my_method.MyModule.
         device: Device: auto, cpu, cuda, cuda:N or mps.
-        host: Address to serve at; there is no login.
-        allow_host: Further host names under which browsers open the page, such as that of a proxy.
-        trusted_proxy: IP addresses or networks of proxies whose X-Forwarded-For header names the client.
-        port: Port of the page (default: the first free one from 7860).
-        max_megabytes: Largest file that is accepted.
-        max_megapixels: Largest photo that is accepted.
-        keep_metadata: Keep time, camera and location (EXIF) of photos, which are removed otherwise.
+        host: Address to listen on; the page has no login.
+        allow_host: Additional host names of the page, such as the name of a reverse proxy.
+        trusted_proxy: IP addresses or networks of proxies whose X-Forwarded-For header is trusted.
+        port: Port to listen on (default: the first free port from 7860).
+        max_megabytes: Maximum size of an uploaded file in MiB.
+        max_megapixels: Maximum size of a photo in megapixels, at most 178.
+        keep_metadata: Keep the EXIF metadata of photos (time, camera, location), which is removed by default.
 
     Raises:
-        DerainError: If gradio is not installed, an option is wrong, or the port is in use.
+        DerainError: If gradio is not installed, an option is wrong, weights cannot be loaded, or the port is in use.
     """
     if importlib.util.find_spec("gradio") is None:
         raise DerainError("gradio is not installed; the page needs it: pip install 'derain[app]'")
@@ -65,13 +65,13 @@ def app(
     for name in method:
         use_method(name)
     try:
-        with listen(host, port) as listening:
+        with listen(host, port) as listener:
             keep_freed_memory()
             restorers = load_restorers(weights, device)
             with tempfile.TemporaryDirectory(prefix="derain-app-", ignore_cleanup_errors=True) as temporary:
                 folder = Path(temporary).resolve()
                 service = RestorationService(restorers, folder, max_megapixels, keep_metadata=keep_metadata)
-                serve(service, listening, max_megabytes, host, allow_host, trusted_proxy)
+                serve(service, listener, max_megabytes, host, allow_host, trusted_proxy)
     except KeyboardInterrupt:
         pass
     return 0
@@ -86,29 +86,31 @@ def _check_hosts(host: str, allowed_hosts: Sequence[str], proxies: Sequence[str]
         try:
             ipaddress.ip_network(proxy)
         except ValueError as error:
-            raise DerainError(f"--trusted-proxy {proxy}: expected an IP address or network, as 10.0.0.2") from error
+            raise DerainError(
+                f"--trusted-proxy {proxy}: expected an IP address or network, such as 10.0.0.2 or 10.0.0.0/8"
+            ) from error
 
 
 def serve(
     service: RestorationService,
-    listening: socket.socket,
+    listener: socket.socket,
     max_megabytes: int,
     host: str,
     allowed_hosts: Sequence[str],
     proxies: Sequence[str],
 ) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page until SIGINT (Ctrl-C), SIGTERM or SIGHUP.
 
     Args:
         service: Restores uploaded photos.
-        listening: Socket to serve at.
-        max_megabytes: Largest file that is accepted.
+        listener: Listening socket.
+        max_megabytes: Maximum size of an uploaded file in MiB.
         host: Address of the socket.
-        allowed_hosts: Further host names of the page.
-        proxies: Trusted proxies.
+        allowed_hosts: Additional host names of the page.
+        proxies: IP addresses or networks of trusted proxies.
     """
     variables = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(service.folder)}
-    os.environ |= variables  # gradio reads them when it is imported
+    os.environ |= variables  # read when gradio is imported
     import uvicorn
 
     from derain.commands.page import build
@@ -118,27 +120,27 @@ def serve(
     address = f"[{name}]" if ":" in name else name
 
     class Server(uvicorn.Server):
-        """Prints the address once the page is served; closes the page at SIGHUP as at Ctrl-C and SIGTERM."""
+        """Prints the address once the page is served; SIGHUP stops the server as SIGINT and SIGTERM do."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             hang_up = getattr(signal, "SIGHUP", None)  # absent on Windows; ignored under nohup
             if hang_up and signal.getsignal(hang_up) is not signal.SIG_IGN:
                 signal.signal(hang_up, self.handle_exit)
-            port = listening.getsockname()[1]
-            print(f"http://{address}:{port} restores photos in a browser; Ctrl-C stops it", flush=True)
+            port = listener.getsockname()[1]
+            print(f"http://{address}:{port} (open it in a browser; Ctrl-C stops the server)", flush=True)
 
     server = Server(server_config(page, proxies))
-    # Browsers keep connections open: closing them at the end is not an error.
+    # Browsers keep connections open; uvicorn logs an error when it closes them at shutdown.
     logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
     try:
-        server.run(sockets=[listening])
+        server.run(sockets=[listener])
     finally:
         service.close()
 
 
 def server_config(page: Any, proxies: Sequence[str]) -> Any:
-    """Return the settings of the web server, which trusts X-Forwarded-For headers of these proxies only."""
+    """Return the settings of the web server, which trusts X-Forwarded-For headers only from ``proxies``."""
     import uvicorn
 
     return uvicorn.Config(
@@ -154,11 +156,11 @@ def listen(host: str, port: int | None) -> socket.socket:
     """Open a listening socket early, so that no other program can use the port while weights are loaded.
 
     Args:
-        host: Address.
-        port: Port; None for the first free one.
+        host: IP address or host name of this machine.
+        port: Port from 0 (any free port) to 65535; None for the first free port in ``PORTS``.
 
     Raises:
-        DerainError: If the port is in use, or the address is not of this machine.
+        DerainError: If the port is in use or not permitted, or the address does not belong to this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for number in PORTS if port is None else [port]:
@@ -169,9 +171,9 @@ def listen(host: str, port: int | None) -> socket.socket:
                 continue
             reason = getattr(error, "strerror", None) or error
             raise DerainError(
-                f"--host {host} --port {number}: cannot be served ({reason}); give an address of this machine, and a "
+                f"--host {host} --port {number}: cannot listen ({reason}); give an address of this machine, and a "
                 "port from 1024 to 65535"
             ) from error
     if port is None:
-        raise DerainError(f"ports {PORTS[0]} to {PORTS[-1]} are in use; give another port by --port")
+        raise DerainError(f"ports {PORTS[0]} to {PORTS[-1]}: all in use; give another port by --port")
     raise DerainError(f"--port {port}: in use by another program; give another port, or omit it")

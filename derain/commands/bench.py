@@ -1,4 +1,4 @@
-"""Count parameters and multiplications of methods, and time them."""
+"""Count parameters and multiply-accumulate operations (MACs) of methods, and time them."""
 
 import logging
 import statistics
@@ -31,13 +31,19 @@ from derain.restoration import choose_device
 from derain.tables import Column, Format, Row, Table, write_results
 
 CONVENTION = (
-    "MACs: counted as thop counts the authors' code: convolutions and linear layers, one route, without CLIP, and for "
-    "a diffusion one sampling step; in networks of other systems also layers whose results are not used, and thop's "
-    "operations for pooling and normalisation where printed figures have them; +attention: also what thop does not "
-    "see: the products QKᵀ and AV, gates of experts, and deformable and functional convolutions"
+    "MACs: as the package thop counts them in the authors' code: convolutions and linear layers; one route, without "
+    "CLIP; one sampling step of a diffusion. For networks of other systems they include layers whose outputs are "
+    "unused, and thop's operations for pooling and normalisation where the published figures include them. "
+    "+attention: also what thop misses: the products QKᵀ and AV, gates of experts, and deformable and functional "
+    "convolutions"
 )
-PAPER = "CLIP-RPN's paper: parameters of two routes, and 293.53 G at 256×256 (Table 4), where derain counts 150.73."
+"""What is counted; printed below the table and saved in the JSON."""
+
+PAPER = "CLIP-RPN's paper has the parameters of two routes, and 293.53 G at 256×256 (Table 4); derain counts 150.73."
+"""Note below the table."""
+
 ROUNDS = 3
+"""Number of timed forward passes; the table shows their median."""
 
 log = logging.getLogger("derain")
 
@@ -52,20 +58,20 @@ def bench(
     format: Format = "table",
     out: Path | None = None,
 ) -> int:
-    """Count parameters and multiplications of all methods and their variants, and time them.
+    """Count parameters and multiply-accumulate operations (MACs) of all methods and their variants, and time them.
 
     Args:
-        size: Side of the image in pixels.
-        weights: Names or files of weights to add, as for derain restore.
+        size: Height and width of the image in pixels.
+        weights: Names or files of weights to count as well, as for derain restore.
         method: Classes of methods outside derain to count as well, such as my_method.MyModule; also needed to load
             weights of such methods.
-        time: Also measure seconds of a forward pass, median of 3.
-        device: Device to measure on: auto, cpu, cuda, cuda:N or mps.
+        time: Also measure the seconds of a forward pass (median of 3).
+        device: Device to time on: auto, cpu, cuda, cuda:N or mps.
         format: Output format.
         out: Write to this file.
 
     Raises:
-        DerainError: If weights cannot be loaded or counted.
+        DerainError: If an option is wrong, or weights cannot be loaded or counted.
     """
     if size < 1:
         raise DerainError(f"--size {size}: expected at least 1 pixel")
@@ -73,7 +79,7 @@ def bench(
     keep_freed_memory()
     for name in method:
         use_method(name)
-    loaded = {name: load_countable(name) for name in weights}  # a wrong file is reported before anything is counted
+    loaded = {name: load_countable(name) for name in weights}  # before counting, so that a wrong file fails early
     variants = find_variants()
     timed_device = chosen_device if time else None
     records: list[dict[str, Any]] = []
@@ -93,11 +99,10 @@ def bench(
 
 
 def find_variants() -> dict[str, Callable[[], DerainModule]]:
-    """Return functions that build the variants of all known methods, by name; none of them needs CLIP.
+    """Return a function that builds each variant of each known method, by the name of the variant.
 
-    A class without ``variants`` of its own has one, of its own name: those of its base class are another method. One
-    that trains a network of another class has empty ``variants``. A name that another class has already used is
-    followed by the class path.
+    A class that does not define ``variants`` itself has one variant, named after the class: inherited ``variants``
+    belong to the base class. If two classes have variants of the same name, the class path is appended to the second.
     """
     builds: dict[str, Callable[[], DerainModule]] = {}
     for method in methods():
@@ -113,7 +118,7 @@ def build_method(method: type[DerainModule], /, **hyper_parameters: Any) -> Dera
     """Build a method for counting.
 
     Raises:
-        DerainError: If it cannot be built with these hyper-parameters.
+        DerainError: If the class cannot be built with these hyper-parameters.
     """
     try:
         return method(**hyper_parameters)
@@ -122,10 +127,16 @@ def build_method(method: type[DerainModule], /, **hyper_parameters: Any) -> Dera
 
 
 def cost_record(name: str, method: DerainModule, size: int, device: torch.device | None) -> dict[str, Any]:
-    """Return the cost of a method, and its seconds on a device if one is given.
+    """Return the name and cost of a method, and the seconds of a forward pass if a device is given.
+
+    Args:
+        name: Name in the table.
+        method: Method on the CPU.
+        size: Height and width of the image in pixels.
+        device: Device to time on; None: not timed.
 
     Raises:
-        DerainError: If it cannot be counted.
+        DerainError: If the method cannot be counted.
     """
     record: dict[str, Any] = {"method": name, **count_cost(method, size)}
     if device is not None:
@@ -134,16 +145,19 @@ def cost_record(name: str, method: DerainModule, size: int, device: torch.device
 
 
 def load_countable(name: str) -> DerainModule:
-    """Load a method whose parameters and multiplications can be counted.
+    """Load a method whose parameters and MACs can be counted.
+
+    Args:
+        name: Name or file of weights.
 
     Raises:
-        DerainError: If the file has a module that restores no images, or a graph without parameters.
+        DerainError: If the weights cannot be loaded, are an ONNX graph, or belong to a module that restores no images.
     """
     method = load(name).module
     if not isinstance(method, DerainModule):
         raise DerainError(f"--weights {name}: {type(method).__name__} does not restore images; omit it")
     if isinstance(method.network, OnnxNetwork):
-        raise DerainError(f"--weights {name}: ONNX graphs cannot be counted; use the weights that were exported")
+        raise DerainError(f"--weights {name}: an ONNX graph cannot be counted; give the weights it was exported from")
     return method
 
 
@@ -151,9 +165,9 @@ def load_countable(name: str) -> DerainModule:
 
 
 class _Products(TorchFunctionMode):
-    """Counts the multiplications of convolutions and linear layers.
+    """Counts the MACs of convolutions and linear layers.
 
-    Counts with the parameter that a weight was computed from, since a network may pad a weight or use a part of it.
+    Uses the size of the parameter from which a weight was computed, since a network may pad or slice a weight.
     """
 
     macs = 0
@@ -167,7 +181,7 @@ class _Products(TorchFunctionMode):
 
 
 def _parameter(weight: Tensor) -> Tensor:
-    """Return the parameter that a weight was computed from."""
+    """Return the parameter from which a weight was computed."""
     node: Any = weight.grad_fn
     while node is not None and not hasattr(node, "variable"):
         node = node.next_functions[0][0]
@@ -175,45 +189,45 @@ def _parameter(weight: Tensor) -> Tensor:
 
 
 def count_cost(method: DerainModule, size: int) -> dict[str, int]:
-    """Count parameters and multiplications of a method's network, on tensors without content.
+    """Count parameters and MACs of a method's network, on fake tensors, which have shapes but no values.
 
-    derain's networks save products of the authors' code, which are added here: attention multiplies its projection with
-    the attention matrix instead of the pixels, the first stage of PReNet has no state to forget, and pixels are
-    convolved before they are repeated. Further differences from thop are methods ``extra_macs`` of the modules.
+    derain's networks skip some multiplications of the authors' code: attention multiplies its projection with the
+    attention matrix instead of the pixels, the first stage of PReNet has no state to forget, and pixels are convolved
+    before they are repeated. ``extra_macs`` of the modules adds these multiplications, and what else thop counts.
 
     Args:
         method: Method on the CPU.
-        size: Side of the image in pixels.
+        size: Height and width of the image in pixels.
 
     Returns:
         ``parameters``; ``macs`` as the Python package thop counts them; ``macs_with_attention``.
 
     Raises:
-        DerainError: If the method cannot run on tensors without content, such as one that branches by their values.
+        DerainError: If the method cannot run on fake tensors, for example because it branches on values.
     """
-    saved, attention = [], []
+    skipped, attention = [], []
 
     def count_layer(module: nn.Module, inputs: Any, out: Any) -> None:
-        if isinstance(module, WindowAttention):  # of timm
+        if isinstance(module, WindowAttention):  # from timm
             attention.append(2 * inputs[0].numel() * module.window_area)
         elif isinstance(module, nn.BatchNorm2d):
-            saved.append(OPERATIONS * out.numel())
+            skipped.append(OPERATIONS * out.numel())
         elif hasattr(module, "extra_macs"):
             plain, of_attention = cast(Any, module).extra_macs(inputs, out)
-            saved.append(plain)
+            skipped.append(plain)
             attention.append(of_attention)
 
-    no_content = FakeTensorMode(allow_non_fake_inputs=True)
+    fake_tensors = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with register_module_forward_hook(count_layer), torch.enable_grad(), no_content, _Products() as products:
+        with register_module_forward_hook(count_layer), torch.enable_grad(), fake_tensors, _Products() as products:
             method.pass_once(torch.empty(1, 3, size, size))
         parameters = sum(parameter.numel() for parameter in method.network.parameters())
     except (*BUILD_ERRORS, AssertionError) as error:
         raise DerainError(
-            f"{type(method).__name__}: multiplications cannot be counted ({shorten(error)}); override pass_once with a "
-            "computation that does not depend on values of tensors"
+            f"{type(method).__name__}: MACs cannot be counted ({shorten(error)}); override pass_once with a "
+            "computation that does not depend on the values of tensors"
         ) from error
-    macs = products.macs + sum(saved)
+    macs = products.macs + sum(skipped)
     return {
         "parameters": parameters,
         "macs": macs,
@@ -223,7 +237,7 @@ def count_cost(method: DerainModule, size: int) -> dict[str, int]:
 
 @torch.inference_mode()
 def measure_seconds(method: DerainModule, size: int, device: torch.device) -> float:
-    """Return the median time of a forward pass after a warm-up."""
+    """Return the median seconds of ``ROUNDS`` calls of ``pass_once``, after a warm-up, on one random image."""
     method = method.to(device).eval()
     rainy = torch.rand(1, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     times = []
@@ -240,10 +254,10 @@ def measure_seconds(method: DerainModule, size: int, device: torch.device) -> fl
 
 
 def cost_table(content: dict[str, Any]) -> Table:
-    """Return a table with one row a method.
+    """Return a table with one row per method.
 
     Args:
-        content: Content of the JSON.
+        content: Content of the JSON: ``size``, ``convention``, ``methods``, and ``hardware`` if methods were timed.
     """
     columns = [
         Column("method", align="left"),

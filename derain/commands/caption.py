@@ -25,8 +25,8 @@ class Captioner(NamedTuple):
     """Function that captions images, and its settings.
 
     Attributes:
-        settings: What captions depend on besides the images.
-        caption: Returns the captions of the clean images of pairs.
+        settings: Settings that determine the captions; a run resumes only with the same ones.
+        caption: Returns one caption per pair, for its clean image.
         uses_images: Whether captions depend on the images.
     """
 
@@ -36,7 +36,7 @@ class Captioner(NamedTuple):
 
 
 class CleanImage(NamedTuple):
-    """Clean image: its file, and which half of the file it is."""
+    """Clean image: its file, and its half (``left`` or ``right``) of a side-by-side file, else None."""
 
     file: Path
     side: str | None
@@ -55,25 +55,26 @@ def caption(
     device: str = "auto",
     overwrite: bool = False,
 ) -> int:
-    """Caption the clean images of a data set: writes a table 'filepath<TAB>title' as DA-CLIP's authors do.
+    """Caption the clean images of a data set, and write a table 'filepath<TAB>title' in DA-CLIP's format.
 
-    An interrupted run resumes when the same command is run again.
+    Run the same command again to resume an interrupted run.
 
     Args:
         dataset: Name or folder of a data set.
-        out: The table, such as captions.tsv; captions.tsv.part has the captions of an unfinished run.
+        out: Table to write, such as captions.tsv; an unfinished run keeps its captions in captions.tsv.part.
         split: Split of the data set.
         root: Folder with data sets (default $DERAIN_DATA).
-        degradation: Word for the degradation of the rainy images.
-        captioner: BLIP model on the Hugging Face hub (the default is downloaded once, 1.9 GB) or in a folder; or
-            template, which is the caption 'a photo' for every image, without a model.
-        max_tokens: Largest length of a caption in tokens.
-        batch_size: Images in a batch.
+        degradation: Word for the degradation of the rainy images, appended to each caption.
+        captioner: BLIP model on the Hugging Face hub or in a folder (the default is downloaded once, 1.9 GB); or
+            template, which captions every image 'a photo', without a model.
+        max_tokens: Maximum length of a caption in tokens.
+        batch_size: Images per batch.
         device: Device: auto, cpu, cuda, cuda:N or mps.
-        overwrite: Replace the table, and the captions of another unfinished run.
+        overwrite: Replace an existing table, and the .part file of a run with other settings.
 
     Raises:
-        DerainError: If an option is wrong, or images cannot be read.
+        DerainError: If an option is wrong, the table exists already, the captioner cannot be loaded, or images cannot
+            be read.
     """
     for option, number in {"--max-tokens": max_tokens, "--batch-size": batch_size}.items():
         if number < 1:
@@ -106,12 +107,12 @@ def caption(
 
 def _check_degradation(word: str) -> None:
     if not word or one_line(word) != word or ": " in word:
-        raise DerainError(f"--degradation {word!r}: expected a word without ': ', such as {DEGRADATION}")
+        raise DerainError(f"--degradation {word!r}: expected text without ': ' or extra spaces, such as {DEGRADATION}")
 
 
 def _check_table(out: Path, overwrite: bool) -> None:
     if out.is_dir():
-        raise DerainError(f"{out}: is a folder; give a file, such as {out / 'captions.tsv'}")
+        raise DerainError(f"{out}: is a folder; expected a file, such as {out / 'captions.tsv'}")
     if out.exists() and not overwrite:
         raise DerainError(f"{out}: exists already; add --overwrite to replace it, or give another file")
 
@@ -130,7 +131,7 @@ def _load_captioner(name: str, degradation: str, max_tokens: int, device: str) -
 
 
 def clean_image(pair: Pair) -> CleanImage:
-    """Return the clean image of a pair; several pairs may have the same one."""
+    """Return the clean image of a pair; several pairs may share one."""
     assert pair.clean is not None
     return CleanImage(pair.clean, pair.clean_side)
 
@@ -143,21 +144,24 @@ def caption_pairs(
     finished: Sequence[JournalEntry],
     batch_size: int,
 ) -> list[str]:
-    """Caption each clean image once, and write the entries of its pairs to the journal in order.
+    """Caption each clean image once, and add one entry per pair to the journal, in the order of the pairs.
 
     A resumed run has the same batches as an uninterrupted one: on some devices, a caption may depend on the other
-    images of the batch.
+    images of its batch.
 
     Args:
-        pairs: Pairs.
-        files: Path of each rainy image in the table.
-        captioner: Captioner.
+        pairs: Pairs in the order of the table.
+        files: Path of each rainy image as written in the table.
+        captioner: Captions the clean images.
         journal: Journal of the run.
-        finished: Entries of the first pairs, from an earlier run.
-        batch_size: Images in a batch.
+        finished: Entries of the first pairs, from an interrupted run.
+        batch_size: Clean images per batch.
 
     Returns:
         The caption of each pair.
+
+    Raises:
+        DerainError: If an image cannot be read.
     """
     first_pairs: dict[CleanImage, Pair] = {}
     for pair in pairs:

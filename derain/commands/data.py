@@ -19,18 +19,21 @@ from derain.data.verify import Finding, verify
 from derain.errors import DerainError
 
 MAX_ROWS = 10
-"""Findings of the same kind and set in the table; the JSON has all."""
+"""Maximum number of findings of the same level, kind and set in the table; the JSON has all."""
 
 STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 """Colours of findings, by level."""
 
 
 def list_sets(*, root: Path | None = None, format: Literal["table", "json"] = "table") -> int:
-    """List data sets: their sizes, where to get them, and which of them are on this machine.
+    """List the known data sets: their sizes, where to get them, and which of them are on this machine.
 
     Args:
         root: Folder with data sets (default $DERAIN_DATA).
         format: Output format; JSON also has file patterns and citations.
+
+    Raises:
+        DerainError: If the folder does not exist.
     """
     if root is None and os.environ.get("DERAIN_DATA"):
         root = Path(os.environ["DERAIN_DATA"])
@@ -41,7 +44,7 @@ def list_sets(*, root: Path | None = None, format: Literal["table", "json"] = "t
                 "name": name,
                 "title": layout.title,
                 "counts": {**layout.counts},
-                "files": {split: [str(files) for files in ways] for split, ways in layout.files.items()},
+                "files": {split: [str(files) for files in variants] for split, variants in layout.files.items()},
                 "source": layout.source,
                 "citation": layout.citation,
                 "found": {} if root is None or not layout.folders else count_pairs(name, root),
@@ -75,7 +78,7 @@ def _print_sets(sets: Sequence[dict[str, Any]], root: Path | None) -> None:
 
 
 def count_pairs(name: str, root: Path) -> dict[str, int]:
-    """Return the number of pairs of each split of a set in the data root; empty if the set is not there."""
+    """Return the number of pairs of each split of a data set below ``root``; empty if it has none there."""
     for folder in find_data_set_folders(name, root):
         counts = {split: len(pair_files(name, split, folder).pairs) for split in LAYOUTS[name].files}
         if any(counts.values()):
@@ -90,15 +93,18 @@ def verify_sets(
     layout: str | None = None,
     format: Literal["table", "json"] = "table",
 ) -> int:
-    """Find broken files, mismatched pairs, duplicates, and images that training and test sets share.
+    """Find broken files, mismatched pairs, duplicates, and backgrounds that training and test sets share.
 
-    Exit code 1 if there are errors.
+    The exit code is 1 if there are errors.
 
     Args:
-        root: A data set, or a folder with several.
-        against: Data sets that must not share images with ROOT.
+        root: Name or folder of a data set, or a folder with several data sets.
+        against: Names or folders of data sets that must not share backgrounds with those in root.
         layout: Layout of the data set (default: detected; see derain data list).
         format: Output format; JSON lists all files.
+
+    Raises:
+        DerainError: If a folder does not exist or contains no data set, or the layout is unknown.
     """
     sets, findings = verify(find_folder(root), against=[find_folder(path) for path in against], layout=layout)
     counts = {level: sum(finding.level == level for finding in findings) for level in STYLES}
@@ -119,9 +125,9 @@ def verify_sets(
 
 
 def find_folder(path: Path) -> Path:
-    """Return a path that exists, or the folder of the data set of this name in the data root.
+    """Return the folder for a path, or for the name of a data set in ``$DERAIN_DATA``.
 
-    The path is returned as it is if there is neither.
+    A path that exists is returned unchanged, and so is one that is not the name of a data set found there.
     """
     root = os.environ.get("DERAIN_DATA")
     if path.exists() or not root or not Path(root).is_dir():
@@ -134,7 +140,7 @@ def find_folder(path: Path) -> Path:
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
-    """Return a table with one row a finding, and at most ``MAX_ROWS`` rows of the same kind and set."""
+    """Return a table with one row per finding, and at most ``MAX_ROWS`` rows of the same level, kind and set."""
     table = Table(show_lines=False)
     for column in ("level", "kind", "set", "files", "detail"):
         table.add_column(column, overflow="fold")
@@ -174,22 +180,22 @@ def synthesize_set(
     veil: Sequence[float] | None = None,
     drops: Sequence[int] | None = None,
 ) -> int:
-    """Add rain to clean photos: writes a paired data set and a contact sheet.
+    """Add rain to clean photos, and write a paired data set with a contact sheet.
 
-    Parameters of the rain replace those of the preset. Two numbers are the limits of a uniform distribution, from
-    which the rain of each image is drawn.
+    The options density to drops replace parameters of the preset. Each takes one number, or two: the limits between
+    which it is drawn uniformly for each image.
 
     Args:
-        clean: Folder with clean photos.
+        clean: Folder with clean photos, including its subfolders.
         out: Folder for the data set.
         preset: Strength of the rain.
         seed: Seed of the rain.
-        per_image: Rainy images for each clean one.
+        per_image: Rainy images per clean photo, 1 to 1000.
         overwrite: Replace a data set of an earlier run.
         density: Total area of the streaks, divided by the image area, 0 to 4.
-        length: Length of the nearest streaks in pixels, 1 to 400.
-        width: Width of the nearest streaks in pixels, 0.2 to 40.
-        angle: Angle in degrees from the vertical, positive falls to the right, -90 to 90.
+        length: Mean length of the nearest streaks in pixels (more if both sides exceed 512 pixels), 1 to 400.
+        width: Width of the nearest streaks in pixels (more if both sides exceed 512 pixels), 0.2 to 40.
+        angle: Angle from the vertical in degrees, positive for rain that falls to the right, -90 to 90.
         spread: Standard deviation of the layers' angles in degrees, 0 to 45.
         layers: Number of depth layers, 1 to 16.
         brightness: Opacity of the brightest streaks, 0 to 1.
@@ -197,7 +203,8 @@ def synthesize_set(
         drops: Number of drops on the lens, 0 to 200.
 
     Raises:
-        DerainError: If a parameter is out of its limits, or photos could not be read; all other photos are written.
+        DerainError: If a number is out of range, a folder cannot be used, or photos cannot be read; all other photos
+            are written.
     """
     parameters: dict[str, Sequence[float] | None] = {
         "density": density,
@@ -223,7 +230,7 @@ def synthesize_set(
     unreadable = synthesize(clean, out, rains, per_image=per_image, seed=seed, overwrite=overwrite)
     print(f"wrote data set: {out} (contact sheet: {out / 'contact_sheet.png'})")
     if unreadable:
-        raise DerainError(f"skipped {len(unreadable)} photos: {'; '.join(unreadable)}")
+        raise DerainError(f"skipped {len(unreadable)} photos that cannot be read: {'; '.join(unreadable)}")
     return 0
 
 
@@ -231,11 +238,14 @@ def quickstart_photos(out: Path) -> int:
     """Write the freely licensed photos of the quickstart, which are part of scikit-image.
 
     Args:
-        out: Folder for the photos.
+        out: Folder for the photos: train, with each photo cut into four, and test.
+
+    Raises:
+        DerainError: If scikit-image is not installed.
     """
-    print(f"wrote {len(write_photos(out))} photos: {out}")
+    print(f"wrote {len(write_photos(out))} images: {out}")
     for photo in PHOTOS:
-        print(f"{photo.split}/{photo.file}: {photo.author}, {photo.licence}")
+        print(f"{photo.split}, {photo.file} of scikit-image: {photo.author}, {photo.licence}")
     return 0
 
 

@@ -26,6 +26,8 @@ PACKAGES = (
     "pillow",
     "psutil",
 )
+"""Required packages whose versions are shown."""
+
 OPTIONAL = (
     "torchvision",
     "scikit-image",
@@ -39,17 +41,19 @@ OPTIONAL = (
     "onnxruntime",
     "spandrel",
 )
+"""Packages that only some features need."""
+
 IMPORTED = ("torch", "torchvision", "torchmetrics", "lightning", "derain.restoration")
-"""Imports of restoration; each one needs those before it."""
+"""Modules that restoration imports; each depends on those before it."""
 
 IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, NameError, TypeError, ValueError, SyntaxError)
-"""Raised by the import of a package whose files are missing, damaged or built for another version."""
+"""Exceptions raised by importing a package whose files are missing, damaged or built for another version."""
 
 
 def doctor() -> int:
     """Report versions, devices, caches and weights of this installation.
 
-    Exit code 1 if there are problems.
+    The exit code is 1 if there are problems.
     """
     table = Table("item", "found", title=f"derain {derain.__version__}", title_justify="left")
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
@@ -69,7 +73,7 @@ def _add_packages(table: Table) -> Iterator[str]:
         version = installed_version(package)
         table.add_row(package, version or "[red]missing[/red]")
         if version is None:
-            yield f"{package} is missing: install derain again"
+            yield f"{package} is missing: reinstall derain"
     for package in OPTIONAL:
         table.add_row(package, installed_version(package) or "not installed (optional)")
     problem = version_mismatch(installed_version("torch"), installed_version("torchvision"))
@@ -78,7 +82,7 @@ def _add_packages(table: Table) -> Iterator[str]:
 
 
 def _add_imports(table: Table) -> Iterator[str]:
-    """Import what restoration needs, and add the devices to the table; yield problems."""
+    """Import what restoration needs, and add the devices to the table; yield a problem if an import fails."""
     problem = failed_import()
     if problem:
         table.add_row("imports", escape(problem))
@@ -97,15 +101,15 @@ def _add_imports(table: Table) -> Iterator[str]:
 
 
 def _add_data_root(table: Table) -> Iterator[str]:
-    """Add the folder of data sets to the table; yield a problem if it does not exist."""
+    """Add the folder of the data sets to the table; yield a problem if it does not exist."""
     root = os.environ.get("DERAIN_DATA")
-    table.add_row("DERAIN_DATA", root or "not set: data sets are expected in ./data")
+    table.add_row("DERAIN_DATA", root or "not set: data sets are found by their paths only")
     if root is not None and not Path(root).is_dir():
         yield f"DERAIN_DATA={root}: no such folder; set it to the folder with your data sets"
 
 
 def _add_files(table: Table) -> None:
-    """Add the cache and the weights of training runs to the table."""
+    """Add the cache folder, and the weights of training runs in the current folder, to the table."""
     folder = cache_folder()
     files = [file for file in folder.rglob("*") if file.is_file()] if folder.is_dir() else []
     size = sum(file.stat().st_size for file in files)
@@ -123,10 +127,9 @@ def installed_version(package: str) -> str | None:
 
 
 def version_mismatch(torch_version: str | None, vision_version: str | None) -> str | None:
-    """Return why versions of torch and torchvision do not work together; None if they do.
+    """Return why versions of torch and torchvision do not work together; None if they do or one is missing.
 
-    torchvision 0.N needs torch 2.(N-15) of the same build: CPU builds end in ``+cpu``, those of the package index in
-    nothing.
+    torchvision 0.N needs torch 2.(N-15), and either both or neither are CPU builds, whose versions end in ``+cpu``.
 
     Example:
         >>> version_mismatch("2.13.0", "0.28.0") is None
@@ -160,6 +163,6 @@ def failed_import() -> str | None:
         except IMPORT_ERRORS as error:
             return (
                 f"{name} cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}): "
-                "install derain again in a fresh environment, torch and torchvision from the same index"
+                "reinstall derain in a fresh environment, with torch and torchvision from the same index"
             )
     return None

@@ -22,32 +22,36 @@ def export(
     format: Format = "onnx",
     route: int | None = None,
 ) -> int:
-    """Write a method as ONNX or with torch.export, and compare the file with the method at five image sizes.
+    """Export a method as ONNX or with torch.export, and compare the file with the method at five image sizes.
 
     Args:
-        out: The file: NAME.onnx or NAME.pt2.
+        out: Output file: NAME.onnx, or NAME.pt2 for --format torch.
         weights: Name or file of weights, as for derain restore.
-        method: Class of weights of a method outside derain, such as my_method.MyModule.
+        method: Class of a method outside derain that the weights belong to, such as my_method.MyModule.
         format: onnx, or torch for a program of torch.export.
-        route: Route of all images (CLIP-RPN; CLIP is not part of the file).
+        route: Route for all images, from 0 (CLIP-RPN: the file does not contain CLIP).
 
     Raises:
-        DerainError: If the method cannot be exported, or the file differs from it.
+        DerainError: If the weights cannot be loaded, the method cannot be exported, or the results of the file differ.
     """
     module, note = load(weights, method)
     if not isinstance(module, DerainModule):
-        raise DerainError(f"{weights}: {note} does not restore images; use weights of a method")
+        raise DerainError(f"{weights}: {note} does not restore images; use weights of a restoration method")
     if route is not None:
         set_route(module, route)
-    print(f"{weights}: {note}; exporting takes up to minutes", file=sys.stderr)
+    print(f"{weights}: {note}; exporting may take minutes", file=sys.stderr)
     print_differences(write(module, out, format))
     print(f"wrote {out}", file=sys.stderr)
     return 0
 
 
 def print_differences(differences: dict[tuple[int, int], float]) -> None:
-    """Print a table of the largest differences between file and method, by image size."""
-    table = Table("size", title="file against method")
+    """Print a table of the largest differences between file and method.
+
+    Args:
+        differences: Largest difference of images in [0, 1], by size (height, width).
+    """
+    table = Table("width×height", title="difference between file and method, for values in [0, 1]")
     table.add_column("largest difference", justify="right")
     for (height, width), difference in differences.items():
         table.add_row(f"{width}×{height}", f"{difference:.1e}")

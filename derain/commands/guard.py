@@ -1,4 +1,7 @@
-"""Access control of the page of ``derain app``: hosts, origins, files, sessions and queued jobs."""
+"""Access control for the page of ``derain app``: hosts, origins, files, sessions and queued jobs.
+
+A job is a call of a function of the page, which waits in Gradio's queue until it runs.
+"""
 
 import asyncio
 import dataclasses
@@ -32,42 +35,47 @@ RUNS = JOINS | {"/gradio_api/run/predict"}
 """Paths of requests that call a function of the page."""
 
 CALLS = RUNS | {"/gradio_api/cancel", "/gradio_api/reset"}
+"""Paths of requests with a JSON body."""
+
 STREAMS = re.compile(r"/gradio_api/(queue/data|(heartbeat|call/restore)/[\w.-]+)")
+"""Paths whose responses are streams of events."""
+
 FIELDS = ("data", "event_data", "fn_index", "trigger_id", "session_hash")
-"""Fields of a call that are passed to gradio; all others are removed."""
+"""Fields of a call to a function of the page that Gradio receives; all others are removed."""
 
 SERVED = re.compile(
     r"/|/config/?|/theme\.css|/manifest\.json|/favicon\.ico|/robots\.txt|/(assets|static|svelte)/.*"
     r"|/gradio_api/(info/?|app_id/?|startup-events|theme\.css|upload_progress|queue/(data|status)|file=.*)"
     r"|/gradio_api/(heartbeat|call/restore)/[\w.-]+"
 )
-"""Paths that the page and gradio's clients read; all other paths of gradio are refused."""
+"""Paths that the page and Gradio's clients read (GET); all other paths of Gradio are refused."""
 
 CALL_BYTES = 1_000_000
-"""Maximum size of a request that is not an upload; the page sends a few thousand bytes."""
+"""Maximum size in bytes of a JSON body; the page sends a few thousand."""
 
 FORM_BYTES = 65_536
-"""Maximum size of a form without the file in it."""
+"""Maximum size in bytes of an upload form, in addition to the file in it."""
 
 MAX_JOBS = 64
 """Maximum number of waiting jobs of all clients."""
 
 MAX_CLIENT_JOBS = MAX_JOBS // 2
-"""Maximum number of waiting jobs of one address."""
+"""Maximum number of waiting jobs of one client address."""
 
 LISTENER_TIMEOUT = 15.0
 """Seconds without a listener after which a job counts as abandoned."""
 
 COOKIE = "derain-session"
+"""Name of the cookie that identifies a browser."""
 
 
 @dataclasses.dataclass
 class Session:
-    """Session of gradio: one open page, or one call of a program.
+    """Gradio's session: one open page, or one call of a program.
 
     Attributes:
-        owner: Cookie of the browser that started the session.
-        last_open: Time when the session started, or when its last stream of results was closed.
+        owner: Cookie of the browser that started the session; empty for programs.
+        last_open: When the session started or its last stream of results closed, in seconds of ``time.monotonic``.
         listeners: Number of open streams of results.
     """
 
@@ -76,22 +84,22 @@ class Session:
     listeners: int = 0
 
     def idle_seconds(self) -> float:
-        """Return the time since a stream of results was open; 0 while one is."""
+        """Return the seconds since a stream of results was last open; 0 while one is open."""
         return 0.0 if self.listeners else time.monotonic() - self.last_open
 
 
 class Guard:
-    """ASGI application in front of gradio's that refuses all requests but those of the page.
+    """ASGI application in front of Gradio's, which refuses all requests except those of the page.
 
-    Requests must come from this page (or from no page) under a known host name, which prevents DNS rebinding and
+    A request must name a known host, and this page as its origin if it names one: this prevents DNS rebinding and
     cross-site requests. Files and jobs are accessible only to the browser that uploaded or started them. All programs
     without a cookie count as one browser.
 
     Args:
-        app: Application of gradio.
-        queue: Job queue of gradio.
+        app: Gradio's application.
+        queue: Gradio's job queue.
         folder: Folder with uploads and restored photos.
-        max_bytes: Maximum size of an upload.
+        max_bytes: Maximum size of an uploaded file in bytes.
         host: Address of the server.
         allowed_hosts: Additional host names of the page.
 
@@ -145,7 +153,7 @@ class Guard:
             await self.app(request.scope, request.receive, _with_cookie(request, send) if path == "/" else send)
 
     async def _serve_file(self, request: Request, send: Send) -> None:
-        """Forward a request for a file, if the file belongs to its browser."""
+        """Forward a request for a file, if the file belongs to the browser."""
         file = request.scope["path"].removeprefix(FILE_PREFIX)
         if not self.files.belongs(str(Path(file)), _cookie(request)):
             raise HTTPException(403, f"{file}: not a file of this session, or already deleted")
@@ -157,7 +165,7 @@ class Guard:
             self.clean_up()
 
     def clean_up(self) -> None:
-        """Delete files and idle sessions that are older than ``KEEP_MINUTES``."""
+        """Delete files that are older than ``KEEP_MINUTES``, and sessions without jobs that were idle for as long."""
         self.files.delete_old()
         with_jobs = {event.session_hash for event in self.queue.event_ids_to_events.values()}
         for name, session in list(self.sessions.items()):
@@ -167,7 +175,7 @@ class Guard:
                 self.queue.pending_event_ids_session.pop(name, None)
 
     def _check_sender(self, request: Request) -> None:
-        """Refuse a request with an unknown host name, or from another site."""
+        """Refuse a request with an unknown or repeated host name, or from another site."""
         address = request.scope["server"][0] if self.host in ANY_ADDRESS else self.host
         known = LOCAL | self.allowed_hosts | {address}
         hosts = request.headers.getlist("host")
@@ -183,7 +191,7 @@ class Guard:
             raise HTTPException(403, f"Origin {origin!r}: not this page; expected a request from the page itself")
 
     async def _upload(self, request: Request, send: Send) -> None:
-        """Forward an upload, and record the browser that its files belong to."""
+        """Forward an upload, and record that its files belong to the browser."""
         response = bytearray()
         succeeded = False
 
@@ -200,12 +208,12 @@ class Guard:
         self._count_upload(request, 0)
 
         async def receive() -> Message:
-            """Receive a part; gradio deletes its temporary files after a ``MultiPartException``."""
+            """Receive a part; Gradio deletes its temporary files after a ``MultiPartException``."""
             try:
                 message = await receive_bounded()
                 self._count_upload(request, len(message.get("body", b"")))
-            except HTTPException as error:
-                raise MultiPartException(f"{error.detail}: above the maximum allowed size") from error
+            except HTTPException as error:  # Gradio responds to these words with status 413
+                raise MultiPartException(f"{error.detail} (maximum allowed size)") from error
             if message["type"] == "http.disconnect":
                 raise MultiPartException("the connection ended before the upload did")
             return message
@@ -213,14 +221,14 @@ class Guard:
         await self.app(_uncompressed(request), receive, send_and_record)
 
     def _count_upload(self, request: Request, size: int) -> None:
-        """Count bytes of an upload, or refuse them if the client has sent too many."""
+        """Count bytes of an upload; refuse it if its address has uploaded too many."""
         address = _address(request)
         if not self.files.count(address, size):
             limit = f"{self.files.client_bytes / 1e6:,.0f} MB"
             raise HTTPException(429, f"{address} has uploaded {limit} in {KEEP_MINUTES} minutes; try again later")
 
     async def _call(self, request: Request, send: Send) -> None:
-        """Forward a call, if its files belong to its browser and the client may add a job."""
+        """Forward a call, if its files and session belong to the browser and its address may add a job."""
         path, cookie = request.scope["path"], _cookie(request)
         call = await _read_json(request)
         for file in _paths(call):
@@ -230,10 +238,10 @@ class Guard:
             call = {field: call[field] for field in FIELDS if field in call}
             self._check_data(path, call)
         if path == "/gradio_api/call/restore" and not call.get("session_hash"):
-            call["session_hash"] = uuid.uuid4().hex  # otherwise gradio uses the name of the job
+            call["session_hash"] = uuid.uuid4().hex  # by default, Gradio would use the name of the job
         self._claim_session(call.get("session_hash"), cookie)
         self._claim_session(self._session_of_job(call.get("event_id")), cookie)
-        body = json.dumps(call).encode()  # gradio then reads exactly what was checked
+        body = json.dumps(call).encode()  # so that Gradio reads exactly what was checked
         if path in JOINS:
             async with self._joining:  # the queue must not grow between the check and the new job
                 self._make_room(_address(request))
@@ -258,19 +266,19 @@ class Guard:
             try:
                 FileData.model_validate(data[0])
             except ValidationError as error:
-                raise HTTPException(400, "data: the first value is not an uploaded file, with its path") from error
+                raise HTTPException(400, "data: expected the path of an uploaded file as the first value") from error
 
     def _claim_session(self, name: Any, cookie: str) -> None:
-        """Start a session of gradio, or refuse a session that belongs to another browser."""
+        """Record the owner of a new session; refuse a session that belongs to another browser."""
         if name is None:
             return
         if not isinstance(name, str):
-            raise HTTPException(400, f"{name!r}: not a session or job")
+            raise HTTPException(400, f"session {name!r}: expected text")
         if self.sessions.setdefault(name, Session(cookie)).owner != cookie:
             raise HTTPException(403, f"session {name}: belongs to another browser")
 
     def _make_room(self, address: str) -> None:
-        """Cancel abandoned jobs, and a client's oldest job without a listener if it has too many jobs."""
+        """Cancel abandoned jobs, and the oldest job without a listener of an address that has too many jobs."""
         for event in self._waiting_jobs():
             if self._is_abandoned(event):
                 self._cancel(event)
@@ -291,11 +299,12 @@ class Guard:
         return self.sessions.setdefault(event.session_hash, Session(_cookie(event.request)))
 
     def _is_abandoned(self, event: Event) -> bool:
+        """Return whether a job has waited, and its session had no listener, for ``LISTENER_TIMEOUT``."""
         waited = time.monotonic() - event.enqueue_time
         return min(waited, self._session(event).idle_seconds()) > LISTENER_TIMEOUT
 
     def _cancel(self, event: Event) -> None:
-        """Remove a waiting job from the queue; running jobs stop themselves when `abandoned` is true."""
+        """Remove a waiting job from the queue; a running job stops itself when `abandoned` returns True."""
         self.queue.event_queue_per_concurrency_id[event.concurrency_id].queue.remove(event)
         self.queue.event_ids_to_events.pop(event._id, None)
         if event.session_hash in self.queue.pending_messages_per_session:  # for late listeners
@@ -303,13 +312,13 @@ class Guard:
             self.queue.send_message(event, message)
 
     def abandoned(self, session: str) -> bool:
-        """Return whether all jobs of a session of gradio are abandoned."""
+        """Return whether a session of Gradio has jobs, and all of them are abandoned."""
         jobs = list(self.queue.event_ids_to_events.values())
         events = [event for event in jobs if event.session_hash == session]
         return bool(events) and all(map(self._is_abandoned, events))
 
     async def _stream(self, request: Request, send: Send) -> None:
-        """Forward a stream of results to its browser, and allow the browser to load the files in it."""
+        """Forward a stream of results to its browser, and record that the files in it belong to the browser."""
         path, cookie = request.scope["path"], _cookie(request)
         last_part = path.rsplit("/", 1)[1]
         if path.startswith("/gradio_api/call/"):
@@ -343,7 +352,7 @@ class Guard:
             session.last_open = time.monotonic()
 
     def _session_of_job(self, job: Any) -> str | None:
-        """Return the session of gradio of a job whose result was not read yet; None for an unknown job."""
+        """Return the session of a job whose result has not been read; None for an unknown job."""
         if not isinstance(job, str):
             return None
         pending = list(self.queue.pending_event_ids_session.items())
@@ -379,7 +388,7 @@ async def _read_json(request: Request) -> dict[str, Any]:
     except ClientDisconnect as error:
         raise HTTPException(400, "the connection ended before the request did") from error
     except (ValueError, RecursionError) as error:
-        raise HTTPException(400, "the request is not JSON") from error
+        raise HTTPException(400, "the request is not valid JSON") from error
     if not isinstance(content, dict):
         raise HTTPException(400, "the request is not a JSON object")
     return content
@@ -422,7 +431,7 @@ def _bounded(request: Request, limit: int) -> Receive:
 
 
 def _receive_bytes(body: bytes, request: Request) -> Receive:
-    """Return a receiver that yields a body which was read already, then further messages of the request."""
+    """Return a receiver of a body that has been read and replaced, and then of further messages of the request."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:

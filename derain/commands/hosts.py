@@ -10,21 +10,22 @@ LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 """Host names of this machine."""
 
 ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})
-"""Values of ``--host`` for all addresses of this machine."""
+"""Values of ``--host`` that mean all addresses of this machine."""
 
 LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
 NAME = re.compile(rf"{LABEL}(\.{LABEL})*")
+"""Host name: labels separated by dots, in lower case."""
 
 
 def host_name(text: str, option: str) -> str:
-    """Return a host name as browsers send it: lower case, ASCII, IPv6 abbreviated and without brackets.
+    """Return a host name in lower-case ASCII, as browsers send it, or an IP address without brackets, shortened.
 
     Args:
         text: Name or IP address.
-        option: Option with the name, for the error message.
+        option: Option that gave it, for the error message.
 
     Raises:
-        DerainError: If ``text`` is not a host name, or contains more than one, such as a port or a scheme.
+        DerainError: If ``text`` is not a host name, or has further parts such as a scheme or port.
 
     Example:
         >>> host_name("Box.lan", "--host"), host_name("[::0:1]", "--host"), host_name("münchen.de", "--host")
@@ -48,7 +49,7 @@ def host_name(text: str, option: str) -> str:
 
 
 def host_of(netloc: str) -> str:
-    """Return the host of ``host:port``; empty if there is none.
+    """Return the host of ``host:port``, in lower case and without brackets; empty if there is none.
 
     Example:
         >>> host_of("Box.lan:7860"), host_of("[::1]:7860"), host_of("[::1")

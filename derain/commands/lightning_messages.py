@@ -9,13 +9,13 @@ SHOWN_FILES = re.compile(r"lightning/pytorch/(callbacks|tuner|profilers)/|signal
 """Source files whose info messages are shown: callbacks, tuner, profilers, and SLURM signal handling."""
 
 SIGTERM_MESSAGE = re.compile("An SIGTERMException was raised")
-"""Hidden, since derain's own message says what stopped the run and how to resume it."""
+"""Message that is hidden, since derain's own says what stopped the run and how to resume it."""
 
 
 class MessageFilter(logging.Filter):
     """Hide Lightning's info messages (seed, unused accelerators, tips), except those from `SHOWN_FILES`.
 
-    The SIGTERM message is hidden, too.
+    `SIGTERM_MESSAGE` is hidden whatever its level.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -28,7 +28,7 @@ class MessageFilter(logging.Filter):
 
 
 def filter_lightning_messages() -> None:
-    """Show Lightning's info messages about configured objects; hide warnings that are due to derain's own calls."""
+    """Add `MessageFilter` to Lightning's loggers, and ignore warnings that do not apply to derain's runs."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             if not any(isinstance(message_filter, MessageFilter) for message_filter in handler.filters):

@@ -1,4 +1,4 @@
-"""List the models that have names, or show a model card."""
+"""List the models that are loaded by name, or show a model card."""
 
 import sys
 
@@ -11,10 +11,10 @@ from derain.models import bundled, public
 
 
 def list_models(*, all: bool = False) -> int:
-    """List the names for --weights, with method, size and training sets.
+    """List the bundled models, with method, size and training sets; the names are values of --weights.
 
     Args:
-        all: Also list public models of other people, which are fetched from the Hugging Face hub on first use.
+        all: Also list models that others publish, which are downloaded from the Hugging Face hub on first use.
     """
     from derain.files.weights import read
 
@@ -39,7 +39,7 @@ def list_models(*, all: bool = False) -> int:
 
 
 def _public_table() -> Table:
-    table = Table("name", "method", "licence", "trained on", title="fetched from the Hugging Face hub on first use")
+    table = Table("name", "method", "licence", "trained on", title="downloaded from the Hugging Face hub on first use")
     table.columns[0].no_wrap = True
     for name, model in public().items():
         table.add_row(name, model.method, model.licence, ", ".join(model.trained_on))
@@ -47,10 +47,10 @@ def _public_table() -> Table:
 
 
 def show_model(name: str = "default") -> int:
-    """Show the model card: training data and its terms, budget, results, limits.
+    """Show a model card: training data and its terms, training budget, results, limits.
 
     Args:
-        name: Name of a bundled or a public model.
+        name: Name from derain models list --all.
 
     Raises:
         DerainError: If there is no such model.
@@ -70,11 +70,11 @@ def show_model(name: str = "default") -> int:
 
 
 def _public_card(name: str) -> str:
-    """Return what is known of a public model."""
+    """Return a short card of a public model."""
     model = public()[name]
     lines = [
         f"{name}: {model.method}",
-        f"fetched on first use from https://huggingface.co/{model.hub} ({model.file})",
+        f"downloaded on first use from https://huggingface.co/{model.hub} ({model.file})",
         f"licence: {model.licence}",
         f"trained on: {', '.join(model.trained_on)}",
     ]

@@ -45,24 +45,34 @@ document.addEventListener("drop", (event) => {
 });
 </script>"""
 )
-"""Lets users paste a photo, or drop it anywhere; browsers would otherwise leave the page and open the photo."""
+"""Head of the page: its icon, and a script that accepts photos pasted or dropped anywhere on it.
+
+Without the script, a browser would leave the page and open a dropped photo.
+"""
 
 METADATA = {
     False: "The restored photo has no metadata: no time, camera or location.",
     True: "The restored photo keeps its metadata: time, camera and location, if it has them.",
 }
+"""Sentence on the page by whether metadata is kept."""
 
 
 def build(
     service: RestorationService, max_megabytes: int, host: str = "127.0.0.1", allowed_hosts: Collection[str] = ()
 ) -> Guard:
-    """Build the Gradio page and wrap it in Guard, the ASGI app that enforces hosts, sizes and queue limits.
+    """Build the page with Gradio, behind a `Guard` that enforces hosts, origins, sizes and queue limits.
 
     Args:
         service: Restores uploaded photos.
-        max_megabytes: Largest file that is accepted.
+        max_megabytes: Maximum size of an uploaded file in MiB.
         host: Address of the server.
-        allowed_hosts: Further host names under which browsers may open the page.
+        allowed_hosts: Additional host names of the page.
+
+    Returns:
+        The ASGI application to serve.
+
+    Raises:
+        DerainError: If ``host`` or an additional name is not a host name.
     """
     with gr.Blocks(title="derain", analytics_enabled=False) as blocks:
         components = _add_components(service)
@@ -82,7 +92,7 @@ def build(
         theme=_theme(),
         head=f"{HEAD}<style>{STYLE.read_text(encoding='utf-8')}</style>",  # css= would rewrite the selectors
     )
-    blocks.has_launched = True  # then gradio also refuses paths that were not uploaded
+    blocks.has_launched = True  # makes Gradio, too, refuse paths that were not uploaded
     guard = Guard(application, blocks._queue, service.folder, max_megabytes * 2**20, host, allowed_hosts)
     return guard
 
@@ -159,7 +169,7 @@ def _add_components(service: RestorationService) -> _Components:
         "Try it with a clean photo: add synthetic rain", open=False, visible=False, elem_id="rain"
     ) as rain:
         amount = gr.Slider(0, 100, 0, step=1, label="Synthetic rain", info="0 adds none, 100 is a downpour.")
-        seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="Changes where the streaks fall.")
+        seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="Changes the streaks and their direction.")
     with gr.Accordion("Details", open=False, visible=False, elem_id="details") as details:
         facts = gr.HTML(elem_id="facts")
     return _Components(
@@ -168,17 +178,17 @@ def _add_components(service: RestorationService) -> _Components:
 
 
 def _add_events(components: _Components, service: RestorationService, abandoned: Callable[[str], bool]) -> None:
-    """Connect uploads and changed settings with the restoration.
+    """Restore a photo when it is uploaded or a setting changes; clear the page for another photo.
 
     Args:
         components: Components of the page.
         service: Restores uploaded photos.
-        abandoned: Returns whether the jobs of a session are abandoned.
+        abandoned: Returns whether all jobs of a session are abandoned.
     """
     hidden = dict.fromkeys((components.result, components.rain, components.details), gr.update(visible=False))
 
     def restore(file: Any, model: Any, amount: Any, seed: Any, request: gr.Request) -> Any:
-        """Return the updates of the page after a photo was restored or refused."""
+        """Restore a photo; return the updates of the page, which show the result or the error."""
         if not file:
             return gr.skip()
         path, name = Path(str(file.get("path"))), _text(file.get("orig_name") or "photo")
@@ -262,7 +272,7 @@ def _result_updates(components: _Components, name: str, restored: RestoredPhoto)
 
 
 def _text(value: Any) -> str:
-    """Return a value as text that can be encoded."""
+    """Return a value as text that UTF-8 can encode."""
     return str(value).encode("utf-8", "replace").decode()
 
 
@@ -270,7 +280,7 @@ def _number(value: Any, name: str, maximum: float) -> float:
     """Return the value of a number field; 0 if it is empty.
 
     Raises:
-        DerainError: If it is not a number from 0 to ``maximum``; the message is shown on the page.
+        DerainError: If the value is not a number from 0 to ``maximum``; the message is shown on the page.
     """
     if value is None:
         return 0.0
@@ -280,7 +290,7 @@ def _number(value: Any, name: str, maximum: float) -> float:
 
 
 def _error(message: str) -> str:
-    """Return a message as HTML, with code in backticks."""
+    """Return an error message as HTML; text in backticks becomes code."""
     text = re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(message))
     return f"<p role='alert'>{text}</p>"
 
@@ -309,7 +319,7 @@ def _facts_list(facts: Mapping[str, Any]) -> str:
 
 
 def _figure(name: str, picture: Pixels) -> str:
-    """Return a small picture as HTML; the image is embedded, so that no file has to be deleted."""
+    """Return a small RGB picture as HTML; it is embedded, so that no file has to be deleted."""
     data = base64.b64encode(cv2.imencode(".jpg", picture[..., ::-1])[1].tobytes()).decode()
     caption = html.escape(name)
     return (

@@ -1,4 +1,4 @@
-"""Files of the page of ``derain app``: their owners, limits on uploads, deletion."""
+"""Files of the page of ``derain app``: who may use them, limits on uploads, deletion."""
 
 import time
 from collections import Counter
@@ -6,44 +6,44 @@ from collections.abc import Iterable
 from pathlib import Path
 
 KEEP_MINUTES = 30
-"""Minutes after which uploads and results are deleted, if the page is not closed earlier."""
+"""Minutes after which uploads and results are deleted; the rest is deleted when the server stops."""
 
 
 class PageFiles:
     """Uploads and restored photos in one folder.
 
     Args:
-        folder: Folder with all files of the page.
-        client_bytes: Maximum size of all uploads from one address in ``KEEP_MINUTES`` minutes.
+        folder: Folder with all files of the page, without symbolic links in its path.
+        client_bytes: Maximum number of bytes that one address may upload in ``KEEP_MINUTES`` minutes.
     """
 
     def __init__(self, folder: Path, client_bytes: int) -> None:
         self.folder = folder
         self.client_bytes = client_bytes
         self._owners: dict[str, set[str]] = {}
-        """Sessions that may use a file, by path."""
+        """Cookies of the browsers that may use a file, by path."""
         self._uploaded = Counter[tuple[str, int]]()
         """Bytes by address and minute."""
 
-    def add(self, paths: Iterable[str], session: str) -> None:
-        """Allow a session to use files; paths outside the folder are ignored."""
+    def add(self, paths: Iterable[str], cookie: str) -> None:
+        """Allow the browser with a cookie to use files; paths outside the folder are ignored."""
         for path in paths:
             if self._is_inside(path):
-                self._owners.setdefault(path, set()).add(session)
+                self._owners.setdefault(path, set()).add(cookie)
 
-    def belongs(self, path: object, session: str) -> bool:
-        """Return whether a session may use a file: one that it uploaded, or a result of its jobs."""
-        return isinstance(path, str) and session in self._owners.get(path, ()) and self._is_inside(path)
+    def belongs(self, path: object, cookie: str) -> bool:
+        """Return whether the browser with a cookie may use a file: it uploaded it, or it is a result of its jobs."""
+        return isinstance(path, str) and cookie in self._owners.get(path, ()) and self._is_inside(path)
 
     def count(self, address: str, size: int) -> bool:
-        """Count bytes that an address uploads; return whether they are within the limit."""
+        """Count bytes that an address uploads; return whether its recent uploads are within ``client_bytes``."""
         minute = _minute()
         self._uploaded[address, minute] += size
         total = sum(self._uploaded[address, minute - age] for age in range(KEEP_MINUTES + 1))
         return total <= self.client_bytes
 
     def delete_old(self) -> None:
-        """Delete all files that are older than ``KEEP_MINUTES`` minutes."""
+        """Delete all files that are older than ``KEEP_MINUTES`` minutes, and forget their owners and old uploads."""
         for path in self.folder.rglob("*"):
             try:
                 if not path.is_dir() and time.time() - path.lstat().st_ctime > KEEP_MINUTES * 60:

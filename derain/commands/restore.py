@@ -1,4 +1,4 @@
-"""Remove rain from a photo, a video, a folder of them (recursively) or a glob."""
+"""Remove rain from a photo or video, or from those in a folder or of a glob."""
 
 import glob
 import logging
@@ -32,7 +32,7 @@ log = logging.getLogger("derain")
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How restored photos and videos are written; see `restore` for the fields."""
+    """How restored photos and videos are written; the fields are arguments of `restore`."""
 
     compare: bool = False
     explain: bool = False
@@ -63,35 +63,36 @@ def restore(
     precision: Literal["float32", "bf16"] = "float32",
     compile: bool = False,
 ) -> int:
-    """Remove rain from a photo, a video, a folder of them (recursively) or a glob.
+    """Remove rain from a photo or video, or from those in a folder or of a glob.
 
     Args:
         input: A photo, a video, a folder (searched recursively), or a quoted glob.
-        out: The restored photo or video, or a folder for several.
-        weights: A name of `derain models list`, hub:OWNER/NAME, or a file: weights of derain or of the authors, ONNX
-            of derain export, or a model that spandrel knows; FILE:stages=N,variant=NAME for weights of PReNet's
-            authors.
-        method: Class of weights of a method outside derain, such as my_method.MyModule.
-        tile: Side of tiles in pixels, auto or none.
+        out: Output file, or output folder for several files.
+        weights: A name from `derain models list`, hub:OWNER/NAME, or a file: weights or a checkpoint of derain, weights
+            of a method's authors (PReNet: FILE:stages=N,variant=NAME), an ONNX file of derain export, or a model that
+            spandrel supports.
+        method: Class of a method outside derain that the weights belong to, such as my_method.MyModule.
+        tile: Side of the tiles in pixels, at least 64; auto uses tiles only if memory is short, none uses no tiles.
         ensemble: Average over 8 flips and rotations, 8 times slower; for methods trained on transposed crops.
-        compare: Also write NAME.EXT-compare.png, or .mp4, before and after side by side.
-        explain: Also write NAME.EXT-explain.png and .json for photos, with masks, route and scores, of methods that
-            have them.
-        crf: Quality of videos from 0 (best) to 51.
-        strip_metadata: Write no time, camera and location (EXIF) and no tags of videos; the colour profile stays.
+        compare: Also write NAME.EXT-compare.png (videos: .EXT) with before and after side by side.
+        explain: Also write NAME.EXT-explain.png and .json with the method's maps, route and scores; for photos, and
+            methods that have maps.
+        crf: Quality of videos, from 0 (lossless) to 51 (worst).
+        strip_metadata: Remove EXIF metadata (time, camera, location) and the tags of videos; colour profiles are kept.
         white: Value of white in floating-point TIFF files, such as 255.
-        overwrite: Replace outputs that exist.
-        route: Route for all images, instead of the one that CLIP selects (CLIP-RPN).
+        overwrite: Replace existing outputs, which are kept by default.
+        route: Route for all images, from 0, instead of the route that CLIP selects (CLIP-RPN).
         solver: Solver of DA-CLIP + IR-SDE: posterior (default), mrs-ode1, mrs-ode2, mrs-sde2, mars-ode2, mars-sde2,
             sde or ode.
-        steps: Steps of the solver (default 10).
+        steps: Evaluations of the network by the solver (default 10).
         seed: Seed of the solver's noise (default 0).
         device: Device: auto, cpu, cuda, cuda:N or mps.
-        precision: Precision of the network.
-        compile: Compile the network, for many photos of the same size.
+        precision: Precision of the network; bf16 (autocast) falls back to float32 on devices without bfloat16.
+        compile: Compile the network, which takes up to a minute; worthwhile for hundreds of photos.
 
     Raises:
-        DerainError: If options are wrong, or any file could not be restored; all other files are written.
+        DerainError: If an option is wrong, the weights cannot be loaded, the only output exists, or any file cannot be
+            restored; all other files are written.
     """
     options = WriteOptions(compare, explain, strip_metadata, white, crf)
     jobs = plan(input, out)
@@ -134,7 +135,7 @@ def restore(
 
 
 def _sampling(**options: str | int | None) -> Any:
-    """Return the sampling that was asked for; None for that of the method."""
+    """Return the sampling that options set; None if they set none, so that the method uses its own."""
     from derain.methods.interfaces import Sampling
 
     chosen: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -148,11 +149,11 @@ class Report:
     Attributes:
         out: Output of the run.
         total: Number of photos and videos.
-        kept: Number of outputs that exist and are kept.
-        failures: Messages about files that could not be restored.
+        kept: Number of existing outputs that are kept.
+        failures: Messages about files that cannot be restored.
         restored: Number of restored files.
         attempted: Number of files that were restored or failed since the weights were loaded.
-        located: Outputs whose metadata has a location.
+        with_location: Outputs whose metadata contains a location.
     """
 
     out: Path
@@ -161,23 +162,23 @@ class Report:
     failures: list[str]
     restored: int = 0
     attempted: int = 0
-    located: list[Path] = field(default_factory=list)
+    with_location: list[Path] = field(default_factory=list)
 
     def print_summary(self, kind: str) -> None:
         """Print the counts of a finished run, and a note about locations in the metadata."""
-        kept = f", kept {self.kept} that exist (--overwrite)" if self.kept else ""
+        kept = f", kept {self.kept} existing (--overwrite replaces them)" if self.kept else ""
         print(f"restored {self.restored} of {self.total} {kind}{kept}: {self.out}", file=sys.stderr)
-        if self.located:
-            more = f" and {len(self.located) - 1} more" if len(self.located) > 1 else ""
+        if self.with_location:
+            more = f" and {len(self.with_location) - 1} more" if len(self.with_location) > 1 else ""
             print(
-                f"{self.located[0]}{more}: the metadata has the location (GPS); --strip-metadata removes it",
+                f"{self.with_location[0]}{more}: metadata contains the location (GPS); --strip-metadata removes it",
                 file=sys.stderr,
             )
 
     def print_interrupted(self, remaining: Sequence[Path], overwrite: bool) -> None:
         """Print the counts of an interrupted run, and how to restore the remaining files."""
         print(
-            f"restored {self.restored} of {self.total}, kept {self.kept} that exist, {len(self.failures)} failed, "
+            f"restored {self.restored} of {self.total}, kept {self.kept} existing, {len(self.failures)} failed, "
             f"{len(remaining)} remain: {self.out}; {_next_step(remaining, overwrite)}",
             file=sys.stderr,
         )
@@ -195,11 +196,11 @@ def _check_options(options: WriteOptions, sources: Mapping[Path, Path]) -> None:
         raise DerainError(f"--explain: {video} is a video; omit --explain, or extract a frame as a photo")
     videos.check_crf(options.crf)
     if not 0 < options.white < math.inf:
-        raise DerainError(f"--white {options.white:g}: must be above 0; give the value of white in the file")
+        raise DerainError(f"--white {options.white:g}: must be finite and above 0; give the value of white in the file")
 
 
 def _remove_broken_videos(pending: dict[Path, Path]) -> list[str]:
-    """Remove videos that cannot be restored, before weights are loaded; return messages about them."""
+    """Remove videos that cannot be restored from ``pending``, before weights are loaded; return messages about them."""
     failures = []
     for source in filter(is_video, list(pending)):
         try:
@@ -216,7 +217,7 @@ def _restore_all(restorer: "Restorer", jobs: Mapping[Path, Path], options: Write
         restore_file = restore_video if is_video(source) else restore_photo
         try:
             if restore_file(restorer, source, target, options):
-                report.located.append(target)
+                report.with_location.append(target)
             report.restored += 1
         except (DerainError, OSError) as error:
             report.failures.append(str(error))
@@ -225,12 +226,12 @@ def _restore_all(restorer: "Restorer", jobs: Mapping[Path, Path], options: Write
 
 
 def _next_step(remaining: Sequence[Path], overwrite: bool) -> str:
-    """Return how to restore the rest after an interrupt."""
+    """Return how to restore the remaining files after an interrupt, for a message."""
     if not overwrite:
         return "run the same command for the rest"
     old = sum(target.exists() for target in remaining)
     if old:
-        return f"run the same command to restore all again: {old} of the remaining exist from before"
+        return f"run the same command to restore all again: {old} remaining outputs are from an earlier run"
     return "run the same command without --overwrite for the rest"
 
 
@@ -239,8 +240,17 @@ def restore_photo(restorer: "Restorer", source: Path, target: Path, options: Wri
 
     The explanation and the comparison are written before the photo: if the photo exists, they exist as well.
 
+    Args:
+        restorer: Restores the photo.
+        source: The photo.
+        target: Output file.
+        options: How the output is written.
+
     Returns:
-        Whether the written metadata has a location.
+        Whether the written metadata contains a location.
+
+    Raises:
+        DerainError: If the photo cannot be read, restored or written.
     """
     photo = read_photo(source, options.white)
     if options.strip_metadata:
@@ -259,10 +269,19 @@ def restore_photo(restorer: "Restorer", source: Path, target: Path, options: Wri
 
 
 def restore_video(restorer: "Restorer", source: Path, target: Path, options: WriteOptions) -> bool:
-    """Restore a video frame by frame; all frames are conditioned on the first one.
+    """Restore a video frame by frame; all frames are conditioned on the first frame.
+
+    Args:
+        restorer: Restores the frames.
+        source: The video.
+        target: Output file.
+        options: How the output is written.
 
     Returns:
-        Whether the written metadata has a location.
+        Whether the written metadata contains a location.
+
+    Raises:
+        DerainError: If the video cannot be read, restored or written.
     """
     conditions: dict[str, Any] | None = None
 
@@ -272,9 +291,9 @@ def restore_video(restorer: "Restorer", source: Path, target: Path, options: Wri
             conditions = restorer.encode(frame)
         return restorer(frame, conditions, name=str(source))
 
-    beside = comparison_path(target) if options.compare else None
+    comparison = comparison_path(target) if options.compare else None
     return videos.rewrite(
-        source, target, restore_frame, crf=options.crf, beside=beside, metadata=not options.strip_metadata
+        source, target, restore_frame, crf=options.crf, beside=comparison, metadata=not options.strip_metadata
     )
 
 
@@ -284,14 +303,17 @@ def is_video(path: Path) -> bool:
 
 
 def plan(source: str, out: Path) -> dict[Path, Path]:
-    """Return the output path of each input; names and subfolders are kept.
+    """Return the output path of each input; in an output folder, names and subfolders are kept.
+
+    Videos whose container cannot be written become ``.mp4``.
 
     Args:
         source: A file, a folder or a glob.
-        out: A file for one photo or video, a folder for several.
+        out: A file or folder for one photo or video; a folder for several.
 
     Raises:
-        DerainError: If there are no inputs, or two inputs have the same output.
+        DerainError: If there are no inputs, two inputs have the same output, an output is an input, or ``out`` has an
+            unsupported suffix or is not a folder where one is needed.
     """
     path = Path(source)
     if path.exists() and path.resolve() == out.resolve():
@@ -306,7 +328,7 @@ def plan(source: str, out: Path) -> dict[Path, Path]:
                 f"{', '.join(sorted(ACCEPTED))} files"
             )
         if out.is_file() or out.suffix.lower() in ACCEPTED:
-            raise DerainError(f"{out}: is a file, but {source} has several photos; give a folder")
+            raise DerainError(f"{out}: is a file name, but {source} is a folder or glob; give a folder")
         check_outputs((target, file) for file, target in targets.items())
     for file, target in targets.items():
         if target.resolve() == file.resolve():
@@ -342,7 +364,7 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 
 def output_files(target: Path, options: WriteOptions) -> list[Path]:
-    """Return all files that are written for a photo or video."""
+    """Return all output files of a photo or video."""
     files = [target]
     if options.compare:
         files.append(comparison_path(target))
@@ -353,7 +375,7 @@ def output_files(target: Path, options: WriteOptions) -> list[Path]:
 
 
 def comparison_path(target: Path) -> Path:
-    """Return the path of the picture, or video, of before and after.
+    """Return the path of the picture, or video, that shows before and after.
 
     Example:
         >>> comparison_path(Path("out/a.jpg")).as_posix(), comparison_path(Path("out/a.mp4")).as_posix()
@@ -363,7 +385,7 @@ def comparison_path(target: Path) -> Path:
 
 
 def explanation_path(target: Path) -> Path:
-    """Return the path of the explanation, without suffix.
+    """Return the path of the explanation, to which ``.png`` and ``.json`` are appended.
 
     Example:
         >>> explanation_path(Path("out/a.jpg")).as_posix()
@@ -373,13 +395,16 @@ def explanation_path(target: Path) -> Path:
 
 
 def write_comparison(photo: Photo, derained: NDArray[np.float32], target: Path) -> None:
-    """Write the picture of before and after."""
+    """Write the picture that shows before and after, at the full size of the photo."""
     picture = compare({"rainy": to_bytes(photo.rgb), "derained": to_bytes(derained)})
     write_image(comparison_path(target), picture)
 
 
 def tile_size(text: str) -> int | Literal["auto"] | None:
-    """Return the value of ``--tile``.
+    """Return the value of ``--tile``: a side in pixels, ``auto``, or None for no tiles.
+
+    Raises:
+        DerainError: If the text is none of them.
 
     Example:
         >>> tile_size("none"), tile_size("auto"), tile_size("512")

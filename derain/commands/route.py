@@ -1,4 +1,4 @@
-"""Count the images on each route of CLIP-RPN."""
+"""Count the images that CLIP sends along each route of CLIP-RPN."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ PAPER_SETS = {"Rain800": "Rain800", "RainTrainH": "Rain100H", "RainTrainH-full":
 """Training sets of CLIP-RPN's paper, by layout."""
 
 SHEET_IMAGES, SHEET_COLUMNS = 24, 6
-"""Images on a contact sheet, and in one of its rows."""
+"""Maximum number of images on a contact sheet, and in one of its rows."""
 
 
 def route(
@@ -49,9 +49,9 @@ def route(
 
     Args:
         sets: Names or folders of data sets, or folders with images.
-        prompts: Prompt set (1, 2, 2-long, 3, 3-distortion, rain, intensity), or a YAML file with a list of texts.
-        clip: CLIP model on the Hugging Face hub, or a folder.
-        similarity: Similarity of images and prompts.
+        prompts: Prompt set (1, 2, 2-long, 3, 3-distortion, rain, intensity), or a YAML file with one text per route.
+        clip: CLIP model on the Hugging Face hub or in a folder.
+        similarity: Similarity of images and prompts; dot does not normalise the features.
         split: Split of the data sets.
         root: Folder with data sets (default $DERAIN_DATA).
         out: Folder for routes.csv, summary.json and the contact sheets.
@@ -59,7 +59,7 @@ def route(
         format: Format of the printed counts.
 
     Raises:
-        DerainError: If a set has no images, or the prompts or the CLIP model cannot be loaded.
+        DerainError: If a set has no images, an image cannot be read, or the prompts or CLIP cannot be loaded.
     """
     texts = read_prompts(prompts)
     chosen_device = choose_device(device)
@@ -96,7 +96,7 @@ def read_prompts(name: str) -> tuple[str, ...]:
         name: Name of a prompt set, or path of a YAML file.
 
     Raises:
-        DerainError: If there is neither, or the file is not a list of at least two texts, all different.
+        DerainError: If there is neither, or the file is not a YAML list of at least two texts, all different.
     """
     if name in PROMPTS:
         return texts_of(name)
@@ -106,19 +106,21 @@ def read_prompts(name: str) -> tuple[str, ...]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DerainError(f"--prompts {path}: not YAML ({' '.join(str(error).split())})") from error
+        raise DerainError(
+            f"--prompts {path}: not YAML ({' '.join(str(error).split())}); expected a list with one text per route"
+        ) from error
     if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
         raise DerainError(f"--prompts {path}: expected a YAML list with one text per route (lines '- text')")
     return texts_of(content)
 
 
 def find_images(name: str, split: Split, root: Path | None = None) -> PairSet:
-    """Return the images of a split of a data set, or of a folder that is not a data set.
+    """Return the images of one split of a data set, or all images of a folder that is not a data set.
 
     Args:
         name: Name or folder of a data set, or a folder with images.
-        split: Split of a data set.
-        root: Folder with data sets.
+        split: ``train`` or ``test``; ignored for a folder that is not a data set.
+        root: Folder with data sets; ``$DERAIN_DATA`` by default.
 
     Raises:
         DerainError: If there are no images, or the data set does not have the split.
@@ -145,7 +147,7 @@ def _is_data_set(folder: Path) -> bool:
 
 
 def read_rainy(pair: Pair) -> Pixels:
-    """Read the rainy image of a pair, without the clean one if that is another file."""
+    """Read the rainy image of a pair, ``(h, w, 3)`` in 0 to 255; a separate clean file is not read."""
     return read_rgb(pair.rainy) if pair.clean_side is None else pair.read()[0]
 
 
@@ -155,17 +157,17 @@ def read_rainy(pair: Pair) -> Pixels:
 def count_routes(
     sets: Sequence[PairSet], routes: Sequence[int], prompts: str, route_count: int
 ) -> list[dict[str, Any]]:
-    """Count the images of each route in each set, and in all sets together if there are several.
+    """Count the images on each route in each set, and in all sets together if there are several.
 
     Args:
         sets: Data sets.
-        routes: Route of each image, in order.
-        prompts: Name of the prompt set; the paper has counts for some sets.
+        routes: Route of each image, in the order of the sets and their pairs.
+        prompts: Name of the prompt set, or file of the prompts.
         route_count: Number of routes.
 
     Returns:
-        One entry per set, with ``counts`` by route; ``paper`` has the paper's counts, or None if the paper has none or
-        counted another number of images.
+        One entry per set, with ``counts`` by route. ``paper`` has the counts of CLIP-RPN's paper; None if the paper has
+        none or counted another number of images.
     """
     entries: list[dict[str, Any]] = []
     start = 0
@@ -197,7 +199,7 @@ def count_routes(
 
 
 def _paper_counts(pair_set: PairSet, prompts: str) -> list[int] | None:
-    """Return the paper's counts for a set; None if it has none, or counted another number of images."""
+    """Return the paper's counts for a set; None if the paper has none or counted another number of images."""
     if prompts not in PROMPTS or pair_set.layout not in PAPER_SETS or pair_set.split != "train":
         return None
     counts = PROMPTS[prompts].counts[PAPER_SETS[pair_set.layout]]
@@ -214,7 +216,7 @@ def write_files(folder: Path, sets: Sequence[PairSet], similarities: Tensor, sum
     Args:
         folder: Folder for the files.
         sets: Data sets.
-        similarities: Similarities of the images to the prompts, ``(n, m)``.
+        similarities: Similarities of all images, in the order of the sets and their pairs, to the prompts, ``(n, m)``.
         summary: Content of ``summary.json``.
     """
     image_scores = scores(similarities)
@@ -252,10 +254,10 @@ def _write_csv(
 
 
 def route_sheet(images: Sequence[tuple[float, Pair]]) -> Image.Image:
-    """Return a contact sheet of at most 24 images, evenly spaced in the list.
+    """Return a contact sheet of at most ``SHEET_IMAGES`` images, evenly spaced in the list.
 
     Args:
-        images: Images of a route, each with the difference of its two largest scores.
+        images: Images of a route, each after the difference between its two largest scores.
     """
     indices = np.linspace(0, len(images) - 1, min(SHEET_IMAGES, len(images))).round().astype(int)
     selected = [images[index] for index in indices]
@@ -270,7 +272,7 @@ def route_sheet(images: Sequence[tuple[float, Pair]]) -> Image.Image:
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    """Print the counts, with those of the paper below."""
+    """Print one row of counts per set, and below it the paper's counts if there are any; then the prompts."""
     texts = summary["prompts"]["texts"]
     table = Table("set", title=f"prompts {summary['prompts']['set']}, {summary['clip']['name']}", title_justify="left")
     for column in ("images", *(f"route {index}" for index in range(len(texts)))):

@@ -13,13 +13,14 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from derain.errors import DerainError
 
 RUN = re.compile(r"(fit|validate|test|predict)-[\d.]+")
-"""Pattern of the names of these folders."""
+"""Pattern of the names of run folders."""
 
 
 def root_of(folder: Path) -> Path:
-    """Return the folder in which new runs are numbered.
+    """Return the folder in which new runs are numbered: the parent of a run folder, or the folder itself.
 
-    A run that is configured by the ``config.yaml`` of an earlier run gets a folder beside that run, not inside it.
+    Args:
+        folder: Folder for runs. It is a run folder if it comes from the ``config.yaml`` of an earlier run.
     """
     return folder.parent if RUN.fullmatch(folder.name) and (folder / "config.yaml").is_file() else folder
 
@@ -27,14 +28,17 @@ def root_of(folder: Path) -> Path:
 def shared_folder(root: Path, command: str, resuming: bool, arguments: Sequence[str] = ()) -> Path:
     """Return the folder of the run, the same for all its processes.
 
-    Under torchrun, rank 0 sends it through torchrun's store. Under SLURM, it is named by the job's id. Processes that
-    Lightning starts read it from an environment variable.
+    Under torchrun, rank 0 sends the folder through torchrun's store. Under SLURM, the folder is named after the job ID.
+    Processes that Lightning starts read it from the environment variable ``DERAIN_RUN``.
 
     Args:
-        root: Folder in which runs are numbered, or that of a run.
+        root: Folder in which runs are numbered, or a run folder.
         command: ``fit``, ``validate``, ``test`` or ``predict``.
-        resuming: Whether the newest run is resumed.
+        resuming: Whether the run in ``root``, or else the newest run, is resumed.
         arguments: The command line, by which a job that SLURM has restarted finds its run.
+
+    Raises:
+        DerainError: If there is no run to resume.
     """
     variables = os.environ
     by_torchrun = "TORCHELASTIC_RUN_ID" in variables
@@ -45,7 +49,7 @@ def shared_folder(root: Path, command: str, resuming: bool, arguments: Sequence[
         store = TCPStore(variables["MASTER_ADDR"], int(variables["MASTER_PORT"]), is_master=False)
         key = f"derain-{variables['TORCHELASTIC_RESTART_COUNT']}"
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            store.set(key, str(_own_folder(root, command, resuming, arguments)))
+            store.set(key, str(_choose_folder(root, command, resuming, arguments)))
         folder = Path(store.get(key).decode())
         folder.mkdir(parents=True, exist_ok=True)  # nodes may not share a disk
         return folder
@@ -57,7 +61,7 @@ def shared_folder(root: Path, command: str, resuming: bool, arguments: Sequence[
         return folder
     if variables.get("LOCAL_RANK", "0") != "0":
         return Path(variables["DERAIN_RUN"])
-    folder = _own_folder(root, command, resuming, arguments)
+    folder = _choose_folder(root, command, resuming, arguments)
     variables["DERAIN_RUN"] = str(folder)
     return folder
 
@@ -69,13 +73,13 @@ def restarts() -> int:
 
 def _slurm_tasks() -> int:
     """Return the number of processes that SLURM started for this run; 1 in an interactive shell."""
-    # Lightning recognises a shell by these names.
+    # Lightning recognises an interactive shell by these names of the job.
     interactive = os.environ.get("SLURM_JOB_NAME") in {"bash", "interactive"}
     return 1 if interactive else int(os.environ.get("SLURM_NTASKS", 1))
 
 
-def _own_folder(root: Path, command: str, resuming: bool, arguments: Sequence[str]) -> Path:
-    """Return the folder that the only process of a run, or its first, chooses."""
+def _choose_folder(root: Path, command: str, resuming: bool, arguments: Sequence[str]) -> Path:
+    """Return the folder of the run; called by the first process of a run only."""
     if resuming or "SLURM_JOB_ID" not in os.environ:
         return run_folder(root, command, resuming)
     return job_folder(root_of(root), command, arguments)
@@ -84,8 +88,13 @@ def _own_folder(root: Path, command: str, resuming: bool, arguments: Sequence[st
 def job_folder(root: Path, command: str, arguments: Sequence[str]) -> Path:
     """Return the folder of a run in a SLURM job: ``root/COMMAND-JOBID``, with ``.1``, ``.2`` for further runs.
 
-    A restarted job gets the folder of the run that had the same command line. Each attempt saves its command line to a
-    file in the folder, which only one process can create: no two runs share a folder.
+    If SLURM has restarted the job, the run gets the folder of the run that had the same command line. Each start of the
+    job saves the command line to a new file in the folder, which only one process can create: no two runs share it.
+
+    Args:
+        root: Folder for the run folders.
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        arguments: The command line.
     """
     command_line = shlex.join(arguments)
     name = f"{command}-{os.environ['SLURM_JOB_ID']}"
@@ -106,18 +115,18 @@ def _claim(folder: Path, command_line: str) -> bool:
     try:
         with (folder / f"slurm-{restarts()}.txt").open("x") as record:
             record.write(command_line)
-    except FileExistsError:  # another run of this attempt has the same command line
+    except FileExistsError:  # another run has the same command line since the same start of the job
         return False
     return True
 
 
 def run_folder(root: Path, command: str, resuming: bool) -> Path:
-    """Return the folder of a run outside SLURM: a new one, or that of the run to resume.
+    """Create the folder of a new run, or return the folder of the run to resume.
 
     Args:
-        root: Folder in which runs are numbered. If it is the folder of a run, that run is resumed.
+        root: Folder in which runs are numbered, or a run folder.
         command: ``fit``, ``validate``, ``test`` or ``predict``.
-        resuming: Whether to resume the newest run.
+        resuming: Whether to resume the run in ``root`` if it has a ``last.ckpt``, or else the newest run.
 
     Raises:
         DerainError: If there is no run to resume.

@@ -41,21 +41,21 @@ from derain.errors import DerainError
 log = logging.getLogger("derain")
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
-"""Supported values of ``--trainer.precision``; weights are float32 with each of them."""
+"""Supported values of ``--trainer.precision``; with all of them, weights are float32."""
 
 LIMITS = {
     "validate": "limit_val_batches",
     "test": "limit_test_batches",
     "predict": "limit_predict_batches",
 }
-"""Options by which a command evaluates only some of the images."""
+"""Option of each command that limits the number of evaluated batches."""
 
 
 def check_options(trainer: Any, command: str) -> None:
-    """Check the trainer's options for values that Lightning accepts, but that fail later or have no effect.
+    """Refuse values of the trainer's options that Lightning accepts, but that fail later or have no effect.
 
     Args:
-        trainer: The configured options of the trainer.
+        trainer: Configured options of the trainer.
         command: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
@@ -71,11 +71,12 @@ def check_options(trainer: Any, command: str) -> None:
     if trainer.overfit_batches:
         raise DerainError(
             f"--trainer.overfit_batches {trainer.overfit_batches}: not supported, since every epoch draws new "
-            "crops; to overfit, set --data.train and --data.val to a folder of few pairs, and --data.crop to their size"
+            "crops; to overfit, set --data.train and --data.val to a folder with a few pairs, and --data.crop to their "
+            "size"
         )
     if trainer.use_distributed_sampler:
         raise DerainError(
-            "--trainer.use_distributed_sampler true: not supported, since derain has its own samplers; omit it"
+            "--trainer.use_distributed_sampler true: not supported, since derain uses its own samplers; omit it"
         )
     if trainer.barebones:
         raise DerainError(
@@ -90,7 +91,7 @@ def check_trainer(trainer: Trainer) -> None:
     """Check precision, strategy, plugins and callbacks, and make the trainer write checkpoints atomically.
 
     Raises:
-        DerainError: If one of them is not supported.
+        DerainError: If precision, strategy, checkpoint plugin or a callback is not supported.
     """
     if trainer.precision not in PRECISIONS:
         raise DerainError(
@@ -129,12 +130,12 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def configured_loggers(configured: Any, folder: Path, checkpoint: str | None) -> list[Logger] | bool:
-    """Return a CSV logger for ``metrics.csv`` and the configured loggers; False if logging is turned off.
+    """Return a CSV logger for ``metrics.csv``, then the configured loggers; False if logging is turned off.
 
     Args:
-        configured: The trainer's ``logger``, instantiated.
+        configured: Value of the trainer's ``logger``: a boolean, None, a logger or a list of loggers.
         folder: Folder of the run.
-        checkpoint: Checkpoint that the run resumes from, if any.
+        checkpoint: Checkpoint from which the run resumes; None for a new run.
     """
     if configured is False:
         return False
@@ -149,16 +150,16 @@ def configured_loggers(configured: Any, folder: Path, checkpoint: str | None) ->
 def _keep_metrics(csv: CSVLogger, file: Path, checkpoint: Path) -> None:
     """Keep the metrics of a resumed run up to the step of its checkpoint; the logger would delete the file.
 
-    Incomplete rows, of a run that was killed while the logger wrote the file, are dropped.
+    Incomplete rows are dropped: they remain if a run is killed while the logger writes the file.
     """
     content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     loops = content["loops"]["fit_loop"]
-    # Checkpoints of early versions have no position.
+    # Checkpoints of earlier versions of derain have no position.
     position = content.get("position", {"steps": loops["epoch_loop.state_dict"]["_batches_that_stepped"], "log": {}})
     header, *rows = file.read_text().splitlines() or [""]
     columns = header.split(",")
     if "step" not in columns:
-        log.warning("%s: truncated when the run was interrupted; starting it anew", file)
+        log.warning("%s: truncated when the run was interrupted; its metrics are discarded", file)
         return
     step_column = columns.index("step")
     relogged = [columns.index(name) for name in position["log"] if name in columns and name != "epoch"]
@@ -180,9 +181,9 @@ def _keep_metrics(csv: CSVLogger, file: Path, checkpoint: Path) -> None:
 
 
 def save_during_manual_optimization(callback: ModelCheckpoint) -> None:
-    """Make a configured ``ModelCheckpoint``, or a subclass, save by time with manual optimisation too.
+    """Make a configured ``ModelCheckpoint`` save by time with manual optimisation too.
 
-    A ``ModelCheckpoint`` becomes a ``derain.callbacks.Checkpoint``; a user's subclass also derives from it.
+    Its class becomes ``derain.callbacks.Checkpoint``; a user's subclass becomes a class that derives from both.
     """
     configured = type(callback)
     if configured is ModelCheckpoint:
@@ -196,15 +197,15 @@ def save_during_manual_optimization(callback: ModelCheckpoint) -> None:
 def run_callbacks(
     configured: list[Callback], command: str, config: Any, folder: Path, monitor: str, commit: str | None
 ) -> list[Callback]:
-    """Return the configured callbacks and those that save checkpoints, weights, image panels and results.
+    """Return the configured callbacks, and those of derain: progress bar, checkpoints, weights, panels, results.
 
     Args:
         configured: Callbacks of the configuration.
         command: ``fit``, ``validate``, ``test`` or ``predict``.
         config: Configuration of the command.
         folder: Folder of the run.
-        monitor: Metric whose highest value selects the best checkpoint.
-        commit: Commit that is saved with test results.
+        monitor: Metric whose highest value selects the best checkpoint; used by ``fit``.
+        commit: Git commit that ``test`` saves with its results; None outside git.
     """
     for callback in configured:
         if isinstance(callback, ModelCheckpoint):
@@ -216,7 +217,7 @@ def run_callbacks(
         return callbacks + _training_callbacks(config, folder, monitor)
     for callback in list(callbacks):
         if isinstance(callback, BatchSizeFinder | LearningRateFinder):
-            log.info("%s: ignored, since it only affects training", type(callback).__name__)
+            log.info("%s: ignored, since it affects training only", type(callback).__name__)
             callbacks.remove(callback)
     if command == "test":
         return [*callbacks, TestResults(config.weights, commit), ImagePanels()]
@@ -226,7 +227,7 @@ def run_callbacks(
 
 
 def _training_callbacks(config: Any, folder: Path, monitor: str) -> list[Callback]:
-    """Return the callbacks for training, without those that options turn off."""
+    """Return derain's callbacks for training, without those that options turn off."""
     callbacks: list[Callback] = [BatchSeeds(config.seed_everything), ImagePanels()]
     if config.trainer.enable_checkpointing is not False:
         checkpoints = folder / "checkpoints"

@@ -36,17 +36,19 @@ def score(
         clean: The clean image, a folder with clean images, or the folder or name of a data set; images are paired by
             name.
         protocol: How PSNR and SSIM are computed: matlab-y, prenet, restormer, plnlin, ir-sde-rgb, ir-sde-y, rgb, or
-            ir-sde for ir-sde-rgb and ir-sde-y; with +down at the end, SSIM is computed on downsampled images.
-        lpips: Network of LPIPS; auto is AlexNet if its weights are on this machine, alex and vgg download them.
+            ir-sde for ir-sde-rgb and ir-sde-y; append +down to compute SSIM on down-sampled images.
+        lpips: Network of LPIPS; auto is AlexNet if its weights are on this machine, else none; alex and vgg download
+            missing weights.
         no_reference: No-reference metrics of pyiqa, such as niqe or musiq.
         format: Output format; CSV and JSON have the scores of each image.
         out: Write to this file.
 
     Raises:
-        DerainError: If images are missing, do not belong together or cannot be read.
+        DerainError: If a protocol is unknown, no metric is available, or images are missing, do not belong together or
+            cannot be read.
     """
     if clean is None and not no_reference:
-        raise DerainError("CLEAN is missing; give clean images, or score without them: --no-reference niqe")
+        raise DerainError("no clean images are given; give them, or score without them by --no-reference niqe")
     protocols = () if clean is None else resolve(protocol)
     pairs = find_scoring_pairs(derained, clean)
     network = available_lpips("none" if clean is None else lpips)
@@ -81,21 +83,21 @@ def evaluate(
     Args:
         pairs: Derained images, with their clean images if there are protocols.
         protocols: Protocols of PSNR and SSIM; if empty, the only result has the no-reference metrics.
-        lpips: LPIPS, if wanted.
+        lpips: LPIPS metric; None: not computed.
         no_reference: No-reference metrics of the derained images.
 
     Returns:
-        One result a protocol: ``protocol``, ``definition``, ``count``, means ``psnr`` (dB), ``ssim`` and ``lpips``,
+        One result per protocol: ``protocol``, ``definition``, ``count``, means ``psnr`` (dB), ``ssim`` and ``lpips``,
         ``psnr_interval`` and ``ssim_interval`` (95 %, bootstrap), ``lpips_net``, ``no_reference`` (means by name) and
         ``images`` (scores of each image). Values that were not computed are None.
 
     Raises:
         DerainError: If an image cannot be read or scored; the message has its path.
     """
-    lock = threading.Lock()  # a network uses all cores
+    lock = threading.Lock()  # one network at a time: it uses all cores by itself
 
     def score_image(pair: ScoringPair) -> list[dict[str, float]]:
-        """Return the scores of an image, one dictionary a protocol."""
+        """Return the scores of an image, one dictionary per protocol."""
         derained, clean = pair.read()
         scores = {}
         try:
@@ -149,11 +151,11 @@ def _summary(
 
 
 def results_table(results: Sequence[dict[str, Any]], *, intervals: bool) -> Table:
-    """Return a table with one row a protocol.
+    """Return a table with one row per protocol.
 
     Args:
         results: Results of ``evaluate``.
-        intervals: Whether means have their confidence intervals.
+        intervals: Whether confidence intervals are added to the means.
     """
     columns = [
         Column("protocol", align="left"),
@@ -185,12 +187,12 @@ def results_table(results: Sequence[dict[str, Any]], *, intervals: bool) -> Tabl
     notes = [f"{result['protocol']}: {result['definition']}" for result in results if result["protocol"]]
     identical = max(sum(image.get("psnr") == MAX_PSNR for image in result["images"]) for result in results)
     if identical:
-        notes.append(f"{identical} images equal the clean ones and count as {MAX_PSNR:.0f} dB")
+        notes.append(f"{identical} images are identical to the clean ones and count as {MAX_PSNR:.0f} dB")
     if intervals and any(result["psnr_interval"] for result in results):
         notes.insert(0, "Means over images [95 % bootstrap interval]")
     return Table(columns, rows, notes)
 
 
 def image_records(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the scores of each image by each protocol, for CSV."""
+    """Return the rows of the CSV: one per protocol and image."""
     return [{"protocol": result["protocol"], **image} for result in results for image in result["images"]]

@@ -29,14 +29,14 @@ MAP_SIDE = 640
 
 
 def load_restorers(names: Sequence[str], device: str) -> dict[str, Restorer]:
-    """Load weights, each file once.
+    """Load weights, each name once.
 
     Args:
         names: Names or files of weights.
-        device: Device to restore on.
+        device: Device to restore on: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
 
     Returns:
-        Restorers by the label that the page shows.
+        Restorers by the label that the page shows: name and method.
 
     Raises:
         DerainError: If weights cannot be loaded.
@@ -55,11 +55,11 @@ class RestoredPhoto(NamedTuple):
     """Files and facts of a restored photo.
 
     Attributes:
-        before: JPEG of the rainy photo, at most ``PREVIEW_SIDE`` pixels wide or high.
+        before: JPEG of the rainy photo, shrunk to a longest side of ``PREVIEW_SIDE``.
         after: JPEG of the restored photo, of the same size.
         download: PNG with the size, bit depth, transparency and colour profile of the photo.
-        maps: Small pictures of the removed rain and of the method's maps, by name.
-        facts: Model, size, time and what the method was conditioned on, by name.
+        maps: Pictures of the removed rain and of the method's maps, by name, as `map_pictures` returns them.
+        facts: Model, size, time, synthetic rain, and what the method found in the photo, by name.
     """
 
     before: Path
@@ -79,7 +79,7 @@ class RestorationService:
     Args:
         restorers: Restorers by label.
         folder: Folder for the results.
-        max_megapixels: Maximum size of a photo.
+        max_megapixels: Maximum size of a photo in megapixels.
         keep_metadata: Whether restored photos keep their EXIF metadata.
     """
 
@@ -119,16 +119,20 @@ class RestorationService:
             model: Label of a restorer.
             amount: Amount of synthetic rain, from 0 (none) to 100.
             seed: Seed of the synthetic rain.
-            abandoned: Returns whether the client has left; called before each layer of the network.
+            abandoned: Returns whether the client has left, which stops the restoration; called before each layer of
+                the network.
+
+        Returns:
+            Files in a new folder, and facts.
 
         Raises:
-            DerainError: If the file is not a photo, is too large, or does not fit into memory; the message is shown
-                on the page.
+            DerainError: If there is no such model, the file is not a photo, is too large or does not fit into memory,
+                or the restoration was stopped; the message is shown on the page.
         """
         name = Path(name).name
         self.check(upload, name)
         if model not in self.restorers:
-            raise DerainError(f"There is no model {model!r} here; choose {' or '.join(self.restorers)}.")
+            raise DerainError(f"Model {model!r} is not available; choose {' or '.join(self.restorers)}.")
         with self._lock:
             start = time.perf_counter()
             self._is_abandoned = abandoned
@@ -158,9 +162,9 @@ class RestorationService:
         return RestoredPhoto(before, after, download, pictures, facts)
 
     def close(self) -> None:
-        """Stop the running restoration before its next layer, and refuse further ones."""
+        """Stop a running restoration before its next layer, wait for it, and refuse further ones."""
         self._closed.set()
-        with self._lock:  # returns when the restoration has stopped
+        with self._lock:  # held by a restoration until it has stopped
             pass
 
     def _stop_if_unwanted(self, *_: Any) -> None:
@@ -170,7 +174,7 @@ class RestorationService:
             raise DerainError("the client has left")
 
     def check(self, upload: Path, name: str) -> None:
-        """Check that a file is a photo of an accepted size; only the head of the file is read.
+        """Check that a file is a photo of an accepted size; only its header is read.
 
         Args:
             upload: Uploaded file.
@@ -180,9 +184,9 @@ class RestorationService:
             DerainError: If the file is missing, empty, not a photo, or too large; the message is shown on the page.
         """
         if not upload.is_file():
-            raise DerainError(f"{name} was deleted, as all photos after {KEEP_MINUTES} minutes. Please add it again.")
+            raise DerainError(f"{name} was deleted: photos are kept for {KEEP_MINUTES} minutes. Please upload it again.")
         if upload.stat().st_size == 0:
-            raise DerainError(f"{name} is empty: it has 0 bytes. Please try another copy of it.")
+            raise DerainError(f"{name} is empty (0 bytes). Please try another copy of it.")
         try:
             height, width = image_size(upload)
         except DerainError as error:
@@ -196,14 +200,16 @@ class RestorationService:
 
 
 def _renamed(error: DerainError, upload: Path, name: str) -> DerainError:
-    """Return an error with the client's name of a file in place of the path on this machine."""
+    """Return an error that names a file as the client does, instead of by its path on this machine."""
     return DerainError(f"{name}: {str(error).removeprefix(f'{upload}: ')}")
 
 
 def map_pictures(
     rainy: NDArray[np.float32], derained: NDArray[np.float32], maps: dict[str, NDArray[np.float32]]
 ) -> dict[str, Pixels]:
-    """Return small grey pictures of the removed rain and of the method's maps.
+    """Return grey pictures of the removed rain and of the method's maps, at most ``MAP_SIDE`` pixels wide and high.
+
+    The removed rain is the mean absolute difference over the channels, scaled so that strong rain is white.
 
     Args:
         rainy: ``(h, w, 3)`` in [0, 1].
@@ -220,9 +226,12 @@ def add_rain_to(rgb: NDArray[np.float32], amount: float, seed: int) -> NDArray[n
     """Add synthetic rain to a photo; the same amount and seed give the same pixels.
 
     Args:
-        rgb: ``(h, w, 3)`` in [0, 1].
-        amount: From above 0 to 100.
-        seed: Seed of the streaks.
+        rgb: ``(h, w, 3)`` in [0, 1]; rounded to 8 bits.
+        amount: Above 0, up to 100.
+        seed: Seed of the rain.
+
+    Returns:
+        ``(h, w, 3)`` in [0, 1].
     """
     rainy = add_rain(to_bytes(rgb), rain_of_amount(amount, seed), np.random.default_rng(seed))
     return rainy.astype(np.float32) / np.float32(255)
@@ -253,11 +262,11 @@ def rain_of_amount(amount: float, seed: int) -> Rain:
 
 
 def shrink(picture: NDArray[np.float32], longest: int) -> Pixels:
-    """Convert a picture to bytes, shrunk to a longest side.
+    """Convert a picture to bytes, and shrink it to a longest side; smaller pictures keep their size.
 
     Args:
         picture: ``(h, w, 3)`` in [0, 1].
-        longest: Longest side in pixels.
+        longest: Maximum of the longest side in pixels.
 
     Example:
         >>> shrink(np.zeros((10, 40, 3), np.float32), 20).shape

@@ -30,10 +30,10 @@ from derain.tables import Cell, Column, Format, Row, Table, Value, write_results
 log = logging.getLogger("derain")
 
 PARTIAL = "*"
-"""Mark of scores over a part of the images of a set."""
+"""Mark of scores over only a part of the images of a set."""
 
 COST_SIDE = 256
-"""Side of the image that multiplications are counted for, in pixels."""
+"""Height and width of the image for which MACs are counted, in pixels."""
 
 
 def table(
@@ -49,24 +49,24 @@ def table(
     out: Path | None = None,
     plot: Path | None = None,
 ) -> int:
-    """Build a table like those of papers from the results of derain test: one row a method, one column a data set.
+    """Build a table as in papers from the results of derain test: one row per method, a group of columns per data set.
 
     Args:
-        results: Files summary.json, or folders with some; none are needed with --paper.
-        protocol: Protocol of the table, if the results have several.
-        published: Add rows with the numbers that papers print for these data sets.
-        paper: Rebuild one table of a paper, with our results on its data sets: cliprpn:3, cliprpn:6, cliprpn:10,
+        results: Files summary.json, or folders that contain some; optional with --paper.
+        protocol: Protocol of the scores; required if the results have several.
+        published: Add rows with the results that papers report on these data sets.
+        paper: Reproduce one table of a paper, with your results on its data sets: cliprpn:3, cliprpn:6, cliprpn:10,
             cliprpn:11, daclip:1, daclip:2, plnlin:2, plnlin:4 or plnlin:6.
         cost: Add parameters and MACs at 256×256 pixels.
-        method: Classes of methods outside derain whose cost is counted, such as my_method.MyModule.
+        method: Classes of methods outside derain, such as my_method.MyModule; --cost needs them.
         best: Print the best value of each column in bold; scores over a part of a set are not compared.
         format: Output format; CSV and JSON have full precision.
         out: Write to this file.
-        plot: Write plots to this folder: PSNR over seconds, PSNR over epochs for training runs below RESULTS, and
-            PSNR of each derained image over that of the rainy one.
+        plot: Write plots to this folder: PSNR against seconds, validation PSNR against epochs for training runs in the
+            result folders, and PSNR of each derained image against that of the rainy one.
 
     Raises:
-        DerainError: If there are no results, or they cannot be compared.
+        DerainError: If an option is wrong, there are no results, or they cannot be compared.
     """
     rows: list[ResultRow] = []
     if results or paper is None:
@@ -88,22 +88,26 @@ def table(
     write_results(format, results_table(rows, protocol, best=best), records, records, out)
     if plot is not None:
         if protocol is None or not results:
-            raise DerainError("--plot: needs own results; give the folder of a run of derain test")
+            raise DerainError(f"--plot {plot}: no results are given; give the folder of a run of derain test")
         files = write_plots(plot, rows, protocol, find_files(results, "metrics.csv"))
         print(f"wrote {len(files)} plots to {plot}", file=sys.stderr)
     return 0
 
 
 def own_rows(results: Sequence[Path], protocol: str | None) -> tuple[list[ResultRow], str]:
-    """Return the rows of own results, and their protocol.
+    """Return the rows of the user's results, and their protocol.
+
+    Args:
+        results: Files ``summary.json``, or folders that contain some.
+        protocol: Protocol of the scores; None if all results have the same one.
 
     Raises:
         DerainError: If there are no results, or they cannot be compared.
     """
     files = find_files(results, "summary.json")
     if not files:
-        place = f"{results[0]}: no summary.json" if results else "no results are given"
-        raise DerainError(f"{place}; run derain test, and give the folder of its run")
+        problem = f"{', '.join(map(str, results))}: no summary.json" if results else "no results are given"
+        raise DerainError(f"{problem}; run derain test, and give the folder of its run")
     selected, protocol = select_protocol([(file, read_summary(file)) for file in files], protocol)
     return merge_rows(selected), protocol
 
@@ -118,30 +122,33 @@ def paper_sets(paper: str) -> set[str]:
 
 
 def restrict_to(rows: Sequence[ResultRow], sets: set[str]) -> list[ResultRow]:
-    """Return rows with their scores on these data sets only; rows without any are reported and left out."""
+    """Return rows with their scores on ``sets`` only; rows without such scores are skipped with a warning."""
     restricted = []
     for row in rows:
         scores = tuple(score for score in row.scores if score.dataset in sets)
         if scores:
             restricted.append(replace(row, scores=scores))
         else:
-            log.warning("%s: left out: no results on %s", row.file, ", ".join(sorted(sets)))
+            log.warning("%s: skipped: no results on %s", row.file, ", ".join(sorted(sets)))
     return restricted
 
 
 def _shows_best(format: Format, out: Path | None) -> bool:
-    """Return whether the output can mark values in bold."""
+    """Return whether the output can show bold text."""
     if format == "table":
         return out is None and sys.stdout.isatty()
     return format in {"markdown", "latex"}
 
 
 def add_costs(rows: Sequence[ResultRow], methods: Sequence[str] = ()) -> list[ResultRow]:
-    """Return rows with parameters and multiplications of their methods; rows of unknown methods are reported.
+    """Return rows with parameters and MACs of their methods; a warning names rows whose cost cannot be counted.
 
     Args:
-        rows: Rows of own results.
-        methods: Classes of methods outside derain.
+        rows: Rows of the user's results.
+        methods: Class paths of methods outside derain.
+
+    Raises:
+        DerainError: If there is no such class.
     """
     from derain.commands.bench import build_method, count_cost
     from derain.methods.registry import find, use_method
@@ -151,12 +158,12 @@ def add_costs(rows: Sequence[ResultRow], methods: Sequence[str] = ()) -> list[Re
     with_costs = []
     for row in rows:
         try:
-            kind = find(Path(row.file), row.metadata)
-            kind.check_trusted(Path(row.file), row.metadata["hyper_parameters"])
-            method = build_method(kind, **row.metadata["hyper_parameters"])
+            method_class = find(Path(row.file), row.metadata)
+            method_class.check_trusted(Path(row.file), row.metadata["hyper_parameters"])
+            method = build_method(method_class, **row.metadata["hyper_parameters"])
             cost = count_cost(method, COST_SIDE)
         except (KeyError, DerainError) as error:
-            log.warning("%s: cost of %s is not counted: %s", row.file, row.method, error)
+            log.warning("%s: cost of %s cannot be counted: %s", row.file, row.method, error)
             with_costs.append(row)
             continue
         with_costs.append(replace(row, parameters=float(cost["parameters"]), macs=float(cost["macs"])))
@@ -167,14 +174,14 @@ def add_costs(rows: Sequence[ResultRow], methods: Sequence[str] = ()) -> list[Re
 
 
 def set_names(rows: Sequence[ResultRow]) -> list[str]:
-    """Return the names of the sets: known sets in the order of the layouts, then unknown sets."""
+    """Return the names of the sets: known sets in the order of the layouts, then Mixed, then unknown sets."""
     order = {name: index for index, name in enumerate([*LAYOUTS, "Mixed"])}
     names = dict.fromkeys(score.dataset for row in rows for score in row.scores)
     return sorted(names, key=lambda name: order.get(name, len(order)))
 
 
 def footnote_numbers(rows: Sequence[ResultRow]) -> dict[str, int]:
-    """Return the numbers of the notes of published rows."""
+    """Return the footnote number of each note of published rows."""
     notes = dict.fromkeys(row.note for row in rows if row.note)
     return {note: number for number, note in enumerate(notes, start=1)}
 
@@ -183,8 +190,8 @@ def results_table(rows: Sequence[ResultRow], protocol: str | None, *, best: bool
     """Return the table, with a group of columns for each set.
 
     Args:
-        rows: One row a method.
-        protocol: Protocol of the scores; None if they are those of a paper that does not define one.
+        rows: One row per method.
+        protocol: Protocol of the scores; None for a paper that does not define one.
         best: Whether the best value of each column is marked.
     """
     columns = [Column("method", align="left"), Column("trained on", align="left")]
@@ -209,12 +216,12 @@ def results_table(rows: Sequence[ResultRow], protocol: str | None, *, best: bool
     table_rows = [Row(row_values, dim=row.note is not None) for row, row_values in zip(rows, values, strict=True)]
     notes = table_notes(rows, protocol)
     if best and any(score.partial_of for row in rows for score in row.scores):
-        notes.append(f"Bold: best of the scores over whole sets; those with {PARTIAL} are not compared.")
+        notes.append(f"Bold: best score over whole sets; scores with {PARTIAL} are not compared.")
     return Table(columns, table_rows, notes)
 
 
 def _method_values(row: ResultRow, label: str, numbers: dict[str, int]) -> list[Value]:
-    """Return the name of a method and its training sets."""
+    """Return the label of a row and its training sets; published rows have a footnote instead of training sets."""
     if row.note:
         return [Cell(label, footnote=numbers[row.note]), ""]
     return [label, "; ".join(row.trained_on) or "unknown"]
@@ -229,7 +236,7 @@ def _score_values(score: Score | None, has_lpips: bool) -> list[Value]:
 
 
 def _cost_columns(rows: Sequence[ResultRow]) -> Iterator[tuple[Column, list[float | None]]]:
-    """Yield parameters, multiplications and seconds, as far as any row has them."""
+    """Yield the columns of parameters, MACs and seconds, each with its values, if any row has a value."""
     candidates = (
         (Column("parameters (M)", ".2f"), [_scale(row.parameters, 1e-6) for row in rows]),
         (Column("MACs (G)", ".2f"), [_scale(row.macs, 1e-9) for row in rows]),
@@ -258,21 +265,21 @@ def table_notes(rows: Sequence[ResultRow], protocol: str | None) -> list[str]:
                 notes.append(f"{PARTIAL} partial: {label} on {score.dataset}{_partial_suffix(score)}.")
     if any(row.macs is not None and row.note is None for row in rows):
         notes.append(
-            f"MACs: at {COST_SIDE}×{COST_SIDE} pixels, one route, without CLIP, and for a diffusion one sampling step."
+            f"MACs: at {COST_SIDE}×{COST_SIDE} pixels; one route, without CLIP; one sampling step of a diffusion."
         )
     hardware = dict.fromkeys(row.hardware for row in rows if row.seconds is not None and row.hardware)
     if hardware:
-        notes.append(f"Seconds: mean for a test image; on {'; '.join(hardware)}.")
+        notes.append(f"Seconds: mean per test image; on {'; '.join(hardware)}.")
     return notes + [f"[{number}] {note}." for note, number in footnote_numbers(rows).items()]
 
 
 def _partial_suffix(score: Score) -> str:
-    """Return how many images a score is of, if it is not of the whole set."""
+    """Return the number of scored images for a label; empty if all images of the set were scored."""
     return f", {score.images} of {score.partial_of} images" if score.partial_of else ""
 
 
 def score_records(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
-    """Return one record a method and set, in full precision, for CSV and JSON."""
+    """Return one record per method and set, in full precision, for CSV and JSON."""
     records = []
     for label, row in zip(row_labels(rows), rows, strict=True):
         for score in row.scores:
@@ -310,10 +317,13 @@ def write_plots(folder: Path, rows: Sequence[ResultRow], protocol: str, logs: It
         folder: Folder for the plots.
         rows: Rows of the table.
         protocol: Protocol of the scores.
-        logs: Files ``metrics.csv`` of training runs.
+        logs: Files ``metrics.csv`` of runs; those without validation scores are ignored.
 
     Returns:
-        The files.
+        Paths of the plots.
+
+    Raises:
+        DerainError: If a log or the scores of the images cannot be read, or matplotlib is not installed.
     """
     from derain import plots
 
@@ -343,7 +353,7 @@ def write_plots(folder: Path, rows: Sequence[ResultRow], protocol: str, logs: It
 
 
 def _plot_names(rows: Sequence[ResultRow]) -> list[str]:
-    """Return the labels of the rows, with the training sets where labels are the same."""
+    """Return the labels of the rows; equal labels are followed by the training sets."""
     labels = row_labels(rows)
     names = []
     for label, row in zip(labels, rows, strict=True):
@@ -357,7 +367,7 @@ def _slug(name: str) -> str:
 
 
 def _unused(file: Path, written: Sequence[Path]) -> Path:
-    """Return the path, with a number if another plot has it: different names may have the same slug."""
+    """Return the path, with a number if another plot has this path: different names may have the same slug."""
     for count in itertools.count(1):
         candidate = file if count == 1 else file.with_stem(f"{file.stem}-{count}")
         if candidate not in written:
@@ -366,7 +376,7 @@ def _unused(file: Path, written: Sequence[Path]) -> Path:
 
 
 def _read_epochs(file: Path) -> list[tuple[float, float]]:
-    """Return epochs and their ``val/psnr`` from the log of a run; empty if the run was not a training."""
+    """Return epochs and their ``val/psnr`` in dB from the log of a run; empty if it has none."""
     try:
         with file.open(newline="", encoding="utf-8") as opened:
             rows = [row for row in csv.DictReader(opened) if row.get("val/psnr") and row.get("epoch")]
@@ -376,7 +386,7 @@ def _read_epochs(file: Path) -> list[tuple[float, float]]:
 
 
 def _read_images(file: Path | None, protocol: str) -> list[tuple[float, float]]:
-    """Return the PSNR of each image, rainy and derained; empty if there is no file."""
+    """Return the PSNR in dB of each rainy and derained image; empty if there is no file."""
     if file is None or not file.is_file():
         return []
     try:

@@ -44,11 +44,11 @@ log = logging.getLogger("derain")
 LIGHTNING_FOLDER = Path(lightning.__file__).parent
 TORCH_FOLDER = Path(torch.__file__).parent
 LIGHTNING_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, ImportError, MisconfigurationException)
-"""Exceptions by which Lightning rejects options and callbacks."""
+"""Exceptions that Lightning raises for options and callbacks that it rejects."""
 
 
 def commit() -> str | None:
-    """Return the git commit of the working directory, with ``-dirty`` if it was changed; None outside git."""
+    """Return the git tag or commit of the current folder, with ``-dirty`` if files have changed; None outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -58,10 +58,10 @@ def commit() -> str | None:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Save ``config.yaml`` to the folder of the run, and send it with the commit to the loggers."""
+    """Save ``config.yaml`` and ``commit.txt`` to the folder of the run, and send both to the loggers."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Send the configuration and the commit to the loggers; save the commit."""
+        """Send the configuration and the commit to the loggers, and save ``commit.txt``."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):
@@ -70,11 +70,11 @@ class SaveConfig(SaveConfigCallback):
 
 
 def _model_class(config: Any) -> type[TrainableModule] | None:
-    """Return the class that ``--model`` names; None without the option."""
+    """Return the class that ``--model`` names; None if the option is not given."""
     if not config.model:
         return None
     network = (config.model.get("init_args") or {}).get("network")
-    if isinstance(network, str) and "." in network:  # of RegressionModule
+    if isinstance(network, str) and "." in network:  # class path for RegressionModule
         use_method(network, "--model.network")
     return cast(type[TrainableModule], use_method(config.model.class_path, "model"))
 
@@ -84,7 +84,7 @@ class DerainCLI(LightningCLI):
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
-        kwargs: Arguments of LightningCLI.
+        **kwargs: Arguments of LightningCLI.
     """
 
     def __init__(self, command: str, **kwargs: Any) -> None:
@@ -92,7 +92,7 @@ class DerainCLI(LightningCLI):
         super().__init__(**kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the arguments that the command hides; only its parser is built, which takes a third of a second."""
+        """Return this command only, with the arguments that it hides: building a parser takes a third of a second."""
         return {self.command: LightningCLI.subcommands()[self.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -101,43 +101,44 @@ class DerainCLI(LightningCLI):
             "--weights",
             type=str | None,
             default=None,
-            help="Weights to load: a name (default, hub:OWNER/NAME) or a file of derain or of the authors (PReNet: "
-            "FILE:stages=N,variant=NAME). fit starts from them; validate, test and predict also use their method.",
+            help="Weights to load: a name from derain models list, hub:OWNER/NAME, or a file of derain or of a "
+            "method's authors (PReNet: FILE:stages=N,variant=NAME). fit starts from them; validate, test and predict "
+            "evaluate their method.",
         )
         parser.add_argument(
             "--protocol",
             type=list[str],
             default=["matlab-y"],
-            help="Evaluation protocols; the first one selects the best checkpoint.",
+            help="Evaluation protocols (derain score --help lists them); the first one selects the best checkpoint.",
         )
         parser.add_argument(
             "--lpips",
             type=Literal["auto", "alex", "vgg", "none"],
             default="auto" if parser.prog.endswith("test") else "none",
-            help="Network of LPIPS; auto: alex if its weights are installed, else none.",
+            help="Network of LPIPS; auto: alex if its weights are on this machine, else none.",
         )
         parser.add_argument(
             "--sampling",
             type=Sampling | None,
             default=None,
-            help="Solver, steps and seed of a method that samples; by default those of the method.",
+            help="Solver, steps and seed of a method that samples, such as DA-CLIP + IR-SDE (default: its own).",
         )
         if parser.prog.endswith("predict"):
             parser.add_argument(
                 "--explain",
                 type=bool,
                 default=False,
-                help="Also save the maps of the method, and what it is conditioned on, beside each image.",
+                help="Also save NAME-explain.png and .json with the method's maps, route and scores.",
             )
 
     def _parse_ckpt_path(self) -> None:
-        """Keep the given options: LightningCLI would replace them by the hyper-parameters of the checkpoint."""
+        """Do nothing: LightningCLI would replace given options by the hyper-parameters of the checkpoint."""
 
     def _set_seed(self) -> None:
         """Seed the run.
 
         Raises:
-            DerainError: If the seed is not a number that generators accept.
+            DerainError: If the seed is not a whole number from 0 to 2**32 - 1.
         """
         seed = self.config[self.config.subcommand].seed_everything
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
@@ -148,10 +149,10 @@ class DerainCLI(LightningCLI):
         super()._set_seed()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the options; check the weights or the checkpoint.
+        """Parse the options, and load the checkpoint of ``--ckpt_path FILE``.
 
         Raises:
-            DerainError: If an option is invalid, or nothing is given to evaluate.
+            DerainError: If an option is invalid, the checkpoint cannot be loaded, or there is nothing to evaluate.
         """
         self.arguments = list(args)
         try:
@@ -170,11 +171,11 @@ class DerainCLI(LightningCLI):
             self._check_evaluated_file(config)
 
     def _load_checkpoint(self, config: Any) -> None:
-        """Load the checkpoint of ``--ckpt_path``, which checks the file and finds its method."""
+        """Load the checkpoint of ``--ckpt_path``, which also checks it before a run starts."""
         self.loaded = catalog.load_checkpoint(Path(config.ckpt_path), _model_class(config))
 
     def _check_evaluated_file(self, config: Any) -> None:
-        """Require either weights or a checkpoint."""
+        """Refuse options that give neither weights nor a checkpoint, or both."""
         if config.ckpt_path and config.weights:
             raise DerainError(
                 f"--weights {config.weights} and --ckpt_path {config.ckpt_path}: only one of them can be evaluated; "
@@ -187,7 +188,7 @@ class DerainCLI(LightningCLI):
             )
 
     def before_instantiate_classes(self) -> None:
-        """Check the trainer's options, and choose seed, folder and checkpoint of the run."""
+        """Check the trainer's options, and set precision, seed, folder and checkpoint of the run."""
         config = self.config[self.subcommand]
         check_options(config.trainer, str(self.subcommand))
         if self.subcommand != "fit":
@@ -200,10 +201,10 @@ class DerainCLI(LightningCLI):
         if self.subcommand == "test":
             config.verbose = False  # TestResults prints the table
         if self.subcommand == "predict":
-            config.return_predictions = False  # SaveImages saves them; together they may exceed the memory
+            config.return_predictions = False  # SaveImages saves them; all of them may not fit into memory
 
     def _evaluate_in_float32(self, trainer: Any) -> None:
-        """Ignore a precision that is configured for training, unless it is given on the command line."""
+        """Replace a configured precision, which is for training, unless it is given on the command line."""
         on_command_line = any(argument.startswith("--trainer.precision") for argument in self.arguments)
         if trainer.precision in {None, 32, "32", "32-true"} or on_command_line:
             return
@@ -215,7 +216,7 @@ class DerainCLI(LightningCLI):
         trainer.precision = "32-true"
 
     def _use_one_seed(self, config: Any) -> None:
-        """Set the data's seed to the seed of the run."""
+        """Set the seed of the data module to the seed of the run."""
         on_command_line = any(argument.split("=")[0] == "--data.seed" for argument in self.arguments)
         if on_command_line and config.data.seed != config.seed_everything:
             raise DerainError(
@@ -225,8 +226,8 @@ class DerainCLI(LightningCLI):
         config.data.seed = config.seed_everything
 
     def _choose_folder(self, config: Any) -> None:
-        """Choose the folder of the run, and what its ``config.yaml`` contains."""
-        files = [file for file in config.get("config") or [] if file]  # None for a configuration given as text
+        """Choose the folder of the run, and the content of its ``config.yaml``."""
+        files = [file for file in config.get("config") or [] if file]  # None: a configuration that was given as text
         experiment = Path(str(files[0])).stem if files else "derain"
         self.root = Path(config.trainer.default_root_dir or Path("runs") / experiment)
         resume_last = config.get("ckpt_path") == "last"
@@ -243,13 +244,13 @@ class DerainCLI(LightningCLI):
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             remove_unfinished(self.folder)
             for run in root_of(self.root).glob(f"{self.subcommand}-*"):
-                remove_unfinished(run, age=3600.0)  # younger files may belong to a run that is still writing
+                remove_unfinished(run, age=3600.0)  # newer files may belong to a run that is still writing
 
     def _choose_checkpoint(self, config: Any) -> None:
         """Resume from ``last.ckpt`` for ``--ckpt_path last``, and if SLURM has restarted the job.
 
         Raises:
-            DerainError: If the checkpoint is damaged, or the folder contains another run.
+            DerainError: If the checkpoint is damaged, or the folder contains another run of the same SLURM job.
         """
         last = self.folder / "checkpoints" / "last.ckpt"
         restarted = last.is_file() and restarts() > 0
@@ -267,7 +268,7 @@ class DerainCLI(LightningCLI):
         config = self.config[self.subcommand]
         model_class = _model_class(config)
         if self.subcommand != "fit":
-            config.model = None  # built from its file
+            config.model = None  # built from its weights or checkpoint
         try:
             super().instantiate_classes()
         except ValueError as error:  # jsonargparse wraps the errors of constructors
@@ -292,7 +293,7 @@ class DerainCLI(LightningCLI):
         """Load ``--weights`` into the configured method, unless the run resumes from a checkpoint.
 
         Raises:
-            DerainError: If the weights belong to another network, or the method has loaded initial weights itself.
+            DerainError: If the weights belong to another network, or an option of the method loads weights as well.
         """
         options = [f"--model.{name} {file}" for name, file in self.model.initial_weights.items()]
         if config.weights:
@@ -316,7 +317,7 @@ class DerainCLI(LightningCLI):
         if shapes != own_shapes:
             raise DerainError(
                 f"--weights {path}: {type(initial).__name__} {dict(initial.hparams)} does not fit the configured "
-                f"{type(self.model).__name__}; configure the same network"
+                f"{type(self.model).__name__}; configure the same network, or give other weights"
             )
         self.model.network.load_state_dict(state)
         self.model.start_from(initial)
@@ -330,10 +331,10 @@ class DerainCLI(LightningCLI):
             log.info("hyper-parameters that differ from those of the weights: %s", ", ".join(differences))
 
     def _configure_evaluation(self, config: Any) -> None:
-        """Pass on how images are scored, sampled and explained.
+        """Set how the method scores, samples and explains images.
 
         Raises:
-            DerainError: If images are to be restored, but the weights belong to a method that restores none.
+            DerainError: If the command is ``test`` or ``predict``, but the weights' method does not restore images.
         """
         if isinstance(self.model, DerainModule):
             self.model.protocols = self.protocols
@@ -350,7 +351,11 @@ class DerainCLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer, with the CSV log and the callbacks that save checkpoints, pictures and results."""
+        """Build the trainer with derain's loggers and callbacks.
+
+        Raises:
+            DerainError: If Lightning or derain rejects an option of the trainer.
+        """
         command, config = str(self.subcommand), self.config_init[self.subcommand]
         config.trainer.logger = configured_loggers(config.trainer.logger, self.folder, self.config[command].ckpt_path)
         monitor = self.model.monitor if command == "fit" else ""
@@ -370,8 +375,8 @@ class DerainCLI(LightningCLI):
         """Run the command.
 
         Raises:
-            DerainError: If Lightning rejects an option or a callback while it runs.
-            Stopped: If the run was interrupted by Ctrl-C or terminated.
+            DerainError: If Lightning rejects an option or a callback during the run.
+            Stopped: If Ctrl-C or SIGTERM stopped the run.
         """
         try:
             super()._run_subcommand(subcommand)
@@ -387,14 +392,14 @@ class DerainCLI(LightningCLI):
             raise
 
     def after_fit(self) -> None:
-        """Log why early stopping ended the training; Lightning does only with ``verbose``."""
+        """Log why early stopping ended the training, which Lightning does only if ``verbose`` is set."""
         for callback in self.trainer.early_stopping_callbacks:
             reason = callback.stopping_reason_message
             if reason and self.trainer.is_global_zero:
                 log.info("EarlyStopping: stopped in epoch %d: %s", callback.stopped_epoch, reason)
 
     def _next_step(self) -> str:
-        """Return what a stopped run has saved, and how to resume it, as the end of a message."""
+        """Return the end of a message about a stopped run: what was saved, and how to resume."""
         if self.subcommand == "predict":
             return f"; images restored so far are in {self.folder / 'images'}"
         if self.subcommand != "fit":
@@ -407,11 +412,11 @@ class DerainCLI(LightningCLI):
             arguments = without_option(arguments, "--trainer.default_root_dir")
             resume = ["--trainer.default_root_dir", str(self.folder), *resume]
         command = shlex.join(["derain", *arguments, *resume])
-        return f" in epoch {self.trainer.current_epoch}; resume by: {command}"
+        return f" in epoch {self.trainer.current_epoch}; resume with: {command}"
 
 
 def _as_list(configured: Any) -> list[Any]:
-    """Return a list of configured objects, which may be given as None, one object or a list."""
+    """Return configured objects, given as None, one object or a list, as a list."""
     if configured is None:
         return []
     return configured if isinstance(configured, list) else [configured]
@@ -423,7 +428,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _raised_by_lightning(error: BaseException) -> bool:
-    """Return whether Lightning itself raised an error, or misses an attribute of a method."""
+    """Return whether Lightning itself raised an error, or looked up an attribute that a method lacks."""
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, AttributeError):  # torch looks up the attributes of a module
         files = [file for file in files if not file.is_relative_to(TORCH_FOLDER)]
@@ -431,7 +436,7 @@ def _raised_by_lightning(error: BaseException) -> bool:
 
 
 def _original_error(error: BaseException) -> BaseException:
-    """Return the error of a constructor, without what jsonargparse added to it."""
+    """Return the error that a constructor raised, without the text that jsonargparse added."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
@@ -454,12 +459,16 @@ def run(arguments: list[str]) -> int:
 
     Returns:
         Exit code of the process.
+
+    Raises:
+        DerainError: If an option is invalid, or the run cannot start or continue.
+        Stopped: If Ctrl-C or SIGTERM stopped the run.
     """
     keep_freed_memory()
     for path in model_class_paths(arguments):
         add_current_folder(path)
-    methods()  # imports them: --model finds imported subclasses by the names of their classes
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they concern Lightning's calls
+    methods()  # imports them, so that --model finds them by class name
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # about calls in Lightning
     set_parsing_settings(import_path_denylist=DENIED_IMPORTS)  # with a list, jsonargparse raises instead of warning
     filter_lightning_messages()
     yaml.SafeDumper.add_multi_representer(LightningEnum, lambda dumper, value: dumper.represent_str(value.value))

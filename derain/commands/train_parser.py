@@ -1,4 +1,4 @@
-"""Parser of ``derain fit``, ``validate``, ``test`` and ``predict``, with error messages of one line."""
+"""Parser of ``derain fit``, ``validate``, ``test`` and ``predict``, with one-line error messages."""
 
 import re
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from derain.config_errors import explain_config_error
 from derain.errors import DerainError
 
 COMMANDS = tuple(LightningCLI.subcommands())
+"""``fit``, ``validate``, ``test`` and ``predict``."""
 
 DENIED_IMPORTS = [
     "torch.hub",
@@ -24,21 +25,21 @@ DENIED_IMPORTS = [
     "torch.utils.cpp_extension",
     "lightning.fabric.utilities.cloud_io",
 ]
-"""Modules that a configuration must not name, besides jsonargparse's own list: they run code or load pickles."""
+"""Import paths that a configuration must not name, besides jsonargparse's own list: they run code or load pickles."""
 
 
 class OptionParser(LightningArgumentParser):
-    """LightningCLI's parser, with error messages of one line."""
+    """LightningCLI's parser, with one-line error messages."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise an error of one line.
+        """Raise a one-line error.
 
         Raises:
-            DerainError: Always.
+            DerainError: Always, except in a parser of a nested class: it raises jsonargparse's error.
         """
-        if isinstance(ex, DerainError):  # another parser has composed the message
+        if isinstance(ex, DerainError):  # the message is complete
             raise ex
-        if not self.exit_on_error:  # the parser of a nested class; the command's parser knows the full option name
+        if not self.exit_on_error:  # a parser of a nested class; the command's parser knows the full option name
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
@@ -56,7 +57,7 @@ class OptionParser(LightningArgumentParser):
         return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
 
     def _load_config_parser_mode(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
-        """Load a configuration, or its section for this command if it has one section per command."""
+        """Load a configuration, or the section for this command if the configuration has sections."""
         command = self.prog.rpartition(" ")[2]
         if command in COMMANDS:
             content = _section(content, command, path)
@@ -64,7 +65,7 @@ class OptionParser(LightningArgumentParser):
 
 
 def _section(content: str, command: str, path: Any) -> str:
-    """Return a command's section of a configuration, or the whole configuration if it has no sections.
+    """Return the section of a configuration for a command, or the whole configuration if it has no sections.
 
     Raises:
         DerainError: If the configuration has sections, but none for this command, or keys outside of them.
@@ -89,9 +90,9 @@ def _section(content: str, command: str, path: Any) -> str:
 
 
 def model_class_paths(arguments: Sequence[str]) -> list[str]:
-    """Return the class paths that ``--model`` and configurations name, before they are parsed.
+    """Return the class paths in ``--model`` options and configuration files, before these are parsed.
 
-    Values that cannot be read are ignored here: the parser reports them.
+    Values that cannot be read are ignored, since the parser reports them later.
 
     Args:
         arguments: Command and options.

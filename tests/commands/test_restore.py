@@ -65,7 +65,7 @@ def test_folder_keeps_names_and_existing_outputs(photo, file, tmp_path, capsys):
     assert sorted(p.relative_to(target).as_posix() for p in target.rglob("*.*")) == ["a.png", "deep/b.jpg"]
     (target / "a.png").write_bytes(b"kept")
     assert main(arguments) == 0
-    assert "kept 2 that exist" in capsys.readouterr().err
+    assert "kept 2 " in capsys.readouterr().err
     assert (target / "a.png").read_bytes() == b"kept"
     assert main([*arguments, "--overwrite"]) == 0
     assert (target / "a.png").read_bytes() != b"kept"
@@ -203,7 +203,7 @@ def test_folder_of_photos_and_videos(photo, video, file, tmp_path, capsys):
     assert sorted(p.relative_to(target).as_posix() for p in target.rglob("*.*")) == names
     (source / "text.mp4").unlink()
     assert main(arguments) == 0
-    assert "kept 3 that exist" in capsys.readouterr().err
+    assert "kept 3 " in capsys.readouterr().err
     assert main(["restore", str(source / "*.avi"), str(tmp_path / "more"), "--weights", file]) == 0
     assert [p.name for p in (tmp_path / "more").iterdir()] == ["c.mp4"]
     capsys.readouterr()

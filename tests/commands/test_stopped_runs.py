@@ -46,7 +46,7 @@ def test_a_stopped_training_prints_the_command_that_resumes_it(workdir, capsys, 
 def test_the_command_that_resumes_has_one_checkpoint(trained, capsys, stopped, resuming):
     stopped("training_step", signal.SIGTERM)
     assert fit("--trainer.max_epochs", "9", *resuming) == 143
-    command = capsys.readouterr().err.strip().splitlines()[-1].partition("resume by: ")[2]
+    command = capsys.readouterr().err.strip().splitlines()[-1].partition("resume with: ")[2]
     assert command == "derain fit --config exp.yaml --trainer.max_epochs 9 --ckpt_path last"
 
 
@@ -55,7 +55,7 @@ def test_the_command_that_resumes_names_its_run_if_another_is_newer(trained, cap
     os.utime(trained / "runs/exp/fit-2/checkpoints/last.ckpt", (2**32, 2**32))
     stopped("training_step", signal.SIGTERM)
     assert fit("--trainer.max_epochs", "9") == 143
-    command = capsys.readouterr().err.strip().splitlines()[-1].partition("resume by: derain ")[2]
+    command = capsys.readouterr().err.strip().splitlines()[-1].partition("resume with: derain ")[2]
     assert main(shlex.split(command)) == 0
     assert [last(trained / f"runs/exp/fit-{number}")["epoch"] for number in (1, 2, 3)] == [0, 1, 8]
     assert len(list((trained / "runs/exp").iterdir())) == 3
