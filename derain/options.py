@@ -71,7 +71,7 @@ class CommandParser(argparse.ArgumentParser):
         has_default = default not in (None, (), inspect.Parameter.empty) and default is not False
         if has_default:
             text = " ".join(default) if isinstance(default, tuple) else default
-            description += f" (default {text})"
+            description += f" (default: {text})"
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             if is_sequence and self._single_value_options:
                 settings |= {"nargs": None, "action": "append"}

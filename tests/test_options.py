@@ -83,9 +83,9 @@ def test_help_is_the_docstring():
     for part in (
         "Do something.",
         "Input, 100 %",
-        "Form of the output (default text)",
-        "(default 1.5)",
-        "(default a b)",
+        "Form of the output (default: text)",
+        "(default: 1.5)",
+        "(default: a b)",
     ):
         assert part in text
     assert "Never" not in text

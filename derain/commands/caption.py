@@ -63,7 +63,7 @@ def caption(
         dataset: Name or folder of a data set.
         out: Table to write, such as captions.tsv; an unfinished run keeps its captions in captions.tsv.part.
         split: Split of the data set.
-        root: Folder with data sets (default $DERAIN_DATA).
+        root: Folder with data sets (default: $DERAIN_DATA).
         degradation: Word for the degradation of the rainy images, appended to each caption.
         captioner: BLIP model on the Hugging Face hub or in a folder (the default is downloaded once, 1.9 GB); or
             template, which captions every image 'a photo', without a model.

@@ -29,7 +29,7 @@ def list_sets(*, root: Path | None = None, format: Literal["table", "json"] = "t
     """List the known data sets: their sizes, where to get them, and which of them are on this machine.
 
     Args:
-        root: Folder with data sets (default $DERAIN_DATA).
+        root: Folder with data sets (default: $DERAIN_DATA).
         format: Output format; JSON also has file patterns and citations.
 
     Raises:

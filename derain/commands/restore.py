@@ -84,8 +84,8 @@ def restore(
         route: Route for all images, from 0, instead of the route that CLIP selects (CLIP-RPN).
         solver: Solver of DA-CLIP + IR-SDE: posterior (default), mrs-ode1, mrs-ode2, mrs-sde2, mars-ode2, mars-sde2,
             sde or ode.
-        steps: Evaluations of the network by the solver (default 10).
-        seed: Seed of the solver's noise (default 0).
+        steps: Evaluations of the network by the solver (default: 10).
+        seed: Seed of the solver's noise (default: 0).
         device: Device: auto, cpu, cuda, cuda:N or mps.
         precision: Precision of the network; bf16 (autocast) falls back to float32 on devices without bfloat16.
         compile: Compile the network, which takes up to a minute; worthwhile for hundreds of photos.

@@ -53,7 +53,7 @@ def route(
         clip: CLIP model on the Hugging Face hub or in a folder.
         similarity: Similarity of images and prompts; dot does not normalise the features.
         split: Split of the data sets.
-        root: Folder with data sets (default $DERAIN_DATA).
+        root: Folder with data sets (default: $DERAIN_DATA).
         out: Folder for routes.csv, summary.json and the contact sheets.
         device: Device: auto, cpu, cuda, cuda:N or mps.
         format: Format of the printed counts.
