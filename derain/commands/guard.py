@@ -127,7 +127,7 @@ class Guard:
                 await self.app(scope, receive, send)
             finally:
                 cleaning.cancel()
-        elif scope["type"] != "http":  # gradio has no websockets
+        elif scope["type"] != "http":  # a websocket, which Gradio does not use
             await send({"type": "websocket.close", "code": 1008})
         else:
             try:

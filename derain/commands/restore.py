@@ -1,4 +1,4 @@
-"""Remove rain from a photo or video, or from those in a folder or of a glob."""
+"""Remove rain from a photo or video, or from all that are in a folder or match a glob."""
 
 import glob
 import logging
@@ -31,8 +31,8 @@ log = logging.getLogger("derain")
 
 
 @dataclass(frozen=True)
-class WriteOptions:
-    """How restored photos and videos are written; the fields are arguments of `restore`."""
+class FileOptions:
+    """How photos and videos are read and written; see the arguments of `restore`."""
 
     compare: bool = False
     explain: bool = False
@@ -63,7 +63,7 @@ def restore(
     precision: Literal["float32", "bf16"] = "float32",
     compile: bool = False,
 ) -> int:
-    """Remove rain from a photo or video, or from those in a folder or of a glob.
+    """Remove rain from a photo or video, or from all that are in a folder or match a glob.
 
     Args:
         input: A photo, a video, a folder (searched recursively), or a quoted glob.
@@ -75,8 +75,8 @@ def restore(
         tile: Side of the tiles in pixels, at least 64; auto uses tiles only if memory is short, none uses no tiles.
         ensemble: Average over 8 flips and rotations, 8 times slower; for methods trained on transposed crops.
         compare: Also write NAME.EXT-compare.png (videos: .EXT) with before and after side by side.
-        explain: Also write NAME.EXT-explain.png and .json with the method's maps, route and scores; for photos, and
-            methods that have maps.
+        explain: Also write NAME.EXT-explain.png and .json with the method's maps, route and scores; for photos and
+            methods with maps only.
         crf: Quality of videos, from 0 (lossless) to 51 (worst).
         strip_metadata: Remove EXIF metadata (time, camera, location) and the tags of videos; colour profiles are kept.
         white: Value of white in floating-point TIFF files, such as 255.
@@ -94,7 +94,7 @@ def restore(
         DerainError: If an option is wrong, the weights cannot be loaded, the only output exists, or any file cannot be
             restored; all other files are written.
     """
-    options = WriteOptions(compare, explain, strip_metadata, white, crf)
+    options = FileOptions(compare, explain, strip_metadata, white, crf)
     jobs = plan(input, out)
     check_outputs((file, source) for source, target in jobs.items() for file in output_files(target, options))
     _check_options(options, jobs)
@@ -187,10 +187,10 @@ class Report:
         """Return the failures as one error."""
         if len(self.failures) == 1:
             return DerainError(self.failures[0])
-        return DerainError("\n  ".join([f"{len(self.failures)} files:", *self.failures]))
+        return DerainError("\n  ".join([f"{len(self.failures)} files cannot be restored:", *self.failures]))
 
 
-def _check_options(options: WriteOptions, sources: Mapping[Path, Path]) -> None:
+def _check_options(options: FileOptions, sources: Mapping[Path, Path]) -> None:
     video = next(filter(is_video, sources), None)
     if video is not None and options.explain:
         raise DerainError(f"--explain: {video} is a video; omit --explain, or extract a frame as a photo")
@@ -211,7 +211,7 @@ def _remove_broken_videos(pending: dict[Path, Path]) -> list[str]:
     return failures
 
 
-def _restore_all(restorer: "Restorer", jobs: Mapping[Path, Path], options: WriteOptions, report: Report) -> None:
+def _restore_all(restorer: "Restorer", jobs: Mapping[Path, Path], options: FileOptions, report: Report) -> None:
     """Restore files in order; failures are collected in the report."""
     for source, target in track(jobs.items(), "Restoring", len(jobs)):
         restore_file = restore_video if is_video(source) else restore_photo
@@ -235,7 +235,7 @@ def _next_step(remaining: Sequence[Path], overwrite: bool) -> str:
     return "run the same command without --overwrite for the rest"
 
 
-def restore_photo(restorer: "Restorer", source: Path, target: Path, options: WriteOptions) -> bool:
+def restore_photo(restorer: "Restorer", source: Path, target: Path, options: FileOptions) -> bool:
     """Restore a photo.
 
     The explanation and the comparison are written before the photo: if the photo exists, they exist as well.
@@ -268,7 +268,7 @@ def restore_photo(restorer: "Restorer", source: Path, target: Path, options: Wri
     return has_location(photo.write(target, derained))
 
 
-def restore_video(restorer: "Restorer", source: Path, target: Path, options: WriteOptions) -> bool:
+def restore_video(restorer: "Restorer", source: Path, target: Path, options: FileOptions) -> bool:
     """Restore a video frame by frame; all frames are conditioned on the first frame.
 
     Args:
@@ -363,7 +363,7 @@ def _is_inside(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
-def output_files(target: Path, options: WriteOptions) -> list[Path]:
+def output_files(target: Path, options: FileOptions) -> list[Path]:
     """Return all output files of a photo or video."""
     files = [target]
     if options.compare:

@@ -96,7 +96,7 @@ def read_prompts(name: str) -> tuple[str, ...]:
         name: Name of a prompt set, or path of a YAML file.
 
     Raises:
-        DerainError: If there is neither, or the file is not a YAML list of at least two texts, all different.
+        DerainError: If there is no such set or file, or the file is not a YAML list of at least two different texts.
     """
     if name in PROMPTS:
         return texts_of(name)

@@ -19,8 +19,7 @@ RUN = re.compile(r"(fit|validate|test|predict)-[\d.]+")
 def root_of(folder: Path) -> Path:
     """Return the folder in which new runs are numbered: the parent of a run folder, or the folder itself.
 
-    Args:
-        folder: Folder for runs. It is a run folder if it comes from the ``config.yaml`` of an earlier run.
+    Thus a new run that is given the folder of an earlier run gets a folder beside it, not inside it.
     """
     return folder.parent if RUN.fullmatch(folder.name) and (folder / "config.yaml").is_file() else folder
 
@@ -88,8 +87,9 @@ def _choose_folder(root: Path, command: str, resuming: bool, arguments: Sequence
 def job_folder(root: Path, command: str, arguments: Sequence[str]) -> Path:
     """Return the folder of a run in a SLURM job: ``root/COMMAND-JOBID``, with ``.1``, ``.2`` for further runs.
 
-    If SLURM has restarted the job, the run gets the folder of the run that had the same command line. Each start of the
-    job saves the command line to a new file in the folder, which only one process can create: no two runs share it.
+    If SLURM has restarted the job, a run gets its earlier folder, found by its command line. Each start of the job
+    saves the command line to a new file in the folder. Only one process can create the file, so that two runs never
+    use a folder at the same time.
 
     Args:
         root: Folder for the run folders.
