@@ -29,7 +29,7 @@ def export(
         weights: Name or file of weights, as for derain restore.
         method: Class of a method outside derain that the weights belong to, such as my_method.MyModule.
         format: onnx, or torch for a program of torch.export.
-        route: Route for all images, from 0 (CLIP-RPN: the file does not contain CLIP).
+        route: Route for all images, from 0; required for routes that CLIP selects (CLIP-RPN), as CLIP is not exported.
 
     Raises:
         DerainError: If the weights cannot be loaded, the method cannot be exported, or the results of the file differ.

@@ -184,7 +184,9 @@ class RestorationService:
             DerainError: If the file is missing, empty, not a photo, or too large; the message is shown on the page.
         """
         if not upload.is_file():
-            raise DerainError(f"{name} was deleted: photos are kept for {KEEP_MINUTES} minutes. Please upload it again.")
+            raise DerainError(
+                f"{name} was deleted: photos are kept for {KEEP_MINUTES} minutes. Please upload it again."
+            )
         if upload.stat().st_size == 0:
             raise DerainError(f"{name} is empty (0 bytes). Please try another copy of it.")
         try:

@@ -58,7 +58,7 @@ def table(
         paper: Reproduce one table of a paper, with your results on its data sets: cliprpn:3, cliprpn:6, cliprpn:10,
             cliprpn:11, daclip:1, daclip:2, plnlin:2, plnlin:4 or plnlin:6.
         cost: Add parameters and MACs at 256×256 pixels.
-        method: Classes of methods outside derain, such as my_method.MyModule; --cost needs them.
+        method: Class of a method outside derain, such as my_method.MyModule, for --cost.
         best: Print the best value of each column in bold; scores over a part of a set are not compared.
         format: Output format; CSV and JSON have full precision.
         out: Write to this file.

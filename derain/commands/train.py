@@ -109,7 +109,7 @@ class DerainCLI(LightningCLI):
             "--protocol",
             type=list[str],
             default=["matlab-y"],
-            help="Evaluation protocols (derain score --help lists them); the first one selects the best checkpoint.",
+            help="Evaluation protocols (derain score --help lists them); fit selects the best checkpoint by the first.",
         )
         parser.add_argument(
             "--lpips",
