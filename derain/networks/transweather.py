@@ -253,7 +253,7 @@ class TransWeather(Network):
         given = (widths, depths, heads, reductions, intra_heads, last)
         for (name, count), numbers in zip(expected.items(), given, strict=True):
             if len(numbers) != count:
-                raise DerainError(f"{name} {list(numbers)}: expected a list of {count} numbers")
+                raise DerainError(f"{name} {list(numbers)}: expected {count} numbers")
         rates = torch.linspace(0, drop, sum(depths)).tolist()
         self.encoder, self.intra = nn.ModuleDict(), nn.ModuleDict()
         for stage, name in enumerate("1234"):
