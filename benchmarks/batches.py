@@ -19,7 +19,7 @@ import psutil
 from torch.utils.data import DataLoader
 
 from derain.data.cache import CacheMode, open_cache
-from derain.data.datamodule import TrainingPairs
+from derain.data.datasets import TrainingPairs
 from derain.data.pairs import Pair, find_pairs
 from derain.data.samplers import Stage, TrainingBatchSampler
 from derain.data.transforms import Augmentation

@@ -16,6 +16,9 @@ class PairBatch(TypedDict):
         index: ``(b,)``, index of each pair in the data set.
         caption: Text that describes each clean image; only if the data set has captions.
         degradation: Name of the degradation of each rainy image, such as ``rainy``; only if the data set has captions.
+        unlabelled: ``(b, 3, h, w)`` in [0, 1], other rainy images, without ground truth; only in training, for methods
+            that need them.
+        unlabelled_name: Name of each of them.
     """
 
     rainy: Float[Tensor, "b 3 h w"]
@@ -24,3 +27,5 @@ class PairBatch(TypedDict):
     index: Int[Tensor, " b"]
     caption: NotRequired[list[str]]
     degradation: NotRequired[list[str]]
+    unlabelled: NotRequired[Float[Tensor, "b 3 h w"]]
+    unlabelled_name: NotRequired[list[str]]

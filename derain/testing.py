@@ -43,7 +43,9 @@ class ContractError(AssertionError):
 
 
 def make_batch(count: int = 2, height: int = 16, width: int = 16, seed: int = 1) -> PairBatch:
-    """Return a batch of random clean images, with bright spots as rain in the rainy ones; all values are in [0, 1].
+    """Return a batch of random clean images, with bright spots as rain in the rainy ones, and of other rainy images.
+
+    All values are in [0, 1].
 
     Args:
         count: Number of pairs.
@@ -59,6 +61,8 @@ def make_batch(count: int = 2, height: int = 16, width: int = 16, seed: int = 1)
         "clean": clean,
         "name": [f"{index}.png" for index in range(count)],
         "index": torch.arange(count),
+        "unlabelled": torch.rand(count, 3, height, width, generator=generator),
+        "unlabelled_name": [f"photo{index}.png" for index in range(count)],
     }
     return cast(PairBatch, batch)
 

@@ -62,7 +62,7 @@ def read_pair(pair: Pair) -> tuple[Pixels, Pixels]:
 
 
 class PixelCache:
-    """Pixels of image pairs in one contiguous uint8 buffer: rainy, then clean, of each pair.
+    """Pixels of image pairs in one contiguous uint8 buffer: rainy, then clean, of each pair; or of rainy images alone.
 
     A Python list of arrays would be copied to every DataLoader worker page by page, since reading changes reference
     counts; one buffer is not. On disk it is a memory map, which all ranks of a machine share through the page cache;
@@ -72,10 +72,18 @@ class PixelCache:
         index: ``(n, 3)``: offset of each pair in the buffer, height, width.
         file: Memory-mapped buffer; exclusive with ``memory``.
         memory: Buffer in shared memory.
+        paired: Whether there are clean images.
     """
 
-    def __init__(self, index: NDArray[np.int64], file: Path | None = None, memory: torch.Tensor | None = None) -> None:
-        self.index, self.file, self.memory = index, file, memory
+    def __init__(
+        self,
+        index: NDArray[np.int64],
+        file: Path | None = None,
+        memory: torch.Tensor | None = None,
+        *,
+        paired: bool = True,
+    ) -> None:
+        self.index, self.file, self.memory, self.paired = index, file, memory, paired
         self._open()
 
     def _open(self) -> None:
@@ -86,7 +94,7 @@ class PixelCache:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for workers that are not forked: they open the same buffer instead of copying it."""
-        return {"index": self.index, "file": self.file, "memory": self.memory}
+        return {"index": self.index, "file": self.file, "memory": self.memory, "paired": self.paired}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -96,13 +104,19 @@ class PixelCache:
         return len(self.index)
 
     def __getitem__(self, index: int) -> tuple[Pixels, Pixels]:
+        """Return rainy and clean pixels; the rainy ones twice if there are no clean images."""
         offset, height, width = (int(value) for value in self.index[index])
-        pair = self._pixels[offset : offset + 6 * height * width].reshape(2, height, width, 3)
-        return pair[0], pair[1]
+        images = 1 + self.paired
+        pixels = self._pixels[offset : offset + 3 * images * height * width].reshape(images, height, width, 3)
+        return pixels[0], pixels[-1]
 
 
-def decoded_index(pairs: Sequence[Pair]) -> NDArray[np.int64]:
+def decoded_index(pairs: Sequence[Pair], *, paired: bool = True) -> NDArray[np.int64]:
     """Return the position of each pair in the buffer, from the headers of the image files.
+
+    Args:
+        pairs: The pairs.
+        paired: Whether clean images are in the buffer too.
 
     Returns:
         ``(n, 3)``: offset, height, width.
@@ -114,7 +128,7 @@ def decoded_index(pairs: Sequence[Pair]) -> NDArray[np.int64]:
 
     with ThreadPoolExecutor() as threads:
         sizes = np.array(list(threads.map(size, pairs)), np.int64).reshape(-1, 2)
-    ends = np.cumsum(6 * sizes.prod(axis=1))
+    ends = np.cumsum(3 * (1 + paired) * sizes.prod(axis=1))
     return np.column_stack([np.concatenate([[0], ends[:-1]]), sizes]).astype(np.int64)
 
 
@@ -132,15 +146,18 @@ class _Space:
         return self.need <= min(self.memory, self.shared)
 
 
-def open_cache(pairs: Sequence[Pair], mode: CacheMode = "auto", *, folder: Path | None = None) -> PixelCache | None:
+def open_cache(
+    pairs: Sequence[Pair], mode: CacheMode = "auto", *, folder: Path | None = None, paired: bool = True
+) -> PixelCache | None:
     """Open the cache of pairs; decode the images first if the cache does not exist.
 
     Args:
-        pairs: Pairs with clean images.
+        pairs: Pairs with clean images, or without them if ``paired`` is false.
         mode: ``disk`` (memory map), ``ram`` (shared memory, or ``disk`` with a warning if ``/dev/shm`` is too
             small), ``off``, or ``auto``: on disk if it needs at most half of the free space, else in RAM if it needs
             at most half of the free memory, else off. The size is estimated from the image headers and logged.
         folder: Folder of the memory maps; ``cache_folder()`` by default.
+        paired: Whether the pairs have clean images.
 
     Returns:
         The cache, or None if it is off.
@@ -154,8 +171,8 @@ def open_cache(pairs: Sequence[Pair], mode: CacheMode = "auto", *, folder: Path 
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{fingerprint(pairs)}-v{CACHE_VERSION}"
     index_file = file.with_name(f"{file.name}.npy")
-    index = np.load(index_file) if file.exists() and index_file.exists() else decoded_index(pairs)
-    need = int((6 * index[:, 1] * index[:, 2]).sum())
+    index = np.load(index_file) if file.exists() and index_file.exists() else decoded_index(pairs, paired=paired)
+    need = int((3 * (1 + paired) * index[:, 1] * index[:, 2]).sum())
     space = _Space(need, shutil.disk_usage(folder).free, free_memory(), _free_shared_memory())
     requested = mode
     if mode == "auto":
@@ -178,19 +195,20 @@ def open_cache(pairs: Sequence[Pair], mode: CacheMode = "auto", *, folder: Path 
         log.info("pixel cache: off, since %.2f GB are too much for the free disk space and memory", need / 1e9)
         return None
     location = str(file) if mode == "disk" else "shared memory"
-    log.info("pixel cache: %d pairs, %.2f GB decoded, in %s", len(pairs), need / 1e9, location)
+    kind = "pairs" if paired else "images"
+    log.info("pixel cache: %d %s, %.2f GB decoded, in %s", len(pairs), kind, need / 1e9, location)
     if buffer is not None:
-        _decode(pairs, index, buffer.numpy())
-        return PixelCache(index, memory=buffer)
+        _decode(pairs, index, buffer.numpy(), paired=paired)
+        return PixelCache(index, memory=buffer, paired=paired)
     # One process decodes. The system frees the lock of a process that dies, and only a complete file is renamed.
     with FileLock(f"{file}.lock"):
         if not file.exists():
             if need > space.disk:
                 raise DerainError(_disk_full(requested, folder, space))
-            _write_pixels(pairs, index, file, need)
+            _write_pixels(pairs, index, file, need, paired=paired)
         if not index_file.exists():
             _write_index(index, index_file)
-    return PixelCache(index, file=file)
+    return PixelCache(index, file=file, paired=paired)
 
 
 def _choose_mode(space: _Space, *, cached: bool) -> CacheMode:
@@ -210,12 +228,12 @@ def _disk_full(requested: CacheMode, folder: Path, space: _Space) -> str:
     return f"--data.cache {requested}: {space.need / 1e9:.2f} GB do not fit into {full}; use {alternatives}"
 
 
-def _write_pixels(pairs: Sequence[Pair], index: NDArray[np.int64], file: Path, size: int) -> None:
+def _write_pixels(pairs: Sequence[Pair], index: NDArray[np.int64], file: Path, size: int, *, paired: bool) -> None:
     for unfinished in file.parent.glob(f".*-{file.name}*"):
         unfinished.unlink()
     with write_whole(file) as temporary:
         buffer = np.memmap(temporary, np.uint8, "w+", shape=(size,))
-        _decode(pairs, index, buffer)
+        _decode(pairs, index, buffer, paired=paired)
         buffer.flush()
 
 
@@ -241,15 +259,17 @@ def _allocate_shared(size: int) -> torch.Tensor | None:
     return buffer
 
 
-def _decode(pairs: Sequence[Pair], index: NDArray[np.int64], pixels: NDArray[np.uint8]) -> None:
+def _decode(pairs: Sequence[Pair], index: NDArray[np.int64], pixels: NDArray[np.uint8], *, paired: bool) -> None:
     """Decode all pairs into the buffer."""
 
     def decode(pair_index: int) -> None:
-        rainy, clean = read_pair(pairs[pair_index])
+        pair = pairs[pair_index]
+        images = read_pair(pair) if paired else pair.read()[:1]
         offset, height, width = (int(value) for value in index[pair_index])
         size = 3 * height * width
-        pixels[offset : offset + size] = rainy.reshape(-1)
-        pixels[offset + size : offset + 2 * size] = clean.reshape(-1)
+        for image in images:
+            pixels[offset : offset + size] = image.reshape(-1)
+            offset += size
 
     with ThreadPoolExecutor() as threads:
         for _ in track(threads.map(decode, range(len(pairs))), "Decoding", len(pairs)):

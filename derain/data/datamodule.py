@@ -1,25 +1,27 @@
 """Lightning data module for paired rain images."""
 
+import dataclasses
 import hashlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from derain.batch import PairBatch
-from derain.data.cache import CacheMode, PixelCache, fingerprint, open_cache, read_pair
+from derain.data.cache import CacheMode, PixelCache, fingerprint, open_cache
 from derain.data.captions import Caption, match_captions, read_captions
+from derain.data.datasets import TrainingLoader, TrainingPairs, UnlabelledCrops, WholePairs
 from derain.data.layouts import Split
 from derain.data.pairs import Pair, find_pairs, merge_pairs
 from derain.data.quickstart import quickstart_set
-from derain.data.samplers import CropStage, Sample, Stage, StridedSampler, TrainingBatchSampler, to_batch_stages
+from derain.data.samplers import CropStage, Stage, StridedSampler, TrainingBatchSampler, to_batch_stages
 from derain.data.transforms import Augmentation, Flips
 from derain.errors import DerainError
 from derain.folders import cache_folder
@@ -28,79 +30,9 @@ from derain.loops import Position, accumulation
 from derain.memory import free_memory
 
 BYTES_PER_CROP_PIXEL = 2 * 3 * 4
-"""Rainy and clean, three channels each, float32."""
+"""Rainy and clean, three channels each, float32; unlabelled crops are not counted."""
 
 log = logging.getLogger("derain")
-
-
-def to_tensor(pixels: Pixels) -> torch.Tensor:
-    """Convert ``(h, w, 3)`` pixels to a ``(3, h, w)`` uint8 tensor."""
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-
-
-class TrainingPairs(Dataset[dict[str, Any]]):
-    """Dataset of random crops.
-
-    Args:
-        pairs: The pairs.
-        cache: Decoded pixels of the pairs; if None, every sample decodes two files.
-        augmentations: Augmentation by crop size.
-        seed: Seed of the run.
-        captions: Captions of the pairs, in order; none by default.
-    """
-
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        cache: PixelCache | None,
-        augmentations: Mapping[int, Augmentation],
-        seed: int,
-        captions: Sequence[Caption] = (),
-    ) -> None:
-        self.pairs, self.cache, self.augmentations, self.seed = pairs, cache, augmentations, seed
-        self.captions = captions
-
-    def __getitem__(self, sample: Sample) -> dict[str, Any]:
-        index = sample.number % len(self.pairs)
-        rainy, clean = self.cache[index] if self.cache is not None else read_pair(self.pairs[index])
-        seed = (self.seed, sample.epoch, sample.number)
-        rainy, clean = self.augmentations[sample.crop](rainy, clean, seed)
-        item = {"rainy": to_tensor(rainy), "clean": to_tensor(clean), "name": self.pairs[index].name, "index": index}
-        return item | _caption_fields(self.captions, index)
-
-
-class TrainingLoader(DataLoader[dict[str, Any]]):
-    """Data loader that Lightning accepts as resumable; the data module keeps the position."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return an empty state."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Ignore the state."""
-
-
-class WholePairs(Dataset[dict[str, Any]]):
-    """Dataset of whole images.
-
-    Args:
-        pairs: The pairs, with or without clean images.
-        cache: Decoded pixels of the pairs; by default files are read.
-        captions: Captions of the pairs, in order; none by default.
-    """
-
-    def __init__(
-        self, pairs: Sequence[Pair], cache: PixelCache | None = None, captions: Sequence[Caption] = ()
-    ) -> None:
-        self.pairs, self.cache, self.captions = pairs, cache, captions
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        pair = self.pairs[index]
-        rainy, clean = self.cache[index] if self.cache is not None else pair.read()
-        item = {"rainy": to_tensor(rainy), "name": pair.name, "index": index}
-        if clean is not None:
-            item["clean"] = to_tensor(clean)
-        return item | _caption_fields(self.captions, index)
 
 
 class RainDataModule(LightningDataModule):
@@ -116,6 +48,8 @@ class RainDataModule(LightningDataModule):
             out a random share of ``train``; ``none`` trains on all pairs of ``train`` without validation.
         test: Test data set, or a list.
         predict: Folder of rainy images, or a data set, or a list, for ``derain predict``.
+        unlabelled: Rainy images without ground truth for semi-supervised methods, given as for ``predict``. Every batch
+            contains as many random crops of them as pairs. Other methods ignore it.
         root: Folder that contains the data sets; ``$DERAIN_DATA`` by default.
         crop: Side of the training crops in pixels.
         batch_size: Crops per batch and device.
@@ -142,6 +76,7 @@ class RainDataModule(LightningDataModule):
         val: str | list[str] | None = None,
         test: str | list[str] | None = None,
         predict: str | list[str] | None = None,
+        unlabelled: str | list[str] | None = None,
         root: str | None = None,
         crop: int = 128,
         batch_size: int = 8,
@@ -166,7 +101,7 @@ class RainDataModule(LightningDataModule):
             raise DerainError(f"--data.workers {workers}: must be at least 0")
         if not 0 < val_share < 1:
             raise DerainError(f"--data.val_share {val_share}: must be between 0 and 1")
-        self.sets = {"train": train, "val": val, "test": test, "predict": predict}
+        self.sets = {"train": train, "val": val, "test": test, "predict": predict, "unlabelled": unlabelled}
         self.root = Path(root or os.environ.get("DERAIN_DATA") or "data")
         self.crop, self.batch_size, self.repeat = crop, batch_size, repeat
         if schedule is not None and not schedule:
@@ -196,7 +131,7 @@ class RainDataModule(LightningDataModule):
         return fingerprint(pairs if indices is None else [pairs[index] for index in indices])
 
     def count(self, split: str) -> int:
-        """Return the number of images of ``train``, ``val``, ``test`` or ``predict``, ignoring ``val_limit``."""
+        """Return the number of images of ``train``, ``val`` (without ``val_limit``) or another data set."""
         return self._counts.get(split, len(self.pairs.get(split, ())))
 
     @property
@@ -227,10 +162,12 @@ class RainDataModule(LightningDataModule):
             self.pairs["predict"] = self._find("predict", "predict")
 
     def _setup_fit(self) -> None:
+        self._find_unlabelled()
         self._split_train()
         self._check_crop()
-        for split in ("train", "val"):
-            self._pixels[split] = open_cache(self.pairs[split], self.cache) if self.pairs[split] else None
+        for split in ("train", "val", "unlabelled"):
+            pairs = self.pairs.get(split)
+            self._pixels[split] = open_cache(pairs, self.cache, paired=split != "unlabelled") if pairs else None
         self._read_captions()
         if self.sets["val"] == "none":
             log.info("--data.val none: training on all %d pairs without validation", len(self.pairs["train"]))
@@ -240,17 +177,41 @@ class RainDataModule(LightningDataModule):
             crops = " → ".join(str(stage.crop) for stage in self.schedule)
             log.info("--data.schedule: crops of %s pixels; --data.crop and --data.batch_size are ignored", crops)
 
+    def _find_unlabelled(self) -> None:
+        """Find the rainy images without ground truth, if the method trains on them.
+
+        Raises:
+            DerainError: If the method needs them, and none are given.
+        """
+        names = _as_list(self.sets["unlabelled"])
+        method: Any = getattr(self.trainer, "lightning_module", None)
+        title = getattr(method, "title", type(method).__name__)
+        needed = getattr(method, "needs_unlabelled", False)
+        if needed and not names:
+            raise DerainError(
+                f"--data.unlabelled: not set; {title} also trains on rainy images without ground truth; give a folder "
+                "of photos"
+            )
+        if method is not None and not needed and names:
+            log.info("--data.unlabelled %s: ignored, since %s trains on pairs alone", " + ".join(names), title)
+        elif names:
+            found = self._find("unlabelled", "predict")
+            self.pairs["unlabelled"] = tuple(dataclasses.replace(pair, clean=None) for pair in found)
+            log.info("%d rainy images without ground truth: %s", len(found), " + ".join(names))
+
     def _check_crop(self) -> None:
         """Check that crops are not mostly padding, and that a batch fits into memory."""
         stages = self.schedule or [CropStage(1, self.crop, self.batch_size)]
         largest = max(stage.crop for stage in stages)
-        # any() reads few image headers: usually the first image is large enough.
-        if not any(largest <= 2 * max(image_size(pair.rainy)) for pair in self.pairs["train"]):
-            longest = max(max(image_size(pair.rainy)) for pair in self.pairs["train"])
-            raise DerainError(
-                f"--data.crop {largest}: the longest side of the training images is {longest} pixels; "
-                f"use at most {2 * longest} (smaller images are padded by reflection)"
-            )
+        for split in ("train", "unlabelled"):
+            pairs = self.pairs.get(split, ())
+            # any() reads few image headers: usually the first image is large enough.
+            if pairs and not any(largest <= 2 * max(image_size(pair.rainy)) for pair in pairs):
+                longest = max(max(image_size(pair.rainy)) for pair in pairs)
+                raise DerainError(
+                    f"--data.crop {largest}: the longest side of the images of --data.{split} is {longest} pixels; "
+                    f"use at most {2 * longest} (smaller images are padded by reflection)"
+                )
         heaviest = max(stages, key=lambda stage: stage.batch_size * stage.crop**2)
         need = heaviest.batch_size * heaviest.crop**2 * BYTES_PER_CROP_PIXEL
         if need > free_memory():
@@ -311,7 +272,11 @@ class RainDataModule(LightningDataModule):
         stages = self._stages()
         crops = {stage.crop for stage in stages}
         augmentations = {crop: Augmentation(crop, flips=self.flips, transpose=self.transpose) for crop in crops}
-        dataset = TrainingPairs(pairs, self._pixels["train"], augmentations, self.seed, self._captions.get("train", ()))
+        unlabelled = None
+        if "unlabelled" in self.pairs:
+            unlabelled = UnlabelledCrops(self.pairs["unlabelled"], self._pixels["unlabelled"], augmentations, self.seed)
+        captions = self._captions.get("train", ())
+        dataset = TrainingPairs(pairs, self._pixels["train"], augmentations, self.seed, captions, unlabelled)
         sampler = TrainingBatchSampler(len(pairs) * self.repeat, *self._rank_and_world(), self.seed, stages)
         if self._schedule_start is not None:
             sampler.count_from(self._schedule_start.epoch, self._schedule_start.trained - self._schedule_start.batch)
@@ -369,10 +334,9 @@ class RainDataModule(LightningDataModule):
 
     def _sampling_options(self, epoch: int) -> dict[str, Any]:
         """Return the options that determine the samples of each batch, and when the optimiser steps."""
-        names = [pair.name for pair in self.pairs["train"]]
-        digest = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()[:8]
         return {
-            "data.train": f"{' + '.join(self.train_sets)} ({len(names)} pairs, {digest})",
+            "data.train": self._summary("train", "pairs"),
+            "data.unlabelled": self._summary("unlabelled", "images") if "unlabelled" in self.pairs else "",
             "data.repeat": self.repeat,
             "data.seed": self.seed,
             # Compared before the batch size, whose value is not a number if there is a schedule.
@@ -382,6 +346,12 @@ class RainDataModule(LightningDataModule):
             "trainer.limit_train_batches": self._epoch_batches(),
             "trainer.accumulate_grad_batches": 1 if self.trainer is None else accumulation(self.trainer, epoch),
         }
+
+    def _summary(self, split: str, kind: str) -> str:
+        """Return the names of the data sets, the number of images, and a hash of their names."""
+        names = [pair.name for pair in self.pairs[split]]
+        digest = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()[:8]
+        return f"{' + '.join(_as_list(self.sets[split]))} ({len(names)} {kind}, {digest})"
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         """Return whole validation images in batches of one; an empty list without validation."""
@@ -406,7 +376,8 @@ class RainDataModule(LightningDataModule):
         """Return the options of a data loader."""
         workers = self.workers
         if workers is None:
-            cached = self._pixels.get(split) is not None
+            splits = [split, "unlabelled"] if split == "train" and "unlabelled" in self.pairs else [split]
+            cached = all(self._pixels.get(name) is not None for name in splits)
             workers = 0 if cached else min(8, (os.cpu_count() or 1) - 1)
         return {
             "num_workers": workers,
@@ -421,7 +392,7 @@ class RainDataModule(LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> PairBatch:
         """Scale uint8 images to float32 in [0, 1] on the device; workers thus send a quarter of the data."""
-        for key in ("rainy", "clean"):
+        for key in ("rainy", "clean", "unlabelled"):
             if key in batch:
                 batch[key] = batch[key].float().div_(255)
         return batch  # type: ignore[no-any-return]
@@ -435,12 +406,6 @@ def _limited(count: int, limit: int | float) -> int:
 def _or_null(value: object) -> object:
     """Return the value of an option for a message; a missing schedule is saved as empty text."""
     return "null" if value == "" else value
-
-
-def _caption_fields(captions: Sequence[Caption], index: int) -> dict[str, str]:
-    if not captions:
-        return {}
-    return {"caption": captions[index].text, "degradation": captions[index].degradation}
 
 
 def _resolve_quickstart(name: str, split: Split) -> str:

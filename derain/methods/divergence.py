@@ -57,7 +57,8 @@ class FiniteCheck:
         if self._stepped:
             self.names.clear()
         self._stepped = False
-        self.names += batch.get("name", ()) if isinstance(batch, Mapping) else ()
+        for key in ("name", "unlabelled_name"):
+            self.names += batch.get(key, ()) if isinstance(batch, Mapping) else ()
 
     def record_loss(self, loss: Tensor) -> None:
         """Record a loss that is about to be differentiated."""

@@ -67,6 +67,8 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
             hostile file cannot exhaust memory. Must be false if ``__init__`` also builds networks that are not in
             weights files, such as a frozen VGG.
         published_options: Hyper-parameters that the authors' weights files do not record.
+        needs_unlabelled: Whether training batches must contain ``unlabelled``, rainy images without ground truth: the
+            data module then requires ``--data.unlabelled``.
         initial_weights: Files from which ``__init__`` loaded weights, by hyper-parameter.
 
     Raises:
@@ -82,6 +84,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     metadata_schema: ClassVar[Any] = Metadata
     bounded_by_file: ClassVar[bool] = False
     published_options: ClassVar[frozenset[str]] = frozenset()
+    needs_unlabelled: ClassVar[bool] = False
     initial_weights: Mapping[str, str] = {}
     _resumed: Mapping[str, Any] | None = None
     """Position and gradients of the resumed checkpoint, until training starts."""

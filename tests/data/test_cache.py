@@ -52,7 +52,7 @@ def test_the_cache_is_rebuilt_only_when_content_changes(pairs, tmp_path, monkeyp
     open_cache(pairs, "disk", folder=tmp_path / "c")
     calls = []
     decode = cache._decode
-    monkeypatch.setattr(cache, "_decode", lambda *args: calls.append(1) or decode(*args))
+    monkeypatch.setattr(cache, "_decode", lambda *args, **options: calls.append(1) or decode(*args, **options))
     open_cache(pairs, "disk", folder=tmp_path / "c")
     assert not calls
     pixels = read_pair(pairs[-1])[1].copy()
@@ -157,16 +157,16 @@ def test_a_second_start_reads_no_image(pairs, tmp_path, monkeypatch):
 def _build(pairs, folder, results):
     decode = cache._decode
 
-    def counting(*args):
+    def counting(*args, **options):
         results.put(os.getpid())
-        decode(*args)
+        decode(*args, **options)
 
     cache._decode = counting
     equal(open_cache(pairs, "disk", folder=folder), pairs)
 
 
 def _stall(pairs, folder, results):
-    def half(pairs, index, pixels):
+    def half(pairs, index, pixels, *, paired):
         pixels[:100] = 7
         results.put("half")
         time.sleep(60)
@@ -211,3 +211,16 @@ def test_pairs_without_clean_image_are_rejected(pairs, tmp_path):
     with pytest.raises(DerainError, match=re.escape(f"{pairs[-1].rainy}: ")):
         open_cache([Pair("a", pairs[-1].rainy)], "disk", folder=tmp_path / "c")
     assert not [p for p in (tmp_path / "c" / "pixels").iterdir() if not p.name.endswith(".lock")]
+
+
+@pytest.mark.parametrize("mode", ["ram", "disk"])
+def test_images_without_clean_ones_are_cached(pairs, mode, tmp_path):
+    images = [Pair(pair.name, pair.rainy, None, pair.clean_side) for pair in pairs]
+    cached = open_cache(images, mode, folder=tmp_path / "c", paired=False)
+    cached = pickle.loads(pickle.dumps(cached))
+    assert len(cached) == len(pairs)
+    for index, pair in enumerate(pairs):
+        rainy = read_pair(pair)[0]
+        np.testing.assert_array_equal(cached[index][0], rainy)
+    size = sum(read_pair(pair)[0].size for pair in pairs)
+    assert int(cached.index[-1, 0] + 3 * cached.index[-1, 1] * cached.index[-1, 2]) == size

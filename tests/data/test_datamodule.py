@@ -228,6 +228,8 @@ SCHEDULE = [CropStage(3, 16, 4), CropStage(2, 24, 2), CropStage(1, 32, 1)]
 class Shapes(lightning.LightningModule):
     """Records the shapes of batches and the number of optimiser steps."""
 
+    needs_unlabelled = False
+
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
@@ -244,8 +246,8 @@ class Shapes(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(module, **options):
-    method = Shapes()
+def fit(module, method=None, **options):
+    method = method or Shapes()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "accelerator": "cpu", "use_distributed_sampler": False}
     lightning.Trainer(**quiet, **options).fit(method, module)
@@ -298,3 +300,110 @@ def test_batches_are_scaled_to_0_to_1():
     batch = RainDataModule().on_after_batch_transfer({"rainy": pixels, "name": ["a"]}, 0)
     assert batch["rainy"].dtype == torch.float32
     assert batch["rainy"][0, 0, 0].tolist() == pytest.approx([0, 1 / 255, 127 / 255, 1], abs=1e-7)
+
+
+# Rainy images without ground truth.
+
+
+@pytest.fixture
+def photos(root):
+    return str(make_set(root, "images", "predict", count=3, seed=7))
+
+
+def test_every_sample_has_a_crop_of_an_unlabelled_image(root, photos):
+    module = data(root, train="Rain800", unlabelled=photos, flips=False)
+    module.setup("fit")
+    images = {pair.name: pair.read()[0] for pair in module.pairs["unlabelled"]}
+    assert len(images) == module.count("unlabelled") == 3
+    drawn = set()
+    for batch in batches(module, "train"):
+        assert batch["unlabelled"].shape == batch["rainy"].shape
+        assert batch["unlabelled"].dtype == torch.uint8
+        for name, crop in zip(batch["unlabelled_name"], batch["unlabelled"], strict=True):
+            windows = np.lib.stride_tricks.sliding_window_view(images[name], (16, 16), axis=(0, 1))
+            assert (windows == crop.numpy()).all(axis=(2, 3, 4)).any()
+            drawn.add(name)
+    assert len(drawn) > 1
+    scaled = module.on_after_batch_transfer(batch, 0)["unlabelled"]
+    assert 0 <= scaled.min() < scaled.max() <= 1
+
+
+def test_unlabelled_crops_depend_on_seed_epoch_and_index_alone(root, photos):
+    def tensors(epoch, key="unlabelled", unlabelled=photos, workers=0, **options):
+        module = data(root, train="Rain800", unlabelled=unlabelled, workers=workers, repeat=2, **options)
+        module.setup("fit")
+        return torch.cat([batch[key] for batch in batches(module, "train", epoch)])
+
+    first = tensors(0)
+    assert torch.equal(first, tensors(0, workers=2))
+    assert torch.equal(first, tensors(0, cache="off"))
+    assert torch.equal(first, tensors(0, batch_size=1))
+    assert not torch.equal(first, tensors(1))
+    assert not torch.equal(first, tensors(0, seed=1))
+    assert torch.equal(tensors(0, "rainy"), tensors(0, "rainy", unlabelled=None))
+
+
+def test_unlabelled_images_may_have_clean_ones_which_are_not_used(root):
+    module = data(root, train="Rain800", unlabelled="Rain100L")
+    module.setup("fit")
+    assert len(module.pairs["unlabelled"]) == 4
+    assert {pair.clean for pair in module.pairs["unlabelled"]} == {None}
+    assert "unlabelled" in batches(module, "train")[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unlabelled_crops_resume_within_an_epoch(root, photos, workers):
+    module = data(root, train="Rain800", unlabelled=photos, batch_size=2, workers=workers)
+    module.setup("fit")
+    whole = batches(module, "train", epoch=1)
+    module.resume_at(Position(1, 3, 0))
+    for batch, expected in zip(module.train_dataloader(), whole[3:], strict=True):
+        assert batch["unlabelled_name"] == expected["unlabelled_name"]
+        assert torch.equal(batch["unlabelled"], expected["unlabelled"])
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_other_unlabelled_images_are_rejected_within_an_epoch(root, photos, given):
+    first, second = (
+        data(root, train="Rain800", batch_size=2, unlabelled=photos if on else None) for on in (given, not given)
+    )
+    for module in (first, second):
+        module.setup("fit")
+    second.load_state_dict(first.state_dict())
+    second.resume_at(Position(2, 1, 0))
+    with pytest.raises(DerainError, match=r"--data\.unlabelled"):
+        second.train_dataloader()
+
+
+def test_crops_that_exceed_unlabelled_images_are_rejected(root):
+    make_set(root, "images", "predict", count=2, size=(8, 8))
+    with pytest.raises(DerainError, match=r"--data\.crop 17: .*unlabelled is 8"):
+        data(root, train="Rain800", unlabelled=str(root / "images"), crop=17).setup("fit")
+
+
+class Unlabelled(Shapes):
+    """Needs rainy images without ground truth."""
+
+    needs_unlabelled = True
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(tuple(batch["unlabelled"].shape))
+        return self.weight * batch["unlabelled"].mean()
+
+
+def test_methods_that_need_unlabelled_images_get_them(root, photos):
+    module = data(root, train="Rain800", val="none", unlabelled=photos)
+    assert fit(module, Unlabelled(), max_steps=2) == [(4, 3, 16, 16)] * 2
+
+
+def test_methods_that_need_unlabelled_images_require_them(root):
+    with pytest.raises(DerainError, match=r"--data\.unlabelled.*Unlabelled"):
+        fit(data(root, train="Rain800"), Unlabelled(), max_steps=2)
+
+
+def test_methods_without_use_for_unlabelled_images_report_and_ignore_them(root, photos, caplog):
+    caplog.set_level("INFO", logger="derain")
+    module = data(root, train="Rain800", val="none", unlabelled=photos)
+    assert fit(module, max_steps=1) == [(0, 4, 16)]
+    assert "unlabelled" not in module.pairs
+    assert any(photos in message and "Shapes" in message for message in caplog.messages)

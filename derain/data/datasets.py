@@ -1,0 +1,123 @@
+"""Datasets of the data module: random crops for training, whole images for evaluation."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from derain.data.cache import PixelCache, read_pair
+from derain.data.captions import Caption
+from derain.data.pairs import Pair
+from derain.data.samplers import Sample
+from derain.data.transforms import Augmentation
+from derain.images import Pixels
+
+
+def to_tensor(pixels: Pixels) -> torch.Tensor:
+    """Convert ``(h, w, 3)`` pixels to a ``(3, h, w)`` uint8 tensor."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+class UnlabelledCrops:
+    """Crops of rainy images, one for each training sample.
+
+    Each sample draws an image at random, as SSID-KD's authors do. Image, crop and flips depend on the seed of the run
+    and the sample alone, so that the order is resumed exactly for any number of workers and devices.
+
+    Args:
+        images: Rainy images, without clean ones.
+        cache: Decoded pixels of the images; if None, every sample decodes a file.
+        augmentations: Augmentation by crop size.
+        seed: Seed of the run.
+    """
+
+    def __init__(
+        self, images: Sequence[Pair], cache: PixelCache | None, augmentations: Mapping[int, Augmentation], seed: int
+    ) -> None:
+        self.images, self.cache, self.augmentations, self.seed = images, cache, augmentations, seed
+
+    def __getitem__(self, sample: Sample) -> tuple[Pixels, str]:
+        """Return the crop of a sample, ``(crop, crop, 3)``, and the name of its image."""
+        seed = (self.seed, sample.epoch, sample.number)  # of the pair's crop; another number is added for each use
+        index = int(np.random.default_rng((*seed, 1)).integers(len(self.images)))
+        image = self.cache[index][0] if self.cache is not None else self.images[index].read()[0]
+        crop, _ = self.augmentations[sample.crop](image, image, (*seed, 2))
+        return crop, self.images[index].name
+
+
+class TrainingPairs(Dataset[dict[str, Any]]):
+    """Dataset of random crops.
+
+    Args:
+        pairs: The pairs.
+        cache: Decoded pixels of the pairs; if None, every sample decodes two files.
+        augmentations: Augmentation by crop size.
+        seed: Seed of the run.
+        captions: Captions of the pairs, in order; none by default.
+        unlabelled: Crops of rainy images without ground truth, which are added to the samples; none by default.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        cache: PixelCache | None,
+        augmentations: Mapping[int, Augmentation],
+        seed: int,
+        captions: Sequence[Caption] = (),
+        unlabelled: UnlabelledCrops | None = None,
+    ) -> None:
+        self.pairs, self.cache, self.augmentations, self.seed = pairs, cache, augmentations, seed
+        self.captions, self.unlabelled = captions, unlabelled
+
+    def __getitem__(self, sample: Sample) -> dict[str, Any]:
+        index = sample.number % len(self.pairs)
+        rainy, clean = self.cache[index] if self.cache is not None else read_pair(self.pairs[index])
+        seed = (self.seed, sample.epoch, sample.number)
+        rainy, clean = self.augmentations[sample.crop](rainy, clean, seed)
+        item = {"rainy": to_tensor(rainy), "clean": to_tensor(clean), "name": self.pairs[index].name, "index": index}
+        if self.unlabelled is not None:
+            crop, name = self.unlabelled[sample]
+            item |= {"unlabelled": to_tensor(crop), "unlabelled_name": name}
+        return item | _caption_fields(self.captions, index)
+
+
+class TrainingLoader(DataLoader[dict[str, Any]]):
+    """Data loader that Lightning accepts as resumable; the data module keeps the position."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return an empty state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Ignore the state."""
+
+
+class WholePairs(Dataset[dict[str, Any]]):
+    """Dataset of whole images.
+
+    Args:
+        pairs: The pairs, with or without clean images.
+        cache: Decoded pixels of the pairs; by default files are read.
+        captions: Captions of the pairs, in order; none by default.
+    """
+
+    def __init__(
+        self, pairs: Sequence[Pair], cache: PixelCache | None = None, captions: Sequence[Caption] = ()
+    ) -> None:
+        self.pairs, self.cache, self.captions = pairs, cache, captions
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pair = self.pairs[index]
+        rainy, clean = self.cache[index] if self.cache is not None else pair.read()
+        item = {"rainy": to_tensor(rainy), "name": pair.name, "index": index}
+        if clean is not None:
+            item["clean"] = to_tensor(clean)
+        return item | _caption_fields(self.captions, index)
+
+
+def _caption_fields(captions: Sequence[Caption], index: int) -> dict[str, str]:
+    if not captions:
+        return {}
+    return {"caption": captions[index].text, "degradation": captions[index].degradation}
