@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from derain.methods import PReNetModule as PReNetModule
     from derain.methods import RegressionModule as RegressionModule
     from derain.methods import RestormerModule as RestormerModule
+    from derain.methods import SSIDKDModule as SSIDKDModule
+    from derain.methods import Syn2RealModule as Syn2RealModule
     from derain.restoration import Restorer as Restorer
 
 __version__ = "0.1.0"
@@ -32,6 +34,8 @@ _MODULES = {
     "PReNetModule": "derain.methods",
     "RegressionModule": "derain.methods",
     "RestormerModule": "derain.methods",
+    "SSIDKDModule": "derain.methods",
+    "Syn2RealModule": "derain.methods",
     "RainDataModule": "derain.data.datamodule",
     "Restorer": "derain.restoration",
 }

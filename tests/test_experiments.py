@@ -90,6 +90,8 @@ def small_options(*paths, clip):
         stages = [{"steps": 1, "crop": 16, "batch_size": 2}, {"steps": 1, "crop": 24, "batch_size": 1}]
         options += ["--data.schedule", json.dumps(stages)]
     options += ["--data.workers", "0", "--data.crop", "16", "--data.batch_size", "2"]
+    if getattr(derain.methods, method).needs_unlabelled:
+        options += ["--data.unlabelled", "Rain100L"]
     options += SMALL.get(method, [])
     if "network" in arguments_of(*paths):
         options += ["--model.network_options", json.dumps(TINY[network_of(*paths)])]

@@ -25,8 +25,19 @@ MODELS = {
         "generator_steps": 3,
         "milestones": [1, 2],
     },
+    "Syn2RealModule": {
+        "network_options": {"channels": 4, "base_width": 16, "groups": 1, "parts": 2},
+        "unlabelled_share": 0.5,
+        "bank": 3,
+        "neighbours": 2,
+        "schedule_options": {"milestones": [1], "decay": 0.5},
+    },
+    "SSIDKDModule": {"network_options": {"channels": [2, 3, 4], "repeats": [1, 1, 1], "convolutions": 1}},
 }
 """Options of the tiny networks."""
+
+UNLABELLED = {"Syn2RealModule", "SSIDKDModule"}
+"""Methods that train on rainy images without ground truth too."""
 
 CHECKPOINT_EVERY_STEP = {
     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
@@ -52,14 +63,16 @@ def write_configs(folder: Path, epochs: int = 2) -> Path:
     """
     make_set(folder / "data", "Rain800", "train", count=9, size=(64, 64))
     make_set(folder / "data", "Rain800", "test", count=2, seed=50)
+    photos = make_set(folder / "data", "images", "predict", count=5, size=(64, 64), seed=70)
     clip = str(make_clip(folder / "clip"))
     os.environ |= {"DERAIN_DATA": str(folder / "data"), "DERAIN_CACHE": str(folder / "cache")}
     for name, options in MODELS.items():
         clip_option = {"clip": clip} if "CLIP" in name else {}
+        unlabelled = {"unlabelled": str(photos)} if name in UNLABELLED else {}
         callbacks = [] if name == "DACLIPModule" else [EMA]
         config = {
             "model": {"class_path": name, "init_args": options | clip_option},
-            "data": {"train": "Rain800", "crop": 56, "batch_size": 2, "workers": 0},
+            "data": {"train": "Rain800", "crop": 56, "batch_size": 2, "workers": 0} | unlabelled,
             "trainer": {
                 "max_epochs": epochs,
                 "accelerator": "cpu",

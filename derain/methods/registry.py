@@ -28,6 +28,8 @@ BUILT_IN = (
     "derain.methods.prenet.module.PReNetModule",
     "derain.methods.regression.module.RegressionModule",
     "derain.methods.airnet.module.AirNetModule",
+    "derain.methods.syn2real.module.Syn2RealModule",
+    "derain.methods.ssid_kd.module.SSIDKDModule",
 )
 """Class paths of derain's own methods; add a line for a new one."""
 

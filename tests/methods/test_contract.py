@@ -33,6 +33,16 @@ SMALL = {
     },
     "RestormerModule": TRANSFORMER,
     "CLIPRPNModule": TRANSFORMER | {"perception": "none"},
+    "Syn2RealModule": {
+        "network_options": {"channels": 8, "base_width": 16, "groups": 2, "parts": 3},
+        "schedule": "constant",
+        "learning_rate": 5e-3,
+    },
+    "SSIDKDModule": {
+        "network_options": {"channels": [4, 4, 4], "repeats": [1, 1, 1], "convolutions": 1},
+        "window": 16,
+        "learning_rate": 5e-3,
+    },
     "RegressionModule": {
         "network": "RESCAN",
         "network_options": {"channels": 8, "iterations": 2},
@@ -41,7 +51,7 @@ SMALL = {
     },
 }
 """Hyper-parameters of small networks; a method without an entry is built with its defaults."""
-OVERFITTED = {"PLNLINGANModule": 1.15, "RegressionModule": 1.15}
+OVERFITTED = {"PLNLINGANModule": 1.15, "RegressionModule": 1.15, "SSIDKDModule": 1.15, "Syn2RealModule": 2}
 """Factor by which the error of an overfitted batch falls if not 4: SSIM at many scales learns noise slowly."""
 LARGE = {"CLIPRPNModule", "PLNLINGANModule"}
 """Methods whose graphs take long to trace, however small their networks."""

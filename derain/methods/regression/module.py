@@ -188,13 +188,20 @@ class RegressionModule(DerainModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the weighted sum of the losses of all outputs; each weighted loss is logged if there are several."""
-        rainy, clean = batch["rainy"], batch["clean"]
-        outputs, targets = self.outputs_and_targets(rainy, clean)
+        outputs, targets = self.outputs_and_targets(batch["rainy"], batch["clean"])
+        return self.log_terms(self.loss_terms(outputs, targets), batch)
+
+    def loss_terms(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weighted losses of the outputs, by ``OUTPUT_LOSS``."""
         terms = {}
         for output, weights in self.loss.items():
             for name, weight in weights.items():
                 term = _loss(name, outputs[output], targets[output], f"--model.loss {output}.{name}")
                 terms[f"{output}_{name}"] = weight * term
+        return terms
+
+    def log_terms(self, terms: Mapping[str, Tensor], batch: PairBatch) -> Tensor:
+        """Log weighted losses and return their sum."""
         loss = torch.stack(list(terms.values())).sum()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["name"]))
         if len(terms) > 1:

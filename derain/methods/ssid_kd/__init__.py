@@ -1,0 +1,1 @@
+"""SSID-KD: the semi-supervised stage, with priors of images and matched features."""

@@ -1,0 +1,63 @@
+"""Losses of SSID-KD's semi-supervised stage: dark channel, total variation, divergence of features.
+
+Cui et al., Semi-Supervised Image Deraining Using Knowledge Distillation, IEEE TCSVT 2022.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def dark_channel(images: Float[Tensor, "b c h w"], window: int) -> Float[Tensor, "b 1 h2 w2"]:
+    """Return the smallest value over the channels and a square window around each pixel.
+
+    Args:
+        images: Images.
+        window: Side of the window; it is cut off at the border. Maps are a pixel larger than images for even sides.
+
+    References:
+        He et al., Single Image Haze Removal Using Dark Channel Prior, CVPR 2009, eq. 5.
+    """
+    bright = -images.amin(1, keepdim=True)
+    rows = F.max_pool2d(bright, (window, 1), stride=1, padding=(window // 2, 0))
+    return -F.max_pool2d(rows, (1, window), stride=1, padding=(0, window // 2))
+
+
+def dark_channel_loss(images: Float[Tensor, "b c h w"], window: int) -> Float[Tensor, ""]:
+    """Return the sum of the dark channel of ``(images + 1) / 2``.
+
+    The authors map images from [-1, 1] to [0, 1], although those of their network are in [0, 1]: it halves the
+    gradient. Their value is smaller by the number of windows.
+
+    Args:
+        images: Images.
+        window: Side of the window.
+
+    References:
+        The authors' code (``Loss/ECLoss.py``, ``train_Rain200H_real.py``).
+    """
+    return dark_channel((images + 1) / 2, window).sum()
+
+
+def total_variation(images: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+    """Return the sum of the absolute differences of neighbouring pixels, with zeros left of and above the image.
+
+    References:
+        The authors' code (``Loss/TVLossL1.py``), whose convolutions pad images by zeros.
+    """
+    columns = torch.diff(F.pad(images, (1, 0)), dim=3).abs()
+    rows = torch.diff(F.pad(images, (0, 0, 1, 0)), dim=2).abs()
+    return columns.sum() + rows.sum()
+
+
+def divergence(synthetic: Float[Tensor, "b c h w"], real: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+    """Return the Kullback-Leibler divergence of real from synthetic features, over all pixels and channels.
+
+    The features of a pixel are a distribution by the softmax over the channels. The sum over the channels of
+    ``p_real (log p_real - log p_synthetic)`` is averaged over pixels and divided by the number of channels.
+
+    References:
+        The authors' code (``train_Rain200H_real.py``).
+    """
+    return F.kl_div(synthetic.log_softmax(1), real.log_softmax(1), reduction="none", log_target=True).mean()
