@@ -171,7 +171,7 @@ class AirNet(Network):
         the authors' file also has a second encoder, which is used only in training.
     """
 
-    bytes_per_pixel: ClassVar[int] = 4300
+    bytes_per_pixel: int = 4300
     signature: ClassVar[str] = "R.body.0.body.0.dgm1.dcn.weight"
     published_names: ClassVar[Names] = (
         (r"E\.E\.(encoder_k\..*|queue|queue_ptr)", None),

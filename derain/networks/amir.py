@@ -213,8 +213,8 @@ class AMIR(Network):
         channel.
     """
 
-    size_multiple: ClassVar[int] = 8
-    bytes_per_pixel: ClassVar[int] = 5000
+    size_multiple: int = 8
+    bytes_per_pixel: int = 5000
     signature: ClassVar[str] = "spatial_routing_encoder_level1.moe.w_gate"
     published_options: ClassVar[frozenset[str]] = frozenset({"selected"})
     published_names: ClassVar[Names] = (

@@ -33,9 +33,9 @@ class Network(nn.Module, ABC):
         published_options: Arguments that the shapes of the authors' tensors do not determine; see `assume`.
     """
 
-    size_multiple: ClassVar[int] = 1
+    size_multiple: int = 1
     bgr: ClassVar[bool] = False
-    bytes_per_pixel: ClassVar[int] = 4096
+    bytes_per_pixel: int = 4096
     tile_multiple: ClassVar[int] = 32
     signature: ClassVar[str]
     published_names: ClassVar[Names] = ()

@@ -49,7 +49,7 @@ class BRN(Network):
         ['derained', 'rain', 'derained1', 'rain1']
     """
 
-    bytes_per_pixel: ClassVar[int] = 2560
+    bytes_per_pixel: int = 2560
     signature: ClassVar[str] = "conv_i_r.0.weight"
     published_options: ClassVar[frozenset[str]] = frozenset({"iterations"})
     published_names: ClassVar[Names] = (

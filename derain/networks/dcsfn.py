@@ -45,7 +45,7 @@ class DCSFN(Network):
     """
 
     bgr: ClassVar[bool] = True
-    bytes_per_pixel: ClassVar[int] = 4352
+    bytes_per_pixel: int = 4352
     signature: ClassVar[str] = "encoder_scale4.units.0.fusion84.0.weight"
     published_names: ClassVar[Names] = (
         (r"fusion_[12]_2_2\..*", None),

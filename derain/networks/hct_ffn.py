@@ -309,7 +309,7 @@ class HCTFFN(Network):
         HCT-FFN, Figure 2. 873,693 parameters by default.
     """
 
-    bytes_per_pixel: ClassVar[int] = 6000
+    bytes_per_pixel: int = 6000
     signature: ClassVar[str] = "sub2.attention.atten.reduce.weight"
     published_options: ClassVar[frozenset[str]] = frozenset({"repeats"})
     published_names: ClassVar[Names] = (

@@ -315,8 +315,8 @@ class MPRNet(Network):
         MPRNet, Figure 2, section 3. 3,637,249 parameters by default.
     """
 
-    size_multiple: ClassVar[int] = 8
-    bytes_per_pixel: ClassVar[int] = 3800
+    size_multiple: int = 8
+    bytes_per_pixel: int = 3800
     signature: ClassVar[str] = "sam12.conv1.weight"
     published_names: ClassVar[Names] = (
         (rf"^.*{_BLOCK}\.body\.1\.weight$", "slope"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from derain.errors import DerainError
 from derain.networks.base import Names, Network, count_numbered
 from derain.nn.graphs import compiling_or_exporting
-from derain.nn.padding import pad_with_zeros
+from derain.nn.padding import pad_to_multiple, pad_with_zeros
 from derain.nn.restormer import pointwise, spatial, strips
 
 
@@ -33,6 +33,7 @@ class NAFBlock(nn.Module):
 
     Args:
         channels: Number of channels.
+        kernel_size: Size of the depth-wise convolution; odd.
 
     Shape:
         ``(b, h, w, channels)`` → same.
@@ -41,11 +42,12 @@ class NAFBlock(nn.Module):
         NAFNet, Figures 3(d) and 4(c), eqs. 4 to 6.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, kernel_size: int = 3) -> None:
         super().__init__()
+        wide, self.halo = 2 * channels, kernel_size // 2
         self.norm1 = nn.LayerNorm(channels, eps=1e-6)
-        self.expand = nn.Conv2d(channels, 2 * channels, 1)
-        self.depthwise = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1, groups=2 * channels)
+        self.expand = nn.Conv2d(channels, wide, 1)
+        self.depthwise = nn.Conv2d(wide, wide, kernel_size, padding=self.halo, groups=wide)
         self.attention = nn.Conv2d(channels, channels, 1)
         self.project = nn.Conv2d(channels, channels, 1)
         self.factor1 = nn.Parameter(torch.zeros(1, channels, 1, 1))
@@ -57,7 +59,7 @@ class NAFBlock(nn.Module):
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         """Transform features."""
         width = self.expand.out_channels
-        parts = [self._spatially_mixed(strip)[:, own_rows] for _, strip, own_rows in strips(x, width)]
+        parts = [self._spatially_mixed(strip)[:, own_rows] for _, strip, own_rows in strips(x, width, self.halo)]
         mixed = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         means = mixed.mean((1, 2), keepdim=True)
         weights = pointwise(means, self.attention.weight, self.attention.bias)
@@ -111,26 +113,27 @@ class Upsample(nn.Module):
 
 
 class NAFNet(Network):
-    """NAFNet with four levels.
+    """NAFNet.
 
     The output is ``derained``.
 
     Args:
-        width: Number of channels at full resolution; it doubles at each level.
-        encoder_blocks: Number of blocks at each of the four levels of the encoder, finest first.
+        width: Number of channels at the finest level; it doubles at each level.
+        encoder_blocks: Number of blocks at each level of the encoder, finest first.
         middle_blocks: Number of blocks at the coarsest resolution.
-        decoder_blocks: Number of blocks at each of the four levels of the decoder, finest first.
+        decoder_blocks: Number of blocks at each level of the decoder, finest first.
+        kernel_size: Size of the depth-wise convolutions; odd.
+        unshuffle: Side of the squares of pixels that the finest level treats as one ("pixel unshuffle"): 2 quarters
+            the computation. The skip connection around the network stays at full resolution.
 
     Raises:
-        DerainError: If encoder or decoder does not have four levels.
+        DerainError: If encoder and decoder differ in the number of levels, or a number is out of range.
 
     References:
         NAFNet, Figures 2(c) and 3(d). By default ClearView's "nafnet", 14,344,483 parameters; its "nafnet-small" has
-        width 16 and one block everywhere, 1,137,203 parameters.
+        width 16 and one block everywhere, 1,137,203 parameters. ``kernel_size`` and ``unshuffle`` are derain's own.
     """
 
-    size_multiple: ClassVar[int] = 16
-    bytes_per_pixel: ClassVar[int] = 1500
     signature: ClassVar[str] = "encoders.0.0.sca.conv.weight"
     published_names: ClassVar[Names] = (
         (r"^intro\.", "embedding."),
@@ -156,41 +159,55 @@ class NAFNet(Network):
         encoder_blocks: Sequence[int] = (2, 2, 4, 8),
         middle_blocks: int = 4,
         decoder_blocks: Sequence[int] = (2, 2, 2, 2),
+        kernel_size: int = 3,
+        unshuffle: int = 1,
     ) -> None:
         super().__init__()
-        if len(encoder_blocks) != 4 or len(decoder_blocks) != 4:
+        levels = len(encoder_blocks)
+        if not levels or len(decoder_blocks) != levels:
             raise DerainError(
                 f"encoder_blocks {list(encoder_blocks)}, decoder_blocks {list(decoder_blocks)}: "
-                "expected four numbers each, one per level"
+                "expected a number per level, for as many levels in both"
             )
+        if kernel_size < 3 or kernel_size % 2 == 0:
+            raise DerainError(f"kernel_size {kernel_size}: expected an odd number of at least 3")
+        if unshuffle < 1:
+            raise DerainError(f"unshuffle {unshuffle}: expected at least 1")
 
         def blocks(level: int, count: int) -> nn.Sequential:
-            return nn.Sequential(*(NAFBlock(width * 2**level) for _ in range(count)))
+            return nn.Sequential(*(NAFBlock(width * 2**level, kernel_size) for _ in range(count)))
 
-        self.embedding = nn.Conv2d(3, width, 3, padding=1)
+        self.unshuffle, self.size_multiple = unshuffle, unshuffle * 2**levels
+        self.bytes_per_pixel = max(100, 47 * width // unshuffle**2)
+        self.embedding = nn.Conv2d(3 * unshuffle**2, width, 3, padding=1)
         self.encoder = nn.ModuleList(blocks(level, count) for level, count in enumerate(encoder_blocks))
-        self.down = nn.ModuleList(Downsample(width * 2**level) for level in range(4))
-        self.middle = blocks(4, middle_blocks)
-        self.up = nn.ModuleList(Upsample(2 * width * 2**level) for level in range(4))
+        self.down = nn.ModuleList(Downsample(width * 2**level) for level in range(levels))
+        self.middle = blocks(levels, middle_blocks)
+        self.up = nn.ModuleList(Upsample(2 * width * 2**level) for level in range(levels))
         self.decoder = nn.ModuleList(blocks(level, count) for level, count in enumerate(decoder_blocks))
-        self.output = nn.Conv2d(width, 3, 3, padding=1)
+        self.output = nn.Conv2d(width, 3 * unshuffle**2, 3, padding=1)
 
     def pad(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
-        """Return images padded with zeros at the bottom and the right to multiples of 16."""
-        return pad_with_zeros(image, self.size_multiple)
+        """Return images padded at the bottom and the right to sizes that the levels can halve.
+
+        ClearView's form pads with zeros; an unshuffled one by reflection, since zeros would darken squares of pixels.
+        """
+        return (pad_with_zeros if self.unshuffle == 1 else pad_to_multiple)(image, self.size_multiple)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
         """Return ``derained``, images in [0, 1]."""
-        x = spatial(image.permute(0, 2, 3, 1).contiguous(), self.embedding)
+        x = F.pixel_unshuffle(image, self.unshuffle)
+        x = spatial(x.permute(0, 2, 3, 1).contiguous(), self.embedding)
         skips = []
         for blocks, down in zip(self.encoder, self.down, strict=True):
             x = blocks(x)
             skips.append(x)
             x = down(x)
         x = self.middle(x)
-        for level in reversed(range(4)):
+        for level in reversed(range(len(self.decoder))):
             x = self.decoder[level](self.up[level](x) + skips.pop())
-        return {"derained": self.output(x.permute(0, 3, 1, 2)) + image}
+        change = F.pixel_shuffle(self.output(x.permute(0, 3, 1, 2)), self.unshuffle)
+        return {"derained": change + image}
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:

@@ -184,7 +184,7 @@ class NLEDN(Network):
         NLEDN, Figure 2. 1,005,379 parameters by default.
     """
 
-    bytes_per_pixel: ClassVar[int] = 3600
+    bytes_per_pixel: int = 3600
     signature: ClassVar[str] = "up_1.region_non_local.non_local_block.theta.weight"
     published_options: ClassVar[frozenset[str]] = frozenset({"grids"})
     published_names: ClassVar[Names] = (

@@ -120,8 +120,8 @@ class PromptIR(Network):
         their network does not use.
     """
 
-    size_multiple: ClassVar[int] = 8
-    bytes_per_pixel: ClassVar[int] = 6000
+    size_multiple: int = 8
+    bytes_per_pixel: int = 6000
     signature: ClassVar[str] = "prompt1.prompt_param"
     published_names: ClassVar[Names] = (
         (r"chnl_reduce\d\..*", None),

@@ -100,7 +100,7 @@ class RESCAN(Network):
     """
 
     bgr: ClassVar[bool] = True
-    bytes_per_pixel: ClassVar[int] = 1792
+    bytes_per_pixel: int = 1792
     signature: ClassVar[str] = "rnns.0.conv_xz.weight"
     published_names: ClassVar[Names] = (
         (r"^rnns\.(\d+)\.conv_", r"layers.\1.gru."),

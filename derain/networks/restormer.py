@@ -66,7 +66,7 @@ class Restormer(Network):
         parameters) or, as its small variant, ``dim`` 24, ``blocks`` 1, 1, 1, 2 and ``refinement`` 2 (2,278,027).
     """
 
-    bytes_per_pixel: ClassVar[int] = 5400
+    bytes_per_pixel: int = 5400
     signature: ClassVar[str] = "encoder_level1.0.norm1.weight"  # ClearView's; the original has ``norm1.body.weight``
     published_names: ClassVar[Names] = (
         (r"^patch_embed\.(?!proj)", "patch_embed.proj."),

@@ -189,7 +189,7 @@ class RPDNet(Network):
         ['derained', 'derained1']
     """
 
-    bytes_per_pixel: ClassVar[int] = 4096
+    bytes_per_pixel: int = 4096
     signature: ClassVar[str] = "body.tran_conv.weight"
     published_options: ClassVar[frozenset[str]] = frozenset({"iterations"})
     published_names: ClassVar[Names] = (

@@ -141,7 +141,7 @@ class SSIDKD(Network):
     """
 
     bgr: ClassVar[bool] = True
-    bytes_per_pixel: ClassVar[int] = 6912
+    bytes_per_pixel: int = 6912
     signature: ClassVar[str] = "encoder_decoder_4.enLayer_4.units.0.unit.1.conv_5_2.weight"
     published_names: ClassVar[Names] = (
         (r"encoder_decoder_1\.enLayer_(1\.conv1x1\.9|2\.conv1x1\.3|4\.conv1x1\.1)\..*", None),

@@ -101,7 +101,7 @@ class SwinIR(Network):
         SwinIR, section 3.1 and Figure 2. 11,504,163 parameters by default.
     """
 
-    bytes_per_pixel: ClassVar[int] = 5632
+    bytes_per_pixel: int = 5632
     signature: ClassVar[str] = "layers.0.residual_group.blocks.0.attn.relative_position_bias_table"
     published_names: ClassVar[Names] = (
         (r".*\.(attn_mask|relative_position_index)", None),

@@ -150,8 +150,8 @@ class Syn2Real(Network):
         (squeeze-and-excitation in each block).
     """
 
-    size_multiple: ClassVar[int] = 8
-    bytes_per_pixel: ClassVar[int] = 13824
+    size_multiple: int = 8
+    bytes_per_pixel: int = 13824
     signature: ClassVar[str] = "zout.weight"
     published_names: ClassVar[Names] = (
         (r"dense_block\d\.SE\..*", None),

@@ -202,8 +202,8 @@ class TransWeather(Network):
         TransWeather, Figure 2. 37,755,411 parameters by default.
     """
 
-    size_multiple: ClassVar[int] = 16
-    bytes_per_pixel: ClassVar[int] = 400
+    size_multiple: int = 16
+    bytes_per_pixel: int = 400
     signature: ClassVar[str] = "Tdec.block1.0.attn.task_query"
     published_options: ClassVar[frozenset[str]] = frozenset({"heads", "intra_heads", "decoder_heads"})
     published_names: ClassVar[Names] = (

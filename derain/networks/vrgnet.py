@@ -45,7 +45,7 @@ class VRGNet(Network):
         torch.Size([1, 3, 5, 7])
     """
 
-    bytes_per_pixel: ClassVar[int] = 2048
+    bytes_per_pixel: int = 2048
     signature: ClassVar[str] = "derainet.convfinal.0.weight"
     published_options: ClassVar[frozenset[str]] = frozenset({"iterations"})
     published_names: ClassVar[Names] = (

@@ -1,5 +1,6 @@
 """NAFNet as ClearView publishes it, compared with recorded outputs of its code."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,10 +87,11 @@ def test_images_are_padded_with_zeros():
         torch.testing.assert_close(network(rainy), padded[..., :21, :30])
 
 
+@pytest.mark.parametrize("kernel_size", [3, 5])
 @pytest.mark.parametrize("gradient", [False, True])
-def test_block_is_the_papers(gradient, monkeypatch):
+def test_block_is_the_papers(gradient, kernel_size, monkeypatch):
     """The paper's formulas on tensors (b, c, h, w), without strips."""
-    block, x = random(NAFBlock(6)), torch.rand(2, 9, 5, 6, dtype=torch.float64)
+    block, x = random(NAFBlock(6, kernel_size)), torch.rand(2, 29, 5, 6, dtype=torch.float64)
     monkeypatch.setattr(restormer, "STRIP_BYTES", {"cpu": 1, "gpu": 1})
 
     def normalised(image, norm):
@@ -113,3 +115,30 @@ def test_block_is_the_papers(gradient, monkeypatch):
 def test_other_numbers_of_levels_are_refused(option):
     with pytest.raises(DerainError, match=r"\[1, 1, 1\]"):
         NAFNet(**TINY | {option: [1, 1, 1]})
+
+
+def test_unshuffled_pixels():
+    """The network sees a quarter of the pixels with four times the channels, and changes the full image."""
+    options = {"width": 4, "encoder_blocks": [1, 1], "middle_blocks": 1, "decoder_blocks": [1, 1]}
+    network = random(NAFNet(**options, unshuffle=2, kernel_size=5))
+    rainy = torch.rand(1, 3, 16, 24, dtype=torch.float64)
+    squares = torch.empty(1, 12, 8, 12, dtype=torch.float64)
+    for channel, row, column in np.ndindex(3, 2, 2):
+        squares[:, 4 * channel + 2 * row + column] = rainy[:, channel, row::2, column::2]
+    with torch.no_grad():
+        x = network.embedding(squares).permute(0, 2, 3, 1)
+        fine = network.encoder[0](x)
+        coarse = network.encoder[1](network.down[0](fine))
+        x = network.decoder[1](network.up[1](network.middle(network.down[1](coarse))) + coarse)
+        change = network.output(network.decoder[0](network.up[0](x) + fine).permute(0, 3, 1, 2))
+        expected = rainy.clone()
+        for channel, row, column in np.ndindex(3, 2, 2):
+            expected[:, channel, row::2, column::2] += change[:, 4 * channel + 2 * row + column]
+        torch.testing.assert_close(network(rainy), expected)
+    check_sizes(network)
+
+
+@pytest.mark.parametrize("option", [{"kernel_size": 4}, {"kernel_size": 1}, {"unshuffle": 0}, {"encoder_blocks": []}])
+def test_numbers_out_of_range_are_refused(option):
+    with pytest.raises(DerainError, match=next(iter(option))):
+        NAFNet(**option)
