@@ -102,14 +102,16 @@ def find_variants() -> dict[str, Callable[[], DerainModule]]:
     """Return a function that builds each variant of each known method, by the name of the variant.
 
     A class that does not define ``variants`` itself has one variant, named after the class: inherited ``variants``
-    belong to the base class. If two classes have variants of the same name, the class path is appended to the second.
+    belong to the base class. If two classes have variants of the same name, the name of the class is appended to the
+    second, or its path if that is in use too.
     """
     builds: dict[str, Callable[[], DerainModule]] = {}
     for method in methods():
         if issubclass(method, DerainModule):
             variants = vars(method).get("variants", {method.__name__: {}})
             for name, hyper_parameters in variants.items():
-                unique = f"{name} ({class_path(method)})" if name in builds else name
+                names = (name, f"{name} ({method.__name__})", f"{name} ({class_path(method)})")
+                unique = next((unused for unused in names if unused not in builds), names[-1])
                 builds[unique] = partial(build_method, method, **hyper_parameters)
     return builds
 
@@ -189,14 +191,14 @@ def _parameter(weight: Tensor) -> Tensor:
 
 
 def count_cost(method: DerainModule, size: int) -> dict[str, int]:
-    """Count parameters and MACs of a method's network, on fake tensors, which have shapes but no values.
+    """Count parameters and MACs of a method's network in eval mode, on fake tensors: shapes without values.
 
     derain's networks skip some multiplications of the authors' code: attention multiplies its projection with the
     attention matrix instead of the pixels, the first stage of PReNet has no state to forget, and pixels are convolved
     before they are repeated. ``extra_macs`` of the modules adds these multiplications, and what else thop counts.
 
     Args:
-        method: Method on the CPU.
+        method: Method on the CPU; it is in eval mode afterwards.
         size: Height and width of the image in pixels.
 
     Returns:
@@ -220,7 +222,7 @@ def count_cost(method: DerainModule, size: int) -> dict[str, int]:
     fake_tensors = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with register_module_forward_hook(count_layer), torch.enable_grad(), fake_tensors, _Products() as products:
-            method.pass_once(torch.empty(1, 3, size, size))
+            method.eval().pass_once(torch.empty(1, 3, size, size))
         parameters = sum(parameter.numel() for parameter in method.network.parameters())
     except (*BUILD_ERRORS, AssertionError) as error:
         raise DerainError(

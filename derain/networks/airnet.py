@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from derain.networks.base import Names, Network, count_numbered
 from derain.nn.deformable import deformable_convolution
+from derain.nn.graphs import compiling_or_exporting, has_no_values
 
 SLOPE = 0.1
 """Slope of the leaky ReLUs."""
@@ -200,13 +201,14 @@ class AirNet(Network):
         self.tail = nn.Conv2d(channels, 3, 3, padding=1)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return the restored image, and in training mode ``embedding``."""
+        """Return the restored image; in training mode, and when multiplications are counted, also ``embedding``."""
         guide = self.encoder.features(image)
         head = x = self.head(image)
         for group in self.groups:
             x = group(x, guide)
         outputs = {"derained": self.tail(self.convolution(x) + head)}
-        return outputs | {"embedding": self.encoder.embed(guide)} if self.training else outputs
+        counting = has_no_values(image) and not compiling_or_exporting()  # the authors always compute the embedding
+        return outputs | {"embedding": self.encoder.embed(guide)} if self.training or counting else outputs
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:

@@ -15,8 +15,6 @@ from derain.commands import bench
 from derain.commands.bench import count_cost, find_variants
 from derain.errors import DerainError
 from derain.methods import CLIPRPNModule, DerainModule, PReNetModule, RestormerModule
-from derain.methods.registry import class_path
-from derain.methods.regression.module import RegressionModule
 from derain.networks import NETWORKS
 from tests.methods.test_contract import Plain
 
@@ -87,6 +85,13 @@ class Twice(Plain):
         return super().forward(super().forward(rainy))
 
 
+class Modes(Plain):
+    """Runs its network twice in training."""
+
+    def forward(self, rainy):
+        return super().forward(super().forward(rainy) if self.training else rainy)
+
+
 class Branches(Plain):
     """Computes differently for dark images."""
 
@@ -97,6 +102,10 @@ class Branches(Plain):
 def test_what_forward_computes_is_counted():
     assert count_cost(Plain(), 8)["macs"] == 64 * 81
     assert count_cost(Twice(), 8)["macs"] == 2 * 64 * 81
+
+
+def test_methods_are_counted_in_eval_mode():
+    assert count_cost(Modes().train(), 8)["macs"] == 64 * 81
 
 
 def test_what_cannot_be_counted_is_refused():
@@ -127,7 +136,7 @@ def test_every_method_and_variant_is_counted():
         *("DA-CLIP + IR-SDE, one step", "IR-SDE, tiny, one step", "PLNLIN", "PLNLIN, tiny"),
     }
     networks = {path.rpartition(".")[2] for path in NETWORKS}
-    repeated = {f"{name} ({class_path(RegressionModule)})" for name in networks & own}
+    repeated = {f"{name} (RegressionModule)" for name in networks & own}
     assert set(VARIANTS) == own | networks | repeated
 
 
@@ -218,10 +227,12 @@ class Uncountable(DerainModule):
 
 
 def test_variants_are_those_of_the_class_itself(monkeypatch):
-    renamed = type("Inheriting", (PReNetModule,), {"__module__": "other", "variants": {"PRN": {"variant": "PRN"}}})
-    monkeypatch.setattr(bench, "methods", lambda: [PReNetModule, Inheriting, renamed])
+    repeated = {"variants": {"PRN": {"variant": "PRN"}}}
+    first, second = (type("Inheriting", (PReNetModule,), {"__module__": name, **repeated}) for name in ("one", "two"))
+    monkeypatch.setattr(bench, "methods", lambda: [PReNetModule, Inheriting, first, second])
     variants = find_variants()
-    assert list(variants) == [*PReNetModule.variants, "Inheriting", "PRN (other.Inheriting)"]
+    unique = ["PRN (Inheriting)", "PRN (two.Inheriting)"]
+    assert list(variants) == [*PReNetModule.variants, "Inheriting", *unique]
     assert type(variants["Inheriting"]()) is Inheriting
     assert type(variants["PRN"]()) is PReNetModule
 
