@@ -31,6 +31,7 @@ UNET = ["--model.channels", "32", "--model.multipliers", "[1,2]", "--model.atten
 GAN = ["--model.channels", "8", "--model.stages", "[1,1,1,1]", "--model.hierarchy", "1", "--model.heads", "2"]
 GAN += ["--model.discriminator_channels", "8", "--model.discriminator_stages", "1"]
 SMALL = {
+    "AirNetModule": ["--model.network_options", '{"channels": 4, "groups": 1, "blocks": 1}'],
     "PReNetModule": ["--model.stages", "1"],
     "RestormerModule": TRANSFORMER,
     "CLIPRPNModule": TRANSFORMER,

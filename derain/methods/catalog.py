@@ -44,6 +44,8 @@ def split_options(name: Path | str) -> tuple[str, dict[str, Any]]:
     Example:
         >>> split_options("net.pth:stages=5,variant=PReNet_LSTM"), split_options("hub:someone/prenet")
         (('net.pth', {'stages': 5, 'variant': 'PReNet_LSTM'}), ('hub:someone/prenet', {}))
+        >>> split_options("net.pth:grids=8-4-2")
+        ('net.pth', {'grids': [8, 4, 2]})
     """
     match = OPTIONS.fullmatch(str(name))
     if match is None or Path(name).exists():
@@ -51,7 +53,11 @@ def split_options(name: Path | str) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {}
     for option in match["options"].split(","):
         key, value = option.split("=")
-        options[key] = int(value) if value.isdecimal() else value
+        numbers = value.split("-")
+        if all(number.isdecimal() for number in numbers):
+            options[key] = [int(number) for number in numbers] if len(numbers) > 1 else int(value)
+        else:
+            options[key] = value
     return match["file"], options
 
 

@@ -1,5 +1,7 @@
 """Base class of the networks: outputs, padding, channel order, and translation of the authors' weights."""
 
+import inspect
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,8 +16,13 @@ from derain.errors import DerainError
 from derain.nn.graphs import exporting
 from derain.nn.padding import pad_to_multiple
 
+log = logging.getLogger("derain")
+
 Names = Sequence[tuple[str, str | None]]
 """Regular expressions of the authors' tensor names, each with its replacement; None drops an unused tensor."""
+
+COUNTER = "num_batches_tracked"
+"""Name of the only integers in state dicts: the counters of batch normalisation layers."""
 
 
 class Network(nn.Module, ABC):
@@ -102,30 +109,50 @@ class Network(nn.Module, ABC):
         return {} if cls.signature in state else None
 
     @classmethod
-    def assume(cls, path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the ``published_options`` for an authors' file; the others keep the defaults of ``__init__``.
+    def stated_options(cls, path: Path) -> dict[str, Any]:
+        """Return the ``published_options`` that the name or folder of an authors' file determines; none by default."""
+        return {}
 
-        By default these are the given options. Networks whose authors published files with different values override
-        this method, and warn about values that they assume.
+    @classmethod
+    def assume(cls, path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the ``published_options`` for an authors' file.
+
+        Given options take precedence, then `stated_options`. For all others, the defaults of ``__init__`` are assumed,
+        with a warning.
 
         Args:
-            path: The file, whose name or folder may determine options; None if unknown.
+            path: The file; None if unknown.
             given: Options that the user gave as ``FILE:name=value``.
         """
-        return dict(given)
+        stated = {} if path is None else cls.stated_options(path)
+        arguments = inspect.signature(cls).parameters
+        missing = sorted(cls.published_options - stated.keys() - given.keys())
+        assumed = {name: arguments[name].default for name in missing}
+        if assumed:
+            values = ",".join(f"{name}={option_text(value)}" for name, value in assumed.items())
+            log.warning(
+                "%s: the file does not record %s; assuming FILE:%s; to use other values, append them to the file name",
+                path or "weights",
+                ", ".join(missing),
+                values,
+            )
+        return {**assumed, **stated, **given}
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the authors' tensors by our names, without unused ones.
 
         Raises:
-            DerainError: If the file has different values for a parameter that is shared here.
+            DerainError: If the file has different values for a parameter that is shared here, or a weight is not a
+                real number.
         """
         translated: dict[str, Tensor] = {}
         for published, tensor in state.items():
             name = translate_name(published, cls.published_names)
             if name is None:
                 continue
+            if not (tensor.is_floating_point() or name.endswith(COUNTER)):
+                raise DerainError(f"{published}: is of type {tensor.dtype}; expected real numbers")
             if name in translated and not torch.equal(translated[name], tensor):
                 raise DerainError(
                     f"{published}: differs from another tensor of {name}; expected equal tensors, since it is shared"
@@ -154,6 +181,16 @@ def translate_name(published: str, names: Names) -> str | None:
         else:
             name = re.sub(pattern, replacement, name)
     return name
+
+
+def option_text(value: Any) -> str:
+    """Return the value of an option as in ``FILE:name=value``.
+
+    Example:
+        >>> option_text((8, 4, 2)), option_text(6)
+        ('8-4-2', '6')
+    """
+    return "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def count_numbered(state: Mapping[str, Tensor], pattern: str) -> int:

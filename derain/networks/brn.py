@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from derain.networks.base import Names, Network, count_numbered
-from derain.networks.iterations import assume_iterations, check_iterations
+from derain.networks.iterations import check_iterations
 from derain.nn.recurrent import STAGE_NAMES, RecurrentStage, State, conv3x3
 
 
@@ -110,22 +110,18 @@ class BRN(Network):
         return {"channels": channels, "image_blocks": count_numbered(state, r"res_conv(\d+)\.") - 1}
 
     @classmethod
-    def assume(cls, path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the number of iterations: as given, by the folder of the authors' repositories, or 8 with a warning.
+    def stated_options(cls, path: Path) -> dict[str, Any]:
+        """Return the number of iterations by the folder of the authors' repositories.
 
         The folders are ``SET/BRN`` (TIP, 8 iterations), ``BRN/R100H`` and ``BRN/R100L`` (ICASSP, 4).
 
         Example:
-            >>> BRN.assume(Path("logs/Rain100L/BRN/net_latest.pth"), {})
+            >>> BRN.stated_options(Path("logs/Rain100L/BRN/net_latest.pth"))
             {'iterations': 8}
-            >>> BRN.assume(Path("logs/BRN/R100L/net_latest.pth"), {})
+            >>> BRN.stated_options(Path("logs/BRN/R100L/net_latest.pth"))
             {'iterations': 4}
         """
-        known = None
-        if path is not None:
-            folder = path.resolve().parent
-            if folder.name == "BRN":
-                known = 8
-            elif folder.parent.name == "BRN" and folder.name in {"R100H", "R100L"}:
-                known = 4
-        return assume_iterations(path, given, known, default=8)
+        folder = path.resolve().parent
+        if folder.name == "BRN":
+            return {"iterations": 8}
+        return {"iterations": 4} if folder.parent.name == "BRN" and folder.name in {"R100H", "R100L"} else {}

@@ -4,7 +4,6 @@ Li et al., Recurrent Squeeze-and-Excitation Context Aggregation Net for Single I
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -13,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from derain.networks.base import Names, Network, count_numbered
-from derain.networks.iterations import assume_iterations, check_iterations
+from derain.networks.iterations import check_iterations
 from derain.nn.conv_gru import ConvGRU
 
 SLOPE = 0.2
@@ -157,13 +156,3 @@ class RESCAN(Network):
             "layers": count_numbered(state, r"rnns\.(\d+)\."),
             "squeeze": len(state["dec.1.fc.0.weight"]),
         }
-
-    @classmethod
-    def assume(cls, path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the number of stages: as given, or the authors' 4 with a warning.
-
-        Example:
-            >>> RESCAN.assume(Path("models/latest"), {"iterations": 3})
-            {'iterations': 3}
-        """
-        return assume_iterations(path, given, known=None, default=4)

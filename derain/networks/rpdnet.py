@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from derain.networks.base import Names, Network, count_numbered
-from derain.networks.iterations import assume_iterations, check_iterations
+from derain.networks.iterations import check_iterations
 from derain.nn.padding import pad_to_minimum
 from derain.nn.recurrent import ResidualBlock, State, conv3x3
 
@@ -256,7 +256,6 @@ class RPDNet(Network):
         }
 
     @classmethod
-    def assume(cls, path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the number of iterations: as given, or 6, with a warning except for files such as ``rain100l.pth``."""
-        known = 6 if path is not None and re.fullmatch(r"rain\d+[hl]?\.pth", path.name) else None
-        return assume_iterations(path, given, known, default=6)
+    def stated_options(cls, path: Path) -> dict[str, Any]:
+        """Return 6 iterations for files with the authors' names, such as ``rain100l.pth``."""
+        return {"iterations": 6} if re.fullmatch(r"rain\d+[hl]?\.pth", path.name) else {}

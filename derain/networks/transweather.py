@@ -196,7 +196,7 @@ class TransWeather(Network):
         ``(b, 3, h, w)`` in [0, 1] → same. Sides are padded to multiples of 16, and at least to 48.
 
     Raises:
-        DerainError: If a list does not have the expected length.
+        DerainError: If a list does not have the expected length, or heads do not divide the channels.
 
     References:
         TransWeather, Figure 2. 37,755,411 parameters by default.
@@ -254,6 +254,10 @@ class TransWeather(Network):
         for (name, count), numbers in zip(expected.items(), given, strict=True):
             if len(numbers) != count:
                 raise DerainError(f"{name} {list(numbers)}: expected {count} numbers")
+        all_heads = (*heads, *intra_heads, decoder_heads)
+        for head_count, width in zip(all_heads, (*widths, *widths[1:], widths[3]), strict=True):
+            if head_count < 1 or width % head_count:
+                raise DerainError(f"heads {head_count}: expected a divisor of {width}, the number of channels")
         rates = torch.linspace(0, drop, sum(depths)).tolist()
         self.encoder, self.intra = nn.ModuleDict(), nn.ModuleDict()
         for stage, name in enumerate("1234"):

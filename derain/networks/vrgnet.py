@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from derain.networks.base import Names, Network, count_numbered
-from derain.networks.iterations import assume_iterations, check_iterations
+from derain.networks.iterations import check_iterations
 from derain.nn.recurrent import STAGE_NAMES, RecurrentStage, State, conv3x3
 
 
@@ -85,7 +85,6 @@ class VRGNet(Network):
         return {"channels": channels, "blocks": blocks}
 
     @classmethod
-    def assume(cls, path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the number of iterations: as given, or 6, with a warning except for ``DerainNet_state_N.pt``."""
-        known = 6 if path is not None and path.name.startswith("DerainNet_state_") else None
-        return assume_iterations(path, given, known, default=6)
+    def stated_options(cls, path: Path) -> dict[str, Any]:
+        """Return 6 iterations for files with the authors' name, ``DerainNet_state_N.pt``."""
+        return {"iterations": 6} if path.name.startswith("DerainNet_state_") else {}

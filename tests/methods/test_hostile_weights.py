@@ -203,6 +203,18 @@ def test_tensors_that_are_not_weights(kind, change, tmp_path):
     refused(tmp_path / "w.pth", name.removeprefix("network."))
 
 
+@pytest.mark.parametrize("change", ["integers", "booleans", "complex"])
+@pytest.mark.parametrize("name", ["derainet.conv.0.weight", "derainet.convfinal.0.bias"])
+def test_tensors_that_are_not_weights_by_the_authors_names(change, name, tmp_path):
+    state = {f"derainet.{key}": tensor for key, tensor in PReNetModule(stages=1).network.state_dict().items()}
+    state |= {"derainet.convfinal.0.weight": torch.rand(6, 32, 3, 3), "derainet.convfinal.0.bias": torch.rand(6)}
+    torch.save(state, tmp_path / "DerainNet_state_1.pt")
+    assert catalog.load(tmp_path / "DerainNet_state_1.pt").module.title == "VRGNet"
+    state[name] = TENSORS[change](state[name])
+    torch.save(state, tmp_path / "DerainNet_state_2.pt")
+    refused(tmp_path / "DerainNet_state_2.pt", name)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_safetensors_with_nan(value, tmp_path):
     module = PReNetModule(stages=1)

@@ -1,5 +1,7 @@
 """Every network: a method that keeps the contract, with a recipe, a small preset and a page."""
 
+import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ import yaml
 import derain.methods
 from derain.errors import DerainError
 from derain.export import export
-from derain.methods.regression.module import find_network, network_paths
+from derain.methods.catalog import load, split_options
+from derain.methods.regression.module import RegressionModule, find_network, network_paths
 from derain.testing import check_method
 from tests.networks.goldens import Golden, folder
 
@@ -76,10 +79,86 @@ def test_networks_have_a_recipe_and_a_page(name):
     assert module.rpartition(".")[2] in pages
 
 
-def test_every_recorded_system_has_one_network():
+ASSUMED = {
+    "AMIR": {"selected": 2},
+    "BRN": {"iterations": 8},
+    "HCTFFN": {"repeats": 3},
+    "NeRDRain": {"window": 256},
+    "NLEDN": {"grids": [8, 4, 2]},
+    "RESCAN": {"iterations": 4},
+    "RPDNet": {"iterations": 6},
+    "TransWeather": {"heads": [1, 2, 4, 4], "intra_heads": [1, 2, 2], "decoder_heads": 8},
+    "VRGNet": {"iterations": 6},
+}
+"""What is assumed of the authors' files that do not determine it."""
+UNRECORDED = {
+    "BRN": {"rain_blocks"},  # others do not fit the tensors
+    "SSIDKD": {"repeats"},  # others do not fit the tensors
+    "SwinIR": {"drop_path"},  # in training only
+    "TransWeather": {"drop"},  # in training only
+}
+"""Further arguments that `options_of` does not return, but that cannot be wrong."""
+
+
+def test_options_that_files_do_not_record_are_listed():
+    classes = {name: find_network(name) for name in NAMES}
+    listed = {name: kind.published_options for name, kind in classes.items() if kind.published_options}
+    assert listed == {name: frozenset(options) for name, options in ASSUMED.items()}
+    assert RegressionModule.published_options == frozenset().union(*listed.values())
+
+
+@pytest.mark.parametrize("name", ASSUMED)
+def test_what_is_assumed_is_one_warning_in_the_form_of_the_option(name, caplog):
+    path, network, expected = Path("downloads/some.pth"), find_network(name), ASSUMED[name]
+    assert {option: _listed(value) for option, value in network.assume(path, {}).items()} == expected
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "\n" not in record.getMessage()
+    assert str(path) in record.getMessage()
+    (options,) = re.findall(r"FILE(:\S+);", record.getMessage())
+    assert split_options(f"{path}{options}") == (str(path), expected)
+    caplog.clear()
+    assert network.assume(path, expected) == expected
+    assert caplog.records == []
+    first, *others = expected
+    network.assume(path, {first: expected[first]})
+    assert len(caplog.records) == (1 if others else 0)
+
+
+def _listed(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def test_options_behind_the_file_name_are_used(tmp_path, caplog):
+    torch.save(Golden("nledn").state(), tmp_path / "net.pth")
+    default, _ = load(tmp_path / "net.pth")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    module, _ = load(f"{tmp_path}/net.pth:grids=4-2-1")
+    assert len(caplog.records) == 1
+    rainy = torch.rand(1, 3, 32, 32)
+    direct = find_network("NLEDN")(grids=(4, 2, 1))
+    direct.load_state_dict(module.network.state_dict())
+    with torch.no_grad():
+        assert torch.equal(module(rainy), direct.eval()(rainy))
+        assert not torch.equal(module(rainy), default(rainy))
+    for options in ("iterations=4", "grids=4-2", "grids=4", "grids=many"):
+        with pytest.raises(DerainError, match=r"net\.pth"):
+            load(f"{tmp_path}/net.pth:{options}")
+
+
+def test_heads_that_do_not_divide_the_channels_are_refused():
+    with pytest.raises(DerainError, match="heads 3"):
+        find_network("TransWeather")(heads=(1, 2, 3, 4))
+
+
+def test_every_recorded_system_has_one_network_and_determines_its_options():
     files = sorted(folder().glob("*.npz"))
     assert len(files) >= 27
     for file in files:
         state = Golden(file.stem).state()
-        found = [name for name in NAMES if find_network(name).options_of(state) is not None]
+        options = {name: find_network(name).options_of(state) for name in NAMES}
+        found = [name for name in NAMES if options[name] is not None]
         assert len(found) == 1, (file.stem, found)
+        (name,), network = found, find_network(found[0])
+        undetermined = set(inspect.signature(network).parameters) - set(options[name]) - network.published_options
+        assert undetermined == UNRECORDED.get(name, set()), file.stem

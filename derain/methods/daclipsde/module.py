@@ -88,6 +88,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
 
     bounded_by_file: ClassVar[bool] = True
     bytes_per_pixel: int = 6000
+    published_options: ClassVar[frozenset[str]] = frozenset({"max_sigma"})
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "IR-SDE, one step": {"contexts": "none", "multipliers": (2, 4, 8, 16)},
         "DA-CLIP + IR-SDE, one step": {},
@@ -342,15 +343,24 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
     def from_published(
         cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any
     ) -> "DerainModule | None":
-        """Return the method with the authors' U-Net of IR-SDE or DA-CLIP, or None if the tensors are not theirs."""
+        """Return the method with the authors' U-Net of IR-SDE or DA-CLIP, or None if the tensors are not theirs.
+
+        Files do not record λ: unless it is given, the authors' value is assumed, with a warning.
+        """
         unet_arguments = unet_options(state)
         if unet_arguments is None:
             return None
-        module = cls(**unet_arguments)
+        module = cls(**unet_arguments | {name: float(value) for name, value in options.items()})
         module.published = True
         own = module.network.state_dict()
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
             return None
         module.network.load_state_dict(dict(state), strict=True)
-        log.info("the file does not record λ: assuming %g/255, as the authors used", unet_arguments["max_sigma"])
+        if "max_sigma" not in options:
+            log.warning(
+                "%s: the file does not record λ; assuming FILE:max_sigma=%g, as the authors used; to use another value, "
+                "append it to the file name",
+                path or "weights",
+                unet_arguments["max_sigma"],
+            )
         return module

@@ -216,7 +216,7 @@ def test_keys_and_shapes_equal_the_published_ones(multipliers, contexts, count):
     ("multipliers", "contexts", "max_sigma"),
     [((2, 4, 8, 16), "none", 10.0), ((1, 2, 4, 8), "both", 50.0), ((1, 2), "content", 50.0), ((2, 3), "none", 10.0)],
 )
-def test_published_weights_load(multipliers, contexts, max_sigma):
+def test_published_weights_load(multipliers, contexts, max_sigma, caplog):
     names = published(32, multipliers, *CONTEXTS[contexts], context=SIZE)
     generator = torch.Generator().manual_seed(0)
     state = {name: torch.randn(shape, generator=generator) for name, shape in names.items()}
@@ -225,6 +225,10 @@ def test_published_weights_load(multipliers, contexts, max_sigma):
     assert module.hparams["channels"] == 32
     assert tuple(module.hparams["multipliers"]) == multipliers
     assert module.hparams["max_sigma"] == max_sigma == module.sde.max_sigma
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f":max_sigma={max_sigma:g}" in caplog.text
+    assert DACLIPSDEModule.from_published(state, max_sigma=30).sde.max_sigma == 30
+    assert len(caplog.records) == 1
     loaded = module.network.state_dict()
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
