@@ -9,37 +9,58 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from derain.errors import DerainError
 
+LENGTHS = ("T_max", "total_steps", "total_iters")
+"""Arguments and attributes of PyTorch's schedules whose default in derain is the length of the training."""
+
 
 def use_configured(trainer: Trainer, changed: Sequence[str]) -> None:
     """Apply the options of the present run to optimisers and schedules that were restored from a checkpoint.
 
     Learning rates, schedules and weight decay become those of the present run at the restored step. If no option was
-    changed, nothing changes, since the schedules of derain are functions of the step.
+    changed, nothing changes: a ``LambdaLR`` is a function of the step, and an optimiser with another schedule keeps all
+    restored options, since the schedule may change more than the rate, such as the betas (``OneCycleLR``).
 
     Args:
         trainer: The trainer, after it has loaded a checkpoint.
         changed: Names of the options that differ from those of the checkpoint.
 
     Raises:
-        DerainError: If an option was changed and a schedule is not a ``LambdaLR``, whose learning rate is known at any
-            step.
+        DerainError: If an option or the length of the training was changed and a schedule is not a ``LambdaLR``, whose
+            learning rate is known at any step.
     """
     optimizers, schedules = _init_optimizers_and_lr_schedulers(trainer.lightning_module)
+    restored = [config.scheduler for config in trainer.lr_scheduler_configs]
     for optimizer, configured_optimizer in zip(trainer.optimizers, optimizers, strict=True):
+        schedules_of_optimizer = [schedule for schedule in restored if schedule.optimizer is optimizer]
+        if not all(isinstance(schedule, LambdaLR) for schedule in schedules_of_optimizer):
+            continue
         for group, options in zip(optimizer.param_groups, configured_optimizer.param_groups, strict=True):
-            scheduled = any(config.scheduler.optimizer is optimizer for config in trainer.lr_scheduler_configs)
             for name, value in options.items():
-                if name != "params" and not (name == "lr" and scheduled):
+                if name != "params" and not (name == "lr" and schedules_of_optimizer):
                     group[name] = value
-    for config, fresh_config in zip(trainer.lr_scheduler_configs, schedules, strict=True):
-        schedule, configured = config.scheduler, fresh_config.scheduler
+    for schedule, fresh_config in zip(restored, schedules, strict=True):
+        configured = fresh_config.scheduler
         if isinstance(schedule, LambdaLR) and isinstance(configured, LambdaLR):
             schedule.base_lrs, schedule.lr_lambdas = configured.base_lrs, configured.lr_lambdas
             _set_rates(schedule)
-        elif changed:
+        else:
+            _refuse_changes(schedule, configured, changed)
+
+
+def _refuse_changes(schedule: Any, configured: Any, changed: Sequence[str]) -> None:
+    """Refuse other options, or another length of the training, than those that a schedule was restored with."""
+    name = type(schedule).__name__
+    if changed:
+        raise DerainError(
+            f"--model.{changed[0]}: {name} cannot resume with another value; use that of the checkpoint, or a "
+            "LambdaLR"
+        )
+    for length in LENGTHS:
+        old, new = getattr(schedule, length, None), getattr(configured, length, None)
+        if old != new:
             raise DerainError(
-                f"--model.{changed[0]}: {type(schedule).__name__} cannot resume with another value; use that of the "
-                "checkpoint, or a LambdaLR"
+                f"--trainer.max_epochs: cannot resume: {name} has {length} {new}; the run was started with {old}; "
+                "train as many epochs or steps as that run, or use a LambdaLR"
             )
 
 

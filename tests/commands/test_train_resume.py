@@ -84,6 +84,28 @@ def test_any_option_of_the_trainer_resumes(all_methods, options):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_schedules_that_change_more_than_the_rate_resume(all_methods, capsys, interval):
+    """OneCycleLR also changes the betas of Adam."""
+    config = yaml.safe_load(Path("PReNetModule-steps.yaml").read_text())
+    options = {"network": "RESCAN", "network_options": {"channels": 4, "layers": 2, "iterations": 1, "squeeze": 2}}
+    options |= {"schedule": "OneCycleLR", "schedule_options": {"max_lr": 0.01, "interval": interval}}
+    config["model"] = {"class_path": "RegressionModule", "init_args": options}
+    Path("cycle.yaml").write_text(yaml.safe_dump(config))
+    fit = ["--trainer.max_epochs", "3"]
+    assert main(["fit", "--config", "cycle.yaml", *fit]) == 0
+    whole = all_methods / "runs/cycle/fit-1"
+    groups = [group for state in last(whole)["optimizer_states"] for group in state["param_groups"]]
+    for step in (WITHIN, AT_THE_END, IN_THE_NEXT):
+        again = resumed("cycle.yaml", whole / f"checkpoints/step-{step}.ckpt", *fit)
+        assert_equal_runs(whole, again)
+        assert [group for state in last(again)["optimizer_states"] for group in state["param_groups"]] == groups
+    checkpoint = ["--ckpt_path", str(whole / "checkpoints/step-3.ckpt")]
+    assert main(["fit", "--config", "cycle.yaml", "--trainer.max_epochs", "4", *checkpoint]) == 2
+    assert "total_steps" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_from_the_best_checkpoint_too(all_methods):
     config = "PReNetModule.yaml"
     assert main(["fit", "--config", config, *WORSE]) == 0

@@ -18,6 +18,7 @@ from derain.files.metadata import Metadata, shorten
 from derain.files.weights import BUILD_ERRORS, Content
 from derain.methods import registry
 from derain.methods.base import DerainModule
+from derain.methods.resuming import LENGTHS
 from derain.networks import NETWORKS
 from derain.networks.base import Network
 from derain.nn.losses import LOSSES
@@ -34,9 +35,6 @@ SCHEDULES = {
     "milestones": frozenset({"milestones", "decay"}),
 }
 """Options of derain's own schedules, by name of the schedule."""
-
-LENGTHS = ("T_max", "total_steps", "total_iters")
-"""Arguments of PyTorch's schedules whose default here is the length of the training."""
 
 
 class RegressionMetadata(Metadata):
