@@ -4,49 +4,18 @@ Importing this module does not import torch; creating a metric does.
 """
 
 import importlib.util
-import os
-import pickle
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from derain.backbones import BACKBONES
 from derain.errors import DerainError
 from derain.ranges import check_range
 
 from .full_reference import check_values
-
-
-class Backbone(NamedTuple):
-    """Network whose features LPIPS compares, with weights of torchvision.
-
-    Attributes:
-        name: Name of the network.
-        url: URL of the weights.
-        megabytes: Size of the weights file in MB.
-        min_side: Minimum height and width of an image, in pixels.
-    """
-
-    name: str
-    url: str
-    megabytes: int
-    min_side: int
-
-    @property
-    def file(self) -> Path:
-        """Path of the weights in the cache of ``torch.hub``."""
-        cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-        home = Path(os.environ.get("TORCH_HOME", f"{cache}/torch")).expanduser()
-        return home / "hub" / "checkpoints" / self.url.rpartition("/")[2]
-
-
-BACKBONES = {
-    "alex": Backbone("AlexNet", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", 233, 31),
-    "vgg": Backbone("VGG16", "https://download.pytorch.org/models/vgg16-397923af.pth", 528, 16),
-}
 
 
 class Lpips:
@@ -67,23 +36,10 @@ class Lpips:
 
     def __init__(self, net: Literal["alex", "vgg"] = "alex", *, fetch: bool = False) -> None:
         self.net, self.backbone = net, BACKBONES[net]
-        weights = f"{self.backbone.name} weights ({self.backbone.megabytes} MB, {self.backbone.url})"
-        if importlib.util.find_spec("torchvision") is None:
-            raise DerainError("LPIPS needs torchvision; install it with: pip install 'derain[lpips]'")
-        if not self.backbone.file.is_file():
-            if not fetch:
-                raise DerainError(f"LPIPS needs {weights}; --lpips {net} downloads them to {self.backbone.file}")
-            print(f"LPIPS: downloading {weights} to {self.backbone.file}", file=sys.stderr)
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+        with self.backbone.loading("LPIPS", instead="" if fetch else f"--lpips {net}"):
+            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-        try:
-            with redirect_stdout(sys.stderr):  # torch.hub prints its progress
-                self.network = LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="none").net
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            if self.backbone.file.is_file():
-                raise DerainError(f"{self.backbone.file}: damaged ({reason}); delete it and try again") from error
-            raise DerainError(f"cannot download {weights}: {reason}; save them to {self.backbone.file}") from error
+            self.network = LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="none").net
 
     def __call__(self, derained: NDArray[Any], clean: NDArray[Any]) -> float:
         """Return the distance between two images.

@@ -1,18 +1,25 @@
 """Losses between a network's output and its target, by name."""
 
+import copy
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from derain.backbones import BACKBONES
+from derain.errors import DerainError
 from derain.nn.ssim import structural_similarity
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Function of output and target, both ``(b, c, h, w)``, that returns the loss ``()``."""
 
 CHARBONNIER_EPSILON = 1e-3
+
+COMPARED = {"relu1_2": 3, "relu2_2": 8, "relu3_3": 15}
+"""Layers of VGG16 whose outputs the perceptual loss compares, and their indices in torchvision's network."""
 
 
 def charbonnier(output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
@@ -72,6 +79,65 @@ def negative_ssim(output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h
     return -structural_similarity(output, target)
 
 
+def perceptual(output: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
+    """Return the mean over three layers of VGG16 of the mean squared difference of their outputs.
+
+    VGG16 is that of torchvision, trained on ImageNet, frozen, and in float32 or wider. Images enter it without the
+    normalisation that it was trained with, as in the authors' code.
+
+    Args:
+        output: Images in [0, 1], RGB, of at least 4×4 pixels.
+        target: As ``output``.
+
+    Raises:
+        DerainError: If the images are smaller, or the weights are neither in the cache of ``torch.hub`` nor can be
+            fetched.
+
+    References:
+        Valanarasu et al., TransWeather, CVPR 2022, and Yasarla et al., Syn2Real, CVPR 2020, by their code: ReLUs 1_2,
+        2_2 and 3_3; Johnson et al., Perceptual Losses for Real-Time Style Transfer and Super-Resolution, ECCV 2016.
+    """
+    if min(output.shape[2:]) < 4:
+        raise DerainError(f"perceptual loss: images of {tuple(output.shape[2:])}; expected at least 4×4 pixels")
+    dtype = torch.promote_types(torch.promote_types(output.dtype, target.dtype), torch.float32)
+    layers = _vgg_on(output.device, dtype)
+    x, y = output.to(dtype), target.to(dtype)
+    terms = []
+    with torch.autocast(output.device.type, enabled=False):
+        for index, layer in enumerate(layers):
+            x, y = layer(x), layer(y)
+            if index in COMPARED.values():
+                terms.append(F.mse_loss(x, y))
+    return torch.stack(terms).mean()
+
+
+@cache
+def load_vgg() -> nn.Sequential:
+    """Return the first layers of torchvision's VGG16 with its weights, frozen; fetch the weights if necessary.
+
+    It is loaded once in a process, and is not part of any module, so that it is not in checkpoints or optimizers.
+
+    Raises:
+        DerainError: If the weights are neither in the cache of ``torch.hub`` nor can be fetched, or are damaged.
+    """
+    with BACKBONES["vgg"].loading("perceptual loss"):
+        from torchvision.models import VGG16_Weights, vgg16
+
+        with torch.device("meta"):
+            layers = vgg16(init_weights=False).features[: max(COMPARED.values()) + 1]
+        prefix = "features."
+        state = VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")
+        own = {f"{prefix}{name}" for name in layers.state_dict()}
+        layers.load_state_dict({n.removeprefix(prefix): w.clone() for n, w in state.items() if n in own}, assign=True)
+    return layers.eval().requires_grad_(False)
+
+
+@cache
+def _vgg_on(device: torch.device, dtype: torch.dtype) -> nn.Sequential:
+    """Return a copy of the layers on a device."""
+    return copy.deepcopy(load_vgg()).to(device, dtype)
+
+
 def mean(output: Tensor, target: Tensor) -> Float[Tensor, ""]:
     """Return the mean of an output that is itself a loss; the target is not used."""
     return output.mean()
@@ -85,6 +151,7 @@ LOSSES: Mapping[str, Loss] = {
     "edge": edge,
     "fft": fft,
     "ssim": negative_ssim,
+    "perceptual": perceptual,
     "mean": mean,
 }
 """Losses by the name that configurations use."""

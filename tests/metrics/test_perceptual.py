@@ -8,8 +8,9 @@ import torch
 import torchvision
 from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 
+from derain.backbones import BACKBONES
 from derain.errors import DerainError
-from derain.metrics.perceptual import BACKBONES, Lpips, NoReference
+from derain.metrics.perceptual import Lpips, NoReference
 
 
 def random_alexnet():

@@ -21,7 +21,7 @@ from derain.methods.base import DerainModule
 from derain.methods.resuming import LENGTHS
 from derain.networks import NETWORKS
 from derain.networks.base import Network
-from derain.nn.losses import LOSSES
+from derain.nn.losses import LOSSES, load_vgg
 from derain.nn.schedule import multiplied_at, warm_up_then_cosine
 
 log = logging.getLogger("derain")
@@ -183,6 +183,11 @@ class RegressionModule(DerainModule):
                 ) from error
             return module
         return None
+
+    def prepare_data(self) -> None:
+        """Find or fetch the weights that the loss needs, before the training starts; one process on each node does."""
+        if self.is_fitting and any("perceptual" in weights for weights in self.loss.values()):
+            load_vgg()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the weighted sum of the losses of all outputs; each weighted loss is logged if there are several."""
