@@ -124,7 +124,7 @@ def load_vgg() -> nn.Sequential:
         from torchvision.models import VGG16_Weights, vgg16
 
         with torch.device("meta"):
-            layers = vgg16(init_weights=False).features[: max(COMPARED.values()) + 1]
+            layers: nn.Sequential = vgg16(init_weights=False).features[: max(COMPARED.values()) + 1]
         prefix = "features."
         state = VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")
         own = {f"{prefix}{name}" for name in layers.state_dict()}
