@@ -52,8 +52,7 @@ def _refuse_changes(schedule: Any, configured: Any, changed: Sequence[str]) -> N
     name = type(schedule).__name__
     if changed:
         raise DerainError(
-            f"--model.{changed[0]}: {name} cannot resume with another value; use that of the checkpoint, or a "
-            "LambdaLR"
+            f"--model.{changed[0]}: {name} cannot resume with another value; use that of the checkpoint, or a LambdaLR"
         )
     for length in LENGTHS:
         old, new = getattr(schedule, length, None), getattr(configured, length, None)

@@ -358,7 +358,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         module.network.load_state_dict(dict(state), strict=True)
         if "max_sigma" not in options:
             log.warning(
-                "%s: the file does not record λ; assuming FILE:max_sigma=%g, as the authors used; to use another value, "
+                "%s: the file does not record λ; assuming FILE:max_sigma=%g, as the authors; to use another value, "
                 "append it to the file name",
                 path or "weights",
                 unet_arguments["max_sigma"],
