@@ -19,7 +19,7 @@ from derain.cli import main as derain
 from tests.runs import differing, last, start
 from tests.tiny import MODELS, write_configs
 
-EPOCHS = {"PReNetModule": 24, "DACLIPSDEModule": 16, "CLIPRPNModule": 12, "PLNLINGANModule": 8, "RestormerModule": 12}
+EPOCHS = {"PReNetModule": 12, "DACLIPSDEModule": 16, "CLIPRPNModule": 12, "PLNLINGANModule": 8, "RestormerModule": 12}
 
 
 def newest(root: Path) -> Path | None:

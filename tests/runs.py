@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from derain.cli import main
+from tests.forks import ForkedCommand
 
 EXPERIMENT = {
     "model": {"class_path": "PReNetModule", "init_args": {"variant": "PRN_r", "stages": 1}},
@@ -54,20 +55,31 @@ def error_line(capsys):
     return errors[0]
 
 
-def start(*arguments, program=("-m", "derain"), **variables):
-    """Start a derain command in a process, with additional environment variables."""
+def start(*arguments, program=("-m", "derain"), fresh=False, **variables):
+    """Start a derain command in a process, with additional environment variables.
+
+    Args:
+        arguments: The arguments of the command.
+        program: Arguments of Python: ``-m derain``, a script, or others, which are always started anew.
+        fresh: Start Python anew; otherwise the process is forked from one that has imported PyTorch and Lightning.
+        variables: Environment variables.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **variables}
+    can_be_forked = program == ("-m", "derain") or program[0].endswith(".py")
+    if can_be_forked and not fresh and sys.platform == "linux":
+        return ForkedCommand(program, arguments, environment)
     return subprocess.Popen(
         [sys.executable, *program, *arguments],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **variables},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def finish(*arguments, program=("-m", "derain")):
-    """Run a derain command, or another program, in a process; return its output."""
-    return finish_all([start(*arguments, program=program)])[0]
+def finish(*arguments, program=("-m", "derain"), fresh=False):
+    """Run a derain command, or another program, in a process (see `start`); return its output."""
+    return finish_all([start(*arguments, program=program, fresh=fresh)])[0]
 
 
 def finish_all(processes):

@@ -94,7 +94,7 @@ def test_only_a_trusted_proxy_names_the_client(proxies, client):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_close_the_page(weights, tmp_path, signum):
     pytest.importorskip("gradio")
-    process = start("app", "--port", "0", "--weights", weights, "--device", "cpu", TMPDIR=str(tmp_path))
+    process = start("app", "--port", "0", "--weights", weights, "--device", "cpu", fresh=True, TMPDIR=str(tmp_path))
     assert process.stdout.readline().startswith("http://")
     process.send_signal(signum)
     assert process.communicate(timeout=120)[0] == ""
@@ -129,7 +129,9 @@ def served(weights, tmp_path_factory):
     folder = tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(folder))
-        process = start("app", "--port", "0", "--weights", weights, "--device", "cpu", "--max-megabytes", "1")
+        process = start(
+            "app", "--port", "0", "--weights", weights, "--device", "cpu", "--max-megabytes", "1", fresh=True
+        )
     address = process.stdout.readline().split()[0]
     assert address.startswith("http://127.0.0.1:"), address + process.stdout.read()
     yield address, folder

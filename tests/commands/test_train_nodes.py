@@ -94,7 +94,7 @@ def sbatch(*arguments):
     processes = []
     for rank in range(4):
         task = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % 2), "SLURM_NODEID": str(rank // 2)}
-        processes.append(start(*command, **job, **task))
+        processes.append(start(*command, fresh=True, **job, **task))
     return finish_all(processes)
 
 

@@ -57,7 +57,7 @@ def test_any_method_resumes_from_any_step(all_methods, method):
     config = f"{method}-steps.yaml"
     assert main(["fit", "--config", config]) == 0
     whole = all_methods / f"runs/{method}-steps/fit-1"
-    for step in (WITHIN, AT_THE_END, IN_THE_NEXT):
+    for step in (WITHIN, AT_THE_END, IN_THE_NEXT) if method == "PReNetModule" else (WITHIN,):
         again = resumed(config, whole / f"checkpoints/step-{step}.ckpt")
         assert_equal_runs(whole, again)
         assert logged(again)[0]["step"] == str(step - 1)  # logged after the checkpoint was saved
@@ -258,7 +258,7 @@ def test_a_signal_saves_the_step_where_it_stops(all_methods, sent):
     scontrol.write_text("#!/bin/sh\ncp ended/fit-7/checkpoints/last.ckpt requeued.ckpt\n")
     scontrol.chmod(0o755)
     variables = SLURM | {"PATH": f"{scontrol.parent}:{os.environ['PATH']}"} if sent == signal.SIGUSR1 else {}
-    config = ["fit", "--config", "PReNetModule.yaml", "--trainer.max_epochs", "20"]
+    config = ["fit", "--config", "PReNetModule.yaml", "--trainer.max_epochs", "8"]
     config += ["--trainer.accumulate_grad_batches", "2"]
     assert main([*config, "--trainer.default_root_dir", "whole"]) == 0
     process = start(*config, "--trainer.default_root_dir", "ended", **variables)
@@ -267,7 +267,7 @@ def test_a_signal_saves_the_step_where_it_stops(all_methods, sent):
     os.kill(process.pid, sent)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, output
-    assert 2 <= last(run)["global_step"] < 40
+    assert 2 <= last(run)["global_step"] < 16
     if variables:  # requeued after the position was saved
         assert (all_methods / "requeued.ckpt").read_bytes() == (run / "checkpoints/last.ckpt").read_bytes()
     assert not list(run.glob("hpc_ckpt*"))
@@ -277,7 +277,7 @@ def test_a_signal_saves_the_step_where_it_stops(all_methods, sent):
 
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both(all_methods):
-    config = ["fit", "--config", "PReNetModule.yaml", "--trainer.max_epochs", "20", "--data.batch_size", "1"]
+    config = ["fit", "--config", "PReNetModule.yaml", "--trainer.max_epochs", "8", "--data.batch_size", "1"]
     config += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     process = start(*config)
     run = all_methods / "runs/PReNetModule/fit-1"
@@ -287,7 +287,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(all_methods):
     assert process.returncode == 128 + signal.SIGTERM, output
     assert "Traceback" not in output
     stopped = last(run)
-    assert 4 <= stopped["global_step"] < 80
+    assert 4 <= stopped["global_step"] < 32
     finish(*config, "--trainer.default_root_dir", "whole")
     finish(*config, "--ckpt_path", "last")
     assert_equal_runs(all_methods / "whole/fit-1", run)
@@ -344,9 +344,9 @@ def test_changed_options_apply_as_if_the_run_had_started_with_them(all_methods, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [False, True])
-def test_a_run_killed_twice_at_random_moments(all_methods, steps):
-    assert killed_equals_whole("PReNetModule", all_methods, kills=2, steps=steps, max_delay=1.0) == 2
+@pytest.mark.parametrize(("steps", "kills"), [(False, 1), (True, 2)])
+def test_a_run_killed_at_random_moments(all_methods, steps, kills):
+    assert killed_equals_whole("PReNetModule", all_methods, kills, steps, max_delay=0.5) == kills
 
 
 @pytest.mark.slow
