@@ -48,7 +48,7 @@ def score(
             cannot be read.
     """
     if clean is None and not no_reference:
-        raise DerainError("no clean images are given; give them, or score without them by --no-reference niqe")
+        raise DerainError("CLEAN is missing; give clean images, or score without them by --no-reference niqe")
     protocols = () if clean is None else resolve(protocol)
     pairs = find_scoring_pairs(derained, clean)
     network = available_lpips("none" if clean is None else lpips)
