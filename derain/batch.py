@@ -7,22 +7,22 @@ from torch import Tensor
 
 
 class PairBatch(TypedDict):
-    """Image pairs of equal size.
+    """Batch of image pairs, all of the same size.
 
     Keys:
         rainy: ``(b, 3, h, w)`` in [0, 1].
-        clean: Same shape and range; missing in batches for prediction.
-        name: Name of each pair, unique within the data set.
-        index: ``(b,)``, index of each pair in the data set.
-        caption: Text that describes each clean image; only if the data set has captions.
-        degradation: Name of the degradation of each rainy image, such as ``rainy``; only if the data set has captions.
-        unlabelled: ``(b, 3, h, w)`` in [0, 1], other rainy images, without ground truth; only in training, for methods
-            that need them.
-        unlabelled_name: Name of each of them.
+        clean: Same shape and range; missing in prediction.
+        name: Name of each pair.
+        index: ``(b,)``, index of each pair in its split of the data.
+        caption: Text that describes each clean image; only in training and validation with ``--data.captions``.
+        degradation: Word for the degradation of each rainy image, such as ``rainy``; only with a caption.
+        unlabelled: ``(b, 3, h, w)`` in [0, 1], other rainy images, without ground truth; only in the training of methods
+            that need them, with ``--data.unlabelled``.
+        unlabelled_name: Name of each unlabelled image.
     """
 
     rainy: Float[Tensor, "b 3 h w"]
-    clean: Float[Tensor, "b 3 h w"]
+    clean: NotRequired[Float[Tensor, "b 3 h w"]]
     name: list[str]
     index: Int[Tensor, " b"]
     caption: NotRequired[list[str]]

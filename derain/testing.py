@@ -1,4 +1,4 @@
-"""Check that a method keeps the contract of `derain.DerainModule`, for tests of methods in and outside derain.
+"""Check that a method keeps the contract of `derain.DerainModule`; for tests of methods in and outside derain.
 
 Example:
     In ``test_my_method.py``::
@@ -43,9 +43,9 @@ class ContractError(AssertionError):
 
 
 def make_batch(count: int = 2, height: int = 16, width: int = 16, seed: int = 1) -> PairBatch:
-    """Return a batch of random clean images, with bright spots as rain in the rainy ones, and of other rainy images.
+    """Return a batch of random clean images, of the same images with bright spots as rain, and of unlabelled images.
 
-    All values are in [0, 1].
+    The images are ``(count, 3, height, width)`` in [0, 1].
 
     Args:
         count: Number of pairs.
@@ -70,12 +70,13 @@ def make_batch(count: int = 2, height: int = 16, width: int = 16, seed: int = 1)
 def check_method(method: type[DerainModule], *, can_export: bool = True, **hyper_parameters: Any) -> None:
     """Check that a method keeps the contract of `derain.DerainModule`.
 
-    The checks build the method several times and train it on six random batches: choose a small network.
+    The checks build the method several times and train it for six batches: choose a small network.
 
     Args:
         method: Class of the method.
-        can_export: Whether to check the export as ONNX too; skipped with a warning if onnx or onnxruntime is missing.
-        **hyper_parameters: Arguments of ``method``; its defaults for the rest.
+        can_export: Whether to check the export as ONNX too; skipped with a warning if onnx or onnxruntime is not
+            installed.
+        **hyper_parameters: Arguments of ``method``; omitted ones have their defaults.
 
     Raises:
         ContractError: If the method breaks the contract; the message says how.
@@ -99,19 +100,19 @@ def check_method(method: type[DerainModule], *, can_export: bool = True, **hyper
 
 
 def check_hyper_parameters(method: type[DerainModule], hyper_parameters: dict[str, Any]) -> None:
-    """Check that the method has a network, and that all hyper-parameters have types and defaults and are saved.
+    """Check that the method has a network, and that all hyper-parameters have types and defaults and are recorded.
 
     Raises:
-        ContractError: If one of these is not true.
+        ContractError: If a check fails.
     """
     parameters = dict(list(inspect.signature(method.__init__).parameters.items())[1:])
     variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     parameters = {name: parameter for name, parameter in parameters.items() if parameter.kind not in variadic}
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty:
-            raise ContractError(f"{method.__name__}.{name}: has no default; add one, as files may lack the argument")
+            raise ContractError(f"{method.__name__}.{name}: has no default; add one for weights files that lack it")
         if parameter.annotation is inspect.Parameter.empty:
-            raise ContractError(f"{method.__name__}.{name}: has no type; add one, by which options are parsed")
+            raise ContractError(f"{method.__name__}.{name}: has no type; add an annotation, to parse the option")
     module = method(**hyper_parameters)
     if not isinstance(getattr(module, "network", None), torch.nn.Module):
         raise ContractError(f"{method.__name__}.network: is not a torch.nn.Module; expected one with all weights")
@@ -124,14 +125,17 @@ def check_hyper_parameters(method: type[DerainModule], hyper_parameters: dict[st
     try:
         module.metadata()
     except TypeError as error:
-        raise ContractError(f"{method.__name__}: hyper-parameters cannot be stored as JSON ({error})") from error
+        raise ContractError(
+            f"{method.__name__}: hyper-parameters cannot be stored as JSON ({error}); use scalars, strings, lists and "
+            "dictionaries"
+        ) from error
 
 
 @torch.no_grad()
 def check_forward(module: DerainModule) -> None:
     """Check ``forward`` in eval mode: shape, finite values, determinism, independence of the images in a batch.
 
-    It must also return the same result with the conditions of ``encode``.
+    ``forward`` must also return the same result if it is given the conditions that ``encode`` returns.
 
     Raises:
         ContractError: If ``forward`` breaks the contract.
@@ -147,16 +151,19 @@ def check_forward(module: DerainModule) -> None:
     rainy = make_batch(3)["rainy"]
     derained = module(rainy)
     if not torch.equal(derained, module(rainy)):
-        raise ContractError(f"{name}.forward: is not deterministic in eval mode")
+        raise ContractError(f"{name}.forward: is not deterministic in eval mode; use a fixed seed")
     alone = torch.cat([module(image[None]) for image in rainy])
     _compare(alone, derained, f"{name}.forward: the images of a batch influence each other")
     conditions = module.encode(rainy)
-    _compare(module(rainy, **conditions), derained, f"{name}.forward: the result differs with the conditions of encode")
+    _compare(module(rainy, **conditions), derained, f"{name}.forward: the result differs with conditions from encode")
 
 
 @torch.no_grad()
 def check_files(module: DerainModule) -> None:
     """Check that weights files and checkpoints restore the method.
+
+    Args:
+        module: The method; its ``trained_on`` changes.
 
     Raises:
         ContractError: If a file cannot be loaded, or the loaded method differs.
@@ -183,11 +190,11 @@ def check_files(module: DerainModule) -> None:
 
 
 def check_training(module: DerainModule, batches: int = 6) -> None:
-    """Check that the loss is finite and every trainable parameter, and no other, receives a gradient.
+    """Check that the loss is finite, and that every trainable parameter and no other receives a gradient.
 
     Args:
         module: The method; its weights change.
-        batches: Number of training batches, enough for a step of each optimiser.
+        batches: Number of training batches; each optimiser must step at least once.
 
     Raises:
         ContractError: If training breaks the contract.
@@ -208,12 +215,12 @@ def check_training(module: DerainModule, batches: int = 6) -> None:
     if frozen:
         raise ContractError(f"{name}: frozen parameters receive a gradient: {_listed(frozen)}")
     if not gradients.names:
-        raise ContractError(f"{name}: no parameter was trained")
+        raise ContractError(f"{name}: no parameter was trained; check training_step and configure_optimizers")
     module.eval()
 
 
 def check_export(module: DerainModule) -> None:
-    """Check that the method can be exported as ONNX, and that the file gives the same results.
+    """Check that the method can be exported as ONNX, and that the file returns the same results.
 
     Raises:
         ContractError: If the export fails, or the results differ.

@@ -1,8 +1,8 @@
-"""Find images with the same background: copied, cropped, flipped, rotated, resized, re-encoded, with other rain.
+"""Find images with the same background, even if they are cropped, flipped, rotated, resized or differ in their rain.
 
-Candidates come from thumbnails of whole images and from local features (SIFT, Lowe, IJCV 2004) whose positions agree
-on one flip or quarter turn, scale and shift. A match must then agree pixel by pixel: two photos of one scene, taken a
-step or a second apart, are not a match.
+Candidates are found by thumbnails of whole images and by local features (SIFT, Lowe, IJCV 2004) whose positions agree
+on a flip, a multiple of 90° of rotation, scale and shift. A match must also agree pixel by pixel: two photos of one
+scene, taken a step or a second apart, do not match.
 """
 
 from collections.abc import Sequence
@@ -19,22 +19,22 @@ from derain.images import Pixels
 SEARCH_VERSION = 1
 """Increment when a change to the search alters which images match."""
 
-_SEARCH_SIDE = 400  # longest side for the detection of features
-_COMPARE_SIDE = 256  # longest side for the comparison of pixels
+_SEARCH_SIDE = 400  # longest side at which features are detected, in pixels
+_COMPARE_SIDE = 256  # longest side at which pixels are compared
 _MAX_FEATURES = 150  # per image
-_NEIGHBOURS = 8
-_MAX_DISTANCE = 250  # between SIFT descriptors; copies are closer, most different images farther
-_MAX_TURN_ERROR = 12  # degrees between the angles of matching features and a quarter turn
+_NEIGHBOURS = 8  # most similar features that each feature is compared with
+_MAX_DISTANCE = 250  # between SIFT descriptors; features of copies are closer, most others farther
+_MAX_ROTATION_ERROR = 12  # degrees between the rotation of a feature and the nearest multiple of 90
 _MAX_GROUP = 40  # matching features used to fit scale and shift
 _TOLERANCE = 4.0  # pixels between matching features after scale and shift
 _THUMBNAIL_SIDE = 16
-_THUMBNAIL_CORRELATION = 0.96
-_CERTAIN_SCORE = 0.998  # refinement could hardly raise it
+_THUMBNAIL_CORRELATION = 0.96  # above it, two whole images are compared pixel by pixel
+_CERTAIN_SCORE = 0.998  # from here, refining the alignment would hardly raise the score
 _REFINED_SCORE = 0.2  # below it, an alignment is refined only if enough features vote for it
 _REFINED_VOTES = 6
-_MIN_COPY_SCORE = 0.99
-_MIN_RAINY_SCORE = 0.9  # if rain is on one of the images
-_MIN_SHARE = 0.25  # of the area of one image that the other image shows
+_MIN_COPY_SCORE = 0.99  # of a match of images without rain
+_MIN_RAINY_SCORE = 0.9  # of a match if at least one image has rain
+_MIN_SHARE = 0.25  # of the area of at least one image that the other must show
 _WHOLE_SHARE = 0.97  # of the area; images that show less count as cropped
 _MIN_OVERLAP = 64  # pixels
 
@@ -44,13 +44,13 @@ Grey = NDArray[np.uint8]
 
 @dataclass(frozen=True, eq=False)
 class Signature:
-    """Reduced image and features by which its background is recognised.
+    """Reduced image and its local features, from which the background is recognised.
 
     Attributes:
-        grey: The image with a longest side of at most 256, ``(h, w)`` in 0 to 255.
-        points: x and y of the features in ``grey`` and their angle in degrees, ``(n, 3)``.
-        descriptors: SIFT descriptors of the features, ``(n, 128)``.
-        rainy: Whether the image has rain on it.
+        grey: Greyscale image, ``(h, w)`` in 0 to 255, reduced to a longest side of at most 256 pixels.
+        points: x and y of the features in ``grey`` in pixels, and their angle in degrees, ``(n, 3)``.
+        descriptors: SIFT descriptors of the features, ``(n, 128)`` in 0 to 255.
+        rainy: Whether the image has rain.
     """
 
     grey: NDArray[np.uint8]
@@ -67,8 +67,8 @@ class BackgroundMatch:
         first: Index of the first image.
         second: Index of the second image.
         score: Correlation of their gradients where they overlap, at most 1.
-        flipped_vertically: Whether the first image is flipped upside down.
-        rotation: Rotation of the first image after the flip, in degrees clockwise: 0, 90, 180 or 270.
+        flipped_vertically: Whether the first image must be flipped upside down to match the second.
+        rotation: Clockwise rotation of the first image after the flip, in degrees: 0, 90, 180 or 270.
         share: Share of the first image's area that the second one shows, 0 to 1.
         second_share: Share of the second image's area that the first one shows, 0 to 1.
     """
@@ -82,7 +82,7 @@ class BackgroundMatch:
     second_share: float
 
     def __str__(self) -> str:
-        """Return how the second image was changed, as text; unchanged if it is not flipped, rotated or cropped.
+        """Return how the images differ: ``unchanged`` if they are neither flipped nor rotated nor cropped.
 
         Example:
             >>> str(BackgroundMatch(0, 1, 1.0, True, 180, 1.0, 1.0))
@@ -105,7 +105,7 @@ def compute_signature(pixels: Pixels, *, rainy: bool = False, features: bool = T
 
     Args:
         pixels: ``(h, w, 3)`` in 0 to 255.
-        rainy: Whether rain is on the image; thin bright streaks are then suppressed first.
+        rainy: Whether the image has rain; thin bright streaks are then suppressed first.
         features: Whether to compute features; without them, cropped images are not recognised.
     """
     grey = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.uint8)
@@ -120,7 +120,7 @@ def compute_signature(pixels: Pixels, *, rainy: bool = False, features: bool = T
 
 
 def _features(grey: Grey, width: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Return the strongest features, with coordinates for an image of the given width."""
+    """Return points and descriptors of the strongest features, in coordinates of an image of the given width."""
     search = _shrunk(grey, _SEARCH_SIDE)
     keypoints, descriptors = cv2.SIFT.create(nfeatures=_MAX_FEATURES).detectAndCompute(search, None)
     if descriptors is None:
@@ -149,12 +149,13 @@ def find_matches(
 
     Args:
         first: Signatures of some images.
-        second: Signatures of the images to compare them with; by default each of ``first`` is compared with every
-            later one.
+        second: Signatures of the images to compare them with; by default, the images in ``first`` are compared with
+            each other.
         features: Whether to compare features too; without them, cropped images are not found.
 
     Returns:
-        One match per pair of images, sorted by the images' indices.
+        One match per pair of images, sorted by index; ``BackgroundMatch.second`` is an index in ``second`` if it is
+        given, else in ``first``.
     """
     images = [*first, *(second or ())]
     if len(images) < 2:
@@ -182,7 +183,7 @@ def find_matches(
 
 @dataclass(frozen=True)
 class _Hypothesis:
-    """Possible match: the first image, flipped and rotated, is at ``scale * xy + shift`` in the second.
+    """Possible match: point ``xy`` of the first image, flipped and rotated, is at ``scale * xy + shift`` in the second.
 
     Attributes:
         first: Index of the first image.
@@ -219,7 +220,7 @@ def _oriented_points(points: Floats, shape: tuple[int, ...], flipped_vertically:
 
 
 def _by_thumbnail(images: Sequence[Signature]) -> list[_Hypothesis]:
-    """Return pairs of whole images with similar thumbnails, in any of the eight orientations."""
+    """Return hypotheses for pairs of whole images with similar thumbnails, in any of the eight orientations."""
     size = (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE)
     thumbnails = [np.asarray(cv2.resize(image.grey, size, interpolation=cv2.INTER_AREA), np.uint8) for image in images]
     targets = _standardised(thumbnails)
@@ -248,19 +249,19 @@ def _standardised(thumbnails: Sequence[Grey]) -> NDArray[np.float32]:
 def _whole_image_hypothesis(
     images: Sequence[Signature], first: int, second: int, flipped_vertically: bool, quarter_turns: int
 ) -> _Hypothesis:
-    """Return the hypothesis that the whole first image shows the whole second image."""
+    """Return the hypothesis that both images show the same area."""
     h, w = images[first].grey.shape
     if quarter_turns % 2:
         h, w = w, h
     target_h, target_w = images[second].grey.shape
     scale = (target_w / w, target_h / h)
     shift = ((scale[0] - 1) / 2, (scale[1] - 1) / 2)
-    # No features vote here; the highest number of votes has the alignment refined in any case.
+    # No features vote here; the maximum number of votes ensures that an inexact alignment is refined.
     return _Hypothesis(first, second, flipped_vertically, quarter_turns, scale, shift, votes=_MAX_FEATURES)
 
 
 def _by_features(images: Sequence[Signature]) -> list[_Hypothesis]:
-    """Return pairs of images whose features agree on an orientation, scale and shift."""
+    """Return hypotheses for pairs of images whose features agree on an orientation, scale and shift."""
     if not any(len(image.points) for image in images):
         return []
     descriptors = np.concatenate([image.descriptors for image in images]).astype(np.float32)
@@ -292,7 +293,7 @@ def _by_features(images: Sequence[Signature]) -> list[_Hypothesis]:
 
 
 def _groups_of_equal_rows(table: NDArray[np.int64], columns: int) -> list[NDArray[np.int64]]:
-    """Return the rows that agree in the first columns, in sorted order."""
+    """Sort the rows, and group those that are equal in the given number of first columns."""
     table = table[np.lexsort(table.T[::-1])]
     is_first = (np.diff(table[:, :columns], axis=0, prepend=-1) != 0).any(1)
     limits = [*np.flatnonzero(is_first).tolist(), len(table)]
@@ -300,7 +301,7 @@ def _groups_of_equal_rows(table: NDArray[np.int64], columns: int) -> list[NDArra
 
 
 def _flipped_descriptors(descriptors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the SIFT descriptors of the flipped image: 4 x 4 cells of 8 directions, rows and directions reversed."""
+    """Return the SIFT descriptors (4 x 4 cells of 8 angles) of vertically flipped images: rows and angles reversed."""
     cells = descriptors.reshape(-1, 4, 4, 8)[:, ::-1][..., -np.arange(8) % 8]
     return np.ascontiguousarray(cells.reshape(-1, 128))
 
@@ -313,6 +314,13 @@ def _votes(
     flipped_vertically: bool,
 ) -> NDArray[np.int64]:
     """Return pairs of similar features of different images.
+
+    Args:
+        index: Search index of all descriptors.
+        queries: Descriptors to search for, ``(n, 128)``; those of the flipped images if ``flipped_vertically``.
+        angles: Angles of the features in degrees, ``(n,)``.
+        owner: Index of the image of each feature, ``(n,)``.
+        flipped_vertically: Whether the query images are flipped.
 
     Returns:
         ``(n, 7)``: first image, second image, whether the first image is flipped vertically, its quarter turns,
@@ -328,9 +336,10 @@ def _votes(
     rotation = angles[b] + (angles[a] if flipped_vertically else -angles[a])
     quarter_turns = np.rint(rotation / 90).astype(np.int64)
     different = owner[a] != owner[b]
-    similar = different & (distance < _MAX_DISTANCE) & (np.abs(rotation - 90 * quarter_turns) < _MAX_TURN_ERROR)
+    similar = different & (distance < _MAX_DISTANCE) & (np.abs(rotation - 90 * quarter_turns) < _MAX_ROTATION_ERROR)
     a, b, quarter_turns, distance = a[similar], b[similar], quarter_turns[similar] % 4, distance[similar]
-    # The first image is always the earlier one; swapping the images inverts the orientation.
+    # The first image is always the earlier one. Swapping the images inverts a rotation; a flip followed by a rotation
+    # is its own inverse.
     swapped = owner[a] > owner[b]
     quarter_turns = np.where(swapped & (not flipped_vertically), -quarter_turns % 4, quarter_turns)
     a, b = np.where(swapped, b, a), np.where(swapped, a, b)
@@ -339,10 +348,10 @@ def _votes(
 
 
 def _fit_scale_and_shift(a: Floats, b: Floats) -> tuple[tuple[float, float], tuple[float, float], int] | None:
-    """Return the scale and shift by axis that map most points ``a`` to ``b``.
+    """Return the scale and shift per axis that map most points ``a`` to ``b``, ``(n, 2)`` each.
 
     Returns:
-        Scale, shift, and the number of points that agree; None if fewer than three do.
+        Scale, shift, and the number of points that agree; None if fewer than three do, or the scale is at most 0.1.
     """
     scales, shifts = _candidates(a, b)
     if not len(scales):
@@ -364,7 +373,7 @@ def _fit_scale_and_shift(a: Floats, b: Floats) -> tuple[tuple[float, float], tup
 
 
 def _candidates(a: Floats, b: Floats) -> tuple[Floats, Floats]:
-    """Return the plausible scales and shifts by axis that map two points ``a`` to ``b``, ``(n, 2)`` each."""
+    """Return plausible scales and shifts per axis, ``(m, 2)`` each; each maps two of the points ``a`` to ``b``."""
     i, j = np.triu_indices(len(a), 1)
     distance_a, distance_b = a[i] - a[j], b[i] - b[j]
     far = (np.abs(distance_a) > 5).all(1) & (np.abs(distance_b) > 2).all(1)
@@ -378,7 +387,7 @@ def _candidates(a: Floats, b: Floats) -> tuple[Floats, Floats]:
 
 
 def _confirmed(images: Sequence[Signature], hypothesis: _Hypothesis) -> BackgroundMatch | None:
-    """Return the match if the pixels agree, after refinement if they nearly do; else None."""
+    """Return the match if the pixels agree, if necessary after refining the alignment; else None."""
     first, second = images[hypothesis.first], images[hypothesis.second]
     a = _oriented(first.grey, hypothesis.flipped_vertically, hypothesis.quarter_turns)
     b = second.grey
@@ -405,10 +414,10 @@ def _confirmed(images: Sequence[Signature], hypothesis: _Hypothesis) -> Backgrou
 
 
 def _refined(a: Grey, b: Grey, warp: Floats) -> Floats:
-    """Return an alignment accurate to a fraction of a pixel.
+    """Refine an alignment to a fraction of a pixel.
 
-    Gauss-Newton on scale and shift by axis, brightness and contrast. Other transforms are not fitted, so that a photo
-    taken from a step aside does not match.
+    Gauss-Newton steps fit scale and shift per axis, brightness and contrast. Other transforms are not fitted, so that a
+    photo taken a step aside does not match.
     """
     warp = warp.copy()
     y, x = np.mgrid[: a.shape[0], : a.shape[1]].astype(np.float64)
@@ -420,7 +429,7 @@ def _refined(a: Grey, b: Grey, warp: Floats) -> Floats:
         dy = cv2.Sobel(moved, cv2.CV_32F, 0, 1)[inside] / 8 / warp[1, 1]
         values = moved[inside]
         columns = [dx * x[inside], dx, dy * y[inside], dy, values, np.ones_like(values), target[inside] - values]
-        # Products of columns by OpenCV: for so few numbers, the threads of BLAS would take longer.
+        # OpenCV multiplies the columns: for so few, the threads of BLAS would take longer.
         products = cv2.mulTransposed(np.stack(columns).astype(np.float64), False)
         step = np.linalg.solve(products[:6, :6] + 1e-6 * np.eye(6), products[:6, 6])
         warp[0, 0] += step[0]
@@ -435,7 +444,7 @@ def _refined(a: Grey, b: Grey, warp: Floats) -> Floats:
 def _overlap(
     a: Grey, b: Grey, warp: Floats, sigma: float
 ) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
-    """Return the mask of pixels of ``a`` that ``b`` covers, and both images there, equally blurred."""
+    """Return the mask of the pixels of ``a`` that ``b`` covers, and both images, aligned and equally blurred."""
     size = a.shape[::-1]
     covered = cv2.warpAffine(np.ones_like(b), warp, size, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
     covered[[0, -1]] = 0
@@ -449,7 +458,7 @@ def _overlap(
 
 
 def _agreement(a: Grey, b: Grey, warp: Floats) -> tuple[float, float, float]:
-    """Return the correlation of the gradients of ``a`` and the warped ``b``, and the share of each that overlaps."""
+    """Return the correlation of the gradients of ``a`` and the warped ``b``, and the overlapping share of each."""
     if min(warp[0, 0], warp[1, 1]) < 0.1:
         return 0.0, 0.0, 0.0
     inside, soft_a, moved = _overlap(a, b, warp, 1.0)

@@ -1,4 +1,4 @@
-"""Pixel cache of a training set: images are decoded once, into one buffer that all workers (and ranks) share."""
+"""Pixel cache: image pairs are decoded once, into one buffer that all DataLoader workers share."""
 
 import hashlib
 import logging
@@ -25,7 +25,7 @@ from derain.progress import track
 
 CacheMode = Literal["auto", "ram", "disk", "off"]
 CACHE_VERSION = 2
-"""Increment when decoding the same files yields different bytes."""
+"""Increment when a change makes the same files decode to different bytes."""
 
 SHARED_MEMORY = Path("/dev/shm")
 """Shared memory on Linux."""
@@ -34,11 +34,16 @@ log = logging.getLogger("derain")
 
 
 def fingerprint(pairs: Sequence[Pair]) -> str:
-    """Return a hash of the names and file contents of pairs; it does not depend on their folders.
+    """Return a hash (16 hexadecimal digits) of the names and file contents of pairs, in order.
+
+    The folders of the files do not matter.
+
+    Raises:
+        FileNotFoundError: If a file does not exist.
 
     Example:
-        >>> fingerprint([]) == fingerprint([])
-        True
+        >>> len(fingerprint([]))
+        16
     """
     files = [path for pair in pairs for path in (pair.rainy, pair.clean) if path is not None]
     digest = hashlib.sha256()
@@ -50,28 +55,31 @@ def fingerprint(pairs: Sequence[Pair]) -> str:
 
 
 def read_pair(pair: Pair) -> tuple[Pixels, Pixels]:
-    """Read rainy and clean image of a pair for training.
+    """Read the rainy and the clean image of a training pair.
+
+    Returns:
+        Rainy and clean pixels, ``(h, w, 3)`` in 0 to 255 each.
 
     Raises:
         DerainError: If there is no clean image, or the pair cannot be read.
     """
     rainy, clean = pair.read()
     if clean is None:
-        raise DerainError(f"{pair.rainy}: no clean image; training needs pairs, `derain predict` does not")
+        raise DerainError(f"{pair.rainy}: no clean image, as training needs; remove the file, or use another data set")
     return rainy, clean
 
 
 class PixelCache:
     """Pixels of image pairs in one contiguous uint8 buffer: rainy, then clean, of each pair; or of rainy images alone.
 
-    A Python list of arrays would be copied to every DataLoader worker page by page, since reading changes reference
-    counts; one buffer is not. On disk it is a memory map, which all ranks of a machine share through the page cache;
-    in RAM it is shared memory, with one copy per rank.
+    Every DataLoader worker would gradually copy a Python list of arrays, since reading changes reference counts; one
+    buffer is never copied. On disk it is a memory map, which all ranks of a machine share through the page cache; in
+    RAM it is shared memory, with one copy per rank.
 
     Args:
-        index: ``(n, 3)``: offset of each pair in the buffer, height, width.
-        file: Memory-mapped buffer; exclusive with ``memory``.
-        memory: Buffer in shared memory.
+        index: ``(n, 3)``: offset of each pair in the buffer in bytes, and height and width of its images.
+        file: File with the buffer, to be memory-mapped; give either ``file`` or ``memory``.
+        memory: Buffer in shared memory, one-dimensional uint8.
         paired: Whether there are clean images.
     """
 
@@ -104,7 +112,10 @@ class PixelCache:
         return len(self.index)
 
     def __getitem__(self, index: int) -> tuple[Pixels, Pixels]:
-        """Return rainy and clean pixels; the rainy ones twice if there are no clean images."""
+        """Return rainy and clean pixels, ``(h, w, 3)`` in 0 to 255 each, as views of the buffer.
+
+        Without clean images, the rainy pixels are returned twice.
+        """
         offset, height, width = (int(value) for value in self.index[index])
         images = 1 + self.paired
         pixels = self._pixels[offset : offset + 3 * images * height * width].reshape(images, height, width, 3)
@@ -119,7 +130,10 @@ def decoded_index(pairs: Sequence[Pair], *, paired: bool = True) -> NDArray[np.i
         paired: Whether clean images are in the buffer too.
 
     Returns:
-        ``(n, 3)``: offset, height, width.
+        ``(n, 3)``: offset in bytes, height, width.
+
+    Raises:
+        DerainError: If a rainy image cannot be opened.
     """
 
     def size(pair: Pair) -> tuple[int, int]:
@@ -154,16 +168,17 @@ def open_cache(
     Args:
         pairs: Pairs with clean images, or without them if ``paired`` is false.
         mode: ``disk`` (memory map), ``ram`` (shared memory, or ``disk`` with a warning if ``/dev/shm`` is too
-            small), ``off``, or ``auto``: on disk if it needs at most half of the free space, else in RAM if it needs
-            at most half of the free memory, else off. The size is estimated from the image headers and logged.
-        folder: Folder of the memory maps; ``cache_folder()`` by default.
+            small), ``off``, or ``auto``: on disk if the file exists already or needs at most half of the free space,
+            else in RAM if the cache needs at most half of the free memory, else off. The size is computed from the
+            image headers and logged.
+        folder: The memory maps are saved to its subfolder ``pixels``; ``cache_folder()`` by default.
         paired: Whether the pairs have clean images.
 
     Returns:
-        The cache, or None if it is off.
+        The cache; None if it is off or there are no pairs.
 
     Raises:
-        DerainError: If an image cannot be read, or the pixels do not fit on disk or into memory.
+        DerainError: If a pair cannot be read, or the pixels do not fit on the disk or into memory.
     """
     if mode == "off" or not pairs:
         return None
@@ -179,7 +194,10 @@ def open_cache(
         mode = _choose_mode(space, cached=file.exists())
     if mode == "ram" and need > space.memory:
         alternatives = "disk or off" if need <= space.disk else "off"
-        raise DerainError(f"--data.cache ram: {need / 1e9:.2f} GB do not fit into memory; use {alternatives}")
+        raise DerainError(
+            f"--data.cache ram: {need / 1e9:.2f} GB do not fit into memory, which has {space.memory / 1e9:.2f} GB "
+            f"free; use {alternatives}"
+        )
     buffer = _allocate_shared(need) if mode == "ram" else None
     if mode == "ram" and buffer is None:
         mode = "disk" if requested == "ram" else "off"  # auto chooses RAM only if the disk is too full
@@ -200,7 +218,8 @@ def open_cache(
     if buffer is not None:
         _decode(pairs, index, buffer.numpy(), paired=paired)
         return PixelCache(index, memory=buffer, paired=paired)
-    # One process decodes. The system frees the lock of a process that dies, and only a complete file is renamed.
+    # One process decodes while the others wait. If it dies, the system frees its lock, and no incomplete file remains
+    # under the final name.
     with FileLock(f"{file}.lock"):
         if not file.exists():
             if need > space.disk:
@@ -220,7 +239,7 @@ def _choose_mode(space: _Space, *, cached: bool) -> CacheMode:
 
 
 def _disk_full(requested: CacheMode, folder: Path, space: _Space) -> str:
-    """Return the message that the cache does not fit."""
+    """Return the error message for a cache that does not fit on the disk."""
     full = f"{folder}, which has {space.disk / 1e9:.2f} GB free"
     if requested == "ram":
         full = f"{SHARED_MEMORY}, which has {space.shared / 1e9:.2f} GB free, nor into {full}"
@@ -243,12 +262,12 @@ def _write_index(index: NDArray[np.int64], file: Path) -> None:
 
 
 def _free_shared_memory() -> int:
-    """Return the free bytes of shared memory: on Linux a file system, often of 64 MB in a container."""
+    """Return the free bytes of shared memory, which Linux limits: often to 64 MB in a container."""
     return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else free_memory()
 
 
 def _allocate_shared(size: int) -> torch.Tensor | None:
-    """Return a buffer in shared memory; None if it does not fit, for example since other ranks allocated theirs."""
+    """Return a buffer in shared memory; None if it does not fit, for example because other ranks allocated theirs."""
     if size > _free_shared_memory():
         return None
     buffer = torch.empty(size, dtype=torch.uint8)

@@ -17,7 +17,7 @@ from derain.images import write_whole
 from derain.progress import track
 
 COLUMNS = ["filepath", "title"]
-"""Header of a table: file of the rainy image, and its caption with the degradation."""
+"""Header of a table: path of the rainy image; caption of its clean image, and degradation."""
 
 DEGRADATION = "rainy"
 """DA-CLIP's word for rain."""
@@ -49,7 +49,7 @@ class Caption(NamedTuple):
 
 
 def one_line(text: str) -> str:
-    """Replace each run of whitespace by one space.
+    """Replace each run of whitespace by one space, and remove it at both ends.
 
     Example:
         >>> one_line(" a dog  on grass ")
@@ -59,10 +59,10 @@ def one_line(text: str) -> str:
 
 
 def write_captions(path: Path, rows: Iterable[tuple[str, Caption]]) -> None:
-    """Write a table atomically: tab-separated, quoted where needed, like DA-CLIP's script.
+    """Write a table like DA-CLIP's script: tab-separated, quoted where needed; completely or not at all.
 
     Args:
-        path: The table.
+        path: File to write.
         rows: Path of each rainy image as returned by :func:`table_paths`, and its caption.
     """
     with write_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
@@ -79,7 +79,7 @@ def read_captions(path: Path) -> dict[str, Caption]:
         Captions by path of the rainy image, as written in the table.
 
     Raises:
-        DerainError: If the file does not exist or is not such a table; names the line.
+        DerainError: If the file does not exist or is not such a table; the message names the line.
     """
     text = _read_utf8(path)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True)
@@ -87,7 +87,7 @@ def read_captions(path: Path) -> dict[str, Caption]:
     line = 1
     try:
         if next(reader, None) != COLUMNS:
-            raise DerainError(f"{path}:1: not a table of captions; expected the line 'filepath<TAB>title'")
+            raise DerainError(f"{path}:1: not a table of captions; expected 'filepath<TAB>title' as the first line")
         line = reader.line_num + 1
         for row in reader:
             name, caption = _parse_row(row, f"{path}:{line}")
@@ -104,17 +104,17 @@ def _read_utf8(path: Path) -> str:
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
-        raise DerainError(f"{path}: no such file; create it by: derain caption ROOT {path}") from error
+        raise DerainError(f"{path}: no such file; create it by: derain caption DATASET {path}") from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise DerainError(f"{path}:{line}: not UTF-8; save the table in this encoding") from error
+        raise DerainError(f"{path}:{line}: not UTF-8; save the table as UTF-8") from error
 
 
 def _parse_row(row: list[str], location: str) -> tuple[str, Caption]:
     if len(row) != len(COLUMNS):
-        raise DerainError(f"{location}: {len(row)} columns, expected 2 separated by a tab; correct the line")
+        raise DerainError(f"{location}: {len(row)} columns; expected 2, separated by a tab; correct the line")
     name, title = row
     text, separator, degradation = title.rpartition(": ")
     if not separator:
@@ -129,8 +129,11 @@ def match_captions(pairs: Sequence[Pair], tables: Mapping[Path, Mapping[str, Cap
         pairs: The pairs.
         tables: Results of :func:`read_captions` by file. Paths in a table are absolute or relative to its folder.
 
+    Returns:
+        Captions in the order of ``pairs``.
+
     Raises:
-        DerainError: If a pair has no caption, or a file has two.
+        DerainError: If a pair has no caption, or an image has two different ones.
     """
     captions: dict[str, Caption] = {}
     for path, table in tables.items():
@@ -138,8 +141,8 @@ def match_captions(pairs: Sequence[Pair], tables: Mapping[Path, Mapping[str, Cap
         for (name, caption), file in zip(table.items(), files, strict=True):
             if captions.setdefault(file, caption) != caption:
                 raise DerainError(
-                    f"{path}: second caption of {name}; the first is in another table, or has another spelling of the "
-                    "path; remove one of them"
+                    f"{path}: {name} has another caption, in another table or under another spelling of its path; "
+                    "remove one of the two"
                 )
     files = _normalized([pair.rainy for pair in pairs])
     missing = [pair.rainy for pair, file in zip(pairs, files, strict=True) if file not in captions]
@@ -147,14 +150,14 @@ def match_captions(pairs: Sequence[Pair], tables: Mapping[Path, Mapping[str, Cap
         raise DerainError(
             f"{', '.join(map(str, tables))}: no caption for {len(missing)} of {len(pairs)} rainy images, first "
             f"{missing[0]}; expected paths that are absolute or relative to "
-            f"{' or '.join(str(path.parent) for path in tables)}; create a table by: derain caption ROOT OUT.tsv, and "
-            "list several tables as --data.captions '[A.tsv, B.tsv]'"
+            f"{' or '.join(str(path.parent) for path in tables)}; create a table by: derain caption DATASET OUT.tsv, "
+            "and list several tables as --data.captions '[A.tsv, B.tsv]'"
         )
     return [captions[file] for file in files]
 
 
 def table_paths(images: Sequence[Path], table: Path) -> list[str]:
-    """Return the paths of rainy images for a table: relative to its folder if they are below it, else absolute.
+    """Return the paths to write in a table: relative to the table's folder for images below it, else absolute.
 
     Raises:
         DerainError: If a path is not valid UTF-8.
@@ -170,13 +173,13 @@ def table_paths(images: Sequence[Path], table: Path) -> list[str]:
         try:
             name.encode()
         except UnicodeEncodeError as error:
-            raise DerainError(f"{name!r}: not UTF-8, as tables require; rename the file") from error
+            raise DerainError(f"{name!r}: file name is not UTF-8, as tables require; rename the file") from error
         names.append(name)
     return names
 
 
 def _absolute(files: Sequence[Path]) -> list[Path]:
-    """Return absolute paths with links to folders resolved; links to files are kept, since two may be one file."""
+    """Return absolute paths with links to folders resolved; links to files stay, since several may share a target."""
     folders = {file.parent for file in files}
     resolved = {folder: folder.resolve() for folder in folders}
     return [resolved[file.parent] / file.name for file in files]
@@ -193,7 +196,7 @@ class JournalEntry(NamedTuple):
     Attributes:
         file: Path of the rainy image, as it will be written in the table.
         text: The caption.
-        image: Hash of the clean image's file; empty if the captioner does not read it.
+        image: :func:`file_hash` of the clean image; empty if the captioner ignores images.
     """
 
     file: str
@@ -202,13 +205,13 @@ class JournalEntry(NamedTuple):
 
 
 class Journal:
-    """Finished captions of an unfinished table, in a file that outlives the process.
+    """File with the finished captions of an unfinished table, from which an interrupted run resumes.
 
-    The first line identifies the run, every further line is one caption.
+    The first line contains the options of the run, each further line one caption.
 
     Args:
         path: The file.
-        run: Options of the run that the captions depend on.
+        run: Options that the captions depend on.
     """
 
     def __init__(self, path: Path, run: Mapping[str, str | int]) -> None:
@@ -216,17 +219,18 @@ class Journal:
         self._header = json.dumps(self.run).encode()
 
     def begin(self, pairs: Sequence[tuple[str, Path]], overwrite: bool = False) -> list[JournalEntry]:
-        """Start the file, or resume from that of an interrupted process; an incomplete last line is dropped.
+        """Create the file, or read the entries of an interrupted run and drop an incomplete last line.
 
         Args:
             pairs: Path of each rainy image as it will be written in the table, and file of its clean image.
-            overwrite: Whether to replace the file of another run.
+            overwrite: Whether to replace a file from which this run cannot resume.
 
         Returns:
             The entries in the file; they belong to the first pairs.
 
         Raises:
-            DerainError: If the file belongs to another run, or one of its images has changed.
+            DerainError: If the run cannot resume: the file is damaged or belongs to a run with other options or pairs,
+                or a captioned image has changed or is missing.
         """
         try:
             entries = self._read_entries(pairs)
@@ -245,7 +249,7 @@ class Journal:
             file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
 
     def _read_entries(self, pairs: Sequence[tuple[str, Path]]) -> list[JournalEntry] | None:
-        """Return the entries in the file; None if not even its first line is complete."""
+        """Return the entries in the file; None if there is no file, or its first line is incomplete."""
         if not self.path.is_file():
             return None
         content = self.path.read_bytes()
@@ -254,13 +258,13 @@ class Journal:
         complete = content[: content.rfind(b"\n") + 1]
         header, *lines = complete.splitlines() or [content]
         if header != self._header:
-            raise self._rejected(self._difference(header))
+            raise self._resume_error(self._difference(header))
         entries = [self._parse(line) for line in lines]
         if len(entries) > len(pairs):
-            raise self._rejected(f"has {len(entries)} captions, the data set has {len(pairs)} pairs")
+            raise self._resume_error(f"has {len(entries)} captions, but the data set has {len(pairs)} pairs")
         for entry, (file, _) in zip(entries, pairs, strict=False):
             if entry.file != file:
-                raise self._rejected(f"has a caption of {entry.file} where this run has {file}")
+                raise self._resume_error(f"has a caption of {entry.file} where this run expects {file}")
         self._check_images(entries, [clean for _, clean in pairs])
         os.truncate(self.path, len(complete))
         return entries
@@ -274,15 +278,15 @@ class Journal:
             current_hashes = track(threads.map(file_hash, hashes), "Comparing", len(hashes))
             for clean, current in zip(hashes, current_hashes, strict=True):
                 if current != hashes[clean]:
-                    raise self._rejected(f"has a caption of {clean}, which has changed since")
+                    raise self._resume_error(f"has a caption of {clean}, which has changed since")
 
     def _parse(self, line: bytes) -> JournalEntry:
         try:
             fields = json.loads(line)
         except ValueError as error:
-            raise self._rejected("is damaged") from error
+            raise self._resume_error("is damaged") from error
         if not (isinstance(fields, list) and len(fields) == 3 and all(isinstance(part, str) for part in fields)):
-            raise self._rejected("is damaged")
+            raise self._resume_error("is damaged")
         return JournalEntry(*fields)
 
     def _difference(self, header: bytes) -> str:
@@ -296,12 +300,12 @@ class Journal:
         key = next(key for key in self.run | run if run.get(key) != self.run.get(key))
         return f"was started with {key} {run.get(key)}, not {self.run.get(key)}"
 
-    def _rejected(self, reason: str) -> DerainError:
-        return DerainError(f"{self.path}: {reason}; delete it, or add --overwrite to start anew")
+    def _resume_error(self, reason: str) -> DerainError:
+        return DerainError(f"{self.path}: {reason}; delete it, or add --overwrite to start again")
 
 
 def file_hash(path: Path) -> str:
-    """Return a hash of a file's content.
+    """Return the first 16 hexadecimal digits of a file's SHA-256.
 
     Raises:
         DerainError: If the file does not exist.

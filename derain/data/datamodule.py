@@ -30,17 +30,17 @@ from derain.loops import Position, accumulation
 from derain.memory import free_memory
 
 BYTES_PER_CROP_PIXEL = 2 * 3 * 4
-"""Rainy and clean, three channels each, float32; unlabelled crops are not counted."""
+"""Bytes of a batch per pixel of a crop: rainy and clean, three channels each, float32; without unlabelled crops."""
 
 log = logging.getLogger("derain")
 
 
 class RainDataModule(LightningDataModule):
-    """Data module of paired rain images for training and evaluation, and of rainy images for prediction.
+    """Data module of image pairs for training and evaluation, and of rainy images for prediction.
 
     A data set is given as a name from ``derain data list`` (looked up in ``root``), a folder (its layout is detected
-    and reported), or ``layout:path``. A list mixes several data sets. ``Quickstart`` is generated from photos
-    of scikit-image.
+    and logged), or ``NAME:FOLDER``. A list concatenates several data sets. ``Quickstart`` is generated from photos of
+    scikit-image.
 
     Args:
         train: Training data set, or a list.
@@ -48,16 +48,16 @@ class RainDataModule(LightningDataModule):
             out a random share of ``train``; ``none`` trains on all pairs of ``train`` without validation.
         test: Test data set, or a list.
         predict: Folder of rainy images, or a data set, or a list, for ``derain predict``.
-        unlabelled: Rainy images without ground truth for semi-supervised methods, given as for ``predict``. Every batch
-            contains as many random crops of them as pairs. Other methods ignore it.
-        root: Folder that contains the data sets; ``$DERAIN_DATA`` by default.
+        unlabelled: Rainy images without ground truth for semi-supervised methods, given like ``predict``. Every
+            training batch contains as many random crops of them as pairs. Other methods ignore it.
+        root: Folder that contains the data sets; by default ``$DERAIN_DATA``, or ``data`` if that is not set.
         crop: Side of the training crops in pixels.
         batch_size: Crops per batch and device.
-        repeat: Crops per image and epoch.
+        repeat: Crops per pair and epoch.
         schedule: Stages of training with different crop and batch sizes, instead of ``crop`` and ``batch_size``;
-            every epoch has as many batches as one of the first stage.
+            every epoch has as many batches as an epoch of the first stage.
         flips: Random horizontal and vertical flips; ``horizontal``: horizontal flips only.
-        transpose: Random transposition.
+        transpose: Random transposition (swap of rows and columns).
         val_share: Share of the clean images of ``train`` used for validation (at least one) if ``val`` is not set;
             all rainy images of these clean images are held out.
         captions: Table or tables of captions of the training and validation pairs, as written by ``derain caption``;
@@ -65,9 +65,13 @@ class RainDataModule(LightningDataModule):
         val_limit: Validate on this number of pairs, the first ones; on all by default.
         workers: Number of loader processes; by default 0 if pixels are cached (a cached crop takes about 0.15 ms,
             less than its transfer between processes), else the number of cores less one, at most 8.
-        cache: Cache of decoded training pixels: ``auto``, ``ram``, ``disk`` or ``off``.
+        cache: Cache of decoded training and validation images: ``disk``, ``ram``, ``off``, or ``auto``, the first of
+            these with enough free space.
         split_seed: Seed of the random share for validation.
         seed: Seed of the sample order and the crops; the command line sets it to ``seed_everything``.
+
+    Raises:
+        DerainError: If an option is out of range.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class RainDataModule(LightningDataModule):
         if workers is not None and workers < 0:
             raise DerainError(f"--data.workers {workers}: must be at least 0")
         if not 0 < val_share < 1:
-            raise DerainError(f"--data.val_share {val_share}: must be between 0 and 1")
+            raise DerainError(f"--data.val_share {val_share}: must be above 0 and below 1")
         self.sets = {"train": train, "val": val, "test": test, "predict": predict, "unlabelled": unlabelled}
         self.root = Path(root or os.environ.get("DERAIN_DATA") or "data")
         self.crop, self.batch_size, self.repeat = crop, batch_size, repeat
@@ -126,24 +130,25 @@ class RainDataModule(LightningDataModule):
         return _as_list(self.sets["train"])
 
     def fingerprint(self, split: str, indices: Sequence[int] | None = None) -> str:
-        """Return a hash of the images of ``train``, ``val``, ``test`` or ``predict``, or of those at given indices."""
+        """Return a hash of the pairs of ``train``, ``val``, ``test`` or ``predict``, or of those with given indices."""
         pairs = self.pairs[split]
         return fingerprint(pairs if indices is None else [pairs[index] for index in indices])
 
     def count(self, split: str) -> int:
-        """Return the number of images of ``train``, ``val`` (without ``val_limit``) or another data set."""
+        """Return the number of pairs of ``train``, ``val`` (ignoring ``val_limit``) or another key of ``pairs``."""
         return self._counts.get(split, len(self.pairs.get(split, ())))
 
     @property
     def degradations(self) -> list[str]:
-        """Sorted words for degradations in the caption tables; empty without a table."""
+        """Sorted words for the degradations of training and validation pairs; empty without captions."""
         return sorted({caption.degradation for captions in self._captions.values() for caption in captions})
 
     def setup(self, stage: str) -> None:
-        """Find the pairs for ``fit``, ``validate``, ``test`` or ``predict``, and open the pixel cache for training.
+        """Find the pairs for ``fit``, ``validate``, ``test`` or ``predict``, and open the pixel caches for ``fit``.
 
         Raises:
-            DerainError: If no data set is given, or one is missing, empty or damaged.
+            DerainError: If no data set is given; a data set is missing, empty or damaged; captions are missing; or the
+                crop does not fit the images or the memory.
         """
         if stage == "fit" and "train" not in self.pairs:
             self._setup_fit()
@@ -202,6 +207,7 @@ class RainDataModule(LightningDataModule):
     def _check_crop(self) -> None:
         """Check that crops are not mostly padding, and that a batch fits into memory."""
         stages = self.schedule or [CropStage(1, self.crop, self.batch_size)]
+        option = "--data.crop" if self.schedule is None else "--data.schedule: crop"
         largest = max(stage.crop for stage in stages)
         for split in ("train", "unlabelled"):
             pairs = self.pairs.get(split, ())
@@ -209,15 +215,15 @@ class RainDataModule(LightningDataModule):
             if pairs and not any(largest <= 2 * max(image_size(pair.rainy)) for pair in pairs):
                 longest = max(max(image_size(pair.rainy)) for pair in pairs)
                 raise DerainError(
-                    f"--data.crop {largest}: the longest side of the images of --data.{split} is {longest} pixels; "
+                    f"{option} {largest}: the longest side of the images of --data.{split} is {longest} pixels; "
                     f"use at most {2 * longest} (smaller images are padded by reflection)"
                 )
         heaviest = max(stages, key=lambda stage: stage.batch_size * stage.crop**2)
         need = heaviest.batch_size * heaviest.crop**2 * BYTES_PER_CROP_PIXEL
         if need > free_memory():
             raise DerainError(
-                f"--data.crop {heaviest.crop}: a batch of {heaviest.batch_size} needs {need / 1e9:.1f} GB without the "
-                f"network, but {free_memory() / 1e9:.1f} GB of memory are free; reduce --data.crop or --data.batch_size"
+                f"{option} {heaviest.crop}: a batch of {heaviest.batch_size} needs {need / 1e9:.1f} GB without the "
+                f"network, but {free_memory() / 1e9:.1f} GB of memory are free; reduce crop or batch_size"
             )
 
     def _split_train(self) -> None:
@@ -234,10 +240,12 @@ class RainDataModule(LightningDataModule):
         self.pairs["val"] = self.pairs["val"][: self.val_limit]
 
     def _hold_out(self, pairs: Sequence[Pair]) -> None:
-        """Split pairs at random, by clean image, into training and validation pairs."""
+        """Split pairs at random into training and validation pairs that share no clean image."""
         clean = list(dict.fromkeys(pair.clean for pair in pairs))
         if len(clean) < 2:
-            raise DerainError("--data.train: only 1 clean image, which cannot be split; set --data.val")
+            raise DerainError(
+                "--data.train: only 1 clean image, too few to hold one out for validation; set --data.val"
+            )
         order = np.random.default_rng(self.split_seed).permutation(len(clean))
         count = min(len(clean) - 1, max(1, round(self.val_share * len(clean))))
         held_out = {clean[index] for index in order[:count]}
@@ -261,7 +269,10 @@ class RainDataModule(LightningDataModule):
         return merge_pairs(sets, repeats=option == "train")
 
     def rainy_images(self, split: str) -> Iterator[Pixels]:
-        """Yield the whole rainy images of ``train``, ``val``, ``test`` or ``predict``, in order of their index."""
+        """Yield the whole rainy images of ``train``, ``val``, ``test`` or ``predict``, in order of their index.
+
+        Each is ``(h, w, 3)`` in 0 to 255.
+        """
         cache = self._pixels.get(split)
         for index, pair in enumerate(self.pairs[split]):
             yield cache[index][0] if cache is not None else pair.read()[0]
@@ -290,11 +301,11 @@ class RainDataModule(LightningDataModule):
         return TrainingLoader(dataset, batch_sampler=sampler, **self._loader_options("train"))
 
     def resume_at(self, position: Position) -> None:
-        """Start the next training data loader at a batch of an epoch."""
+        """Start the next training data loader at a position within an epoch."""
         self._resume_position = self._schedule_start = position
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the options that determine the samples of each batch."""
+        """Return the options that determine the samples of each batch; empty if there are no training pairs."""
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         return self._sampling_options(epoch) if "train" in self.pairs else {}
 
@@ -303,7 +314,11 @@ class RainDataModule(LightningDataModule):
         self._saved_sampling_options = state_dict
 
     def _check_sampling_options(self) -> None:
-        """Check that training resumes within an epoch with the options of the checkpoint."""
+        """Check that a run that resumes within an epoch has the sampling options of the checkpoint.
+
+        Raises:
+            DerainError: If an option differs.
+        """
         if self._resume_position is None or not self._resume_position.batch:
             return
         for option, value in self._sampling_options(self._resume_position.epoch).items():
@@ -325,7 +340,7 @@ class RainDataModule(LightningDataModule):
         return to_batch_stages(self.schedule, trainer.accumulate_grad_batches, self._epoch_batches())
 
     def _epoch_batches(self) -> int:
-        """Return the number of batches per epoch, with the trainer's limit."""
+        """Return the number of batches per epoch, at most ``trainer.limit_train_batches``."""
         size = self.batch_size if self.schedule is None else self.schedule[0].batch_size
         _, world = self._rank_and_world()
         samples = math.ceil(len(self.pairs["train"]) * self.repeat / world)
@@ -339,7 +354,7 @@ class RainDataModule(LightningDataModule):
             "data.unlabelled": self._summary("unlabelled", "images") if "unlabelled" in self.pairs else "",
             "data.repeat": self.repeat,
             "data.seed": self.seed,
-            # Compared before the batch size, whose value is not a number if there is a schedule.
+            # Before the batch size: options are compared in this order, and a message should name the schedule.
             "data.schedule": ", ".join(map(str, self.schedule or ())),
             "data.batch_size": self.batch_size if self.schedule is None else "of the schedule",
             "trainer.devices": self._rank_and_world()[1],
@@ -354,11 +369,11 @@ class RainDataModule(LightningDataModule):
         return f"{' + '.join(_as_list(self.sets[split]))} ({len(names)} {kind}, {digest})"
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
-        """Return whole validation images in batches of one; an empty list without validation."""
+        """Return whole validation pairs in batches of one; an empty list without validation."""
         return self._evaluation_loader("val") if self.pairs["val"] else []
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Return whole test images in batches of one."""
+        """Return whole test pairs in batches of one."""
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -404,12 +419,12 @@ def _limited(count: int, limit: int | float) -> int:
 
 
 def _or_null(value: object) -> object:
-    """Return the value of an option for a message; a missing schedule is saved as empty text."""
+    """Return the value of an option for a message: ``null`` for a missing schedule, which is saved as empty text."""
     return "null" if value == "" else value
 
 
 def _resolve_quickstart(name: str, split: Split) -> str:
-    """Return a data set's name; for ``Quickstart``, generate the data set and return its folder."""
+    """Generate the data set ``Quickstart`` and return ``folder:PATH``; return other names unchanged."""
     if name.lower() != "quickstart":
         return name
     folder = quickstart_set(cache_folder())

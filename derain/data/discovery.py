@@ -16,7 +16,7 @@ class DataSplit:
     """One split of a data set on disk.
 
     Attributes:
-        name: Name of the data set, or of its folder if the layout is a general one.
+        name: Name of the data set if its folder was found by this name, else name of the folder.
         split: ``train``, ``test`` or ``predict``.
         layout: Key of :data:`derain.data.layouts.LAYOUTS`.
         root: Folder of the data set.
@@ -47,7 +47,7 @@ def find_sets(root: Path, layout: str | None = None) -> list[DataSplit]:
         layout: Layout of ``root``; detected by default.
 
     Raises:
-        DerainError: If there is no data set.
+        DerainError: If the folder does not exist or contains no data set, or the layout is unknown or ambiguous.
     """
     files = list_relative(root, warn=False)
     if layout is None:
@@ -57,19 +57,20 @@ def find_sets(root: Path, layout: str | None = None) -> list[DataSplit]:
     splits = _find_splits(root.resolve().name, layout, root, files)
     if not splits:
         expected = " or ".join(str(variants[0]) for variants in LAYOUTS[layout].files.values())
-        raise DerainError(f"{root}: no {layout} pairs, it contains {describe_contents(root)}; expected {expected}")
+        raise DerainError(f"{root}: no {layout} pairs; contains {describe_contents(root)}; expected {expected}")
     return splits
 
 
 def _find_by_folder_name(root: Path, files: Sequence[str]) -> list[DataSplit]:
     """Return the splits of all data sets that a folder is named after.
 
-    Files that match several data sets belong to that of the outermost folder, or else of the first layout.
+    Files that match several data sets belong to the one with the outermost folder; if the folders are equally deep, to
+    the first one in ``LAYOUTS``.
     """
     names = list(LAYOUTS)
     candidates = []
     for index, (name, layout) in enumerate(LAYOUTS.items()):
-        if layout.without is not None:  # strict sets share the files of the full set
+        if layout.excluded_test_set is not None:  # the full set has the same files
             continue
         candidates += [(len(folder.parts), index, folder, name) for folder in find_data_set_folders(name, root)]
     candidates.sort(key=lambda candidate: candidate[:2])
@@ -106,7 +107,7 @@ def _find_by_files(root: Path, files: Sequence[str]) -> list[DataSplit]:
 
 
 def _find_splits(name: str, layout: str, root: Path, files: Sequence[str]) -> list[DataSplit]:
-    """Return the splits of one data set; of splits with the same rainy files, only the likeliest."""
+    """Return the splits of one data set; of splits with the same rainy files, only the most likely one."""
     splits: dict[frozenset[Path], DataSplit] = {}
     for split_name in LAYOUTS[layout].files:
         split = DataSplit(name, split_name, layout, root, pair_files(layout, split_name, root, files))
@@ -119,7 +120,7 @@ def _find_splits(name: str, layout: str, root: Path, files: Sequence[str]) -> li
 
 
 def _likelihood(split: DataSplit) -> tuple[bool, bool]:
-    """Return whether a split has the published number of pairs, and whether its folder is named after it."""
+    """Return whether the split has the published number of pairs, and whether the folder is named after the split."""
     pattern = SPLIT_FOLDERS.get(split.split, "predict")
     has_name = re.match(pattern, split.root.resolve().name, re.IGNORECASE) is not None
     return len(split.files.pairs) == LAYOUTS[split.layout].counts.get(split.split), has_name

@@ -1,4 +1,4 @@
-"""Content hashes of files, and results that depend on contents alone; both are cached until a file changes."""
+"""Content hashes of files, and results computed from contents alone; both are cached until a file changes."""
 
 import hashlib
 import json
@@ -14,8 +14,11 @@ from derain.folders import cache_folder
 from derain.images import write_whole
 from derain.progress import track
 
-SETTLED = 2_000_000_000
-"""Age in nanoseconds from which a file's times are trusted: later changes alter them even on coarse clocks."""
+SETTLED_AGE = 2_000_000_000
+"""Nanoseconds since the last change of a file from which its times are trusted.
+
+A coarse clock may give two changes in quick succession the same time.
+"""
 
 UNREADABLE_CACHE = (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """Exceptions that reading a missing or damaged cache file can raise."""
@@ -26,7 +29,7 @@ Entry = tuple[list[int], bytes]
 
 
 def file_hashes(files: Sequence[Path]) -> list[bytes]:
-    """Return the SHA-256 of each file's content, from the cache if size, inode and times are unchanged.
+    """Return the SHA-256 of each file's content, 32 bytes, from the cache if size, inode and times are unchanged.
 
     The cache has one JSON file per folder of images, in ``cache_folder()/digests``.
 
@@ -84,16 +87,16 @@ def cached_numbers(computation: str, files: Sequence[Path], compute: Callable[[]
 
 
 def _hash(file: Path) -> tuple[list[int] | None, bytes]:
-    """Return state and hash of a file; no state if it changed so recently that its times are not trusted."""
+    """Return state and hash of a file; None as state if it changed too recently to trust its times."""
     with file.open("rb") as opened:
         status = os.fstat(opened.fileno())
         digest = hashlib.file_digest(opened, "sha256").digest()
-    settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED
+    settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED_AGE
     return _state(status) if settled else None, digest
 
 
 def _state(status: os.stat_result) -> list[int]:
-    """Return size, inode and times; they change with the content, since programs cannot set the last of the times."""
+    """Return size, inode and times; they change with the content, since programs cannot set the last one (ctime)."""
     return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 

@@ -1,11 +1,12 @@
 """Layouts of the public data sets: folders, file patterns, number of pairs, sources.
 
 A pattern is a regular expression for the path of a file relative to the data set's folder, without suffix, with ``/``
-between folders; case is ignored. The named groups are the key of the pair: files with equal keys form a pair.
+between folders; case is ignored. The named groups, except ``{version}``, are the key of the pair: files with equal keys
+form a pair.
 
 - ``{n}``: a number (``007`` equals ``7``);
 - ``{name}``: any text, including folders;
-- ``{version}``: number of the rainy version where a clean image has several; not part of the key.
+- ``{version}``: number of the rainy version if a clean image has several.
 """
 
 import re
@@ -17,10 +18,10 @@ Split = Literal["train", "test", "predict"]
 Side = Literal["left", "right"]
 
 SPLIT_FOLDERS: Mapping[str, str] = {"train": "train|training", "test": "test|testing"}
-"""Folders that may precede any pattern; tried before the pattern alone."""
+"""Patterns of the folder that may precede any pattern of a split; tried before the pattern alone."""
 
 AUXILIARY = r"(?:.*/)?(?:rainregion|rainstreak|raintrainregion|rain_?mask|streak)(?:[-_/].*)?"
-"""Rain masks and streaks that some archives contain; never part of a pair."""
+"""Pattern of the rain masks and streaks that some archives contain; ignored unless ``Files.auxiliary`` is true."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class Files:
 
     Attributes:
         rainy: Pattern of the rainy files.
-        clean: Pattern of the clean files; None for side-by-side files and if there are no clean images.
+        clean: Pattern of the clean files; None if they are side by side with the rainy ones or missing.
         clean_side: Clean half of side-by-side files; None if rainy and clean are separate files.
-        numbers: First and last ``{n}`` of the split.
+        numbers: First and last ``{n}`` of the split; None for all.
         truth: Whether the clean half is ground truth (some side-by-side files contain a real photo twice).
         auxiliary: Whether files named like rain masks and streaks belong to the split.
-        note: What users must know about this version of the data set.
+        note: Note for users about this version of the data set.
     """
 
     rainy: str
@@ -63,7 +64,7 @@ class Files:
 
 
 def _plain(pattern: str) -> str:
-    """Return a pattern without optional groups, with the first of alternatives, and without back references."""
+    """Return a pattern without optional groups and back references, and with only the first of alternatives."""
     plain = pattern.replace(r"\d+", "{n}").replace("(?P=video)", "{n}").replace("[-_]?", "-")
     previous = ""
     while plain != previous:  # groups are nested: each pass resolves the innermost ones
@@ -84,8 +85,8 @@ class Layout:
         folders: Names of the data set's folder below the data root; empty for general layouts.
         files: Variants of the file patterns by split; the first one that matches is used.
         counts: Published number of pairs by split.
-        without: Test set whose backgrounds are excluded from the training pairs.
-        partner: Data set that contains the other split.
+        excluded_test_set: Test set; training pairs with its backgrounds are excluded.
+        partner: Data set with the test set of these training pairs, or with the training pairs of this test set.
     """
 
     title: str
@@ -94,7 +95,7 @@ class Layout:
     citation: str = ""
     folders: tuple[str, ...] = ()
     counts: Mapping[Split, int] = field(default_factory=dict)
-    without: str | None = None
+    excluded_test_set: str | None = None
     partner: str = ""
 
 
@@ -105,7 +106,7 @@ _RESTORMER = Files("input/{name}", "target/{name}", note="the files that Restorm
 _RAIN100_RESTORMER = Files(
     "input/{name}",
     "target/{name}",
-    note="the version cut to 480x320 that Restormer and MPRNet distribute, not the original 481x321",
+    note="the version cropped to 480x320 that Restormer and MPRNet distribute, not the original 481x321",
 )
 _YANG_FLAT = Files("rain-{n}(?:x2)?", "norain-{n}")
 _YANG_RAINY = Files("rainy/rain-{n}(?:x2)?", "norain-{n}")
@@ -130,7 +131,7 @@ def _rain200(kind: str, weight: str) -> Layout:
         )
 
     return Layout(
-        title=f"Rain200{kind}, {weight.lower()} rain, the site's second version of Rain100{kind}",
+        title=f"Rain200{kind}, {weight.lower()} rain; the authors' second version of Rain100{kind}",
         folders=(f"Rain200{kind}",),
         files={"train": files("train"), "test": files("test")},
         counts={"train": 1800, "test": 200},
@@ -152,13 +153,13 @@ def _restormer_test(name: str, count: int, title: str) -> Layout:
 
 
 _RAIN_TRAIN_H = Layout(
-    title="training pairs of Rain100H without the 546 whose background is in Rain100H",
+    title="training pairs of Rain100H, without the 546 whose background is in Rain100H",
     folders=("RainTrainH", "Rain100H/train"),
     files={"train": _RAIN_TRAIN},
     counts={"train": 1254},
     source=_YANG_OLD,
     citation=f"{_YANG}; strict set: Ren et al., Progressive Image Deraining Networks, CVPR 2019",
-    without="Rain100H",
+    excluded_test_set="Rain100H",
     partner="Rain100H",
 )
 
@@ -218,7 +219,7 @@ LAYOUTS: dict[str, Layout] = {
     "Rain200L": _rain200("L", "Light"),
     "Rain200H": _rain200("H", "Heavy"),
     "Rain1200": Layout(
-        title="DID-MDN, three densities of rain",
+        title="pairs of DID-MDN, three densities of rain",
         folders=("Rain1200", "DID-MDN", "DID-Data", "DID-MDN-datasets"),
         files={
             "train": (
@@ -235,7 +236,7 @@ LAYOUTS: dict[str, Layout] = {
         citation="Zhang and Patel, Density-aware Single Image De-raining, CVPR 2018",
     ),
     "Rain1400": Layout(
-        title="DDN, 14 rains on each clean image",
+        title="pairs of DDN, 14 rainy versions of each clean image",
         folders=("Rain1400", "rainy_image_dataset", "DDN-Data", "Rain12600"),
         files={
             "train": (
@@ -283,9 +284,9 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "Test100": _restormer_test("Test100", 100, "test set of Rain13K: the test pairs of Rain800"),
     "Test1200": _restormer_test("Test1200", 1200, "test set of Rain13K: the test pairs of Rain1200"),
-    "Test2800": _restormer_test("Test2800", 2800, "test set of Rain13K: 200 x 14 pairs of DDN, not Rain1400's"),
+    "Test2800": _restormer_test("Test2800", 2800, "test set of Rain13K: 200 x 14 pairs of DDN, other than in Rain1400"),
     "SPA-Data": Layout(
-        title="real rain, clean images from video",
+        title="pairs with real rain, clean images computed from videos",
         folders=("SPA-Data", "SPA", "SPAData", "spa-data"),
         files={
             "train": (

@@ -1,7 +1,7 @@
 """Pair files by the key that a pattern extracts from their names, and find the folders of data sets.
 
-A key is the text of all groups of the pattern but ``{version}``: ``rainy/7_2.jpg`` and ``clean/7.jpg`` have the key 7.
-Reads no image.
+A key is the text of all groups of the pattern except ``{version}``: ``rainy/7_2.jpg`` and ``clean/7.jpg`` have the key
+7. No image is read.
 """
 
 import os
@@ -24,7 +24,7 @@ Key = tuple[str | int, ...]
 
 class _KeyedFile(NamedTuple):
     key: Key
-    rain_version: str | None  # number of a rainy version, where a clean image has several
+    rain_version: str | None  # number of the rainy version if a clean image has several
     file: str
 
 
@@ -33,12 +33,12 @@ class PairedFiles:
     """Files of one split, paired by a layout.
 
     Attributes:
-        pairs: Name, rainy file and clean file of each pair, in natural order of the names.
+        pairs: Name, rainy file and clean file (None without clean images) of each pair, in natural order of the names.
         unpaired: Files that match the layout but have no partner.
         clashes: Pairs of conflicting files: two files with the same key, or two clean files that different variants of
             the layout assign to one rainy file.
-        variant: Variant of the layout that matched.
-        unused: Later variants that match files the chosen one misses, with the number of these additional pairs.
+        variant: Variant of the layout that matched; one with an empty pattern if none did.
+        unused: Later variants that match further files, and the number of the pairs that only they match.
     """
 
     pairs: tuple[tuple[str, Path, Path | None], ...] = ()
@@ -69,9 +69,12 @@ def pair_files(name: str, split: Split, root: Path, files: Sequence[str] | None 
 
     Args:
         name: Name of the layout.
-        split: Split to look for. For ``predict``, a layout without such files returns the rainy images of ``test``.
+        split: Split to look for. A layout without a split ``predict`` returns the rainy images of ``test`` for it.
         root: Folder of the data set.
-        files: Paths of the images below it, relative, with ``/``; listed by default.
+        files: Paths of the images, relative to ``root``, with ``/``; listed by default.
+
+    Raises:
+        DerainError: If the folder does not exist.
     """
     files = list_relative(root) if files is None else files
     variants = LAYOUTS[name].files
@@ -93,7 +96,7 @@ def pair_files(name: str, split: Split, root: Path, files: Sequence[str] | None 
 
 
 def _with_later_variants(chosen: PairedFiles, later: Sequence[PairedFiles]) -> PairedFiles:
-    """Add the clashes with later variants of the layout, and the pairs that only these match."""
+    """Add the clashes with later variants of the layout, and the numbers of pairs that only these match."""
     clean_files = {rainy: clean for _, rainy, clean in chosen.pairs}
     clashes = list(chosen.clashes)
     unused = []
@@ -136,7 +139,7 @@ def _pair_by_variant(variant: Files, prefix: str, root: Path, files: Sequence[st
 def _pair_by_key(
     rainy: Sequence[_KeyedFile], clean: Sequence[_KeyedFile]
 ) -> tuple[list[tuple[str, str | None]], list[str], list[tuple[str, str]]]:
-    """Return pairs of files with equal keys, files without partner, and files with the key of an earlier file."""
+    """Return pairs of files with equal keys, files without partner, and clashes of an earlier with a later file."""
     pairs: list[tuple[str, str | None]] = []
     unpaired: list[str] = []
     clashes: list[tuple[str, str]] = []
@@ -149,7 +152,7 @@ def _pair_by_key(
     rainy_by_key: dict[tuple[Key, str | None], str] = {}
     paired_keys = set()
     for key, rain_version, file in rainy:
-        if file in clean_files:  # the rainy pattern may match clean files, too
+        if file in clean_files:  # the rainy pattern may match clean files too
             continue
         first = rainy_by_key.setdefault((key, rain_version), file)
         if first != file:
@@ -214,9 +217,13 @@ def canonical_name(name: str) -> str:
 
 
 def find_data_set_folders(name: str, data_root: Path) -> list[Path]:
-    """Return the folders at or below the data root that are named after a data set, nearest first.
+    """Return the folders that are named after a data set, sorted by depth: the data root, and up to three levels below.
 
-    Of several links to one folder, only the nearest is returned.
+    Of several links to one folder, only the first is returned.
+
+    Args:
+        name: Name of the data set.
+        data_root: Folder to search.
 
     Raises:
         DerainError: If the data root is not a folder.
@@ -235,7 +242,7 @@ def find_data_set_folders(name: str, data_root: Path) -> list[Path]:
 
 
 def folder_alias_index(folder: Path, name: str) -> int | None:
-    """Return the index in ``Layout.folders`` that matches the folder or its link target; None if none does.
+    """Return the index in ``Layout.folders`` of the name that a folder or its link target has; None if it has none.
 
     Case is ignored.
     """

@@ -25,11 +25,11 @@ from derain.images import Pixels, read_rgb
 from derain.progress import track
 
 SCENE_CORRELATION = 0.6
-"""Correlation of small halves above which a side-by-side image shows one scene twice."""
+"""Correlation of the reduced halves of an image above which they show the same scene."""
 
 
 class PairSizeError(DerainError):
-    """Rainy and clean image of a pair that differ in size."""
+    """The rainy and the clean image of a pair differ in size."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,10 @@ class Pair:
     """A rainy image and its clean image, if there is one.
 
     Attributes:
-        name: Name of the rainy file without suffix, unique within the data set; results are saved under this name.
+        name: Name of the rainy file without suffix, with as much of its path as makes it unique within the data set;
+            results are saved under this name.
         rainy: File of the rainy image.
-        clean: File of the clean image; the same file if both are side by side.
+        clean: File of the clean image; ``rainy`` if both are side by side; None if there is no clean image.
         clean_side: Clean half of a side-by-side file; None for separate files.
     """
 
@@ -60,7 +61,7 @@ class Pair:
         """
         rainy = read_rgb(self.rainy)
         if self.clean_side is not None:
-            left, right = split_halves(rainy)
+            left, right = split_halves(rainy, str(self.rainy))
             rainy, clean = (right, left) if self.clean_side == "left" else (left, right)
             return rainy, clean if self.clean is not None else None
         if self.clean is None:
@@ -96,18 +97,22 @@ class PairSet:
     notes: tuple[str, ...] = ()
 
 
-def split_halves(image: Pixels) -> tuple[Pixels, Pixels]:
+def split_halves(image: Pixels, name: str = "image") -> tuple[Pixels, Pixels]:
     """Return the left and right half of a side-by-side image; the middle column of an odd width is dropped.
 
     Args:
-        image: ``(h, 2w, 3)``.
+        image: ``(h, 2w, 3)`` or ``(h, 2w + 1, 3)``.
+        name: Name of the image in messages.
+
+    Returns:
+        Left and right half, ``(h, w, 3)`` each.
 
     Raises:
         DerainError: If the image is one pixel wide.
     """
     half = image.shape[1] // 2
     if half == 0:
-        raise DerainError("image is 1 pixel wide; expected a rainy and a clean image side by side")
+        raise DerainError(f"{name}: is 1 pixel wide; expected a rainy and a clean image side by side; remove the file")
     return np.ascontiguousarray(image[:, :half]), np.ascontiguousarray(image[:, -half:])
 
 
@@ -116,12 +121,14 @@ def find_pairs(spec: str | Path, split: Split, *, data_root: Path | None = None)
 
     Args:
         spec: Name of a data set (``Rain100L``, searched below ``data_root``), a folder (its layout is detected and
-            reported in the notes), or both (``Rain800:path/to/folder``).
+            reported in the notes), or both (``Rain800:path/to/folder``). A folder that does not exist is also looked up
+            in ``data_root``.
         split: ``train``, ``test``, or ``predict`` for rainy images only.
         data_root: Folder that contains the data sets; by default ``$DERAIN_DATA``.
 
     Raises:
-        DerainError: If the data set or folder does not exist, has an unknown or ambiguous layout, or lacks the split.
+        DerainError: If the data set or folder does not exist, has an unknown or ambiguous layout, or lacks the split,
+            or several files belong to the same side of a pair.
 
     Example:
         >>> find_pairs("Rain100L", "train")
@@ -147,37 +154,38 @@ def find_pairs(spec: str | Path, split: Split, *, data_root: Path | None = None)
     if files.variant.note:
         notes.append(files.variant.note)
     for variant, count in files.unused:
-        notes.append(f"not used: {count} further pairs of files {variant}; to use them, move them to their own folder")
+        notes.append(f"not used: {count} further pairs of files {variant}; to use them, move them to another folder")
     pairs = to_pairs(files)
     layout = LAYOUTS[name]
-    if layout.without is not None:
+    if layout.excluded_test_set is not None:
         total = len(pairs)
         pairs = _exclude_test_backgrounds(name, pairs, data_root or root.parent)
-        notes.append(f"{total - len(pairs)} of {total} pairs excluded: their background is in {layout.without}")
+        excluded = total - len(pairs)
+        notes.append(f"{excluded} of {total} pairs excluded: their background is in {layout.excluded_test_set}")
     if files.unpaired:
         notes.append(f"files without partner: {len(files.unpaired)}, first {files.unpaired[0]}")
     expected = layout.counts.get(split)
     if expected is not None and len(pairs) != expected:
-        notes.append(f"{len(pairs)} pairs, {name} has {expected}; run: derain data verify {root}")
+        notes.append(f"{len(pairs)} pairs, expected {expected} for {name}; run: derain data verify {root}")
     return PairSet(name if folder is None else root.resolve().name, name, split, root, pairs, tuple(notes))
 
 
 def to_pairs(files: PairedFiles) -> tuple[Pair, ...]:
-    """Return paired files as pairs."""
+    """Convert paired files to pairs, in the same order."""
     return tuple(Pair(name, rainy, clean, files.variant.clean_side) for name, rainy, clean in files.pairs)
 
 
 def merge_pairs(sets: Sequence[PairSet], *, repeats: bool = False) -> tuple[Pair, ...]:
-    """Return the pairs of several data sets, named ``SET/NAME``.
+    """Return the pairs of several data sets, named ``SET/NAME``, or those of a single one with unchanged names.
 
-    Sets of equal name are named by their parent folders as well, as many as make the names differ.
+    ``SET`` includes as many parent folders as are needed to distinguish sets of the same name.
 
     Args:
         sets: The data sets.
         repeats: Whether a data set may occur several times.
 
     Raises:
-        DerainError: If two pairs would have the same name.
+        DerainError: If two different pairs would have the same name, or two equal pairs without ``repeats``.
 
     Example:
         >>> sets = [PairSet("a", "images", "predict", Path(root), (Pair("1", Path(root, "1.png")),)) for root in "xy"]
@@ -271,7 +279,7 @@ def _find_named_set(name: str, split: Split, folder: Path | None, data_root: Pat
 
 def _exclude_test_backgrounds(name: str, pairs: tuple[Pair, ...], data_root: Path) -> tuple[Pair, ...]:
     """Return the pairs whose background is not in the layout's test set; the result is cached."""
-    test_name = LAYOUTS[name].without
+    test_name = LAYOUTS[name].excluded_test_set
     assert test_name is not None
     try:
         test_pairs = find_pairs(test_name, "test", data_root=data_root).pairs
@@ -298,7 +306,7 @@ def _exclude_test_backgrounds(name: str, pairs: tuple[Pair, ...], data_root: Pat
 
 
 def read_clean(pair: Pair) -> Pixels:
-    """Read the clean image of a pair that has one; the rainy image is not decoded if it is in a separate file."""
+    """Read the clean image of a pair that has one, ``(h, w, 3)`` in 0 to 255; a separate rainy file is not decoded."""
     if pair.clean is not None and pair.clean_side is None:
         return read_rgb(pair.clean)
     _, clean = pair.read()
@@ -307,18 +315,18 @@ def read_clean(pair: Pair) -> Pixels:
 
 
 def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) -> tuple[str, str, PairedFiles]:
-    """Detect the layout of a folder by its name, or else by the files in it.
+    """Detect the layout of a folder by its name or that of its parent, or else by the files in it.
 
     Args:
         root: The folder.
-        split: Split whose pairs are searched.
+        split: Split to look for.
         files: Relative paths of the images below the folder, with ``/``; listed by default.
 
     Returns:
-        Name of the layout, reason for it, and the paired files.
+        Name of the layout, what it was detected by, and the paired files.
 
     Raises:
-        DerainError: If no layout fits, or several fit and disagree about the pairs.
+        DerainError: If the folder does not exist, no layout fits, or several fit and disagree about the pairs.
     """
     files = list_relative(root) if files is None else files
     candidates: dict[str, PairedFiles] = {}
@@ -329,7 +337,7 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
         for folder in (root.absolute(), root.absolute().parent, root.resolve(), root.resolve().parent):
             if folder_alias_index(folder, name) is not None:
                 return name, f"the name of the folder {folder}", paired
-        if layout.without is not None:
+        if layout.excluded_test_set is not None:
             continue
         side_by_side = paired.variant.clean_side is not None
         if side_by_side and (split == "predict" or not _halves_show_one_scene(paired)):
@@ -340,7 +348,7 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
             return "images", "the lack of clean images", pair_files("images", split, root, files)
         expected = "; ".join(str(variant) for variant in LAYOUTS["folder"].files["test"])
         raise DerainError(
-            f"{root}: no {split} pairs, it contains {describe_contents(root)}; expected {expected}; "
+            f"{root}: no {split} pairs; contains {describe_contents(root)}; expected {expected}; "
             "give other layouts by name, as in Rain800:path (see derain data list)"
         )
     most_pairs = max(len(paired.pairs) for paired in candidates.values())
@@ -353,7 +361,7 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
 
 
 def _halves_show_one_scene(files: PairedFiles) -> bool:
-    """Return whether the left and right half of the first files show the same scene."""
+    """Return whether the left and the right half show the same scene in most of the first five files."""
     correlations = []
     for _, file, _ in files.pairs[:5]:
         grey = cv2.cvtColor(read_rgb(file), cv2.COLOR_RGB2GRAY)

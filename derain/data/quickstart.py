@@ -1,4 +1,4 @@
-"""The data set ``Quickstart``: rain on a few freely licensed photos, generated on first use."""
+"""The data set ``Quickstart``: freely licensed photos with synthetic rain, generated on first use."""
 
 from pathlib import Path
 
@@ -14,7 +14,10 @@ RAINS_PER_PHOTO = {"train": 6, "test": 3}
 def quickstart_set(parent: Path) -> Path:
     """Generate the data set in ``parent/Quickstart`` if it is missing, and return this folder.
 
-    Training and test photos differ; the rain is of preset ``medium``.
+    The training and test images show different photos; the rain has the preset ``medium``.
+
+    Raises:
+        DerainError: If scikit-image, which contains the photos, is not installed.
     """
     folder = parent / "Quickstart"
     parent.mkdir(parents=True, exist_ok=True)

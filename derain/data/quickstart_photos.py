@@ -1,4 +1,4 @@
-"""Freely licensed photos of the quickstart, taken from scikit-image."""
+"""Freely licensed photos in scikit-image, for the quickstart."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class FreePhoto:
         subject: Subject of the photo.
         author: Author.
         licence: Licence as stated by scikit-image.
-        split: Split of the quickstart data set; no photo is in both.
+        split: Split of the data set ``Quickstart``.
     """
 
     file: str
@@ -39,14 +39,14 @@ PHOTOS = (
     FreePhoto("chelsea.png", "Chelsea the cat", "Stefan van der Walt", "CC0", "test"),
     FreePhoto("rocket.jpg", "a Falcon 9 before its launch", "SpaceX", "public domain", "test"),
 )
-"""Authors and licences are from the docstrings of ``skimage.data``."""
+"""Photos with authors and licences as in the docstrings of ``skimage.data``."""
 
 
 def write_photos(folder: Path) -> list[Path]:
     """Write the photos as PNG files to ``folder/train`` and ``folder/test``, and ``folder/LICENCES.txt``.
 
-    Training photos are cut into four tiles, so that training sees more kinds of rain; test photos stay whole. No
-    photo is in both folders.
+    Training photos are cut into four tiles, so that training sees more kinds of rain; test photos are not cut. No photo
+    is in both folders.
 
     Args:
         folder: Output folder; existing files of the same names are replaced.

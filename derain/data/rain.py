@@ -4,16 +4,20 @@ A rainy image is the clean one seen through streaks and mist::
 
     rainy = w · clean + (1 − w) · sky,    w = T · Π_l (1 − S_l)
 
-``w`` in [0, 1] is the share of light that reaches the camera from the scene. ``S_l`` in [0, 1] is the opacity of the
-streaks of depth layer ``l``, ``T`` in [0, 1] the transmission of the veil of distant rain, ``sky`` the light that both
-scatter. This is the heavy rain model ``T · (clean + Σ S_l) + (1 − T) · A``
-of Yang et al. (CVPR 2017) and Li et al. (CVPR 2019) with translucent streaks, as Garg and Nayar measured (IJCV 2007),
-composed like the screen blend of Luo et al. (ICCV 2015), so that overlapping streaks do not overflow. The streaks of a
-layer are motion-blurred noise; near layers have longer, wider, softer and brighter streaks, far ones shorter, fainter
-and more. Drops on the lens show the scene inverted, small and blurred (You et al., TPAMI 2016).
+``w`` in [0, 1] is the share of the scene's light that reaches the camera. ``S_l`` in [0, 1] is the opacity of the
+streaks of depth layer ``l``, ``T`` in [0, 1] the transmission of the veil (mist of distant rain), and ``sky`` the light
+that both scatter.
 
-This module imports no torch: importing it takes longer than adding rain to many photos. ``RandomRain`` of kornia or
-albumentations would, and draws lines of one grey value and length, without depth.
+The heavy rain model ``T · (clean + Σ_l S_l) + (1 − T) · A`` with atmospheric light ``A`` (Yang et al., CVPR 2017; Li et
+al., CVPR 2019) adds streaks. Here they are translucent, as Garg and Nayar measured (IJCV 2007), and composed like the
+screen blend of Luo et al. (ICCV 2015), so that overlapping streaks never exceed ``sky``.
+
+The streaks of a layer are random runs of pixels, blurred and rotated. Near layers have longer, wider, softer and
+brighter streaks; far layers have shorter, fainter and more streaks. Drops on the lens show the scene inverted, small
+and blurred (You et al., TPAMI 2016).
+
+This module does not import torch, since that takes longer than adding rain to many photos. ``RandomRain`` of kornia and
+albumentations draws lines of a single grey value and length, without depth.
 """
 
 import dataclasses
@@ -42,10 +46,10 @@ SKY = (128, 242)
 """Range of the light that streaks and veil scatter, in 0 to 255: dusk to a bright overcast sky."""
 
 RECORD = "rain.json"
-"""File in the data set with everything needed to reproduce it."""
+"""File in the data set with all parameters needed to reproduce it from the clean photos."""
 
 REFERENCE_SIDE = 512
-"""Shorter side in pixels up to which streak sizes are absolute; beyond it, they scale with the photo."""
+"""Shorter side of a photo, in pixels, above which the sizes of streaks grow in proportion to it."""
 
 
 def _field(default: float | int, low: float | int, high: float | int) -> Any:
@@ -58,14 +62,14 @@ class Rain:
 
     Attributes:
         density: Total area of the streaks of all layers, divided by the image area; overlaps count repeatedly; 0 to 4.
-        length: Mean length of the nearest streaks in pixels; like ``width``, it scales with the shorter side of photos
-            in which that exceeds 512 pixels (``REFERENCE_SIDE``); 1 to 400.
-        width: Width of the nearest streaks in pixels; 0.2 to 40.
+        length: Mean length of the nearest streaks in pixels; if both sides of a photo exceed 512 pixels, it is scaled
+            by the shorter side divided by 512; 1 to 400.
+        width: Width of the nearest streaks in pixels, scaled likewise; 0.2 to 40.
         angle: Degrees from the vertical, positive for rain that falls to the right; -90 to 90.
         spread: Standard deviation of the layers' angles around ``angle``, in degrees; 0 to 45.
         layers: Number of depth layers; 1 to 16.
         brightness: Opacity of the brightest streaks; 0 to 1.
-        veil: Opacity of the mist of distant rain; 0 to 1.
+        veil: Opacity of the densest mist of distant rain, approximately; 0 to 1.
         drops: Number of drops on the lens; 0 to 200.
 
     Raises:
@@ -117,7 +121,7 @@ def sample_rain(low: Rain, high: Rain, rng: np.random.Generator) -> Rain:
     Args:
         low: Lower limits.
         high: Upper limits.
-        rng: Source of randomness.
+        rng: Random number generator.
 
     Raises:
         DerainError: If a lower limit exceeds the upper one.
@@ -145,7 +149,7 @@ def add_rain(clean: Pixels, rain: Rain, rng: np.random.Generator) -> Pixels:
     Args:
         clean: ``(h, w, 3)`` uint8.
         rain: Parameters of the rain.
-        rng: Source of randomness; equal states return equal pixels.
+        rng: Random number generator; in equal states, it yields equal rain.
 
     Returns:
         The rainy photo, ``(h, w, 3)`` uint8.
@@ -170,10 +174,10 @@ def streaks(shape: tuple[int, int], rain: Rain, rng: np.random.Generator) -> NDA
     Args:
         shape: ``(h, w)`` in pixels.
         rain: Parameters of the rain; veil and drops are ignored.
-        rng: Source of randomness.
+        rng: Random number generator.
 
     Returns:
-        ``(h, w)`` in [0, 1]; at most ``rain.brightness`` where streaks do not overlap.
+        ``(h, w)`` in [0, 1]; at most ``rain.brightness`` where streaks of different layers do not overlap.
     """
     transmission = np.ones(shape, np.float32)
     scale = max(1.0, min(shape) / REFERENCE_SIDE)
@@ -203,8 +207,16 @@ def _layer_opacity(
 ) -> NDArray[np.float32]:
     """Return the opacity of the streaks of one layer, in [0, 1].
 
-    Streaks are drawn horizontally, as runs of pixels in the rows of a canvas, each with its own length and brightness;
-    then they are blurred (ends taper, edges soften) and rotated into the direction of the fall.
+    Streaks are drawn horizontally, as runs of pixels in the rows of a canvas, each with its own length and brightness.
+    Then they are blurred, which tapers their ends and softens their edges, and rotated into the direction of the rain.
+
+    Args:
+        shape: ``(h, w)`` in pixels.
+        coverage: Expected area of the streaks, divided by the image area.
+        length: Mean length of the streaks in pixels.
+        width: Width of the streaks in pixels.
+        angle: Angle from the vertical in radians, positive for rain that falls to the right.
+        rng: Random number generator.
     """
     sin, cos = math.sin(angle), math.cos(angle)
     h, w = shape
@@ -216,17 +228,17 @@ def _layer_opacity(
     end = start + length * rng.uniform(0.5, 1.5, count)
     row = rng.integers(canvas_width, size=count)
     brightness = rng.uniform(0.3, 1, count).astype(np.float32)
-    # difference array: +brightness at the start, −brightness at the end; cumsum fills the run
+    # Difference array: +brightness at the start, −brightness at the end; cumsum fills the run.
     canvas = np.zeros((canvas_width, canvas_length + 1), np.float32)
     np.add.at(canvas, (row, np.clip(np.rint(start).astype(int), 0, canvas_length)), brightness)
     np.subtract.at(canvas, (row, np.clip(np.rint(end).astype(int), 0, canvas_length)), brightness)
     canvas = canvas.cumsum(axis=1, dtype=np.float32)
 
     cross_profile = cv2.getGaussianKernel(2 * math.ceil(width) + 3, max(0.5, width / 2.35), cv2.CV_32F)
-    cross_profile *= min(1.0, width) / cross_profile.max()  # keeps the brightness in the middle of a streak
+    cross_profile *= min(1.0, width) / cross_profile.max()  # keeps the brightness at the centre of a streak
     tapered = cv2.blur(canvas, (max(1, round(length / 2)), 1))
     softened = np.minimum(cv2.sepFilter2D(tapered, -1, np.ones(1, np.float32), cross_profile), 1)
-    rotation = np.array([[sin, cos, 0], [cos, -sin, 0]])  # from pixels to coordinates along and across the fall
+    rotation = np.array([[sin, cos, 0], [cos, -sin, 0]])  # from pixels to coordinates along and across the streaks
     rotation[:, 2] = (canvas_length / 2, canvas_width / 2) - rotation[:, :2] @ (w / 2, h / 2)
     rotated = cv2.warpAffine(softened, rotation, (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
     return np.asarray(rotated, np.float32)
@@ -234,7 +246,7 @@ def _layer_opacity(
 
 def _veil(shape: tuple[int, int], rain: Rain, rng: np.random.Generator) -> NDArray[np.float32] | float:
     """Return the opacity of the mist in [0, 1]: patchy, and denser at the top, where scenes are farther away."""
-    # drawn even without a veil, so that the veil does not change the drops
+    # Sampled even without a veil, so that the veil does not change the drops.
     patches = rng.uniform(0.7, 1.0, (4, 5)).astype(np.float32)
     if rain.veil == 0:
         return 0.0
@@ -296,7 +308,7 @@ def _add_drop(
 
 
 def image_rng(seed: int, name: str) -> np.random.Generator:
-    """Return the random number generator of an image, seeded by the seed and the image's name only."""
+    """Return the random number generator of an image, seeded by ``seed`` and the image's name."""
     digest = hashlib.sha256(os.fsencode(name)).digest()
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
 
@@ -312,12 +324,12 @@ def synthesize(
 ) -> list[str]:
     """Generate a data set of pairs from clean photos.
 
-    ``out`` gets ``input/NAME.png`` (``input/NAME_rain1.png``, … for several rainy images per photo),
-    ``target/NAME.png``, ``rain.json`` (everything needed to reproduce the data set, and the rain of each image)
-    and ``contact_sheet.png``. The folder is created when all files are written.
+    Writes ``input/NAME.png`` (``input/NAME_rain1.png``, … for several rainy images per photo), ``target/NAME.png``,
+    ``rain.json`` (seed, limits, and the rain of each image) and ``contact_sheet.png`` to ``out``, which is created or
+    replaced only once all files are complete.
 
     Args:
-        clean: Folder of clean photos; subfolders are kept.
+        clean: Folder of clean photos; ``NAME`` includes its subfolders.
         out: Folder of the data set.
         rain: Lower and upper limits of the rain (:data:`PRESETS`); the rain of each image is sampled between them.
         per_image: Number of rainy images per photo, 1 to 1000.
@@ -325,11 +337,12 @@ def synthesize(
         overwrite: Replace ``out`` if it contains a data set written by this function.
 
     Returns:
-        One line for each photo that was skipped since it could not be read.
+        A message for each photo that was skipped because it could not be read.
 
     Raises:
-        DerainError: If no photo can be read, two photos have the same name, a number is out of range, or ``out`` is
-            not empty.
+        DerainError: If no photo can be read, two photos have the same name, a number is out of range, a lower limit
+            exceeds its upper limit, one folder contains the other, or ``out`` is a file or a folder with other content
+            than a data set to overwrite.
     """
     if not 1 <= per_image <= 1000 or seed < 0:
         raise DerainError(
@@ -379,10 +392,10 @@ def synthesize(
 
 
 def _photos_by_stem(clean: Path, per_image: int) -> dict[str, Path]:
-    """Return the photos below a folder by relative path without suffix, and check that outputs do not collide."""
+    """Return the photos below a folder by relative path without suffix; check that outputs have different names."""
     files = image_files(clean, recursive=True)
     if not files:
-        raise DerainError(f"{clean}: no images in it; give a folder of clean photos")
+        raise DerainError(f"{clean}: contains no images; give a folder of clean photos")
     photos: dict[str, Path] = {}
     for file in files:
         first = photos.setdefault(file.relative_to(clean).with_suffix("").as_posix(), file)
@@ -427,7 +440,9 @@ def _check_folders(clean: Path, out: Path, overwrite: bool) -> None:
         raise DerainError(f"{out}: is a file; choose another folder")
     if out.exists() and any(out.iterdir()):
         if not (out / RECORD).is_file():
-            raise DerainError(f"{out}: contains files, but no generated data set; choose an empty or a new folder")
+            raise DerainError(
+                f"{out}: contains files, but no generated data set ({RECORD}); choose a new or empty folder"
+            )
         if not overwrite:
             raise DerainError(f"{out}: already contains a data set; add --overwrite to replace it")
 

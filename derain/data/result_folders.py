@@ -1,4 +1,4 @@
-"""Find the clean image of each derained image in folders of results, by file name."""
+"""Find the clean image of each derained image by file name."""
 
 import itertools
 import os
@@ -30,7 +30,7 @@ class ScoringPair:
     Attributes:
         name: Name of the image in the scores.
         derained: Derained file.
-        clean: Clean file, or the pair whose clean half it is; None without clean images.
+        clean: Clean file, or the pair of a data set with the clean image; None without clean images.
     """
 
     name: str
@@ -65,21 +65,28 @@ class ScoringPair:
 
 
 class _Candidate(NamedTuple):
-    """Clean images that the results may belong to."""
+    """Clean images that the results may belong to.
+
+    Attributes:
+        title: Data set, split and notes; empty for a plain folder.
+        references: Clean files, or pairs with the clean images, by name.
+    """
 
     title: str
     references: References
 
 
 def find_scoring_pairs(derained: Path, clean: str | None) -> list[ScoringPair]:
-    """Return each derained image with its clean image, found by name.
+    """Return each derained image with its clean image, found by name as in `match_names`.
+
+    Prints the data set and split of the clean images to standard error.
 
     Args:
-        derained: File or folder of derained images.
-        clean: File or folder of clean images, or a data set; None for scores without reference.
+        derained: Derained image, or folder of derained images.
+        clean: Clean image, folder of clean images, or data set; None for scores without reference.
 
     Raises:
-        DerainError: If files are missing, or names are ambiguous.
+        DerainError: If a file or folder does not exist, an image has no partner, or names are ambiguous.
     """
     if derained.is_file():
         files = {derained.stem: derained}
@@ -127,7 +134,7 @@ def _images_by_name(folder: Path) -> dict[str, Path]:
     if paths:
         below = len(list_images(folder, recursive=True).files) - len(paths)
         if below:
-            warn_once(f"{folder}: {below} images in subfolders are not scored; score these folders separately")
+            warn_once(f"{folder}: ignoring {below} images in subfolders; give a subfolder to use its images")
     else:
         paths = image_files(folder, recursive=True)
     if not paths:
@@ -139,7 +146,7 @@ def _images_by_name(folder: Path) -> dict[str, Path]:
         if name in files:
             raise DerainError(f"{path}: has the same name as {files[name].name}; remove one of them")
         files[name] = path
-    # `derain restore` and `derain predict` write comparisons and explanations beside their results.
+    # `derain restore` and `derain predict` write comparisons and explanations to the same folder.
     companions = set()
     for path in files.values():
         companions |= {f"{path.name}-compare", f"{path.name}-explain", f"{path.stem}-explain"}
@@ -157,7 +164,8 @@ def _candidates(clean: str, derained: Path) -> list[_Candidate]:
             first_error = first_error or error
             continue
         first = pair_set.pairs[0]
-        if first.clean_side and image_size(first.rainy) == image_size(derained):  # not side by side
+        # A file with the size of a result is not two images side by side.
+        if first.clean_side and image_size(first.rainy) == image_size(derained):
             return [_plain_folder(clean)]
         references: References = {pair.name: pair for pair in pair_set.pairs}
         if all(references != candidate.references for candidate in candidates):
@@ -183,21 +191,21 @@ def match_names(
 ) -> dict[str, str]:
     """Return the clean name of every derained name, found by the names alone, never by their order.
 
-    The first of these rules that fits all names is used, in Unicode's composed form (NFC):
+    Names are compared in Unicode's composed form (NFC), by the first of these rules that fits all names:
 
     1. Equal names.
-    2. Equal except for usual words (``rain-001``, ``norain-1x2``, ``1_derained``) and leading zeros.
-    3. Equal except for one prefix and suffix shared by all results, or several results per clean image, numbered
-       ``901_1``, ``901_2``. If both apply, they must agree.
+    2. Equal except for case, punctuation, leading zeros and usual words (``rain-001``, ``norain-1x2``, ``1_derained``).
+    3. As rule 2, after a prefix and suffix shared by all results are removed; or several results per clean image,
+       numbered ``901_1``, ``901_2``. If both apply, they must agree.
 
     Args:
         derained: Names of the results, without suffix.
         clean: Names of the clean images, without suffix.
-        allow_extra: Allow clean images without result.
+        allow_extra: Allow clean images without a result.
         labels: Names of both lists in messages.
 
     Raises:
-        DerainError: If an image has no partner, or several.
+        DerainError: If an image has no partner, or a result matches several clean images.
 
     Example:
         >>> match_names(["rain-1", "rain-2"], ["norain-001", "norain-002"])
@@ -216,10 +224,10 @@ def match_names(
 
 @dataclass(frozen=True)
 class _Fit:
-    """Clean names that match each derained name by the strictest rule that fits.
+    """Clean names that match each derained name by the strictest rule that fits all.
 
     Attributes:
-        rule: Number of the rule; lower is stricter.
+        rule: Index of the rule in `match_names`, from 0; a lower one is stricter.
         options: Clean names by derained name.
     """
 
@@ -227,10 +235,10 @@ class _Fit:
     options: dict[str, list[str]]
 
     def unique(self, labels: tuple[str, str], allow_extra: bool) -> dict[str, str]:
-        """Return the only clean name of each derained name.
+        """Return the clean name of each derained name.
 
         Raises:
-            DerainError: If a name has several.
+            DerainError: If a derained name matches several clean names.
         """
         for name, clean_names in self.options.items():
             if len(clean_names) > 1:
@@ -242,7 +250,7 @@ class _Fit:
 
 
 def _fit(derained: Sequence[str], clean: Sequence[str], allow_extra: bool) -> _Fit | None:
-    """Apply the rules of `match_names` in order; return the first that fits, or None."""
+    """Return the names that match by the first rule of `match_names` that fits all; None if no rule does."""
     keys = [_key(name) for name in derained]
     clean_by_name, clean_by_key = _by_key(clean, _composed), _by_key(clean, _key)
     equal = _look_up(derained, [_composed(name) for name in derained], clean_by_name, allow_extra)
@@ -252,8 +260,8 @@ def _fit(derained: Sequence[str], clean: Sequence[str], allow_extra: bool) -> _F
     ]
     numbered = all(len(key) > 1 and key[-1].isdecimal() for key in keys)
     if not allow_extra and numbered and len(set(keys)) == len(keys):
-        without_number = [key[:-1] for key in keys]
-        trimmed.append(_look_up(derained, without_number, clean_by_key, allow_extra, repeated=True))
+        unnumbered = [key[:-1] for key in keys]
+        trimmed.append(_look_up(derained, unnumbered, clean_by_key, allow_extra, allow_repeated=True))
     for rule, results in enumerate(([equal], [equal_keys], trimmed)):
         matches = [result for result in results if result is not None]
         if matches:
@@ -267,7 +275,7 @@ def _union(lists: Iterable[list[str]]) -> list[str]:
 
 
 def _trimmed(keys: Sequence[Key], clean: dict[Key, list[str]]) -> list[list[Key]]:
-    """Return the keys without a shared prefix and suffix, for each with which the first key becomes a clean one."""
+    """Return the keys without a shared prefix and suffix, for each choice that turns the first key into a clean one."""
     first = keys[0]
     trimmed = []
     for start in range(len(first)):
@@ -286,15 +294,19 @@ def _look_up(
     clean: dict[K, list[str]],
     allow_extra: bool,
     *,
-    repeated: bool = False,
+    allow_repeated: bool = False,
 ) -> dict[str, list[str]] | None:
-    """Return the clean names by derained name; None if a key is unknown or repeated, or clean images remain."""
+    """Return the clean names by derained name.
+
+    Returns None if no clean image has one of the keys; if clean images remain, without ``allow_extra``; or if keys
+    repeat, without ``allow_repeated``.
+    """
     distinct = set(keys)
     if not distinct <= clean.keys():
         return None
     if not allow_extra and len(distinct) != len(clean):
         return None
-    if not repeated and len(distinct) != len(keys):
+    if not allow_repeated and len(distinct) != len(keys):
         return None
     return {name: clean[key] for name, key in zip(derained, keys, strict=True)}
 
@@ -306,7 +318,7 @@ _USUAL_WORDS = frozenset(
         "derain derained deraining output out result results restored pred sr",
     )
 )
-"""Words that name the kind of an image, not its pair."""
+"""Words for the kind of an image (rainy, clean, derained), which do not identify its pair."""
 
 
 _WORD_CATEGORIES = ("L", "M", "N", "So", "Cs")
@@ -319,9 +331,10 @@ def _composed(name: str) -> str:
 
 
 def _key(name: str) -> Key:
-    """Return the words and numbers of a name, without leading zeros and words such as ``rain`` or ``gt``.
+    """Return the words and numbers of a name, without leading zeros, usual words and a final scale such as ``x2``.
 
-    Accents, signs of any script, and bytes that are not UTF-8 belong to words; punctuation and spaces separate them.
+    Letters and signs of any script, and bytes that are not UTF-8, belong to words; punctuation and spaces separate
+    words.
     """
     plain = re.sub(r"(?<=\d)x\d$", "", _composed(name.lower()))
     spaced = "".join(char if unicodedata.category(char).startswith(_WORD_CATEGORIES) else " " for char in plain)
@@ -342,7 +355,7 @@ def _by_key(names: Sequence[str], key: Callable[[str], K]) -> dict[K, list[str]]
 
 
 def _mismatch(derained: Sequence[str], clean: Sequence[str], labels: tuple[str, str]) -> str:
-    """Return a message that names the files without partner."""
+    """Return the error message for names that no rule matches."""
     derained_by_key, clean_by_key = _by_key(derained, _key), _by_key(clean, _key)
     for groups, label in ((derained_by_key, labels[0]), (clean_by_key, labels[1])):
         for names in groups.values():
@@ -359,6 +372,6 @@ def _mismatch(derained: Sequence[str], clean: Sequence[str], labels: tuple[str, 
 
 
 def _first(names: list[str]) -> str:
-    """Return the first five names, and the number of the remaining ones."""
+    """Return the first five names and the number of remaining ones as text."""
     listed = ", ".join(names[:5])
     return listed if len(names) <= 5 else f"{listed} and {len(names) - 5} more"

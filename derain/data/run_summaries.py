@@ -20,13 +20,13 @@ NAMES = {
     "RestormerModule": "Restormer",
     "DACLIPSDEModule": "DA-CLIP + IR-SDE",
 }
-"""Names of the methods in papers."""
+"""Names of methods in papers, by class."""
 
 TEST_SETS = {"RainTrainL": "Rain100L", "RainTrainH": "Rain100H", "RainTrainH-full": "Rain100H"}
-"""Test set of each training set that has another name."""
+"""Test sets by training set, where their names differ."""
 
 MIXED = {"Rain100L", "Rain100H", "Rain800"}
-"""Sets that CLIP-RPN's authors call Mixed."""
+"""Data sets that CLIP-RPN's authors combine as Mixed."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Score:
         psnr: PSNR in dB.
         ssim: SSIM, at most 1.
         lpips: LPIPS; None if it was not computed.
-        images: Number of evaluated images.
+        images: Number of evaluated images. This and the following attributes are None for published scores.
         fingerprint: Hash of the images.
         image_scores: File with the scores of each image.
-        seconds: Mean time per image.
-        partial_of: Number of images in the data set, if only some were evaluated.
+        seconds: Mean time per image in seconds.
+        partial_of: Number of images in the data set; None if all were evaluated.
     """
 
     dataset: str
@@ -58,22 +58,23 @@ class Score:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """Row of the table.
+    """Row of a table of results, measured by derain or published.
 
     Attributes:
         method: Name of the method in papers.
-        details: Hyper-parameters and sampling.
+        details: Hyper-parameters and sampling options.
         trained_on: Names of the training sets.
-        protocol: Evaluation protocol.
+        protocol: Evaluation protocol; None if a paper's is unknown.
         scores: One per data set.
-        weights: Start of the hash of the weights file, or of several.
-        file: ``summary.json``, or the table of a paper.
-        metadata: Metadata of the weights, from which the method can be built.
-        parameters: Number of parameters of the network.
-        macs: Multiply-accumulate operations per image.
+        weights: First 8 hexadecimal digits of the SHA-256 of the weights file, separated by commas for several files;
+            None if unknown.
+        file: ``summary.json``, separated by commas for several files; or the source of a published row.
+        metadata: Metadata of the weights, from which the method can be built; empty for a published row.
+        parameters: Number of parameters of the network, as published.
+        macs: Multiply-accumulate operations per image, as published; the note states the image size.
         hardware: Hardware on which the time was measured.
-        lpips_net: Network of LPIPS.
-        note: Source and caveats of a published row; None for own results.
+        lpips_net: Network of LPIPS; None without LPIPS.
+        note: Source and caveats of a published row; None for measured results.
     """
 
     method: str
@@ -92,13 +93,15 @@ class ResultRow:
 
     @property
     def seconds(self) -> float | None:
-        """Mean time per image over the data sets."""
+        """Mean over the data sets of the mean time per image, in seconds."""
         seconds = [score.seconds for score in self.scores if score.seconds is not None]
         return sum(seconds) / len(seconds) if seconds else None
 
 
 def find_files(paths: Iterable[Path], name: str) -> list[Path]:
-    """Return the given files, and all files of a name below the given folders.
+    """Return the given files, and all files called ``name`` below the given folders, each once.
+
+    Given files with another suffix than ``name`` are ignored: shells expand patterns such as ``runs/*`` to them.
 
     Raises:
         DerainError: If a path is neither a folder nor a file.
@@ -116,7 +119,7 @@ def find_files(paths: Iterable[Path], name: str) -> list[Path]:
 
 
 def read_summary(file: Path) -> dict[str, Any]:
-    """Read a summary of ``derain test``.
+    """Read a summary written by ``derain test``.
 
     Raises:
         DerainError: If the file is not such a summary.
@@ -156,7 +159,8 @@ def select_protocol(
         protocol: Name of the protocol; None if all results have the same one.
 
     Raises:
-        DerainError: If there are results under several protocols and none is given, or a summary has none under it.
+        DerainError: If the protocol is not given and results have several; if a summary has no results under it; or if
+            LPIPS was computed by several networks.
     """
     counts = Counter(result["protocol"] for _, summary in summaries for result in summary["results"])
     if protocol is None:
@@ -231,8 +235,8 @@ def dataset_name(sets: str | list[str]) -> str:
 def merge_rows(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """Merge the results of one method on several data sets into one row, as papers do.
 
-    A merged row has the results of one weights file, or of several, each trained for the data set it was tested on.
-    Rows are not merged if a method was tested on a data set twice, since that would hide a result.
+    A merged row has the results of a single weights file, or of several that were each trained for the data set they
+    were tested on. Rows are not merged if a method was tested on a data set twice, since that would hide a result.
     """
     merged: list[ResultRow] = []
     for same_method in _group(rows, lambda row: (row.method, row.details)):
@@ -255,7 +259,7 @@ def _distinct_sets(rows: Sequence[ResultRow]) -> bool:
 
 
 def _trained_for_its_set(row: ResultRow) -> bool:
-    """Return whether the weights were trained on the training set that belongs to the test set."""
+    """Return whether the weights were trained on the training set, and no other, that belongs to the test set."""
     name = row.scores[0].dataset
     expected = MIXED if name == "Mixed" else {name}
     return {TEST_SETS.get(training_set, training_set) for training_set in row.trained_on} == expected
@@ -293,16 +297,16 @@ def _merge(rows: list[ResultRow]) -> ResultRow:
 
 
 def published_tables() -> dict[str, dict[str, Any]]:
-    """Return the tables of papers that derain knows, by their ids, such as ``cliprpn:3``."""
+    """Return the published tables in ``published.yaml`` by their ids, such as ``cliprpn:3``."""
     text = (importlib.resources.files("derain") / "published.yaml").read_text(encoding="utf-8")
     return {table["id"]: table for table in yaml.safe_load(text)}
 
 
 def published_table(paper: str) -> dict[str, Any]:
-    """Return a table of a paper.
+    """Return the published table with an id such as ``cliprpn:3``.
 
     Raises:
-        DerainError: If derain does not know it.
+        DerainError: If there is no such table.
     """
     tables = published_tables()
     if paper not in tables:
@@ -311,13 +315,16 @@ def published_table(paper: str) -> dict[str, Any]:
 
 
 def published_rows(sets: set[str], protocol: str | None, paper: str | None = None) -> list[ResultRow]:
-    """Return the rows of papers with results on any of the data sets.
+    """Return the published rows with scores on any of the data sets; scores on other data sets are omitted.
 
     Args:
         sets: Names of the data sets.
-        protocol: Protocol of the own results; rows under another protocol are marked in their note. None if there are
-            no own results.
-        paper: Id of one table; by default all but those of ablations.
+        protocol: Protocol of the results to compare with; the note of a row under another protocol says that it is not
+            comparable. None if there are no such results.
+        paper: Id of the table; by default all tables except those of ablations.
+
+    Raises:
+        DerainError: If there is no table with this id.
     """
     tables = (
         [published_table(paper)]
@@ -355,34 +362,34 @@ def _table_note(table: dict[str, Any], protocol: str | None) -> str:
     if "cost" in table:
         parts.append(table["cost"])
     if protocol is not None and table["protocol"] != protocol:
-        parts.append(f"not comparable: another protocol than {protocol}")
+        parts.append(f"not comparable: protocol differs from {protocol}")
     return "; ".join(parts)
 
 
 def row_labels(rows: Sequence[ResultRow]) -> list[str]:
     """Return the labels of the rows.
 
-    A label is the method, with the hyper-parameters that differ from other rows of the method, and with weights or
-    file if rows would still have the same label.
+    The label of a published row is its method. Other labels add the hyper-parameters that differ between rows of the
+    method. If labels (with equal training sets) are still equal, the hash of the weights is added, then the file.
     """
     labels = []
     for row in rows:
         details = [] if row.note is not None else _differing_details(row, rows)
         labels.append(", ".join([row.method, *details]))
-    own_indices = [index for index, row in enumerate(rows) if row.note is None]
-    weights = [rows[index].weights or "no weights" for index in own_indices]
-    files = shorten_paths([Path(rows[index].file) for index in own_indices])
+    measured_indices = [index for index, row in enumerate(rows) if row.note is None]
+    weights = [rows[index].weights or "no weights" for index in measured_indices]
+    files = shorten_paths([Path(rows[index].file) for index in measured_indices])
     for suffixes in (weights, files):
-        counts = Counter((labels[index], rows[index].trained_on) for index in own_indices)
-        ambiguous = [counts[labels[index], rows[index].trained_on] > 1 for index in own_indices]
-        for index, suffix, is_ambiguous in zip(own_indices, suffixes, ambiguous, strict=True):
+        counts = Counter((labels[index], rows[index].trained_on) for index in measured_indices)
+        ambiguous = [counts[labels[index], rows[index].trained_on] > 1 for index in measured_indices]
+        for index, suffix, is_ambiguous in zip(measured_indices, suffixes, ambiguous, strict=True):
             if is_ambiguous:
                 labels[index] += f" [{suffix}]"
     return labels
 
 
 def _differing_details(row: ResultRow, rows: Sequence[ResultRow]) -> list[str]:
-    """Return the hyper-parameters that differ between own rows of the same method."""
+    """Return the hyper-parameters that differ between measured rows of the same method, as text."""
     same_method = [candidate for candidate in rows if candidate.method == row.method and candidate.note is None]
     details = []
     for key, value in row.details.items():

@@ -14,11 +14,11 @@ from derain.errors import DerainError
 
 
 class Sample(NamedTuple):
-    """Training sample; together with the seed of the run it determines the crop.
+    """Training sample, which together with the seed of the run determines the crop.
 
     Attributes:
-        epoch: Epoch of the sample.
-        number: Index of the sample; the pair with index ``number % pairs`` is read.
+        epoch: Index of the epoch.
+        number: Index of the sample in the epoch; its remainder modulo the number of pairs is the index of the pair.
         crop: Side of the crop in pixels.
     """
 
@@ -31,7 +31,7 @@ class Stage(NamedTuple):
     """Stage of a training schedule, counted in batches.
 
     Attributes:
-        first: Index of its first batch, counted from the start of training.
+        first: Index of the first batch, counted from the start of training.
         crop: Side of the crops in pixels.
         batch_size: Crops per batch and rank.
     """
@@ -82,7 +82,8 @@ def to_batch_stages(schedule: Sequence[CropStage], accumulate: int, batches: int
         batches: Batches per epoch.
 
     Raises:
-        DerainError: If ``batches`` is not a multiple of ``accumulate``: the number of batches per step would vary.
+        DerainError: If there are several stages and ``batches`` is not a multiple of ``accumulate``: the number of
+            batches per step would vary.
 
     Example:
         >>> to_batch_stages([CropStage(10, 128, 8), CropStage(5, 160, 5)], accumulate=2, batches=4)
@@ -98,14 +99,14 @@ def to_batch_stages(schedule: Sequence[CropStage], accumulate: int, batches: int
 
 
 class TrainingBatchSampler(Sampler[list[Sample]]):
-    """Batches of shuffled samples for one rank, determined by seed, epoch and batch index alone.
+    """Batches of shuffled samples for one rank, determined by the arguments, the epoch and the batch index alone.
 
-    No generator is shared with other code: after `resume_at`, the remaining batches equal those of an uninterrupted
-    run, for any number of workers.
+    The sampler shares no random number generator with other code: after `resume_at`, the remaining batches equal those
+    of an uninterrupted run, for any number of workers.
 
-    With one stage, an epoch contains every sample once. Its last batch may be smaller, and all ranks get the same
-    number of samples (filled up from the next permutation). With several stages, every epoch has as many batches as
-    an epoch of the first stage: it starts with a new permutation and draws further ones as needed.
+    With one stage, an epoch contains every sample once. The last batch may be smaller, and all ranks get the same
+    number of samples (filled up from a second permutation). With several stages, every epoch has as many batches as an
+    epoch of the first stage; it starts with a new permutation and draws further ones as needed.
 
     Args:
         count: Samples per epoch, over all ranks.
@@ -113,7 +114,8 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
         world: Number of ranks.
         seed: Seed of the run.
         stages: Crop and batch sizes in order; the first stage starts at batch 0.
-        limit: Maximum number of batches per epoch; None for all.
+        limit: Number of batches after which the trainer ends an epoch (``limit_train_batches``); None for all. It
+            affects the stages of later epochs, not the batches that the sampler yields.
 
     Example:
         >>> sampler = TrainingBatchSampler(4, rank=0, world=1, seed=0, stages=[Stage(0, 64, 2)])
@@ -146,7 +148,7 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
         self._reference = (epoch, batches_before)
 
     def resume_at(self, epoch: int, batch: int) -> None:
-        """Skip the first batches of an epoch."""
+        """Start iterating at a batch of an epoch."""
         self.epoch, self.first = epoch, batch
 
     def stage(self, epoch: int, batch: int) -> Stage:
@@ -158,7 +160,7 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
 
     @property
     def batches(self) -> int:
-        """Number of batches per epoch, with the limit."""
+        """Number of batches per epoch, at most ``limit``."""
         return len(self) if self.limit is None else min(self.limit, len(self))
 
     @property
@@ -166,11 +168,11 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
         return math.ceil(self.count / self.world)
 
     def __len__(self) -> int:
-        """Return the number of batches per epoch, without the limit."""
+        """Return the number of batches per epoch; ``limit`` is ignored."""
         return math.ceil(self._samples_per_rank / self.stages[0].batch_size)
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        # Computed eagerly: a generator would read the epoch and the position after they were changed.
+        # Computed eagerly: a generator would read epoch and position at its first batch, when they may have changed.
         return iter(self._batches(self.epoch)[self.first :])
 
     def _batches(self, epoch: int) -> list[list[Sample]]:
@@ -199,8 +201,8 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
 class StridedSampler(Sampler[int]):
     """Sampler that evaluates every image once over all ranks: rank r gets images r, r + world, …, without padding.
 
-    With fewer images than ranks, the remaining ranks evaluate an image again (metrics count it once): a rank without
-    images would skip the loop, and the other ranks would wait for it forever.
+    With fewer images than ranks, the remaining ranks evaluate an image again (metrics count it once): without images,
+    they would skip the loop, and the other ranks would wait for them forever.
 
     Args:
         count: Number of images.

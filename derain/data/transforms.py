@@ -1,10 +1,10 @@
-"""Augmentation of training pairs: same random crop and flips for rainy and clean."""
+"""Augmentation of training pairs."""
 
 import os
 import random
 from typing import Literal
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import looks for a newer version on the network
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise the import looks for a newer version online
 
 import albumentations
 import cv2
@@ -16,14 +16,15 @@ Flips = bool | Literal["horizontal"]
 
 
 class Augmentation:
-    """Random crop, flips and transposition, the same for rainy and clean, determined by a seed.
+    """Random crop, flips and transposition, the same for the rainy and the clean image, determined by a seed.
 
     Images smaller than the crop are padded by reflection.
 
     Args:
         crop: Side of the square crop in pixels.
-        flips: Flip horizontally and vertically, each with probability 0.5; ``horizontal``: horizontally only.
-        transpose: Also swap rows and columns with probability 0.5.
+        flips: Flip horizontally and vertically, each with probability 0.5; ``horizontal``: horizontally only; False:
+            not at all.
+        transpose: Also swap rows and columns, with probability 0.5.
 
     Example:
         >>> pair = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
@@ -45,17 +46,17 @@ class Augmentation:
         self._compose = albumentations.Compose(steps, additional_targets={"clean": "image"})
 
     def __call__(self, rainy: Pixels, clean: Pixels, seed: tuple[int, ...]) -> tuple[Pixels, Pixels]:
-        """Return a random crop of a pair; equal seeds return equal crops.
+        """Return an augmented random crop of a pair; equal seeds yield equal crops.
 
         Args:
-            rainy: ``(h, w, 3)``.
-            clean: Same shape.
+            rainy: ``(h, w, 3)`` in 0 to 255.
+            clean: Same shape and range.
             seed: Seed of the run, epoch, and sample index.
 
         Returns:
             Rainy and clean crop, ``(crop, crop, 3)`` each.
         """
-        # One generator for all steps: set_random_seed would give each step the same number and correlate the flips.
+        # One generator for all steps: set_random_seed would give each step the same seed and correlate the flips.
         rng = np.random.default_rng(seed)
         self._compose.set_random_state(rng, random.Random(int(rng.integers(2**63))))
         result = self._compose(image=rainy, clean=clean)

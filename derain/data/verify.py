@@ -1,4 +1,4 @@
-"""Check data sets: missing, damaged, mismatched, swapped and repeated images, and leaks between splits."""
+"""Check data sets for missing, damaged, mismatched, swapped and repeated images, and leaks between splits."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -52,14 +52,14 @@ class Finding:
         kind: ``skipped`` (unsupported formats, broken links), ``count`` (not the published number of pairs),
             ``unreadable``, ``frames`` (several frames or pages, only the first is read), ``size`` (rainy and clean
             differ), ``exif`` (invalid, so that the orientation may be wrong), ``unpaired``, ``unused`` (pairs of
-            another version of the data set in the same folder), ``clash`` (two files belong to one pair), ``swapped``
-            (rain on the clean side), ``leak`` (background of a test image outside of the test set), ``duplicate``
-            (one background several times in a split), ``shared`` (one background in two data sets without a leak),
-            ``backgrounds`` (number of distinct backgrounds).
-        files: Files concerned; for a leak the test image first.
+            another version of the data set in the same folder), ``clash`` (two files match one image of a pair),
+            ``swapped`` (rain on the clean side), ``leak`` (background of a test image in a training set, or of an image
+            in one of the data sets ``against``), ``duplicate`` (one background several times in a split), ``shared``
+            (one background in two training sets or two test sets), ``backgrounds`` (number of distinct backgrounds).
+        files: Files concerned, or the folder of the data set; for a leak, the test image first.
         detail: Description.
         level: ``error``, ``warning`` or ``note``.
-        set: Data set and split.
+        set: Data set and split; empty for skipped files.
     """
 
     kind: Kind
@@ -105,7 +105,7 @@ class _Images:
 def verify(
     root: Path, *, against: Sequence[Path] = (), layout: str | None = None
 ) -> tuple[list[DataSplit], list[Finding]]:
-    """Check the data sets in a folder, and compare their backgrounds with one another.
+    """Check the data sets in a folder, and compare backgrounds within and between them and those in ``against``.
 
     Args:
         root: Folder of one data set or of several.
@@ -116,7 +116,7 @@ def verify(
         The splits in ``root``, and the findings, both in a fixed order.
 
     Raises:
-        DerainError: If a folder does not exist or contains no data set.
+        DerainError: If a folder does not exist or contains no data set, or the layout is unknown.
     """
     splits = find_sets(root, layout)
     other_splits = [split for folder in against for split in find_sets(folder)]
@@ -154,14 +154,14 @@ def verify(
 
 
 def _check_files(split: DataSplit) -> Iterator[Finding]:
-    """Check numbers and names of files, without reading images."""
+    """Check the number and names of files, without reading images."""
     folders = LAYOUTS[split.layout].folders
     same_files = [layout for layout in LAYOUTS.values() if folders and layout.folders == folders]
     published = sorted({layout.counts[split.split] for layout in same_files if split.split in layout.counts})
     count = len(split.files.pairs)
     if published and count not in published:
         numbers = " or ".join(str(number) for number in published)
-        yield Finding("count", (str(split.root),), f"{count} pairs, the published set has {numbers}", set=str(split))
+        yield Finding("count", (str(split.root),), f"{count} pairs; the published set has {numbers}", set=str(split))
     for file in split.files.unpaired:
         yield Finding("unpaired", (str(file),), "no partner", set=str(split))
     for first, second in split.files.clashes:
@@ -257,6 +257,7 @@ def _check_backgrounds(checked: Sequence[DataSplit], images: _Images) -> Iterato
         elif both_checked and (first.split == "train") == (second.split == "train"):
             shared[first, second].append(match)
         else:
+            # Of two splits of the same kind, that in ``against`` counts as the test set.
             test_is_first = first not in checked if first.split == second.split else second.split == "train"
             if test_is_first:
                 leaks[match.first, second].append((match.second, match))

@@ -280,7 +280,12 @@ def test_a_schedule_without_stages_is_rejected(root):
 
 
 @pytest.mark.parametrize(
-    ("options", "named"), [({"crop": 100_000}, "crop 100000"), ({"batch_size": 10**9}, "10000000")]
+    ("options", "named"),
+    [
+        ({"crop": 100_000}, r"--data\.crop 100000"),
+        ({"batch_size": 10**9}, "10000000"),
+        ({"schedule": [CropStage(1, 16, 2), CropStage(1, 100_000, 2)]}, r"--data\.schedule: crop 100000"),
+    ],
 )
 def test_crops_that_exceed_images_or_memory_are_rejected(root, options, named):
     with pytest.raises(DerainError, match=named):

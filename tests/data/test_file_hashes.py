@@ -30,12 +30,12 @@ def files(tmp_path):
 
 def settle():
     """Wait until the times of new files are trusted."""
-    time.sleep(module.SETTLED / 1e9 + 0.05)
+    time.sleep(module.SETTLED_AGE / 1e9 + 0.05)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(module, "SETTLED", 50_000_000)
+    monkeypatch.setattr(module, "SETTLED_AGE", 50_000_000)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_changed_content_of_equal_size_and_time_is_read(files, read, how):
 
 
 def test_the_hash_of_a_file_that_has_just_changed_is_not_cached(files, read, monkeypatch):
-    monkeypatch.setattr(module, "SETTLED", 3600 * 10**9)
+    monkeypatch.setattr(module, "SETTLED_AGE", 3600 * 10**9)
     file_hashes(files)
     file_hashes(files)
     assert len(read) == 6

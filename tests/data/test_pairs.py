@@ -1,4 +1,5 @@
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -40,9 +41,13 @@ def test_a_pair_is_read_from_two_halves(tmp_path, side, odd):
     assert Pair("1", tmp_path / "1.png", None, side).read()[1] is None
 
 
-def test_an_image_one_pixel_wide_has_no_halves():
+def test_an_image_one_pixel_wide_has_no_halves(tmp_path):
     with pytest.raises(DerainError, match="1 pixel"):
         split_halves(np.zeros((4, 1, 3), np.uint8))
+    file = tmp_path / "1.png"
+    save(file, np.zeros((4, 1, 3), np.uint8))
+    with pytest.raises(DerainError, match=f"^{re.escape(str(file))}: .*1 pixel"):
+        Pair("1", file, file, "left").read()
 
 
 def test_a_pair_of_two_sizes_is_rejected(tmp_path):
