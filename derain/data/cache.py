@@ -65,7 +65,9 @@ def read_pair(pair: Pair) -> tuple[Pixels, Pixels]:
     """
     rainy, clean = pair.read()
     if clean is None:
-        raise DerainError(f"{pair.rainy}: no clean image, as training needs; remove the file, or use another data set")
+        raise DerainError(
+            f"{pair.rainy}: no clean image, which training needs; remove the file, or use another data set"
+        )
     return rainy, clean
 
 

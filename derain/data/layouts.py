@@ -284,7 +284,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "Test100": _restormer_test("Test100", 100, "test set of Rain13K: the test pairs of Rain800"),
     "Test1200": _restormer_test("Test1200", 1200, "test set of Rain13K: the test pairs of Rain1200"),
-    "Test2800": _restormer_test("Test2800", 2800, "test set of Rain13K: 200 x 14 pairs of DDN, other than in Rain1400"),
+    "Test2800": _restormer_test("Test2800", 2800, "test set of Rain13K: 200 x 14 pairs of DDN (Rain1400: 100 x 14)"),
     "SPA-Data": Layout(
         title="pairs with real rain, clean images computed from videos",
         folders=("SPA-Data", "SPA", "SPAData", "spa-data"),

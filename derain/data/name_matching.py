@@ -38,7 +38,7 @@ class PairedFiles:
         clashes: Pairs of conflicting files: two files with the same key, or two clean files that different variants of
             the layout assign to one rainy file.
         variant: Variant of the layout that matched; one with an empty pattern if none did.
-        unused: Later variants that match further files, and the number of the pairs that only they match.
+        unused: Later variants that match pairs which ``variant`` misses, and the number of these pairs.
     """
 
     pairs: tuple[tuple[str, Path, Path | None], ...] = ()

@@ -37,8 +37,8 @@ class Pair:
     """A rainy image and its clean image, if there is one.
 
     Attributes:
-        name: Name of the rainy file without suffix, with as much of its path as makes it unique within the data set;
-            results are saved under this name.
+        name: Name of the rainy file without suffix, or its path in the data set if names repeat; results are saved
+            under this name.
         rainy: File of the rainy image.
         clean: File of the clean image; ``rainy`` if both are side by side; None if there is no clean image.
         clean_side: Clean half of a side-by-side file; None for separate files.
@@ -128,7 +128,7 @@ def find_pairs(spec: str | Path, split: Split, *, data_root: Path | None = None)
 
     Raises:
         DerainError: If the data set or folder does not exist, has an unknown or ambiguous layout, or lacks the split,
-            or several files belong to the same side of a pair.
+            or two files match the same image of a pair.
 
     Example:
         >>> find_pairs("Rain100L", "train")

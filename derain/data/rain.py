@@ -10,7 +10,7 @@ that both scatter.
 
 The heavy rain model ``T · (clean + Σ_l S_l) + (1 − T) · A`` with atmospheric light ``A`` (Yang et al., CVPR 2017; Li et
 al., CVPR 2019) adds streaks. Here they are translucent, as Garg and Nayar measured (IJCV 2007), and composed like the
-screen blend of Luo et al. (ICCV 2015), so that overlapping streaks never exceed ``sky``.
+screen blend of Luo et al. (ICCV 2015), so that overlapping streaks approach ``sky`` instead of overflowing.
 
 The streaks of a layer are random runs of pixels, blurred and rotated. Near layers have longer, wider, softer and
 brighter streaks; far layers have shorter, fainter and more streaks. Drops on the lens show the scene inverted, small
@@ -341,8 +341,7 @@ def synthesize(
 
     Raises:
         DerainError: If no photo can be read, two photos have the same name, a number is out of range, a lower limit
-            exceeds its upper limit, one folder contains the other, or ``out`` is a file or a folder with other content
-            than a data set to overwrite.
+            exceeds its upper limit, one folder contains the other, or ``out`` is not empty and cannot be overwritten.
     """
     if not 1 <= per_image <= 1000 or seed < 0:
         raise DerainError(

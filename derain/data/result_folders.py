@@ -134,7 +134,7 @@ def _images_by_name(folder: Path) -> dict[str, Path]:
     if paths:
         below = len(list_images(folder, recursive=True).files) - len(paths)
         if below:
-            warn_once(f"{folder}: ignoring {below} images in subfolders; give a subfolder to use its images")
+            warn_once(f"{folder}: {below} images in subfolders are ignored; give a subfolder to use its images")
     else:
         paths = image_files(folder, recursive=True)
     if not paths:
