@@ -16,8 +16,8 @@ class PairBatch(TypedDict):
         index: ``(b,)``, index of each pair in its split of the data.
         caption: Text that describes each clean image; only in training and validation with ``--data.captions``.
         degradation: Word for the degradation of each rainy image, such as ``rainy``; only with a caption.
-        unlabelled: ``(b, 3, h, w)`` in [0, 1], other rainy images, without ground truth; only in the training of methods
-            that need them, with ``--data.unlabelled``.
+        unlabelled: ``(b, 3, h, w)`` in [0, 1], other rainy images, without ground truth; only in training with
+            ``--data.unlabelled``, for methods that need them.
         unlabelled_name: Name of each unlabelled image.
     """
 

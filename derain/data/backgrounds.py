@@ -1,7 +1,7 @@
 """Find images with the same background, even if they are cropped, flipped, rotated, resized or differ in their rain.
 
 Candidates are found by thumbnails of whole images and by local features (SIFT, Lowe, IJCV 2004) whose positions agree
-on an orientation (flip, and rotation by a multiple of 90°), scale and shift. A match must also agree pixel by pixel: two
+on an orientation (flip and rotation by a multiple of 90°), scale and shift. A match must also agree pixel by pixel: two
 photos of one scene, taken a step or a second apart, do not match.
 """
 

@@ -1,4 +1,4 @@
-"""Pixel cache: image pairs are decoded once, into one buffer that all DataLoader workers share."""
+"""Pixel cache: images are decoded once, into one buffer that all DataLoader workers share."""
 
 import hashlib
 import logging
@@ -72,7 +72,7 @@ def read_pair(pair: Pair) -> tuple[Pixels, Pixels]:
 
 
 class PixelCache:
-    """Pixels of image pairs in one contiguous uint8 buffer: rainy, then clean, of each pair; or of rainy images alone.
+    """Pixels of image pairs in one contiguous uint8 buffer: rainy, then clean, of each pair; or only of rainy images.
 
     Every DataLoader worker would gradually copy a Python list of arrays, since reading changes reference counts; one
     buffer is never copied. On disk it is a memory map, which all ranks of a machine share through the page cache; in
@@ -82,7 +82,7 @@ class PixelCache:
         index: ``(n, 3)``: offset of each pair in the buffer in bytes, and height and width of its images.
         file: File with the buffer, to be memory-mapped; give either ``file`` or ``memory``.
         memory: Buffer in shared memory, one-dimensional uint8.
-        paired: Whether there are clean images.
+        paired: Whether the buffer contains clean images.
     """
 
     def __init__(
@@ -124,12 +124,12 @@ class PixelCache:
         return pixels[0], pixels[-1]
 
 
-def decoded_index(pairs: Sequence[Pair], *, paired: bool = True) -> NDArray[np.int64]:
+def buffer_index(pairs: Sequence[Pair], *, paired: bool = True) -> NDArray[np.int64]:
     """Return the position of each pair in the buffer, from the headers of the image files.
 
     Args:
         pairs: The pairs.
-        paired: Whether clean images are in the buffer too.
+        paired: Whether the buffer contains clean images.
 
     Returns:
         ``(n, 3)``: offset in bytes, height, width.
@@ -188,7 +188,7 @@ def open_cache(
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{fingerprint(pairs)}-v{CACHE_VERSION}"
     index_file = file.with_name(f"{file.name}.npy")
-    index = np.load(index_file) if file.exists() and index_file.exists() else decoded_index(pairs, paired=paired)
+    index = np.load(index_file) if file.exists() and index_file.exists() else buffer_index(pairs, paired=paired)
     need = int((3 * (1 + paired) * index[:, 1] * index[:, 2]).sum())
     space = _Space(need, shutil.disk_usage(folder).free, free_memory(), _free_shared_memory())
     requested = mode

@@ -65,8 +65,8 @@ class RainDataModule(LightningDataModule):
         val_limit: Validate on this number of pairs, the first ones; on all by default.
         workers: Number of loader processes; by default 0 if pixels are cached (a cached crop takes about 0.15 ms,
             less than its transfer between processes), else the number of cores less one, at most 8.
-        cache: Cache of decoded training and validation images: ``disk``, ``ram``, ``off``, or ``auto``, the first of
-            these with enough free space.
+        cache: Cache of the decoded images for training and validation: ``disk``, ``ram``, ``off``, or ``auto``, the
+            first of these with enough free space.
         split_seed: Seed of the random share for validation.
         seed: Seed of the sample order and the crops; the command line sets it to ``seed_everything``.
 
@@ -147,8 +147,8 @@ class RainDataModule(LightningDataModule):
         """Find the pairs for ``fit``, ``validate``, ``test`` or ``predict``, and open the pixel caches for ``fit``.
 
         Raises:
-            DerainError: If no data set is given; a data set is missing, empty or damaged; captions are missing; or the
-                crop does not fit the images or the memory.
+            DerainError: If a required data set is not given; a data set is missing, empty or damaged; captions are
+                missing; or the crop does not fit the images or the memory.
         """
         if stage == "fit" and "train" not in self.pairs:
             self._setup_fit()
@@ -186,7 +186,7 @@ class RainDataModule(LightningDataModule):
         """Find the rainy images without ground truth, if the method trains on them.
 
         Raises:
-            DerainError: If the method needs them, and none are given.
+            DerainError: If the method needs them and none are given.
         """
         names = _as_list(self.sets["unlabelled"])
         method: Any = getattr(self.trainer, "lightning_module", None)

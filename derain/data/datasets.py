@@ -21,10 +21,10 @@ def to_tensor(pixels: Pixels) -> torch.Tensor:
 
 
 class UnlabelledCrops:
-    """Crops of rainy images, one for each training sample.
+    """Random crops of rainy images without ground truth, one for each training sample.
 
-    Each sample draws an image at random, as SSID-KD's authors do. Image, crop and flips depend on the seed of the run
-    and the sample alone, so that the order is resumed exactly for any number of workers and devices.
+    The image is drawn at random for each sample, as by SSID-KD's authors. Image, crop and flips depend only on the seed
+    of the run and on the sample, so that a resumed run draws the same ones for any number of workers.
 
     Args:
         images: Rainy images, without clean ones.
@@ -39,8 +39,8 @@ class UnlabelledCrops:
         self.images, self.cache, self.augmentations, self.seed = images, cache, augmentations, seed
 
     def __getitem__(self, sample: Sample) -> tuple[Pixels, str]:
-        """Return the crop of a sample, ``(crop, crop, 3)``, and the name of its image."""
-        seed = (self.seed, sample.epoch, sample.number)  # of the pair's crop; another number is added for each use
+        """Return the crop for a sample, ``(crop, crop, 3)`` in 0 to 255, and the name of its image."""
+        seed = (self.seed, sample.epoch, sample.number)  # the pair's crop has this seed; those here append a number
         index = int(np.random.default_rng((*seed, 1)).integers(len(self.images)))
         image = self.cache[index][0] if self.cache is not None else self.images[index].read()[0]
         crop, _ = self.augmentations[sample.crop](image, image, (*seed, 2))
@@ -48,15 +48,15 @@ class UnlabelledCrops:
 
 
 class TrainingPairs(Dataset[dict[str, Any]]):
-    """Dataset of random crops.
+    """Dataset of random crops of pairs, for training.
 
     Args:
         pairs: The pairs.
-        cache: Decoded pixels of the pairs; if None, every sample decodes two files.
+        cache: Decoded pixels of the pairs; if None, every sample decodes the files of its pair.
         augmentations: Augmentation by crop size.
         seed: Seed of the run.
-        captions: Captions of the pairs, in order; none by default.
-        unlabelled: Crops of rainy images without ground truth, which are added to the samples; none by default.
+        captions: Captions in the order of ``pairs``; none by default.
+        unlabelled: Crops of rainy images without ground truth, one of which is added to each item; none by default.
     """
 
     def __init__(
@@ -84,7 +84,10 @@ class TrainingPairs(Dataset[dict[str, Any]]):
 
 
 class TrainingLoader(DataLoader[dict[str, Any]]):
-    """Data loader that Lightning accepts as resumable; the data module keeps the position."""
+    """Data loader with a state, without which Lightning warns when it resumes within an epoch.
+
+    The state is empty: `RainDataModule.resume_at` sets the position.
+    """
 
     def state_dict(self) -> dict[str, Any]:
         """Return an empty state."""
@@ -99,8 +102,8 @@ class WholePairs(Dataset[dict[str, Any]]):
 
     Args:
         pairs: The pairs, with or without clean images.
-        cache: Decoded pixels of the pairs; by default files are read.
-        captions: Captions of the pairs, in order; none by default.
+        cache: Decoded pixels of the pairs; by default, files are read.
+        captions: Captions in the order of ``pairs``; none by default.
     """
 
     def __init__(

@@ -60,7 +60,7 @@ def test_a_file_without_partner_is_reported(root):
 def test_missing_pairs_are_reported(tmp_path):
     make_set(tmp_path, "Rain12", "test", count=11)
     (found,) = errors(tmp_path)
-    assert (found.kind, found.detail) == ("count", "11 pairs, the published set has 12")
+    assert (found.kind, found.detail) == ("count", "11 pairs; the published set has 12")
 
 
 @pytest.mark.parametrize("side", ["input", "target"])
