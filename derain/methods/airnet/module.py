@@ -206,6 +206,9 @@ class PhasesLR(torch.optim.lr_scheduler.LambdaLR):
         halving_epochs: Interval in epochs at which the second phase, which starts at 0.1 times the initial learning
             rate, halves it.
 
+    Raises:
+        DerainError: If an interval is below 1, or ``encoder_epochs`` is negative.
+
     References:
         The authors' code, which sets the learning rate at the end of an epoch by the number of that epoch, so that
         changes take effect one epoch later.
@@ -224,6 +227,14 @@ class PhasesLR(torch.optim.lr_scheduler.LambdaLR):
         decay_epochs: int = 60,
         halving_epochs: int = 125,
     ) -> None:
+        for name, value, minimum in (
+            ("encoder_epochs", encoder_epochs, 0),
+            ("decay_epochs", decay_epochs, 1),
+            ("halving_epochs", halving_epochs, 1),
+        ):
+            if not value >= minimum:
+                raise DerainError(f"--model.schedule_options {name} {value}: expected at least {minimum}")
+
         def factor(epoch: int) -> float:
             finished = max(epoch - 1, 0)
             if finished <= encoder_epochs:

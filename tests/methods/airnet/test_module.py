@@ -112,6 +112,12 @@ def test_learning_rates():
     assert rates == pytest.approx(first + second)
 
 
+@pytest.mark.parametrize(("option", "value"), [("encoder_epochs", -1), ("decay_epochs", 0), ("halving_epochs", 0)])
+def test_intervals_out_of_range(option, value):
+    with pytest.raises(DerainError, match=f"{option} {value}"):
+        PhasesLR(torch.optim.Adam([torch.zeros(1)]), **{option: value})
+
+
 def test_hyper_parameters_rebuild_it():
     model = module(encoder_epochs=3)
     again = AirNetModule(**model.hparams)
