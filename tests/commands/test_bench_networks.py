@@ -60,8 +60,8 @@ def test_printed_figure_of_mprnet_counts_an_activation_3025_times(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_every_network_is_counted(name):
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in FIGURES])
+def test_every_other_network_is_counted(name):
     counted = count_cost(RegressionModule(name), 64)
     assert 0 < counted["macs"] <= counted["macs_with_attention"]
 

@@ -4,14 +4,16 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from derain.images import read_rgb
 from derain.methods.prenet.network import PReNet
@@ -120,6 +122,25 @@ def published_state(network: Network, golden: Golden) -> dict[str, Tensor]:
     return state
 
 
+class ContiguousConvolutions(TorchFunctionMode):
+    """Makes the inputs and gradients of grouped convolutions in float64 contiguous.
+
+    PyTorch computes these convolutions group by group, which is several times slower if channels are last.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function."""
+        options = kwargs or {}
+        if func is not torch.conv2d or args[0].dtype != torch.float64 or options.get("groups", 1) == 1:
+            return func(*args, **options)
+        output = func(args[0].contiguous(), *args[1:], **options)
+        if output.requires_grad:
+            output.register_hook(Tensor.contiguous)
+        return output
+
+
 def check_outputs(
     network: Network,
     golden: Golden,
@@ -127,8 +148,8 @@ def check_outputs(
     names: Mapping[str, str] | None = None,
     to_authors: Change = lambda output: output,
     crop: int = 1,
-    float32: bool = True,
-    sizes: list[str] | None = None,
+    dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32),
+    sizes: Sequence[str] = (),
 ) -> None:
     """Compare outputs with the recorded ones, in float64 to 1e-9 and in float32 to 1e-5.
 
@@ -138,37 +159,45 @@ def check_outputs(
         names: Our names of further outputs by the authors' names.
         to_authors: Changes our output to the authors' range, such as ``lambda output: output * 255``.
         crop: The authors crop images around the centre to a multiple of this.
-        float32: Whether to compare float32 too; not for networks that select the top k.
-        sizes: Sizes to compare; by default all.
+        dtypes: Types to compare; not float32 for networks that select the top k.
+        sizes: Sizes to compare; by default all. `check_gradients` compares 64×64 in float64 too.
     """
     network.eval()
-    for dtype in (torch.float64, torch.float32) if float32 else (torch.float64,):
+    for dtype in dtypes:
         network.to(dtype)
         for size in sizes or golden.sizes():
             rainy = _centre(image(size), crop).to(dtype)
-            with torch.no_grad():
+            with torch.no_grad(), ContiguousConvolutions():
                 outputs = network.outputs(rainy.flip(1) if network.bgr else rainy)
-            for theirs, ours in {"out": "derained", **(names or {})}.items():
-                recorded = _recorded(golden, theirs, size, dtype)
-                if recorded is None:
-                    continue
-                output = outputs[ours]
-                if network.bgr and output.shape[1] == 3:
-                    output = output.flip(1)
-                _compare(to_authors(output), recorded, f"{theirs} {size} {dtype}")
+            _compare_outputs(network, outputs, golden, names or {}, to_authors, size)
     network.to(torch.float32)
 
 
-def check_gradients(network: Network, golden: Golden, *, to_authors: Change = lambda output: output) -> None:
-    """Compare loss and gradient norms with the recorded ones at 64×64, in float64 to 1e-6.
+def check_gradients(
+    network: Network,
+    golden: Golden,
+    *,
+    names: Mapping[str, str] | None = None,
+    to_authors: Change = lambda output: output,
+) -> None:
+    """Compare outputs, loss and gradient norms with the recorded ones at 64×64, in float64; norms to 1e-6.
 
     A tensor of ours that is several of the authors' (aliases) is compared by the sum that the authors recorded for
     each of its names.
+
+    Args:
+        network: The network with the recorded weights.
+        golden: Recorded outputs.
+        names: Our names of further outputs by the authors' names.
+        to_authors: Changes our output to the authors' range.
     """
     network.eval().to(torch.float64)
     rainy = image("64x64").to(torch.float64)
     network.zero_grad()
-    output = network.outputs(rainy.flip(1) if network.bgr else rainy)["derained"]
+    with ContiguousConvolutions():
+        outputs = network.outputs(rainy.flip(1) if network.bgr else rainy)
+    _compare_outputs(network, outputs, golden, names or {}, to_authors, "64x64")
+    output = outputs["derained"]
     if network.bgr:
         output = output.flip(1)
     output = to_authors(output)
@@ -282,6 +311,24 @@ def check_real_image(network: nn.Module, data: str, number: int, recorded: Mappi
     for protocol, (psnr, ssim) in recorded.items():
         scores = psnr_ssim(pixels, clean, resolve([protocol])[0])
         assert scores == (pytest.approx(psnr, abs=0.002), pytest.approx(ssim, abs=1e-4)), protocol
+
+
+def _compare_outputs(
+    network: Network,
+    outputs: Mapping[str, Tensor],
+    golden: Golden,
+    names: Mapping[str, str],
+    to_authors: Change,
+    size: str,
+) -> None:
+    for theirs, ours in {"out": "derained", **names}.items():
+        output = outputs[ours].detach()
+        recorded = _recorded(golden, theirs, size, output.dtype)
+        if recorded is None:
+            continue
+        if network.bgr and output.shape[1] == 3:
+            output = output.flip(1)
+        _compare(to_authors(output), recorded, f"{theirs} {size} {output.dtype}")
 
 
 def _recorded(golden: Golden, name: str, size: str, dtype: torch.dtype) -> Tensor | None:
