@@ -29,7 +29,7 @@ BUILT_IN = (
     "derain.methods.regression.module.RegressionModule",
     "derain.methods.airnet.module.AirNetModule",
     "derain.methods.syn2real.module.Syn2RealModule",
-    "derain.methods.ssid_kd.module.SSIDKDModule",
+    "derain.methods.ssidkd.module.SSIDKDModule",
 )
 """Class paths of derain's own methods; add a line for a new one."""
 

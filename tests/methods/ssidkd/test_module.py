@@ -8,8 +8,8 @@ from derain.data.datamodule import RainDataModule
 from derain.errors import DerainError
 from derain.methods import catalog
 from derain.methods.regression.module import RegressionModule
-from derain.methods.ssid_kd.loss import dark_channel_loss, divergence, total_variation
-from derain.methods.ssid_kd.module import SSIDKDModule
+from derain.methods.ssidkd.loss import dark_channel_loss, divergence, total_variation
+from derain.methods.ssidkd.module import SSIDKDModule
 from derain.testing import make_batch
 from tests.factories import make_set
 

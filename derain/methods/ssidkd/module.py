@@ -12,7 +12,7 @@ from torch import Tensor
 from derain.batch import PairBatch
 from derain.errors import DerainError
 from derain.methods.regression.module import LossWeights, RegressionModule
-from derain.methods.ssid_kd.loss import dark_channel_loss, divergence, total_variation
+from derain.methods.ssidkd.loss import dark_channel_loss, divergence, total_variation
 from derain.methods.trainable import TrainableModule
 from derain.networks.base import Network
 from derain.networks.ssid_kd import SSIDKD

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from derain.methods.ssid_kd.loss import dark_channel, dark_channel_loss, divergence, total_variation
+from derain.methods.ssidkd.loss import dark_channel, dark_channel_loss, divergence, total_variation
 
 
 @pytest.fixture
