@@ -165,7 +165,7 @@ def test_damaged_weights_are_refused(cache, content):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["transweather", "syn2real"])
+@pytest.mark.parametrize("name", ["transweather", "syn2real", "syn2real-gp"])
 def test_recipes_weigh_it_as_the_authors(name):
     recipes = Path(__file__).parents[2] / "experiments/methods"
     loss, tiny = (
