@@ -4,27 +4,29 @@ import glob
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from derain import videos
+from derain import video
 from derain.errors import DerainError
 from derain.folders import check_outputs
 from derain.image_metadata import has_location
-from derain.images import SUFFIXES, Photo, image_files, read_photo, select_images, to_bytes, write_image
+from derain.images import SUFFIXES, Photo, Pixels, image_files, read_photo, select_images, to_bytes, write_image
 from derain.memory import keep_freed_memory, release_freed_memory
 from derain.pictures import compare, write_explanation
 from derain.progress import track
+from derain.video import VideoOptions
 
 if TYPE_CHECKING:
     from derain.restoration import Restorer
 
-ACCEPTED = SUFFIXES | videos.SUFFIXES
+ACCEPTED = SUFFIXES | video.SUFFIXES
 """Suffixes of photos and videos."""
 
 log = logging.getLogger("derain")
@@ -38,7 +40,7 @@ class FileOptions:
     explain: bool = False
     strip_metadata: bool = False
     white: float = 1.0
-    crf: int = 18
+    video: VideoOptions = field(default_factory=VideoOptions)
 
 
 def restore(
@@ -52,6 +54,7 @@ def restore(
     compare: bool = False,
     explain: bool = False,
     crf: int = 18,
+    encoder: str | None = None,
     strip_metadata: bool = False,
     white: float = 1.0,
     overwrite: bool = False,
@@ -78,6 +81,7 @@ def restore(
         explain: Also write NAME.EXT-explain.png and .json with the method's maps, route and scores; for photos and
             methods with maps only.
         crf: Quality of videos, from 0 (lossless) to 51 (worst).
+        encoder: Encoder of videos (default: libx264), such as h264_nvenc or hevc_videotoolbox.
         strip_metadata: Remove EXIF metadata (time, camera, location) and the tags of videos; colour profiles are kept.
         white: Value of white in floating-point TIFF files, such as 255.
         overwrite: Replace existing outputs, which are kept by default.
@@ -94,7 +98,8 @@ def restore(
         DerainError: If an option is wrong, the weights cannot be loaded, the only output exists, or any file cannot be
             restored; all other files are written.
     """
-    options = FileOptions(compare, explain, strip_metadata, white, crf)
+    video_options = VideoOptions(crf, encoder, metadata=not strip_metadata)
+    options = FileOptions(compare, explain, strip_metadata, white, video_options)
     jobs = plan(input, out)
     check_outputs((file, source) for source, target in jobs.items() for file in output_files(target, options))
     _check_options(options, jobs)
@@ -102,7 +107,7 @@ def restore(
     if not pending and len(jobs) == 1:
         raise DerainError(f"{out}: exists already; add --overwrite to replace it")
     kept = len(jobs) - len(pending)
-    failures = _remove_broken_videos(pending)
+    failures = _remove_broken_videos(pending, options)
     report = Report(out, total=len(jobs), kept=kept, failures=failures)
     if report.failures and not pending:
         raise report.error()
@@ -191,20 +196,19 @@ class Report:
 
 
 def _check_options(options: FileOptions, sources: Mapping[Path, Path]) -> None:
-    video = next(filter(is_video, sources), None)
-    if video is not None and options.explain:
-        raise DerainError(f"--explain: {video} is a video; omit --explain, or extract a frame as a photo")
-    videos.check_crf(options.crf)
+    first_video = next(filter(is_video, sources), None)
+    if first_video is not None and options.explain:
+        raise DerainError(f"--explain: {first_video} is a video; omit --explain, or extract a frame as a photo")
     if not 0 < options.white < math.inf:
         raise DerainError(f"--white {options.white:g}: must be finite and above 0; give the value of white in the file")
 
 
-def _remove_broken_videos(pending: dict[Path, Path]) -> list[str]:
+def _remove_broken_videos(pending: dict[Path, Path], options: FileOptions) -> list[str]:
     """Remove videos that cannot be restored from ``pending``, before weights are loaded; return messages about them."""
     failures = []
     for source in filter(is_video, list(pending)):
         try:
-            videos.check(source, pending[source])
+            video.check(source, pending[source], options.video)
         except DerainError as error:
             failures.append(str(error))
             del pending[source]
@@ -269,7 +273,7 @@ def restore_photo(restorer: "Restorer", source: Path, target: Path, options: Fil
 
 
 def restore_video(restorer: "Restorer", source: Path, target: Path, options: FileOptions) -> bool:
-    """Restore a video frame by frame; all frames are conditioned on the first frame.
+    """Restore a video in batches of frames; all frames are conditioned on the first frame.
 
     Args:
         restorer: Restores the frames.
@@ -283,23 +287,23 @@ def restore_video(restorer: "Restorer", source: Path, target: Path, options: Fil
     Raises:
         DerainError: If the video cannot be read, restored or written.
     """
-    conditions: dict[str, Any] | None = None
 
-    def restore_frame(frame: NDArray[np.float32]) -> NDArray[np.float32]:
-        nonlocal conditions
-        if conditions is None:
-            conditions = restorer.encode(frame)
-        return restorer(frame, conditions, name=str(source))
+    def restore_frames(frames: Iterator[Pixels]) -> Iterator[Pixels]:
+        conditions: dict[str, Any] | None = None
+        count = 0
+        while batch := list(islice(frames, video.QUEUE)):
+            if conditions is None:
+                conditions = restorer.encode(batch[0] / np.float32(255))
+            yield from restorer(batch, conditions, name=f"{source}: frame {count} +")
+            count += len(batch)
 
     comparison = comparison_path(target) if options.compare else None
-    return videos.rewrite(
-        source, target, restore_frame, crf=options.crf, beside=comparison, metadata=not options.strip_metadata
-    )
+    return video.rewrite(source, target, restore_frames, options=options.video, beside=comparison)
 
 
 def is_video(path: Path) -> bool:
     """Return whether a path has the suffix of a video."""
-    return path.suffix.lower() in videos.SUFFIXES
+    return path.suffix.lower() in video.SUFFIXES
 
 
 def plan(source: str, out: Path) -> dict[Path, Path]:
@@ -338,7 +342,7 @@ def plan(source: str, out: Path) -> dict[Path, Path]:
 
 def _plan_file(path: Path, out: Path) -> dict[Path, Path]:
     is_folder = out.is_dir() or not out.suffix
-    target = videos.output_path(out / path.name) if is_folder else out
+    target = video.output_path(out / path.name) if is_folder else out
     if not is_video(path) and target.suffix.lower() not in SUFFIXES:
         raise DerainError(f"{target}: cannot write '{target.suffix}'; use .png, .jpg, .webp, .tif, .bmp or .avif")
     return {path: target}
@@ -348,7 +352,7 @@ def _plan_folder(path: Path, out: Path) -> dict[Path, Path]:
     files = image_files(path, recursive=True, suffixes=ACCEPTED)
     if _is_inside(out, path):  # outputs of an earlier run are not inputs
         files = [file for file in files if not _is_inside(file, out)]
-    return {file: videos.output_path(out / file.relative_to(path)) for file in files}
+    return {file: video.output_path(out / file.relative_to(path)) for file in files}
 
 
 def _plan_glob(pattern: str, out: Path) -> dict[Path, Path]:
@@ -356,7 +360,7 @@ def _plan_glob(pattern: str, out: Path) -> dict[Path, Path]:
     selected = select_images(matches, ACCEPTED)
     if selected.skipped:
         log.warning("%s: %s", pattern, selected.note())
-    return {file: videos.output_path(out / file.name) for file in selected.files}
+    return {file: video.output_path(out / file.name) for file in selected.files}
 
 
 def _is_inside(path: Path, folder: Path) -> bool:

@@ -19,7 +19,7 @@ from derain.methods import CLIPRPNModule, DACLIPSDEModule, PReNetModule, catalog
 from derain.methods.cliprpn.network import CLIPRPN
 from derain.methods.interfaces import Sampling
 from derain.restoration import Restorer
-from derain.videos import rewrite
+from derain.video import rewrite
 from tests.factories import clean_image, located, make_video
 from tests.runs import start
 
@@ -248,8 +248,13 @@ def test_every_frame_has_the_same_noise(tmp_path):
     still = make_video(tmp_path / "still.mp4", [np.full((16, 16, 3), 128, np.uint8)] * 3)
     restored = []
     restorer = Restorer(tmp_path / "sde.safetensors", device="cpu", sampling=Sampling(steps=2))
-    rewrite(still, tmp_path / "out.mp4", lambda frame: restored.append(restorer(frame)) or restored[-1])
-    assert restored[0].std() > 0.01  # there is noise
+
+    def restore_frames(frames):
+        restored.extend(restorer(list(frames)))
+        yield from restored
+
+    rewrite(still, tmp_path / "out.mp4", restore_frames)
+    assert restored[0].std() > 2  # there is noise
     np.testing.assert_array_equal(restored[0], restored[2])
 
 
@@ -363,6 +368,48 @@ def test_interrupt_gives_one_line_and_no_temporary_file(photo, file, tmp_path, n
     assert list(folder.iterdir()) == []
     assert "Traceback" not in text
     assert "0 of 1" in text
+
+
+SLOW_VIDEO = """
+import sys, time
+from derain.cli import main
+from derain.video.writing import Writer
+
+add = Writer.add
+
+
+def slow(self, *arguments):
+    add(self, *arguments)
+    print("adding", flush=True)
+    time.sleep(2)
+
+
+Writer.add = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_killed_command_keeps_the_old_video(video, file, tmp_path, number, code):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    target = folder / "out.mp4"
+    target.write_bytes(b"old")
+    arguments = ["restore", str(video), str(target), "--weights", file, "--device", "cpu", "--overwrite"]
+    process = start(*arguments, program=("-c", SLOW_VIDEO))
+    while "adding" not in (line := process.stdout.readline()):
+        assert line, "the command ended early"
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == code, text
+    assert target.read_bytes() == b"old"
+    assert "Traceback" not in text
+    if number != signal.SIGKILL:
+        assert list(folder.iterdir()) == [target]
+        assert f"nothing is written to {target}" in text
+    assert main(arguments) == 0
+    assert len(frames_of(target)) == 3
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from derain.errors import DerainError
-from derain.videos import check, rewrite, rotation_of
+from derain.video import VideoOptions, check, rewrite
+from derain.video.formats import rotation_of
 from tests.factories import clean_image, make_video
 
 SIZE = (36, 64)
@@ -19,8 +20,23 @@ def scene(count=16, size=SIZE):
     return [np.clip(picture * (0.5 + index / (2 * count)), 0, 255).astype(np.uint8) for index in range(count)]
 
 
-def same(frame):
-    return frame
+def same(frames):
+    return frames
+
+
+def invert(frames):
+    return (255 - frame for frame in frames)
+
+
+def recorder(seen):
+    """Return a change that records frames and does not change them."""
+
+    def record(frames):
+        for frame in frames:
+            seen.append(frame)
+            yield frame
+
+    return record
 
 
 def decode(path):
@@ -47,11 +63,12 @@ def test_frames_are_changed_and_everything_else_is_copied(tmp_path):
     source = make_video(tmp_path / "in.mp4", frames, sound=["aac", "aac"], metadata={"title": "rain"})
     seen = []
 
-    def darker(frame):
-        seen.append(frame)
-        return frame / 2
+    def darker(frames):
+        for frame in frames:
+            seen.append(frame)
+            yield frame // 2
 
-    rewrite(source, tmp_path / "out.mp4", darker, crf=1)
+    rewrite(source, tmp_path / "out.mp4", darker, options=VideoOptions(crf=1))
     source_rgb, source_times, _ = decode(source)
     written_rgb, written_times, written = decode(tmp_path / "out.mp4")
     assert len(written_rgb) == len(seen) == 16
@@ -59,8 +76,8 @@ def test_frames_are_changed_and_everything_else_is_copied(tmp_path):
     assert written[0].time_base == Fraction(1, 12800)
     assert written[0].format.name == "yuv420p"
     for frame, before, after in zip(seen, source_rgb, written_rgb, strict=True):
-        assert np.abs(frame * 255 - before).mean() < 1.5
-        assert np.abs(after - frame * 127.5).mean() < 3  # colour has half the resolution
+        assert np.abs(frame - before.astype(float)).mean() < 1.5
+        assert np.abs(after - frame / 2).mean() < 3  # colour has half the resolution
     assert packets(source, "audio") == packets(tmp_path / "out.mp4", "audio")
     assert {stream for stream, *_ in packets(source, "audio")} == {0, 1}
     with av.open(str(tmp_path / "out.mp4")) as container:
@@ -81,18 +98,13 @@ def test_frames_keep_their_uneven_times(tmp_path, suffix):
 def test_rotated_videos_are_written_upright(tmp_path, degrees, mirrored):
     source = make_video(tmp_path / "in.mp4", scene(3), degrees=degrees, mirrored=mirrored)
     seen = []
-
-    def record(frame):
-        seen.append(frame)
-        return frame
-
-    rewrite(source, tmp_path / "out.mp4", record)
+    rewrite(source, tmp_path / "out.mp4", recorder(seen))
     upright = np.rot90(scene(3)[2], degrees // 90)
     upright = upright[:, ::-1] if mirrored else upright
     rgb, _, frames = decode(tmp_path / "out.mp4")
     assert frames[0].rotation == 0
     assert rgb[2].shape == seen[2].shape == upright.shape
-    assert np.abs(seen[2] * 255 - upright).mean() < 3
+    assert np.abs(seen[2] - upright.astype(float)).mean() < 3
     assert np.abs(rgb[2] - upright.astype(float)).mean() < 3
 
 
@@ -104,7 +116,7 @@ def test_rotations_are_multiples_of_90_degrees_at_any_scale():
 @pytest.mark.parametrize("size", [(37, 31), (35, 64), (1, 1)])
 def test_odd_sides_stay_odd(tmp_path, size):
     source = make_video(tmp_path / "in.mp4", scene(3, size))
-    rewrite(source, tmp_path / "out.mp4", lambda frame: 1 - frame)
+    rewrite(source, tmp_path / "out.mp4", invert)
     rgb, _, frames = decode(tmp_path / "out.mp4")
     assert [frame.shape for frame in rgb] == [(*size, 3)] * 3
     assert frames[0].format.name == "yuv444p"
@@ -126,12 +138,7 @@ def test_colours_follow_their_tags(tmp_path, tags, pixels, kr, kb):
     rgb = np.array([200, 60, 30]) / 255
     source = make_video(tmp_path / "in.mp4", [np.full((*SIZE, 3), rgb * 255, np.uint8)] * 2, tags=tags, pixels=pixels)
     seen = []
-
-    def record(frame):
-        seen.append(frame)
-        return frame
-
-    rewrite(source, tmp_path / "out.mp4", record, crf=1)
+    rewrite(source, tmp_path / "out.mp4", recorder(seen), options=VideoOptions(crf=1))
     luma = kr * rgb[0] + (1 - kr - kb) * rgb[1] + kb * rgb[2]
     blue, red = (rgb[2] - luma) / (2 - 2 * kb), (rgb[0] - luma) / (2 - 2 * kr)
     luma_steps, colour_steps, black = (255, 255, 0) if tags[1] == 2 else (219, 224, 16)
@@ -143,12 +150,12 @@ def test_colours_follow_their_tags(tmp_path, tags, pixels, kr, kb):
     written = decode(tmp_path / "out.mp4")[2][0]
     assert (written.colorspace, written.color_trc, written.color_primaries) == (tags[0], tags[2], tags[3])
     assert written.color_range == tags[1]
-    np.testing.assert_allclose(seen[0].mean((0, 1)), rgb, atol=2 / 255)
+    np.testing.assert_allclose(seen[0].mean((0, 1)) / 255, rgb, atol=2 / 255)
 
 
 def test_a_comparison_can_be_written(tmp_path):
     source = make_video(tmp_path / "in.mp4", scene(4, (37, 31)), sound=["aac"])
-    rewrite(source, tmp_path / "out.mp4", lambda frame: 1 - frame, beside=tmp_path / "beside.mp4", crf=10)
+    rewrite(source, tmp_path / "out.mp4", invert, beside=tmp_path / "beside.mp4")
     rgb, times, frames = decode(tmp_path / "beside.mp4")
     assert times == decode(source)[1]
     assert rgb[0].shape[1] > 2 * 31
@@ -289,11 +296,12 @@ def test_a_failed_write_keeps_the_old_video_and_leaves_no_temporary_file(tmp_pat
     (tmp_path / "out.mp4").write_bytes(b"old")
     seen = []
 
-    def fail(frame):
-        seen.append(frame)
-        if len(seen) == 3:  # both files are open
-            raise DerainError("frame 3")
-        return frame
+    def fail(frames):
+        for frame in frames:
+            seen.append(frame)
+            if len(seen) == 3:
+                raise DerainError("frame 3")
+            yield frame
 
     with pytest.raises(DerainError, match="frame 3"):
         rewrite(source, tmp_path / "out.mp4", fail, beside=tmp_path / "beside.mp4")

@@ -3,77 +3,20 @@
 import io
 import logging
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from derain.errors import DerainError
 from derain.images import Pixels
 
-FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
-"""Suffix to container, for the containers that can be written: they store the time of every frame."""
-
-ENCODERS: dict[str, Callable[[int], dict[str, str]]] = {
-    "libx264": lambda crf: {"crf": str(crf)},
-    "libvpx-vp9": lambda crf: {"crf": str(crf), "b": "0"},
-    "mpeg4": lambda crf: {"qmin": "1", "qmax": str(max(1, crf // 6))},
-}
-"""Encoders in order of preference, and the function from ``crf`` to their options."""
-
-MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
-"""Colour matrix in videos (ISO/IEC 23091-2) to the colour space of PyAV's conversions."""
-
-UNSPECIFIED = 2
-"""Value of the tag for an unknown colour matrix."""
-
-LIMITED, FULL = 1, 2
-"""Values of the tag of the colour range: luma from 16 to 235, or from 0 to 255."""
+from .encoders import ENCODERS, choose_encoder, open_encoder
+from .formats import FORMATS, FULL, LIMITED, MATRICES, VideoFormat, accurate_interpolation, reason
+from .overlap import Packet
 
 CONTAINER_TAGS = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder", "ENCODER", "DURATION"})
 """Tags that describe the container, not its content; they are not copied."""
 
 log = logging.getLogger("derain")
-
-
-class VideoFormat(NamedTuple):
-    """Size, rotation and colours of a video.
-
-    Attributes:
-        height: Height of the upright frames.
-        width: Width of the upright frames.
-        mirrored: Whether frames are mirrored from left to right before they are rotated.
-        quarter_turns: Quarter turns counter-clockwise that make frames upright.
-        matrix: Colour matrix for the conversion to RGB.
-        full_range: Whether luma is from 0 to 255.
-        color_tags: Colour matrix, range, transfer function and primaries, as tagged in the file.
-        aspect: Width of an upright pixel divided by its height.
-        bits: Bits per channel.
-        interlaced: Whether odd and even lines show different times.
-    """
-
-    height: int
-    width: int
-    mirrored: bool
-    quarter_turns: int
-    matrix: int
-    full_range: bool
-    color_tags: tuple[int, int, int, int]
-    aspect: Fraction
-    bits: int
-    interlaced: bool
-
-
-def accurate_interpolation() -> Any:
-    """Return PyAV's flags for bicubic, full-resolution chroma and exact rounding."""
-    from av.video.reformatter import Interpolation
-
-    accurate = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
-    return Interpolation.BICUBIC | accurate
-
-
-def reason(error: Any) -> str:
-    """Return the short message of an FFmpeg error."""
-    return str(error.strerror or type(error).__name__)
 
 
 class Writer:
@@ -87,10 +30,12 @@ class Writer:
         stream: Video stream of the source.
         copied_streams: Streams of the source to copy.
         crf: Quality on x264's scale, 0 (lossless) to 51.
+        encoder: Name of the encoder; None for libx264, or the first of the defaults that the container supports.
         source: Name of the source in messages.
 
     Raises:
-        DerainError: If the suffix is not in ``FORMATS``, or the container does not support an audio stream.
+        DerainError: If the suffix is not in ``FORMATS``, the encoder is not available, or the container does not
+            support an audio stream.
     """
 
     def __init__(
@@ -102,6 +47,7 @@ class Writer:
         stream: Any,
         copied_streams: list[Any],
         crf: int,
+        encoder: str | None,
         source: Path,
     ) -> None:
         if target.suffix.lower() not in FORMATS:
@@ -110,7 +56,7 @@ class Writer:
         self.video_format, self.stream, self.target = video_format, stream, target
         self.last_pts: int | None = None
         self.container = self._open(file)
-        self.video = self._add_video(size, crf)
+        self.video = self._add_video(size, crf, encoder)
         self.container.metadata.update(
             {key: value for key, value in stream.container.metadata.items() if key not in CONTAINER_TAGS}
         )
@@ -136,8 +82,8 @@ class Writer:
         handle = file if isinstance(file, io.BytesIO) else str(file)
         return av.open(handle, "w", format=name, options=options)
 
-    def _add_video(self, size: tuple[int, int], crf: int) -> Any:
-        encoder = next(name for name in ENCODERS if name in self.container.supported_codecs)
+    def _add_video(self, size: tuple[int, int], crf: int, chosen_encoder: str | None) -> Any:
+        encoder = choose_encoder(self.container, chosen_encoder, self.target)
         video = self.container.add_stream(encoder, rate=self.rate, options=ENCODERS[encoder](crf))
         video.height, video.width = size
         has_odd_side = size[0] % 2 or size[1] % 2  # H.264 can halve the resolution of chroma for even sides only
@@ -149,6 +95,8 @@ class Writer:
         for key in ("language", "title"):
             if key in self.stream.metadata:
                 video.metadata[key] = self.stream.metadata[key]
+        if chosen_encoder is not None:
+            open_encoder(video, encoder, self.target)
         return video
 
     def _tag_colors(self, tagged: Any) -> None:
@@ -192,7 +140,7 @@ class Writer:
             stream.metadata.clear()
             stream.metadata.update(language)
 
-    def add(self, pixels: Pixels, source_frame: Any) -> None:
+    def add(self, pixels: Pixels, pts: int | None, duration: int) -> None:
         """Encode a frame ``(h, w, 3)``, 0 to 255, with the time of a frame of the source."""
         import av
 
@@ -204,8 +152,8 @@ class Writer:
             dst_color_range=FULL if self.video_format.full_range else LIMITED,
         )
         self._tag_colors(frame)
-        self.last_pts = frame.pts = self._next_pts(source_frame.pts)
-        frame.time_base, frame.duration = self.stream.time_base, source_frame.duration
+        self.last_pts = frame.pts = self._next_pts(pts)
+        frame.time_base, frame.duration = self.stream.time_base, duration
         self._mux(lambda: self.video.encode(frame))
 
     def _next_pts(self, pts: int | None) -> int:
@@ -216,11 +164,11 @@ class Writer:
             pts = self.last_pts + round(1 / self.rate / self.stream.time_base)
         return max(self.last_pts + 1, pts)
 
-    def copy(self, packet: Any, index: int) -> None:
-        """Copy a packet of the source's stream with this index, if the stream is copied."""
-        if index in self.copies:
-            packet.stream = self.copies[index]
-            self._mux(lambda: packet)
+    def copy(self, packet: Packet) -> None:
+        """Copy a packet, if its stream is copied."""
+        if packet.index in self.copies:
+            packet.content.stream = self.copies[packet.index]
+            self._mux(lambda: packet.content)
 
     def _mux(self, packets: Callable[[], Any]) -> None:
         import av

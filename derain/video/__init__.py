@@ -1,0 +1,7 @@
+"""Restore videos: frames are changed; times, sound, subtitles, chapters and tags are copied."""
+
+from .formats import SUFFIXES, output_path
+from .overlap import QUEUE, Change
+from .rewriting import VideoOptions, check, rewrite
+
+__all__ = ["QUEUE", "SUFFIXES", "Change", "VideoOptions", "check", "output_path", "rewrite"]

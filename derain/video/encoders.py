@@ -1,0 +1,106 @@
+"""Video encoders and their options."""
+
+from collections.abc import Callable
+from typing import Any
+
+from derain.errors import DerainError
+
+from .formats import reason
+
+Options = Callable[[int], dict[str, str]]
+
+DEFAULT_ENCODERS = ("libx264", "libvpx-vp9", "mpeg4")
+"""Encoders in order of preference; a container uses the first that it supports."""
+
+
+def _crf(crf: int) -> dict[str, str]:
+    return {"crf": str(crf)}
+
+
+def _nvenc(crf: int) -> dict[str, str]:
+    return {"rc": "vbr", "cq": str(max(1, crf)), "b": "0"}  # cq 0 means automatic
+
+
+def _quick_sync(crf: int) -> dict[str, str]:
+    return {"global_quality": str(max(1, crf))}
+
+
+def _amf(crf: int) -> dict[str, str]:
+    return {"rc": "cqp", "qp_i": str(crf), "qp_p": str(crf)}
+
+
+def _videotoolbox(crf: int) -> dict[str, str]:
+    quality = round(100 * (1 - crf / 51))  # 1 to 100, 100 is best; in units of 118 (FF_QP2LAMBDA)
+    return {"flags": "+qscale", "global_quality": str(118 * max(1, quality))}
+
+
+ENCODERS: dict[str, Options] = {
+    "libx264": _crf,
+    "libx265": _crf,
+    "libsvtav1": _crf,
+    "libvpx-vp9": lambda crf: {"crf": str(crf), "b": "0"},
+    "mpeg4": lambda crf: {"qmin": "1", "qmax": str(max(1, crf // 6))},
+    "h264_nvenc": _nvenc,
+    "hevc_nvenc": _nvenc,
+    "av1_nvenc": _nvenc,
+    "h264_qsv": _quick_sync,
+    "hevc_qsv": _quick_sync,
+    "av1_qsv": _quick_sync,
+    "h264_amf": _amf,
+    "hevc_amf": _amf,
+    "av1_amf": _amf,
+    "h264_videotoolbox": _videotoolbox,
+    "hevc_videotoolbox": _videotoolbox,
+}
+"""Encoders, and the function from ``crf`` to their options; those after ``mpeg4`` run on graphics hardware."""
+
+
+def choose_encoder(container: Any, name: str | None, target: object) -> str:
+    """Return the encoder for a container.
+
+    Args:
+        container: PyAV's container, opened for writing.
+        name: Name of the encoder; None for the container's default.
+        target: Name of the video in messages.
+
+    Raises:
+        DerainError: If the encoder is unknown, not part of this FFmpeg, or not supported by the container.
+    """
+    supported = [encoder for encoder in ENCODERS if encoder in container.supported_codecs and _exists(encoder)]
+    if name is None:
+        return next(encoder for encoder in DEFAULT_ENCODERS if encoder in supported)
+    if name not in supported:
+        raise DerainError(f"--encoder {name}: not available for {target}; use {', '.join(supported)}")
+    return name
+
+
+def _exists(encoder: str) -> bool:
+    import av
+
+    try:
+        av.Codec(encoder, "w")
+    except (ValueError, av.FFmpegError):  # the name is unknown, or that of a decoder only
+        return False
+    return True
+
+
+def open_encoder(video: Any, name: str, target: object) -> None:
+    """Open an encoder, which tests whether its hardware is there.
+
+    Args:
+        video: PyAV's stream, with size, pixel format and time base.
+        name: Name of the encoder.
+        target: Name of the video in messages.
+
+    Raises:
+        DerainError: If it cannot be opened.
+    """
+    import av
+
+    try:
+        video.codec_context.open(strict=False)
+    except av.FFmpegError as error:
+        raise DerainError(
+            f"--encoder {name}: cannot be opened for {target} ({reason(error)}), for example because its hardware or "
+            "driver is missing; use libx264"
+        ) from error

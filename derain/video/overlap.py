@@ -1,0 +1,114 @@
+"""Read, change and write a video at the same time, in three threads with a bounded number of frames between them."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+from derain.images import Pixels
+
+QUEUE = 4
+"""Number of frames that are read ahead, and number of frames that wait to be written."""
+
+T = TypeVar("T")
+
+
+class Packet(NamedTuple):
+    """Packet of a stream that is copied.
+
+    Attributes:
+        content: PyAV's packet.
+        index: Index of its stream in the source.
+    """
+
+    content: Any
+    index: int
+
+
+class Frame(NamedTuple):
+    """Frame of a video, after the packets before it.
+
+    Attributes:
+        packets: Packets of copied streams between the previous frame and this one.
+        pixels: ``(h, w, 3)``, upright, 0 to 255; None for the packets after the last frame.
+        pts: Time in units of the stream's time base; None if unknown.
+        duration: Duration in the same units; 0 if unknown.
+    """
+
+    packets: list[Packet]
+    pixels: Pixels | None
+    pts: int | None = None
+    duration: int = 0
+
+
+Change = Callable[[Iterator[Pixels]], Iterator[Pixels]]
+"""Function of the frames of a video, ``(h, w, 3)`` uint8, that yields one frame of equal size for each, in order.
+
+It may read some frames ahead, to restore a batch or to fuse neighbours.
+"""
+
+
+def overlap(
+    frames: Iterable[Frame],
+    change: Change,
+    write: Callable[[Frame, Pixels | None], None],
+) -> None:
+    """Read, change and write frames: the next are read and the last are written while others are changed.
+
+    Memory does not grow with the number of frames: at most `QUEUE` frames wait on either side of ``change``.
+
+    Args:
+        frames: Frames of the source; read in a thread.
+        change: Changes the frames; runs in the calling thread.
+        write: Writes a frame of the source and its changed pixels (None after the last frame), in order; called in
+            another thread.
+
+    Raises:
+        RuntimeError: If ``change`` does not yield one frame for each.
+        Exception: Whatever reading, changing or writing raises; both threads have ended by then.
+    """
+    with _thread("read") as reader, _thread("write") as writer:
+        waiting: deque[Future[None]] = deque()
+        sources: deque[Frame] = deque()
+        rest: list[Frame] = []
+
+        def pixels() -> Iterator[Pixels]:
+            for frame in _ahead(frames, reader):
+                if frame.pixels is None:
+                    rest.append(frame)
+                else:
+                    sources.append(frame)
+                    yield frame.pixels
+
+        for changed in change(pixels()):
+            if not sources:
+                raise RuntimeError("more frames were changed than read")
+            waiting.append(writer.submit(write, sources.popleft(), changed))
+            if len(waiting) > QUEUE:
+                waiting.popleft().result()
+        if sources:
+            raise RuntimeError(f"{len(sources)} frames were read, but not changed")
+        waiting.extend(writer.submit(write, frame, None) for frame in rest)
+        while waiting:
+            waiting.popleft().result()
+
+
+@contextmanager
+def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
+    """Yield one thread; at the end of the block it finishes its current task and skips the others."""
+    executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _ahead(items: Iterable[T], thread: ThreadPoolExecutor) -> Iterator[T]:
+    """Yield items that a thread reads ahead, at most `QUEUE`."""
+    iterator = iter(items)
+    end = object()
+    waiting = deque(thread.submit(next, iterator, end) for _ in range(QUEUE))
+    while (item := waiting.popleft().result()) is not end:
+        waiting.append(thread.submit(next, iterator, end))
+        yield item  # type: ignore[misc]
