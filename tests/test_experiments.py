@@ -26,7 +26,7 @@ DATA = [path for path in FILES if path.parent == EXPERIMENTS]
 APPENDED = [path for path in FILES if path not in DATA]
 """Files that are given behind the file of a data set: methods, ablations, loggers."""
 CONFIGS = {path: yaml.safe_load(path.read_text()) for path in FILES}
-TRANSFORMER = ["--model.dim", "8", "--model.blocks", "[1,1,1,1]", "--model.refinement", "1"]
+TRANSFORMER = ["--model.dim", "8", "--model.blocks", "[0,1,0,0]", "--model.refinement", "0"]
 UNET = ["--model.channels", "32", "--model.multipliers", "[1,2]", "--model.attention", "none", "--model.context", "8"]
 GAN = ["--model.channels", "8", "--model.stages", "[1,1,1,1]", "--model.hierarchy", "1", "--model.heads", "2"]
 GAN += ["--model.discriminator_channels", "8", "--model.discriminator_stages", "1"]
@@ -80,7 +80,7 @@ TINY = {
     if path.stem.endswith("-tiny") and "network" in arguments_of(path)
 }
 """Options of small networks, by network."""
-TINY["Restormer"] = {"dim": 8, "blocks": [1, 1, 1, 1], "refinement": 1, "bias": True, "bias_free_norm": True}
+TINY["Restormer"] = {"dim": 8, "blocks": [0, 1, 0, 0], "refinement": 0, "bias": True, "bias_free_norm": True}
 
 
 def small_options(*paths, clip):

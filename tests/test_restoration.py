@@ -154,7 +154,7 @@ def test_refusals(method, tmp_path):
 
 @pytest.mark.slow
 def test_tiles_and_views_take_the_route_of_the_whole_image(monkeypatch):
-    method = CLIPRPNModule(perception="fixed", route=1, dim=8, blocks=(1, 1, 1, 1), refinement=1)
+    method = CLIPRPNModule(perception="fixed", route=1, dim=8, blocks=(0, 1, 0, 0), refinement=0)
     seen, taken = [], []
     monkeypatch.setattr(method, "encode", lambda image: seen.append(image.shape) or {"routes": [1]})
     run = method.network.forward

@@ -91,7 +91,7 @@ def test_only_a_trusted_proxy_names_the_client(proxies, client):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])  # SIGINT: the fixture `served`
 def test_signals_close_the_page(weights, tmp_path, signum):
     pytest.importorskip("gradio")
     process = start("app", "--port", "0", "--weights", weights, "--device", "cpu", fresh=True, TMPDIR=str(tmp_path))

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+import derain.export
 from derain.errors import DerainError
 from derain.export import SUFFIXES, export
 from derain.methods.regression.module import RegressionModule
+from derain.networks import spanet
 from derain.networks.spanet import Recurrence, SPANet, scan, scan_by_doubling
 from tests.networks.goldens import (
     Golden,
@@ -106,8 +108,10 @@ def test_recurrences_of_graphs_equal_loops(steps, scale):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["onnx", "torch"])
-def test_files_of_both_formats_restore_as_the_network(format, tmp_path):
+def test_files_of_both_formats_restore_as_the_network(format, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(spanet, "DOUBLINGS", 7)  # sides of up to 128 pixels; every round takes time to export
+    monkeypatch.setattr(derain.export, "SIZES", [(37, 31), (101, 77), (1, 1)])
     method = RegressionModule("SPANet", TINY)
     with torch.no_grad():
         for name, parameter in method.named_parameters():

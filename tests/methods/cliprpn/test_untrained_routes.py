@@ -98,7 +98,7 @@ def test_training_counts_samples_per_route(perception, tmp_path, monkeypatch, ca
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     make_set(tmp_path / "data", "Rain800", "train", count=9)
     make_set(tmp_path / "data", "Rain800", "test", count=2, seed=50)
-    network = ["--model.dim", "8", "--model.blocks", "[1,1,1,1]", "--model.refinement", "1"]
+    network = ["--model.dim", "8", "--model.blocks", "[0,1,0,0]", "--model.refinement", "0"]
     fit = ["fit", "--model", "CLIPRPNModule", "--model.perception", perception, *network, "--data.train", "Rain800"]
     fit += ["--data.crop", "16", "--data.batch_size", "2", "--data.workers", "0", "--trainer.max_epochs", "1"]
     fit += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
