@@ -34,7 +34,7 @@ from derain.memory import keep_freed_memory
 from derain.methods import DACLIPSDEModule
 from derain.methods.daclipsde.network import ConditionalUNet
 from derain.methods.daclipsde.solvers import Sampling
-from derain.restoration import tile_starts
+from derain.tiles import tile_starts
 
 SIDE, ROUNDS = 256, 3
 SPEED_UP, MAX_DIFFERENCE, MEMORY_RATIO = 1.2, 1e-5, 1.05

@@ -22,7 +22,7 @@ from _plain import plain
 from _timing import time_alternately
 from torch import Tensor
 
-from derain import restoration
+from derain import batching
 from derain.memory import keep_freed_memory
 from derain.methods import RegressionModule
 from derain.networks import NETWORKS
@@ -89,8 +89,8 @@ def measure_memory(name: str, part: int) -> None:
     """
     keep_freed_memory()
     method = module(name)
-    with patch.object(restoration, "memory_for", lambda device: int(LIMIT * 2**30)):
-        tile = Restorer(method, device="cpu")._first_tile(HEIGHT, WIDTH)
+    with patch.object(batching, "memory_for", lambda device: int(LIMIT * 2**30)):
+        tile = Restorer(method, device="cpu").scheduler._tile_side(HEIGHT, WIDTH)
     image = torch.rand(3, HEIGHT, WIDTH)
     held = torch.ones(4, HEIGHT, WIDTH)  # the sum of the tiles and of their weights
     rows, columns = (round(min(tile, side) / part**0.5) for side in (HEIGHT, WIDTH))

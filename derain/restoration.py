@@ -1,38 +1,25 @@
-"""Restoration of rainy images of any size, in tiles if memory is short."""
+"""Restoration of rainy images of any size."""
 
-import itertools
 import logging
-import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from derain.batching import SMALLEST_TILE, Precision, Scheduler
 from derain.errors import ArgumentError, DerainError
-from derain.memory import free_memory
 from derain.methods import DerainModule
 from derain.methods.catalog import load
 from derain.methods.interfaces import Explains, Routed, Sampled, Sampling
-from derain.progress import track
 from derain.ranges import check_finite, check_range
 
 log = logging.getLogger("derain")
-Precision = Literal["float32", "bf16"]
 T = TypeVar("T")
-
-OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")
-"""Out-of-memory messages of PyTorch's allocators on Linux, Windows and Apple GPUs."""
-
-SMALLEST_TILE = 64
-"""Smallest side of a tile in pixels."""
 
 
 class Restorer:
@@ -96,14 +83,12 @@ class Restorer:
         if precision == "bf16" and not computes_bf16(self.device):
             log.warning("bf16: %s has no instructions for it, and emulation is slower: using float32", self.device)
             precision = "float32"
-        self.precision, self.tile, self.overlap, self.ensemble = precision, tile, overlap, ensemble
-        self._tile_sides: dict[tuple[int, int], int] = {}
+        self.scheduler = Scheduler(self.method, self.device, precision, tile, overlap, ensemble)
         if compile:
             _compile(self.method)
 
-    @torch.inference_mode()
     def __call__(self, rainy: T, conditions: dict[str, Any] | None = None, *, name: str = "image") -> T:
-        """Restore one or several images.
+        """Restore one or several images; those of equal size are restored in batches, or on several threads of a CPU.
 
         Args:
             rainy: A PIL image, an array ``(h, w, 3)`` or ``(n, h, w, 3)``, a tensor ``(3, h, w)`` or ``(n, 3, h, w)``
@@ -120,48 +105,37 @@ class Restorer:
             DerainError: If the input is of another kind, floats are not in [0, 1], memory does not suffice for the
                 smallest tile, or a restored value is NaN or infinite.
         """
-        restored: Any
-        if isinstance(rainy, list | tuple):
-            images = enumerate(rainy)
-            restored = type(rainy)(self(image, conditions, name=f"{name} {index}") for index, image in images)
-        elif isinstance(rainy, Image.Image):
-            if rainy.mode[0] in "IF":  # more than 8 bits, which Pillow would clip
-                raise DerainError(
-                    f"{name}: PIL mode {rainy.mode}; expected 8 bits per channel; convert it, or pass an array of "
-                    "floats in [0, 1]"
-                )
-            upright = ImageOps.exif_transpose(rainy)
-            restored = Image.fromarray(self(np.asarray(upright.convert("RGB")), conditions, name=name))
-            if upright.has_transparency_data:
-                restored.putalpha(upright.convert("RGBA").getchannel("A"))
-            if upright.mode in {"RGB", "RGBA", "P"} and "icc_profile" in upright.info:
-                restored.info["icc_profile"] = upright.info["icc_profile"]
-        elif isinstance(rainy, np.ndarray) and rainy.ndim in (3, 4):
-            tensor = self(torch.from_numpy(np.array(np.moveaxis(rainy, -1, -3))), conditions, name=name)
-            restored = np.ascontiguousarray(np.moveaxis(tensor.numpy(), -3, -1))
-        else:
-            restored = self._call(_checked(rainy, name), conditions, name)
-        return cast(T, restored)
+        unpacked = _unpack(rainy, name)
+        restored = []
+        for result in self._restore(unpacked.images, unpacked.names, conditions):
+            if isinstance(result, DerainError):
+                raise result
+            restored.append(result)
+        return cast(T, unpacked.pack(restored))
 
-    def _call(self, rainy: Tensor, conditions: dict[str, Any] | None, name: str) -> Tensor:
-        """Restore the images of a tensor."""
-        in_bytes = rainy.dtype == torch.uint8
-        images = rainy.reshape(-1, 1, *rainy.shape[-3:]).to("cpu", torch.float32)
-        if in_bytes:
-            images = images / 255
-        restored = torch.empty_like(images)
-        for index, image in enumerate(images):
-            image_conditions = conditions
-            if image_conditions is None:
-                image_conditions = self.method.encode(image.to(self.device))
-            derained = self._restore_ensemble(image, self.method, image_conditions)
-            check_finite(derained, name if rainy.ndim == 3 else f"{name} {index}")
-            restored[index] = derained.clamp(0, 1)
-        if in_bytes:
-            restored = restored.mul(255).round()
-        restored = restored.reshape(rainy.shape).to(rainy.device, rainy.dtype)
-        with torch.inference_mode(False):
-            return restored.clone()  # autograd refuses inference tensors
+    def restore_each(
+        self, images: Sequence[NDArray[np.float32]], names: Sequence[str], conditions: dict[str, Any] | None = None
+    ) -> list[NDArray[np.float32] | DerainError]:
+        """Restore images of any sizes, also if some of them cannot be restored.
+
+        Args:
+            images: Each ``(h, w, 3)`` in [0, 1].
+            names: Name of each image in messages.
+            conditions: As for ``__call__``.
+
+        Returns:
+            For each image, the restored image; or the error, which ``__call__`` would raise.
+        """
+        tensors = [torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))) for image in images]
+        results = self._restore(tensors, names, conditions)
+        return [result if isinstance(result, DerainError) else _to_array(result) for result in results]
+
+    def _restore(
+        self, images: Sequence[Tensor], names: Sequence[str], conditions: dict[str, Any] | None
+    ) -> list[Tensor | DerainError]:
+        """Restore tensors; the results are float32 in [0, 1], or errors."""
+        results = self.scheduler.run(images, self.method, conditions)
+        return [_finite(result, name) for result, name in zip(results, names, strict=True)]
 
     @torch.inference_mode()
     def encode(self, rainy: NDArray[np.float32]) -> dict[str, Any]:
@@ -182,81 +156,17 @@ class Restorer:
         Raises:
             DerainError: As for ``__call__``.
         """
-        image = torch.from_numpy(np.ascontiguousarray(rainy.transpose(2, 0, 1)))[None]
+        image = torch.from_numpy(np.ascontiguousarray(rainy.transpose(2, 0, 1)))
         conditions = self.encode(rainy)
         function = self.method.explain if isinstance(self.method, Explains) else self.method
-        restored = self._restore_ensemble(image, function, conditions)
-        check_finite(restored, name)
-        channels = np.ascontiguousarray(restored[0].clamp(0, 1).permute(1, 2, 0).numpy())
+        restored = _finite(self.scheduler.run([image], function, conditions)[0], name)
+        if isinstance(restored, DerainError):
+            raise restored
+        channels = _to_array(restored)
         if not isinstance(self.method, Explains):
             return Explanation(channels, {}, {})
         maps = {name: channels[:, :, index] for index, name in enumerate(self.method.maps, 3)}
         return Explanation(channels[:, :, :3], maps, self.method.describe_image(conditions, 0))
-
-    def _restore_ensemble(
-        self, image: Float[Tensor, "1 3 h w"], forward: Callable[..., Tensor], conditions: dict[str, Any]
-    ) -> Float[Tensor, "1 n h w"]:
-        """Restore an image; with ``ensemble``, average over its flips and rotations."""
-        if not self.ensemble:
-            return self._restore(image, forward, conditions)
-        restored = []
-        for quarter_turns, is_flipped in itertools.product(range(4), (False, True)):
-            view = torch.rot90(image.flip(3) if is_flipped else image, quarter_turns, (2, 3))
-            upright = torch.rot90(self._restore(view, forward, conditions), -quarter_turns, (2, 3))
-            restored.append(upright.flip(3) if is_flipped else upright)
-        return torch.stack(restored).mean(0)
-
-    def _restore(
-        self, image: Float[Tensor, "1 3 h w"], forward: Callable[..., Tensor], conditions: dict[str, Any]
-    ) -> Float[Tensor, "1 n h w"]:
-        """Restore in the largest tiles that fit into memory; their side is determined once per image size."""
-        height, width = image.shape[2:]
-        if (height, width) not in self._tile_sides:
-            self._tile_sides[height, width] = self._first_tile(height, width)
-        while True:
-            tile = self._tile_sides[height, width]
-            try:
-                if isinstance(self.method, Sampled):  # tiles each step itself, since all tiles share one state
-                    tiled = partial(blend_tiles, tile=tile, overlap=self.overlap)
-                    return self._forward(image, forward, conditions | {"tiled": tiled, "show": show_steps})
-                return blend_tiles(image, lambda crop: self._forward(crop, forward, conditions), tile, self.overlap)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                is_memory_error = isinstance(error, torch.OutOfMemoryError | MemoryError)
-                if not is_memory_error and not OUT_OF_MEMORY.search(str(error)):
-                    raise
-                if self.tile is None or tile // 2 < SMALLEST_TILE:
-                    raise DerainError(
-                        f"not enough memory for a tile of {tile}×{tile} pixels on {self.device}; "
-                        "close other programs, or use a smaller tile, tile auto or device cpu"
-                    ) from error
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self._tile_sides[height, width] = tile // 2
-            log.warning("out of memory: continuing with tiles of %d×%d pixels", tile // 2, tile // 2)
-
-    def _first_tile(self, height: int, width: int) -> int:
-        """Return the side of the first tiles to try; the longest side of the image means no tiles."""
-        if isinstance(self.tile, int):
-            return self.tile
-        longest = max(height, width)
-        pixels = memory_for(self.device) // 2 // self.method.bytes_per_pixel
-        if self.tile is None or height * width <= pixels:
-            return longest
-        multiple = self.method.tile_multiple
-        tile = max(SMALLEST_TILE, min(longest, int(pixels**0.5)) // multiple * multiple)
-        log.info("%d×%d pixels: restoring in tiles of %d×%d", width, height, tile, tile)
-        return tile
-
-    def _forward(
-        self, tile: Float[Tensor, "1 3 h w"], forward: Callable[..., Tensor], conditions: dict[str, Any]
-    ) -> Float[Tensor, "1 n h w"]:
-        autocast: AbstractContextManager[object] = nullcontext()
-        if self.precision == "bf16":
-            autocast = torch.autocast(self.device.type, torch.bfloat16)
-        with autocast:
-            derained = forward(tile.to(self.device, memory_format=torch.channels_last), **conditions).float()
-        # Clamping would turn infinity into white; NaN is reported when the whole image is checked.
-        return torch.where(derained.isfinite(), derained.clamp(0, 1), torch.nan).cpu()
 
 
 class Explanation(NamedTuple):
@@ -368,90 +278,105 @@ def computes_bf16(device: torch.device) -> bool:
     return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
-def memory_for(device: torch.device) -> int:
-    """Return the memory available to a restoration in bytes: free CUDA memory; on other devices free RAM, up to 4 GiB.
+class _Unpacked(NamedTuple):
+    """Tensors of the images in an argument of `Restorer`.
 
-    Tiles that need more are no faster on a CPU.
+    Attributes:
+        images: Tensors, ``(3, h, w)`` each, of any device and type.
+        names: Name of each image in messages.
+        pack: Returns restored tensors, float32 in [0, 1], as what was unpacked.
     """
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
-    return min(free_memory(), 4 << 30)
+
+    images: list[Tensor]
+    names: list[str]
+    pack: Callable[[list[Tensor]], Any]
 
 
-def blend_tiles(
-    image: Float[Tensor, "1 c h w"],
-    forward: Callable[[Tensor], Tensor],
-    tile: int,
-    overlap: int,
-) -> Float[Tensor, "1 n h w"]:
-    """Apply a function to an image tile by tile, and blend the overlaps of the tiles by a raised cosine.
+def _unpack(rainy: Any, name: str) -> _Unpacked:
+    """Return the images of a PIL image, an array, a tensor, or a list or tuple of these.
 
-    All tiles have the same size, ``min(tile, h)`` × ``min(tile, w)``, so that a compiled network compiles once.
-
-    Args:
-        image: Image, or another tensor with the same layout, such as a sampler's state.
-        forward: Function of a tile, ``(1, c, min(tile, h), min(tile, w))``, that returns ``n`` channels of that size.
-        tile: Side of a tile in pixels.
-        overlap: Minimum overlap of neighbours in pixels, reduced to half a tile if it is larger.
-
-    Example:
-        >>> image = torch.rand(1, 3, 50, 90)
-        >>> torch.allclose(blend_tiles(image, lambda t: t, 32, 8), image)
-        True
+    Raises:
+        DerainError: If the argument is none of these, or its shape, data type or range is not accepted.
     """
-    height, width = image.shape[2:]
-    tile_height, tile_width = min(tile, height), min(tile, width)
-    if (tile_height, tile_width) == (height, width):
-        return forward(image)
-    overlap = min(overlap, tile // 2)
-    total: Tensor | None = None
-    weight = image.new_zeros(1, 1, height, width)
-    tops, lefts = tile_starts(height, tile_height, overlap), tile_starts(width, tile_width, overlap)
-    for top, left in itertools.product(tops, lefts):
-        bottom, right = top + tile_height, left + tile_width
-        rows, columns = slice(top, bottom), slice(left, right)
-        fade = torch.outer(
-            _fade(tile_height, overlap, top > 0, bottom < height),
-            _fade(tile_width, overlap, left > 0, right < width),
-        ).to(image.device)
-        faded = forward(image[..., rows, columns].contiguous()) * fade
-        if total is None:
-            total = faded.new_zeros(1, faded.shape[1], height, width)
-        total[..., rows, columns] += faded
-        weight[..., rows, columns] += fade
-    return cast(Tensor, total) / weight
+    if isinstance(rainy, list | tuple):
+        parts = [_unpack(part, f"{name} {index}") for index, part in enumerate(rainy)]
+        return _Unpacked(
+            [image for part in parts for image in part.images],
+            [image_name for part in parts for image_name in part.names],
+            lambda restored: type(rainy)(_pack_parts(parts, restored)),
+        )
+    if isinstance(rainy, Image.Image):
+        return _unpack_picture(rainy, name)
+    if isinstance(rainy, np.ndarray) and rainy.ndim in (3, 4):
+        images, names, pack = _unpack(torch.from_numpy(np.array(np.moveaxis(rainy, -1, -3))), name)
+        return _Unpacked(
+            images, names, lambda restored: np.ascontiguousarray(np.moveaxis(pack(restored).numpy(), -3, -1))
+        )
+    tensor = _checked(rainy, name)
+    images = list(tensor.reshape(-1, *tensor.shape[-3:]))
+    names = [name] if tensor.ndim == 3 else [f"{name} {index}" for index in range(len(images))]
+    return _Unpacked(images, names, lambda restored: _pack_tensor(restored, tensor))
 
 
-def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Return the start of each of the evenly spaced tiles that cover ``length`` and overlap by at least ``overlap``.
+def _pack_parts(parts: list[_Unpacked], restored: list[Tensor]) -> list[Any]:
+    """Return the parts of a list from the restored images of all."""
+    packed = []
+    for part in parts:
+        count = len(part.images)
+        packed.append(part.pack(restored[:count]))
+        restored = restored[count:]
+    return packed
 
-    Example:
-        >>> tile_starts(100, 40, 10)
-        [0, 30, 60]
-        >>> tile_starts(101, 40, 10)
-        [0, 20, 41, 61]
+
+def _unpack_picture(picture: Image.Image, name: str) -> _Unpacked:
+    """Return a PIL image as a tensor.
+
+    Raises:
+        DerainError: If it has more than 8 bits per channel, which Pillow would clip.
     """
-    if tile >= length:
-        return [0]
-    count = -(-(length - tile) // (tile - overlap)) + 1
-    return [round(index * (length - tile) / (count - 1)) for index in range(count)]
+    if picture.mode[0] in "IF":
+        raise DerainError(
+            f"{name}: PIL mode {picture.mode}; expected 8 bits per channel; convert it, or pass an array of floats in "
+            "[0, 1]"
+        )
+    upright = ImageOps.exif_transpose(picture)
+    images, names, pack_array = _unpack(np.asarray(upright.convert("RGB")), name)
+
+    def pack(restored: list[Tensor]) -> Image.Image:
+        packed = Image.fromarray(pack_array(restored))
+        if upright.has_transparency_data:
+            packed.putalpha(upright.convert("RGBA").getchannel("A"))
+        if upright.mode in {"RGB", "RGBA", "P"} and "icc_profile" in upright.info:
+            packed.info["icc_profile"] = upright.info["icc_profile"]
+        return packed
+
+    return _Unpacked(images, names, pack)
 
 
-def _fade(side: int, overlap: int, before: bool, after: bool) -> Float[Tensor, " side"]:
-    """Return the weights along one side of a tile: 1 inside, and a raised cosine, above 0, towards its neighbours."""
-    ramp = torch.sin((torch.arange(overlap) + 0.5) / max(overlap, 1) * torch.pi / 2) ** 2
-    weight = torch.ones(side)
-    if before:
-        weight[:overlap] *= ramp
-    if after:
-        weight[side - overlap :] *= ramp.flip(0)
-    return weight
+def _pack_tensor(restored: list[Tensor], like: Tensor) -> Tensor:
+    """Return restored images as one tensor with the shape, data type and device of the input."""
+    if not restored:
+        return like.clone()
+    packed = torch.stack(restored)  # outside inference mode, so that autograd accepts the result
+    if like.dtype == torch.uint8:
+        packed = packed.mul(255).round()
+    return packed.reshape(like.shape).to(like.device, like.dtype)
 
 
-def show_steps(steps: Iterable[T], total: int) -> Iterator[T]:
-    """Show the progress of sampling on a terminal."""
-    return track(steps, "Sampling", total)
+def _to_array(image: Tensor) -> NDArray[np.float32]:
+    """Return ``(c, h, w)`` as a contiguous array ``(h, w, c)``."""
+    return np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
+
+
+def _finite(result: Tensor | DerainError, name: str) -> Tensor | DerainError:
+    """Return a result, or the error that it is not finite."""
+    if isinstance(result, DerainError):
+        return result
+    try:
+        check_finite(result, name)
+    except DerainError as error:
+        return error
+    return result
 
 
 def _checked(images: object, name: str) -> Tensor:

@@ -28,6 +28,7 @@ from derain.errors import DerainError
 from derain.export import export
 from derain.files.weights import read
 from derain.methods.base import DerainModule
+from derain.restoration import Restorer
 
 log = logging.getLogger("derain")
 
@@ -88,6 +89,7 @@ def check_method(method: type[DerainModule], *, can_export: bool = True, **hyper
 
     check_hyper_parameters(method, hyper_parameters)
     check_forward(build())
+    check_restoring(build())
     check_files(build())
     check_training(build())
     if not can_export:
@@ -156,6 +158,22 @@ def check_forward(module: DerainModule) -> None:
     _compare(alone, derained, f"{name}.forward: the images of a batch influence each other")
     conditions = module.encode(rainy)
     _compare(module(rainy, **conditions), derained, f"{name}.forward: the result differs with conditions from encode")
+
+
+def check_restoring(module: DerainModule) -> None:
+    """Check that `derain.Restorer` returns the same for images one by one, in a batch, and on threads.
+
+    Raises:
+        ContractError: If a result differs.
+    """
+    rainy = make_batch(3, 64, 64)["rainy"]
+    restorer = Restorer(module, device="cpu")
+    alone = torch.stack([restorer(image) for image in rainy])
+    restorer.scheduler.threads = 2
+    for stacks in (True, False):
+        restorer.scheduler.stacks = stacks
+        way = "in a batch" if stacks else "on threads"
+        _compare(restorer(rainy), alone, f"{type(module).__name__}: the result of an image differs {way}")
 
 
 @torch.no_grad()

@@ -5,10 +5,11 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from derain import restoration
+from derain import batching, restoration
 from derain.errors import DerainError
 from derain.methods import CLIPRPNModule, PReNetModule
-from derain.restoration import Restorer, blend_tiles, choose_device, tile_starts
+from derain.restoration import Restorer, choose_device
+from derain.tiles import blend_tiles, tile_starts
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_out_of_memory_halves_the_tile(method, monkeypatch):
             torch.empty(10**15)  # the machine's own message
         return tile
 
-    monkeypatch.setattr(restorer, "_forward", forward)
+    monkeypatch.setattr(restorer.scheduler, "_forward", forward)
     image = np.random.default_rng(3).random((200, 400, 3), np.float32)
     np.testing.assert_allclose(restorer(image), image, atol=1e-6)
     assert sizes[:3] == [400, 200, 100]
@@ -107,7 +108,7 @@ def test_no_memory_at_all_is_refused(method, monkeypatch):
     def forward(tile, *conditions):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(restorer, "_forward", forward)
+    monkeypatch.setattr(restorer.scheduler, "_forward", forward)
     with pytest.raises(DerainError, match="not enough memory for a tile"):
         restorer(np.zeros((100, 100, 3), np.float32))
 
@@ -118,17 +119,17 @@ def test_other_errors_are_not_taken_for_memory(method, monkeypatch):
     def forward(tile, *conditions):
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(restorer, "_forward", forward)
+    monkeypatch.setattr(restorer.scheduler, "_forward", forward)
     with pytest.raises(RuntimeError, match="a fault"):
         restorer(np.zeros((100, 100, 3), np.float32))
 
 
 def test_automatic_tiles_follow_memory(method, monkeypatch):
-    monkeypatch.setattr(restoration, "memory_for", lambda device: 2 * 300 * 300 * method.bytes_per_pixel)
+    monkeypatch.setattr(batching, "memory_for", lambda device: 2 * 300 * 300 * method.bytes_per_pixel)
     restorer = Restorer(method, device="cpu")
-    assert restorer._first_tile(300, 300) == 300
-    assert restorer._first_tile(300, 301) == 288
-    assert restorer._first_tile(4000, 10) == 4000
+    assert restorer.scheduler._tile_side(300, 300) == 300
+    assert restorer.scheduler._tile_side(300, 301) == 288
+    assert restorer.scheduler._tile_side(4000, 10) == 4000
 
 
 @pytest.mark.parametrize("native", [True, False])

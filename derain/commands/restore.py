@@ -1,6 +1,7 @@
 """Remove rain from a photo or video, or from all that are in a folder or match a glob."""
 
 import glob
+import itertools
 import logging
 import math
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from derain import video
+from derain.commands.photo_pipeline import Outcome, PhotoPipeline
 from derain.errors import DerainError
 from derain.folders import check_outputs
 from derain.image_metadata import has_location
@@ -24,7 +26,7 @@ from derain.progress import track
 from derain.video import VideoOptions
 
 if TYPE_CHECKING:
-    from derain.restoration import Restorer
+    from derain.restoration import Explanation, Restorer
 
 ACCEPTED = SUFFIXES | video.SUFFIXES
 """Suffixes of photos and videos."""
@@ -169,6 +171,21 @@ class Report:
     attempted: int = 0
     with_location: list[Path] = field(default_factory=list)
 
+    def add(self, target: Path, outcome: Outcome) -> None:
+        """Count a file.
+
+        Args:
+            target: Output file.
+            outcome: Whether its metadata contains a location, or the error that prevented its restoration.
+        """
+        self.attempted += 1
+        if isinstance(outcome, Exception):
+            self.failures.append(str(outcome))
+            return
+        self.restored += 1
+        if outcome:
+            self.with_location.append(target)
+
     def print_summary(self, kind: str) -> None:
         """Print the counts of a finished run, and a note about locations in the metadata."""
         kept = f", kept {self.kept} existing (--overwrite replaces them)" if self.kept else ""
@@ -217,16 +234,25 @@ def _remove_broken_videos(pending: dict[Path, Path], options: FileOptions) -> li
 
 def _restore_all(restorer: "Restorer", jobs: Mapping[Path, Path], options: FileOptions, report: Report) -> None:
     """Restore files in order; failures are collected in the report."""
-    for source, target in track(jobs.items(), "Restoring", len(jobs)):
-        restore_file = restore_video if is_video(source) else restore_photo
-        try:
-            if restore_file(restorer, source, target, options):
-                report.with_location.append(target)
-            report.restored += 1
-        except (DerainError, OSError) as error:
-            report.failures.append(str(error))
-        report.attempted += 1
-        release_freed_memory()
+    outcomes = _outcomes(restorer, jobs, options)
+    for target, outcome in zip(jobs.values(), track(outcomes, "Restoring", len(jobs)), strict=True):
+        report.add(target, outcome)
+
+
+def _outcomes(restorer: "Restorer", jobs: Mapping[Path, Path], options: FileOptions) -> Iterator[Outcome]:
+    """Restore files in order and yield their outcomes; successive photos are restored by a `PhotoPipeline`."""
+    for are_videos, sources in itertools.groupby(jobs, is_video):
+        group = {source: jobs[source] for source in sources}
+        if not are_videos and len(group) > 1:
+            yield from photo_pipeline(restorer, options).run(group)
+            continue
+        restore_file = restore_video if are_videos else restore_photo
+        for source, target in group.items():
+            try:
+                yield restore_file(restorer, source, target, options)
+            except (DerainError, OSError) as error:
+                yield error
+            release_freed_memory()
 
 
 def _next_step(remaining: Sequence[Path], overwrite: bool) -> str:
@@ -256,20 +282,48 @@ def restore_photo(restorer: "Restorer", source: Path, target: Path, options: Fil
     Raises:
         DerainError: If the photo cannot be read, restored or written.
     """
-    photo = read_photo(source, options.white)
-    if options.strip_metadata:
-        photo = photo.without_exif()
-    if options.explain:
-        derained, maps, description = restorer.explain(photo.rgb, str(source))
-        pictures = {"rainy": to_bytes(photo.rgb), "derained": to_bytes(derained)}
-        for name, values in maps.items():
-            pictures[name] = to_bytes(np.repeat(values[..., None], 3, 2))
-        write_explanation(explanation_path(target), pictures, description)
-    else:
-        derained = restorer(photo.rgb, name=str(source))
-    if options.compare:
-        write_comparison(photo, derained, target)
-    return has_location(photo.write(target, derained))
+    pipeline = photo_pipeline(restorer, options)
+    photo = pipeline.read(source)
+    (restored,) = pipeline.restore([photo], [source])
+    if isinstance(restored, DerainError):
+        raise restored
+    return pipeline.write(photo, restored, target)
+
+
+def photo_pipeline(restorer: "Restorer", options: FileOptions) -> PhotoPipeline:
+    """Return the pipeline that reads, restores and writes photos as the options say."""
+
+    def read(source: Path) -> Photo:
+        photo = read_photo(source, options.white)
+        return photo.without_exif() if options.strip_metadata else photo
+
+    def restore_photos(photos: Sequence[Photo], sources: Sequence[Path]) -> "list[Explanation | DerainError]":
+        images, names = [photo.rgb for photo in photos], list(map(str, sources))
+        if options.explain:
+            return [_explain(restorer, image, name) for image, name in zip(images, names, strict=True)]
+        results = restorer.restore_each(images, names)
+        return [result if isinstance(result, DerainError) else Explanation(result, {}, {}) for result in results]
+
+    def write(photo: Photo, restored: "Explanation", target: Path) -> bool:
+        if options.explain:
+            pictures = {"rainy": to_bytes(photo.rgb), "derained": to_bytes(restored.derained)}
+            for name, values in restored.maps.items():
+                pictures[name] = to_bytes(np.repeat(values[..., None], 3, 2))
+            write_explanation(explanation_path(target), pictures, restored.description)
+        if options.compare:
+            write_comparison(photo, restored.derained, target)
+        return has_location(photo.write(target, restored.derained))
+
+    from derain.restoration import Explanation
+
+    return PhotoPipeline(restorer, read, restore_photos, write)
+
+
+def _explain(restorer: "Restorer", image: NDArray[np.float32], name: str) -> "Explanation | DerainError":
+    try:
+        return restorer.explain(image, name)
+    except DerainError as error:
+        return error
 
 
 def restore_video(restorer: "Restorer", source: Path, target: Path, options: FileOptions) -> bool:

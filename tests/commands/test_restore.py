@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from derain.batching import Scheduler
 from derain.cli import main
-from derain.commands import restore
 from derain.commands.restore import plan
 from derain.errors import DerainError
 from derain.images import read_photo, read_rgb, to_bytes, write_image
@@ -331,8 +331,8 @@ def test_tags_of_a_video_are_reported_or_stripped(file, tmp_path, capsys, ending
 SLOW = """
 import sys, time
 from PIL import Image
+from derain.batching import Scheduler
 from derain.cli import main
-from derain.commands import restore
 
 save = Image.Image.save
 
@@ -426,16 +426,15 @@ def test_interrupt_says_how_to_restore_the_rest(file, tmp_path, capsys, monkeypa
     (tmp_path / "in/2.png").write_bytes(b"")  # fails
     for name in old:
         write_image(tmp_path / "out" / name, clean_image(0, (16, 24)))
-    restored, original = [], restore.restore_photo
+    restore_each = Restorer.restore_each
 
-    def interrupted(restorer, source, target, options):
-        if len(restored) == 1 and source.name != "2.png":
+    def interrupted(self, images, names, conditions=None):
+        if "3.png" in names[0]:
             raise KeyboardInterrupt
-        has_location = original(restorer, source, target, options)
-        restored.append(target)
-        return has_location
+        return restore_each(self, images, names, conditions)
 
-    monkeypatch.setattr(restore, "restore_photo", interrupted)
+    monkeypatch.setattr(Restorer, "restore_each", interrupted)
+    monkeypatch.setattr(Scheduler, "images_at_once", lambda self, height, width: 0)  # one photo after the other
     arguments = ["restore", str(tmp_path / "in"), str(tmp_path / "out"), "--weights", file, "--device", "cpu", *options]
     assert main(arguments) == 130
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("restored"))

@@ -12,7 +12,7 @@ from derain.errors import DerainError
 from derain.methods import DACLIPSDEModule, PReNetModule, catalog
 from derain.methods.daclipsde import sde as formulas
 from derain.methods.interfaces import Sampling
-from derain.restoration import blend_tiles
+from derain.tiles import blend_tiles
 
 TINY = {"channels": 32, "multipliers": (1, 2), "attention": "none", "max_sigma": 10.0}
 

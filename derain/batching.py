@@ -1,0 +1,456 @@
+"""Batches, threads and tiles: restore images with a method as fast as the memory of the device allows."""
+
+import itertools
+import logging
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from derain.errors import DerainError
+from derain.memory import free_memory
+from derain.methods.base import DerainModule
+from derain.methods.interfaces import Sampled
+from derain.progress import track
+from derain.tiles import blend_tiles, tile_count
+
+log = logging.getLogger("derain")
+Precision = Literal["float32", "bf16"]
+T = TypeVar("T")
+
+OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")
+"""Out-of-memory messages of PyTorch's allocators on Linux, Windows and Apple GPUs."""
+
+SMALLEST_TILE = 64
+"""Smallest side of a tile in pixels."""
+
+LARGEST_BATCH = 32
+"""Largest number of images or tiles in one pass; a GPU is busy with fewer."""
+
+SMALLEST_FOR_THREADS = 64 * 64
+"""Smallest number of pixels of an image that is restored on its own thread; below, Python's lock takes the gain."""
+
+
+class Scheduler:
+    """Runs a method on images in batches, threads and tiles that fit into memory.
+
+    On a GPU, images of equal size are stacked to batches. On a CPU, batches are slower than single images: several
+    images are restored at once, on one thread each, which is faster than several threads for one image. Threads are
+    used only if the pass over the first image changes no attribute of the method's modules.
+
+    If memory runs out, the number of images at once is halved, then the side of the tiles. Both are remembered for
+    each image size.
+
+    Args:
+        method: The method, on ``device`` and in eval mode.
+        device: Device to run on.
+        precision: ``float32`` or ``bf16`` (autocast).
+        tile: Side of the tiles, ``auto`` or None, as for `derain.Restorer`.
+        overlap: Minimum overlap of tiles in pixels.
+        ensemble: Whether to average over flips and rotations.
+
+    Attributes:
+        stacks: Whether images are stacked to batches: on all devices but a CPU.
+        threads: Number of threads on a CPU; by default that of PyTorch.
+    """
+
+    def __init__(
+        self,
+        method: DerainModule,
+        device: torch.device,
+        precision: Precision,
+        tile: int | Literal["auto"] | None,
+        overlap: int,
+        ensemble: bool,
+    ) -> None:
+        self.method, self.device, self.precision = method, device, precision
+        self.tile, self.overlap, self.ensemble = tile, overlap, ensemble
+        self.stacks = device.type != "cpu"
+        self.threads: int | None = None
+        self._tile_sides: dict[tuple[int, int], int] = {}
+        self._counts: dict[tuple[int, int], int] = {}
+        self._stateless: bool | None = None
+
+    @torch.inference_mode()
+    def run(
+        self,
+        images: Sequence[Shaped[Tensor, "3 _ _"]],
+        forward: Callable[..., Tensor],
+        conditions: dict[str, Any] | None = None,
+    ) -> "list[Tensor | DerainError]":
+        """Restore images of any sizes.
+
+        Args:
+            images: Images in [0, 1], or uint8, on any device.
+            forward: ``forward`` or ``explain`` of the method.
+            conditions: Result of ``encode`` for one image, used for all; by default each image is encoded once.
+
+        Returns:
+            For each image in order: ``(n, h, w)`` in [0, 1] in float32 on the device of the image, with NaN for values
+            that are not finite; or the error that prevented its restoration.
+        """
+        results: list[Tensor | DerainError | None] = [None] * len(images)
+        remaining = list(range(len(images)))
+        if not self.stacks:
+            for index, result in self._run_on_threads(images, forward, conditions):
+                results[index] = result
+            remaining = [index for index in remaining if results[index] is None]
+        groups: dict[Any, list[int]] = defaultdict(list)
+        for index in remaining:
+            image = images[index]
+            groups[image.shape, image.dtype, image.device].append(index)
+        for indices in groups.values():
+            restored = self._run_in_batches([images[index] for index in indices], forward, conditions)
+            for index, result in zip(indices, restored, strict=True):
+                results[index] = result
+        return [result for result in results if result is not None]
+
+    def images_at_once(self, height: int, width: int) -> int:
+        """Return the number of images of a size that are restored at once: in a batch, or on threads."""
+        if not self.stacks:
+            return self._threads(height, width)
+        return self._count(height, width)
+
+    # Threads of a CPU.
+
+    def _run_on_threads(
+        self, images: Sequence[Tensor], forward: Callable[..., Tensor], conditions: dict[str, Any] | None
+    ) -> Iterator[tuple[int, Tensor | DerainError]]:
+        """Restore the images that can be restored on a thread each; yield indices and results.
+
+        Images that exceed memory on a thread, and those that are too large or too small for one, are skipped.
+        """
+        indices = [index for index, image in enumerate(images) if self._threads(*image.shape[1:]) > 1]
+        if len(indices) < 2:
+            return
+        if self._stateless is None:
+            first = indices.pop(0)
+            watch = _Watch(self.method)
+            yield first, self._run_in_batches([images[first]], forward, conditions)[0]
+            self._stateless = not watch.has_changed()
+            if not self._stateless:
+                log.info("%s changes itself in a pass: restoring one image at a time", self.method.title)
+        if not self._stateless:
+            return
+
+        def restore(index: int) -> "Tensor | DerainError | None":
+            try:
+                with torch.inference_mode():
+                    return self._attempt(images[index][None], forward, conditions, alone=False)[0]
+            except _MemoryShortageError:
+                return None
+
+        count = min(self._threads(*images[index].shape[1:]) for index in indices)
+        failed = []
+        for index, result in zip(indices, on_threads(restore, indices, count), strict=True):
+            if result is None:
+                failed.append(images[index].shape[1:])
+            else:
+                yield index, result
+        for height, width in dict.fromkeys(map(tuple, failed)):
+            self._reduce_count(height, width, count)
+
+    def _threads(self, height: int, width: int) -> int:
+        """Return the number of threads that restore an image of a size each; 1 if these are not faster."""
+        compiled = self.method.network._compiled_call_impl is not None
+        has_own_threads = next(self.method.parameters(), None) is None  # onnxruntime
+        small = height * width < SMALLEST_FOR_THREADS
+        if self._stateless is False or compiled or has_own_threads or small:
+            return 1
+        return min(self.threads or torch.get_num_threads(), self._count(height, width))
+
+    # Batches.
+
+    def _run_in_batches(
+        self, images: Sequence[Tensor], forward: Callable[..., Tensor], conditions: dict[str, Any] | None
+    ) -> "list[Tensor | DerainError]":
+        """Restore images of equal size in the largest batches that fit into memory; on a CPU one after the other."""
+        results: list[Tensor | DerainError] = []
+        if not images:
+            return results
+        height, width = images[0].shape[1:]
+        single = not self.stacks or (conditions is not None and repeat(conditions, 1, 2) is None)
+        while len(results) < len(images):
+            count = 1 if single else self._count(height, width)
+            batch = torch.stack(list(images[len(results) : len(results) + count]))
+            if self.device.type == "cuda" and not batch.is_cuda:
+                batch = batch.pin_memory()
+            try:
+                results += self._attempt(batch, forward, conditions, alone=len(batch) == 1)
+                continue
+            except _MemoryShortageError:
+                pass  # the traceback, which holds tensors, must be gone before memory is released
+            self._release()
+            self._reduce_count(height, width, len(batch))
+        return results
+
+    def _attempt(
+        self,
+        images: Shaped[Tensor, "b 3 h w"],
+        forward: Callable[..., Tensor],
+        conditions: dict[str, Any] | None,
+        *,
+        alone: bool,
+    ) -> "list[Tensor | DerainError]":
+        """Restore a batch; if the method refuses it, restore its images one by one to find those that it refuses."""
+        try:
+            return list(self._restore_ensemble(images, forward, conditions, alone).unbind())
+        except DerainError as error:
+            if len(images) == 1:
+                return [error]
+        return [self._attempt(image[None], forward, conditions, alone=True)[0] for image in images]
+
+    def _restore_ensemble(
+        self,
+        images: Shaped[Tensor, "b 3 h w"],
+        forward: Callable[..., Tensor],
+        conditions: dict[str, Any] | None,
+        alone: bool,
+    ) -> Float[Tensor, "b n h w"]:
+        """Restore a batch; with ``ensemble``, average over its flips and rotations."""
+        source = images.device
+        if self._tile_side(*images.shape[2:]) >= max(images.shape[2:]):
+            images = images.to(self.device, non_blocking=True)  # the pixels of large images stay where they are
+        images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        try:
+            if conditions is None:
+                conditions = self.method.encode(images.to(self.device))
+            elif len(images) > 1:
+                conditions = repeat(conditions, 1, len(images)) or {}
+            if not self.ensemble:
+                return self._restore(images, forward, conditions, alone).to(source)
+            restored = []
+            for quarter_turns, is_flipped in itertools.product(range(4), (False, True)):
+                view = torch.rot90(images.flip(3) if is_flipped else images, quarter_turns, (2, 3))
+                upright = torch.rot90(self._restore(view, forward, conditions, alone), -quarter_turns, (2, 3))
+                restored.append(upright.flip(3) if is_flipped else upright)
+            return torch.stack(restored).mean(0).to(source)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if alone or not is_out_of_memory(error):
+                raise
+        raise _MemoryShortageError
+
+    # Tiles.
+
+    def _restore(
+        self, images: Float[Tensor, "b 3 h w"], forward: Callable[..., Tensor], conditions: dict[str, Any], alone: bool
+    ) -> Float[Tensor, "b n h w"]:
+        """Restore a batch in tiles; if memory runs out for an image that is restored alone, in smaller tiles.
+
+        Raises:
+            DerainError: If memory does not suffice for the smallest tile.
+        """
+        height, width = images.shape[2:]
+        while True:
+            tile = self._tile_side(height, width)
+            tiles_per_pass = self._tiles_per_pass(images, conditions, tile, alone)
+            try:
+                if isinstance(self.method, Sampled):  # tiles each step itself, since all tiles share one state
+                    tiled = partial(blend_tiles, tile=tile, overlap=self.overlap)
+                    return self._forward(images, forward, conditions | {"tiled": tiled, "show": show_steps})
+                run = partial(self._forward_tiles, forward=forward, conditions=conditions, count=len(images))
+                return blend_tiles(images, run, tile, self.overlap, tiles_per_pass)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not alone or not is_out_of_memory(error):
+                    raise
+                if tiles_per_pass == 1 and (self.tile is None or tile // 2 < SMALLEST_TILE):
+                    raise DerainError(
+                        f"not enough memory for a tile of {tile}×{tile} pixels on {self.device}; "
+                        "close other programs, or use a smaller tile, tile auto or device cpu"
+                    ) from error
+            self._release()
+            if tiles_per_pass > 1:
+                self._reduce_count(height, width, tiles_per_pass)
+                continue
+            self._tile_sides[height, width] = tile // 2
+            self._counts[height, width] = 1
+            log.warning("out of memory: continuing with tiles of %d×%d pixels", tile // 2, tile // 2)
+
+    def _tiles_per_pass(self, images: Tensor, conditions: dict[str, Any], tile: int, alone: bool) -> int:
+        """Return the number of positions whose tiles are restored at once."""
+        height, width = images.shape[2:]
+        if isinstance(self.method, Sampled) or tile >= max(height, width) or repeat(conditions, len(images), 2) is None:
+            return 1
+        if self.stacks:
+            fitting = max(1, self._count(height, width) // len(images))
+            return min(fitting, tile_count(height, width, tile, self.overlap))
+        small = min(tile, height) * min(tile, width) < SMALLEST_FOR_THREADS
+        return self._threads(height, width) if alone and self._stateless and not small else 1
+
+    def _forward_tiles(
+        self,
+        tiles: Float[Tensor, "kb 3 h w"],
+        forward: Callable[..., Tensor],
+        conditions: dict[str, Any],
+        count: int,
+    ) -> Float[Tensor, "kb n h w"]:
+        """Restore tiles of ``count`` images at one or more positions: in one pass, or on a CPU on a thread each."""
+        if not self.stacks and len(tiles) > count == 1:
+
+            def restore(tile: Tensor) -> Tensor:
+                with torch.inference_mode():
+                    return self._forward(tile, forward, conditions)
+
+            return torch.cat(list(on_threads(restore, tiles.split(1), len(tiles))))
+        repeated = repeat(conditions, count, len(tiles) // count)
+        return self._forward(tiles, forward, conditions if repeated is None else repeated)
+
+    def _forward(
+        self, tiles: Float[Tensor, "b 3 h w"], forward: Callable[..., Tensor], conditions: dict[str, Any]
+    ) -> Float[Tensor, "b n h w"]:
+        autocast: AbstractContextManager[object] = nullcontext()
+        if self.precision == "bf16":
+            autocast = torch.autocast(self.device.type, torch.bfloat16)
+        with autocast:
+            derained = forward(tiles.to(self.device, memory_format=torch.channels_last), **conditions).float()
+        # Clamping would turn infinity into white; NaN is reported when the whole image is checked.
+        return torch.where(derained.isfinite(), derained.clamp(0, 1), torch.nan).to(tiles.device)
+
+    # Memory.
+
+    def _tile_side(self, height: int, width: int) -> int:
+        """Return the side of the tiles for an image size; the longest side of the image means no tiles."""
+        if (height, width) not in self._tile_sides:
+            self._tile_sides[height, width] = self._first_tile(height, width)
+        return self._tile_sides[height, width]
+
+    def _first_tile(self, height: int, width: int) -> int:
+        if isinstance(self.tile, int):
+            return self.tile
+        longest, pixels = max(height, width), self._pixels_in_memory()
+        if self.tile is None or height * width <= pixels:
+            return longest
+        multiple = self.method.tile_multiple
+        tile = max(SMALLEST_TILE, min(longest, int(pixels**0.5)) // multiple * multiple)
+        log.info("%d×%d pixels: restoring in tiles of %d×%d", width, height, tile, tile)
+        return tile
+
+    def _count(self, height: int, width: int) -> int:
+        """Return the number of images of a size, or of their tiles, that fit into memory at once."""
+        if (height, width) not in self._counts:
+            tile = self._tile_side(height, width)
+            pixels = min(tile, height) * min(tile, width)
+            self._counts[height, width] = max(1, min(LARGEST_BATCH, self._pixels_in_memory() // pixels))
+        return self._counts[height, width]
+
+    def _pixels_in_memory(self) -> int:
+        """Return the number of pixels that the method can restore at once: half of the memory is left to others."""
+        return memory_for(self.device) // 2 // self.method.bytes_per_pixel
+
+    def _reduce_count(self, height: int, width: int, count: int) -> None:
+        """Halve the number of images or tiles at once after ``count`` of them exceeded the memory."""
+        self._counts[height, width] = max(1, count // 2)
+        log.warning("out of memory: continuing with %d instead of %d at once", max(1, count // 2), count)
+
+    def _release(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class _MemoryShortageError(Exception):
+    """Memory does not suffice for several images at once."""
+
+
+class _Watch:
+    """Detects whether a method changes attributes, containers or buffers of its modules.
+
+    Args:
+        method: The method, before a pass.
+    """
+
+    def __init__(self, method: DerainModule) -> None:
+        self.method = method
+        self.before = self._attributes()
+
+    def _attributes(self) -> dict[tuple[int, str], tuple[object, int | None]]:
+        """Return each attribute of each module, with the version of a tensor or the length of a container."""
+        attributes = {}
+        for number, module in enumerate(self.method.modules()):
+            for name, value in {**vars(module), **module._parameters, **module._buffers}.items():
+                size = None
+                if isinstance(value, Tensor):
+                    size = None if value.is_inference() else value._version
+                elif isinstance(value, list | dict | set):
+                    size = len(value)
+                attributes[number, name] = (value, size)
+        return attributes
+
+    def has_changed(self) -> bool:
+        """Return whether anything has changed since the start."""
+        after = self._attributes()
+        if after.keys() != self.before.keys():
+            return True
+        return any(value is not after[key][0] or size != after[key][1] for key, (value, size) in self.before.items())
+
+
+def on_threads(function: Callable[[T], Any], items: Iterable[T], count: int) -> Iterator[Any]:
+    """Yield the results of a function for items in order, computed on threads that use one core each.
+
+    Args:
+        function: Function of an item; it runs outside the caller's inference mode and autocast.
+        items: Items.
+        count: Number of threads.
+
+    Example:
+        >>> list(on_threads(lambda item: item + 1, [1, 2, 3], 2))
+        [2, 3, 4]
+    """
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from pool.map(function, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # the last value is also that of new threads
+
+
+def repeat(conditions: dict[str, Any], count: int, times: int) -> dict[str, Any] | None:
+    """Return the conditions of ``count`` images as those of the same images ``times`` times in a row.
+
+    Returns:
+        None if a value is not a tensor or sequence with one entry for each image.
+
+    Example:
+        >>> repeat({"routes": [0, 2]}, 2, 2), repeat({"routes": "ab"}, 1, 2)
+        ({'routes': [0, 2, 0, 2]}, None)
+    """
+    repeated: dict[str, Any] = {}
+    for name, value in conditions.items():
+        if isinstance(value, Tensor) and value.ndim > 0 and len(value) == count:
+            repeated[name] = torch.cat([value] * times)
+        elif isinstance(value, list | tuple) and len(value) == count:
+            repeated[name] = [*value] * times
+        elif value is not None:
+            return None
+    return repeated
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception means that memory is insufficient."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def memory_for(device: torch.device) -> int:
+    """Return the memory available to a restoration in bytes: free CUDA memory; on other devices free RAM, up to 4 GiB.
+
+    Passes that need more are no faster on a CPU.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    return min(free_memory(), 4 << 30)
+
+
+def show_steps(steps: Iterable[T], total: int) -> Iterator[T]:
+    """Yield the steps of sampling; on the main thread, show their progress on a terminal."""
+    if threading.current_thread() is threading.main_thread():
+        return track(steps, "Sampling", total)
+    return iter(steps)
