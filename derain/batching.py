@@ -299,7 +299,7 @@ class Scheduler:
                 with torch.inference_mode():
                     return self._forward(tile, forward, conditions)
 
-            return torch.cat(list(on_threads(restore, tiles.split(1), len(tiles))))
+            return torch.cat(list(on_threads(restore, tiles.chunk(len(tiles)), len(tiles))))
         repeated = repeat(conditions, count, len(tiles) // count)
         return self._forward(tiles, forward, conditions if repeated is None else repeated)
 

@@ -48,7 +48,7 @@ def blend_tiles(
         restored = forward(torch.cat([images[area] for area in areas]))
         if total is None:
             total = restored.new_zeros(count, restored.shape[1], height, width)
-        for (top, left), area, part in zip(together, areas, restored.split(count), strict=True):
+        for (top, left), area, part in zip(together, areas, restored.chunk(len(together)), strict=True):
             fade = torch.outer(
                 _fade(tile_height, overlap, top > 0, top + tile_height < height),
                 _fade(tile_width, overlap, left > 0, left + tile_width < width),
