@@ -53,6 +53,8 @@ SMALL = {
 """Hyper-parameters of small networks; a method without an entry is built with its defaults."""
 OVERFITTED = {"PLNLINGANModule": 1.15, "RegressionModule": 1.15, "SSIDKDModule": 1.15, "Syn2RealModule": 2}
 """Factor by which the error of an overfitted batch falls if not 4: SSIM at many scales learns noise slowly."""
+STEPS = {"PLNLINGANModule": 100}
+"""Number of steps that overfit a batch if not 150."""
 LARGE = {"CLIPRPNModule", "PLNLINGANModule"}
 """Methods whose graphs take long to trace, however small their networks."""
 METHODS = [method for method in catalog.methods() if issubclass(method, DerainModule)]
@@ -199,7 +201,7 @@ def test_one_batch_can_be_overfitted(method):
     torch.manual_seed(0)
     module = method(**SMALL.get(method.__name__, {}))
     batch = make_batch(2, 24, 24)
-    loader = torch.utils.data.DataLoader([batch] * 150, batch_size=None)
+    loader = torch.utils.data.DataLoader([batch] * STEPS.get(method.__name__, 150), batch_size=None)
     trainer = lightning.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1, enable_progress_bar=False
     )
