@@ -43,6 +43,9 @@ mutants: $(READY) ## plant faults one by one and report those that no test catch
 bench: $(READY) ## compare with reference implementations and print the ratios
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
+gpu: $(READY) ## run the tests and benchmarks of a GPU and write benchmarks/gpu.md (under 9 minutes; continues)
+	$(BIN)/python -m benchmarks.gpu
+
 notebooks: $(READY) ## execute the notebooks, two at a time, the longest first
 	@echo notebooks/0[!1245]*.ipynb notebooks/0[1245]*.ipynb | OMP_NUM_THREADS=1 xargs -n 1 -P 2 $(BIN)/jupyter execute --inplace
 
@@ -53,4 +56,4 @@ clean: ## remove everything that can be rebuilt
 	rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test lint type arch check mutants bench notebooks docs clean
+.PHONY: help install demo test lint type arch check mutants bench gpu notebooks docs clean

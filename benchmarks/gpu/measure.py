@@ -1,0 +1,165 @@
+"""Times, peak memory, and the share of the roofline that a computation reaches."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+ROUNDS = 5
+"""Most timed rounds of a measurement; fewer if they take more than ``SECONDS``."""
+
+SECONDS = 4.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Arithmetic of a measurement.
+
+    Attributes:
+        name: Name in the tables.
+        tf32: Whether float32 products are computed in TF32.
+        bf16: Whether products are computed in bfloat16, by autocast.
+        compiled: Whether the network is compiled.
+    """
+
+    name: str
+    tf32: bool = True
+    bf16: bool = False
+    compiled: bool = False
+
+    @property
+    def precision(self) -> str:
+        """``Restorer``'s precision."""
+        return "bf16" if self.bf16 else "float32"
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Switch TF32 on or off within the block."""
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        before = matmul.allow_tf32, cudnn.allow_tf32
+        matmul.allow_tf32 = cudnn.allow_tf32 = self.tf32
+        try:
+            yield
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+FLOAT32, TF32, BF16 = Setting("float32", tf32=False), Setting("TF32"), Setting("bf16", bf16=True)
+COMPILED = Setting("bf16, compiled", bf16=True, compiled=True)
+
+
+class Work(FlopCounterMode):
+    """Counts the work of every operator: its floating-point operations, and the bytes that it reads and writes.
+
+    Attributes:
+        operators: ``(dtype, operations, bytes)`` of each operator that is not a view.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+        self.operators: list[tuple[torch.dtype, int, int]] = []
+
+    def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
+        inputs = {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        outputs = {id(leaf): leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)}
+        name = func_packet.__name__
+        storages = {leaf.untyped_storage().data_ptr() for leaf in inputs.values()}
+        shares = any(leaf.untyped_storage().data_ptr() in storages for leaf in outputs.values())
+        is_view = shares and not name.endswith("_")
+        if outputs and not is_view and not name.startswith(("empty", "new_empty")):
+            flops = 0
+            if func_packet in self.flop_registry:
+                flops = self.flop_registry[func_packet](*args, **kwargs, out_val=out)
+            size = sum(_bytes(leaf) for leaf in (inputs | outputs).values())
+            self.operators.append((next(iter(outputs.values())).dtype, flops, size))
+        return super()._count_flops(func_packet, out, args, kwargs)
+
+    def least_seconds(self, peaks: Mapping[str, float], setting: Setting) -> float:
+        """Return the time that a device with measured peaks needs at least, if it runs one operator after another.
+
+        Args:
+            peaks: Result of the item ``device``: ``copy`` in bytes per second; ``float32``, ``TF32`` and ``bf16`` in
+                operations per second.
+            setting: Arithmetic of float32 operators.
+        """
+        float32 = peaks["TF32" if setting.tf32 else "float32"]
+        seconds = 0.0
+        for dtype, flops, size in self.operators:
+            peak = peaks["bf16"] if dtype in {torch.bfloat16, torch.float16} else float32
+            seconds += max(flops / peak, size / peaks["copy"])
+        return seconds
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Return the bytes of a tensor's elements, each counted once: expanded tensors repeat some."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """Return the peak memory of a GPU in GiB since the last call; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def median_seconds(run: Callable[[], object], device: torch.device, limit: float = SECONDS) -> float:
+    """Return the median seconds of a computation that has been warmed up, over at most ``limit`` seconds."""
+    times: list[float] = []
+    while len(times) < ROUNDS and sum(times) < limit:
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure(
+    run: Callable[[], object],
+    device: torch.device,
+    setting: Setting,
+    peaks: Mapping[str, float],
+    work: Work | None = None,
+) -> tuple[dict[str, Any], Work]:
+    """Time a computation.
+
+    Args:
+        run: The computation.
+        device: Device that it uses.
+        setting: Arithmetic; applied around it.
+        peaks: Peaks of the device, for the roofline.
+        work: Work of the same computation that is not compiled; None: counted in the first call.
+
+    Returns:
+        Seconds, share of the roofline and peak memory; and the work.
+    """
+    with setting.applied():
+        if work is None:
+            with Work() as work:
+                run()
+        start = time.perf_counter()
+        run()  # compiles, and chooses kernels
+        synchronize(device)
+        first = time.perf_counter() - start
+        peak_gib(device)
+        seconds = median_seconds(run, device)
+    row: dict[str, Any] = {"seconds": seconds, "share of roofline": work.least_seconds(peaks, setting) / seconds}
+    row["peak GiB"] = peak_gib(device)
+    if setting.compiled:
+        row["first call (s)"] = first
+    return row, work
