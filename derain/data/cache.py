@@ -124,6 +124,21 @@ class PixelCache:
         return pixels[0], pixels[-1]
 
 
+def pair_sizes(pairs: Sequence[Pair]) -> NDArray[np.int64]:
+    """Return height and width of the images of each pair, ``(n, 2)``, from the headers of the files.
+
+    Raises:
+        DerainError: If a rainy image cannot be opened.
+    """
+
+    def size(pair: Pair) -> tuple[int, int]:
+        height, width = image_size(pair.rainy)
+        return (height, width) if pair.clean_side is None else (height, width // 2)
+
+    with ThreadPoolExecutor() as threads:
+        return np.array(list(threads.map(size, pairs)), np.int64).reshape(-1, 2)
+
+
 def buffer_index(pairs: Sequence[Pair], *, paired: bool = True) -> NDArray[np.int64]:
     """Return the position of each pair in the buffer, from the headers of the image files.
 
@@ -137,13 +152,7 @@ def buffer_index(pairs: Sequence[Pair], *, paired: bool = True) -> NDArray[np.in
     Raises:
         DerainError: If a rainy image cannot be opened.
     """
-
-    def size(pair: Pair) -> tuple[int, int]:
-        height, width = image_size(pair.rainy)
-        return (height, width) if pair.clean_side is None else (height, width // 2)
-
-    with ThreadPoolExecutor() as threads:
-        sizes = np.array(list(threads.map(size, pairs)), np.int64).reshape(-1, 2)
+    sizes = pair_sizes(pairs)
     ends = np.cumsum(3 * (1 + paired) * sizes.prod(axis=1))
     return np.column_stack([np.concatenate([[0], ends[:-1]]), sizes]).astype(np.int64)
 

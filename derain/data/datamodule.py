@@ -15,13 +15,13 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from derain.batch import PairBatch
-from derain.data.cache import CacheMode, PixelCache, fingerprint, open_cache
+from derain.data.cache import CacheMode, PixelCache, fingerprint, open_cache, pair_sizes
 from derain.data.captions import Caption, match_captions, read_captions
 from derain.data.datasets import TrainingLoader, TrainingPairs, UnlabelledCrops, WholePairs
 from derain.data.layouts import Split
 from derain.data.pairs import Pair, find_pairs, merge_pairs
 from derain.data.quickstart import quickstart_set
-from derain.data.samplers import CropStage, Stage, StridedSampler, TrainingBatchSampler, to_batch_stages
+from derain.data.samplers import BalancedSampler, CropStage, Stage, TrainingBatchSampler, to_batch_stages
 from derain.data.transforms import Augmentation, Flips
 from derain.errors import DerainError
 from derain.folders import cache_folder
@@ -383,9 +383,21 @@ class RainDataModule(LightningDataModule):
     def _evaluation_loader(self, split: str) -> DataLoader[dict[str, Any]]:
         """Return a data loader of whole images."""
         pairs = self.pairs[split]
-        sampler = StridedSampler(len(pairs), *self._rank_and_world())
+        sampler = BalancedSampler(self._costs(split), *self._rank_and_world())
         dataset = WholePairs(pairs, self._pixels.get(split), self._captions.get(split, ()))
         return DataLoader(dataset, batch_size=1, sampler=sampler, **self._loader_options(split))
+
+    def _costs(self, split: str) -> list[int]:
+        """Return the pixels of each image, by which ranks are balanced; all 1 if each must get as many images.
+
+        During ``fit``, DDP broadcasts buffers before each validation batch. A limit is a number of batches per rank.
+        """
+        pairs, trainer = self.pairs[split], self.trainer
+        limit = 1.0 if trainer is None else getattr(trainer, f"limit_{split}_batches")
+        if trainer is None or trainer.world_size == 1 or split == "val" or limit != 1.0:
+            return [1] * len(pairs)
+        pixels: list[int] = pair_sizes(pairs).prod(axis=1).tolist()
+        return pixels
 
     def _loader_options(self, split: str) -> dict[str, Any]:
         """Return the options of a data loader."""

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import heapq
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -198,26 +199,41 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
         return order
 
 
-class StridedSampler(Sampler[int]):
-    """Sampler that evaluates every image once over all ranks: rank r gets images r, r + world, …, without padding.
+class BalancedSampler(Sampler[int]):
+    """Sampler that evaluates every image once over all ranks, without padding, with similar work for each rank.
+
+    The images are assigned in order of decreasing cost, each to the rank with the least cost so far. The slowest rank
+    has at most 4/3 of the cost that is possible (Graham, 1969). With equal costs, rank r gets images r, r + world, ….
 
     With fewer images than ranks, the remaining ranks evaluate an image again (metrics count it once): without images,
     they would skip the loop, and the other ranks would wait for them forever.
 
     Args:
-        count: Number of images.
+        costs: Cost of each image, such as its number of pixels, above 0.
         rank: Rank of this process.
         world: Number of ranks.
+
+    Example:
+        >>> [list(BalancedSampler([4, 1, 2, 1], rank, world=2)) for rank in range(2)]
+        [[0], [1, 2, 3]]
     """
 
-    def __init__(self, count: int, rank: int, world: int) -> None:
-        if rank < count:
-            self.indices = range(rank, count, world)
-        else:
-            self.indices = range(rank % count, rank % count + 1)
+    def __init__(self, costs: Sequence[int], rank: int, world: int) -> None:
+        self.indices = [rank % len(costs)] if rank >= len(costs) else _assign(costs, world)[rank]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+def _assign(costs: Sequence[int], world: int) -> list[list[int]]:
+    """Return the sorted indices of the images of each rank."""
+    loads = [(0, rank) for rank in range(world)]  # a heap
+    ranks: list[list[int]] = [[] for _ in range(world)]
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        load, rank = loads[0]
+        heapq.heapreplace(loads, (load + costs[index], rank))
+        ranks[rank].append(index)
+    return [sorted(indices) for indices in ranks]

@@ -1,8 +1,9 @@
 import itertools
 
+import numpy as np
 import pytest
 
-from derain.data.samplers import Stage, StridedSampler, TrainingBatchSampler
+from derain.data.samplers import BalancedSampler, Stage, TrainingBatchSampler
 
 ONE = (Stage(0, 16, 4),)
 SCHEDULE = (*ONE, Stage(5, 24, 3), Stage(7, 32, 1))
@@ -17,14 +18,30 @@ def flat(batches):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_evaluation_counts_every_image_once(world):
-    shares = [list(StridedSampler(101, rank, world)) for rank in range(world)]
-    assert [len(share) for share in shares] == [len(StridedSampler(101, r, world)) for r in range(world)]
+def test_evaluation_counts_every_image_once(world, rng):
+    costs = rng.integers(1, 10**7, 101).tolist()
+    shares = [list(BalancedSampler(costs, rank, world)) for rank in range(world)]
+    assert [len(share) for share in shares] == [len(BalancedSampler(costs, r, world)) for r in range(world)]
     assert sorted(itertools.chain.from_iterable(shares)) == list(range(101))
 
 
+def test_images_of_one_size_are_dealt_in_turn():
+    assert [list(BalancedSampler([5] * 7, rank, 3)) for rank in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_slowest_rank_is_near_the_optimum(world, rng):
+    for _ in range(20):
+        costs = rng.integers(1, 50, 7).tolist()
+        loads = [sum(costs[index] for index in BalancedSampler(costs, rank, world)) for rank in range(world)]
+        best = min(
+            max(np.bincount(assignment, costs, world)) for assignment in itertools.product(range(world), repeat=7)
+        )
+        assert max(loads) <= (4 / 3 - 1 / (3 * world)) * best
+
+
 def test_no_rank_is_left_without_an_image():
-    assert [list(StridedSampler(2, rank, 5)) for rank in range(5)] == [[0], [1], [0], [1], [0]]
+    assert [list(BalancedSampler([3, 9], rank, 5)) for rank in range(5)] == [[1], [0], [0], [1], [0]]
 
 
 def test_ranks_train_on_different_images_equally_many():
