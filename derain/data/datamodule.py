@@ -19,8 +19,9 @@ from derain.data.cache import CacheMode, PixelCache, fingerprint, open_cache, pa
 from derain.data.captions import Caption, match_captions, read_captions
 from derain.data.datasets import TrainingLoader, TrainingPairs, UnlabelledCrops, WholePairs
 from derain.data.layouts import Split
-from derain.data.pairs import Pair, find_pairs, merge_pairs
+from derain.data.pairs import Pair, find_pairs, find_pairs_or_photos, merge_pairs
 from derain.data.quickstart import quickstart_set
+from derain.data.rain_ranges import read_rain
 from derain.data.samplers import BalancedSampler, CropStage, Stage, TrainingBatchSampler, to_batch_stages
 from derain.data.transforms import Augmentation, Flips
 from derain.errors import DerainError
@@ -68,7 +69,11 @@ class RainDataModule(LightningDataModule):
         cache: Cache of the decoded images for training and validation: ``disk``, ``ram``, ``off``, or ``auto``, the
             first of these with enough free space.
         split_seed: Seed of the random share for validation.
-        seed: Seed of the sample order and the crops; the command line sets it to ``seed_everything``.
+        seed: Seed of the sample order, the crops and the rain; the command line sets it to ``seed_everything``.
+        rain: Rain added to the clean images during training: ``off``, a preset (``light``, ``medium``, ``heavy``;
+            ``varied`` also adds mist, lens drops, noise, blur and compression), ``folder:PATH`` with images of streaks,
+            or a YAML file of ranges. Folders of clean photos are then training sets, too.
+        rain_share: Share of the samples with added rain; the others keep the rain of their pair.
 
     Raises:
         DerainError: If an option is out of range.
@@ -95,6 +100,8 @@ class RainDataModule(LightningDataModule):
         cache: CacheMode = "auto",
         split_seed: int = 0,
         seed: int = 0,
+        rain: str = "off",
+        rain_share: float = 1.0,
     ) -> None:
         super().__init__()
         counts = {"crop": crop, "batch_size": batch_size, "repeat": repeat, "val_limit": val_limit}
@@ -105,6 +112,11 @@ class RainDataModule(LightningDataModule):
             raise DerainError(f"--data.workers {workers}: must be at least 0")
         if not 0 < val_share < 1:
             raise DerainError(f"--data.val_share {val_share}: must be above 0 and below 1")
+        if not 0 < rain_share <= 1:
+            raise DerainError(f"--data.rain_share {rain_share}: must be above 0 and at most 1")
+        self.rain, self.rain_share = rain, rain_share
+        self.rain_ranges = None if rain == "off" else read_rain(rain)
+        self._degradation: torch.nn.Module | None = None
         self.sets = {"train": train, "val": val, "test": test, "predict": predict, "unlabelled": unlabelled}
         self.root = Path(root or os.environ.get("DERAIN_DATA") or "data")
         self.crop, self.batch_size, self.repeat = crop, batch_size, repeat
@@ -169,6 +181,7 @@ class RainDataModule(LightningDataModule):
     def _setup_fit(self) -> None:
         self._find_unlabelled()
         self._split_train()
+        self._setup_rain()
         self._check_crop()
         for split in ("train", "val", "unlabelled"):
             pairs = self.pairs.get(split)
@@ -203,6 +216,20 @@ class RainDataModule(LightningDataModule):
             found = self._find("unlabelled", "predict")
             self.pairs["unlabelled"] = tuple(dataclasses.replace(pair, clean=None) for pair in found)
             log.info("%d rainy images without ground truth: %s", len(found), " + ".join(names))
+
+    def _setup_rain(self) -> None:
+        """Build the degradation of training images."""
+        if self.rain_ranges is None:
+            return
+        from derain.data.rain_operators import RainDegradation  # only now: importing kornia takes a while
+
+        self._degradation = RainDegradation(self.rain_ranges)
+        pairs = self.pairs["train"]
+        photos = sum(pair.is_photo for pair in pairs)
+        kept = f"; {1 - self.rain_share:.0%} of the pairs' samples keep their own rain" if self.rain_share < 1 else ""
+        log.info(
+            "--data.rain: %s, on %d clean images, %d of them without a rainy one%s", self.rain, len(pairs), photos, kept
+        )
 
     def _check_crop(self) -> None:
         """Check that crops are not mostly padding, and that a batch fits into memory."""
@@ -240,8 +267,13 @@ class RainDataModule(LightningDataModule):
         self.pairs["val"] = self.pairs["val"][: self.val_limit]
 
     def _hold_out(self, pairs: Sequence[Pair]) -> None:
-        """Split pairs at random into training and validation pairs that share no clean image."""
-        clean = list(dict.fromkeys(pair.clean for pair in pairs))
+        """Split pairs at random into training and validation pairs that share no clean image; photos only train."""
+        clean = list(dict.fromkeys(pair.clean for pair in pairs if not pair.is_photo))
+        if not clean:
+            raise DerainError(
+                "--data.train: only clean photos, and no pairs to hold out for validation; set --data.val to a data "
+                "set, or to none"
+            )
         if len(clean) < 2:
             raise DerainError(
                 "--data.train: only 1 clean image, too few to hold one out for validation; set --data.val"
@@ -262,7 +294,8 @@ class RainDataModule(LightningDataModule):
         names = _as_list(self.sets[option])
         if not names:
             raise DerainError(f"--data.{option}: not set; give a name from `derain data list`, or a folder")
-        sets = [find_pairs(_resolve_quickstart(name, split), split, data_root=self.root) for name in names]
+        find = find_pairs_or_photos if option == "train" and self.rain_ranges is not None else find_pairs
+        sets = [find(_resolve_quickstart(name, split), split, data_root=self.root) for name in names]
         for pair_set in sets:
             for note in pair_set.notes:
                 log.info("%s: %s", pair_set.name, note)
@@ -287,7 +320,10 @@ class RainDataModule(LightningDataModule):
         if "unlabelled" in self.pairs:
             unlabelled = UnlabelledCrops(self.pairs["unlabelled"], self._pixels["unlabelled"], augmentations, self.seed)
         captions = self._captions.get("train", ())
-        dataset = TrainingPairs(pairs, self._pixels["train"], augmentations, self.seed, captions, unlabelled)
+        rain_share = None if self.rain_ranges is None else self.rain_share
+        dataset = TrainingPairs(
+            pairs, self._pixels["train"], augmentations, self.seed, captions, unlabelled, rain_share
+        )
         sampler = TrainingBatchSampler(len(pairs) * self.repeat, *self._rank_and_world(), self.seed, stages)
         if self._schedule_start is not None:
             sampler.count_from(self._schedule_start.epoch, self._schedule_start.trained - self._schedule_start.batch)
@@ -353,6 +389,8 @@ class RainDataModule(LightningDataModule):
             "data.train": self._summary("train", "pairs"),
             "data.unlabelled": self._summary("unlabelled", "images") if "unlabelled" in self.pairs else "",
             "data.repeat": self.repeat,
+            "data.rain": "off" if self.rain_ranges is None else f"{self.rain} ({_digest(str(self.rain_ranges))})",
+            "data.rain_share": self.rain_share,
             "data.seed": self.seed,
             # Before the batch size: options are compared in this order, and a message should name the schedule.
             "data.schedule": ", ".join(map(str, self.schedule or ())),
@@ -365,8 +403,7 @@ class RainDataModule(LightningDataModule):
     def _summary(self, split: str, kind: str) -> str:
         """Return the names of the data sets, the number of images, and a hash of their names."""
         names = [pair.name for pair in self.pairs[split]]
-        digest = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()[:8]
-        return f"{' + '.join(_as_list(self.sets[split]))} ({len(names)} {kind}, {digest})"
+        return f"{' + '.join(_as_list(self.sets[split]))} ({len(names)} {kind}, {_digest(chr(0).join(names))})"
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         """Return whole validation pairs in batches of one; an empty list without validation."""
@@ -417,12 +454,30 @@ class RainDataModule(LightningDataModule):
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Read the seed of the rain, and the samples that it is added to, while they are on the CPU."""
+        if "rain_seed" in batch:
+            batch["rain_seed"] = int(batch["rain_seed"][0])
+            batch["rain_added"] = batch["rain_added"].nonzero().flatten().tolist()
+        return batch
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> PairBatch:
-        """Scale uint8 images to float32 in [0, 1] on the device; workers thus send a quarter of the data."""
+        """Scale uint8 images to float32 in [0, 1] on the device (workers send a quarter of the data), and add rain."""
         for key in ("rainy", "clean", "unlabelled"):
             if key in batch:
                 batch[key] = batch[key].float().div_(255)
+        if "rain_seed" in batch:
+            assert self._degradation is not None
+            seed, added = batch.pop("rain_seed"), batch.pop("rain_added")
+            if added:
+                degradation = self._degradation.to(batch["clean"].device)
+                batch["rainy"][added], batch["clean"][added] = degradation(batch["clean"][added], seed)
         return batch  # type: ignore[no-any-return]
+
+
+def _digest(text: str) -> str:
+    """Return eight hexadecimal digits that identify a text."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
 
 
 def _limited(count: int, limit: int | float) -> int:

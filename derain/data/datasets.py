@@ -57,6 +57,8 @@ class TrainingPairs(Dataset[dict[str, Any]]):
         seed: Seed of the run.
         captions: Captions in the order of ``pairs``; none by default.
         unlabelled: Crops of rainy images without ground truth, one of which is added to each item; none by default.
+        rain_share: Share of the samples of pairs to which rain will be added; it is added to all photos. Items then
+            have ``rain_added`` and ``rain_seed``, which depend on the seed of the run and on the sample. None for none.
     """
 
     def __init__(
@@ -67,9 +69,10 @@ class TrainingPairs(Dataset[dict[str, Any]]):
         seed: int,
         captions: Sequence[Caption] = (),
         unlabelled: UnlabelledCrops | None = None,
+        rain_share: float | None = None,
     ) -> None:
         self.pairs, self.cache, self.augmentations, self.seed = pairs, cache, augmentations, seed
-        self.captions, self.unlabelled = captions, unlabelled
+        self.captions, self.unlabelled, self.rain_share = captions, unlabelled, rain_share
 
     def __getitem__(self, sample: Sample) -> dict[str, Any]:
         index = sample.number % len(self.pairs)
@@ -80,6 +83,10 @@ class TrainingPairs(Dataset[dict[str, Any]]):
         if self.unlabelled is not None:
             crop, name = self.unlabelled[sample]
             item |= {"unlabelled": to_tensor(crop), "unlabelled_name": name}
+        if self.rain_share is not None:
+            rng = np.random.default_rng((*seed, 3))
+            added = self.pairs[index].is_photo or rng.random() < self.rain_share
+            item |= {"rain_added": added, "rain_seed": int(rng.integers(2**63))}
         return item | _caption_fields(self.captions, index)
 
 

@@ -40,7 +40,8 @@ class Pair:
         name: Name of the rainy file without suffix, or its path in the data set if names repeat; results are saved
             under this name.
         rainy: File of the rainy image.
-        clean: File of the clean image; ``rainy`` if both are side by side; None if there is no clean image.
+        clean: File of the clean image; ``rainy`` if both are side by side, or for a clean photo without a rainy image;
+            None if there is no clean image.
         clean_side: Clean half of a side-by-side file; None for separate files.
     """
 
@@ -48,6 +49,11 @@ class Pair:
     rainy: Path
     clean: Path | None = None
     clean_side: Side | None = None
+
+    @property
+    def is_photo(self) -> bool:
+        """Whether this is a clean photo without a rainy image."""
+        return self.clean == self.rainy and self.clean_side is None
 
     def read(self) -> tuple[Pixels, Pixels | None]:
         """Read both images.
@@ -168,6 +174,31 @@ def find_pairs(spec: str | Path, split: Split, *, data_root: Path | None = None)
     if expected is not None and len(pairs) != expected:
         notes.append(f"{len(pairs)} pairs, expected {expected} for {name}; run: derain data verify {root}")
     return PairSet(name if folder is None else root.resolve().name, name, split, root, pairs, tuple(notes))
+
+
+def find_pairs_or_photos(spec: str | Path, split: Split, *, data_root: Path | None = None) -> PairSet:
+    """Return the pairs of a data set, or the images of a folder without pairs as clean photos.
+
+    Args:
+        spec: Data set, as for `find_pairs`.
+        split: Split of a data set; a folder of photos has only one.
+        data_root: Folder that contains the data sets.
+
+    Raises:
+        DerainError: If `find_pairs` finds neither pairs nor a folder of images without clean ones.
+    """
+    try:
+        return find_pairs(spec, split, data_root=data_root)
+    except DerainError as error:
+        try:
+            images = find_pairs(spec, "predict", data_root=data_root)
+        except DerainError:
+            raise error from None
+        if images.layout != "images":
+            raise
+    photos = tuple(replace(pair, clean=pair.rainy) for pair in images.pairs)
+    note = f"no rainy images: {len(photos)} images are used as clean photos, to which rain is added"
+    return replace(images, split=split, pairs=photos, notes=(note,))
 
 
 def to_pairs(files: PairedFiles) -> tuple[Pair, ...]:

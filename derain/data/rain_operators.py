@@ -1,0 +1,429 @@
+"""Rain and camera degradations of batches during training, as operators of kornia, on the device of the batch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from kornia.augmentation import AugmentationSequential, IntensityAugmentationBase2D, RandomGaussianBlur
+from kornia.enhance import jpeg_codec_differentiable
+from torch import Tensor
+
+from derain.data.rain import SKY
+from derain.data.rain_ranges import Number, RainRanges, Range
+from derain.data.rain_streaks import StreakLayers, draw_lanes, measured_opacity, read_streak_images, streak_opacity
+
+Params = dict[str, Tensor]
+
+SLENDER = 5
+"""Smallest length of a streak, in multiples of its width; shorter ones would be snow."""
+
+
+def uniform(limits: Range, count: int) -> Tensor:
+    """Draw numbers uniformly."""
+    return torch.empty(count).uniform_(*limits)
+
+
+def log_uniform(limits: Range, count: int) -> Tensor:
+    """Draw numbers uniformly in their logarithm; a lower limit of 0 is replaced by a thousandth of the upper one."""
+    low, high = torch.tensor(limits).clamp(min=1e-3 * max(limits[1], 1e-9)).log().tolist()
+    return uniform((low, high), count).exp()
+
+
+def integers(limits: Range, count: int) -> Tensor:
+    """Draw integers uniformly, both limits included."""
+    return torch.randint(int(limits[0]), int(limits[1]) + 1, (count,))
+
+
+def per_image(values: Tensor, image: Tensor) -> Tensor:
+    """Return one number per image with the shape ``(b, 1, 1, 1)``, on the device of the images."""
+    return values.to(image.device, image.dtype)[:, None, None, None]
+
+
+def brightness_quantile(image: Float[Tensor, "b 3 h w"], quantile: float) -> Float[Tensor, "b 1 1 1"]:
+    """Return a quantile of the values of each image, from every fourth row and column."""
+    values = image[:, :, ::4, ::4].flatten(1)
+    rank = max(1, round(quantile * values.shape[1]))
+    return values.kthvalue(rank, dim=1).values[:, None, None, None]
+
+
+class SampleOperator(IntensityAugmentationBase2D):
+    """Operator whose ``transform`` runs on those samples only that are drawn; kornia's run on all, and discard some.
+
+    Args:
+        share: Probability of a sample.
+    """
+
+    def __init__(self, share: Number) -> None:
+        super().__init__(p=share)
+
+    def transform(self, image: Tensor, params: Params) -> Tensor:
+        """Return the degraded images.
+
+        Args:
+            image: ``(b, 3, h, w)`` in [0, 1].
+            params: Result of ``generate_parameters`` for these images.
+        """
+        raise NotImplementedError
+
+    def apply_transform(
+        self, input: Tensor, params: Params, flags: Mapping[str, Any], transform: Tensor | None = None
+    ) -> Tensor:
+        """Degrade the drawn samples of a batch."""
+        drawn = params["batch_prob"].gt(0.5).nonzero().flatten()
+        if len(drawn) == 0:
+            return input
+        tensors = {name: value for name, value in params.items() if isinstance(value, Tensor)}  # kornia adds others
+        own = {name: value[drawn] for name, value in tensors.items() if name != "forward_input_shape"}
+        output = input.clone()
+        output[drawn.to(input.device)] = self.transform(input[drawn.to(input.device)], own)
+        return output
+
+
+def patches(grid: Float[Tensor, "b 4 4"], image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h w"]:
+    """Return a smooth map of the size of the images through ``4 × 4`` values, at least 0."""
+    coarse = grid[:, None].to(image.device, image.dtype)
+    return F.interpolate(coarse, size=image.shape[2:], mode="bicubic", align_corners=False).clamp_(min=0)
+
+
+def add_veil(image: Tensor, amount: Tensor, grid: Tensor) -> Tensor:
+    """Mix images with mist, whose light is that of their brightest parts.
+
+    Args:
+        image: ``(b, 3, h, w)`` in [0, 1].
+        amount: ``(b,)`` in [0, 1], opacity of the mist.
+        grid: ``(b, 4, 4)``: factors of the opacity in parts of the image.
+    """
+    light = (1.15 * brightness_quantile(image, 0.9)).clamp(0.4, 0.97)
+    share = (patches(grid, image) * per_image(amount, image)).clamp_(max=1)
+    return torch.lerp(image, light.expand_as(image), share.expand_as(image))
+
+
+class RandomMist(SampleOperator):
+    """Patchy mist.
+
+    Args:
+        opacity: Range of the opacity.
+        share: Probability of a sample.
+    """
+
+    def __init__(self, opacity: Range, share: Number) -> None:
+        super().__init__(share)
+        self.opacity = opacity
+
+    def generate_parameters(self, batch_shape: tuple[int, ...]) -> Params:
+        """Draw opacity and patches."""
+        count = batch_shape[0]
+        return {"amount": uniform(self.opacity, count), "grid": 0.6 + 0.5 * torch.rand(count, 4, 4)}
+
+    def transform(self, image: Tensor, params: Params) -> Tensor:
+        """Add the mist."""
+        return add_veil(image, params["amount"], params["grid"])
+
+
+class RandomExposure(SampleOperator):
+    """Exponent of the exposure: ``image ** gamma``."""
+
+    def __init__(self, gamma: Range, share: Number) -> None:
+        super().__init__(share)
+        self.gamma = gamma
+
+    def generate_parameters(self, batch_shape: tuple[int, ...]) -> Params:
+        """Draw the exponents."""
+        return {"gamma": log_uniform(self.gamma, batch_shape[0])}
+
+    def transform(self, image: Tensor, params: Params) -> Tensor:
+        """Expose the images."""
+        return image.pow(per_image(params["gamma"], image))
+
+
+class RandomLight(SampleOperator):
+    """Colour of the light: a factor of each channel."""
+
+    def __init__(self, gain: Range, share: Number) -> None:
+        super().__init__(share)
+        self.gain = gain
+
+    def generate_parameters(self, batch_shape: tuple[int, ...]) -> Params:
+        """Draw the factors."""
+        return {"gain": uniform(self.gain, 3 * batch_shape[0]).reshape(-1, 3)}
+
+    def transform(self, image: Tensor, params: Params) -> Tensor:
+        """Illuminate the images."""
+        return image.mul(params["gain"].to(image.device, image.dtype)[:, :, None, None]).clamp_(max=1)
+
+
+class RandomRain(SampleOperator):
+    """Streaks of several depth layers, or of images of streaks, and the veil of distant rain.
+
+    Args:
+        ranges: Ranges of the parameters.
+        share: Probability of a sample.
+
+    References:
+        Garg and Nayar, Vision and Rain, IJCV 2007 (streaks are translucent and show the light of their surroundings);
+        Yang et al., CVPR 2017 (added streaks); Luo et al., ICCV 2015 (screen blend).
+    """
+
+    def __init__(self, ranges: RainRanges, share: Number) -> None:
+        super().__init__(share)
+        self.ranges = ranges
+        images = read_streak_images(Path(ranges.streak_images)) if ranges.streak_images else None
+        self.register_buffer("streak_images", images, persistent=False)
+
+    def generate_parameters(self, batch_shape: tuple[int, ...]) -> Params:
+        """Draw the rain of each image, and the angle and distance of its layers."""
+        ranges, count = self.ranges, batch_shape[0]
+        slots = int(ranges.layers[1])
+        angle = uniform(ranges.angle, count)
+        angle = torch.where(torch.rand(count) < ranges.oblique_share, (1.6 * angle).clamp(-90, 90), angle)
+        spread = log_uniform(ranges.spread, count)[:, None] * torch.randn(count, slots)
+        veiled = torch.rand(count) < ranges.veil_share
+        return {
+            "density": log_uniform(ranges.density, count),
+            "length": log_uniform(ranges.length, count),
+            "width": log_uniform(ranges.width, count),
+            "angle": torch.deg2rad(angle[:, None] + spread),
+            "layers": integers(ranges.layers, count),
+            "brightness": uniform(ranges.brightness, count),
+            "hardness": torch.where(torch.rand(count) < ranges.hard_share, 1 + 1.5 * torch.rand(count), 1),
+            "measured": torch.rand(count) < ranges.measured_share,
+            "limit": uniform(ranges.mean_opacity, count),
+            "veil": veiled * uniform(ranges.veil, count),
+            "grid": 0.6 + 0.5 * torch.rand(count, 4, 4),
+            "blend": torch.rand(count),
+            "tint": 1 + 0.03 * torch.randn(count, 3) * (torch.rand(count, 1) < 0.5),
+            "sky": 0.9 + 0.7 * torch.rand(count),
+        }
+
+    def transform(self, image: Tensor, params: Params) -> Tensor:
+        """Add the rain."""
+        opacity = self.opacity(image, params)[:, None]
+        mean = opacity.mean((1, 2, 3), keepdim=True)
+        opacity = opacity * (per_image(params["limit"], image) / mean.clamp(min=1e-6)).clamp(max=1)
+        density = (4 * opacity.mean((1, 2, 3))).clamp(max=1)
+        veil = params["veil"].to(image.device) * (0.3 + 0.7 * density)
+        scene = add_veil(image, veil, params["grid"])
+        return self.blend(scene, opacity, params)
+
+    def opacity(self, image: Tensor, params: Params) -> Float[Tensor, "b h w"]:
+        """Return the opacity of the streaks, in [0, 1]."""
+        size = image.shape[2:]
+        measured = params["measured"].nonzero().flatten()
+        drawn = (~params["measured"]).nonzero().flatten()
+        opacity = image.new_zeros(len(image), *size)
+        if len(drawn):
+            opacity[drawn.to(image.device)] = _layered_opacity(
+                {name: value[drawn] for name, value in params.items()}, size, image.device
+            )
+        if len(measured):
+            opacity[measured.to(image.device)] = measured_opacity(self.streak_images, len(measured), size)
+        return opacity
+
+    def blend(self, scene: Tensor, opacity: Float[Tensor, "b 1 h w"], params: Params) -> Tensor:
+        """Return the scene behind streaks: added, screened, or showing the light of the sky."""
+        tint = params["tint"].to(scene.device, scene.dtype)[:, :, None, None]
+        sky = per_image(params["sky"], scene) * brightness_quantile(scene, 0.92)
+        sky = sky.clamp(SKY[0] / 255 * 0.7, 1) * tint
+        blend = per_image(params["blend"], scene)
+        added = blend < self.ranges.added_share
+        screened = ~added & (blend < self.ranges.added_share + self.ranges.screened_share)
+        # clean + S (light - kept · clean): the three blends differ in the light of a streak and what it hides.
+        light = torch.where(added | screened, tint, sky)
+        hidden = torch.where(screened, tint, (~added).to(scene.dtype))
+        return (scene + opacity * (light - hidden * scene)).clamp_(0, 1)
+
+
+def _layered_opacity(params: Params, size: torch.Size, device: torch.device) -> Float[Tensor, "b h w"]:
+    """Return ``1 − Π (1 − S)`` of the depth layers of each image; near layers are longer, wider and brighter."""
+    count, slots = params["angle"].shape
+    index = torch.arange(slots)
+    used = index < params["layers"][:, None]
+    farthest = (params["layers"] - 1).clamp(min=1)[:, None]
+    nearness = (1 - index / farthest)[used]
+    image, slot = used.nonzero(as_tuple=True)
+    extent = 0.35 + 0.65 * nearness
+    layers = StreakLayers(
+        angle=params["angle"][used],
+        length=torch.maximum(params["length"], SLENDER * params["width"])[image] * extent,
+        width=params["width"][image] * extent,
+        coverage=(params["density"] / params["layers"])[image],
+    )
+    opacity = streak_opacity(layers, draw_lanes(layers, size, device), size)
+    hardness = params["hardness"][image].to(device)[:, None, None]
+    opacity = (hardness * opacity - 0.15 * (hardness - 1)).clamp_(0, 1)
+    strength = params["brightness"][image] * (0.5 + 0.5 * nearness)
+    transmission = opacity.new_ones(count, slots, *size)
+    transmission[image.to(device), slot.to(device)] = 1 - strength.to(device)[:, None, None] * opacity
+    return 1 - transmission.prod(1)
+
+
+class RandomLensDrops(SampleOperator):
+    """Drops on the lens: each is a small fish-eye image of the scene, upside down and out of focus.
+
+    Args:
+        count: Range of the number of drops.
+        share: Probability of a sample.
+
+    References:
+        You et al., Adherent Raindrop Modeling, Detection and Removal in Video, TPAMI 2016.
+    """
+
+    def __init__(self, count: Range, share: Number) -> None:
+        super().__init__(share)
+        self.count = count
+
+    def generate_parameters(self, batch_shape: tuple[int, ...]) -> Params:
+        """Draw centres and radii, in units of the shorter side, for the largest number of drops."""
+        count, slots = batch_shape[0], int(self.count[1])
+        return {
+            "count": integers(self.count, count),
+            "centre": torch.rand(count, slots, 2),
+            "radius": 0.02 + 0.08 * torch.rand(count, slots),
+            "height": 1 + 0.3 * torch.rand(count, slots),
+        }
+
+    def transform(self, image: Tensor, params: Params) -> Tensor:
+        """Add the drops; where drops overlap, the nearest centre is visible."""
+        height, width = image.shape[2:]
+        side = min(height, width)
+        own = {name: value.to(image.device) for name, value in params.items() if name != "batch_prob"}
+        y = torch.linspace(0, height / side, height, device=image.device)[:, None]
+        x = torch.linspace(0, width / side, width, device=image.device)
+        centre = own["centre"] * torch.tensor([width / side, height / side], device=image.device)
+        radius = own["radius"][:, :, None, None]
+        across = (x - centre[:, :, 0, None, None]) / radius
+        down = (y - centre[:, :, 1, None, None]) / (radius * own["height"][:, :, None, None])
+        rho = torch.hypot(across * (1 - 0.2 * down), down)  # 1 at the rim; drops are wider below than above
+        absent = torch.arange(rho.shape[1], device=image.device) >= own["count"][:, None]
+        rho, drop = rho.masked_fill(absent[:, :, None, None], 9).min(1)
+        across, down = (part.gather(1, drop[:, None])[:, 0] for part in torch.broadcast_tensors(across, down))
+        flat = drop.flatten(1)
+        middle_x, middle_y = (centre[:, :, axis].gather(1, flat).view_as(drop) for axis in (0, 1))
+        reach = 0.175 * (1 + rho**2)
+        grid = torch.stack(
+            [2 * (middle_x - across * reach) * side / width - 1, 2 * (middle_y - down * reach) * side / height - 1], -1
+        )
+        blurred = F.avg_pool2d(image, 5, 1, 2, count_include_pad=False)
+        refracted = F.grid_sample(blurred, grid, padding_mode="reflection", align_corners=True)
+        shade = 1 - 0.45 * rho.clamp(0, 1) ** 4 + 0.15 * (-down).clamp(0, 1)
+        opacity = ((1 - rho) * 4).clamp(0, 1)[:, None]
+        return torch.lerp(image, (refracted * shade[:, None]).clamp(0, 1), opacity.expand_as(image))
+
+
+class RandomSensorNoise(SampleOperator):
+    """Gaussian noise with a random standard deviation; kornia's ``RandomGaussianNoise`` has a fixed one.
+
+    Args:
+        deviation: Range of the standard deviation, in grey levels of 255.
+        share: Probability of a sample.
+    """
+
+    def __init__(self, deviation: Range, share: Number) -> None:
+        super().__init__(share)
+        self.deviation = deviation
+
+    def generate_parameters(self, batch_shape: tuple[int, ...]) -> Params:
+        """Draw the noise."""
+        deviation = uniform(self.deviation, batch_shape[0])[:, None, None, None] / 255
+        return {"noise": deviation * torch.randn(*batch_shape)}
+
+    def transform(self, image: Tensor, params: Params) -> Tensor:
+        """Add the noise."""
+        return (image + params["noise"].to(image.device, image.dtype)).clamp_(0, 1)
+
+
+class RandomResampling(SampleOperator):
+    """Loss of resolution: images are reduced, and enlarged again.
+
+    Args:
+        scale: Range of the scale; one is drawn for a batch.
+        share: Probability of a sample.
+    """
+
+    def __init__(self, scale: Range, share: Number) -> None:
+        super().__init__(share)
+        self.scale = scale
+
+    def generate_parameters(self, batch_shape: tuple[int, ...]) -> Params:
+        """Draw the scale."""
+        return {"scale": uniform(self.scale, 1).expand(batch_shape[0])}
+
+    def transform(self, image: Tensor, params: Params) -> Tensor:
+        """Resample the images."""
+        scale = float(params["scale"][0])
+        size = [max(1, round(scale * side)) for side in image.shape[2:]]
+        reduced = F.interpolate(image, size=size, mode="bilinear", antialias=True, align_corners=False)
+        return F.interpolate(reduced, size=image.shape[2:], mode="bicubic", align_corners=False).clamp_(0, 1)
+
+
+class RandomCompression(SampleOperator):
+    """JPEG by kornia's codec; its ``RandomJPEG`` also encodes the samples that are not drawn.
+
+    Args:
+        quality: Range of the quality, 1 to 100.
+        share: Probability of a sample.
+    """
+
+    def __init__(self, quality: Range, share: Number) -> None:
+        super().__init__(share)
+        self.quality = quality
+
+    def generate_parameters(self, batch_shape: tuple[int, ...]) -> Params:
+        """Draw the quality."""
+        return {"quality": uniform(self.quality, batch_shape[0])}
+
+    def transform(self, image: Tensor, params: Params) -> Tensor:
+        """Encode and decode the images."""
+        return jpeg_codec_differentiable(image, params["quality"].to(image.device)).clamp(0, 1)
+
+
+class RainDegradation(torch.nn.Module):
+    """Degradation of clean images to pairs of a rainy and a clean one, determined by a seed.
+
+    Light and mist change the scene, then rain is added, and the camera degrades the rainy and the clean image alike: a
+    network learns to remove rain, and nothing else.
+
+    Args:
+        ranges: Ranges of all parameters.
+    """
+
+    def __init__(self, ranges: RainRanges) -> None:
+        super().__init__()
+        self.scene = AugmentationSequential(
+            RandomExposure(ranges.gamma, ranges.gamma_share),
+            RandomLight(ranges.gain, ranges.gain_share),
+            RandomMist(ranges.mist, ranges.mist_share),
+        )
+        self.rain = AugmentationSequential(
+            RandomRain(ranges, 1 - ranges.clear_share), RandomLensDrops(ranges.drops, ranges.drops_share)
+        )
+        self.camera = AugmentationSequential(
+            RandomGaussianBlur((7, 7), ranges.defocus, p=ranges.defocus_share),
+            RandomSensorNoise(ranges.noise, ranges.noise_share),
+            RandomResampling(ranges.resampling, ranges.resampling_share),
+            RandomCompression(ranges.jpeg, ranges.jpeg_share),
+            data_keys=["input", "image"],
+        )
+
+    @torch.no_grad()
+    def forward(
+        self, clean: Float[Tensor, "b 3 h w"], seed: int
+    ) -> tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b 3 h w"]]:
+        """Return rainy and clean images in [0, 1], rounded to 8 bits.
+
+        The state of the global random number generators is left unchanged.
+
+        Args:
+            clean: Clean images in [0, 1].
+            seed: Seed; equal seeds and images yield equal results on a device.
+        """
+        device = clean.device
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            torch.manual_seed(seed)
+            scene = self.scene(clean)
+            rainy, clean = self.camera(self.rain(scene), scene)
+        return rainy.mul(255).round_().div_(255), clean.mul(255).round_().div_(255)

@@ -1,0 +1,188 @@
+"""Opacity of rain streaks in batches of images, on any device.
+
+Each streak is evaluated in closed form at every pixel, without drawing and blurring a canvas. The plane is divided
+into lanes along the direction of the rain, and each lane into cells. A cell contains at most one streak, with a random
+length, brightness and tapered ends. Across the lanes, opacities are interpolated linearly, so that a streak has a
+triangular profile whose width at half of the maximum is the distance of the lanes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from derain.errors import DerainError
+from derain.images import image_files, read_rgb
+
+MEAN_FRACTION = 0.75
+"""Mean share of a cell that a streak covers; it is uniform in 0.5 to 1."""
+TAPER = 0.25
+"""Share of a streak's length at each end along which its opacity decreases to 0."""
+LENGTH_DIGITS = 61
+"""Factor of a streak's random number whose fractional part determines the length; the number itself, the brightness."""
+MAX_PRESENCE = 0.95
+"""Upper limit of the probability that a cell contains a streak."""
+
+
+class StreakLayers(NamedTuple):
+    """Depth layers of streaks, ``(n,)`` each.
+
+    Attributes:
+        angle: Angle from the vertical in radians, positive for rain that falls to the right.
+        length: Mean length of the streaks in pixels.
+        width: Width of the streaks in pixels.
+        coverage: Area of the streaks, divided by the image area.
+    """
+
+    angle: Float[Tensor, " n"]
+    length: Float[Tensor, " n"]
+    width: Float[Tensor, " n"]
+    coverage: Float[Tensor, " n"]
+
+
+class Lanes(NamedTuple):
+    """Random lanes and cells of streaks.
+
+    Attributes:
+        scale: ``(n, lanes)``: number of cells per pixel along the lanes.
+        phase: ``(n, lanes)``: position of the centre of the image along the lanes, in cells.
+        streak: ``(n, lanes, cells)``: random number in [0, 1) of each cell with a streak; negative without one.
+    """
+
+    scale: Float[Tensor, "n lanes"]
+    phase: Float[Tensor, "n lanes"]
+    streak: Float[Tensor, "n lanes cells"]
+
+
+def lane_distance(width: Tensor) -> Tensor:
+    """Return the distance of the lanes in pixels: the width of the streaks, at least 1, so that pixels sample it."""
+    return width.clamp(min=1)
+
+
+def draw_lanes(layers: StreakLayers, size: Sequence[int], device: torch.device) -> Lanes:
+    """Draw the streaks of layers.
+
+    Args:
+        layers: Parameters of the layers, on the CPU.
+        size: Height and width of the images in pixels.
+        device: Device of the lanes.
+    """
+    diagonal = float(np.hypot(*size))
+    count = len(layers.angle)
+    cell = layers.length / MEAN_FRACTION
+    lanes = int(diagonal / float(lane_distance(layers.width).min())) + 3
+    cells = int(1.4 * diagonal / float(cell.min())) + 3
+    presence = (layers.coverage / (MEAN_FRACTION * (1 - TAPER))).clamp(max=MAX_PRESENCE).to(device)
+    number = torch.rand(count, lanes, cells, device=device).div_(presence[:, None, None])
+    return Lanes(
+        scale=(0.7 + 0.7 * torch.rand(count, lanes, device=device)) / cell.to(device)[:, None],
+        phase=cells * torch.rand(count, lanes, device=device),
+        streak=number.masked_fill_(number.ge(1).logical_or_(number.isnan()), -1),  # below 1, it is uniform again
+    )
+
+
+def streak_opacity(layers: StreakLayers, lanes: Lanes, size: Sequence[int]) -> Float[Tensor, "n h w"]:
+    """Return the opacity of the streaks of layers, in [0, 1].
+
+    Args:
+        layers: Parameters of the layers.
+        lanes: The random streaks; pixels beyond the last lane or cell repeat the first ones.
+        size: Height and width of the images in pixels.
+    """
+    device = lanes.scale.device
+    height, width = size
+    x = torch.arange(width, device=device) - (width - 1) / 2
+    y = torch.arange(height, device=device) - (height - 1) / 2
+    sin, cos = (part.to(device)[:, None, None] for part in (layers.angle.sin(), layers.angle.cos()))
+    along = sin * x + cos * y[:, None]
+    across = (cos * x - sin * y[:, None]) / lane_distance(layers.width).to(device)[:, None, None]
+    left = across.floor()
+    nearer = across - left
+    count = lanes.scale.shape[1]
+    index = left.long().remainder_(count)
+    first = _lane_opacity(lanes, index, along)
+    second = _lane_opacity(lanes, (index + 1).remainder_(count), along)
+    peak = layers.width.clamp(max=1).to(device)[:, None, None]  # a streak thinner than a pixel is fainter
+    return torch.lerp(first, second, nearer).mul_(peak)
+
+
+def _lane_opacity(lanes: Lanes, index: Int[Tensor, "n h w"], along: Float[Tensor, "n h w"]) -> Float[Tensor, "n h w"]:
+    """Return the opacity in the middle of lanes.
+
+    Args:
+        lanes: The lanes.
+        index: Index of the lane of each pixel.
+        along: Position along the lane in pixels.
+    """
+    layers, count, cells = lanes.streak.shape
+    lane = index + count * torch.arange(layers, device=index.device)[:, None, None]
+    position = torch.addcmul(lanes.phase.take(lane), along, lanes.scale.take(lane))
+    start = position.floor()
+    cell = start.long().remainder_(cells).add_(lane, alpha=cells)
+    streak = lanes.streak.take(cell)
+    from_centre = position.sub_(start).sub_(0.5).abs_()
+    fraction = streak.mul(LENGTH_DIGITS).frac_().mul_(0.5).add_(0.5)
+    ends = torch.addcdiv(from_centre.new_tensor(0.5 / TAPER), from_centre, fraction, value=-1 / TAPER).clamp_(0, 1)
+    brightness = torch.where(streak < 0, 0, 0.3 + 0.7 * streak)
+    return ends.mul_(brightness)
+
+
+def read_streak_images(folder: Path) -> UInt8[Tensor, "n 1 h w"]:
+    """Read images of streaks on black; smaller ones are extended by reflection to the largest size.
+
+    Raises:
+        DerainError: If there are none, one cannot be read, or one is not mostly dark.
+    """
+    files = image_files(folder, recursive=True)
+    if not files:
+        raise DerainError(f"--data.rain: no images in {folder}; expected images of streaks on black")
+    images = [cv2.cvtColor(read_rgb(file), cv2.COLOR_RGB2GRAY) for file in files]
+    for file, image in zip(files, images, strict=True):
+        if image.mean() > 127:
+            raise DerainError(f"--data.rain: {file} is not dark (mean {image.mean():.0f}); expected streaks on black")
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    extended = [
+        cv2.copyMakeBorder(image, 0, height - image.shape[0], 0, width - image.shape[1], cv2.BORDER_REFLECT)
+        for image in images
+    ]
+    return torch.from_numpy(np.stack(extended)[:, None])
+
+
+def measured_opacity(images: UInt8[Tensor, "n 1 h w"], count: int, size: Sequence[int]) -> Float[Tensor, "count h2 w2"]:
+    """Return random parts of images of streaks, in [0, 1]: resized, rotated, flipped, with a random contrast.
+
+    Args:
+        images: Images of streaks on black.
+        count: Number of results.
+        size: Height and width of the results in pixels.
+    """
+    device = images.device
+    height, width = images.shape[2:]
+    choice = torch.randint(len(images), (count,))
+    scale = torch.exp(torch.empty(count).uniform_(float(np.log(0.5)), float(np.log(1.8))))
+    angle = torch.deg2rad(torch.empty(count).uniform_(-25, 25))
+    flip = 1 - 2.0 * torch.randint(2, (count,))
+    contrast = torch.empty(count).uniform_(0.6, 2.2)
+    centre = 2 * torch.rand(count, 2) - 1
+    # Normalised coordinates of the image, as functions of those of the result.
+    extent = torch.tensor([size[1] / width, size[0] / height]) / scale[:, None]
+    aspect = size[0] / size[1]
+    theta = torch.stack(
+        [
+            torch.stack([flip * angle.cos(), -angle.sin() * aspect], 1) * extent[:, :1],
+            torch.stack([flip * angle.sin() / aspect, angle.cos()], 1) * extent[:, 1:],
+        ],
+        1,
+    )
+    matrix = torch.cat((theta, centre[:, :, None]), 2).to(device)
+    grid = F.affine_grid(matrix, [count, 1, *size], align_corners=False)
+    found = F.grid_sample(
+        images[choice.to(device)].float().div_(255), grid, padding_mode="reflection", align_corners=False
+    )
+    return found[:, 0].mul_(contrast.to(device)[:, None, None]).clamp_(max=1)
