@@ -100,7 +100,7 @@ class RainDataModule(LightningDataModule):
         cache: CacheMode = "auto",
         split_seed: int = 0,
         seed: int = 0,
-        rain: str = "off",
+        rain: str | bool = "off",
         rain_share: float = 1.0,
     ) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class RainDataModule(LightningDataModule):
         if not 0 < rain_share <= 1:
             raise DerainError(f"--data.rain_share {rain_share}: must be above 0 and at most 1")
         self.rain, self.rain_share = rain, rain_share
-        self.rain_ranges = None if rain == "off" else read_rain(rain)
+        self.rain_ranges = None if rain in ("off", False) else read_rain(str(rain))  # YAML reads a bare off as false
         self._degradation: torch.nn.Module | None = None
         self.sets = {"train": train, "val": val, "test": test, "predict": predict, "unlabelled": unlabelled}
         self.root = Path(root or os.environ.get("DERAIN_DATA") or "data")

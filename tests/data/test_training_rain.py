@@ -97,8 +97,13 @@ def test_validation_is_unchanged(root):
         assert torch.equal(a["rainy"], b["rainy"])
 
 
+def test_bare_off_in_yaml_is_false(root):
+    assert data(root, rain=False).rain_ranges is None
+
+
 @pytest.mark.parametrize(
-    ("options", "value"), [({"rain": "stormy"}, "stormy"), ({"rain_share": 0.0}, "0"), ({"rain_share": 2.0}, "2")]
+    ("options", "value"),
+    [({"rain": "stormy"}, "stormy"), ({"rain": True}, "True"), ({"rain_share": 0.0}, "0"), ({"rain_share": 2.0}, "2")],
 )
 def test_invalid_options(options, value, root):
     with pytest.raises(DerainError, match=value):
