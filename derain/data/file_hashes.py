@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from derain.folders import cache_folder
 from derain.images import write_whole
@@ -76,14 +77,48 @@ def cached_numbers(computation: str, files: Sequence[Path], compute: Callable[[]
     Raises:
         FileNotFoundError: If a file does not exist.
     """
-    key = hashlib.sha256(b"\0".join([computation.encode(), *file_hashes(files)])).hexdigest()[:16]
-    path = cache_folder() / "computed" / f"{key}.json"
+    path = _computed_file(computation.encode(), *file_hashes(files))
     try:
         return list(map(int, json.loads(path.read_bytes())))
     except UNREADABLE_CACHE:
         numbers = compute()
     _save(path, numbers)
     return numbers
+
+
+def load_computed(key: Sequence[bytes]) -> Any:
+    """Return the JSON content that `save_computed` saved under a key; None if there is none."""
+    try:
+        return json.loads(_computed_file(*key).read_bytes())
+    except UNREADABLE_CACHE:
+        return None
+
+
+def save_computed(key: Sequence[bytes], content: object) -> None:
+    """Save JSON content under a key, which must contain everything that the content depends on."""
+    _save(_computed_file(*key), content)
+
+
+def states_digest(root: Path, files: Sequence[str]) -> bytes:
+    """Return a hash of the names, sizes and times of files, which changes if a file is added, removed or changed.
+
+    Args:
+        root: A folder.
+        files: Paths of the files, relative to it.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            state = _state((root / file).stat())
+        except OSError:  # a broken link
+            state = []
+        digest.update(os.fsencode(f"{file}\0{state}\0"))
+    return digest.digest()
+
+
+def _computed_file(*key: bytes) -> Path:
+    name = hashlib.sha256(b"\0".join(key)).hexdigest()[:16]
+    return cache_folder() / "computed" / f"{name}.json"
 
 
 def _hash(file: Path) -> tuple[list[int] | None, bytes]:

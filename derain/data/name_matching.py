@@ -183,7 +183,9 @@ def _match_pattern(
     auxiliary_regex = re.compile(AUXILIARY, re.IGNORECASE)
     keyed_files = []
     for file in files:
-        stem = unicodedata.normalize("NFC", file.rpartition(".")[0])
+        stem = file.rpartition(".")[0]
+        if not stem.isascii():
+            stem = unicodedata.normalize("NFC", stem)
         match = pattern_regex.fullmatch(stem)
         if match is None or (not auxiliary and auxiliary_regex.fullmatch(stem)):
             continue

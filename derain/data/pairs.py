@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from derain.data import backgrounds
+from derain.data.detection_cache import CACHED_FROM, Detection, detection_key, load_detection, save_detection
 from derain.data.file_hashes import cached_numbers
 from derain.data.layouts import LAYOUTS, Side, Split
 from derain.data.name_matching import (
@@ -152,7 +153,7 @@ def find_pairs(spec: str | Path, split: Split, *, data_root: Path | None = None)
     else:
         assert folder is not None
         root = folder
-        name, reason, files = detect_layout(root, split)
+        name, reason, files = _detect_or_load(root, split)
         notes.append(f"layout {name}, detected by {reason}")
     if files.clashes:
         first, second = files.clashes[0]
@@ -389,6 +390,21 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
         raise DerainError(f"{root}: several layouts fit and disagree about the pairs; give one: {options}")
     name = "folder" if "folder" in best else next(iter(best))
     return name, f"the files ({best[name].variant})", best[name]
+
+
+def _detect_or_load(root: Path, split: Split) -> Detection:
+    """Return the result of `detect_layout`; that of a large folder from the cache if no file has changed."""
+    files = list_relative(root)
+    if len(files) < CACHED_FROM:
+        return detect_layout(root, split, files)
+    key = detection_key(root, split, files)
+    cached = load_detection(key, root, files)
+    if cached is not None:
+        name, reason, paired = cached
+        return name, f"{reason}; from the cache, since no file has changed", paired
+    detection = detect_layout(root, split, files)
+    save_detection(key, root, files, detection)
+    return detection
 
 
 def _halves_show_one_scene(files: PairedFiles) -> bool:

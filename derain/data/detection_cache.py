@@ -1,0 +1,80 @@
+"""Cache of the detected layouts of large folders, whose names every layout would be compared with at every start."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from derain.data.file_hashes import load_computed, save_computed, states_digest
+from derain.data.layouts import LAYOUTS, Files, Split
+from derain.data.name_matching import PairedFiles
+
+CACHED_FROM = 5000
+"""Number of images in a folder from which its layout is cached; smaller folders take less than a second."""
+
+DAMAGED = (TypeError, ValueError, KeyError, IndexError, AttributeError)
+"""Exceptions that damaged content can raise."""
+
+Detection = tuple[str, str, PairedFiles]
+"""Layout, reason for it, and paired files: the result of `derain.data.pairs.detect_layout`."""
+
+
+def detection_key(root: Path, split: Split, files: Sequence[str]) -> list[bytes]:
+    """Return everything that the detection depends on: names, sizes and times of the files, folder, and layouts.
+
+    Args:
+        root: The folder.
+        split: Split whose pairs are searched.
+        files: Relative paths of the images below the folder.
+    """
+    folders = [os.fsencode(path) for path in (root, root.absolute(), root.resolve())]
+    return [b"layout, version 1", split.encode(), *folders, repr(LAYOUTS).encode(), states_digest(root, files)]
+
+
+def load_detection(key: Sequence[bytes], root: Path, files: Sequence[str]) -> Detection | None:
+    """Return a saved detection; None if there is none, or it is damaged."""
+    content = load_computed(key)
+    if content is None:
+        return None
+    try:
+        variants = _variants(content["layout"])
+        paths = [root / file for file in files]
+        return (
+            content["layout"],
+            str(content["reason"]),
+            PairedFiles(
+                pairs=tuple(
+                    (str(name), paths[rainy], None if clean is None else paths[clean])
+                    for name, rainy, clean in content["pairs"]
+                ),
+                unpaired=tuple(paths[index] for index in content["unpaired"]),
+                variant=variants[content["variant"]],
+                unused=tuple((variants[index], int(count)) for index, count in content["unused"]),
+            ),
+        )
+    except DAMAGED:
+        return None
+
+
+def save_detection(key: Sequence[bytes], root: Path, files: Sequence[str], detection: Detection) -> None:
+    """Save a detection without clashes, which are errors."""
+    name, reason, paired = detection
+    if paired.clashes:
+        return
+    variants = _variants(name)
+    index: dict[Path | None, Any] = {root / file: number for number, file in enumerate(files)}
+    index[None] = None
+    content = {
+        "layout": name,
+        "reason": reason,
+        "pairs": [(pair, index[rainy], index[clean]) for pair, rainy, clean in paired.pairs],
+        "unpaired": [index[file] for file in paired.unpaired],
+        "variant": variants.index(paired.variant),
+        "unused": [(variants.index(variant), count) for variant, count in paired.unused],
+    }
+    save_computed(key, content)
+
+
+def _variants(name: str) -> list[Files]:
+    """Return the variants of all splits of a layout."""
+    return [variant for variants in LAYOUTS[name].files.values() for variant in variants]

@@ -1,0 +1,106 @@
+"""The layout of a large folder is cached until a file is added, removed or changed."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from derain.data import pairs
+from derain.data.pairs import find_pairs
+from derain.errors import DerainError
+from derain.images import write_image
+from tests.factories import make_set
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "CACHED_FROM", 1)
+    monkeypatch.setenv("DERAIN_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "photos"
+    for side in ("input", "target"):
+        for number in range(3):
+            write_image(root / side / f"{number}.png", np.full((4, 5, 3), number, np.uint8))
+    write_image(root / "input" / "alone.png", np.zeros((4, 5, 3), np.uint8))
+    return root
+
+
+def is_cached(pair_set):
+    return any("from the cache" in note for note in pair_set.notes)
+
+
+def without_reason(pair_set):
+    return pair_set.pairs, pair_set.layout, pair_set.notes[1:]
+
+
+def test_a_second_start_finds_the_same(folder):
+    first, second = find_pairs(folder, "train"), find_pairs(folder, "train")
+    assert (is_cached(first), is_cached(second)) == (False, True)
+    assert without_reason(first) == without_reason(second)
+    assert len(second.pairs) == 3
+    assert any("alone.png" in note for note in second.notes)
+    assert not is_cached(find_pairs(folder, "predict"))
+
+
+def add(folder):
+    for side in ("input", "target"):
+        shutil.copy(folder / side / "0.png", folder / side / "7.png")
+
+
+def remove(folder):
+    (folder / "target" / "1.png").unlink()
+
+
+def rename(folder):
+    (folder / "input" / "1.png").rename(folder / "input" / "x.png")
+
+
+def change(folder):
+    write_image(folder / "input" / "1.png", np.full((9, 9, 3), 77, np.uint8))
+
+
+def touch(folder):
+    file = folder / "input" / "1.png"
+    os.utime(file, ns=(1, 1))
+
+
+@pytest.mark.parametrize(("alter", "count"), [(add, 4), (remove, 2), (rename, 2), (change, 3), (touch, 3)])
+def test_a_change_is_noticed(folder, alter, count):
+    find_pairs(folder, "train")
+    alter(folder)
+    found = find_pairs(folder, "train")
+    assert not is_cached(found)
+    assert len(found.pairs) == count
+    assert is_cached(find_pairs(folder, "train"))
+
+
+def test_a_moved_folder_is_detected_again(folder):
+    find_pairs(folder, "train")
+    moved = folder.rename(folder.parent / "Rain100L")
+    assert not is_cached(find_pairs(moved, "test"))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"layout": "folder", "reason": "", "pairs": [["a", 99, 0]]}'])
+def test_a_damaged_cache_is_ignored(folder, content):
+    first = find_pairs(folder, "train")
+    (file,) = (folder.parent / "cache" / "computed").iterdir()
+    file.write_text(content)
+    second = find_pairs(folder, "train")
+    assert not is_cached(second)
+    assert without_reason(second) == without_reason(first)
+    assert json.loads(file.read_text())["layout"] == "folder"
+
+
+def test_clashes_are_errors_each_time(folder):
+    shutil.copy(folder / "target" / "1.png", folder / "target" / "1.bmp")
+    for _ in range(2):
+        with pytest.raises(DerainError, match=r"1\.(bmp|png)"):
+            find_pairs(folder, "train")
+
+
+def test_small_folders_are_not_cached(tmp_path, monkeypatch):
+    monkeypatch.setenv("DERAIN_CACHE", str(tmp_path / "cache"))
+    root = make_set(tmp_path / "data", "Rain800", "train", count=2)
+    find_pairs(root, "train")
+    assert not (tmp_path / "cache" / "computed").exists()
