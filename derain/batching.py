@@ -219,7 +219,7 @@ class Scheduler:
         source = images.device
         if self._tile_side(*images.shape[2:]) >= max(images.shape[2:]):
             images = images.to(self.device, non_blocking=True)  # the pixels of large images stay where they are
-        images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        images = to_unit(images)
         try:
             if conditions is None:
                 conditions = self.method.encode(images.to(self.device))
@@ -389,6 +389,11 @@ class _Watch:
         if after.keys() != self.before.keys():
             return True
         return any(value is not after[key][0] or size != after[key][1] for key, (value, size) in self.before.items())
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Return images, uint8 or floating point, as float32 in [0, 1]."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
 def on_threads(function: Callable[[T], Any], items: Iterable[T], count: int) -> Iterator[Any]:

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from derain.batching import SMALLEST_TILE, Precision, Scheduler
+from derain.batching import SMALLEST_TILE, Precision, Scheduler, to_unit
 from derain.errors import ArgumentError, DerainError
 from derain.methods import DerainModule
 from derain.methods.catalog import load
 from derain.methods.interfaces import Explains, Routed, Sampled, Sampling
 from derain.ranges import check_finite, check_range
+from derain.scaling import automatic_factor, enlarge, reduce, subtract_rain
 
 log = logging.getLogger("derain")
 T = TypeVar("T")
@@ -41,6 +42,10 @@ class Restorer:
         route: Route for all images, for methods with routes; by default the method chooses one for each image.
         sampling: Solver, steps and seed, for methods that sample; by default those of the method.
         compile: Compile the network, which takes up to a minute; worthwhile for a few hundred images or more.
+        scale: Factor by which images are reduced before the rain in them is estimated; the removed rain is enlarged and
+            subtracted from the full image (`derain.scaling`). ``auto``: 1 if the shorter side is below 1024 pixels,
+            otherwise that which reduces it to 512 to 1023 pixels, the sizes of the training photos.
+        strength: Share of the rain that is removed, from 0 to 1.
 
     Raises:
         DerainError: If the weights cannot be loaded, the device is not available, or the method does not support an
@@ -69,9 +74,15 @@ class Restorer:
         route: int | None = None,
         sampling: Sampling | None = None,
         compile: bool = False,
+        scale: int | Literal["auto"] = 1,
+        strength: float = 1.0,
     ) -> None:
         if isinstance(tile, int) and tile < SMALLEST_TILE:
             raise ArgumentError(f"tile {tile}: must be at least {SMALLEST_TILE}, 'auto' or None")
+        if scale != "auto" and scale < 1:
+            raise ArgumentError(f"scale {scale}: must be at least 1, or 'auto'")
+        if not 0 <= strength <= 1:
+            raise ArgumentError(f"strength {strength:g}: must be from 0 to 1")
         module, self.note = _load(weights, method)
         self.device = choose_device(device)
         self.method = module.to(self.device).eval()
@@ -84,6 +95,8 @@ class Restorer:
             log.warning("bf16: %s has no instructions for it, and emulation is slower: using float32", self.device)
             precision = "float32"
         self.scheduler = Scheduler(self.method, self.device, precision, tile, overlap, ensemble)
+        self.scale, self.strength = scale, strength
+        self._reported: set[tuple[int, int]] = set()
         if compile:
             _compile(self.method)
 
@@ -134,13 +147,38 @@ class Restorer:
         self, images: Sequence[Tensor], names: Sequence[str], conditions: dict[str, Any] | None
     ) -> list[Tensor | DerainError]:
         """Restore tensors; the results are float32 in [0, 1], or errors."""
-        results = self.scheduler.run(images, self.method, conditions)
-        return [_finite(result, name) for result, name in zip(results, names, strict=True)]
+        reduced = [self._reduced(image) for image in images]
+        results = self.scheduler.run(reduced, self.method, conditions)
+        return [
+            _finite(self._combined(*item), name) for *item, name in zip(images, reduced, results, names, strict=True)
+        ]
+
+    def _reduced(self, image: Tensor) -> Tensor:
+        """Return an image as the method restores it: reduced by ``scale``, in float32; unchanged at full size."""
+        height, width = image.shape[1:]
+        factor = automatic_factor(height, width) if self.scale == "auto" else self.scale
+        if factor == 1:
+            return image
+        reduced = reduce(to_unit(image), factor)
+        if (height, width) not in self._reported:
+            self._reported.add((height, width))
+            rows, columns = reduced.shape[1:]
+            log.info("%d×%d pixels: estimating rain at %d×%d (scale %d)", width, height, columns, rows, factor)
+        return reduced
+
+    def _combined(self, image: Tensor, reduced: Tensor, result: Tensor | DerainError) -> Tensor | DerainError:
+        """Return an image without the rain that the method removed from the reduced image; maps are enlarged."""
+        if isinstance(result, DerainError) or (reduced is image and self.strength == 1):
+            return result
+        derained = subtract_rain(to_unit(image), to_unit(reduced), result[:3], self.strength)
+        maps = enlarge(result[3:], *image.shape[1:]).clamp(0, 1) if reduced is not image else result[3:]
+        return torch.cat([derained, maps]) if len(maps) else derained
 
     @torch.inference_mode()
     def encode(self, rainy: NDArray[np.float32]) -> dict[str, Any]:
         """Return the conditions of the method for an image ``(h, w, 3)`` in [0, 1]; empty for most methods."""
-        return self.method.encode(torch.from_numpy(np.moveaxis(rainy, -1, 0).copy())[None].to(self.device))
+        image = self._reduced(torch.from_numpy(np.moveaxis(rainy, -1, 0).copy()))
+        return self.method.encode(image[None].to(self.device))
 
     @torch.inference_mode()
     def explain(self, rainy: NDArray[np.float32], name: str = "image") -> "Explanation":
@@ -159,7 +197,8 @@ class Restorer:
         image = torch.from_numpy(np.ascontiguousarray(rainy.transpose(2, 0, 1)))
         conditions = self.encode(rainy)
         function = self.method.explain if isinstance(self.method, Explains) else self.method
-        restored = _finite(self.scheduler.run([image], function, conditions)[0], name)
+        reduced = self._reduced(image)
+        restored = _finite(self._combined(image, reduced, self.scheduler.run([reduced], function, conditions)[0]), name)
         if isinstance(restored, DerainError):
             raise restored
         channels = _to_array(restored)

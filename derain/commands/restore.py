@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from derain import video
+from derain.commands.option_values import scale_factor, tile_size
 from derain.commands.photo_pipeline import Outcome, PhotoPipeline
 from derain.errors import DerainError
 from derain.folders import check_outputs
@@ -67,6 +68,8 @@ def restore(
     device: str = "auto",
     precision: Literal["float32", "bf16"] = "float32",
     compile: bool = False,
+    scale: str = "full",
+    strength: float = 1.0,
 ) -> int:
     """Remove rain from a photo or video, or from all that are in a folder or match a glob.
 
@@ -95,6 +98,9 @@ def restore(
         device: Device: auto, cpu, cuda, cuda:N or mps.
         precision: Precision of the network; bf16 (autocast) falls back to float32 on devices without bfloat16.
         compile: Compile the network, which takes up to a minute; worthwhile for hundreds of photos.
+        scale: Estimate the rain on photos that are reduced by this factor, and subtract it at full size; auto reduces
+            the shorter side to 512 to 1023 pixels, full restores the photo itself.
+        strength: Share of the rain that is removed, from 0 to 1.
 
     Raises:
         DerainError: If an option is wrong, the weights cannot be loaded, the only output exists, or any file cannot be
@@ -126,6 +132,8 @@ def restore(
         route=route,
         sampling=_sampling(solver=solver, steps=steps, seed=seed),
         compile=compile,
+        scale=scale_factor(scale),
+        strength=strength,
     )
     if explain:
         require_explains(restorer.method)
@@ -456,22 +464,3 @@ def write_comparison(photo: Photo, derained: NDArray[np.float32], target: Path) 
     """Write the picture that shows before and after, at the full size of the photo."""
     picture = compare({"rainy": to_bytes(photo.rgb), "derained": to_bytes(derained)})
     write_image(comparison_path(target), picture)
-
-
-def tile_size(text: str) -> int | Literal["auto"] | None:
-    """Return the value of ``--tile``: a side in pixels, ``auto``, or None for no tiles.
-
-    Raises:
-        DerainError: If the text is none of them.
-
-    Example:
-        >>> tile_size("none"), tile_size("auto"), tile_size("512")
-        (None, 'auto', 512)
-    """
-    if text == "auto":
-        return "auto"
-    if text == "none":
-        return None
-    if not text.isdecimal():
-        raise DerainError(f"--tile {text}: expected a number of pixels, auto or none")
-    return int(text)

@@ -331,7 +331,6 @@ def test_tags_of_a_video_are_reported_or_stripped(file, tmp_path, capsys, ending
 SLOW = """
 import sys, time
 from PIL import Image
-from derain.batching import Scheduler
 from derain.cli import main
 
 save = Image.Image.save

@@ -1,0 +1,55 @@
+"""Removal of rain from large photos: the rain is estimated on a reduced photo and subtracted at full size."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+KNOWN_SIDE = 512
+"""Shorter side in pixels of the largest photos whose rain looks as in the training sets."""
+
+
+def automatic_factor(height: int, width: int) -> int:
+    """Return the factor by which ``scale`` ``auto`` reduces a photo: its shorter side becomes 512 to 1023 pixels.
+
+    Example:
+        >>> automatic_factor(1000, 1500), automatic_factor(4000, 6000)
+        (1, 7)
+    """
+    return max(1, min(height, width) // KNOWN_SIDE)
+
+
+def reduce(image: Float[Tensor, "c h w"], factor: int) -> Float[Tensor, "c h2 w2"]:
+    """Return an image whose sides are divided by a factor and rounded up; each pixel is the mean over its area.
+
+    Example:
+        >>> import torch
+        >>> reduce(torch.tensor([[[1.0, 3.0], [5.0, 7.0]]]), 2)
+        tensor([[[4.]]])
+    """
+    height, width = image.shape[1:]
+    return F.interpolate(image[None], (-(-height // factor), -(-width // factor)), mode="area")[0]
+
+
+def enlarge(image: Float[Tensor, "c h w"], height: int, width: int) -> Float[Tensor, "c h2 w2"]:
+    """Return an image enlarged by bicubic interpolation."""
+    return F.interpolate(image[None], (height, width), mode="bicubic", align_corners=False)[0]
+
+
+def subtract_rain(
+    rainy: Float[Tensor, "3 h w"],
+    reduced: Float[Tensor, "3 h2 w2"],
+    derained: Float[Tensor, "3 h2 w2"],
+    strength: float = 1.0,
+) -> Float[Tensor, "3 h w"]:
+    """Return ``clip(rainy - strength · enlarge(reduced - derained), 0, 1)``: details of the rainy image are kept.
+
+    Args:
+        rainy: Rainy image in [0, 1].
+        reduced: The same, reduced, or the image itself.
+        derained: Derained image of the size of ``reduced``.
+        strength: Share of the rain that is removed, from 0 to 1.
+    """
+    removed = reduced - derained
+    if removed.shape != rainy.shape:
+        removed = enlarge(removed, *rainy.shape[1:])
+    return (rainy - strength * removed).clamp(0, 1)
