@@ -171,8 +171,8 @@ class Restorer:
         if isinstance(result, DerainError) or (reduced is image and self.strength == 1):
             return result
         derained = subtract_rain(to_unit(image), to_unit(reduced), result[:3], self.strength)
-        maps = enlarge(result[3:], *image.shape[1:]).clamp(0, 1) if reduced is not image else result[3:]
-        return torch.cat([derained, maps]) if len(maps) else derained
+        maps = result[3:]
+        return torch.cat([derained, enlarge(maps, *image.shape[1:]).clamp(0, 1)]) if len(maps) else derained
 
     @torch.inference_mode()
     def encode(self, rainy: NDArray[np.float32]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def test_strength_blends_rainy_and_derained(method):
     derained = Restorer(method, device="cpu")(image)
     blended = Restorer(method, device="cpu", strength=0.25)(image)
     np.testing.assert_allclose(blended, 0.75 * image + 0.25 * derained, atol=1e-6)
-    np.testing.assert_allclose(Restorer(method, device="cpu", strength=0)(image), image, atol=1e-7)
+    np.testing.assert_allclose(Restorer(method, device="cpu", strength=0.0)(image), image, atol=1e-7)
 
 
 def test_automatic_scale_depends_on_the_shorter_side(method, monkeypatch, caplog):
