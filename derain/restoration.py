@@ -150,7 +150,8 @@ class Restorer:
         reduced = [self._reduced(image) for image in images]
         results = self.scheduler.run(reduced, self.method, conditions)
         return [
-            _finite(self._combined(*item), name) for *item, name in zip(images, reduced, results, names, strict=True)
+            _finite(self._combined(image, small, result), name)
+            for image, small, result, name in zip(images, reduced, results, names, strict=True)
         ]
 
     def _reduced(self, image: Tensor) -> Tensor:
