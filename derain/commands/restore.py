@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 ACCEPTED = SUFFIXES | video.SUFFIXES
 """Suffixes of photos and videos."""
 
+MAX_TEMPORAL = 8
+"""Largest number of neighbours on each side that frames are fused with."""
+
 log = logging.getLogger("derain")
 
 
@@ -44,6 +47,7 @@ class FileOptions:
     strip_metadata: bool = False
     white: float = 1.0
     video: VideoOptions = field(default_factory=VideoOptions)
+    temporal: int = 0
 
 
 def restore(
@@ -58,6 +62,7 @@ def restore(
     explain: bool = False,
     crf: int = 18,
     encoder: str | None = None,
+    temporal: int = 0,
     strip_metadata: bool = False,
     white: float = 1.0,
     overwrite: bool = False,
@@ -87,6 +92,7 @@ def restore(
             methods with maps only.
         crf: Quality of videos, from 0 (lossless) to 51 (worst).
         encoder: Encoder of videos (default: libx264), such as h264_nvenc or hevc_videotoolbox.
+        temporal: Neighbours on each side that frames of videos are fused with, such as 2; 0 restores frame by frame.
         strip_metadata: Remove EXIF metadata (time, camera, location) and the tags of videos; colour profiles are kept.
         white: Value of white in floating-point TIFF files, such as 255.
         overwrite: Replace existing outputs, which are kept by default.
@@ -107,7 +113,7 @@ def restore(
             restored; all other files are written.
     """
     video_options = VideoOptions(crf, encoder, metadata=not strip_metadata)
-    options = FileOptions(compare, explain, strip_metadata, white, video_options)
+    options = FileOptions(compare, explain, strip_metadata, white, video_options, temporal)
     jobs = plan(input, out)
     check_outputs((file, source) for source, target in jobs.items() for file in output_files(target, options))
     _check_options(options, jobs)
@@ -224,6 +230,8 @@ def _check_options(options: FileOptions, sources: Mapping[Path, Path]) -> None:
     first_video = next(filter(is_video, sources), None)
     if first_video is not None and options.explain:
         raise DerainError(f"--explain: {first_video} is a video; omit --explain, or extract a frame as a photo")
+    if not 0 <= options.temporal <= MAX_TEMPORAL:
+        raise DerainError(f"--temporal {options.temporal}: expected 0 (frame by frame) to {MAX_TEMPORAL}; 2 is enough")
     if not 0 < options.white < math.inf:
         raise DerainError(f"--white {options.white:g}: must be finite and above 0; give the value of white in the file")
 
@@ -335,7 +343,7 @@ def _explain(restorer: "Restorer", image: NDArray[np.float32], name: str) -> "Ex
 
 
 def restore_video(restorer: "Restorer", source: Path, target: Path, options: FileOptions) -> bool:
-    """Restore a video in batches of frames; all frames are conditioned on the first frame.
+    """Restore a video in batches of frames, and fuse neighbours; all frames are conditioned on the first frame.
 
     Args:
         restorer: Restores the frames.
@@ -359,8 +367,11 @@ def restore_video(restorer: "Restorer", source: Path, target: Path, options: Fil
             yield from restorer(batch, conditions, name=f"{source}: frame {count} +")
             count += len(batch)
 
+    def change(frames: Iterator[Pixels]) -> Iterator[Pixels]:
+        return video.fuse_neighbours(restore_frames(frames), options.temporal)
+
     comparison = comparison_path(target) if options.compare else None
-    return video.rewrite(source, target, restore_frames, options=options.video, beside=comparison)
+    return video.rewrite(source, target, change, options=options.video, beside=comparison)
 
 
 def is_video(path: Path) -> bool:

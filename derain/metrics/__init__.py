@@ -5,13 +5,14 @@ Importing this package does not import torch or torchmetrics, which takes second
 
 from typing import TYPE_CHECKING, Any
 
+from .flicker import flicker
 from .full_reference import Scores, bootstrap_interval, psnr_ssim
 from .protocols import PROTOCOLS, Protocol, resolve
 
 if TYPE_CHECKING:
     from .image_quality import ImageQuality
 
-__all__ = ["PROTOCOLS", "ImageQuality", "Protocol", "Scores", "bootstrap_interval", "psnr_ssim", "resolve"]
+__all__ = ["PROTOCOLS", "ImageQuality", "Protocol", "Scores", "bootstrap_interval", "flicker", "psnr_ssim", "resolve"]
 
 
 def __getattr__(name: str) -> Any:

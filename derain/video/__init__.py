@@ -1,7 +1,8 @@
 """Restore videos: frames are changed; times, sound, subtitles, chapters and tags are copied."""
 
 from .formats import SUFFIXES, output_path
+from .fusion import fuse_neighbours
 from .overlap import QUEUE, Change
 from .rewriting import VideoOptions, check, rewrite
 
-__all__ = ["QUEUE", "SUFFIXES", "Change", "VideoOptions", "check", "output_path", "rewrite"]
+__all__ = ["QUEUE", "SUFFIXES", "Change", "VideoOptions", "check", "fuse_neighbours", "output_path", "rewrite"]

@@ -1,0 +1,218 @@
+"""Fuse each derained frame with its neighbours, since rain covers a pixel only for a moment.
+
+Neighbours are aligned by dense optical flow (Kroeger et al., "Fast Optical Flow using Dense Inverse Search", ECCV
+2016). A pixel of a neighbour is used if flow forwards and backwards cancel, and if the aligned surroundings have about
+the same colour. The pixels are averaged with weights that fall with the distance from their median, so that remains of
+rain and errors of the alignment count little.
+"""
+
+from collections.abc import Iterator
+from typing import cast
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from derain.errors import DerainError
+from derain.images import Pixels
+
+LARGEST_SIDE = 640
+"""Longer side of the frames that flow is computed on, in pixels."""
+
+SMALLEST_SIDE = 32
+"""Smallest side of frames that can be aligned, in pixels."""
+
+SIGMA = 16.0
+"""Standard deviation of the weights around the median, in 8-bit levels."""
+
+CUT_AGREEMENT = 0.3
+"""Share of the pixels that agree between consecutive frames, below which a new scene begins."""
+
+CUT_DISTANCE = 0.6
+"""Bhattacharyya distance of the colour histograms of consecutive frames, above which a new scene begins."""
+
+_MAX_FLOW_ERROR = 4.0  # pixels by which flow forwards and backwards may differ, plus 5 % of its length
+_MAX_COLOR_ERROR = 80.0  # 8-bit levels, of blurred frames: remains of heavy rain differ by this much
+_MAX_CHROMA_ERROR = 25.0  # the same of R − G and B − G, which rain changes less than objects do
+_COLOR_BLUR = 5.0
+_MAX_DETAIL_RATIO = 3.0  # remains of rain are everywhere, a misaligned object is not
+_MIN_DETAIL_ERROR = 4.0  # 8-bit levels
+_DETAIL_BLUR = 3.0
+_WEIGHTS = np.exp(-(np.arange(256) ** 2) / (2 * SIGMA**2)).astype(np.float32)
+
+Flow = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+
+def fuse_neighbours(frames: Iterator[Pixels], reach: int) -> Iterator[Pixels]:
+    """Yield frames fused with their neighbours of the same scene.
+
+    Args:
+        frames: Derained frames, ``(h, w, 3)`` uint8, of equal size.
+        reach: Number of neighbours on each side; 0 yields the frames as they are.
+
+    Yields:
+        One frame for each, in order, ``reach`` frames later.
+
+    Raises:
+        DerainError: If the frames are smaller than 32 pixels.
+    """
+    if reach == 0:
+        yield from frames
+        return
+    window = _Window(reach)
+    count = 0
+    for count, pixels in enumerate(frames, 1):
+        window.add(count - 1, pixels)
+        if count > reach:
+            yield window.fuse(count - 1 - reach)
+    for index in range(max(0, count - reach), count):
+        yield window.fuse(index)
+
+
+class _Window:
+    """The latest frames, their flows to each other, and the scenes they belong to."""
+
+    def __init__(self, reach: int) -> None:
+        self.reach = reach
+        self.frames: dict[int, Pixels] = {}
+        self.small: dict[int, Pixels] = {}
+        self.scenes: dict[int, int] = {}
+        self.flows: dict[tuple[int, int], Flow] = {}
+        self.estimator = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        self.estimator.setVariationalRefinementAlpha(100.0)  # smoother: remains of rain move otherwise
+        self.estimator.setVariationalRefinementIterations(10)
+
+    def add(self, index: int, pixels: Pixels) -> None:
+        self.frames[index] = pixels
+        self.small[index] = _reduce(pixels)
+        self.scenes[index] = self.scenes.get(index - 1, 0)
+        for other in range(index - 1, max(-1, index - 1 - self.reach), -1):
+            if self.scenes[other] != self.scenes[index]:
+                break
+            self.flows[index, other] = self._flow(index, other)
+            self.flows[other, index] = self._flow(other, index)
+            if other == index - 1 and self._is_cut(other, index):
+                self.scenes[index] += 1
+                break
+        self._forget(index - 2 * self.reach - 1)
+
+    def _flow(self, source: int, target: int) -> Flow:
+        grey = [cv2.GaussianBlur(cv2.cvtColor(self.small[i], cv2.COLOR_RGB2GRAY), None, 1) for i in (source, target)]
+        return cast(Flow, self.estimator.calc(grey[0], grey[1], None))
+
+    def _agreement(self, index: int, other: int) -> Mask:
+        flows = self.flows[index, other], self.flows[other, index]
+        return agreement(self.small[index], self.small[other], *flows)
+
+    def _is_cut(self, before: int, after: int) -> bool:
+        if histogram_distance(self.small[before], self.small[after]) > CUT_DISTANCE:
+            return True
+        return bool(self._agreement(after, before).mean() < CUT_AGREEMENT)
+
+    def _forget(self, index: int) -> None:
+        self.frames.pop(index, None)
+        self.small.pop(index, None)
+        for pair in [pair for pair in self.flows if index in pair]:
+            del self.flows[pair]
+        self.scenes.pop(index, None)
+
+    def fuse(self, index: int) -> Pixels:
+        current = self.frames[index]
+        height, width = current.shape[:2]
+        stack, valid = [current], [np.ones((height, width), bool)]
+        for other in range(index - self.reach, index + self.reach + 1):
+            if other == index or other not in self.frames or self.scenes[other] != self.scenes[index]:
+                continue
+            small_mask = self._agreement(index, other).astype(np.uint8)
+            valid.append(cv2.resize(small_mask, (width, height), interpolation=cv2.INTER_NEAREST) > 0)
+            stack.append(warp(self.frames[other], _enlarge(self.flows[index, other], height, width)))
+        return fuse_aligned(np.stack(stack), np.stack(valid))
+
+
+def _reduce(pixels: Pixels) -> Pixels:
+    height, width = pixels.shape[:2]
+    if min(height, width) < SMALLEST_SIDE:
+        raise DerainError(f"--temporal: frames of {width}×{height} pixels are too small; expected at least 32; omit it")
+    scale = min(1.0, LARGEST_SIDE / max(height, width))
+    size = (max(SMALLEST_SIDE, round(width * scale)), max(SMALLEST_SIDE, round(height * scale)))
+    return pixels if size == (width, height) else cast(Pixels, cv2.resize(pixels, size, interpolation=cv2.INTER_AREA))
+
+
+def _enlarge(flow: Flow, height: int, width: int) -> Flow:
+    small_height, small_width = flow.shape[:2]
+    if (small_height, small_width) == (height, width):
+        return flow
+    return cv2.resize(flow, (width, height)) * np.array([width / small_width, height / small_height], np.float32)
+
+
+def _positions(flow: Flow) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    height, width = flow.shape[:2]
+    columns, rows = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
+    return flow[..., 0] + columns, flow[..., 1] + rows
+
+
+def warp(image: Pixels, flow: Flow) -> Pixels:
+    """Return an image sampled at ``x + flow(x)``, by bicubic interpolation; positions outside have the border's colour.
+
+    Args:
+        image: ``(h, w, 3)`` uint8.
+        flow: ``(h, w, 2)``, horizontal and vertical displacement in pixels.
+    """
+    return cast(Pixels, cv2.remap(image, *_positions(flow), cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE))
+
+
+def agreement(image: Pixels, other: Pixels, flow: Flow, backward: Flow) -> Mask:
+    """Return where an image and another one, aligned by flow, show the same point.
+
+    Args:
+        image: ``(h, w, 3)`` uint8.
+        other: Same shape.
+        flow: Flow from ``image`` to ``other``, ``(h, w, 2)``.
+        backward: Flow from ``other`` to ``image``.
+
+    Returns:
+        ``(h, w)``: ``x + flow(x)`` is inside; ``|flow(x) + backward(x + flow(x))|`` is at most 4 pixels plus 5 % of the
+        flow's length; blurred colours differ by less than 80 of 255 levels, and by less than 25 in chroma; and the
+        local mean of the absolute difference is at most three times its median in the image, plus 4 levels.
+    """
+    height, width = image.shape[:2]
+    x, y = _positions(flow)
+    inside = (x >= 0) & (y >= 0) & (x <= width - 1) & (y <= height - 1)
+    returned = cv2.remap(backward, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    error = np.linalg.norm(flow + returned, axis=2)
+    consistent = error < _MAX_FLOW_ERROR + 0.05 * np.linalg.norm(flow, axis=2)
+    difference = cv2.GaussianBlur(warp(other, flow).astype(np.float32) - image, None, _COLOR_BLUR)
+    chroma = np.abs(difference[..., ::2] - difference[..., 1:2]).max(2)
+    same_color = (np.abs(difference).max(2) < _MAX_COLOR_ERROR) & (chroma < _MAX_CHROMA_ERROR)
+    detail = cv2.absdiff(warp(other, flow), image).max(2).astype(np.float32)
+    local = cv2.GaussianBlur(detail, None, _DETAIL_BLUR)
+    same_detail = local < _MAX_DETAIL_RATIO * np.median(local) + _MIN_DETAIL_ERROR
+    return cast(Mask, inside & consistent & same_color & same_detail)
+
+
+def fuse_aligned(stack: Pixels, valid: Mask) -> Pixels:
+    """Return the robust mean of aligned frames: ``Σ w v / Σ w`` with ``w = valid · exp(−(v − median)² / 2σ²)``.
+
+    The median is that of all frames, with invalid values replaced by those of the first frame; σ is `SIGMA`.
+
+    Args:
+        stack: ``(n, h, w, 3)`` uint8 with odd ``n`` or any; the first is the frame itself.
+        valid: ``(n, h, w)``; the first is true everywhere.
+
+    Returns:
+        ``(h, w, 3)`` uint8; for even ``n``, the upper of the two middle values is the median.
+    """
+    filled = np.where(valid[..., None], stack, stack[0])
+    median = np.sort(filled, axis=0)[len(stack) // 2]
+    distance = cv2.absdiff(filled, np.broadcast_to(median, filled.shape).copy())
+    weights = _WEIGHTS[distance] * valid[..., None]
+    total = weights.sum(0)
+    mean = (weights * filled).sum(0) / np.maximum(total, 1e-30)
+    return np.rint(np.where(total > 1e-6, mean, median)).astype(np.uint8)
+
+
+def histogram_distance(first: Pixels, second: Pixels) -> float:
+    """Return the Bhattacharyya distance of two colour histograms with 8×8×8 bins, from 0 (equal) to 1 (disjoint)."""
+    histograms = [cv2.calcHist([image], [0, 1, 2], None, [8] * 3, [0, 256] * 3) for image in (first, second)]
+    return float(cv2.compareHist(histograms[0], histograms[1], cv2.HISTCMP_BHATTACHARYYA))
