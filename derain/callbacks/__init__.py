@@ -1,4 +1,4 @@
-"""Callbacks: checkpoints, final weights, EMA, panels, predictions, test results, seeds and throughput.
+"""Callbacks: checkpoints, weights, EMA, panels, predictions, results, seeds, throughput, compilation, recomputation.
 
 Files are saved below ``trainer.default_root_dir``, which the command line sets to the folder of the run.
 ``trainer.log_dir`` is not used: it is a collective call, in which a single rank would wait forever.
@@ -14,13 +14,16 @@ from derain.callbacks.predictions import SaveImages
 from derain.callbacks.results import TestResults
 from derain.callbacks.seeds import BatchSeeds
 from derain.callbacks.throughput import Throughput
+from derain.callbacks.training_speed import CompileBlocks, GradientCheckpointing
 
 __all__ = [
     "EMA",
     "BatchSeeds",
     "BestCheckpoint",
     "Checkpoint",
+    "CompileBlocks",
     "FinalWeights",
+    "GradientCheckpointing",
     "ImagePanels",
     "LastCheckpoint",
     "PartialEvaluationWarning",

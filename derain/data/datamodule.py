@@ -20,12 +20,11 @@ from derain.data.captions import Caption, match_captions, read_captions
 from derain.data.datasets import TrainingLoader, TrainingPairs, UnlabelledCrops, WholePairs
 from derain.data.layouts import Split
 from derain.data.pairs import Pair, find_pairs, find_pairs_or_photos, merge_pairs
-from derain.data.quickstart import quickstart_set
+from derain.data.quickstart import resolve_quickstart
 from derain.data.rain_ranges import read_rain
 from derain.data.samplers import BalancedSampler, CropStage, Stage, TrainingBatchSampler, to_batch_stages
 from derain.data.transforms import Augmentation, Flips
 from derain.errors import DerainError
-from derain.folders import cache_folder
 from derain.images import Pixels, image_size
 from derain.loops import Position, accumulation
 from derain.memory import free_memory
@@ -295,7 +294,7 @@ class RainDataModule(LightningDataModule):
         if not names:
             raise DerainError(f"--data.{option}: not set; give a name from `derain data list`, or a folder")
         find = find_pairs_or_photos if option == "train" and self.rain_ranges is not None else find_pairs
-        sets = [find(_resolve_quickstart(name, split), split, data_root=self.root) for name in names]
+        sets = [find(resolve_quickstart(name, split), split, data_root=self.root) for name in names]
         for pair_set in sets:
             for note in pair_set.notes:
                 log.info("%s: %s", pair_set.name, note)
@@ -488,14 +487,6 @@ def _limited(count: int, limit: int | float) -> int:
 def _or_null(value: object) -> object:
     """Return the value of an option for a message: ``null`` for a missing schedule, which is saved as empty text."""
     return "null" if value == "" else value
-
-
-def _resolve_quickstart(name: str, split: Split) -> str:
-    """Generate the data set ``Quickstart`` and return ``folder:PATH``; return other names unchanged."""
-    if name.lower() != "quickstart":
-        return name
-    folder = quickstart_set(cache_folder())
-    return f"folder:{folder / ('train' if split == 'train' else 'test')}"
 
 
 def _as_list(value: str | list[str] | None) -> list[str]:

@@ -4,8 +4,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from derain.data.layouts import Split
 from derain.data.quickstart_photos import write_photos
 from derain.data.rain import PRESETS, synthesize
+from derain.folders import cache_folder
 
 RAINS_PER_PHOTO = {"train": 6, "test": 3}
 """Number of rainy images for each training tile and for each test photo."""
@@ -28,3 +30,15 @@ def quickstart_set(parent: Path) -> Path:
             if not (folder / split / "rain.json").is_file():
                 synthesize(folder / "photos" / split, folder / split, PRESETS["medium"], per_image=count, seed=0)
     return folder
+
+
+def resolve_quickstart(name: str, split: Split) -> str:
+    """Generate the data set ``Quickstart`` and return ``folder:PATH``; return other names unchanged.
+
+    Raises:
+        DerainError: If scikit-image is not installed.
+    """
+    if name.lower() != "quickstart":
+        return name
+    folder = quickstart_set(cache_folder())
+    return f"folder:{folder / ('train' if split == 'train' else 'test')}"

@@ -1,0 +1,140 @@
+"""Callbacks that save memory or time in training without changing what is trained."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from derain.errors import DerainError
+from derain.methods.trainable import TrainableModule
+from derain.nn.blocks import repeated_blocks
+
+COMPILATIONS = 64
+"""Compilations of one class of blocks: for each number of channels, crop size and precision."""
+
+log = logging.getLogger("derain")
+
+
+def _find_blocks(module: LightningModule, callback: str) -> list[nn.Module]:
+    """Return the repeated blocks of a method's network.
+
+    Raises:
+        DerainError: If it has none.
+    """
+    assert isinstance(module, TrainableModule)
+    blocks = repeated_blocks(module.network)
+    if not blocks:
+        raise DerainError(
+            f"{callback}: {module.title} has no repeated blocks; expected several modules of one class in a "
+            "sequence or list; remove the callback"
+        )
+    return blocks
+
+
+def _count(blocks: Sequence[nn.Module]) -> str:
+    """Return the number of blocks by class, such as ``36 TransformerBlock``."""
+    return ", ".join(f"{count} {name}" for name, count in Counter(type(block).__name__ for block in blocks).items())
+
+
+def _recomputed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    """Run a function whose intermediate results are computed again in the backward pass."""
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **options)
+    return checkpoint(forward, *inputs, use_reentrant=False, **options)
+
+
+class GradientCheckpointing(Callback):
+    """Compute the activations of repeated blocks again in the backward pass instead of storing them.
+
+    Training needs much less memory and more time; losses, gradients and weights are the same. Blocks with batch
+    normalisation are refused, since their running statistics would be updated twice.
+
+    References:
+        Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 2016.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[nn.Module] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wrap the blocks.
+
+        Raises:
+            DerainError: If the network has no repeated blocks, or they contain batch normalisation.
+        """
+        if stage != "fit":
+            return
+        blocks = _find_blocks(pl_module, type(self).__name__)
+        for block in blocks:
+            if any(isinstance(inner, _BatchNorm) for inner in block.modules()):
+                raise DerainError(
+                    f"{type(self).__name__}: {type(block).__name__} contains batch normalisation, whose statistics "
+                    "would be updated twice; remove the callback"
+                )
+        for block in blocks:
+            block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]
+        self._blocks = blocks
+        log.info("gradient checkpointing: %s", _count(blocks))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Restore the blocks."""
+        for block in self._blocks:
+            del block.forward
+        self._blocks = []
+
+
+class CompileBlocks(Callback):
+    """Compile the repeated blocks of the network for training steps with ``torch.compile``.
+
+    Blocks instead of the whole network, since compiling one of them serves all of the same size. Names of parameters do
+    not change. Validation, which has images of many sizes, is not compiled.
+
+    Args:
+        backend: Backend of ``torch.compile``.
+    """
+
+    def __init__(self, backend: str = "inductor") -> None:
+        self.backend = backend
+        self._blocks: list[nn.Module] = []
+        self._limit = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the blocks.
+
+        Raises:
+            DerainError: If the network has no repeated blocks.
+        """
+        if stage == "fit":
+            self._blocks = _find_blocks(pl_module, type(self).__name__)
+            log.info("compiling for training: %s", _count(self._blocks))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compile the blocks, at their first training step."""
+        self._limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(self._limit, COMPILATIONS)
+        self.on_validation_end(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run the blocks without compilation."""
+        for block in self._blocks:
+            block._compiled_call_impl = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run the compiled blocks; compilations are cached."""
+        if not trainer.sanity_checking:
+            for block in self._blocks:
+                block.compile(backend=self.backend, dynamic=False)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Run the blocks without compilation."""
+        self.on_validation_start(trainer, pl_module)
+        if self._limit:
+            torch._dynamo.config.recompile_limit = self._limit
+        self._blocks, self._limit = [], 0

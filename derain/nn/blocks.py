@@ -1,0 +1,27 @@
+"""Repeated blocks of networks: the regions that are compiled or recomputed in training."""
+
+from torch import nn
+
+
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """Return the outermost modules of which a network has several in sequences or lists.
+
+    Layers of PyTorch and modules without submodules do not count.
+
+    Example:
+        >>> from derain.nn.restormer import Restormer
+        >>> network = Restormer(dim=8, blocks=(1, 2, 1, 1), refinement=1)
+        >>> [type(block).__name__ for block in repeated_blocks(network)].count("TransformerBlock")
+        10
+    """
+    in_sequence = [
+        child
+        for parent in network.modules()
+        if isinstance(parent, nn.Sequential | nn.ModuleList)
+        for child in parent.children()
+        if next(child.children(), None) is not None and not type(child).__module__.startswith("torch.nn.")
+    ]
+    classes = [type(child) for child in in_sequence]
+    blocks = list(dict.fromkeys(child for child in in_sequence if classes.count(type(child)) > 1))
+    nested = {inner for block in blocks for inner in block.modules() if inner is not block}
+    return [block for block in blocks if block not in nested]

@@ -1,0 +1,133 @@
+import copy
+
+import jaxtyping
+import lightning
+import pytest
+import torch
+
+from derain.callbacks import CompileBlocks, GradientCheckpointing
+from derain.errors import DerainError
+from derain.methods import PReNetModule, RestormerModule
+from derain.nn.blocks import repeated_blocks
+
+TRAINER = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+
+
+def method():
+    torch.manual_seed(0)
+    return RestormerModule(dim=8, blocks=[1, 2, 1, 1], refinement=1)
+
+
+class Batches(torch.utils.data.Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        clean = torch.rand(3, 16, 16, generator=generator, dtype=torch.float64)
+        return {
+            "rainy": clean + 0.1 * torch.rand(3, 16, 16, generator=generator, dtype=torch.float64),
+            "clean": clean,
+            "name": str(index),
+            "index": index,
+        }
+
+
+class Gradients(lightning.Callback):
+    """Copies of the gradients before each step."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.found.append([parameter.grad.clone() for parameter in pl_module.network.parameters()])
+
+
+def train(*callbacks):
+    module, gradients = method().double(), Gradients()
+    trainer = lightning.Trainer(
+        max_steps=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[*callbacks, gradients],
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(Batches()))
+    return module, gradients.found
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return train()
+
+
+@pytest.mark.parametrize(
+    "callbacks",
+    [
+        lambda: [GradientCheckpointing()],
+        pytest.param(lambda: [CompileBlocks("aot_eager")], marks=pytest.mark.slow),
+        pytest.param(lambda: [GradientCheckpointing(), CompileBlocks("aot_eager")], marks=pytest.mark.slow),
+    ],
+    ids=["checkpointing", "compiled", "both"],
+)
+def test_gradients_weights_and_names_are_the_same(callbacks, plain, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # torch.compile would trace its checks
+    module, gradients = train(*callbacks())
+    expected, expected_gradients = plain
+    assert list(module.state_dict()) == list(expected.state_dict())
+    for step, expected_step in zip(gradients, expected_gradients, strict=True):
+        for found, wanted in zip(step, expected_step, strict=True):
+            assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-12)
+    for name, value in expected.state_dict().items():
+        assert torch.allclose(module.state_dict()[name], value, rtol=1e-6, atol=1e-9)
+    for block in repeated_blocks(module.network):
+        assert "forward" not in vars(block)
+        assert block._compiled_call_impl is None
+
+
+def stored_bytes(module):
+    """Bytes that the backward pass needs."""
+    total = 0
+
+    def count(tensor):
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        module.network(torch.rand(1, 3, 32, 32))
+    return total
+
+
+def test_checkpointing_stores_less():
+    module, callback = method(), GradientCheckpointing()
+    full = stored_bytes(module)
+    callback.setup(TRAINER, module, "fit")
+    assert stored_bytes(module) < 0.4 * full
+    copied = copy.deepcopy(module)  # as the EMA callback does
+    assert list(copied.state_dict()) == list(module.state_dict())
+    callback.teardown(TRAINER, module, "fit")
+    assert stored_bytes(module) == full
+
+
+@pytest.mark.parametrize("callback", [GradientCheckpointing, CompileBlocks])
+def test_networks_without_repeated_blocks_are_refused(callback):
+    with pytest.raises(DerainError, match=callback.__name__):
+        callback().setup(TRAINER, PReNetModule(stages=1), "fit")
+
+
+def test_batch_normalisation_is_refused():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm(x)
+
+    module = method()
+    module.network = torch.nn.Sequential(Block(), Block())
+    with pytest.raises(DerainError, match="Block"):
+        GradientCheckpointing().setup(TRAINER, module, "fit")
