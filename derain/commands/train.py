@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from derain.checkpoints import remove_unfinished
 from derain.commands.lightning_messages import filter_lightning_messages
+from derain.commands.ranks import Ranks
 from derain.commands.run_folders import restarts, root_of, run_folder, shared_folder
 from derain.commands.run_setup import check_options, check_trainer, configured_loggers, run_callbacks
 from derain.commands.train_parser import DENIED_IMPORTS, OptionParser, model_class_paths
@@ -89,6 +90,7 @@ class DerainCLI(LightningCLI):
 
     def __init__(self, command: str, **kwargs: Any) -> None:
         self.command = command
+        self.ranks = Ranks(self._next_step)
         super().__init__(**kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -379,7 +381,8 @@ class DerainCLI(LightningCLI):
             Stopped: If Ctrl-C or SIGTERM stopped the run.
         """
         try:
-            super()._run_subcommand(subcommand)
+            with self.ranks:
+                super()._run_subcommand(subcommand)
         except LIGHTNING_ERRORS as error:
             if isinstance(error, DerainError) or not _raised_by_lightning(error):
                 raise

@@ -1,0 +1,124 @@
+"""Ranks of a run on one machine: if one dies, the others end within seconds, with one line.
+
+Under torchrun and SLURM, their own agents do this. Otherwise, Lightning starts the further ranks as child processes of
+rank 0, which observes them here; they observe rank 0.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from lightning.pytorch.strategies.launchers import subprocess_script
+
+from derain.errors import DerainError
+
+MAIN_PROCESS = "DERAIN_MAIN_PROCESS"
+"""Environment variable with the process ID of rank 0, for the ranks that it starts."""
+
+INTERVAL = 1.0
+"""Seconds between two looks at the other ranks."""
+
+PATIENCE = 12.0
+"""Seconds in which a rank may end by itself after another one has ended, for example with an error of its own."""
+
+LOST_CONNECTION = re.compile("gloo|nccl|ucc|tcpstore|process ?group|connection|socket|broken pipe", re.IGNORECASE)
+"""Messages of torch.distributed about another rank."""
+
+
+class Ranks:
+    """The other ranks of a run that Lightning starts, as seen by one rank.
+
+    Args:
+        next_step: Function that returns the end of the message: how to resume the run.
+    """
+
+    def __init__(self, next_step: Callable[[], str]) -> None:
+        self.next_step = next_step
+        self.processes: Sequence[subprocess.Popen[bytes]] = ()
+        self._finished = threading.Event()
+        self.local_rank = os.environ.get("LOCAL_RANK", "0")
+        self.main = 0
+        if self.local_rank == "0":
+            os.environ[MAIN_PROCESS] = str(os.getpid())
+        elif os.name == "posix":
+            self.main = int(os.environ.get(MAIN_PROCESS, 0))  # 0: started by torchrun or SLURM
+        if self.main:
+            threading.Thread(target=self._watch, daemon=True).start()
+        # Lightning's own observer kills rank 0 too, without a message and with the exit code of a signal.
+        subprocess_script._launch_process_observer = self.observe  # type: ignore[assignment]
+
+    def observe(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+        """Observe the ranks that rank 0 has started."""
+        self.processes = processes
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def failure(self) -> str:
+        """Return which rank has died and how; empty if none has."""
+        if self.main:
+            return "" if os.getppid() == self.main else f"rank 0 (process {self.main}) ended"
+        for rank, process in enumerate(self.processes, 1):
+            code = process.poll()
+            if code:
+                reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                return f"rank {rank} (process {process.pid}) {reason}"
+        return ""
+
+    def __enter__(self) -> None:
+        """Begin the run."""
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Stop observing; if the run has failed, end the ranks that this one has started.
+
+        Raises:
+            DerainError: If another rank has died, so that the exception is due to that.
+            SystemExit: The same, if a lower rank reports it.
+        """
+        try:
+            if error is not None:
+                self._explain(error)
+        finally:
+            if error is not None:
+                self._wait(lambda: all(process.poll() is not None for process in self.processes))
+                self._kill()
+            self._finished.set()
+
+    def _explain(self, error: BaseException) -> None:
+        """Replace an exception of torch.distributed if another rank has died."""
+        if not (self.main or self.processes) or not LOST_CONNECTION.search(f"{type(error).__name__} {error}"):
+            return
+        self._wait(lambda: self.failure() != "")  # a connection is lost before the process has ended
+        failure = self.failure()
+        if failure and self._reports:
+            raise DerainError(f"{failure}{self.next_step()}") from error
+        if failure:
+            raise SystemExit(2) from error
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition holds, but not long."""
+        end = time.monotonic() + PATIENCE / 2
+        while not condition() and time.monotonic() < end:
+            time.sleep(INTERVAL / 10)
+
+    @property
+    def _reports(self) -> bool:
+        """Whether this rank reports a death: rank 0, or rank 1 if rank 0 has died."""
+        return self.local_rank in {"0", "1"}
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            process.kill()  # a process that waits for a collective ignores SIGTERM
+
+    def _watch(self) -> None:
+        """End this process if another rank has died, unless it ends by itself soon."""
+        while not self._finished.wait(INTERVAL):
+            failure = self.failure()
+            if failure and not self._finished.wait(PATIENCE):
+                if self._reports:
+                    print(f"derain: error: {failure}{self.next_step()}", file=sys.stderr, flush=True)
+                self._kill()
+                os._exit(2)

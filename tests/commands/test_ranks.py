@@ -1,0 +1,80 @@
+"""If one of two ranks dies, the other ends within half a minute and says so in one line."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.factories import make_set
+from tests.runs import EXPERIMENT, start
+
+LIMIT = 30
+"""Seconds within which all processes must have ended."""
+
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+from derain.cli import main
+from derain.methods import PReNetModule
+
+step = PReNetModule.training_step
+
+def die(self, batch, batch_idx):
+    Path(f"pid-{{self.global_rank}}").write_text(str(os.getpid()))
+    if batch_idx == 2 and self.global_rank == {rank}:
+        Path("died").touch()
+        {death}
+    if batch_idx == 2 and {hangs}:
+        time.sleep(600)  # as in a collective of NCCL, which does not notice
+    return step(self, batch, batch_idx)
+
+PReNetModule.training_step = die
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def is_running(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hangs", [False, True])
+@pytest.mark.parametrize(
+    ("rank", "death", "reason"),
+    [
+        (1, "os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
+        (1, "os._exit(3)", "exit code 3"),
+        (0, "os.kill(os.getpid(), signal.SIGKILL)", "rank 0"),
+    ],
+)
+def test_the_others_end_if_a_rank_dies(tmp_path, monkeypatch, rank, death, reason, hangs):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DERAIN_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    make_set(tmp_path / "data", "Rain800", "train", count=16)
+    config = EXPERIMENT | {"data": EXPERIMENT["data"] | {"val": "none", "batch_size": 2}}
+    config["trainer"] = EXPERIMENT["trainer"] | {"devices": 2, "strategy": "ddp", "limit_train_batches": 4}
+    Path("exp.yaml").write_text(yaml.safe_dump(config))
+    Path("ranks.py").write_text(SCRIPT.format(rank=rank, death=death, hangs=hangs))
+    process = start("fit", "--config", "exp.yaml", program=("ranks.py",))
+    while not Path("died").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    begin = time.monotonic()
+    pids = [int(Path(f"pid-{rank}").read_text()) for rank in range(2)]
+    try:
+        while any(map(is_running, pids)) and time.monotonic() < begin + LIMIT:
+            time.sleep(0.1)
+        assert not any(map(is_running, pids))
+    finally:
+        for pid in filter(is_running, pids):
+            os.kill(pid, signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (2 if rank == 1 else -signal.SIGKILL)
+    assert "Traceback" not in output
+    (line,) = (line for line in output.splitlines() if "derain: error: " in line)
+    assert reason in line
