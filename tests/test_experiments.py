@@ -1,11 +1,13 @@
 """Every experiment is understood and built as its file says; every method trains and restores by a recipe."""
 
+import argparse
 import importlib.util
 import inspect
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,9 +16,8 @@ from lightning.pytorch.cli import LightningCLI
 import derain
 from derain import PLNLINGANModule
 from derain.cli import main
-from derain.errors import DerainError
-from derain.images import read_rgb, write_image
-from derain.methods import DerainModule, PReNetModule, catalog
+from derain.images import write_image
+from derain.methods import DerainModule, catalog
 from tests.factories import make_clip, make_set
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -301,41 +302,69 @@ def test_restormers_recipe_is_its_authors():
     assert config["trainer"]["gradient_clip_val"] == 0.01
 
 
-def test_means_of_weights(tmp_path, capsys):
-    script = load_script("mean_of_weights")
-    modules = [PReNetModule("PRN_r", stages=1) for _ in range(2)]
-    for name, module in zip("ab", modules, strict=True):
-        module.save_weights(tmp_path / name)
-    script.main(tmp_path / "a", tmp_path / "b", tmp_path / "mean", 0.7)
-    mean = catalog.load(tmp_path / "mean").module.network.state_dict()
-    for name, value in mean.items():
-        first, second = (module.network.state_dict()[name] for module in modules)
-        torch.testing.assert_close(value, 0.7 * first + 0.3 * second)
-    PReNetModule("PRN", stages=1).save_weights(tmp_path / "c")
-    for file, share, value in (("c", 0.5, "/c: "), ("b", 1.5, "--share 1.5")):
-        with pytest.raises(DerainError, match=value):
-            script.main(tmp_path / "a", tmp_path / file, tmp_path / "out", share)
-    assert not (tmp_path / "out").exists()
-
-
-def test_data_of_the_bundled_model_has_no_leak(tmp_path, monkeypatch, capsys):
-    script = load_script("default_data")
+@pytest.mark.slow
+def test_a_bundled_model_is_trained_and_resumed(tmp_path, monkeypatch):
+    """Backgrounds of test sets are skipped; a resumed training equals an uninterrupted one."""
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    script = load_script("default_model")
     monkeypatch.setattr(script, "VALIDATE", 1)
     make_set(tmp_path / "data", "Rain800", "train", count=5, seed=1, size=(96, 128))
     make_set(tmp_path / "data", "Rain100L", "test", count=2, seed=1, size=(96, 128))  # of the same backgrounds
-    dark = tmp_path / "data/Rain800/training/5.jpg"
-    both = read_rgb(dark).copy()  # clean and rainy
-    both[:, 128:] //= 2
-    write_image(dark, both)
-    script.main(tmp_path / "data", tmp_path / "box")
-    assert "3 of 5 pairs, 1 of them" in capsys.readouterr().out
-    parts = {part: tmp_path / "box" / part / "rain800/target" for part in script.RAINS}
-    names = {part: {file.stem for file in folder.iterdir()} for part, folder in parts.items()}
-    assert len(names["train"]) == 2
-    assert not names["train"] & names["val"]
-    assert {file.stem for file in (tmp_path / "box/train/dark/input").iterdir()} == {dark.stem}
-    light = tmp_path / "box/train/light"
-    assert {file.stem for file in (light / "target").iterdir()} == names["train"]
-    assert len(list((light / "input").iterdir())) == 4
-    with pytest.raises(DerainError, match="exists already"):
-        script.main(tmp_path / "data", tmp_path / "box")
+    streaks = np.random.default_rng(0).integers(256, size=(60, 80), dtype=np.uint8)
+    for name in ("1-1", "1-2"):
+        write_image(tmp_path / f"data/Streaks/{name}.png", np.repeat(streaks[..., None], 3, 2))
+    training, validation = script.read_photos(tmp_path / "data")
+    assert (len(training), len(validation)) == (2, 1)
+
+    def train(out, **changes):
+        options = {"width": 4, "blocks": [1], "middle": 1, "steps": 3, "rate": 1e-3, "without": "drawn"} | changes
+        script.main(argparse.Namespace(data=tmp_path / "data", out=tmp_path / out, **options))
+        return catalog.load(tmp_path / out / "weights.safetensors").module.network.state_dict()
+
+    monkeypatch.setattr(script, "SAVE_SECONDS", 0)
+    whole = train("whole")
+    kept = script.Crops.batch
+
+    def interrupted(crops, step, count, side):
+        if step == 2:
+            raise KeyboardInterrupt
+        return kept(crops, step, count, side)
+
+    monkeypatch.setattr(script.Crops, "batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train("resumed")
+    monkeypatch.setattr(script.Crops, "batch", kept)
+    resumed = train("resumed")
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["measured", "noise", "drawn"])
+def test_rain_of_the_bundled_model(kind, tmp_path, monkeypatch):
+    """Rain brightens dark crops, stays in [0, 1], and is determined by the generator."""
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    script = load_script("default_rain")
+    file = tmp_path / "1-1.png"
+    write_image(file, np.random.default_rng(0).integers(256, size=(60, 80, 3), dtype=np.uint8))
+    rain = script.RainPairs([file], {kind: 1.0})
+    clean = np.full((48, 64, 3), 0.2, np.float32)
+    for seed in range(8):
+        rainy, again = (rain.add_rain(clean, np.random.default_rng(seed)) for _ in range(2))
+        assert np.array_equal(rainy, again)
+        assert 0 <= rainy.min() <= rainy.max() <= 1
+        assert rainy.mean() > clean.mean()
+    pairs = [rain.pair(clean, np.random.default_rng(seed)) for seed in range(60)]
+    unchanged = sum(np.array_equal(rainy, target) for rainy, target in pairs)
+    assert 2 <= unchanged <= 24  # a sixth of the crops stays without rain
+
+
+def test_lines_are_as_long_as_asked():
+    """A vertical line of 9 pixels covers 9 rows at its full brightness."""
+    script = load_script("default_rain")
+    kernel = script.line(9, 0, 0.5)
+    column = kernel[:, kernel.shape[1] // 2]
+    assert column.sum() == pytest.approx(10, abs=1)
+    assert kernel.argmax() % kernel.shape[1] == kernel.shape[1] // 2
+    diagonal = script.line(9, 45, 0.5)
+    rows, columns = np.nonzero(diagonal > 0.5)
+    assert np.corrcoef(rows, columns)[0, 1] > 0.95  # down and to the right, as rain of a positive angle

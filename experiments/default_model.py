@@ -1,0 +1,212 @@
+"""Train a bundled model on one core: ``python experiments/default_model.py DATA OUT [--width 32] [--steps 18500]``.
+
+``DATA`` contains Rain800, the test sets, and the measured streaks in ``Streaks``. A fifth of the crops are Rain800's
+own pairs; the others are clean crops with the rain of ``default_rain.py``. Training images whose background
+`derain data verify` also finds in a test set or another set are skipped, and 24 backgrounds that occur only once are
+kept for validation. ``OUT`` receives the state of the training every five minutes; the same command resumes it. At the
+end, ``OUT/weights.safetensors`` has the averaged weights.
+
+``--without KIND`` leaves a kind of rain out of training, to measure how the model removes rain that it never saw.
+"""
+
+import argparse
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from default_rain import Crop, RainPairs, Rng, log_uniform
+from numpy.typing import NDArray
+from torch import Tensor
+
+from derain.data.pairs import find_pairs
+from derain.data.verify import verify
+from derain.errors import DerainError
+from derain.methods import RegressionModule
+from derain.networks.nafnet import NAFNet
+from derain.progress import track
+
+KINDS = {"measured": 0.32, "noise": 0.36, "drawn": 0.32}
+VALIDATE = 24
+OWN_PAIRS, DARKER = 0.2, 0.3
+"""Shares: crops of Rain800's own pairs; among them, pairs whose rainy image is darker than the clean one."""
+
+SAVE_SECONDS = 300
+
+
+@dataclass
+class Photo:
+    """A clean image and its own rainy version, ``(h, w, 3)`` uint8."""
+
+    clean: NDArray[np.uint8]
+    rainy: NDArray[np.uint8]
+
+    @property
+    def is_darker(self) -> bool:
+        """Whether rain made the image darker, which is rare."""
+        return bool(self.rainy.mean() < self.clean.mean())
+
+
+def read_photos(data: Path) -> tuple[list[Photo], list[Photo]]:
+    """Return photos for training and for validation, without backgrounds of test sets.
+
+    Raises:
+        DerainError: If Rain800 is not found.
+    """
+    pairs = find_pairs("Rain800", "train", data_root=data).pairs
+    found: dict[str, set[Path]] = {kind: set() for kind in ("leak", "shared", "duplicate")}
+    for finding in verify(data)[1]:
+        if finding.kind in found:
+            found[finding.kind] |= {Path(file).resolve() for file in finding.files}
+    kept = [pair for pair in pairs if pair.rainy.resolve() not in found["leak"] | found["shared"]]
+    single = [pair for pair in kept if pair.rainy.resolve() not in found["duplicate"]]
+    held_out = set(single[:: max(1, len(single) // VALIDATE)][:VALIDATE])
+    training, validation = [], []
+    for pair in track(kept, "Reading", len(kept)):
+        rainy, clean = pair.read()
+        (validation if pair in held_out else training).append(Photo(clean, rainy))
+    return training, validation
+
+
+class Crops:
+    """Random training pairs, determined by the number of the step."""
+
+    def __init__(self, photos: list[Photo], rain: RainPairs) -> None:
+        self.photos, self.rain = photos, rain
+        self.darker = [photo for photo in photos if photo.is_darker]
+
+    def batch(self, step: int, count: int, side: int) -> tuple[Tensor, Tensor]:
+        """Return rainy and clean crops, ``(count, 3, side, side)`` in [0, 1]."""
+        rng = np.random.default_rng([0, step])
+        pairs = [self._own(rng, side) if rng.random() < OWN_PAIRS else self._new(rng, side) for _ in range(count)]
+        rainy, clean = (torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2) for crops in zip(*pairs, strict=True))
+        return rainy, clean
+
+    def _own(self, rng: Rng, side: int) -> tuple[Crop, Crop]:
+        is_darker = bool(self.darker) and rng.random() < DARKER
+        photos = self.darker if is_darker else self.photos
+        photo = photos[rng.integers(len(photos))]
+        rainy, clean = random_crop([photo.rainy, photo.clean], rng, side)
+        return (rainy[:, ::-1], clean[:, ::-1]) if rng.random() < 0.5 else (rainy, clean)
+
+    def _new(self, rng: Rng, side: int) -> tuple[Crop, Crop]:
+        scale = log_uniform(rng, 0.6, 2.2) if rng.random() < 0.5 else 1.0
+        (clean,) = random_crop([self.photos[rng.integers(len(self.photos))].clean], rng, side, scale)
+        clean = clean[:, ::-1] if rng.random() < 0.5 else clean
+        clean = clean.transpose(1, 0, 2) if rng.random() < 0.3 else clean
+        return self.rain.pair(np.ascontiguousarray(clean), rng)
+
+
+def random_crop(images: list[NDArray[np.uint8]], rng: Rng, side: int, scale: float = 1.0) -> list[Crop]:
+    """Return the same crop of several images, taken ``scale`` times as large and resized to ``side``."""
+    height, width = images[0].shape[:2]
+    taken = max(16, min(int(side * scale), height, width))
+    top, left = rng.integers(height - taken + 1), rng.integers(width - taken + 1)
+    crops = [image[top : top + taken, left : left + taken] for image in images]
+    if taken != side:
+        interpolation = cv2.INTER_AREA if taken > side else cv2.INTER_CUBIC
+        crops = [cv2.resize(crop, (side, side), interpolation=interpolation) for crop in crops]
+    return [crop.astype(np.float32) / 255 for crop in crops]
+
+
+@torch.inference_mode()
+def validate(network: NAFNet, photos: list[Photo], rain: RainPairs, without: str | None) -> dict[str, float]:
+    """Return the mean PSNR in RGB by kind of rain; ``none`` is that of clean photos."""
+    kinds = ["own", *rain.kinds, *([without] if without else []), "none"]
+    scores = {kind: [_psnr(network, photo, rain, kind, index) for index, photo in enumerate(photos)] for kind in kinds}
+    return {kind: float(np.mean(values)) for kind, values in scores.items()}
+
+
+def _psnr(network: NAFNet, photo: Photo, rain: RainPairs, kind: str, index: int) -> float:
+    clean = photo.clean.astype(np.float32) / 255
+    rainy = clean
+    if kind == "own":
+        rainy = photo.rainy.astype(np.float32) / 255
+    elif kind != "none":
+        rainy = rain.add_rain(clean, np.random.default_rng([7, index]), kind)
+    rainy = np.rint(rainy * 255) / np.float32(255)
+    derained = network(torch.from_numpy(rainy).permute(2, 0, 1)[None]).clamp(0, 1)[0].permute(1, 2, 0).numpy()
+    return 10 * math.log10(1 / max(1e-10, float(np.square(derained - clean).mean())))
+
+
+def main(options: argparse.Namespace) -> None:
+    """Train, or resume a training."""
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    training, validation = read_photos(options.data)
+    kinds = {kind: share for kind, share in KINDS.items() if kind != options.without}
+    crops = Crops(training, RainPairs(sorted((options.data / "Streaks").glob("*.png")), kinds))
+    architecture: dict[str, Any] = {
+        "width": options.width,
+        "encoder_blocks": options.blocks,
+        "middle_blocks": options.middle,
+        "decoder_blocks": options.blocks,
+        "kernel_size": 5,
+        "unshuffle": 2,
+    }
+    method = RegressionModule(network="NAFNet", network_options=architecture, loss="l1", learning_rate=options.rate)
+    average = RegressionModule(network="NAFNet", network_options=architecture, loss="l1", learning_rate=options.rate)
+    average.load_state_dict(method.state_dict())
+    network, averaged = method.network, average.network.eval().requires_grad_(False)
+    matrices = [parameter for parameter in network.parameters() if parameter.numel() > 512]
+    others = [parameter for parameter in network.parameters() if parameter.numel() <= 512]
+    groups = [{"params": matrices, "weight_decay": 1e-3}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.99))
+    state_file, first = options.out / "state.pt", 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        network.load_state_dict(state["network"])
+        averaged.load_state_dict(state["averaged"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    saved = time.monotonic()
+    for step in track(range(first, options.steps), "Training", options.steps - first):
+        share = step / options.steps
+        cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = options.rate * min(1.0, (step + 1) / 200) * cosine
+        rainy, clean = crops.batch(step, 8, 96) if share < 0.75 else crops.batch(step, 4, 144)
+        with torch.autocast("cpu", torch.bfloat16):
+            derained = network(rainy)
+        loss = (derained.float() - clean).abs().mean()
+        if not loss.isfinite():
+            raise DerainError(f"step {step}: the loss is {loss}; resume with a smaller --rate")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+        optimizer.step()
+        with torch.no_grad():
+            decay = min(0.999, (step + 1) / (step + 20))
+            torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1 - decay)
+        if time.monotonic() - saved > SAVE_SECONDS or step + 1 == options.steps:
+            states = {"network": network, "averaged": averaged, "optimizer": optimizer}
+            content = {name: part.state_dict() for name, part in states.items()} | {"step": step + 1}
+            torch.save(content, state_file.with_suffix(".part"))
+            state_file.with_suffix(".part").replace(state_file)
+            scores = validate(averaged, validation, crops.rain, options.without)
+            print(f"step {step + 1}: " + ", ".join(f"{kind} {score:.2f} dB" for kind, score in scores.items()))
+            saved = time.monotonic()
+    average.save_weights(options.out / "weights.safetensors")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--width", type=int, default=32, help="channels at half resolution")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4], help="blocks by level, finest first")
+    parser.add_argument("--middle", type=int, default=6, help="blocks at the coarsest level")
+    parser.add_argument("--steps", type=int, default=18_500, help="steps, each of 8 crops of 96×96 or 4 of 144×144")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
+    parser.add_argument("--without", choices=list(KINDS), help="kind of rain to leave out of training")
+    try:
+        main(parser.parse_args())
+    except DerainError as error:
+        sys.exit(f"default_model: error: {error}")

@@ -1,0 +1,188 @@
+"""Many kinds of rain on crops of clean photos: what the bundled models are trained on.
+
+Crops are ``(h, w, 3)`` float32 in [0, 1]. Exposure and colour of the light act before the rain. Blur, noise and JPEG
+of the camera act on the rainy crop and its target alike, so that the network removes rain and nothing else.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from derain.data.rain import Rain, streaks
+
+Crop = NDArray[np.float32]
+Rng = np.random.Generator
+
+WITHOUT_RAIN = 0.16
+"""Share of the crops to which no rain is added."""
+
+
+def log_uniform(rng: Rng, low: float, high: float) -> float:
+    """Return a number whose logarithm is distributed uniformly."""
+    return math.exp(rng.uniform(math.log(low), math.log(high)))
+
+
+class RainPairs:
+    """Makes pairs of a rainy and a clean crop.
+
+    Args:
+        measured: Grey images of streaks on black, such as those of Garg and Nayar (2006).
+        kinds: Share of each kind of streaks: ``measured``, ``noise``, ``drawn``.
+    """
+
+    def __init__(self, measured: Sequence[Path], kinds: dict[str, float]) -> None:
+        self.kinds = kinds
+        self.images = [cv2.imread(str(file), cv2.IMREAD_GRAYSCALE) for file in measured]
+
+    def pair(self, clean: Crop, rng: Rng) -> tuple[Crop, Crop]:
+        """Return a rainy crop and its target."""
+        clean = change_light(clean, rng)
+        if rng.random() < 0.08:  # mist that stays
+            clean = add_mist(clean, rng, rng.uniform(0.05, 0.35))
+        rainy = clean if rng.random() < WITHOUT_RAIN else self.add_rain(clean, rng)
+        return take_photo(rainy, clean, rng)
+
+    def add_rain(self, clean: Crop, rng: Rng, kind: str | None = None) -> Crop:
+        """Add rain of a kind, by default a random one."""
+        if kind is None:
+            shares = np.array(list(self.kinds.values()))
+            kind = list(self.kinds)[rng.choice(len(shares), p=shares / shares.sum())]
+        opacity = getattr(self, kind)(clean.shape[:2], rng)
+        if rng.random() < 0.25:
+            opacity = opacity * smooth_noise(opacity.shape, rng, 0.2, 1.2)
+        covered = float(np.minimum(opacity, 1).mean())
+        opacity = opacity * min(1.0, rng.uniform(0.3, 0.45) / max(1e-6, covered))
+        density = float(min(1.0, 4 * opacity.mean()))
+        if rng.random() < 0.35:  # mist of distant rain, which is removed with it
+            clean = add_mist(clean, rng, rng.uniform(0, 0.3) * (0.3 + 0.7 * density))
+        return blend(clean, opacity[..., None], rng)
+
+    def measured(self, shape: tuple[int, int], rng: Rng) -> Crop:
+        """Return parts of one or two measured images: resized, rotated, mirrored, with another contrast."""
+        height, width = shape
+        total = np.zeros(shape, np.float32)
+        for _ in range(2 if rng.random() < 0.35 else 1):
+            image = self.images[rng.integers(len(self.images))]
+            scale, angle = log_uniform(rng, 0.5, 1.8), rng.uniform(-25, 25)
+            centre = (rng.uniform(0, image.shape[1]), rng.uniform(0, image.shape[0]))
+            matrix = cv2.getRotationMatrix2D((0, 0), angle, 1 / scale)
+            matrix[:, 0] *= -1 if rng.random() < 0.5 else 1
+            matrix[:, 2] = centre - matrix[:, :2] @ (width / 2, height / 2)
+            flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+            part = cv2.warpAffine(image, matrix, (width, height), flags=flags, borderMode=cv2.BORDER_REFLECT_101)
+            total += part.astype(np.float32) / 255 * rng.uniform(0.6, 2.2)
+        if rng.random() < 0.3:
+            total = cv2.GaussianBlur(total, (0, 0), rng.uniform(0.3, 1.5))
+        return np.minimum(total, 1.3)
+
+    def noise(self, shape: tuple[int, int], rng: Rng) -> Crop:
+        """Return layers of sparse noise, smeared along lines, as photo editors draw rain."""
+        layers = int(rng.integers(1, 4)) if rng.random() < 0.75 else int(rng.integers(3, 7))
+        main_angle = rng.uniform(-45, 45) if rng.random() < 0.8 else rng.uniform(-75, 75)
+        spread = rng.choice([1.0, 4.0, 25.0], p=[0.5, 0.3, 0.2])
+        total = np.zeros(shape, np.float32)
+        max_density = 0.06 if rng.random() < 0.3 else 0.02
+        for _ in range(layers):
+            length, density = log_uniform(rng, 5, 70), log_uniform(rng, 0.001, max_density)
+            kernel = line(length, rng.normal(main_angle, spread), rng.uniform(0.25, 0.6))
+            layer = smeared_points(shape, density, kernel, rng)
+            sigma = rng.uniform(0.3, 1.6) if rng.random() < 0.85 else rng.uniform(1.6, 4.0)
+            if sigma > 0.45:
+                layer = cv2.GaussianBlur(layer, (0, 0), sigma) * (1 + 1.2 * sigma)  # wide streaks are not fainter
+            if rng.random() < 0.2:
+                layer = np.clip((layer - 0.15) * 2.5, 0, 1)  # hard edges
+            total += layer * rng.uniform(0.25, 1.3)
+        return np.minimum(total, 1.3)
+
+    def drawn(self, shape: tuple[int, int], rng: Rng) -> Crop:
+        """Return streaks of `derain data synthesize`, in wider ranges than its presets."""
+        rain = Rain(
+            density=log_uniform(rng, 0.04, 2.2 if rng.random() < 0.35 else 0.6),
+            length=log_uniform(rng, 8, 160),
+            width=log_uniform(rng, 0.7, 5.0),
+            angle=rng.uniform(-45, 45),
+            spread=rng.choice([0.5, 3.0, 12.0, 30.0], p=[0.35, 0.35, 0.2, 0.1]),
+            layers=int(rng.integers(1, 7)),
+            brightness=rng.uniform(0.2, 1.0),
+        )
+        return streaks(shape, rain, rng)
+
+
+def blend(clean: Crop, opacity: NDArray[np.float32], rng: Rng) -> Crop:
+    """Add streaks, screen them, or let them show the light of the sky."""
+    tint = 1 + rng.normal(0, 0.03, 3).astype(np.float32) if rng.random() < 0.5 else np.float32(1)
+    way = rng.random()
+    if way < 0.4:
+        rainy = clean + opacity * tint * rng.uniform(0.7, 1.0)
+    elif way < 0.6:
+        rainy = clean + np.minimum(opacity, 1) * (1 - clean) * tint
+    else:
+        sky = np.clip(rng.uniform(0.9, 1.6) * np.percentile(clean, 92), 0.35, 1.0) * tint
+        opacity = np.minimum(opacity, 0.95)
+        rainy = clean * (1 - opacity) + sky * opacity
+    return np.clip(rainy, 0, 1).astype(np.float32)
+
+
+def smeared_points(shape: tuple[int, int], density: float, kernel: Crop, rng: Rng) -> Crop:
+    """Return random points of random brightness, convolved with a kernel."""
+    height, width = shape
+    margin = len(kernel) // 2
+    values = rng.random((height + 2 * margin, width + 2 * margin), np.float32)
+    points = np.where(values < density, rng.uniform(0.3, 1.0, values.shape), 0).astype(np.float32)
+    smeared = cv2.filter2D(points, -1, kernel, borderType=cv2.BORDER_REFLECT)
+    return smeared[margin : margin + height, margin : margin + width]
+
+
+def line(length: float, angle: float, thickness: float) -> Crop:
+    """Return the kernel of motion along a line: length in pixels, angle in degrees from the vertical, maximum 1."""
+    half = math.ceil(length / 2) + 1
+    y, x = np.mgrid[-half : half + 1, -half : half + 1].astype(np.float32)
+    sin, cos = math.sin(math.radians(angle)), math.cos(math.radians(angle))
+    profile = np.exp(-0.5 * ((x * cos - y * sin) / thickness) ** 2)
+    ends = np.clip(length / 2 + 0.5 - np.abs(x * sin + y * cos), 0, 1)
+    return (profile * ends).astype(np.float32)
+
+
+def smooth_noise(shape: tuple[int, ...], rng: Rng, low: float, high: float) -> Crop:
+    """Return noise that varies over a quarter of the crop."""
+    grid = rng.uniform(low, high, (4, 4)).astype(np.float32)
+    return cv2.resize(grid, (shape[1], shape[0]), interpolation=cv2.INTER_CUBIC).clip(0, None)
+
+
+def add_mist(image: Crop, rng: Rng, opacity: float) -> Crop:
+    """Blend with the light of the sky, unevenly."""
+    light = np.clip(rng.uniform(0.9, 1.4) * np.percentile(image, 90), 0.4, 0.97)
+    share = np.clip(smooth_noise(image.shape, rng, 0.6, 1.1) * opacity, 0, 1)[..., None]
+    return (image * (1 - share) + light * share).astype(np.float32)
+
+
+def change_light(image: Crop, rng: Rng) -> Crop:
+    """Change gamma, colour and contrast, each in some of the crops."""
+    if rng.random() < 0.4:
+        image = image ** np.float32(log_uniform(rng, 0.6, 1.9))
+    if rng.random() < 0.3:
+        image = np.clip(image * rng.uniform(0.9, 1.1, 3).astype(np.float32), 0, 1)
+    if rng.random() < 0.2:
+        image = np.clip((image - 0.5) * rng.uniform(0.7, 1.2) + 0.5 + rng.uniform(-0.08, 0.08), 0, 1)
+    return image.astype(np.float32)
+
+
+def take_photo(rainy: Crop, clean: Crop, rng: Rng) -> tuple[Crop, Crop]:
+    """Blur, add noise, round to bytes and compress both crops alike, each in some of the pairs."""
+    both = [rainy, clean]
+    if rng.random() < 0.1:
+        sigma = rng.uniform(0.4, 1.0)
+        both = [cv2.GaussianBlur(crop, (0, 0), sigma) for crop in both]
+    if rng.random() < 0.25:
+        grain = rng.normal(0, rng.uniform(0.5, 6) / 255, clean.shape).astype(np.float32)
+        both = [crop + grain for crop in both]
+    in_bytes = [np.rint(np.clip(crop, 0, 1) * 255).astype(np.uint8) for crop in both]
+    if rng.random() < 0.5:
+        quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(60, 98))]
+        in_bytes = [cv2.imdecode(cv2.imencode(".jpg", crop, quality)[1], cv2.IMREAD_UNCHANGED) for crop in in_bytes]
+    first, second = (crop.astype(np.float32) / 255 for crop in in_bytes)
+    return first, second
