@@ -18,7 +18,7 @@ def test_list_has_every_bundled_model(capsys):
         module = catalog.load(file).module
         assert name in table
         assert f"{module.parameter_count:,}" in table
-        assert type(module).__name__ in table
+        assert module.title in table
 
 
 def test_bundled_models_are_small_and_have_a_card(capsys):
