@@ -53,7 +53,7 @@ class SPANet(Network):
     """
 
     bgr = True
-    bytes_per_pixel = 2048
+    bytes_per_pixel = 2600
     signature: ClassVar[str] = "SAM1.irnn1.left_weight.weight"
     published_names: ClassVar[Names] = (
         (r"SAM1\.attention_layer\..*", None),
