@@ -79,7 +79,7 @@ class GradientCheckpointing(Callback):
                     "would be updated twice; remove the callback"
                 )
         for block in blocks:
-            block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]
+            block.forward = partial(_recomputed, block.forward)
         self._blocks = blocks
         log.info("gradient checkpointing: %s", _count(blocks))
 

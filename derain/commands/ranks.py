@@ -50,7 +50,7 @@ class Ranks:
         if self.main:
             threading.Thread(target=self._watch, daemon=True).start()
         # Lightning's own observer kills rank 0 too, without a message and with the exit code of a signal.
-        subprocess_script._launch_process_observer = self.observe  # type: ignore[attr-defined]
+        subprocess_script._launch_process_observer = self.observe  # type: ignore[assignment,attr-defined]
 
     def observe(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
         """Observe the ranks that rank 0 has started."""

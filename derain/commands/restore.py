@@ -363,7 +363,7 @@ def restore_video(restorer: "Restorer", source: Path, target: Path, options: Fil
         count = 0
         while batch := list(islice(frames, video.QUEUE)):
             if conditions is None:
-                conditions = restorer.encode(batch[0] / np.float32(255))
+                conditions = restorer.encode(np.asarray(batch[0] / 255, np.float32))
             yield from restorer(batch, conditions, name=f"{source}: frame {count} +")
             count += len(batch)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -219,7 +219,7 @@ class RandomRain(SampleOperator):
                 {name: value[drawn] for name, value in params.items()}, size, image.device
             )
         if len(measured):
-            opacity[measured.to(image.device)] = measured_opacity(self.streak_images, len(measured), size)
+            opacity[measured.to(image.device)] = measured_opacity(cast(Tensor, self.streak_images), len(measured), size)
         return opacity
 
     def blend(self, scene: Tensor, opacity: Float[Tensor, "b 1 h w"], params: Params) -> Tensor:
@@ -299,7 +299,7 @@ class RandomLensDrops(SampleOperator):
         rho = torch.hypot(across * (1 - 0.2 * down), down)  # 1 at the rim; drops are wider below than above
         absent = torch.arange(rho.shape[1], device=image.device) >= own["count"][:, None]
         rho, drop = rho.masked_fill(absent[:, :, None, None], 9).min(1)
-        across, down = (part.gather(1, drop[:, None])[:, 0] for part in torch.broadcast_tensors(across, down))
+        across, down = (part.gather(1, drop[:, None])[:, 0] for part in torch.broadcast_tensors(across, down))  # type: ignore[no-untyped-call]
         flat = drop.flatten(1)
         middle_x, middle_y = (centre[:, :, axis].gather(1, flat).view_as(drop) for axis in (0, 1))
         reach = 0.175 * (1 + rho**2)

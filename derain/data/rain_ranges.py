@@ -228,5 +228,7 @@ def _read_file(file: Path) -> RainRanges:
         values.setdefault("measured_share", 1)
     for name, value in values.items():
         _check(name, value)
-    ranges = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    ranges: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
     return dataclasses.replace(RAIN_RANGES[preset], **ranges)

@@ -73,7 +73,7 @@ def draw_lanes(layers: StreakLayers, size: Sequence[int], device: torch.device) 
         size: Height and width of the images in pixels.
         device: Device of the lanes.
     """
-    diagonal = float(np.hypot(*size))
+    diagonal = float(np.hypot(size[0], size[1]))
     count = len(layers.angle)
     cell = layers.length / MEAN_FRACTION
     lanes = int(diagonal / float(lane_distance(layers.width).min())) + 3

@@ -79,7 +79,7 @@ class _Window:
         self.small: dict[int, Pixels] = {}
         self.scenes: dict[int, int] = {}
         self.flows: dict[tuple[int, int], Flow] = {}
-        self.estimator = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        self.estimator = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         self.estimator.setVariationalRefinementAlpha(100.0)  # smoother: remains of rain move otherwise
         self.estimator.setVariationalRefinementIterations(10)
 
@@ -98,8 +98,9 @@ class _Window:
         self._forget(index - 2 * self.reach - 1)
 
     def _flow(self, source: int, target: int) -> Flow:
-        grey = [cv2.GaussianBlur(cv2.cvtColor(self.small[i], cv2.COLOR_RGB2GRAY), None, 1) for i in (source, target)]
-        return cast(Flow, self.estimator.calc(grey[0], grey[1], None))
+        grey = [cv2.GaussianBlur(cv2.cvtColor(self.small[i], cv2.COLOR_RGB2GRAY), (0, 0), 1) for i in (source, target)]
+        flow = self.estimator.calc(grey[0], grey[1], None)  # type: ignore[call-overload]
+        return cast(Flow, flow)
 
     def _agreement(self, index: int, other: int) -> Mask:
         flows = self.flows[index, other], self.flows[other, index]
@@ -143,7 +144,8 @@ def _enlarge(flow: Flow, height: int, width: int) -> Flow:
     small_height, small_width = flow.shape[:2]
     if (small_height, small_width) == (height, width):
         return flow
-    return cv2.resize(flow, (width, height)) * np.array([width / small_width, height / small_height], np.float32)
+    factors = np.array([width / small_width, height / small_height], np.float32)
+    return cast(Flow, cv2.resize(flow, (width, height)) * factors)
 
 
 def _positions(flow: Flow) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -182,11 +184,11 @@ def agreement(image: Pixels, other: Pixels, flow: Flow, backward: Flow) -> Mask:
     returned = cv2.remap(backward, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     error = np.linalg.norm(flow + returned, axis=2)
     consistent = error < _MAX_FLOW_ERROR + 0.05 * np.linalg.norm(flow, axis=2)
-    difference = cv2.GaussianBlur(warp(other, flow).astype(np.float32) - image, None, _COLOR_BLUR)
+    difference = cv2.GaussianBlur(warp(other, flow).astype(np.float32) - image, (0, 0), _COLOR_BLUR)
     chroma = np.abs(difference[..., ::2] - difference[..., 1:2]).max(2)
     same_color = (np.abs(difference).max(2) < _MAX_COLOR_ERROR) & (chroma < _MAX_CHROMA_ERROR)
     detail = cv2.absdiff(warp(other, flow), image).max(2).astype(np.float32)
-    local = cv2.GaussianBlur(detail, None, _DETAIL_BLUR)
+    local = cv2.GaussianBlur(detail, (0, 0), _DETAIL_BLUR)
     same_detail = local < _MAX_DETAIL_RATIO * np.median(local) + _MIN_DETAIL_ERROR
     return cast(Mask, inside & consistent & same_color & same_detail)
 
@@ -209,7 +211,7 @@ def fuse_aligned(stack: Pixels, valid: Mask) -> Pixels:
     weights = _WEIGHTS[distance] * valid[..., None]
     total = weights.sum(0)
     mean = (weights * filled).sum(0) / np.maximum(total, 1e-30)
-    return np.rint(np.where(total > 1e-6, mean, median)).astype(np.uint8)
+    return cast(Pixels, np.rint(np.where(total > 1e-6, mean, median)).astype(np.uint8))
 
 
 def histogram_distance(first: Pixels, second: Pixels) -> float:

@@ -19,11 +19,11 @@ class Packet(NamedTuple):
 
     Attributes:
         content: PyAV's packet.
-        index: Index of its stream in the source.
+        stream_index: Index of its stream in the source.
     """
 
     content: Any
-    index: int
+    stream_index: int
 
 
 class Frame(NamedTuple):

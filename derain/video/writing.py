@@ -166,8 +166,8 @@ class Writer:
 
     def copy(self, packet: Packet) -> None:
         """Copy a packet, if its stream is copied."""
-        if packet.index in self.copies:
-            packet.content.stream = self.copies[packet.index]
+        if packet.stream_index in self.copies:
+            packet.content.stream = self.copies[packet.stream_index]
             self._mux(lambda: packet.content)
 
     def _mux(self, packets: Callable[[], Any]) -> None:
