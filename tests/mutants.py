@@ -198,7 +198,7 @@ FAULTS: dict[tuple[str, ...], list[tuple[str, str, str]]] = {
     ("data/samplers.py", "data/test_samplers.py"): [
         ("order: the same in every epoch", "manual_seed(self.seed + epoch)", "manual_seed(self.seed)"),
         ("resume: the epoch starts again", "[self.first :]", "[:]"),
-        ("evaluation: every rank all images", "range(rank, count, world)", "range(count)"),
+        ("evaluation: every rank all images", "ranks[rank].append(index)", "[part.append(index) for part in ranks]"),
     ],
     ("data/datamodule.py", "data/test_datamodule.py"): [
         ("split: held-out images train", "if pair.clean not in held_out)", "if pair.clean)"),
@@ -234,11 +234,15 @@ FAULTS: dict[tuple[str, ...], list[tuple[str, str, str]]] = {
     ("images.py", "test_images.py", "test_listing.py"): [
         ("natural order: text", "(1, int(part), part) if part.isdecimal()", "(1, 0, part) if part.isdecimal()"),
     ],
-    ("restoration.py", "test_restoration.py"): [
+    ("tiles.py", "test_restoration.py"): [
         ("tiles: fade not mirrored", "ramp.flip(0)", "ramp"),
         ("tiles: not divided by weights", "cast(Tensor, total) / weight", "cast(Tensor, total)"),
+    ],
+    ("batching.py", "test_restoration.py"): [
         ("ensemble: rotated the wrong way back", "-quarter_turns, (2, 3))", "quarter_turns, (2, 3))"),
-        ("restoration: bytes truncated", "restored.mul(255).round()", "restored.mul(255)"),
+    ],
+    ("restoration.py", "test_restoration.py"): [
+        ("restoration: bytes truncated", "packed.mul(255).round()", "packed.mul(255)"),
     ],
 }
 """Faults by the file below ``derain/`` and the test files that should catch them: name, old text, new text.

@@ -114,15 +114,11 @@ def restore(
     """
     video_options = VideoOptions(crf, encoder, metadata=not strip_metadata)
     options = FileOptions(compare, explain, strip_metadata, white, video_options, temporal)
-    jobs = plan(input, out)
-    check_outputs((file, source) for source, target in jobs.items() for file in output_files(target, options))
-    _check_options(options, jobs)
+    jobs = _checked_plan(input, out, options)
     pending = {source: target for source, target in jobs.items() if overwrite or not target.exists()}
     if not pending and len(jobs) == 1:
         raise DerainError(f"{out}: exists already; add --overwrite to replace it")
-    kept = len(jobs) - len(pending)
-    failures = _remove_broken_videos(pending, options)
-    report = Report(out, total=len(jobs), kept=kept, failures=failures)
+    report = Report(out, len(jobs), len(jobs) - len(pending), _remove_broken_videos(pending, options))
     if report.failures and not pending:
         raise report.error()
     from derain.restoration import Restorer, require_explains
@@ -149,10 +145,19 @@ def restore(
     except KeyboardInterrupt:
         report.print_interrupted(list(pending.values())[report.attempted :], overwrite)
         raise
-    report.print_summary("photos and videos" if any(map(is_video, jobs)) else "photos")
-    if report.failures:
-        raise report.error()
-    return 0
+    return report.finish("photos and videos" if any(map(is_video, jobs)) else "photos")
+
+
+def _checked_plan(input: str, out: Path, options: FileOptions) -> dict[Path, Path]:
+    """Return the output path of each input, as `plan` does, if options and all outputs are valid.
+
+    Raises:
+        DerainError: If they are not.
+    """
+    jobs = plan(input, out)
+    check_outputs((file, source) for source, target in jobs.items() for file in output_files(target, options))
+    _check_options(options, jobs)
+    return jobs
 
 
 def _sampling(**options: str | int | None) -> Any:
@@ -218,6 +223,17 @@ class Report:
             f"{len(remaining)} remain: {self.out}; {_next_step(remaining, overwrite)}",
             file=sys.stderr,
         )
+
+    def finish(self, kind: str) -> int:
+        """Print the counts of a finished run; return the exit code.
+
+        Raises:
+            DerainError: If a file could not be restored.
+        """
+        self.print_summary(kind)
+        if self.failures:
+            raise self.error()
+        return 0
 
     def error(self) -> DerainError:
         """Return the failures as one error."""

@@ -213,7 +213,7 @@ def test_restorer_tiles_every_step_and_shows_progress(module, monkeypatch):
         return forward(state, *args, **kwargs)
 
     module.network.forward = watch
-    monkeypatch.setattr("derain.restoration.track", lambda steps, label, total: shown.append((label, total)) or steps)
+    monkeypatch.setattr("derain.batching.track", lambda steps, label, total: shown.append((label, total)) or steps)
     image = np.random.default_rng(1).random((80, 100, 3), np.float32)
     out = Restorer(module, device="cpu", tile=64, sampling=Sampling(steps=4))(image)
     assert out.shape == image.shape
@@ -278,10 +278,12 @@ def test_preconditioned_network_estimates_the_remaining_noise():
 def test_images_are_encoded_on_the_device_of_the_network(clip_folder, monkeypatch):
     module = contextual(clip_folder)
     restorer = Restorer(module, device="cpu", sampling=Sampling(steps=1))
-    restorer.device = torch.device("meta")  # stands for a GPU: what is perceived must be there
+    restorer.device = restorer.scheduler.device = torch.device(
+        "meta"
+    )  # stands for a GPU: what is perceived must be there
     seen = []
     monkeypatch.setattr(module, "encode", lambda rainy: seen.append(rainy.device.type) or {})
-    monkeypatch.setattr(restorer, "_restore_ensemble", lambda image, forward, conditions: torch.zeros(1, 3, 4, 4))
+    monkeypatch.setattr(restorer.scheduler, "_restore", lambda images, *_: torch.zeros(len(images), 3, 4, 4))
     restorer(np.zeros((4, 4, 3), np.float32))
     restorer.explain(np.zeros((4, 4, 3), np.float32))
     assert seen == ["meta", "meta"]
