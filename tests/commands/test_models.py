@@ -61,11 +61,11 @@ def test_the_default_keeps_a_clean_photo():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "least"), [("Rain800", 4), ("Rain100L", 2)])
+@pytest.mark.parametrize(("name", "least"), [("Rain800", 3), ("Rain100L", 5), ("Rain100H", 8)])
 def test_the_default_is_as_good_as_its_card_says(name, least, real_data):
-    """Parts of every tenth test image; means of all are 5.0 and 3.1 dB."""
+    """Parts of every tenth test image; their means are 4.1, 6.2 and 10.4 dB."""
     pairs = find_pairs(name, "test", data_root=real_data).pairs[::10]
     found = gains([image[:200, :200] for image in pair.read()[:2]] for pair in pairs)
     assert len(found) == 10
     assert np.mean(found) > least
-    assert min(found) > -0.5
+    assert min(found) > -1.6

@@ -313,6 +313,8 @@ CHANGED = {
     "DACLIPSDEModule": ["--model.learning_rate", "0.01", "--model.decay", "halving"],
     "DACLIPModule": ["--model.learning_rate", "0.01", "--model.weight_decay", "0.3", "--model.warm_up", "0.9"],
     "PLNLINGANModule": ["--model.learning_rate", "0.01", "--model.milestones", "[1]"],
+    "Syn2RealModule": ["--model.learning_rate", "0.01", "--model.schedule_options", "{milestones: [1], decay: 0.1}"],
+    "SSIDKDModule": ["--model.learning_rate", "0.01", "--model.optimizer_options", "{weight_decay: 0.3}"],
 }
 
 

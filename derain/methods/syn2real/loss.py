@@ -48,7 +48,9 @@ def posterior(latents: Float[Tensor, "b d"], examples: Float[Tensor, "b n d"], n
     units, example_units = F.normalize(latents, dim=-1), F.normalize(examples, dim=-1)
     cross = example_units @ units[:, :, None]
     gram = example_units @ example_units.mT
-    factor = torch.linalg.cholesky(gram + noise * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
+    covariance = gram + noise * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor, failure = torch.linalg.cholesky_ex(covariance)
+    factor = factor.where(failure[:, None, None] == 0, torch.nan)  # fails for latent vectors that are not finite only
     weights = torch.cholesky_solve(cross, factor)
     mean = (weights.mT @ examples)[:, 0]
     return Posterior(mean, units.square().sum(-1) - (cross * weights).sum((1, 2)) + noise)
