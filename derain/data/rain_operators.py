@@ -1,5 +1,6 @@
 """Rain and camera degradations of batches during training, as operators of kornia, on the device of the batch."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -49,7 +50,7 @@ def brightness_quantile(image: Float[Tensor, "b 3 h w"], quantile: float) -> Flo
     return values.kthvalue(rank, dim=1).values[:, None, None, None]
 
 
-class SampleOperator(IntensityAugmentationBase2D):
+class SampleOperator(IntensityAugmentationBase2D, ABC):
     """Operator whose ``transform`` runs on those samples only that are drawn; kornia's run on all, and discard some.
 
     Args:
@@ -59,6 +60,7 @@ class SampleOperator(IntensityAugmentationBase2D):
     def __init__(self, share: Number) -> None:
         super().__init__(p=share)
 
+    @abstractmethod
     def transform(self, image: Tensor, params: Params) -> Tensor:
         """Return the degraded images.
 
@@ -66,7 +68,6 @@ class SampleOperator(IntensityAugmentationBase2D):
             image: ``(b, 3, h, w)`` in [0, 1].
             params: Result of ``generate_parameters`` for these images.
         """
-        raise NotImplementedError
 
     def apply_transform(
         self, input: Tensor, params: Params, flags: Mapping[str, Any], transform: Tensor | None = None
