@@ -1,21 +1,23 @@
 """Train a bundled model on one core: ``python experiments/default_model.py DATA OUT [--width 32] [--steps 18500]``.
 
-``DATA`` contains Rain800, the test sets, and the measured streaks in ``Streaks``. A fifth of the crops are Rain800's
+``DATA`` contains Rain800, the test sets, and the measured streaks in ``Streaks``. A third of the crops are Rain800's
 own pairs; the others are clean crops with the rain of ``default_rain.py``. Training images whose background
 `derain data verify` also finds in a test set or another set are skipped, and 24 backgrounds that occur only once are
 kept for validation. ``OUT`` receives the state of the training every five minutes; the same command resumes it. At the
-end, ``OUT/weights.safetensors`` has the averaged weights.
+end, ``OUT/weights.safetensors`` has the averaged weights. ``--weights FILE`` starts from weights, whose architecture it
+keeps, and uses the larger crops only.
 
 ``--without KIND`` leaves a kind of rain out of training, to measure how the model removes rain that it never saw.
 """
 
 import argparse
+import copy
 import math
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -33,7 +35,7 @@ from derain.progress import track
 
 KINDS = {"measured": 0.32, "noise": 0.36, "drawn": 0.32}
 VALIDATE = 24
-OWN_PAIRS, DARKER = 0.2, 0.3
+OWN_PAIRS, DARKER = 0.35, 0.3
 """Shares: crops of Rain800's own pairs; among them, pairs whose rainy image is darker than the clean one."""
 
 SAVE_SECONDS = 300
@@ -134,14 +136,14 @@ def _psnr(network: NAFNet, photo: Photo, rain: RainPairs, kind: str, index: int)
     return 10 * math.log10(1 / max(1e-10, float(np.square(derained - clean).mean())))
 
 
-def main(options: argparse.Namespace) -> None:
-    """Train, or resume a training."""
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    training, validation = read_photos(options.data)
-    kinds = {kind: share for kind, share in KINDS.items() if kind != options.without}
-    crops = Crops(training, RainPairs(sorted((options.data / "Streaks").glob("*.png")), kinds))
+def build(options: argparse.Namespace) -> RegressionModule:
+    """Return the module to train, with the weights of a file or random ones.
+
+    Raises:
+        DerainError: If the file has no weights of a `RegressionModule`.
+    """
+    if options.weights:
+        return cast(RegressionModule, RegressionModule.from_pretrained(options.weights).train())
     architecture: dict[str, Any] = {
         "width": options.width,
         "encoder_blocks": options.blocks,
@@ -150,9 +152,19 @@ def main(options: argparse.Namespace) -> None:
         "kernel_size": 5,
         "unshuffle": 2,
     }
-    method = RegressionModule(network="NAFNet", network_options=architecture, loss="l1", learning_rate=options.rate)
-    average = RegressionModule(network="NAFNet", network_options=architecture, loss="l1", learning_rate=options.rate)
-    average.load_state_dict(method.state_dict())
+    return RegressionModule(network="NAFNet", network_options=architecture, loss="l1", learning_rate=options.rate)
+
+
+def main(options: argparse.Namespace) -> None:
+    """Train, or resume a training."""
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    training, validation = read_photos(options.data)
+    kinds = {kind: share for kind, share in KINDS.items() if kind != options.without}
+    crops = Crops(training, RainPairs(sorted((options.data / "Streaks").glob("*.png")), kinds))
+    method = build(options)
+    average = copy.deepcopy(method)
     network, averaged = method.network, average.network.eval().requires_grad_(False)
     matrices = [parameter for parameter in network.parameters() if parameter.numel() > 512]
     others = [parameter for parameter in network.parameters() if parameter.numel() <= 512]
@@ -172,7 +184,8 @@ def main(options: argparse.Namespace) -> None:
         cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2
         for group in optimizer.param_groups:
             group["lr"] = options.rate * min(1.0, (step + 1) / 200) * cosine
-        rainy, clean = crops.batch(step, 8, 96) if share < 0.75 else crops.batch(step, 4, 144)
+        are_small = share < 0.75 and not options.weights
+        rainy, clean = crops.batch(step, 8, 96) if are_small else crops.batch(step, 4, 144)
         with torch.autocast("cpu", torch.bfloat16):
             derained = network(rainy)
         loss = (derained.float() - clean).abs().mean()
@@ -205,6 +218,7 @@ if __name__ == "__main__":
     parser.add_argument("--middle", type=int, default=6, help="blocks at the coarsest level")
     parser.add_argument("--steps", type=int, default=18_500, help="steps, each of 8 crops of 96×96 or 4 of 144×144")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
+    parser.add_argument("--weights", type=Path, help="start from these, with their architecture")
     parser.add_argument("--without", choices=list(KINDS), help="kind of rain to leave out of training")
     try:
         main(parser.parse_args())

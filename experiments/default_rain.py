@@ -41,7 +41,7 @@ class RainPairs:
     def pair(self, clean: Crop, rng: Rng) -> tuple[Crop, Crop]:
         """Return a rainy crop and its target."""
         clean = change_light(clean, rng)
-        if rng.random() < 0.08:  # mist that stays
+        if rng.random() < 0.15:  # mist that stays
             clean = add_mist(clean, rng, rng.uniform(0.05, 0.35))
         rainy = clean if rng.random() < WITHOUT_RAIN else self.add_rain(clean, rng)
         return take_photo(rainy, clean, rng)
@@ -182,7 +182,14 @@ def take_photo(rainy: Crop, clean: Crop, rng: Rng) -> tuple[Crop, Crop]:
         both = [crop + grain for crop in both]
     in_bytes = [np.rint(np.clip(crop, 0, 1) * 255).astype(np.uint8) for crop in both]
     if rng.random() < 0.5:
-        quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(60, 98))]
-        in_bytes = [cv2.imdecode(cv2.imencode(".jpg", crop, quality)[1], cv2.IMREAD_UNCHANGED) for crop in in_bytes]
+        quality, first_row, first_column = int(log_uniform(rng, 30, 98)), *rng.integers(8, size=2)
+        in_bytes = [compress(crop, quality, first_row, first_column) for crop in in_bytes]
     first, second = (crop.astype(np.float32) / 255 for crop in in_bytes)
     return first, second
+
+
+def compress(image: NDArray[np.uint8], quality: int, first_row: int, first_column: int) -> NDArray[np.uint8]:
+    """Compress as JPEG with blocks that do not start at the image's corner, as in a crop of a compressed photo."""
+    padded = cv2.copyMakeBorder(image, first_row, 0, first_column, 0, cv2.BORDER_REFLECT_101)
+    encoded = cv2.imencode(".jpg", padded, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return cv2.imdecode(encoded, cv2.IMREAD_COLOR)[first_row:, first_column:]
