@@ -90,7 +90,7 @@ def restore(
         compare: Also write NAME.EXT-compare.png (videos: .EXT) with before and after side by side.
         explain: Also write NAME.EXT-explain.png and .json with the method's maps, route and scores; for photos and
             methods with maps only.
-        crf: Quality of videos, from 0 (lossless) to 51 (worst).
+        crf: Quality of videos, from 0 (best) to 51 (worst).
         encoder: Encoder of videos (default: libx264), such as h264_nvenc or hevc_videotoolbox.
         temporal: Neighbours on each side that frames of videos are fused with, such as 2; 0 restores frame by frame.
         strip_metadata: Remove EXIF metadata (time, camera, location) and the tags of videos; colour profiles are kept.

@@ -17,6 +17,18 @@ def _crf(crf: int) -> dict[str, str]:
     return {"crf": str(crf)}
 
 
+def _svt_av1(crf: int) -> dict[str, str]:
+    return {"crf": str(max(1, crf))}  # crf 0 means the default of 35
+
+
+def _vp9(crf: int) -> dict[str, str]:
+    return {"crf": str(crf), "b": "0"}  # with a bit rate, crf would be an upper limit of the quality
+
+
+def _mpeg4(crf: int) -> dict[str, str]:
+    return {"qmin": "1", "qmax": str(max(1, crf // 6))}
+
+
 def _nvenc(crf: int) -> dict[str, str]:
     return {"rc": "vbr", "cq": str(max(1, crf)), "b": "0"}  # cq 0 means automatic
 
@@ -37,9 +49,9 @@ def _videotoolbox(crf: int) -> dict[str, str]:
 ENCODERS: dict[str, Options] = {
     "libx264": _crf,
     "libx265": _crf,
-    "libsvtav1": _crf,
-    "libvpx-vp9": lambda crf: {"crf": str(crf), "b": "0"},
-    "mpeg4": lambda crf: {"qmin": "1", "qmax": str(max(1, crf // 6))},
+    "libsvtav1": _svt_av1,
+    "libvpx-vp9": _vp9,
+    "mpeg4": _mpeg4,
     "h264_nvenc": _nvenc,
     "hevc_nvenc": _nvenc,
     "av1_nvenc": _nvenc,
@@ -64,17 +76,25 @@ def choose_encoder(container: Any, name: str | None, target: object) -> str:
         target: Name of the video in messages.
 
     Raises:
-        DerainError: If the encoder is unknown, not part of this FFmpeg, or not supported by the container.
+        DerainError: If the encoder is unknown, not part of this FFmpeg, or not supported by the container; or if no
+            name is given, and this FFmpeg has none of the default encoders that the container supports.
     """
     supported = [encoder for encoder in ENCODERS if encoder in container.supported_codecs and _exists(encoder)]
     if name is None:
-        return next(encoder for encoder in DEFAULT_ENCODERS if encoder in supported)
+        default = next((encoder for encoder in DEFAULT_ENCODERS if encoder in supported), None)
+        if default is None:
+            raise DerainError(
+                f"{target}: this FFmpeg has no {' or '.join(DEFAULT_ENCODERS)} for it; "
+                f"use --encoder (available: {', '.join(supported) or 'none'}), or install PyAV from PyPI"
+            )
+        return default
     if name not in supported:
         raise DerainError(f"--encoder {name}: not available for {target}; use {', '.join(supported)}")
     return name
 
 
 def _exists(encoder: str) -> bool:
+    """Return whether this FFmpeg has an encoder; its hardware may be missing."""
     import av
 
     try:

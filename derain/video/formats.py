@@ -20,6 +20,9 @@ MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 UNSPECIFIED = 2
 """Value of the tag for an unknown colour matrix."""
 
+UNKNOWN_MATRICES = frozenset({0, UNSPECIFIED, 3})
+"""Tags that name no colour matrix: RGB, unspecified, reserved."""
+
 LIMITED, FULL = 1, 2
 """Values of the tag of the colour range: luma from 16 to 235, or from 0 to 255."""
 
@@ -43,11 +46,13 @@ class VideoFormat(NamedTuple):
         width: Width of the upright frames.
         mirrored: Whether frames are mirrored from left to right before they are rotated.
         quarter_turns: Quarter turns counter-clockwise that make frames upright.
-        matrix: Colour matrix for the conversion to RGB.
-        full_range: Whether luma is from 0 to 255.
-        color_tags: Colour matrix, range, transfer function and primaries, as tagged in the file.
+        matrix: Colour matrix for the conversion to and from RGB, a key of `MATRICES`.
+        full_range: Whether luma is from 0 to 255 instead of 16 to 235.
+        color_tags: Tags of the copy: colour matrix, range, transfer function and primaries; a matrix that is not tagged
+            is `UNSPECIFIED`.
         aspect: Width of an upright pixel divided by its height.
         bits: Bits per channel.
+        has_alpha: Whether frames have an alpha channel.
         interlaced: Whether odd and even lines show different times.
     """
 
@@ -60,6 +65,7 @@ class VideoFormat(NamedTuple):
     color_tags: tuple[int, int, int, int]
     aspect: Fraction
     bits: int
+    has_alpha: bool
     interlaced: bool
 
 

@@ -2,8 +2,8 @@
 
 Neighbours are aligned by dense optical flow (Kroeger et al., "Fast Optical Flow using Dense Inverse Search", ECCV
 2016). A pixel of a neighbour is used if flow forwards and backwards cancel, and if the aligned surroundings have about
-the same colour. The pixels are averaged with weights that fall with the distance from their median, so that remains of
-rain and errors of the alignment count little.
+the same colour and details. The pixels are averaged with weights that fall with the distance from their median, so that
+remains of rain and errors of the alignment count little.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ LARGEST_SIDE = 640
 """Longer side of the frames that flow is computed on, in pixels."""
 
 SMALLEST_SIDE = 32
-"""Smallest side of frames that can be aligned, in pixels."""
+"""Smallest side of frames that can be fused, in pixels."""
 
 SIGMA = 16.0
 """Standard deviation of the weights around the median, in 8-bit levels."""
@@ -55,7 +55,7 @@ def fuse_neighbours(frames: Iterator[Pixels], reach: int) -> Iterator[Pixels]:
         One frame for each, in order, ``reach`` frames later.
 
     Raises:
-        DerainError: If the frames are smaller than 32 pixels.
+        DerainError: If a side of the frames is shorter than 32 pixels.
     """
     if reach == 0:
         yield from frames
@@ -71,7 +71,11 @@ def fuse_neighbours(frames: Iterator[Pixels], reach: int) -> Iterator[Pixels]:
 
 
 class _Window:
-    """The latest frames, their flows to each other, and the scenes they belong to."""
+    """The latest frames, their flows to each other, and the scenes they belong to.
+
+    Args:
+        reach: Number of neighbours on each side that a frame is fused with.
+    """
 
     def __init__(self, reach: int) -> None:
         self.reach = reach
@@ -84,6 +88,7 @@ class _Window:
         self.estimator.setVariationalRefinementIterations(10)
 
     def add(self, index: int, pixels: Pixels) -> None:
+        """Add a frame, with its flow to and from the frames before it; forget the frame that is not needed any more."""
         self.frames[index] = pixels
         self.small[index] = _reduce(pixels)
         self.scenes[index] = self.scenes.get(index - 1, 0)
@@ -98,15 +103,18 @@ class _Window:
         self._forget(index - 2 * self.reach - 1)
 
     def _flow(self, source: int, target: int) -> Flow:
+        """Return the flow from a frame to another one, at reduced size."""
         grey = [cv2.GaussianBlur(cv2.cvtColor(self.small[i], cv2.COLOR_RGB2GRAY), (0, 0), 1) for i in (source, target)]
         flow = self.estimator.calc(grey[0], grey[1], None)  # type: ignore[call-overload]
         return cast(Flow, flow)
 
     def _agreement(self, index: int, other: int) -> Mask:
+        """Return where a frame and another one, aligned to it, show the same point, at reduced size."""
         flows = self.flows[index, other], self.flows[other, index]
         return agreement(self.small[index], self.small[other], *flows)
 
     def _is_cut(self, before: int, after: int) -> bool:
+        """Return whether a new scene begins between two consecutive frames."""
         if histogram_distance(self.small[before], self.small[after]) > CUT_DISTANCE:
             return True
         return bool(self._agreement(after, before).mean() < CUT_AGREEMENT)
@@ -119,6 +127,7 @@ class _Window:
         self.scenes.pop(index, None)
 
     def fuse(self, index: int) -> Pixels:
+        """Return a frame, fused with those of its neighbours that have been added and belong to its scene."""
         current = self.frames[index]
         height, width = current.shape[:2]
         stack, valid = [current], [np.ones((height, width), bool)]
@@ -170,13 +179,14 @@ def agreement(image: Pixels, other: Pixels, flow: Flow, backward: Flow) -> Mask:
     Args:
         image: ``(h, w, 3)`` uint8.
         other: Same shape.
-        flow: Flow from ``image`` to ``other``, ``(h, w, 2)``.
-        backward: Flow from ``other`` to ``image``.
+        flow: Flow from ``image`` to ``other``, ``(h, w, 2)``, in pixels.
+        backward: Flow from ``other`` to ``image``, same shape.
 
     Returns:
-        ``(h, w)``: ``x + flow(x)`` is inside; ``|flow(x) + backward(x + flow(x))|`` is at most 4 pixels plus 5 % of the
-        flow's length; blurred colours differ by less than 80 of 255 levels, and by less than 25 in chroma; and the
-        local mean of the absolute difference is at most three times its median in the image, plus 4 levels.
+        ``(h, w)``, true where all of this holds: ``x + flow(x)`` is inside the image; ``|flow(x) + backward(x +
+        flow(x))|`` is below 4 pixels plus 5 % of the flow's length; blurred colours differ by less than 80 of 255
+        levels, and R − G and B − G of these by less than 25; and the local mean of the absolute difference is below
+        three times its median in the image, plus 4 levels.
     """
     height, width = image.shape[:2]
     x, y = _positions(flow)
@@ -184,10 +194,11 @@ def agreement(image: Pixels, other: Pixels, flow: Flow, backward: Flow) -> Mask:
     returned = cv2.remap(backward, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     error = np.linalg.norm(flow + returned, axis=2)
     consistent = error < _MAX_FLOW_ERROR + 0.05 * np.linalg.norm(flow, axis=2)
-    difference = cv2.GaussianBlur(warp(other, flow).astype(np.float32) - image, (0, 0), _COLOR_BLUR)
+    aligned = warp(other, flow)
+    difference = cv2.GaussianBlur(aligned.astype(np.float32) - image, (0, 0), _COLOR_BLUR)
     chroma = np.abs(difference[..., ::2] - difference[..., 1:2]).max(2)
     same_color = (np.abs(difference).max(2) < _MAX_COLOR_ERROR) & (chroma < _MAX_CHROMA_ERROR)
-    detail = cv2.absdiff(warp(other, flow), image).max(2).astype(np.float32)
+    detail = cv2.absdiff(aligned, image).max(2).astype(np.float32)
     local = cv2.GaussianBlur(detail, (0, 0), _DETAIL_BLUR)
     same_detail = local < _MAX_DETAIL_RATIO * np.median(local) + _MIN_DETAIL_ERROR
     return cast(Mask, inside & consistent & same_color & same_detail)
@@ -196,14 +207,15 @@ def agreement(image: Pixels, other: Pixels, flow: Flow, backward: Flow) -> Mask:
 def fuse_aligned(stack: Pixels, valid: Mask) -> Pixels:
     """Return the robust mean of aligned frames: ``Σ w v / Σ w`` with ``w = valid · exp(−(v − median)² / 2σ²)``.
 
-    The median is that of all frames, with invalid values replaced by those of the first frame; σ is `SIGMA`.
+    The median is that of all frames, with invalid values replaced by those of the first frame. For even ``n``, it is
+    the upper of the two middle values. σ is `SIGMA`.
 
     Args:
-        stack: ``(n, h, w, 3)`` uint8 with odd ``n`` or any; the first is the frame itself.
+        stack: ``(n, h, w, 3)`` uint8; the first is the frame itself.
         valid: ``(n, h, w)``; the first is true everywhere.
 
     Returns:
-        ``(h, w, 3)`` uint8; for even ``n``, the upper of the two middle values is the median.
+        ``(h, w, 3)`` uint8; the median where all valid values are so far from it that their weights vanish.
     """
     filled = np.where(valid[..., None], stack, stack[0])
     median = np.sort(filled, axis=0)[len(stack) // 2]

@@ -65,7 +65,7 @@ def overlap(
             another thread.
 
     Raises:
-        RuntimeError: If ``change`` does not yield one frame for each.
+        RuntimeError: If ``change`` does not yield exactly one frame for each.
         Exception: Whatever reading, changing or writing raises; both threads have ended by then.
     """
     with _thread("read") as reader, _thread("write") as writer:
@@ -105,7 +105,7 @@ def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
 
 
 def _ahead(items: Iterable[T], thread: ThreadPoolExecutor) -> Iterator[T]:
-    """Yield items that a thread reads ahead, at most `QUEUE`."""
+    """Yield items in order, while a thread reads up to `QUEUE` of them ahead."""
     iterator = iter(items)
     end = object()
     waiting = deque(thread.submit(next, iterator, end) for _ in range(QUEUE))

@@ -13,7 +13,17 @@ import numpy as np
 from derain.errors import DerainError
 from derain.images import Pixels
 
-from .formats import FULL, LIMITED, MATRICES, UNSPECIFIED, VideoFormat, accurate_interpolation, reason, rotation_of
+from .formats import (
+    FULL,
+    LIMITED,
+    MATRICES,
+    UNKNOWN_MATRICES,
+    UNSPECIFIED,
+    VideoFormat,
+    accurate_interpolation,
+    reason,
+    rotation_of,
+)
 from .overlap import Frame, Packet
 
 MICROSECONDS = 1_000_000
@@ -44,7 +54,7 @@ def open_video(path: Path) -> Iterator[Any]:
 
 
 def select_streams(container: Any, path: Path) -> tuple[Any, list[Any]]:
-    """Return the video stream (not a cover picture), and the audio and subtitle streams.
+    """Return the first video stream that is not a cover picture, and all audio and subtitle streams.
 
     Raises:
         DerainError: If there is no video stream, or no decoder for it.
@@ -67,10 +77,11 @@ def frame_count(container: Any, stream: Any) -> int:
 
 
 def read_format(path: Path) -> VideoFormat:
-    """Return size, rotation and colours of a video, as those of its first frame.
+    """Return size, rotation and colours of a video, which are those of its first frame.
 
     Raises:
-        DerainError: If no frame can be decoded, or the rotation is not a multiple of 90°.
+        DerainError: If no frame can be decoded, the rotation is not a multiple of 90°, or the colour matrix is not
+            supported.
     """
     with open_video(path) as container:
         stream, _ = select_streams(container, path)
@@ -92,7 +103,7 @@ def read_format(path: Path) -> VideoFormat:
     height, width = frame.height, frame.width
     if quarter_turns % 2:
         height, width, aspect = width, height, 1 / aspect
-    color_tag, matrix = _color_matrix(frame, min(height, width))
+    color_tag, matrix = _color_matrix(frame, min(height, width), path)
     full_range = int(frame.color_range) == FULL or frame.format.name.startswith("yuvj")
     range_tag = FULL if full_range else int(frame.color_range)
     return VideoFormat(
@@ -105,15 +116,24 @@ def read_format(path: Path) -> VideoFormat:
         color_tags=(color_tag, range_tag, int(frame.color_trc), int(frame.color_primaries)),
         aspect=aspect,
         bits=max(component.bits for component in frame.format.components),
+        has_alpha=any(component.is_alpha for component in frame.format.components),
         interlaced=bool(frame.interlaced_frame),
     )
 
 
-def _color_matrix(frame: Any, shorter_side: int) -> tuple[int, int]:
-    """Return the tagged colour matrix and that for the conversion; without a tag, BT.709 for HD and BT.601 below."""
+def _color_matrix(frame: Any, shorter_side: int, path: Path) -> tuple[int, int]:
+    """Return the tag of the colour matrix, and the matrix for the conversion to and from RGB.
+
+    Without a tag, the matrix is that of BT.709 if the shorter side has 720 pixels or more, and that of BT.601 below.
+
+    Raises:
+        DerainError: If the tag names a matrix that is not supported, such as YCgCo or ICtCp.
+    """
     tag = int(frame.colorspace)
     if tag in MATRICES:
         return tag, tag
+    if tag not in UNKNOWN_MATRICES:
+        raise DerainError(f"{path}: colour matrix {tag} is not supported; re-encode the video with BT.709 (1)")
     return UNSPECIFIED, 1 if shorter_side >= 720 else 6
 
 
@@ -148,27 +168,35 @@ def warn_of_losses(video_format: VideoFormat, source: Path) -> None:
     """Warn of properties of a video that its copy does not have."""
     if video_format.bits > 8:
         log.warning("%s: %d bits per channel; the copy has 8", source, video_format.bits)
+    if video_format.has_alpha:
+        log.warning("%s: has an alpha channel; the copy has none", source)
     if video_format.interlaced:
         log.warning("%s: interlaced, but restored as progressive; deinterlace it first for a better result", source)
 
 
 def warn_of_skipped_streams(container: Any, kept: list[Any], source: Path) -> None:
     """Warn of streams that are not copied."""
-    skipped = {stream.type or "unknown" for stream in container.streams if stream not in kept}
-    if container.chapters():
-        skipped.discard("data")  # MP4 stores chapters in such a stream, and they are copied
+    skipped = [stream.type or "unknown" for stream in container.streams if stream not in kept]
+    if container.chapters() and "data" in skipped:
+        skipped.remove("data")  # MP4 stores chapters in one such stream, and they are copied
     if skipped:
         log.warning("%s: skipped streams: %s", source, ", ".join(sorted(skipped)))
 
 
 class FrameReader:
-    """Iterator over the frames of a video in display order, with the packets of other streams before each.
+    """Iterable of the frames of a video in display order, with the packets of other streams before each.
 
     Args:
         container: The video.
         stream: Its video stream.
         copied_streams: Audio and subtitle streams.
         path: Name of the file in messages.
+
+    Attributes:
+        frames: Number of frames so far.
+        damaged: Number of packets so far that could not be decoded.
+        error: Message of FFmpeg about a packet that could not be read; empty if there is none.
+        end: Latest end of a packet so far, in seconds.
     """
 
     def __init__(self, container: Any, stream: Any, copied_streams: list[Any], path: Path) -> None:
@@ -222,6 +250,7 @@ class FrameReader:
         yield None
 
     def _decode(self, packet: Any) -> list[Any]:
+        """Return the frames of a packet; count it if it is damaged."""
         import av
 
         try:
@@ -239,11 +268,11 @@ class FrameReader:
         if not self.frames:
             raise DerainError(f"{self.path}: no frame can be decoded; expected an undamaged video")
         start = (self.container.start_time or 0) / MICROSECONDS
+        end = float(self.end) - start
         if self.error:
-            log.warning("%s: truncated at %.1f s (%s); restored the readable part", self.path, self.end, self.error)
+            log.warning("%s: truncated at %.1f s (%s); restored the readable part", self.path, end, self.error)
         elif self.container.duration is not None:
             duration = self.container.duration / MICROSECONDS
-            end = float(self.end) - start
             if duration - end > max(0.2, duration / 100):
                 log.warning("%s: truncated at %.1f of %.1f s; restored the readable part", self.path, end, duration)
         if self.damaged:

@@ -34,9 +34,10 @@ class VideoOptions:
     """How videos are encoded.
 
     Attributes:
-        crf: Quality on x264's scale, 0 (lossless) to 51.
-        encoder: Name of an encoder of FFmpeg; None for the default of the container, mostly libx264.
-        metadata: Whether to copy the tags of the video, such as time and location.
+        crf: Quality on x264's scale, 0 (best; lossless by libx264, but for the conversion of colours) to 51 (worst).
+        encoder: Name of an encoder of FFmpeg; None for the default of the container: libx264, in WebM libvpx-vp9.
+        metadata: Whether to copy the tags of the video, such as time and location; languages and chapters are always
+            copied.
 
     Raises:
         DerainError: If ``crf`` is out of range.
@@ -48,15 +49,15 @@ class VideoOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.crf <= 51:
-            raise DerainError(f"--crf {self.crf}: expected 0 (lossless) to 51 (worst); 18 looks lossless")
+            raise DerainError(f"--crf {self.crf}: expected 0 (best) to 51 (worst); 18 looks lossless")
 
 
 def check(source: Path, target: Path, options: VideoOptions = VideoOptions()) -> None:
     """Check that a video can be read and its restored copy can be written.
 
     Raises:
-        DerainError: If ``source`` is not a readable video, the container of ``target`` does not support its sound, or
-            the encoder is not available.
+        DerainError: If ``source`` is not a readable video, its rotation or colour matrix is not supported, the
+            container of ``target`` cannot be written or does not support the sound, or the encoder is not available.
     """
     with open_video(source) as container:
         stream, copied_streams = select_streams(container, source)
@@ -84,7 +85,7 @@ def rewrite(
     Args:
         source: The video.
         target: The new video; its suffix is the container.
-        change: Iterator over the frames, ``(h, w, 3)`` uint8, to an iterator over as many frames of equal size.
+        change: Changes the frames, see `Change`.
         options: How the new video is encoded.
         beside: File for another video that shows source and result side by side; None for no such video.
 
@@ -92,8 +93,7 @@ def rewrite(
         Whether the copied tags include a location.
 
     Raises:
-        DerainError: If the video cannot be read, the size of its frames changes, the encoder is not available, or the
-            container does not support its sound.
+        DerainError: As by `check`; also if the size of the frames changes, or a file cannot be written.
     """
     video_format = read_format(source)
     warn_of_losses(video_format, source)

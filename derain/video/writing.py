@@ -26,11 +26,11 @@ class Writer:
         file: File to write.
         target: Name of the video in messages; its suffix is the container.
         video_format: Colours and aspect of the source.
-        size: Height and width of the frames.
+        size: Height and width of the frames in pixels.
         stream: Video stream of the source.
         copied_streams: Streams of the source to copy.
-        crf: Quality on x264's scale, 0 (lossless) to 51.
-        encoder: Name of the encoder; None for libx264, or the first of the defaults that the container supports.
+        crf: Quality on x264's scale, 0 (best) to 51 (worst).
+        encoder: Name of the encoder; None for the default of the container.
         source: Name of the source in messages.
 
     Raises:
@@ -65,7 +65,7 @@ class Writer:
 
     @property
     def rate(self) -> Any:
-        """Frames per second of the source."""
+        """Frames per second of the source, 25 if unknown: for encoders, and for frames without a time."""
         return self.stream.average_rate or self.stream.guessed_rate or 25
 
     def _open(self, file: Path | io.BytesIO) -> Any:
@@ -141,7 +141,13 @@ class Writer:
             stream.metadata.update(language)
 
     def add(self, pixels: Pixels, pts: int | None, duration: int) -> None:
-        """Encode a frame ``(h, w, 3)``, 0 to 255, with the time of a frame of the source."""
+        """Encode a frame.
+
+        Args:
+            pixels: ``(h, w, 3)`` uint8.
+            pts: Time in units of the time base of the source; None if unknown.
+            duration: Duration in the same units; 0 if unknown.
+        """
         import av
 
         frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(

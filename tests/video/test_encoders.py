@@ -68,3 +68,14 @@ def test_an_encoder_without_its_hardware_is_refused_before_anything_is_written(v
 def test_crf_is_from_0_to_51(crf):
     with pytest.raises(DerainError, match=f"--crf {crf}"):
         VideoOptions(crf=crf)
+
+
+def test_a_container_without_a_default_encoder_is_refused(video, tmp_path, monkeypatch):
+    monkeypatch.setattr("derain.video.encoders._exists", lambda encoder: encoder == "libx265")
+    with pytest.raises(DerainError, match=r"out\.mp4.*available: libx265"):
+        check(video, tmp_path / "out.mp4")
+
+
+def test_the_best_quality_of_svt_av1_is_not_its_default():
+    """A ``crf`` of 0 means the default of 35 to FFmpeg's wrapper of SVT-AV1."""
+    assert [ENCODERS["libsvtav1"](crf)["crf"] for crf in (0, 1, 51)] == ["1", "1", "51"]

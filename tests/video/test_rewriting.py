@@ -1,5 +1,7 @@
 import re
 from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import cv2
@@ -9,6 +11,7 @@ import pytest
 from derain.errors import DerainError
 from derain.video import VideoOptions, check, rewrite
 from derain.video.formats import rotation_of
+from derain.video.reading import FrameReader, warn_of_skipped_streams
 from tests.factories import clean_image, make_video
 
 SIZE = (36, 64)
@@ -255,6 +258,33 @@ def test_a_warning_names_interlaced_videos(tmp_path, caplog):
         container.mux(stream.encode())
     rewrite(source, tmp_path / "out.mp4", same)
     assert "in.mp4: interlaced" in caplog.text
+
+
+def test_a_warning_names_an_alpha_channel(tmp_path, caplog):
+    rewrite(make_video(tmp_path / "in.mov", scene(2), codec="png", pixels="rgba"), tmp_path / "out.mp4", same)
+    (warning,) = caplog.messages
+    assert "in.mov" in warning
+    assert "alpha" in warning
+
+
+def test_an_unsupported_colour_matrix_is_refused(tmp_path):
+    source = make_video(tmp_path / "in.mkv", scene(2), tags=(8, 2, 1, 1))  # YCgCo
+    with pytest.raises(DerainError, match=r"in\.mkv.*matrix 8"):
+        check(source, tmp_path / "out.mkv")
+
+
+def test_chapters_hide_no_other_stream_of_data(caplog):
+    container = SimpleNamespace(streams=[SimpleNamespace(type="data")] * 2, chapters=lambda: [{"id": 0}])
+    warn_of_skipped_streams(container, [], Path("in.mp4"))
+    (warning,) = caplog.messages
+    assert warning.endswith("data")
+
+
+def test_the_time_of_a_truncation_counts_from_the_start_of_the_video(caplog):
+    reader = FrameReader(SimpleNamespace(start_time=5_000_000), None, [], Path("in.mts"))
+    reader.frames, reader.error, reader.end = 1, "damaged", Fraction(8)
+    reader.report_damage()
+    assert "3.0 s" in caplog.text
 
 
 def test_an_undamaged_video_causes_no_warning(tmp_path, caplog):
