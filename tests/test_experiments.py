@@ -317,7 +317,8 @@ def test_a_bundled_model_is_trained_and_resumed(tmp_path, monkeypatch):
     assert (len(training), len(validation)) == (2, 1)
 
     def train(out, **changes):
-        options = {"width": 4, "blocks": [1], "middle": 1, "steps": 3, "rate": 1e-3, "without": "drawn"} | changes
+        options = {"width": 4, "blocks": [1], "middle": 1, "steps": 3, "rate": 1e-3, "without": "drawn"}
+        options |= {"weights": None, "bf16": False} | changes
         script.main(argparse.Namespace(data=tmp_path / "data", out=tmp_path / out, **options))
         return catalog.load(tmp_path / out / "weights.safetensors").module.network.state_dict()
 
@@ -337,6 +338,10 @@ def test_a_bundled_model_is_trained_and_resumed(tmp_path, monkeypatch):
     resumed = train("resumed")
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)
+
+    start = tmp_path / "whole/weights.safetensors"
+    for name, value in train("continued", weights=start, steps=1, rate=1e-9, width=8).items():
+        torch.testing.assert_close(value, whole[name], rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["measured", "noise", "drawn"])
