@@ -35,34 +35,40 @@ LIMITS: Mapping[str, Range] = {
 }
 """Values that each range of `RainRanges` may have; all other fields are shares, 0 to 1, and ``streak_images``."""
 
+COUNTS = frozenset({"layers", "drops"})
+"""Ranges of integers."""
+
 
 @dataclass(frozen=True)
 class RainRanges:
     """Ranges from which the degradations of each training sample are drawn.
 
-    A range is its lower and its upper limit; ``density``, ``length``, ``width`` and ``gamma`` are drawn uniformly in
-    their logarithm, the others uniformly. Shares are probabilities of a sample, 0 to 1. The defaults are the preset
-    ``varied``.
+    A range is its lower and its upper limit; ``density``, ``length``, ``width``, ``spread`` and ``gamma`` are drawn
+    uniformly in their logarithm (from at least a thousandth of the upper limit), the others uniformly. Shares are
+    probabilities of a sample, 0 to 1. The defaults are the preset ``varied``.
 
     Attributes:
-        density: Total area of the streaks of all depth layers, divided by the image area.
-        length: Length of the streaks of the nearest layer in pixels.
-        width: Width of the streaks of the nearest layer in pixels.
+        density: Total area of the streaks of all depth layers, divided by the image area; a layer has at most 0.53.
+        length: Mean length of the streaks of the nearest layer in pixels, at least 5 times their width; down to 0.35
+            times of it in the farthest layer.
+        width: Width of the streaks of the nearest layer in pixels; down to 0.35 times of it in the farthest layer.
         angle: Degrees from the vertical, positive for rain that falls to the right.
-        oblique_share: Share whose angle is multiplied by 1.6.
+        oblique_share: Share whose angle is multiplied by 1.6, up to 90° on each side.
         spread: Standard deviation of the layers' angles around ``angle``, in degrees.
         layers: Number of depth layers, an integer.
-        brightness: Opacity of the brightest streaks.
+        brightness: Opacity of the brightest streaks; half of it in the farthest layer.
         hard_share: Share with sharp edges of the streaks.
         mean_opacity: Upper bound of the mean opacity of an image; more is scaled down to it.
         added_share: Share whose streaks are added to the image, ``clean + S``.
         screened_share: Share whose streaks are blended by ``clean + S (1 - clean)``; the streaks of the others show
             the light of the sky, ``clean (1 - S) + S sky``.
-        measured_share: Share with streaks from ``streak_images``.
-        clear_share: Share without rain, whose rainy image equals the clean one.
-        veil: Opacity of the densest mist of distant rain in an image of dense streaks; less in others.
-        veil_share: Share with such a veil.
-        mist: Opacity of mist that is not to be removed: in the rainy and in the clean image.
+        measured_share: Share with streaks from ``streak_images``; 1 in a YAML file that names only the images.
+        clear_share: Share without streaks and veil. If it has no drops either, the rainy image equals the clean one.
+        veil: Opacity of the mist of distant rain in an image of dense streaks, less in others; times 0.6 to 1.1 in parts
+            of the image.
+        veil_share: Share with such a veil, among those with rain.
+        mist: Opacity of mist that is not to be removed, in the rainy and in the clean image; times 0.6 to 1.1 in parts
+            of the image.
         mist_share: Share with such mist.
         drops: Number of drops on the lens, an integer.
         drops_share: Share with drops.
@@ -70,18 +76,19 @@ class RainRanges:
         gamma_share: Share with such an exposure.
         gain: Factor of each colour channel before the rain, of both images.
         gain_share: Share with such a colour of the light.
-        defocus: Standard deviation of the blur of both images, in pixels.
+        defocus: Standard deviation of the Gaussian blur of both images, in pixels.
         defocus_share: Share with such a blur.
         noise: Standard deviation of the sensor noise of both images, in grey levels of 255.
         noise_share: Share with noise.
-        resampling: Scale at which both images were stored.
+        resampling: Scale to which both images are reduced before they are enlarged again; one for all of a batch.
         resampling_share: Share that was resampled.
         jpeg: JPEG quality of both images.
         jpeg_share: Share with JPEG compression.
         streak_images: Folder of images of streaks on black.
 
     Raises:
-        DerainError: If a value is outside its limits, or streaks of images are requested without images.
+        DerainError: If a value is outside its limits, or one of ``measured_share`` and ``streak_images`` is given
+            without the other.
     """
 
     density: Range = (0.03, 1.2)
@@ -130,6 +137,10 @@ class RainRanges:
             raise DerainError(
                 f"--data.rain: measured_share {self.measured_share} without streak_images; give their folder"
             )
+        if self.streak_images is not None and not self.measured_share:
+            raise DerainError(
+                f"--data.rain: streak_images {self.streak_images} with measured_share 0: not used; give their share"
+            )
 
 
 def _is_number(value: Any, limits: Range) -> bool:
@@ -141,7 +152,8 @@ def _check(name: str, value: Any) -> None:
     """Check the value of a field.
 
     Raises:
-        DerainError: If it is not two numbers within the limits of the parameter, the smaller one first; or not a share.
+        DerainError: If it is not two numbers within the limits of the parameter, the smaller one first; not integers
+            for a parameter that counts; or not a share.
     """
     if name == "streak_images":
         return
@@ -155,18 +167,20 @@ def _check(name: str, value: Any) -> None:
         raise DerainError(
             f"--data.rain: {name} {value}: expected two numbers of {limits[0]} to {limits[1]}, the smaller one first"
         )
+    if name in COUNTS and not all(float(number).is_integer() for number in value):
+        raise DerainError(f"--data.rain: {name} {value}: expected integers")
 
 
-NOTHING_ELSE = {field.name: 0.0 for field in dataclasses.fields(RainRanges) if field.name.endswith("_share")}
-"""Shares of the presets that add rain alone, blended with the light of the sky like `derain.data.rain`."""
+RAIN_ALONE = {field.name: 0.0 for field in dataclasses.fields(RainRanges) if field.name.endswith("_share")}
+"""Shares of the presets without other degradations: streaks show the light of the sky, as in `derain.data.rain`."""
 
 
 def _preset(name: str) -> RainRanges:
-    """Return the ranges of a preset of `derain.data.rain`."""
+    """Return the ranges of a preset of `derain.data.rain`, whose values are drawn and rendered as those of `varied`."""
     low, high = PRESETS[name]
     names = ("density", "length", "width", "angle", "spread", "layers", "brightness", "veil")
     ranges = {parameter: (getattr(low, parameter), getattr(high, parameter)) for parameter in names}
-    shares = NOTHING_ELSE | {"veil_share": float(high.veil > 0)}
+    shares = RAIN_ALONE | {"veil_share": float(high.veil > 0)}
     return RainRanges(**ranges, **shares, mean_opacity=(1, 1))  # type: ignore[arg-type]
 
 
@@ -203,7 +217,11 @@ def read_rain(value: str) -> RainRanges:
 
 
 def _read_file(file: Path) -> RainRanges:
-    """Return the ranges of a YAML file; a preset that it may name supplies what it omits, else ``varied`` does."""
+    """Return the ranges of a YAML file; omitted values are those of its ``preset``, by default ``varied``.
+
+    Raises:
+        DerainError: If the file cannot be read, or has unknown or invalid values.
+    """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

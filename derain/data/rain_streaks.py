@@ -25,9 +25,9 @@ MEAN_FRACTION = 0.75
 TAPER = 0.25
 """Share of a streak's length at each end along which its opacity decreases to 0."""
 LENGTH_DIGITS = 61
-"""Factor of a streak's random number whose fractional part determines the length; the number itself, the brightness."""
+"""Factor of a streak's random number: the fraction of the product determines the length, the number the brightness."""
 MAX_PRESENCE = 0.95
-"""Upper limit of the probability that a cell contains a streak."""
+"""Upper limit of the probability that a cell contains a streak; it limits the coverage of a layer to 0.53."""
 
 
 class StreakLayers(NamedTuple):
@@ -37,7 +37,7 @@ class StreakLayers(NamedTuple):
         angle: Angle from the vertical in radians, positive for rain that falls to the right.
         length: Mean length of the streaks in pixels.
         width: Width of the streaks in pixels.
-        coverage: Area of the streaks, divided by the image area.
+        coverage: Area of the streaks, divided by the image area; more than 0.53 has no effect.
     """
 
     angle: Float[Tensor, " n"]
@@ -66,7 +66,7 @@ def lane_distance(width: Tensor) -> Tensor:
 
 
 def draw_lanes(layers: StreakLayers, size: Sequence[int], device: torch.device) -> Lanes:
-    """Draw the streaks of layers.
+    """Return random streaks of layers, drawn by the global generators of the CPU or of the device.
 
     Args:
         layers: Parameters of the layers, on the CPU.
@@ -134,10 +134,10 @@ def _lane_opacity(lanes: Lanes, index: Int[Tensor, "n h w"], along: Float[Tensor
 
 
 def read_streak_images(folder: Path) -> UInt8[Tensor, "n 1 h w"]:
-    """Read images of streaks on black; smaller ones are extended by reflection to the largest size.
+    """Return the images of streaks on black in a folder, in grey; smaller ones are reflected up to the largest size.
 
     Raises:
-        DerainError: If there are none, one cannot be read, or one is not mostly dark.
+        DerainError: If there are none, one cannot be read, or the mean of one exceeds 127 of 255.
     """
     files = image_files(folder, recursive=True)
     if not files:
@@ -156,6 +156,8 @@ def read_streak_images(folder: Path) -> UInt8[Tensor, "n 1 h w"]:
 
 def measured_opacity(images: UInt8[Tensor, "n 1 h w"], count: int, size: Sequence[int]) -> Float[Tensor, "count h2 w2"]:
     """Return random parts of images of streaks, in [0, 1]: resized, rotated, flipped, with a random contrast.
+
+    Scales are 0.5 to 1.8, angles up to 25°, and factors of the contrast 0.6 to 2.2.
 
     Args:
         images: Images of streaks on black.

@@ -132,6 +132,16 @@ def test_camera_degrades_both_alike(photos):
     assert (clean - photos).abs().mean() > 2 / 255
 
 
+def test_wide_defocus_has_its_standard_deviation():
+    """A point becomes a Gaussian, whose variance is the mean square of the distance."""
+    ranges = dataclasses.replace(RAIN_RANGES["light"], defocus=(4, 4), defocus_share=1)
+    point = torch.zeros(1, 1, 65, 65)
+    point[..., 32, 32] = 1
+    blurred = RainDegradation(ranges).camera[0](point)
+    distance = torch.arange(65) - 32
+    assert float((blurred[0, 0].sum(0) * distance**2).sum()) == pytest.approx(4**2, rel=0.04)
+
+
 def test_shares_of_samples():
     photos = torch.full((400, 3, 8, 8), 0.3)
     ranges = dataclasses.replace(RAIN_RANGES["heavy"], clear_share=0.25)
