@@ -7,9 +7,8 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
@@ -17,20 +16,19 @@ from torch.utils.data import DataLoader
 from derain.batch import PairBatch
 from derain.data.cache import CacheMode, PixelCache, fingerprint, open_cache, pair_sizes
 from derain.data.captions import Caption, match_captions, read_captions
+from derain.data.crop_limits import check_crops
 from derain.data.datasets import TrainingLoader, TrainingPairs, UnlabelledCrops, WholePairs
 from derain.data.layouts import Split
+from derain.data.mixing import check_weights, mix
 from derain.data.pairs import Pair, find_pairs, find_pairs_or_photos, merge_pairs
 from derain.data.quickstart import resolve_quickstart
 from derain.data.rain_ranges import read_rain
 from derain.data.samplers import BalancedSampler, CropStage, Stage, TrainingBatchSampler, to_batch_stages
+from derain.data.splitting import by_data_set, first_pairs, hold_out
 from derain.data.transforms import Augmentation, Flips
 from derain.errors import DerainError
-from derain.images import Pixels, image_size
+from derain.images import Pixels
 from derain.loops import Position, accumulation
-from derain.memory import free_memory
-
-BYTES_PER_CROP_PIXEL = 2 * 3 * 4
-"""Bytes of a batch per pixel of a crop: rainy and clean, three channels each, float32; without unlabelled crops."""
 
 log = logging.getLogger("derain")
 
@@ -44,6 +42,8 @@ class RainDataModule(LightningDataModule):
 
     Args:
         train: Training data set, or a list.
+        train_weights: Weight of each data set of ``train``, in the same order, such as 3 and 1: three of four samples
+            of an epoch are then of the first set, however many pairs it has. By default, all pairs count the same.
         val: Validation data set, or a list. None (``null``) and the string ``none`` differ: None, the default, holds
             out a random share of ``train``; ``none`` trains on all pairs of ``train`` without validation.
         test: Test data set, or a list.
@@ -62,7 +62,9 @@ class RainDataModule(LightningDataModule):
             all rainy images of these clean images are held out.
         captions: Table or tables of captions of the training and validation pairs, as written by ``derain caption``;
             for `DACLIPModule`.
-        val_limit: Validate on this number of pairs, the first ones; on all by default.
+        val_limit: Validate on this number of pairs, the first ones of each data set; on all by default.
+        val_mean: With several validation sets, whether the mean that selects the best checkpoint gives equal weight to
+            all ``images`` or to all ``sets``. Means of each set are logged as ``val/SET/psnr`` in both cases.
         workers: Number of loader processes; by default 0 if pixels are cached (a cached crop takes about 0.15 ms,
             less than its transfer between processes), else the number of cores less one, at most 8.
         cache: Cache of the decoded images for training and validation: ``disk``, ``ram``, ``off``, or ``auto``, the
@@ -81,6 +83,7 @@ class RainDataModule(LightningDataModule):
     def __init__(
         self,
         train: str | list[str] | None = None,
+        train_weights: list[float] | None = None,
         val: str | list[str] | None = None,
         test: str | list[str] | None = None,
         predict: str | list[str] | None = None,
@@ -95,6 +98,7 @@ class RainDataModule(LightningDataModule):
         val_share: float = 0.05,
         captions: str | list[str] | None = None,
         val_limit: int | None = None,
+        val_mean: Literal["images", "sets"] = "images",
         workers: int | None = None,
         cache: CacheMode = "auto",
         split_seed: int = 0,
@@ -117,13 +121,16 @@ class RainDataModule(LightningDataModule):
         self.rain_ranges = None if rain in ("off", False) else read_rain(str(rain))  # YAML reads a bare off as false
         self._degradation: torch.nn.Module | None = None
         self.sets = {"train": train, "val": val, "test": test, "predict": predict, "unlabelled": unlabelled}
+        self.train_weights = train_weights
+        if train_weights is not None:
+            check_weights(train_weights, self.train_sets)
         self.root = Path(root or os.environ.get("DERAIN_DATA") or "data")
         self.crop, self.batch_size, self.repeat = crop, batch_size, repeat
         if schedule is not None and not schedule:
             raise DerainError("--data.schedule []: must have at least one stage; omit the option for a constant crop")
         self.schedule = schedule
         self.flips, self.transpose = flips, transpose
-        self.val_share, self.val_limit = val_share, val_limit
+        self.val_share, self.val_limit, self.val_mean = val_share, val_limit, val_mean
         self.workers = workers
         self.captions = [Path(table) for table in _as_list(captions)]
         self._captions: dict[str, list[Caption]] = {}
@@ -181,7 +188,9 @@ class RainDataModule(LightningDataModule):
         self._find_unlabelled()
         self._split_train()
         self._setup_rain()
-        self._check_crop()
+        stages = self.schedule or [CropStage(1, self.crop, self.batch_size)]
+        option = "--data.crop" if self.schedule is None else "--data.schedule: crop"
+        check_crops(stages, option, {split: self.pairs.get(split, ()) for split in ("train", "unlabelled")})
         for split in ("train", "val", "unlabelled"):
             pairs = self.pairs.get(split)
             self._pixels[split] = open_cache(pairs, self.cache, paired=split != "unlabelled") if pairs else None
@@ -190,6 +199,8 @@ class RainDataModule(LightningDataModule):
             log.info("--data.val none: training on all %d pairs without validation", len(self.pairs["train"]))
             if self.trainer is not None:
                 self.trainer.limit_val_batches = 0  # skips the validation loop
+        if self.val_mean == "sets" and self.trainer is not None and self.trainer.limit_val_batches != 1.0:
+            log.info("--trainer.limit_val_batches: the mean over sets ignores sets without any validated image")
         if self.schedule is not None:
             crops = " → ".join(str(stage.crop) for stage in self.schedule)
             log.info("--data.schedule: crops of %s pixels; --data.crop and --data.batch_size are ignored", crops)
@@ -230,28 +241,6 @@ class RainDataModule(LightningDataModule):
             "--data.rain: %s, on %d clean images, %d of them without a rainy one%s", self.rain, len(pairs), photos, kept
         )
 
-    def _check_crop(self) -> None:
-        """Check that crops are not mostly padding, and that a batch fits into memory."""
-        stages = self.schedule or [CropStage(1, self.crop, self.batch_size)]
-        option = "--data.crop" if self.schedule is None else "--data.schedule: crop"
-        largest = max(stage.crop for stage in stages)
-        for split in ("train", "unlabelled"):
-            pairs = self.pairs.get(split, ())
-            # any() reads few image headers: usually the first image is large enough.
-            if pairs and not any(largest <= 2 * max(image_size(pair.rainy)) for pair in pairs):
-                longest = max(max(image_size(pair.rainy)) for pair in pairs)
-                raise DerainError(
-                    f"{option} {largest}: the longest side of the images of --data.{split} is {longest} pixels; "
-                    f"use at most {2 * longest} (smaller images are padded by reflection)"
-                )
-        heaviest = max(stages, key=lambda stage: stage.batch_size * stage.crop**2)
-        need = heaviest.batch_size * heaviest.crop**2 * BYTES_PER_CROP_PIXEL
-        if need > free_memory():
-            raise DerainError(
-                f"{option} {heaviest.crop}: a batch of {heaviest.batch_size} needs {need / 1e9:.1f} GB without the "
-                f"network, but {free_memory() / 1e9:.1f} GB of memory are free; reduce crop or batch_size"
-            )
-
     def _split_train(self) -> None:
         """Find the training and validation pairs."""
         if self.sets["val"] == "none":
@@ -261,27 +250,10 @@ class RainDataModule(LightningDataModule):
             if self.sets["train"] is not None:
                 self.pairs["train"] = self._find("train", "train")
         else:
-            self._hold_out(self._find("train", "train"))
+            found = self._find("train", "train")
+            self.pairs["train"], self.pairs["val"] = hold_out(found, self.val_share, self.split_seed)
         self._counts["val"] = len(self.pairs["val"])
-        self.pairs["val"] = self.pairs["val"][: self.val_limit]
-
-    def _hold_out(self, pairs: Sequence[Pair]) -> None:
-        """Split pairs at random into training and validation pairs that share no clean image; photos only train."""
-        clean = list(dict.fromkeys(pair.clean for pair in pairs if not pair.is_photo))
-        if not clean:
-            raise DerainError(
-                "--data.train: only clean photos, and no pairs to hold out for validation; set --data.val to a data "
-                "set, or to none"
-            )
-        if len(clean) < 2:
-            raise DerainError(
-                "--data.train: only 1 clean image, too few to hold one out for validation; set --data.val"
-            )
-        order = np.random.default_rng(self.split_seed).permutation(len(clean))
-        count = min(len(clean) - 1, max(1, round(self.val_share * len(clean))))
-        held_out = {clean[index] for index in order[:count]}
-        self.pairs["val"] = tuple(pair for pair in pairs if pair.clean in held_out)
-        self.pairs["train"] = tuple(pair for pair in pairs if pair.clean not in held_out)
+        self.pairs["val"] = first_pairs(self.pairs["val"], self.val_limit)
 
     def _read_captions(self) -> None:
         if self.captions:
@@ -320,10 +292,19 @@ class RainDataModule(LightningDataModule):
             unlabelled = UnlabelledCrops(self.pairs["unlabelled"], self._pixels["unlabelled"], augmentations, self.seed)
         captions = self._captions.get("train", ())
         rain_share = None if self.rain_ranges is None else self.rain_share
+        samples = len(pairs) * self.repeat
+        mixture = None if self.train_weights is None else mix(pairs, self.train_weights, samples, self.seed)
         dataset = TrainingPairs(
-            pairs, self._pixels["train"], augmentations, self.seed, captions, unlabelled, rain_share
+            pairs,
+            self._pixels["train"],
+            augmentations,
+            self.seed,
+            captions,
+            unlabelled,
+            rain_share,
+            mixture,
         )
-        sampler = TrainingBatchSampler(len(pairs) * self.repeat, *self._rank_and_world(), self.seed, stages)
+        sampler = TrainingBatchSampler(samples, *self._rank_and_world(), self.seed, stages)
         if self._schedule_start is not None:
             sampler.count_from(self._schedule_start.epoch, self._schedule_start.trained - self._schedule_start.batch)
         if trainer is not None:
@@ -334,6 +315,11 @@ class RainDataModule(LightningDataModule):
             self._check_sampling_options()
             self._resume_position = None
         return TrainingLoader(dataset, batch_sampler=sampler, **self._loader_options("train"))
+
+    def data_sets(self, split: str) -> dict[str, list[int]]:
+        """Return the indices of the pairs of a split by data set; empty unless there are several data sets."""
+        sets = by_data_set(self.pairs.get(split, ()))
+        return sets if len(sets) > 1 else {}
 
     def resume_at(self, position: Position) -> None:
         """Start the next training data loader at a position within an epoch."""
@@ -387,6 +373,7 @@ class RainDataModule(LightningDataModule):
         return {
             "data.train": self._summary("train", "pairs"),
             "data.unlabelled": self._summary("unlabelled", "images") if "unlabelled" in self.pairs else "",
+            "data.train_weights": "" if self.train_weights is None else str(self.train_weights),
             "data.repeat": self.repeat,
             "data.rain": "off" if self.rain_ranges is None else f"{self.rain} ({_digest(str(self.rain_ranges))})",
             "data.rain_share": self.rain_share,

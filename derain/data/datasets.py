@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from derain.data.cache import PixelCache, read_pair
 from derain.data.captions import Caption
+from derain.data.mixing import Mixture
 from derain.data.pairs import Pair
 from derain.data.samplers import Sample
 from derain.data.transforms import Augmentation
@@ -59,6 +60,7 @@ class TrainingPairs(Dataset[dict[str, Any]]):
         unlabelled: Crops of rainy images without ground truth, one of which is added to each item; none by default.
         rain_share: Share of the samples of pairs to which rain will be added; it is added to all photos. Items then
             have ``rain_added`` and ``rain_seed``, which depend on the seed of the run and on the sample. None for none.
+        mixture: Chooses the pair of each sample; by default, all pairs occur equally often.
     """
 
     def __init__(
@@ -70,12 +72,14 @@ class TrainingPairs(Dataset[dict[str, Any]]):
         captions: Sequence[Caption] = (),
         unlabelled: UnlabelledCrops | None = None,
         rain_share: float | None = None,
+        mixture: Mixture | None = None,
     ) -> None:
         self.pairs, self.cache, self.augmentations, self.seed = pairs, cache, augmentations, seed
         self.captions, self.unlabelled, self.rain_share = captions, unlabelled, rain_share
+        self.mixture = mixture
 
     def __getitem__(self, sample: Sample) -> dict[str, Any]:
-        index = sample.number % len(self.pairs)
+        index = sample.number % len(self.pairs) if self.mixture is None else self.mixture.pair(sample)
         rainy, clean = self.cache[index] if self.cache is not None else read_pair(self.pairs[index])
         seed = (self.seed, sample.epoch, sample.number)
         rainy, clean = self.augmentations[sample.crop](rainy, clean, seed)

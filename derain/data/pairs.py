@@ -44,12 +44,14 @@ class Pair:
         clean: File of the clean image; ``rainy`` if both are side by side, or for a clean photo without a rainy image;
             None if there is no clean image.
         clean_side: Clean half of a side-by-side file; None for separate files.
+        data_set: Name of the data set, if pairs of several data sets were merged; else empty.
     """
 
     name: str
     rainy: Path
     clean: Path | None = None
     clean_side: Side | None = None
+    data_set: str = ""
 
     @property
     def is_photo(self) -> bool:
@@ -235,7 +237,7 @@ def merge_pairs(sets: Sequence[PairSet], *, repeats: bool = False) -> tuple[Pair
         if len(same_name_roots) > 1:
             name = _distinct_tail(pair_set.root.resolve(), same_name_roots)
         for original in pair_set.pairs:
-            pair = replace(original, name=f"{name}/{original.name}")
+            pair = replace(original, name=f"{name}/{original.name}", data_set=name)
             merged.append(pair)
             if pair.name not in pairs_by_name:
                 pairs_by_name[pair.name] = pair

@@ -19,7 +19,8 @@ class Sample(NamedTuple):
 
     Attributes:
         epoch: Index of the epoch.
-        number: Index of the sample in the epoch; its remainder modulo the number of pairs is the index of the pair.
+        number: Index of the sample in the epoch; its remainder modulo the number of pairs is the index of the pair,
+            unless data sets have weights.
         crop: Side of the crop in pixels.
     """
 

@@ -1,5 +1,6 @@
 """Base class of rain removal methods: contract, evaluation and prediction."""
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from derain.methods.graph import Graph
 from derain.methods.interfaces import Explains
 from derain.methods.trainable import TrainableModule
 from derain.metrics import ImageQuality, Scores
+from derain.metrics.full_reference import mean_scores
 from derain.metrics.perceptual import Lpips
 from derain.ranges import check_finite
 
@@ -146,7 +148,9 @@ class DerainModule(TrainableModule, ABC):
     def on_validation_epoch_end(self) -> None:
         """Log means over the images of all devices: ``val/psnr``, ``val/ssim``, ``val/rainy_psnr``.
 
-        Further protocols are logged as ``val/PROTOCOL/psnr`` and so on, LPIPS as ``val/lpips``.
+        Further protocols are logged as ``val/PROTOCOL/psnr`` and so on, LPIPS as ``val/lpips``. With several data sets,
+        the means of each are logged as ``val/SET/psnr`` and so on. With ``--data.val_mean sets``, the means without a
+        set's name are means over the sets.
 
         Raises:
             DerainError: If a derained image is not finite.
@@ -164,13 +168,23 @@ class DerainModule(TrainableModule, ABC):
     def _log_scores(self, stage: str) -> dict[str, dict[str, Scores]]:
         scores = {kind: quality.compute() for kind, quality in self._quality.items()}
         self._require_finite(stage, next(iter(scores["derained"].values())))
-        for index, (protocol, score) in enumerate(scores["derained"].items()):
-            prefix = stage if index == 0 else f"{stage}/{protocol}"
-            means = {f"{prefix}/psnr": float(score.psnr.mean()), f"{prefix}/ssim": float(score.ssim.mean())}
-            self.log_dict(means, prog_bar=index == 0 and stage == "val")
-            self.log(f"{prefix}/rainy_psnr", float(scores["rainy"][protocol].psnr.mean()))
-            if score.lpips is not None and index == 0:
-                self.log(f"{stage}/lpips", float(score.lpips.mean()))
+        data: Any = getattr(self.trainer, "datamodule", None)
+        sets = data.data_sets(stage) if hasattr(data, "data_sets") else {}
+        for number, protocol in enumerate(scores["derained"]):
+            prefix = stage if number == 0 else f"{stage}/{protocol}"
+            derained, rainy = scores["derained"][protocol], scores["rainy"][protocol]
+            if number > 0:
+                derained = dataclasses.replace(derained, lpips=None)  # LPIPS is the same by all protocols
+            means = mean_scores(derained, rainy)
+            by_set = {name: mean_scores(derained, rainy, indices) for name, indices in sets.items()}
+            for name, values in by_set.items():
+                self.log_dict({f"{prefix}/{name}/{key}": value for key, value in values.items()})
+            if by_set and stage == "val" and data.val_mean == "sets":
+                evaluated = [values for values in by_set.values() if values]
+                means = {key: sum(values[key] for values in evaluated) / len(evaluated) for key in means}
+            in_bar = {f"{prefix}/{key}": means.pop(key) for key in ("psnr", "ssim")}
+            self.log_dict(in_bar, prog_bar=number == 0 and stage == "val")
+            self.log_dict({f"{prefix}/{key}": value for key, value in means.items()})
         return scores
 
     def _require_finite(self, stage: str, scores: Scores) -> None:

@@ -6,6 +6,7 @@ results depend neither on autocast nor on the device.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -45,6 +46,26 @@ class Scores:
     psnr: Array
     ssim: Array
     lpips: Array | None = None
+
+
+def mean_scores(derained: Scores, rainy: Scores, indices: Sequence[int] | None = None) -> dict[str, float]:
+    """Return the means over images: ``psnr``, ``ssim``, ``rainy_psnr``, and ``lpips`` if it was computed.
+
+    Args:
+        derained: Scores of the derained images.
+        rainy: Scores of the rainy images, with the same indices.
+        indices: Indices of the images; by default all. Those without scores are ignored.
+
+    Returns:
+        The means by name; empty if no image has scores.
+    """
+    rows = np.ones(len(derained.index), bool) if indices is None else np.isin(derained.index, indices)
+    if not rows.any():
+        return {}
+    columns = {"psnr": derained.psnr, "ssim": derained.ssim, "rainy_psnr": rainy.psnr}
+    if derained.lpips is not None:
+        columns["lpips"] = derained.lpips
+    return {name: float(column[rows].mean()) for name, column in columns.items()}
 
 
 def psnr_ssim(derained: NDArray[Any], clean: NDArray[Any], protocol: Protocol) -> tuple[float, float]:

@@ -1,0 +1,60 @@
+"""Which pairs train, and which ones validate."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from derain.data.pairs import Pair
+from derain.errors import DerainError
+
+
+def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
+    """Split pairs at random into training and validation pairs that share no clean image; photos only train.
+
+    Args:
+        pairs: Pairs and clean photos.
+        share: Share of the clean images of the pairs that are held out; at least one is.
+        seed: Seed of the random choice.
+
+    Returns:
+        Training and validation pairs, each in the given order.
+
+    Raises:
+        DerainError: If the pairs have fewer than two clean images.
+    """
+    clean = list(dict.fromkeys(pair.clean for pair in pairs if not pair.is_photo))
+    if not clean:
+        raise DerainError(
+            "--data.train: only clean photos, and no pairs to hold out for validation; set --data.val to a data "
+            "set, or to none"
+        )
+    if len(clean) < 2:
+        raise DerainError("--data.train: only 1 clean image, too few to hold one out for validation; set --data.val")
+    order = np.random.default_rng(seed).permutation(len(clean))
+    count = min(len(clean) - 1, max(1, round(share * len(clean))))
+    held_out = {clean[index] for index in order[:count]}
+    training = tuple(pair for pair in pairs if pair.clean not in held_out)
+    return training, tuple(pair for pair in pairs if pair.clean in held_out)
+
+
+def by_data_set(pairs: Sequence[Pair]) -> dict[str, list[int]]:
+    """Return the indices of pairs by data set, in order of appearance."""
+    indices: dict[str, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        indices.setdefault(pair.data_set, []).append(index)
+    return indices
+
+
+def first_pairs(pairs: Sequence[Pair], limit: int | None) -> tuple[Pair, ...]:
+    """Return at most ``limit`` pairs, in order: the first ones of each data set, equally many where sets allow it.
+
+    Example:
+        >>> from pathlib import Path
+        >>> pairs = [Pair(name, Path(name), data_set=name[0]) for name in ("a1", "a2", "a3", "b1", "b2")]
+        >>> [pair.name for pair in first_pairs(pairs, 3)]
+        ['a1', 'a2', 'b1']
+    """
+    rounds = itertools.zip_longest(*by_data_set(pairs).values())
+    chosen = [index for round_ in rounds for index in round_ if index is not None]
+    return tuple(pairs[index] for index in sorted(chosen[:limit]))
