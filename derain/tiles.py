@@ -28,6 +28,9 @@ def blend_tiles(
         overlap: Minimum overlap of neighbours in pixels, reduced to half a tile if it is larger.
         tiles_per_pass: Maximum number ``k`` of positions in one call of ``forward``.
 
+    Returns:
+        ``(b, n, h, w)``, on the device of the images; the result of ``forward`` if one tile covers the images.
+
     Example:
         >>> images = torch.rand(2, 3, 50, 90)
         >>> torch.allclose(blend_tiles(images, lambda t: t, 32, 8, 3), images)
@@ -59,7 +62,7 @@ def blend_tiles(
 
 
 def tile_count(height: int, width: int, tile: int, overlap: int) -> int:
-    """Return the number of tiles of an image in `blend_tiles`.
+    """Return the number of tiles of an image in `blend_tiles`; all arguments in pixels.
 
     Example:
         >>> tile_count(100, 300, 128, 0)

@@ -20,7 +20,7 @@ class FinalWeights(Callback):
     """Write ``weights.safetensors`` at the end of training; log the best validation score and the next command.
 
     The weights are those of the best checkpoint, or of the last checkpoint if no validation ran; with EMA, the averaged
-    ones.
+    ones. The trainer needs the callbacks `BestCheckpoint` and `LastCheckpoint`.
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -28,7 +28,10 @@ class FinalWeights(Callback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         best = next((callback for callback in callbacks if isinstance(callback, BestCheckpoint)), None)
         last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
-        if not trainer.is_global_zero or best is None or last is None:
+        if not trainer.is_global_zero:
+            return
+        if best is None or last is None:
+            log.warning("FinalWeights: no weights are saved; add the callbacks BestCheckpoint and LastCheckpoint")
             return
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             log.info("fast_dev_run: no checkpoints and no weights are saved")

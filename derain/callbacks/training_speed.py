@@ -17,7 +17,10 @@ from derain.methods.trainable import TrainableModule
 from derain.nn.blocks import repeated_blocks
 
 COMPILATIONS = 64
-"""Compilations of one class of blocks: for each number of channels, crop size and precision."""
+"""Limit of the compilations of one class of blocks: there is one for each number of channels, crop size and precision.
+
+Beyond the limit, PyTorch warns and runs the blocks without compilation.
+"""
 
 log = logging.getLogger("derain")
 
@@ -26,9 +29,10 @@ def _find_blocks(module: LightningModule, callback: str) -> list[nn.Module]:
     """Return the repeated blocks of a method's network.
 
     Raises:
-        DerainError: If it has none.
+        DerainError: If it has none, or the module is not a method of derain.
     """
-    assert isinstance(module, TrainableModule)
+    if not isinstance(module, TrainableModule):
+        raise DerainError(f"{callback}: {type(module).__name__} is no TrainableModule; remove the callback")
     blocks = repeated_blocks(module.network)
     if not blocks:
         raise DerainError(
@@ -44,7 +48,7 @@ def _count(blocks: Sequence[nn.Module]) -> str:
 
 
 def _recomputed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-    """Run a function whose intermediate results are computed again in the backward pass."""
+    """Return the result of a function, whose intermediate results are computed again in the backward pass."""
     if not torch.is_grad_enabled():
         return forward(*inputs, **options)
     return checkpoint(forward, *inputs, use_reentrant=False, **options)
@@ -97,7 +101,7 @@ class CompileBlocks(Callback):
     not change. Validation, which has images of many sizes, is not compiled.
 
     Args:
-        backend: Backend of ``torch.compile``.
+        backend: Backend of ``torch.compile``, such as ``inductor``.
     """
 
     def __init__(self, backend: str = "inductor") -> None:
@@ -116,25 +120,31 @@ class CompileBlocks(Callback):
             log.info("compiling for training: %s", _count(self._blocks))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compile the blocks, at their first training step."""
+        """Run the compiled blocks; each is compiled at its first call."""
         self._limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(self._limit, COMPILATIONS)
-        self.on_validation_end(trainer, pl_module)
+        self._enable()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the blocks without compilation."""
+        self._disable()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run the compiled blocks again; compilations are cached."""
+        if not trainer.sanity_checking:
+            self._enable()
+
+    def _enable(self) -> None:
+        for block in self._blocks:
+            block.compile(backend=self.backend, dynamic=False)
+
+    def _disable(self) -> None:
         for block in self._blocks:
             block._compiled_call_impl = None
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run the compiled blocks; compilations are cached."""
-        if not trainer.sanity_checking:
-            for block in self._blocks:
-                block.compile(backend=self.backend, dynamic=False)
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Run the blocks without compilation."""
-        self.on_validation_start(trainer, pl_module)
+        """Restore the blocks, and the limit of compilations."""
+        self._disable()
         if self._limit:
             torch._dynamo.config.recompile_limit = self._limit
         self._blocks, self._limit = [], 0

@@ -22,6 +22,9 @@ PIXELS_AHEAD = 48_000_000
 WORKERS = 2
 """Threads that read photos, and threads that write photos: decoding and encoding release Python's lock."""
 
+BATCHES = 4
+"""Largest number of batches, or of rounds of threads, that are restored in one call."""
+
 
 class PhotoPipeline:
     """Restores photos in order, with bounded memory.
@@ -47,6 +50,7 @@ class PhotoPipeline:
         self.read, self.restore, self.write = read, restore, write
         self._readers, self._writers = ThreadPoolExecutor(WORKERS), ThreadPoolExecutor(WORKERS)
         self._reading: deque[tuple[Path, Future[Photo]]] = deque()
+        # Outcomes in order, with the number of pixels of the photo while it is written.
         self._writing: deque[tuple[Future[bool] | DerainError | OSError, int]] = deque()
         self._largest: int | None = None
         self._size: tuple[int, ...] = ()
@@ -86,20 +90,24 @@ class PhotoPipeline:
             largest = self._largest or PIXELS_AHEAD
             if self._reading and (len(self._reading) + 1) * largest > PIXELS_AHEAD // 2:
                 return
-            if len(self._reading) >= 4 * self._at_once() + WORKERS:
+            if len(self._reading) >= self._group_size() + WORKERS:
                 return
             source = remaining.popleft()
             self._reading.append((source, self._readers.submit(self.read, source)))
 
-    def _at_once(self) -> int:
-        return self.restorer.scheduler.images_at_once(*self._size) if self._size else 1
+    def _group_size(self) -> int:
+        """Return the largest number of photos that are restored in one call, if all have the latest size."""
+        at_once = self.restorer.scheduler.images_at_once(*self._size) if self._size else 1
+        return BATCHES * at_once
 
     def _restore_group(self, jobs: Mapping[Path, Path]) -> None:
         """Restore the next photo and those after it that are already read; start to write them."""
         photos: list[Photo] = []
         sources: list[Path] = []
-        while self._reading and (not photos or (self._reading[0][1].done() and len(photos) < 4 * self._at_once())):
+        while self._reading:
             source, reading = self._reading[0]
+            if photos and (not reading.done() or len(photos) >= self._group_size()):
+                break
             try:
                 photo = reading.result()
             except (DerainError, OSError) as error:
@@ -121,6 +129,7 @@ class PhotoPipeline:
                 self._writing.append((writing, photo.rgb.shape[0] * photo.rgb.shape[1]))
 
     def _note_size(self, photo: Photo) -> None:
+        """Record the size of a photo; release freed memory if it differs from that of the last photo."""
         height, width = photo.rgb.shape[:2]
         if (height, width) != self._size:
             release_freed_memory()  # blocks of another size cannot be reused
@@ -128,10 +137,12 @@ class PhotoPipeline:
         self._largest = max(self._largest or 0, height * width)
 
     def _is_done(self) -> bool:
+        """Return whether the outcome of the first file is known."""
         first = self._writing[0][0]
         return not isinstance(first, Future) or (first.done() and not first.cancelled())
 
     def _pixels_written(self) -> int:
+        """Return the number of pixels of photos that are being written, or wait to be."""
         return sum(pixels for _, pixels in self._writing)
 
     def _outcome(self) -> Outcome:

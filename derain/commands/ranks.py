@@ -21,7 +21,7 @@ MAIN_PROCESS = "DERAIN_MAIN_PROCESS"
 """Environment variable with the process ID of rank 0, for the ranks that it starts."""
 
 INTERVAL = 1.0
-"""Seconds between two looks at the other ranks."""
+"""Seconds between two checks of the other ranks."""
 
 PATIENCE = 12.0
 """Seconds in which a rank may end by itself after another one has ended, for example with an error of its own."""
@@ -31,7 +31,9 @@ LOST_CONNECTION = re.compile("gloo|nccl|ucc|tcpstore|process ?group|connection|s
 
 
 class Ranks:
-    """The other ranks of a run that Lightning starts, as seen by one rank.
+    """Observes the other ranks of a run that Lightning starts: rank 0 all of them, the others rank 0.
+
+    As a context, it surrounds the run. With one process, or under torchrun and SLURM, it has nothing to observe.
 
     Args:
         next_step: Function that returns the end of the message: how to resume the run.
@@ -75,8 +77,9 @@ class Ranks:
         """Stop observing; if the run has failed, end the ranks that this one has started.
 
         Raises:
-            DerainError: If another rank has died, so that the exception is due to that.
-            SystemExit: The same, if a lower rank reports it.
+            DerainError: If another rank has died, which explains an exception about a lost connection; on rank 0, or on
+                rank 1 if rank 0 has died.
+            SystemExit: In that case, on the other ranks, which report nothing.
         """
         try:
             if error is not None:
@@ -99,7 +102,7 @@ class Ranks:
             raise SystemExit(2) from error
 
     def _wait(self, condition: Callable[[], bool]) -> None:
-        """Wait until a condition holds, but not long."""
+        """Wait until a condition holds, for at most half of `PATIENCE`."""
         end = time.monotonic() + PATIENCE / 2
         while not condition() and time.monotonic() < end:
             time.sleep(INTERVAL / 10)
@@ -110,6 +113,7 @@ class Ranks:
         return self.local_rank in {"0", "1"}
 
     def _kill(self) -> None:
+        """End the ranks that this one has started."""
         for process in self.processes:
             process.kill()  # a process that waits for a collective ignores SIGTERM
 

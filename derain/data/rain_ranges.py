@@ -64,8 +64,8 @@ class RainRanges:
             the light of the sky, ``clean (1 - S) + S sky``.
         measured_share: Share with streaks from ``streak_images``; 1 in a YAML file that names only the images.
         clear_share: Share without streaks and veil. If it has no drops either, the rainy image equals the clean one.
-        veil: Opacity of the mist of distant rain in an image of dense streaks, less in others; times 0.6 to 1.1 in parts
-            of the image.
+        veil: Opacity of the mist of distant rain in an image of dense streaks, less in others; times 0.6 to 1.1 in
+            parts of the image.
         veil_share: Share with such a veil, among those with rain.
         mist: Opacity of mist that is not to be removed, in the rainy and in the clean image; times 0.6 to 1.1 in parts
             of the image.

@@ -18,6 +18,12 @@ def method():
     return RestormerModule(dim=8, blocks=[1, 2, 1, 1], refinement=1)
 
 
+@pytest.mark.parametrize("callback", [GradientCheckpointing, CompileBlocks])
+def test_modules_that_are_no_methods_are_refused(callback):
+    with pytest.raises(DerainError, match=f"{callback.__name__}: LightningModule"):
+        callback().setup(TRAINER, lightning.LightningModule(), "fit")
+
+
 class Batches(torch.utils.data.Dataset):
     def __len__(self):
         return 3
