@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from derain.errors import DerainError
+from derain.errors import ArgumentError, DerainError
 from derain.memory import free_memory
 from derain.methods.base import DerainModule
 from derain.methods.interfaces import Sampled
@@ -39,6 +39,16 @@ SMALLEST_FOR_THREADS = 64 * 64
 """Smallest number of pixels of an image that is restored on its own thread; below, Python's lock takes the gain."""
 
 
+def check_tile(tile: int | Literal["auto"] | None) -> None:
+    """Check the side of tiles.
+
+    Raises:
+        ArgumentError: If it is too small.
+    """
+    if isinstance(tile, int) and tile < SMALLEST_TILE:
+        raise ArgumentError(f"tile {tile}: must be at least {SMALLEST_TILE}, or auto, or none for whole images")
+
+
 class Scheduler:
     """Runs a method on images in batches, threads and tiles that fit into memory.
 
@@ -60,6 +70,7 @@ class Scheduler:
     Attributes:
         stacks: Whether images are stacked to batches: on all devices but a CPU.
         threads: Number of threads on a CPU; by default that of PyTorch.
+        limits: Lowest and highest value of restored images, to which others are clipped.
     """
 
     def __init__(
@@ -75,6 +86,7 @@ class Scheduler:
         self.tile, self.overlap, self.ensemble = tile, overlap, ensemble
         self.stacks = device.type != "cpu"
         self.threads: int | None = None
+        self.limits = (0.0, 1.0)
         self._tile_sides: dict[tuple[int, int], int] = {}
         self._counts: dict[tuple[int, int], int] = {}
         self._stateless: bool | None = None
@@ -94,8 +106,8 @@ class Scheduler:
             conditions: Result of ``encode`` for one image, used for all; by default each image is encoded once.
 
         Returns:
-            For each image in order: ``(n, h, w)`` in [0, 1] in float32 on the device of the image, with NaN for values
-            that are not finite; or the error that prevented its restoration.
+            For each image in order: ``(n, h, w)`` within ``limits`` in float32 on the device of the image, with NaN for
+            values that are not finite; or the error that prevented its restoration.
         """
         results: list[Tensor | DerainError | None] = [None] * len(images)
         remaining = list(range(len(images)))
@@ -112,6 +124,24 @@ class Scheduler:
             for index, result in zip(indices, restored, strict=True):
                 results[index] = result
         return [result for result in results if result is not None]
+
+    def run_batch(
+        self,
+        images: Shaped[Tensor, "b 3 h w"],
+        forward: Callable[..., Tensor],
+        conditions: dict[str, Any] | None = None,
+    ) -> Float[Tensor, "b n h w"]:
+        """Restore images of equal size as `run` does.
+
+        Raises:
+            DerainError: If an image cannot be restored.
+        """
+        restored = []
+        for result in self.run(list(images), forward, conditions):
+            if isinstance(result, DerainError):
+                raise result
+            restored.append(result)
+        return torch.stack(restored)
 
     def images_at_once(self, height: int, width: int) -> int:
         """Return the number of images of a size that are restored at once: in a batch, or on threads."""
@@ -312,7 +342,7 @@ class Scheduler:
         with autocast:
             derained = forward(tiles.to(self.device, memory_format=torch.channels_last), **conditions).float()
         # Clamping would turn infinity into white; NaN is reported when the whole image is checked.
-        return torch.where(derained.isfinite(), derained.clamp(0, 1), torch.nan).to(tiles.device)
+        return torch.where(derained.isfinite(), derained.clamp(*self.limits), torch.nan).to(tiles.device)
 
     # Memory.
 

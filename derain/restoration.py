@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from derain.batching import SMALLEST_TILE, Precision, Scheduler, to_unit
+from derain.batching import Precision, Scheduler, check_tile, to_unit
 from derain.errors import ArgumentError, DerainError
 from derain.methods import DerainModule
 from derain.methods.catalog import load
@@ -77,8 +77,7 @@ class Restorer:
         scale: int | Literal["auto"] = 1,
         strength: float = 1.0,
     ) -> None:
-        if isinstance(tile, int) and tile < SMALLEST_TILE:
-            raise ArgumentError(f"tile {tile}: must be at least {SMALLEST_TILE}, 'auto' or None")
+        check_tile(tile)
         if scale != "auto" and scale < 1:
             raise ArgumentError(f"scale {scale}: must be at least 1, or 'auto'")
         if not 0 <= strength <= 1:

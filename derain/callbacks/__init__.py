@@ -1,9 +1,10 @@
-"""Callbacks: checkpoints, weights, EMA, panels, predictions, results, seeds, throughput, compilation, recomputation.
+"""Callbacks: checkpoints, weights, EMA, panels, batched restoration, results, seeds, speed and memory of training.
 
 Files are saved below ``trainer.default_root_dir``, which the command line sets to the folder of the run.
 ``trainer.log_dir`` is not used: it is a collective call, in which a single rank would wait forever.
 """
 
+from derain.callbacks.batched_restoration import BatchedRestoration
 from derain.callbacks.checkpoints import BestCheckpoint, Checkpoint
 from derain.callbacks.ema import EMA
 from derain.callbacks.final_weights import FinalWeights
@@ -19,6 +20,7 @@ from derain.callbacks.training_speed import CompileBlocks, GradientCheckpointing
 __all__ = [
     "EMA",
     "BatchSeeds",
+    "BatchedRestoration",
     "BestCheckpoint",
     "Checkpoint",
     "CompileBlocks",

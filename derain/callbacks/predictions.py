@@ -52,7 +52,7 @@ class SaveImages(Callback):
                 images = {"rainy": to_pixels(batch["rainy"][index], name), "derained": pixels}
                 for kind, values in zip(pl_module.maps, maps, strict=True):
                     images[kind] = to_pixels(values.expand(3, -1, -1), f"{name}: {kind}")
-                description = pl_module.describe_image(outputs["conditions"], index)
+                description = pl_module.describe_image(outputs["conditions"][index], 0)
                 write_explanation(folder / f"{name}-explain", images, description)
         if trainer.received_sigterm:  # Lightning's prediction loop ignores the signal
             raise SIGTERMException

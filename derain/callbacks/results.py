@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +14,9 @@ from typing import Any, cast
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from derain.callbacks.batched_restoration import BatchedRestoration
 from derain.callbacks.image_counts import image_count
+from derain.data.evaluation_batches import evaluation_batch_size
 from derain.files.weights import sha256
 from derain.images import ESCAPED, write_whole
 from derain.methods import DerainModule
@@ -31,40 +32,22 @@ PACKAGES = ("derain", "torch", "lightning", "torchmetrics")
 class TestResults(Callback):
     """Save ``images.csv`` and ``summary.json`` to ``trainer.default_root_dir``, and print a table.
 
-    In the summary, ``seconds`` is the mean time of ``forward`` per image, measured on rank 0.
+    In the summary, ``seconds`` is the mean time of restoration per image on rank 0, ``batch_size`` the maximum number
+    of images that were restored at once, and ``tile`` the side of tiles.
 
     Args:
+        restoration: Callback that restores the images.
         weights: Weights that are tested, as the user named them; None for a checkpoint that the trainer loads.
         commit: Git commit of derain, for the summary; None: unknown.
     """
 
     __test__ = False  # pytest would collect the class
 
-    def __init__(self, weights: str | None = None, commit: str | None = None) -> None:
-        self.weights, self.commit = weights, commit
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Register hooks that time ``forward``, which excludes data loading and scoring."""
-        self._seconds, self._images = 0.0, 0
-
-        def now() -> float:
-            if pl_module.device.type != "cpu":
-                torch.accelerator.synchronize(pl_module.device)
-            return time.perf_counter()
-
-        def before(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            self._start = now()
-
-        def after(module: Any, inputs: tuple[torch.Tensor, ...], out: Any) -> None:
-            self._seconds += now() - self._start
-            self._images += len(inputs[0])
-
-        self._hooks = [pl_module.register_forward_pre_hook(before), pl_module.register_forward_hook(after)]
+    def __init__(self, restoration: BatchedRestoration, weights: str | None = None, commit: str | None = None) -> None:
+        self.restoration, self.weights, self.commit = restoration, weights, commit
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save and print the scores of all ranks on rank 0."""
-        for hook in self._hooks:
-            hook.remove()
         if not trainer.is_global_zero:
             return
         module = cast(DerainModule, pl_module)
@@ -86,7 +69,9 @@ class TestResults(Callback):
                 "fingerprint": data.fingerprint("test", evaluated),
             },
             "results": results(module.scores),
-            "seconds": self._seconds / max(self._images, 1),
+            "seconds": self.restoration.seconds / max(self.restoration.images, 1),
+            "batch_size": evaluation_batch_size(data.eval_batch_size, "test", trainer),
+            "tile": self.restoration.tile,
             "commit": self.commit,
             "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
             "hardware": hardware(trainer),

@@ -40,6 +40,7 @@ def filter_lightning_messages() -> None:
         ".*exists and is not empty. Previous log files.*",  # run_setup keeps the metrics of a resumed run
         "Checkpoint directory .* exists and is not empty.",  # true of every resumed run
         ".*is smaller than the logging interval.*",
+        "You are using a custom batch sampler .* for prediction.",  # it returns all images
     ):
         warnings.filterwarnings("ignore", message)
     # PLNLIN-MCDDL: if an epoch ends before the first discriminator step, its LR scheduler steps before its optimiser.

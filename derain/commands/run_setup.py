@@ -1,6 +1,7 @@
-"""Loggers and callbacks of a run; checks of the trainer's options."""
+"""Loggers, callbacks and git commit of a run; checks of the trainer's options."""
 
 import logging
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
 from derain.callbacks import (
+    BatchedRestoration,
     BatchSeeds,
     BestCheckpoint,
     Checkpoint,
@@ -49,6 +51,16 @@ LIMITS = {
     "predict": "limit_predict_batches",
 }
 """Option of each command that limits the number of evaluated batches."""
+
+
+def commit() -> str | None:
+    """Return the git tag or commit of the current folder, with ``-dirty`` if files have changed; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
 
 
 def check_options(trainer: Any, command: str) -> None:
@@ -220,9 +232,10 @@ def run_callbacks(
             log.info("%s: ignored, since it affects training only", type(callback).__name__)
             callbacks.remove(callback)
     if command == "test":
-        return [*callbacks, TestResults(config.weights, commit), ImagePanels()]
+        restoration = BatchedRestoration(config.tile)
+        return [*callbacks, restoration, TestResults(restoration, config.weights, commit), ImagePanels()]
     if command == "predict":
-        callbacks.append(SaveImages())
+        callbacks += [BatchedRestoration(config.tile), SaveImages()]
     return [*callbacks, PartialEvaluationWarning()]
 
 

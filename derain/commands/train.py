@@ -5,7 +5,6 @@ import logging
 import os
 import shlex
 import signal
-import subprocess
 import traceback
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,11 +20,12 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import LightningEnum, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from derain.batching import check_tile
 from derain.checkpoints import remove_unfinished
 from derain.commands.lightning_messages import filter_lightning_messages
 from derain.commands.ranks import Ranks
 from derain.commands.run_folders import restarts, root_of, run_folder, shared_folder
-from derain.commands.run_setup import check_options, check_trainer, configured_loggers, run_callbacks
+from derain.commands.run_setup import check_options, check_trainer, commit, configured_loggers, run_callbacks
 from derain.commands.train_parser import DENIED_IMPORTS, OptionParser, model_class_paths
 from derain.config_errors import explain_config_error
 from derain.data.datamodule import RainDataModule
@@ -46,16 +46,6 @@ LIGHTNING_FOLDER = Path(lightning.__file__).parent
 TORCH_FOLDER = Path(torch.__file__).parent
 LIGHTNING_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, ImportError, MisconfigurationException)
 """Exceptions that Lightning raises for options and callbacks that it rejects."""
-
-
-def commit() -> str | None:
-    """Return the git tag or commit of the current folder, with ``-dirty`` if files have changed; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.strip()
 
 
 class SaveConfig(SaveConfigCallback):
@@ -125,6 +115,14 @@ class DerainCLI(LightningCLI):
             default=None,
             help="Solver, steps and seed of a method that samples, such as DA-CLIP + IR-SDE (default: its own).",
         )
+        if parser.prog.endswith(("test", "predict")):
+            parser.add_argument(
+                "--tile",
+                type=int | Literal["auto"] | None,
+                default=None,
+                help="Side of tiles in pixels, at least 64, or auto: tiles if an image exceeds the memory; scores "
+                "differ slightly (default: whole images).",
+            )
         if parser.prog.endswith("predict"):
             parser.add_argument(
                 "--explain",
@@ -171,6 +169,7 @@ class DerainCLI(LightningCLI):
             raise DerainError("--return_predictions true: not supported, since images are saved to files; omit it")
         if self.config.subcommand != "fit":
             self._check_evaluated_file(config)
+            check_tile(config.get("tile"))
 
     def _load_checkpoint(self, config: Any) -> None:
         """Load the checkpoint of ``--ckpt_path``, which also checks it before a run starts."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -45,6 +45,8 @@ class DerainModule(TrainableModule, ABC):
         lpips: Perceptual metric that also scores these images; None for none.
         scores: After a test, scores of all images by kind (``derained``, ``rainy``) and protocol.
         bytes_per_pixel: Memory that ``forward`` needs at inference, in bytes per image pixel, measured in float32.
+        restore_batch: Function of a batch, a function such as ``forward``, and conditions or None, by which images are
+            restored, such as `derain.batching.Scheduler.run_batch`; by default one pass.
         tile_multiple: Tile sides should be multiples of this number of pixels.
         compiles_any_size: Whether one compilation of ``network`` serves all image sizes; if not, it is compiled for
             each size.
@@ -56,6 +58,7 @@ class DerainModule(TrainableModule, ABC):
     protocols: tuple[str, ...] = ("matlab-y",)
     lpips: Lpips | None = None
     scores: dict[str, dict[str, Scores]]
+    restore_batch: Callable[..., Tensor] | None = None
     bytes_per_pixel: int = 4096
     tile_multiple: int = 32
     compiles_any_size: ClassVar[bool] = True
@@ -132,7 +135,7 @@ class DerainModule(TrainableModule, ABC):
             DerainError: If `ImageQuality` cannot score an image, such as one that is too small for a protocol.
         """
         self._release_memory(batch["rainy"].shape)
-        derained = self(batch["rainy"]).float()
+        derained = self._restore(batch["rainy"], self).float()
         finite = derained.flatten(1).isfinite().all(1)
         if not finite.all():  # reported when scores are gathered; if one rank raised here, the others would wait for it
             for quality in self._quality.values():  # gathering fails if a rank has no scores
@@ -215,7 +218,7 @@ class DerainModule(TrainableModule, ABC):
 
         Returns:
             ``derained``, ``(b, 3, h, w)`` in [0, 1], with further channels for the maps of `Explains` if ``explaining``
-            is true; ``conditions``, the result of ``encode``.
+            is true; ``conditions``, then a list with the result of ``encode`` for each image, otherwise empty.
 
         Raises:
             DerainError: If a model that ``encode`` needs is missing, or a restored value is not finite.
@@ -223,10 +226,22 @@ class DerainModule(TrainableModule, ABC):
         self.check_requirements()
         rainy = batch["rainy"]
         self._release_memory(rainy.shape)
-        conditions = self.encode(rainy)
+        conditions: list[dict[str, Any]] = []
         if isinstance(self, Explains) and self.explaining:
-            restored = self.explain(rainy, **conditions)
+            images = rainy.split(1)
+            conditions = [self.encode(image) for image in images]
+            maps = [self._restore(image, self.explain, known) for image, known in zip(images, conditions, strict=True)]
+            restored = torch.cat(maps)
         else:
-            restored = self(rainy, **conditions)
-        check_finite(restored, f"{', '.join(batch['name'])}: derained image")
+            restored = self._restore(rainy, self)
+        for image, name in zip(restored, batch["name"], strict=True):
+            check_finite(image, f"{name}: derained image")
         return {"derained": restored.float().clamp(0, 1), "conditions": conditions}
+
+    def _restore(
+        self, rainy: Tensor, forward: Callable[..., Tensor], conditions: dict[str, Any] | None = None
+    ) -> Tensor:
+        """Restore a batch by ``restore_batch``, or in one pass."""
+        if self.restore_batch is not None:
+            return self.restore_batch(rainy, forward, conditions)
+        return forward(rainy, **(conditions or {}))

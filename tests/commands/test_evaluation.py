@@ -4,10 +4,13 @@ import functools
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+from derain.batching import Scheduler
 from derain.cli import main
 from derain.data.datamodule import RainDataModule
 from derain.files.weights import read
@@ -81,6 +84,75 @@ def test_results_count_the_images_that_were_evaluated(workdir, capsys, limit, im
     part = RainDataModule(root=str(workdir / "part"), test="Rain800")
     part.setup("test")
     assert data["fingerprint"] == part.fingerprint("test")
+
+
+def add_portraits(folder):
+    """Rotate the second and fourth test image, so that sizes alternate."""
+    for name in ("1", "3"):
+        for file in (folder / "data/Rain800").rglob(f"*{name}*"):
+            if "test" in file.as_posix().lower():
+                with Image.open(file) as image:
+                    image.rotate(90, expand=True).save(file)
+
+
+@pytest.mark.parametrize(
+    "options", [["--data.eval_batch_size", "3"], ["--data.eval_batch_size", "2", "--tile", "auto"]]
+)
+def test_batches_of_equal_size_give_the_scores_of_single_images(workdir, options):
+    add_portraits(workdir)
+    line = ["test", "--config", "exp.yaml", "--weights", "w.safetensors"]
+    assert main([*line, *options]) == 0
+    assert main([*line, "--data.eval_batch_size", "1"]) == 0
+    batched, single = (rows(workdir / f"runs/exp/test-{number}/images.csv") for number in (1, 2))
+    assert [row["name"] for row in batched] == [row["name"] for row in single]
+    for row, expected in zip(batched, single, strict=True):
+        for column in ("psnr", "ssim", "rainy_psnr", "rainy_ssim"):
+            assert float(row[column]) == pytest.approx(float(expected[column]), abs=1e-4)
+    first, second = (summary(workdir, f"exp/test-{number}") for number in (1, 2))
+    assert (first["batch_size"], second["batch_size"]) == (int(options[1]), 1)
+    assert (first["tile"], second["tile"]) == ("auto" if "--tile" in options else None, None)
+    assert first["data"] == second["data"]
+
+
+def test_images_of_a_batch_are_saved_by_their_names(workdir):
+    line = ["predict", "--config", "exp.yaml", "--weights", "w.safetensors"]
+    assert main([*line, "--data.eval_batch_size", "4"]) == 0
+    assert main(line) == 0
+    folders = [workdir / f"runs/exp/predict-{number}/images" for number in (1, 2)]
+    names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+    assert names[0] == names[1]
+    assert len(names[0]) == 5
+    for name in names[0]:
+        batched, single = (np.asarray(Image.open(folder / name), np.int16) for folder in folders)
+        assert np.abs(batched - single).max() <= 1
+
+
+def test_a_test_on_too_little_memory_continues_with_smaller_batches(workdir, monkeypatch, caplog):
+    sizes, forward = [], PReNetModule.forward
+
+    def limited(self, rainy):
+        sizes.append(len(rainy))
+        if len(rainy) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, rainy)
+
+    monkeypatch.setattr(PReNetModule, "forward", limited)
+    start = Scheduler.__init__
+
+    def stacking(self, *arguments, **options):
+        start(self, *arguments, **options)
+        self.stacks = True
+
+    monkeypatch.setattr(Scheduler, "__init__", stacking)
+    line = ["test", "--config", "exp.yaml", "--weights", "w.safetensors", "--data.eval_batch_size", "5"]
+    assert main(line) == 0
+    assert sizes == [5, 2, 2, 1]
+    assert summary(workdir)["results"][0]["count"] == 5
+
+
+def test_a_tile_that_is_too_small_is_refused(workdir, capsys):
+    assert main(["test", "--config", "exp.yaml", "--weights", "w.safetensors", "--tile", "50"]) == 2
+    assert "--tile 50" in error_line(capsys)
 
 
 def test_a_test_of_no_image_is_an_error(workdir, capsys):

@@ -1,0 +1,70 @@
+"""Restoration of test and prediction images by a scheduler: batches that fit into memory, and tiles."""
+
+import time
+from collections.abc import Callable
+from typing import Any, Literal, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from derain.batching import Scheduler, check_tile
+from derain.methods import DerainModule
+
+OVERLAP = 64
+"""Minimum overlap of tiles in pixels, as for `derain.Restorer`."""
+
+
+class BatchedRestoration(Callback):
+    """Restore images in ``derain test`` and ``derain predict`` by a `Scheduler`.
+
+    Args:
+        tile: Side of the tiles, ``auto`` or None (whole images), as for `derain.Restorer`.
+
+    Raises:
+        ArgumentError: If a tile is too small.
+
+    Attributes:
+        seconds: Seconds spent on this rank, including conditions such as CLIP's, excluding data loading and scoring.
+        images: Number of images restored on this rank.
+    """
+
+    def __init__(self, tile: int | Literal["auto"] | None = None) -> None:
+        check_tile(tile)
+        self.tile = tile
+        self.seconds, self.images = 0.0, 0
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore by a scheduler that clips like ``validation_step``: protocols clip to [0, 1] in their own ways."""
+        self._start(trainer, pl_module, limits=(-1.0, 2.0))
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore by a scheduler."""
+        self._start(trainer, pl_module, limits=(0.0, 1.0))
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule, limits: tuple[float, float]) -> None:
+        self.seconds, self.images = 0.0, 0
+        method = cast(DerainModule, pl_module)
+        precision: Literal["float32", "bf16"] = "bf16" if trainer.precision == "bf16-mixed" else "float32"
+        scheduler = Scheduler(method, method.device, precision, self.tile, OVERLAP, ensemble=False)
+        scheduler.limits = limits
+
+        def now() -> float:
+            if method.device.type != "cpu":
+                torch.accelerator.synchronize(method.device)
+            return time.perf_counter()
+
+        def restore(rainy: Tensor, forward: Callable[..., Tensor], conditions: dict[str, Any] | None) -> Tensor:
+            start = now()
+            restored = scheduler.run_batch(rainy, forward, conditions)
+            self.seconds += now() - start
+            self.images += len(rainy)
+            return restored
+
+        method.restore_batch = restore
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore in one pass again."""
+        cast(DerainModule, pl_module).restore_batch = None
+
+    on_predict_end = on_test_end

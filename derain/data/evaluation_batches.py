@@ -1,0 +1,91 @@
+"""Batches of images of equal size for ``derain test`` and ``derain predict``."""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from lightning import Trainer
+from torch.utils.data import Sampler
+
+from derain.data.cache import pair_sizes
+from derain.data.pairs import Pair
+
+BATCH_PIXELS = 2**22
+"""Maximum number of pixels of a batch of several images, which loader processes hold in memory."""
+
+GPU_BATCH = 32
+"""Maximum number of images in a batch on a GPU by default."""
+
+log = logging.getLogger("derain")
+
+
+def evaluation_batch_size(option: int | Literal["auto"], split: str, trainer: Trainer | None) -> int:
+    """Return the maximum number of images in a batch.
+
+    Args:
+        option: Value of ``--data.eval_batch_size``.
+        split: ``val``, ``test`` or ``predict``.
+        trainer: The trainer; None for none, which stands for a CPU.
+    """
+    if split == "val":  # DDP expects as many batches on each rank
+        return 1
+    if _is_limited(split, trainer):
+        if option not in ("auto", 1):
+            log.info("--data.eval_batch_size %s: ignored with a limit on batches, which counts images", option)
+        return 1
+    if option != "auto":
+        return option
+    return 1 if trainer is None or trainer.strategy.root_device.type == "cpu" else GPU_BATCH
+
+
+def evaluation_costs(pairs: Sequence[Pair], split: str, trainer: Trainer | None) -> list[int]:
+    """Return the pixels of each image, by which ranks are balanced; all 1 if each must get as many images.
+
+    During ``fit``, DDP broadcasts buffers before each validation batch. A limit is a number of batches per rank.
+    """
+    if trainer is None or trainer.world_size == 1 or split == "val" or _is_limited(split, trainer):
+        return [1] * len(pairs)
+    pixels: list[int] = pair_sizes(pairs).prod(axis=1).tolist()
+    return pixels
+
+
+def _is_limited(split: str, trainer: Trainer | None) -> bool:
+    """Return whether the trainer limits the number of batches; 1.0 means all, 1 means one batch."""
+    limit = 1.0 if trainer is None else getattr(trainer, f"limit_{split}_batches")
+    return isinstance(limit, int) or limit != 1.0
+
+
+class EqualSizeBatches(Sampler[list[int]]):
+    """Batches of images of equal size, in the order of the first image of each batch.
+
+    Args:
+        indices: Indices of the images.
+        sizes: Height and width of each image, by index.
+        batch_size: Maximum number of images in a batch.
+        pixels: Maximum number of pixels in a batch of several images.
+
+    Example:
+        >>> sizes = [(4, 6), (6, 4), (4, 6), (4, 6)]
+        >>> list(EqualSizeBatches([0, 1, 2, 3], sizes, batch_size=2))
+        [[0, 2], [1], [3]]
+    """
+
+    def __init__(
+        self, indices: Sequence[int], sizes: Sequence[tuple[int, int]], batch_size: int, pixels: int = sys.maxsize
+    ) -> None:
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index in indices:
+            groups.setdefault(sizes[index], []).append(index)
+        batches = []
+        for (height, width), group in groups.items():
+            count = max(1, min(batch_size, pixels // (height * width)))
+            batches += [group[start : start + count] for start in range(0, len(group), count)]
+        position = {index: number for number, index in enumerate(indices)}
+        self.batches = sorted(batches, key=lambda batch: position[batch[0]])
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
