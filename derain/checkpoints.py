@@ -1,7 +1,6 @@
 """Checkpoints that are written atomically: a killed process leaves no incomplete file under the final name."""
 
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from derain.images import write_whole
-
-UNFINISHED = re.compile(r"\.[0-9a-f]{8}-.+")
-"""Names of the temporary files of `derain.images.write_whole`."""
+from derain.unfinished import UNFINISHED
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -4,7 +4,6 @@ import functools
 import logging
 import os
 import re
-import uuid
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from derain.errors import DerainError
 from derain.image_metadata import JPEG, Info, copy_exif, has_location, supported_metadata
 from derain.image_sources import ImageSource, first_line, open_image, upright
 from derain.ranges import OVERSHOOT, check_finite, extremes, span
+from derain.unfinished import locked, temporary_path
 
 Pixels = NDArray[np.uint8]
 """RGB pixels, ``(h, w, 3)``, 0 to 255."""
@@ -456,9 +456,10 @@ def write_whole(path: Path) -> Iterator[Path]:
         'complete'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name[-50:]}")  # names have at most 255 bytes
+    temporary = temporary_path(path)
     try:
-        yield temporary
-        temporary.replace(path)
+        with locked(temporary):
+            yield temporary
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

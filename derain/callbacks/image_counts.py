@@ -5,6 +5,8 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from derain.evaluation import is_limited
+
 log = logging.getLogger("derain")
 
 
@@ -52,7 +54,9 @@ class PartialEvaluationWarning(Callback):
         """Warn after ``derain predict``."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         total = data.count("predict")
-        batches = sum(int(count) for count in trainer.num_predict_batches)
+        if not is_limited("predict", trainer):
+            return
+        batches = sum(int(count) for count in trainer.num_predict_batches)  # of one image each
         self._warn(min(batches * trainer.world_size, total), total)
 
     def _warn(self, evaluated: int, total: int) -> None:

@@ -16,7 +16,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from derain.callbacks.batched_restoration import BatchedRestoration
 from derain.callbacks.image_counts import image_count
-from derain.data.evaluation_batches import evaluation_batch_size
+from derain.evaluation import evaluation_batch_size
 from derain.files.weights import sha256
 from derain.images import ESCAPED, write_whole
 from derain.methods import DerainModule

@@ -24,6 +24,7 @@ from derain.images import SUFFIXES, Photo, Pixels, image_files, read_photo, sele
 from derain.memory import keep_freed_memory, release_freed_memory
 from derain.pictures import compare, write_explanation
 from derain.progress import track
+from derain.unfinished import remove_unfinished_outputs
 from derain.video import VideoOptions
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def restore(
     )
     if explain:
         require_explains(restorer.method)
+    remove_unfinished_outputs(file for target in jobs.values() for file in output_files(target, options))
     print(f"{weights}: {restorer.note}, on {restorer.device}", file=sys.stderr)
     try:
         _restore_all(restorer, pending, options, report)

@@ -18,7 +18,7 @@ from derain.data.cache import CacheMode, PixelCache, fingerprint, open_cache, pa
 from derain.data.captions import Caption, match_captions, read_captions
 from derain.data.crop_limits import check_crops
 from derain.data.datasets import TrainingLoader, TrainingPairs, UnlabelledCrops, WholePairs
-from derain.data.evaluation_batches import BATCH_PIXELS, EqualSizeBatches, evaluation_batch_size, evaluation_costs
+from derain.data.evaluation_batches import BATCH_PIXELS, EqualSizeBatches, evaluation_costs
 from derain.data.layouts import Split
 from derain.data.mixing import check_weights, mix
 from derain.data.pairs import Pair, find_pairs, find_pairs_or_photos, merge_pairs
@@ -28,6 +28,7 @@ from derain.data.samplers import BalancedSampler, CropStage, Stage, TrainingBatc
 from derain.data.splitting import by_data_set, first_pairs, hold_out
 from derain.data.transforms import Augmentation, Flips
 from derain.errors import DerainError
+from derain.evaluation import evaluation_batch_size
 from derain.images import Pixels
 from derain.loops import Position, accumulation
 

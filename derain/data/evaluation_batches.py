@@ -1,42 +1,17 @@
 """Batches of images of equal size for ``derain test`` and ``derain predict``."""
 
-import logging
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 from lightning import Trainer
 from torch.utils.data import Sampler
 
 from derain.data.cache import pair_sizes
 from derain.data.pairs import Pair
+from derain.evaluation import is_limited
 
 BATCH_PIXELS = 2**22
 """Maximum number of pixels of a batch of several images, which loader processes hold in memory."""
-
-GPU_BATCH = 32
-"""Maximum number of images in a batch on a GPU by default."""
-
-log = logging.getLogger("derain")
-
-
-def evaluation_batch_size(option: int | Literal["auto"], split: str, trainer: Trainer | None) -> int:
-    """Return the maximum number of images in a batch.
-
-    Args:
-        option: Value of ``--data.eval_batch_size``.
-        split: ``val``, ``test`` or ``predict``.
-        trainer: The trainer; None for none, which stands for a CPU.
-    """
-    if split == "val":  # DDP expects as many batches on each rank
-        return 1
-    if _is_limited(split, trainer):
-        if option not in ("auto", 1):
-            log.info("--data.eval_batch_size %s: ignored with a limit on batches, which counts images", option)
-        return 1
-    if option != "auto":
-        return option
-    return 1 if trainer is None or trainer.strategy.root_device.type == "cpu" else GPU_BATCH
 
 
 def evaluation_costs(pairs: Sequence[Pair], split: str, trainer: Trainer | None) -> list[int]:
@@ -44,16 +19,10 @@ def evaluation_costs(pairs: Sequence[Pair], split: str, trainer: Trainer | None)
 
     During ``fit``, DDP broadcasts buffers before each validation batch. A limit is a number of batches per rank.
     """
-    if trainer is None or trainer.world_size == 1 or split == "val" or _is_limited(split, trainer):
+    if trainer is None or trainer.world_size == 1 or split == "val" or is_limited(split, trainer):
         return [1] * len(pairs)
     pixels: list[int] = pair_sizes(pairs).prod(axis=1).tolist()
     return pixels
-
-
-def _is_limited(split: str, trainer: Trainer | None) -> bool:
-    """Return whether the trainer limits the number of batches; 1.0 means all, 1 means one batch."""
-    limit = 1.0 if trainer is None else getattr(trainer, f"limit_{split}_batches")
-    return isinstance(limit, int) or limit != 1.0
 
 
 class EqualSizeBatches(Sampler[list[int]]):

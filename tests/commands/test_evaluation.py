@@ -169,6 +169,7 @@ def test_a_test_of_no_image_is_an_error(workdir, capsys):
         ("validate", ["--data.val", "Rain800"], None),
         ("predict", ["--trainer.limit_predict_batches", "2"], "2 of 5 images (partial)"),
         ("predict", ["--trainer.limit_predict_batches", "9"], None),
+        ("predict", ["--data.eval_batch_size", "3"], None),
         ("fit", ["--data.val", "Rain800", "--data.val_limit", "2"], "2 of 5 images (partial)"),
     ],
 )

@@ -390,7 +390,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_killed_command_keeps_the_old_video(video, file, tmp_path, number, code):
+def test_a_killed_command_keeps_the_old_video(video, file, tmp_path, caplog, number, code):
     folder = tmp_path / "out"
     folder.mkdir()
     target = folder / "out.mp4"
@@ -404,11 +404,16 @@ def test_a_killed_command_keeps_the_old_video(video, file, tmp_path, number, cod
     assert process.returncode == code, text
     assert target.read_bytes() == b"old"
     assert "Traceback" not in text
-    if number != signal.SIGKILL:
-        assert list(folder.iterdir()) == [target]
+    left = [path for path in folder.iterdir() if path != target]
+    if number == signal.SIGKILL:
+        assert len(left) == 1
+    else:
+        assert not left
         assert f"nothing is written to {target}" in text
     assert main(arguments) == 0
     assert len(frames_of(target)) == 3
+    assert list(folder.iterdir()) == [target]
+    assert all(str(path) in caplog.text for path in left)
 
 
 @pytest.mark.parametrize(

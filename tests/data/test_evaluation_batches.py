@@ -4,7 +4,8 @@ import pytest
 import torch
 from lightning import Trainer
 
-from derain.data.evaluation_batches import EqualSizeBatches, evaluation_batch_size
+from derain.data.evaluation_batches import EqualSizeBatches
+from derain.evaluation import evaluation_batch_size
 
 SIZES = [(8, 6), (6, 8), (8, 6), (8, 6), (6, 8), (9, 9), (8, 6)]
 

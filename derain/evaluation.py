@@ -1,0 +1,36 @@
+"""Size of the batches in which images are evaluated and predicted."""
+
+import logging
+from typing import Literal
+
+from lightning import Trainer
+
+log = logging.getLogger("derain")
+
+GPU_BATCH = 32
+"""Maximum number of images in a batch on a GPU by default."""
+
+
+def evaluation_batch_size(option: int | Literal["auto"], split: str, trainer: Trainer | None) -> int:
+    """Return the maximum number of images in a batch.
+
+    Args:
+        option: Value of ``--data.eval_batch_size``.
+        split: ``val``, ``test`` or ``predict``.
+        trainer: The trainer; None for none, which stands for a CPU.
+    """
+    if split == "val":  # DDP expects as many batches on each rank
+        return 1
+    if is_limited(split, trainer):
+        if option not in ("auto", 1):
+            log.info("--data.eval_batch_size %s: ignored with a limit on batches, which counts images", option)
+        return 1
+    if option != "auto":
+        return option
+    return 1 if trainer is None or trainer.strategy.root_device.type == "cpu" else GPU_BATCH
+
+
+def is_limited(split: str, trainer: Trainer | None) -> bool:
+    """Return whether the trainer limits the number of batches; 1.0 means all, 1 means one batch."""
+    limit = 1.0 if trainer is None else getattr(trainer, f"limit_{split}_batches")
+    return isinstance(limit, int) or limit != 1.0
