@@ -140,7 +140,6 @@ def restore(
     )
     if explain:
         require_explains(restorer.method)
-    remove_unfinished_outputs(file for target in jobs.values() for file in output_files(target, options))
     print(f"{weights}: {restorer.note}, on {restorer.device}", file=sys.stderr)
     try:
         _restore_all(restorer, pending, options, report)
@@ -268,6 +267,7 @@ def _remove_broken_videos(pending: dict[Path, Path], options: FileOptions) -> li
 
 def _restore_all(restorer: "Restorer", jobs: Mapping[Path, Path], options: FileOptions, report: Report) -> None:
     """Restore files in order; failures are collected in the report."""
+    remove_unfinished_outputs(file for target in jobs.values() for file in output_files(target, options))
     outcomes = _outcomes(restorer, jobs, options)
     for target, outcome in zip(jobs.values(), track(outcomes, "Restoring", len(jobs)), strict=True):
         report.add(target, outcome)
