@@ -2,7 +2,7 @@
 
 import gzip
 import importlib.metadata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from PIL import Image
 
 from derain.data.layouts import LAYOUTS, Split
 from derain.images import Pixels
+from tests.trees import file_names
 
 
 def clean_image(seed: int, size: tuple[int, int] = (48, 64)) -> Pixels:
@@ -63,7 +64,7 @@ def make_set(
         variant: Index of the variant, for data sets that exist in several.
     """
     folder = root / (LAYOUTS[name].folders[0] if LAYOUTS[name].folders else name)
-    for index, (rainy_name, clean_name) in enumerate(_names(name, split, count, variant)):
+    for index, (rainy_name, clean_name) in enumerate(file_names(name, split, count)[variant]):
         clean_index = int(clean_name.rpartition("#")[2]) if "#" in clean_name else index
         clean_name = clean_name.partition("#")[0]
         clean = clean_image(seed + clean_index, size)
@@ -94,69 +95,6 @@ def located(path: Path) -> Path:
     exif.get_ifd(0x8825).update({1: "N", 2: (48.0, 51.0, 30.0), 3: "E", 4: (2.0, 17.0, 40.0)})
     Image.fromarray(clean_image(1, (20, 30))).save(path, exif=exif)
     return path
-
-
-def _names(name: str, split: str, count: int, variant: int) -> Iterator[tuple[str, str]]:
-    """Yield the rainy and clean file of each pair; ``#3`` after a clean name is the index of its image."""
-    numbers = range(1, count + 1)
-    if name in {"Rain100L", "Rain100H"}:
-        yield from [
-            [(f"rainy/rain-{i:03d}.png", f"norain-{i:03d}.png") for i in numbers],
-            [(f"rain/norain-{i}.png", f"norain/norain-{i}.png") for i in numbers],
-            [(f"input/{i}.png", f"target/{i}.png") for i in numbers],
-        ][variant]
-    elif name.startswith("RainTrain"):
-        yield from ((f"rain-{i}.png", f"norain-{i}.png") for i in numbers)
-    elif name == "Rain800":
-        folder = {"train": "training", "test": "test_syn", "predict": "test_nature"}[split]
-        yield from ((f"{folder}/{i}.jpg", "left") for i in numbers)
-    elif name in {"Rain200L", "Rain200H"}:
-        weight = "Light" if name.endswith("L") else "Heavy"
-        yield from [
-            [
-                (
-                    f"rain_data_{split}_{weight}/rain/X2/norain-{i}x2.png",
-                    f"rain_data_{split}_{weight}/norain/norain-{i}.png",
-                )
-                for i in numbers
-            ],
-            [(f"{split}/rain/{i}.png", f"{split}/norain/{i}.png") for i in numbers],
-            [(f"{split}/input/{i}.png", f"{split}/target/{i}.png") for i in numbers],
-        ][variant]
-    elif name == "Rain1200":
-        for i in range(count):
-            density = ("Heavy", "Medium", "Light")[i % 3]
-            file = f"Rain_{density}/train2018new/{i // 3}.jpg" if split == "train" else f"test/{i}.jpg"
-            yield file, "right"
-    elif name == "Rain1400":
-        first, folder = (1, "training") if split == "train" else (901, "testing")
-        base = f"{folder}/" if variant == 0 else ""
-        for i in range(count):
-            for version in range(1, 4):
-                yield f"{base}rainy_image/{first + i}_{version}.jpg", f"{base}ground_truth/{first + i}.jpg#{i}"
-    elif name == "Rain12":
-        yield from ((f"rainy/{i}.png", f"groundtruth/{i}.png") for i in numbers)
-    elif name == "Rain13K":
-        sets = ["train"] if split == "train" else [f"test/{name}" for name in ("Test100", "Rain100L", "Test2800")]
-        for index, folder in enumerate(sets):
-            yield from ((f"{folder}/input/{i}.png", f"{folder}/target/{i}.png#{index * 100 + i}") for i in numbers)
-    elif name == "SPA-Data":
-        for i in range(count):
-            if split == "train":
-                for frame in range(2):
-                    yield (
-                        f"real_world/{i:03d}/{i:03d}-{frame}/{i:03d}-{frame}_0_0.png",
-                        f"real_world_gt/{i:03d}/{i:03d}_0_0.png#{i}",
-                    )
-            else:
-                yield f"real_test_1000/rain/{i:03d}.png", f"real_test_1000/gt/{i:03d}gt.png"
-    elif name == "images":
-        yield from ((f"photos/{i}.png", "") for i in numbers)
-    elif name == "folder":
-        rainy, clean = [("input", "target"), ("rain", "norain"), ("rainy", "clean"), ("lq", "gt")][variant]
-        yield from ((f"{rainy}/{i}.png", f"{clean}/{i}.png") for i in numbers)
-    else:  # the test sets of Rain13K
-        yield from ((f"input/{i}.png", f"target/{i}.png") for i in numbers)
 
 
 def photo(name: str) -> Pixels:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from derain.data.layouts import LAYOUTS
+from derain import tables
+from derain.data.layouts import LAYOUTS, Layout
 from derain.data.name_matching import find_data_set_folders, pair_files
 from derain.data.quickstart_photos import PHOTOS, write_photos
 from derain.data.rain import PRESETS, synthesize
@@ -25,12 +26,13 @@ STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 """Colours of findings, by level."""
 
 
-def list_sets(*, root: Path | None = None, format: Literal["table", "json"] = "table") -> int:
+def list_sets(*, root: Path | None = None, format: Literal["table", "markdown", "json"] = "table") -> int:
     """List the known data sets: their sizes, where to get them, and which of them are on this machine.
 
     Args:
         root: Folder with data sets (default: $DERAIN_DATA).
-        format: Output format; JSON also has file patterns and citations.
+        format: Output format; Markdown has the papers' protocols and known faults; JSON also has file patterns and
+            citations.
 
     Raises:
         DerainError: If the folder does not exist.
@@ -47,14 +49,37 @@ def list_sets(*, root: Path | None = None, format: Literal["table", "json"] = "t
                 "files": {split: [str(files) for files in variants] for split, variants in layout.files.items()},
                 "source": layout.source,
                 "citation": layout.citation,
+                "protocols": layout.protocols,
+                "remarks": list(layout.remarks),
                 "found": {} if root is None or not layout.folders else count_pairs(name, root),
             }
         )
     if format == "json":
         print(json.dumps(sets, indent=2))
+    elif format == "markdown":
+        print(sets_table(LAYOUTS).markdown(), end="")
     else:
         _print_sets(sets, root)
     return 0
+
+
+def sets_table(layouts: Mapping[str, Layout]) -> tables.Table:
+    """Return a table of the public data sets: description, number of pairs, protocols of the papers, known faults."""
+    columns = [
+        tables.Column(header, align="left") for header in ("set", "description", "pairs", "protocols", "remarks")
+    ]
+    rows = []
+    for name, layout in layouts.items():
+        if not layout.source:
+            continue
+        counts = [
+            f"{split} {layout.counts[split]:,}" if split in layout.counts else f"{split} not confirmed"
+            for split in layout.files
+        ]
+        protocols = layout.protocols or ("not confirmed" if "test" in layout.files else "")
+        values = [f"[{name}]({layout.source})", layout.title, ", ".join(counts), protocols, "; ".join(layout.remarks)]
+        rows.append(tables.Row(values))
+    return tables.Table(columns, rows)
 
 
 def _print_sets(sets: Sequence[dict[str, Any]], root: Path | None) -> None:
@@ -74,6 +99,7 @@ def _print_sets(sets: Sequence[dict[str, Any]], root: Path | None) -> None:
     console.print(table)
     if root is None:
         console.print("Set DERAIN_DATA or --root to the folder with your data sets to see which are found.")
+    console.print("Protocols of the papers and known faults: derain data list --format markdown", highlight=False)
     console.print("File patterns and citations: derain data list --format json", highlight=False)
 
 

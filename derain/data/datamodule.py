@@ -61,7 +61,7 @@ class RainDataModule(LightningDataModule):
         flips: Random horizontal and vertical flips; ``horizontal``: horizontal flips only.
         transpose: Random transposition (swap of rows and columns).
         val_share: Share of the clean images of ``train`` used for validation (at least one) if ``val`` is not set;
-            all rainy images of these clean images are held out.
+            all rainy images of these clean images are held out. Of videos, whole sequences are.
         captions: Table or tables of captions of the training and validation pairs, as written by ``derain caption``;
             for `DACLIPModule`.
         eval_batch_size: Maximum number of images of equal size that ``derain test`` and ``derain predict`` restore at

@@ -9,14 +9,13 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from derain.data.layouts import AUXILIARY, LAYOUTS, SPLIT_FOLDERS, Files, Split
+from derain.data.layouts import AUXILIARY, LAYOUTS, PLACEHOLDERS, SPLIT_FOLDERS, Files, Split
 from derain.errors import DerainError
 from derain.images import image_files, list_images, natural_key
 
-_GROUPS = {"{n}": r"(?P<n>\d+)", "{name}": "(?P<name>.+?)", "{version}": r"(?P<version>\d+)"}
 _MAX_DEPTH = 3  # how many levels below the data root are searched for data sets
 
 Key = tuple[str | int, ...]
@@ -34,6 +33,7 @@ class PairedFiles:
 
     Attributes:
         pairs: Name, rainy file and clean file (None without clean images) of each pair, in natural order of the names.
+            The name of a frame of a video is ``SEQUENCE/FRAME``.
         unpaired: Files that match the layout but have no partner.
         clashes: Pairs of conflicting files: two files with the same key, or two clean files that different variants of
             the layout assign to one rainy file.
@@ -126,7 +126,9 @@ def _pair_by_variant(variant: Files, prefix: str, root: Path, files: Sequence[st
         pairs = [(keyed.file, keyed.file if has_clean else None) for keyed in rainy]
         unpaired, clashes = [], []
     named_pairs = []
-    for name, (rainy_file, clean_file) in zip(_unique_names([file for file, _ in pairs]), pairs, strict=True):
+    rainy_files = [file for file, _ in pairs]
+    names = _frame_names(rainy_files) if variant.video else _unique_names(rainy_files)
+    for name, (rainy_file, clean_file) in zip(names, pairs, strict=True):
         named_pairs.append((name, root / rainy_file, None if clean_file is None else root / clean_file))
     return PairedFiles(
         pairs=tuple(sorted(named_pairs, key=lambda pair: natural_key(pair[0]))),
@@ -172,12 +174,12 @@ def _match_pattern(
     """Return every file that matches a pattern, with its key; names are compared in Unicode's composed form (NFC).
 
     Args:
-        pattern: Pattern as described in :mod:`derain.data.layouts`.
+        pattern: Pattern as described in :mod:`derain.data.layouts.patterns`.
         numbers: First and last ``{n}``.
         files: Relative paths with ``/``.
         auxiliary: Include files that are named like rain masks and streaks.
     """
-    for placeholder, group in _GROUPS.items():
+    for placeholder, group in PLACEHOLDERS.items():
         pattern = pattern.replace(placeholder, group)
     pattern_regex = re.compile(pattern, re.IGNORECASE)
     auxiliary_regex = re.compile(AUXILIARY, re.IGNORECASE)
@@ -206,6 +208,14 @@ def _unique_names(files: Sequence[str]) -> list[str]:
         if len({canonical_name(name) for name in names}) == len(names):
             return names
     return list(files)
+
+
+def _frame_names(files: Sequence[str]) -> list[str]:
+    """Return the names ``SEQUENCE/FRAME`` of frames; a sequence is its folder, with its parents if folders repeat."""
+    paths = [PurePosixPath(file) for file in files]
+    folders = list(dict.fromkeys(path.parent for path in paths))
+    repeated = len({canonical_name(folder.name) for folder in folders}) < len(folders)
+    return [f"{path.parent if repeated else path.parent.name}/{path.stem}" for path in paths]
 
 
 def canonical_name(name: str) -> str:

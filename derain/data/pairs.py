@@ -45,6 +45,7 @@ class Pair:
             None if there is no clean image.
         clean_side: Clean half of a side-by-side file; None for separate files.
         data_set: Name of the data set, if pairs of several data sets were merged; else empty.
+        sequence: Name of the video that the image is a frame of; empty for a single image.
     """
 
     name: str
@@ -52,11 +53,17 @@ class Pair:
     clean: Path | None = None
     clean_side: Side | None = None
     data_set: str = ""
+    sequence: str = ""
 
     @property
     def is_photo(self) -> bool:
         """Whether this is a clean photo without a rainy image."""
         return self.clean == self.rainy and self.clean_side is None
+
+    @property
+    def scene(self) -> Path | None:
+        """Clean file, or the folder of the clean frames of a video; None if there is no clean image."""
+        return self.clean.parent if self.clean is not None and self.sequence else self.clean
 
     def read(self) -> tuple[Pixels, Pixels | None]:
         """Read both images.
@@ -206,7 +213,10 @@ def find_pairs_or_photos(spec: str | Path, split: Split, *, data_root: Path | No
 
 def to_pairs(files: PairedFiles) -> tuple[Pair, ...]:
     """Convert paired files to pairs, in the same order."""
-    return tuple(Pair(name, rainy, clean, files.variant.clean_side) for name, rainy, clean in files.pairs)
+    side, video = files.variant.clean_side, files.variant.video
+    return tuple(
+        Pair(name, rainy, clean, side, name.rpartition("/")[0] if video else "") for name, rainy, clean in files.pairs
+    )
 
 
 def merge_pairs(sets: Sequence[PairSet], *, repeats: bool = False) -> tuple[Pair, ...]:
@@ -237,7 +247,8 @@ def merge_pairs(sets: Sequence[PairSet], *, repeats: bool = False) -> tuple[Pair
         if len(same_name_roots) > 1:
             name = _distinct_tail(pair_set.root.resolve(), same_name_roots)
         for original in pair_set.pairs:
-            pair = replace(original, name=f"{name}/{original.name}", data_set=name)
+            sequence = original.sequence and f"{name}/{original.sequence}"
+            pair = replace(original, name=f"{name}/{original.name}", data_set=name, sequence=sequence)
             merged.append(pair)
             if pair.name not in pairs_by_name:
                 pairs_by_name[pair.name] = pair
@@ -366,13 +377,13 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
     candidates: dict[str, PairedFiles] = {}
     for name, layout in LAYOUTS.items():
         paired = pair_files(name, split, root, files)
-        if not paired.pairs or name == "images":
+        if not paired.pairs or name == "video":  # any folder of folders would be a video
             continue
         for folder in (root.absolute(), root.absolute().parent, root.resolve(), root.resolve().parent):
             if folder_alias_index(folder, name) is not None:
                 return name, f"the name of the folder {folder}", paired
-        if layout.excluded_test_set is not None:
-            continue
+        if layout.excluded_test_set is not None or (paired.variant.clean is None and paired.variant.clean_side is None):
+            continue  # such files are those of the full set, or of any folder of photos
         side_by_side = paired.variant.clean_side is not None
         if side_by_side and (split == "predict" or not _halves_show_one_scene(paired)):
             continue
@@ -387,7 +398,10 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
         )
     most_pairs = max(len(paired.pairs) for paired in candidates.values())
     best = {name: paired for name, paired in candidates.items() if len(paired.pairs) == most_pairs}
-    if len({to_pairs(paired) for paired in best.values()}) > 1:
+    files_of_pairs = {
+        frozenset((pair.rainy, pair.clean, pair.clean_side) for pair in to_pairs(paired)) for paired in best.values()
+    }
+    if len(files_of_pairs) > 1:
         options = " or ".join(f"{name}:{root} ({paired.variant})" for name, paired in best.items())
         raise DerainError(f"{root}: several layouts fit and disagree about the pairs; give one: {options}")
     name = "folder" if "folder" in best else next(iter(best))

@@ -10,32 +10,34 @@ from derain.errors import DerainError
 
 
 def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
-    """Split pairs at random into training and validation pairs that share no clean image; photos only train.
+    """Split pairs at random into training and validation pairs that share no clean image or video; photos only train.
 
     Args:
         pairs: Pairs and clean photos.
-        share: Share of the clean images of the pairs that are held out; at least one is.
+        share: Share of the clean images, or of the sequences of videos, that are held out; at least one is.
         seed: Seed of the random choice.
 
     Returns:
         Training and validation pairs, each in the given order.
 
     Raises:
-        DerainError: If the pairs have fewer than two clean images.
+        DerainError: If the pairs have fewer than two clean images or videos.
     """
-    clean = list(dict.fromkeys(pair.clean for pair in pairs if not pair.is_photo))
-    if not clean:
+    scenes = list(dict.fromkeys(pair.scene for pair in pairs if not pair.is_photo))
+    if not scenes:
         raise DerainError(
             "--data.train: only clean photos, and no pairs to hold out for validation; set --data.val to a data "
             "set, or to none"
         )
-    if len(clean) < 2:
-        raise DerainError("--data.train: only 1 clean image, too few to hold one out for validation; set --data.val")
-    order = np.random.default_rng(seed).permutation(len(clean))
-    count = min(len(clean) - 1, max(1, round(share * len(clean))))
-    held_out = {clean[index] for index in order[:count]}
-    training = tuple(pair for pair in pairs if pair.clean not in held_out)
-    return training, tuple(pair for pair in pairs if pair.clean in held_out)
+    if len(scenes) < 2:
+        raise DerainError(
+            "--data.train: only 1 clean image or video, too few to hold one out for validation; set --data.val"
+        )
+    order = np.random.default_rng(seed).permutation(len(scenes))
+    count = min(len(scenes) - 1, max(1, round(share * len(scenes))))
+    held_out = {scenes[index] for index in order[:count]}
+    training = tuple(pair for pair in pairs if pair.scene not in held_out)
+    return training, tuple(pair for pair in pairs if pair.scene in held_out)
 
 
 def by_data_set(pairs: Sequence[Pair]) -> dict[str, list[int]]:

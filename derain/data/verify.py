@@ -107,6 +107,8 @@ def verify(
 ) -> tuple[list[DataSplit], list[Finding]]:
     """Check the data sets in a folder, and compare backgrounds within and between them and those in ``against``.
 
+    Of a video, only the background of the first frame is compared: the others show the same scene.
+
     Args:
         root: Folder of one data set or of several.
         against: Folders of data sets that must not share backgrounds with those in ``root``.
@@ -128,15 +130,19 @@ def verify(
     for split in splits:
         findings += _check_files(split)
     images = _Images()
+    sequences: set[tuple[DataSplit, str]] = set()
     cues: dict[DataSplit, Cues] = dict.fromkeys(splits, ())
     groups = [(split, group) for split in (*splits, *other_splits) for group in _group_by_clean(to_pairs(split.files))]
     with ThreadPoolExecutor() as threads:
         results = track(threads.map(lambda group: _check_group(*group), groups), "Reading images", len(groups))
-        for (split, _), image in zip(groups, results, strict=True):
+        for (split, pairs), image in zip(groups, results, strict=True):
             findings += image.findings
             if split in cues:
                 cues[split] += image.cues
-            images.add(image, split)
+            sequence = pairs[0].sequence
+            if image.background is not None and (not sequence or (split, sequence) not in sequences):
+                images.add(image, split)
+                sequences.add((split, sequence))
     for split in splits:
         findings += _check_sides(split, cues[split])
     with Console(stderr=True).status(f"Comparing {len(images.files)} backgrounds"):
@@ -155,8 +161,8 @@ def verify(
 
 def _check_files(split: DataSplit) -> Iterator[Finding]:
     """Check the number and names of files, without reading images."""
-    folders = LAYOUTS[split.layout].folders
-    same_files = [layout for layout in LAYOUTS.values() if folders and layout.folders == folders]
+    own = LAYOUTS[split.layout]
+    same_files = [layout for layout in LAYOUTS.values() if (layout.folders, layout.files) == (own.folders, own.files)]
     published = sorted({layout.counts[split.split] for layout in same_files if split.split in layout.counts})
     count = len(split.files.pairs)
     if published and count not in published:
@@ -301,7 +307,8 @@ def _duplicates(split: DataSplit, images: _Images, matches: Sequence[BackgroundM
         level: Level = "error" if same_rain or split.split != "train" else "note"
         yield Finding("duplicate", tuple(images.files[index] for index in indices), detail, level, str(split))
     total = images.splits.count(split)
-    detail = f"{total} images show {total - repeats} distinct backgrounds"
+    kind = "first frames of sequences" if split.files.variant.video else "images"
+    detail = f"{total} {kind} show {total - repeats} distinct backgrounds"
     yield Finding("backgrounds", (str(split.root),), detail, "note", str(split))
 
 

@@ -2,11 +2,12 @@ import dataclasses
 import inspect
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from derain.cli import main
-from derain.commands.data import synthesize_set
+from derain.commands.data import sets_table, synthesize_set
 from derain.data.layouts import LAYOUTS
 from derain.data.rain import PRESETS, Rain
 from derain.images import read_rgb, write_image
@@ -31,6 +32,11 @@ def test_list_has_every_set_and_counts_those_in_the_data_root(tmp_path, capsys, 
     assert main(["data", "list"]) == 0
     table = capsys.readouterr().out
     assert all(name in table for name in LAYOUTS)
+
+
+def test_the_list_of_data_sets_in_the_documentation_is_that_of_the_code():
+    page = (Path(__file__).parents[2] / "docs/data-sets.md").read_text(encoding="utf-8")
+    assert page.endswith(sets_table(LAYOUTS).markdown())
 
 
 def test_list_without_a_data_root_names_the_variable(capsys, monkeypatch):

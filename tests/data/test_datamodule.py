@@ -71,6 +71,20 @@ def test_no_background_both_trains_and_validates(root):
     assert not clean["train"] & clean["val"]
 
 
+@pytest.mark.parametrize(("name", "sequences"), [("NTURain", 4), ("GT-RAIN", 2), ("VRDS", 2)])
+def test_no_sequence_both_trains_and_validates(root, name, sequences):
+    make_set(root, name, "train", count=4)
+    module = data(root, train=name, val_share=0.3)
+    module.setup("fit")
+    parts = {part: {pair.sequence for pair in module.pairs[part]} for part in ("train", "val")}
+    assert len(parts["train"] | parts["val"]) == sequences
+    assert parts["train"]
+    assert parts["val"]
+    assert not parts["train"] & parts["val"]
+    clean = {part: {pair.clean for pair in module.pairs[part]} for part in ("train", "val")}
+    assert not clean["train"] & clean["val"]
+
+
 def test_validation_without_training_uses_the_same_share(root):
     fit, alone = (data(root, train="Rain800", val_share=0.3) for _ in range(2))
     fit.setup("fit")

@@ -4,39 +4,24 @@ import pytest
 
 from derain.data.layouts import LAYOUTS
 from derain.data.pairs import find_pairs
-from tests.factories import clean_image, make_set
+from derain.data.verify import verify
+from tests.factories import clean_image, make_set, save
+from tests.trees import TREES, file_names
 
-CASES = [
-    ("Rain100L", "test", 0, 4),
-    ("Rain100L", "test", 1, 4),
-    ("Rain100L", "test", 2, 4),
-    ("Rain100H", "test", 0, 4),
-    ("Rain100H", "test", 1, 4),
-    ("RainTrainL", "train", 0, 4),
-    ("RainTrainH-full", "train", 0, 4),
-    ("Rain800", "train", 0, 4),
-    ("Rain800", "test", 0, 4),
-    *[
-        (name, split, variant, 4)
-        for name in ("Rain200L", "Rain200H")
-        for split in ("train", "test")
-        for variant in range(3)
-    ],
-    ("Rain1200", "train", 0, 4),
-    ("Rain1200", "test", 0, 4),
-    *[("Rain1400", split, variant, 12) for split in ("train", "test") for variant in range(2)],
-    ("Rain12", "test", 0, 4),
-    ("Rain13K", "train", 0, 4),
-    ("Rain13K", "test", 0, 12),
-    *[(name, "test", 0, 4) for name in ("Test100", "Test1200", "Test2800")],
-    ("SPA-Data", "train", 0, 8),
-    ("SPA-Data", "test", 0, 4),
-]
+NAMED = [name for name, layout in LAYOUTS.items() if layout.folders]
+SPLITS = [(name, split) for name in NAMED for split in LAYOUTS[name].files]
+CASES = [(name, split, variant) for name, split in SPLITS for variant in range(len(file_names(name, split, 1)))]
+PAIRED = [case for case in CASES if case[0] != "RainTrainH" and case[1] != "predict"]  # RainTrainH needs Rain100H
 
 
-@pytest.mark.parametrize(("name", "split", "variant", "count"), CASES)
-def test_each_set_is_found_by_name_and_its_pairs_belong_together(tmp_path, name, split, variant, count):
-    make_set(tmp_path, name, split, count=4, size=(16, 24), seed=7, variant=variant)
+def test_there_is_a_tree_for_every_layout():
+    assert set(TREES) == set(LAYOUTS)
+
+
+@pytest.mark.parametrize(("name", "split", "variant"), PAIRED)
+def test_each_set_is_found_by_name_and_its_pairs_belong_together(tmp_path, name, split, variant):
+    make_set(tmp_path, name, split, count=3, size=(16, 24), seed=7, variant=variant)
+    count = len(file_names(name, split, 3)[variant])
     found = find_pairs(name, split, data_root=tmp_path)
     assert (found.name, found.layout, len(found.pairs)) == (name, name, count)
     assert len({pair.name for pair in found.pairs}) == count
@@ -45,32 +30,75 @@ def test_each_set_is_found_by_name_and_its_pairs_belong_together(tmp_path, name,
         residual = rainy.astype(int) - clean
         assert residual.min() >= (-60 if pair.rainy.suffix == ".jpg" else 0)  # rain only brightens
         assert residual.mean() > 2
+        assert bool(pair.sequence) == LAYOUTS[name].files[split][0].video
+        assert pair.sequence in {"", pair.rainy.parent.name}
 
 
 @pytest.mark.parametrize(
-    ("name", "split", "variant", "count"), [case for case in CASES if case[0] != "RainTrainH-full"]
+    ("name", "split", "variant"),
+    [case for case in CASES if case[0] not in {"RainTrainH", "RainTrainH-full", "Raindrop-B"}],
 )
-def test_each_set_is_detected_by_its_folder(tmp_path, name, split, variant, count):
-    folder = make_set(tmp_path, name, split, count=4, size=(16, 24), variant=variant)
+def test_each_set_is_detected_by_its_folder(tmp_path, name, split, variant):
+    folder = make_set(tmp_path, name, split, count=3, size=(16, 24), variant=variant)
     found = find_pairs(folder, split)
-    by_name = find_pairs(name, split, data_root=tmp_path)
-    assert found.pairs == by_name.pairs
+    if name not in {"Outdoor-Rain-Test1", "AllWeather-rain"}:  # splits of a set whose folder they share
+        assert found.layout == name
+        assert found.pairs == find_pairs(name, split, data_root=tmp_path).pairs
     assert any("detected by the name" in note for note in found.notes)
 
 
-def test_every_layout_is_covered():
-    covered = {name for name, *_ in CASES} | {"folder", "images", "RainTrainH"}
-    assert set(LAYOUTS) == covered
+@pytest.mark.parametrize(
+    ("name", "split", "variant"),
+    [case for case in PAIRED if case[:2] != ("Rain1200", "test")],  # as Rain800's
+)
+def test_each_set_is_detected_by_its_files(tmp_path, name, split, variant):
+    folder = make_set(tmp_path, name, split, count=3, size=(16, 24), variant=variant)
+    files = {(pair.rainy, pair.clean) for pair in find_pairs(name, split, data_root=tmp_path).pairs}
+    moved = folder.rename(tmp_path / "mine")
+    found = {
+        tuple(folder / path.relative_to(moved) for path in (pair.rainy, pair.clean))
+        for pair in find_pairs(moved, split).pairs
+    }
+    assert found == files
 
 
-def test_sets_say_where_they_come_from_and_how_many_they_are():
-    for name, layout in LAYOUTS.items():
-        if not layout.folders:
-            continue
+def broken(file, kind):
+    """Plant a fault in a rainy file, or remove the clean one."""
+    if kind == "unreadable":
+        file.write_bytes(file.read_bytes()[:80])
+    elif kind == "size":
+        save(file, clean_image(5, (32, 40)))
+    else:
+        file.unlink()
+
+
+@pytest.mark.parametrize(("name", "split", "variant"), [case for case in PAIRED if case[2] == 0])
+def test_faults_in_each_set_are_found(tmp_path, name, split, variant):
+    folder = make_set(tmp_path, name, split, count=3, variant=variant)
+    pairs = find_pairs(name, split, data_root=tmp_path).pairs
+    layouts = ["Outdoor-Rain", "AllWeather", "RainTrainH-full", name]
+    assert {finding.kind for finding in verify(folder)[1]} <= {"count", "backgrounds"}
+    faults = {"unreadable": pairs[0].rainy}
+    if pairs[0].clean_side is None:
+        faults |= {"size": pairs[1].rainy, "unpaired": pairs[-1].clean}
+    for kind, file in faults.items():
+        broken(file, kind)
+    findings = verify(folder)[1]
+    assert {finding.set.split(" ")[0] for finding in findings} <= set(layouts)
+    for kind, file in faults.items():
+        files = {path for finding in findings if finding.kind == kind for path in finding.files}
+        expected = {str(pair.rainy) for pair in pairs if pair.clean == file} if kind == "unpaired" else {str(file)}
+        assert files >= expected, kind
+
+
+def test_sets_say_where_they_come_from_and_how_they_are_scored():
+    for name in NAMED:
+        layout = LAYOUTS[name]
         assert layout.source.startswith("https://"), name
         assert re.search(r"\d{4}", layout.citation), name
-        assert set(layout.counts) == set(layout.files), name
+        assert set(layout.counts) <= set(layout.files), name
         assert layout.partner in {"", *LAYOUTS}, name
+        assert layout.protocols or layout.remarks or "test" not in layout.files, name
 
 
 def test_strict_and_full_rain_train_h_differ_by_the_published_number():

@@ -1,4 +1,6 @@
+from derain.data.layouts import LAYOUTS, Files, Layout
 from derain.data.name_matching import describe_contents, find_data_set_folders, list_relative, pair_files
+from derain.data.pairs import to_pairs
 from tests.factories import clean_image, make_set, save
 
 
@@ -85,3 +87,19 @@ def test_first_and_last_number_of_a_split_belong_to_it(tmp_path):
     touch(tmp_path, *(f"rainy_image/{n}_1.jpg" for n in numbers), *(f"ground_truth/{n}.jpg" for n in numbers))
     for split, expected in (("train", ["1_1", "900_1"]), ("test", ["901_1", "1000_1"])):
         assert [name for name, *_ in pair_files("Rain1400", split, tmp_path).pairs] == expected
+
+
+def test_frames_of_videos_are_named_after_their_sequence(tmp_path):
+    for sequence, frame in (("b", "2"), ("b", "10"), ("a", "1")):
+        touch(tmp_path, f"input/{sequence}/{frame}.png", f"target/{sequence}/{frame}.png")
+    names = [name for name, _, _ in pair_files("video", "test", tmp_path).pairs]
+    assert names == ["a/1", "b/2", "b/10"]
+
+
+def test_sequences_whose_folders_have_the_same_name_are_distinguished(tmp_path, monkeypatch):
+    files = Files(r"(?P<scene>\d)/rain/{frame}", r"(?P<scene>\d)/clean/{frame}", video=True)
+    monkeypatch.setitem(LAYOUTS, "scenes", Layout("", {"test": (files,)}))
+    touch(tmp_path, *(f"{scene}/{side}/{frame}.png" for scene in "12" for side in ("rain", "clean") for frame in "34"))
+    matched = pair_files("scenes", "test", tmp_path)
+    assert [name for name, _, _ in matched.pairs] == ["1/rain/3", "1/rain/4", "2/rain/3", "2/rain/4"]
+    assert [pair.sequence for pair in to_pairs(matched)] == ["1/rain", "1/rain", "2/rain", "2/rain"]

@@ -221,6 +221,23 @@ def test_several_rains_on_one_clean_image_are_not_duplicates(tmp_path):
     assert {finding.kind for finding in verify(tmp_path)[1]} == {"count"}
 
 
+def test_frames_of_a_sequence_are_not_duplicates(tmp_path):
+    for sequence, seed in (("a", 1), ("b", 2), ("c", 1)):
+        for frame in range(3):
+            for side, pixels in (
+                ("target", clean_image(seed)),
+                ("input", add_rain(clean_image(seed), 10 * seed + frame)),
+            ):
+                save(tmp_path / f"test/{side}/{sequence}/{frame}.png", pixels)
+    findings = verify(tmp_path, layout="video")[1]
+    assert [(found.kind, [Path(file).parent.name for file in found.files]) for found in findings[:1]] == [
+        ("duplicate", ["a", "c"])
+    ]
+    assert [(found.kind, found.detail) for found in findings[1:]] == [
+        ("backgrounds", "3 first frames of sequences show 2 distinct backgrounds")
+    ]
+
+
 def test_findings_come_in_one_order(root):
     leaked(root, "rocket", lambda p: p[10:150, 40:220])
     (root / "train/target/coffee.png").unlink()

@@ -1,0 +1,125 @@
+"""File patterns of data sets.
+
+A pattern is a regular expression for the path of a file relative to the data set's folder, without suffix, with ``/``
+between folders; case is ignored. The named groups, except ``{version}``, are the key of the pair: files with equal keys
+form a pair.
+
+- ``{n}``: a number (``007`` equals ``7``);
+- ``{name}``: any text, including folders;
+- ``{sequence}`` and ``{frame}``: any text without folders, such as the folder of a video and the name of its frame;
+- ``{version}``: number of the rainy version if a clean image has several.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Split = Literal["train", "test", "predict"]
+Side = Literal["left", "right"]
+
+PLACEHOLDERS: Mapping[str, str] = {
+    "{n}": r"(?P<n>\d+)",
+    "{name}": "(?P<name>.+?)",
+    "{sequence}": "(?P<sequence>[^/]+)",
+    "{frame}": "(?P<frame>[^/]+)",
+    "{version}": r"(?P<version>\d+)",
+}
+"""Regular expressions of the placeholders in patterns."""
+
+SPLIT_FOLDERS: Mapping[str, str] = {"train": "train|training", "test": "test|testing"}
+"""Patterns of the folder that may precede any pattern of a split; tried before the pattern alone."""
+
+AUXILIARY = r"(?:.*/)?(?:rainregion|rainstreak|raintrainregion|rain_?mask|streak)(?:[-_/].*)?"
+"""Pattern of the rain masks and streaks that some archives contain; ignored unless ``Files.auxiliary`` is true."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """File patterns of one split.
+
+    Attributes:
+        rainy: Pattern of the rainy files.
+        clean: Pattern of the clean files; None if they are side by side with the rainy ones or missing.
+        clean_side: Clean half of side-by-side files; None if rainy and clean are separate files.
+        numbers: First and last ``{n}`` of the split; None for all.
+        truth: Whether the clean half is ground truth (some side-by-side files contain a real photo twice).
+        auxiliary: Whether files named like rain masks and streaks belong to the split.
+        video: Whether the folder of a rainy file is a sequence, whose frames are in natural order of their names.
+        note: Note for users about this version of the data set.
+    """
+
+    rainy: str
+    clean: str | None = None
+    clean_side: Side | None = None
+    numbers: tuple[int, int] | None = None
+    truth: bool = True
+    auxiliary: bool = False
+    video: bool = False
+    note: str = ""
+
+    def __str__(self) -> str:
+        """Return the patterns in readable form, without optional parts.
+
+        Example:
+            >>> from derain.data.layouts import LAYOUTS
+            >>> str(LAYOUTS["Rain100L"].files["test"][1])
+            'rain/rain-{n} with norain/norain-{n}'
+            >>> str(LAYOUTS["Rain800"].files["train"][0])
+            'training/{n} (clean left, rainy right)'
+        """
+        if self.clean is not None:
+            return f"{_plain(self.rainy)} with {_plain(self.clean)}"
+        if self.clean_side is None:
+            return _plain(self.rainy)
+        order = "clean left, rainy right" if self.clean_side == "left" else "rainy left, clean right"
+        return f"{_plain(self.rainy)} ({order})"
+
+
+def _plain(pattern: str) -> str:
+    """Return a pattern without optional groups, lookaheads and back references, and with only the first alternative."""
+    plain = pattern.replace(r"\d+", "{n}").replace("(?P=video)", "{n}").replace("[-_]?", "-")
+    plain = plain.replace("[^/]+", "{name}")
+    previous = ""
+    while plain != previous:  # groups are nested: each pass resolves the innermost ones
+        previous = plain
+        plain = re.sub(r"\(\?![^()]*\)", "", plain)
+        plain = re.sub(r"\(\?(?::|P<\w+>)[^()]*\)\?", "", plain)
+        plain = re.sub(r"\(\?(?::|P<\w+>)([^()|]*)[^()]*\)(?!\?)", r"\1", plain)
+    return re.sub(r"[\w]\?", "", plain)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Layout of a data set, or a general layout of pairs.
+
+    Attributes:
+        title: Description in one line.
+        source: Download page; empty for general layouts.
+        citation: Paper.
+        folders: Names of the data set's folder below the data root; empty for general layouts.
+        files: Variants of the file patterns by split; the first one that matches is used.
+        counts: Published number of pairs by split; a split whose number could not be confirmed is missing.
+        excluded_test_set: Test set; training pairs with its backgrounds are excluded.
+        partner: Data set with the test set of these training pairs, or with the training pairs of this test set.
+        protocols: How papers compute their scores on the test set: names in :data:`derain.metrics.PROTOCOLS`, or what
+            differs from all of them; empty if it could not be confirmed.
+        remarks: Known faults, and what else to know before training or testing on the set.
+    """
+
+    title: str
+    files: Mapping[Split, tuple[Files, ...]]
+    source: str = ""
+    citation: str = ""
+    folders: tuple[str, ...] = ()
+    counts: Mapping[Split, int] = field(default_factory=dict)
+    excluded_test_set: str | None = None
+    partner: str = ""
+    protocols: str = ""
+    remarks: tuple[str, ...] = ()
+
+
+RAINY_FOLDER = "(?:inputs?|rain|rainy|rainy_images?|lq)"
+CLEAN_FOLDER = "(?:targets?|norain|clean|gt|ground_?truth)"
+FOLDERS = Files(f"{RAINY_FOLDER}/{{name}}", f"{CLEAN_FOLDER}/{{name}}")
+"""Pairs of equal names in two folders."""

@@ -1,0 +1,49 @@
+"""Data sets of videos, as folders of frames."""
+
+from .patterns import Files, Layout
+
+VIDEO: dict[str, Layout] = {
+    "NTURain": Layout(
+        title="synthetic rain on videos, 8 training sequences with several rains each, 8 test sequences; real videos",
+        folders=("NTURain", "NTU-derain", "SPAC-SupplementaryMaterials", "SPAC-SupplementaryMaterials-master"),
+        files={
+            "train": (
+                Files(
+                    "(?:Dataset_Training_Synthetic/)?{sequence}_Rain_{version}/{frame}",
+                    "(?:Dataset_Training_Synthetic/)?{sequence}_GT/{frame}",
+                    video=True,
+                ),
+            ),
+            "test": (
+                Files(
+                    "(?:Dataset_Testing_Synthetic/)?{sequence}_Rain/{frame}",
+                    "(?:Dataset_Testing_Synthetic/)?{sequence}_GT/{frame}",
+                    video=True,
+                ),
+            ),
+            "predict": (Files("(?:Dataset_Testing_RealRain/)?{sequence}_Rain/{frame}", video=True),),
+        },
+        source="https://github.com/hotndy/SPAC-SupplementaryMaterials",
+        citation="Chen et al., Robust Video Content Alignment and Compensation for Rain Removal in a CNN Framework, "
+        "CVPR 2018",
+        protocols=(
+            "luma in 8 bit, SSIM with σ 0.5 (VDMamba), mean of the means of the sequences; S2VD omits two frames at "
+            "each end; the nearest is restormer, mean over sequences"
+        ),
+        remarks=("folders named _spacCNN contain results of the authors' method, and are ignored",),
+    ),
+    "VRDS": Layout(
+        title="synthetic drops and streaks on videos, 72 training and 30 test sequences",
+        folders=("VRDS",),
+        files={
+            "train": (Files("lq/{sequence}/{frame}", "gt/{sequence}/{frame}", video=True),),
+            "test": (Files("lq/{sequence}/{frame}", "gt/{sequence}/{frame}", video=True),),
+        },
+        source="https://github.com/TonyHongtaoWu/ViMP-Net",
+        citation="Wu et al., Mask-Guided Progressive Network for Joint Raindrop and Rain Streak Removal in Videos, "
+        "ACM MM 2023",
+        protocols="rgb, mean of the means of the sequences (ViMP-Net, RainMamba)",
+        remarks=("folders of streak maps and drop masks are ignored",),
+    ),
+}
+"""Data sets of videos."""
