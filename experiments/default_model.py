@@ -34,11 +34,19 @@ from derain.networks.nafnet import NAFNet
 from derain.progress import track
 
 KINDS = {"measured": 0.32, "noise": 0.36, "drawn": 0.32}
+"""Kinds of rain of `RainPairs`, and their shares."""
+
 VALIDATE = 24
-OWN_PAIRS, DARKER = 0.35, 0.3
-"""Shares: crops of Rain800's own pairs; among them, pairs whose rainy image is darker than the clean one."""
+"""Number of photos for validation."""
+
+OWN_PAIRS = 0.35
+"""Share of the crops that are of Rain800's own pairs."""
+
+DARKER = 0.3
+"""Share of these whose rainy image is darker than the clean one."""
 
 SAVE_SECONDS = 300
+"""Seconds between two saved states."""
 
 
 @dataclass
@@ -72,11 +80,18 @@ def read_photos(data: Path) -> tuple[list[Photo], list[Photo]]:
     for pair in track(kept, "Reading", len(kept)):
         rainy, clean = pair.read()
         (validation if pair in held_out else training).append(Photo(clean, rainy))
+    skipped = f"{len(pairs) - len(kept)} skipped: their backgrounds are in other sets"
+    print(f"{len(training)} photos for training, {len(validation)} for validation; {skipped}")
     return training, validation
 
 
 class Crops:
-    """Random training pairs, determined by the number of the step."""
+    """Random training pairs, determined by the number of the step.
+
+    Args:
+        photos: Photos for training.
+        rain: Adds rain to clean crops.
+    """
 
     def __init__(self, photos: list[Photo], rain: RainPairs) -> None:
         self.photos, self.rain = photos, rain
@@ -90,6 +105,7 @@ class Crops:
         return rainy, clean
 
     def _own(self, rng: Rng, side: int) -> tuple[Crop, Crop]:
+        """Return a crop of one of Rain800's own pairs, rainy and clean."""
         is_darker = bool(self.darker) and rng.random() < DARKER
         photos = self.darker if is_darker else self.photos
         photo = photos[rng.integers(len(photos))]
@@ -97,6 +113,7 @@ class Crops:
         return (rainy[:, ::-1], clean[:, ::-1]) if rng.random() < 0.5 else (rainy, clean)
 
     def _new(self, rng: Rng, side: int) -> tuple[Crop, Crop]:
+        """Return a clean crop with new rain, and the clean crop."""
         scale = log_uniform(rng, 0.6, 2.2) if rng.random() < 0.5 else 1.0
         (clean,) = random_crop([self.photos[rng.integers(len(self.photos))].clean], rng, side, scale)
         clean = clean[:, ::-1] if rng.random() < 0.5 else clean
@@ -105,7 +122,10 @@ class Crops:
 
 
 def random_crop(images: list[NDArray[np.uint8]], rng: Rng, side: int, scale: float = 1.0) -> list[Crop]:
-    """Return the same crop of several images, taken ``scale`` times as large and resized to ``side``."""
+    """Return the same square crop of several images, taken ``scale`` times as large and resized to ``side`` pixels.
+
+    Crops larger than an image are taken as large as its shorter side.
+    """
     height, width = images[0].shape[:2]
     taken = max(16, min(int(side * scale), height, width))
     top, left = rng.integers(height - taken + 1), rng.integers(width - taken + 1)
@@ -118,7 +138,14 @@ def random_crop(images: list[NDArray[np.uint8]], rng: Rng, side: int, scale: flo
 
 @torch.inference_mode()
 def validate(network: NAFNet, photos: list[Photo], rain: RainPairs, without: str | None) -> dict[str, float]:
-    """Return the mean PSNR in RGB by kind of rain; ``none`` is that of clean photos."""
+    """Return the mean PSNR in dB in RGB by kind of rain; ``none`` is that of clean photos.
+
+    Args:
+        network: The network.
+        photos: Photos for validation.
+        rain: Adds rain to clean photos.
+        without: Kind of rain that is not trained on, to validate with it too; None for no such kind.
+    """
     kinds = ["own", *rain.kinds, *([without] if without else []), "none"]
     scores = {kind: [_psnr(network, photo, rain, kind, index) for index, photo in enumerate(photos)] for kind in kinds}
     return {kind: float(np.mean(values)) for kind, values in scores.items()}
@@ -178,6 +205,7 @@ def main(options: argparse.Namespace) -> None:
         averaged.load_state_dict(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
+        print(f"{state_file}: resuming at step {first}")
     saved = time.monotonic()
     for step in track(range(first, options.steps), "Training", options.steps - first):
         share = step / options.steps

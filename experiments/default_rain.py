@@ -1,7 +1,8 @@
 """Many kinds of rain on crops of clean photos: what the bundled models are trained on.
 
-Crops are ``(h, w, 3)`` float32 in [0, 1]. Exposure and colour of the light act before the rain. Blur, noise and JPEG
-of the camera act on the rainy crop and its target alike, so that the network removes rain and nothing else.
+Crops are ``(h, w, 3)`` float32 in [0, 1]. Exposure, colour of the light and mist that stays act before the rain. Blur,
+noise and JPEG of the camera act on the rainy crop and its target alike, so that the network removes rain and nothing
+else. Opacities of streaks are ``(h, w)`` float32, from 0 to 1.3.
 """
 
 import math
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from derain.data.rain import Rain, streaks
+from derain.errors import DerainError
 
 Crop = NDArray[np.float32]
 Rng = np.random.Generator
@@ -31,12 +33,21 @@ class RainPairs:
 
     Args:
         measured: Grey images of streaks on black, such as those of Garg and Nayar (2006).
-        kinds: Share of each kind of streaks: ``measured``, ``noise``, ``drawn``.
+        kinds: Share of each kind of streaks, by the name of the method that makes it: ``measured``, ``noise``,
+            ``drawn``.
+
+    Raises:
+        DerainError: If there are no images, or one cannot be read.
     """
 
     def __init__(self, measured: Sequence[Path], kinds: dict[str, float]) -> None:
+        if not measured:
+            raise DerainError("no images of measured streaks; expected .png files in the folder Streaks of the data")
         self.kinds = kinds
         self.images = [cv2.imread(str(file), cv2.IMREAD_GRAYSCALE) for file in measured]
+        for file, image in zip(measured, self.images, strict=True):
+            if image is None:
+                raise DerainError(f"{file}: cannot be read; expected an image of streaks on black")
 
     def pair(self, clean: Crop, rng: Rng) -> tuple[Crop, Crop]:
         """Return a rainy crop and its target."""
@@ -47,7 +58,10 @@ class RainPairs:
         return take_photo(rainy, clean, rng)
 
     def add_rain(self, clean: Crop, rng: Rng, kind: str | None = None) -> Crop:
-        """Add rain of a kind, by default a random one."""
+        """Return the crop with rain of a kind, by default a random one.
+
+        Rain that covers more than 30 to 45 % of the crop on average is made fainter.
+        """
         if kind is None:
             shares = np.array(list(self.kinds.values()))
             kind = list(self.kinds)[rng.choice(len(shares), p=shares / shares.sum())]
@@ -62,7 +76,7 @@ class RainPairs:
         return blend(clean, opacity[..., None], rng)
 
     def measured(self, shape: tuple[int, int], rng: Rng) -> Crop:
-        """Return parts of one or two measured images: resized, rotated, mirrored, with another contrast."""
+        """Return the sum of parts of one or two measured images: resized, rotated, mirrored, with another contrast."""
         height, width = shape
         total = np.zeros(shape, np.float32)
         for _ in range(2 if rng.random() < 0.35 else 1):
@@ -113,12 +127,18 @@ class RainPairs:
 
 
 def blend(clean: Crop, opacity: NDArray[np.float32], rng: Rng) -> Crop:
-    """Add streaks, screen them, or let them show the light of the sky."""
+    """Return a crop with streaks: added (40 %), screened (20 %), or showing the light of the sky (40 %).
+
+    Args:
+        clean: The crop.
+        opacity: Opacity of the streaks, ``(h, w, 1)``.
+        rng: Random number generator.
+    """
     tint = 1 + rng.normal(0, 0.03, 3).astype(np.float32) if rng.random() < 0.5 else np.float32(1)
-    way = rng.random()
-    if way < 0.4:
+    blend_mode = rng.random()
+    if blend_mode < 0.4:
         rainy = clean + opacity * tint * rng.uniform(0.7, 1.0)
-    elif way < 0.6:
+    elif blend_mode < 0.6:
         rainy = clean + np.minimum(opacity, 1) * (1 - clean) * tint
     else:
         sky = np.clip(rng.uniform(0.9, 1.6) * np.percentile(clean, 92), 0.35, 1.0) * tint
@@ -148,20 +168,20 @@ def line(length: float, angle: float, thickness: float) -> Crop:
 
 
 def smooth_noise(shape: tuple[int, ...], rng: Rng, low: float, high: float) -> Crop:
-    """Return noise that varies over a quarter of the crop."""
+    """Return a smooth map ``(h, w)`` through ``4 × 4`` random values from ``low`` to ``high``; at least 0."""
     grid = rng.uniform(low, high, (4, 4)).astype(np.float32)
     return cv2.resize(grid, (shape[1], shape[0]), interpolation=cv2.INTER_CUBIC).clip(0, None)
 
 
 def add_mist(image: Crop, rng: Rng, opacity: float) -> Crop:
-    """Blend with the light of the sky, unevenly."""
+    """Return an image blended with the light of the sky, unevenly: 0.6 to 1.1 times the opacity."""
     light = np.clip(rng.uniform(0.9, 1.4) * np.percentile(image, 90), 0.4, 0.97)
     share = np.clip(smooth_noise(image.shape, rng, 0.6, 1.1) * opacity, 0, 1)[..., None]
     return (image * (1 - share) + light * share).astype(np.float32)
 
 
 def change_light(image: Crop, rng: Rng) -> Crop:
-    """Change gamma, colour and contrast, each in some of the crops."""
+    """Return an image with another gamma, colour of the light and contrast, each changed in some of the crops."""
     if rng.random() < 0.4:
         image = image ** np.float32(log_uniform(rng, 0.6, 1.9))
     if rng.random() < 0.3:
@@ -172,24 +192,32 @@ def change_light(image: Crop, rng: Rng) -> Crop:
 
 
 def take_photo(rainy: Crop, clean: Crop, rng: Rng) -> tuple[Crop, Crop]:
-    """Blur, add noise, round to bytes and compress both crops alike, each in some of the pairs."""
-    both = [rainy, clean]
+    """Return both crops rounded to bytes; in some of the pairs both are blurred, noisy or compressed alike."""
+    crops = [rainy, clean]
     if rng.random() < 0.1:
         sigma = rng.uniform(0.4, 1.0)
-        both = [cv2.GaussianBlur(crop, (0, 0), sigma) for crop in both]
+        crops = [cv2.GaussianBlur(crop, (0, 0), sigma) for crop in crops]
     if rng.random() < 0.25:
         grain = rng.normal(0, rng.uniform(0.5, 6) / 255, clean.shape).astype(np.float32)
-        both = [crop + grain for crop in both]
-    in_bytes = [np.rint(np.clip(crop, 0, 1) * 255).astype(np.uint8) for crop in both]
+        crops = [crop + grain for crop in crops]
+    pixels = [np.rint(np.clip(crop, 0, 1) * 255).astype(np.uint8) for crop in crops]
     if rng.random() < 0.5:
-        quality, first_row, first_column = int(log_uniform(rng, 30, 98)), *rng.integers(8, size=2)
-        in_bytes = [compress(crop, quality, first_row, first_column) for crop in in_bytes]
-    first, second = (crop.astype(np.float32) / 255 for crop in in_bytes)
-    return first, second
+        quality = int(log_uniform(rng, 30, 98))
+        first_row, first_column = rng.integers(8, size=2)
+        pixels = [compress(crop, quality, first_row, first_column) for crop in pixels]
+    rainy, clean = (crop.astype(np.float32) / 255 for crop in pixels)
+    return rainy, clean
 
 
 def compress(image: NDArray[np.uint8], quality: int, first_row: int, first_column: int) -> NDArray[np.uint8]:
-    """Compress as JPEG with blocks that do not start at the image's corner, as in a crop of a compressed photo."""
+    """Return an image compressed as JPEG, with blocks that start anywhere, as in a crop of a compressed photo.
+
+    Args:
+        image: ``(h, w, 3)`` uint8.
+        quality: JPEG quality, 1 to 100.
+        first_row: Rows of the first block that are outside the image, 0 to 7.
+        first_column: The same for columns.
+    """
     padded = cv2.copyMakeBorder(image, first_row, 0, first_column, 0, cv2.BORDER_REFLECT_101)
     encoded = cv2.imencode(".jpg", padded, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     return cv2.imdecode(encoded, cv2.IMREAD_COLOR)[first_row:, first_column:]

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningCLI
 import derain
 from derain import PLNLINGANModule
 from derain.cli import main
+from derain.errors import DerainError
 from derain.images import write_image
 from derain.methods import DerainModule, catalog
 from tests.factories import make_clip, make_set
@@ -361,6 +362,15 @@ def test_rain_of_the_bundled_model(kind, tmp_path, monkeypatch):
     pairs = [rain.pair(clean, np.random.default_rng(seed)) for seed in range(60)]
     unchanged = sum(np.array_equal(rainy, target) for rainy, target in pairs)
     assert 2 <= unchanged <= 24  # a sixth of the crops stays without rain
+
+
+def test_measured_streaks_that_are_missing_or_damaged(tmp_path):
+    script = load_script("default_rain")
+    with pytest.raises(DerainError, match="Streaks"):
+        script.RainPairs([], {"noise": 1.0})
+    (tmp_path / "1-1.png").write_bytes(b"damaged")
+    with pytest.raises(DerainError, match=r"1-1\.png"):
+        script.RainPairs([tmp_path / "1-1.png"], {"measured": 1.0})
 
 
 def test_lines_are_as_long_as_asked():

@@ -27,9 +27,9 @@ class SSIDKDModule(RegressionModule):
     """SSID-KD's semi-supervised stage, on pairs and on rainy images without ground truth (``--data.unlabelled``).
 
     It continues from the weights of the supervised stage (``--weights``), which `RegressionModule` trains. Priors of
-    natural images apply to the results of both kinds of images: dark channel and total variation. The features of the
-    coarsest encoder should be distributed alike. These terms are sums over pixels, so that their weights fit crops and
-    batches of the authors' sizes.
+    natural images apply to the results of both kinds of images: dark channel and total variation. Both are sums over
+    pixels, so that their weights fit crops and batches of the authors' sizes. The features of the coarsest encoder
+    should be distributed alike: their divergence is a mean.
 
     Args:
         network: Class of the network: ``SSIDKD``, or the path of a class that derives from it.
@@ -37,7 +37,7 @@ class SSIDKDModule(RegressionModule):
         loss: Loss of the pairs, see `RegressionModule`; by default 20 times the mean absolute error.
         dark_channel: Weight of the dark channel.
         variation: Weight of the total variation.
-        divergence: Weight of the divergence of the features.
+        divergence: Weight of the divergence of the features of real images from those of synthetic ones.
         window: Side of the windows of the dark channel in pixels; the authors' is that of their crops.
         optimizer: Class of the optimizer, see `RegressionModule`.
         learning_rate: Learning rate of the optimizer.
@@ -53,7 +53,7 @@ class SSIDKDModule(RegressionModule):
     """
 
     needs_unlabelled: ClassVar[bool] = True
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # RegressionModule has the network
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # `derain bench` counts the network with RegressionModule
     may_change = RegressionModule.may_change | {"dark_channel", "variation", "divergence", "window"}
     started: bool = False
     """Whether training starts from given weights."""

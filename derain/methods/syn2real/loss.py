@@ -15,7 +15,7 @@ NOISE = 1.0
 VARIANCE_WEIGHT = 0.33
 """Weight of the logarithm of the variance by the nearest examples."""
 FAR_WEIGHT = 0.33e-6
-"""Weight of the logarithm of the variance by the furthest examples, which is increased."""
+"""Weight of the logarithm of the variance by the furthest examples; the loss increases this variance."""
 
 
 class Posterior(NamedTuple):
@@ -41,6 +41,9 @@ def posterior(latents: Float[Tensor, "b d"], examples: Float[Tensor, "b n d"], n
         latents: Latent vectors.
         examples: Latent vectors of labelled images, ``n`` for each latent vector.
         noise: Variance of the noise.
+
+    Returns:
+        Mean and variance; NaN for latent vectors that are not finite.
 
     References:
         Section 3 of the paper; kernel and noise as in the authors' code (``GP.py``).

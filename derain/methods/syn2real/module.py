@@ -21,7 +21,7 @@ log = logging.getLogger("derain")
 SCHEDULE = {"milestones": [100], "decay": 0.5}
 """Schedule of the authors: the learning rate is halved after 100 of 200 epochs."""
 MAX_BANK = 1 << 16
-"""Limit of the stored latent vectors."""
+"""Largest number of stored latent vectors."""
 
 
 class Syn2RealModule(RegressionModule):
@@ -34,7 +34,7 @@ class Syn2RealModule(RegressionModule):
     Args:
         network: Class of the network: ``Syn2Real``, or the path of a class that derives from it.
         network_options: Arguments of the class; by default those of the paper.
-        loss: Loss of the pairs, see `RegressionModule`.
+        loss: Loss of the pairs, see `RegressionModule`; the recipe adds 0.04 times the loss ``perceptual``.
         gp_weight: Weight of the loss of unlabelled images.
         phases: ``alternating``: the first batches of an epoch train on pairs, the last ones on unlabelled images, as
             the authors' ``train.py``; ``joint``: every step trains on the sum of both losses, as their later
@@ -58,7 +58,7 @@ class Syn2RealModule(RegressionModule):
     """
 
     needs_unlabelled: ClassVar[bool] = True
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # RegressionModule has the network
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # `derain bench` counts the network with RegressionModule
     may_change = RegressionModule.may_change | {"gp_weight", "neighbours"}
 
     def __init__(
@@ -136,7 +136,7 @@ class Syn2RealModule(RegressionModule):
         if math.isinf(batches):
             raise DerainError("--model.phases alternating: epochs have no end; set --trainer.limit_train_batches")
         count = max(1, round(self._share() * batches))
-        return int(batches - min(count, batches - 1))  # the first batch fills the bank
+        return int(batches - min(count, batches - 1))  # the first batch, of pairs, fills the bank
 
     def _share(self) -> float:
         """Return the share of the batches that train on unlabelled images."""
@@ -171,7 +171,10 @@ class Syn2RealModule(RegressionModule):
             return gaussian_process_loss(latents, labelled, self.neighbours)
 
     def _fits_bank(self, images: Float[Tensor, "b 3 h w"]) -> bool:
-        """Return whether the bank has latent vectors of crops of this size; the first crops of a size fill it."""
+        """Return whether the bank has latent vectors of crops of this size.
+
+        If not, the batch trains on its pairs, which fill the bank.
+        """
         if self.labelled is None:
             return False
         multiple = cast(Syn2Real, self.network).size_multiple  # also that between the sizes of images and features
