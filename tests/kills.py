@@ -10,6 +10,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -61,7 +62,13 @@ def kill_once(fit: list[str], root: Path, delay: float) -> tuple[bool, str]:
 
 
 def killed_equals_whole(
-    method: str, folder: Path, kills: int, steps: bool, seed: int = 0, max_delay: float = 2.0
+    method: str,
+    folder: Path,
+    kills: int,
+    steps: bool,
+    seed: int = 0,
+    max_delay: float = 2.0,
+    options: Sequence[str] = (),
 ) -> int:
     """Compare a training run that is killed up to ``kills`` times with an uninterrupted run.
 
@@ -72,6 +79,7 @@ def killed_equals_whole(
         steps: Whether a checkpoint is saved after every optimiser step.
         seed: Seed of the times between a checkpoint and a kill.
         max_delay: Maximum time between a checkpoint and a kill, in seconds.
+        options: Further options of both runs.
 
     Returns:
         Number of kills before the run ended.
@@ -86,7 +94,7 @@ def killed_equals_whole(
         content["trainer"]["callbacks"][-1]["init_args"] |= one_file
         config = f"{method}-newest.yaml"
         Path(config).write_text(yaml.safe_dump(content))
-    fit = ["fit", "--config", config, "--trainer.max_epochs", str(EPOCHS[method])]
+    fit = ["fit", "--config", config, "--trainer.max_epochs", str(EPOCHS[method]), *options]
     whole, killed = folder / f"whole-{steps}", folder / f"killed-{steps}"
     assert derain([*fit, "--trainer.default_root_dir", str(whole)]) == 0
     delays = random.Random(seed)

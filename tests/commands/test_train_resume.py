@@ -19,6 +19,7 @@ from tests.tiny import MODELS
 
 METHODS = [pytest.param(name, marks=[pytest.mark.slow] * (name != "PReNetModule")) for name in MODELS]
 WITHIN, AT_THE_END, IN_THE_NEXT = 3, 4, 6  # of epochs of four steps
+VARIED_RAIN = ["--data.rain", "varied"]
 WORSE = ["--model.milestones", "[1]", "--model.decay", "30"]  # the second epoch
 
 
@@ -294,10 +295,12 @@ def test_a_signal_to_one_of_two_processes_stops_both(all_methods):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["PReNetModule", "PLNLINGANModule"])
-def test_two_processes_resume_within_an_epoch(all_methods, method):
+@pytest.mark.parametrize(
+    ("method", "options"), [("PReNetModule", VARIED_RAIN), ("PLNLINGANModule", []), ("Syn2RealModule", [])]
+)
+def test_two_processes_resume_within_an_epoch(all_methods, method, options):
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp_find_unused_parameters_true", "--data.batch_size", "1"]
-    fit = ["fit", "--config", f"{method}-steps.yaml", *two]
+    fit = ["fit", "--config", f"{method}-steps.yaml", *two, *options]
     finish(*fit)
     whole = all_methods / f"runs/{method}-steps/fit-1"
     finish(*fit, "--ckpt_path", str(whole / "checkpoints/step-2.ckpt"), "--trainer.default_root_dir", "again")
@@ -346,9 +349,9 @@ def test_changed_options_apply_as_if_the_run_had_started_with_them(all_methods, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("steps", "kills"), [(False, 1), (True, 2)])
-def test_a_run_killed_at_random_moments(all_methods, steps, kills):
-    assert killed_equals_whole("PReNetModule", all_methods, kills, steps, max_delay=0.5) == kills
+@pytest.mark.parametrize(("steps", "kills", "options"), [(False, 1, []), (True, 2, []), (True, 1, VARIED_RAIN)])
+def test_a_run_killed_at_random_moments(all_methods, steps, kills, options):
+    assert killed_equals_whole("PReNetModule", all_methods, kills, steps, max_delay=0.5, options=options) == kills
 
 
 @pytest.mark.slow
