@@ -215,7 +215,8 @@ def to_pairs(files: PairedFiles) -> tuple[Pair, ...]:
     """Convert paired files to pairs, in the same order."""
     side, video = files.variant.clean_side, files.variant.video
     return tuple(
-        Pair(name, rainy, clean, side, name.rpartition("/")[0] if video else "") for name, rainy, clean in files.pairs
+        Pair(name, rainy, clean, side, sequence=name.rpartition("/")[0] if video else "")
+        for name, rainy, clean in files.pairs
     )
 
 
