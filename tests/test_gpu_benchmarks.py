@@ -61,7 +61,7 @@ def test_the_page_lists_what_is_missing():
         "| a | 0.5 | – |",
         "| b | – | – |",
     ]
-    text = page({"batches": {"environment": {"device": "X"}, "rows": rows, "skipped": ["c: no time left"]}})
+    text = page({"batches": {"environment": {"device": "X"}, "rows": rows, "notes": ["not measured: c: no time left"]}})
     assert "device X" in text
     assert "c: no time left" in text
     assert all(item.name in text for item in ITEMS if item.name != "batches")
@@ -87,7 +87,7 @@ def test_every_item_runs_once(tmp_path):
     (folder,) = tmp_path.iterdir()
     results = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     assert set(results) == {item.name for item in ITEMS}
-    assert all(result["rows"] or result["skipped"] for result in results.values())
+    assert all(result["rows"] or result["notes"] for result in results.values())
     (folder / "video.json").unlink()
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
     code, output = run("--device", "cpu", "--quick", "--out", tmp_path, "--total", 100_000)

@@ -63,21 +63,25 @@ class Context:
         quick: Whether sizes are tiny, to test the items.
         deadline: Time of ``time.perf_counter`` by which the item should end.
         peaks: Result of the item ``device``, for rooflines: bytes or operations per second; empty for that item.
-        skipped: What the item did not measure, and why.
+        notes: Lines below the table: what the item did not measure, and why; failed tests.
     """
 
     device: torch.device
     quick: bool
     deadline: float
     peaks: Mapping[str, float] = field(default_factory=dict)
-    skipped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def in_time(self, name: str) -> bool:
         """Return whether there is time left for a measurement; otherwise record that it is skipped."""
         if time.perf_counter() < self.deadline:
             return True
-        self.skipped.append(f"{name}: no time left")
+        self.skip(f"{name}: no time left")
         return False
+
+    def skip(self, note: str) -> None:
+        """Note what is not measured, and why."""
+        self.notes.append(f"not measured: {note}")
 
 
 class Item(NamedTuple):
@@ -127,7 +131,7 @@ def tests(context: Context) -> Iterator[Row]:
         outcome = next((outcomes[child.tag] for child in case if child.tag in outcomes), "passed")
         counts[outcome] += 1
         if outcome == "failed":
-            context.skipped.append(f"{case.get('classname')}::{case.get('name')}: failed")
+            context.notes.append(f"failed: {case.get('classname')}::{case.get('name')}")
     if result.returncode not in {0, 1}:
         raise RuntimeError(f"pytest ended with exit code {result.returncode}")
     yield counts
@@ -224,17 +228,17 @@ class Steps(lightning.Callback):
 def training(context: Context, *, recipe: Path) -> Iterator[Row]:
     """Train by a recipe of ``experiments/methods``, with its network, loss, optimiser, batch, crop and precision."""
     if recipe.stem in NEEDS_FILES:
-        context.skipped.append(f"{recipe.stem}: needs {NEEDS_FILES[recipe.stem]}")
+        context.skip(f"{recipe.stem}: needs {NEEDS_FILES[recipe.stem]}")
         return
     tiny = recipe.with_stem(f"{recipe.stem}-tiny")
     if context.quick and not tiny.is_file():
-        context.skipped.append(f"{recipe.stem}: there is no {tiny.name}")
+        context.skip(f"{recipe.stem}: there is no {tiny.name}")
         return
     config = yaml.safe_load((tiny if context.quick else recipe).read_text(encoding="utf-8"))
     options = config["model"].get("init_args") or {}
     if config["model"]["class_path"] == "CLIPRPNModule":
         options = options | {"perception": "fixed"}  # CLIP is frozen, and not on this machine
-        context.skipped.append("cliprpn: CLIP itself, which chooses the route of an image")
+        context.skip("cliprpn: CLIP itself, which chooses the route of an image")
     classes = {method.__name__: method for method in methods()}
     method = classes[config["model"]["class_path"]](**options)
     data, trainer_options = config.get("data") or {}, config.get("trainer") or {}
@@ -320,7 +324,7 @@ def run_item(item: Item, context: Context, environment: Mapping[str, Any], path:
         "environment": dict(environment),
         "seconds": time.perf_counter() - start,
         "rows": rows,
-        "skipped": context.skipped,
+        "notes": context.notes,
     }
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

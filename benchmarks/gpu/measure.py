@@ -16,6 +16,7 @@ ROUNDS = 5
 """Most timed rounds of a measurement; fewer if they take more than ``SECONDS``."""
 
 SECONDS = 4.0
+"""Seconds after which no further round of a measurement begins."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def peak_gib(device: torch.device) -> float | None:
 
 
 def median_seconds(run: Callable[[], object], device: torch.device, limit: float = SECONDS) -> float:
-    """Return the median seconds of a computation that has been warmed up, over at most ``limit`` seconds."""
+    """Return the median seconds of a computation that has been warmed up; no round begins after ``limit`` seconds."""
     times: list[float] = []
     while len(times) < ROUNDS and sum(times) < limit:
         synchronize(device)
@@ -146,7 +147,8 @@ def measure(
         work: Work of the same computation that is not compiled; None: counted in the first call.
 
     Returns:
-        Seconds, share of the roofline and peak memory; and the work.
+        A row of the table (seconds, share of the roofline, peak memory in GiB, and for compiled networks the seconds of
+        the first call); and the work.
     """
     with setting.applied():
         if work is None:

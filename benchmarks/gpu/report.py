@@ -35,10 +35,10 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     for section, items in itertools.groupby(ITEMS, lambda item: item.section):
         found = [results[item.name] for item in items if item.name in results]
         rows = [row for result in found for row in result["rows"]]
-        notes = [note for result in found for note in result["skipped"]]
+        notes = [note for result in found for note in result["notes"]]
         if found:
             lines += [f"## {section}\n", *table(rows)]
-            lines += [f"- not measured: {note}" for note in notes] + [""] * bool(notes)
+            lines += [f"- {note}" for note in notes] + [""] * bool(notes)
     missing = [item.name for item in ITEMS if item.name not in results]
     if missing:
         lines.append(f"Items that have not run: {', '.join(missing)}.")
