@@ -33,10 +33,11 @@ SMALLEST_TILE = 64
 """Smallest side of a tile in pixels."""
 
 LARGEST_BATCH = 32
-"""Largest number of images or tiles in one pass; a GPU is busy with fewer."""
+"""Largest number of images or tiles in one pass; more are no faster, since fewer already occupy a GPU."""
 
 SMALLEST_FOR_THREADS = 64 * 64
-"""Smallest number of pixels of an image that is restored on its own thread; below, Python's lock takes the gain."""
+"""Smallest number of pixels of an image that is restored on its own thread; below, waiting for Python's lock costs more
+time than threads gain."""
 
 
 def check_tile(tile: int | Literal["auto"] | None) -> None:
@@ -189,7 +190,7 @@ class Scheduler:
             self._reduce_count(height, width, count)
 
     def _threads(self, height: int, width: int) -> int:
-        """Return the number of threads that restore an image of a size each; 1 if these are not faster."""
+        """Return the number of threads, each of which restores an image of a size; 1 if threads are not faster."""
         compiled = self.method.network._compiled_call_impl is not None
         has_own_threads = next(self.method.parameters(), None) is None  # onnxruntime
         small = height * width < SMALLEST_FOR_THREADS
@@ -372,7 +373,7 @@ class Scheduler:
         return self._counts[height, width]
 
     def _pixels_in_memory(self) -> int:
-        """Return the number of pixels that the method can restore at once: half of the memory is left to others."""
+        """Return the number of pixels that the method can restore at once in half of the available memory."""
         return memory_for(self.device) // 2 // self.method.bytes_per_pixel
 
     def _reduce_count(self, height: int, width: int, count: int) -> None:
