@@ -3,7 +3,7 @@
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +12,14 @@ import numpy as np
 
 from derain.data.result_folders import ScoringPair, find_scoring_pairs
 from derain.errors import DerainError
+from derain.images import Pixels
 from derain.metrics import Protocol, bootstrap_interval, psnr_ssim, resolve
 from derain.metrics.full_reference import MAX_PSNR
-from derain.metrics.perceptual import Lpips, NoReference, available_lpips
+from derain.metrics.perceptual import FrechetDistance, Lpips, PyiqaMetric, available_lpips
 from derain.progress import track
 from derain.tables import Cell, Column, Format, Row, Table, Value, write_results
+
+Metric = PyiqaMetric | FrechetDistance
 
 
 def score(
@@ -26,6 +29,7 @@ def score(
     protocol: Sequence[str] = ("matlab-y",),
     lpips: Literal["auto", "alex", "vgg", "none"] = "auto",
     no_reference: Sequence[str] = (),
+    full_reference: Sequence[str] = (),
     format: Format = "table",
     out: Path | None = None,
 ) -> int:
@@ -39,7 +43,8 @@ def score(
             ir-sde for ir-sde-rgb and ir-sde-y; append +down to compute SSIM on down-sampled images.
         lpips: Network of LPIPS; auto is AlexNet if its weights are on this machine, else none; alex and vgg download
             missing weights.
-        no_reference: No-reference metrics of pyiqa, such as niqe or musiq.
+        no_reference: No-reference metrics of pyiqa, such as niqe, brisque or musiq; they need no clean images.
+        full_reference: Metrics of pyiqa that compare with clean images, such as dists, or fid for the whole folder.
         format: Output format; CSV and JSON have the scores of each image.
         out: Write to this file.
 
@@ -47,12 +52,15 @@ def score(
         DerainError: If a protocol is unknown, no metric is available, or images are missing, do not belong together or
             cannot be read.
     """
+    no_reference, full_reference = _names(no_reference), _names(full_reference)
     if clean is None and not no_reference:
         raise DerainError("CLEAN is missing; give clean images, or score without them by --no-reference niqe")
+    if clean is None and full_reference:
+        raise DerainError(f"--full-reference {','.join(full_reference)}: needs clean images; give CLEAN")
     protocols = () if clean is None else resolve(protocol)
     pairs = find_scoring_pairs(derained, clean)
     network = available_lpips("none" if clean is None else lpips)
-    metrics = available_metrics(no_reference)
+    metrics = [*available(no_reference, PyiqaMetric), *available(full_reference, _with_reference)]
     if not (protocols or metrics):
         raise DerainError("no metric is available; give clean images, or install pyiqa: pip install 'derain[iqa]'")
     results = evaluate(pairs, protocols, network, metrics)
@@ -61,12 +69,22 @@ def score(
     return 0
 
 
-def available_metrics(names: Sequence[str]) -> list[NoReference]:
-    """Return the no-reference metrics that can be loaded; report the unavailable ones on standard error."""
+def _names(values: Sequence[str]) -> list[str]:
+    """Return names that were given separately or joined by commas."""
+    return [name for value in values for name in value.split(",") if name]
+
+
+def _with_reference(name: str) -> PyiqaMetric | FrechetDistance:
+    """Return a metric of pyiqa that needs clean images."""
+    return FrechetDistance(name) if name in FrechetDistance.names else PyiqaMetric(name, full_reference=True)
+
+
+def available(names: Sequence[str], create: Callable[[str], Metric]) -> list[Metric]:
+    """Return the metrics of pyiqa that can be loaded; report the others on standard error."""
     metrics = []
     for name in names:
         try:
-            metrics.append(NoReference(name))
+            metrics.append(create(name))
         except DerainError as error:
             print(f"skipped {name}: {error}", file=sys.stderr)
     return metrics
@@ -76,7 +94,7 @@ def evaluate(
     pairs: Sequence[ScoringPair],
     protocols: Sequence[Protocol],
     lpips: Lpips | None = None,
-    no_reference: Sequence[NoReference] = (),
+    metrics: Sequence[Metric] = (),
 ) -> list[dict[str, Any]]:
     """Compute the scores of all images and their means.
 
@@ -84,16 +102,18 @@ def evaluate(
         pairs: Derained images, with their clean images if there are protocols.
         protocols: Protocols of PSNR and SSIM; if empty, the only result has the no-reference metrics.
         lpips: LPIPS metric; None: not computed.
-        no_reference: No-reference metrics of the derained images.
+        metrics: Metrics of pyiqa; those that compare with clean images only if all pairs have one.
 
     Returns:
         One result per protocol: ``protocol``, ``definition``, ``count``, means ``psnr`` (dB), ``ssim`` and ``lpips``,
-        ``psnr_interval`` and ``ssim_interval`` (95 %, bootstrap), ``lpips_net``, ``no_reference`` (means by name) and
-        ``images`` (scores of each image). Values that were not computed are None.
+        ``psnr_interval`` and ``ssim_interval`` (95 %, bootstrap), ``lpips_net``, ``no_reference`` and
+        ``full_reference`` (means by name; Fréchet distances of all images) and ``images`` (scores of each image).
+        Values that were not computed are None.
 
     Raises:
         DerainError: If an image cannot be read or scored; the message has its path.
     """
+    single = [metric for metric in metrics if isinstance(metric, PyiqaMetric)]
     lock = threading.Lock()  # one network at a time: it uses all cores by itself
 
     def score_image(pair: ScoringPair) -> list[dict[str, float]]:
@@ -104,8 +124,8 @@ def evaluate(
             with lock:
                 if lpips is not None and clean is not None:
                     scores["lpips"] = lpips(derained, clean)
-                for metric in no_reference:
-                    scores[metric.name] = metric(derained)
+                for metric in single:
+                    scores[metric.name] = metric(derained, clean)
             if clean is None:
                 return [scores]
             fidelities = [psnr_ssim(derained, clean, protocol) for protocol in protocols]
@@ -115,18 +135,28 @@ def evaluate(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         scores = list(track(pool.map(score_image, pairs), "Scoring", len(pairs)))
+    distances = {metric.name: metric(_read(pairs)) for metric in metrics if isinstance(metric, FrechetDistance)}
     results = []
     for index, protocol in enumerate(protocols or [None]):
         images = [{"name": pair.name, **by_protocol[index]} for pair, by_protocol in zip(pairs, scores, strict=True)]
-        results.append(_summary(protocol, images, lpips, no_reference))
+        results.append(_summary(protocol, images, lpips, single, distances))
     return results
+
+
+def _read(pairs: Sequence[ScoringPair]) -> Iterator[tuple[Pixels, Pixels]]:
+    """Yield the derained and the clean images of pairs that have both."""
+    for pair in pairs:
+        derained, clean = pair.read()
+        assert clean is not None
+        yield derained, clean
 
 
 def _summary(
     protocol: Protocol | None,
     images: list[dict[str, Any]],
     lpips: Lpips | None,
-    no_reference: Sequence[NoReference],
+    metrics: Sequence[PyiqaMetric],
+    distances: Mapping[str, float],
 ) -> dict[str, Any]:
     """Return the result of a protocol."""
     scores = {key: np.array([image[key] for image in images]) for key in images[0] if key != "name"}
@@ -145,7 +175,9 @@ def _summary(
         "psnr_interval": interval("psnr"),
         "ssim_interval": interval("ssim"),
         "lpips_net": None if lpips is None else lpips.net,
-        "no_reference": {metric.name: means[metric.name] for metric in no_reference},
+        "no_reference": {metric.name: means[metric.name] for metric in metrics if not metric.full_reference},
+        "full_reference": {metric.name: means[metric.name] for metric in metrics if metric.full_reference}
+        | dict(distances),
         "images": images,
     }
 
@@ -165,7 +197,7 @@ def results_table(results: Sequence[dict[str, Any]], *, intervals: bool) -> Tabl
     ]
     if results[0]["lpips"] is not None:
         columns.append(Column(f"LPIPS ({results[0]['lpips_net']})", ".4f"))
-    columns += [Column(name, ".4f") for name in results[0]["no_reference"]]
+    columns += [Column(name, ".4f") for name in [*results[0]["full_reference"], *results[0]["no_reference"]]]
 
     def mean(result: dict[str, Any], key: str, digits: int) -> Cell:
         if not intervals or result[f"{key}_interval"] is None:
@@ -183,7 +215,7 @@ def results_table(results: Sequence[dict[str, Any]], *, intervals: bool) -> Tabl
         ]
         if result["lpips"] is not None:
             values.append(result["lpips"])
-        rows.append(Row([*values, *result["no_reference"].values()]))
+        rows.append(Row([*values, *result["full_reference"].values(), *result["no_reference"].values()]))
     notes = [f"{result['protocol']}: {result['definition']}" for result in results if result["protocol"]]
     identical = max(sum(image.get("psnr") == MAX_PSNR for image in result["images"]) for result in results)
     if identical:

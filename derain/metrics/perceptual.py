@@ -1,18 +1,23 @@
-"""Perceptual metrics of one image: LPIPS, and no-reference metrics of pyiqa.
+"""Perceptual metrics: LPIPS, and metrics of pyiqa with and without a clean image.
 
 Importing this module does not import torch; creating a metric does.
 """
 
 import importlib.util
+import math
 import sys
+import tempfile
+from collections.abc import Iterable
 from contextlib import redirect_stdout
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from derain.backbones import BACKBONES
 from derain.errors import DerainError
+from derain.images import Pixels, write_image
 from derain.ranges import check_range
 
 from .full_reference import check_values
@@ -88,11 +93,13 @@ def available_lpips(choice: str) -> Lpips | None:
     return None
 
 
-class NoReference:
-    """No-reference metric of pyiqa (an optional extra), such as niqe or musiq, on the CPU.
+class PyiqaMetric:
+    """Metric of pyiqa (an optional extra) of one image, on the CPU.
 
     Args:
-        name: Name of the metric in pyiqa, which may download its weights.
+        name: Name of the metric in pyiqa, such as niqe or musiq without a clean image, or dists with one. pyiqa
+            downloads missing weights to ``hub/pyiqa`` in the folder of ``torch.hub``, with a line on standard error.
+        full_reference: Whether the metric compares with a clean image.
 
     Attributes:
         lower_better: Whether lower scores are better.
@@ -101,40 +108,114 @@ class NoReference:
         DerainError: If pyiqa is missing, has no such metric, or cannot download its weights.
     """
 
-    def __init__(self, name: str) -> None:
-        if importlib.util.find_spec("pyiqa") is None:
-            raise DerainError(f"{name} needs pyiqa; install it with: pip install 'derain[iqa]'")
-        import pyiqa
-
-        known = pyiqa.list_models(metric_mode="NR")
-        if name not in known:
-            raise DerainError(f"pyiqa has no no-reference metric '{name}'; choose from {', '.join(known)}")
-        try:
-            with redirect_stdout(sys.stderr):
-                self.metric = pyiqa.create_metric(name, device="cpu")
-        except (OSError, RuntimeError) as error:
-            raise DerainError(
-                f"{name}: pyiqa cannot download its weights: {str(error).partition(chr(10))[0]}"
-            ) from error
-        self.name = name
+    def __init__(self, name: str, *, full_reference: bool = False) -> None:
+        self.name, self.full_reference = name, full_reference
+        self.metric = _create(name, "FR" if full_reference else "NR")
         self.lower_better = bool(getattr(self.metric, "lower_better", False))
 
-    def __call__(self, image: NDArray[Any]) -> float:
+    def __call__(self, derained: NDArray[Any], clean: NDArray[Any] | None = None) -> float:
         """Return the score of an image.
 
         Args:
-            image: ``(h, w, 3)``, RGB; uint8, or floating point in [0, 1], which values may leave by up to 1: they are
-                clipped.
+            derained: ``(h, w, 3)``, RGB; uint8, or floating point in [0, 1], which values may leave by up to 1: they
+                are clipped.
+            clean: Same shape, for a metric with reference; ignored otherwise.
 
         Raises:
-            DerainError: If values are out of range.
+            DerainError: If the metric needs a clean image and there is none, values are out of range, or pyiqa cannot
+                score the image, such as one that is too small.
         """
         import torch
 
-        if image.dtype.kind == "f":
-            check_range(image, "image", 1.0)
-        with torch.inference_mode():
-            return float(self.metric(_tensor(image)))
+        if self.full_reference and clean is None:
+            raise DerainError(f"{self.name} needs a clean image")
+        images = [derained, clean] if self.full_reference and clean is not None else [derained]
+        for image in images:
+            if image.dtype.kind == "f":
+                check_range(image, "image", 1.0)
+        try:
+            with torch.inference_mode():
+                score = float(self.metric(*(_tensor(image) for image in images)))
+        except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise DerainError(f"pyiqa cannot compute {self.name}: {_first_line(error)}") from error
+        if not math.isfinite(score):
+            raise DerainError(f"{self.name} of the image is {score}")
+        return score
+
+
+class FrechetDistance:
+    """Fréchet distance between the features of all derained and all clean images, computed by pyiqa on the CPU.
+
+    Args:
+        name: ``fid`` (Inception features, Heusel et al., NeurIPS 2017, with the resizing of Parmar et al., CVPR 2022),
+            ``sfid`` or ``fid_dinov2``.
+
+    Raises:
+        DerainError: If pyiqa is missing, or cannot download its weights.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("fid", "sfid", "fid_dinov2")
+    min_images: ClassVar[int] = 1000
+
+    def __init__(self, name: str = "fid") -> None:
+        self.name = name
+        self.metric = _create(name, "NR")  # pyiqa lists these metrics, which compare folders, as no-reference ones
+
+    def __call__(self, images: Iterable[tuple[Pixels, Pixels]]) -> float:
+        """Return the distance, and warn if there are so few images that it is biased.
+
+        Args:
+            images: Derained and clean images, ``(h, w, 3)`` in 0 to 255 each; at least two pairs.
+
+        Raises:
+            DerainError: If there are fewer than two pairs, or the distance is not finite.
+        """
+        with tempfile.TemporaryDirectory(prefix="derain-") as name:
+            folders = [Path(name, kind) for kind in ("derained", "clean")]
+            for folder in folders:
+                folder.mkdir()
+            count = 0
+            for count, pair in enumerate(images, 1):
+                for folder, image in zip(folders, pair, strict=True):
+                    write_image(folder / f"{count}.png", image)
+            if count < 2:
+                raise DerainError(f"{self.name} compares sets of images; {count} pair is too few")
+            if count < self.min_images:
+                print(
+                    f"{self.name}: {count} images are few: the distance is biased; compare it only with that of other "
+                    f"methods on the same images, or use at least {self.min_images}",
+                    file=sys.stderr,
+                )
+            with redirect_stdout(sys.stderr):
+                distance = float(self.metric(*map(str, folders), num_workers=0, verbose=False))
+        if not math.isfinite(distance):
+            raise DerainError(f"{self.name} is {distance}")
+        return distance
+
+
+def _create(name: str, mode: Literal["FR", "NR"]) -> Any:
+    """Return a metric of pyiqa.
+
+    Raises:
+        DerainError: If pyiqa is missing, has no such metric, or cannot download its weights.
+    """
+    if importlib.util.find_spec("pyiqa") is None:
+        raise DerainError(f"{name} needs pyiqa; install it with: pip install 'derain[iqa]'")
+    import pyiqa
+
+    known = pyiqa.list_models(metric_mode=mode)
+    if name not in known:
+        kind = "full-reference" if mode == "FR" else "no-reference"
+        raise DerainError(f"pyiqa has no {kind} metric '{name}'; choose from {', '.join(known)}")
+    try:
+        with redirect_stdout(sys.stderr):
+            return pyiqa.create_metric(name, device="cpu")
+    except (OSError, RuntimeError) as error:
+        raise DerainError(f"{name}: pyiqa cannot load its weights: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _tensor(image: NDArray[Any]) -> Any:

@@ -13,7 +13,7 @@ from derain.cli import main
 from derain.commands import score
 from derain.data.pairs import find_pairs
 from derain.metrics import PROTOCOLS, perceptual, psnr_ssim, resolve
-from derain.metrics.perceptual import Lpips, NoReference
+from derain.metrics.perceptual import Lpips, PyiqaMetric
 from derain.metrics.protocols import DOWNSAMPLE_SUFFIX, PROTOCOL_GROUPS
 from derain.tables import Format
 from tests.factories import add_rain, clean_image, make_set, save
@@ -219,19 +219,19 @@ class MeanLpips(Lpips):
         return float(derained.mean())
 
 
-class Brightness(NoReference):
-    """Replaces pyiqa's metrics by the mean of the image."""
+class Brightness(PyiqaMetric):
+    """Replaces pyiqa's metrics: the mean of the derained image, or its difference from the clean one."""
 
-    def __init__(self, name):
-        self.name = name
+    def __init__(self, name, *, full_reference=False):
+        self.name, self.full_reference = name, full_reference
 
-    def __call__(self, image):
-        return float(image.mean())
+    def __call__(self, derained, clean=None):
+        return float(derained.mean() - (clean.mean() if self.full_reference else 0))
 
 
 def test_lpips_and_no_reference_metrics_are_in_every_format(folders, monkeypatch, capsys):
     monkeypatch.setattr(perceptual, "Lpips", MeanLpips)
-    monkeypatch.setattr(score, "NoReference", Brightness)
+    monkeypatch.setattr(score, "PyiqaMetric", Brightness)
     arguments = (*folders, "--lpips", "alex", "--no-reference", "brightness")
     means = [add_rain(clean_image(index), index).mean() for index in range(3)]
     assert run(*arguments, "--format", "json") == 0
@@ -249,7 +249,7 @@ def test_lpips_and_no_reference_metrics_are_in_every_format(folders, monkeypatch
 
 
 def test_real_photos_are_scored_without_clean_images(folders, monkeypatch, capsys):
-    monkeypatch.setattr(score, "NoReference", Brightness)
+    monkeypatch.setattr(score, "PyiqaMetric", Brightness)
     assert run(folders[0], "--no-reference", "brightness", "--format", "json") == 0
     printed = capsys.readouterr()
     (result,) = json.loads(printed.out)
@@ -259,6 +259,21 @@ def test_real_photos_are_scored_without_clean_images(folders, monkeypatch, capsy
     for form in ("table", "markdown", "latex", "csv"):
         assert run(folders[0], "--no-reference", "brightness", "--format", form) == 0
         assert "brightness" in capsys.readouterr().out
+
+
+def test_metrics_with_reference_and_distances_of_folders(folders, monkeypatch, capsys):
+    monkeypatch.setattr(score, "PyiqaMetric", Brightness)
+    monkeypatch.setattr(perceptual, "_create", lambda name, mode: lambda derained, clean, **options: 12.5)
+    arguments = (*folders, "--lpips", "none", "--full-reference", "difference,fid", "--no-reference", "brightness")
+    assert run(*arguments, "--format", "json") == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    differences = [add_rain(clean_image(index), index).mean() - clean_image(index).mean() for index in range(3)]
+    assert result["full_reference"] == {"difference": pytest.approx(np.mean(differences)), "fid": 12.5}
+    assert list(result["no_reference"]) == ["brightness"]
+    assert [image["difference"] for image in result["images"]] == pytest.approx(differences)
+    assert run(*arguments, "--format", "table") == 0
+    assert "12.5000" in capsys.readouterr().out
+    assert "dists" in error_of(capsys, folders[0], "--no-reference", "brightness", "--full-reference", "dists")
 
 
 def test_a_missing_metric_is_skipped(folders, monkeypatch, capsys):

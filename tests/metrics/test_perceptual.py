@@ -1,5 +1,6 @@
 import importlib.util
 import re
+import sys
 import urllib.error
 
 import numpy as np
@@ -10,7 +11,7 @@ from torchmetrics.functional.image import learned_perceptual_image_patch_similar
 
 from derain.backbones import BACKBONES
 from derain.errors import DerainError
-from derain.metrics.perceptual import Lpips, NoReference
+from derain.metrics.perceptual import FrechetDistance, Lpips, PyiqaMetric
 
 
 def random_alexnet():
@@ -119,7 +120,7 @@ def test_lpips_rejects_damaged_weights(cache):
 
 
 @pytest.mark.parametrize(
-    ("package", "make"), [("torchvision", lambda: Lpips("alex")), ("pyiqa", lambda: NoReference("niqe"))]
+    ("package", "make"), [("torchvision", lambda: Lpips("alex")), ("pyiqa", lambda: PyiqaMetric("niqe"))]
 )
 def test_a_missing_package_is_reported(package, make, monkeypatch):
     found = importlib.util.find_spec
@@ -129,16 +130,33 @@ def test_a_missing_package_is_reported(package, make, monkeypatch):
 
 
 FAKE_PYIQA = """
+from pathlib import Path
+
+from PIL import Image
+
+MODELS = {"NR": ["brightness", "unreachable", "failing", "infinite", "fid"], "FR": ["difference"]}
+
 def list_models(metric_mode=None):
-    assert metric_mode == "NR"
-    return ["brightness", "unreachable"]
+    return MODELS[metric_mode]
 
 def create_metric(name, device):
     if name == "unreachable":
-        raise OSError("no network")
-    def metric(image):
+        raise OSError("no network\\nsecond line")
+    def brightness(image):
         assert image.shape[:2] == (1, 3)
         return image.mean().reshape(1, 1)
+    def difference(image, clean):
+        return (clean - image).mean()
+    def failing(image):
+        raise AssertionError("image is too small")
+    def infinite(image):
+        return image.mean() / 0
+    def fid(derained, clean, num_workers, verbose):
+        print("computing")
+        files = sorted(Path(derained).iterdir())
+        assert [file.name for file in files] == [file.name for file in sorted(Path(clean).iterdir())]
+        return sum(Image.open(file, formats=["PNG"]).size[0] for file in files)
+    metric = locals()[name]
     metric.lower_better = True
     return metric
 """
@@ -149,22 +167,46 @@ def fake_pyiqa(tmp_path, monkeypatch):
     (tmp_path / "fake" / "pyiqa").mkdir(parents=True)
     (tmp_path / "fake" / "pyiqa" / "__init__.py").write_text(FAKE_PYIQA)
     monkeypatch.syspath_prepend(tmp_path / "fake")
-    monkeypatch.delitem(__import__("sys").modules, "pyiqa", raising=False)
+    monkeypatch.delitem(sys.modules, "pyiqa", raising=False)
     yield
-    __import__("sys").modules.pop("pyiqa", None)
+    sys.modules.pop("pyiqa", None)
 
 
-def test_no_reference_metrics_are_from_pyiqa(fake_pyiqa, photos):
-    metric = NoReference("brightness")
-    assert metric(photos[0]) == pytest.approx(photos[0].mean() / 255, rel=1e-5)
+def test_metrics_are_from_pyiqa(fake_pyiqa, photos):
+    derained, clean = photos
+    metric = PyiqaMetric("brightness")
+    assert metric(derained) == metric(derained, clean) == pytest.approx(derained.mean() / 255, rel=1e-5)
     assert metric.lower_better
+    difference = PyiqaMetric("difference", full_reference=True)
+    expected = (clean.astype(np.float64) - derained).mean() / 255
+    assert difference(derained, clean) == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(DerainError, match="difference"):
+        difference(derained)
 
 
 def test_unknown_and_unavailable_metrics_are_rejected(fake_pyiqa):
     with pytest.raises(DerainError, match=r"psnr.*brightness"):
-        NoReference("psnr")
-    with pytest.raises(DerainError, match=r"unreachable: .*no network"):
-        NoReference("unreachable")
+        PyiqaMetric("psnr")
+    with pytest.raises(DerainError, match=r"brightness.*difference"):
+        PyiqaMetric("brightness", full_reference=True)
+    with pytest.raises(DerainError, match=r"unreachable: .*no network$"):
+        PyiqaMetric("unreachable")
+
+
+@pytest.mark.parametrize(("name", "named"), [("failing", "too small"), ("infinite", "inf")])
+def test_a_metric_that_fails_is_reported(fake_pyiqa, photos, name, named):
+    with pytest.raises(DerainError, match=rf"{name}.*{named}"):
+        PyiqaMetric(name)(photos[0])
+
+
+def test_the_frechet_distance_compares_folders(fake_pyiqa, photos, capsys):
+    distance, photos = FrechetDistance("fid"), tuple(photos)
+    assert distance([photos, photos, photos]) == 3 * photos[0].shape[1]
+    printed = capsys.readouterr()
+    assert printed.out == ""  # stdout is for results
+    assert "fid: 3 images" in printed.err
+    with pytest.raises(DerainError, match="1 pair"):
+        distance([photos])
 
 
 def test_floats_out_of_range_are_rejected(cached_alexnet, photos):
