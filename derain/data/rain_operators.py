@@ -9,10 +9,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from kornia.augmentation import AugmentationSequential, IntensityAugmentationBase2D, RandomGaussianBlur
-from kornia.enhance import jpeg_codec_differentiable
+from kornia.augmentation import AugmentationSequential, IntensityAugmentationBase2D
+from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
+from derain.data.jpeg import jpeg
 from derain.data.rain import SKY
 from derain.data.rain_ranges import Number, RainRanges, Range
 from derain.data.rain_streaks import StreakLayers, draw_lanes, measured_opacity, read_streak_images, streak_opacity
@@ -66,22 +67,29 @@ class SampleOperator(IntensityAugmentationBase2D, ABC):
         """Return the degraded images, same shape and range.
 
         Args:
-            image: ``(b, 3, h, w)`` in [0, 1].
+            image: ``(b, 3, h, w)`` in [0, 1]; operators of the camera also accept ``(b, 6, h, w)``, pairs of images.
             params: Result of ``generate_parameters`` for these images.
         """
 
-    def apply_transform(
-        self, input: Tensor, params: Params, flags: Mapping[str, Any], transform: Tensor | None = None
+    def transform_inputs(
+        self,
+        input: Tensor,
+        params: Params,
+        flags: Mapping[str, Any],
+        transform: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor:
-        """Degrade the drawn samples of a batch."""
+        """Return the batch with the drawn samples degraded; the kornia method that runs on all samples."""
         drawn = params["batch_prob"].gt(0.5).nonzero().flatten()
         if len(drawn) == 0:
             return input
         tensors = {name: value for name, value in params.items() if isinstance(value, Tensor)}  # kornia adds others
         own = {name: value[drawn] for name, value in tensors.items() if name != "forward_input_shape"}
-        output = input.clone()
-        output[drawn.to(input.device)] = self.transform(input[drawn.to(input.device)], own)
-        return output
+        batch = self.transform_tensor(input)
+        if len(drawn) == len(batch):
+            return self.transform(batch, own)
+        index = drawn.to(batch.device)
+        return batch.index_copy(0, index, self.transform(batch[index], own))
 
 
 def patches(grid: Float[Tensor, "b 4 4"], image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h w"]:
@@ -206,7 +214,7 @@ class RandomRain(SampleOperator):
             "veil": veiled * uniform(ranges.veil, count),
             "grid": 0.6 + 0.5 * torch.rand(count, 4, 4),
             "blend": torch.rand(count),
-            "tint": 1 + 0.03 * torch.randn(count, 3) * (torch.rand(count, 1) < 0.5),
+            "tint": 1 + 0.012 * torch.randn(count, 3) * (torch.rand(count, 1) < 0.5),
             "sky": 0.9 + 0.7 * torch.rand(count),
         }
 
@@ -327,6 +335,31 @@ class RandomLensDrops(SampleOperator):
         return torch.lerp(image, (refracted * shade[:, None]).clamp(0, 1), opacity.expand_as(image))
 
 
+class RandomDefocus(SampleOperator):
+    """Gaussian blur; kornia's ``RandomGaussianBlur`` also blurs the samples that are not drawn.
+
+    The kernel extends to three standard deviations of the upper limit.
+
+    Args:
+        deviation: Range of the standard deviation in pixels.
+        share: Probability of a sample.
+    """
+
+    def __init__(self, deviation: Range, share: Number) -> None:
+        super().__init__(share)
+        self.deviation = deviation
+        self.side = 2 * math.ceil(3 * deviation[1]) + 1
+
+    def generate_parameters(self, batch_shape: tuple[int, ...]) -> Params:
+        """Draw the standard deviations."""
+        return {"deviation": uniform(self.deviation, batch_shape[0])}
+
+    def transform(self, image: Tensor, params: Params) -> Tensor:
+        """Blur the images."""
+        deviation = params["deviation"].to(image.device, image.dtype)[:, None].expand(-1, 2)
+        return gaussian_blur2d(image, (self.side, self.side), deviation)
+
+
 class RandomSensorNoise(SampleOperator):
     """Gaussian noise with a random standard deviation; kornia's ``RandomGaussianNoise`` has a fixed one.
 
@@ -340,13 +373,14 @@ class RandomSensorNoise(SampleOperator):
         self.deviation = deviation
 
     def generate_parameters(self, batch_shape: tuple[int, ...]) -> Params:
-        """Draw the noise."""
-        deviation = uniform(self.deviation, batch_shape[0])[:, None, None, None] / 255
-        return {"noise": deviation * torch.randn(*batch_shape)}
+        """Draw the standard deviations."""
+        return {"deviation": uniform(self.deviation, batch_shape[0])}
 
     def transform(self, image: Tensor, params: Params) -> Tensor:
-        """Add the noise."""
-        return (image + params["noise"].to(image.device, image.dtype)).clamp_(0, 1)
+        """Add the same noise to each image of a pair."""
+        pairs = image.unflatten(1, (-1, 3))
+        noise = torch.randn_like(pairs[:, :1]).mul_(per_image(params["deviation"] / 255, image)[..., None])
+        return (pairs + noise).clamp_(0, 1).view_as(image)
 
 
 class RandomResampling(SampleOperator):
@@ -374,7 +408,7 @@ class RandomResampling(SampleOperator):
 
 
 class RandomCompression(SampleOperator):
-    """JPEG by kornia's codec; its ``RandomJPEG`` also encodes the samples that are not drawn.
+    """JPEG compression.
 
     Args:
         quality: Range of the quality, 1 to 100.
@@ -390,8 +424,10 @@ class RandomCompression(SampleOperator):
         return {"quality": uniform(self.quality, batch_shape[0])}
 
     def transform(self, image: Tensor, params: Params) -> Tensor:
-        """Encode and decode the images."""
-        return jpeg_codec_differentiable(image, params["quality"].to(image.device)).clamp(0, 1)
+        """Encode and decode each image of a pair."""
+        images = image.unflatten(1, (-1, 3))
+        quality = params["quality"].repeat_interleave(images.shape[1]).to(image.device)
+        return jpeg(images.flatten(0, 1), quality).view_as(image)
 
 
 class RainDegradation(torch.nn.Module):
@@ -406,7 +442,6 @@ class RainDegradation(torch.nn.Module):
 
     def __init__(self, ranges: RainRanges) -> None:
         super().__init__()
-        kernel_side = 2 * math.ceil(3 * ranges.defocus[1]) + 1  # three standard deviations on each side
         self.scene = AugmentationSequential(
             RandomExposure(ranges.gamma, ranges.gamma_share),
             RandomLight(ranges.gain, ranges.gain_share),
@@ -416,11 +451,10 @@ class RainDegradation(torch.nn.Module):
             RandomRain(ranges, 1 - ranges.clear_share), RandomLensDrops(ranges.drops, ranges.drops_share)
         )
         self.camera = AugmentationSequential(
-            RandomGaussianBlur((kernel_side, kernel_side), ranges.defocus, p=ranges.defocus_share),
+            RandomDefocus(ranges.defocus, ranges.defocus_share),
             RandomSensorNoise(ranges.noise, ranges.noise_share),
             RandomResampling(ranges.resampling, ranges.resampling_share),
             RandomCompression(ranges.jpeg, ranges.jpeg_share),
-            data_keys=["input", "image"],
         )
 
     @torch.no_grad()
@@ -440,5 +474,6 @@ class RainDegradation(torch.nn.Module):
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
             torch.manual_seed(seed)
             scene = self.scene(clean)
-            rainy, clean = self.camera(self.rain(scene), scene)
-        return rainy.mul(255).round_().div_(255), clean.mul(255).round_().div_(255)
+            pair = torch.cat((self.rain(scene), scene), 1)  # as channels of one image: the camera degrades both alike
+            rainy, clean = self.camera(pair).mul_(255).round_().div_(255).chunk(2, 1)
+        return rainy, clean

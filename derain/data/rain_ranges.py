@@ -113,7 +113,7 @@ class RainRanges:
     drops_share: Number = 0.05
     gamma: Range = (0.6, 1.9)
     gamma_share: Number = 0.4
-    gain: Range = (0.9, 1.1)
+    gain: Range = (0.94, 1.06)
     gain_share: Number = 0.3
     defocus: Range = (0.4, 1)
     defocus_share: Number = 0.1

@@ -1,11 +1,12 @@
 """Opacity of rain streaks in batches of images, on any device.
 
-Each streak is evaluated in closed form at every pixel, without drawing and blurring a canvas. The plane is divided
-into lanes along the direction of the rain, and each lane into cells. A cell contains at most one streak, with a random
-length, brightness and tapered ends. Across the lanes, opacities are interpolated linearly, so that a streak has a
-triangular profile whose width at half of the maximum is the distance of the lanes.
+The plane is divided into lanes along the direction of the rain, and each lane into cells. A cell contains at most one
+streak, with a random length, brightness and tapered ends. Its opacity is evaluated in closed form at every pixel along
+the lanes, without blurring, and interpolated linearly at the pixels of the image. So a streak has a triangular profile,
+whose width at half of the maximum is the distance of the lanes.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from derain.errors import DerainError
@@ -50,11 +51,13 @@ class Lanes(NamedTuple):
     """Random lanes and cells of streaks.
 
     Attributes:
+        offset: ``(n,)``: distance of the centre of the image from the middle of the lanes, in lanes, 0 to 1.
         scale: ``(n, lanes)``: number of cells per pixel along the lanes.
-        phase: ``(n, lanes)``: position of the centre of the image along the lanes, in cells.
+        phase: ``(n, lanes)``: position of the first pixel of the lanes in the first cell, 0 to 1.
         streak: ``(n, lanes, cells)``: random number in [0, 1) of each cell with a streak; negative without one.
     """
 
+    offset: Float[Tensor, " n"]
     scale: Float[Tensor, "n lanes"]
     phase: Float[Tensor, "n lanes"]
     streak: Float[Tensor, "n lanes cells"]
@@ -73,7 +76,7 @@ def draw_lanes(layers: StreakLayers, size: Sequence[int], device: torch.device) 
         size: Height and width of the images in pixels.
         device: Device of the lanes.
     """
-    diagonal = float(np.hypot(size[0], size[1]))
+    diagonal = math.hypot(*size)
     count = len(layers.angle)
     cell = layers.length / MEAN_FRACTION
     lanes = int(diagonal / float(lane_distance(layers.width).min())) + 3
@@ -81,8 +84,9 @@ def draw_lanes(layers: StreakLayers, size: Sequence[int], device: torch.device) 
     presence = (layers.coverage / (MEAN_FRACTION * (1 - TAPER))).clamp(max=MAX_PRESENCE).to(device)
     number = torch.rand(count, lanes, cells, device=device).div_(presence[:, None, None])
     return Lanes(
+        offset=torch.rand(count, device=device),
         scale=(0.7 + 0.7 * torch.rand(count, lanes, device=device)) / cell.to(device)[:, None],
-        phase=cells * torch.rand(count, lanes, device=device),
+        phase=torch.rand(count, lanes, device=device),
         streak=number.masked_fill_(number.ge(1).logical_or_(number.isnan()), -1),  # below 1, it is uniform again
     )
 
@@ -92,45 +96,37 @@ def streak_opacity(layers: StreakLayers, lanes: Lanes, size: Sequence[int]) -> F
 
     Args:
         layers: Parameters of the layers.
-        lanes: The random streaks; pixels beyond the last lane or cell repeat the first ones.
+        lanes: Random streaks, drawn for images of this size.
         size: Height and width of the images in pixels.
     """
     device = lanes.scale.device
     height, width = size
-    x = torch.arange(width, device=device) - (width - 1) / 2
-    y = torch.arange(height, device=device) - (height - 1) / 2
+    opacity = _lane_opacity(lanes, math.ceil(math.hypot(height, width)) + 1)
+    rows, columns = opacity.shape[1:]
+    x = torch.linspace(-(width - 1) / 2, (width - 1) / 2, width, device=device)
+    y = torch.linspace(-(height - 1) / 2, (height - 1) / 2, height, device=device)[:, None]
     sin, cos = (part.to(device)[:, None, None] for part in (layers.angle.sin(), layers.angle.cos()))
-    along = sin * x + cos * y[:, None]
-    across = (cos * x - sin * y[:, None]) / lane_distance(layers.width).to(device)[:, None, None]
-    left = across.floor()
-    nearer = across - left
-    count = lanes.scale.shape[1]
-    index = left.long().remainder_(count)
-    first = _lane_opacity(lanes, index, along)
-    second = _lane_opacity(lanes, (index + 1).remainder_(count), along)
+    # Normalised coordinates of pixels along and across the lanes; by parts, since affine_grid is slow on a CPU.
+    to_column = 2 / (columns - 1)
+    to_row = 2 / (rows - 1) / lane_distance(layers.width).to(device)[:, None, None]
+    along = to_column * sin * x + to_column * cos * y
+    across = to_row * cos * x - (to_row * sin * y - lanes.offset[:, None, None] * 2 / (rows - 1))
+    grid = torch.stack((along, across), 3)
     peak = layers.width.clamp(max=1).to(device)[:, None, None]  # a streak thinner than a pixel is fainter
-    return torch.lerp(first, second, nearer).mul_(peak)
+    return F.grid_sample(opacity[:, None], grid, align_corners=True)[:, 0].mul_(peak)
 
 
-def _lane_opacity(lanes: Lanes, index: Int[Tensor, "n h w"], along: Float[Tensor, "n h w"]) -> Float[Tensor, "n h w"]:
-    """Return the opacity in the middle of lanes.
-
-    Args:
-        lanes: The lanes.
-        index: Index of the lane of each pixel.
-        along: Position along the lane in pixels.
-    """
-    layers, count, cells = lanes.streak.shape
-    lane = index + count * torch.arange(layers, device=index.device)[:, None, None]
-    position = torch.addcmul(lanes.phase.take(lane), along, lanes.scale.take(lane))
-    start = position.floor()
-    cell = start.long().remainder_(cells).add_(lane, alpha=cells)
-    streak = lanes.streak.take(cell)
-    from_centre = position.sub_(start).sub_(0.5).abs_()
-    fraction = streak.mul(LENGTH_DIGITS).frac_().mul_(0.5).add_(0.5)
-    ends = torch.addcdiv(from_centre.new_tensor(0.5 / TAPER), from_centre, fraction, value=-1 / TAPER).clamp_(0, 1)
-    brightness = torch.where(streak < 0, 0, 0.3 + 0.7 * streak)
-    return ends.mul_(brightness)
+def _lane_opacity(lanes: Lanes, length: int) -> Float[Tensor, "n lanes length"]:
+    """Return the opacity in the middle of lanes at each pixel along them."""
+    pixels = torch.arange(length, device=lanes.scale.device)
+    position = torch.addcmul(lanes.phase[:, :, None], lanes.scale[:, :, None], pixels)
+    cell = position.long()
+    from_centre = position.frac_().sub_(0.5).abs_()
+    fraction = lanes.streak.mul(LENGTH_DIGITS).frac_().mul_(0.5).add_(0.5)
+    brightness = torch.where(lanes.streak < 0, 0, 0.3 + 0.7 * lanes.streak)
+    slope = fraction.reciprocal_().div_(TAPER).gather(2, cell)
+    ends = slope.mul_(from_centre).neg_().add_(0.5 / TAPER).clamp_(0, 1)
+    return ends.mul_(brightness.gather(2, cell))
 
 
 def read_streak_images(folder: Path) -> UInt8[Tensor, "n 1 h w"]:

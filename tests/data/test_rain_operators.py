@@ -7,6 +7,8 @@ from kornia.augmentation import AugmentationSequential
 
 from derain.data.rain_operators import (
     RainDegradation,
+    RandomCompression,
+    RandomDefocus,
     RandomLensDrops,
     RandomMist,
     RandomRain,
@@ -38,24 +40,30 @@ def layers(**values):
     return StreakLayers(**{name: torch.tensor(values.get(name, default)) for name, default in defaults.items()})
 
 
+def lane_in_float64(lanes, layer, lane, pixel):
+    """Opacity in the middle of a lane at a pixel along it, in Python floats."""
+    position = float(lanes.phase[layer, lane]) + pixel * float(lanes.scale[layer, lane])
+    cell = int(position)
+    streak = float(lanes.streak[layer, lane, cell])
+    if streak < 0:
+        return 0.0
+    length = 0.5 + 0.5 * ((61 * streak) % 1)
+    from_end = length / 2 - abs(position - cell - 0.5)
+    return float(np.clip(from_end / (0.25 * length), 0, 1)) * (0.3 + 0.7 * streak)
+
+
 def opacity_in_float64(parameters, lanes, layer, y, x, size):
-    """Opacity of one pixel, with loops over lanes and Python floats."""
+    """Opacity of one pixel: the lanes and pixels around it, interpolated."""
     angle, width = float(parameters.angle[layer]), float(parameters.width[layer])
     x, y = x - (size[1] - 1) / 2, y - (size[0] - 1) / 2
-    along = np.sin(angle) * x + np.cos(angle) * y
-    across = (np.cos(angle) * x - np.sin(angle) * y) / max(width, 1)
-    count, cells = lanes.streak.shape[1:]
+    column = np.sin(angle) * x + np.cos(angle) * y + np.ceil(np.hypot(*size)) / 2
+    row = (np.cos(angle) * x - np.sin(angle) * y) / max(width, 1) + float(lanes.offset[layer])
+    row += (lanes.streak.shape[1] - 1) / 2
     total = 0.0
-    for number in (int(np.floor(across)), int(np.floor(across)) + 1):
-        lane = number % count
-        position = float(lanes.phase[layer, lane]) + along * float(lanes.scale[layer, lane])
-        cell = int(np.floor(position))
-        streak = float(lanes.streak[layer, lane, cell % cells])
-        if streak < 0:
-            continue
-        half = (0.5 + 0.5 * ((61 * streak) % 1)) / 2
-        ends = np.clip((half - abs(position - cell - 0.5)) / (0.25 * 2 * half), 0, 1)
-        total += (1 - abs(across - number)) * ends * (0.3 + 0.7 * streak)
+    for lane in (int(row), int(row) + 1):
+        for pixel in (int(column), int(column) + 1):
+            share = (1 - abs(row - lane)) * (1 - abs(column - pixel))
+            total += share * lane_in_float64(lanes, layer, lane, pixel)
     return total * min(width, 1)
 
 
@@ -76,9 +84,10 @@ def test_opacity_matches_float64():
 def test_rain_falls_along_its_angle():
     """A positive angle falls to the right: the opacity is constant along (sin, cos), not along (-sin, cos)."""
     lanes = Lanes(
-        scale=torch.full((1, 64), 1e-3),
-        phase=torch.full((1, 64), 0.5),
-        streak=torch.where(torch.arange(64) == 0, 0.5, -1.0)[None, :, None],
+        offset=torch.zeros(1),
+        scale=torch.full((1, 65), 1e-3),
+        phase=torch.full((1, 65), 0.5),
+        streak=torch.where(torch.arange(65) == 32, 0.5, -1.0)[None, :, None],
     )
     parameters = layers(angle=[0.5], length=[900.0], width=[3.0], coverage=[0.5])
     opacity = streak_opacity(parameters, lanes, (41, 41))[0]
@@ -135,7 +144,7 @@ def test_camera_degrades_both_alike(photos):
 def test_wide_defocus_has_its_standard_deviation():
     """A point becomes a Gaussian, whose variance is the mean square of the distance."""
     ranges = dataclasses.replace(RAIN_RANGES["light"], defocus=(4, 4), defocus_share=1)
-    point = torch.zeros(1, 1, 65, 65)
+    point = torch.zeros(1, 6, 65, 65)
     point[..., 32, 32] = 1
     blurred = RainDegradation(ranges).camera[0](point)
     distance = torch.arange(65) - 32
@@ -172,6 +181,29 @@ def test_noise_has_the_drawn_deviation():
     image = torch.full((2, 3, 128, 128), 0.5)
     noisy = RandomSensorNoise((5, 5), 1)(image)
     assert float((noisy - 0.5).std() * 255) == pytest.approx(5, rel=0.03)
+
+
+def test_defocus_matches_float64():
+    """A bright pixel becomes the Gaussian of the drawn deviation, on the 7 × 7 pixels around it."""
+    image = torch.zeros(1, 6, 15, 15)
+    image[:, :, 7, 7] = 1
+    profile = np.exp(-0.5 * (np.arange(-3, 4) / 0.8) ** 2)
+    expected = np.zeros((15, 15))
+    expected[4:11, 4:11] = np.outer(profile, profile) / profile.sum() ** 2
+    blurred = RandomDefocus((0.8, 0.8), 1)(image)
+    assert np.allclose(blurred[0].numpy(), expected, atol=1e-6)
+
+
+def test_noise_and_compression_of_pairs_are_those_of_each_image(photos):
+    pair = torch.cat((photos, photos.flip(0)), 1)
+    noise = RandomSensorNoise((5, 5), 1)(pair) - pair
+    inside = ((pair > 0.1) & (pair < 0.9)).float()
+    inside = inside[:, :3] * inside[:, 3:]
+    assert torch.allclose(noise[:, :3] * inside, noise[:, 3:] * inside, atol=1e-6)
+    operator = RandomCompression((30, 30), 1)
+    compressed = operator(pair)
+    assert torch.equal(compressed[:, :3], operator(photos))
+    assert torch.equal(compressed[:, 3:], operator(photos.flip(0)))
 
 
 def test_operators_are_kornia_operators(photos):
