@@ -1,15 +1,25 @@
-"""Programs in processes that are forked from one with all imports, which saves seconds per process."""
+"""Programs in processes that are forked from one with all imports, which saves seconds per process.
+
+If Lightning starts a second rank in such a process, that rank is a fork too: a process in reserve, which is forked
+before the program begins and whose parent is rank 0.
+"""
 
 import atexit
 import multiprocessing
 import multiprocessing.reduction
 import os
+import pickle
 import runpy
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+
+from lightning.pytorch.strategies.launchers import subprocess_script
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.imports"])
@@ -71,8 +81,42 @@ class ForkedCommand:
         return self._output
 
 
+class SecondRank:
+    """The process in reserve, as a rank that Lightning starts; has what Lightning and derain use of `subprocess.Popen`.
+
+    Args:
+        pid: Process in reserve.
+        pipe: File descriptor of the pipe that it waits at.
+        command: Command of the rank: Python, and its arguments.
+        env: Environment variables of the rank.
+        cwd: Ignored: the rank runs in the folder of rank 0.
+    """
+
+    def __init__(self, pid, pipe, command, env, cwd):
+        self.pid, self.returncode, self._lock = pid, None, threading.Lock()
+        with os.fdopen(pipe, "wb") as file:
+            pickle.dump((command[1:], dict(env)), file)
+
+    def poll(self):
+        """Return the exit code; None while the process runs."""
+        with self._lock:  # derain waits in several threads
+            if self.returncode is None:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, number):
+        """Send a signal."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
 def _run(program, arguments, environment, working_directory, output):
-    """Become the program."""
+    """Become the program, or the second rank that it starts."""
     file = output.detach()
     for stream in (1, 2):
         os.dup2(file, stream)
@@ -80,15 +124,33 @@ def _run(program, arguments, environment, working_directory, output):
     os.dup2(null, 0)
     sys.stdout = os.fdopen(1, "w")
     sys.stderr = os.fdopen(2, "w", buffering=1)
+    os.chdir(working_directory)
+    sys.path.insert(0, working_directory)
+    waiting, sending = os.pipe()
+    reserve = os.fork()
+    if reserve:
+        os.close(waiting)
+        subprocess_script.subprocess = SimpleNamespace(Popen=partial(SecondRank, reserve, sending))
+        _become(program, arguments, environment)
+        return
+    os.close(sending)
+    with os.fdopen(waiting, "rb") as file:
+        command = file.read()
+    if command:  # else rank 0 has ended, and needed no second rank
+        arguments, environment = pickle.loads(command)
+        length = 2 if arguments[0] == "-m" else 1
+        _become(arguments[:length], arguments[length:], environment)
+
+
+def _become(program, arguments, environment):
+    """Run a module (``-m NAME``) or a script with an environment."""
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(working_directory)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     sys.argv = [program[-1], *arguments]
     try:
         if program[0] == "-m":
-            sys.path.insert(0, working_directory)
             runpy.run_module(program[1], run_name="__main__", alter_sys=True)
         else:
             sys.path.insert(0, str(Path(program[0]).parent))
