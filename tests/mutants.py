@@ -175,12 +175,15 @@ FAULTS: dict[tuple[str, ...], list[tuple[str, str, str]]] = {
         ("seeds: ranks draw the same", "batch_idx, trainer.global_rank)", "batch_idx)"),
         ("seeds: epochs draw the same", "(self.seed, trainer.current_epoch, batch_idx,", "(self.seed, batch_idx,"),
     ],
-    ("loops.py", "commands/test_train_resume.py::test_any_method_resumes_from_any_step[PReNetModule]"): [
+    (
+        "loops.py",
+        "commands/test_train_resume.py::test_any_method_resumes_from_any_step_with_the_same_or_changed_options[PReNetModule]",
+    ): [
         ("resume: the logger's step twice", 'step=saved["steps"] - 1', 'step=saved["steps"]'),
     ],
     (
         "methods/resuming.py",
-        "commands/test_train_resume.py::test_changed_options_apply_as_if_the_run_had_started_with_them",
+        "commands/test_train_resume.py::test_any_method_resumes_from_any_step_with_the_same_or_changed_options",
     ): [
         ("resume: learning rate one step ahead", "factor(schedule.last_epoch)", "factor(schedule.last_epoch + 1)"),
     ],

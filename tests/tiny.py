@@ -61,9 +61,9 @@ def write_configs(folder: Path, epochs: int = 2) -> Path:
     Returns:
         The folder, with ``METHOD.yaml`` and, with a checkpoint after every step, ``METHOD-steps.yaml``.
     """
-    make_set(folder / "data", "Rain800", "train", count=9, size=(64, 64))
+    make_set(folder / "data", "Rain800", "train", count=9, size=(40, 48))
     make_set(folder / "data", "Rain800", "test", count=2, seed=50)
-    photos = make_set(folder / "data", "images", "predict", count=5, size=(64, 64), seed=70)
+    photos = make_set(folder / "data", "images", "predict", count=5, size=(40, 48), seed=70)
     clip = str(make_clip(folder / "clip"))
     os.environ |= {"DERAIN_DATA": str(folder / "data"), "DERAIN_CACHE": str(folder / "cache")}
     for name, options in MODELS.items():
@@ -72,7 +72,7 @@ def write_configs(folder: Path, epochs: int = 2) -> Path:
         callbacks = [] if name == "DACLIPModule" else [EMA]
         config = {
             "model": {"class_path": name, "init_args": options | clip_option},
-            "data": {"train": "Rain800", "crop": 56, "batch_size": 2, "workers": 0} | unlabelled,
+            "data": {"train": "Rain800", "crop": 16, "batch_size": 2, "workers": 0} | unlabelled,
             "trainer": {
                 "max_epochs": epochs,
                 "accelerator": "cpu",

@@ -48,8 +48,14 @@ def test_anomaly_detection(all_methods, capsys, monkeypatch, method):
     assert_files_finite(all_methods / f"runs/{method}/fit-1")
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("method", "accumulate"),
+    [
+        pytest.param(name, accumulate, marks=[pytest.mark.slow] * (name != "PReNetModule"))
+        for name in MODELS
+        for accumulate in ((1, 2) if name in {"PReNetModule", "PLNLINGANModule"} else (2,))
+    ],
+)
 def test_images_that_are_not_finite_are_named(all_methods, capsys, monkeypatch, method, accumulate):
     cls = getattr(methods, method)
     kept, spoiled = cls.training_step, []
