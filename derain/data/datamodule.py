@@ -114,11 +114,7 @@ class RainDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         counts = {"crop": crop, "batch_size": batch_size, "repeat": repeat, "val_limit": val_limit}
-        if eval_batch_size != "auto":
-            counts["eval_batch_size"] = eval_batch_size
-        for option, value in counts.items():
-            if value is not None and value < 1:
-                raise DerainError(f"--data.{option} {value}: must be at least 1")
+        _check_counts(counts | {"eval_batch_size": None if eval_batch_size == "auto" else eval_batch_size})
         if workers is not None and workers < 0:
             raise DerainError(f"--data.workers {workers}: must be at least 0")
         if not 0 < val_share < 1:
@@ -139,8 +135,7 @@ class RainDataModule(LightningDataModule):
         self.schedule = schedule
         self.flips, self.transpose = flips, transpose
         self.val_share, self.val_limit, self.val_mean = val_share, val_limit, val_mean
-        self.eval_batch_size = eval_batch_size
-        self.workers = workers
+        self.eval_batch_size, self.workers = eval_batch_size, workers
         self.captions = [Path(table) for table in _as_list(captions)]
         self._captions: dict[str, list[Caption]] = {}
         self.cache, self.split_seed, self.seed = cache, split_seed, seed
@@ -461,6 +456,12 @@ class RainDataModule(LightningDataModule):
                 degradation = self._degradation.to(batch["clean"].device)
                 batch["rainy"][added], batch["clean"][added] = degradation(batch["clean"][added], seed)
         return batch  # type: ignore[no-any-return]
+
+
+def _check_counts(counts: dict[str, int | None]) -> None:
+    for option, value in counts.items():
+        if value is not None and value < 1:
+            raise DerainError(f"--data.{option} {value}: must be at least 1")
 
 
 def _digest(text: str) -> str:
