@@ -39,7 +39,7 @@ def user(address: str, photo: bytes, number: int) -> list[tuple[str, float]]:
             start = time.perf_counter()
             name = f"{number}-{i}.png"
             path = client.post("/gradio_api/upload", files={"files": (name, photo)}).json()[0]
-            data = [{"path": path, "orig_name": name}, "w · PReNet", 0, 0]
+            data = [{"path": path, "orig_name": name}, "w · PReNet", 0, 0, "full", 1]
             joined = client.post("/gradio_api/call/restore", json={"data": data})
             if joined.status_code != 200:
                 outcomes.append((str(joined.status_code), time.perf_counter() - start))
@@ -59,7 +59,9 @@ def attack(address: str, secret: Path, upload: str, done: threading.Event) -> Co
             for path in PATHS:
                 for meta in ({}, {"meta": {"_type": "gradio.FileData"}}):
                     file = {"path": path.format(secret=secret, upload=upload), **meta}
-                    response = client.post("/gradio_api/call/restore", json={"data": [file, "w · PReNet", 0, 0]})
+                    response = client.post(
+                        "/gradio_api/call/restore", json={"data": [file, "w · PReNet", 0, 0, "full", 1]}
+                    )
                     answers[f"path {response.status_code}"] += 1
             for host in HOSTS:
                 response = client.get("/config", headers={"host": host})
@@ -70,7 +72,7 @@ def attack(address: str, secret: Path, upload: str, done: threading.Event) -> Co
             response = client.get(f"/gradio_api/file={secret}")
             answers[f"file {response.status_code}"] += 1
             for i in range(10):
-                job = {"data": [{"path": upload}, "w · PReNet", 0, 0], "session_hash": f"abandoned{i}"}
+                job = {"data": [{"path": upload}, "w · PReNet", 0, 0, "full", 1], "session_hash": f"abandoned{i}"}
                 response = client.post("/gradio_api/call/restore", json=job)
                 answers[f"abandoned {response.status_code}"] += 1
             time.sleep(0.2)

@@ -43,8 +43,8 @@ class Restorer:
         sampling: Solver, steps and seed, for methods that sample; by default those of the method.
         compile: Compile the network, which takes up to a minute; worthwhile for a few hundred images or more.
         scale: Factor by which images are reduced before the rain in them is estimated; the removed rain is enlarged and
-            subtracted from the full image (`derain.scaling`). ``auto``: 1 if the shorter side is below 1024 pixels,
-            otherwise that which reduces it to 512 to 1023 pixels, the sizes of the training photos.
+            subtracted from the full image (`derain.scaling`). ``auto``: 1 if the shorter side is below 2048 pixels,
+            otherwise that which reduces it to 1024 to 2047 pixels, at which the bundled model is best.
         strength: Share of the rain that is removed, from 0 to 1.
 
     Raises:

@@ -83,13 +83,13 @@ def test_strength_blends_rainy_and_derained(method):
 
 
 def test_automatic_scale_depends_on_the_shorter_side(method, monkeypatch, caplog):
-    assert [automatic_factor(side, 9000) for side in (1, 511, 1023, 1024, 1535, 1536, 4000)] == [1, 1, 1, 2, 2, 3, 7]
+    assert [automatic_factor(side, 9000) for side in (1, 1023, 1024, 2047, 2048, 3071, 3072)] == [1, 1, 1, 1, 2, 2, 3]
     sizes = []
     monkeypatch.setattr(method, "forward", lambda rainy: sizes.append(tuple(rainy.shape[2:])) or rainy)
     caplog.set_level("INFO", "derain")
-    Restorer(method, device="cpu", scale="auto")([np.zeros((1030, 1100, 3), np.float32)] * 2)
-    assert sizes == [(515, 550)] * 2
-    assert sum("515" in record.message for record in caplog.records) == 1
+    Restorer(method, device="cpu", scale="auto")([np.zeros((2060, 2200, 3), np.uint8)] * 2)
+    assert sizes == [(1030, 1100)] * 2
+    assert sum("1030" in record.message for record in caplog.records) == 1
 
 
 def test_a_result_that_is_not_finite_is_refused(method, monkeypatch):
@@ -105,3 +105,23 @@ def test_wrong_scales_and_strengths_are_refused(method):
     for text in ("0", "-1", "half", "1.5"):
         with pytest.raises(DerainError, match=text):
             scale_factor(text)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+@pytest.mark.parametrize(("translucent", "bound"), [(False, 0.02), (True, 0.12)])
+def test_a_bright_edge_has_no_halo(method, monkeypatch, factor, translucent, bound):
+    """Beside an edge of the photo, nothing is darker than the clean photo or brighter than the rainy one.
+
+    Translucent rain hides bright areas less: its own edge there is blurred by the reduction.
+    """
+    columns = np.arange(97)
+    clean = np.where(columns < 50, 0.15, 0.9).astype(np.float32)
+    streak = 0.4 * np.exp(-(((columns - 44) / (2 * factor)) ** 2))
+    rainy = clean + streak * (1 - clean) if translucent else np.minimum(clean + 0.2 * streak, 1)
+    clean, rainy = (np.tile(row[None, :, None], (40, 1, 3)).astype(np.float32) for row in (clean, rainy))
+    target = reduce(torch.from_numpy(clean).permute(2, 0, 1), factor)[None]
+    monkeypatch.setattr(method, "forward", lambda image: target)
+    restored = Restorer(method, device="cpu", scale=factor)(rainy)
+    assert (np.minimum(clean, rainy) - restored).max() < bound
+    assert (restored - np.maximum(clean, rainy)).max() < bound
+    assert np.abs(restored - clean).mean() < 0.2 * np.abs(rainy - clean).mean()

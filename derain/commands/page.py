@@ -50,6 +50,9 @@ document.addEventListener("drop", (event) => {
 Without the script, a browser would leave the page and open a dropped photo.
 """
 
+SCALES = ("full", "auto", "2", "3", "4", "6", "8")
+"""Values of the option ``scale``, as for ``derain restore``; the first is the default."""
+
 METADATA = {
     False: "The restored photo has no metadata: no time, camera or location.",
     True: "The restored photo keeps its metadata: time, camera and location, if it has them.",
@@ -127,6 +130,9 @@ class _Components(NamedTuple):
     rain: gr.Accordion
     amount: gr.Slider
     seed: gr.Number
+    options: gr.Accordion
+    scale: gr.Dropdown
+    strength: gr.Slider
     details: gr.Accordion
     facts: gr.HTML
 
@@ -170,10 +176,34 @@ def _add_components(service: RestorationService) -> _Components:
     ) as rain:
         amount = gr.Slider(0, 100, 0, step=1, label="Synthetic rain", info="0 adds none, 100 is a downpour.")
         seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="Changes the streaks and their direction.")
+    with gr.Accordion("Options", open=False, visible=False, elem_id="options") as options:
+        scale = gr.Dropdown(
+            list(SCALES),
+            value=SCALES[0],
+            label="Scale",
+            info="Estimate the rain on a reduced photo, for wide streaks on large photos; auto decides by the size.",
+        )
+        strength = gr.Slider(0, 1, 1, step=0.05, label="Strength", info="Share of the rain that is removed.")
     with gr.Accordion("Details", open=False, visible=False, elem_id="details") as details:
         facts = gr.HTML(elem_id="facts")
     return _Components(
-        uploaded, photo, note, result, slider, caption, again, download, model, rain, amount, seed, details, facts
+        uploaded,
+        photo,
+        note,
+        result,
+        slider,
+        caption,
+        again,
+        download,
+        model,
+        rain,
+        amount,
+        seed,
+        options,
+        scale,
+        strength,
+        details,
+        facts,
     )
 
 
@@ -185,9 +215,10 @@ def _add_events(components: _Components, service: RestorationService, abandoned:
         service: Restores uploaded photos.
         abandoned: Returns whether all jobs of a session are abandoned.
     """
-    hidden = dict.fromkeys((components.result, components.rain, components.details), gr.update(visible=False))
+    accordions = (components.rain, components.options, components.details)
+    hidden = dict.fromkeys((components.result, *accordions), gr.update(visible=False))
 
-    def restore(file: Any, model: Any, amount: Any, seed: Any, request: gr.Request) -> Any:
+    def restore(file: Any, model: Any, amount: Any, seed: Any, scale: Any, strength: Any, request: gr.Request) -> Any:
         """Restore a photo; return the updates of the page, which show the result or the error."""
         if not file:
             return gr.skip()
@@ -200,6 +231,8 @@ def _add_events(components: _Components, service: RestorationService, abandoned:
                 _text(model),
                 _number(amount, "Synthetic rain", 100),
                 int(_number(seed, "Seed", 2**32)),
+                _text(scale)[:20],
+                _number(strength, "Strength", 1),
                 abandoned=lambda: abandoned(session),
             )
         except DerainError as error:
@@ -222,11 +255,16 @@ def _add_events(components: _Components, service: RestorationService, abandoned:
         components.slider,
         components.caption,
         components.download,
-        components.rain,
-        components.details,
+        *accordions,
         components.facts,
     ]
-    settings: list[Any] = [components.model, components.amount, components.seed]
+    settings: list[Any] = [
+        components.model,
+        components.amount,
+        components.seed,
+        components.scale,
+        components.strength,
+    ]
     options: dict[str, Any] = {
         "show_progress_on": [components.photo, components.slider],
         "concurrency_id": "restore",
@@ -266,6 +304,7 @@ def _result_updates(components: _Components, name: str, restored: RestoredPhoto)
         components.caption: _caption(name, restored),
         components.download: str(restored.download),
         components.rain: gr.update(visible=True),
+        components.options: gr.update(visible=True),
         components.details: gr.update(visible=True),
         components.facts: _facts_list(restored.facts) + "".join(figures),
     }

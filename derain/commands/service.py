@@ -14,12 +14,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from derain.commands.option_values import scale_factor
 from derain.commands.page_files import KEEP_MINUTES
 from derain.data.rain import PRESETS, Rain, add_rain, sample_rain
 from derain.errors import DerainError
 from derain.images import Pixels, image_size, read_photo, to_bytes, write_image
 from derain.memory import release_freed_memory
 from derain.restoration import Restorer
+from derain.scaling import automatic_factor
 
 PREVIEW_SIDE = 2048
 """Longest side of a photo on the page, in pixels; the download has full size."""
@@ -59,7 +61,7 @@ class RestoredPhoto(NamedTuple):
         after: JPEG of the restored photo, of the same size.
         download: PNG with the size, bit depth, transparency and colour profile of the photo.
         maps: Pictures of the removed rain and of the method's maps, by name, as `map_pictures` returns them.
-        facts: Model, size, time, synthetic rain, and what the method found in the photo, by name.
+        facts: Model, size, time, scale, strength, synthetic rain, and what the method found in the photo, by name.
     """
 
     before: Path
@@ -109,6 +111,8 @@ class RestorationService:
         model: str,
         amount: float = 0.0,
         seed: int = 0,
+        scale: str = "full",
+        strength: float = 1.0,
         abandoned: Callable[[], bool] = _never,
     ) -> RestoredPhoto:
         """Restore a photo, optionally after adding synthetic rain to it.
@@ -119,6 +123,9 @@ class RestorationService:
             model: Label of a restorer.
             amount: Amount of synthetic rain, from 0 (none) to 100.
             seed: Seed of the synthetic rain.
+            scale: Factor by which the photo is reduced to estimate the rain, ``full`` or ``auto``, as for derain
+                restore.
+            strength: Share of the rain that is removed, from 0 to 1.
             abandoned: Returns whether the client has left, which stops the restoration; called before each layer of
                 the network.
 
@@ -126,15 +133,18 @@ class RestorationService:
             Files in a new folder, and facts.
 
         Raises:
-            DerainError: If there is no such model, the file is not a photo, is too large or does not fit into memory,
-                or the restoration was stopped; the message is shown on the page.
+            DerainError: If there is no such model, the scale is none of these, the file is not a photo, is too large or
+                does not fit into memory, or the restoration was stopped; the message is shown on the page.
         """
         name = Path(name).name
         self.check(upload, name)
         if model not in self.restorers:
             raise DerainError(f"Model {model!r} is not available; choose {' or '.join(self.restorers)}.")
+        factor = scale_factor(scale)
         with self._lock:
             start = time.perf_counter()
+            restorer = self.restorers[model]
+            restorer.scale, restorer.strength = factor, strength
             self._is_abandoned = abandoned
             try:
                 self._stop_if_unwanted()
@@ -142,7 +152,7 @@ class RestorationService:
                 if not self.keep_metadata:
                     photo = photo.without_exif()
                 rainy = photo.rgb if amount <= 0 else add_rain_to(photo.rgb, amount, seed)
-                derained, maps, description = self.restorers[model].explain(rainy, str(upload))
+                derained, maps, description = restorer.explain(rainy, str(upload))
             except DerainError as error:
                 raise _renamed(error, upload, name) from error
             seconds = time.perf_counter() - start
@@ -157,6 +167,10 @@ class RestorationService:
             release_freed_memory()
         height, width = derained.shape[:2]
         facts = {"model": model, "size": f"{width:,} × {height:,} pixels", "time": f"{seconds:.1f} s", **description}
+        if factor != 1:
+            facts["scale"] = automatic_factor(height, width) if factor == "auto" else factor
+        if strength < 1:
+            facts["strength"] = f"{strength:g}"
         if amount > 0:
             facts["synthetic rain"] = f"{amount:g} %, seed {seed}"
         return RestoredPhoto(before, after, download, pictures, facts)

@@ -151,7 +151,7 @@ def test_two_clients_at_once(served, photo, tmp_path):
     clients = [Client(served[0], verbose=False, download_files=tmp_path / str(index)) for index in range(2)]
 
     def restore(client, path):
-        return client.predict(handle_file(path), MODEL, 0, 0, api_name="/restore")
+        return client.predict(handle_file(path), MODEL, 0, 0, "full", 1, api_name="/restore")
 
     with ThreadPoolExecutor(2) as threads:
         results = list(threads.map(restore, clients, pictures))
@@ -173,7 +173,7 @@ def _upload(client, path):
 
 def _join(client, file, **fields):
     """Add a job to the queue; return the response with its id."""
-    return client.post("/gradio_api/call/restore", json={"data": [file, MODEL, 0, 0], **fields})
+    return client.post("/gradio_api/call/restore", json={"data": [file, MODEL, 0, 0, "full", 1], **fields})
 
 
 def _result(client, joined):
@@ -218,7 +218,7 @@ def test_files_that_were_not_uploaded_are_refused(served, client, photo, path, m
         assert joined.status_code == 403
         assert "event_id" not in joined.text
     for index in (0, 1, 2):  # functions of the page's controls
-        body = {"data": [{"path": name, **meta}, MODEL, 0, 0], "fn_index": index, "session_hash": "s"}
+        body = {"data": [{"path": name, **meta}, MODEL, 0, 0, "full", 1], "fn_index": index, "session_hash": "s"}
         assert client.post("/gradio_api/queue/join", json=body).status_code == 403
     assert client.get(f"/gradio_api/file={secret}").status_code == 403
     assert client.get(f"/gradio_api/file={link}").status_code == 403
@@ -239,7 +239,19 @@ def test_a_file_is_restored_only_for_its_browser(served, client, photo):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "values", [["x", 0, 0], [["x"], 0, 0], [MODEL, "x", 0], [MODEL, 1e9, 0], [MODEL, 0, -1], [MODEL, 0, 1e300]]
+    "values",
+    [
+        ["x", 0, 0, "full", 1],
+        [["x"], 0, 0, "full", 1],
+        [MODEL, "x", 0, "full", 1],
+        [MODEL, 1e9, 0, "full", 1],
+        [MODEL, 0, -1, "full", 1],
+        [MODEL, 0, 1e300, "full", 1],
+        [MODEL, 0, 0, "half", 1],
+        [MODEL, 0, 0, ["2"], 1],
+        [MODEL, 0, 0, "full", 1.5],
+        [MODEL, 0, 0, "full", "x"],
+    ],
 )
 def test_invalid_values_end_in_an_alert(client, photo, values):
     joined = client.post("/gradio_api/call/restore", json={"data": [{"path": _upload(client, photo)}, *values]})
@@ -254,7 +266,7 @@ def test_photos_with_long_and_invalid_names_are_restored(client, photo):
     name = "\U0001d49c" * 250 + ".png"
     path = _upload(client, photo)
     assert "derained.png" in _result(client, _join(client, {"path": path, "orig_name": name}))
-    lone_surrogate = json.dumps({"data": [{"path": path, "orig_name": "\ud800.png"}, MODEL, 0, 0]})
+    lone_surrogate = json.dumps({"data": [{"path": path, "orig_name": "\ud800.png"}, MODEL, 0, 0, "full", 1]})
     headers = {"content-type": "application/json"}
     joined = client.post("/gradio_api/call/restore", content=lone_surrogate, headers=headers)
     assert "derained.png" in _result(client, joined)

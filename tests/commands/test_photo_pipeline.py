@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from derain.cli import main
 from derain.commands import photo_pipeline
 from derain.commands.photo_pipeline import PhotoPipeline
 from derain.errors import DerainError
@@ -163,3 +164,7 @@ def test_a_killed_folder_has_whole_files_only(tmp_path, number):
     if number != signal.SIGKILL:
         assert len(files) == len(list((tmp_path / "out").iterdir())) < 8
         assert f"restored {len(files)} of 8" in text
+    written = {path: path.stat().st_mtime_ns for path in files}
+    assert main([*arguments, "--device", "cpu"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{index}.png" for index in range(8)]
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())

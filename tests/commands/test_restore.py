@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from derain import scaling
 from derain.batching import Scheduler
 from derain.cli import main
 from derain.commands.restore import plan
@@ -476,3 +477,73 @@ def test_output_that_is_not_finite_is_not_written(photo, video, file, tmp_path, 
         assert main(["restore", str(source), str(tmp_path / "o" / target), "--weights", file, *compare]) == 2
         assert str(source) in capsys.readouterr().err
         assert list((tmp_path / "o").glob("*")) == []
+
+
+def test_automatic_scale_is_reported_and_strength_blends(file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scaling, "KNOWN_SIDE", 20)
+    write_image(tmp_path / "in/large.png", clean_image(1, (48, 64)))
+    write_image(tmp_path / "in/small.png", clean_image(2, (24, 39)))
+    arguments = ["restore", str(tmp_path / "in"), str(tmp_path / "out"), "--weights", file, "--device", "cpu"]
+    assert main([*arguments, "--scale", "auto", "--strength", "0"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "scale 2" in line]
+    assert len(lines) == 1
+    assert "64×48" in lines[0]
+    assert "32×24" in lines[0]
+    for name in ("large.png", "small.png"):
+        np.testing.assert_array_equal(read_rgb(tmp_path / "out" / name), read_rgb(tmp_path / "in" / name))
+
+
+def test_scales_differ_where_photos_are_reduced(file, tmp_path):
+    write_image(tmp_path / "in.png", clean_image(1, (48, 64)))
+    results = {}
+    for scale in ("full", "1", "auto", "2"):
+        target = tmp_path / f"{scale}.png"
+        arguments = ["restore", str(tmp_path / "in.png"), str(target), "--weights", file, "--device", "cpu"]
+        assert main([*arguments, "--scale", scale]) == 0
+        results[scale] = read_rgb(target)
+    for scale in ("1", "auto"):  # the photo is small
+        np.testing.assert_array_equal(results[scale], results["full"])
+    assert (results["2"] != results["full"]).any()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--scale", "0"),
+        ("--scale", "-2"),
+        ("--scale", "1.5"),
+        ("--scale", "half"),
+        ("--strength", "1.01"),
+        ("--strength", "-0.1"),
+        ("--strength", "nan"),
+        ("--strength", "much"),
+        ("--temporal", "-1"),
+        ("--temporal", "1000"),
+        ("--temporal", "two"),
+    ],
+)
+def test_bad_values_give_one_line(photo, file, tmp_path, capsys, option, value):
+    target = tmp_path / "out.png"
+    arguments = ["restore", str(photo), str(target), "--weights", file, "--device", "cpu", f"{option}={value}"]
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    assert option in errors[0]
+    assert value in errors[0]
+    assert not target.exists()
+
+
+def test_temporal_fuses_frames(file, tmp_path, rng):
+    """Noise of a static scene becomes less."""
+    scene = clean_image(0, (64, 96)).astype(np.int16)
+    frames = [np.clip(scene + rng.integers(-12, 13, scene.shape), 0, 255).astype(np.uint8) for _ in range(4)]
+    source = make_video(tmp_path / "rainy.mp4", frames)
+    flickers = []
+    for count in ("0", "1"):
+        target = tmp_path / f"{count}.mkv"
+        arguments = ["restore", str(source), str(target), "--weights", file, "--device", "cpu", "--strength", "0"]
+        assert main([*arguments, "--crf", "4", "--temporal", count]) == 0
+        restored = np.stack(frames_of(target)).astype(np.int16)
+        assert len(restored) == 4
+        flickers.append(np.abs(np.diff(restored, axis=0)).mean())
+    assert flickers[1] < 0.9 * flickers[0]

@@ -198,3 +198,19 @@ def test_labels_of_weights_with_the_same_name(file, tmp_path):
     shutil.copy(file, copy)
     assert list(load_restorers([file, file], "cpu")) == [MODEL]
     assert list(load_restorers([file, str(copy)], "cpu")) == [f"{file} · PReNet", f"{copy} · PReNet"]
+
+
+def test_scale_and_strength_are_those_of_one_photo(service, photo):
+    plain, reduced, blended = (
+        service.restore(photo, "rainy.png", MODEL, scale=scale, strength=strength)
+        for scale, strength in (("full", 1.0), ("2", 1.0), ("auto", 0.0))
+    )
+    assert "scale" not in plain.facts
+    assert reduced.facts["scale"] == 2
+    assert (blended.facts["scale"], blended.facts["strength"]) == (1, "0")
+    assert (read_rgb(reduced.download) != read_rgb(plain.download)).any()
+    np.testing.assert_array_equal(read_rgb(blended.download), read_rgb(photo))
+    again = service.restore(photo, "rainy.png", MODEL)
+    np.testing.assert_array_equal(read_rgb(again.download), read_rgb(plain.download))
+    with pytest.raises(DerainError, match="half"):
+        service.restore(photo, "rainy.png", MODEL, scale="half")
