@@ -176,14 +176,7 @@ def _add_components(service: RestorationService) -> _Components:
     ) as rain:
         amount = gr.Slider(0, 100, 0, step=1, label="Synthetic rain", info="0 adds none, 100 is a downpour.")
         seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="Changes the streaks and their direction.")
-    with gr.Accordion("Options", open=False, visible=False, elem_id="options") as options:
-        scale = gr.Dropdown(
-            list(SCALES),
-            value=SCALES[0],
-            label="Scale",
-            info="Estimate the rain on a reduced photo, for wide streaks on large photos; auto decides by the size.",
-        )
-        strength = gr.Slider(0, 1, 1, step=0.05, label="Strength", info="Share of the rain that is removed.")
+    options, scale, strength = _add_options()
     with gr.Accordion("Details", open=False, visible=False, elem_id="details") as details:
         facts = gr.HTML(elem_id="facts")
     return _Components(
@@ -205,6 +198,19 @@ def _add_components(service: RestorationService) -> _Components:
         details,
         facts,
     )
+
+
+def _add_options() -> tuple[gr.Accordion, gr.Dropdown, gr.Slider]:
+    """Add the options of derain restore that the page has: the accordion, scale and strength."""
+    with gr.Accordion("Options", open=False, visible=False, elem_id="options") as options:
+        scale = gr.Dropdown(
+            list(SCALES),
+            value=SCALES[0],
+            label="Scale",
+            info="Estimate the rain on a reduced photo, for wide streaks on large photos; auto decides by the size.",
+        )
+        strength = gr.Slider(0, 1, 1, step=0.05, label="Strength", info="Share of the rain that is removed.")
+    return options, scale, strength
 
 
 def _add_events(components: _Components, service: RestorationService, abandoned: Callable[[str], bool]) -> None:
