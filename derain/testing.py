@@ -166,7 +166,7 @@ def check_restoring(module: DerainModule) -> None:
     Raises:
         ContractError: If a result differs.
     """
-    rainy = make_batch(3, 64, 64)["rainy"]
+    rainy = make_batch(3, 32, 32)["rainy"]
     restorer = Restorer(module, device="cpu")
     alone = torch.stack([restorer(image) for image in rainy])
     restorer.scheduler.threads = 2

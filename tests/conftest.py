@@ -8,6 +8,30 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist uses all cores, an
 import numpy as np
 import pytest
 
+LONGEST_FILES = (
+    "test_train_resume.py",
+    "test_networks.py",
+    "test_onnx_model.py",
+    "test_contract.py",
+    "test_train_daclip.py",
+    "test_gpu_benchmarks.py",
+    "test_app.py",
+    "test_experiments.py",
+    "test_train_divergence.py",
+    "test_train_nodes.py",
+    "test_train_plnlingan.py",
+    "test_hct_ffn.py",
+    "test_verify.py",
+    "test_readme.py",
+)
+"""Files that take more than half a minute, the longest first."""
+
+
+def pytest_collection_modifyitems(items):
+    """Start the longest files first, so that no process of pytest-xdist is left with one of them at the end."""
+    order = {name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
 
 @pytest.fixture
 def rng():
