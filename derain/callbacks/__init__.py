@@ -15,7 +15,7 @@ from derain.callbacks.predictions import SaveImages
 from derain.callbacks.results import TestResults
 from derain.callbacks.seeds import BatchSeeds
 from derain.callbacks.throughput import Throughput
-from derain.callbacks.training_speed import CompileBlocks, GradientCheckpointing
+from derain.callbacks.training_speed import CompileBlocks, GradientCheckpointing, TensorFloat32
 
 __all__ = [
     "EMA",
@@ -30,6 +30,7 @@ __all__ = [
     "LastCheckpoint",
     "PartialEvaluationWarning",
     "SaveImages",
+    "TensorFloat32",
     "TestResults",
     "Throughput",
 ]

@@ -148,3 +148,32 @@ class CompileBlocks(Callback):
         if self._limit:
             torch._dynamo.config.recompile_limit = self._limit
         self._blocks, self._limit = [], 0
+
+
+class TensorFloat32(Callback):
+    """Compute float32 matrix products in TF32 while training on a GPU that has it (NVIDIA, compute capability 8).
+
+    TF32 rounds factors to 10 bits of mantissa. PyTorch computes convolutions in TF32 by default, matrix products only
+    with ``torch.set_float32_matmul_precision("high")``, which this callback calls. On other devices it has no effect.
+    """
+
+    def __init__(self) -> None:
+        self._previous: str | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Set the precision, and report which is in force."""
+        if stage != "fit":
+            return
+        device = trainer.strategy.root_device
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+            log.info("TensorFloat32: no effect, %s has no TF32; matrix products in float32", device)
+            return
+        self._previous = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        log.info("TensorFloat32: matrix products in TF32 on %s", torch.cuda.get_device_name(device))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Restore the precision."""
+        if self._previous is not None:
+            torch.set_float32_matmul_precision(self._previous)
+        self._previous = None

@@ -5,7 +5,7 @@ import lightning
 import pytest
 import torch
 
-from derain.callbacks import CompileBlocks, GradientCheckpointing
+from derain.callbacks import CompileBlocks, GradientCheckpointing, TensorFloat32
 from derain.errors import DerainError
 from derain.methods import PReNetModule, RestormerModule
 from derain.nn.blocks import repeated_blocks
@@ -137,3 +137,25 @@ def test_batch_normalisation_is_refused():
     module.network = torch.nn.Sequential(Block(), Block())
     with pytest.raises(DerainError, match="Block"):
         GradientCheckpointing().setup(TRAINER, module, "fit")
+
+
+@pytest.mark.parametrize(
+    ("capability", "stage", "precision"),
+    [((8, 0), "fit", "high"), ((12, 0), "fit", "high"), ((7, 5), "fit", "highest"), ((8, 0), "test", "highest")],
+)
+def test_tf32_while_training(monkeypatch, capability, stage, precision):
+    monkeypatch.setattr(type(TRAINER.strategy), "root_device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    callback, module = TensorFloat32(), lightning.LightningModule()
+    callback.setup(TRAINER, module, stage)
+    assert torch.get_float32_matmul_precision() == precision
+    callback.teardown(TRAINER, module, stage)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_tf32_has_no_effect_on_a_cpu(caplog):
+    caplog.set_level("INFO", logger="derain")
+    TensorFloat32().setup(TRAINER, lightning.LightningModule(), "fit")
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert "cpu" in caplog.text
