@@ -1,4 +1,4 @@
-"""Read and write PNG and TIFF files with more than 8 bits per channel, with OpenCV: Pillow has no mode for them."""
+"""Read and write PNG and TIFF files with more than 8 bits per channel, with OpenCV: Pillow has no RGB mode for them."""
 
 import struct
 import zlib
@@ -11,7 +11,8 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from derain.errors import DerainError
 
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # decoders write to stderr without a file name
+# OpenCV would log errors without a file name. libpng prints its own messages in any case: see `_minimal_png`.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 WIDTH, HEIGHT, BITS, PHOTOMETRIC = 256, 257, 258, 262
 CHANNELS, PLANES, EXTRA, SAMPLE_FORMAT, PROFILE = 277, 284, 338, 339, 34675
@@ -47,7 +48,7 @@ WRITABLE = frozenset({".png", ".tif", ".tiff"})
 
 
 def is_deep_png(header: bytes) -> bool:
-    """Return whether a file is a PNG with 16 bits per channel, from its first 26 bytes."""
+    """Return whether a file is a PNG with 16 bits per channel, from its first 25 bytes."""
     return header[:8] == PNG_SIGNATURE and header[24:25] == b"\x10"
 
 
@@ -99,7 +100,8 @@ def decode(file: BinaryIO, size: tuple[int, int], tags: ImageFileDirectory_v2 | 
         tags: Tags of a TIFF; None for a PNG.
 
     Returns:
-        ``(h, w, c)`` float32: grey, grey and alpha, RGB, or RGB and alpha (also for a PNG with grey and alpha).
+        ``(h, w, c)`` float32. The channels are grey; grey and alpha, for a grey PNG with a transparent colour; RGB; or
+        RGB and alpha, also for a PNG with grey and an alpha channel.
 
     Raises:
         ValueError: If the file is damaged, or has a pixel format that OpenCV decodes wrongly.
@@ -150,7 +152,7 @@ def _swap_red_and_blue(channels: NDArray[Any]) -> NDArray[Any]:
 def _minimal_png(data: bytes) -> bytes:
     """Check a PNG, and return it with its header, transparent colour and pixels only.
 
-    Without the check, OpenCV would report damage on standard error, and allocate memory for any length of a chunk.
+    Without the check, libpng would print damage to standard error, and allocate memory for any length of a chunk.
 
     Raises:
         ValueError: If a chunk or the header is damaged, or the number of pixels is wrong.
@@ -252,9 +254,8 @@ def encode(
         array = array[..., [0, 0, 0, 1]]
     ok, data = cv2.imencode(suffix, _swap_red_and_blue(array))
     if not ok:
-        raise DerainError(
-            f"'{suffix}': cannot encode shape {array.shape} with 16 bits per channel; write .webp instead"
-        )
+        advice = "write .tif instead" if suffix == ".png" else "split the image into smaller ones"
+        raise DerainError(f"'{suffix}': cannot encode shape {array.shape} with 16 bits per channel; {advice}")
     encoded: bytes = data.tobytes()
     if suffix != ".png":
         return encoded if icc_profile is None else _tiff_with_profile(encoded, icc_profile)

@@ -147,7 +147,7 @@ def open_image(path: Path) -> Iterator[ImageSource]:
                 yield _deep_tiff(file, tags)
                 return
             file.seek(0)
-            deep = deep_images.is_deep_png(file.read(26))
+            deep = deep_images.is_deep_png(file.read(25))
             with Image.open(file, formats=FORMATS) as image:
                 yield _opened_by_pillow(file, image, deep)
     except DerainError:

@@ -200,7 +200,7 @@ FAULTS: dict[tuple[str, ...], list[tuple[str, str, str]]] = {
     ],
     ("data/samplers.py", "data/test_samplers.py"): [
         ("order: the same in every epoch", "manual_seed(self.seed + epoch)", "manual_seed(self.seed)"),
-        ("resume: the epoch starts again", "[self.first :]", "[:]"),
+        ("resume: the epoch starts again", "[self.first_batch :]", "[:]"),
         ("evaluation: every rank all images", "ranks[rank].append(index)", "[part.append(index) for part in ranks]"),
     ],
     ("data/datamodule.py", "data/test_datamodule.py"): [

@@ -153,6 +153,14 @@ def test_16_bit_photos_keep_their_profile(tmp_path, suffix, channels, length):
     assert (np.atleast_3d(cv2.imread(str(tmp_path / f"b{suffix}"), cv2.IMREAD_UNCHANGED)) == deep).all()
 
 
+def test_16_bit_photos_too_wide_for_png_can_be_written_as_tiff(tmp_path):
+    photo = Photo(np.zeros((1, 1_000_001, 3), np.float32), bits=16)
+    with pytest.raises(DerainError, match=r"1000001.*\.tif"):
+        photo.write(tmp_path / "a.png")
+    photo.write(tmp_path / "a.tif")
+    assert image_size(tmp_path / "a.tif") == (1, 1_000_001)
+
+
 def test_a_grey_profile_is_not_written_to_a_colour_image(tmp_path, caplog):
     grey = bytes(16) + b"GRAY" + bytes(200)
     values = np.full((4, 6), 0.3, np.float32)

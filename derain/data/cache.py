@@ -72,11 +72,11 @@ def read_pair(pair: Pair) -> tuple[Pixels, Pixels]:
 
 
 class PixelCache:
-    """Pixels of image pairs in one contiguous uint8 buffer: rainy, then clean, of each pair; or only of rainy images.
+    """Pixels of image pairs in one contiguous uint8 buffer.
 
-    Every DataLoader worker would gradually copy a Python list of arrays, since reading changes reference counts; one
-    buffer is never copied. On disk it is a memory map, which all ranks of a machine share through the page cache; in
-    RAM it is shared memory, with one copy per rank.
+    For each pair, the buffer contains the rainy image, then the clean one; with ``paired=False``, rainy images only.
+    On disk it is a memory map, which all ranks of a machine share through the page cache. In RAM it is shared memory,
+    with one copy per rank. Workers that are not forked open the buffer; each would receive a copy of a list of arrays.
 
     Args:
         index: ``(n, 3)``: offset of each pair in the buffer in bytes, and height and width of its images.
@@ -179,9 +179,9 @@ def open_cache(
     Args:
         pairs: Pairs with clean images, or without them if ``paired`` is false.
         mode: ``disk`` (memory map), ``ram`` (shared memory, or ``disk`` with a warning if ``/dev/shm`` is too
-            small), ``off``, or ``auto``: on disk if the file exists already or needs at most half of the free space,
-            else in RAM if the cache needs at most half of the free memory, else off. The size is computed from the
-            image headers and logged.
+            small), ``off``, or ``auto``: on disk if the file exists already or needs at most half of the free disk
+            space; else in RAM if the pixels need at most half of the free memory and at most half of the free
+            ``/dev/shm``; else off. The size is computed from the image headers and logged.
         folder: The memory maps are saved to its subfolder ``pixels``; ``cache_folder()`` by default.
         paired: Whether the pairs have clean images.
 
@@ -202,7 +202,7 @@ def open_cache(
     space = _Space(need, shutil.disk_usage(folder).free, free_memory(), _free_shared_memory())
     requested = mode
     if mode == "auto":
-        mode = _choose_mode(space, cached=file.exists())
+        mode = "disk" if file.exists() else _choose_mode(space)
     if mode == "ram" and need > space.memory:
         alternatives = "disk or off" if need <= space.disk else "off"
         raise DerainError(
@@ -221,7 +221,6 @@ def open_cache(
             mode,
         )
     if mode == "off":
-        log.info("pixel cache: off, since %.2f GB are too much for the free disk space and memory", need / 1e9)
         return None
     location = str(file) if mode == "disk" else "shared memory"
     kind = "pairs" if paired else "images"
@@ -241,11 +240,20 @@ def open_cache(
     return PixelCache(index, file=file, paired=paired)
 
 
-def _choose_mode(space: _Space, *, cached: bool) -> CacheMode:
-    if cached or space.need <= space.disk / 2:
+def _choose_mode(space: _Space) -> CacheMode:
+    """Return the mode for ``auto`` if the file does not exist."""
+    if space.need <= space.disk / 2:
         return "disk"
-    if space.need <= min(space.memory, space.shared) / 2:
+    memory = min(space.memory, space.shared)
+    if space.need <= memory / 2:
         return "ram"
+    log.info(
+        "pixel cache: off, since %.2f GB are more than half of the free disk space (%.2f GB), and more than half of "
+        "the free memory that processes can share (%.2f GB)",
+        space.need / 1e9,
+        space.disk / 1e9,
+        memory / 1e9,
+    )
     return "off"
 
 

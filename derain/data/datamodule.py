@@ -61,19 +61,21 @@ class RainDataModule(LightningDataModule):
         flips: Random horizontal and vertical flips; ``horizontal``: horizontal flips only.
         transpose: Random transposition (swap of rows and columns).
         val_share: Share of the clean images of ``train`` used for validation (at least one) if ``val`` is not set;
-            all rainy images of these clean images are held out. Of videos, whole sequences are.
+            all rainy images of these clean images are held out. A video is held out as a whole; the share counts each
+            sequence like one clean image.
         captions: Table or tables of captions of the training and validation pairs, as written by ``derain caption``;
             for `DACLIPModule`.
         eval_batch_size: Maximum number of images of equal size that ``derain test`` and ``derain predict`` restore at
             once; fewer if memory does not suffice. ``auto``: 32 on a GPU, 1 on a CPU, which is no faster in batches.
             With a limit on batches, each batch has one image.
-        val_limit: Validate on this number of pairs, the first ones of each data set; on all by default.
+        val_limit: Total number of validation pairs, taken in turn from the start of each data set; all by default.
         val_mean: With several validation sets, whether the mean that selects the best checkpoint gives equal weight to
             all ``images`` or to all ``sets``. Means of each set are logged as ``val/SET/psnr`` in both cases.
         workers: Number of loader processes; by default 0 if pixels are cached (a cached crop takes about 0.15 ms,
             less than its transfer between processes), else the number of cores less one, at most 8.
-        cache: Cache of the decoded images for training and validation: ``disk``, ``ram``, ``off``, or ``auto``, the
-            first of these with enough free space.
+        cache: Cache of the decoded images for training and validation: ``disk``, ``ram``, ``off``, or ``auto``: disk
+            if the cache exists or needs at most half of the free disk space; else RAM if it needs at most half of the
+            free memory and at most half of the free ``/dev/shm``; else off.
         split_seed: Seed of the random share for validation.
         seed: Seed of the sample order, the crops and the rain; the command line sets it to ``seed_everything``.
         rain: Rain added to the clean images during training: ``off``, a preset (``light``, ``medium``, ``heavy``;
@@ -142,7 +144,7 @@ class RainDataModule(LightningDataModule):
         self.pairs: dict[str, tuple[Pair, ...]] = {}
         self._counts: dict[str, int] = {}
         self._pixels: dict[str, PixelCache | None] = {}
-        self._resume_position: Position | None = None  # until the training loader has been created
+        self._resume_position: Position | None = None  # where the next training loader starts, if it resumes a run
         self._schedule_start: Position | None = None  # the batches of a schedule are counted from here
         self._saved_sampling_options: dict[str, Any] = {}
 
@@ -274,7 +276,7 @@ class RainDataModule(LightningDataModule):
         for pair_set in sets:
             for note in pair_set.notes:
                 log.info("%s: %s", pair_set.name, note)
-        return merge_pairs(sets, repeats=option == "train")
+        return merge_pairs(sets, allow_repeated_sets=option == "train")
 
     def rainy_images(self, split: str) -> Iterator[Pixels]:
         """Yield the whole rainy images of ``train``, ``val``, ``test`` or ``predict``, in order of their index.
@@ -330,7 +332,7 @@ class RainDataModule(LightningDataModule):
         self._resume_position = self._schedule_start = position
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the options that determine the samples of each batch; empty if there are no training pairs."""
+        """Return the sampling options, to compare them when the run resumes; empty if there are no training pairs."""
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         return self._sampling_options(epoch) if "train" in self.pairs else {}
 
@@ -373,7 +375,11 @@ class RainDataModule(LightningDataModule):
         return batches if self.trainer is None else _limited(batches, self.trainer.limit_train_batches)
 
     def _sampling_options(self, epoch: int) -> dict[str, Any]:
-        """Return the options that determine the samples of each batch, and when the optimiser steps."""
+        """Return the options that must not change within an epoch.
+
+        They determine which pairs each batch contains, which rain is added to them, and after which batches the
+        optimiser steps. Flips and ``data.crop`` may change: the remaining batches contain the same pairs.
+        """
         return {
             "data.train": self._summary("train", "pairs"),
             "data.unlabelled": self._summary("unlabelled", "images") if "unlabelled" in self.pairs else "",
@@ -400,11 +406,11 @@ class RainDataModule(LightningDataModule):
         return self._evaluation_loader("val") if self.pairs["val"] else []
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Return whole test pairs in batches of equal size."""
+        """Return whole test pairs, in batches of images of equal size or one by one."""
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Return whole rainy images in batches of equal size."""
+        """Return whole rainy images, in batches of images of equal size or one by one."""
         return self._evaluation_loader("predict")
 
     def _evaluation_loader(self, split: str) -> DataLoader[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Cache of the detected layouts of large folders, whose names every layout would be compared with at every start."""
+"""Cache of the layouts of large folders: detection matches every file name with the patterns of all layouts."""
 
 import os
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ Detection = tuple[str, str, PairedFiles]
 
 
 def detection_key(root: Path, split: Split, files: Sequence[str]) -> list[bytes]:
-    """Return everything that the detection depends on: names, sizes and times of the files, folder, and layouts.
+    """Return everything that the detection depends on: the folder, its files with their states, and the layouts.
 
     Args:
         root: The folder.

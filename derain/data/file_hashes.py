@@ -1,4 +1,8 @@
-"""Content hashes of files, and results computed from contents alone; both are cached until a file changes."""
+"""Cache of content hashes of files, and of results computed from files.
+
+A hash is valid until size, inode or times of its file change. A result of `cached_numbers` depends on contents alone,
+one of `save_computed` on everything that its key contains, such as the paths, sizes and times of files.
+"""
 
 import hashlib
 import json
@@ -16,7 +20,7 @@ from derain.images import write_whole
 from derain.progress import track
 
 SETTLED_AGE = 2_000_000_000
-"""Nanoseconds since the last change of a file from which its times are trusted.
+"""A file's times are trusted once its last change is older than this, in nanoseconds.
 
 A coarse clock may give two changes in quick succession the same time.
 """
@@ -100,7 +104,7 @@ def save_computed(key: Sequence[bytes], content: object) -> None:
 
 
 def states_digest(root: Path, files: Sequence[str]) -> bytes:
-    """Return a hash of the names, sizes and times of files, which changes if a file is added, removed or changed.
+    """Return a hash of names, sizes, inodes and times of files; it changes if a file is added, removed or changed.
 
     Args:
         root: A folder.

@@ -1,7 +1,8 @@
 """Pair files by the key that a pattern extracts from their names, and find the folders of data sets.
 
-A key is the text of all groups of the pattern except ``{version}``: ``rainy/7_2.jpg`` and ``clean/7.jpg`` have the key
-7. No image is read.
+:mod:`derain.data.layouts.patterns` defines patterns; a layout may have several variants of them. A key consists of the
+values of all groups of the pattern except ``{version}``: ``{n}`` as a number, the others as text in lower case. So
+``rainy/7_2.jpg`` and ``clean/007.jpg`` both have the key 7. No image is read.
 """
 
 import os
@@ -23,7 +24,7 @@ Key = tuple[str | int, ...]
 
 class _KeyedFile(NamedTuple):
     key: Key
-    rain_version: str | None  # number of the rainy version if a clean image has several
+    rain_version: str | None  # text of ``{version}``: number of the rainy version if a clean image has several
     file: str
 
 
@@ -35,8 +36,8 @@ class PairedFiles:
         pairs: Name, rainy file and clean file (None without clean images) of each pair, in natural order of the names.
             The name of a frame of a video is ``SEQUENCE/FRAME``.
         unpaired: Files that match the layout but have no partner.
-        clashes: Pairs of conflicting files: two files with the same key, or two clean files that different variants of
-            the layout assign to one rainy file.
+        clashes: Pairs of conflicting files: two clean files with the same key; two rainy files with the same key and
+            version; or two clean files that different variants of the layout assign to one rainy file.
         variant: Variant of the layout that matched; one with an empty pattern if none did.
         unused: Later variants that match pairs which ``variant`` misses, and the number of these pairs.
     """
@@ -254,9 +255,9 @@ def find_data_set_folders(name: str, data_root: Path) -> list[Path]:
 
 
 def folder_alias_index(folder: Path, name: str) -> int | None:
-    """Return the index in ``Layout.folders`` of the name that a folder or its link target has; None if it has none.
+    """Return the index in ``Layout.folders`` of the first name that matches a folder; None if none does.
 
-    Case is ignored.
+    A name matches the end of the folder's path, or of the path of its link target. Case is ignored.
     """
     paths = [[part.lower() for part in path.parts] for path in (folder.absolute(), folder.resolve())]
     for index, alias in enumerate(LAYOUTS[name].folders):

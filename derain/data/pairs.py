@@ -220,17 +220,18 @@ def to_pairs(files: PairedFiles) -> tuple[Pair, ...]:
     )
 
 
-def merge_pairs(sets: Sequence[PairSet], *, repeats: bool = False) -> tuple[Pair, ...]:
+def merge_pairs(sets: Sequence[PairSet], *, allow_repeated_sets: bool = False) -> tuple[Pair, ...]:
     """Return the pairs of several data sets, named ``SET/NAME``, or those of a single one with unchanged names.
 
     ``SET`` includes as many parent folders as are needed to distinguish sets of the same name.
 
     Args:
         sets: The data sets.
-        repeats: Whether a data set may occur several times.
+        allow_repeated_sets: Whether a data set may occur several times; its pairs are then repeated.
 
     Raises:
-        DerainError: If two different pairs would have the same name, or two equal pairs without ``repeats``.
+        DerainError: If two different pairs would have the same name, or a data set occurs several times without
+            ``allow_repeated_sets``.
 
     Example:
         >>> sets = [PairSet("a", "images", "predict", Path(root), (Pair("1", Path(root, "1.png")),)) for root in "xy"]
@@ -255,7 +256,7 @@ def merge_pairs(sets: Sequence[PairSet], *, repeats: bool = False) -> tuple[Pair
                 pairs_by_name[pair.name] = pair
                 continue
             first = pairs_by_name[pair.name]
-            if not (repeats and first == pair):
+            if not (allow_repeated_sets and first == pair):
                 raise DerainError(
                     f"{pair.rainy}: has the same name as {first.rainy} ({first.name}); give each data set once, and "
                     "rename folders of the same name"

@@ -19,8 +19,9 @@ class Sample(NamedTuple):
 
     Attributes:
         epoch: Index of the epoch.
-        number: Index of the sample in the epoch; its remainder modulo the number of pairs is the index of the pair,
-            unless data sets have weights.
+        number: Shuffled index of the sample, from 0 to below the samples per epoch. If a schedule needs further
+            permutations in the epoch, the n-th of them adds n times the samples per epoch. The remainder modulo the
+            number of pairs is the index of the pair, unless data sets have weights.
         crop: Side of the crop in pixels.
     """
 
@@ -33,12 +34,12 @@ class Stage(NamedTuple):
     """Stage of a training schedule, counted in batches.
 
     Attributes:
-        first: Index of the first batch, counted from the start of training.
+        start: Index of its first batch, counted from the start of training.
         crop: Side of the crops in pixels.
         batch_size: Crops per batch and rank.
     """
 
-    first: int
+    start: int
     crop: int
     batch_size: int
 
@@ -89,7 +90,7 @@ def to_batch_stages(schedule: Sequence[CropStage], accumulate: int, batches: int
 
     Example:
         >>> to_batch_stages([CropStage(10, 128, 8), CropStage(5, 160, 5)], accumulate=2, batches=4)
-        [Stage(first=0, crop=128, batch_size=8), Stage(first=20, crop=160, batch_size=5)]
+        [Stage(start=0, crop=128, batch_size=8), Stage(start=20, crop=160, batch_size=5)]
     """
     if len(schedule) > 1 and batches % accumulate:
         raise DerainError(
@@ -97,7 +98,7 @@ def to_batch_stages(schedule: Sequence[CropStage], accumulate: int, batches: int
             "--data.schedule requires; use a divisor, or set --trainer.limit_train_batches to a multiple"
         )
     starts = itertools.accumulate((stage.steps * accumulate for stage in schedule[:-1]), initial=0)
-    return [Stage(first, stage.crop, stage.batch_size) for first, stage in zip(starts, schedule, strict=True)]
+    return [Stage(start, stage.crop, stage.batch_size) for start, stage in zip(starts, schedule, strict=True)]
 
 
 class TrainingBatchSampler(Sampler[list[Sample]]):
@@ -116,8 +117,9 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
         world: Number of ranks.
         seed: Seed of the run.
         stages: Crop and batch sizes in order; the first stage starts at batch 0.
-        limit: Number of batches after which the trainer ends an epoch (``limit_train_batches``); None for all. It
-            affects the stages of later epochs, not the batches that the sampler yields.
+        limit: Number of batches after which the trainer ends an epoch (``limit_train_batches``); None for all. The
+            sampler still yields ``len(self)`` batches, but each epoch counts only ``limit`` of them towards the stages
+            of later epochs.
 
     Example:
         >>> sampler = TrainingBatchSampler(4, rank=0, world=1, seed=0, stages=[Stage(0, 64, 2)])
@@ -132,7 +134,7 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
     ) -> None:
         self.count, self.rank, self.world, self.seed = count, rank, world, seed
         self.stages, self.limit = list(stages), limit
-        self.epoch = self.first = 0
+        self.epoch = self.first_batch = 0
         self._reference = (0, 0)  # an epoch, and the number of batches before it
 
     @property
@@ -151,18 +153,18 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
 
     def resume_at(self, epoch: int, batch: int) -> None:
         """Start iterating at a batch of an epoch."""
-        self.epoch, self.first = epoch, batch
+        self.epoch, self.first_batch = epoch, batch
 
     def stage(self, epoch: int, batch: int) -> Stage:
         """Return the stage of a batch."""
         reference_epoch, batches_before = self._reference
-        index = batches_before + (epoch - reference_epoch) * self.batches + batch
-        starts = [stage.first for stage in self.stages]
+        index = batches_before + (epoch - reference_epoch) * self.trained_batches + batch
+        starts = [stage.start for stage in self.stages]
         return self.stages[bisect.bisect_right(starts, index) - 1]
 
     @property
-    def batches(self) -> int:
-        """Number of batches per epoch, at most ``limit``."""
+    def trained_batches(self) -> int:
+        """Number of batches per epoch that the trainer uses: at most ``limit``."""
         return len(self) if self.limit is None else min(self.limit, len(self))
 
     @property
@@ -175,9 +177,9 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
 
     def __iter__(self) -> Iterator[list[Sample]]:
         # Computed eagerly: a generator would read epoch and position at its first batch, when they may have changed.
-        return iter(self._batches(self.epoch)[self.first :])
+        return iter(self._draw_batches(self.epoch)[self.first_batch :])
 
-    def _batches(self, epoch: int) -> list[list[Sample]]:
+    def _draw_batches(self, epoch: int) -> list[list[Sample]]:
         stages = [self.stage(epoch, batch) for batch in range(len(self))]
         order = self._permutations(epoch, sum(stage.batch_size for stage in stages) * self.world)
         own_indices = order[self.rank :: self.world]
@@ -204,7 +206,8 @@ class BalancedSampler(Sampler[int]):
     """Sampler that evaluates every image once over all ranks, without padding, with similar work for each rank.
 
     The images are assigned in order of decreasing cost, each to the rank with the least cost so far. The slowest rank
-    has at most 4/3 of the cost that is possible (Graham, 1969). With equal costs, rank r gets images r, r + world, ….
+    then has at most 4/3 of the lowest cost that any assignment gives the slowest rank (Graham, 1969). With equal costs,
+    rank r gets images r, r + world, ….
 
     With fewer images than ranks, the remaining ranks evaluate an image again (metrics count it once): without images,
     they would skip the loop, and the other ranks would wait for them forever.

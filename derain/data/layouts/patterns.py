@@ -1,8 +1,8 @@
 """File patterns of data sets.
 
 A pattern is a regular expression for the path of a file relative to the data set's folder, without suffix, with ``/``
-between folders; case is ignored. The named groups, except ``{version}``, are the key of the pair: files with equal keys
-form a pair.
+between folders; case is ignored. The values of the named groups, except ``{version}``, are the key of a file: files
+with equal keys form a pair.
 
 - ``{n}``: a number (``007`` equals ``7``);
 - ``{name}``: any text, including folders;
