@@ -24,7 +24,7 @@ COMMANDS = {
     "app": "serve a web page on this machine that restores photos",
     "models": "list the bundled models: derain models list",
     "score": "score the results of any method: derain score DERAINED CLEAN",
-    "data": "list, verify and synthesize data sets",
+    "data": "list, fetch, verify and synthesize data sets",
     "route": "count the images on each route of CLIP-RPN: derain route Rain800 --prompts 3",
     "caption": "caption clean images for DA-CLIP: derain caption RainTrainH captions.tsv",
     "export": "export a method as ONNX or with torch.export: derain export derain.onnx --weights FILE",

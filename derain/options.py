@@ -28,10 +28,11 @@ Command = Callable[..., int]
 class CommandParser(argparse.ArgumentParser):
     """Parser of a command, derived from a function's signature and Google-style docstring.
 
-    Positional parameters become positional arguments, keyword-only parameters options. Supported types are ``str``,
-    ``int``, ``float``, ``Path``, ``Literal`` of strings and ``bool`` (a flag, False by default), unions of them with
-    None, and sequences of them. A sequence option accepts several values and may be repeated. If the function also has
-    a positional sequence, the option accepts one value at a time; otherwise it would consume the positional values.
+    Positional parameters become positional arguments, keyword-only parameters options (``from_`` becomes ``--from``).
+    Supported types are ``str``, ``int``, ``float``, ``Path``, ``Literal`` of strings and ``bool`` (a flag, False by
+    default), unions of them with None, and sequences of them. A sequence option accepts several values and may be
+    repeated. If the function also has a positional sequence, the option accepts one value at a time; otherwise it would
+    consume the positional values.
 
     Args:
         prog: Words that call the command, such as ``derain score``.
@@ -76,7 +77,11 @@ class CommandParser(argparse.ArgumentParser):
             if is_sequence and self._single_value_options:
                 settings |= {"nargs": None, "action": "append"}
                 description += "; may be repeated"
-            self.add_argument(f"--{parameter.name.replace('_', '-')}", help=_escape(description), **settings)
+            name = parameter.name.rstrip("_")
+            if settings.get("metavar", "") is None:
+                settings["metavar"] = name.upper()
+            option = f"--{name.replace('_', '-')}"
+            self.add_argument(option, dest=parameter.name, help=_escape(description), **settings)
             return
         settings = {key: value for key, value in settings.items() if key not in {"action", "metavar"}}
         if default is not inspect.Parameter.empty:

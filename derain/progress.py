@@ -1,16 +1,19 @@
-"""Progress bar of long loops."""
+"""Progress bars of long loops and of downloads."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 T = TypeVar("T")
@@ -39,3 +42,36 @@ def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield from progress.track(items, total=total, description=label)
+
+
+@contextmanager
+def track_bytes(label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Yield a function that adds a number of bytes to a progress bar, which is shown if standard error is a terminal.
+
+    The function may be called from several threads.
+
+    Args:
+        label: Text before the bar.
+        total: Number of bytes of the whole; 0 if unknown.
+        done: Number of bytes of earlier runs, which do not count for the speed.
+
+    Example:
+        >>> with track_bytes("Fetching", 100, done=40) as advance:
+        ...     advance(60)
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(label, total=total or None, completed=done)
+
+        def advance(size: int) -> None:
+            progress.advance(task, size)
+
+        yield advance

@@ -1,4 +1,4 @@
-"""List, verify and synthesize data sets."""
+"""List, fetch, verify and synthesize data sets."""
 
 import dataclasses
 import json
@@ -12,10 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from derain import tables
+from derain.commands.download_summary import print_download, print_form
+from derain.data.fetch import plan_download, unpack_set
 from derain.data.layouts import LAYOUTS, Layout
 from derain.data.name_matching import find_data_set_folders, pair_files
 from derain.data.quickstart_photos import PHOTOS, write_photos
 from derain.data.rain import PRESETS, synthesize
+from derain.data.sources import SOURCES, Form, Source, choose_source, find_name
 from derain.data.verify import Finding, verify
 from derain.errors import DerainError
 
@@ -51,6 +54,7 @@ def list_sets(*, root: Path | None = None, format: Literal["table", "markdown", 
                 "citation": layout.citation,
                 "protocols": layout.protocols,
                 "remarks": list(layout.remarks),
+                "fetch": [_describe_source(source) for source in SOURCES.get(name, ())],
                 "found": {} if root is None or not layout.folders else count_pairs(name, root),
             }
         )
@@ -85,7 +89,7 @@ def sets_table(layouts: Mapping[str, Layout]) -> tables.Table:
 def _print_sets(sets: Sequence[dict[str, Any]], root: Path | None) -> None:
     title = "Data sets" if root is None else f"Data sets, and pairs found in {root}"
     table = Table(title=Text(title), title_justify="left")
-    for column in ("set", "train", "test", "found", "source"):
+    for column in ("set", "train", "test", "found", "fetch from", "source"):
         table.add_column(column, justify="right" if column in {"train", "test"} else "left", overflow="fold")
     for entry in sets:
         counts = entry["counts"]
@@ -93,6 +97,7 @@ def _print_sets(sets: Sequence[dict[str, Any]], root: Path | None) -> None:
             entry["name"],
             *(f"{counts[split]:,}" if split in counts else "" for split in ("train", "test")),
             "\n".join(f"{split} {count:,}" for split, count in entry["found"].items()),
+            ", ".join(source["kind"] for source in entry["fetch"]),
             f"{entry['title']}\n[dim]{entry['source']}[/dim]" if entry["source"] else entry["title"],
         )
     console = Console()
@@ -101,6 +106,13 @@ def _print_sets(sets: Sequence[dict[str, Any]], root: Path | None) -> None:
         console.print("Set DERAIN_DATA or --root to the folder with your data sets to see which are found.")
     console.print("Protocols of the papers and known faults: derain data list --format markdown", highlight=False)
     console.print("File patterns and citations: derain data list --format json", highlight=False)
+    console.print(
+        "derain data fetch NAME fetches a set; those with form only must be downloaded by hand", highlight=False
+    )
+
+
+def _describe_source(source: Source) -> dict[str, str]:
+    return {"kind": source.kind, "address": str(source), "licence": source.licence, "note": source.note}
 
 
 def count_pairs(name: str, root: Path) -> dict[str, int]:
@@ -110,6 +122,68 @@ def count_pairs(name: str, root: Path) -> dict[str, int]:
         if any(counts.values()):
             return {split: count for split, count in counts.items() if count}
     return {}
+
+
+def fetch_set(
+    name: str,
+    *,
+    root: Path | None = None,
+    from_: str | None = None,
+    archive: Sequence[Path] = (),
+    dry_run: bool = False,
+) -> int:
+    """Fetch a public data set into the data root, and verify it; an interrupted download is continued.
+
+    Source, licence, size and free disk space are printed first. The exit code is 1 if the data set must be downloaded
+    by hand, or has errors.
+
+    Args:
+        name: Name of the data set (see derain data list).
+        root: Folder with data sets (default: $DERAIN_DATA).
+        from_: Source: hub, web or form; hub:OWNER/NAME; or the address of an archive (default: the first of the set).
+        archive: Archives that you have downloaded, to be unpacked instead.
+        dry_run: Print what would be fetched, and stop.
+
+    Raises:
+        DerainError: If the data set is unknown or exists already, the disk is too small, the server fails, or files
+            are damaged.
+    """
+    name = find_name(name)
+    root = _data_root(root)
+    if archive:
+        return _unpack_set(name, archive, root, from_, dry_run=dry_run)
+    source = choose_source(name, from_)
+    if isinstance(source, Form):
+        print_form(name, source)
+        return 0 if dry_run else 1
+    download = plan_download(name, source, root)
+    print_download(download)
+    if dry_run:
+        return 0
+    folder = download.run()
+    print(f"fetched {name}: {folder}")
+    return verify_sets(folder)
+
+
+def _unpack_set(name: str, archives: Sequence[Path], root: Path, choice: str | None, *, dry_run: bool) -> int:
+    if choice is not None:
+        raise DerainError(f"--from {choice}: not together with --archive, which needs no source; omit one of them")
+    if dry_run:
+        raise DerainError("--dry-run: not together with --archive, which fetches nothing; omit it")
+    folder = unpack_set(name, archives, root)
+    print(f"unpacked {name}: {folder}")
+    return verify_sets(folder)
+
+
+def _data_root(root: Path | None) -> Path:
+    """Return the data root: the given one, or ``$DERAIN_DATA``.
+
+    Raises:
+        DerainError: If neither is set.
+    """
+    if root is None and not os.environ.get("DERAIN_DATA"):
+        raise DerainError("--root is missing: give the folder for data sets, or set DERAIN_DATA to it")
+    return root if root is not None else Path(os.environ["DERAIN_DATA"])
 
 
 def verify_sets(
@@ -277,6 +351,7 @@ def quickstart_photos(out: Path) -> int:
 
 SUBCOMMANDS = {
     "list": list_sets,
+    "fetch": fetch_set,
     "verify": verify_sets,
     "synthesize": synthesize_set,
     "photos": quickstart_photos,

@@ -25,6 +25,7 @@ def test_list_has_every_set_and_counts_those_in_the_data_root(tmp_path, capsys, 
     assert sets["Rain800"]["found"] == {"train": 3}
     assert sets["Rain12"]["found"] == {"test": 2}
     assert sets["Rain200H"]["found"] == {}
+    assert [source["kind"] for source in sets["Rain13K"]["fetch"]] == ["hub", "form"]
     for entry in sets.values():
         if entry["counts"]:
             assert entry["source"].startswith("https://")

@@ -1,0 +1,169 @@
+"""Unpack zip and tar archives, without writing outside the target folder."""
+
+import lzma
+import shutil
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from derain.errors import DerainError
+
+SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+"""Endings of the names of archives."""
+
+MACOS_FOLDER = "__MACOSX"
+"""Folder with metadata of macOS, which is not unpacked."""
+
+DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
+"""Exceptions that reading a damaged archive, or one with unknown compression, can raise."""
+
+BLOCK = 2**20
+"""Number of bytes that are written at a time."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """File in an archive.
+
+    Attributes:
+        path: Path with ``/``, checked to be inside the archive.
+        size: Size in bytes when unpacked.
+    """
+
+    path: str
+    size: int
+
+
+def is_archive(name: str) -> bool:
+    """Return whether a file name ends like that of an archive.
+
+    Example:
+        >>> is_archive("Rain100L.ZIP"), is_archive("1.png")
+        (True, False)
+    """
+    return name.lower().endswith(SUFFIXES)
+
+
+def list_members(archive: Path) -> list[Member]:
+    """Return the files of an archive.
+
+    Raises:
+        DerainError: If the file is not an archive or is damaged, encrypted or unsafe: links, devices, absolute paths,
+            paths with ``..``.
+    """
+    with _archive_errors(archive):
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as opened:
+                return [Member(path, info.file_size) for path, info in _zip_files(archive, opened)]
+        with tarfile.open(archive) as opened_tar:
+            return [Member(path, info.size) for path, info in _tar_files(archive, opened_tar)]
+
+
+def unpack(archive: Path, folder: Path, advance: Callable[[int], None]) -> None:
+    """Unpack the files of an archive.
+
+    Args:
+        archive: The archive.
+        folder: Target folder.
+        advance: Called with numbers of unpacked bytes.
+
+    Raises:
+        DerainError: As `list_members`, or if a file exists already.
+        OSError: If a file cannot be written.
+    """
+    with _archive_errors(archive):
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as opened:
+                for path, info in _zip_files(archive, opened):
+                    with opened.open(info) as source:
+                        _write(archive, source, folder / path, advance)
+            return
+        with tarfile.open(archive) as opened_tar:
+            for path, member in _tar_files(archive, opened_tar):
+                content = opened_tar.extractfile(member)
+                assert content is not None  # regular files have contents
+                with content:
+                    _write(archive, content, folder / path, advance)
+
+
+def _zip_files(archive: Path, opened: zipfile.ZipFile) -> Iterator[tuple[str, zipfile.ZipInfo]]:
+    for info in opened.infolist():
+        if info.is_dir():
+            continue
+        if info.flag_bits & 1:
+            raise DerainError(f"{archive}: {info.filename} is encrypted; unpack it yourself")
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise _unsafe(archive, info.filename, "is a link")
+        path = _safe_path(archive, info.filename)
+        if path:
+            yield path, info
+
+
+def _tar_files(archive: Path, opened: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    for info in opened:
+        if info.isdir():
+            continue
+        if not info.isfile():
+            raise _unsafe(archive, info.name, "is a link or device")
+        path = _safe_path(archive, info.name)
+        if path:
+            yield path, info
+
+
+def _safe_path(archive: Path, name: str) -> str:
+    """Return the path of a member with ``/``; empty for metadata of macOS."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts or not path.parts:
+        raise _unsafe(archive, name, "is outside the archive")
+    return "" if path.parts[0] == MACOS_FOLDER else str(path)
+
+
+def _unsafe(archive: Path, name: str, problem: str) -> DerainError:
+    return DerainError(
+        f"{archive}: {name!r} {problem}; expected files only; nothing is written outside the folder of the data set; "
+        "use another archive, or unpack it yourself"
+    )
+
+
+def _write(archive: Path, source: Any, target: Path, advance: Callable[[int], None]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output = target.open("xb")
+    except FileExistsError as error:
+        raise DerainError(
+            f"{archive}: {target.name} exists already in {target.parent.name}, from this or another archive; unpack "
+            "the archives yourself"
+        ) from error
+    with output:
+        while block := source.read(BLOCK):
+            output.write(block)
+            advance(len(block))
+
+
+@contextmanager
+def _archive_errors(archive: Path) -> Iterator[None]:
+    try:
+        yield
+    except tarfile.ReadError as error:
+        raise DerainError(
+            f"{archive}: not a zip or tar archive, or damaged ({error}); unpack other formats yourself; if it is one, "
+            "download it again"
+        ) from error
+    except DAMAGED as error:
+        raise DerainError(f"{archive}: damaged ({error}); download it again") from error
+    except OSError as error:
+        if error.errno is not None:  # a full disk, a missing file
+            raise
+        raise DerainError(f"{archive}: damaged ({error}); download it again") from error
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free disk space in bytes at a folder, which need not exist yet."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(existing).free

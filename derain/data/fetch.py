@@ -1,0 +1,341 @@
+"""Fetch a data set from a source, or unpack its archives, check it, and put it into the data root.
+
+A download is collected in a hidden folder ``.NAME.part`` of the data root, where a later call continues it. When all
+files are complete and checked, it is renamed to the folder of the data set.
+"""
+
+import errno
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import filelock
+from rich.filesize import decimal
+
+from derain.data.archives import Member, free_bytes, is_archive, list_members, unpack
+from derain.data.hub_files import download_repository, list_repository
+from derain.data.layouts import LAYOUTS, Split
+from derain.data.name_matching import pair_files
+from derain.data.remote_files import Listing, RemoteFile, check_downloads, downloaded_bytes, partial_path
+from derain.data.sources import Hub, Source, Web, target_folder
+from derain.data.web_files import download_urls, list_urls
+from derain.errors import DerainError, Stopped
+from derain.images import SUFFIXES, natural_key, write_whole
+from derain.progress import track_bytes
+
+log = logging.getLogger("derain")
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of a full disk and of an exhausted quota."""
+
+
+@dataclass(frozen=True)
+class Download:
+    """Download of a data set, which may have been interrupted.
+
+    Attributes:
+        name: Name of the data set.
+        source: Its source.
+        listing: Files of the source.
+        target: Folder of the data set.
+    """
+
+    name: str
+    source: Hub | Web
+    listing: Listing
+    target: Path
+
+    @property
+    def part(self) -> Path:
+        """Hidden folder beside the target, in which the download is collected."""
+        return self.target.with_name(f".{self.target.name}.part")
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the downloaded files."""
+        return self.part / "download"
+
+    @property
+    def archives(self) -> list[RemoteFile]:
+        """Files that are unpacked after the download."""
+        return [file for file in self.listing.files if is_archive(file.path)]
+
+    @property
+    def missing_bytes(self) -> int:
+        """Number of bytes that have not been downloaded yet."""
+        return max(0, self.listing.size - downloaded_bytes(self.listing.files, self.folder))
+
+    @property
+    def needed_bytes(self) -> int:
+        """Free disk space that the rest of the download needs; archives are counted twice, since they are unpacked."""
+        return self.missing_bytes + sum(file.size or 0 for file in self.archives)
+
+    def run(self) -> Path:
+        """Download, check and unpack the files; return the folder of the data set.
+
+        Raises:
+            DerainError: If the disk is too small, the server fails, files are damaged, or an archive is unsafe; what
+                has arrived is kept, and the next call continues. Also if the complete data set has no pairs that its
+                layout recognises; it is kept then.
+            Stopped: If the download is interrupted.
+        """
+        check_absent(self.target)
+        check_space(self.target.parent, self.needed_bytes)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(self.part), self._interruptions():
+            self._remove_changed_files()
+            done = self.listing.size - self.missing_bytes
+            with track_bytes(f"Fetching {self.name}", self.listing.size, done) as advance:
+                if isinstance(self.source, Hub):
+                    repository, patterns = self.source.repository, self.source.patterns
+                    download_repository(repository, self.listing.commit, patterns, self.folder, advance)
+                else:
+                    download_urls(self.listing.files, self.folder, advance)
+            check_downloads(self.listing.files, self.folder)
+            shutil.rmtree(self.folder / ".cache", ignore_errors=True)  # of huggingface_hub
+            place(self.name, self._unpacked(), self.target)
+        shutil.rmtree(self.part)
+        files = [path.relative_to(self.target).as_posix() for path in self.target.rglob("*") if path.is_file()]
+        check_pairs(self.name, files, f"{self.target}: complete and without damage, but")
+        return self.target
+
+    def _unpacked(self) -> Path:
+        """Return the folder of the files after unpacking."""
+        if not self.archives:
+            return self.folder
+        folder = self.part / "unpacked"
+        shutil.rmtree(folder, ignore_errors=True)
+        unpack_all([self.folder / file.path for file in self.archives], folder)
+        return folder
+
+    def _remove_changed_files(self) -> None:
+        """Remove files that an earlier call downloaded and that have changed on the server since.
+
+        Raises:
+            DerainError: If the earlier call used another source.
+        """
+        path = self.part / "files.json"
+        current = {file.path: [file.size, file.sha256, file.blob_id, file.etag] for file in self.listing.files}
+        if path.is_file():
+            earlier = json.loads(path.read_text())
+            if earlier["source"] != str(self.source):
+                raise DerainError(
+                    f"{self.part}: contains a part of {earlier['source']}; continue with --from, or delete the folder "
+                    f"to fetch {self.source}"
+                )
+            changed = [name for name, state in earlier["files"].items() if current.get(name) != state]
+            for name in changed:
+                for file in (self.folder / name, partial_path(self.folder / name)):
+                    file.unlink(missing_ok=True)
+            if changed:
+                log.info("fetching %d files again, which have changed on the server: %s", len(changed), changed[0])
+        with write_whole(path) as temporary:
+            temporary.write_text(json.dumps({"source": str(self.source), "files": current}))
+
+    @contextmanager
+    def _interruptions(self) -> Iterator[None]:
+        """Say in the message of a full disk, or of an interruption, what is kept."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise DerainError(
+                f"{self.target.parent}: disk full; {self._progress()} kept in {self.part}; free at least "
+                f"{decimal(self.needed_bytes)} and run the same command again"
+            ) from error
+        except KeyboardInterrupt as interrupt:
+            number = interrupt.code - 128 if isinstance(interrupt, Stopped) else Stopped("").code - 128
+            reason = str(interrupt) or "interrupted"
+            raise Stopped(
+                f"{reason}; {self._progress()} kept in {self.part}; the same command continues", number
+            ) from interrupt
+
+    def _progress(self) -> str:
+        present = downloaded_bytes(self.listing.files, self.folder)
+        return f"{decimal(present)} of {decimal(self.listing.size)} are"
+
+
+def plan_download(name: str, source: Source, root: Path) -> Download:
+    """Ask the server of a source for its files.
+
+    Args:
+        name: Name of the data set.
+        source: Its source, other than a form.
+        root: Data root.
+
+    Raises:
+        DerainError: If the server cannot be reached, or has no such files.
+    """
+    if isinstance(source, Hub):
+        listing = list_repository(source.repository, source.revision, source.patterns)
+    elif isinstance(source, Web):
+        listing = list_urls(source.urls, source.sha256)
+    else:
+        raise DerainError(f"{source}: cannot be fetched by a program; download the files in a browser, then --archive")
+    return Download(name, source, listing, root / target_folder(name))
+
+
+def unpack_set(name: str, archives: Sequence[Path], root: Path) -> Path:
+    """Unpack the archives of a data set that the user has downloaded; return the folder of the data set.
+
+    Args:
+        name: Name of the data set.
+        archives: Its zip or tar archives.
+        root: Data root.
+
+    Raises:
+        DerainError: If an archive is damaged or unsafe, the archives contain no pairs of the data set, or the disk is
+            too small.
+    """
+    target = root / target_folder(name)
+    check_absent(target)
+    members = [member for archive in archives for member in list_members(archive)]
+    names = [member.path for member in members]
+    check_pairs(name, names, f"{', '.join(map(str, archives))}:")
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=root) as temporary:
+        folder = Path(temporary) / "unpacked"
+        try:
+            unpack_all(archives, folder)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise DerainError(f"{root}: disk full; free {decimal(_size(members))} and run the command again") from error
+        place(name, folder, target)
+    return target
+
+
+def unpack_all(archives: Sequence[Path], folder: Path) -> None:
+    """Unpack archives into one folder, after a check of the disk space.
+
+    Raises:
+        DerainError: If the disk is too small, or an archive is damaged or unsafe.
+    """
+    size = sum(_size(list_members(archive)) for archive in archives)
+    check_space(folder, size)
+    with track_bytes("Unpacking", size) as advance:
+        for archive in archives:
+            unpack(archive, folder, advance)
+
+
+def _size(members: Sequence[Member]) -> int:
+    return sum(member.size for member in members)
+
+
+def place(name: str, folder: Path, target: Path) -> None:
+    """Rename the folder with the pairs of a data set to its final name.
+
+    Folders above it that contain nothing else are dropped; files beside it, such as a licence, move along.
+    """
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    prefix, _ = find_pairs(name, files)
+    base = folder / prefix
+    for file in files:
+        if prefix and not file.startswith(prefix):
+            beside = base / PurePosixPath(file).name
+            if not beside.exists():
+                (folder / file).rename(beside)
+    base.rename(target)
+
+
+def find_pairs(name: str, files: Sequence[str]) -> tuple[str, dict[Split, int]]:
+    """Find the pairs of a data set in a list of files.
+
+    Args:
+        name: Name of the data set.
+        files: Paths with ``/``.
+
+    Returns:
+        Path of the folder with the pairs, empty or with ``/`` at its end, and the number of pairs of each split. Both
+        are empty if there are no pairs.
+
+    Example:
+        >>> find_pairs("Rain12", ["LICENSE", "Rain12/input/1.png", "Rain12/target/1.png"])
+        ('Rain12/', {'test': 1})
+    """
+    images = sorted((file for file in files if PurePosixPath(file).suffix.lower() in SUFFIXES), key=natural_key)
+    prefix = ""
+    while images:
+        counts = {split: len(pair_files(name, split, Path(), images).pairs) for split in LAYOUTS[name].files}
+        if any(counts.values()):
+            return prefix, {split: count for split, count in counts.items() if count}
+        folders = {image.partition("/")[0] for image in images if "/" in image}
+        if len(folders) != 1 or not all("/" in image for image in images):
+            break
+        folder = f"{folders.pop()}/"
+        prefix += folder
+        images = [image.removeprefix(folder) for image in images]
+    return "", {}
+
+
+def check_pairs(name: str, files: Sequence[str], subject: str) -> None:
+    """Check that a list of files contains pairs of a data set.
+
+    Args:
+        name: Name of the data set.
+        files: Paths with ``/``.
+        subject: Beginning of the error message.
+
+    Raises:
+        DerainError: If there are no pairs.
+    """
+    if not find_pairs(name, files)[1]:
+        expected = " or ".join(str(variants[0]) for variants in LAYOUTS[name].files.values())
+        raise DerainError(
+            f"{subject} no {name} pairs; contains {describe_files(files)}; expected {expected}; rename the folders, or "
+            "use another source"
+        )
+
+
+def describe_files(files: Sequence[str]) -> str:
+    """Return a list of files as text.
+
+    Example:
+        >>> describe_files(["a/b/1.png", "a/b/2.png", "a/c/1.png"])
+        '3 files in a/b, a/c'
+    """
+    folders = sorted({str(PurePosixPath(file).parent) for file in files}, key=natural_key)
+    more = f" and {len(folders) - 6} more folders" if len(folders) > 6 else ""
+    return f"{len(files)} files in {', '.join(folders[:6])}{more}" if files else "no files"
+
+
+def check_absent(target: Path) -> None:
+    """Check that there is no data set yet where one is to be put.
+
+    Raises:
+        DerainError: If there is one.
+    """
+    if target.exists():
+        raise DerainError(
+            f"{target}: exists; check it by derain data verify {target}, or rename or delete it to fetch it again"
+        )
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Check the free disk space at a folder, which need not exist yet.
+
+    Raises:
+        DerainError: If fewer bytes are free than needed.
+    """
+    free = free_bytes(folder)
+    if needed > free:
+        raise DerainError(
+            f"{folder}: {decimal(free)} free, {decimal(needed)} needed; free {decimal(needed - free)}, or use another "
+            "disk by --root"
+        )
+
+
+@contextmanager
+def _locked(part: Path) -> Iterator[None]:
+    lock = filelock.FileLock(part / "lock")
+    try:
+        with lock.acquire(timeout=0):
+            yield
+    except filelock.Timeout as error:
+        raise DerainError(f"{part}: another process is fetching this data set; wait for it") from error

@@ -1,0 +1,118 @@
+"""Files that a server offers: their sizes and checksums, and the comparison of downloaded files with them."""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from derain.errors import DerainError
+from derain.progress import track
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """File on a server.
+
+    Attributes:
+        path: Path in the data set's folder, with ``/``.
+        size: Size in bytes; None if the server does not state it.
+        sha256: SHA-256 in hexadecimal digits; empty if unknown.
+        blob_id: Git's SHA-1 of the file in hexadecimal digits; empty if unknown.
+        url: Address; empty for files of the hub.
+        etag: The server's identifier of this version of the file; empty if it has none.
+    """
+
+    path: str
+    size: int | None
+    sha256: str = ""
+    blob_id: str = ""
+    url: str = ""
+    etag: str = ""
+
+    @property
+    def has_checksum(self) -> bool:
+        """Whether the contents of a downloaded file can be checked, not only its size."""
+        return bool(self.sha256 or self.blob_id)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Files of a source, as its server lists them.
+
+    Attributes:
+        address: Page of the repository, or addresses of the files.
+        files: The files.
+        licence: Licence that the server states; empty if it states none.
+        commit: Commit of a repository, 40 hexadecimal digits; empty for web servers.
+    """
+
+    address: str
+    files: tuple[RemoteFile, ...]
+    licence: str = ""
+    commit: str = ""
+
+    @property
+    def size(self) -> int:
+        """Total size in bytes of the files whose sizes are known."""
+        return sum(file.size or 0 for file in self.files)
+
+
+def downloaded_bytes(files: Sequence[RemoteFile], folder: Path) -> int:
+    """Return the number of bytes of the files that are in a download folder, completely or partially."""
+    total = 0
+    for file in files:
+        for path in (folder / file.path, partial_path(folder / file.path)):
+            if path.is_file():
+                total += path.stat().st_size
+    return total
+
+
+def partial_path(path: Path) -> Path:
+    """Return where an incomplete file is saved until it is complete."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def check_downloads(files: Sequence[RemoteFile], folder: Path) -> None:
+    """Compare sizes and checksums of downloaded files with those that the server states; delete wrong files.
+
+    Raises:
+        DerainError: If a file is wrong or missing.
+    """
+    with ThreadPoolExecutor() as threads:
+        results = track(threads.map(lambda file: _problem(file, folder / file.path), files), "Checking", len(files))
+        problems = [problem for problem in results if problem]
+    if problems:
+        raise DerainError(
+            f"{len(problems)} of {len(files)} files arrived damaged: {problems[0]}; deleted; run the same command to "
+            "fetch them again"
+        )
+
+
+def _problem(file: RemoteFile, path: Path) -> str:
+    """Return what is wrong with a downloaded file, after deleting it; empty if nothing is."""
+    if not path.is_file():
+        return f"{file.path} is missing"
+    size = path.stat().st_size
+    if file.size is not None and size != file.size:
+        path.unlink()
+        return f"{file.path} has {size} bytes, expected {file.size}"
+    if file.sha256:
+        name, digest, expected = "SHA-256", hashlib.sha256(), file.sha256
+    elif file.blob_id:
+        name, digest, expected = "Git's SHA-1", hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False), file.blob_id
+    else:
+        return ""
+    found = _hash(path, digest)
+    if found == expected.lower():
+        return ""
+    path.unlink()
+    return f"{file.path} has {name} {found}, expected {expected}"
+
+
+def _hash(path: Path, digest: Any) -> str:
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return str(digest.hexdigest())

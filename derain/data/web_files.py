@@ -1,0 +1,187 @@
+"""Files of web servers: ask for their sizes, and download them in parallel, continuing partial files."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from threading import Event
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from derain.data.remote_files import Listing, RemoteFile, partial_path
+from derain.errors import DerainError
+
+WORKERS = 4
+"""Number of files that are downloaded at the same time."""
+
+BLOCK = 2**18
+"""Number of bytes that are written at a time."""
+
+ATTEMPTS = 5
+"""Number of consecutive attempts without a new byte after which a download ends."""
+
+PAUSE = 2.0
+"""Seconds before another attempt."""
+
+REFUSED = range(400, 500)
+"""HTTP status codes of requests that would fail again."""
+
+
+def list_urls(urls: Sequence[str], checksums: Sequence[str] = ()) -> Listing:
+    """Ask the servers for size and version of files.
+
+    Args:
+        urls: Addresses of the files.
+        checksums: SHA-256 of each file, or none.
+
+    Raises:
+        DerainError: If a server cannot be reached, refuses, or answers with a web page.
+    """
+    files = []
+    system = _file_system()
+    for url, sha256 in zip(urls, checksums or [""] * len(urls), strict=True):
+        try:
+            info = system.info(url)
+        except FileNotFoundError as error:
+            raise _unreachable(url, error.__cause__ or error) from error
+        if info.get("mimetype") == "text/html":
+            raise DerainError(f"{url}: answers with a web page instead of an archive; download the file in a browser")
+        name = PurePosixPath(unquote(urlsplit(url).path)).name or "download"
+        files.append(RemoteFile(name, info["size"], sha256, url=url, etag=info.get("ETag", "")))
+    names = [file.path for file in files]
+    if len(set(names)) < len(names):
+        raise DerainError(f"{', '.join(urls)}: two files have the same name; fetch them with --archive one by one")
+    return Listing(" ".join(urls), tuple(files))
+
+
+def download_urls(files: Sequence[RemoteFile], folder: Path, advance: Callable[[int], None]) -> None:
+    """Download files; those that are complete are kept, and partial ones are continued.
+
+    Args:
+        files: The files, as `list_urls` returns them.
+        folder: Download folder; it has a file ``NAME.partial`` until a file is complete.
+        advance: Called with numbers of new bytes.
+
+    Raises:
+        DerainError: If a server refuses, or fails several times in a row.
+        OSError: If a file cannot be written.
+    """
+    downloader = _Downloader(folder, advance)
+    with ThreadPoolExecutor(WORKERS) as threads:
+        futures = [threads.submit(downloader.download, file) for file in files]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            downloader.stop()
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def _file_system() -> Any:
+    import aiohttp
+    from fsspec.implementations.http import HTTPFileSystem
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+    return HTTPFileSystem(client_kwargs={"timeout": timeout, "trust_env": True}, skip_instance_cache=True)
+
+
+class _Downloader:
+    """Downloads files into a folder, each in a thread of its own."""
+
+    def __init__(self, folder: Path, advance: Callable[[int], None]) -> None:
+        self.folder = folder
+        self.advance = advance
+        self.system = _file_system()
+        self.stopped = Event()
+        self.responses: list[Any] = []
+
+    def stop(self) -> None:
+        """End the downloads of all threads, also those that wait for data."""
+        self.stopped.set()
+        for response in self.responses:
+            self.system.loop.call_soon_threadsafe(response.close)
+
+    def download(self, file: RemoteFile) -> None:
+        """Download a file, in several attempts if the connection breaks."""
+        import aiohttp
+
+        target = self.folder / file.path
+        if target.is_file():
+            return
+        partial = partial_path(target)
+        partial.touch()
+        failures = 0
+        while not self.stopped.is_set():
+            size = partial.stat().st_size
+            try:
+                if self._receive(file, partial):
+                    partial.rename(target)
+                    return
+                reason: Exception = ConnectionError("connection closed early")
+            except FileNotFoundError as error:
+                raise _unreachable(file.url, error) from error
+            except (aiohttp.ClientError, TimeoutError) as error:
+                if getattr(error, "status", 0) in REFUSED:
+                    raise _unreachable(file.url, error) from error
+                reason = error
+            failures = 0 if partial.stat().st_size > size else failures + 1
+            if failures == ATTEMPTS:
+                raise _unreachable(file.url, reason) from reason
+            self.stopped.wait(PAUSE)
+
+    def _receive(self, file: RemoteFile, partial: Path) -> bool:
+        """Append the missing bytes to a partial file; return whether it is complete.
+
+        A server that does not continue, or has another version of the file by now, sends it from the beginning.
+        """
+        position = partial.stat().st_size
+        if file.size is not None and position == file.size:
+            return True
+        unused_size = 1  # without a size, fsspec asks the server again
+        headers = _headers(file, position)
+        with self.system.open(file.url, block_size=0, size=unused_size, headers=headers) as response:
+            self.responses.append(response.r)
+            continued = position > 0 and response.r.status == 206
+            if position and not continued:
+                self.advance(-position)
+                position = 0
+            with partial.open("ab" if continued else "wb") as output:
+                while not self.stopped.is_set() and (block := response.read(BLOCK)):
+                    output.write(block)
+                    position += len(block)
+                    self.advance(len(block))
+                    if file.size is not None and position > file.size:
+                        break
+        if file.size is not None and position > file.size:
+            partial.unlink()
+            raise DerainError(
+                f"{file.url}: the server sends more than the {file.size} bytes that it announced; deleted; run the "
+                "same command again"
+            )
+        return not self.stopped.is_set() and file.size in (None, position)
+
+
+def _headers(file: RemoteFile, position: int) -> dict[str, str]:
+    """Return the headers of a request for a file from a position on."""
+    headers = {"Accept-Encoding": "identity"}
+    if position:
+        headers["Range"] = f"bytes={position}-"
+        if file.etag and not file.etag.startswith("W/"):
+            headers["If-Range"] = file.etag
+    return headers
+
+
+def _unreachable(url: str, error: BaseException) -> DerainError:
+    status = getattr(error, "status", None)
+    if status is not None:
+        reason = f"HTTP {status}"
+    elif isinstance(error, FileNotFoundError):
+        reason = "HTTP 404"
+    else:
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    advice = "open it in a browser: it may need a login" if status in (401, 403) else "try again later"
+    return DerainError(
+        f"{url}: cannot be fetched ({reason}); {advice}, or use another source (--from, --archive); what has arrived "
+        "is kept"
+    )

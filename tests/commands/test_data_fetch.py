@@ -1,0 +1,517 @@
+import errno
+import hashlib
+import io
+import random
+import shutil
+import signal
+import tarfile
+import time
+import zipfile
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from derain.cli import main
+from derain.commands.download_summary import sources_table
+from derain.data import web_files
+from derain.data.layouts import LAYOUTS
+from derain.data.sources import SOURCES, Hub, Web
+from tests.factories import make_set
+from tests.runs import start, wait_for
+from tests.servers import REPOSITORY, running, serve_hub
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A local server that also stands in for the hub; clients do not wait before they try again."""
+    from huggingface_hub import constants
+
+    with running() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        monkeypatch.setattr(web_files, "PAUSE", 0)
+        yield server
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "data"
+
+
+def contents(folder):
+    """Return the files of a folder, with their contents, by relative path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def make_zip(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def serve_zips(server, monkeypatch, folder, **arguments):
+    """Serve Rain12 as one archive of rainy and one of clean images; return their contents."""
+    files = contents(make_set(folder / "source", "Rain12", "test", count=12))
+    urls = []
+    for name in ("rainy", "groundtruth"):
+        part = {path: content for path, content in files.items() if path.startswith(name)}
+        server.files[f"/{name}.zip"] = make_zip(folder / f"{name}.zip", part).read_bytes()
+        server.headers[f"/{name}.zip"] = {"ETag": f'"{name}"'}
+        urls.append(f"{server.url}/{name}.zip")
+    monkeypatch.setitem(SOURCES, "Rain12", (Web(tuple(urls), **arguments),))
+    return files
+
+
+def serve_repository(server, monkeypatch, folder, **arguments):
+    """Serve Rain12 as a repository of the hub; return the contents of its files."""
+    source = make_set(folder / "source", "Rain12", "test", count=12)
+    (source / "README.md").write_text("someone's mirror")
+    serve_hub(server, source, **arguments)
+    monkeypatch.setitem(SOURCES, "Rain12", (Hub(REPOSITORY),))
+    return contents(source)
+
+
+SERVE = {"web": serve_zips, "hub": serve_repository}
+
+
+def fetch(root, *options, name="Rain12"):
+    return main(["data", "fetch", name, "--root", str(root), *options])
+
+
+def error(capsys):
+    """Return the only line of an error."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("derain:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_every_data_set_has_sources():
+    assert set(SOURCES) == {name for name, layout in LAYOUTS.items() if layout.folders}
+    for sources in SOURCES.values():
+        kinds = [source.kind for source in sources]
+        assert kinds and len(set(kinds)) == len(kinds)  # --from names one of them
+        assert kinds[-1] == "form"
+
+
+def test_the_table_of_sources_in_the_documentation_is_that_of_the_code():
+    page = (Path(__file__).parents[2] / "docs/fetch.md").read_text(encoding="utf-8")
+    assert page.endswith(sources_table(SOURCES).markdown())
+
+
+@pytest.mark.parametrize("kind", SERVE)
+def test_fetch_verifies_the_complete_set(server, root, tmp_path, monkeypatch, capsys, kind):
+    files = SERVE[kind](server, monkeypatch, tmp_path)
+    assert fetch(root) == 0
+    output = capsys.readouterr().out
+    assert contents(root / "Rain12") == files
+    assert [path.name for path in root.iterdir()] == ["Rain12"]
+    assert "no errors" in output
+    assert SOURCES["Rain12"][0].licence in output
+    assert ("the server states: other" in output) == (kind == "hub")
+
+
+@pytest.mark.parametrize("kind", SERVE)
+def test_dry_run_describes_and_writes_nothing(server, root, tmp_path, monkeypatch, capsys, kind):
+    files = SERVE[kind](server, monkeypatch, tmp_path, **({"licence": "MIT"}))
+    assert fetch(root, "--dry-run") == 0
+    output = capsys.readouterr().out
+    assert not root.exists()
+    assert "MIT" in output
+    assert f"in {2 if kind == 'web' else len(files)} files" in output
+    assert ("test 12" in output) == (kind == "hub")
+    assert not any(path.startswith("/datasets") for _, path, _ in server.served)
+
+
+@pytest.mark.parametrize("kind", SERVE)
+def test_fetch_continues_after_ten_interruptions(server, root, tmp_path, monkeypatch, capsys, kind):
+    files = SERVE[kind](server, monkeypatch, tmp_path)
+    paths = [path for path in server.files if not path.startswith("/api/")]
+    total = sum(len(server.files[path]) for path in paths)
+    points = sorted(random.Random(3).sample(range(1, total // 2), 10))
+    part = root / ".Rain12.part"
+    continued = []
+    for last, point in zip([0, *points], points, strict=False):
+        server.budget = point - last
+        present = contents(part / "download") if part.exists() else {}
+        complete = {name for name in present if ".cache" not in name and not name.endswith(".partial")}
+        server.served.clear()
+        assert fetch(root) == 2
+        assert "kept" in error(capsys)
+        assert not (root / "Rain12").exists()
+        continued += [path for _, path, has_range in server.served if has_range]
+        assert complete <= set(contents(part / "download"))
+        for name in complete:
+            assert server.count(containing=name) == 0
+    server.budget = None
+    assert fetch(root) == 0
+    assert contents(root / "Rain12") == files
+    assert continued or kind == "hub"  # a file of the hub that is incomplete starts again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_fetch_continues_after_the_end_of_the_process(tmp_path, capsys, number):
+    root = tmp_path / "data"
+    files = contents(make_set(tmp_path, "Rain12", "test", count=12))
+    with running() as server:
+        server.files["/a.zip"] = make_zip(tmp_path / "a.zip", files).read_bytes()
+        server.budget = 50_000
+        server.stalls = True
+        process = start("data", "fetch", "Rain12", "--root", root, "--from", f"{server.url}/a.zip")
+        partial = root / ".Rain12.part/download/a.zip.partial"
+        wait_for(partial, process)
+        while partial.stat().st_size == 0:
+            time.sleep(0.01)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+        assert ("kept" in output) == (number == signal.SIGTERM), output
+        present = partial.stat().st_size
+        assert 0 < present <= 50_000
+        server.stalls = False
+        server.budget = None
+        server.served.clear()
+        assert fetch(root, "--from", f"{server.url}/a.zip") == 0
+        assert [(method, has_range) for method, _, has_range in server.served] == [("HEAD", False), ("GET", True)]
+    assert contents(root / "Rain12") == files
+
+
+@pytest.mark.parametrize("kind", SERVE)
+def test_damage_on_the_way_is_found_and_only_damaged_files_are_fetched_again(
+    server, root, tmp_path, monkeypatch, capsys, kind
+):
+    sha256 = {}
+    files = SERVE[kind](server, monkeypatch, tmp_path)
+    damaged = next(path for path in server.files if path.endswith(("rainy.zip", "rainy/3.png")))
+    if kind == "web":
+        (source,) = SOURCES["Rain12"]
+        sha256 = tuple(hashlib.sha256(server.files[f"/{Path(url).name}"]).hexdigest() for url in source.urls)
+        monkeypatch.setitem(SOURCES, "Rain12", (Web(source.urls, sha256),))
+    server.corrupt = {damaged}
+    assert fetch(root) == 2
+    assert Path(damaged).name in error(capsys)
+    assert not (root / "Rain12").exists()
+    server.corrupt = set()
+    server.served.clear()
+    assert fetch(root) == 0
+    assert contents(root / "Rain12") == files
+    fetched = [path for method, path, _ in server.served if method == "GET" and not path.startswith("/api/")]
+    assert fetched == [damaged]
+
+
+def test_git_checksum_of_small_files_is_checked(server, root, tmp_path, monkeypatch, capsys):
+    serve_repository(server, monkeypatch, tmp_path, large=())
+    (damaged,) = (path for path in server.files if path.endswith("README.md"))
+    server.corrupt = {damaged}
+    assert fetch(root) == 2
+    assert "README.md" in error(capsys)
+
+
+def test_an_archive_without_checksum_is_found_damaged_by_its_own(server, root, tmp_path, monkeypatch, capsys):
+    serve_zips(server, monkeypatch, tmp_path)
+    server.corrupt = {"/rainy.zip"}
+    assert fetch(root) == 2
+    assert "rainy.zip" in error(capsys)
+
+
+def test_a_wrong_checksum_of_the_source_is_refused(server, root, tmp_path, monkeypatch, capsys):
+    serve_zips(server, monkeypatch, tmp_path, sha256=("0" * 64, "1" * 64))
+    assert fetch(root) == 2
+    assert "0" * 64 in error(capsys)
+    assert not (root / "Rain12").exists()
+
+
+def test_servers_without_ranges_start_again(server, root, tmp_path, monkeypatch, capsys):
+    files = serve_zips(server, monkeypatch, tmp_path)
+    server.ranges = False
+    server.budget = 5000
+    assert fetch(root) == 2
+    server.budget = None
+    assert fetch(root) == 0
+    assert contents(root / "Rain12") == files
+
+
+def test_a_file_that_changes_between_two_calls_is_fetched_again(server, root, tmp_path, monkeypatch, capsys):
+    serve_zips(server, monkeypatch, tmp_path)
+    server.budget = 5000
+    assert fetch(root) == 2
+    (tmp_path / "new").mkdir()
+    files = serve_zips(server, monkeypatch, tmp_path / "new")
+    for path in server.headers:
+        server.headers[path] = {"ETag": f'"new {path}"'}
+    server.budget = None
+    assert fetch(root) == 0
+    assert contents(root / "Rain12") == files
+
+
+@pytest.mark.parametrize("difference", [-100, 100])
+def test_a_server_that_lies_about_the_length_is_refused(server, root, tmp_path, monkeypatch, capsys, difference):
+    serve_zips(server, monkeypatch, tmp_path)
+    server.announced["/rainy.zip"] = len(server.files["/rainy.zip"]) + difference
+    server.files["/rainy.zip"] += b"" if difference > 0 else b"more"
+    assert fetch(root) == 2
+    assert "rainy.zip" in error(capsys)
+    assert not (root / "Rain12").exists()
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 500])
+def test_refusals_are_one_line(server, root, tmp_path, monkeypatch, capsys, status):
+    serve_zips(server, monkeypatch, tmp_path)
+    server.statuses["/rainy.zip"] = status
+    assert fetch(root) == 2
+    assert f"HTTP {status}" in error(capsys)
+
+
+def test_a_web_page_instead_of_an_archive_is_refused(server, root, tmp_path, monkeypatch, capsys):
+    serve_zips(server, monkeypatch, tmp_path)
+    server.headers["/rainy.zip"] = {"Content-Type": "text/html; charset=utf-8"}
+    assert fetch(root) == 2
+    assert "rainy.zip" in error(capsys)
+    assert server.count(containing="rainy.zip") == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [(403, "GatedRepo", "hf auth login"), (404, "RepoNotFound", "no such data set"), (500, "", "HTTP 500")],
+)
+def test_refusals_of_the_hub_are_one_line(server, root, monkeypatch, capsys, status, code, expected):
+    monkeypatch.setitem(SOURCES, "Rain12", (Hub(REPOSITORY),))
+    path = f"/api/datasets/{REPOSITORY}/revision/main"
+    server.statuses[path] = status
+    server.headers[path] = {"X-Error-Code": code}
+    assert fetch(root) == 2
+    assert expected in error(capsys)
+    assert not root.exists()
+
+
+def test_offline_hub_is_one_line(root, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert fetch(root, "--from", "hub:someone/rain") == 2
+    assert "HF_HUB_OFFLINE" in error(capsys)
+
+
+def test_unreachable_server_is_one_line(server, root, capsys):
+    server.server_close()
+    assert fetch(root, "--from", f"{server.url}/a.zip") == 2
+    assert "a.zip" in error(capsys)
+
+
+def test_patterns_select_files_of_a_repository(server, root, tmp_path, monkeypatch, capsys):
+    source = make_set(tmp_path, "Rain13K", "test", count=2)
+    serve_hub(server, source)
+    monkeypatch.setitem(SOURCES, "Test100", (Hub(REPOSITORY, patterns=("*Test100/*",)),))
+    fetch(root, name="Test100")
+    assert contents(root / "Test100") == contents(source / "test/Test100")
+    monkeypatch.setitem(SOURCES, "Test1200", (Hub(REPOSITORY, patterns=("*Test1200/*",)),))
+    assert fetch(root, name="Test1200") == 2
+    assert "*Test1200/*" in error(capsys)
+
+
+def test_a_repository_of_unknown_structure_is_fetched_and_reported(server, root, tmp_path, monkeypatch, capsys):
+    source = make_set(tmp_path, "Rain12", "test", count=2)
+    (source / "rainy").rename(source / "wet")
+    serve_hub(server, source)
+    monkeypatch.setitem(SOURCES, "Rain12", (Hub(REPOSITORY),))
+    assert fetch(root) == 2
+    captured = capsys.readouterr()
+    assert "none recognised" in captured.out
+    assert "groundtruth, wet" in captured.err
+    assert contents(root / "Rain12") == contents(source)
+
+
+@pytest.mark.parametrize("kind", SERVE)
+def test_too_small_a_disk_is_refused_before_the_download(server, root, tmp_path, monkeypatch, capsys, kind):
+    SERVE[kind](server, monkeypatch, tmp_path)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
+    assert fetch(root) == 2
+    assert "1.0 kB free" in error(capsys)
+    assert not root.exists()
+
+
+@pytest.mark.parametrize("kind", SERVE)
+def test_a_disk_that_fills_up_is_one_line_and_the_download_continues(server, root, tmp_path, monkeypatch, capsys, kind):
+    files = SERVE[kind](server, monkeypatch, tmp_path)
+    true_open = Path.open
+
+    class FullFile:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *arguments):
+            self.file.close()
+
+        def write(self, block):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full_open(path, mode="r", *arguments, **options):
+        file = true_open(path, mode, *arguments, **options)
+        return FullFile(file) if "b" in mode and "r" not in mode and ".Rain12.part" in str(path) else file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full_open)
+        assert fetch(root) == 2
+    message = error(capsys)
+    assert "disk full" in message
+    assert ".Rain12.part" in message
+    assert fetch(root) == 0
+    assert contents(root / "Rain12") == files
+
+
+def test_the_unpacked_size_is_checked(server, root, tmp_path, monkeypatch, capsys):
+    files = contents(make_set(tmp_path, "Rain12", "test", count=12))
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as opened:
+        for name, content in files.items():
+            opened.writestr(name, content)
+        opened.writestr("zeros.bin", bytes(10**7))
+    server.files["/a.zip"] = archive.getvalue()
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**8, 10**8 - 10**6, 10**6))
+    assert len(archive.getvalue()) < 4 * 10**5
+    assert fetch(root, "--from", f"{server.url}/a.zip") == 2
+    assert "1.0 MB free" in error(capsys)
+    monkeypatch.undo()
+    server.served.clear()
+    assert fetch(root, "--from", f"{server.url}/a.zip") == 0
+    assert server.count() == 0
+
+
+def test_an_existing_folder_is_never_replaced(server, root, tmp_path, monkeypatch, capsys):
+    serve_zips(server, monkeypatch, tmp_path)
+    (root / "Rain12").mkdir(parents=True)
+    (root / "Rain12/notes.txt").write_text("mine")
+    assert fetch(root) == 2
+    assert f"{root}/Rain12: exists" in error(capsys)
+    assert fetch(root, "--archive", str(tmp_path / "rainy.zip")) == 2
+    assert contents(root / "Rain12") == {"notes.txt": b"mine"}
+
+
+def test_a_part_of_another_source_is_refused(server, root, tmp_path, monkeypatch, capsys):
+    serve_zips(server, monkeypatch, tmp_path)
+    server.budget = 5000
+    assert fetch(root) == 2
+    server.budget = None
+    capsys.readouterr()
+    assert fetch(root, "--from", f"{server.url}/rainy.zip") == 2
+    assert ".Rain12.part" in error(capsys)
+
+
+def test_forms_print_the_page_and_archives_are_unpacked(root, tmp_path, capsys):
+    assert fetch(root, name="rain800") == 1
+    assert "https://drive.google.com" in capsys.readouterr().out
+    assert fetch(root, "--dry-run", name="rain800") == 0
+    source = make_set(tmp_path, "Rain800", "train", count=4)
+    archive = shutil.make_archive(str(tmp_path / "download"), "gztar", tmp_path, "Rain800")
+    capsys.readouterr()
+    assert fetch(root, "--archive", archive, name="Rain800") == 1  # 4 pairs instead of 700
+    assert "train: 4 pairs" in capsys.readouterr().out
+    assert contents(root / "Rain800") == contents(source)
+    assert [path.name for path in root.iterdir()] == ["Rain800"]
+
+
+def test_several_archives_and_macos_metadata(root, tmp_path, capsys):
+    files = contents(make_set(tmp_path, "Rain12", "test", count=12))
+    rainy = {f"set/{name}": content for name, content in files.items() if name.startswith("rainy")}
+    clean = {f"set/{name}": content for name, content in files.items() if not name.startswith("rainy")}
+    first = make_zip(tmp_path / "a.zip", {**rainy, "__MACOSX/set/._1.png": b"x", "LICENSE": b"free"})
+    second = make_zip(tmp_path / "b.zip", clean)
+    assert fetch(root, "--archive", str(first), "--archive", str(second)) == 0
+    assert contents(root / "Rain12") == {**files, "LICENSE": b"free"}
+
+
+def test_an_archive_of_another_set_says_what_it_contains(root, tmp_path, capsys):
+    archive = make_zip(tmp_path / "a.zip", {"cats/1.png": b"", "dogs/2.png": b""})
+    assert fetch(root, "--archive", str(archive)) == 2
+    message = error(capsys)
+    assert "cats, dogs" in message
+    assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.png", "/tmp/outside.png", "a/../../outside.png", r"..\outside.png", "C:/x"]
+)
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_paths_outside_the_archive_are_refused(root, tmp_path, capsys, name, kind):
+    archive = tmp_path / f"a.{kind}"
+    if kind == "zip":
+        make_zip(archive, {"rainy/1.png": b"x", name: b"x"})
+    else:
+        with tarfile.open(archive, "w") as opened:
+            for path in ("rainy/1.png", name):
+                opened.addfile(tarfile.TarInfo(path), io.BytesIO())
+    assert fetch(root, "--archive", str(archive)) == 2
+    assert repr(name) in error(capsys)
+    assert not root.exists()
+    assert not (tmp_path / "outside.png").exists()
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, "zip"])
+def test_links_and_devices_are_refused(root, tmp_path, capsys, kind):
+    archive = tmp_path / "a"
+    if kind == "zip":
+        info = zipfile.ZipInfo("link")
+        info.external_attr = 0o120777 << 16
+        make_zip(archive, {info: "/etc/passwd"})
+    else:
+        info = tarfile.TarInfo("link")
+        info.type = kind
+        info.linkname = "/etc/passwd"
+        with tarfile.open(archive, "w") as opened:
+            opened.addfile(info)
+    assert fetch(root, "--archive", str(archive)) == 2
+    assert "'link'" in error(capsys)
+
+
+@pytest.mark.parametrize("damage", ["cut zip", "cut tar", "text", "crc", "encrypted", "twice"])
+def test_damaged_archives_are_one_line(root, tmp_path, capsys, damage):
+    files = contents(make_set(tmp_path, "Rain12", "test", count=12))
+    archive = make_zip(tmp_path / "a.zip", files)
+    content = archive.read_bytes()
+    if damage == "cut zip":
+        archive.write_bytes(content[:-5000])
+    elif damage == "cut tar":
+        packed = Path(shutil.make_archive(str(tmp_path / "b"), "gztar", tmp_path, "Rain12"))
+        archive.write_bytes(packed.read_bytes()[:-5000])
+    elif damage == "text":
+        archive.write_text("Quota exceeded")
+    elif damage == "crc":
+        archive.write_bytes(content[:2000] + bytes([content[2000] ^ 255]) + content[2001:])
+    elif damage == "encrypted":
+        position = content.index(b"PK\x01\x02")
+        archive.write_bytes(content[: position + 8] + b"\x01" + content[position + 9 :])
+    else:
+        with zipfile.ZipFile(archive, "a") as opened, pytest.warns(UserWarning, match="Duplicate"):
+            opened.writestr("rainy/1.png", b"again")
+    assert fetch(root, "--archive", str(archive)) == 2
+    assert "a.zip" in error(capsys)
+    assert not root.exists() or list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["Rain99", "--root", "x"], "Rain99"),
+        (["folder", "--root", "x"], "folder"),
+        (["Rain800", "--root", "x", "--from", "hub"], "--from hub"),
+        (["Rain800", "--root", "x", "--from", "hub:one/two/three"], "hub:one/two/three"),
+        (["Rain800", "--root", "x", "--from", "web", "--archive", "a.zip"], "--from web"),
+        (["Rain800", "--root", "x", "--dry-run", "--archive", "a.zip"], "--dry-run"),
+        (["Rain800", "--root", "x", "--archive", "missing.zip"], "missing.zip"),
+        (["Rain800"], "--root"),
+    ],
+)
+def test_wrong_options_are_one_line(tmp_path, monkeypatch, capsys, options, expected):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DERAIN_DATA", raising=False)
+    assert main(["data", "fetch", *options]) == 2
+    assert expected in error(capsys)
+    assert list(tmp_path.iterdir()) == []

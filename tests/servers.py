@@ -1,0 +1,167 @@
+"""A local web server with faults, and a local stand-in for the Hugging Face hub."""
+
+import hashlib
+import json
+import re
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPOSITORY = "someone/rain"
+
+
+class Server(ThreadingHTTPServer):
+    """Serves bytes by path.
+
+    Attributes:
+        files: Contents by path, which begins with ``/``.
+        headers: Additional headers by path.
+        statuses: Status codes by path, instead of the contents.
+        announced: Lengths that are announced by path, instead of the true ones.
+        corrupt: Paths whose contents are sent with one wrong byte.
+        ranges: Whether ranges are served.
+        budget: Number of bytes of contents after which every connection is cut; None for no limit.
+        stalls: Whether connections stay open, without data, instead of being cut.
+        served: Method and path of each request, and whether it asks for a range.
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = {}
+        self.headers = {}
+        self.statuses = {}
+        self.announced = {}
+        self.corrupt = set()
+        self.ranges = True
+        self.budget = None
+        self.stalls = False
+        self.released = threading.Event()
+        self.served = []
+        self.lock = threading.Lock()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def count(self, method="GET", containing=""):
+        """Return the number of requests."""
+        return sum(m == method and containing in path for m, path, _ in self.served)
+
+    def handle_error(self, request, client_address):
+        """Print nothing: clients close connections."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments):
+        """Print nothing."""
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, *, body):
+        server = self.server
+        path = unquote(urlsplit(self.path).path)
+        server.served.append((self.command, path, "Range" in self.headers))
+        if server.budget is not None and server.budget <= 0:
+            return self.cut()
+        if path in server.statuses or path not in server.files:
+            self.send_response(server.statuses.get(path, 404))
+            for name, value in server.headers.get(path, {}).items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        content = server.files[path]
+        headers = server.headers.get(path, {})
+        start = 0
+        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        same = self.headers.get("If-Range", headers.get("ETag")) == headers.get("ETag")
+        if match and server.ranges and same:
+            start = int(match[1])
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        if not server.ranges:
+            self.send_header("Accept-Ranges", "none")
+        for name, value in {"Content-Type": "application/octet-stream", **headers}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(server.announced.get(path, len(content)) - start))
+        self.end_headers()
+        if body:
+            self.send_content(path, content, start)
+        return None
+
+    def send_content(self, path, content, start):
+        server = self.server
+        if path in server.corrupt:
+            middle = len(content) // 2
+            content = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+        for position in range(start, len(content), 1000):
+            block = content[position : position + 1000]
+            with server.lock:
+                if server.budget is not None and not path.startswith("/api/"):
+                    block = block[: max(0, server.budget)]
+                    server.budget -= len(block)
+            self.wfile.write(block)
+            if server.budget is not None and server.budget <= 0:
+                return self.cut()
+        if path in server.announced:
+            return self.cut()
+        return None
+
+    def cut(self):
+        self.wfile.flush()
+        if self.server.stalls:
+            self.server.released.wait()
+        self.close_connection = True
+
+
+@contextmanager
+def running():
+    """Yield a running server."""
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.released.set()
+        server.shutdown()
+        server.server_close()
+
+
+def serve_hub(server, folder: Path, *, repository=REPOSITORY, licence="other", large=(".png", ".jpg")):
+    """Serve the files of a folder as a data set of the hub; files with suffixes in ``large`` have a SHA-256."""
+    entries = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        content = path.read_bytes()
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        entry = {"type": "file", "path": name, "size": len(content), "oid": blob}
+        etag = blob
+        if path.suffix in large:
+            etag = hashlib.sha256(content).hexdigest()
+            entry["lfs"] = {"oid": etag, "size": len(content), "pointerSize": 130}
+        entries.append(entry)
+        address = f"/datasets/{repository}/resolve/{COMMIT}/{name}"
+        server.files[address] = content
+        server.headers[address] = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}
+    info = {"id": repository, "sha": COMMIT, "private": False, "siblings": [], "cardData": {"license": licence}}
+    info |= {"tags": [], "downloads": 0, "likes": 0, "disabled": False, "gated": False}
+    for address, content in {
+        f"/api/datasets/{repository}/revision/main": info,
+        f"/api/datasets/{repository}/tree/{COMMIT}": entries,
+    }.items():
+        server.files[address] = json.dumps(content).encode()
+        server.headers[address] = {"Content-Type": "application/json"}
+    return len(entries)
