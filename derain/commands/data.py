@@ -89,16 +89,16 @@ def sets_table(layouts: Mapping[str, Layout]) -> tables.Table:
 def _print_sets(sets: Sequence[dict[str, Any]], root: Path | None) -> None:
     title = "Data sets" if root is None else f"Data sets, and pairs found in {root}"
     table = Table(title=Text(title), title_justify="left")
-    for column in ("set", "train", "test", "found", "fetch from", "source"):
+    for column in ("set", "train", "test", "found", "source"):
         table.add_column(column, justify="right" if column in {"train", "test"} else "left", overflow="fold")
     for entry in sets:
         counts = entry["counts"]
+        kinds = ", ".join(source["kind"] for source in entry["fetch"])
         table.add_row(
             entry["name"],
             *(f"{counts[split]:,}" if split in counts else "" for split in ("train", "test")),
             "\n".join(f"{split} {count:,}" for split, count in entry["found"].items()),
-            ", ".join(source["kind"] for source in entry["fetch"]),
-            f"{entry['title']}\n[dim]{entry['source']}[/dim]" if entry["source"] else entry["title"],
+            f"{entry['title']}\n[dim]{entry['source']}; fetch from: {kinds}[/dim]" if kinds else entry["title"],
         )
     console = Console()
     console.print(table)

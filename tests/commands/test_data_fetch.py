@@ -54,9 +54,10 @@ def make_zip(path, files):
     return path
 
 
-def serve_zips(server, monkeypatch, folder, **arguments):
-    """Serve Rain12 as one archive of rainy and one of clean images; return their contents."""
+def serve_zips(server, monkeypatch, folder, *, padding=0, **arguments):
+    """Serve Rain12 as one archive of rainy and one of clean images, with other files; return their contents."""
     files = contents(make_set(folder / "source", "Rain12", "test", count=12))
+    files |= {f"{name}/other.bin": random.Random(name).randbytes(padding) for name in ("rainy", "groundtruth")}
     urls = []
     for name in ("rainy", "groundtruth"):
         part = {path: content for path, content in files.items() if path.startswith(name)}
@@ -94,7 +95,8 @@ def test_every_data_set_has_sources():
     assert set(SOURCES) == {name for name, layout in LAYOUTS.items() if layout.folders}
     for sources in SOURCES.values():
         kinds = [source.kind for source in sources]
-        assert kinds and len(set(kinds)) == len(kinds)  # --from names one of them
+        assert kinds
+        assert len(set(kinds)) == len(kinds)  # --from names one of them
         assert kinds[-1] == "form"
 
 
@@ -129,10 +131,11 @@ def test_dry_run_describes_and_writes_nothing(server, root, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("kind", SERVE)
 def test_fetch_continues_after_ten_interruptions(server, root, tmp_path, monkeypatch, capsys, kind):
-    files = SERVE[kind](server, monkeypatch, tmp_path)
+    # what a broken connection has sent is lost as far as the client has only buffered it
+    files = SERVE[kind](server, monkeypatch, tmp_path, **({"padding": 2_000_000} if kind == "web" else {}))
     paths = [path for path in server.files if not path.startswith("/api/")]
     total = sum(len(server.files[path]) for path in paths)
-    points = sorted(random.Random(3).sample(range(1, total // 2), 10))
+    points = sorted(random.Random(3).sample(range(1, total), 10))
     part = root / ".Rain12.part"
     continued = []
     for last, point in zip([0, *points], points, strict=False):
@@ -354,7 +357,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_download_continues(server, roo
 
     def full_open(path, mode="r", *arguments, **options):
         file = true_open(path, mode, *arguments, **options)
-        return FullFile(file) if "b" in mode and "r" not in mode and ".Rain12.part" in str(path) else file
+        return FullFile(file) if "b" in mode and "r" not in mode and ".Rain12.part/download" in str(path) else file
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", full_open)
