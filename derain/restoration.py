@@ -44,7 +44,7 @@ class Restorer:
         compile: Compile the network, which takes up to a minute; worthwhile for a few hundred images or more.
         scale: Factor by which images are reduced before the rain in them is estimated; the removed rain is enlarged and
             subtracted from the full image (`derain.scaling`). ``auto``: 1 if the shorter side is below 2048 pixels,
-            otherwise that which reduces it to 1024 to 2047 pixels, at which the bundled model is best.
+            otherwise that which reduces it to 1000 to 1999 pixels, at which the bundled model is best.
         strength: Share of the rain that is removed, from 0 to 1.
 
     Raises:

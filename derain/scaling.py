@@ -4,20 +4,20 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-KNOWN_SIDE = 1024
+KNOWN_SIDE = 1000
 """Shorter side in pixels of the largest photos that the bundled model restores best at full size.
 
 With rain that grows with the photo, the best factors are 1 for 1024 pixels, 2 for 2048 and 3 for 4096, where 4 is 0.1
-dB worse (``benchmarks/scale.py``).
+dB worse and a photo of 24 megapixels takes half as long (``benchmarks/scale.py``).
 """
 
 
 def automatic_factor(height: int, width: int) -> int:
-    """Return the factor by which ``scale`` ``auto`` reduces a photo: its shorter side becomes 1024 to 2047 pixels.
+    """Return the factor by which ``scale`` ``auto`` reduces a photo: its shorter side becomes 1000 to 1999 pixels.
 
     Example:
         >>> automatic_factor(1500, 2000), automatic_factor(4000, 6000)
-        (1, 3)
+        (1, 4)
     """
     return max(1, min(height, width) // KNOWN_SIDE)
 

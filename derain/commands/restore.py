@@ -106,7 +106,7 @@ def restore(
         precision: Precision of the network; bf16 (autocast) falls back to float32 on devices without bfloat16.
         compile: Compile the network, which takes up to a minute; worthwhile for hundreds of photos.
         scale: Estimate the rain on photos that are reduced by this factor, and subtract it at full size; auto reduces
-            the shorter side to 1024 to 2047 pixels, full restores the photo itself.
+            the shorter side to 1000 to 1999 pixels, full restores the photo itself.
         strength: Share of the rain that is removed, from 0 to 1.
 
     Raises:
