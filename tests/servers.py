@@ -20,7 +20,7 @@ class Server(ThreadingHTTPServer):
         files: Contents by path, which begins with ``/``.
         headers: Additional headers by path.
         statuses: Status codes by path, instead of the contents.
-        announced: Lengths that are announced by path, instead of the true ones.
+        announced: Lengths that are announced by path, instead of the true ones; None for none.
         corrupt: Paths whose contents are sent with one wrong byte.
         ranges: Whether ranges are served.
         budget: Number of bytes of contents after which every connection is cut; None for no limit.
@@ -95,7 +95,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Accept-Ranges", "none")
         for name, value in {"Content-Type": "application/octet-stream", **headers}.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(server.announced.get(path, len(content)) - start))
+        length = server.announced.get(path, len(content))
+        if length is not None:
+            self.send_header("Content-Length", str(length - start))
         self.end_headers()
         if body:
             self.send_content(path, content, start)
@@ -115,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(block)
             if server.budget is not None and server.budget <= 0:
                 return self.cut()
-        if path in server.announced:
+        if path in server.announced:  # the client waits for more, or for the end of the connection
             return self.cut()
         return None
 

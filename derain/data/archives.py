@@ -27,6 +27,20 @@ BLOCK = 2**20
 """Number of bytes that are written at a time."""
 
 
+class DamagedArchiveError(DerainError):
+    """Error of an archive that is incomplete or damaged, or is not an archive.
+
+    Args:
+        archive: The archive.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, archive: Path, reason: str) -> None:
+        super().__init__(f"{archive}: {reason}; download it again")
+        self.archive = archive
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Member:
     """File in an archive.
@@ -54,8 +68,8 @@ def list_members(archive: Path) -> list[Member]:
     """Return the files of an archive.
 
     Raises:
-        DerainError: If the file is not an archive or is damaged, encrypted or unsafe: links, devices, absolute paths,
-            paths with ``..``.
+        DamagedArchiveError: If the file is not an archive, or is damaged.
+        DerainError: If the archive is encrypted or unsafe: links, devices, absolute paths, paths with ``..``.
     """
     with _archive_errors(archive):
         if zipfile.is_zipfile(archive):
@@ -74,6 +88,7 @@ def unpack(archive: Path, folder: Path, advance: Callable[[int], None]) -> None:
         advance: Called with numbers of unpacked bytes.
 
     Raises:
+        DamagedArchiveError: As `list_members`.
         DerainError: As `list_members`, or if a file exists already.
         OSError: If a file cannot be written.
     """
@@ -151,16 +166,14 @@ def _archive_errors(archive: Path) -> Iterator[None]:
     try:
         yield
     except tarfile.ReadError as error:
-        raise DerainError(
-            f"{archive}: not a zip or tar archive, or damaged ({error}); unpack other formats yourself; if it is one, "
-            "download it again"
-        ) from error
+        reason = f"damaged, or neither zip nor tar ({error}); unpack other formats yourself"
+        raise DamagedArchiveError(archive, reason) from error
     except DAMAGED as error:
-        raise DerainError(f"{archive}: damaged ({error}); download it again") from error
+        raise DamagedArchiveError(archive, f"damaged ({error})") from error
     except OSError as error:
         if error.errno is not None:  # a full disk, a missing file
             raise
-        raise DerainError(f"{archive}: damaged ({error}); download it again") from error
+        raise DamagedArchiveError(archive, f"damaged ({error})") from error
 
 
 def free_bytes(folder: Path) -> int:

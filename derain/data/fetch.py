@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 import filelock
 from rich.filesize import decimal
 
-from derain.data.archives import Member, free_bytes, is_archive, list_members, unpack
+from derain.data.archives import DamagedArchiveError, Member, free_bytes, is_archive, list_members, unpack
 from derain.data.hub_files import download_repository, list_repository
 from derain.data.layouts import LAYOUTS, Split
 from derain.data.name_matching import pair_files
@@ -105,12 +105,22 @@ class Download:
         return self.target
 
     def _unpacked(self) -> Path:
-        """Return the folder of the files after unpacking."""
+        """Return the folder of the files after unpacking; delete a damaged archive.
+
+        Raises:
+            DerainError: If an archive is damaged or unsafe, or the disk is too small.
+        """
         if not self.archives:
             return self.folder
         folder = self.part / "unpacked"
         shutil.rmtree(folder, ignore_errors=True)
-        unpack_all([self.folder / file.path for file in self.archives], folder)
+        try:
+            unpack_all([self.folder / file.path for file in self.archives], folder)
+        except DamagedArchiveError as error:
+            error.archive.unlink()
+            raise DerainError(
+                f"{error.archive.name}: arrived {error.reason}; deleted; run the same command to fetch it again"
+            ) from error
         return folder
 
     def _remove_changed_files(self) -> None:

@@ -42,8 +42,8 @@ def list_repository(repository: str, revision: str = "main", patterns: Sequence[
     if not selected:
         folders = sorted({entry.path.partition("/")[0] for entry in found})[:8]
         raise DerainError(
-            f"hub:{repository}: no files {' '.join(patterns)}; contains {', '.join(folders) or 'no files'}; use "
-            "another source (--from)"
+            f"hub:{repository}: no files {' '.join(patterns)}; contains {', '.join(folders) or 'no files'}; "
+            f"--from hub:{repository} fetches all of it"
         )
     files = []
     for entry in selected:

@@ -10,6 +10,7 @@ import zipfile
 from collections import namedtuple
 from pathlib import Path
 
+import filelock
 import pytest
 
 from derain.cli import main
@@ -216,10 +217,38 @@ def test_git_checksum_of_small_files_is_checked(server, root, tmp_path, monkeypa
 
 
 def test_an_archive_without_checksum_is_found_damaged_by_its_own(server, root, tmp_path, monkeypatch, capsys):
-    serve_zips(server, monkeypatch, tmp_path)
+    files = serve_zips(server, monkeypatch, tmp_path)
     server.corrupt = {"/rainy.zip"}
     assert fetch(root) == 2
     assert "rainy.zip" in error(capsys)
+    server.corrupt = set()
+    server.served.clear()
+    assert fetch(root) == 0
+    assert contents(root / "Rain12") == files
+    assert [path for method, path, _ in server.served if method == "GET"] == ["/rainy.zip"]
+
+
+def test_a_file_of_unknown_size_that_is_cut_is_fetched_again(server, root, tmp_path, monkeypatch, capsys):
+    files = serve_zips(server, monkeypatch, tmp_path)
+    whole = server.files["/rainy.zip"]
+    server.announced["/rainy.zip"] = None
+    server.files["/rainy.zip"] = whole[:-3000]
+    assert fetch(root) == 2
+    captured = capsys.readouterr()
+    assert "does not state" in captured.out
+    assert "rainy.zip" in captured.err
+    server.files["/rainy.zip"] = whole
+    assert fetch(root) == 0
+    assert contents(root / "Rain12") == files
+
+
+def test_two_processes_do_not_fetch_one_set(server, root, tmp_path, monkeypatch, capsys):
+    serve_zips(server, monkeypatch, tmp_path)
+    (root / ".Rain12.part").mkdir(parents=True)
+    with filelock.FileLock(root / ".Rain12.part/lock"):
+        assert fetch(root) == 2
+    assert ".Rain12.part" in error(capsys)
+    assert fetch(root) == 0
 
 
 def test_a_wrong_checksum_of_the_source_is_refused(server, root, tmp_path, monkeypatch, capsys):
