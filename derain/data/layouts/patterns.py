@@ -99,7 +99,8 @@ class Layout:
         citation: Paper.
         folders: Names of the data set's folder below the data root; empty for general layouts.
         files: Variants of the file patterns by split; the first one that matches is used.
-        counts: Published number of pairs by split; a split whose number could not be confirmed is missing.
+        counts: Published number of pairs in the authors' download by split; a split whose number could not be confirmed
+            is missing.
         excluded_test_set: Test set; training pairs with its backgrounds are excluded.
         partner: Data set with the test set of these training pairs, or with the training pairs of this test set.
         protocols: How papers compute their scores on the test set: names in :data:`derain.metrics.PROTOCOLS`, or what

@@ -12,7 +12,7 @@ def _real_rain_1k(kind: str, density: str) -> Layout:
         source="https://github.com/hiker-lw/RealRain-1k",
         citation="Li et al., Toward Real-world Single Image Deraining: A New Benchmark and Beyond, arXiv 2022",
         remarks=(
-            "1120 pairs in three parts; the third, for validation, is found by its folder alone (--data.val FOLDER)",
+            "1120 pairs in three parts; the third, for validation, has no name: give its folder (--data.val FOLDER)",
             "about 1512x973 pixels; scores of images that were reduced or cropped first are not comparable",
         ),
     )
@@ -62,7 +62,7 @@ REAL: dict[str, Layout] = {
             "the scenes (Ba et al.); the nearest is rgb, mean over sequences"
         ),
         remarks=(
-            "GT-RAIN_val (3300 pairs) is found by its folder alone; its scene Gurutto_1-2 is refused as ambiguous, "
+            "GT-RAIN_val (3300 pairs) has no name: give its folder; its scene Gurutto_1-2 is refused as ambiguous, "
             "since it has one clean frame per rainy frame: remove it",
         ),
     ),

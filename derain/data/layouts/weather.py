@@ -78,7 +78,7 @@ WEATHER: dict[str, Layout] = {
         protocols="matlab-y, images resized to multiples of 16 (WeatherDiffusion)",
     ),
     "AllWeather": Layout(
-        title="training pairs from Outdoor-Rain-Test1 (8250), Raindrop (818) and Snow100K (9001)",
+        title="training pairs: all 8250 of Outdoor-Rain-Test1, 818 of Raindrop's 861, 9001 of Snow100K's 50000",
         folders=("AllWeather", "All-Weather"),
         files={"train": (FOLDERS,)},
         counts={"train": 18069},
