@@ -55,19 +55,18 @@ class RainDataModule(LightningDataModule):
         root: Folder that contains the data sets; by default ``$DERAIN_DATA``, or ``data`` if that is not set.
         crop: Side of the training crops in pixels.
         batch_size: Crops per batch and device.
-        repeat: Crops per pair and epoch.
+        repeat: Crops per pair and epoch; their mean over the pairs, with ``train_weights``.
         schedule: Stages of training with different crop and batch sizes, instead of ``crop`` and ``batch_size``;
             every epoch has as many batches as an epoch of the first stage.
         flips: Random horizontal and vertical flips; ``horizontal``: horizontal flips only.
         transpose: Random transposition (swap of rows and columns).
         val_share: Share of the clean images of ``train`` used for validation (at least one) if ``val`` is not set;
-            all rainy images of these clean images are held out. A video is held out as a whole; the share counts each
-            sequence like one clean image.
+            all rainy images of these clean images are held out. A video counts as one clean image.
         captions: Table or tables of captions of the training and validation pairs, as written by ``derain caption``;
             for `DACLIPModule`.
         eval_batch_size: Maximum number of images of equal size that ``derain test`` and ``derain predict`` restore at
             once; fewer if memory does not suffice. ``auto``: 32 on a GPU, 1 on a CPU, which is no faster in batches.
-            With a limit on batches, each batch has one image.
+            With a limit on batches (``trainer.limit_test_batches``), each batch has one image.
         val_limit: Total number of validation pairs, taken in turn from the start of each data set; all by default.
         val_mean: With several validation sets, whether the mean that selects the best checkpoint gives equal weight to
             all ``images`` or to all ``sets``. Means of each set are logged as ``val/SET/psnr`` in both cases.
@@ -301,14 +300,7 @@ class RainDataModule(LightningDataModule):
         samples = len(pairs) * self.repeat
         mixture = None if self.train_weights is None else mix(pairs, self.train_weights, samples, self.seed)
         dataset = TrainingPairs(
-            pairs,
-            self._pixels["train"],
-            augmentations,
-            self.seed,
-            captions,
-            unlabelled,
-            rain_share,
-            mixture,
+            pairs, self._pixels["train"], augmentations, self.seed, captions, unlabelled, rain_share, mixture
         )
         sampler = TrainingBatchSampler(samples, *self._rank_and_world(), self.seed, stages)
         if self._schedule_start is not None:
@@ -377,8 +369,8 @@ class RainDataModule(LightningDataModule):
     def _sampling_options(self, epoch: int) -> dict[str, Any]:
         """Return the options that must not change within an epoch.
 
-        They determine which pairs each batch contains, which rain is added to them, and after which batches the
-        optimiser steps. Flips and ``data.crop`` may change: the remaining batches contain the same pairs.
+        They determine the pairs and the added rain of each batch, and when the optimiser steps. Flips and ``data.crop``
+        may change: the remaining batches contain the same pairs.
         """
         return {
             "data.train": self._summary("train", "pairs"),
@@ -481,7 +473,7 @@ def _limited(count: int, limit: int | float) -> int:
 
 
 def _or_null(value: object) -> object:
-    """Return the value of an option for a message: ``null`` for a missing schedule, which is saved as empty text."""
+    """Return the value of an option for a message: ``null`` if it is not set, which is saved as empty text."""
     return "null" if value == "" else value
 
 

@@ -15,9 +15,10 @@ BATCH_PIXELS = 2**22
 
 
 def evaluation_costs(pairs: Sequence[Pair], split: str, trainer: Trainer | None) -> list[int]:
-    """Return the pixels of each image, by which ranks are balanced; all 1 if each must get as many images.
+    """Return the cost of each image, by which images are distributed over ranks: its number of pixels, or 1.
 
-    During ``fit``, DDP broadcasts buffers before each validation batch. A limit is a number of batches per rank.
+    Costs are 1 if all ranks must get the same number of images: in validation, since DDP synchronises the ranks before
+    each batch; and with a limit on batches, which counts the batches of each rank.
     """
     if trainer is None or trainer.world_size == 1 or split == "val" or is_limited(split, trainer):
         return [1] * len(pairs)

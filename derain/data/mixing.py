@@ -56,7 +56,7 @@ class Mixture:
 
     def pair(self, sample: Sample) -> int:
         """Return the index of the pair of a sample."""
-        permutation, number = divmod(sample.number, self.count)  # schedules draw further permutations in an epoch
+        permutation, number = divmod(sample.number, self.count)  # an epoch may need further permutations
         data_set = bisect_right(self._starts, number) - 1
         before = (sample.epoch + permutation) * self.counts[data_set]
         position = (before + number - self._starts[data_set]) % self.sizes[data_set]

@@ -38,8 +38,8 @@ class Pair:
     """A rainy image and its clean image, if there is one.
 
     Attributes:
-        name: Name of the rainy file without suffix, or its path in the data set if names repeat; results are saved
-            under this name.
+        name: Name of the rainy file without suffix, or its path in the data set if names repeat; ``SEQUENCE/FRAME`` for
+            a frame of a video; ``SET/NAME`` after `merge_pairs`. Results are saved under this name.
         rainy: File of the rainy image.
         clean: File of the clean image; ``rainy`` if both are side by side, or for a clean photo without a rainy image;
             None if there is no clean image.

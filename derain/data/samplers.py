@@ -19,9 +19,9 @@ class Sample(NamedTuple):
 
     Attributes:
         epoch: Index of the epoch.
-        number: Shuffled index of the sample, from 0 to below the samples per epoch. If a schedule needs further
-            permutations in the epoch, the n-th of them adds n times the samples per epoch. The remainder modulo the
-            number of pairs is the index of the pair, unless data sets have weights.
+        number: Shuffled index of the sample, below the number of samples per epoch. If an epoch needs further
+            permutations, the n-th of them adds n times that number. The remainder modulo the number of pairs is the
+            index of the pair, unless data sets have weights.
         crop: Side of the crop in pixels.
     """
 

@@ -1,6 +1,7 @@
 """Which pairs train, and which ones validate."""
 
 import itertools
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,9 +9,13 @@ import numpy as np
 from derain.data.pairs import Pair
 from derain.errors import DerainError
 
+log = logging.getLogger("derain")
+
 
 def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
-    """Split pairs at random into training and validation pairs that share no clean image or video; photos only train.
+    """Split pairs at random into training and validation pairs that share no clean image or video.
+
+    Photos only train. Those that are the clean image of a held-out pair are omitted, with a message.
 
     Args:
         pairs: Pairs and clean photos.
@@ -37,7 +42,11 @@ def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[tuple[Pair
     count = min(len(scenes) - 1, max(1, round(share * len(scenes))))
     held_out = {scenes[index] for index in order[:count]}
     training = tuple(pair for pair in pairs if pair.scene not in held_out)
-    return training, tuple(pair for pair in pairs if pair.scene in held_out)
+    validation = tuple(pair for pair in pairs if pair.scene in held_out and not pair.is_photo)
+    omitted = len(pairs) - len(training) - len(validation)
+    if omitted:
+        log.info("--data.train: omitted photos that are clean images held out for validation: %d", omitted)
+    return training, validation
 
 
 def by_data_set(pairs: Sequence[Pair]) -> dict[str, list[int]]:

@@ -1,0 +1,16 @@
+from pathlib import Path
+
+from derain.data.pairs import Pair
+from derain.data.splitting import hold_out
+
+
+def test_photos_of_held_out_images_neither_train_nor_validate(caplog):
+    caplog.set_level("INFO", "derain")
+    names = [f"{index}.png" for index in range(4)]
+    pairs = [Pair(name, Path("rainy", name), Path("clean", name)) for name in names]
+    photos = [Pair(f"photo/{name}", Path("clean", name), Path("clean", name)) for name in names]
+    training, validation = hold_out([*pairs, *photos], 0.25, seed=0)
+    (held_out,) = validation
+    assert held_out in pairs
+    assert list(training) == [pair for pair in (*pairs, *photos) if pair.clean != held_out.clean]
+    assert "--data.train" in caplog.text
