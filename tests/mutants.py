@@ -203,8 +203,11 @@ FAULTS: dict[tuple[str, ...], list[tuple[str, str, str]]] = {
         ("resume: the epoch starts again", "[self.first_batch :]", "[:]"),
         ("evaluation: every rank all images", "ranks[rank].append(index)", "[part.append(index) for part in ranks]"),
     ],
+    ("data/splitting.py", "data/test_splitting.py"): [
+        ("split: held-out images train", "if pair.scene not in held_out)", "if pair.scene)"),
+        ("split: photos validate", " and not pair.is_photo)", ")"),
+    ],
     ("data/datamodule.py", "data/test_datamodule.py"): [
-        ("split: held-out images train", "if pair.clean not in held_out)", "if pair.clean)"),
         ("pixels: divided by 256", "div_(255)", "div_(256)"),
     ],
     ("data/transforms.py", "data/test_transforms.py"): [
