@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,9 @@ from derain.methods import DerainModule
 from derain.methods.catalog import locate
 from derain.methods.interfaces import Sampled
 from derain.metrics import Scores, bootstrap_interval
+from derain.metrics.sequences import mean_row, sequence_rows
+from derain.metrics.temporal import TEMPORAL_NAMES, temporal_notes
+from derain.metrics.temporal_quality import COLUMNS
 from derain.tables import Column, Row, Table
 
 PACKAGES = ("derain", "torch", "lightning", "torchmetrics")
@@ -53,9 +56,12 @@ class TestResults(Callback):
         module = cast(DerainModule, pl_module)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         folder = Path(trainer.default_root_dir)
-        names = [pair.name for pair in data.pairs["test"]]
+        pairs = data.pairs["test"]
         evaluated = sorted(next(iter(module.scores["derained"].values())).index.tolist())
-        write_rows(folder / "images.csv", list(image_rows(module.scores, names)))
+        frames = [(pair.name, pair.sequence) for pair in pairs]
+        images = image_rows(module.scores, frames, module.temporal_scores)
+        sequences = {protocol: sequence_rows(rows) for protocol, rows in images.items()}
+        write_rows(folder / "images.csv", images)
         file = self.weights or trainer.ckpt_path
         summary = {
             "method": module.metadata(),
@@ -65,10 +71,10 @@ class TestResults(Callback):
             "data": {
                 "sets": data.sets["test"],
                 "images": len(evaluated),
-                "images_in_sets": len(names),
+                "images_in_sets": len(pairs),
                 "fingerprint": data.fingerprint("test", evaluated),
             },
-            "results": results(module.scores),
+            "results": results(module.scores, images, sequences),
             "seconds": self.restoration.seconds / max(self.restoration.images, 1),
             "batch_size": evaluation_batch_size(data.eval_batch_size, "test", trainer),
             "tile": self.restoration.tile,
@@ -78,66 +84,93 @@ class TestResults(Callback):
         }
         with write_whole(folder / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        print_table(summary)
+        print_table(summary, temporal_notes(next(iter(images.values()))))
         print(f"per image: {folder / 'images.csv'}\nsummary:   {folder / 'summary.json'}")
+        if any(sequences.values()):
+            write_rows(folder / "sequences.csv", sequences)
+            print(f"per sequence: {folder / 'sequences.csv'}")
 
 
-def image_rows(scores: dict[str, dict[str, Scores]], names: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield one row per image and protocol, with the columns of ``images.csv``.
+def image_rows(
+    scores: dict[str, dict[str, Scores]],
+    images: Sequence[tuple[str, str]],
+    temporal: Mapping[int, Mapping[str, float | None]] | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of ``images.csv``, one per image, by protocol.
 
     Args:
         scores: Scores by kind (``rainy`` and ``derained``) and protocol.
-        names: Names of all images in the data set, in the order that the indices of the scores refer to.
+        images: Name and sequence (empty for a single image) of all images in the data set, in the order that the
+            indices of the scores refer to.
+        temporal: Flicker and warping error by the index of the later of two frames; None if not computed.
+
+    Returns:
+        Rows with a column ``sequence`` if any image is a frame of a video, and None for a temporal score of a frame
+        that does not directly follow another.
     """
-    for protocol, derained in scores["derained"].items():
-        rainy = scores["rainy"][protocol]
-        for row, index in enumerate(derained.index.tolist()):
-            values = {
-                "name": names[index],
-                "protocol": protocol,
-                "psnr": derained.psnr[row].item(),
-                "ssim": derained.ssim[row].item(),
-                "rainy_psnr": rainy.psnr[row].item(),
-                "rainy_ssim": rainy.ssim[row].item(),
-            }
-            if derained.lpips is not None:
-                values["lpips"] = derained.lpips[row].item()
-            if rainy.lpips is not None:
-                values["rainy_lpips"] = rainy.lpips[row].item()
-            yield values
+    rainy = scores["rainy"]
+    return {
+        protocol: list(_image_rows(derained, rainy[protocol], images, temporal))
+        for protocol, derained in scores["derained"].items()
+    }
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows with equal keys to a CSV file, completely or not at all; there must be at least one row."""
+def _image_rows(
+    derained: Scores,
+    rainy: Scores,
+    images: Sequence[tuple[str, str]],
+    temporal: Mapping[int, Mapping[str, float | None]] | None,
+) -> Iterator[dict[str, Any]]:
+    videos = any(sequence for _, sequence in images)
+    for row, index in enumerate(derained.index.tolist()):
+        name, sequence = images[index]
+        values: dict[str, Any] = {"name": name, "sequence": sequence} if videos else {"name": name}
+        values["psnr"] = derained.psnr[row].item()
+        values["ssim"] = derained.ssim[row].item()
+        values["rainy_psnr"] = rainy.psnr[row].item()
+        values["rainy_ssim"] = rainy.ssim[row].item()
+        if derained.lpips is not None:
+            values["lpips"] = derained.lpips[row].item()
+        if rainy.lpips is not None:
+            values["rainy_lpips"] = rainy.lpips[row].item()
+        if temporal is not None:
+            values |= temporal.get(index, dict.fromkeys(COLUMNS))
+        yield values
+
+
+def write_rows(path: Path, rows: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Write the rows of each protocol, with equal keys, to a CSV file, completely or not at all."""
+    fields = next(list(group[0]) for group in rows.values() if group)
     with write_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors=ESCAPED) as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=[fields[0], "protocol", *fields[1:]])
         writer.writeheader()
-        writer.writerows(rows)
+        for protocol, group in rows.items():
+            writer.writerows({**row, "protocol": protocol} for row in group)
 
 
-def results(scores: dict[str, dict[str, Scores]]) -> list[dict[str, Any]]:
+def results(
+    scores: dict[str, dict[str, Scores]],
+    images: Mapping[str, list[dict[str, Any]]],
+    sequences: Mapping[str, list[dict[str, Any]]],
+) -> list[dict[str, Any]]:
     """Return means over the images with 95 % bootstrap intervals, one entry per protocol.
 
     Args:
         scores: Scores by kind (``rainy`` and ``derained``) and protocol.
+        images: Rows of the images by protocol.
+        sequences: Rows of the sequences by protocol; their means over sequences are under ``sequences`` in an entry.
     """
     entries = []
     for protocol, derained in scores["derained"].items():
-        rainy = scores["rainy"][protocol]
-        entry = {
+        entry: dict[str, Any] = {
             "protocol": protocol,
             "count": len(derained.index),
-            "psnr": derained.psnr.mean().item(),
             "psnr_interval": list(bootstrap_interval(derained.psnr)),
-            "ssim": derained.ssim.mean().item(),
             "ssim_interval": list(bootstrap_interval(derained.ssim)),
-            "rainy_psnr": rainy.psnr.mean().item(),
-            "rainy_ssim": rainy.ssim.mean().item(),
+            **mean_row(images[protocol]),
         }
-        if derained.lpips is not None:
-            entry["lpips"] = derained.lpips.mean().item()
-        if rainy.lpips is not None:
-            entry["rainy_lpips"] = rainy.lpips.mean().item()
+        if sequences[protocol]:
+            entry["sequences"] = {"count": len(sequences[protocol]), **mean_row(sequences[protocol])}
         entries.append(entry)
     return entries
 
@@ -170,20 +203,35 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def print_table(summary: dict[str, Any]) -> None:
-    """Print the scores of rainy and derained images, one row per protocol."""
+def print_table(summary: dict[str, Any], notes: Sequence[str] = ()) -> None:
+    """Print the scores of rainy and derained images, one row per protocol; of videos, also means over sequences."""
+    entries: list[dict[str, Any]] = summary["results"]
+    videos, temporal = "sequences" in entries[0], "flicker" in entries[0]
     columns = [Column("protocol", align="left")]
+    if videos:
+        columns.append(Column("mean over", align="left"))
     for kind in ("rainy", "derained"):
         columns += [Column("PSNR (dB)", ".3f", group=kind), Column("SSIM", ".4f", group=kind)]
         if summary["lpips_net"]:
             columns.append(Column(f"LPIPS ({summary['lpips_net']})", ".4f", group=kind))
     columns.append(Column("95 % interval (dB)"))
+    if temporal:
+        for kind in ("clean", "rainy", "derained"):
+            columns += [Column("flicker", ".3f", group=f"temporal, {kind}")]
+            columns += [Column("warping error", ".6f", group=f"temporal, {kind}")]
     rows = []
-    for result in summary["results"]:
-        low, high = result["psnr_interval"]
-        scores = [*_scores(result, "rainy_"), *_scores(result, "")]
-        rows.append(Row([result["protocol"], *scores, f"{low:.2f} – {high:.2f}"]))
-    print(Table(columns, rows, title=_title(summary)).text(terminal=sys.stdout.isatty()), end="")
+    for entry in entries:
+        low, high = entry["psnr_interval"]
+        levels: list[tuple[str, dict[str, Any], str | None]] = [("frames", entry, f"{low:.2f} – {high:.2f}")]
+        if videos:
+            levels.append((f"{entry['sequences']['count']} sequences", entry["sequences"], None))
+        for level, means, interval in levels:
+            values = [entry["protocol"], *([level] if videos else [])]
+            values += [*_scores(means, "rainy_"), *_scores(means, ""), interval]
+            if temporal:
+                values += [means[f"{kind}{name}"] for kind in ("clean_", "rainy_", "") for name in TEMPORAL_NAMES]
+            rows.append(Row(values))
+    print(Table(columns, rows, notes, title=_title(summary)).text(terminal=sys.stdout.isatty()), end="")
 
 
 def _title(summary: dict[str, Any]) -> str:

@@ -3,23 +3,30 @@
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from derain.data.pairs import Pair
 from derain.data.result_folders import ScoringPair, find_scoring_pairs
+from derain.data.sequences import frame_links
 from derain.errors import DerainError
 from derain.images import Pixels
 from derain.metrics import Protocol, bootstrap_interval, psnr_ssim, resolve
 from derain.metrics.full_reference import MAX_PSNR
 from derain.metrics.perceptual import FrechetDistance, Lpips, PyiqaMetric, available_lpips
+from derain.metrics.sequences import mean_row, sequence_rows
+from derain.metrics.temporal import TEMPORAL, TEMPORAL_NAMES, split_temporal, temporal_notes, temporal_scores
 from derain.progress import track
 from derain.tables import Cell, Column, Format, Row, Table, Value, write_results
 
 Metric = PyiqaMetric | FrechetDistance
+
+TEMPORAL_COLUMNS = tuple(f"{prefix}{name}" for prefix in ("", "clean_") for name in TEMPORAL_NAMES)
+"""Temporal scores of the derained and of the clean video."""
 
 
 def score(
@@ -40,7 +47,8 @@ def score(
         clean: The clean image, a folder with clean images, or the folder or name of a data set; images are paired by
             name.
         protocol: How PSNR and SSIM are computed: matlab-y, prenet, restormer, plnlin, ir-sde-rgb, ir-sde-y, rgb, or
-            ir-sde for ir-sde-rgb and ir-sde-y; append +down to compute SSIM on down-sampled images.
+            ir-sde for ir-sde-rgb and ir-sde-y; append +down to compute SSIM on down-sampled images; add temporal for
+            flicker and warping error of videos.
         lpips: Network of LPIPS; auto is AlexNet if its weights are on this machine, else none; alex and vgg download
             missing weights.
         no_reference: No-reference metrics of pyiqa, such as niqe, brisque or musiq; they need no clean images.
@@ -57,13 +65,15 @@ def score(
         raise DerainError("CLEAN is missing; give clean images, or score without them by --no-reference niqe")
     if clean is None and full_reference:
         raise DerainError(f"--full-reference {','.join(full_reference)}: needs clean images; give CLEAN")
-    protocols = () if clean is None else resolve(protocol)
+    names, temporal = split_temporal(list(protocol), supported=clean is not None)
+    protocols = () if clean is None else resolve(names)
     pairs = find_scoring_pairs(derained, clean)
+    links = scoring_links(pairs) if temporal else None
     network = available_lpips("none" if clean is None else lpips)
     metrics = [*available(no_reference, PyiqaMetric), *available(full_reference, _with_reference)]
     if not (protocols or metrics):
         raise DerainError("no metric is available; give clean images, or install pyiqa: pip install 'derain[iqa]'")
-    results = evaluate(pairs, protocols, network, metrics)
+    results = evaluate(pairs, protocols, network, metrics, links)
     table = results_table(results, intervals=format == "table")
     write_results(format, table, image_records(results), results, out)
     return 0
@@ -95,6 +105,7 @@ def evaluate(
     protocols: Sequence[Protocol],
     lpips: Lpips | None = None,
     metrics: Sequence[Metric] = (),
+    links: Collection[int] | None = None,
 ) -> list[dict[str, Any]]:
     """Compute the scores of all images and their means.
 
@@ -103,12 +114,15 @@ def evaluate(
         protocols: Protocols of PSNR and SSIM; if empty, the only result has the no-reference metrics.
         lpips: LPIPS metric; None: not computed.
         metrics: Metrics of pyiqa; those that compare with clean images only if all pairs have one.
+        links: Indices of the frames whose flicker and warping error against the previous index are computed; None for
+            no temporal metrics.
 
     Returns:
         One result per protocol: ``protocol``, ``definition``, ``count``, means ``psnr`` (dB), ``ssim`` and ``lpips``,
         ``psnr_interval`` and ``ssim_interval`` (95 %, bootstrap), ``lpips_net``, ``no_reference`` and
-        ``full_reference`` (means by name; Fréchet distances of all images) and ``images`` (scores of each image).
-        Values that were not computed are None.
+        ``full_reference`` (means by name; Fréchet distances of all images), ``temporal`` (means of flicker and warping
+        error by name) and ``images`` (scores of each image). With videos, also ``sequences`` (means of each sequence)
+        and ``sequence_means`` (means over sequences). Values that were not computed are None.
 
     Raises:
         DerainError: If an image cannot be read or scored; the message has its path.
@@ -135,10 +149,15 @@ def evaluate(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         scores = list(track(pool.map(score_image, pairs), "Scoring", len(pairs)))
+        temporal = [{} for _ in pairs] if links is None else _compare_frames(pairs, links, pool)
     distances = {metric.name: metric(_read(pairs)) for metric in metrics if isinstance(metric, FrechetDistance)}
     results = []
+    videos = any(pair.sequence for pair in pairs)
     for index, protocol in enumerate(protocols or [None]):
-        images = [{"name": pair.name, **by_protocol[index]} for pair, by_protocol in zip(pairs, scores, strict=True)]
+        images = [
+            {"name": pair.name, **({"sequence": pair.sequence} if videos else {}), **by_protocol[index], **changes}
+            for pair, by_protocol, changes in zip(pairs, scores, temporal, strict=True)
+        ]
         results.append(_summary(protocol, images, lpips, single, distances))
     return results
 
@@ -151,6 +170,41 @@ def _read(pairs: Sequence[ScoringPair]) -> Iterator[tuple[Pixels, Pixels]]:
         yield derained, clean
 
 
+def scoring_links(pairs: Sequence[ScoringPair]) -> frozenset[int]:
+    """Return the indices of the frames that directly follow the frame of the previous index.
+
+    Raises:
+        DerainError: If there are no videos.
+    """
+    references = [pair.clean for pair in pairs]
+    frames = [reference if isinstance(reference, Pair) else Pair("", Path()) for reference in references]
+    if not any(frame.sequence for frame in frames):
+        raise DerainError(
+            f"--protocol {TEMPORAL}: the clean images are no videos; give a data set of videos, or video:FOLDER"
+        )
+    return frame_links(frames)
+
+
+def _compare_frames(
+    pairs: Sequence[ScoringPair], links: Collection[int], pool: ThreadPoolExecutor
+) -> list[dict[str, float | None]]:
+    """Return flicker and warping error of each frame and the one before it; None without a frame before it."""
+
+    def compare(index: int) -> dict[str, float | None]:
+        if index not in links:
+            return dict.fromkeys(TEMPORAL_COLUMNS)
+        (before, clean_before), (after, clean_after) = pairs[index - 1].read(), pairs[index].read()
+        assert clean_before is not None
+        assert clean_after is not None
+        try:
+            return temporal_scores((clean_before, clean_after), {"": (before, after)})
+        except DerainError as error:
+            raise DerainError(f"{pairs[index].derained}: {error}") from error
+
+    indices = range(len(pairs))
+    return list(track(pool.map(compare, indices), "Comparing consecutive frames", len(pairs)))
+
+
 def _summary(
     protocol: Protocol | None,
     images: list[dict[str, Any]],
@@ -159,13 +213,13 @@ def _summary(
     distances: Mapping[str, float],
 ) -> dict[str, Any]:
     """Return the result of a protocol."""
-    scores = {key: np.array([image[key] for image in images]) for key in images[0] if key != "name"}
-    means = {key: float(values.mean()) for key, values in scores.items()}
+    means = mean_row(images)
 
     def interval(key: str) -> list[float] | None:
-        return list(bootstrap_interval(scores[key])) if key in scores and len(images) > 1 else None
+        values = np.array([image[key] for image in images]) if key in means and len(images) > 1 else None
+        return None if values is None else list(bootstrap_interval(values))
 
-    return {
+    result = {
         "protocol": None if protocol is None else protocol.name,
         "definition": None if protocol is None else protocol.definition,
         "count": len(images),
@@ -178,26 +232,32 @@ def _summary(
         "no_reference": {metric.name: means[metric.name] for metric in metrics if not metric.full_reference},
         "full_reference": {metric.name: means[metric.name] for metric in metrics if metric.full_reference}
         | dict(distances),
+        "temporal": {name: means[name] for name in TEMPORAL_COLUMNS if name in means},
         "images": images,
     }
+    sequences = sequence_rows(images)
+    if sequences:
+        result |= {"sequences": sequences, "sequence_means": mean_row(sequences)}
+    return result
 
 
 def results_table(results: Sequence[dict[str, Any]], *, intervals: bool) -> Table:
-    """Return a table with one row per protocol.
+    """Return a table with one row per protocol; of videos, also with one of means over sequences.
 
     Args:
         results: Results of ``evaluate``.
         intervals: Whether confidence intervals are added to the means.
     """
-    columns = [
-        Column("protocol", align="left"),
-        Column("images"),
-        Column("PSNR (dB)", ".3f"),
-        Column("SSIM", ".4f"),
-    ]
-    if results[0]["lpips"] is not None:
-        columns.append(Column(f"LPIPS ({results[0]['lpips_net']})", ".4f"))
-    columns += [Column(name, ".4f") for name in [*results[0]["full_reference"], *results[0]["no_reference"]]]
+    first = results[0]
+    videos = "sequences" in first
+    columns = [Column("protocol", align="left")]
+    if videos:
+        columns.append(Column("mean over", align="left"))
+    columns += [Column("frames" if videos else "images"), Column("PSNR (dB)", ".3f"), Column("SSIM", ".4f")]
+    if first["lpips"] is not None:
+        columns.append(Column(f"LPIPS ({first['lpips_net']})", ".4f"))
+    columns += [Column(name, ".4f") for name in [*first["full_reference"], *first["no_reference"]]]
+    columns += [Column(name.replace("_", " "), ".6f" if "warping" in name else ".3f") for name in first["temporal"]]
 
     def mean(result: dict[str, Any], key: str, digits: int) -> Cell:
         if not intervals or result[f"{key}_interval"] is None:
@@ -207,24 +267,33 @@ def results_table(results: Sequence[dict[str, Any]], *, intervals: bool) -> Tabl
 
     rows = []
     for result in results:
-        values: list[Value] = [
-            result["protocol"] or "no reference",
-            result["count"],
-            mean(result, "psnr", 2),
-            mean(result, "ssim", 4),
-        ]
+        head: list[Value] = [result["protocol"] or "no reference"]
+        others = result["full_reference"] | result["no_reference"] | result["temporal"]
         if result["lpips"] is not None:
-            values.append(result["lpips"])
-        rows.append(Row([*values, *result["full_reference"].values(), *result["no_reference"].values()]))
+            others = {"lpips": result["lpips"]} | others
+        level: list[Value] = ["frames"] if videos else []
+        values = [result["count"], mean(result, "psnr", 2), mean(result, "ssim", 4)]
+        rows.append(Row([*head, *level, *values, *others.values()]))
+        if videos:
+            scores = [result["sequence_means"].get(name) for name in ("psnr", "ssim", *others)]
+            frames = sum(sequence["frames"] for sequence in result["sequences"])
+            rows.append(Row([*head, f"{len(result['sequences'])} sequences", frames, *scores]))
     notes = [f"{result['protocol']}: {result['definition']}" for result in results if result["protocol"]]
     identical = max(sum(image.get("psnr") == MAX_PSNR for image in result["images"]) for result in results)
     if identical:
         notes.append(f"{identical} images are identical to the clean ones and count as {MAX_PSNR:.0f} dB")
+    notes += temporal_notes(first["images"])
     if intervals and any(result["psnr_interval"] for result in results):
         notes.insert(0, "Means over images [95 % bootstrap interval]")
     return Table(columns, rows, notes)
 
 
 def image_records(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of the CSV: one per protocol and image."""
-    return [{"protocol": result["protocol"], **image} for result in results for image in result["images"]]
+    """Return the rows of the CSV: one per protocol and image; with videos, then one per protocol and sequence."""
+    records = [{"protocol": result["protocol"], **image} for result in results for image in result["images"]]
+    for result in results:
+        for sequence in result.get("sequences", ()):
+            name = f"mean of {sequence['frames']} frames"
+            scores = {key: value for key, value in sequence.items() if key != "frames"}
+            records.append({"protocol": result["protocol"], "name": name, **scores})
+    return records

@@ -37,6 +37,7 @@ from derain.methods.interfaces import Sampling
 from derain.methods.registry import add_current_folder, methods, use_method
 from derain.metrics import resolve
 from derain.metrics.perceptual import available_lpips
+from derain.metrics.temporal import split_temporal
 from derain.options import without_option
 from derain.restoration import require_explains, set_sampling
 
@@ -101,7 +102,8 @@ class DerainCLI(LightningCLI):
             "--protocol",
             type=list[str],
             default=["matlab-y"],
-            help="Evaluation protocols (derain score --help lists them); fit selects the best checkpoint by the first.",
+            help="Evaluation protocols (derain score --help lists them); fit selects the best checkpoint by the first; "
+            "test adds flicker and warping error of videos by temporal.",
         )
         parser.add_argument(
             "--lpips",
@@ -160,7 +162,8 @@ class DerainCLI(LightningCLI):
         except UnicodeDecodeError as error:
             raise DerainError("--config: a file is not UTF-8 text; give a YAML file") from error
         config = self.config[self.config.subcommand]
-        self.protocols = tuple(protocol.name for protocol in resolve(config.protocol))
+        names, self.temporal = split_temporal(config.protocol, supported=self.config.subcommand == "test")
+        self.protocols = tuple(protocol.name for protocol in resolve(names))
         if config.ckpt_path and config.ckpt_path != "last":
             self._load_checkpoint(config)
         if config.get("weights_only") is False:
@@ -338,7 +341,7 @@ class DerainCLI(LightningCLI):
             DerainError: If the command is ``test`` or ``predict``, but the weights' method does not restore images.
         """
         if isinstance(self.model, DerainModule):
-            self.model.protocols = self.protocols
+            self.model.protocols, self.model.temporal = self.protocols, self.temporal
             self.model.lpips = available_lpips(config.lpips)
             if config.get("explain"):
                 require_explains(self.model).explaining = True

@@ -18,13 +18,14 @@ from derain.data.cache import CacheMode, PixelCache, fingerprint, open_cache, pa
 from derain.data.captions import Caption, match_captions, read_captions
 from derain.data.crop_limits import check_crops
 from derain.data.datasets import TrainingLoader, TrainingPairs, UnlabelledCrops, WholePairs
-from derain.data.evaluation_batches import BATCH_PIXELS, EqualSizeBatches, evaluation_costs
+from derain.data.evaluation_batches import BATCH_PIXELS, EqualSizeBatches, evaluation_costs, rank_groups
 from derain.data.layouts import Split
 from derain.data.mixing import check_weights, mix
 from derain.data.pairs import Pair, find_pairs, find_pairs_or_photos, merge_pairs
 from derain.data.quickstart import resolve_quickstart
 from derain.data.rain_ranges import read_rain
 from derain.data.samplers import BalancedSampler, CropStage, Stage, TrainingBatchSampler, to_batch_stages
+from derain.data.sequences import frame_links
 from derain.data.splitting import by_data_set, first_pairs, hold_out
 from derain.data.transforms import Augmentation, Flips
 from derain.errors import DerainError
@@ -319,6 +320,18 @@ class RainDataModule(LightningDataModule):
         sets = by_data_set(self.pairs.get(split, ()))
         return sets if len(sets) > 1 else {}
 
+    def frame_links(self, split: str) -> frozenset[int]:
+        """Return the indices of the frames that directly follow the frame of the previous index.
+
+        Raises:
+            DerainError: If the split has no videos.
+        """
+        if not any(pair.sequence for pair in self.pairs[split]):
+            raise DerainError(
+                f"--protocol temporal: --data.{split} has no videos; give one, or video:FOLDER, or omit it"
+            )
+        return frame_links(self.pairs[split])
+
     def resume_at(self, position: Position) -> None:
         """Start the next training data loader at a position within an epoch."""
         self._resume_position = self._schedule_start = position
@@ -408,7 +421,8 @@ class RainDataModule(LightningDataModule):
     def _evaluation_loader(self, split: str) -> DataLoader[dict[str, Any]]:
         """Return a data loader of whole images."""
         pairs = self.pairs[split]
-        sampler = BalancedSampler(evaluation_costs(pairs, split, self.trainer), *self._rank_and_world())
+        costs, groups = evaluation_costs(pairs, split, self.trainer), rank_groups(pairs, split)
+        sampler = BalancedSampler(costs, *self._rank_and_world(), groups)
         dataset = WholePairs(pairs, self._pixels.get(split), self._captions.get(split, ()))
         batch_size = evaluation_batch_size(self.eval_batch_size, split, self.trainer)
         if batch_size == 1:

@@ -26,6 +26,16 @@ def evaluation_costs(pairs: Sequence[Pair], split: str, trainer: Trainer | None)
     return pixels
 
 
+def rank_groups(pairs: Sequence[Pair], split: str) -> list[str | int]:
+    """Return the sequence of each frame and the index of each other image; in tests, a rank evaluates whole groups.
+
+    During ``fit``, all ranks must get as many images, so that every image is a group.
+    """
+    if split == "val":
+        return list(range(len(pairs)))
+    return [pair.sequence or index for index, pair in enumerate(pairs)]
+
+
 class EqualSizeBatches(Sampler[list[int]]):
     """Batches of images of equal size, in the order of the first image of each batch.
 

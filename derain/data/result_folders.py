@@ -37,6 +37,11 @@ class ScoringPair:
     derained: Path
     clean: Path | Pair | None
 
+    @property
+    def sequence(self) -> str:
+        """Name of the video that the clean image is a frame of; empty for a single image."""
+        return self.clean.sequence if isinstance(self.clean, Pair) else ""
+
     def read(self) -> tuple[Pixels, Pixels | None]:
         """Read both images.
 

@@ -5,7 +5,7 @@ import dataclasses
 import heapq
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -216,14 +216,25 @@ class BalancedSampler(Sampler[int]):
         costs: Cost of each image, such as its number of pixels, above 0.
         rank: Rank of this process.
         world: Number of ranks.
+        groups: Group of each image, such as the sequence of a frame; the images of a group are evaluated by one rank.
+            By default, each image is a group.
 
     Example:
         >>> [list(BalancedSampler([4, 1, 2, 1], rank, world=2)) for rank in range(2)]
         [[0], [1, 2, 3]]
     """
 
-    def __init__(self, costs: Sequence[int], rank: int, world: int) -> None:
-        self.indices = [rank % len(costs)] if rank >= len(costs) else _assign(costs, world)[rank]
+    def __init__(self, costs: Sequence[int], rank: int, world: int, groups: Sequence[Hashable] = ()) -> None:
+        members: dict[Hashable, list[int]] = {}
+        for index, group in enumerate(groups or range(len(costs))):
+            members.setdefault(group, []).append(index)
+        if rank >= len(members):
+            self.indices = [rank % len(costs)]
+            return
+        group_members = list(members.values())
+        group_costs = [sum(costs[index] for index in indices) for indices in group_members]
+        assigned = _assign(group_costs, world)[rank]
+        self.indices = sorted(itertools.chain.from_iterable(group_members[number] for number in assigned))
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices)
@@ -233,7 +244,7 @@ class BalancedSampler(Sampler[int]):
 
 
 def _assign(costs: Sequence[int], world: int) -> list[list[int]]:
-    """Return the sorted indices of the images of each rank."""
+    """Return the sorted indices of the groups of each rank."""
     loads = [(0, rank) for rank in range(world)]  # a heap
     ranks: list[list[int]] = [[] for _ in range(world)]
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):

@@ -21,6 +21,7 @@ from derain.methods.trainable import TrainableModule
 from derain.metrics import ImageQuality, Scores
 from derain.metrics.full_reference import mean_scores
 from derain.metrics.perceptual import Lpips
+from derain.metrics.temporal_quality import TemporalQuality
 from derain.ranges import check_finite
 
 
@@ -44,6 +45,8 @@ class DerainModule(TrainableModule, ABC):
         protocols: Protocols that score validation and test images; the first one selects the best checkpoint.
         lpips: Perceptual metric that also scores these images; None for none.
         scores: After a test, scores of all images by kind (``derained``, ``rainy``) and protocol.
+        temporal: Whether a test also computes flicker and warping error of videos.
+        temporal_scores: After such a test, these scores by the index of the later of two frames.
         bytes_per_pixel: Memory that ``forward`` needs at inference, in bytes per image pixel, measured in float32.
         restore_batch: Function of a batch, a function such as ``forward``, and conditions or None, by which images are
             restored, such as `derain.batching.Scheduler.run_batch`; by default one pass.
@@ -58,6 +61,8 @@ class DerainModule(TrainableModule, ABC):
     protocols: tuple[str, ...] = ("matlab-y",)
     lpips: Lpips | None = None
     scores: dict[str, dict[str, Scores]]
+    temporal: bool = False
+    temporal_scores: dict[int, dict[str, float | None]] | None = None
     restore_batch: Callable[..., Tensor] | None = None
     bytes_per_pixel: int = 4096
     tile_multiple: int = 32
@@ -123,7 +128,16 @@ class DerainModule(TrainableModule, ABC):
         kinds = ("derained", "rainy")
         self._quality = {kind: ImageQuality(self.protocols, self.lpips).to(self.device) for kind in kinds}
 
-    on_test_epoch_start = on_validation_epoch_start
+    def on_test_epoch_start(self) -> None:
+        """Check requirements and reset the scores.
+
+        Raises:
+            DerainError: If `check_requirements` finds a model missing, or ``temporal`` is true and there are no videos.
+        """
+        self.on_validation_epoch_start()
+        if self.temporal:
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            self._temporal_quality = TemporalQuality(data.frame_links("test")).to(self.device)
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor] | None:
         """Score the derained and the rainy images of a batch.
@@ -146,7 +160,19 @@ class DerainModule(TrainableModule, ABC):
         self._quality["rainy"].update(batch["rainy"], batch["clean"], batch["index"], batch["name"])
         return {"derained": derained}
 
-    test_step = validation_step
+    def test_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor] | None:
+        """Score a batch as in validation; if ``temporal`` is true, also compare consecutive frames.
+
+        Returns:
+            As for `validation_step`.
+
+        Raises:
+            DerainError: If `ImageQuality` or `TemporalQuality` cannot score an image.
+        """
+        restored = self.validation_step(batch, batch_idx)
+        if self.temporal and restored is not None:
+            self._temporal_quality.update(restored["derained"], batch["rainy"], batch["clean"], batch["index"])
+        return restored
 
     def on_validation_epoch_end(self) -> None:
         """Log means over the images of all devices: ``val/psnr``, ``val/ssim``, ``val/rainy_psnr``.
@@ -167,6 +193,8 @@ class DerainModule(TrainableModule, ABC):
             DerainError: If a derained image is not finite.
         """
         self.scores = self._log_scores("test")
+        if self.temporal:
+            self.temporal_scores = self._temporal_quality.compute()
 
     def _log_scores(self, stage: str) -> dict[str, dict[str, Scores]]:
         scores = {kind: quality.compute() for kind, quality in self._quality.items()}

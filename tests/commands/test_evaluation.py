@@ -15,7 +15,7 @@ from derain.cli import main
 from derain.data.datamodule import RainDataModule
 from derain.files.weights import read
 from derain.methods import DerainModule, PReNetModule
-from tests.factories import make_set
+from tests.factories import add_rain, clean_image, make_set, save
 from tests.runs import EXPERIMENT, error_line, fit, rows, with_callbacks
 
 
@@ -219,3 +219,69 @@ def test_a_training_without_steps_or_files_warns(workdir, option, value, caplog)
     assert fit(f"--trainer.{option}", str(value)) == 0
     assert "no weights" in caplog.text
     assert not (workdir / "runs/exp/fit-1/weights.safetensors").exists()
+
+
+@pytest.fixture
+def video(workdir):
+    """A data set with two sequences of four frames of 40 x 32 pixels, by a camera that moves to the right."""
+    folder = workdir / "data/NTURain/Dataset_Testing_Synthetic"
+    for seed, sequence in enumerate(("a1", "b1")):
+        scene = clean_image(seed, (32, 60))
+        for frame in range(4):
+            clean = scene[:, 2 * frame : 2 * frame + 40]
+            save(folder / f"{sequence}_GT/{frame:05d}.png", clean)
+            save(folder / f"{sequence}_Rain/{frame:05d}.png", add_rain(clean, 10 * seed + frame))
+    return ["test", "--config", "exp.yaml", "--weights", "w.safetensors", "--data.test", "NTURain"]
+
+
+def test_videos_are_scored_by_frame_and_by_sequence(workdir, video, capsys):
+    assert main([*video, "--protocol", "[matlab-y, rgb, temporal]", "--data.eval_batch_size", "3"]) == 0
+    run = workdir / "runs/exp/test-1"
+    images, sequences = rows(run / "images.csv"), rows(run / "sequences.csv")
+    assert len(images) == 16
+    assert [(row["sequence"], row["protocol"], row["frames"]) for row in sequences] == [
+        (name, protocol, "4") for protocol in ("matlab-y", "rgb") for name in ("a1_Rain", "b1_Rain")
+    ]
+    counts = {"psnr": 4, "ssim": 4, "rainy_psnr": 4, "flicker": 3, "warping_error": 3, "clean_flicker": 3}
+    for row in sequences:
+        group = (row["sequence"], row["protocol"])
+        frames = [image for image in images if (image["sequence"], image["protocol"]) == group]
+        for key, count in counts.items():
+            values = [float(frame[key]) for frame in frames if frame[key]]
+            assert len(values) == count
+            assert float(row[key]) == pytest.approx(np.mean(values))
+        assert float(row["clean_warping_error"]) < float(row["rainy_warping_error"])
+    first, second = summary(workdir)["results"]
+    assert [first["protocol"], second["protocol"]] == ["matlab-y", "rgb"]
+    assert first["sequences"]["count"] == 2
+    assert first["sequences"]["psnr"] == pytest.approx(np.mean([float(row["psnr"]) for row in sequences[:2]]))
+    assert first["psnr"] == pytest.approx(np.mean([float(row["psnr"]) for row in images[:8]]))
+    assert first["sequences"]["warping_error"] == second["sequences"]["warping_error"] > 0
+    table = capsys.readouterr().out
+    assert "2 sequences" in table
+    assert "warping error" in table
+
+
+def test_a_video_without_temporal_metrics_has_means_of_sequences(workdir, video):
+    assert main(video) == 0
+    (result,) = summary(workdir)["results"]
+    assert result["sequences"]["count"] == 2
+    assert "flicker" not in result
+
+
+def test_temporal_scores_of_a_limited_test_are_those_of_its_frames(workdir, video):
+    assert main([*video, "--protocol", "[matlab-y, temporal]", "--trainer.limit_test_batches", "6"]) == 0
+    images = rows(workdir / "runs/exp/test-1/images.csv")
+    assert [bool(row["flicker"]) for row in images] == [False, True, True, True, False, True]
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_temporal_is_refused_where_it_is_not_computed(workdir, capsys, command):
+    line = [command, "--config", "exp.yaml", "--protocol", "[matlab-y, temporal]"]
+    assert main([*line, *(["--weights", "w.safetensors"] if command == "validate" else [])]) == 2
+    assert "temporal" in error_line(capsys)
+
+
+def test_temporal_is_refused_without_videos(workdir, capsys):
+    assert main(["test", "--config", "exp.yaml", "--weights", "w.safetensors", "--protocol", "[rgb, temporal]"]) == 2
+    assert "temporal" in error_line(capsys)

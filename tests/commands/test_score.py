@@ -15,6 +15,7 @@ from derain.data.pairs import find_pairs
 from derain.metrics import PROTOCOLS, perceptual, psnr_ssim, resolve
 from derain.metrics.perceptual import Lpips, PyiqaMetric
 from derain.metrics.protocols import DOWNSAMPLE_SUFFIX, PROTOCOL_GROUPS
+from derain.metrics.temporal import temporal_scores
 from derain.tables import Format
 from tests.factories import add_rain, clean_image, make_set, save
 
@@ -285,3 +286,50 @@ def test_a_missing_metric_is_skipped(folders, monkeypatch, capsys):
     assert "skipped niqe" in printed.err
     assert "derain[iqa]" in printed.err
     assert "derain[iqa]" in error_of(capsys, folders[0], "--no-reference", "niqe")
+
+
+@pytest.fixture
+def video(tmp_path):
+    """Results for two sequences of three frames, and the data set."""
+    make_set(tmp_path, "video", "test", count=3, size=(32, 40))
+    for pair in find_pairs(f"video:{tmp_path / 'video'}", "test").pairs:
+        rainy, _ = pair.read()
+        save(tmp_path / "derained" / f"{pair.name}.png", rainy)
+    return tmp_path / "derained", f"video:{tmp_path / 'video'}"
+
+
+def test_videos_are_scored_by_frame_and_by_sequence(video, capsys):
+    (result,) = results(capsys, *video, "--protocol", "rgb", "temporal")
+    assert [image["name"] for image in result["images"][:2]] == ["street/00000000", "street/00000001"]
+    assert [image["flicker"] is None for image in result["images"]] == [True, False, False] * 2
+    assert [sequence["sequence"] for sequence in result["sequences"]] == ["street", "yard"]
+    for start, sequence in zip((0, 3), result["sequences"], strict=True):
+        frames = result["images"][start : start + 3]
+        for key in ("psnr", "ssim", "flicker", "warping_error", "clean_flicker", "clean_warping_error"):
+            known = [frame[key] for frame in frames if frame[key] is not None]
+            assert sequence[key] == pytest.approx(np.mean(known))
+            assert result["sequence_means"][key] == pytest.approx(np.mean([s[key] for s in result["sequences"]]))
+    pairs = find_pairs(video[1], "test").pairs
+    (before, clean_before), (after, clean_after) = pairs[0].read(), pairs[1].read()
+    reference = temporal_scores((clean_before, clean_after), {"": (before, after)})
+    assert {key: result["images"][1][key] for key in reference} == reference
+    assert result["temporal"]["flicker"] == pytest.approx(
+        np.mean([image["flicker"] for image in result["images"] if image["flicker"] is not None])
+    )
+
+
+def test_tables_of_videos_name_what_means_are_over(video, capsys):
+    assert run(*video, "--protocol", "rgb", "temporal", "--lpips", "none") == 0
+    table = capsys.readouterr().out
+    assert "2 sequences" in table
+    assert "warping error" in table
+    assert run(*video, "--protocol", "rgb", "--lpips", "none", "--format", "csv") == 0
+    records = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [(record["name"], record["sequence"]) for record in records[-2:]] == [
+        ("mean of 3 frames", "street"),
+        ("mean of 3 frames", "yard"),
+    ]
+
+
+def test_temporal_scores_need_videos(folders, capsys):
+    assert "temporal" in error_of(capsys, *folders, "--protocol", "rgb", "temporal")

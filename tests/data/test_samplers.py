@@ -102,3 +102,20 @@ def test_larger_batches_draw_the_next_permutation():
     assert len(indices) == 15
     assert sorted(indices) == list(range(15))  # three permutations of five samples
     assert [sorted(index % 5 for index in indices[start : start + 5]) for start in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
+
+
+def test_the_images_of_a_group_are_evaluated_by_one_rank():
+    groups = ["a", "a", "b", 3, "b", "c", "c", "c"]
+    shares = [BalancedSampler([1] * 8, rank, 2, groups).indices for rank in range(2)]
+    assert sorted(shares[0] + shares[1]) == list(range(8))
+    assert all(share == sorted(share) for share in shares)
+    assert {len(share) for share in shares} == {4}
+    owners = {
+        group: {rank for rank in range(2) for index in shares[rank] if groups[index] == group} for group in groups
+    }
+    assert all(len(ranks) == 1 for ranks in owners.values())
+
+
+def test_ranks_without_a_group_evaluate_an_image_again():
+    shares = [BalancedSampler([1] * 3, rank, 4, ["a", "a", "a"]).indices for rank in range(4)]
+    assert shares == [[0, 1, 2], [1], [2], [0]]
