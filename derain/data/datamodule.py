@@ -321,15 +321,9 @@ class RainDataModule(LightningDataModule):
         return sets if len(sets) > 1 else {}
 
     def frame_links(self, split: str) -> frozenset[int]:
-        """Return the indices of the frames that directly follow the frame of the previous index.
-
-        Raises:
-            DerainError: If the split has no videos.
-        """
+        """Return the indices of the frames that directly follow the previous one; refuse a split without videos."""
         if not any(pair.sequence for pair in self.pairs[split]):
-            raise DerainError(
-                f"--protocol temporal: --data.{split} has no videos; give one, or video:FOLDER, or omit it"
-            )
+            raise DerainError(f"--protocol temporal: no videos in --data.{split}; give a video, or video:FOLDER")
         return frame_links(self.pairs[split])
 
     def resume_at(self, position: Position) -> None:
