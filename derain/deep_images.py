@@ -2,7 +2,8 @@
 
 import struct
 import zlib
-from typing import Any, BinaryIO
+from io import BufferedReader, BytesIO
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,6 +14,9 @@ from derain.errors import DerainError
 
 # OpenCV would log errors without a file name. libpng prints its own messages in any case: see `_minimal_png`.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+OpenFile = BufferedReader | BytesIO
+"""File that is open for reading, on a disk or in memory."""
 
 WIDTH, HEIGHT, BITS, PHOTOMETRIC = 256, 257, 258, 262
 CHANNELS, PLANES, EXTRA, SAMPLE_FORMAT, PROFILE = 277, 284, 338, 339, 34675
@@ -52,7 +56,7 @@ def is_deep_png(header: bytes) -> bool:
     return header[:8] == PNG_SIGNATURE and header[24:25] == b"\x10"
 
 
-def deep_tiff_tags(file: BinaryIO) -> ImageFileDirectory_v2 | None:
+def deep_tiff_tags(file: OpenFile) -> ImageFileDirectory_v2 | None:
     """Return the tags of a TIFF with more than 8 bits per channel; None for any other file.
 
     Raises:
@@ -91,7 +95,7 @@ def tag_values(tags: ImageFileDirectory_v2, tag: int, default: int) -> tuple[int
     return values
 
 
-def decode(file: BinaryIO, size: tuple[int, int], tags: ImageFileDirectory_v2 | None) -> NDArray[Any]:
+def decode(file: OpenFile, size: tuple[int, int], tags: ImageFileDirectory_v2 | None) -> NDArray[Any]:
     """Decode a file: 16-bit integers are scaled to [0, 1], floats are not; premultiplied colours are divided by alpha.
 
     Args:

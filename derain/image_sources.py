@@ -8,8 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from derain import deep_images
-from derain.deep_images import tag_values
+from derain.deep_images import OpenFile, tag_values
 from derain.errors import DerainError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "AVIF")
@@ -46,6 +45,21 @@ with suppress(AttributeError, OSError):  # the symbol is missing where libtiff i
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)  # type: ignore[attr-defined]
 
 
+@runtime_checkable
+class ImageFile(Protocol):
+    """An image file: a path, or a file within another file. Messages name it by ``str``."""
+
+    @property
+    def stem(self) -> str:
+        """Name of the file without folders and suffix."""
+
+    def open(self, mode: Literal["rb"]) -> OpenFile:
+        """Open the file for reading."""
+
+    def __hash__(self) -> int:
+        """Return a hash of the file's path."""
+
+
 @dataclass(frozen=True)
 class ImageSource:
     """An image file whose header has been read.
@@ -63,7 +77,7 @@ class ImageSource:
         exif_error: Why EXIF could not be read; empty if there was no error.
     """
 
-    file: BinaryIO
+    file: OpenFile
     height: int
     width: int
     orientation_tag: Any
@@ -122,7 +136,7 @@ class ImageSource:
         return upright(array, self.orientation)
 
 
-def several_frames(path: Path) -> bool:
+def several_frames(path: ImageFile) -> bool:
     """Return whether a file has several frames or pages, of which only the first is read.
 
     Raises:
@@ -133,7 +147,7 @@ def several_frames(path: Path) -> bool:
 
 
 @contextmanager
-def open_image(path: Path) -> Iterator[ImageSource]:
+def open_image(path: ImageFile) -> Iterator[ImageSource]:
     """Open an image file and read its header.
 
     Raises:
@@ -163,7 +177,7 @@ def open_image(path: Path) -> Iterator[ImageSource]:
         raise _unreadable(path, first_line(error) or type(error).__name__) from error
 
 
-def _unreadable(path: Path, reason: str) -> DerainError:
+def _unreadable(path: ImageFile, reason: str) -> DerainError:
     return DerainError(f"{path}: {reason}; expected an undamaged JPEG, PNG, WebP, TIFF, BMP or AVIF file")
 
 
@@ -172,7 +186,7 @@ def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def _opened_by_pillow(file: BinaryIO, image: Image.Image, deep: bool) -> ImageSource:
+def _opened_by_pillow(file: OpenFile, image: Image.Image, deep: bool) -> ImageSource:
     """Read size and EXIF before the pixels are decoded, which changes both; PNG with late metadata is decoded first."""
     if image.format == "PNG" and _has_late_metadata(file):
         image.load()
@@ -191,7 +205,7 @@ def _opened_by_pillow(file: BinaryIO, image: Image.Image, deep: bool) -> ImageSo
     return ImageSource(file, height, width, orientation_tag, image, None, deep, several_frames, exif, exif_error)
 
 
-def _has_late_metadata(file: BinaryIO) -> bool:
+def _has_late_metadata(file: OpenFile) -> bool:
     """Return whether a PNG has metadata after its pixels; reads only the headers of its chunks."""
     position = file.tell()
     try:
@@ -209,7 +223,7 @@ def _has_late_metadata(file: BinaryIO) -> bool:
         file.seek(position)
 
 
-def _deep_tiff(file: BinaryIO, tags: ImageFileDirectory_v2) -> ImageSource:
+def _deep_tiff(file: OpenFile, tags: ImageFileDirectory_v2) -> ImageSource:
     height = tag_values(tags, deep_images.HEIGHT, 0)[0]
     width = tag_values(tags, deep_images.WIDTH, 0)[0]
     if min(height, width) < 1:

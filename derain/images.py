@@ -18,7 +18,7 @@ from PIL import Image
 from derain import deep_images
 from derain.errors import DerainError
 from derain.image_metadata import JPEG, Info, copy_exif, has_location, supported_metadata
-from derain.image_sources import ImageSource, first_line, open_image, upright
+from derain.image_sources import ImageFile, ImageSource, first_line, open_image, upright
 from derain.ranges import OVERSHOOT, check_finite, extremes, span
 from derain.unfinished import locked, temporary_path
 
@@ -188,7 +188,7 @@ def warn_once(message: str) -> None:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[ImageSource]:
+def _open(path: ImageFile) -> Iterator[ImageSource]:
     """Open an image file; warn if it has several frames."""
     with open_image(path) as source:
         if source.several_frames:
@@ -197,12 +197,12 @@ def _open(path: Path) -> Iterator[ImageSource]:
 
 
 @functools.cache
-def _warn_of_frames(path: Path) -> None:
+def _warn_of_frames(path: ImageFile) -> None:
     """Log a warning, once per file; commands show only the first few (`derain.warning_limit`)."""
     log.warning("%s: several frames or pages; only the first is used", path)
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path: ImageFile) -> tuple[int, int]:
     """Return height and width of the upright image in pixels, without decoding it where possible.
 
     Raises:
@@ -212,7 +212,7 @@ def image_size(path: Path) -> tuple[int, int]:
         return source.size
 
 
-def exif_problem(path: Path) -> str:
+def exif_problem(path: ImageFile) -> str:
     """Return a message about invalid EXIF, such as an unknown orientation; empty if there is no problem.
 
     Raises:
@@ -222,7 +222,7 @@ def exif_problem(path: Path) -> str:
         return source.exif_problem
 
 
-def read_rgb(path: Path) -> Pixels:
+def read_rgb(path: ImageFile) -> Pixels:
     """Read an image as upright 8-bit RGB.
 
     Grey is repeated, transparency is dropped, 16-bit values are scaled, and floating-point values have white at 1.
@@ -359,7 +359,7 @@ def _read_shallow(source: ImageSource) -> Photo:
     return Photo(np.ascontiguousarray(array[..., :3]), array[..., 3] if has_alpha else None, grey)
 
 
-def _read_deep(source: ImageSource, path: Path, white: float | int | None) -> Photo:
+def _read_deep(source: ImageSource, path: ImageFile, white: float | int | None) -> Photo:
     """Read a photo with 16-bit integers or floating-point numbers."""
     if source.image is not None:
         source.image.load()  # raises if damaged; OpenCV's PNG decoder would only write to standard error
@@ -379,14 +379,14 @@ def _read_deep(source: ImageSource, path: Path, white: float | int | None) -> Ph
     return Photo(np.ascontiguousarray(rgb), alpha, grey, 16)
 
 
-def _warn_if_dark(colors: NDArray[np.float32], path: Path, white: float | int | None) -> None:
+def _warn_if_dark(colors: NDArray[np.float32], path: ImageFile, white: float | int | None) -> None:
     maximum = float(colors.max())
     if 0 < maximum < DARK:
         white = white or 1
         log.warning("%s: nearly black: maximum %g, white %g; check the scale", path, maximum * white, white)
 
 
-def _scaled_by_white(values: NDArray[np.float32], path: Path, white: float | int | None) -> NDArray[np.float32]:
+def _scaled_by_white(values: NDArray[np.float32], path: ImageFile, white: float | int | None) -> NDArray[np.float32]:
     """Divide floating-point values by white, and clip them to [0, 1]; warn if more than rounding errors are clipped.
 
     Args:

@@ -18,6 +18,7 @@ from derain.data.captions import (
 )
 from derain.data.pairs import Pair, find_pairs, read_clean
 from derain.errors import DerainError
+from derain.image_sources import ImageFile
 from derain.progress import track
 
 
@@ -38,7 +39,7 @@ class Captioner(NamedTuple):
 class CleanImage(NamedTuple):
     """Clean image: its file, and its half (``left`` or ``right``) of a side-by-side file, else None."""
 
-    file: Path
+    file: ImageFile
     side: str | None
 
 

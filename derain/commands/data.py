@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +15,12 @@ from rich.text import Text
 from derain import tables
 from derain.commands.download_summary import print_download, print_form
 from derain.data.fetch import plan_download, unpack_set
-from derain.data.layouts import LAYOUTS, Layout
+from derain.data.layouts import LAYOUTS, Layout, Split
 from derain.data.name_matching import find_data_set_folders, pair_files
+from derain.data.pairs import find_pairs
 from derain.data.quickstart_photos import PHOTOS, write_photos
 from derain.data.rain import PRESETS, synthesize
+from derain.data.shard_writer import write_shards
 from derain.data.sources import SOURCES, Form, Source, choose_source, find_name
 from derain.data.verify import Finding, verify
 from derain.errors import DerainError
@@ -334,6 +337,44 @@ def synthesize_set(
     return 0
 
 
+def shard_set(
+    dataset: str,
+    out: Path,
+    *,
+    split: Split = "train",
+    root: Path | None = None,
+    shard_size: int = 512,
+    overwrite: bool = False,
+) -> int:
+    """Write one split of a data set to shards: tar files in the format of WebDataset, with an index.
+
+    Training, tests and predictions accept their folder, or the URL of a copy (s3://, hf://, https://), as a data set.
+
+    Args:
+        dataset: Name or folder of a data set.
+        out: Folder for the shards, which may contain those of other splits.
+        split: Split of the data set.
+        root: Folder with data sets (default: $DERAIN_DATA).
+        shard_size: Size of a shard in MB; a larger pair has its own.
+        overwrite: Replace the shards of this split.
+
+    Raises:
+        DerainError: If the data set does not exist, an image cannot be read, or there are shards already.
+    """
+    if shard_size < 1:
+        raise DerainError(f"--shard-size {shard_size}: must be at least 1")
+    pair_set = find_pairs(dataset, split, data_root=root)
+    for note in pair_set.notes:
+        print(f"{pair_set.name}: {note}", file=sys.stderr)
+    sizes = write_shards(pair_set, out, shard_size * 1_000_000, overwrite=overwrite)
+    option = {"train": "fit --data.train", "test": "test --data.test", "predict": "predict --data.predict"}[split]
+    print(
+        f"wrote {out}: {len(pair_set.pairs):,} pairs of {pair_set.name} in {len(sizes)} shards, "
+        f"{sum(sizes) / 1e6:,.1f} MB; use them by derain {option} {out}"
+    )
+    return 0
+
+
 def quickstart_photos(out: Path) -> int:
     """Write the freely licensed photos of the quickstart, which are part of scikit-image.
 
@@ -354,5 +395,6 @@ SUBCOMMANDS = {
     "fetch": fetch_set,
     "verify": verify_sets,
     "synthesize": synthesize_set,
+    "shard": shard_set,
     "photos": quickstart_photos,
 }

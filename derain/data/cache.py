@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from derain.data.file_hashes import file_hashes
 from derain.data.pairs import Pair
+from derain.data.shards import is_remote
 from derain.errors import DerainError
 from derain.folders import cache_folder
-from derain.images import Pixels, image_size, write_whole
+from derain.images import Pixels, write_whole
 from derain.memory import free_memory
 from derain.progress import track
 
@@ -125,18 +126,13 @@ class PixelCache:
 
 
 def pair_sizes(pairs: Sequence[Pair]) -> NDArray[np.int64]:
-    """Return height and width of the images of each pair, ``(n, 2)``, from the headers of the files.
+    """Return height and width of the images of each pair, ``(n, 2)``, as `Pair.size` does.
 
     Raises:
         DerainError: If a rainy image cannot be opened.
     """
-
-    def size(pair: Pair) -> tuple[int, int]:
-        height, width = image_size(pair.rainy)
-        return (height, width) if pair.clean_side is None else (height, width // 2)
-
     with ThreadPoolExecutor() as threads:
-        return np.array(list(threads.map(size, pairs)), np.int64).reshape(-1, 2)
+        return np.array(list(threads.map(Pair.size, pairs)), np.int64).reshape(-1, 2)
 
 
 def buffer_index(pairs: Sequence[Pair], *, paired: bool = True) -> NDArray[np.int64]:
@@ -181,7 +177,8 @@ def open_cache(
         mode: ``disk`` (memory map), ``ram`` (shared memory, or ``disk`` with a warning if ``/dev/shm`` is too
             small), ``off``, or ``auto``: on disk if the file exists already or needs at most half of the free disk
             space; else in RAM if the pixels need at most half of the free memory and at most half of the free
-            ``/dev/shm``; else off. The size is computed from the image headers and logged.
+            ``/dev/shm``; else off. Shards behind a URL are not downloaded for ``auto``. The size is computed from the
+            image headers and logged.
         folder: The memory maps are saved to its subfolder ``pixels``; ``cache_folder()`` by default.
         paired: Whether the pairs have clean images.
 
@@ -196,6 +193,9 @@ def open_cache(
     folder = (folder or cache_folder()) / "pixels"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{fingerprint(pairs)}-v{CACHE_VERSION}"
+    if mode == "auto" and not file.exists() and any(is_remote(pair.rainy) for pair in pairs):
+        log.info("pixel cache: off, since shards are read from a URL; --data.cache disk decodes all of them first")
+        return None
     index_file = file.with_name(f"{file.name}.npy")
     index = np.load(index_file) if file.exists() and index_file.exists() else buffer_index(pairs, paired=paired)
     need = int((3 * (1 + paired) * index[:, 1] * index[:, 2]).sum())

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from derain.data.pairs import Pair
 from derain.errors import DerainError
+from derain.image_sources import ImageFile
 from derain.images import write_whole
 from derain.progress import track
 
@@ -144,7 +145,7 @@ def match_captions(pairs: Sequence[Pair], tables: Mapping[Path, Mapping[str, Cap
                     f"{path}: {name} has another caption, in another table or under another spelling of its path; "
                     "remove one of the two"
                 )
-    files = _normalized([pair.rainy for pair in pairs])
+    files = _normalized(_paths([pair.rainy for pair in pairs]))
     missing = [pair.rainy for pair, file in zip(pairs, files, strict=True) if file not in captions]
     if missing:
         raise DerainError(
@@ -156,11 +157,11 @@ def match_captions(pairs: Sequence[Pair], tables: Mapping[Path, Mapping[str, Cap
     return [captions[file] for file in files]
 
 
-def table_paths(images: Sequence[Path], table: Path) -> list[str]:
+def table_paths(images: Sequence[ImageFile], table: Path) -> list[str]:
     """Return the paths to write in a table: relative to the table's folder for images below it, else absolute.
 
     Raises:
-        DerainError: If a path is not valid UTF-8.
+        DerainError: If a path is not valid UTF-8, or images are in shards.
 
     Example:
         >>> table_paths([Path("set/rain-1.png")], Path("captions.tsv"))
@@ -168,7 +169,7 @@ def table_paths(images: Sequence[Path], table: Path) -> list[str]:
     """
     folder = table.parent.resolve()
     names = []
-    for file in _absolute(images):
+    for file in _absolute(_paths(images)):
         name = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
         try:
             name.encode()
@@ -176,6 +177,20 @@ def table_paths(images: Sequence[Path], table: Path) -> list[str]:
             raise DerainError(f"{name!r}: file name is not UTF-8, as tables require; rename the file") from error
         names.append(name)
     return names
+
+
+def _paths(images: Sequence[ImageFile]) -> list[Path]:
+    """Return the images as paths.
+
+    Raises:
+        DerainError: If an image is in a shard: tables contain paths of files.
+    """
+    paths = []
+    for image in images:
+        if not isinstance(image, Path):
+            raise DerainError(f"{image}: captions belong to image files, not to shards; give the folder of the files")
+        paths.append(image)
+    return paths
 
 
 def _absolute(files: Sequence[Path]) -> list[Path]:
@@ -218,7 +233,7 @@ class Journal:
         self.path, self.run = path, dict(run)
         self._header = json.dumps(self.run).encode()
 
-    def begin(self, pairs: Sequence[tuple[str, Path]], overwrite: bool = False) -> list[JournalEntry]:
+    def begin(self, pairs: Sequence[tuple[str, ImageFile]], overwrite: bool = False) -> list[JournalEntry]:
         """Create the file, or read the entries of an interrupted run and drop an incomplete last line.
 
         Args:
@@ -248,7 +263,7 @@ class Journal:
         with self.path.open("ab") as file:
             file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
 
-    def _read_entries(self, pairs: Sequence[tuple[str, Path]]) -> list[JournalEntry] | None:
+    def _read_entries(self, pairs: Sequence[tuple[str, ImageFile]]) -> list[JournalEntry] | None:
         """Return the entries in the file; None if there is no file, or its first line is incomplete."""
         if not self.path.is_file():
             return None
@@ -269,7 +284,7 @@ class Journal:
         os.truncate(self.path, len(complete))
         return entries
 
-    def _check_images(self, entries: Sequence[JournalEntry], clean_files: Sequence[Path]) -> None:
+    def _check_images(self, entries: Sequence[JournalEntry], clean_files: Sequence[ImageFile]) -> None:
         hashes = {}
         for entry, clean in zip(entries, clean_files, strict=False):
             if entry.image:
@@ -304,7 +319,7 @@ class Journal:
         return DerainError(f"{self.path}: {reason}; delete it, or add --overwrite to start again")
 
 
-def file_hash(path: Path) -> str:
+def file_hash(path: ImageFile) -> str:
     """Return the first 16 hexadecimal digits of a file's SHA-256.
 
     Raises:
@@ -312,6 +327,6 @@ def file_hash(path: Path) -> str:
     """
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            return hashlib.sha256(file.read()).hexdigest()[:16]
     except FileNotFoundError as error:
         raise DerainError(f"{path}: no such file; check the path") from error

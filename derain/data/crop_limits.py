@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from derain.data.pairs import Pair
 from derain.data.samplers import CropStage
 from derain.errors import DerainError
-from derain.images import image_size
 from derain.memory import free_memory
 
 BYTES_PER_CROP_PIXEL = 2 * 3 * 4
@@ -26,8 +25,8 @@ def check_crops(stages: Sequence[CropStage], option: str, pairs: Mapping[str, Se
     largest = max(stage.crop for stage in stages)
     for name, images in pairs.items():
         # any() reads few image headers: usually the first image is large enough.
-        if images and not any(largest <= 2 * max(image_size(pair.rainy)) for pair in images):
-            longest = max(max(image_size(pair.rainy)) for pair in images)
+        if images and not any(largest <= 2 * max(pair.size()) for pair in images):
+            longest = max(max(pair.size()) for pair in images)
             raise DerainError(
                 f"{option} {largest}: the longest side of the images of --data.{name} is {longest} pixels; "
                 f"use at most {2 * longest} (smaller images are padded by reflection)"

@@ -8,6 +8,7 @@ from typing import Any
 from derain.data.file_hashes import load_computed, save_computed, states_digest
 from derain.data.layouts import LAYOUTS, Files, Split
 from derain.data.name_matching import PairedFiles
+from derain.image_sources import ImageFile
 
 CACHED_FROM = 5000
 """Number of images in a folder from which its layout is cached; smaller folders take less than a second."""
@@ -62,7 +63,7 @@ def save_detection(key: Sequence[bytes], root: Path, files: Sequence[str], detec
     if paired.clashes:
         return
     variants = _variants(name)
-    index: dict[Path | None, Any] = {root / file: number for number, file in enumerate(files)}
+    index: dict[ImageFile | None, Any] = {root / file: number for number, file in enumerate(files)}
     index[None] = None
     content = {
         "layout": name,

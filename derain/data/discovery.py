@@ -8,7 +8,9 @@ from pathlib import Path
 from derain.data.layouts import LAYOUTS, SPLIT_FOLDERS, Split
 from derain.data.name_matching import PairedFiles, describe_contents, find_data_set_folders, list_relative, pair_files
 from derain.data.pairs import detect_layout
+from derain.data.shards import read_split, sharded_splits
 from derain.errors import DerainError
+from derain.image_sources import ImageFile
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,7 @@ class DataSplit:
         return f"{self.name} {self.split}"
 
     @property
-    def rainy_files(self) -> frozenset[Path]:
+    def rainy_files(self) -> frozenset[ImageFile]:
         """Rainy files of the split."""
         return frozenset(rainy for _, rainy, _ in self.files.pairs)
 
@@ -43,12 +45,18 @@ def find_sets(root: Path, layout: str | None = None) -> list[DataSplit]:
     """Return all splits of the data sets in a folder, without warnings about skipped images.
 
     Args:
-        root: Folder of one data set or of several.
+        root: Folder of one data set or of several, or folder of shards.
         layout: Layout of ``root``; detected by default.
 
     Raises:
-        DerainError: If the folder does not exist or contains no data set, or the layout is unknown or ambiguous.
+        DerainError: If the folder does not exist or contains no data set, or the layout is unknown or ambiguous, or
+            shards cannot be read.
     """
+    sharded = sharded_splits(root)
+    if sharded:
+        if layout is not None:
+            raise DerainError(f"--layout {layout}: {root} contains shards, whose index has the layout; omit the option")
+        return [_find_in_shards(root, split) for split in sharded]
     files = list_relative(root, warn=False)
     if layout is None:
         return _find_by_folder_name(root, files) or _find_by_files(root, files)
@@ -59,6 +67,11 @@ def find_sets(root: Path, layout: str | None = None) -> list[DataSplit]:
         expected = " or ".join(str(variants[0]) for variants in LAYOUTS[layout].files.values())
         raise DerainError(f"{root}: no {layout} pairs; contains {describe_contents(root)}; expected {expected}")
     return splits
+
+
+def _find_in_shards(root: Path, split: Split) -> DataSplit:
+    found = read_split(str(root), split)
+    return DataSplit(found.name, split, found.layout, root, found.files)
 
 
 def _find_by_folder_name(root: Path, files: Sequence[str]) -> list[DataSplit]:
@@ -75,7 +88,7 @@ def _find_by_folder_name(root: Path, files: Sequence[str]) -> list[DataSplit]:
         candidates += [(len(folder.parts), index, folder, name) for folder in find_data_set_folders(name, root)]
     candidates.sort(key=lambda candidate: candidate[:2])
     found: list[DataSplit] = []
-    assigned: set[Path] = set()
+    assigned: set[ImageFile] = set()
     for _, _, folder, name in candidates:
         own_files = _files_below(folder.relative_to(root), files)
         own_files = own_files or list_relative(folder, warn=False)  # a link to a folder that is listed elsewhere
@@ -108,7 +121,7 @@ def _find_by_files(root: Path, files: Sequence[str]) -> list[DataSplit]:
 
 def _find_splits(name: str, layout: str, root: Path, files: Sequence[str]) -> list[DataSplit]:
     """Return the splits of one data set; of splits with the same rainy files, only the most likely one."""
-    splits: dict[frozenset[Path], DataSplit] = {}
+    splits: dict[frozenset[ImageFile], DataSplit] = {}
     for split_name in LAYOUTS[layout].files:
         split = DataSplit(name, split_name, layout, root, pair_files(layout, split_name, root, files))
         if not split.files.pairs:

@@ -15,7 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from derain.data.shards import ShardImage
 from derain.folders import cache_folder
+from derain.image_sources import ImageFile
 from derain.images import write_whole
 from derain.progress import track
 
@@ -33,19 +35,24 @@ Entry = tuple[list[int], bytes]
 """Size, inode and times of a file when it was hashed, and its SHA-256."""
 
 
-def file_hashes(files: Sequence[Path]) -> list[bytes]:
+def file_hashes(files: Sequence[ImageFile]) -> list[bytes]:
     """Return the SHA-256 of each file's content, 32 bytes, from the cache if size, inode and times are unchanged.
 
-    The cache has one JSON file per folder of images, in ``cache_folder()/digests``.
+    The cache has one JSON file per folder of images, in ``cache_folder()/digests``. Images in shards have their hash in
+    the index.
 
     Raises:
         FileNotFoundError: If a file does not exist.
     """
     files_by_folder: dict[Path, list[Path]] = defaultdict(list)
+    hashes: dict[ImageFile, bytes] = {}
     for file in dict.fromkeys(files):
-        files_by_folder[file.parent].append(file)
+        if isinstance(file, ShardImage):
+            hashes[file] = file.sha256
+        else:
+            assert isinstance(file, Path)
+            files_by_folder[file.parent].append(file)
     entries = {folder: _load(_cache_file(folder)) for folder in files_by_folder}
-    hashes: dict[Path, bytes] = {}
     changed = []
     for folder, folder_files in files_by_folder.items():
         for file in folder_files:
@@ -70,7 +77,7 @@ def file_hashes(files: Sequence[Path]) -> list[bytes]:
     return [hashes[file] for file in files]
 
 
-def cached_numbers(computation: str, files: Sequence[Path], compute: Callable[[], list[int]]) -> list[int]:
+def cached_numbers(computation: str, files: Sequence[ImageFile], compute: Callable[[], list[int]]) -> list[int]:
     """Return integers that depend on the contents of files alone, from the cache if they were computed before.
 
     Args:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from derain.data.layouts import AUXILIARY, LAYOUTS, PLACEHOLDERS, SPLIT_FOLDERS, Files, Split
 from derain.errors import DerainError
+from derain.image_sources import ImageFile
 from derain.images import image_files, list_images, natural_key
 
 _MAX_DEPTH = 3  # how many levels below the data root are searched for data sets
@@ -42,9 +43,9 @@ class PairedFiles:
         unused: Later variants that match pairs which ``variant`` misses, and the number of these pairs.
     """
 
-    pairs: tuple[tuple[str, Path, Path | None], ...] = ()
+    pairs: tuple[tuple[str, ImageFile, ImageFile | None], ...] = ()
     unpaired: tuple[Path, ...] = ()
-    clashes: tuple[tuple[Path, Path], ...] = ()
+    clashes: tuple[tuple[ImageFile, ImageFile], ...] = ()
     variant: Files = field(default_factory=lambda: Files(""))
     unused: tuple[tuple[Files, int], ...] = ()
 

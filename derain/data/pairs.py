@@ -1,7 +1,7 @@
 """Find the image pairs of a data set, and read them."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +21,10 @@ from derain.data.name_matching import (
     list_relative,
     pair_files,
 )
+from derain.data.shards import ShardImage, is_url, read_split, sharded_splits
 from derain.errors import DerainError
-from derain.images import Pixels, read_rgb
+from derain.image_sources import ImageFile
+from derain.images import Pixels, image_size, read_rgb
 from derain.progress import track
 
 SCENE_CORRELATION = 0.6
@@ -40,7 +42,7 @@ class Pair:
     Attributes:
         name: Name of the rainy file without suffix, or its path in the data set if names repeat; ``SEQUENCE/FRAME`` for
             a frame of a video; ``SET/NAME`` after `merge_pairs`. Results are saved under this name.
-        rainy: File of the rainy image.
+        rainy: File of the rainy image: a path, or an image in a shard.
         clean: File of the clean image; ``rainy`` if both are side by side, or for a clean photo without a rainy image;
             None if there is no clean image.
         clean_side: Clean half of a side-by-side file; None for separate files.
@@ -49,8 +51,8 @@ class Pair:
     """
 
     name: str
-    rainy: Path
-    clean: Path | None = None
+    rainy: ImageFile
+    clean: ImageFile | None = None
     clean_side: Side | None = None
     data_set: str = ""
     sequence: str = ""
@@ -61,9 +63,23 @@ class Pair:
         return self.clean == self.rainy and self.clean_side is None
 
     @property
-    def scene(self) -> Path | None:
+    def scene(self) -> Hashable:
         """Clean file, or the folder of the clean frames of a video; None if there is no clean image."""
-        return self.clean.parent if self.clean is not None and self.sequence else self.clean
+        if self.sequence and isinstance(self.clean, Path | ShardImage):
+            return self.clean.parent
+        return self.clean
+
+    def size(self) -> tuple[int, int]:
+        """Return height and width of the images in pixels, from the header of the rainy file or the index of shards.
+
+        Raises:
+            DerainError: If the rainy file cannot be opened.
+        """
+        if isinstance(self.rainy, ShardImage):
+            height, width = self.rainy.height, self.rainy.width
+        else:
+            height, width = image_size(self.rainy)
+        return (height, width) if self.clean_side is None else (height, width // 2)
 
     def read(self) -> tuple[Pixels, Pixels | None]:
         """Read both images.
@@ -100,7 +116,7 @@ class PairSet:
         name: Name of the data set, or of its folder.
         layout: Key of :data:`derain.data.layouts.LAYOUTS` by which the pairs were found.
         split: ``train``, ``test`` or ``predict``.
-        root: Folder of the data set.
+        root: Folder of the data set, or URL of its shards.
         pairs: The pairs, in natural order of their names.
         notes: Notes for the user: how the layout was detected, which files are missing or excluded.
     """
@@ -108,7 +124,7 @@ class PairSet:
     name: str
     layout: str
     split: Split
-    root: Path
+    root: Path | str
     pairs: tuple[Pair, ...]
     notes: tuple[str, ...] = ()
 
@@ -138,13 +154,13 @@ def find_pairs(spec: str | Path, split: Split, *, data_root: Path | None = None)
     Args:
         spec: Name of a data set (``Rain100L``, searched below ``data_root``), a folder (its layout is detected and
             reported in the notes), or both (``Rain800:path/to/folder``). A folder that does not exist is also looked up
-            in ``data_root``.
+            in ``data_root``. Shards are given by their folder or URL (``s3://bucket/set``).
         split: ``train``, ``test``, or ``predict`` for rainy images only.
         data_root: Folder that contains the data sets; by default ``$DERAIN_DATA``.
 
     Raises:
         DerainError: If the data set or folder does not exist, has an unknown or ambiguous layout, or lacks the split,
-            or two files match the same image of a pair.
+            or two files match the same image of a pair, or shards cannot be read.
 
     Example:
         >>> find_pairs("Rain100L", "train")
@@ -153,9 +169,13 @@ def find_pairs(spec: str | Path, split: Split, *, data_root: Path | None = None)
     """
     if data_root is None and os.environ.get("DERAIN_DATA"):
         data_root = Path(os.environ["DERAIN_DATA"])
+    if is_url(str(spec)):
+        return _find_in_shards(str(spec), split)
     name, folder = _parse_spec(spec)
     if folder is not None and not folder.exists() and data_root is not None and (data_root / folder).exists():
         folder = data_root / folder
+    if name is None and folder is not None and sharded_splits(folder):
+        return _find_in_shards(folder, split)
     notes = []
     if name is not None:
         root, files = _find_named_set(name, split, folder, data_root)
@@ -184,6 +204,12 @@ def find_pairs(spec: str | Path, split: Split, *, data_root: Path | None = None)
     if expected is not None and len(pairs) != expected:
         notes.append(f"{len(pairs)} pairs, expected {expected} for {name}; run: derain data verify {root}")
     return PairSet(name if folder is None else root.resolve().name, name, split, root, pairs, tuple(notes))
+
+
+def _find_in_shards(location: Path | str, split: Split) -> PairSet:
+    """Return the pairs of one split of a data set in shards."""
+    found = read_split(str(location), split)
+    return PairSet(found.name, found.layout, split, location, to_pairs(found.files), (found.note,))
 
 
 def find_pairs_or_photos(spec: str | Path, split: Split, *, data_root: Path | None = None) -> PairSet:
@@ -244,10 +270,10 @@ def merge_pairs(sets: Sequence[PairSet], *, allow_repeated_sets: bool = False) -
     pairs_by_name: dict[str, Pair] = {}
     merged = []
     for pair_set in sets:
-        same_name_roots = {other.root.resolve() for other in sets if other.name == pair_set.name}
+        same_name_roots = {Path(other.root).resolve() for other in sets if other.name == pair_set.name}
         name = pair_set.name
         if len(same_name_roots) > 1:
-            name = _distinct_tail(pair_set.root.resolve(), same_name_roots)
+            name = _distinct_tail(Path(pair_set.root).resolve(), same_name_roots)
         for original in pair_set.pairs:
             sequence = original.sequence and f"{name}/{original.sequence}"
             pair = replace(original, name=f"{name}/{original.name}", data_set=name, sequence=sequence)

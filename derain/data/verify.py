@@ -17,7 +17,7 @@ from derain.data.layouts import LAYOUTS
 from derain.data.pair_sides import rain_cues, rain_scores
 from derain.data.pairs import Pair, PairSizeError, to_pairs
 from derain.errors import DerainError
-from derain.image_sources import several_frames
+from derain.image_sources import ImageFile, several_frames
 from derain.images import exif_problem, list_images, natural_key
 from derain.progress import track
 
@@ -77,7 +77,7 @@ class Finding:
 class _CheckedImage:
     """Result of reading a clean image and its rainy images, or a rainy image without a clean one."""
 
-    file: Path
+    file: ImageFile
     background: Signature | None = None
     rainy: Signature | None = None  # of the first rainy image
     cues: Cues = ()
@@ -110,7 +110,7 @@ def verify(
     Of a video, only the background of the first frame is compared: the others show the same scene.
 
     Args:
-        root: Folder of one data set or of several.
+        root: Folder of one data set or of several, or folder of shards.
         against: Folders of data sets that must not share backgrounds with those in ``root``.
         layout: Layout of ``root``; detected by default.
 
@@ -177,7 +177,7 @@ def _check_files(split: DataSplit) -> Iterator[Finding]:
 
 
 def _group_by_clean(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    groups: dict[Path, list[Pair]] = defaultdict(list)
+    groups: dict[ImageFile, list[Pair]] = defaultdict(list)
     for pair in pairs:
         groups[pair.clean or pair.rainy].append(pair)
     return list(groups.values())
@@ -189,13 +189,14 @@ def _check_group(split: DataSplit, pairs: Sequence[Pair]) -> _CheckedImage:
     cues = []
     background = first_rainy = None
     for pair in pairs:
-        files = tuple(dict.fromkeys(str(file) for file in (pair.rainy, pair.clean) if file is not None))
+        images = dict.fromkeys(file for file in (pair.rainy, pair.clean) if file is not None)
+        files = tuple(str(file) for file in images)
         try:
             rainy, clean = pair.read()
         except DerainError as error:
             findings.append(_read_failure(split, files, error))
             continue
-        findings += _check_metadata(split, files)
+        findings += _check_metadata(split, tuple(images))
         if background is None:
             background = compute_signature(rainy if clean is None else clean, rainy=clean is None)
             first_rainy = compute_signature(rainy, features=False)
@@ -217,14 +218,15 @@ def _read_failure(split: DataSplit, files: tuple[str, ...], error: DerainError) 
     return Finding(kind, broken or files, message.removeprefix(f"{subject}: "), set=str(split))
 
 
-def _check_metadata(split: DataSplit, files: tuple[str, ...]) -> Iterator[Finding]:
+def _check_metadata(split: DataSplit, files: tuple[ImageFile, ...]) -> Iterator[Finding]:
     for file in files:
-        if several_frames(Path(file)):
-            yield Finding("frames", (file,), "several frames or pages; only the first is read", "warning", str(split))
+        if several_frames(file):
+            detail = "several frames or pages; only the first is read"
+            yield Finding("frames", (str(file),), detail, "warning", str(split))
     for file in files:
-        problem = exif_problem(Path(file))
+        problem = exif_problem(file)
         if problem:
-            yield Finding("exif", (file,), problem, "warning", str(split))
+            yield Finding("exif", (str(file),), problem, "warning", str(split))
 
 
 def _check_sides(split: DataSplit, cues: Cues) -> Iterator[Finding]:

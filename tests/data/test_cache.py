@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import derain.data.pairs
 from derain.data import cache
 from derain.data.cache import fingerprint, open_cache, read_pair
 from derain.data.pairs import Pair, find_pairs
@@ -150,7 +151,7 @@ def test_auto_skips_shared_memory_that_is_too_small(pairs, tmp_path, monkeypatch
 
 def test_a_second_start_reads_no_image(pairs, tmp_path, monkeypatch):
     open_cache(pairs, "disk", folder=tmp_path / "c")
-    monkeypatch.setattr(cache, "image_size", None)
+    monkeypatch.setattr(derain.data.pairs, "image_size", None)
     assert equal(open_cache(pairs, "disk", folder=tmp_path / "c"), pairs)
 
 

@@ -1,0 +1,151 @@
+"""Write the image pairs of a data set to shards."""
+
+import gzip
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from derain.data.pairs import Pair, PairSet
+from derain.data.shards import FORMAT, VERSION, IndexEntry, index_line, index_name, shard_name
+from derain.errors import DerainError
+from derain.image_sources import ImageFile
+from derain.images import image_size, write_whole
+from derain.progress import track
+
+
+def write_shards(pair_set: PairSet, out: Path, size: int, *, overwrite: bool = False) -> list[int]:
+    """Write the pairs of one split of a data set to shards, and their index.
+
+    The sample ``000012`` of WebDataset consists of ``000012.rainy.png`` and ``000012.clean.png``, with the bytes and
+    the suffix of the image files; a file with both halves is called ``000012.clean-rainy.png`` (clean left) or
+    ``000012.rainy-clean.png``. Equal pairs give equal shards. The index is written last.
+
+    Args:
+        pair_set: Pairs of image files.
+        out: Folder for the shards; it may contain those of other splits.
+        size: Bytes of images after which a new shard begins; a shard has at least one pair.
+        overwrite: Whether to replace shards of this split.
+
+    Returns:
+        The sizes of the shards in bytes.
+
+    Raises:
+        DerainError: If an image cannot be read, the pairs are in shards already, or the folder contains shards of this
+            split and ``overwrite`` is false.
+    """
+    _prepare(out, pair_set.split, overwrite=overwrite)
+    root = Path(pair_set.root)
+    lines: list[str] = []
+    sizes: list[int] = []
+    with ThreadPoolExecutor() as threads:
+        for pairs in _groups(pair_set.pairs, size):
+            # All pairs are decoded, so that damage is found now and not during a training.
+            dimensions = list(track(threads.map(_checked_size, pairs), f"Reading shard {len(sizes)}", len(pairs)))
+            file = out / shard_name(pair_set.split, len(sizes))
+            with write_whole(file) as temporary:
+                images = _write_tar(temporary, pairs, len(lines), len(sizes), root)
+                sizes.append(temporary.stat().st_size)
+            for pair, dimension, entries in zip(pairs, dimensions, images, strict=True):
+                lines.append(index_line(pair.name, dimension, entries))
+    first = pair_set.pairs[0]
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": pair_set.name,
+        "layout": pair_set.layout,
+        "clean_side": first.clean_side,
+        "video": bool(first.sequence),
+        "shard_sizes": sizes,
+        "pairs": len(lines),
+    }
+    content = "\n".join([json.dumps(header), *lines])
+    with write_whole(out / index_name(pair_set.split)) as temporary:
+        temporary.write_bytes(gzip.compress(content.encode(), mtime=0))
+    return sizes
+
+
+def _prepare(out: Path, split: str, *, overwrite: bool) -> None:
+    """Remove the index, then the shards, of an earlier run; an index never belongs to other shards."""
+    out.mkdir(parents=True, exist_ok=True)
+    shards = [path for path in out.iterdir() if re.fullmatch(rf"{split}-\d{{6}}\.tar", path.name)]
+    existing = [path for path in (out / index_name(split), *sorted(shards)) if path.exists()]
+    if existing and not overwrite:
+        raise DerainError(
+            f"{existing[0]}: exists already; add --overwrite to replace the shards, or give another folder"
+        )
+    for path in existing:
+        path.unlink()
+
+
+def _groups(pairs: Sequence[Pair], size: int) -> Iterator[list[Pair]]:
+    """Split pairs into groups; a group ends when its files exceed ``size`` bytes."""
+    group: list[Pair] = []
+    total = 0
+    for pair in pairs:
+        length = sum(file.stat().st_size for file in _files(pair))
+        if group and total + length > size:
+            yield group
+            group, total = [], 0
+        group.append(pair)
+        total += length
+    yield group
+
+
+def _files(pair: Pair) -> list[Path]:
+    """Return the different files of a pair."""
+    files = []
+    for file in dict.fromkeys((pair.rainy, pair.clean)):
+        if isinstance(file, Path):
+            files.append(file)
+        elif file is not None:
+            raise DerainError(f"{file}: is in a shard already; give the folder of the image files")
+    return files
+
+
+def _checked_size(pair: Pair) -> tuple[int, int]:
+    """Return height and width of the rainy file; raise an error if the pair cannot be read."""
+    pair.read()
+    return image_size(pair.rainy)
+
+
+def _write_tar(target: Path, pairs: Sequence[Pair], first: int, shard: int, root: Path) -> list[list[IndexEntry]]:
+    """Write a shard, and return the entries of the rainy and the clean image of each pair for the index.
+
+    Args:
+        target: File to write.
+        pairs: The pairs.
+        first: Number of the first pair in the data set.
+        shard: Number of the shard.
+        root: Folder of the data set, to which paths in the index are relative.
+    """
+    hashes = []
+    with tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, pair in enumerate(pairs, first):
+            for file in _files(pair):
+                content = file.read_bytes()
+                member = tarfile.TarInfo(f"{number:06d}.{_kind(pair, file)}{file.suffix.lower()}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+                hashes.append(hashlib.sha256(content).hexdigest())
+    with tarfile.open(target) as tar:
+        members = iter(zip(tar.getmembers(), hashes, strict=True))
+    images = []
+    for pair in pairs:
+        entries: dict[ImageFile, IndexEntry] = {}
+        for file, (member, digest) in zip(_files(pair), members, strict=False):
+            name = file.relative_to(root) if file.is_relative_to(root) else file
+            entries[file] = (shard, member.offset_data, member.size, digest, name.as_posix())
+        images.append([entries[file] for file in (pair.rainy, pair.clean) if file is not None])
+    return images
+
+
+def _kind(pair: Pair, file: Path) -> str:
+    """Return what an image file contains, as part of its name in the shard."""
+    if pair.clean_side is not None:
+        return "clean-rainy" if pair.clean_side == "left" else "rainy-clean"
+    return "rainy" if file == pair.rainy else "clean"
