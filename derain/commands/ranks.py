@@ -12,10 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from types import FrameType
 
 from lightning.pytorch.strategies.launchers import subprocess_script
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
-from derain.errors import DerainError
+from derain.errors import DerainError, Stopped
 
 MAIN_PROCESS = "DERAIN_MAIN_PROCESS"
 """Environment variable with the process ID of rank 0, for the ranks that it starts."""
@@ -26,8 +28,28 @@ INTERVAL = 1.0
 PATIENCE = 12.0
 """Seconds in which a rank may end by itself after another one has ended, for example with an error of its own."""
 
+TERMINATED = {128 + signal.SIGTERM, -signal.SIGTERM}
+"""Exit codes of a rank that SIGTERM has stopped; the second one if it received it again while it ended."""
+
 LOST_CONNECTION = re.compile("gloo|nccl|ucc|tcpstore|process ?group|connection|socket|broken pipe", re.IGNORECASE)
 """Messages of torch.distributed about another rank."""
+
+
+class SignalConnector(_SignalConnector):
+    """Signal handlers of Lightning without communication between ranks.
+
+    Lightning's handler of SIGTERM broadcasts the signal. A rank whose handler broadcasts, and another one that waits in
+    a collective operation of the run, would wait for each other.
+    """
+
+    def _sigterm_notifier_fn(self, signum: int, _: FrameType) -> None:
+        """Note the signal, and send it to the ranks that this one has started."""
+        if self.received_sigterm:
+            return
+        self.received_sigterm = True
+        launcher = self.trainer.strategy.launcher
+        if launcher is not None:
+            launcher.kill(signum)
 
 
 class Ranks:
@@ -79,7 +101,8 @@ class Ranks:
         Raises:
             DerainError: If another rank has died, which explains an exception about a lost connection; on rank 0, or on
                 rank 1 if rank 0 has died.
-            SystemExit: In that case, on the other ranks, which report nothing.
+            Stopped: On rank 0, if SIGTERM has stopped that other rank.
+            SystemExit: If another rank has died, on the ranks that report nothing.
         """
         try:
             if error is not None:
@@ -96,6 +119,8 @@ class Ranks:
             return
         self._wait(lambda: self.failure() != "")  # a connection is lost before the process has ended
         failure = self.failure()
+        if any(process.poll() in TERMINATED for process in self.processes):
+            raise Stopped(f"terminated{self.next_step()}", signal.SIGTERM) from error
         if failure and self._reports:
             raise DerainError(f"{failure}{self.next_step()}") from error
         if failure:

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from derain.batching import check_tile
 from derain.checkpoints import remove_unfinished
 from derain.commands.lightning_messages import filter_lightning_messages
-from derain.commands.ranks import Ranks
+from derain.commands.ranks import Ranks, SignalConnector
 from derain.commands.run_folders import restarts, root_of, run_folder, shared_folder
 from derain.commands.run_setup import check_options, check_trainer, commit, configured_loggers, run_callbacks
 from derain.commands.train_parser import DENIED_IMPORTS, OptionParser, model_class_paths
@@ -372,6 +372,7 @@ class DerainCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except LIGHTNING_ERRORS as error:
             raise DerainError(f"--trainer: {_one_line(error)}") from error
+        trainer._signal_connector = SignalConnector(trainer)
         check_trainer(trainer)
         return trainer
 
