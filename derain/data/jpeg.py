@@ -1,6 +1,7 @@
 """Loss of JPEG compression on batches of images, on any device.
 
-``jpeg_codec_differentiable`` of kornia takes four times as long, since it replaces rounding by smooth functions.
+``jpeg_codec_differentiable`` of kornia takes 2.3 to 2.7 times as long (8 images of 96×96 on one core) and replaces
+rounding by smooth functions.
 """
 
 import math
