@@ -168,9 +168,16 @@ def photo(context: Context, *, height: int, width: int, names: tuple[str, ...] =
                 yield {"method": name, "arithmetic": setting.name, **row, "megapixels/s": megapixels}
 
 
-def forward(context: Context, method: DerainModule, setting: Setting, batch: int, side: int) -> Callable[[], Any]:
+def forward(
+    context: Context,
+    method: DerainModule,
+    setting: Setting,
+    batch: int,
+    side: int,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> Callable[[], Any]:
     """Return a function that restores a batch on the device."""
-    rainy = torch.rand(batch, 3, side, side, device=context.device).contiguous(memory_format=torch.channels_last)
+    rainy = torch.rand(batch, 3, side, side, device=context.device).contiguous(memory_format=memory_format)
 
     @torch.inference_mode()
     def run() -> Any:
@@ -202,6 +209,30 @@ def compiled(context: Context, *, name: str) -> Iterator[Row]:
     method.network.compile(backend="aot_eager" if context.quick else "inductor")
     row, _ = measure(forward(context, method, COMPILED, batch, side), context.device, COMPILED, context.peaks, work)
     yield {"method": name, "arithmetic": COMPILED.name, **row}
+
+
+def channels_last(context: Context) -> Iterator[Row]:
+    """Compare the channels-last memory format with PyTorch's default, on a batch of four images of 256×256."""
+    batch, side = (1, 16) if context.quick else (4, 256)
+    method = photo_methods(context.quick)["bundled model"]().to(context.device).eval()
+    formats = {"default": torch.contiguous_format, "channels last": torch.channels_last}
+    for name, memory_format in formats.items():
+        method.to(memory_format=memory_format)
+        run = forward(context, method, BF16, batch, side, memory_format)
+        row, _ = measure(run, context.device, BF16, context.peaks)
+        yield {"method": "bundled model", "arithmetic": BF16.name, "memory format": name, **row}
+
+
+def fused_optimizer(context: Context) -> Iterator[Row]:
+    """Compare steps of PyTorch's fused AdamW with those of its default, for the weights of Restormer."""
+    method = photo_methods(context.quick)["Restormer"]().to(context.device)
+    for parameter in method.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for name, options in {"AdamW": {}, "AdamW, fused": {"fused": True}}.items():
+        optimizer = torch.optim.AdamW(method.parameters(), **options)
+        optimizer.step()  # allocates its state
+        seconds = median_seconds(optimizer.step, context.device)
+        yield {"method": "Restormer", "optimizer": name, "seconds": seconds}
 
 
 class Steps(lightning.Callback):
@@ -311,6 +342,8 @@ ITEMS = [
     Item("video", "Video of 1920×1080, bundled model", 50, video),
     Item("compiled-bundled", "Compiled, 4 images of 256×256", 60, partial(compiled, name="bundled model")),
     Item("compiled-restormer", "Compiled, 4 images of 256×256", 100, partial(compiled, name="Restormer")),
+    Item("channels-last", "Channels last, 4 images of 256×256", 30, channels_last),
+    Item("fused-adamw", "Steps of AdamW, Restormer", 20, fused_optimizer),
     *(Item(f"training-{path.stem}", "Training steps", 40, partial(training, recipe=path)) for path in RECIPES),
 ]
 
