@@ -49,6 +49,9 @@ DARK = 0.02
 log = logging.getLogger("derain")
 
 
+NUMBER = re.compile(r"(\d+)")
+
+
 def natural_key(path: Path | str) -> list[tuple[int, int, str]]:
     """Return a sort key that puts ``2.png`` before ``10.png``.
 
@@ -56,7 +59,7 @@ def natural_key(path: Path | str) -> list[tuple[int, int, str]]:
         >>> sorted(["b/10.png", "b/2.png"], key=natural_key)
         ['b/2.png', 'b/10.png']
     """
-    parts = re.split(r"(\d+)", str(path))
+    parts = NUMBER.split(str(path))
     return [(1, int(part), part) if part.isdecimal() else (0, 0, part) for part in parts]
 
 
@@ -119,18 +122,18 @@ def list_images(folder: Path, *, recursive: bool = False, suffixes: frozenset[st
     return listing
 
 
-def select_images(paths: Iterable[Path], suffixes: frozenset[str] = SUFFIXES) -> Listing:
+def select_images(paths: Iterable[Path | os.DirEntry[str]], suffixes: frozenset[str] = SUFFIXES) -> Listing:
     """Split paths into image files and skipped images; folders and files of other kinds are ignored."""
     files = []
     skipped: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
-        suffix = path.suffix.lower()
+        suffix = os.path.splitext(path.name)[1].lower()  # noqa: PTH122 - entries of a folder have no suffix
         if suffix in suffixes and path.is_file():
-            files.append(path)
+            files.append(Path(path))
         elif suffix in suffixes and not path.is_dir():
-            skipped["broken link" if path.is_symlink() else "special file"].append(path)
+            skipped["broken link" if path.is_symlink() else "special file"].append(Path(path))
         elif suffix in UNREAD_SUFFIXES and path.is_file():
-            skipped[suffix].append(path)
+            skipped[suffix].append(Path(path))
     return Listing(sorted(files, key=natural_key), _in_natural_order(skipped))
 
 
@@ -138,11 +141,11 @@ def _in_natural_order(skipped: dict[str, list[Path]]) -> dict[str, list[Path]]:
     return {reason: sorted(skipped[reason], key=natural_key) for reason in sorted(skipped)}
 
 
-def _walk(top: Path, recursive: bool, skipped: dict[str, list[Path]]) -> Iterator[Path]:
+def _walk(top: Path, recursive: bool, skipped: dict[str, list[Path]]) -> Iterator[Path | os.DirEntry[str]]:
     """Yield the files of each folder that are not hidden; each folder is entered once.
 
-    Links to folders are followed after all other folders, so that a folder is entered by a path without links if it
-    has one.
+    Files that are no links are entries of the folder, whose kind is known without a system call for each file. Links to
+    folders are followed after all other folders, so that a folder is entered by a path without links if it has one.
 
     Args:
         top: Folder to list.
@@ -169,14 +172,16 @@ def _walk(top: Path, recursive: bool, skipped: dict[str, list[Path]]) -> Iterato
             continue
         linked_folders = []
         for entry in entries:
-            path = folder / entry.name
-            if entry.is_symlink() and path.is_dir():  # entry.is_dir() fails for a link to itself
-                linked_folders.append(path)
-            elif not entry.is_symlink() and entry.is_dir():
-                if recursive:
-                    folders.append(path)
-            else:
-                yield path
+            if entry.is_symlink():
+                path = Path(entry)
+                if path.is_dir():  # entry.is_dir() fails for a link to itself
+                    linked_folders.append(path)
+                else:
+                    yield path
+            elif not entry.is_dir():
+                yield entry
+            elif recursive:
+                folders.append(Path(entry))
         if recursive:
             links += sorted(linked_folders, key=natural_key)
 

@@ -5,7 +5,6 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from derain.folders import cache_folder
 from derain.images import Pixels, write_whole
 from derain.memory import free_memory
 from derain.progress import track
+from derain.threads import map_in_threads
 
 CacheMode = Literal["auto", "ram", "disk", "off"]
 CACHE_VERSION = 2
@@ -131,8 +131,7 @@ def pair_sizes(pairs: Sequence[Pair]) -> NDArray[np.int64]:
     Raises:
         DerainError: If a rainy image cannot be opened.
     """
-    with ThreadPoolExecutor() as threads:
-        return np.array(list(threads.map(Pair.size, pairs)), np.int64).reshape(-1, 2)
+    return np.array(list(map_in_threads(Pair.size, pairs)), np.int64).reshape(-1, 2)
 
 
 def buffer_index(pairs: Sequence[Pair], *, paired: bool = True) -> NDArray[np.int64]:
@@ -309,6 +308,5 @@ def _decode(pairs: Sequence[Pair], index: NDArray[np.int64], pixels: NDArray[np.
             pixels[offset : offset + size] = image.reshape(-1)
             offset += size
 
-    with ThreadPoolExecutor() as threads:
-        for _ in track(threads.map(decode, range(len(pairs))), "Decoding", len(pairs)):
-            pass
+    for _ in track(map_in_threads(decode, range(len(pairs))), "Decoding", len(pairs)):
+        pass

@@ -32,14 +32,18 @@ def detection_key(root: Path, split: Split, files: Sequence[str]) -> list[bytes]
     return [b"layout, version 1", split.encode(), *folders, repr(LAYOUTS).encode(), states_digest(root, files)]
 
 
-def load_detection(key: Sequence[bytes], root: Path, files: Sequence[str]) -> Detection | None:
-    """Return a saved detection; None if there is none, or it is damaged."""
+def load_detection(key: Sequence[bytes], paths: Sequence[Path]) -> Detection | None:
+    """Return a saved detection; None if there is none, or it is damaged.
+
+    Args:
+        key: Result of `detection_key`.
+        paths: Paths of the images below the folder, in the same order.
+    """
     content = load_computed(key)
     if content is None:
         return None
     try:
         variants = _variants(content["layout"])
-        paths = [root / file for file in files]
         return (
             content["layout"],
             str(content["reason"]),
@@ -57,13 +61,19 @@ def load_detection(key: Sequence[bytes], root: Path, files: Sequence[str]) -> De
         return None
 
 
-def save_detection(key: Sequence[bytes], root: Path, files: Sequence[str], detection: Detection) -> None:
-    """Save a detection without clashes, which are errors."""
+def save_detection(key: Sequence[bytes], paths: Sequence[Path], detection: Detection) -> None:
+    """Save a detection without clashes, which are errors.
+
+    Args:
+        key: Result of `detection_key`.
+        paths: Paths of the images below the folder, in the same order.
+        detection: Result of `derain.data.pairs.detect_layout`.
+    """
     name, reason, paired = detection
     if paired.clashes:
         return
     variants = _variants(name)
-    index: dict[ImageFile | None, Any] = {root / file: number for number, file in enumerate(files)}
+    index: dict[ImageFile | None, Any] = {path: number for number, path in enumerate(paths)}
     index[None] = None
     content = {
         "layout": name,

@@ -9,9 +9,7 @@ import json
 import logging
 import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from derain.folders import cache_folder
 from derain.image_sources import ImageFile
 from derain.images import write_whole
 from derain.progress import track
+from derain.threads import map_in_threads
 
 SETTLED_AGE = 2_000_000_000
 """A file's times are trusted once its last change is older than this, in nanoseconds.
@@ -31,50 +30,48 @@ UNREADABLE_CACHE = (OSError, ValueError, TypeError, AttributeError, ArithmeticEr
 """Exceptions that reading a missing or damaged cache file can raise."""
 
 log = logging.getLogger("derain")
-Entry = tuple[list[int], bytes]
-"""Size, inode and times of a file when it was hashed, and its SHA-256."""
 
 
 def file_hashes(files: Sequence[ImageFile]) -> list[bytes]:
     """Return the SHA-256 of each file's content, 32 bytes, from the cache if size, inode and times are unchanged.
 
-    The cache has one JSON file per folder of images, in ``cache_folder()/digests``. Images in shards have their hash in
-    the index.
+    The cache has one JSON file per folder of images, in ``cache_folder()/digests``: for each file name, its state when
+    it was hashed, and the hash in hexadecimal digits. Images in shards have their hash in the index.
 
     Raises:
         FileNotFoundError: If a file does not exist.
     """
-    files_by_folder: dict[Path, list[Path]] = defaultdict(list)
-    hashes: dict[ImageFile, bytes] = {}
-    for file in dict.fromkeys(files):
-        if isinstance(file, ShardImage):
-            hashes[file] = file.sha256
-        else:
-            assert isinstance(file, Path)
-            files_by_folder[file.parent].append(file)
-    entries = {folder: _load(_cache_file(folder)) for folder in files_by_folder}
+    hashes = _path_hashes(dict.fromkeys(str(file) for file in files if isinstance(file, Path)))
+    return [file.sha256 if isinstance(file, ShardImage) else hashes[str(file)] for file in files]
+
+
+def _path_hashes(paths: Iterable[str]) -> dict[str, bytes]:
+    """Return the SHA-256 of each file, without shards."""
+    entries: dict[str, dict[str, Any]] = {}
+    hashes: dict[str, bytes] = {}
     changed = []
-    for folder, folder_files in files_by_folder.items():
-        for file in folder_files:
-            entry = entries[folder].get(file.name)
-            if entry is not None and entry[0] == _state(file.stat()):
-                hashes[file] = entry[1]
-            else:
-                changed.append(file)
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in entries:
+            entries[folder] = _load(_cache_file(folder))
+        digest = _valid_digest(entries[folder].get(name), _state_of(path))
+        if digest is None:
+            changed.append(Path(path))
+        else:
+            hashes[path] = digest
     if not changed:
-        return [hashes[file] for file in files]
+        return hashes
     size = sum(file.stat().st_size for file in changed)
     log.info("fingerprint: reading %d new or changed files, %.2f GB", len(changed), size / 1e9)
-    with ThreadPoolExecutor() as threads:
-        results = track(threads.map(_hash, changed), "Hashing", len(changed))
-        for file, (state, digest) in zip(changed, results, strict=True):
-            hashes[file] = digest
-            if state is not None:
-                entries[file.parent][file.name] = (state, digest)
-    for folder in {file.parent for file in changed}:
-        content = {name: (state, digest.hex()) for name, (state, digest) in entries[folder].items()}
-        _save(_cache_file(folder), content)
-    return [hashes[file] for file in files]
+    results = track(map_in_threads(_hash, changed), "Hashing", len(changed))
+    for file, (state, digest) in zip(changed, results, strict=True):
+        hashes[str(file)] = digest
+        if state is not None:
+            folder, name = os.path.split(file)
+            entries[folder][name] = [state, digest.hex()]
+    for folder in {os.path.split(file)[0] for file in changed}:
+        _save(_cache_file(folder), entries[folder])
+    return hashes
 
 
 def cached_numbers(computation: str, files: Sequence[ImageFile], compute: Callable[[], list[int]]) -> list[int]:
@@ -120,7 +117,7 @@ def states_digest(root: Path, files: Sequence[str]) -> bytes:
     digest = hashlib.sha256()
     for file in files:
         try:
-            state = _state((root / file).stat())
+            state = _state_of(f"{root}/{file}")
         except OSError:  # a broken link
             state = []
         digest.update(os.fsencode(f"{file}\0{state}\0"))
@@ -141,25 +138,38 @@ def _hash(file: Path) -> tuple[list[int] | None, bytes]:
     return _state(status) if settled else None, digest
 
 
+def _state_of(path: str) -> list[int]:
+    """Return size, inode and times of a file."""
+    return _state(os.stat(path))  # noqa: PTH116 - Path takes several times as long
+
+
 def _state(status: os.stat_result) -> list[int]:
     """Return size, inode and times; they change with the content, since programs cannot set the last one (ctime)."""
     return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _cache_file(folder: Path) -> Path:
-    name = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:16]
+def _cache_file(folder: str) -> Path:
+    name = hashlib.sha256(os.fsencode(Path(folder).absolute())).hexdigest()[:16]
     return cache_folder() / "digests" / f"{name}.json"
 
 
-def _load(path: Path) -> dict[str, Entry]:
+def _load(path: Path) -> dict[str, Any]:
     """Return the entries of a cache file; none if it is missing or damaged."""
     try:
         content = json.loads(path.read_bytes())
-        entries = {name: (list(map(int, state)), bytes.fromhex(digest)) for name, (state, digest) in content.items()}
     except UNREADABLE_CACHE:
         return {}
-    complete = all(len(digest) == hashlib.sha256().digest_size for _, digest in entries.values())
-    return entries if complete else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _valid_digest(entry: Any, current_state: list[int]) -> bytes | None:
+    """Return the hash of an entry; None if the file has changed since, or the entry is missing or damaged."""
+    try:
+        state, digest = entry
+        content_hash = bytes.fromhex(digest)
+    except UNREADABLE_CACHE:
+        return None
+    return content_hash if state == current_state and len(content_hash) == hashlib.sha256().digest_size else None
 
 
 def _save(path: Path, content: object) -> None:

@@ -8,7 +8,7 @@ values of all groups of the pattern except ``{version}``: ``{n}`` as a number, t
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -19,6 +19,8 @@ from derain.image_sources import ImageFile
 from derain.images import image_files, list_images, natural_key
 
 _MAX_DEPTH = 3  # how many levels below the data root are searched for data sets
+
+AUXILIARY_NAME = re.compile(AUXILIARY, re.IGNORECASE)
 
 Key = tuple[str | int, ...]
 
@@ -50,8 +52,8 @@ class PairedFiles:
     unused: tuple[tuple[Files, int], ...] = ()
 
 
-def list_relative(root: Path, *, warn: bool = True) -> list[str]:
-    """Return the paths of all images below a folder, relative to it, with ``/``, in natural order.
+def list_files(root: Path, *, warn: bool = True) -> list[Path]:
+    """Return all images below a folder, in natural order.
 
     Args:
         root: The folder.
@@ -62,39 +64,144 @@ def list_relative(root: Path, *, warn: bool = True) -> list[str]:
     """
     if not root.is_dir():
         raise DerainError(f"{root}: no such folder; give the name of a data set or its folder")
-    files = image_files(root, recursive=True) if warn else list_images(root, recursive=True).files
-    return [path.relative_to(root).as_posix() for path in files]
+    return image_files(root, recursive=True) if warn else list_images(root, recursive=True).files
+
+
+def list_relative(root: Path, *, warn: bool = True) -> list[str]:
+    """Return what `list_files` returns, relative to the folder, with ``/``; arguments and errors are the same."""
+    return relative_names(root, list_files(root, warn=warn))
+
+
+def relative_names(root: Path, paths: Sequence[Path]) -> list[str]:
+    """Return paths below a folder relative to it, with ``/``.
+
+    Example:
+        >>> relative_names(Path("a"), [Path("a/b/1.png")])
+        ['b/1.png']
+    """
+    prefix = "" if root == Path() else f"{root.as_posix().rstrip('/')}/"
+    return [path.as_posix().removeprefix(prefix) for path in paths]
+
+
+class ImageNames:
+    """Images below a folder, paired by their names. Layouts share variants, each of which is matched once.
+
+    Args:
+        root: The folder.
+        files: Paths of the images, relative to ``root``, with ``/``; listed by default.
+
+    Raises:
+        DerainError: If the folder does not exist.
+    """
+
+    def __init__(self, root: Path, files: Sequence[str] | None = None) -> None:
+        self.root = root
+        self.files = list_relative(root) if files is None else files
+        self._stems = [_composed(file.rpartition(".")[0]) for file in self.files]
+        self._paths: dict[str, Path] = {}
+        self._paired: dict[tuple[str, Files], PairedFiles] = {}
+
+    def pair(self, name: str, split: Split) -> PairedFiles:
+        """Pair files by the first variant of a layout that matches any; return no pairs if none does.
+
+        Args:
+            name: Name of the layout.
+            split: Split to look for. A layout without a split ``predict`` returns the rainy images of ``test`` for it.
+        """
+        variants = LAYOUTS[name].files
+        source: Split = "test" if split == "predict" and "predict" not in variants else split
+        prefixes = [f"(?:{SPLIT_FOLDERS[source]})/", ""] if source in SPLIT_FOLDERS else [""]
+        matches = []
+        for variant in variants.get(source, ()):
+            for prefix in prefixes:
+                paired = self._pair_by_variant(prefix, variant)
+                if paired.pairs:
+                    matches.append(paired)
+                    break
+        if not matches:
+            return PairedFiles()
+        paired = _with_later_variants(matches[0], matches[1:])
+        if split == "predict":
+            return replace(paired, pairs=tuple((name, rainy, None) for name, rainy, _ in paired.pairs))
+        return paired
+
+    def _pair_by_variant(self, prefix: str, variant: Files) -> PairedFiles:
+        paired = self._paired.get((prefix, variant))
+        if paired is None:
+            paired = self._paired[prefix, variant] = self._match_variant(prefix, variant)
+        return paired
+
+    def _match_variant(self, prefix: str, variant: Files) -> PairedFiles:
+        rainy = self._match_pattern(prefix + variant.rainy, variant.numbers, auxiliary=variant.auxiliary)
+        if not rainy:
+            return PairedFiles(variant=variant)
+        if variant.clean is not None:
+            clean = self._match_pattern(prefix + variant.clean, variant.numbers)
+            pairs, unpaired, clashes = _pair_by_key(rainy, clean)
+        else:
+            has_clean = variant.clean_side is not None and variant.truth
+            pairs = [(keyed.file, keyed.file if has_clean else None) for keyed in rainy]
+            unpaired, clashes = [], []
+        rainy_files = [file for file, _ in pairs]
+        names = _frame_names(rainy_files) if variant.video else _unique_names(rainy_files)
+        named_pairs = [
+            (name, self._path(rainy_file), None if clean_file is None else self._path(clean_file))
+            for name, (rainy_file, clean_file) in zip(names, pairs, strict=True)
+        ]
+        return PairedFiles(
+            pairs=tuple(sorted(named_pairs, key=lambda pair: natural_key(pair[0]))),
+            unpaired=tuple(self._path(file) for file in sorted(unpaired, key=natural_key)),
+            clashes=tuple((self._path(first), self._path(second)) for first, second in clashes),
+            variant=variant,
+        )
+
+    def _match_pattern(
+        self, pattern: str, numbers: tuple[int, int] | None, *, auxiliary: bool = False
+    ) -> list[_KeyedFile]:
+        """Return every file that matches a pattern, with its key.
+
+        Args:
+            pattern: Pattern as described in :mod:`derain.data.layouts.patterns`.
+            numbers: First and last ``{n}``.
+            auxiliary: Include files that are named like rain masks and streaks.
+        """
+        for placeholder, group in PLACEHOLDERS.items():
+            pattern = pattern.replace(placeholder, group)
+        fullmatch = re.compile(pattern, re.IGNORECASE).fullmatch
+        keyed_files = []
+        for file, stem in zip(self.files, self._stems, strict=True):
+            match = fullmatch(stem)
+            if match is None or (not auxiliary and AUXILIARY_NAME.fullmatch(stem)):
+                continue
+            groups = match.groupdict()
+            if numbers and not numbers[0] <= int(groups["n"]) <= numbers[1]:
+                continue
+            rain_version = groups.pop("version", None)
+            key = tuple(int(groups[name]) if name == "n" else groups[name].lower() for name in sorted(groups))
+            keyed_files.append(_KeyedFile(key, rain_version, file))
+        return keyed_files
+
+    def _path(self, file: str) -> Path:
+        """Return the path of a file; the paired files of all variants share it."""
+        path = self._paths.get(file)
+        if path is None:
+            path = self._paths[file] = self.root / file
+        return path
 
 
 def pair_files(name: str, split: Split, root: Path, files: Sequence[str] | None = None) -> PairedFiles:
-    """Pair files by the first variant of a layout that matches any; return no pairs if none does.
+    """Pair files of a folder: see `ImageNames.pair`.
 
     Args:
         name: Name of the layout.
-        split: Split to look for. A layout without a split ``predict`` returns the rainy images of ``test`` for it.
+        split: Split to look for.
         root: Folder of the data set.
         files: Paths of the images, relative to ``root``, with ``/``; listed by default.
 
     Raises:
         DerainError: If the folder does not exist.
     """
-    files = list_relative(root) if files is None else files
-    variants = LAYOUTS[name].files
-    source: Split = "test" if split == "predict" and "predict" not in variants else split
-    prefixes = [f"(?:{SPLIT_FOLDERS[source]})/", ""] if source in SPLIT_FOLDERS else [""]
-    matches = []
-    for variant in variants.get(source, ()):
-        for prefix in prefixes:
-            paired = _pair_by_variant(variant, prefix, root, files)
-            if paired.pairs:
-                matches.append(paired)
-                break
-    if not matches:
-        return PairedFiles()
-    paired = _with_later_variants(matches[0], matches[1:])
-    if split == "predict":
-        return replace(paired, pairs=tuple((name, rainy, None) for name, rainy, _ in paired.pairs))
-    return paired
+    return ImageNames(root, files).pair(name, split)
 
 
 def _with_later_variants(chosen: PairedFiles, later: Sequence[PairedFiles]) -> PairedFiles:
@@ -116,28 +223,6 @@ def _with_later_variants(chosen: PairedFiles, later: Sequence[PairedFiles]) -> P
         if unused_pairs:
             unused.append((paired.variant, unused_pairs))
     return replace(chosen, clashes=tuple(dict.fromkeys(clashes)), unused=tuple(unused))
-
-
-def _pair_by_variant(variant: Files, prefix: str, root: Path, files: Sequence[str]) -> PairedFiles:
-    rainy = _match_pattern(prefix + variant.rainy, variant.numbers, files, auxiliary=variant.auxiliary)
-    if variant.clean is not None:
-        clean = _match_pattern(prefix + variant.clean, variant.numbers, files)
-        pairs, unpaired, clashes = _pair_by_key(rainy, clean)
-    else:
-        has_clean = variant.clean_side is not None and variant.truth
-        pairs = [(keyed.file, keyed.file if has_clean else None) for keyed in rainy]
-        unpaired, clashes = [], []
-    named_pairs = []
-    rainy_files = [file for file, _ in pairs]
-    names = _frame_names(rainy_files) if variant.video else _unique_names(rainy_files)
-    for name, (rainy_file, clean_file) in zip(names, pairs, strict=True):
-        named_pairs.append((name, root / rainy_file, None if clean_file is None else root / clean_file))
-    return PairedFiles(
-        pairs=tuple(sorted(named_pairs, key=lambda pair: natural_key(pair[0]))),
-        unpaired=tuple(root / file for file in sorted(unpaired, key=natural_key)),
-        clashes=tuple((root / first, root / second) for first, second in clashes),
-        variant=variant,
-    )
 
 
 def _pair_by_key(
@@ -170,41 +255,14 @@ def _pair_by_key(
     return pairs, unpaired, clashes
 
 
-def _match_pattern(
-    pattern: str, numbers: tuple[int, int] | None, files: Iterable[str], *, auxiliary: bool = False
-) -> list[_KeyedFile]:
-    """Return every file that matches a pattern, with its key; names are compared in Unicode's composed form (NFC).
-
-    Args:
-        pattern: Pattern as described in :mod:`derain.data.layouts.patterns`.
-        numbers: First and last ``{n}``.
-        files: Relative paths with ``/``.
-        auxiliary: Include files that are named like rain masks and streaks.
-    """
-    for placeholder, group in PLACEHOLDERS.items():
-        pattern = pattern.replace(placeholder, group)
-    pattern_regex = re.compile(pattern, re.IGNORECASE)
-    auxiliary_regex = re.compile(AUXILIARY, re.IGNORECASE)
-    keyed_files = []
-    for file in files:
-        stem = file.rpartition(".")[0]
-        if not stem.isascii():
-            stem = unicodedata.normalize("NFC", stem)
-        match = pattern_regex.fullmatch(stem)
-        if match is None or (not auxiliary and auxiliary_regex.fullmatch(stem)):
-            continue
-        groups = match.groupdict()
-        if numbers and not numbers[0] <= int(groups["n"]) <= numbers[1]:
-            continue
-        rain_version = groups.pop("version", None)
-        key = tuple(int(groups[name]) if name == "n" else groups[name].lower() for name in sorted(groups))
-        keyed_files.append(_KeyedFile(key, rain_version, file))
-    return keyed_files
+def _composed(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC), in which names are compared."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def _unique_names(files: Sequence[str]) -> list[str]:
     """Return the shortest names that differ on any file system: stems, else paths without suffix, else paths."""
-    stems = [Path(file).stem for file in files]
+    stems = [PurePosixPath(file).stem for file in files]
     paths = [file.rpartition(".")[0] for file in files]
     for names in (stems, paths):
         if len({canonical_name(name) for name in names}) == len(names):

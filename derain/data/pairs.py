@@ -14,12 +14,14 @@ from derain.data.detection_cache import CACHED_FROM, Detection, detection_key, l
 from derain.data.file_hashes import cached_numbers
 from derain.data.layouts import LAYOUTS, Side, Split
 from derain.data.name_matching import (
+    ImageNames,
     PairedFiles,
     describe_contents,
     find_data_set_folders,
     folder_alias_index,
-    list_relative,
+    list_files,
     pair_files,
+    relative_names,
 )
 from derain.data.shards import ShardImage, is_url, read_split, sharded_splits
 from derain.errors import DerainError
@@ -401,10 +403,10 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
     Raises:
         DerainError: If the folder does not exist, no layout fits, or several fit and disagree about the pairs.
     """
-    files = list_relative(root) if files is None else files
+    images = ImageNames(root, files)
     candidates: dict[str, PairedFiles] = {}
     for name, layout in LAYOUTS.items():
-        paired = pair_files(name, split, root, files)
+        paired = images.pair(name, split)
         if not paired.pairs or name == "video":  # any folder of folders would be a video
             continue
         for folder in (root.absolute(), root.absolute().parent, root.resolve(), root.resolve().parent):
@@ -417,8 +419,8 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
             continue
         candidates[name] = paired
     if not candidates:
-        if split == "predict" and files:
-            return "images", "the lack of clean images", pair_files("images", split, root, files)
+        if split == "predict" and images.files:
+            return "images", "the lack of clean images", images.pair("images", split)
         expected = "; ".join(str(variant) for variant in LAYOUTS["folder"].files["test"])
         raise DerainError(
             f"{root}: no {split} pairs; contains {describe_contents(root)}; expected {expected}; "
@@ -427,7 +429,8 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
     most_pairs = max(len(paired.pairs) for paired in candidates.values())
     best = {name: paired for name, paired in candidates.items() if len(paired.pairs) == most_pairs}
     files_of_pairs = {
-        frozenset((pair.rainy, pair.clean, pair.clean_side) for pair in to_pairs(paired)) for paired in best.values()
+        (frozenset((rainy, clean) for _, rainy, clean in paired.pairs), paired.variant.clean_side)
+        for paired in best.values()
     }
     if len(files_of_pairs) > 1:
         options = " or ".join(f"{name}:{root} ({paired.variant})" for name, paired in best.items())
@@ -438,16 +441,17 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
 
 def _detect_or_load(root: Path, split: Split) -> Detection:
     """Return the result of `detect_layout`; that of a large folder from the cache if no file has changed."""
-    files = list_relative(root)
+    paths = list_files(root)
+    files = relative_names(root, paths)
     if len(files) < CACHED_FROM:
         return detect_layout(root, split, files)
     key = detection_key(root, split, files)
-    cached = load_detection(key, root, files)
+    cached = load_detection(key, paths)
     if cached is not None:
         name, reason, paired = cached
         return name, f"{reason}; from the cache, since no file has changed", paired
     detection = detect_layout(root, split, files)
-    save_detection(key, root, files, detection)
+    save_detection(key, paths, detection)
     return detection
 
 
