@@ -2,11 +2,10 @@
 
 import itertools
 import logging
-import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -16,18 +15,16 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from derain.errors import ArgumentError, DerainError
-from derain.memory import free_memory
+from derain.memory import free_memory, is_out_of_memory
 from derain.methods.base import DerainModule
 from derain.methods.interfaces import Sampled
+from derain.module_state import StateWatch
 from derain.progress import track
 from derain.tiles import blend_tiles, tile_count
 
 log = logging.getLogger("derain")
 Precision = Literal["float32", "bf16"]
 T = TypeVar("T")
-
-OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")
-"""Out-of-memory messages of PyTorch's allocators on Linux, Windows and Apple GPUs."""
 
 SMALLEST_TILE = 64
 """Smallest side of a tile in pixels."""
@@ -54,8 +51,9 @@ class Scheduler:
     """Runs a method on images in batches, threads and tiles that fit into memory.
 
     On a GPU, images of equal size are stacked to batches. On a CPU, batches are slower than single images: several
-    images are restored at once, on one thread each, which is faster than several threads for one image. Threads are
-    used only if the pass over the first image changes no attribute of the method's modules.
+    images are restored at once, on one thread each, which is faster than several threads for one image. The last
+    images share the threads that would be idle. Threads are used only if the pass over the first image changes no
+    attribute of the method's modules.
 
     If memory runs out, the number of images at once is halved, then the side of the tiles. Both are remembered for
     each image size.
@@ -91,6 +89,7 @@ class Scheduler:
         self._tile_sides: dict[tuple[int, int], int] = {}
         self._counts: dict[tuple[int, int], int] = {}
         self._stateless: bool | None = None
+        self._stop = threading.Event()  # set while threads are stopped
 
     @torch.inference_mode()
     def run(
@@ -164,7 +163,7 @@ class Scheduler:
             return
         if self._stateless is None:
             first = indices.pop(0)
-            watch = _Watch(self.method)
+            watch = StateWatch(self.method)
             yield first, self._run_in_batches([images[first]], forward, conditions)[0]
             self._stateless = not watch.has_changed()
             if not self._stateless:
@@ -175,17 +174,20 @@ class Scheduler:
         def restore(index: int) -> "Tensor | DerainError | None":
             try:
                 with torch.inference_mode():
-                    return self._attempt(images[index][None], forward, conditions, alone=False)[0]
+                    return self._attempt([images[index]], forward, conditions, alone=False)[0]
             except _MemoryShortageError:
                 return None
 
         count = min(self._threads(*images[index].shape[1:]) for index in indices)
         failed = []
-        for index, result in zip(indices, on_threads(restore, indices, count), strict=True):
-            if result is None:
-                failed.append(images[index].shape[1:])
-            else:
-                yield index, result
+        last = len(indices) // count * count
+        for part in filter(None, (indices[:last], indices[last:])):
+            results = on_threads(restore, part, min(count, len(part)), self._stop)
+            for index, result in zip(part, results, strict=True):
+                if result is None:
+                    failed.append(images[index].shape[1:])
+                else:
+                    yield index, result
         for height, width in dict.fromkeys(map(tuple, failed)):
             self._reduce_count(height, width, count)
 
@@ -211,9 +213,7 @@ class Scheduler:
         single = not self.stacks or (conditions is not None and repeat(conditions, 1, 2) is None)
         while len(results) < len(images):
             count = 1 if single else self._count(height, width)
-            batch = torch.stack(list(images[len(results) : len(results) + count]))
-            if self.device.type == "cuda" and not batch.is_cuda:
-                batch = batch.pin_memory()
+            batch = images[len(results) : len(results) + count]
             try:
                 results += self._attempt(batch, forward, conditions, alone=len(batch) == 1)
                 continue
@@ -225,7 +225,7 @@ class Scheduler:
 
     def _attempt(
         self,
-        images: Shaped[Tensor, "b 3 h w"],
+        images: Sequence[Shaped[Tensor, "3 h w"]],
         forward: Callable[..., Tensor],
         conditions: dict[str, Any] | None,
         *,
@@ -236,38 +236,57 @@ class Scheduler:
             return list(self._restore_ensemble(images, forward, conditions, alone).unbind())
         except DerainError as error:
             if len(images) == 1:
-                return [error]
-        return [self._attempt(image[None], forward, conditions, alone=True)[0] for image in images]
+                error.__cause__ = error.__context__ = None
+                return [error.with_traceback(None)]  # frames hold the tensors of the failed pass
+        return [self._attempt([image], forward, conditions, alone=True)[0] for image in images]
 
     def _restore_ensemble(
         self,
-        images: Shaped[Tensor, "b 3 h w"],
+        images: Sequence[Shaped[Tensor, "3 h w"]],
         forward: Callable[..., Tensor],
         conditions: dict[str, Any] | None,
         alone: bool,
     ) -> Float[Tensor, "b n h w"]:
-        """Restore a batch; with ``ensemble``, average over its flips and rotations."""
-        source = images.device
-        if self._tile_side(*images.shape[2:]) >= max(images.shape[2:]):
-            images = images.to(self.device, non_blocking=True)  # the pixels of large images stay where they are
-        images = to_unit(images)
+        """Restore a batch; with ``ensemble``, average over its flips and rotations.
+
+        Raises:
+            DerainError: If memory does not suffice for an image that is restored alone.
+        """
+        source = images[0].device
         try:
+            batch = self._batch(images)
             if conditions is None:
-                conditions = self.method.encode(images.to(self.device))
-            elif len(images) > 1:
-                conditions = repeat(conditions, 1, len(images)) or {}
+                conditions = self.method.encode(batch.to(self.device))
+            elif len(batch) > 1:
+                conditions = repeat(conditions, 1, len(batch)) or {}
             if not self.ensemble:
-                return self._restore(images, forward, conditions, alone).to(source)
+                return self._restore(batch, forward, conditions, alone).to(source)
             restored = []
             for quarter_turns, is_flipped in itertools.product(range(4), (False, True)):
-                view = torch.rot90(images.flip(3) if is_flipped else images, quarter_turns, (2, 3))
+                view = torch.rot90(batch.flip(3) if is_flipped else batch, quarter_turns, (2, 3))
                 upright = torch.rot90(self._restore(view, forward, conditions, alone), -quarter_turns, (2, 3))
                 restored.append(upright.flip(3) if is_flipped else upright)
             return torch.stack(restored).mean(0).to(source)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if alone or not is_out_of_memory(error):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
+        # Raised outside the block above: the traceback of its error holds tensors.
+        if alone:
+            height, width = images[0].shape[1:]
+            raise DerainError(
+                f"not enough memory for an image of {width}×{height} pixels on {self.device}; close other programs, "
+                "reduce the image, or use device cpu"
+            )
         raise _MemoryShortageError
+
+    def _batch(self, images: Sequence[Shaped[Tensor, "3 h w"]]) -> Float[Tensor, "b 3 h w"]:
+        """Return images of equal size in [0, 1], on the device unless they are restored in tiles."""
+        batch = torch.stack(list(images)) if len(images) > 1 else images[0][None]
+        if self._tile_side(*batch.shape[2:]) >= max(batch.shape[2:]):
+            if self.device.type == "cuda" and not batch.is_cuda:
+                batch = batch.pin_memory()
+            batch = batch.to(self.device, non_blocking=True)
+        return to_unit(batch)
 
     # Tiles.
 
@@ -286,17 +305,17 @@ class Scheduler:
             try:
                 if isinstance(self.method, Sampled):  # tiles each step itself, since all tiles share one state
                     tiled = partial(blend_tiles, tile=tile, overlap=self.overlap)
-                    return self._forward(images, forward, conditions | {"tiled": tiled, "show": show_steps})
+                    return self._forward(images, forward, conditions | {"tiled": tiled, "show": self._show_steps})
                 run = partial(self._forward_tiles, forward=forward, conditions=conditions, count=len(images))
                 return blend_tiles(images, run, tile, self.overlap, tiles_per_pass)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            except (MemoryError, RuntimeError) as error:
                 if not alone or not is_out_of_memory(error):
                     raise
-                if tiles_per_pass == 1 and (self.tile is None or tile // 2 < SMALLEST_TILE):
-                    raise DerainError(
-                        f"not enough memory for a tile of {tile}×{tile} pixels on {self.device}; "
-                        "close other programs, or use a smaller tile, tile auto or device cpu"
-                    ) from error
+            if tiles_per_pass == 1 and (self.tile is None or tile // 2 < SMALLEST_TILE):
+                raise DerainError(
+                    f"not enough memory for a tile of {tile}×{tile} pixels on {self.device}; "
+                    "close other programs, or use a smaller tile, tile auto or device cpu"
+                )
             self._release()
             if tiles_per_pass > 1:
                 self._reduce_count(height, width, tiles_per_pass)
@@ -330,13 +349,14 @@ class Scheduler:
                 with torch.inference_mode():
                     return self._forward(tile, forward, conditions)
 
-            return torch.cat(list(on_threads(restore, tiles.chunk(len(tiles)), len(tiles))))
+            return torch.cat(list(on_threads(restore, tiles.chunk(len(tiles)), len(tiles), self._stop)))
         repeated = repeat(conditions, count, len(tiles) // count)
         return self._forward(tiles, forward, conditions if repeated is None else repeated)
 
     def _forward(
         self, tiles: Float[Tensor, "b 3 h w"], forward: Callable[..., Tensor], conditions: dict[str, Any]
     ) -> Float[Tensor, "b n h w"]:
+        self._check_running()
         autocast: AbstractContextManager[object] = nullcontext()
         if self.precision == "bf16":
             autocast = torch.autocast(self.device.type, torch.bfloat16)
@@ -344,6 +364,19 @@ class Scheduler:
             derained = forward(tiles.to(self.device, memory_format=torch.channels_last), **conditions).float()
         # Clamping would turn infinity into white; NaN is reported when the whole image is checked.
         return torch.where(derained.isfinite(), derained.clamp(*self.limits), torch.nan).to(tiles.device)
+
+    def _show_steps(self, steps: Iterable[T], total: int) -> Iterator[T]:
+        """Yield the steps of sampling; on the main thread, show their progress on a terminal."""
+        if threading.current_thread() is threading.main_thread():
+            steps = track(steps, "Sampling", total)
+        for step in steps:
+            self._check_running()
+            yield step
+
+    def _check_running(self) -> None:
+        """Leave a thread that is being stopped, whose result nobody reads."""
+        if self._stop.is_set():
+            raise CancelledError
 
     # Memory.
 
@@ -390,61 +423,37 @@ class _MemoryShortageError(Exception):
     """Memory does not suffice for several images at once."""
 
 
-class _Watch:
-    """Detects whether a method changes attributes, containers or buffers of its modules.
-
-    Args:
-        method: The method, before a pass.
-    """
-
-    def __init__(self, method: DerainModule) -> None:
-        self.method = method
-        self.before = self._attributes()
-
-    def _attributes(self) -> dict[tuple[int, str], tuple[object, int | None]]:
-        """Return each attribute of each module, with the version of a tensor or the length of a container."""
-        attributes = {}
-        for number, module in enumerate(self.method.modules()):
-            for name, value in {**vars(module), **module._parameters, **module._buffers}.items():
-                size = None
-                if isinstance(value, Tensor):
-                    size = None if value.is_inference() else value._version
-                elif isinstance(value, list | dict | set):
-                    size = len(value)
-                attributes[number, name] = (value, size)
-        return attributes
-
-    def has_changed(self) -> bool:
-        """Return whether anything has changed since the start."""
-        after = self._attributes()
-        if after.keys() != self.before.keys():
-            return True
-        return any(value is not after[key][0] or size != after[key][1] for key, (value, size) in self.before.items())
-
-
 def to_unit(images: Tensor) -> Tensor:
     """Return images, uint8 or floating point, as float32 in [0, 1]."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
-def on_threads(function: Callable[[T], Any], items: Iterable[T], count: int) -> Iterator[Any]:
-    """Yield the results of a function for items in order, computed on threads that use one core each.
+def on_threads(
+    function: Callable[[T], Any], items: Iterable[T], count: int, stop: threading.Event | None = None
+) -> Iterator[Any]:
+    """Yield the results of a function for items in order, computed on threads that share PyTorch's number of threads.
 
     Args:
         function: Function of an item; it runs outside the caller's inference mode and autocast.
         items: Items.
         count: Number of threads.
+        stop: Is set after an exception or interrupt until the threads have ended; the function should check it, since
+            the items that have been started are waited for.
 
     Example:
         >>> list(on_threads(lambda item: item + 1, [1, 2, 3], 2))
         [2, 3, 4]
     """
     threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(max(1, threads // count),))
     try:
         yield from pool.map(function, items)
     finally:
+        if stop:
+            stop.set()
         pool.shutdown(cancel_futures=True)
+        if stop:
+            stop.clear()
         torch.set_num_threads(threads)  # the last value is also that of new threads
 
 
@@ -469,11 +478,6 @@ def repeat(conditions: dict[str, Any], count: int, times: int) -> dict[str, Any]
     return repeated
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception means that memory is insufficient."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
-
-
 def memory_for(device: torch.device) -> int:
     """Return the memory available to a restoration in bytes: free CUDA memory; on other devices free RAM, up to 4 GiB.
 
@@ -483,10 +487,3 @@ def memory_for(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch
         return int(torch.cuda.mem_get_info(device)[0]) + cached
     return min(free_memory(), 4 << 30)
-
-
-def show_steps(steps: Iterable[T], total: int) -> Iterator[T]:
-    """Yield the steps of sampling; on the main thread, show their progress on a terminal."""
-    if threading.current_thread() is threading.main_thread():
-        return track(steps, "Sampling", total)
-    return iter(steps)

@@ -1,13 +1,53 @@
-"""Main memory: how much is free, and how glibc reuses it."""
+"""Memory: how much is free, which exceptions mean that it is insufficient, and how glibc reuses it."""
 
 import ctypes
 import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
+from derain.errors import DerainError
+
 CGROUP = Path("/sys/fs/cgroup")
 """Folder with the limits of the container, if the process runs in one (cgroup v2)."""
+
+OUT_OF_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|bad_alloc|[Ff]ailed to allocate|"
+    "could not create a (memory|primitive)(?! descriptor)"
+)
+"""Out-of-memory messages of PyTorch's allocators on Linux, Windows and Apple GPUs, cuDNN, cuBLAS, oneDNN and
+onnxruntime."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception means that memory is insufficient.
+
+    Example:
+        >>> is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
+        True
+    """
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
+@contextmanager
+def memory_errors(name: str) -> Iterator[None]:
+    """Replace an exception that means that memory is insufficient.
+
+    Args:
+        name: File or image, for the message.
+
+    Raises:
+        DerainError: If memory is insufficient in the block.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DerainError(f"{name}: not enough memory; close other programs, or reduce the image") from None
 
 
 def free_memory() -> int:

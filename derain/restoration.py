@@ -43,8 +43,8 @@ class Restorer:
         sampling: Solver, steps and seed, for methods that sample; by default those of the method.
         compile: Compile the network, which takes up to a minute; worthwhile for a few hundred images or more.
         scale: Factor by which images are reduced before the rain in them is estimated; the removed rain is enlarged and
-            subtracted from the full image (`derain.scaling`). ``auto``: 1 if the shorter side is below 2048 pixels,
-            otherwise that which reduces it to 1000 to 1999 pixels, at which the bundled model is best.
+            subtracted from the full image (`derain.scaling`). ``auto``: 1 if the shorter side is below 2000 pixels,
+            otherwise that which reduces it to 1000 to 1500 pixels, at which the bundled model is best.
         strength: Share of the rain that is removed, from 0 to 1.
 
     Raises:
@@ -153,10 +153,19 @@ class Restorer:
             for image, small, result, name in zip(images, reduced, results, names, strict=True)
         ]
 
+    def images_at_once(self, height: int, width: int) -> int:
+        """Return the number of images of a size that are restored at once: in a batch, or on threads of a CPU."""
+        factor = self._factor(height, width)
+        return self.scheduler.images_at_once(-(-height // factor), -(-width // factor))
+
+    def _factor(self, height: int, width: int) -> int:
+        """Return the factor by which images of a size are reduced."""
+        return automatic_factor(height, width) if self.scale == "auto" else self.scale
+
     def _reduced(self, image: Tensor) -> Tensor:
         """Return an image as the method restores it: reduced by ``scale``, in float32; unchanged at full size."""
         height, width = image.shape[1:]
-        factor = automatic_factor(height, width) if self.scale == "auto" else self.scale
+        factor = self._factor(height, width)
         if factor == 1:
             return image
         reduced = reduce(to_unit(image), factor)
@@ -351,7 +360,7 @@ def _unpack(rainy: Any, name: str) -> _Unpacked:
         return _Unpacked(
             images, names, lambda restored: np.ascontiguousarray(np.moveaxis(pack(restored).numpy(), -3, -1))
         )
-    tensor = _checked(rainy, name)
+    tensor = _checked(rainy, name).detach()
     images = list(tensor.reshape(-1, *tensor.shape[-3:]))
     names = [name] if tensor.ndim == 3 else [f"{name} {index}" for index in range(len(images))]
     return _Unpacked(images, names, lambda restored: _pack_tensor(restored, tensor))

@@ -13,7 +13,9 @@ dB worse and a photo of 24 megapixels takes half as long (``benchmarks/scale.py`
 
 
 def automatic_factor(height: int, width: int) -> int:
-    """Return the factor by which ``scale`` ``auto`` reduces a photo: its shorter side becomes 1000 to 1999 pixels.
+    """Return the factor by which ``scale`` ``auto`` reduces a photo.
+
+    It is 1 if the shorter side is below 2000 pixels; otherwise, it reduces that side to 1000 to 1500 pixels.
 
     Example:
         >>> automatic_factor(1500, 2000), automatic_factor(4000, 6000)

@@ -1,4 +1,6 @@
 import threading
+import weakref
+from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
@@ -157,6 +159,35 @@ def test_out_of_memory_on_threads_falls_back_to_single_images(method, monkeypatc
     assert restorer.scheduler.images_at_once(64, 70) == 1
 
 
+def test_errors_hold_no_tensors_of_the_failed_pass(method, monkeypatch):
+    restorer, tensors = restorer_of(method, True, tile=None), []
+
+    def forward(rainy):
+        tensors.append(weakref.ref(rainy))
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(method, "forward", forward)
+    (error,) = restorer.restore_each(images(1), ["a"])
+    assert isinstance(error, DerainError)
+    assert [tensor() for tensor in tensors] == [None]
+
+
+def test_out_of_memory_outside_the_network_is_an_error_of_the_image(method, monkeypatch):
+    """Copies of a batch that do not fit halve it; those of an image fail this image only."""
+    batch = images(4)
+    batch[2][:] = 1
+
+    def to_unit(tensors):
+        if len(tensors) > 2 or (tensors == 1).flatten(1).all(1).any():
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return tensors
+
+    monkeypatch.setattr(batching, "to_unit", to_unit)
+    for stacks in (True, False):
+        results = restorer_of(method, stacks).restore_each(batch, list("abcd"))
+        assert [isinstance(result, DerainError) for result in results] == [False, False, True, False]
+
+
 @pytest.mark.parametrize("state", ["attribute", "list", "buffer"])
 def test_methods_that_keep_state_are_not_run_on_threads(state, monkeypatch):
     module = PReNetModule(stages=1, variant="PRN")
@@ -239,6 +270,48 @@ def test_threads_stop_at_an_exception():
     with pytest.raises(KeyError):
         list(on_threads(fail, range(1000), 2))
     assert len(done) < 1000
+
+
+def test_interrupted_threads_leave_their_items():
+    started, stop, left = threading.Event(), threading.Event(), []
+
+    def function(item):
+        if item == 0:
+            started.wait(20)
+            raise KeyError(item)
+        started.set()
+        left.append(stop.wait(20))
+
+    with pytest.raises(KeyError):
+        list(on_threads(function, range(2), 2, stop))
+    assert left == [True]
+    assert not stop.is_set()
+
+
+def test_a_stopped_scheduler_starts_no_pass(method):
+    restorer = restorer_of(method, False)
+    restorer.scheduler._stop.set()
+    with pytest.raises(CancelledError):
+        restorer(images(1)[0])
+
+
+def test_few_images_share_the_threads(method, monkeypatch):
+    """Of three images on two threads, the last one uses both."""
+    restorer, threads = restorer_of(method, False), torch.get_num_threads()
+    restorer.scheduler._stateless = True
+    used, run = [], restorer.scheduler._forward
+
+    def forward(*arguments):
+        used.append(torch.get_num_threads())
+        return run(*arguments)
+
+    monkeypatch.setattr(restorer.scheduler, "_forward", forward)
+    torch.set_num_threads(2)
+    try:
+        restorer(images(3))
+    finally:
+        torch.set_num_threads(threads)
+    assert used == [1, 1, 2]
 
 
 @pytest.mark.gpu

@@ -18,3 +18,22 @@ def test_free_memory_respects_the_limit_of_a_container(tmp_path, monkeypatch, li
 def test_free_memory_without_a_container(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "CGROUP", tmp_path / "absent")
     assert memory.free_memory() > 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("could not create a memory object"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for a convolution"), False),
+        (RuntimeError("CUDNN_STATUS_EXECUTION_FAILED"), False),
+    ],
+)
+def test_messages_about_memory_are_recognised(error, expected):
+    assert memory.is_out_of_memory(error) is expected

@@ -84,12 +84,20 @@ def test_strength_blends_rainy_and_derained(method):
 
 def test_automatic_scale_depends_on_the_shorter_side(method, monkeypatch, caplog):
     assert [automatic_factor(side, 9000) for side in (1, 999, 1000, 1999, 2000, 2999, 3000)] == [1, 1, 1, 1, 2, 2, 3]
+    assert {-(-side // automatic_factor(side, 9000)) for side in range(2000, 9000)} == set(range(1000, 1501))
     sizes = []
     monkeypatch.setattr(method, "forward", lambda rainy: sizes.append(tuple(rainy.shape[2:])) or rainy)
     caplog.set_level("INFO", "derain")
     Restorer(method, device="cpu", scale="auto")([np.zeros((2060, 2200, 3), np.uint8)] * 2)
     assert sizes == [(1030, 1100)] * 2
     assert sum("1030" in record.message for record in caplog.records) == 1
+
+
+def test_images_at_once_are_those_of_the_reduced_size(method, monkeypatch):
+    restorer, sizes = Restorer(method, device="cpu", scale=4), []
+    monkeypatch.setattr(restorer.scheduler, "images_at_once", lambda *size: sizes.append(size) or 7)
+    assert restorer.images_at_once(400, 602) == 7
+    assert sizes == [(100, 151)]
 
 
 def test_a_result_that_is_not_finite_is_refused(method, monkeypatch):

@@ -1,5 +1,6 @@
 """Restore many photos: read ahead of the device, restore several at once, write behind it."""
 
+import errno
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from derain.errors import DerainError
-from derain.images import Photo
-from derain.memory import release_freed_memory
+from derain.images import Photo, image_size
+from derain.memory import is_out_of_memory, memory_errors, release_freed_memory
 
 if TYPE_CHECKING:
     from derain.restoration import Explanation, Restorer
@@ -24,6 +25,9 @@ WORKERS = 2
 
 BATCHES = 4
 """Largest number of batches, or of rounds of threads, that are restored in one call."""
+
+NOT_WRITABLE = {errno.ENOSPC, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
+"""Errors of a full or read-only disk, after which no further file can be written; Windows has no quota error."""
 
 
 class PhotoPipeline:
@@ -49,10 +53,10 @@ class PhotoPipeline:
         self.restorer = restorer
         self.read, self.restore, self.write = read, restore, write
         self._readers, self._writers = ThreadPoolExecutor(WORKERS), ThreadPoolExecutor(WORKERS)
-        self._reading: deque[tuple[Path, Future[Photo]]] = deque()
+        # Photos in order, with their number of pixels.
+        self._reading: deque[tuple[Path, Future[Photo], int]] = deque()
         # Outcomes in order, with the number of pixels of the photo while it is written.
         self._writing: deque[tuple[Future[bool] | DerainError | OSError, int]] = deque()
-        self._largest: int | None = None
         self._size: tuple[int, ...] = ()
 
     def run(self, jobs: Mapping[Path, Path]) -> Iterator[Outcome]:
@@ -66,6 +70,7 @@ class PhotoPipeline:
 
         Raises:
             KeyboardInterrupt: If the user interrupts the command, after the outcomes of all files that are complete.
+            OSError: If the disk is full or read-only.
         """
         remaining = deque(jobs)
         try:
@@ -85,19 +90,25 @@ class PhotoPipeline:
             self._stop()
 
     def _read_ahead(self, remaining: deque[Path]) -> None:
-        """Start to read the next photos, assuming that they are as large as the largest so far."""
-        while remaining:
-            largest = self._largest or PIXELS_AHEAD
-            if self._reading and (len(self._reading) + 1) * largest > PIXELS_AHEAD // 2:
-                return
-            if len(self._reading) >= self._group_size() + WORKERS:
+        """Start to read the next photos, up to half of the pixels that are allowed, but at least one photo."""
+        while remaining and len(self._reading) < self._group_size() + WORKERS:
+            pixels = _pixels(remaining[0])
+            if self._reading and pixels + sum(item[2] for item in self._reading) > PIXELS_AHEAD // 2:
                 return
             source = remaining.popleft()
-            self._reading.append((source, self._readers.submit(self.read, source)))
+            self._reading.append((source, self._readers.submit(self._read, source), pixels))
+
+    def _read(self, source: Path) -> Photo:
+        with memory_errors(str(source)):
+            return self.read(source)
+
+    def _write(self, photo: Photo, result: "Explanation", target: Path) -> bool:
+        with memory_errors(str(target)):
+            return self.write(photo, result, target)
 
     def _group_size(self) -> int:
         """Return the largest number of photos that are restored in one call, if all have the latest size."""
-        at_once = self.restorer.scheduler.images_at_once(*self._size) if self._size else 1
+        at_once = self.restorer.images_at_once(*self._size) if self._size else 1
         return BATCHES * at_once
 
     def _restore_group(self, jobs: Mapping[Path, Path]) -> None:
@@ -105,7 +116,7 @@ class PhotoPipeline:
         photos: list[Photo] = []
         sources: list[Path] = []
         while self._reading:
-            source, reading = self._reading[0]
+            source, reading, _ = self._reading[0]
             if photos and (not reading.done() or len(photos) >= self._group_size()):
                 break
             try:
@@ -120,13 +131,24 @@ class PhotoPipeline:
             self._note_size(photo)
             photos.append(photo)
             sources.append(source)
-        results = self.restore(photos, sources) if photos else []
+        results = self._restore(photos, sources) if photos else []
         for photo, source, result in zip(photos, sources, results, strict=True):
             if isinstance(result, DerainError):
                 self._writing.append((result, 0))
             else:
-                writing = self._writers.submit(self.write, photo, result, jobs[source])
+                writing = self._writers.submit(self._write, photo, result, jobs[source])
                 self._writing.append((writing, photo.rgb.shape[0] * photo.rgb.shape[1]))
+
+    def _restore(self, photos: list[Photo], sources: list[Path]) -> "Sequence[Explanation | DerainError]":
+        """Restore photos; one by one if memory does not suffice for all of them."""
+        try:
+            return self.restore(photos, sources)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if len(photos) == 1:
+            return [DerainError(f"{sources[0]}: not enough memory; close other programs, or reduce the image")]
+        return [self._restore([photo], [source])[0] for photo, source in zip(photos, sources, strict=True)]
 
     def _note_size(self, photo: Photo) -> None:
         """Record the size of a photo; release freed memory if it differs from that of the last photo."""
@@ -134,7 +156,6 @@ class PhotoPipeline:
         if (height, width) != self._size:
             release_freed_memory()  # blocks of another size cannot be reused
         self._size = (height, width)
-        self._largest = max(self._largest or 0, height * width)
 
     def _is_done(self) -> bool:
         """Return whether the outcome of the first file is known."""
@@ -151,7 +172,7 @@ class PhotoPipeline:
         try:
             outcome = item.result() if isinstance(item, Future) else item
         except (DerainError, OSError) as error:
-            outcome = error
+            outcome = outcome_of(error)
         self._writing.popleft()
         return outcome
 
@@ -159,3 +180,23 @@ class PhotoPipeline:
         """Cancel what has not started, and wait for the rest."""
         self._readers.shutdown(cancel_futures=True)
         self._writers.shutdown(cancel_futures=True)
+
+
+def outcome_of(error: DerainError | OSError) -> Outcome:
+    """Return the error of a file as its outcome.
+
+    Raises:
+        OSError: If the disk is full or read-only: no further file can be written.
+    """
+    if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+        raise error
+    return error
+
+
+def _pixels(source: Path) -> int:
+    """Return the number of pixels of a photo; 0 if it cannot be opened, which is reported when it is read."""
+    try:
+        height, width = image_size(source)
+    except (DerainError, OSError):
+        return 0
+    return height * width

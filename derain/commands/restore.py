@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from derain import video
 from derain.commands.option_values import scale_factor, tile_size
-from derain.commands.photo_pipeline import Outcome, PhotoPipeline
+from derain.commands.photo_pipeline import PIXELS_AHEAD, Outcome, PhotoPipeline, outcome_of
 from derain.errors import DerainError
 from derain.folders import check_outputs
 from derain.image_metadata import has_location
 from derain.images import SUFFIXES, Photo, Pixels, image_files, read_photo, select_images, to_bytes, write_image
-from derain.memory import keep_freed_memory, release_freed_memory
+from derain.memory import keep_freed_memory, memory_errors, release_freed_memory
 from derain.pictures import compare, write_explanation
 from derain.progress import track
 from derain.unfinished import remove_unfinished_outputs
@@ -106,7 +106,7 @@ def restore(
         precision: Precision of the network; bf16 (autocast) falls back to float32 on devices without bfloat16.
         compile: Compile the network, which takes up to a minute; worthwhile for hundreds of photos.
         scale: Estimate the rain on photos that are reduced by this factor, and subtract it at full size; auto reduces
-            the shorter side to 1000 to 1999 pixels, full restores the photo itself.
+            a shorter side of 2000 pixels or more to 1000 to 1500 pixels, full restores the photo itself.
         strength: Share of the rain that is removed, from 0 to 1.
 
     Raises:
@@ -143,7 +143,7 @@ def restore(
     print(f"{weights}: {restorer.note}, on {restorer.device}", file=sys.stderr)
     try:
         _restore_all(restorer, pending, options, report)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OSError):
         report.print_interrupted(list(pending.values())[report.attempted :], overwrite)
         raise
     return report.finish("photos and videos" if any(map(is_video, jobs)) else "photos")
@@ -283,9 +283,11 @@ def _outcomes(restorer: "Restorer", jobs: Mapping[Path, Path], options: FileOpti
         restore_file = restore_video if are_videos else restore_photo
         for source, target in group.items():
             try:
-                yield restore_file(restorer, source, target, options)
+                with memory_errors(str(source)):
+                    outcome: Outcome = restore_file(restorer, source, target, options)
             except (DerainError, OSError) as error:
-                yield error
+                outcome = outcome_of(error)
+            yield outcome
             release_freed_memory()
 
 
@@ -378,12 +380,14 @@ def restore_video(restorer: "Restorer", source: Path, target: Path, options: Fil
 
     def restore_frames(frames: Iterator[Pixels]) -> Iterator[Pixels]:
         conditions: dict[str, Any] | None = None
-        count = 0
-        while batch := list(islice(frames, video.QUEUE)):
+        count, size = 0, video.QUEUE
+        while batch := list(islice(frames, size)):
             if conditions is None:
                 conditions = restorer.encode(np.asarray(batch[0] / 255, np.float32))
             yield from restorer(batch, conditions, name=f"{source}: frame {count} +")
             count += len(batch)
+            height, width = batch[0].shape[:2]
+            size = max(video.QUEUE, min(restorer.images_at_once(height, width), PIXELS_AHEAD // (height * width)))
 
     def change(frames: Iterator[Pixels]) -> Iterator[Pixels]:
         return video.fuse_neighbours(restore_frames(frames), options.temporal)

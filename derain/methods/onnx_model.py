@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from derain.errors import DerainError
 from derain.files.metadata import check, shorten
 from derain.files.weights import BUILD_ERRORS
+from derain.memory import is_out_of_memory
 from derain.methods.base import DerainModule
 from derain.methods.graph import Graph
 from derain.methods.interfaces import RunsGraph
@@ -20,9 +20,6 @@ from derain.methods.onnx_graphs import read_graph
 from derain.methods.registry import find
 
 log = logging.getLogger("derain")
-
-OUT_OF_MEMORY = re.compile("bad_alloc|[Ff]ailed to allocate|out of memory")
-"""Matches onnxruntime's messages about memory."""
 
 
 def require_packages(*packages: str) -> None:
@@ -111,7 +108,7 @@ class OnnxNetwork(nn.Module):
         try:
             return torch.from_numpy(self.session.run(None, arrays)[0])
         except runtime_errors() as error:
-            if OUT_OF_MEMORY.search(str(error)):
+            if is_out_of_memory(error):
                 raise MemoryError(str(error)) from error
             raise DerainError(f"{self.path}: cannot be run ({shorten(error)}); export it again") from error
 

@@ -1,3 +1,4 @@
+import errno
 import signal
 import threading
 import time
@@ -71,7 +72,7 @@ def test_outcomes_keep_the_order_under_failures(restorer, tmp_path):
 
 def test_photos_that_are_ready_are_restored_together(restorer, tmp_path, monkeypatch):
     jobs, groups = jobs_of(tmp_path, 20), []
-    monkeypatch.setattr(restorer.scheduler, "images_at_once", lambda height, width: 2)
+    monkeypatch.setattr(restorer, "images_at_once", lambda height, width: 2)
 
     def restore(photos, sources):
         time.sleep(0.1)
@@ -83,28 +84,68 @@ def test_photos_that_are_ready_are_restored_together(restorer, tmp_path, monkeyp
     assert max(groups) == 8
 
 
-def test_pixels_in_memory_are_bounded(restorer, tmp_path, monkeypatch):
-    """Slow writing stops reading; a photo of any size is restored."""
-    monkeypatch.setattr(photo_pipeline, "PIXELS_AHEAD", 10 * 64)
+@pytest.mark.parametrize("first_side", [2, 40])
+def test_pixels_in_memory_are_bounded(restorer, tmp_path, monkeypatch, first_side):
+    """Slow writing stops reading, also if the first photo is smaller than the others; one may exceed the limit."""
+    limit = 10 * 8 * 8
+    sides = [first_side] + [8] * 39
+    monkeypatch.setattr(photo_pipeline, "PIXELS_AHEAD", limit)
+    monkeypatch.setattr(photo_pipeline, "image_size", lambda path: (sides[index_of(path)],) * 2)
+    monkeypatch.setattr(restorer, "images_at_once", lambda height, width: 8)
     jobs, lock, held, most = jobs_of(tmp_path, 40), threading.Lock(), 0, 0
 
     def read(path):
         nonlocal held, most
         with lock:
-            held += 1
+            held += sides[index_of(path)] ** 2
             most = max(most, held)
-        return photo_of(index_of(path))
+        return photo_of(index_of(path), sides[index_of(path)])
 
     def write(photo, result, target):
         nonlocal held
         time.sleep(0.005)
         with lock:
-            held -= 1
+            held -= sides[index_of(target)] ** 2
         return False
 
     assert len(list(pipeline_of(restorer, jobs, read=read, write=write).run(jobs))) == 40
-    assert most <= 20
-    assert len(list(pipeline_of(restorer, jobs, read=lambda path: photo_of(1, 100)).run(jobs))) == 40
+    assert most <= max(limit, first_side**2 + limit // 2)
+
+
+def test_memory_that_does_not_suffice_fails_single_photos(restorer, tmp_path):
+    """Photos are restored one by one if memory does not suffice for several."""
+    jobs = jobs_of(tmp_path, 6)
+
+    def read(path):
+        if index_of(path) == 1:
+            raise MemoryError
+        return photo_of(index_of(path))
+
+    def restore(photos, sources):
+        if len(photos) > 1 or index_of(sources[0]) == 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return [Explanation(photo.rgb, {}, {}) for photo in photos]
+
+    def write(photo, result, target):
+        if index_of(target) == 5:
+            raise MemoryError
+        return False
+
+    outcomes = list(pipeline_of(restorer, jobs, read=read, restore=restore, write=write).run(jobs))
+    assert [isinstance(outcome, DerainError) for outcome in outcomes] == [index in (1, 3, 5) for index in range(6)]
+    assert all(f"{index}.png" in str(outcomes[index]) for index in (1, 3, 5))
+
+
+def test_a_full_disk_ends_the_run(restorer, tmp_path):
+    jobs, written = jobs_of(tmp_path, 200), []
+
+    def write(photo, result, target):
+        written.append(index_of(target))
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    with pytest.raises(OSError, match="No space left"):
+        list(pipeline_of(restorer, jobs, write=write).run(jobs))
+    assert len(written) < 200
 
 
 def test_an_interrupt_completes_the_files_that_are_being_written(restorer, tmp_path):

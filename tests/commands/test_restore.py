@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from derain import scaling
-from derain.batching import Scheduler
 from derain.cli import main
 from derain.commands.restore import plan
 from derain.errors import DerainError
@@ -440,7 +439,7 @@ def test_interrupt_says_how_to_restore_the_rest(file, tmp_path, capsys, monkeypa
         return restore_each(self, images, names, conditions)
 
     monkeypatch.setattr(Restorer, "restore_each", interrupted)
-    monkeypatch.setattr(Scheduler, "images_at_once", lambda self, height, width: 0)  # one photo after the other
+    monkeypatch.setattr(Restorer, "images_at_once", lambda self, height, width: 0)  # one photo after the other
     arguments = ["restore", str(tmp_path / "in"), str(tmp_path / "out"), "--weights", file, "--device", "cpu", *options]
     assert main(arguments) == 130
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("restored"))
