@@ -18,6 +18,15 @@ def method():
     return PReNetModule(stages=2)
 
 
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_a_tensor_that_requires_grad_is_restored(method, strength):
+    image = torch.rand(3, 9, 11, requires_grad=True)
+    restorer = Restorer(method, device="cpu", strength=strength)
+    restored = restorer(image)
+    assert not restored.requires_grad
+    torch.testing.assert_close(restored, restorer(image.detach()))
+
+
 def test_a_list_of_modules_is_not_compiled():
     method = PReNetModule(stages=1)
     method.network = torch.nn.ModuleList([method.network])

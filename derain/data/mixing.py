@@ -20,7 +20,9 @@ class Mixture:
     """Chooses the pair of each training sample, so that every data set has its share of each epoch.
 
     A set with more samples than pairs is over-sampled. A set with fewer samples than pairs continues in the next epoch
-    where it stopped. In both cases, each pair of a set occurs as often as any other one, give or take one.
+    where it stopped. In both cases, each pair of a set occurs as often as any other one, give or take one, if an epoch
+    needs one permutation of its samples. Further permutations, as in later stages of ``--data.schedule`` with larger
+    batches, continue with the pairs of the next epochs, which then repeat them.
 
     Args:
         sizes: Number of pairs of each data set, in the order of the pairs.

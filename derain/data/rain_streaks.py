@@ -80,7 +80,7 @@ def draw_lanes(layers: StreakLayers, size: Sequence[int], device: torch.device) 
     count = len(layers.angle)
     cell = layers.length / MEAN_FRACTION
     lanes = int(diagonal / float(lane_distance(layers.width).min())) + 3
-    cells = int(1.4 * diagonal / float(cell.min())) + 3
+    cells = int(1.4 * (diagonal + 1) / float(cell.min())) + 3
     presence = (layers.coverage / (MEAN_FRACTION * (1 - TAPER))).clamp(max=MAX_PRESENCE).to(device)
     number = torch.rand(count, lanes, cells, device=device).div_(presence[:, None, None])
     return Lanes(

@@ -55,9 +55,9 @@ class OnnxNetwork(nn.Module):
         self.metadata, self.costs = read_graph(path)
         self.inputs: list[str] = list(self.metadata["graph"]["inputs"])
         self.session = self._open("CPUExecutionProvider")
-        self.on_gpu = False
+        self.gpu: torch.device | None = None
 
-    def _open(self, *providers: str) -> Any:
+    def _open(self, *providers: str | tuple[str, dict[str, Any]]) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -87,7 +87,7 @@ class OnnxNetwork(nn.Module):
             MemoryError: If memory is insufficient.
         """
         images = inputs[0]
-        self._use_device_of(images)
+        self._use(images.device)
         self.costs.check(*images.shape[2:])
         arrays = {}
         for name, tensor in [*zip(self.inputs, inputs, strict=False), *named.items()]:
@@ -112,11 +112,12 @@ class OnnxNetwork(nn.Module):
                 raise MemoryError(str(error)) from error
             raise DerainError(f"{self.path}: cannot be run ({shorten(error)}); export it again") from error
 
-    def _use_device_of(self, images: Tensor) -> None:
-        if not images.is_cuda or self.on_gpu:
+    def _use(self, device: torch.device) -> None:
+        """Run the graph on a device from now on, if it is a GPU."""
+        if device.type != "cuda" or self.gpu == device:
             return
-        self.session = self._open(*_gpu_first())
-        self.on_gpu = True
+        self.session = self._open(*_gpu_first(device.index))
+        self.gpu = device
         if "CUDAExecutionProvider" not in self.session.get_providers():
             raise DerainError(
                 f"{self.path}: onnxruntime is installed without CUDA; add --device cpu, or pip install onnxruntime-gpu"
@@ -152,11 +153,13 @@ def runtime_errors() -> tuple[type[Exception], ...]:
     )
 
 
-def _gpu_first() -> list[str]:
+def _gpu_first(index: int) -> list[str | tuple[str, dict[str, Any]]]:
+    """Return the providers of a session that runs on the GPU with an index, if onnxruntime has CUDA."""
     import onnxruntime
 
-    available = onnxruntime.get_available_providers()
-    return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return ["CPUExecutionProvider"]
+    return [("CUDAExecutionProvider", {"device_id": index}), "CPUExecutionProvider"]
 
 
 class OnnxModule(DerainModule):

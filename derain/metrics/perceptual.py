@@ -65,7 +65,7 @@ class Lpips:
                 f"image of {clean.shape[1]}x{clean.shape[0]} pixels: LPIPS needs at least "
                 f"{self.backbone.min_side}x{self.backbone.min_side}; add --lpips none"
             )
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
             return float(self.network(_tensor(derained) * 2 - 1, _tensor(clean) * 2 - 1))
 
 
@@ -134,7 +134,7 @@ class PyiqaMetric:
             if image.dtype.kind == "f":
                 check_range(image, "image", 1.0)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.autocast("cpu", enabled=False):
                 score = float(self.metric(*(_tensor(image) for image in images)))
         except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise DerainError(f"pyiqa cannot compute {self.name}: {_first_line(error)}") from error

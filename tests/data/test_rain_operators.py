@@ -81,6 +81,15 @@ def test_opacity_matches_float64():
         assert float(opacity[layer, y, x]) == pytest.approx(expected, abs=2e-3)
 
 
+@pytest.mark.parametrize(("length", "width"), [(1.0, 1.0), (0.2, 0.2)])
+def test_short_streaks_have_cells_for_all_pixels(length, width):
+    parameters = layers(angle=[0.3, -0.3], length=[length] * 2, width=[width] * 2, coverage=[0.2, 0.2])
+    for seed, side in enumerate((7, 16, 33, 64)):
+        torch.manual_seed(seed)
+        opacity = streak_opacity(parameters, draw_lanes(parameters, (side, side), torch.device("cpu")), (side, side))
+        assert opacity.isfinite().all()
+
+
 def test_rain_falls_along_its_angle():
     """A positive angle falls to the right: the opacity is constant along (sin, cos), not along (-sin, cos)."""
     lanes = Lanes(

@@ -139,6 +139,26 @@ def test_files_that_cannot_be_run_are_refused_in_one_line(tmp_path, monkeypatch)
         catalog.load(path)
 
 
+def test_the_session_uses_the_gpu_of_the_images(tmp_path, monkeypatch):
+    import onnxruntime
+
+    method = PReNetModule(stages=1).eval()
+    write(method.export_graph(), method, tmp_path / "m.onnx", "onnx")
+    network, opened = OnnxNetwork(tmp_path / "m.onnx"), []
+
+    class Session:
+        def get_providers(self):
+            return ["CUDAExecutionProvider"]
+
+    monkeypatch.setattr(network, "_open", lambda *providers: opened.append(providers) or Session())
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    for index in (1, 1, 0):
+        network._use(torch.device("cuda", index))
+    assert [providers[0] for providers in opened] == [
+        ("CUDAExecutionProvider", {"device_id": index}) for index in (1, 0)
+    ]
+
+
 def test_running_out_of_memory_raises_memory_error(tmp_path):
     """`Restorer` then tries smaller tiles."""
     from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException

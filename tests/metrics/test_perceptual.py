@@ -80,6 +80,13 @@ def test_lpips_equals_that_of_torchmetrics(cached_alexnet, photos):
     assert Lpips("alex")(*photos) == pytest.approx(expected, rel=1e-4)
 
 
+def test_lpips_is_computed_in_float32_under_autocast(cached_alexnet, photos):
+    lpips = Lpips("alex")
+    with torch.autocast("cpu", torch.bfloat16):
+        score = lpips(*photos)
+    assert score == lpips(*photos)
+
+
 def test_lpips_rejects_images_too_small_for_the_network(cached_alexnet):
     lpips = Lpips("alex")
     image = np.zeros((31, 31, 3), np.uint8)
