@@ -360,7 +360,7 @@ def _unpack(rainy: Any, name: str) -> _Unpacked:
         return _Unpacked(
             images, names, lambda restored: np.ascontiguousarray(np.moveaxis(pack(restored).numpy(), -3, -1))
         )
-    tensor = _checked(rainy, name).detach()
+    tensor = _checked(rainy.detach() if isinstance(rainy, Tensor) else rainy, name)
     images = list(tensor.reshape(-1, *tensor.shape[-3:]))
     names = [name] if tensor.ndim == 3 else [f"{name} {index}" for index in range(len(images))]
     return _Unpacked(images, names, lambda restored: _pack_tensor(restored, tensor))
