@@ -1,7 +1,7 @@
 """The bundled models against the one of derain 0.1, a small Restormer: seconds per megapixel for a 640×480 image.
 
-``bundled.py [--rounds 5]`` restores one image on one thread, in alternation. Target: ``default`` is at least 6 times as
-fast. Weights do not change the time, so those of derain 0.1 are random here.
+``bundled.py [--rounds 5]`` restores one image on one thread, in alternation. Targets: ``default`` is at least 6 times,
+and ``fast`` 20 times as fast. Weights do not change the time, so those of derain 0.1 are random here.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from derain.models import bundled
 from derain.restoration import Restorer
 
 HEIGHT, WIDTH = 480, 640
-MIN_SPEED_UP = 6.0
+MIN_SPEED_UP = {"default": 6.0, "fast": 20.0}
 
 
 def main() -> int:
@@ -33,7 +33,7 @@ def main() -> int:
     before = times["derain 0.1"][1]
     for name, (_, processor) in times.items():
         print(f"{name:12} {processor / megapixels:6.2f} s per megapixel, {before / processor:.1f} times as fast")
-    return int(before / times["default"][1] < MIN_SPEED_UP)
+    return int(any(before / times[name][1] < least for name, least in MIN_SPEED_UP.items()))
 
 
 if __name__ == "__main__":
