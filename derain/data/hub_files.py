@@ -31,7 +31,7 @@ def list_repository(repository: str, revision: str = "main", patterns: Sequence[
     with _hub_errors(repository):
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
-        from huggingface_hub.utils import filter_repo_objects
+        from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
         api = HfApi()
         info = api.dataset_info(repository, revision=revision)
@@ -86,14 +86,14 @@ def download_repository(
 
 def _silent_bar(advance: Callable[[int], None]) -> Any:
     """Return a progress bar for huggingface_hub that shows nothing and reports bytes."""
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
-    class Bar(tqdm):  # type: ignore[misc]
+    class Bar(tqdm):
         """Reports the bytes of the one bar of `snapshot_download` that counts them on disk."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.counts_bytes = kwargs.get("name") == "huggingface_hub.snapshot_download"
-            super().__init__(*args, **{**kwargs, "disable": True})
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: int | float | None = 1) -> None:
             if self.counts_bytes:
@@ -125,7 +125,7 @@ def _hub_errors(repository: str) -> Iterator[None]:
 
     source = f"hub:{repository}"
     verbosity = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()  # it warns about each attempt of each file
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns about each attempt of each file
     try:
         yield
     except HFValidationError as error:

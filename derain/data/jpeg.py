@@ -55,7 +55,8 @@ def jpeg(images: Float[Tensor, "b 3 h w"], quality: Float[Tensor, " b"]) -> Floa
     """
     height, width = images.shape[2:]
     padded = F.pad(images, (0, -width % 16, 0, -height % 16), mode="replicate")
-    luma, chroma = rgb_to_ycbcr(padded).split((1, 2), 1)
+    planes = rgb_to_ycbcr(padded)
+    luma, chroma = planes[:, :1], planes[:, 1:]
     luma = _quantised(luma - MIDDLE, LUMA, quality) + MIDDLE
     chroma = _quantised(F.avg_pool2d(chroma, 2) - 0.5, CHROMA, quality) + 0.5  # kornia's chroma of grey is 0.5
     chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear", align_corners=False)
@@ -70,6 +71,7 @@ def _quantised(
     steps = ((torch.tensor(table, device=planes.device) * scale + 50) / 100).floor().clamp(1, 255)
     steps = steps[:, None, None, None] / 255
     cosines = COSINES.to(planes)
-    blocks = planes.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4).flatten(4)
+    count, channels, height, width = planes.shape
+    blocks = planes.reshape(count, channels, height // 8, 8, width // 8, 8).transpose(3, 4).flatten(4)
     rounded = (blocks @ cosines.T).div_(steps).round_().mul_(steps)
-    return (rounded @ cosines).unflatten(4, (8, 8)).transpose(3, 4).reshape(planes.shape)
+    return (rounded @ cosines).view(*blocks.shape[:4], 8, 8).transpose(3, 4).reshape(planes.shape)

@@ -378,7 +378,8 @@ class RandomSensorNoise(SampleOperator):
 
     def transform(self, image: Tensor, params: Params) -> Tensor:
         """Add the same noise to each image of a pair."""
-        pairs = image.unflatten(1, (-1, 3))
+        count, channels, height, width = image.shape
+        pairs = image.reshape(count, channels // 3, 3, height, width)
         noise = torch.randn_like(pairs[:, :1]).mul_(per_image(params["deviation"] / 255, image)[..., None])
         return (pairs + noise).clamp_(0, 1).view_as(image)
 
@@ -425,9 +426,9 @@ class RandomCompression(SampleOperator):
 
     def transform(self, image: Tensor, params: Params) -> Tensor:
         """Encode and decode each image of a pair."""
-        images = image.unflatten(1, (-1, 3))
-        quality = params["quality"].repeat_interleave(images.shape[1]).to(image.device)
-        return jpeg(images.flatten(0, 1), quality).view_as(image)
+        channels, height, width = image.shape[1:]
+        quality = params["quality"].repeat_interleave(channels // 3).to(image.device)
+        return jpeg(image.reshape(-1, 3, height, width), quality).view_as(image)
 
 
 class RainDegradation(torch.nn.Module):

@@ -256,7 +256,7 @@ class DerainModule(TrainableModule, ABC):
         self._release_memory(rainy.shape)
         conditions: list[dict[str, Any]] = []
         if isinstance(self, Explains) and self.explaining:
-            images = rainy.split(1)
+            images = [image[None] for image in rainy]
             conditions = [self.encode(image) for image in images]
             maps = [self._restore(image, self.explain, known) for image, known in zip(images, conditions, strict=True)]
             restored = torch.cat(maps)
