@@ -21,7 +21,8 @@ class Data:
 
 
 def trainer(batches, world, kept=10):
-    made = Mock(spec=Trainer, limit_val_batches=batches, num_predict_batches=[batches], world_size=world)
+    limits = {"limit_val_batches": batches, "limit_predict_batches": batches, "num_predict_batches": [batches]}
+    made = Mock(spec=Trainer, world_size=world, **limits)
     made.datamodule = Data(kept)
     return made
 
