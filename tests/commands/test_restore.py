@@ -478,13 +478,13 @@ def test_output_that_is_not_finite_is_not_written(photo, video, file, tmp_path, 
         assert list((tmp_path / "o").glob("*")) == []
 
 
-def test_automatic_scale_is_reported_and_strength_blends(file, tmp_path, capsys, monkeypatch):
+def test_automatic_scale_is_reported_and_strength_blends(file, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(scaling, "KNOWN_SIDE", 20)
     write_image(tmp_path / "in/large.png", clean_image(1, (48, 64)))
     write_image(tmp_path / "in/small.png", clean_image(2, (24, 39)))
     arguments = ["restore", str(tmp_path / "in"), str(tmp_path / "out"), "--weights", file, "--device", "cpu"]
     assert main([*arguments, "--scale", "auto", "--strength", "0"]) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if "scale 2" in line]
+    lines = [record.getMessage() for record in caplog.records if "scale 2" in record.getMessage()]
     assert len(lines) == 1
     assert "64×48" in lines[0]
     assert "32×24" in lines[0]
