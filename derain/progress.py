@@ -10,6 +10,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -39,8 +40,7 @@ def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with _bar(*columns) as progress:
         yield from progress.track(items, total=total, description=label)
 
 
@@ -67,11 +67,16 @@ def track_bytes(label: str, total: int, done: int = 0) -> Iterator[Callable[[int
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with _bar(*columns) as progress:
         task = progress.add_task(label, total=total or None, completed=done)
 
         def advance(size: int) -> None:
             progress.advance(task, size)
 
         yield advance
+
+
+def _bar(*columns: ProgressColumn) -> Progress:
+    """Return a progress bar on standard error, which is shown if that is a terminal, and removed at the end."""
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
