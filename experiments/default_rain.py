@@ -19,7 +19,7 @@ from derain.errors import DerainError
 Crop = NDArray[np.float32]
 Rng = np.random.Generator
 
-WITHOUT_RAIN = 0.16
+WITHOUT_RAIN = 0.1
 """Share of the crops to which no rain is added."""
 
 
@@ -34,7 +34,7 @@ class RainPairs:
     Args:
         measured: Grey images of streaks on black, such as those of Garg and Nayar (2006).
         kinds: Share of each kind of streaks, by the name of the method that makes it: ``measured``, ``noise``,
-            ``drawn``.
+            ``drawn``, ``fine``.
 
     Raises:
         DerainError: If there are no images, or one cannot be read.
@@ -110,6 +110,22 @@ class RainPairs:
             if rng.random() < 0.2:
                 layer = np.clip((layer - 0.15) * 2.5, 0, 1)  # hard edges
             total += layer * rng.uniform(0.25, 1.3)
+        return np.minimum(total, 1.3)
+
+    def fine(self, shape: tuple[int, int], rng: Rng) -> Crop:
+        """Return short, soft, half-transparent streaks and drops, as in photos with exposures of 1/100 s or less."""
+        angle, spread = rng.normal(0, 15), rng.choice([1.0, 4.0, 10.0])
+        total = np.zeros(shape, np.float32)
+        for _ in range(int(rng.integers(1, 4))):
+            is_drops = rng.random() < 0.15
+            length = log_uniform(rng, 1, 5) if is_drops else log_uniform(rng, 4, 28)
+            thickness = rng.uniform(0.5, 1.6) if is_drops else log_uniform(rng, 0.3, 1.4)
+            kernel = line(length, rng.normal(angle, spread), thickness)
+            covered = log_uniform(rng, 0.02, 0.5)  # share of the pixels that have a streak
+            layer = smeared_points(shape, min(0.06, covered / float(kernel.sum())), kernel, rng)
+            if thickness > 0.8 or rng.random() < 0.5:  # streaks fade out towards their ends
+                layer = cv2.GaussianBlur(layer, (0, 0), rng.uniform(0.4, 1.2))
+            total += np.minimum(layer, 1) * log_uniform(rng, 0.08, 0.9)
         return np.minimum(total, 1.3)
 
     def drawn(self, shape: tuple[int, int], rng: Rng) -> Crop:

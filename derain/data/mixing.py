@@ -37,7 +37,7 @@ class Mixture:
         DerainError: If a data set would get no sample of an epoch.
 
     Example:
-        >>> mixture = Mixture([2, 100], weights=[1, 1], count=8, seed=0)
+        >>> mixture = Mixture([2, 100], weights=[1.0, 1.0], count=8, seed=0)
         >>> mixture.counts
         [4, 4]
         >>> sorted(mixture.pair(Sample(epoch=0, number=number, crop=64)) for number in range(4))
