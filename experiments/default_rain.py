@@ -34,7 +34,7 @@ class RainPairs:
     Args:
         measured: Grey images of streaks on black, such as those of Garg and Nayar (2006).
         kinds: Share of each kind of streaks, by the name of the method that makes it: ``measured``, ``noise``,
-            ``drawn``, ``fine``.
+            ``drawn``, ``fine``, ``hard``.
 
     Raises:
         DerainError: If there are no images, or one cannot be read.
@@ -127,6 +127,20 @@ class RainPairs:
                 layer = cv2.GaussianBlur(layer, (0, 0), rng.uniform(0.4, 1.2))
             total += np.minimum(layer, 1) * log_uniform(rng, 0.08, 0.9)
         return np.minimum(total, 1.3)
+
+    def hard(self, shape: tuple[int, int], rng: Rng) -> Crop:
+        """Return lines of one opacity, length and thickness, with hard edges, as simple programs draw rain."""
+        height, width = shape
+        lines = np.zeros(shape, np.uint8)
+        length, angle, spread = log_uniform(rng, 6, 90), rng.uniform(-40, 40), rng.choice([0.0, 3.0])
+        thickness = int(rng.integers(1, 4))
+        kind = cv2.LINE_AA if rng.random() < 0.4 else cv2.LINE_8
+        for _ in range(int(log_uniform(rng, 0.02, 0.4) * height * width / (length * thickness)) + 1):
+            direction = math.radians(rng.normal(angle, spread))
+            x, y = rng.uniform(-length, width), rng.uniform(-length, height)
+            end = (int(x + length * math.sin(direction)), int(y + length * math.cos(direction)))
+            cv2.line(lines, (int(x), int(y)), end, 255, thickness, kind)
+        return lines.astype(np.float32) / 255 * np.float32(rng.uniform(0.3, 1.2))
 
     def drawn(self, shape: tuple[int, int], rng: Rng) -> Crop:
         """Return streaks of `derain data synthesize`, in wider ranges than its presets."""

@@ -354,7 +354,7 @@ def test_a_bundled_model_is_trained_and_resumed(tmp_path, monkeypatch):
         torch.testing.assert_close(value, whole[name], rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["measured", "noise", "drawn"])
+@pytest.mark.parametrize("kind", ["measured", "noise", "drawn", "fine", "hard"])
 def test_rain_of_the_bundled_model(kind, tmp_path, monkeypatch):
     """Rain brightens dark crops, stays in [0, 1], and is determined by the generator."""
     monkeypatch.syspath_prepend(EXPERIMENTS)
@@ -370,7 +370,7 @@ def test_rain_of_the_bundled_model(kind, tmp_path, monkeypatch):
         assert rainy.mean() > clean.mean()
     pairs = [rain.pair(clean, np.random.default_rng(seed)) for seed in range(60)]
     unchanged = sum(np.array_equal(rainy, target) for rainy, target in pairs)
-    assert 2 <= unchanged <= 24  # a sixth of the crops stays without rain
+    assert 2 <= unchanged <= 16  # a tenth of the crops stays without rain
 
 
 def test_measured_streaks_that_are_missing_or_damaged(tmp_path):
