@@ -42,7 +42,7 @@ EXAMPLE_SIZE = (75, 90)
 """Size (height, width) of the image that the graph is traced with, in pixels."""
 
 
-def export(method: DerainModule, path: Path, format: Format = "onnx") -> dict[tuple[int, int], float]:
+def export(method: DerainModule, path: str | Path, format: Format = "onnx") -> dict[tuple[int, int], float]:
     """Export a method; the file is written only if its results equal those of the method within ``TOLERANCE``.
 
     Args:
@@ -57,6 +57,7 @@ def export(method: DerainModule, path: Path, format: Format = "onnx") -> dict[tu
         DerainError: If the suffix is wrong, the method cannot be exported, the results of the file differ, or a package
             is not installed.
     """
+    path = Path(path)
     if path.suffix.lower() != SUFFIXES[format]:
         raise DerainError(f"{path}: wrong suffix; a file of format {format} ends in {SUFFIXES[format]}")
     with _in_eval_mode_on_cpu(method):

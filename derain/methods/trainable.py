@@ -172,12 +172,12 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         """
         return f"load them: {type(self).__name__}.from_pretrained({str(path)!r})"
 
-    def save_weights(self, path: Path) -> None:
+    def save_weights(self, path: str | Path) -> None:
         """Write the weights of the network, with metadata, as a safetensors file.
 
         If the class cannot be imported elsewhere, a warning says how to load the file.
         """
-        weights.save(self.network.state_dict(), self.metadata(), path)
+        weights.save(self.network.state_dict(), self.metadata(), Path(path))
         if not is_importable(class_path(type(self))):
             name = type(self).__name__
             log.warning(

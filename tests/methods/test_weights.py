@@ -112,7 +112,7 @@ def test_no_file_executes_code(tmp_path):
 
 def test_an_interrupted_write_leaves_the_old_file(method, tmp_path, monkeypatch):
     path = tmp_path / "w.safetensors"
-    method.save_weights(path)
+    method.save_weights(str(path))
     before = path.read_bytes()
 
     def fail(state, target, metadata):

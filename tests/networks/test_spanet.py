@@ -117,7 +117,7 @@ def test_files_of_both_formats_restore_as_the_network(format, tmp_path, monkeypa
         for name, parameter in method.named_parameters():
             if "recurrence" in name:
                 parameter.normal_(std=0.5)
-    export(method, tmp_path / f"spanet{SUFFIXES[format]}", format)  # compares the file with the method
+    export(method, str(tmp_path / f"spanet{SUFFIXES[format]}"), format)  # compares the file with the method
 
 
 def test_mask_is_1_where_any_channel_differs_by_a_grey_level():
