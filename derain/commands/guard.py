@@ -250,7 +250,7 @@ class Guard:
             await self.app(request.scope, _receive_bytes(body, request), send)
 
     def _check_data(self, path: str, call: dict[str, Any]) -> None:
-        """Refuse a wrong number of values for a function of the page, or a first value that is not a file."""
+        """Refuse a wrong number of values for a function of the page, or a first value without files."""
         functions = self.queue.blocks.fns
         index = call.get("fn_index")
         data = call.get("data")
@@ -262,11 +262,13 @@ class Guard:
             raise HTTPException(400, f"fn_index {index!r}: not a function of this page")
         if not isinstance(data, list) or len(data) != len(function.inputs):
             raise HTTPException(400, f"data: expected a list of {len(function.inputs)} values")
-        if data and data[0] is not None:
+        files = data[0] if data and isinstance(data[0], list) else data[:1]
+        for file in files:
             try:
-                FileData.model_validate(data[0])
+                if file is not None:
+                    FileData.model_validate(file)
             except ValidationError as error:
-                raise HTTPException(400, "data: expected the path of an uploaded file as the first value") from error
+                raise HTTPException(400, "data: expected paths of uploaded files as the first value") from error
 
     def _claim_session(self, name: Any, cookie: str) -> None:
         """Record the owner of a new session; refuse a session that belongs to another browser."""

@@ -3,7 +3,7 @@
 import base64
 import html
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from derain.commands.guard import MAX_JOBS, Guard
 from derain.commands.page_files import KEEP_MINUTES
-from derain.commands.service import RestorationService, RestoredPhoto
+from derain.commands.service import RestorationService, RestoredPhoto, RestoredPhotos
 from derain.errors import DerainError
 from derain.images import Pixels
 
@@ -22,33 +22,22 @@ STYLE = Path(__file__).with_name("page.css")
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path d="M16 3c5 7 9 11 9 17a9 9 0 0 1-18 0c0-6 \
 4-10 9-17z" fill="#3b82f6"/></svg>"""
 
+SCRIPT = Path(__file__).with_name("page.js")
+"""Accepts photos pasted, chosen or dropped anywhere on the page; without it, a browser would open a dropped photo."""
+
 HEAD = (
     """<link rel="icon" type="image/svg+xml" href="data:image/svg+xml,"""
     + ICON.replace("<", "%3C").replace(">", "%3E").replace("#", "%23").replace('"', "'")
     + """">
-<meta name="color-scheme" content="light dark">
-<script>
-const upload = (files) => {
-  const input = document.querySelector("#photo input[type=file]");
-  if (!input || !files.length) return;
-  const transfer = new DataTransfer();
-  transfer.items.add(files[0]);
-  input.files = transfer.files;
-  input.dispatchEvent(new Event("change", {bubbles: true}));
-};
-document.addEventListener("paste", (event) => upload(event.clipboardData.files));
-document.addEventListener("dragover", (event) => event.preventDefault());
-document.addEventListener("drop", (event) => {
-  if (event.defaultPrevented) return;
-  event.preventDefault();
-  upload(event.dataTransfer.files);
-});
-</script>"""
+<meta name="color-scheme" content="light dark">"""
 )
-"""Head of the page: its icon, and a script that accepts photos pasted or dropped anywhere on it.
+"""Head of the page, with its icon."""
 
-Without the script, a browser would leave the page and open a dropped photo.
-"""
+UPLOAD_SEVERAL = """async (...values) => {
+  const [files, refused] = await uploadChosen();
+  return [files, ...values.slice(1, -1), refused];
+}"""
+"""Uploads several photos, and returns the inputs of the function that restores them."""
 
 SCALES = ("full", "auto", "2", "3", "4", "6", "8")
 """Values of the option ``scale``, as for ``derain restore``; the first is the default."""
@@ -93,11 +82,18 @@ def build(
         mcp_server=False,
         enable_monitoring=False,
         theme=_theme(),
-        head=f"{HEAD}<style>{STYLE.read_text(encoding='utf-8')}</style>",  # css= would rewrite the selectors
+        head=_head(max_megabytes),
     )
     blocks.has_launched = True  # makes Gradio, too, refuse paths that were not uploaded
     guard = Guard(application, blocks._queue, service.folder, max_megabytes * 2**20, host, allowed_hosts)
     return guard
+
+
+def _head(max_megabytes: int) -> str:
+    """Return the head of the page."""
+    style, script = (file.read_text(encoding="utf-8") for file in (STYLE, SCRIPT))
+    limit = f"const maxMegabytes = {max_megabytes};"
+    return f"{HEAD}<style>{style}</style><script>{limit}\n{script}</script>"  # css= would rewrite the selectors
 
 
 def _theme() -> gr.themes.Base:
@@ -120,9 +116,13 @@ class _Components(NamedTuple):
 
     uploaded: gr.State
     photo: gr.Image
+    photos: gr.File
+    refused: gr.JSON
+    several: gr.Button
     note: gr.HTML
     result: gr.Column
     slider: gr.ImageSlider
+    pairs: gr.Gallery
     caption: gr.HTML
     again: gr.Button
     download: gr.DownloadButton
@@ -141,7 +141,7 @@ def _add_components(service: RestorationService) -> _Components:
     """Add the components to the page, from top to bottom."""
     models = list(service.restorers)
     gr.HTML(
-        f"<h1>{ICON}derain</h1><p>Removes rain from a photo. Photos are processed on the computer that serves this "
+        f"<h1>{ICON}derain</h1><p>Removes rain from photos. Photos are processed on the computer that serves this "
         f"page and deleted after {KEEP_MINUTES} minutes. {METADATA[service.keep_metadata]}</p>",
         elem_id="title",
     )
@@ -154,8 +154,12 @@ def _add_components(service: RestorationService) -> _Components:
         height=420,
         elem_id="photo",
         buttons=[],
-        placeholder="# Drop a rainy photo here\nor click to choose one, or paste it",
+        placeholder="# Drop rainy photos here\nor click to choose them, or paste one",
     )
+    photos = gr.File(file_count="multiple", visible="hidden")
+    refused = gr.JSON(visible="hidden")
+    several = gr.Button(visible="hidden", elem_id="several")
+    gr.HTML("<p role='status'></p>", elem_id="uploading")
     note = gr.HTML(elem_id="note", visible=False)
     with gr.Column(visible=False, elem_id="result") as result:
         slider = gr.ImageSlider(
@@ -165,6 +169,17 @@ def _add_components(service: RestorationService) -> _Components:
             elem_id="slider",
             buttons=["fullscreen"],
             max_height=560,
+        )
+        pairs = gr.Gallery(
+            show_label=False,
+            label="Before and after",
+            elem_id="pairs",
+            columns=2,
+            height=640,
+            object_fit="contain",
+            interactive=False,
+            buttons=["fullscreen"],
+            visible=False,
         )
         with gr.Row(elem_id="actions"):
             caption = gr.HTML(elem_id="caption")
@@ -182,9 +197,13 @@ def _add_components(service: RestorationService) -> _Components:
     return _Components(
         uploaded,
         photo,
+        photos,
+        refused,
+        several,
         note,
         result,
         slider,
+        pairs,
         caption,
         again,
         download,
@@ -224,34 +243,53 @@ def _add_events(components: _Components, service: RestorationService, abandoned:
     accordions = (components.rain, components.options, components.details)
     hidden = dict.fromkeys((components.result, *accordions), gr.update(visible=False))
 
-    def restore(file: Any, model: Any, amount: Any, seed: Any, scale: Any, strength: Any, request: gr.Request) -> Any:
-        """Restore a photo; return the updates of the page, which show the result or the error."""
-        if not file:
+    def restore(
+        files: Any,
+        model: Any,
+        amount: Any,
+        seed: Any,
+        scale: Any,
+        strength: Any,
+        request: gr.Request,
+        refused: Any = None,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio finds it by its default
+    ) -> Any:
+        """Restore one or several photos; return the updates of the page, which show the result or the errors."""
+        uploads = _uploads(files)
+        messages = [_text(message) for message in refused or ()]
+        if not uploads and not messages:
             return gr.skip()
-        path, name = Path(str(file.get("path"))), _text(file.get("orig_name") or "photo")
         session = request.session_hash or ""
+        updates: dict[Any, Any] | None = None
         try:
-            restored = service.restore(
-                path,
-                name,
-                _text(model),
-                _number(amount, "Synthetic rain", 100),
-                int(_number(seed, "Seed", 2**32)),
-                _text(scale)[:20],
-                _number(strength, "Strength", 1),
-                abandoned=lambda: abandoned(session),
-            )
+            settings: dict[str, Any] = {
+                "model": _text(model),
+                "amount": _number(amount, "Synthetic rain", 100),
+                "seed": int(_number(seed, "Seed", 2**32)),
+                "scale": _text(scale)[:20],
+                "strength": _number(strength, "Strength", 1),
+                "abandoned": lambda: abandoned(session),
+            }
+            if len(uploads) == 1 and not messages:
+                ((path, name),) = uploads.items()
+                updates = _result_updates(components, name, service.restore(path, name, **settings))
+            else:
+                total = len(uploads)
+                progress((0, total), unit="photos")
+                settings["progress"] = lambda done: progress((done, total), unit="photos")
+                restored = service.restore_all(uploads, **settings)
+                updates = _results_updates(components, restored, messages + restored.errors)
         except DerainError as error:
+            messages.append(str(error))
+        if updates is None:
             return {
                 components.uploaded: None,
-                components.note: gr.update(value=_error(str(error)), visible=True),
+                components.note: gr.update(value=_errors(messages), visible=True),
                 components.photo: gr.update(value=None, visible=True),
                 **hidden,
             }
-        return {
-            components.uploaded: {"path": str(path), "orig_name": name},
-            **_result_updates(components, name, restored),
-        }
+        kept = [{"path": str(path), "orig_name": name} for path, name in uploads.items()]
+        return {components.uploaded: kept, **updates}
 
     updated = [
         components.uploaded,
@@ -259,6 +297,7 @@ def _add_events(components: _Components, service: RestorationService, abandoned:
         components.note,
         components.result,
         components.slider,
+        components.pairs,
         components.caption,
         components.download,
         *accordions,
@@ -272,47 +311,83 @@ def _add_events(components: _Components, service: RestorationService, abandoned:
         components.strength,
     ]
     options: dict[str, Any] = {
-        "show_progress_on": [components.photo, components.slider],
+        "show_progress_on": [components.photo, components.slider, components.pairs],
         "concurrency_id": "restore",
         "preprocess": False,
     }
     components.photo.upload(restore, [components.photo, *settings], updated, api_name="restore", **options)
+    private: dict[str, Any] = {**options, "api_visibility": "private", "trigger_mode": "always_last"}
+    components.several.click(
+        restore, [components.photos, *settings, components.refused], updated, js=UPLOAD_SEVERAL, **private
+    )
     for setting in settings:
-        setting.change(
-            restore,
-            [components.uploaded, *settings],
-            updated,
-            api_visibility="private",
-            trigger_mode="always_last",
-            **options,
-        )
+        setting.change(restore, [components.uploaded, *settings], updated, **private)
+
+    cleared = (components.note, components.result, *accordions)
 
     def clear() -> dict[Any, Any]:
-        return {components.uploaded: None, components.photo: gr.update(visible=True), components.amount: 0, **hidden}
+        hide = dict.fromkeys(cleared, gr.update(visible=False))
+        return {components.uploaded: None, components.photo: gr.update(visible=True), components.amount: 0, **hide}
 
     components.again.click(
         clear,
         None,
-        [components.uploaded, components.photo, components.amount, *hidden],
+        [components.uploaded, components.photo, components.amount, *cleared],
         queue=False,
         api_visibility="private",
     )
 
 
+def _uploads(files: Any) -> dict[Path, str]:
+    """Return the path and the name on the client of each file of a component or state."""
+    listed = files if isinstance(files, list) else [files]
+    return {Path(str(file["path"])): _text(file.get("orig_name") or "photo") for file in listed if file}
+
+
 def _result_updates(components: _Components, name: str, restored: RestoredPhoto) -> dict[Any, Any]:
     """Return the updates that show a restored photo."""
     figures = [_figure(title, picture) for title, picture in restored.maps.items()]
+    facts = [restored.facts["size"], restored.facts["time"]]
+    return {
+        **_shown(components, name, facts, restored.facts),
+        components.note: gr.update(visible=False),
+        components.slider: gr.update(value=(str(restored.before), str(restored.after)), visible=True),
+        components.pairs: gr.update(value=None, visible=False),
+        components.download: gr.update(value=str(restored.download), label="Download PNG"),
+        components.facts: _facts_list(restored.facts) + "".join(figures),
+    }
+
+
+def _results_updates(
+    components: _Components, restored: RestoredPhotos, messages: Sequence[str]
+) -> dict[Any, Any] | None:
+    """Return the updates that show several restored photos; None if all failed."""
+    if restored.download is None:
+        return None
+    pictures = []
+    for name, before, after in restored.pairs:
+        pictures += [(str(before), name), (str(after), "restored")]
+    title = f"{len(restored.pairs)} of {len(restored.pairs) + len(messages)} photos"
+    return {
+        **_shown(components, title, [restored.facts["time"]], restored.facts),
+        components.note: gr.update(value=_errors(messages), visible=bool(messages)),
+        components.slider: gr.update(value=None, visible=False),
+        components.pairs: gr.update(value=pictures, visible=True),
+        components.download: gr.update(value=str(restored.download), label="Download ZIP"),
+        components.facts: _facts_list(restored.facts),
+    }
+
+
+def _shown(components: _Components, title: str, caption: Sequence[str], facts: Mapping[str, Any]) -> dict[Any, Any]:
+    """Return the updates that one and several restored photos have in common."""
+    rain = ["rain added"] if "synthetic rain" in facts else []
     return {
         components.photo: gr.update(value=None, visible="hidden"),
-        components.note: gr.update(visible=False),
         components.result: gr.update(visible=True),
-        components.slider: (str(restored.before), str(restored.after)),
-        components.caption: _caption(name, restored),
-        components.download: str(restored.download),
+        components.caption: f"<b>{html.escape(title)}</b>{html.escape(' · '.join([*caption, *rain]))}",
         components.rain: gr.update(visible=True),
         components.options: gr.update(visible=True),
         components.details: gr.update(visible=True),
-        components.facts: _facts_list(restored.facts) + "".join(figures),
     }
 
 
@@ -334,17 +409,10 @@ def _number(value: Any, name: str, maximum: float) -> float:
     return float(value)
 
 
-def _error(message: str) -> str:
-    """Return an error message as HTML; text in backticks becomes code."""
-    text = re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(message))
-    return f"<p role='alert'>{text}</p>"
-
-
-def _caption(name: str, restored: RestoredPhoto) -> str:
-    facts = [restored.facts["size"], restored.facts["time"]]
-    if "synthetic rain" in restored.facts:
-        facts.append("rain added")
-    return f"<b>{html.escape(name)}</b>{html.escape(' · '.join(facts))}"
+def _errors(messages: Sequence[str]) -> str:
+    """Return error messages as HTML, one a line; text in backticks becomes code."""
+    lines = (re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(message)) for message in messages)
+    return f"<p role='alert'>{'<br>'.join(lines)}</p>"
 
 
 def _facts_list(facts: Mapping[str, Any]) -> str:

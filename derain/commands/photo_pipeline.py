@@ -2,7 +2,7 @@
 
 import errno
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +59,7 @@ class PhotoPipeline:
         self._writing: deque[tuple[Future[bool] | DerainError | OSError, int]] = deque()
         self._size: tuple[int, ...] = ()
 
-    def run(self, jobs: Mapping[Path, Path]) -> Iterator[Outcome]:
+    def run(self, jobs: Mapping[Path, Path]) -> Generator[Outcome]:
         """Restore photos.
 
         Args:

@@ -1,13 +1,18 @@
 """Restoration of uploaded photos for the page of ``derain app``."""
 
 import dataclasses
+import itertools
+import os
 import re
 import shlex
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import cv2
@@ -16,18 +21,25 @@ from numpy.typing import NDArray
 
 from derain.commands.option_values import scale_factor
 from derain.commands.page_files import KEEP_MINUTES
+from derain.commands.photo_pipeline import PhotoPipeline
 from derain.data.rain import PRESETS, Rain, add_rain, sample_rain
 from derain.errors import DerainError
-from derain.images import Pixels, image_size, read_photo, to_bytes, write_image
+from derain.images import SUFFIXES, Photo, Pixels, image_size, read_photo, to_bytes, write_image
 from derain.memory import release_freed_memory
-from derain.restoration import Restorer
+from derain.restoration import Explanation, Restorer
 from derain.scaling import automatic_factor
 
 PREVIEW_SIDE = 2048
 """Longest side of a photo on the page, in pixels; the download has full size."""
 
+PAIR_SIDE = 1024
+"""Longest side of each of several photos on the page, in pixels."""
+
 MAP_SIDE = 640
 """Longest side of a map on the page, in pixels."""
+
+MAX_PHOTOS = 500
+"""Maximum number of photos that are restored together."""
 
 
 def load_restorers(names: Sequence[str], device: str) -> dict[str, Restorer]:
@@ -68,6 +80,23 @@ class RestoredPhoto(NamedTuple):
     after: Path
     download: Path
     maps: dict[str, Pixels]
+    facts: dict[str, Any]
+
+
+class RestoredPhotos(NamedTuple):
+    """Files and facts of several photos that were restored together.
+
+    Attributes:
+        pairs: Name of each restored photo, with JPEGs before and after, shrunk to a longest side of ``PAIR_SIDE``.
+        errors: One message for each photo that could not be restored.
+        download: ZIP archive of the restored photos, with the names and formats of the uploaded ones; None if all
+            failed.
+        facts: Model, number of photos, time, scale, strength and synthetic rain, by name.
+    """
+
+    pairs: list[tuple[str, Path, Path]]
+    errors: list[str]
+    download: Path | None
     facts: dict[str, Any]
 
 
@@ -138,42 +167,136 @@ class RestorationService:
         """
         name = Path(name).name
         self.check(upload, name)
-        if model not in self.restorers:
-            raise DerainError(f"Model {model!r} is not available; choose {' or '.join(self.restorers)}.")
-        factor = scale_factor(scale)
+        restorer, facts = self._settings(model, amount, seed, scale, strength)
         with self._lock:
             start = time.perf_counter()
-            restorer = self.restorers[model]
-            restorer.scale, restorer.strength = factor, strength
+            restorer.scale, restorer.strength = scale_factor(scale), strength
             self._is_abandoned = abandoned
             try:
                 self._stop_if_unwanted()
-                photo = read_photo(upload)
-                if not self.keep_metadata:
-                    photo = photo.without_exif()
-                rainy = photo.rgb if amount <= 0 else add_rain_to(photo.rgb, amount, seed)
-                derained, maps, description = restorer.explain(rainy, str(upload))
+                photo = self._read(upload, amount, seed)
+                derained, maps, description = restorer.explain(photo.rgb, str(upload))
             except DerainError as error:
-                raise _renamed(error, upload, name) from error
+                raise _renamed(error, name, upload) from error
             seconds = time.perf_counter() - start
             folder = self.folder / uuid.uuid4().hex
             stem = re.sub(r"[^\w.-]+", "-", Path(name).stem)[:50]
             download = folder / f"{stem}-derained.png"
             photo.write(download, derained)
             before, after = folder / "before.jpg", folder / "after.jpg"
-            write_image(before, shrink(rainy, PREVIEW_SIDE), subsampling=0)
-            write_image(after, shrink(derained, PREVIEW_SIDE), subsampling=0)
-            pictures = map_pictures(rainy, derained, maps)
+            _write_pair(before, after, photo.rgb, derained, PREVIEW_SIDE)
+            pictures = map_pictures(photo.rgb, derained, maps)
             release_freed_memory()
         height, width = derained.shape[:2]
-        facts = {"model": model, "size": f"{width:,} × {height:,} pixels", "time": f"{seconds:.1f} s", **description}
+        found = {"model": model, "size": f"{width:,} × {height:,} pixels", "time": f"{seconds:.1f} s", **description}
+        if scale == "auto":
+            facts["scale"] = automatic_factor(height, width)
+        return RestoredPhoto(before, after, download, pictures, found | facts)
+
+    def restore_all(
+        self,
+        uploads: Mapping[Path, str],
+        model: str,
+        amount: float = 0.0,
+        seed: int = 0,
+        scale: str = "full",
+        strength: float = 1.0,
+        abandoned: Callable[[], bool] = _never,
+        progress: Callable[[int], object] = lambda done: None,
+    ) -> RestoredPhotos:
+        """Restore several photos as `derain restore` does: in batches, reading ahead and writing behind.
+
+        Args:
+            uploads: Name of each uploaded file on the client.
+            model: As for `restore`, like all others.
+            amount: Amount of synthetic rain.
+            seed: Seed of the synthetic rain.
+            scale: Scale at which the rain is estimated.
+            strength: Share of the rain that is removed.
+            abandoned: Returns whether the client has left.
+            progress: Called with the number of photos that are done, after each photo.
+
+        Returns:
+            Files in a new folder, facts, and an error for each photo that could not be restored.
+
+        Raises:
+            DerainError: If there are more than ``MAX_PHOTOS``, there is no such model or scale, or the restoration was
+                stopped; the message is shown on the page.
+        """
+        if len(uploads) > MAX_PHOTOS:
+            raise DerainError(
+                f"{len(uploads)} photos: this page restores up to {MAX_PHOTOS} together. Use the command line: "
+                "`derain restore FOLDER derained`"
+            )
+        restorer, facts = self._settings(model, amount, seed, scale, strength)
+        folder = self.folder / uuid.uuid4().hex
+        names = _archive_names(uploads)
+        targets = {upload: folder / f"{index}{names[upload].suffix}" for index, upload in enumerate(uploads)}
+        download = folder / "derained.zip"
+        pairs: list[tuple[str, Path, Path]] = []
+        errors: list[str] = []
+
+        def read(upload: Path) -> Photo:
+            self.check(upload, uploads[upload])
+            return self._read(upload, amount, seed)
+
+        def restore(photos: Sequence[Photo], sources: Sequence[Path]) -> list[Explanation | DerainError]:
+            results = restorer.restore_each([photo.rgb for photo in photos], list(map(str, sources)))
+            return [result if isinstance(result, DerainError) else Explanation(result, {}, {}) for result in results]
+
+        def write(photo: Photo, restored: Explanation, target: Path) -> bool:
+            _write_pair(*_pair_of(target), photo.rgb, restored.derained, PAIR_SIDE)
+            photo.write(target, restored.derained)
+            return False
+
+        with self._lock:
+            start = time.perf_counter()
+            restorer.scale, restorer.strength = scale_factor(scale), strength
+            self._is_abandoned = abandoned
+            folder.mkdir(parents=True)
+            outcomes = PhotoPipeline(restorer, read, restore, write).run(targets)
+            with closing(outcomes), zipfile.ZipFile(download, "w") as archive:
+                for (upload, target), outcome in zip(targets.items(), outcomes, strict=True):
+                    self._stop_if_unwanted()
+                    if isinstance(outcome, Exception):
+                        errors.append(str(_renamed(outcome, uploads[upload], upload, target)))
+                    else:
+                        archive.write(target, names[upload])
+                        target.unlink()
+                        pairs.append((uploads[upload], *_pair_of(target)))
+                    _touch([*uploads, *folder.iterdir()])
+                    progress(len(pairs) + len(errors))
+            release_freed_memory()
+        seconds = time.perf_counter() - start
+        found = {"model": model, "photos": len(pairs), "time": f"{seconds:.1f} s"}
+        return RestoredPhotos(pairs, errors, download if pairs else None, found | facts)
+
+    def _settings(
+        self, model: str, amount: float, seed: int, scale: str, strength: float
+    ) -> tuple[Restorer, dict[str, Any]]:
+        """Return the restorer of a model, and the settings that differ from the defaults, by name.
+
+        Raises:
+            DerainError: If there is no such model or scale.
+        """
+        if model not in self.restorers:
+            raise DerainError(f"Model {model!r} is not available; choose {' or '.join(self.restorers)}.")
+        facts: dict[str, Any] = {}
+        factor = scale_factor(scale)
         if factor != 1:
-            facts["scale"] = automatic_factor(height, width) if factor == "auto" else factor
+            facts["scale"] = factor
         if strength < 1:
             facts["strength"] = f"{strength:g}"
         if amount > 0:
             facts["synthetic rain"] = f"{amount:g} %, seed {seed}"
-        return RestoredPhoto(before, after, download, pictures, facts)
+        return self.restorers[model], facts
+
+    def _read(self, upload: Path, amount: float, seed: int) -> Photo:
+        """Read a photo, remove its metadata unless it is kept, and add synthetic rain."""
+        photo = read_photo(upload)
+        if not self.keep_metadata:
+            photo = photo.without_exif()
+        return photo if amount <= 0 else replace(photo, rgb=add_rain_to(photo.rgb, amount, seed))
 
     def close(self) -> None:
         """Stop a running restoration before its next layer, wait for it, and refuse further ones."""
@@ -206,7 +329,7 @@ class RestorationService:
         try:
             height, width = image_size(upload)
         except DerainError as error:
-            raise _renamed(error, upload, name) from error
+            raise _renamed(error, name, upload) from error
         megapixels = width * height / 1e6
         if megapixels > self.max_megapixels:
             raise DerainError(
@@ -215,9 +338,59 @@ class RestorationService:
             )
 
 
-def _renamed(error: DerainError, upload: Path, name: str) -> DerainError:
-    """Return an error that names a file as the client does, instead of by its path on this machine."""
-    return DerainError(f"{name}: {str(error).removeprefix(f'{upload}: ')}")
+def _renamed(error: Exception, name: str, *paths: Path) -> DerainError:
+    """Return an error that names a file as the client does, instead of by its paths on this machine."""
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        message = error.strerror  # without the path
+    for path in paths:
+        message = message.removeprefix(f"{path}: ")
+    return DerainError(f"{name}: {message}")
+
+
+def _archive_names(uploads: Mapping[Path, str]) -> dict[Path, PurePath]:
+    """Return the names of files in an archive: those on the client, without characters that Windows does not permit.
+
+    Repeated names are numbered. Names without the suffix of an image format that derain writes become ``.png``.
+
+    Example:
+        >>> uploads = {Path("x/1"): "a.jpg", Path("x/2"): "A.JPG", Path("x/3"): "../scan"}
+        >>> [str(name) for name in _archive_names(uploads).values()]
+        ['a.jpg', 'A-2.JPG', '..-scan.png']
+    """
+    names: dict[Path, PurePath] = {}
+    taken: set[str] = set()
+    for upload, client_name in uploads.items():
+        name = PurePath(re.sub(r'[<>:"/\\|?*\x00-\x1f]', "-", client_name))
+        suffix = name.suffix if name.suffix.lower() in SUFFIXES else f"{name.suffix}.png"
+        unique = f"{name.stem}{suffix}"
+        for number in itertools.count(2):
+            if unique.lower() not in taken:
+                break
+            unique = f"{name.stem}-{number}{suffix}"
+        taken.add(unique.lower())
+        names[upload] = PurePath(unique)
+    return names
+
+
+def _pair_of(target: Path) -> tuple[Path, Path]:
+    """Return the paths of the pictures before and after of an output file."""
+    return target.with_name(f"{target.stem}-before.jpg"), target.with_name(f"{target.stem}-after.jpg")
+
+
+def _write_pair(
+    before: Path, after: Path, rainy: NDArray[np.float32], derained: NDArray[np.float32], longest: int
+) -> None:
+    """Write pictures of a photo before and after, shrunk to a longest side."""
+    write_image(before, shrink(rainy, longest), subsampling=0)
+    write_image(after, shrink(derained, longest), subsampling=0)
+
+
+def _touch(files: Iterable[Path]) -> None:
+    """Postpone the deletion of files that exist: it depends on when they were last changed."""
+    for file in files:
+        with suppress(FileNotFoundError):
+            os.utime(file)
 
 
 def map_pictures(

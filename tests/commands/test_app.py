@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -213,12 +214,13 @@ def test_files_that_were_not_uploaded_are_refused(served, client, photo, path, m
     link.unlink(missing_ok=True)
     link.symlink_to(secret)
     name = path.format(secret=secret, folder=folder, upload=_upload(client, photo))
-    for file in ({"path": name, **meta}, {"url": "x", "value": [{"path": name, **meta}]}):
-        joined = _join(client, file)
+    file = {"path": name, **meta}
+    for value in (file, {"url": "x", "value": [file]}, [file], [{"path": _upload(client, photo)}, file]):
+        joined = _join(client, value)
         assert joined.status_code == 403
         assert "event_id" not in joined.text
     for index in (0, 1, 2):  # functions of the page's controls
-        body = {"data": [{"path": name, **meta}, MODEL, 0, 0, "full", 1], "fn_index": index, "session_hash": "s"}
+        body = {"data": [file, MODEL, 0, 0, "full", 1], "fn_index": index, "session_hash": "s"}
         assert client.post("/gradio_api/queue/join", json=body).status_code == 403
     assert client.get(f"/gradio_api/file={secret}").status_code == 403
     assert client.get(f"/gradio_api/file={link}").status_code == 403
@@ -338,6 +340,32 @@ def test_in_a_browser(served, photo, tmp_path, width):
             page.get_by_text("Download PNG").click()
         assert read_rgb(download.value.path()).shape == (20, 30, 3)
 
+        several = [photo, document, _png(tmp_path / "second.png", 40, 20), tmp_path / "large.png"]
+        several[-1].write_bytes(bytes(1_100_000))
+        page.get_by_role("button", name="Another photo").click()
+        with page.expect_file_chooser() as chooser:
+            page.get_by_text("Drop rainy photos here").click()
+        chooser.value.set_files(several)
+        page.get_by_text("2 of 4 photos").wait_for()
+        page.locator("#pairs .grid-container img").nth(3).wait_for()
+        assert "document.jpg: not a readable image" in page.locator("#note").inner_text()
+        assert "large.png: not uploaded" in page.locator("#note").inner_text()
+        with page.expect_download() as download:
+            page.get_by_text("Download ZIP").click()
+        with zipfile.ZipFile(download.value.path()) as archive:
+            assert archive.namelist() == ["rainy.png", "second.png"]
+        page.evaluate("""async () => {
+            const dataTransfer = new DataTransfer();
+            for (const image of document.querySelectorAll("#pairs .grid-container img"))
+                dataTransfer.items.add(new File([await (await fetch(image.src)).blob()], `${Math.random()}.jpg`));
+            document.body.dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true}));
+        }""")
+        page.get_by_text("4 of 4 photos").wait_for()
+        assert not page.locator("#note").is_visible()
+        page.get_by_role("button", name="Another photo").click()
+        file_input.set_input_files(photo)
+        page.locator("#slider").wait_for()
+
         page.get_by_text("Try it with a clean photo").click()
         rain_added = page.get_by_text("rain added")
         for amount in ("80", "60", "40"):  # a slow browser may lose a change made when the box opens
@@ -359,6 +387,6 @@ def test_in_a_browser(served, photo, tmp_path, width):
         assert page.evaluate("document.documentElement.scrollWidth") == width
         assert "gradio" not in page.inner_text("body").lower()
         page.get_by_role("button", name="Another photo").click()
-        page.get_by_text("Drop a rainy photo here").wait_for()
+        page.get_by_text("Drop rainy photos here").wait_for()
         assert errors == []
         assert {url for url in urls if not url.startswith((served[0], "data:", "blob:"))} == set()

@@ -1,6 +1,7 @@
 import shutil
 import struct
 import time
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -126,6 +127,11 @@ def _png(path, width, height):
     return path
 
 
+def _jpeg(path):
+    Image.fromarray(clean_image(2, (24, 32))).save(path)
+    return path
+
+
 def _head_of_png(path, width, height):
     """The head of a PNG of any size, without pixels."""
     chunks = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"
@@ -152,6 +158,61 @@ def test_bad_files_are_refused_by_their_name(service, photo, damage, value):
     assert value in str(error.value)
     assert str(photo.parent) not in str(error.value)
     assert not service.folder.exists()
+
+
+def test_several_photos_equal_single_ones_and_a_damaged_one_is_reported(service, tmp_path):
+    paths = [_png(tmp_path / str(index) / "a.png", 30 + index, 20) for index in range(3)]
+    paths.append(_jpeg(tmp_path / "b.JPG"))
+    paths.append(tmp_path / "damaged.png")
+    paths[-1].write_bytes(paths[0].read_bytes()[:200])
+    paths.append(tmp_path / "absent.png")
+    uploads = {path: path.name for path in paths}
+    changed = [paths[0].stat().st_ctime_ns]
+    done = []
+
+    def progress(count):
+        done.append(count)
+        changed.append(paths[0].stat().st_ctime_ns)  # files of a running batch must not become old
+
+    restored = service.restore_all(uploads, MODEL, 30.0, 5, strength=0.5, progress=progress)
+    assert done == list(range(1, 7))
+    assert changed == sorted(set(changed))
+    assert [name for name, *_ in restored.pairs] == ["a.png", "a.png", "a.png", "b.JPG"]
+    assert [message.split(":")[0].split()[0] for message in restored.errors] == ["damaged.png", "absent.png"]
+    assert str(tmp_path) not in "".join(restored.errors)
+    assert restored.facts["photos"] == 4
+    assert restored.facts["strength"] == "0.5"
+    with zipfile.ZipFile(restored.download) as archive:
+        assert archive.namelist() == ["a.png", "a-2.png", "a-3.png", "b.JPG"]
+        archive.extractall(tmp_path / "archive")
+    for path, name, (_, before, after) in zip(paths, archive.namelist(), restored.pairs, strict=False):
+        single = service.restore(path, path.name, MODEL, 30.0, 5, strength=0.5)
+        tolerance = 1 if path.suffix == ".png" else 40  # a JPEG of small, hard edges
+        np.testing.assert_allclose(read_rgb(tmp_path / "archive" / name), read_rgb(single.download), atol=tolerance)
+        np.testing.assert_array_equal(read_rgb(before), read_rgb(single.before))
+        np.testing.assert_allclose(read_rgb(after), read_rgb(single.after), atol=2)
+
+
+def test_several_photos_that_all_fail(service, tmp_path):
+    restored = service.restore_all({tmp_path / "a.png": "a.png", tmp_path / "b.png": "b.png"}, MODEL)
+    assert (restored.pairs, restored.download, len(restored.errors)) == ([], None, 2)
+
+
+def test_too_many_photos_are_refused(service, photo, monkeypatch):
+    monkeypatch.setattr("derain.commands.service.MAX_PHOTOS", 1)
+    with pytest.raises(DerainError, match="2 photos"):
+        service.restore_all({photo: "a.png", photo.with_name("b.png"): "b.png"}, MODEL)
+
+
+def test_abandoned_and_closed_batches_stop(service, photo, tmp_path):
+    uploads = {_png(tmp_path / f"{index}.png", 30, 20): f"{index}.png" for index in range(4)}
+    calls, done = [], []
+    with pytest.raises(DerainError):
+        service.restore_all(uploads, MODEL, abandoned=lambda: len(calls.append(0) or calls) > 3, progress=done.append)
+    assert len(calls) < 10
+    with pytest.raises(DerainError, match="closed"):
+        service.restore_all(uploads, MODEL, progress=lambda count: (done.append(count), service._closed.set()))
+    assert done == [1]
 
 
 def test_an_unknown_model_is_refused(service, photo):

@@ -1,0 +1,68 @@
+// Photos that are pasted, chosen or dropped: Gradio uploads one photo, this script uploads several.
+// maxMegabytes, the largest size of a file in MiB, is set by the page.
+
+let chosen = [];
+
+const choose = (files) => {
+  const input = document.querySelector("#photo input[type=file]");
+  if (!input || !files.length) return;
+  if (files.length > 1) {
+    chosen = [...files];
+    document.querySelector("#several").click();
+    return;
+  }
+  const transfer = new DataTransfer();
+  transfer.items.add(files[0]);
+  input.files = transfer.files;
+  input.dispatchEvent(new Event("change", {bubbles: true}));
+};
+
+// Upload the chosen photos one by one; return their files on the server, and a message for each refused photo.
+const uploadChosen = async () => {
+  const files = [], refused = [], photos = chosen, note = document.querySelector("#uploading p");
+  for (const [index, photo] of photos.entries()) {
+    note.textContent = `Uploading ${index + 1} of ${photos.length}`;
+    try {
+      if (photo.size > maxMegabytes * 2 ** 20) throw new Error(`more than ${maxMegabytes} MiB`);
+      const form = new FormData();
+      form.append("files", photo, photo.name);
+      const response = await fetch("gradio_api/upload", {method: "POST", body: form});
+      const content = await response.json();
+      if (!response.ok) throw new Error(content.detail);
+      files.push({path: content[0], orig_name: photo.name, meta: {_type: "gradio.FileData"}});
+    } catch (error) {
+      refused.push(`${photo.name}: not uploaded (${error.message})`);
+    }
+  }
+  note.textContent = "";
+  return [files, refused];
+};
+
+// Return the files of a dropped file or folder; hidden files in folders are ignored.
+const filesOf = async (entry) => {
+  if (entry.isFile) return [await new Promise((resolve, reject) => entry.file(resolve, reject))];
+  const reader = entry.createReader(), entries = [];
+  for (let part; (part = await new Promise((resolve, reject) => reader.readEntries(resolve, reject))).length; )
+    entries.push(...part);
+  const visible = entries.filter((item) => !item.name.startsWith("."));
+  return (await Promise.all(visible.map(filesOf))).flat();
+};
+
+const ofPhoto = (event) => event.target.matches?.("#photo input[type=file]");
+
+document.addEventListener("paste", (event) => choose(event.clipboardData.files));
+document.addEventListener("dragover", (event) => event.preventDefault());
+document.addEventListener("click", (event) => { if (ofPhoto(event)) event.target.multiple = true; }, true);
+document.addEventListener("change", (event) => {
+  if (!ofPhoto(event) || event.target.files.length < 2) return;
+  event.stopImmediatePropagation();
+  choose(event.target.files);
+}, true);
+document.addEventListener("drop", async (event) => {
+  event.preventDefault();
+  event.stopImmediatePropagation();
+  event.target.dispatchEvent(new DragEvent("dragleave", {bubbles: true}));
+  const files = [...event.dataTransfer.files];
+  const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter((entry) => entry);
+  choose(entries.some((entry) => entry.isDirectory) ? (await Promise.all(entries.map(filesOf))).flat() : files);
+}, true);
