@@ -12,10 +12,12 @@ import hashlib
 import io
 import json
 import logging
+import os
 import sys
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
@@ -30,6 +32,9 @@ FORMAT = "derain shards"
 
 VERSION = 1
 """Version of the index; increment when earlier versions of derain could misread it."""
+
+MAX_OPEN = 64
+"""Maximum number of shards that a process keeps open; systems often allow 1,024 files or fewer."""
 
 PAUSES = (1, 2, 4, 8)
 """Seconds before each new attempt to read from a URL."""
@@ -107,7 +112,7 @@ class ShardImage:
                 f"{self}: its SHA-256 differs from the index; the shard is damaged or belongs to another index; copy "
                 "both again"
             )
-        if not is_url(self.location):
+        if not self.checked and not is_url(self.location):
             object.__setattr__(self, "checked", True)  # the only change of an otherwise frozen object
         return io.BytesIO(content)
 
@@ -166,6 +171,7 @@ def read_split(location: str, split: Split) -> ShardedSplit:
             is missing or has another size.
     """
     path = _join(location, index_name(split))
+    _opened.cache_clear()  # shards may have been written again under the same names
     try:
         content = _read(path)
     except _MissingFileError as error:
@@ -270,13 +276,42 @@ def _read(path: str, offset: int = 0, length: int | None = None) -> bytes:
     if is_url(path):
         return _download(path, offset, length)
     try:
+        if length is not None and hasattr(os, "pread"):
+            return _opened(path).read(offset, length)
         with Path(path).open("rb") as file:
             file.seek(offset)
-            return file.read() if length is None else file.read(length)
+            return file.read(length)
     except FileNotFoundError as error:
         raise _MissingFileError(f"{path}: no such file; copy all files of the set") from error
     except OSError as error:
         raise DerainError(f"{path}: cannot be read ({error.strerror}); check the disk") from error
+
+
+class _OpenShard:
+    """Shard on a disk, open until it is garbage-collected: opening it for each image takes longer than reading.
+
+    It has no position, so that threads and forked processes can share it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # it could not be opened
+            os.close(self._descriptor)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return at most ``length`` bytes from an offset, fewer at the end of the file only."""
+        content = os.pread(self._descriptor, length, offset)
+        while len(content) < length:
+            following = os.pread(self._descriptor, length - len(content), offset + len(content))
+            if not following:
+                break
+            content += following
+        return content
+
+
+_opened = functools.lru_cache(MAX_OPEN)(_OpenShard)
 
 
 def _download(url: str, offset: int, length: int | None) -> bytes:

@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import gzip
 import http.server
 import json
@@ -294,6 +295,23 @@ def test_a_shard_that_is_truncated_later_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[: pair.rainy.offset + 10])
     with pytest.raises(DerainError, match=rf"{re.escape(path.name)}: training/6\.jpg.*10 of"):
         pair.read()
+
+
+def test_shards_that_are_written_again_are_read_again(tmp_path):
+    for seed in (0, 1):
+        image = clean_image(seed)
+        save(tmp_path / "set/input/1.png", image)
+        save(tmp_path / "set/target/1.png", image)
+        write_shards(find_pairs(f"folder:{tmp_path / 'set'}", "train"), tmp_path / "shards", SMALL, overwrite=True)
+        np.testing.assert_array_equal(find_pairs(tmp_path / "shards", "train").pairs[0].read()[0], image)
+
+
+def test_more_shards_than_a_process_keeps_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_opened", functools.lru_cache(2)(shards._OpenShard))
+    spec, location = sharded(tmp_path, size=1)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    assert_equal_batches(training_batches(data(spec)), training_batches(data(location)))
+    assert len(list(Path("/proc/self/fd").iterdir())) <= opened + 2
 
 
 def rewrite(index, header=None, lines=slice(None)):
