@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -47,6 +47,9 @@ class FinalWeights(Callback):
         load(Path(file), type(pl_module)).module.save_weights(target)
         score = float("nan") if best.best_model_score is None else float(best.best_model_score)
         images = image_count(*validation_counts(trainer))
+        data: Any = getattr(trainer, "datamodule", None)
+        if getattr(data, "val_mean", "images") == "sets" and (sets := data.data_sets("val")):
+            images = f"mean over {len(sets)} sets, {images}"
         rainy = trainer.callback_metrics.get("val/rainy_psnr")  # None if the resumed run had no epoch left
         if not best.best_model_path:
             log.warning("no validation was run: saved the weights of the last epoch")

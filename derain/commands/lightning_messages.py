@@ -41,6 +41,7 @@ def filter_lightning_messages() -> None:
         "Checkpoint directory .* exists and is not empty.",  # true of every resumed run
         ".*is smaller than the logging interval.*",
         "You are using a custom batch sampler .* for prediction.",  # it returns all images
+        "It is recommended to use `self.log.*sync_dist=True.*",  # scores are gathered; speeds are of rank 0
     ):
         warnings.filterwarnings("ignore", message)
     # PLNLIN-MCDDL: if an epoch ends before the first discriminator step, its LR scheduler steps before its optimiser.

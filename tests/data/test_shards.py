@@ -31,7 +31,7 @@ from derain.data.verify import verify
 from derain.errors import DerainError
 from derain.loops import Position
 from tests.factories import clean_image, make_set, save
-from tests.runs import EXPERIMENT, error_line, fit
+from tests.runs import EXPERIMENT, error_line, finish, fit
 
 SETS = [("Rain800", "train"), ("Rain1400", "train"), ("NTURain", "train"), ("Rain100L", "test"), ("folder", "train")]
 SMALL = 15_000
@@ -195,15 +195,17 @@ def test_photos_in_shards_are_clean_images_for_added_rain(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_training_from_shards_gives_the_same_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_training_from_shards_gives_the_same_weights(tmp_path, monkeypatch, processes):
     monkeypatch.chdir(tmp_path)
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"] if processes == 2 else []
     spec, location = sharded(tmp_path)
     weights = []
     for name, train in (("files", spec), ("shards", location)):
         config = json.loads(json.dumps(EXPERIMENT))
         config["data"] |= {"train": train, "cache": "off", "batch_size": 2}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
-        assert fit(config=f"{name}.yaml") == 0
+        finish("fit", "--config", f"{name}.yaml", *two)
         checkpoint = torch.load(f"runs/{name}/fit-1/checkpoints/last.ckpt", weights_only=True)
         weights.append(checkpoint["state_dict"])
     assert weights[0].keys() == weights[1].keys()
