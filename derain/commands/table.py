@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from derain.data.layouts import LAYOUTS
 from derain.data.run_summaries import (
@@ -25,12 +25,19 @@ from derain.data.run_summaries import (
 )
 from derain.errors import DerainError
 from derain.metrics import resolve
+from derain.metrics.temporal import TEMPORAL, TEMPORAL_DEFINITION
 from derain.tables import Cell, Column, Format, Row, Table, Value, write_results
 
 log = logging.getLogger("derain")
 
 PARTIAL = "*"
 """Mark of scores over only a part of the images of a set."""
+
+SEQUENCES = "sequences"
+"""Name of the group of columns with means over sequences, after that of the data set."""
+
+MEANS = ("psnr", "ssim", "lpips", "flicker", "warping_error")
+"""Attributes of `Score` in the columns of a data set."""
 
 COST_SIDE = 256
 """Height and width of the image for which MACs are counted, in pixels."""
@@ -201,14 +208,12 @@ def results_table(rows: Sequence[ResultRow], protocol: str | None, *, best: bool
     network = next((row.lpips_net for row in rows if row.lpips_net), None)
     for name in set_names(rows):
         scores = [next((score for score in row.scores if score.dataset == name), None) for row in rows]
-        has_lpips = any(score is not None and score.lpips is not None for score in scores)
-        columns.append(Column("PSNR", ".2f", group=name, best="max" if best else None))
-        columns.append(Column("SSIM", ".4f", group=name, best="max" if best else None))
-        if has_lpips:
-            header = f"LPIPS ({network})" if network else "LPIPS"
-            columns.append(Column(header, ".4f", group=name, best="min" if best else None))
-        for row_values, score in zip(values, scores, strict=True):
-            row_values += _score_values(score, has_lpips)
+        groups = {name: scores, f"{name}, {SEQUENCES}": [score and score.sequences for score in scores]}
+        for group, means in groups.items():
+            for column, numbers in _score_columns(group, means, network, best=best):
+                columns.append(column)
+                for row_values, score, number in zip(values, scores, numbers, strict=True):
+                    row_values.append(_mark_partial(number, score, column.header))
     for column, costs in _cost_columns(rows):
         columns.append(column)
         for row_values, cost in zip(values, costs, strict=True):
@@ -227,12 +232,24 @@ def _method_values(row: ResultRow, label: str, numbers: dict[str, int]) -> list[
     return [label, "; ".join(row.trained_on) or "unknown"]
 
 
-def _score_values(score: Score | None, has_lpips: bool) -> list[Value]:
-    if score is None:
-        return [None] * (3 if has_lpips else 2)
-    mark = PARTIAL if score.partial_of else ""
-    values: list[Value] = [Cell(score.psnr, mark), Cell(score.ssim, mark)] if mark else [score.psnr, score.ssim]
-    return [*values, score.lpips] if has_lpips else values
+def _score_columns(
+    group: str, scores: Sequence[Score | None], network: str | None, *, best: bool
+) -> Iterator[tuple[Column, list[float | None]]]:
+    """Yield the columns of a data set, or of its sequences, each with its values; none without scores."""
+    known = [score for score in scores if score is not None]
+    better: tuple[Literal["max", "min", None], ...] = ("max", "max", "min", None, "min") if best else (None,) * 5
+    formats = (".2f", ".4f", ".4f", ".3f", ".6f")
+    headers = ("PSNR", "SSIM", f"LPIPS ({network})" if network else "LPIPS", "flicker", "warping error")
+    for name, header, number_format, direction in zip(MEANS, headers, formats, better, strict=True):
+        if any(getattr(score, name) is not None for score in known):
+            values = [None if score is None else getattr(score, name) for score in scores]
+            yield Column(header, number_format, group=group, best=direction), values
+
+
+def _mark_partial(number: float | None, score: Score | None, header: str) -> Value:
+    """Return PSNR and SSIM with a mark if only a part of the images was scored, other values unchanged."""
+    marked = number is not None and score is not None and score.partial_of and header in {"PSNR", "SSIM"}
+    return Cell(number, PARTIAL) if marked else number
 
 
 def _cost_columns(rows: Sequence[ResultRow]) -> Iterator[tuple[Column, list[float | None]]]:
@@ -259,6 +276,10 @@ def table_notes(rows: Sequence[ResultRow], protocol: str | None) -> list[str]:
         fingerprints = dict.fromkeys(score.fingerprint for score in scores if score.fingerprint)
         if len(fingerprints) > 1:
             notes.append(f"{name}: rows were scored on different images (fingerprints {', '.join(fingerprints)}).")
+    if any(score.sequences for row in rows for score in row.scores):
+        notes.append(f"{SEQUENCES.capitalize()}: means over the sequences, instead of over all frames, of videos.")
+    if any(score.flicker is not None for row in rows for score in row.scores):
+        notes.append(f"{TEMPORAL.capitalize()}: {TEMPORAL_DEFINITION}.")
     for label, row in zip(row_labels(rows), rows, strict=True):
         for score in row.scores:
             if score.partial_of:
@@ -292,7 +313,11 @@ def score_records(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
                     "psnr": score.psnr,
                     "ssim": score.ssim,
                     "lpips": score.lpips,
+                    "flicker": score.flicker,
+                    "warping_error": score.warping_error,
                     "images": score.images,
+                    "sequences": score.sequences and score.sequences.images,
+                    **{f"sequence_{name}": score.sequences and getattr(score.sequences, name) for name in MEANS},
                     "partial_of": score.partial_of,
                     "fingerprint": score.fingerprint,
                     "seconds": score.seconds,

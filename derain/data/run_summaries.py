@@ -43,6 +43,9 @@ class Score:
         image_scores: File with the scores of each image.
         seconds: Mean time per image in seconds.
         partial_of: Number of images in the data set; None if all were evaluated.
+        flicker: Mean absolute difference of consecutive frames in 8-bit levels; None if it was not computed.
+        warping_error: Warping error (see `derain.metrics.temporal`); None if it was not computed.
+        sequences: Means over the sequences of videos, with their number as ``images``; None without videos.
     """
 
     dataset: str
@@ -54,6 +57,9 @@ class Score:
     image_scores: Path | None = None
     seconds: float | None = None
     partial_of: int | None = None
+    flicker: float | None = None
+    warping_error: float | None = None
+    sequences: "Score | None" = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,10 @@ def _check_summary(summary: Any) -> None:
         result["protocol"]
         float(result["psnr"])
         float(result["ssim"])
+        if "sequences" in result:
+            int(result["sequences"]["count"])
+            float(result["sequences"]["psnr"])
+            float(result["sequences"]["ssim"])
 
 
 def select_protocol(
@@ -195,16 +205,16 @@ def _to_row(file: Path, summary: dict[str, Any], result: dict[str, Any]) -> Resu
         details["sampling"] = f"{sampling['solver']}, steps {sampling['steps'] or 'all'}"
     total = data.get("images_in_sets", data["images"])
     images = result.get("count", total)
+    dataset = dataset_name(data["sets"])
+    sequences = result.get("sequences")
     score = Score(
-        dataset=dataset_name(data["sets"]),
-        psnr=result["psnr"],
-        ssim=result["ssim"],
-        lpips=result.get("lpips"),
+        **_means(dataset, result),
         images=images,
         fingerprint=data["fingerprint"],
         image_scores=file.with_name("images.csv"),
         seconds=summary.get("seconds"),
         partial_of=total if total > images else None,
+        sequences=Score(**_means(dataset, sequences), images=sequences["count"]) if sequences else None,
     )
     return ResultRow(
         method=method,
@@ -218,6 +228,12 @@ def _to_row(file: Path, summary: dict[str, Any], result: dict[str, Any]) -> Resu
         hardware=f"{hardware['device']}, {hardware['precision']}" if hardware else None,
         lpips_net=summary.get("lpips_net") if "lpips" in result else None,
     )
+
+
+def _means(dataset: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `Score` that are means."""
+    means = {name: result.get(name) for name in ("psnr", "ssim", "lpips", "flicker", "warping_error")}
+    return {"dataset": dataset, **means}
 
 
 def dataset_name(sets: str | list[str]) -> str:

@@ -78,6 +78,29 @@ def rows_of(folder):
     )
 
 
+def test_means_over_sequences_have_their_own_columns(copy, capsys):
+    copy("image", "Rain800", sha="a")
+    folder = copy("video", "NTURain", sha="a")
+    summary = json.loads((folder / "summary.json").read_text())
+    means = {"psnr": 31.5, "ssim": 0.75, "flicker": 2.5, "warping_error": 0.0125}
+    summary["results"][0] |= {"flicker": 3.5, "warping_error": 0.25, "sequences": {"count": 2, **means}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    image, video = table(capsys, copy.folder)
+    assert (video["dataset"], video["sequences"]) == ("NTURain", "2")
+    assert {name: float(video[f"sequence_{name}"]) for name in means} == means
+    assert (float(video["flicker"]), float(video["warping_error"])) == (3.5, 0.25)
+    assert float(video["psnr"]) == summary["results"][0]["psnr"] != 31.5
+    assert image["sequences"] == image["sequence_psnr"] == image["flicker"] == ""
+    assert main(["table", str(copy.folder), "--format", "markdown"]) == 0
+    text = capsys.readouterr().out
+    assert "NTURain, sequences" in text
+    assert "Rain800, sequences" not in text
+    assert "31.50" in text
+    del summary["results"][0]["sequences"]["psnr"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert main(["table", str(copy.folder)]) == 2
+
+
 def test_scores_of_a_run(tested, capsys):
     (row,) = table(capsys, tested, "--protocol", "plnlin", "--cost")
     summary = json.loads((tested / "summary.json").read_text())
