@@ -246,7 +246,9 @@ def test_only_checked_content_is_forwarded(make):
         ({"data": [{"url": "{file}"}, "m", 0, 0]}, 400),
         ({"data": ["{file}", "m", 0, 0]}, 400),
         ({"data": [5, "m", 0, 0]}, 400),
-        ({"data": [[{"path": "{file}"}], "m", 0, 0]}, 400),
+        ({"data": [[{"path": "{file}"}, {}], "m", 0, 0]}, 400),
+        ({"data": [["{file}"], "m", 0, 0]}, 400),
+        ({"data": [[[{"path": "{file}"}]], "m", 0, 0]}, 400),
         ({"data": [{"path": "{file}", "orig_name": 5}, "m", 0, 0]}, 400),
         ({"data": [{"path": "{file}", "size": "x"}, "m", 0, 0]}, 400),
         ({"data": []}, 400),
@@ -273,6 +275,15 @@ def test_malformed_calls_are_refused(make, changed, status, path):
     body = json.dumps(call(uploaded, **changed)).replace("{file}", uploaded)
     assert request(guard, "POST", path, content=body.encode()).status_code == status
     assert len(guard.app.bodies) == 2
+
+
+def test_several_files_are_accepted_if_all_belong_to_the_browser(make):
+    guard = make()
+    (uploaded,) = request(guard, "POST", "/gradio_api/upload", content=b"photo").json()
+    other = f"{uploaded}.png"
+    for files, status in (([uploaded, uploaded], 200), ([], 200), ([uploaded, other], 403)):
+        body = call(uploaded, data=[[{"path": file} for file in files], "m", 0, 0])
+        assert request(guard, "POST", JOIN, json=body).status_code == status
 
 
 @pytest.mark.parametrize("index", [None, 9, -1, "0", [0], {"a": 0}])
