@@ -30,7 +30,7 @@ from derain.data.rain import PRESETS, add_rain, sample_rain
 from derain.images import Pixels
 from derain.metrics import flicker
 from derain.restoration import Restorer
-from derain.video import fuse_neighbours, rewrite
+from derain.video import Picture, fuse_neighbours, rewrite
 
 Mask = NDArray[np.bool_]
 
@@ -116,7 +116,7 @@ def one_after_the_other(source: Path, target: Path, change: object) -> None:
         stream.height, stream.width = read.streams.video[0].height, read.streams.video[0].width
         stream.pix_fmt = "yuv420p"
         for frame in read.decode(video=0):
-            (pixels,) = change(iter([frame.to_ndarray(format="rgb24")]))  # type: ignore[operator]
+            (pixels,) = change(iter([Picture(frame.to_ndarray(format="rgb24"), "frame")]))  # type: ignore[operator]
             new = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             new.pts, new.time_base = frame.pts, frame.time_base
             written.mux(stream.encode(new))
@@ -126,10 +126,10 @@ def one_after_the_other(source: Path, target: Path, change: object) -> None:
 def speed(rounds: int, count: int) -> None:
     """Print the frames a second of both forms, at 640×480, by the fastest of several rounds in alternation."""
 
-    def wait(frames: Iterator[Pixels]) -> Iterator[Pixels]:  # as a network on a GPU
+    def wait(frames: Iterator[Picture]) -> Iterator[Pixels]:  # as a network on a GPU
         for frame in frames:
             time.sleep(0.015)
-            yield 255 - frame
+            yield 255 - frame.pixels
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

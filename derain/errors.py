@@ -1,6 +1,7 @@
 """Exceptions for errors that users can correct, and for commands interrupted by a signal."""
 
 import signal
+from collections.abc import Sequence
 
 
 class DerainError(ValueError):
@@ -26,6 +27,21 @@ class ArgumentError(DerainError):
         Traceback (most recent call last):
         derain.errors.ArgumentError: tile 50: must be at least 64, 'auto' or None
     """
+
+
+def failed_files(messages: Sequence[str]) -> DerainError:
+    """Return the messages about files that failed, at least one, as one error.
+
+    Example:
+        >>> raise failed_files(["a.png: empty", "b.png: empty"])
+        Traceback (most recent call last):
+        derain.errors.DerainError: 2 files cannot be restored:
+          a.png: empty
+          b.png: empty
+    """
+    if len(messages) == 1:
+        return DerainError(messages[0])
+    return DerainError("\n  ".join([f"{len(messages)} files cannot be restored:", *messages]))
 
 
 class Stopped(KeyboardInterrupt):

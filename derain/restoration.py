@@ -99,7 +99,7 @@ class Restorer:
         if compile:
             _compile(self.method)
 
-    def __call__(self, rainy: T, conditions: dict[str, Any] | None = None, *, name: str = "image") -> T:
+    def __call__(self, rainy: T, conditions: dict[str, Any] | None = None, *, name: str | Sequence[str] = "image") -> T:
         """Restore one or several images; those of equal size are restored in batches, or on several threads of a CPU.
 
         Args:
@@ -107,7 +107,7 @@ class Restorer:
                 on any device, or a list or tuple of any of these; any ``h, w >= 1``. Floats in [0, 1], or uint8.
             conditions: Result of `encode` for another image, such as the first frame of a video; by default each image
                 is encoded.
-            name: Name of the image in messages.
+            name: Name of the image in messages, or of each image in a list or tuple.
 
         Returns:
             Restored images of the same kind, shape, type and device. PIL images are returned upright, as RGB or RGBA,
@@ -340,30 +340,41 @@ class _Unpacked(NamedTuple):
     pack: Callable[[list[Tensor]], Any]
 
 
-def _unpack(rainy: Any, name: str) -> _Unpacked:
+def _unpack(rainy: Any, name: str | Sequence[str]) -> _Unpacked:
     """Return the images of a PIL image, an array, a tensor, or a list or tuple of these.
+
+    Args:
+        rainy: The images.
+        name: Name of the image, or of each image in a list or tuple.
 
     Raises:
         DerainError: If the argument is none of these, or its shape, data type or range is not accepted.
     """
     if isinstance(rainy, list | tuple):
-        parts = [_unpack(part, f"{name} {index}") for index, part in enumerate(rainy)]
+        names = [f"{name} {index}" for index in range(len(rainy))] if isinstance(name, str) else name
+        if len(names) != len(rainy):
+            raise ArgumentError(f"name: {len(names)} names for {len(rainy)} images; give a name for each")
+        parts = [_unpack(part, part_name) for part, part_name in zip(rainy, names, strict=True)]
         return _Unpacked(
             [image for part in parts for image in part.images],
             [image_name for part in parts for image_name in part.names],
             lambda restored: type(rainy)(_pack_parts(parts, restored)),
         )
+    if not isinstance(name, str):
+        raise ArgumentError(
+            f"name: {len(name)} names for a {type(rainy).__name__}; give names for a list or tuple only"
+        )
     if isinstance(rainy, Image.Image):
         return _unpack_picture(rainy, name)
     if isinstance(rainy, np.ndarray) and rainy.ndim in (3, 4):
-        images, names, pack = _unpack(torch.from_numpy(np.array(np.moveaxis(rainy, -1, -3))), name)
+        images, part_names, pack = _unpack(torch.from_numpy(np.array(np.moveaxis(rainy, -1, -3))), name)
         return _Unpacked(
-            images, names, lambda restored: np.ascontiguousarray(np.moveaxis(pack(restored).numpy(), -3, -1))
+            images, part_names, lambda restored: np.ascontiguousarray(np.moveaxis(pack(restored).numpy(), -3, -1))
         )
     tensor = _checked(rainy.detach() if isinstance(rainy, Tensor) else rainy, name)
     images = list(tensor.reshape(-1, *tensor.shape[-3:]))
-    names = [name] if tensor.ndim == 3 else [f"{name} {index}" for index in range(len(images))]
-    return _Unpacked(images, names, lambda restored: _pack_tensor(restored, tensor))
+    image_names = [name] if tensor.ndim == 3 else [f"{name} {index}" for index in range(len(images))]
+    return _Unpacked(images, image_names, lambda restored: _pack_tensor(restored, tensor))
 
 
 def _pack_parts(parts: list[_Unpacked], restored: list[Tensor]) -> list[Any]:
@@ -417,9 +428,9 @@ def _to_array(image: Tensor) -> NDArray[np.float32]:
 
 
 def _finite(result: Tensor | DerainError, name: str) -> Tensor | DerainError:
-    """Return a result, or the error that it is not finite."""
+    """Return a result, or an error that names the image: that of the result, or that it is not finite."""
     if isinstance(result, DerainError):
-        return result
+        return DerainError(f"{name}: {result}")
     try:
         check_finite(result, name)
     except DerainError as error:

@@ -7,6 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from derain.callbacks.panels import to_pixels
+from derain.errors import failed_files
 from derain.folders import check_outputs
 from derain.images import write_image
 from derain.methods.interfaces import Explains
@@ -17,8 +18,11 @@ class SaveImages(Callback):
     """Save every derained image to ``images/NAME.png`` in the folder of the run.
 
     With ``--explain true``, ``images/NAME-explain.png`` shows the maps and ``images/NAME-explain.json`` describes the
-    conditions, such as the route.
+    conditions, such as the route. Images with values that are not finite are not saved; they are reported at the end.
     """
+
+    def __init__(self) -> None:
+        self._failures: list[str] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that no output would overwrite another output.
@@ -43,7 +47,10 @@ class SaveImages(Callback):
     ) -> None:
         """Save the images of a batch; each rank saves its own."""
         folder = Path(trainer.default_root_dir) / "images"
+        self._failures += outputs["errors"].values()
         for index, name in enumerate(batch["name"]):
+            if index in outputs["errors"]:
+                continue
             channels = outputs["derained"][index]
             derained, maps = channels[:3], channels[3:]
             pixels = to_pixels(derained, f"{name}: derained image")
@@ -56,3 +63,14 @@ class SaveImages(Callback):
                 write_explanation(folder / f"{name}-explain", images, description)
         if trainer.received_sigterm:  # Lightning's prediction loop ignores the signal
             raise SIGTERMException
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report the images that were not saved, once all ranks have saved the others.
+
+        Raises:
+            DerainError: If there are any on this rank.
+        """
+        trainer.strategy.barrier("predictions")
+        failures, self._failures = self._failures, []
+        if failures:
+            raise failed_files(failures)

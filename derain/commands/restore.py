@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from derain import video
 from derain.commands.option_values import scale_factor, tile_size
 from derain.commands.photo_pipeline import PIXELS_AHEAD, Outcome, PhotoPipeline, outcome_of
-from derain.errors import DerainError
+from derain.errors import DerainError, failed_files
 from derain.folders import check_outputs
 from derain.image_metadata import has_location
 from derain.images import SUFFIXES, Photo, Pixels, image_files, read_photo, select_images, to_bytes, write_image
@@ -121,7 +121,7 @@ def restore(
         raise DerainError(f"{out}: exists already; add --overwrite to replace it")
     report = Report(out, len(jobs), len(jobs) - len(pending), _remove_broken_videos(pending, options))
     if report.failures and not pending:
-        raise report.error()
+        raise failed_files(report.failures)
     from derain.restoration import Restorer, require_explains
 
     keep_freed_memory()
@@ -233,14 +233,8 @@ class Report:
         """
         self.print_summary(kind)
         if self.failures:
-            raise self.error()
+            raise failed_files(self.failures)
         return 0
-
-    def error(self) -> DerainError:
-        """Return the failures as one error."""
-        if len(self.failures) == 1:
-            return DerainError(self.failures[0])
-        return DerainError("\n  ".join([f"{len(self.failures)} files cannot be restored:", *self.failures]))
 
 
 def _check_options(options: FileOptions, sources: Mapping[Path, Path]) -> None:
@@ -378,18 +372,18 @@ def restore_video(restorer: "Restorer", source: Path, target: Path, options: Fil
         DerainError: If the video cannot be read, restored or written.
     """
 
-    def restore_frames(frames: Iterator[Pixels]) -> Iterator[Pixels]:
+    def restore_frames(frames: Iterator[video.Picture]) -> Iterator[Pixels]:
         conditions: dict[str, Any] | None = None
-        count, size = 0, video.QUEUE
+        size = video.QUEUE
         while batch := list(islice(frames, size)):
+            images = [frame.pixels for frame in batch]
             if conditions is None:
-                conditions = restorer.encode(np.asarray(batch[0] / 255, np.float32))
-            yield from restorer(batch, conditions, name=f"{source}: frame {count} +")
-            count += len(batch)
-            height, width = batch[0].shape[:2]
+                conditions = restorer.encode(np.asarray(images[0] / 255, np.float32))
+            yield from restorer(images, conditions, name=[f"{source}: {frame.name}" for frame in batch])
+            height, width = images[0].shape[:2]
             size = max(video.QUEUE, min(restorer.images_at_once(height, width), PIXELS_AHEAD // (height * width)))
 
-    def change(frames: Iterator[Pixels]) -> Iterator[Pixels]:
+    def change(frames: Iterator[video.Picture]) -> Iterator[Pixels]:
         return video.fuse_neighbours(restore_frames(frames), options.temporal)
 
     comparison = comparison_path(target) if options.compare else None

@@ -246,10 +246,11 @@ class DerainModule(TrainableModule, ABC):
 
         Returns:
             ``derained``, ``(b, 3, h, w)`` in [0, 1], with further channels for the maps of `Explains` if ``explaining``
-            is true; ``conditions``, then a list with the result of ``encode`` for each image, otherwise empty.
+            is true; ``conditions``, then a list with the result of ``encode`` for each image, otherwise empty;
+            ``errors``, the messages about images with values that are not finite, by index in the batch.
 
         Raises:
-            DerainError: If a model that ``encode`` needs is missing, or a restored value is not finite.
+            DerainError: If a model that ``encode`` needs is missing, or memory is insufficient.
         """
         self.check_requirements()
         rainy = batch["rainy"]
@@ -262,9 +263,13 @@ class DerainModule(TrainableModule, ABC):
             restored = torch.cat(maps)
         else:
             restored = self._restore(rainy, self)
-        for image, name in zip(restored, batch["name"], strict=True):
-            check_finite(image, f"{name}: derained image")
-        return {"derained": restored.float().clamp(0, 1), "conditions": conditions}
+        errors: dict[int, str] = {}
+        for index, (image, name) in enumerate(zip(restored, batch["name"], strict=True)):
+            try:
+                check_finite(image, f"{name}: derained image")
+            except DerainError as error:
+                errors[index] = str(error)
+        return {"derained": restored.float().clamp(0, 1), "conditions": conditions, "errors": errors}
 
     def _restore(
         self, rainy: Tensor, forward: Callable[..., Tensor], conditions: dict[str, Any] | None = None

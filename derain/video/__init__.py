@@ -2,7 +2,17 @@
 
 from .formats import SUFFIXES, output_path
 from .fusion import fuse_neighbours
-from .overlap import QUEUE, Change
+from .overlap import QUEUE, Change, Picture
 from .rewriting import VideoOptions, check, rewrite
 
-__all__ = ["QUEUE", "SUFFIXES", "Change", "VideoOptions", "check", "fuse_neighbours", "output_path", "rewrite"]
+__all__ = [
+    "QUEUE",
+    "SUFFIXES",
+    "Change",
+    "Picture",
+    "VideoOptions",
+    "check",
+    "fuse_neighbours",
+    "output_path",
+    "rewrite",
+]

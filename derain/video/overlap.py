@@ -34,16 +34,30 @@ class Frame(NamedTuple):
         pixels: ``(h, w, 3)``, upright, 0 to 255; None for the packets after the last frame.
         pts: Time in units of the stream's time base; None if unknown.
         duration: Duration in the same units; 0 if unknown.
+        seconds: Time in seconds; None if unknown.
     """
 
     packets: list[Packet]
     pixels: Pixels | None
     pts: int | None = None
     duration: int = 0
+    seconds: float | None = None
 
 
-Change = Callable[[Iterator[Pixels]], Iterator[Pixels]]
-"""Function of the frames of a video, ``(h, w, 3)`` uint8, that yields one frame of equal size for each, in order.
+class Picture(NamedTuple):
+    """Frame of a video to change.
+
+    Attributes:
+        pixels: ``(h, w, 3)`` uint8, upright.
+        name: Number, from 1, and time of the frame, for messages.
+    """
+
+    pixels: Pixels
+    name: str
+
+
+Change = Callable[[Iterator[Picture]], Iterator[Pixels]]
+"""Function of the frames of a video that yields pixels of equal size for each, in order.
 
 It may read some frames ahead, to restore a batch or to fuse neighbours.
 """
@@ -73,15 +87,16 @@ def overlap(
         sources: deque[Frame] = deque()
         rest: list[Frame] = []
 
-        def pixels() -> Iterator[Pixels]:
-            for frame in _ahead(frames, reader):
+        def pictures() -> Iterator[Picture]:
+            for number, frame in enumerate(_ahead(frames, reader), 1):
                 if frame.pixels is None:
                     rest.append(frame)
                 else:
                     sources.append(frame)
-                    yield frame.pixels
+                    time = "" if frame.seconds is None else f" at {frame.seconds:.2f} s"
+                    yield Picture(frame.pixels, f"frame {number}{time}")
 
-        for changed in change(pixels()):
+        for changed in change(pictures()):
             if not sources:
                 raise RuntimeError("more frames were changed than read")
             waiting.append(writer.submit(write, sources.popleft(), changed))

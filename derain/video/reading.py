@@ -216,7 +216,8 @@ class FrameReader:
             if isinstance(item, Packet):
                 packets.append(item)
                 continue
-            yield Frame(packets, to_upright_rgb(item, video_format, self.path), item.pts, item.duration)
+            pixels = to_upright_rgb(item, video_format, self.path)
+            yield Frame(packets, pixels, item.pts, item.duration, item.time)
             packets = []
         yield Frame(packets, None)
 

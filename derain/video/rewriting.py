@@ -14,7 +14,7 @@ from derain.images import Pixels, write_whole
 from derain.pictures import compare
 from derain.progress import track
 
-from .overlap import Change, Frame, overlap
+from .overlap import Change, Frame, Picture, overlap
 from .reading import (
     FrameReader,
     frame_count,
@@ -132,8 +132,8 @@ def rewrite(
                 writers[1].add(side_by_side(frame.pixels, pixels), frame.pts, frame.duration)
             written += 1
 
-        def tracked(frames: Iterator[Pixels]) -> Iterator[Pixels]:
-            return change(track(frames, "Frames", frame_count(container, stream)))
+        def tracked(pictures: Iterator[Picture]) -> Iterator[Pixels]:
+            return change(track(pictures, "Frames", frame_count(container, stream)))
 
         try:
             overlap(reader.upright(video_format), tracked, write)

@@ -28,11 +28,16 @@ def trainer(tmp_path):
 
 
 @pytest.mark.parametrize("value", VALUES)
-def test_predictions(tmp_path, value):
-    outputs = {"derained": broken(value), "conditions": {}}
-    with pytest.raises(DerainError, match="scene_3"):
-        SaveImages().on_predict_batch_end(trainer(tmp_path), PReNetModule(stages=1), outputs, batch(), 0)
-    assert list(tmp_path.iterdir()) == []
+def test_predictions_keep_the_other_images_of_a_batch(tmp_path, monkeypatch, value):
+    method, callback, names = PReNetModule(stages=1), SaveImages(), ["scene_1", "scene_2", "scene_3"]
+    monkeypatch.setattr(method, "forward", lambda rainy: torch.cat([rainy[:1], broken(value), rainy[2:]]))
+    images = {"rainy": torch.rand(3, 3, 24, 24), "name": names}
+    outputs = method.predict_step(images, 0)
+    callback.on_predict_batch_end(trainer(tmp_path), method, outputs, images, 0)
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["scene_1.png", "scene_3.png"]
+    with pytest.raises(DerainError, match=r"^scene_2: "):
+        callback.on_predict_end(trainer(tmp_path), method)
+    callback.on_predict_end(trainer(tmp_path), method)  # nothing failed since
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -41,14 +46,6 @@ def test_panels(tmp_path, value, hook):
     with pytest.raises(DerainError, match="scene_3"):
         getattr(ImagePanels(), hook)(trainer(tmp_path), PReNetModule(stages=1), {"derained": broken(value)}, batch(), 0)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("value", VALUES)
-def test_prediction_steps(monkeypatch, value):
-    method = PReNetModule(stages=1)
-    monkeypatch.setattr(method, "forward", lambda rainy: broken(value))
-    with pytest.raises(DerainError, match="scene_3"):
-        method.predict_step(batch(), 0)
 
 
 @pytest.mark.parametrize("value", VALUES)

@@ -138,6 +138,21 @@ def test_validate(workdir, capsys):
     assert "val/psnr" in capsys.readouterr().out
 
 
+def test_predict_keeps_the_other_images_if_one_is_not_finite(workdir, capsys, monkeypatch):
+    forward, passes = PReNetModule.forward, []
+
+    def spoil_second_image(self, rainy):
+        passes.append(len(rainy))
+        return forward(self, rainy) * (float("nan") if len(passes) == 2 else 1)
+
+    monkeypatch.setattr(PReNetModule, "forward", spoil_second_image)
+    line = ["predict", "--config", "exp.yaml", "--data.predict", "images", "--weights", "w.safetensors"]
+    assert main([*line, "--data.eval_batch_size", "3"]) == 2
+    saved = image_files(workdir / "runs/exp/predict-1/images")
+    assert [path.name for path in saved] == ["1.png", "3.png"]
+    assert error_line(capsys).startswith("derain: error: 2: ")
+
+
 def test_predict_restores_a_folder(workdir):
     assert main(["predict", "--config", "exp.yaml", "--data.predict", "images", "--weights", "w.safetensors"]) == 0
     assert len(image_files(workdir / "runs/exp/predict-1/images")) == 3

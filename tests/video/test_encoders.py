@@ -11,6 +11,10 @@ from derain.video.encoders import ENCODERS
 from tests.factories import make_video
 
 
+def same(frames):
+    return (frame.pixels for frame in frames)
+
+
 def is_available(encoder):
     try:
         context = av.CodecContext.create(encoder, "w")
@@ -33,7 +37,7 @@ def test_videos_are_written_by_the_chosen_encoder(video, tmp_path, encoder, code
         pytest.skip(f"this FFmpeg has no {encoder}")
     options = VideoOptions(encoder=encoder)
     check(video, tmp_path / "out.mkv", options)
-    rewrite(video, tmp_path / "out.mkv", lambda frames: frames, options=options)
+    rewrite(video, tmp_path / "out.mkv", same, options=options)
     with av.open(str(tmp_path / "out.mkv")) as container:
         assert container.streams.video[0].codec_context.codec.canonical_name == codec
         rgb = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -57,7 +61,7 @@ def test_an_encoder_without_its_hardware_is_refused_before_anything_is_written(v
     options = VideoOptions(encoder=encoder)
     if is_available(encoder):
         pytest.skip(f"{encoder} is available")
-    for function in (check, lambda *arguments: rewrite(*arguments, lambda frames: frames, options=options)):
+    for function in (check, lambda *arguments: rewrite(*arguments, same, options=options)):
         with pytest.raises(DerainError, match=f"--encoder {encoder}") as caught:
             function(video, tmp_path / "out.mp4", *([options] if function is check else []))
         assert "\n" not in str(caught.value)

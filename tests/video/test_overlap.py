@@ -23,7 +23,7 @@ def test_frames_are_written_in_order_with_the_packets_before_them():
     def invert_in_batches(pixels):
         batch = []
         for frame in pixels:
-            batch.append(255 - frame)
+            batch.append(255 - frame.pixels)
             if len(batch) == 7:
                 yield from batch
                 batch = []
@@ -63,7 +63,7 @@ def test_memory_does_not_grow_with_the_number_of_frames():
         nonlocal written
         written += pixels is not None
 
-    overlap(source(), lambda pixels: pixels, write)
+    overlap(source(), lambda frames: (frame.pixels for frame in frames), write)
     assert written == 10_000
     assert peak <= 2 * QUEUE + 6
 
@@ -81,7 +81,7 @@ def test_a_slow_part_stops_the_others(slow):
     def change(pixels):
         for frame in pixels:
             time.sleep(0.003 * (slow == "change"))
-            yield frame
+            yield frame.pixels
 
     def write(frame, pixels):
         time.sleep(0.003 * (slow == "write"))
@@ -114,7 +114,7 @@ def test_the_three_parts_run_at_the_same_time():
             if number == 1:
                 changing.set()
                 assert writing.wait(60)  # the first is written while the second is changed
-            yield frame
+            yield frame.pixels
 
     overlap(source(), change, lambda frame, pixels: writing.set())
 
@@ -139,7 +139,7 @@ def test_an_error_of_any_part_is_raised_and_ends_the_threads(part):
     def change(pixels):
         for number, frame in enumerate(pixels):
             fail("change", number)
-            yield frame
+            yield frame.pixels
 
     with pytest.raises(Failure, match=part):
         overlap(source(), change, lambda frame, pixels: fail("write", frame.pts))
@@ -148,10 +148,14 @@ def test_an_error_of_any_part_is_raised_and_ends_the_threads(part):
 
 def test_as_many_frames_are_changed_as_read():
     def only_the_first(pixels):
-        yield next(pixels)
+        yield next(pixels).pixels
         list(pixels)
 
     with pytest.raises(RuntimeError, match="2 frames"):
         overlap(frames(3), only_the_first, lambda *_: None)
     with pytest.raises(RuntimeError, match="more"):
-        overlap(frames(3), lambda pixels: iter([*pixels, np.zeros((1, 1, 3), np.uint8)]), lambda *_: None)
+        overlap(
+            frames(3),
+            lambda frames: iter([*(frame.pixels for frame in frames), np.zeros((1, 1, 3), np.uint8)]),
+            lambda *_: None,
+        )
