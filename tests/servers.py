@@ -23,6 +23,8 @@ class Server(ThreadingHTTPServer):
         announced: Lengths that are announced by path, instead of the true ones; None for none.
         corrupt: Paths whose contents are sent with one wrong byte.
         ranges: Whether ranges are served.
+        shift: Number of bytes by which served ranges begin later than asked for.
+        first: Status codes by path of the first requests with GET, instead of the contents.
         budget: Number of bytes of contents after which every connection is cut; None for no limit.
         stalls: Whether connections stay open, without data, instead of being cut.
         served: Method and path of each request, and whether it asks for a range.
@@ -38,6 +40,8 @@ class Server(ThreadingHTTPServer):
         self.announced = {}
         self.corrupt = set()
         self.ranges = True
+        self.shift = 0
+        self.first = {}
         self.budget = None
         self.stalls = False
         self.released = threading.Event()
@@ -74,8 +78,9 @@ class Handler(BaseHTTPRequestHandler):
         server.served.append((self.command, path, "Range" in self.headers))
         if server.budget is not None and server.budget <= 0:
             return self.cut()
-        if path in server.statuses or path not in server.files:
-            self.send_response(server.statuses.get(path, 404))
+        first = server.first.get(path) if body else None
+        if first or path in server.statuses or path not in server.files:
+            self.send_response(first.pop(0) if first else server.statuses.get(path, 404))
             for name, value in server.headers.get(path, {}).items():
                 self.send_header(name, value)
             self.send_header("Content-Length", "0")
@@ -84,9 +89,14 @@ class Handler(BaseHTTPRequestHandler):
         headers = server.headers.get(path, {})
         start = 0
         match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        same = self.headers.get("If-Range", headers.get("ETag")) == headers.get("ETag")
+        version = headers.get("ETag", headers.get("Last-Modified"))
+        same = self.headers.get("If-Range", version) == version
+        if match and server.ranges and same and int(match[1]) >= len(content):
+            self.send_response(416)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         if match and server.ranges and same:
-            start = int(match[1])
+            start = int(match[1]) + server.shift
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         else:

@@ -20,6 +20,12 @@ SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MACOS_FOLDER = "__MACOSX"
 """Folder with metadata of macOS, which is not unpacked."""
 
+FOLDER_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
+"""Files that systems write into folders, which are not unpacked; nor are those of macOS that begin with ``._``."""
+
+OTHER_FORMATS = {b"Rar!\x1a\x07": "RAR", b"7z\xbc\xaf\x27\x1c": "7z"}
+"""First bytes of archives that derain cannot unpack, and the names of their formats."""
+
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
 """Exceptions that reading a damaged archive, or one with unknown compression, can raise."""
 
@@ -69,9 +75,11 @@ def list_members(archive: Path) -> list[Member]:
 
     Raises:
         DamagedArchiveError: If the file is not an archive, or is damaged.
-        DerainError: If the archive is encrypted or unsafe: links, devices, absolute paths, paths with ``..``.
+        DerainError: If the archive has another format, or is encrypted or unsafe: links, devices, absolute paths, paths
+            with ``..``.
     """
     with _archive_errors(archive):
+        _check_format(archive)
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
                 return [Member(path, info.file_size) for path, info in _zip_files(archive, opened)]
@@ -107,6 +115,16 @@ def unpack(archive: Path, folder: Path, advance: Callable[[int], None]) -> None:
                     _write(archive, content, folder / path, advance)
 
 
+def _check_format(archive: Path) -> None:
+    with archive.open("rb") as file:
+        start = file.read(8)
+    for signature, name in OTHER_FORMATS.items():
+        if start.startswith(signature):
+            raise DerainError(
+                f"{archive}: a {name} archive, expected zip or tar; unpack it yourself into a folder named like the set"
+            )
+
+
 def _zip_files(archive: Path, opened: zipfile.ZipFile) -> Iterator[tuple[str, zipfile.ZipInfo]]:
     for info in opened.infolist():
         if info.is_dir():
@@ -132,11 +150,12 @@ def _tar_files(archive: Path, opened: tarfile.TarFile) -> Iterator[tuple[str, ta
 
 
 def _safe_path(archive: Path, name: str) -> str:
-    """Return the path of a member with ``/``; empty for metadata of macOS."""
+    """Return the path of a member with ``/``; empty for metadata of systems."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts or not path.parts:
         raise _unsafe(archive, name, "is outside the archive")
-    return "" if path.parts[0] == MACOS_FOLDER else str(path)
+    is_metadata = path.parts[0] == MACOS_FOLDER or path.name in FOLDER_FILES or path.name.startswith("._")
+    return "" if is_metadata else str(path)
 
 
 def _unsafe(archive: Path, name: str, problem: str) -> DerainError:

@@ -62,8 +62,8 @@ class Download:
 
     @property
     def archives(self) -> list[RemoteFile]:
-        """Files that are unpacked after the download."""
-        return [file for file in self.listing.files if is_archive(file.path)]
+        """Files that are unpacked after the download: all files of web servers, whose addresses may have no suffix."""
+        return [file for file in self.listing.files if isinstance(self.source, Web) or is_archive(file.path)]
 
     @property
     def missing_bytes(self) -> int:
@@ -88,6 +88,7 @@ class Download:
         check_space(self.target.parent, self.needed_bytes)
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.part), self._interruptions():
+            check_absent(self.target)  # another process may have completed it since
             self._remove_changed_files()
             done = self.listing.size - self.missing_bytes
             with track_bytes(f"Fetching {self.name}", self.listing.size, done) as advance:
@@ -99,7 +100,7 @@ class Download:
             check_downloads(self.listing.files, self.folder)
             shutil.rmtree(self.folder / ".cache", ignore_errors=True)  # of huggingface_hub
             place(self.name, self._unpacked(), self.target)
-        shutil.rmtree(self.part)
+            shutil.rmtree(self.part)  # within the lock: another process may begin as soon as it is released
         files = [path.relative_to(self.target).as_posix() for path in self.target.rglob("*") if path.is_file()]
         check_pairs(self.name, files, f"{self.target}: complete and without damage, but")
         return self.target
@@ -121,6 +122,16 @@ class Download:
             raise DerainError(
                 f"{error.archive.name}: arrived {error.reason}; deleted; run the same command to fetch it again"
             ) from error
+        for file in self.listing.files:
+            if file not in self.archives:
+                loose = folder / file.path
+                if loose.exists():
+                    raise DerainError(
+                        f"{self.source}: {file.path} is both a file of the source and in one of its archives; fetch "
+                        "them yourself"
+                    )
+                loose.parent.mkdir(parents=True, exist_ok=True)
+                (self.folder / file.path).rename(loose)
         return folder
 
     def _remove_changed_files(self) -> None:
@@ -130,7 +141,7 @@ class Download:
             DerainError: If the earlier call used another source.
         """
         path = self.part / "files.json"
-        current = {file.path: [file.size, file.sha256, file.blob_id, file.etag] for file in self.listing.files}
+        current = {file.path: [file.size, file.sha256, file.blob_id, file.version] for file in self.listing.files}
         if path.is_file():
             earlier = json.loads(path.read_text())
             if earlier["source"] != str(self.source):
@@ -246,11 +257,16 @@ def place(name: str, folder: Path, target: Path) -> None:
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     prefix, _ = find_pairs(name, files)
     base = folder / prefix
+    dropped = []
     for file in files:
         if prefix and not file.startswith(prefix):
             beside = base / PurePosixPath(file).name
-            if not beside.exists():
+            if beside.exists():
+                dropped.append(file)
+            else:
                 (folder / file).rename(beside)
+    if dropped:
+        log.warning("%s: %d files not kept, since others have their names: %s", target, len(dropped), dropped[0])
     base.rename(target)
 
 

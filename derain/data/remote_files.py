@@ -21,7 +21,7 @@ class RemoteFile:
         sha256: SHA-256 in hexadecimal digits; empty if unknown.
         blob_id: Git's SHA-1 of the file in hexadecimal digits; empty if unknown.
         url: Address; empty for files of the hub.
-        etag: The server's identifier of this version of the file; empty if it has none.
+        version: The server's identifier of this version of the file: ETag or date; empty if it has none.
     """
 
     path: str
@@ -29,7 +29,7 @@ class RemoteFile:
     sha256: str = ""
     blob_id: str = ""
     url: str = ""
-    etag: str = ""
+    version: str = ""
 
     @property
     def has_checksum(self) -> bool:

@@ -1,6 +1,7 @@
 """Files of web servers: ask for their sizes, and download them in parallel, continuing partial files."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from threading import Event
@@ -9,6 +10,9 @@ from urllib.parse import unquote, urlsplit
 
 from derain.data.remote_files import Listing, RemoteFile, partial_path
 from derain.errors import DerainError
+
+WEB_PAGE = "text/html"
+"""Content type of web pages."""
 
 WORKERS = 4
 """Number of files that are downloaded at the same time."""
@@ -22,8 +26,20 @@ ATTEMPTS = 5
 PAUSE = 2.0
 """Seconds before another attempt."""
 
-REFUSED = range(400, 500)
-"""HTTP status codes of requests that would fail again."""
+REFUSED = frozenset(range(400, 500)) - {408, 425, 429}
+"""HTTP status codes of requests that would fail again, unlike timeouts and too many requests."""
+
+BEYOND_THE_END = 416
+"""HTTP status code of a server that has fewer bytes than a partial file."""
+
+MAX_PAUSE = 60.0
+"""Largest number of seconds for which a server that asks for a pause is obeyed."""
+
+COMPRESSED = (".gz", ".tgz")
+"""Endings of files that servers may rightly describe as encoded."""
+
+OTHER_ARCHIVES = (".rar", ".7z", ".zst")
+"""Endings of archives that derain cannot unpack."""
 
 
 def list_urls(urls: Sequence[str], checksums: Sequence[str] = ()) -> Listing:
@@ -43,10 +59,14 @@ def list_urls(urls: Sequence[str], checksums: Sequence[str] = ()) -> Listing:
             info = system.info(url)
         except FileNotFoundError as error:
             raise _unreachable(url, error.__cause__ or error) from error
-        if info.get("mimetype") == "text/html":
-            raise DerainError(f"{url}: answers with a web page instead of an archive; download the file in a browser")
+        if info.get("mimetype") == WEB_PAGE:
+            raise _web_page(url)
         name = PurePosixPath(unquote(urlsplit(url).path)).name or "download"
-        files.append(RemoteFile(name, info["size"], sha256, url=url, etag=info.get("ETag", "")))
+        if name.lower().endswith(OTHER_ARCHIVES):
+            raise DerainError(
+                f"{url}: not a zip or tar archive; download it in a browser, unpack it into a folder named like the set"
+            )
+        files.append(RemoteFile(name, info["size"], sha256, url=url, version=_version(info)))
     names = [file.path for file in files]
     if len(set(names)) < len(names):
         raise DerainError(f"{', '.join(urls)}: two files have the same name; fetch them with --archive one by one")
@@ -78,12 +98,27 @@ def download_urls(files: Sequence[RemoteFile], folder: Path, advance: Callable[[
             raise
 
 
+def _version(headers: Mapping[str, str]) -> str:
+    """Return the server's identifier of the version of a file: ETag or date; empty if it has none.
+
+    A weak ETag does not exclude that bytes differ, so that the date comes first.
+    """
+    etag, date = headers.get("ETag", ""), headers.get("Last-Modified", "")
+    return date or etag if etag.startswith("W/") else etag or date
+
+
+def _web_page(url: str) -> DerainError:
+    return DerainError(f"{url}: answers with a web page instead of an archive; download the file in a browser")
+
+
 def _file_system() -> Any:
     import aiohttp
     from fsspec.implementations.http import HTTPFileSystem
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
-    return HTTPFileSystem(client_kwargs={"timeout": timeout, "trust_env": True}, skip_instance_cache=True)
+    # Files are saved as they are sent: with an encoding undone, sizes and positions would not be those of the server.
+    options = {"timeout": timeout, "trust_env": True, "auto_decompress": False}
+    return HTTPFileSystem(client_kwargs=options, skip_instance_cache=True)
 
 
 class _Downloader:
@@ -122,13 +157,21 @@ class _Downloader:
             except FileNotFoundError as error:
                 raise _unreachable(file.url, error) from error
             except (aiohttp.ClientError, TimeoutError) as error:
-                if getattr(error, "status", 0) in REFUSED:
+                status = getattr(error, "status", 0)
+                if status == BEYOND_THE_END and size:
+                    self._restart(partial)
+                elif status in REFUSED:
                     raise _unreachable(file.url, error) from error
                 reason = error
             failures = 0 if partial.stat().st_size > size else failures + 1
             if failures == ATTEMPTS:
                 raise _unreachable(file.url, reason) from reason
-            self.stopped.wait(PAUSE)
+            self.stopped.wait(_pause(reason))
+
+    def _restart(self, partial: Path) -> None:
+        """Delete the contents of a partial file."""
+        self.advance(-partial.stat().st_size)
+        partial.write_bytes(b"")
 
     def _receive(self, file: RemoteFile, partial: Path) -> bool:
         """Append the missing bytes to a partial file; return whether it is complete.
@@ -142,7 +185,19 @@ class _Downloader:
         headers = _headers(file, position)
         with self.system.open(file.url, block_size=0, size=unused_size, headers=headers) as response:
             self.responses.append(response.r)
+            answer = response.r.headers
+            if answer.get("Content-Type", "").startswith(WEB_PAGE):
+                raise _web_page(file.url)
+            encoding = answer.get("Content-Encoding", "identity")
+            if encoding not in ("", "identity") and not file.path.lower().endswith(COMPRESSED):
+                raise DerainError(
+                    f"{file.url}: the server compresses the file on the way ({encoding}), which was not asked for; "
+                    "download the file in a browser, then --archive"
+                )
             continued = position > 0 and response.r.status == 206
+            if continued and not _continues(file, position, answer):
+                self._restart(partial)
+                return False
             if position and not continued:
                 self.advance(-position)
                 position = 0
@@ -162,13 +217,30 @@ class _Downloader:
         return not self.stopped.is_set() and file.size in (None, position)
 
 
+def _continues(file: RemoteFile, position: int, headers: Mapping[str, str]) -> bool:
+    """Return whether the headers of a partial answer announce the bytes of a file from a position on."""
+    announced = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", "").strip())
+    if announced is None or int(announced[1]) != position:
+        return False
+    if file.size is not None and announced[2] not in ("*", str(file.size)):
+        return False
+    version = _version(headers)
+    return not version or not file.version or version == file.version
+
+
+def _pause(error: Exception) -> float:
+    """Return the number of seconds before another attempt: as long as the server asks for, within limits."""
+    requested = str((getattr(error, "headers", None) or {}).get("Retry-After", ""))
+    return min(float(requested), MAX_PAUSE) if requested.isdecimal() else PAUSE
+
+
 def _headers(file: RemoteFile, position: int) -> dict[str, str]:
     """Return the headers of a request for a file from a position on."""
     headers = {"Accept-Encoding": "identity"}
     if position:
         headers["Range"] = f"bytes={position}-"
-        if file.etag and not file.etag.startswith("W/"):
-            headers["If-Range"] = file.etag
+        if file.version and not file.version.startswith("W/"):
+            headers["If-Range"] = file.version
     return headers
 
 

@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import io
+import os
 import random
 import shutil
 import signal
@@ -34,7 +35,7 @@ def server(monkeypatch):
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
         monkeypatch.setattr("time.sleep", lambda seconds: None)
-        monkeypatch.setattr(web_files, "PAUSE", 0)
+        monkeypatch.setattr(web_files, "PAUSE", 0.0)
         yield server
 
 
@@ -279,6 +280,205 @@ def test_a_file_that_changes_between_two_calls_is_fetched_again(server, root, tm
     server.budget = None
     assert fetch(root) == 0
     assert contents(root / "Rain12") == files
+
+
+def interrupt(server, root):
+    """Interrupt a download so that 5000 bytes of one archive have arrived, and forget the requests."""
+    server.budget = 1
+    assert fetch(root) == 2
+    server.budget = None
+    server.served.clear()
+    partial = root / ".Rain12.part/download/rainy.zip.partial"
+    partial.write_bytes(server.files["/rainy.zip"][:5000])
+    return partial
+
+
+def test_a_file_without_etag_that_changes_is_fetched_again(server, root, tmp_path, monkeypatch):
+    serve_zips(server, monkeypatch, tmp_path, padding=20_000)
+    for path in server.headers:
+        server.headers[path] = {"Last-Modified": "Tue, 01 Dec 2026 10:00:00 GMT"}
+    interrupt(server, root).write_bytes(bytes(5000))  # of an earlier version
+    (tmp_path / "new").mkdir()
+    files = serve_zips(server, monkeypatch, tmp_path / "new", padding=20_000)
+    for path in server.headers:
+        server.headers[path] = {"Last-Modified": "Tue, 01 Dec 2026 11:00:00 GMT"}
+    assert fetch(root) == 0
+    assert contents(root / "Rain12") == files
+
+
+def test_bytes_from_another_position_are_not_appended(server, root, tmp_path, monkeypatch):
+    files = serve_zips(server, monkeypatch, tmp_path, padding=20_000)
+    interrupt(server, root)
+    server.shift = 7
+    assert fetch(root) == 0
+    assert contents(root / "Rain12") == files
+
+
+def test_bytes_of_another_version_are_not_appended(server, root, tmp_path, monkeypatch):
+    files = serve_zips(server, monkeypatch, tmp_path, padding=20_000)
+    server.headers["/rainy.zip"] = {"ETag": 'W/"1"'}  # weak: not sent with If-Range
+    interrupt(server, root).write_bytes(bytes(5000))
+    original = web_files._headers
+
+    def change(file, position):  # after the server was asked for the version
+        server.headers["/rainy.zip"] = {"ETag": 'W/"2"'}
+        return original(file, position)
+
+    monkeypatch.setattr(web_files, "_headers", change)
+    assert fetch(root) == 0
+    assert contents(root / "Rain12") == files
+
+
+def test_a_complete_file_of_unknown_size_is_not_asked_for_beyond_its_end(server, root, tmp_path, monkeypatch):
+    files = serve_zips(server, monkeypatch, tmp_path)
+    server.announced["/rainy.zip"] = None
+    partial = root / ".Rain12.part/download/rainy.zip.partial"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(server.files["/rainy.zip"])  # the process ended before the file was renamed
+    assert fetch(root) == 0
+    assert contents(root / "Rain12") == files
+
+
+def test_too_many_requests_are_repeated_after_a_pause(server, root, tmp_path, monkeypatch):
+    files = serve_zips(server, monkeypatch, tmp_path)
+    server.first["/rainy.zip"] = [429, 503, 408]
+    server.headers["/rainy.zip"]["Retry-After"] = "0"
+    assert fetch(root) == 0
+    assert contents(root / "Rain12") == files
+
+
+def test_a_web_page_does_not_replace_a_partial_file(server, root, tmp_path, monkeypatch, capsys):
+    files = serve_zips(server, monkeypatch, tmp_path, padding=20_000)
+    partial = interrupt(server, root)
+    capsys.readouterr()
+    present = partial.read_bytes()
+    original = web_files._headers
+
+    def signed_out(file, position):
+        server.files["/rainy.zip"] = b"<html>"
+        server.headers["/rainy.zip"] |= {"Content-Type": "text/html; charset=utf-8", "ETag": '"page"'}
+        return original(file, position)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(web_files, "_headers", signed_out)
+        assert fetch(root) == 2
+    assert "rainy.zip" in error(capsys)
+    assert partial.read_bytes() == present
+    server.files["/rainy.zip"] = (tmp_path / "rainy.zip").read_bytes()
+    server.headers["/rainy.zip"] = {"ETag": '"rainy"'}
+    assert fetch(root) == 0
+    assert contents(root / "Rain12") == files
+
+
+@pytest.mark.parametrize("suffix", ["tar.gz", "zip"])
+def test_an_encoding_is_not_undone(server, root, tmp_path, capsys, suffix):
+    folder = make_set(tmp_path, "Rain12", "test", count=12)
+    packed = Path(shutil.make_archive(str(tmp_path / "a"), "gztar" if suffix == "tar.gz" else "zip", folder))
+    server.files[f"/a.{suffix}"] = packed.read_bytes()
+    server.headers[f"/a.{suffix}"] = {"Content-Encoding": "gzip"}
+    code = fetch(root, "--from", f"{server.url}/a.{suffix}")
+    if suffix == "zip":
+        assert code == 2
+        assert "gzip" in error(capsys)
+    else:
+        assert code == 0
+        assert contents(root / "Rain12") == contents(folder)
+
+
+def test_an_archive_whose_address_has_no_suffix_is_unpacked(server, root, tmp_path):
+    files = contents(make_set(tmp_path, "Rain12", "test", count=12))
+    server.files["/files/download"] = make_zip(tmp_path / "a.zip", files).read_bytes()
+    server.files["/old"] = b""
+    server.statuses["/old"] = 302
+    server.headers["/old"] = {"Location": "/files/download"}
+    assert fetch(root, "--from", f"{server.url}/old?id=3") == 0
+    assert contents(root / "Rain12") == files
+
+
+def test_other_archives_are_refused_before_and_kept_after_the_download(server, root, tmp_path, capsys):
+    server.files["/a.rar"] = server.files["/a"] = b"Rar!\x1a\x07\x01\x00" + bytes(5000)
+    assert fetch(root, "--from", f"{server.url}/a.rar") == 2
+    assert "a.rar" in error(capsys)
+    assert server.count() == 0
+    assert fetch(root, "--from", f"{server.url}/a") == 2
+    assert "RAR" in error(capsys)
+    assert (root / ".Rain12.part/download/a").stat().st_size == 5008
+    (tmp_path / "b.zip").write_bytes(b"7z\xbc\xaf\x27\x1c" + bytes(50))
+    assert fetch(root, "--archive", str(tmp_path / "b.zip")) == 2
+    assert "7z" in error(capsys)
+
+
+def test_files_beside_the_archives_of_a_repository_are_kept(server, root, tmp_path, monkeypatch):
+    files = contents(make_set(tmp_path, "Rain12", "test", count=12))
+    source = tmp_path / "repository"
+    rainy = {name: content for name, content in files.items() if name.startswith("rainy")}
+    source.mkdir()
+    make_zip(source / "rainy.zip", rainy)
+    for name, content in (files | {"LICENSE": b"MIT"}).items():
+        if name not in rainy:
+            (source / name).parent.mkdir(exist_ok=True)
+            (source / name).write_bytes(content)
+    serve_hub(server, source)
+    monkeypatch.setitem(SOURCES, "Rain12", (Hub(REPOSITORY),))
+    assert fetch(root) == 0
+    assert contents(root / "Rain12") == files | {"LICENSE": b"MIT"}
+
+
+def test_a_set_that_another_process_completes_meanwhile_is_kept(server, root, tmp_path, monkeypatch, capsys):
+    serve_zips(server, monkeypatch, tmp_path)
+    original = filelock.FileLock.acquire
+
+    def acquire(lock, *arguments, **options):
+        (root / "Rain12").mkdir(exist_ok=True)
+        return original(lock, *arguments, **options)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    assert fetch(root) == 2
+    assert "exists" in error(capsys)
+    assert server.count() == 0
+
+
+def test_metadata_of_systems_is_not_unpacked(root, tmp_path):
+    files = contents(make_set(tmp_path, "Rain12", "test", count=12))
+    first = make_zip(tmp_path / "a.zip", files | {"rainy/._1.png": b"x", ".DS_Store": b"1", "Thumbs.db": b"1"})
+    second = make_zip(tmp_path / "b.zip", {".DS_Store": b"2", "Thumbs.db": b"2"})
+    assert fetch(root, "--archive", str(first), "--archive", str(second)) == 0
+    assert contents(root / "Rain12") == files
+
+
+def test_files_that_are_dropped_are_named(root, tmp_path, capsys):
+    files = contents(make_set(tmp_path, "Rain12", "test", count=12))
+    inner = {f"Rain12/{name}": content for name, content in files.items()}
+    archive = make_zip(tmp_path / "a.zip", inner | {"Rain12/README": b"inner", "README": b"outer"})
+    assert fetch(root, "--archive", str(archive)) == 0
+    assert contents(root / "Rain12") == files | {"README": b"inner"}
+    assert "README" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".png", "rainy/1.png/x.png"])
+def test_names_that_cannot_be_written_are_one_line(root, tmp_path, capsys, name):
+    files = contents(make_set(tmp_path, "Rain12", "test", count=12))
+    assert fetch(root, "--archive", str(make_zip(tmp_path / "a.zip", files | {name: b"x"}))) == 2
+    assert error(capsys)
+    assert list(root.iterdir()) == []
+
+
+def test_names_that_are_not_utf_8_are_unpacked(root, tmp_path):
+    folder = make_set(tmp_path, "Rain12", "test", count=12)
+    other = bytes(folder / "rainy") + b"/caf\xe9.txt"
+    Path(os.fsdecode(other)).write_bytes(b"x")
+    packed = shutil.make_archive(str(tmp_path / "a"), "tar", folder)
+    assert fetch(root, "--archive", packed) == 0
+    assert contents(root / "Rain12") == contents(folder)
+
+
+def test_an_archive_that_is_far_larger_when_unpacked_is_refused(root, tmp_path, capsys):
+    info = tarfile.TarInfo("rainy/1.png")
+    info.size = 2**60
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    assert fetch(root, "--archive", str(tmp_path / "a.tar")) == 2
+    assert error(capsys)
+    assert not root.exists() or list(root.iterdir()) == []
 
 
 @pytest.mark.parametrize("difference", [-100, 100])
