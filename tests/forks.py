@@ -146,6 +146,7 @@ def _become(program, arguments, environment):
     """Run a module (``-m NAME``) or a script with an environment."""
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # TMPDIR may differ
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     sys.argv = [program[-1], *arguments]

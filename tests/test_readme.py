@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from derain.images import image_size, write_image
 from tests.factories import clean_image
+from tests.runs import start
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
@@ -46,7 +48,7 @@ def user_folder(tmp_path_factory):
     return folder
 
 
-def run(command, folder):
+def run_in_shell(command, folder):
     """Run a line in a shell."""
     result = subprocess.run(
         ["bash", "-c", command],
@@ -60,12 +62,23 @@ def run(command, folder):
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
 
 
+def start_forked(command, *options):
+    """Start a line of the README, which needs no shell, in the current folder and in a process without network."""
+    program, *arguments = shlex.split(command)
+    assert program == "derain"
+    return start(*arguments, *options, **OFFLINE)
+
+
 @pytest.mark.slow
-def test_first_commands_run_as_written(user_folder):
+def test_first_commands_run_as_written(user_folder, monkeypatch):
+    monkeypatch.chdir(user_folder)
     commands = [line.partition("  #")[0].strip() for line in FIRST.splitlines()]
-    for command in commands:
+    run_in_shell(commands[0], user_folder)
+    for command in commands[1:]:
         if not command.startswith("derain app"):
-            run(command, user_folder)
+            process = start_forked(command)
+            output, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, f"{command}\n{output}"
     for name in ("clean.jpg", "again.jpg"):
         assert image_size(user_folder / name) == (70, 90)
     assert {file.name for file in (user_folder / "restored").iterdir()} >= {"1.png", "2.png"}
@@ -74,19 +87,17 @@ def test_first_commands_run_as_written(user_folder):
 
 
 @pytest.mark.slow
-def test_app_serves_the_page_until_it_is_stopped(user_folder):
+def test_app_serves_the_page_until_it_is_stopped(user_folder, monkeypatch):
+    monkeypatch.chdir(user_folder)
     command = next(line.partition("  #")[0].strip() for line in FIRST.splitlines() if line.startswith("derain app"))
-    process = subprocess.Popen(
-        [*shlex.split(command), "--port", "0"],
-        cwd=user_folder,
-        env={**os.environ, **OFFLINE},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = start_forked(command, "--port", "0")
     try:
-        line = next(line for line in process.stdout if "http://127.0.0.1:" in line)
-        page = re.search(r"http://127\.0\.0\.1:\d+", line).group()
+        page = None
+        while page is None:
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+            page = re.search(r"(http://127\.0\.0\.1:\d+)\s", process.stdout.read())
+        page = page.group(1)
         with urllib.request.urlopen(page, timeout=60) as answer:
             assert b"derain" in answer.read()
     finally:
