@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,17 +10,17 @@ import torch
 from benchmarks.gpu.items import ITEMS
 from benchmarks.gpu.measure import FLOAT32, TF32, Work
 from benchmarks.gpu.report import page, table
+from tests.forks import ForkedCommand
 
-ROOT = Path(__file__).parents[1]
 PEAKS = {"copy": 10.0, "float32": 4.0, "TF32": 8.0, "bf16": 16.0}
 
 
 def run(*arguments):
     """Run the benchmarks in a process; return exit code and output."""
-    command = [sys.executable, "-m", "benchmarks.gpu", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
-    return result.returncode, result.stdout
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    process = ForkedCommand(("-m", "benchmarks.gpu"), arguments, environment)
+    output, _ = process.communicate(timeout=1200)
+    return process.returncode, output
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

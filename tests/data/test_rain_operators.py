@@ -252,6 +252,7 @@ def test_measured_opacity_of_a_uniform_image_is_its_contrast():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(photos):
     degradation = RainDegradation(RainRanges()).cuda()
     first, again = (degradation(photos.cuda(), 3) for _ in range(2))
