@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from derain.data.remote_files import Listing, RemoteFile
@@ -70,22 +72,36 @@ def download_repository(
         OSError: If a file cannot be written.
     """
     with _hub_errors(repository):
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
 
-        snapshot_download(
-            repository,
-            repo_type="dataset",
-            revision=commit,
-            local_dir=folder,
-            allow_patterns=list(patterns) or None,
-            ignore_patterns=list(UNUSED),
-            max_workers=WORKERS,
-            tqdm_class=_silent_bar(advance),
-        )
+        stopped = Event()
+        # In a thread of its own, since an interrupted snapshot_download waits for the files that have begun.
+        with ThreadPoolExecutor(1) as thread:
+            download = thread.submit(
+                snapshot_download,
+                repository,
+                repo_type="dataset",
+                revision=commit,
+                local_dir=folder,
+                allow_patterns=list(patterns) or None,
+                ignore_patterns=list(UNUSED),
+                max_workers=WORKERS,
+                tqdm_class=_silent_bar(advance, stopped),
+            )
+            try:
+                download.result()
+            except KeyboardInterrupt:
+                stopped.set()
+                offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True  # or it would try again
+                try:
+                    wait([download])
+                finally:
+                    constants.HF_HUB_OFFLINE = offline
+                raise
 
 
-def _silent_bar(advance: Callable[[int], None]) -> Any:
-    """Return a progress bar for huggingface_hub that shows nothing and reports bytes."""
+def _silent_bar(advance: Callable[[int], None], stopped: Event) -> Any:
+    """Return a progress bar for huggingface_hub that shows nothing and reports bytes, and ends stopped downloads."""
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
     class Bar(tqdm):
@@ -96,6 +112,8 @@ def _silent_bar(advance: Callable[[int], None]) -> Any:
             super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: int | float | None = 1) -> None:
+            if stopped.is_set():
+                raise InterruptedError
             if self.counts_bytes:
                 advance(int(n or 0))
 

@@ -186,6 +186,25 @@ def test_fetch_continues_after_the_end_of_the_process(tmp_path, capsys, number):
     assert contents(root / "Rain12") == files
 
 
+@pytest.mark.slow
+def test_a_download_from_the_hub_that_hangs_can_be_stopped(tmp_path):
+    root = tmp_path / "data"
+    source = make_set(tmp_path, "Rain12", "test", count=12)
+    with running() as server:
+        serve_hub(server, source)
+        server.budget = 50_000
+        server.stalls = True
+        fetch = ["data", "fetch", "Rain12", "--root", root, "--from", f"hub:{REPOSITORY}"]
+        process = start(*fetch, fresh=True, HF_ENDPOINT=server.url)
+        wait_for(root / ".Rain12.part/download/rainy", process)
+        while server.budget > 0:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=40)  # the hub's client notices after 10 s
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "kept" in output
+
+
 @pytest.mark.parametrize("kind", SERVE)
 def test_damage_on_the_way_is_found_and_only_damaged_files_are_fetched_again(
     server, root, tmp_path, monkeypatch, capsys, kind
