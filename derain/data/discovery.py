@@ -1,12 +1,19 @@
 """Find the data sets in a folder."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from derain.data.layouts import LAYOUTS, SPLIT_FOLDERS, Split
-from derain.data.name_matching import PairedFiles, describe_contents, find_data_set_folders, list_relative, pair_files
+from derain.data.name_matching import (
+    ImageNames,
+    PairedFiles,
+    describe_contents,
+    find_data_set_folders,
+    list_relative,
+    pair_files,
+)
 from derain.data.pairs import detect_layout
 from derain.data.shards import read_split, sharded_splits
 from derain.errors import DerainError
@@ -67,6 +74,28 @@ def find_sets(root: Path, layout: str | None = None) -> list[DataSplit]:
         expected = " or ".join(str(variants[0]) for variants in LAYOUTS[layout].files.values())
         raise DerainError(f"{root}: no {layout} pairs; contains {describe_contents(root)}; expected {expected}")
     return splits
+
+
+def find_lone_sides(root: Path, found: Sequence[DataSplit]) -> Iterator[tuple[str, list[Path]]]:
+    """Yield the splits that have files in a folder named after their data set, but no pair; with these files.
+
+    Args:
+        root: Folder of one data set or of several.
+        found: Splits that `find_sets` returned for it.
+    """
+    if sharded_splits(root):
+        return
+    reported = {file for split in found for _, rainy, clean in split.files.pairs for file in (rainy, clean) if clean}
+    for name, layout in LAYOUTS.items():
+        if layout.excluded_test_set is not None:  # the full set has the same files
+            continue
+        for folder in find_data_set_folders(name, root):
+            images = ImageNames(folder, list_relative(folder, warn=False))
+            for split in layout.files:
+                files = [file for file in images.one_side(name, split) if file not in reported]
+                if files and not images.pair(name, split).pairs:
+                    reported.update(files)
+                    yield f"{name} {split}", files
 
 
 def _find_in_shards(root: Path, split: Split) -> DataSplit:

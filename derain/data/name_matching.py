@@ -5,6 +5,7 @@ values of all groups of the pattern except ``{version}``: ``{n}`` as a number, t
 ``rainy/7_2.jpg`` and ``clean/007.jpg`` both have the key 7. No image is read.
 """
 
+import itertools
 import os
 import re
 import unicodedata
@@ -110,10 +111,9 @@ class ImageNames:
         """
         variants = LAYOUTS[name].files
         source: Split = "test" if split == "predict" and "predict" not in variants else split
-        prefixes = [f"(?:{SPLIT_FOLDERS[source]})/", ""] if source in SPLIT_FOLDERS else [""]
         matches = []
         for variant in variants.get(source, ()):
-            for prefix in prefixes:
+            for prefix in _prefixes(source):
                 paired = self._pair_by_variant(prefix, variant)
                 if paired.pairs:
                     matches.append(paired)
@@ -124,6 +124,16 @@ class ImageNames:
         if split == "predict":
             return replace(paired, pairs=tuple((name, rainy, None) for name, rainy, _ in paired.pairs))
         return paired
+
+    def one_side(self, name: str, split: Split) -> list[Path]:
+        """Return the files that match the rainy or the clean files of a split by any variant, with a partner or not."""
+        found: dict[str, None] = {}
+        for variant in LAYOUTS[name].files[split]:
+            for prefix, pattern in itertools.product(_prefixes(split), (variant.rainy, variant.clean)):
+                if variant.clean is not None and pattern is not None:
+                    keyed = self._match_pattern(prefix + pattern, variant.numbers, auxiliary=variant.auxiliary)
+                    found |= dict.fromkeys(file.file for file in keyed)
+        return [self._path(file) for file in sorted(found, key=natural_key)]
 
     def _pair_by_variant(self, prefix: str, variant: Files) -> PairedFiles:
         paired = self._paired.get((prefix, variant))
@@ -202,6 +212,11 @@ def pair_files(name: str, split: Split, root: Path, files: Sequence[str] | None 
         DerainError: If the folder does not exist.
     """
     return ImageNames(root, files).pair(name, split)
+
+
+def _prefixes(split: Split) -> list[str]:
+    """Return patterns of what precedes the files of a split: its folder, or nothing."""
+    return [f"(?:{SPLIT_FOLDERS[split]})/", ""] if split in SPLIT_FOLDERS else [""]
 
 
 def _with_later_variants(chosen: PairedFiles, later: Sequence[PairedFiles]) -> PairedFiles:

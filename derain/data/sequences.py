@@ -25,16 +25,43 @@ def frame_links(pairs: Sequence[Pair]) -> frozenset[int]:
         >>> sorted(frame_links([Pair(name, Path(name), sequence=name[0]) for name in names]))
         [1, 2, 5]
     """
-    neighbours = [i for i in range(1, len(pairs)) if pairs[i].sequence and pairs[i].sequence == pairs[i - 1].sequence]
-    steps = {i: _frame_number(pairs[i]) - _frame_number(pairs[i - 1]) for i in neighbours}
+    neighbours = _neighbours(pairs)
+    gaps = frame_gaps(pairs)
+    if gaps:
+        log.info("gaps in the numbers of frames: %d, the first before %s: not compared", len(gaps), pairs[gaps[0]].name)
+    unnumbered = {pairs[i].sequence for i in neighbours if _step(pairs, i) == 0}
+    if unnumbered:
+        log.info(
+            "%d sequences without frame numbers at the end of names, such as %s: all neighbours are compared",
+            len(unnumbered),
+            min(unnumbered),
+        )
+    return frozenset(neighbours) - frozenset(gaps)
+
+
+def frame_gaps(pairs: Sequence[Pair]) -> list[int]:
+    """Return the indices of the frames whose number does not follow that of the previous frame of their sequence.
+
+    The usual step of a sequence is the most frequent one; of equally frequent ones, the smallest.
+
+    Args:
+        pairs: Frames, in the order of their sequences.
+    """
+    steps = {i: _step(pairs, i) for i in _neighbours(pairs)}
     by_sequence: dict[str, Counter[int]] = {}
     for i, step in steps.items():
         by_sequence.setdefault(pairs[i].sequence, Counter())[step] += 1
-    usual = {sequence: counts.most_common(1)[0][0] for sequence, counts in by_sequence.items()}
-    gaps = [i for i, step in steps.items() if step != usual[pairs[i].sequence]]
-    if gaps:
-        log.info("%d gaps in the numbers of frames, the first before %s: not compared", len(gaps), pairs[gaps[0]].name)
-    return frozenset(steps) - frozenset(gaps)
+    usual = {sequence: min(counts, key=lambda step: (-counts[step], step)) for sequence, counts in by_sequence.items()}
+    return [i for i, step in steps.items() if step != usual[pairs[i].sequence]]
+
+
+def _neighbours(pairs: Sequence[Pair]) -> list[int]:
+    """Return the indices of the frames whose sequence is that of the previous index."""
+    return [i for i in range(1, len(pairs)) if pairs[i].sequence and pairs[i].sequence == pairs[i - 1].sequence]
+
+
+def _step(pairs: Sequence[Pair], index: int) -> int:
+    return _frame_number(pairs[index]) - _frame_number(pairs[index - 1])
 
 
 def _frame_number(pair: Pair) -> int:

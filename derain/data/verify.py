@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from derain.data.backgrounds import BackgroundMatch, Signature, compute_signature, find_matches
-from derain.data.discovery import DataSplit, find_sets
+from derain.data.discovery import DataSplit, find_lone_sides, find_sets
 from derain.data.layouts import LAYOUTS
 from derain.data.pair_sides import rain_cues, rain_scores
 from derain.data.pairs import Pair, PairSizeError, to_pairs
+from derain.data.sequences import frame_gaps
 from derain.errors import DerainError
 from derain.image_sources import ImageFile, several_frames
 from derain.images import exif_problem, list_images, natural_key
@@ -29,6 +30,7 @@ Kind = Literal[
     "size",
     "exif",
     "unpaired",
+    "gap",
     "unused",
     "clash",
     "swapped",
@@ -51,9 +53,10 @@ class Finding:
     Attributes:
         kind: ``skipped`` (unsupported formats, broken links), ``count`` (not the published number of pairs),
             ``unreadable``, ``frames`` (several frames or pages, only the first is read), ``size`` (rainy and clean
-            differ), ``exif`` (invalid, so that the orientation may be wrong), ``unpaired``, ``unused`` (pairs of
-            another version of the data set in the same folder), ``clash`` (two files match one image of a pair),
-            ``swapped`` (rain on the clean side), ``leak`` (background of a test image in a training set, or of an image
+            differ), ``exif`` (invalid, so that the orientation may be wrong), ``unpaired``, ``gap`` (in the numbers of
+            the frames of a video, named by the frames after it), ``unused`` (pairs of another version of the data set
+            in the same folder), ``clash`` (two files match one image of a pair), ``swapped`` (rain on the clean side),
+            ``leak`` (background of a test image in a training set, or of an image
             in one of the data sets ``against``), ``duplicate`` (one background several times in a split), ``shared``
             (one background in two training sets or two test sets), ``backgrounds`` (number of distinct backgrounds).
         files: Files concerned, or the folder of the data set; for a leak, the test image first.
@@ -129,6 +132,10 @@ def verify(
             findings.append(Finding("skipped", files, f"{len(paths)} {reason}; not read", "warning"))
     for split in splits:
         findings += _check_files(split)
+    lone_sides = list(find_lone_sides(root, splits)) if layout is None else []
+    for name, paths in lone_sides:
+        detail = f"{len(paths)} files, but no pair: all rainy or all clean files are missing, or have other names"
+        findings.append(Finding("unpaired", tuple(map(str, paths)), detail, set=name))
     images = _Images()
     sequences: set[tuple[DataSplit, str]] = set()
     cues: dict[DataSplit, Cues] = dict.fromkeys(splits, ())
@@ -147,7 +154,7 @@ def verify(
         findings += _check_sides(split, cues[split])
     with Console(stderr=True).status(f"Comparing {len(images.files)} backgrounds"):
         findings += _check_backgrounds(splits, images)
-    set_order = ["", *(str(split) for split in (*splits, *other_splits))]
+    set_order = ["", *(name for name, _ in lone_sides), *(str(split) for split in (*splits, *other_splits))]
     kind_order = get_args(Kind)
     findings.sort(
         key=lambda finding: (
@@ -170,6 +177,11 @@ def _check_files(split: DataSplit) -> Iterator[Finding]:
         yield Finding("count", (str(split.root),), f"{count} pairs; the published set has {numbers}", set=str(split))
     for file in split.files.unpaired:
         yield Finding("unpaired", (str(file),), "no partner", set=str(split))
+    pairs = to_pairs(split.files)
+    gaps = frame_gaps(pairs)
+    if gaps:
+        detail = "no frame with the number before; frames may be missing"
+        yield Finding("gap", tuple(str(pairs[index].rainy) for index in gaps), detail, "warning", str(split))
     for first, second in split.files.clashes:
         yield Finding("clash", (str(first), str(second)), "belong to the same pair", set=str(split))
     for variant, count in split.files.unused:

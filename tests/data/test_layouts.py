@@ -91,6 +91,30 @@ def test_faults_in_each_set_are_found(tmp_path, name, split, variant):
         assert files >= expected, kind
 
 
+@pytest.mark.parametrize("side", ["rainy", "clean"])
+@pytest.mark.parametrize(("name", "split", "variant"), [case for case in PAIRED if case[2] == 0])
+def test_a_split_without_one_side_is_found(tmp_path, name, split, variant, side):
+    folder = make_set(tmp_path, name, split, count=3, size=(16, 24), variant=variant)
+    pairs = find_pairs(name, split, data_root=tmp_path).pairs
+    if pairs[0].clean_side is not None:
+        return
+    make_set(tmp_path, "Rain800", "test", count=2)  # complete, so that something is left to be verified
+    for file in {getattr(pair, side) for pair in pairs}:
+        file.unlink()
+    errors = [finding for finding in verify(tmp_path)[1] if finding.kind == "unpaired"]
+    left = {str(pair.rainy if side == "clean" else pair.clean) for pair in pairs}
+    assert {file for finding in errors for file in finding.files} == left
+    assert all(str(folder) in file for finding in errors for file in finding.files)
+
+
+def test_missing_frames_are_found(tmp_path):
+    folder = make_set(tmp_path, "NTURain", "train", count=5)
+    missing = folder / "Dataset_Training_Synthetic/t1_Rain_01/00003.jpg"
+    missing.unlink()  # its clean frame has another rainy one
+    gaps = [finding for finding in verify(folder)[1] if finding.kind == "gap"]
+    assert [finding.files for finding in gaps] == [(str(missing.with_name("00004.jpg")),)]
+
+
 def test_sets_say_where_they_come_from_and_how_they_are_scored():
     for name in NAMED:
         layout = LAYOUTS[name]

@@ -17,6 +17,7 @@ def frames(*names):
         (("a/1", "a/2", "b/3", "b/4", "c"), [1, 3]),
         (("a/0", "a/5", "a/10", "a/20"), [1, 2]),
         (("a/x", "a/y"), [1]),
+        (("a/1", "a/5", "a/6"), [2]),
         (("scene-Webcam-R-000", "scene-Webcam-R-001"), []),
     ],
 )
@@ -31,3 +32,5 @@ def test_gaps_are_reported(caplog):
     caplog.clear()
     frame_links(frames("a/1", "a/2", "a/3", "b/9"))
     assert not caplog.text
+    frame_links(frames("a/1", "a/2", "street/one", "street/two"))
+    assert "street" in caplog.text
