@@ -177,13 +177,13 @@ FAULTS: dict[tuple[str, ...], list[tuple[str, str, str]]] = {
     ],
     (
         "loops.py",
-        "commands/test_train_resume.py::test_any_method_resumes_from_any_step_with_the_same_or_changed_options[PReNetModule]",
+        "commands/test_train_resume.py::test_any_method_resumes_from_any_step[PReNetModule]",
     ): [
         ("resume: the logger's step twice", 'step=saved["steps"] - 1', 'step=saved["steps"]'),
     ],
     (
         "methods/resuming.py",
-        "commands/test_train_resume.py::test_any_method_resumes_from_any_step_with_the_same_or_changed_options",
+        "commands/test_train_resume.py::test_changed_options_apply_to_every_step_after_a_resume",
     ): [
         ("resume: learning rate one step ahead", "factor(schedule.last_epoch)", "factor(schedule.last_epoch + 1)"),
     ],
@@ -200,7 +200,7 @@ FAULTS: dict[tuple[str, ...], list[tuple[str, str, str]]] = {
     ],
     ("data/samplers.py", "data/test_samplers.py"): [
         ("order: the same in every epoch", "manual_seed(self.seed + epoch)", "manual_seed(self.seed)"),
-        ("resume: the epoch starts again", "[self.first_batch :]", "[:]"),
+        ("resume: the epoch starts again", "[self.first_batch : self", "[: self"),
         ("evaluation: every rank all images", "ranks[rank].append(index)", "[part.append(index) for part in ranks]"),
     ],
     ("data/splitting.py", "data/test_splitting.py"): [

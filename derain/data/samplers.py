@@ -117,9 +117,8 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
         world: Number of ranks.
         seed: Seed of the run.
         stages: Crop and batch sizes in order; the first stage starts at batch 0.
-        limit: Number of batches after which the trainer ends an epoch (``limit_train_batches``); None for all. The
-            sampler still yields ``len(self)`` batches, but each epoch counts only ``limit`` of them towards the stages
-            of later epochs.
+        limit: Number of batches after which an epoch ends (``limit_train_batches``); None for all. They count towards
+            the stages of later epochs.
 
     Example:
         >>> sampler = TrainingBatchSampler(4, rank=0, world=1, seed=0, stages=[Stage(0, 64, 2)])
@@ -164,7 +163,7 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
 
     @property
     def trained_batches(self) -> int:
-        """Number of batches per epoch that the trainer uses: at most ``limit``."""
+        """Number of batches per epoch that the sampler yields: at most ``limit``."""
         return len(self) if self.limit is None else min(self.limit, len(self))
 
     @property
@@ -177,7 +176,8 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
 
     def __iter__(self) -> Iterator[list[Sample]]:
         # Computed eagerly: a generator would read epoch and position at its first batch, when they may have changed.
-        return iter(self._draw_batches(self.epoch)[self.first_batch :])
+        # Without the limit, a trainer that resumes after the last batch of an epoch would train on one more.
+        return iter(self._draw_batches(self.epoch)[self.first_batch : self.trained_batches])
 
     def _draw_batches(self, epoch: int) -> list[list[Sample]]:
         stages = [self.stage(epoch, batch) for batch in range(len(self))]

@@ -93,7 +93,9 @@ def test_stages_change_crop_and_batch_size_at_their_batch():
     assert found == [(16, 4)] * 5 + [(24, 3)] * 2 + [(32, 1)] * 5
     limited = training(stages=SCHEDULE, limit=2)  # batches that the trainer does not ask for do not count
     limited.set_epoch(2)
-    assert [batch[0].crop for batch in limited] == [16, 24, 24]
+    assert [batch[0].crop for batch in limited] == [16, 24]
+    limited.resume_at(2, 2)
+    assert list(limited) == []
 
 
 def test_larger_batches_draw_the_next_permutation():
