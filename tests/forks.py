@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+from lightning.fabric.utilities.rank_zero import _get_rank, rank_zero_only
 from lightning.pytorch.strategies.launchers import subprocess_script
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -142,11 +143,17 @@ def _run(program, arguments, environment, working_directory, output):
         _become(arguments[:length], arguments[length:], environment)
 
 
+def read_rank():
+    """Let Lightning read the rank from the environment of this process: it did so when it was imported."""
+    rank_zero_only.rank = _get_rank() or 0
+
+
 def _become(program, arguments, environment):
     """Run a module (``-m NAME``) or a script with an environment."""
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None  # TMPDIR may differ
+    read_rank()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     sys.argv = [program[-1], *arguments]

@@ -130,6 +130,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         write_configs(Path(folder))
+        os.environ |= {"DERAIN_DATA": f"{folder}/data", "DERAIN_CACHE": f"{folder}/cache"}
         count = killed_equals_whole(options.method, Path(folder), options.kills, options.steps, options.seed)
         print(f"{options.method}: {count} kills, last checkpoints equal to the last bit")
         os.chdir("/")

@@ -60,13 +60,12 @@ def start(*arguments, program=("-m", "derain"), fresh=False, **variables):
 
     Args:
         arguments: The arguments of the command.
-        program: Arguments of Python: ``-m derain``, a script, or others, which are always started anew.
+        program: ``-m`` and a module, or a script.
         fresh: Start Python anew; otherwise the process is forked from one that has imported PyTorch and Lightning.
         variables: Environment variables.
     """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **variables}
-    can_be_forked = program == ("-m", "derain") or program[0].endswith(".py")
-    if can_be_forked and not fresh and sys.platform == "linux":
+    if not fresh and sys.platform == "linux":
         return ForkedCommand(program, arguments, environment)
     return subprocess.Popen(
         [sys.executable, *program, *arguments],
@@ -77,9 +76,9 @@ def start(*arguments, program=("-m", "derain"), fresh=False, **variables):
     )
 
 
-def finish(*arguments, program=("-m", "derain"), fresh=False):
+def finish(*arguments, program=("-m", "derain")):
     """Run a derain command, or another program, in a process (see `start`); return its output."""
-    return finish_all([start(*arguments, program=program, fresh=fresh)])[0]
+    return finish_all([start(*arguments, program=program)])[0]
 
 
 def finish_all(processes):

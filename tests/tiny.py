@@ -1,13 +1,12 @@
 """Configurations that train a tiny network of every method on a few images in seconds."""
 
-import os
 from pathlib import Path
 
 import yaml
 
 from tests.factories import make_clip, make_set
 
-RESTORMER_SIZE = {"dim": 8, "blocks": [1, 1, 1, 1], "refinement": 1}
+RESTORMER_SIZE = {"dim": 8, "blocks": [0, 1, 0, 0], "refinement": 0}
 MODELS = {
     "PReNetModule": {"variant": "PReNet", "stages": 2, "milestones": [1, 2]},
     "RestormerModule": {**RESTORMER_SIZE, "warm_up": 0.2},
@@ -19,6 +18,8 @@ MODELS = {
         "stages": [1, 1, 1, 1],
         "hierarchy": 1,
         "heads": 1,
+        "unit": "local",
+        "discriminator_unit": "local",
         "learning_rate": 1e-3,
         "discriminator_channels": 4,
         "discriminator_stages": 1,
@@ -59,13 +60,13 @@ def write_configs(folder: Path, epochs: int = 2) -> Path:
     """Write data, a tiny CLIP, and configurations of every method with four batches of two crops per epoch.
 
     Returns:
-        The folder, with ``METHOD.yaml`` and, with a checkpoint after every step, ``METHOD-steps.yaml``.
+        The folder, with ``METHOD.yaml`` and, with a checkpoint after every step, ``METHOD-steps.yaml``. The data are in
+        its folder ``data``, which ``DERAIN_DATA`` must name.
     """
     make_set(folder / "data", "Rain800", "train", count=9, size=(40, 48))
     make_set(folder / "data", "Rain800", "test", count=2, seed=50)
     photos = make_set(folder / "data", "images", "predict", count=5, size=(40, 48), seed=70)
     clip = str(make_clip(folder / "clip"))
-    os.environ |= {"DERAIN_DATA": str(folder / "data"), "DERAIN_CACHE": str(folder / "cache")}
     for name, options in MODELS.items():
         clip_option = {"clip": clip} if "CLIP" in name else {}
         unlabelled = {"unlabelled": str(photos)} if name in UNLABELLED else {}

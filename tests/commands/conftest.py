@@ -12,14 +12,21 @@ from tests.runs import EXPERIMENT, TINY_GAN
 from tests.tiny import write_configs
 
 
+@pytest.fixture(scope="session")
+def tiny_configs(tmp_path_factory):
+    """A folder with data and a configuration ``METHOD.yaml`` of every method; no test changes it."""
+    return write_configs(tmp_path_factory.mktemp("tiny"))
+
+
 @pytest.fixture
-def all_methods(tmp_path, monkeypatch):
-    """A working directory with data and a configuration ``METHOD.yaml`` of every method."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("DERAIN_DATA", "DERAIN_CACHE"):
-        monkeypatch.setenv(name, "")  # restored after the test: write_configs sets them
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    return write_configs(tmp_path)
+def all_methods(tiny_configs, tmp_path, monkeypatch):
+    """A working directory with the configurations of ``tiny_configs``, which refer to its data."""
+    for path in tiny_configs.glob("*.yaml"):
+        shutil.copy(path, tmp_path)
+    _enter(tmp_path, monkeypatch)
+    monkeypatch.setenv("DERAIN_DATA", str(tiny_configs / "data"))
+    monkeypatch.setenv("DERAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

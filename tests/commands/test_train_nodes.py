@@ -61,13 +61,24 @@ def free_port():
 
 
 def torchrun(*arguments, nodes):
-    """Run derain on nodes of two processes each and return what the nodes printed."""
-    rendezvous = ["--master-addr", "127.0.0.1", "--master-port", free_port()]
-    torchrun_options = ("-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", "2", *rendezvous)
+    """Run derain on nodes of two processes each and return what the nodes printed.
+
+    The processes are forked, which saves them the imports.
+    """
+    script = Path("node.py")
+    script.write_text(
+        "import sys\n"
+        "from derain.cli import main\n"
+        "from tests.forks import read_rank\n"
+        "read_rank()\n"
+        "assert main(sys.argv[1:]) == 0\n"
+    )
+    options = ["--nnodes", str(nodes), "--nproc-per-node", "2", "--start-method", "fork", "--run-path"]
+    options += ["--master-addr", "127.0.0.1", "--master-port", free_port()]
     processes = []
     for node in range(nodes):
-        program = (*torchrun_options, "--node-rank", str(node))
-        processes.append(start("-m", "derain", *arguments, program=program))
+        node_options = [*options, "--node-rank", str(node), str(script)]
+        processes.append(start(*node_options, *arguments, program=("-m", "torch.distributed.run")))
     return finish_all(processes)
 
 
@@ -94,7 +105,7 @@ def sbatch(*arguments):
     processes = []
     for rank in range(4):
         task = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % 2), "SLURM_NODEID": str(rank // 2)}
-        processes.append(start(*command, fresh=True, **job, **task))
+        processes.append(start(*command, **job, **task))
     return finish_all(processes)
 
 

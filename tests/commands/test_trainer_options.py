@@ -219,7 +219,7 @@ def test_messages_of_configured_callbacks_are_shown_and_no_others(workdir):
     limits = {"monitor": "val/psnr", "mode": "max", "min_delta": 100, "patience": 1}
     stopping = ("EarlyStopping", limits | {"verbose": True})
     config = with_callbacks(workdir, stopping, ("BatchSizeFinder", {"max_trials": 1, "steps_per_trial": 1}))
-    shown = finish("fit", "--config", config, "--trainer.max_epochs", "5", fresh=True)
+    shown = finish("fit", "--config", config, "--trainer.max_epochs", "5")
     assert "did not improve" in shown
     assert "EarlyStopping: stopped" in shown
     assert "Finished batch size finder" in shown
