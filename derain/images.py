@@ -106,12 +106,38 @@ def image_files(folder: Path, *, recursive: bool = False, suffixes: frozenset[st
         OSError: If the folder does not exist or cannot be read.
     """
     listing = list_images(folder, recursive=recursive, suffixes=suffixes)
+    _warn_of_skipped(folder, listing)
+    return listing.files
+
+
+def image_names(folder: Path, *, warn: bool = True) -> list[str]:
+    """Return the images in a folder and its subfolders as `image_files` does, but unsorted and as text.
+
+    Args:
+        folder: Folder to list.
+        warn: Warn once about skipped images.
+
+    Returns:
+        Paths relative to the folder, with ``/``, in the order of the file system.
+
+    Raises:
+        OSError: If the folder does not exist or cannot be read.
+    """
+    skipped: dict[str, list[Path]] = defaultdict(list)
+    entries = _select(_walk(folder, True, skipped), SUFFIXES, skipped)
+    prefix = "" if folder == Path() else f"{folder.as_posix().rstrip('/')}/"
+    names = [os.fspath(entry).replace(os.sep, "/").removeprefix(prefix).removeprefix("./") for entry in entries]
+    if warn:
+        _warn_of_skipped(folder, Listing([], _in_natural_order(skipped)))
+    return names
+
+
+def _warn_of_skipped(folder: Path, listing: Listing) -> None:
     if listing.skipped:
         message = f"{folder}: {listing.note()}"
         if not UNREAD_SUFFIXES.isdisjoint(listing.skipped):
             message += "; convert them to PNG or JPEG to include them"
         warn_once(message)
-    return listing.files
 
 
 def list_images(folder: Path, *, recursive: bool = False, suffixes: frozenset[str] = SUFFIXES) -> Listing:
@@ -124,17 +150,23 @@ def list_images(folder: Path, *, recursive: bool = False, suffixes: frozenset[st
 
 def select_images(paths: Iterable[Path | os.DirEntry[str]], suffixes: frozenset[str] = SUFFIXES) -> Listing:
     """Split paths into image files and skipped images; folders and files of other kinds are ignored."""
-    files = []
     skipped: dict[str, list[Path]] = defaultdict(list)
+    files = [Path(path) for path in _select(paths, suffixes, skipped)]
+    return Listing(sorted(files, key=natural_key), _in_natural_order(skipped))
+
+
+def _select(
+    paths: Iterable[Path | os.DirEntry[str]], suffixes: frozenset[str], skipped: dict[str, list[Path]]
+) -> Iterator[Path | os.DirEntry[str]]:
+    """Yield image files, and add skipped images to ``skipped``."""
     for path in paths:
         suffix = os.path.splitext(path.name)[1].lower()  # noqa: PTH122 - entries of a folder have no suffix
         if suffix in suffixes and path.is_file():
-            files.append(Path(path))
+            yield path
         elif suffix in suffixes and not path.is_dir():
             skipped["broken link" if path.is_symlink() else "special file"].append(Path(path))
         elif suffix in UNREAD_SUFFIXES and path.is_file():
             skipped[suffix].append(Path(path))
-    return Listing(sorted(files, key=natural_key), _in_natural_order(skipped))
 
 
 def _in_natural_order(skipped: dict[str, list[Path]]) -> dict[str, list[Path]]:

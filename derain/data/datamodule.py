@@ -32,6 +32,7 @@ from derain.errors import DerainError
 from derain.evaluation import evaluation_batch_size
 from derain.images import Pixels
 from derain.loops import Position, accumulation
+from derain.memory import without_garbage_collection
 
 log = logging.getLogger("derain")
 
@@ -153,6 +154,7 @@ class RainDataModule(LightningDataModule):
         """Names of the training data sets."""
         return _as_list(self.sets["train"])
 
+    @without_garbage_collection()
     def fingerprint(self, split: str, indices: Sequence[int] | None = None) -> str:
         """Return a hash of the pairs of ``train``, ``val``, ``test`` or ``predict``, or of those with given indices."""
         pairs = self.pairs[split]
@@ -167,6 +169,7 @@ class RainDataModule(LightningDataModule):
         """Sorted words for the degradations of training and validation pairs; empty without captions."""
         return sorted({caption.degradation for captions in self._captions.values() for caption in captions})
 
+    @without_garbage_collection()
     def setup(self, stage: str) -> None:
         """Find the pairs for ``fit``, ``validate``, ``test`` or ``predict``, and open the pixel caches for ``fit``.
 

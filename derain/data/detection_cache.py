@@ -1,5 +1,6 @@
-"""Cache of the layouts of large folders: detection matches every file name with the patterns of all layouts."""
+"""Cache of the paired files of large folders: pairing sorts and matches every file name."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from derain.data.name_matching import PairedFiles
 from derain.image_sources import ImageFile
 
 CACHED_FROM = 5000
-"""Number of images in a folder from which its layout is cached; smaller folders take less than a second."""
+"""Number of images in a folder from which its pairs are cached; smaller folders take less than a second."""
 
 DAMAGED = (TypeError, ValueError, KeyError, IndexError, AttributeError)
 """Exceptions that damaged content can raise."""
@@ -20,28 +21,37 @@ Detection = tuple[str, str, PairedFiles]
 """Layout, reason for it, and paired files: the result of `derain.data.pairs.detect_layout`."""
 
 
-def detection_key(root: Path, split: Split, files: Sequence[str]) -> list[bytes]:
-    """Return everything that the detection depends on: the folder, its files with their states, and the layouts.
+def detection_key(root: Path, split: Split, layout: str | None, files: Sequence[str]) -> list[bytes]:
+    """Return everything that the paired files depend on.
+
+    These are the folder, the names of its files and the layouts, and for a detected layout the states of the files.
 
     Args:
         root: The folder.
         split: Split whose pairs are searched.
+        layout: Name of the layout; None if it is detected.
         files: Relative paths of the images below the folder.
     """
     folders = [os.fsencode(path) for path in (root, root.absolute(), root.resolve())]
-    return [b"layout, version 1", split.encode(), *folders, repr(LAYOUTS).encode(), states_digest(root, files)]
+    if layout is None:
+        names = states_digest(root, files)
+    else:
+        names = hashlib.sha256(os.fsencode("\0".join((layout, *files)))).digest()
+    return [b"pairs, version 2", split.encode(), *folders, repr(LAYOUTS).encode(), names]
 
 
-def load_detection(key: Sequence[bytes], paths: Sequence[Path]) -> Detection | None:
+def load_detection(key: Sequence[bytes], root: Path, files: Sequence[str]) -> Detection | None:
     """Return a saved detection; None if there is none, or it is damaged.
 
     Args:
         key: Result of `detection_key`.
-        paths: Paths of the images below the folder, in the same order.
+        root: The folder.
+        files: Relative paths of the images below it, in the same order.
     """
     content = load_computed(key)
     if content is None:
         return None
+    paths = _paths(root, files)
     try:
         variants = _variants(content["layout"])
         return (
@@ -61,19 +71,20 @@ def load_detection(key: Sequence[bytes], paths: Sequence[Path]) -> Detection | N
         return None
 
 
-def save_detection(key: Sequence[bytes], paths: Sequence[Path], detection: Detection) -> None:
+def save_detection(key: Sequence[bytes], root: Path, files: Sequence[str], detection: Detection) -> None:
     """Save a detection without clashes, which are errors.
 
     Args:
         key: Result of `detection_key`.
-        paths: Paths of the images below the folder, in the same order.
+        root: The folder.
+        files: Relative paths of the images below it, in the same order.
         detection: Result of `derain.data.pairs.detect_layout`.
     """
     name, reason, paired = detection
     if paired.clashes:
         return
     variants = _variants(name)
-    index: dict[ImageFile | None, Any] = {path: number for number, path in enumerate(paths)}
+    index: dict[ImageFile | None, Any] = {path: number for number, path in enumerate(_paths(root, files))}
     index[None] = None
     content = {
         "layout": name,
@@ -84,6 +95,12 @@ def save_detection(key: Sequence[bytes], paths: Sequence[Path], detection: Detec
         "unused": [(variants.index(variant), count) for variant, count in paired.unused],
     }
     save_computed(key, content)
+
+
+def _paths(root: Path, files: Sequence[str]) -> list[Path]:
+    """Return the paths of files below a folder."""
+    prefix = "" if root == Path() else f"{root}/"
+    return [Path(prefix + file) for file in files]
 
 
 def _variants(name: str) -> list[Files]:

@@ -26,6 +26,9 @@ SETTLED_AGE = 2_000_000_000
 A coarse clock may give two changes in quick succession the same time.
 """
 
+DIGEST_BYTES = 32
+"""Size of a SHA-256 hash."""
+
 UNREADABLE_CACHE = (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """Exceptions that reading a missing or damaged cache file can raise."""
 
@@ -51,7 +54,7 @@ def _path_hashes(paths: Iterable[str]) -> dict[str, bytes]:
     hashes: dict[str, bytes] = {}
     changed = []
     for path in paths:
-        folder, name = os.path.split(path)
+        folder, name = _split(path)
         if folder not in entries:
             entries[folder] = _load(_cache_file(folder))
         digest = _valid_digest(entries[folder].get(name), _state_of(path))
@@ -67,9 +70,9 @@ def _path_hashes(paths: Iterable[str]) -> dict[str, bytes]:
     for file, (state, digest) in zip(changed, results, strict=True):
         hashes[str(file)] = digest
         if state is not None:
-            folder, name = os.path.split(file)
+            folder, name = _split(str(file))
             entries[folder][name] = [state, digest.hex()]
-    for folder in {os.path.split(file)[0] for file in changed}:
+    for folder in {_split(str(file))[0] for file in changed}:
         _save(_cache_file(folder), entries[folder])
     return hashes
 
@@ -148,6 +151,12 @@ def _state(status: os.stat_result) -> list[int]:
     return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
+def _split(path: str) -> tuple[str, str]:
+    """Return the folder of a file, which ends in a separator or is empty, and its name; ``os.path.split`` is slower."""
+    head, separator, name = path.rpartition(os.sep)
+    return head + separator, name
+
+
 def _cache_file(folder: str) -> Path:
     name = hashlib.sha256(os.fsencode(Path(folder).absolute())).hexdigest()[:16]
     return cache_folder() / "digests" / f"{name}.json"
@@ -169,7 +178,7 @@ def _valid_digest(entry: Any, current_state: list[int]) -> bytes | None:
         content_hash = bytes.fromhex(digest)
     except UNREADABLE_CACHE:
         return None
-    return content_hash if state == current_state and len(content_hash) == hashlib.sha256().digest_size else None
+    return content_hash if state == current_state and len(content_hash) == DIGEST_BYTES else None
 
 
 def _save(path: Path, content: object) -> None:

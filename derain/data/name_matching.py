@@ -17,7 +17,7 @@ from typing import NamedTuple
 from derain.data.layouts import AUXILIARY, LAYOUTS, PLACEHOLDERS, SPLIT_FOLDERS, Files, Split
 from derain.errors import DerainError
 from derain.image_sources import ImageFile
-from derain.images import image_files, list_images, natural_key
+from derain.images import image_names, list_images, natural_key
 
 _MAX_DEPTH = 3  # how many levels below the data root are searched for data sets
 
@@ -53,8 +53,8 @@ class PairedFiles:
     unused: tuple[tuple[Files, int], ...] = ()
 
 
-def list_files(root: Path, *, warn: bool = True) -> list[Path]:
-    """Return all images below a folder, in natural order.
+def list_relative(root: Path, *, warn: bool = True) -> list[str]:
+    """Return the paths of all images below a folder, relative to it, with ``/``, in natural order.
 
     Args:
         root: The folder.
@@ -63,25 +63,14 @@ def list_files(root: Path, *, warn: bool = True) -> list[Path]:
     Raises:
         DerainError: If the folder does not exist.
     """
+    return sorted(list_unsorted(root, warn=warn), key=natural_key)
+
+
+def list_unsorted(root: Path, *, warn: bool = True) -> list[str]:
+    """Return what `list_relative` returns, in the order of the file system; arguments and errors are the same."""
     if not root.is_dir():
         raise DerainError(f"{root}: no such folder; give the name of a data set or its folder")
-    return image_files(root, recursive=True) if warn else list_images(root, recursive=True).files
-
-
-def list_relative(root: Path, *, warn: bool = True) -> list[str]:
-    """Return what `list_files` returns, relative to the folder, with ``/``; arguments and errors are the same."""
-    return relative_names(root, list_files(root, warn=warn))
-
-
-def relative_names(root: Path, paths: Sequence[Path]) -> list[str]:
-    """Return paths below a folder relative to it, with ``/``.
-
-    Example:
-        >>> relative_names(Path("a"), [Path("a/b/1.png")])
-        ['b/1.png']
-    """
-    prefix = "" if root == Path() else f"{root.as_posix().rstrip('/')}/"
-    return [path.as_posix().removeprefix(prefix) for path in paths]
+    return image_names(root, warn=warn)
 
 
 class ImageNames:

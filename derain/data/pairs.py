@@ -19,14 +19,13 @@ from derain.data.name_matching import (
     describe_contents,
     find_data_set_folders,
     folder_alias_index,
-    list_files,
+    list_unsorted,
     pair_files,
-    relative_names,
 )
 from derain.data.shards import ShardImage, is_url, read_split, sharded_splits
 from derain.errors import DerainError
 from derain.image_sources import ImageFile
-from derain.images import Pixels, image_size, read_rgb
+from derain.images import Pixels, image_size, natural_key, read_rgb
 from derain.progress import track
 
 SCENE_CORRELATION = 0.6
@@ -184,7 +183,7 @@ def find_pairs(spec: str | Path, split: Split, *, data_root: Path | None = None)
     else:
         assert folder is not None
         root = folder
-        name, reason, files = _detect_or_load(root, split)
+        name, reason, files = _pair_or_load(root, split)
         notes.append(f"layout {name}, detected by {reason}")
     if files.clashes:
         first, second = files.clashes[0]
@@ -338,7 +337,7 @@ def _find_named_set(name: str, split: Split, folder: Path | None, data_root: Pat
             raise DerainError(f"{name}: no folder {aliases} below {data_root}{source}; {expected}")
     candidates = []
     for root in roots:
-        files = pair_files(name, split, root)
+        files = _pair_or_load(root, split, name)[2]
         if files.pairs:
             candidates.append((root, files))
     if not candidates:
@@ -439,19 +438,32 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
     return name, f"the files ({best[name].variant})", best[name]
 
 
-def _detect_or_load(root: Path, split: Split) -> Detection:
-    """Return the result of `detect_layout`; that of a large folder from the cache if no file has changed."""
-    paths = list_files(root)
-    files = relative_names(root, paths)
-    if len(files) < CACHED_FROM:
-        return detect_layout(root, split, files)
-    key = detection_key(root, split, files)
-    cached = load_detection(key, paths)
+def _pair_or_load(root: Path, split: Split, name: str | None = None) -> Detection:
+    """Return the paired files of a folder; those of a large one from the cache.
+
+    The cache is used if no file was added, removed or renamed; for a detected layout, which also depends on the pixels
+    of some files, only if no file has changed either.
+
+    Args:
+        root: The folder.
+        split: Split to look for.
+        name: Layout of the folder; detected by default.
+    """
+    names = list_unsorted(root)
+
+    def pair() -> Detection:
+        files = sorted(names, key=natural_key)
+        return detect_layout(root, split, files) if name is None else (name, "", pair_files(name, split, root, files))
+
+    if len(names) < CACHED_FROM:
+        return pair()
+    key = detection_key(root, split, name, names)
+    cached = load_detection(key, root, names)
     if cached is not None:
-        name, reason, paired = cached
-        return name, f"{reason}; from the cache, since no file has changed", paired
-    detection = detect_layout(root, split, files)
-    save_detection(key, paths, detection)
+        layout, reason, paired = cached
+        return layout, f"{reason}; from the cache, since no file has changed", paired
+    detection = pair()
+    save_detection(key, root, names, detection)
     return detection
 
 

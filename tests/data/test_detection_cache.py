@@ -1,4 +1,4 @@
-"""The layout of a large folder is cached until a file is added, removed or changed."""
+"""The pairs of a large folder are cached until a file is added, removed or renamed; or changed, for a detected layout."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from derain.data import pairs
+from derain.data.name_matching import pair_files
 from derain.data.pairs import find_pairs
 from derain.errors import DerainError
 from derain.images import write_image
@@ -73,6 +74,20 @@ def test_a_change_is_noticed(folder, alter, count):
     assert not is_cached(found)
     assert len(found.pairs) == count
     assert is_cached(find_pairs(folder, "train"))
+
+
+@pytest.mark.parametrize(("alter", "count"), [(add, 4), (remove, 2), (rename, 2)])
+def test_pairs_of_a_named_set_are_cached_by_the_names_of_its_files(folder, monkeypatch, alter, count):
+    calls = []
+    monkeypatch.setattr(pairs, "pair_files", lambda *values: calls.append(values) or pair_files(*values))
+    first = find_pairs(f"Rain13K:{folder}", "train")
+    change(folder)  # the pairs depend on names alone
+    second = find_pairs(f"Rain13K:{folder}", "train")
+    assert len(calls) == 1
+    assert (second.pairs, second.notes) == (first.pairs, first.notes)
+    alter(folder)
+    assert len(find_pairs(f"Rain13K:{folder}", "train").pairs) == count
+    assert len(calls) == 2
 
 
 def test_a_moved_folder_is_detected_again(folder):
