@@ -1,4 +1,4 @@
-"""The pairs of a large folder are cached until a file is added, removed or renamed; or changed, for a detected layout."""
+"""The pairs of a large folder are cached until a file is added, removed or renamed, or changed if they are detected."""
 
 import json
 import os
