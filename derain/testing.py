@@ -219,10 +219,10 @@ def check_training(module: DerainModule, batches: int = 6) -> None:
     """
     name = type(module).__name__
     gradients = _Gradients()
-    trainer = _trainer(max_epochs=1, callbacks=[gradients])
+    trainer = _trainer(max_epochs=1, limit_val_batches=0, callbacks=[gradients])
     data = torch.utils.data.DataLoader(cast(Any, [make_batch()] * batches), batch_size=None)
     try:
-        trainer.fit(module.train(), data)
+        trainer.fit(module.train(), data, val_dataloaders=[])
     except DerainError as error:
         raise ContractError(f"{name}: cannot be trained ({error})") from error
     parameters = dict(module.named_parameters())

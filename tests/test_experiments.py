@@ -222,30 +222,50 @@ def one_recipe_each():
     return recipes
 
 
+def options_of(paths, clip):
+    """Return the options of a command that reads experiment files, with a small network."""
+    return [*(option for path in paths for option in ("--config", str(path))), *small_options(*paths, clip=clip)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "paths"), one_recipe_each().items(), ids=one_recipe_each())
-def test_methods_train_and_restore_by_a_recipe(method, paths, data_root, clip, tmp_path):
+@pytest.mark.parametrize(("network", "paths"), one_recipe_each().items(), ids=one_recipe_each())
+def test_networks_train_and_restore_by_a_recipe(network, paths, data_root, clip, tmp_path):
     settings = arguments_of(*paths)
     updates = max(settings.get("generator_steps", 5), settings.get("discriminator_steps", 1))
-    adversarial = method == "PLNLINGANModule"  # both networks are updated within so many batches
-    config = [option for path in paths for option in ("--config", str(path))]
-    config += small_options(*paths, clip=clip)
+    adversarial = network == "PLNLINGANModule"  # both networks are updated within so many batches
+    config = options_of(paths, clip)
     config += ["--data.repeat", "8" if adversarial else "1", "--trainer.log_every_n_steps", "1"]
     config += ["--trainer.limit_train_batches", str(updates if adversarial else 2)]
     one_epoch = ["--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1"]
     assert main(["fit", *config, *one_epoch]) == 0
-    runs = tmp_path / "runs" / paths[0].stem
+    run = tmp_path / "runs" / paths[0].stem / "fit-1"
     if adversarial:
-        header = (runs / "fit-1/metrics.csv").read_text().partition("\n")[0].split(",")
+        header = (run / "metrics.csv").read_text().partition("\n")[0].split(",")
         losses = {f"train/{network}_{k}" for network in ("generator", "discriminator") for k in "1234"}
         assert losses <= set(header)
-    with_weights = [*config, "--weights", str(runs / "fit-1/weights.safetensors")]
+    assert_restores(catalog.load(run / "weights.safetensors").module)
+
+
+def one_recipe_of_each_method():
+    """Return files for every method, with a small data set; networks of a ``RegressionModule`` are evaluated alike."""
+    recipes = {}
+    for path in sorted(APPENDED, key=lambda path: "-tiny" not in path.stem):
+        recipes.setdefault(method_of(EXPERIMENTS / "rain800.yaml", path), [EXPERIMENTS / "rain800.yaml", path])
+    return recipes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "paths"), one_recipe_of_each_method().items(), ids=one_recipe_of_each_method())
+def test_methods_are_evaluated_by_a_recipe(method, paths, data_root, build, clip, tmp_path):
+    config = options_of(paths, clip)
+    build(*config).model.save_weights(tmp_path / "w.safetensors")
+    with_weights = [*config, "--weights", str(tmp_path / "w.safetensors")]
     assert main(["validate", *with_weights, "--data.val", "null"]) == 0
     if method == "DACLIPModule":  # restores no images
         return
     assert main(["test", *with_weights]) == 0
     assert main(["predict", *with_weights, "--data.predict", str(next(data_root.glob("Rain100L/rainy")))]) == 0
-    assert len(list((runs / "predict-1/images").iterdir())) == 4
+    assert len(list((tmp_path / "runs" / paths[0].stem / "predict-1/images").iterdir())) == 4
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from derain.errors import DerainError
 from derain.images import Photo, read_rgb, write_image
 from derain.methods import PReNetModule
 from derain.restoration import Explanation, Restorer
-from tests.runs import start
+from tests.runs import start, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -169,15 +169,17 @@ def test_an_interrupt_completes_the_files_that_are_being_written(restorer, tmp_p
 
 PAUSED = """
 import sys, time
+from pathlib import Path
 from PIL import Image
 from derain.cli import main
 
-save = Image.Image.save
+save, saved = Image.Image.save, []
 
 
 def slow(self, path, **options):
     save(self, path, **options)
-    print("saving", flush=True)
+    saved.append(path)
+    Path(__file__).with_name(f"saved-{len(saved)}").touch()
     time.sleep(0.5)
 
 
@@ -194,10 +196,10 @@ def test_a_killed_folder_has_whole_files_only(tmp_path, number):
         write_image(tmp_path / "in" / f"{index}.png", rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
     PReNetModule(stages=1).save_weights(tmp_path / "w.safetensors")
     arguments = ["restore", str(tmp_path / "in"), str(tmp_path / "out"), "--weights", str(tmp_path / "w.safetensors")]
-    process = start(*arguments, "--device", "cpu", program=("-c", PAUSED))
-    for _ in range(3):
-        while "saving" not in (line := process.stdout.readline()):
-            assert line, "the command ended early"
+    script = tmp_path / "paused.py"
+    script.write_text(PAUSED)
+    process = start(*arguments, "--device", "cpu", program=(str(script),))
+    wait_for(tmp_path / "saved-3", process)
     process.send_signal(number)
     text, _ = process.communicate(timeout=120)
     files = [path for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")]

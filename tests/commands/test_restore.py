@@ -21,7 +21,7 @@ from derain.methods.interfaces import Sampling
 from derain.restoration import Restorer
 from derain.video import rewrite
 from tests.factories import clean_image, located, make_video
-from tests.runs import start
+from tests.runs import start, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -330,6 +330,7 @@ def test_tags_of_a_video_are_reported_or_stripped(file, tmp_path, capsys, ending
 
 SLOW = """
 import sys, time
+from pathlib import Path
 from PIL import Image
 from derain.cli import main
 
@@ -338,7 +339,7 @@ save = Image.Image.save
 
 def slow(self, path, **options):
     save(self, path, **options)
-    print("saving", flush=True)
+    Path(__file__).with_name("saving").touch()
     time.sleep(60)
 
 
@@ -357,9 +358,10 @@ sys.exit(main(sys.argv[1:]))
 )
 def test_interrupt_gives_one_line_and_no_temporary_file(photo, file, tmp_path, number, code):
     folder = tmp_path / "out"
-    process = start("restore", str(photo), str(folder), "--weights", file, "--device", "cpu", program=("-c", SLOW))
-    while "saving" not in (line := process.stdout.readline()):
-        assert line, "the command ended early"
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    process = start("restore", str(photo), str(folder), "--weights", file, "--device", "cpu", program=(str(script),))
+    wait_for(tmp_path / "saving", process)
     assert len(list(folder.iterdir())) == 1
     process.send_signal(number)
     text, _ = process.communicate(timeout=60)
@@ -371,6 +373,7 @@ def test_interrupt_gives_one_line_and_no_temporary_file(photo, file, tmp_path, n
 
 SLOW_VIDEO = """
 import sys, time
+from pathlib import Path
 from derain.cli import main
 from derain.video.writing import Writer
 
@@ -379,7 +382,7 @@ add = Writer.add
 
 def slow(self, *arguments):
     add(self, *arguments)
-    print("adding", flush=True)
+    Path(__file__).with_name("adding").touch()
     time.sleep(2)
 
 
@@ -396,9 +399,10 @@ def test_a_killed_command_keeps_the_old_video(video, file, tmp_path, caplog, num
     target = folder / "out.mp4"
     target.write_bytes(b"old")
     arguments = ["restore", str(video), str(target), "--weights", file, "--device", "cpu", "--overwrite"]
-    process = start(*arguments, program=("-c", SLOW_VIDEO))
-    while "adding" not in (line := process.stdout.readline()):
-        assert line, "the command ended early"
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_VIDEO)
+    process = start(*arguments, program=(str(script),))
+    wait_for(tmp_path / "adding", process)
     process.send_signal(number)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == code, text

@@ -15,7 +15,13 @@ from derain.methods.divergence import FiniteCheck, position, require_finite
 from tests.runs import last, start
 from tests.tiny import MODELS
 
-METHODS = [pytest.param(name, marks=[pytest.mark.slow] * (name != "PReNetModule")) for name in MODELS]
+METHODS = [
+    "PReNetModule",  # hooks of DerainModule
+    pytest.param("PLNLINGANModule", marks=pytest.mark.slow),  # optimises manually, and checks before its own steps
+    pytest.param("DACLIPModule", marks=pytest.mark.slow),  # a TrainableModule; changes its weights after each step
+    pytest.param("Syn2RealModule", marks=pytest.mark.slow),  # changes gradients after backward, as RegressionModule
+]
+"""One method for each way to reach the optimiser's step."""
 
 
 def assert_files_finite(run):
