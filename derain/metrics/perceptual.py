@@ -22,6 +22,9 @@ from derain.ranges import check_range
 
 from .full_reference import check_values
 
+UNCOMPUTABLE = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
+"""Exceptions that metrics of pyiqa raise for images that they cannot score."""
+
 
 class Lpips:
     """LPIPS distance to the clean image: 0 for equal images, lower is better.
@@ -136,7 +139,7 @@ class PyiqaMetric:
         try:
             with torch.inference_mode(), torch.autocast("cpu", enabled=False):
                 score = float(self.metric(*(_tensor(image) for image in images)))
-        except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        except UNCOMPUTABLE as error:
             raise DerainError(f"pyiqa cannot compute {self.name}: {_first_line(error)}") from error
         if not math.isfinite(score):
             raise DerainError(f"{self.name} of the image is {score}")
@@ -168,7 +171,8 @@ class FrechetDistance:
             images: Derained and clean images, ``(h, w, 3)`` in 0 to 255 each; at least two pairs.
 
         Raises:
-            DerainError: If there are fewer than two pairs, or the distance is not finite.
+            DerainError: If there are fewer than two pairs, pyiqa cannot compute the distance, such as from a covariance
+                whose root is not real, or the distance is not finite.
         """
         with tempfile.TemporaryDirectory(prefix="derain-") as name:
             folders = [Path(name, kind) for kind in ("derained", "clean")]
@@ -186,8 +190,11 @@ class FrechetDistance:
                     f"methods on the same images, or use at least {self.min_images}",
                     file=sys.stderr,
                 )
-            with redirect_stdout(sys.stderr):
-                distance = float(self.metric(*map(str, folders), num_workers=0, verbose=False))
+            try:
+                with redirect_stdout(sys.stderr):
+                    distance = float(self.metric(*map(str, folders), num_workers=0, verbose=False))
+            except UNCOMPUTABLE as error:
+                raise DerainError(f"pyiqa cannot compute {self.name}: {_first_line(error)}") from error
         if not math.isfinite(distance):
             raise DerainError(f"{self.name} is {distance}")
         return distance
