@@ -15,7 +15,8 @@ log = logging.getLogger("derain")
 def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
     """Split pairs at random into training and validation pairs that share no clean image or video.
 
-    Photos only train. Those that are the clean image of a held-out pair are omitted, with a message.
+    Photos only train. Those that are the clean image of a held-out pair are omitted, with a message. Another message
+    names the data sets without validation pairs.
 
     Args:
         pairs: Pairs and clean photos.
@@ -46,6 +47,9 @@ def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[tuple[Pair
     omitted = len(pairs) - len(training) - len(validation)
     if omitted:
         log.info("--data.train: omitted photos that are clean images held out for validation: %d", omitted)
+    missing = {pair.data_set for pair in pairs if not pair.is_photo} - {pair.data_set for pair in validation}
+    if missing:
+        log.info("--data.val_share %s: no validation images of %s; increase it", share, ", ".join(sorted(missing)))
     return training, validation
 
 
