@@ -6,6 +6,7 @@ from derain.errors import DerainError
 from derain.metrics.temporal import align, consistent, split_temporal, temporal_notes, temporal_scores, warping_error
 from derain.metrics.temporal_quality import COLUMNS, TemporalQuality
 from tests.factories import clean_image
+from tests.forks import CONTEXT
 
 
 def bilinear(image, x, y):
@@ -180,4 +181,9 @@ def evaluate(rank, folder, frames):
 
 @pytest.mark.slow
 def test_all_ranks_have_the_scores_of_all_sequences(tmp_path, frames):
-    torch.multiprocessing.spawn(evaluate, (tmp_path, frames), nprocs=3)
+    ranks = [CONTEXT.Process(target=evaluate, args=(rank, tmp_path, frames)) for rank in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(300)
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
