@@ -31,7 +31,9 @@ def tiny(**changes):
 
 @VARIANTS
 def test_parameters(name, experts):
-    check_parameters(DRSformer(experts=experts), Golden(name))
+    with torch.device("meta"):
+        network = DRSformer(experts=experts)
+    check_parameters(network, Golden(name))
 
 
 @pytest.mark.slow
@@ -39,18 +41,18 @@ def test_parameters(name, experts):
 def test_it_equals_the_authors_code(name, experts):
     network, golden = DRSformer(experts=experts), Golden(name)
     load(network, golden)
-    check_gradients(network, golden)
-    if experts:  # near ties of the top k at the other size
-        check_outputs(network, golden, dtypes=[torch.float64], sizes=["53x75"])
+    if experts:  # in float32 near ties of the top k at the other size
+        check_gradients(network, golden)
+        check_outputs(network, golden, dtypes=[torch.float64])
         check_outputs(network, golden, dtypes=[torch.float32], sizes=["64x64"])
     else:
-        check_outputs(network, golden, sizes=["53x75"])
+        check_outputs(network, golden)
 
 
 @VARIANTS
 def test_options_are_read_from_the_authors_shapes(name, experts):
     options = {"dim": 48, "blocks": [4, 6, 6, 8], "heads": [1, 2, 4, 8], "expansion": 2.66, "experts": experts}
-    assert DRSformer.options_of(Golden(name).state()) == options
+    assert DRSformer.options_of(Golden(name).shapes()) == options
 
 
 @pytest.mark.parametrize("experts", [True, False])

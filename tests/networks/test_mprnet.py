@@ -33,12 +33,12 @@ def network(golden):
 
 @pytest.mark.slow
 def test_outputs_equal_the_authors(network, golden):
-    check_outputs(network, golden, names={"stage1": "stage1", "stage2": "stage2"})
+    check_outputs(network, golden)
 
 
 @pytest.mark.slow
 def test_gradients_equal_the_authors(network, golden):
-    check_gradients(network, golden)
+    check_gradients(network, golden, names={"stage1": "stage1", "stage2": "stage2"})
 
 
 def test_parameters(network, golden):
@@ -47,7 +47,7 @@ def test_parameters(network, golden):
 
 def test_recognition(golden):
     check_recognition(MPRNet, "mprnet")
-    assert MPRNet.options_of(golden.state()) == {
+    assert MPRNet.options_of(golden.shapes()) == {
         "width": 40,
         "growth": 20,
         "refinement_growth": 16,

@@ -33,23 +33,29 @@ def images(*size, count=1):
 
 
 @pytest.mark.slow
-@VARIANTS
-def test_it_equals_the_authors_code(name, dim):
-    network, golden = NeRDRain(dim=dim), Golden(name)
+def test_the_small_one_equals_the_authors_code():
+    network, golden = NeRDRain(dim=32), Golden("nerd_rain_s")
     load(network, golden)
     check_gradients(network, golden, names=FURTHER)
-    network.window = 64
-    check_outputs(network, golden, names=FURTHER, dtypes=[torch.float32], sizes=["64x64"])
     network.window = 32
-    check_outputs(network, golden, sizes=["53x75"])
+    check_outputs(network, golden)
+
+
+@pytest.mark.slow
+def test_it_equals_the_authors_code():
+    network, golden = NeRDRain(dim=48, window=64), Golden("nerd_rain")
+    load(network, golden)
+    check_outputs(network, golden, names=FURTHER, dtypes=[torch.float32], sizes=["64x64"])
 
 
 @VARIANTS
 def test_parameters_and_options(name, dim):
     golden = Golden(name)
-    check_parameters(NeRDRain(dim=dim), golden)
+    with torch.device("meta"):
+        network = NeRDRain(dim=dim)
+    check_parameters(network, golden)
     options = {"dim": dim, "blocks": [2, 3, 3], "heads": [1, 2, 4], "expansion": 2.66, "width": 256}
-    assert NeRDRain.options_of(golden.state()) == options
+    assert NeRDRain.options_of(golden.shapes()) == options
 
 
 def test_options_of_other_shapes():

@@ -27,7 +27,7 @@ def golden():
 @pytest.fixture(scope="module")
 def network(golden):
     torch.manual_seed(0)
-    network = RESCAN(**RESCAN.options_of(golden.state()))
+    network = RESCAN(**RESCAN.options_of(golden.shapes()))
     load(network, golden)
     return network
 

@@ -26,7 +26,7 @@ def random(**options):
 
 def loaded(name):
     golden = Golden(name)
-    network = Restormer(**Restormer.options_of(golden.state()))
+    network = Restormer(**Restormer.options_of(golden.shapes()))
     load(network, golden)
     return network, golden
 
@@ -34,7 +34,7 @@ def loaded(name):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_options_and_parameters(name):
     options, parameters = SYSTEMS[name]
-    assert Restormer.options_of(Golden(name).state()) == options | CLEARVIEW
+    assert Restormer.options_of(Golden(name).shapes()) == options | CLEARVIEW
     with torch.device("meta"):
         network = Restormer(**options, **CLEARVIEW)
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
@@ -51,10 +51,9 @@ def test_gradients_of_the_small_one_equal_the_authors():
 
 
 @pytest.mark.slow
-def test_outputs_and_gradients_equal_the_authors():
+def test_outputs_equal_the_authors():
     network, golden = loaded("clearview_restormer")
-    check_outputs(network, golden, sizes=["53x75"])
-    check_gradients(network, golden)
+    check_outputs(network, golden, dtypes=[torch.float64])
 
 
 def test_recognition():

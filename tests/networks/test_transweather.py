@@ -36,7 +36,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def network(golden):
-    network = TransWeather(**TransWeather.options_of(golden.state()))
+    network = TransWeather(**TransWeather.options_of(golden.shapes()))
     load(network, golden)
     return network
 
