@@ -15,14 +15,14 @@ LONGEST_FILES = (
     "test_contract.py",
     "test_train_daclip.py",
     "test_gpu_benchmarks.py",
-    "test_app.py",
     "test_experiments.py",
     "test_train_divergence.py",
     "test_train_nodes.py",
     "test_train_plnlingan.py",
     "test_hct_ffn.py",
+    "test_bench_networks.py",
+    "test_drsformer.py",
     "test_verify.py",
-    "test_readme.py",
 )
 """Files that take more than half a minute, the longest first."""
 
