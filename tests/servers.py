@@ -152,8 +152,9 @@ def running():
         server.server_close()
 
 
-def serve_hub(server, folder: Path, *, repository=REPOSITORY, licence="other", large=(".png", ".jpg")):
+def serve_hub(server, folder: Path, *, repository=REPOSITORY, licence="other", large=(".png", ".jpg"), **card):
     """Serve the files of a folder as a data set of the hub; files with suffixes in ``large`` have a SHA-256."""
+    card = {"license": licence, **card}
     entries = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -168,7 +169,7 @@ def serve_hub(server, folder: Path, *, repository=REPOSITORY, licence="other", l
         address = f"/datasets/{repository}/resolve/{COMMIT}/{name}"
         server.files[address] = content
         server.headers[address] = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}
-    info = {"id": repository, "sha": COMMIT, "private": False, "siblings": [], "cardData": {"license": licence}}
+    info = {"id": repository, "sha": COMMIT, "private": False, "siblings": [], "cardData": card}
     info |= {"tags": [], "downloads": 0, "likes": 0, "disabled": False, "gated": False}
     for address, content in {
         f"/api/datasets/{repository}/revision/main": info,

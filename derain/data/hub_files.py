@@ -41,6 +41,8 @@ def list_repository(repository: str, revision: str = "main", patterns: Sequence[
         found = [entry for entry in entries if isinstance(entry, RepoFile) and entry.path not in UNUSED]
         selected = list(filter_repo_objects(found, allow_patterns=list(patterns) or None, key=lambda f: f.path))
         licence = getattr(info.card_data, "license", None) or ""
+        if licence == "other":  # the card then has its name
+            licence = getattr(info.card_data, "license_name", None) or licence
     if not selected:
         folders = sorted({entry.path.partition("/")[0] for entry in found})[:8]
         raise DerainError(

@@ -552,6 +552,12 @@ def test_unreachable_server_is_one_line(server, root, capsys):
     assert "a.zip" in error(capsys)
 
 
+def test_the_name_of_another_licence_is_shown(server, root, tmp_path, capsys):
+    serve_hub(server, make_set(tmp_path, "Rain12", "test", count=2), license_name="research-only")
+    assert fetch(root, "--from", f"hub:{REPOSITORY}", "--dry-run") == 0
+    assert "research-only" in capsys.readouterr().out
+
+
 def test_patterns_select_files_of_a_repository(server, root, tmp_path, monkeypatch, capsys):
     source = make_set(tmp_path, "Rain13K", "test", count=2)
     serve_hub(server, source)

@@ -1,11 +1,13 @@
-"""Training on several data sets with weights, in one process and in two."""
+"""Training on several data sets with weights, and tests on videos, in one process and in two."""
 
 import copy
+import json
 
 import pytest
 import yaml
 
 from derain.cli import main
+from derain.methods import PReNetModule
 from tests.factories import make_set
 from tests.runs import EXPERIMENT, differing, finish, kill_when_there_is, last, metrics, rows, whole_and_resumed
 
@@ -43,6 +45,26 @@ def test_means_of_each_set_are_those_of_one_process(workdir):
     assert {column: validated[column] for column in COLUMNS} == {column: trained[column] for column in COLUMNS}
     means = [float(trained[f"val/{name}/psnr"]) for name in SETS]
     assert float(trained["val/psnr"]) == pytest.approx(sum(means) / len(means))
+
+
+@pytest.mark.slow
+def test_scores_of_videos_are_those_of_one_process(workdir):
+    folder = make_set(workdir / "videos", "NTURain", "test", count=5)
+    for side in ("Rain", "GT"):  # sequences of different lengths, one with a gap
+        (folder / f"Dataset_Testing_Synthetic/a1_{side}/00003.jpg").unlink()
+    PReNetModule(variant="PRN_r", stages=1).save_weights(workdir / "w.safetensors")
+    test = ["test", "--config", "exp.yaml", "--weights", "w.safetensors", "--data.test", f"NTURain:{folder}"]
+    test += ["--protocol", "[matlab-y, temporal]"]
+    assert main(test) == 0
+    finish(*test, *TWO)
+    one, two = (workdir / f"runs/exp/test-{number}" for number in (1, 2))
+    for name in ("images.csv", "sequences.csv"):
+        assert (one / name).read_text() == (two / name).read_text()
+    (result,), others = (json.loads((run / "summary.json").read_text())["results"] for run in (one, two))
+    assert [result] == others
+    assert (result["count"], result["sequences"]["count"]) == (9, 2)
+    assert result["sequences"]["psnr"] != result["psnr"]
+    assert [row["flicker"] for row in rows(one / "images.csv")].count("") == 3  # two first frames and the gap
 
 
 @pytest.mark.slow
