@@ -101,6 +101,16 @@ def wait_for(file, process):
         time.sleep(0.02)
 
 
+def wait_for_line(text, process):
+    """Wait until a process has printed a line with a text; return the line."""
+    while True:
+        for line in process.stdout:
+            if text in line and line.endswith("\n"):
+                return line
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+
+
 def kill_when_there_is(file, *arguments):
     """Kill a derain command by SIGKILL soon after it has written a file."""
     process = start(*arguments)

@@ -5,7 +5,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 
 from derain.images import image_size, write_image
 from tests.factories import clean_image
-from tests.runs import start
+from tests.runs import start, wait_for_line
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
@@ -92,12 +91,8 @@ def test_app_serves_the_page_until_it_is_stopped(user_folder, monkeypatch):
     command = next(line.partition("  #")[0].strip() for line in FIRST.splitlines() if line.startswith("derain app"))
     process = start_forked(command, "--port", "0")
     try:
-        page = None
-        while page is None:
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.05)
-            page = re.search(r"(http://127\.0\.0\.1:\d+)\s", process.stdout.read())
-        page = page.group(1)
+        line = wait_for_line("http://127.0.0.1:", process)
+        page = re.search(r"http://127\.0\.0\.1:\d+", line).group()
         with urllib.request.urlopen(page, timeout=60) as answer:
             assert b"derain" in answer.read()
     finally:

@@ -21,13 +21,14 @@ from derain.commands.app import listen, server_config
 from derain.images import read_rgb, write_image
 from derain.methods import PReNetModule
 from tests.factories import clean_image, located
-from tests.runs import start
+from tests.runs import start, wait_for_line
 
 MODEL = "w · PReNet"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-LISTENER_TIMEOUT = 2.0
-"""Seconds after which the page in the process `served` discards jobs without listeners."""
+LISTENER_TIMEOUT = 1.0
+"""Seconds after which the page in the process `served` discards jobs without listeners, from SIGUSR1 on."""
 PROGRAM = f"""
+import signal
 import sys
 import uvicorn
 from derain.cli import main
@@ -36,7 +37,7 @@ startup = uvicorn.Server.startup
 
 async def start(server, sockets=None):
     from derain.commands import guard  # not earlier: gradio reads its environment when it is imported
-    guard.LISTENER_TIMEOUT = {LISTENER_TIMEOUT}
+    signal.signal(signal.SIGUSR1, lambda *_: setattr(guard, "LISTENER_TIMEOUT", {LISTENER_TIMEOUT}))
     await startup(server, sockets)
 
 uvicorn.Server.startup = start
@@ -61,14 +62,6 @@ def photo(tmp_path):
     path = tmp_path / "rainy.png"
     write_image(path, clean_image(1, (20, 30)))
     return path
-
-
-def first_line(process):
-    """Wait for the first line of the output."""
-    while "\n" not in (output := process.stdout.read()):
-        assert process.poll() is None, output
-        time.sleep(0.05)
-    return output.splitlines(keepends=True)[0]
 
 
 def _png(path, width, height):
@@ -121,10 +114,10 @@ def test_only_a_trusted_proxy_names_the_client(proxies, client):
 def test_signals_close_the_page(weights, tmp_path, signum):
     pytest.importorskip("gradio")
     process = start("app", "--port", "0", "--weights", weights, "--device", "cpu", TMPDIR=str(tmp_path))
-    address = first_line(process)
-    assert address.startswith("http://")
+    line = wait_for_line("", process)
+    assert line.startswith("http://")
     process.send_signal(signum)
-    assert process.communicate(timeout=120)[0] == address
+    assert process.communicate(timeout=120)[0].removeprefix(line) == ""
     assert process.returncode == 0
     assert list(tmp_path.glob("derain-app-*")) == []
 
@@ -151,17 +144,17 @@ def test_a_given_port_in_use_is_refused_and_the_default_is_skipped(capsys):
 
 @pytest.fixture(scope="module")
 def served(weights, tmp_path_factory):
-    """Address of a page in a subprocess, and its folder of temporary files."""
+    """Address of a page in a process, its folder of temporary files, and the process."""
     pytest.importorskip("gradio")
     folder = tmp_path_factory.mktemp("temporary")
     program = tmp_path_factory.mktemp("program") / "app.py"
     program.write_text(PROGRAM)
     options = ["--port", "0", "--weights", weights, "--device", "cpu", "--max-megabytes", "1"]
     process = start("app", *options, program=(str(program),), TMPDIR=str(folder))
-    line = first_line(process)
+    line = wait_for_line("", process)
     address = line.split()[0]
     assert address.startswith("http://127.0.0.1:"), line
-    yield address, folder
+    yield address, folder, process
     kept = list(folder.glob("derain-app-*/*"))
     process.send_signal(signal.SIGINT)
     printed = process.communicate(timeout=120)[0].removeprefix(line).splitlines()
@@ -304,7 +297,7 @@ def test_photos_with_long_and_invalid_names_are_restored(client, photo):
 
 
 @pytest.mark.slow
-def test_jobs_without_listeners_make_room(client, photo, tmp_path):
+def test_jobs_without_listeners_make_room(served, client, photo, tmp_path):
     slow = tmp_path / "slow.png"
     Image.new("RGB", (2400, 2400)).save(slow)
     slow_path, path = _upload(client, slow), _upload(client, photo)
@@ -314,6 +307,7 @@ def test_jobs_without_listeners_make_room(client, photo, tmp_path):
     assert waiting <= 32
     assert _join(client, {"path": path}).status_code == 200
     assert "event: error" in _result(client, joined[10])  # cancelled
+    served[2].send_signal(signal.SIGUSR1)
     time.sleep(LISTENER_TIMEOUT)
     assert "derained.png" in _result(client, _join(client, {"path": path}))
     assert client.get("/gradio_api/queue/status").json()["queue_size"] == 0

@@ -44,7 +44,7 @@ SMALLER = {
     "MPRNet": {"width": 4, "growth": 2, "refinement_growth": 2, "refinement_blocks": 1},
     "NAFNet": {"width": 8, "encoder_blocks": [1], "decoder_blocks": [1]},
     "RCDNet": {"blocks": 1},
-    "DCSFN": {"convolutions": 1},
+    "DCSFN": {"blocks": 1, "convolutions": 1},
     "BRN": {"iterations": 2},
     "VRGNet": {"iterations": 2},
     "SwinIR": {"blocks": [2], "heads": [3]},
