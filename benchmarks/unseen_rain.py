@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from derain.data.quickstart_photos import write_photos
-from derain.images import read_rgb, write_whole
+from derain.images import read_rgb, write_image
 from derain.pictures import contact_sheet
 from derain.restoration import Restorer
 
@@ -59,7 +59,7 @@ def main() -> None:
     """Print the table, and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", nargs="+", default=["default", "fast"], help="bundled models or weights files")
-    parser.add_argument("--picture", type=Path, help="write the photos, rainy and restored by the first weights, here")
+    parser.add_argument("--picture", type=Path, help="image to write: a row for each generator")
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
         photos = [read_rgb(file) for file in write_photos(Path(folder)) if file.parent.name == "test"]
@@ -68,18 +68,18 @@ def main() -> None:
     table = Table(title=f"mean PSNR in dB of {len(photos)} photos")
     for column in ("generator", "rainy", *restorers):
         table.add_column(column)
-    pairs = []
+    rows = []
     for generator, add_rain in GENERATORS.items():
         rainy = [add_rain(photo) for photo in photos]
         derained = {name: restorer(rainy) for name, restorer in restorers.items()}
         means = (mean_psnr(images, photos) for images in (rainy, *derained.values()))
         table.add_row(generator, *(f"{mean:.2f}" for mean in means))
-        pairs.append(list(zip(rainy, next(iter(derained.values())), strict=True)))
+        first = next(iter(derained.values()))
+        rows.append([image for pair in zip(rainy, first, strict=True) for image in pair])
     Console().print(table)
     if options.picture:
-        rows = [pair for generator in pairs for pair in generator]
-        with write_whole(options.picture) as temporary:
-            contact_sheet(rows, columns=("rainy", "restored"), cell=560).save(temporary, "PNG")
+        sheet = contact_sheet(rows, columns=("rainy", "restored") * len(photos), cell=320)
+        write_image(options.picture, np.asarray(sheet))
 
 
 if __name__ == "__main__":
