@@ -164,6 +164,7 @@ def test_any_option_of_the_trainer_resumes(all_methods, whole_run, options, step
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using 'interval'")
 @pytest.mark.parametrize(("interval", "steps"), [("step", (IN_THE_NEXT,)), ("epoch", (WITHIN, AT_THE_END))])
 def test_schedules_that_change_more_than_the_rate_resume(all_methods, capsys, interval, steps):
     """OneCycleLR also changes the betas of Adam."""
