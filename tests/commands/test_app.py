@@ -177,7 +177,8 @@ def test_two_clients_at_once(served, photo, tmp_path):
     with ThreadPoolExecutor(2) as threads:
         results = list(threads.map(restore, clients, pictures))
     for path, result in zip(pictures, results, strict=True):
-        download = next(Path(value) for value in result if str(value).endswith("-derained.png"))
+        values = [value.get("value") for value in result if isinstance(value, dict)]
+        download = next(Path(value) for value in values if str(value).endswith("-derained.png"))
         assert download.name == f"{path.stem}-derained.png"
         assert read_rgb(download).shape == read_rgb(path).shape
 
