@@ -237,7 +237,7 @@ FAULTS: dict[tuple[str, ...], list[tuple[str, str, str]]] = {
     ("image_sources.py", "test_images.py", "test_image_metadata.py"): [
         ("EXIF: orientation ignored", "return upright(array, self.orientation)", "return array"),
     ],
-    ("images.py", "test_images.py", "test_listing.py"): [
+    ("listing.py", "test_images.py", "test_listing.py"): [
         ("natural order: text", "(1, int(part), part) if part.isdecimal()", "(1, 0, part) if part.isdecimal()"),
     ],
     ("tiles.py", "test_restoration.py"): [

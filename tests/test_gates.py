@@ -15,7 +15,10 @@ from derain.methods import DerainModule, registry
 ROOT = Path(__file__).parents[1]
 FILE_LINES = 500
 FUNCTION_LINES = 60
-REASONS = {"commands/page.py: _add_events": "declares every event of the page, one call each"}
+REASONS = {
+    "commands/page.py: _add_components": "declares every component of the page, one call each",
+    "commands/page.py: _add_events": "declares every event of the page, one call each",
+}
 """Why a file (``data/rain.py``) or a function (``data/rain.py: synthesize``) of derain is longer than the limits."""
 DIALECT = re.compile(r"\b(told|judged|goes on|at hand|in the box|by custom)\b", re.IGNORECASE)
 """Words that derain once used where its field has plainer ones."""

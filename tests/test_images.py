@@ -13,7 +13,8 @@ import tifffile
 from PIL import EpsImagePlugin, Image
 
 from derain.errors import DerainError
-from derain.images import Photo, image_files, image_size, read_photo, read_rgb, to_bytes, write_image, write_whole
+from derain.images import Photo, image_size, read_photo, read_rgb, to_bytes, write_image, write_whole
+from derain.listing import image_files
 
 ORIENTATION = 0x0112
 RNG = np.random.default_rng(0)

@@ -8,20 +8,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from derain import images
+from derain import listing
 from derain.cli import main
 from derain.commands.restore import plan
 from derain.data.name_matching import find_data_set_folders
 from derain.data.pairs import find_pairs
 from derain.data.result_folders import find_scoring_pairs
 from derain.data.verify import verify
-from derain.images import image_files, image_size, read_rgb, write_image
+from derain.images import image_size, read_rgb, write_image
+from derain.listing import image_files
 from tests.factories import clean_image, make_set, save
 
 
 @pytest.fixture(autouse=True)
 def nothing_warned_yet():
-    images.warn_once.cache_clear()
+    listing.warn_once.cache_clear()
 
 
 def names(folder, files):
@@ -181,14 +182,14 @@ def test_verify_reports_skipped_images_once(tmp_path, capsys, caplog):
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch, caplog):
     save(tmp_path / "1.png", clean_image(0))
     (tmp_path / "secret").mkdir()
-    scan = images.os.scandir
+    scan = listing.os.scandir
 
     def refusing(folder):
         if folder.name == "secret":
             raise PermissionError(13, "Permission denied", str(folder))
         return scan(folder)
 
-    monkeypatch.setattr(images.os, "scandir", refusing)
+    monkeypatch.setattr(listing.os, "scandir", refusing)
     assert names(tmp_path, image_files(tmp_path, recursive=True)) == ["1.png"]
     assert "1 unreadable folder (secret)" in caplog.text
     with pytest.raises(PermissionError, match="secret"):

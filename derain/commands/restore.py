@@ -20,7 +20,8 @@ from derain.commands.photo_pipeline import PIXELS_AHEAD, Outcome, PhotoPipeline,
 from derain.errors import DerainError, failed_files
 from derain.folders import check_outputs
 from derain.image_metadata import has_location
-from derain.images import SUFFIXES, Photo, Pixels, image_files, read_photo, select_images, to_bytes, write_image
+from derain.images import Photo, Pixels, read_photo, to_bytes, write_image
+from derain.listing import SUFFIXES, image_files, select_images
 from derain.memory import keep_freed_memory, memory_errors, release_freed_memory
 from derain.pictures import compare, write_explanation
 from derain.progress import track

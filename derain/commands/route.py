@@ -19,7 +19,8 @@ from torch import Tensor
 from derain.data.layouts import Split
 from derain.data.pairs import Pair, PairSet, detect_layout, find_pairs
 from derain.errors import DerainError
-from derain.images import ESCAPED, Pixels, image_files, read_rgb, write_image, write_whole
+from derain.images import ESCAPED, Pixels, read_rgb, write_image, write_whole
+from derain.listing import image_files
 from derain.methods.cliprpn.perception import RainPerception, scores
 from derain.methods.cliprpn.prompts import PROMPTS, texts_of
 from derain.pictures import contact_sheet

@@ -24,7 +24,8 @@ from derain.commands.page_files import KEEP_MINUTES
 from derain.commands.photo_pipeline import PhotoPipeline
 from derain.data.rain import PRESETS, Rain, add_rain, sample_rain
 from derain.errors import DerainError
-from derain.images import SUFFIXES, Photo, Pixels, image_size, read_photo, to_bytes, write_image
+from derain.images import Photo, Pixels, image_size, read_photo, to_bytes, write_image
+from derain.listing import SUFFIXES
 from derain.memory import release_freed_memory
 from derain.restoration import Explanation, Restorer
 from derain.scaling import automatic_factor

@@ -25,7 +25,8 @@ from derain.data.remote_files import Listing, RemoteFile, check_downloads, downl
 from derain.data.sources import Hub, Source, Web, target_folder
 from derain.data.web_files import download_urls, list_urls
 from derain.errors import DerainError, Stopped
-from derain.images import SUFFIXES, natural_key, write_whole
+from derain.images import write_whole
+from derain.listing import SUFFIXES, natural_key
 from derain.progress import track_bytes
 
 log = logging.getLogger("derain")

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from derain.data.layouts import AUXILIARY, LAYOUTS, PLACEHOLDERS, SPLIT_FOLDERS, Files, Split
 from derain.errors import DerainError
 from derain.image_sources import ImageFile
-from derain.images import image_names, list_images, natural_key
+from derain.listing import image_names, list_images, natural_key
 
 _MAX_DEPTH = 3  # how many levels below the data root are searched for data sets
 

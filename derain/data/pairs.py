@@ -25,7 +25,8 @@ from derain.data.name_matching import (
 from derain.data.shards import ShardImage, is_url, read_split, sharded_splits
 from derain.errors import DerainError
 from derain.image_sources import ImageFile
-from derain.images import Pixels, image_size, natural_key, read_rgb
+from derain.images import Pixels, image_size, read_rgb
+from derain.listing import natural_key
 from derain.progress import track
 
 SCENE_CORRELATION = 0.6

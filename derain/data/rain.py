@@ -38,7 +38,8 @@ from numpy.typing import NDArray
 
 import derain
 from derain.errors import DerainError
-from derain.images import Pixels, image_files, read_rgb, write_image
+from derain.images import Pixels, read_rgb, write_image
+from derain.listing import image_files
 from derain.pictures import contact_sheet
 from derain.progress import track
 

@@ -19,7 +19,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from derain.errors import DerainError
-from derain.images import image_files, read_rgb
+from derain.images import read_rgb
+from derain.listing import image_files
 
 MEAN_FRACTION = 0.75
 """Mean share of a cell that a streak covers; it is uniform in 0.5 to 1."""

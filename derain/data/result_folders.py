@@ -14,7 +14,8 @@ from typing import NamedTuple, TypeVar
 from derain.data.layouts import Split
 from derain.data.pairs import Pair, find_pairs
 from derain.errors import DerainError
-from derain.images import Pixels, image_files, image_size, list_images, read_rgb, warn_once
+from derain.images import Pixels, image_size, read_rgb
+from derain.listing import image_files, list_images, warn_once
 
 SPLITS: tuple[Split, ...] = ("test", "train")
 

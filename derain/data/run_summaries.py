@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from derain.errors import DerainError
-from derain.images import natural_key
+from derain.listing import natural_key
 
 NAMES = {
     "CLIPRPNModule": "CLIP-RPN",

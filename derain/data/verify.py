@@ -19,7 +19,8 @@ from derain.data.pairs import Pair, PairSizeError, to_pairs
 from derain.data.sequences import frame_gaps
 from derain.errors import DerainError
 from derain.image_sources import ImageFile, several_frames
-from derain.images import exif_problem, list_images, natural_key
+from derain.images import exif_problem
+from derain.listing import list_images, natural_key
 from derain.progress import track
 
 Kind = Literal[

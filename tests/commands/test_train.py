@@ -10,7 +10,8 @@ import yaml
 
 from derain.cli import main
 from derain.files.weights import sha256
-from derain.images import image_files, read_rgb
+from derain.images import read_rgb
+from derain.listing import image_files
 from derain.methods import PReNetModule, catalog
 from derain.metrics import psnr_ssim, resolve
 from tests.factories import make_set

@@ -12,7 +12,8 @@ from lightning import Callback
 
 from derain.cli import main
 from derain.commands.train import shared_folder
-from derain.images import image_files, read_rgb
+from derain.images import read_rgb
+from derain.listing import image_files
 from derain.methods import PReNetModule
 from tests.factories import make_set
 from tests.runs import finish_all, last, metrics, start

@@ -8,7 +8,8 @@ import pytest
 from derain.data.backgrounds import compute_signature, find_matches
 from derain.data.quickstart_photos import PHOTOS, write_photos
 from derain.errors import DerainError
-from derain.images import image_files, read_rgb
+from derain.images import read_rgb
+from derain.listing import image_files
 
 needs_photos = pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="scikit-image is not installed")
 

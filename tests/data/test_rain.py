@@ -15,7 +15,8 @@ from derain.data.pairs import find_pairs
 from derain.data.rain import PRESETS, Rain, add_rain, image_rng, sample_rain, streaks, synthesize
 from derain.data.verify import verify
 from derain.errors import DerainError
-from derain.images import image_files, read_rgb
+from derain.images import read_rgb
+from derain.listing import image_files
 
 SIZES = [(1, 1), (1, 40), (40, 1), (2, 3), (31, 37), (200, 130)]
 

@@ -9,7 +9,8 @@ from scipy.signal import convolve2d
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from derain.errors import DerainError
-from derain.images import image_files, read_rgb
+from derain.images import read_rgb
+from derain.listing import image_files
 from derain.metrics import PROTOCOLS, bootstrap_interval, psnr_ssim, resolve
 from derain.metrics.full_reference import _shrunk
 
