@@ -12,7 +12,8 @@ def _real_rain_1k(kind: str, density: str) -> Layout:
         source="https://github.com/hiker-lw/RealRain-1k",
         citation="Li et al., Toward Real-world Single Image Deraining: A New Benchmark and Beyond, arXiv 2022",
         remarks=(
-            "1120 pairs in three parts; the third, for validation, has no name: give its folder (--data.val FOLDER)",
+            "1,120 pairs in three parts; derain has no name for the third part (validation): give its folder "
+            "(--data.val FOLDER)",
             "about 1512x973 pixels; scores of images that were reduced or cropped first are not comparable",
         ),
     )
@@ -57,25 +58,23 @@ REAL: dict[str, Layout] = {
         counts={"train": 26124, "test": 2100},
         source="https://github.com/UCLA-VMG/GT-RAIN",
         citation="Ba et al., Not Just Streaks: Towards Ground Truth for Single Image Deraining, ECCV 2022",
-        protocols=(
-            "RGB of floating-point output, sides cropped to multiples of 4, SSIM of scikit-image, mean of the means of "
-            "the scenes (Ba et al.); the nearest is rgb, mean over sequences"
-        ),
+        protocols="RGB of floating-point output, sides cropped to multiples of 4, SSIM of scikit-image, mean over "
+        "sequences, which are the scenes (Ba et al.); derain's closest protocol is rgb, with the mean over sequences",
         remarks=(
-            "GT-RAIN_val (3300 pairs) has no name: give its folder; its scene Gurutto_1-2 is refused as ambiguous, "
-            "since it has one clean frame per rainy frame: remove it",
+            "derain has no name for GT-RAIN_val (3,300 pairs): give its folder; its scene Gurutto_1-2 has several "
+            "clean frames where derain expects one per scene, and is refused: remove it",
         ),
     ),
     "LHP-Rain": Layout(
-        title="frames of 3000 videos with real rain and splashes, clean images computed from the videos",
+        title="frames of 3,000 videos with real rain and splashes, clean images computed from the videos",
         folders=("LHP-Rain",),
         files={"train": (FOLDERS,), "test": (FOLDERS,)},
         source="https://github.com/yunguo224/LHP-Rain",
         citation="Guo et al., From Sky to the Ground: A Large-scale Benchmark and Simple Baseline Towards Real Rain "
         "Removal, ICCV 2023",
         remarks=(
-            "a full version of about 1 million pairs and a simple version; the folders input and gt are those that the "
-            "authors' code reads, others could not be confirmed",
+            "a full version of about 1 million pairs and a simple version; derain expects the folders input and gt, as "
+            "the authors' code does; other names could not be confirmed",
         ),
     ),
     "Rain-in-driving": Layout(

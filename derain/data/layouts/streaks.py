@@ -70,7 +70,7 @@ _RAIN_TRAIN_H = Layout(
 
 STREAKS: dict[str, Layout] = {
     "Rain100L": Layout(
-        title="100 test pairs, light streaks, first version",
+        title="100 test pairs, light streaks, first version (see Rain200L)",
         folders=("Rain100L",),
         files={"test": _RAIN100},
         counts={"test": 100},
@@ -81,7 +81,7 @@ STREAKS: dict[str, Layout] = {
         remarks=(_RAIN100_BACKGROUNDS, _RAIN100_LEAK),
     ),
     "Rain100H": Layout(
-        title="100 test pairs, heavy streaks in five directions, first version",
+        title="100 test pairs, heavy streaks in five directions, first version (see Rain200H)",
         folders=("Rain100H",),
         files={"test": _RAIN100},
         counts={"test": 100},
@@ -92,7 +92,7 @@ STREAKS: dict[str, Layout] = {
         remarks=(
             _RAIN100_BACKGROUNDS,
             _RAIN100_LEAK,
-            "546 of RainTrainH-full's 1800 pairs have one of the backgrounds",
+            "546 of RainTrainH-full's 1,800 pairs have one of the backgrounds",
         ),
     ),
     "RainTrainL": Layout(
@@ -106,7 +106,7 @@ STREAKS: dict[str, Layout] = {
     ),
     "RainTrainH": _RAIN_TRAIN_H,
     "RainTrainH-full": Layout(
-        title="training pairs of Rain100H, all 1800; 546 share a background with Rain100H",
+        title="training pairs of Rain100H, all 1,800; 546 share a background with Rain100H",
         folders=_RAIN_TRAIN_H.folders,
         files=_RAIN_TRAIN_H.files,
         counts={"train": 1800},
@@ -203,13 +203,18 @@ STREAKS: dict[str, Layout] = {
         citation=_MPRNET,
         protocols="restormer (MPRNet, Restormer)",
         remarks=(
-            "the paper has 13712 training pairs; the authors removed one from the download, whose sizes differed",
-            "the training pairs contain all 1800 of RainTrainH-full, 546 of which have a background of Rain100H",
+            "the paper has 13,712 training pairs; the download lacks one, which the authors removed because an image "
+            "had a wrong size",
+            "the training pairs contain all 1,800 of RainTrainH-full, 546 of which have a background of Rain100H",
         ),
     ),
     "Test100": _restormer_test("Test100", 100, "test set of Rain13K: the test pairs of Rain800"),
     "Test1200": _restormer_test("Test1200", 1200, "test set of Rain13K: the test pairs of Rain1200"),
-    "Test2800": _restormer_test("Test2800", 2800, "test set of Rain13K: 200 x 14 pairs of DDN (Rain1400: 100 x 14)"),
+    "Test2800": _restormer_test(
+        "Test2800",
+        2800,
+        "test set of Rain13K: 200 clean images of DDN with 14 rainy versions each; Rain1400's own test set has 100",
+    ),
     "HQ-RAIN": Layout(
         title="synthetic streaks on photos of high resolution",
         folders=("HQ-RAIN",),

@@ -4,7 +4,8 @@ from .patterns import Files, Layout
 
 VIDEO: dict[str, Layout] = {
     "NTURain": Layout(
-        title="synthetic rain on videos, 8 training sequences with several rains each, 8 test sequences; real videos",
+        title="synthetic rain on videos: 8 training sequences, each with several versions of rain, and 8 test "
+        "sequences; also real videos for prediction",
         folders=("NTURain", "NTU-derain", "SPAC-SupplementaryMaterials", "SPAC-SupplementaryMaterials-master"),
         files={
             "train": (
@@ -26,15 +27,14 @@ VIDEO: dict[str, Layout] = {
         source="https://github.com/hotndy/SPAC-SupplementaryMaterials",
         citation="Chen et al., Robust Video Content Alignment and Compensation for Rain Removal in a CNN Framework, "
         "CVPR 2018",
-        protocols=(
-            "luma in 8 bit, SSIM with σ 0.5 (VDMamba), mean of the means of the sequences; S2VD omits two frames at "
-            "each end; the nearest is restormer, mean over sequences"
-        ),
+        protocols="luma in 8 bit, SSIM with σ 0.5 (VDMamba), mean over sequences; S2VD omits two frames at each end; "
+        "derain's closest protocol is restormer, with the mean over sequences",
         remarks=("folders named _spacCNN contain results of the authors' method, and are ignored",),
     ),
     "VRDS": Layout(
         title="synthetic drops and streaks on videos, 72 training and 30 test sequences",
         folders=("VRDS",),
+        # Equal patterns: the folder train or test may precede any pattern (SPLIT_FOLDERS).
         files={
             "train": (Files("lq/{sequence}/{frame}", "gt/{sequence}/{frame}", video=True),),
             "test": (Files("lq/{sequence}/{frame}", "gt/{sequence}/{frame}", video=True),),
@@ -42,7 +42,7 @@ VIDEO: dict[str, Layout] = {
         source="https://github.com/TonyHongtaoWu/ViMP-Net",
         citation="Wu et al., Mask-Guided Progressive Network for Joint Raindrop and Rain Streak Removal in Videos, "
         "ACM MM 2023",
-        protocols="rgb, mean of the means of the sequences (ViMP-Net, RainMamba)",
+        protocols="rgb, with the mean over sequences (ViMP-Net, RainMamba)",
         remarks=("folders of streak maps and drop masks are ignored",),
     ),
 }

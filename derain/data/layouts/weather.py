@@ -59,14 +59,16 @@ WEATHER: dict[str, Layout] = {
         remarks=("most papers score Test1, a part of the training pairs: see Outdoor-Rain-Test1",),
     ),
     "Outdoor-Rain-Test1": Layout(
-        title="Outdoor-Rain as papers on several kinds of weather split it: tests on im_0301 to im_0350",
+        title="Outdoor-Rain with the split of all-in-one weather papers: im_0301 to im_0350 are the test images",
         folders=("Outdoor-Rain", "OutdoorRain"),
         files={"train": _outdoor_rain(1, 600, _WITHOUT_TEST1), "test": _outdoor_rain(301, 350)},
         counts={"train": 8250, "test": 750},
         source=_OUTDOOR_PAGE,
         citation=f"{_LI}; split: Özdenizci and Legenstein (WeatherDiffusion), TPAMI 2023",
         protocols="matlab-y, images resized to multiples of 16 (WeatherDiffusion)",
-        remarks=("Test1 is a part of Outdoor-Rain's 9000 training pairs: weights trained on all of them have seen it",),
+        remarks=(
+            "Test1 is a part of Outdoor-Rain's 9,000 training pairs: weights trained on all of them have seen it",
+        ),
     ),
     "Snow100K": Layout(
         title="synthetic snow, no rain; test sets S, M and L",
@@ -78,7 +80,7 @@ WEATHER: dict[str, Layout] = {
         protocols="matlab-y, images resized to multiples of 16 (WeatherDiffusion)",
     ),
     "AllWeather": Layout(
-        title="training pairs: all 8250 of Outdoor-Rain-Test1, 818 of Raindrop's 861, 9001 of Snow100K's 50000",
+        title="training pairs: all 8,250 of Outdoor-Rain-Test1, 818 of Raindrop's 861, 9,001 of Snow100K's 50,000",
         folders=("AllWeather", "All-Weather"),
         files={"train": (FOLDERS,)},
         counts={"train": 18069},
