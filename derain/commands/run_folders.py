@@ -27,8 +27,14 @@ def root_of(folder: Path) -> Path:
 def shared_folder(root: Path, command: str, resuming: bool, arguments: Sequence[str] = ()) -> Path:
     """Return the folder of the run, the same for all its processes.
 
-    Under torchrun, rank 0 sends the folder through torchrun's store. Under SLURM, the folder is named after the job ID.
-    Processes that Lightning starts read it from the environment variable ``DERAIN_RUN``.
+    A run that is resumed is looked up by each process that torchrun or SLURM starts. The folder of a new run:
+
+    - under torchrun, rank 0 chooses it and sends it through torchrun's store;
+    - under SLURM with several tasks, it is named after the job and its step;
+    - under SLURM with one task, see `job_folder`;
+    - otherwise, it has the next free number.
+
+    Processes that Lightning starts read the folder from the environment variable ``DERAIN_RUN``.
 
     Args:
         root: Folder in which runs are numbered, or a run folder.
@@ -48,7 +54,7 @@ def shared_folder(root: Path, command: str, resuming: bool, arguments: Sequence[
         store = TCPStore(variables["MASTER_ADDR"], int(variables["MASTER_PORT"]), is_master=False)
         key = f"derain-{variables['TORCHELASTIC_RESTART_COUNT']}"
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            store.set(key, str(_choose_folder(root, command, resuming, arguments)))
+            store.set(key, str(_choose_folder(root, command, resuming=False, arguments=arguments)))
         folder = Path(store.get(key).decode())
         folder.mkdir(parents=True, exist_ok=True)  # nodes may not share a disk
         return folder
@@ -115,7 +121,7 @@ def _claim(folder: Path, command_line: str) -> bool:
     try:
         with (folder / f"slurm-{restarts()}.txt").open("x") as record:
             record.write(command_line)
-    except FileExistsError:  # another run has the same command line since the same start of the job
+    except FileExistsError:  # another run with the same command line has claimed the folder since this start of the job
         return False
     return True
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from derain.data.pairs import Pair
 from derain.data.result_folders import ScoringPair, find_scoring_pairs
-from derain.data.sequences import frame_links
+from derain.data.sequences import consecutive_frames
 from derain.errors import DerainError
 from derain.images import Pixels
 from derain.metrics import Protocol, bootstrap_interval, psnr_ssim, resolve
@@ -68,12 +68,12 @@ def score(
     names, temporal = split_temporal(list(protocol), supported=clean is not None)
     protocols = () if clean is None else resolve(names)
     pairs = find_scoring_pairs(derained, clean)
-    links = scoring_links(pairs) if temporal else None
+    consecutive = consecutive_derained_frames(pairs) if temporal else None
     network = available_lpips("none" if clean is None else lpips)
     metrics = [*available(no_reference, PyiqaMetric), *available(full_reference, _with_reference)]
     if not (protocols or metrics):
         raise DerainError("no metric is available; give clean images, or install pyiqa: pip install 'derain[iqa]'")
-    results = evaluate(pairs, protocols, network, metrics, links)
+    results = evaluate(pairs, protocols, network, metrics, consecutive)
     table = results_table(results, intervals=format == "table")
     write_results(format, table, image_records(results), results, out)
     return 0
@@ -105,7 +105,7 @@ def evaluate(
     protocols: Sequence[Protocol],
     lpips: Lpips | None = None,
     metrics: Sequence[Metric] = (),
-    links: Collection[int] | None = None,
+    consecutive: Collection[int] | None = None,
 ) -> list[dict[str, Any]]:
     """Compute the scores of all images and their means.
 
@@ -113,21 +113,22 @@ def evaluate(
         pairs: Derained images, with their clean images if there are protocols.
         protocols: Protocols of PSNR and SSIM; if empty, the only result has the no-reference metrics.
         lpips: LPIPS metric; None: not computed.
-        metrics: Metrics of pyiqa; those that compare with clean images only if all pairs have one.
-        links: Indices of the frames whose flicker and warping error against the previous index are computed; None for
-            no temporal metrics.
+        metrics: Metrics of pyiqa. Those that compare with clean images require a clean image in every pair.
+        consecutive: Indices of the frames that are compared with the frame at the previous index (flicker, warping
+            error); None for no temporal metrics.
 
     Returns:
         One result per protocol: ``protocol``, ``definition``, ``count``, means ``psnr`` (dB), ``ssim`` and ``lpips``,
         ``psnr_interval`` and ``ssim_interval`` (95 %, bootstrap), ``lpips_net``, ``no_reference`` and
         ``full_reference`` (means by name; Fréchet distances of all images), ``temporal`` (means of flicker and warping
         error by name) and ``images`` (scores of each image). With videos, also ``sequences`` (means of each sequence)
-        and ``sequence_means`` (means over sequences). Values that were not computed are None.
+        and ``sequence_means`` (means over sequences). Scalars that were not computed are None; dictionaries of them
+        are empty.
 
     Raises:
         DerainError: If an image cannot be read or scored; the message has its path.
     """
-    single = [metric for metric in metrics if isinstance(metric, PyiqaMetric)]
+    per_image_metrics = [metric for metric in metrics if isinstance(metric, PyiqaMetric)]
     lock = threading.Lock()  # one network at a time: it uses all cores by itself
 
     def score_image(pair: ScoringPair) -> list[dict[str, float]]:
@@ -138,7 +139,7 @@ def evaluate(
             with lock:
                 if lpips is not None and clean is not None:
                     scores["lpips"] = lpips(derained, clean)
-                for metric in single:
+                for metric in per_image_metrics:
                     scores[metric.name] = metric(derained, clean)
             if clean is None:
                 return [scores]
@@ -149,16 +150,16 @@ def evaluate(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         scores = list(track(pool.map(score_image, pairs), "Scoring", len(pairs)))
-        temporal = [{} for _ in pairs] if links is None else _compare_frames(pairs, links, pool)
+        temporal_rows = [{} for _ in pairs] if consecutive is None else _compare_frames(pairs, consecutive, pool)
     distances = {metric.name: metric(_read(pairs)) for metric in metrics if isinstance(metric, FrechetDistance)}
     results = []
     videos = any(pair.sequence for pair in pairs)
     for index, protocol in enumerate(protocols or [None]):
         images = [
-            {"name": pair.name, **({"sequence": pair.sequence} if videos else {}), **by_protocol[index], **changes}
-            for pair, by_protocol, changes in zip(pairs, scores, temporal, strict=True)
+            {"name": pair.name, **({"sequence": pair.sequence} if videos else {}), **by_protocol[index], **temporal}
+            for pair, by_protocol, temporal in zip(pairs, scores, temporal_rows, strict=True)
         ]
-        results.append(_summary(protocol, images, lpips, single, distances))
+        results.append(_summary(protocol, images, lpips, per_image_metrics, distances))
     return results
 
 
@@ -170,8 +171,8 @@ def _read(pairs: Sequence[ScoringPair]) -> Iterator[tuple[Pixels, Pixels]]:
         yield derained, clean
 
 
-def scoring_links(pairs: Sequence[ScoringPair]) -> frozenset[int]:
-    """Return the indices of the frames that directly follow the frame of the previous index.
+def consecutive_derained_frames(pairs: Sequence[ScoringPair]) -> frozenset[int]:
+    """Return the indices of the frames whose predecessor in the video is at the previous index (no gap).
 
     Raises:
         DerainError: If there are no videos.
@@ -180,18 +181,18 @@ def scoring_links(pairs: Sequence[ScoringPair]) -> frozenset[int]:
     frames = [reference if isinstance(reference, Pair) else Pair("", Path()) for reference in references]
     if not any(frame.sequence for frame in frames):
         raise DerainError(
-            f"--protocol {TEMPORAL}: the clean images are no videos; give a data set of videos, or video:FOLDER"
+            f"--protocol {TEMPORAL}: the clean images are not videos; give a data set of videos, or video:FOLDER"
         )
-    return frame_links(frames)
+    return consecutive_frames(frames)
 
 
 def _compare_frames(
-    pairs: Sequence[ScoringPair], links: Collection[int], pool: ThreadPoolExecutor
+    pairs: Sequence[ScoringPair], consecutive: Collection[int], pool: ThreadPoolExecutor
 ) -> list[dict[str, float | None]]:
-    """Return flicker and warping error of each frame and the one before it; None without a frame before it."""
+    """Return flicker and warping error between each frame and its predecessor; None for a frame without one."""
 
     def compare(index: int) -> dict[str, float | None]:
-        if index not in links:
+        if index not in consecutive:
             return dict.fromkeys(TEMPORAL_COLUMNS)
         (before, clean_before), (after, clean_after) = pairs[index - 1].read(), pairs[index].read()
         assert clean_before is not None
@@ -242,7 +243,7 @@ def _summary(
 
 
 def results_table(results: Sequence[dict[str, Any]], *, intervals: bool) -> Table:
-    """Return a table with one row per protocol; of videos, also with one of means over sequences.
+    """Return a table with one row per protocol; for videos, with a second row that has the means over sequences.
 
     Args:
         results: Results of ``evaluate``.
@@ -271,9 +272,9 @@ def results_table(results: Sequence[dict[str, Any]], *, intervals: bool) -> Tabl
         others = result["full_reference"] | result["no_reference"] | result["temporal"]
         if result["lpips"] is not None:
             others = {"lpips": result["lpips"]} | others
-        level: list[Value] = ["frames"] if videos else []
+        mean_over: list[Value] = ["frames"] if videos else []
         values = [result["count"], mean(result, "psnr", 2), mean(result, "ssim", 4)]
-        rows.append(Row([*head, *level, *values, *others.values()]))
+        rows.append(Row([*head, *mean_over, *values, *others.values()]))
         if videos:
             scores = [result["sequence_means"].get(name) for name in ("psnr", "ssim", *others)]
             frames = sum(sequence["frames"] for sequence in result["sequences"])
@@ -281,7 +282,7 @@ def results_table(results: Sequence[dict[str, Any]], *, intervals: bool) -> Tabl
     notes = [f"{result['protocol']}: {result['definition']}" for result in results if result["protocol"]]
     identical = max(sum(image.get("psnr") == MAX_PSNR for image in result["images"]) for result in results)
     if identical:
-        notes.append(f"{identical} images are identical to the clean ones and count as {MAX_PSNR:.0f} dB")
+        notes.append(f"images identical to the clean ones, counted as {MAX_PSNR:.0f} dB: {identical}")
     notes += temporal_notes(first["images"])
     if intervals and any(result["psnr_interval"] for result in results):
         notes.insert(0, "Means over images [95 % bootstrap interval]")

@@ -82,7 +82,8 @@ def _section(content: str, command: str, path: Any) -> str:
     unsectioned = [str(key) for key in loaded if key not in COMMANDS]
     if unsectioned:
         raise DerainError(
-            f"--config {path}: {', '.join(unsectioned)} outside of the section {sections[0]}; move it into the section"
+            f"--config {path}: {', '.join(unsectioned)} outside of the section {sections[0]}; move them into the "
+            "section"
         )
     if command not in loaded:
         raise DerainError(f"--config {path}: no section {command}, only {', '.join(sections)}; add a section {command}")
@@ -90,9 +91,10 @@ def _section(content: str, command: str, path: Any) -> str:
 
 
 def model_class_paths(arguments: Sequence[str]) -> list[str]:
-    """Return the class paths in ``--model`` options and configuration files, before these are parsed.
+    """Return the dotted class paths in ``--model`` options and configuration files, before these are parsed.
 
-    Values that cannot be read are ignored, since the parser reports them later.
+    A dotted class path has a module, such as ``my_method.MyModule``. Names without a dot are derain's own classes and
+    are omitted. Values that cannot be read are ignored, since the parser reports them later.
 
     Args:
         arguments: Command and options.

@@ -25,7 +25,7 @@ from derain.data.pairs import Pair, find_pairs, find_pairs_or_photos, merge_pair
 from derain.data.quickstart import resolve_quickstart
 from derain.data.rain_ranges import read_rain
 from derain.data.samplers import BalancedSampler, CropStage, Stage, TrainingBatchSampler, to_batch_stages
-from derain.data.sequences import frame_links
+from derain.data.sequences import consecutive_frames
 from derain.data.splitting import by_data_set, first_pairs, hold_out
 from derain.data.transforms import Augmentation, Flips
 from derain.errors import DerainError
@@ -53,11 +53,11 @@ class RainDataModule(LightningDataModule):
         test: Test data set, or a list.
         predict: Folder of rainy images, or a data set, or a list, for ``derain predict``.
         unlabelled: Rainy images without ground truth for semi-supervised methods, given like ``predict``. Every
-            training batch contains as many random crops of them as pairs. Other methods ignore it.
+            training batch contains one random crop of these images for each of its pairs. Other methods ignore it.
         root: Folder that contains the data sets; by default ``$DERAIN_DATA``, or ``data`` if that is not set.
         crop: Side of the training crops in pixels.
         batch_size: Crops per batch and device.
-        repeat: Crops per pair and epoch; their mean over the pairs, with ``train_weights``.
+        repeat: Crops per pair and epoch; with ``train_weights``, the average over all pairs.
         schedule: Stages of training with different crop and batch sizes, instead of ``crop`` and ``batch_size``;
             every epoch has as many batches as an epoch of the first stage.
         flips: Random horizontal and vertical flips; ``horizontal``: horizontal flips only.
@@ -69,7 +69,7 @@ class RainDataModule(LightningDataModule):
         eval_batch_size: Maximum number of images of equal size that ``derain test`` and ``derain predict`` restore at
             once; fewer if memory does not suffice. ``auto``: 32 on a GPU, 1 on a CPU, which is no faster in batches.
             With a limit on batches (``trainer.limit_test_batches``), each batch has one image.
-        val_limit: Total number of validation pairs, taken in turn from the start of each data set; all by default.
+        val_limit: Total number of validation pairs, taken round robin from the starts of all data sets; by default all.
         val_mean: With several validation sets, whether the mean that selects the best checkpoint gives equal weight to
             all ``images`` or to all ``sets``. Means of each set are logged as ``val/SET/psnr`` in both cases.
         workers: Number of loader processes; by default 0 if pixels are cached (a cached crop takes about 0.15 ms,
@@ -81,7 +81,7 @@ class RainDataModule(LightningDataModule):
         seed: Seed of the sample order, the crops and the rain; the command line sets it to ``seed_everything``.
         rain: Rain added to the clean images during training: ``off``, a preset (``light``, ``medium``, ``heavy``;
             ``varied`` also adds mist, lens drops, noise, blur and compression), ``folder:PATH`` with images of streaks,
-            or a YAML file of ranges. Folders of clean photos are then training sets, too.
+            or a YAML file of ranges. Then ``train`` also accepts folders of clean photos.
         rain_share: Share of the samples with added rain; the others keep the rain of their pair.
 
     Raises:
@@ -323,11 +323,15 @@ class RainDataModule(LightningDataModule):
         sets = by_data_set(self.pairs.get(split, ()))
         return sets if len(sets) > 1 else {}
 
-    def frame_links(self, split: str) -> frozenset[int]:
-        """Return the indices of the frames that directly follow the previous one; refuse a split without videos."""
+    def consecutive_frames(self, split: str) -> frozenset[int]:
+        """Return the indices of the frames whose predecessor in the video is at the previous index (no gap).
+
+        Raises:
+            DerainError: If the split has no videos.
+        """
         if not any(pair.sequence for pair in self.pairs[split]):
             raise DerainError(f"--protocol temporal: no videos in --data.{split}; give a video, or video:FOLDER")
-        return frame_links(self.pairs[split])
+        return consecutive_frames(self.pairs[split])
 
     def resume_at(self, position: Position) -> None:
         """Start the next training data loader at a position within an epoch."""
@@ -454,10 +458,10 @@ class RainDataModule(LightningDataModule):
         return batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> PairBatch:
-        """Scale uint8 images to float32 in [0, 1] on the device (workers send a quarter of the data), and add rain."""
+        """Scale uint8 images to float32 in [0, 1] on the device, and add rain."""
         for key in ("rainy", "clean", "unlabelled"):
             if key in batch:
-                batch[key] = batch[key].float().div_(255)
+                batch[key] = batch[key].float().div_(255)  # as uint8, workers send a quarter of the bytes of float32
         if "rain_seed" in batch:
             assert self._degradation is not None
             seed, added = batch.pop("rain_seed"), batch.pop("rain_added")

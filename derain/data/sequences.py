@@ -10,8 +10,8 @@ from derain.data.pairs import Pair
 log = logging.getLogger("derain")
 
 
-def frame_links(pairs: Sequence[Pair]) -> frozenset[int]:
-    """Return the indices of the frames that directly follow the frame of the previous index in their sequence.
+def consecutive_frames(pairs: Sequence[Pair]) -> frozenset[int]:
+    """Return the indices of the frames whose predecessor in their sequence is at the previous index (no gap).
 
     Frames follow each other if the last numbers of their names differ by the sequence's usual step. Other neighbours
     are gaps, which are reported.
@@ -22,7 +22,7 @@ def frame_links(pairs: Sequence[Pair]) -> frozenset[int]:
     Example:
         >>> from pathlib import Path
         >>> names = ["a/1", "a/2", "a/3", "a/7", "b/1", "b/2"]
-        >>> sorted(frame_links([Pair(name, Path(name), sequence=name[0]) for name in names]))
+        >>> sorted(consecutive_frames([Pair(name, Path(name), sequence=name[0]) for name in names]))
         [1, 2, 5]
     """
     neighbours = _neighbours(pairs)

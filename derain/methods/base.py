@@ -137,7 +137,7 @@ class DerainModule(TrainableModule, ABC):
         self.on_validation_epoch_start()
         if self.temporal:
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-            self._temporal_quality = TemporalQuality(data.frame_links("test")).to(self.device)
+            self._temporal_quality = TemporalQuality(data.consecutive_frames("test")).to(self.device)
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor] | None:
         """Score the derained and the rainy images of a batch.

@@ -24,7 +24,7 @@ class TemporalQuality(Metric):
     been scored.
 
     Args:
-        links: Indices of the frames that directly follow the frame of the previous index.
+        consecutive: Indices of the frames that are compared with the frame at the previous index.
     """
 
     is_differentiable = False
@@ -32,10 +32,10 @@ class TemporalQuality(Metric):
     full_state_update = False
     rows: list[Tensor]
 
-    def __init__(self, links: Collection[int]) -> None:
+    def __init__(self, consecutive: Collection[int]) -> None:
         super().__init__()
         self.set_dtype(torch.float64)
-        self._unscored = set(links)
+        self._unscored = set(consecutive)
         self._waiting: dict[int, dict[str, NDArray[np.uint8]]] = {}
         # Flattened, since torchmetrics gathers a flat empty state from a device without frames.
         self.add_state("rows", default=[], dist_reduce_fx="cat")

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from derain.data.pairs import Pair
-from derain.data.sequences import frame_links
+from derain.data.sequences import consecutive_frames
 
 
 def frames(*names):
@@ -12,7 +12,7 @@ def frames(*names):
 
 
 @pytest.mark.parametrize(
-    ("names", "links"),
+    ("names", "consecutive"),
     [
         (("a/1", "a/2", "b/3", "b/4", "c"), [1, 3]),
         (("a/0", "a/5", "a/10", "a/20"), [1, 2]),
@@ -21,16 +21,16 @@ def frames(*names):
         (("scene-Webcam-R-000", "scene-Webcam-R-001"), []),
     ],
 )
-def test_frames_follow_each_other_within_a_sequence(names, links):
-    assert sorted(frame_links(frames(*names))) == links
+def test_frames_follow_each_other_within_a_sequence(names, consecutive):
+    assert sorted(consecutive_frames(frames(*names))) == consecutive
 
 
 def test_gaps_are_reported(caplog):
     caplog.set_level(logging.INFO, "derain")
-    frame_links(frames("a/1", "a/2", "a/3", "a/5"))
+    consecutive_frames(frames("a/1", "a/2", "a/3", "a/5"))
     assert "a/5" in caplog.text
     caplog.clear()
-    frame_links(frames("a/1", "a/2", "a/3", "b/9"))
+    consecutive_frames(frames("a/1", "a/2", "a/3", "b/9"))
     assert not caplog.text
-    frame_links(frames("a/1", "a/2", "street/one", "street/two"))
+    consecutive_frames(frames("a/1", "a/2", "street/one", "street/two"))
     assert "street" in caplog.text

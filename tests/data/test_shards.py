@@ -24,7 +24,7 @@ from derain.data import shards
 from derain.data.cache import fingerprint
 from derain.data.datamodule import RainDataModule
 from derain.data.pairs import find_pairs, find_pairs_or_photos, merge_pairs
-from derain.data.sequences import frame_links
+from derain.data.sequences import consecutive_frames
 from derain.data.shard_writer import write_shards
 from derain.data.splitting import hold_out
 from derain.data.verify import verify
@@ -99,7 +99,7 @@ def test_pairs_in_shards_equal_those_in_files(tmp_path, name, split):
         assert pair.size() == other.size()
         for image, read in zip(pair.read(), other.read(), strict=True):
             np.testing.assert_array_equal(image, read)
-    assert frame_links(files.pairs) == frame_links(stored.pairs)
+    assert consecutive_frames(files.pairs) == consecutive_frames(stored.pairs)
     for part, other in zip(hold_out(files.pairs, 0.3, 1), hold_out(stored.pairs, 0.3, 1), strict=True):
         assert [pair.name for pair in part] == [pair.name for pair in other]
 
