@@ -3,10 +3,15 @@
 ``bundled.py [--rounds 5]`` restores one image on one thread, in alternation: also with the bundled models as ONNX
 files, and with ClearView's two small networks. Targets: ``default`` is at least 6 times, and ``fast`` 20 times as fast
 as derain 0.1. Weights do not change the time, so those of derain 0.1 and ClearView are random here.
+
+``--plot CHART.png --results default=RUN/summary.json ...`` also plots PSNR against time: ``RUN`` is the folder of a run
+of `derain test`, all on one data set, and the names are those that the table prints.
 """
 
 import argparse
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,6 +21,7 @@ from _timing import time_alternately
 from derain.export import export
 from derain.methods import RegressionModule, RestormerModule
 from derain.models import bundled
+from derain.plots import trade_off
 from derain.restoration import Restorer
 
 HEIGHT, WIDTH = 480, 640
@@ -48,20 +54,35 @@ def build_restorers(folder: Path) -> dict[str, Restorer]:
     return restorers
 
 
+def plot(seconds: Mapping[str, float], results: Mapping[str, str], path: Path) -> None:
+    """Plot the first PSNR of each summary against the seconds for an image of one megapixel."""
+    points = {}
+    for name, file in results.items():
+        summary = json.loads(Path(file).read_text(encoding="utf-8"))
+        score = summary["results"][0]
+        points[name] = (seconds[name], score["psnr"])
+    trade_off(path, points, f"{summary['data']['sets']}, images of one megapixel, one core", score["protocol"])
+
+
 def main() -> int:
     """Print the times; return whether the target is missed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds after a warm-up")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--plot", type=Path, help="PNG file of the chart")
+    parser.add_argument("--results", nargs="+", default=[], metavar="NAME=FILE", help="results of derain test, to plot")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     image = torch.rand(1, 3, HEIGHT, WIDTH)
     with TemporaryDirectory() as folder:
         restorers = build_restorers(Path(folder))
-        times = time_alternately({name: lambda r=r: r(image) for name, r in restorers.items()}, rounds)
+        times = time_alternately({name: lambda r=r: r(image) for name, r in restorers.items()}, options.rounds)
     megapixels = HEIGHT * WIDTH / 1e6
     before = times["derain 0.1"][1]
     for name, (_, processor) in times.items():
         print(f"{name:26} {processor / megapixels:6.2f} s per megapixel, {before / processor:.1f} times as fast")
+    if options.plot:
+        results = dict(result.split("=", 1) for result in options.results)
+        plot({name: times[name][1] / megapixels for name in results}, results, options.plot)
     return int(any(before / times[name][1] < least for name, least in MIN_SPEED_UP.items()))
 
 

@@ -22,7 +22,7 @@ from typing import Any, cast
 import cv2
 import numpy as np
 import torch
-from default_rain import Crop, RainPairs, Rng, log_uniform
+from default_rain import WITHOUT_RAIN, Crop, RainPairs, Rng, log_uniform
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -192,7 +192,8 @@ def main(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     training, validation = read_photos(options.data)
     kinds = {kind: share for kind, share in KINDS.items() if kind != options.without}
-    crops = Crops(training, RainPairs(sorted((options.data / "Streaks").glob("*.png")), kinds))
+    streaks = sorted((options.data / "Streaks").glob("*.png"))
+    crops = Crops(training, RainPairs(streaks, kinds, options.without_rain))
     method = build(options)
     average = copy.deepcopy(method)
     network, averaged = method.network, average.network.eval().requires_grad_(False)
@@ -252,6 +253,7 @@ if __name__ == "__main__":
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--bf16", action="store_true", help="bfloat16: 2 times as fast with AVX-512 bf16, slow without")
     parser.add_argument("--weights", type=Path, help="start from these, with their architecture")
+    parser.add_argument("--without-rain", type=float, default=WITHOUT_RAIN, help="share of new crops without rain")
     parser.add_argument("--without", choices=list(KINDS), help="kind of rain to leave out of training")
     try:
         main(parser.parse_args())

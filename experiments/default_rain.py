@@ -20,7 +20,7 @@ Crop = NDArray[np.float32]
 Rng = np.random.Generator
 
 WITHOUT_RAIN = 0.1
-"""Share of the crops to which no rain is added."""
+"""Share of the crops to which no rain is added, by default."""
 
 
 def log_uniform(rng: Rng, low: float, high: float) -> float:
@@ -35,15 +35,16 @@ class RainPairs:
         measured: Grey images of streaks on black, such as those of Garg and Nayar (2006).
         kinds: Share of each kind of streaks, by the name of the method that makes it: ``measured``, ``noise``,
             ``drawn``, ``fine``, ``hard``.
+        without_rain: Share of the crops to which no rain is added.
 
     Raises:
         DerainError: If there are no images, or one cannot be read.
     """
 
-    def __init__(self, measured: Sequence[Path], kinds: dict[str, float]) -> None:
+    def __init__(self, measured: Sequence[Path], kinds: dict[str, float], without_rain: float = WITHOUT_RAIN) -> None:
         if not measured:
             raise DerainError("no images of measured streaks; expected .png files in the folder Streaks of the data")
-        self.kinds = kinds
+        self.kinds, self.without_rain = kinds, without_rain
         self.images = [cv2.imread(str(file), cv2.IMREAD_GRAYSCALE) for file in measured]
         for file, image in zip(measured, self.images, strict=True):
             if image is None:
@@ -54,7 +55,7 @@ class RainPairs:
         clean = change_light(clean, rng)
         if rng.random() < 0.15:  # mist that stays
             clean = add_mist(clean, rng, rng.uniform(0.05, 0.35))
-        rainy = clean if rng.random() < WITHOUT_RAIN else self.add_rain(clean, rng)
+        rainy = clean if rng.random() < self.without_rain else self.add_rain(clean, rng)
         return take_photo(rainy, clean, rng)
 
     def add_rain(self, clean: Crop, rng: Rng, kind: str | None = None) -> Crop:
