@@ -26,6 +26,7 @@ class Server(ThreadingHTTPServer):
         shift: Number of bytes by which served ranges begin later than asked for.
         first: Status codes by path of the first requests with GET, instead of the contents.
         budget: Number of bytes of contents after which every connection is cut; None for no limit.
+        longest: Number of bytes of contents after which each connection is cut; None for no limit.
         stalls: Whether connections stay open, without data, instead of being cut.
         served: Method and path of each request, and whether it asks for a range.
     """
@@ -43,6 +44,7 @@ class Server(ThreadingHTTPServer):
         self.shift = 0
         self.first = {}
         self.budget = None
+        self.longest = None
         self.stalls = False
         self.released = threading.Event()
         self.served = []
@@ -125,6 +127,8 @@ class Handler(BaseHTTPRequestHandler):
                     block = block[: max(0, server.budget)]
                     server.budget -= len(block)
             self.wfile.write(block)
+            if server.longest is not None and position + 1000 - start >= server.longest:
+                return self.cut()
             if server.budget is not None and server.budget <= 0:
                 return self.cut()
         if path in server.announced:  # the client waits for more, or for the end of the connection

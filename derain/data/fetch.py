@@ -5,6 +5,7 @@ files are complete and checked, it is renamed to the folder of the data set.
 """
 
 import errno
+import filecmp
 import json
 import logging
 import shutil
@@ -110,30 +111,49 @@ class Download:
         """Return the folder of the files after unpacking; delete a damaged archive.
 
         Raises:
-            DerainError: If an archive is damaged or unsafe, or the disk is too small.
+            DerainError: If an archive is damaged or unsafe, contains an image that is also a file of the source, or the
+                disk is too small.
         """
-        if not self.archives:
+        archives = self.archives
+        if not archives:
             return self.folder
         folder = self.part / "unpacked"
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            unpack_all([self.folder / file.path for file in self.archives], folder)
+            unpack_all([self.folder / file.path for file in archives], folder)
         except DamagedArchiveError as error:
             error.archive.unlink()
             raise DerainError(
                 f"{error.archive.name}: arrived {error.reason}; deleted; run the same command to fetch it again"
             ) from error
-        for file in self.listing.files:
-            if file not in self.archives:
-                loose = folder / file.path
-                if loose.exists():
-                    raise DerainError(
-                        f"{self.source}: {file.path} is both a file of the source and in one of its archives; fetch "
-                        "them yourself"
-                    )
-                loose.parent.mkdir(parents=True, exist_ok=True)
-                (self.folder / file.path).rename(loose)
+        unpacked = set(archives)
+        self._move_beside([file.path for file in self.listing.files if file not in unpacked], folder)
         return folder
+
+    def _move_beside(self, paths: Sequence[str], folder: Path) -> None:
+        """Move downloaded files to those of the archives; of files that are in both, keep the archive's.
+
+        Args:
+            paths: Paths of the downloaded files in their folder.
+            folder: Folder of the unpacked archives.
+
+        Raises:
+            DerainError: If an image is in both, or an archive has a folder of the same path; nothing is moved then.
+        """
+        present = [path for path in paths if (folder / path).exists()]
+        for path in present:
+            if PurePosixPath(path).suffix.lower() in SUFFIXES or not (folder / path).is_file():
+                raise DerainError(
+                    f"{self.source}: {path} is both a file of the source and in one of its archives; fetch them "
+                    "yourself"
+                )
+        different = [path for path in present if not filecmp.cmp(self.folder / path, folder / path, shallow=False)]
+        if different:
+            more = f" and {len(different) - 1} more files" if len(different) > 1 else ""
+            log.warning("%s: also in an archive, whose version is kept: %s%s", self.source, different[0], more)
+        for path in sorted(set(paths) - set(present)):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / path).rename(folder / path)
 
     def _remove_changed_files(self) -> None:
         """Remove files that an earlier call downloaded and that have changed on the server since.

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate
 from pathlib import Path, PurePosixPath
 from threading import Event
 from typing import Any
@@ -21,7 +22,7 @@ BLOCK = 2**18
 """Number of bytes that are written at a time."""
 
 ATTEMPTS = 5
-"""Number of consecutive attempts without a new byte after which a download ends."""
+"""Number of consecutive attempts that do not get further than any before, after which a download ends."""
 
 PAUSE = 2.0
 """Seconds before another attempt."""
@@ -146,7 +147,7 @@ class _Downloader:
             return
         partial = partial_path(target)
         partial.touch()
-        failures = 0
+        failures, furthest = 0, partial.stat().st_size
         while not self.stopped.is_set():
             size = partial.stat().st_size
             try:
@@ -163,7 +164,9 @@ class _Downloader:
                 elif status in REFUSED:
                     raise _unreachable(file.url, error) from error
                 reason = error
-            failures = 0 if partial.stat().st_size > size else failures + 1
+            arrived = partial.stat().st_size
+            failures = 0 if arrived > furthest else failures + 1
+            furthest = max(furthest, arrived)
             if failures == ATTEMPTS:
                 raise _unreachable(file.url, reason) from reason
             self.stopped.wait(_pause(reason))
@@ -224,8 +227,8 @@ def _continues(file: RemoteFile, position: int, headers: Mapping[str, str]) -> b
         return False
     if file.size is not None and announced[2] not in ("*", str(file.size)):
         return False
-    version = _version(headers)
-    return not version or not file.version or version == file.version
+    kind = "Last-Modified" if parsedate(file.version) else "ETag"  # some servers send ETags without quotes
+    return not file.version or headers.get(kind, file.version) == file.version
 
 
 def _pause(error: Exception) -> float:

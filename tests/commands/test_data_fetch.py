@@ -18,6 +18,7 @@ from derain.cli import main
 from derain.commands.download_summary import sources_table
 from derain.data import web_files
 from derain.data.layouts import LAYOUTS
+from derain.data.remote_files import RemoteFile
 from derain.data.sources import SOURCES, Hub, Web
 from tests.factories import make_set
 from tests.runs import start, wait_for
@@ -333,6 +334,49 @@ def test_bytes_from_another_position_are_not_appended(server, root, tmp_path, mo
     assert contents(root / "Rain12") == files
 
 
+def test_a_download_that_never_gets_further_ends(server, root, tmp_path, monkeypatch, capsys):
+    serve_zips(server, monkeypatch, tmp_path, padding=2_000_000)
+    server.longest = 500_000  # a client loses what it has only buffered
+    server.shift = 7  # each attempt to continue is refused
+    original = web_files._headers
+
+    def count(file, position):
+        assert server.count() < 50
+        return original(file, position)
+
+    monkeypatch.setattr(web_files, "_headers", count)
+    assert fetch(root) == 2
+    assert ".zip" in error(capsys)
+
+
+def test_a_download_in_many_short_connections_is_completed(server, root, tmp_path, monkeypatch):
+    files = serve_zips(server, monkeypatch, tmp_path, padding=2_000_000)
+    server.longest = 500_000
+    assert fetch(root) == 0
+    assert contents(root / "Rain12") == files
+
+
+DATE = "Tue, 01 Dec 2026 10:00:00 GMT"
+
+
+@pytest.mark.parametrize(
+    ("version", "headers", "expected"),
+    [
+        (DATE, {"ETag": 'W/"1"'}, True),
+        (DATE, {"ETag": 'W/"1"', "Last-Modified": DATE}, True),
+        (DATE, {"ETag": 'W/"1"', "Last-Modified": DATE.replace("10:", "11:")}, False),
+        ('"1"', {"Last-Modified": DATE}, True),
+        ('"1"', {"ETag": '"2"', "Last-Modified": DATE}, False),
+        ("5f-6", {"ETag": "5f-6", "Last-Modified": DATE}, True),
+        ("5f-6", {"ETag": "5f-7", "Last-Modified": DATE}, False),
+        ("", {"ETag": '"2"'}, True),
+    ],
+)
+def test_versions_are_compared_by_the_same_header(version, headers, expected):
+    file = RemoteFile("a.zip", 100, version=version)
+    assert web_files._continues(file, 50, {"Content-Range": "bytes 50-99/100", **headers}) == expected
+
+
 def test_bytes_of_another_version_are_not_appended(server, root, tmp_path, monkeypatch):
     files = serve_zips(server, monkeypatch, tmp_path, padding=20_000)
     server.headers["/rainy.zip"] = {"ETag": 'W/"1"'}  # weak: not sent with If-Range
@@ -441,6 +485,40 @@ def test_files_beside_the_archives_of_a_repository_are_kept(server, root, tmp_pa
     monkeypatch.setitem(SOURCES, "Rain12", (Hub(REPOSITORY),))
     assert fetch(root) == 0
     assert contents(root / "Rain12") == files | {"LICENSE": b"MIT"}
+
+
+def serve_archive_and_files(server, monkeypatch, folder, archived, loose):
+    """Serve Rain12 as a repository of the hub, with files in an archive and files beside it."""
+    (folder / "repository").mkdir()
+    make_zip(folder / "repository/set.zip", archived)
+    for name, content in loose.items():
+        path = folder / "repository" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    serve_hub(server, folder / "repository")
+    monkeypatch.setitem(SOURCES, "Rain12", (Hub(REPOSITORY),))
+
+
+def test_other_files_that_are_also_in_the_archive_are_kept_from_there(server, root, tmp_path, monkeypatch, capsys):
+    files = contents(make_set(tmp_path, "Rain12", "test", count=12))
+    archived = files | {"LICENSE": b"MIT", "README.md": b"inner"}
+    loose = {"LICENSE": b"MIT", "README.md": b"outer", "notes.txt": b"x"}
+    serve_archive_and_files(server, monkeypatch, tmp_path, archived, loose)
+    assert fetch(root) == 0
+    assert contents(root / "Rain12") == archived | {"notes.txt": b"x"}
+    messages = capsys.readouterr().err
+    assert "README.md" in messages
+    assert "LICENSE" not in messages
+
+
+@pytest.mark.parametrize("name", ["rainy/1.png", "rainy"])
+def test_an_image_that_is_also_in_the_archive_is_refused(server, root, tmp_path, monkeypatch, capsys, name):
+    files = contents(make_set(tmp_path, "Rain12", "test", count=12))
+    loose = {"LICENSE": b"MIT", name: b"x"}
+    serve_archive_and_files(server, monkeypatch, tmp_path, files, loose)
+    assert fetch(root) == 2
+    assert name in error(capsys)
+    assert set(contents(root / ".Rain12.part/download")) == {"set.zip", *loose}
 
 
 def test_a_set_that_another_process_completes_meanwhile_is_kept(server, root, tmp_path, monkeypatch, capsys):
