@@ -85,7 +85,13 @@ def find_lone_sides(root: Path, found: Sequence[DataSplit]) -> Iterator[tuple[st
     """
     if sharded_splits(root):
         return
-    reported = {file for split in found for _, rainy, clean in split.files.pairs for file in (rainy, clean) if clean}
+    reported = {
+        file
+        for split in found
+        for _, rainy, clean in split.files.pairs
+        for file in (rainy, clean)
+        if clean or split.layout != "images"  # any folder of photos has the layout "images"
+    }
     for name, layout in LAYOUTS.items():
         if layout.excluded_test_set is not None:  # the full set has the same files
             continue

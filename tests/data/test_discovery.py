@@ -1,9 +1,11 @@
+import shutil
+
 import pytest
 
-from derain.data.discovery import find_sets
+from derain.data.discovery import find_lone_sides, find_sets
 from derain.data.layouts import LAYOUTS
 from derain.errors import DerainError
-from tests.factories import make_set
+from tests.factories import clean_image, make_set, save
 
 
 def found(root, layout=None):
@@ -63,3 +65,18 @@ def test_missing_sets_and_unknown_layouts_are_rejected(tmp_path):
     with pytest.raises(DerainError, match=r"Rain12 .*neither folders nor images.*rainy/"):
         find_sets(tmp_path, layout="Rain12")
     assert "Rain12" in LAYOUTS
+
+
+def test_rainy_images_are_no_lone_side_if_their_layout_has_such_a_split(tmp_path):
+    for number in (1, 2):
+        save(tmp_path / f"NTURain/ra1_Rain/{number}.jpg", clean_image(number))
+    assert found(tmp_path) == [("NTURain predict", "NTURain", 2)]
+    assert list(find_lone_sides(tmp_path, find_sets(tmp_path))) == []
+
+
+def test_rainy_images_of_a_set_of_pairs_are_a_lone_side(tmp_path):
+    folder = make_set(tmp_path, "Rain12", "test", count=3)
+    (folder / "rainy").rename(folder / "input")
+    shutil.rmtree(folder / "groundtruth")
+    ((name, files),) = find_lone_sides(tmp_path, find_sets(tmp_path))
+    assert (name, [file.name for file in files]) == ("Rain12 test", ["1.png", "2.png", "3.png"])
