@@ -30,7 +30,7 @@ def detection_key(root: Path, split: Split, layout: str | None, files: Sequence[
         root: The folder.
         split: Split whose pairs are searched.
         layout: Name of the layout; None if it is detected.
-        files: Relative paths of the images below the folder.
+        files: Relative paths of the images below the folder, sorted: the order of a file system may vary.
     """
     folders = [os.fsencode(path) for path in (root, root.absolute(), root.resolve())]
     if layout is None:
@@ -99,7 +99,7 @@ def save_detection(key: Sequence[bytes], root: Path, files: Sequence[str], detec
 
 def _paths(root: Path, files: Sequence[str]) -> list[Path]:
     """Return the paths of files below a folder."""
-    prefix = "" if root == Path() else f"{root}/"
+    prefix = "" if root == Path() else f"{str(root).rstrip('/')}/"
     return [Path(prefix + file) for file in files]
 
 

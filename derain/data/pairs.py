@@ -450,7 +450,7 @@ def _pair_or_load(root: Path, split: Split, name: str | None = None) -> Detectio
         split: Split to look for.
         name: Layout of the folder; detected by default.
     """
-    names = list_unsorted(root)
+    names = sorted(list_unsorted(root))  # far faster than in natural order
 
     def pair() -> Detection:
         files = sorted(names, key=natural_key)

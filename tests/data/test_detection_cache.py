@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from derain.data import pairs
-from derain.data.name_matching import pair_files
+from derain.data.detection_cache import detection_key, load_detection, save_detection
+from derain.data.name_matching import list_unsorted, pair_files
 from derain.data.pairs import find_pairs
 from derain.errors import DerainError
 from derain.images import write_image
@@ -88,6 +90,25 @@ def test_pairs_of_a_named_set_are_cached_by_the_names_of_its_files(folder, monke
     alter(folder)
     assert len(find_pairs(f"Rain13K:{folder}", "train").pairs) == count
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", ["", "Rain13K:"])
+def test_the_order_of_the_file_system_does_not_matter(folder, monkeypatch, name):
+    first = find_pairs(f"{name}{folder}", "train")
+    monkeypatch.setattr(pairs, "list_unsorted", lambda root: list_unsorted(root)[::-1])
+    second = find_pairs(f"{name}{folder}", "train")
+    assert second.pairs == first.pairs
+    assert len(list((folder.parent / "cache" / "computed").iterdir())) == 1
+
+
+def test_pairs_of_the_root_folder_are_saved(tmp_path, monkeypatch):
+    monkeypatch.setenv("DERAIN_CACHE", str(tmp_path / "cache"))
+    root, files = Path("/"), ["input/1.png", "target/1.png"]
+    detection = ("folder", "", pair_files("folder", "train", root, files))
+    assert len(detection[2].pairs) == 1
+    key = detection_key(root, "train", "folder", files)
+    save_detection(key, root, files, detection)
+    assert load_detection(key, root, files) == detection
 
 
 def test_a_moved_folder_is_detected_again(folder):
