@@ -2,8 +2,8 @@
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from derain.data.pairs import Pair
 
@@ -13,7 +13,7 @@ log = logging.getLogger("derain")
 def consecutive_frames(pairs: Sequence[Pair]) -> frozenset[int]:
     """Return the indices of the frames whose predecessor in their sequence is at the previous index (no gap).
 
-    Frames follow each other if the last numbers of their names differ by the sequence's usual step. Other neighbours
+    Frames follow each other if their numbers differ by the sequence's usual step; see `frame_gaps`. Other neighbours
     are gaps, which are reported.
 
     Args:
@@ -25,46 +25,57 @@ def consecutive_frames(pairs: Sequence[Pair]) -> frozenset[int]:
         >>> sorted(consecutive_frames([Pair(name, Path(name), sequence=name[0]) for name in names]))
         [1, 2, 5]
     """
-    neighbours = _neighbours(pairs)
+    steps = _steps(pairs)
     gaps = frame_gaps(pairs)
+    links = frozenset(steps) - frozenset(gaps)
     if gaps:
         log.info("gaps in the numbers of frames: %d, the first before %s: not compared", len(gaps), pairs[gaps[0]].name)
-    unnumbered = {pairs[i].sequence for i in neighbours if _step(pairs, i) == 0}
+    unnumbered = {pairs[i].sequence for i in links if steps[i] == 0}
     if unnumbered:
         log.info(
-            "%d sequences without frame numbers at the end of names, such as %s: all neighbours are compared",
+            "%d sequences without frame numbers in their names, such as %s: all neighbours are compared",
             len(unnumbered),
             min(unnumbered),
         )
-    return frozenset(neighbours) - frozenset(gaps)
+    return links
 
 
 def frame_gaps(pairs: Sequence[Pair]) -> list[int]:
     """Return the indices of the frames whose number does not follow that of the previous frame of their sequence.
 
-    The usual step of a sequence is the most frequent one; of equally frequent ones, the smallest.
+    Of several numbers in the names of a sequence, the frame number is the one with the most values; of several of
+    these, the last. The usual step is the smallest one above 0: a sequence that lost half of its frames has many gaps.
 
     Args:
         pairs: Frames, in the order of their sequences.
     """
-    steps = {i: _step(pairs, i) for i in _neighbours(pairs)}
-    by_sequence: dict[str, Counter[int]] = {}
+    steps = _steps(pairs)
+    usual: dict[str, int] = {}
     for i, step in steps.items():
-        by_sequence.setdefault(pairs[i].sequence, Counter())[step] += 1
-    usual = {sequence: min(counts, key=lambda step: (-counts[step], step)) for sequence, counts in by_sequence.items()}
-    return [i for i, step in steps.items() if step != usual[pairs[i].sequence]]
+        if step > 0:
+            sequence = pairs[i].sequence
+            usual[sequence] = min(step, usual.get(sequence, step))
+    return [i for i, step in steps.items() if step != usual.get(pairs[i].sequence, 0)]
 
 
-def _neighbours(pairs: Sequence[Pair]) -> list[int]:
-    """Return the indices of the frames whose sequence is that of the previous index."""
-    return [i for i in range(1, len(pairs)) if pairs[i].sequence and pairs[i].sequence == pairs[i - 1].sequence]
+def _steps(pairs: Sequence[Pair]) -> dict[int, int]:
+    """Return the steps between the numbers of neighbouring frames of a sequence, by the index of the later frame."""
+    numbers = _frame_numbers(pairs)
+    neighbours = [i for i in range(1, len(pairs)) if pairs[i].sequence and pairs[i].sequence == pairs[i - 1].sequence]
+    return {i: numbers[i] - numbers[i - 1] for i in neighbours}
 
 
-def _step(pairs: Sequence[Pair], index: int) -> int:
-    return _frame_number(pairs[index]) - _frame_number(pairs[index - 1])
-
-
-def _frame_number(pair: Pair) -> int:
-    """Return the last number in the name of a frame; 0 without a number."""
-    numbers = re.findall(r"\d+", pair.rainy.stem)
-    return int(numbers[-1]) if numbers else 0
+def _frame_numbers(pairs: Sequence[Pair]) -> list[int]:
+    """Return the frame number of each image; 0 for names without a number, and for images that are not in a video."""
+    sequences: dict[str, list[int]] = {}
+    for i, pair in enumerate(pairs):
+        if pair.sequence:
+            sequences.setdefault(pair.sequence, []).append(i)
+    frame_numbers = [0] * len(pairs)
+    for indices in sequences.values():
+        from_the_end = [[int(text) for text in reversed(re.findall(r"\d+", pairs[i].rainy.stem))] for i in indices]
+        candidates = [*zip_longest(*from_the_end, fillvalue=0), (0,) * len(indices)]
+        chosen = max(candidates, key=lambda numbers: len(set(numbers)))
+        for i, number in zip(indices, chosen, strict=True):
+            frame_numbers[i] = number
+    return frame_numbers
