@@ -1,6 +1,7 @@
 """Base class of rain removal methods: contract, evaluation and prediction."""
 
 import dataclasses
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from derain.metrics.full_reference import mean_scores
 from derain.metrics.perceptual import Lpips
 from derain.metrics.temporal_quality import TemporalQuality
 from derain.ranges import check_finite
+
+log = logging.getLogger("derain")
 
 
 class DerainModule(TrainableModule, ABC):
@@ -247,7 +250,8 @@ class DerainModule(TrainableModule, ABC):
         Returns:
             ``derained``, ``(b, 3, h, w)`` in [0, 1], with further channels for the maps of `Explains` if ``explaining``
             is true; ``conditions``, then a list with the result of ``encode`` for each image, otherwise empty;
-            ``errors``, the messages about images with values that are not finite, by index in the batch.
+            ``errors``, the messages about images with values that are not finite, by index in the batch; they are also
+            logged as warnings.
 
         Raises:
             DerainError: If a model that ``encode`` needs is missing, or memory is insufficient.
@@ -269,6 +273,7 @@ class DerainModule(TrainableModule, ABC):
                 check_finite(image, f"{name}: derained image")
             except DerainError as error:
                 errors[index] = str(error)
+                log.warning("%s", error)
         return {"derained": restored.float().clamp(0, 1), "conditions": conditions, "errors": errors}
 
     def _restore(

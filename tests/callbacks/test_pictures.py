@@ -28,11 +28,12 @@ def trainer(tmp_path):
 
 
 @pytest.mark.parametrize("value", VALUES)
-def test_predictions_keep_the_other_images_of_a_batch(tmp_path, monkeypatch, value):
+def test_predictions_keep_the_other_images_of_a_batch(tmp_path, monkeypatch, caplog, value):
     method, callback, names = PReNetModule(stages=1), SaveImages(), ["scene_1", "scene_2", "scene_3"]
     monkeypatch.setattr(method, "forward", lambda rainy: torch.cat([rainy[:1], broken(value), rainy[2:]]))
     images = {"rainy": torch.rand(3, 3, 24, 24), "name": names}
     outputs = method.predict_step(images, 0)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["scene_2"]
     callback.on_predict_batch_end(trainer(tmp_path), method, outputs, images, 0)
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["scene_1.png", "scene_3.png"]
     with pytest.raises(DerainError, match=r"^scene_2: "):
