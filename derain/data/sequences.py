@@ -27,17 +27,17 @@ def consecutive_frames(pairs: Sequence[Pair]) -> frozenset[int]:
     """
     steps = _steps(pairs)
     gaps = frame_gaps(pairs)
-    links = frozenset(steps) - frozenset(gaps)
+    consecutive = frozenset(steps) - frozenset(gaps)
     if gaps:
         log.info("gaps in the numbers of frames: %d, the first before %s: not compared", len(gaps), pairs[gaps[0]].name)
-    unnumbered = {pairs[i].sequence for i in links if steps[i] == 0}
+    unnumbered = {pairs[i].sequence for i in consecutive if steps[i] == 0}
     if unnumbered:
         log.info(
             "%d sequences without frame numbers in their names, such as %s: all neighbours are compared",
             len(unnumbered),
             min(unnumbered),
         )
-    return links
+    return consecutive
 
 
 def frame_gaps(pairs: Sequence[Pair]) -> list[int]:
