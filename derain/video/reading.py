@@ -228,6 +228,7 @@ class FrameReader:
                 yield Packet(packet, packet.stream_index)
                 continue
             for frame in self._decode(packet):
+                frame.time_base = self.stream.time_base  # unset if the decoder releases frames at the end of the file
                 self.frames += 1
                 yield frame
 

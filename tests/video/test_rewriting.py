@@ -337,3 +337,14 @@ def test_a_failed_write_keeps_the_old_video_and_leaves_no_temporary_file(tmp_pat
         rewrite(source, tmp_path / "out.mp4", fail, beside=tmp_path / "beside.mp4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
     assert (tmp_path / "out.mp4").read_bytes() == b"old"
+
+
+def test_frames_that_the_decoder_keeps_to_the_end_have_times(tmp_path):
+    """Decoders with several threads release the frames of a short video only at its end."""
+    make_video(tmp_path / "v.mp4", scene(5))
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 8
+        frames = list(FrameReader(container, stream, [], tmp_path / "v.mp4"))
+    assert [frame.time for frame in frames] == [float(frame.pts * stream.time_base) for frame in frames]
+    assert len(frames) == 5
