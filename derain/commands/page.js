@@ -1,13 +1,14 @@
 // Photos that are pasted, chosen or dropped: Gradio uploads one photo, this script uploads several.
-// maxMegabytes, the largest size of a file in MiB, is set by the page.
+// The page sets maxMegabytes, the largest size of a file in MiB, and maxPhotos, the largest number of photos.
 
-let chosen = [];
+let chosen = [], unreadable = [];
 
-const choose = (files) => {
+// Restore photos; `messages` names dropped files and folders that are not among them.
+const choose = (files, messages = []) => {
   const input = document.querySelector("#photo input[type=file]");
-  if (!input || !files.length) return;
-  if (files.length > 1) {
-    chosen = [...files];
+  if (!input || !files.length && !messages.length) return;
+  if (files.length > 1 || messages.length) {
+    [chosen, unreadable] = [[...files], messages];
     document.querySelector("#several").click();
     return;
   }
@@ -19,7 +20,12 @@ const choose = (files) => {
 
 // Upload the chosen photos one by one; return their files on the server, and a message for each refused photo.
 const uploadChosen = async () => {
-  const files = [], refused = [], photos = chosen, note = document.querySelector("#uploading p");
+  const files = [], refused = [...unreadable], photos = chosen, note = document.querySelector("#uploading p");
+  if (photos.length > maxPhotos) {
+    refused.push(`${photos.length} photos: this page restores up to ${maxPhotos} together. Use the command line: ` +
+      "`derain restore FOLDER derained`");
+    return [files, refused];
+  }
   for (const [index, photo] of photos.entries()) {
     note.textContent = `Uploading ${index + 1} of ${photos.length}`;
     try {
@@ -39,13 +45,30 @@ const uploadChosen = async () => {
 };
 
 // Return the files of a dropped file or folder; hidden files in folders are ignored.
-const filesOf = async (entry) => {
-  if (entry.isFile) return [await new Promise((resolve, reject) => entry.file(resolve, reject))];
-  const reader = entry.createReader(), entries = [];
-  for (let part; (part = await new Promise((resolve, reject) => reader.readEntries(resolve, reject))).length; )
-    entries.push(...part);
-  const visible = entries.filter((item) => !item.name.startsWith("."));
-  return (await Promise.all(visible.map(filesOf))).flat();
+// Add a message to `messages` for each file and folder that cannot be read.
+const filesOf = async (entry, messages) => {
+  try {
+    if (entry.isFile) return [await new Promise((resolve, reject) => entry.file(resolve, reject))];
+    const reader = entry.createReader(), entries = [];
+    for (let part; (part = await new Promise((resolve, reject) => reader.readEntries(resolve, reject))).length; )
+      entries.push(...part);
+    const visible = entries.filter((item) => !item.name.startsWith("."));
+    return (await Promise.all(visible.map((item) => filesOf(item, messages)))).flat();
+  } catch (error) {
+    messages.push(`${entry.name}: cannot be read (${error.message})`);
+    return [];
+  }
+};
+
+// Return the files of dropped files and folders, and messages for those that cannot be read and empty folders.
+const filesOfAll = async (entries) => {
+  const files = [], messages = [];
+  for (const entry of entries) {
+    const before = files.length + messages.length;
+    files.push(...await filesOf(entry, messages));
+    if (files.length + messages.length === before) messages.push(`${entry.name}: this folder contains no files`);
+  }
+  return [files, messages];
 };
 
 const ofPhoto = (event) => event.target.matches?.("#photo input[type=file]");
@@ -64,5 +87,5 @@ document.addEventListener("drop", async (event) => {
   event.target.dispatchEvent(new DragEvent("dragleave", {bubbles: true}));
   const files = [...event.dataTransfer.files];
   const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter((entry) => entry);
-  choose(entries.some((entry) => entry.isDirectory) ? (await Promise.all(entries.map(filesOf))).flat() : files);
+  choose(...entries.some((entry) => entry.isDirectory) ? await filesOfAll(entries) : [files]);
 }, true);

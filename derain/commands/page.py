@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from derain.commands.guard import MAX_JOBS, Guard
 from derain.commands.page_files import KEEP_MINUTES
-from derain.commands.service import RestorationService, RestoredPhoto, RestoredPhotos
+from derain.commands.service import MAX_PHOTOS, RestorationService, RestoredPhoto, RestoredPhotos
 from derain.errors import DerainError
 from derain.images import Pixels
 
@@ -92,8 +92,8 @@ def build(
 def _head(max_megabytes: int) -> str:
     """Return the head of the page."""
     style, script = (file.read_text(encoding="utf-8") for file in (STYLE, SCRIPT))
-    limit = f"const maxMegabytes = {max_megabytes};"
-    return f"{HEAD}<style>{style}</style><script>{limit}\n{script}</script>"  # css= would rewrite the selectors
+    limits = f"const maxMegabytes = {max_megabytes}, maxPhotos = {MAX_PHOTOS};"
+    return f"{HEAD}<style>{style}</style><script>{limits}\n{script}</script>"  # css= would rewrite the selectors
 
 
 def _theme() -> gr.themes.Base:
@@ -255,8 +255,8 @@ def _add_events(components: _Components, service: RestorationService, abandoned:
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio finds it by its default
     ) -> Any:
         """Restore one or several photos; return the updates of the page, which show the result or the errors."""
-        uploads = _uploads(files)
-        messages = [_text(message) for message in refused or ()]
+        uploads, messages = _uploads(files)
+        messages += [_text(message) for message in refused] if isinstance(refused, list) else []
         if not uploads and not messages:
             return gr.skip()
         session = request.session_hash or ""
@@ -264,16 +264,16 @@ def _add_events(components: _Components, service: RestorationService, abandoned:
         try:
             settings: dict[str, Any] = {
                 "model": _text(model),
-                "amount": _number(amount, "Synthetic rain", 100),
-                "seed": int(_number(seed, "Seed", 2**32)),
+                "amount": _number(amount, "Synthetic rain", 100.0),
+                "seed": int(_number(seed, "Seed", 2.0**32)),
                 "scale": _text(scale)[:20],
-                "strength": _number(strength, "Strength", 1),
+                "strength": _number(strength, "Strength", 1.0),
                 "abandoned": lambda: abandoned(session),
             }
             if len(uploads) == 1 and not messages:
                 ((path, name),) = uploads.items()
                 updates = _result_updates(components, name, service.restore(path, name, **settings))
-            else:
+            elif uploads:
                 total = len(uploads)
                 progress((0, total), unit="photos")
                 settings["progress"] = lambda done: progress((done, total), unit="photos")
@@ -281,6 +281,9 @@ def _add_events(components: _Components, service: RestorationService, abandoned:
                 updates = _results_updates(components, restored, messages + restored.errors)
         except DerainError as error:
             messages.append(str(error))
+        except OSError as error:
+            reason = error.strerror or type(error).__name__  # without the path
+            messages.append(f"The server cannot write the result: {reason}.")
         if updates is None:
             return {
                 components.uploaded: None,
@@ -338,10 +341,19 @@ def _add_events(components: _Components, service: RestorationService, abandoned:
     )
 
 
-def _uploads(files: Any) -> dict[Path, str]:
-    """Return the path and the name on the client of each file of a component or state."""
-    listed = files if isinstance(files, list) else [files]
-    return {Path(str(file["path"])): _text(file.get("orig_name") or "photo") for file in listed if file}
+def _uploads(files: Any) -> tuple[dict[Path, str], list[str]]:
+    """Return the name on the client of each file of a component or state, by path, and a message for each repeated one.
+
+    Files of equal name and content have one path.
+    """
+    uploads: dict[Path, str] = {}
+    messages = []
+    for file in files if isinstance(files, list) else [files] if files else []:
+        path, name = Path(str(file["path"])), _text(file.get("orig_name") or "photo")
+        if path in uploads:
+            messages.append(f"{name}: chosen twice, restored once")
+        uploads.setdefault(path, name)
+    return uploads, messages
 
 
 def _result_updates(components: _Components, name: str, restored: RestoredPhoto) -> dict[Any, Any]:

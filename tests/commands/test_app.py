@@ -18,6 +18,7 @@ from PIL import Image
 
 from derain.cli import main
 from derain.commands.app import listen, server_config
+from derain.commands.service import MAX_PHOTOS
 from derain.images import read_rgb, write_image
 from derain.methods import PReNetModule
 from tests.factories import clean_image, located
@@ -386,7 +387,28 @@ def test_in_a_browser(served, photo, tmp_path, width):
         }""")
         page.get_by_text("4 of 4 photos").wait_for()
         assert not page.locator("#note").is_visible()
-        page.get_by_role("button", name="Another photo").click()
+
+        page.evaluate("""async () => {
+            const image = await (await fetch(document.querySelector("#pairs .grid-container img").src)).blob();
+            const photo = {name: "a.jpg", isFile: true, file: (resolve) => resolve(new File([image], "a.jpg"))};
+            const locked = {name: "locked.jpg", isFile: true, file: (_, reject) => reject(new Error("denied"))};
+            const folder = (name, entries) => ({name, isDirectory: true,
+                createReader: () => ({readEntries: (resolve) => resolve(entries.splice(0))})});
+            const broken = {name: "broken", isDirectory: true,
+                createReader: () => ({readEntries: (_, reject) => reject(new Error("denied"))})};
+            const entries = [folder("photos", [photo, locked]), folder("empty", []), broken];
+            const dataTransfer = new DataTransfer();
+            for (const entry of entries) dataTransfer.items.add(new File([], entry.name));
+            DataTransferItem.prototype.webkitGetAsEntry = () => entries.shift();
+            document.body.dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true}));
+        }""")
+        page.get_by_text("1 of 4 photos").wait_for()
+        for name in ("locked.jpg: ", "empty: ", "broken: "):
+            assert name in page.locator("#note").inner_text()
+        uploads = len([url for url in urls if url.endswith("/upload")])
+        page.evaluate("choose(Array(maxPhotos + 1).fill(new File([], 'a.jpg')))")
+        page.get_by_text(f"{MAX_PHOTOS + 1} photos: ").wait_for()
+        assert len([url for url in urls if url.endswith("/upload")]) == uploads
         file_input.set_input_files(photo)
         page.locator("#slider").wait_for()
 
