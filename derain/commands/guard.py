@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from derain.commands.hosts import ANY_ADDRESS, LOCAL, host_name, host_of
-from derain.commands.page_files import KEEP_MINUTES, PageFiles
+from derain.commands.page_files import KEEP_MINUTES, PageFiles, touch
 
 UPLOAD = "/gradio_api/upload"
 FILE_PREFIX = "/gradio_api/file="
@@ -165,7 +165,13 @@ class Guard:
             self.clean_up()
 
     def clean_up(self) -> None:
-        """Delete files that are older than ``KEEP_MINUTES``, and sessions without jobs that were idle for as long."""
+        """Delete files that are older than ``KEEP_MINUTES``, and sessions without jobs that were idle for as long.
+
+        The photos of waiting jobs are kept, except those of abandoned jobs.
+        """
+        for event in self._waiting_jobs():
+            if not self._is_abandoned(event):
+                touch(self._photos(event))
         self.files.delete_old()
         with_jobs = {event.session_hash for event in self.queue.event_ids_to_events.values()}
         for name, session in list(self.sessions.items()):
@@ -250,7 +256,7 @@ class Guard:
             await self.app(request.scope, _receive_bytes(body, request), send)
 
     def _check_data(self, path: str, call: dict[str, Any]) -> None:
-        """Refuse a wrong number of values for a function of the page, or a first value without files."""
+        """Refuse a wrong number of values for a function of the page, or a first value without the files it expects."""
         functions = self.queue.blocks.fns
         index = call.get("fn_index")
         data = call.get("data")
@@ -262,13 +268,17 @@ class Guard:
             raise HTTPException(400, f"fn_index {index!r}: not a function of this page")
         if not isinstance(data, list) or len(data) != len(function.inputs):
             raise HTTPException(400, f"data: expected a list of {len(function.inputs)} values")
-        files = data[0] if data and isinstance(data[0], list) else data[:1]
+        several = bool(function.inputs) and getattr(function.inputs[0], "file_count", "") == "multiple"
+        files = data[0] if several else [file for file in data[:1] if file is not None]
+        if not isinstance(files, list):
+            raise HTTPException(400, "data: expected a list of uploaded files as the first value")
         for file in files:
             try:
-                if file is not None:
-                    FileData.model_validate(file)
+                FileData.model_validate(file)
             except ValidationError as error:
                 raise HTTPException(400, "data: expected paths of uploaded files as the first value") from error
+            if several and "meta" not in file:  # Gradio accepts a single photo without it
+                raise HTTPException(400, "data: expected the field meta of each uploaded file")
 
     def _claim_session(self, name: Any, cookie: str) -> None:
         """Record the owner of a new session; refuse a session that belongs to another browser."""
@@ -296,6 +306,13 @@ class Guard:
     def _waiting_jobs(self) -> list[Event]:
         """Return the jobs that have not started, oldest first."""
         return [event for jobs in self.queue.event_queue_per_concurrency_id.values() for event in jobs.queue]
+
+    def _photos(self, event: Event) -> list[Path]:
+        """Return the uploaded files of a job: those in its call, and those in the state of its page."""
+        values = list(event.data.data) if event.data else []
+        state = self.queue.blocks.state_holder[event.session_hash]
+        values += [state[block._id] for block in event.fn.inputs if block.stateful]
+        return [Path(path) for path in _paths(values)]
 
     def _session(self, event: Event) -> Session:
         return self.sessions.setdefault(event.session_hash, Session(_cookie(event.request)))

@@ -1,8 +1,10 @@
 """Files of the page of ``derain app``: who may use them, limits on uploads, deletion."""
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 KEEP_MINUTES = 30
@@ -59,6 +61,13 @@ class PageFiles:
             return Path(name).is_absolute() and Path(name).resolve().is_relative_to(self.folder)
         except (OSError, ValueError):  # a name that is too long or contains NUL
             return False
+
+
+def touch(files: Iterable[Path]) -> None:
+    """Postpone the deletion of files that exist: it depends on when they were last changed."""
+    for file in files:
+        with suppress(FileNotFoundError):
+            os.utime(file)
 
 
 def _minute() -> int:

@@ -2,15 +2,14 @@
 
 import dataclasses
 import itertools
-import os
 import re
 import shlex
 import threading
 import time
 import uuid
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from derain.commands.option_values import scale_factor
-from derain.commands.page_files import KEEP_MINUTES
+from derain.commands.page_files import KEEP_MINUTES, touch
 from derain.commands.photo_pipeline import PhotoPipeline
 from derain.data.rain import PRESETS, Rain, add_rain, sample_rain
 from derain.errors import DerainError
@@ -41,6 +40,12 @@ MAP_SIDE = 640
 
 MAX_PHOTOS = 500
 """Maximum number of photos that are restored together."""
+
+STEM_BYTES = 200
+"""Maximum length of a file name in an archive without suffix and number; file systems accept 255 bytes."""
+
+RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)", re.IGNORECASE)
+"""Start of the file names that Windows reserves for devices, with any suffix."""
 
 
 def load_restorers(names: Sequence[str], device: str) -> dict[str, Restorer]:
@@ -265,7 +270,7 @@ class RestorationService:
                         archive.write(target, names[upload])
                         target.unlink()
                         pairs.append((uploads[upload], *_pair_of(target)))
-                    _touch([*uploads, *folder.iterdir()])
+                    touch([*uploads, *folder.iterdir()])
                     progress(len(pairs) + len(errors))
             release_freed_memory()
         seconds = time.perf_counter() - start
@@ -346,29 +351,32 @@ def _renamed(error: Exception, name: str, *paths: Path) -> DerainError:
         message = error.strerror  # without the path
     for path in paths:
         message = message.removeprefix(f"{path}: ")
-    return DerainError(f"{name}: {message}")
+    return DerainError(message if message.startswith((f"{name}: ", f"{name} ")) else f"{name}: {message}")
 
 
 def _archive_names(uploads: Mapping[Path, str]) -> dict[Path, PurePath]:
-    """Return the names of files in an archive: those on the client, without characters that Windows does not permit.
+    """Return the names of files in an archive: those on the client, as Linux and Windows permit them.
 
-    Repeated names are numbered. Names without the suffix of an image format that derain writes become ``.png``.
+    Other characters become ``-``, which also precedes the names of devices on Windows. Names are cut to ``STEM_BYTES``;
+    repeated names are numbered. Names without the suffix of an image format that derain writes become ``.png``.
 
     Example:
-        >>> uploads = {Path("x/1"): "a.jpg", Path("x/2"): "A.JPG", Path("x/3"): "../scan"}
+        >>> uploads = {Path("x/1"): "a.jpg", Path("x/2"): "A.JPG", Path("x/3"): "../scan", Path("x/4"): "con.png"}
         >>> [str(name) for name in _archive_names(uploads).values()]
-        ['a.jpg', 'A-2.JPG', '..-scan.png']
+        ['a.jpg', 'A-2.JPG', '..-scan.png', '-con.png']
     """
     names: dict[Path, PurePath] = {}
     taken: set[str] = set()
     for upload, client_name in uploads.items():
         name = PurePath(re.sub(r'[<>:"/\\|?*\x00-\x1f]', "-", client_name))
-        suffix = name.suffix if name.suffix.lower() in SUFFIXES else f"{name.suffix}.png"
-        unique = f"{name.stem}{suffix}"
+        stem, suffix = (name.stem, name.suffix) if name.suffix.lower() in SUFFIXES else (name.name, ".png")
+        stem = ("-" if RESERVED.match(stem) else "") + stem
+        stem = stem.encode()[:STEM_BYTES].decode(errors="ignore")
+        unique = f"{stem}{suffix}"
         for number in itertools.count(2):
             if unique.lower() not in taken:
                 break
-            unique = f"{name.stem}-{number}{suffix}"
+            unique = f"{stem}-{number}{suffix}"
         taken.add(unique.lower())
         names[upload] = PurePath(unique)
     return names
@@ -385,13 +393,6 @@ def _write_pair(
     """Write pictures of a photo before and after, shrunk to a longest side."""
     write_image(before, shrink(rainy, longest), subsampling=0)
     write_image(after, shrink(derained, longest), subsampling=0)
-
-
-def _touch(files: Iterable[Path]) -> None:
-    """Postpone the deletion of files that exist: it depends on when they were last changed."""
-    for file in files:
-        with suppress(FileNotFoundError):
-            os.utime(file)
 
 
 def map_pictures(

@@ -59,6 +59,7 @@ def make(tmp_path):
             inputs = gr.Image(), gr.Dropdown(), gr.Slider(), gr.Number()
             inputs[0].upload(lambda *_: None, [*inputs], None, api_name="restore")
             gr.Button().click(lambda: None, None, None)
+            gr.Button().click(lambda *_: None, [gr.File(file_count="multiple")], None)
         return Guard(Application(tmp_path), blocks.queue()._queue, tmp_path, 1000, host, allowed)
 
     return make
@@ -248,6 +249,9 @@ def test_only_checked_content_is_forwarded(make):
         ({"data": [5, "m", 0, 0]}, 400),
         ({"data": [[{"path": "{file}"}, {}], "m", 0, 0]}, 400),
         ({"data": [["{file}"], "m", 0, 0]}, 400),
+        ({"data": [[{"path": "{file}"}], "m", 0, 0]}, 400),  # a list for one photo
+        ({"data": [[None], "m", 0, 0]}, 400),
+        ({"data": [[], "m", 0, 0]}, 400),
         ({"data": [[[{"path": "{file}"}]], "m", 0, 0]}, 400),
         ({"data": [{"path": "{file}", "orig_name": 5}, "m", 0, 0]}, 400),
         ({"data": [{"path": "{file}", "size": "x"}, "m", 0, 0]}, 400),
@@ -277,13 +281,28 @@ def test_malformed_calls_are_refused(make, changed, status, path):
     assert len(guard.app.bodies) == 2
 
 
+SEVERAL = 2
+"""Index of the function that restores several files."""
+
+
 def test_several_files_are_accepted_if_all_belong_to_the_browser(make):
     guard = make()
     (uploaded,) = request(guard, "POST", "/gradio_api/upload", content=b"photo").json()
-    other = f"{uploaded}.png"
-    for files, status in (([uploaded, uploaded], 200), ([], 200), ([uploaded, other], 403)):
-        body = call(uploaded, data=[[{"path": file} for file in files], "m", 0, 0])
+    own, other = ({"path": path, "meta": {"_type": "gradio.FileData"}} for path in (uploaded, f"{uploaded}.png"))
+    for files, status in (([own, own], 200), ([], 200), ([own, other], 403)):
+        body = call(uploaded, fn_index=SEVERAL, data=[files])
         assert request(guard, "POST", JOIN, json=body).status_code == status
+
+
+@pytest.mark.parametrize(
+    "files", ['{"path": "FILE"}', "null", "[null]", '[{"path": "FILE"}]', '[{"path": "FILE"}, null]']
+)
+def test_several_files_are_a_list_of_files_with_meta(make, files):
+    guard = make()
+    (uploaded,) = request(guard, "POST", "/gradio_api/upload", content=b"photo").json()
+    body = call(uploaded, fn_index=SEVERAL, data=[json.loads(files.replace("FILE", uploaded))])
+    assert request(guard, "POST", JOIN, json=body).status_code == 400
+    assert len(guard.app.bodies) == 1
 
 
 @pytest.mark.parametrize("index", [None, 9, -1, "0", [0], {"a": 0}])
@@ -416,6 +435,32 @@ def _event(index, address, age, session=None):
     event = Event(session or f"s{index}", function, job_request, None)
     event.enqueue_time -= age
     return event
+
+
+def test_photos_of_waiting_jobs_are_kept(page, tmp_path, monkeypatch):
+    monkeypatch.setattr("derain.commands.page_files.KEEP_MINUTES", 0.5 / 60)
+    in_call, in_state, abandoned, old = (
+        tmp_path / name for name in ("call.png", "state.png", "abandoned.png", "old.png")
+    )
+    for path in (in_call, in_state, abandoned, old):
+        path.touch()
+    functions = page.queue.blocks.fns.values()
+    with_photo = next(function for function in functions if function.api_name == "restore")
+    with_state = next(function for function in functions if any(block.stateful for block in function.inputs))
+    data = {"call": {"path": str(in_call)}, "state": None, "abandoned": {"path": str(abandoned)}}
+    jobs = EventQueue("restore", 1)
+    for session, file in data.items():
+        event = _event(session, "127.0.0.1", 60, session)
+        event.fn = with_state if session == "state" else with_photo
+        event.data = SimpleNamespace(data=[file, "m", 0, 0, "full", 1])
+        page.sessions[session] = _session(60, int(session != "abandoned"))
+        jobs.queue.append(event)
+    state = next(block for block in with_state.inputs if block.stateful)
+    page.queue.blocks.state_holder["state"][state._id] = [{"path": str(in_state), "orig_name": "state.png"}]
+    page.queue.event_queue_per_concurrency_id["restore"] = jobs
+    time.sleep(0.6)
+    page.clean_up()
+    assert {path.name for path in tmp_path.glob("*.png")} == {"call.png", "state.png"}
 
 
 def _session(age=0.0, listeners=0):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from derain.commands.service import RestorationService, add_rain_to, load_restorers
+from derain.commands.service import RestorationService, _archive_names, add_rain_to, load_restorers
 from derain.errors import DerainError
 from derain.images import read_photo, read_rgb, write_image
 from derain.methods import CLIPRPNModule, PReNetModule, catalog
@@ -196,6 +196,25 @@ def test_several_photos_equal_single_ones_and_a_damaged_one_is_reported(service,
 def test_several_photos_that_all_fail(service, tmp_path):
     restored = service.restore_all({tmp_path / "a.png": "a.png", tmp_path / "b.png": "b.png"}, MODEL)
     assert (restored.pairs, restored.download, len(restored.errors)) == ([], None, 2)
+
+
+def test_errors_of_several_photos_name_each_once(service, tmp_path):
+    paths = [_png(tmp_path / "big.png", 200, 100), tmp_path / "text.png"]
+    paths[1].write_bytes(b"text" * 99)
+    errors = service.restore_all({path: path.name for path in paths}, MODEL).errors
+    assert [error.count(path.name) for error, path in zip(errors, paths, strict=True)] == [2, 1]  # 2: the command line
+    assert [error.startswith(path.name) for error, path in zip(errors, paths, strict=True)] == [True, True]
+
+
+def test_names_in_an_archive_are_valid_on_linux_and_windows(tmp_path):
+    clients = ["a" * 300 + ".jpg", "A" * 300 + ".jpg", "\U0001d49c" * 70_000 + ".png", "x." + "y" * 300]
+    clients += ["CON.jpg", "com1.tar.png", "nul", "Aux .png", "console.jpg"]
+    names = list(map(str, _archive_names({Path(str(index)): name for index, name in enumerate(clients)}).values()))
+    assert max(len(name.encode()) for name in names) <= 255
+    assert len({name.lower() for name in names}) == len(clients)
+    assert names[4:] == ["-CON.jpg", "-com1.tar.png", "-nul.png", "-Aux .png", "console.jpg"]
+    for name in names:
+        (tmp_path / name).touch()
 
 
 def test_too_many_photos_are_refused(service, photo, monkeypatch):
