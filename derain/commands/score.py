@@ -17,7 +17,7 @@ from derain.errors import DerainError
 from derain.images import Pixels
 from derain.metrics import Protocol, bootstrap_interval, psnr_ssim, resolve
 from derain.metrics.full_reference import MAX_PSNR
-from derain.metrics.perceptual import FrechetDistance, Lpips, PyiqaMetric, available_lpips
+from derain.metrics.perceptual import FrechetDistance, Lpips, PyiqaMetric, UnknownMetricError, available_lpips
 from derain.metrics.sequences import mean_row, sequence_rows
 from derain.metrics.temporal import TEMPORAL, TEMPORAL_NAMES, split_temporal, temporal_notes, temporal_scores
 from derain.progress import track
@@ -90,11 +90,17 @@ def _with_reference(name: str) -> PyiqaMetric | FrechetDistance:
 
 
 def available(names: Sequence[str], create: Callable[[str], Metric]) -> list[Metric]:
-    """Return the metrics of pyiqa that can be loaded; report the others on standard error."""
+    """Return the metrics of pyiqa that can be loaded; report the others on standard error.
+
+    Raises:
+        UnknownMetricError: If pyiqa has no metric of a name.
+    """
     metrics = []
     for name in names:
         try:
             metrics.append(create(name))
+        except UnknownMetricError:
+            raise
         except DerainError as error:
             print(f"skipped {name}: {error}", file=sys.stderr)
     return metrics

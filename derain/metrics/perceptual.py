@@ -96,6 +96,10 @@ def available_lpips(choice: str) -> Lpips | None:
     return None
 
 
+class UnknownMetricError(DerainError):
+    """The name of a metric is unknown: a mistake of the user, unlike a metric that is not installed."""
+
+
 class PyiqaMetric:
     """Metric of pyiqa (an optional extra) of one image, on the CPU.
 
@@ -204,7 +208,8 @@ def _create(name: str, mode: Literal["FR", "NR"]) -> Any:
     """Return a metric of pyiqa.
 
     Raises:
-        DerainError: If pyiqa is missing, has no such metric, or cannot download its weights.
+        UnknownMetricError: If pyiqa has no such metric.
+        DerainError: If pyiqa is missing, or cannot download the weights.
     """
     if importlib.util.find_spec("pyiqa") is None:
         raise DerainError(f"{name} needs pyiqa; install it with: pip install 'derain[iqa]'")
@@ -213,7 +218,7 @@ def _create(name: str, mode: Literal["FR", "NR"]) -> Any:
     known = pyiqa.list_models(metric_mode=mode)
     if name not in known:
         kind = "full-reference" if mode == "FR" else "no-reference"
-        raise DerainError(f"pyiqa has no {kind} metric '{name}'; choose from {', '.join(known)}")
+        raise UnknownMetricError(f"pyiqa has no {kind} metric '{name}'; choose from {', '.join(known)}")
     try:
         with redirect_stdout(sys.stderr):
             return pyiqa.create_metric(name, device="cpu")

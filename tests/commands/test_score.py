@@ -3,6 +3,8 @@ import io
 import json
 import re
 import sys
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -286,6 +288,12 @@ def test_a_missing_metric_is_skipped(folders, monkeypatch, capsys):
     assert "skipped niqe" in printed.err
     assert "derain[iqa]" in printed.err
     assert "derain[iqa]" in error_of(capsys, folders[0], "--no-reference", "niqe")
+
+
+def test_an_unknown_metric_is_refused(folders, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: ModuleSpec(name, None))
+    monkeypatch.setitem(sys.modules, "pyiqa", SimpleNamespace(list_models=lambda metric_mode: ["niqe"]))
+    assert "nieq" in error_of(capsys, *folders, "--no-reference", "nieq")
 
 
 @pytest.fixture
