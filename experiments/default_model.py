@@ -45,6 +45,9 @@ OWN_PAIRS = 0.35
 DARKER = 0.3
 """Share of these whose rainy image is darker than the clean one."""
 
+TRAINED_ON = ("Rain800 without leaks", "synthetic rain", "measured streaks")
+"""Training data as the weights file names them."""
+
 SQUARES = 8.0
 """Weight of the squared error in the loss. The absolute error alone leaves whatever is more likely not rain."""
 
@@ -239,6 +242,7 @@ def main(options: argparse.Namespace) -> None:
             scores = validate(averaged, validation, crops.rain, options.without)
             print(f"step {step + 1}: " + ", ".join(f"{kind} {score:.2f} dB" for kind, score in scores.items()))
             saved = time.monotonic()
+    average.trained_on = TRAINED_ON
     average.save_weights(options.out / "weights.safetensors")
 
 

@@ -350,7 +350,9 @@ def test_a_bundled_model_is_trained_and_resumed(tmp_path, monkeypatch):
         options = {"width": 4, "blocks": [1], "middle": 1, "steps": 3, "rate": 1e-3, "without": "drawn"}
         options |= {"weights": None, "bf16": False, "without_rain": 0.2} | changes
         script.main(argparse.Namespace(data=tmp_path / "data", out=tmp_path / out, **options))
-        return catalog.load(tmp_path / out / "weights.safetensors").module.network.state_dict()
+        module = catalog.load(tmp_path / out / "weights.safetensors").module
+        assert module.trained_on == script.TRAINED_ON
+        return module.network.state_dict()
 
     monkeypatch.setattr(script, "SAVE_SECONDS", 0)
     whole = train("whole")
