@@ -301,7 +301,15 @@ def authors_network(network: type[Network], path: str) -> Network:
     return restorer.eval()
 
 
-def check_real_image(network: nn.Module, data: str, number: int, recorded: Mapping[str, tuple[float, float]]) -> None:
+def check_real_image(
+    network: nn.Module,
+    data: str,
+    number: int,
+    recorded: Mapping[str, tuple[float, float]],
+    *,
+    size: tuple[int | None, int | None] = (None, None),
+    device: str = "cpu",
+) -> None:
     """Restore an image and compare PSNR to 0.002 dB and SSIM to 0.0001 with those of the authors' code.
 
     Args:
@@ -309,15 +317,18 @@ def check_real_image(network: nn.Module, data: str, number: int, recorded: Mappi
         data: ``Rain100L`` or ``Rain100H``.
         number: Number of the image.
         recorded: PSNR and SSIM by protocol.
+        size: Height and width of the upper left part to restore; by default the whole image.
+        device: Device to restore on.
     """
     files = {
         "Rain100L": (f"rainy/rain-{number:03}.png", f"norain-{number:03}.png"),
         "Rain100H": (f"rain/norain-{number}.png", f"norain/norain-{number}.png"),
     }
     root = Path(os.environ["DERAIN_DATA"]) / data
-    rainy, clean = (read_rgb(root / file) for file in files[data])
+    rainy, clean = (read_rgb(root / file)[: size[0], : size[1]] for file in files[data])
     with torch.no_grad():
-        derained = network(torch.from_numpy(rainy.astype(np.float32).transpose(2, 0, 1) / 255)[None])
+        tensor = torch.from_numpy(rainy.astype(np.float32).transpose(2, 0, 1) / 255)[None]
+        derained = network.to(device)(tensor.to(device)).cpu()
     pixels = derained[0].clamp(0, 1).permute(1, 2, 0).double().numpy()
     for protocol, (psnr, ssim) in recorded.items():
         scores = psnr_ssim(pixels, clean, resolve([protocol])[0])
