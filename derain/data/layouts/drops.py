@@ -20,6 +20,7 @@ def _raindrop(folder: str) -> tuple[Files, ...]:
 
 def _rainds_real(split: Split) -> tuple[Files, ...]:
     folder = f"(?:{split}(?:_set)?/)?"
+    # auxiliary: the folder rainstreak has rainy photos, not streaks alone.
     return (Files(f"{folder}{_RAINDS_KINDS}/{{name}}", f"{folder}gt/{{name}}", auxiliary=True),)
 
 
@@ -51,7 +52,7 @@ DROPS: dict[str, Layout] = {
         remarks=("reports of the number of pairs differ: 248 or 249",),
     ),
     "RainDS-real": Layout(
-        title="real photos of each scene with drops, with streaks and with both, for one clean photo",
+        title="four real photos of each scene: with drops, with streaks, with both, and clean",
         folders=("RainDS-real", "RainDS_real"),
         files={"train": _rainds_real("train"), "test": _rainds_real("test")},
         counts={"train": 450, "test": 293},
@@ -60,11 +61,11 @@ DROPS: dict[str, Layout] = {
         remarks=(
             "the download has 150 scenes for training and 98 for tests, fewer than the paper",
             "test_set/rainstreak/IMG_7435.png has no clean image: 293 test pairs instead of 294",
-            "1296x728 pixels; scores of images that were reduced first are not comparable",
+            "1296x728 pixels; scores of downscaled images are not comparable",
         ),
     ),
     "RainDS-syn": Layout(
-        title="synthetic drops, streaks and both, for each clean image",
+        title="three synthetic versions of each clean image: with drops, with streaks, with both",
         folders=("RainDS-syn", "RainDS_syn"),
         files={"train": _rainds_syn("train"), "test": _rainds_syn("test")},
         source=_RAINDS_PAGE,
@@ -72,7 +73,7 @@ DROPS: dict[str, Layout] = {
         remarks=("files with and without pie- have the same numbers, but show different scenes",),
     ),
     "UAV-Rain1k": Layout(
-        title="rendered drops on photos of drones",
+        title="rendered drops on photos taken by drones",
         folders=("UAV-Rain1k",),
         files={"train": (FOLDERS,), "test": (FOLDERS,)},
         counts={"train": 800, "test": 220},

@@ -1,13 +1,14 @@
 """File patterns of data sets.
 
 A pattern is a regular expression for the path of a file relative to the data set's folder, without suffix, with ``/``
-between folders; case is ignored. The values of the named groups, except ``{version}``, are the key of a file: files
-with equal keys form a pair.
+between folders; case is ignored. The values of the named groups, except ``version``, are the key of a file: a rainy and
+a clean file with equal keys form a pair.
 
 - ``{n}``: a number (``007`` equals ``7``);
 - ``{name}``: any text, including folders;
 - ``{sequence}`` and ``{frame}``: any text without folders, such as the folder of a video and the name of its frame;
-- ``{version}``: number of the rainy version if a clean image has several.
+- ``{version}``: number of the rainy version if a clean image has several. If the versions have names instead of
+  numbers, the pattern has a group ``(?P<version>...)`` of its own.
 """
 
 import re
@@ -28,25 +29,25 @@ PLACEHOLDERS: Mapping[str, str] = {
 """Regular expressions of the placeholders in patterns."""
 
 SPLIT_FOLDERS: Mapping[str, str] = {"train": "train|training", "test": "test|testing"}
-"""Patterns of the folder that may precede any pattern of a split; tried before the pattern alone."""
+"""Patterns of the folder that may contain a split; each file pattern is tried below this folder, then without it."""
 
 AUXILIARY = r"(?:.*/)?(?:rainregion|rainstreak|raintrainregion|rain_?mask|streak)(?:[-_/].*)?"
-"""Pattern of the rain masks and streaks that some archives contain; ignored unless ``Files.auxiliary`` is true."""
+"""Pattern of rain masks and streaks, which some archives contain; ignored unless ``Files.auxiliary`` is true."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """File patterns of one split.
+    """File patterns of one split of a data set, or of one variant of it.
 
     Attributes:
         rainy: Pattern of the rainy files.
-        clean: Pattern of the clean files; None if they are side by side with the rainy ones or missing.
-        clean_side: Clean half of side-by-side files; None if rainy and clean are separate files.
+        clean: Pattern of the clean files; None if a file has both images side by side, or there are no clean images.
+        clean_side: Clean half of side-by-side files; None if rainy and clean images are in separate files.
         numbers: First and last ``{n}`` of the split; None for all.
         truth: Whether the clean half is ground truth (some side-by-side files contain a real photo twice).
-        auxiliary: Whether files named like rain masks and streaks belong to the split.
-        video: Whether the folder of a rainy file is a sequence, whose frames are in natural order of their names.
-        note: Note for users about this version of the data set.
+        auxiliary: Whether rainy files may have names that match :data:`AUXILIARY`.
+        video: Whether each folder of rainy files is a video, with its frames in natural order of their names.
+        note: What users should know about this variant of the data set.
     """
 
     rainy: str
@@ -86,7 +87,7 @@ def _plain(pattern: str) -> str:
         plain = re.sub(r"\(\?![^()]*\)", "", plain)
         plain = re.sub(r"\(\?(?::|P<\w+>)[^()]*\)\?", "", plain)
         plain = re.sub(r"\(\?(?::|P<\w+>)([^()|]*)[^()]*\)(?!\?)", r"\1", plain)
-    return re.sub(r"[\w]\?", "", plain)
+    return re.sub(r"\w\?", "", plain)
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,12 @@ class Layout:
         citation: Paper.
         folders: Names of the data set's folder below the data root; empty for general layouts.
         files: Variants of the file patterns by split; the first one that matches is used.
-        counts: Published number of pairs in the authors' download by split; a split whose number could not be confirmed
-            is missing.
-        excluded_test_set: Test set; training pairs with its backgrounds are excluded.
-        partner: Data set with the test set of these training pairs, or with the training pairs of this test set.
+        counts: Published number of pairs (of images for ``predict``) in the authors' download by split, without
+            excluded pairs; a split whose number could not be confirmed is missing.
+        excluded_test_set: Name of a test set; training pairs that show one of its backgrounds are excluded. None for
+            no exclusion.
+        partner: Data set with the split that this one lacks: the training pairs for a test set, or a test set for
+            training pairs.
         protocols: How papers compute their scores on the test set: names in :data:`derain.metrics.PROTOCOLS`, or what
             differs from all of them; empty if it could not be confirmed.
         remarks: Known faults, and what else to know before training or testing on the set.
@@ -121,6 +124,10 @@ class Layout:
 
 
 RAINY_FOLDER = "(?:inputs?|rain|rainy|rainy_images?|lq)"
+"""Pattern of common names of a folder of rainy images."""
+
 CLEAN_FOLDER = "(?:targets?|norain|clean|gt|ground_?truth)"
+"""Pattern of common names of a folder of clean images."""
+
 FOLDERS = Files(f"{RAINY_FOLDER}/{{name}}", f"{CLEAN_FOLDER}/{{name}}")
 """Pairs of equal names in two folders."""

@@ -14,7 +14,7 @@ def _real_rain_1k(kind: str, density: str) -> Layout:
         remarks=(
             "1,120 pairs in three parts; derain has no name for the third part (validation): give its folder "
             "(--data.val FOLDER)",
-            "about 1512x973 pixels; scores of images that were reduced or cropped first are not comparable",
+            "about 1512x973 pixels; scores of downscaled or cropped images are not comparable",
         ),
     )
 
@@ -61,8 +61,8 @@ REAL: dict[str, Layout] = {
         protocols="RGB of floating-point output, sides cropped to multiples of 4, SSIM of scikit-image, mean over "
         "sequences, which are the scenes (Ba et al.); derain's closest protocol is rgb, with the mean over sequences",
         remarks=(
-            "derain has no name for GT-RAIN_val (3,300 pairs): give its folder; its scene Gurutto_1-2 has several "
-            "clean frames where derain expects one per scene, and is refused: remove it",
+            "derain has no name for GT-RAIN_val (3,300 pairs): give its folder (--data.val FOLDER), after removing "
+            "the scene Gurutto_1-2, which has several clean frames where derain expects one",
         ),
     ),
     "LHP-Rain": Layout(
@@ -87,4 +87,4 @@ REAL: dict[str, Layout] = {
         remarks=("the labels of some images, mainly those of 3024x4032 pixels, fit only after the image is rotated",),
     ),
 }
-"""Data sets with real rain streaks."""
+"""Data sets with real rain."""

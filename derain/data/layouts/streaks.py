@@ -19,8 +19,8 @@ _YANG_PROTOCOLS = "prenet (PReNet); matlab-y (RCDNet); restormer (MPRNet, Restor
 _RAIN100_BACKGROUNDS = "the 100 images show 91 distinct backgrounds, the same in Rain100L and Rain100H"
 _RAIN100_LEAK = "10 of the backgrounds are in Rain800's training pairs"
 _YANG = "Yang et al., Deep Joint Rain Detection and Removal from a Single Image, CVPR 2017"
-_YANG_OLD = "https://github.com/csdwren/PReNet"
-_YANG_NEW = "https://www.icst.pku.edu.cn/struct/Projects/joint_rain_removal.html"
+_YANG_OLD_PAGE = "https://github.com/csdwren/PReNet"
+_YANG_NEW_PAGE = "https://www.icst.pku.edu.cn/struct/Projects/joint_rain_removal.html"
 _RESTORMER_PAGE = "https://github.com/swz30/Restormer/tree/main/Deraining"
 _MPRNET = "Zamir et al., Multi-Stage Progressive Image Restoration, CVPR 2021"
 
@@ -38,7 +38,7 @@ def _rain200(kind: str, weight: str) -> Layout:
         folders=(f"Rain200{kind}",),
         files={"train": files("train"), "test": files("test")},
         counts={"train": 1800, "test": 200},
-        source=_YANG_NEW,
+        source=_YANG_NEW_PAGE,
         citation=_YANG,
         protocols="restormer (DRSformer)",
     )
@@ -62,7 +62,7 @@ _RAIN_TRAIN_H = Layout(
     folders=("RainTrainH", "Rain100H/train"),
     files={"train": _RAIN_TRAIN},
     counts={"train": 1254},
-    source=_YANG_OLD,
+    source=_YANG_OLD_PAGE,
     citation=f"{_YANG}; strict set: Ren et al., Progressive Image Deraining Networks, CVPR 2019",
     excluded_test_set="Rain100H",
     partner="Rain100H",
@@ -74,7 +74,7 @@ STREAKS: dict[str, Layout] = {
         folders=("Rain100L",),
         files={"test": _RAIN100},
         counts={"test": 100},
-        source=_YANG_OLD,
+        source=_YANG_OLD_PAGE,
         citation=_YANG,
         partner="RainTrainL",
         protocols=_YANG_PROTOCOLS,
@@ -85,7 +85,7 @@ STREAKS: dict[str, Layout] = {
         folders=("Rain100H",),
         files={"test": _RAIN100},
         counts={"test": 100},
-        source=_YANG_OLD,
+        source=_YANG_OLD_PAGE,
         citation=_YANG,
         partner="RainTrainH",
         protocols=_YANG_PROTOCOLS,
@@ -100,7 +100,7 @@ STREAKS: dict[str, Layout] = {
         folders=("RainTrainL", "Rain100L/train"),
         files={"train": _RAIN_TRAIN},
         counts={"train": 200},
-        source=_YANG_OLD,
+        source=_YANG_OLD_PAGE,
         citation=_YANG,
         partner="Rain100L",
     ),
@@ -110,7 +110,7 @@ STREAKS: dict[str, Layout] = {
         folders=_RAIN_TRAIN_H.folders,
         files=_RAIN_TRAIN_H.files,
         counts={"train": 1800},
-        source=_YANG_OLD,
+        source=_YANG_OLD_PAGE,
         citation=_YANG,
         partner="Rain100H",
     ),
@@ -180,7 +180,7 @@ STREAKS: dict[str, Layout] = {
             )
         },
         counts={"test": 12},
-        source=_YANG_OLD,
+        source=_YANG_OLD_PAGE,
         citation="Li et al., Rain Streak Removal Using Layer Priors, CVPR 2016",
         partner="RainTrainL",
         protocols="prenet (PReNet)",
@@ -213,7 +213,8 @@ STREAKS: dict[str, Layout] = {
     "Test2800": _restormer_test(
         "Test2800",
         2800,
-        "test set of Rain13K: 200 clean images of DDN with 14 rainy versions each; Rain1400's own test set has 100",
+        "test set of Rain13K: 200 clean images of DDN with 14 rainy versions each; Rain1400's own test set has 100 "
+        "clean images",
     ),
     "HQ-RAIN": Layout(
         title="synthetic streaks on photos of high resolution",

@@ -11,7 +11,7 @@ _VALANARASU = (
     "Valanarasu et al., TransWeather: Transformer-based Restoration of Images Degraded by Adverse Weather Conditions, "
     "CVPR 2022"
 )
-_WITHOUT_TEST1 = r"(?!0(?:30[1-9]|3[1-4]\d|350)(?!\d))"
+_NOT_IN_TEST1 = r"(?!0(?:30[1-9]|3[1-4]\d|350)(?!\d))"
 
 
 def _rain_cityscapes(folder: str) -> tuple[Files, ...]:
@@ -19,9 +19,10 @@ def _rain_cityscapes(folder: str) -> tuple[Files, ...]:
     return (Files(f"(?:.*/)?leftImg8bit_rain/{path}_rain_(?P<version>alpha_[^/]+)", f"(?:.*/)?leftImg8bit/{path}"),)
 
 
-def _outdoor_rain(first: int, last: int, excluded: str = "") -> tuple[Files, ...]:
-    rainy = rf"(?:.+/)?(?:in|input|data)/im_{excluded}{{n}}_"
-    clean = f"(?:.+/)?gt/im_{excluded}{{n}}"
+def _outdoor_rain(first: int, last: int, lookahead: str = "") -> tuple[Files, ...]:
+    """Return the patterns of the images with numbers from ``first`` to ``last`` that the lookahead allows."""
+    rainy = rf"(?:.+/)?(?:in|input|data)/im_{lookahead}{{n}}_"
+    clean = f"(?:.+/)?gt/im_{lookahead}{{n}}"
     return (
         Files(rainy + r"(?P<version>s\d+_a\d+)", clean, numbers=(first, last)),
         Files(rainy + r"(?P<rain>s\d+_a\d+)", clean + r"_(?P<rain>s\d+_a\d+)", numbers=(first, last)),
@@ -38,7 +39,7 @@ def _snow_100k(split: Split) -> tuple[Files, ...]:
 
 WEATHER: dict[str, Layout] = {
     "RainCityscapes": Layout(
-        title="rain and fog computed from the depth of Cityscapes photos, several versions of each",
+        title="synthetic rain and fog, computed from the depth of Cityscapes photos; several versions of each photo",
         folders=("RainCityscapes",),
         files={"train": _rain_cityscapes("train"), "test": _rain_cityscapes("(?:val|test)")},
         counts={"train": 9432, "test": 1188},
@@ -46,7 +47,7 @@ WEATHER: dict[str, Layout] = {
         citation="Hu et al., Depth-Attentional Features for Single-Image Rain Removal, CVPR 2019",
         remarks=(
             "the download has no clean images: they are Cityscapes' leftImg8bit; put both folders into RainCityscapes",
-            "2048x1024 pixels; the authors' network reduces photos to 1024x512 and enlarges its results",
+            "2048x1024 pixels; the authors' network downscales photos to 1024x512 and upscales its results",
         ),
     ),
     "Outdoor-Rain": Layout(
@@ -61,7 +62,7 @@ WEATHER: dict[str, Layout] = {
     "Outdoor-Rain-Test1": Layout(
         title="Outdoor-Rain with the split of all-in-one weather papers: im_0301 to im_0350 are the test images",
         folders=("Outdoor-Rain", "OutdoorRain"),
-        files={"train": _outdoor_rain(1, 600, _WITHOUT_TEST1), "test": _outdoor_rain(301, 350)},
+        files={"train": _outdoor_rain(1, 600, _NOT_IN_TEST1), "test": _outdoor_rain(301, 350)},
         counts={"train": 8250, "test": 750},
         source=_OUTDOOR_PAGE,
         citation=f"{_LI}; split: Özdenizci and Legenstein (WeatherDiffusion), TPAMI 2023",
