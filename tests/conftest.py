@@ -25,7 +25,7 @@ LONGEST_FILES = (
     "test_train_plnlingan.py",
     "test_evaluation.py",
     "test_caption.py",
-    "test_data_fetch.py",
+    "test_fetch_web.py",
     "test_training_speed.py",
     "test_verify.py",
 )
