@@ -1,1 +1,1 @@
-"""Building blocks that two or more methods use; they depend on PyTorch, not on Lightning."""
+"""Layers, losses and learning rate schedules for networks; they depend on PyTorch, not on Lightning."""

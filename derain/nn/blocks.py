@@ -1,12 +1,12 @@
-"""Repeated blocks of networks: the regions that are compiled or recomputed in training."""
+"""Find the repeated blocks of a network, which callbacks compile or recompute in training."""
 
 from torch import nn
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
-    """Return the outermost modules of which a network has several in sequences or lists.
+    """Return the blocks of a network: modules in a ``Sequential`` or ``ModuleList`` whose class occurs several times.
 
-    Layers of PyTorch and modules without submodules do not count.
+    Layers of PyTorch and modules without submodules are not blocks. Blocks inside other blocks are omitted.
 
     Example:
         >>> from derain.nn.restormer import Restormer

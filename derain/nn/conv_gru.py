@@ -17,13 +17,14 @@ class ConvGRU(nn.Module):
         n = tanh(W_n ∗ x + U_n ∗ (r h))   candidate
         h' = (1 − z) h + z n
 
-    Without a state, the result is ``h' = z n`` with ``z = σ(W_z ∗ x)`` and ``n = tanh(W_n ∗ x)``.
+    Without a state, the result is ``h' = z n`` with ``z = σ(W_z ∗ x)`` and ``n = tanh(W_n ∗ x)``. Unlike with a state
+    of zeros, the biases of ``U`` are not added.
 
     Args:
         inputs: Channels of the input.
         channels: Channels of the state.
         dilation: Dilation of the convolutions ``W`` of the input.
-        recurrent: Whether the unit is ever given a state; otherwise it has only ``W_z`` and ``W_n``.
+        recurrent: Whether the unit can be called with a state; otherwise it has only ``W_z`` and ``W_n``.
 
     Shape:
         Input ``(b, inputs, h, w)``, state ``(b, channels, h, w)`` or None → new state ``(b, channels, h, w)``.

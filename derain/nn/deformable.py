@@ -17,17 +17,17 @@ def deformable_convolution(
     mask: Float[Tensor, "b taps h w"],
     weight: Float[Tensor, "o c k k"],
 ) -> Float[Tensor, "b o h w"]:
-    """Return the convolution of samples at learned positions, each multiplied by a mask; stride 1, zero padding.
+    """Return the deformable convolution of a map: each kernel tap reads a displaced position, and is scaled by a mask.
 
-    Equal to ``torchvision.ops.deform_conv2d(x, offset, weight, padding=k // 2, mask=mask)``, but faster on a CPU and
-    exportable to ONNX, since all taps are sampled at once. Without gradients, maps are processed in strips of rows that
-    fit into a processor's cache.
+    Equal to ``torchvision.ops.deform_conv2d(x, offset, weight, padding=k // 2, mask=mask)``: stride 1, zero padding, no
+    bias. Unlike torchvision's function, it can be exported to ONNX; all taps are sampled at once, which is also faster
+    on a CPU. Without gradients, maps are processed in strips of rows that fit into a processor's cache.
 
     Args:
         x: Feature map.
-        offset: Displacement of each of the ``k²`` taps from its regular position, in pixels; for each tap, down, then
-            right.
-        mask: Factor of each tap.
+        offset: Displacement of each of the ``k²`` taps from its regular position, in pixels. Taps are in row-major
+            order, with two channels each: down, then right.
+        mask: Factor of each of the ``k²`` taps.
         weight: Kernel; ``k`` is odd.
 
     References:
@@ -56,7 +56,7 @@ def sampling_grid(offset: Float[Tensor, "b two_taps h w"], side: Any) -> Float[T
 
     Args:
         offset: Displacement of each tap, as for `deformable_convolution`.
-        side: Side ``k`` of the kernel.
+        side: Side ``k`` of the kernel; a tensor while a graph is traced.
     """
     batch, _, height, width = offset.shape
     dtype, device = torch.promote_types(offset.dtype, torch.float32), offset.device

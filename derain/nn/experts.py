@@ -1,4 +1,4 @@
-"""Mixture-of-experts feature compensator: convolutions of several kinds, weighted by a gate that reads the image.
+"""Mixture-of-experts feature compensator: convolutions of several kinds, weighted by a function of the image.
 
 Suganuma et al., Attention-based Adaptive Selection of Operations for Image Restoration in the Presence of Unknown
 Combined Distortions, CVPR 2019; Chen et al., Learning A Sparse Transformer Network for Effective Image Deraining
@@ -24,7 +24,9 @@ EXPERTS = 8
 
 
 class SeparableExpert(nn.Module):
-    """Two separable convolutions with a ReLU in between; the last 1×1 convolution is left to `projection`.
+    """Two separable convolutions with a ReLU in between.
+
+    ``forward`` omits the last 1×1 convolution; `projection` returns its matrix.
 
     Args:
         channels: Number of channels.
@@ -55,7 +57,9 @@ class SeparableExpert(nn.Module):
 
 
 class DilatedExpert(nn.Module):
-    """Separable convolution of dilation 2; its 1×1 convolution is left to `projection`.
+    """Separable convolution of dilation 2.
+
+    ``forward`` omits its 1×1 convolution; `projection` returns its matrix.
 
     Args:
         channels: Number of channels.
@@ -103,7 +107,7 @@ class ExpertLayer(nn.Module):
 
         Args:
             x: Features.
-            weights: Weight of each expert; that of the average is the last.
+            weights: Weight of each expert; the last is that of the average pooling.
         """
         b, h, w, c = x.shape
         joins = self.join.weight.flatten(1).chunk(EXPERTS, dim=1)
@@ -117,7 +121,7 @@ class ExpertLayer(nn.Module):
         return total.reshape(b, h, w, c)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return multiplications that are not counted: of merged layers, and thop's operation per averaged value."""
+        """Return what ``derain bench`` adds: the merged convolutions and thop's operations for the average pooling."""
         channels = output.shape[-1]
         single = 2 * channels  # the 1×1 depth-wise convolutions of the first expert
         merged = (EXPERTS - 1 + EXPERTS) * channels**2
@@ -126,7 +130,9 @@ class ExpertLayer(nn.Module):
 
 
 class ExpertCompensator(nn.Module):
-    """Mixture-of-experts feature compensator ("MEFC"): layers of experts, weighted by a gate that reads the image.
+    """Mixture-of-experts feature compensator ("MEFC"): layers of experts, weighted by a gate.
+
+    The gate, a multilayer perceptron, computes the weights from the means of the channels over the image.
 
     Args:
         channels: Number of channels.
@@ -155,12 +161,12 @@ class ExpertCompensator(nn.Module):
         return x
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return thop's operations for the mean of the features: one per value and one per mean."""
+        """Return what ``derain bench`` adds: thop's operations for the means, one per value and one per mean."""
         return output.numel() + len(output) * output.shape[-1], 0
 
 
 def rectified(x: Tensor) -> Tensor:
-    """Apply a ReLU, in place if gradients are disabled; with gradients, views would be copied."""
+    """Apply a ReLU; in place only without gradients, as the backward pass of in-place changes of views makes copies."""
     return F.relu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -173,4 +179,4 @@ PUBLISHED_NAMES = (
     (r"\blayers\.1\._ops\.(\d)\._ops\.(\d)\.op\.3\.", r"steps.\1.experts.\2.depthwise2."),
     (r"\blayers\.1\._ops\.(\d)\._ops\.(\d)\.op\.4\.", r"steps.\1.experts.\2.pointwise2."),
 )
-"""Regular expressions of the tensor names in the authors' files of DRSformer and HCT-FFN, and derain's names."""
+"""Regular expressions of tensor names in the authors' files of DRSformer and HCT-FFN, and their replacements."""

@@ -20,5 +20,5 @@ def _is_tracing() -> bool:
 
 
 def has_no_values(x: Tensor) -> bool:
-    """Return whether a tensor has a shape but no values, as when ``derain bench`` counts multiplications."""
+    """Return whether a tensor has a shape but no values, as tensors have when ``derain bench`` counts MACs."""
     return x.is_meta or is_fake(x)

@@ -28,7 +28,7 @@ def resize(x: Float[Tensor, "b c h w"], like: Float[Tensor, "b d h2 w2"]) -> Flo
 
 
 class ScaleFusion(nn.Module):
-    """1×1 convolution of the concatenation of maps, resized to one size by nearest-neighbour interpolation.
+    """Resize maps to one size by nearest-neighbour interpolation, concatenate them, and apply a 1×1 convolution.
 
     Each map is convolved before it is resized: the result is the same, and coarse maps have fewer pixels.
 
@@ -49,7 +49,7 @@ class ScaleFusion(nn.Module):
 
         Args:
             maps: The maps.
-            like: One of the maps, whose size the result has; by default the first.
+            like: Map of ``maps`` whose size the result has; by default the first.
         """
         like = maps[0] if like is None else like
         weights = torch.split(self.mix.weight, [x.shape[1] for x in maps], dim=1)
@@ -63,7 +63,10 @@ class ScaleFusion(nn.Module):
         return fused
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Correct the count, which has the whole weight once per map, to one convolution of the concatenation."""
+        """Return what ``derain bench`` adds: one convolution of all maps, minus the counted one for each map.
+
+        For each map, the whole weight has been counted, not only the part that the map is convolved with.
+        """
         pixels = output.numel() // output.shape[1]
         counted = sum(x.numel() // x.shape[1] for x in inputs[0])
         return self.mix.weight.numel() * (pixels - counted), 0

@@ -17,9 +17,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """Function of output and target, both ``(b, c, h, w)``, that returns the loss ``()``."""
 
 CHARBONNIER_EPSILON = 1e-3
+"""ε of the Charbonnier loss, for images in [0, 1]."""
 
-COMPARED = {"relu1_2": 3, "relu2_2": 8, "relu3_3": 15}
-"""Layers of VGG16 whose outputs the perceptual loss compares, and their indices in torchvision's network."""
+VGG_LAYERS = {"relu1_2": 3, "relu2_2": 8, "relu3_3": 15}
+"""Layers of VGG16 whose outputs the perceptual loss compares, and their indices in torchvision's ``features``."""
 
 
 def charbonnier(output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
@@ -90,15 +91,15 @@ def perceptual(output: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"
         target: As ``output``.
 
     Raises:
-        DerainError: If the images are smaller, or the weights are neither in the cache of ``torch.hub`` nor can be
-            fetched.
+        DerainError: If the images are smaller, or VGG16's weights cannot be loaded, see `load_vgg`.
 
     References:
         Valanarasu et al., TransWeather, CVPR 2022, and Yasarla et al., Syn2Real, CVPR 2020, by their code: ReLUs 1_2,
         2_2 and 3_3; Johnson et al., Perceptual Losses for Real-Time Style Transfer and Super-Resolution, ECCV 2016.
     """
     if min(output.shape[2:]) < 4:
-        raise DerainError(f"perceptual loss: images of {tuple(output.shape[2:])}; expected at least 4×4 pixels")
+        size = tuple(output.shape[2:])
+        raise DerainError(f"perceptual loss: images of {size}; expected at least 4×4 pixels; use larger crops")
     dtype = torch.promote_types(torch.promote_types(output.dtype, target.dtype), torch.float32)
     layers = _vgg_on(output.device, dtype)
     x, y = output.to(dtype), target.to(dtype)
@@ -106,7 +107,7 @@ def perceptual(output: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"
     with torch.autocast(output.device.type, enabled=False):
         for index, layer in enumerate(layers):
             x, y = layer(x), layer(y)
-            if index in COMPARED.values():
+            if index in VGG_LAYERS.values():
                 terms.append(F.mse_loss(x, y))
     return torch.stack(terms).mean()
 
@@ -115,16 +116,17 @@ def perceptual(output: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"
 def load_vgg() -> nn.Sequential:
     """Return the first layers of torchvision's VGG16 with its weights, frozen; fetch the weights if necessary.
 
-    It is loaded once in a process, and is not part of any module, so that it is not in checkpoints or optimizers.
+    The network is loaded once in a process. It is not a submodule of a method, and therefore not in checkpoints and
+    optimizers.
 
     Raises:
-        DerainError: If the weights are neither in the cache of ``torch.hub`` nor can be fetched, or are damaged.
+        DerainError: If the weights are damaged, or not in the cache of ``torch.hub`` and cannot be fetched.
     """
     with BACKBONES["vgg"].loading("perceptual loss"):
         from torchvision.models import VGG16_Weights, vgg16
 
         with torch.device("meta"):
-            layers: nn.Sequential = vgg16(init_weights=False).features[: max(COMPARED.values()) + 1]
+            layers: nn.Sequential = vgg16(init_weights=False).features[: max(VGG_LAYERS.values()) + 1]
         prefix = "features."
         state = VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")
         own = {f"{prefix}{name}" for name in layers.state_dict()}
@@ -134,12 +136,12 @@ def load_vgg() -> nn.Sequential:
 
 @cache
 def _vgg_on(device: torch.device, dtype: torch.dtype) -> nn.Sequential:
-    """Return a copy of the layers on a device."""
+    """Return a copy of the layers on a device, in the given type; cached."""
     return copy.deepcopy(load_vgg()).to(device, dtype)
 
 
 def mean(output: Tensor, target: Tensor) -> Float[Tensor, ""]:
-    """Return the mean of an output that is itself a loss; the target is not used."""
+    """Return the mean of the output, for outputs of a network that are themselves losses; the target is not used."""
     return output.mean()
 
 
@@ -154,4 +156,4 @@ LOSSES: Mapping[str, Loss] = {
     "perceptual": perceptual,
     "mean": mean,
 }
-"""Losses by the name that configurations use."""
+"""Losses by name, as in ``--model.loss``."""

@@ -1,4 +1,4 @@
-"""Layer normalisation for networks whose published cost includes it."""
+"""Layer normalisation whose operations are counted, for networks whose published cost includes them."""
 
 from typing import Any
 
@@ -9,8 +9,12 @@ OPERATIONS = 4
 
 
 class LayerNorm(nn.LayerNorm):
-    """``nn.LayerNorm`` whose operations `derain bench` counts, as thop does in networks that use PyTorch's class."""
+    """``nn.LayerNorm`` whose operations ``derain bench`` counts.
+
+    Networks use it where thop counts the normalisations of the authors' code, so that they are part of the published
+    cost.
+    """
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the operations that thop counts, and no multiplications of attention."""
+        """Return what ``derain bench`` adds: the operations that thop counts; and no attention."""
         return OPERATIONS * output.numel(), 0

@@ -57,9 +57,9 @@ def pad_to_minimum(x: Float[Tensor, "b c h w"], minimum: int) -> Float[Tensor, "
 
 
 def _indices_to_minimum(indices: Int[Tensor, " n"], minimum: int) -> Int[Tensor, " m"]:
-    """Repeat the last index until there are at least ``minimum`` indices; valid in a graph for any size."""
+    """Repeat the last index until there are ``minimum`` indices; an exported graph is valid for any size."""
     length: Any = (indices[-1] + 1).clamp(min=minimum)
-    if torch.compiler.is_exporting():  # a symbolic number; max(side, minimum) would exclude sizes below it
+    if torch.compiler.is_exporting():  # a symbolic integer; Python's max() would limit the graph to larger sizes
         length = length.item()
         torch._check(length >= minimum)  # type: ignore[no-untyped-call]
     return torch.arange(length, device=indices.device).clamp(max=indices[-1])
@@ -108,10 +108,10 @@ def pad_by_mirror(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor, "
 
 
 def _mirrored_indices(inside: Int[Tensor, " n"], multiple: int) -> Int[Tensor, " m"]:
-    """Return, for each row (or column) of a padded image, the row to copy; ``inside`` has the indices of the image."""
+    """Return, for each row (or column) of a padded image, the row to copy; ``inside`` are the rows of the image."""
     length: Any = inside[-1] + 1 if exporting() else len(inside)  # a graph must compute the length
     blocks: Any = length // multiple + 1
-    if torch.compiler.is_exporting():  # a symbolic number; the sizes of the graph are multiples of it
+    if torch.compiler.is_exporting():  # a symbolic integer: the exporter then knows that the side is a multiple
         blocks = blocks.item()
         torch._check(blocks >= 1)  # type: ignore[no-untyped-call]
     indices = torch.arange(blocks * multiple, device=inside.device) % (2 * length)
@@ -135,7 +135,7 @@ def padded_indices(last: Int[Tensor, ""], multiple: int, reflect: Tensor) -> Int
         tensor([0, 1, 2, 3, 4, 4, 4, 4])
     """
     blocks: Any = last // multiple + 1
-    if torch.compiler.is_exporting():  # a symbolic number; the sizes of the graph are multiples of it
+    if torch.compiler.is_exporting():  # a symbolic integer: the exporter then knows that the side is a multiple
         blocks = blocks.item()
         torch._check(blocks >= 1)  # type: ignore[no-untyped-call]
     indices = torch.arange(blocks * multiple, device=last.device)

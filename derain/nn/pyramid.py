@@ -1,4 +1,4 @@
-"""Blocks of pyramid vision transformers; maps are ``(b, h, w, c)``, and each pixel is a token.
+"""Blocks of pyramid vision transformers, for maps ``(b, h, w, c)`` whose pixels are the tokens.
 
 Wang et al., Pyramid Vision Transformer, ICCV 2021, and PVT v2, Computational Visual Media 2022.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from derain.nn.normalization import LayerNorm
 
 EPSILON = 1e-6
-"""Epsilon of the layer normalisations in blocks and at the end of stages."""
+"""Epsilon of the layer normalisations in blocks and at the end of stages; others have PyTorch's default of 1e-5."""
 
 Map = Float[Tensor, "b _ _ _"]
 """Map ``(b, h, w, c)``."""
@@ -51,7 +51,7 @@ class Embedding(nn.Module):
 
 
 def split_heads(x: Float[Tensor, "b n c"], heads: int) -> Float[Tensor, "b heads n d"]:
-    """Split the channels of tokens among heads."""
+    """Split the channels of tokens among heads of ``d = c / heads`` channels."""
     return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
@@ -90,7 +90,7 @@ class ReducedAttention(nn.Module):
         return cast(Tensor, self.project(attended.reshape(x.shape)))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return multiplications that are not counted: the matrix products of attention."""
+        """Return what ``derain bench`` adds: no layers; and the matrix products of attention."""
         reduced = (output.shape[1] // self.reduction) * (output.shape[2] // self.reduction)
         return 0, 2 * output.numel() * reduced
 

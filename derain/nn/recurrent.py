@@ -1,4 +1,4 @@
-"""Convolutional LSTM and residual blocks of progressive networks, which refine an image in stages."""
+"""Convolutional LSTM and residual blocks for networks that refine an image in stages, such as PReNet."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,7 +21,10 @@ STAGE_NAMES: tuple[tuple[str, str], ...] = (
     (r"\b(blocks\.\d)\.0\.", r"\1.first."),
     (r"\b(blocks\.\d)\.2\.", r"\1.second."),
 )
-"""Regular expressions of tensor names in the authors' files of PReNet, BRN and VRGNet; names in `RecurrentStage`."""
+"""Regular expressions of tensor names in the authors' files of PReNet, BRN and VRGNet, and their replacements.
+
+The new names are those of `RecurrentStage`.
+"""
 
 
 class State(NamedTuple):
@@ -37,15 +40,16 @@ class State(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """Convolutions of the gates of an LSTM; each maps the concatenated maps to ``(b, c, h, w)``.
+    """Convolutions of the gates of an LSTM; each turns the concatenated input maps into ``(b, c, h, w)``.
 
-    They are separate, since one large convolution is slower on a CPU: the quarters of its result are not contiguous.
+    The four are separate, since one large convolution would be slower on a CPU: the quarters of its result are not
+    contiguous.
 
     Attributes:
-        input: Gate of the candidate.
-        forget: Gate of the previous cell state.
+        input: Gate that scales the candidate.
+        forget: Gate that scales the previous cell state.
         candidate: New content of the cell.
-        output: Gate of the hidden state.
+        output: Gate that scales the hidden state.
     """
 
     input: nn.Conv2d
@@ -55,11 +59,11 @@ class Gates(NamedTuple):
 
 
 def lstm_step(gates: Gates, maps: Maps, cell: Float[Tensor, "b c h w"] | None) -> State:
-    """Return the next state of a convolutional LSTM (Shi et al., NeurIPS 2015, without peepholes).
+    """Return the next state of a convolutional LSTM (Shi et al., NIPS 2015, without peepholes).
 
     Args:
         gates: Convolutions of the gates.
-        maps: Inputs of the gates: features and hidden states. Zeros (None) are not convolved.
+        maps: Inputs of the gates: features and hidden states. None stands for zeros, which are not convolved.
         cell: Previous cell state; None for zeros.
     """
     x = _concatenate([features for features in maps if features is not None])
@@ -91,7 +95,7 @@ def _concatenate(maps: list[Tensor]) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions, each followed by a ReLU, and a ReLU after the sum (PReNet, section 3.3).
+    """Residual block: two 3×3 convolutions, each followed by a ReLU, and a ReLU after the sum, as in PReNet's code.
 
     Args:
         channels: Channels c of the features.
@@ -118,14 +122,14 @@ class RecurrentStage(nn.Module):
         inputs: Channels i of the concatenated input images.
         channels: Channels c of the features.
         blocks: Number of residual blocks.
-        memories: Number of hidden states that the gates read in addition to the features: the stage's own, then those
-            of other stages.
+        memories: Number of hidden states that the gates read in addition to the features: first the stage's own, then
+            those of other stages.
 
     Shape:
-        Images ``(b, i, h, w)``, state ``(b, c, h, w)`` → features ``(b, c, h, w)``, new state.
+        Images ``(b, i, h, w)``, state with maps ``(b, c, h, w)`` → features ``(b, c, h, w)``, new state.
 
     References:
-        Ren et al., Progressive Image Deraining Networks, CVPR 2019, eq. 5 and Figure 3: f_in, f_recurrent, f_res.
+        Ren et al., Progressive Image Deraining Networks, CVPR 2019, Figure 2: f_in, f_recurrent and f_res.
     """
 
     def __init__(self, inputs: int, channels: int, blocks: int, memories: int = 1) -> None:
@@ -155,7 +159,7 @@ class RecurrentStage(nn.Module):
         return self.blocks(state.hidden), state
 
     def extra_macs(self, inputs: tuple[Any, ...], output: tuple[Tensor, State]) -> tuple[int, int]:
-        """Return multiplications that are not counted: of the forget gate, which is not computed without a state."""
+        """Return what ``derain bench`` adds: without a state, the forget gate, which is then not computed."""
         if inputs[1] is not None:
             return 0, 0
         return self.forget_gate.weight.numel() * output[0][:, 0].numel(), 0

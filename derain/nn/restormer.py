@@ -1,4 +1,4 @@
-"""Restormer: a four-level encoder-decoder of transformer blocks with channel attention and gated feed-forward.
+"""Restormer: four-level encoder-decoder of transformer blocks with channel attention and gated feed-forward networks.
 
 Zamir et al., Restormer: Efficient Transformer for High-Resolution Image Restoration, CVPR 2022. Parameters have the
 names and shapes of the authors' checkpoints. The computation is optimised:
@@ -6,7 +6,8 @@ names and shapes of the authors' checkpoints. The computation is optimised:
 - Tensors are ``(b, h, w, c)``: normalisation and convolutions are faster if the channels of a pixel are contiguous.
 - Without gradients, maps are processed in strips of rows that fit into a processor's cache.
 - Attention and its output projection both multiply the channels of a pixel by a matrix. The two matrices are
-  multiplied first, so that pixels are read once. Instead of queries and keys, their products are normalised.
+  multiplied first, so that pixels are read once. Products of queries and keys are divided by the norms, instead of the
+  queries and keys themselves.
 - Except in exported graphs, the hidden channels of the feed-forward network are padded with zeros to a multiple of 16,
   the width of vector instructions. Padded channels stay zero.
 """
@@ -27,7 +28,10 @@ STRIP_BYTES = {"cpu": 8 << 20, "gpu": 256 << 20}
 """Bytes of a strip's widest map: few enough for the cache of a CPU core, and enough to occupy a GPU."""
 
 Interact = Callable[[int, Float[Tensor, "b h w c"]], Float[Tensor, "b h w c"]]
-"""Function of a level (0 is the finest) and its features that returns features of the same shape."""
+"""Function of a level and its features that returns features of the same shape.
+
+Level 0 is the finest. The parameter names of `Restormer`, which are the authors', count from 1.
+"""
 
 
 def pointwise(
@@ -74,7 +78,7 @@ def _as_float32(x: Tensor) -> Tensor:
 def _min_norm(dtype: torch.dtype) -> float:
     """Return the lower bound of norms: 1e-12, as in `torch.nn.functional.normalize`; 1e-4 in float16.
 
-    Gradients are proportional to its inverse, and scaled gradients must not overflow in float16.
+    Gradients of small norms grow with the inverse of the bound, and scaled gradients must not overflow in float16.
     """
     return 1e-4 if dtype == torch.float16 else 1e-12
 
@@ -82,8 +86,8 @@ def _min_norm(dtype: torch.dtype) -> float:
 class Attention(nn.Module):
     """Base class of self- and cross-attention between channels.
 
-    Each head computes ``softmax(Q Kᵀ · temperature) V``, with queries and keys normalised over the pixels. Products of
-    queries and keys are accumulated over strips in float32 or wider.
+    Each head computes ``softmax(Q Kᵀ · temperature) V``. The rows of Q, K and V are channels; those of Q and K are
+    normalised. Products of queries and keys are accumulated over strips in float32 or wider.
 
     Args:
         channels: Number of channels.
@@ -127,11 +131,11 @@ class Attention(nn.Module):
         return mixed.reshape(b, h, w, c)
 
     def normalize(self, scores: Float[Tensor, "b heads d d"]) -> Float[Tensor, "b heads d d"]:
-        """Return the attention weights of scores, whose rows are queries and columns keys."""
+        """Return the attention weights from scores; rows are query channels, columns key channels."""
         return scores.softmax(-1)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return multiplications that are not counted: of the output projection, and of the products of attention."""
+        """Return what ``derain bench`` adds: the output projection; and the matrix products of attention."""
         weight = self.project_out.weight
         pixels = output.numel() // len(weight)
         projection = weight.numel() * pixels
@@ -139,7 +143,7 @@ class Attention(nn.Module):
 
     def _products(self, query: Tensor, key: Tensor) -> Float[Tensor, "b heads d d"]:
         """Return the products of query and key channels, summed over the pixels."""
-        if query.dtype == torch.float16:  # the sums could overflow
+        if query.dtype == torch.float16:  # the sums over the pixels could overflow
             query, key = query.float(), key.float()
         b, h, w, _ = query.shape
         q, k = (x.reshape(b, h * w, len(self.temperature), -1).permute(0, 2, 3, 1) for x in (query, key))
@@ -227,7 +231,7 @@ class CrossAttention(Attention):
 
 
 class GatedFeedForward(nn.Module):
-    """Feed-forward network of two depth-wise convolutions, one gating the other ("GDFN").
+    """Feed-forward network with depth-wise convolutions, in which half of the hidden channels gate the others ("GDFN").
 
     Args:
         channels: Number of channels.
@@ -242,7 +246,7 @@ class GatedFeedForward(nn.Module):
     """
 
     halo: ClassVar[int] = 1
-    """Number of rows above and below a pixel that its result depends on."""
+    """Number of rows above, and rows below, a pixel that its result depends on."""
 
     def __init__(self, channels: int, expansion: float, bias: bool = False) -> None:
         super().__init__()
@@ -259,7 +263,7 @@ class GatedFeedForward(nn.Module):
         convolutions = (self.project_in, self.dwconv, self.project_out)
         weights = [convolution.weight for convolution in convolutions]
         biases = [convolution.bias for convolution in convolutions if convolution.bias is not None]
-        if exporting():  # padding would be part of the graph, and its weights are constants
+        if exporting():  # the graph would contain the padding
             return (*weights, *biases)
         padding = -self.project_out.in_channels % 16
 
@@ -271,7 +275,7 @@ class GatedFeedForward(nn.Module):
         return (*map(padded, weights[:2]), project_out, *map(padded, biases[:2]), *biases[2:])
 
     def forward(self, x: Float[Tensor, "b h w c"], kernels: tuple[Tensor, ...]) -> Float[Tensor, "b h w c"]:
-        """Apply the network with the result of `kernels`, which is computed once for all strips."""
+        """Apply the network to a map or strip; ``kernels`` is the result of `kernels`, computed once for all strips."""
         project_in, depthwise, project_out, *biases = kernels
         bias_in, bias_depthwise, bias_out = biases or (None, None, None)
         hidden = pointwise(x, project_in, bias_in).permute(0, 3, 1, 2)
@@ -396,7 +400,7 @@ class Restormer(nn.Module):
     Args:
         dim: Number of channels at the finest level; it doubles at each level.
         blocks: Number of transformer blocks at each of the four levels; the decoder has as many as the encoder.
-        refinement: Number of refinement blocks.
+        refinement: Number of refinement blocks, at full resolution after the decoder.
         heads: Number of attention heads at each of the four levels; must divide its channels.
         expansion: Hidden channels of the feed-forward networks divided by their channels.
         block: Class of the transformer blocks, with the first three arguments of `TransformerBlock`.
@@ -456,19 +460,19 @@ class Restormer(nn.Module):
         """Restore images.
 
         Args:
-            rainy: Images.
+            rainy: Images in [0, 1].
             interact: Function that changes the features of levels 3, 2 and 1 before they are upsampled.
         """
         height, width = rainy.shape[2:]
         padded = pad_to_multiple(rainy, 8).permute(0, 2, 3, 1).contiguous()
-        level1 = self.encoder_level1(self.patch_embed(padded))
-        level2 = self.encoder_level2(self.down1_2(level1))
-        level3 = self.encoder_level3(self.down2_3(level2))
-        x = interact(3, self.latent(self.down3_4(level3)))
-        x = spatial(torch.cat((self.up4_3(x), level3), dim=-1), self.reduce_chan_level3)
+        full = self.encoder_level1(self.patch_embed(padded))
+        half = self.encoder_level2(self.down1_2(full))
+        quarter = self.encoder_level3(self.down2_3(half))
+        x = interact(3, self.latent(self.down3_4(quarter)))
+        x = spatial(torch.cat((self.up4_3(x), quarter), dim=-1), self.reduce_chan_level3)
         x = interact(2, self.decoder_level3(x))
-        x = spatial(torch.cat((self.up3_2(x), level2), dim=-1), self.reduce_chan_level2)
+        x = spatial(torch.cat((self.up3_2(x), half), dim=-1), self.reduce_chan_level2)
         x = interact(1, self.decoder_level2(x))
-        x = torch.cat((self.up2_1(x), level1), dim=-1)
+        x = torch.cat((self.up2_1(x), full), dim=-1)
         x = spatial(self.refinement(self.decoder_level1(x)), self.output) + padded
         return x[:, :height, :width].permute(0, 3, 1, 2)

@@ -1,4 +1,6 @@
-"""Swin blocks for maps of any size: cached attention masks, strips of rows, shifts in exported graphs.
+"""Swin blocks for maps whose size varies.
+
+Attention masks are cached by map size, maps are processed in strips of rows, and exported graphs compute their shifts.
 
 Features are ``(b, h, w, c)``, so that the channels of a pixel are contiguous.
 """
@@ -28,7 +30,7 @@ MAX_WINDOW = 32
 
 
 class WindowBlock(SwinTransformerBlock):
-    """Swin block of timm for maps of any size: attention within windows, and an MLP.
+    """Swin block of timm for maps whose size varies: attention within windows, and an MLP.
 
     Attention masks are cached by map size. Without gradients, the map is processed in strips of window rows that fit
     into a processor's cache, which also limits memory.
@@ -40,7 +42,7 @@ class WindowBlock(SwinTransformerBlock):
         shifted: Whether the windows are shifted by half their side.
         expansion: Hidden channels of the MLP divided by ``channels``.
         drop_path: Probability that training skips the attention, or the MLP, of an image (stochastic depth).
-        shift_single: Whether axes of a single window are shifted too, which splits the window. Swin Transformers do
+        shift_single: Whether to shift axes with only one window, too, which splits that window. Swin Transformers do
             not shift them.
 
     Shape:
@@ -67,12 +69,12 @@ class WindowBlock(SwinTransformerBlock):
         if channels % heads:
             raise DerainError(f"{heads} heads do not divide {channels} channels; choose a number of heads that does")
         if not 1 <= window <= MAX_WINDOW:  # the index of relative positions has window⁴ elements
-            raise DerainError(f"window {window}: expected 1 to {MAX_WINDOW}; change it")
+            raise DerainError(f"window {window}: expected 1 to {MAX_WINDOW}; choose a side in this range")
         size = (window, window)
         super().__init__(channels, size, num_heads=heads, window_size=window, mlp_ratio=expansion, drop_path=drop_path)
         self.window = window
         self.shift = window // 2 if shifted else 0
-        self.shift_above = 0 if shift_single else window
+        self.shift_above = 0 if shift_single else window  # only axes longer than this are shifted
 
     def forward(self, x: Features) -> Features:
         """Apply the block."""
@@ -98,11 +100,11 @@ class WindowBlock(SwinTransformerBlock):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return height
         budget = STRIP_BYTES["cpu" if x.device.type == "cpu" else "gpu"]
-        row_bytes = batch * width * self.window**3 * self.attn.num_heads * x.element_size()
-        return max(1, budget // row_bytes) * self.window
+        scores = batch * width * self.window**3 * self.attn.num_heads  # attention scores of one row of windows
+        return max(1, budget // (scores * x.element_size())) * self.window
 
     def _transform_strips(self, x: Features, rows: int, down: int, right: int) -> Features:
-        """Transform a rolled map strip by strip; only its last strip contains rows from the opposite border."""
+        """Transform a shifted map strip by strip; only its last strip contains rows from the opposite border."""
         height = x.shape[1]
         out = torch.empty_like(x)
         for top in range(0, height, rows):
@@ -136,14 +138,14 @@ class WindowBlock(SwinTransformerBlock):
 def shift_mask(
     height: int, width: int, side: int, down: int, right: int, device: torch.device
 ) -> Float[Tensor, "n k k"]:
-    """Return the attention mask of a rolled map: -100 between pixels from opposite borders of the map, else 0.
+    """Return the attention mask of a shifted map: -100 between pixels from opposite borders of the map, else 0.
 
     Args:
         height: Height of the map or strip, in pixels.
         width: Width of the map.
         side: Side of the windows.
-        down: Number of rows from the opposite border, at the bottom; 0 for a strip other than the last.
-        right: Number of columns from the opposite border, at the right.
+        down: Number of rows at the bottom that come from the top of the map; 0 for a strip other than the last.
+        right: Number of columns at the right that come from the left of the map.
         device: Device of the mask.
 
     Returns:
@@ -173,7 +175,7 @@ def transform_shifted(
         side: Side of the windows in pixels.
         shift: Number of pixels by which the map is shifted along each axis; 0 for none.
         transform: Function of the shifted map and its attention mask (None without a shift).
-        above: Axes of at most this length are not shifted.
+        above: Only axes longer than this, in pixels, are shifted.
     """
     if not shift:
         return transform(x, None)

@@ -23,8 +23,8 @@ def structural_similarity(derained: Float[Tensor, "b c h w"], clean: Float[Tenso
         clean: Images in [0, 1].
 
     References:
-        Ren et al., CVPR 2019, section 4.1, as computed by their code: 11×11 Gaussian window of σ = 1.5, zero
-        padding of 5, C1 = 0.01², C2 = 0.03²; PLNLIN's authors use the same. SSIM: Wang et al., IEEE TIP 2004, eq. 13.
+        PReNet (Ren et al., CVPR 2019), as computed by their code: 11×11 Gaussian window of σ = 1.5, zero padding of 5,
+        C1 = 0.01², C2 = 0.03²; PLNLIN's authors use the same. SSIM: Wang et al., IEEE TIP 2004, eq. 13.
 
     Example:
         >>> image = torch.rand(1, 3, 16, 16)

@@ -8,9 +8,10 @@ from derain.errors import DerainError
 from .formats import reason
 
 Options = Callable[[int], dict[str, str]]
+"""Function of ``crf``, 0 to 51, that returns the options of an encoder in FFmpeg."""
 
 DEFAULT_ENCODERS = ("libx264", "libvpx-vp9", "mpeg4")
-"""Encoders in order of preference; a container uses the first that it supports."""
+"""Encoders in order of preference; the default is the first that the container supports and FFmpeg has."""
 
 
 def _crf(crf: int) -> dict[str, str]:
@@ -26,7 +27,7 @@ def _vp9(crf: int) -> dict[str, str]:
 
 
 def _mpeg4(crf: int) -> dict[str, str]:
-    return {"qmin": "1", "qmax": str(max(1, crf // 6))}
+    return {"qmin": "1", "qmax": str(max(1, crf // 6))}  # its quantiser scale is 1 (best) to 31
 
 
 def _nvenc(crf: int) -> dict[str, str]:
@@ -64,7 +65,7 @@ ENCODERS: dict[str, Options] = {
     "h264_videotoolbox": _videotoolbox,
     "hevc_videotoolbox": _videotoolbox,
 }
-"""Encoders, and the function from ``crf`` to their options; those after ``mpeg4`` run on graphics hardware."""
+"""Encoders by name, with the function that returns their options; those after ``mpeg4`` run on graphics hardware."""
 
 
 def choose_encoder(container: Any, name: str | None, target: object) -> str:
@@ -105,7 +106,7 @@ def _exists(encoder: str) -> bool:
 
 
 def open_encoder(video: Any, name: str, target: object) -> None:
-    """Open an encoder, which tests whether its hardware is there.
+    """Open an encoder; this fails early if its hardware is missing.
 
     Args:
         video: PyAV's stream, with size, pixel format and time base.
@@ -113,7 +114,7 @@ def open_encoder(video: Any, name: str, target: object) -> None:
         target: Name of the video in messages.
 
     Raises:
-        DerainError: If it cannot be opened.
+        DerainError: If the encoder cannot be opened.
     """
     import av
 
@@ -122,5 +123,5 @@ def open_encoder(video: Any, name: str, target: object) -> None:
     except av.FFmpegError as error:
         raise DerainError(
             f"--encoder {name}: cannot be opened for {target} ({reason(error)}), for example because its hardware or "
-            "driver is missing; use libx264"
+            "driver is missing; omit --encoder"
         ) from error

@@ -1,4 +1,4 @@
-"""Names of video files, and what defines the picture of a video: size, rotation and colours."""
+"""Suffixes and containers of video files; size, rotation and colours of a video."""
 
 import math
 from collections.abc import Sequence
@@ -12,23 +12,23 @@ SUFFIXES = frozenset(
 """Suffixes of videos, in lower case."""
 
 FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
-"""Suffix to container, for the containers that can be written: they store the time of every frame."""
+"""Containers that can be written, by suffix; they store the time of every frame."""
 
 MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
-"""Colour matrix in videos (ISO/IEC 23091-2) to the colour space of PyAV's conversions."""
+"""Numbers of colour matrices in PyAV's conversions, by their numbers in videos (ISO/IEC 23091-2)."""
 
 UNSPECIFIED = 2
-"""Value of the tag for an unknown colour matrix."""
+"""Number of an unknown colour matrix in videos."""
 
 UNKNOWN_MATRICES = frozenset({0, UNSPECIFIED, 3})
-"""Tags that name no colour matrix: RGB, unspecified, reserved."""
+"""Numbers in videos that name no colour matrix: RGB, unspecified, reserved."""
 
 LIMITED, FULL = 1, 2
 """Values of the tag of the colour range: luma from 16 to 235, or from 0 to 255."""
 
 
 def output_path(path: Path) -> Path:
-    """Return the path of the restored file: videos in a container that cannot be written become ``.mp4``.
+    """Return the path with the suffix of the restored file: ``.mp4`` for videos whose container cannot be written.
 
     Example:
         >>> [output_path(Path(name)).name for name in ("a.mts", "b.mkv", "c.jpg")]
@@ -48,8 +48,8 @@ class VideoFormat(NamedTuple):
         quarter_turns: Quarter turns counter-clockwise that make frames upright.
         matrix: Colour matrix for the conversion to and from RGB, a key of `MATRICES`.
         full_range: Whether luma is from 0 to 255 instead of 16 to 235.
-        color_tags: Tags of the copy: colour matrix, range, transfer function and primaries; a matrix that is not tagged
-            is `UNSPECIFIED`.
+        color_tags: Tags for the copy: colour matrix, range, transfer function and primaries. If the source does not
+            name its matrix, that of the copy is `UNSPECIFIED`.
         aspect: Width of an upright pixel divided by its height.
         bits: Bits per channel.
         has_alpha: Whether frames have an alpha channel.
@@ -70,7 +70,7 @@ class VideoFormat(NamedTuple):
 
 
 def accurate_interpolation() -> Any:
-    """Return PyAV's flags for bicubic, full-resolution chroma and exact rounding."""
+    """Return PyAV's flags for bicubic interpolation, full-resolution chroma and exact rounding."""
     from av.video.reformatter import Interpolation
 
     accurate = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
@@ -90,7 +90,8 @@ def rotation_of(display_matrix: Sequence[int]) -> tuple[bool, int] | None:
             y downwards.
 
     Returns:
-        None if the rotation is not a multiple of 90°.
+        Whether to mirror from left to right, and the number of quarter turns, 0 to 3; None if the rotation is not a
+        multiple of 90°.
 
     Example:
         >>> rotation_of([0, -65536, 0, 65536, 0, 0, 0, 0, 1 << 30])

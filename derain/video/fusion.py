@@ -17,7 +17,7 @@ from derain.errors import DerainError
 from derain.images import Pixels
 
 LARGEST_SIDE = 640
-"""Longer side of the frames that flow is computed on, in pixels."""
+"""Flow is computed on frames whose longer side has at most this length, in pixels."""
 
 SMALLEST_SIDE = 32
 """Smallest side of frames that can be fused, in pixels."""
@@ -34,10 +34,10 @@ CUT_DISTANCE = 0.6
 _MAX_FLOW_ERROR = 4.0  # pixels by which flow forwards and backwards may differ, plus 5 % of its length
 _MAX_COLOR_ERROR = 80.0  # 8-bit levels, of blurred frames: remains of heavy rain differ by this much
 _MAX_CHROMA_ERROR = 25.0  # the same of R − G and B − G, which rain changes less than objects do
-_COLOR_BLUR = 5.0
-_MAX_DETAIL_RATIO = 3.0  # remains of rain are everywhere, a misaligned object is not
-_MIN_DETAIL_ERROR = 4.0  # 8-bit levels
-_DETAIL_BLUR = 3.0
+_COLOR_BLUR = 5.0  # σ in pixels
+_MAX_DETAIL_RATIO = 3.0  # of local differences to their median: rain remains everywhere, misaligned objects do not
+_MIN_DETAIL_ERROR = 4.0  # 8-bit levels that are added to the limit
+_DETAIL_BLUR = 3.0  # σ in pixels
 _WEIGHTS = np.exp(-(np.arange(256) ** 2) / (2 * SIGMA**2)).astype(np.float32)
 
 Flow = NDArray[np.float32]
@@ -52,7 +52,7 @@ def fuse_neighbours(frames: Iterator[Pixels], reach: int) -> Iterator[Pixels]:
         reach: Number of neighbours on each side; 0 yields the frames as they are.
 
     Yields:
-        One frame for each, in order, ``reach`` frames later.
+        The fused frames, in order; a frame is yielded once the ``reach`` frames after it have been read.
 
     Raises:
         DerainError: If a side of the frames is shorter than 32 pixels.
@@ -71,7 +71,7 @@ def fuse_neighbours(frames: Iterator[Pixels], reach: int) -> Iterator[Pixels]:
 
 
 class _Window:
-    """The latest frames, their flows to each other, and the scenes they belong to.
+    """The latest frames, the flows between them, and the scenes that they belong to.
 
     Args:
         reach: Number of neighbours on each side that a frame is fused with.
@@ -84,11 +84,11 @@ class _Window:
         self.scenes: dict[int, int] = {}
         self.flows: dict[tuple[int, int], Flow] = {}
         self.estimator = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        self.estimator.setVariationalRefinementAlpha(100.0)  # smoother: remains of rain move otherwise
+        self.estimator.setVariationalRefinementAlpha(100.0)  # smoother flow, which does not follow remains of rain
         self.estimator.setVariationalRefinementIterations(10)
 
     def add(self, index: int, pixels: Pixels) -> None:
-        """Add a frame, with its flow to and from the frames before it; forget the frame that is not needed any more."""
+        """Add a frame, with its flow to and from the frames before it; drop the frame that no later one needs."""
         self.frames[index] = pixels
         self.small[index] = _reduce(pixels)
         self.scenes[index] = self.scenes.get(index - 1, 0)
@@ -100,7 +100,7 @@ class _Window:
             if other == index - 1 and self._is_cut(other, index):
                 self.scenes[index] += 1
                 break
-        self._forget(index - 2 * self.reach - 1)
+        self._drop(index - 2 * self.reach - 1)
 
     def _flow(self, source: int, target: int) -> Flow:
         """Return the flow from a frame to another one, at reduced size."""
@@ -119,7 +119,7 @@ class _Window:
             return True
         return bool(self._agreement(after, before).mean() < CUT_AGREEMENT)
 
-    def _forget(self, index: int) -> None:
+    def _drop(self, index: int) -> None:
         self.frames.pop(index, None)
         self.small.pop(index, None)
         for pair in [pair for pair in self.flows if index in pair]:
@@ -164,7 +164,7 @@ def _positions(flow: Flow) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 
 
 def warp(image: Pixels, flow: Flow) -> Pixels:
-    """Return an image sampled at ``x + flow(x)``, by bicubic interpolation; positions outside have the border's colour.
+    """Return an image sampled at ``x + flow(x)``, by bicubic interpolation; outside, the border is repeated.
 
     Args:
         image: ``(h, w, 3)`` uint8.
@@ -183,10 +183,10 @@ def agreement(image: Pixels, other: Pixels, flow: Flow, backward: Flow) -> Mask:
         backward: Flow from ``other`` to ``image``, same shape.
 
     Returns:
-        ``(h, w)``, true where all of this holds: ``x + flow(x)`` is inside the image; ``|flow(x) + backward(x +
-        flow(x))|`` is below 4 pixels plus 5 % of the flow's length; blurred colours differ by less than 80 of 255
-        levels, and R − G and B − G of these by less than 25; and the local mean of the absolute difference is below
-        three times its median in the image, plus 4 levels.
+        ``(h, w)``, true where all four conditions are met: ``x + flow(x)`` is inside the image; ``|flow(x) +
+        backward(x + flow(x))|`` is below 4 pixels plus 5 % of the flow's length; the blurred colours differ by less
+        than 80 of 255 levels, and their R − G and B − G by less than 25; and the local mean of the absolute difference
+        is below three times its median over the image, plus 4 levels.
     """
     height, width = image.shape[:2]
     x, y = _positions(flow)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from derain.images import Pixels
 
 QUEUE = 4
-"""Number of frames that are read ahead, and number of frames that wait to be written."""
+"""Limit of the frames that are read ahead, and of the frames that wait to be written."""
 
 T = TypeVar("T")
 
@@ -27,11 +27,11 @@ class Packet(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Frame of a video, after the packets before it.
+    """Frame of a video, with the packets of copied streams that precede it.
 
     Attributes:
         packets: Packets of copied streams between the previous frame and this one.
-        pixels: ``(h, w, 3)``, upright, 0 to 255; None for the packets after the last frame.
+        pixels: ``(h, w, 3)`` uint8, upright; None in the last item, which has the packets after the last frame.
         pts: Time in units of the stream's time base; None if unknown.
         duration: Duration in the same units; 0 if unknown.
         seconds: Time in seconds; None if unknown.
@@ -57,7 +57,7 @@ class Picture(NamedTuple):
 
 
 Change = Callable[[Iterator[Picture]], Iterator[Pixels]]
-"""Function of the frames of a video that yields pixels of equal size for each, in order.
+"""Function of the frames of a video that yields their changed pixels, of equal size and in the same order.
 
 It may read some frames ahead, to restore a batch or to fuse neighbours.
 """
@@ -68,9 +68,9 @@ def overlap(
     change: Change,
     write: Callable[[Frame, Pixels | None], None],
 ) -> None:
-    """Read, change and write frames: the next are read and the last are written while others are changed.
+    """Change frames, while one thread reads later frames and another one writes earlier frames.
 
-    Memory does not grow with the number of frames: at most `QUEUE` frames wait on either side of ``change``.
+    Memory does not grow with the length of the video: at most `QUEUE` frames wait before and after ``change``.
 
     Args:
         frames: Frames of the source; read in a thread.
@@ -79,7 +79,7 @@ def overlap(
             another thread.
 
     Raises:
-        RuntimeError: If ``change`` does not yield exactly one frame for each.
+        RuntimeError: If ``change`` does not yield as many frames as it received.
         Exception: Whatever reading, changing or writing raises; both threads have ended by then.
     """
     with _thread("read") as reader, _thread("write") as writer:
@@ -111,7 +111,7 @@ def overlap(
 
 @contextmanager
 def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
-    """Yield one thread; at the end of the block it finishes its current task and skips the others."""
+    """Yield a pool of one thread; at the end of the block, it finishes its current task and skips the others."""
     executor = ThreadPoolExecutor(1, thread_name_prefix=name)
     try:
         yield executor

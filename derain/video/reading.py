@@ -1,4 +1,4 @@
-"""Read videos: frames as upright RGB, and packets of the streams that are copied."""
+"""Read videos: upright RGB frames, and the packets of streams that are copied."""
 
 import logging
 import math
@@ -77,7 +77,7 @@ def frame_count(container: Any, stream: Any) -> int:
 
 
 def read_format(path: Path) -> VideoFormat:
-    """Return size, rotation and colours of a video, which are those of its first frame.
+    """Return size, rotation and colours of a video, from its first frame.
 
     Raises:
         DerainError: If no frame can be decoded, the rotation is not a multiple of 90°, or the colour matrix is not
@@ -122,9 +122,9 @@ def read_format(path: Path) -> VideoFormat:
 
 
 def _color_matrix(frame: Any, shorter_side: int, path: Path) -> tuple[int, int]:
-    """Return the tag of the colour matrix, and the matrix for the conversion to and from RGB.
+    """Return the tag of the colour matrix for the copy, and the matrix for the conversion to and from RGB.
 
-    Without a tag, the matrix is that of BT.709 if the shorter side has 720 pixels or more, and that of BT.601 below.
+    Without a tag, the matrix is that of BT.709 if the shorter side has at least 720 pixels, otherwise that of BT.601.
 
     Raises:
         DerainError: If the tag names a matrix that is not supported, such as YCgCo or ICtCp.
@@ -141,7 +141,7 @@ def to_upright_rgb(frame: Any, video_format: VideoFormat, path: Path) -> Pixels:
     """Return a frame of PyAV as upright RGB, ``(h, w, 3)`` uint8.
 
     Raises:
-        DerainError: If its size is not that of the first frame.
+        DerainError: If the size is not that of the first frame.
     """
     size = (frame.height, frame.width)
     if video_format.quarter_turns % 2:
@@ -175,7 +175,7 @@ def warn_of_losses(video_format: VideoFormat, source: Path) -> None:
 
 
 def warn_of_skipped_streams(container: Any, kept: list[Any], source: Path) -> None:
-    """Warn of streams that are not copied."""
+    """Warn of streams other than ``kept``, the restored and copied ones."""
     skipped = [stream.type or "unknown" for stream in container.streams if stream not in kept]
     if container.chapters() and "data" in skipped:
         skipped.remove("data")  # MP4 stores chapters in one such stream, and they are copied
@@ -184,7 +184,7 @@ def warn_of_skipped_streams(container: Any, kept: list[Any], source: Path) -> No
 
 
 class FrameReader:
-    """Iterable of the frames of a video in display order, with the packets of other streams before each.
+    """Iterable of the frames of a video in display order, and of the packets of copied streams in between.
 
     Args:
         container: The video.
@@ -195,8 +195,8 @@ class FrameReader:
     Attributes:
         frames: Number of frames so far.
         damaged: Number of packets so far that could not be decoded.
-        error: Message of FFmpeg about a packet that could not be read; empty if there is none.
-        end: Latest end of a packet so far, in seconds.
+        error: Message of FFmpeg about a packet that could not be read; empty if all could.
+        end: Latest end of a packet so far, as a time of the file in seconds.
     """
 
     def __init__(self, container: Any, stream: Any, copied_streams: list[Any], path: Path) -> None:
@@ -206,7 +206,7 @@ class FrameReader:
         self.end = Fraction(0)
 
     def upright(self, video_format: VideoFormat) -> Iterator[Frame]:
-        """Yield frames as upright RGB; after the last one, the packets after it, without pixels.
+        """Yield upright RGB frames with the packets before them; the last item has packets, but no pixels.
 
         Raises:
             DerainError: If the size of the frames changes.

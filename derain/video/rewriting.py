@@ -34,8 +34,9 @@ class VideoOptions:
     """How videos are encoded.
 
     Attributes:
-        crf: Quality on x264's scale, 0 (best; lossless by libx264, but for the conversion of colours) to 51 (worst).
-        encoder: Name of an encoder of FFmpeg; None for the default of the container: libx264, in WebM libvpx-vp9.
+        crf: Quality from 0 (best) to 51 (worst), converted to the encoder's own measure of quality, so that equal
+            values give different qualities. With libx264, 0 is lossless except for the conversion of colours.
+        encoder: Name of an encoder of FFmpeg, a key of ``ENCODERS``; None for the default: libx264, in WebM libvpx-vp9.
         metadata: Whether to copy the tags of the video, such as time and location; languages and chapters are always
             copied.
 
@@ -53,7 +54,12 @@ class VideoOptions:
 
 
 def check(source: Path, target: Path, options: VideoOptions = VideoOptions()) -> None:
-    """Check that a video can be read and its restored copy can be written.
+    """Check that a video can be read and its restored copy can be written, without writing a file.
+
+    Args:
+        source: The video.
+        target: The new video; its suffix selects the container.
+        options: How the new video is to be encoded.
 
     Raises:
         DerainError: If ``source`` is not a readable video, its rotation or colour matrix is not supported, the
@@ -77,15 +83,15 @@ def rewrite(
     options: VideoOptions = VideoOptions(),
     beside: Path | None = None,
 ) -> bool:
-    """Write a complete video with changed, upright frames and the times and sound of the source, or no video.
+    """Write a video with changed, upright frames and the times and sound of the source; after an error, write none.
 
     Frames are decoded, changed and encoded at the same time, and memory does not grow with the length of the video. If
     the source is truncated, its readable part is written, with a warning.
 
     Args:
         source: The video.
-        target: The new video; its suffix is the container.
-        change: Changes the frames, see `Change`.
+        target: The new video; its suffix selects the container.
+        change: Function that changes the frames, see `Change`.
         options: How the new video is encoded.
         beside: File for another video that shows source and result side by side; None for no such video.
 
@@ -147,7 +153,7 @@ def rewrite(
 
 
 def side_by_side(rainy: Pixels, derained: Pixels) -> Pixels:
-    """Return a labelled comparison with even sides: a white row or column is appended to an odd side."""
+    """Return a labelled comparison of two frames; an odd height or width is made even by a white row or column."""
     picture = np.asarray(compare({"rainy": rainy, "derained": derained}))
     height, width = picture.shape[:2]
     return np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), constant_values=255)

@@ -23,19 +23,19 @@ class Writer:
     """Writes a video: encodes frames, and copies streams, chapters and tags of the source.
 
     Args:
-        file: File to write.
-        target: Name of the video in messages; its suffix is the container.
+        file: File to write, or a buffer.
+        target: Name of the video in messages; its suffix selects the container.
         video_format: Colours and aspect of the source.
         size: Height and width of the frames in pixels.
         stream: Video stream of the source.
         copied_streams: Streams of the source to copy.
-        crf: Quality on x264's scale, 0 (best) to 51 (worst).
+        crf: Quality from 0 (best) to 51 (worst), see ``VideoOptions``.
         encoder: Name of the encoder; None for the default of the container.
         source: Name of the source in messages.
 
     Raises:
-        DerainError: If the suffix is not in ``FORMATS``, the encoder is not available, or the container does not
-            support an audio stream.
+        DerainError: If the suffix is not in ``FORMATS``, the encoder is not available or cannot be opened, or the
+            container does not support an audio stream.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Writer:
         options = {}
         if name in {"mp4", "mov"}:
             options = {"movflags": "+faststart", "video_track_timescale": str(self.stream.time_base.denominator)}
-        if source.format.flags & Flags.ts_discont.value:  # such formats may start at any time
+        if source.format.flags & Flags.ts_discont.value:  # times in such formats may start anywhere
             options["output_ts_offset"] = f"{-(source.start_time or 0) / 1_000_000:.6f}"
         handle = file if isinstance(file, io.BytesIO) else str(file)
         return av.open(handle, "w", format=name, options=options)
@@ -177,6 +177,7 @@ class Writer:
             self._mux(lambda: packet.content)
 
     def _mux(self, packets: Callable[[], Any]) -> None:
+        """Write the packets that a function returns; report its errors, such as those of the encoder, too."""
         import av
 
         try:
@@ -188,7 +189,7 @@ class Writer:
         return DerainError(f"{self.target}: cannot be written ({reason(error)})")
 
     def finish(self) -> None:
-        """Flush the encoder."""
+        """Write the frames that the encoder has not yet returned; to be called after the last frame."""
         self._mux(lambda: self.video.encode(None))
 
     def close(self, complete: bool = True) -> None:
