@@ -1,9 +1,9 @@
 #!/bin/bash
 # Trains on two nodes with four GPUs each. For other sizes: sbatch --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 …
 #   sbatch experiments/slurm/train.sh --config experiments/rain100h.yaml [--data.batch_size 4 …]
-# Arguments after the script are passed to derain fit; the batch size is that of one GPU, and a step sees it times the
-# number of GPUs times --trainer.accumulate_grad_batches. The run is saved to runs/EXPERIMENT/fit-JOBID. A requeued job
-# resumes from its last checkpoint.
+# Arguments after the script are passed to derain fit. --data.batch_size is the batch size of one GPU; that of a step is
+# larger by the number of GPUs times --trainer.accumulate_grad_batches. The run is saved to runs/EXPERIMENT/fit-JOBID. A
+# requeued job resumes from its last checkpoint.
 #SBATCH --job-name=derain-fit
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4

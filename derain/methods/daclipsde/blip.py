@@ -31,7 +31,8 @@ class FrozenBLIP:
         max_tokens: Maximum length of a caption, in tokens.
 
     Raises:
-        DerainError: When BLIP is first needed, if it can neither be found nor fetched, or cannot write ``max_tokens``.
+        DerainError: On first use, if BLIP is incomplete or damaged, can be neither found nor fetched, or cannot write
+            captions of ``max_tokens`` tokens.
     """
 
     def __init__(self, name: str, max_tokens: int = 32) -> None:
@@ -39,12 +40,12 @@ class FrozenBLIP:
 
     @cached_property
     def folder(self) -> Path:
-        """Directory of the model; it is fetched from the hub at the first access if necessary, with a log message."""
+        """Directory of the model; on first access, it is fetched from the hub if necessary, with a log message."""
         return BLIP.folder(self.name)
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of weights, configuration and tokenizer."""
+        """SHA-256 of the files of weights, configuration and tokenizer."""
         return BLIP.sha256(self.folder)
 
     @cached_property
@@ -76,7 +77,7 @@ class FrozenBLIP:
 
         Args:
             images: Images ``(h, w, 3)`` in uint8, of any sizes.
-            device: Device of BLIP; the CPU by default.
+            device: Device that BLIP is moved to; by default the CPU.
 
         Raises:
             DerainError: If the batch does not fit into the memory of the device.

@@ -1,4 +1,4 @@
-"""Controller of DA-CLIP: corrects the image embedding of a frozen CLIP, and embeds the degradation.
+"""Controller of DA-CLIP, which corrects the image embedding of a frozen CLIP and embeds the degradation.
 
 Luo et al., Controlling Vision-Language Models for Multi-Task Image Restoration, ICLR 2024; Pullabhotla, section III.A.
 """
@@ -27,7 +27,7 @@ Order = Literal["reversed", "aligned"]
 Tokens = Float[Tensor, "b n c"]
 
 WORDS = ("rainy", "clean")
-"""Degradation words of a controller whose file names fewer than two, such as the authors'."""
+"""Degradation words for a controller whose file has fewer than two, such as the authors' file."""
 
 
 class DACLIPMetadata(Metadata):
@@ -63,8 +63,9 @@ class Controller(nn.Module):
 
     Args:
         clip: ``CLIPModel`` of transformers.
-        order: Frozen block that a block of the copy is connected to: ``aligned``: the first to the first, and so on;
-            ``reversed``: the last to the first, and so on, as in the authors' code.
+        order: Order in which blocks of the copy are connected to frozen blocks. ``aligned``: the first block to the
+            first, and so on; ``reversed``: the last block of the copy to the first frozen block, and so on, as in the
+            authors' code.
     """
 
     def __init__(self, clip: Any, order: Order = "reversed") -> None:
@@ -85,7 +86,7 @@ class Controller(nn.Module):
 
         Args:
             clip: The CLIP that the controller was built from, frozen.
-            pixels: Images as `FrozenCLIP.pixels` returns them.
+            pixels: Images, as `FrozenCLIP.pixels` returns them.
         """
         x = _embed(self.vision, pixels)
         controls = []
@@ -119,10 +120,10 @@ def load_controller(file: Path, clip: FrozenCLIP) -> tuple[Controller, Mapping[s
         clip: CLIP that the controller was trained with; a warning is logged if its hash differs.
 
     Returns:
-        The controller, and the metadata of its file: empty for the authors' checkpoint.
+        The controller, and the metadata of its file, which is empty for the authors' checkpoint.
 
     Raises:
-        DerainError: If the file cannot be read, has no controller, or does not fit CLIP.
+        DerainError: If the file cannot be read, contains no controller, or does not fit CLIP.
     """
     content = weights.read(file)
     state, metadata = content.state, content.metadata
@@ -166,7 +167,12 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def _matches_clip(projection: Tensor | None, clip: FrozenCLIP) -> bool:
-    """Return whether the authors' checkpoint contains the same CLIP; different CLIPs can have equal shapes."""
+    """Return whether the authors' checkpoint contains this CLIP: different CLIPs can have tensors of equal shapes.
+
+    Args:
+        projection: Projection of the frozen CLIP in the checkpoint; None if there is none to compare.
+        clip: CLIP in use.
+    """
     if projection is None:
         return True
     expected = clip.model.visual_projection.weight.cpu()
@@ -181,12 +187,13 @@ class FrozenDACLIP:
     Args:
         clip: Id on the Hugging Face hub or a local directory; ``$DERAIN_CLIP`` takes precedence.
         controller: Weights of `DACLIPModule`, or the authors' checkpoint; ``$DERAIN_CONTROLLER`` takes precedence.
-            None: an untrained controller, so that both embeddings are CLIP's own.
+            None: an untrained controller, whose embeddings are both CLIP's own.
 
     Attributes:
-        file: Path of the controller's file; None: an untrained controller.
-        hashes: Hashes of CLIP and of the controller's file; until these are loaded, the expected ones.
-        words: Degradation words that the controller was trained to distinguish; known once it is loaded.
+        file: Path of the controller's file; None for an untrained controller.
+        hashes: SHA-256 of CLIP and of the controller's file (``clip_sha256``, ``controller_sha256``); until these are
+            loaded, the expected ones, see `expect_hashes`.
+        words: Degradation words that the controller was trained to distinguish; valid once the controller is loaded.
     """
 
     def __init__(self, clip: str, controller: str | None) -> None:
@@ -203,8 +210,8 @@ class FrozenDACLIP:
 
         Args:
             metadata: Metadata of a weights file or checkpoint.
-            resuming: Whether to raise an error when a different CLIP or controller is loaded, which a resumed run must
-                not use; otherwise a warning is logged.
+            resuming: Whether a run is being resumed. If so, loading a different CLIP or controller raises an error;
+                otherwise it logs a warning.
         """
         self.hashes = {name: metadata[name] for name in ("clip_sha256", "controller_sha256") if name in metadata}
         self._resumed = metadata.get("hyper_parameters", {}) if resuming else None
@@ -214,8 +221,8 @@ class FrozenDACLIP:
         """The controller, loaded at the first access.
 
         Raises:
-            DerainError: If CLIP or the controller's file is not available, they do not fit each other, or a run resumes
-                with different ones.
+            DerainError: If CLIP or the controller's file is not available, they do not fit each other, or a resumed run
+                was started with different ones.
         """
         controller = self._load()
         file_hash = weights.sha256(Path(self.file)) if self.file is not None else None
@@ -242,7 +249,7 @@ class FrozenDACLIP:
         """Compare the hash of CLIP or the controller with the expected one.
 
         Raises:
-            DerainError: If they differ and a run resumes.
+            DerainError: If they differ and a run is being resumed.
         """
         if self.hashes.get(f"{option}_sha256", sha256) == sha256:
             return
@@ -267,7 +274,7 @@ class FrozenDACLIP:
             return cast(Embeddings, controller(clip, self.clip.pixels(rainy.float())))
 
     def probabilities(self, degradation: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
-        """Return the probability of each of ``words``: the softmax of cosines times the controller's logit scale.
+        """Return the probability of each of ``words``: the softmax of the cosines, scaled as in the training.
 
         Args:
             degradation: Degradation embeddings.

@@ -32,20 +32,20 @@ class DACLIPModule(TrainableModule):
 
     Training minimises two contrastive losses (Pullabhotla, eqs. 3 and 4): between the content embedding of an image and
     the caption of its clean image, and between the degradation embedding and a word for the degradation. CLIP is frozen
-    and not part of checkpoints. Training batches contain the clean images too, since a single degradation word leaves
-    nothing to distinguish.
+    and not part of checkpoints. Training batches also contain the clean images: if the word for all images were
+    ``rainy``, the controller would have nothing to distinguish.
 
     Args:
         clip: Id on the Hugging Face hub, or a local directory; ``$DERAIN_CLIP`` takes precedence.
         order: Connections of the controller to the frozen tower: ``reversed`` or ``aligned``, see `Controller`.
         controller: Weights to start from, of this class or the authors'; default: CLIP's own tower.
-        degradation: Word for rainy images if there is no caption table (``--data.captions``), which has words of its
-            own.
+        degradation: Word for rainy images without a caption table. A caption table (``--data.captions``) has its own
+            words.
         clean: Word for clean images; None: batches contain no clean images.
-        equal_texts: Whether each of several equal texts in a batch is a correct answer for an image; otherwise only its
-            own text is.
-        smallest: Minimum fraction of an image's area in the random crops, which are resized for CLIP, in (0, 1];
-            DA-CLIP: 0.9.
+        equal_texts: Whether all texts of a batch that equal the text of an image are correct answers for it; otherwise
+            only its own text is.
+        smallest: Minimum area of the random crops, which are resized for CLIP, as a fraction of the image's area, in
+            (0, 1]; DA-CLIP: 0.9.
         learning_rate: Learning rate of AdamW, betas 0.9 and 0.98, epsilon 1e-6; DA-CLIP: 2e-5 on one GPU, 3e-5 on four.
         weight_decay: Weight decay of matrices; vectors, biases and the logit scale have none; DA-CLIP: 0.05.
         warm_up: Fraction of the optimiser steps in which the learning rate rises, in [0, 1); it then falls to 0 along a
@@ -96,7 +96,7 @@ class DACLIPModule(TrainableModule):
     # Training.
 
     def on_fit_start(self) -> None:
-        """Move CLIP to the device, and collect the degradation words."""
+        """Record the training sets, move CLIP to the device, and collect the degradation words."""
         super().on_fit_start()
         self._find_words()
         self.clip.model.to(self.device)
@@ -131,8 +131,8 @@ class DACLIPModule(TrainableModule):
         Args:
             images: Embeddings of the images on this device.
             texts: Texts of the images.
-            scale: Inverse temperature.
-            kind: Name of the texts in the warning.
+            scale: Inverse temperature of the softmax.
+            kind: What the texts are, for the warning.
         """
         features = self._features(texts).to(images.device)
         ids = torch.tensor([_text_id(text) for text in texts], device=images.device)
@@ -159,7 +159,10 @@ class DACLIPModule(TrainableModule):
         return torch.stack([self._texts[text] for text in texts])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Clamp the logit scale to 1 to 100 after each step, before a checkpoint may be saved."""
+        """Make the step, then clamp the inverse temperature, ``exp(logit_scale)``, to 1 to 100.
+
+        A checkpoint may be saved directly after the step.
+        """
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.network.logit_scale.clamp_(0, math.log(100))
@@ -217,17 +220,17 @@ class DACLIPModule(TrainableModule):
     # Files.
 
     def next_step(self, path: Path, option: str) -> str:
-        """Return the option by which DA-CLIP + IR-SDE is trained with the controller."""
+        """Return the option that trains DA-CLIP + IR-SDE with the controller."""
         return f"use it in training: --model.controller {path}"
 
     @classmethod
     def from_published(
         cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any
     ) -> TrainableModule | None:
-        """Return None, or refuse the authors' controller, which needs CLIP: only ``--model.controller`` loads it.
+        """Return None: no weights of the authors are loaded as this class.
 
         Raises:
-            DerainError: If the tensors are the authors' controller.
+            DerainError: If the tensors are the authors' controller, which ``--model.controller`` loads.
         """
         if any("visual_control." in name for name in state):
             raise DerainError(
@@ -241,7 +244,7 @@ class DACLIPModule(TrainableModule):
         return super().metadata() | {"clip_sha256": self.clip_sha256, "words": self.words}
 
     def restore_metadata(self, metadata: Mapping[str, Any]) -> None:
-        """Restore the degradation words.
+        """Restore the degradation words, and compare the hash of CLIP.
 
         Raises:
             DerainError: If the controller was trained with a different CLIP.
@@ -270,7 +273,7 @@ def random_crop(height: int, width: int, smallest: float) -> tuple[int, int, int
     Args:
         height: Height of the image, in pixels.
         width: Width of the image, in pixels.
-        smallest: Minimum fraction of the area, in (0, 1].
+        smallest: Minimum area of the crop, as a fraction of the image's area, in (0, 1].
 
     References:
         torchvision's ``RandomResizedCrop`` with its default ratios, as used by open_clip; equal seeds give equal crops.
@@ -295,7 +298,7 @@ def random_resized_crop(images: Float[Tensor, "b 3 h w"], smallest: float, side:
 
     Args:
         images: Images in [0, 1].
-        smallest: Minimum fraction of the area, see `random_crop`.
+        smallest: Minimum area of the crop, see `random_crop`.
         side: Height and width s of the result, in pixels.
     """
     height, width = images.shape[2:]

@@ -1,4 +1,4 @@
-"""Losses of IR-SDE's U-Net and of DA-CLIP's controller."""
+"""Losses for training IR-SDE's U-Net and DA-CLIP's controller."""
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ def matching_loss(
 ) -> Float[Tensor, ""]:
     """Return the mean absolute difference between the Euler step and the posterior mean (IR-SDE, eq. 16).
 
-    Up to the discretisation error of the Euler step, it is the mean absolute error of the noise, weighted by
+    Up to the discretisation error of the Euler step, it is the mean absolute error of the estimated noise, weighted by
     ``σ_t² dt / √v_t``. The weights are about 1e-3, so the loss is computed in float32.
 
     Args:
@@ -54,7 +54,7 @@ def contrastive_loss(
         images: Embeddings of images, normalised or not.
         texts: Embeddings of the texts of the images, normalised or not.
         scale: Inverse temperature.
-        same: Which texts are equal. Default: no two texts are, which is CLIP's loss.
+        same: Whether texts i and j are equal. Default: no two texts are, as in CLIP's loss.
     """
     logits = scale.float() * cosines(images, texts)
     if same is None:

@@ -68,19 +68,20 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
             precedence. Default: an untrained controller, whose embeddings are CLIP's own, with a warning.
         channels: Channels at full resolution, an even number.
         multipliers: Channels after each level, as multiples of ``channels``; IR-SDE: 2, 4, 8, 16.
-        attention: Self-attention: ``linear`` at every level, or ``none``.
+        attention: Self-attention: ``none``, or ``linear``: linear attention at every level; with content, ordinary
+            attention at the deepest one.
         context: Size of CLIP's embeddings.
-        max_sigma: Stationary standard deviation λ of the noise in units of 1/255; IR-SDE for rain: 10. Values below 1
-            are in units of 1.
+        max_sigma: Stationary standard deviation λ of the noise. Values of 1 or more are in units of 1/255, smaller
+            ones for images in [0, 1]; IR-SDE for rain: 10.
         sde_steps: T, the number of steps of the schedule.
         eps: Fraction of the clean residual ``x(0) - μ`` that remains at time T, in (0, 1).
         schedule: How the speed θ changes with time: ``cosine``, ``linear`` or ``constant``, see `theta_schedule`.
-        residual: Standard deviation of clean minus rainy images, for preconditioning: the network estimates only the
-            part of the noise that is not linear in the state, with the same weight at all times. Small networks then
-            train much faster. Not in the paper; Karras et al., NeurIPS 2022. Default: no preconditioning.
+        residual: Standard deviation of clean minus rainy images, for preconditioning: the best linear estimate of the
+            noise is computed, and the network estimates its error, with the same weight at all times. Small networks
+            then train much faster. Not in the paper; Karras et al., NeurIPS 2022. Default: no preconditioning.
         learning_rate: Learning rate of AdamW without weight decay, betas 0.9 and 0.99; IR-SDE: 1e-4.
-        decay: Learning rate schedule: ``cosine``: decays to 1e-6 along a cosine; ``halving``: is halved at 2/7, 4/7 and
-            6/7 of the optimiser steps (IR-SDE: after 200, 400 and 600 of 700 thousand steps).
+        decay: Learning rate schedule. ``cosine``: the rate falls to 1e-6 along a cosine. ``halving``: it is halved
+            after 2/7, 4/7 and 6/7 of the optimiser steps (IR-SDE: after 200, 400 and 600 of 700 thousand steps).
 
     Raises:
         DerainError: If an option is out of its range.
@@ -150,8 +151,8 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         """Find or fetch CLIP and the controller, if the network has contexts.
 
         Raises:
-            DerainError: If they are not available, the size of their embeddings is not ``context``, or a run is resumed
-                with different ones.
+            DerainError: If they are not available, the size of their embeddings is not ``context``, or a resumed run
+                was started with different ones.
         """
         if self.daclip is None:
             return
@@ -284,12 +285,16 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
     # Training.
 
     def on_fit_start(self) -> None:
-        """Find or fetch CLIP and the controller before the first step."""
+        """Record the training sets; find or fetch CLIP and the controller."""
         super().on_fit_start()
         self.check_requirements()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the matching loss at a random time for each image, or the preconditioned noise error."""
+        """Return the matching loss at a random time for each image.
+
+        With ``residual``, return the mean absolute error of the noise instead, in units of the standard deviation of
+        the linear estimate's error.
+        """
         rainy, clean = batch["rainy"], batch["clean"]
         times = torch.randint(1, self.sde.steps + 1, (len(rainy),))
         noise = torch.randn_like(rainy)
@@ -345,7 +350,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
     ) -> "DerainModule | None":
         """Return the method with the authors' U-Net of IR-SDE or DA-CLIP, or None if the tensors are not theirs.
 
-        Files do not record λ: unless it is given, the authors' value is assumed, with a warning.
+        Files do not record λ: unless ``max_sigma`` is given, the authors' value is assumed, with a warning.
         """
         unet_arguments = unet_options(state)
         if unet_arguments is None:

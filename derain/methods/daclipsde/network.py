@@ -5,8 +5,8 @@ Parameters have the names and shapes of the authors' checkpoints; the arithmetic
 - Maps are channels last, so that normalisation and attention read the contiguous channels of a pixel.
 - Upsampling and the convolution after it are one transposed convolution, with 4/9 of the multiplications.
 - The channel matrix of linear attention is multiplied by the output projection before it is applied to pixels.
-- Without gradients, linear attention processes strips of rows that fit into a processor's cache (on CPUs), operations
-  are in-place, and cross-attention to a single token, whose weights are all 1, adds the same vector to every pixel.
+- Without gradients, operations are in-place and, on CPUs, linear attention processes strips of rows that fit into the
+  cache. Cross-attention to a single token adds the same vector to every pixel, since all its weights are 1.
 """
 
 import itertools
@@ -24,6 +24,7 @@ from derain.nn.graphs import compiling_or_exporting
 from derain.nn.padding import pad_to_multiple
 
 AttentionKind = Literal["linear", "none"]
+"""Self-attention of a `ConditionalUNet`."""
 HEAD = 32
 """Channels of an attention head."""
 STRIP = 2048
@@ -99,14 +100,14 @@ class ResBlock(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Linear attention: its matrix is between channels, so that its cost is linear in the number of pixels.
+    """Linear attention: its matrix is between channels, so its cost is linear in the number of pixels.
 
     Queries are a softmax over the channels of a head, keys a softmax over the pixels. Values are divided by the number
     of pixels, as in the authors' code.
 
     Args:
         channels: Channels of the map.
-        heads: Attention heads of 32 channels.
+        heads: Number of attention heads; each has 32 channels.
     """
 
     def __init__(self, channels: int, heads: int = 4) -> None:
@@ -129,7 +130,10 @@ class LinearAttention(nn.Module):
         return torch.cat(rows, dim=1).permute(0, 3, 1, 2)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return what ``derain bench`` adds: the output projection less ``to_qkv``, counted twice; and attention."""
+        """Return what ``derain bench`` adds: the output projection, minus ``to_qkv``; and attention.
+
+        ``to_qkv`` is subtracted once, since ``forward`` uses its weight in two parts and both are counted as the whole.
+        """
         weight = cast(Tensor, self.to_out[0].weight)
         pixels = output.numel() // len(weight)
         plain = (weight.numel() - self.to_qkv.weight.numel()) * pixels
@@ -174,7 +178,7 @@ class LinearAttention(nn.Module):
 class Upsample(nn.ModuleList):
     """Nearest-neighbour upsampling by 2 and a 3×3 convolution, as one transposed convolution.
 
-    A kernel covers only four different pixels of the input, so weights for the same pixel are summed first.
+    The 3×3 kernel covers only four different pixels of the input; its weights for the same pixel are summed first.
 
     Args:
         inputs: Input channels.
@@ -228,7 +232,7 @@ class CrossAttention(nn.Module):
         return cast(Tensor, self.to_out(attended))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return what ``derain bench`` adds: no convolutions or linear layers; and attention."""
+        """Return what ``derain bench`` adds: no layers; and the matrix products of attention."""
         x, tokens = inputs
         return 0, 2 * x.shape[1] * tokens.shape[1] * x.shape[2]
 
@@ -340,7 +344,8 @@ class ConditionalUNet(nn.Module):
         channels: Channels at full resolution, an even number. With ``content``, the channels before and after the
             deepest level must be multiples of 32.
         multipliers: Channels after each level, as multiples of ``channels``; one per level.
-        attention: Self-attention: ``linear`` at every level, or ``none``, as in Pullabhotla's U-Net.
+        attention: Self-attention: ``none``, as in Pullabhotla's U-Net, or ``linear``: linear attention at every level;
+            with ``content``, ordinary attention at the deepest level and in the middle.
         content: Whether the deepest level and the middle have cross-attention to a content embedding.
         degradation: Whether a prompt, weighted by a degradation embedding, is added to the time embedding.
         context: Size of the content and degradation embeddings.
@@ -399,12 +404,6 @@ class ConditionalUNet(nn.Module):
         self.mid_block2 = ResBlock(widths[-1], widths[-1], time)
         self.final_res_block = ResBlock(2 * channels, channels, time)
         self.final_conv = nn.Conv2d(channels, 3, 3, padding=1)
-
-    @property
-    def contexts(self) -> tuple[bool, bool]:
-        """Whether the network needs the content embedding, and whether it needs the degradation embedding."""
-        has_transformers = any(isinstance(module, SpatialTransformer) for module in self.modules())
-        return has_transformers, hasattr(self, "prompt")
 
     def embed(self, times: Float[Tensor, " b"] | Int[Tensor, " b"], degradation: Embedding | None) -> Embedding:
         """Return the time embedding, plus the prompt weighted by the degradation embedding if there is a prompt."""

@@ -9,14 +9,14 @@ from torch import Tensor
 from derain.errors import DerainError
 
 CONTEXTS = {(True, True): "both", (True, False): "content", (False, True): "degradation", (False, False): "none"}
-"""Contexts of a U-Net, by whether it has cross-attention and whether it has a prompt."""
+"""Hyper-parameter ``contexts`` of a U-Net, by whether it has cross-attention and whether it has a prompt."""
 
 
 def unet_options(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """Return the arguments of `DACLIPSDEModule` for the authors' U-Net, or None for another state dict.
 
-    The authors' parameters have our names, and sizes follow from the tensors. λ is not recorded. As in the authors'
-    settings, it is 10/255 if the first level doubles the channels (IR-SDE), and 50/255 otherwise (DA-CLIP).
+    Derain's parameters have the authors' names, and sizes follow from the tensors. λ is not recorded. As in the
+    authors' settings, it is 10/255 if the first level doubles the channels (IR-SDE), and 50/255 otherwise (DA-CLIP).
     """
     if "init_conv.weight" not in state or "mid_block1.block1.proj.weight" not in state:
         return None
@@ -48,7 +48,7 @@ _KEYS = (
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
     (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
 )
-"""Patterns of the authors' keys (open_clip's, after ``visual_control.``) and our keys (those of transformers)."""
+"""Patterns of the authors' keys (open_clip's, after ``visual_control.``) and derain's keys (those of transformers)."""
 
 
 def projection_of(state: Mapping[str, Tensor]) -> Tensor | None:
@@ -63,9 +63,9 @@ def projection_of(state: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def controller_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the controller in the authors' checkpoint of DA-CLIP, with our keys; the frozen CLIP in it is ignored.
+    """Return the controller in the authors' checkpoint of DA-CLIP, with derain's keys; the frozen CLIP is ignored.
 
-    ``visual_control.*`` is renamed by the table above, ``in_proj`` is split into queries, keys and values, and ``proj``
+    ``visual_control.*`` is renamed by ``_KEYS``, ``in_proj`` is split into queries, keys and values, and ``proj``
     is transposed.
 
     Args:
@@ -81,7 +81,7 @@ def controller_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise DerainError("no controller of DA-CLIP in this file; expected keys that begin with visual_control")
     controller = {"logit_scale": plain["logit_scale"]}
     for published_key, value in published.items():
-        key = _our_key(published_key)
+        key = _derain_key(published_key)
         if ".attn.in_proj_" in key:
             for name, part in zip("qkv", value.chunk(3), strict=True):
                 controller[key.replace(".attn.in_proj_", f".self_attn.{name}_proj.")] = part
@@ -92,7 +92,7 @@ def controller_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return controller
 
 
-def _our_key(key: str) -> str:
+def _derain_key(key: str) -> str:
     for pattern, replacement in _KEYS:
         key = re.sub(pattern, replacement, key)
     return key

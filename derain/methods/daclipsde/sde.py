@@ -1,4 +1,4 @@
-"""Mean-reverting SDE: marginals, score, posterior of an earlier state.
+"""Mean-reverting SDE: marginal distributions, score, and posterior of an earlier state.
 
 Luo et al., Image Restoration with Mean-Reverting Stochastic Differential Equations, ICML 2023; Pullabhotla, Image
 Deraining using Degradation-aware CLIP, eqs. 5-10, with misprints corrected: ``x(0)`` is the clean image and the mean
@@ -116,7 +116,7 @@ class MeanRevertingSDE:
         self.marginal_std = self.std(self.tau)
 
     def std(self, tau: Tensor) -> Tensor:
-        """Return the standard deviation of a state given the state before it, with τ between them."""
+        """Return the standard deviation of a state given an earlier state; ``tau`` is ``∫ θ`` between their times."""
         return self.scale * torch.sqrt(-torch.expm1(-2 * tau))
 
     @property
@@ -156,10 +156,10 @@ class MeanRevertingSDE:
         return self.mean(clean, rainy, times) + _per_image(self.marginal_std[times], rainy) * noise
 
     def score(self, noise: Image, times: Times) -> Image:
-        """Return the gradient of the log density of ``x(t)`` given the added or estimated noise, eq. 10.
+        """Return the gradient of the log density of ``x(t)``, computed from the noise in the state, eq. 10.
 
         Args:
-            noise: Noise in the state, standard normal.
+            noise: Standard normal noise in the state, added or estimated.
             times: Times ``t`` from 1; at 0, the score is not finite.
         """
         return -noise.float() / _per_image(self.marginal_std[times], noise)
@@ -170,9 +170,9 @@ class MeanRevertingSDE:
         return rainy + residual / _per_image(self.decay[times], rainy)
 
     def precondition(self, times: Times, residual: float, like: Image) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the factors of the best linear estimate of the noise in a state (Karras et al., NeurIPS 2022).
+        """Return the factors for preconditioning (Karras et al., NeurIPS 2022).
 
-        The estimate is ``slope * (x(t) - μ)``.
+        The best linear estimate of the noise in a state is ``slope * (x(t) - μ)``.
 
         Args:
             times: Times ``t`` from 1.
@@ -181,7 +181,7 @@ class MeanRevertingSDE:
 
         Returns:
             ``(b, 1, 1, 1)`` each: the factor that scales ``x(t) - μ`` to unit variance; ``slope``; and the standard
-            deviation of the error of the estimate.
+            deviation of the error of that estimate.
         """
         signal = self.decay[times] * residual
         noise = self.marginal_std[times]
@@ -209,7 +209,7 @@ class MeanRevertingSDE:
         return state.float() - step * (rainy - state) + factor * self.scale**2 * step * score
 
     def posterior_mean(self, state: Image, clean: Image, rainy: Image, times: Times, earlier: Times) -> Image:
-        """Return the mean of the earlier state given ``x(t)`` and ``x(0)``, its most likely value (IR-SDE, eq. 14)."""
+        """Return the mean, and most likely value, of the earlier state given ``x(t)`` and ``x(0)`` (IR-SDE, eq. 14)."""
         step, total, rest = self._variances(times, earlier)
         weight_state = torch.exp(self.tau[earlier] - self.tau[times]) * rest / total
         weight_clean = self.decay[earlier] * step / total

@@ -1,4 +1,4 @@
-"""Solvers of the reverse SDE: from the rainy image plus noise to a derained image, in a chosen number of steps.
+"""Solvers of the reverse SDE, which turn a rainy image plus noise into a derained image in a chosen number of steps.
 
 A solver needs the SDE and a function that estimates the noise. It visits a subset of the schedule's times, so the
 network only sees noise levels that it was trained with.
@@ -18,7 +18,7 @@ by a constant (order 1), or by a line through its last two values (order 2). Ove
 ``ŷ_before`` and ``h_before`` belong to the step before. Order 1 has ``c = 0``; for ``sde``, this is posterior sampling.
 Order 2 of ``mrs-*`` uses the line's value in the middle of the step, as DPM-Solver++ does:
 ``c = h (1 - exp(-κh)) / 2``. ``mars-*`` (MaRS: Li et al., ICLR 2025, arXiv 2502.07856) integrates the line:
-``c = h - (1 - exp(-κh)) / κ``, which is larger, the more so for long steps. Both have the same order of convergence.
+``c = h - (1 - exp(-κh)) / κ``, which is larger, especially for long steps. Both have the same order of convergence.
 The last step ends at ``σ = 0`` and returns the estimated clean image ``μ + ŷ``.
 """
 
@@ -67,7 +67,7 @@ def visited_times(sde: MeanRevertingSDE, steps: int | None) -> list[int]:
 
     Args:
         sde: The SDE, whose schedule has T steps.
-        steps: Number of steps; None: T.
+        steps: Number of steps, at most T; None: T.
 
     Raises:
         ArgumentError: If the schedule has fewer steps.
@@ -95,7 +95,7 @@ def sample(
 
     Args:
         sde: SDE with the schedule that the network was trained with.
-        estimate: Function that estimates the noise in a state: the network.
+        estimate: Function that estimates the noise in a state, such as the network.
         rainy: Rainy images ``μ`` in [0, 1].
         sampling: Solver, number of steps and seed.
         show: Wraps the steps to show progress.
@@ -186,7 +186,7 @@ class _SemiAnalytic:
     ) -> None:
         self.sde, self.rainy, self.noise, self.order = sde, rainy, noise, order
         self.stochastic, self.integrated = stochastic, integrated
-        self.ratio = torch.log(sde.decay / (sde.marginal_std / sde.scale))  # ℓ; infinite at time 0
+        self.half_log_snr = torch.log(sde.decay / (sde.marginal_std / sde.scale))  # ℓ; infinite at time 0
         self.previous: tuple[Image, float] | None = None  # ŷ and h of the step before
 
     def __call__(self, state: Image, estimated: Image, t: int, s: int) -> Image:
@@ -194,7 +194,7 @@ class _SemiAnalytic:
         residual = self.sde.clean(state, self.rainy, estimated, times) - self.rainy
         if s == 0:
             return self.rainy + residual
-        step = float(self.ratio[s] - self.ratio[t])
+        step = float(self.half_log_snr[s] - self.half_log_snr[t])
         kappa = 2 if self.stochastic else 1
         change = 1 - math.exp(-kappa * step)
         drift = change * residual

@@ -110,7 +110,6 @@ def test_no_contexts_is_ir_sde():
     """No CLIP and no parameters of contexts: the U-Net of IR-SDE, which test_network.py compares with the reference."""
     module = DACLIPSDEModule("none", channels=32, multipliers=(1, 2))
     assert module.daclip is None
-    assert module.network.contexts == (False, False)
     names = {name for name, _ in module.network.named_parameters()}
     assert not any("transformer" in name or "prompt" in name or "text_mlp" in name for name in names)
     assert module.encode(torch.rand(1, 3, 8, 8)) == {}
