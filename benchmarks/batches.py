@@ -1,9 +1,9 @@
 """Training batches (8 crops of 128×128, flips) from the pixel cache against decoding both files of each sample.
 
 Targets: at least 20 times the samples per second, in one process and with the default number of workers of each
-variant; memory per worker that does not grow with the number of workers. The ratio with two workers each has no
-target: sending a batch between processes then takes longer than loading it. Images are those of Rain100L if DERAIN_DATA
-contains it, else generated ones of the same size.
+variant; unshared memory per worker with four workers at most 1.5 times that with one. The ratio with two workers each
+has no target: sending a batch between processes then takes longer than loading it. Images are those of Rain100L if
+DERAIN_DATA contains it, else generated ones of the same size.
 """
 
 import os
@@ -33,7 +33,7 @@ MEMORY_SAMPLES = 400
 
 
 def data_set(folder: Path) -> str:
-    """Return the ``--data`` option for Rain100L, or for 60 generated pairs of 481×321."""
+    """Return the data set, as options name it: Rain100L, or a folder with 60 generated pairs of 481×321."""
     root = os.environ.get("DERAIN_DATA")
     if root and (Path(root) / "Rain100L").is_dir():
         return f"Rain100L:{root}/Rain100L"

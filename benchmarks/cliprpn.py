@@ -1,8 +1,8 @@
 """Overhead of routing and CLIP in CLIP-RPN.
 
 Targets: with routing, the network takes at most 1.03 times as long as a network with one route; CLIP (ViT-B/32, text
-features cached) adds at most 5 % to the time for an image of 256×256. Similarities are cached after the first pass; the
-time of a look-up is shown. CLIP has random weights, which do not change its speed.
+features cached) adds at most 5 % to the time for an image of 256×256. Similarities of images and texts are cached after
+the first pass; the time of a look-up is shown. CLIP has random weights, which do not change its speed.
 """
 
 import sys

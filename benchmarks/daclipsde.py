@@ -1,7 +1,7 @@
 """The conditional U-Net of DA-CLIP and IR-SDE against its textbook form: same weights, same output, less time.
 
 The textbook form (`tests/methods/daclipsde/references.py`, also the reference of the tests) computes like the authors'
-code: contiguous ``(b, c, h, w)``, normalisation from means and variances, `einsum` for attention, images upsampled
+code: contiguous ``(b, c, h, w)``, normalisation from means and variances, `einsum` for attention, maps upsampled
 before they are convolved. The variants take turns to estimate the noise in one image of 256×256, on a GPU if there is
 one, else on all cores; ratios are of medians. If other programs run, processor time on a single thread
 (``--threads 1``) is more reliable than wall-clock time; both are printed. Targets for DA-CLIP's network: on a CPU, a
@@ -49,7 +49,10 @@ if DEVICE.type == "cuda":
 
 @torch.inference_mode()
 def measure(name: str) -> tuple[dict[str, Times], dict[str, float]]:
-    """Return the times of all variants, and maximum differences from the textbook form, in standard deviations."""
+    """Return the times of all variants, and the maximum differences of their outputs from that of the textbook form.
+
+    Differences are in standard deviations of the output.
+    """
     torch.manual_seed(0)
     ours = ConditionalUNet(**NETWORKS[name]).to(DEVICE).eval()
     for parameter_name, parameter in ours.named_parameters():
@@ -106,7 +109,7 @@ def large_image_memory() -> float:
 
 
 def seams(file: str) -> tuple[float, float]:
-    """Return how much tiling changes differences of adjacent rows or columns: at tile borders, and on average."""
+    """Return how much tiling changes the differences of adjacent rows or columns: at tile borders, and on average."""
     tile, overlap = 192, 64
     split = find_pairs("Rain100L", "test", data_root=Path(os.environ["DERAIN_DATA"]))
     rainy, _ = split.pairs[0].read()
@@ -177,7 +180,8 @@ def main() -> int:
     missed |= peak > MAX_GIBIBYTES
     if os.environ.get("DERAIN_SDE_WEIGHTS") and os.environ.get("DERAIN_DATA"):
         at_borders, overall = seams(os.environ["DERAIN_SDE_WEIGHTS"])
-        print(f"change of the effect of tiling: {at_borders:.1e} at tile borders, {overall:.1e} on average")
+        print("change of the differences of adjacent rows or columns by tiling: ", end="")
+        print(f"{at_borders:.1e} at tile borders (at most {SEAM_RATIO} times the average), {overall:.1e} on average")
         missed |= at_borders > SEAM_RATIO * overall
     else:
         print("seams skipped: needs DERAIN_SDE_WEIGHTS (weights of DACLIPSDEModule) and DERAIN_DATA (data sets)")

@@ -1,7 +1,8 @@
-"""Picture of the rain and the degradations that ``--data.rain`` adds, to look at: rows of kinds, columns of draws.
+"""Draw the rain and the degradations that ``--data.rain`` adds: a row for each kind, a column for each draw.
 
-``python benchmarks/degradations.py sheet.png`` shows all kinds; ``--rows light varied drops`` those named, which may
-also be ``folder:PATH`` or a YAML file of ranges. If ``DERAIN_DATA`` is set, crops of its rainy images are shown below.
+``python benchmarks/degradations.py sheet.png`` shows all kinds, ``--rows light varied drops`` only the named ones. A
+name may also be ``folder:PATH`` or a YAML file of ranges. If ``DERAIN_DATA`` is set, rows below show crops of its rainy
+images.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def draws(ranges: RainRanges, photo: Pixels, count: int) -> list[Pixels]:
 
 
 def real_rows(root: Path, count: int, side: int) -> dict[str, list[Pixels]]:
-    """Return crops of rainy images by data set, evenly spaced; a missing data set is reported."""
+    """Return crops of evenly spaced rainy images by data set; report missing data sets."""
     rows = {}
     for name, split in SETS.items():
         try:

@@ -1,10 +1,10 @@
-"""PReNet restoring Rain100L: ours against the authors' code (eager, float32, one image after another).
+"""PReNet on images of Rain100L: ours against the authors' code (eager, float32, one image after another).
 
 All variants take turns to restore the same images on all cores; ratios are medians over the images. Targets: float32
 is at least as fast, and differs by at most 1e-5; on processors with bfloat16 instructions, bf16 has a speed-up of 1.6,
 or 2.1 if compiled, and loses at most 0.02 dB. Other processors emulate bfloat16; its time is shown without a target.
-Images are read from DERAIN_DATA, and the authors' weights from ``../weights/prenet`` beside it; otherwise images are
-generated, and weights are random.
+The first four images are read from DERAIN_DATA, and the authors' weights from ``../weights/prenet`` beside it;
+otherwise images are generated, and weights are random.
 """
 
 import os

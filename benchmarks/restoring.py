@@ -1,8 +1,9 @@
-"""Many images by the bundled model: ``Restorer`` on 64 images against one by one, and ``derain restore`` on 50 photos.
+"""Many images by the bundled model: ``Restorer`` on 64 images at once against one by one; a folder of 50 photos.
 
 ``restoring.py [--images 64] [--photos 50] [--rounds 3]``. Images are noise of 256×256 pixels; photos are generated,
-768×512, half of them JPEG and half PNG, and are written in their format. Targets: 1.2 times on a CPU and 6 times on a
-GPU; 90 % of the folder's time in the network. Other programs on the same cores distort the results.
+768×512, half of them JPEG and half PNG. Targets: all images at once are restored 1.2 times as fast on a CPU, and 6
+times on a GPU; ``derain restore`` spends at least 90 % of the folder's time in the network. Other programs on the same
+cores distort the results.
 """
 
 import argparse
@@ -26,7 +27,7 @@ MIN_SHARE = 0.9
 
 
 def several_images(count: int, rounds: int) -> bool:
-    """Compare ``Restorer`` on all images with one after the other; return whether the target is met."""
+    """Time ``Restorer`` on all images at once and on one after the other; return whether the target is met."""
     restorer = Restorer("default")
     images = torch.rand(count, 3, 256, 256, generator=torch.Generator().manual_seed(0)).to(restorer.device)
     variants = {
@@ -40,14 +41,14 @@ def several_images(count: int, rounds: int) -> bool:
 
 
 class NetworkTime:
-    """Records when a method computes: the union of the calls on all threads, in seconds."""
+    """Records when methods compute, on all threads."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[float, float]] = []
         self._started: dict[int, float] = {}
 
     def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
-        """Record all modules that are methods."""
+        """Record the calls of all methods, until the returned handles are removed."""
         before = torch.nn.modules.module.register_module_forward_pre_hook(self._before)
         return [before, torch.nn.modules.module.register_module_forward_hook(self._after)]
 
@@ -88,12 +89,12 @@ def folder_of_photos(count: int) -> bool:
             handle.remove()
         end = time.perf_counter()
     share = network.seconds / (end - min(first for first, _ in network.calls))
-    print(f"{count} photos of 768×512: {share:.1%} of the time from the first call on in the network")
+    print(f"{count} photos of 768×512: since its first call, {share:.1%} of the time in the network")
     return share >= MIN_SHARE
 
 
 def main() -> int:
-    """Print the measurements; return whether a target is missed."""
+    """Print the measurements; return 1 if a target is missed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--photos", type=int, default=50)

@@ -1,10 +1,11 @@
-"""Rain removal from large photos at reduced size: ``--scale`` full, 2, 4 and auto.
+"""Rain removal from large photos at reduced size: ``--scale`` with factors of 1 (full size), 2, 3, 4, 6, and ``auto``.
 
 ``scale.py [--sides 512 1024 2048 4096] [--crop 768] [--rain heavy] [--weights W] [--sheet sheet.png]`` enlarges photos
 of scikit-image, adds noise as fine detail, and adds rain whose streaks grow with the photo (`derain.data.rain`). The
-model sees a crop in the middle, so that a photo of 16 megapixels takes seconds. It prints PSNR of the rainy and the
-restored crop by the shorter side of the photo and the factor; the PSNR that is possible at this factor, with the true
-rain instead of the model's; and seconds of processor time per megapixel. The contact sheet shows the crops.
+model restores only a crop in the middle, so that a photo of 16 megapixels takes seconds. For each shorter side of the
+photos and each factor, the benchmark prints the PSNR of the rainy and of the restored crop; the PSNR with the true rain
+instead of the model's estimate, which is the limit at this factor; and the seconds of processor time per megapixel. The
+contact sheet shows the crops.
 
 Target: for each size, ``auto`` is within 0.5 dB of the best factor.
 """
@@ -31,7 +32,7 @@ PHOTOS = ("astronaut", "coffee", "chelsea")
 
 
 def enlarged(photo: Pixels, side: int, rng: np.random.Generator) -> Pixels:
-    """Return a photo enlarged to a shorter side, with noise of a standard deviation of 2 as detail."""
+    """Return a photo resized to the length ``side`` of its shorter side, with noise of σ = 2 as fine detail."""
     scale = side / min(photo.shape[:2])
     large = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
     noisy = large + 2 * rng.standard_normal(large.shape, np.float32)
@@ -45,7 +46,7 @@ def middle(image: Pixels, side: int) -> Pixels:
 
 
 def psnr(image: Pixels, clean: Pixels) -> float:
-    """Return the PSNR in dB of RGB."""
+    """Return the PSNR of RGB values, in dB."""
     with np.errstate(divide="ignore"):  # equal images
         return float(-10 * np.log10(np.mean((image.astype(np.float64) - clean) ** 2) / 255**2))
 
@@ -68,7 +69,7 @@ class Result(NamedTuple):
 def measure(
     restorer: Restorer, side: int, crop: int, rain: str, seed: int
 ) -> tuple[float, dict[int, Result], dict[str, Pixels]]:
-    """Return PSNR of the rainy photos, results by factor, both means over the photos, and crops of the first photo."""
+    """Return the PSNR of the rainy photos and the results by factor, both as means, and crops of the first photo."""
     factors = sorted({*FACTORS, automatic_factor(side, side)})
     rainy_scores, results = [], {factor: [] for factor in factors}
     pictures: dict[str, Pixels] = {}

@@ -1,7 +1,8 @@
-"""``derain score`` against a float64 NumPy/SciPy program: time of the whole process, and differences of the scores.
+"""``derain score`` against a float64 program with NumPy and SciPy: time of the process, and differences of the scores.
 
 Both read the same 100 pairs and write JSON. Pairs are those of Rain100L if DERAIN_DATA contains it, else generated ones
-of the same size. Each round runs both; the shorter time counts. Targets: at most 1/3 of the time, scores equal to 1e-6.
+of the same size. Each of two rounds runs both; the shorter time counts. Targets: at most 1/3 of the time; scores differ
+by at most 1e-6.
 """
 
 import json

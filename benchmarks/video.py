@@ -1,11 +1,12 @@
-"""Videos: threads against one after the other, and fusion of neighbours against frame by frame.
+"""Videos: frames in three threads against one after the other, and fused frames against single ones.
 
 ``video.py [--height 176] [--frames 9] [--temporal 2] [--rain heavy] [--weights W …]`` prints
 
-- the frames a second of ``rewrite`` against a plain loop that decodes, changes and encodes one frame after the other; a
-  pause of 15 ms stands for a network on another device;
-- PSNR, flicker and, in the area of a moving object, PSNR, frame by frame and fused, for a pan, a zoom, a static scene
-  and an object that moves over a pan, each frame with fresh rain. Photos are those of scikit-image.
+- the frames per second of ``rewrite``, and of a plain loop that decodes, changes and encodes one frame after the other;
+  a pause of 15 ms stands for a network on another device;
+- the PSNR of frames that are restored one by one, and of the same frames fused with their neighbours. The scenes are a
+  pan, a zoom, a static scene (also with flicker) and an object that moves over a pan (also with the PSNR in its area).
+  Photos are those of scikit-image; the rain of each frame is drawn anew.
 
 Targets: fusion gains 1 dB on average, the flicker of the static scene is at most half, and PSNR in the area of the
 object is not lower.
@@ -36,7 +37,16 @@ Mask = NDArray[np.bool_]
 
 
 def view(photo: Pixels, size: tuple[int, int], count: int, dx: float, dy: float, zoom: float) -> list[Pixels]:
-    """Return a camera's path over a photo: pixels a frame to the right and down, and a factor a frame."""
+    """Return the frames of a camera that moves over a photo.
+
+    Args:
+        photo: The photo.
+        size: Height and width of the frames in pixels.
+        count: Number of frames.
+        dx: Pixels to the right per frame.
+        dy: Pixels down per frame.
+        zoom: Magnification per frame.
+    """
     height, width = size
     scale = 1.25 * max(height / photo.shape[0], width / photo.shape[1])
     photo = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
@@ -52,7 +62,7 @@ def view(photo: Pixels, size: tuple[int, int], count: int, dx: float, dy: float,
 
 
 def add_object(frames: list[Pixels], texture: Pixels, speed: float) -> tuple[list[Pixels], list[Mask]]:
-    """Return frames with a textured disc that moves to the right, and its areas."""
+    """Return frames with a textured disc that moves to the right, and masks of the disc."""
     height, width = frames[0].shape[:2]
     rows, columns = np.mgrid[:height, :width]
     moved, masks = [], []
@@ -67,6 +77,7 @@ def add_object(frames: list[Pixels], texture: Pixels, speed: float) -> tuple[lis
 
 
 def scenes(size: tuple[int, int], count: int) -> dict[str, tuple[list[Pixels], list[Mask]]]:
+    """Return the frames of each scene, and masks of the area of the object; without an object, of everything."""
     whole = [np.ones(size, bool)] * count
     street = view(data.rocket(), size, count, 1.3, 0, 1)
     return {
@@ -124,7 +135,7 @@ def one_after_the_other(source: Path, target: Path, change: object) -> None:
 
 
 def speed(rounds: int, count: int) -> None:
-    """Print the frames a second of both forms, at 640×480, by the fastest of several rounds in alternation."""
+    """Print the frames per second of both forms, at 640×480: the fastest of several rounds in alternation."""
 
     def wait(frames: Iterator[Picture]) -> Iterator[Pixels]:  # as a network on a GPU
         for frame in frames:
@@ -147,7 +158,8 @@ def speed(rounds: int, count: int) -> None:
                 function(folder / "in.mp4", folder / "out.mp4", wait)
                 times[label].append(time.perf_counter() - start)
     plain, overlapped = min(times["one after the other"]), min(times["derain"])
-    print(f"640×480, 15 ms a frame on another device: {count / plain:.1f} to {count / overlapped:.1f} frames a second")
+    print("640×480, 15 ms per frame on another device, frames per second: ", end="")
+    print(f"{count / plain:.1f} one after the other, {count / overlapped:.1f} by derain")
 
 
 def main() -> int:

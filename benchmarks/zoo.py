@@ -5,9 +5,10 @@ the plain forms of ``_plain.py``; glibc keeps freed memory for both. Targets: ou
 largest value (compared in float64 if float32 differs more), and the network is no slower than its plain form, with a
 tolerance of 5 %. Networks without optimised blocks are skipped.
 
-``zoo.py --memory [NETWORK …]`` restores one tile of the size that derain chooses for the photo with 4 GiB of memory,
-each network in a process of its own, with the image and the sum of the tiles in memory. Target: at most 4 GiB. With
-``--part 4``, a quarter of a tile is restored, and the memory that it needs is multiplied by 4.
+``zoo.py --memory [NETWORK …]`` measures the peak memory of each network in a process of its own. It restores one tile,
+of the size that derain chooses for the photo with 4 GiB of memory, while the photo and the sum of the tiles are in
+memory. Target: at most 4 GiB. With ``--part 4``, a quarter of a tile is restored, and the memory that it needs is
+multiplied by 4.
 """
 
 import argparse
@@ -100,7 +101,7 @@ def measure_memory(name: str, part: int) -> None:
     restorer(image[:, :64, :64])  # libraries allocate memory that they keep
     before = peak_memory()
     restorer(image[:, :rows, :columns])
-    print(tile, before + part * (peak_memory() - before), held.numel())
+    print(tile, before + part * (peak_memory() - before), held.numel())  # the last one only keeps ``held`` in memory
 
 
 def peak_memory() -> float:

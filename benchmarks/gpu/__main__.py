@@ -1,8 +1,9 @@
 """Tests and benchmarks on a GPU: ``make gpu``, or ``python -m benchmarks.gpu [ITEM …]``.
 
 Every item of ``items.ITEMS`` runs in a process of its own and writes a JSON file to ``runs/gpu/DEVICE``. Items with a
-file from the same versions are skipped, so that a run that was stopped continues. The page ``benchmarks/gpu.md`` is
-written from the files. The exit code is 1 if an item failed or time was short.
+file from the same hardware and versions are skipped, so that a run that was stopped continues. The page
+``benchmarks/gpu.md`` is written from the files. The exit code is 1 if an item is unfinished or a test failed, and 2 if
+there is no such GPU.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from benchmarks.gpu.report import page
 from derain.callbacks.results import cpu_name, device_name
 
 TOTAL = 510.0
-"""Seconds of all items; the start of Python and the page need a few more."""
+"""Limit of the seconds for all items; Python's start and the page need a few more."""
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def load_results(folder: Path, environment: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the content of finished items by name, for the present versions only."""
+    """Return the content of the files of finished items by name; files of other versions are ignored."""
     results = {}
     for item in ITEMS:
         path = folder / f"{item.name}.json"
@@ -56,14 +57,14 @@ def load_results(folder: Path, environment: Mapping[str, Any]) -> dict[str, dict
 
 
 def stored_peaks(folder: Path, environment: Mapping[str, Any]) -> dict[str, float]:
-    """Return the peaks in bytes or operations per second from a finished item ``device``; empty without one."""
+    """Return the device's peaks in bytes or operations per second; empty if the item ``device`` is not finished."""
     rows = load_results(folder, environment).get("device", {}).get("rows", ())
     units = {"GB/s": 1e9, "TFLOP/s": 1e12}
     return {row["measurement"]: row["value"] * units[row["unit"]] for row in rows}
 
 
 def work(item: Item, context: Context, environment: Mapping[str, Any], folder: Path) -> None:
-    """Run an item in this process, which leads a group of its own, with its output in ``ITEM.log``."""
+    """Run an item in this process, which becomes the leader of a process group; write its output to ``ITEM.log``."""
     os.setpgrp()
     with (folder / f"{item.name}.log").open("wb") as log:
         for stream in (1, 2):
@@ -94,13 +95,13 @@ def in_process(function: Any, *arguments: Any) -> Any:
 
 
 def choose_device(name: str) -> torch.device | None:
-    """Return the device; None if there is no such GPU."""
+    """Return the device; None if CUDA is not available."""
     device = torch.device(name)
     return None if device.type == "cuda" and not torch.cuda.is_available() else device
 
 
 def measure_all(items: list[Item], context: Context, environment: Mapping[str, Any], folder: Path, total: float) -> int:
-    """Run the items that are not finished; return how many are not finished then."""
+    """Run the items that are not finished; return the number of those that remain unfinished."""
     start, unfinished = time.perf_counter(), 0
     finished = load_results(folder, environment)
     for item in items:
@@ -109,12 +110,12 @@ def measure_all(items: list[Item], context: Context, environment: Mapping[str, A
             continue
         begin = time.perf_counter()
         remaining = start + total - begin
-        limit = remaining if context.quick else min(item.budget, remaining)  # a busy CPU needs any time
+        limit = remaining if context.quick else min(item.budget, remaining)  # a busy CPU may exceed the budget
         if limit < 5:
             print(f"{item.name}: no time left", flush=True)
             unfinished += 1
             continue
-        context.deadline = begin + 0.7 * limit  # a measurement that has begun needs time to end
+        context.deadline = begin + 0.7 * limit  # no measurement begins in the last 30 %
         problem = run(item, context, environment, folder, limit)
         unfinished += bool(problem)
         print(f"{item.name}: {problem or 'done'} ({time.perf_counter() - begin:.0f} s)", flush=True)

@@ -1,4 +1,4 @@
-"""What ``make gpu`` measures: a list of small functions, each in a process of its own."""
+"""Items that ``make gpu`` measures: functions that yield the rows of a table, each run in a process of its own."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ NEEDS_FILES = {
     "syn2real-gp": "VGG16",
     "transweather": "VGG16",
 }
-"""Recipes that need files from the internet, and which."""
+"""Recipes that need files from the internet, and the names of these files."""
 
 TINY = {"dim": 8, "blocks": (1, 1, 1, 1), "refinement": 1}
 QUICK_TESTS = "tests/data/test_rain_operators.py"
@@ -57,14 +57,15 @@ Row = dict[str, Any]
 
 @dataclass
 class Context:
-    """What an item is measured with.
+    """Device, limits and notes of an item.
 
     Attributes:
         device: The device.
         quick: Whether sizes are tiny, to test the items.
         deadline: Time of ``time.perf_counter`` by which the item should end.
-        peaks: Result of the item ``device``, for rooflines: bytes or operations per second; empty for that item.
-        notes: Lines below the table: what the item did not measure, and why; failed tests.
+        peaks: Result of the item ``device``, for rooflines, in bytes or operations per second; empty while that item
+            itself runs.
+        notes: Lines below the table, about skipped measurements and failed tests.
     """
 
     device: torch.device
@@ -81,7 +82,7 @@ class Context:
         return False
 
     def skip(self, note: str) -> None:
-        """Note what is not measured, and why."""
+        """Add a note about a skipped measurement, with the reason."""
         self.notes.append(f"not measured: {note}")
 
 
@@ -91,7 +92,7 @@ class Item(NamedTuple):
     Attributes:
         name: Name, also of its JSON file.
         section: Section of the report.
-        budget: Seconds after which it is ended.
+        budget: Seconds after which the item is ended.
         run: Function that yields the rows of a table.
     """
 
@@ -155,7 +156,7 @@ def photo_methods(quick: bool) -> dict[str, Callable[[], DerainModule]]:
 
 
 def photo(context: Context, *, height: int, width: int, names: tuple[str, ...] = ()) -> Iterator[Row]:
-    """Restore a photo in main memory by ``Restorer``, in tiles if it needs them; IR-SDE in ten steps."""
+    """Restore a photo in main memory by ``Restorer``, in tiles if the device needs them; IR-SDE makes ten steps."""
     if context.quick:
         height, width = 24, 40
     image = torch.rand(3, height, width)
@@ -237,7 +238,7 @@ def fused_optimizer(context: Context) -> Iterator[Row]:
 
 
 class Steps(lightning.Callback):
-    """Times training steps after a warm-up, and counts the work of its last step."""
+    """Times training steps after a warm-up, and counts the work of the last step of the warm-up."""
 
     def __init__(self, device: torch.device, warm_up: int) -> None:
         self.device, self.warm_up, self.work, self.times = device, warm_up, Work(), []
@@ -258,7 +259,7 @@ class Steps(lightning.Callback):
 
 
 def training(context: Context, *, recipe: Path) -> Iterator[Row]:
-    """Train by a recipe of ``experiments/methods``, with its network, loss, optimiser, batch, crop and precision."""
+    """Time training steps of a recipe, with its network, loss, optimiser, batch size, crop size and precision."""
     if recipe.stem in NEEDS_FILES:
         context.skip(f"{recipe.stem}: needs {NEEDS_FILES[recipe.stem]}")
         return

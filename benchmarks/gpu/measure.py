@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 ROUNDS = 5
-"""Most timed rounds of a measurement; fewer if they take more than ``SECONDS``."""
+"""Maximum number of timed rounds of a measurement; there are fewer if they take more than ``SECONDS``."""
 
 SECONDS = 4.0
 """Seconds after which no further round of a measurement begins."""
@@ -37,7 +37,7 @@ class Setting:
 
     @property
     def precision(self) -> str:
-        """``Restorer``'s precision."""
+        """Value of ``Restorer``'s argument ``precision``."""
         return "bf16" if self.bf16 else "float32"
 
     @contextmanager
@@ -57,7 +57,7 @@ COMPILED = Setting("bf16, compiled", bf16=True, compiled=True)
 
 
 class Work(FlopCounterMode):
-    """Counts the work of every operator: its floating-point operations, and the bytes that it reads and writes.
+    """Records the work of every operator: its floating-point operations, and the bytes that it reads and writes.
 
     Attributes:
         operators: ``(dtype, operations, bytes)`` of each operator that is not a view.
@@ -88,7 +88,7 @@ class Work(FlopCounterMode):
         Args:
             peaks: Result of the item ``device``: ``copy`` in bytes per second; ``float32``, ``TF32`` and ``bf16`` in
                 operations per second.
-            setting: Arithmetic of float32 operators.
+            setting: Whether float32 products are computed in TF32.
         """
         float32 = peaks["TF32" if setting.tf32 else "float32"]
         seconds = 0.0
@@ -104,13 +104,13 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has finished."""
+    """Wait until a GPU has finished its work; on a CPU, return at once."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_gib(device: torch.device) -> float | None:
-    """Return the peak memory of a GPU in GiB since the last call; None on a CPU."""
+    """Return the peak memory of a GPU in GiB since the last call of this function; None on a CPU."""
     if device.type != "cuda":
         return None
     peak = torch.cuda.max_memory_allocated(device) / 2**30
@@ -142,9 +142,9 @@ def measure(
     Args:
         run: The computation.
         device: Device that it uses.
-        setting: Arithmetic; applied around it.
+        setting: Arithmetic; applied during the calls.
         peaks: Peaks of the device, for the roofline.
-        work: Work of the same computation that is not compiled; None: counted in the first call.
+        work: Work of the same computation without compilation; None: counted in an additional first call.
 
     Returns:
         A row of the table (seconds, share of the roofline, peak memory in GiB, and for compiled networks the seconds of

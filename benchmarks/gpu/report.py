@@ -1,4 +1,4 @@
-"""The page that ``make gpu`` writes from its JSON files."""
+"""Write the page of ``make gpu`` from its JSON files."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ make gpu
 ```
 
 Seconds are medians of up to five calls after a warm-up; those of training steps are means of twelve. The share of the
-roofline is the time that the device needs at least, operator by operator, divided by the measured time: the larger of
-its operations over the measured rate of matrix products, and its bytes over the measured rate of copies. A compiled
-network fuses operators and can exceed 100 %.
+roofline is the minimum time of the device divided by the measured time. The minimum time is a sum over the operators:
+for each, the larger of its operations over the measured rate of matrix products, and its bytes over the measured rate
+of copies. A compiled network fuses operators and can exceed 100 %.
 
-Photos start and end in main memory. TF32: products of float32 in TF32, which training and video use too. Weights are
-random, except those of the bundled model.
+Photos start and end in main memory. With TF32, products of float32 are computed in TF32; training and video use it too.
+Weights are random, except those of the bundled model.
 """
 
 
