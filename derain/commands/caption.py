@@ -167,7 +167,7 @@ def caption_pairs(
     first_pairs: dict[CleanImage, Pair] = {}
     for pair in pairs:
         first_pairs.setdefault(clean_image(pair), pair)
-    captions = {clean_image(pair): (entry.text, entry.image) for pair, entry in zip(pairs, finished, strict=False)}
+    captions = {clean_image(pair): (entry.text, entry.image_hash) for pair, entry in zip(pairs, finished, strict=False)}
     images = list(first_pairs)
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
     unfinished = [batch for batch in batches if any(image not in captions for image in batch)]

@@ -6,7 +6,7 @@ from rich.filesize import decimal
 
 from derain import tables
 from derain.data.archives import free_bytes
-from derain.data.fetch import Download, describe_files, find_pairs
+from derain.data.fetch import Download, describe_files, find_pair_folder
 from derain.data.layouts import LAYOUTS
 from derain.data.sources import Form, Source
 
@@ -72,7 +72,7 @@ def _pairs(download: Download) -> str:
     if download.archives:
         return "counted after unpacking"
     names = [file.path for file in download.listing.files]
-    _, counts = find_pairs(download.name, names)
+    _, counts = find_pair_folder(download.name, names)
     if not counts:
         return f"none recognised by their names: {describe_files(names)}"
     published = LAYOUTS[download.name].counts

@@ -15,13 +15,13 @@ from typing import Any
 from derain.errors import DerainError
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-"""Endings of the names of archives."""
+"""Endings of the names of archives that can be unpacked."""
 
 MACOS_FOLDER = "__MACOSX"
-"""Folder with metadata of macOS, which is not unpacked."""
+"""Folder with metadata that macOS adds to archives; it is not unpacked."""
 
 FOLDER_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
-"""Files that systems write into folders, which are not unpacked; nor are those of macOS that begin with ``._``."""
+"""Files that operating systems add to folders; they are not unpacked, and neither are the ``._*`` files of macOS."""
 
 OTHER_FORMATS = {b"Rar!\x1a\x07": "RAR", b"7z\xbc\xaf\x27\x1c": "7z"}
 """First bytes of archives that derain cannot unpack, and the names of their formats."""
@@ -34,10 +34,10 @@ BLOCK = 2**20
 
 
 class DamagedArchiveError(DerainError):
-    """Error of an archive that is incomplete or damaged, or is not an archive.
+    """A file is an incomplete or damaged archive, or no archive at all.
 
     Args:
-        archive: The archive.
+        archive: The file.
         reason: What is wrong with it.
     """
 
@@ -52,7 +52,7 @@ class Member:
     """File in an archive.
 
     Attributes:
-        path: Path with ``/``, checked to be inside the archive.
+        path: Relative path with ``/``, without ``..``.
         size: Size in bytes when unpacked.
     """
 
@@ -73,11 +73,16 @@ def is_archive(name: str) -> bool:
 def list_members(archive: Path) -> list[Member]:
     """Return the files of an archive.
 
+    Metadata of operating systems is omitted.
+
     Raises:
         DamagedArchiveError: If the file is not an archive, or is damaged.
-        DerainError: If the archive has another format, or is encrypted or unsafe: links, devices, absolute paths, paths
-            with ``..``.
+        DerainError: If the file does not exist, or the archive has another format, is encrypted, or contains links,
+            devices, absolute paths or paths with ``..``.
+        OSError: If the file cannot be read.
     """
+    if not archive.is_file():
+        raise DerainError(f"{archive}: no such file; give a zip or tar archive")
     with _archive_errors(archive):
         _check_format(archive)
         if zipfile.is_zipfile(archive):
@@ -93,14 +98,15 @@ def unpack(archive: Path, folder: Path, advance: Callable[[int], None]) -> None:
     Args:
         archive: The archive.
         folder: Target folder.
-        advance: Called with numbers of unpacked bytes.
+        advance: Called with the number of bytes of each block that is written.
 
     Raises:
         DamagedArchiveError: As `list_members`.
         DerainError: As `list_members`, or if a file exists already.
-        OSError: If a file cannot be written.
+        OSError: If a file cannot be read or written.
     """
     with _archive_errors(archive):
+        _check_format(archive)
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
                 for path, info in _zip_files(archive, opened):
@@ -150,7 +156,11 @@ def _tar_files(archive: Path, opened: tarfile.TarFile) -> Iterator[tuple[str, ta
 
 
 def _safe_path(archive: Path, name: str) -> str:
-    """Return the path of a member with ``/``; empty for metadata of systems."""
+    """Return the path of a member with ``/``; empty for metadata of operating systems.
+
+    Raises:
+        DerainError: If the path is absolute, empty or contains ``..``.
+    """
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts or not path.parts:
         raise _unsafe(archive, name, "is outside the archive")

@@ -106,7 +106,7 @@ def compute_signature(pixels: Pixels, *, rainy: bool = False, features: bool = T
     Args:
         pixels: ``(h, w, 3)`` in 0 to 255.
         rainy: Whether the image has rain; thin bright streaks are then suppressed first.
-        features: Whether to compute features; without them, cropped images are not recognised.
+        features: Whether to compute local features; without them, cropped images are not recognised.
     """
     grey = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.uint8)
     if rainy:
@@ -151,11 +151,11 @@ def find_matches(
         first: Signatures of some images.
         second: Signatures of the images to compare them with; by default, the images in ``first`` are compared with
             each other.
-        features: Whether to compare features too; without them, cropped images are not found.
+        features: Whether to compare local features too; without them, cropped images are not found.
 
     Returns:
-        One match per pair of images, sorted by index; ``BackgroundMatch.second`` is an index in ``second`` if it is
-        given, else in ``first``.
+        One match per pair of images, sorted by index. ``BackgroundMatch.first`` is an index in ``first``;
+        ``BackgroundMatch.second`` is an index in ``second`` if that is given, else in ``first``.
     """
     images = [*first, *(second or ())]
     if len(images) < 2:
@@ -319,7 +319,7 @@ def _votes(
         index: Search index of all descriptors.
         queries: Descriptors to search for, ``(n, 128)``; those of the flipped images if ``flipped_vertically``.
         angles: Angles of the features in degrees, ``(n,)``.
-        owner: Index of the image of each feature, ``(n,)``.
+        owner: Index of the image that each feature belongs to, ``(n,)``.
         flipped_vertically: Whether the query images are flipped.
 
     Returns:
@@ -444,7 +444,14 @@ def _refined(a: Grey, b: Grey, warp: Floats) -> Floats:
 def _overlap(
     a: Grey, b: Grey, warp: Floats, sigma: float
 ) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
-    """Return the mask of the pixels of ``a`` that ``b`` covers, and both images, aligned and equally blurred."""
+    """Return the mask of the pixels of ``a`` that ``b`` covers, and both images, aligned and equally blurred.
+
+    Args:
+        a: Image whose pixel grid is used.
+        b: Image that is resampled.
+        warp: ``(2, 3)``; maps positions in ``a`` to positions in ``b``.
+        sigma: Standard deviation of the blur, in pixels of the coarser image along each axis.
+    """
     size = a.shape[::-1]
     covered = cv2.warpAffine(np.ones_like(b), warp, size, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
     covered[[0, -1]] = 0

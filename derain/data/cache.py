@@ -29,7 +29,7 @@ CACHE_VERSION = 2
 """Increment when a change makes the same files decode to different bytes."""
 
 SHARED_MEMORY = Path("/dev/shm")
-"""Shared memory on Linux."""
+"""File system of shared memory on Linux."""
 
 log = logging.getLogger("derain")
 
@@ -77,7 +77,7 @@ class PixelCache:
 
     For each pair, the buffer contains the rainy image, then the clean one; with ``paired=False``, rainy images only.
     On disk it is a memory map, which all ranks of a machine share through the page cache. In RAM it is shared memory,
-    with one copy per rank. Workers that are not forked open the buffer; each would receive a copy of a list of arrays.
+    with one copy per rank. Loader processes open the buffer instead of copying it, even if they are spawned.
 
     Args:
         index: ``(n, 3)``: offset of each pair in the buffer in bytes, and height and width of its images.
@@ -104,7 +104,7 @@ class PixelCache:
             self._pixels = self.memory.numpy()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for workers that are not forked: they open the same buffer instead of copying it."""
+        """Return the state that spawned processes receive; they open the same buffer instead of copying it."""
         return {"index": self.index, "file": self.file, "memory": self.memory, "paired": self.paired}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -120,7 +120,7 @@ class PixelCache:
         Without clean images, the rainy pixels are returned twice.
         """
         offset, height, width = (int(value) for value in self.index[index])
-        images = 1 + self.paired
+        images = 2 if self.paired else 1
         pixels = self._pixels[offset : offset + 3 * images * height * width].reshape(images, height, width, 3)
         return pixels[0], pixels[-1]
 
@@ -135,7 +135,7 @@ def pair_sizes(pairs: Sequence[Pair]) -> NDArray[np.int64]:
 
 
 def buffer_index(pairs: Sequence[Pair], *, paired: bool = True) -> NDArray[np.int64]:
-    """Return the position of each pair in the buffer, from the headers of the image files.
+    """Return the position and size of each pair in the buffer, from the headers of the image files.
 
     Args:
         pairs: The pairs.
@@ -148,13 +148,18 @@ def buffer_index(pairs: Sequence[Pair], *, paired: bool = True) -> NDArray[np.in
         DerainError: If a rainy image cannot be opened.
     """
     sizes = pair_sizes(pairs)
-    ends = np.cumsum(3 * (1 + paired) * sizes.prod(axis=1))
+    ends = np.cumsum(_bytes_per_pixel(paired) * sizes.prod(axis=1))
     return np.column_stack([np.concatenate([[0], ends[:-1]]), sizes]).astype(np.int64)
+
+
+def _bytes_per_pixel(paired: bool) -> int:
+    """Return the number of bytes for one pixel of each image of a pair."""
+    return 6 if paired else 3
 
 
 @dataclass(frozen=True)
 class _Space:
-    """Size of the cache and free space, in bytes."""
+    """Size of the cache, and free space on the disk, in memory and in shared memory, in bytes."""
 
     need: int
     disk: int
@@ -176,9 +181,10 @@ def open_cache(
         mode: ``disk`` (memory map), ``ram`` (shared memory, or ``disk`` with a warning if ``/dev/shm`` is too
             small), ``off``, or ``auto``: on disk if the file exists already or needs at most half of the free disk
             space; else in RAM if the pixels need at most half of the free memory and at most half of the free
-            ``/dev/shm``; else off. Shards behind a URL are not downloaded for ``auto``. The size is computed from the
-            image headers and logged.
-        folder: The memory maps are saved to its subfolder ``pixels``; ``cache_folder()`` by default.
+            ``/dev/shm``; else off. ``auto`` does not download shards behind a URL: without an existing file, the cache
+            is off.
+        folder: Folder of caches, in whose subfolder ``pixels`` the memory maps are saved; ``cache_folder()`` by
+            default.
         paired: Whether the pairs have clean images.
 
     Returns:
@@ -186,6 +192,7 @@ def open_cache(
 
     Raises:
         DerainError: If a pair cannot be read, or the pixels do not fit on the disk or into memory.
+        FileNotFoundError: If an image file does not exist.
     """
     if mode == "off" or not pairs:
         return None
@@ -197,7 +204,7 @@ def open_cache(
         return None
     index_file = file.with_name(f"{file.name}.npy")
     index = np.load(index_file) if file.exists() and index_file.exists() else buffer_index(pairs, paired=paired)
-    need = int((3 * (1 + paired) * index[:, 1] * index[:, 2]).sum())
+    need = int((_bytes_per_pixel(paired) * index[:, 1] * index[:, 2]).sum())
     space = _Space(need, shutil.disk_usage(folder).free, free_memory(), _free_shared_memory())
     requested = mode
     if mode == "auto":
@@ -240,7 +247,7 @@ def open_cache(
 
 
 def _choose_mode(space: _Space) -> CacheMode:
-    """Return the mode for ``auto`` if the file does not exist."""
+    """Return the mode that ``auto`` selects if there is no cache on disk yet."""
     if space.need <= space.disk / 2:
         return "disk"
     memory = min(space.memory, space.shared)
@@ -280,7 +287,7 @@ def _write_index(index: NDArray[np.int64], file: Path) -> None:
 
 
 def _free_shared_memory() -> int:
-    """Return the free bytes of shared memory, which Linux limits: often to 64 MB in a container."""
+    """Return the free bytes of shared memory. In containers, ``/dev/shm`` is often limited to 64 MB."""
     return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else free_memory()
 
 

@@ -18,13 +18,13 @@ from derain.images import write_whole
 from derain.progress import track
 
 COLUMNS = ["filepath", "title"]
-"""Header of a table: path of the rainy image; caption of its clean image, and degradation."""
+"""Header of a table. ``filepath`` is that of the rainy image; ``title`` is `Caption.title`."""
 
 DEGRADATION = "rainy"
 """DA-CLIP's word for rain."""
 
 TEMPLATE = "a photo"
-"""Caption of every clean image if no model is used."""
+"""Caption of every clean image without a captioning model."""
 
 
 class Caption(NamedTuple):
@@ -60,7 +60,9 @@ def one_line(text: str) -> str:
 
 
 def write_captions(path: Path, rows: Iterable[tuple[str, Caption]]) -> None:
-    """Write a table like DA-CLIP's script: tab-separated, quoted where needed; completely or not at all.
+    """Write a table in the format of DA-CLIP's script: tab-separated, quoted where needed.
+
+    The file is written completely or not at all.
 
     Args:
         path: File to write.
@@ -77,10 +79,10 @@ def read_captions(path: Path) -> dict[str, Caption]:
     """Read a table written by derain or by DA-CLIP's script.
 
     Returns:
-        Captions by path of the rainy image, as written in the table.
+        Captions by the path of the rainy image. Paths are as written in the table.
 
     Raises:
-        DerainError: If the file does not exist or is not such a table; the message names the line.
+        DerainError: If the file does not exist, or is not such a table; the message names the line that is wrong.
     """
     text = _read_utf8(path)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True)
@@ -128,13 +130,14 @@ def match_captions(pairs: Sequence[Pair], tables: Mapping[Path, Mapping[str, Cap
 
     Args:
         pairs: The pairs.
-        tables: Results of :func:`read_captions` by file. Paths in a table are absolute or relative to its folder.
+        tables: Results of :func:`read_captions` by the file of the table. Paths in a table are absolute, or relative
+            to the folder of the table.
 
     Returns:
         Captions in the order of ``pairs``.
 
     Raises:
-        DerainError: If a pair has no caption, or an image has two different ones.
+        DerainError: If a pair has no caption, an image has two different ones, or images are in shards.
     """
     captions: dict[str, Caption] = {}
     for path, table in tables.items():
@@ -158,7 +161,11 @@ def match_captions(pairs: Sequence[Pair], tables: Mapping[Path, Mapping[str, Cap
 
 
 def table_paths(images: Sequence[ImageFile], table: Path) -> list[str]:
-    """Return the paths to write in a table: relative to the table's folder for images below it, else absolute.
+    """Return the paths of images as a table contains them: relative for images below the table's folder, else absolute.
+
+    Args:
+        images: The images.
+        table: File of the table.
 
     Raises:
         DerainError: If a path is not valid UTF-8, or images are in shards.
@@ -194,7 +201,10 @@ def _paths(images: Sequence[ImageFile]) -> list[Path]:
 
 
 def _absolute(files: Sequence[Path]) -> list[Path]:
-    """Return absolute paths with links to folders resolved; links to files stay, since several may share a target."""
+    """Return absolute paths with links to folders resolved.
+
+    Links to files are not resolved, since several of them may have the same target.
+    """
     folders = {file.parent for file in files}
     resolved = {folder: folder.resolve() for folder in folders}
     return [resolved[file.parent] / file.name for file in files]
@@ -211,41 +221,42 @@ class JournalEntry(NamedTuple):
     Attributes:
         file: Path of the rainy image, as it will be written in the table.
         text: The caption.
-        image: :func:`file_hash` of the clean image; empty if the captioner ignores images.
+        image_hash: :func:`file_hash` of the clean image; empty if the captioner ignores images.
     """
 
     file: str
     text: str
-    image: str
+    image_hash: str
 
 
 class Journal:
     """File with the finished captions of an unfinished table, from which an interrupted run resumes.
 
-    The first line contains the options of the run, each further line one caption.
+    The first line contains the settings of the run, each further line one caption.
 
     Args:
         path: The file.
-        run: Options that the captions depend on.
+        settings: Settings of the run that the captions depend on.
     """
 
-    def __init__(self, path: Path, run: Mapping[str, str | int]) -> None:
-        self.path, self.run = path, dict(run)
-        self._header = json.dumps(self.run).encode()
+    def __init__(self, path: Path, settings: Mapping[str, str | int]) -> None:
+        self.path, self.settings = path, dict(settings)
+        self._header = json.dumps(self.settings).encode()
 
     def begin(self, pairs: Sequence[tuple[str, ImageFile]], overwrite: bool = False) -> list[JournalEntry]:
-        """Create the file, or read the entries of an interrupted run and drop an incomplete last line.
+        """Create the file, or read the entries of an interrupted run and remove an incomplete last line.
 
         Args:
-            pairs: Path of each rainy image as it will be written in the table, and file of its clean image.
+            pairs: For each pair, the path of the rainy image as the table will contain it, and the file of the clean
+                image.
             overwrite: Whether to replace a file from which this run cannot resume.
 
         Returns:
             The entries in the file; they belong to the first pairs.
 
         Raises:
-            DerainError: If the run cannot resume: the file is damaged or belongs to a run with other options or pairs,
-                or a captioned image has changed or is missing.
+            DerainError: If the run cannot resume, and ``overwrite`` is false: the file is damaged or belongs to a run
+                with other settings or pairs, or a captioned image has changed or is missing.
         """
         try:
             entries = self._read_entries(pairs)
@@ -287,8 +298,8 @@ class Journal:
     def _check_images(self, entries: Sequence[JournalEntry], clean_files: Sequence[ImageFile]) -> None:
         hashes = {}
         for entry, clean in zip(entries, clean_files, strict=False):
-            if entry.image:
-                hashes[clean] = entry.image
+            if entry.image_hash:
+                hashes[clean] = entry.image_hash
         with ThreadPoolExecutor() as threads:
             current_hashes = track(threads.map(file_hash, hashes), "Comparing", len(hashes))
             for clean, current in zip(hashes, current_hashes, strict=True):
@@ -305,15 +316,15 @@ class Journal:
         return JournalEntry(*fields)
 
     def _difference(self, header: bytes) -> str:
-        """Return how the run that started the file differs from this one."""
+        """Return how the settings in the file differ from those of this run."""
         try:
-            run = json.loads(header)
+            saved = json.loads(header)
         except ValueError:
-            run = None
-        if not isinstance(run, dict) or not self.run.keys() & run.keys():
+            saved = None
+        if not isinstance(saved, dict) or not self.settings.keys() & saved.keys():
             return "is not an unfinished table of captions"
-        key = next(key for key in self.run | run if run.get(key) != self.run.get(key))
-        return f"was started with {key} {run.get(key)}, not {self.run.get(key)}"
+        key = next(key for key in self.settings | saved if saved.get(key) != self.settings.get(key))
+        return f"was started with {key} {saved.get(key)}, not {self.settings.get(key)}"
 
     def _resume_error(self, reason: str) -> DerainError:
         return DerainError(f"{self.path}: {reason}; delete it, or add --overwrite to start again")

@@ -16,11 +16,12 @@ def check_crops(stages: Sequence[CropStage], option: str, pairs: Mapping[str, Se
 
     Args:
         stages: Stages of training.
-        option: Option that sets the size of the crops, for messages.
+        option: Option that sets the side of the crops, for messages.
         pairs: Pairs by the name of their option, such as ``train``.
 
     Raises:
-        DerainError: If crops are more than twice as large as the largest image, or a batch does not fit.
+        DerainError: If the side of a crop is more than twice the longest side of all images of an option, or a batch
+            needs more than the free memory.
     """
     largest = max(stage.crop for stage in stages)
     for name, images in pairs.items():

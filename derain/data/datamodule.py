@@ -69,7 +69,8 @@ class RainDataModule(LightningDataModule):
         eval_batch_size: Maximum number of images of equal size that ``derain test`` and ``derain predict`` restore at
             once; fewer if memory does not suffice. ``auto``: 32 on a GPU, 1 on a CPU, which is no faster in batches.
             With a limit on batches (``trainer.limit_test_batches``), each batch has one image.
-        val_limit: Total number of validation pairs, taken round robin from the starts of all data sets; by default all.
+        val_limit: Maximum number of validation pairs, by default all. With several data sets, the first pairs of each
+            are used, equally many if the sets allow it.
         val_mean: With several validation sets, whether the mean that selects the best checkpoint gives equal weight to
             all ``images`` or to all ``sets``. Means of each set are logged as ``val/SET/psnr`` in both cases.
         workers: Number of loader processes; by default 0 if pixels are cached (a cached crop takes about 0.15 ms,
@@ -237,7 +238,7 @@ class RainDataModule(LightningDataModule):
             log.info("%d rainy images without ground truth: %s", len(found), " + ".join(names))
 
     def _setup_rain(self) -> None:
-        """Build the degradation of training images."""
+        """Build the module that adds rain to training images, if ``rain`` is on."""
         if self.rain_ranges is None:
             return
         from derain.data.rain_operators import RainDegradation  # only now: importing kornia takes a while
@@ -251,7 +252,7 @@ class RainDataModule(LightningDataModule):
         )
 
     def _split_train(self) -> None:
-        """Find the training and validation pairs."""
+        """Find the training and validation pairs; hold out validation pairs if ``val`` is not set."""
         if self.sets["val"] == "none":
             self.pairs["train"], self.pairs["val"] = self._find("train", "train"), ()
         elif self.sets["val"] is not None:
@@ -451,14 +452,14 @@ class RainDataModule(LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Read the seed of the rain, and the samples that it is added to, while they are on the CPU."""
+        """Convert the seed of the rain and the indices of its samples to Python numbers, without waiting for a GPU."""
         if "rain_seed" in batch:
             batch["rain_seed"] = int(batch["rain_seed"][0])
             batch["rain_added"] = batch["rain_added"].nonzero().flatten().tolist()
         return batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> PairBatch:
-        """Scale uint8 images to float32 in [0, 1] on the device, and add rain."""
+        """Scale the uint8 images to float32 in [0, 1] on the device, and add rain."""
         for key in ("rainy", "clean", "unlabelled"):
             if key in batch:
                 batch[key] = batch[key].float().div_(255)  # as uint8, workers send a quarter of the bytes of float32

@@ -24,8 +24,8 @@ def to_tensor(pixels: Pixels) -> torch.Tensor:
 class UnlabelledCrops:
     """Random crops of rainy images without ground truth, one for each training sample.
 
-    The image is drawn at random for each sample, as by SSID-KD's authors. Image, crop and flips depend only on the seed
-    of the run and on the sample, so that a resumed run draws the same ones for any number of workers.
+    Each crop is from a random image, as in SSID-KD. Image, crop and flips depend only on the seed of the run and on the
+    sample, so that a resumed run draws the same crops with any number of workers.
 
     Args:
         images: Rainy images, without clean ones.
@@ -41,7 +41,8 @@ class UnlabelledCrops:
 
     def __getitem__(self, sample: Sample) -> tuple[Pixels, str]:
         """Return the crop for a sample, ``(crop, crop, 3)`` in 0 to 255, and the name of its image."""
-        seed = (self.seed, sample.epoch, sample.number)  # the pair's crop has this seed; those here append a number
+        # The crop of the pair has this seed; a number is appended for each draw here, to make them independent.
+        seed = (self.seed, sample.epoch, sample.number)
         index = int(np.random.default_rng((*seed, 1)).integers(len(self.images)))
         image = self.cache[index][0] if self.cache is not None else self.images[index].read()[0]
         crop, _ = self.augmentations[sample.crop](image, image, (*seed, 2))
@@ -58,8 +59,9 @@ class TrainingPairs(Dataset[dict[str, Any]]):
         seed: Seed of the run.
         captions: Captions in the order of ``pairs``; none by default.
         unlabelled: Crops of rainy images without ground truth, one of which is added to each item; none by default.
-        rain_share: Share of the samples of pairs to which rain will be added; it is added to all photos. Items then
-            have ``rain_added`` and ``rain_seed``, which depend on the seed of the run and on the sample. None for none.
+        rain_share: Share of the samples to which the data module adds rain; it always adds rain to photos. Items then
+            have ``rain_added`` and ``rain_seed``, which depend only on the seed of the run and on the sample. By
+            default, no rain is added.
         mixture: Chooses the pair of each sample; by default, all pairs occur equally often.
     """
 
@@ -79,6 +81,11 @@ class TrainingPairs(Dataset[dict[str, Any]]):
         self.mixture = mixture
 
     def __getitem__(self, sample: Sample) -> dict[str, Any]:
+        """Return the crops of a sample, ``rainy`` and ``clean``, with the ``name`` and ``index`` of the pair.
+
+        Crops are uint8 tensors ``(3, crop, crop)``. Depending on the arguments of the class, the item also has
+        ``caption`` and ``degradation``, ``unlabelled`` and ``unlabelled_name``, ``rain_added`` and ``rain_seed``.
+        """
         index = sample.number % len(self.pairs) if self.mixture is None else self.mixture.pair(sample)
         rainy, clean = self.cache[index] if self.cache is not None else read_pair(self.pairs[index])
         seed = (self.seed, sample.epoch, sample.number)
@@ -95,9 +102,9 @@ class TrainingPairs(Dataset[dict[str, Any]]):
 
 
 class TrainingLoader(DataLoader[dict[str, Any]]):
-    """Data loader with a state, without which Lightning warns when it resumes within an epoch.
+    """Data loader with an empty state, without which Lightning warns when it resumes within an epoch.
 
-    The state is empty: `RainDataModule.resume_at` sets the position.
+    `RainDataModule.resume_at` sets the position.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,11 +116,11 @@ class TrainingLoader(DataLoader[dict[str, Any]]):
 
 
 class WholePairs(Dataset[dict[str, Any]]):
-    """Dataset of whole images.
+    """Dataset of whole images, for evaluation and prediction.
 
     Args:
         pairs: The pairs, with or without clean images.
-        cache: Decoded pixels of the pairs; by default, files are read.
+        cache: Decoded pixels of the pairs; by default, every item decodes the files of its pair.
         captions: Captions in the order of ``pairs``; none by default.
     """
 
@@ -123,6 +130,10 @@ class WholePairs(Dataset[dict[str, Any]]):
         self.pairs, self.cache, self.captions = pairs, cache, captions
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return ``rainy`` and, if there is one, ``clean``, uint8 tensors ``(3, h, w)``; and the pair's name and index.
+
+        With captions, the item also has ``caption`` and ``degradation``.
+        """
         pair = self.pairs[index]
         rainy, clean = self.cache[index] if self.cache is not None else pair.read()
         item = {"rainy": to_tensor(rainy), "name": pair.name, "index": index}

@@ -1,4 +1,4 @@
-"""Cache of the paired files of large folders: pairing sorts and matches every file name."""
+"""Cache of the paired files of large folders, since pairing is slow: it sorts and matches every file name."""
 
 import hashlib
 import os
@@ -24,7 +24,8 @@ Detection = tuple[str, str, PairedFiles]
 def detection_key(root: Path, split: Split, layout: str | None, files: Sequence[str]) -> list[bytes]:
     """Return everything that the paired files depend on.
 
-    These are the folder, the names of its files and the layouts, and for a detected layout the states of the files.
+    This is the folder, the split, the layouts and the names of the files; for a detected layout, also the size, inode
+    and times of each file, since detection reads some images.
 
     Args:
         root: The folder.
@@ -72,7 +73,7 @@ def load_detection(key: Sequence[bytes], root: Path, files: Sequence[str]) -> De
 
 
 def save_detection(key: Sequence[bytes], root: Path, files: Sequence[str], detection: Detection) -> None:
-    """Save a detection without clashes, which are errors.
+    """Save a detection, unless it has clashes: the next run then reports them again.
 
     Args:
         key: Result of `detection_key`.
@@ -80,16 +81,16 @@ def save_detection(key: Sequence[bytes], root: Path, files: Sequence[str], detec
         files: Relative paths of the images below it, in the same order.
         detection: Result of `derain.data.pairs.detect_layout`.
     """
-    name, reason, paired = detection
+    layout, reason, paired = detection
     if paired.clashes:
         return
-    variants = _variants(name)
+    variants = _variants(layout)
     index: dict[ImageFile | None, Any] = {path: number for number, path in enumerate(_paths(root, files))}
     index[None] = None
     content = {
-        "layout": name,
+        "layout": layout,
         "reason": reason,
-        "pairs": [(pair, index[rainy], index[clean]) for pair, rainy, clean in paired.pairs],
+        "pairs": [(pair_name, index[rainy], index[clean]) for pair_name, rainy, clean in paired.pairs],
         "unpaired": [index[file] for file in paired.unpaired],
         "variant": variants.index(paired.variant),
         "unused": [(variants.index(variant), count) for variant, count in paired.unused],
@@ -103,6 +104,6 @@ def _paths(root: Path, files: Sequence[str]) -> list[Path]:
     return [Path(prefix + file) for file in files]
 
 
-def _variants(name: str) -> list[Files]:
+def _variants(layout: str) -> list[Files]:
     """Return the variants of all splits of a layout."""
-    return [variant for variants in LAYOUTS[name].files.values() for variant in variants]
+    return [variant for variants in LAYOUTS[layout].files.values() for variant in variants]

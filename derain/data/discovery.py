@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def find_sets(root: Path, layout: str | None = None) -> list[DataSplit]:
         return [_find_in_shards(root, split) for split in sharded]
     files = list_relative(root, warn=False)
     if layout is None:
-        return _find_by_folder_name(root, files) or _find_by_files(root, files)
+        by_name = _find_by_folder_name(root, files)
+        return by_name or _find_splits(root.resolve().name, _detect_any_split(root, files), root, files)
     if layout not in LAYOUTS:
         raise DerainError(f"--layout {layout}: unknown layout; choose from {', '.join(LAYOUTS)}")
     splits = _find_splits(root.resolve().name, layout, root, files)
@@ -77,30 +79,32 @@ def find_sets(root: Path, layout: str | None = None) -> list[DataSplit]:
 
 
 def find_lone_sides(root: Path, found: Sequence[DataSplit]) -> Iterator[tuple[str, list[Path]]]:
-    """Yield the splits that have files in a folder named after their data set, but no pair; with these files.
+    """Find splits of which only the rainy or only the clean files are there, in folders named after their data set.
 
     Args:
         root: Folder of one data set or of several.
         found: Splits that `find_sets` returned for it.
+
+    Yields:
+        Data set and split, such as ``Rain800 train``, and the files without partner.
     """
     if sharded_splits(root):
         return
-    reported = {
-        file
-        for split in found
-        for _, rainy, clean in split.files.pairs
-        for file in (rainy, clean)
-        if clean or split.layout != "images"  # any folder of photos has the layout "images"
-    }
+    known_files: set[ImageFile | None] = set()
+    for data_split in found:
+        if data_split.layout == "images":  # any folder of photos has this layout
+            continue
+        for _, rainy, clean in data_split.files.pairs:
+            known_files |= {rainy, clean}
     for name, layout in LAYOUTS.items():
         if layout.excluded_test_set is not None:  # the full set has the same files
             continue
         for folder in find_data_set_folders(name, root):
             images = ImageNames(folder, list_relative(folder, warn=False))
             for split in layout.files:
-                files = [file for file in images.one_side(name, split) if file not in reported]
+                files = [file for file in images.matching_files(name, split) if file not in known_files]
                 if files and not images.pair(name, split).pairs:
-                    reported.update(files)
+                    known_files.update(files)
                     yield f"{name} {split}", files
 
 
@@ -140,22 +144,21 @@ def _files_below(folder: Path, files: Sequence[str]) -> list[str]:
     return [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
 
 
-def _find_by_files(root: Path, files: Sequence[str]) -> list[DataSplit]:
-    """Return the splits of the data set whose layout fits the files of a folder."""
-    splits: tuple[Split, ...] = ("train", "test", "predict")
+def _detect_any_split(root: Path, files: Sequence[str]) -> str:
+    """Return the layout of the first split (train, test or predict) of which a folder has pairs.
+
+    Raises:
+        DerainError: If no layout fits.
+    """
+    splits: tuple[Split, ...] = ("train", "test")
     for split in splits:
-        try:
-            name, _, _ = detect_layout(root, split, files)
-        except DerainError:
-            if split == "predict":
-                raise
-        else:
-            return _find_splits(root.resolve().name, name, root, files)
-    return []
+        with suppress(DerainError):
+            return detect_layout(root, split, files)[0]
+    return detect_layout(root, "predict", files)[0]
 
 
 def _find_splits(name: str, layout: str, root: Path, files: Sequence[str]) -> list[DataSplit]:
-    """Return the splits of one data set; of splits with the same rainy files, only the most likely one."""
+    """Return the splits of one data set; of several splits with the same rainy files, the most likely one."""
     splits: dict[frozenset[ImageFile], DataSplit] = {}
     for split_name in LAYOUTS[layout].files:
         split = DataSplit(name, split_name, layout, root, pair_files(layout, split_name, root, files))

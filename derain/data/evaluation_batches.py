@@ -17,8 +17,13 @@ BATCH_PIXELS = 2**22
 def evaluation_costs(pairs: Sequence[Pair], split: str, trainer: Trainer | None) -> list[int]:
     """Return the cost of each image, by which images are distributed over ranks: its number of pixels, or 1.
 
-    Costs are 1 if all ranks must get the same number of images: in validation, since DDP synchronises the ranks before
-    each batch; and with a limit on batches, which counts the batches of each rank.
+    Costs are 1 with a single rank, and if all ranks must get the same number of images. This is so in validation, since
+    DDP synchronises the ranks before each batch, and with a limit on batches, which counts the batches of each rank.
+
+    Args:
+        pairs: The images.
+        split: ``val``, ``test`` or ``predict``.
+        trainer: The trainer; None for a single rank.
     """
     if trainer is None or trainer.world_size == 1 or split == "val" or is_limited(split, trainer):
         return [1] * len(pairs)
@@ -27,9 +32,14 @@ def evaluation_costs(pairs: Sequence[Pair], split: str, trainer: Trainer | None)
 
 
 def rank_groups(pairs: Sequence[Pair], split: str) -> list[str | int]:
-    """Return the sequence of each frame and the index of each other image; in tests, a rank evaluates whole groups.
+    """Return the group of each image; one rank evaluates all images of a group.
 
-    During ``fit``, all ranks must get as many images, so that every image is a group.
+    The frames of a video are a group, named by its sequence. Any other image is a group of its own, named by its index.
+    In validation, so is every frame, since all ranks must get the same number of images.
+
+    Args:
+        pairs: The images.
+        split: ``val``, ``test`` or ``predict``.
     """
     if split == "val":
         return list(range(len(pairs)))
@@ -43,7 +53,7 @@ class EqualSizeBatches(Sampler[list[int]]):
         indices: Indices of the images.
         sizes: Height and width of each image, by index.
         batch_size: Maximum number of images in a batch.
-        pixels: Maximum number of pixels in a batch of several images.
+        pixels: Maximum number of pixels in a batch of several images; by default, there is no limit.
 
     Example:
         >>> sizes = [(4, 6), (6, 4), (4, 6), (4, 6)]

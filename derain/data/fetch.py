@@ -1,7 +1,7 @@
 """Fetch a data set from a source, or unpack its archives, check it, and put it into the data root.
 
 A download is collected in a hidden folder ``.NAME.part`` of the data root, where a later call continues it. When all
-files are complete and checked, it is renamed to the folder of the data set.
+files are complete, checked and unpacked, their folder is renamed to that of the data set.
 """
 
 import errno
@@ -9,6 +9,7 @@ import filecmp
 import json
 import logging
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -101,7 +102,7 @@ class Download:
                     download_urls(self.listing.files, self.folder, advance)
             check_downloads(self.listing.files, self.folder)
             shutil.rmtree(self.folder / ".cache", ignore_errors=True)  # of huggingface_hub
-            place(self.name, self._unpacked(), self.target)
+            move_to_target(self.name, self._unpacked(), self.target)
             shutil.rmtree(self.part)  # within the lock: another process may begin as soon as it is released
         files = [path.relative_to(self.target).as_posix() for path in self.target.rglob("*") if path.is_file()]
         check_pairs(self.name, files, f"{self.target}: complete and without damage, but")
@@ -131,7 +132,7 @@ class Download:
         return folder
 
     def _move_beside(self, paths: Sequence[str], folder: Path) -> None:
-        """Move downloaded files to those of the archives; of files that are in both, keep the archive's.
+        """Move downloaded files into the folder of the unpacked archives; a file in both keeps the archive's version.
 
         Args:
             paths: Paths of the downloaded files in their folder.
@@ -181,38 +182,39 @@ class Download:
 
     @contextmanager
     def _interruptions(self) -> Iterator[None]:
-        """Say in the message of a full disk, or of an interruption, what is kept."""
+        """Add to the message of a full disk, or of an interruption, how much of the download is kept, and where."""
         try:
             yield
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
             raise DerainError(
-                f"{self.target.parent}: disk full; {self._progress()} kept in {self.part}; free at least "
+                f"{self.target.parent}: disk full; {self._progress()} are kept in {self.part}; free at least "
                 f"{decimal(self.needed_bytes)} and run the same command again"
             ) from error
         except KeyboardInterrupt as interrupt:
-            number = interrupt.code - 128 if isinstance(interrupt, Stopped) else Stopped("").code - 128
+            number = interrupt.code - 128 if isinstance(interrupt, Stopped) else signal.SIGINT
             reason = str(interrupt) or "interrupted"
             raise Stopped(
-                f"{reason}; {self._progress()} kept in {self.part}; the same command continues", number
+                f"{reason}; {self._progress()} are kept in {self.part}; the same command continues", number
             ) from interrupt
 
     def _progress(self) -> str:
+        """Return text such as ``2.1 MB of 8.4 MB``."""
         present = downloaded_bytes(self.listing.files, self.folder)
-        return f"{decimal(present)} of {decimal(self.listing.size)} are"
+        return f"{decimal(present)} of {decimal(self.listing.size)}"
 
 
 def plan_download(name: str, source: Source, root: Path) -> Download:
-    """Ask the server of a source for its files.
+    """Return the download of a data set, after asking the server for its files.
 
     Args:
         name: Name of the data set.
-        source: Its source, other than a form.
+        source: Its source: a repository of the hub or a web server.
         root: Data root.
 
     Raises:
-        DerainError: If the server cannot be reached, or has no such files.
+        DerainError: If the server cannot be reached or has no such files, or the source is a form.
     """
     if isinstance(source, Hub):
         listing = list_repository(source.repository, source.revision, source.patterns)
@@ -232,8 +234,8 @@ def unpack_set(name: str, archives: Sequence[Path], root: Path) -> Path:
         root: Data root.
 
     Raises:
-        DerainError: If an archive is damaged or unsafe, the archives contain no pairs of the data set, or the disk is
-            too small.
+        DerainError: If the data set exists already, an archive is missing, damaged or unsafe, the archives contain no
+            pairs of the data set, or the disk is too small.
     """
     target = root / target_folder(name)
     check_absent(target)
@@ -248,35 +250,46 @@ def unpack_set(name: str, archives: Sequence[Path], root: Path) -> Path:
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            raise DerainError(f"{root}: disk full; free {decimal(_size(members))} and run the command again") from error
-        place(name, folder, target)
+            needed = decimal(_unpacked_size(members))
+            raise DerainError(f"{root}: disk full; free {needed} and run the command again") from error
+        move_to_target(name, folder, target)
     return target
 
 
 def unpack_all(archives: Sequence[Path], folder: Path) -> None:
     """Unpack archives into one folder, after a check of the disk space.
 
+    Args:
+        archives: Zip or tar archives.
+        folder: Target folder.
+
     Raises:
         DerainError: If the disk is too small, or an archive is damaged or unsafe.
     """
-    size = sum(_size(list_members(archive)) for archive in archives)
+    size = sum(_unpacked_size(list_members(archive)) for archive in archives)
     check_space(folder, size)
     with track_bytes("Unpacking", size) as advance:
         for archive in archives:
             unpack(archive, folder, advance)
 
 
-def _size(members: Sequence[Member]) -> int:
+def _unpacked_size(members: Sequence[Member]) -> int:
     return sum(member.size for member in members)
 
 
-def place(name: str, folder: Path, target: Path) -> None:
-    """Rename the folder with the pairs of a data set to its final name.
+def move_to_target(name: str, folder: Path, target: Path) -> None:
+    """Rename the folder that contains the pairs of a data set to the folder of the data set.
 
-    Folders above it that contain nothing else are dropped; files beside it, such as a licence, move along.
+    Files outside it, such as a licence, are moved into it first, except those whose name it has already; a warning
+    reports these.
+
+    Args:
+        name: Name of the data set.
+        folder: Folder of the downloaded or unpacked files, which may contain the pairs in a subfolder.
+        target: Folder of the data set, which must not exist.
     """
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    prefix, _ = find_pairs(name, files)
+    prefix, _ = find_pair_folder(name, files)
     base = folder / prefix
     dropped = []
     for file in files:
@@ -287,23 +300,23 @@ def place(name: str, folder: Path, target: Path) -> None:
             else:
                 (folder / file).rename(beside)
     if dropped:
-        log.warning("%s: %d files not kept, since others have their names: %s", target, len(dropped), dropped[0])
+        log.warning("%s: %d files not kept, since other files have their names: %s", target, len(dropped), dropped[0])
     base.rename(target)
 
 
-def find_pairs(name: str, files: Sequence[str]) -> tuple[str, dict[Split, int]]:
-    """Find the pairs of a data set in a list of files.
+def find_pair_folder(name: str, files: Sequence[str]) -> tuple[str, dict[Split, int]]:
+    """Find the folder with the pairs of a data set in a list of files, and count the pairs.
 
     Args:
         name: Name of the data set.
         files: Paths with ``/``.
 
     Returns:
-        Path of the folder with the pairs, empty or with ``/`` at its end, and the number of pairs of each split. Both
-        are empty if there are no pairs.
+        Path of the folder, with ``/`` at its end, to which the patterns of the layout are relative, and the number of
+        pairs of each split. The path is empty for the folder of the list itself. Both are empty if there are no pairs.
 
     Example:
-        >>> find_pairs("Rain12", ["LICENSE", "Rain12/input/1.png", "Rain12/target/1.png"])
+        >>> find_pair_folder("Rain12", ["LICENSE", "Rain12/input/1.png", "Rain12/target/1.png"])
         ('Rain12/', {'test': 1})
     """
     images = sorted((file for file in files if PurePosixPath(file).suffix.lower() in SUFFIXES), key=natural_key)
@@ -332,7 +345,7 @@ def check_pairs(name: str, files: Sequence[str], subject: str) -> None:
     Raises:
         DerainError: If there are no pairs.
     """
-    if not find_pairs(name, files)[1]:
+    if not find_pair_folder(name, files)[1]:
         expected = " or ".join(str(variants[0]) for variants in LAYOUTS[name].files.values())
         raise DerainError(
             f"{subject} no {name} pairs; contains {describe_files(files)}; expected {expected}; rename the folders, or "
@@ -341,7 +354,7 @@ def check_pairs(name: str, files: Sequence[str], subject: str) -> None:
 
 
 def describe_files(files: Sequence[str]) -> str:
-    """Return a list of files as text.
+    """Return the number and the folders of files as text.
 
     Example:
         >>> describe_files(["a/b/1.png", "a/b/2.png", "a/c/1.png"])
@@ -353,10 +366,10 @@ def describe_files(files: Sequence[str]) -> str:
 
 
 def check_absent(target: Path) -> None:
-    """Check that there is no data set yet where one is to be put.
+    """Check that the folder of a data set does not exist yet.
 
     Raises:
-        DerainError: If there is one.
+        DerainError: If it exists.
     """
     if target.exists():
         raise DerainError(
@@ -365,7 +378,11 @@ def check_absent(target: Path) -> None:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Check the free disk space at a folder, which need not exist yet.
+    """Check the free disk space at a folder.
+
+    Args:
+        folder: The folder, which need not exist yet.
+        needed: Needed space in bytes.
 
     Raises:
         DerainError: If fewer bytes are free than needed.

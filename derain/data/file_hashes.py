@@ -1,7 +1,7 @@
 """Cache of content hashes of files, and of results computed from files.
 
-A hash is valid until size, inode or times of its file change. A result of `cached_numbers` depends on contents alone,
-one of `save_computed` on everything that its key contains, such as the paths, sizes and times of files.
+A hash is valid until the size, inode or times of its file change. A result of `cached_numbers` is valid as long as the
+contents of its files are the same, and content saved by `save_computed` as long as its key is.
 """
 
 import hashlib
@@ -38,8 +38,9 @@ log = logging.getLogger("derain")
 def file_hashes(files: Sequence[ImageFile]) -> list[bytes]:
     """Return the SHA-256 of each file's content, 32 bytes, from the cache if size, inode and times are unchanged.
 
-    The cache has one JSON file per folder of images, in ``cache_folder()/digests``: for each file name, its state when
-    it was hashed, and the hash in hexadecimal digits. Images in shards have their hash in the index.
+    The cache in ``cache_folder()/digests`` has one JSON file per folder of images. For each file name, it contains the
+    size, inode and times when the file was hashed, and the hash in hexadecimal digits. The hashes of images in shards
+    are in the index of the shards.
 
     Raises:
         FileNotFoundError: If a file does not exist.
@@ -49,7 +50,7 @@ def file_hashes(files: Sequence[ImageFile]) -> list[bytes]:
 
 
 def _path_hashes(paths: Iterable[str]) -> dict[str, bytes]:
-    """Return the SHA-256 of each file, without shards."""
+    """Return the SHA-256 of each file by its path; save those that are new in the cache."""
     entries: dict[str, dict[str, Any]] = {}
     hashes: dict[str, bytes] = {}
     changed = []
@@ -133,7 +134,7 @@ def _computed_file(*key: bytes) -> Path:
 
 
 def _hash(file: Path) -> tuple[list[int] | None, bytes]:
-    """Return state and hash of a file; None as state if it changed too recently to trust its times."""
+    """Return the state of a file (see `_state`) and its hash; None as state if its times are too recent to trust."""
     with file.open("rb") as opened:
         status = os.fstat(opened.fileno())
         digest = hashlib.file_digest(opened, "sha256").digest()
@@ -147,7 +148,7 @@ def _state_of(path: str) -> list[int]:
 
 
 def _state(status: os.stat_result) -> list[int]:
-    """Return size, inode and times; they change with the content, since programs cannot set the last one (ctime)."""
+    """Return size, inode, mtime and ctime; one changes with the content, since programs cannot set the ctime."""
     return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: list their files with checksums, and download them by huggingface_hub."""
+"""Data sets of the Hugging Face hub: list their files with checksums, and download them with huggingface_hub."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ WORKERS = 8
 
 
 def list_repository(repository: str, revision: str = "main", patterns: Sequence[str] = ()) -> Listing:
-    """Ask the hub for the files of a data set, with their sizes and checksums.
+    """Return the files of a data set on the hub, with their sizes and checksums.
 
     Args:
         repository: ``OWNER/NAME``.
@@ -41,12 +41,14 @@ def list_repository(repository: str, revision: str = "main", patterns: Sequence[
         found = [entry for entry in entries if isinstance(entry, RepoFile) and entry.path not in UNUSED]
         selected = list(filter_repo_objects(found, allow_patterns=list(patterns) or None, key=lambda f: f.path))
         licence = getattr(info.card_data, "license", None) or ""
-        if licence == "other":  # the card then has its name
+        if licence == "other":  # the card then names it separately
             licence = getattr(info.card_data, "license_name", None) or licence
+    if not found:
+        raise DerainError(f"hub:{repository}: contains no files; use another source (--from)")
     if not selected:
         folders = sorted({entry.path.partition("/")[0] for entry in found})[:8]
         raise DerainError(
-            f"hub:{repository}: no files {' '.join(patterns)}; contains {', '.join(folders) or 'no files'}; "
+            f"hub:{repository}: no files {' '.join(patterns)}; contains {', '.join(folders)}; "
             f"--from hub:{repository} fetches all of it"
         )
     files = []
@@ -60,14 +62,14 @@ def list_repository(repository: str, revision: str = "main", patterns: Sequence[
 def download_repository(
     repository: str, commit: str, patterns: Sequence[str], folder: Path, advance: Callable[[int], None]
 ) -> None:
-    """Download files of a data set; those that are complete are kept.
+    """Download files of a data set; complete files from an earlier call are kept.
 
     Args:
         repository: ``OWNER/NAME``.
         commit: Commit, 40 hexadecimal digits.
         patterns: Glob patterns of the files; all files by default.
         folder: Download folder; huggingface_hub adds a folder ``.cache``.
-        advance: Called with numbers of new bytes, which are negative if a file starts again.
+        advance: Called with the number of bytes of each new block; negative if a file starts again.
 
     Raises:
         DerainError: If the hub cannot be reached or refuses.
@@ -77,7 +79,7 @@ def download_repository(
         from huggingface_hub import constants, snapshot_download
 
         stopped = Event()
-        # In a thread of its own, since an interrupted snapshot_download waits for the files that have begun.
+        # In a thread of its own, since an interrupted snapshot_download waits until the files in progress are complete.
         with ThreadPoolExecutor(1) as thread:
             download = thread.submit(
                 snapshot_download,
@@ -94,7 +96,7 @@ def download_repository(
                 download.result()
             except KeyboardInterrupt:
                 stopped.set()
-                offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True  # or it would try again
+                offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True  # prevents further attempts
                 try:
                     wait([download])
                 finally:
@@ -103,11 +105,16 @@ def download_repository(
 
 
 def _silent_bar(advance: Callable[[int], None], stopped: Event) -> Any:
-    """Return a progress bar for huggingface_hub that shows nothing and reports bytes, and ends stopped downloads."""
+    """Return a class of invisible progress bars for huggingface_hub.
+
+    Args:
+        advance: Called with numbers of downloaded bytes.
+        stopped: Once it is set, the next update raises `InterruptedError`, which ends the download.
+    """
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
     class Bar(tqdm):
-        """Reports the bytes of the one bar of `snapshot_download` that counts them on disk."""
+        """Invisible bar. Of all bars of `snapshot_download`, only the one that counts bytes on disk reports them."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.counts_bytes = kwargs.get("name") == "huggingface_hub.snapshot_download"

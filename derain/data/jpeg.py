@@ -1,4 +1,4 @@
-"""Loss of JPEG compression on batches of images, on any device.
+"""JPEG compression artefacts of batches of images, computed on any device.
 
 ``jpeg_codec_differentiable`` of kornia takes 2.3 to 2.7 times as long (8 images of 96×96 on one core) and replaces
 rounding by smooth functions.
@@ -22,6 +22,8 @@ LUMA = (
     *(49, 64, 78, 87, 103, 121, 120, 101),
     *(72, 92, 95, 98, 112, 100, 103, 99),
 )
+"""Quantisation table of luma at quality 50, 8 × 8, row by row (ITU-T T.81, Table K.1)."""
+
 CHROMA = (
     *(17, 18, 24, 47, 99, 99, 99, 99),
     *(18, 21, 26, 66, 99, 99, 99, 99),
@@ -29,14 +31,14 @@ CHROMA = (
     *(47, 66, 99, 99, 99, 99, 99, 99),
     *(99,) * 32,
 )
-"""Quantisation of the 8 × 8 coefficients at quality 50 (ITU-T T.81, Annex K)."""
+"""Quantisation table of chroma at quality 50, 8 × 8, row by row (ITU-T T.81, Table K.2)."""
 
 MIDDLE = 128 / 255
-"""Luma that the transform has 0 for."""
+"""Luma in [0, 1] that is subtracted before the transform: JPEG's level shift by 128."""
 
 
 def _cosines() -> Float[Tensor, "64 64"]:
-    """Return the orthonormal discrete cosine transform of 8 × 8 blocks."""
+    """Return the matrix of the orthonormal discrete cosine transform of 8 × 8 blocks, flattened row by row."""
     position = torch.arange(8)
     matrix = torch.cos(math.pi / 16 * position[:, None] * (2 * position + 1)) / 2
     matrix[0] /= math.sqrt(2)
@@ -47,11 +49,14 @@ COSINES = _cosines()
 
 
 def jpeg(images: Float[Tensor, "b 3 h w"], quality: Float[Tensor, " b"]) -> Float[Tensor, "b 3 h w"]:
-    """Return images after encoding and decoding, with chroma of half the resolution; not differentiable.
+    """Return images with the artefacts of JPEG encoding with 4:2:0 chroma subsampling; not differentiable.
 
     Args:
-        images: Images in [0, 1].
-        quality: Quality as in libjpeg, 1 to 100.
+        images: RGB images in [0, 1], of any size.
+        quality: Quality of each image, as in libjpeg, 1 to 100.
+
+    Returns:
+        RGB images in [0, 1], not rounded to 8 bits.
     """
     height, width = images.shape[2:]
     padded = F.pad(images, (0, -width % 16, 0, -height % 16), mode="replicate")
@@ -66,7 +71,7 @@ def jpeg(images: Float[Tensor, "b 3 h w"], quality: Float[Tensor, " b"]) -> Floa
 def _quantised(
     planes: Float[Tensor, "b c h w"], table: tuple[int, ...], quality: Float[Tensor, " b"]
 ) -> Float[Tensor, "b c h w"]:
-    """Round the coefficients of all blocks to multiples of the table, scaled by the quality."""
+    """Round the coefficients of all 8 × 8 blocks to multiples of the table's values, scaled by the quality."""
     scale = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality)[:, None]
     steps = ((torch.tensor(table, device=planes.device) * scale + 50) / 100).floor().clamp(1, 255)
     steps = steps[:, None, None, None] / 255

@@ -19,10 +19,11 @@ log = logging.getLogger("derain")
 class Mixture:
     """Chooses the pair of each training sample, so that every data set has its share of each epoch.
 
-    A set with more samples than pairs is over-sampled. A set with fewer samples than pairs continues in the next epoch
-    where it stopped. In both cases, each pair of a set occurs as often as any other one, give or take one, if an epoch
-    needs one permutation of its samples. Further permutations, as in later stages of ``--data.schedule`` with larger
-    batches, continue with the pairs of the next epochs, which then repeat them.
+    The pairs of a set are used in a fixed random order, which starts again after the last pair. An epoch continues
+    where the one before ended. So at any time, all pairs of a set have been used equally often, give or take one.
+
+    Exceptions are epochs with more samples than ``count``, as in later stages of ``--data.schedule`` with larger
+    batches. Their additional samples are those of the next epochs, which use them again.
 
     Args:
         sizes: Number of pairs of each data set, in the order of the pairs.
@@ -34,7 +35,7 @@ class Mixture:
         counts: Samples of each data set per epoch.
 
     Raises:
-        DerainError: If a data set would get no sample of an epoch.
+        DerainError: If a data set would get no sample in an epoch.
 
     Example:
         >>> mixture = Mixture([2, 100], weights=[1.0, 1.0], count=8, seed=0)
@@ -58,10 +59,11 @@ class Mixture:
 
     def pair(self, sample: Sample) -> int:
         """Return the index of the pair of a sample."""
-        permutation, number = divmod(sample.number, self.count)  # an epoch may need further permutations
+        # An epoch with more samples than ``count`` draws several permutations of the sample numbers.
+        permutation, number = divmod(sample.number, self.count)
         data_set = bisect_right(self._starts, number) - 1
-        before = (sample.epoch + permutation) * self.counts[data_set]
-        position = (before + number - self._starts[data_set]) % self.sizes[data_set]
+        earlier_samples = (sample.epoch + permutation) * self.counts[data_set]
+        position = (earlier_samples + number - self._starts[data_set]) % self.sizes[data_set]
         return self._first_pairs[data_set] + int(self._orders[data_set][position])
 
 
@@ -73,7 +75,7 @@ def check_weights(weights: Sequence[float], names: Sequence[str]) -> None:
         names: Data sets of ``--data.train``.
 
     Raises:
-        DerainError: If not, or if a weight is not finite and above 0.
+        DerainError: If not, if there are fewer than two data sets, or if a weight is not finite and above 0.
     """
     if len(weights) != len(names) or len(names) < 2:
         raise DerainError(
@@ -87,11 +89,11 @@ def check_weights(weights: Sequence[float], names: Sequence[str]) -> None:
 
 
 def mix(pairs: Sequence[Pair], weights: Sequence[float], count: int, seed: int) -> Mixture:
-    """Return the mixture of the data sets of some pairs, and log it.
+    """Return the mixture of the data sets of training pairs, and log the samples per data set.
 
     Args:
-        pairs: Training pairs of several data sets.
-        weights: Weight of each data set.
+        pairs: Training pairs of several data sets, all pairs of one set after another.
+        weights: Weight of each data set, in the order of the pairs.
         count: Samples per epoch.
         seed: Seed of the run.
 

@@ -1,11 +1,11 @@
 """Pair files by the key that a pattern extracts from their names, and find the folders of data sets.
 
 :mod:`derain.data.layouts.patterns` defines patterns; a layout may have several variants of them. A key consists of the
-values of all groups of the pattern except ``{version}``: ``{n}`` as a number, the others as text in lower case. So
-``rainy/7_2.jpg`` and ``clean/007.jpg`` both have the key 7. No image is read.
+values of all groups of the pattern except ``{version}``: ``{n}`` as a number, the others as text in lower case. With
+the patterns ``rainy/{n}_{version}`` and ``clean/{n}``, ``rainy/7_2.jpg`` and ``clean/007.jpg`` have the key 7. No image
+is read.
 """
 
-import itertools
 import os
 import re
 import unicodedata
@@ -22,13 +22,15 @@ from derain.listing import image_names, list_images, natural_key
 _MAX_DEPTH = 3  # how many levels below the data root are searched for data sets
 
 AUXILIARY_NAME = re.compile(AUXILIARY, re.IGNORECASE)
+"""Compiled pattern of rain masks and streaks."""
 
 Key = tuple[str | int, ...]
+"""What a rainy and its clean file have in common: values of the groups of their patterns."""
 
 
 class _KeyedFile(NamedTuple):
     key: Key
-    rain_version: str | None  # text of ``{version}``: number of the rainy version if a clean image has several
+    rain_version: str | None  # text of ``{version}``; None if the pattern has none
     file: str
 
 
@@ -42,8 +44,9 @@ class PairedFiles:
         unpaired: Files that match the layout but have no partner.
         clashes: Pairs of conflicting files: two clean files with the same key; two rainy files with the same key and
             version; or two clean files that different variants of the layout assign to one rainy file.
-        variant: Variant of the layout that matched; one with an empty pattern if none did.
-        unused: Later variants that match pairs which ``variant`` misses, and the number of these pairs.
+        variant: Variant of the layout that matched; has an empty pattern if none did.
+        unused: Later variants of the layout that match pairs which ``variant`` does not match, and the number of these
+            pairs.
     """
 
     pairs: tuple[tuple[str, ImageFile, ImageFile | None], ...] = ()
@@ -74,7 +77,9 @@ def list_unsorted(root: Path, *, warn: bool = True) -> list[str]:
 
 
 class ImageNames:
-    """Images below a folder, paired by their names. Layouts share variants, each of which is matched once.
+    """Names of the images below a folder, which can be paired by any layout.
+
+    A variant that several layouts share is matched only once.
 
     Args:
         root: The folder.
@@ -92,7 +97,7 @@ class ImageNames:
         self._paired: dict[tuple[str, Files], PairedFiles] = {}
 
     def pair(self, name: str, split: Split) -> PairedFiles:
-        """Pair files by the first variant of a layout that matches any; return no pairs if none does.
+        """Pair files by the first variant of a layout that matches any pair; return no pairs if none does.
 
         Args:
             name: Name of the layout.
@@ -114,14 +119,21 @@ class ImageNames:
             return replace(paired, pairs=tuple((name, rainy, None) for name, rainy, _ in paired.pairs))
         return paired
 
-    def one_side(self, name: str, split: Split) -> list[Path]:
-        """Return the files that match the rainy or the clean files of a split by any variant, with a partner or not."""
-        found: dict[str, None] = {}
+    def matching_files(self, name: str, split: Split) -> list[Path]:
+        """Return all files that match a rainy or clean pattern of a split, with or without a partner.
+
+        Args:
+            name: Name of the layout. Variants without a clean pattern are ignored.
+            split: A split of the layout.
+        """
+        found: set[str] = set()
         for variant in LAYOUTS[name].files[split]:
-            for prefix, pattern in itertools.product(_prefixes(split), (variant.rainy, variant.clean)):
-                if variant.clean is not None and pattern is not None:
-                    keyed = self._match_pattern(prefix + pattern, variant.numbers, auxiliary=variant.auxiliary)
-                    found |= dict.fromkeys(file.file for file in keyed)
+            if variant.clean is None:
+                continue
+            for prefix in _prefixes(split):
+                for pattern in (variant.rainy, variant.clean):
+                    keyed_files = self._match_pattern(prefix + pattern, variant.numbers, auxiliary=variant.auxiliary)
+                    found.update(keyed.file for keyed in keyed_files)
         return [self._path(file) for file in sorted(found, key=natural_key)]
 
     def _pair_by_variant(self, prefix: str, variant: Files) -> PairedFiles:
@@ -161,7 +173,7 @@ class ImageNames:
 
         Args:
             pattern: Pattern as described in :mod:`derain.data.layouts.patterns`.
-            numbers: First and last ``{n}``.
+            numbers: First and last ``{n}`` of the split; None for all.
             auxiliary: Include files that are named like rain masks and streaks.
         """
         for placeholder, group in PLACEHOLDERS.items():
@@ -181,7 +193,7 @@ class ImageNames:
         return keyed_files
 
     def _path(self, file: str) -> Path:
-        """Return the path of a file; the paired files of all variants share it."""
+        """Return the path of a file; all variants share one object, to save time and memory."""
         path = self._paths.get(file)
         if path is None:
             path = self._paths[file] = self.root / file
@@ -204,12 +216,12 @@ def pair_files(name: str, split: Split, root: Path, files: Sequence[str] | None 
 
 
 def _prefixes(split: Split) -> list[str]:
-    """Return patterns of what precedes the files of a split: its folder, or nothing."""
+    """Return the patterns that may precede those of a split: its folder, and nothing."""
     return [f"(?:{SPLIT_FOLDERS[split]})/", ""] if split in SPLIT_FOLDERS else [""]
 
 
 def _with_later_variants(chosen: PairedFiles, later: Sequence[PairedFiles]) -> PairedFiles:
-    """Add the clashes with later variants of the layout, and the numbers of pairs that only these match."""
+    """Add to the result of a variant its clashes with later variants, and the numbers of pairs that only they match."""
     clean_files = {rainy: clean for _, rainy, clean in chosen.pairs}
     clashes = list(chosen.clashes)
     unused = []
@@ -232,7 +244,7 @@ def _with_later_variants(chosen: PairedFiles, later: Sequence[PairedFiles]) -> P
 def _pair_by_key(
     rainy: Sequence[_KeyedFile], clean: Sequence[_KeyedFile]
 ) -> tuple[list[tuple[str, str | None]], list[str], list[tuple[str, str]]]:
-    """Return pairs of files with equal keys, files without partner, and clashes of an earlier with a later file."""
+    """Return pairs of files with equal keys, files without partner, and clashes of two files for the same key."""
     pairs: list[tuple[str, str | None]] = []
     unpaired: list[str] = []
     clashes: list[tuple[str, str]] = []
@@ -293,9 +305,10 @@ def canonical_name(name: str) -> str:
 
 
 def find_data_set_folders(name: str, data_root: Path) -> list[Path]:
-    """Return the folders that are named after a data set, sorted by depth: the data root, and up to three levels below.
+    """Return the folders that are named after a data set, sorted by depth.
 
-    Of several links to one folder, only the first is returned.
+    The data root and its subfolders are searched, down to three levels below it and without hidden folders. Of several
+    links to one folder, only the first is returned.
 
     Args:
         name: Name of the data set.
@@ -311,10 +324,10 @@ def find_data_set_folders(name: str, data_root: Path) -> list[Path]:
         alias = folder_alias_index(folder, name)
         if alias is not None:
             candidates.append((len(folder.parts), alias, folder))
-    nearest: dict[Path, Path] = {}
+    first_by_target: dict[Path, Path] = {}
     for _, _, folder in sorted(candidates):
-        nearest.setdefault(folder.resolve(), folder)
-    return list(nearest.values())
+        first_by_target.setdefault(folder.resolve(), folder)
+    return list(first_by_target.values())
 
 
 def folder_alias_index(folder: Path, name: str) -> int | None:

@@ -92,6 +92,12 @@ def test_several_archives_and_macos_metadata(root, tmp_path, capsys):
     assert contents(root / "Rain12") == {**files, "LICENSE": b"free"}
 
 
+def test_an_archive_that_does_not_exist_is_named(root, tmp_path, capsys):
+    assert fetch(root, "--archive", str(tmp_path / "missing.zip")) == 2
+    assert error(capsys).startswith(f"derain: error: {tmp_path / 'missing.zip'}: ")
+    assert not root.exists()
+
+
 def test_an_archive_of_another_set_says_what_it_contains(root, tmp_path, capsys):
     archive = make_zip(tmp_path / "a.zip", {"cats/1.png": b"", "dogs/2.png": b""})
     assert fetch(root, "--archive", str(archive)) == 2

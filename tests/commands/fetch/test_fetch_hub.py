@@ -114,6 +114,15 @@ def test_the_name_of_another_licence_is_shown(server, root, tmp_path, capsys):
     assert "research-only" in capsys.readouterr().out
 
 
+def test_a_repository_without_files_is_refused(server, root, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    serve_hub(server, tmp_path / "empty")
+    assert fetch(root, "--from", f"hub:{REPOSITORY}") == 2
+    message = error(capsys)
+    assert message.startswith(f"derain: error: hub:{REPOSITORY}: ")
+    assert f"--from hub:{REPOSITORY}" not in message  # fetches the same empty repository
+
+
 def test_patterns_select_files_of_a_repository(server, root, tmp_path, monkeypatch, capsys):
     source = make_set(tmp_path, "Rain13K", "test", count=2)
     serve_hub(server, source)
