@@ -38,21 +38,24 @@ class DerainModule(TrainableModule, ABC):
       [0, 1]; they are clipped when images are scored or written.
     - Every ``__init__`` argument has a type and a default and is recorded by ``self.save_hyperparameters()``: scalars,
       strings, lists and dictionaries only. Inference options, such as the sampler, are not ``__init__`` arguments.
-    - ``self.network`` is a module with all tensors of a weights file.
+    - ``self.network`` is a module whose state dict is what a weights file stores.
     - Losses are finite, and every parameter with ``requires_grad`` receives a gradient within an epoch.
 
     A method defines ``forward``, ``training_step`` and ``configure_optimizers``; it inherits evaluation, prediction,
     checkpoints and weights files. For further capabilities, it also derives from `derain.methods.interfaces`.
 
     Attributes:
-        protocols: Protocols that score validation and test images; the first one selects the best checkpoint.
-        lpips: Perceptual metric that also scores these images; None for none.
-        scores: After a test, scores of all images by kind (``derained``, ``rainy``) and protocol.
+        monitor: Logged validation metric that selects the best checkpoint: PSNR by the first of the ``protocols``.
+        protocols: Names of the protocols that score validation and test images.
+        lpips: Perceptual metric that also scores these images; None: no perceptual metric.
+        scores: Scores of all images of the last test, by kind (``derained``, ``rainy``) and protocol.
         temporal: Whether a test also computes flicker and warping error of videos.
-        temporal_scores: After such a test, these scores by the index of the later of two frames.
-        bytes_per_pixel: Memory that ``forward`` needs at inference, in bytes per image pixel, measured in float32.
-        restore_batch: Function of a batch, a function such as ``forward``, and conditions or None, by which images are
-            restored, such as `derain.batching.Scheduler.run_batch`; by default one pass.
+        temporal_scores: Flicker and warping error of the last test, by the index of the later of two frames; None if
+            ``temporal`` was false.
+        bytes_per_pixel: Memory that ``forward`` needs at inference, in bytes per image pixel, in float32.
+        restore_batch: Function that restores the images of a batch in tests and predictions, such as
+            `derain.batching.Scheduler.run_batch`. Its arguments are the images, a function such as ``forward``, and
+            the conditions or None. None: ``forward`` restores the batch in one pass.
         tile_multiple: Tile sides should be multiples of this number of pixels.
         compiles_any_size: Whether one compilation of ``network`` serves all image sizes; if not, it is compiled for
             each size.
@@ -86,11 +89,14 @@ class DerainModule(TrainableModule, ABC):
         """
 
     def encode(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
-        """Return the conditions of images, which are passed to ``forward`` for all their tiles; empty by default."""
+        """Return conditions of whole images, such as embeddings; ``forward`` receives them for every tile.
+
+        The result is empty by default.
+        """
         return {}
 
     def check_requirements(self) -> None:
-        """Find or fetch the models that ``encode`` needs; by default none.
+        """Find or download the models that ``encode`` needs; by default none.
 
         Raises:
             DerainError: If a model is not available.
@@ -101,7 +107,7 @@ class DerainModule(TrainableModule, ABC):
 
         Override it if ``forward`` runs the network many times or encodes images by another network. If a submodule has
         a method ``extra_macs(inputs, output)``, ``derain bench`` adds the two numbers that it returns: multiplications
-        of layers and of attention that are not counted otherwise.
+        of layers, and of attention, that are not counted otherwise.
         """
         return self(rainy)
 
@@ -116,7 +122,12 @@ class DerainModule(TrainableModule, ABC):
         return Graph(self)
 
     def next_step(self, path: Path, option: str) -> str:
-        """Return the command that restores photos with the weights of a finished training."""
+        """Return the command that restores photos with the weights of a finished training.
+
+        Args:
+            path: The weights file.
+            option: ``--method CLASS_PATH`` if commands need it to load the file, else empty.
+        """
         return f"restore photos: derain restore IN OUT --weights {path}{f' {option}' if option else ''}"
 
     # Evaluation.
@@ -155,7 +166,7 @@ class DerainModule(TrainableModule, ABC):
         derained = self._restore(batch["rainy"], self).float()
         finite = derained.flatten(1).isfinite().all(1)
         if not finite.all():  # reported when scores are gathered; if one rank raised here, the others would wait for it
-            for quality in self._quality.values():  # gathering fails if a rank has no scores
+            for quality in self._quality.values():  # both kinds must have scores of the same images
                 quality.update_failed(batch["index"][~finite])
             return None
         derained = derained.clamp(-1, 2)  # metrics refuse other ranges, such as 0 to 255; protocols clip to [0, 1]
@@ -180,9 +191,9 @@ class DerainModule(TrainableModule, ABC):
     def on_validation_epoch_end(self) -> None:
         """Log means over the images of all devices: ``val/psnr``, ``val/ssim``, ``val/rainy_psnr``.
 
-        Further protocols are logged as ``val/PROTOCOL/psnr`` and so on, LPIPS as ``val/lpips``. With several data sets,
-        the means of each are logged as ``val/SET/psnr`` and so on. With ``--data.val_mean sets``, the means without a
-        set's name are means over the sets.
+        Means by further protocols are logged as ``val/PROTOCOL/psnr`` and so on, LPIPS as ``val/lpips``. With several
+        data sets, the means of each are also logged as ``val/SET/psnr`` and so on. With ``--data.val_mean sets``, the
+        means without a set's name are the averages of the sets' means.
 
         Raises:
             DerainError: If a derained image is not finite.
@@ -190,7 +201,7 @@ class DerainModule(TrainableModule, ABC):
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the same means under ``test``, and keep the scores of every image in ``scores``.
+        """Log the means as in validation, but under ``test/``, and store the scores of every image in ``scores``.
 
         Raises:
             DerainError: If a derained image is not finite.
@@ -204,11 +215,11 @@ class DerainModule(TrainableModule, ABC):
         self._require_finite(stage, next(iter(scores["derained"].values())))
         data: Any = getattr(self.trainer, "datamodule", None)
         sets = data.data_sets(stage) if hasattr(data, "data_sets") else {}
-        for number, protocol in enumerate(scores["derained"]):
-            prefix = stage if number == 0 else f"{stage}/{protocol}"
+        for protocol_index, protocol in enumerate(scores["derained"]):
+            prefix = stage if protocol_index == 0 else f"{stage}/{protocol}"
             derained, rainy = scores["derained"][protocol], scores["rainy"][protocol]
-            if number > 0:
-                derained = dataclasses.replace(derained, lpips=None)  # LPIPS is the same by all protocols
+            if protocol_index > 0:
+                derained = dataclasses.replace(derained, lpips=None)  # does not depend on the protocol
             means = mean_scores(derained, rainy)
             by_set = {name: mean_scores(derained, rainy, indices) for name, indices in sets.items()}
             for name, values in by_set.items():
@@ -217,12 +228,16 @@ class DerainModule(TrainableModule, ABC):
                 evaluated = [values for values in by_set.values() if values]
                 means = {key: sum(values[key] for values in evaluated) / len(evaluated) for key in means}
             in_bar = {f"{prefix}/{key}": means.pop(key) for key in ("psnr", "ssim")}
-            self.log_dict(in_bar, prog_bar=number == 0 and stage == "val")
+            self.log_dict(in_bar, prog_bar=protocol_index == 0 and stage == "val")
             self.log_dict({f"{prefix}/{key}": value for key, value in means.items()})
         return scores
 
     def _require_finite(self, stage: str, scores: Scores) -> None:
-        """Refuse images without a score, on all ranks alike.
+        """Check that every image has a score; on all ranks, with the same result.
+
+        Args:
+            stage: ``val`` or ``test``.
+            scores: Scores of the derained images of all ranks; NaN for images with values that are not finite.
 
         Raises:
             DerainError: If a derained image was not finite.
@@ -248,10 +263,10 @@ class DerainModule(TrainableModule, ABC):
         """Restore a batch of images.
 
         Returns:
-            ``derained``, ``(b, 3, h, w)`` in [0, 1], with further channels for the maps of `Explains` if ``explaining``
-            is true; ``conditions``, then a list with the result of ``encode`` for each image, otherwise empty;
-            ``errors``, the messages about images with values that are not finite, by index in the batch; they are also
-            logged as warnings.
+            A dictionary with three entries. ``derained``: ``(b, 3, h, w)`` in [0, 1]; if the method `Explains` and
+            ``explaining`` is true, its maps are further channels. ``conditions``: the result of ``encode`` for each
+            image if ``explaining`` is true, otherwise empty. ``errors``: messages about derained images with values
+            that are not finite, by index in the batch; they are also logged as warnings.
 
         Raises:
             DerainError: If a model that ``encode`` needs is missing, or memory is insufficient.
@@ -279,7 +294,7 @@ class DerainModule(TrainableModule, ABC):
     def _restore(
         self, rainy: Tensor, forward: Callable[..., Tensor], conditions: dict[str, Any] | None = None
     ) -> Tensor:
-        """Restore a batch by ``restore_batch``, or in one pass."""
+        """Restore a batch by ``restore_batch``, or by one call of ``forward`` if that is None."""
         if self.restore_batch is not None:
             return self.restore_batch(rainy, forward, conditions)
         return forward(rainy, **(conditions or {}))

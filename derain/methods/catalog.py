@@ -20,8 +20,8 @@ __all__ = ["LoadedMethod", "load", "load_checkpoint", "locate", "methods", "use_
 
 log = logging.getLogger("derain")
 
-OPTIONS = re.compile(r"(?P<file>.+?):(?P<options>[a-z_]+=[^:/\\\\=,]+(,[a-z_]+=[^:/\\\\=,]+)*)")
-"""Matches a file followed by options that it does not record: ``FILE:stages=5,variant=PReNet_LSTM``."""
+OPTIONS = re.compile(r"(?P<file>.+?):(?P<options>[a-z_]+=[^:/\\=,]+(,[a-z_]+=[^:/\\=,]+)*)")
+"""Matches the name of a file with options that the file does not record: ``FILE:stages=5,variant=PReNet_LSTM``."""
 
 
 class LoadedMethod(NamedTuple):
@@ -29,7 +29,7 @@ class LoadedMethod(NamedTuple):
 
     Attributes:
         module: The method, in eval mode.
-        note: Description for messages: kind of file, method, number of parameters.
+        note: Description for messages: kind of file, method and number of parameters.
     """
 
     module: TrainableModule
@@ -39,7 +39,8 @@ class LoadedMethod(NamedTuple):
 def split_options(name: Path | str) -> tuple[str, dict[str, Any]]:
     """Split ``FILE:option=value,…`` into the file and the options.
 
-    The name is not split if a file of this name exists. Values of digits are returned as integers, all others as text.
+    If a file with the complete name exists, the name is not split. Integers such as ``5`` are returned as int, integers
+    joined by hyphens such as ``8-4-2`` as a list of int, all other values as text.
 
     Example:
         >>> split_options("net.pth:stages=5,variant=PReNet_LSTM"), split_options("hub:someone/prenet")
@@ -62,14 +63,15 @@ def split_options(name: Path | str) -> tuple[str, dict[str, Any]]:
 
 
 def locate(name: Path | str) -> Path:
-    """Return the path of a weights file; fetch files of the Hugging Face hub on first use.
+    """Return the path of a weights file; files of the Hugging Face hub are downloaded on first use.
 
     Args:
         name: Name of a bundled model (``default``) or of a public one (``clearview-restormer``), ``hub:OWNER/NAME`` on
-            the Hugging Face hub, or a file, which need not exist. Options after a file are ignored.
+            the Hugging Face hub, or a file, which need not exist. Options after the name of a file are ignored.
 
     Raises:
-        DerainError: If a file of the hub is not on disk and cannot be fetched, or has another SHA-256 than recorded.
+        DerainError: If a file of the hub is neither on disk nor can be downloaded, or does not have the SHA-256 that
+            derain records for it.
     """
     file, _ = split_options(name)
     kind, _, hub_name = file.partition(":")
@@ -96,19 +98,20 @@ def load(name: Path | str, method: str | type | None = None) -> LoadedMethod:
     """Load a method from weights; code in a file is never executed.
 
     Checkpoints and weights of derain, and weights files of the methods' authors, are recognised by their content; ONNX
-    files of derain export by their suffix. spandrel, if installed, loads networks that it recognises. The averaged
-    weights (EMA) of a checkpoint are preferred to its raw weights. Metadata is checked before a method is built, and
-    its size while it is built, so that a damaged or hostile file does not exhaust memory.
+    files of `derain export` by their suffix. Other files are loaded by spandrel, if it is installed and recognises the
+    network. The averaged weights (EMA) of a checkpoint are preferred to its raw weights. Metadata is checked before a
+    method is built, and the size of the method while it is built, so that a damaged or hostile file does not exhaust
+    memory.
 
     Args:
-        name: File or name that `locate` accepts. Options that the authors' files of a method do not record follow the
-            file: ``FILE:stages=5,variant=PReNet_LSTM``.
+        name: File or name that `locate` accepts. Options that the file does not record follow its name:
+            ``FILE:stages=5,variant=PReNet_LSTM``.
         method: Method or network from outside derain that the file may belong to: its class, or its path
             ``my_method.MyModule``. A file of another method is loaded too, with a warning.
 
     Raises:
-        DerainError: If the file is absent, damaged or unknown, does not fit its method, does not accept the options, or
-            contains NaN or infinity; if ``method`` cannot be imported.
+        DerainError: If the file is absent, damaged, of no known method, or contains NaN or infinity; if it does not fit
+            its method or the options; or if ``method`` cannot be imported.
     """
     named = None if method is None else use_method(method)
     if named is not None and not issubclass(named, TrainableModule):
@@ -127,8 +130,8 @@ def load_checkpoint(path: Path, method: type | None = None) -> LoadedMethod:
 
     Args:
         path: The checkpoint.
-        method: Class that is preferred if the checkpoint records a class of the same name; by default, the class is
-            found among the known methods.
+        method: Class that is built if the checkpoint records a class of the same name. None, or for another name: the
+            class is found among the known methods.
 
     Raises:
         DerainError: If the file is not a checkpoint of derain, is damaged, or does not fit its method.
@@ -179,7 +182,7 @@ def _note(content: Content, module: TrainableModule) -> str:
 
 
 def _from_metadata(path: Path, content: Content, named: type[TrainableModule] | None) -> LoadedMethod:
-    """Build the class that the metadata records; a class of this name that the user named is preferred."""
+    """Build the class that the metadata records; if ``named`` has the same name, build that instead."""
     method: type[TrainableModule]
     if named is not None and named.__name__ == content.metadata["method"]:
         method = named

@@ -1,4 +1,4 @@
-"""Frozen CLIP: found on disk or fetched, loaded when first needed, and not part of a method's parameters."""
+"""Frozen CLIP: found on disk or downloaded, loaded when first needed, and not part of a method's parameters."""
 
 import logging
 import os
@@ -46,8 +46,8 @@ def clip_model(alternative: str) -> HubModel:
 def resize_and_crop_geometry(height: int, width: int, shortest: int, crop: int) -> tuple[int, int, int, int]:
     """Return the size after resizing and the position of the centre crop, as torchvision computes them.
 
-    CLIP's authors and open_clip use torchvision, which rounds a margin that ends in half a pixel to the nearest even
-    number. transformers rounds it down.
+    CLIP's authors and open_clip use torchvision, which rounds a margin of a half-integer number of pixels to the
+    nearest even number; transformers rounds it down.
 
     Args:
         height: Height of the image, in pixels.
@@ -78,12 +78,12 @@ class FrozenCLIP:
     until `images` or the caller moves it.
 
     Args:
-        name: Id on the Hugging Face hub (``openai/clip-vit-base-patch32``) or a local directory with the same files;
-            ``$DERAIN_CLIP`` takes precedence, for weights that record a directory of another machine.
+        name: Id on the Hugging Face hub (``openai/clip-vit-base-patch32``) or a local directory with the same files.
+            ``$DERAIN_CLIP`` takes precedence, since weights may record a directory of another machine.
         alternative: How to work without CLIP, for error messages; empty if that is impossible.
 
     Raises:
-        DerainError: On first use, if CLIP is incomplete or damaged, or can be neither found nor fetched.
+        DerainError: On first use, if CLIP is incomplete or damaged, or can be neither found nor downloaded.
     """
 
     def __init__(self, name: str, alternative: str = "") -> None:
@@ -94,7 +94,7 @@ class FrozenCLIP:
 
     @cached_property
     def folder(self) -> Path:
-        """Directory of the model; on first access, it is fetched from the hub if necessary, with a log message."""
+        """Directory of the model; on first access, downloaded from the hub if necessary, with a log message."""
         return self.hub.folder(self.name)
 
     @cached_property
@@ -138,8 +138,8 @@ class FrozenCLIP:
     def pixels(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
         """Return images resized, cropped at the centre and normalised for CLIP, on their device.
 
-        Resizing is antialiased bicubic interpolation, as in Pillow, but in floating point. The result has the side
-        ``s`` that the attribute ``side`` gives, and is normalised by CLIP's mean and standard deviation per channel.
+        Resizing is antialiased bicubic interpolation, as in Pillow, but in floating point. The side ``s`` of the result
+        is the attribute ``side``. Channels are normalised by CLIP's mean and standard deviation.
 
         Args:
             images: Images in [0, 1], of any size.
@@ -163,7 +163,7 @@ class FrozenCLIP:
 
         Args:
             prompts: The texts.
-            truncate: Whether to shorten texts that are too long for CLIP; their end token is kept.
+            truncate: Whether to shorten texts that are too long for CLIP; they still end in the end token.
 
         Raises:
             DerainError: If a text is too long for CLIP and ``truncate`` is false.

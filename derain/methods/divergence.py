@@ -53,7 +53,14 @@ class FiniteCheck:
         self._stepped = False
 
     def record_batch(self, batch: Any) -> None:
-        """Record the image names of a batch (its entry ``name``); names from before the last step are dropped."""
+        """Record the names of all images of a batch, unlabelled ones included.
+
+        The first batch after an optimiser step replaces the names of earlier batches.
+
+        Args:
+            batch: The batch, with names in ``name`` and ``unlabelled_name``. Without these entries, or if it is not a
+                mapping, no names are recorded.
+        """
         if self._stepped:
             self.names.clear()
         self._stepped = False
@@ -67,8 +74,8 @@ class FiniteCheck:
     def check(self, module: LightningModule, optimizer: torch.optim.Optimizer) -> Tensor:
         """Check the recorded losses and the gradients of an optimiser before its step.
 
-        With precision ``16-mixed``, gradients that are not finite are accepted while the loss scale is above 1, since
-        the scaler then skips the step.
+        With precision ``16-mixed``, the scaled loss may overflow: the scaler then skips the step and reduces the loss
+        scale. Gradients that are not finite are therefore accepted as long as the scale is above 1.
 
         Args:
             module: The module that is trained.

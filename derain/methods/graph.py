@@ -10,7 +10,7 @@ IMAGES = ("rainy", "state")
 """Names of the inputs that are images, ``(1, 3, h, w)`` of any size."""
 
 TIME = 3.0
-"""Example of the input ``times``, in steps of the schedule; the graph is valid for any time."""
+"""Value of ``times`` in example inputs, in steps of the diffusion's schedule. The graph is valid for any time."""
 
 
 class Graph(nn.Module):
@@ -18,11 +18,11 @@ class Graph(nn.Module):
 
     Args:
         method: Module whose parameters the function uses.
-        function: Function of the inputs, in order, that returns one image; by default ``method`` itself.
+        function: Function that receives the inputs in order and returns one image; by default ``method`` itself.
         inputs: Names of the inputs: ``rainy`` alone, or those of `derain.methods.interfaces.RunsGraph`. ``rainy`` and
             ``state`` are images, ``times`` is ``(1,)``, all others are vectors ``(1, context)``.
-        context: Length of the vectors.
-        metadata: Metadata of the graph in addition to inputs and number of parameters.
+        context: Length of the vectors; 0 if there are none.
+        metadata: Further metadata of the graph, besides the inputs and the number of parameters.
     """
 
     def __init__(
@@ -49,11 +49,17 @@ class Graph(nn.Module):
         generator = torch.Generator().manual_seed(height * 10_000 + width)
         tensors = []
         for name in self.inputs:
-            shape = (1, 3, height, width) if name in IMAGES else (1, self.context)
-            values = torch.rand(shape, generator=generator)
-            tensors.append(torch.tensor([TIME]) if name == "times" else values)
+            if name == "times":
+                tensors.append(torch.tensor([TIME]))
+            else:
+                shape = (1, 3, height, width) if name in IMAGES else (1, self.context)
+                tensors.append(torch.rand(shape, generator=generator))
         return tuple(tensors)
 
     def metadata(self, parameters: int) -> dict[str, Any]:
-        """Return the entry ``graph`` of a file's metadata, given the number of parameters of the network."""
+        """Return the entry ``graph`` of a file's metadata.
+
+        Args:
+            parameters: Number of parameters of the network.
+        """
         return {"inputs": self.inputs, "parameters": parameters, **self.extra_metadata}

@@ -37,12 +37,12 @@ class Sampling:
     """Sampling options of a method, which are not part of weights files.
 
     Args:
-        solver: Name of a solver; by default the method's. Solvers of DA-CLIP + IR-SDE: ``posterior`` (default, as by
-            IR-SDE's authors), ``sde`` (Euler-Maruyama), ``ode`` (Euler), and the semi-analytic ``mrs-ode1``,
-            ``mrs-ode2``, ``mrs-sde2``, ``mars-ode2`` and ``mars-sde2``.
-        steps: Number of steps, with one evaluation of the network each; at most the steps of the schedule. None: all
-            of them.
-        seed: Seed of the noise, which is the same for all images of equal size, in any batch.
+        solver: Name of a solver; None: the default solver of the method. Solvers of DA-CLIP + IR-SDE: ``posterior``
+            (default, as in the code of IR-SDE's authors), ``sde`` (Euler-Maruyama), ``ode`` (Euler), and the
+            semi-analytic ``mrs-ode1``, ``mrs-ode2``, ``mrs-sde2``, ``mars-ode2`` and ``mars-sde2``.
+        steps: Number of steps, with one evaluation of the network each; at most the number of steps of the method's
+            schedule. None: all steps of the schedule.
+        seed: Seed of the noise. All images of equal size receive the same noise, in any batch.
 
     Raises:
         ArgumentError: If the number of steps is below 1.
@@ -60,11 +60,12 @@ class Sampling:
 class Sampled(ABC):
     """Interface of methods that restore images in many steps, such as diffusions.
 
-    ``forward`` accepts two more arguments: ``tiled(image, function)``, which applies a function to an image tile by
-    tile, for use at every step; and ``show(steps, total)``, which iterates over the steps and reports progress.
+    ``forward`` accepts two more keyword arguments, both functions: ``tiled(image, function)`` applies a function to an
+    image, as a whole or tile by tile, and is called at every step; ``show(steps, total)`` iterates over the steps and
+    reports progress.
 
     Attributes:
-        sampling: Current options; ``solver`` is not None.
+        sampling: Current options, whose ``solver`` is not None.
     """
 
     sampling: Sampling
@@ -82,8 +83,8 @@ class Explains(ABC):
     """Interface of methods that explain a restoration.
 
     Attributes:
-        maps: Names of the maps that `explain` appends, in order.
-        explaining: Whether ``predict_step`` appends them too.
+        maps: Names of the maps that `explain` returns after the derained image, in order.
+        explaining: Whether ``predict_step`` returns the maps too.
     """
 
     maps: tuple[str, ...] = ()
@@ -91,11 +92,11 @@ class Explains(ABC):
 
     @abstractmethod
     def explain(self, rainy: Float[Tensor, "b 3 h w"], **conditions: Any) -> Float[Tensor, "b n h w"]:
-        """Return derained images with the ``maps``, in [0, 1], as further channels: ``n`` is 3 plus their number.
+        """Return derained images, followed by one channel in [0, 1] for each of the ``maps``: ``n = 3 + len(maps)``.
 
         Args:
-            rainy: Images in [0, 1].
-            **conditions: Result of ``encode``; by default the images are encoded.
+            rainy: Rainy images in [0, 1].
+            **conditions: Result of ``encode``; if there are none, `explain` encodes the images itself.
         """
 
     def describe_image(self, conditions: dict[str, Any], index: int) -> dict[str, Any]:
@@ -109,11 +110,11 @@ class Explains(ABC):
 
 
 class RunsGraph(ABC):
-    """Interface of diffusions whose exported graph is one step: they restore images by running the graph many times.
+    """Interface of diffusions whose exported graph is one step; running it many times restores an image.
 
     The inputs of the graph are ``state``, ``rainy`` and ``times`` in this order, then optionally ``content`` and
-    ``degradation``, vectors whose length is the hyper-parameter ``context``. Graphs of all other methods have one
-    input, ``rainy``.
+    ``degradation``. The last two are vectors whose length is the hyper-parameter ``context``. Graphs of all other
+    methods have one input, ``rainy``.
     """
 
     @classmethod

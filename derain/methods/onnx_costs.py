@@ -1,7 +1,8 @@
 """Limits on the memory and the operations of an ONNX graph, checked before it runs.
 
 The shapes of all values are inferred node by node for one image size. Small values that depend only on constants and
-the image size are computed, most by ONNX's reference implementation, since they determine the shapes of large values.
+the image size are computed, since they determine the shapes of large values; ONNX's reference implementation computes
+most of them.
 """
 
 import math
@@ -17,13 +18,13 @@ from derain.files.metadata import shorten
 LOADING_SIZES = ((64, 64), (128, 192))
 """Image sizes (height, width) that are checked on loading; the second reveals costs that grow faster than the image.
 
-Smaller images than the first may cost as much as the first.
+The limits of smaller images are those of the first size.
 """
 
 ELEMENTS_PER_PIXEL = 1 << 14
 """Largest number of elements in memory at one time, per pixel; Restormer needs 2,000.
 
-Twice the elements of the weights are added.
+Twice the number of elements of the weights is added to the limit.
 """
 
 OPERATIONS_PER_PIXEL = 1 << 26
@@ -32,14 +33,17 @@ OPERATIONS_PER_PIXEL = 1 << 26
 FOLDED_ELEMENTS = 1 << 24
 """Largest number of elements that onnxruntime may compute from constants when it loads a graph (constant folding).
 
-Twice the elements of the weights are added.
+Twice the number of elements of the weights is added to the limit.
 """
 
 FOLDED_OPERATIONS = 1 << 28
-"""Largest number of multiply-adds of constant folding; twice the elements of the weights are added."""
+"""Largest number of multiply-adds of constant folding.
+
+Twice the number of elements of the weights is added to the limit.
+"""
 
 SMALL = 4096
-"""Largest number of elements of the values that are computed here."""
+"""Largest number of elements of the values that are computed here, all outputs of a node together."""
 
 _OPERATOR_NAMES = """
 Abs Add And Cast Ceil Clip Concat Constant ConstantOfShape Div Equal Expand Floor Gather Greater GreaterOrEqual Identity
@@ -117,11 +121,16 @@ class Costs:
             RuntimeError,
             MemoryError,
         ) as error:
-            raise DerainError(f"{self.path}: {shorten(error, 160)}; give a file of derain export") from error
+            raise DerainError(f"{self.path}: {shorten(error, 160)}; use a file of derain export") from error
         self.types, self.values = {}, {}
         self.checked.add((height, width))
 
     def _bound(self, height: int, width: int) -> None:
+        """Infer all shapes for an image size, and compare memory and operations with the limits.
+
+        Raises:
+            ValueError: If a shape cannot be inferred, or a limit is exceeded.
+        """
         pixels = max(height * width, math.prod(LOADING_SIZES[0]))
         extra = 2 * self.weight_elements
         self.size = (height, width)
@@ -232,7 +241,7 @@ class Costs:
             return _product_of_indices(attributes["equation"].decode(), inputs)
         if node.op_type in {"AveragePool", "MaxPool"}:
             return elements * int(math.prod(map(abs, attributes["kernel_shape"])))
-        return largest * (16 if node.op_type == "Resize" else 1)
+        return largest * (16 if node.op_type == "Resize" else 1)  # bicubic interpolation reads 16 pixels
 
 
 def _known_shape(value_type: Any) -> list[int] | None:

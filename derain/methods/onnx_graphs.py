@@ -22,8 +22,8 @@ SpaceToDepth Split Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze
 OPERATORS = frozenset(_OPERATOR_NAMES.split())
 """Supported operators: they compute tensors from tensors, without loops, branches, random numbers or files.
 
-The methods need only some of them today. PyTorch's choice of operators depends on the options of a method, and even on
-its weights: of equal weights, all but one become ``Identity``.
+The present methods need only some of them. PyTorch's choice of operators depends on the options of a method, and even
+on its weights: if several weights are equal, all but one become ``Identity``.
 """
 
 CONTEXTS = ("content", "degradation")
@@ -36,7 +36,7 @@ INTERFACES = (
     ["state", "rainy", "times", "degradation"],
     ["state", "rainy", "times", "content", "degradation"],
 )
-"""Supported inputs of a graph, in order: of a method that restores in one pass, or of an IR-SDE with its contexts."""
+"""Supported inputs of a graph, in order. ``rainy`` alone: a method that restores in one pass; others: IR-SDE."""
 
 
 class GraphMetadata(TypedDict):
@@ -45,7 +45,7 @@ class GraphMetadata(TypedDict):
     Attributes:
         inputs: Names of the inputs in order.
         parameters: Number of parameters of the network.
-        routes: For CLIP-RPN, the one route that the graph computes.
+        routes: Index of the single route that the graph computes; only for CLIP-RPN.
     """
 
     inputs: Sequence[str]
@@ -76,7 +76,7 @@ def read_graph(path: Path) -> tuple[dict[str, Any], Costs]:
     entries = {entry.key: entry.value for entry in model.metadata_props}
     metadata = parse(path, entries.get("derain", "null"))
     if not metadata:
-        raise DerainError(f"{path}: ONNX file without metadata of derain; give a file of derain export")
+        raise DerainError(f"{path}: ONNX file without metadata of derain; use a file of derain export")
     check(path, metadata, OnnxMetadata)
     _check_operators(path, model)
     _check_interface(path, model.graph, metadata)
@@ -88,7 +88,7 @@ def read_graph(path: Path) -> tuple[dict[str, Any], Costs]:
 
 
 def _error(path: Path, reason: str) -> DerainError:
-    return DerainError(f"{path}: {reason}; give a file of derain export")
+    return DerainError(f"{path}: {reason}; use a file of derain export")
 
 
 def _check_operators(path: Path, model: Any) -> None:
@@ -116,7 +116,9 @@ def _check_interface(path: Path, graph: Any, metadata: Mapping[str, Any]) -> Non
     expected = list(metadata["graph"]["inputs"])
     if expected not in INTERFACES or list(inputs) != expected:
         found, recorded = (shorten(", ".join(names)) for names in (inputs, expected))
-        raise _error(path, f"inputs {found}, in its metadata {recorded}; expected equal inputs that derain exports")
+        raise _error(
+            path, f"graph with inputs {found}, metadata with {recorded}; expected the same in both, as derain exports"
+        )
     if len(graph.output) != 1:
         raise _error(path, f"{len(graph.output)} outputs; expected one image")
     for value in (*inputs.values(), *graph.output):

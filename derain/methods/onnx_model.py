@@ -1,4 +1,4 @@
-"""Methods whose network is an ONNX file of `derain export`; onnxruntime runs it."""
+"""Methods whose network is an ONNX file of `derain export`, which onnxruntime runs."""
 
 import importlib.util
 import logging
@@ -34,14 +34,14 @@ def require_packages(*packages: str) -> None:
 
 
 class OnnxNetwork(nn.Module):
-    """Graph of an ONNX file that onnxruntime runs, on a GPU if the images are on one.
+    """Graph of an ONNX file, run by onnxruntime; on a GPU from the first images that are on one.
 
     Args:
         path: The file.
 
     Attributes:
         metadata: Metadata of the file.
-        costs: Memory and operations of the graph.
+        costs: Checks of memory and operations of the graph at an image size.
         inputs: Names of the inputs of the graph, in order.
 
     Raises:
@@ -74,16 +74,16 @@ class OnnxNetwork(nn.Module):
         """Run the graph on each image of a batch.
 
         Args:
-            *inputs: Tensors in the order of the attribute ``inputs``, all with the batch as first axis. The first
-                tensor has the images, ``(b, 3, h, w)``.
+            *inputs: Tensors in the order of the attribute ``inputs``, all with the batch as first axis. The first one
+                is ``rainy`` or ``state``, ``(b, 3, h, w)``.
             **named: Further tensors by name; None is ignored.
 
         Returns:
-            ``(b, 3, h, w)``, on the device of the images.
+            ``(b, 3, h, w)``, on the device of the first tensor.
 
         Raises:
-            DerainError: If the graph cannot be run, exceeds the limits of `Costs` at this size, or returns another
-                shape; if the images are on a GPU that onnxruntime cannot use.
+            DerainError: If the graph cannot be run, exceeds the limits of `Costs` at this image size, or returns
+                another shape; if the tensors are on a GPU that onnxruntime cannot use.
             MemoryError: If memory is insufficient.
         """
         images = inputs[0]
@@ -191,7 +191,7 @@ class OnnxModule(DerainModule):
             DerainError: Always.
         """
         path = cast(OnnxNetwork, self.network).path
-        raise DerainError(f"{path}: is exported already; give the weights that it was exported from")
+        raise DerainError(f"{path}: is exported already; use the weights that it was exported from")
 
 
 def load(path: Path) -> tuple[DerainModule, str]:
@@ -221,7 +221,11 @@ def load(path: Path) -> tuple[DerainModule, str]:
 
 
 def _with_graph(path: Path, network: OnnxNetwork) -> DerainModule:
-    """Build a method whose network is the graph."""
+    """Build a method whose network is the graph.
+
+    Raises:
+        DerainError: If the class that wrote the file is not known, does not run graphs, or does not fit the metadata.
+    """
     metadata = network.metadata
     method = find(path, metadata)
     check(path, metadata, method.metadata_schema, method)

@@ -1,7 +1,7 @@
-"""Registry of methods: those of derain, of installed packages, and those that the user names.
+"""Registry of methods: those of derain, those of installed packages, and those that the user names.
 
-Methods are registered by class path and imported when needed. A weights file never causes the import of a module unless
-derain, an installed package or the user has named it.
+Methods are registered by class path and imported when needed. A weights file never causes the import of a module that
+neither derain, nor an installed package, nor the user has named.
 """
 
 import importlib
@@ -69,8 +69,8 @@ def is_importable(path: str) -> bool:
 
 
 def must_be_named(method: type) -> bool:
-    """Return whether the user must name a class to load its weights: neither derain nor an installed package does."""
-    return class_path(method) not in BUILT_IN and method not in _announced(method.__name__)
+    """Return whether the user must name a class to load its weights, since no package has registered it."""
+    return class_path(method) not in BUILT_IN and method not in _installed(method.__name__)
 
 
 def use_method(name: str | type, argument: str = "method") -> Any:
@@ -116,7 +116,7 @@ def import_class(path: str, option: str, base: type) -> Any:
     Args:
         path: Path of the class, such as ``torch.optim.AdamW``.
         option: Option that contains the path, for messages.
-        base: Class that it must derive from.
+        base: Class that the class must derive from.
 
     Raises:
         ArgumentError: If the class cannot be imported, or does not derive from ``base``.
@@ -128,7 +128,7 @@ def import_class(path: str, option: str, base: type) -> Any:
 
 
 def add_current_folder(path: str) -> None:
-    """Add the current folder to ``sys.path``, unless the package of a class can be imported already.
+    """Add the current folder to ``sys.path``, unless the package of a class can be imported without it.
 
     Args:
         path: Path of the class, such as ``my_method.MyModule``.
@@ -147,10 +147,10 @@ def find(path: Path, metadata: Mapping[str, Any]) -> Any:
 
     Args:
         path: The file, for messages.
-        metadata: Metadata with ``method`` and, unless written before 0.1, ``class_path``.
+        metadata: Metadata of the file, with ``method`` and, unless it was written before 0.1, ``class_path``.
 
     Raises:
-        DerainError: If no class of this path or name is known, or several of this name are.
+        DerainError: If no known class has this path or name, or if several have the name and none has the path.
     """
     name = metadata["method"]
     origin = metadata.get("class_path") or f"derain.{name}"
@@ -158,11 +158,11 @@ def find(path: Path, metadata: Mapping[str, Any]) -> Any:
         return _named[origin]
     if origin.partition(".")[0] == "derain" and name in _built_in_paths():
         return built_in(name)
-    announced = _announced(name)
-    for method in announced:
+    installed = _installed(name)
+    for method in installed:
         if class_path(method) == origin:
             return method
-    for classes in (dict.fromkeys(_named.values()), announced):  # the class may have moved since the file was written
+    for classes in (dict.fromkeys(_named.values()), installed):  # the class may have moved since the file was written
         same_name = [method for method in classes if method.__name__ == name]
         if len(same_name) > 1:
             paths = " and ".join(map(class_path, same_name))
@@ -193,14 +193,14 @@ def _unknown(path: Path, name: str, origin: str | None) -> DerainError:
     module = shorten(origin, 100) if origin else f"MODULE.{shorten(name, 60)}"
     return DerainError(
         f"{written_by}; expected one of {known}; if you trust its code, add --method {module} (fit, validate, "
-        "test and predict: --model; in Python: derain.methods.catalog.use_method)"
+        "test and predict: --model; in Python: derain.methods.registry.use_method)"
     )
 
 
 def methods() -> list[Any]:
     """Return all known methods: those of derain, of installed packages, and those that the user named."""
     classes = [built_in(name) for name in _built_in_paths()]
-    return list(dict.fromkeys((*classes, *_announced(), *filter(_is_method, _named.values()))))
+    return list(dict.fromkeys((*classes, *_installed(), *filter(_is_method, _named.values()))))
 
 
 def built_in(name: str) -> Any:
@@ -220,8 +220,12 @@ def _built_in_paths() -> dict[str, str]:
     return {path.rpartition(".")[2]: path for path in BUILT_IN}
 
 
-def _announced(name: str | None = None) -> list[Any]:
-    """Return the methods of installed packages, all of them or those with a class name."""
+def _installed(name: str | None = None) -> list[Any]:
+    """Return the methods that installed packages register.
+
+    Args:
+        name: Name of the class; None: all methods.
+    """
     classes = []
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         if name not in {None, entry.attr.rpartition(".")[2]}:

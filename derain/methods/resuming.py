@@ -1,4 +1,4 @@
-"""Options of optimisers and schedules when a training is resumed."""
+"""Options of optimisers and schedules when training is resumed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,17 +16,18 @@ LENGTHS = ("T_max", "total_steps", "total_iters")
 def use_configured(trainer: Trainer, changed: Sequence[str]) -> None:
     """Apply the options of the present run to optimisers and schedules that were restored from a checkpoint.
 
-    Learning rates, schedules and weight decay become those of the present run at the restored step. If no option was
-    changed, nothing changes: a ``LambdaLR`` is a function of the step, and an optimiser with another schedule keeps all
-    restored options, since the schedule may change more than the rate, such as the betas (``OneCycleLR``).
+    An optimiser whose schedule is a ``LambdaLR``, or that has none, receives the options of the present run, such as
+    weight decay, and the learning rate that the schedule of the present run has at the restored step. An optimiser with
+    another schedule keeps all restored options, since the schedule may change more than the learning rate, such as the
+    betas (``OneCycleLR``).
 
     Args:
         trainer: The trainer, after it has loaded a checkpoint.
-        changed: Names of the options that differ from those of the checkpoint.
+        changed: Names of the hyper-parameters that differ from those of the checkpoint.
 
     Raises:
-        DerainError: If an option or the length of the training was changed and a schedule is not a ``LambdaLR``, whose
-            learning rate is known at any step.
+        DerainError: If a hyper-parameter or the length of the training was changed and a schedule is not a
+            ``LambdaLR``: only that can compute the learning rate at any step.
     """
     optimizers, schedules = _init_optimizers_and_lr_schedulers(trainer.lightning_module)
     restored = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -48,7 +49,16 @@ def use_configured(trainer: Trainer, changed: Sequence[str]) -> None:
 
 
 def _refuse_changes(schedule: Any, configured: Any, changed: Sequence[str]) -> None:
-    """Refuse other options, or another length of the training, than those that a schedule was restored with."""
+    """Check that a schedule other than ``LambdaLR`` resumes with unchanged options and an unchanged training length.
+
+    Args:
+        schedule: The restored schedule.
+        configured: The schedule of the present run.
+        changed: Names of the hyper-parameters that differ from those of the checkpoint.
+
+    Raises:
+        DerainError: If an option or the length differs.
+    """
     name = type(schedule).__name__
     if changed:
         raise DerainError(

@@ -25,7 +25,7 @@ class SpandrelModule(DerainModule):
         descriptor: ``ImageModelDescriptor`` of spandrel: the network, its architecture and the sizes that it accepts.
     """
 
-    bytes_per_pixel: int = 12_000  # an assumption: the networks were not measured
+    bytes_per_pixel: int = 12_000  # an assumption; the networks were not measured
 
     def __init__(self, descriptor: Any) -> None:
         super().__init__()
@@ -41,12 +41,12 @@ class SpandrelModule(DerainModule):
         return derained[:, :, :height, :width]
 
     def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Any:
-        """Run the network without the descriptor, on images padded to a size that it accepts."""
+        """Run the network without the descriptor, on images padded to a size that the network accepts."""
         right, below = self.descriptor.size_requirements.get_padding(rainy.shape[3], rainy.shape[2])
         return self.network(F.pad(rainy, (0, right, 0, below), "replicate"))
 
     def metadata(self) -> dict[str, Any]:
-        """Return the metadata, to which the name of the architecture is added."""
+        """Return the metadata of any method, and the name of the architecture."""
         return super().metadata() | {"architecture": self.descriptor.architecture.name}
 
     def export_graph(self) -> Graph:
@@ -70,7 +70,8 @@ def recognise(path: Path, state: Mapping[str, Tensor]) -> SpandrelModule | None:
         The network in eval mode; None if spandrel is not installed or does not recognise the tensors.
 
     Raises:
-        DerainError: If the tensors do not fit the network, or it does not map an RGB image to one of the same size.
+        DerainError: If the tensors do not fit the network, or the network does not map an RGB image to one of the same
+            size.
     """
     if importlib.util.find_spec("spandrel") is None:
         return None

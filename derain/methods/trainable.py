@@ -60,19 +60,20 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         network: The module that is trained, averaged (EMA), compiled and saved in weights files.
         trained_on: Names of the training sets, set when training starts.
         monitor: Logged validation metric that selects the best checkpoint; higher is better.
-        may_change: Hyper-parameters that may differ when a run is resumed: they change how a network is trained, not
-            what it computes.
+        may_change: Names of hyper-parameters that may differ when a run is resumed: they change how a network is
+            trained, not what it computes.
         metadata_schema: TypedDict of the metadata, with every key that a subclass adds to ``metadata``.
         bounded_by_file: Whether the class refuses to be built with many more parameters than its file has, so that a
             hostile file cannot exhaust memory. Must be false if ``__init__`` also builds networks that are not in
             weights files, such as a frozen VGG.
-        published_options: Hyper-parameters that the authors' weights files do not record.
+        published_options: Names of options that the authors' weights files do not record, see `from_published`.
         needs_unlabelled: Whether training batches must contain ``unlabelled``, rainy images without ground truth: the
             data module then requires ``--data.unlabelled``.
         initial_weights: Files from which ``__init__`` loaded weights, by hyper-parameter.
 
     Raises:
-        DerainError: If a subclass uses a name from before 0.1, or a method of an interface without deriving from it.
+        DerainError: When a subclass is defined that uses a name from before 0.1, or a method of an interface without
+            deriving from the interface.
     """
 
     network: nn.Module
@@ -119,7 +120,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
 
     @property
     def steps(self) -> int:
-        """Number of optimiser steps of the whole training, with its accumulation and number of devices.
+        """Number of optimiser steps of the whole training, given its gradient accumulation and number of devices.
 
         Raises:
             DerainError: If the trainer limits neither epochs nor steps.
@@ -157,11 +158,15 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         return cast(dict[str, Any], as_read_from_file)
 
     def restore_metadata(self, metadata: Mapping[str, Any]) -> None:
-        """Restore the metadata other than hyper-parameters."""
+        """Restore the metadata of a file, except the hyper-parameters, which are arguments of ``__init__``."""
         self.trained_on = tuple(metadata.get("trained_on", ()))
 
     def start_from(self, loaded: "TrainableModule") -> None:
-        """Continue the records of the method whose weights training starts from; by default there are none."""
+        """Adopt records of the training that produced the initial weights, such as counts; by default there are none.
+
+        Args:
+            loaded: Method whose weights training starts from.
+        """
 
     def next_step(self, path: Path, option: str) -> str:
         """Return what to do with the weights of a finished training, in one line.
@@ -190,7 +195,9 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
 
     @classmethod
     def limits(cls, tensors: int, numbers: int) -> AbstractContextManager[None]:
-        """Return the context in which the class is built from a file, see ``bounded_by_file``.
+        """Return a context that limits the size of the networks that are built in it, if ``bounded_by_file`` is true.
+
+        A network that is too large raises ValueError, see `built_within`.
 
         Args:
             tensors: Number of tensors in the file.
@@ -206,8 +213,8 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
 
         Args:
             state: Tensors by the authors' names.
-            path: The file, whose folder may determine options that the tensors do not.
-            **options: Those of ``published_options`` that the user specified.
+            path: The file, whose folder may determine options that the tensors do not; None if unknown.
+            **options: Values of ``published_options`` that the user specified as ``FILE:name=value``.
         """
         return None
 
@@ -227,7 +234,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         """
 
     def required_class(self) -> str | None:
-        """Return the class path that commands need as ``--method`` to load the weights; None if they need none."""
+        """Return the class path that commands require as ``--method`` to load the weights; None: not required."""
         return class_path(type(self)) if must_be_named(type(self)) else None
 
     @classmethod
@@ -302,7 +309,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the metadata and, during training, the position and the accumulated gradients.
+        """Add the metadata and, during training, the position in the training and the accumulated gradients.
 
         Raises:
             DerainError: If weights, EMA weights or accumulated gradients are not finite during training.
@@ -323,8 +330,8 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         """Restore the metadata; ``fit`` resumes with the raw weights, other stages use EMA weights if there are any.
 
         Raises:
-            DerainError: If training cannot resume: the run was started with another method, with hyper-parameters that
-                must not change, or with an EMA callback that is not configured now.
+            DerainError: If training cannot resume: the run was started with another method, with other values of
+                hyper-parameters that must not change, or with an EMA callback that is not configured now.
         """
         if self.is_fitting:
             self._resume(checkpoint)
@@ -412,7 +419,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         self._resumed = None
 
     def refuse_plain_ddp(self, reason: str) -> None:
-        """Refuse DDP that expects a gradient for every parameter; for methods in which some receive none.
+        """Refuse plain DDP, which expects a gradient for every parameter; for methods in which some receive none.
 
         Args:
             reason: Why some parameters have no gradient, for the message.

@@ -1,1 +1,1 @@
-"""AirNet (Li et al., CVPR 2022): restoration guided by a degradation encoder, which learns by contrast."""
+"""AirNet (Li et al., CVPR 2022): restoration guided by a degradation encoder, which a contrastive loss trains."""

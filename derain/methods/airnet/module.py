@@ -1,4 +1,4 @@
-"""Lightning module of AirNet: momentum contrast, first alone, then with the error of the derained image."""
+"""Lightning module of AirNet: a contrastive loss, first alone, then together with the error of the derained image."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -30,26 +30,26 @@ class AirNetModule(RegressionModule):
 
     Li et al., All-In-One Image Restoration for Unknown Corruption, CVPR 2022. The contrastive loss of a crop (query) is
     the cross-entropy of identifying another crop of the same image (key) among the keys of earlier images. A moving
-    average of the encoder computes the keys; a queue holds those of earlier images. Both are part of checkpoints, but
-    not of weights. ``loss`` can name the outputs ``derained``, the restored query, and ``contrast``, the contrastive
-    loss.
+    average of the encoder computes the keys; a queue stores those of earlier images. Both are part of checkpoints, but
+    not of weights files. ``loss`` can name the outputs ``derained``, the restored query, and ``contrast``, the
+    contrastive loss.
 
     Args:
         network: Class of the network: ``AirNet``, or the path of a class that derives from it.
-        network_options: Arguments of the class; default: those of the paper.
+        network_options: Arguments of the class; None: its defaults, which are those of the paper.
         loss: Weights of the losses after the first phase, see `RegressionModule`; default: 1 for the mean absolute
             error of ``derained``, 0.1 for the contrastive loss.
         encoder_epochs: Epochs of the first phase, which trains the encoder alone, by the contrastive loss.
         crop: Side of query and key as a fraction of the side of the training crops (``--data.crop``), in (0, 1); the
-            authors cut them out of whole images.
+            authors crop query and key from whole images.
         momentum: Fraction of the moving average that is kept after each batch, in [0, 1).
         temperature: Divisor of the cosine similarities of embeddings, above 0.
         queue: Number of keys of earlier images, 1 to 262,144; the authors use 256 times the batch size.
-        optimizer: Class of the optimizer, see `RegressionModule`.
-        learning_rate: Learning rate of the optimizer.
-        optimizer_options: Further arguments of the optimizer.
+        optimizer: Class of the optimiser, see `RegressionModule`.
+        learning_rate: Learning rate of the optimiser.
+        optimizer_options: Further arguments of the optimiser.
         schedule: Schedule of the learning rate, see `RegressionModule`; default: `PhasesLR`.
-        schedule_options: Options of the schedule. For `PhasesLR`, the default of ``encoder_epochs`` is the value above.
+        schedule_options: Options of the schedule. ``encoder_epochs`` of `PhasesLR` defaults to the argument above.
 
     Raises:
         DerainError: If an option is out of its range, or ``network`` is not an AirNet.
@@ -59,7 +59,7 @@ class AirNetModule(RegressionModule):
         Representation Learning, CVPR 2020, eqs. 1 and 2.
     """
 
-    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # RegressionModule has the network
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # `derain bench` counts the network with RegressionModule
 
     may_change = RegressionModule.may_change | {"encoder_epochs", "momentum", "temperature", "crop"}
     queued: Tensor
@@ -125,7 +125,7 @@ class AirNetModule(RegressionModule):
         self.refuse_plain_ddp("the first phase trains only the encoder")
 
     def on_train_start(self) -> None:
-        """Copy the encoder, whose weights may come from a file, to the moving average, unless a run is resumed."""
+        """Copy the encoder to the moving average, unless a run is resumed; ``--weights`` may have changed it."""
         super().on_train_start()
         if self.global_step == 0:
             self.key_encoder.load_state_dict(cast(AirNet, self.network).encoder.state_dict())
@@ -172,7 +172,7 @@ class AirNetModule(RegressionModule):
 
         Args:
             embedding: Embeddings of the queries.
-            key: Keys: other crops of the same images.
+            key: Other crops of the same images, of which the keys are computed.
         """
         with torch.no_grad():
             for average, parameter in zip(
@@ -200,18 +200,18 @@ class PhasesLR(torch.optim.lr_scheduler.LambdaLR):
     """Schedule of AirNet's learning rate, stepped by epoch.
 
     Args:
-        optimizer: Optimizer with the initial learning rate.
+        optimizer: Optimiser with the initial learning rate.
         encoder_epochs: Epochs of the first phase.
-        decay_epochs: Interval in epochs at which the first phase multiplies the learning rate by 0.1.
-        halving_epochs: Interval in epochs at which the second phase, which starts at 0.1 times the initial learning
-            rate, halves it.
+        decay_epochs: Interval in epochs at which the learning rate is multiplied by 0.1 in the first phase.
+        halving_epochs: Interval in epochs at which the learning rate is halved in the second phase, which starts at 0.1
+            times the initial learning rate.
 
     Raises:
         DerainError: If an interval is below 1, or ``encoder_epochs`` is negative.
 
     References:
-        The authors' code, which sets the learning rate at the end of an epoch by the number of that epoch, so that
-        changes take effect one epoch later.
+        The authors' code. It computes the learning rate at the end of an epoch from the index of that epoch, so changes
+        take effect one epoch later.
 
     Example:
         >>> optimizer = torch.optim.Adam([torch.zeros(1)], 1e-3)

@@ -33,7 +33,7 @@ class PReNetModule(DerainModule):
     Trained by the negative SSIM of the last stage with Adam; the learning rate drops at the milestones.
 
     Args:
-        variant: ``PReNet``; ``PReNet_r`` (one residual block applied five times); ``PRN`` and ``PRN_r`` (the same two
+        variant: ``PReNet``; ``PReNet_r`` (one residual block applied five times); ``PRN`` and ``PRN_r`` (the first two
             without a recurrent layer); ``PReNet_LSTM`` (PReNet whose stages output the image instead of the residual).
         stages: Number of stages, 1 to 100; paper: 6.
         learning_rate: Learning rate of Adam; section 4 of the paper: 1e-3.
@@ -73,12 +73,13 @@ class PReNetModule(DerainModule):
     ) -> "DerainModule | None":
         """Return the method with the authors' weights, such as ``net_latest.pth``, or None for other tensors.
 
-        The tensors determine neither the number of stages nor ``PReNet_LSTM``. Options take precedence, then the name
-        of the folder in the authors' repository; otherwise 6 stages and no ``PReNet_LSTM`` are assumed, with a warning.
+        The tensors determine neither the number of stages nor whether the network is a ``PReNet_LSTM``. Options take
+        precedence, then the name of the folder in the authors' repository. Without both, 6 stages are assumed, and
+        PReNet rather than ``PReNet_LSTM``, with a warning.
 
         Raises:
-            DerainError: If an option does not fit the tensors, or the file is from the authors' folder ``logs/real``,
-                whose architecture is not supported.
+            DerainError: If variant or stages do not fit the tensors; or if the file is from the authors' folder
+                ``logs/real``, whose architecture is not supported, and no options are given.
         """
         variant_of_tensors = variant_of(state)
         if variant_of_tensors is None:

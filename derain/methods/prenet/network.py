@@ -25,15 +25,15 @@ VARIANTS: dict[Variant, dict[str, bool]] = {
 """Arguments of `PReNet` by variant."""
 
 MAX_STAGES = 100
-"""Limit of the stages, since files do not bound them and time grows with them; the authors use 2 to 7."""
+"""Largest number of stages: weights fit any number, and time is proportional to it. The authors use 2 to 7."""
 
 
 class PReNet(nn.Module):
     """Progressive recurrent network: the same small network restores the image in several stages.
 
-    The inputs of a stage are the rainy image and the output of the stage before. Parameters have the authors' names, so
-    that their files load strictly. Weights fit any number of stages. PReNet has 168,963 parameters, PReNet_r 94,979,
-    PRN 95,107 and PRN_r 21,123.
+    The inputs of a stage are the rainy image and the output of the stage before. Parameters have the names in the
+    authors' files. Weights fit any number of stages. PReNet has 168,963 parameters, PReNet_r 94,979, PRN 95,107 and
+    PRN_r 21,123.
 
     Args:
         stages: Number of stages, 1 to 100.
@@ -102,23 +102,26 @@ class PReNet(nn.Module):
         return outputs
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return what ``derain bench`` adds: the forget gate that the first stage does not need; and no attention."""
+        """Return multiplications that ``derain bench`` adds: those of layers, and of attention (0).
+
+        The authors' code also computes the forget gate of the first stage, which has no cell state to forget.
+        """
         if not self.recurrent:
             return 0, 0
         pixels = output.numel() // output.shape[1]
         return self.get_parameter("conv_f.0.weight").numel() * pixels, 0
 
     def _lstm(self, x: Float[Tensor, "b 32 h w"], state: State | None) -> State:
-        """Return the next state of the LSTM; None is the zero state."""
+        """Return the next state of the LSTM; a ``state`` of None stands for zeros."""
         gates = Gates(*(cast(nn.Conv2d, self.get_submodule(f"conv_{name}.0")) for name in "ifgo"))
         hidden, cell = (None, None) if state is None else state
         return lstm_step(gates, (x, hidden), cell)
 
 
 def variant_of(state: Mapping[str, Tensor]) -> Variant | None:
-    """Return the variant that has the names and shapes of a state dict, or None for another network.
+    """Return the variant whose tensors have the names and shapes of a state dict, or None for another network.
 
-    ``PReNet_LSTM`` has the names and shapes of ``PReNet`` and is never returned.
+    ``PReNet_LSTM`` is never returned, since its tensors have the names and shapes of ``PReNet``.
 
     Example:
         >>> variant_of(PReNet(shared=True).state_dict())
@@ -132,7 +135,7 @@ def variant_of(state: Mapping[str, Tensor]) -> Variant | None:
 
 
 class PublishedNetwork(NamedTuple):
-    """Network of an authors' file, according to the name of the file's folder.
+    """Network of a published file, according to the folder of the file.
 
     Attributes:
         variant: Variant of the network.
@@ -151,10 +154,10 @@ RECDERAIN_FOLDER = re.compile("Rainy?(Heavy|Light)/PReNet")
 
 
 def published_network(path: Path) -> PublishedNetwork | None:
-    """Return the variant and the number of stages that the folder name of an authors' file states; None if it does not.
+    """Return the variant and the number of stages that the folder of a published file implies; None for other folders.
 
-    The authors' test script runs the files of ``PReNet6_RecSSIM`` as ``PReNet_LSTM``. ``_MSE`` denotes another loss for
-    the same network.
+    Folders are those of PReNet's authors and of RecDerain. The authors' test script runs the files of
+    ``PReNet6_RecSSIM`` as ``PReNet_LSTM``. ``_MSE`` denotes another loss for the same network.
 
     Example:
         >>> published_network(Path("logs/Ablation/PReNet5_LSTM/net_latest.pth"))

@@ -1,4 +1,4 @@
-"""Lightning module that trains a network by losses between its outputs and the clean image, with one optimizer."""
+"""Lightning module that trains a network by losses between its outputs and the clean image, with one optimiser."""
 
 import importlib
 import inspect
@@ -54,18 +54,19 @@ class RegressionModule(DerainModule):
         network: Class of the network: the name of a class in `derain.networks`, such as ``DRSformer``; or the path of
             any ``nn.Module`` that maps rainy images ``(b, 3, h, w)`` in [0, 1] to derained images, such as
             ``my_network.MyNetwork``.
-        network_options: Arguments of the class; default: those of its paper.
+        network_options: Arguments of the class; None: its defaults, which are those of the paper.
         loss: Name of a loss in `derain.nn.losses` for the derained image; or weights by output and loss, such as
-            ``{derained: {charbonnier: 1, edge: 0.05}}``. The documentation of a network names its outputs.
-        optimizer: Class of the optimizer: a name in ``torch.optim``, such as ``Adam``, or the path of any class.
-        learning_rate: Learning rate of the optimizer.
-        optimizer_options: Further arguments of the optimizer.
+            ``{derained: {charbonnier: 1, edge: 0.05}}``. The docstring of a network names its outputs.
+        optimizer: Class of the optimiser: a name in ``torch.optim``, such as ``Adam``, or the path of any class.
+        learning_rate: Learning rate of the optimiser.
+        optimizer_options: Further arguments of the optimiser.
         schedule: Schedule of the learning rate: ``constant``; ``cosine``, stepped by optimiser step; ``milestones``,
             stepped by epoch; a name in ``torch.optim.lr_scheduler``, such as ``StepLR``; or the path of any class.
         schedule_options: For ``cosine``: ``warm_up`` and ``hold``, fractions of the training, and ``minimum``, the
             final learning rate; all 0 by default. For ``milestones``: the epochs ``milestones`` and the factor
-            ``decay``. For a class: its arguments, and ``interval``, which is ``epoch`` (default) or ``step``; the
-            default of PyTorch's ``T_max``, ``total_steps`` and ``total_iters`` is the length of the training.
+            ``decay``, both required. For a class: its arguments, and ``interval``, which is ``epoch`` (default) or
+            ``step``. The arguments ``T_max``, ``total_steps`` and ``total_iters`` of PyTorch's schedules default to
+            the length of the training.
 
     Raises:
         DerainError: If an option is unknown or out of its range, or the network cannot be built.
@@ -103,7 +104,7 @@ class RegressionModule(DerainModule):
         self.schedule, self.schedule_options = schedule, dict(schedule_options or {})
         _check_schedule(schedule, self.schedule_options, learning_rate)
         network_class = find_network(network)
-        self.network = build(network_class, network_options or {})
+        self.network = build_network(network_class, network_options or {})
         if isinstance(self.network, Network):
             self.bytes_per_pixel = self.network.bytes_per_pixel
             self.tile_multiple = self.network.tile_multiple
@@ -114,7 +115,7 @@ class RegressionModule(DerainModule):
         return type(self.network).__name__
 
     def metadata(self) -> dict[str, Any]:
-        """Return what files record: the metadata of any method, and the title, which tables show."""
+        """Return what files record: the metadata of any method, and the title, which is shown in tables."""
         return {**super().metadata(), "title": self.title}
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
@@ -123,7 +124,7 @@ class RegressionModule(DerainModule):
 
     @classmethod
     def from_content(cls, path: Path, content: Content) -> "RegressionModule":
-        """Build the module that a weights file of derain describes, in eval mode.
+        """Build the module from a checkpoint or a weights file of derain, in eval mode.
 
         Raises:
             DerainError: If the content does not fit, or the network is not trusted, see `check_trusted`.
@@ -132,7 +133,9 @@ class RegressionModule(DerainModule):
         try:
             return cast("RegressionModule", super().from_content(path, content))
         except DerainError as error:
-            raise error if str(path) in str(error) else DerainError(f"{path}: {error}") from error
+            if str(path) in str(error):
+                raise
+            raise DerainError(f"{path}: {error}") from error
 
     @classmethod
     def check_trusted(cls, path: Path, hyper_parameters: Mapping[str, Any]) -> None:
@@ -142,15 +145,15 @@ class RegressionModule(DerainModule):
             DerainError: If the user must name the class of the network first.
         """
         name = hyper_parameters.get("network", "")
-        known = {*network_paths(), *NETWORKS}
-        if not isinstance(name, str) or not (not name or name in known or registry.is_named(name)):
+        trusted = {"", *network_paths(), *NETWORKS}
+        if not isinstance(name, str) or (name not in trusted and not registry.is_named(name)):
             raise DerainError(
                 f"{path}: was written with the network {shorten(name, 100)}, which derain does not have; if you trust "
                 f"it, add --method {shorten(name, 100)} (fit, validate, test and predict: --model.network)"
             )
 
     def required_class(self) -> str | None:
-        """Return the path of a network from outside derain, which commands must name to load the weights, or None."""
+        """Return the path of a network from outside derain, which commands require as ``--method``; None otherwise."""
         name = str(self.hparams["network"])
         return None if name in {*network_paths(), *NETWORKS} else name
 
@@ -185,17 +188,25 @@ class RegressionModule(DerainModule):
         return None
 
     def prepare_data(self) -> None:
-        """Find or fetch the weights that the loss needs, before the training starts; one process on each node does."""
+        """Find or download the weights that the loss needs before training starts, in one process on each node."""
         if self.is_fitting and any("perceptual" in weights for weights in self.loss.values()):
             load_vgg()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the weighted sum of the losses of all outputs; each weighted loss is logged if there are several."""
+        """Return the weighted sum of the losses of all outputs, and log it; see `log_terms`."""
         outputs, targets = self.outputs_and_targets(batch["rainy"], batch["clean"])
         return self.log_terms(self.loss_terms(outputs, targets), batch)
 
     def loss_terms(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weighted losses of the outputs, by ``OUTPUT_LOSS``."""
+        """Return the weighted losses of the outputs; their names are ``OUTPUT_LOSS``, such as ``derained_l1``.
+
+        Args:
+            outputs: Outputs of the network by name.
+            targets: Target of each output.
+
+        Raises:
+            DerainError: If an output and its target differ in shape.
+        """
         terms = {}
         for output, weights in self.loss.items():
             for name, weight in weights.items():
@@ -204,7 +215,14 @@ class RegressionModule(DerainModule):
         return terms
 
     def log_terms(self, terms: Mapping[str, Tensor], batch: PairBatch) -> Tensor:
-        """Log weighted losses and return their sum."""
+        """Log weighted losses and return their sum.
+
+        The sum is logged as ``train/loss``; each loss as ``train/NAME``, if there are several.
+
+        Args:
+            terms: Weighted losses by name.
+            batch: The batch, for its size.
+        """
         loss = torch.stack(list(terms.values())).sum()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["name"]))
         if len(terms) > 1:
@@ -215,7 +233,8 @@ class RegressionModule(DerainModule):
         """After the first batch, report parameters without a gradient.
 
         Raises:
-            DerainError: If there are some, and a distributed strategy waits for the gradients of all parameters.
+            DerainError: If a parameter has no gradient, and the distributed strategy waits for those of all
+                parameters.
         """
         if self.trainer.global_step or self.trainer.fit_loop.epoch_loop.total_batch_idx:
             return
@@ -249,7 +268,7 @@ class RegressionModule(DerainModule):
         return outputs, targets
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer and the schedule of its learning rate.
+        """Return the optimiser and the schedule of its learning rate.
 
         Raises:
             DerainError: If they do not accept their options.
@@ -257,7 +276,7 @@ class RegressionModule(DerainModule):
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         options = {"lr": self.learning_rate, **self.optimizer_options}
         optimizer_class = _import(self.optimizer, "torch.optim", torch.optim.Optimizer, "optimizer")
-        optimizer = _build(optimizer_class, trained, options, "optimizer_options")
+        optimizer = _build_with_options(optimizer_class, trained, options, "optimizer_options")
         if self.schedule == "constant":
             return optimizer
         scheduler, interval = self._scheduler(optimizer)
@@ -266,13 +285,13 @@ class RegressionModule(DerainModule):
     def _scheduler(self, optimizer: torch.optim.Optimizer) -> tuple[Any, str]:
         """Return the schedule and its interval, ``step`` or ``epoch``."""
         options = dict(self.schedule_options)
-        factors = torch.optim.lr_scheduler.LambdaLR
         if self.schedule == "cosine":
             minimum = options.get("minimum", 0.0) / self.learning_rate
             curve = warm_up_then_cosine(self.steps, options.get("warm_up", 0.0), minimum, options.get("hold", 0.0))
-            return factors(optimizer, curve), "step"
+            return torch.optim.lr_scheduler.LambdaLR(optimizer, curve), "step"
         if self.schedule == "milestones":
-            return factors(optimizer, multiplied_at(options["milestones"], options["decay"])), "epoch"
+            factor = multiplied_at(options["milestones"], options["decay"])
+            return torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "epoch"
         interval = options.pop("interval", "epoch")
         schedule_class = _import(self.schedule, "torch.optim.lr_scheduler", torch.optim.lr_scheduler.LRScheduler)
         lengths = LENGTHS if "epochs" not in options else ()  # OneCycleLR accepts epochs instead of total_steps
@@ -286,7 +305,7 @@ class RegressionModule(DerainModule):
                     )
                 options[name] = length
                 log.info("%s: %s = %s, the length of the training", self.schedule, name, length)
-        return _build(schedule_class, optimizer, options, "schedule_options"), interval
+        return _build_with_options(schedule_class, optimizer, options, "schedule_options"), interval
 
 
 def _loss(name: str, output: Tensor, target: Tensor, option: str) -> Tensor:
@@ -295,7 +314,7 @@ def _loss(name: str, output: Tensor, target: Tensor, option: str) -> Tensor:
     Args:
         name: Name of the loss.
         output: Output of the network.
-        target: Target of the output; ``mean`` ignores it.
+        target: Target of the output; the loss ``mean`` ignores it.
         option: Option that names the loss, for messages.
 
     Raises:
@@ -334,15 +353,15 @@ def find_network(name: str) -> type[nn.Module]:
     return cast(type[nn.Module], registry.import_class(name, "--model.network", nn.Module))
 
 
-def build(network_class: type[nn.Module], options: Mapping[str, Any]) -> nn.Module:
-    """Build a network.
+def build_network(network_class: type[nn.Module], options: Mapping[str, Any]) -> nn.Module:
+    """Build a network from the options of ``network_options``.
 
     Args:
         network_class: Class of the network.
         options: Arguments of the class.
 
     Raises:
-        DerainError: If the class has no such argument, or derain's classes refuse a value.
+        DerainError: If the class has no such argument, or a class of derain refuses a value.
     """
     known = inspect.signature(network_class).parameters
     unknown = sorted(set(options) - set(known))
@@ -354,14 +373,14 @@ def build(network_class: type[nn.Module], options: Mapping[str, Any]) -> nn.Modu
     return network_class(**options)
 
 
-def _build(kind: Any, first: Any, options: Mapping[str, Any], option: str) -> Any:
-    """Build an optimizer or a schedule.
+def _build_with_options(kind: Any, first: Any, options: Mapping[str, Any], option: str) -> Any:
+    """Build an optimiser or a schedule.
 
     Args:
-        kind: Class of the optimizer or schedule.
-        first: First argument: the parameters, or the optimizer.
+        kind: Class of the optimiser or schedule.
+        first: First argument: the parameters, or the optimiser.
         options: Further arguments.
-        option: Option that names them, for messages.
+        option: Option that contains the further arguments, for messages.
 
     Raises:
         DerainError: If the class does not accept the arguments.
@@ -374,7 +393,13 @@ def _build(kind: Any, first: Any, options: Mapping[str, Any], option: str) -> An
 
 
 def _import(name: str, package: str, base: Any, option: str = "schedule") -> Any:
-    """Return the class of an optimizer or a schedule; a name without dots is a class of PyTorch's ``package``.
+    """Return the class of an optimiser or a schedule.
+
+    Args:
+        name: Path of the class; without dots, the name of a class in ``package``.
+        package: Package of PyTorch, such as ``torch.optim``.
+        base: Class that the class must derive from.
+        option: Option that contains the name, for messages.
 
     Raises:
         DerainError: If there is no such class.
@@ -431,7 +456,7 @@ def _check_schedule_class(name: str, options: Mapping[str, Any]) -> None:
         )
     if name.endswith("ReduceLROnPlateau"):
         raise DerainError(
-            f"--model.schedule {name}: depends on validation scores; expected a schedule by step or epoch"
+            f"--model.schedule {name}: depends on validation scores; expected a schedule that depends on step or epoch"
         )
     if options.get("interval", "epoch") not in {"step", "epoch"}:
         raise DerainError(f"--model.schedule_options interval {options['interval']}: expected step or epoch")

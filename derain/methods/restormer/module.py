@@ -53,10 +53,10 @@ class RestormerModule(DerainModule):
         learning_rate: Learning rate of AdamW; paper: 3e-4.
         weight_decay: Weight decay of AdamW; paper: 1e-4.
         warm_up: Fraction of the optimiser steps in which the learning rate rises linearly; paper: 0.
-        hold: Fraction of the optimiser steps, after the warm-up, in which the learning rate is constant; paper: 92/300.
+        hold: Fraction of the optimiser steps in which the learning rate is constant after the warm-up; paper: 92/300.
         min_learning_rate: Final learning rate; paper: 1e-6.
-        mixup: ``beta`` of `mix_pairs`, which is applied to half of the batches, at random; the authors' recipe for
-            deraining: 1.2 (``Options/Deraining_Restormer.yml``, ``mixing_augs``). Default: no mixup.
+        mixup: ``beta`` of `mix_pairs`, which mixes a random half of the batches; None: no mixup. The authors' recipe
+            for deraining: 1.2 (``Options/Deraining_Restormer.yml``, ``mixing_augs``).
 
     Raises:
         DerainError: If an option is out of its range.
@@ -111,8 +111,8 @@ class RestormerModule(DerainModule):
         if "refinement.0.attn.temperature" not in state:
             return None
         module = cls()
-        own = module.network.state_dict()
-        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+        shapes = {name: tensor.shape for name, tensor in state.items()}
+        if shapes != {name: tensor.shape for name, tensor in module.network.state_dict().items()}:
             return None
         module.network.load_state_dict(dict(state), strict=True)
         return module

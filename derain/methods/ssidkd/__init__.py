@@ -1,1 +1,1 @@
-"""SSID-KD: the semi-supervised stage, with priors of images and matched features."""
+"""SSID-KD (Cui et al., TCSVT 2022): semi-supervised stage, with image priors and a divergence of features."""

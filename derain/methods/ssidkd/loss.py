@@ -13,26 +13,27 @@ def dark_channel(images: Float[Tensor, "b c h w"], window: int) -> Float[Tensor,
     """Return the smallest value over the channels and a square window around each pixel.
 
     Args:
-        images: Images.
-        window: Side of the window; it is cut off at the border. Maps are a pixel larger than images for even sides.
+        images: Images in any range.
+        window: Side of the window in pixels; windows are cut off at the border. If it is even, height and width of the
+            result are one pixel larger than those of the images.
 
     References:
         He et al., Single Image Haze Removal Using Dark Channel Prior, CVPR 2009, eq. 5.
     """
-    bright = -images.amin(1, keepdim=True)
-    rows = F.max_pool2d(bright, (window, 1), stride=1, padding=(window // 2, 0))
-    return -F.max_pool2d(rows, (1, window), stride=1, padding=(0, window // 2))
+    negative = -images.amin(1, keepdim=True)  # the minimum is the negative of max pooling of negative values
+    columns = F.max_pool2d(negative, (window, 1), stride=1, padding=(window // 2, 0))
+    return -F.max_pool2d(columns, (1, window), stride=1, padding=(0, window // 2))
 
 
 def dark_channel_loss(images: Float[Tensor, "b c h w"], window: int) -> Float[Tensor, ""]:
     """Return the sum of the dark channel of ``(images + 1) / 2``.
 
-    The authors map images from [-1, 1] to [0, 1], although those of their network are in [0, 1]: it halves the
-    gradient. Their value is smaller by the number of windows.
+    The authors map images from [-1, 1] to [0, 1], although the results of their network are in [0, 1]; this halves the
+    gradient. Their loss equals this one minus the number of windows.
 
     Args:
-        images: Images.
-        window: Side of the window.
+        images: Images, about [0, 1].
+        window: Side of the windows in pixels.
 
     References:
         The authors' code (``Loss/ECLoss.py``, ``train_Rain200H_real.py``).
@@ -52,10 +53,15 @@ def total_variation(images: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
 
 
 def divergence(synthetic: Float[Tensor, "b c h w"], real: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """Return the Kullback-Leibler divergence of real from synthetic features, over all pixels and channels.
+    """Return the mean Kullback-Leibler divergence of the features of real images from those of synthetic images.
 
-    The features of a pixel are a distribution by the softmax over the channels. The sum over the channels of
-    ``p_real (log p_real - log p_synthetic)`` is averaged over pixels and divided by the number of channels.
+    At each pixel, the softmax over the channels turns the features into a distribution. The divergence is the mean of
+    ``p_real (log p_real - log p_synthetic)`` over pixels and channels. The feature maps have the same shape, and pixels
+    at the same position are compared.
+
+    Args:
+        synthetic: Features of synthetic images, which the authors' code treats as the approximation.
+        real: Features of real images.
 
     References:
         The authors' code (``train_Rain200H_real.py``).

@@ -26,22 +26,23 @@ LOSS: LossWeights = {"derained": {"l1": 20.0}}
 class SSIDKDModule(RegressionModule):
     """SSID-KD's semi-supervised stage, on pairs and on rainy images without ground truth (``--data.unlabelled``).
 
-    It continues from the weights of the supervised stage (``--weights``), which `RegressionModule` trains. Priors of
-    natural images apply to the results of both kinds of images: dark channel and total variation. Both are sums over
-    pixels, so that their weights fit crops and batches of the authors' sizes. The features of the coarsest encoder
-    should be distributed alike: their divergence is a mean.
+    It continues from the weights of the supervised stage (``--weights``), which `RegressionModule` trains. Three terms
+    are added to the loss of the pairs. Dark channel and total variation, two priors of natural images, apply to the
+    results of the pairs and of the unlabelled images; both are sums over pixels, so their default weights fit only
+    crops and batches of the authors' sizes. The third term is the divergence between the features of both kinds of
+    images at the coarsest encoder; it is a mean.
 
     Args:
         network: Class of the network: ``SSIDKD``, or the path of a class that derives from it.
-        network_options: Arguments of the class; by default those of the paper.
-        loss: Loss of the pairs, see `RegressionModule`; by default 20 times the mean absolute error.
+        network_options: Arguments of the class; None: its defaults, which are those of the paper.
+        loss: Loss of the pairs, see `RegressionModule`; None: 20 times the mean absolute error.
         dark_channel: Weight of the dark channel.
         variation: Weight of the total variation.
         divergence: Weight of the divergence of the features of real images from those of synthetic ones.
-        window: Side of the windows of the dark channel in pixels; the authors' is that of their crops.
-        optimizer: Class of the optimizer, see `RegressionModule`.
-        learning_rate: Learning rate of the optimizer.
-        optimizer_options: Further arguments of the optimizer.
+        window: Side of the windows of the dark channel in pixels; the authors use the side of their crops, 128.
+        optimizer: Class of the optimiser, see `RegressionModule`.
+        learning_rate: Learning rate of the optimiser.
+        optimizer_options: Further arguments of the optimiser.
         schedule: Schedule of the learning rate, see `RegressionModule`.
         schedule_options: Options of the schedule.
 
@@ -55,8 +56,8 @@ class SSIDKDModule(RegressionModule):
     needs_unlabelled: ClassVar[bool] = True
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # `derain bench` counts the network with RegressionModule
     may_change = RegressionModule.may_change | {"dark_channel", "variation", "divergence", "window"}
-    started: bool = False
-    """Whether training starts from given weights."""
+    starts_from_weights: bool = False
+    """Whether training starts from the weights of a file."""
 
     def __init__(
         self,
@@ -100,18 +101,18 @@ class SSIDKDModule(RegressionModule):
         return
 
     def start_from(self, loaded: TrainableModule) -> None:
-        """Note that training starts from weights."""
+        """Record that training starts from the weights of a file."""
         super().start_from(loaded)
-        self.started = True
+        self.starts_from_weights = True
 
     def on_train_start(self) -> None:
         """Warn if training starts from random weights."""
         super().on_train_start()
-        if not self.started and self.global_step == 0:
-            log.warning("%s: starts from random weights; give those of the supervised stage by --weights", self.title)
+        if not self.starts_from_weights and self.global_step == 0:
+            log.warning("%s: starts from random weights; load those of the supervised stage by --weights", self.title)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the loss of the pairs, plus the priors of both kinds of results and the divergence of the features."""
+        """Return the loss of the pairs, plus the priors of all results and the divergence of the features."""
         outputs, targets = self.outputs_and_targets(batch["rainy"], batch["clean"])
         real = cast(Network, self.network).outputs(batch["unlabelled"])
         terms = self.loss_terms(outputs, targets)

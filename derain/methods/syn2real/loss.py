@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 NOISE = 1.0
-"""Variance of the noise."""
+"""Variance of the noise of the Gaussian process."""
 VARIANCE_WEIGHT = 0.33
-"""Weight of the logarithm of the variance by the nearest examples."""
+"""Weight of the logarithm of the variance given the nearest examples."""
 FAR_WEIGHT = 0.33e-6
-"""Weight of the logarithm of the variance by the furthest examples; the loss increases this variance."""
+"""Weight of the logarithm of the variance given the furthest examples; minimising the loss increases this variance."""
 
 
 class Posterior(NamedTuple):
@@ -23,7 +23,7 @@ class Posterior(NamedTuple):
 
     Attributes:
         mean: ``(b, d)``.
-        variance: ``(b,)``, that of every element of a vector.
+        variance: ``(b,)``; all elements of a vector have the same variance.
     """
 
     mean: Float[Tensor, "b d"]
@@ -35,11 +35,11 @@ def posterior(latents: Float[Tensor, "b d"], examples: Float[Tensor, "b n d"], n
 
     With the kernel ``k(u, v) = u · v / (|u| |v|)``, the Gram matrix K of the examples F, and the kernels k of a latent
     vector z and the examples, the mean is ``kᵀ (K + noise I)⁻¹ F`` and the variance
-    ``k(z, z) - kᵀ (K + noise I)⁻¹ k + noise``. Both depend on z, so that gradients reach it through them too.
+    ``k(z, z) - kᵀ (K + noise I)⁻¹ k + noise``. Both depend on z, and pass gradients to it.
 
     Args:
         latents: Latent vectors.
-        examples: Latent vectors of labelled images, ``n`` for each latent vector.
+        examples: Latent vectors of labelled images, ``n`` for each of the ``latents``.
         noise: Variance of the noise.
 
     Returns:
@@ -53,7 +53,7 @@ def posterior(latents: Float[Tensor, "b d"], examples: Float[Tensor, "b n d"], n
     gram = example_units @ example_units.mT
     covariance = gram + noise * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, failure = torch.linalg.cholesky_ex(covariance)
-    factor = factor.where(failure[:, None, None] == 0, torch.nan)  # fails for latent vectors that are not finite only
+    factor = factor.where(failure[:, None, None] == 0, torch.nan)  # fails only if vectors are not finite
     weights = torch.cholesky_solve(cross, factor)
     mean = (weights.mT @ examples)[:, 0]
     return Posterior(mean, units.square().sum(-1) - (cross * weights).sum((1, 2)) + noise)
@@ -64,8 +64,9 @@ def gaussian_process_loss(
 ) -> Float[Tensor, ""]:
     """Return the loss of latent vectors of unlabelled images.
 
-    The mean by the nearest examples is the pseudo ground truth. The loss is the mean over the images of
-    ``mean((z - mean)²) / variance + 0.33 log(variance) - 0.33e-6 log(variance by the furthest examples)``.
+    The posterior mean given the nearest examples is the pseudo ground truth. With the ``variance`` given the nearest
+    and the ``far_variance`` given the furthest examples, the loss is the mean over the images of
+    ``mean((z - mean)²) / variance + 0.33 log(variance) - 0.33e-6 log(far_variance)``.
 
     Args:
         latents: Latent vectors of unlabelled images.
@@ -73,7 +74,7 @@ def gaussian_process_loss(
         neighbours: Number of nearest and of furthest examples by the kernel; all if there are fewer.
 
     References:
-        The authors' code (``GP.py``, ``version1``, the model of the conference paper by their comment).
+        The authors' code (``GP.py``, ``version1``: according to their comment, the model of the conference paper).
     """
     similarity = F.normalize(latents.detach(), dim=-1) @ F.normalize(labelled, dim=-1).T
     count = min(neighbours, len(labelled))

@@ -1,4 +1,4 @@
-"""Lightning module of Syn2Real: pairs, and unlabelled images whose features a Gaussian process predicts."""
+"""Lightning module of Syn2Real: trains on pairs, and on unlabelled images by a Gaussian process of their features."""
 
 import logging
 import math
@@ -27,28 +27,29 @@ MAX_BANK = 1 << 16
 class Syn2RealModule(RegressionModule):
     """Syn2Real, trained on pairs and on rainy images without ground truth (``--data.unlabelled``).
 
-    A bank stores the features of the last labelled crops as latent vectors. A Gaussian process predicts those of
-    unlabelled crops from their nearest neighbours in the bank; the prediction is their pseudo ground truth
-    (`gaussian_process_loss`). The bank is part of checkpoints, but not of weights. Several devices share one bank.
+    A bank stores the features of the last labelled crops as latent vectors. A Gaussian process predicts the latent
+    vectors of unlabelled crops from their nearest neighbours in the bank; the prediction is their pseudo ground truth
+    (`gaussian_process_loss`). The bank is part of checkpoints, but not of weights files. If several devices train, the
+    bank has the crops of all of them.
 
     Args:
         network: Class of the network: ``Syn2Real``, or the path of a class that derives from it.
-        network_options: Arguments of the class; by default those of the paper.
+        network_options: Arguments of the class; None: its defaults, which are those of the paper.
         loss: Loss of the pairs, see `RegressionModule`; the recipe adds 0.04 times the loss ``perceptual``.
         gp_weight: Weight of the loss of unlabelled images.
-        phases: ``alternating``: the first batches of an epoch train on pairs, the last ones on unlabelled images, as
-            the authors' ``train.py``; ``joint``: every step trains on the sum of both losses, as their later
+        phases: ``alternating``: the first batches of an epoch train on pairs, the last ones on unlabelled images, as in
+            the authors' ``train.py``; ``joint``: every step trains on the sum of both losses, as in their later
             ``train_new_comb.py``.
-        unlabelled_share: Share of the batches of an epoch that train on unlabelled images if the phases alternate; by
-            default that of the unlabelled images among all, so that a phase has as many batches as the authors'; half
-            of them for data without counts.
-        bank: Number of stored latent vectors; the authors store those of all pairs.
-        neighbours: Number of nearest and of furthest latent vectors.
-        optimizer: Class of the optimizer, see `RegressionModule`.
-        learning_rate: Learning rate of the optimizer.
-        optimizer_options: Further arguments of the optimizer.
+        unlabelled_share: Fraction of the batches of an epoch that train on unlabelled images if the phases alternate,
+            in (0, 1). None: ``u / (p + u)`` for ``u`` unlabelled images and ``p`` labelled crops per epoch, as in the
+            authors' code; 1/2 if the data module does not count its images.
+        bank: Maximum number of stored latent vectors, up to 65,536; the authors store those of all pairs.
+        neighbours: Number of nearest latent vectors, and of furthest ones; at most ``bank``.
+        optimizer: Class of the optimiser, see `RegressionModule`.
+        learning_rate: Learning rate of the optimiser.
+        optimizer_options: Further arguments of the optimiser.
         schedule: Schedule of the learning rate, see `RegressionModule`.
-        schedule_options: Options of the schedule; by default those of the authors for ``milestones``.
+        schedule_options: Options of the schedule; None: for ``milestones`` those of the authors, otherwise none.
 
     Raises:
         DerainError: If an option is out of its range, or the network is no Syn2Real.
@@ -102,7 +103,7 @@ class Syn2RealModule(RegressionModule):
             )
         self.gp_weight, self.phases, self.unlabelled_share = gp_weight, phases, unlabelled_share
         self.bank, self.neighbours = bank, neighbours
-        # No buffers: DDP would send them at every step, and their size depends on that of the crops.
+        # Not registered as buffers: DDP would send them at every step, and their size depends on that of the crops.
         self.labelled: Tensor | None = None
         self.position = 0
 
@@ -112,7 +113,11 @@ class Syn2RealModule(RegressionModule):
         return
 
     def on_fit_start(self) -> None:
-        """Refuse strategies of several devices that wait for gradients of all parameters."""
+        """Refuse distributed strategies that wait for gradients of all parameters.
+
+        Raises:
+            DerainError: If the phases alternate and the trainer has such a strategy.
+        """
         super().on_fit_start()
         if self.phases == "alternating":
             self.refuse_plain_ddp("batches of unlabelled images do not train the decoder")
@@ -130,7 +135,7 @@ class Syn2RealModule(RegressionModule):
         """Index of the first batch of an epoch that trains on unlabelled images if the phases alternate.
 
         Raises:
-            DerainError: If epochs have no end.
+            DerainError: If the number of batches of an epoch is unlimited.
         """
         batches = self.trainer.num_training_batches
         if math.isinf(batches):
@@ -139,7 +144,7 @@ class Syn2RealModule(RegressionModule):
         return int(batches - min(count, batches - 1))  # the first batch, of pairs, fills the bank
 
     def _share(self) -> float:
-        """Return the share of the batches that train on unlabelled images."""
+        """Return the fraction of the batches that train on unlabelled images."""
         if self.unlabelled_share is not None:
             return self.unlabelled_share
         data: Any = getattr(self.trainer, "datamodule", None)
@@ -149,7 +154,7 @@ class Syn2RealModule(RegressionModule):
         return float(unlabelled / (labelled + unlabelled))
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the loss of the pairs, of the unlabelled images, or their sum, as the phase requires."""
+        """Return the loss of the pairs, that of the unlabelled images, or the sum of both, depending on the phase."""
         joint = self.phases == "joint"
         on_unlabelled = not joint and batch_idx >= self.first_unlabelled and self._fits_bank(batch["unlabelled"])
         terms: dict[str, Tensor] = {}
@@ -159,7 +164,7 @@ class Syn2RealModule(RegressionModule):
             self._store(cast(Tensor, self.all_gather(outputs["features"].detach().float())))
         if joint or on_unlabelled:
             terms["gp"] = self.gp_weight * self._gp_loss(batch["unlabelled"])
-        if on_unlabelled:
+        if on_unlabelled:  # `log_terms` logs a single loss only as the sum
             self.log("train/gp", terms["gp"], batch_size=len(batch["name"]))
         return self.log_terms(terms, batch)
 
@@ -173,18 +178,20 @@ class Syn2RealModule(RegressionModule):
     def _fits_bank(self, images: Float[Tensor, "b 3 h w"]) -> bool:
         """Return whether the bank has latent vectors of crops of this size.
 
-        If not, the batch trains on its pairs, which fill the bank.
+        If not, `training_step` trains on the pairs of the batch, which fill the bank.
         """
         if self.labelled is None:
             return False
-        multiple = cast(Syn2Real, self.network).size_multiple  # also that between the sizes of images and features
+        multiple = cast(Syn2Real, self.network).size_multiple  # also the ratio of image size to feature size
         return self.labelled.shape[2:] == torch.Size(math.ceil(side / multiple) for side in images.shape[2:])
 
     def _store(self, features: Float[Tensor, "*b c h w"]) -> None:
         """Store features of labelled crops; in a full bank they replace the oldest ones.
 
+        Features of another size than those in the bank replace the whole bank.
+
         Args:
-            features: Features of one device, or of several along a further dimension.
+            features: Features of one device; or those of several devices, with a further first axis.
         """
         latents = features.flatten(0, -4)[-self.bank :]
         if self.labelled is None or self.labelled.shape[1:] != latents.shape[1:]:
