@@ -1,4 +1,4 @@
-"""Pretrained networks whose features are compared, with torchvision's weights in the cache of ``torch.hub``."""
+"""Pretrained networks of torchvision, whose features LPIPS and the perceptual loss compare."""
 
 import importlib.util
 import os
@@ -13,12 +13,12 @@ from derain.errors import DerainError
 
 
 class Backbone(NamedTuple):
-    """Network whose features are compared, with torchvision's weights.
+    """Pretrained network of torchvision.
 
     Attributes:
-        name: Name of the network.
+        name: Name of the network in messages.
         url: URL of the weights.
-        megabytes: Size of the weights file.
+        megabytes: Size of the weights file in MB.
         min_side: Shortest side of an image that LPIPS accepts with the network, in pixels.
     """
 
@@ -36,16 +36,17 @@ class Backbone(NamedTuple):
 
     @contextmanager
     def loading(self, purpose: str, *, instead: str = "") -> Iterator[None]:
-        """Return a context in which torchvision loads the weights, and downloads them if they are not in the cache.
+        """Return a context for loading the weights by torchvision, which downloads them if they are not in the cache.
 
-        Before a download, a line on standard error states size, source and file.
+        Before a download, a line on standard error names size, source and file. Errors in the block become DerainError.
 
         Args:
             purpose: What needs the weights, for messages.
-            instead: Option that downloads the weights; without it, they are downloaded here.
+            instead: Option that downloads missing weights, for the error message; by default they are downloaded here.
 
         Raises:
-            DerainError: If torchvision or the weights are missing, cannot be downloaded, or are damaged.
+            DerainError: If torchvision is not installed, or the weights are damaged, cannot be downloaded, or are
+                missing although ``instead`` is given.
         """
         weights = f"{self.name} weights ({self.megabytes} MB, {self.url})"
         if importlib.util.find_spec("torchvision") is None:
@@ -68,4 +69,4 @@ BACKBONES = {
     "alex": Backbone("AlexNet", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", 233, 31),
     "vgg": Backbone("VGG16", "https://download.pytorch.org/models/vgg16-397923af.pth", 528, 16),
 }
-"""Backbones by their names in LPIPS."""
+"""Networks by their names in LPIPS."""

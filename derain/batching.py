@@ -1,4 +1,4 @@
-"""Batches, threads and tiles: restore images with a method as fast as the memory of the device allows."""
+"""Restoration of many images in batches, on threads and in tiles, as many at once as memory allows."""
 
 import itertools
 import logging
@@ -30,18 +30,18 @@ SMALLEST_TILE = 64
 """Smallest side of a tile in pixels."""
 
 LARGEST_BATCH = 32
-"""Largest number of images or tiles in one pass; more are no faster, since fewer already occupy a GPU."""
+"""Largest number of images or tiles in one pass, which occupy a GPU; larger batches are no faster."""
 
 SMALLEST_FOR_THREADS = 64 * 64
-"""Smallest number of pixels of an image that is restored on its own thread; below, waiting for Python's lock costs more
-time than threads gain."""
+"""Smallest number of pixels of an image that is restored on its own thread. For smaller images, waiting for Python's
+global lock costs more time than threads save."""
 
 
 def check_tile(tile: int | Literal["auto"] | None) -> None:
     """Check the side of tiles.
 
     Raises:
-        ArgumentError: If it is too small.
+        ArgumentError: If the side is below ``SMALLEST_TILE``.
     """
     if isinstance(tile, int) and tile < SMALLEST_TILE:
         raise ArgumentError(f"tile {tile}: must be at least {SMALLEST_TILE}, or auto, or none for whole images")
@@ -50,10 +50,10 @@ def check_tile(tile: int | Literal["auto"] | None) -> None:
 class Scheduler:
     """Runs a method on images in batches, threads and tiles that fit into memory.
 
-    On a GPU, images of equal size are stacked to batches. On a CPU, batches are slower than single images: several
-    images are restored at once, on one thread each, which is faster than several threads for one image. The last
-    images share the threads that would be idle. Threads are used only if the pass over the first image changes no
-    attribute of the method's modules.
+    On a GPU, images of equal size are stacked to batches. On a CPU, batches are slower than single images, and several
+    threads for one image are slower than one thread for each of several images. So each image is restored on a thread
+    of its own. If fewer images than threads remain, each image is restored by several threads. Images are restored one
+    by one if the pass over the first image changes an attribute of the method's modules.
 
     If memory runs out, the number of images at once is halved, then the side of the tiles. Both are remembered for
     each image size.
@@ -68,7 +68,7 @@ class Scheduler:
 
     Attributes:
         stacks: Whether images are stacked to batches: on all devices but a CPU.
-        threads: Number of threads on a CPU; by default that of PyTorch.
+        threads: Number of threads on a CPU; None: that of PyTorch.
         limits: Lowest and highest value of restored images, to which others are clipped.
     """
 
@@ -106,8 +106,9 @@ class Scheduler:
             conditions: Result of ``encode`` for one image, used for all; by default each image is encoded once.
 
         Returns:
-            For each image in order: ``(n, h, w)`` within ``limits`` in float32 on the device of the image, with NaN for
-            values that are not finite; or the error that prevented its restoration.
+            For each image in order, the error that prevented its restoration; or ``(n, h, w)``, the ``n`` channels that
+            ``forward`` returns, in float32 on the device of the image, clipped to ``limits``, with NaN for values that
+            are not finite.
         """
         results: list[Tensor | DerainError | None] = [None] * len(images)
         remaining = list(range(len(images)))
@@ -144,7 +145,7 @@ class Scheduler:
         return torch.stack(restored)
 
     def images_at_once(self, height: int, width: int) -> int:
-        """Return the number of images of a size that are restored at once: in a batch, or on threads."""
+        """Return the number of images of this size that are restored at once: in a batch, or on threads."""
         if not self.stacks:
             return self._threads(height, width)
         return self._count(height, width)
@@ -156,7 +157,7 @@ class Scheduler:
     ) -> Iterator[tuple[int, Tensor | DerainError]]:
         """Restore the images that can be restored on a thread each; yield indices and results.
 
-        Images that exceed memory on a thread, and those that are too large or too small for one, are skipped.
+        Images that are too large or too small for a thread, or run out of memory on it, are skipped.
         """
         indices = [index for index, image in enumerate(images) if self._threads(*image.shape[1:]) > 1]
         if len(indices) < 2:
@@ -167,7 +168,7 @@ class Scheduler:
             yield first, self._run_in_batches([images[first]], forward, conditions)[0]
             self._stateless = not watch.has_changed()
             if not self._stateless:
-                log.info("%s changes itself in a pass: restoring one image at a time", self.method.title)
+                log.info("%s: a pass changes its modules: restoring one image at a time", self.method.title)
         if not self._stateless:
             return
 
@@ -192,9 +193,9 @@ class Scheduler:
             self._reduce_count(height, width, count)
 
     def _threads(self, height: int, width: int) -> int:
-        """Return the number of threads, each of which restores an image of a size; 1 if threads are not faster."""
+        """Return the number of threads that restore one image of this size each; 1 if threads are not faster."""
         compiled = self.method.network._compiled_call_impl is not None
-        has_own_threads = next(self.method.parameters(), None) is None  # onnxruntime
+        has_own_threads = next(self.method.parameters(), None) is None  # the network runs in onnxruntime
         small = height * width < SMALLEST_FOR_THREADS
         if self._stateless is False or compiled or has_own_threads or small:
             return 1
@@ -218,7 +219,7 @@ class Scheduler:
                 results += self._attempt(batch, forward, conditions, alone=len(batch) == 1)
                 continue
             except _MemoryShortageError:
-                pass  # the traceback, which holds tensors, must be gone before memory is released
+                pass  # leave the block first: the traceback refers to tensors, whose memory would not be released
             self._release()
             self._reduce_count(height, width, len(batch))
         return results
@@ -231,13 +232,17 @@ class Scheduler:
         *,
         alone: bool,
     ) -> "list[Tensor | DerainError]":
-        """Restore a batch; if the method refuses it, restore its images one by one to find those that it refuses."""
+        """Restore a batch; if the method raises DerainError, restore its images one by one to find those that fail.
+
+        If memory runs out, it raises `_MemoryShortageError`; with ``alone``, which means that nothing else is restored
+        meanwhile, it tries smaller tiles instead.
+        """
         try:
             return list(self._restore_ensemble(images, forward, conditions, alone).unbind())
         except DerainError as error:
             if len(images) == 1:
                 error.__cause__ = error.__context__ = None
-                return [error.with_traceback(None)]  # frames hold the tensors of the failed pass
+                return [error.with_traceback(None)]  # its frames refer to the tensors of the failed pass
         return [self._attempt([image], forward, conditions, alone=True)[0] for image in images]
 
     def _restore_ensemble(
@@ -251,6 +256,7 @@ class Scheduler:
 
         Raises:
             DerainError: If memory does not suffice for an image that is restored alone.
+            _MemoryShortageError: If memory runs out and ``alone`` is false.
         """
         source = images[0].device
         try:
@@ -270,7 +276,7 @@ class Scheduler:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        # Raised outside the block above: the traceback of its error holds tensors.
+        # Raised outside the block above: the traceback of its error refers to tensors.
         if alone:
             height, width = images[0].shape[1:]
             raise DerainError(
@@ -280,7 +286,7 @@ class Scheduler:
         raise _MemoryShortageError
 
     def _batch(self, images: Sequence[Shaped[Tensor, "3 h w"]]) -> Float[Tensor, "b 3 h w"]:
-        """Return images of equal size in [0, 1], on the device unless they are restored in tiles."""
+        """Return images of equal size as a batch in [0, 1], on the device unless they are restored in tiles."""
         batch = torch.stack(list(images)) if len(images) > 1 else images[0][None]
         if self._tile_side(*batch.shape[2:]) >= max(batch.shape[2:]):
             if self.device.type == "cuda" and not batch.is_cuda:
@@ -297,13 +303,14 @@ class Scheduler:
 
         Raises:
             DerainError: If memory does not suffice for the smallest tile.
+            MemoryError, RuntimeError: If memory runs out and ``alone`` is false.
         """
         height, width = images.shape[2:]
         while True:
             tile = self._tile_side(height, width)
             tiles_per_pass = self._tiles_per_pass(images, conditions, tile, alone)
             try:
-                if isinstance(self.method, Sampled):  # tiles each step itself, since all tiles share one state
+                if isinstance(self.method, Sampled):  # it tiles every step itself: all tiles share one state
                     tiled = partial(blend_tiles, tile=tile, overlap=self.overlap)
                     return self._forward(images, forward, conditions | {"tiled": tiled, "show": self._show_steps})
                 run = partial(self._forward_tiles, forward=forward, conditions=conditions, count=len(images))
@@ -374,14 +381,14 @@ class Scheduler:
             yield step
 
     def _check_running(self) -> None:
-        """Leave a thread that is being stopped, whose result nobody reads."""
+        """Raise CancelledError on a thread that is being stopped, since its result is not used."""
         if self._stop.is_set():
             raise CancelledError
 
     # Memory.
 
     def _tile_side(self, height: int, width: int) -> int:
-        """Return the side of the tiles for an image size; the longest side of the image means no tiles."""
+        """Return the side of the tiles for an image size; without tiles, it is the longest side of the image."""
         if (height, width) not in self._tile_sides:
             self._tile_sides[height, width] = self._first_tile(height, width)
         return self._tile_sides[height, width]
@@ -398,7 +405,7 @@ class Scheduler:
         return tile
 
     def _count(self, height: int, width: int) -> int:
-        """Return the number of images of a size, or of their tiles, that fit into memory at once."""
+        """Return the number of images of this size, or of their tiles, that fit into memory at once."""
         if (height, width) not in self._counts:
             tile = self._tile_side(height, width)
             pixels = min(tile, height) * min(tile, width)
@@ -431,14 +438,16 @@ def to_unit(images: Tensor) -> Tensor:
 def on_threads(
     function: Callable[[T], Any], items: Iterable[T], count: int, stop: threading.Event | None = None
 ) -> Iterator[Any]:
-    """Yield the results of a function for items in order, computed on threads that share PyTorch's number of threads.
+    """Yield the results of a function for items in order, computed on ``count`` threads.
+
+    PyTorch's number of threads is divided among them.
 
     Args:
         function: Function of an item; it runs outside the caller's inference mode and autocast.
         items: Items.
         count: Number of threads.
-        stop: Is set after an exception or interrupt until the threads have ended; the function should check it, since
-            the items that have been started are waited for.
+        stop: Event that is set when the iteration ends, also by an exception, until the threads have ended. A function
+            should check it and end early: items that have been started are waited for.
 
     Example:
         >>> list(on_threads(lambda item: item + 1, [1, 2, 3], 2))
@@ -454,14 +463,15 @@ def on_threads(
         pool.shutdown(cancel_futures=True)
         if stop:
             stop.clear()
-        torch.set_num_threads(threads)  # the last value is also that of new threads
+        torch.set_num_threads(threads)  # new threads start with the value that was set last
 
 
 def repeat(conditions: dict[str, Any], count: int, times: int) -> dict[str, Any] | None:
-    """Return the conditions of ``count`` images as those of the same images ``times`` times in a row.
+    """Return the conditions of ``count`` images for a batch that contains these images ``times`` times.
 
     Returns:
-        None if a value is not a tensor or sequence with one entry for each image.
+        The conditions, with values that are None omitted; None if another value is not a tensor or sequence with one
+        entry for each image.
 
     Example:
         >>> repeat({"routes": [0, 2]}, 2, 2), repeat({"routes": "ab"}, 1, 2)
@@ -479,11 +489,11 @@ def repeat(conditions: dict[str, Any], count: int, times: int) -> dict[str, Any]
 
 
 def memory_for(device: torch.device) -> int:
-    """Return the memory available to a restoration in bytes: free CUDA memory; on other devices free RAM, up to 4 GiB.
+    """Return the bytes of memory available to a restoration: free CUDA memory; on other devices free RAM, up to 4 GiB.
 
-    Passes that need more are no faster on a CPU.
+    On a CPU, passes that need more memory are no faster.
     """
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # unused by PyTorch
         return int(torch.cuda.mem_get_info(device)[0]) + cached
     return min(free_memory(), 4 << 30)

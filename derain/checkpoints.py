@@ -1,4 +1,4 @@
-"""Checkpoints that are written atomically: a killed process leaves no incomplete file under the final name."""
+"""Checkpoints that are written atomically: if the process is killed, no incomplete file has the final name."""
 
 import os
 import time
@@ -20,7 +20,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Save a checkpoint; Lightning saves to paths with ``://``, such as ``s3://…``."""
+        """Save a checkpoint atomically; paths with ``://``, such as ``s3://…``, are left to `TorchCheckpointIO`."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return

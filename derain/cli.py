@@ -22,7 +22,7 @@ TRAINER_COMMANDS = {
 COMMANDS = {
     "restore": "remove rain from photos and videos: derain restore rainy.jpg clean.jpg",
     "app": "serve a web page on this machine that restores photos",
-    "models": "list the bundled models: derain models list",
+    "models": "list models that are loaded by name: derain models list",
     "score": "score the results of any method: derain score DERAINED CLEAN",
     "data": "list, fetch, verify and synthesize data sets",
     "route": "count the images on each route of CLIP-RPN: derain route Rain800 --prompts 3",
@@ -50,7 +50,7 @@ usage: derain COMMAND [options]     (derain COMMAND --help lists the options)
 def set_up_output() -> None:
     """Send log messages to standard error, and escape characters that a stream cannot encode.
 
-    Ranks above 0 log only warnings and errors.
+    In distributed training, processes of ranks above 0 log only warnings and errors.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -112,7 +112,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments after ``derain``; by default those of the process.
 
     Returns:
-        Exit code: that of the command; 2 after an error, 128 plus the signal's number after an interrupt.
+        Exit code: that of the command; 2 after an error; 128 plus the number of the signal after an interrupt; 0 if the
+        reader of the output has ended.
     """
     arguments = sys.argv[1:] if argv is None else argv
     set_up_output()

@@ -1,4 +1,4 @@
-"""One-line messages for errors of jsonargparse, found by patterns in their text."""
+"""One-line messages for errors of jsonargparse, whose text is matched against patterns."""
 
 import inspect
 import re
@@ -15,7 +15,7 @@ TYPES = {
     "int": "a whole number",
     "float": "a number",
 }
-"""Types by their names in jsonargparse, in plain words."""
+"""Plain words for types, by the names that jsonargparse prints."""
 
 UNKNOWN_OPTION = re.compile(
     r"Option '(?P<nested>[\w.-]+)' is not accepted"
@@ -38,7 +38,10 @@ MESSAGES = {
     r"Expected a dot import path string: (?P<value>.*)": UNKNOWN_CLASS,
     r"Expected an? (?P<type>.+)\. Got value: (?P<value>.*)": "{key} {value}: must be {type}",
 }
-"""Patterns in the text of an error, and the message for each; the first match is used."""
+"""Patterns in the text of an error, and the message for each; the first match is used.
+
+``{key}`` is the option with ``--``, ``{class_path}`` the class that the configuration names.
+"""
 
 
 def explain_config_error(text: str, known: Iterable[str] = ()) -> str:
@@ -46,7 +49,7 @@ def explain_config_error(text: str, known: Iterable[str] = ()) -> str:
 
     Args:
         text: Text of the error, which may have several lines.
-        known: Existing options, one of which is suggested for a misspelt option.
+        known: Existing options, with ``--``; the most similar one is suggested for an unknown option.
 
     Example:
         >>> explain_config_error("Parser key \"data.crop\":\n  Expected a <class 'int'>. Got value: abc")
@@ -76,7 +79,7 @@ def explain_config_error(text: str, known: Iterable[str] = ()) -> str:
 
 
 def _option_of(text: str) -> str:
-    """Return the option with the error: the joined keys of nested parsers; ``--config`` if the text names none."""
+    """Return the option that the error is about: the joined keys of nested parsers; ``--config`` if there are none."""
     key = ""
     for part in re.findall(r'Parser key "([\w.]+)"', text):
         key = part if not key or part.startswith(f"{key}.") else f"{key}.{part}"
@@ -87,7 +90,7 @@ def _option_of(text: str) -> str:
 
 
 def _class_options(key: str, class_path: str) -> list[str]:
-    """Return the options of a class that a configuration names."""
+    """Return the options of the class of ``key``: its parameters; none if the class cannot be imported."""
     configured = locate(class_path) if class_path else None
     if not callable(configured):
         return []

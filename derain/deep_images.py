@@ -19,8 +19,8 @@ OpenFile = BufferedReader | BytesIO
 """File that is open for reading, on a disk or in memory."""
 
 WIDTH, HEIGHT, BITS, PHOTOMETRIC = 256, 257, 258, 262
-CHANNELS, PLANES, EXTRA, SAMPLE_FORMAT, PROFILE = 277, 284, 338, 339, 34675
-"""TIFF tags."""
+CHANNELS, PLANES, EXTRA_SAMPLES, SAMPLE_FORMAT, PROFILE = 277, 284, 338, 339, 34675
+"""Numbers of TIFF tags."""
 
 FLOATS = 3
 """Value of the tag SAMPLE_FORMAT for floating-point numbers."""
@@ -31,7 +31,7 @@ INVERTED, GREY, RGB = 0, 1, 2
 """Values of the tag PHOTOMETRIC; INVERTED is grey with 0 as white."""
 
 PREMULTIPLIED = 1
-"""Value of the tag EXTRA: colours are multiplied by alpha."""
+"""Value of the tag EXTRA_SAMPLES: colours are multiplied by alpha."""
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -39,20 +39,20 @@ PNG_HEADER_END = 33
 """Length of the signature and the chunk IHDR in bytes."""
 
 PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}
-"""Colour type of a PNG to its number of channels."""
+"""Number of channels of a PNG by its colour type; palettes (3) have no 16-bit form."""
 
 PNG_TRANSPARENT_COLOUR = {0: 2, 2: 6}
-"""Colour type of a PNG to the length of its transparent colour in bytes, with 16 bits per channel."""
+"""Length in bytes of the transparent colour of a PNG with 16 bits per channel, by its colour type."""
 
 ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
 """Passes of an interlaced PNG: first column, first row, step between columns, step between rows."""
 
 WRITABLE = frozenset({".png", ".tif", ".tiff"})
-"""Suffixes of the formats that `encode` writes."""
+"""Suffixes of the formats that `encode` writes, in lower case."""
 
 
 def is_deep_png(header: bytes) -> bool:
-    """Return whether a file is a PNG with 16 bits per channel, from its first 25 bytes."""
+    """Return whether the first 25 bytes of a file are those of a PNG with 16 bits per channel."""
     return header[:8] == PNG_SIGNATURE and header[24:25] == b"\x10"
 
 
@@ -78,12 +78,12 @@ def deep_tiff_tags(file: OpenFile) -> ImageFileDirectory_v2 | None:
 
 
 def tag_values(tags: ImageFileDirectory_v2, tag: int, default: int) -> tuple[int, ...]:
-    """Return the integers in a tag.
+    """Return the integers in a TIFF tag, at least one.
 
     Args:
         tags: Tags of a TIFF.
         tag: Number of the tag.
-        default: Value if the tag is missing.
+        default: Integer if the tag is missing.
 
     Raises:
         ValueError: If the tag contains anything else, such as text.
@@ -96,19 +96,21 @@ def tag_values(tags: ImageFileDirectory_v2, tag: int, default: int) -> tuple[int
 
 
 def decode(file: OpenFile, size: tuple[int, int], tags: ImageFileDirectory_v2 | None) -> NDArray[Any]:
-    """Decode a file: 16-bit integers are scaled to [0, 1], floats are not; premultiplied colours are divided by alpha.
+    """Decode a file with more than 8 bits per channel, which is not rotated upright.
+
+    Integers are scaled to [0, 1], floating-point values are not. Premultiplied colours are divided by alpha.
 
     Args:
         file: A PNG or TIFF.
-        size: Height and width from its header.
+        size: Height and width from its header, in pixels.
         tags: Tags of a TIFF; None for a PNG.
 
     Returns:
-        ``(h, w, c)`` float32. The channels are grey; grey and alpha, for a grey PNG with a transparent colour; RGB; or
-        RGB and alpha, also for a PNG with grey and an alpha channel.
+        ``(h, w, c)`` float32: grey, RGB, or RGB and alpha. A PNG with grey and an alpha channel is returned as RGB and
+        alpha, a grey PNG with a transparent colour as grey and alpha.
 
     Raises:
-        ValueError: If the file is damaged, or has a pixel format that OpenCV decodes wrongly.
+        ValueError: If the file is damaged, or OpenCV does not support its pixel format.
         KeyError, struct.error, zlib.error: If a PNG lacks a chunk, or its header or pixels are damaged.
     """
     file.seek(0)
@@ -123,14 +125,14 @@ def decode(file: OpenFile, size: tuple[int, int], tags: ImageFileDirectory_v2 | 
     if transparent is not None:
         alpha = np.where(array == transparent, 0, 65535).astype(np.uint16)
         array = np.dstack((array, alpha))
-    with np.errstate(over="ignore"):  # float64 may become infinite, which is refused later as out of range
+    with np.errstate(over="ignore"):  # float64 may become infinite: `derain.images` refuses it as out of range
         values = np.atleast_3d(array).astype(np.float32)
     if array.dtype == np.uint16:
         values /= np.float32(65535)
     values = _swap_red_and_blue(values)
     if tags is not None and tag_values(tags, PHOTOMETRIC, GREY)[0] == INVERTED:
         values = 1 - values
-    if tags is not None and PREMULTIPLIED in tag_values(tags, EXTRA, 0):
+    if tags is not None and PREMULTIPLIED in tag_values(tags, EXTRA_SAMPLES, 0):
         values[..., :3] /= np.maximum(values[..., 3:], np.float32(1e-6))
     return values
 
@@ -154,9 +156,10 @@ def _swap_red_and_blue(channels: NDArray[Any]) -> NDArray[Any]:
 
 
 def _minimal_png(data: bytes) -> bytes:
-    """Check a PNG, and return it with its header, transparent colour and pixels only.
+    """Check a PNG, and return a copy that contains only its header, transparent colour and pixels.
 
-    Without the check, libpng would print damage to standard error, and allocate memory for any length of a chunk.
+    Without the check, libpng would print messages about damage to standard error, and allocate as much memory as the
+    length of a damaged chunk says.
 
     Raises:
         ValueError: If a chunk or the header is damaged, or the number of pixels is wrong.
@@ -204,7 +207,10 @@ def _png_chunks(data: bytes) -> dict[bytes, list[bytes]]:
 
 
 def _png_bytes(height: int, width: int, pixel_bytes: int, *, interlaced: bool) -> int:
-    """Return the number of bytes of a PNG's decompressed pixels; each row begins with a byte for its filter."""
+    """Return the number of bytes of a PNG's decompressed pixels, with ``pixel_bytes`` each.
+
+    In each row of each pass, a byte for the filter precedes the pixels.
+    """
     total = 0
     for left, top, across, down in ADAM7 if interlaced else [(0, 0, 1, 1)]:
         columns = len(range(left, width, across))
@@ -219,7 +225,7 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def _check_layout(tags: ImageFileDirectory_v2) -> None:
-    """Raise ValueError for layouts that OpenCV decodes to wrong values, or not at all."""
+    """Raise ValueError if OpenCV decodes the pixel format of a TIFF to wrong values, or not at all."""
     bits = set(tag_values(tags, BITS, 1))
     sample_format = tag_values(tags, SAMPLE_FORMAT, 1)[0]
     channels = tag_values(tags, CHANNELS, 1)[0]
@@ -245,10 +251,10 @@ def encode(
         suffix: One of ``WRITABLE``.
         channels: ``(h, w, c)`` in [0, 1]: grey, grey and alpha, RGB, or RGB and alpha.
         icc_profile: ICC profile for these channels.
-        exif: EXIF as Pillow stores it; ignored for TIFF.
+        exif: EXIF as returned by Pillow's ``Exif.tobytes``; ignored for TIFF.
 
     Returns:
-        Content of the file; grey and alpha are written as RGB and alpha.
+        Content of the file; grey with alpha is written as RGB with alpha.
 
     Raises:
         DerainError: If OpenCV cannot encode the image.
@@ -272,9 +278,9 @@ def encode(
 
 
 def _tiff_with_profile(encoded: bytes, profile: bytes) -> bytes:
-    """Add an ICC profile to a TIFF that OpenCV wrote, in this machine's byte order and without a profile.
+    """Add an ICC profile to a TIFF that OpenCV encoded in the byte order of this machine, without a profile.
 
-    The profile and a new directory of tags are appended; TIFF requires an even position for the directory.
+    The profile and a new directory of tags are appended. TIFF requires that the directory starts at an even position.
     """
     (start,) = struct.unpack_from("=I", encoded, 4)
     (count,) = struct.unpack_from("=H", encoded, start)

@@ -20,17 +20,20 @@ class DerainError(ValueError):
 class ArgumentError(DerainError):
     """Invalid argument; the message begins with its name and value.
 
-    Commands print it as the option of the same name: ``--tile 50: …``.
+    Commands print ``--`` before it, which makes it the option of the same name: ``--tile 50: …``.
 
     Example:
-        >>> raise ArgumentError("tile 50: must be at least 64, 'auto' or None")
+        >>> raise ArgumentError("tile 50: must be at least 64")
         Traceback (most recent call last):
-        derain.errors.ArgumentError: tile 50: must be at least 64, 'auto' or None
+        derain.errors.ArgumentError: tile 50: must be at least 64
     """
 
 
 def failed_files(messages: Sequence[str]) -> DerainError:
-    """Return the messages about files that failed, at least one, as one error.
+    """Return one error for all files that failed.
+
+    Args:
+        messages: Message about each file, at least one.
 
     Example:
         >>> raise failed_files(["a.png: empty", "b.png: empty"])

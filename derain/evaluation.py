@@ -1,4 +1,4 @@
-"""Size of the batches in which images are evaluated and predicted."""
+"""Size of the batches in validation, test and prediction."""
 
 import logging
 from typing import Literal
@@ -12,18 +12,18 @@ GPU_BATCH = 32
 
 
 def evaluation_batch_size(option: int | Literal["auto"], split: str, trainer: Trainer | None) -> int:
-    """Return the maximum number of images in a batch.
+    """Return the maximum number of images in a batch: always 1 in validation, or if the number of batches is limited.
 
     Args:
         option: Value of ``--data.eval_batch_size``.
         split: ``val``, ``test`` or ``predict``.
-        trainer: The trainer; None for none, which stands for a CPU.
+        trainer: The trainer; None for a CPU and no limit on batches.
     """
-    if split == "val":  # DDP expects as many batches on each rank
+    if split == "val":  # DDP expects the same number of batches on each rank
         return 1
     if is_limited(split, trainer):
         if option not in ("auto", 1):
-            log.info("--data.eval_batch_size %s: ignored with a limit on batches, which counts images", option)
+            log.info("--data.eval_batch_size %s: ignored: with a limit on batches, each batch is one image", option)
         return 1
     if option != "auto":
         return option
@@ -31,6 +31,6 @@ def evaluation_batch_size(option: int | Literal["auto"], split: str, trainer: Tr
 
 
 def is_limited(split: str, trainer: Trainer | None) -> bool:
-    """Return whether the trainer limits the number of batches; 1.0 means all, 1 means one batch."""
+    """Return whether the trainer limits the number of batches of a split: 1.0 means all batches, but 1 means one."""
     limit = 1.0 if trainer is None else getattr(trainer, f"limit_{split}_batches")
     return isinstance(limit, int) or limit != 1.0

@@ -1,4 +1,4 @@
-"""The cache folder, and a check that output files do not overwrite each other."""
+"""Path of the cache folder, and a check that output files do not overwrite each other."""
 
 import os
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ def check_outputs(outputs: Iterable[tuple[Path, object]]) -> None:
     """Check that no output overwrites another, and that no output file has the path of another output's folder.
 
     Args:
-        outputs: Path of each output, and the input that it is made from.
+        outputs: Path of each output file, and the input that it is made from.
 
     Raises:
         DerainError: If two outputs collide.

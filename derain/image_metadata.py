@@ -1,4 +1,4 @@
-"""Copy EXIF and the ICC profile of an input image to the restored image."""
+"""EXIF and ICC profile that are copied from an input image to the restored image."""
 
 import logging
 from pathlib import Path
@@ -22,6 +22,7 @@ DESCRIPTIVE_TAGS = (270, 271, 272, 305, 306, 315, 33432)
 """TIFF tags that describe the photo: description, make, model, software, date, artist, copyright."""
 
 NAMES = {"exif": "EXIF", "icc_profile": "ICC profile"}
+"""Names of the items of metadata in messages."""
 
 Info = dict[str, Any]
 """Metadata as arguments of Pillow's ``save``: ``exif`` and ``icc_profile``, as bytes."""
@@ -30,16 +31,16 @@ log = logging.getLogger("derain")
 
 
 def has_location(info: Info) -> bool:
-    """Return whether EXIF contains the location where the photo was taken."""
+    """Return whether the EXIF of ``info`` contains the location where the photo was taken."""
     exif = Image.Exif()
     exif.load(info.get("exif", b""))
     return IFD.GPSInfo in exif
 
 
 def copy_exif(source: ImageSource, path: Path) -> bytes | None:
-    """Return the EXIF of an image as bytes for the restored image; None if there is none.
+    """Return the EXIF of an image as bytes to write with the restored image; None if there is none.
 
-    The orientation is removed, since the pixels are rotated upright. Of a TIFF, only ``DESCRIPTIVE_TAGS`` and the Exif
+    The orientation is removed, since the restored image is upright. Of a TIFF, only ``DESCRIPTIVE_TAGS`` and the Exif
     and GPS directories are copied. EXIF that cannot be copied is dropped with a warning.
 
     Args:
@@ -83,7 +84,10 @@ def _descriptive_exif(exif: Image.Exif) -> Image.Exif:
 
 
 def supported_metadata(info: Info, path: Path, *, grey: bool, deep: bool) -> Info:
-    """Return the metadata that the format of a file supports; a warning names the items that are dropped.
+    """Return the metadata that the format of a file supports.
+
+    A warning names EXIF or an ICC profile that is dropped. For TIFF, EXIF is reduced to ``DESCRIPTIVE_TAGS`` and the
+    Exif and GPS directories, without a warning.
 
     Args:
         info: Metadata of the photo.
@@ -92,11 +96,11 @@ def supported_metadata(info: Info, path: Path, *, grey: bool, deep: bool) -> Inf
         deep: Whether the file will have 16 bits per channel.
     """
     supported = {key: value for key, value in info.items() if value}
-    problems = _problems(supported, path, grey=grey, deep=deep)
-    if problems:
-        warnings = [f"{NAMES[key]} dropped: {reason}" for key, reason in problems.items()]
+    unsupported = _unsupported(supported, path, grey=grey, deep=deep)
+    if unsupported:
+        warnings = [f"{NAMES[key]} dropped: {reason}" for key, reason in unsupported.items()]
         log.warning("%s: %s", path, "; ".join(warnings))
-    for key in problems:
+    for key in unsupported:
         del supported[key]
     if "exif" in supported and path.suffix.lower() in TIFF:
         exif = Image.Exif()
@@ -107,18 +111,18 @@ def supported_metadata(info: Info, path: Path, *, grey: bool, deep: bool) -> Inf
     return supported
 
 
-def _problems(info: Info, path: Path, *, grey: bool, deep: bool) -> dict[str, str]:
+def _unsupported(info: Info, path: Path, *, grey: bool, deep: bool) -> dict[str, str]:
     """Return the keys of the items that a format does not support, each with the reason."""
     suffix = path.suffix.lower()
     if suffix == ".bmp":
         return dict.fromkeys(info, "not supported by BMP")
-    problems = {}
+    reasons = {}
     if "exif" in info and suffix in JPEG and len(info["exif"]) > MAX_JPEG_EXIF:
-        problems["exif"] = f"{len(info['exif'])} bytes; JPEG supports at most {MAX_JPEG_EXIF}"
+        reasons["exif"] = f"{len(info['exif'])} bytes; JPEG supports at most {MAX_JPEG_EXIF}"
     if "exif" in info and suffix in TIFF and deep:
-        problems["exif"] = "not written to 16-bit TIFF"
+        reasons["exif"] = "not written to 16-bit TIFF"
     if "icc_profile" in info:
         profile_is_grey = info["icc_profile"][16:20] == b"GRAY"
         if profile_is_grey != grey:
-            problems["icc_profile"] = f"not a profile for {'grey' if grey else 'colour'} images"
-    return problems
+            reasons["icc_profile"] = f"not a profile for {'grey' if grey else 'colour'} images"
+    return reasons

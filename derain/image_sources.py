@@ -1,4 +1,4 @@
-"""Open image files: read format, size, orientation and EXIF before the pixels are decoded."""
+"""Open image files, and read format, size, orientation and EXIF without decoding the pixels."""
 
 import ctypes
 import logging
@@ -20,7 +20,7 @@ from derain.deep_images import OpenFile, tag_values
 from derain.errors import DerainError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "AVIF")
-"""Formats that Pillow may open, whatever the suffix; its other plug-ins are unsafe (PostScript runs Ghostscript)."""
+"""Formats that Pillow may open, whatever the suffix. Other formats may be unsafe: PostScript runs Ghostscript."""
 
 MEGAPIXELS = 178
 """Millions of pixels above which an image is refused as a decompression bomb: Pillow's limit, rounded down."""
@@ -29,13 +29,14 @@ ORIENTATION = 0x0112
 """Number of the orientation tag in EXIF and TIFF."""
 
 ROTATIONS = {1: (0, 0), 2: (1, 0), 3: (0, 2), 4: (1, 2), 5: (1, 1), 6: (0, 3), 7: (1, 3), 8: (0, 1)}
-"""EXIF orientation to the steps that make an image upright: 1 to mirror it, then quarter turns counter-clockwise."""
+"""Steps that make an image upright, by EXIF orientation: 1 to mirror it left to right, else 0; then the number of
+quarter turns counter-clockwise."""
 
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, EOFError),
     *(AttributeError, MemoryError, RuntimeError, struct.error, zlib.error),
 )
-"""Exceptions that decoders raise for damaged files: Pillow reports damaged PNG chunks as SyntaxError, for example."""
+"""Exceptions that decoders raise for damaged files; Pillow raises SyntaxError for damaged PNG chunks, for example."""
 
 # Pillow and libtiff warn about damage without a file name. `open_image` raises an error that names the file instead.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -47,7 +48,7 @@ with suppress(AttributeError, OSError):  # the symbol is missing where libtiff i
 
 @runtime_checkable
 class ImageFile(Protocol):
-    """An image file: a path, or a file within another file. Messages name it by ``str``."""
+    """An image file: a path, or a file within another file. Messages contain its ``str``."""
 
     @property
     def stem(self) -> str:
@@ -68,12 +69,12 @@ class ImageSource:
         file: The open file.
         height: Height of the stored image in pixels, before it is rotated upright.
         width: Width of the stored image in pixels.
-        orientation_tag: Orientation from EXIF or TIFF, valid or not; None if there is none.
+        orientation_tag: Orientation from EXIF or a TIFF tag, valid or not; None if there is none.
         image: The image that Pillow opened; None for a TIFF with more than 8 bits per channel.
         tags: Tags of a TIFF with more than 8 bits per channel, else None.
         deep: Whether the file has more than 8 bits per channel.
         several_frames: Whether the file has several frames or pages, of which only the first is read.
-        exif: EXIF as Pillow read it, empty if there is none; None if it is damaged, or if ``tags`` is set.
+        exif: EXIF, empty if the file has none; None if it is damaged, or if ``tags`` is set.
         exif_error: Why EXIF could not be read; empty if there was no error.
     """
 
@@ -110,14 +111,14 @@ class ImageSource:
 
     @property
     def floating(self) -> bool:
-        """Whether pixels are floating-point numbers; the file does not state which value is white."""
+        """Whether the pixels are floating-point numbers; such files do not state which value is white."""
         if self.tags is None:
             return False
         return tag_values(self.tags, deep_images.SAMPLE_FORMAT, 1)[0] == deep_images.FLOATS
 
     @property
     def profile(self) -> bytes | None:
-        """ICC profile if it is for RGB or grey, else None: other pixels, such as CMYK, are converted to RGB."""
+        """ICC profile if it is for RGB or grey, else None: pixels of other colour spaces, such as CMYK, become RGB."""
         if self.image is not None:
             profile = self.image.info.get("icc_profile")
         else:
@@ -127,7 +128,7 @@ class ImageSource:
         return profile if is_supported else None
 
     def pixels(self, mode: Literal["RGB", "RGBA"]) -> NDArray[np.uint8]:
-        """Return the upright image ``(h, w, c)``, 0 to 255, in mode ``RGB`` or ``RGBA``; requires ``image``."""
+        """Return the upright image ``(h, w, 3 or 4)``, 0 to 255, in a mode of Pillow; ``image`` must not be None."""
         assert self.image is not None
         self.image.load()
         array = np.asarray(self.image.convert(mode))
@@ -148,11 +149,11 @@ def several_frames(path: ImageFile) -> bool:
 
 @contextmanager
 def open_image(path: ImageFile) -> Iterator[ImageSource]:
-    """Open an image file and read its header.
+    """Open an image file for a block, and read its header.
 
     Raises:
-        DerainError: If the file is missing, not an image, damaged, or larger than ``MEGAPIXELS``. Exceptions that
-            decoders raise within the block become DerainError as well.
+        DerainError: If the file is missing, not an image, damaged, or larger than ``MEGAPIXELS``; also if a decoder
+            raises one of ``UNREADABLE`` within the block.
     """
     try:
         with path.open("rb") as file:
@@ -187,7 +188,10 @@ def first_line(error: Exception) -> str:
 
 
 def _opened_by_pillow(file: OpenFile, image: Image.Image, deep: bool) -> ImageSource:
-    """Read size and EXIF before the pixels are decoded, which changes both; PNG with late metadata is decoded first."""
+    """Read size and EXIF before the pixels are decoded, since decoding changes them.
+
+    Only a PNG with metadata after its pixels is decoded first.
+    """
     if image.format == "PNG" and _has_late_metadata(file):
         image.load()
     exif, exif_error = None, ""
@@ -235,7 +239,7 @@ def _deep_tiff(file: OpenFile, tags: ImageFileDirectory_v2) -> ImageSource:
 
 
 def valid_orientation(value: Any) -> int:
-    """Return a valid EXIF orientation, 1 to 8, unchanged, and 1 for any other value, such as text or a tuple.
+    """Return a value if it is a valid EXIF orientation, 1 to 8; 1 for any other value, such as text or a tuple.
 
     Example:
         >>> [valid_orientation(value) for value in (6, 9, "6", (6, 6), None)]

@@ -24,23 +24,23 @@ Pixels = NDArray[np.uint8]
 """RGB pixels, ``(h, w, 3)``, 0 to 255."""
 
 ESCAPED = "backslashreplace"
-"""Encoding error handler for text with file names: writes bytes that are not UTF-8 as ``\\udcXX``, as in JSON."""
+"""Error handler of encodings for text with file names: bytes that are not UTF-8 become ``\\udcXX``, as in JSON."""
 
 LOSSY = JPEG | {".webp", ".avif"}
 """Suffixes of formats that are written with lossy compression."""
 
 WITH_ALPHA = frozenset({".png", ".webp", ".tif", ".tiff", ".avif"})
-"""Suffixes of formats with transparency."""
+"""Suffixes of formats with an alpha channel."""
 
 DARK = 0.02
-"""A floating-point photo whose maximum is below this fraction of white probably has another scale."""
+"""Fraction of white: the values of a floating-point photo whose maximum is lower probably have another scale."""
 
 log = logging.getLogger("derain")
 
 
 @contextmanager
 def _open(path: ImageFile) -> Iterator[ImageSource]:
-    """Open an image file; warn if it has several frames."""
+    """Open an image file for a block; warn if it has several frames."""
     with open_image(path) as source:
         if source.several_frames:
             _warn_of_frames(path)
@@ -54,7 +54,7 @@ def _warn_of_frames(path: ImageFile) -> None:
 
 
 def image_size(path: ImageFile) -> tuple[int, int]:
-    """Return height and width of the upright image in pixels, without decoding it where possible.
+    """Return height and width of the upright image in pixels; the pixels are decoded only if necessary.
 
     Raises:
         DerainError: If `open_image` cannot open the file.
@@ -64,7 +64,7 @@ def image_size(path: ImageFile) -> tuple[int, int]:
 
 
 def exif_problem(path: ImageFile) -> str:
-    """Return a message about invalid EXIF, such as an unknown orientation; empty if there is no problem.
+    """Return a message about invalid or damaged EXIF, such as an unknown orientation; empty if there is no problem.
 
     Raises:
         DerainError: If `open_image` cannot open the file.
@@ -76,7 +76,8 @@ def exif_problem(path: ImageFile) -> str:
 def read_rgb(path: ImageFile) -> Pixels:
     """Read an image as upright 8-bit RGB.
 
-    Grey is repeated, transparency is dropped, 16-bit values are scaled, and floating-point values have white at 1.
+    Grey is repeated, the alpha channel is dropped, and 16-bit values are scaled. Floating-point values must be in
+    [0, 1]; a small overshoot is clipped.
 
     Args:
         path: The file.
@@ -112,14 +113,14 @@ def to_bytes(rgb: NDArray[np.floating[Any]], name: str = "image") -> Pixels:
 
 @dataclass(frozen=True)
 class Photo:
-    """Photo, with the transparency, bit depth and metadata to write with its restored colours.
+    """Photo: its colours, and the alpha channel, bit depth and metadata that are written with the restored colours.
 
     Attributes:
         rgb: Upright colours, ``(h, w, 3)`` float32 in [0, 1].
-        alpha: Transparency, ``(h, w)`` float32 in [0, 1]; None if the file has none.
+        alpha: Alpha channel, ``(h, w)`` float32 in [0, 1], where 1 is opaque; None if the file has none.
         grey: Whether the file has one colour channel.
         bits: Bits per channel to write: 8, or 16 if the file has more than 8.
-        info: ICC profile, and EXIF without the orientation.
+        info: ICC profile, and EXIF without the orientation; None or empty if there are none.
     """
 
     rgb: NDArray[np.float32]
@@ -129,13 +130,13 @@ class Photo:
     info: Info | None = None
 
     def write(self, path: Path, rgb: NDArray[np.float32] | None = None) -> Info:
-        """Write an image with the transparency, bit depth and metadata of this photo, if the format supports them.
+        """Write an image with the alpha channel, bit depth and metadata of this photo, if the format supports them.
 
         A warning names the metadata that is dropped.
 
         Args:
             path: The file; its suffix selects the format.
-            rgb: Colours, ``(h, w, 3)`` in [0, 1], clipped to it; by default those of the photo.
+            rgb: Colours, ``(h, w, 3)``, clipped to [0, 1]; by default those of the photo.
 
         Returns:
             The metadata that was written.
@@ -181,15 +182,15 @@ class Photo:
 
 
 def read_photo(path: Path, white: float | int | None = None) -> Photo:
-    """Read a photo upright: grey, palette, transparent, 16-bit or floating-point.
+    """Read a photo as upright RGB, with its alpha channel, bit depth and metadata.
 
     Args:
         path: The file.
         white: Value of white in floating-point files, for example 255; None means 1. Other files ignore it.
 
     Raises:
-        DerainError: If the file cannot be read as an image, or floating-point values are not from 0 to ``white`` (an
-            overshoot of a quarter of ``white`` is clipped with a warning).
+        DerainError: If the file cannot be read as an image, or floating-point values are not from 0 to ``white``. An
+            overshoot of up to a quarter of ``white`` is clipped, with a warning.
     """
     with _open(path) as source:
         photo = _read_deep(source, path, white) if source.deep else _read_shallow(source)
@@ -200,7 +201,7 @@ def read_photo(path: Path, white: float | int | None = None) -> Photo:
 
 
 def _read_shallow(source: ImageSource) -> Photo:
-    """Read a photo with 8 bits per channel."""
+    """Read a photo with 8 bits per channel, without metadata."""
     assert source.image is not None
     source.image.load()
     has_alpha = source.image.has_transparency_data
@@ -211,7 +212,7 @@ def _read_shallow(source: ImageSource) -> Photo:
 
 
 def _read_deep(source: ImageSource, path: ImageFile, white: float | int | None) -> Photo:
-    """Read a photo with 16-bit integers or floating-point numbers."""
+    """Read a photo with 16-bit integers or floating-point numbers, without metadata."""
     if source.image is not None:
         source.image.load()  # raises if damaged; OpenCV's PNG decoder would only write to standard error
     channels = deep_images.decode(source.file, (source.height, source.width), source.tags)
@@ -241,7 +242,7 @@ def _scaled_by_white(values: NDArray[np.float32], path: ImageFile, white: float 
     """Divide floating-point values by white, and clip them to [0, 1]; warn if more than rounding errors are clipped.
 
     Args:
-        values: Colours or transparency.
+        values: Colours or alpha channel.
         path: Name of the file in messages.
         white: Value of white. None means 1; the message then does not mention ``--white``.
 
@@ -261,10 +262,10 @@ def _scaled_by_white(values: NDArray[np.float32], path: ImageFile, white: float 
 
 
 def write_image(path: Path, image: Image.Image | Pixels, **options: Any) -> None:
-    """Write a complete image file, or none; JPEG, WebP and AVIF have quality 95 by default.
+    """Write an image file completely or not at all; the default quality of JPEG, WebP and AVIF is 95.
 
     Args:
-        path: The file; missing folders are created.
+        path: The file, whose suffix selects the format; missing folders are created.
         image: A Pillow image, or ``(h, w, 3)`` uint8 pixels.
         **options: Options of Pillow's ``save``, for example ``quality``.
 
@@ -294,7 +295,7 @@ def _not_encodable(path: Path, picture: Image.Image, error: Exception) -> Derain
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of a file; when the block succeeds, rename it to the file.
+    """Yield the path of a temporary file in the folder of a file; when the block succeeds, rename it to the file.
 
     Missing folders are created. If the block raises, the temporary file is deleted, and an existing file is unchanged.
 

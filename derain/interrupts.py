@@ -1,4 +1,4 @@
-"""Stop a command by an exception at Ctrl-C or another signal, so that it removes its temporary files."""
+"""Stopping of a command by Ctrl-C or another signal: an exception is raised, so that temporary files are removed."""
 
 import signal
 import threading
@@ -9,15 +9,15 @@ from types import FrameType
 from derain.errors import Stopped
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""Signals that ask a process to end. By default, the last two end it without removing temporary files."""
+"""Signals that ask a process to end. By default, SIGTERM and SIGHUP end it without removing temporary files."""
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Raise `Stopped` at the first signal of ``SIGNALS`` within the block; ignore further ones until its end.
 
-    Signals that the process already ignores, such as SIGHUP under ``nohup``, stay ignored. Outside the main thread, the
-    block runs without handlers, which only the main thread can set.
+    Signals that the process already ignores, such as SIGHUP under ``nohup``, stay ignored. Only the main thread can
+    handle signals; on other threads, the block runs unchanged.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""List the image files of a folder, in natural order, and name what is skipped."""
+"""List the image files of a folder in natural order, and the files that are skipped."""
 
 import functools
 import logging
@@ -18,7 +18,7 @@ UNREAD_SUFFIXES = frozenset(
     {".gif", ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".psd", ".exr", ".hdr", ".tga"}
     | {".ppm", ".pgm", ".pbm", ".pnm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"}
 )
-"""Suffixes of images that derain cannot read; a warning names such files."""
+"""Suffixes of images that derain cannot read, in lower case; a warning names such files."""
 
 NUMBER = re.compile(r"(\d+)")
 
@@ -49,7 +49,7 @@ class Listing(NamedTuple):
     skipped: dict[str, list[Path]]
 
     def note(self) -> str:
-        """Return one line about skipped files; empty if there are none.
+        """Return one line about skipped files and folders; empty if there are none.
 
         Example:
             >>> Listing([], {".gif": [Path("a.gif"), Path("b.gif")]}).note()
@@ -65,7 +65,7 @@ class Listing(NamedTuple):
 
 
 def image_files(folder: Path, *, recursive: bool = False, suffixes: frozenset[str] = SUFFIXES) -> list[Path]:
-    """Return the image files of a folder in natural order, without hidden files; warn once about skipped images.
+    """Return the image files of a folder in natural order, without hidden files; warn once about what is skipped.
 
     Links to files are followed; so are links to folders if ``recursive``. Each folder is listed once, by a path without
     links if there is one.
@@ -84,11 +84,11 @@ def image_files(folder: Path, *, recursive: bool = False, suffixes: frozenset[st
 
 
 def image_names(folder: Path, *, warn: bool = True) -> list[str]:
-    """Return the images in a folder and its subfolders as `image_files` does, but unsorted and as text.
+    """Return the image files in a folder and its subfolders as `image_files` does, but unsorted and as text.
 
     Args:
         folder: Folder to list.
-        warn: Warn once about skipped images.
+        warn: Whether to warn once about what is skipped.
 
     Returns:
         Paths relative to the folder, with ``/``, in the order of the file system.
@@ -131,9 +131,9 @@ def select_images(paths: Iterable[Path | os.DirEntry[str]], suffixes: frozenset[
 def _select(
     paths: Iterable[Path | os.DirEntry[str]], suffixes: frozenset[str], skipped: dict[str, list[Path]]
 ) -> Iterator[Path | os.DirEntry[str]]:
-    """Yield image files, and add skipped images to ``skipped``."""
+    """Yield the image files among paths; add the skipped images to ``skipped`` by reason."""
     for path in paths:
-        suffix = os.path.splitext(path.name)[1].lower()  # noqa: PTH122 - entries of a folder have no suffix
+        suffix = os.path.splitext(path.name)[1].lower()  # noqa: PTH122 - DirEntry has no suffix
         if suffix in suffixes and path.is_file():
             yield path
         elif suffix in suffixes and not path.is_dir():
@@ -147,9 +147,9 @@ def _in_natural_order(skipped: dict[str, list[Path]]) -> dict[str, list[Path]]:
 
 
 def _walk(top: Path, recursive: bool, skipped: dict[str, list[Path]]) -> Iterator[Path | os.DirEntry[str]]:
-    """Yield the files of each folder that are not hidden; each folder is entered once.
+    """Yield the files of a folder and its subfolders that are not hidden; each folder is entered once.
 
-    Files that are no links are entries of the folder, whose kind is known without a system call for each file. Links to
+    Files that are not links are yielded as DirEntry, whose kind is known without a system call for each file. Links to
     folders are followed after all other folders, so that a folder is entered by a path without links if it has one.
 
     Args:

@@ -1,4 +1,4 @@
-"""Exact position of a training run in its checkpoints, and resuming from it.
+"""Resuming of training from the exact position of a checkpoint.
 
 Lightning restores only some counters of a checkpoint. If it resumes within an epoch, it repeats or skips a validation,
 and counts a step of the loggers twice or not at all. If it resumes between two epochs and ``max_steps`` is set, it may
@@ -26,12 +26,12 @@ class Position(NamedTuple):
     trained: int
 
 
-def describe(trainer: Trainer) -> dict[str, Any]:
-    """Return the part of a position that Lightning's counters in a checkpoint lack.
+def logging_state(trainer: Trainer) -> dict[str, Any]:
+    """Return the state of the loggers, which Lightning's counters in a checkpoint lack.
 
     Returns:
         ``steps``: number of logger steps, including that of the last batch. ``log``: metrics of this step that
-        Lightning logs only after it has saved the checkpoint.
+        Lightning would log only after it has saved the checkpoint.
     """
     loop = trainer.fit_loop.epoch_loop
     progress: Any = loop.batch_progress.current
@@ -41,7 +41,12 @@ def describe(trainer: Trainer) -> dict[str, Any]:
 
 
 def _unlogged(trainer: Trainer, after_batch: bool) -> dict[str, float | int]:
-    """Return the metrics that Lightning has collected but not yet logged."""
+    """Return the metrics that Lightning has collected but not yet logged.
+
+    Args:
+        trainer: The trainer.
+        after_batch: Whether a batch was processed, but is not yet counted as completed.
+    """
     connector = trainer._logger_connector
     epoch: Any = trainer.fit_loop.epoch_progress.current
     accumulating = trainer.fit_loop._should_accumulate() and trainer.lightning_module.automatic_optimization
@@ -71,7 +76,7 @@ def correct_counters(loops: dict[str, Any]) -> Position:
     if epoch["current"]["started"] == epoch["current"]["processed"]:  # between two epochs
         _complete(epoch)
         return Position(epoch["current"]["processed"], 0, batches["total"]["processed"])
-    if not (batch_completed and validation_completed):  # Lightning runs a due validation if one has started
+    if not (batch_completed and validation_completed):  # make Lightning run a due validation: pretend that it started
         for counts in (validation["total"], validation["current"]):
             counts |= dict.fromkeys(counts, 0)
         validation["total"] |= {"ready": 1, "started": 1}
@@ -85,7 +90,7 @@ def _complete(progress: dict[str, Any]) -> None:
 
 
 def accumulation(trainer: Trainer, epoch: int) -> int:
-    """Return the number of batches per optimiser step in an epoch, also if Lightning's scheduler callback sets it."""
+    """Return the number of batches per optimiser step in an epoch, also with a `GradientAccumulationScheduler`."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientAccumulationScheduler):
             return callback.get_accumulate_grad_batches(epoch)
@@ -93,11 +98,11 @@ def accumulation(trainer: Trainer, epoch: int) -> int:
 
 
 def restore_position(trainer: Trainer, saved: dict[str, Any]) -> None:
-    """Set the loops to a saved position when training starts, and log the metrics that were not yet logged.
+    """Restore the state of loops and loggers when training resumes, and log the metrics that were not yet logged.
 
     Args:
         trainer: Trainer that has loaded the counters from `correct_counters`.
-        saved: Result of `describe` from when the checkpoint was saved.
+        saved: Result of `logging_state` when the checkpoint was saved.
     """
     fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     epoch: Any = fit.epoch_progress.current

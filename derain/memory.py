@@ -1,4 +1,4 @@
-"""Memory: how much is free, which exceptions mean that it is insufficient, and how glibc reuses it."""
+"""Free memory, exceptions that mean that memory is insufficient, and settings of glibc's allocator."""
 
 import ctypes
 import gc
@@ -19,8 +19,7 @@ OUT_OF_MEMORY = re.compile(
     "can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|bad_alloc|[Ff]ailed to allocate|"
     "could not create a (memory|primitive)(?! descriptor)"
 )
-"""Out-of-memory messages of PyTorch's allocators on Linux, Windows and Apple GPUs, cuDNN, cuBLAS, oneDNN and
-onnxruntime."""
+"""Messages about insufficient memory: of PyTorch (Linux, Windows, Apple GPUs), cuDNN, cuBLAS, oneDNN, onnxruntime."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -35,10 +34,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_errors(name: str) -> Iterator[None]:
-    """Replace an exception that means that memory is insufficient.
+    """Replace exceptions about insufficient memory in a block by a DerainError.
 
     Args:
-        name: File or image, for the message.
+        name: Name of the file or image in the message.
 
     Raises:
         DerainError: If memory is insufficient in the block.
@@ -53,7 +52,7 @@ def memory_errors(name: str) -> Iterator[None]:
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Pause the search for cycles of references, which takes a third of the time where many objects are built."""
+    """Pause Python's garbage collector, which takes a third of the time of a block that creates many objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -79,7 +78,7 @@ def free_memory() -> int:
 
 
 def _bytes_in(path: Path) -> int | None:
-    """Return the number in a cgroup file; None if the file is missing, or contains "max" (no limit)."""
+    """Return the number of bytes in a cgroup file; None if the file is missing, or contains "max" (no limit)."""
     text = path.read_text().strip() if path.is_file() else ""
     return int(text) if text.isdecimal() else None
 
@@ -87,8 +86,8 @@ def _bytes_in(path: Path) -> int | None:
 def keep_freed_memory() -> None:
     """Let glibc reuse large blocks of freed memory instead of requesting new pages from the system.
 
-    Clearing new pages takes up to 40 % of a network's time on a large image. The setting applies to the whole process:
-    programs should call this function, libraries should not. It does nothing without glibc.
+    Otherwise, clearing new pages takes up to 40 % of the time of a network on a large image. The setting applies to the
+    whole process: programs should call this function, libraries should not. It does nothing without glibc.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

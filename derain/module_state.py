@@ -1,13 +1,15 @@
-"""Changes of the state of modules in a pass, which forbid passes on several threads."""
+"""Detection of modules that change their state in a forward pass, and so cannot run on several threads."""
 
 from torch import Tensor, nn
 
 
 class StateWatch:
-    """Detects whether a module changes attributes, containers or buffers of itself or its parts.
+    """Detects whether a forward pass changes attributes, parameters or buffers of a module or its submodules.
+
+    Of containers such as lists, only a changed length is detected.
 
     Args:
-        module: The module, before a pass.
+        module: The module, before the pass.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -15,7 +17,10 @@ class StateWatch:
         self.before = self._attributes()
 
     def _attributes(self) -> dict[tuple[int, str], tuple[object, int | None]]:
-        """Return each attribute of each module, with the version of a tensor or the length of a container."""
+        """Return the value of each attribute, with the version of a tensor or the length of a container.
+
+        Keys are the index of the submodule and the name of the attribute.
+        """
         attributes = {}
         for number, part in enumerate(self.module.modules()):
             for name, value in {**vars(part), **part._parameters, **part._buffers}.items():
@@ -28,7 +33,7 @@ class StateWatch:
         return attributes
 
     def has_changed(self) -> bool:
-        """Return whether anything has changed since the start."""
+        """Return whether anything has changed since this object was created."""
         after = self._attributes()
         if after.keys() != self.before.keys():
             return True

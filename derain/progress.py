@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
-    """Yield the items and show a progress bar, if standard error is a terminal.
+    """Yield the items, and show a progress bar if standard error is a terminal.
 
     Args:
         items: Items to iterate over.
@@ -52,8 +52,8 @@ def track_bytes(label: str, total: int, done: int = 0) -> Iterator[Callable[[int
 
     Args:
         label: Text before the bar.
-        total: Number of bytes of the whole; 0 if unknown.
-        done: Number of bytes of earlier runs, which do not count for the speed.
+        total: Total number of bytes, including ``done``; 0 if unknown.
+        done: Number of bytes from earlier runs, which do not count for the speed.
 
     Example:
         >>> with track_bytes("Fetching", 100, done=40) as advance:
@@ -77,6 +77,6 @@ def track_bytes(label: str, total: int, done: int = 0) -> Iterator[Callable[[int
 
 
 def _bar(*columns: ProgressColumn) -> Progress:
-    """Return a progress bar on standard error, which is shown if that is a terminal, and removed at the end."""
+    """Return a progress bar that is shown on standard error if that is a terminal, and removed at the end."""
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -6,11 +6,11 @@ from typing import Any
 from derain.errors import DerainError
 
 OVERSHOOT = 0.25
-"""Accepted distance from [0, 1]: sharpening and bicubic resampling cause less, images in another range more."""
+"""Accepted distance of values from [0, 1]: sharpening and bicubic resampling cause less, another range more."""
 
 
 def extremes(values: Any) -> tuple[float, float]:
-    """Return the minimum and maximum of an array or tensor: NaN if any value is NaN, 0 if it is empty.
+    """Return the minimum and maximum of an array or tensor: both NaN if a value is NaN, both 0 if it is empty.
 
     Example:
         >>> import numpy as np
@@ -33,7 +33,7 @@ def span(low: float, high: float) -> str:
 
 
 def check_finite(values: Any, name: str) -> None:
-    """Check that all values of a restored image are finite; NaN and infinity would become black or white in a file.
+    """Check that all values of a restored image are finite: in a file, NaN and infinity would become black or white.
 
     Args:
         values: Array or tensor of any shape.

@@ -22,14 +22,14 @@ def blend_tiles(
 
     Args:
         images: Images, or other tensors with the same layout, such as states of a sampler.
-        forward: Function of tiles, ``(k * b, c, min(tile, h), min(tile, w))``, that returns ``n`` channels of that
-            size. The ``b`` tiles at one position are followed by those at the next position.
+        forward: Function of tiles, ``(k * b, c, min(tile, h), min(tile, w))``, that returns ``n`` channels of the same
+            height and width. The ``b`` tiles at one position are followed by those at the next position.
         tile: Side of a tile in pixels.
         overlap: Minimum overlap of neighbours in pixels, reduced to half a tile if it is larger.
-        tiles_per_pass: Maximum number ``k`` of positions in one call of ``forward``.
+        tiles_per_pass: Maximum number of positions in one call of ``forward``; calls have ``k`` positions, up to this.
 
     Returns:
-        ``(b, n, h, w)``, on the device of the images; the result of ``forward`` if one tile covers the images.
+        ``(b, n, h, w)``, on the device of the images. If one tile covers the images, it is the result of ``forward``.
 
     Example:
         >>> images = torch.rand(2, 3, 50, 90)
@@ -88,7 +88,14 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def _fade(side: int, overlap: int, before: bool, after: bool) -> Float[Tensor, " side"]:
-    """Return the weights along one side of a tile: 1 inside, and a raised cosine, above 0, towards its neighbours."""
+    """Return the weights along one side of a tile: 1 inside, falling to nearly 0 by a raised cosine towards neighbours.
+
+    Args:
+        side: Length of the side in pixels.
+        overlap: Length of the ramp in pixels.
+        before: Whether the tile has a neighbour before it.
+        after: Whether the tile has a neighbour after it.
+    """
     ramp = torch.sin((torch.arange(overlap) + 0.5) / max(overlap, 1) * torch.pi / 2) ** 2
     weight = torch.ones(side)
     if before:

@@ -317,7 +317,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         checkpoint["derain"] = self.metadata()
         if not self.is_fitting:
             return
-        checkpoint["position"] = loops.describe(self.trainer)
+        checkpoint["position"] = loops.logging_state(self.trainer)
         gradients = self._accumulated_gradients()
         if gradients:
             checkpoint["gradients"] = gradients
