@@ -119,7 +119,7 @@ def main() -> int:
     print(f"auto is at most {worst:.2f} dB below the best factor")
     if options.sheet:
         labels = [str(side) for side in options.sides]
-        write_image(options.sheet, contact_sheet(rows, columns=list(pictures), row_labels=labels))
+        write_image(options.sheet, contact_sheet(rows, column_labels=list(pictures), row_labels=labels))
     return int(worst > 0.5)
 
 

@@ -78,7 +78,7 @@ def main() -> None:
         rows.append([image for pair in zip(rainy, first, strict=True) for image in pair])
     Console().print(table)
     if options.picture:
-        sheet = contact_sheet(rows, columns=("rainy", "restored") * len(photos), cell=320)
+        sheet = contact_sheet(rows, column_labels=("rainy", "restored") * len(photos), cell=320)
         write_image(options.picture, np.asarray(sheet))
 
 

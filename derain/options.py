@@ -31,12 +31,12 @@ class CommandParser(argparse.ArgumentParser):
     Positional parameters become positional arguments, keyword-only parameters options (``from_`` becomes ``--from``).
     Supported types are ``str``, ``int``, ``float``, ``Path``, ``Literal`` of strings and ``bool`` (a flag, False by
     default), unions of them with None, and sequences of them. A sequence option accepts several values and may be
-    repeated. If the function also has a positional sequence, the option accepts one value at a time; otherwise it would
-    consume the positional values.
+    repeated. If the function also has a positional sequence, its sequence options accept one value at a time; otherwise
+    they would consume the positional values.
 
     Args:
         prog: Words that call the command, such as ``derain score``.
-        function: Function with a docstring that describes each parameter.
+        function: Function with a Google-style docstring that describes each parameter.
 
     Example:
         >>> def shout(text: str, *, times: int = 1) -> int:
@@ -90,7 +90,7 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument(parameter.name, help=_escape(description), **settings)
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """Return the arguments of a command line by parameter name; options that are not given are left out.
+        """Return the arguments of a command line by parameter name, without options that are not given.
 
         Raises:
             DerainError: If an argument is unknown, missing or invalid.
@@ -101,14 +101,14 @@ class CommandParser(argparse.ArgumentParser):
         return vars(known)
 
     def _known_options(self) -> list[str]:
-        """Return all options, and each combination of an option with its choices, such as ``--format json``."""
+        """Return all options, and each option with each of its choices, such as ``--format json``."""
         options = []
         for name, action in self._option_string_actions.items():
             options += [name, *(f"{name} {choice}" for choice in action.choices or ())]
         return options
 
     def error(self, message: str) -> NoReturn:
-        """Raise an error with a one-line message, without the usage that argparse prints.
+        """Raise DerainError with a one-line message, instead of printing the usage as argparse does.
 
         Raises:
             DerainError: Always.
@@ -134,12 +134,12 @@ def _type_settings(annotation: Any) -> dict[str, Any]:
 
 
 def _escape(text: str) -> str:
-    """Return a text as argparse expects it: ``%`` is escaped, and double backticks become single."""
+    """Return a text for the help of argparse: ``%`` is escaped, and double backticks become single."""
     return text.replace("%", "%%").replace("``", "`")
 
 
 def parse_docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
-    """Return the description of a function and those of its parameters by name, from a Google-style docstring."""
+    """Return the description of a function, and the descriptions of its parameters by name, from its docstring."""
     documentation = inspect.getdoc(function) or ""
     description, _, section = documentation.partition("\n\nArgs:\n")
     descriptions: dict[str, str] = {}
@@ -208,11 +208,11 @@ def _subcommands_usage(prog: str, module: types.ModuleType, subcommands: Mapping
 
 
 def unknown_argument(argument: str, known: Iterable[str]) -> str:
-    """Return a message about an unknown argument, which suggests a similar option if there is one.
+    """Return a message about an unknown argument; it suggests a similar option if there is one.
 
     Args:
         argument: The argument.
-        known: All options, and each combination of an option with its choices, such as ``--format json``.
+        known: Existing options, optionally also each option with each of its choices, such as ``--format json``.
 
     Example:
         >>> unknown_argument("--cropp", ["--crop"])
@@ -233,7 +233,7 @@ def unknown_argument(argument: str, known: Iterable[str]) -> str:
 
 
 def _most_similar(option: str, known: Iterable[str]) -> str | None:
-    """Return the option whose part after the last dot is most similar; None if no option is similar enough."""
+    """Return the known option whose part after the last dot is most similar; None if none is similar enough."""
     from difflib import SequenceMatcher
 
     def last_part(name: str) -> str:

@@ -15,7 +15,7 @@ WHITE, INK = (255, 255, 255), (32, 32, 32)
 
 
 def compare(images: Mapping[str, Pixels]) -> Image.Image:
-    """Return images side by side at their original size, each below its name.
+    """Return a picture of images side by side at their original size, each below its name.
 
     Args:
         images: Pixels by name, from left to right, for example ``{"rainy": …, "derained": …, "clean": …}``. Sizes may
@@ -39,10 +39,10 @@ def write_explanation(path: Path, images: Mapping[str, Pixels], description: Map
     """Write a picture and a JSON file that explain a restoration.
 
     Args:
-        path: Path of the files without ``.png`` (all images side by side) and ``.json`` (the description).
+        path: Path of both files without suffix: ``.png`` has all images side by side, ``.json`` the description.
         images: Pixels by name: ``rainy``, ``derained`` and the maps of the method.
-        description: What `Explains.describe_image` returned; the label of the derained image shows its ``route`` and
-            ``scores``, if it has a route.
+        description: Result of `Explains.describe_image`. Its ``route`` and ``scores``, if there are any, are in the
+            label of the derained image.
     """
     labelled = dict(images)
     if "route" in description:
@@ -59,17 +59,17 @@ def write_explanation(path: Path, images: Mapping[str, Pixels], description: Map
 def contact_sheet(
     rows: Sequence[Sequence[Pixels]],
     *,
-    columns: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
     row_labels: Sequence[str] = (),
     cell: int = 256,
 ) -> Image.Image:
-    """Return a sheet of images in rows, each shrunk to fit a cell; no image is enlarged or distorted.
+    """Return a sheet with rows of images, each reduced to fit a cell; no image is enlarged or distorted.
 
     Args:
         rows: Images from top to bottom and left to right; rows may differ in length.
-        columns: Labels above the columns; empty for none.
+        column_labels: Labels above the columns; empty for none.
         row_labels: Labels left of the rows; empty for none.
-        cell: Longest side of an image on the sheet, in pixels.
+        cell: Side of a square cell, in pixels.
 
     Raises:
         DerainError: If there are no images, or the number of labels is not that of the columns or rows.
@@ -80,7 +80,7 @@ def contact_sheet(
         for picture in pictures:
             picture.thumbnail((cell, cell), Image.Resampling.LANCZOS)
         thumbnails.append(pictures)
-    return _sheet(thumbnails, columns, row_labels, font_size=_font_size(cell // 16))
+    return _sheet(thumbnails, column_labels, row_labels, font_size=_font_size(cell // 16))
 
 
 def _font_size(size: int) -> int:
@@ -88,7 +88,7 @@ def _font_size(size: int) -> int:
 
 
 class _Labels:
-    """Font of the labels on a sheet; measures labels in pixels."""
+    """Font of the labels on a sheet, and their size in pixels."""
 
     def __init__(self, font_size: int) -> None:
         self.font = ImageFont.load_default(size=font_size)
@@ -107,31 +107,34 @@ class _Labels:
 
 
 def _sheet(
-    rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], row_labels: Sequence[str], *, font_size: int
+    rows: Sequence[Sequence[Image.Image]], column_labels: Sequence[str], row_labels: Sequence[str], *, font_size: int
 ) -> Image.Image:
-    """Lay out images of any size: a column is as wide as its widest, a row as high as its highest image or label."""
+    """Return a sheet with rows of images of any size.
+
+    A column is as wide as its widest image or label, a row as high as its highest image or label.
+    """
     column_count = max((len(row) for row in rows), default=0)
     if column_count == 0:
         raise DerainError("no images to show; expected at least one")
-    _check_label_count("column", columns, column_count)
+    _check_label_count("column", column_labels, column_count)
     _check_label_count("row", row_labels, len(rows))
     labels = _Labels(font_size)
     gap = max(4, font_size // 3)
 
-    widths = [labels.width(label) for label in columns] or [0] * column_count
+    widths = [labels.width(label) for label in column_labels] or [0] * column_count
     heights = [labels.height(label) for label in row_labels] or [labels.line_height] * len(rows)
     for row_index, row in enumerate(rows):
         for column_index, picture in enumerate(row):
             widths[column_index] = max(widths[column_index], picture.width)
             heights[row_index] = max(heights[row_index], picture.height)
-    header = max(labels.height(label) for label in columns) + labels.padding if columns else 0
+    header = max(labels.height(label) for label in column_labels) + labels.padding if column_labels else 0
     margin = max((labels.width(label) + 2 * labels.padding for label in row_labels), default=0)
     *lefts, sheet_width = accumulate((width + gap for width in widths), initial=margin + gap)
     *tops, sheet_height = accumulate((height + gap for height in heights), initial=header + gap)
 
     sheet = Image.new("RGB", (sheet_width, sheet_height), WHITE)
     draw = ImageDraw.Draw(sheet)
-    for label, left, width in zip(columns, lefts, widths, strict=False):
+    for label, left, width in zip(column_labels, lefts, widths, strict=False):
         center = (left + width / 2, (header + gap) / 2)
         draw.multiline_text(center, label, INK, labels.font, anchor="mm", align="center", spacing=0)
     for label, top, height in zip(row_labels, tops, heights, strict=False):

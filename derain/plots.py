@@ -32,12 +32,12 @@ STYLE: Any = {
 }
 
 MAX_LABEL_OFFSET = 120
-"""Largest distance by which a label is moved down, in points."""
+"""Largest distance by which a label is moved down, in typographic points (1/72 inch)."""
 
 
 @contextmanager
 def _axes(path: Path, title: str, size: tuple[float, float] = (6.4, 4.2)) -> Iterator[Any]:
-    """Yield axes to draw on; when the block succeeds, write the figure as PNG."""
+    """Yield axes to draw on; when the block succeeds, write the figure as PNG. Its size is in inches."""
     try:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -115,7 +115,9 @@ def _label_points(axes: Any, names: Sequence[str], points: Sequence[tuple[float,
 def _label_point(
     axes: Any, name: str, point: tuple[float, float], side: int, color: str, occupied: Sequence[Any]
 ) -> Any:
-    """Write a name at the highest free position beside a point, or else the lowest; return its box in pixels.
+    """Write a name at the highest free position beside a point, or at the lowest if none is free.
+
+    Returns the box of the name in pixels.
 
     Args:
         axes: Axes to write on.
@@ -170,7 +172,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[tuple[float, float]]]) -> Pat
 
 
 def _label_ends(axes: Any, ends: Mapping[str, tuple[float, float, str]]) -> None:
-    """Write names right of the axes near the ends of their curves, and connect them with thin lines.
+    """Write the names of curves right of the axes, near the ends of the curves, connected to them by thin lines.
 
     Args:
         axes: Axes to write on.
@@ -196,7 +198,9 @@ def _label_ends(axes: Any, ends: Mapping[str, tuple[float, float, str]]) -> None
 
 
 def _spread(heights: Sequence[float], low: float, high: float, distance: float) -> list[float]:
-    """Return ascending heights, moved up, or down from ``high``, until neighbours have a minimum distance.
+    """Return ascending heights of labels, moved apart until neighbours have a minimum distance.
+
+    Labels move up; those above ``high`` move down again.
 
     Example:
         >>> _spread([1.0, 1.0, 5.0], 0.0, 5.0, 1.0), _spread([4.5, 5.0], 0.0, 5.0, 1.0)
@@ -212,8 +216,10 @@ def _spread(heights: Sequence[float], low: float, high: float, distance: float) 
     return spread
 
 
-def images(path: Path, pairs: Sequence[tuple[float, float]], method: str, dataset: str, protocol: str) -> Path:
-    """Plot the PSNR of each image after restoration against the PSNR before; points above the diagonal improved.
+def before_and_after(
+    path: Path, pairs: Sequence[tuple[float, float]], method: str, dataset: str, protocol: str
+) -> Path:
+    """Plot the PSNR of each image after restoration against its PSNR before; images above the diagonal improved.
 
     Args:
         path: PNG file to write.

@@ -1,19 +1,20 @@
-"""Removal of rain from large photos: the rain is estimated on a reduced photo and subtracted at full size."""
+"""Rain removal from large photos: the rain is estimated on a reduced photo and subtracted at full size."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-KNOWN_SIDE = 1000
-"""Shorter side in pixels of the largest photos that the bundled model restores best at full size.
+MIN_REDUCED_SIDE = 1000
+"""Smallest shorter side of a photo that is reduced automatically, in pixels.
 
-With rain that grows with the photo, the best factors are 1 for 1024 pixels, 2 for 2048 and 3 for 4096, where 4 is 0.1
-dB worse and a photo of 24 megapixels takes half as long (``benchmarks/scale.py``).
+For the bundled model and rain that grows with the photo, the best factors are 1 for a shorter side of 1024 pixels, 2
+for 2048 and 3 for 4096. At 4096, factor 4 is 0.1 dB worse than 3, but takes about half the time
+(``benchmarks/scale.py``).
 """
 
 
 def automatic_factor(height: int, width: int) -> int:
-    """Return the factor by which ``scale`` ``auto`` reduces a photo.
+    """Return the factor by which a photo is reduced with ``scale`` ``auto``; height and width are in pixels.
 
     It is 1 if the shorter side is below 2000 pixels; otherwise, it reduces that side to 1000 to 1500 pixels.
 
@@ -21,7 +22,7 @@ def automatic_factor(height: int, width: int) -> int:
         >>> automatic_factor(1500, 2000), automatic_factor(4000, 6000)
         (1, 4)
     """
-    return max(1, min(height, width) // KNOWN_SIDE)
+    return max(1, min(height, width) // MIN_REDUCED_SIDE)
 
 
 def reduce(image: Float[Tensor, "c h w"], factor: int) -> Float[Tensor, "c h2 w2"]:
@@ -37,7 +38,7 @@ def reduce(image: Float[Tensor, "c h w"], factor: int) -> Float[Tensor, "c h2 w2
 
 
 def enlarge(image: Float[Tensor, "c h w"], height: int, width: int) -> Float[Tensor, "c h2 w2"]:
-    """Return an image enlarged by bicubic interpolation."""
+    """Return an image enlarged to a height and width in pixels by bicubic interpolation, which may overshoot."""
     return F.interpolate(image[None], (height, width), mode="bicubic", align_corners=False)[0]
 
 
@@ -51,8 +52,8 @@ def subtract_rain(
 
     Args:
         rainy: Rainy image in [0, 1].
-        reduced: The same, reduced, or the image itself.
-        derained: Derained image of the size of ``reduced``.
+        reduced: The same image as the method restored it: reduced, or at full size.
+        derained: Result of the method for ``reduced``.
         strength: Share of the rain that is removed, from 0 to 1.
     """
     removed = reduced - derained

@@ -1,4 +1,4 @@
-"""Results as text, Markdown and LaTeX tables, CSV and JSON."""
+"""Results as tables in plain text, Markdown and LaTeX, and as CSV and JSON."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ from rich.text import Text
 from derain.images import ESCAPED, write_whole
 
 Format = Literal["table", "json", "csv", "markdown", "latex"]
-"""``table`` is plain text."""
+"""Format of results; ``table`` is plain text."""
 
 MISSING = "–"
 """Text of a missing value."""
@@ -37,15 +37,15 @@ LATEX = str.maketrans(
 )
 
 WIDTH = 160
-"""Line length of text that is not printed on a terminal, in characters; more if a row needs it."""
+"""Line length of plain text that is not printed on a terminal, in characters; larger if the table is wider."""
 
 
 class Cell(NamedTuple):
-    """Value with a suffix, such as an interval, or with a footnote; never marked as the best of its column.
+    """Value with a suffix, such as an interval, or with a footnote. It is never marked as the best of its column.
 
     Attributes:
         value: Number, text, or None for a missing value.
-        suffix: Text after the value.
+        suffix: Text directly after the value.
         footnote: Number of a footnote: 1 for the note that begins with ``[1]``.
     """
 
@@ -67,7 +67,7 @@ class Column:
         align: Alignment of the values.
         group: Title of several neighbouring columns. Text and Markdown show a group as one column, with values
             separated by slashes.
-        best: Whether the largest or the smallest of two or more numbers is printed in bold; None for neither.
+        best: Which number of the column is printed in bold, if it has two or more: the largest, the smallest, or none.
     """
 
     header: str
@@ -110,7 +110,7 @@ class Table:
         columns: Columns from left to right.
         rows: Rows from top to bottom.
         notes: Notes below the table; those that cells refer to by ``footnote`` begin with ``[1]``, ``[2]``, …
-        title: Title above the text; Markdown and LaTeX have none.
+        title: Title above the table in plain text; Markdown and LaTeX have no title.
 
     Example:
         >>> columns = [Column("method", align="left"), Column("PSNR", ".2f", best="max")]
@@ -127,7 +127,7 @@ class Table:
     title: str | None = None
 
     def renderable(self) -> Group:
-        """Return the table and its notes as an object that ``rich`` prints."""
+        """Return the table and its notes as an object that the package rich prints."""
         table = rich.table.Table(title=self.title, title_justify="left")
         for columns in self._groups():
             group = columns[0].group
@@ -146,7 +146,7 @@ class Table:
         return Group(table, *map(Text, self.notes))
 
     def text(self, *, terminal: bool = False) -> str:
-        """Return the table as text.
+        """Return the table as plain text.
 
         Args:
             terminal: Whether to fit the width of the terminal and use its styles. Otherwise each row is one line, and
@@ -182,7 +182,7 @@ class Table:
         return "\n".join([*table, *notes]) + "\n"
 
     def latex(self) -> str:
-        """Return the table as LaTeX, which requires the package booktabs."""
+        """Return the table as LaTeX for the package booktabs."""
         alignment = "".join(column.align[0] for column in self.columns)
         rows = [_latex_row(map(_latex_cell, cells)) for cells in self._formatted()]
         lines = [
@@ -227,7 +227,7 @@ class Table:
         return groups
 
     def _grouped(self, cells: Sequence[_Formatted]) -> Iterator[list[_Formatted]]:
-        """Yield the cells of a row by group; a group of missing values only is reduced to one cell."""
+        """Yield the cells of a row by group; a group in which all values are missing is reduced to one cell."""
         remaining = iter(cells)
         for columns in self._groups():
             group = list(islice(remaining, len(columns)))
@@ -297,7 +297,7 @@ def escape_latex(text: str) -> str:
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return records with the same keys as CSV; empty if there are no records."""
+    """Return records, which all have the same keys, as CSV; empty if there are no records."""
     if not records:
         return ""
     text = io.StringIO()
@@ -319,14 +319,17 @@ def json_text(content: Any) -> str:
 def write_results(
     format: Format, table: Table, records: Sequence[Mapping[str, Any]], content: Any, out: Path | None
 ) -> None:
-    """Print results in a format, or write them to a complete file.
+    """Print results in a format, or write them to a file.
 
     Args:
         format: Format of the results.
         table: Results for text, Markdown and LaTeX.
         records: Results for CSV: one dictionary per row.
         content: Results for JSON.
-        out: File to write; None to print.
+        out: File to write, completely or not at all; None to print.
+
+    Raises:
+        ValueError: If the format is JSON, and a number is NaN or infinite.
     """
     terminal = out is None and sys.stdout.isatty()
     text = render(format, table, records, content, terminal=terminal)
@@ -341,14 +344,17 @@ def write_results(
 def render(
     format: Format, table: Table, records: Sequence[Mapping[str, Any]], content: Any, *, terminal: bool = False
 ) -> str:
-    """Return results in a format, as text; arguments as for `write_results`.
+    """Return results in a format.
 
     Args:
         format: Format of the results.
         table: Results for text, Markdown and LaTeX.
         records: Results for CSV.
         content: Results for JSON.
-        terminal: Whether the text is for a terminal; other formats ignore it.
+        terminal: Whether plain text is for a terminal (`Table.text`); ignored for other formats.
+
+    Raises:
+        ValueError: If the format is JSON, and a number is NaN or infinite.
     """
     if format == "json":
         return json_text(content)

@@ -75,7 +75,7 @@ def test_contact_sheet_of_ragged_rows_with_labels():
     images = [noise(40, 40, seed) for seed in range(3)]
     plain = contact_sheet([images[:2], images[2:]], cell=40)
     labelled = contact_sheet(
-        [images[:2], images[2:]], columns=["rainy", "clean"], row_labels=["norain-001", "2"], cell=40
+        [images[:2], images[2:]], column_labels=["rainy", "clean"], row_labels=["norain-001", "2"], cell=40
     )
     assert labelled.height > plain.height
     assert labelled.width > plain.width + 50
@@ -91,6 +91,6 @@ def test_sheets_need_images_and_as_many_labels():
     with pytest.raises(DerainError, match="no images"):
         contact_sheet([[]])
     with pytest.raises(DerainError, match=r"1 column .* 2 columns"):
-        contact_sheet([[image, image]], columns=["rainy"])
+        contact_sheet([[image, image]], column_labels=["rainy"])
     with pytest.raises(DerainError, match=r"3 row .* 1 rows"):
         contact_sheet([[image]], row_labels=["a", "b", "c"])

@@ -266,7 +266,7 @@ def route_sheet(images: Sequence[tuple[float, Pair]]) -> Image.Image:
     for start in range(0, len(selected), SHEET_COLUMNS):
         row = selected[start : start + SHEET_COLUMNS]
         labels = [f"{pair.name}\n{margin:+.4f}" for margin, pair in row]
-        strips.append(contact_sheet([[read_rainy(pair) for _, pair in row]], columns=labels))
+        strips.append(contact_sheet([[read_rainy(pair) for _, pair in row]], column_labels=labels))
     if len(strips) == 1:
         return strips[0]
     return contact_sheet([[np.asarray(strip)] for strip in strips], cell=max(max(strip.size) for strip in strips))

@@ -373,7 +373,7 @@ def write_plots(folder: Path, rows: Sequence[ResultRow], protocol: str, logs: It
             if images:
                 title = name + _partial_suffix(score)
                 file = _unused(folder / f"images-{_slug(title)}-{_slug(score.dataset)}.png", written)
-                written.append(plots.images(file, images, title, score.dataset, protocol))
+                written.append(plots.before_and_after(file, images, title, score.dataset, protocol))
     return written
 
 

@@ -463,4 +463,4 @@ def _write_contact_sheet(folder: Path, names: dict[str, str]) -> None:
         images.append(read_rgb(folder / "input" / f"{rainy_name}.png"))
     rows = [images[start : start + 4] for start in range(0, len(images), 4)]
     columns = ["clean", "rainy"] * (len(rows[0]) // 2)
-    write_image(folder / "contact_sheet.png", contact_sheet(rows, columns=columns, cell=320))
+    write_image(folder / "contact_sheet.png", contact_sheet(rows, column_labels=columns, cell=320))

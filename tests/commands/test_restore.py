@@ -484,7 +484,7 @@ def test_output_that_is_not_finite_is_not_written(photo, video, file, tmp_path, 
 
 
 def test_automatic_scale_is_reported_and_strength_blends(file, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(scaling, "KNOWN_SIDE", 20)
+    monkeypatch.setattr(scaling, "MIN_REDUCED_SIDE", 20)
     write_image(tmp_path / "in/large.png", clean_image(1, (48, 64)))
     write_image(tmp_path / "in/small.png", clean_image(2, (24, 39)))
     arguments = ["restore", str(tmp_path / "in"), str(tmp_path / "out"), "--weights", file, "--device", "cpu"]
