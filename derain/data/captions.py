@@ -18,7 +18,7 @@ from derain.images import write_whole
 from derain.progress import track
 
 COLUMNS = ["filepath", "title"]
-"""Header of a table. ``filepath`` is that of the rainy image; ``title`` is `Caption.title`."""
+"""Columns of a table: path of the rainy image, and `Caption.title`."""
 
 DEGRADATION = "rainy"
 """DA-CLIP's word for rain."""

@@ -81,12 +81,12 @@ class RainDataModule(LightningDataModule):
         split_seed: Seed of the random share for validation.
         seed: Seed of the sample order, the crops and the rain; the command line sets it to ``seed_everything``.
         rain: Rain added to the clean images during training: ``off``, a preset (``light``, ``medium``, ``heavy``;
-            ``varied`` also adds mist, lens drops, noise, blur and compression), ``folder:PATH`` with images of streaks,
-            or a YAML file of ranges. Then ``train`` also accepts folders of clean photos.
-        rain_share: Share of the samples with added rain; the others keep the rain of their pair.
+            ``varied`` also adds lens drops, noise, blur, compression and changed exposure), ``folder:PATH`` with
+            images of streaks, or a YAML file of ranges. Then ``train`` also accepts folders of clean photos.
+        rain_share: Share of the samples of pairs with added rain; the others keep the rain of their pair.
 
     Raises:
-        DerainError: If an option is out of range.
+        DerainError: If an option is invalid.
     """
 
     def __init__(

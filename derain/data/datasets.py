@@ -30,7 +30,7 @@ class UnlabelledCrops:
     Args:
         images: Rainy images, without clean ones.
         cache: Decoded pixels of the images; if None, every sample decodes a file.
-        augmentations: Augmentation by crop size.
+        augmentations: Augmentation for each side of the crop that a sample may have.
         seed: Seed of the run.
     """
 
@@ -55,7 +55,7 @@ class TrainingPairs(Dataset[dict[str, Any]]):
     Args:
         pairs: The pairs.
         cache: Decoded pixels of the pairs; if None, every sample decodes the files of its pair.
-        augmentations: Augmentation by crop size.
+        augmentations: Augmentation for each side of the crop that a sample may have.
         seed: Seed of the run.
         captions: Captions in the order of ``pairs``; none by default.
         unlabelled: Crops of rainy images without ground truth, one of which is added to each item; none by default.

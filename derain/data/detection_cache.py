@@ -38,6 +38,7 @@ def detection_key(root: Path, split: Split, layout: str | None, files: Sequence[
         names = states_digest(root, files)
     else:
         names = hashlib.sha256(os.fsencode("\0".join((layout, *files)))).digest()
+    # Increment the version when a change of the code alters which files form pairs.
     return [b"pairs, version 2", split.encode(), *folders, repr(LAYOUTS).encode(), names]
 
 

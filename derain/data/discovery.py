@@ -54,7 +54,7 @@ def find_sets(root: Path, layout: str | None = None) -> list[DataSplit]:
 
     Args:
         root: Folder of one data set or of several, or folder of shards.
-        layout: Layout of ``root``; detected by default.
+        layout: Name of the layout of ``root``; detected by default.
 
     Raises:
         DerainError: If the folder does not exist or contains no data set, or the layout is unknown or ambiguous, or
@@ -114,7 +114,7 @@ def _find_in_shards(root: Path, split: Split) -> DataSplit:
 
 
 def _find_by_folder_name(root: Path, files: Sequence[str]) -> list[DataSplit]:
-    """Return the splits of all data sets that a folder is named after.
+    """Return the splits of all data sets after which ``root`` or a folder in it is named.
 
     Files that match several data sets belong to the one with the outermost folder; if the folders are equally deep, to
     the first one in ``LAYOUTS``.

@@ -59,19 +59,19 @@ class Download:
         return self.target.with_name(f".{self.target.name}.part")
 
     @property
-    def folder(self) -> Path:
+    def download_folder(self) -> Path:
         """Folder of the downloaded files."""
         return self.part / "download"
 
     @property
     def archives(self) -> list[RemoteFile]:
-        """Files that are unpacked after the download: all files of web servers, whose addresses may have no suffix."""
+        """Files to unpack after the download: archives of the hub; all files of web servers, whatever their suffix."""
         return [file for file in self.listing.files if isinstance(self.source, Web) or is_archive(file.path)]
 
     @property
     def missing_bytes(self) -> int:
         """Number of bytes that have not been downloaded yet."""
-        return max(0, self.listing.size - downloaded_bytes(self.listing.files, self.folder))
+        return max(0, self.listing.size - downloaded_bytes(self.listing.files, self.download_folder))
 
     @property
     def needed_bytes(self) -> int:
@@ -89,7 +89,7 @@ class Download:
         """
         check_absent(self.target)
         check_space(self.target.parent, self.needed_bytes)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.download_folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.part), self._interruptions():
             check_absent(self.target)  # another process may have completed it since
             self._remove_changed_files()
@@ -97,11 +97,11 @@ class Download:
             with track_bytes(f"Fetching {self.name}", self.listing.size, done) as advance:
                 if isinstance(self.source, Hub):
                     repository, patterns = self.source.repository, self.source.patterns
-                    download_repository(repository, self.listing.commit, patterns, self.folder, advance)
+                    download_repository(repository, self.listing.commit, patterns, self.download_folder, advance)
                 else:
-                    download_urls(self.listing.files, self.folder, advance)
-            check_downloads(self.listing.files, self.folder)
-            shutil.rmtree(self.folder / ".cache", ignore_errors=True)  # of huggingface_hub
+                    download_urls(self.listing.files, self.download_folder, advance)
+            check_downloads(self.listing.files, self.download_folder)
+            shutil.rmtree(self.download_folder / ".cache", ignore_errors=True)  # of huggingface_hub
             move_to_target(self.name, self._unpacked(), self.target)
             shutil.rmtree(self.part)  # within the lock: another process may begin as soon as it is released
         files = [path.relative_to(self.target).as_posix() for path in self.target.rglob("*") if path.is_file()]
@@ -117,11 +117,11 @@ class Download:
         """
         archives = self.archives
         if not archives:
-            return self.folder
+            return self.download_folder
         folder = self.part / "unpacked"
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            unpack_all([self.folder / file.path for file in archives], folder)
+            unpack_all([self.download_folder / file.path for file in archives], folder)
         except DamagedArchiveError as error:
             error.archive.unlink()
             raise DerainError(
@@ -148,13 +148,15 @@ class Download:
                     f"{self.source}: {path} is both a file of the source and in one of its archives; fetch them "
                     "yourself"
                 )
-        different = [path for path in present if not filecmp.cmp(self.folder / path, folder / path, shallow=False)]
+        different = [
+            path for path in present if not filecmp.cmp(self.download_folder / path, folder / path, shallow=False)
+        ]
         if different:
             more = f" and {len(different) - 1} more files" if len(different) > 1 else ""
             log.warning("%s: also in an archive, whose version is kept: %s%s", self.source, different[0], more)
         for path in sorted(set(paths) - set(present)):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / path).rename(folder / path)
+            (self.download_folder / path).rename(folder / path)
 
     def _remove_changed_files(self) -> None:
         """Remove files that an earlier call downloaded and that have changed on the server since.
@@ -168,12 +170,12 @@ class Download:
             earlier = json.loads(path.read_text())
             if earlier["source"] != str(self.source):
                 raise DerainError(
-                    f"{self.part}: contains a part of {earlier['source']}; continue with --from, or delete the folder "
-                    f"to fetch {self.source}"
+                    f"{self.part}: contains a part of {earlier['source']}; use the same --from to continue it, or "
+                    f"delete the folder to fetch {self.source}"
                 )
             changed = [name for name, state in earlier["files"].items() if current.get(name) != state]
             for name in changed:
-                for file in (self.folder / name, partial_path(self.folder / name)):
+                for file in (self.download_folder / name, partial_path(self.download_folder / name)):
                     file.unlink(missing_ok=True)
             if changed:
                 log.info("fetching %d files again, which have changed on the server: %s", len(changed), changed[0])
@@ -201,7 +203,7 @@ class Download:
 
     def _progress(self) -> str:
         """Return text such as ``2.1 MB of 8.4 MB``."""
-        present = downloaded_bytes(self.listing.files, self.folder)
+        present = downloaded_bytes(self.listing.files, self.download_folder)
         return f"{decimal(present)} of {decimal(self.listing.size)}"
 
 
@@ -402,4 +404,4 @@ def _locked(part: Path) -> Iterator[None]:
         with lock.acquire(timeout=0):
             yield
     except filelock.Timeout as error:
-        raise DerainError(f"{part}: another process is fetching this data set; wait for it") from error
+        raise DerainError(f"{part}: another process is fetching this data set; wait until it ends") from error

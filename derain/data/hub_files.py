@@ -67,7 +67,7 @@ def download_repository(
     Args:
         repository: ``OWNER/NAME``.
         commit: Commit, 40 hexadecimal digits.
-        patterns: Glob patterns of the files; all files by default.
+        patterns: Glob patterns of the files; empty for all files.
         folder: Download folder; huggingface_hub adds a folder ``.cache``.
         advance: Called with the number of bytes of each new block; negative if a file starts again.
 

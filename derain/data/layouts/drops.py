@@ -33,7 +33,7 @@ def _rainds_syn(split: Split) -> tuple[Files, ...]:
 
 DROPS: dict[str, Layout] = {
     "Raindrop": Layout(
-        title="real drops on a pane, and test set A",
+        title="real drops on a pane; its test set is test set A",
         folders=("Raindrop", "DeRaindrop"),
         files={"train": _raindrop("train"), "test": _raindrop("test_a")},
         counts={"train": 861, "test": 58},

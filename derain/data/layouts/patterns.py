@@ -17,7 +17,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Split = Literal["train", "test", "predict"]
+"""Part of a data set; ``predict`` has rainy images without clean ones."""
+
 Side = Literal["left", "right"]
+"""Half of a file with a rainy and a clean image side by side."""
 
 PLACEHOLDERS: Mapping[str, str] = {
     "{n}": r"(?P<n>\d+)",
@@ -78,7 +81,7 @@ class Files:
 
 
 def _plain(pattern: str) -> str:
-    """Return a pattern without optional groups, lookaheads and back references, and with only the first alternative."""
+    """Return a pattern in readable form: without optional parts and lookaheads, with the first of alternatives."""
     plain = pattern.replace(r"\d+", "{n}").replace("(?P=video)", "{n}").replace("[-_]?", "-")
     plain = plain.replace("[^/]+", "{name}")
     previous = ""
