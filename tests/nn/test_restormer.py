@@ -252,3 +252,11 @@ def test_small_images_keep_their_size(networks, size):
         restored = networks[0](images(*size))
     assert restored.shape == (2, 3, *size)
     assert restored.isfinite().all()
+
+
+@pytest.mark.parametrize("pixels", [30, 3000])
+def test_pointwise_is_a_matrix_product(pixels):
+    """Also for maps that are large enough for the convolution of oneDNN."""
+    x, weight, bias = torch.rand(1, 10, pixels // 10, 8), torch.randn(5, 8, 1, 1), torch.randn(5)
+    expected = x.double() @ weight[:, :, 0, 0].double().T + bias.double()
+    torch.testing.assert_close(restormer.pointwise(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-5)
