@@ -22,10 +22,10 @@ from derain.nn.padding import pad_to_multiple, pad_with_zeros
 from derain.nn.restormer import pointwise, spatial, strips
 
 
-def gated(x: Float[Tensor, "b h w c2"]) -> Float[Tensor, "b h w c"]:
-    """Return the product of both halves of the channels ("SimpleGate", NAFNet, eq. 4)."""
+def gated(x: Float[Tensor, "b h w c2"], out: Float[Tensor, "b h w c"] | None = None) -> Float[Tensor, "b h w c"]:
+    """Return the product of both halves of the channels ("SimpleGate", NAFNet, eq. 4), written to ``out`` if given."""
     first, second = x.chunk(2, dim=-1)
-    return first * second
+    return torch.mul(first, second, out=out)
 
 
 class NAFBlock(nn.Module):
@@ -58,29 +58,42 @@ class NAFBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         """Transform features."""
-        width = self.expand.out_channels
-        parts = [self._spatially_mixed(strip)[:, own_rows] for _, strip, own_rows in strips(x, width, self.halo)]
-        mixed = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        means = mixed.mean((1, 2), keepdim=True)
-        weights = pointwise(means, self.attention.weight, self.attention.bias)
-        projections = _scaled(self.project, self.factor1), _scaled(self.feed_out, self.factor2)
         if torch.is_grad_enabled() or compiling_or_exporting():
-            return self._projected(x, mixed * weights, projections)
+            mixed = gated(self._spatially_mixed(x))
+            return self._projected(x, mixed * self._channel_weights(mixed), self._projections())
+        width = self.expand.out_channels
+        mixed = torch.empty_like(x)
+        for rows, strip, own_rows in strips(x, width, self.halo):
+            gated(self._spatially_mixed(strip)[:, own_rows], out=mixed[:, rows])
+        weights, projections = self._channel_weights(mixed), self._projections()
+        if len(x) == 1:  # weights of one image are multiplied with those of the convolution, not with the map
+            (weight, bias), feed_out = projections
+            projections, weights = ((weight * weights.permute(0, 3, 1, 2), bias), feed_out), None
         for rows, _, _ in strips(x, width):
-            mixed[:, rows] = self._projected(x[:, rows], mixed[:, rows] * weights, projections)
+            strip = mixed[:, rows] if weights is None else mixed[:, rows] * weights
+            self._projected(x[:, rows], strip, projections, out=mixed[:, rows])
         return mixed
 
-    def _spatially_mixed(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        hidden = pointwise(self.norm1(x), self.expand.weight, self.expand.bias)
-        return gated(spatial(hidden, self.depthwise))
+    def _spatially_mixed(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c2"]:
+        return spatial(pointwise(self.norm1(x), self.expand.weight, self.expand.bias), self.depthwise)
+
+    def _channel_weights(self, mixed: Float[Tensor, "b h w c"]) -> Float[Tensor, "b 1 1 c"]:
+        return pointwise(mixed.mean((1, 2), keepdim=True), self.attention.weight, self.attention.bias)
+
+    def _projections(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return _scaled(self.project, self.factor1), _scaled(self.feed_out, self.factor2)
 
     def _projected(
-        self, x: Float[Tensor, "b h w c"], mixed: Float[Tensor, "b h w c"], projections: Sequence[tuple[Tensor, Tensor]]
+        self,
+        x: Float[Tensor, "b h w c"],
+        mixed: Float[Tensor, "b h w c"],
+        projections: Sequence[tuple[Tensor, Tensor]],
+        out: Float[Tensor, "b h w c"] | None = None,
     ) -> Float[Tensor, "b h w c"]:
         project, feed_out = projections
-        x = x + pointwise(mixed, *project)
+        x = pointwise(mixed, *project).add_(x)
         hidden = gated(pointwise(self.norm2(x), self.feed_in.weight, self.feed_in.bias))
-        return x + pointwise(hidden, *feed_out)
+        return torch.add(x, pointwise(hidden, *feed_out), out=out)
 
 
 def _scaled(convolution: nn.Conv2d, factor: Float[Tensor, "1 c 1 1"]) -> tuple[Tensor, Tensor]:
@@ -112,6 +125,53 @@ class Upsample(nn.Module):
         return F.pixel_shuffle(self.conv(x.permute(0, 3, 1, 2)), 2).permute(0, 2, 3, 1)
 
 
+class Refinement(nn.Module):
+    """Correction of the derained image by 3×3 convolutions at full resolution.
+
+    The last convolution is initialised with zeros: an untrained refinement changes nothing.
+
+    Args:
+        channels: Number of channels of the features; the convolutions have half as many.
+        factor: Ratio of the images' size to that of the features.
+        layers: Number of convolutions between the first and the last.
+    """
+
+    def __init__(self, channels: int, factor: int, layers: int) -> None:
+        super().__init__()
+        self.factor, half = factor, channels // 2
+        self.up = nn.Conv2d(channels, half * factor**2, 1, bias=False)
+        self.embedding = nn.Conv2d(6, half, 3, padding=1)
+        self.layers = nn.ModuleList(nn.Conv2d(half, half, 3, padding=1) for _ in range(layers))
+        self.output = nn.Conv2d(half, 3, 3, padding=1)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(cast(Tensor, self.output.bias))
+
+    def forward(
+        self,
+        features: Float[Tensor, "b h w c"],
+        rainy: Float[Tensor, "b 3 h2 w2"],
+        derained: Float[Tensor, "b 3 h2 w2"],
+    ) -> Float[Tensor, "b 3 h2 w2"]:
+        """Return the corrected image."""
+        images = torch.cat((rainy, derained), dim=1).contiguous(memory_format=torch.channels_last)
+        x = self.embedding(images)
+        self._squares(x).add_(self._upsampled(features))
+        for layer in self.layers:
+            x = F.relu(layer(x), inplace=True)
+        return derained + self.output(x)
+
+    def _squares(self, x: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b h f w f c"]:
+        """Return a view of a map by squares: the pixels that belong to one pixel of the features."""
+        height, width = x.shape[-2] // self.factor, x.shape[-1] // self.factor
+        x = x.permute(0, 2, 3, 1)
+        return x.unflatten(2, (width, self.factor)).unflatten(1, (height, self.factor))
+
+    def _upsampled(self, features: Float[Tensor, "b h w i"]) -> Float[Tensor, "b h f w f c"]:
+        """Return the features at full resolution: pixel-shuffle of a 1×1 convolution, by squares of pixels."""
+        x = pointwise(features, self.up.weight)
+        return x.unflatten(3, (self.factor, self.factor, -1)).permute(0, 1, 3, 2, 4, 5)
+
+
 class NAFNet(Network):
     """NAFNet.
 
@@ -125,13 +185,16 @@ class NAFNet(Network):
         kernel_size: Size of the depth-wise convolutions; odd.
         unshuffle: Side of the squares of pixels that the finest level treats as one ("pixel unshuffle"): 2 quarters
             the computation. The skip connection around the network stays at full resolution.
+        refinement_layers: Number of 3×3 convolutions at full resolution, between a first and a last one, that correct
+            the derained image (`Refinement`); 0 for no correction.
 
     Raises:
         DerainError: If encoder and decoder differ in the number of levels, or a number is out of range.
 
     References:
         NAFNet, Figures 2(c) and 3(d). By default ClearView's "nafnet", 14,344,483 parameters; its "nafnet-small" has
-        width 16 and one block everywhere, 1,137,203 parameters. ``kernel_size`` and ``unshuffle`` are derain's own.
+        width 16 and one block everywhere, 1,137,203 parameters. ``kernel_size``, ``unshuffle`` and
+        ``refinement_layers`` are derain's own.
     """
 
     signature: ClassVar[str] = "encoders.0.0.sca.conv.weight"
@@ -161,6 +224,7 @@ class NAFNet(Network):
         decoder_blocks: Sequence[int] = (2, 2, 2, 2),
         kernel_size: int = 3,
         unshuffle: int = 1,
+        refinement_layers: int = 0,
     ) -> None:
         super().__init__()
         levels = len(encoder_blocks)
@@ -173,12 +237,15 @@ class NAFNet(Network):
             raise DerainError(f"kernel_size {kernel_size}: expected an odd number of at least 3")
         if unshuffle < 1:
             raise DerainError(f"unshuffle {unshuffle}: expected at least 1")
+        if refinement_layers < 0:
+            raise DerainError(f"refinement_layers {refinement_layers}: expected at least 0")
 
         def blocks(level: int, count: int) -> nn.Sequential:
             return nn.Sequential(*(NAFBlock(width * 2**level, kernel_size) for _ in range(count)))
 
         self.unshuffle, self.size_multiple = unshuffle, unshuffle * 2**levels
-        self.bytes_per_pixel = max(100, 47 * width // unshuffle**2)
+        refinement_bytes = 6 * width + 80 if refinement_layers else 0
+        self.bytes_per_pixel = max(100, 47 * width // unshuffle**2, refinement_bytes)
         self.embedding = nn.Conv2d(3 * unshuffle**2, width, 3, padding=1)
         self.encoder = nn.ModuleList(blocks(level, count) for level, count in enumerate(encoder_blocks))
         self.down = nn.ModuleList(Downsample(width * 2**level) for level in range(levels))
@@ -186,6 +253,7 @@ class NAFNet(Network):
         self.up = nn.ModuleList(Upsample(2 * width * 2**level) for level in range(levels))
         self.decoder = nn.ModuleList(blocks(level, count) for level, count in enumerate(decoder_blocks))
         self.output = nn.Conv2d(width, 3 * unshuffle**2, 3, padding=1)
+        self.refinement = Refinement(width, unshuffle, refinement_layers) if refinement_layers else None
 
     def pad(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
         """Return images padded at the bottom and the right to sizes that the levels can halve.
@@ -207,7 +275,8 @@ class NAFNet(Network):
         for level in reversed(range(len(self.decoder))):
             x = self.decoder[level](self.up[level](x) + skips.pop())
         change = F.pixel_shuffle(self.output(x.permute(0, 3, 1, 2)), self.unshuffle)
-        return {"derained": change + image}
+        derained = change + image
+        return {"derained": derained if self.refinement is None else self.refinement(x, image, derained)}
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:

@@ -87,10 +87,10 @@ def test_images_are_padded_with_zeros():
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5])
-@pytest.mark.parametrize("gradient", [False, True])
-def test_block_is_the_papers(gradient, kernel_size, monkeypatch):
+@pytest.mark.parametrize(("images", "gradient"), [(1, False), (2, False), (2, True)])
+def test_block_is_the_papers(images, gradient, kernel_size, monkeypatch):
     """The paper's formulas on tensors (b, c, h, w), without strips."""
-    block, x = random(NAFBlock(6, kernel_size)), torch.rand(2, 29, 5, 6, dtype=torch.float64)
+    block, x = random(NAFBlock(6, kernel_size)), torch.rand(images, 29, 5, 6, dtype=torch.float64)
     monkeypatch.setattr(restormer, "STRIP_BYTES", {"cpu": 1, "gpu": 1})
 
     def normalised(image, norm):
@@ -137,7 +137,41 @@ def test_unshuffled_pixels():
     check_sizes(network)
 
 
-@pytest.mark.parametrize("option", [{"kernel_size": 4}, {"kernel_size": 1}, {"unshuffle": 0}, {"encoder_blocks": []}])
+def test_refinement():
+    """Convolutions at full resolution see both images and the features, and correct the derained image."""
+    options = {"width": 4, "encoder_blocks": [1], "middle_blocks": 1, "decoder_blocks": [1], "unshuffle": 2}
+    network = random(NAFNet(**options, refinement_layers=2))
+    rainy = torch.rand(2, 3, 12, 16, dtype=torch.float64)
+    features = []
+    network.decoder[0].register_forward_hook(lambda _, arguments, output: features.append(output.permute(0, 3, 1, 2)))
+    refinement, network.refinement = network.refinement, None
+    with torch.no_grad():
+        derained = network(rainy)
+        up = refinement.up(features[0])
+        x = refinement.embedding(torch.cat((rainy, derained), dim=1))
+        for row, column, channel in np.ndindex(2, 2, 2):
+            x[:, channel, row::2, column::2] += up[:, 4 * row + 2 * column + channel]
+        for layer in refinement.layers:
+            x = layer(x).clamp_min(0)
+        expected = derained + refinement.output(x)
+        network.refinement = refinement
+        torch.testing.assert_close(network(rainy), expected)
+    check_sizes(network)
+
+
+def test_new_refinement_changes_nothing():
+    torch.manual_seed(0)
+    network = NAFNet(width=4, encoder_blocks=[1], middle_blocks=1, decoder_blocks=[1], unshuffle=2, refinement_layers=1)
+    rainy = torch.rand(1, 3, 12, 16)
+    refined = network(rainy)
+    network.refinement = None
+    assert torch.equal(network(rainy), refined)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"kernel_size": 4}, {"kernel_size": 1}, {"unshuffle": 0}, {"encoder_blocks": []}, {"refinement_layers": -1}],
+)
 def test_numbers_out_of_range_are_refused(option):
     with pytest.raises(DerainError, match=next(iter(option))):
         NAFNet(**option)
