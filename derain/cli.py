@@ -90,6 +90,9 @@ def run(arguments: list[str]) -> int:
     Raises:
         DerainError: If there is no such command, or its input is invalid.
     """
+    from derain.memory import keep_freed_memory
+
+    keep_freed_memory()  # before a command imports torch
     command, *options = command_first(arguments)
     if command in TRAINER_COMMANDS:
         from derain.commands import train

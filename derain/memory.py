@@ -88,7 +88,7 @@ def keep_freed_memory() -> None:
     """Let glibc reuse large blocks of freed memory, and PyTorch request large pages from the system (Linux).
 
     Clearing new pages takes up to 40 % of a network's time on a large image, and more on the first one. The settings
-    apply to the whole process: programs should call this function, libraries should not, and before they create a
+    apply to the whole process: programs should call this function, libraries should not, and before torch creates a
     tensor. Without glibc, freed memory is returned to the system as before.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

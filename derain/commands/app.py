@@ -16,7 +16,6 @@ from derain.commands.hosts import ANY_ADDRESS, host_name
 from derain.commands.service import RestorationService, load_restorers
 from derain.errors import DerainError
 from derain.image_sources import MEGAPIXELS
-from derain.memory import keep_freed_memory
 from derain.methods.catalog import use_method
 
 PORTS = range(7860, 7960)
@@ -66,7 +65,6 @@ def app(
         use_method(name)
     try:
         with listen(host, port) as listener:
-            keep_freed_memory()
             restorers = load_restorers(weights, device)
             with tempfile.TemporaryDirectory(prefix="derain-app-", ignore_cleanup_errors=True) as temporary:
                 folder = Path(temporary).resolve()

@@ -20,7 +20,6 @@ from derain.callbacks.results import device_name
 from derain.errors import DerainError
 from derain.files.metadata import shorten
 from derain.files.weights import BUILD_ERRORS
-from derain.memory import keep_freed_memory
 from derain.methods import DerainModule
 from derain.methods.catalog import load, methods, use_method
 from derain.methods.onnx_model import OnnxNetwork
@@ -76,7 +75,6 @@ def bench(
     if size < 1:
         raise DerainError(f"--size {size}: expected at least 1 pixel")
     chosen_device = choose_device(device)
-    keep_freed_memory()
     for name in method:
         use_method(name)
     loaded = {name: load_countable(name) for name in weights}  # before counting, so that a wrong file fails early

@@ -22,7 +22,7 @@ from derain.folders import check_outputs
 from derain.image_metadata import has_location
 from derain.images import Photo, Pixels, read_photo, to_bytes, write_image
 from derain.listing import SUFFIXES, image_files, select_images
-from derain.memory import keep_freed_memory, memory_errors, release_freed_memory
+from derain.memory import memory_errors, release_freed_memory
 from derain.pictures import compare, write_explanation
 from derain.progress import track
 from derain.unfinished import remove_unfinished_outputs
@@ -125,7 +125,6 @@ def restore(
         raise failed_files(report.failures)
     from derain.restoration import Restorer, require_explains
 
-    keep_freed_memory()
     restorer = Restorer(
         weights,
         method=method,

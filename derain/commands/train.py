@@ -31,7 +31,6 @@ from derain.config_errors import explain_config_error
 from derain.data.datamodule import RainDataModule
 from derain.errors import DerainError, Stopped
 from derain.files.weights import read
-from derain.memory import keep_freed_memory
 from derain.methods import DerainModule, TrainableModule, catalog
 from derain.methods.interfaces import Sampling
 from derain.methods.registry import add_current_folder, methods, use_method
@@ -470,7 +469,6 @@ def run(arguments: list[str]) -> int:
         DerainError: If an option is invalid, or the run cannot start or continue.
         Stopped: If Ctrl-C or SIGTERM stopped the run.
     """
-    keep_freed_memory()
     for path in model_class_paths(arguments):
         add_current_folder(path)
     methods()  # imports them, so that --model finds them by class name
