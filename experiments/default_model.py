@@ -3,7 +3,7 @@
 ``DATA`` contains Rain800, the test sets, and the measured streaks in ``Streaks``. A third of the crops are Rain800's
 own pairs; the others are clean crops with the rain of ``default_rain.py``. Training images whose background
 `derain data verify` also finds in a test set or another set are skipped, and 24 backgrounds that occur only once are
-kept for validation. ``OUT`` receives the state of the training every five minutes; the same command resumes it. At the
+kept for validation. ``OUT`` receives the state of the training every ten minutes; the same command resumes it. At the
 end, ``OUT/weights.safetensors`` has the averaged weights. ``--weights FILE`` starts from weights, whose architecture it
 keeps, and uses the larger crops only.
 
@@ -39,7 +39,7 @@ KINDS = {"measured": 0.25, "noise": 0.21, "drawn": 0.21, "fine": 0.22, "hard": 0
 VALIDATE = 24
 """Number of photos for validation."""
 
-OWN_PAIRS = 0.35
+OWN_PAIRS = 0.4
 """Share of the crops that are of Rain800's own pairs."""
 
 DARKER = 0.3
@@ -48,10 +48,16 @@ DARKER = 0.3
 TRAINED_ON = ("Rain800 without leaks", "synthetic rain", "measured streaks")
 """Training data as the weights file names them."""
 
+SMALLER = 0.5
+"""Share of the crops with new rain that are made 1.3 to 3 times smaller after the rain, like photos of the internet."""
+
+OWN_SMALLER = 0.25
+"""Share of the crops of Rain800's own pairs that are made smaller, up to 2 times."""
+
 SQUARES = 8.0
 """Weight of the squared error in the loss. The absolute error alone leaves whatever is more likely not rain."""
 
-SAVE_SECONDS = 300
+SAVE_SECONDS = 600
 """Seconds between two saved states."""
 
 
@@ -115,16 +121,18 @@ class Crops:
         is_darker = bool(self.darker) and rng.random() < DARKER
         photos = self.darker if is_darker else self.photos
         photo = photos[rng.integers(len(photos))]
-        rainy, clean = random_crop([photo.rainy, photo.clean], rng, side)
+        scale = log_uniform(rng, 1.0, 2.0) if rng.random() < OWN_SMALLER else 1.0
+        rainy, clean = random_crop([photo.rainy, photo.clean], rng, side, scale)
         return (rainy[:, ::-1], clean[:, ::-1]) if rng.random() < 0.5 else (rainy, clean)
 
     def _new(self, rng: Rng, side: int) -> tuple[Crop, Crop]:
         """Return a clean crop with new rain, and the clean crop."""
         scale = log_uniform(rng, 0.6, 2.2) if rng.random() < 0.5 else 1.0
-        (clean,) = random_crop([self.photos[rng.integers(len(self.photos))].clean], rng, side, scale)
+        with_rain = int(side * log_uniform(rng, 1.3, 3.0)) if rng.random() < SMALLER else side
+        (clean,) = random_crop([self.photos[rng.integers(len(self.photos))].clean], rng, with_rain, scale)
         clean = clean[:, ::-1] if rng.random() < 0.5 else clean
         clean = clean.transpose(1, 0, 2) if rng.random() < 0.3 else clean
-        return self.rain.pair(np.ascontiguousarray(clean), rng)
+        return self.rain.pair(np.ascontiguousarray(clean), rng, side)
 
 
 def random_crop(images: list[NDArray[np.uint8]], rng: Rng, side: int, scale: float = 1.0) -> list[Crop]:
@@ -152,7 +160,7 @@ def validate(network: NAFNet, photos: list[Photo], rain: RainPairs, without: str
         rain: Adds rain to clean photos.
         without: Kind of rain that is not trained on, to validate with it too; None for no such kind.
     """
-    kinds = ["own", *rain.kinds, *([without] if without else []), "none"]
+    kinds = ["own", *rain.kinds, *([without] if without else []), "small", "none"]
     scores = {kind: [_psnr(network, photo, rain, kind, index) for index, photo in enumerate(photos)] for kind in kinds}
     return {kind: float(np.mean(values)) for kind, values in scores.items()}
 
@@ -162,6 +170,10 @@ def _psnr(network: NAFNet, photo: Photo, rain: RainPairs, kind: str, index: int)
     rainy = clean
     if kind == "own":
         rainy = photo.rainy.astype(np.float32) / 255
+    elif kind == "small":
+        large = cv2.resize(clean, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC).clip(0, 1)
+        added = rain.add_rain(large, np.random.default_rng([7, index])) - large
+        rainy = np.clip(clean + cv2.resize(added, clean.shape[1::-1], interpolation=cv2.INTER_AREA), 0, 1)
     elif kind != "none":
         rainy = rain.add_rain(clean, np.random.default_rng([7, index]), kind)
     rainy = np.rint(rainy * 255) / np.float32(255)
@@ -176,7 +188,8 @@ def build(options: argparse.Namespace) -> RegressionModule:
         DerainError: If the file has no weights of a `RegressionModule`.
     """
     if options.weights:
-        return cast(RegressionModule, RegressionModule.from_pretrained(options.weights).train())
+        module = cast(RegressionModule, RegressionModule.from_pretrained(options.weights).train())
+        return with_refinement(module, options.refinement) if options.refinement else module
     architecture: dict[str, Any] = {
         "width": options.width,
         "encoder_blocks": options.blocks,
@@ -184,8 +197,17 @@ def build(options: argparse.Namespace) -> RegressionModule:
         "decoder_blocks": options.blocks,
         "kernel_size": 5,
         "unshuffle": 2,
+        "refinement_layers": options.refinement,
     }
     return RegressionModule(network="NAFNet", network_options=architecture, loss="l1", learning_rate=options.rate)
+
+
+def with_refinement(module: RegressionModule, layers: int) -> RegressionModule:
+    """Return a module with the weights of another and an untrained refinement, which changes nothing yet."""
+    architecture = module.hparams["network_options"] | {"refinement_layers": layers}
+    larger = RegressionModule(network="NAFNet", network_options=architecture, loss="l1")
+    larger.network.load_state_dict(larger.network.state_dict() | module.network.state_dict())
+    return larger
 
 
 def main(options: argparse.Namespace) -> None:
@@ -253,6 +275,7 @@ if __name__ == "__main__":
     parser.add_argument("--width", type=int, default=32, help="channels at half resolution")
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4], help="blocks by level, finest first")
     parser.add_argument("--middle", type=int, default=6, help="blocks at the coarsest level")
+    parser.add_argument("--refinement", type=int, default=0, help="layers of convolutions at full resolution")
     parser.add_argument("--steps", type=int, default=18_500, help="steps, each of 8 crops of 96×96 or 4 of 144×144")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--bf16", action="store_true", help="bfloat16: 2 times as fast with AVX-512 bf16, slow without")

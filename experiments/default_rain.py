@@ -50,12 +50,14 @@ class RainPairs:
             if image is None:
                 raise DerainError(f"{file}: cannot be read; expected an image of streaks on black")
 
-    def pair(self, clean: Crop, rng: Rng) -> tuple[Crop, Crop]:
-        """Return a rainy crop and its target."""
+    def pair(self, clean: Crop, rng: Rng, side: int) -> tuple[Crop, Crop]:
+        """Return a rainy crop and its target, both resized to ``side`` pixels after the rain."""
         clean = change_light(clean, rng)
         if rng.random() < 0.15:  # mist that stays
             clean = add_mist(clean, rng, rng.uniform(0.05, 0.35))
         rainy = clean if rng.random() < self.without_rain else self.add_rain(clean, rng)
+        if len(clean) != side:
+            rainy, clean = (cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA) for crop in (rainy, clean))
         return take_photo(rainy, clean, rng)
 
     def add_rain(self, clean: Crop, rng: Rng, kind: str | None = None) -> Crop:
@@ -228,6 +230,8 @@ def take_photo(rainy: Crop, clean: Crop, rng: Rng) -> tuple[Crop, Crop]:
     if rng.random() < 0.1:
         sigma = rng.uniform(0.4, 1.0)
         crops = [cv2.GaussianBlur(crop, (0, 0), sigma) for crop in crops]
+    elif rng.random() < 0.25:
+        crops = sharpen(crops, rng.uniform(0.5, 1.2), rng.uniform(0.2, 1.0))
     if rng.random() < 0.25:
         grain = rng.normal(0, rng.uniform(0.5, 6) / 255, clean.shape).astype(np.float32)
         crops = [crop + grain for crop in crops]
@@ -238,6 +242,11 @@ def take_photo(rainy: Crop, clean: Crop, rng: Rng) -> tuple[Crop, Crop]:
         pixels = [compress(crop, quality, first_row, first_column) for crop in pixels]
     rainy, clean = (crop.astype(np.float32) / 255 for crop in pixels)
     return rainy, clean
+
+
+def sharpen(crops: list[Crop], sigma: float, amount: float) -> list[Crop]:
+    """Return crops sharpened by an unsharp mask, as programs that make photos smaller do."""
+    return [crop + amount * (crop - cv2.GaussianBlur(crop, (0, 0), sigma)) for crop in crops]
 
 
 def compress(image: NDArray[np.uint8], quality: int, first_row: int, first_column: int) -> NDArray[np.uint8]:
