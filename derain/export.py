@@ -1,6 +1,6 @@
 """Export a method as ONNX or with torch.export, and compare the file with the method.
 
-The graph to export is what ``export_graph`` of the method returns: by default ``forward``. The file contains neither
+The exported graph is the result of the method's ``export_graph``, by default ``forward``. The file contains neither
 CLIP, which chooses routes and encodes images, nor the solver of a diffusion model.
 """
 
@@ -26,11 +26,13 @@ from derain.methods.interfaces import RunsGraph, Sampled
 from derain.progress import track
 
 Format = Literal["onnx", "torch"]
+"""Format of the file: ONNX, or a program of ``torch.export``."""
+
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
 """Suffix of the file by format."""
 
 OPSET = 17
-"""Version of ONNX's operator set: the first with layer normalisation."""
+"""Version of ONNX's operator set: the first that contains layer normalisation."""
 
 SIZES = ((37, 31), (63, 65), (101, 77), (1, 1), (131, 97))
 """Image sizes (height, width) at which file and method are compared."""
@@ -43,11 +45,11 @@ EXAMPLE_SIZE = (75, 90)
 
 
 def export(method: DerainModule, path: str | Path, format: Format = "onnx") -> dict[tuple[int, int], float]:
-    """Export a method; the file is written only if its results equal those of the method within ``TOLERANCE``.
+    """Export a method; no file is written if its results differ from those of the method by more than ``TOLERANCE``.
 
     Args:
-        method: The method; if it has routes, choose one by `Routed.set_route` first.
-        path: Output file, with the suffix of the format.
+        method: The method; if CLIP selects its routes, choose a route with `Routed.set_route` first.
+        path: Output file, with the suffix of the format; an existing file is replaced.
         format: ``onnx`` (``.onnx``), or ``torch`` for a program of ``torch.export`` (``.pt2``).
 
     Returns:
@@ -69,7 +71,7 @@ def export(method: DerainModule, path: str | Path, format: Format = "onnx") -> d
             except DerainError as error:
                 if not str(error).startswith(f"{temporary}: "):
                     raise
-                # The message advises users of the file, but this file is not written.
+                # The advice of the message is for users of the file, which is not written.
                 reason, _, advice = str(error).removeprefix(f"{temporary}: ").rpartition("; ")
                 raise DerainError(
                     f"{path}: not written: derain cannot run it ({reason or advice}); {_alternative(format)}"
@@ -137,7 +139,8 @@ def _write_onnx(graph: Graph, metadata: str, path: Path) -> None:
     onnx_model.require_packages("onnx", "onnxruntime")
     import onnx
 
-    image_axes = {name: {2: "height", 3: "width"} for name in (*graph.inputs, "out") if name in {*IMAGES, "out"}}
+    images = [name for name in graph.inputs if name in IMAGES]
+    image_axes = {name: {2: "height", 3: "width"} for name in [*images, "out"]}
     torch.onnx.export(
         graph,
         graph.example(*EXAMPLE_SIZE),
@@ -160,7 +163,7 @@ def _write_program(graph: Graph, metadata: str, path: Path) -> None:
     program = torch.export.export(
         graph,
         graph.example(*EXAMPLE_SIZE),
-        dynamic_shapes=(axes,),  # of the tuple ``*inputs``
+        dynamic_shapes=(axes,),  # one entry: forward has the single parameter ``*inputs``
         strict=False,
         prefer_deferred_runtime_asserts_over_guards=True,
     )
@@ -168,7 +171,7 @@ def _write_program(graph: Graph, metadata: str, path: Path) -> None:
 
 
 class _Program(nn.Module):
-    """Network that runs a program of ``torch.export``: inputs in order, or by name."""
+    """Network that runs a program of ``torch.export``; accepts inputs in order or by name, and ignores all others."""
 
     def __init__(self, run: Callable[..., Tensor], inputs: list[str]) -> None:
         super().__init__()
@@ -183,6 +186,11 @@ class _Program(nn.Module):
 @torch.no_grad()
 def compare(method: DerainModule, path: Path, format: Format) -> dict[tuple[int, int], float]:
     """Return the largest absolute difference between the results of a method and its file, by size (height, width).
+
+    Args:
+        method: The method, on the CPU and in eval mode.
+        path: The file.
+        format: Format of the file.
 
     Raises:
         DerainError: If an ONNX file cannot be read or run.

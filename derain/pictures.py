@@ -41,8 +41,8 @@ def write_explanation(path: Path, images: Mapping[str, Pixels], description: Map
     Args:
         path: Path of both files without suffix: ``.png`` has all images side by side, ``.json`` the description.
         images: Pixels by name: ``rainy``, ``derained`` and the maps of the method.
-        description: Result of `Explains.describe_image`. Its ``route`` and ``scores``, if there are any, are in the
-            label of the derained image.
+        description: Result of `Explains.describe_image`. The label of the derained image shows a ``route``,
+            and the ``scores`` of all routes if they are given.
     """
     labelled = dict(images)
     if "route" in description:

@@ -27,29 +27,37 @@ class Restorer:
     """Restores rainy images with any method of derain.
 
     Args:
-        weights: Name of weights (`derain.methods.catalog.locate`), a file, or a method; by default the bundled model.
+        weights: Name of weights (`derain.methods.catalog.locate`), a weights file, or a method; by default the bundled
+            model ``default``.
         method: For weights of a method from outside derain: its class, or the path of the class, such as
-            ``my_method.MyModule``, imported from the installed packages or the current folder.
+            ``my_method.MyModule``, which is imported from installed packages or the current folder.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
-        precision: ``float32``, or ``bf16`` (autocast to bfloat16; float32 where the device cannot compute in it).
+        precision: ``float32``, or ``bf16`` (autocast to bfloat16; float32 with a warning if the device lacks bfloat16).
         tile: Side of the tiles in pixels, at least 64; ``auto``: whole images if they fit into memory, otherwise the
-            largest tiles that do; ``None``: always whole images. If memory runs out, tiles of half the side are tried,
-            except with ``None``.
+            largest tiles that do; None: always whole images. If memory runs out, the side of the tiles is halved,
+            except with None.
         overlap: Minimum number of pixels that neighbouring tiles share, at most half a tile; they are blended by a
             raised cosine.
         ensemble: Average over the eight flips and rotations, which takes eight times as long. Improves only methods
             trained on rotated or transposed crops; others miss rotated rain.
-        route: Route for all images, for methods with routes; by default the method chooses one for each image.
+        route: Index of the route for all images, for methods with routes; by default the method chooses a route for
+            each image.
         sampling: Solver, steps and seed, for methods that sample; by default those of the method.
         compile: Compile the network, which takes up to a minute; worthwhile for a few hundred images or more.
         scale: Factor by which images are reduced before the rain in them is estimated; the removed rain is enlarged and
             subtracted from the full image (`derain.scaling`). ``auto``: 1 if the shorter side is below 2000 pixels,
-            otherwise that which reduces it to 1000 to 1500 pixels, at which the bundled model is best.
+            otherwise the factor that reduces it to 1000 to 1500 pixels, at which the bundled model is best.
         strength: Share of the rain that is removed, from 0 to 1.
 
+    Attributes:
+        method: The method, on ``device`` and in eval mode.
+        device: The device.
+        note: One line that describes the weights.
+        scheduler: Restores the images, in batches, on threads and in tiles.
+
     Raises:
-        DerainError: If the weights cannot be loaded, the device is not available, or the method does not support an
-            option.
+        DerainError: If the weights cannot be loaded, the device is not available, an option is out of range, or the
+            method does not support it.
 
     Example:
         >>> restorer = Restorer(device="cpu")
@@ -100,22 +108,23 @@ class Restorer:
             _compile(self.method)
 
     def __call__(self, rainy: T, conditions: dict[str, Any] | None = None, *, name: str | Sequence[str] = "image") -> T:
-        """Restore one or several images; those of equal size are restored in batches, or on several threads of a CPU.
+        """Restore one or several images, several at once: in batches of equal size, or on a CPU each on its own thread.
 
         Args:
             rainy: A PIL image, an array ``(h, w, 3)`` or ``(n, h, w, 3)``, a tensor ``(3, h, w)`` or ``(n, 3, h, w)``
                 on any device, or a list or tuple of any of these; any ``h, w >= 1``. Floats in [0, 1], or uint8.
             conditions: Result of `encode` for another image, such as the first frame of a video; by default each image
                 is encoded.
-            name: Name of the image in messages, or of each image in a list or tuple.
+            name: Name of the image in messages, or of each image in a list or tuple. One name for several
+                images is numbered.
 
         Returns:
-            Restored images of the same kind, shape, type and device. PIL images are returned upright, as RGB or RGBA,
-            with the ICC profile of the input if its mode is RGB, RGBA or P.
+            Restored images of the same kind, shape, data type and device. PIL images are returned upright, as RGB or
+            RGBA, with the ICC profile of the input if its mode is RGB, RGBA or P.
 
         Raises:
-            DerainError: If the input is of another kind, floats are not in [0, 1], memory does not suffice for the
-                smallest tile, or a restored value is NaN or infinite.
+            DerainError: If the input is of another kind, floats exceed [0, 1] by more than 0.25, memory is insufficient
+                for the smallest tile, or a restored value is NaN or infinite.
         """
         unpacked = _unpack(rainy, name)
         restored = []
@@ -128,7 +137,7 @@ class Restorer:
     def restore_each(
         self, images: Sequence[NDArray[np.float32]], names: Sequence[str], conditions: dict[str, Any] | None = None
     ) -> list[NDArray[np.float32] | DerainError]:
-        """Restore images of any sizes, also if some of them cannot be restored.
+        """Restore images of any sizes; an image that cannot be restored does not stop the others.
 
         Args:
             images: Each ``(h, w, 3)`` in [0, 1].
@@ -136,7 +145,7 @@ class Restorer:
             conditions: As for ``__call__``.
 
         Returns:
-            For each image, the restored image; or the error, which ``__call__`` would raise.
+            For each image, the restored image, ``(h, w, 3)`` in [0, 1]; or the error that ``__call__`` would raise.
         """
         tensors = [torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))) for image in images]
         results = self._restore(tensors, names, conditions)
@@ -154,16 +163,16 @@ class Restorer:
         ]
 
     def images_at_once(self, height: int, width: int) -> int:
-        """Return the number of images of a size that are restored at once: in a batch, or on threads of a CPU."""
+        """Return the number of images of this size that are restored at once: in a batch, or on threads of a CPU."""
         factor = self._factor(height, width)
         return self.scheduler.images_at_once(-(-height // factor), -(-width // factor))
 
     def _factor(self, height: int, width: int) -> int:
-        """Return the factor by which images of a size are reduced."""
+        """Return the factor by which images of this size are reduced."""
         return automatic_factor(height, width) if self.scale == "auto" else self.scale
 
     def _reduced(self, image: Tensor) -> Tensor:
-        """Return an image as the method restores it: reduced by ``scale``, in float32; unchanged at full size."""
+        """Return the image that the method restores: reduced by ``scale`` and in float32, or the image itself."""
         height, width = image.shape[1:]
         factor = self._factor(height, width)
         if factor == 1:
@@ -176,7 +185,13 @@ class Restorer:
         return reduced
 
     def _combined(self, image: Tensor, reduced: Tensor, result: Tensor | DerainError) -> Tensor | DerainError:
-        """Return an image without the rain that the method removed from the reduced image; maps are enlarged."""
+        """Return an image at full size without the rain that was found in the reduced image, and the enlarged maps.
+
+        Args:
+            image: Image at full size.
+            reduced: Result of `_reduced`.
+            result: Derained reduced image and maps, ``(3 + maps, h, w)``; an error is returned unchanged.
+        """
         if isinstance(result, DerainError) or (reduced is image and self.strength == 1):
             return result
         derained = subtract_rain(to_unit(image), to_unit(reduced), result[:3], self.strength)
@@ -185,20 +200,20 @@ class Restorer:
 
     @torch.inference_mode()
     def encode(self, rainy: NDArray[np.float32]) -> dict[str, Any]:
-        """Return the conditions of the method for an image ``(h, w, 3)`` in [0, 1]; empty for most methods."""
+        """Return the conditions of an image ``(h, w, 3)`` in [0, 1], such as its route; empty for most methods."""
         image = self._reduced(torch.from_numpy(np.moveaxis(rainy, -1, 0).copy()))
         return self.method.encode(image[None].to(self.device))
 
     @torch.inference_mode()
     def explain(self, rainy: NDArray[np.float32], name: str = "image") -> "Explanation":
-        """Restore one image, with the maps and the description of the method if it implements `Explains`.
+        """Restore one image; a method that implements `Explains` adds maps and a description.
 
         Args:
             rainy: ``(h, w, 3)`` in [0, 1].
             name: Name of the image in messages.
 
         Returns:
-            The restored image with maps and description, which are empty for other methods.
+            The restored image, maps and description; the last two are empty if the method does not explain.
 
         Raises:
             DerainError: As for ``__call__``.
@@ -218,11 +233,11 @@ class Restorer:
 
 
 class Explanation(NamedTuple):
-    """Derained image with the maps and the description of the method.
+    """Derained image, with maps and a description from the method.
 
     Attributes:
         derained: ``(h, w, 3)`` in [0, 1].
-        maps: Maps of the method by name, each ``(h, w)`` in [0, 1].
+        maps: Maps by name, each ``(h, w)`` in [0, 1].
         description: Facts about the image from `Explains.describe_image`, such as its route.
     """
 
@@ -232,7 +247,7 @@ class Explanation(NamedTuple):
 
 
 def _load(weights: Path | str | DerainModule, method: str | type | None) -> tuple[DerainModule, str]:
-    """Return the method, and one line that describes it in messages."""
+    """Return the method, and one line for messages that describes the weights."""
     if isinstance(weights, DerainModule):
         if method is not None:
             raise ArgumentError(f"method {method}: not used with a {type(weights).__name__}; omit it")
@@ -249,7 +264,7 @@ def _compile(method: DerainModule) -> None:
     """Compile the network of a method.
 
     Raises:
-        ArgumentError: If the network is a container of modules without a ``forward``.
+        ArgumentError: If the network is a container of modules, which has no ``forward``.
     """
     network = method.network
     if type(network).forward is torch.nn.Module.forward:  # a list or dictionary of modules
@@ -284,7 +299,7 @@ def set_sampling(method: DerainModule, sampling: Sampling) -> None:
 
 
 def require_explains(method: DerainModule) -> Explains:
-    """Return the method as `Explains`.
+    """Return the method if it implements `Explains`.
 
     Raises:
         ArgumentError: If the method does not implement it.
@@ -317,7 +332,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Return whether a device has instructions for bfloat16."""
+    """Return whether a CUDA device or x86 processor has instructions for bfloat16; False for all others."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
@@ -327,12 +342,12 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 class _Unpacked(NamedTuple):
-    """Tensors of the images in an argument of `Restorer`.
+    """Images in an argument of `Restorer`, as tensors.
 
     Attributes:
-        images: Tensors, ``(3, h, w)`` each, of any device and type.
+        images: Tensors, ``(3, h, w)`` each, on any device, uint8 or floating point.
         names: Name of each image in messages.
-        pack: Returns restored tensors, float32 in [0, 1], as what was unpacked.
+        pack: Function of the restored tensors, float32 in [0, 1], that returns them in the form of the argument.
     """
 
     images: list[Tensor]
@@ -378,7 +393,7 @@ def _unpack(rainy: Any, name: str | Sequence[str]) -> _Unpacked:
 
 
 def _pack_parts(parts: list[_Unpacked], restored: list[Tensor]) -> list[Any]:
-    """Return the parts of a list from the restored images of all."""
+    """Return the restored images in the form of the parts of a list or tuple."""
     packed = []
     for part in parts:
         count = len(part.images)
@@ -388,10 +403,10 @@ def _pack_parts(parts: list[_Unpacked], restored: list[Tensor]) -> list[Any]:
 
 
 def _unpack_picture(picture: Image.Image, name: str) -> _Unpacked:
-    """Return a PIL image as a tensor.
+    """Return the RGB channels of a PIL image.
 
     Raises:
-        DerainError: If it has more than 8 bits per channel, which Pillow would clip.
+        DerainError: If it has more than 8 bits per channel: Pillow would clip the values.
     """
     if picture.mode[0] in "IF":
         raise DerainError(
@@ -428,7 +443,7 @@ def _to_array(image: Tensor) -> NDArray[np.float32]:
 
 
 def _finite(result: Tensor | DerainError, name: str) -> Tensor | DerainError:
-    """Return a result, or an error that names the image: that of the result, or that it is not finite."""
+    """Return a result if it is finite; otherwise an error that names the image. Errors get the name too."""
     if isinstance(result, DerainError):
         return DerainError(f"{name}: {result}")
     try:

@@ -1,4 +1,4 @@
-"""Check that a method keeps the contract of `derain.DerainModule`; for tests of methods in and outside derain.
+"""Checks of the contract of `derain.DerainModule`, for tests of methods in and outside derain.
 
 Example:
     In ``test_my_method.py``::
@@ -36,20 +36,20 @@ SIZES = ((1, 1), (1, 5), (37, 31), (64, 48))
 """Image sizes (height, width) that a method must accept."""
 
 TOLERANCE = 1e-5
-"""Largest difference between results that count as equal: absolute, plus relative to the largest value."""
+"""Largest difference between results that count as equal, absolute and relative: ``t + t · max |expected|``."""
 
 
 class ContractError(AssertionError):
-    """A method does not keep the contract of `derain.DerainModule`."""
+    """Raised if a method breaks the contract of `derain.DerainModule`."""
 
 
 def make_batch(count: int = 2, height: int = 16, width: int = 16, seed: int = 1) -> PairBatch:
-    """Return a batch of random clean images, of the same images with bright spots as rain, and of unlabelled images.
+    """Return a batch of random pairs, with bright spots as rain, and of random unlabelled images.
 
-    The images are ``(count, 3, height, width)`` in [0, 1].
+    All images are ``(count, 3, height, width)`` in [0, 1].
 
     Args:
-        count: Number of pairs.
+        count: Number of pairs, and of unlabelled images.
         height: Height of the images in pixels.
         width: Width of the images in pixels.
         seed: Seed of the random numbers.
@@ -71,16 +71,17 @@ def make_batch(count: int = 2, height: int = 16, width: int = 16, seed: int = 1)
 def check_method(method: type[DerainModule], *, can_export: bool = True, **hyper_parameters: Any) -> None:
     """Check that a method keeps the contract of `derain.DerainModule`.
 
-    The checks build the method several times and train it for six batches: choose a small network.
+    The checks build the method several times, and train it with six batches of 2 images of 16×16 pixels: choose
+    hyper-parameters of a small network.
 
     Args:
         method: Class of the method.
-        can_export: Whether to check the export as ONNX too; skipped with a warning if onnx or onnxruntime is not
-            installed.
+        can_export: Whether to check the export as ONNX too. This check is skipped with a warning if onnx or onnxruntime
+            is not installed.
         **hyper_parameters: Arguments of ``method``; omitted ones have their defaults.
 
     Raises:
-        ContractError: If the method breaks the contract; the message says how.
+        ContractError: If the method breaks the contract; the message names the part and the remedy.
     """
 
     def build() -> DerainModule:
@@ -102,14 +103,24 @@ def check_method(method: type[DerainModule], *, can_export: bool = True, **hyper
 
 
 def check_hyper_parameters(method: type[DerainModule], hyper_parameters: dict[str, Any]) -> None:
-    """Check that the method has a network, and that all hyper-parameters have types and defaults and are recorded.
+    """Check the network and the hyper-parameters of a method.
+
+    ``network`` must be a module. Each hyper-parameter must have a type and a default, be recorded by
+    ``save_hyperparameters``, and be representable as JSON.
+
+    Args:
+        method: Class of the method.
+        hyper_parameters: Arguments of ``method``.
 
     Raises:
         ContractError: If a check fails.
     """
-    parameters = dict(list(inspect.signature(method.__init__).parameters.items())[1:])
-    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-    parameters = {name: parameter for name, parameter in parameters.items() if parameter.kind not in variadic}
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = {
+        name: parameter
+        for name, parameter in inspect.signature(method.__init__).parameters.items()
+        if name != "self" and parameter.kind not in variadic
+    }
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty:
             raise ContractError(f"{method.__name__}.{name}: has no default; add one for weights files that lack it")
@@ -137,7 +148,7 @@ def check_hyper_parameters(method: type[DerainModule], hyper_parameters: dict[st
 def check_forward(module: DerainModule) -> None:
     """Check ``forward`` in eval mode: shape, finite values, determinism, independence of the images in a batch.
 
-    ``forward`` must also return the same result if it is given the conditions that ``encode`` returns.
+    With the conditions that ``encode`` returns, ``forward`` must return the same result as without them.
 
     Raises:
         ContractError: If ``forward`` breaks the contract.
@@ -161,7 +172,7 @@ def check_forward(module: DerainModule) -> None:
 
 
 def check_restoring(module: DerainModule) -> None:
-    """Check that `derain.Restorer` returns the same for images one by one, in a batch, and on threads.
+    """Check that `derain.Restorer` returns the same results for images one by one, in a batch, and on threads.
 
     Raises:
         ContractError: If a result differs.
@@ -181,7 +192,7 @@ def check_files(module: DerainModule) -> None:
     """Check that weights files and checkpoints restore the method.
 
     Args:
-        module: The method; its ``trained_on`` changes.
+        module: The method; its attribute ``trained_on`` is changed.
 
     Raises:
         ContractError: If a file cannot be loaded, or the loaded method differs.
@@ -208,11 +219,11 @@ def check_files(module: DerainModule) -> None:
 
 
 def check_training(module: DerainModule, batches: int = 6) -> None:
-    """Check that the loss is finite, and that every trainable parameter and no other receives a gradient.
+    """Check that the loss is finite, and that all trainable parameters and no others receive a gradient.
 
     Args:
         module: The method; its weights change.
-        batches: Number of training batches; each optimiser must step at least once.
+        batches: Number of training batches, enough for at least one step of each optimiser.
 
     Raises:
         ContractError: If training breaks the contract.
@@ -238,7 +249,7 @@ def check_training(module: DerainModule, batches: int = 6) -> None:
 
 
 def check_export(module: DerainModule) -> None:
-    """Check that the method can be exported as ONNX, and that the file returns the same results.
+    """Check that the method can be exported as ONNX, and that the file gives the same results.
 
     Raises:
         ContractError: If the export fails, or the results differ.
@@ -251,7 +262,7 @@ def check_export(module: DerainModule) -> None:
 
 
 class _Gradients(lightning.Callback):
-    """Callback that collects the names of parameters with a gradient at an optimiser step."""
+    """Callback that collects the names of parameters that have a gradient at any optimiser step."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()

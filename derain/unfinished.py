@@ -1,4 +1,4 @@
-"""Temporary files: the name and the lock of those that are being written, and removal of those that are left."""
+"""Temporary files of outputs: their names, their locks, and the removal of those that killed commands left."""
 
 import logging
 import re
@@ -16,7 +16,7 @@ except ImportError:  # Windows, which refuses to remove a file that is open
 log = logging.getLogger("derain")
 
 UNFINISHED = re.compile(r"\.[0-9a-f]{8}-.+")
-"""Names of temporary files."""
+"""Pattern of the names of temporary files: 8 random hexadecimal digits, and the end of the name of the output."""
 
 
 def temporary_path(path: Path) -> Path:
@@ -30,7 +30,7 @@ def _ending(path: Path) -> str:
 
 @contextmanager
 def locked(temporary: Path) -> Iterator[None]:
-    """Create a temporary file, and lock it until the end of the block or of the process."""
+    """Create a temporary file, and lock it until the block or the process ends; on Windows, do nothing."""
     if fcntl is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Limit on warnings that repeat for many files: the first are shown, the rest are counted."""
+"""Limit on warnings that repeat for many files: the first ones are shown, the others are counted."""
 
 import logging
 from collections import Counter
@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SHOWN = 5
-"""Number of warnings of a kind that are shown."""
+"""Number of warnings of one kind that are shown."""
 
 
 class WarningLimit(logging.Filter):
     """Logging filter that shows the first ``SHOWN`` warnings of a kind and counts all.
 
-    Warnings are of the same kind if they share a format string that starts with a file name (``"%s: "``).
+    Warnings are of the same kind if they share a format string that starts with ``"%s: "``, for the name of a file.
+    Warnings with other format strings are all shown.
     """
 
     def __init__(self) -> None:
@@ -28,7 +29,7 @@ class WarningLimit(logging.Filter):
         return self.counts[kind] <= SHOWN
 
     def totals(self) -> list[str]:
-        """Return one line for each kind with hidden warnings.
+        """Return one line with the count for each kind of which warnings were hidden.
 
         Example:
             >>> limit = WarningLimit()
@@ -45,7 +46,7 @@ class WarningLimit(logging.Filter):
 
 @contextmanager
 def limited_warnings(log: logging.Logger) -> Iterator[None]:
-    """Limit the warnings of a logger within the block; at its end, log the number of each kind with hidden warnings."""
+    """Limit the warnings of a logger within the block; at its end, log the count of each kind that was cut."""
     limit = WarningLimit()
     log.addFilter(limit)
     try:
