@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from derain.images import Pixels
 
 _MAX_SIDE = 1024  # larger images are shrunk to this longest side before they are compared
-_SCALES = np.array([0.2, 0.5, 0.7])  # of the first three cues
-_WEIGHTS = np.array([1.75, 4.2, 4.3])  # log-odds, fitted to the 1000 pairs of Rain800, Rain100L and Rain100H
-_BRIGHTNESS_WEIGHT = 6.0  # log-odds
+_SCALES = np.array([0.2, 0.5, 0.7])  # of the first three cues, which saturate above them
+_WEIGHTS = np.array([1.75, 4.2, 4.3])  # fitted to the 1000 pairs of Rain800, Rain100L and Rain100H
+_BRIGHTNESS_WEIGHT = 6.0
 _WINDOW = 15  # box filter that separates detail from background, in pixels
 _CELL = 16  # side of the regions whose detail energy is compared, in pixels
 
@@ -22,13 +22,16 @@ def rain_cues(first: Pixels, second: Pixels) -> NDArray[np.float64]:
     Each cue is positive if the first image looks rainy:
 
     - log ratio of the mean absolute Laplacians;
-    - difference of the skewness of the residuals of each image regressed on the other (streaks are bright and sparse);
-    - log ratio of the detail energies in smooth regions (rain adds texture to the sky);
-    - mean difference over mean absolute difference (rain brightens, unless the image was also darkened).
+    - difference of the skewness of two residuals: the detail of each image is regressed on the detail of the other
+      (streaks are bright and sparse, so that the residual of the rainy image is skewed);
+    - log ratio of the energies of the detail in smooth regions (rain adds texture to the sky);
+    - mean difference, divided by the mean absolute difference (rain brightens, unless the image was also darkened).
+
+    The detail is the grey image minus its mean over 15×15 pixels.
 
     Args:
-        first: ``(h, w, 3)`` in 0 to 255.
-        second: Same scene, same shape.
+        first: ``(h, w, 3)`` RGB in 0 to 255.
+        second: Image of the same scene, same shape.
 
     Returns:
         ``(4,)``.
@@ -49,16 +52,16 @@ def rain_cues(first: Pixels, second: Pixels) -> NDArray[np.float64]:
 
 
 def rain_scores(cues: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Return the log-odds that the first image of each pair is the rainy one, given the other pairs of the set.
+    """Return the log-odds that the first image of each pair is the rainy one, given the other pairs of the data set.
 
-    Brightness counts only if there are at least 8 pairs and the first image is the brighter one in 90 % of them: some
-    rainy images of Rain800 were darkened.
+    The cue of brightness counts only if there are at least 8 pairs and the first image is the brighter one in at least
+    90 % of them, since some rainy images of Rain800 were darkened.
 
     Args:
-        cues: Result of :func:`rain_cues` for each pair.
+        cues: Result of :func:`rain_cues` for each pair; at least one.
 
     Returns:
-        ``(n,)``.
+        ``(n,)``, natural logarithms.
     """
     table = np.stack(cues)
     scores = np.tanh(table[:, :3] / _SCALES) @ _WEIGHTS
@@ -81,7 +84,7 @@ def _mean_laplacian(grey: NDArray[np.float32]) -> float:
 
 
 def _unclipped(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Return the mask of the pixels that are clipped in neither image, or of all pixels if fewer than a tenth are."""
+    """Return the mask of the pixels that are clipped in neither image; of all pixels if that is less than a tenth."""
     unclipped: NDArray[np.bool_] = (a > 5) & (a < 245) & (b > 5) & (b < 245)
     if unclipped.mean() < 0.1:
         unclipped[:] = True

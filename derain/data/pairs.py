@@ -30,7 +30,7 @@ from derain.listing import natural_key
 from derain.progress import track
 
 SCENE_CORRELATION = 0.6
-"""Correlation of the reduced halves of an image above which they show the same scene."""
+"""Correlation of the two halves of an image, both reduced to 32×32 pixels, above which they show the same scene."""
 
 
 class PairSizeError(DerainError):
@@ -87,10 +87,10 @@ class Pair:
         """Read both images.
 
         Returns:
-            Rainy and clean pixels, ``(h, w, 3)`` in 0 to 255 each; None if there is no clean image.
+            Rainy and clean pixels, ``(h, w, 3)`` in 0 to 255 each; the clean ones are None if there is no clean image.
 
         Raises:
-            DerainError: If a file cannot be read.
+            DerainError: If a file cannot be read, or a side-by-side file is one pixel wide.
             PairSizeError: If the sizes differ.
         """
         rainy = read_rgb(self.rainy)
@@ -118,9 +118,9 @@ class PairSet:
         name: Name of the data set, or of its folder.
         layout: Key of :data:`derain.data.layouts.LAYOUTS` by which the pairs were found.
         split: ``train``, ``test`` or ``predict``.
-        root: Folder of the data set, or URL of its shards.
+        root: Folder of the data set or of its shards, or URL of its shards.
         pairs: The pairs, in natural order of their names.
-        notes: Notes for the user: how the layout was detected, which files are missing or excluded.
+        notes: Notes for the user: how the layout was detected, and how many files have no partner or are excluded.
     """
 
     name: str
@@ -161,8 +161,9 @@ def find_pairs(spec: str | Path, split: Split, *, data_root: Path | None = None)
         data_root: Folder that contains the data sets; by default ``$DERAIN_DATA``.
 
     Raises:
-        DerainError: If the data set or folder does not exist, has an unknown or ambiguous layout, or lacks the split,
-            or two files match the same image of a pair, or shards cannot be read.
+        DerainError: If the data set or folder does not exist, has an unknown or ambiguous layout, or lacks the split;
+            if two files match the same image of a pair; if shards cannot be read; or if the test set whose backgrounds
+            are excluded cannot be found.
 
     Example:
         >>> find_pairs("Rain100L", "train")
@@ -219,11 +220,11 @@ def find_pairs_or_photos(spec: str | Path, split: Split, *, data_root: Path | No
 
     Args:
         spec: Data set, as for `find_pairs`.
-        split: Split of a data set; a folder of photos has only one.
-        data_root: Folder that contains the data sets.
+        split: Split of the data set; a folder of photos returns the same photos for any split.
+        data_root: Folder that contains the data sets, as for `find_pairs`.
 
     Raises:
-        DerainError: If `find_pairs` finds neither pairs nor a folder of images without clean ones.
+        DerainError: As by `find_pairs`, unless ``spec`` is a folder whose images can be used as photos.
     """
     try:
         return find_pairs(spec, split, data_root=data_root)
@@ -262,8 +263,8 @@ def merge_pairs(sets: Sequence[PairSet], *, allow_repeated_sets: bool = False) -
             ``allow_repeated_sets``.
 
     Example:
-        >>> sets = [PairSet("a", "images", "predict", Path(root), (Pair("1", Path(root, "1.png")),)) for root in "xy"]
-        >>> sets = [replace(pair_set, name="photos", root=pair_set.root / "photos") for pair_set in sets]
+        >>> roots = [Path("x/photos"), Path("y/photos")]
+        >>> sets = [PairSet("photos", "images", "predict", root, (Pair("1", root / "1.png"),)) for root in roots]
         >>> [pair.name for pair in merge_pairs(sets)]
         ['x/photos/1', 'y/photos/1']
     """
@@ -316,7 +317,11 @@ def _parse_spec(spec: str | Path) -> tuple[str | None, Path | None]:
 
 
 def _find_named_set(name: str, split: Split, folder: Path | None, data_root: Path | None) -> tuple[Path, PairedFiles]:
-    """Return folder and files of a data set whose layout is known."""
+    """Return folder and files of a data set whose layout is known.
+
+    Without ``folder``, the data set is searched below ``data_root``; of several folders with pairs, the one with the
+    shortest path is returned, and it is an error if two are equally short.
+    """
     layout = LAYOUTS[name]
     if split not in layout.files and not (split == "predict" and "test" in layout.files):
         partner = f"; see {layout.partner}" if layout.partner else ""
@@ -328,8 +333,8 @@ def _find_named_set(name: str, split: Split, folder: Path | None, data_root: Pat
         roots = [folder]
     elif data_root is None or not data_root.is_dir():
         raise DerainError(
-            f"{name}: no folder of data sets ({data_root or 'not set'}); set the environment variable DERAIN_DATA to "
-            f"it, or give {name}:path/to/folder{source}"
+            f"{name}: no folder of data sets ({data_root or 'DERAIN_DATA is not set'}); set the environment variable "
+            f"DERAIN_DATA to it, or give {name}:path/to/folder{source}"
         )
     else:
         roots = find_data_set_folders(name, data_root)
@@ -353,7 +358,7 @@ def _find_named_set(name: str, split: Split, folder: Path | None, data_root: Pat
 
 
 def _exclude_test_backgrounds(name: str, pairs: tuple[Pair, ...], data_root: Path) -> tuple[Pair, ...]:
-    """Return the pairs whose background is not in the layout's test set; the result is cached."""
+    """Return the pairs whose background is not in the test set that the layout excludes; the result is cached."""
     test_name = LAYOUTS[name].excluded_test_set
     assert test_name is not None
     try:
@@ -401,7 +406,7 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
         Name of the layout, what it was detected by, and the paired files.
 
     Raises:
-        DerainError: If the folder does not exist, no layout fits, or several fit and disagree about the pairs.
+        DerainError: If the folder does not exist, no layout fits, or several find equally many, but different pairs.
     """
     images = ImageNames(root, files)
     candidates: dict[str, PairedFiles] = {}
@@ -413,7 +418,7 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
             if folder_alias_index(folder, name) is not None:
                 return name, f"the name of the folder {folder}", paired
         if layout.excluded_test_set is not None or (paired.variant.clean is None and paired.variant.clean_side is None):
-            continue  # such files are those of the full set, or of any folder of photos
+            continue  # the full set has the same files; a layout without clean images fits any folder of images
         side_by_side = paired.variant.clean_side is not None
         if side_by_side and (split == "predict" or not _halves_show_one_scene(paired)):
             continue
@@ -440,10 +445,10 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
 
 
 def _pair_or_load(root: Path, split: Split, name: str | None = None) -> Detection:
-    """Return the paired files of a folder; those of a large one from the cache.
+    """Return layout and paired files of a folder; those of a large folder from the cache.
 
-    The cache is used if no file was added, removed or renamed; for a detected layout, which also depends on the pixels
-    of some files, only if no file has changed either.
+    The cache is used if no file was added, removed or renamed. A detected layout also depends on the pixels of some
+    files; it is then detected again if any file has changed.
 
     Args:
         root: The folder.
@@ -469,7 +474,7 @@ def _pair_or_load(root: Path, split: Split, name: str | None = None) -> Detectio
 
 
 def _halves_show_one_scene(files: PairedFiles) -> bool:
-    """Return whether the left and the right half show the same scene in most of the first five files."""
+    """Return whether the left and right halves of most of the first five files show the same scene."""
     correlations = []
     for _, file, _ in files.pairs[:5]:
         grey = cv2.cvtColor(read_rgb(file), cv2.COLOR_RGB2GRAY)

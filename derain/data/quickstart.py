@@ -14,9 +14,9 @@ RAINS_PER_PHOTO = {"train": 6, "test": 3}
 
 
 def quickstart_set(parent: Path) -> Path:
-    """Generate the data set in ``parent/Quickstart`` if it is missing, and return this folder.
+    """Generate what is missing of the data set in the folder ``parent/Quickstart``, and return this folder.
 
-    The training and test images show different photos; the rain has the preset ``medium``.
+    Training and test images are made from different photos; the rain is that of the preset ``medium``.
 
     Raises:
         DerainError: If scikit-image, which contains the photos, is not installed.
@@ -33,7 +33,11 @@ def quickstart_set(parent: Path) -> Path:
 
 
 def resolve_quickstart(name: str, split: Split) -> str:
-    """Generate the data set ``Quickstart`` and return ``folder:PATH``; return other names unchanged.
+    """Generate the data set ``Quickstart`` and return ``folder:PATH`` of a split; return other names unchanged.
+
+    Args:
+        name: Name of a data set, in any case.
+        split: Split; ``predict`` is the folder of ``test``.
 
     Raises:
         DerainError: If scikit-image is not installed.

@@ -19,7 +19,7 @@ class FreePhoto:
         file: File in ``skimage/data``.
         subject: Subject of the photo.
         author: Author.
-        licence: Licence as stated by scikit-image.
+        licence: Licence or status, as stated by scikit-image.
         split: Split of the data set ``Quickstart``.
     """
 

@@ -1,23 +1,23 @@
 """Synthetic rain on clean photos, determined by a seed.
 
-A rainy image is the clean one seen through streaks and mist::
+A rainy image shows the clean one through streaks and mist::
 
     rainy = w · clean + (1 − w) · sky,    w = T · Π_l (1 − S_l)
 
 ``w`` in [0, 1] is the share of the scene's light that reaches the camera. ``S_l`` in [0, 1] is the opacity of the
-streaks of depth layer ``l``, ``T`` in [0, 1] the transmission of the veil (mist of distant rain), and ``sky`` the light
-that both scatter.
+streaks of depth layer ``l``, ``T`` in [0, 1] the transmission of the veil (mist of distant rain), and ``sky`` the grey
+light that both scatter: 1.5 times the 95th percentile of the photo's values, limited to `SKY`.
 
 The heavy rain model ``T · (clean + Σ_l S_l) + (1 − T) · A`` with atmospheric light ``A`` (Yang et al., CVPR 2017; Li et
-al., CVPR 2019) adds streaks. Here they are translucent, as Garg and Nayar measured (IJCV 2007), and composed like the
-screen blend of Luo et al. (ICCV 2015), so that overlapping streaks approach ``sky`` instead of overflowing.
+al., CVPR 2019) adds streaks. Here, streaks are translucent, as Garg and Nayar measured (IJCV 2007), and composed
+like the screen blend of Luo et al. (ICCV 2015): where they overlap, the image approaches ``sky`` and does not overflow.
 
 The streaks of a layer are random runs of pixels, blurred and rotated. Near layers have longer, wider, softer and
 brighter streaks; far layers have shorter, fainter and more streaks. Drops on the lens show the scene inverted, small
 and blurred (You et al., TPAMI 2016).
 
-This module does not import torch, since that takes longer than adding rain to many photos. ``RandomRain`` of kornia and
-albumentations draws lines of a single grey value and length, without depth.
+This module does not import torch, since the import takes longer than adding rain to many photos. ``RandomRain`` of
+kornia or albumentations is not used: its streaks have a single grey value and length, and no depth.
 """
 
 import dataclasses
@@ -44,10 +44,10 @@ from derain.pictures import contact_sheet
 from derain.progress import track
 
 SKY = (128, 242)
-"""Range of the light that streaks and veil scatter, in 0 to 255: dusk to a bright overcast sky."""
+"""Limits of the light that streaks and veil scatter, in 0 to 255: dusk to a bright overcast sky."""
 
 RECORD = "rain.json"
-"""File in the data set with all parameters needed to reproduce it from the clean photos."""
+"""File of a synthetic data set with all parameters that are needed to reproduce it from the clean photos."""
 
 REFERENCE_SIDE = 512
 """Shorter side of a photo, in pixels, above which the sizes of streaks grow in proportion to it."""
@@ -150,7 +150,7 @@ def add_rain(clean: Pixels, rain: Rain, rng: np.random.Generator) -> Pixels:
     Args:
         clean: ``(h, w, 3)`` uint8.
         rain: Parameters of the rain.
-        rng: Random number generator; in equal states, it yields equal rain.
+        rng: Random number generator; equal states yield equal rain on photos of equal size.
 
     Returns:
         The rainy photo, ``(h, w, 3)`` uint8.
@@ -213,7 +213,7 @@ def _layer_opacity(
 
     Args:
         shape: ``(h, w)`` in pixels.
-        coverage: Expected area of the streaks, divided by the image area.
+        coverage: Expected area of the streaks, divided by the image area, approximately.
         length: Mean length of the streaks in pixels.
         width: Width of the streaks in pixels.
         angle: Angle from the vertical in radians, positive for rain that falls to the right.
@@ -236,7 +236,7 @@ def _layer_opacity(
     canvas = canvas.cumsum(axis=1, dtype=np.float32)
 
     cross_profile = cv2.getGaussianKernel(2 * math.ceil(width) + 3, max(0.5, width / 2.35), cv2.CV_32F)
-    cross_profile *= min(1.0, width) / cross_profile.max()  # keeps the brightness at the centre of a streak
+    cross_profile *= min(1.0, width) / cross_profile.max()  # the centre keeps its brightness if the width is at least 1
     tapered = cv2.blur(canvas, (max(1, round(length / 2)), 1))
     softened = np.minimum(cv2.sepFilter2D(tapered, -1, np.ones(1, np.float32), cross_profile), 1)
     rotation = np.array([[sin, cos, 0], [cos, -sin, 0]])  # from pixels to coordinates along and across the streaks
@@ -330,11 +330,12 @@ def synthesize(
     replaced only once all files are complete.
 
     Args:
-        clean: Folder of clean photos; ``NAME`` includes its subfolders.
+        clean: Folder of clean photos; for photos in subfolders, ``NAME`` includes the path of the subfolder.
         out: Folder of the data set.
         rain: Lower and upper limits of the rain (:data:`PRESETS`); the rain of each image is sampled between them.
         per_image: Number of rainy images per photo, 1 to 1000.
-        seed: Seed, at least 0. The rain of an image depends on the seed and its name alone.
+        seed: Seed, at least 0. It determines the rain of an image together with the name of the image; the other photos
+            have no influence.
         overwrite: Replace ``out`` if it contains a data set written by this function.
 
     Returns:
@@ -392,7 +393,11 @@ def synthesize(
 
 
 def _photos_by_stem(clean: Path, per_image: int) -> dict[str, Path]:
-    """Return the photos below a folder by relative path without suffix; check that outputs have different names."""
+    """Return the photos below a folder by relative path without suffix.
+
+    Raises:
+        DerainError: If there are no photos, or output files would have the same name.
+    """
     files = image_files(clean, recursive=True)
     if not files:
         raise DerainError(f"{clean}: contains no images; give a folder of clean photos")

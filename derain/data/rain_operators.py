@@ -20,43 +20,43 @@ from derain.data.rain_streaks import StreakLayers, draw_lanes, measured_opacity,
 
 Params = dict[str, Tensor]
 
-SLENDER = 5
-"""Smallest length of a streak, in multiples of its width; shorter ones would be snow."""
+MIN_ASPECT_RATIO = 5
+"""Smallest mean length of streaks, in multiples of their width; shorter ones would look like snow."""
 
 
 def uniform(limits: Range, count: int) -> Tensor:
-    """Draw numbers uniformly."""
+    """Draw ``count`` numbers uniformly."""
     return torch.empty(count).uniform_(*limits)
 
 
 def log_uniform(limits: Range, count: int) -> Tensor:
-    """Draw numbers uniformly in their logarithm; the lower limit is at least a thousandth of the upper one."""
+    """Draw ``count`` numbers whose logarithm is uniform; a lower limit below 0.001 of the upper one is raised to it."""
     low, high = torch.tensor(limits).clamp(min=1e-3 * max(limits[1], 1e-9)).log().tolist()
     return uniform((low, high), count).exp()
 
 
 def integers(limits: Range, count: int) -> Tensor:
-    """Draw integers uniformly, both limits included."""
+    """Draw ``count`` integers uniformly, both limits included."""
     return torch.randint(int(limits[0]), int(limits[1]) + 1, (count,))
 
 
 def per_image(values: Tensor, image: Tensor) -> Tensor:
-    """Return one number per image with the shape ``(b, 1, 1, 1)``, on the device of the images."""
+    """Return one number per image with the shape ``(b, 1, 1, 1)``, and the device and type of the images."""
     return values.to(image.device, image.dtype)[:, None, None, None]
 
 
 def brightness_quantile(image: Float[Tensor, "b 3 h w"], quantile: float) -> Float[Tensor, "b 1 1 1"]:
-    """Return a quantile of the values of each image, from every fourth row and column."""
+    """Return a quantile of the values of each image in all channels, from every fourth row and column."""
     values = image[:, :, ::4, ::4].flatten(1)
     rank = max(1, round(quantile * values.shape[1]))
     return values.kthvalue(rank, dim=1).values[:, None, None, None]
 
 
 class SampleOperator(IntensityAugmentationBase2D, ABC):
-    """Operator whose ``transform`` runs on the drawn samples only; kornia's operators run on all and discard results.
+    """Operator that computes only the samples that it changes; kornia's operators compute all samples.
 
     Args:
-        share: Probability of a sample.
+        share: Probability that a sample is changed.
     """
 
     def __init__(self, share: Number) -> None:
@@ -68,7 +68,7 @@ class SampleOperator(IntensityAugmentationBase2D, ABC):
 
         Args:
             image: ``(b, 3, h, w)`` in [0, 1]; operators of the camera also accept ``(b, 6, h, w)``, pairs of images.
-            params: Result of ``generate_parameters`` for these images.
+            params: Parameters drawn by ``generate_parameters``, one row for each of these images.
         """
 
     def transform_inputs(
@@ -79,7 +79,7 @@ class SampleOperator(IntensityAugmentationBase2D, ABC):
         transform: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Return the batch with the drawn samples degraded; the kornia method that runs on all samples."""
+        """Return the batch with the drawn samples degraded; kornia's method would compute all samples."""
         drawn = params["batch_prob"].gt(0.5).nonzero().flatten()
         if len(drawn) == 0:
             return input
@@ -92,14 +92,14 @@ class SampleOperator(IntensityAugmentationBase2D, ABC):
         return batch.index_copy(0, index, self.transform(batch[index], own))
 
 
-def patches(grid: Float[Tensor, "b 4 4"], image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h w"]:
-    """Return a smooth map of the size of the images through ``4 × 4`` values, at least 0."""
+def smooth_map(grid: Float[Tensor, "b 4 4"], image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h w"]:
+    """Interpolate ``4 × 4`` values to the size of the images; the result is at least 0."""
     coarse = grid[:, None].to(image.device, image.dtype)
     return F.interpolate(coarse, size=image.shape[2:], mode="bicubic", align_corners=False).clamp_(min=0)
 
 
 def add_veil(image: Tensor, amount: Tensor, grid: Tensor) -> Tensor:
-    """Mix images with mist, whose light is 1.15 times their 90 % quantile, within 0.4 to 0.97.
+    """Mix images with mist; its light is 1.15 times the 90 % quantile of the image, limited to 0.4 to 0.97.
 
     Args:
         image: ``(b, 3, h, w)`` in [0, 1].
@@ -107,7 +107,7 @@ def add_veil(image: Tensor, amount: Tensor, grid: Tensor) -> Tensor:
         grid: ``(b, 4, 4)``, at least 0: factors of the opacity in parts of the image.
     """
     light = (1.15 * brightness_quantile(image, 0.9)).clamp(0.4, 0.97)
-    share = (patches(grid, image) * per_image(amount, image)).clamp_(max=1)
+    share = (smooth_map(grid, image) * per_image(amount, image)).clamp_(max=1)
     return torch.lerp(image, light.expand_as(image), share.expand_as(image))
 
 
@@ -115,8 +115,8 @@ class RandomMist(SampleOperator):
     """Patchy mist.
 
     Args:
-        opacity: Range of the opacity; in parts of the image it is 0.6 to 1.1 times as dense.
-        share: Probability of a sample.
+        opacity: Range of the opacity, which is multiplied by 0.6 to 1.1 in parts of the image.
+        share: Probability that a sample is changed.
     """
 
     def __init__(self, opacity: Range, share: Number) -> None:
@@ -124,7 +124,7 @@ class RandomMist(SampleOperator):
         self.opacity = opacity
 
     def generate_parameters(self, batch_shape: tuple[int, ...]) -> Params:
-        """Draw opacity and patches."""
+        """Draw the opacity, and its factors in parts of the image."""
         count = batch_shape[0]
         return {"amount": uniform(self.opacity, count), "grid": 0.6 + 0.5 * torch.rand(count, 4, 4)}
 
@@ -137,8 +137,8 @@ class RandomExposure(SampleOperator):
     """Exposure: ``image ** gamma``.
 
     Args:
-        gamma: Range of the exponent; above 1 is darker.
-        share: Probability of a sample.
+        gamma: Range of the exponent; above 1, images become darker.
+        share: Probability that a sample is changed.
     """
 
     def __init__(self, gamma: Range, share: Number) -> None:
@@ -159,7 +159,7 @@ class RandomLight(SampleOperator):
 
     Args:
         gain: Range of the factors.
-        share: Probability of a sample.
+        share: Probability that a sample is changed.
     """
 
     def __init__(self, gain: Range, share: Number) -> None:
@@ -171,16 +171,19 @@ class RandomLight(SampleOperator):
         return {"gain": uniform(self.gain, 3 * batch_shape[0]).reshape(-1, 3)}
 
     def transform(self, image: Tensor, params: Params) -> Tensor:
-        """Illuminate the images."""
+        """Multiply the channels of the images."""
         return image.mul(params["gain"].to(image.device, image.dtype)[:, :, None, None]).clamp_(max=1)
 
 
 class RandomRain(SampleOperator):
-    """Streaks of several depth layers, or of images of streaks, and the veil of distant rain.
+    """Streaks, and the veil of distant rain; streaks are synthesized in depth layers, or cut from images of streaks.
 
     Args:
         ranges: Ranges of the parameters.
-        share: Probability of a sample.
+        share: Probability that a sample is changed.
+
+    Raises:
+        DerainError: If the images of streaks cannot be read.
 
     References:
         Garg and Nayar, Vision and Rain, IJCV 2007 (streaks are translucent and show the light of their surroundings);
@@ -194,12 +197,12 @@ class RandomRain(SampleOperator):
         self.register_buffer("streak_images", images, persistent=False)
 
     def generate_parameters(self, batch_shape: tuple[int, ...]) -> Params:
-        """Draw the rain of each image, and the angle and distance of its layers."""
+        """Draw the rain of each image, and the angles of its layers."""
         ranges, count = self.ranges, batch_shape[0]
-        slots = int(ranges.layers[1])
+        max_layers = int(ranges.layers[1])
         angle = uniform(ranges.angle, count)
         angle = torch.where(torch.rand(count) < ranges.oblique_share, (1.6 * angle).clamp(-90, 90), angle)
-        spread = log_uniform(ranges.spread, count)[:, None] * torch.randn(count, slots)
+        spread = log_uniform(ranges.spread, count)[:, None] * torch.randn(count, max_layers)
         veiled = torch.rand(count) < ranges.veil_share
         return {
             "density": log_uniform(ranges.density, count),
@@ -229,7 +232,7 @@ class RandomRain(SampleOperator):
         return self.blend(scene, opacity, params)
 
     def opacity(self, image: Tensor, params: Params) -> Float[Tensor, "b h w"]:
-        """Return the opacity of the streaks, in [0, 1]."""
+        """Return the opacity of the streaks, in [0, 1], before its mean is limited."""
         size = image.shape[2:]
         measured = params["measured"].nonzero().flatten()
         drawn = (~params["measured"]).nonzero().flatten()
@@ -243,51 +246,52 @@ class RandomRain(SampleOperator):
         return opacity
 
     def blend(self, scene: Tensor, opacity: Float[Tensor, "b 1 h w"], params: Params) -> Tensor:
-        """Return the scene behind streaks: added, screened, or showing the light of the sky."""
+        """Return the scene behind streaks that are added, are screened, or show the light of the sky."""
         tint = params["tint"].to(scene.device, scene.dtype)[:, :, None, None]
         sky = per_image(params["sky"], scene) * brightness_quantile(scene, 0.92)
         sky = sky.clamp(SKY[0] / 255 * 0.7, 1) * tint
         blend = per_image(params["blend"], scene)
         added = blend < self.ranges.added_share
         screened = ~added & (blend < self.ranges.added_share + self.ranges.screened_share)
-        # scene + S (light − hidden · scene): the three blends differ in the light of a streak and what it hides.
+        # scene + S (light − hidden · scene): the blends differ in the light of a streak and in how much it hides.
         light = torch.where(added | screened, tint, sky)
         hidden = torch.where(screened, tint, (~added).to(scene.dtype))
         return (scene + opacity * (light - hidden * scene)).clamp_(0, 1)
 
 
 def _layered_opacity(params: Params, size: torch.Size, device: torch.device) -> Float[Tensor, "b h w"]:
-    """Return ``1 − Π (1 − S)`` of the depth layers of each image; near layers are longer, wider and brighter."""
-    count, slots = params["angle"].shape
-    index = torch.arange(slots)
+    """Return ``1 − Π (1 − S)`` over the depth layers of each image; near streaks are longer, wider and brighter."""
+    count, max_layers = params["angle"].shape
+    index = torch.arange(max_layers)
     used = index < params["layers"][:, None]
     farthest = (params["layers"] - 1).clamp(min=1)[:, None]
     nearness = (1 - index / farthest)[used]
-    image, slot = used.nonzero(as_tuple=True)
+    image_index, layer_index = used.nonzero(as_tuple=True)
     extent = 0.35 + 0.65 * nearness
+    length = torch.maximum(params["length"], MIN_ASPECT_RATIO * params["width"])
     layers = StreakLayers(
         angle=params["angle"][used],
-        length=torch.maximum(params["length"], SLENDER * params["width"])[image] * extent,
-        width=params["width"][image] * extent,
-        coverage=(params["density"] / params["layers"])[image],
+        length=length[image_index] * extent,
+        width=params["width"][image_index] * extent,
+        coverage=(params["density"] / params["layers"])[image_index],
     )
     opacity = streak_opacity(layers, draw_lanes(layers, size, device), size)
-    hardness = params["hardness"][image].to(device)[:, None, None]
-    opacity = (hardness * opacity - 0.15 * (hardness - 1)).clamp_(0, 1)
-    strength = params["brightness"][image] * (0.5 + 0.5 * nearness)
-    transmission = opacity.new_ones(count, slots, *size)
-    transmission[image.to(device), slot.to(device)] = 1 - strength.to(device)[:, None, None] * opacity
+    hardness = params["hardness"][image_index].to(device)[:, None, None]
+    opacity = (hardness * opacity - 0.15 * (hardness - 1)).clamp_(0, 1)  # a steeper profile has sharper edges
+    strength = params["brightness"][image_index] * (0.5 + 0.5 * nearness)
+    transmission = opacity.new_ones(count, max_layers, *size)
+    transmission[image_index.to(device), layer_index.to(device)] = 1 - strength.to(device)[:, None, None] * opacity
     return 1 - transmission.prod(1)
 
 
 class RandomLensDrops(SampleOperator):
     """Drops on the lens: each is a small fish-eye image of the scene, upside down and out of focus.
 
-    Radii are 0.02 to 0.1 of the shorter side.
+    Horizontal radii are 0.02 to 0.1 of the shorter side of the image, vertical ones up to 1.3 times as large.
 
     Args:
         count: Range of the number of drops.
-        share: Probability of a sample.
+        share: Probability that a sample is changed.
 
     References:
         You et al., Adherent Raindrop Modeling, Detection and Removal in Video, TPAMI 2016.
@@ -298,17 +302,21 @@ class RandomLensDrops(SampleOperator):
         self.count = count
 
     def generate_parameters(self, batch_shape: tuple[int, ...]) -> Params:
-        """Draw centres and radii, in units of the shorter side, for the largest number of drops."""
-        count, slots = batch_shape[0], int(self.count[1])
+        """Draw the number of drops of each image, and the following for the largest possible number of drops.
+
+        Centres are fractions of width and height, radii fractions of the shorter side, and heights multiples of the
+        width of the drop.
+        """
+        count, max_drops = batch_shape[0], int(self.count[1])
         return {
             "count": integers(self.count, count),
-            "centre": torch.rand(count, slots, 2),
-            "radius": 0.02 + 0.08 * torch.rand(count, slots),
-            "height": 1 + 0.3 * torch.rand(count, slots),
+            "centre": torch.rand(count, max_drops, 2),
+            "radius": 0.02 + 0.08 * torch.rand(count, max_drops),
+            "height": 1 + 0.3 * torch.rand(count, max_drops),
         }
 
     def transform(self, image: Tensor, params: Params) -> Tensor:
-        """Add the drops; where drops overlap, the nearest centre is visible."""
+        """Add the drops; where drops overlap, the one with the nearest centre (in radii) is visible."""
         height, width = image.shape[2:]
         side = min(height, width)
         own = {name: value.to(image.device) for name, value in params.items() if name != "batch_prob"}
@@ -320,7 +328,7 @@ class RandomLensDrops(SampleOperator):
         down = (y - centre[:, :, 1, None, None]) / (radius * own["height"][:, :, None, None])
         rho = torch.hypot(across * (1 - 0.2 * down), down)  # 1 at the rim; drops are wider below than above
         absent = torch.arange(rho.shape[1], device=image.device) >= own["count"][:, None]
-        rho, drop = rho.masked_fill(absent[:, :, None, None], 9).min(1)
+        rho, drop = rho.masked_fill(absent[:, :, None, None], 9).min(1)  # 9 is far outside
         across, down = (part.gather(1, drop[:, None])[:, 0] for part in torch.broadcast_tensors(across, down))  # type: ignore[no-untyped-call]
         flat = drop.flatten(1)
         middle_x, middle_y = (centre[:, :, axis].gather(1, flat).view_as(drop) for axis in (0, 1))
@@ -336,13 +344,13 @@ class RandomLensDrops(SampleOperator):
 
 
 class RandomDefocus(SampleOperator):
-    """Gaussian blur; kornia's ``RandomGaussianBlur`` also blurs the samples that are not drawn.
+    """Gaussian blur; faster than kornia's ``RandomGaussianBlur``, which also computes the samples that stay sharp.
 
-    The kernel extends to three standard deviations of the upper limit.
+    The kernel extends to three times the largest standard deviation.
 
     Args:
         deviation: Range of the standard deviation in pixels.
-        share: Probability of a sample.
+        share: Probability that a sample is changed.
     """
 
     def __init__(self, deviation: Range, share: Number) -> None:
@@ -365,7 +373,7 @@ class RandomSensorNoise(SampleOperator):
 
     Args:
         deviation: Range of the standard deviation, in grey levels of 255.
-        share: Probability of a sample.
+        share: Probability that a sample is changed.
     """
 
     def __init__(self, deviation: Range, share: Number) -> None:
@@ -388,8 +396,8 @@ class RandomResampling(SampleOperator):
     """Loss of resolution: images are reduced, and enlarged again.
 
     Args:
-        scale: Range of the scale; one is drawn for a batch.
-        share: Probability of a sample.
+        scale: Range of the scale, at most 1; one scale is drawn for all changed samples of a batch.
+        share: Probability that a sample is changed.
     """
 
     def __init__(self, scale: Range, share: Number) -> None:
@@ -413,7 +421,7 @@ class RandomCompression(SampleOperator):
 
     Args:
         quality: Range of the quality, 1 to 100.
-        share: Probability of a sample.
+        share: Probability that a sample is changed.
     """
 
     def __init__(self, quality: Range, share: Number) -> None:
@@ -425,17 +433,17 @@ class RandomCompression(SampleOperator):
         return {"quality": uniform(self.quality, batch_shape[0])}
 
     def transform(self, image: Tensor, params: Params) -> Tensor:
-        """Encode and decode each image of a pair."""
+        """Encode and decode both images of a pair, with the same quality."""
         channels, height, width = image.shape[1:]
         quality = params["quality"].repeat_interleave(channels // 3).to(image.device)
         return jpeg(image.reshape(-1, 3, height, width), quality).view_as(image)
 
 
 class RainDegradation(torch.nn.Module):
-    """Degradation of clean images to pairs of a rainy and a clean one, determined by a seed.
+    """Degradation that makes pairs of a rainy and a clean image from clean images, determined by a seed.
 
-    Exposure, light and mist change the scene, then rain and drops are added, and the camera degrades the rainy and the
-    clean image alike (with the same noise): a network learns to remove rain and drops, and nothing else.
+    Exposure, light and mist change the scene. Then rain and drops are added. Last, the camera degrades the rainy and
+    the clean image alike (with the same noise), so that a network learns to remove rain and drops, and nothing else.
 
     Args:
         ranges: Ranges of all parameters.
@@ -468,7 +476,7 @@ class RainDegradation(torch.nn.Module):
 
         Args:
             clean: Clean images in [0, 1].
-            seed: Seed; equal seeds and images yield equal results on a device.
+            seed: Seed; equal seeds and images yield equal results on the same device.
         """
         device = clean.device
         devices = [] if device.type == "cpu" else [device]

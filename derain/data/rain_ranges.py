@@ -44,51 +44,55 @@ class RainRanges:
     """Ranges from which the degradations of each training sample are drawn.
 
     A range is its lower and its upper limit; ``density``, ``length``, ``width``, ``spread`` and ``gamma`` are drawn
-    uniformly in their logarithm (from at least a thousandth of the upper limit), the others uniformly. Shares are
-    probabilities of a sample, 0 to 1. The defaults are the preset ``varied``.
+    uniformly in their logarithm (from at least a thousandth of the upper limit), the others uniformly. A share is the
+    probability that a sample has a property, 0 to 1. The defaults are the preset ``varied``.
 
     Attributes:
         density: Total area of the streaks of all depth layers, divided by the image area; a layer has at most 0.53.
-        length: Mean length of the streaks of the nearest layer in pixels, at least 5 times their width; down to 0.35
-            times of it in the farthest layer.
-        width: Width of the streaks of the nearest layer in pixels; down to 0.35 times of it in the farthest layer.
+        length: Mean length of the streaks of the nearest layer in pixels, increased to 5 times their width if it is
+            less; the length decreases to 0.35 times this length in the farthest layer.
+        width: Width of the streaks of the nearest layer in pixels; it decreases to 0.35 times this width in the
+            farthest layer.
         angle: Degrees from the vertical, positive for rain that falls to the right.
-        oblique_share: Share whose angle is multiplied by 1.6, up to 90° on each side.
+        oblique_share: Share whose angle is multiplied by 1.6, and limited to -90° to 90°.
         spread: Standard deviation of the layers' angles around ``angle``, in degrees.
         layers: Number of depth layers, an integer.
         brightness: Opacity of the brightest streaks; half of it in the farthest layer.
-        hard_share: Share with sharp edges of the streaks.
-        mean_opacity: Upper bound of the mean opacity of an image; more is scaled down to it.
+        hard_share: Share whose streaks have sharp edges.
+        mean_opacity: Upper bound of the mean opacity of the streaks in an image; a higher mean is scaled down to it.
         added_share: Share whose streaks are added to the image, ``clean + S``.
         screened_share: Share whose streaks are blended by ``clean + S (1 - clean)``; the streaks of the others show
             the light of the sky, ``clean (1 - S) + S sky``.
         measured_share: Share with streaks from ``streak_images``; 1 in a YAML file that names only the images.
-        clear_share: Share without streaks and veil. If it has no drops either, the rainy image equals the clean one.
-        veil: Opacity of the mist of distant rain in an image of dense streaks, less in others; times 0.6 to 1.1 in
-            parts of the image.
-        veil_share: Share with such a veil, among those with rain.
-        mist: Opacity of mist that is not to be removed, in the rainy and in the clean image; times 0.6 to 1.1 in parts
-            of the image.
+        clear_share: Share without streaks and veil. If such a sample has no drops either, its rainy image equals the
+            clean one.
+        veil: Opacity of the mist of distant rain in an image of dense streaks, and less in others; it is multiplied by
+            0.6 to 1.1 in parts of the image.
+        veil_share: Share with such a veil, among the samples with rain.
+        mist: Opacity of mist that is not to be removed, in the rainy and in the clean image; it is multiplied by 0.6 to
+            1.1 in parts of the image.
         mist_share: Share with such mist.
         drops: Number of drops on the lens, an integer.
         drops_share: Share with drops.
-        gamma: Exponent of the exposure before the rain, of rainy and clean image.
+        gamma: Exponent of the exposure, ``image ** gamma``, before the rain is added, so that it changes both images.
         gamma_share: Share with such an exposure.
-        gain: Factor of each colour channel before the rain, of both images.
-        gain_share: Share with such a colour of the light.
+        gain: Factor of each colour channel before the rain is added, so that it changes both images.
+        gain_share: Share with such factors.
         defocus: Standard deviation of the Gaussian blur of both images, in pixels.
         defocus_share: Share with such a blur.
         noise: Standard deviation of the sensor noise of both images, in grey levels of 255.
         noise_share: Share with noise.
-        resampling: Scale to which both images are reduced before they are enlarged again; one for all of a batch.
-        resampling_share: Share that was resampled.
+        resampling: Scale to which both images are reduced before they are enlarged again; the same for all samples of a
+            batch.
+        resampling_share: Share with such a loss of resolution.
         jpeg: JPEG quality of both images.
         jpeg_share: Share with JPEG compression.
-        streak_images: Folder of images of streaks on black.
+        streak_images: Folder of images of streaks on black; in a YAML file, relative to the folder of that file. By
+            default, all streaks are synthesized.
 
     Raises:
-        DerainError: If a value is outside its limits, or one of ``measured_share`` and ``streak_images`` is given
-            without the other.
+        DerainError: If a value is outside its limits, ``added_share`` and ``screened_share`` exceed 1 together, or one
+            of ``measured_share`` and ``streak_images`` is given without the other.
     """
 
     density: Range = (0.03, 1.2)
@@ -135,11 +139,11 @@ class RainRanges:
             )
         if self.measured_share and self.streak_images is None:
             raise DerainError(
-                f"--data.rain: measured_share {self.measured_share} without streak_images; give their folder"
+                f"--data.rain: measured_share {self.measured_share} without streak_images; set streak_images"
             )
         if self.streak_images is not None and not self.measured_share:
             raise DerainError(
-                f"--data.rain: streak_images {self.streak_images} with measured_share 0: not used; give their share"
+                f"--data.rain: streak_images {self.streak_images} are not used with measured_share 0; increase it"
             )
 
 
@@ -152,8 +156,8 @@ def _check(name: str, value: Any) -> None:
     """Check the value of a field.
 
     Raises:
-        DerainError: If it is not two numbers within the limits of the parameter, the smaller one first; not integers
-            for a parameter that counts; or not a share.
+        DerainError: If a range is not two numbers within `LIMITS`, the smaller one first, or not of integers in
+            `COUNTS`; or if a share is not in 0 to 1.
     """
     if name == "streak_images":
         return
@@ -172,11 +176,11 @@ def _check(name: str, value: Any) -> None:
 
 
 RAIN_ALONE = {field.name: 0.0 for field in dataclasses.fields(RainRanges) if field.name.endswith("_share")}
-"""Shares of the presets without other degradations: streaks show the light of the sky, as in `derain.data.rain`."""
+"""Zero for all shares: no other degradations, and streaks that show the light of the sky, as in `derain.data.rain`."""
 
 
 def _preset(name: str) -> RainRanges:
-    """Return the ranges of a preset of `derain.data.rain`, whose values are drawn and rendered as those of `varied`."""
+    """Return a preset of `derain.data.rain` as ranges; its rain is drawn and rendered like that of ``varied``."""
     low, high = PRESETS[name]
     names = ("density", "length", "width", "angle", "spread", "layers", "brightness", "veil")
     ranges = {parameter: (getattr(low, parameter), getattr(high, parameter)) for parameter in names}
@@ -228,20 +232,20 @@ def _read_file(file: Path) -> RainRanges:
         reason = " ".join(str(error).split())
         raise DerainError(f"--data.rain {file}: cannot be read ({reason}); expected a YAML file of ranges") from error
     if not isinstance(content, dict):
-        raise DerainError(f"--data.rain {file}: expected a mapping, such as length: [5, 60]")
+        raise DerainError(f"--data.rain {file}: is not a mapping; expected ranges, such as length: [5, 60]")
     values = dict(content)
     preset = values.pop("preset", "varied")
-    if preset not in RAIN_RANGES:
+    if not isinstance(preset, str) or preset not in RAIN_RANGES:
         raise DerainError(f"--data.rain {file}: preset {preset}: expected one of {', '.join(RAIN_RANGES)}")
     names = {field.name for field in dataclasses.fields(RainRanges)}
     unknown = sorted(map(str, set(values) - names))
     if unknown:
-        raise DerainError(f"--data.rain {file}: {unknown[0]}: unknown; expected {', '.join(sorted(names))}")
+        raise DerainError(f"--data.rain {file}: {unknown[0]}: unknown key; expected {', '.join(sorted(names))}")
     images = values.get("streak_images")
     if images is not None:
         folder = file.parent / Path(str(images)).expanduser()
         if not folder.is_dir():
-            raise DerainError(f"--data.rain {file}: streak_images {images}: no such folder beside the file")
+            raise DerainError(f"--data.rain {file}: streak_images {images}: no such folder (relative to the file)")
         values["streak_images"] = str(folder)
         values.setdefault("measured_share", 1)
     for name, value in values.items():

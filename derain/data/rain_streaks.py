@@ -3,7 +3,7 @@
 The plane is divided into lanes along the direction of the rain, and each lane into cells. A cell contains at most one
 streak, with a random length, brightness and tapered ends. Its opacity is evaluated in closed form at every pixel along
 the lanes, without blurring, and interpolated linearly at the pixels of the image. So a streak has a triangular profile,
-whose width at half of the maximum is the distance of the lanes.
+whose width at half of the maximum is the distance between neighbouring lanes.
 """
 
 import math
@@ -23,11 +23,11 @@ from derain.images import read_rgb
 from derain.listing import image_files
 
 MEAN_FRACTION = 0.75
-"""Mean share of a cell that a streak covers; it is uniform in 0.5 to 1."""
+"""Mean share of a cell's length that its streak covers; the share is uniform in 0.5 to 1."""
 TAPER = 0.25
 """Share of a streak's length at each end along which its opacity decreases to 0."""
 LENGTH_DIGITS = 61
-"""Factor of a streak's random number: the fraction of the product determines the length, the number the brightness."""
+"""Factor of a streak's random number: the number determines the brightness, the fraction of the product the length."""
 MAX_PRESENCE = 0.95
 """Upper limit of the probability that a cell contains a streak; it limits the coverage of a layer to 0.53."""
 
@@ -39,7 +39,7 @@ class StreakLayers(NamedTuple):
         angle: Angle from the vertical in radians, positive for rain that falls to the right.
         length: Mean length of the streaks in pixels.
         width: Width of the streaks in pixels.
-        coverage: Area of the streaks, divided by the image area; more than 0.53 has no effect.
+        coverage: Area of the streaks, divided by the image area; higher values than 0.53 have the same effect as 0.53.
     """
 
     angle: Float[Tensor, " n"]
@@ -52,7 +52,8 @@ class Lanes(NamedTuple):
     """Random lanes and cells of streaks.
 
     Attributes:
-        offset: ``(n,)``: distance of the centre of the image from the middle of the lanes, in lanes, 0 to 1.
+        offset: ``(n,)``: distance of the centre of the image from the middle of all lanes, 0 to 1 times the distance
+            between neighbouring lanes.
         scale: ``(n, lanes)``: number of cells per pixel along the lanes.
         phase: ``(n, lanes)``: position of the first pixel of the lanes in the first cell, 0 to 1.
         streak: ``(n, lanes, cells)``: random number in [0, 1) of each cell with a streak; negative without one.
@@ -65,17 +66,20 @@ class Lanes(NamedTuple):
 
 
 def lane_distance(width: Tensor) -> Tensor:
-    """Return the distance of the lanes in pixels: the width of the streaks, at least 1, so that pixels sample it."""
+    """Return the distance between neighbouring lanes in pixels: the width of the streaks, but at least 1.
+
+    Streaks in narrower lanes could fall between the pixels.
+    """
     return width.clamp(min=1)
 
 
 def draw_lanes(layers: StreakLayers, size: Sequence[int], device: torch.device) -> Lanes:
-    """Return random streaks of layers, drawn by the global generators of the CPU or of the device.
+    """Return random streaks for each layer, drawn by the global random number generator of the device.
 
     Args:
         layers: Parameters of the layers, on the CPU.
         size: Height and width of the images in pixels.
-        device: Device of the lanes.
+        device: Device of the result.
     """
     diagonal = math.hypot(*size)
     count = len(layers.angle)
@@ -88,12 +92,13 @@ def draw_lanes(layers: StreakLayers, size: Sequence[int], device: torch.device) 
         offset=torch.rand(count, device=device),
         scale=(0.7 + 0.7 * torch.rand(count, lanes, device=device)) / cell.to(device)[:, None],
         phase=torch.rand(count, lanes, device=device),
-        streak=number.masked_fill_(number.ge(1).logical_or_(number.isnan()), -1),  # below 1, it is uniform again
+        # A number below 1 is uniform in [0, 1). Without streaks, 0 / 0 may occur.
+        streak=number.masked_fill_(number.ge(1).logical_or_(number.isnan()), -1),
     )
 
 
 def streak_opacity(layers: StreakLayers, lanes: Lanes, size: Sequence[int]) -> Float[Tensor, "n h w"]:
-    """Return the opacity of the streaks of layers, in [0, 1].
+    """Return the opacity of the streaks of each layer, in [0, 1].
 
     Args:
         layers: Parameters of the layers.
@@ -107,7 +112,7 @@ def streak_opacity(layers: StreakLayers, lanes: Lanes, size: Sequence[int]) -> F
     x = torch.linspace(-(width - 1) / 2, (width - 1) / 2, width, device=device)
     y = torch.linspace(-(height - 1) / 2, (height - 1) / 2, height, device=device)[:, None]
     sin, cos = (part.to(device)[:, None, None] for part in (layers.angle.sin(), layers.angle.cos()))
-    # Normalised coordinates of pixels along and across the lanes; by parts, since affine_grid is slow on a CPU.
+    # Normalised coordinates of pixels along and across the lanes, as affine_grid would compute them slower on a CPU.
     to_column = 2 / (columns - 1)
     to_row = 2 / (rows - 1) / lane_distance(layers.width).to(device)[:, None, None]
     along = to_column * sin * x + to_column * cos * y
@@ -118,7 +123,7 @@ def streak_opacity(layers: StreakLayers, lanes: Lanes, size: Sequence[int]) -> F
 
 
 def _lane_opacity(lanes: Lanes, length: int) -> Float[Tensor, "n lanes length"]:
-    """Return the opacity in the middle of lanes at each pixel along them."""
+    """Return the opacity along the middle of each lane, at each pixel."""
     pixels = torch.arange(length, device=lanes.scale.device)
     position = torch.addcmul(lanes.phase[:, :, None], lanes.scale[:, :, None], pixels)
     cell = position.long()
@@ -131,10 +136,12 @@ def _lane_opacity(lanes: Lanes, length: int) -> Float[Tensor, "n lanes length"]:
 
 
 def read_streak_images(folder: Path) -> UInt8[Tensor, "n 1 h w"]:
-    """Return the images of streaks on black in a folder, in grey; smaller ones are reflected up to the largest size.
+    """Return the images of streaks on black in a folder and its subfolders, in grey.
+
+    All are extended by reflection to the largest height and width.
 
     Raises:
-        DerainError: If there are none, one cannot be read, or the mean of one exceeds 127 of 255.
+        DerainError: If there are no images, or one cannot be read or has a mean above 127 of 255.
     """
     files = image_files(folder, recursive=True)
     if not files:
@@ -152,9 +159,9 @@ def read_streak_images(folder: Path) -> UInt8[Tensor, "n 1 h w"]:
 
 
 def measured_opacity(images: UInt8[Tensor, "n 1 h w"], count: int, size: Sequence[int]) -> Float[Tensor, "count h2 w2"]:
-    """Return random parts of images of streaks, in [0, 1]: resized, rotated, flipped, with a random contrast.
+    """Return random parts of images of streaks, resized, rotated, flipped, and multiplied by a factor, in [0, 1].
 
-    Scales are 0.5 to 1.8, angles up to 25°, and factors of the contrast 0.6 to 2.2.
+    Scales are 0.5 to 1.8, angles -25° to 25°, and factors 0.6 to 2.2.
 
     Args:
         images: Images of streaks on black.

@@ -1,4 +1,4 @@
-"""Files that a server offers: their sizes and checksums, and the comparison of downloaded files with them."""
+"""Files that a server offers, their sizes and checksums, and the check of downloaded files against these."""
 
 import hashlib
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class RemoteFile:
 
     @property
     def has_checksum(self) -> bool:
-        """Whether the contents of a downloaded file can be checked, not only its size."""
+        """Whether the contents of a downloaded file can be checked, and not only its size."""
         return bool(self.sha256 or self.blob_id)
 
 
@@ -42,7 +42,7 @@ class Listing:
     """Files of a source, as its server lists them.
 
     Attributes:
-        address: Page of the repository, or addresses of the files.
+        address: Page of the repository; for web servers, the addresses of the files, separated by spaces.
         files: The files.
         licence: Licence that the server states; empty if it states none.
         commit: Commit of a repository, 40 hexadecimal digits; empty for web servers.
@@ -60,7 +60,7 @@ class Listing:
 
 
 def downloaded_bytes(files: Sequence[RemoteFile], folder: Path) -> int:
-    """Return the number of bytes of the files that are in a download folder, completely or partially."""
+    """Return how many bytes of the files are in a download folder, including those of partial files."""
     total = 0
     for file in files:
         for path in (folder / file.path, partial_path(folder / file.path)):
@@ -70,28 +70,32 @@ def downloaded_bytes(files: Sequence[RemoteFile], folder: Path) -> int:
 
 
 def partial_path(path: Path) -> Path:
-    """Return where an incomplete file is saved until it is complete."""
+    """Return the path under which a file is saved until it is complete."""
     return path.with_name(f"{path.name}.partial")
 
 
 def check_downloads(files: Sequence[RemoteFile], folder: Path) -> None:
-    """Compare sizes and checksums of downloaded files with those that the server states; delete wrong files.
+    """Check downloaded files against their known sizes and checksums; delete those that differ.
+
+    Args:
+        files: The files, with the expected sizes and checksums.
+        folder: Download folder.
 
     Raises:
-        DerainError: If a file is wrong or missing.
+        DerainError: If a file is missing, or its size or checksum differs.
     """
     with ThreadPoolExecutor() as threads:
         results = track(threads.map(lambda file: _problem(file, folder / file.path), files), "Checking", len(files))
         problems = [problem for problem in results if problem]
     if problems:
         raise DerainError(
-            f"{len(problems)} of {len(files)} files arrived damaged: {problems[0]}; deleted; run the same command to "
-            "fetch them again"
+            f"{len(problems)} of {len(files)} files are damaged or missing: {problems[0]}; damaged files were deleted; "
+            "run the same command to fetch them again"
         )
 
 
 def _problem(file: RemoteFile, path: Path) -> str:
-    """Return what is wrong with a downloaded file, after deleting it; empty if nothing is."""
+    """Return what is wrong with a downloaded file, and delete the file; return empty text if nothing is wrong."""
     if not path.is_file():
         return f"{file.path} is missing"
     size = path.stat().st_size

@@ -47,7 +47,8 @@ class ScoringPair:
         """Read both images.
 
         Returns:
-            Derained and clean pixels, ``(h, w, 3)`` in 0 to 255 each; None if there is no clean image.
+            Derained and clean pixels, ``(h, w, 3)`` in 0 to 255 each; the clean ones are None if there is no clean
+            image.
 
         Raises:
             DerainError: If a file cannot be read, or the sizes differ.
@@ -71,10 +72,10 @@ class ScoringPair:
 
 
 class _Candidate(NamedTuple):
-    """Clean images that the results may belong to.
+    """Clean images that the derained images may belong to.
 
     Attributes:
-        title: Data set, split and notes; empty for a plain folder.
+        title: Data set, split and notes, separated by ``; ``; empty for a plain folder.
         references: Clean files, or pairs with the clean images, by name.
     """
 
@@ -117,7 +118,11 @@ def find_scoring_pairs(derained: Path, clean: str | None) -> list[ScoringPair]:
 def _best_candidate(
     names: Sequence[str], candidates: Sequence[_Candidate], labels: tuple[str, str], *, allow_extra: bool
 ) -> tuple[_Candidate, dict[str, str]]:
-    """Return the candidate that matches by the strictest rule, and the clean name of each derained name."""
+    """Return the candidate whose names match by the strictest rule, and the clean name of each derained name.
+
+    Raises:
+        DerainError: If no candidate matches, or several match by the same rule.
+    """
     fits = []
     for candidate in candidates:
         fit = _fit(names, list(candidate.references), allow_extra)
@@ -135,7 +140,7 @@ def _best_candidate(
 
 
 def _images_by_name(folder: Path) -> dict[str, Path]:
-    """Return the images in a folder by name without suffix; those in its subfolders if it has none itself."""
+    """Return the images in a folder by name without suffix; those in its subfolders if it contains none directly."""
     paths = image_files(folder)
     if paths:
         below = len(list_images(folder, recursive=True).files) - len(paths)
@@ -200,9 +205,10 @@ def match_names(
     Names are compared in Unicode's composed form (NFC), by the first of these rules that fits all names:
 
     1. Equal names.
-    2. Equal except for case, punctuation, leading zeros and usual words (``rain-001``, ``norain-1x2``, ``1_derained``).
-    3. As rule 2, after a prefix and suffix shared by all results are removed; or several results per clean image,
-       numbered ``901_1``, ``901_2``. If both apply, they must agree.
+    2. Equal except for case, punctuation, leading zeros, words for the kind of an image, and a final scale:
+       ``rain-001`` equals ``norain-1x2`` and ``1_derained``.
+    3. As rule 2, after removing a prefix and a suffix that all results share; or, with several results per clean image,
+       after removing their final number (``901_1``, ``901_2``). If both apply, they must agree.
 
     Args:
         derained: Names of the results, without suffix.
@@ -211,7 +217,7 @@ def match_names(
         labels: Names of both lists in messages.
 
     Raises:
-        DerainError: If an image has no partner, or a result matches several clean images.
+        DerainError: If no rule fits all names, or a result matches several clean images.
 
     Example:
         >>> match_names(["rain-1", "rain-2"], ["norain-001", "norain-002"])
@@ -230,7 +236,7 @@ def match_names(
 
 @dataclass(frozen=True)
 class _Fit:
-    """Clean names that match each derained name by the strictest rule that fits all.
+    """Clean names that match each derained name, by the strictest rule that fits all names.
 
     Attributes:
         rule: Index of the rule in `match_names`, from 0; a lower one is stricter.
@@ -281,7 +287,7 @@ def _union(lists: Iterable[list[str]]) -> list[str]:
 
 
 def _trimmed(keys: Sequence[Key], clean: dict[Key, list[str]]) -> list[list[Key]]:
-    """Return the keys without a shared prefix and suffix, for each choice that turns the first key into a clean one."""
+    """Return the keys without a shared prefix and suffix, for each choice that makes the first key one of ``clean``."""
     first = keys[0]
     trimmed = []
     for start in range(len(first)):
@@ -302,10 +308,10 @@ def _look_up(
     *,
     allow_repeated: bool = False,
 ) -> dict[str, list[str]] | None:
-    """Return the clean names by derained name.
+    """Return the clean names by derained name; None if they do not fit.
 
-    Returns None if no clean image has one of the keys; if clean images remain, without ``allow_extra``; or if keys
-    repeat, without ``allow_repeated``.
+    They fit if every key is one of ``clean``, no clean image remains (unless ``allow_extra``), and no key repeats
+    (unless ``allow_repeated``).
     """
     distinct = set(keys)
     if not distinct <= clean.keys():
@@ -317,7 +323,7 @@ def _look_up(
     return {name: clean[key] for name, key in zip(derained, keys, strict=True)}
 
 
-_USUAL_WORDS = frozenset(
+_KIND_WORDS = frozenset(
     re.findall(
         r"\w+",
         "rain rainy input lq norain clean gt groundtruth ground truth target hq "
@@ -337,7 +343,7 @@ def _composed(name: str) -> str:
 
 
 def _key(name: str) -> Key:
-    """Return the words and numbers of a name, without leading zeros, usual words and a final scale such as ``x2``.
+    """Return the words and numbers of a name, without leading zeros, words for its kind, and a final scale (``x2``).
 
     Letters and signs of any script, and bytes that are not UTF-8, belong to words; punctuation and spaces separate
     words.
@@ -348,7 +354,7 @@ def _key(name: str) -> Key:
     for part in re.findall(r"\d+|[^\d\s]+", spaced):
         if part.isdecimal():
             key.append(part.lstrip("0") or "0")
-        elif part not in _USUAL_WORDS:
+        elif part not in _KIND_WORDS:
             key.append(part)
     return tuple(key)
 

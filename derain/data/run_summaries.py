@@ -23,7 +23,7 @@ NAMES = {
 """Names of methods in papers, by class."""
 
 TEST_SETS = {"RainTrainL": "Rain100L", "RainTrainH": "Rain100H", "RainTrainH-full": "Rain100H"}
-"""Test sets by training set, where their names differ."""
+"""Test set of each training set whose name differs from that of its test set."""
 
 MIXED = {"Rain100L", "Rain100H", "Rain800"}
 """Data sets that CLIP-RPN's authors combine as Mixed."""
@@ -72,9 +72,9 @@ class ResultRow:
         trained_on: Names of the training sets.
         protocol: Evaluation protocol; None if a paper's is unknown.
         scores: One per data set.
-        weights: First 8 hexadecimal digits of the SHA-256 of the weights file, separated by commas for several files;
-            None if unknown.
-        file: ``summary.json``, separated by commas for several files; or the source of a published row.
+        weights: First 8 hexadecimal digits of the SHA-256 of the weights file; those of several files are separated by
+            commas; None if unknown.
+        file: Path of ``summary.json``, or several paths separated by commas; the source of a published row.
         metadata: Metadata of the weights, from which the method can be built; empty for a published row.
         parameters: Number of parameters of the network, as published.
         macs: Multiply-accumulate operations per image, as published; the note states the image size.
@@ -99,7 +99,7 @@ class ResultRow:
 
     @property
     def seconds(self) -> float | None:
-        """Mean over the data sets of the mean time per image, in seconds."""
+        """Mean over the data sets of the mean time per image, in seconds; None if no time is known."""
         seconds = [score.seconds for score in self.scores if score.seconds is not None]
         return sum(seconds) / len(seconds) if seconds else None
 
@@ -107,7 +107,10 @@ class ResultRow:
 def find_files(paths: Iterable[Path], name: str) -> list[Path]:
     """Return the given files, and all files called ``name`` below the given folders, each once.
 
-    Given files with another suffix than ``name`` are ignored: shells expand patterns such as ``runs/*`` to them.
+    Args:
+        paths: Files and folders. Files with another suffix than that of ``name`` are ignored, since a pattern such as
+            ``runs/*`` may match them.
+        name: Name of the files in folders, such as ``summary.json``.
 
     Raises:
         DerainError: If a path is neither a folder nor a file.
@@ -165,7 +168,7 @@ def select_protocol(
     """Return the results under one protocol, one row per summary, and the name of the protocol.
 
     Args:
-        summaries: Files and their contents.
+        summaries: Files and their contents; at least one.
         protocol: Name of the protocol; None if all results have the same one.
 
     Raises:
@@ -199,7 +202,7 @@ def _to_row(file: Path, summary: dict[str, Any], result: dict[str, Any]) -> Resu
     details = {key: value for key, value in metadata["hyper_parameters"].items() if key != "clip"}
     title = metadata.get("architecture") or metadata.get("title")
     method = title or NAMES.get(metadata["method"], metadata["method"])
-    if details.get("contexts") == "none":
+    if details.get("contexts") == "none":  # without the contexts of DA-CLIP
         method = "IR-SDE"
     if sampling:
         details["sampling"] = f"{sampling['solver']}, steps {sampling['steps'] or 'all'}"
@@ -251,8 +254,9 @@ def dataset_name(sets: str | list[str]) -> str:
 def merge_rows(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """Merge the results of one method on several data sets into one row, as papers do.
 
-    A merged row has the results of a single weights file, or of several that were each trained for the data set they
-    were tested on. Rows are not merged if a method was tested on a data set twice, since that would hide a result.
+    A merged row has the results of a single weights file, or those of several files, each of which was trained for the
+    data set that it was tested on. Rows that were tested on the same data set are not merged, since that would hide a
+    result.
     """
     merged: list[ResultRow] = []
     for same_method in _group(rows, lambda row: (row.method, row.details)):
@@ -275,7 +279,7 @@ def _distinct_sets(rows: Sequence[ResultRow]) -> bool:
 
 
 def _trained_for_its_set(row: ResultRow) -> bool:
-    """Return whether the weights were trained on the training set, and no other, that belongs to the test set."""
+    """Return whether the weights were trained only on the training set that belongs to the test set."""
     name = row.scores[0].dataset
     expected = MIXED if name == "Mixed" else {name}
     return {TEST_SETS.get(training_set, training_set) for training_set in row.trained_on} == expected
@@ -296,7 +300,7 @@ def _group(rows: Iterable[ResultRow], key: Callable[[ResultRow], Any]) -> list[l
 
 
 def _merge(rows: list[ResultRow]) -> ResultRow:
-    """Merge rows into one; values that differ are listed."""
+    """Merge rows of one method into one; different training sets, weights, files and hardware are listed."""
     training_sets = dict.fromkeys(name for row in rows for name in row.trained_on)
     weights = dict.fromkeys(row.weights for row in rows if row.weights)
     hardware = dict.fromkeys(row.hardware for row in rows if row.hardware)
@@ -385,8 +389,9 @@ def _table_note(table: dict[str, Any], protocol: str | None) -> str:
 def row_labels(rows: Sequence[ResultRow]) -> list[str]:
     """Return the labels of the rows.
 
-    The label of a published row is its method. Other labels add the hyper-parameters that differ between rows of the
-    method. If labels (with equal training sets) are still equal, the hash of the weights is added, then the file.
+    The label of a published row is its method. Other labels add the hyper-parameters that differ between the rows of
+    the method. To labels of rows with equal training sets that are still equal, the hash of the weights is added; if
+    that does not suffice, the file is added as well.
     """
     labels = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""Samplers: order of the training samples, and distribution of evaluation images over ranks."""
+"""Samplers: order of the training samples, and distribution of the evaluated images over ranks."""
 
 import bisect
 import dataclasses
@@ -15,13 +15,13 @@ from derain.errors import DerainError
 
 
 class Sample(NamedTuple):
-    """Training sample, which together with the seed of the run determines the crop.
+    """Training sample; together with the seed of the run, it determines the crop.
 
     Attributes:
         epoch: Index of the epoch.
-        number: Shuffled index of the sample, below the number of samples per epoch. If an epoch needs further
-            permutations, the n-th of them adds n times that number. The remainder modulo the number of pairs is the
-            index of the pair, unless data sets have weights.
+        number: Shuffled index of the sample. In the first permutation of an epoch, it is below the number of samples
+            per epoch; in the n-th further permutation, n times that number is added. Its remainder modulo the number
+            of pairs is the index of the pair, unless data sets have weights.
         crop: Side of the crop in pixels.
     """
 
@@ -104,12 +104,12 @@ def to_batch_stages(schedule: Sequence[CropStage], accumulate: int, batches: int
 class TrainingBatchSampler(Sampler[list[Sample]]):
     """Batches of shuffled samples for one rank, determined by the arguments, the epoch and the batch index alone.
 
-    The sampler shares no random number generator with other code: after `resume_at`, the remaining batches equal those
-    of an uninterrupted run, for any number of workers.
+    The sampler shares no random number generator with other code. So the batches after `resume_at` equal those of an
+    uninterrupted run, for any number of workers.
 
-    With one stage, an epoch contains every sample once. The last batch may be smaller, and all ranks get the same
-    number of samples (filled up from a second permutation). With several stages, every epoch has as many batches as an
-    epoch of the first stage; it starts with a new permutation and draws further ones as needed.
+    With one stage, an epoch contains every sample once, and its last batch may be smaller. If the ranks cannot share
+    the samples equally, a second permutation provides the missing ones. With several stages, every epoch has as many
+    batches as an epoch of the first stage; it starts with a new permutation and draws further ones as needed.
 
     Args:
         count: Samples per epoch, over all ranks.
@@ -117,8 +117,8 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
         world: Number of ranks.
         seed: Seed of the run.
         stages: Crop and batch sizes in order; the first stage starts at batch 0.
-        limit: Number of batches after which an epoch ends (``limit_train_batches``); None for all. They count towards
-            the stages of later epochs.
+        limit: Number of batches after which an epoch ends (``limit_train_batches``); None for all. The
+            starts of stages count only these batches.
 
     Example:
         >>> sampler = TrainingBatchSampler(4, rank=0, world=1, seed=0, stages=[Stage(0, 64, 2)])
@@ -142,12 +142,12 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Start an epoch; the epoch given to `resume_at` keeps its position."""
+        """Start at the first batch of an epoch; if it is the one given to `resume_at`, keep the batch given there."""
         if epoch != self.epoch:
             self.resume_at(epoch, 0)
 
     def count_from(self, epoch: int, batches_before: int) -> None:
-        """Set the number of batches before an epoch, if earlier epochs had a different number of batches."""
+        """Set the number of batches trained before an epoch, if earlier epochs had other numbers of batches."""
         self._reference = (epoch, batches_before)
 
     def resume_at(self, epoch: int, batch: int) -> None:
@@ -203,14 +203,14 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
 
 
 class BalancedSampler(Sampler[int]):
-    """Sampler that evaluates every image once over all ranks, without padding, with similar work for each rank.
+    """Sampler of evaluated images: each is assigned to one rank, so that the ranks have similar work.
 
-    The images are assigned in order of decreasing cost, each to the rank with the least cost so far. The slowest rank
-    then has at most 4/3 of the lowest cost that any assignment gives the slowest rank (Graham, 1969). With equal costs,
-    rank r gets images r, r + world, ….
+    The images are assigned in order of decreasing cost, each to the rank with the least cost so far. The cost of the
+    slowest rank is then at most 4/3 of the lowest cost that is possible for the slowest rank (Graham, 1969). With equal
+    costs, rank r gets images r, r + world, ….
 
-    With fewer images than ranks, the remaining ranks evaluate an image again (metrics count it once): without images,
-    they would skip the loop, and the other ranks would wait for them forever.
+    With fewer images (or groups) than ranks, the remaining ranks evaluate an image again, which metrics count once.
+    Without images, they would skip the loop, and the other ranks would wait for them forever.
 
     Args:
         costs: Cost of each image, such as its number of pixels, above 0.
@@ -244,7 +244,7 @@ class BalancedSampler(Sampler[int]):
 
 
 def _assign(costs: Sequence[int], world: int) -> list[list[int]]:
-    """Return the sorted indices of the groups of each rank."""
+    """Return the sorted indices of the groups of each rank, from the costs of the groups."""
     loads = [(0, rank) for rank in range(world)]  # a heap
     ranks: list[list[int]] = [[] for _ in range(world)]
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):

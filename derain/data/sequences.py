@@ -13,8 +13,8 @@ log = logging.getLogger("derain")
 def consecutive_frames(pairs: Sequence[Pair]) -> frozenset[int]:
     """Return the indices of the frames whose predecessor in their sequence is at the previous index (no gap).
 
-    Frames follow each other if their numbers differ by the sequence's usual step; see `frame_gaps`. Other neighbours
-    are gaps, which are reported.
+    Frames follow each other if their numbers differ by the usual step of the sequence; see `frame_gaps`. The number of
+    gaps is logged.
 
     Args:
         pairs: Frames, in the order of their sequences.
@@ -43,8 +43,9 @@ def consecutive_frames(pairs: Sequence[Pair]) -> frozenset[int]:
 def frame_gaps(pairs: Sequence[Pair]) -> list[int]:
     """Return the indices of the frames whose number does not follow that of the previous frame of their sequence.
 
-    Of several numbers in the names of a sequence, the frame number is the one with the most values; of several of
-    these, the last. The usual step is the smallest one above 0: a sequence that lost half of its frames has many gaps.
+    If names have several numbers, the frame number is the one with the most different values in the sequence, and the
+    last one of those with equally many. The usual step is the smallest one above 0, and not the most frequent one:
+    in a sequence that has lost many frames, most steps may be gaps.
 
     Args:
         pairs: Frames, in the order of their sequences.

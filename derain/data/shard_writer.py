@@ -21,22 +21,22 @@ from derain.progress import track
 def write_shards(pair_set: PairSet, out: Path, size: int, *, overwrite: bool = False) -> list[int]:
     """Write the pairs of one split of a data set to shards, and their index.
 
-    The sample ``000012`` of WebDataset consists of ``000012.rainy.png`` and ``000012.clean.png``, with the bytes and
-    the suffix of the image files; a file with both halves is called ``000012.clean-rainy.png`` (clean left) or
-    ``000012.rainy-clean.png``. Equal pairs give equal shards. The index is written last.
+    Each pair is a sample of WebDataset, such as ``000012.rainy.png`` and ``000012.clean.png``, with the bytes and the
+    suffixes of the image files. A side-by-side file is called ``000012.clean-rainy.png`` (clean left) or
+    ``000012.rainy-clean.png``. Equal pairs yield equal shards. The index is written last.
 
     Args:
         pair_set: Pairs of image files.
         out: Folder for the shards; it may contain those of other splits.
-        size: Bytes of images after which a new shard begins; a shard has at least one pair.
+        size: Maximum number of bytes of images in a shard, which may only be exceeded by a single pair.
         overwrite: Whether to replace shards of this split.
 
     Returns:
         The sizes of the shards in bytes.
 
     Raises:
-        DerainError: If an image cannot be read, the pairs are in shards already, or the folder contains shards of this
-            split and ``overwrite`` is false.
+        DerainError: If a pair cannot be read, or its images differ in size; if the pairs are in shards already; or if
+            the folder contains shards of this split and ``overwrite`` is false.
     """
     _prepare(out, pair_set.split, overwrite=overwrite)
     root = Path(pair_set.root)
@@ -44,7 +44,7 @@ def write_shards(pair_set: PairSet, out: Path, size: int, *, overwrite: bool = F
     sizes: list[int] = []
     with ThreadPoolExecutor() as threads:
         for pairs in _groups(pair_set.pairs, size):
-            # All pairs are decoded, so that damage is found now and not during a training.
+            # All pairs are decoded, so that damage is found now and not during training.
             dimensions = list(track(threads.map(_checked_size, pairs), f"Reading shard {len(sizes)}", len(pairs)))
             file = out / shard_name(pair_set.split, len(sizes))
             with write_whole(file) as temporary:
@@ -70,7 +70,7 @@ def write_shards(pair_set: PairSet, out: Path, size: int, *, overwrite: bool = F
 
 
 def _prepare(out: Path, split: str, *, overwrite: bool) -> None:
-    """Remove the index, then the shards, of an earlier run; an index never belongs to other shards."""
+    """Remove the index of an earlier run, and then its shards, so that an index never describes other shards."""
     out.mkdir(parents=True, exist_ok=True)
     shards = [path for path in out.iterdir() if re.fullmatch(rf"{split}-\d{{6}}\.tar", path.name)]
     existing = [path for path in (out / index_name(split), *sorted(shards)) if path.exists()]
@@ -83,7 +83,7 @@ def _prepare(out: Path, split: str, *, overwrite: bool) -> None:
 
 
 def _groups(pairs: Sequence[Pair], size: int) -> Iterator[list[Pair]]:
-    """Split pairs into groups; a group ends when its files exceed ``size`` bytes."""
+    """Split pairs into groups whose files have at most ``size`` bytes, unless a single pair has more."""
     group: list[Pair] = []
     total = 0
     for pair in pairs:

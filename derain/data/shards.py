@@ -1,8 +1,8 @@
 """Read image pairs from shards: tar files in the format of WebDataset, on a disk or behind a URL.
 
 A folder of shards has an index per split, ``SPLIT-index.json.gz``, with the position, size and SHA-256 of each image
-in ``SPLIT-000000.tar``, ``SPLIT-000001.tar``, …. Any image can be read by its position, so that sampling, ranks and
-resuming are those of image files.
+in ``SPLIT-000000.tar``, ``SPLIT-000001.tar``, …. Any image can be read by its position. So shuffling, distribution
+over ranks and resuming are the same as with image files.
 """
 
 import errno
@@ -125,7 +125,7 @@ class ShardedSplit:
         name: Name of the data set from which the shards were written.
         layout: Its layout.
         files: Its pairs; the files are of type `ShardImage`.
-        note: Note for the user: numbers and sizes.
+        note: Note for the user: numbers of pairs and shards, size and location.
     """
 
     name: str
@@ -164,7 +164,7 @@ def read_split(location: str, split: Split) -> ShardedSplit:
 
     Args:
         location: Folder or URL of the shards.
-        split: Split to read. Without ``predict``, the rainy images of ``test`` are returned for it.
+        split: Split to read; ``predict`` returns the rainy images of ``test`` if there are no shards of its own.
 
     Raises:
         DerainError: If there is no such split, the index cannot be read, is damaged or has another version, or a shard
@@ -211,14 +211,14 @@ def index_line(name: str, size: tuple[int, int], images: Sequence[IndexEntry]) -
 
     Args:
         name: Name of the pair.
-        size: Height and width of the rainy file.
+        size: Height and width of the rainy file in pixels.
         images: Entries of the rainy and the clean image, or of the rainy one only.
     """
     return json.dumps([name, *size, *images])
 
 
 def _pairs(lines: Iterator[str], location: str, split: str) -> Iterator[tuple[str, ShardImage, ShardImage | None]]:
-    shard = functools.cache(lambda number: shard_name(split, number))
+    shard = functools.cache(lambda number: shard_name(split, number))  # all images of a shard share one string
     for line in lines:
         name, height, width, *entries = json.loads(line)
         images = [
@@ -288,9 +288,9 @@ def _read(path: str, offset: int = 0, length: int | None = None) -> bytes:
 
 
 class _OpenShard:
-    """Shard on a disk, open until it is garbage-collected: opening it for each image takes longer than reading.
+    """Shard on a disk, open until it is garbage-collected, since opening it for each image takes longer than reading.
 
-    It has no position, so that threads and forked processes can share it.
+    Reads name their offset, so that threads and forked processes can share the open file.
     """
 
     def __init__(self, path: str) -> None:
@@ -315,14 +315,14 @@ _opened = functools.lru_cache(MAX_OPEN)(_OpenShard)
 
 
 def _download(url: str, offset: int, length: int | None) -> bytes:
-    """Return bytes of a file behind a URL; try again if the connection is interrupted."""
+    """Return bytes of a file behind a URL, as `_read` does; try again if the connection is interrupted."""
     import fsspec
 
     try:
         # Not stored: a file system must not be used by processes that are forked later. fsspec caches it per process.
         files, path = fsspec.url_to_fs(url)
     except ImportError as error:
-        raise DerainError(f"{url}: {first_line(error)}; derain[s3] has the library for s3://") from error
+        raise DerainError(f"{url}: {first_line(error)}; for s3://, run: pip install 'derain[s3]'") from error
     except ValueError as error:
         raise DerainError(f"{url}: {first_line(error)}; use s3://, hf://, https:// or a folder") from error
     options: dict[str, Any] = {} if length is None else {"start": offset, "end": offset + length}

@@ -1,7 +1,7 @@
 """Sources of the public data sets: mirrors on the Hugging Face hub, archives on web servers, and pages with a form.
 
-Entries were compiled in December 2026 from stored copies of the pages that they name; no data set was downloaded for
-it. Sizes and checksums are therefore asked from the server before each download.
+The entries were compiled in December 2026 from stored copies of the pages that they name, without downloading the data
+sets. Therefore, derain asks the server for sizes and checksums before each download.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ NONE_STATED = "none stated; the mirror's author found none"
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a data set can be had.
+    """Source of a data set.
 
     Attributes:
         kind: Name of the kind of source, as ``--from`` accepts it.
@@ -55,7 +55,7 @@ class Web(Source):
 
     Attributes:
         urls: Addresses of the archives.
-        sha256: SHA-256 of each archive in hexadecimal digits, if the authors publish them.
+        sha256: SHA-256 of each archive in hexadecimal digits; empty if the authors publish none.
     """
 
     kind: ClassVar[str] = "web"
@@ -257,7 +257,7 @@ SOURCES: dict[str, tuple[Source, ...]] = {
 
 
 def find_name(name: str) -> str:
-    """Return the name of a data set as `LAYOUTS` has it, whatever its case.
+    """Return the name of a data set in the spelling of `LAYOUTS`; case is ignored.
 
     Raises:
         DerainError: If there is no such data set, or it is a general layout.
@@ -272,9 +272,9 @@ def choose_source(name: str, choice: str | None) -> Source:
     """Return a source of a data set.
 
     Args:
-        name: Name of the data set.
+        name: Name of the data set, as `find_name` returns it.
         choice: ``hub``, ``web`` or ``form``; ``hub:OWNER/NAME``, optionally with ``@REVISION``; or an address that
-            begins with ``http``. The first source of the data set by default.
+            begins with ``http://`` or ``https://``. None for the first source of the data set.
 
     Raises:
         DerainError: If the data set has no such source.

@@ -1,4 +1,4 @@
-"""Which pairs train, and which ones validate."""
+"""Split pairs into training and validation pairs, and limit their number."""
 
 import itertools
 import logging
@@ -15,12 +15,13 @@ log = logging.getLogger("derain")
 def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
     """Split pairs at random into training and validation pairs that share no clean image or video.
 
-    Photos only train. Those that are the clean image of a held-out pair are omitted, with a message. Another message
-    names the data sets without validation pairs.
+    Clean photos without a rainy image are used for training only; a photo that is the clean image of a held-out pair is
+    omitted. The number of omitted photos, and the data sets without validation pairs, are logged.
 
     Args:
         pairs: Pairs and clean photos.
-        share: Share of the clean images, or of the sequences of videos, that are held out; at least one is.
+        share: Share of the clean images and of the sequences of videos that are held out; at least one is held out, and
+            at least one is not.
         seed: Seed of the random choice.
 
     Returns:
@@ -62,7 +63,11 @@ def by_data_set(pairs: Sequence[Pair]) -> dict[str, list[int]]:
 
 
 def first_pairs(pairs: Sequence[Pair], limit: int | None) -> tuple[Pair, ...]:
-    """Return at most ``limit`` pairs, in order: the first ones of each data set, equally many where sets allow it.
+    """Return the first pairs of each data set in the given order, as equally many of each as the data sets allow.
+
+    Args:
+        pairs: The pairs.
+        limit: Maximum number of pairs of all data sets together; None for all.
 
     Example:
         >>> from pathlib import Path

@@ -51,7 +51,7 @@ class Augmentation:
         Args:
             rainy: ``(h, w, 3)`` in 0 to 255.
             clean: Same shape and range.
-            seed: Seed of the run, and epoch and number of the sample.
+            seed: Integers that determine the crop: the seed of the run, and epoch and number of the sample.
 
         Returns:
             Rainy and clean crop, ``(crop, crop, 3)`` each.

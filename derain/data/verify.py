@@ -42,9 +42,10 @@ Kind = Literal[
 ]
 Level = Literal["error", "warning", "note"]
 Cues = tuple[tuple[Pair, NDArray[np.float64]], ...]
+"""Pairs with their results of `rain_cues`."""
 
 CERTAIN_LOG_ODDS = 2.0
-"""Log-odds above which a swapped pair is an error instead of a warning (probability 0.88)."""
+"""Log-odds of a swap above which it is an error instead of a warning (probability 0.88)."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,15 @@ class Finding:
 
     Attributes:
         kind: ``skipped`` (unsupported formats, broken links), ``count`` (not the published number of pairs),
-            ``unreadable``, ``frames`` (several frames or pages, only the first is read), ``size`` (rainy and clean
-            differ), ``exif`` (invalid, so that the orientation may be wrong), ``unpaired``, ``gap`` (in the numbers of
-            the frames of a video, named by the frames after it), ``unused`` (pairs of another version of the data set
-            in the same folder), ``clash`` (two files match one image of a pair), ``swapped`` (rain on the clean side),
-            ``leak`` (background of a test image in a training set, or of an image
-            in one of the data sets ``against``), ``duplicate`` (one background several times in a split), ``shared``
-            (one background in two training sets or two test sets), ``backgrounds`` (number of distinct backgrounds).
-        files: Files concerned, or the folder of the data set; for a leak, the test image first.
+            ``unreadable``, ``frames`` (several frames or pages, only the first of which is read), ``size`` (rainy and
+            clean image differ), ``exif`` (invalid, so that the orientation may be wrong), ``unpaired``, ``gap`` (in the
+            numbers of the frames of a video), ``unused`` (pairs of another version of the data set in the same folder),
+            ``clash`` (two files match one image of a pair), ``swapped`` (rainy and clean image), ``leak`` (a test image
+            whose background is in a training set; of two training sets or two test sets, the one in ``against`` counts
+            as the test set), ``duplicate`` (one background several times in a split), ``shared`` (one background in two
+            training sets or two test sets in ``root``), ``backgrounds`` (number of distinct backgrounds).
+        files: Files concerned, or the folder of the data set; for a leak, the test image first; for a gap, the frames
+            after gaps.
         detail: Description.
         level: ``error``, ``warning`` or ``note``.
         set: Data set and split; empty for skipped files.
@@ -73,7 +75,7 @@ class Finding:
     set: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain values for a JSON file."""
+        """Return the attributes by name, for a JSON file."""
         return asdict(self)
 
 
@@ -109,9 +111,9 @@ class _Images:
 def verify(
     root: Path, *, against: Sequence[Path] = (), layout: str | None = None
 ) -> tuple[list[DataSplit], list[Finding]]:
-    """Check the data sets in a folder, and compare backgrounds within and between them and those in ``against``.
+    """Check the data sets in a folder, and compare the backgrounds of their images, also with those in ``against``.
 
-    Of a video, only the background of the first frame is compared: the others show the same scene.
+    Of a video, only the background of the first frame is compared, since the other frames show the same scene.
 
     Args:
         root: Folder of one data set or of several, or folder of shards.
@@ -170,6 +172,7 @@ def verify(
 def _check_files(split: DataSplit) -> Iterator[Finding]:
     """Check the number and names of files, without reading images."""
     own = LAYOUTS[split.layout]
+    # RainTrainH and RainTrainH-full have the same files, but different numbers of pairs.
     same_files = [layout for layout in LAYOUTS.values() if (layout.folders, layout.files) == (own.folders, own.files)]
     published = sorted({layout.counts[split.split] for layout in same_files if split.split in layout.counts})
     count = len(split.files.pairs)
@@ -264,7 +267,12 @@ def _check_sides(split: DataSplit, cues: Cues) -> Iterator[Finding]:
 
 
 def _check_backgrounds(checked: Sequence[DataSplit], images: _Images) -> Iterator[Finding]:
-    """Find backgrounds that occur several times, in one split or in two."""
+    """Find backgrounds that occur several times, in one split or in two of them.
+
+    Args:
+        checked: The splits in ``root``; matches between two other splits are ignored.
+        images: Images of all splits.
+    """
     duplicates: dict[DataSplit, list[BackgroundMatch]] = defaultdict(list)
     leaks: dict[tuple[int, DataSplit], list[tuple[int, BackgroundMatch]]] = defaultdict(list)
     shared: dict[tuple[DataSplit, DataSplit], list[BackgroundMatch]] = defaultdict(list)
@@ -278,7 +286,7 @@ def _check_backgrounds(checked: Sequence[DataSplit], images: _Images) -> Iterato
         elif both_checked and (first.split == "train") == (second.split == "train"):
             shared[first, second].append(match)
         else:
-            # Of two splits of the same kind, that in ``against`` counts as the test set.
+            # Of two splits of the same name, the one in ``against`` counts as the test set.
             test_is_first = first not in checked if first.split == second.split else second.split == "train"
             if test_is_first:
                 leaks[match.first, second].append((match.second, match))
@@ -309,7 +317,7 @@ def _leak(test_index: int, split: DataSplit, leak: list[tuple[int, BackgroundMat
 
 
 def _duplicates(split: DataSplit, images: _Images, matches: Sequence[BackgroundMatch]) -> Iterator[Finding]:
-    """Report groups of images with one background, and the number of distinct backgrounds."""
+    """Yield a finding for each group of images with one background, and one with the number of distinct backgrounds."""
     groups = _connected_groups(matches)
     repeats = 0
     for group in groups:

@@ -1,4 +1,4 @@
-"""Files of web servers: ask for their sizes, and download them in parallel, continuing partial files."""
+"""Files of web servers: ask for their sizes, and download them in parallel; interrupted downloads are continued."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,22 +22,22 @@ BLOCK = 2**18
 """Number of bytes that are written at a time."""
 
 ATTEMPTS = 5
-"""Number of consecutive attempts that do not get further than any before, after which a download ends."""
+"""Number of consecutive attempts without progress after which a download fails."""
 
 PAUSE = 2.0
 """Seconds before another attempt."""
 
 REFUSED = frozenset(range(400, 500)) - {408, 425, 429}
-"""HTTP status codes of requests that would fail again, unlike timeouts and too many requests."""
+"""HTTP status codes of requests that would fail again; 408, 425 and 429 ask for another attempt later."""
 
 BEYOND_THE_END = 416
-"""HTTP status code of a server that has fewer bytes than a partial file."""
+"""HTTP status code of a request for bytes that begin at or after the end of the file."""
 
 MAX_PAUSE = 60.0
-"""Largest number of seconds for which a server that asks for a pause is obeyed."""
+"""Maximum number of seconds to wait if a server asks for a pause."""
 
 COMPRESSED = (".gz", ".tgz")
-"""Endings of files that servers may rightly describe as encoded."""
+"""Endings of files that are compressed themselves: a server may correctly send them with a Content-Encoding."""
 
 OTHER_ARCHIVES = (".rar", ".7z", ".zst")
 """Endings of archives that derain cannot unpack."""
@@ -48,10 +48,11 @@ def list_urls(urls: Sequence[str], checksums: Sequence[str] = ()) -> Listing:
 
     Args:
         urls: Addresses of the files.
-        checksums: SHA-256 of each file, or none.
+        checksums: SHA-256 of each file in hexadecimal digits; empty if unknown.
 
     Raises:
-        DerainError: If a server cannot be reached, refuses, or answers with a web page.
+        DerainError: If a server cannot be reached, refuses, or answers with a web page; if a file is an archive that
+            derain cannot unpack; or if two files have the same name.
     """
     files = []
     system = _file_system()
@@ -70,7 +71,9 @@ def list_urls(urls: Sequence[str], checksums: Sequence[str] = ()) -> Listing:
         files.append(RemoteFile(name, info["size"], sha256, url=url, version=_version(info)))
     names = [file.path for file in files]
     if len(set(names)) < len(names):
-        raise DerainError(f"{', '.join(urls)}: two files have the same name; fetch them with --archive one by one")
+        raise DerainError(
+            f"{', '.join(urls)}: two files have the same name; download them in a browser, then --archive"
+        )
     return Listing(" ".join(urls), tuple(files))
 
 
@@ -79,8 +82,8 @@ def download_urls(files: Sequence[RemoteFile], folder: Path, advance: Callable[[
 
     Args:
         files: The files, as `list_urls` returns them.
-        folder: Download folder; it has a file ``NAME.partial`` until a file is complete.
-        advance: Called with numbers of new bytes.
+        folder: Download folder; a file is called ``NAME.partial`` until it is complete.
+        advance: Called with numbers of new bytes, which are negative if a file starts again.
 
     Raises:
         DerainError: If a server refuses, or fails several times in a row.
@@ -102,10 +105,12 @@ def download_urls(files: Sequence[RemoteFile], folder: Path, advance: Callable[[
 def _version(headers: Mapping[str, str]) -> str:
     """Return the server's identifier of the version of a file: ETag or date; empty if it has none.
 
-    A weak ETag does not exclude that bytes differ, so that the date comes first.
+    Equal weak ETags do not guarantee equal bytes, so that the date is preferred to a weak ETag.
     """
     etag, date = headers.get("ETag", ""), headers.get("Last-Modified", "")
-    return date or etag if etag.startswith("W/") else etag or date
+    if etag.startswith("W/"):
+        return date or etag
+    return etag or date
 
 
 def _web_page(url: str) -> DerainError:
@@ -117,7 +122,7 @@ def _file_system() -> Any:
     from fsspec.implementations.http import HTTPFileSystem
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
-    # Files are saved as they are sent: with an encoding undone, sizes and positions would not be those of the server.
+    # Files are saved as they are sent; after decompression, sizes and positions would differ from those of the server.
     options = {"timeout": timeout, "trust_env": True, "auto_decompress": False}
     return HTTPFileSystem(client_kwargs=options, skip_instance_cache=True)
 
@@ -133,13 +138,13 @@ class _Downloader:
         self.responses: list[Any] = []
 
     def stop(self) -> None:
-        """End the downloads of all threads, also those that wait for data."""
+        """End the downloads of all threads, including those that wait for data."""
         self.stopped.set()
         for response in self.responses:
             self.system.loop.call_soon_threadsafe(response.close)
 
     def download(self, file: RemoteFile) -> None:
-        """Download a file, in several attempts if the connection breaks."""
+        """Download a file, in several attempts if the connection breaks; return early after `stop`."""
         import aiohttp
 
         target = self.folder / file.path
@@ -179,7 +184,8 @@ class _Downloader:
     def _receive(self, file: RemoteFile, partial: Path) -> bool:
         """Append the missing bytes to a partial file; return whether it is complete.
 
-        A server that does not continue, or has another version of the file by now, sends it from the beginning.
+        A server that does not support ranges, or has another version of the file by now, sends the whole file, which
+        then replaces the partial one.
         """
         position = partial.stat().st_size
         if file.size is not None and position == file.size:
@@ -227,12 +233,13 @@ def _continues(file: RemoteFile, position: int, headers: Mapping[str, str]) -> b
         return False
     if file.size is not None and announced[2] not in ("*", str(file.size)):
         return False
-    kind = "Last-Modified" if parsedate(file.version) else "ETag"  # some servers send ETags without quotes
+    # Quotes do not identify an ETag, since some servers omit them.
+    kind = "Last-Modified" if parsedate(file.version) else "ETag"
     return not file.version or headers.get(kind, file.version) == file.version
 
 
 def _pause(error: Exception) -> float:
-    """Return the number of seconds before another attempt: as long as the server asks for, within limits."""
+    """Return the number of seconds before another attempt: what the server asks for, but at most `MAX_PAUSE`."""
     requested = str((getattr(error, "headers", None) or {}).get("Retry-After", ""))
     return min(float(requested), MAX_PAUSE) if requested.isdecimal() else PAUSE
 

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: find or fetch them, hash them, check that they are complete."""
+"""Models and weights of the Hugging Face hub: find or fetch them, hash them, check that they are complete."""
 
 import hashlib
 import logging
@@ -16,7 +16,7 @@ from derain.errors import DerainError
 log = logging.getLogger("derain")
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""Names of a weights file; one suffices, and the first is preferred."""
+"""Possible names of the weights file of a model; the first is preferred."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class HubModel:
 
     Attributes:
         kind: Name of the kind in messages.
-        tokenizer: Alternative sets of tokenizer files; one complete set suffices.
+        tokenizer: Alternative sets of tokenizer files, of which a model needs one.
         option: Command-line option that names the model.
         naming_advice: Advice if the name is not valid, in addition to naming another model.
         download_advice: Advice if the model cannot be fetched, in addition to fetching it on another machine.
@@ -39,7 +39,7 @@ class HubModel:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Names of all files that a model may have other than its weights."""
+        """Names of the files, other than weights, that a model may have and that are fetched."""
         return ("config.json", "preprocessor_config.json", *(file for group in self.tokenizer for file in group))
 
     def folder(self, name: str) -> Path:
@@ -63,7 +63,11 @@ class HubModel:
         return path
 
     def sha256(self, folder: Path) -> str:
-        """Return one SHA-256 of the names and contents of the files of weights, configuration and tokenizer."""
+        """Return a SHA-256 over the names and contents of the files of weights, configuration and tokenizer.
+
+        Args:
+            folder: Result of `folder`.
+        """
         digest = hashlib.sha256()
         for path in (_weights(folder), *(folder / name for name in self.files)):
             if path and path.is_file():
@@ -78,7 +82,7 @@ class HubModel:
         return has_configuration and has_tokenizer and _weights(folder) is not None
 
     def _from_hub(self, name: str) -> Path:
-        """Return the cached directory of a model; if it must be fetched, log its name, size and source."""
+        """Return the directory of a model in the hub's cache; before fetching it, log its name, size and source."""
         from huggingface_hub import HfApi, constants, snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
         from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
@@ -138,13 +142,13 @@ def fetch_weights(
         name: ``OWNER/NAME``.
         file: File of the repository; by default the one that ``push_to_hub`` writes.
         licence: Licence of the weights, for the log.
-        sha256: SHA-256 that the file must have, in hexadecimal digits; by default the file is not verified.
+        sha256: SHA-256 that the file must have, in lower-case hexadecimal digits; by default the file is not verified.
         revision: Branch, tag or commit; by default the main branch.
         cache_dir: Folder for files of the hub; by default the cache of huggingface_hub.
         token: Access token for private repositories.
 
     Raises:
-        DerainError: If the file can be neither found nor fetched, or has another SHA-256.
+        DerainError: If the name is invalid, or the file can be neither found nor fetched, or has another SHA-256.
     """
     path = _find_or_fetch(name, file, licence, revision, cache_dir, token)
     if sha256 is not None:
@@ -197,6 +201,8 @@ def _find_or_fetch(
 @contextmanager
 def loading(kind: str, name: str) -> Iterator[None]:
     """Silence transformers in a block that loads a model, and turn its errors into a `DerainError`.
+
+    The progress bars of transformers stay disabled after the block.
 
     Args:
         kind: Kind of the model in messages.

@@ -1,4 +1,4 @@
-"""Limits on the size of a network that is built from the metadata of a file."""
+"""Limits on the size of networks that are built from the metadata of a file."""
 
 import math
 from collections.abc import Iterator
@@ -11,30 +11,29 @@ from torch.nn import Module, Parameter
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-SPARE_TENSORS, SPARE_NUMBERS = 5_000, 50_000_000
+SPARE_TENSORS, SPARE_ELEMENTS = 5_000, 50_000_000
 """Parameter tensors and elements that a method may have in addition to those of its file, such as a discriminator's."""
-
 
 SIZED = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 """Functions whose positional arguments are the size of a new tensor."""
 
 
 class _Allocations(TorchFunctionMode):
-    """Refuses to create tensors with more elements than the whole network may have.
+    """Mode in which no tensor can be created that has more elements than the whole network may have.
 
     Args:
-        numbers: Elements in the file, or an upper bound.
+        elements: Number of elements in the file, or an upper bound.
     """
 
-    def __init__(self, numbers: int) -> None:
+    def __init__(self, elements: int) -> None:
         super().__init__()
-        self.numbers, self.limit = numbers, numbers + SPARE_NUMBERS
+        self.elements, self.limit = elements, elements + SPARE_ELEMENTS
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if _new_elements(func, args, kwargs) > self.limit:
             raise ValueError(
-                f"a network of more than {self.limit:,} elements; the file has at most {self.numbers:,} elements"
+                f"a network of more than {self.limit:,} elements; the file has at most {self.elements:,} elements"
             )
         return func(*args, **kwargs)
 
@@ -52,22 +51,22 @@ def _new_elements(func: Any, args: Any, kwargs: Any) -> int | float:
 
 
 @contextmanager
-def built_within(tensors: int, numbers: int) -> Iterator[None]:
+def built_within(tensors: int, elements: int) -> Iterator[None]:
     """Limit the size of networks that the current thread builds in a block.
 
     Parameters of PyTorch's layers are counted before they are initialised, so a hostile file costs little time.
 
     Args:
         tensors: Number of tensors in the file.
-        numbers: Number of elements in the file, or an upper bound, such as its size in bytes.
+        elements: Number of elements in the file, or an upper bound, such as its size in bytes.
 
     Raises:
-        ValueError: If the networks have more than `SPARE_TENSORS` parameter tensors, or `SPARE_NUMBERS` elements, in
-            addition to those of the file.
+        ValueError: If the networks have more parameter tensors, or more elements, than the file and `SPARE_TENSORS` or
+            `SPARE_ELEMENTS` together.
 
     Example:
         >>> from torch import nn
-        >>> with built_within(tensors=2, numbers=100):
+        >>> with built_within(tensors=2, elements=100):
         ...     network = nn.Linear(100_000, 1_000)
         Traceback (most recent call last):
         ValueError: a network of more than 50,000,100 elements; the file has at most 100 elements
@@ -81,7 +80,7 @@ def built_within(tensors: int, numbers: int) -> Iterator[None]:
         counted, size = counted + 1, size + parameter.numel()
         for found, limit, spare, kind in (
             (counted, tensors, SPARE_TENSORS, "tensors"),
-            (size, numbers, SPARE_NUMBERS, "elements"),
+            (size, elements, SPARE_ELEMENTS, "elements"),
         ):
             if found > limit + spare:
                 raise ValueError(
@@ -90,7 +89,7 @@ def built_within(tensors: int, numbers: int) -> Iterator[None]:
 
     hook = register_module_parameter_registration_hook(count)
     try:
-        with _Allocations(numbers):
+        with _Allocations(elements):
             yield
     finally:
         hook.remove()

@@ -21,15 +21,15 @@ from typing import (
 from derain.errors import DerainError
 
 MAX_CHARACTERS = 1 << 20
-"""Largest number of characters that are parsed; derain writes a few thousand."""
+"""Maximum length of metadata that are parsed, in characters; derain writes a few thousand."""
 
 
 class Metadata(TypedDict):
-    """Metadata that every method writes; a method with further keys extends this class.
+    """Metadata of every weights file of derain; a method that writes further keys extends this class.
 
     Attributes:
         method: Name of the method's class.
-        class_path: Import path of the class; absent from files written before 0.1.
+        class_path: Import path of the class; missing in files written before version 0.1.
         hyper_parameters: Arguments of ``__init__`` of the class.
         trained_on: Names of the training sets.
         version: Version of derain that wrote the file.
@@ -63,7 +63,7 @@ def parse(path: Path, text: str) -> dict[str, Any]:
 
     Args:
         path: The file, for messages.
-        text: The entry.
+        text: The entry, as text.
 
     Returns:
         The metadata; empty if the entry is not a JSON object.
@@ -94,7 +94,7 @@ def check(path: Path, metadata: Mapping[str, Any], schema: Any, method_class: An
     Args:
         path: The file, for messages.
         metadata: Entry ``derain`` of the file.
-        schema: `Metadata`, or a TypedDict that extends it; keys that it does not have may be of any type.
+        schema: `Metadata`, or a TypedDict that extends it; values of other keys are not checked.
         method_class: Class whose ``__init__`` accepts the hyper-parameters; by default they are not checked.
 
     Raises:
@@ -122,7 +122,7 @@ def _type_error(path: Path, name: str, value: object, expected: Any) -> DerainEr
 
 
 def type_name(expected: Any) -> str:
-    """Return a type annotation as text.
+    """Return a type annotation as text for a message.
 
     Example:
         >>> type_name(float), type_name(Sequence[int] | None)

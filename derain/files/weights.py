@@ -1,4 +1,4 @@
-"""Reading and writing of weights files: tensors with metadata. Checkpoints are only read."""
+"""Read and write weights files (tensors with metadata), and read the weights of checkpoints."""
 
 import hashlib
 import json
@@ -56,7 +56,7 @@ class Content(NamedTuple):
         state: State dict of the network, on the CPU.
         metadata: Metadata of derain; empty for files that derain did not write.
         kind: Kind of file.
-        label: Description of the file for messages; ``{}``, if present, stands for the name of the method.
+        label: Description of the file for messages; ``{}``, if it occurs, is a placeholder for the name of the method.
     """
 
     state: Mapping[str, Tensor]
@@ -125,7 +125,7 @@ def first_keys(content: Mapping[Any, Any]) -> str:
 
 
 def check_network(path: Path, network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Check that weights are finite, and real numbers where the network has real numbers.
+    """Check that the parameters of a network that are real numbers were real numbers in the file, and are finite.
 
     Args:
         path: The file, for messages.
@@ -166,7 +166,11 @@ def _read_safetensors(path: Path) -> Content:
 
 
 def _refuse_compressed(path: Path) -> None:
-    """Refuse archives that are larger when unpacked; PyTorch writes none."""
+    """Refuse archives that are larger when unpacked; PyTorch does not compress its files.
+
+    Raises:
+        ValueError: If the archive is compressed.
+    """
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
     if unpacked > path.stat().st_size:
@@ -201,7 +205,11 @@ def _without_prefix(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _tensors(path: Path, state: object) -> Mapping[str, Tensor]:
-    """Return a state dict if all its values are dense tensors, each with memory for all its elements."""
+    """Return a state dict after checking it.
+
+    Raises:
+        DerainError: If a value is not a dense tensor on the CPU, or has more elements than its memory.
+    """
     if not isinstance(state, Mapping):
         raise DerainError(f"{path}: damaged, its weights are {type(state).__name__}; {EXPECTED}")
     for name, tensor in state.items():

@@ -1,6 +1,6 @@
-"""Metrics of derained images: PSNR and SSIM by named protocols, LPIPS, no-reference quality.
+"""Metrics of derained images and videos: PSNR and SSIM by named protocols, LPIPS, metrics of pyiqa, flicker.
 
-Importing this package does not import torch or torchmetrics, which takes seconds; the first use of `ImageQuality` does.
+Importing this package does not import torch and torchmetrics, which would take seconds; using `ImageQuality` does.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -13,10 +13,11 @@ from derain.errors import DerainError
 def flicker(frames: Iterable[NDArray[Any]]) -> float:
     """Return the mean absolute difference of consecutive frames, ``mean |I_{t+1} − I_t|``, in 8-bit levels.
 
-    On a static scene, everything that changes is flicker. With motion, compare it with that of the clean video.
+    In a static scene, every change is flicker. With motion, compare the result with that of the clean video.
 
     Args:
-        frames: At least two frames of equal shape, one at a time in memory; uint8, or floats in [0, 1].
+        frames: At least two frames of equal shape; uint8, or floats in [0, 1]. An iterator may produce them one by one:
+            only two are kept in memory.
 
     Raises:
         DerainError: If there are fewer than two frames, or shapes differ.

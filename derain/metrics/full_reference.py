@@ -1,7 +1,7 @@
 """PSNR and SSIM of one image in float64.
 
-The Gaussian window of SSIM is applied by OpenCV. The SSIM map of torchmetrics, cropped by 5 pixels, agrees to 1e-9
-(tested), but takes about 200 times as long in float64 on a CPU, and its import takes seconds. Without torch, the
+OpenCV applies the Gaussian window of SSIM. The SSIM map of torchmetrics, cropped by 5 pixels, agrees to 1e-9 (tested),
+but takes about 200 times as long in float64 on a CPU, and importing torchmetrics takes seconds. Without torch, the
 results depend neither on autocast nor on the device.
 """
 
@@ -22,7 +22,7 @@ from .protocols import Protocol
 Array = NDArray[np.float64]
 
 MAX_PSNR = 100.0
-"""PSNR of identical images in dB, and upper limit of any PSNR, so that means are finite."""
+"""PSNR of identical images in dB, and upper limit of every PSNR, so that means are finite."""
 
 _LUMA = np.array([[65.481 / 255, 128.553 / 255, 24.966 / 255, 16.0]])  # Rec. ITU-R BT.601, limited range
 _WINDOW = cv2.getGaussianKernel(11, 1.5, cv2.CV_64F)
@@ -54,10 +54,10 @@ def mean_scores(derained: Scores, rainy: Scores, indices: Sequence[int] | None =
     Args:
         derained: Scores of the derained images.
         rainy: Scores of the rainy images, with the same indices.
-        indices: Indices of the images; by default all. Those without scores are ignored.
+        indices: Indices of the images in the data set, by default all; those that were not evaluated are ignored.
 
     Returns:
-        The means by name; empty if no image has scores.
+        The means by name, NaN if an image could not be scored; empty if no image was evaluated.
     """
     rows = np.ones(len(derained.index), bool) if indices is None else np.isin(derained.index, indices)
     if not rows.any():
@@ -72,8 +72,8 @@ def psnr_ssim(derained: NDArray[Any], clean: NDArray[Any], protocol: Protocol) -
     """Return PSNR and SSIM of one image.
 
     Args:
-        derained: ``(h, w, 3)``, RGB; uint8, or float32 or float64 in [0, 1], which values may leave by up to 1: the
-            protocol clips them.
+        derained: ``(h, w, 3)``, RGB; uint8, or float32 or float64 in [0, 1]. Values may exceed this range by up to 1;
+            the protocol says where they are clipped.
         clean: Same shape; uint8, or float32 or float64 in [0, 1].
         protocol: Definition of PSNR and SSIM.
 
@@ -118,8 +118,8 @@ def check_values(derained: NDArray[Any], clean: NDArray[Any], name: str = "") ->
     """Check that floating-point images are in [0, 1], since clipping would turn images in [0, 255] white.
 
     Args:
-        derained: Derained image; values may leave [0, 1] by up to 1.
-        clean: Clean image; values may leave [0, 1] by up to 0.25.
+        derained: Derained image; values may exceed [0, 1] by up to 1.
+        clean: Clean image; values may exceed [0, 1] by up to 0.25.
         name: Name of the image in messages.
 
     Raises:
@@ -154,7 +154,7 @@ def _to_255(image: NDArray[Any], output: str) -> Array:
         raise DerainError(f"image type {image.dtype} is not supported; convert images to uint8, float32 or float64")
     if output == "none":
         return image.astype(np.float64) * 255
-    # Multiplied in the image's own type, as in the authors' code: k / 255 becomes exactly k, not slightly less.
+    # Multiplied in the image's own type, as in the papers' code: k / 255 becomes exactly k, and not slightly less.
     values = np.clip((image * image.dtype.type(255)).astype(np.float64), 0, 255)
     return cast(Array, np.rint(values) if output == "round" else np.trunc(values))
 
@@ -172,7 +172,7 @@ def _plane_ssim(x: Array, y: Array, shrink: int, mode: str) -> float:
 
 
 def _shrunk(plane: Array, factor: int) -> Array:
-    """Return a plane down-sampled as by ssim.m: imfilter(ones(f) / f², 'symmetric'), then every f-th pixel."""
+    """Return a plane down-sampled as in Wang's ssim.m: imfilter(ones(f) / f², 'symmetric'), then every f-th pixel."""
     if factor == 1:
         return np.ascontiguousarray(plane)
     centre = (factor - 1) // 2  # MATLAB's centre of an even filter
@@ -213,7 +213,7 @@ def bootstrap_interval(
     """Return the 95 % bootstrap interval of the mean: the 2.5th and 97.5th percentiles of the means of resamples.
 
     Args:
-        values: ``(n,)``, one score per image.
+        values: ``(n,)``, one score per image; at least one.
         resamples: Number of resamples, which draw n images with replacement.
         seed: Seed of the resampling.
 

@@ -19,8 +19,7 @@ class ImageQuality(Metric):
     """PSNR and SSIM of every image of a data set by named protocols, and optionally LPIPS.
 
     Scores are stored per image; squared errors are never pooled over images. Devices may have different numbers of
-    images, and an image that several devices evaluated counts once, so that the result is identical to that of a single
-    device.
+    images, and an image that several devices evaluated counts once. So the result equals that of a single device.
 
     Args:
         protocols: Names of protocols or groups, see :func:`derain.metrics.resolve`.
@@ -58,8 +57,8 @@ class ImageQuality(Metric):
         """Score a batch of images.
 
         Args:
-            derained: ``(b, 3, h, w)``, uint8, or float32 or float64 in [0, 1], which values may leave by up to 1; not
-                clamped, since each protocol clips in its own way.
+            derained: ``(b, 3, h, w)``, uint8, or float32 or float64 in [0, 1]. Values may exceed this range by up to 1;
+                do not clamp them, since each protocol clips in its own way.
             clean: Same shape; uint8, or float32 or float64 in [0, 1].
             index: ``(b,)``, index of each image in the data set.
             names: Names of the images in messages; their indices by default.
@@ -108,7 +107,7 @@ class ImageQuality(Metric):
         self.rows.append(torch.tensor(rows, dtype=torch.float64, device=device).flatten())
 
     def compute(self) -> dict[str, Scores]:
-        """Return the scores of all images on all devices, by protocol."""
+        """Return the scores of all images on all devices, by the name of the protocol."""
         rows = torch.cat(self.rows) if isinstance(self.rows, list) and self.rows else self.rows
         table = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows, np.float64).reshape(-1, self._columns)
         index, first_rows = np.unique(table[:, 0].astype(np.int64), return_index=True)

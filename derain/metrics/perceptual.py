@@ -23,16 +23,16 @@ from derain.ranges import check_range
 from .full_reference import check_values
 
 UNCOMPUTABLE = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
-"""Exceptions that metrics of pyiqa raise for images that they cannot score."""
+"""Exceptions that pyiqa's metrics raise for images that they cannot score."""
 
 
 class Lpips:
     """LPIPS distance to the clean image: 0 for equal images, lower is better.
 
-    Computed by torchmetrics on whole images in float32, scaled to [-1, 1], on the CPU.
+    torchmetrics computes it on whole images in float32, scaled to [-1, 1], on the CPU.
 
     Args:
-        net: ``alex``, which deraining papers report, or ``vgg``.
+        net: ``alex``, with which deraining papers report LPIPS, or ``vgg``.
         fetch: Whether to download weights that are not in the cache of ``torch.hub``, with a message on standard error.
 
     Raises:
@@ -53,8 +53,8 @@ class Lpips:
         """Return the distance between two images.
 
         Args:
-            derained: ``(h, w, 3)``, RGB; uint8, or floating point in [0, 1], which values may leave by up to 1: they
-                are clipped.
+            derained: ``(h, w, 3)``, RGB; uint8, or floating point in [0, 1]. Values may exceed this range by up to 1,
+                and are clipped.
             clean: Same shape; uint8, or floating point in [0, 1].
 
         Raises:
@@ -97,22 +97,23 @@ def available_lpips(choice: str) -> Lpips | None:
 
 
 class UnknownMetricError(DerainError):
-    """The name of a metric is unknown: a mistake of the user, unlike a metric that is not installed."""
+    """pyiqa has no metric of this name; other errors mean that pyiqa or its weights are missing."""
 
 
 class PyiqaMetric:
     """Metric of pyiqa (an optional extra) of one image, on the CPU.
 
     Args:
-        name: Name of the metric in pyiqa, such as niqe or musiq without a clean image, or dists with one. pyiqa
-            downloads missing weights to ``hub/pyiqa`` in the folder of ``torch.hub``, with a line on standard error.
+        name: Name of the metric in pyiqa, such as ``niqe`` or ``musiq`` (no-reference) or ``dists`` (full-reference).
+            pyiqa downloads missing weights to ``hub/pyiqa`` in torch's cache, with a line on standard error.
         full_reference: Whether the metric compares with a clean image.
 
     Attributes:
         lower_better: Whether lower scores are better.
 
     Raises:
-        DerainError: If pyiqa is missing, has no such metric, or cannot download its weights.
+        UnknownMetricError: If pyiqa has no such metric.
+        DerainError: If pyiqa is missing, or cannot load the weights.
     """
 
     def __init__(self, name: str, *, full_reference: bool = False) -> None:
@@ -124,9 +125,9 @@ class PyiqaMetric:
         """Return the score of an image.
 
         Args:
-            derained: ``(h, w, 3)``, RGB; uint8, or floating point in [0, 1], which values may leave by up to 1: they
-                are clipped.
-            clean: Same shape, for a metric with reference; ignored otherwise.
+            derained: ``(h, w, 3)``, RGB; uint8, or floating point in [0, 1]. Values may exceed this range by up to 1,
+                and are clipped.
+            clean: Same shape and range, for a full-reference metric; ignored by others.
 
         Raises:
             DerainError: If the metric needs a clean image and there is none, values are out of range, or pyiqa cannot
@@ -157,8 +158,13 @@ class FrechetDistance:
         name: ``fid`` (Inception features, Heusel et al., NeurIPS 2017, with the resizing of Parmar et al., CVPR 2022),
             ``sfid`` or ``fid_dinov2``.
 
+    Attributes:
+        names: Possible names.
+        min_images: Number of images below which a warning says that the distance is biased.
+
     Raises:
-        DerainError: If pyiqa is missing, or cannot download its weights.
+        UnknownMetricError: If pyiqa has no such metric.
+        DerainError: If pyiqa is missing, or cannot load the weights.
     """
 
     names: ClassVar[tuple[str, ...]] = ("fid", "sfid", "fid_dinov2")
@@ -175,8 +181,8 @@ class FrechetDistance:
             images: Derained and clean images, ``(h, w, 3)`` in 0 to 255 each; at least two pairs.
 
         Raises:
-            DerainError: If there are fewer than two pairs, pyiqa cannot compute the distance, such as from a covariance
-                whose root is not real, or the distance is not finite.
+            DerainError: If there are fewer than two pairs, the distance is not finite, or pyiqa cannot compute it, for
+                example since the square root of a covariance is not real.
         """
         with tempfile.TemporaryDirectory(prefix="derain-") as name:
             folders = [Path(name, kind) for kind in ("derained", "clean")]
@@ -187,7 +193,7 @@ class FrechetDistance:
                 for folder, image in zip(folders, pair, strict=True):
                     write_image(folder / f"{count}.png", image)
             if count < 2:
-                raise DerainError(f"{self.name} compares sets of images; {count} pair is too few")
+                raise DerainError(f"{self.name}: number of pairs of images: {count}; expected at least 2")
             if count < self.min_images:
                 print(
                     f"{self.name}: {count} images are few: the distance is biased; compare it only with that of other "
@@ -209,7 +215,7 @@ def _create(name: str, mode: Literal["FR", "NR"]) -> Any:
 
     Raises:
         UnknownMetricError: If pyiqa has no such metric.
-        DerainError: If pyiqa is missing, or cannot download the weights.
+        DerainError: If pyiqa is missing, or cannot load the weights.
     """
     if importlib.util.find_spec("pyiqa") is None:
         raise DerainError(f"{name} needs pyiqa; install it with: pip install 'derain[iqa]'")

@@ -15,8 +15,8 @@ from derain.errors import DerainError
 class Protocol:
     """Definition of PSNR and SSIM of a derained image.
 
-    The peak of PSNR is 255. The window of SSIM is an 11×11 Gaussian with σ = 1.5, its constants are (0.01·255)² and
-    (0.03·255)². For RGB, PSNR has the mean squared error over all channels, and SSIM is the mean over the channels.
+    The peak of PSNR is 255. The window of SSIM is an 11×11 Gaussian with σ = 1.5, and its constants are (0.01·255)² and
+    (0.03·255)². For RGB, PSNR uses the mean squared error over all channels, and SSIM is the mean over the channels.
 
     Attributes:
         name: Name that is reported with the scores.
@@ -102,10 +102,10 @@ PROTOCOLS: dict[str, Protocol] = {
 """Protocols by name; the first is the default."""
 
 PROTOCOL_GROUPS = {"ir-sde": ("ir-sde-rgb", "ir-sde-y")}
-"""Names of groups of protocols that are reported together."""
+"""Names of groups, and the protocols of each; they are reported together."""
 
 DOWNSAMPLE_SUFFIX = "+down"
-"""Suffix of a protocol's name for SSIM with down-sampling."""
+"""Suffix of a name of a protocol that adds down-sampling to SSIM."""
 
 
 def resolve(names: Sequence[str]) -> tuple[Protocol, ...]:

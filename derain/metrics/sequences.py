@@ -28,10 +28,10 @@ def sequence_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def mean_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Return the mean of each score of rows with equal keys; rows without a score (None) are ignored.
+    """Return the mean of each score over rows; rows in which the score is None are ignored.
 
     Args:
-        rows: Rows of scores, which are floats or None; other values are ignored.
+        rows: At least one row; all have the same keys. Scores are floats or None; other values are ignored.
 
     Returns:
         The means; None for a score that no row has.

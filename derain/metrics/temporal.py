@@ -1,8 +1,8 @@
 """Temporal consistency of videos: flicker, and the warping error of Lai et al.
 
 Lai et al., "Learning Blind Video Temporal Consistency", ECCV 2018, section 4.2: the next frame is warped to the current
-one by optical flow, and compared where flow forwards and backwards agree. Here, the flow is that of the clean frames,
-by dense inverse search (Kroeger et al., ECCV 2016) instead of FlowNet2.
+one by optical flow, and both are compared where forward and backward flow agree. Here, the flow is that of the clean
+frames, computed by dense inverse search (DIS; Kroeger et al., ECCV 2016) instead of FlowNet2.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,8 @@ TEMPORAL = "temporal"
 TEMPORAL_NAMES = ("flicker", "warping_error")
 TEMPORAL_DEFINITION = (
     "flicker: mean absolute difference of consecutive frames in 8-bit levels; warping error: mean squared difference, "
-    "in [0, 1], between a frame and the next one warped by DIS flow of the clean frames, where flow forwards and "
-    "backwards agrees; both of 8-bit RGB output (rounded)"
+    "in [0, 1], between a frame and the next one warped by DIS flow of the clean frames, where forward and backward "
+    "flow agree; both of 8-bit RGB output (rounded)"
 )
 SMALLEST_SIDE = 16
 """Smallest side of frames whose flow can be computed, in pixels."""
@@ -63,7 +63,7 @@ def temporal_scores(
 
     Args:
         clean: Clean frame and next clean frame, ``(h, w, 3)`` RGB; uint8, or floats that are clipped to [0, 1].
-        videos: The same two frames of other videos, by prefix of the names of their scores.
+        videos: The same two frames of other videos, such as the derained one, by the prefix of their scores' names.
 
     Returns:
         ``PREFIXflicker`` and ``PREFIXwarping_error`` of each video, with the prefix ``clean_`` for the clean one; None
@@ -77,7 +77,7 @@ def temporal_scores(
     shapes = {frame.shape for pair in frames.values() for frame in pair}
     if len(shapes) > 1:
         raise DerainError(f"{TEMPORAL}: consecutive frames must have equal sizes, got shapes {sorted(shapes)}")
-    flow, visible = align(*frames["clean_"])
+    flow, visible = estimate_flow(*frames["clean_"])
     scores: dict[str, float | None] = {}
     for prefix, pair in frames.items():
         scores[f"{prefix}flicker"] = flicker(pair)
@@ -89,7 +89,7 @@ def temporal_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the definition of the temporal metrics, and how many frames have no warping error; empty without them.
 
     Args:
-        rows: Scores of the frames.
+        rows: Scores of the frames, with the key ``name``.
     """
     if not rows or "flicker" not in rows[0]:
         return []
@@ -109,11 +109,11 @@ def to_8_bit(image: NDArray[Any]) -> Frame:
     return image if image.dtype == np.uint8 else np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
-def align(before: Frame, after: Frame) -> tuple[Flow, Mask]:
+def estimate_flow(before: Frame, after: Frame) -> tuple[Flow, Mask]:
     """Return the flow from a frame to the next one, and the pixels that are visible in both.
 
-    A pixel is visible if it stays inside the image, and if ``|f + b|² ≤ 0.01 (|f|² + |b|²) + 0.5`` for its flow f and
-    the flow b back from where it moved to (Sundaram et al., ECCV 2010, as used by Lai et al.).
+    A pixel is visible if it stays inside the image, and ``|f + b|² ≤ 0.01 (|f|² + |b|²) + 0.5``. Here, f is its flow,
+    and b the backward flow at the position to which it moves (Sundaram et al., ECCV 2010, as used by Lai et al.).
 
     Args:
         before: Frame, ``(h, w, 3)`` RGB.
@@ -138,7 +138,15 @@ def align(before: Frame, after: Frame) -> tuple[Flow, Mask]:
 
 
 def consistent(forwards: Flow, backwards: Flow) -> Mask:
-    """Return the pixels that stay inside the image, and whose flows forwards and backwards cancel (see `align`)."""
+    """Return the pixels that stay inside the image, and whose flows cancel (see `estimate_flow`).
+
+    Args:
+        forwards: Flow from a frame to the next one, ``(h, w, 2)`` in pixels, x first.
+        backwards: Flow from the next frame to the frame, same shape.
+
+    Returns:
+        ``(h, w)``.
+    """
     height, width = forwards.shape[:2]
     x, y = _targets(forwards)
     inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
@@ -153,8 +161,8 @@ def warping_error(before: Frame, after: Frame, flow: Flow, visible: Mask) -> flo
 
     Args:
         before: Frame I_t, ``(h, w, 3)``.
-        after: Next frame, which W warps to the first one by bilinear interpolation.
-        flow: Flow from the frame to the next one, ``(h, w, 2)`` in pixels.
+        after: Next frame I_{t+1}, which W warps to the first one by bilinear interpolation.
+        flow: Flow from the first frame to the next one, ``(h, w, 2)`` in pixels, x first.
         visible: Pixels to compare, ``(h, w)``; at least one.
     """
     warped = cv2.remap(after.astype(np.float64), *_targets(flow), cv2.INTER_LINEAR)
@@ -163,6 +171,6 @@ def warping_error(before: Frame, after: Frame, flow: Flow, visible: Mask) -> flo
 
 
 def _targets(flow: Flow) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return x and y of the positions that pixels move to."""
+    """Return x and y of the positions to which pixels move, ``(h, w)`` each."""
     y, x = np.indices(flow.shape[:2], dtype=np.float32)
     return x + flow[..., 0], y + flow[..., 1]

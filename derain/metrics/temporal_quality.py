@@ -14,7 +14,7 @@ from .temporal import TEMPORAL_NAMES, temporal_scores, to_8_bit
 
 PREFIXES = ("", "rainy_", "clean_")
 COLUMNS = tuple(f"{prefix}{name}" for prefix in PREFIXES for name in TEMPORAL_NAMES)
-"""Scores of the derained, the rainy and the clean video."""
+"""Names of the scores: those of the derained video without prefix, ``rainy_…`` and ``clean_…``."""
 
 
 class TemporalQuality(Metric):
@@ -50,13 +50,13 @@ class TemporalQuality(Metric):
         """Score a batch of frames against their neighbours.
 
         Args:
-            derained: ``(b, 3, h, w)``, clipped to [0, 1].
+            derained: ``(b, 3, h, w)``; clipped to [0, 1] here.
             rainy: Same shape, in [0, 1].
             clean: Same shape, in [0, 1].
             index: ``(b,)``, index of each frame in the data set.
 
         Raises:
-            DerainError: If consecutive frames differ in size, or are smaller than 16 pixels.
+            DerainError: If consecutive frames differ in size, or a side is below 16 pixels.
         """
         videos = dict(zip(PREFIXES, (derained, rainy, clean), strict=True))
         arrays = {prefix: images.detach().cpu().movedim(1, -1).numpy() for prefix, images in videos.items()}
@@ -84,7 +84,7 @@ class TemporalQuality(Metric):
                 del self._waiting[frame]
 
     def compute(self) -> dict[int, dict[str, float | None]]:
-        """Return the scores of all devices, by the index of the later frame; None for what could not be computed."""
+        """Return the scores of all devices by the index of the later frame; None for scores that cannot be computed."""
         rows = torch.cat(self.rows) if isinstance(self.rows, list) and self.rows else self.rows
         table = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows, np.float64).reshape(-1, 1 + len(COLUMNS))
         scores: dict[int, dict[str, float | None]] = {}

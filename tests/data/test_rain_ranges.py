@@ -41,6 +41,7 @@ def test_folder_of_streak_images(tmp_path):
         ("measured_share: 0.5", "measured_share"),
         ("streak_images: nowhere", "nowhere"),
         ("preset: stormy", "stormy"),
+        ("preset: [light]", "preset"),
         ("layers: [1.5, 3]", "1.5"),
         ("drops: [1, 2.5]", "2.5"),
         ("streak_images: .\nmeasured_share: 0", "streak_images"),

@@ -3,7 +3,14 @@ import pytest
 import torch
 
 from derain.errors import DerainError
-from derain.metrics.temporal import align, consistent, split_temporal, temporal_notes, temporal_scores, warping_error
+from derain.metrics.temporal import (
+    consistent,
+    estimate_flow,
+    split_temporal,
+    temporal_notes,
+    temporal_scores,
+    warping_error,
+)
 from derain.metrics.temporal_quality import COLUMNS, TemporalQuality
 from tests.factories import clean_image
 from tests.forks import CONTEXT
@@ -57,7 +64,7 @@ def shifted(count, step=2):
 
 def test_flow_follows_a_moving_camera():
     before, after = shifted(2)
-    flow, visible = align(before, after)
+    flow, visible = estimate_flow(before, after)
     assert np.median(flow, axis=(0, 1)) == pytest.approx((-2, 0), abs=0.25)
     assert visible.mean() > 0.8
     assert warping_error(before, after, flow, visible) < 1e-3
