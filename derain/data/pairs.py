@@ -304,7 +304,11 @@ def _distinct_tail(root: Path, roots: Iterable[Path]) -> str:
 
 
 def _parse_spec(spec: str | Path) -> tuple[str | None, Path | None]:
-    """Split ``NAME``, ``NAME:PATH`` or ``PATH`` into name and path."""
+    """Split ``NAME``, ``NAME:PATH`` or ``PATH`` into name and path; None for what is missing.
+
+    Raises:
+        DerainError: If ``spec`` is empty.
+    """
     names = {name.lower(): name for name in LAYOUTS}
     if isinstance(spec, str):
         head, _, tail = spec.partition(":")

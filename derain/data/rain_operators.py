@@ -19,6 +19,7 @@ from derain.data.rain_ranges import Number, RainRanges, Range
 from derain.data.rain_streaks import StreakLayers, draw_lanes, measured_opacity, read_streak_images, streak_opacity
 
 Params = dict[str, Tensor]
+"""Drawn parameters by name; the first dimension of each is that of the batch."""
 
 MIN_ASPECT_RATIO = 5
 """Smallest mean length of streaks, in multiples of their width; shorter ones would look like snow."""
@@ -150,7 +151,7 @@ class RandomExposure(SampleOperator):
         return {"gamma": log_uniform(self.gamma, batch_shape[0])}
 
     def transform(self, image: Tensor, params: Params) -> Tensor:
-        """Expose the images."""
+        """Raise the images to the exponents."""
         return image.pow(per_image(params["gamma"], image))
 
 
@@ -226,7 +227,7 @@ class RandomRain(SampleOperator):
         opacity = self.opacity(image, params)[:, None]
         mean = opacity.mean((1, 2, 3), keepdim=True)
         opacity = opacity * (per_image(params["limit"], image) / mean.clamp(min=1e-6)).clamp(max=1)
-        density = (4 * opacity.mean((1, 2, 3))).clamp(max=1)
+        density = (4 * opacity.mean((1, 2, 3))).clamp(max=1)  # 1 for dense streaks
         veil = params["veil"].to(image.device) * (0.3 + 0.7 * density)
         scene = add_veil(image, veil, params["grid"])
         return self.blend(scene, opacity, params)

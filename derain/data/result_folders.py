@@ -18,10 +18,15 @@ from derain.images import Pixels, image_size, read_rgb
 from derain.listing import image_files, list_images, warn_once
 
 SPLITS: tuple[Split, ...] = ("test", "train")
+"""Splits of a data set that the derained images may belong to."""
 
 Key = tuple[str, ...]
+"""Words and numbers of a name by which images are matched."""
+
 K = TypeVar("K", bound=Hashable)
+
 References = dict[str, Path | Pair]
+"""Clean files, or pairs with the clean images, by name."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Protocol:
             255; or ``rgb``.
         luma_rounded: Whether luma is rounded to integers.
         output: Conversion of derained floats to 8 bit: clipped, then ``round`` or ``truncate``; ``none`` keeps floats,
-            clipped for PSNR only.
+            clipped for PSNR only. Clean floats are kept as well for ``none``, and else rounded.
         border: Width of the border that is cropped before PSNR and SSIM, in pixels.
         ssim: ``valid`` averages SSIM over the valid region (as in MATLAB); ``padded`` over the whole image with zero
             padding (as in PyTorch losses).
