@@ -117,8 +117,8 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
         world: Number of ranks.
         seed: Seed of the run.
         stages: Crop and batch sizes in order; the first stage starts at batch 0.
-        limit: Number of batches after which an epoch ends (``limit_train_batches``); None for all. The
-            starts of stages count only these batches.
+        limit: Number of batches after which an epoch ends (``limit_train_batches``); None for all. The starts of
+            stages count only these batches.
 
     Example:
         >>> sampler = TrainingBatchSampler(4, rank=0, world=1, seed=0, stages=[Stage(0, 64, 2)])
