@@ -6,8 +6,8 @@ Combined Distortions, CVPR 2019; Chen et al., Learning A Sparse Transformer Netw
 
 - Tensors are ``(b, h, w, c)``: depth-wise convolutions are several times faster if the channels of a pixel are
   contiguous.
-- The last 1×1 convolution of an expert, its weight and the 1×1 convolution that joins the experts are linear in the
-  channels of a pixel. Their product, one matrix per image and expert, is computed first.
+- The last 1×1 convolution of an expert, the gate weight of the expert and the 1×1 convolution that joins the experts
+  are linear in the channels of a pixel. Their product, one matrix per image and expert, is computed first.
 """
 
 from typing import Any, cast

@@ -115,7 +115,7 @@ class WindowBlock(SwinTransformerBlock):
         return out
 
     def _mask(self, strip: Features, down: int, right: int) -> Tensor | None:
-        """Return the attention mask of a strip, or None if nothing was shifted."""
+        """Return the attention mask of a strip, or None if it has no pixels from the opposite border."""
         if not (down or right):
             return None
         _, height, width, _ = strip.shape
