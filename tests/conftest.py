@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import sys
@@ -7,6 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist uses all cores, an
 
 import numpy as np
 import pytest
+
+gc.disable()  # until all tests are imported: a collection of so many objects takes half a second, and finds nothing
 
 LONGEST_FILES = (
     "test_train_resume.py",
@@ -36,6 +39,13 @@ def pytest_collection_modifyitems(items):
     """Start the longest files first, so that no process of pytest-xdist is left with one of them at the end."""
     order = {name: place for place, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_collection_finish():
+    """Exempt the imported modules from garbage collection, also in processes that tests fork."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ Exit code 1: a fault survived that `SURVIVORS` does not list. Exit code 2: a fau
 without any. Needs ``os.fork``: every run starts from a process that has imported the libraries.
 """
 
+import gc
 import importlib
 import os
 import shutil
@@ -402,6 +403,7 @@ def main(words: Sequence[str]) -> int:
         mutants = chosen(words)
         for library in HEAVY:
             importlib.import_module(library)
+        gc.freeze()  # else pytest, when it ends, searches all libraries for garbage, several times a run
         with tempfile.TemporaryDirectory() as folder:
             return run(mutants, Path(folder))
     except UsageError as error:
