@@ -1,8 +1,8 @@
-"""The bundled models against the one of derain 0.1, a small Restormer: seconds per megapixel for a 640×480 image.
+"""The bundled models against an earlier one, a small Restormer: seconds per megapixel for a 640×480 image.
 
 ``bundled.py [--rounds 5]`` restores one image on one thread, in alternation: also with the bundled models as ONNX
 files, and with ClearView's two small networks. Targets: ``default`` is at least 6 times, and ``fast`` 20 times as fast
-as derain 0.1. Weights do not change the time, so those of derain 0.1 and ClearView are random here.
+as the earlier model. Weights do not change the time, so those of the earlier model and ClearView are random here.
 
 ``--plot CHART.png --results default=RUN/summary.json ...`` also plots PSNR against time: ``RUN`` is the folder of a run
 of `derain test`, all on one data set, and the names are those that the table prints.
@@ -43,7 +43,7 @@ CLEARVIEW = {
 def build_restorers(folder: Path) -> dict[str, Restorer]:
     """Return the restorers by name; ONNX files are written to the folder."""
     old = RestormerModule(dim=24, blocks=(1, 1, 1, 1), refinement=1)
-    restorers = {"derain 0.1": Restorer(old, device="cpu")}
+    restorers = {"earlier model": Restorer(old, device="cpu")}
     for name in bundled():
         restorers[name] = Restorer(name, device="cpu")
         file = folder / f"{name}.onnx"
@@ -77,7 +77,7 @@ def main() -> int:
         restorers = build_restorers(Path(folder))
         times = time_alternately({name: lambda r=r: r(image) for name, r in restorers.items()}, options.rounds)
     megapixels = HEIGHT * WIDTH / 1e6
-    before = times["derain 0.1"][1]
+    before = times["earlier model"][1]
     for name, (_, processor) in times.items():
         print(f"{name:26} {processor / megapixels:6.2f} s per megapixel, {before / processor:.1f} times as fast")
     if options.plot:
