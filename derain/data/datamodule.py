@@ -186,7 +186,7 @@ class RainDataModule(LightningDataModule):
                     "--data.val none: no validation set (none and null differ); give a data set, or null to hold out "
                     "a random share of --data.train"
                 )
-            self._split_train()
+            self._find_train_and_val()
             self._pixels["val"] = None
             self._read_captions()
         elif stage == "test" and "test" not in self.pairs:
@@ -196,7 +196,7 @@ class RainDataModule(LightningDataModule):
 
     def _setup_fit(self) -> None:
         self._find_unlabelled()
-        self._split_train()
+        self._find_train_and_val()
         self._setup_rain()
         stages = self.schedule or [CropStage(1, self.crop, self.batch_size)]
         option = "--data.crop" if self.schedule is None else "--data.schedule: crop"
@@ -251,7 +251,7 @@ class RainDataModule(LightningDataModule):
             "--data.rain: %s, on %d clean images, %d of them without a rainy one%s", self.rain, len(pairs), photos, kept
         )
 
-    def _split_train(self) -> None:
+    def _find_train_and_val(self) -> None:
         """Find the training and validation pairs; hold out validation pairs if ``val`` is not set."""
         if self.sets["val"] == "none":
             self.pairs["train"], self.pairs["val"] = self._find("train", "train"), ()

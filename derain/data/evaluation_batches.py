@@ -11,7 +11,7 @@ from derain.data.pairs import Pair
 from derain.evaluation import is_limited
 
 BATCH_PIXELS = 2**22
-"""Maximum number of pixels of a batch of several images, which loader processes hold in memory."""
+"""Maximum number of pixels of a batch of several images; it limits the memory of loader processes."""
 
 
 def evaluation_costs(pairs: Sequence[Pair], split: str, trainer: Trainer | None) -> list[int]:
@@ -35,7 +35,7 @@ def rank_groups(pairs: Sequence[Pair], split: str) -> list[str | int]:
     """Return the group of each image; one rank evaluates all images of a group.
 
     The frames of a video are a group, named by its sequence. Any other image is a group of its own, named by its index.
-    In validation, so is every frame, since all ranks must get the same number of images.
+    In validation, every frame is a group of its own, too, since all ranks must get the same number of images.
 
     Args:
         pairs: The images.

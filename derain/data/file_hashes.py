@@ -50,7 +50,7 @@ def file_hashes(files: Sequence[ImageFile]) -> list[bytes]:
 
 
 def _path_hashes(paths: Iterable[str]) -> dict[str, bytes]:
-    """Return the SHA-256 of each file by its path; save those that are new in the cache."""
+    """Return the SHA-256 of each file by its path; add new hashes to the cache."""
     entries: dict[str, dict[str, Any]] = {}
     hashes: dict[str, bytes] = {}
     changed = []

@@ -19,8 +19,9 @@ log = logging.getLogger("derain")
 class Mixture:
     """Chooses the pair of each training sample, so that every data set has its share of each epoch.
 
-    The pairs of a set are used in a fixed random order, which starts again after the last pair. An epoch continues
-    where the one before ended. So at any time, all pairs of a set have been used equally often, give or take one.
+    Each set has a fixed random order of its pairs, which starts again after the last pair. An epoch continues in this
+    order where the one before ended. So after each epoch, all pairs of a set have been used equally often, give or take
+    one.
 
     Exceptions are epochs with more samples than ``count``, as in later stages of ``--data.schedule`` with larger
     batches. Their additional samples are those of the next epochs, which use them again.

@@ -34,7 +34,7 @@ def _rain200(kind: str, weight: str) -> Layout:
         )
 
     return Layout(
-        title=f"Rain200{kind}, {weight.lower()} rain; the authors' second version of Rain100{kind}",
+        title=f"{weight.lower()} streaks; the authors' second version of Rain100{kind}",
         folders=(f"Rain200{kind}",),
         files={"train": files("train"), "test": files("test")},
         counts={"train": 1800, "test": 200},

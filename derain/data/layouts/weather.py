@@ -11,7 +11,7 @@ _VALANARASU = (
     "Valanarasu et al., TransWeather: Transformer-based Restoration of Images Degraded by Adverse Weather Conditions, "
     "CVPR 2022"
 )
-_NOT_IN_TEST1 = r"(?!0(?:30[1-9]|3[1-4]\d|350)(?!\d))"
+_NOT_IN_TEST1 = r"(?!0(?:30[1-9]|3[1-4]\d|350)(?!\d))"  # excludes the numbers 0301 to 0350
 
 
 def _rain_cityscapes(folder: str) -> tuple[Files, ...]:
