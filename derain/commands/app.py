@@ -100,10 +100,10 @@ def serve(
     """Serve the page until SIGINT (Ctrl-C), SIGTERM or SIGHUP.
 
     Args:
-        service: Restores uploaded photos.
+        service: Restores uploaded photos; closed when the server stops.
         listener: Listening socket.
         max_megabytes: Maximum size of an uploaded file in MiB.
-        host: Address of the socket.
+        host: Address that the socket listens on.
         allowed_hosts: Additional host names of the page.
         proxies: IP addresses or networks of trusted proxies.
     """
@@ -151,7 +151,9 @@ def server_config(page: Any, proxies: Sequence[str]) -> Any:
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """Open a listening socket early, so that no other program can use the port while weights are loaded.
+    """Return a listening socket.
+
+    It is opened before weights are loaded, so that no other program can use the port in the meantime.
 
     Args:
         host: IP address or host name of this machine.

@@ -30,15 +30,18 @@ from derain.restoration import choose_device
 from derain.tables import Column, Format, Row, Table, write_results
 
 CONVENTION = (
-    "MACs: as the package thop counts them in the authors' code: convolutions and linear layers; one route, without "
-    "CLIP; one sampling step of a diffusion. For networks of other systems they include layers whose outputs are "
+    "MACs: convolutions and linear layers, as the package thop counts them in the authors' code; of one route, without "
+    "CLIP; of one sampling step of a diffusion. For networks of other systems, MACs include layers whose outputs are "
     "unused, and thop's operations for pooling and normalisation where the published figures include them. "
-    "+attention: also what thop misses: the products QKᵀ and AV, gates of experts, and deformable and functional "
+    "+attention: MACs and what thop misses: the products QKᵀ and AV, gates of experts, and deformable and functional "
     "convolutions"
 )
-"""What is counted; printed below the table and saved in the JSON."""
+"""Definition of the MACs; printed below the table and saved in the JSON."""
 
-PAPER = "CLIP-RPN's paper has the parameters of two routes, and 293.53 G at 256×256 (Table 4); derain counts 150.73."
+PAPER = (
+    "CLIP-RPN: Table 4 of its paper gives 32.72 M parameters, which derain counts for two routes, and 293.53 G at "
+    "256×256 pixels, where derain counts 150.73 G."
+)
 """Note below the table."""
 
 ROUNDS = 3
@@ -67,7 +70,7 @@ def bench(
         time: Also measure the seconds of a forward pass (median of 3).
         device: Device to time on: auto, cpu, cuda, cuda:N or mps.
         format: Output format.
-        out: Write to this file.
+        out: Output file (default: standard output).
 
     Raises:
         DerainError: If an option is wrong, or weights cannot be loaded or counted.
@@ -100,8 +103,8 @@ def find_variants() -> dict[str, Callable[[], DerainModule]]:
     """Return a function that builds each variant of each known method, by the name of the variant.
 
     A class that does not define ``variants`` itself has one variant, named after the class: inherited ``variants``
-    belong to the base class. If two classes have variants of the same name, the name of the class is appended to the
-    second, or its path if that is in use too.
+    belong to the base class. If two classes have variants of the same name, the name of the second class is appended
+    to that of its variant; if the result is in use too, its class path is appended instead.
     """
     builds: dict[str, Callable[[], DerainModule]] = {}
     for method in methods():
@@ -164,10 +167,10 @@ def load_countable(name: str) -> DerainModule:
 # Counting.
 
 
-class _Products(TorchFunctionMode):
+class _MacCounter(TorchFunctionMode):
     """Counts the MACs of convolutions and linear layers.
 
-    Uses the size of the parameter from which a weight was computed, since a network may pad or slice a weight.
+    The size of a weight is that of the parameter from which it was computed: a network may pad or slice the parameter.
     """
 
     macs = 0
@@ -191,9 +194,9 @@ def _parameter(weight: Tensor) -> Tensor:
 def count_cost(method: DerainModule, size: int) -> dict[str, int]:
     """Count parameters and MACs of a method's network in eval mode, on fake tensors: shapes without values.
 
-    derain's networks skip some multiplications of the authors' code: attention multiplies its projection with the
-    attention matrix instead of the pixels, the first stage of PReNet has no state to forget, and pixels are convolved
-    before they are repeated. ``extra_macs`` of the modules adds these multiplications, and what else thop counts.
+    derain's networks skip some multiplications of the authors' code. For example, attention multiplies the weights of
+    its output projection by the attention matrix instead of projecting all pixels, and the first stage of PReNet omits
+    the forget gate. A module's method ``extra_macs`` returns these multiplications, and what else thop counts.
 
     Args:
         method: Method on the CPU; it is in eval mode afterwards.
@@ -205,21 +208,21 @@ def count_cost(method: DerainModule, size: int) -> dict[str, int]:
     Raises:
         DerainError: If the method cannot run on fake tensors, for example because it branches on values.
     """
-    skipped, attention = [], []
+    added, attention = [], []
 
     def count_layer(module: nn.Module, inputs: Any, out: Any) -> None:
         if isinstance(module, WindowAttention):  # from timm
             attention.append(2 * inputs[0].numel() * module.window_area)
         elif isinstance(module, nn.BatchNorm2d):
-            skipped.append(OPERATIONS * out.numel())
+            added.append(OPERATIONS * out.numel())
         elif hasattr(module, "extra_macs"):
-            plain, of_attention = cast(Any, module).extra_macs(inputs, out)
-            skipped.append(plain)
-            attention.append(of_attention)
+            layer_macs, attention_macs = cast(Any, module).extra_macs(inputs, out)
+            added.append(layer_macs)
+            attention.append(attention_macs)
 
     fake_tensors = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with register_module_forward_hook(count_layer), torch.enable_grad(), fake_tensors, _Products() as products:
+        with register_module_forward_hook(count_layer), torch.enable_grad(), fake_tensors, _MacCounter() as counter:
             method.eval().pass_once(torch.empty(1, 3, size, size))
         parameters = sum(parameter.numel() for parameter in method.network.parameters())
     except (*BUILD_ERRORS, AssertionError) as error:
@@ -227,7 +230,7 @@ def count_cost(method: DerainModule, size: int) -> dict[str, int]:
             f"{type(method).__name__}: MACs cannot be counted ({shorten(error)}); override pass_once with a "
             "computation that does not depend on the values of tensors"
         ) from error
-    macs = products.macs + sum(skipped)
+    macs = counter.macs + sum(added)
     return {
         "parameters": parameters,
         "macs": macs,
@@ -237,7 +240,13 @@ def count_cost(method: DerainModule, size: int) -> dict[str, int]:
 
 @torch.inference_mode()
 def measure_seconds(method: DerainModule, size: int, device: torch.device) -> float:
-    """Return the median seconds of ``ROUNDS`` calls of ``pass_once``, after a warm-up, on one random image."""
+    """Return the median seconds of ``ROUNDS`` calls of ``pass_once`` on a random image, after a warm-up.
+
+    Args:
+        method: Method, which is moved to the device and set to eval mode.
+        size: Height and width of the image in pixels.
+        device: Device to time on.
+    """
     method = method.to(device).eval()
     rainy = torch.rand(1, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     times = []

@@ -26,7 +26,7 @@ class Captioner(NamedTuple):
     """Function that captions images, and its settings.
 
     Attributes:
-        settings: Settings that determine the captions; a run resumes only with the same ones.
+        settings: Settings that determine the captions; a run resumes only if they are unchanged.
         caption: Returns one caption per pair, for its clean image.
         uses_images: Whether captions depend on the images.
     """
@@ -37,7 +37,12 @@ class Captioner(NamedTuple):
 
 
 class CleanImage(NamedTuple):
-    """Clean image: its file, and its half (``left`` or ``right``) of a side-by-side file, else None."""
+    """Clean image of a pair.
+
+    Attributes:
+        file: File that contains the image.
+        side: Half of a side-by-side file (``left`` or ``right``) that is the image; None if the whole file is.
+    """
 
     file: ImageFile
     side: str | None
@@ -147,15 +152,15 @@ def caption_pairs(
 ) -> list[str]:
     """Caption each clean image once, and add one entry per pair to the journal, in the order of the pairs.
 
-    A resumed run has the same batches as an uninterrupted one: on some devices, a caption may depend on the other
-    images of its batch.
+    A resumed run repeats the batch in which it was interrupted, and thus has the same batches as an uninterrupted run:
+    on some devices, a caption depends on the other images of its batch.
 
     Args:
         pairs: Pairs in the order of the table.
         files: Path of each rainy image as written in the table.
         captioner: Captions the clean images.
         journal: Journal of the run.
-        finished: Entries of the first pairs, from an interrupted run.
+        finished: Entries of the first pairs, from an interrupted run; empty for a new run.
         batch_size: Clean images per batch.
 
     Returns:

@@ -1,4 +1,4 @@
-"""List, fetch, verify and synthesize data sets."""
+"""List, fetch, verify, synthesize and shard data sets; write the photos of the quickstart."""
 
 import dataclasses
 import json
@@ -37,8 +37,8 @@ def list_sets(*, root: Path | None = None, format: Literal["table", "markdown", 
 
     Args:
         root: Folder with data sets (default: $DERAIN_DATA).
-        format: Output format; Markdown has the papers' protocols and known faults; JSON also has file patterns and
-            citations.
+        format: Output format; Markdown and JSON have the papers' protocols and known faults, JSON also file patterns
+            and citations.
 
     Raises:
         DerainError: If the folder does not exist.
@@ -110,7 +110,8 @@ def _print_sets(sets: Sequence[dict[str, Any]], root: Path | None) -> None:
     console.print("Protocols of the papers and known faults: derain data list --format markdown", highlight=False)
     console.print("File patterns and citations: derain data list --format json", highlight=False)
     console.print(
-        "derain data fetch NAME fetches a set; those with form only must be downloaded by hand", highlight=False
+        "derain data fetch NAME fetches a set; sets whose only source is a form must be downloaded by hand",
+        highlight=False,
     )
 
 
@@ -119,7 +120,10 @@ def _describe_source(source: Source) -> dict[str, str]:
 
 
 def count_pairs(name: str, root: Path) -> dict[str, int]:
-    """Return the number of pairs of each split of a data set below ``root``; empty if it has none there."""
+    """Return the number of pairs of each split of a data set below ``root``; empty if there are none.
+
+    If several folders are named after the data set, the first one that contains pairs is counted.
+    """
     for folder in find_data_set_folders(name, root):
         counts = {split: len(pair_files(name, split, folder).pairs) for split in LAYOUTS[name].files}
         if any(counts.values()):
@@ -138,18 +142,19 @@ def fetch_set(
     """Fetch a public data set into the data root, and verify it; an interrupted download is continued.
 
     Source, licence, size and free disk space are printed first. The exit code is 1 if the data set must be downloaded
-    by hand, or has errors.
+    by hand, or if verification finds errors.
 
     Args:
         name: Name of the data set (see derain data list).
         root: Folder with data sets (default: $DERAIN_DATA).
-        from_: Source: hub, web or form; hub:OWNER/NAME; or the address of an archive (default: the first of the set).
-        archive: Archives that you have downloaded, to be unpacked instead.
+        from_: Source: hub, web or form; hub:OWNER/NAME; or the address of an archive (default: the first source that
+            derain data list shows for the set).
+        archive: Archives that you have downloaded; they are unpacked, and nothing is fetched.
         dry_run: Print what would be fetched, and stop.
 
     Raises:
-        DerainError: If the data set is unknown or exists already, the disk is too small, the server fails, or files
-            are damaged.
+        DerainError: If an option is wrong, the data set is unknown or exists already, the disk is too small, the server
+            fails, or files are damaged.
     """
     name = find_name(name)
     root = _data_root(root)
@@ -170,9 +175,9 @@ def fetch_set(
 
 def _unpack_set(name: str, archives: Sequence[Path], root: Path, choice: str | None, *, dry_run: bool) -> int:
     if choice is not None:
-        raise DerainError(f"--from {choice}: not together with --archive, which needs no source; omit one of them")
+        raise DerainError(f"--from {choice}: not allowed with --archive, which needs no source; omit one of them")
     if dry_run:
-        raise DerainError("--dry-run: not together with --archive, which fetches nothing; omit it")
+        raise DerainError("--dry-run: not allowed with --archive, which fetches nothing; omit one of them")
     folder = unpack_set(name, archives, root)
     print(f"unpacked {name}: {folder}")
     return verify_sets(folder)
@@ -230,7 +235,7 @@ def verify_sets(
 def find_folder(path: Path) -> Path:
     """Return the folder for a path, or for the name of a data set in ``$DERAIN_DATA``.
 
-    A path that exists is returned unchanged, and so is one that is not the name of a data set found there.
+    A path that exists is returned unchanged, and so is one that names no data set in ``$DERAIN_DATA``.
     """
     root = os.environ.get("DERAIN_DATA")
     if path.exists() or not root or not Path(root).is_dir():
@@ -285,14 +290,14 @@ def synthesize_set(
 ) -> int:
     """Add rain to clean photos, and write a paired data set with a contact sheet.
 
-    The options density to drops replace parameters of the preset. Each takes one number, or two: the limits between
-    which it is drawn uniformly for each image.
+    The options density to drops replace parameters of the preset. Each takes one number; or two, the limits between
+    which the parameter is drawn uniformly for each image.
 
     Args:
         clean: Folder with clean photos, including its subfolders.
         out: Folder for the data set.
         preset: Strength of the rain.
-        seed: Seed of the rain.
+        seed: Seed of the rain, at least 0.
         per_image: Rainy images per clean photo, 1 to 1000.
         overwrite: Replace a data set of an earlier run.
         density: Total area of the streaks, divided by the image area, 0 to 4.
@@ -306,8 +311,8 @@ def synthesize_set(
         drops: Number of drops on the lens, 0 to 200.
 
     Raises:
-        DerainError: If a number is out of range, a folder cannot be used, or photos cannot be read; all other photos
-            are written.
+        DerainError: If a number is out of range, a folder cannot be used, or photos cannot be read; in the last case,
+            all other photos are written.
     """
     parameters: dict[str, Sequence[float] | None] = {
         "density": density,
@@ -329,8 +334,8 @@ def synthesize_set(
             raise DerainError(f"--{name}: {len(limits)} numbers; give one number, or the smallest and the largest")
         smallest[name], largest[name] = limits[0], limits[-1]
     low, high = PRESETS[preset]
-    rains = (dataclasses.replace(low, **smallest), dataclasses.replace(high, **largest))
-    unreadable = synthesize(clean, out, rains, per_image=per_image, seed=seed, overwrite=overwrite)
+    limits_of_rain = (dataclasses.replace(low, **smallest), dataclasses.replace(high, **largest))
+    unreadable = synthesize(clean, out, limits_of_rain, per_image=per_image, seed=seed, overwrite=overwrite)
     print(f"wrote data set: {out} (contact sheet: {out / 'contact_sheet.png'})")
     if unreadable:
         raise DerainError(f"skipped {len(unreadable)} photos that cannot be read: {'; '.join(unreadable)}")
@@ -348,18 +353,20 @@ def shard_set(
 ) -> int:
     """Write one split of a data set to shards: tar files in the format of WebDataset, with an index.
 
-    Training, tests and predictions accept their folder, or the URL of a copy (s3://, hf://, https://), as a data set.
+    derain fit, test and predict accept the folder of the shards, or the URL of a copy (s3://, hf://, https://), as a
+    data set.
 
     Args:
         dataset: Name or folder of a data set.
         out: Folder for the shards, which may contain those of other splits.
         split: Split of the data set.
         root: Folder with data sets (default: $DERAIN_DATA).
-        shard_size: Size of a shard in MB; a larger pair has its own.
+        shard_size: Maximum size of the images in a shard in MB; a larger pair gets a shard of its own.
         overwrite: Replace the shards of this split.
 
     Raises:
-        DerainError: If the data set does not exist, an image cannot be read, or there are shards already.
+        DerainError: If the size is below 1, the data set does not exist, an image cannot be read, or there are shards
+            of this split already.
     """
     if shard_size < 1:
         raise DerainError(f"--shard-size {shard_size}: must be at least 1")
@@ -379,7 +386,7 @@ def quickstart_photos(out: Path) -> int:
     """Write the freely licensed photos of the quickstart, which are part of scikit-image.
 
     Args:
-        out: Folder for the photos: train, with each photo cut into four, and test.
+        out: Folder for the photos: train has each training photo cut into four, test has whole photos.
 
     Raises:
         DerainError: If scikit-image is not installed.

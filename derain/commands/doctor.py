@@ -26,7 +26,7 @@ PACKAGES = (
     "pillow",
     "psutil",
 )
-"""Required packages whose versions are shown."""
+"""Required packages whose versions are shown; the remaining ones of pyproject.toml are not."""
 
 OPTIONAL = (
     "torchvision",
@@ -44,7 +44,7 @@ OPTIONAL = (
 """Packages that only some features need."""
 
 IMPORTED = ("torch", "torchvision", "torchmetrics", "lightning", "derain.restoration")
-"""Modules that restoration imports; each depends on those before it."""
+"""Modules that restoration imports, in an order in which the first that fails is the cause of later failures."""
 
 IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, NameError, TypeError, ValueError, SyntaxError)
 """Exceptions raised by importing a package whose files are missing, damaged or built for another version."""
@@ -82,7 +82,7 @@ def _add_packages(table: Table) -> Iterator[str]:
 
 
 def _add_imports(table: Table) -> Iterator[str]:
-    """Import what restoration needs, and add the devices to the table; yield a problem if an import fails."""
+    """Import what restoration needs; add the devices to the table, or the failed import, which is also yielded."""
     problem = failed_import()
     if problem:
         table.add_row("imports", escape(problem))
@@ -127,9 +127,13 @@ def installed_version(package: str) -> str | None:
 
 
 def version_mismatch(torch_version: str | None, vision_version: str | None) -> str | None:
-    """Return why versions of torch and torchvision do not work together; None if they do or one is missing.
+    """Return why versions of torch and torchvision do not work together; None if they do, or if one is missing.
 
-    torchvision 0.N needs torch 2.(N-15), and either both or neither are CPU builds, whose versions end in ``+cpu``.
+    torchvision 0.N needs torch 2.(N-15). Both packages, or neither, must be CPU builds, whose versions end in ``+cpu``.
+
+    Args:
+        torch_version: Version of torch, such as ``2.13.0+cpu``; None if it is not installed.
+        vision_version: Version of torchvision, likewise.
 
     Example:
         >>> version_mismatch("2.13.0", "0.28.0") is None

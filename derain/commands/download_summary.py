@@ -1,4 +1,4 @@
-"""Describe a download before it starts."""
+"""Print the sources of data sets, and a download before it starts."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,11 @@ from derain.data.sources import Form, Source
 
 
 def sources_table(sources: Mapping[str, Sequence[Source]]) -> tables.Table:
-    """Return a table of the sources of data sets, one row for each."""
+    """Return a table with one row per source.
+
+    Args:
+        sources: Sources by data set, those of each set in order of preference.
+    """
     columns = [tables.Column(header, align="left") for header in ("set", "from", "address", "licence", "note")]
     rows = []
     for name, choices in sources.items():
@@ -35,7 +39,7 @@ def print_form(name: str, form: Form) -> None:
 
 
 def print_download(download: Download) -> None:
-    """Print source, licence, size, pairs, checksums and disk space of a download."""
+    """Print data set, source, licence, size, number of pairs, checksums and disk space of a download."""
     files = download.listing.files
     print(f"{download.name}: {LAYOUTS[download.name].title}")
     print(f"  source     {download.listing.address}")
@@ -52,7 +56,7 @@ def print_download(download: Download) -> None:
 
 def _licence(download: Download) -> str:
     stated = download.listing.licence
-    return f"{download.source.licence}; the server states: {stated}" if stated else download.source.licence
+    return f"{download.source.licence}; according to the server: {stated}" if stated else download.source.licence
 
 
 def _size(download: Download) -> str:
@@ -60,15 +64,15 @@ def _size(download: Download) -> str:
     text = f"{decimal(download.listing.size)} in {len(files)} files"
     unknown = sum(file.size is None for file in files)
     if unknown:
-        text += f", without {unknown} whose size the server does not state"
+        text += f", not counting {unknown} files of unknown size"
     present = download.listing.size - download.missing_bytes
     if present:
-        text += f"; {decimal(present)} have arrived already"
+        text += f"; {decimal(present)} already downloaded"
     return text
 
 
 def _pairs(download: Download) -> str:
-    """Return the number of pairs in a download, as its file names show it."""
+    """Return the number of pairs in each split of a download, found by the names of its files."""
     if download.archives:
         return "counted after unpacking"
     names = [file.path for file in download.listing.files]

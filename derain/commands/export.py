@@ -22,17 +22,18 @@ def export(
     format: Format = "onnx",
     route: int | None = None,
 ) -> int:
-    """Export a method as ONNX or with torch.export, and compare the file with the method at five image sizes.
+    """Export a method as ONNX or with torch.export, and compare the results of the file and the method at five sizes.
 
     Args:
         out: Output file: NAME.onnx, or NAME.pt2 for --format torch.
         weights: Name or file of weights, as for derain restore.
         method: Class of a method outside derain that the weights belong to, such as my_method.MyModule.
         format: onnx, or torch for a program of torch.export.
-        route: Route for all images, from 0; required for routes that CLIP selects (CLIP-RPN), as CLIP is not exported.
+        route: Route for all images, from 0; required if CLIP selects the routes (CLIP-RPN), since CLIP is not exported.
 
     Raises:
-        DerainError: If the weights cannot be loaded, the method cannot be exported, or the results of the file differ.
+        DerainError: If an option is wrong, the weights cannot be loaded, the method cannot be exported, or the results
+            differ; then no file is written.
     """
     module, note = load(weights, method)
     if not isinstance(module, DerainModule):
@@ -46,10 +47,10 @@ def export(
 
 
 def print_differences(differences: dict[tuple[int, int], float]) -> None:
-    """Print a table of the largest differences between file and method.
+    """Print a table of the largest differences between the results of file and method.
 
     Args:
-        differences: Largest difference of images in [0, 1], by size (height, width).
+        differences: Largest absolute difference between restored images in [0, 1], by size (height, width).
     """
     table = Table("width×height", title="difference between file and method, for values in [0, 1]")
     table.add_column("largest difference", justify="right")

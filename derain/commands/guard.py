@@ -41,7 +41,7 @@ STREAMS = re.compile(r"/gradio_api/(queue/data|(heartbeat|call/restore)/[\w.-]+)
 """Paths whose responses are streams of events."""
 
 FIELDS = ("data", "event_data", "fn_index", "trigger_id", "session_hash")
-"""Fields of a call to a function of the page that Gradio receives; all others are removed."""
+"""Fields in the JSON body of a call that are forwarded to Gradio; all others are removed."""
 
 SERVED = re.compile(
     r"/|/config/?|/theme\.css|/manifest\.json|/favicon\.ico|/robots\.txt|/(assets|static|svelte)/.*"
@@ -89,18 +89,19 @@ class Session:
 
 
 class Guard:
-    """ASGI application in front of Gradio's, which refuses all requests except those of the page.
+    """ASGI application in front of Gradio's application; it refuses all requests except those of the page.
 
-    A request must name a known host, and this page as its origin if it names one: this prevents DNS rebinding and
-    cross-site requests. Files and jobs are accessible only to the browser that uploaded or started them. All programs
-    without a cookie count as one browser.
+    The Host header of a request must be a known name. Its Origin header, if there is one, must be this page or an
+    additional host name. This prevents DNS rebinding and cross-site requests. Files and jobs are accessible only to the
+    browser that uploaded or started them. All programs without a cookie count as one browser.
 
     Args:
         app: Gradio's application.
         queue: Gradio's job queue.
         folder: Folder with uploads and restored photos.
-        max_bytes: Maximum size of an uploaded file in bytes.
-        host: Address of the server.
+        max_bytes: Maximum size of an uploaded file in bytes; one address may upload ``MAX_JOBS`` times as many in
+            ``KEEP_MINUTES``.
+        host: Address that the server listens on.
         allowed_hosts: Additional host names of the page.
 
     Raises:
@@ -181,7 +182,7 @@ class Guard:
                 self.queue.pending_event_ids_session.pop(name, None)
 
     def _check_sender(self, request: Request) -> None:
-        """Refuse a request with an unknown or repeated host name, or from another site."""
+        """Refuse a request with an unknown or repeated Host header, or from another site."""
         address = request.scope["server"][0] if self.host in ANY_ADDRESS else self.host
         known = LOCAL | self.allowed_hosts | {address}
         hosts = request.headers.getlist("host")
@@ -218,7 +219,7 @@ class Guard:
             try:
                 message = await receive_bounded()
                 self._count_upload(request, len(message.get("body", b"")))
-            except HTTPException as error:  # Gradio responds to these words with status 413
+            except HTTPException as error:  # Gradio responds to the words in parentheses with status 413
                 raise MultiPartException(f"{error.detail} (maximum allowed size)") from error
             if message["type"] == "http.disconnect":
                 raise MultiPartException("the connection ended before the upload did")
@@ -227,7 +228,7 @@ class Guard:
         await self.app(_uncompressed(request), receive, send_and_record)
 
     def _count_upload(self, request: Request, size: int) -> None:
-        """Count bytes of an upload; refuse it if its address has uploaded too many."""
+        """Count bytes of an upload; refuse the upload if its address has sent too many bytes recently."""
         address = _address(request)
         if not self.files.count(address, size):
             limit = f"{self.files.client_bytes / 1e6:,.0f} MB"
@@ -256,7 +257,7 @@ class Guard:
             await self.app(request.scope, _receive_bytes(body, request), send)
 
     def _check_data(self, path: str, call: dict[str, Any]) -> None:
-        """Refuse a wrong number of values for a function of the page, or a first value without the files it expects."""
+        """Refuse a call with a wrong number of values, or whose first value is not the photo or photos to restore."""
         functions = self.queue.blocks.fns
         index = call.get("fn_index")
         data = call.get("data")
@@ -290,7 +291,11 @@ class Guard:
             raise HTTPException(403, f"session {name}: belongs to another browser")
 
     def _make_room(self, address: str) -> None:
-        """Cancel abandoned jobs, and the oldest job without a listener of an address that has too many jobs."""
+        """Cancel abandoned jobs; if an address still has too many, cancel its oldest job without a listener.
+
+        Raises:
+            HTTPException: If all jobs of the address have listeners.
+        """
         for event in self._waiting_jobs():
             if self._is_abandoned(event):
                 self._cancel(event)
@@ -308,7 +313,7 @@ class Guard:
         return [event for jobs in self.queue.event_queue_per_concurrency_id.values() for event in jobs.queue]
 
     def _photos(self, event: Event) -> list[Path]:
-        """Return the uploaded files of a job: those in its call, and those in the state of its page."""
+        """Return the uploaded files of a job: those in its call, and those in the Gradio state of its page."""
         values = list(event.data.data) if event.data else []
         state = self.queue.blocks.state_holder[event.session_hash]
         values += [state[block._id] for block in event.fn.inputs if block.stateful]
@@ -318,7 +323,7 @@ class Guard:
         return self.sessions.setdefault(event.session_hash, Session(_cookie(event.request)))
 
     def _is_abandoned(self, event: Event) -> bool:
-        """Return whether a job has waited, and its session had no listener, for ``LISTENER_TIMEOUT``."""
+        """Return whether a job is older than ``LISTENER_TIMEOUT``, and its session had no listener for as long."""
         waited = time.monotonic() - event.enqueue_time
         return min(waited, self._session(event).idle_seconds()) > LISTENER_TIMEOUT
 
@@ -331,7 +336,7 @@ class Guard:
             self.queue.send_message(event, message)
 
     def abandoned(self, session: str) -> bool:
-        """Return whether a session of Gradio has jobs, and all of them are abandoned."""
+        """Return whether a session has jobs and all of them are abandoned."""
         jobs = list(self.queue.event_ids_to_events.values())
         events = [event for event in jobs if event.session_hash == session]
         return bool(events) and all(map(self._is_abandoned, events))
@@ -371,7 +376,7 @@ class Guard:
             session.last_open = time.monotonic()
 
     def _session_of_job(self, job: Any) -> str | None:
-        """Return the session of a job whose result has not been read; None for an unknown job."""
+        """Return the name of the session of a job whose result has not been read; None for any other value."""
         if not isinstance(job, str):
             return None
         pending = list(self.queue.pending_event_ids_session.items())

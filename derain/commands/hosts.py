@@ -18,11 +18,13 @@ NAME = re.compile(rf"{LABEL}(\.{LABEL})*")
 
 
 def host_name(text: str, option: str) -> str:
-    """Return a host name in lower-case ASCII, as browsers send it, or an IP address without brackets, shortened.
+    """Return a host name or IP address in the form in which browsers send it.
+
+    Names are converted to lower-case ASCII (IDNA); IP addresses are shortened and lose their brackets.
 
     Args:
         text: Name or IP address.
-        option: Option that gave it, for the error message.
+        option: Option that contains the text, for the error message.
 
     Raises:
         DerainError: If ``text`` is not a host name, or has further parts such as a scheme or port.
@@ -42,14 +44,14 @@ def host_name(text: str, option: str) -> str:
         name = ""
     if not NAME.fullmatch(name):
         raise DerainError(
-            f"{option} {text}: not a host name; expected a name or an IP address without scheme, port, wildcard "
-            "or final dot, such as photos.example.org"
+            f"{option} {text}: not a host name; give a name or an IP address without scheme, port, wildcard or final "
+            "dot, such as photos.example.org"
         )
     return name
 
 
 def host_of(netloc: str) -> str:
-    """Return the host of ``host:port``, in lower case and without brackets; empty if there is none.
+    """Return the host of ``host`` or ``host:port``, in lower case and without brackets; empty if there is none.
 
     Example:
         >>> host_of("Box.lan:7860"), host_of("[::1]:7860"), host_of("[::1")

@@ -9,13 +9,13 @@ SHOWN_FILES = re.compile(r"lightning/pytorch/(callbacks|tuner|profilers)/|signal
 """Source files whose info messages are shown: callbacks, tuner, profilers, and SLURM signal handling."""
 
 SIGTERM_MESSAGE = re.compile("An SIGTERMException was raised")
-"""Message that is hidden, since derain's own says what stopped the run and how to resume it."""
+"""Message that is hidden, since derain prints another one: what stopped the run, and how to resume it."""
 
 
 class MessageFilter(logging.Filter):
     """Hide Lightning's info messages (seed, unused accelerators, tips), except those from `SHOWN_FILES`.
 
-    `SIGTERM_MESSAGE` is hidden whatever its level.
+    `SIGTERM_MESSAGE` is hidden at every level.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -37,12 +37,13 @@ def filter_lightning_messages() -> None:
         ".*args parameter is intended to run from within Python.*",
         ".*treespec, LeafSpec.*",
         ".*The dirpath has changed.*",
-        ".*exists and is not empty. Previous log files.*",  # run_setup keeps the metrics of a resumed run
+        ".*exists and is not empty. Previous log files.*",  # run_setup restores metrics.csv of a resumed run
         "Checkpoint directory .* exists and is not empty.",  # true of every resumed run
         ".*is smaller than the logging interval.*",
-        "You are using a custom batch sampler .* for prediction.",  # it returns all images
-        "It is recommended to use `self.log.*sync_dist=True.*",  # scores are gathered; speeds are of rank 0
+        "You are using a custom batch sampler .* for prediction.",  # derain's sampler returns every image once
+        "It is recommended to use `self.log.*sync_dist=True.*",  # scores are gathered already; speeds are rank 0's
     ):
         warnings.filterwarnings("ignore", message)
-    # PLNLIN-MCDDL: if an epoch ends before the first discriminator step, its LR scheduler steps before its optimiser.
+    # PLNLIN-MCDDL: if an epoch ends before the first discriminator step, the discriminator's learning rate is scheduled
+    # before its optimiser has stepped.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)

@@ -11,10 +11,11 @@ from derain.models import bundled, public
 
 
 def list_models(*, all: bool = False) -> int:
-    """List the bundled models, with method, size and training sets; the names are values of --weights.
+    """List the bundled models, with method, size and training sets; --weights accepts their names.
 
     Args:
-        all: Also list models that others publish, which are downloaded from the Hugging Face hub on first use.
+        all: Also list public models, which other people publish and which are downloaded from the Hugging Face hub on
+            first use.
     """
     from derain.files.weights import read
 
@@ -47,7 +48,9 @@ def _public_table() -> Table:
 
 
 def show_model(name: str = "default") -> int:
-    """Show a model card: training data and its terms, training budget, results, limits.
+    """Show a model card: for bundled models, training data and its terms, training budget, results and limits.
+
+    Public models have a short card: source, licence, training sets and published results.
 
     Args:
         name: Name from derain models list --all.

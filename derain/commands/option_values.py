@@ -6,10 +6,10 @@ from derain.errors import DerainError
 
 
 def tile_size(text: str) -> int | Literal["auto"] | None:
-    """Return the value of ``--tile``: a side in pixels, ``auto``, or None for no tiles.
+    """Return the value of ``--tile``: a side in pixels, ``auto``, or None (for ``none``: whole images).
 
     Raises:
-        DerainError: If the text is none of them.
+        DerainError: If the text is not a number of pixels, ``auto`` or ``none``; sides that are too small are accepted.
 
     Example:
         >>> tile_size("none"), tile_size("auto"), tile_size("512")
@@ -25,10 +25,10 @@ def tile_size(text: str) -> int | Literal["auto"] | None:
 
 
 def scale_factor(text: str) -> int | Literal["auto"]:
-    """Return the value of ``--scale``: a factor, 1 for ``full``, or ``auto``.
+    """Return the value of ``--scale``: a factor, ``auto``, or 1 (for ``full``).
 
     Raises:
-        DerainError: If the text is none of them.
+        DerainError: If the text is not a whole number of at least 1, ``auto`` or ``full``.
 
     Example:
         >>> scale_factor("full"), scale_factor("auto"), scale_factor("4")

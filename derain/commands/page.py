@@ -23,7 +23,7 @@ ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path d="M
 4-10 9-17z" fill="#3b82f6"/></svg>"""
 
 SCRIPT = Path(__file__).with_name("page.js")
-"""Accepts photos pasted, chosen or dropped anywhere on the page; without it, a browser would open a dropped photo."""
+"""Script that accepts photos pasted, chosen or dropped anywhere; without it, a browser would open a dropped photo."""
 
 HEAD = (
     """<link rel="icon" type="image/svg+xml" href="data:image/svg+xml,"""
@@ -37,7 +37,7 @@ UPLOAD_SEVERAL = """async (...values) => {
   const [files, refused] = await uploadChosen();
   return [files, ...values.slice(1, -1), refused];
 }"""
-"""Uploads several photos, and returns the inputs of the function that restores them."""
+"""JavaScript that uploads several photos, and returns the inputs of the function that restores them."""
 
 SCALES = ("full", "auto", "2", "3", "4", "6", "8")
 """Values of the option ``scale``, as for ``derain restore``; the first is the default."""
@@ -46,7 +46,7 @@ METADATA = {
     False: "The restored photo has no metadata: no time, camera or location.",
     True: "The restored photo keeps its metadata: time, camera and location, if it has them.",
 }
-"""Sentence on the page by whether metadata is kept."""
+"""Sentence on the page, depending on whether restored photos keep their metadata."""
 
 
 def build(
@@ -57,18 +57,18 @@ def build(
     Args:
         service: Restores uploaded photos.
         max_megabytes: Maximum size of an uploaded file in MiB.
-        host: Address of the server.
+        host: Address that the server listens on.
         allowed_hosts: Additional host names of the page.
 
     Returns:
-        The ASGI application to serve.
+        The ASGI application to serve, with the page inside.
 
     Raises:
         DerainError: If ``host`` or an additional name is not a host name.
     """
     with gr.Blocks(title="derain", analytics_enabled=False) as blocks:
         components = _add_components(service)
-        _add_events(components, service, lambda session: guard.abandoned(session))  # late binding: guard is made below
+        _add_events(components, service, lambda session: guard.abandoned(session))  # guard is assigned below
     blocks.queue(max_size=MAX_JOBS, api_open=False)
     application: FastAPI = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
@@ -84,7 +84,7 @@ def build(
         theme=_theme(),
         head=_head(max_megabytes),
     )
-    blocks.has_launched = True  # makes Gradio, too, refuse paths that were not uploaded
+    blocks.has_launched = True  # with it, Gradio itself also refuses paths of files that were not uploaded
     guard = Guard(application, blocks._queue, service.folder, max_megabytes * 2**20, host, allowed_hosts)
     return guard
 
@@ -254,7 +254,7 @@ def _add_events(components: _Components, service: RestorationService, abandoned:
         refused: Any = None,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio finds it by its default
     ) -> Any:
-        """Restore one or several photos; return the updates of the page, which show the result or the errors."""
+        """Restore one or several photos; return the updates that show the results or the errors on the page."""
         uploads, messages = _uploads(files)
         messages += [_text(message) for message in refused] if isinstance(refused, list) else []
         if not uploads and not messages:
@@ -342,9 +342,12 @@ def _add_events(components: _Components, service: RestorationService, abandoned:
 
 
 def _uploads(files: Any) -> tuple[dict[Path, str], list[str]]:
-    """Return the name on the client of each file of a component or state, by path, and a message for each repeated one.
+    """Return the client's name of each uploaded file by path, and a message for each file that was chosen twice.
 
-    Files of equal name and content have one path.
+    Gradio gives files of equal name and content the same path.
+
+    Args:
+        files: Value of a component or state: a file, a list of files, or None.
     """
     uploads: dict[Path, str] = {}
     messages = []
@@ -391,7 +394,14 @@ def _results_updates(
 
 
 def _shown(components: _Components, title: str, caption: Sequence[str], facts: Mapping[str, Any]) -> dict[Any, Any]:
-    """Return the updates that one and several restored photos have in common."""
+    """Return the updates that are the same for one photo and for several.
+
+    Args:
+        components: Components of the page.
+        title: Name of the photo, or number of photos.
+        caption: Facts beside the title.
+        facts: All facts, by name.
+    """
     rain = ["rain added"] if "synthetic rain" in facts else []
     return {
         components.photo: gr.update(value=None, visible="hidden"),
@@ -404,7 +414,7 @@ def _shown(components: _Components, title: str, caption: Sequence[str], facts: M
 
 
 def _text(value: Any) -> str:
-    """Return a value as text that UTF-8 can encode."""
+    """Return a value as text, with characters replaced that UTF-8 cannot encode."""
     return str(value).encode("utf-8", "replace").decode()
 
 
@@ -428,7 +438,7 @@ def _errors(messages: Sequence[str]) -> str:
 
 
 def _facts_list(facts: Mapping[str, Any]) -> str:
-    """Return facts as an HTML description list; a mapping of scores becomes a list of bars."""
+    """Return facts as an HTML description list; a mapping of scores in [0, 1] becomes a list of bars."""
     rows = []
     for name, value in facts.items():
         if isinstance(value, Mapping):

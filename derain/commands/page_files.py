@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 KEEP_MINUTES = 30
-"""Minutes after which uploads and results are deleted; the rest is deleted when the server stops."""
+"""Minutes after which uploads and results are deleted; when the server stops, all files are deleted."""
 
 
 class PageFiles:
@@ -28,24 +28,29 @@ class PageFiles:
         """Bytes by address and minute."""
 
     def add(self, paths: Iterable[str], cookie: str) -> None:
-        """Allow the browser with a cookie to use files; paths outside the folder are ignored."""
+        """Allow the browser that has a cookie to use files; paths outside the folder are ignored."""
         for path in paths:
             if self._is_inside(path):
                 self._owners.setdefault(path, set()).add(cookie)
 
     def belongs(self, path: object, cookie: str) -> bool:
-        """Return whether the browser with a cookie may use a file: it uploaded it, or it is a result of its jobs."""
+        """Return whether the browser that has a cookie may use a file: its own upload, or a result of its jobs."""
         return isinstance(path, str) and cookie in self._owners.get(path, ()) and self._is_inside(path)
 
     def count(self, address: str, size: int) -> bool:
-        """Count bytes that an address uploads; return whether its recent uploads are within ``client_bytes``."""
+        """Count bytes that an address uploads; return whether it is still within ``client_bytes``.
+
+        Args:
+            address: IP address of the client.
+            size: Number of new bytes.
+        """
         minute = _minute()
         self._uploaded[address, minute] += size
         total = sum(self._uploaded[address, minute - age] for age in range(KEEP_MINUTES + 1))
         return total <= self.client_bytes
 
     def delete_old(self) -> None:
-        """Delete all files that are older than ``KEEP_MINUTES`` minutes, and forget their owners and old uploads."""
+        """Delete files that did not change for ``KEEP_MINUTES`` minutes; forget their owners, and counts as old."""
         for path in self.folder.rglob("*"):
             try:
                 if not path.is_dir() and time.time() - path.lstat().st_ctime > KEEP_MINUTES * 60:
@@ -64,7 +69,7 @@ class PageFiles:
 
 
 def touch(files: Iterable[Path]) -> None:
-    """Postpone the deletion of files that exist: it depends on when they were last changed."""
+    """Postpone the deletion of files, which depends on when they last changed; missing files are ignored."""
     for file in files:
         with suppress(FileNotFoundError):
             os.utime(file)

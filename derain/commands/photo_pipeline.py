@@ -18,13 +18,13 @@ Outcome = bool | DerainError | OSError
 """Whether the written metadata contains a location; or the error that prevented the restoration."""
 
 PIXELS_AHEAD = 48_000_000
-"""Largest number of pixels of photos that are read, restored or being written at a time; one photo may have more."""
+"""Largest number of pixels of all photos that are read, restored or written at a time; one photo may have more."""
 
 WORKERS = 2
-"""Threads that read photos, and threads that write photos: decoding and encoding release Python's lock."""
+"""Number of threads that read photos, and number that write them: decoding and encoding release Python's lock."""
 
 BATCHES = 4
-"""Largest number of batches, or of rounds of threads, that are restored in one call."""
+"""Largest number of batches that are restored in one call; on a CPU, of photos for each thread."""
 
 NOT_WRITABLE = {errno.ENOSPC, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
 """Errors of a full or read-only disk, after which no further file can be written; Windows has no quota error."""
@@ -33,14 +33,15 @@ NOT_WRITABLE = {errno.ENOSPC, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC
 class PhotoPipeline:
     """Restores photos in order, with bounded memory.
 
-    Photos are read on threads ahead of the device. Those that are ready are restored together. Threads behind the
-    device write them. If the pipeline is interrupted, files that are being written are completed.
+    Threads read photos ahead of the device. The photos that are ready are restored together. Other threads write the
+    results. If the pipeline is interrupted, files that are being written are completed.
 
     Args:
-        restorer: Restores the photos.
+        restorer: Restorer that ``restore`` uses; it determines how many photos are restored in one call.
         read: Returns the photo of a file.
-        restore: Restores photos of files; returns a result or an error for each.
-        write: Writes a restored photo to its target; returns whether its metadata contains a location.
+        restore: Restores photos, given the photos and their files; returns a result or an error for each photo.
+        write: Writes a result, given the photo, the result and the output file; returns whether the written metadata
+            contains a location.
     """
 
     def __init__(
@@ -53,9 +54,9 @@ class PhotoPipeline:
         self.restorer = restorer
         self.read, self.restore, self.write = read, restore, write
         self._readers, self._writers = ThreadPoolExecutor(WORKERS), ThreadPoolExecutor(WORKERS)
-        # Photos in order, with their number of pixels.
+        # Files in order, each with its photo (once it is read) and its number of pixels.
         self._reading: deque[tuple[Path, Future[Photo], int]] = deque()
-        # Outcomes in order, with the number of pixels of the photo while it is written.
+        # Outcomes in order, each with the number of pixels of a photo to be written; 0 for an error.
         self._writing: deque[tuple[Future[bool] | DerainError | OSError, int]] = deque()
         self._size: tuple[int, ...] = ()
 
@@ -63,13 +64,13 @@ class PhotoPipeline:
         """Restore photos.
 
         Args:
-            jobs: Output file of each photo.
+            jobs: Output file of each input file.
 
         Yields:
-            The outcome for each photo, in order.
+            The outcome of each photo, in order.
 
         Raises:
-            KeyboardInterrupt: If the user interrupts the command, after the outcomes of all files that are complete.
+            KeyboardInterrupt: If the user interrupts the command; the outcomes of all complete files are yielded first.
             OSError: If the disk is full or read-only.
         """
         remaining = deque(jobs)
@@ -77,20 +78,20 @@ class PhotoPipeline:
             while remaining or self._reading:
                 self._read_ahead(remaining)
                 self._restore_group(jobs)
-                while self._writing and (self._is_done() or self._pixels_written() > PIXELS_AHEAD // 2):
-                    yield self._outcome()
+                while self._writing and (self._is_done() or self._pixels_to_write() > PIXELS_AHEAD // 2):
+                    yield self._pop_outcome()
             while self._writing:
-                yield self._outcome()
+                yield self._pop_outcome()
         except KeyboardInterrupt:
             self._stop()
             while self._writing and self._is_done():
-                yield self._outcome()
+                yield self._pop_outcome()
             raise
         finally:
             self._stop()
 
     def _read_ahead(self, remaining: deque[Path]) -> None:
-        """Start to read the next photos, up to half of the pixels that are allowed, but at least one photo."""
+        """Start to read the next photos, up to half of `PIXELS_AHEAD`, but at least one photo."""
         while remaining and len(self._reading) < self._group_size() + WORKERS:
             pixels = _pixels(remaining[0])
             if self._reading and pixels + sum(item[2] for item in self._reading) > PIXELS_AHEAD // 2:
@@ -107,12 +108,12 @@ class PhotoPipeline:
             return self.write(photo, result, target)
 
     def _group_size(self) -> int:
-        """Return the largest number of photos that are restored in one call, if all have the latest size."""
+        """Return the largest number of photos that are restored in one call, for the size of the latest photo."""
         at_once = self.restorer.images_at_once(*self._size) if self._size else 1
         return BATCHES * at_once
 
     def _restore_group(self, jobs: Mapping[Path, Path]) -> None:
-        """Restore the next photo and those after it that are already read; start to write them."""
+        """Restore the next photo and those after it that have been read already; start to write the results."""
         photos: list[Photo] = []
         sources: list[Path] = []
         while self._reading:
@@ -140,7 +141,7 @@ class PhotoPipeline:
                 self._writing.append((writing, photo.rgb.shape[0] * photo.rgb.shape[1]))
 
     def _restore(self, photos: list[Photo], sources: list[Path]) -> "Sequence[Explanation | DerainError]":
-        """Restore photos; one by one if memory does not suffice for all of them."""
+        """Restore photos; if memory does not suffice for all of them together, restore them one by one."""
         try:
             return self.restore(photos, sources)
         except (MemoryError, RuntimeError) as error:
@@ -158,16 +159,16 @@ class PhotoPipeline:
         self._size = (height, width)
 
     def _is_done(self) -> bool:
-        """Return whether the outcome of the first file is known."""
+        """Return whether the first outcome is known."""
         first = self._writing[0][0]
         return not isinstance(first, Future) or (first.done() and not first.cancelled())
 
-    def _pixels_written(self) -> int:
-        """Return the number of pixels of photos that are being written, or wait to be."""
+    def _pixels_to_write(self) -> int:
+        """Return the number of pixels of photos that are being written or wait for it."""
         return sum(pixels for _, pixels in self._writing)
 
-    def _outcome(self) -> Outcome:
-        """Return the outcome of the first file that is being written, once it is complete."""
+    def _pop_outcome(self) -> Outcome:
+        """Wait for the first outcome, remove it from the queue and return it."""
         item, _ = self._writing[0]
         try:
             outcome = item.result() if isinstance(item, Future) else item
@@ -177,16 +178,16 @@ class PhotoPipeline:
         return outcome
 
     def _stop(self) -> None:
-        """Cancel what has not started, and wait for the rest."""
+        """Cancel the reads and writes that have not started, and wait for the others."""
         self._readers.shutdown(cancel_futures=True)
         self._writers.shutdown(cancel_futures=True)
 
 
 def outcome_of(error: DerainError | OSError) -> Outcome:
-    """Return the error of a file as its outcome.
+    """Return an error as the outcome of its file, unless it prevents writing any further file.
 
     Raises:
-        OSError: If the disk is full or read-only: no further file can be written.
+        OSError: If the error means that the disk is full or read-only.
     """
     if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
         raise error

@@ -1,7 +1,7 @@
-"""Ranks of a run on one machine: if one dies, the others end within seconds, with one line.
+"""Ranks of a run on one machine: if one dies, the others end within 30 seconds, and one message is printed.
 
-Under torchrun and SLURM, their own agents do this. Otherwise, Lightning starts the further ranks as child processes of
-rank 0, which observes them here; they observe rank 0.
+Under torchrun and SLURM, their own agents end the others. Without them, Lightning starts the other ranks as child
+processes of rank 0. Here, rank 0 observes its children, and they observe rank 0 (on Windows they do not).
 """
 
 import os
@@ -20,26 +20,26 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from derain.errors import DerainError, Stopped
 
 MAIN_PROCESS = "DERAIN_MAIN_PROCESS"
-"""Environment variable with the process ID of rank 0, for the ranks that it starts."""
+"""Environment variable by which rank 0 passes its process ID to the ranks that it starts."""
 
 INTERVAL = 1.0
 """Seconds between two checks of the other ranks."""
 
 PATIENCE = 12.0
-"""Seconds in which a rank may end by itself after another one has ended, for example with an error of its own."""
+"""Seconds in which a rank may end by itself after another rank has died, for example with an error of its own."""
 
 TERMINATED = {128 + signal.SIGTERM, -signal.SIGTERM}
-"""Exit codes of a rank that SIGTERM has stopped; the second one if it received it again while it ended."""
+"""Exit codes of a rank that SIGTERM has stopped: derain's own, and that of a rank killed by a second SIGTERM."""
 
 LOST_CONNECTION = re.compile("gloo|nccl|ucc|tcpstore|process ?group|connection|socket|broken pipe", re.IGNORECASE)
-"""Messages of torch.distributed about another rank."""
+"""Pattern of errors of torch.distributed that are raised if another rank has died."""
 
 
 class SignalConnector(_SignalConnector):
     """Signal handlers of Lightning without communication between ranks.
 
-    Lightning's handler of SIGTERM broadcasts the signal. A rank whose handler broadcasts, and another one that waits in
-    a collective operation of the run, would wait for each other.
+    Lightning's handler of SIGTERM broadcasts the signal. If one rank broadcasts while another waits in a collective
+    operation of the run, they wait for each other forever.
     """
 
     def _sigterm_notifier_fn(self, signum: int, _: FrameType) -> None:
@@ -53,12 +53,12 @@ class SignalConnector(_SignalConnector):
 
 
 class Ranks:
-    """Observes the other ranks of a run that Lightning starts: rank 0 all of them, the others rank 0.
+    """Context manager of a run: rank 0 observes the ranks that Lightning has started, and these observe rank 0.
 
-    As a context, it surrounds the run. With one process, or under torchrun and SLURM, it has nothing to observe.
+    With one process, or under torchrun and SLURM, there is nothing to observe.
 
     Args:
-        next_step: Function that returns the end of the message: how to resume the run.
+        next_step: Returns the end of the message about a dead rank: how to resume the run.
     """
 
     def __init__(self, next_step: Callable[[], str]) -> None:
@@ -98,11 +98,12 @@ class Ranks:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Stop observing; if the run has failed, end the ranks that this one has started.
 
+        An exception about a lost connection is replaced if another rank has died.
+
         Raises:
-            DerainError: If another rank has died, which explains an exception about a lost connection; on rank 0, or on
-                rank 1 if rank 0 has died.
-            Stopped: On rank 0, if SIGTERM has stopped that other rank.
-            SystemExit: If another rank has died, on the ranks that report nothing.
+            DerainError: Instead of it, on rank 0; or on rank 1, if rank 0 has died.
+            Stopped: Instead of it, on rank 0, if SIGTERM has stopped the other rank.
+            SystemExit: Instead of it, on all other ranks.
         """
         try:
             if error is not None:
@@ -114,7 +115,7 @@ class Ranks:
             self._finished.set()
 
     def _explain(self, error: BaseException) -> None:
-        """Replace an exception of torch.distributed if another rank has died."""
+        """Raise an exception that names the dead rank, if ``error`` is one about a lost connection; see `__exit__`."""
         if not (self.main or self.processes) or not LOST_CONNECTION.search(f"{type(error).__name__} {error}"):
             return
         self._wait(lambda: self.failure() != "")  # a connection is lost before the process has ended
@@ -134,7 +135,7 @@ class Ranks:
 
     @property
     def _reports(self) -> bool:
-        """Whether this rank reports a death: rank 0, or rank 1 if rank 0 has died."""
+        """Whether this rank reports a dead rank: rank 0 does, and rank 1, which observes rank 0 only."""
         return self.local_rank in {"0", "1"}
 
     def _kill(self) -> None:
@@ -143,7 +144,7 @@ class Ranks:
             process.kill()  # a process that waits for a collective ignores SIGTERM
 
     def _watch(self) -> None:
-        """End this process if another rank has died, unless it ends by itself soon."""
+        """End this process if another rank has died and this one does not end by itself within `PATIENCE`."""
         while not self._finished.wait(INTERVAL):
             failure = self.failure()
             if failure and not self._finished.wait(PATIENCE):

@@ -35,7 +35,7 @@ ACCEPTED = SUFFIXES | video.SUFFIXES
 """Suffixes of photos and videos."""
 
 MAX_TEMPORAL = 8
-"""Largest number of neighbours on each side that frames are fused with."""
+"""Largest number of neighbours before and after with which frames are fused."""
 
 log = logging.getLogger("derain")
 
@@ -89,12 +89,13 @@ def restore(
         method: Class of a method outside derain that the weights belong to, such as my_method.MyModule.
         tile: Side of the tiles in pixels, at least 64; auto uses tiles only if memory is short, none uses no tiles.
         ensemble: Average over 8 flips and rotations, 8 times slower; for methods trained on transposed crops.
-        compare: Also write NAME.EXT-compare.png (videos: .EXT) with before and after side by side.
-        explain: Also write NAME.EXT-explain.png and .json with the method's maps, route and scores; for photos and
-            methods with maps only.
+        compare: Also write NAME.EXT-compare.png (for videos NAME.EXT-compare.EXT) with before and after side by side.
+        explain: Also write NAME.EXT-explain.png and .json with the method's maps, route and scores; only for photos,
+            and only for methods that have maps.
         crf: Quality of videos, from 0 (best) to 51 (worst).
-        encoder: Encoder of videos (default: libx264), such as h264_nvenc or hevc_videotoolbox.
-        temporal: Neighbours on each side that frames of videos are fused with, such as 2; 0 restores frame by frame.
+        encoder: Encoder of videos, such as h264_nvenc or hevc_videotoolbox (default: libx264, for WebM libvpx-vp9).
+        temporal: Number of neighbours before and after with which each frame of a video is fused, such as 2; 0
+            restores frame by frame.
         strip_metadata: Remove EXIF metadata (time, camera, location) and the tags of videos; colour profiles are kept.
         white: Value of white in floating-point TIFF files, such as 255.
         overwrite: Replace existing outputs, which are kept by default.
@@ -106,13 +107,13 @@ def restore(
         device: Device: auto, cpu, cuda, cuda:N or mps.
         precision: Precision of the network; bf16 (autocast) falls back to float32 on devices without bfloat16.
         compile: Compile the network, which takes up to a minute; worthwhile for hundreds of photos.
-        scale: Estimate the rain on photos that are reduced by this factor, and subtract it at full size; auto reduces
-            a shorter side of 2000 pixels or more to 1000 to 1500 pixels, full restores the photo itself.
+        scale: Factor by which images are reduced to estimate the rain, which is subtracted at full size; auto reduces
+            a shorter side of 2000 pixels or more to 1000 to 1500 pixels, full does not reduce images.
         strength: Share of the rain that is removed, from 0 to 1.
 
     Raises:
-        DerainError: If an option is wrong, the weights cannot be loaded, the only output exists, or any file cannot be
-            restored; all other files are written.
+        DerainError: If an option is wrong, the weights cannot be loaded, the only output exists, or a file cannot be
+            restored; in the last case, all other files are written.
     """
     video_options = VideoOptions(crf, encoder, metadata=not strip_metadata)
     options = FileOptions(compare, explain, strip_metadata, white, video_options, temporal)
@@ -150,10 +151,10 @@ def restore(
 
 
 def _checked_plan(input: str, out: Path, options: FileOptions) -> dict[Path, Path]:
-    """Return the output path of each input, as `plan` does, if options and all outputs are valid.
+    """Return the output path of each input, as `plan` does, and check options and outputs.
 
     Raises:
-        DerainError: If they are not.
+        DerainError: As for `plan`; if two outputs have the same path; or if an option is wrong.
     """
     jobs = plan(input, out)
     check_outputs((file, source) for source, target in jobs.items() for file in output_files(target, options))
@@ -162,7 +163,7 @@ def _checked_plan(input: str, out: Path, options: FileOptions) -> dict[Path, Pat
 
 
 def _sampling(**options: str | int | None) -> Any:
-    """Return the sampling that options set; None if they set none, so that the method uses its own."""
+    """Return the given sampling options; None if all are None, so that the method uses its own."""
     from derain.methods.interfaces import Sampling
 
     chosen: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -175,9 +176,9 @@ class Report:
 
     Attributes:
         out: Output of the run.
-        total: Number of photos and videos.
+        total: Number of photos and videos in the input.
         kept: Number of existing outputs that are kept.
-        failures: Messages about files that cannot be restored.
+        failures: Messages about files that could not be restored.
         restored: Number of restored files.
         attempted: Number of files that were restored or failed since the weights were loaded.
         with_location: Outputs whose metadata contains a location.
@@ -268,7 +269,7 @@ def _restore_all(restorer: "Restorer", jobs: Mapping[Path, Path], options: FileO
 
 
 def _outcomes(restorer: "Restorer", jobs: Mapping[Path, Path], options: FileOptions) -> Iterator[Outcome]:
-    """Restore files in order and yield their outcomes; successive photos are restored by a `PhotoPipeline`."""
+    """Restore files in order and yield their outcomes; a `PhotoPipeline` restores successive photos."""
     for are_videos, sources in itertools.groupby(jobs, is_video):
         group = {source: jobs[source] for source in sources}
         if not are_videos and len(group) > 1:
@@ -286,7 +287,7 @@ def _outcomes(restorer: "Restorer", jobs: Mapping[Path, Path], options: FileOpti
 
 
 def _next_step(remaining: Sequence[Path], overwrite: bool) -> str:
-    """Return how to restore the remaining files after an interrupt, for a message."""
+    """Return how to restore the remaining files, given their outputs, after an interrupt; for a message."""
     if not overwrite:
         return "run the same command for the rest"
     old = sum(target.exists() for target in remaining)
@@ -304,7 +305,7 @@ def restore_photo(restorer: "Restorer", source: Path, target: Path, options: Fil
         restorer: Restores the photo.
         source: The photo.
         target: Output file.
-        options: How the output is written.
+        options: How the photo is read and the output is written.
 
     Returns:
         Whether the written metadata contains a location.
@@ -357,13 +358,15 @@ def _explain(restorer: "Restorer", image: NDArray[np.float32], name: str) -> "Ex
 
 
 def restore_video(restorer: "Restorer", source: Path, target: Path, options: FileOptions) -> bool:
-    """Restore a video in batches of frames, and fuse neighbours; all frames are conditioned on the first frame.
+    """Restore a video in batches of frames, and fuse neighbouring frames.
+
+    All frames are restored with the conditions of the first frame, such as its route.
 
     Args:
         restorer: Restores the frames.
         source: The video.
         target: Output file.
-        options: How the output is written.
+        options: How frames are fused and the output is written.
 
     Returns:
         Whether the written metadata contains a location.
@@ -396,13 +399,14 @@ def is_video(path: Path) -> bool:
 
 
 def plan(source: str, out: Path) -> dict[Path, Path]:
-    """Return the output path of each input; in an output folder, names and subfolders are kept.
+    """Return the output path of each input.
 
-    Videos whose container cannot be written become ``.mp4``.
+    In an output folder, inputs keep their names; those of an input folder keep their subfolders, those of a glob do
+    not. Videos in a container that cannot be written become ``.mp4``.
 
     Args:
         source: A file, a folder or a glob.
-        out: A file or folder for one photo or video; a folder for several.
+        out: A file or folder for one photo or video; a folder for several. A path without suffix is a folder.
 
     Raises:
         DerainError: If there are no inputs, two inputs have the same output, an output is an input, or ``out`` has an

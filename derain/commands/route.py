@@ -1,4 +1,4 @@
-"""Count the images that CLIP sends along each route of CLIP-RPN."""
+"""Count the images for which CLIP selects each route of CLIP-RPN."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ from derain.progress import track
 from derain.restoration import choose_device
 
 PAPER_SETS = {"Rain800": "Rain800", "RainTrainH": "Rain100H", "RainTrainH-full": "Rain100H", "RainTrainL": "Rain100L"}
-"""Training sets of CLIP-RPN's paper, by layout."""
+"""Training sets of CLIP-RPN's paper as the paper names them, by layout."""
 
 SHEET_IMAGES, SHEET_COLUMNS = 24, 6
 """Maximum number of images on a contact sheet, and in one of its rows."""
@@ -46,7 +46,7 @@ def route(
     device: str = "auto",
     format: Literal["table", "json"] = "table",
 ) -> int:
-    """Count the images on each route of CLIP-RPN, and save their scores and a contact sheet for each route.
+    """Count the images on each route of CLIP-RPN; save their scores, and a contact sheet for each route with images.
 
     Args:
         sets: Names or folders of data sets, or folders with images.
@@ -167,8 +167,8 @@ def count_routes(
         route_count: Number of routes.
 
     Returns:
-        One entry per set, with ``counts`` by route. ``paper`` has the counts of CLIP-RPN's paper; None if the paper has
-        none or counted another number of images.
+        One entry per set: its name and origin, the number of ``images``, ``counts`` by route, and ``paper``: the counts
+        in CLIP-RPN's paper, or None if the paper has none or counted another number of images.
     """
     entries: list[dict[str, Any]] = []
     start = 0
@@ -200,7 +200,7 @@ def count_routes(
 
 
 def _paper_counts(pair_set: PairSet, prompts: str) -> list[int] | None:
-    """Return the paper's counts for a set; None if the paper has none or counted another number of images."""
+    """Return the counts in CLIP-RPN's paper; None if it has none or counted another number of images."""
     if prompts not in PROMPTS or pair_set.layout not in PAPER_SETS or pair_set.split != "train":
         return None
     counts = PROMPTS[prompts].counts[PAPER_SETS[pair_set.layout]]
@@ -212,12 +212,13 @@ def _sum_columns(rows: Sequence[Sequence[int]]) -> list[int]:
 
 
 def write_files(folder: Path, sets: Sequence[PairSet], similarities: Tensor, summary: dict[str, Any]) -> None:
-    """Write the route of each image, the summary and the contact sheets; contact sheets of earlier runs are deleted.
+    """Write ``routes.csv``, ``summary.json`` and ``route-N.png``; contact sheets of earlier runs are deleted.
 
     Args:
         folder: Folder for the files.
         sets: Data sets.
-        similarities: Similarities of all images, in the order of the sets and their pairs, to the prompts, ``(n, m)``.
+        similarities: ``(images, prompts)``: similarity of each image, in the order of the sets and their pairs, to each
+            prompt.
         summary: Content of ``summary.json``.
     """
     image_scores = scores(similarities)
@@ -258,7 +259,8 @@ def route_sheet(images: Sequence[tuple[float, Pair]]) -> Image.Image:
     """Return a contact sheet of at most ``SHEET_IMAGES`` images, evenly spaced in the list.
 
     Args:
-        images: Images of a route, each after the difference between its two largest scores.
+        images: Margin and image for all images of a route; the margin is the difference between the two largest scores
+            of the image.
     """
     indices = np.linspace(0, len(images) - 1, min(SHEET_IMAGES, len(images))).round().astype(int)
     selected = [images[index] for index in indices]
@@ -273,7 +275,11 @@ def route_sheet(images: Sequence[tuple[float, Pair]]) -> Image.Image:
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    """Print one row of counts per set, and below it the paper's counts if there are any; then the prompts."""
+    """Print a row of counts for each set, followed by a row of the paper's counts if there are any; then the prompts.
+
+    Args:
+        summary: Content of ``summary.json``.
+    """
     texts = summary["prompts"]["texts"]
     table = Table("set", title=f"prompts {summary['prompts']['set']}, {summary['clip']['name']}", title_justify="left")
     for column in ("images", *(f"route {index}" for index in range(len(texts)))):

@@ -1,4 +1,4 @@
-"""Folders of runs, ``ROOT/COMMAND-N``; all processes of a run share one."""
+"""Folders of runs, ``ROOT/COMMAND-N``; all processes of a run share one folder."""
 
 import itertools
 import os
@@ -13,13 +13,13 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from derain.errors import DerainError
 
 RUN = re.compile(r"(fit|validate|test|predict)-[\d.]+")
-"""Pattern of the names of run folders."""
+"""Pattern of the names of run folders; the number may be the ID of a SLURM job."""
 
 
 def root_of(folder: Path) -> Path:
-    """Return the folder in which new runs are numbered: the parent of a run folder, or the folder itself.
+    """Return the folder in which new runs are numbered: the parent of a run folder, or else the folder itself.
 
-    Thus a new run that is given the folder of an earlier run gets a folder beside it, not inside it.
+    Thus, if ``--trainer.default_root_dir`` is the folder of an earlier run, a new run gets a folder beside it.
     """
     return folder.parent if RUN.fullmatch(folder.name) and (folder / "config.yaml").is_file() else folder
 
@@ -27,20 +27,21 @@ def root_of(folder: Path) -> Path:
 def shared_folder(root: Path, command: str, resuming: bool, arguments: Sequence[str] = ()) -> Path:
     """Return the folder of the run, the same for all its processes.
 
-    A run that is resumed is looked up by each process that torchrun or SLURM starts. The folder of a new run:
+    To resume a run, each process that torchrun or SLURM has started looks for its folder (`run_folder`). The folder of
+    a new run is chosen as follows:
 
-    - under torchrun, rank 0 chooses it and sends it through torchrun's store;
-    - under SLURM with several tasks, it is named after the job and its step;
+    - under torchrun, rank 0 chooses it and sends it to the others through torchrun's store;
+    - under SLURM with several tasks, it is named after the job and, except in step 0, the step;
     - under SLURM with one task, see `job_folder`;
-    - otherwise, it has the next free number.
+    - otherwise, it gets the next free number.
 
-    Processes that Lightning starts read the folder from the environment variable ``DERAIN_RUN``.
+    Processes that Lightning has started read the folder from the environment variable ``DERAIN_RUN``.
 
     Args:
         root: Folder in which runs are numbered, or a run folder.
         command: ``fit``, ``validate``, ``test`` or ``predict``.
-        resuming: Whether the run in ``root``, or else the newest run, is resumed.
-        arguments: The command line, by which a job that SLURM has restarted finds its run.
+        resuming: Whether to resume the run in ``root`` if it has a ``last.ckpt``, or else the newest run.
+        arguments: The command line; a job that SLURM has restarted finds its run by it.
 
     Raises:
         DerainError: If there is no run to resume.
@@ -84,7 +85,7 @@ def _slurm_tasks() -> int:
 
 
 def _choose_folder(root: Path, command: str, resuming: bool, arguments: Sequence[str]) -> Path:
-    """Return the folder of the run; called by the first process of a run only."""
+    """Return the folder of the run; only the first process of a run calls this."""
     if resuming or "SLURM_JOB_ID" not in os.environ:
         return run_folder(root, command, resuming)
     return job_folder(root_of(root), command, arguments)
@@ -93,9 +94,9 @@ def _choose_folder(root: Path, command: str, resuming: bool, arguments: Sequence
 def job_folder(root: Path, command: str, arguments: Sequence[str]) -> Path:
     """Return the folder of a run in a SLURM job: ``root/COMMAND-JOBID``, with ``.1``, ``.2`` for further runs.
 
-    If SLURM has restarted the job, a run gets its earlier folder, found by its command line. Each start of the job
-    saves the command line to a new file in the folder. Only one process can create the file, so that two runs never
-    use a folder at the same time.
+    If SLURM has restarted the job, a run gets its earlier folder, which is found by its command line. After each start
+    of the job, the run saves its command line to a new file in the folder, ``slurm-RESTARTS.txt``. Only one process can
+    create the file, so that two runs never use a folder at the same time.
 
     Args:
         root: Folder for the run folders.
@@ -145,7 +146,7 @@ def run_folder(root: Path, command: str, resuming: bool) -> Path:
     checkpoints = list(root.glob(f"{command}-*/checkpoints/last.ckpt"))
     if not checkpoints:
         raise DerainError(
-            f"--ckpt_path last: no {command}-N/checkpoints/last.ckpt in {root}; omit it to start a new run"
+            f"--ckpt_path last: no {command}-N/checkpoints/last.ckpt in {root}; omit the option to start a new run"
         )
     newest = max(checkpoints, key=lambda file: file.stat().st_mtime)
     return newest.parents[1]

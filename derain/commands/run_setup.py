@@ -50,7 +50,7 @@ LIMITS = {
     "test": "limit_test_batches",
     "predict": "limit_predict_batches",
 }
-"""Option of each command that limits the number of evaluated batches."""
+"""Trainer option that limits the number of evaluated batches, by command."""
 
 
 def commit() -> str | None:
@@ -64,7 +64,7 @@ def commit() -> str | None:
 
 
 def check_options(trainer: Any, command: str) -> None:
-    """Refuse values of the trainer's options that Lightning accepts, but that fail later or have no effect.
+    """Check values of the trainer's options that Lightning accepts, but that would fail later or have no effect.
 
     Args:
         trainer: Configured options of the trainer.
@@ -96,11 +96,13 @@ def check_options(trainer: Any, command: str) -> None:
         )
     limit = LIMITS.get(command)
     if limit and trainer[limit] == 0:
-        raise DerainError(f"--trainer.{limit} 0: must be at least 1; or omit the option")
+        raise DerainError(
+            f"--trainer.{limit} 0: must be a number of batches of at least 1, or a fraction above 0; or omit the option"
+        )
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Check precision, strategy, plugins and callbacks, and make the trainer write checkpoints atomically.
+    """Check precision, strategy, checkpoint plugin and callbacks; make the trainer write checkpoints atomically.
 
     Raises:
         DerainError: If precision, strategy, checkpoint plugin or a callback is not supported.
@@ -142,10 +144,10 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def configured_loggers(configured: Any, folder: Path, checkpoint: str | None) -> list[Logger] | bool:
-    """Return a CSV logger for ``metrics.csv``, then the configured loggers; False if logging is turned off.
+    """Return a CSV logger for ``metrics.csv`` and the configured loggers; False if logging is turned off.
 
     Args:
-        configured: Value of the trainer's ``logger``: a boolean, None, a logger or a list of loggers.
+        configured: Value of ``--trainer.logger``: False (no logging), True or None (CSV only), a logger or a list.
         folder: Folder of the run.
         checkpoint: Checkpoint from which the run resumes; None for a new run.
     """
@@ -160,9 +162,14 @@ def configured_loggers(configured: Any, folder: Path, checkpoint: str | None) ->
 
 
 def _keep_metrics(csv: CSVLogger, file: Path, checkpoint: Path) -> None:
-    """Keep the metrics of a resumed run up to the step of its checkpoint; the logger would delete the file.
+    """Keep the metrics of a resumed run up to the step of its checkpoint; otherwise, the logger would delete the file.
 
-    Incomplete rows are dropped: they remain if a run is killed while the logger writes the file.
+    Incomplete rows, which a run leaves if it is killed while the logger writes the file, are dropped.
+
+    Args:
+        csv: Logger of the resumed run.
+        file: Its ``metrics.csv``.
+        checkpoint: Checkpoint from which the run resumes.
     """
     content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     loops = content["loops"]["fit_loop"]
@@ -171,7 +178,7 @@ def _keep_metrics(csv: CSVLogger, file: Path, checkpoint: Path) -> None:
     header, *rows = file.read_text().splitlines() or [""]
     columns = header.split(",")
     if "step" not in columns:
-        log.warning("%s: truncated when the run was interrupted; its metrics are discarded", file)
+        log.warning("%s: no column 'step', since the run was killed while writing it; its metrics are discarded", file)
         return
     step_column = columns.index("step")
     relogged = [columns.index(name) for name in position["log"] if name in columns and name != "epoch"]
@@ -182,7 +189,7 @@ def _keep_metrics(csv: CSVLogger, file: Path, checkpoint: Path) -> None:
         if len(values) != len(columns) or not values[step_column].isdecimal():
             return False
         step = int(values[step_column])
-        if step == last_step:  # metrics that were logged after the checkpoint was saved are logged again
+        if step == last_step:  # the resumed run logs again what was logged after the checkpoint was saved
             return not any(values[column] for column in relogged)
         return bool(step < last_step)
 
@@ -195,13 +202,14 @@ def _keep_metrics(csv: CSVLogger, file: Path, checkpoint: Path) -> None:
 def save_during_manual_optimization(callback: ModelCheckpoint) -> None:
     """Make a configured ``ModelCheckpoint`` save by time with manual optimisation too.
 
-    Its class becomes ``derain.callbacks.Checkpoint``; a user's subclass becomes a class that derives from both.
+    Its class becomes ``derain.callbacks.Checkpoint``. If it is a user's subclass, its class becomes a new one that
+    derives from the subclass and from ``Checkpoint``.
     """
     configured = type(callback)
     if configured is ModelCheckpoint:
         callback.__class__ = Checkpoint
     elif not issubclass(configured, Checkpoint):
-        # Lightning saves the state of a callback under this name.
+        # Lightning saves the state of a callback under the name of its class, which must not change.
         names = {"__module__": configured.__module__, "__qualname__": configured.__qualname__}
         callback.__class__ = type(configured.__name__, (configured, Checkpoint), names)
 
@@ -209,14 +217,14 @@ def save_during_manual_optimization(callback: ModelCheckpoint) -> None:
 def run_callbacks(
     configured: list[Callback], command: str, config: Any, folder: Path, monitor: str, commit: str | None
 ) -> list[Callback]:
-    """Return the configured callbacks, and those of derain: progress bar, checkpoints, weights, panels, results.
+    """Return the configured callbacks and those that derain adds for a command.
 
     Args:
         configured: Callbacks of the configuration.
         command: ``fit``, ``validate``, ``test`` or ``predict``.
         config: Configuration of the command.
         folder: Folder of the run.
-        monitor: Metric whose highest value selects the best checkpoint; used by ``fit``.
+        monitor: Metric whose highest value selects the best checkpoint; used only by ``fit``.
         commit: Git commit that ``test`` saves with its results; None outside git.
     """
     for callback in configured:

@@ -26,7 +26,7 @@ from derain.tables import Cell, Column, Format, Row, Table, Value, write_results
 Metric = PyiqaMetric | FrechetDistance
 
 TEMPORAL_COLUMNS = tuple(f"{prefix}{name}" for prefix in ("", "clean_") for name in TEMPORAL_NAMES)
-"""Temporal scores of the derained and of the clean video."""
+"""Names of the temporal scores of the derained and of the clean video."""
 
 
 def score(
@@ -54,7 +54,7 @@ def score(
         no_reference: No-reference metrics of pyiqa, such as niqe, brisque or musiq; they need no clean images.
         full_reference: Metrics of pyiqa that compare with clean images, such as dists, or fid for the whole folder.
         format: Output format; CSV and JSON have the scores of each image.
-        out: Write to this file.
+        out: Output file (default: standard output).
 
     Raises:
         DerainError: If a protocol is unknown, no metric is available, or images are missing, do not belong together or
@@ -80,17 +80,21 @@ def score(
 
 
 def _names(values: Sequence[str]) -> list[str]:
-    """Return names that were given separately or joined by commas."""
+    """Return the names in values, each of which is a name or several joined by commas."""
     return [name for value in values for name in value.split(",") if name]
 
 
 def _with_reference(name: str) -> PyiqaMetric | FrechetDistance:
-    """Return a metric of pyiqa that needs clean images."""
+    """Return a metric of pyiqa that compares with clean images."""
     return FrechetDistance(name) if name in FrechetDistance.names else PyiqaMetric(name, full_reference=True)
 
 
 def available(names: Sequence[str], create: Callable[[str], Metric]) -> list[Metric]:
     """Return the metrics of pyiqa that can be loaded; report the others on standard error.
+
+    Args:
+        names: Names in pyiqa.
+        create: Function that loads the metric of a name.
 
     Raises:
         UnknownMetricError: If pyiqa has no metric of a name.
@@ -113,7 +117,7 @@ def evaluate(
     metrics: Sequence[Metric] = (),
     consecutive: Collection[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """Compute the scores of all images and their means.
+    """Compute the scores of all images, and their means.
 
     Args:
         pairs: Derained images, with their clean images if there are protocols.
@@ -170,7 +174,7 @@ def evaluate(
 
 
 def _read(pairs: Sequence[ScoringPair]) -> Iterator[tuple[Pixels, Pixels]]:
-    """Yield the derained and the clean images of pairs that have both."""
+    """Yield the derained and the clean image of each pair; all pairs must have a clean image."""
     for pair in pairs:
         derained, clean = pair.read()
         assert clean is not None
@@ -195,7 +199,7 @@ def consecutive_derained_frames(pairs: Sequence[ScoringPair]) -> frozenset[int]:
 def _compare_frames(
     pairs: Sequence[ScoringPair], consecutive: Collection[int], pool: ThreadPoolExecutor
 ) -> list[dict[str, float | None]]:
-    """Return flicker and warping error between each frame and its predecessor; None for a frame without one."""
+    """Return flicker and warping error between each frame and the previous one; None for a frame that has none."""
 
     def compare(index: int) -> dict[str, float | None]:
         if index not in consecutive:
@@ -219,7 +223,7 @@ def _summary(
     metrics: Sequence[PyiqaMetric],
     distances: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Return the result of a protocol."""
+    """Return the result of a protocol, as `evaluate` describes it."""
     means = mean_row(images)
 
     def interval(key: str) -> list[float] | None:
@@ -249,7 +253,7 @@ def _summary(
 
 
 def results_table(results: Sequence[dict[str, Any]], *, intervals: bool) -> Table:
-    """Return a table with one row per protocol; for videos, with a second row that has the means over sequences.
+    """Return a table with one row per protocol; for videos, a second row has the means over sequences.
 
     Args:
         results: Results of ``evaluate``.
@@ -275,14 +279,14 @@ def results_table(results: Sequence[dict[str, Any]], *, intervals: bool) -> Tabl
     rows = []
     for result in results:
         head: list[Value] = [result["protocol"] or "no reference"]
-        others = result["full_reference"] | result["no_reference"] | result["temporal"]
+        further_means = result["full_reference"] | result["no_reference"] | result["temporal"]
         if result["lpips"] is not None:
-            others = {"lpips": result["lpips"]} | others
+            further_means = {"lpips": result["lpips"]} | further_means
         mean_over: list[Value] = ["frames"] if videos else []
         values = [result["count"], mean(result, "psnr", 2), mean(result, "ssim", 4)]
-        rows.append(Row([*head, *mean_over, *values, *others.values()]))
+        rows.append(Row([*head, *mean_over, *values, *further_means.values()]))
         if videos:
-            scores = [result["sequence_means"].get(name) for name in ("psnr", "ssim", *others)]
+            scores = [result["sequence_means"].get(name) for name in ("psnr", "ssim", *further_means)]
             frames = sum(sequence["frames"] for sequence in result["sequences"])
             rows.append(Row([*head, f"{len(result['sequences'])} sequences", frames, *scores]))
     notes = [f"{result['protocol']}: {result['definition']}" for result in results if result["protocol"]]
@@ -296,7 +300,7 @@ def results_table(results: Sequence[dict[str, Any]], *, intervals: bool) -> Tabl
 
 
 def image_records(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of the CSV: one per protocol and image; with videos, then one per protocol and sequence."""
+    """Return the rows of the CSV: one per protocol and image, and with videos also one per protocol and sequence."""
     records = [{"protocol": result["protocol"], **image} for result in results for image in result["images"]]
     for result in results:
         for sequence in result.get("sequences", ()):

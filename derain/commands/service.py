@@ -33,7 +33,7 @@ PREVIEW_SIDE = 2048
 """Longest side of a photo on the page, in pixels; the download has full size."""
 
 PAIR_SIDE = 1024
-"""Longest side of each of several photos on the page, in pixels."""
+"""Longest side of a photo on the page if several are restored together, in pixels."""
 
 MAP_SIDE = 640
 """Longest side of a map on the page, in pixels."""
@@ -42,7 +42,7 @@ MAX_PHOTOS = 500
 """Maximum number of photos that are restored together."""
 
 STEM_BYTES = 200
-"""Maximum length of a file name in an archive without suffix and number; file systems accept 255 bytes."""
+"""Maximum number of bytes of a file name in an archive, without suffix and number; file systems accept 255."""
 
 RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)", re.IGNORECASE)
 """Start of the file names that Windows reserves for devices, with any suffix."""
@@ -79,7 +79,8 @@ class RestoredPhoto(NamedTuple):
         after: JPEG of the restored photo, of the same size.
         download: PNG with the size, bit depth, transparency and colour profile of the photo.
         maps: Pictures of the removed rain and of the method's maps, by name, as `map_pictures` returns them.
-        facts: Model, size, time, scale, strength, synthetic rain, and what the method found in the photo, by name.
+        facts: Model, size, time, what the method found in the photo, and the settings that differ from the defaults
+            (scale, strength, synthetic rain), by name.
     """
 
     before: Path
@@ -94,10 +95,10 @@ class RestoredPhotos(NamedTuple):
 
     Attributes:
         pairs: Name of each restored photo, with JPEGs before and after, shrunk to a longest side of ``PAIR_SIDE``.
-        errors: One message for each photo that could not be restored.
+        errors: A message for each photo that could not be restored.
         download: ZIP archive of the restored photos, with the names and formats of the uploaded ones; None if all
             failed.
-        facts: Model, number of photos, time, scale, strength and synthetic rain, by name.
+        facts: Model, number of restored photos, time, and the settings that differ from the defaults, by name.
     """
 
     pairs: list[tuple[str, Path, Path]]
@@ -115,7 +116,7 @@ class RestorationService:
 
     Args:
         restorers: Restorers by label.
-        folder: Folder for the results.
+        folder: Folder for the results; each restoration creates a subfolder.
         max_megapixels: Maximum size of a photo in megapixels.
         keep_metadata: Whether restored photos keep their EXIF metadata.
     """
@@ -132,7 +133,7 @@ class RestorationService:
         self.folder = folder
         self.max_megapixels = max_megapixels
         self.keep_metadata = keep_metadata
-        self._lock = threading.Lock()  # free memory is measured for one photo at a time
+        self._lock = threading.Lock()  # one restoration at a time, since each measures the free memory
         self._closed = threading.Event()
         self._is_abandoned: Callable[[], bool] = _never
         for restorer in restorers.values():
@@ -161,15 +162,15 @@ class RestorationService:
             scale: Factor by which the photo is reduced to estimate the rain, ``full`` or ``auto``, as for derain
                 restore.
             strength: Share of the rain that is removed, from 0 to 1.
-            abandoned: Returns whether the client has left, which stops the restoration; called before each layer of
+            abandoned: Returns whether the client has left; if so, the restoration stops. Called before each layer of
                 the network.
 
         Returns:
             Files in a new folder, and facts.
 
         Raises:
-            DerainError: If there is no such model, the scale is none of these, the file is not a photo, is too large or
-                does not fit into memory, or the restoration was stopped; the message is shown on the page.
+            DerainError: If there is no such model or scale; the file is not a photo, is too large or does not fit into
+                memory; or the restoration was stopped. The message is shown on the page.
         """
         name = Path(name).name
         self.check(upload, name)
@@ -213,14 +214,14 @@ class RestorationService:
         """Restore several photos as `derain restore` does: in batches, reading ahead and writing behind.
 
         Args:
-            uploads: Name of each uploaded file on the client.
-            model: As for `restore`, like all others.
-            amount: Amount of synthetic rain.
+            uploads: Name on the client of each uploaded file, by path.
+            model: Label of a restorer.
+            amount: Amount of synthetic rain, from 0 (none) to 100.
             seed: Seed of the synthetic rain.
-            scale: Scale at which the rain is estimated.
-            strength: Share of the rain that is removed.
-            abandoned: Returns whether the client has left.
-            progress: Called with the number of photos that are done, after each photo.
+            scale: Scale at which the rain is estimated, as for `restore`.
+            strength: Share of the rain that is removed, from 0 to 1.
+            abandoned: Returns whether the client has left, as for `restore`.
+            progress: Called after each photo with the number of photos that were restored or have failed.
 
         Returns:
             Files in a new folder, facts, and an error for each photo that could not be restored.
@@ -253,7 +254,7 @@ class RestorationService:
         def write(photo: Photo, restored: Explanation, target: Path) -> bool:
             _write_pair(*_pair_of(target), photo.rgb, restored.derained, PAIR_SIDE)
             photo.write(target, restored.derained)
-            return False
+            return False  # the page does not report locations in the metadata
 
         with self._lock:
             start = time.perf_counter()
@@ -280,7 +281,7 @@ class RestorationService:
     def _settings(
         self, model: str, amount: float, seed: int, scale: str, strength: float
     ) -> tuple[Restorer, dict[str, Any]]:
-        """Return the restorer of a model, and the settings that differ from the defaults, by name.
+        """Return the restorer of a model, and facts: the settings that differ from the defaults, by name.
 
         Raises:
             DerainError: If there is no such model or scale.
@@ -305,12 +306,17 @@ class RestorationService:
         return photo if amount <= 0 else replace(photo, rgb=add_rain_to(photo.rgb, amount, seed))
 
     def close(self) -> None:
-        """Stop a running restoration before its next layer, wait for it, and refuse further ones."""
+        """Stop a running restoration before its next layer, wait until it has ended, and refuse further ones."""
         self._closed.set()
         with self._lock:  # held by a restoration until it has stopped
             pass
 
     def _stop_if_unwanted(self, *_: Any) -> None:
+        """Stop a restoration whose client has left, or if the page was closed; also a hook of each layer.
+
+        Raises:
+            DerainError: If the restoration is unwanted.
+        """
         if self._closed.is_set():
             raise DerainError("the page was closed")
         if self._is_abandoned():
@@ -345,7 +351,7 @@ class RestorationService:
 
 
 def _renamed(error: Exception, name: str, *paths: Path) -> DerainError:
-    """Return an error that names a file as the client does, instead of by its paths on this machine."""
+    """Return an error whose message begins with the client's name of a file, instead of its paths on this machine."""
     message = str(error)
     if isinstance(error, OSError) and error.strerror:
         message = error.strerror  # without the path
@@ -383,14 +389,18 @@ def _archive_names(uploads: Mapping[Path, str]) -> dict[Path, PurePath]:
 
 
 def _pair_of(target: Path) -> tuple[Path, Path]:
-    """Return the paths of the pictures before and after of an output file."""
+    """Return the paths of the pictures of a photo before and after restoration.
+
+    Args:
+        target: Output file of the photo.
+    """
     return target.with_name(f"{target.stem}-before.jpg"), target.with_name(f"{target.stem}-after.jpg")
 
 
 def _write_pair(
     before: Path, after: Path, rainy: NDArray[np.float32], derained: NDArray[np.float32], longest: int
 ) -> None:
-    """Write pictures of a photo before and after, shrunk to a longest side."""
+    """Write JPEGs of a photo before and after restoration, shrunk to a longest side in pixels."""
     write_image(before, shrink(rainy, longest), subsampling=0)
     write_image(after, shrink(derained, longest), subsampling=0)
 
@@ -417,8 +427,8 @@ def add_rain_to(rgb: NDArray[np.float32], amount: float, seed: int) -> NDArray[n
     """Add synthetic rain to a photo; the same amount and seed give the same pixels.
 
     Args:
-        rgb: ``(h, w, 3)`` in [0, 1]; rounded to 8 bits.
-        amount: Above 0, up to 100.
+        rgb: ``(h, w, 3)`` in [0, 1]; rounded to 8 bits before rain is added.
+        amount: Amount of rain, from above 0 to 100, as for `rain_of_amount`.
         seed: Seed of the rain.
 
     Returns:
@@ -429,10 +439,10 @@ def add_rain_to(rgb: NDArray[np.float32], amount: float, seed: int) -> NDArray[n
 
 
 def rain_of_amount(amount: float, seed: int) -> Rain:
-    """Interpolate between no rain (0) and the light (33), medium (67) and heavy (100) presets.
+    """Return rain interpolated between none (0) and the presets light (100/3), medium (200/3) and heavy (100).
 
     Args:
-        amount: From 0 to 100.
+        amount: Amount of rain, from 0 to 100.
         seed: Seed of the parameters that are drawn within each preset.
 
     Example:
@@ -453,7 +463,7 @@ def rain_of_amount(amount: float, seed: int) -> Rain:
 
 
 def shrink(picture: NDArray[np.float32], longest: int) -> Pixels:
-    """Convert a picture to bytes, and shrink it to a longest side; smaller pictures keep their size.
+    """Return a picture in 8 bits, shrunk so that its longest side is ``longest``; smaller pictures keep their size.
 
     Args:
         picture: ``(h, w, 3)`` in [0, 1].

@@ -36,8 +36,14 @@ PARTIAL = "*"
 SEQUENCES = "sequences"
 """Name of the group of columns with means over sequences, after that of the data set."""
 
-MEANS = ("psnr", "ssim", "lpips", "flicker", "warping_error")
-"""Attributes of `Score` in the columns of a data set."""
+SCORE_COLUMNS: tuple[tuple[str, str, str, Literal["max", "min", None]], ...] = (
+    ("psnr", "PSNR", ".2f", "max"),
+    ("ssim", "SSIM", ".4f", "max"),
+    ("lpips", "LPIPS", ".4f", "min"),
+    ("flicker", "flicker", ".3f", None),
+    ("warping_error", "warping error", ".6f", "min"),
+)
+"""Columns of a data set: attribute of `Score`, header, format, and whether the largest or smallest value is best."""
 
 COST_SIDE = 256
 """Height and width of the image for which MACs are counted, in pixels."""
@@ -59,18 +65,18 @@ def table(
     """Build a table as in papers from the results of derain test: one row per method, a group of columns per data set.
 
     Args:
-        results: Files summary.json, or folders that contain some; optional with --paper.
+        results: Files summary.json, or folders that contain such files; optional with --paper.
         protocol: Protocol of the scores; required if the results have several.
         published: Add rows with the results that papers report on these data sets.
         paper: Reproduce one table of a paper, with your results on its data sets: cliprpn:3, cliprpn:6, cliprpn:10,
             cliprpn:11, daclip:1, daclip:2, plnlin:2, plnlin:4 or plnlin:6.
         cost: Add parameters and MACs at 256×256 pixels.
-        method: Class of a method outside derain, such as my_method.MyModule, for --cost.
+        method: Class of a method outside derain whose cost is to be counted, such as my_method.MyModule.
         best: Print the best value of each column in bold; scores over a part of a set are not compared.
         format: Output format; CSV and JSON have full precision.
-        out: Write to this file.
-        plot: Write plots to this folder: PSNR against seconds, validation PSNR against epochs for training runs in the
-            result folders, and PSNR of each derained image against that of the rainy one.
+        out: Output file (default: standard output).
+        plot: Folder for plots: PSNR against seconds; validation PSNR against epochs, for training runs in the result
+            folders; and PSNR of each derained image against that of the rainy image.
 
     Raises:
         DerainError: If an option is wrong, there are no results, or they cannot be compared.
@@ -105,8 +111,8 @@ def own_rows(results: Sequence[Path], protocol: str | None) -> tuple[list[Result
     """Return the rows of the user's results, and their protocol.
 
     Args:
-        results: Files ``summary.json``, or folders that contain some.
-        protocol: Protocol of the scores; None if all results have the same one.
+        results: Files ``summary.json``, or folders that contain such files.
+        protocol: Protocol of the scores; may be None if all results have one protocol, the same.
 
     Raises:
         DerainError: If there are no results, or they cannot be compared.
@@ -188,7 +194,7 @@ def set_names(rows: Sequence[ResultRow]) -> list[str]:
 
 
 def footnote_numbers(rows: Sequence[ResultRow]) -> dict[str, int]:
-    """Return the footnote number of each note of published rows."""
+    """Return the number of the footnote for each different note of published rows, from 1."""
     notes = dict.fromkeys(row.note for row in rows if row.note)
     return {note: number for number, note in enumerate(notes, start=1)}
 
@@ -198,7 +204,7 @@ def results_table(rows: Sequence[ResultRow], protocol: str | None, *, best: bool
 
     Args:
         rows: One row per method.
-        protocol: Protocol of the scores; None for a paper that does not define one.
+        protocol: Protocol of the scores; None if only a paper is shown that does not define its protocol.
         best: Whether the best value of each column is marked.
     """
     columns = [Column("method", align="left"), Column("trained on", align="left")]
@@ -208,7 +214,8 @@ def results_table(rows: Sequence[ResultRow], protocol: str | None, *, best: bool
     network = next((row.lpips_net for row in rows if row.lpips_net), None)
     for name in set_names(rows):
         scores = [next((score for score in row.scores if score.dataset == name), None) for row in rows]
-        groups = {name: scores, f"{name}, {SEQUENCES}": [score and score.sequences for score in scores]}
+        sequence_means = [None if score is None else score.sequences for score in scores]
+        groups = {name: scores, f"{name}, {SEQUENCES}": sequence_means}
         for group, means in groups.items():
             for column, numbers in _score_columns(group, means, network, best=best):
                 columns.append(column)
@@ -235,15 +242,20 @@ def _method_values(row: ResultRow, label: str, numbers: dict[str, int]) -> list[
 def _score_columns(
     group: str, scores: Sequence[Score | None], network: str | None, *, best: bool
 ) -> Iterator[tuple[Column, list[float | None]]]:
-    """Yield the columns of a data set, or of its sequences, each with its values; none without scores."""
-    known = [score for score in scores if score is not None]
-    better: tuple[Literal["max", "min", None], ...] = ("max", "max", "min", None, "min") if best else (None,) * 5
-    formats = (".2f", ".4f", ".4f", ".3f", ".6f")
-    headers = ("PSNR", "SSIM", f"LPIPS ({network})" if network else "LPIPS", "flicker", "warping error")
-    for name, header, number_format, direction in zip(MEANS, headers, formats, better, strict=True):
-        if any(getattr(score, name) is not None for score in known):
-            values = [None if score is None else getattr(score, name) for score in scores]
-            yield Column(header, number_format, group=group, best=direction), values
+    """Yield the columns of a data set, each with its values; columns without any value are omitted.
+
+    Args:
+        group: Header above the columns.
+        scores: Scores of each row, or means over sequences; None for a row without them.
+        network: Network of LPIPS, for the header; None if it is unknown.
+        best: Whether the best value of each column is marked.
+    """
+    for name, title, number_format, direction in SCORE_COLUMNS:
+        values = [None if score is None else getattr(score, name) for score in scores]
+        if all(value is None for value in values):
+            continue
+        header = f"{title} ({network})" if name == "lpips" and network else title
+        yield Column(header, number_format, group=group, best=direction if best else None), values
 
 
 def _mark_partial(number: float | None, score: Score | None, header: str) -> Value:
@@ -269,7 +281,12 @@ def _scale(value: float | None, factor: float) -> float | None:
 
 
 def table_notes(rows: Sequence[ResultRow], protocol: str | None) -> list[str]:
-    """Return the notes below the table."""
+    """Return the notes below the table: definitions, warnings, and footnotes of published rows.
+
+    Args:
+        rows: Rows of the table.
+        protocol: Protocol of the scores; None if it is not defined.
+    """
     notes = [f"Protocol {protocol}: {resolve([protocol])[0].definition}."] if protocol else []
     for name in set_names(rows):
         scores = [score for row in rows for score in row.scores if score.dataset == name]
@@ -295,7 +312,7 @@ def table_notes(rows: Sequence[ResultRow], protocol: str | None) -> list[str]:
 
 
 def _partial_suffix(score: Score) -> str:
-    """Return the number of scored images for a label; empty if all images of the set were scored."""
+    """Return text to append to a label, such as ``, 3 of 100 images``; empty if all images of the set were scored."""
     return f", {score.images} of {score.partial_of} images" if score.partial_of else ""
 
 
@@ -304,6 +321,11 @@ def score_records(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
     records = []
     for label, row in zip(row_labels(rows), rows, strict=True):
         for score in row.scores:
+            sequences = score.sequences
+            sequence_means = {
+                f"sequence_{name}": None if sequences is None else getattr(sequences, name)
+                for name, *_ in SCORE_COLUMNS
+            }
             records.append(
                 {
                     "method": label,
@@ -316,8 +338,8 @@ def score_records(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
                     "flicker": score.flicker,
                     "warping_error": score.warping_error,
                     "images": score.images,
-                    "sequences": score.sequences and score.sequences.images,
-                    **{f"sequence_{name}": score.sequences and getattr(score.sequences, name) for name in MEANS},
+                    "sequences": None if sequences is None else sequences.images,
+                    **sequence_means,
                     "partial_of": score.partial_of,
                     "fingerprint": score.fingerprint,
                     "seconds": score.seconds,
@@ -342,7 +364,7 @@ def write_plots(folder: Path, rows: Sequence[ResultRow], protocol: str, logs: It
         folder: Folder for the plots.
         rows: Rows of the table.
         protocol: Protocol of the scores.
-        logs: Files ``metrics.csv`` of runs; those without validation scores are ignored.
+        logs: Files ``metrics.csv`` of runs; files without validation scores are ignored.
 
     Returns:
         Paths of the plots.
@@ -378,7 +400,7 @@ def write_plots(folder: Path, rows: Sequence[ResultRow], protocol: str, logs: It
 
 
 def _plot_names(rows: Sequence[ResultRow]) -> list[str]:
-    """Return the labels of the rows; equal labels are followed by the training sets."""
+    """Return the labels of the rows; the training sets are appended to labels that several rows have."""
     labels = row_labels(rows)
     names = []
     for label, row in zip(labels, rows, strict=True):
@@ -392,7 +414,7 @@ def _slug(name: str) -> str:
 
 
 def _unused(file: Path, written: Sequence[Path]) -> Path:
-    """Return the path, with a number if another plot has this path: different names may have the same slug."""
+    """Return the path, with a number if a written plot has this path: slugs of different names may be equal."""
     for count in itertools.count(1):
         candidate = file if count == 1 else file.with_stem(f"{file.stem}-{count}")
         if candidate not in written:

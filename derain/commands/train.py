@@ -5,16 +5,12 @@ import logging
 import os
 import shlex
 import signal
-import traceback
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import lightning
-import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning import LightningModule, Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import LightningEnum, rank_zero_only
@@ -22,12 +18,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from derain.batching import check_tile
 from derain.checkpoints import remove_unfinished
+from derain.commands.lightning_errors import LIGHTNING_ERRORS, one_line, original_error, raised_by_lightning
 from derain.commands.lightning_messages import filter_lightning_messages
 from derain.commands.ranks import Ranks, SignalConnector
 from derain.commands.run_folders import restarts, root_of, run_folder, shared_folder
 from derain.commands.run_setup import check_options, check_trainer, commit, configured_loggers, run_callbacks
 from derain.commands.train_parser import DENIED_IMPORTS, OptionParser, model_class_paths
-from derain.config_errors import explain_config_error
 from derain.data.datamodule import RainDataModule
 from derain.errors import DerainError, Stopped
 from derain.files.weights import read
@@ -41,11 +37,6 @@ from derain.options import without_option
 from derain.restoration import require_explains, set_sampling
 
 log = logging.getLogger("derain")
-
-LIGHTNING_FOLDER = Path(lightning.__file__).parent
-TORCH_FOLDER = Path(torch.__file__).parent
-LIGHTNING_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, ImportError, MisconfigurationException)
-"""Exceptions that Lightning raises for options and callbacks that it rejects."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -61,7 +52,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 def _model_class(config: Any) -> type[TrainableModule] | None:
-    """Return the class that ``--model`` names; None if the option is not given."""
+    """Return the class that ``--model`` names, and register it if it is outside derain; None without the option."""
     if not config.model:
         return None
     network = (config.model.get("init_args") or {}).get("network")
@@ -84,7 +75,10 @@ class DerainCLI(LightningCLI):
         super().__init__(**kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return this command only, with the arguments that it hides: building a parser takes a third of a second."""
+        """Return only this command, since building a parser for each takes a third of a second.
+
+        The value is the set of the trainer's arguments that are no options of the command.
+        """
         return {self.command: LightningCLI.subcommands()[self.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -102,13 +96,13 @@ class DerainCLI(LightningCLI):
             type=list[str],
             default=["matlab-y"],
             help="Evaluation protocols (derain score --help lists them); fit selects the best checkpoint by the first; "
-            "test adds flicker and warping error of videos by temporal.",
+            "temporal, for test only, adds flicker and warping error of videos.",
         )
         parser.add_argument(
             "--lpips",
             type=Literal["auto", "alex", "vgg", "none"],
             default="auto" if parser.prog.endswith("test") else "none",
-            help="Network of LPIPS; auto: alex if its weights are on this machine, else none.",
+            help="Network of LPIPS; auto is alex if its weights are on this machine, else none.",
         )
         parser.add_argument(
             "--sampling",
@@ -121,8 +115,8 @@ class DerainCLI(LightningCLI):
                 "--tile",
                 type=int | Literal["auto"] | None,
                 default=None,
-                help="Side of tiles in pixels, at least 64, or auto: tiles if an image exceeds the memory; scores "
-                "differ slightly (default: whole images).",
+                help="Side of tiles in pixels, at least 64, or auto: tiles if an image exceeds the memory (default: "
+                "whole images). Tiles change scores slightly.",
             )
         if parser.prog.endswith("predict"):
             parser.add_argument(
@@ -153,7 +147,7 @@ class DerainCLI(LightningCLI):
         """Parse the options, and load the checkpoint of ``--ckpt_path FILE``.
 
         Raises:
-            DerainError: If an option is invalid, the checkpoint cannot be loaded, or there is nothing to evaluate.
+            DerainError: If an option is invalid, the checkpoint cannot be loaded, or there are no weights to evaluate.
         """
         self.arguments = list(args)
         try:
@@ -174,11 +168,15 @@ class DerainCLI(LightningCLI):
             check_tile(config.get("tile"))
 
     def _load_checkpoint(self, config: Any) -> None:
-        """Load the checkpoint of ``--ckpt_path``, which also checks it before a run starts."""
+        """Load the checkpoint of ``--ckpt_path`` early, so that a damaged file is reported before the run starts."""
         self.loaded = catalog.load_checkpoint(Path(config.ckpt_path), _model_class(config))
 
     def _check_evaluated_file(self, config: Any) -> None:
-        """Refuse options that give neither weights nor a checkpoint, or both."""
+        """Check that the options give either weights or a checkpoint to evaluate, not both.
+
+        Raises:
+            DerainError: If they do not.
+        """
         if config.ckpt_path and config.weights:
             raise DerainError(
                 f"--weights {config.weights} and --ckpt_path {config.ckpt_path}: only one of them can be evaluated; "
@@ -191,7 +189,11 @@ class DerainCLI(LightningCLI):
             )
 
     def before_instantiate_classes(self) -> None:
-        """Check the trainer's options, and set precision, seed, folder and checkpoint of the run."""
+        """Check the trainer's options; set precision, seed, folder and checkpoint of the run.
+
+        Raises:
+            DerainError: If an option is invalid, or there is no run to resume.
+        """
         config = self.config[self.subcommand]
         check_options(config.trainer, str(self.subcommand))
         if self.subcommand != "fit":
@@ -207,7 +209,7 @@ class DerainCLI(LightningCLI):
             config.return_predictions = False  # SaveImages saves them; all of them may not fit into memory
 
     def _evaluate_in_float32(self, trainer: Any) -> None:
-        """Replace a configured precision, which is for training, unless it is given on the command line."""
+        """Replace a precision that a configuration sets for training; one on the command line is kept."""
         on_command_line = any(argument.startswith("--trainer.precision") for argument in self.arguments)
         if trainer.precision in {None, 32, "32", "32-true"} or on_command_line:
             return
@@ -229,8 +231,8 @@ class DerainCLI(LightningCLI):
         config.data.seed = config.seed_everything
 
     def _choose_folder(self, config: Any) -> None:
-        """Choose the folder of the run, and the content of its ``config.yaml``."""
-        files = [file for file in config.get("config") or [] if file]  # None: a configuration that was given as text
+        """Choose the folder of the run and the content of its ``config.yaml``; remove incomplete files of old runs."""
+        files = [file for file in config.get("config") or [] if file]  # None stands for a configuration given as text
         experiment = Path(str(files[0])).stem if files else "derain"
         self.root = Path(config.trainer.default_root_dir or Path("runs") / experiment)
         resume_last = config.get("ckpt_path") == "last"
@@ -250,7 +252,7 @@ class DerainCLI(LightningCLI):
                 remove_unfinished(run, age=3600.0)  # newer files may belong to a run that is still writing
 
     def _choose_checkpoint(self, config: Any) -> None:
-        """Resume from ``last.ckpt`` for ``--ckpt_path last``, and if SLURM has restarted the job.
+        """Resume from ``last.ckpt`` if ``--ckpt_path`` is ``last``, or if SLURM has restarted the job.
 
         Raises:
             DerainError: If the checkpoint is damaged, or the folder contains another run of the same SLURM job.
@@ -267,7 +269,11 @@ class DerainCLI(LightningCLI):
             )
 
     def instantiate_classes(self) -> None:
-        """Build data, method and trainer; load initial weights, or the weights to evaluate."""
+        """Build data, method and trainer; load initial weights, or the weights to evaluate.
+
+        Raises:
+            DerainError: If an option is invalid, or weights cannot be loaded.
+        """
         config = self.config[self.subcommand]
         model_class = _model_class(config)
         if self.subcommand != "fit":
@@ -275,7 +281,7 @@ class DerainCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:  # jsonargparse wraps the errors of constructors
-            raise _original_error(error) from error
+            raise original_error(error) from error
         if self.subcommand == "fit":
             self._load_initial_weights(config)
         else:
@@ -314,7 +320,15 @@ class DerainCLI(LightningCLI):
         self._start_from(initial.module, config.weights)
 
     def _start_from(self, initial: TrainableModule, path: str) -> None:
-        """Copy the weights of a method that has the same network; report differing hyper-parameters."""
+        """Copy the weights of another method object with the same network; log hyper-parameters that differ.
+
+        Args:
+            initial: Method to copy from.
+            path: Its weights, as the user named them, for messages.
+
+        Raises:
+            DerainError: If the networks differ.
+        """
         state, own_state = initial.network.state_dict(), self.model.network.state_dict()
         shapes, own_shapes = ({name: value.shape for name, value in tensors.items()} for tensors in (state, own_state))
         if shapes != own_shapes:
@@ -370,7 +384,7 @@ class DerainCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except LIGHTNING_ERRORS as error:
-            raise DerainError(f"--trainer: {_one_line(error)}") from error
+            raise DerainError(f"--trainer: {one_line(error)}") from error
         trainer._signal_connector = SignalConnector(trainer)
         check_trainer(trainer)
         return trainer
@@ -386,9 +400,9 @@ class DerainCLI(LightningCLI):
             with self.ranks:
                 super()._run_subcommand(subcommand)
         except LIGHTNING_ERRORS as error:
-            if isinstance(error, DerainError) or not _raised_by_lightning(error):
+            if isinstance(error, DerainError) or not raised_by_lightning(error):
                 raise
-            raise DerainError(f"--trainer: {_one_line(error)}") from error
+            raise DerainError(f"--trainer: {one_line(error)}") from error
         except SystemExit as stop:
             if isinstance(stop, SIGTERMException):
                 raise Stopped(f"terminated{self._next_step()}", signal.SIGTERM) from stop
@@ -404,7 +418,7 @@ class DerainCLI(LightningCLI):
                 log.info("EarlyStopping: stopped in epoch %d: %s", callback.stopped_epoch, reason)
 
     def _next_step(self) -> str:
-        """Return the end of a message about a stopped run: what was saved, and how to resume."""
+        """Return the end of a message about a stopped run, which follows a verb: what was saved, and how to resume."""
         if self.subcommand == "predict":
             return f"; images restored so far are in {self.folder / 'images'}"
         if self.subcommand != "fit":
@@ -413,7 +427,7 @@ class DerainCLI(LightningCLI):
             return " before the first checkpoint; start again"
         resume = ["--ckpt_path", "last"]
         arguments = without_option(self.arguments, "--ckpt_path")
-        if run_folder(self.root, "fit", resuming=True) != self.folder:  # last would resume another run
+        if run_folder(self.root, "fit", resuming=True) != self.folder:  # "last" would resume another run
             arguments = without_option(arguments, "--trainer.default_root_dir")
             resume = ["--trainer.default_root_dir", str(self.folder), *resume]
         command = shlex.join(["derain", *arguments, *resume])
@@ -425,35 +439,6 @@ def _as_list(configured: Any) -> list[Any]:
     if configured is None:
         return []
     return configured if isinstance(configured, list) else [configured]
-
-
-def _one_line(error: BaseException) -> str:
-    """Return the message of an error without line breaks."""
-    return " ".join(str(error).split())
-
-
-def _raised_by_lightning(error: BaseException) -> bool:
-    """Return whether Lightning itself raised an error, or looked up an attribute that a method lacks."""
-    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-    if isinstance(error, AttributeError):  # torch looks up the attributes of a module
-        files = [file for file in files if not file.is_relative_to(TORCH_FOLDER)]
-    return files[-1].is_relative_to(LIGHTNING_FOLDER)
-
-
-def _original_error(error: BaseException) -> BaseException:
-    """Return the error that a constructor raised, without the text that jsonargparse added."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    own_errors = [cause for cause in chain if isinstance(cause, DerainError)]
-    if own_errors:
-        return DerainError(str(own_errors[-1]).split(". Got value:")[0])
-    other_errors = [cause for cause in chain if isinstance(cause, LIGHTNING_ERRORS) and "Subtypes:" not in str(cause)]
-    if other_errors:
-        return DerainError(f"--trainer: {_one_line(other_errors[-1])}")
-    return DerainError(explain_config_error(str(error))) if "Subtypes:" in str(error) else error
 
 
 def run(arguments: list[str]) -> int:
@@ -471,9 +456,11 @@ def run(arguments: list[str]) -> int:
     """
     for path in model_class_paths(arguments):
         add_current_folder(path)
-    methods()  # imports them, so that --model finds them by class name
+    methods()  # imports all methods, so that --model finds them by class name
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # about calls in Lightning
-    set_parsing_settings(import_path_denylist=DENIED_IMPORTS)  # with a list, jsonargparse raises instead of warning
+    set_parsing_settings(
+        import_path_denylist=DENIED_IMPORTS
+    )  # given a list, jsonargparse refuses paths instead of warning
     filter_lightning_messages()
     yaml.SafeDumper.add_multi_representer(LightningEnum, lambda dumper, value: dumper.represent_str(value.value))
     command = arguments[0]

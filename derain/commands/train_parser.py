@@ -25,7 +25,10 @@ DENIED_IMPORTS = [
     "torch.utils.cpp_extension",
     "lightning.fabric.utilities.cloud_io",
 ]
-"""Import paths that a configuration must not name, besides jsonargparse's own list: they run code or load pickles."""
+"""Import paths that a configuration must not name, in addition to jsonargparse's own list.
+
+They run code or load pickles.
+"""
 
 
 class OptionParser(LightningArgumentParser):
@@ -35,7 +38,7 @@ class OptionParser(LightningArgumentParser):
         """Raise a one-line error.
 
         Raises:
-            DerainError: Always, except in a parser of a nested class: it raises jsonargparse's error.
+            DerainError: Always, except in a parser of a nested class, which raises jsonargparse's error.
         """
         if isinstance(ex, DerainError):  # the message is complete
             raise ex
@@ -52,7 +55,7 @@ class OptionParser(LightningArgumentParser):
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
     ) -> Any:
-        """Require ``--model`` for training only: weights and checkpoints name their method."""
+        """Add the options of a class; only ``fit`` requires ``--model``, since weights name their method."""
         required = required and (nested_key != "model" or self.prog.endswith(" fit"))
         return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
 
@@ -91,10 +94,10 @@ def _section(content: str, command: str, path: Any) -> str:
 
 
 def model_class_paths(arguments: Sequence[str]) -> list[str]:
-    """Return the dotted class paths in ``--model`` options and configuration files, before these are parsed.
+    """Return the class paths outside derain in ``--model`` options and configuration files, before these are parsed.
 
-    A dotted class path has a module, such as ``my_method.MyModule``. Names without a dot are derain's own classes and
-    are omitted. Values that cannot be read are ignored, since the parser reports them later.
+    These contain a module, such as ``my_method.MyModule``. Names without a dot are derain's own classes and are
+    omitted. Values that cannot be read are ignored, since the parser reports them later.
 
     Args:
         arguments: Command and options.
