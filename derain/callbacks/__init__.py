@@ -1,7 +1,8 @@
 """Callbacks: checkpoints, weights, EMA, panels, batched restoration, results, seeds, speed and memory of training.
 
-Files are saved below ``trainer.default_root_dir``, which the command line sets to the folder of the run.
-``trainer.log_dir`` is not used: it is a collective call, in which a single rank would wait forever.
+Files are saved below ``trainer.default_root_dir``, which the command line sets to the folder of the run. The property
+``trainer.log_dir`` is not used, since it communicates between ranks: if only one rank read it, that rank would wait
+forever.
 """
 
 from derain.callbacks.batched_restoration import BatchedRestoration

@@ -1,4 +1,4 @@
-"""Restoration of test and prediction images by a scheduler: batches that fit into memory, and tiles."""
+"""Restoration of the images of ``derain test`` and ``derain predict`` in batches and tiles that fit into memory."""
 
 import time
 from collections.abc import Callable
@@ -16,17 +16,18 @@ OVERLAP = 64
 
 
 class BatchedRestoration(Callback):
-    """Restore images in ``derain test`` and ``derain predict`` by a `Scheduler`.
+    """Restore images in ``derain test`` and ``derain predict`` by a `Scheduler`, and measure the time.
 
     Args:
-        tile: Side of the tiles, ``auto`` or None (whole images), as for `derain.Restorer`.
+        tile: Side of the tiles in pixels, ``auto`` or None (whole images), as for `derain.Restorer`.
 
     Raises:
         ArgumentError: If a tile is too small.
 
     Attributes:
-        seconds: Seconds spent on this rank, including conditions such as CLIP's, excluding data loading and scoring.
-        images: Number of images restored on this rank.
+        seconds: Seconds of restoration on this rank in the last test or prediction, including conditions such as
+            CLIP's, excluding data loading and scoring.
+        images: Number of images restored on this rank in the last test or prediction.
     """
 
     def __init__(self, tile: int | Literal["auto"] | None = None) -> None:
@@ -35,11 +36,11 @@ class BatchedRestoration(Callback):
         self.seconds, self.images = 0.0, 0
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore by a scheduler that clips like ``validation_step``: protocols clip to [0, 1] in their own ways."""
+        """Restore by a scheduler that clips to [-1, 2] like ``validation_step``: each protocol clips in its own way."""
         self._start(trainer, pl_module, limits=(-1.0, 2.0))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore by a scheduler."""
+        """Restore by a scheduler that clips to [0, 1]."""
         self._start(trainer, pl_module, limits=(0.0, 1.0))
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, limits: tuple[float, float]) -> None:
@@ -64,7 +65,7 @@ class BatchedRestoration(Callback):
         method.restore_batch = restore
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore in one pass again."""
+        """Remove the scheduler, so that the method restores each batch in one pass again."""
         cast(DerainModule, pl_module).restore_batch = None
 
     on_predict_end = on_test_end

@@ -28,16 +28,16 @@ class Checkpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save after the configured steps or time, as with automatic optimisation."""
-        automatic = SimpleNamespace(automatic_optimization=True)  # all that ModelCheckpoint reads
+        automatic = SimpleNamespace(automatic_optimization=True)  # ModelCheckpoint reads no other attribute here
         super().on_train_batch_end(trainer, cast(LightningModule, automatic), outputs, batch, batch_idx)
 
 
 class BestCheckpoint(Checkpoint):
     """Save ``best.ckpt``, the checkpoint of the epoch with the highest validation score.
 
-    A resumed run continues with the best score and a copy of its file, even in another folder, if it validates the same
-    images with the same protocols. As a separate class, it does not share its state with a ``ModelCheckpoint`` in the
-    configuration.
+    A resumed run continues with the best score of the earlier run and a copy of its ``best.ckpt``, even in another
+    folder, if it validates the same images with the same protocols. The state in a checkpoint is separate from that of
+    a ``ModelCheckpoint`` in the configuration.
 
     Args:
         dirpath: Folder of the checkpoints.
@@ -55,7 +55,7 @@ class BestCheckpoint(Checkpoint):
         return Path(str(self.dirpath)) / "best.ckpt"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Record the validation images and protocols on rank 0."""
+        """Record protocols and a fingerprint of the validation images, on rank 0."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or not trainer.is_global_zero:
             return
@@ -66,11 +66,11 @@ class BestCheckpoint(Checkpoint):
         self._validation = {"protocols": protocols, "images": images}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best score and its file, with the validation images and protocols."""
+        """Return the best score and its file, with the protocols and the fingerprint of the validation images."""
         return super().state_dict() | {"scored": self._validation}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Copy the best checkpoint of the resumed run to this run's folder; rank 0 decides whether it is kept."""
+        """Copy the best checkpoint of the resumed run to this run; rank 0 decides whether its score is kept."""
         state = checkpoint["callbacks"].get(self.state_key, {})
         keep_score = False
         if trainer.is_global_zero and state.get("best_model_path"):
@@ -82,14 +82,18 @@ class BestCheckpoint(Checkpoint):
         self._keep_score = trainer.strategy.broadcast(keep_score)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best score and its file if they are kept."""
+        """Restore the best score and the path of its file, if `on_load_checkpoint` has kept them."""
         if self._keep_score:
             file, score = str(self.file), state_dict["best_model_score"]
             paths = {"best_model_path": file, "kth_best_model_path": file, "best_k_models": {file: score}}
             super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath})
 
     def _not_comparable(self, saved: dict[str, Any]) -> str | None:
-        """Return why the scores of the resumed run cannot be compared with those of this run; None if they can."""
+        """Return why scores of the resumed run are not comparable with those of this run; None if they are.
+
+        Args:
+            saved: ``protocols``, and fingerprint ``images``, of the resumed run.
+        """
         if self._validation["images"] is None:
             return "this run validates no images"
         if saved["protocols"] != self._validation["protocols"]:
@@ -99,7 +103,7 @@ class BestCheckpoint(Checkpoint):
         return None
 
     def _copy(self, state: dict[str, Any], resumed: Any) -> str | None:
-        """Copy the best checkpoint to this run, even if its folder was moved; return the problem if there is one.
+        """Copy the best checkpoint to this run, even if its folder was moved; return the problem, or None.
 
         Args:
             state: State of this callback in the checkpoint.
@@ -127,6 +131,6 @@ class BestCheckpoint(Checkpoint):
             return None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if the score is the highest; skipped without validation, for which Lightning would warn."""
+        """Save if the score is the highest; do nothing without validation, about which Lightning would warn."""
         if trainer.enable_validation:
             super().on_train_epoch_end(trainer, pl_module)

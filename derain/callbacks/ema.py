@@ -15,12 +15,12 @@ class EMA(Callback):
     """Exponential moving average (EMA) of the network's weights, saved in checkpoints in addition to the raw weights.
 
     The n-th update is ``average = d * average + (1 - d) * weights`` with ``d = min(decay, (1 + n) / (10 + n))``, the
-    warm-up of TensorFlow's ``ExponentialMovingAverage``. Buffers are copied. Batches are counted, not optimiser steps,
-    so that methods with two optimisers need no other settings. In a checkpoint, ``state_dict`` contains the raw weights
-    and ``ema`` the average, which testing, restoring and weights files use.
+    warm-up of TensorFlow's ``ExponentialMovingAverage``. Buffers are copied. Batches are counted instead of optimiser
+    steps, so that methods with two optimisers need no other settings. In a checkpoint, ``state_dict`` contains the raw
+    weights, and ``ema`` the average, which tests, restoration and weights files use.
 
-    It does not derive from Lightning's ``WeightAveraging``, which averages the whole module (frozen parts, integer
-    buffers), counts the steps of all optimisers, and replaces the raw weights when training ends.
+    The class does not derive from Lightning's ``WeightAveraging``, which averages the whole module (frozen parts,
+    integer buffers), counts the steps of all optimisers, and replaces the raw weights when training ends.
 
     Args:
         decay: Fraction of the old average that an update keeps, in [0, 1).
@@ -43,7 +43,7 @@ class EMA(Callback):
         self._swapped = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start from a copy of the network."""
+        """Copy the network as the initial average."""
         if self.average is None and stage == "fit":
             self.average = copy.deepcopy(_network(pl_module)).requires_grad_(False)
 
@@ -71,7 +71,7 @@ class EMA(Callback):
             average_buffer.copy_(buffer)
 
     def _swap(self, pl_module: LightningModule) -> None:
-        """Exchange the weights of the network and the average, if ``evaluate`` is set."""
+        """Exchange the tensors of the network and the average, if ``evaluate`` is set."""
         if self.average is None or not self.evaluate:
             return
         self.average.to(pl_module.device)  # sanity checking runs before on_train_start

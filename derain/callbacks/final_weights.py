@@ -19,12 +19,12 @@ log = logging.getLogger("derain")
 class FinalWeights(Callback):
     """Write ``weights.safetensors`` at the end of training; log the best validation score and the next command.
 
-    The weights are those of the best checkpoint, or of the last checkpoint if no validation ran; with EMA, the averaged
-    ones. The trainer needs the callbacks `BestCheckpoint` and `LastCheckpoint`.
+    The weights are those of the best checkpoint, or of the last checkpoint if no validation ran; with `EMA`, they are
+    the averaged weights in it. The trainer needs the callbacks `BestCheckpoint` and `LastCheckpoint`.
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file on rank 0."""
+        """Write the file and log the messages, on rank 0."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         best = next((callback for callback in callbacks if isinstance(callback, BestCheckpoint)), None)
         last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
@@ -41,7 +41,8 @@ class FinalWeights(Callback):
             log.warning("no training step was run: no weights are saved")
             return
         for checkpoint in trainer.checkpoint_callbacks:
-            if isinstance(checkpoint, ModelCheckpoint) and not checkpoint.monitor:  # or loggers would call it the best
+            # W&B labels the file of best_model_path as the best; without a monitor, it is only the newest.
+            if isinstance(checkpoint, ModelCheckpoint) and not checkpoint.monitor:
                 checkpoint.last_model_path, checkpoint.best_model_path = checkpoint.best_model_path, ""
         target = Path(trainer.default_root_dir) / "weights.safetensors"
         load(Path(file), type(pl_module)).module.save_weights(target)
@@ -50,9 +51,9 @@ class FinalWeights(Callback):
         data: Any = getattr(trainer, "datamodule", None)
         if getattr(data, "val_mean", "images") == "sets" and (sets := data.data_sets("val")):
             images = f"mean over {len(sets)} sets, {images}"
-        rainy = trainer.callback_metrics.get("val/rainy_psnr")  # None if the resumed run had no epoch left
+        rainy = trainer.callback_metrics.get("val/rainy_psnr")  # missing if the resumed run had no epoch left
         if not best.best_model_path:
-            log.warning("no validation was run: saved the weights of the last epoch")
+            log.warning("no validation was run: saved the weights of the last checkpoint")
         elif isinstance(pl_module, DerainModule):
             baseline = "" if rainy is None else f"rainy {float(rainy):.2f} dB, "
             protocol = pl_module.protocols[0]

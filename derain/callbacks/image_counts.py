@@ -22,9 +22,10 @@ def image_count(evaluated: int, total: int) -> str:
 
 
 def validation_counts(trainer: Trainer) -> tuple[int, int]:
-    """Return how many images a validation evaluates, and how many the validation set has.
+    """Return the number of images that a validation evaluates, and that of the images in the validation set.
 
-    Both are computed from the options, since Lightning counts batches only when a validation starts.
+    The first number is computed from the options, since Lightning counts batches only when a validation starts.
+    ``val_limit`` of the data module reduces it; the second number ignores ``val_limit``.
     """
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     count = len(data.pairs.get("val", ()))
@@ -33,12 +34,13 @@ def validation_counts(trainer: Trainer) -> tuple[int, int]:
 
 
 def common_batches(trainer: Trainer) -> int:
-    """Return the number of validation batches that all ranks have in common; some ranks have one more."""
+    """Return the number of validation batches that every rank has; some ranks have one more."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     return _limited(max(1, len(data.pairs["val"]) // trainer.world_size), trainer)
 
 
 def _limited(batches: int, trainer: Trainer) -> int:
+    """Return a number of validation batches, limited by ``limit_val_batches``: a number (int) or a share (float)."""
     limit = trainer.limit_val_batches
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
@@ -47,16 +49,16 @@ class PartialEvaluationWarning(Callback):
     """Warn if ``derain validate`` or ``derain predict`` evaluates only a part of the images."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn after ``derain validate``."""
+        """Warn after ``derain validate`` if images were skipped."""
         self._warn(*validation_counts(trainer))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn after ``derain predict``."""
+        """Warn after ``derain predict`` if images were skipped."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         total = data.count("predict")
         if not is_limited("predict", trainer):
             return
-        batches = sum(int(count) for count in trainer.num_predict_batches)  # of one image each
+        batches = sum(int(count) for count in trainer.num_predict_batches)  # with a limit, batches have one image each
         self._warn(min(batches * trainer.world_size, total), total)
 
     def _warn(self, evaluated: int, total: int) -> None:

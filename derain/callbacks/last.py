@@ -1,4 +1,4 @@
-"""Checkpoint that a training resumes from."""
+"""Callback that saves the checkpoint from which training resumes."""
 
 import logging
 import os
@@ -20,9 +20,10 @@ log = logging.getLogger("derain")
 class LastCheckpoint(Checkpoint):
     """Save ``last.ckpt`` after every epoch, and when a signal stops the training.
 
-    Batch systems send SIGTERM before they end or pre-empt a job. Under SLURM, the signal of ``sbatch --signal``
-    (default: SIGUSR1) also requeues the job. A signal stops the training between two batches. Other exceptions save no
-    checkpoint, since training cannot resume within a batch.
+    Batch systems send SIGTERM before they end or pre-empt a job. Under SLURM, ``sbatch --signal`` can send another
+    signal, SIGUSR1 or the ``requeue_signal`` of Lightning's ``SLURMEnvironment``, which also requeues the job. A signal
+    stops the training between two batches. Other exceptions save no checkpoint, since training cannot resume within a
+    batch.
 
     Args:
         dirpath: Folder of the checkpoints.
@@ -35,7 +36,7 @@ class LastCheckpoint(Checkpoint):
         self._requeueing = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace Lightning's signal handlers, which communicate or save a checkpoint within a batch."""
+        """Replace Lightning's signal handlers, which communicate between ranks or save a checkpoint within a batch."""
         super().on_train_start(trainer, pl_module)
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
@@ -49,14 +50,23 @@ class LastCheckpoint(Checkpoint):
         self._received = number
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Stop on all ranks before this batch if any rank has received a signal."""
+        """Stop all ranks before this batch if any rank has received a signal.
+
+        Raises:
+            SIGTERMException: If it has.
+        """
         self._stop_if_signalled(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Stop on all ranks during validation too, which may take long; a resumed run repeats the validation."""
-        if not trainer.sanity_checking and batch_idx < common_batches(trainer):  # a collective decision
+        """Stop all ranks during validation too, since it may take long; a resumed run repeats the validation.
+
+        Raises:
+            SIGTERMException: If any rank has received a signal.
+        """
+        # All ranks must take part in the decision, so that it is made only before batches that every rank has.
+        if not trainer.sanity_checking and batch_idx < common_batches(trainer):
             self._stop_if_signalled(trainer)
 
     def _stop_if_signalled(self, trainer: Trainer) -> None:
@@ -67,7 +77,7 @@ class LastCheckpoint(Checkpoint):
         raise SIGTERMException
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save a checkpoint if a signal stopped the training; only then requeue the job, since SLURM may end it."""
+        """Save a checkpoint if a signal stopped the training; then requeue the job, which SLURM may end immediately."""
         self.save_on_exception = isinstance(exception, SIGTERMException) and (trainer.training or trainer.validating)
         super().on_exception(trainer, pl_module, exception)
         if self._requeueing and trainer.is_global_zero:

@@ -27,7 +27,10 @@ def draw_panel(batch: Any, outputs: Any) -> tuple[Image.Image, str]:
 
     Args:
         batch: Batch of a `RainDataModule`.
-        outputs: What ``validation_step`` or ``test_step`` returned for the batch.
+        outputs: Result of ``validation_step`` or ``test_step`` for the batch.
+
+    Raises:
+        DerainError: If a value is not finite.
     """
     images = {"rainy": batch["rainy"], "derained": outputs["derained"], "clean": batch["clean"]}
     name = batch["name"][0]
@@ -38,8 +41,8 @@ def draw_panel(batch: Any, outputs: Any) -> tuple[Image.Image, str]:
 class ImagePanels(Callback):
     """Save panels (rainy | derained | clean) of the first images of the validation and test sets.
 
-    Panels of validation images are saved to ``panels/NAME/epoch-E.png`` in every validation, and logged to W&B and
-    TensorBoard. Panels of test images are saved to ``panels/NAME.png``.
+    Panels of validation images are saved in every validation to ``panels/NAME/epoch-0000.png``, with the number of the
+    epoch from 0, and logged to W&B and TensorBoard. Panels of test images are saved to ``panels/NAME.png``.
 
     Args:
         count: Number of images per set.
@@ -57,7 +60,7 @@ class ImagePanels(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Save and log the panel of one of the first images; each rank saves its own."""
+        """Save and log the panel of an image if it is one of the first; each rank saves those of its own images."""
         if trainer.sanity_checking or int(batch["index"][0]) >= self.count or outputs is None:
             return
         panel, name = draw_panel(batch, outputs)
@@ -78,7 +81,7 @@ class ImagePanels(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Save the panel of one of the first test images."""
+        """Save the panel of a test image if it is one of the first."""
         if int(batch["index"][0]) < self.count and outputs is not None:
             panel, name = draw_panel(batch, outputs)
             write_image(Path(trainer.default_root_dir) / "panels" / f"{name}.png", panel)

@@ -1,4 +1,4 @@
-"""Images that ``derain predict`` restores."""
+"""Callback that saves the images that ``derain predict`` restores."""
 
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from derain.pictures import write_explanation
 class SaveImages(Callback):
     """Save every derained image to ``images/NAME.png`` in the folder of the run.
 
-    With ``--explain true``, ``images/NAME-explain.png`` shows the maps and ``images/NAME-explain.json`` describes the
-    conditions, such as the route. Images with values that are not finite are not saved; they are reported at the end.
+    With ``--explain true``, ``images/NAME-explain.png`` shows the maps of the method, and ``images/NAME-explain.json``
+    describes the conditions, such as the route. Derained images with values that are not finite are not saved, but
+    reported at the end.
     """
 
     def __init__(self) -> None:
@@ -45,7 +46,11 @@ class SaveImages(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Save the images of a batch; each rank saves its own."""
+        """Save the images of a batch; each rank saves its own.
+
+        Raises:
+            SIGTERMException: If the process has received SIGTERM.
+        """
         folder = Path(trainer.default_root_dir) / "images"
         self._failures += outputs["errors"].values()
         for index, name in enumerate(batch["name"]):
@@ -65,10 +70,10 @@ class SaveImages(Callback):
             raise SIGTERMException
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report the images that were not saved, once all ranks have saved the others.
+        """Report the images that were not saved, once all ranks have saved their other images.
 
         Raises:
-            DerainError: If there are any on this rank.
+            DerainError: If this rank has such images.
         """
         trainer.strategy.barrier("predictions")
         failures, self._failures = self._failures, []

@@ -1,4 +1,4 @@
-"""Results of ``derain test``: scores of every image, a summary and a table."""
+"""Callback for the results of ``derain test``: scores of every image, a summary and a table."""
 
 import csv
 import dataclasses
@@ -35,13 +35,13 @@ PACKAGES = ("derain", "torch", "lightning", "torchmetrics")
 class TestResults(Callback):
     """Save ``images.csv`` and ``summary.json`` to ``trainer.default_root_dir``, and print a table.
 
-    In the summary, ``seconds`` is the mean time of restoration per image on rank 0, ``batch_size`` the maximum number
-    of images that were restored at once, and ``tile`` the side of tiles.
+    Tests of videos also save ``sequences.csv``. In the summary, ``seconds`` is the mean time of restoration per image
+    on rank 0, ``batch_size`` the maximum number of images in a batch, and ``tile`` the value of ``--tile``.
 
     Args:
-        restoration: Callback that restores the images.
+        restoration: Callback that restores the images and measures the time.
         weights: Weights that are tested, as the user named them; None for a checkpoint that the trainer loads.
-        commit: Git commit of derain, for the summary; None: unknown.
+        commit: Git commit of the current folder, for the summary; None outside git.
     """
 
     __test__ = False  # pytest would collect the class
@@ -50,7 +50,7 @@ class TestResults(Callback):
         self.restoration, self.weights, self.commit = restoration, weights, commit
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save and print the scores of all ranks on rank 0."""
+        """Save and print the scores of the images of all ranks, on rank 0."""
         if not trainer.is_global_zero:
             return
         module = cast(DerainModule, pl_module)
@@ -100,13 +100,13 @@ def image_rows(
 
     Args:
         scores: Scores by kind (``rainy`` and ``derained``) and protocol.
-        images: Name and sequence (empty for a single image) of all images in the data set, in the order that the
-            indices of the scores refer to.
-        temporal: Flicker and warping error by the index of the later of two frames; None if not computed.
+        images: Name and sequence (empty for an image that is not a frame of a video) of each image in the data sets, by
+            the index that the scores contain.
+        temporal: Flicker and warping error by the index of the later of two frames; None if they were not computed.
 
     Returns:
-        Rows with a column ``sequence`` if any image is a frame of a video, and None for a temporal score of a frame
-        that does not directly follow another.
+        The rows. They have a column ``sequence`` if any image is a frame of a video. Temporal scores are None for a
+        frame that does not directly follow another.
     """
     rainy = scores["rainy"]
     return {
@@ -139,7 +139,12 @@ def _image_rows(
 
 
 def write_rows(path: Path, rows: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Write the rows of each protocol, with equal keys, to a CSV file, completely or not at all."""
+    """Write rows to a CSV file, completely or not at all.
+
+    Args:
+        path: File to write.
+        rows: Rows by protocol, all with the same keys; the file has a column ``protocol`` after the first column.
+    """
     fields = next(list(group[0]) for group in rows.values() if group)
     with write_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors=ESCAPED) as file:
         writer = csv.DictWriter(file, fieldnames=[fields[0], "protocol", *fields[1:]])
@@ -155,10 +160,12 @@ def results(
 ) -> list[dict[str, Any]]:
     """Return means over the images with 95 % bootstrap intervals, one entry per protocol.
 
+    With videos, ``sequences`` in an entry has the means over the sequences.
+
     Args:
         scores: Scores by kind (``rainy`` and ``derained``) and protocol.
         images: Rows of the images by protocol.
-        sequences: Rows of the sequences by protocol; their means over sequences are under ``sequences`` in an entry.
+        sequences: Rows of the sequences by protocol; empty lists without videos.
     """
     entries = []
     for protocol, derained in scores["derained"].items():
@@ -176,7 +183,7 @@ def results(
 
 
 def hardware(trainer: Trainer) -> dict[str, Any]:
-    """Return the device, CPU cores, number of devices and precision of a test, for the summary."""
+    """Return name of the device, number of CPU cores, number of devices and precision of a test, for the summary."""
     device = trainer.strategy.root_device
     return {
         "device": device_name(device),
@@ -187,7 +194,7 @@ def hardware(trainer: Trainer) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of a CUDA device; otherwise that of the processor, with the device type unless it is the CPU."""
+    """Return the name of a CUDA device; for other devices the name of the processor, followed by a type such as mps."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return cpu_name() if device.type == "cpu" else f"{cpu_name()}, {device.type}"
@@ -204,7 +211,12 @@ def cpu_name() -> str:
 
 
 def print_table(summary: dict[str, Any], notes: Sequence[str] = ()) -> None:
-    """Print the scores of rainy and derained images, one row per protocol; of videos, also means over sequences."""
+    """Print the scores of rainy and derained images, one row per protocol; for videos, also means over sequences.
+
+    Args:
+        summary: Content of ``summary.json``.
+        notes: Notes below the table.
+    """
     entries: list[dict[str, Any]] = summary["results"]
     videos, temporal = "sequences" in entries[0], "flicker" in entries[0]
     columns = [Column("protocol", align="left")]
@@ -245,5 +257,5 @@ def _title(summary: dict[str, Any]) -> str:
 
 
 def _scores(result: dict[str, Any], prefix: str) -> list[float]:
-    """Return PSNR, SSIM and, if it was computed, LPIPS; the prefix is ``rainy_`` or empty."""
+    """Return PSNR, SSIM and, if it was computed, LPIPS of an entry; the prefix is ``rainy_``, or empty for derained."""
     return [result[f"{prefix}{name}"] for name in ("psnr", "ssim", "lpips") if f"{prefix}{name}" in result]

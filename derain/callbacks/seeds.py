@@ -9,9 +9,9 @@ from lightning import Callback, LightningModule, Trainer
 
 
 class BatchSeeds(Callback):
-    """Seed the global generators before each batch with a hash of seed, epoch, batch and rank.
+    """Seed the global random generators before each batch with a hash of seed, epoch, batch and rank.
 
-    The random numbers of a batch then depend on nothing else, such as earlier validations or resuming.
+    The random numbers of a batch thus do not depend on earlier validations, or on whether the run was resumed.
 
     Args:
         seed: Seed of the run.

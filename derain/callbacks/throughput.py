@@ -9,8 +9,9 @@ from lightning import Callback, LightningModule, Trainer
 class Throughput(Callback):
     """Log ``train/images_per_second`` of all devices, and ``train/data_wait``, the fraction of time waiting for data.
 
-    Both are means over an epoch, including the part before an interruption if the run was resumed. The time between two
-    batches, in which the loop fetches the next batch, counts as waiting. Validation does not count.
+    Both are means over an epoch. If the run was resumed within the epoch, they include the part before the
+    interruption. The time between two batches, in which the loop fetches the next batch, counts as waiting. Time of
+    validation is excluded. Rank 0 measures its own speed, which is multiplied by the number of devices.
     """
 
     def __init__(self) -> None:
@@ -18,16 +19,17 @@ class Throughput(Callback):
         self._resumed: dict[str, Any] = {}
 
     def _begin(self, spent: float) -> None:
+        """Start the clocks of an epoch, of which ``spent`` seconds have passed already."""
         self._free = time.perf_counter()
         self._start = self._free - spent
         self._waited, self._images = 0.0, 0
 
     def state_dict(self) -> dict[str, float | int]:
-        """Return the seconds spent and waited, and the number of images, in the epoch so far."""
+        """Return seconds (in total and waiting) and number of images of the epoch so far."""
         return {"spent": self._free - self._start, "waited": self._waited, "images": self._images}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state of an interrupted epoch, from which `on_train_start` continues."""
+        """Keep the state of an interrupted epoch for `on_train_start`, which continues from it."""
         self._resumed = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -46,7 +48,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch; a batch that a signal prevents is not counted."""
+        """Count the batch; a batch before which a signal stops the run is not counted."""
         self._waited += self._wait
         self._images += len(batch["name"])
         self._free = time.perf_counter()

@@ -17,7 +17,7 @@ from derain.methods.trainable import TrainableModule
 from derain.nn.blocks import repeated_blocks
 
 COMPILATIONS = 64
-"""Limit of the compilations of one class of blocks: there is one for each number of channels, crop size and precision.
+"""Limit of the compilations of a class of blocks: one for each number of channels, crop size and precision.
 
 Beyond the limit, PyTorch warns and runs the blocks without compilation.
 """
@@ -28,11 +28,15 @@ log = logging.getLogger("derain")
 def _find_blocks(module: LightningModule, callback: str) -> list[nn.Module]:
     """Return the repeated blocks of a method's network.
 
+    Args:
+        module: The method.
+        callback: Name of the callback, for messages.
+
     Raises:
-        DerainError: If it has none, or the module is not a method of derain.
+        DerainError: If the network has no repeated blocks, or the module is not a `TrainableModule`.
     """
     if not isinstance(module, TrainableModule):
-        raise DerainError(f"{callback}: {type(module).__name__} is no TrainableModule; remove the callback")
+        raise DerainError(f"{callback}: {type(module).__name__} is not a TrainableModule; remove the callback")
     blocks = repeated_blocks(module.network)
     if not blocks:
         raise DerainError(
@@ -48,7 +52,7 @@ def _count(blocks: Sequence[nn.Module]) -> str:
 
 
 def _recomputed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-    """Return the result of a function, whose intermediate results are computed again in the backward pass."""
+    """Return the result of ``forward``; the backward pass computes its intermediate results again."""
     if not torch.is_grad_enabled():
         return forward(*inputs, **options)
     return checkpoint(forward, *inputs, use_reentrant=False, **options)
@@ -57,8 +61,8 @@ def _recomputed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> An
 class GradientCheckpointing(Callback):
     """Compute the activations of repeated blocks again in the backward pass instead of storing them.
 
-    Training needs much less memory and more time; losses, gradients and weights are the same. Blocks with batch
-    normalisation are refused, since their running statistics would be updated twice.
+    Training needs much less memory and more time. Losses, gradients and weights are the same. Blocks with batch
+    normalisation are refused, since the running statistics would be updated twice.
 
     References:
         Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 2016.
@@ -68,7 +72,7 @@ class GradientCheckpointing(Callback):
         self._blocks: list[nn.Module] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Wrap the blocks.
+        """Replace the ``forward`` of each block by one that is computed again in the backward pass.
 
         Raises:
             DerainError: If the network has no repeated blocks, or they contain batch normalisation.
@@ -88,7 +92,7 @@ class GradientCheckpointing(Callback):
         log.info("gradient checkpointing: %s", _count(blocks))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restore the blocks."""
+        """Restore the ``forward`` of each block."""
         for block in self._blocks:
             del block.forward
         self._blocks = []
@@ -97,8 +101,9 @@ class GradientCheckpointing(Callback):
 class CompileBlocks(Callback):
     """Compile the repeated blocks of the network for training steps with ``torch.compile``.
 
-    Blocks instead of the whole network, since compiling one of them serves all of the same size. Names of parameters do
-    not change. Validation, which has images of many sizes, is not compiled.
+    Blocks are compiled instead of the whole network, since one compilation serves all blocks with the same number of
+    channels and image size. Names of parameters do not change. Validation, which has images of many sizes, uses the
+    blocks without compilation.
 
     Args:
         backend: Backend of ``torch.compile``, such as ``inductor``.
@@ -120,17 +125,17 @@ class CompileBlocks(Callback):
             log.info("compiling for training: %s", _count(self._blocks))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run the compiled blocks; each is compiled at its first call."""
+        """Use compiled blocks from now on; a block is compiled when it is first called."""
         self._limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(self._limit, COMPILATIONS)
         self._enable()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run the blocks without compilation."""
+        """Use the blocks without compilation."""
         self._disable()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run the compiled blocks again; compilations are cached."""
+        """Use the compiled blocks again; their compilations are cached."""
         if not trainer.sanity_checking:
             self._enable()
 
@@ -151,7 +156,7 @@ class CompileBlocks(Callback):
 
 
 class TensorFloat32(Callback):
-    """Compute float32 matrix products in TF32 while training on a GPU that has it (NVIDIA, compute capability 8).
+    """Compute float32 matrix products in TF32 in training, on NVIDIA GPUs of compute capability 8.0 or higher.
 
     TF32 rounds factors to 10 bits of mantissa. PyTorch computes convolutions in TF32 by default, matrix products only
     with ``torch.set_float32_matmul_precision("high")``, which this callback calls. On other devices it has no effect.
@@ -161,7 +166,7 @@ class TensorFloat32(Callback):
         self._previous: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Set the precision, and report which is in force."""
+        """Set the precision of matrix products if the device has TF32, and report it."""
         if stage != "fit":
             return
         device = trainer.strategy.root_device
@@ -173,7 +178,7 @@ class TensorFloat32(Callback):
         log.info("TensorFloat32: matrix products in TF32 on %s", torch.cuda.get_device_name(device))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restore the precision."""
+        """Restore the precision of matrix products."""
         if self._previous is not None:
             torch.set_float32_matmul_precision(self._previous)
         self._previous = None
