@@ -61,9 +61,10 @@ def caption(
     device: str = "auto",
     overwrite: bool = False,
 ) -> int:
-    """Caption the clean images of a data set, and write a table 'filepath<TAB>title' in DA-CLIP's format.
+    """Caption the clean images of a data set, and write a table in DA-CLIP's format.
 
-    Run the same command again to resume an interrupted run.
+    The table has a row 'filepath<TAB>title' for each rainy image, with the caption of its clean image and the word for
+    the degradation. Run the same command again to resume an interrupted run.
 
     Args:
         dataset: Name or folder of a data set.

@@ -55,7 +55,8 @@ class SignalConnector(_SignalConnector):
 class Ranks:
     """Context manager of a run: rank 0 observes the ranks that Lightning has started, and these observe rank 0.
 
-    With one process, or under torchrun and SLURM, there is nothing to observe.
+    Ranks other than rank 0 begin to observe when the object is created. With one process, or under torchrun and SLURM,
+    there is nothing to observe.
 
     Args:
         next_step: Returns the end of the message about a dead rank: how to resume the run.
@@ -66,12 +67,12 @@ class Ranks:
         self.processes: Sequence[subprocess.Popen[bytes]] = ()
         self._finished = threading.Event()
         self.local_rank = os.environ.get("LOCAL_RANK", "0")
-        self.main = 0
+        self.rank_0_id = 0  # process ID of rank 0; 0 on rank 0 itself, and if there is nothing to observe
         if self.local_rank == "0":
             os.environ[MAIN_PROCESS] = str(os.getpid())
         elif os.name == "posix":
-            self.main = int(os.environ.get(MAIN_PROCESS, 0))  # 0: started by torchrun or SLURM
-        if self.main:
+            self.rank_0_id = int(os.environ.get(MAIN_PROCESS, 0))  # not set by torchrun or SLURM
+        if self.rank_0_id:
             threading.Thread(target=self._watch, daemon=True).start()
         # Lightning's own observer kills rank 0 too, without a message and with the exit code of a signal.
         subprocess_script._launch_process_observer = self.observe  # type: ignore[assignment,attr-defined]
@@ -83,8 +84,8 @@ class Ranks:
 
     def failure(self) -> str:
         """Return which rank has died and how; empty if none has."""
-        if self.main:
-            return "" if os.getppid() == self.main else f"rank 0 (process {self.main}) ended"
+        if self.rank_0_id:
+            return "" if os.getppid() == self.rank_0_id else f"rank 0 (process {self.rank_0_id}) ended"
         for rank, process in enumerate(self.processes, 1):
             code = process.poll()
             if code:
@@ -98,12 +99,12 @@ class Ranks:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Stop observing; if the run has failed, end the ranks that this one has started.
 
-        An exception about a lost connection is replaced if another rank has died.
+        If another rank has died, an exception about a lost connection is replaced by one of the following.
 
         Raises:
-            DerainError: Instead of it, on rank 0; or on rank 1, if rank 0 has died.
-            Stopped: Instead of it, on rank 0, if SIGTERM has stopped the other rank.
-            SystemExit: Instead of it, on all other ranks.
+            DerainError: On rank 0, or on rank 1 if rank 0 has died; the message names the dead rank.
+            Stopped: On rank 0, if SIGTERM has stopped the other rank.
+            SystemExit: On the remaining ranks, which print no message.
         """
         try:
             if error is not None:
@@ -115,8 +116,8 @@ class Ranks:
             self._finished.set()
 
     def _explain(self, error: BaseException) -> None:
-        """Raise an exception that names the dead rank, if ``error`` is one about a lost connection; see `__exit__`."""
-        if not (self.main or self.processes) or not LOST_CONNECTION.search(f"{type(error).__name__} {error}"):
+        """Raise the exceptions of `__exit__` if ``error`` is about a lost connection and another rank has died."""
+        if not (self.rank_0_id or self.processes) or not LOST_CONNECTION.search(f"{type(error).__name__} {error}"):
             return
         self._wait(lambda: self.failure() != "")  # a connection is lost before the process has ended
         failure = self.failure()
