@@ -119,19 +119,27 @@ class Attention(nn.Module):
         """
         values, products, squared_norms = [], [], []
         for query, key, value in strips:
-            values.append(value)
+            # Copied without gradients, so that the memory of queries and keys is reused for the next strip
+            values.append(value if torch.is_grad_enabled() or compiling_or_exporting() else value.contiguous())
             with torch.autocast(value.device.type, enabled=False):
                 products.append(self._products(query, key))
                 squared_norms.append(torch.stack([_as_float32(x).square().sum((1, 2)) for x in (query, key)]))
-        value = torch.cat(values, dim=1) if len(values) > 1 else values[0]
         with torch.autocast(value.device.type, enabled=False):
             min_norm = _min_norm(query.dtype)
             norms = torch.stack(squared_norms).sum(0).clamp_min(min_norm**2).sqrt()
             matrix = self._projected_attention(torch.stack(products).sum(0), norms)
-        b, h, w, c = value.shape
-        bias, pixels, matrix = self.project_out.bias, value.flatten(1, 2), matrix.to(value.dtype)
-        mixed = pixels @ matrix if bias is None else torch.baddbmm(bias.to(value.dtype), pixels, matrix)
-        return mixed.reshape(b, h, w, c)
+        mixed = [self._weighted(value, matrix.to(value.dtype)) for value in values]
+        return torch.cat(mixed, dim=1) if len(mixed) > 1 else mixed[0]
+
+    def _weighted(self, value: Float[Tensor, "b h w c"], matrix: Float[Tensor, "b c c"]) -> Float[Tensor, "b h w c"]:
+        """Return sums of the channels of each pixel, weighted by the columns of the matrix, and the bias."""
+        bias = self.project_out.bias
+        bias = None if bias is None else bias.to(value.dtype)
+        if len(value) == 1 and not compiling_or_exporting():  # a convolution is faster
+            return pointwise(value, matrix[0].T[..., None, None], bias)
+        pixels = value.flatten(1, 2)
+        mixed = pixels @ matrix if bias is None else torch.baddbmm(bias, pixels, matrix)
+        return mixed.reshape(value.shape)
 
     def normalize(self, scores: Float[Tensor, "b heads d d"]) -> Float[Tensor, "b heads d d"]:
         """Return the attention weights from scores; rows are query channels, columns key channels."""
