@@ -172,6 +172,27 @@ def assert_restores(model):
             assert model.eval()(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)
 
 
+def repeated_keys(node):
+    """Return the keys that occur twice in a mapping of a YAML document; the loader would ignore the first."""
+    repeated = []
+    for child in getattr(node, "value", ()):
+        for part in child if isinstance(child, tuple) else (child,):
+            repeated += repeated_keys(part) if isinstance(part, yaml.Node) else []
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value]
+        repeated += [key for key in set(keys) if keys.count(key) > 1]
+    return repeated
+
+
+@pytest.mark.parametrize("path", [*FILES, *SWEEPS], ids=lambda path: path.stem)
+def test_keys_are_not_repeated(path):
+    assert repeated_keys(yaml.compose(path.read_text())) == []
+
+
+def test_repeated_keys_are_found():
+    assert repeated_keys(yaml.compose("model: text\nmodel: {dim: 1, list: [{a: 1, a: 2}]}")) == ["a", "model"]
+
+
 @pytest.mark.parametrize("path", DATA, ids=lambda path: path.stem)
 def test_data_sets_are_loaded(path, build, clip):
     cli = build("--config", str(path), *small_options(path, clip=clip))

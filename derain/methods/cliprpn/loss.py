@@ -10,12 +10,17 @@ from torch import Tensor
 from derain.nn.padding import pad_to_multiple
 
 Reconstruction = Literal["dls", "l1", "l2", "huber"]
+"""Reconstruction losses, see `reconstruction_loss`."""
+
 Smoothing = Literal["shift", "root"]
+"""Ways to keep the gradient finite, see `scheduled_loss`."""
+
 MaskScaling = Literal["nearest", "area", "max"]
+"""Ways to downscale the true mask, see `mask_loss`."""
 
 
 def exponent(progress: float, beta: float = 0.8, eta: float = 2.3) -> float:
-    """Return the exponent of dynamic loss scheduling (DLS) at a given point in training.
+    """Return the exponent of dynamic loss scheduling (DLS) at a point in training.
 
     Args:
         progress: Completed fraction of the optimiser steps, τ/T in [0, 1].
@@ -23,7 +28,7 @@ def exponent(progress: float, beta: float = 0.8, eta: float = 2.3) -> float:
         eta: Increase from start to end.
 
     References:
-        CLIP-RPN, eq. 14 with its linear f(τ) = τ.
+        CLIP-RPN, eq. 14, with the paper's linear f(τ) = τ.
 
     Example:
         >>> exponent(0.0), round(exponent(1.0), 3)

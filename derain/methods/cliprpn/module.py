@@ -50,12 +50,12 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
     """CLIP-RPN: CLIP chooses a route of mask-guided cross-attention for each image.
 
     Guan and Yoshie, CLIP-driven rain perception. Trained with AdamW by dynamic loss scheduling (DLS) and a loss on
-    predicted rain masks. CLIP is frozen and is part of neither checkpoints nor optimisers. Schedules count optimiser
-    steps, so they depend neither on gradient accumulation nor on the number of devices.
+    predicted rain masks. CLIP is frozen and is part of neither checkpoints nor optimisers. The schedules of learning
+    rate and DLS are functions of the fraction of the optimiser steps.
 
     Args:
         perception: How routes are chosen: ``clip``: by CLIP; ``fixed``: all images take ``route``; ``none``: the
-            network has a single route (Table 10 without RPN).
+            network has a single route, or none without ``mgca`` (Table 10 without RPN).
         clip: Id on the Hugging Face hub, or a local directory; ``$DERAIN_CLIP`` takes precedence.
         prompts: Name of a set in `derain.methods.cliprpn.prompts.PROMPTS` (``1``, ``2``, ``2-long``, ``3``,
             ``3-distortion``, ``rain``, ``intensity``), or a list of texts, one per route.
@@ -63,12 +63,13 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         route_by: ``image``: all crops and tiles of an image take the route of the image; ``patch``: each crop in
             training and each tile at inference has its own route.
         route: Index of the route for perception ``fixed``, from 0.
-        mgca: Whether the sub-networks of the routes are mask-guided cross-attention. Otherwise they are plain
-            cross-attention, which ignores the next three options; with perception ``none``, there are no sub-networks
-            then (Table 10 without MGCA, and without both).
+        mgca: Whether the sub-networks of the routes are mask-guided cross-attention (MGCA). If false, they are plain
+            cross-attention (Table 10 without MGCA), to which the next three options do not apply; with perception
+            ``none``, there are no sub-networks at all (Table 10 without both).
         interaction: Reading of eqs. 11 and 12: ``prose`` or ``swapped``, see `MaskGuidedCrossAttention`.
         residual: Whether mask-guided cross-attention is residual; not in the paper.
-        spatial_kernel: Kernel size of the convolution that is missing in eq. 11, an odd number; 0: a mean instead.
+        spatial_kernel: Kernel size, an odd number, of the convolution that eq. 11 omits; 0: a mean instead of a
+            convolution.
         dim: Channels of Restormer at the finest level.
         blocks: Transformer blocks of each of the four levels.
         refinement: Transformer blocks at full resolution after the decoder.
@@ -79,8 +80,9 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         eta: Increase of the exponent from start to end; section 4.2: 2.3.
         smoothing: How the gradient of ``dls`` is kept finite at zero error: ``shift`` or ``root``, see
             `scheduled_loss`.
-        rescale: Whether to scale the reconstruction loss and its gradient so that its value is the mean absolute
-            error; otherwise ``dls`` is much smaller than the mask loss late in training. Not in the paper.
+        rescale: Whether to multiply the reconstruction loss by a factor without gradient, so that its value equals the
+            mean absolute error. Without it, ``dls`` is much smaller than the mask loss late in training. Not in the
+            paper.
         mask_weight: Weight of the mask loss; eq. 15: 0.1.
         mask_threshold: Difference in [0, 1] above which a pixel is rainy; eq. 4: 0.1.
         mask_scaling: How the true mask is downscaled to the size of a level: ``nearest``, ``area`` or ``max``, see
@@ -172,7 +174,7 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
     def encode(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
         """Return the routes of whole images and, if CLIP chose them, their similarities to the prompts.
 
-        The result is empty with ``route_by`` ``patch``, for which ``forward`` chooses the route of each tile.
+        If ``route_by`` is ``patch``, the result is empty, and ``forward`` chooses the route of each tile.
         """
         return {} if self.hparams["route_by"] == "patch" else self.routing(rainy)
 
@@ -187,8 +189,8 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
 
         Args:
             rainy: Rainy images.
-            routes: Index of the route of each image, or of one route for all; by default chosen by ``routing``: by
-                CLIP, or the fixed route.
+            routes: Index of the route of each image, or of a single route for all; None: CLIP chooses, or all images
+                take the fixed route.
             similarities: Not used; ``encode`` returns them for `describe_image`.
         """
         if routes is None:
@@ -245,9 +247,9 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         """Compute the routes of all training images before the first step, if CLIP chooses routes by image.
 
         Raises:
-            DerainError: If a distributed strategy would wait for gradients of unused routes; CLIP is not available or
-                is not that of the resumed run; or the data are not a `RainDataModule`, which ``route_by`` ``image``
-                requires.
+            DerainError: If a distributed strategy would wait for gradients of unused routes; if CLIP is not available
+                or is not that of the resumed run; or if ``route_by`` is ``image`` and the data module is not a
+                `RainDataModule`.
         """
         super().on_fit_start()
         if len(self.network.routes) > 1:
@@ -259,7 +261,7 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         if not hasattr(data, "rainy_images"):
             raise DerainError("--model.route_by image: requires RainDataModule; use it, or set --model.route_by patch")
         if self.local_rank != 0:
-            self.trainer.strategy.barrier()  # the first process of a machine runs CLIP and fills the cache
+            self.trainer.strategy.barrier()  # until the first process of the machine has run CLIP and filled the cache
         names = [pair.name for pair in data.pairs["train"]]
         images = data.rainy_images("train")
         self.routing.compute_training_routes(names, track(images, "Rain perception", len(names)), self.device)
@@ -269,7 +271,7 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the reconstruction loss plus the weighted mask losses (eq. 15).
 
-        Logs the sum as ``train/loss``, and its parts without weights and before ``rescale``.
+        The sum is logged as ``train/loss``; its parts are logged without weights and before ``rescale``.
         """
         routes = self._training_routes(batch)
         hyper = self.hparams
@@ -296,7 +298,7 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         return loss
 
     def _training_routes(self, batch: PairBatch) -> list[int]:
-        """Return the route of each image of a training batch, and count the routes."""
+        """Return the route of each image of a training batch, and add them to the counts."""
         training_routes = self.routing.training_routes
         if training_routes is None:
             routes = self.routing(batch["rainy"], cache=False)["routes"]
@@ -316,7 +318,7 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _sum_counts(self) -> None:
-        """Add the samples of each route since the last call, summed over all devices."""
+        """Add the samples since the last call, summed over all devices, to ``route_counts``."""
         if self.route_counts is None or self._trainer is None:
             return
         new = torch.tensor(self._new_counts, device=self.device)
@@ -340,7 +342,7 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
     # Files.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the metadata, whose route counts are summed over all devices first."""
+        """Sum the route counts over all devices, and add the metadata."""
         self._sum_counts()
         super().on_save_checkpoint(checkpoint)
 
@@ -367,6 +369,6 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
             self.routing.sample_counts = self.route_counts
 
     def start_from(self, loaded: TrainableModule) -> None:
-        """Continue the route counts of the weights that training starts from."""
+        """Adopt the route counts of the weights that training starts from, so that they are continued."""
         if isinstance(loaded, CLIPRPNModule):
             self.route_counts = loaded.route_counts

@@ -11,6 +11,8 @@ from derain.errors import DerainError
 from derain.nn.restormer import CrossAttention, Restormer, spatial
 
 Interaction = Literal["prose", "swapped"]
+"""Readings of eqs. 11 and 12, see `MaskGuidedCrossAttention`."""
+
 LEVELS = (3, 2, 1)
 """Levels whose features are routed, in the order of the decoder: at 1/8, 1/4 and 1/2 of the image."""
 
@@ -55,14 +57,14 @@ class MaskGuidedCrossAttention(nn.Module):
     Args:
         channels: Channels of the features.
         heads: Attention heads of the three cross-attentions.
-        interaction: ``prose``, as the text of the paper describes it: channel weights of the rain-free branch scale
-            the rainy branch, and pixel weights of the rainy branch scale the rain-free branch. ``swapped``: channel
-            weights of the rainy branch scale the rain-free branch, and pixel weights of the rain-free branch scale the
-            rainy branch; possible because eqs. 11 and 12 are printed in each other's paragraph.
+        interaction: ``prose``, the reading of the paper's text: channel weights of the rain-free branch scale the rainy
+            branch, and pixel weights of the rainy branch scale the rain-free branch. ``swapped``: channel weights of
+            the rainy branch scale the rain-free branch, and pixel weights of the rain-free branch scale the rainy
+            branch. Both are plausible, since eqs. 11 and 12 are printed in each other's paragraph.
         residual: Whether to add the input to the output; not in the paper.
-        spatial_kernel: Kernel size of the convolution that computes the pixel weights from average and maximum over
-            the channels, an odd number; 0: their mean, without a convolution.
-        reduction: Channels divided by the hidden channels of the channel weights.
+        spatial_kernel: Kernel size, an odd number, of the convolution that reduces the average and the maximum over
+            the channels to the pixel weights; 0: the mean of both instead of a convolution.
+        reduction: Ratio of the channels to the hidden channels of the layers that compute the channel weights.
 
     Raises:
         DerainError: If ``spatial_kernel`` is even.
@@ -111,7 +113,7 @@ class MaskGuidedCrossAttention(nn.Module):
         return cast(Tensor, weights.sigmoid()[:, None, None])
 
     def pixel_weights(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w 1"]:
-        """Return the weight of each pixel in [0, 1], eq. 11; the reduction of its two maps to one is ours."""
+        """Return the weight of each pixel in [0, 1], eq. 11; the paper does not say how its two maps become one."""
         pooled = torch.stack((x.mean(-1), x.amax(-1)), dim=-1)
         if self.weigh_pixels is None:
             return pooled.mean(-1, keepdim=True).sigmoid()
@@ -123,7 +125,7 @@ def _bottleneck(channels: int, hidden: int) -> nn.Sequential:
 
 
 class PlainCrossAttention(CrossAttention):
-    """Residual cross-attention from features to themselves, which replaces MGCA in an ablation; ignores masks."""
+    """Residual cross-attention from features to themselves: replaces MGCA in an ablation and ignores masks."""
 
     def forward(self, x: Float[Tensor, "b h w c"], mask: None = None) -> Float[Tensor, "b h w c"]:  # type: ignore[override]
         """Transform features."""
@@ -135,15 +137,15 @@ class CLIPRPN(nn.Module):
 
     Args:
         route_count: Number of routes, each with a sub-network at three levels; 0: a plain Restormer.
-        mgca: Whether the sub-networks are mask-guided cross-attention; otherwise plain cross-attention without masks.
+        mgca: Whether the sub-networks are mask-guided cross-attention, or plain cross-attention without masks.
         interaction: See `MaskGuidedCrossAttention`.
         residual: See `MaskGuidedCrossAttention`.
         spatial_kernel: See `MaskGuidedCrossAttention`.
         dim: Channels of Restormer at the finest level.
         blocks: Transformer blocks of the four levels.
-        refinement: Blocks at full resolution at the end.
+        refinement: Transformer blocks at full resolution after the decoder.
         heads: Attention heads of the four levels.
-        expansion: Expansion of the feed-forward networks.
+        expansion: Hidden channels of the feed-forward networks divided by their channels.
 
     Shape:
         ``(b, 3, h, w)`` in [0, 1], any ``h, w >= 1`` → `Restored`.
@@ -191,7 +193,7 @@ class CLIPRPN(nn.Module):
             routes: Index of the route of each image, or of a single route for all images; default: route 0.
 
         Raises:
-            ValueError: If there is neither one index nor one per image, or a route does not exist.
+            ValueError: If the number of indices is neither 1 nor that of the images, or a route does not exist.
         """
         logits: list[Tensor] = []
         image_routes = list(routes or [0])
@@ -219,7 +221,8 @@ class CLIPRPN(nn.Module):
             return cast(Tensor, self._subnetwork(used[0], level)(x, mask))
         out = torch.empty_like(x)
         for route in used:
-            indices = torch.tensor([i for i, taken in enumerate(image_routes) if taken == route], device=x.device)
+            taken_by = [index for index, image_route in enumerate(image_routes) if image_route == route]
+            indices = torch.tensor(taken_by, device=x.device)
             route_mask = None if mask is None else mask[indices]
             transformed = self._subnetwork(route, level)(x[indices], route_mask)
             out = out.index_copy(0, indices, transformed.to(x.dtype))

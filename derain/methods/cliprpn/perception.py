@@ -29,9 +29,9 @@ ALTERNATIVE = "train without CLIP by --model.perception none, restore without it
 class RainPerception:
     """Similarities of images to prompts, computed by CLIP.
 
-    They can be cached in a file in derain's cache folder, so that CLIP processes each image only once. The cache key
-    comprises the pixels of the image, the prompts, the kind of similarity, the hash of CLIP and the version of its
-    preprocessing.
+    Similarities are cached in derain's cache folder, so that CLIP processes each image only once. The prompts, the kind
+    of similarity, the hash of CLIP and the version of its preprocessing determine the file; the pixels of an image
+    determine its key in the file.
 
     Args:
         clip: Id on the Hugging Face hub or a local directory; ``$DERAIN_CLIP`` takes precedence.
@@ -40,7 +40,7 @@ class RainPerception:
             large norm (the norm of the image embedding scales all similarities alike).
 
     Raises:
-        DerainError: When CLIP is first needed and not available.
+        DerainError: When CLIP is first needed, if it is not available.
     """
 
     def __init__(self, clip: str, texts: Sequence[str], similarity: Similarity = "cosine") -> None:
@@ -94,10 +94,10 @@ class RainPerception:
             similarities = features @ self._text_features.T
             computed = dict(zip(new, similarities.tolist(), strict=True))
         if computed and cache:
-            self._cache(computed)
+            self._add_to_cache(computed)
         return torch.tensor([computed[key] if key in computed else self._cached[key] for key in keys])
 
-    def _cache(self, similarities: dict[str, list[float]]) -> None:
+    def _add_to_cache(self, similarities: dict[str, list[float]]) -> None:
         self._cached.update(similarities)
         self._file.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(f"\n{json.dumps(item)}" for item in similarities.items())
@@ -110,7 +110,7 @@ class RainPerception:
     def all_similarities(
         self, images: Iterable[Pixels], device: torch.device | None = None, cache: bool = True
     ) -> Float[Tensor, "n m"]:
-        """Return the similarities of any number of images to each prompt, computed in batches of 8.
+        """Return the similarity of any number of images to each prompt, on the CPU, computed in batches of `BATCH`.
 
         Arguments and exceptions are those of `similarities`.
         """

@@ -13,7 +13,7 @@ class PromptSet(NamedTuple):
         texts: The prompts.
         counts: Number of training images of each route in the paper, by data set. Rain800 has 700 training images,
             Rain100H 1800 and Rain100L 200.
-        source: Tables of the paper that the prompts and counts are from.
+        source: Tables of the paper with these prompts and counts.
     """
 
     texts: tuple[str, ...]
@@ -97,7 +97,10 @@ PROMPTS = {
 
 
 def texts_of(prompts: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the prompts of a named set, or a list of prompts unchanged.
+    """Return the prompts of a named set, or those of a list.
+
+    Args:
+        prompts: Name of a set in `PROMPTS`, or at least two different texts.
 
     Raises:
         DerainError: If the set does not exist, or the list has fewer than two prompts or a prompt twice.

@@ -21,10 +21,10 @@ class Routing:
     Args:
         count: Number of routes.
         perception: Rain perception that chooses routes; None: all images take ``route``.
-        route: Index of the route of all images from 0; ignored if ``perception`` chooses.
+        route: Index of the route of all images, from 0; ignored if ``perception`` is given.
 
     Attributes:
-        clip_sha256: Hash of the CLIP that the weights were trained with; None: unknown.
+        clip_sha256: Hash of the CLIP that chose the routes, in the weights' training or in this run; None: unknown.
         training_routes: Routes of the training images by name; None: not computed.
         sample_counts: Number of training samples of each route, as recorded in the weights; None: unknown.
 
@@ -56,16 +56,16 @@ class Routing:
         self.perception, self.route = None, route
 
     def check(self, resuming: bool = False) -> None:
-        """Find or fetch CLIP, and compare it with the CLIP that the weights were trained with.
+        """Find or download CLIP, compare it with ``clip_sha256``, and record its hash there.
 
         Nothing is checked if all images take the same route.
 
         Args:
-            resuming: Whether to refuse a different CLIP, which a resumed run must not use, instead of logging a
-                warning.
+            resuming: Whether a CLIP other than that of the weights is an error, as in a resumed run; otherwise it
+                causes a warning.
 
         Raises:
-            DerainError: If CLIP is not available, or is a different one and ``resuming`` is set.
+            DerainError: If CLIP is not available, or is a different one and ``resuming`` is true.
         """
         if self.perception is None:
             return
@@ -87,8 +87,8 @@ class Routing:
         """Return the routes of images.
 
         Args:
-            rainy: Rainy images; CLIP gets them clamped to [0, 1] and rounded to 8 bit.
-            cache: Whether to cache similarities on disk.
+            rainy: Rainy images; they are clamped to [0, 1] and rounded to 8 bit for CLIP.
+            cache: Whether to add the similarities to the cache on disk.
 
         Returns:
             ``routes``, the index of each image's route; and ``similarities`` to the prompts, ``(b, n)``, if CLIP
@@ -122,7 +122,7 @@ class Routing:
             log.warning("route %d is untrained: no training image took it; expect a poor result%s", route, advice)
 
     def compute_training_routes(self, names: Sequence[str], images: Iterable[Pixels], device: torch.device) -> None:
-        """Compute the routes of the whole training images, which their crops take too.
+        """Compute ``training_routes``: the routes of whole training images, which apply to their crops too.
 
         Nothing is computed if all images take the same route.
 
@@ -142,7 +142,7 @@ class Routing:
         """Return the route of an image and, if CLIP chose it, the prompt and the scores (eq. 1) by prompt.
 
         Args:
-            conditions: Result of calling this object for a batch; the description is empty if it is.
+            conditions: Result of calling this object for a batch; if it is empty, so is the description.
             index: Index of the image in the batch.
         """
         if not conditions:

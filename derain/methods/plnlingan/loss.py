@@ -10,10 +10,10 @@ from torch import Tensor
 from derain.nn.ssim import structural_similarity
 
 HIERARCHICAL = (0.1, 0.05, 0.02, 0.01)
-"""λ of eq. 11, the finest scale first."""
+"""Weights λ of eq. 11, the finest scale first."""
 
 ADVERSARIAL = (0.0005, 0.001, 0.0025, 0.005)
-"""μ of eq. 12, the finest scale first."""
+"""Weights μ of eq. 12, the finest scale first."""
 
 LossesByName = Mapping[str, Sequence[Tensor]]
 """Losses by name; a sequence has one loss per scale, the finest first."""
@@ -22,11 +22,11 @@ LossesByName = Mapping[str, Sequence[Tensor]]
 def pyramid(images: Float[Tensor, "b c h w"], scales: int) -> list[Tensor]:
     """Return the Gaussian pyramid of images: each level has half the size of the level before, rounded up.
 
-    Computed in the precision of the images, also under autocast.
+    Levels have the precision of the images, also under autocast.
 
     Args:
         images: Images whose height and width are at least 3 at every level but the last.
-        scales: Number of levels, including the images.
+        scales: Number of levels; the first one is the images themselves.
 
     References:
         Burt and Adelson, 1983, as OpenCV's ``pyrDown``: kernel (1, 4, 6, 4, 1) / 16 along both axes, reflected
@@ -56,8 +56,8 @@ def hierarchical_losses(
         clean: Clean images in [0, 1], at the size of the finest image.
 
     References:
-        Wang et al., MM 2024, eq. 11. The paper does not say how the clean image is downscaled; its authors use
-        Gaussian pyramids elsewhere.
+        Wang et al., MM 2024, eq. 11. The paper does not say how the clean image is downscaled. derain uses Gaussian
+        pyramids, as its authors do elsewhere.
     """
     targets = pyramid(clean, len(images))
     return [1 - structural_similarity(image, target) for image, target in zip(images, targets, strict=True)]
@@ -69,15 +69,15 @@ def relativistic_losses(
     """Return the relativistic average loss of each scale.
 
     The loss is low if the ``higher`` logits exceed the mean of the ``lower`` logits, and the ``lower`` logits are below
-    the mean of the ``higher`` logits. Generator: ``relativistic_losses(fake, real)``; discriminator:
-    ``relativistic_losses(real, fake)``. Computed in float32 or wider, also under autocast.
+    the mean of the ``higher`` logits. The generator's loss is ``relativistic_losses(fake, real)``, that of the
+    discriminator ``relativistic_losses(real, fake)``. Both are computed in float32 or wider, also under autocast.
 
     Args:
         higher: Logits of the images that should score higher, by scale.
         lower: Logits of the images that should score lower, by scale, of the same shapes.
 
     References:
-        Wang et al., MM 2024, eq. 8, is the generator's; Jolicoeur-Martineau, ICLR 2019, eqs. 12 and 13.
+        Wang et al., MM 2024, eq. 8 (the generator's loss); Jolicoeur-Martineau, ICLR 2019, eqs. 12 and 13.
 
     Example:
         >>> logits = [torch.zeros(1, 1, 4, 4)]
@@ -97,8 +97,8 @@ def weighted_sum(losses_by_name: LossesByName, alpha: float, beta: float) -> Flo
     """Return the weighted sum of losses.
 
     Args:
-        losses_by_name: Any of ``pixel``, ``hierarchical``, ``generator`` and ``discriminator``. If one of the last
-            three has fewer than four losses, they belong to the coarsest scales.
+        losses_by_name: Losses with any of the names ``pixel``, ``hierarchical``, ``generator`` and ``discriminator``.
+            Fewer than four losses of the last three names belong to the coarsest scales.
         alpha: Weight of the hierarchical losses.
         beta: Weight of the adversarial losses of generator and discriminator.
 

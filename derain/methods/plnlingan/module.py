@@ -36,18 +36,19 @@ log = logging.getLogger("derain")
 class PLNLINGANModule(DerainModule, Explains):
     """PLNLIN-MCDDL: interactive generator, and a discriminator that also receives the generator's features.
 
-    Wang et al., Progressive Local and Non-Local Interactive Networks with Deeply Discriminative Training, MM 2024.
-    ``network`` is the generator; the discriminator is part of checkpoints but not of weights. The trainer counts one
-    step per update, after every ``accumulate`` batches, no matter which of the networks are updated.
+    Wang et al., Progressive Local and Non-Local Interactive Networks with Deeply Discriminative Training for Image
+    Deraining, MM 2024. ``network`` is the generator; the discriminator is part of checkpoints but not of weights files.
+    An update follows every ``accumulate`` batches; it changes the generator, the discriminator or both, and the trainer
+    counts it as one step.
 
     Args:
         channels: Channels of the generator's features.
-        stages: Number of stages N of the encoder's PLNLIMs, from the finest to the coarsest of four scales; the decoder
-            has the same.
-        hierarchy: Number of stages N of the PLNLIMs for hierarchical supervision; 0, which requires ``alpha`` 0 and no
-            ``content``: no such PLNLIMs.
+        stages: Number of stages N of the encoder's PLNLIM at each of four scales, the finest first; the decoder has the
+            same numbers.
+        hierarchy: Number of stages N of the PLNLIMs for hierarchical supervision; 0: no such PLNLIMs, which requires
+            that ``alpha`` is 0 and ``content`` false.
         heads: Attention heads of the generator's Swin blocks; must divide ``channels``.
-        unit: Unit of the generator: ``plnlim``, or a chain of ``local`` or ``non-local`` blocks (Table 4).
+        unit: Unit of the generator: ``plnlim``; or ``local`` or ``non-local``, a chain of such blocks (Table 4).
         branches: Branches of a PLNLIM: ``both``; ``local`` or ``non-local`` for two branches of that kind (Table 3).
         interaction: Interaction of the branches (Table 3): ``sft``, ``concatenation`` or ``none``.
         fusion: Whether a PLNLIM has a fusion branch (Table 3).
@@ -55,17 +56,18 @@ class PLNLINGANModule(DerainModule, Explains):
         discriminator_channels: Channels of the discriminator's features.
         discriminator_stages: Number of stages N of the discriminator's PLNLIMs; section 4.1: 2.
         discriminator_unit: Unit of the discriminator, see ``unit`` (Table 6).
-        discriminator_heads: Attention heads of the discriminator's Swin blocks; ``heads`` by default.
+        discriminator_heads: Attention heads of the discriminator's Swin blocks; None: as many as ``heads``.
         content: Whether the discriminator receives the generator's features (section 4.5.2).
-        deep: Whether the discriminator has logits at four scales; otherwise only at the coarsest (section 4.5.2).
+        deep: Whether the discriminator returns logits at all four scales, or only at the coarsest (section 4.5.2).
         alpha: Weight of the hierarchical supervision (eq. 9); 0: none (Table 5).
         beta: Weight of the adversarial losses (eq. 9); 0: no discriminator.
         generator_steps: Updates r of the generator per update of the discriminator (Table 7); paper: 5.
-        discriminator_steps: Updates of the discriminator per update of the generator. One of the two must be 1.
+        discriminator_steps: Updates of the discriminator per update of the generator. This or ``generator_steps`` must
+            be 1.
         learning_rate: Learning rate of both Adam optimisers; section 4.1: 1e-4.
         milestones: Epochs after which the learning rate is divided by 10; section 4.1: 300, 400 of 500.
-        clip: Maximum gradient norm of each network; default: no clipping. The discriminator's gradient is small, since
-            its loss has the weights of eq. 12.
+        clip: Maximum gradient norm of each network; None: no clipping. The discriminator's gradient is small, since its
+            loss has the weights of eq. 12.
         accumulate: Number of batches whose gradients are accumulated before an update.
 
     Raises:
@@ -137,10 +139,10 @@ class PLNLINGANModule(DerainModule, Explains):
         self.maps = (f"{unit} features",)
         if unit == "plnlim":
             self.maps = (f"{first} features", f"{second} features", "features of both")
-        self.updates = 0  # determines which networks are updated next
+        self.updates = 0  # their number determines which networks are updated next
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Restore images of any size in [0, 1]; the images of the hierarchy are not computed."""
+        """Restore images of any size in [0, 1], without computing the images of the hierarchy."""
         return cast(Tensor, self.network(rainy).derained)
 
     def export_graph(self) -> Graph:
@@ -148,9 +150,14 @@ class PLNLINGANModule(DerainModule, Explains):
         return Graph(self.network, lambda rainy: cast(Tensor, self.network(rainy).derained))
 
     def explain(self, rainy: Float[Tensor, "b 3 h w"], **conditions: Any) -> Float[Tensor, "b n h w"]:
-        """Return the derained image and feature maps in [0, 1) of the decoder's last PLNLIM (Figure 4).
+        """Return the derained image and maps of features of the decoder's last unit, see `feature_map` (Figure 4).
 
-        The maps show both branches and their sum with the fusion, see `feature_map`. A chain of blocks has one map.
+        The maps of a PLNLIM show both branches, and the sum of both with the fusion branch. A chain of blocks has one
+        map.
+
+        Args:
+            rainy: Rainy images in [0, 1].
+            **conditions: Not used; `encode` returns none.
         """
         restored: Restored = self.network(rainy, show=True)
         return torch.cat((restored.derained.float(), *map(feature_map, restored.shown)), dim=1)
@@ -158,7 +165,7 @@ class PLNLINGANModule(DerainModule, Explains):
     # Training.
 
     def configure_callbacks(self) -> list[Any]:
-        """Refuse trainer options that require automatic optimisation, more clearly than the trainer; add no callbacks.
+        """Refuse trainer options that require automatic optimisation, and name the alternative; add no callbacks.
 
         Raises:
             DerainError: If the trainer clips or accumulates gradients, or has precision ``16-mixed``.
@@ -180,9 +187,7 @@ class PLNLINGANModule(DerainModule, Explains):
         )
 
     def on_fit_start(self) -> None:
-        """Refuse distributed strategies that wait for gradients of the network that is not updated.
-
-        Logs a warning if the crops must be padded.
+        """Refuse distributed strategies that wait for gradients of all parameters; warn about crops that need padding.
 
         Raises:
             DerainError: If the trainer has such a strategy.
@@ -199,7 +204,7 @@ class PLNLINGANModule(DerainModule, Explains):
             )
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """Compute the gradients of the networks that are updated next; update them after ``accumulate`` batches."""
+        """Compute the gradients of the networks whose update is next; update them after ``accumulate`` batches."""
         count = len(batch["name"])
         rainy = pad_to_multiple(batch["rainy"], self.network.multiple)
         clean = pad_to_multiple(batch["clean"], self.network.multiple)
@@ -218,13 +223,13 @@ class PLNLINGANModule(DerainModule, Explains):
 
     @torch.no_grad()
     def _clean_features(self, clean: Tensor) -> list[Tensor]:
-        """Return the generator's features of clean images; none if the discriminator receives no features."""
+        """Return the generator's features of clean images; empty if the discriminator receives no features."""
         if self.discriminator is None or not len(self.discriminator.joins):
             return []
         return cast(Restored, self.network(clean, hierarchy=True)).features
 
     def generator_losses(self, restored: Restored, clean: Tensor, real: list[Tensor]) -> dict[str, list[Tensor]]:
-        """Return the unweighted losses of eqs. 8, 10 and 11 by name; they have no gradient for the discriminator.
+        """Return the unweighted losses of eqs. 8, 10 and 11 by name, without a gradient for the discriminator.
 
         Args:
             restored: Output of the generator for the rainy images.
@@ -244,9 +249,9 @@ class PLNLINGANModule(DerainModule, Explains):
         return parts
 
     def discriminator_losses(self, restored: Restored, clean: Tensor, real: list[Tensor]) -> dict[str, list[Tensor]]:
-        """Return the unweighted reverse of eq. 8, without a gradient for the generator.
+        """Return the unweighted losses of the discriminator, without a gradient for the generator.
 
-        Arguments are those of `generator_losses`.
+        They are those of eq. 8 with real and derained images exchanged. Arguments are those of `generator_losses`.
         """
         discriminator = cast(nn.Module, self.discriminator)
         fake = discriminator(restored.derained.detach(), [features.detach() for features in restored.features])
@@ -272,7 +277,12 @@ class PLNLINGANModule(DerainModule, Explains):
         self.manual_backward(total / self.hparams["accumulate"])
 
     def _update(self, update_generator: bool, update_discriminator: bool) -> None:
-        """Update one network or both; the trainer counts a single step."""
+        """Update one network or both; the trainer counts a single step.
+
+        Args:
+            update_generator: Whether to update the generator.
+            update_discriminator: Whether to update the discriminator.
+        """
         optimizers: Any = self.optimizers()
         if not isinstance(optimizers, list):
             optimizers = [optimizers]
@@ -289,7 +299,11 @@ class PLNLINGANModule(DerainModule, Explains):
         self.updates += 1
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse losses and gradients that are not finite, and clip the gradient."""
+        """Check that losses and gradients are finite, and clip the gradient.
+
+        Raises:
+            DerainError: If a value is not finite.
+        """
         norm = self.finite.check(self, optimizer)
         if self.hparams["clip"]:
             nn.utils.clip_grads_with_norm_(optimizer.param_groups[0]["params"], self.hparams["clip"], norm)
@@ -304,7 +318,7 @@ class PLNLINGANModule(DerainModule, Explains):
             schedule.step()
 
     def configure_optimizers(self) -> Any:
-        """Return Adam for each network, with a learning rate that is divided by 10 at the milestones."""
+        """Return an Adam for each network, with a schedule that divides the learning rate by 10 at the milestones."""
         networks = [self.network] if self.discriminator is None else [self.network, self.discriminator]
         optimizers = [torch.optim.Adam(network.parameters(), self.hparams["learning_rate"]) for network in networks]
         factor = multiplied_at(self.hparams["milestones"], 0.1)

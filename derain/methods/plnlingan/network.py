@@ -1,8 +1,8 @@
 """PLNLIN and MCDDL: generator and discriminator of interacting local and non-local branches.
 
 Wang et al., Progressive Local and Non-Local Interactive Networks with Deeply Discriminative Training for Image
-Deraining, MM 2024. Features are ``(b, h, w, c)``, so that layer normalisation reads contiguous memory, and convolutions
-run in the channels-last memory format.
+Deraining, MM 2024. Features have the axes ``(b, h, w, c)``, so that layer normalisation reads contiguous memory and
+convolutions run in the channels-last memory format.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,6 @@ from derain.nn.restormer import spatial
 from derain.nn.shifted_windows import WindowBlock
 
 Features = Float[Tensor, "b h w c"]
-Widths = Float[Tensor, "b h w _"]
-Sizes = Float[Tensor, "b _ _ _"]
 Branches = Literal["both", "local", "non-local"]
 Interaction = Literal["sft", "concatenation", "none"]
 Unit = Literal["plnlim", "local", "non-local"]
@@ -37,7 +35,7 @@ class UnitConfig(NamedTuple):
 
     Attributes:
         channels: Channels of the features.
-        unit: ``plnlim``, or a chain of residual (``local``) or Swin blocks (``non-local``) instead (Tables 4, 6).
+        unit: ``plnlim``; or instead a chain of residual blocks (``local``) or Swin blocks (``non-local``; Tables 4, 6).
         branches: ``both``; ``local`` or ``non-local`` for two branches of that kind (Table 3 c, d).
         interaction: Interaction of the branches: ``sft``, ``concatenation`` (Table 3 b) or ``none`` (Table 3 e).
         fusion: Whether there is a fusion branch (Table 3 a has none).
@@ -73,9 +71,9 @@ class ResidualBlock(nn.Module):
 
 
 class SFT(nn.Module):
-    """Spatial feature transform: scales and shifts each pixel depending on the features of another branch.
+    """Spatial feature transform (SFT): scales and shifts features depending on those of another branch.
 
-    Two 1×1 convolutions compute the scale γ, two the shift β; the first convolutions of both are merged into one.
+    Two 1×1 convolutions compute the scale γ, and two the shift β; their first convolutions are merged into one layer.
 
     Shape:
         ``(b, h, w, channels)`` twice → ``(b, h, w, channels)``.
@@ -100,10 +98,10 @@ class ConcatLinear(nn.Linear):
     """1×1 convolution of concatenated maps, computed without concatenating them.
 
     Shape:
-        ``(b, h, w, c)`` each, ``in_features`` channels in total → ``(b, h, w, out_features)``.
+        Any number of maps ``(b, h, w, _)``, ``in_features`` channels in total → ``(b, h, w, out_features)``.
     """
 
-    def forward(self, *maps: Widths) -> Widths:
+    def forward(self, *maps: Float[Tensor, "b h w _"]) -> Float[Tensor, "b h w _"]:
         """Return the sum of the maps, each multiplied by its columns of the weight, plus the bias."""
         weights = torch.split(self.weight, [features.shape[-1] for features in maps], dim=1)
         total = F.linear(maps[0], weights[0], self.bias).flatten(0, 2)
@@ -146,7 +144,7 @@ class PLNLIM(nn.Module):
         return self.branches(x)[-1]
 
     def branches(self, x: Features) -> tuple[Features, Features, Features]:
-        """Return the outputs of the first and the second branch, and their sum with the fusion branch (eq. 6)."""
+        """Return the outputs of the first and of the second branch, and the sum of all branches (eq. 6)."""
         local, non_local, fused = x, x, x
         stages = len(self.local) - 1
         for index in range(stages):
@@ -185,11 +183,11 @@ def check_config(config: UnitConfig, *stages: int, network: str = "generator") -
 
     Args:
         config: Configuration of the units.
-        *stages: Numbers of stages of the PLNLIMs.
+        *stages: Number of stages of each PLNLIM.
         network: Name of the network in messages.
 
     Raises:
-        DerainError: If a size is below 1, or a chain of blocks is given an option that only PLNLIMs have.
+        DerainError: If a number is below 1, or an option of PLNLIMs is set for a chain of blocks.
     """
     if min(config.channels, config.heads, *stages) < 1:
         raise DerainError(
@@ -203,7 +201,7 @@ def check_config(config: UnitConfig, *stages: int, network: str = "generator") -
 
 
 def build_unit(stages: int, config: UnitConfig) -> nn.Module:
-    """Return a PLNLIM with ``stages`` stages, or a chain of ``stages + 1`` blocks, as a branch of it has."""
+    """Return a PLNLIM with ``stages`` stages, or a chain of ``stages + 1`` blocks like one of its branches."""
     if config.unit == "plnlim":
         return PLNLIM(stages, config)
     return nn.Sequential(*(_block(config.unit, index, config) for index in range(stages + 1)))
@@ -214,9 +212,9 @@ class Restored(NamedTuple):
 
     Attributes:
         derained: Derained images, ``(b, 3, h, w)``, about [0, 1], not clamped.
-        images: Images of the hierarchy, the finest first, ``(b, 3, h/2ᵏ, w/2ᵏ)`` for the padded size; eq. 11. Empty
-            unless requested.
-        features: Features that these images are computed from, ``(b, h/2ᵏ, w/2ᵏ, c)``; eq. 7. Empty unless requested.
+        images: Images of the hierarchy (eq. 11), the finest first, ``(b, 3, h/2ᵏ, w/2ᵏ)`` with the padded ``h`` and
+            ``w``. Empty unless requested.
+        features: Features of which these images are computed (eq. 7), ``(b, h/2ᵏ, w/2ᵏ, c)``. Empty unless requested.
         shown: Features of the decoder's finest unit, ``(b, h, w, c)`` each: both branches of a PLNLIM and their sum, or
             the output of a chain of blocks. Empty unless requested.
     """
@@ -232,8 +230,8 @@ class PLNLIN(nn.Module):
 
     Args:
         config: Configuration of the units.
-        stages: Number of stages N of the encoder's PLNLIMs, from the finest to the coarsest of four scales; the decoder
-            has the same.
+        stages: Number of stages N of the encoder's PLNLIM at each of four scales, the finest first; the decoder has the
+            same numbers.
         hierarchy: Number of stages N of the PLNLIMs for hierarchical supervision; 0: no such PLNLIMs.
 
     Shape:
@@ -247,8 +245,8 @@ class PLNLIN(nn.Module):
         DerainError: If an argument is out of its range.
 
     References:
-        Wang et al., MM 2024, Figure 1 and section 3.1. 2,251,423 parameters by default, 1,690,851 of them without the
-        hierarchy.
+        Wang et al., MM 2024, Figure 1 and section 3.1. By default, the network has 2,251,423 parameters; without the
+        hierarchy, 1,690,851.
     """
 
     def __init__(self, config: UnitConfig, stages: Sequence[int] = (8, 4, 2, 2), hierarchy: int = 2) -> None:
@@ -277,7 +275,7 @@ class PLNLIN(nn.Module):
 
         Args:
             rainy: Rainy images in [0, 1].
-            hierarchy: Whether to compute images and features of the hierarchy.
+            hierarchy: Whether to compute the images and features of the hierarchy.
             show: Whether to return the features of the decoder's finest unit.
         """
         height, width = rainy.shape[2:]
@@ -307,7 +305,7 @@ class PLNLIN(nn.Module):
         return encoded
 
     def _decode(self, encoded: list[Tensor], show: bool) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """Return the decoder's features, the finest scale first, and with ``show`` those of its finest unit."""
+        """Return the decoder's features, the finest scale first; and ``shown`` of `Restored`, if ``show`` is true."""
         decoded = [self.decoder[-1](encoded[-1])]
         shown: tuple[Tensor, ...] = ()
         for scale in reversed(range(SCALES - 1)):
@@ -322,12 +320,12 @@ class PLNLIN(nn.Module):
 
 
 class MCDDL(nn.Module):
-    """Discriminator: scores an image and the generator's features of the image at four scales.
+    """Discriminator: returns logits of an image, given the generator's features of the image at four scales.
 
     Args:
         config: Configuration of the units.
-        content: Channels of the generator's features; 0 for a discriminator of images alone.
-        deep: Whether every scale has logits; otherwise only the coarsest.
+        content_channels: Channels of the generator's features; 0: the discriminator receives images alone.
+        deep: Whether every scale has logits, or only the coarsest.
         stages: Number of stages N of the PLNLIMs.
 
     Raises:
@@ -337,25 +335,26 @@ class MCDDL(nn.Module):
         Wang et al., MM 2024, eqs. 7 and 8, section 4.1. 679,968 parameters by default.
     """
 
-    def __init__(self, config: UnitConfig, content: int = 32, deep: bool = True, stages: int = 2) -> None:
+    def __init__(self, config: UnitConfig, content_channels: int = 32, deep: bool = True, stages: int = 2) -> None:
         super().__init__()
         check_config(config, stages, network="discriminator")
         channels = config.channels
         self.embed = nn.Conv2d(3, channels, 3, padding=1)
         self.first = build_unit(stages, config)
-        joins = range(SCALES if content else 0)
-        self.joins = nn.ModuleList(nn.Conv2d(channels + content, channels, 3, padding=1) for _ in joins)
+        joins = range(SCALES if content_channels else 0)
+        self.joins = nn.ModuleList(nn.Conv2d(channels + content_channels, channels, 3, padding=1) for _ in joins)
         self.units = nn.ModuleList(build_unit(stages, config) for _ in range(SCALES))
         self.logit_scales = range(SCALES) if deep else range(SCALES - 1, SCALES)
         self.logits = nn.ModuleList(nn.Conv2d(channels, 1, 3, padding=1) for _ in self.logit_scales)
         self.apply(initialize)
 
-    def forward(self, image: Float[Tensor, "b 3 h w"], features: Sequence[Sizes]) -> list[Tensor]:
+    def forward(self, image: Float[Tensor, "b 3 h w"], features: Sequence[Float[Tensor, "b _ _ _"]]) -> list[Tensor]:
         """Return the logits of images whose height and width are multiples of 56.
 
         Args:
             image: Derained or clean images.
-            features: The generator's features of the images, the finest scale first; ignored without ``content``.
+            features: The generator's features of the images, the finest scale first; ignored if ``content_channels`` is
+                0.
 
         Returns:
             Logits ``(b, 1, h/2ᵏ, w/2ᵏ)`` of each scale, the finest first, or of the coarsest scale alone. Training
@@ -375,7 +374,10 @@ class MCDDL(nn.Module):
 
 
 def feature_map(features: Features) -> Float[Tensor, "b 1 h w"]:
-    """Return the mean magnitude of the features at each pixel, scaled to [0, 1) so that the image's mean is 0.5."""
+    """Return the mean magnitude m of the features at each pixel as ``m / (m + mean)``, with the mean over the image.
+
+    Values are in [0, 1); pixels of average magnitude have the value 0.5.
+    """
     magnitude = features.float().abs().mean(-1)[:, None]
     mean = magnitude.mean((2, 3), keepdim=True)
     return magnitude / (magnitude + mean).clamp_min(torch.finfo(magnitude.dtype).tiny)
@@ -384,7 +386,7 @@ def feature_map(features: Features) -> Float[Tensor, "b 1 h w"]:
 def initialize(module: nn.Module) -> None:
     """Initialise a convolution or linear layer as Swin does: truncated normal weights (σ = 0.02), zero biases.
 
-    With PyTorch's defaults, the many SFT layers, which multiply features by features, would overflow.
+    With PyTorch's default initialisation, features would overflow, since many SFT layers multiply them by each other.
     """
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
@@ -392,11 +394,11 @@ def initialize(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def downsample(x: Features) -> Sizes:
+def downsample(x: Features) -> Float[Tensor, "b h2 w2 c"]:
     """Halve height and width by max pooling."""
     return F.max_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
 
 
-def upsample(x: Features) -> Sizes:
+def upsample(x: Features) -> Float[Tensor, "b h2 w2 c"]:
     """Double height and width by bilinear interpolation."""
     return F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2.0, mode="bilinear").permute(0, 2, 3, 1)

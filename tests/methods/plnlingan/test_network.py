@@ -56,7 +56,7 @@ def test_generator_and_its_gradients_equal_the_reference(size):
 
 
 def test_discriminator_equals_the_reference():
-    discriminator = with_large_weights(MCDDL(SMALL, content=6))
+    discriminator = with_large_weights(MCDDL(SMALL, content_channels=6))
     reference = Textbook(discriminator.state_dict(), heads=2)
     x = images(56, 112)
     features = [torch.randn(2, 6, 56 >> k, 112 >> k, dtype=torch.float64) for k in range(4)]
@@ -67,7 +67,7 @@ def test_discriminator_equals_the_reference():
 
 
 def test_discriminator_uses_all_generator_features():
-    discriminator = with_large_weights(MCDDL(SMALL, content=6))
+    discriminator = with_large_weights(MCDDL(SMALL, content_channels=6))
     features = [torch.randn(1, 56 >> k, 56 >> k, 6, dtype=torch.float64, requires_grad=True) for k in range(4)]
     logits = discriminator(images(56, 56, batch=1), features)
     sum(scale.square().sum() for scale in logits).backward()
