@@ -115,7 +115,7 @@ ASSUMED = {
 """What is assumed of the authors' files that do not determine it."""
 UNRECORDED = {
     "BRN": {"rain_blocks"},  # others do not fit the tensors
-    "NAFNet": {"kernel_size", "unshuffle"},  # derain's own; others do not fit the tensors
+    "NAFNet": {"kernel_size", "unshuffle", "refinement_layers"},  # derain's own; others do not fit the tensors
     "SSIDKD": {"repeats"},  # others do not fit the tensors
     "SwinIR": {"drop_path"},  # in training only
     "TransWeather": {"drop"},  # in training only
