@@ -70,7 +70,7 @@ def locate(name: Path | str) -> Path:
             the Hugging Face hub, or a file, which need not exist. Options after the name of a file are ignored.
 
     Raises:
-        DerainError: If a file of the hub is neither on disk nor can be downloaded, or does not have the SHA-256 that
+        DerainError: If a file of the hub is not on disk and cannot be downloaded, or does not have the SHA-256 that
             derain records for it.
     """
     file, _ = split_options(name)

@@ -48,13 +48,13 @@ class RegressionMetadata(Metadata):
 
 
 class RegressionModule(DerainModule):
-    """Network that is trained by losses between its outputs and the clean image.
+    """Network that is trained by losses between its outputs and their targets: the clean image by default.
 
     Args:
         network: Class of the network: the name of a class in `derain.networks`, such as ``DRSformer``; or the path of
             any ``nn.Module`` that maps rainy images ``(b, 3, h, w)`` in [0, 1] to derained images, such as
             ``my_network.MyNetwork``.
-        network_options: Arguments of the class; None: its defaults, which are those of the paper.
+        network_options: Arguments of the class; None: its defaults.
         loss: Name of a loss in `derain.nn.losses` for the derained image; or weights by output and loss, such as
             ``{derained: {charbonnier: 1, edge: 0.05}}``. The docstring of a network names its outputs.
         optimizer: Class of the optimiser: a name in ``torch.optim``, such as ``Adam``, or the path of any class.

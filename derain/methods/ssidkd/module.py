@@ -36,9 +36,10 @@ class SSIDKDModule(RegressionModule):
         network: Class of the network: ``SSIDKD``, or the path of a class that derives from it.
         network_options: Arguments of the class; None: its defaults, which are those of the paper.
         loss: Loss of the pairs, see `RegressionModule`; None: 20 times the mean absolute error.
-        dark_channel: Weight of the dark channel.
-        variation: Weight of the total variation.
-        divergence: Weight of the divergence of the features of real images from those of synthetic ones.
+        dark_channel: Weight of the dark channel, see `dark_channel_loss`.
+        variation: Weight of the total variation, see `total_variation`.
+        divergence: Weight of the divergence of the features of unlabelled images from those of pairs, see
+            `derain.methods.ssidkd.loss.divergence`.
         window: Side of the windows of the dark channel in pixels; the authors use the side of their crops, 128.
         optimizer: Class of the optimiser, see `RegressionModule`.
         learning_rate: Learning rate of the optimiser.
@@ -47,7 +48,7 @@ class SSIDKDModule(RegressionModule):
         schedule_options: Options of the schedule.
 
     Raises:
-        DerainError: If an option is out of its range, or the network is no SSIDKD.
+        DerainError: If an option is out of its range, or the network is not an SSIDKD.
 
     References:
         The authors' code (``train_Rain200H_real.py``).

@@ -52,7 +52,7 @@ class Syn2RealModule(RegressionModule):
         schedule_options: Options of the schedule; None: for ``milestones`` those of the authors, otherwise none.
 
     Raises:
-        DerainError: If an option is out of its range, or the network is no Syn2Real.
+        DerainError: If an option is out of its range, or the network is not a Syn2Real.
 
     References:
         Section 3 of the paper, and the authors' code (``GP.py``, ``train.py``).
