@@ -38,7 +38,7 @@ global lock costs more time than threads save."""
 
 
 def check_tile(tile: int | Literal["auto"] | None) -> None:
-    """Check the side of tiles.
+    """Check the side of tiles, as accepted by `derain.Restorer`.
 
     Raises:
         ArgumentError: If the side is below ``SMALLEST_TILE``.
@@ -53,7 +53,7 @@ class Scheduler:
     On a GPU, images of equal size are stacked to batches. On a CPU, batches are slower than single images, and several
     threads for one image are slower than one thread for each of several images. So each image is restored on a thread
     of its own. If fewer images than threads remain, each image is restored by several threads. Images are restored one
-    by one if the pass over the first image changes an attribute of the method's modules.
+    by one if the network is compiled, runs in onnxruntime, or changes its attributes in the pass over the first image.
 
     If memory runs out, the number of images at once is halved, then the side of the tiles. Both are remembered for
     each image size.
@@ -69,7 +69,7 @@ class Scheduler:
     Attributes:
         stacks: Whether images are stacked to batches: on all devices but a CPU.
         threads: Number of threads on a CPU; None: that of PyTorch.
-        limits: Lowest and highest value of restored images, to which others are clipped.
+        limits: Range to which the values of restored images are clipped.
     """
 
     def __init__(
