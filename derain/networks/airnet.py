@@ -45,13 +45,16 @@ class EncoderBlock(nn.Module):
 
 
 class DegradationEncoder(nn.Module):
-    """Encoder of the degradation: a map of features, and for training an embedding of the image ("CBDE").
+    """Encoder of the degradation ("CBDE").
+
+    The first block, ``features``, computes the features that guide the restoration. All layers together compute an
+    embedding of the image, which only the training needs.
 
     Args:
         channels: Number of channels of the features.
 
     Attributes:
-        width: Length of an embedding: four times the channels.
+        width: Length of an embedding: four times ``channels``.
 
     References:
         AirNet, section 3.2.
@@ -83,7 +86,7 @@ class Guidance(nn.Module):
     Before training, all offsets are 0 and all masks 1/2.
 
     Args:
-        channels: Number of channels.
+        channels: Number of channels of the input and of the guide.
 
     References:
         AirNet, section 3.3.
@@ -105,13 +108,18 @@ class Guidance(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "b c h w"], guide: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return ``x + deformed(x) + scale x + shift``."""
+        """Return ``x + deformed(x) + scale x + shift``.
+
+        Args:
+            x: Features of the image.
+            guide: Features of the degradation.
+        """
         offset, mask = self.offset_and_mask(torch.cat((x, guide), dim=1)).split((18, 9), dim=1)
         deformed = deformable_convolution(x, offset, mask.sigmoid(), self.weight)
         return x + deformed + torch.addcmul(self.shift(guide), x, self.scale(guide))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return corrections of the counts: thop omits the deformable convolution."""
+        """Return the deformable convolution's multiplications, moved to the second count, since thop omits them."""
         deformable = self.weight.numel() * (output.numel() // output.shape[1])
         return -deformable, deformable
 
@@ -159,13 +167,13 @@ class Group(nn.Module):
 class AirNet(Network):
     """AirNet: groups of blocks, guided by an encoder of the degradation.
 
-    Outputs are ``derained`` and, in training mode, ``embedding`` ``(b, 4 * channels)``, which the contrastive loss of
-    `derain.methods.airnet` compares.
+    Outputs: ``derained``, and in training mode ``embedding`` ``(b, 4 * channels)`` for the contrastive loss of
+    `derain.methods.airnet`.
 
     Args:
         channels: Number of channels.
         groups: Number of groups.
-        blocks: Number of blocks of a group.
+        blocks: Number of blocks in each group.
 
     References:
         AirNet, section 3 and Figures 2 and 3. 7,610,377 parameters by default, of which the encoder has 1,319,936;
@@ -208,7 +216,9 @@ class AirNet(Network):
             x = group(x, guide)
         outputs = {"derained": self.tail(self.convolution(x) + head)}
         counting = has_no_values(image) and not compiling_or_exporting()  # the authors always compute the embedding
-        return outputs | {"embedding": self.encoder.embed(guide)} if self.training or counting else outputs
+        if self.training or counting:
+            outputs["embedding"] = self.encoder.embed(guide)
+        return outputs
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:

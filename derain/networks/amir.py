@@ -1,4 +1,4 @@
-"""AMIR: Restormer whose features are routed by an instruction vector of the image.
+"""AMIR: Restormer with an instruction vector of the image, by which its features are routed.
 
 Yang et al., All-In-One Medical Image Restoration via Task-Adaptive Routing, MICCAI 2024.
 """
@@ -24,12 +24,12 @@ MIN_DEVIATION = 0.01
 
 
 class Instruction(nn.Module):
-    """Instruction vector of an image: a weighted sum of learned vectors ("RIN").
+    """Instruction vector of an image: GELU of a weighted sum of learned vectors ("RIN").
 
     Args:
         atoms: Number of learned vectors.
         channels: Length of a vector.
-        hidden: Number of channels of the convolutions.
+        hidden: Number of channels of the convolutions; the last one has 32.
 
     Shape:
         Images ``(b, 3, h, w)`` → ``(b, channels)``. Sides below 9 pixels are padded by repeating the border.
@@ -60,7 +60,7 @@ class Instruction(nn.Module):
 
 
 class ChannelRouting(nn.Module):
-    """Scale and shift of each channel, weighted by the instruction vector; both are 0 before training.
+    """Learned scale and shift of each channel, weighted by the instruction vector; both are 0 before training.
 
     Args:
         channels: Number of channels.
@@ -83,7 +83,7 @@ class ChannelRouting(nn.Module):
 
 
 class SpatialRouting(nn.Module):
-    """Mixture of experts, which each pixel selects by its features and the instruction vector.
+    """Mixture of experts: each pixel selects some by its features and the instruction vector.
 
     With expert outputs y and gates g, which sum to 1 over the selected experts, the result is
     ``x + log Σ g exp(y)`` for each channel. In training, noise is added to the logits of the gates.
@@ -100,7 +100,7 @@ class SpatialRouting(nn.Module):
 
     References:
         AMIR, section 2.2; noisy gates and their loss: Shazeer et al., Outrageously Large Neural Networks, ICLR 2017,
-        eqs. 3 to 5 and 7 to 11.
+        eqs. 3 to 11.
     """
 
     def __init__(self, channels: int, instruction: int, experts: int, selected: int, expansion: float) -> None:
@@ -119,7 +119,7 @@ class SpatialRouting(nn.Module):
     def forward(
         self, x: Float[Tensor, "b h w c"], instruction: Float[Tensor, "b i"]
     ) -> tuple[Float[Tensor, "b h w c"], Tensor | None]:
-        """Return the features, and the loss that balances the experts; None outside of training."""
+        """Return the features and, in training mode, the loss that balances the experts, else None."""
         instruction = self.instruction(instruction)
         logits = self._logits(x, instruction, self.gate)
         loss = None
@@ -135,19 +135,26 @@ class SpatialRouting(nn.Module):
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Any) -> tuple[int, int]:
         """Return minus the multiplications of experts that pixels do not select, and those of the gates."""
-        (expert, *others), pixels = self.experts, inputs[0].numel() // inputs[0].shape[-1]
-        layers = sum(layer.weight.numel() for layer in expert.modules() if isinstance(layer, nn.Linear))
-        return -(1 + len(others) - self.selected) * layers * pixels, self.gate.numel() * pixels
+        pixels = inputs[0].numel() // inputs[0].shape[-1]
+        weights = sum(layer.weight.numel() for layer in self.experts[0].modules() if isinstance(layer, nn.Linear))
+        not_selected = len(self.experts) - self.selected
+        return -not_selected * weights * pixels, self.gate.numel() * pixels
 
     def _logits(self, x: Tensor, instruction: Tensor, weight: Tensor) -> Float[Tensor, "n experts"]:
-        """Return ``[x, instruction] · weight`` for each pixel."""
+        """Return ``[x, instruction] · weight`` for each pixel; ``weight`` is ``(2c, experts)``."""
         of_features, of_instruction = weight.chunk(2)
         return (x @ of_features + (instruction @ of_instruction)[:, None, None]).flatten(0, 2)
 
     def _mix_selected(
         self, x: Float[Tensor, "n c"], index: Int[Tensor, "n k"], log_gates: Float[Tensor, "n k"]
     ) -> Float[Tensor, "n c"]:
-        """Apply each expert to the pixels that selected it."""
+        """Apply each expert to the pixels that selected it, and mix the results.
+
+        Args:
+            x: Features of all pixels.
+            index: Indices of the ``k`` experts that each pixel selected.
+            log_gates: Logarithms of their gates.
+        """
         order = index.flatten().argsort(stable=True)
         counts = index.flatten().bincount(minlength=len(self.experts)).tolist()
         groups = torch.split(x[order // self.selected], counts)
@@ -159,14 +166,23 @@ class SpatialRouting(nn.Module):
     def _mix_all(
         self, x: Float[Tensor, "n c"], index: Int[Tensor, "n k"], log_gates: Float[Tensor, "n k"]
     ) -> Float[Tensor, "n c"]:
-        """Apply each expert to all pixels, without sizes that depend on the features."""
+        """Return the same as ``_mix_selected``, by all experts for all pixels: then no size depends on values."""
         outputs = torch.stack([expert(x) for expert in self.experts], dim=1)
-        least = torch.finfo(log_gates.dtype).min  # graphs hold no infinity
-        gates = torch.full_like(outputs[..., 0], least, dtype=log_gates.dtype).scatter(1, index, log_gates)
-        return torch.logsumexp(outputs + gates[..., None], dim=1)
+        lowest = torch.finfo(log_gates.dtype).min  # instead of -inf, which exported graphs must not contain
+        log_gates = torch.full_like(outputs[..., 0], lowest, dtype=log_gates.dtype).scatter(1, index, log_gates)
+        return torch.logsumexp(outputs + log_gates[..., None], dim=1)
 
     def _imbalance(self, clean: Tensor, noisy: Tensor, deviation: Tensor) -> Float[Tensor, ""]:
-        """Return the balancing loss: squared variations of sums of gates and of expected numbers of pixels."""
+        """Return the loss that balances the experts.
+
+        It is the sum of the squared coefficients of variation of two numbers per expert: the sum of its gates, and the
+        expected number of pixels that select it.
+
+        Args:
+            clean: Logits ``(n, experts)`` without noise.
+            noisy: The logits with noise.
+            deviation: Standard deviation of the noise, ``(n, experts)``.
+        """
         top, index = noisy.topk(self.selected + 1, dim=1)
         gates = top[:, :-1].softmax(1)
         importance = torch.zeros_like(noisy).scatter(1, index[:, :-1], gates).sum(0)
@@ -198,8 +214,8 @@ class AMIR(Network):
         blocks: Number of transformer blocks at each of the four levels; the decoder has as many as the encoder.
         refinement: Number of refinement blocks.
         heads: Number of attention heads at each of the four levels.
-        expansion: Expansion of the feed-forward networks and of the experts.
-        atoms: Number of learned vectors that instruction vectors are sums of.
+        expansion: Hidden channels of the feed-forward networks and of the experts, divided by their channels.
+        atoms: Number of learned vectors that instruction vectors are weighted sums of.
         instruction: Length of the instruction vector.
         experts: Number of experts of each spatial routing.
         selected: Number of experts that each pixel selects; the authors' files do not record it.
@@ -256,21 +272,26 @@ class AMIR(Network):
         def level(channels: int, index: int, count: int) -> nn.Sequential:
             return nn.Sequential(*(TransformerBlock(channels, heads[index], expansion) for _ in range(count)))
 
-        widths = {f"level{i + 1}": dim << i for i in range(3)}
-        index = {name: i for i, name in enumerate(widths)}
-        decoder_widths = {"level3": 4 * dim, "level2": 2 * dim, "level1": 2 * dim}
+        index = {"level1": 0, "level2": 1, "level3": 2}
+        widths = {"level1": dim, "level2": 2 * dim, "level3": 4 * dim}
+        decoder_widths = {"level3": 4 * dim, "level2": 2 * dim, "level1": 2 * dim}  # in the order of computation
+        routed_widths = {"latent": 8 * dim, **decoder_widths}
         self.instruction = Instruction(atoms, instruction)
         self.embedding = PatchEmbedding(dim)
         self.spatial_routing = nn.ModuleDict(
             {name: SpatialRouting(width, instruction, experts, selected, expansion) for name, width in widths.items()}
         )
-        self.encoder = nn.ModuleDict({n: level(width, index[n], blocks[index[n]]) for n, width in widths.items()})
+        self.encoder = nn.ModuleDict(
+            {name: level(width, index[name], blocks[index[name]]) for name, width in widths.items()}
+        )
         self.downsample = nn.ModuleDict({name: Downsample(width) for name, width in widths.items()})
         self.latent = level(8 * dim, 3, blocks[3])
         self.upsample = nn.ModuleDict({name: Upsample(2 * widths[name]) for name in decoder_widths})
-        self.fuse = nn.ModuleDict({n: nn.Conv2d(2 * widths[n], widths[n], 1, bias=False) for n in ("level3", "level2")})
+        self.fuse = nn.ModuleDict(
+            {name: nn.Conv2d(2 * widths[name], widths[name], 1, bias=False) for name in ("level3", "level2")}
+        )
         self.channel_routing = nn.ModuleDict(
-            {n: ChannelRouting(width, instruction) for n, width in {"latent": 8 * dim, **decoder_widths}.items()}
+            {name: ChannelRouting(width, instruction) for name, width in routed_widths.items()}
         )
         self.decoder = nn.ModuleDict(
             {name: level(width, index[name], blocks[index[name]]) for name, width in decoder_widths.items()}

@@ -22,13 +22,14 @@ Names = Sequence[tuple[str, str | None]]
 """Regular expressions of the authors' tensor names, each with its replacement; None drops an unused tensor."""
 
 COUNTER = "num_batches_tracked"
-"""Name of the only integers in state dicts: the counters of batch normalisation layers."""
+"""Name of the counter of a batch normalisation layer: the only integer tensor in state dicts of derain's networks."""
 
 
 class Network(nn.Module, ABC):
     """A network that restores images. It may have further outputs, which its loss can use.
 
-    All arguments of a subclass's ``__init__`` have defaults, and are scalars, strings, lists or dictionaries.
+    All arguments of a subclass's ``__init__`` have defaults, and are scalars, strings, lists or dictionaries. Layers
+    may have a method ``extra_macs``; see `derain.methods.base.DerainModule.pass_once`.
 
     Attributes:
         size_multiple: Height and width are padded to multiples of this number; see `pad`.
@@ -37,7 +38,8 @@ class Network(nn.Module, ABC):
         tile_multiple: Number that sides of tiles should be multiples of.
         signature: Name of a tensor that only the authors' weights of this network have.
         published_names: Replacements that turn the authors' tensor names into ours, applied in order.
-        published_options: Arguments that the shapes of the authors' tensors do not determine; see `assume`.
+        published_options: Arguments that may differ between the authors' files although neither names nor shapes of
+            their tensors show it; see `assume`.
     """
 
     size_multiple: int = 1
@@ -50,11 +52,12 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return the outputs by name, first ``derained``.
+        """Return the outputs by name, ``derained`` first.
+
+        ``derained`` is an image in [0, 1], not clamped. Outputs ``(b, 3, _, _)`` have the channel order of the network.
 
         Args:
-            image: Rainy images in [0, 1], padded by `pad`, in the channel order of the network. Four-dimensional
-                outputs with three channels are images in the same order and range.
+            image: Rainy images in [0, 1], padded by `pad`, in the channel order of the network.
         """
 
     def targets(
@@ -65,7 +68,7 @@ class Network(nn.Module, ABC):
         Args:
             rainy: Rainy images in [0, 1], RGB.
             clean: Clean images in [0, 1], RGB.
-            outputs: What `outputs` returned for the rainy images.
+            outputs: Outputs for the rainy images, from `outputs`.
         """
         return dict.fromkeys(outputs, clean)
 
@@ -80,14 +83,14 @@ class Network(nn.Module, ABC):
     def outputs(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
         """Return all outputs for RGB images in [0, 1] of any size; in an exported graph only ``derained``.
 
-        Outputs of the padded size are cropped to the size of the input. Images among them are RGB.
+        Outputs of the padded size are cropped to the size of the input. Outputs with three channels are RGB.
         """
         height, width = rainy.shape[2:]
         image = rainy.flip(1) if self.bgr else rainy
         padded = self.pad(image)
         outputs = {}
         for name, output in self.restore(padded).items():
-            if name != "derained" and exporting():  # a graph returns the image alone, and cannot compare sizes
+            if name != "derained" and exporting():  # a graph for any image size cannot compare sizes, as done below
                 continue
             if name == "derained" or output.shape[2:] == padded.shape[2:]:
                 output = output[..., :height, :width]
@@ -115,10 +118,10 @@ class Network(nn.Module, ABC):
 
     @classmethod
     def assume(cls, path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the ``published_options`` for an authors' file.
+        """Return the ``published_options`` for an authors' file; warn of those that are assumed.
 
-        Given options take precedence, then `stated_options`. For all others, the defaults of ``__init__`` are assumed,
-        with a warning.
+        An option has the given value, else that of `stated_options`, else it is assumed to have the default of
+        ``__init__``.
 
         Args:
             path: The file; None if unknown.
@@ -131,7 +134,7 @@ class Network(nn.Module, ABC):
         if assumed:
             values = ",".join(f"{name}={option_text(value)}" for name, value in assumed.items())
             log.warning(
-                "%s: the file does not record %s; assuming FILE:%s; to use other values, append them to the file name",
+                "%s: the file does not record %s; assuming FILE:%s; to use other values, append them in the same form",
                 path or "weights",
                 ", ".join(missing),
                 values,
@@ -143,8 +146,8 @@ class Network(nn.Module, ABC):
         """Return the authors' tensors by our names, without unused ones.
 
         Raises:
-            DerainError: If the file has different values for a parameter that is shared here, or a weight is not a
-                real number.
+            DerainError: If the file has different values for a parameter that is shared here, or a tensor is not of a
+                floating-point type.
         """
         translated: dict[str, Tensor] = {}
         for published, tensor in state.items():
@@ -152,10 +155,10 @@ class Network(nn.Module, ABC):
             if name is None:
                 continue
             if not (tensor.is_floating_point() or name.endswith(COUNTER)):
-                raise DerainError(f"{published}: is of type {tensor.dtype}; expected real numbers")
+                raise DerainError(f"{published}: is of type {tensor.dtype}; expected floating-point numbers")
             if name in translated and not torch.equal(translated[name], tensor):
                 raise DerainError(
-                    f"{published}: differs from another tensor of {name}; expected equal tensors, since it is shared"
+                    f"{published}: differs from another tensor of the shared parameter {name}; expected equal tensors"
                 )
             translated[name] = tensor
         return translated
@@ -194,7 +197,7 @@ def option_text(value: Any) -> str:
 
 
 def count_numbered(state: Mapping[str, Tensor], pattern: str) -> int:
-    r"""Return the length of a numbered list of modules in a state dict: the largest index plus one.
+    r"""Return the length of a numbered list of modules in a state dict: the largest index plus one, or 0 for none.
 
     Args:
         state: Tensors by name.

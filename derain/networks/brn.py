@@ -1,4 +1,4 @@
-r"""BRN: two recurrent branches, for the rain and for the image, that read each other's hidden state."""
+"""BRN: two recurrent branches, for the rain and for the image, that read each other's hidden state."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +17,9 @@ class BRN(Network):
     """Bilateral recurrent network: in each iteration, estimate the rain, then the image without it.
 
     Each of the two branches is a stage of PReNet whose LSTM also reads the hidden state of the other branch. The
-    network predicts the image itself, not a residual. All iterations share their weights: 375,526 parameters. The
-    authors' files have 36,992 more, of two residual blocks of the rain branch that their network does not apply.
+    network predicts the image itself, not a residual. All iterations share their weights: 375,526 parameters by
+    default. The authors' files have 36,992 more: two residual blocks of the rain branch, which their network does not
+    apply.
 
     Args:
         iterations: Number of iterations, 1 to 100; 8 in the TIP paper, 4 in the ICASSP paper.
@@ -34,7 +35,7 @@ class BRN(Network):
         ``(b, 3, h, w)`` in [0, 1] → same, not clamped; any ``h, w >= 1``.
 
     Raises:
-        DerainError: If ``iterations`` is not from 1 to 100.
+        DerainError: If ``iterations`` is not an integer from 1 to 100.
 
     References:
         Ren et al., Single Image Deraining Using Bilateral Recurrent Network, IEEE TIP 2020, Figure 3. Shang et al.,
@@ -90,7 +91,7 @@ class BRN(Network):
     def targets(
         self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"], outputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the clean image for images, and the rainy minus the clean image for the rain."""
+        """Return the clean image for ``derained…``, and the rainy minus the clean image for ``rain…``."""
         rain = rainy - clean
         return {name: rain if name.startswith("rain") else clean for name in outputs}
 
@@ -98,20 +99,20 @@ class BRN(Network):
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """Return ``channels`` and ``image_blocks``; None for other networks, also for BRN-RX, BRN-XR and CRN.
 
-        The authors' rain branch has unused residual blocks: their files do not determine ``rain_blocks``.
+        The authors' files do not determine ``rain_blocks``, since they also contain unused blocks.
         """
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         if cls.signature not in state:
             return None
         channels = state[cls.signature].shape[0]
-        gates = (state.get("conv_i.0.weight"), state.get("conv_i_r.0.weight"))
-        if any(gate is None or gate.shape[1] != 3 * channels for gate in gates):
-            return None  # a branch does not read the hidden state of the other
+        input_gates = (state.get("conv_i.0.weight"), state.get("conv_i_r.0.weight"))
+        if any(weight is None or weight.shape[1] != 3 * channels for weight in input_gates):
+            return None  # a variant in which a branch does not read the hidden state of the other branch
         return {"channels": channels, "image_blocks": count_numbered(state, r"res_conv(\d+)\.") - 1}
 
     @classmethod
     def stated_options(cls, path: Path) -> dict[str, Any]:
-        """Return the number of iterations by the folder of the authors' repositories.
+        """Return the number of iterations if the file is in a folder of the authors' repositories.
 
         The folders are ``SET/BRN`` (TIP, 8 iterations), ``BRN/R100H`` and ``BRN/R100L`` (ICASSP, 4).
 
@@ -124,4 +125,6 @@ class BRN(Network):
         folder = path.resolve().parent
         if folder.name == "BRN":
             return {"iterations": 8}
-        return {"iterations": 4} if folder.parent.name == "BRN" and folder.name in {"R100H", "R100L"} else {}
+        if folder.parent.name == "BRN" and folder.name in {"R100H", "R100L"}:
+            return {"iterations": 4}
+        return {}

@@ -1,4 +1,4 @@
-r"""DCSFN: encoder-decoders at three scales that exchange features by recurrent units.
+"""DCSFN: encoder-decoders at three scales that exchange features by recurrent units.
 
 Wang et al., DCSFN: Deep Cross-scale Fusion Network for Single Image Rain Removal, ACM MM 2020.
 """
@@ -20,16 +20,17 @@ SCALES = 3
 """Number of encoder-decoders, at scales 1, 1/2 and 1/4."""
 
 MIN_SIDE = 32
-"""Smallest height and width: pooled to scale 1/4 and, within a block, by 8 again, they are one pixel."""
+"""Smallest height and width: a block at scale 1/4 pools its input by 8, to at least one pixel."""
 
 
 class DCSFN(Network):
-    """Deep cross-scale fusion network (6,422,547 parameters).
+    """Deep cross-scale fusion network (6,422,547 parameters by default).
 
     Features of the image are max-pooled to scales 1, 1/2 and 1/4. Each scale has an encoder and a decoder of densely
     connected inner-scale blocks; a block of the decoder also reads the result of the encoder's block of the same index.
     Between encoders and decoders, two chains of convolutional GRUs run across the scales: from coarse to fine, then
-    from fine to coarse. The input state of a GRU comes from the outputs of the preceding GRUs, resized to its scale.
+    from fine to coarse. The input state of a GRU comes from the outputs of the preceding GRUs of its chain, resized to
+    its scale; the first GRU of a chain has none.
 
     Sides below 32 pixels, for which the authors' code fails, are padded by repeating the border.
 
@@ -41,7 +42,7 @@ class DCSFN(Network):
         convolutions: Number of convolutions at each of the four scales of a block.
 
     References:
-        Section 3 of the paper.
+        DCSFN, section 3.
     """
 
     bgr: ClassVar[bool] = True
@@ -88,6 +89,7 @@ class DCSFN(Network):
             return DenseConnection((InnerScaleBlock(channels, convolutions) for _ in range(blocks)), channels)
 
         def units(first: int) -> nn.ModuleList:
+            """Return the GRUs of a chain that begins at a scale: 0 is the finest."""
             return nn.ModuleList(ConvGRU(channels, channels, recurrent=scale != first) for scale in range(SCALES))
 
         self.head = nn.Conv2d(3, channels, 3, padding=1)
@@ -117,20 +119,18 @@ class DCSFN(Network):
         return {"derained": image - self.rain(activate(self.merge(decoded)))}
 
     def _exchange(self, encoded: list[Tensor]) -> list[Tensor]:
-        """Return the features of the scales after both chains of recurrent units."""
+        """Return the features of the three scales, finest first, after both chains of GRUs."""
 
-        def unit(cell: nn.Module, x: Tensor, state: Tensor | None) -> Tensor:
-            return activate(cast(Tensor, cell(x, state)))
+        def update(gru: nn.Module, x: Tensor, state: Tensor | None) -> Tensor:
+            return activate(cast(Tensor, gru(x, state)))
 
         full, half, quarter = encoded
-        cells = self.to_fine
-        quarter = unit(cells[2], quarter, None)
-        half = unit(cells[1], half, resize(quarter, half))
-        full = unit(cells[0], full, activate(self.to_fine_state([half, quarter], full)))
-        cells = self.to_coarse
-        full = unit(cells[0], full, None)
-        half = unit(cells[1], half, resize(full, half))
-        quarter = unit(cells[2], quarter, activate(self.to_coarse_state([full, half], quarter)))
+        quarter = update(self.to_fine[2], quarter, None)
+        half = update(self.to_fine[1], half, resize(quarter, half))
+        full = update(self.to_fine[0], full, activate(self.to_fine_state([half, quarter], full)))
+        full = update(self.to_coarse[0], full, None)
+        half = update(self.to_coarse[1], half, resize(full, half))
+        quarter = update(self.to_coarse[2], quarter, activate(self.to_coarse_state([full, half], quarter)))
         return [full, half, quarter]
 
     @classmethod

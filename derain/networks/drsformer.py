@@ -15,14 +15,15 @@ from derain.nn.experts import PUBLISHED_NAMES, ExpertCompensator
 from derain.nn.restormer import Restormer, SelfAttention, TransformerBlock, pointwise
 
 SHARES = ((1, 2), (2, 3), (3, 4), (4, 5))
-"""Fractions of the keys that the four branches of the attention keep: numerator and denominator."""
+"""Fractions, as numerator and denominator, of the scores that the four branches of the attention keep."""
 
 
 class SparseAttention(SelfAttention):
     """Self-attention between channels that keeps the largest scores of each query ("TKSA").
 
-    The attention is the sum of four softmaxes, over the ⌊d/2⌋, ⌊2d/3⌋, ⌊3d/4⌋ and ⌊4d/5⌋ largest of d scores (at least
-    one), with learned factors. The four are summed before they are applied, so that the pixels are multiplied once.
+    The attention is the sum of four softmaxes with learned factors. They are over the ⌊d/2⌋, ⌊2d/3⌋, ⌊3d/4⌋ and ⌊4d/5⌋
+    largest of d scores, and over at least one. The four matrices are summed first, and then multiplied with the values
+    once.
 
     Args:
         channels: Number of channels.
@@ -37,26 +38,27 @@ class SparseAttention(SelfAttention):
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__(channels, heads)
-        self.counts = [max(1, channels // heads * kept // of) for kept, of in SHARES]
+        width = channels // heads
+        self.counts = [max(1, width * numerator // denominator) for numerator, denominator in SHARES]
         for index in range(len(SHARES)):
             self.register_parameter(f"factor{index + 1}", nn.Parameter(torch.tensor([0.2])))
 
     def normalize(self, scores: Float[Tensor, "b heads d d"]) -> Float[Tensor, "b heads d d"]:
-        """Return the attention for the scores of queries (rows) and keys (columns)."""
-        most = max(self.counts)
-        largest, keys = scores.topk(most, dim=-1)
+        """Return the attention weights of scores, whose rows are queries and columns keys."""
+        max_count = max(self.counts)
+        largest, keys = scores.topk(max_count, dim=-1)
         weights = torch.zeros_like(largest)
         for index, count in enumerate(self.counts):
-            branch = F.pad(largest[..., :count].softmax(-1), (0, most - count))
+            branch = F.pad(largest[..., :count].softmax(-1), (0, max_count - count))
             weights = weights + self.get_parameter(f"factor{index + 1}") * branch
         return torch.zeros_like(scores).scatter(-1, keys, weights)
 
 
 class MixedScaleFeedForward(nn.Module):
-    """Feed-forward network of 3×3 and 5×5 convolutions, which exchange half of their channels ("MSFN").
+    """Feed-forward network with branches of 3×3 and 5×5 convolutions, which exchange half of their channels ("MSFN").
 
-    Convolutions with two channels per group are computed as depth-wise ones whose outputs are added in pairs, which
-    is several times faster.
+    The second convolutions have two channels per group. They are computed as depth-wise convolutions whose outputs are
+    added in pairs, which is several times faster.
 
     Args:
         channels: Number of channels.
@@ -83,12 +85,12 @@ class MixedScaleFeedForward(nn.Module):
         self.project_out = nn.Conv2d(2 * half, channels, 1, bias=False)
 
     def kernels(self) -> tuple[Tensor, ...]:
-        """Return the weights of the convolutions."""
+        """Return the weights of the convolutions for `forward`."""
         layers = (self.project_in, self.first3, self.first5, self.second3, self.second5, self.project_out)
         return tuple(layer.weight for layer in layers)
 
     def forward(self, x: Float[Tensor, "b h w c"], kernels: tuple[Tensor, ...]) -> Float[Tensor, "b h w c"]:
-        """Apply the network with the weights from ``kernels()``."""
+        """Apply the network with the weights from `kernels`."""
         project_in, first3, first5, second3, second5, project_out = kernels
         hidden = pointwise(x, project_in).permute(0, 3, 1, 2)
         fine = F.relu(depthwise(hidden, first3), inplace=True).chunk(2, dim=1)
@@ -108,14 +110,15 @@ def depthwise(x: Float[Tensor, "b c h w"], weight: Float[Tensor, "c 1 k k"]) -> 
 class DRSformer(Network):
     """DRSformer, and its light variant without experts.
 
-    It is Restormer's encoder-decoder with other blocks, a mixture of experts after the embedding, and another one in
-    place of Restormer's refinement blocks. The only output is ``derained``.
+    It is Restormer's encoder-decoder with other blocks, a mixture of experts after the embedding, and a second one in
+    place of Restormer's refinement blocks. The light variant has nothing in both places. The only output is
+    ``derained``.
 
     Args:
         dim: Number of channels at the finest level; it doubles at each level.
         blocks: Number of transformer blocks at each of the four levels.
         heads: Number of attention heads at each of the four levels.
-        expansion: Expansion of the feed-forward networks.
+        expansion: Half the hidden channels of the feed-forward networks, divided by their channels.
         experts: Whether the network has experts; the authors' models for Rain200L and SPA-Data have none.
 
     Raises:

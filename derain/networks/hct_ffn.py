@@ -1,11 +1,11 @@
-r"""HCT-FFN: three stages - experts, a transformer, experts - each guided by a rain prior.
+"""HCT-FFN: three stages - experts, a transformer, experts - each guided by the residue channel of an image.
 
 Chen et al., Hybrid CNN-Transformer Feature Fusion for Single Image Deraining, AAAI 2023. Convolutional experts remove
 most of the rain, a transformer adds a large context, and further experts refine the result. The network computes with
 values in [0, 255].
 
-Pixels attend to each other within runs: sequences of pixels in row-major order. Without gradients, runs are computed
-one after another, which bounds the memory of their tokens of 288 values.
+In the transformer, pixels attend to each other within runs: sequences of pixels in row-major order. Without gradients,
+runs are computed one after another, which saves memory: each pixel is a token of 288 values.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ RUNS = 16
 """Number of runs, of ``h * w // 16`` pixels each; the remaining pixels are a further, shorter run."""
 
 MIN_SIDE = RUNS
-"""Smallest side of images: a run then has at least 16 pixels, more than can remain, so there are at most 17 runs."""
+"""Smallest side of images: a run then has at least 16 pixels. At most 15 pixels remain, which are one further run."""
 
 HEADS = 8
 """Number of heads of the attention."""
@@ -53,7 +53,7 @@ class ReflectConv(nn.Conv2d):
 
 
 class ResidualBlock(nn.Module):
-    """Residual block of two convolutions with ReLU, and squeeze-and-excitation.
+    """Residual block of two convolutions with ReLU, followed by squeeze-and-excitation.
 
     Args:
         channels: Number of channels.
@@ -76,12 +76,12 @@ class ResidualBlock(nn.Module):
         return torch.addcmul(x, y, weights[:, :, None, None])
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return thop's operations for the mean of the features: one per value, one per mean."""
+        """Return the operations that thop counts for the means: one per value, one per mean."""
         return output.numel() + output.shape[0] * output.shape[1], 0
 
 
 class PriorEncoder(nn.Module):
-    """Encoder of the residue channel of an image, which hardly depends on the background.
+    """Encoder of the residue channel of an image, in which rain, being grey, is almost invisible.
 
     Args:
         channels: Number of channels.
@@ -91,7 +91,8 @@ class PriorEncoder(nn.Module):
         ``(b, 3, h, w)`` → ``(b, channels, h, w)``.
 
     References:
-        Residue channel, the largest minus the smallest of R, G and B: Li et al., RainFlow, AAAI 2019.
+        Residue channel, the largest minus the smallest of R, G and B: Li et al., Robust Optical Flow in Rainy Scenes,
+        ECCV 2018.
     """
 
     def __init__(self, channels: int, blocks: int) -> None:
@@ -108,13 +109,13 @@ class PriorEncoder(nn.Module):
 
 
 class PriorFusion(nn.Module):
-    """Fusion of features with features of the rain prior, gated by their similarity.
+    """Fusion of features with those of the prior, the residue channel, gated by their similarity.
 
     Args:
         channels: Number of channels.
 
     Shape:
-        Features and prior, each ``(b, channels, h, w)`` → ``(b, channels, h, w)``.
+        Features and encoded prior, each ``(b, channels, h, w)`` → ``(b, channels, h, w)``.
 
     References:
         HCT-FFN, section 3.2, after Yi et al., SPDNet, ICCV 2021.
@@ -134,8 +135,8 @@ class PriorFusion(nn.Module):
         gated = []
         for features, gate in ((x, self.gate), (prior, self.prior_gate)):
             attended = features * attention
-            own, other = gate(torch.cat((features, attended), dim=1)).split(1, dim=1)
-            gated.append(features * own + attended * other)
+            plain_gate, attended_gate = gate(torch.cat((features, attended), dim=1)).split(1, dim=1)
+            gated.append(features * plain_gate + attended * attended_gate)
         return cast(Tensor, self.fuse(torch.cat(gated, dim=1)))
 
 
@@ -144,7 +145,8 @@ class RunTransformer(nn.Module):
 
     Args:
         width: Length of a token.
-        heads: Number of heads; queries, keys and values have ``width // 2`` channels together.
+        heads: Number of heads, a divisor of ``width // 2``. Queries have ``width // 2`` channels, all heads together;
+            so have keys and values.
         hidden: Hidden channels of the feed-forward network.
 
     Shape:
@@ -160,14 +162,14 @@ class RunTransformer(nn.Module):
         self.norm2 = LayerNorm(width)
         self.feed_forward = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, width))
         self.heads = heads
-        self.scale = (width // heads) ** -0.5
+        self.scale = (width // heads) ** -0.5  # as in the authors' code, by the width before its reduction
 
     def forward(self, x: Float[Tensor, "n t d"], mask: Tensor | None = None) -> Float[Tensor, "n t d"]:
         """Transform tokens.
 
         Args:
             x: Runs of tokens.
-            mask: Added to the attention scores, ``(runs, 1, 1, tokens)``; None for no mask.
+            mask: Summand of the attention scores, ``(runs, 1, 1, tokens)``; None for no mask.
         """
         qkv = self.qkv(self.reduce(self.norm1(x))).reshape(*x.shape[:2], 3, self.heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -188,7 +190,7 @@ class BackgroundTransformer(nn.Module):
     Args:
         channels: Number of channels, a multiple of 16.
         hidden: Hidden channels of the feed-forward network.
-        repeats: How many times the block is applied, 1 to 100.
+        repeats: How many times the transformer block is applied, 1 to 100.
 
     Shape:
         ``(b, channels, h, w)`` with ``h * w >= 256`` → same.
@@ -223,15 +225,15 @@ class BackgroundTransformer(nn.Module):
         length = count // RUNS
         if not torch.is_grad_enabled():
             return torch.cat([self.repeat(run) for run in torch.split(tokens, length, dim=1)], dim=1)
-        whole = count // length
-        runs = tokens[:, : whole * length].reshape(b * whole, length, width)
-        parts = [self.repeat(runs).reshape(b, whole * length, width)]
-        if count % length:
-            parts.append(self.repeat(tokens[:, whole * length :]))
+        end = RUNS * length
+        runs = tokens[:, :end].reshape(b * RUNS, length, width)
+        parts = [self.repeat(runs).reshape(b, end, width)]
+        if end < count:
+            parts.append(self.repeat(tokens[:, end:]))
         return torch.cat(parts, dim=1)
 
     def transform_padded(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """Transform tokens, with the last run padded and masked: an exported graph is then valid for any size."""
+        """Transform tokens as 17 runs of equal length, the last one padded and masked: a graph then fits any size."""
         b, count, width = tokens.shape
         length = count // RUNS
         index = torch.arange((RUNS + 1) * length, device=tokens.device)
@@ -258,7 +260,7 @@ class BackgroundTransformer(nn.Module):
 
 
 class ExpertStage(nn.Module):
-    """Fusion with the rain prior, then a mixture of experts ("DaMoE")."""
+    """Fusion with the prior, then a mixture of experts ("DaMoE")."""
 
     def __init__(self, channels: int, steps: int) -> None:
         super().__init__()
@@ -271,7 +273,7 @@ class ExpertStage(nn.Module):
 
 
 class TransformerStage(nn.Module):
-    """Fusion with the rain prior, then a transformer ("BaViT")."""
+    """Fusion with the prior, then a transformer ("BaViT")."""
 
     def __init__(self, channels: int, hidden: int, repeats: int) -> None:
         super().__init__()
@@ -284,14 +286,15 @@ class TransformerStage(nn.Module):
 
 
 class HCTFFN(Network):
-    """HCT-FFN: three stages, each guided by a rain prior.
+    """HCT-FFN: three stages, each guided by a prior.
 
-    The prior is the residue channel of the rainy image (first stage) or of the image of the previous stage.
+    The prior is the residue channel of an image: of the rainy image in the first stage, else of the image that the
+    previous stage restored.
 
     Args:
         channels: Number of channels, a multiple of 16.
         blocks: Number of residual blocks in each encoder of a prior.
-        steps: Number of expert layers in the first and in the last stage.
+        steps: Number of layers of experts in the first stage, and in the last one.
         hidden: Hidden channels of the transformer's feed-forward network.
         repeats: How many times the transformer block is applied, 1 to 100.
 

@@ -1,4 +1,4 @@
-"""Maximum number of iterations of recurrent networks."""
+"""Range of the number of iterations of recurrent networks."""
 
 from derain.errors import DerainError
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from derain.networks.base import Names, Network, count_numbered
 
 Features = Sequence[Tensor]
-"""Features ``(b, c, h, w)`` at three levels: full, half and quarter resolution."""
+"""Features ``(b, c, h, w)`` of three levels, with the full, half and quarter resolution of the stage."""
 
 BILINEAR = 11
 """Operations per interpolated value of bilinear interpolation, as the Python package thop counts them."""
@@ -31,7 +31,7 @@ def convolution(inputs: int, outputs: int, size: int) -> nn.Conv2d:
 
 
 def halved(x: Float[Tensor, "b c h w"], dim: int) -> Float[Tensor, "b2 c h2 w2"]:
-    """Return the two halves of images along a dimension as a batch: all first halves, then all second halves."""
+    """Return the two halves of images along dimension ``dim`` as a batch: all first halves, then all second halves."""
     return x.reshape(*x.shape[:dim], 2, -1, *x.shape[dim + 1 :]).movedim(dim, 0).flatten(0, 1)
 
 
@@ -45,22 +45,22 @@ def upsampled(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
     return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
-def upsampling_first_cost(convolutions: Sequence[nn.Module], x: Float[Tensor, "b c h w"], doublings: int) -> int:
-    """Return how many more operations thop counts if upsampling comes before the convolutions.
+def cost_of_upsampling_first(layers: Sequence[nn.Module], x: Float[Tensor, "b c h w"], doublings: int) -> int:
+    """Return how many more operations thop counts if upsampling by 2 comes before the convolutions.
 
     Args:
-        convolutions: 1×1 convolutions, applied to ``x`` one after another.
+        layers: 1×1 convolutions, applied to ``x`` one after another.
         x: Features before upsampling.
-        doublings: Number of upsamplings by 2: one before each of the first ``doublings`` convolutions.
+        doublings: Number of upsamplings: one before each of the first ``doublings`` convolutions.
     """
-    low = pixels = x.numel() // x.shape[1]
+    low_pixels = pixels = x.numel() // x.shape[1]
     operations = 0
-    for index, module in enumerate(convolutions):
-        convolution = cast(nn.Conv2d, module)
+    for index, layer in enumerate(layers):
+        conv = cast(nn.Conv2d, layer)
         if index < doublings:
             pixels *= 4
-            operations += BILINEAR * convolution.in_channels * pixels
-        operations += convolution.weight.numel() * (pixels - low)
+            operations += BILINEAR * conv.in_channels * pixels
+        operations += conv.weight.numel() * (pixels - low_pixels)
     return operations
 
 
@@ -69,13 +69,13 @@ class ChannelAttentionBlock(nn.Module):
 
     Args:
         channels: Number of channels.
-        reduction: Factor by which the attention reduces the number of channels.
+        reduction: Number of channels divided by that of the attention's hidden layer.
 
     Shape:
         ``(b, channels, h, w)`` → same.
 
     References:
-        MPRNet, section 3.1, Figure 2(b).
+        MPRNet, section 3.1.
     """
 
     def __init__(self, channels: int, reduction: int) -> None:
@@ -86,7 +86,7 @@ class ChannelAttentionBlock(nn.Module):
         self.excite = convolution(channels // reduction, channels, 1)
 
     def forward(self, x: Float[Tensor, "b c h w"], slope: Float[Tensor, "1"]) -> Float[Tensor, "b c h w"]:
-        """Transform features; ``slope`` is that of the PReLU between the convolutions."""
+        """Transform features; ``slope`` is the negative slope of the PReLU between the convolutions."""
         hidden = self.conv1(x)
         residual = self.conv2(F.prelu(hidden, slope.to(hidden.dtype)))
         weights = self.excite(F.relu(self.squeeze(residual.mean((2, 3), keepdim=True)))).sigmoid()
@@ -126,15 +126,15 @@ class Embedding(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Encoder of three levels with two blocks each.
+    """Encoder with three levels of two blocks each.
 
     Args:
-        widths: Number of channels of each level.
-        reduction: Reduction of the channel attention.
+        widths: Number of channels of each level, finest first.
+        reduction: Reduction of the channel attention, see `ChannelAttentionBlock`.
         fusing: Whether the features of the previous stage are added at each level ("CSFF").
 
     References:
-        MPRNet, Figure 2(b) and (d).
+        MPRNet, sections 3.1 and 3.2.
     """
 
     def __init__(self, widths: Sequence[int], reduction: int, fusing: bool) -> None:
@@ -152,12 +152,12 @@ class Encoder(nn.Module):
 
         Args:
             x: Features at full resolution.
-            slope: Slope of the activations.
+            slope: Negative slope of the PReLUs.
             previous: Features of the previous stage's encoder and decoder; required if ``fusing``, else None.
         """
         features: list[Tensor] = []
         for level, blocks in enumerate(self.levels):
-            if level:  # the average of 2×2 pixels is bilinear downsampling by 2
+            if level:  # the average of 2×2 pixels equals bilinear downsampling by 2
                 x = self.down[level - 1](F.avg_pool2d(x, 2))
             x = blocks(x, slope)
             if previous is not None:
@@ -172,14 +172,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Decoder of three levels with two blocks each, and a block in each skip connection.
+    """Decoder with three levels of two blocks each, and a block in each skip connection.
 
     Args:
-        widths: Number of channels of each level.
-        reduction: Reduction of the channel attention.
+        widths: Number of channels of each level, finest first.
+        reduction: Reduction of the channel attention, see `ChannelAttentionBlock`.
 
     References:
-        MPRNet, Figure 2(b).
+        MPRNet, section 3.1.
     """
 
     def __init__(self, widths: Sequence[int], reduction: int) -> None:
@@ -200,17 +200,17 @@ class Decoder(nn.Module):
 
     def extra_macs(self, inputs: tuple[Any, ...], output: list[Tensor]) -> tuple[int, int]:
         """Return how many more operations the authors' order needs: upsampling first, then convolution."""
-        return sum(upsampling_first_cost([conv], x, 1) for conv, x in zip(self.up, output[1:], strict=True)), 0
+        return sum(cost_of_upsampling_first([conv], x, 1) for conv, x in zip(self.up, output[1:], strict=True)), 0
 
 
 class SupervisedAttention(nn.Module):
-    """Restored image of a stage, and features for the next stage, gated by the image ("SAM").
+    """Restored image of a stage, and features for the next stage, which the image gates ("SAM").
 
     Args:
         channels: Number of channels.
 
     References:
-        MPRNet, section 3.3, Figure 3.
+        MPRNet, section 3.3.
     """
 
     def __init__(self, channels: int) -> None:
@@ -230,14 +230,17 @@ class SupervisedAttention(nn.Module):
 class OriginalResolution(nn.Module):
     """Subnetwork at full resolution that adds features of the previous stage ("ORSNet").
 
+    It has three residual groups of blocks ("ORB"). Each is followed by the sum with the features of one level of the
+    previous stage.
+
     Args:
-        widths: Number of channels of each level of the previous stage.
+        widths: Number of channels of each level of the previous stage, finest first.
         channels: Number of channels.
-        blocks: Number of blocks in each of three residual groups ("ORB"), one per level of the previous stage.
-        reduction: Reduction of the channel attention.
+        blocks: Number of blocks in each group.
+        reduction: Reduction of the channel attention, see `ChannelAttentionBlock`.
 
     References:
-        MPRNet, section 3.1, Figure 2(c) and (e).
+        MPRNet, sections 3.1 and 3.2.
     """
 
     def __init__(self, widths: Sequence[int], channels: int, blocks: int, reduction: int) -> None:
@@ -246,11 +249,12 @@ class OriginalResolution(nn.Module):
         self.convs = nn.ModuleList(convolution(channels, channels, 3) for _ in widths)
 
         def projections() -> nn.ModuleList:
-            paths = ([*widths[level::-1], channels] for level in range(len(widths)))
-            return nn.ModuleList(
-                nn.Sequential(*(convolution(inputs, outputs, 1) for inputs, outputs in pairwise(path)))
-                for path in paths
-            )
+            """Return, for each level, 1×1 convolutions by way of the finer levels' widths to ``channels``."""
+            levels = nn.ModuleList()
+            for level in range(len(widths)):
+                path = [*reversed(widths[: level + 1]), channels]
+                levels.append(nn.Sequential(*(convolution(inputs, outputs, 1) for inputs, outputs in pairwise(path))))
+            return levels
 
         self.from_encoder = projections()
         self.from_decoder = projections()
@@ -258,7 +262,14 @@ class OriginalResolution(nn.Module):
     def forward(
         self, x: Float[Tensor, "b c h w"], encoded: Features, decoded: Features, slope: Float[Tensor, "1"]
     ) -> Float[Tensor, "b c h w"]:
-        """Transform features ``x``, given the features of the previous stage's encoder and decoder."""
+        """Transform features.
+
+        Args:
+            x: Features at full resolution.
+            encoded: Features of the previous stage's encoder.
+            decoded: Features of the previous stage's decoder.
+            slope: Negative slope of the PReLUs.
+        """
         for level, (blocks, conv) in enumerate(zip(self.groups, self.convs, strict=True)):
             previous = self.from_encoder[level](encoded[level]) + self.from_decoder[level](decoded[level])
             for _ in range(level):
@@ -272,7 +283,7 @@ class OriginalResolution(nn.Module):
         operations = 0
         for projections, features in ((self.from_encoder, encoded), (self.from_decoder, decoded)):
             for level, (path, x) in enumerate(zip(projections, features, strict=True)):
-                operations += upsampling_first_cost([*path.children()], x, level)
+                operations += cost_of_upsampling_first([*path.children()], x, level)
         return operations, 0
 
 
@@ -281,7 +292,7 @@ _BLOCK = r"(?:feat\d\.1|level\d\.\d+|skip_attn\d|orb\d\.body\.\d+)"
 
 
 def _names_of_level(level: int) -> Names:
-    """Return the replacements for the tensors of a level, which the authors number from 1."""
+    """Return the replacements for names of tensors of a level; the authors count levels from 1, we from 0."""
     number = level + 1
     return (
         (rf"(?:en|de)coder_level{number}\.", f"levels.{level}."),
@@ -299,20 +310,20 @@ def _names_of_level(level: int) -> Names:
 class MPRNet(Network):
     """Multi-stage progressive restoration network.
 
-    Stage 1 encodes quarters and decodes halves. Stage 2 encodes halves and decodes the whole image. Stage 3 works at
-    full resolution. All PReLUs share one slope.
+    Stage 1 encodes quarters of the image and decodes halves. Stage 2 encodes halves and decodes the whole image. Stage
+    3 keeps the full resolution. All PReLUs share one slope.
 
     Outputs: ``derained``, ``stage2`` and ``stage1``, the images of the third, second and first stage.
 
     Args:
-        width: Number of channels of the encoder-decoders at full resolution.
+        width: Number of channels of the encoder-decoders at their finest level.
         growth: Number of channels that each coarser level adds.
         refinement_growth: Number of channels that stage 3 adds to ``width``.
         refinement_blocks: Number of blocks in each group of stage 3.
-        reduction: Reduction of the channel attention.
+        reduction: Reduction of the channel attention, see `ChannelAttentionBlock`.
 
     References:
-        MPRNet, Figure 2, section 3. 3,637,249 parameters by default.
+        MPRNet, section 3 and Figure 2. 3,637,249 parameters by default.
     """
 
     size_multiple: int = 8
@@ -383,19 +394,19 @@ class MPRNet(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return all arguments of ``__init__``; None for another network."""
+        """Return all arguments of ``__init__``; None for another network, or if no ``reduction`` up to 1024 fits."""
         if cls.signature not in state:
             return None
         widths = [len(state[f"stage1_encoder.encoder_level{level}.0.body.0.weight"]) for level in (1, 2, 3)]
-        reduced = [len(state[f"stage1_encoder.encoder_level{level}.0.CA.conv_du.0.weight"]) for level in (1, 2, 3)]
-        reductions = range(1, min(widths[0], 1024) + 1)
-        reduction = next((r for r in reductions if [width // r for width in widths] == reduced), None)
-        if reduction is None:
+        hidden = [len(state[f"stage1_encoder.encoder_level{level}.0.CA.conv_du.0.weight"]) for level in (1, 2, 3)]
+        candidates = range(1, min(widths[0], 1024) + 1)
+        reductions = [number for number in candidates if [width // number for width in widths] == hidden]
+        if not reductions:
             return None
         return {
             "width": widths[0],
             "growth": widths[1] - widths[0],
             "refinement_growth": len(state["concat23.weight"]) - widths[0],
             "refinement_blocks": count_numbered(state, r"stage3_orsnet\.orb1\.body\.(\d+)\.CA"),
-            "reduction": reduction,
+            "reduction": reductions[0],
         }

@@ -1,4 +1,4 @@
-"""NeRD-Rain: transformers at three scales, which exchange images, features and latent features in both directions.
+"""NeRD-Rain: transformers at three scales, which exchange images and features in both directions.
 
 Chen et al., Bidirectional Multi-Scale Implicit Neural Representations for Image Deraining, CVPR 2024.
 """
@@ -21,7 +21,7 @@ from derain.nn.restormer import Downsample, PatchEmbedding, TransformerBlock, Up
 log = logging.getLogger("derain")
 
 Levels = tuple[Tensor, Tensor, Tensor]
-"""Features of three levels, from fine to coarse; the third are the latent features."""
+"""Features ``(b, h, w, c)`` of three levels, from fine to coarse; the third are the latent features."""
 
 LEVELS = ("encoder_level1_small", "encoder_level2_small", "latent_small")
 """Names of the levels of the coarsest scale in the authors' files."""
@@ -37,12 +37,13 @@ class EncoderDecoder(nn.Module):
         dim: Number of channels at the finest level; it doubles at each level.
         blocks: Number of transformer blocks at each level.
         heads: Number of attention heads at each level.
-        expansion: Expansion of the feed-forward networks.
-        reduction: Whether the decoder has a 1×1 convolution of its own that reduces the channels at the finest level.
+        expansion: Hidden channels of the feed-forward networks divided by their channels.
+        has_reduction: Whether the module has the 1×1 convolution that reduces the decoder's channels at the finest
+            level. If not, `decode` needs its weight.
     """
 
     def __init__(
-        self, dim: int, blocks: Sequence[int], heads: Sequence[int], expansion: float, reduction: bool = True
+        self, dim: int, blocks: Sequence[int], heads: Sequence[int], expansion: float, has_reduction: bool = True
     ) -> None:
         super().__init__()
 
@@ -59,7 +60,7 @@ class EncoderDecoder(nn.Module):
         self.reduce_chan_level2 = nn.Conv2d(4 * dim, 2 * dim, 1, bias=False)
         self.decoder_level2 = level(1)
         self.up2_1 = Upsample(2 * dim)
-        if reduction:
+        if has_reduction:
             self.reduce_chan_level1 = nn.Conv2d(2 * dim, dim, 1, bias=False)
         self.decoder_level1 = level(0)
 
@@ -74,8 +75,9 @@ class EncoderDecoder(nn.Module):
 
         Args:
             levels: Features from ``encode``.
-            feedback: Added to the latent features, if given.
-            reduction: Weight of the 1×1 convolution at the finest level; by default the module's own.
+            feedback: Summand of the latent features, ``(b, h / 4, w / 4, 4 * dim)``; None for no feedback.
+            reduction: Weight of the 1×1 convolution at the finest level, ``(dim, 2 * dim, 1, 1)``; None for the
+                module's own.
         """
         level1, level2, latent = levels
         x = latent if feedback is None else latent + feedback
@@ -88,12 +90,13 @@ class EncoderDecoder(nn.Module):
 class ImplicitRepresentation(nn.Module):
     """Implicit neural representation: an MLP that maps the features of a pixel and its neighbours to a colour.
 
-    The authors also feed 18 relative coordinates and the 2 sides of a pixel to the MLP. Since pixels are sampled at
-    their centres, these are constants, 0 and 2. The MLP is therefore computed by a 3×3 and several 1×1 convolutions.
+    The authors also feed 18 relative coordinates and the height and width of a pixel to the MLP. Since pixels are
+    sampled at their centres, the coordinates are always 0, and height and width always 2. So a 3×3 convolution computes
+    the first layer.
 
     Args:
         dim: Number of channels at the finest level.
-        width: Number of hidden units of each layer.
+        width: Number of units of each hidden layer.
 
     Shape:
         Latent features ``(b, h, w, 4 * dim)`` → image ``(b, 4 * h, 4 * w, 3)``.
@@ -103,11 +106,17 @@ class ImplicitRepresentation(nn.Module):
         super().__init__()
         self.upsample = nn.Sequential(Upsample(4 * dim), Upsample(2 * dim))
         self.first = nn.Linear(9 * dim + 20, width)
-        hidden = (layer for _ in range(2) for layer in (nn.ReLU(), nn.Linear(width, width)))
-        self.layers = nn.Sequential(*hidden, nn.ReLU(), nn.Linear(width, 3))
+        self.layers = nn.Sequential(
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, 3),
+        )
 
     def forward(self, latent: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h4 w4 3"]:
-        """Return images of four times the size of the latent features."""
+        """Return images of four times the height and width of the latent features."""
         x = self.upsample(latent)
         weight, bias = self.first.weight, self.first.bias + 2 * self.first.weight[:, -2:].sum(1)
         kernel = weight[:, :-20].reshape(len(bias), -1, 3, 3)
@@ -122,15 +131,15 @@ class ImplicitRepresentation(nn.Module):
 
 
 class Feedback(nn.Module):
-    """Co-attention of latent features, as feedback to the next coarser scale.
+    """Co-attention of the latent features of two encoder-decoders, as feedback to the next coarser scale.
 
-    Gates are computed only for the pixels that the coarser scale samples, every second one along both axes.
+    The coarser scale samples every second pixel along both axes. Gates are computed only for these.
 
     Args:
         channels: Number of channels.
 
     Shape:
-        Two maps ``(b, h, w, channels)`` → ``(b, h / 2, w / 2, channels)``.
+        Two maps ``(b, h, w, channels)`` → ``(b, h / 2, w / 2, channels)``; ``h`` and ``w`` are even.
     """
 
     def __init__(self, channels: int) -> None:
@@ -150,7 +159,7 @@ class Feedback(nn.Module):
         return cast(Tensor, total)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the multiplications of gates at the three of four pixels that are not sampled."""
+        """Return the multiplications of the authors' gates at the pixels that are not sampled, three of four."""
         return 3 * 2 * self.gates1.weight.numel() * (output.numel() // output.shape[-1]), 0
 
 
@@ -158,11 +167,11 @@ class Scale(nn.Module):
     """Embedding, sequence of encoder-decoders, and output convolution of a scale.
 
     Args:
-        count: Number of encoder-decoders, at most 3. The third has no reduction of channels at the finest level.
+        count: Number of encoder-decoders, at most 3. The third has no 1×1 convolution at the finest level.
         dim: Number of channels at the finest level.
         blocks: Number of transformer blocks at each level.
         heads: Number of attention heads at each level.
-        expansion: Expansion of the feed-forward networks.
+        expansion: Hidden channels of the feed-forward networks divided by their channels.
     """
 
     def __init__(self, count: int, dim: int, blocks: Sequence[int], heads: Sequence[int], expansion: float) -> None:
@@ -173,11 +182,11 @@ class Scale(nn.Module):
         self.output = nn.Conv2d(dim, 3, 3, padding=1, bias=False)
 
     def body(self, index: int) -> EncoderDecoder:
-        """Return the encoder-decoder with an index from 0."""
+        """Return the encoder-decoder ``index``, counted from 0."""
         return cast(EncoderDecoder, self.bodies[index])
 
     def encode_next(self, index: int, decoded: Float[Tensor, "b h w c"]) -> Levels:
-        """Encode the decoded features of the previous encoder-decoder by the one with an index from 1."""
+        """Return the levels of encoder-decoder ``index``, at least 1, for the decoded features of the previous one."""
         return self.body(index).encode(spatial(decoded, self.contexts[index - 1]))
 
 
@@ -185,19 +194,19 @@ class NeRDRain(Network):
     """NeRD-Rain, and with ``dim`` 32 its small variant NeRD-Rain-S.
 
     Like the authors' code, it restores images larger than a window in windows side by side. The last window of a row or
-    column is aligned to the border; where it overlaps the previous window, the earlier result is kept. In training and
-    in exported graphs, the network restores whole images.
+    column is aligned to the border; where it overlaps the previous window, the result of the previous one is kept. In
+    training mode and in exported graphs, the network restores whole images.
 
-    Outputs: ``derained``; ``half`` and ``quarter``, the restored images at 1/2 and 1/4 of the (padded) size;
-    ``implicit_half`` and ``implicit_quarter``, the images of the implicit representations at these sizes. Images that
-    are restored in windows have only ``derained``.
+    Outputs: ``derained``; ``half`` and ``quarter``, the restored images at 1/2 and 1/4 of the padded size;
+    ``implicit_half`` and ``implicit_quarter``, the images of the implicit representations at these sizes. For images
+    that are restored in windows, only ``derained``.
 
     Args:
         dim: Number of channels at the finest level; it doubles at each level.
         blocks: Number of transformer blocks at each of the three levels.
         heads: Number of attention heads at each of the three levels.
-        expansion: Expansion of the feed-forward networks.
-        width: Number of hidden units of the implicit representations.
+        expansion: Hidden channels of the feed-forward networks divided by their channels.
+        width: Number of units of each hidden layer of the implicit representations.
         window: Side of the windows in pixels, a multiple of 16.
 
     Raises:
@@ -280,7 +289,7 @@ class NeRDRain(Network):
         return {"derained": derained}
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return the outputs at the padded size; see the class."""
+        """Return all outputs for images with sides that are multiples of 16; see the class."""
         full = image.permute(0, 2, 3, 1).contiguous()
         half, quarter = sampled(full, 2), sampled(full, 4)
         # From coarse to fine: images of the implicit representations are added to the inputs.
@@ -314,7 +323,7 @@ class NeRDRain(Network):
     def targets(
         self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"], outputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the clean image, or its level of the Gaussian pyramid, for each output."""
+        """Return the clean image for ``derained``, and levels of its Gaussian pyramid for all other outputs."""
         half = halved(self.pad(clean))
         quarter = halved(half)
         return {
@@ -364,12 +373,12 @@ def sampled(x: Float[Tensor, "b h w c"], step: int) -> Float[Tensor, "b h2 w2 c"
 
 
 def enlarged(x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 c"]:
-    """Return maps of twice the size, by the nearest neighbour."""
+    """Return maps of twice the height and width, by nearest-neighbour interpolation."""
     return F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2).permute(0, 2, 3, 1)
 
 
 def halved(image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-    """Return the next level of the Gaussian pyramid: a binomial blur of 5×5, then means of 2×2 pixels."""
+    """Return the next level of the Gaussian pyramid: a binomial blur of 5×5 pixels, then means of 2×2 pixels."""
     window = image.new_tensor([1, 4, 6, 4, 1]) / 16
     kernel = torch.outer(window, window).expand(image.shape[1], 1, 5, 5)
     return F.avg_pool2d(F.conv2d(F.pad(image, (2, 2, 2, 2), "reflect"), kernel, groups=len(kernel)), 2)

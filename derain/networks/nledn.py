@@ -1,10 +1,10 @@
-r"""NLEDN: encoder-decoder of dense blocks, each of which begins with non-local attention.
+"""NLEDN: encoder-decoder of dense blocks, each of which begins with non-local attention.
 
 Li et al., Non-locally Enhanced Encoder-Decoder Network for Single Image De-raining, ACM Multimedia 2018. The encoder
-stores the indices of the maxima of max pooling, and the decoder puts its features back there ("pooling indices").
+stores the indices of the maxima of max pooling, and the decoder puts its features back to these indices.
 
-Pixels attend to each other within the pieces of a grid. All pieces are processed as one batch. If the grid does not
-divide the size of a map, pieces at the bottom and the right are smaller; their missing pixels are masked.
+Pixels attend to each other within the pieces of a grid. All pieces are processed as one batch. If the size of a map is
+not a multiple of the grid, pieces at the bottom and the right are smaller: they are padded, and the padding is masked.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,15 +21,15 @@ from derain.nn.graphs import exporting
 from derain.nn.padding import pad_to_minimum
 
 MAX_GRID = 64
-"""Maximum number of pieces along a side: images are padded to have pixels for all of them."""
+"""Maximum number of pieces along a side. It is limited, since images are padded until all pieces have pixels."""
 
 
 class NonLocal(nn.Module):
-    """Attention of each pixel to the keys and values of its piece, which are max-pooled by 2.
+    """Non-local attention: each pixel attends to the keys and values of its piece, which are max-pooled by 2.
 
     Args:
         channels: Number of channels.
-        inner: Channels of queries, keys and values.
+        inner: Number of channels of queries, keys and values.
         grid: Number of pieces along each side; 1 for attention to the whole map.
 
     Shape:
@@ -50,19 +50,17 @@ class NonLocal(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Attend within each piece, and add the input."""
         height, width = x.shape[2:]
-        rows, columns = ((side + self.grid - 1) // self.grid for side in (height, width))  # of a piece
+        grid = self.grid
+        rows, columns = ((side + grid - 1) // grid for side in (height, width))  # of a piece
+        query = self.pieces(self.query(x), rows, columns)
         key, value = (
-            F.max_pool2d(self.pieces(part(x), rows, columns).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
-            for part in (self.key, self.value)
+            F.max_pool2d(self.pieces(layer(x), rows, columns).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+            for layer in (self.key, self.value)
         )
-        attended = F.scaled_dot_product_attention(
-            self.pieces(self.query(x), rows, columns).flatten(1, 2)[:, None],
-            key.flatten(1, 2)[:, None],
-            value.flatten(1, 2)[:, None],
-            attn_mask=self.mask(x, rows, columns),
-            scale=1.0,
-        )
-        grid, inner = self.grid, attended.shape[-1]
+        query, key, value = (features.flatten(1, 2)[:, None] for features in (query, key, value))
+        mask = self.mask(x, rows, columns)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
+        inner = attended.shape[-1]
         whole = attended.reshape(-1, grid, grid, rows, columns, inner).permute(0, 5, 1, 3, 2, 4)
         whole = whole.reshape(-1, inner, grid * rows, grid * columns)[..., :height, :width]
         return cast(Tensor, self.project(whole) + x)
@@ -70,11 +68,18 @@ class NonLocal(nn.Module):
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
         """Return the uncounted multiplications of the attention matrices."""
         batch, _, height, width = output.shape
-        keys = (-(height // -self.grid) // 2) * (-(width // -self.grid) // 2)
+        rows, columns = ((side + self.grid - 1) // self.grid for side in (height, width))
+        keys = (rows // 2) * (columns // 2)
         return 0, 2 * batch * height * width * keys * self.query.out_channels
 
     def pieces(self, x: Float[Tensor, "b c h w"], rows: Any, columns: Any) -> Float[Tensor, "n rows columns c"]:
-        """Split a map into pieces of equal size, padded at the bottom and the right by repeating the border."""
+        """Split a map, padded at the bottom and the right by repeating the border, into pieces of equal size.
+
+        Args:
+            x: The map.
+            rows: Number of rows of a piece.
+            columns: Number of columns of a piece.
+        """
         grid, (height, width) = self.grid, x.shape[2:]
         if grid > 1 and (exporting() or height % grid or width % grid):
             x = F.pad(x, (0, grid * columns - width, 0, grid * rows - height), "replicate")
@@ -82,27 +87,32 @@ class NonLocal(nn.Module):
         return split.reshape(-1, rows, columns, x.shape[1])
 
     def mask(self, x: Float[Tensor, "b c h w"], rows: Any, columns: Any) -> Tensor | None:
-        """Return the attention mask, ``(b · pieces, 1, 1, keys)``: 0, or the lowest number for keys outside of the map.
+        """Return the summand of the attention scores, ``(b · pieces, 1, 1, keys)``, or None if all keys are inside.
 
-        None if all keys are inside.
+        It is 0 for keys inside of the map, and the lowest number for keys of the padding.
+
+        Args:
+            x: The map.
+            rows: Number of rows of a piece.
+            columns: Number of columns of a piece.
         """
         grid, (height, width) = self.grid, x.shape[2:]
         if grid == 1 or not (exporting() or height % grid or width % grid):
             return None
 
         def inside(side: Any, length: Any) -> Tensor:
-            """Return whether both pixels of a key are inside; the first key of a piece always counts as inside."""
+            """Return whether keys are inside along an axis of ``side`` pixels, ``(grid, keys)``.
+
+            A key is inside if both of its pixels are. So that no piece is without keys, its first key always is.
+            """
             key = torch.arange(length // 2, device=x.device)
             piece = torch.arange(grid, device=x.device)[:, None]
-            whole: Tensor = piece * length + 2 * key + 1 < side
-            return whole | (key == 0)
+            has_both_pixels: Tensor = piece * length + 2 * key + 1 < side
+            return has_both_pixels | (key == 0)
 
-        both = inside(height, rows)[:, None, :, None] & inside(width, columns)[None, :, None, :]
-        mask = (
-            torch.zeros_like(both, dtype=x.dtype)
-            .masked_fill(~both, torch.finfo(x.dtype).min)
-            .reshape(1, grid * grid, 1, 1, -1)
-        )
+        inside_map = inside(height, rows)[:, None, :, None] & inside(width, columns)[None, :, None, :]
+        mask = torch.zeros_like(inside_map, dtype=x.dtype).masked_fill(~inside_map, torch.finfo(x.dtype).min)
+        mask = mask.reshape(1, grid * grid, 1, 1, -1)
         return mask.expand(x.shape[0], -1, -1, -1, -1).flatten(0, 1)
 
 
@@ -111,13 +121,13 @@ class DenseBlock(nn.Module):
 
     Args:
         channels: Number of channels.
-        growth: Channels of each convolution's output.
+        growth: Number of output channels of each convolution.
         convolutions: Number of convolutions.
-        inner: Channels of queries, keys and values.
+        inner: Number of channels of queries, keys and values.
         grid: Number of pieces along each side; see `NonLocal`.
 
     Shape:
-        ``(b, channels, h, w)`` → same.
+        ``(b, channels, h, w)`` → same; ``h, w > grid``.
 
     References:
         NLEDN, Figure 3 and section 3.2.
@@ -164,18 +174,18 @@ class NLEDN(Network):
 
     Args:
         channels: Number of channels at all levels.
-        growth: Channels of the output of each convolution of a dense block.
+        growth: Number of output channels of each convolution of a dense block.
         convolutions: Number of convolutions of a dense block.
-        inner: Channels of queries, keys and values.
-        grids: Number of pieces along each side at the three levels, finest first, 1 to 64.
+        inner: Number of channels of queries, keys and values.
+        grids: Number of pieces along each side at each of the three levels, finest first; 1 to 64.
 
     Outputs:
         ``derained``: The rainy image minus the rain.
         ``rain``: The rain, in [-1, 1].
 
     Shape:
-        ``(b, 3, h, w)`` in [0, 1] → same, not clamped. Sides below 16 pixels (more if ``grids`` are larger), which the
-        authors' code cannot process, are padded by repeating the border.
+        ``(b, 3, h, w)`` in [0, 1] → same, not clamped. Sides below 16 pixels (more if ``grids`` are larger than the
+        defaults), which the authors' code cannot process, are padded by repeating the border.
 
     Raises:
         DerainError: If ``grids`` is not three numbers from 1 to 64.
@@ -221,7 +231,7 @@ class NLEDN(Network):
         super().__init__()
         if len(grids) != 3 or not all(1 <= grid <= MAX_GRID for grid in grids):
             raise DerainError(f"grids {list(grids)}: expected three numbers from 1 to {MAX_GRID}, one per level")
-        # The largest piece of each level, and the coarsest map, need at least 2×2 pixels.
+        # The largest piece of each level, and the map at 1/8 of the size, need at least 2×2 pixels.
         self.smallest_side = max(16, *((grid + 1) << level for level, grid in enumerate(grids)))
 
         def block(grid: int) -> DenseBlock:

@@ -1,4 +1,4 @@
-"""PromptIR: Restormer whose decoder gets prompts, weighted sums of learned maps.
+"""PromptIR: Restormer with prompts in its decoder, which are weighted sums of learned maps.
 
 Potlapalli et al., PromptIR: Prompting for All-in-One Blind Image Restoration, NeurIPS 2023.
 """
@@ -55,13 +55,14 @@ class DecoderLevel(nn.Module):
 
     Args:
         features: Number of channels of the coarser level.
-        reduced: Number of channels before upsampling, which halves them.
+        reduced: Number of channels before upsampling, which halves it.
         skip: Number of channels of the skip connection.
-        channels: Number of channels of this level.
+        channels: Number of channels of this level. If it differs from ``reduced // 2 + skip``, a 1×1 convolution
+            follows the skip connection.
         prompt: Prompt for the features of the coarser level.
         blocks: Transformer blocks of this level.
-        heads: Number of heads of the block that mixes features and prompt ("PIM").
-        expansion: Expansion of the feed-forward network of that block.
+        heads: Number of heads of the transformer block that mixes features and prompt ("PIM").
+        expansion: Hidden channels of that block's feed-forward network divided by its channels.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class PromptIR(Network):
         blocks: Number of transformer blocks at each of the four levels; the decoder has as many as the encoder.
         refinement: Number of refinement blocks.
         heads: Number of attention heads at each of the four levels.
-        expansion: Expansion of the feed-forward networks.
+        expansion: Hidden channels of the feed-forward networks divided by their channels.
         maps: Number of learned maps of each prompt.
         prompt_channels: Number of channels of the prompts of decoder levels 1 (the finest), 2 and 3.
         prompt_sizes: Height and width of the learned maps of decoder levels 1, 2 and 3.
@@ -113,7 +114,7 @@ class PromptIR(Network):
 
     Raises:
         DerainError: If ``blocks`` or ``heads`` does not have four numbers, ``prompt_channels`` or ``prompt_sizes`` not
-            three, or heads do not divide the channels of their level.
+            three, or ``heads`` or ``prompt_heads`` do not divide the channels of their blocks.
 
     References:
         PromptIR, section 3 and Figure 2. 35,376,967 parameters by default; the authors' file has 215,296 more, which
@@ -164,21 +165,21 @@ class PromptIR(Network):
         def level(channels: int, index: int, count: int) -> nn.Sequential:
             return nn.Sequential(*(TransformerBlock(channels, heads[index], expansion) for _ in range(count)))
 
-        def prompt(level: int, features: int) -> Prompt:
-            return Prompt(features, maps, prompt_channels[level - 1], prompt_sizes[level - 1])
+        def prompt(number: int, features: int) -> Prompt:
+            return Prompt(features, maps, prompt_channels[number - 1], prompt_sizes[number - 1])
 
         self.embedding = PatchEmbedding(dim)
         self.encoder = nn.ModuleDict({f"level{i + 1}": level(dim << i, i, blocks[i]) for i in range(3)})
         self.downsample = nn.ModuleDict({f"level{i + 1}": Downsample(dim << i) for i in range(3)})
         self.latent = level(8 * dim, 3, blocks[3])
-        # Multiples of dim: coarser level, before upsampling, skip connection, this level.
+        # Widths as multiples of dim: of the coarser level, before upsampling, of the skip connection, of this level.
         widths = {3: (8, 4, 4, 4), 2: (4, 4, 2, 2), 1: (2, 2, 1, 2)}
         self.decoder = nn.ModuleDict()
-        for i in LEVELS:
-            features, reduced, skip, channels = (dim * factor for factor in widths[i])
-            stage = level(channels, i - 1, blocks[i - 1])
-            self.decoder[f"level{i}"] = DecoderLevel(
-                features, reduced, skip, channels, prompt(i, features), stage, prompt_heads, expansion
+        for number in LEVELS:
+            features, reduced, skip, channels = (dim * factor for factor in widths[number])
+            level_blocks = level(channels, number - 1, blocks[number - 1])
+            self.decoder[f"level{number}"] = DecoderLevel(
+                features, reduced, skip, channels, prompt(number, features), level_blocks, prompt_heads, expansion
             )
         self.refinement = level(2 * dim, 0, refinement)
         self.output = nn.Conv2d(2 * dim, 3, 3, padding=1, bias=False)
@@ -192,8 +193,8 @@ class PromptIR(Network):
             skips.append(blocks(x))
             x = downsample(skips[-1])
         x = self.latent(x)
-        for level in self.decoder.values():
-            x = level(x, skips.pop())
+        for decoder_level in self.decoder.values():
+            x = decoder_level(x, skips.pop())
         derained = spatial(self.refinement(x), self.output) + image
         return {"derained": derained.permute(0, 3, 1, 2)}
 

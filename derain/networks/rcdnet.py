@@ -17,16 +17,16 @@ from derain.networks.base import Names, Network, count_numbered
 MAX_VALUE = 255
 """The network computes with pixel values in [0, 255]."""
 
-SPEED = 0.1
-"""Factor by which the stored step sizes and kernels are multiplied, as in the authors' code."""
+PARAMETER_FACTOR = 0.1
+"""Factor by which the network multiplies its step sizes and kernels, as in the authors' code."""
 
 
 class RCDNet(Network):
-    """Rain convolutional dictionary network: 2,975,186 parameters.
+    """Rain convolutional dictionary network: 2,975,186 parameters by default.
 
     The model is O = B + Σ C_n ⊗ M_n: a rainy image O is the sum of a background B and of rain maps M_n, each convolved
-    with a rain kernel C_n. A stage is a step of gradient descent for the maps, then one for the background. After each
-    step, a network replaces the proximal operator. All stages share their kernels.
+    with a rain kernel C_n. A stage is a step of proximal gradient descent for the maps, then one for the background. In
+    each step, a network replaces the proximal operator. All stages share their kernels.
 
     Outputs: ``derained``; ``background0``, the estimate before the first stage; ``rain1``, ``background1``, …, rain and
     background ``(b, 3, h, w)`` of each stage. The target of rain is the rainy minus the clean image; the target of all
@@ -36,7 +36,7 @@ class RCDNet(Network):
     Args:
         stages: Number of stages.
         maps: Number of rain maps and kernels.
-        dual: Number of channels that the proximal networks of the background process in addition to the background.
+        dual: Number of channels that the networks of the background process in addition to the background.
         blocks: Number of residual blocks of each proximal network.
         kernel: Side of the rain kernels in pixels: odd, at most 31.
 
@@ -114,8 +114,8 @@ class RCDNet(Network):
     def _unfold(self, image: Float[Tensor, "b 3 h w"], outputs: dict[str, Tensor] | None) -> Float[Tensor, "b 3 h w"]:
         """Return the derained image; store the outputs of the stages in ``outputs``, unless it is None."""
         rainy = image * MAX_VALUE
-        kernel, first_kernel = SPEED * self.kernel, SPEED * self.first_kernel
-        background_steps, rain_steps = SPEED * self.background_steps, SPEED * self.rain_steps
+        kernel, first_kernel = PARAMETER_FACTOR * self.kernel, PARAMETER_FACTOR * self.first_kernel
+        background_steps, rain_steps = PARAMETER_FACTOR * self.background_steps, PARAMETER_FACTOR * self.rain_steps
         state: Tensor = self.initial(torch.cat((rainy, F.conv2d(rainy, self.filter, padding=1)), dim=1))
         background = self._store(outputs, "background0", state[:, :3])
         maps = transposed_convolution(torch.relu(rainy - background - self.threshold), first_kernel)
@@ -130,14 +130,14 @@ class RCDNet(Network):
         return cast(Tensor, self.final(state))[:, :3] / MAX_VALUE
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return corrections of the counts: thop omits convolutions by `torch.nn.functional`."""
+        """Return the functional convolutions' multiplications, moved to the second count, since thop omits them."""
         kernels = (2 * len(self.rain) - 1) * self.kernel.numel() + self.first_kernel.numel()
         functional = (kernels + self.filter.numel()) * (output.numel() // output.shape[1])
         return -functional, functional
 
     @staticmethod
     def _store(outputs: dict[str, Tensor] | None, name: str, image: Tensor) -> Tensor:
-        """Return an image in [0, 255], and store a copy in [0, 1]."""
+        """Return ``image``, which is in [0, 255]; store a copy in [0, 1], unless ``outputs`` is None."""
         if outputs is not None:
             outputs[name] = image / MAX_VALUE
         return image
@@ -167,8 +167,8 @@ class RCDNet(Network):
     def translate(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the authors' tensors by our names.
 
-        Files of RCDNet have 16 sets of kernels, of which the code uses the second, and the step sizes of the background
-        as two tensors.
+        Files of RCDNet have 16 sets of kernels, of which the authors' code uses the second, and two tensors of step
+        sizes of the background, which are joined here.
         """
         translated = super().translate(state)
         if "background_steps.first" in translated:
@@ -179,7 +179,7 @@ class RCDNet(Network):
 
 
 class ProximalNetwork(nn.Module):
-    """Residual blocks that replace a proximal operator; for rain maps, followed by soft-thresholding.
+    """Residual blocks that replace a proximal operator; for rain maps, thresholding follows: ``max(x - threshold, 0)``.
 
     Args:
         channels: Number of channels.
@@ -199,7 +199,7 @@ class ProximalNetwork(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with batch normalisation, a residual connection, and ReLU."""
+    """Residual block of two convolutions with batch normalisation, and a ReLU after the sum."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class ResidualBlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(channels)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return ReLU(x + block(x))."""
+        """Apply the block."""
         residual = self.norm2(self.conv2(torch.relu_(self.norm1(self.conv1(x)))))
         return torch.relu_(x + residual)
 
@@ -217,9 +217,9 @@ class ResidualBlock(nn.Module):
 def transposed_convolution(
     rain: Float[Tensor, "b 3 h w"], kernels: Float[Tensor, "3 n k k"]
 ) -> Float[Tensor, "b n h w"]:
-    """Apply the transpose of the convolution of rain maps with kernels.
+    """Return the transpose (adjoint) of the convolution of ``n`` rain maps with kernels, applied to an image of rain.
 
-    This is a convolution with the kernels rotated by 180°, which PyTorch computes faster on a CPU than
+    It is a convolution with the kernels rotated by 180°, which is faster on a CPU than
     `torch.nn.functional.conv_transpose2d`.
     """
     return F.conv2d(rain, kernels.flip(2, 3).transpose(0, 1), padding=kernels.shape[-1] // 2)
@@ -229,7 +229,7 @@ def streaks(count: int, side: int) -> Float[Tensor, "3 n k k"]:
     """Return the initial rain kernels: vertical streaks of growing length, each with a sum of 1.
 
     A kernel is a vertically elongated Gaussian. The first three eighths of the kernels are thin; the others are wider,
-    with a flat centre. With 32 kernels of 9×9, they follow the authors' script ``init_rain_kernel.m``.
+    with a wider flat centre. The formula is that of the authors' script ``init_rain_kernel.m`` for 32 kernels of 9×9.
 
     Args:
         count: Number of kernels.

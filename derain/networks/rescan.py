@@ -1,4 +1,4 @@
-r"""RESCAN: dilated recurrent layers with squeeze-and-excitation that remove rain in stages.
+"""RESCAN: stages of dilated recurrent layers with squeeze-and-excitation.
 
 Li et al., Recurrent Squeeze-and-Excitation Context Aggregation Net for Single Image Deraining, ECCV 2018.
 """
@@ -16,7 +16,7 @@ from derain.networks.iterations import check_iterations
 from derain.nn.conv_gru import ConvGRU
 
 SLOPE = 0.2
-"""Negative slope of the LeakyReLU."""
+"""Negative slope of the LeakyReLUs."""
 
 
 class SqueezeExcitation(nn.Module):
@@ -39,7 +39,7 @@ class SqueezeExcitation(nn.Module):
         self.excite = nn.Linear(hidden, channels)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Weight the channels."""
+        """Weight the channels, and apply the LeakyReLU."""
         weights = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3))))))
         return F.leaky_relu_(x * weights[..., None, None], SLOPE)
 
@@ -72,14 +72,14 @@ class RecurrentLayer(nn.Module):
 
 
 class RESCAN(Network):
-    """Recurrent squeeze-and-excitation context aggregation network (149,823 parameters).
+    """Recurrent squeeze-and-excitation context aggregation network (149,823 parameters by default).
 
     Each stage estimates all rain of the rainy image from the image that the previous stage restored ("full
     prediction"). Its layers are convolutional GRUs with dilations 1, 1, 2, 4, 8, …, which carry their states from stage
     to stage.
 
     Outputs: ``derained``, the image of the last stage, and ``stage1``, ``stage2``, …, the images of the earlier stages.
-    The published loss is the sum of the mean squared errors of the rain of all stages, which equal those of the images.
+    The published loss is the sum over the stages of the mean squared error of the rain, which equals that of the image.
 
     Args:
         channels: Number of channels of all layers.
@@ -88,10 +88,10 @@ class RESCAN(Network):
         squeeze: Width of the hidden layer of squeeze-and-excitation.
 
     Raises:
-        DerainError: If ``iterations`` is not from 1 to 100.
+        DerainError: If ``iterations`` is not an integer from 1 to 100.
 
     References:
-        Sections 4.1 and 4.2 of the paper: the variant with ConvGRU and full prediction.
+        RESCAN, sections 4.1 and 4.2: the variant with ConvGRU and full prediction.
 
     Example:
         >>> sum(parameter.numel() for parameter in RESCAN().parameters())
@@ -133,7 +133,7 @@ class RESCAN(Network):
         )
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return the images of all stages, last stage first, then in order."""
+        """Return the images of all stages: first the last one, then the earlier ones in order."""
         states: list[Tensor | None] = [None] * len(self.layers)
         derained, images = image, []
         for _ in range(self.iterations):
@@ -144,7 +144,8 @@ class RESCAN(Network):
                 x = layer(x)
             derained = image - x
             images.append(derained)
-        return {"derained": images[-1]} | {f"stage{number}": image for number, image in enumerate(images[:-1], 1)}
+        earlier = {f"stage{number}": earlier_image for number, earlier_image in enumerate(images[:-1], 1)}
+        return {"derained": images[-1], **earlier}
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:

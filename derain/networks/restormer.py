@@ -37,7 +37,7 @@ class BiasFreeNorm(nn.Module):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             inverse_deviation = (wide.var(-1, correction=0, keepdim=True) + self.eps).rsqrt()
             return x * inverse_deviation.to(x.dtype) * self.weight
-        # Several times faster, but this result has no gradients through mean and deviation.
+        # Several times faster, but mean and deviation have no gradients.
         out, mean, inverse_deviation = torch.native_layer_norm(x, x.shape[-1:], None, None, self.eps)
         return out.add_(mean * inverse_deviation).mul_(self.weight)
 
@@ -52,8 +52,8 @@ class Restormer(Network):
         blocks: Number of transformer blocks at each of the four levels; the decoder has as many as the encoder.
         refinement: Number of refinement blocks.
         heads: Number of attention heads at each of the four levels.
-        expansion: Expansion of the feed-forward networks.
-        bias: Whether convolutions have biases, except in downsampling and upsampling.
+        expansion: Hidden channels of the feed-forward networks divided by their channels.
+        bias: Whether convolutions have biases; those of downsampling and upsampling never have.
         bias_free_norm: Whether normalisation neither subtracts the mean nor adds a bias.
 
     Raises:
@@ -61,9 +61,10 @@ class Restormer(Network):
             level.
 
     References:
-        Defaults: Zamir et al., Restormer, CVPR 2022; 26,126,644 parameters. ClearView
-        (github.com/dronefreak/clearview) has ``bias`` and ``bias_free_norm``, with ``blocks`` 2, 3, 3, 4 (15,263,563
-        parameters) or, as its small variant, ``dim`` 24, ``blocks`` 1, 1, 1, 2 and ``refinement`` 2 (2,278,027).
+        Defaults: Zamir et al., Restormer, CVPR 2022; 26,126,644 parameters.
+
+        ClearView (github.com/dronefreak/clearview) uses ``bias`` and ``bias_free_norm``. Its variants have ``blocks``
+        2, 3, 3, 4 (15,263,563 parameters), or ``dim`` 24, ``blocks`` 1, 1, 1, 2 and ``refinement`` 2 (2,278,027).
     """
 
     bytes_per_pixel: int = 5400
@@ -101,6 +102,6 @@ class Restormer(Network):
         """Return all arguments for ClearView's tensors; None for another network, also for the original Restormer."""
         if cls.signature not in state:
             return None
-        names = {name.removeprefix("body."): tensor for name, tensor in cls.translate(state).items()}
-        options = restormer_options(names)
+        restormer_state = {name.removeprefix("body."): tensor for name, tensor in cls.translate(state).items()}
+        options = restormer_options(restormer_state)
         return None if options is None else {**options, "bias": True, "bias_free_norm": True}

@@ -1,4 +1,4 @@
-r"""RPDNet: recurrent network with attention to rain streaks of all sizes by a Gaussian scale space."""
+"""RPDNet: recurrent network whose attention finds rain streaks of all sizes in a Gaussian scale space."""
 
 import math
 import re
@@ -23,11 +23,11 @@ INPUT_SIGMA = 0.5
 """Blur that an image is assumed to have, in pixels (SIFT's value)."""
 
 INTERVALS = 3
-"""Number of levels over which the standard deviation doubles; an octave has six levels, and so five differences."""
+"""The standard deviation doubles every three levels. An octave has six levels, and so five differences."""
 
 
 class ScaleSpace(nn.Module):
-    """Differences of Gaussians of feature maps, in octaves of halved size.
+    """Differences of Gaussians of feature maps, in octaves, each of half the size of the previous one.
 
     As in the authors' code, all Gaussian kernels are truncated to 3×3 pixels, and maps are padded with zeros.
 
@@ -57,16 +57,16 @@ class ScaleSpace(nn.Module):
         x = self._blur(x, self.first_kernel)
         octaves = []
         for octave in range(self.octaves):
-            doubled, differences = x, []
+            differences = []
             for level, kernel in enumerate(self.kernels, 1):
                 blurred = self._blur(x, kernel)
                 differences.append(blurred - x)
                 x = blurred
                 if level == INTERVALS:
-                    doubled = x
+                    start_of_next = x
             octaves.append(torch.cat(differences, dim=1))
             if octave + 1 < self.octaves:
-                x = F.max_pool2d(doubled, 2)
+                x = F.max_pool2d(start_of_next, 2)
         return octaves
 
     def _blur(self, x: Float[Tensor, "b c h w"], kernel: Float[Tensor, "3 3"]) -> Float[Tensor, "b c h w"]:
@@ -139,7 +139,7 @@ class SummingLSTM(nn.Module):
         return gate if state is None else gate + self.of_hidden[name](state.hidden)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: State) -> tuple[int, int]:
-        """Return the multiplications that the authors' code needs for the zero state of the first iteration."""
+        """Return the authors' multiplications by the zero state of the first iteration, which are not computed here."""
         if inputs[1] is not None:
             return 0, 0
         hidden = sum(parameter.numel() for parameter in self.of_hidden.parameters())
@@ -155,13 +155,13 @@ def _doubled(coarse: Float[Tensor, "b c h w"], fine: Float[Tensor, "b c h2 w2"])
 
 
 class RPDNet(Network):
-    """Recurrent network with scale-space invariant attention (491,939 parameters).
+    """Recurrent network with scale-space invariant attention (491,939 parameters by default).
 
-    Each iteration computes features of the rainy image and the last derained image at several scales. At each scale,
-    attention from the differences of Gaussians selects rain streaks of the corresponding size, and an LSTM carries the
-    features to the next iteration. From the coarsest to the finest scale, the features are merged into a rain map,
-    which is subtracted from the rainy image. The authors' files have 18,496 more parameters, which their network does
-    not use.
+    Each iteration computes features of the rainy image and of the image of the previous iteration at several scales. At
+    each scale, attention from the differences of Gaussians selects rain streaks of the corresponding size, and an LSTM
+    carries the features to the next iteration. From the coarsest to the finest scale, the features are merged into a
+    map of the rain, which is subtracted from the rainy image. The authors' files have 18,496 more parameters, which
+    their network does not use.
 
     Args:
         iterations: Number of iterations, 1 to 100; 6 in the paper.
@@ -176,7 +176,7 @@ class RPDNet(Network):
         repeating the border.
 
     Raises:
-        DerainError: If ``iterations`` is not from 1 to 100.
+        DerainError: If ``iterations`` is not an integer from 1 to 100.
 
     References:
         Pang et al., Single Image Deraining via Scale-space Invariant Attention Neural Network, ACM MM 2020.
@@ -225,11 +225,11 @@ class RPDNet(Network):
         self.tail = nn.Sequential(ResidualBlock(channels), ResidualBlock(channels), conv3x3(channels, 3))
 
     def pad(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
-        """Return images padded to have at least one pixel a side at the coarsest scale."""
+        """Return images padded so that sides at the coarsest scale have at least one pixel."""
         return pad_to_minimum(image, 2 ** (self.scales - 1))
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return the images of all iterations, the last first, then in order."""
+        """Return the images of all iterations: first the last one, then the earlier ones in order."""
         derained = image
         states: list[State | None] = [None] * self.scales
         earlier: dict[str, Tensor] = {}
@@ -237,11 +237,13 @@ class RPDNet(Network):
             if iteration:
                 earlier[f"derained{iteration}"] = derained
             x = self.head(torch.cat((image, derained), dim=1))
-            scales = zip(self.attentions, self.lstms, reversed(self.scale_space(x)), states, strict=True)
-            states = [lstm(attention(x, differences), state) for attention, lstm, differences, state in scales]
-            merged, *finer = (state.hidden for state in states if state is not None)
-            for merge, hidden in zip(self.merges, finer, strict=True):
-                merged = torch.relu_(merge(torch.cat((hidden, _doubled(merged, hidden)), dim=1)))
+            octaves = reversed(self.scale_space(x))  # the coarsest scale is the first
+            scales = zip(self.attentions, self.lstms, octaves, states, strict=True)
+            next_states = [lstm(attention(x, differences), state) for attention, lstm, differences, state in scales]
+            merged = next_states[0].hidden
+            for merge, state in zip(self.merges, next_states[1:], strict=True):
+                merged = torch.relu_(merge(torch.cat((state.hidden, _doubled(merged, state.hidden)), dim=1)))
+            states = [*next_states]
             derained = image - self.tail(merged)
         return {"derained": derained, **earlier}
 
@@ -257,5 +259,5 @@ class RPDNet(Network):
 
     @classmethod
     def stated_options(cls, path: Path) -> dict[str, Any]:
-        """Return 6 iterations for files with the authors' names, such as ``rain100l.pth``."""
+        """Return 6 iterations for files with the authors' names, such as ``rain100l.pth``; nothing for others."""
         return {"iterations": 6} if re.fullmatch(r"rain\d+[hl]?\.pth", path.name) else {}

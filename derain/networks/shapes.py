@@ -1,4 +1,4 @@
-"""Arguments of networks that are built of Restormer's blocks, from the shapes of their tensors."""
+"""Functions that infer the arguments of networks with Restormer's blocks from the shapes of their tensors."""
 
 import math
 import re
@@ -23,7 +23,10 @@ def restormer_options(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         state: Tensors by Restormer's names.
 
     Returns:
-        The arguments; None if no expansion fits. ``heads`` are those of each level's first block, which must exist.
+        The arguments; None if no expansion fits.
+
+    Raises:
+        KeyError: If a level has no block.
     """
     if (expansion := expansion_of(state)) is None:
         return None

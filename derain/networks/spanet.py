@@ -1,4 +1,4 @@
-"""SPANet: residual blocks gated by attention maps, which recurrent units compute over rows and columns.
+"""SPANet: residual blocks gated by attention maps, which are computed by recurrent units over rows and columns.
 
 Wang et al., Spatial Attentive Single-Image Deraining with a High Quality Real Rain Dataset, CVPR 2019.
 """
@@ -22,22 +22,22 @@ GREY_LEVEL = 1 / 255
 """Smallest non-zero difference of 8-bit pixels, scaled to [0, 1]."""
 
 DOUBLINGS = 16
-"""Number of rounds of `scan_by_doubling`: exported graphs accept sides of up to 2**16 pixels."""
+"""Number of rounds of `scan_by_doubling`; exported graphs accept sides of up to ``2**16`` pixels."""
 
 LARGE = 1e18
 """Replaces infinity in exported graphs: larger than all values of the network, and its square fits into float32."""
 
 
 class SPANet(Network):
-    """Spatial attentive network: 276,704 parameters.
+    """Spatial attentive network: 276,704 parameters by default.
 
-    The network has three residual blocks, then groups of three blocks that share an attention map of the group's input,
-    then two blocks. One module computes the maps of all groups. The authors also compute an attention over the four
-    directions, but do not use it; its six tensors are not loaded.
+    The network has three residual blocks, then groups of three blocks, then two blocks. The blocks of a group share an
+    attention map, which is computed from the input of the group. One module computes the maps of all groups. The
+    authors also compute an attention over the four directions, but do not use it; its six tensors are not loaded.
 
     Outputs: ``derained``, and ``mask`` ``(b, 1, h, w)`` in [0, 1], the attention map of the first group. The target of
     ``mask`` is 1 where the rainy and the clean image differ in any channel, else 0 (section 4.3; the authors' code).
-    The published loss is the mean absolute error and negative SSIM of ``derained`` plus the MSE of ``mask``.
+    The published loss is the mean absolute error minus the SSIM of ``derained``, plus the MSE of ``mask``.
 
     Args:
         dim: Number of channels of all features.
@@ -94,7 +94,7 @@ class SPANet(Network):
     def targets(
         self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"], outputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the clean image; as the mask 1 where a channel differs by more than half a grey level, else 0."""
+        """Return the clean image, and a mask of 1 where a channel differs by more than half a grey level, else 0."""
         differs = ((rainy - clean).abs() > GREY_LEVEL / 2).any(dim=1, keepdim=True)
         return {"derained": clean, "mask": differs.to(clean.dtype)}
 
@@ -111,7 +111,7 @@ class SPANet(Network):
 
 
 class Bottleneck(nn.Module):
-    """Residual block of three convolutions without bias, the second with dilation 2, scaled by an attention map."""
+    """Residual block of three convolutions without bias, the second with dilation 2; an attention map scales them."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Bottleneck(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Attention map by two layers of recurrent units, which see the whole image ("SAM", Figure 4)."""
+    """Attention map from two layers of recurrent units, which see the whole image ("SAM", Figure 4)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -152,8 +152,8 @@ class SpatialAttention(nn.Module):
 class Recurrence(nn.Module):
     """Recurrent ReLU units over rows and columns, in four directions (IRNN; Bell et al., CVPR 2016).
 
-    In each channel, ``h[t] = ReLU(weight · h[t - 1] + bias + x[t])``, with ``h[0] = ReLU(x[0])``: the first row (or
-    column) has no bias, as in the authors' CUDA kernel. Weights are 0.2 and biases 0 before training.
+    In each channel, ``h[t] = ReLU(weight · h[t - 1] + bias + x[t])``, with ``h[0] = ReLU(x[0])``: the first row or
+    column of a direction has no bias, as in the authors' CUDA kernel. Weights are 0.2 and biases 0 before training.
     """
 
     def __init__(self, dim: int) -> None:
@@ -171,7 +171,13 @@ class Recurrence(nn.Module):
         return torch.cat((up, right.transpose(2, 3), down, left.transpose(2, 3)), dim=1)
 
     def _scan_both_ways(self, x: Float[Tensor, "b c t n"], ahead: str, reverse: str) -> tuple[Tensor, Tensor]:
-        """Return the hidden states of two directions, forwards and backwards over t, computed together."""
+        """Return the hidden states of two directions, forwards and backwards over t, which are computed together.
+
+        Args:
+            x: Features.
+            ahead: Name of the units that run forwards.
+            reverse: Name of the units that run backwards.
+        """
         units = [cast(nn.Conv2d, self.get_submodule(name)) for name in (ahead, reverse)]
         weight = torch.stack([unit.weight.view(-1, 1) for unit in units])
         bias = torch.stack([cast(Tensor, unit.bias).view(-1, 1) for unit in units])
@@ -184,7 +190,13 @@ class Recurrence(nn.Module):
 def scan(
     steps: Float[Tensor, "b 2 c t n"], weight: Float[Tensor, "2 c 1"], bias: Float[Tensor, "2 c 1"]
 ) -> Float[Tensor, "b 2 c t n"]:
-    """Return the hidden states of recurrent units over t; without gradients, ``steps`` is overwritten."""
+    """Return the hidden states of recurrent units over t; without gradients, they overwrite ``steps``.
+
+    Args:
+        steps: Inputs of the units in two directions, each in its order.
+        weight: Weights of both directions.
+        bias: Biases of both directions.
+    """
     if torch.is_grad_enabled():
         first, *others = steps.unbind(3)
         hidden = [torch.relu(first)]
@@ -202,7 +214,7 @@ def scan(
 def scan_by_doubling(
     steps: Float[Tensor, "b 2 c t n"], weight: Float[Tensor, "2 c 1"], bias: Float[Tensor, "2 c 1"]
 ) -> Float[Tensor, "b 2 c t n"]:
-    """Return the same as `scan` without a loop over t, for exported graphs; t is at most ``2**DOUBLINGS``.
+    """Return the same as `scan`, without a loop over t, for exported graphs; ``steps`` has at most ``2**16`` steps.
 
     A step is a function ``clamp(slope · h + offset, low, high)`` of the previous hidden state h, and so is a
     composition of steps. Round k composes the function of 2**k steps with that of the 2**k steps before them (Hillis

@@ -1,4 +1,4 @@
-r"""SSID-KD's network: encoder-decoders at three scales; finer ones also read features of coarser ones.
+"""SSID-KD's network: encoder-decoders at three scales, of which the finer ones also read features of the coarser ones.
 
 Cui et al., Semi-Supervised Image Deraining Using Knowledge Distillation, IEEE TCSVT 2022.
 """
@@ -16,7 +16,7 @@ from derain.nn.inner_scale import DenseConnection, InnerScaleBlock, activate
 from derain.nn.padding import pad_to_minimum
 
 MIN_SIDE = 32
-"""Smallest height and width: halved to scale 1/4 and, within a block, pooled by 8, they are one pixel."""
+"""Smallest height and width: a block at scale 1/4 pools its input by 8, to at least one pixel."""
 
 
 class KernelFusionBlock(nn.Module):
@@ -46,11 +46,11 @@ class KernelFusionBlock(nn.Module):
 
 
 class Results(NamedTuple):
-    """Results of all blocks of an encoder-decoder: a list for each level, finest first.
+    """Results of all applications of blocks in an encoder-decoder: a list for each level, finest first.
 
     Attributes:
-        encoded: Results of the encoders.
-        decoded: Results of the decoders.
+        encoded: Results in the encoders.
+        decoded: Results in the decoders.
     """
 
     encoded: list[list[Tensor]]
@@ -60,15 +60,15 @@ class Results(NamedTuple):
 class EncoderDecoder(nn.Module):
     """Encoder-decoder of densely connected blocks, with an encoder and a decoder at each level.
 
-    Each level has half the size of the next finer one; the coarsest level has no decoder. The results of all blocks of
-    an encoder or decoder, concatenated and resized, are the input of the next one. Encoders and decoders also read the
-    results of the coarser encoder-decoder's encoders and decoders at the same scale; the finest decoder reads those of
-    its own encoder. An encoder or decoder applies the same block several times.
+    Each level has half the size of the next finer one; the coarsest level has no decoder. An encoder or decoder applies
+    the same block several times. All results of its block, concatenated and resized, are the input of the next encoder
+    or decoder. Encoders and decoders also read the results of the encoders and decoders at the same scale in the
+    coarser encoder-decoder. The finest decoder has no such counterpart, and reads the results of the finest encoder.
 
     Args:
         channels: Number of channels of each level, finest first.
-        repeats: How often each encoder or decoder applies its block, by level.
-        convolutions: Number of convolutions at each scale of a block.
+        repeats: How many times each encoder or decoder applies its block, by level.
+        convolutions: Number of convolutions at each scale of an inner-scale block.
     """
 
     def __init__(self, channels: Sequence[int], repeats: Sequence[int], convolutions: int) -> None:
@@ -93,10 +93,10 @@ class EncoderDecoder(nn.Module):
 
         Args:
             x: Features of the finest level.
-            coarser: Results of the encoder-decoder at the next coarser scale, if any.
+            coarser: Results of the encoder-decoder at the next coarser scale; None for the coarsest one.
 
         Returns:
-            The decoded features, ``(b, c, h, w)``, and the results of all blocks.
+            The decoded features, ``(b, c, h, w)``, and all results of the blocks.
         """
         inputs = [x]
         skips: list[list[Tensor]] = [[], *coarser.encoded] if coarser else [[]]
@@ -104,8 +104,8 @@ class EncoderDecoder(nn.Module):
         encoded = [results]
         for level, down in enumerate(self.down, 1):
             size = [side // 2 for side in results[0].shape[2:]]
-            halves = [_resize(result, size) for result in results]
-            inputs.append(activate(down(torch.cat(halves, dim=1))))
+            resized = [_resize(result, size) for result in results]
+            inputs.append(activate(down(torch.cat(resized, dim=1))))
             x, results = self.encoders[level](inputs[-1], skips[level])
             encoded.append(results)
         skips = [encoded[0], *coarser.decoded] if coarser else []
@@ -119,7 +119,7 @@ class EncoderDecoder(nn.Module):
 
 
 class SSIDKD(Network):
-    """Network of SSID-KD (4,403,195 parameters).
+    """Network of SSID-KD (4,403,195 parameters by default).
 
     Encoder-decoders of one, two and three levels process features of the image at scales 1/4, 1/2 and 1. Their blocks
     consist of an inner-scale block, as in DCSFN, and a block of 3×3 and 5×5 convolutions. A convolution of the features
@@ -127,17 +127,18 @@ class SSIDKD(Network):
 
     Sides below 32 pixels, for which the authors' code fails, are padded by repeating the border.
 
-    Outputs: ``derained``; ``rain``, the rainy minus the derained image; ``code``, the last result of the coarsest
-    encoder ``(b, channels[2], h / 4, w / 4)``, whose distributions the semi-supervised stage compares. The published
-    loss of the supervised stage is the negative SSIM of ``derained``.
+    Outputs: ``derained``; ``rain``, the rainy minus the derained image; ``code`` ``(b, channels[2], h // 4, w // 4)``,
+    the last result of the coarsest encoder in the finest encoder-decoder. The semi-supervised stage compares the
+    distributions of ``code`` for synthetic and real rain. The published loss of the supervised stage is the negative
+    SSIM of ``derained``.
 
     Args:
         channels: Number of channels at scales 1, 1/2 and 1/4.
-        repeats: How often each encoder and decoder applies its block, at scales 1, 1/2 and 1/4.
+        repeats: How many times each encoder and decoder applies its block, at scales 1, 1/2 and 1/4.
         convolutions: Number of convolutions at each scale of an inner-scale block.
 
     References:
-        Section III of the paper.
+        SSID-KD, section III.
     """
 
     bgr: ClassVar[bool] = True
@@ -202,7 +203,7 @@ class SSIDKD(Network):
         size = image.shape[2:]
         features: list[Tensor] = []
         results: Results | None = None
-        for scale in reversed(range(len(self.branches))):
+        for scale in reversed(range(len(self.branches))):  # from scale 1/4 to scale 1
             resized = _resize(image, [side // 2**scale for side in size]) if scale else image
             x, results = self.branches[scale](activate(self.heads[scale](resized)), results)
             features.insert(0, _resize(x, size) if scale else x)
@@ -217,7 +218,7 @@ class SSIDKD(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return all arguments but ``repeats``, constants of the authors' code; None for another network."""
+        """Return all arguments but ``repeats``, which the authors never change; None for another network."""
         if cls.signature not in state:
             return None
         return {

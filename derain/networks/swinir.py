@@ -1,7 +1,7 @@
-r"""SwinIR: attention within windows that are shifted from block to block.
+"""SwinIR: attention within windows that are shifted in every second block.
 
-Liang et al., SwinIR: Image Restoration Using Swin Transformer, ICCV Workshops 2021. This is the network of the paper's
-experiments on colour denoising, which other papers train to remove rain.
+Liang et al., SwinIR: Image Restoration Using Swin Transformer, ICCV Workshops 2021. The default options are those of
+the paper's network for colour denoising, which other papers train to remove rain.
 
 Features are ``(b, h, w, c)``; see `derain.nn.shifted_windows`.
 """
@@ -38,15 +38,15 @@ class SwinGroup(nn.Module):
     Args:
         channels: Number of channels.
         heads: Number of attention heads.
-        window: Side of the windows.
-        expansion: Width of the MLPs as a multiple of ``channels``.
-        drop_paths: For each block, the probability in training that its attention or its MLP is skipped.
+        window: Side of the windows in pixels.
+        expansion: Hidden channels of the MLPs divided by ``channels``.
+        drop_paths: For each block, the probability that training skips its attention, or its MLP, for an image.
 
     Shape:
         ``(b, h, w, channels)`` → same; height and width must be multiples of the window.
 
     References:
-        SwinIR, section 3.2 and Figure 2 (a).
+        SwinIR, section 3.2 and Figure 2(a).
     """
 
     def __init__(self, channels: int, heads: int, window: int, expansion: float, drop_paths: Sequence[float]) -> None:
@@ -75,17 +75,18 @@ class SwinGroup(nn.Module):
 class SwinIR(Network):
     """SwinIR without upsampling: groups of Swin blocks at full resolution, within two residual connections.
 
-    Like the authors' test script, the network pads height and width by mirroring to the next larger multiple of the
-    window, even if they are multiples already. In training, only other sides are padded, by reflection.
+    Like the authors' test script, the network pads height and width by mirroring to the next greater multiple of the
+    window, even if they are multiples already. In training mode, it pads by reflection, and only sides that are not
+    multiples.
 
     Args:
         channels: Number of channels.
         blocks: Number of blocks of each group.
         heads: Number of attention heads in each group; each must divide ``channels``.
         window: Side of the windows in pixels.
-        expansion: Width of the MLPs as a multiple of ``channels``.
-        drop_path: Probability in training that attention or MLP of the last block is skipped; it grows linearly from 0
-            at the first block.
+        expansion: Hidden channels of the MLPs divided by ``channels``.
+        drop_path: Probability that training skips the attention, or the MLP, of the last block for an image; it
+            increases linearly from 0 in the first block.
 
     Outputs:
         ``derained``: The restored image.
@@ -130,11 +131,11 @@ class SwinIR(Network):
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.head = nn.Conv2d(3, channels, 3, padding=1)
         self.first_norm = nn.LayerNorm(channels)
-        drop_paths = iter(torch.linspace(0, drop_path, sum(blocks)).tolist())
+        drop_paths = torch.linspace(0, drop_path, sum(blocks)).split(list(blocks))  # by group
         self.groups = nn.Sequential(
             *(
-                SwinGroup(channels, number, window, expansion, [next(drop_paths) for _ in range(count)])
-                for count, number in zip(blocks, heads, strict=True)
+                SwinGroup(channels, group_heads, window, expansion, group_drop_paths.tolist())
+                for group_heads, group_drop_paths in zip(heads, drop_paths, strict=True)
             )
         )
         self.last_norm = nn.LayerNorm(channels)
@@ -161,8 +162,8 @@ class SwinIR(Network):
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """Return all arguments but ``drop_path``; None for other networks and other variants of SwinIR.
 
-        Other variants have another number of colours, enlarge images, have further convolutions at residual
-        connections ("3conv"), or have windows of 7 pixels, which the authors use for images in [0, 255].
+        The other variants have another number of colours, enlarge images, have three convolutions instead of one at
+        the end of groups ("3conv"), or have windows of 7 pixels, which the authors use for images in [0, 255].
         """
         if cls.signature not in state or not all(map(TENSORS.fullmatch, state)):
             return None

@@ -1,8 +1,8 @@
-r"""Syn2Real: U-Net of Res2Net blocks.
+"""Syn2Real: U-Net of Res2Net blocks.
 
 Yasarla et al., Syn2Real Transfer Learning for Image Deraining using Gaussian Processes, CVPR 2020. This is the network
-of the paper, which the authors call DeRain_v2. Its supervised training is that of any network; the Gaussian process,
-which supervises the features of unlabelled images, is not part of derain.
+of the paper, which the authors call DeRain_v2. `derain.methods.syn2real` adds the Gaussian process, which supervises
+the features of unlabelled images.
 """
 
 import math
@@ -31,7 +31,8 @@ class DenseBlock(nn.Module):
     """Res2Net block of grouped convolutions, whose input and output are concatenated.
 
     A 1×1 convolution widens the features, which are split into parts. Each part but the last is added to the result of
-    the previous part, and convolved. A 1×1 convolution joins all parts.
+    the previous part, and convolved. A 1×1 convolution joins all parts. The input is added to its result, and
+    concatenated with the sum.
 
     Args:
         channels: Number of channels of the input.
@@ -59,15 +60,16 @@ class DenseBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
         """Return the input and the transformed features, concatenated."""
-        joined = self.convolve(self.expand(_activate(self.first_norm, x)))
-        return torch.cat((x, self.project(_activate(self.last_norm, joined)) + x), dim=1)
+        hidden = self.convolve_parts(self.expand(_normalize_and_activate(self.first_norm, x)))
+        return torch.cat((x, self.project(_normalize_and_activate(self.last_norm, hidden)) + x), dim=1)
 
-    def convolve(self, hidden: Float[Tensor, "b k h w"]) -> Float[Tensor, "b k h w"]:
+    def convolve_parts(self, hidden: Float[Tensor, "b k h w"]) -> Float[Tensor, "b k h w"]:
         """Convolve each part but the last, after adding the result of the previous part."""
         *parts, last = hidden.chunk(len(self.convs) + 1, dim=1)
         results: list[Tensor] = []
         for part, norm, conv in zip(parts, self.norms, self.convs, strict=True):
-            results.append(conv(_activate(norm, results[-1] + part if results else part)))
+            x = results[-1] + part if results else part
+            results.append(conv(_normalize_and_activate(norm, x)))
         return torch.cat((*results, last), dim=1)
 
 
@@ -92,9 +94,9 @@ class Transition(nn.Module):
 
     def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h2 w2"]:
         """Transform features."""
-        x = _activate(self.norm, x)
+        x = _normalize_and_activate(self.norm, x)
         if self.resize == "down":
-            x = F.avg_pool2d(x, 2)  # before the convolution, where it is cheaper; the authors average after it
+            x = F.avg_pool2d(x, 2)  # before the convolution, which is cheaper; the authors average after it
         x = self.conv(x)
         return F.interpolate(x, scale_factor=2, mode="nearest") if self.resize == "up" else x
 
@@ -103,12 +105,12 @@ class Stage(nn.Module):
     """Block between two transitions.
 
     Args:
-        entry: Transition that changes the size, if any.
+        entry: First transition, which changes the size; None for no transition.
         block: The block.
-        exit: Transition that reduces the number of channels, if any.
+        exit: Last transition, which reduces the number of channels; None for no transition.
 
     Shape:
-        ``(b, c, h, w)`` and skip connections ``(b, d, h', w')``, if any → ``(b, c', h', w')``.
+        ``(b, c, h, w)`` and maps of skip connections ``(b, d, h', w')``, if any → ``(b, c', h', w')``.
     """
 
     def __init__(self, entry: Transition | None, block: DenseBlock, exit: Transition | None) -> None:
@@ -118,12 +120,13 @@ class Stage(nn.Module):
         self.exit = exit or nn.Identity()
 
     def forward(self, x: Float[Tensor, "b i h w"], *skipped: Float[Tensor, "b _ h2 w2"]) -> Float[Tensor, "b o h2 w2"]:
-        """Transform features; skip connections are concatenated after the first transition."""
+        """Transform features; ``skipped`` maps are concatenated with the features after the first transition."""
         x = self.entry(x)
         return cast(Tensor, self.exit(self.block(torch.cat((x, *skipped), dim=1) if skipped else x)))
 
 
-def _activate(norm: nn.Module, x: Tensor) -> Tensor:
+def _normalize_and_activate(norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply batch normalisation and ReLU."""
     return F.relu(norm(x), inplace=True)
 
 
@@ -138,7 +141,7 @@ class Syn2Real(Network):
         parts: Number of parts of a block.
 
     Outputs:
-        ``derained``: The restored image, in (0, 1).
+        ``derained``: The restored image, in (0, 1) by a sigmoid.
         ``features``: Latent features ``(b, 2 * channels, h / 8, w / 8)``, which the paper calls z and compares by a
             Gaussian process. A supervised loss does not use them.
 
@@ -225,10 +228,11 @@ class Syn2Real(Network):
         if cls.signature not in state:
             return None
         channels = len(state["conv_input.weight"])
-        width, group = state["dense_block4.convs.0.weight"].shape[:2]
+        block_channels = 8 * channels  # of block 4
+        width, group_width = state["dense_block4.convs.0.weight"].shape[:2]
         return {
             "channels": channels,
-            "base_width": math.ceil(group * 64 / (8 * channels)),
-            "groups": width // group,
+            "base_width": math.ceil(group_width * 64 / block_channels),
+            "groups": width // group_width,
             "parts": count_numbered(state, r"dense_block1\.convs\.(\d+)\.") + 1,
         }

@@ -1,7 +1,7 @@
-r"""TransWeather: a pyramid transformer whose decoder attends to learned queries of the weather.
+"""TransWeather: a pyramid transformer whose decoder attends to learned queries of the weather.
 
 Valanarasu et al., TransWeather: Transformer-based Restoration of Images Degraded by Adverse Weather Conditions, CVPR
-2022. The input is scaled to [-1, 1], but the output of the last tanh is taken as an image in [0, 1] without scaling.
+2022. The input is scaled to [-1, 1]. The output, of a tanh, is an image in [0, 1], which is not scaled.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,14 +19,14 @@ from derain.nn.padding import pad_to_minimum
 from derain.nn.pyramid import EPSILON, Block, Embedding, Map, ReducedAttention, split_heads
 
 MIN_SIDE = 48
-"""Smallest side of images: the attention at coarse scales reduces maps by 2, and needs 2 pixels a side."""
+"""Smallest side of images: 2 pixels at 1/32 of the size, where a parallel path's attention reduces maps by 2."""
 
 
 class QueryAttention(nn.Module):
     """Attention of learned weather queries to the pixels.
 
-    The authors repeat the queries to one per pixel, in row-major order: the first pixels get the first query. Here, the
-    result of each query is computed once, and then copied to its pixels.
+    The authors repeat the queries until there is one per pixel, in row-major order: the first pixels get the first
+    query. Here, the result of each query is computed once, and then copied to its pixels.
 
     Args:
         width: Number of channels.
@@ -46,28 +46,28 @@ class QueryAttention(nn.Module):
         self.project = nn.Linear(width, width)
 
     def forward(self, x: Map) -> Map:
-        """Return the result of each pixel's query."""
+        """Return the result of each pixel's query, as a map like ``x``."""
         batch, height, width, _ = x.shape
         query = split_heads(self.query(self.queries), self.heads).expand(batch, -1, -1, -1)
         key, value = (split_heads(part, self.heads) for part in self.key_value(x).flatten(1, 2).chunk(2, dim=-1))
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        answers = self.project(attended).transpose(1, 2)
-        return F.interpolate(answers, size=height * width).transpose(1, 2).reshape(x.shape)
+        results = self.project(attended).transpose(1, 2)
+        return F.interpolate(results, size=height * width).transpose(1, 2).reshape(x.shape)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the multiplications of the authors, who compute the result for every pixel."""
+        """Return the multiplications of the authors' code, which computes the result for every pixel."""
         pixels = output.shape[1] * output.shape[2]
-        saved = output.shape[0] * (pixels - self.queries.shape[1])
-        return saved * self.project.weight.numel(), 2 * output.numel() * pixels
+        saved_pixels = output.shape[0] * (pixels - self.queries.shape[1])
+        return saved_pixels * self.project.weight.numel(), 2 * output.numel() * pixels
 
 
 class Stage(nn.Module):
-    """Stage of the encoder, or the decoder: embedding as a coarser map, blocks, normalisation.
+    """Stage of the encoder, or the decoder: embedding, which reduces the size; blocks; normalisation.
 
     Args:
         embedding: Patch embedding.
         blocks: Transformer blocks.
-        width: Number of channels.
+        width: Number of channels after the embedding.
     """
 
     def __init__(self, embedding: Embedding, blocks: Iterable[Block], width: int) -> None:
@@ -82,15 +82,15 @@ class Stage(nn.Module):
 
 
 class IntraPatch(nn.Module):
-    """Path parallel to a stage, for smaller patches, with the output size of the next stage ("Intra-PT").
+    """Path parallel to a stage, for smaller patches; its output has the size of the next stage's map ("Intra-PT").
 
     Args:
         channels: Number of channels of the input.
         width: Number of channels of the output.
         heads: Number of attention heads.
-        reduction: Factor by which keys and values are downsampled.
+        reduction: Factor by which the map of keys and values is downsampled.
         expansion: Hidden channels of the feed-forward network divided by ``width``.
-        drop: Probability in training that the residual of the block is skipped.
+        drop: Probability that training skips a residual branch of the block for an image.
 
     References:
         TransWeather, section 3.2.
@@ -108,7 +108,7 @@ class IntraPatch(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Residual block of two convolutions, whose result is multiplied by 0.1."""
+    """Residual block of two convolutions, whose result is multiplied by 0.1 and added to the input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -132,12 +132,14 @@ class Upsample(nn.ConvTranspose2d):
         super().__init__(channels, out_channels, 4, 2, 1)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return all multiplications as thop counts them, including those by inserted zeros."""
+        """Return the multiplications of a transposed convolution as thop counts them, with those by inserted zeros."""
         return self.weight.numel() * (output.numel() // output.shape[1]), 0
 
 
 class Projection(nn.Module):
     """Upsampling by transposed convolutions, with skip connections from the encoder.
+
+    A key of ``up`` is the factor by which the result is smaller than the image. ``residual`` has the authors' numbers.
 
     Args:
         widths: Number of channels of the encoder's maps, finest first.
@@ -167,7 +169,13 @@ class Projection(nn.Module):
     def upsample(
         self, scale: str, x: Float[Tensor, "b c h w"], like: Float[Tensor, "b d h2 w2"]
     ) -> Float[Tensor, "b d h2 w2"]:
-        """Double the size; crop the last row or column where the encoder rounded an odd size up."""
+        """Double the size; crop the last row or column where the encoder rounded an odd size up.
+
+        Args:
+            scale: Key of the transposed convolution.
+            x: Features.
+            like: Map of the encoder, which has the size of the result.
+        """
         return cast(Tensor, self.up[scale](x).narrow(2, 0, like.shape[2]).narrow(3, 0, like.shape[3]))
 
 
@@ -178,19 +186,20 @@ class TransWeather(Network):
         widths: Number of channels of the four stages.
         depths: Number of blocks of the four stages.
         heads: Number of attention heads of the four stages.
-        reductions: Factors by which keys and values are downsampled in the four stages, also in the parallel paths.
+        reductions: Factors by which the maps of keys and values are downsampled in the four stages; a parallel path has
+            the factor of its stage.
         expansion: Hidden channels of the encoder's feed-forward networks divided by the width.
         intra_heads: Number of attention heads of the paths parallel to the first three stages.
         decoder_depth: Number of blocks of the decoder.
         decoder_heads: Number of attention heads of the decoder.
-        decoder_expansion: Like ``expansion``, for the decoder.
+        decoder_expansion: Hidden channels of the decoder's feed-forward networks divided by the width.
         queries: Number of weather queries of each decoder block.
         last: Number of channels at half and at full resolution.
-        drop: Probability in training that the residual of the last block is skipped, in encoder and decoder; it grows
-            linearly from 0 at the first block.
+        drop: Probability that training skips a residual branch of the last block for an image, in encoder and decoder;
+            it increases linearly from 0 in the first block.
 
     Outputs:
-        ``derained``: The restored image: the output of a tanh, of which [0, 1] is the valid range.
+        ``derained``: The restored image, in (-1, 1) by a tanh; only [0, 1] are valid pixel values.
 
     Shape:
         ``(b, 3, h, w)`` in [0, 1] → same. Sides are padded to multiples of 16, and at least to 48.
@@ -261,16 +270,17 @@ class TransWeather(Network):
         rates = torch.linspace(0, drop, sum(depths)).tolist()
         self.encoder, self.intra = nn.ModuleDict(), nn.ModuleDict()
         for stage, name in enumerate("1234"):
-            width, reduction, rates_of_stage = widths[stage], reductions[stage], rates[sum(depths[:stage]) :]
+            width, reduction = widths[stage], reductions[stage]
+            first_block = sum(depths[:stage])
             blocks = (
                 Block(width, ReducedAttention(width, heads[stage], reduction), expansion, rate)
-                for rate in rates_of_stage[: depths[stage]]
+                for rate in rates[first_block : first_block + depths[stage]]
             )
             embedding = Embedding(widths[stage - 1], width) if stage else Embedding(3, width, 7, 4)
             self.encoder[name] = Stage(embedding, blocks, width)
             if stage < 3:
                 self.intra[name] = IntraPatch(
-                    width, widths[stage + 1], intra_heads[stage], reduction, expansion, rates_of_stage[0]
+                    width, widths[stage + 1], intra_heads[stage], reduction, expansion, rates[first_block]
                 )
         width = widths[3]
         decoder_blocks = (

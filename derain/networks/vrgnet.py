@@ -1,4 +1,4 @@
-r"""VRGNet's deraining network: PReNet whose last iteration returns a distribution of the image."""
+"""VRGNet's deraining network: PReNet whose last iteration returns a distribution of the image."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +14,11 @@ from derain.nn.recurrent import STAGE_NAMES, RecurrentStage, State, conv3x3
 
 
 class VRGNet(Network):
-    """Deraining network of VRGNet ("BNet"): PReNet with a Gaussian posterior of the clean image (170,697 parameters).
+    """Deraining network of VRGNet ("BNet"): PReNet with a Gaussian posterior of the clean image.
 
-    The network is PReNet with another last convolution in the last iteration, which returns mean and log-variance.
-    VRGNet trains it together with a rain generator, which is not part of this class.
+    The network is PReNet, except that the last iteration has an output convolution of its own, which returns mean and
+    log-variance. VRGNet trains it together with a rain generator, which derain does not implement. 170,697 parameters
+    by default.
 
     Args:
         iterations: Number of iterations, 2 to 100; 6 in the paper.
@@ -32,7 +33,7 @@ class VRGNet(Network):
         ``(b, 3, h, w)`` in [0, 1] → same, not clamped; any ``h, w >= 1``.
 
     Raises:
-        DerainError: If ``iterations`` is not from 2 to 100.
+        DerainError: If ``iterations`` is not an integer from 2 to 100.
 
     References:
         Wang et al., From Rain Generation to Rain Removal, CVPR 2021. PReNet: Ren et al., CVPR 2019.
@@ -64,7 +65,7 @@ class VRGNet(Network):
         self.final_tail = conv3x3(channels, 6)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return mean and log-variance of the last iteration, and the images of the earlier ones."""
+        """Return mean and log-variance of the last iteration, and the images of the earlier iterations."""
         derained = image
         state: State | None = None
         earlier: dict[str, Tensor] = {}
@@ -81,10 +82,11 @@ class VRGNet(Network):
         """Return ``channels`` and ``blocks``; None for another network."""
         if cls.signature not in state:
             return None
-        channels, blocks = state[cls.signature].shape[1], count_numbered(state, r"derainet\.res_conv(\d+)\.") - 1
+        channels = state[cls.signature].shape[1]
+        blocks = count_numbered(state, r"derainet\.res_conv(\d+)\.") - 1  # numbered from 1
         return {"channels": channels, "blocks": blocks}
 
     @classmethod
     def stated_options(cls, path: Path) -> dict[str, Any]:
-        """Return 6 iterations for files with the authors' name, ``DerainNet_state_N.pt``."""
+        """Return 6 iterations for files with the authors' name, ``DerainNet_state_N.pt``; nothing for others."""
         return {"iterations": 6} if path.name.startswith("DerainNet_state_") else {}
