@@ -41,7 +41,7 @@ mutants: $(READY) ## plant faults one by one and report those that no test catch
 	$(BIN)/python -m tests.mutants
 
 bench: $(READY) ## compare with reference implementations and print the ratios
-	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@failed=0; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || failed=1; done; exit $$failed
 
 gpu: $(READY) ## run the tests and benchmarks of a GPU and write benchmarks/gpu.md (under 9 minutes; continues)
 	$(BIN)/python -m benchmarks.gpu

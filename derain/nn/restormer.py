@@ -111,14 +111,14 @@ class Attention(nn.Module):
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
         self.project_out = nn.Conv2d(channels, channels, 1, bias=bias)
 
-    def attend(self, strips: Iterable[Sequence[Tensor]]) -> Float[Tensor, "b h w c"]:
+    def attend(self, parts: Iterable[Sequence[Tensor]]) -> Float[Tensor, "b h w c"]:
         """Return attention followed by the output projection, ``(b, h, w, channels)``.
 
         Args:
-            strips: For each strip of rows, its queries, keys and values, ``(b, rows, w, channels)`` each.
+            parts: For each strip of rows, its queries, keys and values, ``(b, rows, w, channels)`` each.
         """
         values, products, squared_norms = [], [], []
-        for query, key, value in strips:
+        for query, key, value in parts:
             # Copied without gradients, so that the memory of queries and keys is reused for the next strip
             values.append(value if torch.is_grad_enabled() or compiling_or_exporting() else value.contiguous())
             with torch.autocast(value.device.type, enabled=False):
