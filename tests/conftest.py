@@ -17,8 +17,8 @@ LONGEST_FILES = (
     "test_onnx_model.py",
     "test_networks.py",
     "test_train_daclip.py",
-    "test_hct_ffn.py",
     "test_gpu_benchmarks.py",
+    "test_ranks.py",
     "test_train_divergence.py",
     "test_contract.py",
     "test_app.py",
@@ -28,7 +28,6 @@ LONGEST_FILES = (
     "test_train_plnlingan.py",
     "test_evaluation.py",
     "test_caption.py",
-    "test_fetch_web.py",
     "test_training_speed.py",
     "test_verify.py",
 )
