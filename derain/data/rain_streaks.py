@@ -174,7 +174,7 @@ def measured_opacity(images: UInt8[Tensor, "n 1 h w"], count: int, size: Sequenc
     scale = torch.exp(torch.empty(count).uniform_(float(np.log(0.5)), float(np.log(1.8))))
     angle = torch.deg2rad(torch.empty(count).uniform_(-25, 25))
     flip = 1 - 2.0 * torch.randint(2, (count,))
-    contrast = torch.empty(count).uniform_(0.6, 2.2)
+    factor = torch.empty(count).uniform_(0.6, 2.2)
     centre = 2 * torch.rand(count, 2) - 1
     # Normalised coordinates of the image, as functions of those of the result.
     extent = torch.tensor([size[1] / width, size[0] / height]) / scale[:, None]
@@ -188,7 +188,7 @@ def measured_opacity(images: UInt8[Tensor, "n 1 h w"], count: int, size: Sequenc
     )
     matrix = torch.cat((theta, centre[:, :, None]), 2).to(device)
     grid = F.affine_grid(matrix, [count, 1, *size], align_corners=False)
-    found = F.grid_sample(
+    parts = F.grid_sample(
         images[choice.to(device)].float().div_(255), grid, padding_mode="reflection", align_corners=False
     )
-    return found[:, 0].mul_(contrast.to(device)[:, None, None]).clamp_(max=1)
+    return parts[:, 0].mul_(factor.to(device)[:, None, None]).clamp_(max=1)

@@ -17,7 +17,7 @@ def consecutive_frames(pairs: Sequence[Pair]) -> frozenset[int]:
     gaps is logged.
 
     Args:
-        pairs: Frames, in the order of their sequences.
+        pairs: Frames; those of a sequence are neighbours, in the order of the sequence.
 
     Example:
         >>> from pathlib import Path
@@ -48,7 +48,7 @@ def frame_gaps(pairs: Sequence[Pair]) -> list[int]:
     in a sequence that has lost many frames, most steps may be gaps.
 
     Args:
-        pairs: Frames, in the order of their sequences.
+        pairs: Frames; those of a sequence are neighbours, in the order of the sequence.
     """
     steps = _steps(pairs)
     usual: dict[str, int] = {}

@@ -66,7 +66,8 @@ def list_urls(urls: Sequence[str], checksums: Sequence[str] = ()) -> Listing:
         name = PurePosixPath(unquote(urlsplit(url).path)).name or "download"
         if name.lower().endswith(OTHER_ARCHIVES):
             raise DerainError(
-                f"{url}: not a zip or tar archive; download it in a browser, unpack it into a folder named like the set"
+                f"{url}: not a zip or tar archive; download it in a browser, and unpack it into a folder of the data "
+                "root that is named like the set"
             )
         files.append(RemoteFile(name, info["size"], sha256, url=url, version=_version(info)))
     names = [file.path for file in files]
@@ -200,7 +201,7 @@ class _Downloader:
             encoding = answer.get("Content-Encoding", "identity")
             if encoding not in ("", "identity") and not file.path.lower().endswith(COMPRESSED):
                 raise DerainError(
-                    f"{file.url}: the server compresses the file on the way ({encoding}), which was not asked for; "
+                    f"{file.url}: the server sends the file compressed ({encoding}), which was not requested; "
                     "download the file in a browser, then --archive"
                 )
             continued = position > 0 and response.r.status == 206
@@ -227,7 +228,7 @@ class _Downloader:
 
 
 def _continues(file: RemoteFile, position: int, headers: Mapping[str, str]) -> bool:
-    """Return whether the headers of a partial answer announce the bytes of a file from a position on."""
+    """Return whether the headers of a partial answer announce the bytes from a position on, of the same version."""
     announced = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", "").strip())
     if announced is None or int(announced[1]) != position:
         return False

@@ -45,7 +45,7 @@ def _new_elements(func: Any, args: Any, kwargs: Any) -> int | float:
         return math.prod(size) if isinstance(size, tuple | list) else size
     if func is torch.linspace:
         return float(kwargs.get("steps", args[2] if len(args) > 2 else 0))
-    if func is torch.arange:
+    if func is torch.arange:  # an upper bound for steps of at least 1
         return max(map(abs, args), default=0)
     return 0
 
