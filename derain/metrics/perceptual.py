@@ -193,7 +193,7 @@ class FrechetDistance:
                 for folder, image in zip(folders, pair, strict=True):
                     write_image(folder / f"{count}.png", image)
             if count < 2:
-                raise DerainError(f"{self.name}: number of pairs of images: {count}; expected at least 2")
+                raise DerainError(f"{self.name}: pairs of images: {count}; expected at least 2")
             if count < self.min_images:
                 print(
                     f"{self.name}: {count} images are few: the distance is biased; compare it only with that of other "
