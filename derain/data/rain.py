@@ -111,8 +111,9 @@ PRESETS: dict[str, tuple[Rain, Rain]] = {
 }
 """Lower and upper limits of the rain of each preset; the rain of an image is sampled between them.
 
-The presets approximate public data sets. Mean luma PSNR of the rainy photos: light 28 dB (Rain100L: 26.9), medium 22 dB
-(Rain800: 22.6), heavy 15 dB (Rain100H: 13.6).
+The presets approximate public data sets. On the clean test photos of Rain800, the mean PSNR (``matlab-y``) of the rainy
+photos is 27.7 dB for light, 21.4 dB for medium and 14.3 dB for heavy rain. That of the rainy test photos is 26.9 dB in
+Rain100L, 22.6 dB in Rain800 and 13.6 dB in Rain100H.
 """
 
 
