@@ -157,8 +157,10 @@ class Costs:
             for name in {*node.input, *node.output}:
                 if self.last_uses[name] <= index:
                     live -= live_sizes.pop(name, 0)
-            if folded > FOLDED_ELEMENTS + extra or folded_operations > FOLDED_OPERATIONS + extra:
+            if folded > FOLDED_ELEMENTS + extra:
                 raise ValueError(f"{_name(node)}: {folded:,} elements are computed from constants")
+            if folded_operations > FOLDED_OPERATIONS + extra:
+                raise ValueError(f"{_name(node)}: {folded_operations:,} operations on constants")
             if operations > OPERATIONS_PER_PIXEL * pixels:
                 raise ValueError(f"more than {operations:,} operations on an image of {width}×{height} pixels")
 

@@ -34,7 +34,7 @@ def require_packages(*packages: str) -> None:
 
 
 class OnnxNetwork(nn.Module):
-    """Graph of an ONNX file, run by onnxruntime; on a GPU from the first images that are on one.
+    """Graph of an ONNX file, run by onnxruntime: on the CPU until the first images on a GPU arrive, then on that GPU.
 
     Args:
         path: The file.

@@ -68,7 +68,7 @@ class PLNLINGANModule(DerainModule, Explains):
         milestones: Epochs after which the learning rate is divided by 10; section 4.1: 300, 400 of 500.
         clip: Maximum gradient norm of each network; None: no clipping. The discriminator's gradient is small, since its
             loss has the weights of eq. 12.
-        accumulate: Number of batches whose gradients are accumulated before an update.
+        accumulate: Number of batches whose gradients are accumulated before an update; fewer at the end of an epoch.
 
     Raises:
         DerainError: If an option is out of its range.

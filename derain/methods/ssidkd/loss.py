@@ -60,7 +60,7 @@ def divergence(synthetic: Float[Tensor, "b c h w"], real: Float[Tensor, "b c h w
     at the same position are compared.
 
     Args:
-        synthetic: Features of synthetic images, which the authors' code treats as the approximation.
+        synthetic: Features of synthetic images.
         real: Features of real images.
 
     References:
