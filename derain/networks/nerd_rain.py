@@ -39,7 +39,7 @@ class EncoderDecoder(nn.Module):
         heads: Number of attention heads at each level.
         expansion: Hidden channels of the feed-forward networks divided by their channels.
         has_reduction: Whether the module has the 1×1 convolution that reduces the decoder's channels at the finest
-            level. If not, `decode` needs its weight.
+            level. If False, pass its weight to `decode`.
     """
 
     def __init__(
@@ -167,7 +167,8 @@ class Scale(nn.Module):
     """Embedding, sequence of encoder-decoders, and output convolution of a scale.
 
     Args:
-        count: Number of encoder-decoders, at most 3. The third has no 1×1 convolution at the finest level.
+        count: Number of encoder-decoders, at most 3. The third has no 1×1 convolution at the finest level, see
+            `EncoderDecoder`.
         dim: Number of channels at the finest level.
         blocks: Number of transformer blocks at each level.
         heads: Number of attention heads at each level.

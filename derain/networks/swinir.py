@@ -131,7 +131,7 @@ class SwinIR(Network):
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.head = nn.Conv2d(3, channels, 3, padding=1)
         self.first_norm = nn.LayerNorm(channels)
-        drop_paths = torch.linspace(0, drop_path, sum(blocks)).split(list(blocks))  # by group
+        drop_paths = torch.split(torch.linspace(0, drop_path, sum(blocks)), list(blocks))  # by group
         self.groups = nn.Sequential(
             *(
                 SwinGroup(channels, group_heads, window, expansion, group_drop_paths.tolist())

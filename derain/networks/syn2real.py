@@ -90,7 +90,7 @@ class Transition(nn.Module):
         super().__init__()
         self.resize = resize
         self.norm = nn.BatchNorm2d(inputs)
-        self.conv = nn.ConvTranspose2d(inputs, outputs, 1, bias=False)
+        self.conv = nn.ConvTranspose2d(inputs, outputs, 1, bias=False)  # transposed like the authors' weights
 
     def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h2 w2"]:
         """Transform features."""
