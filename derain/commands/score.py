@@ -165,10 +165,10 @@ def evaluate(
     results = []
     videos = any(pair.sequence for pair in pairs)
     for index, protocol in enumerate(protocols or [None]):
-        images = [
-            {"name": pair.name, **({"sequence": pair.sequence} if videos else {}), **by_protocol[index], **temporal}
-            for pair, by_protocol, temporal in zip(pairs, scores, temporal_rows, strict=True)
-        ]
+        images = []
+        for pair, scores_by_protocol, temporal in zip(pairs, scores, temporal_rows, strict=True):
+            image: dict[str, Any] = {"name": pair.name, "sequence": pair.sequence} if videos else {"name": pair.name}
+            images.append(image | scores_by_protocol[index] | temporal)
         results.append(_summary(protocol, images, lpips, per_image_metrics, distances))
     return results
 
