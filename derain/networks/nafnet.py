@@ -65,13 +65,13 @@ class NAFBlock(nn.Module):
         mixed = torch.empty_like(x)
         for rows, strip, own_rows in strips(x, width, self.halo):
             gated(self._spatially_mixed(strip)[:, own_rows], out=mixed[:, rows])
-        weights, projections = self._channel_weights(mixed), self._projections()
-        if len(x) == 1:  # weights of one image are multiplied with those of the convolution, not with the map
-            (weight, bias), feed_out = projections
-            projections, weights = ((weight * weights.permute(0, 3, 1, 2), bias), feed_out), None
+        channel_weights, (project, feed_out) = self._channel_weights(mixed), self._projections()
+        is_single = len(x) == 1
+        if is_single:  # channel weights of one image are multiplied with those of the convolution, not with the map
+            project = project[0] * channel_weights.permute(0, 3, 1, 2), project[1]
         for rows, _, _ in strips(x, width):
-            strip = mixed[:, rows] if weights is None else mixed[:, rows] * weights
-            self._projected(x[:, rows], strip, projections, out=mixed[:, rows])
+            strip = mixed[:, rows] if is_single else mixed[:, rows] * channel_weights
+            self._projected(x[:, rows], strip, (project, feed_out), out=mixed[:, rows])
         return mixed
 
     def _spatially_mixed(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c2"]:
@@ -158,18 +158,19 @@ class Refinement(nn.Module):
         self._squares(x).add_(self._upsampled(features))
         for layer in self.layers:
             x = F.relu(layer(x), inplace=True)
-        return derained + self.output(x)
+        return derained + cast(Tensor, self.output(x))
 
     def _squares(self, x: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b h f w f c"]:
         """Return a view of a map by squares: the pixels that belong to one pixel of the features."""
-        height, width = x.shape[-2] // self.factor, x.shape[-1] // self.factor
-        x = x.permute(0, 2, 3, 1)
-        return x.unflatten(2, (width, self.factor)).unflatten(1, (height, self.factor))
+        b, c, h, w = x.shape
+        f = self.factor
+        return x.permute(0, 2, 3, 1).view(b, h // f, f, w // f, f, c)
 
     def _upsampled(self, features: Float[Tensor, "b h w i"]) -> Float[Tensor, "b h f w f c"]:
         """Return the features at full resolution: pixel-shuffle of a 1×1 convolution, by squares of pixels."""
         x = pointwise(features, self.up.weight)
-        return x.unflatten(3, (self.factor, self.factor, -1)).permute(0, 1, 3, 2, 4, 5)
+        b, h, w, _ = x.shape
+        return x.reshape(b, h, w, self.factor, self.factor, -1).permute(0, 1, 3, 2, 4, 5)
 
 
 class NAFNet(Network):
