@@ -306,7 +306,7 @@ class HCTFFN(Network):
         ``(b, 3, h, w)`` in [0, 1] → same, not clamped. Sides below 16 pixels are padded by repeating the border.
 
     Raises:
-        DerainError: If ``repeats`` is not from 1 to 100.
+        DerainError: If ``channels`` is no multiple of 16, or ``repeats`` is not from 1 to 100.
 
     References:
         HCT-FFN, Figure 2. 873,693 parameters by default.
@@ -348,6 +348,8 @@ class HCTFFN(Network):
 
     def __init__(self, channels: int = 32, blocks: int = 3, steps: int = 4, hidden: int = 72, repeats: int = 3) -> None:
         super().__init__()
+        if channels < 1 or channels % 16:
+            raise DerainError(f"channels {channels}: expected a multiple of 16")
         self.shallow = nn.Sequential(ReflectConv(3, channels // 2), ReflectConv(channels // 2, channels))
         self.encoder1, self.encoder2, self.encoder3 = (PriorEncoder(channels, blocks) for _ in range(3))
         self.stage1 = ExpertStage(channels, steps)

@@ -49,7 +49,7 @@ class ScaleFusion(nn.Module):
 
         Args:
             maps: The maps.
-            like: Map of ``maps`` whose size the result has; by default the first.
+            like: Map whose size the result has; by default the first of ``maps``.
         """
         like = maps[0] if like is None else like
         weights = torch.split(self.mix.weight, [x.shape[1] for x in maps], dim=1)

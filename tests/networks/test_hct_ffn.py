@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from derain.errors import DerainError
 from derain.networks import hct_ffn
 from derain.networks.hct_ffn import HCTFFN, BackgroundTransformer
 from tests.networks.goldens import (
@@ -126,3 +127,9 @@ def test_graph_equals_the_network(monkeypatch):
         expected = network(rainy)
         monkeypatch.setattr(hct_ffn, "exporting", lambda: True)
         torch.testing.assert_close(network(rainy), expected)
+
+
+@pytest.mark.parametrize("option", [{"channels": 24}, {"channels": 0}, {"repeats": 0}])
+def test_numbers_out_of_range_are_refused(option):
+    with pytest.raises(DerainError, match=" ".join(f"{name} {value}" for name, value in option.items())):
+        HCTFFN(**option)
