@@ -83,7 +83,8 @@ def _png(path, width, height):
         ["--weights", "absent.safetensors"],
     ],
 )
-def test_bad_options_are_refused_in_one_line(arguments, capsys):
+def test_bad_options_are_refused_in_one_line(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")  # set by every command
     initial = signal.getsignal(signal.SIGTERM), dict(os.environ)
     assert main(["app", *arguments]) == 2
     assert (signal.getsignal(signal.SIGTERM), dict(os.environ)) == initial
