@@ -6,7 +6,7 @@ convolutions run in the channels-last memory format.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -187,8 +187,15 @@ def check_config(config: UnitConfig, *stages: int, network: str = "generator") -
         network: Name of the network in messages.
 
     Raises:
-        DerainError: If a number is below 1, or an option of PLNLIMs is set for a chain of blocks.
+        DerainError: If a number is below 1, a kind is unknown, or an option of PLNLIMs is set for a chain of blocks.
     """
+    for name, value, kinds in (
+        ("unit", config.unit, get_args(Unit)),
+        ("branches", config.branches, get_args(Branches)),
+        ("interaction", config.interaction, get_args(Interaction)),
+    ):
+        if value not in kinds:
+            raise DerainError(f"{network} with {name} {value!r}: expected {', '.join(kinds)}")
     if min(config.channels, config.heads, *stages) < 1:
         raise DerainError(
             f"{network} with {config.channels} channels, {config.heads} heads, stages {', '.join(map(str, stages))}: "

@@ -2,6 +2,7 @@
 
 import copy
 
+import jaxtyping
 import lightning
 import pytest
 import torch
@@ -419,6 +420,21 @@ def test_resume_during_gradient_accumulation(tmp_path):
     ],
 )
 def test_options_out_of_range(options, value):
+    with pytest.raises(DerainError, match=value):
+        module(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "value"),
+    [
+        ({"unit": "non_local"}, "generator .*'non_local'"),
+        ({"discriminator_unit": "non_local"}, "discriminator .*'non_local'"),
+        ({"branches": "non_local"}, "'non_local'"),
+        ({"interaction": "concat"}, "'concat'"),
+    ],
+)
+def test_unknown_kinds_are_refused(options, value, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # beartype would report them first
     with pytest.raises(DerainError, match=value):
         module(**options)
 
