@@ -39,7 +39,7 @@ class ImageQuality(Metric):
     rows: list[Tensor]
 
     def __init__(self, protocols: Sequence[str] = ("matlab-y",), lpips: Lpips | None = None) -> None:
-        super().__init__()
+        super().__init__(compute_with_cache=False)  # `update_failed` would not clear the cache
         self.lpips = lpips
         self.set_dtype(torch.float64)
         self.protocols = resolve(protocols)
@@ -96,6 +96,11 @@ class ImageQuality(Metric):
         """
         missing = [float("nan")] * (self._columns - 1)
         self._append([[float(image_index), *missing] for image_index in index.tolist()])
+
+    @property
+    def update_called(self) -> bool:
+        """Whether images were recorded, scored or not; otherwise torchmetrics warns in `compute`."""
+        return len(self.rows) > 0
 
     @property
     def _columns(self) -> int:

@@ -60,9 +60,19 @@ def test_images_count_once_and_errors_are_not_pooled():
 
 def test_shapes_for_one_image_and_for_none():
     assert evaluated([7]).compute()["matlab-y"].psnr.shape == (1,)
-    empty = ImageQuality(NAMES)
-    empty._update_count = 1  # torchmetrics warns otherwise
-    assert empty.compute()["matlab-y"].psnr.shape == (0,)
+    with pytest.warns(UserWarning, match="before the ``update`` method"):
+        assert ImageQuality(NAMES).compute()["matlab-y"].psnr.shape == (0,)
+
+
+@pytest.mark.filterwarnings("error")
+def test_images_without_scores_are_nan():
+    quality = ImageQuality(NAMES)
+    quality.update_failed(torch.tensor([4, 2]))
+    scores = quality.compute()["prenet"]
+    assert scores.index.tolist() == [2, 4]
+    assert np.isnan(scores.psnr).all()
+    quality.update_failed(torch.tensor([3]))
+    assert quality.compute()["prenet"].index.tolist() == [2, 3, 4]
 
 
 def test_reset_clears_the_scores():
