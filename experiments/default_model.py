@@ -1,11 +1,11 @@
 """Train a bundled model on one core: ``python experiments/default_model.py DATA OUT [--width 32] [--steps 18500]``.
 
-``DATA`` contains Rain800, the test sets, and the measured streaks in ``Streaks``. A third of the crops are Rain800's
-own pairs; the others are clean crops with the rain of ``default_rain.py``. Training images whose background
+``DATA`` contains Rain800, the test sets, and the measured streaks in ``Streaks``. 40 % of the crops are Rain800's own
+pairs; the others are clean crops with the rain of ``default_rain.py``. Training images whose background
 `derain data verify` also finds in a test set or another set are skipped, and 24 backgrounds that occur only once are
 kept for validation. ``OUT`` receives the state of the training every ten minutes; the same command resumes it. At the
 end, ``OUT/weights.safetensors`` has the averaged weights. ``--weights FILE`` starts from weights, whose architecture it
-keeps, and uses the larger crops only.
+keeps, and uses the larger crops only; ``--refinement N`` adds an untrained refinement to it.
 
 ``--without KIND`` leaves a kind of rain out of training, to measure how the model removes rain that it never saw.
 """
@@ -48,11 +48,11 @@ DARKER = 0.3
 TRAINED_ON = ("Rain800 without leaks", "synthetic rain", "measured streaks")
 """Training data as the weights file names them."""
 
-SMALLER = 0.5
-"""Share of the crops with new rain that are made 1.3 to 3 times smaller after the rain, like photos of the internet."""
+REDUCED = 0.5
+"""Share of the crops with new rain that are reduced 1.3 to 3 times after the rain, like photos on web pages."""
 
-OWN_SMALLER = 0.25
-"""Share of the crops of Rain800's own pairs that are made smaller, up to 2 times."""
+OWN_REDUCED = 0.25
+"""Share of the crops of Rain800's own pairs that are reduced, up to 2 times."""
 
 SQUARES = 8.0
 """Weight of the squared error in the loss. The absolute error alone leaves whatever is more likely not rain."""
@@ -121,14 +121,14 @@ class Crops:
         is_darker = bool(self.darker) and rng.random() < DARKER
         photos = self.darker if is_darker else self.photos
         photo = photos[rng.integers(len(photos))]
-        scale = log_uniform(rng, 1.0, 2.0) if rng.random() < OWN_SMALLER else 1.0
+        scale = log_uniform(rng, 1.0, 2.0) if rng.random() < OWN_REDUCED else 1.0
         rainy, clean = random_crop([photo.rainy, photo.clean], rng, side, scale)
         return (rainy[:, ::-1], clean[:, ::-1]) if rng.random() < 0.5 else (rainy, clean)
 
     def _new(self, rng: Rng, side: int) -> tuple[Crop, Crop]:
         """Return a clean crop with new rain, and the clean crop."""
         scale = log_uniform(rng, 0.6, 2.2) if rng.random() < 0.5 else 1.0
-        with_rain = int(side * log_uniform(rng, 1.3, 3.0)) if rng.random() < SMALLER else side
+        with_rain = int(side * log_uniform(rng, 1.3, 3.0)) if rng.random() < REDUCED else side
         (clean,) = random_crop([self.photos[rng.integers(len(self.photos))].clean], rng, with_rain, scale)
         clean = clean[:, ::-1] if rng.random() < 0.5 else clean
         clean = clean.transpose(1, 0, 2) if rng.random() < 0.3 else clean
@@ -160,7 +160,7 @@ def validate(network: NAFNet, photos: list[Photo], rain: RainPairs, without: str
         rain: Adds rain to clean photos.
         without: Kind of rain that is not trained on, to validate with it too; None for no such kind.
     """
-    kinds = ["own", *rain.kinds, *([without] if without else []), "small", "none"]
+    kinds = ["own", *rain.kinds, *([without] if without else []), "reduced", "none"]
     scores = {kind: [_psnr(network, photo, rain, kind, index) for index, photo in enumerate(photos)] for kind in kinds}
     return {kind: float(np.mean(values)) for kind, values in scores.items()}
 
@@ -170,7 +170,7 @@ def _psnr(network: NAFNet, photo: Photo, rain: RainPairs, kind: str, index: int)
     rainy = clean
     if kind == "own":
         rainy = photo.rainy.astype(np.float32) / 255
-    elif kind == "small":
+    elif kind == "reduced":
         large = cv2.resize(clean, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC).clip(0, 1)
         added = rain.add_rain(large, np.random.default_rng([7, index])) - large
         rainy = np.clip(clean + cv2.resize(added, clean.shape[1::-1], interpolation=cv2.INTER_AREA), 0, 1)
@@ -275,7 +275,7 @@ if __name__ == "__main__":
     parser.add_argument("--width", type=int, default=32, help="channels at half resolution")
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4], help="blocks by level, finest first")
     parser.add_argument("--middle", type=int, default=6, help="blocks at the coarsest level")
-    parser.add_argument("--refinement", type=int, default=0, help="layers of convolutions at full resolution")
+    parser.add_argument("--refinement", type=int, default=0, help="refinement layers at full resolution")
     parser.add_argument("--steps", type=int, default=18_500, help="steps, each of 8 crops of 96×96 or 4 of 144×144")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--bf16", action="store_true", help="bfloat16: 2 times as fast with AVX-512 bf16, slow without")

@@ -225,7 +225,7 @@ def change_light(image: Crop, rng: Rng) -> Crop:
 
 
 def take_photo(rainy: Crop, clean: Crop, rng: Rng) -> tuple[Crop, Crop]:
-    """Return both crops rounded to bytes; in some of the pairs both are blurred, noisy or compressed alike."""
+    """Return both crops rounded to bytes; some pairs are blurred, sharpened, noisy or compressed, both alike."""
     crops = [rainy, clean]
     if rng.random() < 0.1:
         sigma = rng.uniform(0.4, 1.0)
@@ -245,7 +245,7 @@ def take_photo(rainy: Crop, clean: Crop, rng: Rng) -> tuple[Crop, Crop]:
 
 
 def sharpen(crops: list[Crop], sigma: float, amount: float) -> list[Crop]:
-    """Return crops sharpened by an unsharp mask, as programs that make photos smaller do."""
+    """Return crops sharpened by an unsharp mask, as programs that reduce photos do."""
     return [crop + amount * (crop - cv2.GaussianBlur(crop, (0, 0), sigma)) for crop in crops]
 
 
