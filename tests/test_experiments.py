@@ -369,7 +369,7 @@ def test_a_bundled_model_is_trained_and_resumed(tmp_path, monkeypatch):
 
     def train(out, **changes):
         options = {"width": 4, "blocks": [1], "middle": 1, "steps": 3, "rate": 1e-3, "without": "drawn"}
-        options |= {"weights": None, "bf16": False, "without_rain": 0.2} | changes
+        options |= {"weights": None, "bf16": False, "without_rain": 0.2, "refinement": 0} | changes
         script.main(argparse.Namespace(data=tmp_path / "data", out=tmp_path / out, **options))
         module = catalog.load(tmp_path / out / "weights.safetensors").module
         assert module.trained_on == script.TRAINED_ON
@@ -393,8 +393,10 @@ def test_a_bundled_model_is_trained_and_resumed(tmp_path, monkeypatch):
         torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)
 
     start = tmp_path / "whole/weights.safetensors"
-    for name, value in train("continued", weights=start, steps=1, rate=1e-9, width=8).items():
-        torch.testing.assert_close(value, whole[name], rtol=0, atol=1e-7)
+    continued = train("continued", weights=start, steps=1, rate=1e-9, width=8, refinement=1)
+    assert any(name.startswith("refinement.") for name in continued)
+    for name, value in whole.items():
+        torch.testing.assert_close(continued[name], value, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["measured", "noise", "drawn", "fine", "hard"])
@@ -405,13 +407,15 @@ def test_rain_of_the_bundled_model(kind, tmp_path, monkeypatch):
     file = tmp_path / "1-1.png"
     write_image(file, np.random.default_rng(0).integers(256, size=(60, 80, 3), dtype=np.uint8))
     rain = script.RainPairs([file], {kind: 1.0})
-    clean = np.full((48, 64, 3), 0.2, np.float32)
+    clean = np.full((48, 48, 3), 0.2, np.float32)
     for seed in range(8):
         rainy, again = (rain.add_rain(clean, np.random.default_rng(seed)) for _ in range(2))
         assert np.array_equal(rainy, again)
         assert 0 <= rainy.min() <= rainy.max() <= 1
         assert rainy.mean() > clean.mean()
-    pairs = [rain.pair(clean, np.random.default_rng(seed)) for seed in range(60)]
+    reduced = rain.pair(clean, np.random.default_rng(0), side=24)
+    assert [crop.shape for crop in reduced] == [(24, 24, 3), (24, 24, 3)]
+    pairs = [rain.pair(clean, np.random.default_rng(seed), side=48) for seed in range(60)]
     unchanged = sum(np.array_equal(rainy, target) for rainy, target in pairs)
     assert 2 <= unchanged <= 16  # a tenth of the crops stays without rain
 
