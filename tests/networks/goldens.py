@@ -273,7 +273,7 @@ def check_sizes(network: Network, *sizes: tuple[int, int]) -> None:
     network.eval().double()
     for height, width in sizes or ((1, 1), (1, 9), (7, 5), (33, 18)):
         rainy = torch.rand(3, 3, height, width, dtype=torch.float64)
-        with torch.no_grad():
+        with torch.no_grad(), ContiguousConvolutions():
             derained, again = network(rainy), network(rainy)
             single = network(rainy[1:2])
         assert derained.shape == rainy.shape
