@@ -101,7 +101,7 @@ def large_image_memory() -> float:
     """Return the peak memory of this process in GiB, after one step on an image of 2000×1500 with contexts."""
     keep_freed_memory()
     module = DACLIPSDEModule().eval()
-    module.check_requirements = lambda: None  # CLIP is not needed: the embeddings are constant
+    module.fetch_requirements = lambda: None  # CLIP is not needed: the embeddings are constant
     module.encode = lambda rainy: {"content": torch.ones(1, 512), "degradation": torch.ones(1, 512)}
     image = np.random.default_rng(0).random((1500, 2000, 3), np.float32)
     Restorer(module, device="cpu", sampling=Sampling(steps=1))(image)

@@ -30,7 +30,7 @@ SMALLEST_TILE = 64
 """Smallest side of a tile in pixels."""
 
 LARGEST_BATCH = 32
-"""Largest number of images or tiles in one pass, which occupy a GPU; larger batches are no faster."""
+"""Default of the largest number of images or tiles in one pass, which occupy a GPU; larger batches are no faster."""
 
 SMALLEST_FOR_THREADS = 64 * 64
 """Smallest number of pixels of an image that is restored on its own thread. For smaller images, waiting for Python's
@@ -69,6 +69,7 @@ class Scheduler:
     Attributes:
         stacks: Whether images are stacked to batches: on all devices but a CPU.
         threads: Number of threads on a CPU; None: that of PyTorch.
+        largest_batch: Largest number of images or tiles at once.
         limits: Range to which the values of restored images are clipped.
     """
 
@@ -85,6 +86,7 @@ class Scheduler:
         self.tile, self.overlap, self.ensemble = tile, overlap, ensemble
         self.stacks = device.type != "cpu"
         self.threads: int | None = None
+        self.largest_batch = LARGEST_BATCH
         self.limits = (0.0, 1.0)
         self._tile_sides: dict[tuple[int, int], int] = {}
         self._counts: dict[tuple[int, int], int] = {}
@@ -409,7 +411,7 @@ class Scheduler:
         if (height, width) not in self._counts:
             tile = self._tile_side(height, width)
             pixels = min(tile, height) * min(tile, width)
-            self._counts[height, width] = max(1, min(LARGEST_BATCH, self._pixels_in_memory() // pixels))
+            self._counts[height, width] = max(1, min(self.largest_batch, self._pixels_in_memory() // pixels))
         return self._counts[height, width]
 
     def _pixels_in_memory(self) -> int:

@@ -97,7 +97,7 @@ class Restorer:
             set_route(self.method, route)
         if sampling is not None:
             set_sampling(self.method, sampling)
-        self.method.check_requirements()
+        self.method.fetch_requirements()
         if precision == "bf16" and not computes_bf16(self.device):
             log.warning("bf16: %s has no instructions for it, and emulation is slower: using float32", self.device)
             precision = "float32"

@@ -8,7 +8,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from derain.batching import Scheduler, check_tile
+from derain.batching import LARGEST_BATCH, Scheduler, check_tile
 from derain.methods import DerainModule
 
 OVERLAP = 64
@@ -49,6 +49,9 @@ class BatchedRestoration(Callback):
         precision: Literal["float32", "bf16"] = "bf16" if trainer.precision == "bf16-mixed" else "float32"
         scheduler = Scheduler(method, method.device, precision, self.tile, OVERLAP, ensemble=False)
         scheduler.limits = limits
+        batch_size = getattr(trainer.datamodule, "eval_batch_size", "auto")  # type: ignore[attr-defined]
+        if batch_size != "auto":
+            scheduler.largest_batch = max(LARGEST_BATCH, batch_size)  # a smaller one does not limit the tiles at once
 
         def now() -> float:
             if method.device.type != "cpu":

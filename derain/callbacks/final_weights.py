@@ -63,4 +63,4 @@ class FinalWeights(Callback):
         module = cast(TrainableModule, pl_module)
         required = module.required_class()
         option = f"--method {required}" if required else ""
-        log.info("%s", module.next_step(target, option))
+        log.info("%s", module.usage_hint(target, option))

@@ -52,12 +52,15 @@ class SaveConfig(SaveConfigCallback):
 
 
 def _model_class(config: Any) -> type[TrainableModule] | None:
-    """Return the class that ``--model`` names, and register it if it is outside derain; None without the option."""
+    """Register and return the class that ``--model`` names; None without the option.
+
+    If its option ``network`` is a class path, that class is registered, too.
+    """
     if not config.model:
         return None
     network = (config.model.get("init_args") or {}).get("network")
     if isinstance(network, str) and "." in network:  # class path for RegressionModule
-        use_method(network, "--model.network")
+        use_method(network, "--model.network")  # also registers networks
     return cast(type[TrainableModule], use_method(config.model.class_path, "model"))
 
 
@@ -77,7 +80,7 @@ class DerainCLI(LightningCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return only this command, since building a parser for each takes a third of a second.
 
-        The value is the set of the trainer's arguments that are no options of the command.
+        The value is the set of those arguments of the trainer's method, such as ``Trainer.test``, that are not options.
         """
         return {self.command: LightningCLI.subcommands()[self.command]}
 
@@ -172,11 +175,16 @@ class DerainCLI(LightningCLI):
         self.loaded = catalog.load_checkpoint(Path(config.ckpt_path), _model_class(config))
 
     def _check_evaluated_file(self, config: Any) -> None:
-        """Check that the options give either weights or a checkpoint to evaluate, not both.
+        """Check that the options give either weights or the file of a checkpoint to evaluate, not both.
 
         Raises:
             DerainError: If they do not.
         """
+        if config.ckpt_path == "last":
+            raise DerainError(
+                f"--ckpt_path last: derain {self.config.subcommand} cannot resume a run; expected a file; use "
+                "--ckpt_path RUN/checkpoints/last.ckpt"
+            )
         if config.ckpt_path and config.weights:
             raise DerainError(
                 f"--weights {config.weights} and --ckpt_path {config.ckpt_path}: only one of them can be evaluated; "
@@ -418,7 +426,7 @@ class DerainCLI(LightningCLI):
                 log.info("EarlyStopping: stopped in epoch %d: %s", callback.stopped_epoch, reason)
 
     def _next_step(self) -> str:
-        """Return the end of a message about a stopped run, which follows a verb: what was saved, and how to resume."""
+        """Return what follows "terminated" or "interrupted" in a message: what was saved, and how to resume."""
         if self.subcommand == "predict":
             return f"; images restored so far are in {self.folder / 'images'}"
         if self.subcommand != "fit":
@@ -458,9 +466,8 @@ def run(arguments: list[str]) -> int:
         add_current_folder(path)
     methods()  # imports all methods, so that --model finds them by class name
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # about calls in Lightning
-    set_parsing_settings(
-        import_path_denylist=DENIED_IMPORTS
-    )  # given a list, jsonargparse refuses paths instead of warning
+    # Without this call, jsonargparse only warns of import paths that it denies.
+    set_parsing_settings(import_path_denylist=DENIED_IMPORTS)
     filter_lightning_messages()
     yaml.SafeDumper.add_multi_representer(LightningEnum, lambda dumper, value: dumper.represent_str(value.value))
     command = arguments[0]

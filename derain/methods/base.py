@@ -55,12 +55,12 @@ class DerainModule(TrainableModule, ABC):
         bytes_per_pixel: Memory that ``forward`` needs at inference, in bytes per image pixel, in float32.
         restore_batch: Function that restores the images of a batch in tests and predictions, such as
             `derain.batching.Scheduler.run_batch`. Its arguments are the images, a function such as ``forward``, and
-            the conditions or None. None: ``forward`` restores the batch in one pass.
+            the conditions or None. If it is None, ``forward`` restores the batch in one pass.
         tile_multiple: Tile sides should be multiples of this number of pixels.
         compiles_any_size: Whether one compilation of ``network`` serves all image sizes; if not, it is compiled for
             each size.
-        variants: Hyper-parameters of the variants that ``derain bench`` counts, by name. If a class does not define
-            them, its defaults are counted.
+        variants: Hyper-parameters of the variants that ``derain bench`` counts, by name. A class without ``variants``
+            of its own has one: its default hyper-parameters.
     """
 
     monitor: ClassVar[str] = "val/psnr"
@@ -95,8 +95,8 @@ class DerainModule(TrainableModule, ABC):
         """
         return {}
 
-    def check_requirements(self) -> None:
-        """Find or download the models that ``encode`` needs; by default none.
+    def fetch_requirements(self) -> None:
+        """Find or download the models that ``encode`` needs; by default there are none.
 
         Raises:
             DerainError: If a model is not available.
@@ -106,8 +106,9 @@ class DerainModule(TrainableModule, ABC):
         """Run the computation that ``derain bench`` counts and times; by default ``forward``.
 
         Override it if ``forward`` runs the network many times or encodes images by another network. If a submodule has
-        a method ``extra_macs(inputs, output)``, ``derain bench`` adds the two numbers that it returns: multiplications
-        of layers, and of attention, that are not counted otherwise.
+        a method ``extra_macs(inputs, output)``, ``derain bench`` adds the two numbers that it returns, which may be
+        negative: to the multiplications that the package thop counts, and to those that thop misses, such as
+        attention.
         """
         return self(rainy)
 
@@ -121,7 +122,7 @@ class DerainModule(TrainableModule, ABC):
         """
         return Graph(self)
 
-    def next_step(self, path: Path, option: str) -> str:
+    def usage_hint(self, path: Path, option: str) -> str:
         """Return the command that restores photos with the weights of a finished training.
 
         Args:
@@ -133,20 +134,20 @@ class DerainModule(TrainableModule, ABC):
     # Evaluation.
 
     def on_validation_epoch_start(self) -> None:
-        """Check requirements and reset the scores.
+        """Fetch the required models and reset the scores.
 
         Raises:
-            DerainError: If `check_requirements` finds a model missing.
+            DerainError: If `fetch_requirements` fails.
         """
-        self.check_requirements()
+        self.fetch_requirements()
         kinds = ("derained", "rainy")
         self._quality = {kind: ImageQuality(self.protocols, self.lpips).to(self.device) for kind in kinds}
 
     def on_test_epoch_start(self) -> None:
-        """Check requirements and reset the scores.
+        """Fetch the required models and reset the scores.
 
         Raises:
-            DerainError: If `check_requirements` finds a model missing, or ``temporal`` is true and there are no videos.
+            DerainError: If `fetch_requirements` fails, or ``temporal`` is true and there are no videos.
         """
         self.on_validation_epoch_start()
         if self.temporal:
@@ -201,7 +202,9 @@ class DerainModule(TrainableModule, ABC):
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the means as in validation, but under ``test/``, and store the scores of every image in ``scores``.
+        """Log means under ``test/``, and store the scores of every image in ``scores``.
+
+        Keys are as in validation. Means without a set's name are always over all images: ``val_mean`` does not apply.
 
         Raises:
             DerainError: If a derained image is not finite.
@@ -233,7 +236,7 @@ class DerainModule(TrainableModule, ABC):
         return scores
 
     def _require_finite(self, stage: str, scores: Scores) -> None:
-        """Check that every image has a score; on all ranks, with the same result.
+        """Check that every image has a score. All ranks have the same scores, so that all of them raise, or none.
 
         Args:
             stage: ``val`` or ``test``.
@@ -271,7 +274,7 @@ class DerainModule(TrainableModule, ABC):
         Raises:
             DerainError: If a model that ``encode`` needs is missing, or memory is insufficient.
         """
-        self.check_requirements()
+        self.fetch_requirements()
         rainy = batch["rainy"]
         self._release_memory(rainy.shape)
         conditions: list[dict[str, Any]] = []

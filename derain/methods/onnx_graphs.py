@@ -27,9 +27,9 @@ on its weights: if several weights are equal, all but one become ``Identity``.
 """
 
 CONTEXTS = ("content", "degradation")
-"""Names of the inputs that are vectors."""
+"""Names of the inputs that are embeddings, ``(1, context)``."""
 
-INTERFACES = (
+INPUT_NAMES = (
     ["rainy"],
     ["state", "rainy", "times"],
     ["state", "rainy", "times", "content"],
@@ -45,7 +45,7 @@ class GraphMetadata(TypedDict):
     Attributes:
         inputs: Names of the inputs in order.
         parameters: Number of parameters of the network.
-        routes: Index of the single route that the graph computes; only for CLIP-RPN.
+        routes: List with the index of the one route that the graph computes; only for CLIP-RPN.
     """
 
     inputs: Sequence[str]
@@ -108,13 +108,13 @@ def _check_operators(path: Path, model: Any) -> None:
 
 
 def _check_interface(path: Path, graph: Any, metadata: Mapping[str, Any]) -> None:
-    """Check that the inputs are one of `INTERFACES`, and that their shapes and the one output fit."""
+    """Check that the inputs are one of `INPUT_NAMES`, and that their shapes and the one output fit."""
     from onnx import TensorProto
 
     weights = {tensor.name for tensor in graph.initializer}
     inputs = {value.name: value for value in graph.input if value.name not in weights}
     expected = list(metadata["graph"]["inputs"])
-    if expected not in INTERFACES or list(inputs) != expected:
+    if expected not in INPUT_NAMES or list(inputs) != expected:
         found, recorded = (shorten(", ".join(names)) for names in (inputs, expected))
         raise _error(
             path, f"graph with inputs {found}, metadata with {recorded}; expected the same in both, as derain exports"

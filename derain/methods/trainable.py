@@ -29,9 +29,11 @@ log = logging.getLogger("derain")
 
 FORMER_NAMES = {
     "begin_from": "start_from",
-    "check": "check_requirements",
+    "check": "fetch_requirements",
     "describe": "metadata",
+    "check_requirements": "fetch_requirements",
     "judged_by": "monitor",
+    "next_step": "usage_hint",
     "perceive": "encode",
     "recall": "restore_metadata",
     "resuming": "is_fitting",
@@ -168,7 +170,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
             loaded: Method whose weights training starts from.
         """
 
-    def next_step(self, path: Path, option: str) -> str:
+    def usage_hint(self, path: Path, option: str) -> str:
         """Return what to do with the weights of a finished training, in one line.
 
         Args:

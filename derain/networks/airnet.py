@@ -119,7 +119,7 @@ class Guidance(nn.Module):
         return x + deformed + torch.addcmul(self.shift(guide), x, self.scale(guide))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the deformable convolution's multiplications, moved to the second count, since thop omits them."""
+        """Return minus and plus the multiplications of the deformable convolution: bench counts them, thop does not."""
         deformable = self.weight.numel() * (output.numel() // output.shape[1])
         return -deformable, deformable
 

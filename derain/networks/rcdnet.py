@@ -130,7 +130,7 @@ class RCDNet(Network):
         return cast(Tensor, self.final(state))[:, :3] / MAX_VALUE
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the functional convolutions' multiplications, moved to the second count, since thop omits them."""
+        """Return minus and plus the multiplications of functional convolutions: bench counts them, thop does not."""
         kernels = (2 * len(self.rain) - 1) * self.kernel.numel() + self.first_kernel.numel()
         functional = (kernels + self.filter.numel()) * (output.numel() // output.shape[1])
         return -functional, functional

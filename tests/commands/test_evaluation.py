@@ -150,6 +150,22 @@ def test_a_test_on_too_little_memory_continues_with_smaller_batches(workdir, mon
     assert summary(workdir)["results"][0]["count"] == 5
 
 
+def test_the_batch_size_may_exceed_the_default(workdir, monkeypatch):
+    monkeypatch.setattr("derain.batching.LARGEST_BATCH", 2)
+    monkeypatch.setattr("derain.callbacks.batched_restoration.LARGEST_BATCH", 2)
+    largest, run_batch = [], Scheduler.run_batch
+
+    def record(self, images, *arguments):
+        largest.append((len(images), self._count(*images.shape[2:])))
+        return run_batch(self, images, *arguments)
+
+    monkeypatch.setattr(Scheduler, "run_batch", record)
+    line = ["test", "--config", "exp.yaml", "--weights", "w.safetensors"]
+    assert main([*line, "--data.eval_batch_size", "5"]) == 0
+    assert main([*line, "--data.eval_batch_size", "1"]) == 0
+    assert largest == [(5, 5)] + 5 * [(1, 2)]
+
+
 def test_a_tile_that_is_too_small_is_refused(workdir, capsys):
     assert main(["test", "--config", "exp.yaml", "--weights", "w.safetensors", "--tile", "50"]) == 2
     assert "--tile 50" in error_line(capsys)

@@ -134,6 +134,18 @@ def test_weights_and_checkpoints_are_different_options(workdir, capsys, caplog):
     assert "last.ckpt: damaged" in error_line(capsys)
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+@pytest.mark.parametrize("folder", ["runs/exp", "runs/exp/fit-1"])
+def test_only_fit_resumes_the_last_checkpoint(workdir, capsys, command, folder):
+    files = set(workdir.rglob("*"))
+    line = [command, "--config", "exp.yaml", "--ckpt_path", "last", "--trainer.default_root_dir", folder]
+    assert main(line) == 2
+    error = error_line(capsys)
+    assert "--ckpt_path last" in error
+    assert f"derain {command}" in error
+    assert set(workdir.rglob("*")) == files
+
+
 def test_validate(workdir, capsys):
     assert main(["validate", "--config", "exp.yaml", "--weights", "w.safetensors"]) == 0
     assert "val/psnr" in capsys.readouterr().out

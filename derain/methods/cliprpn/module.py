@@ -163,7 +163,7 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         self.route_counts: list[int] | None = [0] * len(self.network.routes)
         self._new_counts = [0] * len(self.network.routes)  # of this process since the last `_sum_counts`
 
-    def check_requirements(self) -> None:
+    def fetch_requirements(self) -> None:
         """Find or fetch CLIP, unless all images take the same route.
 
         Raises:

@@ -219,7 +219,7 @@ class DACLIPModule(TrainableModule):
 
     # Files.
 
-    def next_step(self, path: Path, option: str) -> str:
+    def usage_hint(self, path: Path, option: str) -> str:
         """Return the option that trains DA-CLIP + IR-SDE with the controller."""
         return f"use it in training: --model.controller {path}"
 

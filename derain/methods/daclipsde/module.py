@@ -147,7 +147,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         visited_times(self.sde, sampling.steps)  # checks the number of steps
         self.sampling = dataclasses.replace(sampling, solver=solver_name(sampling))
 
-    def check_requirements(self) -> None:
+    def fetch_requirements(self) -> None:
         """Find or fetch CLIP and the controller, if the network has contexts.
 
         Raises:
@@ -287,7 +287,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
     def on_fit_start(self) -> None:
         """Record the training sets; find or fetch CLIP and the controller."""
         super().on_fit_start()
-        self.check_requirements()
+        self.fetch_requirements()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the matching loss at a random time for each image.

@@ -160,7 +160,7 @@ def test_contexts_affect_the_result_and_frozen_parts_have_no_gradient(clip_folde
 def test_embeddings_of_wrong_size_are_refused(clip_folder):
     module = DACLIPSDEModule("both", str(clip_folder), context=512, **TINY)
     with pytest.raises(DerainError, match="context 512"):
-        module.check_requirements()
+        module.fetch_requirements()
 
 
 def test_description_of_the_degradation(clip_folder):
@@ -173,13 +173,13 @@ def test_description_of_the_degradation(clip_folder):
 
 def test_weights_record_hashes_of_clip_and_controller(clip_folder, tmp_path, caplog):
     module = contextual(clip_folder)
-    module.check_requirements()
+    module.fetch_requirements()
     module.save_weights(tmp_path / "w.safetensors")
     loaded = catalog.load(tmp_path / "w.safetensors").module
     assert loaded.daclip.hashes == module.daclip.hashes
     assert loaded.daclip.hashes["clip_sha256"] == module.daclip.clip.sha256
     loaded.daclip.hashes["clip_sha256"] = "other"
-    loaded.check_requirements()
+    loaded.fetch_requirements()
     assert "DERAIN_CLIP" in caplog.text
 
 
@@ -292,4 +292,4 @@ def test_published_unet_needs_its_controller(clip_folder):
     state = contextual(clip_folder, attention="linear").network.state_dict()
     module = DACLIPSDEModule.from_published(state)
     with pytest.raises(DerainError, match="DERAIN_CONTROLLER"):
-        module.check_requirements()
+        module.fetch_requirements()
