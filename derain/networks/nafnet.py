@@ -154,23 +154,18 @@ class Refinement(nn.Module):
     ) -> Float[Tensor, "b 3 h2 w2"]:
         """Return the corrected image."""
         images = torch.cat((rainy, derained), dim=1).contiguous(memory_format=torch.channels_last)
-        x = self.embedding(images)
-        self._squares(x).add_(self._upsampled(features))
+        x = self.embedding(images) + self._upsampled(features)
         for layer in self.layers:
             x = F.relu(layer(x), inplace=True)
         return derained + cast(Tensor, self.output(x))
 
-    def _squares(self, x: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b h f w f c"]:
-        """Return a view of a map by squares: the pixels that belong to one pixel of the features."""
-        b, c, h, w = x.shape
-        f = self.factor
-        return x.permute(0, 2, 3, 1).view(b, h // f, f, w // f, f, c)
-
-    def _upsampled(self, features: Float[Tensor, "b h w i"]) -> Float[Tensor, "b h f w f c"]:
-        """Return the features at full resolution: pixel-shuffle of a 1×1 convolution, by squares of pixels."""
+    def _upsampled(self, features: Float[Tensor, "b h w i"]) -> Float[Tensor, "b c h2 w2"]:
+        """Return the features at full resolution: a 1×1 convolution, and a pixel-shuffle that keeps channels last."""
         x = pointwise(features, self.up.weight)
         b, h, w, _ = x.shape
-        return x.reshape(b, h, w, self.factor, self.factor, -1).permute(0, 1, 3, 2, 4, 5)
+        f = self.factor
+        x = x.reshape(b, h, w, f, f, -1).permute(0, 1, 3, 2, 4, 5)
+        return x.reshape(b, h * f, w * f, -1).permute(0, 3, 1, 2)
 
 
 class NAFNet(Network):
