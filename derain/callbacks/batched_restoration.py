@@ -49,8 +49,8 @@ class BatchedRestoration(Callback):
         precision: Literal["float32", "bf16"] = "bf16" if trainer.precision == "bf16-mixed" else "float32"
         scheduler = Scheduler(method, method.device, precision, self.tile, OVERLAP, ensemble=False)
         scheduler.limits = limits
-        batch_size = getattr(trainer.datamodule, "eval_batch_size", "auto")  # type: ignore[attr-defined]
-        if batch_size != "auto":
+        batch_size: int | str = getattr(trainer.datamodule, "eval_batch_size", "auto")  # type: ignore[attr-defined]
+        if isinstance(batch_size, int):
             scheduler.largest_batch = max(LARGEST_BATCH, batch_size)  # a smaller one does not limit the tiles at once
 
         def now() -> float:
