@@ -92,7 +92,7 @@ def run(arguments: list[str]) -> int:
     """
     from derain.memory import keep_freed_memory
 
-    keep_freed_memory()  # before a command imports torch
+    keep_freed_memory()  # before a command imports modules that create tensors
     command, *options = command_first(arguments)
     if command in TRAINER_COMMANDS:
         from derain.commands import train

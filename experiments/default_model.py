@@ -203,7 +203,13 @@ def build(options: argparse.Namespace) -> RegressionModule:
 
 
 def with_refinement(module: RegressionModule, layers: int) -> RegressionModule:
-    """Return a module with the weights of another and an untrained refinement, which changes nothing yet."""
+    """Return a module with the weights of another and an untrained refinement, which changes nothing yet.
+
+    Raises:
+        DerainError: If it has a refinement.
+    """
+    if module.network.refinement is not None:
+        raise DerainError("--refinement: these weights have a refinement; omit the option to keep it")
     architecture = module.hparams["network_options"] | {"refinement_layers": layers}
     larger = RegressionModule(network="NAFNet", network_options=architecture, loss="l1")
     larger.network.load_state_dict(larger.network.state_dict() | module.network.state_dict())

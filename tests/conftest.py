@@ -47,6 +47,11 @@ def pytest_collection_finish():
     gc.enable()
 
 
+def pytest_sessionfinish():
+    """Undo the pause of garbage collection if no test was collected here, as in the controller of parallel tests."""
+    gc.enable()
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

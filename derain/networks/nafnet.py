@@ -233,8 +233,8 @@ class NAFNet(Network):
             raise DerainError(f"kernel_size {kernel_size}: expected an odd number of at least 3")
         if unshuffle < 1:
             raise DerainError(f"unshuffle {unshuffle}: expected at least 1")
-        if refinement_layers < 0:
-            raise DerainError(f"refinement_layers {refinement_layers}: expected at least 0")
+        if refinement_layers < 0 or (refinement_layers and width < 2):
+            raise DerainError(f"refinement_layers {refinement_layers}, width {width}: expected at least 0, and width 2")
 
         def blocks(level: int, count: int) -> nn.Sequential:
             return nn.Sequential(*(NAFBlock(width * 2**level, kernel_size) for _ in range(count)))

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from derain.errors import DerainError
-from derain.nn.graphs import compiling_or_exporting, exporting
+from derain.nn.graphs import compiling_or_exporting, exporting, has_no_values
 from derain.nn.padding import pad_to_multiple
 
 STRIP_BYTES = {"cpu": 8 << 20, "gpu": 256 << 20}
@@ -38,10 +38,16 @@ def pointwise(
     x: Float[Tensor, "b h w i"], weight: Float[Tensor, "o i 1 1"], bias: Float[Tensor, " o"] | None = None
 ) -> Float[Tensor, "b h w o"]:
     """Apply a 1×1 convolution to channels-last features."""
-    is_plain = x.dtype == torch.float32 and x.device.type == "cpu" and not compiling_or_exporting()
     # A dilation does not change a 1×1 convolution, but lets PyTorch use oneDNN on one thread too (above 20,480 values)
-    dilation = 2 if is_plain and x.numel() > 20480 else 1
+    dilation = 2 if x.numel() > 20480 and _uses_onednn(x) else 1
     return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, dilation=dilation).permute(0, 2, 3, 1)
+
+
+def _uses_onednn(x: Tensor) -> bool:
+    """Return whether PyTorch computes dilated convolutions of a map with oneDNN."""
+    is_float32 = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return is_float32 and has_onednn and not compiling_or_exporting()
 
 
 def spatial(x: Float[Tensor, "b h w i"], convolution: nn.Module) -> Float[Tensor, "b h w o"]:
@@ -135,7 +141,7 @@ class Attention(nn.Module):
         """Return sums of the channels of each pixel, weighted by the columns of the matrix, and the bias."""
         bias = self.project_out.bias
         bias = None if bias is None else bias.to(value.dtype)
-        if len(value) == 1 and not compiling_or_exporting():  # a convolution is faster
+        if len(value) == 1 and not (compiling_or_exporting() or has_no_values(value)):  # a convolution is faster
             return pointwise(value, matrix[0].T[..., None, None], bias)
         pixels = value.flatten(1, 2)
         mixed = pixels @ matrix if bias is None else torch.baddbmm(bias, pixels, matrix)

@@ -58,10 +58,12 @@ def test_other_routes_have_parameters_but_no_multiplications():
     assert one["macs"] == three["macs"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parts", "size"),
-    [({}, 256), ({"dim": 24, "blocks": (1, 2, 1, 1), "refinement": 1}, 61)],  # 24 and 61 are padded
+    [
+        pytest.param({}, 256, marks=pytest.mark.slow),
+        ({"dim": 24, "blocks": (1, 2, 1, 1), "refinement": 1}, 61),  # 24 and 61 are padded
+    ],
 )
 def test_restormer_agrees_with_torch_on_the_published_network(parts, size):
     with FlopCounterMode(display=False) as counter, torch.device("meta"):

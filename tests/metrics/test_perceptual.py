@@ -219,7 +219,7 @@ def test_the_frechet_distance_compares_folders(fake_pyiqa, photos, capsys):
     printed = capsys.readouterr()
     assert printed.out == ""  # stdout is for results
     assert "fid: 3 images" in printed.err
-    with pytest.raises(DerainError, match=": 1;"):
+    with pytest.raises(DerainError, match=r"\b1;"):
         distance([photos])
 
 

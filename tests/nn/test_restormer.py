@@ -40,11 +40,12 @@ def equal(ours, theirs):
 
 
 @pytest.mark.parametrize("size", [(37, 31), (8, 17)])
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("gradient", [False, True])
-def test_it_equals_the_published_network(networks, size, gradient):
+def test_it_equals_the_published_network(networks, size, count, gradient):
     ours, published = networks
     with torch.set_grad_enabled(gradient):
-        rainy = images(*size)
+        rainy = images(*size, count=count)
         restored = ours(rainy)
         assert (restored - rainy).abs().max() > 0.1
         equal(restored, published(rainy))
@@ -257,6 +258,13 @@ def test_small_images_keep_their_size(networks, size):
 @pytest.mark.parametrize("pixels", [30, 3000])
 def test_pointwise_is_a_matrix_product(pixels):
     """Also for maps that are large enough for the convolution of oneDNN."""
-    x, weight, bias = torch.rand(1, 10, pixels // 10, 8), torch.randn(5, 8, 1, 1), torch.randn(5)
-    expected = x.double() @ weight[:, :, 0, 0].double().T + bias.double()
-    torch.testing.assert_close(restormer.pointwise(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-5)
+    inputs = torch.rand(1, 10, pixels // 10, 8), torch.randn(5, 8, 1, 1), torch.randn(5)
+    x, weight, bias = (value.requires_grad_() for value in inputs)
+    result = restormer.pointwise(x, weight, bias)
+    exact = [value.detach().double().requires_grad_() for value in inputs]
+    expected = exact[0] @ exact[1][:, :, 0, 0].T + exact[2]
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(result.square().mean(), inputs)
+    expected_gradients = torch.autograd.grad(expected.square().mean(), exact)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
