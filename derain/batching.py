@@ -33,8 +33,7 @@ LARGEST_BATCH = 32
 """Default of the largest number of images or tiles in one pass, which occupy a GPU; larger batches are no faster."""
 
 SMALLEST_FOR_THREADS = 64 * 64
-"""Smallest number of pixels of an image that is restored on its own thread. For smaller images, waiting for Python's
-global lock costs more time than threads save."""
+"""Smallest number of pixels of an image that has its own thread: Python's global lock slows threads of smaller ones."""
 
 
 def check_tile(tile: int | Literal["auto"] | None) -> None:
