@@ -75,7 +75,7 @@ def test_photos_that_are_ready_are_restored_together(restorer, tmp_path, monkeyp
     monkeypatch.setattr(restorer, "images_at_once", lambda height, width: 2)
 
     def restore(photos, sources):
-        time.sleep(0.1)
+        time.sleep(0.4)  # long enough to read eight photos
         groups.append(len(photos))
         return [Explanation(photo.rgb, {}, {}) for photo in photos]
 
