@@ -38,8 +38,9 @@ def pointwise(
     x: Float[Tensor, "b h w i"], weight: Float[Tensor, "o i 1 1"], bias: Float[Tensor, " o"] | None = None
 ) -> Float[Tensor, "b h w o"]:
     """Apply a 1×1 convolution to channels-last features."""
-    # A dilation does not change a 1×1 convolution, but lets PyTorch use oneDNN on one thread too (above 20,480 values)
-    dilation = 2 if x.numel() > 20480 and _uses_onednn(x) else 1
+    # A dilation does not change a 1×1 convolution, but lets PyTorch use oneDNN on one thread too (above 20,480 values).
+    # An exported size is a symbol, which cannot be compared: `_uses_onednn` is false then.
+    dilation = 2 if _uses_onednn(x) and x.numel() > 20480 else 1
     return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, dilation=dilation).permute(0, 2, 3, 1)
 
 
