@@ -1,7 +1,8 @@
 """Restoration of rainy images of any size."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
@@ -106,6 +107,15 @@ class Restorer:
         self._reported: set[tuple[int, int]] = set()
         if compile:
             _compile(self.method)
+
+    @contextmanager
+    def in_bf16(self) -> Iterator[None]:
+        """Compute in bf16 (autocast to bfloat16) within a ``with`` block, whatever the precision."""
+        before, self.scheduler.precision = self.scheduler.precision, "bf16"
+        try:
+            yield
+        finally:
+            self.scheduler.precision = before
 
     def __call__(self, rainy: T, conditions: dict[str, Any] | None = None, *, name: str | Sequence[str] = "image") -> T:
         """Restore one or several images, several at once: in batches of equal size, or on a CPU each on its own thread.

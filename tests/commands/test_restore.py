@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from derain import scaling
+from derain.batching import Scheduler
 from derain.cli import main
 from derain.commands.restore import plan
 from derain.errors import DerainError
@@ -184,6 +185,37 @@ def test_video_is_restored_frame_by_frame(video, file, tmp_path):
         )  # half the colour
     with av.open(str(target)) as container:
         assert [stream.codec_context.name for stream in container.streams] == ["h264", "aac"]
+
+
+@pytest.mark.parametrize(
+    ("has_bf16", "option", "expected"),
+    [
+        (True, [], {"float32", "bf16"}),  # the photo and the video
+        (True, ["--precision", "float32"], {"float32"}),
+        (True, ["--precision", "bf16"], {"bf16"}),
+        (False, [], {"float32"}),
+    ],
+)
+def test_videos_are_restored_in_bf16(photo, video, file, tmp_path, monkeypatch, capsys, has_bf16, option, expected):
+    seen, run = set(), Scheduler.run
+
+    def note_precision(self, *arguments, **options):
+        seen.add(self.precision)
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(Scheduler, "run", note_precision)
+    monkeypatch.setattr("derain.restoration.computes_bf16", lambda device: has_bf16)
+    assert main(["restore", str(photo.parent), str(tmp_path / "out"), "--weights", file, *option]) == 0
+    assert seen == expected
+    assert ("--precision" in capsys.readouterr().err) == (len(expected) == 2)
+
+
+def test_methods_that_sample_are_restored_in_float32(video, tmp_path, monkeypatch):
+    method = DACLIPSDEModule("none", channels=16, multipliers=(1, 2), attention="none", sde_steps=4)
+    method.save_weights(tmp_path / "sde.safetensors")
+    monkeypatch.setattr("derain.restoration.computes_bf16", lambda device: True)
+    monkeypatch.setattr(Restorer, "in_bf16", None)  # called: TypeError
+    assert main(["restore", str(video), str(tmp_path / "out.mp4"), "--weights", str(tmp_path / "sde.safetensors")]) == 0
 
 
 def test_folder_of_photos_and_videos(photo, video, file, tmp_path, capsys):
