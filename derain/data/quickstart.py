@@ -37,7 +37,7 @@ def resolve_quickstart(name: str, split: Split) -> str:
 
     Args:
         name: Name of a data set, in any case.
-        split: Split; ``predict`` is the folder of ``test``.
+        split: Split; for ``predict``, the folder is that of ``test``.
 
     Raises:
         DerainError: If scikit-image is not installed.

@@ -62,7 +62,8 @@ class Rain:
     """Parameters of the rain in one image.
 
     Attributes:
-        density: Total area of the streaks of all layers, divided by the image area; overlaps count repeatedly; 0 to 4.
+        density: Expected total area of the streaks of all layers, divided by the image area; overlaps count repeatedly;
+            0 to 4.
         length: Mean length of the nearest streaks in pixels; if both sides of a photo exceed 512 pixels, it is scaled
             by the shorter side divided by 512; 1 to 400.
         width: Width of the nearest streaks in pixels, scaled likewise; 0.2 to 40.
@@ -111,9 +112,7 @@ PRESETS: dict[str, tuple[Rain, Rain]] = {
 }
 """Lower and upper limits of the rain of each preset; the rain of an image is sampled between them.
 
-The presets approximate public data sets. On the clean test photos of Rain800, the mean PSNR (``matlab-y``) of the rainy
-photos is 27.7 dB for light, 21.4 dB for medium and 14.3 dB for heavy rain. That of the rainy test photos is 26.9 dB in
-Rain100L, 22.6 dB in Rain800 and 13.6 dB in Rain100H.
+The PSNR of photos with light, medium and heavy rain approximates that of Rain100L, Rain800 and Rain100H.
 """
 
 
@@ -151,7 +150,7 @@ def add_rain(clean: Pixels, rain: Rain, rng: np.random.Generator) -> Pixels:
     Args:
         clean: ``(h, w, 3)`` uint8.
         rain: Parameters of the rain.
-        rng: Random number generator; equal states yield equal rain on photos of equal size.
+        rng: Random number generator; equal states yield equal streaks, veil and drops on photos of equal size.
 
     Returns:
         The rainy photo, ``(h, w, 3)`` uint8.
@@ -335,16 +334,17 @@ def synthesize(
         out: Folder of the data set.
         rain: Lower and upper limits of the rain (:data:`PRESETS`); the rain of each image is sampled between them.
         per_image: Number of rainy images per photo, 1 to 1000.
-        seed: Seed, at least 0. It determines the rain of an image together with the name of the image; the other photos
-            have no influence.
+        seed: Seed, at least 0. The rain of an image depends on the seed, the limits, the image and its name, not on
+            other images.
         overwrite: Replace ``out`` if it contains a data set written by this function.
 
     Returns:
         A message for each photo that was skipped because it could not be read.
 
     Raises:
-        DerainError: If no photo can be read, two photos have the same name, a number is out of range, a lower limit
-            exceeds its upper limit, one folder contains the other, or ``out`` is not empty and cannot be overwritten.
+        DerainError: If ``clean`` is not a folder or contains no readable photo, output files of two photos would have
+            the same name, a number is out of range, a lower limit exceeds its upper limit, one folder contains the
+            other, or ``out`` is a file, or is not empty and may not be overwritten.
     """
     if not 1 <= per_image <= 1000 or seed < 0:
         raise DerainError(
@@ -436,7 +436,12 @@ def _write_record(
 
 
 def _check_folders(clean: Path, out: Path, overwrite: bool) -> None:
-    """Check that the clean folder exists, that the folders are not nested, and that no files would be overwritten."""
+    """Check the folders of `synthesize`.
+
+    Raises:
+        DerainError: If ``clean`` is not a folder, one folder contains the other, ``out`` is a file, or ``out`` contains
+            files that are not a generated data set, or one that may not be overwritten.
+    """
     if not clean.is_dir():
         raise DerainError(f"{clean}: no such folder; give a folder of clean photos")
     out_path, clean_path = out.resolve(), clean.resolve()
@@ -458,7 +463,7 @@ def _write_contact_sheet(folder: Path, names: dict[str, str]) -> None:
 
     Args:
         folder: Folder of the data set.
-        names: Names of the rainy images by names of the clean ones.
+        names: Name of a rainy image by the name of its clean image.
     """
     pairs = list(names.items())
     if len(pairs) > 10:

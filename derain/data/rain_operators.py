@@ -116,7 +116,7 @@ class RandomMist(SampleOperator):
     """Patchy mist.
 
     Args:
-        opacity: Range of the opacity, which is multiplied by 0.6 to 1.1 in parts of the image.
+        opacity: Range of the opacity, which is multiplied by about 0.6 to 1.1 in parts of the image.
         share: Probability that a sample is changed.
     """
 
@@ -184,7 +184,8 @@ class RandomRain(SampleOperator):
         share: Probability that a sample is changed.
 
     Raises:
-        DerainError: If the images of streaks cannot be read.
+        DerainError: If there are no images of streaks in the folder that ``ranges`` names, or one cannot be read or is
+            not dark.
 
     References:
         Garg and Nayar, Vision and Rain, IJCV 2007 (streaks are translucent and show the light of their surroundings);
@@ -303,7 +304,7 @@ class RandomLensDrops(SampleOperator):
         self.count = count
 
     def generate_parameters(self, batch_shape: tuple[int, ...]) -> Params:
-        """Draw the number of drops of each image, and the following for the largest possible number of drops.
+        """Draw the number of drops of each image; and centre, radius and height of as many drops as an image may have.
 
         Centres are fractions of width and height, radii fractions of the shorter side, and heights multiples of the
         width of the drop.
@@ -346,8 +347,6 @@ class RandomLensDrops(SampleOperator):
 
 class RandomDefocus(SampleOperator):
     """Gaussian blur; faster than kornia's ``RandomGaussianBlur``, which also computes the samples that stay sharp.
-
-    The kernel extends to three times the largest standard deviation.
 
     Args:
         deviation: Range of the standard deviation in pixels.
@@ -406,7 +405,7 @@ class RandomResampling(SampleOperator):
         self.scale = scale
 
     def generate_parameters(self, batch_shape: tuple[int, ...]) -> Params:
-        """Draw the scale."""
+        """Draw the scale of the batch."""
         return {"scale": uniform(self.scale, 1).expand(batch_shape[0])}
 
     def transform(self, image: Tensor, params: Params) -> Tensor:
@@ -430,7 +429,7 @@ class RandomCompression(SampleOperator):
         self.quality = quality
 
     def generate_parameters(self, batch_shape: tuple[int, ...]) -> Params:
-        """Draw the quality."""
+        """Draw the quality of each image."""
         return {"quality": uniform(self.quality, batch_shape[0])}
 
     def transform(self, image: Tensor, params: Params) -> Tensor:
@@ -448,6 +447,9 @@ class RainDegradation(torch.nn.Module):
 
     Args:
         ranges: Ranges of all parameters.
+
+    Raises:
+        DerainError: If the images of streaks that ``ranges`` names are rejected; see `RandomRain`.
     """
 
     def __init__(self, ranges: RainRanges) -> None:

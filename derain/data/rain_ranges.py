@@ -33,7 +33,7 @@ LIMITS: Mapping[str, Range] = {
     "resampling": (0.1, 1),
     "jpeg": (1, 100),
 }
-"""Values that each range of `RainRanges` may have; all other fields are shares, 0 to 1, and ``streak_images``."""
+"""Smallest and largest value that each range of `RainRanges` may contain."""
 
 COUNTS = frozenset({"layers", "drops"})
 """Ranges of integers."""
@@ -63,14 +63,14 @@ class RainRanges:
         added_share: Share whose streaks are added to the image, ``clean + S``.
         screened_share: Share whose streaks are blended by ``clean + S (1 - clean)``; the streaks of the others show
             the light of the sky, ``clean (1 - S) + S sky``.
-        measured_share: Share with streaks from ``streak_images``; 1 in a YAML file that names only the images.
+        measured_share: Share with streaks from ``streak_images``; 1 by default in a YAML file that has this key.
         clear_share: Share without streaks and veil. If such a sample has no drops either, its rainy image equals the
             clean one.
         veil: Opacity of the mist of distant rain in an image of dense streaks, and less in others; it is multiplied by
-            0.6 to 1.1 in parts of the image.
+            about 0.6 to 1.1 in parts of the image.
         veil_share: Share with such a veil, among the samples with rain.
-        mist: Opacity of mist that is not to be removed, in the rainy and in the clean image; it is multiplied by 0.6 to
-            1.1 in parts of the image.
+        mist: Opacity of mist that is not to be removed, in the rainy and in the clean image; it is multiplied by about
+            0.6 to 1.1 in parts of the image.
         mist_share: Share with such mist.
         drops: Number of drops on the lens, an integer.
         drops_share: Share with drops.
@@ -156,8 +156,8 @@ def _check(name: str, value: Any) -> None:
     """Check the value of a field.
 
     Raises:
-        DerainError: If a range is not two numbers within `LIMITS`, the smaller one first, or not of integers in
-            `COUNTS`; or if a share is not in 0 to 1.
+        DerainError: If a range is not two numbers within `LIMITS`, the smaller one first; if a range in `COUNTS` is not
+            of integers; or if a share is not in 0 to 1.
     """
     if name == "streak_images":
         return
@@ -180,7 +180,7 @@ RAIN_ALONE = {field.name: 0.0 for field in dataclasses.fields(RainRanges) if fie
 
 
 def _preset(name: str) -> RainRanges:
-    """Return a preset of `derain.data.rain` as ranges; its rain is drawn and rendered like that of ``varied``."""
+    """Return a preset of `derain.data.rain` as ranges, without other degradations."""
     low, high = PRESETS[name]
     names = ("density", "length", "width", "angle", "spread", "layers", "brightness", "veil")
     ranges = {parameter: (getattr(low, parameter), getattr(high, parameter)) for parameter in names}

@@ -26,8 +26,9 @@ MEAN_FRACTION = 0.75
 """Mean share of a cell's length that its streak covers; the share is uniform in 0.5 to 1."""
 TAPER = 0.25
 """Share of a streak's length at each end along which its opacity decreases to 0."""
-LENGTH_DIGITS = 61
-"""Factor of a streak's random number: the number determines the brightness, the fraction of the product the length."""
+LENGTH_FACTOR = 61
+"""Factor of a streak's random number. The number determines the brightness; the fractional part of its product with
+the factor determines the length."""
 MAX_PRESENCE = 0.95
 """Upper limit of the probability that a cell contains a streak; it limits the coverage of a layer to 0.53."""
 
@@ -52,8 +53,7 @@ class Lanes(NamedTuple):
     """Random lanes and cells of streaks.
 
     Attributes:
-        offset: ``(n,)``: distance of the centre of the image from the middle of all lanes, 0 to 1 times the distance
-            between neighbouring lanes.
+        offset: ``(n,)``: shift of the lanes across their direction, 0 to 1, in distances between neighbouring lanes.
         scale: ``(n, lanes)``: number of cells per pixel along the lanes.
         phase: ``(n, lanes)``: position of the first pixel of the lanes in the first cell, 0 to 1.
         streak: ``(n, lanes, cells)``: random number in [0, 1) of each cell with a streak; negative without one.
@@ -112,7 +112,7 @@ def streak_opacity(layers: StreakLayers, lanes: Lanes, size: Sequence[int]) -> F
     x = torch.linspace(-(width - 1) / 2, (width - 1) / 2, width, device=device)
     y = torch.linspace(-(height - 1) / 2, (height - 1) / 2, height, device=device)[:, None]
     sin, cos = (part.to(device)[:, None, None] for part in (layers.angle.sin(), layers.angle.cos()))
-    # Normalised coordinates of pixels along and across the lanes, as affine_grid would compute them slower on a CPU.
+    # Normalised coordinates of the pixels along and across the lanes; affine_grid is slower on a CPU.
     to_column = 2 / (columns - 1)
     to_row = 2 / (rows - 1) / lane_distance(layers.width).to(device)[:, None, None]
     along = to_column * sin * x + to_column * cos * y
@@ -128,7 +128,7 @@ def _lane_opacity(lanes: Lanes, length: int) -> Float[Tensor, "n lanes length"]:
     position = torch.addcmul(lanes.phase[:, :, None], lanes.scale[:, :, None], pixels)
     cell = position.long()
     from_centre = position.frac_().sub_(0.5).abs_()
-    fraction = lanes.streak.mul(LENGTH_DIGITS).frac_().mul_(0.5).add_(0.5)
+    fraction = lanes.streak.mul(LENGTH_FACTOR).frac_().mul_(0.5).add_(0.5)
     brightness = torch.where(lanes.streak < 0, 0, 0.3 + 0.7 * lanes.streak)
     slope = fraction.reciprocal_().div_(TAPER).gather(2, cell)
     ends = slope.mul_(from_centre).neg_().add_(0.5 / TAPER).clamp_(0, 1)

@@ -26,7 +26,7 @@ Key = tuple[str, ...]
 K = TypeVar("K", bound=Hashable)
 
 References = dict[str, Path | Pair]
-"""Clean files, or pairs with the clean images, by name."""
+"""Clean files, or pairs that contain the clean images, by name."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ScoringPair:
     Attributes:
         name: Name of the image in the scores.
         derained: Derained file.
-        clean: Clean file, or the pair of a data set with the clean image; None without clean images.
+        clean: Clean file, or the pair of a data set that contains the clean image; None without clean images.
     """
 
     name: str
@@ -81,7 +81,7 @@ class _Candidate(NamedTuple):
 
     Attributes:
         title: Data set, split and notes, separated by ``; ``; empty for a plain folder.
-        references: Clean files, or pairs with the clean images, by name.
+        references: Clean images by name.
     """
 
     title: str
@@ -91,14 +91,16 @@ class _Candidate(NamedTuple):
 def find_scoring_pairs(derained: Path, clean: str | None) -> list[ScoringPair]:
     """Return each derained image with its clean image, found by name as in `match_names`.
 
-    Prints the data set and split of the clean images to standard error.
+    Two files are a pair regardless of their names. If ``clean`` is a data set, its name and split are printed to
+    standard error.
 
     Args:
         derained: Derained image, or folder of derained images.
         clean: Clean image, folder of clean images, or data set; None for scores without reference.
 
     Raises:
-        DerainError: If a file or folder does not exist, an image has no partner, or names are ambiguous.
+        DerainError: If a file or folder does not exist or a folder has no images, an image has no partner, or names
+            are ambiguous. A clean image may lack a partner if ``derained`` is a file.
     """
     if derained.is_file():
         files = {derained.stem: derained}
@@ -212,11 +214,12 @@ def match_names(
     1. Equal names.
     2. Equal except for case, punctuation, leading zeros, words for the kind of an image, and a final scale:
        ``rain-001`` equals ``norain-1x2`` and ``1_derained``.
-    3. As rule 2, after removing a prefix and a suffix that all results share; or, with several results per clean image,
-       after removing their final number (``901_1``, ``901_2``). If both apply, they must agree.
+    3. As rule 2, after removing a prefix and a suffix that all results share; or, unless ``allow_extra``, the final
+       number of each result (``901_1``, ``901_2``), so that several results may have the same clean image. If both
+       apply, they must agree.
 
     Args:
-        derained: Names of the results, without suffix.
+        derained: Names of the results, without suffix; at least one.
         clean: Names of the clean images, without suffix.
         allow_extra: Allow clean images without a result.
         labels: Names of both lists in messages.

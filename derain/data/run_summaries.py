@@ -67,7 +67,7 @@ class ResultRow:
     """Row of a table of results, measured by derain or published.
 
     Attributes:
-        method: Name of the method in papers.
+        method: Name of the network or method.
         details: Hyper-parameters and sampling options.
         trained_on: Names of the training sets.
         protocol: Evaluation protocol; None if a paper's is unknown.
@@ -78,7 +78,7 @@ class ResultRow:
         metadata: Metadata of the weights, from which the method can be built; empty for a published row.
         parameters: Number of parameters of the network, as published.
         macs: Multiply-accumulate operations per image, as published; the note states the image size.
-        hardware: Hardware on which the time was measured.
+        hardware: Device and precision with which the time was measured.
         lpips_net: Network of LPIPS; None without LPIPS.
         note: Source and caveats of a published row; None for measured results.
     """
@@ -108,8 +108,8 @@ def find_files(paths: Iterable[Path], name: str) -> list[Path]:
     """Return the given files, and all files called ``name`` below the given folders, each once.
 
     Args:
-        paths: Files and folders. Files with another suffix than that of ``name`` are ignored, since a pattern such as
-            ``runs/*`` may match them.
+        paths: Files and folders. Given files with another suffix than that of ``name`` are ignored, since a pattern
+            such as ``runs/*`` may match them.
         name: Name of the files in folders, such as ``summary.json``.
 
     Raises:
@@ -252,7 +252,7 @@ def dataset_name(sets: str | list[str]) -> str:
 
 
 def merge_rows(rows: Sequence[ResultRow]) -> list[ResultRow]:
-    """Merge the results of one method on several data sets into one row, as papers do.
+    """Merge the results of one method with equal details on several data sets into one row, as papers do.
 
     A merged row has the results of a single weights file, or those of several files, each of which was trained for the
     data set that it was tested on. Rows that were tested on the same data set are not merged, since that would hide a
@@ -389,9 +389,9 @@ def _table_note(table: dict[str, Any], protocol: str | None) -> str:
 def row_labels(rows: Sequence[ResultRow]) -> list[str]:
     """Return the labels of the rows.
 
-    The label of a published row is its method. Other labels add the hyper-parameters that differ between the rows of
-    the method. To labels of rows with equal training sets that are still equal, the hash of the weights is added; if
-    that does not suffice, the file is added as well.
+    The label of a published row is its method. Other labels add the details that differ between the measured rows of
+    the method. If rows with equal training sets still have equal labels, the hash of the weights is added; if that does
+    not suffice, the file is added as well.
     """
     labels = []
     for row in rows:
@@ -410,7 +410,7 @@ def row_labels(rows: Sequence[ResultRow]) -> list[str]:
 
 
 def _differing_details(row: ResultRow, rows: Sequence[ResultRow]) -> list[str]:
-    """Return the hyper-parameters that differ between measured rows of the same method, as text."""
+    """Return the row's details that differ between measured rows of the same method, as text."""
     same_method = [candidate for candidate in rows if candidate.method == row.method and candidate.note is None]
     details = []
     for key, value in row.details.items():
@@ -420,7 +420,7 @@ def _differing_details(row: ResultRow, rows: Sequence[ResultRow]) -> list[str]:
 
 
 def shorten_paths(paths: Sequence[Path]) -> list[str]:
-    """Return paths without the leading folders that they have in common.
+    """Return paths, made absolute, without the leading folders that they have in common.
 
     Example:
         >>> shorten_paths([Path("/runs/a/fit-1"), Path("/runs/b/fit-1")]), shorten_paths([Path("/runs/a/fit-1")])

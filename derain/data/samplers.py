@@ -19,9 +19,8 @@ class Sample(NamedTuple):
 
     Attributes:
         epoch: Index of the epoch.
-        number: Shuffled index of the sample. In the first permutation of an epoch, it is below the number of samples
-            per epoch; in the n-th further permutation, n times that number is added. Its remainder modulo the number
-            of pairs is the index of the pair, unless data sets have weights.
+        number: Number of the sample. The first permutation of an epoch has the numbers from 0 to below the number of
+            samples per epoch; to those of the n-th further permutation, n times that number is added.
         crop: Side of the crop in pixels.
     """
 
@@ -102,14 +101,15 @@ def to_batch_stages(schedule: Sequence[CropStage], accumulate: int, batches: int
 
 
 class TrainingBatchSampler(Sampler[list[Sample]]):
-    """Batches of shuffled samples for one rank, determined by the arguments, the epoch and the batch index alone.
+    """Batches of shuffled samples for one rank, determined by the arguments, the position and `count_from` alone.
 
     The sampler shares no random number generator with other code. So the batches after `resume_at` equal those of an
     uninterrupted run, for any number of workers.
 
-    With one stage, an epoch contains every sample once, and its last batch may be smaller. If the ranks cannot share
-    the samples equally, a second permutation provides the missing ones. With several stages, every epoch has as many
-    batches as an epoch of the first stage; it starts with a new permutation and draws further ones as needed.
+    With one stage, an epoch contains every sample once over all ranks, and its last batch may be smaller. If the ranks
+    cannot share the samples equally, a second permutation provides the missing ones. With several stages, every epoch
+    has as many batches as an epoch of the first stage; it starts with a new permutation and draws further ones as
+    needed.
 
     Args:
         count: Samples per epoch, over all ranks.

@@ -34,7 +34,7 @@ VERSION = 1
 """Version of the index; increment when earlier versions of derain could misread it."""
 
 MAX_OPEN = 64
-"""Maximum number of shards that a process keeps open; systems often allow 1,024 files or fewer."""
+"""Maximum number of shards that a process keeps open, since systems limit the number of open files."""
 
 PAUSES = (1, 2, 4, 8)
 """Seconds before each new attempt to read from a URL."""
@@ -49,7 +49,7 @@ log = logging.getLogger("derain")
 class ShardImage:
     """Image file in a shard.
 
-    Images are equal if they are the same file of the same data set: a shard repeats a clean image for each of its rainy
+    Images are equal if location, name and SHA-256 are equal, since a shard repeats a clean image for each of its rainy
     images.
 
     Attributes:
@@ -59,8 +59,8 @@ class ShardImage:
         shard: Name of the shard.
         offset: Position of the file in the shard in bytes.
         length: Size of the file in bytes.
-        height: Height of the upright image in pixels.
-        width: Width of the upright image in pixels.
+        height: Height of the upright rainy file of the pair in pixels.
+        width: Width of the upright rainy file of the pair in pixels.
         checked: Whether this process has compared the file with its SHA-256. Files on a disk are compared once, files
             behind a URL whenever they are read.
     """
@@ -288,9 +288,9 @@ def _read(path: str, offset: int = 0, length: int | None = None) -> bytes:
 
 
 class _OpenShard:
-    """Shard on a disk, open until it is garbage-collected, since opening it for each image takes longer than reading.
+    """Shard on a disk that stays open until it is garbage-collected, so that it is not opened for each image.
 
-    Reads name their offset, so that threads and forked processes can share the open file.
+    `os.pread` leaves the position of the file unchanged, so that threads and forked processes can share the open file.
     """
 
     def __init__(self, path: str) -> None:
@@ -319,7 +319,7 @@ def _download(url: str, offset: int, length: int | None) -> bytes:
     import fsspec
 
     try:
-        # Not stored: a file system must not be used by processes that are forked later. fsspec caches it per process.
+        # Not stored: processes that are forked later must not use this file system. fsspec caches one per process.
         files, path = fsspec.url_to_fs(url)
     except ImportError as error:
         raise DerainError(f"{url}: {first_line(error)}; for s3://, run: pip install 'derain[s3]'") from error

@@ -1,7 +1,7 @@
 """Sources of the public data sets: mirrors on the Hugging Face hub, archives on web servers, and pages with a form.
 
 The entries were compiled in December 2026 from stored copies of the pages that they name, without downloading the data
-sets. Therefore, derain asks the server for sizes and checksums before each download.
+sets.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Source:
     """Source of a data set.
 
     Attributes:
-        kind: Name of the kind of source, as ``--from`` accepts it.
+        kind: Kind of source, as ``--from`` accepts it.
         licence: Licence or terms as the authors state them.
         note: Differences from the authors' data set, or other advice.
     """
@@ -253,7 +253,7 @@ SOURCES: dict[str, tuple[Source, ...]] = {
     ),
     "VRDS": (Form("https://github.com/TonyHongtaoWu/ViMP-Net", _LINKS),),
 }
-"""Sources of each data set, by the names of `LAYOUTS`; the first one is used by default."""
+"""Sources by data set, for all layouts except the general ones; the first source is used by default."""
 
 
 def find_name(name: str) -> str:

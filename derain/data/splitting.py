@@ -63,7 +63,7 @@ def by_data_set(pairs: Sequence[Pair]) -> dict[str, list[int]]:
 
 
 def first_pairs(pairs: Sequence[Pair], limit: int | None) -> tuple[Pair, ...]:
-    """Return the first pairs of each data set in the given order, as equally many of each as the data sets allow.
+    """Return the first pairs of each data set, in the given order; of each, about equally many if it has enough pairs.
 
     Args:
         pairs: The pairs.

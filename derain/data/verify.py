@@ -85,7 +85,7 @@ class _CheckedImage:
 
     file: ImageFile
     background: Signature | None = None
-    rainy: Signature | None = None  # of the first rainy image
+    rainy: Signature | None = None  # of the first readable rainy image
     cues: Cues = ()
     findings: tuple[Finding, ...] = ()
 
@@ -113,7 +113,7 @@ def verify(
 ) -> tuple[list[DataSplit], list[Finding]]:
     """Check the data sets in a folder, and compare the backgrounds of their images, also with those in ``against``.
 
-    Of a video, only the background of the first frame is compared, since the other frames show the same scene.
+    Of a video, only the background of the first readable frame is compared, since the others show the same scene.
 
     Args:
         root: Folder of one data set or of several, or folder of shards.
@@ -286,7 +286,7 @@ def _check_backgrounds(checked: Sequence[DataSplit], images: _Images) -> Iterato
         elif both_checked and (first.split == "train") == (second.split == "train"):
             shared[first, second].append(match)
         else:
-            # Of two splits of the same name, the one in ``against`` counts as the test set.
+            # Of two training sets or two test sets, the one in ``against`` counts as the test set.
             test_is_first = first not in checked if first.split == second.split else second.split == "train"
             if test_is_first:
                 leaks[match.first, second].append((match.second, match))

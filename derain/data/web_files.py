@@ -87,7 +87,7 @@ def download_urls(files: Sequence[RemoteFile], folder: Path, advance: Callable[[
         advance: Called with numbers of new bytes, which are negative if a file starts again.
 
     Raises:
-        DerainError: If a server refuses, or fails several times in a row.
+        DerainError: If a server refuses, fails several times in a row, or sends a web page or a file of another size.
         OSError: If a file cannot be written.
     """
     downloader = _Downloader(folder, advance)
@@ -234,7 +234,7 @@ def _continues(file: RemoteFile, position: int, headers: Mapping[str, str]) -> b
         return False
     if file.size is not None and announced[2] not in ("*", str(file.size)):
         return False
-    # Quotes do not identify an ETag, since some servers omit them.
+    # An ETag cannot be recognised by its quotes, since some servers omit them.
     kind = "Last-Modified" if parsedate(file.version) else "ETag"
     return not file.version or headers.get(kind, file.version) == file.version
 
