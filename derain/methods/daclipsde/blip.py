@@ -23,7 +23,7 @@ BLIP = HubModel(
 class FrozenBLIP:
     """BLIP captioning model of transformers.
 
-    Decoding is greedy, as for the captions of DA-CLIP's authors, so captions are deterministic.
+    Decoding is greedy, without random sampling.
 
     Args:
         name: Id on the Hugging Face hub (``Salesforce/blip-image-captioning-large``) or a local directory in that
@@ -73,7 +73,7 @@ class FrozenBLIP:
 
     @torch.inference_mode()
     def captions(self, images: Sequence[Pixels], device: torch.device | None = None) -> list[str]:
-        """Return the captions of images, processed as a single batch.
+        """Return one caption per image; the images are processed as a single batch.
 
         Args:
             images: Images ``(h, w, 3)`` in uint8, of any sizes.

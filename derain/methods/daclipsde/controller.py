@@ -1,4 +1,4 @@
-"""Controller of DA-CLIP, which corrects the image embedding of a frozen CLIP and embeds the degradation.
+"""Controller of DA-CLIP: it corrects the image embedding of a frozen CLIP, and embeds the degradation.
 
 Luo et al., Controlling Vision-Language Models for Multi-Task Image Restoration, ICLR 2024; Pullabhotla, section III.A.
 """
@@ -27,7 +27,7 @@ Order = Literal["reversed", "aligned"]
 Tokens = Float[Tensor, "b n c"]
 
 WORDS = ("rainy", "clean")
-"""Degradation words for a controller whose file has fewer than two, such as the authors' file."""
+"""Degradation words for controllers whose file records fewer than two, such as the authors' file."""
 
 
 class DACLIPMetadata(Metadata):
@@ -58,8 +58,8 @@ class Controller(nn.Module):
     """Trainable copy of CLIP's vision tower, connected to the frozen tower by zero-initialised layers.
 
     The output of each block of the copy passes through a zero-initialised layer and is added to the output of a frozen
-    block, so that the content embedding starts as CLIP's own. The degradation embedding is the output of the copy; the
-    zero-initialised layers do not affect it.
+    block. Before training, the content embedding is therefore CLIP's own. The degradation embedding is the projected
+    output of the copy itself; the zero-initialised layers do not affect it.
 
     Args:
         clip: ``CLIPModel`` of transformers.
@@ -85,7 +85,7 @@ class Controller(nn.Module):
         """Return the embeddings of images.
 
         Args:
-            clip: The CLIP that the controller was built from, frozen.
+            clip: The ``CLIPModel`` that the controller was built from, frozen.
             pixels: Images, as `FrozenCLIP.pixels` returns them.
         """
         x = _embed(self.vision, pixels)
@@ -117,13 +117,13 @@ def load_controller(file: Path, clip: FrozenCLIP) -> tuple[Controller, Mapping[s
 
     Args:
         file: Path of the file.
-        clip: CLIP that the controller was trained with; a warning is logged if its hash differs.
+        clip: CLIP to connect the controller to. If the file records the hash of a different one, a warning is logged.
 
     Returns:
         The controller, and the metadata of its file, which is empty for the authors' checkpoint.
 
     Raises:
-        DerainError: If the file cannot be read, contains no controller, or does not fit CLIP.
+        DerainError: If CLIP is not available, or the file cannot be read, contains no controller, or does not fit CLIP.
     """
     content = weights.read(file)
     state, metadata = content.state, content.metadata
@@ -153,7 +153,7 @@ def load_controller(file: Path, clip: FrozenCLIP) -> tuple[Controller, Mapping[s
 
 
 def _from_published(file: Path, state: Mapping[str, Tensor]) -> tuple[Tensor | None, Mapping[str, Tensor]]:
-    """Return the projection of the frozen CLIP, and the controller's state dict, from the authors' checkpoint."""
+    """Return the projection of the frozen CLIP, if there is one, and the controller of the authors' checkpoint."""
     try:
         return projection_of(state), controller_of(state)
     except DerainError:
@@ -167,10 +167,10 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def _matches_clip(projection: Tensor | None, clip: FrozenCLIP) -> bool:
-    """Return whether the authors' checkpoint contains this CLIP: different CLIPs can have tensors of equal shapes.
+    """Return whether a projection is that of a CLIP: shapes are not enough, since different CLIPs can have equal ones.
 
     Args:
-        projection: Projection of the frozen CLIP in the checkpoint; None if there is none to compare.
+        projection: Projection of the frozen CLIP in the authors' checkpoint; None: not known, the result is true.
         clip: CLIP in use.
     """
     if projection is None:
@@ -187,13 +187,13 @@ class FrozenDACLIP:
     Args:
         clip: Id on the Hugging Face hub or a local directory; ``$DERAIN_CLIP`` takes precedence.
         controller: Weights of `DACLIPModule`, or the authors' checkpoint; ``$DERAIN_CONTROLLER`` takes precedence.
-            None: an untrained controller, whose embeddings are both CLIP's own.
+            None: an untrained controller; both its embeddings are CLIP's own.
 
     Attributes:
         file: Path of the controller's file; None for an untrained controller.
-        hashes: SHA-256 of CLIP and of the controller's file (``clip_sha256``, ``controller_sha256``); until these are
-            loaded, the expected ones, see `expect_hashes`.
-        words: Degradation words that the controller was trained to distinguish; valid once the controller is loaded.
+        hashes: SHA-256 of CLIP and of the controller's file (``clip_sha256``, ``controller_sha256``). Before they are
+            loaded, the expected values, see `expect_hashes`; initially empty.
+        words: Degradation words that `probabilities` distinguishes; those of the controller's file once it is loaded.
     """
 
     def __init__(self, clip: str, controller: str | None) -> None:
@@ -210,8 +210,8 @@ class FrozenDACLIP:
 
         Args:
             metadata: Metadata of a weights file or checkpoint.
-            resuming: Whether a run is being resumed. If so, loading a different CLIP or controller raises an error;
-                otherwise it logs a warning.
+            resuming: Whether a run is being resumed. If so, loading a CLIP or controller with another hash raises an
+                error; otherwise a warning is logged.
         """
         self.hashes = {name: metadata[name] for name in ("clip_sha256", "controller_sha256") if name in metadata}
         self._resumed = metadata.get("hyper_parameters", {}) if resuming else None
@@ -221,8 +221,8 @@ class FrozenDACLIP:
         """The controller, loaded at the first access.
 
         Raises:
-            DerainError: If CLIP or the controller's file is not available, they do not fit each other, or a resumed run
-                was started with different ones.
+            DerainError: If CLIP or the controller's file cannot be loaded, they do not fit each other, or a resumed run
+                was started with a different CLIP or controller.
         """
         controller = self._load()
         file_hash = weights.sha256(Path(self.file)) if self.file is not None else None
@@ -246,7 +246,7 @@ class FrozenDACLIP:
         return controller
 
     def _compare(self, option: str, name: str | None, sha256: str | None) -> None:
-        """Compare the hash of CLIP or the controller with the expected one.
+        """Compare the hash of CLIP or the controller with the expected one; log a warning if they differ.
 
         Raises:
             DerainError: If they differ and a run is being resumed.
@@ -274,7 +274,9 @@ class FrozenDACLIP:
             return cast(Embeddings, controller(clip, self.clip.pixels(rainy.float())))
 
     def probabilities(self, degradation: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
-        """Return the probability of each of ``words``: the softmax of the cosines, scaled as in the training.
+        """Return the probability of each of the ``words``, on the CPU.
+
+        It is the softmax of the cosines of degradation embedding and words, multiplied by the trained scale.
 
         Args:
             degradation: Degradation embeddings.

@@ -28,12 +28,12 @@ CAPTION = "a photo"
 
 
 class DACLIPModule(TrainableModule):
-    """Controller of DA-CLIP, which embeds the content of rainy images as if they were clean, and the degradation.
+    """Training of DA-CLIP's controller, see `Controller`.
 
-    Training minimises two contrastive losses (Pullabhotla, eqs. 3 and 4): between the content embedding of an image and
-    the caption of its clean image, and between the degradation embedding and a word for the degradation. CLIP is frozen
-    and not part of checkpoints. Training batches also contain the clean images: if the word for all images were
-    ``rainy``, the controller would have nothing to distinguish.
+    Training minimises the sum of two contrastive losses (Pullabhotla, eqs. 3 and 4): between the content embedding of
+    an image and the caption of its clean image, and between the degradation embedding and a word for the degradation.
+    CLIP is frozen and not part of checkpoints. By default, the clean images are training examples too: if the word for
+    all images were ``rainy``, the controller would have nothing to distinguish.
 
     Args:
         clip: Id on the Hugging Face hub, or a local directory; ``$DERAIN_CLIP`` takes precedence.
@@ -42,14 +42,16 @@ class DACLIPModule(TrainableModule):
         degradation: Word for rainy images without a caption table. A caption table (``--data.captions``) has its own
             words.
         clean: Word for clean images; None: batches contain no clean images.
-        equal_texts: Whether all texts of a batch that equal the text of an image are correct answers for it; otherwise
-            only its own text is.
+        equal_texts: Whether equal texts in a batch are all correct for an image with this text, see
+            `contrastive_loss`; otherwise only the image's own text is.
         smallest: Minimum area of the random crops, which are resized for CLIP, as a fraction of the image's area, in
             (0, 1]; DA-CLIP: 0.9.
-        learning_rate: Learning rate of AdamW, betas 0.9 and 0.98, epsilon 1e-6; DA-CLIP: 2e-5 on one GPU, 3e-5 on four.
-        weight_decay: Weight decay of matrices; vectors, biases and the logit scale have none; DA-CLIP: 0.05.
-        warm_up: Fraction of the optimiser steps in which the learning rate rises, in [0, 1); it then falls to 0 along a
-            cosine.
+        learning_rate: Highest learning rate of AdamW, betas 0.9 and 0.98, epsilon 1e-6; DA-CLIP: 2e-5 on one GPU, 3e-5
+            on four.
+        weight_decay: Weight decay of parameters with at least two dimensions; the other parameters have none; DA-CLIP:
+            0.05.
+        warm_up: Fraction of the optimiser steps in which the learning rate rises, in [0, 1). Afterwards, the learning
+            rate falls to 0 along a cosine.
 
     Raises:
         DerainError: If CLIP is not available, ``controller`` cannot be loaded or does not fit CLIP or ``order``, or an
@@ -126,13 +128,13 @@ class DACLIPModule(TrainableModule):
         return torch.cat((rainy, batch["clean"])), captions * 2, words + [clean] * len(rainy)
 
     def _contrast(self, images: Float[Tensor, "b d"], texts: list[str], scale: Tensor, kind: str) -> Tensor:
-        """Return the contrastive loss over the batches of all devices; warn once if all texts are equal.
+        """Return the contrastive loss over the batches of all devices; warn once for each ``kind`` of equal texts.
 
         Args:
             images: Embeddings of the images on this device.
             texts: Texts of the images.
             scale: Inverse temperature of the softmax.
-            kind: What the texts are, for the warning.
+            kind: ``captions`` or ``degradations``, for the warning.
         """
         features = self._features(texts).to(images.device)
         ids = torch.tensor([_text_id(text) for text in texts], device=images.device)
@@ -142,7 +144,7 @@ class DACLIPModule(TrainableModule):
         same = ids[:, None] == ids if self.hparams["equal_texts"] else None
         if kind not in self._warned and bool((ids == ids[0]).all()):
             self._warned.add(kind)
-            effect = "this part of the loss is 0" if same is not None else "the loss pushes images towards each other"
+            effect = "this part of the loss is 0" if same is not None else "the loss makes the images alike"
             log.warning(
                 "all %d %s of a batch are %r, so they distinguish nothing; %s", len(ids), kind, texts[0], effect
             )
@@ -159,9 +161,9 @@ class DACLIPModule(TrainableModule):
         return torch.stack([self._texts[text] for text in texts])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Make the step, then clamp the inverse temperature, ``exp(logit_scale)``, to 1 to 100.
+        """Make the step, then clamp the inverse temperature ``exp(logit_scale)`` to the range from 1 to 100.
 
-        A checkpoint may be saved directly after the step.
+        Later hooks would be too late: a checkpoint may be saved right after the step.
         """
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
@@ -195,7 +197,7 @@ class DACLIPModule(TrainableModule):
             self._accuracy = {"all": MulticlassAccuracy(len(self.words), average="micro").to(self.device)}
 
     def _find_words(self) -> None:
-        """Collect the degradation words: those of the caption tables, or else ``degradation``; and ``clean``."""
+        """Set ``words``: those of the caption tables, or ``degradation`` without tables; and ``clean`` unless None."""
         data: Any = getattr(self.trainer, "datamodule", None)
         words = set(getattr(data, "degradations", ()) or [self.hparams["degradation"]])
         if self.hparams["clean"] is not None:
@@ -203,7 +205,7 @@ class DACLIPModule(TrainableModule):
         self.words = sorted(words)
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """Classify the degradation of whole images, rainy and clean, by the nearest word."""
+        """Classify the degradation of the images by the nearest word; do nothing if there is only one word."""
         if not self._accuracy:
             return
         images, _, words = self._examples(batch)
@@ -230,7 +232,7 @@ class DACLIPModule(TrainableModule):
         """Return None: no weights of the authors are loaded as this class.
 
         Raises:
-            DerainError: If the tensors are the authors' controller, which ``--model.controller`` loads.
+            DerainError: If the tensors contain the authors' controller, which only ``--model.controller`` loads.
         """
         if any("visual_control." in name for name in state):
             raise DerainError(
@@ -240,7 +242,7 @@ class DACLIPModule(TrainableModule):
         return None
 
     def metadata(self) -> dict[str, Any]:
-        """Return the metadata with CLIP's hash and the degradation words."""
+        """Return the metadata, including CLIP's hash and the degradation words."""
         return super().metadata() | {"clip_sha256": self.clip_sha256, "words": self.words}
 
     def restore_metadata(self, metadata: Mapping[str, Any]) -> None:
@@ -267,8 +269,8 @@ def _text_id(text: str) -> int:
 def random_crop(height: int, width: int, smallest: float) -> tuple[int, int, int, int]:
     """Return top, left, height and width of a random crop of an image, in pixels.
 
-    Area and aspect ratio are drawn until the crop fits into the image, at most ten times. The fallback is a centre crop
-    as large as an aspect ratio from 3:4 to 4:3 permits.
+    Area and aspect ratio (from 3:4 to 4:3) are drawn until the crop fits into the image, at most ten times. If no crop
+    fits, the largest centre crop with an aspect ratio in this range is returned.
 
     Args:
         height: Height of the image, in pixels.

@@ -18,12 +18,11 @@ def matching_loss(
 ) -> Float[Tensor, ""]:
     """Return the mean absolute difference between the Euler step and the posterior mean (IR-SDE, eq. 16).
 
-    Up to the discretisation error of the Euler step, it is the mean absolute error of the estimated noise, weighted by
-    ``σ_t² dt / √v_t``. The weights are about 1e-3, so the loss is computed in float32.
+    It is computed in float32, whatever the precision of the network.
 
     Args:
-        sde: Schedule of the SDE.
-        estimated: Noise in the state, as the network estimates it.
+        sde: The SDE.
+        estimated: Estimated noise in the states.
         state: States ``x(t)``.
         clean: Clean images ``x(0)`` in [0, 1].
         rainy: Rainy images ``μ`` in [0, 1].
@@ -47,14 +46,14 @@ def contrastive_loss(
 ) -> Float[Tensor, ""]:
     """Return the symmetric cross-entropy of matching images and texts (Pullabhotla, eq. 3, with the missing log).
 
-    With ``same``, each of several equal texts is a correct answer: their probabilities are summed. If all texts are
-    equal, the loss is then 0, whereas CLIP's loss would push images towards each other.
+    With ``same``, all texts that equal the text of an image are correct for this image: their probabilities are summed.
+    If all texts are equal, the loss is 0.
 
     Args:
         images: Embeddings of images, normalised or not.
         texts: Embeddings of the texts of the images, normalised or not.
         scale: Inverse temperature.
-        same: Whether texts i and j are equal. Default: no two texts are, as in CLIP's loss.
+        same: Whether texts i and j are equal. Default: all texts count as different, as in CLIP's loss.
     """
     logits = scale.float() * cosines(images, texts)
     if same is None:

@@ -44,8 +44,8 @@ class DACLIPSDEMetadata(Metadata):
 
     Attributes:
         sde: Schedule of the SDE.
-        clip_sha256: Hash of CLIP; absent without contexts.
-        controller_sha256: Hash of the controller's file; None: an untrained controller; absent without contexts.
+        clip_sha256: Hash of CLIP; absent if CLIP was not used.
+        controller_sha256: Hash of the controller's file; None: an untrained controller; absent if none was used.
     """
 
     sde: NotRequired[ScheduleState]
@@ -57,7 +57,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
     """DA-CLIP + IR-SDE: mean-reverting SDE, conditioned on the embeddings of a degradation-aware CLIP controller.
 
     Pullabhotla, Image Deraining using Degradation-aware CLIP; Luo et al., ICML 2023 (IR-SDE) and ICLR 2024 (DA-CLIP).
-    The network estimates noise; ``forward`` runs it ``sampling.steps`` times. Controller and CLIP are frozen and are
+    The network estimates noise; ``forward`` runs it once for each sampling step. Controller and CLIP are frozen and are
     part of neither checkpoints nor optimisers. Without contexts, the method is IR-SDE.
 
     Args:
@@ -65,22 +65,21 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
             ``degradation``, by a prompt that is added to the time embedding; ``both``; or ``none``.
         clip: Id on the Hugging Face hub, or a local directory; ``$DERAIN_CLIP`` takes precedence.
         controller: Weights of `DACLIPModule`, or the authors' checkpoint of DA-CLIP; ``$DERAIN_CONTROLLER`` takes
-            precedence. Default: an untrained controller, whose embeddings are CLIP's own, with a warning.
-        channels: Channels at full resolution, an even number.
+            precedence. Default: an untrained controller, with a warning; both its embeddings are CLIP's own.
+        channels: Channels at full resolution, see `ConditionalUNet`.
         multipliers: Channels after each level, as multiples of ``channels``; IR-SDE: 2, 4, 8, 16.
-        attention: Self-attention: ``none``, or ``linear``: linear attention at every level; with content, ordinary
-            attention at the deepest one.
+        attention: Self-attention: ``none`` or ``linear``, see `ConditionalUNet`.
         context: Size of CLIP's embeddings.
         max_sigma: Stationary standard deviation λ of the noise. Values of 1 or more are in units of 1/255, smaller
             ones for images in [0, 1]; IR-SDE for rain: 10.
         sde_steps: T, the number of steps of the schedule.
         eps: Fraction of the clean residual ``x(0) - μ`` that remains at time T, in (0, 1).
         schedule: How the speed θ changes with time: ``cosine``, ``linear`` or ``constant``, see `theta_schedule`.
-        residual: Standard deviation of clean minus rainy images, for preconditioning: the best linear estimate of the
-            noise is computed, and the network estimates its error, with the same weight at all times. Small networks
-            then train much faster. Not in the paper; Karras et al., NeurIPS 2022. Default: no preconditioning.
-        learning_rate: Learning rate of AdamW without weight decay, betas 0.9 and 0.99; IR-SDE: 1e-4.
-        decay: Learning rate schedule. ``cosine``: the rate falls to 1e-6 along a cosine. ``halving``: it is halved
+        residual: Standard deviation of clean minus rainy images, for preconditioning (Karras et al., NeurIPS 2022; not
+            in the paper): the network estimates only the error of the best linear estimate of the noise, divided by
+            the standard deviation of this error. Default: no preconditioning.
+        learning_rate: Initial learning rate of AdamW without weight decay, betas 0.9 and 0.99; IR-SDE: 1e-4.
+        decay: Schedule of the learning rate. ``cosine``: it falls to 1e-6 along a cosine. ``halving``: it is halved
             after 2/7, 4/7 and 6/7 of the optimiser steps (IR-SDE: after 200, 400 and 600 of 700 thousand steps).
 
     Raises:
@@ -148,11 +147,11 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         self.sampling = dataclasses.replace(sampling, solver=solver_name(sampling))
 
     def fetch_requirements(self) -> None:
-        """Find or fetch CLIP and the controller, if the network has contexts.
+        """Load CLIP, which is fetched if necessary, and the controller; without contexts, do nothing.
 
         Raises:
-            DerainError: If they are not available, the size of their embeddings is not ``context``, or a resumed run
-                was started with different ones.
+            DerainError: If one of them is not available or cannot be loaded, the size of their embeddings is not
+                ``context``, or a resumed run was started with a different CLIP or controller.
         """
         if self.daclip is None:
             return
@@ -170,7 +169,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
             )
 
     def encode(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
-        """Return the embeddings that the network is conditioned on, ``(b, context)`` each, by name."""
+        """Return the embeddings that the network is conditioned on, ``(b, context)`` each, by name; empty for none."""
         if self.daclip is None:
             return {}
         embeddings = self.daclip(rainy)
@@ -181,7 +180,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         return cast(Tensor, self(rainy, **conditions))
 
     def describe_image(self, conditions: dict[str, Any], index: int) -> dict[str, Any]:
-        """Return the probability of each degradation word for an image; nothing without a degradation embedding."""
+        """Return ``degradation``, the probability of each word for an image; empty without a degradation embedding."""
         if self.daclip is None or "degradation" not in conditions:
             return {}
         probabilities = self.daclip.probabilities(conditions["degradation"][index][None])[0].tolist()
@@ -197,14 +196,14 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         tiled: Tiled = lambda image, forward: forward(image),
         show: Callable[[Iterable[Any], int], Iterable[Any]] = lambda steps, total: steps,
     ) -> Float[Tensor, "b 3 h w"]:
-        """Restore images of any size by the solver, the number of steps and the seed in ``sampling``.
+        """Restore images of any size with the solver, number of steps and seed of ``sampling``.
 
         Args:
             rainy: Rainy images in [0, 1].
-            content: Content embeddings; if neither embedding is given, the images are encoded here.
+            content: Content embeddings; if neither kind of embedding is given, the images are encoded here.
             degradation: Degradation embeddings.
-            tiled: Applies the network to the image at every step, as a whole or tile by tile.
-            show: Wraps the steps to report progress.
+            tiled: Function that applies the network at every step, to whole images or tile by tile.
+            show: Function that iterates over the steps and reports progress.
 
         Returns:
             Derained images, not clamped.
@@ -230,7 +229,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         times: Int[Tensor, " b"],
         **contexts: Any,
     ) -> Float[Tensor, "b 3 h w"]:
-        """Estimate the standard normal noise in states of the SDE.
+        """Return the estimated standard normal noise in states of the SDE.
 
         Args:
             state: States ``x(t)``.
@@ -247,12 +246,12 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         return slope * distance + error * estimated.float()
 
     def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Any:
-        """Estimate the noise for a single step, with embeddings of ones instead of CLIP's."""
+        """Run the network once, with embeddings of ones instead of CLIP's."""
         ones = rainy.new_ones(len(rainy), self.hparams["context"])
         return self.network(rainy, rainy, rainy.new_ones(len(rainy)), **dict.fromkeys(self.context_names, ones))
 
     def export_graph(self) -> Graph:
-        """Return one pass of the network, which estimates the noise in a state; the solver is not part of the graph.
+        """Return the network as a graph of one image; neither the solver nor preconditioning is part of it.
 
         Raises:
             DerainError: If the network is an exported graph itself.
@@ -270,7 +269,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
 
     @classmethod
     def from_graph(cls, metadata: Mapping[str, Any], network: nn.Module, inputs: list[str]) -> "DACLIPSDEModule":
-        """Return the method with an exported graph as its network, in eval mode.
+        """Return the method with an exported graph as its network, in eval mode; arguments as in `RunsGraph`.
 
         Raises:
             ValueError: If the inputs of the graph do not match ``contexts``.
@@ -285,15 +284,15 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
     # Training.
 
     def on_fit_start(self) -> None:
-        """Record the training sets; find or fetch CLIP and the controller."""
+        """Record the training sets, and load CLIP and the controller."""
         super().on_fit_start()
         self.fetch_requirements()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the matching loss at a random time for each image.
 
-        With ``residual``, return the mean absolute error of the noise instead, in units of the standard deviation of
-        the linear estimate's error.
+        With ``residual``, return instead the mean absolute error of the estimated noise, divided for each image by the
+        standard deviation of the linear estimate's error.
         """
         rainy, clean = batch["rainy"], batch["clean"]
         times = torch.randint(1, self.sde.steps + 1, (len(rainy),))
@@ -331,7 +330,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         """Restore the schedule, and set the expected hashes of controller and CLIP.
 
         Raises:
-            DerainError: If the schedule does not have ``sde_steps`` steps.
+            DerainError: If the schedule has a value out of its range, or does not have ``sde_steps`` steps.
         """
         super().restore_metadata(metadata)
         if "sde" in metadata:
@@ -350,7 +349,8 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
     ) -> "DerainModule | None":
         """Return the method with the authors' U-Net of IR-SDE or DA-CLIP, or None if the tensors are not theirs.
 
-        Files do not record λ: unless ``max_sigma`` is given, the authors' value is assumed, with a warning.
+        The authors' files do not record λ. Without the option ``max_sigma``, the authors' value is assumed, with a
+        warning.
         """
         unet_arguments = unet_options(state)
         if unet_arguments is None:

@@ -4,9 +4,10 @@ Parameters have the names and shapes of the authors' checkpoints; the arithmetic
 
 - Maps are channels last, so that normalisation and attention read the contiguous channels of a pixel.
 - Upsampling and the convolution after it are one transposed convolution, with 4/9 of the multiplications.
-- The channel matrix of linear attention is multiplied by the output projection before it is applied to pixels.
-- Without gradients, operations are in-place and, on CPUs, linear attention processes strips of rows that fit into the
-  cache. Cross-attention to a single token adds the same vector to every pixel, since all its weights are 1.
+- Linear attention multiplies its channel matrix by the output projection, and then the pixels by the product.
+- Without gradients, some operations are in-place, and cross-attention to a single token is computed once for all
+  pixels: the weight of that token is 1 at each pixel.
+- Without gradients on a CPU, linear attention processes strips of rows that fit into the cache.
 """
 
 import itertools
@@ -28,7 +29,7 @@ AttentionKind = Literal["linear", "none"]
 HEAD = 32
 """Channels of an attention head."""
 STRIP = 2048
-"""Pixels whose queries, or keys and values, fit into the cache of a processor."""
+"""Number of pixels in a strip, approximately: their queries, or keys and values, fit into the cache of a CPU core."""
 
 Map = Float[Tensor, "_ _ _ _"]  # (b, c, h, w); channels and sizes change from layer to layer
 Embedding = Float[Tensor, "_ _"]
@@ -46,7 +47,7 @@ class TimeFeatures(nn.Module):
         self.count = size // 2
 
     def forward(self, times: Float[Tensor, " b"]) -> Embedding:
-        """Return the features of times ``t``, ``(b, size)``."""
+        """Return the features ``(b, size)`` of times ``t``."""
         powers = torch.arange(self.count, device=times.device, dtype=times.dtype) / max(1, self.count - 1)
         angles = times.reshape(-1)[:, None] * torch.exp(-math.log(10_000) * powers)
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
@@ -130,9 +131,10 @@ class LinearAttention(nn.Module):
         return torch.cat(rows, dim=1).permute(0, 3, 1, 2)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return what ``derain bench`` adds: the output projection, minus ``to_qkv``; and attention.
+        """Return what ``derain bench`` adds: the output projection minus ``to_qkv``; and attention.
 
-        ``to_qkv`` is subtracted once, since ``forward`` uses its weight in two parts and both are counted as the whole.
+        ``forward`` uses the weight of ``to_qkv`` in two parts. Each part has been counted as the whole weight, so one
+        whole weight is subtracted.
         """
         weight = cast(Tensor, self.to_out[0].weight)
         pixels = output.numel() // len(weight)
@@ -140,7 +142,7 @@ class LinearAttention(nn.Module):
         return plain, 2 * pixels * weight.shape[1] * HEAD
 
     def _strips(self, x: Map) -> Sequence[Map]:
-        """Cut a map into strips of rows where this saves time: on a CPU without gradients."""
+        """Cut a map into strips of rows, on a CPU without gradients; otherwise return the whole map as one strip."""
         if torch.is_grad_enabled() or compiling_or_exporting() or x.device.type != "cpu":
             return (x,)
         return torch.split(x, max(1, STRIP // (x.shape[0] * x.shape[3])), dim=2)
@@ -178,7 +180,7 @@ class LinearAttention(nn.Module):
 class Upsample(nn.ModuleList):
     """Nearest-neighbour upsampling by 2 and a 3×3 convolution, as one transposed convolution.
 
-    The 3×3 kernel covers only four different pixels of the input; its weights for the same pixel are summed first.
+    The 3×3 kernel covers at most four different pixels of the input. The weights for the same pixel are summed first.
 
     Args:
         inputs: Input channels.
@@ -197,7 +199,7 @@ class Upsample(nn.ModuleList):
         return F.conv_transpose2d(x, kernel, cast(Tensor, self[1].bias), stride=2, padding=1)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return what ``derain bench`` adds: the 3×3 convolution of the upsampled map; and no attention."""
+        """Return what ``derain bench`` adds: a 3×3 convolution at the size of the output; and no attention."""
         weight = cast(Tensor, self[1].weight)
         return weight.numel() * (output.numel() // len(weight)), 0
 
@@ -218,9 +220,9 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x: Float[Tensor, "b n c"], tokens: Float[Tensor, "b m d"]) -> Float[Tensor, "b k c"]:
-        """Apply attention to ``m`` tokens; returns ``k = n`` pixels.
+        """Return the result of attention of ``n`` pixels to ``m`` tokens, for each pixel: ``k = n``.
 
-        For a single token and without gradients, the result is one vector for all pixels, ``k = 1``.
+        For a single token and without gradients, all pixels have the same result, which is returned once: ``k = 1``.
         """
         values = self.to_v(tokens)
         if tokens.shape[1] == 1 and not torch.is_grad_enabled():
@@ -232,7 +234,7 @@ class CrossAttention(nn.Module):
         return cast(Tensor, self.to_out(attended))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return what ``derain bench`` adds: no layers; and the matrix products of attention."""
+        """Return what ``derain bench`` adds: nothing for layers; and the matrix products of attention."""
         x, tokens = inputs
         return 0, 2 * x.shape[1] * tokens.shape[1] * x.shape[2]
 
@@ -330,10 +332,10 @@ class Attention(nn.Module):
 
 
 class NoAttention(nn.Module):
-    """Identity with the arguments of `Attention`."""
+    """Identity, called like `Attention`."""
 
     def forward(self, x: Map, content: Embedding | None) -> Map:
-        """Return the map."""
+        """Return the map unchanged."""
         return x
 
 
@@ -347,11 +349,12 @@ class ConditionalUNet(nn.Module):
         attention: Self-attention: ``none``, as in Pullabhotla's U-Net, or ``linear``: linear attention at every level;
             with ``content``, ordinary attention at the deepest level and in the middle.
         content: Whether the deepest level and the middle have cross-attention to a content embedding.
-        degradation: Whether a prompt, weighted by a degradation embedding, is added to the time embedding.
+        degradation: Whether a learned prompt, weighted by a function of a degradation embedding, is added to the time
+            embedding.
         context: Size of the content and degradation embeddings.
 
     Raises:
-        DerainError: If the channels cannot be divided into heads.
+        DerainError: If ``channels`` is odd, or the channels of the deepest level are not multiples of 32 as required.
     """
 
     def __init__(
@@ -406,7 +409,7 @@ class ConditionalUNet(nn.Module):
         self.final_conv = nn.Conv2d(channels, 3, 3, padding=1)
 
     def embed(self, times: Float[Tensor, " b"] | Int[Tensor, " b"], degradation: Embedding | None) -> Embedding:
-        """Return the time embedding, plus the prompt weighted by the degradation embedding if there is a prompt."""
+        """Return the embedding of the time, ``(b, 4 * channels)``; with ``degradation``, the prompt is added to it."""
         time = self.time_mlp(times.to(self.init_conv.weight.dtype))
         if hasattr(self, "prompt"):
             weights = self.text_mlp(degradation).softmax(dim=1)

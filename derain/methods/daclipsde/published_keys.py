@@ -15,8 +15,8 @@ CONTEXTS = {(True, True): "both", (True, False): "content", (False, True): "degr
 def unet_options(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """Return the arguments of `DACLIPSDEModule` for the authors' U-Net, or None for another state dict.
 
-    Derain's parameters have the authors' names, and sizes follow from the tensors. λ is not recorded. As in the
-    authors' settings, it is 10/255 if the first level doubles the channels (IR-SDE), and 50/255 otherwise (DA-CLIP).
+    Sizes follow from the shapes of the tensors. The files do not record λ. As in the authors' settings, it is 10/255 if
+    the first level at least doubles the channels (IR-SDE), and 50/255 otherwise (DA-CLIP).
     """
     if "init_conv.weight" not in state or "mid_block1.block1.proj.weight" not in state:
         return None
@@ -48,13 +48,13 @@ _KEYS = (
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
     (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
 )
-"""Patterns of the authors' keys (open_clip's, after ``visual_control.``) and derain's keys (those of transformers)."""
+"""Regular expressions of the authors' keys, without the prefix ``visual_control.``, and their replacements."""
 
 
 def projection_of(state: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the projection of the frozen vision tower, which identifies CLIP, in the authors' checkpoint of DA-CLIP.
+    """Return the projection of the frozen vision tower in the authors' checkpoint of DA-CLIP; None if there is none.
 
-    It has the shape of ``visual_projection.weight`` of transformers; None if there is no projection.
+    It has the shape of ``visual_projection.weight`` of transformers.
     """
     for key, value in state.items():
         if key.endswith("visual.proj"):
@@ -65,7 +65,7 @@ def projection_of(state: Mapping[str, Tensor]) -> Tensor | None:
 def controller_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the controller in the authors' checkpoint of DA-CLIP, with derain's keys; the frozen CLIP is ignored.
 
-    ``visual_control.*`` is renamed by ``_KEYS``, ``in_proj`` is split into queries, keys and values, and ``proj``
+    ``visual_control.*`` is renamed by ``_KEYS``, each ``in_proj`` is split into queries, keys and values, and ``proj``
     is transposed.
 
     Args:

@@ -7,8 +7,9 @@ Deraining using Degradation-aware CLIP, eqs. 5-10, with misprints corrected: ``x
 
     dx = θ_t (μ - x) dt + σ_t dw,    σ_t² = 2 λ² θ_t
 
-With ``τ(t) = ∫ θ`` from 0 to t, the marginals depend on τ alone: the residual ``x - μ`` shrinks by ``exp(-τ)`` and its
-variance is ``λ² (1 - exp(-2τ))``. Discrete times are 0 (clean), 1, …, T (rainy, with noise).
+With ``τ(t) = ∫ θ`` from 0 to t, ``x(t)`` given ``x(0)`` depends on τ alone: the mean of the residual ``x - μ`` is
+``exp(-τ)`` times the initial residual, and the variance is ``λ² (1 - exp(-2τ))``. Discrete times are 0 (clean), 1, …, T
+(rainy, with noise).
 """
 
 import math
@@ -23,7 +24,7 @@ from derain.errors import DerainError
 
 Schedule = Literal["cosine", "linear", "constant"]
 MAX_STEPS = 100_000
-"""Limit of a schedule's steps; published schedules have 100 to 1,000."""
+"""Maximum number of steps of a schedule."""
 
 Image = Float[Tensor, "b c h w"]
 Times = Int[Tensor, " b"]
@@ -33,8 +34,8 @@ def theta_schedule(schedule: Schedule, steps: int) -> Float[Tensor, " t"]:
     """Return the speed θ of the mean reversion at the times 0, …, T, up to a constant factor (eq. 5).
 
     Args:
-        schedule: ``cosine``: one minus the squared cosine of improved DDPM; ``linear``: grows 200-fold;
-            ``constant``.
+        schedule: ``cosine``: one minus the squared cosine of improved DDPM; ``linear``: from 1 to 200 times the initial
+            value; ``constant``: the same at all times.
         steps: Number of steps T.
 
     Returns:
@@ -60,14 +61,14 @@ def theta_schedule(schedule: Schedule, steps: int) -> Float[Tensor, " t"]:
 class MeanRevertingSDE:
     """Mean-reverting SDE with a discrete schedule.
 
-    Images are computed in float32, whatever the precision of the network; constants in float64.
+    Constants are float64. Methods that return images compute in float32, whatever the precision of the network.
 
     Args:
         max_sigma: Stationary standard deviation λ for images in [0, 1]; values of 1 or more are divided by 255.
         steps: Number of steps T.
         eps: Fraction of the clean residual ``x(0) - μ`` that remains at time T: ``exp(-τ(T))``, in (0, 1).
         schedule: How the speed θ changes with time, see `theta_schedule`.
-        speed: Speeds at the times 0, …, T, as ``state`` returns them; replaces ``steps`` and ``schedule``.
+        speed: Speeds at the times 0, …, T, as `state` returns them; they replace those of ``steps`` and ``schedule``.
 
     Attributes:
         scale: λ for images in [0, 1].
@@ -116,7 +117,7 @@ class MeanRevertingSDE:
         self.marginal_std = self.std(self.tau)
 
     def std(self, tau: Tensor) -> Tensor:
-        """Return the standard deviation of a state given an earlier state; ``tau`` is ``∫ θ`` between their times."""
+        """Return the standard deviation of a state given an earlier state, whose τ is smaller by ``tau``."""
         return self.scale * torch.sqrt(-torch.expm1(-2 * tau))
 
     @property
@@ -125,7 +126,7 @@ class MeanRevertingSDE:
         return len(self.tau) - 1
 
     def state(self) -> dict[str, object]:
-        """Return what `from_state` needs to rebuild this schedule exactly; part of the metadata of weights."""
+        """Return what `from_state` needs to rebuild this schedule exactly: ``max_sigma``, ``eps`` and ``speed``."""
         return {"max_sigma": self.max_sigma, "eps": self.eps, "speed": self.speed.tolist()}
 
     @classmethod
@@ -145,7 +146,7 @@ class MeanRevertingSDE:
         return rainy + (clean - rainy).float() * _per_image(self.decay[times], rainy)
 
     def diffuse(self, clean: Image, rainy: Image, times: Times, noise: Image) -> Image:
-        """Return a sample of ``x(t)`` given the clean image, eq. 7.
+        """Return the sample of ``x(t)`` that given noise determines, eq. 7.
 
         Args:
             clean: Clean images ``x(0)``.
@@ -156,7 +157,7 @@ class MeanRevertingSDE:
         return self.mean(clean, rainy, times) + _per_image(self.marginal_std[times], rainy) * noise
 
     def score(self, noise: Image, times: Times) -> Image:
-        """Return the gradient of the log density of ``x(t)``, computed from the noise in the state, eq. 10.
+        """Return the gradient of the log density of ``x(t)`` given ``x(0)``, eq. 10, from the noise in the state.
 
         Args:
             noise: Standard normal noise in the state, added or estimated.
@@ -170,9 +171,10 @@ class MeanRevertingSDE:
         return rainy + residual / _per_image(self.decay[times], rainy)
 
     def precondition(self, times: Times, residual: float, like: Image) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the factors for preconditioning (Karras et al., NeurIPS 2022).
+        """Return the factors for preconditioning (Karras et al., NeurIPS 2022): ``scale``, ``slope`` and ``error``.
 
-        The best linear estimate of the noise in a state is ``slope * (x(t) - μ)``.
+        ``scale * (x(t) - μ)`` has unit variance. The best linear estimate of the noise in a state is
+        ``slope * (x(t) - μ)``, and ``error`` is the standard deviation of its error.
 
         Args:
             times: Times ``t`` from 1.
@@ -180,8 +182,7 @@ class MeanRevertingSDE:
             like: Tensor whose device the result is on.
 
         Returns:
-            ``(b, 1, 1, 1)`` each: the factor that scales ``x(t) - μ`` to unit variance; ``slope``; and the standard
-            deviation of the error of that estimate.
+            The three factors, ``(b, 1, 1, 1)`` each.
         """
         signal = self.decay[times] * residual
         noise = self.marginal_std[times]
@@ -194,15 +195,15 @@ class MeanRevertingSDE:
     def euler(
         self, state: Image, rainy: Image, score: Image, times: Times, earlier: Times, *, ode: bool = False
     ) -> Image:
-        """Return the mean of an Euler step back in time: eq. 9, or the probability flow with half the score.
+        """Return the result of an Euler step back in time without its noise: of eq. 9, or of the probability flow ODE.
 
         Args:
             state: States ``x(t)``.
             rainy: Rainy images ``μ``.
             score: Scores at ``x(t)``, see `score`.
-            times: Times ``t`` at which the step begins.
-            earlier: Times at which the step ends; the schedule's own steps end at ``t - 1``.
-            ode: Whether to step along the probability flow ODE.
+            times: Times at which the step begins.
+            earlier: Times at which the step ends.
+            ode: Whether to step along the probability flow ODE, which has half the score of eq. 9.
         """
         step = _per_image(self.tau[times] - self.tau[earlier], state)  # ∫ θ dt
         factor = 1.0 if ode else 2.0

@@ -1,12 +1,12 @@
-"""Solvers of the reverse SDE, which turn a rainy image plus noise into a derained image in a chosen number of steps.
+"""Solvers of the reverse SDE: from a rainy image plus noise to a derained image, in a chosen number of steps.
 
-A solver needs the SDE and a function that estimates the noise. It visits a subset of the schedule's times, so the
-network only sees noise levels that it was trained with.
+A solver needs the SDE and a function that estimates the noise. It visits only times of the schedule, so the network
+only sees noise levels that it was trained with.
 
 The ``mrs-*`` and ``mars-*`` solvers are semi-analytic. With ``y = x - μ``, the SDE of `sde.py` is a
 variance-preserving diffusion of ``y / λ`` with signal ``α = exp(-τ)`` and noise ``σ = √(1 - α²)``. In terms of
 ``ℓ = log(α / σ)``, half the log signal-to-noise ratio, the probability flow is ``d(y/σ) / dℓ = exp(ℓ) ŷ``, where ``ŷ``
-is the estimated clean residual. The linear part is solved exactly. Only ``ŷ``, which changes slowly, is approximated:
+is the estimated clean residual. The solution is exact except for ``ŷ``, which is approximated as a function of ``ℓ``:
 by a constant (order 1), or by a line through its last two values (order 2). Over a step from ``t`` to ``s`` with
 ``h = ℓ_s - ℓ_t`` and standard normal noise ``z``:
 
@@ -15,11 +15,11 @@ by a constant (order 1), or by a line through its last two values (order 2). Ove
 
     D = (1 - exp(-κh)) ŷ_t + c (ŷ_t - ŷ_before) / h_before
 
-``ŷ_before`` and ``h_before`` belong to the step before. Order 1 has ``c = 0``; for ``sde``, this is posterior sampling.
-Order 2 of ``mrs-*`` uses the line's value in the middle of the step, as DPM-Solver++ does:
-``c = h (1 - exp(-κh)) / 2``. ``mars-*`` (MaRS: Li et al., ICLR 2025, arXiv 2502.07856) integrates the line:
-``c = h - (1 - exp(-κh)) / κ``, which is larger, especially for long steps. Both have the same order of convergence.
-The last step ends at ``σ = 0`` and returns the estimated clean image ``μ + ŷ``.
+``ŷ_before`` and ``h_before`` belong to the step before. Order 1, and the first step of order 2, have ``c = 0``; for
+``sde``, this is posterior sampling. Order 2 of ``mrs-*`` uses the line's value in the middle of the step, as
+DPM-Solver++ does: ``c = h (1 - exp(-κh)) / 2``. ``mars-*`` (MaRS: Li et al., ICLR 2025, arXiv 2502.07856) integrates
+the line: ``c = h - (1 - exp(-κh)) / κ``. The last step ends at ``σ = 0`` and returns the estimated clean image
+``μ + ŷ``.
 """
 
 import itertools
@@ -38,9 +38,9 @@ Image = Float[Tensor, "b c h w"]
 Estimate = Callable[[Image, int], Image]
 """Function of a state and its time that returns the estimated noise in the state."""
 Step = tuple[int, int]
-"""Time before and after a step."""
+"""Times before and after a step."""
 Show = Callable[[Iterable[Step], int], Iterable[Step]]
-"""Function of the steps and their number that yields the steps and shows progress."""
+"""Function that receives the steps and their number, and yields the steps while it shows progress."""
 
 
 class Noise:
@@ -56,7 +56,7 @@ class Noise:
         self.shape, self.device = like.shape[1:], like.device
 
     def __call__(self) -> Float[Tensor, "1 c h w"]:
-        """Return the next noise; drawn on the CPU, so that it is the same on every device."""
+        """Return the next noise, which is drawn on the CPU."""
         on_gpu = self.device.type == "cuda"
         noise = torch.randn((1, *self.shape), generator=self.generator, pin_memory=on_gpu)
         return noise.to(self.device, non_blocking=on_gpu)
@@ -70,7 +70,7 @@ def visited_times(sde: MeanRevertingSDE, steps: int | None) -> list[int]:
         steps: Number of steps, at most T; None: T.
 
     Raises:
-        ArgumentError: If the schedule has fewer steps.
+        ArgumentError: If ``steps`` is greater than T.
 
     Example:
         >>> visited_times(MeanRevertingSDE(steps=100), 4)
@@ -98,7 +98,7 @@ def sample(
         estimate: Function that estimates the noise in a state, such as the network.
         rainy: Rainy images ``μ`` in [0, 1].
         sampling: Solver, number of steps and seed.
-        show: Wraps the steps to show progress.
+        show: Function that iterates over the steps and shows progress.
 
     Returns:
         Derained images, not clamped.
@@ -147,7 +147,7 @@ class _Euler:
 
 
 class _Posterior:
-    """Sample of the posterior of the earlier state: the sampler of IR-SDE's authors."""
+    """Sampling from the posterior of the earlier state, as in the code of IR-SDE's authors."""
 
     def __init__(self, sde: MeanRevertingSDE, rainy: Image, noise: Noise) -> None:
         self.sde, self.rainy, self.noise = sde, rainy, noise
@@ -163,7 +163,7 @@ class _Posterior:
 
 
 class _SemiAnalytic:
-    """Exponential integrator in ℓ with data prediction, see the module's documentation.
+    """Step of the solvers ``mrs-*`` and ``mars-*``, see the docstring of the module.
 
     Args:
         sde: The SDE.
@@ -171,7 +171,7 @@ class _SemiAnalytic:
         noise: Noise for ``stochastic`` steps.
         order: 1, or 2 for a line through the last two estimates.
         stochastic: Whether to solve the SDE instead of the probability flow.
-        integrated: Whether to integrate the line, as MaRS does, instead of using its value in the middle.
+        integrated: Whether order 2 integrates the line, as MaRS does, instead of using its value in the middle.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ def _pair(t: int, s: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 def solver_name(sampling: Sampling) -> str:
-    """Return the name of the solver; ``posterior`` if ``sampling`` names none.
+    """Return the name of the solver: ``posterior`` if ``sampling`` names none.
 
     Raises:
         ArgumentError: If there is no such solver.
@@ -240,5 +240,6 @@ SOLVERS: dict[str, Callable[[MeanRevertingSDE, Image, Noise], Solver]] = {
 }
 """Constructors of solvers by name.
 
-A solver maps a state, the estimated noise, the time of the state and an earlier time to the state at the earlier time.
+A solver is a function of a state, the estimated noise, the time of the state and an earlier time. It returns the state
+at the earlier time.
 """
