@@ -22,7 +22,7 @@ from typing import Any, cast
 import cv2
 import numpy as np
 import torch
-from default_rain import WITHOUT_RAIN, Crop, RainPairs, Rng, log_uniform
+from default_rain import WITHOUT_RAIN, Crop, RainPairs, Rng, lamplight, log_uniform
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -160,7 +160,7 @@ def validate(network: NAFNet, photos: list[Photo], rain: RainPairs, without: str
         rain: Adds rain to clean photos.
         without: Kind of rain that is not trained on, to validate with it too; None for no such kind.
     """
-    kinds = ["own", *rain.kinds, *([without] if without else []), "reduced", "none"]
+    kinds = ["own", *rain.kinds, *([without] if without else []), "reduced", "night", "none"]
     scores = {kind: [_psnr(network, photo, rain, kind, index) for index, photo in enumerate(photos)] for kind in kinds}
     return {kind: float(np.mean(values)) for kind, values in scores.items()}
 
@@ -174,6 +174,11 @@ def _psnr(network: NAFNet, photo: Photo, rain: RainPairs, kind: str, index: int)
         large = cv2.resize(clean, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC).clip(0, 1)
         added = rain.add_rain(large, np.random.default_rng([7, index])) - large
         rainy = np.clip(clean + cv2.resize(added, clean.shape[1::-1], interpolation=cv2.INTER_AREA), 0, 1)
+    elif kind == "night":
+        rng = np.random.default_rng([8, index])
+        lamps = lamplight(clean.shape[:2], rng)
+        clean = np.rint(clean * lamps * 255).clip(0, 255) / np.float32(255)
+        rainy = rain.add_rain(clean, rng, lamps=lamps)
     elif kind != "none":
         rainy = rain.add_rain(clean, np.random.default_rng([7, index]), kind)
     rainy = np.rint(rainy * 255) / np.float32(255)

@@ -19,6 +19,9 @@ from derain.errors import DerainError
 Crop = NDArray[np.float32]
 Rng = np.random.Generator
 
+AT_NIGHT = 0.2
+"""Share of the crops that are darkened and lit by lamps."""
+
 WITHOUT_RAIN = 0.1
 """Share of the crops to which no rain is added, by default."""
 
@@ -52,18 +55,28 @@ class RainPairs:
 
     def pair(self, clean: Crop, rng: Rng, side: int) -> tuple[Crop, Crop]:
         """Return a rainy crop and its target, both resized to ``side`` pixels after the rain."""
-        clean = change_light(clean, rng)
-        if rng.random() < 0.15:  # mist that stays
+        clean, lamps = change_light(clean, rng), None
+        if rng.random() < AT_NIGHT:
+            lamps = lamplight(clean.shape[:2], rng)
+            clean = clean * lamps
+        elif rng.random() < 0.15:  # mist that stays
             clean = add_mist(clean, rng, rng.uniform(0.05, 0.35))
-        rainy = clean if rng.random() < self.without_rain else self.add_rain(clean, rng)
+        rainy = clean if rng.random() < self.without_rain else self.add_rain(clean, rng, lamps=lamps)
         if len(clean) != side:
             rainy, clean = (cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA) for crop in (rainy, clean))
         return take_photo(rainy, clean, rng)
 
-    def add_rain(self, clean: Crop, rng: Rng, kind: str | None = None) -> Crop:
+    def add_rain(self, clean: Crop, rng: Rng, kind: str | None = None, lamps: Crop | None = None) -> Crop:
         """Return the crop with rain of a kind, by default a random one.
 
         Rain that covers more than 30 to 45 % of the crop on average is made fainter.
+
+        Args:
+            clean: The crop.
+            rng: Random number generator.
+            kind: Kind of rain.
+            lamps: At night, the light ``(h, w, 3)`` of `lamplight`, which streaks reflect; half of them are also lit
+                by lamps outside the crop. By default, it is day.
         """
         if kind is None:
             shares = np.array(list(self.kinds.values()))
@@ -73,6 +86,9 @@ class RainPairs:
             opacity = opacity * smooth_noise(opacity.shape, rng, 0.2, 1.2)
         covered = float(np.minimum(opacity, 1).mean())
         opacity = opacity * min(1.0, rng.uniform(0.3, 0.45) / max(1e-6, covered))
+        if lamps is not None:
+            light = lamps * rng.uniform(0.6, 1.2) + (rng.uniform(0.05, 0.5) if rng.random() < 0.5 else 0)
+            return np.clip(clean + opacity[..., None] * light, 0, 1).astype(np.float32)
         density = float(min(1.0, 4 * opacity.mean()))
         if rng.random() < 0.35:  # mist of distant rain, which is removed with it
             clean = add_mist(clean, rng, rng.uniform(0, 0.3) * (0.3 + 0.7 * density))
@@ -213,6 +229,18 @@ def add_mist(image: Crop, rng: Rng, opacity: float) -> Crop:
     return (image * (1 - share) + light * share).astype(np.float32)
 
 
+def lamplight(shape: tuple[int, int], rng: Rng) -> Crop:
+    """Return the light of a night, ``(h, w, 3)``: dim everywhere, with up to three bright, coloured places."""
+    y, x = np.mgrid[0:1:16j, 0:1:16j].astype(np.float32)
+    light = rng.uniform(0.08, 0.45) * rng.uniform(0.85, 1.15, 3) * np.ones((16, 16, 1))
+    for _ in range(int(rng.integers(4))):
+        colour = (1.0, rng.uniform(0.7, 1.0), rng.uniform(0.4, 1.0)) if rng.random() < 0.7 else rng.uniform(0.4, 1.0, 3)
+        distance = np.hypot(x - rng.uniform(-0.2, 1.2), y - rng.uniform(-0.2, 1.2))
+        near = np.exp(-0.5 * (distance / log_uniform(rng, 0.1, 0.6)) ** 2)
+        light += near[..., None] * colour * rng.uniform(0.2, 1.0)
+    return cv2.resize(light.astype(np.float32), (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)
+
+
 def change_light(image: Crop, rng: Rng) -> Crop:
     """Return an image with another gamma, colour of the light and contrast, each changed in some of the crops."""
     if rng.random() < 0.4:
@@ -225,8 +253,10 @@ def change_light(image: Crop, rng: Rng) -> Crop:
 
 
 def take_photo(rainy: Crop, clean: Crop, rng: Rng) -> tuple[Crop, Crop]:
-    """Return both crops rounded to bytes; some pairs are blurred, sharpened, noisy or compressed, both alike."""
+    """Return both crops as bytes; some pairs are toned, blurred, sharpened, noisy or compressed, both alike."""
     crops = [rainy, clean]
+    if rng.random() < 0.25:
+        crops = change_tone(crops, rng)
     if rng.random() < 0.1:
         sigma = rng.uniform(0.4, 1.0)
         crops = [cv2.GaussianBlur(crop, (0, 0), sigma) for crop in crops]
@@ -242,6 +272,17 @@ def take_photo(rainy: Crop, clean: Crop, rng: Rng) -> tuple[Crop, Crop]:
         pixels = [compress(crop, quality, first_row, first_column) for crop in pixels]
     rainy, clean = (crop.astype(np.float32) / 255 for crop in pixels)
     return rainy, clean
+
+
+def change_tone(crops: list[Crop], rng: Rng) -> list[Crop]:
+    """Return crops with another gamma, contrast and saturation; a tenth of them are grey."""
+    gamma, contrast = np.float32(log_uniform(rng, 0.7, 1.5)), rng.uniform(0.8, 1.4)
+    saturation = rng.uniform(0.5, 1.6) if rng.random() < 0.9 else 0.0
+    toned = [np.clip(crop, 0, 1) ** gamma for crop in crops]
+    middle = float(toned[1].mean())
+    toned = [np.clip((crop - middle) * contrast + middle, 0, 1) for crop in toned]
+    grey = [crop.mean(2, keepdims=True) for crop in toned]
+    return [(less + (crop - less) * saturation).astype(np.float32) for crop, less in zip(toned, grey, strict=True)]
 
 
 def sharpen(crops: list[Crop], sigma: float, amount: float) -> list[Crop]:

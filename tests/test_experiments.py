@@ -439,3 +439,32 @@ def test_lines_are_as_long_as_asked():
     diagonal = script.line(9, 45, 0.5)
     rows, columns = np.nonzero(diagonal > 0.5)
     assert np.corrcoef(rows, columns)[0, 1] > 0.95  # down and to the right, as rain of a positive angle
+
+
+def test_rain_at_night_has_the_light_of_the_lamps(monkeypatch, tmp_path):
+    """Where a lamp is bright, streaks add more light; the crop and its target are toned alike."""
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    script = load_script("default_rain")
+    file = tmp_path / "1-1.png"
+    write_image(file, np.full((60, 80, 3), 255, np.uint8))
+    lamps = np.full((48, 48, 3), 0.1, np.float32)
+    lamps[:, 24:] = 0.9
+    rain = script.RainPairs([file], {"measured": 1.0})
+    added = np.mean([rain.add_rain(lamps * 0, np.random.default_rng(seed), lamps=lamps) for seed in range(20)], axis=0)
+    assert added[:, 24:].mean() > 2 * added[:, :24].mean() > 0
+    for seed in range(20):
+        light = script.lamplight((30, 40), np.random.default_rng(seed))
+        assert light.shape == (30, 40, 3)
+        assert light.min() > 0.05
+
+
+def test_tones_change_both_crops_alike():
+    script = load_script("default_rain")
+    crop = np.random.default_rng(0).random((8, 8, 3), np.float32)
+    grey = 0
+    for seed in range(60):
+        first, second = script.change_tone([crop, crop.copy()], np.random.default_rng(seed))
+        assert np.array_equal(first, second)
+        assert not np.array_equal(first, crop)
+        grey += int(np.ptp(first, axis=2).max() < 1e-6)
+    assert 1 <= grey <= 20
