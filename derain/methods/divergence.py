@@ -42,10 +42,7 @@ def position(module: LightningModule, names: Sequence[str] | None) -> str:
 
 
 class FiniteCheck:
-    """Checks losses and gradients before every optimiser step; errors name the images of the step.
-
-    A check computes one norm over all gradients and copies one value from the device.
-    """
+    """Checks losses and gradients before every optimiser step; errors name the images of the step."""
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
@@ -74,8 +71,8 @@ class FiniteCheck:
     def check(self, module: LightningModule, optimizer: torch.optim.Optimizer) -> Tensor:
         """Check the recorded losses and the gradients of an optimiser before its step.
 
-        With precision ``16-mixed``, the scaled loss may overflow: the scaler then skips the step and reduces the loss
-        scale. Gradients that are not finite are therefore accepted as long as the scale is above 1.
+        With precision ``16-mixed``, gradients of the scaled loss may overflow: the scaler then skips the step and
+        reduces the loss scale. Gradients that are not finite are therefore accepted while the scale is above 1.
 
         Args:
             module: The module that is trained.
@@ -85,7 +82,7 @@ class FiniteCheck:
             L2 norm of all gradients of the optimiser, ``()``.
 
         Raises:
-            DerainError: If a loss or a gradient is not finite, on any device.
+            DerainError: If a loss or a gradient that is not accepted is not finite, on any device.
         """
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
@@ -103,14 +100,14 @@ class FiniteCheck:
         return norm
 
     def refuse_anomaly(self, module: LightningModule, error: RuntimeError) -> None:
-        """Raise an error that names the images if PyTorch's anomaly detection found NaN in a gradient.
+        """Raise an error that names the images, if PyTorch's anomaly detection raised ``error``.
 
         Args:
             module: The module that is trained.
             error: Error of the backward pass.
 
         Raises:
-            DerainError: If ``error`` comes from anomaly detection.
+            DerainError: If ``error`` is about NaN in a gradient.
         """
         if torch.is_anomaly_enabled() and "returned nan values" in str(error):
             message = f"gradient is not finite at {position(module, self.names)}"

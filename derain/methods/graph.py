@@ -22,7 +22,7 @@ class Graph(nn.Module):
         inputs: Names of the inputs: ``rainy`` alone, or those of `derain.methods.interfaces.RunsGraph`. ``rainy`` and
             ``state`` are images, ``times`` is ``(1,)``, all others are vectors ``(1, context)``.
         context: Length of the vectors; 0 if there are none.
-        metadata: Further metadata of the graph, besides the inputs and the number of parameters.
+        metadata: Metadata of the graph in addition to the inputs and the number of parameters.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Graph(nn.Module):
         return cast(Tensor, function(*inputs))
 
     def example(self, height: int, width: int) -> tuple[Tensor, ...]:
-        """Return random inputs for an image size in pixels; the same on every call."""
+        """Return random inputs for an image size in pixels, the same on every call; ``times`` is `TIME`."""
         generator = torch.Generator().manual_seed(height * 10_000 + width)
         tensors = []
         for name in self.inputs:

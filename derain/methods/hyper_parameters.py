@@ -18,7 +18,7 @@ def check_hyper_parameters(method: type, hyper_parameters: Mapping[str, Any]) ->
 
     Args:
         method: Class of the method, whose ``__init__`` declares the types.
-        hyper_parameters: Arguments of ``__init__`` by name. Arguments without a declared type may be of any type.
+        hyper_parameters: Arguments of ``__init__`` by name. Types of arguments without an annotation are not checked.
 
     Raises:
         DerainError: If a value is not of the declared type, is not a finite number, or is out of range.

@@ -1,6 +1,6 @@
 """Interfaces of methods with routes, sampling, explanations, or an exported graph that is one step of a diffusion.
 
-Commands and `Restorer` test for an interface by ``isinstance``, never for a particular method.
+Commands and `Restorer` test for an interface by ``isinstance``.
 """
 
 import dataclasses
@@ -124,7 +124,7 @@ class RunsGraph(ABC):
 
         Args:
             metadata: Metadata of the file.
-            network: Module that runs the graph; it accepts tensors in the order of ``inputs``, or by name.
+            network: Module that runs the graph. It accepts the first inputs by position, and the others by name.
             inputs: Names of the inputs.
 
         Raises:

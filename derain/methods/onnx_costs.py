@@ -1,8 +1,7 @@
 """Limits on the memory and the operations of an ONNX graph, checked before it runs.
 
 The shapes of all values are inferred node by node for one image size. Small values that depend only on constants and
-the image size are computed, since they determine the shapes of large values; ONNX's reference implementation computes
-most of them.
+the image size are computed, since they determine the shapes of large values.
 """
 
 import math
@@ -22,13 +21,13 @@ The limits of smaller images are those of the first size.
 """
 
 ELEMENTS_PER_PIXEL = 1 << 14
-"""Largest number of elements in memory at one time, per pixel; Restormer needs 2,000.
+"""Largest number of elements in memory at one time, per pixel.
 
 Twice the number of elements of the weights is added to the limit.
 """
 
 OPERATIONS_PER_PIXEL = 1 << 26
-"""Largest number of multiply-adds per pixel; Restormer needs 2 million, a 100-stage PReNet 17 million."""
+"""Largest number of multiply-adds per pixel; a PReNet of 100 stages needs 17 million."""
 
 FOLDED_ELEMENTS = 1 << 24
 """Largest number of elements that onnxruntime may compute from constants when it loads a graph (constant folding).
@@ -51,13 +50,11 @@ Less LessOrEqual Max Min Mod Mul Neg Not Or Range Reshape ScatterND Shape Slice 
 Unsqueeze Where
 """
 COMPUTED = frozenset(_OPERATOR_NAMES.split())
-"""Operators that are computed for small values; their time is proportional to the size of their output."""
+"""Operators that are computed for small values."""
 
 
 class Costs:
     """Memory and operations of a graph, computed from its nodes and the shapes of its weights.
-
-    Weights of more than `SMALL` elements are not stored.
 
     Args:
         path: File of the graph, named in error messages.
@@ -90,7 +87,7 @@ class Costs:
         self.weight_elements = sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
 
     def check(self, height: int, width: int) -> None:
-        """Check the costs of the graph for one image size, once.
+        """Check the costs of the graph for one image size, unless this size was checked before.
 
         Args:
             height: Height of the image, in pixels.
@@ -165,7 +162,7 @@ class Costs:
                 raise ValueError(f"more than {operations:,} operations on an image of {width}×{height} pixels")
 
     def _is_fixed(self, node: Any) -> bool:
-        """Return whether a node returns the same shape as for another image size, so that onnxruntime folds it."""
+        """Return whether a ``Shape`` or ``Size`` node has the same result as for another image size (is constant)."""
         if node.op_type not in {"Shape", "Size"}:
             return False
         shape = self._shape(node.input[0]) if node.op_type == "Size" else self.values[node.output[0]].tolist()

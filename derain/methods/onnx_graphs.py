@@ -22,8 +22,7 @@ SpaceToDepth Split Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze
 OPERATORS = frozenset(_OPERATOR_NAMES.split())
 """Supported operators: they compute tensors from tensors, without loops, branches, random numbers or files.
 
-The present methods need only some of them. PyTorch's choice of operators depends on the options of a method, and even
-on its weights: if several weights are equal, all but one become ``Identity``.
+These are more than derain's methods need by default, since the exported operators depend on options and weights.
 """
 
 CONTEXTS = ("content", "degradation")
@@ -36,7 +35,7 @@ INPUT_NAMES = (
     ["state", "rainy", "times", "degradation"],
     ["state", "rainy", "times", "content", "degradation"],
 )
-"""Supported inputs of a graph, in order. ``rainy`` alone: a method that restores in one pass; others: IR-SDE."""
+"""Supported inputs of a graph, in order. ``rainy`` alone: restoration in one pass; others: one step of a diffusion."""
 
 
 class GraphMetadata(TypedDict):
@@ -45,7 +44,7 @@ class GraphMetadata(TypedDict):
     Attributes:
         inputs: Names of the inputs in order.
         parameters: Number of parameters of the network.
-        routes: List with the index of the one route that the graph computes; only for CLIP-RPN.
+        routes: List with the index of the route that the graph computes; missing for methods without routes.
     """
 
     inputs: Sequence[str]
@@ -60,11 +59,12 @@ class OnnxMetadata(Metadata):
 
 
 def read_graph(path: Path) -> tuple[dict[str, Any], Costs]:
-    """Check an ONNX file that `derain export` wrote; return its metadata and its costs.
+    """Return metadata and costs of an ONNX file that `derain export` wrote, after checking the file.
 
     Raises:
-        DerainError: If the file is damaged or has no metadata of derain; if its inputs, outputs or operators are not
-            supported; if it exceeds the limits of `Costs`; if weights are in other files, NaN or infinite.
+        DerainError: If file, metadata or weights are damaged; if there is no metadata of derain; if inputs, outputs or
+            operators are not supported; if the graph exceeds the limits of `Costs` at one of `LOADING_SIZES`; or if
+            weights are in other files, are not real numbers, or contain NaN or infinity.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -108,7 +108,7 @@ def _check_operators(path: Path, model: Any) -> None:
 
 
 def _check_interface(path: Path, graph: Any, metadata: Mapping[str, Any]) -> None:
-    """Check that the inputs are one of `INPUT_NAMES`, and that their shapes and the one output fit."""
+    """Check names and shapes of the inputs, and that the only output is an image."""
     from onnx import TensorProto
 
     weights = {tensor.name for tensor in graph.initializer}

@@ -34,14 +34,14 @@ def require_packages(*packages: str) -> None:
 
 
 class OnnxNetwork(nn.Module):
-    """Graph of an ONNX file, run by onnxruntime: on the CPU until the first images on a GPU arrive, then on that GPU.
+    """Graph of an ONNX file, run by onnxruntime: on the CPU at first, and on a GPU as soon as images are on one.
 
     Args:
         path: The file.
 
     Attributes:
         metadata: Metadata of the file.
-        costs: Checks of memory and operations of the graph at an image size.
+        costs: Memory and operations of the graph, which are checked at every new image size.
         inputs: Names of the inputs of the graph, in order.
 
     Raises:
@@ -74,16 +74,16 @@ class OnnxNetwork(nn.Module):
         """Run the graph on each image of a batch.
 
         Args:
-            *inputs: Tensors in the order of the attribute ``inputs``, all with the batch as first axis. The first one
-                is ``rainy`` or ``state``, ``(b, 3, h, w)``.
-            **named: Further tensors by name; None is ignored.
+            *inputs: The first inputs of the graph, in order: tensors with the batch as first axis. The first one is
+                ``rainy`` or ``state``, ``(b, 3, h, w)``.
+            **named: The other inputs, by name; None is ignored.
 
         Returns:
-            ``(b, 3, h, w)``, on the device of the first tensor.
+            Results of the graph, ``(b, 3, h, w)``, on the device of the first tensor.
 
         Raises:
             DerainError: If the graph cannot be run, exceeds the limits of `Costs` at this image size, or returns
-                another shape; if the tensors are on a GPU that onnxruntime cannot use.
+                another shape; or if the tensors are on a GPU and onnxruntime is installed without CUDA.
             MemoryError: If memory is insufficient.
         """
         images = inputs[0]
@@ -113,7 +113,7 @@ class OnnxNetwork(nn.Module):
             raise DerainError(f"{self.path}: cannot be run ({shorten(error)}); export it again") from error
 
     def _use(self, device: torch.device) -> None:
-        """Run the graph on a device from now on, if it is a GPU."""
+        """If the device is another GPU than before, run the graph there from now on."""
         if device.type != "cuda" or self.gpu == device:
             return
         self.session = self._open(*_gpu_first(device.index))
@@ -154,7 +154,7 @@ def runtime_errors() -> tuple[type[Exception], ...]:
 
 
 def _gpu_first(index: int) -> list[str | tuple[str, dict[str, Any]]]:
-    """Return the providers of a session that runs on the GPU with an index, if onnxruntime has CUDA."""
+    """Return the providers of a session on the GPU with this index; on the CPU if onnxruntime has no CUDA."""
     import onnxruntime
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
@@ -163,13 +163,13 @@ def _gpu_first(index: int) -> list[str | tuple[str, dict[str, Any]]]:
 
 
 class OnnxModule(DerainModule):
-    """Method whose ``forward`` runs an ONNX graph with the one input ``rainy``.
+    """Method whose ``forward`` runs an ONNX graph that has only the input ``rainy``.
 
     Args:
         network: Network that runs the graph.
     """
 
-    bytes_per_pixel: int = 8000  # measured: 6,400 for Restormer in onnxruntime, less for other methods
+    bytes_per_pixel: int = 8000  # 6,400 were measured for Restormer
 
     def __init__(self, network: OnnxNetwork) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class OnnxModule(DerainModule):
         self.restore_metadata(network.metadata)
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Restore images of any size in [0, 1]."""
+        """Restore images in [0, 1] of any size."""
         return cast(Tensor, self.network(rainy))
 
     def metadata(self) -> dict[str, Any]:
@@ -201,8 +201,7 @@ def load(path: Path) -> tuple[DerainModule, str]:
         The method in eval mode, and its description for messages.
 
     Raises:
-        DerainError: If onnx or onnxruntime is not installed, or the file cannot be read, was not written by derain, or
-            does not fit its metadata.
+        DerainError: If `OnnxNetwork` refuses the file; if its method is not known, or does not fit the metadata.
     """
     network = OnnxNetwork(path)
     metadata = network.metadata
@@ -221,10 +220,10 @@ def load(path: Path) -> tuple[DerainModule, str]:
 
 
 def _with_graph(path: Path, network: OnnxNetwork) -> DerainModule:
-    """Build a method whose network is the graph.
+    """Build the method that runs the graph in place of its network.
 
     Raises:
-        DerainError: If the class that wrote the file is not known, does not run graphs, or does not fit the metadata.
+        DerainError: If the class that wrote the file is not known, is not a `RunsGraph`, or does not fit the metadata.
     """
     metadata = network.metadata
     method = find(path, metadata)

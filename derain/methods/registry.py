@@ -49,7 +49,7 @@ IMPORT_ERRORS = (
     TypeError,
     ValueError,
 )
-"""Exceptions that code from outside derain may raise when it is imported."""
+"""Exceptions that are caught when code from outside derain is imported."""
 
 _named: dict[str, type] = {}
 """Classes that the user named, by class path and by the path that the user gave."""
@@ -69,12 +69,12 @@ def is_importable(path: str) -> bool:
 
 
 def must_be_named(method: type) -> bool:
-    """Return whether the user must name a class to load its weights, since no package has registered it."""
+    """Return whether the user must name a class to load its weights: neither derain nor a package registers it."""
     return class_path(method) not in BUILT_IN and method not in _installed(method.__name__)
 
 
 def use_method(name: str | type, argument: str = "method") -> Any:
-    """Register a class from outside derain, so that its weights files can be loaded.
+    """Register a class, so that its weights files can be loaded.
 
     Args:
         name: The class, or its path, such as ``my_method.MyModule``, which is imported from the installed packages or
@@ -85,8 +85,9 @@ def use_method(name: str | type, argument: str = "method") -> Any:
         The class.
 
     Raises:
-        ArgumentError: If the class cannot be imported, or is neither a method (``DerainModule``) nor a network
+        ArgumentError: If the class cannot be imported, or is neither a `TrainableModule` nor a network
             (``torch.nn.Module``).
+        DerainError: If the definition of the class raises it.
     """
     if not isinstance(name, str | type):
         raise ArgumentError(
@@ -120,6 +121,7 @@ def import_class(path: str, option: str, base: type) -> Any:
 
     Raises:
         ArgumentError: If the class cannot be imported, or does not derive from ``base``.
+        DerainError: If the definition of the class raises it.
     """
     found = _import(path, option)
     if not (isinstance(found, type) and issubclass(found, base)):
@@ -143,14 +145,14 @@ def add_current_folder(path: str) -> None:
 
 
 def find(path: Path, metadata: Mapping[str, Any]) -> Any:
-    """Return the known class that wrote a file, even if its class path has changed since.
+    """Return the known class that wrote a file: the class of the recorded path, otherwise that of the same name.
 
     Args:
         path: The file, for messages.
         metadata: Metadata of the file, with ``method`` and, unless it was written before 0.1, ``class_path``.
 
     Raises:
-        DerainError: If no known class has this path or name, or if several have the name and none has the path.
+        DerainError: If no known class has this path or name, or if several have the name and none the path.
     """
     name = metadata["method"]
     origin = metadata.get("class_path") or f"derain.{name}"
@@ -264,6 +266,7 @@ def _import(name: str, argument: str) -> Any:
 
     Raises:
         ArgumentError: If there is no such class, or its module cannot be imported.
+        DerainError: If the module raises it.
     """
     parts = name.split(".")
     expected = "expected MODULE.CLASS, such as my_method.MyModule for a class in the file my_method.py here"
@@ -284,6 +287,7 @@ def _import_module(name: str, given: str) -> Any:
 
     Raises:
         ArgumentError: If the module exists, but its import fails.
+        DerainError: If the module raises it.
     """
     try:
         return importlib.import_module(name)

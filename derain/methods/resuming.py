@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from derain.errors import DerainError
 
 LENGTHS = ("T_max", "total_steps", "total_iters")
-"""Arguments and attributes of PyTorch's schedules whose default in derain is the length of the training."""
+"""Arguments of PyTorch's schedules, and attributes of the same names: the length of the training by default."""
 
 
 def use_configured(trainer: Trainer, changed: Sequence[str]) -> None:
@@ -26,8 +26,7 @@ def use_configured(trainer: Trainer, changed: Sequence[str]) -> None:
         changed: Names of the hyper-parameters that differ from those of the checkpoint.
 
     Raises:
-        DerainError: If a hyper-parameter or the length of the training was changed and a schedule is not a
-            ``LambdaLR``: only that can compute the learning rate at any step.
+        DerainError: If a hyper-parameter, or one of `LENGTHS`, was changed, and a schedule is not a ``LambdaLR``.
     """
     optimizers, schedules = _init_optimizers_and_lr_schedulers(trainer.lightning_module)
     restored = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -49,7 +48,7 @@ def use_configured(trainer: Trainer, changed: Sequence[str]) -> None:
 
 
 def _refuse_changes(schedule: Any, configured: Any, changed: Sequence[str]) -> None:
-    """Check that a schedule other than ``LambdaLR`` resumes with unchanged options and an unchanged training length.
+    """Check that no hyper-parameter, and none of `LENGTHS` of a schedule, has changed.
 
     Args:
         schedule: The restored schedule.
@@ -57,7 +56,7 @@ def _refuse_changes(schedule: Any, configured: Any, changed: Sequence[str]) -> N
         changed: Names of the hyper-parameters that differ from those of the checkpoint.
 
     Raises:
-        DerainError: If an option or the length differs.
+        DerainError: If one has changed.
     """
     name = type(schedule).__name__
     if changed:

@@ -15,11 +15,11 @@ from derain.methods.base import DerainModule
 from derain.methods.graph import Graph
 
 MIN_SIDE = 16
-"""Smaller sides are padded to this number of pixels: some networks pad by reflection, which needs enough pixels."""
+"""Sides below this number of pixels are padded to it: some networks pad by reflection, which needs enough pixels."""
 
 
 class SpandrelModule(DerainModule):
-    """Network of another project, loaded by spandrel; it restores images, but is neither trained nor exported.
+    """Network of another project, loaded by spandrel; it can restore images, but be neither trained nor exported.
 
     Args:
         descriptor: ``ImageModelDescriptor`` of spandrel: the network, its architecture and the sizes that it accepts.
@@ -33,7 +33,7 @@ class SpandrelModule(DerainModule):
         self.network = descriptor.model
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Restore images of any size in [0, 1], one after the other, as spandrel's descriptors require."""
+        """Restore images in [0, 1] of any size, one at a time: spandrel's descriptors accept single images."""
         height, width = rainy.shape[2:]
         right, below = max(0, MIN_SIDE - width), max(0, MIN_SIDE - height)
         padded = F.pad(rainy, (0, right, 0, below), "replicate") if right or below else rainy
@@ -46,7 +46,7 @@ class SpandrelModule(DerainModule):
         return self.network(F.pad(rainy, (0, right, 0, below), "replicate"))
 
     def metadata(self) -> dict[str, Any]:
-        """Return the metadata of any method, and the name of the architecture."""
+        """Return the metadata with the name of the architecture."""
         return super().metadata() | {"architecture": self.descriptor.architecture.name}
 
     def export_graph(self) -> Graph:

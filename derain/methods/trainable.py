@@ -1,4 +1,4 @@
-"""Base class of everything that derain trains: checkpoints and weights that carry their own metadata."""
+"""Base class of everything that derain trains: its checkpoints and weights files contain metadata."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ FORMER_NAMES = {
     "samples": "derain.methods.interfaces.Sampled",
     "take_route": "set_route",
 }
-"""Names of methods and attributes before 0.1, and their present names."""
+"""Names of methods and attributes before 0.1, and what to use instead."""
 
 INTERFACES = {
     "describe_image": Explains,
@@ -49,29 +49,29 @@ INTERFACES = {
     "set_route": Routed,
     "set_sampling": Sampled,
 }
-"""Methods that have an effect only if the class derives from an interface."""
+"""Methods that have an effect only if the class derives from an interface, and that interface."""
 
 
 class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tags=["image-deraining"]):
-    """LightningModule with one ``network``, whose checkpoints and weights files record how to rebuild it.
+    """LightningModule whose checkpoints and weights files record how to rebuild it.
 
     A subclass declares its hyper-parameters as typed ``__init__`` arguments with the paper's values as defaults and
     calls ``self.save_hyperparameters()``. ``save_pretrained`` and ``push_to_hub`` write what ``from_pretrained`` loads.
 
     Attributes:
         network: The module that is trained, averaged (EMA), compiled and saved in weights files.
-        trained_on: Names of the training sets, set when training starts.
+        trained_on: Names of the training sets, set when training starts or a file is loaded.
         monitor: Logged validation metric that selects the best checkpoint; higher is better.
         may_change: Names of hyper-parameters that may differ when a run is resumed: they change how a network is
             trained, not what it computes.
-        metadata_schema: TypedDict of the metadata, with every key that a subclass adds to ``metadata``.
-        bounded_by_file: Whether the class refuses to be built with many more parameters than its file has, so that a
-            hostile file cannot exhaust memory. Must be false if ``__init__`` also builds networks that are not in
-            weights files, such as a frozen VGG.
-        published_options: Names of options that the authors' weights files do not record, see `from_published`.
+        metadata_schema: TypedDict that the metadata of files must fit; values of keys that it lacks are not checked.
+        bounded_by_file: Whether `limits` limits the size of networks that are built from a file, so that a hostile
+            file cannot exhaust memory. Must be false if ``__init__`` also builds large networks that are not in weights
+            files, such as CLIP.
+        published_options: Names of the options that `from_published` accepts.
         needs_unlabelled: Whether training batches must contain ``unlabelled``, rainy images without ground truth: the
             data module then requires ``--data.unlabelled``.
-        initial_weights: Files from which ``__init__`` loaded weights, by hyper-parameter.
+        initial_weights: Files from which ``__init__`` loaded weights, by name of the argument.
 
     Raises:
         DerainError: When a subclass is defined that uses a name from before 0.1, or a method of an interface without
@@ -90,7 +90,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     needs_unlabelled: ClassVar[bool] = False
     initial_weights: Mapping[str, str] = {}
     _resumed: Mapping[str, Any] | None = None
-    """Position and gradients of the resumed checkpoint, until training starts."""
+    """Entries ``position`` and ``gradients`` of the resumed checkpoint, until training starts."""
     _changed: tuple[str, ...] = ()
     """Names of hyper-parameters that differ from those of the resumed checkpoint."""
 
@@ -117,12 +117,12 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
 
     @property
     def is_fitting(self) -> bool:
-        """Whether a trainer runs ``fit``."""
+        """Whether the trainer's current or last call is ``fit``."""
         return self._trainer is not None and self._trainer.state.fn == "fit"
 
     @property
     def steps(self) -> int:
-        """Number of optimiser steps of the whole training, given its gradient accumulation and number of devices.
+        """Number of optimiser steps of the whole training.
 
         Raises:
             DerainError: If the trainer limits neither epochs nor steps.
@@ -160,11 +160,14 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         return cast(dict[str, Any], as_read_from_file)
 
     def restore_metadata(self, metadata: Mapping[str, Any]) -> None:
-        """Restore the metadata of a file, except the hyper-parameters, which are arguments of ``__init__``."""
+        """Restore ``trained_on`` from the metadata of a file.
+
+        A subclass that adds entries to `metadata` overrides this method to restore them.
+        """
         self.trained_on = tuple(metadata.get("trained_on", ()))
 
     def start_from(self, loaded: "TrainableModule") -> None:
-        """Adopt records of the training that produced the initial weights, such as counts; by default there are none.
+        """Adopt records of the training that produced the initial weights; by default, do nothing.
 
         Args:
             loaded: Method whose weights training starts from.
@@ -182,7 +185,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     def save_weights(self, path: str | Path) -> None:
         """Write the weights of the network, with metadata, as a safetensors file.
 
-        If the class cannot be imported elsewhere, a warning says how to load the file.
+        If another process cannot import the class, log a warning that says how to load the file.
         """
         weights.save(self.network.state_dict(), self.metadata(), Path(path))
         if not is_importable(class_path(type(self))):
@@ -196,22 +199,24 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
             )
 
     @classmethod
-    def limits(cls, tensors: int, numbers: int) -> AbstractContextManager[None]:
+    def limits(cls, tensors: int, elements: int) -> AbstractContextManager[None]:
         """Return a context that limits the size of the networks that are built in it, if ``bounded_by_file`` is true.
 
         A network that is too large raises ValueError, see `built_within`.
 
         Args:
             tensors: Number of tensors in the file.
-            numbers: Number of elements in the file, or an upper bound, such as its size in bytes.
+            elements: Number of elements in the file, or an upper bound, such as its size in bytes.
         """
-        return built_within(tensors, numbers) if cls.bounded_by_file else nullcontext()
+        return built_within(tensors, elements) if cls.bounded_by_file else nullcontext()
 
     @classmethod
     def from_published(
         cls, state: Mapping[str, Tensor], path: Path | None = None, **options: Any
     ) -> "TrainableModule | None":
         """Return the method with the weights of its authors, or None if the state dict is not theirs.
+
+        By default, return None.
 
         Args:
             state: Tensors by the authors' names.
@@ -224,8 +229,8 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     def check_trusted(cls, path: Path, hyper_parameters: Mapping[str, Any]) -> None:
         """Check that the hyper-parameters of a file do not cause an import of code that the user has not named.
 
-        By default there is nothing to check. A subclass that imports classes overrides it, and calls it in
-        `from_content`.
+        By default, nothing is checked. A subclass whose hyper-parameters name classes overrides this method, and calls
+        it in `from_content`.
 
         Args:
             path: The file, for messages.
@@ -276,11 +281,12 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     ) -> "TrainableModule":
         """Load a module from the Hugging Face hub or from disk, in eval mode.
 
-        ``DerainModule.from_pretrained`` loads any known method. ``MyModule.from_pretrained`` loads ``MyModule`` and its
-        subclasses only; ``MyModule`` itself need not be known.
+        ``DerainModule.from_pretrained`` loads any known method that restores images. ``MyModule.from_pretrained`` loads
+        ``MyModule``, which need not be known, and its known subclasses.
 
         Args:
-            name: Id on the hub (``OWNER/NAME``), a folder that ``save_pretrained`` wrote, or a file of derain.
+            name: Id on the hub (``OWNER/NAME``), a folder that ``save_pretrained`` wrote, or a checkpoint or weights
+                file of derain.
             revision: Branch, tag or commit on the hub; by default the main branch.
             cache_dir: Folder for files of the hub; by default the cache of huggingface_hub.
             token: Access token for private repositories.
@@ -303,18 +309,18 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         own = cls if cls.__name__ == written_by else find(file, content.metadata)
         if not issubclass(own, cls):
             raise DerainError(
-                f"{name}: contains {own.__name__}, not {cls.__name__}; use {own.__name__}, or DerainModule for any "
-                "method"
+                f"{name}: contains {own.__name__}, not {cls.__name__}; use {own.__name__}.from_pretrained"
             )
         return cast(TrainableModule, own.from_content(file, content))
 
     # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the metadata and, during training, the position in the training and the accumulated gradients.
+        """Add the metadata and, if `is_fitting`, the state of the loggers and accumulated gradients.
 
         Raises:
-            DerainError: If weights, EMA weights or accumulated gradients are not finite during training.
+            DerainError: If `is_fitting`, and weights, EMA weights or accumulated gradients are not finite. Gradients
+                are not checked with precision ``16-mixed``, which scales the loss.
         """
         checkpoint["derain"] = self.metadata()
         if not self.is_fitting:
@@ -332,8 +338,8 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         """Restore the metadata; ``fit`` resumes with the raw weights, other stages use EMA weights if there are any.
 
         Raises:
-            DerainError: If training cannot resume: the run was started with another method, with other values of
-                hyper-parameters that must not change, or with an EMA callback that is not configured now.
+            DerainError: If training cannot resume: the run was started with another method, with another value of a
+                hyper-parameter that is not in ``may_change``, or with an EMA callback that is not configured now.
         """
         if self.is_fitting:
             self._resume(checkpoint)
@@ -350,18 +356,19 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
             )
 
     def _resume(self, checkpoint: dict[str, Any]) -> None:
-        """Prepare loops, data and schedules for the position of a checkpoint."""
+        """Compare hyper-parameters, and prepare loops, data and schedules for the position of a checkpoint."""
         self._compare(checkpoint.get("derain", {}))
         position = loops.correct_counters(checkpoint["loops"])
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "resume_at"):
             data.resume_at(position)
         for schedule in checkpoint["lr_schedulers"]:
-            schedule.setdefault("lr_lambdas", [None] * len(schedule["base_lrs"]))  # of an old MultiStepLR
+            # LambdaLR expects this entry, which old checkpoints of a MultiStepLR lack.
+            schedule.setdefault("lr_lambdas", [None] * len(schedule["base_lrs"]))
         self._resumed = {name: checkpoint[name] for name in ("position", "gradients") if name in checkpoint}
 
     def _compare(self, saved: Mapping[str, Any]) -> None:
-        """Refuse to resume with another method or network; log other hyper-parameters that differ."""
+        """Refuse another method or hyper-parameters that must not change; log those that may, if they differ."""
         configured = self.metadata()
         method = saved.get("method", configured["method"])
         if method != configured["method"]:
@@ -381,7 +388,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
             log.info("options that differ from those of the resumed run: %s", differences)
 
     def _accumulated_gradients(self) -> dict[str, Tensor]:
-        """Return accumulated gradients by parameter; with manual optimisation, all gradients."""
+        """Return gradients to which further batches are added before the next step; all with manual optimisation."""
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         accumulating = progress.processed % self.trainer.accumulate_grad_batches != 0
         if self.automatic_optimization and not accumulating:
@@ -406,10 +413,10 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         self.trained_on = tuple(getattr(data, "train_sets", ()))
 
     def on_train_start(self) -> None:
-        """Continue at the position of the resumed checkpoint, with the options of the present run.
+        """If a run is resumed, restore accumulated gradients and loggers, and apply the options of the present run.
 
         Raises:
-            DerainError: If a schedule cannot resume with a changed option.
+            DerainError: If a schedule cannot resume with a changed option or training length.
         """
         if self._resumed is None:
             return
@@ -421,7 +428,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         self._resumed = None
 
     def refuse_plain_ddp(self, reason: str) -> None:
-        """Refuse plain DDP, which expects a gradient for every parameter; for methods in which some receive none.
+        """Refuse DDP that expects a gradient for every parameter.
 
         Args:
             reason: Why some parameters have no gradient, for the message.
@@ -438,7 +445,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     # Losses and gradients that are not finite stop the training.
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Record the names of the images of a batch for error messages."""
+        """Record the names of a batch's images for error messages."""
         self.finite.record_batch(batch)
 
     def on_before_backward(self, loss: Tensor) -> None:
@@ -461,6 +468,6 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         """Check losses and gradients before they reach the weights.
 
         Raises:
-            DerainError: If one is not finite.
+            DerainError: If one is not finite, see `FiniteCheck.check`.
         """
         self.finite.check(self, optimizer)

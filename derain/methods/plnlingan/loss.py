@@ -56,8 +56,8 @@ def hierarchical_losses(
         clean: Clean images in [0, 1], at the size of the finest image.
 
     References:
-        Wang et al., MM 2024, eq. 11. The paper does not say how the clean image is downscaled. derain uses Gaussian
-        pyramids, as its authors do elsewhere.
+        Wang et al., MM 2024, eq. 11. The paper does not say how the clean image is downscaled; derain uses a Gaussian
+        pyramid.
     """
     targets = pyramid(clean, len(images))
     return [1 - structural_similarity(image, target) for image, target in zip(images, targets, strict=True)]
@@ -77,7 +77,7 @@ def relativistic_losses(
         lower: Logits of the images that should score lower, by scale, of the same shapes.
 
     References:
-        Wang et al., MM 2024, eq. 8 (the generator's loss); Jolicoeur-Martineau, ICLR 2019, eqs. 12 and 13.
+        Wang et al., MM 2024, eq. 8 (the generator's loss); Jolicoeur-Martineau, ICLR 2019.
 
     Example:
         >>> logits = [torch.zeros(1, 1, 4, 4)]

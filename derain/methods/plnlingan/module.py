@@ -38,15 +38,15 @@ class PLNLINGANModule(DerainModule, Explains):
 
     Wang et al., Progressive Local and Non-Local Interactive Networks with Deeply Discriminative Training for Image
     Deraining, MM 2024. ``network`` is the generator; the discriminator is part of checkpoints but not of weights files.
-    An update follows every ``accumulate`` batches; it changes the generator, the discriminator or both, and the trainer
-    counts it as one step.
+    Every ``accumulate`` batches, the generator, the discriminator or both are updated, which the trainer counts as one
+    step.
 
     Args:
         channels: Channels of the generator's features.
         stages: Number of stages N of the encoder's PLNLIM at each of four scales, the finest first; the decoder has the
             same numbers.
         hierarchy: Number of stages N of the PLNLIMs for hierarchical supervision; 0: no such PLNLIMs, which requires
-            that ``alpha`` is 0 and ``content`` false.
+            that ``alpha`` is 0, and ``content`` false or ``beta`` 0.
         heads: Attention heads of the generator's Swin blocks; must divide ``channels``.
         unit: Unit of the generator: ``plnlim``; or ``local`` or ``non-local``, a chain of such blocks (Table 4).
         branches: Branches of a PLNLIM: ``both``; ``local`` or ``non-local`` for two branches of that kind (Table 3).
@@ -68,7 +68,8 @@ class PLNLINGANModule(DerainModule, Explains):
         milestones: Epochs after which the learning rate is divided by 10; section 4.1: 300, 400 of 500.
         clip: Maximum gradient norm of each network; None: no clipping. The discriminator's gradient is small, since its
             loss has the weights of eq. 12.
-        accumulate: Number of batches whose gradients are accumulated before an update; fewer at the end of an epoch.
+        accumulate: Number of batches whose gradients are accumulated before an update; at the end of an epoch, an
+            update follows in any case.
 
     Raises:
         DerainError: If an option is out of its range.
@@ -139,21 +140,21 @@ class PLNLINGANModule(DerainModule, Explains):
         self.maps = (f"{unit} features",)
         if unit == "plnlim":
             self.maps = (f"{first} features", f"{second} features", "features of both")
-        self.updates = 0  # their number determines which networks are updated next
+        self.updates = 0  # determines which networks are updated next
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Restore images of any size in [0, 1], without computing the images of the hierarchy."""
+        """Restore images in [0, 1] of any size, without computing the images of the hierarchy."""
         return cast(Tensor, self.network(rainy).derained)
 
     def export_graph(self) -> Graph:
-        """Return ``forward`` of the generator."""
+        """Return ``forward`` as a graph, with the parameters of the generator only."""
         return Graph(self.network, lambda rainy: cast(Tensor, self.network(rainy).derained))
 
     def explain(self, rainy: Float[Tensor, "b 3 h w"], **conditions: Any) -> Float[Tensor, "b n h w"]:
         """Return the derained image and maps of features of the decoder's last unit, see `feature_map` (Figure 4).
 
-        The maps of a PLNLIM show both branches, and the sum of both with the fusion branch. A chain of blocks has one
-        map.
+        The maps of a PLNLIM show the first branch, the second branch, and the sum of all branches. A chain of blocks
+        has one map.
 
         Args:
             rainy: Rainy images in [0, 1].
@@ -165,7 +166,7 @@ class PLNLINGANModule(DerainModule, Explains):
     # Training.
 
     def configure_callbacks(self) -> list[Any]:
-        """Refuse trainer options that require automatic optimisation, and name the alternative; add no callbacks.
+        """Refuse trainer options that require automatic optimisation; return no callbacks.
 
         Raises:
             DerainError: If the trainer clips or accumulates gradients, or has precision ``16-mixed``.
@@ -190,7 +191,7 @@ class PLNLINGANModule(DerainModule, Explains):
         """Refuse distributed strategies that wait for gradients of all parameters; warn about crops that need padding.
 
         Raises:
-            DerainError: If the trainer has such a strategy.
+            DerainError: If there is a discriminator, and the trainer has such a strategy.
         """
         super().on_fit_start()
         if self.discriminator is not None:
@@ -204,7 +205,7 @@ class PLNLINGANModule(DerainModule, Explains):
             )
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """Compute the gradients of the networks whose update is next; update them after ``accumulate`` batches."""
+        """Compute the gradients of the networks to be updated next; update them after ``accumulate`` batches."""
         count = len(batch["name"])
         rainy = pad_to_multiple(batch["rainy"], self.network.multiple)
         clean = pad_to_multiple(batch["clean"], self.network.multiple)
@@ -229,7 +230,9 @@ class PLNLINGANModule(DerainModule, Explains):
         return cast(Restored, self.network(clean, hierarchy=True)).features
 
     def generator_losses(self, restored: Restored, clean: Tensor, real: list[Tensor]) -> dict[str, list[Tensor]]:
-        """Return the unweighted losses of eqs. 8, 10 and 11 by name, without a gradient for the discriminator.
+        """Return the unweighted losses of eqs. 8, 10 and 11 by name, without gradients for the discriminator.
+
+        Without a discriminator, there are none of eq. 8; with ``alpha`` 0, none of eq. 11.
 
         Args:
             restored: Output of the generator for the rainy images.
@@ -249,7 +252,7 @@ class PLNLINGANModule(DerainModule, Explains):
         return parts
 
     def discriminator_losses(self, restored: Restored, clean: Tensor, real: list[Tensor]) -> dict[str, list[Tensor]]:
-        """Return the unweighted losses of the discriminator, without a gradient for the generator.
+        """Return the unweighted losses of the discriminator, without gradients for the generator.
 
         They are those of eq. 8 with real and derained images exchanged. Arguments are those of `generator_losses`.
         """
@@ -258,7 +261,7 @@ class PLNLINGANModule(DerainModule, Explains):
         return {"discriminator": relativistic_losses(discriminator(clean, real), fake)}
 
     def _backward(self, name: str, parts: LossesByName, count: int) -> None:
-        """Accumulate the gradients of the weighted sum of the losses; log the sum as ``name``, and each loss.
+        """Accumulate the gradients of the weighted sum of the losses; log the sum and each loss.
 
         Args:
             name: Name of the sum in the log.
@@ -299,7 +302,7 @@ class PLNLINGANModule(DerainModule, Explains):
         self.updates += 1
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check that losses and gradients are finite, and clip the gradient.
+        """Check that losses and gradients are finite; clip gradients if ``clip`` is set.
 
         Raises:
             DerainError: If a value is not finite.
@@ -309,7 +312,7 @@ class PLNLINGANModule(DerainModule, Explains):
             nn.utils.clip_grads_with_norm_(optimizer.param_groups[0]["params"], self.hparams["clip"], norm)
 
     def on_validation_model_zero_grad(self) -> None:
-        """Keep accumulated gradients during validation."""
+        """Do nothing, so that accumulated gradients are kept during validation."""
 
     def on_train_epoch_end(self) -> None:
         """Step the learning rate schedules, which count epochs."""
@@ -318,7 +321,7 @@ class PLNLINGANModule(DerainModule, Explains):
             schedule.step()
 
     def configure_optimizers(self) -> Any:
-        """Return an Adam for each network, with a schedule that divides the learning rate by 10 at the milestones."""
+        """Return Adam for each network, with a schedule that divides the learning rate by 10 at the milestones."""
         networks = [self.network] if self.discriminator is None else [self.network, self.discriminator]
         optimizers = [torch.optim.Adam(network.parameters(), self.hparams["learning_rate"]) for network in networks]
         factor = multiplied_at(self.hparams["milestones"], 0.1)

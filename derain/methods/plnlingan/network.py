@@ -24,10 +24,10 @@ Interaction = Literal["sft", "concatenation", "none"]
 Unit = Literal["plnlim", "local", "non-local"]
 
 SCALES = 4
-"""Scales of the encoder-decoder and of the hierarchy: 1, 1/2, 1/4, 1/8."""
+"""Number of scales of the encoder-decoder, the hierarchy and the discriminator: 1, 1/2, 1/4 and 1/8."""
 
 WINDOW = 7
-"""Side of the attention windows."""
+"""Side of the attention windows, in pixels of the features."""
 
 
 class UnitConfig(NamedTuple):
@@ -35,7 +35,7 @@ class UnitConfig(NamedTuple):
 
     Attributes:
         channels: Channels of the features.
-        unit: ``plnlim``; or instead a chain of residual blocks (``local``) or Swin blocks (``non-local``; Tables 4, 6).
+        unit: ``plnlim``; or a chain of residual blocks (``local``) or of Swin blocks (``non-local``; Tables 4, 6).
         branches: ``both``; ``local`` or ``non-local`` for two branches of that kind (Table 3 c, d).
         interaction: Interaction of the branches: ``sft``, ``concatenation`` (Table 3 b) or ``none`` (Table 3 e).
         fusion: Whether there is a fusion branch (Table 3 a has none).
@@ -114,8 +114,8 @@ class PLNLIM(nn.Module):
     """Progressive local and non-local interactive module.
 
     Args:
-        stages: Number of stages N. Each branch has N + 1 blocks; the branches interact N times, or N - 1 times without
-            ``last_interaction``.
+        stages: Number of stages N. Each branch has N + 1 blocks. The branches interact N times; without
+            ``last_interaction`` N - 1 times; with interaction ``none`` never.
         config: Configuration of the module.
 
     Shape:
@@ -183,11 +183,12 @@ def check_config(config: UnitConfig, *stages: int, network: str = "generator") -
 
     Args:
         config: Configuration of the units.
-        *stages: Number of stages of each PLNLIM.
+        *stages: Number of stages of each unit.
         network: Name of the network in messages.
 
     Raises:
-        DerainError: If a number is below 1, a kind is unknown, or an option of PLNLIMs is set for a chain of blocks.
+        DerainError: If a number is below 1, a kind is unknown, or a chain of blocks is configured with ``branches``,
+            ``interaction`` or ``fusion`` other than the defaults.
     """
     for name, value, kinds in (
         ("unit", config.unit, get_args(Unit)),
@@ -218,10 +219,10 @@ class Restored(NamedTuple):
     """Output of the generator.
 
     Attributes:
-        derained: Derained images, ``(b, 3, h, w)``, about [0, 1], not clamped.
+        derained: Derained images, ``(b, 3, h, w)``, not clamped.
         images: Images of the hierarchy (eq. 11), the finest first, ``(b, 3, h/2ᵏ, w/2ᵏ)`` with the padded ``h`` and
             ``w``. Empty unless requested.
-        features: Features of which these images are computed (eq. 7), ``(b, h/2ᵏ, w/2ᵏ, c)``. Empty unless requested.
+        features: Features from which these images are computed (eq. 7), ``(b, h/2ᵏ, w/2ᵏ, c)``. Empty unless requested.
         shown: Features of the decoder's finest unit, ``(b, h, w, c)`` each: both branches of a PLNLIM and their sum, or
             the output of a chain of blocks. Empty unless requested.
     """
@@ -252,8 +253,8 @@ class PLNLIN(nn.Module):
         DerainError: If an argument is out of its range.
 
     References:
-        Wang et al., MM 2024, Figure 1 and section 3.1. By default, the network has 2,251,423 parameters; without the
-        hierarchy, 1,690,851.
+        Wang et al., MM 2024, Figure 1 and section 3.1. By default, with ``UnitConfig()``, the network has 2,251,423
+        parameters.
     """
 
     def __init__(self, config: UnitConfig, stages: Sequence[int] = (8, 4, 2, 2), hierarchy: int = 2) -> None:
@@ -301,7 +302,7 @@ class PLNLIN(nn.Module):
         return Restored(derained[:, :, :height, :width], images, features, shown)
 
     def _encode(self, padded: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
-        """Return the encoder's features, the finest scale first."""
+        """Return the encoder's features of padded images, the finest scale first."""
         x = spatial(padded.permute(0, 2, 3, 1).contiguous(), self.embed)
         encoded: list[Tensor] = []
         for scale, unit in enumerate(self.encoder):
@@ -339,7 +340,8 @@ class MCDDL(nn.Module):
         DerainError: If an argument is out of its range.
 
     References:
-        Wang et al., MM 2024, eqs. 7 and 8, section 4.1. 679,968 parameters by default.
+        Wang et al., MM 2024, eqs. 7 and 8, section 4.1. By default, with ``UnitConfig()``, the network has 679,968
+        parameters.
     """
 
     def __init__(self, config: UnitConfig, content_channels: int = 32, deep: bool = True, stages: int = 2) -> None:

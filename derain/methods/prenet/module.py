@@ -33,8 +33,8 @@ class PReNetModule(DerainModule):
     Trained by the negative SSIM of the last stage with Adam; the learning rate drops at the milestones.
 
     Args:
-        variant: ``PReNet``; ``PReNet_r`` (one residual block applied five times); ``PRN`` and ``PRN_r`` (the first two
-            without a recurrent layer); ``PReNet_LSTM`` (PReNet whose stages output the image instead of the residual).
+        variant: ``PReNet``; ``PReNet_r``, which applies one residual block five times; ``PRN`` and ``PRN_r``, the same
+            two without a recurrent layer; ``PReNet_LSTM``, a PReNet whose stages output the image, not the residual.
         stages: Number of stages, 1 to 100; paper: 6.
         learning_rate: Learning rate of Adam; section 4 of the paper: 1e-3.
         milestones: Epochs after which the learning rate is multiplied by ``decay``; paper: 30, 50, 80 of 100.
@@ -64,7 +64,7 @@ class PReNetModule(DerainModule):
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on CPUs
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Restore images of any size in [0, 1]."""
+        """Restore images in [0, 1] of any size."""
         return cast(Tensor, self.network(rainy))
 
     @classmethod
@@ -74,12 +74,13 @@ class PReNetModule(DerainModule):
         """Return the method with the authors' weights, such as ``net_latest.pth``, or None for other tensors.
 
         The tensors determine neither the number of stages nor whether the network is a ``PReNet_LSTM``. Options take
-        precedence, then the name of the folder in the authors' repository. Without both, 6 stages are assumed, and
-        PReNet rather than ``PReNet_LSTM``, with a warning.
+        precedence, then the name of the folder (`published_network`). Without both, 6 stages are assumed, and PReNet
+        rather than ``PReNet_LSTM``, with a warning.
 
         Raises:
-            DerainError: If variant or stages do not fit the tensors; or if the file is from the authors' folder
-                ``logs/real``, whose architecture is not supported, and no options are given.
+            DerainError: If the variant does not fit the tensors, or the number of stages is not an integer from 1 to
+                100; or if the file is from the authors' folder ``logs/real``, whose architecture is not supported, and
+                no options are given.
         """
         variant_of_tensors = variant_of(state)
         if variant_of_tensors is None:
@@ -122,7 +123,7 @@ class PReNetModule(DerainModule):
         return module
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the negative SSIM of the last stage."""
+        """Return the negative SSIM of the derained images."""
         loss = -structural_similarity(self(batch["rainy"]), batch["clean"])
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["name"]))
         return loss

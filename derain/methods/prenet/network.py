@@ -25,7 +25,7 @@ VARIANTS: dict[Variant, dict[str, bool]] = {
 """Arguments of `PReNet` by variant."""
 
 MAX_STAGES = 100
-"""Largest number of stages: weights fit any number, and time is proportional to it. The authors use 2 to 7."""
+"""Largest number of stages. It is limited, since time is proportional to it, and weights fit any number."""
 
 
 class PReNet(nn.Module):
@@ -39,8 +39,8 @@ class PReNet(nn.Module):
         stages: Number of stages, 1 to 100.
         recurrent: Whether a convolutional LSTM carries its state from stage to stage.
         shared: Whether one residual block is applied five times, instead of five blocks.
-        residual: Whether the rainy image is added to the result of a stage; otherwise the result is the derained image,
-            as in the authors' ``PReNet_LSTM``, whose parameters have the same names and shapes.
+        residual: Whether the rainy image is added to the result of a stage. If not, as in the authors' ``PReNet_LSTM``,
+            the result is the derained image; names and shapes of the parameters are the same.
 
     Shape:
         ``(b, 3, h, w)`` in [0, 1] → same, not clamped; any ``h, w >= 1``. An output pixel depends on input pixels up to
@@ -102,9 +102,10 @@ class PReNet(nn.Module):
         return outputs
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return multiplications that ``derain bench`` adds: those of layers, and of attention (0).
+        """Return the multiplications that ``derain bench`` adds for layers, and for attention (0).
 
-        The authors' code also computes the forget gate of the first stage, which has no cell state to forget.
+        They are those of the first stage's forget gate, which the authors' code computes although there is no cell
+        state to forget.
         """
         if not self.recurrent:
             return 0, 0
@@ -147,17 +148,17 @@ class PublishedNetwork(NamedTuple):
 
 
 FOLDER = re.compile("(PReNet|PRN)([2-9])((?:_r)?)(_MSE|_LSTM|_RecSSIM)?")
-"""Names of the authors' folders: network, stages, shared block, loss or ablation."""
+"""Names of the authors' folders: network, number of stages, ``_r`` for a shared block, loss or ablation."""
 
 RECDERAIN_FOLDER = re.compile("Rainy?(Heavy|Light)/PReNet")
-"""Folders of BRN's authors (RecDerain), who trained PReNet with 6 stages on Rain200H and Rain200L."""
+"""Folders of BRN's authors (repository RecDerain), who trained PReNet with 6 stages."""
 
 
 def published_network(path: Path) -> PublishedNetwork | None:
     """Return the variant and the number of stages that the folder of a published file implies; None for other folders.
 
-    Folders are those of PReNet's authors and of RecDerain. The authors' test script runs the files of
-    ``PReNet6_RecSSIM`` as ``PReNet_LSTM``. ``_MSE`` denotes another loss for the same network.
+    Folders are those of PReNet's authors and of RecDerain. PReNet's authors run the files of ``PReNet6_RecSSIM`` as
+    ``PReNet_LSTM``. ``_MSE`` denotes another loss for the same network.
 
     Example:
         >>> published_network(Path("logs/Ablation/PReNet5_LSTM/net_latest.pth"))
@@ -175,7 +176,7 @@ def published_network(path: Path) -> PublishedNetwork | None:
 
 
 def is_real_rain_network(path: Path) -> bool:
-    """Return whether a file is from the authors' folder ``logs/real``: its LSTM comes after the residual blocks.
+    """Return whether a file is from the authors' folder ``logs/real``, whose network has another order of layers.
 
     Example:
         >>> is_real_rain_network(Path("logs/real/PReNet1.pth"))

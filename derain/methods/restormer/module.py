@@ -20,9 +20,9 @@ from derain.nn.schedule import warm_up_then_cosine
 def mix_pairs(
     rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"], beta: float
 ) -> tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b 3 h w"]]:
-    """Return each pair of the batch mixed with a random pair of the batch, with weights λ and 1 - λ (mixup).
+    """Return each pair of the batch mixed with the pair that a random permutation assigns to it (mixup).
 
-    λ is drawn from Beta(``beta``, ``beta``) once per batch. λ and the permutation use PyTorch's CPU generator.
+    The weights are λ and 1 - λ, with λ drawn from Beta(``beta``, ``beta``) once per batch.
 
     Args:
         rainy: Rainy images in [0, 1].
@@ -40,9 +40,8 @@ def mix_pairs(
 class RestormerModule(DerainModule):
     """Restormer (Zamir et al., CVPR 2022), trained by the mean absolute error with AdamW.
 
-    The paper trains for 300,000 steps: the learning rate is constant for 92,000 steps, then decays to 1e-6 along a
-    cosine, while crops grow from 128 to 384 pixels (``experiments/rain13k.yaml``). By default, the learning rate decays
-    to 0 from the start.
+    The paper's recipe is ``experiments/rain13k.yaml``: the learning rate is constant for 92,000 of 300,000 steps, then
+    decays to 1e-6 along a cosine. By default, the learning rate decays to 0 from the start.
 
     Args:
         dim: Channels at the finest level.
@@ -55,8 +54,8 @@ class RestormerModule(DerainModule):
         warm_up: Fraction of the optimiser steps in which the learning rate rises linearly; paper: 0.
         hold: Fraction of the optimiser steps in which the learning rate is constant after the warm-up; paper: 92/300.
         min_learning_rate: Final learning rate; paper: 1e-6.
-        mixup: ``beta`` of `mix_pairs`, which mixes a random half of the batches; None: no mixup. The authors' recipe
-            for deraining: 1.2 (``Options/Deraining_Restormer.yml``, ``mixing_augs``).
+        mixup: ``beta`` of `mix_pairs`, which is applied to a random half of the batches; None: no mixup. The authors'
+            recipe for deraining: 1.2 (``Options/Deraining_Restormer.yml``, ``mixing_augs``).
 
     Raises:
         DerainError: If an option is out of its range.
@@ -66,7 +65,7 @@ class RestormerModule(DerainModule):
     bytes_per_pixel: int = 4700
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"Restormer": {}}
     may_change = DerainModule.may_change | {"hold", "min_learning_rate", "mixup"}
-    compiles_any_size: ClassVar[bool] = False  # torch 2.13's inductor: wrong strides for frozen weights, dynamic sizes
+    compiles_any_size: ClassVar[bool] = False  # torch 2.13 compiles frozen weights with wrong strides if sizes vary
 
     def __init__(
         self,
@@ -100,7 +99,7 @@ class RestormerModule(DerainModule):
         self.network = Restormer(dim, blocks, refinement, heads, expansion)
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Restore images of any size in [0, 1]."""
+        """Restore images in [0, 1] of any size."""
         return cast(Tensor, self.network(rainy))
 
     @classmethod
@@ -118,7 +117,7 @@ class RestormerModule(DerainModule):
         return module
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the mean absolute error; if ``mixup`` is set, for mixed pairs in half of the batches."""
+        """Return the mean absolute error; if ``mixup`` is set, that of mixed pairs for a random half of the batches."""
         rainy, clean = batch["rainy"], batch["clean"]
         if self.mixup is not None and torch.rand(()) < 0.5:
             rainy, clean = mix_pairs(rainy, clean, self.mixup)
