@@ -1,6 +1,6 @@
 """Plain forms of derain's optimised blocks: computed as the papers write them, with the same weights.
 
-The context manager `plain` replaces the blocks of all networks. Maps between blocks keep derain's layout, mostly
+The context manager `plain` replaces the blocks in all networks. Maps between blocks keep derain's layout, mostly
 ``(b, h, w, c)``.
 """
 
@@ -37,7 +37,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def norm(self: Norm, x: Tensor) -> Tensor:
-    """Normalise pixel by pixel."""
+    """Normalise the channels of each pixel to mean 0 and variance 1, then scale and shift them."""
     pixels = x.contiguous().flatten(1, 2)
     deviation = torch.sqrt(pixels.var(-1, keepdim=True, unbiased=False) + self.body.eps)
     normal = (pixels - pixels.mean(-1, keepdim=True)) / deviation * self.body.weight + self.body.bias
@@ -45,7 +45,7 @@ def norm(self: Norm, x: Tensor) -> Tensor:
 
 
 def bias_free_norm(self: BiasFreeNorm, x: Tensor) -> Tensor:
-    """Divide the channels of each pixel by their standard deviation."""
+    """Divide the channels of each pixel by their standard deviation, then scale them."""
     pixels = x.contiguous().flatten(1, 2)
     deviation = torch.sqrt(pixels.var(-1, keepdim=True, unbiased=False) + self.eps)
     return channels_last(channels_first((pixels / deviation * self.weight).reshape(x.shape)))
@@ -212,7 +212,7 @@ REPLACED: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
 
 @contextmanager
 def plain() -> Iterator[set[str]]:
-    """Use the plain forms within a ``with`` block; the yielded set collects the names of those that were called."""
+    """Use the plain forms within a ``with`` block; yield a set that collects the names of those that are called."""
     used: set[str] = set()
 
     def recorded(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Timings of variants in alternation, and tables of the results."""
+"""Time variants in alternation, and print tables of the results."""
 
 import importlib.util
 import statistics
@@ -15,7 +15,7 @@ Times = tuple[float, float]
 
 
 def time_alternately(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
-    """Return the median times of each variant. Each round runs all variants; a first round, not counted, warms up."""
+    """Return the median times of each variant; each round runs all variants, after a first one that warms up."""
     times: dict[str, list[Times]] = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, run in variants.items():
@@ -35,7 +35,7 @@ def report(title: str, times: Mapping[str, Times], differences: Mapping[str, flo
     Args:
         title: Title of the table.
         times: Times of each variant.
-        differences: Maximum difference of each variant's output from the reference.
+        differences: Maximum difference of each variant's output from that of a reference.
 
     Returns:
         The speed-up of the second variant over the first, by wall-clock time.

@@ -1,7 +1,7 @@
 """The page of ``derain app`` under load: 20 users, 200 photos and hostile requests.
 
 The page runs in another process, on the CPU, with a small PReNet; all requests are local. Targets: every photo is
-restored, and every hostile request is refused.
+restored, and every request with a foreign path, file, host or origin is refused. Abandoned jobs may be accepted.
 """
 
 import re
@@ -31,7 +31,7 @@ ORIGINS = ("http://evil.example", "null", "http://localhost:3000")
 
 
 def user(address: str, photo: bytes, number: int) -> list[tuple[str, float]]:
-    """Restore photos one after another like a browser; return outcome and seconds of each."""
+    """Restore `PHOTOS_PER_USER` copies of a photo one after another, like a browser; return outcomes and seconds."""
     outcomes = []
     with httpx.Client(base_url=address, timeout=300) as client:
         client.get("/")
@@ -52,7 +52,7 @@ def user(address: str, photo: bytes, number: int) -> list[tuple[str, float]]:
 
 
 def attack(address: str, secret: Path, upload: str, done: threading.Event) -> Counter[str]:
-    """Request private files, use foreign hosts and origins, and abandon jobs until ``done``; count the answers."""
+    """Request private files, use foreign hosts and origins, and abandon jobs until ``done``; return answer counts."""
     answers: Counter[str] = Counter()
     with httpx.Client(base_url=address, timeout=60) as client:
         while not done.is_set():

@@ -1,7 +1,7 @@
 """Training batches (8 crops of 128×128, flips) from the pixel cache against decoding both files of each sample.
 
-Targets: at least 20 times the samples per second, in one process and with the default number of workers of each
-variant; unshared memory per worker with four workers at most 1.5 times that with one. The ratio with two workers each
+Targets: at least 20 times the samples per second, without workers, and without workers for the cache against two for
+decoding; unshared memory per worker with four workers at most 1.5 times that with one. The ratio with two workers each
 has no target: sending a batch between processes then takes longer than loading it. Images are those of Rain100L if
 DERAIN_DATA contains it, else generated ones of the same size.
 """
@@ -26,14 +26,15 @@ from derain.data.transforms import Augmentation
 from derain.images import write_image
 
 SAMPLES: dict[CacheMode, int] = {"disk": 8000, "off": 400}
-"""Number of samples by cache mode: enough to load for seconds, so that the start of workers hardly counts."""
+"""Number of samples by cache mode: enough to load for seconds, so that prefetched batches hardly count."""
 
 MIN_SPEED_UP = 20
 MEMORY_SAMPLES = 400
+"""Number of samples that are loaded before the memory is measured."""
 
 
 def data_set(folder: Path) -> str:
-    """Return the data set, as options name it: Rain100L, or a folder with 60 generated pairs of 481×321."""
+    """Return the data set in the form ``LAYOUT:PATH``: Rain100L, or a folder with 60 generated pairs of 481×321."""
     root = os.environ.get("DERAIN_DATA")
     if root and (Path(root) / "Rain100L").is_dir():
         return f"Rain100L:{root}/Rain100L"
@@ -47,7 +48,7 @@ def data_set(folder: Path) -> str:
 
 
 def samples_per_second(pairs: tuple[Pair, ...], mode: CacheMode, workers: int) -> float:
-    """Return the samples per second, without the first batch."""
+    """Return the samples per second after the first batch."""
     dataset = TrainingPairs(pairs, open_cache(pairs, mode), {128: Augmentation(128)}, seed=0)
     order = TrainingBatchSampler(SAMPLES[mode], rank=0, world=1, seed=0, stages=[Stage(0, 128, 8)])
     batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=workers))
@@ -58,7 +59,7 @@ def samples_per_second(pairs: tuple[Pair, ...], mode: CacheMode, workers: int) -
 
 
 def worker_memory(pairs: tuple[Pair, ...], workers: int) -> float:
-    """Return the mean unshared memory of a worker in MiB, in the middle of an epoch that reads every image."""
+    """Return the mean unshared memory of a worker in MiB, after a quarter of an epoch."""
     dataset = TrainingPairs(pairs, open_cache(pairs, "disk"), {128: Augmentation(128)}, seed=0)
     order = TrainingBatchSampler(4 * MEMORY_SAMPLES, rank=0, world=1, seed=0, stages=[Stage(0, 128, 8)])
     batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=workers))
@@ -78,7 +79,7 @@ def main() -> int:
     )
     speeds = {(mode, n): samples_per_second(split.pairs, mode, n) for mode in SAMPLES for n in (0, 2)}
     ratios = []
-    for cache_workers, decoding_workers in ((0, 0), (0, 2), (2, 2)):  # (0, 2) are the defaults
+    for cache_workers, decoding_workers in ((0, 0), (0, 2), (2, 2)):
         cached, decoded = speeds["disk", cache_workers], speeds["off", decoding_workers]
         ratios.append(cached / decoded)
         print(

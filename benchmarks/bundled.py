@@ -1,11 +1,12 @@
-"""The bundled models against an earlier one, a small Restormer: seconds per megapixel for a 640×480 image.
+"""The bundled models against an earlier one, a small Restormer: processor time per megapixel for a 640×480 image.
 
-``bundled.py [--rounds 5]`` restores one image on one thread, in alternation: also with the bundled models as ONNX
-files, and with ClearView's two small networks. Targets: ``default`` is at least 6 times, and ``fast`` 20 times as fast
-as the earlier model. Weights do not change the time, so those of the earlier model and ClearView are random here.
+``bundled.py [--rounds 5]`` restores one image with each model in turn, with one thread of PyTorch. Other models are the
+bundled ones as ONNX files, and ClearView's two small networks. Targets: ``default`` is at least 6 times, and ``fast``
+20 times as fast as the earlier model. The earlier model and ClearView have random weights, which do not change the
+time.
 
-``--plot CHART.png --results default=RUN/summary.json ...`` also plots PSNR against time: ``RUN`` is the folder of a run
-of `derain test`, all on one data set, and the names are those that the table prints.
+``--plot CHART.png --results default=RUN/summary.json ...`` also plots PSNR against time. ``default`` is one of the
+names that are printed, and ``RUN`` the folder of a run of `derain test`; all runs must be on the same data set.
 """
 
 import argparse
@@ -41,7 +42,7 @@ CLEARVIEW = {
 
 
 def build_restorers(folder: Path) -> dict[str, Restorer]:
-    """Return the restorers by name; ONNX files are written to the folder."""
+    """Return the restorers by name; write ONNX files to the folder."""
     old = RestormerModule(dim=24, blocks=(1, 1, 1, 1), refinement=1)
     restorers = {"earlier model": Restorer(old, device="cpu")}
     for name in bundled():
@@ -65,7 +66,7 @@ def plot(seconds: Mapping[str, float], results: Mapping[str, str], path: Path) -
 
 
 def main() -> int:
-    """Print the times; return whether the target is missed."""
+    """Print the times, and plot them if requested; return 1 if a target is missed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds after a warm-up")
     parser.add_argument("--plot", type=Path, help="PNG file of the chart")

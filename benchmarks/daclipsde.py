@@ -4,13 +4,15 @@ The textbook form (`tests/methods/daclipsde/references.py`, also the reference o
 code: contiguous ``(b, c, h, w)``, normalisation from means and variances, `einsum` for attention, maps upsampled
 before they are convolved. The variants take turns to estimate the noise in one image of 256×256, on a GPU if there is
 one, else on all cores; ratios are of medians. If other programs run, processor time on a single thread
-(``--threads 1``) is more reliable than wall-clock time; both are printed. Targets for DA-CLIP's network: on a CPU, a
-speed-up of 1.2 in float32, with a difference of at most 1e-5, both with glibc's default settings and with freed memory
-kept (as in `derain`'s own processes); on a GPU, a speed-up of 2, compiled in bf16.
+(``--threads 1``) is more reliable than wall-clock time; both are printed.
+
+Targets on a CPU, in float32: outputs differ by at most 1e-5 of their standard deviation; DA-CLIP's network has a
+speed-up of 1.2, both with glibc's default settings and with freed memory kept (as in `derain`'s own processes). Target
+on a GPU: DA-CLIP's network has a speed-up of 2, compiled in bf16.
 
 Memory must not depend on the number of sampling steps: 50 steps need at most 5 % more than 5, measured in separate
-processes on the CPU. An image of 2000×1500 must be restored in tiles within 6 GiB. The tiles of a trained network must
-not show seams, which is measured if there are weights and data:
+processes on the CPU. One step on an image of 2000×1500, in tiles, must need at most 6 GiB. The tiles of a trained
+network must not show seams, which is measured if there are weights and data:
 
     DERAIN_DATA=data DERAIN_SDE_WEIGHTS=runs/rain800/fit-1/weights.safetensors python benchmarks/daclipsde.py
 """

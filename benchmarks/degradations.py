@@ -1,8 +1,8 @@
-"""Draw the rain and the degradations that ``--data.rain`` adds: a row for each kind, a column for each draw.
+"""Draw the degradations that ``--data.rain`` adds to a photo: a row for each kind, with the photo and then each draw.
 
 ``python benchmarks/degradations.py sheet.png`` shows all kinds, ``--rows light varied drops`` only the named ones. A
-name may also be ``folder:PATH`` or a YAML file of ranges. If ``DERAIN_DATA`` is set, rows below show crops of its rainy
-images.
+name may also be ``folder:PATH`` or a YAML file of ranges. If ``DERAIN_DATA`` is set, further rows show crops of the
+rainy images of its data sets.
 """
 
 import argparse
@@ -41,10 +41,10 @@ KINDS = {
     "resampling": dataclasses.replace(CLEAR, resampling_share=1),
     "JPEG": dataclasses.replace(CLEAR, jpeg_share=1),
 }
-"""Ranges by row: the presets, then each operator alone, in the ranges of ``varied``."""
+"""Ranges by row: the presets, then each degradation alone, in the ranges of ``varied`` (but a dense ``veil``)."""
 
 SETS = {"Rain100L": "test", "Rain100H": "test", "Rain800": "test", "RealPhotos": "predict"}
-"""Data sets of ``DERAIN_DATA`` with their splits."""
+"""Splits by the names of data sets in ``DERAIN_DATA``."""
 
 
 def middle(pixels: Pixels, side: int) -> Pixels:
@@ -60,14 +60,14 @@ def free_photo(stem: str) -> Pixels:
 
 
 def draws(ranges: RainRanges, photo: Pixels, count: int) -> list[Pixels]:
-    """Return the photo with different draws of rain."""
+    """Return the photo with different draws of the degradations."""
     clean = torch.from_numpy(photo).permute(2, 0, 1).float().div(255).repeat(count, 1, 1, 1)
     rainy, _ = RainDegradation(ranges)(clean, seed=0)
     return list(rainy.mul(255).round().byte().permute(0, 2, 3, 1).numpy())
 
 
 def real_rows(root: Path, count: int, side: int) -> dict[str, list[Pixels]]:
-    """Return crops of evenly spaced rainy images by data set; report missing data sets."""
+    """Return crops of evenly spaced rainy images by data set; print the data sets that are missing."""
     rows = {}
     for name, split in SETS.items():
         try:
@@ -86,7 +86,7 @@ def main() -> int:
     parser.add_argument("out", type=Path, nargs="?", default=Path("degradations.png"), help="default: %(default)s")
     parser.add_argument("--rows", nargs="+", default=list(KINDS), help="kinds, folder:PATH, or YAML files")
     parser.add_argument("--photo", type=Path, help="clean photo; by default the cat of scikit-image")
-    parser.add_argument("--draws", type=int, default=6)
+    parser.add_argument("--draws", type=int, default=6, help="number of draws in a row")
     parser.add_argument("--side", type=int, default=176, help="side of the crops in pixels")
     options = parser.parse_args()
     try:

@@ -6,8 +6,7 @@ partitions windows and builds their masks at each call, keeps the discriminator'
 computes the features of clean images again for the discriminator step. Targets: a speed-up of 1.3, and losses that
 differ by at most 1e-5.
 
-At inference, the hierarchy is skipped, with the same output. With it, there are 1.206 times as many multiplications,
-which bounds the speed-up; target: 1.12.
+At inference, the hierarchy is skipped, with the same output. Target: a speed-up of 1.12 over inference with it.
 
 Each round runs all variants; ratios are of medians. If other programs run, processor time on a single thread
 (``--threads 1``) is more reliable than wall-clock time; both are printed.

@@ -3,8 +3,8 @@
 All variants take turns to restore the same images on all cores; ratios are medians over the images. Targets: float32
 is at least as fast, and differs by at most 1e-5; on processors with bfloat16 instructions, bf16 has a speed-up of 1.6,
 or 2.1 if compiled, and loses at most 0.02 dB. Other processors emulate bfloat16; its time is shown without a target.
-The first four images are read from DERAIN_DATA, and the authors' weights from ``../weights/prenet`` beside it;
-otherwise images are generated, and weights are random.
+The first four images are read from DERAIN_DATA, and the authors' weights from ``../weights/prenet``, relative to that
+folder. If they are missing, images are generated, and weights are random.
 """
 
 import os
@@ -87,7 +87,7 @@ def method():
 
 
 def emulated(network, rainy):
-    """Restore an image in bf16 on a processor without bf16 instructions."""
+    """Restore an image ``(h, w, 3)`` in [0, 1] in bf16; used on processors without bf16 instructions."""
     image = torch.from_numpy(rainy.transpose(2, 0, 1).copy())[None]
     with torch.autocast("cpu", torch.bfloat16):
         derained = network(image.contiguous(memory_format=torch.channels_last))
@@ -95,6 +95,7 @@ def emulated(network, rainy):
 
 
 def timed(restore, *inputs):
+    """Return the seconds of a call, and its result."""
     start = time.perf_counter()
     with torch.inference_mode():
         derained = restore(*inputs)
@@ -102,6 +103,7 @@ def timed(restore, *inputs):
 
 
 def main():
+    """Print the table; return 1 if a target is missed."""
     keep_freed_memory()  # as derain restore does; all variants benefit
     rainy, clean, description = images()
     module, weights_description = method()
@@ -112,7 +114,7 @@ def main():
             variants[name] = partial(timed, Restorer(method()[0], device="cpu", tile=None, **options))
     if not BF16:
         variants["bf16, emulated"] = partial(timed, emulated, module.network)
-    for restore in variants.values():  # compiles, and fills caches
+    for restore in variants.values():  # the first call compiles, and fills caches
         restore(rainy[0])
     rounds = [{name: restore(image) for name, restore in variants.items()} for image in rainy]
 

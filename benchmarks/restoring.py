@@ -1,9 +1,9 @@
-"""Many images by the bundled model: ``Restorer`` on 64 images at once against one by one; a folder of 50 photos.
+"""Many images by the model ``default``: ``Restorer`` on 64 images at once against one by one; a folder of 50 photos.
 
 ``restoring.py [--images 64] [--photos 50] [--rounds 3]``. Images are noise of 256×256 pixels; photos are generated,
 768×512, half of them JPEG and half PNG. Targets: all images at once are restored 1.2 times as fast on a CPU, and 6
-times on a GPU; ``derain restore`` spends at least 90 % of the folder's time in the network. Other programs on the same
-cores distort the results.
+times on a GPU; ``derain restore`` spends at least 90 % of the time after its first call of the network in the network.
+Other programs on the same cores distort the results.
 """
 
 import argparse
@@ -71,7 +71,7 @@ class NetworkTime:
 
 
 def folder_of_photos(count: int) -> bool:
-    """Measure the share of the network in ``derain restore``; return whether the target is met."""
+    """Measure the share of time of the network in ``derain restore``; return whether the target is met."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
         photos = Path(name, "photos")
@@ -96,8 +96,8 @@ def folder_of_photos(count: int) -> bool:
 def main() -> int:
     """Print the measurements; return 1 if a target is missed."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--photos", type=int, default=50)
+    parser.add_argument("--images", type=int, default=64, help="number of images of 256×256")
+    parser.add_argument("--photos", type=int, default=50, help="number of photos of 768×512")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds after a warm-up")
     options = parser.parse_args()
     are_met = [several_images(options.images, options.rounds), folder_of_photos(options.photos)]

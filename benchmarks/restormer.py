@@ -1,11 +1,11 @@
 """Restormer against the published network: same weights, same output, less time.
 
 The published network (`Published`, also the reference of the tests) works on ``(b, c, h, w)``, copies maps to
-``(b, h * w, c)`` and back for normalisation, and runs eagerly in float32. All variants restore the same crop of
-256×256 on all cores; training steps are on two crops of 128×128. Ratios are of medians. Targets: a difference of at
-most 1e-5 in float32; speed-ups of 1.8 (eager), 2.3 (compiled), 4 (compiled in bf16, if the processor has instructions
-for it) and 1.5 (training step). `derain` makes glibc keep freed memory in its own processes, unlike the published code;
-the effect of this setting alone is shown. ``--no-compile`` skips the compiled variants.
+``(b, h * w, c)`` and back for normalisation, and runs eagerly in float32. All variants restore the same image of
+256×256 on all cores; training steps are on two images of 128×128. Ratios are of medians. Targets: a difference of at
+most 1e-5 (eager, float32); speed-ups of 1.8 (eager), 2.3 (compiled), 4 (compiled in bf16, if the processor has
+instructions for it) and 1.5 (training step). `derain` makes glibc keep freed memory in its own processes, unlike the
+published code; the effect of this setting alone is shown. ``--no-compile`` skips the compiled variants.
 """
 
 import statistics

@@ -1,11 +1,11 @@
-"""Rain removal from large photos at reduced size: ``--scale`` with factors of 1 (full size), 2, 3, 4, 6, and ``auto``.
+"""Rain removal from large photos at reduced size: ``--scale`` with the factors 1 (full size), 2, 3, 4, 6 and ``auto``.
 
 ``scale.py [--sides 512 1024 2048 4096] [--crop 768] [--rain heavy] [--weights W] [--sheet sheet.png]`` enlarges photos
 of scikit-image, adds noise as fine detail, and adds rain whose streaks grow with the photo (`derain.data.rain`). The
-model restores only a crop in the middle, so that a photo of 16 megapixels takes seconds. For each shorter side of the
-photos and each factor, the benchmark prints the PSNR of the rainy and of the restored crop; the PSNR with the true rain
-instead of the model's estimate, which is the limit at this factor; and the seconds of processor time per megapixel. The
-contact sheet shows the crops.
+model restores only a crop in the middle, to save time. For each shorter side of the photos and each factor, the
+benchmark prints the PSNR of the rainy and of the restored crop; the PSNR with the true rain instead of the model's
+estimate, which is the limit at this factor; and the seconds of processor time per megapixel. The contact sheet shows
+the crops of the first photo.
 
 Target: for each size, ``auto`` is within 0.5 dB of the best factor.
 """
@@ -52,7 +52,7 @@ def psnr(image: Pixels, clean: Pixels) -> float:
 
 
 def removed_exactly(rainy: Pixels, clean: Pixels, factor: int) -> Pixels:
-    """Return the rainy image without its own rain, which is reduced and enlarged: the limit of any model."""
+    """Return the rainy image minus its true rain, which is reduced and enlarged again: the limit of any model."""
     full, target = (torch.from_numpy(image / np.float32(255)).movedim(-1, 0) for image in (rainy, clean))
     restored = subtract_rain(full, reduce(full, factor), reduce(target, factor))
     return to_bytes(restored.movedim(0, -1).numpy())
@@ -97,23 +97,23 @@ def measure(
 def main() -> int:
     """Print results by size and factor; return 1 if auto is more than 0.5 dB below the best factor."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", type=int, nargs="+", default=[512, 1024, 2048, 4096])
-    parser.add_argument("--crop", type=int, default=768)
+    parser.add_argument("--sides", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="shorter sides of photos")
+    parser.add_argument("--crop", type=int, default=768, help="side of the restored crop in pixels")
     parser.add_argument("--rain", choices=list(PRESETS), default="heavy")
-    parser.add_argument("--weights", default="default")
+    parser.add_argument("--weights", default="default", help="bundled model or weights file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sheet", type=Path)
+    parser.add_argument("--sheet", type=Path, help="image to write: a row of crops for each side")
     options = parser.parse_args()
     restorer = Restorer(options.weights, device="cpu")
     rows, worst = [], 0.0
     print(f"{options.rain} rain; factor: PSNR in dB (limit: with the true rain), seconds per megapixel; * auto")
     for side in options.sides:
-        rainy, results, pictures = measure(restorer, side, options.crop, options.rain, options.seed)
+        rainy_psnr, results, pictures = measure(restorer, side, options.crop, options.rain, options.seed)
         auto = automatic_factor(side, side)
         worst = max(worst, max(result.model for result in results.values()) - results[auto].model)
         for factor, result in results.items():
             mark = "*" if factor == auto else " "
-            print(f"{side:5d}  rainy {rainy:.2f}  {factor}{mark}: {result.model:.2f} ", end="")
+            print(f"{side:5d}  rainy {rainy_psnr:.2f}  {factor}{mark}: {result.model:.2f} ", end="")
             print(f"(limit {result.limit:.2f}), {result.seconds:.2f} s", flush=True)
         rows.append(list(pictures.values()))
     print(f"auto is at most {worst:.2f} dB below the best factor")

@@ -22,6 +22,7 @@ LIMIT = 1 / 3
 
 
 def luma(rgb):
+    """Return MATLAB's luma, 16 to 235, of RGB values in [0, 255]."""
     red, green, blue = (rgb[..., channel].astype(np.float64) for channel in range(3))
     return (65.481 * red + 128.553 * green + 24.966 * blue) / 255 + 16
 
@@ -73,12 +74,14 @@ def images(folder):
 
 
 def timed(command):
+    """Return the seconds of a process, and the content of the JSON that it prints."""
     start = time.perf_counter()
     process = subprocess.run(command, check=True, capture_output=True, text=True)
     return time.perf_counter() - start, json.loads(process.stdout)
 
 
 def main():
+    """Print times and differences; return 1 if a target is missed."""
     with tempfile.TemporaryDirectory() as temporary:
         derained, clean, description = images(Path(temporary))
         folders = [str(derained), str(clean)]

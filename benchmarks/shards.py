@@ -1,9 +1,8 @@
-"""Training batches (8 crops of 128×128, flips, no pixel cache) from shards on a local disk against image files.
+"""Training samples (crops of 128×128, flips, no pixel cache) from shards on a local disk against image files.
 
-Targets: at least 0.98 times the samples per second, the same batches, and at most 1.05 times the memory and the time to
-the first batch. The 2 % are a tolerance: decoding takes 99 % of the time, and its measurement varies by so much. Images
-are generated: 100 pairs of 480×320 as PNG, and 100 as JPEG. Times are processor times of one process without workers;
-the fastest of several rounds counts, so that other load hardly matters.
+Targets: at least 0.98 times the samples per second, the same batches of 8, and at most 1.05 times the peak memory and
+the time to the first batch. Images are generated: 100 pairs of 480×320 as PNG, and 100 as JPEG. Times are processor
+times of one process without workers; the fastest of several rounds counts, so that other load hardly matters.
 """
 
 import argparse
@@ -55,8 +54,7 @@ def data_module(train: str) -> RainDataModule:
 def sample_seconds(modules: Sequence[RainDataModule]) -> list[float]:
     """Return, for each module, the processor seconds for all samples of an epoch.
 
-    Each sample is read by the modules in turn, and its fastest reading counts: other load of the machine slows single
-    readings by more than the modules differ.
+    Each sample is read by the modules in turn, and its fastest reading counts.
     """
     datasets = [module.train_dataloader().dataset for module in modules]
     fastest = np.full((PAIRS, len(modules)), np.inf)
@@ -101,7 +99,7 @@ def first_batch(option: str) -> tuple[float, float]:
 def main() -> int:
     """Compare files and shards, for PNG and JPEG; return 1 if a target is missed."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--first-batch", metavar="SET")
+    parser.add_argument("--first-batch", metavar="SET", help="print seconds to the first batch, and peak memory in MiB")
     arguments = parser.parse_args()
     if arguments.first_batch:
         start = time.process_time()

@@ -52,8 +52,8 @@ class UnitNoise:
 def gaussian_error(solver: str, steps: int, max_sigma: float) -> float:
     """Return the 2-Wasserstein distance of a solver's residuals to N(MEAN, STD²), with the exact score.
 
-    Every step is linear in state and noise, so the result is Gaussian. One image of the batch gets no noise and gives
-    the mean; each of the others gets one draw of noise and gives the weight of that draw.
+    Every step is affine in state and noise, so the result is Gaussian. One image of the batch gets no noise and gives
+    the mean; each other image gets one draw of noise and gives the weight of that draw.
     """
     sde = MeanRevertingSDE(max_sigma)
     rainy = torch.zeros(steps + 2, 1, 1, 1)
@@ -80,7 +80,7 @@ def print_gaussian_errors() -> None:
 
 
 def crops(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rainy and clean central crops ``(n, 3, h, w)`` of evenly spaced test images, in [0, 1]."""
+    """Return rainy and clean central crops ``(CROPS, 3, SIDE, SIDE)`` of evenly spaced test images, in [0, 1]."""
     pairs = find_pairs(name, "test", data_root=Path(os.environ["DERAIN_DATA"])).pairs
     rainy_crops: list[torch.Tensor] = []
     clean_crops: list[torch.Tensor] = []

@@ -22,7 +22,7 @@ MAX_RAIN = 0.1
 
 
 def stored_bytes(network: nn.Module, rainy: Tensor) -> int:
-    """Return the bytes that autograd stores in the forward pass, for the backward pass."""
+    """Return the bytes of all tensors that autograd stores in the forward pass, for the backward pass."""
     stored = 0
 
     def count(tensor: Tensor) -> Tensor:

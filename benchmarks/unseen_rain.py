@@ -2,6 +2,7 @@
 
 ``unseen_rain.py [--weights default fast] [--picture FILE]`` adds the rain of albumentations and kornia, which are not
 derain's generators, to the test photos of `derain data photos`, restores them, and prints the mean PSNR in dB in RGB.
+The picture shows the results of the first weights.
 """
 
 import argparse
@@ -27,7 +28,7 @@ SEED = 3
 
 
 def albumentations_rain(clean: Pixels, kind: str) -> Pixels:
-    """Return the photo with rain of albumentations; blur and exposure, which are not rain, stay as they are."""
+    """Return the photo with the streaks of albumentations' rain, without its blur and its darkening."""
     slant = (-18, -12)
     rain = A.RandomRain(slant_range=slant, drop_width=1, blur_value=1, brightness_coefficient=1.0, rain_type=kind, p=1)
     return A.Compose([rain], seed=SEED)(image=clean)["image"]
@@ -56,7 +57,7 @@ def mean_psnr(images: Sequence[Pixels], clean: Sequence[Pixels]) -> float:
 
 
 def main() -> None:
-    """Print the table, and write the picture."""
+    """Print the table, and write the picture if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", nargs="+", default=["default", "fast"], help="bundled models or weights files")
     parser.add_argument("--picture", type=Path, help="image to write: a row for each generator")

@@ -1,12 +1,12 @@
-"""Videos: frames in three threads against one after the other, and fused frames against single ones.
+"""Videos: threads for decoding, restoring and encoding against a plain loop, and fused frames against single ones.
 
-``video.py [--height 176] [--frames 9] [--temporal 2] [--rain heavy] [--weights W …]`` prints
+``video.py [--height 176] [--frames 9] [--temporal 2] [--rain heavy] [--weights W …] [--rounds 3]`` prints
 
 - the frames per second of ``rewrite``, and of a plain loop that decodes, changes and encodes one frame after the other;
   a pause of 15 ms stands for a network on another device;
 - the PSNR of frames that are restored one by one, and of the same frames fused with their neighbours. The scenes are a
   pan, a zoom, a static scene (also with flicker) and an object that moves over a pan (also with the PSNR in its area).
-  Photos are those of scikit-image; the rain of each frame is drawn anew.
+  Photos are those of scikit-image; the streaks of each frame are drawn anew.
 
 Targets: fusion gains 1 dB on average, the flicker of the static scene is at most half, and PSNR in the area of the
 object is not lower.
@@ -165,12 +165,12 @@ def speed(rounds: int, count: int) -> None:
 def main() -> int:
     """Print speed and quality; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--height", type=int, default=176)
-    parser.add_argument("--frames", type=int, default=9)
-    parser.add_argument("--temporal", type=int, default=2)
+    parser.add_argument("--height", type=int, default=176, help="height of the frames in pixels; width: 16/11 of it")
+    parser.add_argument("--frames", type=int, default=9, help="frames of each scene")
+    parser.add_argument("--temporal", type=int, default=2, help="neighbours before and after a frame to fuse")
     parser.add_argument("--rain", choices=list(PRESETS), default="heavy")
-    parser.add_argument("--weights", nargs="+", default=["default"])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--weights", nargs="+", default=["default"], help="bundled models or weights files")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds of the speed")
     options = parser.parse_args()
     speed(options.rounds, 100)
     size = (options.height, options.height * 16 // 11)

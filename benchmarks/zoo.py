@@ -5,10 +5,10 @@ the plain forms of ``_plain.py``; glibc keeps freed memory for both. Targets: ou
 largest value (compared in float64 if float32 differs more), and the network is no slower than its plain form, with a
 tolerance of 5 %. Networks without optimised blocks are skipped.
 
-``zoo.py --memory [NETWORK …]`` measures the peak memory of each network in a process of its own. It restores one tile,
-of the size that derain chooses for the photo with 4 GiB of memory, while the photo and the sum of the tiles are in
-memory. Target: at most 4 GiB. With ``--part 4``, a quarter of a tile is restored, and the memory that it needs is
-multiplied by 4.
+``zoo.py --memory [NETWORK …]`` measures the peak memory of each network in a process of its own. The process restores
+one tile, of the size that derain chooses for the photo with 4 GiB of memory, while the photo and the sum of the tiles
+are in memory. Target: at most 4 GiB. With ``--part 4``, a quarter of a tile is restored, and the memory that it needs
+is multiplied by 4; NeRD-Rain always restores two of its windows.
 """
 
 import argparse
@@ -86,7 +86,8 @@ def measure_memory(name: str, part: int) -> None:
 
     Args:
         name: The network.
-        part: Divisor of the number of pixels that are restored, and factor of the memory that they need.
+        part: Divisor of the number of pixels that are restored, and factor of the memory that they need; ignored for
+            NeRD-Rain.
     """
     keep_freed_memory()
     method = module(name)
@@ -110,7 +111,7 @@ def peak_memory() -> float:
 
 
 def memory(name: str, part: int) -> bool:
-    """Measure a network in a process of its own; return whether it needs too much memory."""
+    """Measure a network in a process of its own, print its memory, and return whether that is too much."""
     command = [sys.executable, __file__, "--measure", "--part", str(part), name]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     tile, peak = output.split()[:2]

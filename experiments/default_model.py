@@ -1,13 +1,14 @@
 """Train a bundled model on one core: ``python experiments/default_model.py DATA OUT [--width 32] [--steps 18500]``.
 
-``DATA`` contains Rain800, the test sets, and the measured streaks in ``Streaks``. 40 % of the crops are Rain800's own
-pairs; the others are clean crops with the rain of ``default_rain.py``. Training images whose background
-`derain data verify` also finds in a test set or another set are skipped, and 24 backgrounds that occur only once are
-kept for validation. ``OUT`` receives the state of the training every ten minutes; the same command resumes it. At the
-end, ``OUT/weights.safetensors`` has the averaged weights. ``--weights FILE`` starts from weights, whose architecture it
-keeps, and uses the larger crops only; ``--refinement N`` adds an untrained refinement to it.
+``DATA`` contains Rain800, the test sets, and the measured streaks in ``Streaks``. On average, 40 % of the crops are of
+Rain800's own pairs; the others are clean crops, most of them with the rain of ``default_rain.py``. Training images are
+skipped if `derain data verify` finds their background in a test set or in another training set. Up to 24 images whose
+background occurs only once are used for validation.
 
-``--without KIND`` leaves a kind of rain out of training, to measure how the model removes rain that it never saw.
+``OUT`` receives the state of the training every ten minutes; the same command resumes it. At the end,
+``OUT/weights.safetensors`` has the averaged weights. ``--weights FILE`` starts from weights, keeps their architecture,
+and uses the larger crops only; ``--refinement N`` then adds an untrained refinement. ``--without KIND`` omits a kind of
+rain in training, to measure how the model removes rain that it was not trained on.
 """
 
 import argparse
@@ -37,13 +38,13 @@ KINDS = {"measured": 0.25, "noise": 0.21, "drawn": 0.21, "fine": 0.22, "hard": 0
 """Kinds of rain of `RainPairs`, and their shares."""
 
 VALIDATE = 24
-"""Number of photos for validation."""
+"""Maximum number of photos for validation."""
 
 OWN_PAIRS = 0.4
-"""Share of the crops that are of Rain800's own pairs."""
+"""Probability that a crop is of Rain800's own pairs."""
 
 DARKER = 0.3
-"""Share of these whose rainy image is darker than the clean one."""
+"""Share of the crops of own pairs that are chosen among the pairs whose rainy image is darker than the clean one."""
 
 TRAINED_ON = ("Rain800 without leaks", "synthetic rain", "measured streaks")
 """Training data as the weights file names them."""
@@ -55,7 +56,7 @@ OWN_REDUCED = 0.25
 """Share of the crops of Rain800's own pairs that are reduced, up to 2 times."""
 
 SQUARES = 8.0
-"""Weight of the squared error in the loss. The absolute error alone leaves whatever is more likely not rain."""
+"""Weight of the squared error in the loss; that of the absolute error is 1."""
 
 SAVE_SECONDS = 600
 """Seconds between two saved states."""
@@ -70,15 +71,15 @@ class Photo:
 
     @property
     def is_darker(self) -> bool:
-        """Whether rain made the image darker, which is rare."""
+        """Whether the rainy image is darker than the clean one, on average."""
         return bool(self.rainy.mean() < self.clean.mean())
 
 
 def read_photos(data: Path) -> tuple[list[Photo], list[Photo]]:
-    """Return photos for training and for validation, without backgrounds of test sets.
+    """Return photos for training and for validation, without backgrounds of test sets or other training sets.
 
     Raises:
-        DerainError: If Rain800 is not found.
+        DerainError: If Rain800 is not found, or an image cannot be read.
     """
     pairs = find_pairs("Rain800", "train", data_root=data).pairs
     found: dict[str, set[Path]] = {kind: set() for kind in ("leak", "shared", "duplicate")}
@@ -98,11 +99,11 @@ def read_photos(data: Path) -> tuple[list[Photo], list[Photo]]:
 
 
 class Crops:
-    """Random training pairs, determined by the number of the step.
+    """Random training pairs, determined by the arguments and the number of the step.
 
     Args:
         photos: Photos for training.
-        rain: Adds rain to clean crops.
+        rain: Makes pairs from clean crops.
     """
 
     def __init__(self, photos: list[Photo], rain: RainPairs) -> None:
@@ -136,9 +137,9 @@ class Crops:
 
 
 def random_crop(images: list[NDArray[np.uint8]], rng: Rng, side: int, scale: float = 1.0) -> list[Crop]:
-    """Return the same square crop of several images, taken ``scale`` times as large and resized to ``side`` pixels.
+    """Return the same square crop of several images of equal size, resized to ``side`` pixels.
 
-    Crops larger than an image are taken as large as its shorter side.
+    Before it is resized, its side is ``scale`` times ``side``, at least 16, and at most the shorter side of the images.
     """
     height, width = images[0].shape[:2]
     taken = max(16, min(int(side * scale), height, width))
@@ -152,13 +153,16 @@ def random_crop(images: list[NDArray[np.uint8]], rng: Rng, side: int, scale: flo
 
 @torch.inference_mode()
 def validate(network: NAFNet, photos: list[Photo], rain: RainPairs, without: str | None) -> dict[str, float]:
-    """Return the mean PSNR in dB in RGB by kind of rain; ``none`` is that of clean photos.
+    """Return the mean PSNR in dB in RGB by kind of rain.
+
+    Besides the kinds of `RainPairs`, ``own`` is the rain of Rain800, ``reduced`` is rain that is added at twice the
+    size and then reduced, ``night`` is rain on photos lit by lamps, and ``none`` is that of clean photos.
 
     Args:
         network: The network.
         photos: Photos for validation.
         rain: Adds rain to clean photos.
-        without: Kind of rain that is not trained on, to validate with it too; None for no such kind.
+        without: Kind of rain that is omitted in training, but not in validation; None if all kinds are trained on.
     """
     kinds = ["own", *rain.kinds, *([without] if without else []), "reduced", "night", "none"]
     scores = {kind: [_psnr(network, photo, rain, kind, index) for index, photo in enumerate(photos)] for kind in kinds}
@@ -190,7 +194,8 @@ def build(options: argparse.Namespace) -> RegressionModule:
     """Return the module to train, with the weights of a file or random ones.
 
     Raises:
-        DerainError: If the file has no weights of a `RegressionModule`.
+        DerainError: If the file has no weights of a `RegressionModule`, or if they have a refinement and one is to be
+            added.
     """
     if options.weights:
         module = cast(RegressionModule, RegressionModule.from_pretrained(options.weights).train())
@@ -208,10 +213,10 @@ def build(options: argparse.Namespace) -> RegressionModule:
 
 
 def with_refinement(module: RegressionModule, layers: int) -> RegressionModule:
-    """Return a module with the weights of another and an untrained refinement, which changes nothing yet.
+    """Return a module with the weights of a given one and an untrained refinement, which does not change its output.
 
     Raises:
-        DerainError: If it has a refinement.
+        DerainError: If the given module has a refinement already.
     """
     if module.network.refinement is not None:
         raise DerainError("--refinement: these weights have a refinement; omit the option to keep it")
@@ -222,7 +227,7 @@ def with_refinement(module: RegressionModule, layers: int) -> RegressionModule:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Train, or resume a training."""
+    """Train a model, or resume its training."""
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -281,18 +286,18 @@ def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("data", type=Path, help="folder of data sets")
+    parser.add_argument("out", type=Path, help="folder of the training state and the weights")
     parser.add_argument("--width", type=int, default=32, help="channels at half resolution")
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4], help="blocks by level, finest first")
     parser.add_argument("--middle", type=int, default=6, help="blocks at the coarsest level")
     parser.add_argument("--refinement", type=int, default=0, help="refinement layers at full resolution")
     parser.add_argument("--steps", type=int, default=18_500, help="steps, each of 8 crops of 96×96 or 4 of 144×144")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16: 2 times as fast with AVX-512 bf16, slow without")
-    parser.add_argument("--weights", type=Path, help="start from these, with their architecture")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16; slow without AVX-512 bf16")
+    parser.add_argument("--weights", type=Path, help="file of weights to start from, with their architecture")
     parser.add_argument("--without-rain", type=float, default=WITHOUT_RAIN, help="share of new crops without rain")
-    parser.add_argument("--without", choices=list(KINDS), help="kind of rain to leave out of training")
+    parser.add_argument("--without", choices=list(KINDS), help="kind of rain to omit in training")
     try:
         main(parser.parse_args())
     except DerainError as error:

@@ -1,8 +1,8 @@
-"""Many kinds of rain on crops of clean photos: what the bundled models are trained on.
+"""Many kinds of rain on crops of clean photos, for the training of the bundled models by ``default_model.py``.
 
-Crops are ``(h, w, 3)`` float32 in [0, 1]. Exposure, colour of the light and mist that stays act before the rain. Blur,
-noise and JPEG of the camera act on the rainy crop and its target alike, so that the network removes rain and nothing
-else. Opacities of streaks are ``(h, w)`` float32, from 0 to 1.3.
+Crops are ``(h, w, 3)`` float32 in [0, 1]. Exposure, colour of the light, mist that stays and lamps at night act before
+the rain. Tone, blur, sharpening, noise and JPEG act on the rainy crop and its target alike, so that the network removes
+rain and nothing else. Opacities of streaks are ``(h, w)`` float32, at least 0; values above 1 are possible.
 """
 
 import math
@@ -20,10 +20,10 @@ Crop = NDArray[np.float32]
 Rng = np.random.Generator
 
 AT_NIGHT = 0.2
-"""Share of the crops that are darkened and lit by lamps."""
+"""Probability that a crop is darkened and lit by lamps."""
 
 WITHOUT_RAIN = 0.1
-"""Share of the crops to which no rain is added, by default."""
+"""Probability that no rain is added to a crop, by default."""
 
 
 def log_uniform(rng: Rng, low: float, high: float) -> float:
@@ -36,12 +36,12 @@ class RainPairs:
 
     Args:
         measured: Grey images of streaks on black, such as those of Garg and Nayar (2006).
-        kinds: Share of each kind of streaks, by the name of the method that makes it: ``measured``, ``noise``,
+        kinds: Relative share of each kind of streaks, by the name of the method that makes it: ``measured``, ``noise``,
             ``drawn``, ``fine``, ``hard``.
-        without_rain: Share of the crops to which no rain is added.
+        without_rain: Probability that no rain is added to a crop.
 
     Raises:
-        DerainError: If there are no images, or one cannot be read.
+        DerainError: If ``measured`` is empty, or one of the images cannot be read.
     """
 
     def __init__(self, measured: Sequence[Path], kinds: dict[str, float], without_rain: float = WITHOUT_RAIN) -> None:
@@ -54,7 +54,13 @@ class RainPairs:
                 raise DerainError(f"{file}: cannot be read; expected an image of streaks on black")
 
     def pair(self, clean: Crop, rng: Rng, side: int) -> tuple[Crop, Crop]:
-        """Return a rainy crop and its target, both resized to ``side`` pixels after the rain."""
+        """Return a rainy crop and its target, both ``side`` pixels wide and high.
+
+        Args:
+            clean: Square crop, at least ``side`` pixels wide; larger ones are reduced after the rain.
+            rng: Random number generator.
+            side: Side of the results in pixels.
+        """
         clean, lamps = change_light(clean, rng), None
         if rng.random() < AT_NIGHT:
             lamps = lamplight(clean.shape[:2], rng)
@@ -69,14 +75,14 @@ class RainPairs:
     def add_rain(self, clean: Crop, rng: Rng, kind: str | None = None, lamps: Crop | None = None) -> Crop:
         """Return the crop with rain of a kind, by default a random one.
 
-        Rain that covers more than 30 to 45 % of the crop on average is made fainter.
+        A mean opacity above a random limit of 0.3 to 0.45 is reduced.
 
         Args:
             clean: The crop.
             rng: Random number generator.
             kind: Kind of rain.
-            lamps: At night, the light ``(h, w, 3)`` of `lamplight`, which streaks reflect; half of them are also lit
-                by lamps outside the crop. By default, it is day.
+            lamps: Light of `lamplight`, ``(h, w, 3)``, which streaks reflect at night; in half of the crops, light from
+                outside the crop is added to it. None: rain by day.
         """
         if kind is None:
             shares = np.array(list(self.kinds.values()))
@@ -113,7 +119,7 @@ class RainPairs:
         return np.minimum(total, 1.3)
 
     def noise(self, shape: tuple[int, int], rng: Rng) -> Crop:
-        """Return layers of sparse noise, smeared along lines, as photo editors draw rain."""
+        """Return layers of sparse noise, smeared along lines, as rain is drawn with photo editors."""
         layers = int(rng.integers(1, 4)) if rng.random() < 0.75 else int(rng.integers(3, 7))
         main_angle = rng.uniform(-45, 45) if rng.random() < 0.8 else rng.uniform(-75, 75)
         spread = rng.choice([1.0, 4.0, 25.0], p=[0.5, 0.3, 0.2])
@@ -176,7 +182,7 @@ class RainPairs:
 
 
 def blend(clean: Crop, opacity: NDArray[np.float32], rng: Rng) -> Crop:
-    """Return a crop with streaks: added (40 %), screened (20 %), or showing the light of the sky (40 %).
+    """Return a crop with streaks by day: added (40 %), screened (20 %), or showing the light of the sky (40 %).
 
     Args:
         clean: The crop.
@@ -197,7 +203,7 @@ def blend(clean: Crop, opacity: NDArray[np.float32], rng: Rng) -> Crop:
 
 
 def smeared_points(shape: tuple[int, int], density: float, kernel: Crop, rng: Rng) -> Crop:
-    """Return random points of random brightness, convolved with a kernel."""
+    """Return random points of random brightness, convolved with a kernel; ``density`` is their number per pixel."""
     height, width = shape
     margin = len(kernel) // 2
     values = rng.random((height + 2 * margin, width + 2 * margin), np.float32)
@@ -207,7 +213,13 @@ def smeared_points(shape: tuple[int, int], density: float, kernel: Crop, rng: Rn
 
 
 def line(length: float, angle: float, thickness: float) -> Crop:
-    """Return the kernel of motion along a line: length in pixels, angle in degrees from the vertical, maximum 1."""
+    """Return the kernel of a soft line through the middle, with values up to 1.
+
+    Args:
+        length: Length in pixels.
+        angle: Degrees from the vertical.
+        thickness: Standard deviation of the profile across the line, in pixels.
+    """
     half = math.ceil(length / 2) + 1
     y, x = np.mgrid[-half : half + 1, -half : half + 1].astype(np.float32)
     sin, cos = math.sin(math.radians(angle)), math.cos(math.radians(angle))
@@ -230,7 +242,7 @@ def add_mist(image: Crop, rng: Rng, opacity: float) -> Crop:
 
 
 def lamplight(shape: tuple[int, int], rng: Rng) -> Crop:
-    """Return the light of a night, ``(h, w, 3)``: dim everywhere, with up to three bright, coloured places."""
+    """Return factors of the light at night, ``(h, w, 3)``: low everywhere, and higher around up to three lamps."""
     y, x = np.mgrid[0:1:16j, 0:1:16j].astype(np.float32)
     light = rng.uniform(0.08, 0.45) * rng.uniform(0.85, 1.15, 3) * np.ones((16, 16, 1))
     for _ in range(int(rng.integers(4))):
@@ -242,7 +254,7 @@ def lamplight(shape: tuple[int, int], rng: Rng) -> Crop:
 
 
 def change_light(image: Crop, rng: Rng) -> Crop:
-    """Return an image with another gamma, colour of the light and contrast, each changed in some of the crops."""
+    """Return an image with changed gamma, colour of the light, and contrast; each is changed with some probability."""
     if rng.random() < 0.4:
         image = image ** np.float32(log_uniform(rng, 0.6, 1.9))
     if rng.random() < 0.3:
@@ -253,7 +265,7 @@ def change_light(image: Crop, rng: Rng) -> Crop:
 
 
 def take_photo(rainy: Crop, clean: Crop, rng: Rng) -> tuple[Crop, Crop]:
-    """Return both crops as bytes; some pairs are toned, blurred, sharpened, noisy or compressed, both alike."""
+    """Return both crops rounded to 8 bits; some pairs are toned, blurred, sharpened, noisy or compressed."""
     crops = [rainy, clean]
     if rng.random() < 0.25:
         crops = change_tone(crops, rng)
@@ -275,7 +287,7 @@ def take_photo(rainy: Crop, clean: Crop, rng: Rng) -> tuple[Crop, Crop]:
 
 
 def change_tone(crops: list[Crop], rng: Rng) -> list[Crop]:
-    """Return crops with another gamma, contrast and saturation; a tenth of them are grey."""
+    """Return a pair of crops with equally changed gamma, contrast and saturation; a tenth of the pairs is grey."""
     gamma, contrast = np.float32(log_uniform(rng, 0.7, 1.5)), rng.uniform(0.8, 1.4)
     saturation = rng.uniform(0.5, 1.6) if rng.random() < 0.9 else 0.0
     toned = [np.clip(crop, 0, 1) ** gamma for crop in crops]

@@ -1,9 +1,9 @@
 """Tests and benchmarks on a GPU: ``make gpu``, or ``python -m benchmarks.gpu [ITEM …]``.
 
 Every item of ``items.ITEMS`` runs in a process of its own and writes a JSON file to ``runs/gpu/DEVICE``. Items with a
-file from the same hardware and versions are skipped, so that a run that was stopped continues. The page
-``benchmarks/gpu.md`` is written from the files. The exit code is 1 if an item is unfinished or a test failed, and 2 if
-there is no such GPU.
+file from the same hardware and versions are skipped, so that an interrupted run continues. The page
+``benchmarks/gpu.md`` is written from the files. With ``--quick``, sizes are tiny, and the page is written beside the
+files instead. The exit code is 1 if an item is unfinished or a test failed, and 2 if there is no such GPU.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def load_results(folder: Path, environment: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the content of the files of finished items by name; files of other versions are ignored."""
+    """Return the content of the files of finished items by name; those of other hardware or versions are ignored."""
     results = {}
     for item in ITEMS:
         path = folder / f"{item.name}.json"
@@ -95,7 +95,7 @@ def in_process(function: Any, *arguments: Any) -> Any:
 
 
 def choose_device(name: str) -> torch.device | None:
-    """Return the device; None if CUDA is not available."""
+    """Return the device; None if it is a GPU and CUDA is not available."""
     device = torch.device(name)
     return None if device.type == "cuda" and not torch.cuda.is_available() else device
 

@@ -47,7 +47,7 @@ NEEDS_FILES = {
     "syn2real-gp": "VGG16",
     "transweather": "VGG16",
 }
-"""Recipes that need files from the internet, and the names of these files."""
+"""Recipes that are skipped since they need files from the internet, and the names of these files."""
 
 TINY = {"dim": 8, "blocks": (1, 1, 1, 1), "refinement": 1}
 QUICK_TESTS = "tests/data/test_rain_operators.py"
@@ -62,7 +62,7 @@ class Context:
     Attributes:
         device: The device.
         quick: Whether sizes are tiny, to test the items.
-        deadline: Time of ``time.perf_counter`` by which the item should end.
+        deadline: Value of ``time.perf_counter`` after which no further measurement begins.
         peaks: Result of the item ``device``, for rooflines, in bytes or operations per second; empty while that item
             itself runs.
         notes: Lines below the table, about skipped measurements and failed tests.
@@ -92,7 +92,7 @@ class Item(NamedTuple):
     Attributes:
         name: Name, also of its JSON file.
         section: Section of the report.
-        budget: Seconds after which the item is ended.
+        budget: Seconds after which the item is ended, unless sizes are tiny.
         run: Function that yields the rows of a table.
     """
 
@@ -270,7 +270,7 @@ def training(context: Context, *, recipe: Path) -> Iterator[Row]:
     config = yaml.safe_load((tiny if context.quick else recipe).read_text(encoding="utf-8"))
     options = config["model"].get("init_args") or {}
     if config["model"]["class_path"] == "CLIPRPNModule":
-        options = options | {"perception": "fixed"}  # CLIP is frozen, and not on this machine
+        options = options | {"perception": "fixed"}  # without CLIP, whose files may be missing
         context.skip("cliprpn: CLIP itself, which chooses the route of an image")
     classes = {method.__name__: method for method in methods()}
     method = classes[config["model"]["class_path"]](**options)
@@ -351,7 +351,7 @@ ITEMS = [
 
 
 def run_item(item: Item, context: Context, environment: Mapping[str, Any], path: Path) -> None:
-    """Run an item and write its JSON."""
+    """Run an item and write its JSON file."""
     start = time.perf_counter()
     rows = list(item.run(context))
     content = {

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 ROUNDS = 5
-"""Maximum number of timed rounds of a measurement; there are fewer if they take more than ``SECONDS``."""
+"""Maximum number of timed rounds of a measurement on a GPU; there are fewer if they take more than ``SECONDS``."""
 
 SECONDS = 4.0
 """Seconds after which no further round of a measurement begins."""
@@ -60,7 +60,7 @@ class Work(FlopCounterMode):
     """Records the work of every operator: its floating-point operations, and the bytes that it reads and writes.
 
     Attributes:
-        operators: ``(dtype, operations, bytes)`` of each operator that is not a view.
+        operators: ``(dtype, operations, bytes)`` of each operator, without views and allocations.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class Work(FlopCounterMode):
         return super()._count_flops(func_packet, out, args, kwargs)
 
     def least_seconds(self, peaks: Mapping[str, float], setting: Setting) -> float:
-        """Return the time that a device with measured peaks needs at least, if it runs one operator after another.
+        """Return the minimum seconds for the recorded operators, one after another, on a device with measured peaks.
 
         Args:
             peaks: Result of the item ``device``: ``copy`` in bytes per second; ``float32``, ``TF32`` and ``bf16`` in
@@ -121,7 +121,7 @@ def peak_gib(device: torch.device) -> float | None:
 def median_seconds(run: Callable[[], object], device: torch.device, limit: float = SECONDS) -> float:
     """Return the median seconds of a computation that has been warmed up; no round begins after ``limit`` seconds."""
     times: list[float] = []
-    rounds = 1 if device.type == "cpu" else ROUNDS  # a CPU only tests the items
+    rounds = 1 if device.type == "cpu" else ROUNDS  # on a CPU, the items are only tested
     while len(times) < rounds and sum(times) < limit:
         synchronize(device)
         start = time.perf_counter()
@@ -143,9 +143,9 @@ def measure(
     Args:
         run: The computation.
         device: Device that it uses.
-        setting: Arithmetic; applied during the calls.
+        setting: Arithmetic. Only its choice of TF32 is applied here; ``run`` itself applies bfloat16.
         peaks: Peaks of the device, for the roofline.
-        work: Work of the same computation without compilation; None: counted in an additional first call.
+        work: Work of the same computation without compilation; if None, it is counted in an additional first call.
 
     Returns:
         A row of the table (seconds, share of the roofline, peak memory in GiB, and for compiled networks the seconds of

@@ -17,7 +17,7 @@ roofline is the minimum time of the device divided by the measured time. The min
 for each, the larger of its operations over the measured rate of matrix products, and its bytes over the measured rate
 of copies. A compiled network fuses operators and can exceed 100 %.
 
-Photos start and end in main memory. With TF32, products of float32 are computed in TF32; training and video use it too.
+Photos start and end in main memory. With TF32, products of float32 are computed in TF32, also in training steps.
 Weights are random, except those of the bundled model.
 """
 
