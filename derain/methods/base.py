@@ -31,7 +31,7 @@ log = logging.getLogger("derain")
 class DerainModule(TrainableModule, ABC):
     """Base class of rain removal methods.
 
-    `derain.testing.check_method` checks the contract:
+    `derain.testing.check_method` checks most of this contract:
 
     - ``forward(rainy)`` accepts ``(b, 3, h, w)`` in [0, 1] with any ``h, w >= 1`` and returns the same shape. In eval
       mode it is deterministic, and the images of a batch do not influence each other. Values may lie slightly outside
@@ -39,28 +39,30 @@ class DerainModule(TrainableModule, ABC):
     - Every ``__init__`` argument has a type and a default and is recorded by ``self.save_hyperparameters()``: scalars,
       strings, lists and dictionaries only. Inference options, such as the sampler, are not ``__init__`` arguments.
     - ``self.network`` is a module whose state dict is what a weights file stores.
-    - Losses are finite, and every parameter with ``requires_grad`` receives a gradient within an epoch.
+    - Losses are finite. In training, all parameters with ``requires_grad`` receive gradients.
 
-    A method defines ``forward``, ``training_step`` and ``configure_optimizers``; it inherits evaluation, prediction,
-    checkpoints and weights files. For further capabilities, it also derives from `derain.methods.interfaces`.
+    A method defines ``network``, ``forward``, ``training_step`` and ``configure_optimizers``; it inherits evaluation,
+    prediction, checkpoints and weights files. For further capabilities, it also derives from interfaces in
+    `derain.methods.interfaces`.
 
     Attributes:
-        monitor: Logged validation metric that selects the best checkpoint: PSNR by the first of the ``protocols``.
+        monitor: Logged validation metric that selects the best checkpoint; by default PSNR by the first of the
+            ``protocols``.
         protocols: Names of the protocols that score validation and test images.
         lpips: Perceptual metric that also scores these images; None: no perceptual metric.
-        scores: Scores of all images of the last test, by kind (``derained``, ``rainy``) and protocol.
+        scores: Scores of all images of the last test, by kind (``derained``, ``rainy``) and protocol; set by a test.
         temporal: Whether a test also computes flicker and warping error of videos.
-        temporal_scores: Flicker and warping error of the last test, by the index of the later of two frames; None if
-            ``temporal`` was false.
+        temporal_scores: Flicker and warping error of the last test with ``temporal``, by the index of the later of two
+            frames; None before such a test.
         bytes_per_pixel: Memory that ``forward`` needs at inference, in bytes per image pixel, in float32.
-        restore_batch: Function that restores the images of a batch in tests and predictions, such as
-            `derain.batching.Scheduler.run_batch`. Its arguments are the images, a function such as ``forward``, and
-            the conditions or None. If it is None, ``forward`` restores the batch in one pass.
+        restore_batch: Function that restores the images of a batch, such as `derain.batching.Scheduler.run_batch`. Its
+            arguments are the images, a function such as ``forward``, and the conditions or None. None: ``forward``
+            restores the batch in one pass.
         tile_multiple: Tile sides should be multiples of this number of pixels.
         compiles_any_size: Whether one compilation of ``network`` serves all image sizes; if not, it is compiled for
             each size.
-        variants: Hyper-parameters of the variants that ``derain bench`` counts, by name. A class without ``variants``
-            of its own has one: its default hyper-parameters.
+        variants: Hyper-parameters of the variants that ``derain bench`` counts, by name. A class that does not define
+            ``variants`` itself has one variant, with the default hyper-parameters.
     """
 
     monitor: ClassVar[str] = "val/psnr"
@@ -84,14 +86,14 @@ class DerainModule(TrainableModule, ABC):
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """Restore images of any size ``h, w >= 1`` in [0, 1].
 
-        If ``encode`` returns conditions, ``forward`` accepts them as keyword arguments, and calls ``encode`` itself if
-        they are not given.
+        If ``encode`` returns conditions, ``forward`` also accepts them as keyword arguments. Without them, ``forward``
+        calls ``encode`` itself.
         """
 
     def encode(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
-        """Return conditions of whole images, such as embeddings; ``forward`` receives them for every tile.
+        """Return conditions of whole images, such as embeddings, by name; empty by default.
 
-        The result is empty by default.
+        ``forward`` receives them with each tile of an image.
         """
         return {}
 
@@ -105,20 +107,21 @@ class DerainModule(TrainableModule, ABC):
     def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Any:
         """Run the computation that ``derain bench`` counts and times; by default ``forward``.
 
-        Override it if ``forward`` runs the network many times or encodes images by another network. If a submodule has
-        a method ``extra_macs(inputs, output)``, ``derain bench`` adds the two numbers that it returns, which may be
-        negative: to the multiplications that the package thop counts, and to those that thop misses, such as
-        attention.
+        Override it if ``forward`` runs the network many times or encodes images by another network.
+
+        ``derain bench`` counts convolutions and linear layers. Submodules can correct the counts by a method
+        ``extra_macs(inputs, output)``. It returns two numbers to add, which may be negative: to the multiplications
+        that the package thop would count in the authors' code, and to those that thop misses, such as attention.
         """
         return self(rainy)
 
     def export_graph(self) -> Graph:
         """Return the function that ``derain export`` writes; by default ``forward`` without conditions.
 
-        A method that exports only a part of ``forward`` implements `RunsGraph`.
+        A method whose exported graph is one step of a diffusion implements `RunsGraph`.
 
         Raises:
-            DerainError: If the method cannot be exported.
+            DerainError: If the method cannot be exported; never by default.
         """
         return Graph(self)
 
@@ -134,7 +137,7 @@ class DerainModule(TrainableModule, ABC):
     # Evaluation.
 
     def on_validation_epoch_start(self) -> None:
-        """Fetch the required models and reset the scores.
+        """Find or download the models that ``encode`` needs, and reset the scores.
 
         Raises:
             DerainError: If `fetch_requirements` fails.
@@ -144,7 +147,7 @@ class DerainModule(TrainableModule, ABC):
         self._quality = {kind: ImageQuality(self.protocols, self.lpips).to(self.device) for kind in kinds}
 
     def on_test_epoch_start(self) -> None:
-        """Fetch the required models and reset the scores.
+        """Find or download the models that ``encode`` needs, and reset the scores.
 
         Raises:
             DerainError: If `fetch_requirements` fails, or ``temporal`` is true and there are no videos.
@@ -193,8 +196,8 @@ class DerainModule(TrainableModule, ABC):
         """Log means over the images of all devices: ``val/psnr``, ``val/ssim``, ``val/rainy_psnr``.
 
         Means by further protocols are logged as ``val/PROTOCOL/psnr`` and so on, LPIPS as ``val/lpips``. With several
-        data sets, the means of each are also logged as ``val/SET/psnr`` and so on. With ``--data.val_mean sets``, the
-        means without a set's name are the averages of the sets' means.
+        data sets, the means of each are also logged, as ``val/SET/psnr`` or ``val/PROTOCOL/SET/psnr`` and so on. With
+        ``--data.val_mean sets``, the means without a set's name are the averages of the sets' means.
 
         Raises:
             DerainError: If a derained image is not finite.
@@ -236,7 +239,7 @@ class DerainModule(TrainableModule, ABC):
         return scores
 
     def _require_finite(self, stage: str, scores: Scores) -> None:
-        """Check that every image has a score. All ranks have the same scores, so that all of them raise, or none.
+        """Check that every image has a score. All ranks have the same scores, so either all of them raise or none.
 
         Args:
             stage: ``val`` or ``test``.
@@ -255,7 +258,7 @@ class DerainModule(TrainableModule, ABC):
         raise DerainError(f"{join_names(names)}: derained image is not finite; use other weights")
 
     def _release_memory(self, shape: torch.Size) -> None:
-        """Release cached memory if the image size changed: memory blocks of another size cannot be reused."""
+        """Release cached memory if the shape of the batch changed: it may not fit the new sizes."""
         if shape != self._shape:
             release_freed_memory()
         self._shape = shape
@@ -272,7 +275,8 @@ class DerainModule(TrainableModule, ABC):
             that are not finite, by index in the batch; they are also logged as warnings.
 
         Raises:
-            DerainError: If a model that ``encode`` needs is missing, or memory is insufficient.
+            DerainError: If a model that ``encode`` needs is not available, or ``restore_batch`` fails, for example for
+                lack of memory.
         """
         self.fetch_requirements()
         rainy = batch["rainy"]

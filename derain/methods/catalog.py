@@ -21,7 +21,7 @@ __all__ = ["LoadedMethod", "load", "load_checkpoint", "locate", "methods", "use_
 log = logging.getLogger("derain")
 
 OPTIONS = re.compile(r"(?P<file>.+?):(?P<options>[a-z_]+=[^:/\\=,]+(,[a-z_]+=[^:/\\=,]+)*)")
-"""Matches the name of a file with options that the file does not record: ``FILE:stages=5,variant=PReNet_LSTM``."""
+"""Matches a file name followed by options that the file does not record: ``FILE:stages=5,variant=PReNet_LSTM``."""
 
 
 class LoadedMethod(NamedTuple):
@@ -39,8 +39,8 @@ class LoadedMethod(NamedTuple):
 def split_options(name: Path | str) -> tuple[str, dict[str, Any]]:
     """Split ``FILE:option=value,…`` into the file and the options.
 
-    If a file with the complete name exists, the name is not split. Integers such as ``5`` are returned as int, integers
-    joined by hyphens such as ``8-4-2`` as a list of int, all other values as text.
+    If a file with the complete name exists, the name is not split. Integers from 0, such as ``5``, are returned as int,
+    integers joined by hyphens, such as ``8-4-2``, as a list of int, all other values as text.
 
     Example:
         >>> split_options("net.pth:stages=5,variant=PReNet_LSTM"), split_options("hub:someone/prenet")
@@ -67,7 +67,7 @@ def locate(name: Path | str) -> Path:
 
     Args:
         name: Name of a bundled model (``default``) or of a public one (``clearview-restormer``), ``hub:OWNER/NAME`` on
-            the Hugging Face hub, or a file, which need not exist. Options after the name of a file are ignored.
+            the Hugging Face hub, or a file, which need not exist. Options after the name are ignored.
 
     Raises:
         DerainError: If a file of the hub is not on disk and cannot be downloaded, or does not have the SHA-256 that
@@ -99,19 +99,17 @@ def load(name: Path | str, method: str | type | None = None) -> LoadedMethod:
 
     Checkpoints and weights of derain, and weights files of the methods' authors, are recognised by their content; ONNX
     files of `derain export` by their suffix. Other files are loaded by spandrel, if it is installed and recognises the
-    network. The averaged weights (EMA) of a checkpoint are preferred to its raw weights. Metadata is checked before a
-    method is built, and the size of the method while it is built, so that a damaged or hostile file does not exhaust
-    memory.
+    network. The averaged weights (EMA) of a checkpoint are preferred to its raw weights.
 
     Args:
         name: File or name that `locate` accepts. Options that the file does not record follow its name:
             ``FILE:stages=5,variant=PReNet_LSTM``.
-        method: Method or network from outside derain that the file may belong to: its class, or its path
+        method: Class of a method or network from outside derain that the file may belong to, or its path, such as
             ``my_method.MyModule``. A file of another method is loaded too, with a warning.
 
     Raises:
-        DerainError: If the file is absent, damaged, of no known method, or contains NaN or infinity; if it does not fit
-            its method or the options; or if ``method`` cannot be imported.
+        DerainError: If the file is absent, damaged, of no known method, or contains NaN or infinity; if it cannot be
+            downloaded; if it does not fit its method or the options; or if ``method`` cannot be imported.
     """
     named = None if method is None else use_method(method)
     if named is not None and not issubclass(named, TrainableModule):
@@ -130,8 +128,8 @@ def load_checkpoint(path: Path, method: type | None = None) -> LoadedMethod:
 
     Args:
         path: The checkpoint.
-        method: Class that is built if the checkpoint records a class of the same name. None, or for another name: the
-            class is found among the known methods.
+        method: Class to build if the checkpoint records a class of the same name. Otherwise, the class is looked up
+            among the known methods.
 
     Raises:
         DerainError: If the file is not a checkpoint of derain, is damaged, or does not fit its method.
@@ -182,7 +180,7 @@ def _note(content: Content, module: TrainableModule) -> str:
 
 
 def _from_metadata(path: Path, content: Content, named: type[TrainableModule] | None) -> LoadedMethod:
-    """Build the class that the metadata records; if ``named`` has the same name, build that instead."""
+    """Build the class that the metadata records, or ``named`` if it has the same name."""
     method: type[TrainableModule]
     if named is not None and named.__name__ == content.metadata["method"]:
         method = named
@@ -193,7 +191,7 @@ def _from_metadata(path: Path, content: Content, named: type[TrainableModule] | 
 
 
 def _from_published(path: Path, content: Content, options: Mapping[str, Any]) -> TrainableModule | None:
-    """Build the method that recognises its authors' state dict; return None if no method does."""
+    """Build the method that recognises the state dict as its authors'; return None if no method does."""
     classes: list[type[TrainableModule]] = methods()
     for method in classes:
         accepted = {name: value for name, value in options.items() if name in method.published_options}

@@ -22,7 +22,7 @@ from derain.images import Pixels
 log = logging.getLogger("derain")
 
 PREPROCESSING_VERSION = 2
-"""Version of the image preprocessing; part of the keys of cached similarities."""
+"""Version of the image preprocessing, on which the file of cached similarities depends."""
 
 
 def clip_model(alternative: str) -> HubModel:
@@ -46,8 +46,8 @@ def clip_model(alternative: str) -> HubModel:
 def resize_and_crop_geometry(height: int, width: int, shortest: int, crop: int) -> tuple[int, int, int, int]:
     """Return the size after resizing and the position of the centre crop, as torchvision computes them.
 
-    CLIP's authors and open_clip use torchvision, which rounds a margin of a half-integer number of pixels to the
-    nearest even number; transformers rounds it down.
+    CLIP's authors and open_clip use torchvision. Unlike transformers, it rounds a position that ends in .5 to the
+    nearest even number.
 
     Args:
         height: Height of the image, in pixels.
@@ -75,7 +75,7 @@ class FrozenCLIP:
     """Image and text features of a frozen CLIP.
 
     It is not an ``nn.Module``, so checkpoints, optimisers and EMA weights do not include it. The model stays on the CPU
-    until `images` or the caller moves it.
+    until `image_features` or the caller moves it.
 
     Args:
         name: Id on the Hugging Face hub (``openai/clip-vit-base-patch32``) or a local directory with the same files.
@@ -138,11 +138,14 @@ class FrozenCLIP:
     def pixels(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
         """Return images resized, cropped at the centre and normalised for CLIP, on their device.
 
-        Resizing is antialiased bicubic interpolation, as in Pillow, but in floating point. The side ``s`` of the result
-        is the attribute ``side``. Channels are normalised by CLIP's mean and standard deviation.
+        Resizing is antialiased bicubic interpolation, as in Pillow, but in floating point. Channels are normalised by
+        CLIP's mean and standard deviation.
 
         Args:
             images: Images in [0, 1], of any size.
+
+        Returns:
+            ``(b, 3, side, side)``, see `side`.
         """
         processor = self._loaded[2]
         height, width, top, left = self._geometry(*images.shape[2:])
@@ -158,12 +161,12 @@ class FrozenCLIP:
         return np.asarray(resized.crop((left, top, left + self.side, top + self.side)))
 
     @torch.inference_mode()
-    def texts(self, prompts: Sequence[str], *, truncate: bool = False) -> Float[Tensor, "n d"]:
+    def text_features(self, prompts: Sequence[str], *, truncate: bool = False) -> Float[Tensor, "n d"]:
         """Return features of texts, not normalised, on the CPU.
 
         Args:
             prompts: The texts.
-            truncate: Whether to shorten texts that are too long for CLIP; they still end in the end token.
+            truncate: Whether to shorten texts that are too long for CLIP.
 
         Raises:
             DerainError: If a text is too long for CLIP and ``truncate`` is false.
@@ -189,8 +192,8 @@ class FrozenCLIP:
             return model.text_projection(pooled).float().cpu()  # type: ignore[no-any-return]
 
     @torch.inference_mode()
-    def images(self, images: Sequence[Pixels], device: torch.device | None = None) -> Float[Tensor, "n d"]:
-        """Return features of images, not normalised, on the CPU.
+    def image_features(self, images: Sequence[Pixels], device: torch.device | None = None) -> Float[Tensor, "n d"]:
+        """Return features of images, not normalised, on the CPU; the images are processed as a single batch.
 
         Images are resized by Pillow's bicubic interpolation and cropped at the centre, as by CLIP's authors.
 

@@ -98,7 +98,7 @@ def test_scores_are_cached(folder, clip, monkeypatch):
     command = ["route", "RainTrainL", "--clip", clip]
     assert main(command) == 0
     before = (folder / "runs/route/routes.csv").read_bytes()
-    monkeypatch.setattr(FrozenCLIP, "images", lambda *_: pytest.fail("CLIP ran again"))
+    monkeypatch.setattr(FrozenCLIP, "image_features", lambda *_: pytest.fail("CLIP ran again"))
     assert main(command) == 0
     assert (folder / "runs/route/routes.csv").read_bytes() == before
 

@@ -62,8 +62,8 @@ def prepared(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         enter(folder, patch)
         fill_route_cache()
-        patch.setattr(FrozenCLIP, "images", lambda *args: pytest.fail("CLIP ran"))
-        patch.setattr(FrozenCLIP, "texts", lambda *args: pytest.fail("CLIP ran"))
+        patch.setattr(FrozenCLIP, "image_features", lambda *args: pytest.fail("CLIP ran"))
+        patch.setattr(FrozenCLIP, "text_features", lambda *args: pytest.fail("CLIP ran"))
         assert main(["fit", "--config", "exp.yaml"]) == 0
     return folder
 

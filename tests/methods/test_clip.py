@@ -67,7 +67,7 @@ def test_crops_equal_torchvision(clip, size):
     handle = clip.model.vision_model.register_forward_pre_hook(
         lambda _, __, kwargs: inputs.append(kwargs["pixel_values"]), with_kwargs=True
     )
-    clip.images([image])
+    clip.image_features([image])
     handle.remove()
     torch.testing.assert_close(inputs[0][0] * deviation + mean, prepared(image) * deviation + mean, atol=1e-5, rtol=0)
     floats = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
@@ -93,14 +93,14 @@ def unit(features):
 
 
 def test_features_equal_transformers(clip, images, expected):
-    torch.testing.assert_close(unit(clip.texts(TEXTS)), expected.text_embeds, atol=1e-5, rtol=0)
-    torch.testing.assert_close(unit(clip.images(images)), expected.image_embeds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(unit(clip.text_features(TEXTS)), expected.text_embeds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(unit(clip.image_features(images)), expected.image_embeds, atol=1e-5, rtol=0)
     assert (expected.text_embeds[0] - expected.text_embeds[1]).abs().max() > 0.01
     assert (expected.image_embeds[0] - expected.image_embeds[1]).abs().max() > 0.001
 
 
 def test_features_are_not_normalised(clip):
-    assert (clip.texts(TEXTS).norm(dim=1) - 1).abs().min() > 0.01
+    assert (clip.text_features(TEXTS).norm(dim=1) - 1).abs().min() > 0.01
 
 
 def test_vocabulary_is_that_of_clip(folder):
@@ -120,17 +120,17 @@ def test_vocabulary_is_that_of_clip(folder):
 
 def test_features_ignore_autocast(clip, images):
     with torch.autocast("cpu", torch.bfloat16):
-        texts_under_autocast = clip.texts(TEXTS)
-        images_under_autocast = clip.images(images)
-    assert torch.equal(texts_under_autocast, clip.texts(TEXTS))
-    assert torch.equal(images_under_autocast, clip.images(images))
+        texts_under_autocast = clip.text_features(TEXTS)
+        images_under_autocast = clip.image_features(images)
+    assert torch.equal(texts_under_autocast, clip.text_features(TEXTS))
+    assert torch.equal(images_under_autocast, clip.image_features(images))
 
 
 def test_clip_is_frozen(clip, images):
     model = clip._loaded[0]
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert not clip.images(images).requires_grad
+    assert not clip.image_features(images).requires_grad
 
 
 def test_hash_depends_on_weights_and_preprocessing(folder, tmp_path):
@@ -150,7 +150,7 @@ def test_hash_depends_on_weights_and_preprocessing(folder, tmp_path):
 
 def refused(name, *parts):
     with pytest.raises(DerainError) as caught:
-        FrozenCLIP(str(name), ALTERNATIVE).texts(["rain"])
+        FrozenCLIP(str(name), ALTERNATIVE).text_features(["rain"])
     message = str(caught.value)
     assert "\n" not in message
     for part in (str(name), *parts):
@@ -194,7 +194,7 @@ def test_prompt_that_is_too_long(clip):
     many_characters = "photography " * 40
     assert len(many_characters) > len("rain " * 80)
     with pytest.raises(DerainError, match=r"'rain rain .*…': 80 tokens.* 75 tokens"):
-        clip.texts([many_characters, "rain " * 80])
+        clip.text_features([many_characters, "rain " * 80])
 
 
 def test_directory_without_tokenizer(folder, tmp_path):

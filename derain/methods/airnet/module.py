@@ -42,17 +42,18 @@ class AirNetModule(RegressionModule):
         encoder_epochs: Epochs of the first phase, which trains the encoder alone, by the contrastive loss.
         crop: Side of query and key as a fraction of the side of the training crops (``--data.crop``), in (0, 1); the
             authors crop query and key from whole images.
-        momentum: Fraction of the moving average that is kept after each batch, in [0, 1).
+        momentum: Weight of the old value when a batch updates the moving average, in [0, 1).
         temperature: Divisor of the cosine similarities of embeddings, above 0.
         queue: Number of keys of earlier images, 1 to 262,144; the authors use 256 times the batch size.
         optimizer: Class of the optimiser, see `RegressionModule`.
         learning_rate: Learning rate of the optimiser.
         optimizer_options: Further arguments of the optimiser.
         schedule: Schedule of the learning rate, see `RegressionModule`; default: `PhasesLR`.
-        schedule_options: Options of the schedule. ``encoder_epochs`` of `PhasesLR` defaults to the argument above.
+        schedule_options: Options of the schedule. Their ``encoder_epochs``, for `PhasesLR`, defaults to the argument
+            ``encoder_epochs``.
 
     Raises:
-        DerainError: If an option is out of its range, or ``network`` is not an AirNet.
+        DerainError: If an option is unknown or out of its range, or ``network`` is not an AirNet.
 
     References:
         AirNet, sections 3.1 and 3.2, and the authors' code; He et al., Momentum Contrast for Unsupervised Visual
@@ -116,7 +117,7 @@ class AirNetModule(RegressionModule):
         return
 
     def on_fit_start(self) -> None:
-        """Refuse distributed strategies that wait for gradients of all parameters.
+        """Record the training sets, and refuse distributed strategies that wait for gradients of all parameters.
 
         Raises:
             DerainError: If the trainer has such a strategy.
@@ -125,7 +126,7 @@ class AirNetModule(RegressionModule):
         self.refuse_plain_ddp("the first phase trains only the encoder")
 
     def on_train_start(self) -> None:
-        """Copy the encoder to the moving average, unless a run is resumed; ``--weights`` may have changed it."""
+        """Copy the encoder, which ``--weights`` may have changed, to the moving average, unless a run is resumed."""
         super().on_train_start()
         if self.global_step == 0:
             self.key_encoder.load_state_dict(cast(AirNet, self.network).encoder.state_dict())
@@ -138,48 +139,48 @@ class AirNetModule(RegressionModule):
     def outputs_and_targets(
         self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the outputs that the loss uses, and their targets, by name.
+        """Return ``contrast`` and, if the loss of the current phase uses it, ``derained``; and their targets, by name.
 
-        ``contrast`` is the contrastive loss of two random crops of each image, query and key. ``derained`` is the
-        restored query, if the loss of the current phase uses it.
+        ``contrast`` is the contrastive loss of two random crops of each image, query and key. Its target is not used.
+        ``derained`` is the restored query.
 
         Args:
             rainy: Rainy images in [0, 1].
             clean: Clean images in [0, 1].
 
         Raises:
-            DerainError: If the loss names another output.
+            DerainError: If the loss of the current phase names another output.
         """
         unknown = sorted(set(self.loss) - {"derained", "contrast"})
         if unknown:
             raise DerainError(f"--model.loss {unknown[0]}: not an output of {self.title}; use derained or contrast")
         network = cast(AirNet, self.network)
         query, target = self._crop(rainy, clean)
-        (key,) = self._crop(rainy)
+        (other_crops,) = self._crop(rainy)
         outputs = network.outputs(query) if "derained" in self.loss else {"embedding": network.encoder(query)}
-        outputs["contrast"] = self.contrast(outputs.pop("embedding"), key)
+        outputs["contrast"] = self.contrast(outputs.pop("embedding"), other_crops)
         return outputs, dict.fromkeys(outputs, target)
 
     def _crop(self, *images: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
-        """Return the same random crop of all images."""
+        """Return a random crop of each batch of images, at the same position in all of them."""
         height, width = images[0].shape[2:]
         rows, columns = (max(1, round(self.crop * side)) for side in (height, width))
         top, left = (int(torch.randint(spare + 1, ())) for spare in (height - rows, width - columns))
         return [image[..., top : top + rows, left : left + columns] for image in images]
 
-    def contrast(self, embedding: Float[Tensor, "b e"], key: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
+    def contrast(self, embedding: Float[Tensor, "b e"], crops: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
         """Return the contrastive loss, and update the moving average of the encoder and the queue.
 
         Args:
             embedding: Embeddings of the queries.
-            key: Other crops of the same images, of which the keys are computed.
+            crops: Other crops of the same images, whose embeddings are the keys.
         """
         with torch.no_grad():
             for average, parameter in zip(
                 self.key_encoder.parameters(), cast(AirNet, self.network).encoder.parameters(), strict=True
             ):
                 average.lerp_(parameter, 1 - self.momentum)
-            keys = F.normalize(self.key_encoder(key).float(), dim=1)
+            keys = F.normalize(self.key_encoder(crops).float(), dim=1)
         queries = F.normalize(embedding.float(), dim=1)
         with torch.autocast(queries.device.type, enabled=False):
             positive = (queries * keys).sum(1, keepdim=True)
@@ -203,15 +204,15 @@ class PhasesLR(torch.optim.lr_scheduler.LambdaLR):
         optimizer: Optimiser with the initial learning rate.
         encoder_epochs: Epochs of the first phase.
         decay_epochs: Interval in epochs at which the learning rate is multiplied by 0.1 in the first phase.
-        halving_epochs: Interval in epochs at which the learning rate is halved in the second phase, which starts at 0.1
-            times the initial learning rate.
+        halving_epochs: Interval in epochs at which the learning rate is halved in the second phase, from 0.1 times the
+            initial one.
 
     Raises:
         DerainError: If an interval is below 1, or ``encoder_epochs`` is negative.
 
     References:
-        The authors' code. It computes the learning rate at the end of an epoch from the index of that epoch, so changes
-        take effect one epoch later.
+        The authors' code. At the end of an epoch, it computes the learning rate from the index of this epoch, so each
+        change takes effect one epoch later than its index suggests.
 
     Example:
         >>> optimizer = torch.optim.Adam([torch.zeros(1)], 1e-3)

@@ -45,9 +45,9 @@ def scheduled_loss(
 ) -> Float[Tensor, ""]:
     """Return the mean of ``|derained - clean|`` raised to the exponent of dynamic loss scheduling (DLS).
 
-    The gradient of ``|e|^p`` is infinite at e = 0 for p < 1. ``shift`` computes ``(|e| + 1e-6)^p``, which differs by
-    less than 0.1 % for ``|e| >= 1/255`` and p up to 3.1, and whose gradient at 0 is 0. ``root`` computes
-    ``(e² + 1e-6)^(p/2)``, which is smooth. Both are computed in float32 or wider, also under autocast.
+    The gradient of ``|e|^p`` is infinite at e = 0 for p < 1. ``shift`` computes ``(|e| + 1e-6)^p`` instead, with
+    gradient 0 at e = 0; ``root`` computes ``(e² + 1e-6)^(p/2)``. Both are computed in float32 or wider, also under
+    autocast.
 
     Args:
         derained: Derained images, about [0, 1].
@@ -74,7 +74,7 @@ def reconstruction_loss(
     power: float,
     smoothing: Smoothing = "shift",
 ) -> Float[Tensor, ""]:
-    """Return one of the reconstruction losses that Table 11 of CLIP-RPN compares.
+    """Return a reconstruction loss of Table 11 of CLIP-RPN.
 
     Computed in float32 or wider, also under autocast.
 
@@ -120,8 +120,7 @@ def mask_loss(
 
     Args:
         logits: Logits of the predicted masks at 1/2, 1/4 and 1/8 of the padded image, in any order.
-        mask: True rain mask at the size of the image, see `rain_mask`; padded here to a multiple of 8, as the network
-            pads the image.
+        mask: True rain mask at the size of the image, see `rain_mask`. It is padded here as the network pads the image.
         scaling: How the true mask is downscaled to a level: ``nearest`` takes the top left pixel of each cell, which
             keeps the mask binary; ``area`` takes the fraction of rainy pixels in the cell; ``max`` is 1 if any pixel
             of the cell is rainy.

@@ -38,7 +38,7 @@ class CLIPRPNMetadata(Metadata):
     """Metadata of `CLIPRPNModule`.
 
     Attributes:
-        clip_sha256: Hash of the CLIP that chose the routes in training; None: no CLIP.
+        clip_sha256: Hash of the CLIP that chose the routes in training; None: no CLIP, or unknown.
         route_counts: Number of training samples of each route; None: unknown.
     """
 
@@ -49,9 +49,9 @@ class CLIPRPNMetadata(Metadata):
 class CLIPRPNModule(DerainModule, Routed, Explains):
     """CLIP-RPN: CLIP chooses a route of mask-guided cross-attention for each image.
 
-    Guan and Yoshie, CLIP-driven rain perception. Trained with AdamW by dynamic loss scheduling (DLS) and a loss on
-    predicted rain masks. CLIP is frozen and is part of neither checkpoints nor optimisers. The schedules of learning
-    rate and DLS are functions of the fraction of the optimiser steps.
+    Guan and Yoshie, CLIP-driven rain perception. The loss is the sum of a reconstruction loss, by default dynamic loss
+    scheduling (DLS), and a loss of the predicted rain masks. CLIP is frozen and is part of neither checkpoints nor
+    optimisers. Learning rate and exponent of DLS depend on the completed fraction of the optimiser steps.
 
     Args:
         perception: How routes are chosen: ``clip``: by CLIP; ``fixed``: all images take ``route``; ``none``: the
@@ -61,15 +61,16 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
             ``3-distortion``, ``rain``, ``intensity``), or a list of texts, one per route.
         similarity: Similarity of images and prompts: ``cosine``, or ``dot`` as eq. 1 is printed.
         route_by: ``image``: all crops and tiles of an image take the route of the image; ``patch``: each crop in
-            training and each tile at inference has its own route.
+            training, and each image or tile at inference, has its own route.
         route: Index of the route for perception ``fixed``, from 0.
         mgca: Whether the sub-networks of the routes are mask-guided cross-attention (MGCA). If false, they are plain
             cross-attention (Table 10 without MGCA), to which the next three options do not apply; with perception
             ``none``, there are no sub-networks at all (Table 10 without both).
-        interaction: Reading of eqs. 11 and 12: ``prose`` or ``swapped``, see `MaskGuidedCrossAttention`.
+        interaction: Which branch scales which by eqs. 11 and 12: ``prose`` or ``swapped``, see
+            `MaskGuidedCrossAttention`.
         residual: Whether mask-guided cross-attention is residual; not in the paper.
-        spatial_kernel: Kernel size, an odd number, of the convolution that eq. 11 omits; 0: a mean instead of a
-            convolution.
+        spatial_kernel: Kernel size, an odd number, of a convolution that eq. 11 omits; 0: a mean instead, see
+            `MaskGuidedCrossAttention`.
         dim: Channels of Restormer at the finest level.
         blocks: Transformer blocks of each of the four levels.
         refinement: Transformer blocks at full resolution after the decoder.
@@ -81,16 +82,15 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         smoothing: How the gradient of ``dls`` is kept finite at zero error: ``shift`` or ``root``, see
             `scheduled_loss`.
         rescale: Whether to multiply the reconstruction loss by a factor without gradient, so that its value equals the
-            mean absolute error. Without it, ``dls`` is much smaller than the mask loss late in training. Not in the
-            paper.
+            mean absolute error; not in the paper.
         mask_weight: Weight of the mask loss; eq. 15: 0.1.
         mask_threshold: Difference in [0, 1] above which a pixel is rainy; eq. 4: 0.1.
         mask_scaling: How the true mask is downscaled to the size of a level: ``nearest``, ``area`` or ``max``, see
             `mask_loss`.
-        learning_rate: Learning rate of AdamW; section 4.2: 2e-4.
+        learning_rate: Highest learning rate of AdamW; section 4.2: 2e-4.
         weight_decay: Weight decay of AdamW; section 4.2: 0.01.
         warm_up: Fraction of the optimiser steps in which the learning rate rises, in [0, 1); section 4.2: 15 of 300
-            epochs.
+            epochs. Afterwards, the learning rate falls to 0 along a cosine.
 
     Raises:
         DerainError: If an option is out of its range, or the prompt set does not exist.
@@ -117,7 +117,7 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         "mask_threshold",
         "mask_scaling",
     }
-    compiles_any_size: ClassVar[bool] = False  # torch 2.13's inductor: wrong strides for frozen weights, dynamic sizes
+    compiles_any_size: ClassVar[bool] = False  # torch 2.13 computes wrong strides for frozen weights at dynamic sizes
 
     def __init__(
         self,
@@ -161,10 +161,10 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         rain_perception = RainPerception(clip, texts, similarity) if perception == "clip" else None
         self.routing = Routing(routes, rain_perception, route if perception == "fixed" else 0)
         self.route_counts: list[int] | None = [0] * len(self.network.routes)
-        self._new_counts = [0] * len(self.network.routes)  # of this process since the last `_sum_counts`
+        self._new_counts = [0] * len(self.network.routes)  # counts of this process since the last `_sum_counts`
 
     def fetch_requirements(self) -> None:
-        """Find or fetch CLIP, unless all images take the same route.
+        """Find or fetch CLIP; do nothing if all images take the same route.
 
         Raises:
             DerainError: If CLIP is not available.
@@ -172,14 +172,14 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         self.routing.check()
 
     def encode(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
-        """Return the routes of whole images and, if CLIP chose them, their similarities to the prompts.
+        """Return ``routes`` of whole images and, if CLIP chose them, their ``similarities`` to the prompts.
 
-        If ``route_by`` is ``patch``, the result is empty, and ``forward`` chooses the route of each tile.
+        If ``route_by`` is ``patch``, the result is empty: ``forward`` chooses the route of each image or tile.
         """
         return {} if self.hparams["route_by"] == "patch" else self.routing(rainy)
 
     def describe_image(self, conditions: dict[str, Any], index: int) -> dict[str, Any]:
-        """Return the route of an image and, if CLIP chose it, the prompt and the scores (eq. 1) by prompt."""
+        """Return the route of an image and how it was chosen, see `Routing.describe`."""
         return self.routing.describe(conditions, index)
 
     def forward(
@@ -244,12 +244,12 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
     # Training.
 
     def on_fit_start(self) -> None:
-        """Compute the routes of all training images before the first step, if CLIP chooses routes by image.
+        """Check strategy and CLIP; if CLIP chooses a route for each image, compute those of all training images.
 
         Raises:
-            DerainError: If a distributed strategy would wait for gradients of unused routes; if CLIP is not available
-                or is not that of the resumed run; or if ``route_by`` is ``image`` and the data module is not a
-                `RainDataModule`.
+            DerainError: If a distributed strategy would wait for gradients of unused routes; if CLIP is needed, and is
+                not available or not that of the resumed run; or if CLIP chooses a route for each image, and the data
+                module is not a `RainDataModule`.
         """
         super().on_fit_start()
         if len(self.network.routes) > 1:
@@ -261,7 +261,7 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         if not hasattr(data, "rainy_images"):
             raise DerainError("--model.route_by image: requires RainDataModule; use it, or set --model.route_by patch")
         if self.local_rank != 0:
-            self.trainer.strategy.barrier()  # until the first process of the machine has run CLIP and filled the cache
+            self.trainer.strategy.barrier()  # wait until the first process of the machine has filled the cache
         names = [pair.name for pair in data.pairs["train"]]
         images = data.rainy_images("train")
         self.routing.compute_training_routes(names, track(images, "Rain perception", len(names)), self.device)
@@ -271,7 +271,8 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the reconstruction loss plus the weighted mask losses (eq. 15).
 
-        The sum is logged as ``train/loss``; its parts are logged without weights and before ``rescale``.
+        The sum is logged as ``train/loss``. Its parts are logged as ``train/reconstruction``, before ``rescale``, and
+        ``train/mask_1`` to ``train/mask_3``, without weights.
         """
         routes = self._training_routes(batch)
         hyper = self.hparams
@@ -298,7 +299,7 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         return loss
 
     def _training_routes(self, batch: PairBatch) -> list[int]:
-        """Return the route of each image of a training batch, and add them to the counts."""
+        """Return the route of each image of a training batch, and count the images of each route."""
         training_routes = self.routing.training_routes
         if training_routes is None:
             routes = self.routing(batch["rainy"], cache=False)["routes"]
@@ -327,7 +328,7 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         self._new_counts = [0] * len(summed)
 
     def on_train_end(self) -> None:
-        """Log a warning if no training sample took some of the routes."""
+        """Log a warning about routes that no training sample took."""
         self._sum_counts()
         counts = self.route_counts or ()
         untrained = [f"route {route}" for route, count in enumerate(counts) if not count]
@@ -347,7 +348,7 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         super().on_save_checkpoint(checkpoint)
 
     def metadata(self) -> dict[str, Any]:
-        """Return the metadata with CLIP's hash and the number of training samples of each route."""
+        """Return the metadata, including CLIP's hash and the number of training samples of each route."""
         return super().metadata() | {"clip_sha256": self.routing.clip_sha256, "route_counts": self.route_counts}
 
     def restore_metadata(self, metadata: Mapping[str, Any]) -> None:

@@ -60,14 +60,14 @@ class MaskGuidedCrossAttention(nn.Module):
         interaction: ``prose``, the reading of the paper's text: channel weights of the rain-free branch scale the rainy
             branch, and pixel weights of the rainy branch scale the rain-free branch. ``swapped``: channel weights of
             the rainy branch scale the rain-free branch, and pixel weights of the rain-free branch scale the rainy
-            branch. Both are plausible, since eqs. 11 and 12 are printed in each other's paragraph.
+            branch. The paper prints eqs. 11 and 12 in each other's paragraph.
         residual: Whether to add the input to the output; not in the paper.
         spatial_kernel: Kernel size, an odd number, of the convolution that reduces the average and the maximum over
             the channels to the pixel weights; 0: the mean of both instead of a convolution.
         reduction: Ratio of the channels to the hidden channels of the layers that compute the channel weights.
 
     Raises:
-        DerainError: If ``spatial_kernel`` is even.
+        DerainError: If ``spatial_kernel`` is even and not 0, or ``heads`` does not divide ``channels``.
 
     References:
         CLIP-RPN, eqs. 7 to 13, Figure 1(b).
@@ -97,7 +97,7 @@ class MaskGuidedCrossAttention(nn.Module):
             self.weigh_pixels = nn.Conv2d(2, 1, spatial_kernel, padding=spatial_kernel // 2, bias=False)
 
     def forward(self, x: Float[Tensor, "b h w c"], mask: Float[Tensor, "b h w 1"]) -> Float[Tensor, "b h w c"]:
-        """Transform features, given the probability of rain at each pixel, in [0, 1]."""
+        """Transform features; ``mask`` is the probability of rain at each pixel, in [0, 1]."""
         rainy = self.rainy(x * mask, x, x)
         clear = self.clear(x * (1 - mask), x, x)
         if self.interaction == "prose":
@@ -125,7 +125,7 @@ def _bottleneck(channels: int, hidden: int) -> nn.Sequential:
 
 
 class PlainCrossAttention(CrossAttention):
-    """Residual cross-attention from features to themselves: replaces MGCA in an ablation and ignores masks."""
+    """Residual cross-attention from features to themselves, without a mask; replaces MGCA in an ablation."""
 
     def forward(self, x: Float[Tensor, "b h w c"], mask: None = None) -> Float[Tensor, "b h w c"]:  # type: ignore[override]
         """Transform features."""
@@ -136,7 +136,7 @@ class CLIPRPN(nn.Module):
     """Restoration network of CLIP-RPN; the route of each image is an argument of ``forward``.
 
     Args:
-        route_count: Number of routes, each with a sub-network at three levels; 0: a plain Restormer.
+        route_count: Number of routes, each with a sub-network at each of three levels; 0: a plain Restormer.
         mgca: Whether the sub-networks are mask-guided cross-attention, or plain cross-attention without masks.
         interaction: See `MaskGuidedCrossAttention`.
         residual: See `MaskGuidedCrossAttention`.
@@ -190,7 +190,7 @@ class CLIPRPN(nn.Module):
 
         Args:
             rainy: Rainy images in [0, 1].
-            routes: Index of the route of each image, or of a single route for all images; default: route 0.
+            routes: Index of the route of each image, or a single index for all images; default: route 0.
 
         Raises:
             ValueError: If the number of indices is neither 1 nor that of the images, or a route does not exist.
@@ -233,15 +233,12 @@ class CLIPRPN(nn.Module):
 
 
 def mask_maps(logits: Sequence[Float[Tensor, "b 1 _ _"]], height: int, width: int) -> Float[Tensor, "b n h w"]:
-    """Return the predicted rain masks, upscaled to the size of the image, in [0, 1].
+    """Return the predicted rain masks in [0, 1], upscaled to the size of the image, the finest level first.
 
     Args:
         logits: Logits of the masks, the coarsest level first, as in `Restored`.
         height: Height of the image before padding, in pixels.
         width: Width of the image before padding, in pixels.
-
-    Returns:
-        The masks, the finest level first.
     """
     finest = logits[-1]
     size = (finest.shape[2] * 2, finest.shape[3] * 2)

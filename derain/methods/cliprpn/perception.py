@@ -20,24 +20,24 @@ from derain.methods.clip import PREPROCESSING_VERSION, FrozenCLIP
 Similarity = Literal["cosine", "dot"]
 
 BATCH = 8
-"""Images that CLIP processes at a time."""
+"""Maximum number of images that CLIP processes at a time in `RainPerception.all_similarities`."""
 
 ALTERNATIVE = "train without CLIP by --model.perception none, restore without it by --route N"
-"""Advice in error messages if CLIP is not available."""
+"""Advice for error messages about a CLIP that is not available."""
 
 
 class RainPerception:
     """Similarities of images to prompts, computed by CLIP.
 
-    Similarities are cached in derain's cache folder, so that CLIP processes each image only once. The prompts, the kind
-    of similarity, the hash of CLIP and the version of its preprocessing determine the file; the pixels of an image
-    determine its key in the file.
+    Similarities are cached in a file in derain's cache folder. The name of the file depends on the prompts, the kind of
+    similarity, the hash of CLIP and the version of its preprocessing. In the file, the key of an image is a hash of its
+    pixels.
 
     Args:
         clip: Id on the Hugging Face hub or a local directory; ``$DERAIN_CLIP`` takes precedence.
         texts: Prompts, one per route.
-        similarity: ``cosine``; or ``dot``, eq. 1 of CLIP-RPN as printed, which favours prompts whose embedding has a
-            large norm (the norm of the image embedding scales all similarities alike).
+        similarity: ``cosine``; or ``dot``, as eq. 1 of CLIP-RPN is printed, which also depends on the norms of the
+            embeddings.
 
     Raises:
         DerainError: When CLIP is first needed, if it is not available.
@@ -66,7 +66,7 @@ class RainPerception:
 
     @cached_property
     def _text_features(self) -> Float[Tensor, "n d"]:
-        features = self.clip.texts(self.texts)
+        features = self.clip.text_features(self.texts)
         return torch.nn.functional.normalize(features, dim=1) if self.similarity == "cosine" else features
 
     def similarities(
@@ -74,12 +74,12 @@ class RainPerception:
     ) -> Float[Tensor, "b n"]:
         """Return the similarity of each image to each prompt, on the CPU.
 
-        CLIP processes the images that are not in the cache, as a single batch.
+        CLIP processes the images that are not in the cache as a single batch.
 
         Args:
             images: Images ``(h, w, 3)`` in uint8, of any sizes.
             device: Device of CLIP; the CPU by default.
-            cache: Whether to add the similarities to the cache.
+            cache: Whether to add new similarities to the cache; known ones are read from it in any case.
 
         Raises:
             DerainError: If CLIP is not available, or a prompt is too long for it.
@@ -88,7 +88,7 @@ class RainPerception:
         new = {key: image for key, image in zip(keys, images, strict=True) if key not in self._cached}
         computed: dict[str, list[float]] = {}
         if new:
-            features = self.clip.images(list(new.values()), device)
+            features = self.clip.image_features(list(new.values()), device)
             if self.similarity == "cosine":
                 features = torch.nn.functional.normalize(features, dim=1)
             similarities = features @ self._text_features.T
@@ -110,7 +110,7 @@ class RainPerception:
     def all_similarities(
         self, images: Iterable[Pixels], device: torch.device | None = None, cache: bool = True
     ) -> Float[Tensor, "n m"]:
-        """Return the similarity of any number of images to each prompt, on the CPU, computed in batches of `BATCH`.
+        """Return the similarity of any number of images to each prompt, on the CPU; they are processed in batches.
 
         Arguments and exceptions are those of `similarities`.
         """
@@ -122,11 +122,11 @@ class RainPerception:
 
 
 def scores(similarities: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
-    """Return the softmax of similarities over the prompts; the highest score determines the route.
+    """Return the scores of the prompts: the softmax of the similarities over the prompts.
 
-    CLIP's logit scale is not applied, as in the paper.
+    As in the paper, similarities are not multiplied by CLIP's logit scale.
 
     References:
-        CLIP-RPN, eqs. 1 and 2.
+        CLIP-RPN, eq. 1.
     """
     return similarities.softmax(-1)

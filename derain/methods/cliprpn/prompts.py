@@ -1,4 +1,4 @@
-"""Prompts of CLIP-RPN, verbatim, and the number of training images of each route in the paper."""
+"""Prompts of CLIP-RPN, verbatim, and the numbers of training images of each route, from the paper's percentages."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,9 +11,9 @@ class PromptSet(NamedTuple):
 
     Attributes:
         texts: The prompts.
-        counts: Number of training images of each route in the paper, by data set. Rain800 has 700 training images,
-            Rain100H 1800 and Rain100L 200.
-        source: Tables of the paper with these prompts and counts.
+        counts: Number of training images of each route, by data set: the paper's percentages of 700 images (Rain800),
+            1800 (Rain100H) and 200 (Rain100L).
+        source: Tables of the paper with the prompts and the percentages.
     """
 
     texts: tuple[str, ...]
@@ -44,7 +44,7 @@ PROMPTS = {
             "This is an image with dense raindrops",
         ),
         _counts((152, 34, 514), (125, 151, 1524), (48, 17, 135)),
-        "Table 5; counts of Table 8, whose prompts are longer",
+        "Table 5; percentages of Table 8, whose prompts are longer",
     ),
     "2-long": PromptSet(
         (
@@ -63,7 +63,7 @@ PROMPTS = {
             "Rain effect: the rain looks like it was unnatural and of poor quality, adding to the image distortion.",
         ),
         _counts((126, 574), (110, 1690), (59, 141)),
-        "Table 5, with its spelling; counts of Table 9",
+        "Table 5, with its spelling; percentages of Table 9",
     ),
     "3-distortion": PromptSet(
         (
@@ -93,11 +93,15 @@ PROMPTS = {
         "Table 2",
     ),
 }
-"""Prompt sets by name: the numbers of Table 5, their variants in Tables 8 and 9, and the sets of Tables 1 and 2."""
+"""Prompt sets by name.
+
+``1``, ``2`` and ``3`` are numbered as in Table 5. ``2-long`` and ``3-distortion`` are their variants in Tables 8 and 9.
+``rain`` and ``intensity`` are the sets of Tables 1 and 2.
+"""
 
 
 def texts_of(prompts: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the prompts of a named set, or those of a list.
+    """Return the prompts of a named set, or check and return those of a list.
 
     Args:
         prompts: Name of a set in `PROMPTS`, or at least two different texts.

@@ -19,12 +19,13 @@ class Routing:
     """Choice of a route for each image: by CLIP, or the same route for all images.
 
     Args:
-        count: Number of routes.
+        count: Number of routes; 0 for a network without routes, in which all images take route 0.
         perception: Rain perception that chooses routes; None: all images take ``route``.
         route: Index of the route of all images, from 0; ignored if ``perception`` is given.
 
     Attributes:
-        clip_sha256: Hash of the CLIP that chose the routes, in the weights' training or in this run; None: unknown.
+        clip_sha256: Hash of the CLIP that chose the routes in the training of the weights; after `check`, that of the
+            present CLIP. None: no CLIP, or unknown.
         training_routes: Routes of the training images by name; None: not computed.
         sample_counts: Number of training samples of each route, as recorded in the weights; None: unknown.
 
@@ -56,13 +57,12 @@ class Routing:
         self.perception, self.route = None, route
 
     def check(self, resuming: bool = False) -> None:
-        """Find or download CLIP, compare it with ``clip_sha256``, and record its hash there.
+        """Find or download CLIP, compare its hash with ``clip_sha256``, and store it there.
 
-        Nothing is checked if all images take the same route.
+        If all images take the same route, do nothing.
 
         Args:
-            resuming: Whether a CLIP other than that of the weights is an error, as in a resumed run; otherwise it
-                causes a warning.
+            resuming: Whether a different hash is an error, as in a resumed run; otherwise a warning is logged.
 
         Raises:
             DerainError: If CLIP is not available, or is a different one and ``resuming`` is true.
@@ -108,7 +108,7 @@ class Routing:
         return {"routes": routes, "similarities": similarities}
 
     def untrained(self, route: int) -> bool:
-        """Return whether weights record that no training sample took a route; False if they record no counts."""
+        """Return whether the weights record that no training sample took a route; False if they record no counts."""
         counts = self.sample_counts
         return counts is not None and route < len(counts) and counts[route] == 0
 
@@ -122,9 +122,9 @@ class Routing:
             log.warning("route %d is untrained: no training image took it; expect a poor result%s", route, advice)
 
     def compute_training_routes(self, names: Sequence[str], images: Iterable[Pixels], device: torch.device) -> None:
-        """Compute ``training_routes``: the routes of whole training images, which apply to their crops too.
+        """Compute ``training_routes``, the routes of whole training images.
 
-        Nothing is computed if all images take the same route.
+        If all images take the same route, do nothing.
 
         Args:
             names: Names of the images.
@@ -139,11 +139,15 @@ class Routing:
         log.info("training images per route: %s", ", ".join(f"{count:,}" for count in counts))
 
     def describe(self, conditions: dict[str, Any], index: int) -> dict[str, Any]:
-        """Return the route of an image and, if CLIP chose it, the prompt and the scores (eq. 1) by prompt.
+        """Return a description of the route of an image.
 
         Args:
-            conditions: Result of calling this object for a batch; if it is empty, so is the description.
+            conditions: Result of calling this object for a batch, or an empty dictionary.
             index: Index of the image in the batch.
+
+        Returns:
+            ``route``, its index; ``untrained``, true, if no training sample took it; and if CLIP chose it, ``prompt``
+            and ``scores`` (eq. 1) by prompt. Empty if ``conditions`` is empty.
         """
         if not conditions:
             return {}

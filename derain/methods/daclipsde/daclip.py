@@ -157,7 +157,7 @@ class DACLIPModule(TrainableModule):
         """Return the embeddings of texts; CLIP computes each text only once."""
         new = sorted({text for text in texts if text not in self._texts})
         if new:
-            self._texts |= dict(zip(new, self.clip.texts(new, truncate=True), strict=True))
+            self._texts |= dict(zip(new, self.clip.text_features(new, truncate=True), strict=True))
         return torch.stack([self._texts[text] for text in texts])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

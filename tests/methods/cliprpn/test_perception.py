@@ -26,13 +26,13 @@ def images():
 def calls(monkeypatch):
     """Number of images of each call of CLIP."""
     calls = []
-    original = FrozenCLIP.images
+    original = FrozenCLIP.image_features
 
     def images(self, images, device=None):
         calls.append(len(images))
         return original(self, images)
 
-    monkeypatch.setattr(FrozenCLIP, "images", images)
+    monkeypatch.setattr(FrozenCLIP, "image_features", images)
     return calls
 
 
@@ -44,8 +44,8 @@ def forbid_clip(monkeypatch):
         raise AssertionError("CLIP ran again")
 
     def forbid():
-        monkeypatch.setattr(FrozenCLIP, "images", refuse)
-        monkeypatch.setattr(FrozenCLIP, "texts", refuse)
+        monkeypatch.setattr(FrozenCLIP, "image_features", refuse)
+        monkeypatch.setattr(FrozenCLIP, "text_features", refuse)
 
     return forbid
 
@@ -67,7 +67,7 @@ def test_cosine_similarity_equals_transformers(clip_folder, images):
 
 def test_dot_similarity_keeps_the_length_of_features(clip_folder, images):
     clip = FrozenCLIP(str(clip_folder))
-    image, text = clip.images(images), clip.texts(TEXTS)
+    image, text = clip.image_features(images), clip.text_features(TEXTS)
     cosine, dot = (RainPerception(str(clip_folder), TEXTS, kind).all_similarities(images) for kind in ("cosine", "dot"))
     torch.testing.assert_close(dot, torch.einsum("id,td->it", image, text), atol=1e-5, rtol=1e-5)
     lengths = text.norm(dim=1)

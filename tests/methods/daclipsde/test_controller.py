@@ -211,7 +211,7 @@ def test_probabilities_of_the_trained_words(clip_folder, trained, trained_words)
     embeddings = daclip(torch.rand(3, 3, 20, 20))
     probabilities = daclip.probabilities(embeddings.degradation)
     assert list(daclip.words) == words
-    texts = daclip.clip.texts(words).double()
+    texts = daclip.clip.text_features(words).double()
     x = embeddings.degradation.double()
     cosines = (x @ texts.T) / x.norm(dim=1, keepdim=True) / texts.norm(dim=1)
     scale = daclip.controller.logit_scale.double().exp()

@@ -59,7 +59,7 @@ def test_loss_is_the_sum_of_content_and_degradation(module):
     total = 0.0
     for embedding, texts in zip(embeddings, (["a dog", "a cat"] * 2, ["rainy"] * 2 + ["clean"] * 2), strict=True):
         x = torch.nn.functional.normalize(embedding.double(), dim=1)
-        y = torch.nn.functional.normalize(module.clip.texts(texts).double(), dim=1)
+        y = torch.nn.functional.normalize(module.clip.text_features(texts).double(), dim=1)
         p = (scale * x @ y.T).exp()
         for i in range(4):
             equal = [j for j in range(4) if texts[j] == texts[i]]
@@ -85,13 +85,13 @@ def test_equal_words_are_warned_of_once(clip_folder, module, caplog):
 
 def test_texts_are_embedded_once(module, monkeypatch):
     embedded = []
-    original = module.clip.texts
+    original = module.clip.text_features
 
     def texts(new, **options):
         embedded.extend(new)
         return original(new, **options)
 
-    monkeypatch.setattr(module.clip, "texts", texts)
+    monkeypatch.setattr(module.clip, "text_features", texts)
     for _ in range(3):
         module.training_step(batch(2), 0)
     assert sorted(embedded) == ["a photo", "clean", "rainy"]
@@ -136,8 +136,8 @@ def test_vectors_have_no_weight_decay(module, monkeypatch):
 def test_accuracy_of_nearest_words(module, monkeypatch):
     module.on_validation_epoch_start()
     assert module.words == ["clean", "rainy"]
-    rainy = module.clip.texts(["rainy"])[0]
-    clean = module.clip.texts(["clean"])[0]
+    rainy = module.clip.text_features(["rainy"])[0]
+    clean = module.clip.text_features(["clean"])[0]
     answers = iter([torch.stack((rainy, clean)), torch.stack((clean, clean)), torch.stack((rainy, rainy))])
 
     class Answers(torch.nn.Module):
