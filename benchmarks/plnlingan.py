@@ -8,7 +8,7 @@ differ by at most 1e-5.
 
 At inference, the hierarchy is skipped, with the same output. Target: a speed-up of 1.12 over inference with it.
 
-Each round runs all variants; ratios are of medians. If other programs run, processor time on a single thread
+Variants run in alternation; ratios are of medians. If other programs run, processor time on a single thread
 (``--threads 1``) is more reliable than wall-clock time; both are printed.
 """
 

@@ -36,7 +36,7 @@ VARIANTS = {
     "bf16": {"precision": "bf16"},
     "bf16, compiled": {"precision": "bf16", "compile": True},
 }
-LIMITS = {"float32": 1.0, "bf16": 1.6, "bf16, compiled": 2.1}
+MIN_SPEED_UPS = {"float32": 1.0, "bf16": 1.6, "bf16, compiled": 2.1}
 
 
 def authors(state, rainy):
@@ -143,7 +143,7 @@ def add_row(table, name, rounds, clean):
         differences.append(np.abs(derained - reference).max())
         gains.append(psnr_ssim(derained, image, protocol)[0] - psnr_ssim(reference, image, protocol)[0])
     speed_up, difference, gain = statistics.median(speed_ups), max(differences), np.mean(gains)
-    target = LIMITS.get(name)
+    target = MIN_SPEED_UPS.get(name)
     columns = (f"{statistics.median(times):.2f}", f"{speed_up:.2f}", f"{target:.1f}" if target else "")
     table.add_row(name, *columns, f"{gain:+.4f}", f"{difference:.1e}")
     if name not in VARIANTS:

@@ -43,9 +43,9 @@ COUNTS = frozenset({"layers", "drops"})
 class RainRanges:
     """Ranges from which the degradations of each training sample are drawn.
 
-    A range is its lower and its upper limit; ``density``, ``length``, ``width``, ``spread`` and ``gamma`` are drawn
-    uniformly in their logarithm (from at least a thousandth of the upper limit), the others uniformly. A share is the
-    probability that a sample has a property, 0 to 1. The defaults are the preset ``varied``.
+    A range is its lower and its upper limit. ``density``, ``length``, ``width``, ``spread`` and ``gamma`` are drawn
+    uniformly in their logarithm, from a lower limit of at least a thousandth of the upper one; the others uniformly. A
+    share is the probability that a sample has a property, 0 to 1. The defaults are the preset ``varied``.
 
     Attributes:
         density: Total area of the streaks of all depth layers, divided by the image area; a layer has at most 0.53.

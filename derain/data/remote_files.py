@@ -16,7 +16,7 @@ class RemoteFile:
     """File on a server.
 
     Attributes:
-        path: Path in the repository or name of the archive, and path in the download folder, with ``/``.
+        path: Path in the repository, or name of the archive; also the path in the download folder. With ``/``.
         size: Size in bytes; None if the server does not state it.
         sha256: SHA-256 in hexadecimal digits; empty if unknown.
         blob_id: Git's SHA-1 of the file in hexadecimal digits; empty if unknown.

@@ -147,7 +147,13 @@ def _best_candidate(
 
 
 def _images_by_name(folder: Path) -> dict[str, Path]:
-    """Return the images in a folder by name without suffix; those in its subfolders if it contains none directly."""
+    """Return the images in a folder by name without suffix, or those in its subfolders if it contains none directly.
+
+    Names of images in subfolders are relative paths. Comparisons and explanations of other images are omitted.
+
+    Raises:
+        DerainError: If there are no images, or two have the same name.
+    """
     paths = image_files(folder)
     if paths:
         below = len(list_images(folder, recursive=True).files) - len(paths)

@@ -31,16 +31,16 @@ MIXED = {"Rain100L", "Rain100H", "Rain800"}
 
 @dataclass(frozen=True)
 class Score:
-    """Scores of a method on one data set.
+    """Mean scores of a method over the images of one data set.
 
     Attributes:
-        dataset: Name of the data set.
+        dataset: Name of the data set; ``Mixed`` or ``A + B`` for several (`dataset_name`).
         psnr: PSNR in dB.
         ssim: SSIM, at most 1.
         lpips: LPIPS; None if it was not computed.
         images: Number of evaluated images. This and the following attributes are None for published scores.
         fingerprint: Hash of the images.
-        image_scores: File with the scores of each image.
+        image_scores: Path of the file with the scores of each image.
         seconds: Mean time per image in seconds.
         partial_of: Number of images in the data set; None if all were evaluated.
         flicker: Mean absolute difference of consecutive frames in 8-bit levels; None if it was not computed.

@@ -101,7 +101,7 @@ def to_batch_stages(schedule: Sequence[CropStage], accumulate: int, batches: int
 
 
 class TrainingBatchSampler(Sampler[list[Sample]]):
-    """Batches of shuffled samples for one rank, determined by the arguments, the position and `count_from` alone.
+    """Batches of shuffled samples for one rank, determined by the arguments and the position in training.
 
     The sampler shares no random number generator with other code. So the batches after `resume_at` equal those of an
     uninterrupted run, for any number of workers.

@@ -11,10 +11,10 @@ log = logging.getLogger("derain")
 
 
 def consecutive_frames(pairs: Sequence[Pair]) -> frozenset[int]:
-    """Return the indices of the frames whose predecessor in their sequence is at the previous index (no gap).
+    """Return the indices of the frames that directly follow the frame at the previous index.
 
-    Frames follow each other if their numbers differ by the usual step of the sequence; see `frame_gaps`. The number of
-    gaps is logged.
+    Frames follow each other if their numbers differ by the usual step of the sequence; see `frame_gaps`. The numbers of
+    gaps and of sequences without frame numbers are logged.
 
     Args:
         pairs: Frames; those of a sequence are neighbours, in the order of the sequence.

@@ -70,7 +70,11 @@ def write_shards(pair_set: PairSet, out: Path, size: int, *, overwrite: bool = F
 
 
 def _prepare(out: Path, split: str, *, overwrite: bool) -> None:
-    """Remove the index of an earlier run, and then its shards, so that an index never describes other shards."""
+    """Create the folder; remove the index of an earlier run before its shards, so that no index lacks its shards.
+
+    Raises:
+        DerainError: If there are such files, and ``overwrite`` is false.
+    """
     out.mkdir(parents=True, exist_ok=True)
     shards = [path for path in out.iterdir() if re.fullmatch(rf"{split}-\d{{6}}\.tar", path.name)]
     existing = [path for path in (out / index_name(split), *sorted(shards)) if path.exists()]
@@ -97,7 +101,11 @@ def _groups(pairs: Sequence[Pair], size: int) -> Iterator[list[Pair]]:
 
 
 def _files(pair: Pair) -> list[Path]:
-    """Return the different files of a pair."""
+    """Return the different files of a pair.
+
+    Raises:
+        DerainError: If an image is in a shard.
+    """
     files = []
     for file in dict.fromkeys((pair.rainy, pair.clean)):
         if isinstance(file, Path):
@@ -108,7 +116,11 @@ def _files(pair: Pair) -> list[Path]:
 
 
 def _checked_size(pair: Pair) -> tuple[int, int]:
-    """Return height and width of the rainy file; raise an error if the pair cannot be read."""
+    """Return height and width of the rainy file.
+
+    Raises:
+        DerainError: If the pair cannot be read, or its images differ in size.
+    """
     pair.read()
     return image_size(pair.rainy)
 
