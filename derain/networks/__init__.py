@@ -1,4 +1,4 @@
-"""Published networks, which `derain.methods.regression.RegressionModule` trains and runs."""
+"""Published networks, which `derain.methods.regression.RegressionModule` and its subclasses train and run."""
 
 NETWORKS = (
     "derain.networks.drsformer.DRSformer",
@@ -23,4 +23,4 @@ NETWORKS = (
     "derain.networks.nafnet.NAFNet",
     "derain.networks.restormer.Restormer",
 )
-"""Class paths of the networks. Authors' weights files are compared with their signatures in this order."""
+"""Class paths of the networks, in the order in which they are tried for an authors' weights file."""

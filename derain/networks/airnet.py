@@ -48,7 +48,7 @@ class DegradationEncoder(nn.Module):
     """Encoder of the degradation ("CBDE").
 
     The first block, ``features``, computes the features that guide the restoration. All layers together compute an
-    embedding of the image, which only the training needs.
+    embedding of the image, which is needed only in training.
 
     Args:
         channels: Number of channels of the features.
@@ -119,7 +119,10 @@ class Guidance(nn.Module):
         return x + deformed + torch.addcmul(self.shift(guide), x, self.scale(guide))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return minus and plus the multiplications of the deformable convolution: bench counts them, thop does not."""
+        """Return two counts for ``derain bench``, see `pass_once`: minus and plus the deformable convolution.
+
+        bench counts it as a convolution; thop misses it.
+        """
         deformable = self.weight.numel() * (output.numel() // output.shape[1])
         return -deformable, deformable
 
@@ -176,8 +179,8 @@ class AirNet(Network):
         blocks: Number of blocks in each group.
 
     References:
-        AirNet, section 3 and Figures 2 and 3. 7,610,377 parameters by default, of which the encoder has 1,319,936;
-        the authors' file also has a second encoder, which is used only in training.
+        AirNet, section 3 and Figures 2 and 3. 7,610,377 parameters by default, of which the encoder has 1,319,936.
+        The authors' file also has a second encoder, which is used only in training.
     """
 
     bytes_per_pixel: int = 4300
@@ -209,7 +212,7 @@ class AirNet(Network):
         self.tail = nn.Conv2d(channels, 3, 3, padding=1)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return the restored image; in training mode, and when multiplications are counted, also ``embedding``."""
+        """Return ``derained``; in training mode, and when ``derain bench`` counts MACs, also ``embedding``."""
         guide = self.encoder.features(image)
         head = x = self.head(image)
         for group in self.groups:

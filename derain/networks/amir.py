@@ -1,4 +1,4 @@
-"""AMIR: Restormer with an instruction vector of the image, by which its features are routed.
+"""AMIR: Restormer whose features are routed by an instruction vector, which is computed from the image.
 
 Yang et al., All-In-One Medical Image Restoration via Task-Adaptive Routing, MICCAI 2024.
 """
@@ -29,7 +29,7 @@ class Instruction(nn.Module):
     Args:
         atoms: Number of learned vectors.
         channels: Length of a vector.
-        hidden: Number of channels of the convolutions; the last one has 32.
+        hidden: Number of output channels of all convolutions but the last, which has 32.
 
     Shape:
         Images ``(b, 3, h, w)`` → ``(b, channels)``. Sides below 9 pixels are padded by repeating the border.
@@ -60,7 +60,7 @@ class Instruction(nn.Module):
 
 
 class ChannelRouting(nn.Module):
-    """Learned scale and shift of each channel, weighted by the instruction vector; both are 0 before training.
+    """Scale and shift of each channel, weighted by the instruction vector. They are parameters, 0 before training.
 
     Args:
         channels: Number of channels.
@@ -83,7 +83,7 @@ class ChannelRouting(nn.Module):
 
 
 class SpatialRouting(nn.Module):
-    """Mixture of experts: each pixel selects some by its features and the instruction vector.
+    """Mixture of experts: each pixel selects experts by its features and the instruction vector.
 
     With expert outputs y and gates g, which sum to 1 over the selected experts, the result is
     ``x + log Σ g exp(y)`` for each channel. In training, noise is added to the logits of the gates.
@@ -134,7 +134,10 @@ class SpatialRouting(nn.Module):
         return x + mixed, loss
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Any) -> tuple[int, int]:
-        """Return minus the multiplications of experts that pixels do not select, and those of the gates."""
+        """Return two counts for ``derain bench``, see `pass_once`: minus the experts not selected; the gates.
+
+        When MACs are counted, all experts process all pixels.
+        """
         pixels = inputs[0].numel() // inputs[0].shape[-1]
         weights = sum(layer.weight.numel() for layer in self.experts[0].modules() if isinstance(layer, nn.Linear))
         not_selected = len(self.experts) - self.selected
@@ -166,7 +169,7 @@ class SpatialRouting(nn.Module):
     def _mix_all(
         self, x: Float[Tensor, "n c"], index: Int[Tensor, "n k"], log_gates: Float[Tensor, "n k"]
     ) -> Float[Tensor, "n c"]:
-        """Return the same as ``_mix_selected``, by all experts for all pixels: then no size depends on values."""
+        """Return the same as `_mix_selected`, from all experts for all pixels, so that no size depends on values."""
         outputs = torch.stack([expert(x) for expert in self.experts], dim=1)
         lowest = torch.finfo(log_gates.dtype).min  # instead of -inf, which exported graphs must not contain
         log_gates = torch.full_like(outputs[..., 0], lowest, dtype=log_gates.dtype).scatter(1, index, log_gates)
@@ -204,7 +207,7 @@ def squared_variation(x: Float[Tensor, " n"]) -> Float[Tensor, ""]:
 
 
 class AMIR(Network):
-    """AMIR: Restormer with spatial routing in the encoder and channel routing in the decoder.
+    """AMIR: Restormer with spatial routing in the encoder, and channel routing in the latent level and the decoder.
 
     Outputs are ``derained`` and, in training mode, ``routing_loss``: a scalar, the sum over the three spatial routings.
     The published loss is the mean absolute error plus 0.001 times ``routing_loss``.
@@ -214,8 +217,8 @@ class AMIR(Network):
         blocks: Number of transformer blocks at each of the four levels; the decoder has as many as the encoder.
         refinement: Number of refinement blocks.
         heads: Number of attention heads at each of the four levels.
-        expansion: Hidden channels of the feed-forward networks and of the experts, divided by their channels.
-        atoms: Number of learned vectors that instruction vectors are weighted sums of.
+        expansion: Hidden channels of the feed-forward networks and of the experts divided by their channels.
+        atoms: Number of learned vectors; their weighted sums are the instruction vectors.
         instruction: Length of the instruction vector.
         experts: Number of experts of each spatial routing.
         selected: Number of experts that each pixel selects; the authors' files do not record it.
@@ -225,8 +228,7 @@ class AMIR(Network):
             level, or ``selected`` is not from 1 to ``experts - 1``.
 
     References:
-        AMIR, section 2 and Figure 1. 23,543,918 parameters by default. The authors restore medical images with one
-        channel.
+        AMIR, section 2 and Figure 1. 23,543,918 parameters by default.
     """
 
     size_multiple: int = 8
@@ -300,7 +302,7 @@ class AMIR(Network):
         self.output = nn.Conv2d(2 * dim, 3, 3, padding=1, bias=False)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return the restored image, and in training mode ``routing_loss``."""
+        """Return ``derained``, and in training mode ``routing_loss``."""
         instruction = self.instruction(image)
         image = image.permute(0, 2, 3, 1).contiguous()
         x = self.embedding(image)
@@ -322,7 +324,7 @@ class AMIR(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return all arguments but ``selected``; None for another network. Each level must have a block."""
+        """Return all arguments but ``selected``; None for another network."""
         if cls.signature not in state or (options := restormer_options(state)) is None:
             return None
         atoms, instruction = state["dict_generator.dictionary"].shape

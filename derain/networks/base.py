@@ -28,16 +28,16 @@ COUNTER = "num_batches_tracked"
 class Network(nn.Module, ABC):
     """A network that restores images. It may have further outputs, which its loss can use.
 
-    All arguments of a subclass's ``__init__`` have defaults, and are scalars, strings, lists or dictionaries. Layers
+    In a subclass, all arguments of ``__init__`` have defaults, and are scalars, strings, lists or dictionaries. Layers
     may have a method ``extra_macs``; see `derain.methods.base.DerainModule.pass_once`.
 
     Attributes:
         size_multiple: Height and width are padded to multiples of this number; see `pad`.
         bgr: Whether `restore` expects the channel order blue, green, red.
-        bytes_per_pixel: Memory of ``forward`` at inference in bytes per pixel, measured in float32.
-        tile_multiple: Number that sides of tiles should be multiples of.
-        signature: Name of a tensor that only the authors' weights of this network have.
-        published_names: Replacements that turn the authors' tensor names into ours, applied in order.
+        bytes_per_pixel: Memory that ``forward`` needs at inference, in bytes per pixel of the image, in float32.
+        tile_multiple: Tile sides should be multiples of this number of pixels.
+        signature: Name of a tensor by which `options_of` recognises the authors' weights of this network.
+        published_names: Replacements that turn the authors' tensor names into derain's, applied in order.
         published_options: Arguments that may differ between the authors' files although neither names nor shapes of
             their tensors show it; see `assume`.
     """
@@ -118,10 +118,10 @@ class Network(nn.Module, ABC):
 
     @classmethod
     def assume(cls, path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the ``published_options`` for an authors' file; warn of those that are assumed.
+        """Return the ``published_options`` for an authors' file, and warn of those that are assumed.
 
-        An option has the given value, else that of `stated_options`, else it is assumed to have the default of
-        ``__init__``.
+        The value of an option is that of ``given``, else that of `stated_options`, else the default of ``__init__``,
+        which is an assumption.
 
         Args:
             path: The file; None if unknown.
@@ -143,11 +143,11 @@ class Network(nn.Module, ABC):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the authors' tensors by our names, without unused ones.
+        """Return the authors' tensors by derain's names, without unused ones.
 
         Raises:
-            DerainError: If the file has different values for a parameter that is shared here, or a tensor is not of a
-                floating-point type.
+            DerainError: If the file has different values for a parameter that is shared here, or a tensor other than a
+                `COUNTER` is not of a floating-point type.
         """
         translated: dict[str, Tensor] = {}
         for published, tensor in state.items():
@@ -165,7 +165,7 @@ class Network(nn.Module, ABC):
 
 
 def translate_name(published: str, names: Names) -> str | None:
-    r"""Return our name for an authors' tensor, or None if it is unused.
+    r"""Return derain's name for an authors' tensor, or None if it is unused.
 
     Args:
         published: The authors' name.

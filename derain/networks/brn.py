@@ -18,8 +18,8 @@ class BRN(Network):
 
     Each of the two branches is a stage of PReNet whose LSTM also reads the hidden state of the other branch. The
     network predicts the image itself, not a residual. All iterations share their weights: 375,526 parameters by
-    default. The authors' files have 36,992 more: two residual blocks of the rain branch, which their network does not
-    apply.
+    default. The authors' files have 36,992 more, in two residual blocks of the rain branch that their network does
+    not apply.
 
     Args:
         iterations: Number of iterations, 1 to 100; 8 in the TIP paper, 4 in the ICASSP paper.
@@ -72,7 +72,7 @@ class BRN(Network):
         self.image_tail = conv3x3(channels, 3)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return the image and the rain of all iterations."""
+        """Return image and rain of all iterations, beginning with those of the last iteration."""
         rain, derained = image, image
         rain_state: State | None = None
         image_state: State | None = None
@@ -97,9 +97,9 @@ class BRN(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return ``channels`` and ``image_blocks``; None for other networks, also for BRN-RX, BRN-XR and CRN.
+        """Return ``channels`` and ``image_blocks``; None for other networks, among them BRN-RX, BRN-XR and CRN.
 
-        The authors' files do not determine ``rain_blocks``, since they also contain unused blocks.
+        The number of used ``rain_blocks`` is unknown, since the authors' files also contain unused blocks.
         """
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         if cls.signature not in state:
@@ -112,7 +112,7 @@ class BRN(Network):
 
     @classmethod
     def stated_options(cls, path: Path) -> dict[str, Any]:
-        """Return the number of iterations if the file is in a folder of the authors' repositories.
+        """Return ``iterations`` if the file is in a folder of the authors' repositories, else nothing.
 
         The folders are ``SET/BRN`` (TIP, 8 iterations), ``BRN/R100H`` and ``BRN/R100L`` (ICASSP, 4).
 

@@ -29,15 +29,15 @@ class DCSFN(Network):
     Features of the image are max-pooled to scales 1, 1/2 and 1/4. Each scale has an encoder and a decoder of densely
     connected inner-scale blocks; a block of the decoder also reads the result of the encoder's block of the same index.
     Between encoders and decoders, two chains of convolutional GRUs run across the scales: from coarse to fine, then
-    from fine to coarse. The input state of a GRU comes from the outputs of the preceding GRUs of its chain, resized to
-    its scale; the first GRU of a chain has none.
+    from fine to coarse. The state that a GRU reads comes from the outputs of the preceding GRUs of its chain, resized
+    to its scale; the first GRU of a chain reads none.
 
     Sides below 32 pixels, for which the authors' code fails, are padded by repeating the border.
 
     The only output is ``derained``; the published loss is its negative SSIM.
 
     Args:
-        channels: Number of channels of all layers.
+        channels: Number of channels of the features.
         blocks: Number of inner-scale blocks of each encoder and decoder.
         convolutions: Number of convolutions at each of the four scales of a block.
 

@@ -21,9 +21,8 @@ SHARES = ((1, 2), (2, 3), (3, 4), (4, 5))
 class SparseAttention(SelfAttention):
     """Self-attention between channels that keeps the largest scores of each query ("TKSA").
 
-    The attention is the sum of four softmaxes with learned factors. They are over the ⌊d/2⌋, ⌊2d/3⌋, ⌊3d/4⌋ and ⌊4d/5⌋
-    largest of d scores, and over at least one. The four matrices are summed first, and then multiplied with the values
-    once.
+    The attention weights are the sum of four softmaxes, each with a learned factor. The softmaxes are over the ⌊d/2⌋,
+    ⌊2d/3⌋, ⌊3d/4⌋ and ⌊4d/5⌋ largest of d scores, but over at least one.
 
     Args:
         channels: Number of channels.
@@ -44,7 +43,7 @@ class SparseAttention(SelfAttention):
             self.register_parameter(f"factor{index + 1}", nn.Parameter(torch.tensor([0.2])))
 
     def normalize(self, scores: Float[Tensor, "b heads d d"]) -> Float[Tensor, "b heads d d"]:
-        """Return the attention weights of scores, whose rows are queries and columns keys."""
+        """Return the attention weights from scores; rows are query channels, columns key channels."""
         max_count = max(self.counts)
         largest, keys = scores.topk(max_count, dim=-1)
         weights = torch.zeros_like(largest)
@@ -55,10 +54,10 @@ class SparseAttention(SelfAttention):
 
 
 class MixedScaleFeedForward(nn.Module):
-    """Feed-forward network with branches of 3×3 and 5×5 convolutions, which exchange half of their channels ("MSFN").
+    """Feed-forward network of a 3×3 and a 5×5 branch, which exchange half of their channels ("MSFN").
 
     The second convolutions have two channels per group. They are computed as depth-wise convolutions whose outputs are
-    added in pairs, which is several times faster.
+    added in pairs, which is faster.
 
     Args:
         channels: Number of channels.
@@ -110,15 +109,14 @@ def depthwise(x: Float[Tensor, "b c h w"], weight: Float[Tensor, "c 1 k k"]) -> 
 class DRSformer(Network):
     """DRSformer, and its light variant without experts.
 
-    It is Restormer's encoder-decoder with other blocks, a mixture of experts after the embedding, and a second one in
-    place of Restormer's refinement blocks. The light variant has nothing in both places. The only output is
-    ``derained``.
+    Restormer's encoder-decoder with other blocks. Mixtures of experts follow the embedding and replace Restormer's
+    refinement blocks; the light variant has neither experts nor refinement. The only output is ``derained``.
 
     Args:
         dim: Number of channels at the finest level; it doubles at each level.
         blocks: Number of transformer blocks at each of the four levels.
         heads: Number of attention heads at each of the four levels.
-        expansion: Half the hidden channels of the feed-forward networks, divided by their channels.
+        expansion: Half the number of hidden channels of the feed-forward networks, divided by their channels.
         experts: Whether the network has experts; the authors' models for Rain200L and SPA-Data have none.
 
     Raises:

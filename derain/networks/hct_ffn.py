@@ -1,11 +1,11 @@
-"""HCT-FFN: three stages - experts, a transformer, experts - each guided by the residue channel of an image.
+"""HCT-FFN: experts, a transformer and experts in three stages, each guided by the residue channel of an image.
 
 Chen et al., Hybrid CNN-Transformer Feature Fusion for Single Image Deraining, AAAI 2023. Convolutional experts remove
 most of the rain, a transformer adds a large context, and further experts refine the result. The network computes with
 values in [0, 255].
 
 In the transformer, pixels attend to each other within runs: sequences of pixels in row-major order. Without gradients,
-runs are computed one after another, which saves memory: each pixel is a token of 288 values.
+runs are computed one after another, which saves memory.
 """
 
 from collections.abc import Mapping
@@ -27,13 +27,13 @@ RUNS = 16
 """Number of runs, of ``h * w // 16`` pixels each; the remaining pixels are a further, shorter run."""
 
 MIN_SIDE = RUNS
-"""Smallest side of images: a run then has at least 16 pixels. At most 15 pixels remain, which are one further run."""
+"""Minimum side of images. Runs then have at least 16 pixels, more than the 15 that can remain for a further run."""
 
 HEADS = 8
 """Number of heads of the attention."""
 
 MAX_REPEATS = 100
-"""Maximum of ``repeats``: run time grows with them, and even a small weights file could ask for any number."""
+"""Maximum of ``repeats``; without it, a small weights file could demand any run time."""
 
 
 class ReflectConv(nn.Conv2d):
@@ -53,7 +53,7 @@ class ReflectConv(nn.Conv2d):
 
 
 class ResidualBlock(nn.Module):
-    """Residual block of two convolutions with ReLU, followed by squeeze-and-excitation.
+    """Residual block: two convolutions with ReLU, then squeeze-and-excitation.
 
     Args:
         channels: Number of channels.
@@ -76,12 +76,12 @@ class ResidualBlock(nn.Module):
         return torch.addcmul(x, y, weights[:, :, None, None])
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the operations that thop counts for the means: one per value, one per mean."""
+        """Return two counts for ``derain bench``, see `pass_once`: means, one per value and one per mean; 0."""
         return output.numel() + output.shape[0] * output.shape[1], 0
 
 
 class PriorEncoder(nn.Module):
-    """Encoder of the residue channel of an image, in which rain, being grey, is almost invisible.
+    """Encoder of the residue channel of an image. Rain is grey, and so almost invisible in this channel.
 
     Args:
         channels: Number of channels.
@@ -109,7 +109,7 @@ class PriorEncoder(nn.Module):
 
 
 class PriorFusion(nn.Module):
-    """Fusion of features with those of the prior, the residue channel, gated by their similarity.
+    """Fusion of features with features of the prior (the residue channel), gated by their similarity.
 
     Args:
         channels: Number of channels.
@@ -145,8 +145,7 @@ class RunTransformer(nn.Module):
 
     Args:
         width: Length of a token.
-        heads: Number of heads, a divisor of ``width // 2``. Queries have ``width // 2`` channels, all heads together;
-            so have keys and values.
+        heads: Number of heads, a divisor of ``width // 2``, the number of channels of queries, keys and values.
         hidden: Hidden channels of the feed-forward network.
 
     Shape:
@@ -178,19 +177,19 @@ class RunTransformer(nn.Module):
         return cast(Tensor, x + self.feed_forward(self.norm2(x)))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the uncounted multiplications of the attention matrices."""
+        """Return two counts for ``derain bench``, see `pass_once`: 0; the products of attention."""
         return 0, 2 * output[..., : self.reduce.out_features].numel() * output.shape[1]
 
 
 class BackgroundTransformer(nn.Module):
     """Transformer whose tokens are overlapping 3×3 patches, with attention within runs ("BaViT").
 
-    The patches of the result are summed where they overlap.
+    The resulting patches are summed where they overlap, and convolved.
 
     Args:
         channels: Number of channels, a multiple of 16.
         hidden: Hidden channels of the feed-forward network.
-        repeats: How many times the transformer block is applied, 1 to 100.
+        repeats: How many times the transformer block is applied, always with the same weights; 1 to 100.
 
     Shape:
         ``(b, channels, h, w)`` with ``h * w >= 256`` → same.
@@ -218,7 +217,7 @@ class BackgroundTransformer(nn.Module):
         return cast(Tensor, self.conv(self.fold(patches, height, width)))
 
     def transform(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """Transform tokens: without gradients run by run, with gradients all runs of equal length at once."""
+        """Transform tokens: without gradients run by run, else all runs of equal length at once."""
         if exporting():
             return self.transform_padded(tokens)
         b, count, width = tokens.shape
@@ -288,15 +287,15 @@ class TransformerStage(nn.Module):
 class HCTFFN(Network):
     """HCT-FFN: three stages, each guided by a prior.
 
-    The prior is the residue channel of an image: of the rainy image in the first stage, else of the image that the
-    previous stage restored.
+    The prior is the residue channel of an image: in the first stage, of the rainy image; in the others, of the image
+    that the previous stage restored.
 
     Args:
         channels: Number of channels, a multiple of 16.
         blocks: Number of residual blocks in each encoder of a prior.
-        steps: Number of layers of experts in the first stage, and in the last one.
+        steps: Number of layers of experts in the first and in the last stage.
         hidden: Hidden channels of the transformer's feed-forward network.
-        repeats: How many times the transformer block is applied, 1 to 100.
+        repeats: How many times the transformer block is applied, always with the same weights; 1 to 100.
 
     Outputs:
         ``derained``: The image of the last stage.
@@ -306,7 +305,7 @@ class HCTFFN(Network):
         ``(b, 3, h, w)`` in [0, 1] → same, not clamped. Sides below 16 pixels are padded by repeating the border.
 
     Raises:
-        DerainError: If ``channels`` is no multiple of 16, or ``repeats`` is not from 1 to 100.
+        DerainError: If ``channels`` is not a multiple of 16, or ``repeats`` is not from 1 to 100.
 
     References:
         HCT-FFN, Figure 2. 873,693 parameters by default.

@@ -3,7 +3,7 @@
 from derain.errors import DerainError
 
 MAX_ITERATIONS = 100
-"""Maximum number of iterations: run time grows with them, and even a small weights file could ask for any number."""
+"""Maximum number of iterations; without it, a small weights file could demand any run time."""
 
 
 def check_iterations(iterations: int, minimum: int = 1) -> None:

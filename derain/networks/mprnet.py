@@ -1,10 +1,10 @@
-"""MPRNet: three stages that restore quarters, halves and the whole image.
+"""MPRNet: restoration in three stages, which process quarters, halves and the whole of an image.
 
 Zamir et al., Multi-Stage Progressive Image Restoration, CVPR 2021. Differences from the authors' computation:
 
 - The quarters, or halves, of an image are processed as a batch.
 - 1×1 convolutions come before bilinear upsampling, not after it: the two commute, and there are fewer pixels.
-- Features that the authors upsample separately and then add are added first.
+- Some features are added before they are upsampled, not after it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,12 +46,12 @@ def upsampled(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
 
 
 def cost_of_upsampling_first(layers: Sequence[nn.Module], x: Float[Tensor, "b c h w"], doublings: int) -> int:
-    """Return how many more operations thop counts if upsampling by 2 comes before the convolutions.
+    """Return how many more operations thop counts if upsampling comes before the convolutions.
 
     Args:
         layers: 1×1 convolutions, applied to ``x`` one after another.
         x: Features before upsampling.
-        doublings: Number of upsamplings: one before each of the first ``doublings`` convolutions.
+        doublings: Number of upsamplings by 2; one precedes each of the first ``doublings`` convolutions.
     """
     low_pixels = pixels = x.numel() // x.shape[1]
     operations = 0
@@ -69,7 +69,7 @@ class ChannelAttentionBlock(nn.Module):
 
     Args:
         channels: Number of channels.
-        reduction: Number of channels divided by that of the attention's hidden layer.
+        reduction: Ratio of ``channels`` to the number of channels of the attention's hidden layer.
 
     Shape:
         ``(b, channels, h, w)`` → same.
@@ -95,7 +95,7 @@ class ChannelAttentionBlock(nn.Module):
         return cast(Tensor, residual.mul_(weights).add_(x))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the operations that thop counts for PReLU (one per value) and mean (one per value, one per mean)."""
+        """Return two counts for ``derain bench``, see `pass_once`: PReLU and mean; 0."""
         return 2 * output.numel() + output.shape[0] * output.shape[1], 0
 
 
@@ -167,7 +167,7 @@ class Encoder(nn.Module):
         return features
 
     def extra_macs(self, inputs: tuple[Any, ...], output: list[Tensor]) -> tuple[int, int]:
-        """Return the operations that thop counts for bilinear downsampling."""
+        """Return two counts for ``derain bench``, see `pass_once`: bilinear downsampling; 0."""
         return sum(BILINEAR * x.numel() // 4 for x in output[:-1]), 0
 
 
@@ -199,7 +199,7 @@ class Decoder(nn.Module):
         return features
 
     def extra_macs(self, inputs: tuple[Any, ...], output: list[Tensor]) -> tuple[int, int]:
-        """Return how many more operations the authors' order needs: upsampling first, then convolution."""
+        """Return two counts for ``derain bench``, see `pass_once`: the cost of upsampling first; 0."""
         return sum(cost_of_upsampling_first([conv], x, 1) for conv, x in zip(self.up, output[1:], strict=True)), 0
 
 
@@ -230,8 +230,8 @@ class SupervisedAttention(nn.Module):
 class OriginalResolution(nn.Module):
     """Subnetwork at full resolution that adds features of the previous stage ("ORSNet").
 
-    It has three residual groups of blocks ("ORB"). Each is followed by the sum with the features of one level of the
-    previous stage.
+    It has a residual group of blocks ("ORB") for each level of the previous stage. The features of the level are added
+    to the result of the group.
 
     Args:
         widths: Number of channels of each level of the previous stage, finest first.
@@ -249,7 +249,7 @@ class OriginalResolution(nn.Module):
         self.convs = nn.ModuleList(convolution(channels, channels, 3) for _ in widths)
 
         def projections() -> nn.ModuleList:
-            """Return, for each level, 1×1 convolutions by way of the finer levels' widths to ``channels``."""
+            """Return for each level 1×1 convolutions, from its width by the widths of finer levels to ``channels``."""
             levels = nn.ModuleList()
             for level in range(len(widths)):
                 path = [*reversed(widths[: level + 1]), channels]
@@ -278,7 +278,7 @@ class OriginalResolution(nn.Module):
         return x
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return how many more operations the authors' order needs: upsampling first, then convolution."""
+        """Return two counts for ``derain bench``, see `pass_once`: the cost of upsampling first; 0."""
         _, encoded, decoded, _ = inputs
         operations = 0
         for projections, features in ((self.from_encoder, encoded), (self.from_decoder, decoded)):
@@ -292,7 +292,7 @@ _BLOCK = r"(?:feat\d\.1|level\d\.\d+|skip_attn\d|orb\d\.body\.\d+)"
 
 
 def _names_of_level(level: int) -> Names:
-    """Return the replacements for names of tensors of a level; the authors count levels from 1, we from 0."""
+    """Return the replacements for tensor names of a level, counted from 0; the authors count from 1."""
     number = level + 1
     return (
         (rf"(?:en|de)coder_level{number}\.", f"levels.{level}."),

@@ -1,10 +1,10 @@
-"""NAFNet: a U-net of blocks without activation functions; two halves of the channels multiply each other instead.
+"""NAFNet: a U-Net of blocks without activation functions; two halves of the channels multiply each other instead.
 
 Chen et al., Simple Baselines for Image Restoration, ECCV 2022, as published by ClearView
 (github.com/dronefreak/clearview). Computed as by the authors, except that
 
-- tensors are ``(b, h, w, c)``, and without gradients, blocks process strips of rows that fit into a processor's cache;
-- the factors of the residuals are multiplied with the weights of the last convolutions, not with the maps.
+- tensors are ``(b, h, w, c)``, and without gradients, blocks process strips of rows;
+- the factor of a residual multiplies the weights of the residual's last convolution, not its result.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,23 +23,23 @@ from derain.nn.restormer import pointwise, spatial, strips
 
 
 def gated(x: Float[Tensor, "b h w c2"], out: Float[Tensor, "b h w c"] | None = None) -> Float[Tensor, "b h w c"]:
-    """Return the product of both halves of the channels ("SimpleGate", NAFNet, eq. 4), written to ``out`` if given."""
+    """Return the product of both halves of the channels ("SimpleGate"), written to ``out`` if given."""
     first, second = x.chunk(2, dim=-1)
     return torch.mul(first, second, out=out)
 
 
 class NAFBlock(nn.Module):
-    """Depth-wise convolution with channel attention, then a feed-forward network; each gated, with a residual.
+    """Depth-wise convolution with channel attention, and feed-forward network; both gated, with residual connections.
 
     Args:
         channels: Number of channels.
-        kernel_size: Size of the depth-wise convolution; odd.
+        kernel_size: Side of the depth-wise kernels; odd.
 
     Shape:
         ``(b, h, w, channels)`` → same.
 
     References:
-        NAFNet, Figures 3(d) and 4(c), eqs. 4 to 6.
+        NAFNet, Figures 3(d) and 4.
     """
 
     def __init__(self, channels: int, kernel_size: int = 3) -> None:
@@ -67,7 +67,7 @@ class NAFBlock(nn.Module):
             gated(self._spatially_mixed(strip)[:, own_rows], out=mixed[:, rows])
         channel_weights, (project, feed_out) = self._channel_weights(mixed), self._projections()
         is_single = len(x) == 1
-        if is_single:  # channel weights of one image are multiplied with those of the convolution, not with the map
+        if is_single:  # the channel weights multiply the weights of the convolution, not the map
             project = project[0] * channel_weights.permute(0, 3, 1, 2), project[1]
         for rows, _, _ in strips(x, width):
             strip = mixed[:, rows] if is_single else mixed[:, rows] * channel_weights
@@ -132,8 +132,8 @@ class Refinement(nn.Module):
 
     Args:
         channels: Number of channels of the features; the convolutions have half as many.
-        factor: Ratio of the images' size to that of the features.
-        layers: Number of convolutions between the first and the last.
+        factor: Ratio of the height of the images to that of the features.
+        layers: Number of 3×3 convolutions between the first and the last.
     """
 
     def __init__(self, channels: int, factor: int, layers: int) -> None:
@@ -169,27 +169,28 @@ class Refinement(nn.Module):
 
 
 class NAFNet(Network):
-    """NAFNet.
+    """NAFNet, with further options of derain.
 
-    The output is ``derained``.
+    The only output is ``derained``.
 
     Args:
         width: Number of channels at the finest level; it doubles at each level.
         encoder_blocks: Number of blocks at each level of the encoder, finest first.
         middle_blocks: Number of blocks at the coarsest resolution.
         decoder_blocks: Number of blocks at each level of the decoder, finest first.
-        kernel_size: Size of the depth-wise convolutions; odd.
-        unshuffle: Side of the squares of pixels that the finest level treats as one ("pixel unshuffle"): 2 quarters
-            the computation. The skip connection around the network stays at full resolution.
-        refinement_layers: Number of 3×3 convolutions at full resolution, between a first and a last one, that correct
-            the derained image (`Refinement`); 0 for no correction.
+        kernel_size: Side of the depth-wise kernels; odd.
+        unshuffle: Factor by which the finest level is smaller than the image: each of its pixels is a square of the
+            image ("pixel unshuffle"). The skip connection around the network stays at full resolution.
+        refinement_layers: Number of 3×3 convolutions between the first and the last one of the `Refinement`; 0 for no
+            refinement.
 
     Raises:
-        DerainError: If encoder and decoder differ in the number of levels, or a number is out of range.
+        DerainError: If encoder and decoder have no levels or differ in their number, ``kernel_size`` is even or below
+            3, ``unshuffle`` is below 1, ``refinement_layers`` is negative, or ``width`` is below 2 with a refinement.
 
     References:
         NAFNet, Figures 2(c) and 3(d). By default ClearView's "nafnet", 14,344,483 parameters; its "nafnet-small" has
-        width 16 and one block everywhere, 1,137,203 parameters. ``kernel_size``, ``unshuffle`` and
+        ``width`` 16 and 1 everywhere as the number of blocks, 1,137,203 parameters. ``kernel_size``, ``unshuffle`` and
         ``refinement_layers`` are derain's own.
     """
 
@@ -234,7 +235,10 @@ class NAFNet(Network):
         if unshuffle < 1:
             raise DerainError(f"unshuffle {unshuffle}: expected at least 1")
         if refinement_layers < 0 or (refinement_layers and width < 2):
-            raise DerainError(f"refinement_layers {refinement_layers}, width {width}: expected at least 0, and width 2")
+            raise DerainError(
+                f"refinement_layers {refinement_layers}, width {width}: expected at least 0 layers, and with layers a "
+                "width of at least 2"
+            )
 
         def blocks(level: int, count: int) -> nn.Sequential:
             return nn.Sequential(*(NAFBlock(width * 2**level, kernel_size) for _ in range(count)))
@@ -254,12 +258,13 @@ class NAFNet(Network):
     def pad(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
         """Return images padded at the bottom and the right to sizes that the levels can halve.
 
-        ClearView's form pads with zeros; an unshuffled one by reflection, since zeros would darken squares of pixels.
+        If ``unshuffle`` is 1, the padding is zeros, as in ClearView's code. Else it is a reflection: zeros would darken
+        squares at the border.
         """
         return (pad_with_zeros if self.unshuffle == 1 else pad_to_multiple)(image, self.size_multiple)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return ``derained``, images in [0, 1]."""
+        """Return ``derained``."""
         x = F.pixel_unshuffle(image, self.unshuffle)
         x = spatial(x.permute(0, 2, 3, 1).contiguous(), self.embedding)
         skips = []
@@ -276,7 +281,7 @@ class NAFNet(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return the arguments that the shapes of the authors' tensors determine; None for another network."""
+        """Return ``width`` and the numbers of blocks; None for another network."""
         if cls.signature not in state:
             return None
         return {

@@ -90,9 +90,8 @@ class EncoderDecoder(nn.Module):
 class ImplicitRepresentation(nn.Module):
     """Implicit neural representation: an MLP that maps the features of a pixel and its neighbours to a colour.
 
-    The authors also feed 18 relative coordinates and the height and width of a pixel to the MLP. Since pixels are
-    sampled at their centres, the coordinates are always 0, and height and width always 2. So a 3×3 convolution computes
-    the first layer.
+    In the authors' code, the MLP also reads 18 relative coordinates, which are always 0, and the height and width of a
+    pixel, which are always 2. So the first layer is a 3×3 convolution.
 
     Args:
         dim: Number of channels at the finest level.
@@ -124,7 +123,10 @@ class ImplicitRepresentation(nn.Module):
         return cast(Tensor, self.layers(x.permute(0, 2, 3, 1)))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the multiplications of three further evaluations: the authors average four, which are equal."""
+        """Return two counts for ``derain bench``, see `pass_once`: three evaluations; 0.
+
+        The authors average four equal evaluations.
+        """
         layers = (self.first, *self.layers)
         weights = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
         return 3 * weights * (output.numel() // 3), 0
@@ -133,7 +135,7 @@ class ImplicitRepresentation(nn.Module):
 class Feedback(nn.Module):
     """Co-attention of the latent features of two encoder-decoders, as feedback to the next coarser scale.
 
-    The coarser scale samples every second pixel along both axes. Gates are computed only for these.
+    The feedback is sampled at every second pixel along both axes. Gates are computed only for these pixels.
 
     Args:
         channels: Number of channels.
@@ -150,7 +152,7 @@ class Feedback(nn.Module):
         self.gates2 = nn.Conv2d(2 * channels, 2, 3, padding=1, stride=2)
 
     def forward(self, first: Float[Tensor, "b h w c"], second: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 c"]:
-        """Return the gated sum of both maps, each with and without attention."""
+        """Return the gated sum of both maps, each with and without attention, at half the size."""
         attention = (spatial(first, self.query) * spatial(second, self.key)).sigmoid()
         total: Tensor | float = 0.0
         for x, layer in ((first, self.gates1), (second, self.gates2)):
@@ -159,7 +161,10 @@ class Feedback(nn.Module):
         return cast(Tensor, total)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the multiplications of the authors' gates at the pixels that are not sampled, three of four."""
+        """Return two counts for ``derain bench``, see `pass_once`: gates of pixels that are not sampled; 0.
+
+        The authors compute the gates of all pixels.
+        """
         return 3 * 2 * self.gates1.weight.numel() * (output.numel() // output.shape[-1]), 0
 
 
@@ -167,8 +172,8 @@ class Scale(nn.Module):
     """Embedding, sequence of encoder-decoders, and output convolution of a scale.
 
     Args:
-        count: Number of encoder-decoders, at most 3. The third has no 1×1 convolution at the finest level, see
-            `EncoderDecoder`.
+        count: Number of encoder-decoders, at most 3. The third has no 1×1 convolution of its own at the finest level,
+            see `EncoderDecoder`.
         dim: Number of channels at the finest level.
         blocks: Number of transformer blocks at each level.
         heads: Number of attention heads at each level.
@@ -194,20 +199,20 @@ class Scale(nn.Module):
 class NeRDRain(Network):
     """NeRD-Rain, and with ``dim`` 32 its small variant NeRD-Rain-S.
 
-    Like the authors' code, it restores images larger than a window in windows side by side. The last window of a row or
-    column is aligned to the border; where it overlaps the previous window, the result of the previous one is kept. In
+    Like the authors' code, the network restores images larger than a window in windows side by side. The last window of
+    a row or column is aligned to the border; where it overlaps the previous window, the previous result is kept. In
     training mode and in exported graphs, the network restores whole images.
 
     Outputs: ``derained``; ``half`` and ``quarter``, the restored images at 1/2 and 1/4 of the padded size;
-    ``implicit_half`` and ``implicit_quarter``, the images of the implicit representations at these sizes. For images
-    that are restored in windows, only ``derained``.
+    ``implicit_half`` and ``implicit_quarter``, the images of the implicit representations at these sizes. Restoration
+    in windows has only the output ``derained``.
 
     Args:
         dim: Number of channels at the finest level; it doubles at each level.
         blocks: Number of transformer blocks at each of the three levels.
         heads: Number of attention heads at each of the three levels.
         expansion: Hidden channels of the feed-forward networks divided by their channels.
-        width: Number of units of each hidden layer of the implicit representations.
+        width: Number of units of each hidden layer of the implicit representations' MLPs.
         window: Side of the windows in pixels, a multiple of 16.
 
     Raises:
@@ -220,7 +225,7 @@ class NeRDRain(Network):
     """
 
     size_multiple = 16
-    bytes_per_pixel = 100  # of the whole image; the memory of a window does not depend on its size
+    bytes_per_pixel = 100  # the memory of a window does not depend on the size of the image
     published_options: ClassVar[frozenset[str]] = frozenset({"window"})
     signature = "INR2.imnet.layers.0.weight"
     published_names: ClassVar[Names] = (
@@ -276,7 +281,7 @@ class NeRDRain(Network):
         self.middle_feedback = Feedback(4 * dim)
 
     def outputs(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return all outputs, or only ``derained`` for images larger than a window; see the class."""
+        """Return all outputs, or only ``derained`` in an exported graph and for images restored in windows."""
         if exporting():
             log.warning("the graph restores whole images, not windows of %d pixels", self.window)
             return super().outputs(rainy)
@@ -290,7 +295,7 @@ class NeRDRain(Network):
         return {"derained": derained}
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return all outputs for images with sides that are multiples of 16; see the class."""
+        """Return all outputs for images whose sides are multiples of 16."""
         full = image.permute(0, 2, 3, 1).contiguous()
         half, quarter = sampled(full, 2), sampled(full, 4)
         # From coarse to fine: images of the implicit representations are added to the inputs.

@@ -1,10 +1,10 @@
 """NLEDN: encoder-decoder of dense blocks, each of which begins with non-local attention.
 
-Li et al., Non-locally Enhanced Encoder-Decoder Network for Single Image De-raining, ACM Multimedia 2018. The encoder
-stores the indices of the maxima of max pooling, and the decoder puts its features back to these indices.
+Li et al., Non-locally Enhanced Encoder-Decoder Network for Single Image De-raining, ACM Multimedia 2018. The decoder
+puts its features back to the positions of the maxima that the encoder found in max pooling.
 
 Pixels attend to each other within the pieces of a grid. All pieces are processed as one batch. If the size of a map is
-not a multiple of the grid, pieces at the bottom and the right are smaller: they are padded, and the padding is masked.
+not a multiple of the grid, the map is padded at the bottom and the right, and the padding is masked.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from derain.nn.graphs import exporting
 from derain.nn.padding import pad_to_minimum
 
 MAX_GRID = 64
-"""Maximum number of pieces along a side. It is limited, since images are padded until all pieces have pixels."""
+"""Maximum number of pieces along a side. It is limited, since the size to which images are padded grows with it."""
 
 
 class NonLocal(nn.Module):
@@ -66,7 +66,7 @@ class NonLocal(nn.Module):
         return cast(Tensor, self.project(whole) + x)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the uncounted multiplications of the attention matrices."""
+        """Return two counts for ``derain bench``, see `pass_once`: 0; the products of attention."""
         batch, _, height, width = output.shape
         rows, columns = ((side + self.grid - 1) // self.grid for side in (height, width))
         keys = (rows // 2) * (columns // 2)
@@ -87,9 +87,9 @@ class NonLocal(nn.Module):
         return split.reshape(-1, rows, columns, x.shape[1])
 
     def mask(self, x: Float[Tensor, "b c h w"], rows: Any, columns: Any) -> Tensor | None:
-        """Return the summand of the attention scores, ``(b · pieces, 1, 1, keys)``, or None if all keys are inside.
+        """Return the summand of the attention scores, ``(b · pieces, 1, 1, keys)``, or None if `pieces` does not pad.
 
-        It is 0 for keys inside of the map, and the lowest number for keys of the padding.
+        It is 0 for keys inside the map, and the lowest number for keys of the padding.
 
         Args:
             x: The map.
@@ -152,7 +152,7 @@ class DenseBlock(nn.Module):
 def unpool(
     x: Float[Tensor, "b c h2 w2"], indices: Int[Tensor, "b c h2 w2"], like: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, "b c h w"]:
-    """Put values back at the indices of max pooling; all other values are 0.
+    """Return a map with values at the indices of max pooling, and 0 elsewhere.
 
     The result is that of `torch.nn.functional.max_unpool2d`. This function is faster, and deterministic on a GPU.
 
@@ -170,7 +170,7 @@ def unpool(
 
 
 class NLEDN(Network):
-    """NLEDN: encoder and decoder with three levels; at coarser levels, pieces cover larger parts of the image.
+    """NLEDN: encoder and decoder with three levels of dense blocks.
 
     Args:
         channels: Number of channels at all levels.
@@ -184,8 +184,8 @@ class NLEDN(Network):
         ``rain``: The rain, in [-1, 1].
 
     Shape:
-        ``(b, 3, h, w)`` in [0, 1] → same, not clamped. Sides below 16 pixels (more if ``grids`` are larger than the
-        defaults), which the authors' code cannot process, are padded by repeating the border.
+        ``(b, 3, h, w)`` in [0, 1] → same, not clamped. Sides below 16 pixels (more for larger ``grids``), which the
+        authors' code cannot process, are padded by repeating the border.
 
     Raises:
         DerainError: If ``grids`` is not three numbers from 1 to 64.
@@ -248,7 +248,7 @@ class NLEDN(Network):
         self.tail = nn.Conv2d(channels, 3, 3, padding=1)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return the restored image and the rain."""
+        """Return ``derained`` and ``rain``."""
         height, width = image.shape[2:]
         rain = self.rain(pad_to_minimum(image, self.smallest_side))[..., :height, :width]
         return {"derained": image - rain, "rain": rain}

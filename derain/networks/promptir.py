@@ -1,4 +1,4 @@
-"""PromptIR: Restormer with prompts in its decoder, which are weighted sums of learned maps.
+"""PromptIR: Restormer with prompts, weighted sums of learned maps, in its decoder.
 
 Potlapalli et al., PromptIR: Prompting for All-in-One Blind Image Restoration, NeurIPS 2023.
 """
@@ -43,7 +43,7 @@ class Prompt(nn.Module):
         self.convolution = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w p"]:
-        """Return the prompt for these features, resized bilinearly to their size."""
+        """Return the prompt for these features, with their height and width."""
         weights = self.weights(x.mean((1, 2))).softmax(-1)
         prompt = (weights @ self.maps.flatten(2)[0]).reshape(-1, *self.maps.shape[2:])
         resized = F.interpolate(prompt, size=x.shape[1:3], mode="bilinear", align_corners=False)
@@ -110,7 +110,7 @@ class PromptIR(Network):
         maps: Number of learned maps of each prompt.
         prompt_channels: Number of channels of the prompts of decoder levels 1 (the finest), 2 and 3.
         prompt_sizes: Height and width of the learned maps of decoder levels 1, 2 and 3.
-        prompt_heads: Number of attention heads of the blocks that mix features and prompts.
+        prompt_heads: Number of attention heads of each block that mixes features and a prompt.
 
     Raises:
         DerainError: If ``blocks`` or ``heads`` does not have four numbers, ``prompt_channels`` or ``prompt_sizes`` not
@@ -118,7 +118,7 @@ class PromptIR(Network):
 
     References:
         PromptIR, section 3 and Figure 2. 35,376,967 parameters by default; the authors' file has 215,296 more, which
-        their network does not use.
+        are not used.
     """
 
     size_multiple: int = 8
@@ -200,7 +200,7 @@ class PromptIR(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return all arguments of ``__init__``; None for another network. Each level must have a block."""
+        """Return all arguments of ``__init__``; None for another network."""
         if cls.signature not in state or (options := restormer_options(state)) is None:
             return None
         prompts = [state[f"prompt{i}.prompt_param"].shape for i in (1, 2, 3)]

@@ -26,17 +26,18 @@ class RCDNet(Network):
 
     The model is O = B + Σ C_n ⊗ M_n: a rainy image O is the sum of a background B and of rain maps M_n, each convolved
     with a rain kernel C_n. A stage is a step of proximal gradient descent for the maps, then one for the background. In
-    each step, a network replaces the proximal operator. All stages share their kernels.
+    each step, a network replaces the proximal operator. All stages share their kernels; the maps before the first stage
+    have kernels of their own.
 
     Outputs: ``derained``; ``background0``, the estimate before the first stage; ``rain1``, ``background1``, …, rain and
     background ``(b, 3, h, w)`` of each stage. The target of rain is the rainy minus the clean image; the target of all
-    other outputs is the clean image. The published loss is the weighted sum of the MSE of all outputs, with weight 1
-    for ``derained`` and the last rain, and 0.1 for all others.
+    other outputs is the clean image. The published loss is the sum of the MSE of all outputs, with weight 1 for
+    ``derained`` and the last rain, and 0.1 for all others.
 
     Args:
         stages: Number of stages.
         maps: Number of rain maps and kernels.
-        dual: Number of channels that the networks of the background process in addition to the background.
+        dual: Number of further channels that the networks of the background process.
         blocks: Number of residual blocks of each proximal network.
         kernel: Side of the rain kernels in pixels: odd, at most 31.
 
@@ -104,14 +105,14 @@ class RCDNet(Network):
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """Restore RGB images in [0, 1] of any size, not clamped, without storing the outputs of the stages."""
-        return self._unfold(rainy, None)
+        return self._iterate(rainy, None)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return ``derained``, and rain and background of every stage."""
+        """Return ``derained``, ``background0``, and rain and background of every stage."""
         outputs: dict[str, Tensor] = {}
-        return {"derained": self._unfold(image, outputs), **outputs}
+        return {"derained": self._iterate(image, outputs), **outputs}
 
-    def _unfold(self, image: Float[Tensor, "b 3 h w"], outputs: dict[str, Tensor] | None) -> Float[Tensor, "b 3 h w"]:
+    def _iterate(self, image: Float[Tensor, "b 3 h w"], outputs: dict[str, Tensor] | None) -> Float[Tensor, "b 3 h w"]:
         """Return the derained image; store the outputs of the stages in ``outputs``, unless it is None."""
         rainy = image * MAX_VALUE
         kernel, first_kernel = PARAMETER_FACTOR * self.kernel, PARAMETER_FACTOR * self.first_kernel
@@ -130,14 +131,17 @@ class RCDNet(Network):
         return cast(Tensor, self.final(state))[:, :3] / MAX_VALUE
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return minus and plus the multiplications of functional convolutions: bench counts them, thop does not."""
+        """Return two counts for ``derain bench``, see `pass_once`: minus and plus the functional convolutions.
+
+        bench counts them as convolutions; thop misses them.
+        """
         kernels = (2 * len(self.rain) - 1) * self.kernel.numel() + self.first_kernel.numel()
         functional = (kernels + self.filter.numel()) * (output.numel() // output.shape[1])
         return -functional, functional
 
     @staticmethod
     def _store(outputs: dict[str, Tensor] | None, name: str, image: Tensor) -> Tensor:
-        """Return ``image``, which is in [0, 255]; store a copy in [0, 1], unless ``outputs`` is None."""
+        """Return ``image``, which is in [0, 255]; store it in [0, 1] in ``outputs``, unless that is None."""
         if outputs is not None:
             outputs[name] = image / MAX_VALUE
         return image
@@ -165,10 +169,10 @@ class RCDNet(Network):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the authors' tensors by our names.
+        """Return the authors' tensors by derain's names.
 
-        Files of RCDNet have 16 sets of kernels, of which the authors' code uses the second, and two tensors of step
-        sizes of the background, which are joined here.
+        Files of RCDNet have 16 sets of kernels, of which only the second is used. Their two tensors of step sizes of
+        the background are joined.
         """
         translated = super().translate(state)
         if "background_steps.first" in translated:
@@ -179,12 +183,12 @@ class RCDNet(Network):
 
 
 class ProximalNetwork(nn.Module):
-    """Residual blocks that replace a proximal operator; for rain maps, thresholding follows: ``max(x - threshold, 0)``.
+    """Residual blocks that replace a proximal operator, then an optional thresholding, ``max(x - threshold, 0)``.
 
     Args:
         channels: Number of channels.
         blocks: Number of residual blocks.
-        threshold: Initial threshold of all channels, a parameter; None for no thresholding.
+        threshold: Initial value of the learned thresholds of the channels; None for no thresholding.
     """
 
     def __init__(self, channels: int, blocks: int, threshold: float | None = None) -> None:
@@ -219,17 +223,16 @@ def transposed_convolution(
 ) -> Float[Tensor, "b n h w"]:
     """Return the transpose (adjoint) of the convolution of ``n`` rain maps with kernels, applied to an image of rain.
 
-    It is a convolution with the kernels rotated by 180°, which is faster on a CPU than
-    `torch.nn.functional.conv_transpose2d`.
+    It is a convolution with the kernels rotated by 180°.
     """
     return F.conv2d(rain, kernels.flip(2, 3).transpose(0, 1), padding=kernels.shape[-1] // 2)
 
 
 def streaks(count: int, side: int) -> Float[Tensor, "3 n k k"]:
-    """Return the initial rain kernels: vertical streaks of growing length, each with a sum of 1.
+    """Return the initial rain kernels: vertical streaks of growing length; each channel of a kernel has the sum 1.
 
-    A kernel is a vertically elongated Gaussian. The first three eighths of the kernels are thin; the others are wider,
-    with a wider flat centre. The formula is that of the authors' script ``init_rain_kernel.m`` for 32 kernels of 9×9.
+    A kernel is a vertically elongated Gaussian. The last five eighths of the kernels are wider, with a wider flat
+    centre. The formula is that of the authors' script ``init_rain_kernel.m`` for 32 kernels of 9×9.
 
     Args:
         count: Number of kernels.

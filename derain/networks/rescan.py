@@ -44,7 +44,7 @@ class SqueezeExcitation(nn.Module):
         return F.leaky_relu_(x * weights[..., None, None], SLOPE)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the operations that thop counts for the means: one per value, one per mean."""
+        """Return two counts for ``derain bench``, see `pass_once`: means, one per value and one per mean; 0."""
         return output.numel() + output.shape[0] * output.shape[1], 0
 
 
@@ -74,15 +74,15 @@ class RecurrentLayer(nn.Module):
 class RESCAN(Network):
     """Recurrent squeeze-and-excitation context aggregation network (149,823 parameters by default).
 
-    Each stage estimates all rain of the rainy image from the image that the previous stage restored ("full
-    prediction"). Its layers are convolutional GRUs with dilations 1, 1, 2, 4, 8, …, which carry their states from stage
-    to stage.
+    From the image that the previous stage restored, each stage estimates all rain of the rainy image ("full
+    prediction"). The layers are convolutional GRUs with dilations 1, 1, 2, 4, 8, …, whose states pass from stage to
+    stage.
 
     Outputs: ``derained``, the image of the last stage, and ``stage1``, ``stage2``, …, the images of the earlier stages.
     The published loss is the sum over the stages of the mean squared error of the rain, which equals that of the image.
 
     Args:
-        channels: Number of channels of all layers.
+        channels: Number of channels of the features.
         layers: Number of recurrent layers: the paper's depth minus 2.
         iterations: Number of stages, 1 to 100.
         squeeze: Width of the hidden layer of squeeze-and-excitation.

@@ -22,7 +22,7 @@ class BiasFreeNorm(nn.Module):
         ``(b, h, w, channels)`` → same.
 
     References:
-        ``BiasFree_LayerNorm`` of Restormer's code, which uses it to remove Gaussian noise.
+        ``BiasFree_LayerNorm`` of Restormer's code, used there for Gaussian denoising.
     """
 
     eps: ClassVar[float] = 1e-5
@@ -37,13 +37,13 @@ class BiasFreeNorm(nn.Module):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             inverse_deviation = (wide.var(-1, correction=0, keepdim=True) + self.eps).rsqrt()
             return x * inverse_deviation.to(x.dtype) * self.weight
-        # Several times faster, but mean and deviation have no gradients.
+        # Faster, but mean and deviation have no gradients.
         out, mean, inverse_deviation = torch.native_layer_norm(x, x.shape[-1:], None, None, self.eps)
         return out.add_(mean * inverse_deviation).mul_(self.weight)
 
 
 class Restormer(Network):
-    """Restormer, with the options that ClearView's variants need.
+    """Restormer, with the options of ClearView's variants.
 
     The only output is ``derained``.
 
@@ -54,7 +54,7 @@ class Restormer(Network):
         heads: Number of attention heads at each of the four levels.
         expansion: Hidden channels of the feed-forward networks divided by their channels.
         bias: Whether convolutions have biases; those of downsampling and upsampling never have.
-        bias_free_norm: Whether normalisation neither subtracts the mean nor adds a bias.
+        bias_free_norm: Whether normalisation is `BiasFreeNorm`.
 
     Raises:
         DerainError: If ``blocks`` or ``heads`` does not have four numbers, or heads do not divide the channels of their
@@ -99,7 +99,7 @@ class Restormer(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return all arguments for ClearView's tensors; None for another network, also for the original Restormer."""
+        """Return all arguments for ClearView's tensors; None for other networks, among them the original Restormer."""
         if cls.signature not in state:
             return None
         restormer_state = {name.removeprefix("body."): tensor for name, tensor in cls.translate(state).items()}

@@ -27,7 +27,7 @@ INTERVALS = 3
 
 
 class ScaleSpace(nn.Module):
-    """Differences of Gaussians of feature maps, in octaves, each of half the size of the previous one.
+    """Differences of Gaussians of feature maps, in octaves. Each octave has half the size of the previous one.
 
     As in the authors' code, all Gaussian kernels are truncated to 3×3 pixels, and maps are padded with zeros.
 
@@ -80,7 +80,7 @@ def _gaussian(sigma: float) -> Float[Tensor, "3 3"]:
 
 
 class ScaleAttention(nn.Module):
-    """Features of one scale, weighted by attention computed from the differences of Gaussians of this scale.
+    """Features of one scale, weighted by attention that is computed from the differences of Gaussians of this scale.
 
     Args:
         channels: Number of channels c of the features.
@@ -109,13 +109,13 @@ class ScaleAttention(nn.Module):
 
 
 class SummingLSTM(nn.Module):
-    """Convolutional LSTM with separate convolutions of features and hidden state, whose results are added.
+    """Convolutional LSTM that adds the results of separate convolutions of features and hidden state.
 
     Args:
         channels: Number of channels c of features and state.
 
     Shape:
-        Features ``(b, c, h, w)`` and the previous state → the next state.
+        Features ``(b, c, h, w)`` and the previous state, or None → the next state.
     """
 
     def __init__(self, channels: int) -> None:
@@ -139,7 +139,10 @@ class SummingLSTM(nn.Module):
         return gate if state is None else gate + self.of_hidden[name](state.hidden)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: State) -> tuple[int, int]:
-        """Return the authors' multiplications by the zero state of the first iteration, which are not computed here."""
+        """Return two counts for ``derain bench``, see `pass_once`: omitted convolutions; 0.
+
+        In the first iteration, the authors convolve a hidden state of zeros, and compute a forget gate without effect.
+        """
         if inputs[1] is not None:
             return 0, 0
         hidden = sum(parameter.numel() for parameter in self.of_hidden.parameters())
@@ -158,10 +161,10 @@ class RPDNet(Network):
     """Recurrent network with scale-space invariant attention (491,939 parameters by default).
 
     Each iteration computes features of the rainy image and of the image of the previous iteration at several scales. At
-    each scale, attention from the differences of Gaussians selects rain streaks of the corresponding size, and an LSTM
-    carries the features to the next iteration. From the coarsest to the finest scale, the features are merged into a
+    each scale, attention from differences of Gaussians selects rain streaks of the corresponding size, and an LSTM
+    passes its state to the next iteration. From the coarsest to the finest scale, the features are merged into a
     map of the rain, which is subtracted from the rainy image. The authors' files have 18,496 more parameters, which
-    their network does not use.
+    are not used.
 
     Args:
         iterations: Number of iterations, 1 to 100; 6 in the paper.
@@ -225,7 +228,7 @@ class RPDNet(Network):
         self.tail = nn.Sequential(ResidualBlock(channels), ResidualBlock(channels), conv3x3(channels, 3))
 
     def pad(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
-        """Return images padded so that sides at the coarsest scale have at least one pixel."""
+        """Return images padded so that their sides have at least one pixel at the coarsest scale."""
         return pad_to_minimum(image, 2 ** (self.scales - 1))
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Functions that infer the arguments of networks with Restormer's blocks from the shapes of their tensors."""
+"""Functions that infer the arguments of networks with Restormer's blocks from names and shapes of their tensors."""
 
 import math
 import re
@@ -13,7 +13,7 @@ DECIMALS = 4
 """Maximum number of decimals of an expansion."""
 
 LEVELS = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
-"""Names of Restormer's levels."""
+"""Names of the levels of Restormer's encoder."""
 
 
 def restormer_options(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -26,7 +26,7 @@ def restormer_options(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         The arguments; None if no expansion fits.
 
     Raises:
-        KeyError: If a level has no block.
+        KeyError: If a tensor is missing, for example because a level has no block.
     """
     if (expansion := expansion_of(state)) is None:
         return None
@@ -59,7 +59,7 @@ def expansion_of(state: Mapping[str, Tensor], layer: str = r"\.ffn\.project_in")
 
     Args:
         state: Tensors by name.
-        layer: Regular expression of the layers that map ``channels`` to twice the hidden channels.
+        layer: Regular expression of the names of the layers that map ``channels`` to twice the hidden channels.
 
     Returns:
         A number whose product with ``channels``, rounded down, is the number of hidden channels; None if none fits.

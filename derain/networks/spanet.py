@@ -25,7 +25,7 @@ DOUBLINGS = 16
 """Number of rounds of `scan_by_doubling`; exported graphs accept sides of up to ``2**16`` pixels."""
 
 LARGE = 1e18
-"""Replaces infinity in exported graphs: larger than all values of the network, and its square fits into float32."""
+"""Replaces infinity in exported graphs. It is larger than all values of the network; its square fits into float32."""
 
 
 class SPANet(Network):
@@ -111,7 +111,7 @@ class SPANet(Network):
 
 
 class Bottleneck(nn.Module):
-    """Residual block of three convolutions without bias, the second with dilation 2; an attention map scales them."""
+    """Residual block of three convolutions without bias, the second with dilation 2; attention can scale the result."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Bottleneck(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Attention map from two layers of recurrent units, which see the whole image ("SAM", Figure 4)."""
+    """Attention map from two layers of recurrent units, so that each value depends on the whole image ("SAM")."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class SpatialAttention(nn.Module):
         return torch.sigmoid(self.to_map(torch.relu_(self.conv3(x))))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the multiplications of the authors' attention over directions, whose result is unused."""
+        """Return two counts for ``derain bench``, see `pass_once`: the unused attention over directions; 0."""
         dim, half = self.conv1.in_channels, self.conv1.in_channels // 2
         return (9 * dim * half + 9 * half * half + half * 4) * output.numel(), 0
 
@@ -171,7 +171,7 @@ class Recurrence(nn.Module):
         return torch.cat((up, right.transpose(2, 3), down, left.transpose(2, 3)), dim=1)
 
     def _scan_both_ways(self, x: Float[Tensor, "b c t n"], ahead: str, reverse: str) -> tuple[Tensor, Tensor]:
-        """Return the hidden states of two directions, forwards and backwards over t, which are computed together.
+        """Return the hidden states of two opposite directions along t.
 
         Args:
             x: Features.
@@ -190,7 +190,7 @@ class Recurrence(nn.Module):
 def scan(
     steps: Float[Tensor, "b 2 c t n"], weight: Float[Tensor, "2 c 1"], bias: Float[Tensor, "2 c 1"]
 ) -> Float[Tensor, "b 2 c t n"]:
-    """Return the hidden states of recurrent units over t; without gradients, they overwrite ``steps``.
+    """Return the hidden states of recurrent units along t; without gradients, they overwrite ``steps``.
 
     Args:
         steps: Inputs of the units in two directions, each in its order.
@@ -214,7 +214,7 @@ def scan(
 def scan_by_doubling(
     steps: Float[Tensor, "b 2 c t n"], weight: Float[Tensor, "2 c 1"], bias: Float[Tensor, "2 c 1"]
 ) -> Float[Tensor, "b 2 c t n"]:
-    """Return the same as `scan`, without a loop over t, for exported graphs; ``steps`` has at most ``2**16`` steps.
+    """Return the same as `scan`, without a loop over t, for exported graphs; t is at most ``2**16``.
 
     A step is a function ``clamp(slope · h + offset, low, high)`` of the previous hidden state h, and so is a
     composition of steps. Round k composes the function of 2**k steps with that of the 2**k steps before them (Hillis

@@ -1,4 +1,4 @@
-"""SSID-KD's network: encoder-decoders at three scales, of which the finer ones also read features of the coarser ones.
+"""SSID-KD's network: encoder-decoders at three scales; those at finer scales also read features of coarser scales.
 
 Cui et al., Semi-Supervised Image Deraining Using Knowledge Distillation, IEEE TCSVT 2022.
 """
@@ -46,7 +46,7 @@ class KernelFusionBlock(nn.Module):
 
 
 class Results(NamedTuple):
-    """Results of all applications of blocks in an encoder-decoder: a list for each level, finest first.
+    """Results of all applications of the blocks of an encoder-decoder: a list for each level, finest first.
 
     Attributes:
         encoded: Results in the encoders.
@@ -61,9 +61,12 @@ class EncoderDecoder(nn.Module):
     """Encoder-decoder of densely connected blocks, with an encoder and a decoder at each level.
 
     Each level has half the size of the next finer one; the coarsest level has no decoder. An encoder or decoder applies
-    the same block several times. All results of its block, concatenated and resized, are the input of the next encoder
-    or decoder. Encoders and decoders also read the results of the encoders and decoders at the same scale in the
-    coarser encoder-decoder. The finest decoder has no such counterpart, and reads the results of the finest encoder.
+    the same block several times. All results of an encoder's block, concatenated and resized, are the input of the next
+    encoder or decoder. So are those of a decoder's block, except that the last result is replaced by the sum of the
+    decoder's output and the input of the encoder at its level.
+
+    Encoders and decoders also read the results of the encoders and decoders at the same scale in the coarser
+    encoder-decoder. At the finest level, which has no such counterpart, the decoder reads the results of the encoder.
 
     Args:
         channels: Number of channels of each level, finest first.
@@ -122,8 +125,8 @@ class SSIDKD(Network):
     """Network of SSID-KD (4,403,195 parameters by default).
 
     Encoder-decoders of one, two and three levels process features of the image at scales 1/4, 1/2 and 1. Their blocks
-    consist of an inner-scale block, as in DCSFN, and a block of 3×3 and 5×5 convolutions. A convolution of the features
-    of all scales estimates the rain, which is subtracted from the image.
+    consist of an inner-scale block, as in DCSFN, and a block of 3×3 and 5×5 convolutions. A convolution with
+    LeakyReLU estimates the rain from the features of all scales; the rain is subtracted from the image.
 
     Sides below 32 pixels, for which the authors' code fails, are padded by repeating the border.
 
@@ -218,7 +221,7 @@ class SSIDKD(Network):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return all arguments but ``repeats``, which the authors never change; None for another network."""
+        """Return all arguments but ``repeats``, which the authors do not vary; None for another network."""
         if cls.signature not in state:
             return None
         return {

@@ -1,4 +1,4 @@
-"""SwinIR: attention within windows that are shifted in every second block.
+"""SwinIR: attention within windows, which are shifted in every second block.
 
 Liang et al., SwinIR: Image Restoration Using Swin Transformer, ICCV Workshops 2021. The default options are those of
 the paper's network for colour denoising, which other papers train to remove rain.
@@ -29,7 +29,7 @@ TENSORS = re.compile(
     rf"(conv_first|patch_embed\.norm|norm|conv_after_body|conv_last|layers\.\d+\.conv|{BLOCK}\.(norm[12]|attn\.qkv|attn\."
     rf"proj|mlp\.fc[12]))\.(weight|bias)|{BLOCK}\.(attn_mask|attn\.relative_position_(bias_table|index))"
 )
-"""The authors' tensor names. Variants for super-resolution, and networks based on SwinIR, have further tensors."""
+"""The authors' tensor names. Variants for super-resolution and networks derived from SwinIR have further tensors."""
 
 
 class SwinGroup(nn.Module):
@@ -75,9 +75,8 @@ class SwinGroup(nn.Module):
 class SwinIR(Network):
     """SwinIR without upsampling: groups of Swin blocks at full resolution, within two residual connections.
 
-    Like the authors' test script, the network pads height and width by mirroring to the next greater multiple of the
-    window, even if they are multiples already. In training mode, it pads by reflection, and only sides that are not
-    multiples.
+    As in the authors' test script, height and width are padded by mirroring to the next greater multiple of the window,
+    even if they are multiples already. In training mode, only sides that are not multiples are padded, by reflection.
 
     Args:
         channels: Number of channels.
@@ -163,7 +162,7 @@ class SwinIR(Network):
         """Return all arguments but ``drop_path``; None for other networks and other variants of SwinIR.
 
         The other variants have another number of colours, enlarge images, have three convolutions instead of one at
-        the end of groups ("3conv"), or have windows of 7 pixels, which the authors use for images in [0, 255].
+        the end of groups ("3conv"), or have windows of 7 pixels (for images in [0, 255]).
         """
         if cls.signature not in state or not all(map(TENSORS.fullmatch, state)):
             return None

@@ -1,8 +1,8 @@
 """Syn2Real: U-Net of Res2Net blocks.
 
-Yasarla et al., Syn2Real Transfer Learning for Image Deraining using Gaussian Processes, CVPR 2020. This is the network
-of the paper, which the authors call DeRain_v2. `derain.methods.syn2real` adds the Gaussian process, which supervises
-the features of unlabelled images.
+Yasarla et al., Syn2Real Transfer Learning for Image Deraining using Gaussian Processes, CVPR 2020. The authors'
+code calls the network DeRain_v2. `derain.methods.syn2real` adds the Gaussian process, which supervises the features of
+unlabelled images.
 """
 
 import math
@@ -17,22 +17,22 @@ from torch import Tensor, nn
 from derain.networks.base import Names, Network, count_numbered
 
 SLOPE = 0.2
-"""Negative slope of the LeakyReLU."""
+"""Negative slope of the LeakyReLUs."""
 
 STAGES = (
     *(f"encoder.{level}" for level in range(3)),
     *(f"bottom.{index}" for index in range(3)),
     *(f"decoder.{index}" for index in range(3)),
 )
-"""Our names for the authors' blocks 1 to 9."""
+"""derain's names for the authors' blocks 1 to 9."""
 
 
 class DenseBlock(nn.Module):
     """Res2Net block of grouped convolutions, whose input and output are concatenated.
 
-    A 1×1 convolution widens the features, which are split into parts. Each part but the last is added to the result of
-    the previous part, and convolved. A 1×1 convolution joins all parts. The input is added to its result, and
-    concatenated with the sum.
+    A 1×1 convolution widens the features, which are then split into parts. Each part but the last is convolved, after
+    the result of the previous part is added. A 1×1 convolution joins all parts. The output is the input, concatenated
+    with the sum of the input and the joined parts.
 
     Args:
         channels: Number of channels of the input.
@@ -79,8 +79,8 @@ class Transition(nn.Module):
     Args:
         inputs: Channels of the input.
         outputs: Channels of the output.
-        resize: ``down`` averages squares of 2×2 pixels, ``up`` repeats each pixel twice along both axes, ``none`` keeps
-            the size.
+        resize: ``down`` averages squares of 2×2 pixels, ``up`` doubles each pixel along both axes, ``none`` keeps the
+            size.
 
     Shape:
         ``(b, inputs, h, w)`` → ``(b, outputs, h', w')``.
@@ -96,7 +96,7 @@ class Transition(nn.Module):
         """Transform features."""
         x = _normalize_and_activate(self.norm, x)
         if self.resize == "down":
-            x = F.avg_pool2d(x, 2)  # before the convolution, which is cheaper; the authors average after it
+            x = F.avg_pool2d(x, 2)  # the authors average after the convolution, with the same result at a higher cost
         x = self.conv(x)
         return F.interpolate(x, scale_factor=2, mode="nearest") if self.resize == "up" else x
 
@@ -107,7 +107,7 @@ class Stage(nn.Module):
     Args:
         entry: First transition, which changes the size; None for no transition.
         block: The block.
-        exit: Last transition, which reduces the number of channels; None for no transition.
+        exit: Last transition, which keeps the size; None for no transition.
 
     Shape:
         ``(b, c, h, w)`` and maps of skip connections ``(b, d, h', w')``, if any → ``(b, c', h', w')``.
@@ -142,15 +142,15 @@ class Syn2Real(Network):
 
     Outputs:
         ``derained``: The restored image, in (0, 1) by a sigmoid.
-        ``features``: Latent features ``(b, 2 * channels, h / 8, w / 8)``, which the paper calls z and compares by a
-            Gaussian process. A supervised loss does not use them.
+        ``features``: Latent features of the padded image, ``(b, 2 * channels, h / 8, w / 8)``. The paper calls them z,
+            and compares them by a Gaussian process; a supervised loss does not use them.
 
     Shape:
         ``(b, 3, h, w)`` in [0, 1] → same.
 
     References:
-        Syn2Real, "DeRain_v2". 2,605,710 parameters by default; the authors' network has 12,584 more, unused ones
-        (squeeze-and-excitation in each block).
+        Syn2Real, "DeRain_v2". 2,605,710 parameters by default. The authors' network has 12,584 more, in layers for
+        squeeze-and-excitation that it does not apply.
     """
 
     size_multiple: int = 8

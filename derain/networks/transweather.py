@@ -1,7 +1,7 @@
 """TransWeather: a pyramid transformer whose decoder attends to learned queries of the weather.
 
 Valanarasu et al., TransWeather: Transformer-based Restoration of Images Degraded by Adverse Weather Conditions, CVPR
-2022. The input is scaled to [-1, 1]. The output, of a tanh, is an image in [0, 1], which is not scaled.
+2022. The input is scaled to [-1, 1]. The output, of a tanh, is not scaled: its target is an image in [0, 1].
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,14 +19,14 @@ from derain.nn.padding import pad_to_minimum
 from derain.nn.pyramid import EPSILON, Block, Embedding, Map, ReducedAttention, split_heads
 
 MIN_SIDE = 48
-"""Smallest side of images: 2 pixels at 1/32 of the size, where a parallel path's attention reduces maps by 2."""
+"""Minimum side of images: it has 2 pixels at 1/32 of the size, where the attention of a path downsamples maps by 2."""
 
 
 class QueryAttention(nn.Module):
     """Attention of learned weather queries to the pixels.
 
-    The authors repeat the queries until there is one per pixel, in row-major order: the first pixels get the first
-    query. Here, the result of each query is computed once, and then copied to its pixels.
+    The authors repeat each query for a run of pixels in row-major order, so that each pixel has a query. Here, the
+    result of each query is computed once, and then copied to its pixels.
 
     Args:
         width: Number of channels.
@@ -46,7 +46,7 @@ class QueryAttention(nn.Module):
         self.project = nn.Linear(width, width)
 
     def forward(self, x: Map) -> Map:
-        """Return the result of each pixel's query, as a map like ``x``."""
+        """Return the result of each pixel's query, as a map of the shape of ``x``."""
         batch, height, width, _ = x.shape
         query = split_heads(self.query(self.queries), self.heads).expand(batch, -1, -1, -1)
         key, value = (split_heads(part, self.heads) for part in self.key_value(x).flatten(1, 2).chunk(2, dim=-1))
@@ -55,14 +55,17 @@ class QueryAttention(nn.Module):
         return F.interpolate(results, size=height * width).transpose(1, 2).reshape(x.shape)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the multiplications of the authors' code, which computes the result for every pixel."""
+        """Return two counts for ``derain bench``, see `pass_once`: projections; the products of attention.
+
+        The authors compute a result for each pixel, not for each query.
+        """
         pixels = output.shape[1] * output.shape[2]
         saved_pixels = output.shape[0] * (pixels - self.queries.shape[1])
         return saved_pixels * self.project.weight.numel(), 2 * output.numel() * pixels
 
 
 class Stage(nn.Module):
-    """Stage of the encoder, or the decoder: embedding, which reduces the size; blocks; normalisation.
+    """Stage of the encoder, or the decoder: embedding, which downsamples; transformer blocks; normalisation.
 
     Args:
         embedding: Patch embedding.
@@ -132,14 +135,15 @@ class Upsample(nn.ConvTranspose2d):
         super().__init__(channels, out_channels, 4, 2, 1)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the multiplications of a transposed convolution as thop counts them, with those by inserted zeros."""
+        """Return two counts for ``derain bench``, see `pass_once`: the convolution, as thop counts it; 0."""
         return self.weight.numel() * (output.numel() // output.shape[1]), 0
 
 
 class Projection(nn.Module):
     """Upsampling by transposed convolutions, with skip connections from the encoder.
 
-    A key of ``up`` is the factor by which the result is smaller than the image. ``residual`` has the authors' numbers.
+    The keys of ``up`` are the factors by which the results are smaller than the image; those of ``residual`` are the
+    authors' numbers.
 
     Args:
         widths: Number of channels of the encoder's maps, finest first.
@@ -185,21 +189,21 @@ class TransWeather(Network):
     Args:
         widths: Number of channels of the four stages.
         depths: Number of blocks of the four stages.
-        heads: Number of attention heads of the four stages.
+        heads: Number of attention heads of the four stages; must divide ``widths``.
         reductions: Factors by which the maps of keys and values are downsampled in the four stages; a parallel path has
             the factor of its stage.
-        expansion: Hidden channels of the encoder's feed-forward networks divided by the width.
+        expansion: Hidden channels of the encoder's feed-forward networks divided by their channels.
         intra_heads: Number of attention heads of the paths parallel to the first three stages.
         decoder_depth: Number of blocks of the decoder.
         decoder_heads: Number of attention heads of the decoder.
-        decoder_expansion: Hidden channels of the decoder's feed-forward networks divided by the width.
+        decoder_expansion: Hidden channels of the decoder's feed-forward networks divided by their channels.
         queries: Number of weather queries of each decoder block.
         last: Number of channels at half and at full resolution.
-        drop: Probability that training skips a residual branch of the last block for an image, in encoder and decoder;
-            it increases linearly from 0 in the first block.
+        drop: Probability that training skips a residual branch of the last block for an image. It increases linearly
+            from 0 in the first block, in the encoder and again in the decoder.
 
     Outputs:
-        ``derained``: The restored image, in (-1, 1) by a tanh; only [0, 1] are valid pixel values.
+        ``derained``: The restored image, in (-1, 1) by a tanh; valid pixel values are in [0, 1].
 
     Shape:
         ``(b, 3, h, w)`` in [0, 1] → same. Sides are padded to multiples of 16, and at least to 48.

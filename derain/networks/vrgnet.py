@@ -17,8 +17,8 @@ class VRGNet(Network):
     """Deraining network of VRGNet ("BNet"): PReNet with a Gaussian posterior of the clean image.
 
     The network is PReNet, except that the last iteration has an output convolution of its own, which returns mean and
-    log-variance. VRGNet trains it together with a rain generator, which derain does not implement. 170,697 parameters
-    by default.
+    log-variance. The authors train it together with a rain generator, which derain does not have. 170,697 parameters by
+    default.
 
     Args:
         iterations: Number of iterations, 2 to 100; 6 in the paper.
@@ -65,7 +65,7 @@ class VRGNet(Network):
         self.final_tail = conv3x3(channels, 6)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        """Return mean and log-variance of the last iteration, and the images of the earlier iterations."""
+        """Return mean and log-variance from the last iteration, and the images of the earlier iterations."""
         derained = image
         state: State | None = None
         earlier: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Find the repeated blocks of a network, which callbacks compile or recompute in training."""
+"""Find the repeated blocks of a network, for callbacks that compile them or recompute their activations."""
 
 from torch import nn
 

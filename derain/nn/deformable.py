@@ -17,11 +17,10 @@ def deformable_convolution(
     mask: Float[Tensor, "b taps h w"],
     weight: Float[Tensor, "o c k k"],
 ) -> Float[Tensor, "b o h w"]:
-    """Return the deformable convolution of a map: each kernel tap reads a displaced position, and is scaled by a mask.
+    """Return the deformable convolution of a map: kernel taps read displaced positions, and a mask scales the values.
 
     Equal to ``torchvision.ops.deform_conv2d(x, offset, weight, padding=k // 2, mask=mask)``: stride 1, zero padding, no
-    bias. Unlike torchvision's function, it can be exported to ONNX; all taps are sampled at once, which is also faster
-    on a CPU. Without gradients, maps are processed in strips of rows that fit into a processor's cache.
+    bias. Unlike torchvision's function, it can be exported to ONNX.
 
     Args:
         x: Feature map.
@@ -50,13 +49,13 @@ def deformable_convolution(
 
 
 def sampling_grid(offset: Float[Tensor, "b two_taps h w"], side: Any) -> Float[Tensor, "b taps h w 2"]:
-    """Return the sampling position (right, down) of each tap for `torch.nn.functional.grid_sample`.
+    """Return the sampling position (x, y) of each tap for `torch.nn.functional.grid_sample`.
 
     -1 and 1 are the outer edges of the map (``align_corners=False``). The type is float32 or wider.
 
     Args:
         offset: Displacement of each tap, as for `deformable_convolution`.
-        side: Side ``k`` of the kernel; a tensor while a graph is traced.
+        side: Side ``k`` of the kernel; while a graph is traced, it is a tensor.
     """
     batch, _, height, width = offset.shape
     dtype, device = torch.promote_types(offset.dtype, torch.float32), offset.device

@@ -4,8 +4,7 @@ Suganuma et al., Attention-based Adaptive Selection of Operations for Image Rest
 Combined Distortions, CVPR 2019; Chen et al., Learning A Sparse Transformer Network for Effective Image Deraining
 (DRSformer), CVPR 2023, Figure 2, "MEFC". The computation is optimised:
 
-- Tensors are ``(b, h, w, c)``: depth-wise convolutions are several times faster if the channels of a pixel are
-  contiguous.
+- Tensors are ``(b, h, w, c)``: depth-wise convolutions are faster if the channels of a pixel are contiguous.
 - The last 1×1 convolution of an expert, the gate weight of the expert and the 1×1 convolution that joins the experts
   are linear in the channels of a pixel. Their product, one matrix per image and expert, is computed first.
 """
@@ -26,7 +25,8 @@ EXPERTS = 8
 class SeparableExpert(nn.Module):
     """Two separable convolutions with a ReLU in between.
 
-    ``forward`` omits the last 1×1 convolution; `projection` returns its matrix.
+    ``forward`` omits the last 1×1 convolution; `projection` returns its matrix. If ``kernel`` is 1, the depth-wise
+    convolutions are factors of the channels, and are merged into the weights of the 1×1 convolutions.
 
     Args:
         channels: Number of channels.
@@ -46,12 +46,12 @@ class SeparableExpert(nn.Module):
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         """Return the features that are to be multiplied by `projection`."""
-        if self.kernel == 1:  # 1×1 depth-wise kernels scale channels, and are merged into the 1×1 convolutions
+        if self.kernel == 1:
             return rectified(pointwise(x, self.pointwise.weight * self.depthwise.weight.transpose(0, 1)))
         return spatial(rectified(pointwise(spatial(x, self.depthwise), self.pointwise.weight)), self.depthwise2)
 
     def projection(self) -> Float[Tensor, "c c"]:
-        """Return the matrix (output, input channels) of the last 1×1 convolution."""
+        """Return the matrix (output, input channels) of the last 1×1 convolution, for `forward`'s features."""
         matrix = self.pointwise2.weight.flatten(1)
         return matrix * self.depthwise2.weight.flatten() if self.kernel == 1 else matrix
 
@@ -121,7 +121,7 @@ class ExpertLayer(nn.Module):
         return total.reshape(b, h, w, c)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return what ``derain bench`` adds: the merged convolutions and thop's operations for the average pooling."""
+        """Return two counts for ``derain bench``, see `pass_once`: merged convolutions and average pooling; 0."""
         channels = output.shape[-1]
         single = 2 * channels  # the 1×1 depth-wise convolutions of the first expert
         merged = (EXPERTS - 1 + EXPERTS) * channels**2
@@ -161,12 +161,12 @@ class ExpertCompensator(nn.Module):
         return x
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return what ``derain bench`` adds: thop's operations for the means, one per value and one per mean."""
+        """Return two counts for ``derain bench``, see `pass_once`: means, one per value and one per mean; 0."""
         return output.numel() + len(output) * output.shape[-1], 0
 
 
 def rectified(x: Tensor) -> Tensor:
-    """Apply a ReLU; in place only without gradients, as the backward pass of in-place changes of views makes copies."""
+    """Apply a ReLU, in place if gradients are disabled. The backward pass of in-place changes of views makes copies."""
     return F.relu(x, inplace=not torch.is_grad_enabled())
 
 

@@ -6,12 +6,12 @@ from torch._subclasses.fake_tensor import is_fake
 
 
 def compiling_or_exporting() -> bool:
-    """Return whether a graph is being recorded; graphs should process whole maps instead of strips."""
+    """Return whether a graph is being recorded. It should process whole maps instead of strips."""
     return torch.compiler.is_compiling() or _is_tracing()
 
 
 def exporting() -> bool:
-    """Return whether a graph for export is being recorded; it must not depend on the size of the example image."""
+    """Return whether a graph for export is being recorded. It must not depend on the size of the example image."""
     return torch.compiler.is_exporting() or _is_tracing()
 
 
@@ -20,5 +20,5 @@ def _is_tracing() -> bool:
 
 
 def has_no_values(x: Tensor) -> bool:
-    """Return whether a tensor has a shape but no values, as tensors have when ``derain bench`` counts MACs."""
+    """Return whether a tensor has a shape but no values. ``derain bench`` counts MACs with such tensors."""
     return x.is_meta or is_fake(x)

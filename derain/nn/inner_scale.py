@@ -63,9 +63,9 @@ class ScaleFusion(nn.Module):
         return fused
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return what ``derain bench`` adds: one convolution of all maps, minus the counted one for each map.
+        """Return two counts for ``derain bench``, see `pass_once`: a correction; 0.
 
-        For each map, the whole weight has been counted, not only the part that the map is convolved with.
+        Without it, bench would count the whole weight for each map, instead of one convolution of all maps.
         """
         pixels = output.numel() // output.shape[1]
         counted = sum(x.numel() // x.shape[1] for x in inputs[0])
@@ -123,7 +123,8 @@ class DenseConnection(nn.Module):
     Args:
         blocks: The blocks, whose results have the shape of their input.
         channels: Number of channels.
-        repeats: How many times the sequence of blocks is applied, each time with the same weights.
+        repeats: How many times the sequence of blocks is applied. The blocks have the same weights each time; the 1×1
+            convolutions do not.
         output: Whether a last 1×1 convolution reads the input and the results of all blocks.
     """
 
@@ -141,11 +142,11 @@ class DenseConnection(nn.Module):
 
         Args:
             x: The input.
-            skips: Maps of the shape of ``x`` that are added to the inputs of the blocks, one each time a block is
-                applied; empty for none.
+            skips: Maps that are added to the inputs of the blocks, one for each application of a block, with the shape
+                of ``x``; empty for none.
 
         Returns:
-            The output of the last 1×1 convolution, or of the last block if ``output`` is false; and the results of all
+            The output of the last 1×1 convolution (of the last block if ``output`` is false), and the results of all
             blocks.
         """
         blocks = [*self.blocks] * self.repeats
@@ -160,12 +161,12 @@ class DenseConnection(nn.Module):
 class _Concatenation:
     """Growing concatenation of maps, read by 1×1 convolutions.
 
-    Without gradients, the maps are stored side by side in one tensor, of which a 1×1 convolution is a matrix product
-    without a copy. With gradients, or when a graph is recorded, the maps are concatenated for each convolution.
+    With gradients, or when a graph is recorded, the maps are concatenated for each convolution. Otherwise, one tensor
+    stores all maps, and a 1×1 convolution is a matrix product that needs no copy.
 
     Args:
         x: The first map.
-        count: Final number of maps.
+        count: Number of maps after the last `append`.
     """
 
     def __init__(self, x: Float[Tensor, "b c h w"], count: int) -> None:

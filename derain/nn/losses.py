@@ -14,7 +14,7 @@ from derain.errors import DerainError
 from derain.nn.ssim import structural_similarity
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Function of output and target, both ``(b, c, h, w)``, that returns the loss ``()``."""
+"""Function of output and target that returns the loss ``()``."""
 
 CHARBONNIER_EPSILON = 1e-3
 """ε of the Charbonnier loss, for images in [0, 1]."""
@@ -42,7 +42,7 @@ def edge(output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> 
 
 
 def laplacian(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """Return a level of the Laplacian pyramid: images minus their low-pass version, in float32 or wider.
+    """Return the finest level of the Laplacian pyramid: images minus their low-pass version, in float32 or wider.
 
     For the low-pass version, images are blurred, set to zero except in every second row and column, multiplied by 4,
     and blurred again. The 5×5 blur has weights (0.05, 0.25, 0.4, 0.25, 0.05) along each axis; borders are replicated.
@@ -83,11 +83,11 @@ def negative_ssim(output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h
 def perceptual(output: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
     """Return the mean over three layers of VGG16 of the mean squared difference of their outputs.
 
-    VGG16 is that of torchvision, trained on ImageNet, frozen, and in float32 or wider. Images enter it without the
-    normalisation that it was trained with, as in the authors' code.
+    VGG16 is torchvision's, trained on ImageNet, frozen, and in float32 or wider. As in the authors' code, its input is
+    not normalised, unlike in its training.
 
     Args:
-        output: Images in [0, 1], RGB, of at least 4×4 pixels.
+        output: Images in about [0, 1], RGB, of at least 4×4 pixels.
         target: As ``output``.
 
     Raises:
@@ -116,8 +116,8 @@ def perceptual(output: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"
 def load_vgg() -> nn.Sequential:
     """Return the first layers of torchvision's VGG16 with its weights, frozen; fetch the weights if necessary.
 
-    The network is loaded once in a process. It is not a submodule of a method, and therefore not in checkpoints and
-    optimizers.
+    The network is loaded once in a process. It is not a submodule of a method, so checkpoints and optimizers do not
+    contain it.
 
     Raises:
         DerainError: If the weights are damaged, or not in the cache of ``torch.hub`` and cannot be fetched.

@@ -1,4 +1,4 @@
-"""Layer normalisation whose operations are counted, for networks whose published cost includes them."""
+"""Layer normalisation whose operations ``derain bench`` counts."""
 
 from typing import Any
 
@@ -9,12 +9,8 @@ OPERATIONS = 4
 
 
 class LayerNorm(nn.LayerNorm):
-    """``nn.LayerNorm`` whose operations ``derain bench`` counts.
-
-    Networks use it where thop counts the normalisations of the authors' code, so that they are part of the published
-    cost.
-    """
+    """``nn.LayerNorm`` whose operations ``derain bench`` counts, for networks whose published MACs include them."""
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return what ``derain bench`` adds: the operations that thop counts; and no attention."""
+        """Return two counts for ``derain bench``, see `pass_once`: the normalisation; 0."""
         return OPERATIONS * output.numel(), 0

@@ -13,8 +13,8 @@ from derain.nn.graphs import exporting
 def pad_to_multiple(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor, "b c h2 w2"]:
     """Pad images until height and width are multiples of a number.
 
-    The padding reflects the image without repeating its border. If a side is shorter than ``multiple``, the border is
-    replicated instead.
+    The padding reflects the image without repeating its border. If height or width is less than ``multiple``, the
+    border is replicated along both axes instead.
 
     Args:
         x: Images of any size.
@@ -38,11 +38,11 @@ def pad_to_multiple(x: Float[Tensor, "b c h w"], multiple: int) -> Float[Tensor,
 
 
 def pad_to_minimum(x: Float[Tensor, "b c h w"], minimum: int) -> Float[Tensor, "b c h2 w2"]:
-    """Replicate the border of images until both sides have a minimum length.
+    """Pad images by replicating the border until both sides have a minimum length.
 
     Args:
         x: Images of any size.
-        minimum: Smallest height and width in pixels.
+        minimum: Minimum height and width in pixels.
 
     Example:
         >>> import torch
@@ -121,7 +121,7 @@ def _mirrored_indices(inside: Int[Tensor, " n"], multiple: int) -> Int[Tensor, "
 def padded_indices(last: Int[Tensor, ""], multiple: int, reflect: Tensor) -> Int[Tensor, " n"]:
     """Return, for each row (or column) of a padded image, the row to copy.
 
-    All values are tensors, so an exported graph is valid for images of any size.
+    ``last`` and ``reflect`` are tensors, so an exported graph is valid for images of any size.
 
     Args:
         last: Index of the image's last row.

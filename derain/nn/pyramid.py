@@ -56,12 +56,12 @@ def split_heads(x: Float[Tensor, "b n c"], heads: int) -> Float[Tensor, "b heads
 
 
 class ReducedAttention(nn.Module):
-    """Attention whose keys and values are from a map of reduced size.
+    """Attention whose keys and values are computed from a downsampled map.
 
     Args:
         width: Number of channels.
         heads: Number of heads; must divide ``width``.
-        reduction: Factor by which the map is reduced along each side.
+        reduction: Factor by which the map is downsampled along each side; 1 for no downsampling.
 
     Shape:
         ``(b, h, w, width)`` → same; ``h, w >= reduction``.
@@ -90,7 +90,7 @@ class ReducedAttention(nn.Module):
         return cast(Tensor, self.project(attended.reshape(x.shape)))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return what ``derain bench`` adds: no layers; and the matrix products of attention."""
+        """Return two counts for ``derain bench``, see `pass_once`: 0; the products of attention."""
         reduced = (output.shape[1] // self.reduction) * (output.shape[2] // self.reduction)
         return 0, 2 * output.numel() * reduced
 
@@ -128,7 +128,7 @@ class Block(nn.Module):
         width: Number of channels.
         attention: Attention module, ``(b, h, w, width)`` → same.
         expansion: Hidden channels of the feed-forward network divided by ``width``.
-        drop: Probability that training skips a residual branch of an image (stochastic depth).
+        drop: Probability that training skips a residual branch for an image (stochastic depth).
 
     Shape:
         ``(b, h, w, width)`` → same.

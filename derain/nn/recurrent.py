@@ -42,9 +42,6 @@ class State(NamedTuple):
 class Gates(NamedTuple):
     """Convolutions of the gates of an LSTM; each turns the concatenated input maps into ``(b, c, h, w)``.
 
-    The four are separate, since one large convolution would be slower on a CPU: the quarters of its result are not
-    contiguous.
-
     Attributes:
         input: Gate that scales the candidate.
         forget: Gate that scales the previous cell state.
@@ -159,7 +156,7 @@ class RecurrentStage(nn.Module):
         return self.blocks(state.hidden), state
 
     def extra_macs(self, inputs: tuple[Any, ...], output: tuple[Tensor, State]) -> tuple[int, int]:
-        """Return what ``derain bench`` adds: without a state, the forget gate, which is then not computed."""
+        """Return two counts for ``derain bench``, see `pass_once`: the forget gate if there is no state; 0."""
         if inputs[1] is not None:
             return 0, 0
         return self.forget_gate.weight.numel() * output[0][:, 0].numel(), 0

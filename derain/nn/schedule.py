@@ -11,8 +11,8 @@ def warm_up_then_cosine(steps: int, warm_up: float, minimum: float = 0.0, hold: 
     Args:
         steps: Number of optimiser steps of the training.
         warm_up: Fraction of the steps in which the factor rises to 1, in [0, 1).
-        minimum: Factor at the last step and after it, in [0, 1].
-        hold: Fraction of the steps between warm-up and decay, in which the factor is 1, in [0, 1 - ``warm_up``].
+        minimum: Factor that the decay reaches after ``steps`` steps, in [0, 1].
+        hold: Fraction of the steps, between warm-up and decay, in which the factor is 1, in [0, 1 - ``warm_up``].
 
     Returns:
         Function of the step, from 0, that returns the factor of the learning rate.
@@ -38,8 +38,8 @@ def warm_up_then_cosine(steps: int, warm_up: float, minimum: float = 0.0, hold: 
 def multiplied_at(milestones: Sequence[int], factor: float) -> Callable[[int], float]:
     """Return a schedule that multiplies the learning rate by ``factor`` at each milestone, for PyTorch's ``LambdaLR``.
 
-    The learning rates are those of ``MultiStepLR``. That class computes each one from the one before; the returned
-    function needs only the number of the step.
+    The learning rates are those of ``MultiStepLR``, but computed from the number of the step alone, not from the
+    previous learning rate.
 
     Args:
         milestones: Steps or epochs, in any order.

@@ -1,7 +1,5 @@
 """Swin blocks for maps whose size varies.
 
-Attention masks are cached by map size, maps are processed in strips of rows, and exported graphs compute their shifts.
-
 Features are ``(b, h, w, c)``, so that the channels of a pixel are contiguous.
 """
 
@@ -32,8 +30,8 @@ MAX_WINDOW = 32
 class WindowBlock(SwinTransformerBlock):
     """Swin block of timm for maps whose size varies: attention within windows, and an MLP.
 
-    Attention masks are cached by map size. Without gradients, the map is processed in strips of window rows that fit
-    into a processor's cache, which also limits memory.
+    Attention masks are cached by size. Without gradients, the map is processed in strips of window rows, which limits
+    memory.
 
     Args:
         channels: Number of channels.
@@ -42,8 +40,7 @@ class WindowBlock(SwinTransformerBlock):
         shifted: Whether the windows are shifted by half their side.
         expansion: Hidden channels of the MLP divided by ``channels``.
         drop_path: Probability that training skips the attention, or the MLP, of an image (stochastic depth).
-        shift_single: Whether to shift axes with only one window, too, which splits that window. Swin Transformers do
-            not shift them.
+        shift_single: Whether axes with only one window are shifted, too. Swin Transformers do not shift them.
 
     Shape:
         ``(b, h, w, channels)`` → same; ``h`` and ``w`` must be multiples of ``window``.
@@ -95,7 +92,7 @@ class WindowBlock(SwinTransformerBlock):
         return x
 
     def _strip_rows(self, x: Features) -> int:
-        """Return the number of rows of a strip: all rows if gradients are enabled or the block is compiled."""
+        """Return the number of rows of a strip; if gradients are enabled or the block is compiled, all rows."""
         batch, height, width, _ = x.shape
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return height
@@ -144,7 +141,7 @@ def shift_mask(
         height: Height of the map or strip, in pixels.
         width: Width of the map.
         side: Side of the windows.
-        down: Number of rows at the bottom that come from the top of the map; 0 for a strip other than the last.
+        down: Number of rows at the bottom that come from the top of the map; 0 for all strips but the last.
         right: Number of columns at the right that come from the left of the map.
         device: Device of the mask.
 
@@ -192,6 +189,6 @@ def transform_shifted(
 
 
 def _mask(regions: Int[Tensor, "h w"], side: int) -> Float[Tensor, "n k k"]:
-    """Return the attention mask of pixels in a window that are from different regions of the map."""
+    """Return the attention mask of windows: -100 between pixels from different regions of the map, else 0."""
     windows = window_partition(regions[None, :, :, None], (side, side)).flatten(1)
     return torch.where(windows[:, None] == windows[:, :, None], 0.0, MASKED)

@@ -15,8 +15,7 @@ SIGMA = 1.5
 def structural_similarity(derained: Float[Tensor, "b c h w"], clean: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
     """Return the mean structural similarity (SSIM) over images, channels and pixels; 1 for equal images.
 
-    Computed in float32 or wider, also under autocast. Unlike in the evaluation protocols, channels are compared
-    separately, and images are padded with zeros, so that pixels at the border count.
+    Computed in float32 or wider, also under autocast. Images are padded with zeros, so that pixels at the border count.
 
     Args:
         derained: Images in about [0, 1].
