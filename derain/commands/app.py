@@ -40,13 +40,13 @@ def app(
     Photos are processed on this machine and deleted after 30 minutes.
 
     Args:
-        weights: Weights that the page offers, as for derain restore; the first one is preselected.
+        weights: Weights that the page offers, as for derain restore; the first is preselected.
         method: Classes of methods outside derain that the weights belong to, such as my_method.MyModule.
         device: Device: auto, cpu, cuda, cuda:N or mps.
         host: Address to listen on; the page has no login.
         allow_host: Additional host names of the page, such as the name of a reverse proxy.
         trusted_proxy: IP addresses or networks of proxies whose X-Forwarded-For header is trusted.
-        port: Port to listen on (default: the first free port from 7860).
+        port: Port to listen on (default: the first free port from 7860 to 7959).
         max_megabytes: Maximum size of an uploaded file in MiB.
         max_megapixels: Maximum size of a photo in megapixels, at most 178.
         keep_metadata: Keep the EXIF metadata of photos (time, camera, location), which is removed by default.
@@ -64,7 +64,7 @@ def app(
     for name in method:
         use_method(name)
     try:
-        with listen(host, port) as listener:
+        with listen(host, port) as listener:  # before weights are loaded, so that an error is reported at once
             restorers = load_restorers(weights, device)
             with tempfile.TemporaryDirectory(prefix="derain-app-", ignore_cleanup_errors=True) as temporary:
                 folder = Path(temporary).resolve()
@@ -152,8 +152,6 @@ def server_config(page: Any, proxies: Sequence[str]) -> Any:
 
 def listen(host: str, port: int | None) -> socket.socket:
     """Return a listening socket.
-
-    It is opened before weights are loaded, so that no other program can use the port in the meantime.
 
     Args:
         host: IP address or host name of this machine.

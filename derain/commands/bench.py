@@ -73,7 +73,8 @@ def bench(
         out: Output file (default: standard output).
 
     Raises:
-        DerainError: If an option is wrong, or weights cannot be loaded or counted.
+        DerainError: If an option is wrong, or weights cannot be loaded or counted. Variants of methods that cannot be
+            counted are skipped with a warning.
     """
     if size < 1:
         raise DerainError(f"--size {size}: expected at least 1 pixel")
@@ -100,11 +101,11 @@ def bench(
 
 
 def find_variants() -> dict[str, Callable[[], DerainModule]]:
-    """Return a function that builds each variant of each known method, by the name of the variant.
+    """Return functions that build the variants of all known methods that restore images, by the name of the variant.
 
-    A class that does not define ``variants`` itself has one variant, named after the class: inherited ``variants``
-    belong to the base class. If two classes have variants of the same name, the name of the second class is appended
-    to that of its variant; if the result is in use too, its class path is appended instead.
+    A class without ``variants`` of its own has one variant, named after the class; inherited ``variants`` are those of
+    the base class. If two classes have variants of the same name, the name of the second class is appended to that of
+    its variant; if that name is in use too, the class path is appended instead.
     """
     builds: dict[str, Callable[[], DerainModule]] = {}
     for method in methods():
@@ -118,7 +119,7 @@ def find_variants() -> dict[str, Callable[[], DerainModule]]:
 
 
 def build_method(method: type[DerainModule], /, **hyper_parameters: Any) -> DerainModule:
-    """Build a method for counting.
+    """Build a method from its class and hyper-parameters.
 
     Raises:
         DerainError: If the class cannot be built with these hyper-parameters.
@@ -168,7 +169,7 @@ def load_countable(name: str) -> DerainModule:
 
 
 class _MacCounter(TorchFunctionMode):
-    """Counts the MACs of convolutions and linear layers.
+    """Counts the MACs of ``F.conv2d`` and ``F.linear``.
 
     The size of a weight is that of the parameter from which it was computed: a network may pad or slice the parameter.
     """
@@ -184,7 +185,7 @@ class _MacCounter(TorchFunctionMode):
 
 
 def _parameter(weight: Tensor) -> Tensor:
-    """Return the parameter from which a weight was computed."""
+    """Return the parameter from which a weight was computed; the weight itself if it was computed from none."""
     node: Any = weight.grad_fn
     while node is not None and not hasattr(node, "variable"):
         node = node.next_functions[0][0]
@@ -194,16 +195,15 @@ def _parameter(weight: Tensor) -> Tensor:
 def count_cost(method: DerainModule, size: int) -> dict[str, int]:
     """Count parameters and MACs of a method's network in eval mode, on fake tensors: shapes without values.
 
-    derain's networks skip some multiplications of the authors' code. For example, attention multiplies the weights of
-    its output projection by the attention matrix instead of projecting all pixels, and the first stage of PReNet omits
-    the forget gate. A module's method ``extra_macs`` returns these multiplications, and what else thop counts.
+    Modules correct the count by their method ``extra_macs``, see `DerainModule.pass_once`.
 
     Args:
         method: Method on the CPU; it is in eval mode afterwards.
         size: Height and width of the image in pixels.
 
     Returns:
-        ``parameters``; ``macs`` as the Python package thop counts them; ``macs_with_attention``.
+        ``parameters``; ``macs`` as the Python package thop counts them in the authors' code; ``macs_with_attention``,
+        which include those that thop misses.
 
     Raises:
         DerainError: If the method cannot run on fake tensors, for example because it branches on values.

@@ -26,8 +26,8 @@ class Captioner(NamedTuple):
     """Function that captions images, and its settings.
 
     Attributes:
-        settings: Settings that determine the captions; a run resumes only if they are unchanged.
-        caption: Returns one caption per pair, for its clean image.
+        settings: Settings of the run; it resumes only if they are unchanged.
+        caption: Function that returns one caption per pair, for its clean image.
         uses_images: Whether captions depend on the images.
     """
 
@@ -63,8 +63,8 @@ def caption(
 ) -> int:
     """Caption the clean images of a data set, and write a table in DA-CLIP's format.
 
-    The table has a row 'filepath<TAB>title' for each rainy image, with the caption of its clean image and the word for
-    the degradation. Run the same command again to resume an interrupted run.
+    The table has the columns filepath and title, and a row for each rainy image. Its title is the caption of the clean
+    image and the word for the degradation. Run the same command again to resume an interrupted run.
 
     Args:
         dataset: Name or folder of a data set.
@@ -77,11 +77,11 @@ def caption(
         max_tokens: Maximum length of a caption in tokens.
         batch_size: Images per batch.
         device: Device: auto, cpu, cuda, cuda:N or mps.
-        overwrite: Replace an existing table, and the .part file of a run with other settings.
+        overwrite: Replace an existing table, and a .part file from which this run cannot resume.
 
     Raises:
-        DerainError: If an option is wrong, the table exists already, the captioner cannot be loaded, or images cannot
-            be read.
+        DerainError: If an option is wrong, the table exists already, the run cannot resume from the .part file, the
+            captioner cannot be loaded, or images cannot be read.
     """
     for option, number in {"--max-tokens": max_tokens, "--batch-size": batch_size}.items():
         if number < 1:
@@ -153,8 +153,8 @@ def caption_pairs(
 ) -> list[str]:
     """Caption each clean image once, and add one entry per pair to the journal, in the order of the pairs.
 
-    A resumed run repeats the batch in which it was interrupted, and thus has the same batches as an uninterrupted run:
-    on some devices, a caption depends on the other images of its batch.
+    A resumed run repeats the batch in which it was interrupted. Its batches are thus those of an uninterrupted run,
+    since on some devices, a caption depends on the other images of its batch.
 
     Args:
         pairs: Pairs in the order of the table.

@@ -26,7 +26,7 @@ from derain.data.verify import Finding, verify
 from derain.errors import DerainError
 
 MAX_ROWS = 10
-"""Maximum number of findings of the same level, kind and set in the table; the JSON has all."""
+"""Maximum number of findings of the same level, kind and set in the table; JSON has all findings."""
 
 STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 """Colours of findings, by level."""
@@ -38,7 +38,7 @@ def list_sets(*, root: Path | None = None, format: Literal["table", "markdown", 
     Args:
         root: Folder with data sets (default: $DERAIN_DATA).
         format: Output format; Markdown and JSON have the papers' protocols and known faults, JSON also file patterns
-            and citations.
+            and citations. Markdown does not show which sets are on this machine.
 
     Raises:
         DerainError: If the folder does not exist.
@@ -120,9 +120,12 @@ def _describe_source(source: Source) -> dict[str, str]:
 
 
 def count_pairs(name: str, root: Path) -> dict[str, int]:
-    """Return the number of pairs of each split of a data set below ``root``; empty if there are none.
+    """Return the number of pairs of each split of a data set below ``root``, without splits that have none.
 
     If several folders are named after the data set, the first one that contains pairs is counted.
+
+    Raises:
+        DerainError: If ``root`` is not a folder.
     """
     for folder in find_data_set_folders(name, root):
         counts = {split: len(pair_files(name, split, folder).pairs) for split in LAYOUTS[name].files}
@@ -141,15 +144,15 @@ def fetch_set(
 ) -> int:
     """Fetch a public data set into the data root, and verify it; an interrupted download is continued.
 
-    Source, licence, size and free disk space are printed first. The exit code is 1 if the data set must be downloaded
-    by hand, or if verification finds errors.
+    Before a download, its source, licence and size and the free disk space are printed. The exit code is 1 if the data
+    set must be downloaded by hand, or if verification finds errors.
 
     Args:
         name: Name of the data set (see derain data list).
         root: Folder with data sets (default: $DERAIN_DATA).
         from_: Source: hub, web or form; hub:OWNER/NAME; or the address of an archive (default: the first source that
             derain data list shows for the set).
-        archive: Archives that you have downloaded; they are unpacked, and nothing is fetched.
+        archive: Archives that you have downloaded; they are unpacked and verified, and nothing is fetched.
         dry_run: Print what would be fetched, and stop.
 
     Raises:
@@ -184,10 +187,10 @@ def _unpack_set(name: str, archives: Sequence[Path], root: Path, choice: str | N
 
 
 def _data_root(root: Path | None) -> Path:
-    """Return the data root: the given one, or ``$DERAIN_DATA``.
+    """Return the given data root, or else ``$DERAIN_DATA``.
 
     Raises:
-        DerainError: If neither is set.
+        DerainError: If there is neither.
     """
     if root is None and not os.environ.get("DERAIN_DATA"):
         raise DerainError("--root is missing: give the folder for data sets, or set DERAIN_DATA to it")
@@ -233,9 +236,9 @@ def verify_sets(
 
 
 def find_folder(path: Path) -> Path:
-    """Return the folder for a path, or for the name of a data set in ``$DERAIN_DATA``.
+    """Return the folder of a data set in ``$DERAIN_DATA``, given its name.
 
-    A path that exists is returned unchanged, and so is one that names no data set in ``$DERAIN_DATA``.
+    A path that exists, or that is not the name of a data set there, is returned unchanged.
     """
     root = os.environ.get("DERAIN_DATA")
     if path.exists() or not root or not Path(root).is_dir():
@@ -248,7 +251,10 @@ def find_folder(path: Path) -> Path:
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
-    """Return a table with one row per finding, and at most ``MAX_ROWS`` rows of the same level, kind and set."""
+    """Return a table with one row per finding.
+
+    It has at most ``MAX_ROWS`` findings of the same level, kind and set, and a row with the number of further ones.
+    """
     table = Table(show_lines=False)
     for column in ("level", "kind", "set", "files", "detail"):
         table.add_column(column, overflow="fold")
@@ -353,20 +359,20 @@ def shard_set(
 ) -> int:
     """Write one split of a data set to shards: tar files in the format of WebDataset, with an index.
 
-    derain fit, test and predict accept the folder of the shards, or the URL of a copy (s3://, hf://, https://), as a
-    data set.
+    derain fit, validate, test and predict accept the folder of the shards, or the URL of a copy (s3://, hf://,
+    https://), as a data set.
 
     Args:
         dataset: Name or folder of a data set.
         out: Folder for the shards, which may contain those of other splits.
         split: Split of the data set.
         root: Folder with data sets (default: $DERAIN_DATA).
-        shard_size: Maximum size of the images in a shard in MB; a larger pair gets a shard of its own.
+        shard_size: Maximum size of the images in a shard in MB, at least 1; a larger pair gets a shard of its own.
         overwrite: Replace the shards of this split.
 
     Raises:
-        DerainError: If the size is below 1, the data set does not exist, an image cannot be read, or there are shards
-            of this split already.
+        DerainError: If the size is below 1, the data set does not exist, an image cannot be read, or the folder has
+            shards of this split and overwrite is not set.
     """
     if shard_size < 1:
         raise DerainError(f"--shard-size {shard_size}: must be at least 1")

@@ -26,7 +26,7 @@ PACKAGES = (
     "pillow",
     "psutil",
 )
-"""Required packages whose versions are shown; the remaining ones of pyproject.toml are not."""
+"""Required packages whose versions are shown."""
 
 OPTIONAL = (
     "torchvision",
@@ -41,10 +41,10 @@ OPTIONAL = (
     "onnxruntime",
     "spandrel",
 )
-"""Packages that only some features need."""
+"""Optional packages whose versions are shown."""
 
 IMPORTED = ("torch", "torchvision", "torchmetrics", "lightning", "derain.restoration")
-"""Modules that restoration imports, in an order in which the first that fails is the cause of later failures."""
+"""Modules to import, each after those that it imports: the first that fails is the cause of later failures."""
 
 IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, NameError, TypeError, ValueError, SyntaxError)
 """Exceptions raised by importing a package whose files are missing, damaged or built for another version."""
@@ -82,7 +82,7 @@ def _add_packages(table: Table) -> Iterator[str]:
 
 
 def _add_imports(table: Table) -> Iterator[str]:
-    """Import what restoration needs; add the devices to the table, or the failed import, which is also yielded."""
+    """Import the modules that restoration needs; add the devices to the table. If an import fails, yield why."""
     problem = failed_import()
     if problem:
         table.add_row("imports", escape(problem))
@@ -129,7 +129,7 @@ def installed_version(package: str) -> str | None:
 def version_mismatch(torch_version: str | None, vision_version: str | None) -> str | None:
     """Return why versions of torch and torchvision do not work together; None if they do, or if one is missing.
 
-    torchvision 0.N needs torch 2.(N-15). Both packages, or neither, must be CPU builds, whose versions end in ``+cpu``.
+    torchvision 0.N needs torch 2.(N-15). If one is a CPU build, whose version ends in ``+cpu``, both must be.
 
     Args:
         torch_version: Version of torch, such as ``2.13.0+cpu``; None if it is not installed.
@@ -159,7 +159,7 @@ def version_mismatch(torch_version: str | None, vision_version: str | None) -> s
 
 
 def failed_import() -> str | None:
-    """Return which installed package cannot be imported, and why; None if all can."""
+    """Return which module of ``IMPORTED`` cannot be imported, and why; None if all installed ones can."""
     for name in IMPORTED:
         try:
             if importlib.util.find_spec(name) is not None:

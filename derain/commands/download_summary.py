@@ -1,4 +1,4 @@
-"""Print the sources of data sets, and a download before it starts."""
+"""Table of the sources of data sets, and descriptions of a download that are printed before it starts."""
 
 from collections.abc import Mapping, Sequence
 
@@ -27,7 +27,7 @@ def sources_table(sources: Mapping[str, Sequence[Source]]) -> tables.Table:
 
 
 def print_form(name: str, form: Form) -> None:
-    """Print what to download by hand, and the command that unpacks it."""
+    """Print what the user must download from a page, and the command that unpacks it."""
     print(f"{name}: {LAYOUTS[name].title}")
     print(f"  page     {form.page}")
     print(f"  licence  {form.licence}")
@@ -39,7 +39,7 @@ def print_form(name: str, form: Form) -> None:
 
 
 def print_download(download: Download) -> None:
-    """Print data set, source, licence, size, number of pairs, checksums and disk space of a download."""
+    """Print source, licence, size, number of pairs, checksums and disk space of a download."""
     files = download.listing.files
     print(f"{download.name}: {LAYOUTS[download.name].title}")
     print(f"  source     {download.listing.address}")
@@ -72,7 +72,7 @@ def _size(download: Download) -> str:
 
 
 def _pairs(download: Download) -> str:
-    """Return the number of pairs in each split of a download, found by the names of its files."""
+    """Return text with the number of pairs in each split of a download, found by the names of its files."""
     if download.archives:
         return "counted after unpacking"
     names = [file.path for file in download.listing.files]

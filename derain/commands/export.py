@@ -33,7 +33,7 @@ def export(
 
     Raises:
         DerainError: If an option is wrong, the weights cannot be loaded, the method cannot be exported, or the results
-            differ; then no file is written.
+            differ. No file is written then.
     """
     module, note = load(weights, method)
     if not isinstance(module, DerainModule):

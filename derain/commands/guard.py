@@ -1,6 +1,6 @@
 """Access control for the page of ``derain app``: hosts, origins, files, sessions and queued jobs.
 
-A job is a call of a function of the page, which waits in Gradio's queue until it runs.
+A job is a call of a function of the page. It waits in Gradio's queue until it runs.
 """
 
 import asyncio
@@ -35,23 +35,23 @@ RUNS = JOINS | {"/gradio_api/run/predict"}
 """Paths of requests that call a function of the page."""
 
 CALLS = RUNS | {"/gradio_api/cancel", "/gradio_api/reset"}
-"""Paths of requests with a JSON body."""
+"""Paths of POST requests with a JSON body."""
 
 STREAMS = re.compile(r"/gradio_api/(queue/data|(heartbeat|call/restore)/[\w.-]+)")
 """Paths whose responses are streams of events."""
 
 FIELDS = ("data", "event_data", "fn_index", "trigger_id", "session_hash")
-"""Fields in the JSON body of a call that are forwarded to Gradio; all others are removed."""
+"""Fields in the JSON body of a request in ``RUNS`` that are forwarded to Gradio; all others are removed."""
 
 SERVED = re.compile(
     r"/|/config/?|/theme\.css|/manifest\.json|/favicon\.ico|/robots\.txt|/(assets|static|svelte)/.*"
     r"|/gradio_api/(info/?|app_id/?|startup-events|theme\.css|upload_progress|queue/(data|status)|file=.*)"
     r"|/gradio_api/(heartbeat|call/restore)/[\w.-]+"
 )
-"""Paths that the page and Gradio's clients read (GET); all other paths of Gradio are refused."""
+"""Paths of GET and HEAD requests that the page and Gradio's clients send; those of all other paths are refused."""
 
 CALL_BYTES = 1_000_000
-"""Maximum size in bytes of a JSON body; the page sends a few thousand."""
+"""Maximum size in bytes of a JSON body."""
 
 FORM_BYTES = 65_536
 """Maximum size in bytes of an upload form, in addition to the file in it."""
@@ -71,11 +71,12 @@ COOKIE = "derain-session"
 
 @dataclasses.dataclass
 class Session:
-    """Gradio's session: one open page, or one call of a program.
+    """Session of Gradio: that of an open page, or of a program that calls its functions.
 
     Attributes:
         owner: Cookie of the browser that started the session; empty for programs.
-        last_open: When the session started or its last stream of results closed, in seconds of ``time.monotonic``.
+        last_open: Time when the session started or its last stream of results closed, by ``time.monotonic``, in
+            seconds.
         listeners: Number of open streams of results.
     """
 
@@ -84,12 +85,12 @@ class Session:
     listeners: int = 0
 
     def idle_seconds(self) -> float:
-        """Return the seconds since a stream of results was last open; 0 while one is open."""
+        """Return the seconds since ``last_open``; 0 while a stream of results is open."""
         return 0.0 if self.listeners else time.monotonic() - self.last_open
 
 
 class Guard:
-    """ASGI application in front of Gradio's application; it refuses all requests except those of the page.
+    """ASGI application in front of Gradio's; it refuses all requests that neither the page nor Gradio's clients send.
 
     The Host header of a request must be a known name. Its Origin header, if there is one, must be this page or an
     additional host name. This prevents DNS rebinding and cross-site requests. Files and jobs are accessible only to the
@@ -99,8 +100,8 @@ class Guard:
         app: Gradio's application.
         queue: Gradio's job queue.
         folder: Folder with uploads and restored photos.
-        max_bytes: Maximum size of an uploaded file in bytes; one address may upload ``MAX_JOBS`` times as many in
-            ``KEEP_MINUTES``.
+        max_bytes: Maximum size of an uploaded file in bytes. In ``KEEP_MINUTES`` minutes, one address may upload
+            ``MAX_JOBS`` times as much.
         host: Address that the server listens on.
         allowed_hosts: Additional host names of the page.
 
@@ -154,7 +155,7 @@ class Guard:
             await self.app(request.scope, request.receive, _with_cookie(request, send) if path == "/" else send)
 
     async def _serve_file(self, request: Request, send: Send) -> None:
-        """Forward a request for a file, if the file belongs to the browser."""
+        """Forward a request for a file if the browser may use the file; refuse it otherwise."""
         file = request.scope["path"].removeprefix(FILE_PREFIX)
         if not self.files.belongs(str(Path(file)), _cookie(request)):
             raise HTTPException(403, f"{file}: not a file of this session, or already deleted")
@@ -166,9 +167,9 @@ class Guard:
             self.clean_up()
 
     def clean_up(self) -> None:
-        """Delete files that are older than ``KEEP_MINUTES``, and sessions without jobs that were idle for as long.
+        """Delete files that have not changed for ``KEEP_MINUTES`` minutes; forget sessions that were idle for as long.
 
-        The photos of waiting jobs are kept, except those of abandoned jobs.
+        Photos of waiting jobs are kept unless the job is abandoned. Sessions with jobs are kept.
         """
         for event in self._waiting_jobs():
             if not self._is_abandoned(event):
@@ -182,7 +183,7 @@ class Guard:
                 self.queue.pending_event_ids_session.pop(name, None)
 
     def _check_sender(self, request: Request) -> None:
-        """Refuse a request with an unknown or repeated Host header, or from another site."""
+        """Refuse a request from another site, or without exactly one Host header with a known name."""
         address = request.scope["server"][0] if self.host in ANY_ADDRESS else self.host
         known = LOCAL | self.allowed_hosts | {address}
         hosts = request.headers.getlist("host")
@@ -215,11 +216,11 @@ class Guard:
         self._count_upload(request, 0)
 
         async def receive() -> Message:
-            """Receive a part; Gradio deletes its temporary files after a ``MultiPartException``."""
+            """Receive a part of the upload; after a ``MultiPartException``, Gradio deletes its temporary files."""
             try:
                 message = await receive_bounded()
                 self._count_upload(request, len(message.get("body", b"")))
-            except HTTPException as error:  # Gradio responds to the words in parentheses with status 413
+            except HTTPException as error:  # the words in parentheses make Gradio respond with status 413
                 raise MultiPartException(f"{error.detail} (maximum allowed size)") from error
             if message["type"] == "http.disconnect":
                 raise MultiPartException("the connection ended before the upload did")
@@ -228,11 +229,13 @@ class Guard:
         await self.app(_uncompressed(request), receive, send_and_record)
 
     def _count_upload(self, request: Request, size: int) -> None:
-        """Count bytes of an upload; refuse the upload if its address has sent too many bytes recently."""
+        """Count bytes of an upload; refuse it if its address has uploaded too many in ``KEEP_MINUTES`` minutes."""
         address = _address(request)
         if not self.files.count(address, size):
             limit = f"{self.files.client_bytes / 1e6:,.0f} MB"
-            raise HTTPException(429, f"{address} has uploaded {limit} in {KEEP_MINUTES} minutes; try again later")
+            raise HTTPException(
+                429, f"{address} has uploaded more than {limit} in {KEEP_MINUTES} minutes; try again later"
+            )
 
     async def _call(self, request: Request, send: Send) -> None:
         """Forward a call, if its files and session belong to the browser and its address may add a job."""
@@ -257,7 +260,11 @@ class Guard:
             await self.app(request.scope, _receive_bytes(body, request), send)
 
     def _check_data(self, path: str, call: dict[str, Any]) -> None:
-        """Refuse a call with a wrong number of values, or whose first value is not the photo or photos to restore."""
+        """Refuse a call of an unknown function or with a wrong number of values; also check the first value.
+
+        The first value must be what the function's first component sends: a list of uploaded files, or one uploaded
+        file or None.
+        """
         functions = self.queue.blocks.fns
         index = call.get("fn_index")
         data = call.get("data")
@@ -291,10 +298,10 @@ class Guard:
             raise HTTPException(403, f"session {name}: belongs to another browser")
 
     def _make_room(self, address: str) -> None:
-        """Cancel abandoned jobs; if an address still has too many, cancel its oldest job without a listener.
+        """Cancel abandoned jobs; if an address still has ``MAX_CLIENT_JOBS``, cancel its oldest without a listener.
 
         Raises:
-            HTTPException: If all jobs of the address have listeners.
+            HTTPException: If the address has as many jobs, and all of them have listeners.
         """
         for event in self._waiting_jobs():
             if self._is_abandoned(event):
@@ -306,14 +313,14 @@ class Guard:
             if not self._session(event).listeners:
                 self._cancel(event)
                 return
-        raise HTTPException(429, f"{len(client_jobs)} photos from {address} are waiting; wait until one is restored")
+        raise HTTPException(429, f"{len(client_jobs)} jobs from {address} are waiting; wait until one has run")
 
     def _waiting_jobs(self) -> list[Event]:
         """Return the jobs that have not started, oldest first."""
         return [event for jobs in self.queue.event_queue_per_concurrency_id.values() for event in jobs.queue]
 
     def _photos(self, event: Event) -> list[Path]:
-        """Return the uploaded files of a job: those in its call, and those in the Gradio state of its page."""
+        """Return the uploaded files of a job: those in its call, and those in its session's Gradio state."""
         values = list(event.data.data) if event.data else []
         state = self.queue.blocks.state_holder[event.session_hash]
         values += [state[block._id] for block in event.fn.inputs if block.stateful]
@@ -342,7 +349,10 @@ class Guard:
         return bool(events) and all(map(self._is_abandoned, events))
 
     async def _stream(self, request: Request, send: Send) -> None:
-        """Forward a stream of results to its browser, and record that the files in it belong to the browser."""
+        """Forward a stream of events unless its session belongs to another browser.
+
+        A stream of results counts as a listener, and the files in it are recorded as belonging to the browser.
+        """
         path, cookie = request.scope["path"], _cookie(request)
         last_part = path.rsplit("/", 1)[1]
         if path.startswith("/gradio_api/call/"):
@@ -388,7 +398,7 @@ def _address(request: Request) -> str:
 
 
 def _cookie(request: Request) -> str:
-    """Return the session cookie of a browser; empty for programs, which send none."""
+    """Return the session cookie in a request; empty if there is none, as in requests of programs."""
     return request.cookies.get(COOKIE, "")
 
 
@@ -406,7 +416,11 @@ def _paths(content: Any) -> Iterator[Any]:
 
 
 async def _read_json(request: Request) -> dict[str, Any]:
-    """Return the JSON object in a request."""
+    """Return the JSON object in a request.
+
+    Raises:
+        HTTPException: If the body is too large, incomplete or not a JSON object.
+    """
     try:
         content = json.loads(await Request(request.scope, _bounded(request, CALL_BYTES)).body())
     except ClientDisconnect as error:
@@ -437,7 +451,11 @@ def _with_cookie(request: Request, send: Send) -> Send:
 
 
 def _bounded(request: Request, limit: int) -> Receive:
-    """Return a receiver that refuses requests of more than ``limit`` bytes."""
+    """Return a receiver of a request that raises once more than ``limit`` bytes have arrived.
+
+    Raises:
+        HTTPException: If the Content-Length header is not a number or exceeds the limit.
+    """
     size = 0
 
     async def receive() -> Message:
@@ -455,7 +473,7 @@ def _bounded(request: Request, limit: int) -> Receive:
 
 
 def _receive_bytes(body: bytes, request: Request) -> Receive:
-    """Return a receiver of a body that has been read and replaced, and then of further messages of the request."""
+    """Return a receiver of a new body for a request whose body has been read; further messages are the request's."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from derain.errors import DerainError
 
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
-"""Host names of this machine."""
+"""Host names that always mean this machine."""
 
 ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})
 """Values of ``--host`` that mean all addresses of this machine."""
@@ -18,9 +18,9 @@ NAME = re.compile(rf"{LABEL}(\.{LABEL})*")
 
 
 def host_name(text: str, option: str) -> str:
-    """Return a host name or IP address in the form in which browsers send it.
+    """Return a host name or IP address in the form that `host_of` returns for a browser's Host header.
 
-    Names are converted to lower-case ASCII (IDNA); IP addresses are shortened and lose their brackets.
+    Names are converted to lower-case ASCII (IDNA); IPv6 addresses are shortened and lose their brackets.
 
     Args:
         text: Name or IP address.

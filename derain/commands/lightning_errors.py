@@ -22,9 +22,9 @@ def one_line(error: BaseException) -> str:
 
 
 def raised_by_lightning(error: BaseException) -> bool:
-    """Return whether Lightning itself raised an error, for example because a method lacks an attribute."""
+    """Return whether code of Lightning raised an error, for example because a method lacks an attribute."""
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-    if isinstance(error, AttributeError):  # torch looks up the attributes of a module
+    if isinstance(error, AttributeError):  # for a missing attribute of a module, torch raises it
         files = [file for file in files if not file.is_relative_to(TORCH_FOLDER)]
     return files[-1].is_relative_to(LIGHTNING_FOLDER)
 
@@ -33,11 +33,11 @@ def original_error(error: BaseException) -> BaseException:
     """Return the error that a constructor raised, without the text that jsonargparse added.
 
     Args:
-        error: Error of jsonargparse, raised from that of the constructor.
+        error: Error of jsonargparse, usually raised from that of the constructor.
 
     Returns:
-        A `DerainError` if derain or Lightning raised the error, or if jsonargparse found no class for a value;
-        otherwise ``error``.
+        A `DerainError` with the message of the constructor's error, or, if a value had none of the accepted types, an
+        explanation of jsonargparse's error. In all other cases, ``error`` itself.
     """
     chain: list[BaseException] = []
     cause: BaseException | None = error

@@ -6,10 +6,10 @@ import warnings
 from pathlib import Path
 
 SHOWN_FILES = re.compile(r"lightning/pytorch/(callbacks|tuner|profilers)/|signal_connector\.py$")
-"""Source files whose info messages are shown: callbacks, tuner, profilers, and SLURM signal handling."""
+"""Source files whose info messages are shown: callbacks, tuner, profilers and signal handling."""
 
 SIGTERM_MESSAGE = re.compile("An SIGTERMException was raised")
-"""Message that is hidden, since derain prints another one: what stopped the run, and how to resume it."""
+"""Message that is hidden, since derain prints what stopped the run and how to resume it."""
 
 
 class MessageFilter(logging.Filter):
@@ -38,7 +38,7 @@ def filter_lightning_messages() -> None:
         ".*treespec, LeafSpec.*",
         ".*The dirpath has changed.*",
         ".*exists and is not empty. Previous log files.*",  # run_setup restores metrics.csv of a resumed run
-        "Checkpoint directory .* exists and is not empty.",  # true of every resumed run
+        "Checkpoint directory .* exists and is not empty.",  # true if a run is resumed in its folder
         ".*is smaller than the logging interval.*",
         "You are using a custom batch sampler .* for prediction.",  # derain's sampler returns every image once
         "It is recommended to use `self.log.*sync_dist=True.*",  # scores are gathered already; speeds are rank 0's

@@ -14,8 +14,7 @@ def list_models(*, all: bool = False) -> int:
     """List the bundled models, with method, size and training sets; --weights accepts their names.
 
     Args:
-        all: Also list public models, which other people publish and which are downloaded from the Hugging Face hub on
-            first use.
+        all: Also list public models of other people, which are downloaded from the Hugging Face hub on first use.
     """
     from derain.files.weights import read
 

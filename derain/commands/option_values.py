@@ -1,4 +1,4 @@
-"""Values of options that are a number or a word."""
+"""Parse the values of options that are a number or a word."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ def tile_size(text: str) -> int | Literal["auto"] | None:
     """Return the value of ``--tile``: a side in pixels, ``auto``, or None (for ``none``: whole images).
 
     Raises:
-        DerainError: If the text is not a number of pixels, ``auto`` or ``none``; sides that are too small are accepted.
+        DerainError: If the text is not a whole number, ``auto`` or ``none``; the number is not checked further.
 
     Example:
         >>> tile_size("none"), tile_size("auto"), tile_size("512")

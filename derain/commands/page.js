@@ -1,9 +1,9 @@
-// Photos that are pasted, chosen or dropped: Gradio uploads one photo, this script uploads several.
+// Handles photos that are pasted, chosen or dropped: Gradio uploads a single photo, this script uploads several.
 // The page sets maxMegabytes, the largest size of a file in MiB, and maxPhotos, the largest number of photos.
 
 let chosen = [], unreadable = [];
 
-// Restore photos; `messages` names dropped files and folders that are not among them.
+// Restore photos; `messages` has a message about each dropped file or folder that is not among them.
 const choose = (files, messages = []) => {
   const input = document.querySelector("#photo input[type=file]");
   if (!input || !files.length && !messages.length) return;
@@ -19,6 +19,7 @@ const choose = (files, messages = []) => {
 };
 
 // Upload the chosen photos one by one; return their files on the server, and a message for each refused photo.
+// If there are more than maxPhotos, upload none, and return one message.
 const uploadChosen = async () => {
   const files = [], refused = [...unreadable], photos = chosen, note = document.querySelector("#uploading p");
   if (photos.length > maxPhotos) {
@@ -44,7 +45,7 @@ const uploadChosen = async () => {
   return [files, refused];
 };
 
-// Return the files of a dropped file or folder; hidden files in folders are ignored.
+// Return a dropped file, or the files in a dropped folder and its subfolders, without hidden files and subfolders.
 // Add a message to `messages` for each file and folder that cannot be read.
 const filesOf = async (entry, messages) => {
   try {
@@ -60,7 +61,7 @@ const filesOf = async (entry, messages) => {
   }
 };
 
-// Return the files of dropped files and folders, and messages for those that cannot be read and empty folders.
+// Return all files of dropped files and folders, and messages about unreadable files and folders and empty folders.
 const filesOfAll = async (entries) => {
   const files = [], messages = [];
   for (const entry of entries) {
@@ -71,13 +72,13 @@ const filesOfAll = async (entries) => {
   return [files, messages];
 };
 
-const ofPhoto = (event) => event.target.matches?.("#photo input[type=file]");
+const isForPhoto = (event) => event.target.matches?.("#photo input[type=file]");
 
 document.addEventListener("paste", (event) => choose(event.clipboardData.files));
 document.addEventListener("dragover", (event) => event.preventDefault());
-document.addEventListener("click", (event) => { if (ofPhoto(event)) event.target.multiple = true; }, true);
+document.addEventListener("click", (event) => { if (isForPhoto(event)) event.target.multiple = true; }, true);
 document.addEventListener("change", (event) => {
-  if (!ofPhoto(event) || event.target.files.length < 2) return;
+  if (!isForPhoto(event) || event.target.files.length < 2) return;
   event.stopImmediatePropagation();
   choose(event.target.files);
 }, true);

@@ -23,7 +23,7 @@ ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path d="M
 4-10 9-17z" fill="#3b82f6"/></svg>"""
 
 SCRIPT = Path(__file__).with_name("page.js")
-"""Script that accepts photos pasted, chosen or dropped anywhere; without it, a browser would open a dropped photo."""
+"""Script that accepts photos that are pasted, chosen, or dropped anywhere on the page."""
 
 HEAD = (
     """<link rel="icon" type="image/svg+xml" href="data:image/svg+xml,"""
@@ -31,16 +31,16 @@ HEAD = (
     + """">
 <meta name="color-scheme" content="light dark">"""
 )
-"""Head of the page, with its icon."""
+"""Icon and colour scheme in the head of the page."""
 
 UPLOAD_SEVERAL = """async (...values) => {
   const [files, refused] = await uploadChosen();
   return [files, ...values.slice(1, -1), refused];
 }"""
-"""JavaScript that uploads several photos, and returns the inputs of the function that restores them."""
+"""JavaScript that uploads the chosen photos, and puts them and the messages about refused ones into the inputs."""
 
 SCALES = ("full", "auto", "2", "3", "4", "6", "8")
-"""Values of the option ``scale``, as for ``derain restore``; the first is the default."""
+"""Values of ``--scale`` of ``derain restore`` that the page offers; the first is the default."""
 
 METADATA = {
     False: "The restored photo has no metadata: no time, camera or location.",
@@ -52,7 +52,7 @@ METADATA = {
 def build(
     service: RestorationService, max_megabytes: int, host: str = "127.0.0.1", allowed_hosts: Collection[str] = ()
 ) -> Guard:
-    """Build the page with Gradio, behind a `Guard` that enforces hosts, origins, sizes and queue limits.
+    """Build the page with Gradio, behind a `Guard`.
 
     Args:
         service: Restores uploaded photos.
@@ -61,7 +61,7 @@ def build(
         allowed_hosts: Additional host names of the page.
 
     Returns:
-        The ASGI application to serve, with the page inside.
+        The ASGI application to serve.
 
     Raises:
         DerainError: If ``host`` or an additional name is not a host name.
@@ -84,13 +84,13 @@ def build(
         theme=_theme(),
         head=_head(max_megabytes),
     )
-    blocks.has_launched = True  # with it, Gradio itself also refuses paths of files that were not uploaded
+    blocks.has_launched = True  # only then does Gradio check the paths of files itself
     guard = Guard(application, blocks._queue, service.folder, max_megabytes * 2**20, host, allowed_hosts)
     return guard
 
 
 def _head(max_megabytes: int) -> str:
-    """Return the head of the page."""
+    """Return the head of the page, with styles and script."""
     style, script = (file.read_text(encoding="utf-8") for file in (STYLE, SCRIPT))
     limits = f"const maxMegabytes = {max_megabytes}, maxPhotos = {MAX_PHOTOS};"
     return f"{HEAD}<style>{style}</style><script>{limits}\n{script}</script>"  # css= would rewrite the selectors
@@ -220,7 +220,7 @@ def _add_components(service: RestorationService) -> _Components:
 
 
 def _add_options() -> tuple[gr.Accordion, gr.Dropdown, gr.Slider]:
-    """Add the options of derain restore that the page has: the accordion, scale and strength."""
+    """Add the options of `derain restore` that the page offers; return the accordion, scale and strength."""
     with gr.Accordion("Options", open=False, visible=False, elem_id="options") as options:
         scale = gr.Dropdown(
             list(SCALES),
@@ -233,7 +233,7 @@ def _add_options() -> tuple[gr.Accordion, gr.Dropdown, gr.Slider]:
 
 
 def _add_events(components: _Components, service: RestorationService, abandoned: Callable[[str], bool]) -> None:
-    """Restore a photo when it is uploaded or a setting changes; clear the page for another photo.
+    """Add the events: uploads and changed settings restore photos, and a button clears the page for another photo.
 
     Args:
         components: Components of the page.
@@ -254,7 +254,7 @@ def _add_events(components: _Components, service: RestorationService, abandoned:
         refused: Any = None,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio finds it by its default
     ) -> Any:
-        """Restore one or several photos; return the updates that show the results or the errors on the page."""
+        """Restore one or several photos; return the updates that show results and errors on the page."""
         uploads, messages = _uploads(files)
         messages += [_text(message) for message in refused] if isinstance(refused, list) else []
         if not uploads and not messages:
@@ -342,7 +342,7 @@ def _add_events(components: _Components, service: RestorationService, abandoned:
 
 
 def _uploads(files: Any) -> tuple[dict[Path, str], list[str]]:
-    """Return the client's name of each uploaded file by path, and a message for each file that was chosen twice.
+    """Return the client's name of each uploaded file by path, and a message for each repeated file.
 
     Gradio gives files of equal name and content the same path.
 
@@ -399,7 +399,7 @@ def _shown(components: _Components, title: str, caption: Sequence[str], facts: M
     Args:
         components: Components of the page.
         title: Name of the photo, or number of photos.
-        caption: Facts beside the title.
+        caption: Facts below the title.
         facts: All facts, by name.
     """
     rain = ["rain added"] if "synthetic rain" in facts else []
@@ -414,7 +414,7 @@ def _shown(components: _Components, title: str, caption: Sequence[str], facts: M
 
 
 def _text(value: Any) -> str:
-    """Return a value as text, with characters replaced that UTF-8 cannot encode."""
+    """Return a value as text; characters that UTF-8 cannot encode are replaced."""
     return str(value).encode("utf-8", "replace").decode()
 
 
@@ -438,7 +438,7 @@ def _errors(messages: Sequence[str]) -> str:
 
 
 def _facts_list(facts: Mapping[str, Any]) -> str:
-    """Return facts as an HTML description list; a mapping of scores in [0, 1] becomes a list of bars."""
+    """Return facts as an HTML description list; a mapping, whose values are scores in [0, 1], becomes bars."""
     rows = []
     for name, value in facts.items():
         if isinstance(value, Mapping):
@@ -454,7 +454,7 @@ def _facts_list(facts: Mapping[str, Any]) -> str:
 
 
 def _figure(name: str, picture: Pixels) -> str:
-    """Return a small RGB picture as HTML; it is embedded, so that no file has to be deleted."""
+    """Return HTML of a small RGB picture with a caption; the picture is embedded, so that no file is written."""
     data = base64.b64encode(cv2.imencode(".jpg", picture[..., ::-1])[1].tobytes()).decode()
     caption = html.escape(name)
     return (

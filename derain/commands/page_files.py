@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 KEEP_MINUTES = 30
-"""Minutes after which uploads and results are deleted; when the server stops, all files are deleted."""
+"""Minutes without a change after which uploads and results are deleted."""
 
 
 class PageFiles:
@@ -28,17 +28,17 @@ class PageFiles:
         """Bytes by address and minute."""
 
     def add(self, paths: Iterable[str], cookie: str) -> None:
-        """Allow the browser that has a cookie to use files; paths outside the folder are ignored."""
+        """Allow the browser with a cookie to use files; paths outside the folder are ignored."""
         for path in paths:
             if self._is_inside(path):
                 self._owners.setdefault(path, set()).add(cookie)
 
     def belongs(self, path: object, cookie: str) -> bool:
-        """Return whether the browser that has a cookie may use a file: its own upload, or a result of its jobs."""
+        """Return whether the browser with a cookie may use a file: `add` has allowed it."""
         return isinstance(path, str) and cookie in self._owners.get(path, ()) and self._is_inside(path)
 
     def count(self, address: str, size: int) -> bool:
-        """Count bytes that an address uploads; return whether it is still within ``client_bytes``.
+        """Count bytes that an address uploads; return whether its recent uploads are within ``client_bytes``.
 
         Args:
             address: IP address of the client.
@@ -50,7 +50,7 @@ class PageFiles:
         return total <= self.client_bytes
 
     def delete_old(self) -> None:
-        """Delete files that did not change for ``KEEP_MINUTES`` minutes; forget their owners, and counts as old."""
+        """Delete files that have not changed for ``KEEP_MINUTES`` minutes; forget their owners and old uploads."""
         for path in self.folder.rglob("*"):
             try:
                 if not path.is_dir() and time.time() - path.lstat().st_ctime > KEEP_MINUTES * 60:

@@ -1,4 +1,4 @@
-"""Restore many photos: read ahead of the device, restore several at once, write behind it."""
+"""Restore many photos: while some are restored together, later ones are read and earlier ones written."""
 
 import errno
 from collections import deque
@@ -18,23 +18,23 @@ Outcome = bool | DerainError | OSError
 """Whether the written metadata contains a location; or the error that prevented the restoration."""
 
 PIXELS_AHEAD = 48_000_000
-"""Largest number of pixels of all photos that are read, restored or written at a time; one photo may have more."""
+"""Maximum number of pixels of all photos that are read, restored or written at a time; one photo may have more."""
 
 WORKERS = 2
-"""Number of threads that read photos, and number that write them: decoding and encoding release Python's lock."""
+"""Number of threads that read photos, and of those that write them."""
 
 BATCHES = 4
-"""Largest number of batches that are restored in one call; on a CPU, of photos for each thread."""
+"""Maximum number of batches that are restored in one call; on a CPU, maximum number of photos for each thread."""
 
 NOT_WRITABLE = {errno.ENOSPC, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
-"""Errors of a full or read-only disk, after which no further file can be written; Windows has no quota error."""
+"""Error numbers of a full or read-only disk, after which no file can be written; Windows has no quota error."""
 
 
 class PhotoPipeline:
     """Restores photos in order, with bounded memory.
 
-    Threads read photos ahead of the device. The photos that are ready are restored together. Other threads write the
-    results. If the pipeline is interrupted, files that are being written are completed.
+    Some threads read photos, others write results. The calling thread restores together the photos that have been read.
+    If the pipeline is interrupted, files that are being written are completed.
 
     Args:
         restorer: Restorer that ``restore`` uses; it determines how many photos are restored in one call.
@@ -54,14 +54,14 @@ class PhotoPipeline:
         self.restorer = restorer
         self.read, self.restore, self.write = read, restore, write
         self._readers, self._writers = ThreadPoolExecutor(WORKERS), ThreadPoolExecutor(WORKERS)
-        # Files in order, each with its photo (once it is read) and its number of pixels.
+        # Files in order, each with its future photo and its number of pixels.
         self._reading: deque[tuple[Path, Future[Photo], int]] = deque()
-        # Outcomes in order, each with the number of pixels of a photo to be written; 0 for an error.
+        # Outcomes in order, each with the number of pixels of the photo to write; 0 for an error.
         self._writing: deque[tuple[Future[bool] | DerainError | OSError, int]] = deque()
         self._size: tuple[int, ...] = ()
 
     def run(self, jobs: Mapping[Path, Path]) -> Generator[Outcome]:
-        """Restore photos.
+        """Restore photos; a pipeline runs once.
 
         Args:
             jobs: Output file of each input file.
@@ -91,7 +91,7 @@ class PhotoPipeline:
             self._stop()
 
     def _read_ahead(self, remaining: deque[Path]) -> None:
-        """Start to read the next photos, up to half of `PIXELS_AHEAD`, but at least one photo."""
+        """Start to read photos for the next call: at most half of `PIXELS_AHEAD`, but at least one photo."""
         while remaining and len(self._reading) < self._group_size() + WORKERS:
             pixels = _pixels(remaining[0])
             if self._reading and pixels + sum(item[2] for item in self._reading) > PIXELS_AHEAD // 2:
@@ -113,7 +113,7 @@ class PhotoPipeline:
         return BATCHES * at_once
 
     def _restore_group(self, jobs: Mapping[Path, Path]) -> None:
-        """Restore the next photo and those after it that have been read already; start to write the results."""
+        """Restore the next photo, and those after it that have been read already; start to write the results."""
         photos: list[Photo] = []
         sources: list[Path] = []
         while self._reading:
@@ -159,7 +159,7 @@ class PhotoPipeline:
         self._size = (height, width)
 
     def _is_done(self) -> bool:
-        """Return whether the first outcome is known."""
+        """Return whether the first outcome is known; false if its writing was cancelled."""
         first = self._writing[0][0]
         return not isinstance(first, Future) or (first.done() and not first.cancelled())
 

@@ -1,7 +1,7 @@
-"""Ranks of a run on one machine: if one dies, the others end within 30 seconds, and one message is printed.
+"""Ranks of a run on one machine: if one dies, the others end within 30 seconds, and one of them reports it.
 
-Under torchrun and SLURM, their own agents end the others. Without them, Lightning starts the other ranks as child
-processes of rank 0. Here, rank 0 observes its children, and they observe rank 0 (on Windows they do not).
+Under torchrun and SLURM, their own agents end the other ranks. Without these, Lightning starts the other ranks as child
+processes of rank 0. Then, rank 0 observes its children, and, except on Windows, they observe rank 0.
 """
 
 import os
@@ -26,17 +26,17 @@ INTERVAL = 1.0
 """Seconds between two checks of the other ranks."""
 
 PATIENCE = 12.0
-"""Seconds in which a rank may end by itself after another rank has died, for example with an error of its own."""
+"""Seconds in which a rank may end by itself after another rank has died."""
 
 TERMINATED = {128 + signal.SIGTERM, -signal.SIGTERM}
-"""Exit codes of a rank that SIGTERM has stopped: derain's own, and that of a rank killed by a second SIGTERM."""
+"""Exit codes of a rank that ended after SIGTERM: derain's own, and that of a rank without a handler of the signal."""
 
 LOST_CONNECTION = re.compile("gloo|nccl|ucc|tcpstore|process ?group|connection|socket|broken pipe", re.IGNORECASE)
-"""Pattern of errors of torch.distributed that are raised if another rank has died."""
+"""Pattern of the errors that torch.distributed raises if another rank has died."""
 
 
 class SignalConnector(_SignalConnector):
-    """Signal handlers of Lightning without communication between ranks.
+    """Lightning's signal handlers without communication between ranks.
 
     Lightning's handler of SIGTERM broadcasts the signal. If one rank broadcasts while another waits in a collective
     operation of the run, they wait for each other forever.
@@ -55,11 +55,11 @@ class SignalConnector(_SignalConnector):
 class Ranks:
     """Context manager of a run: rank 0 observes the ranks that Lightning has started, and these observe rank 0.
 
-    Ranks other than rank 0 begin to observe when the object is created. With one process, or under torchrun and SLURM,
-    there is nothing to observe.
+    The started ranks begin to observe when the object is created. With one process, or under torchrun and SLURM, there
+    is nothing to observe.
 
     Args:
-        next_step: Returns the end of the message about a dead rank: how to resume the run.
+        next_step: Returns the end of the message about a dead rank, such as how to resume the run.
     """
 
     def __init__(self, next_step: Callable[[], str]) -> None:
@@ -67,7 +67,7 @@ class Ranks:
         self.processes: Sequence[subprocess.Popen[bytes]] = ()
         self._finished = threading.Event()
         self.local_rank = os.environ.get("LOCAL_RANK", "0")
-        self.rank_0_id = 0  # process ID of rank 0; 0 on rank 0 itself, and if there is nothing to observe
+        self.rank_0_id = 0  # process ID of rank 0; 0 on rank 0 itself, and if rank 0 is not observed
         if self.local_rank == "0":
             os.environ[MAIN_PROCESS] = str(os.getpid())
         elif os.name == "posix":
@@ -83,7 +83,7 @@ class Ranks:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def failure(self) -> str:
-        """Return which rank has died and how; empty if none has."""
+        """Return which observed rank has died and how; empty if none has."""
         if self.rank_0_id:
             return "" if os.getppid() == self.rank_0_id else f"rank 0 (process {self.rank_0_id}) ended"
         for rank, process in enumerate(self.processes, 1):
@@ -103,7 +103,7 @@ class Ranks:
 
         Raises:
             DerainError: On rank 0, or on rank 1 if rank 0 has died; the message names the dead rank.
-            Stopped: On rank 0, if SIGTERM has stopped the other rank.
+            Stopped: On rank 0, if SIGTERM has stopped another rank.
             SystemExit: On the remaining ranks, which print no message.
         """
         try:
@@ -129,14 +129,14 @@ class Ranks:
             raise SystemExit(2) from error
 
     def _wait(self, condition: Callable[[], bool]) -> None:
-        """Wait until a condition holds, for at most half of `PATIENCE`."""
+        """Wait until a condition is true, for at most half of `PATIENCE`."""
         end = time.monotonic() + PATIENCE / 2
         while not condition() and time.monotonic() < end:
             time.sleep(INTERVAL / 10)
 
     @property
     def _reports(self) -> bool:
-        """Whether this rank reports a dead rank: rank 0 does, and rank 1, which observes rank 0 only."""
+        """Whether this rank reports a dead rank: rank 0 reports others, rank 1 reports rank 0."""
         return self.local_rank in {"0", "1"}
 
     def _kill(self) -> None:
@@ -145,7 +145,7 @@ class Ranks:
             process.kill()  # a process that waits for a collective ignores SIGTERM
 
     def _watch(self) -> None:
-        """End this process if another rank has died and this one does not end by itself within `PATIENCE`."""
+        """End this process and its children if an observed rank has died and the run does not end in `PATIENCE`."""
         while not self._finished.wait(INTERVAL):
             failure = self.failure()
             if failure and not self._finished.wait(PATIENCE):

@@ -36,7 +36,7 @@ ACCEPTED = SUFFIXES | video.SUFFIXES
 """Suffixes of photos and videos."""
 
 MAX_TEMPORAL = 8
-"""Largest number of neighbours before and after with which frames are fused."""
+"""Maximum number of neighbours on each side with which a frame of a video is fused."""
 
 log = logging.getLogger("derain")
 
@@ -96,7 +96,7 @@ def restore(
             and only for methods that have maps.
         crf: Quality of videos, from 0 (best) to 51 (worst).
         encoder: Encoder of videos, such as h264_nvenc or hevc_videotoolbox (default: libx264, for WebM libvpx-vp9).
-        temporal: Number of neighbours before and after with which each frame of a video is fused, such as 2; 0
+        temporal: Number of frames before and of frames after each frame of a video that are fused with it, such as 2; 0
             restores frame by frame.
         strip_metadata: Remove EXIF metadata (time, camera, location) and the tags of videos; colour profiles are kept.
         white: Value of white in floating-point TIFF files, such as 255.
@@ -109,7 +109,7 @@ def restore(
         device: Device: auto, cpu, cuda, cuda:N or mps.
         precision: Precision of the network: float32, bf16 (autocast), or auto, which is float32 for photos and bf16
             for videos. Devices without bfloat16 instructions use float32; so do methods that sample with auto.
-        compile: Compile the network, which takes up to a minute; worthwhile for hundreds of photos.
+        compile: Compile the network, which takes up to a minute; worthwhile for hundreds of images.
         scale: Factor by which images are reduced to estimate the rain, which is subtracted at full size; auto reduces
             a shorter side of 2000 pixels or more to 1000 to 1500 pixels, full does not reduce images.
         strength: Share of the rain that is removed, from 0 to 1.
@@ -160,7 +160,7 @@ def _checked_plan(input: str, out: Path, options: FileOptions) -> dict[Path, Pat
     """Return the output path of each input, as `plan` does, and check options and outputs.
 
     Raises:
-        DerainError: As for `plan`; if two outputs have the same path; or if an option is wrong.
+        DerainError: As for `plan`; if two output files collide; or if an option is wrong.
     """
     jobs = plan(input, out)
     check_outputs((file, source) for source, target in jobs.items() for file in output_files(target, options))
@@ -198,7 +198,7 @@ class Report:
         kept: Number of existing outputs that are kept.
         failures: Messages about files that could not be restored.
         restored: Number of restored files.
-        attempted: Number of files that were restored or failed since the weights were loaded.
+        attempted: Number of calls of `add`: files that were restored or failed.
         with_location: Outputs whose metadata contains a location.
     """
 
@@ -211,11 +211,11 @@ class Report:
     with_location: list[Path] = field(default_factory=list)
 
     def add(self, target: Path, outcome: Outcome) -> None:
-        """Count a file.
+        """Count a file that was restored or failed.
 
         Args:
             target: Output file.
-            outcome: Whether its metadata contains a location, or the error that prevented its restoration.
+            outcome: Whether its metadata contains a location, or the error that prevented the restoration.
         """
         self.attempted += 1
         if isinstance(outcome, Exception):
@@ -237,7 +237,7 @@ class Report:
             )
 
     def print_interrupted(self, remaining: Sequence[Path], overwrite: bool) -> None:
-        """Print the counts of an interrupted run, and how to restore the remaining files."""
+        """Print the counts of an interrupted run, and how to restore the remaining files, given their outputs."""
         print(
             f"restored {self.restored} of {self.total}, kept {self.kept} existing, {len(self.failures)} failed, "
             f"{len(remaining)} remain: {self.out}; {_next_step(remaining, overwrite)}",
@@ -245,7 +245,7 @@ class Report:
         )
 
     def finish(self, kind: str) -> int:
-        """Print the counts of a finished run; return the exit code.
+        """Print the counts of a finished run; return the exit code 0.
 
         Raises:
             DerainError: If a file could not be restored.
@@ -256,8 +256,8 @@ class Report:
         return 0
 
 
-def _check_options(options: FileOptions, sources: Mapping[Path, Path]) -> None:
-    first_video = next(filter(is_video, sources), None)
+def _check_options(options: FileOptions, jobs: Mapping[Path, Path]) -> None:
+    first_video = next(filter(is_video, jobs), None)
     if first_video is not None and options.explain:
         raise DerainError(f"--explain: {first_video} is a video; omit --explain, or extract a frame as a photo")
     if not 0 <= options.temporal <= MAX_TEMPORAL:
@@ -267,7 +267,7 @@ def _check_options(options: FileOptions, sources: Mapping[Path, Path]) -> None:
 
 
 def _remove_broken_videos(pending: dict[Path, Path], options: FileOptions) -> list[str]:
-    """Remove videos that cannot be restored from ``pending``, before weights are loaded; return messages about them."""
+    """Remove from ``pending`` the videos that cannot be read or written; return messages about them."""
     failures = []
     for source in filter(is_video, list(pending)):
         try:
@@ -279,7 +279,7 @@ def _remove_broken_videos(pending: dict[Path, Path], options: FileOptions) -> li
 
 
 def _restore_all(restorer: "Restorer", jobs: Mapping[Path, Path], options: FileOptions, report: Report) -> None:
-    """Restore files in order; failures are collected in the report."""
+    """Restore files in order, and add their outcomes to the report; first remove temporary files of killed runs."""
     remove_unfinished_outputs(file for target in jobs.values() for file in output_files(target, options))
     outcomes = _outcomes(restorer, jobs, options)
     for target, outcome in zip(jobs.values(), track(outcomes, "Restoring", len(jobs)), strict=True):
@@ -287,7 +287,7 @@ def _restore_all(restorer: "Restorer", jobs: Mapping[Path, Path], options: FileO
 
 
 def _outcomes(restorer: "Restorer", jobs: Mapping[Path, Path], options: FileOptions) -> Iterator[Outcome]:
-    """Restore files in order and yield their outcomes; a `PhotoPipeline` restores successive photos."""
+    """Restore files in order and yield their outcomes; a `PhotoPipeline` restores photos that follow one another."""
     for are_videos, sources in itertools.groupby(jobs, is_video):
         group = {source: jobs[source] for source in sources}
         if not are_videos and len(group) > 1:
@@ -305,7 +305,7 @@ def _outcomes(restorer: "Restorer", jobs: Mapping[Path, Path], options: FileOpti
 
 
 def _next_step(remaining: Sequence[Path], overwrite: bool) -> str:
-    """Return how to restore the remaining files, given their outputs, after an interrupt; for a message."""
+    """Return the end of the message of `Report.print_interrupted`: how to restore the remaining files."""
     if not overwrite:
         return "run the same command for the rest"
     old = sum(target.exists() for target in remaining)
@@ -317,7 +317,7 @@ def _next_step(remaining: Sequence[Path], overwrite: bool) -> str:
 def restore_photo(restorer: "Restorer", source: Path, target: Path, options: FileOptions) -> bool:
     """Restore a photo.
 
-    The explanation and the comparison are written before the photo: if the photo exists, they exist as well.
+    Explanation and comparison are written before the restored photo: if it exists, they exist too.
 
     Args:
         restorer: Restores the photo.
@@ -330,6 +330,7 @@ def restore_photo(restorer: "Restorer", source: Path, target: Path, options: Fil
 
     Raises:
         DerainError: If the photo cannot be read, restored or written.
+        OSError: If the file system refuses to read or write a file.
     """
     pipeline = photo_pipeline(restorer, options)
     photo = pipeline.read(source)
@@ -340,7 +341,7 @@ def restore_photo(restorer: "Restorer", source: Path, target: Path, options: Fil
 
 
 def photo_pipeline(restorer: "Restorer", options: FileOptions) -> PhotoPipeline:
-    """Return the pipeline that reads, restores and writes photos as the options say."""
+    """Return a pipeline that reads, restores and writes photos by these options."""
 
     def read(source: Path) -> Photo:
         photo = read_photo(source, options.white)
@@ -391,6 +392,7 @@ def restore_video(restorer: "Restorer", source: Path, target: Path, options: Fil
 
     Raises:
         DerainError: If the video cannot be read, restored or written.
+        OSError: If the file system refuses to read or write a file.
     """
 
     def restore_frames(frames: Iterator[video.Picture]) -> Iterator[Pixels]:
@@ -420,8 +422,8 @@ def is_video(path: Path) -> bool:
 def plan(source: str, out: Path) -> dict[Path, Path]:
     """Return the output path of each input.
 
-    In an output folder, inputs keep their names; those of an input folder keep their subfolders, those of a glob do
-    not. Videos in a container that cannot be written become ``.mp4``.
+    In an output folder, inputs keep their names, but videos in a container that cannot be written become ``.mp4``.
+    Inputs from a folder also keep their subfolders; those of a glob do not.
 
     Args:
         source: A file, a folder or a glob.
@@ -491,7 +493,7 @@ def output_files(target: Path, options: FileOptions) -> list[Path]:
 
 
 def comparison_path(target: Path) -> Path:
-    """Return the path of the picture, or video, that shows before and after.
+    """Return the path of the picture or video that shows before and after.
 
     Example:
         >>> comparison_path(Path("out/a.jpg")).as_posix(), comparison_path(Path("out/a.mp4")).as_posix()

@@ -28,10 +28,10 @@ from derain.progress import track
 from derain.restoration import choose_device
 
 PAPER_SETS = {"Rain800": "Rain800", "RainTrainH": "Rain100H", "RainTrainH-full": "Rain100H", "RainTrainL": "Rain100L"}
-"""Training sets of CLIP-RPN's paper as the paper names them, by layout."""
+"""Names in CLIP-RPN's paper of the training sets whose routes it counts, by layout."""
 
 SHEET_IMAGES, SHEET_COLUMNS = 24, 6
-"""Maximum number of images on a contact sheet, and in one of its rows."""
+"""Maximum number of images on a contact sheet, and maximum number in one of its rows."""
 
 
 def route(
@@ -46,7 +46,7 @@ def route(
     device: str = "auto",
     format: Literal["table", "json"] = "table",
 ) -> int:
-    """Count the images on each route of CLIP-RPN; save their scores, and a contact sheet for each route with images.
+    """Count the images on each route of CLIP-RPN; save their scores, and a contact sheet of each route that has images.
 
     Args:
         sets: Names or folders of data sets, or folders with images.
@@ -116,11 +116,11 @@ def read_prompts(name: str) -> tuple[str, ...]:
 
 
 def find_images(name: str, split: Split, root: Path | None = None) -> PairSet:
-    """Return the images of one split of a data set, or all images of a folder that is not a data set.
+    """Return the pairs of one split of a data set, or all images of a folder that is not a data set.
 
     Args:
         name: Name or folder of a data set, or a folder with images.
-        split: ``train`` or ``test``; ignored for a folder that is not a data set.
+        split: Split of the data set; ignored for a folder that is not a data set.
         root: Folder with data sets; ``$DERAIN_DATA`` by default.
 
     Raises:
@@ -148,7 +148,7 @@ def _is_data_set(folder: Path) -> bool:
 
 
 def read_rainy(pair: Pair) -> Pixels:
-    """Read the rainy image of a pair, ``(h, w, 3)`` in 0 to 255; a separate clean file is not read."""
+    """Read the rainy image of a pair, ``(h, w, 3)`` in 0 to 255, without reading a separate clean file."""
     return read_rgb(pair.rainy) if pair.clean_side is None else pair.read()[0]
 
 
@@ -168,7 +168,8 @@ def count_routes(
 
     Returns:
         One entry per set: its name and origin, the number of ``images``, ``counts`` by route, and ``paper``: the counts
-        in CLIP-RPN's paper, or None if the paper has none or counted another number of images.
+        by route in CLIP-RPN's paper, or None if it has none for this set and these prompts, or counted another number
+        of images. The entry of all sets together has no origin.
     """
     entries: list[dict[str, Any]] = []
     start = 0
@@ -212,7 +213,7 @@ def _sum_columns(rows: Sequence[Sequence[int]]) -> list[int]:
 
 
 def write_files(folder: Path, sets: Sequence[PairSet], similarities: Tensor, summary: dict[str, Any]) -> None:
-    """Write ``routes.csv``, ``summary.json`` and ``route-N.png``; contact sheets of earlier runs are deleted.
+    """Write ``routes.csv``, ``summary.json`` and contact sheets ``route-N.png``; delete those of earlier runs.
 
     Args:
         folder: Folder for the files.
@@ -259,8 +260,7 @@ def route_sheet(images: Sequence[tuple[float, Pair]]) -> Image.Image:
     """Return a contact sheet of at most ``SHEET_IMAGES`` images, evenly spaced in the list.
 
     Args:
-        images: Margin and image for all images of a route; the margin is the difference between the two largest scores
-            of the image.
+        images: Margin and pair of each image; the margin is the difference between its two largest scores.
     """
     indices = np.linspace(0, len(images) - 1, min(SHEET_IMAGES, len(images))).round().astype(int)
     selected = [images[index] for index in indices]

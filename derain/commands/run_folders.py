@@ -1,4 +1,4 @@
-"""Folders of runs, ``ROOT/COMMAND-N``; all processes of a run share one folder."""
+"""Folders of runs, such as ``ROOT/COMMAND-N``; all processes of a run share one folder."""
 
 import itertools
 import os
@@ -13,7 +13,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from derain.errors import DerainError
 
 RUN = re.compile(r"(fit|validate|test|predict)-[\d.]+")
-"""Pattern of the names of run folders; the number may be the ID of a SLURM job."""
+"""Pattern of the names of run folders; the number may be the ID of a SLURM job, with a further number after a dot."""
 
 
 def root_of(folder: Path) -> Path:
@@ -27,21 +27,21 @@ def root_of(folder: Path) -> Path:
 def shared_folder(root: Path, command: str, resuming: bool, arguments: Sequence[str] = ()) -> Path:
     """Return the folder of the run, the same for all its processes.
 
-    To resume a run, each process that torchrun or SLURM has started looks for its folder (`run_folder`). The folder of
-    a new run is chosen as follows:
+    If torchrun or SLURM (with several tasks) has started the processes of a run to resume, each of them looks for the
+    folder by `run_folder`. The folder of a new run is chosen as follows:
 
     - under torchrun, rank 0 chooses it and sends it to the others through torchrun's store;
     - under SLURM with several tasks, it is named after the job and, except in step 0, the step;
     - under SLURM with one task, see `job_folder`;
     - otherwise, it gets the next free number.
 
-    Processes that Lightning has started read the folder from the environment variable ``DERAIN_RUN``.
+    Processes that Lightning has started read the folder from the environment variable ``DERAIN_RUN`` instead.
 
     Args:
         root: Folder in which runs are numbered, or a run folder.
         command: ``fit``, ``validate``, ``test`` or ``predict``.
-        resuming: Whether to resume the run in ``root`` if it has a ``last.ckpt``, or else the newest run.
-        arguments: The command line; a job that SLURM has restarted finds its run by it.
+        resuming: Whether to resume a run, as for `run_folder`.
+        arguments: The command line, by which a job that SLURM has restarted finds its run.
 
     Raises:
         DerainError: If there is no run to resume.
@@ -78,14 +78,14 @@ def restarts() -> int:
 
 
 def _slurm_tasks() -> int:
-    """Return the number of processes that SLURM started for this run; 1 in an interactive shell."""
+    """Return the number of processes that SLURM started for this run; 1 in an interactive shell or outside SLURM."""
     # Lightning recognises an interactive shell by these names of the job.
     interactive = os.environ.get("SLURM_JOB_NAME") in {"bash", "interactive"}
     return 1 if interactive else int(os.environ.get("SLURM_NTASKS", 1))
 
 
 def _choose_folder(root: Path, command: str, resuming: bool, arguments: Sequence[str]) -> Path:
-    """Return the folder of the run; only the first process of a run calls this."""
+    """Return the folder of the run; called by one process of the run."""
     if resuming or "SLURM_JOB_ID" not in os.environ:
         return run_folder(root, command, resuming)
     return job_folder(root_of(root), command, arguments)
@@ -94,9 +94,9 @@ def _choose_folder(root: Path, command: str, resuming: bool, arguments: Sequence
 def job_folder(root: Path, command: str, arguments: Sequence[str]) -> Path:
     """Return the folder of a run in a SLURM job: ``root/COMMAND-JOBID``, with ``.1``, ``.2`` for further runs.
 
-    If SLURM has restarted the job, a run gets its earlier folder, which is found by its command line. After each start
-    of the job, the run saves its command line to a new file in the folder, ``slurm-RESTARTS.txt``. Only one process can
-    create the file, so that two runs never use a folder at the same time.
+    If SLURM has restarted the job, a run gets the folder in which it saved the same command line before. After each
+    start of the job, it saves the command line to a new file in the folder, ``slurm-RESTARTS.txt``. Only one process
+    can create the file, so that two runs never use a folder at the same time.
 
     Args:
         root: Folder for the run folders.
@@ -113,7 +113,7 @@ def job_folder(root: Path, command: str, arguments: Sequence[str]) -> Path:
 
 
 def _claim(folder: Path, command_line: str) -> bool:
-    """Create the folder of a run in a SLURM job; return False if it belongs to another run."""
+    """Create or reuse the folder of a run in a SLURM job; return False if it belongs to another run."""
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
@@ -133,7 +133,8 @@ def run_folder(root: Path, command: str, resuming: bool) -> Path:
     Args:
         root: Folder in which runs are numbered, or a run folder.
         command: ``fit``, ``validate``, ``test`` or ``predict``.
-        resuming: Whether to resume the run in ``root`` if it has a ``last.ckpt``, or else the newest run.
+        resuming: Whether to resume a run: that in ``root`` if it has a ``last.ckpt``, or else that with the newest
+            ``last.ckpt``.
 
     Raises:
         DerainError: If there is no run to resume.
@@ -153,7 +154,7 @@ def run_folder(root: Path, command: str, resuming: bool) -> Path:
 
 
 def _new_folder(root: Path, command: str) -> Path:
-    """Create the folder with the next free number."""
+    """Create the folder whose number is one above the largest, and return it."""
     numbers = [path.name.rsplit("-", 1)[1] for path in root.glob(f"{command}-*")]
     number = max((int(number) for number in numbers if number.isdecimal()), default=0)
     while True:

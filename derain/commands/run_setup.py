@@ -43,18 +43,21 @@ from derain.errors import DerainError
 log = logging.getLogger("derain")
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
-"""Supported values of ``--trainer.precision``; with all of them, weights are float32."""
+"""Supported values of ``Trainer.precision``; with all of them, weights are float32."""
 
 LIMITS = {
     "validate": "limit_val_batches",
     "test": "limit_test_batches",
     "predict": "limit_predict_batches",
 }
-"""Trainer option that limits the number of evaluated batches, by command."""
+"""Trainer option that limits the number of batches, by command."""
 
 
 def commit() -> str | None:
-    """Return the git tag or commit of the current folder, with ``-dirty`` if files have changed; None outside git."""
+    """Return the output of ``git describe`` for the current folder: tag or commit, ``-dirty`` if files have changed.
+
+    It is None without git, outside a repository, or before the first commit.
+    """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -64,7 +67,7 @@ def commit() -> str | None:
 
 
 def check_options(trainer: Any, command: str) -> None:
-    """Check values of the trainer's options that Lightning accepts, but that would fail later or have no effect.
+    """Check the trainer's options for values that derain does not support.
 
     Args:
         trainer: Configured options of the trainer.
@@ -92,7 +95,7 @@ def check_options(trainer: Any, command: str) -> None:
         )
     if trainer.barebones:
         raise DerainError(
-            "--trainer.barebones true: not supported, since every run logs and saves checkpoints; omit it"
+            "--trainer.barebones true: not supported, since it turns off logging and checkpoints; omit it"
         )
     limit = LIMITS.get(command)
     if limit and trainer[limit] == 0:
@@ -109,7 +112,7 @@ def check_trainer(trainer: Trainer) -> None:
     """
     if trainer.precision not in PRECISIONS:
         raise DerainError(
-            f"--trainer.precision {trainer.precision}: not supported, since images are scored in float32; use "
+            f"--trainer.precision {trainer.precision}: not supported, since weights must be float32; use "
             f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
         )
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
@@ -117,7 +120,7 @@ def check_trainer(trainer: Trainer) -> None:
             f"--trainer.strategy {type(trainer.strategy).__name__}: not supported; use auto, ddp or "
             "ddp_find_unused_parameters_true"
         )
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # loses messages and exit codes
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # it loses messages and exit codes
         raise DerainError(
             f"--trainer.strategy ddp_{trainer.strategy.launcher._start_method}: not supported on the command line; use "
             "ddp or ddp_find_unused_parameters_true"
@@ -139,7 +142,7 @@ def check_trainer(trainer: Trainer) -> None:
             )
         if isinstance(callback, ModelPruning):
             raise DerainError(
-                f"--trainer.callbacks {name}: not supported, since pruned networks cannot be resumed; omit it"
+                f"--trainer.callbacks {name}: not supported, since training cannot resume with it; omit it"
             )
 
 
@@ -148,8 +151,8 @@ def configured_loggers(configured: Any, folder: Path, checkpoint: str | None) ->
 
     Args:
         configured: Value of ``--trainer.logger``: False (no logging), True or None (CSV only), a logger or a list.
-        folder: Folder of the run.
-        checkpoint: Checkpoint from which the run resumes; None for a new run.
+        folder: Folder of the run; if the run resumes in it, the rows of ``metrics.csv`` up to the checkpoint are kept.
+        checkpoint: Value of ``--ckpt_path``; None without the option.
     """
     if configured is False:
         return False
@@ -162,9 +165,9 @@ def configured_loggers(configured: Any, folder: Path, checkpoint: str | None) ->
 
 
 def _keep_metrics(csv: CSVLogger, file: Path, checkpoint: Path) -> None:
-    """Keep the metrics of a resumed run up to the step of its checkpoint; otherwise, the logger would delete the file.
+    """Keep the metrics of a resumed run up to the step of its checkpoint; the logger alone would delete the file.
 
-    Incomplete rows, which a run leaves if it is killed while the logger writes the file, are dropped.
+    Incomplete rows are dropped; a run leaves them if it is killed while the logger writes the file.
 
     Args:
         csv: Logger of the resumed run.
@@ -202,14 +205,14 @@ def _keep_metrics(csv: CSVLogger, file: Path, checkpoint: Path) -> None:
 def save_during_manual_optimization(callback: ModelCheckpoint) -> None:
     """Make a configured ``ModelCheckpoint`` save by time with manual optimisation too.
 
-    Its class becomes ``derain.callbacks.Checkpoint``. If it is a user's subclass, its class becomes a new one that
-    derives from the subclass and from ``Checkpoint``.
+    Its class becomes ``derain.callbacks.Checkpoint``. If it is of a subclass, its class becomes a new one that derives
+    from the subclass and from ``Checkpoint``; subclasses of ``Checkpoint`` are unchanged.
     """
     configured = type(callback)
     if configured is ModelCheckpoint:
         callback.__class__ = Checkpoint
     elif not issubclass(configured, Checkpoint):
-        # Lightning saves the state of a callback under the name of its class, which must not change.
+        # Checkpoints contain the state of a callback under the name of its class, which must not change.
         names = {"__module__": configured.__module__, "__qualname__": configured.__qualname__}
         callback.__class__ = type(configured.__name__, (configured, Checkpoint), names)
 
@@ -219,13 +222,15 @@ def run_callbacks(
 ) -> list[Callback]:
     """Return the configured callbacks and those that derain adds for a command.
 
+    Only ``fit`` keeps configured callbacks that search for a batch size or learning rate; others log and ignore them.
+
     Args:
         configured: Callbacks of the configuration.
         command: ``fit``, ``validate``, ``test`` or ``predict``.
         config: Configuration of the command.
         folder: Folder of the run.
         monitor: Metric whose highest value selects the best checkpoint; used only by ``fit``.
-        commit: Git commit that ``test`` saves with its results; None outside git.
+        commit: Result of `commit`, which ``test`` saves with its results.
     """
     for callback in configured:
         if isinstance(callback, ModelCheckpoint):

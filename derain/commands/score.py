@@ -26,7 +26,7 @@ from derain.tables import Cell, Column, Format, Row, Table, Value, write_results
 Metric = PyiqaMetric | FrechetDistance
 
 TEMPORAL_COLUMNS = tuple(f"{prefix}{name}" for prefix in ("", "clean_") for name in TEMPORAL_NAMES)
-"""Names of the temporal scores of the derained and of the clean video."""
+"""Names of the temporal scores of the derained video, and those of the clean video."""
 
 
 def score(
@@ -44,8 +44,8 @@ def score(
 
     Args:
         derained: An image, or a folder with the results of a method.
-        clean: The clean image, a folder with clean images, or the folder or name of a data set; images are paired by
-            name.
+        clean: A clean image, a folder with clean images, or the folder or name of a data set; images of folders are
+            paired by name.
         protocol: How PSNR and SSIM are computed: matlab-y, prenet, restormer, plnlin, ir-sde-rgb, ir-sde-y, rgb, or
             ir-sde for ir-sde-rgb and ir-sde-y; append +down to compute SSIM on down-sampled images; add temporal for
             flicker and warping error of videos.
@@ -94,7 +94,7 @@ def available(names: Sequence[str], create: Callable[[str], Metric]) -> list[Met
 
     Args:
         names: Names in pyiqa.
-        create: Function that loads the metric of a name.
+        create: Function that returns the metric of a name.
 
     Raises:
         UnknownMetricError: If pyiqa has no metric of a name.
@@ -121,25 +121,24 @@ def evaluate(
 
     Args:
         pairs: Derained images, with their clean images if there are protocols.
-        protocols: Protocols of PSNR and SSIM; if empty, the only result has the no-reference metrics.
+        protocols: Protocols of PSNR and SSIM; if empty, there is one result without them.
         lpips: LPIPS metric; None: not computed.
         metrics: Metrics of pyiqa. Those that compare with clean images require a clean image in every pair.
         consecutive: Indices of the frames that are compared with the frame at the previous index (flicker, warping
-            error); None for no temporal metrics.
+            error); None for no temporal metrics. They require a clean image in every pair.
 
     Returns:
-        One result per protocol: ``protocol``, ``definition``, ``count``, means ``psnr`` (dB), ``ssim`` and ``lpips``,
-        ``psnr_interval`` and ``ssim_interval`` (95 %, bootstrap), ``lpips_net``, ``no_reference`` and
+        One result per protocol: ``protocol``, ``definition``, ``count`` of the images, means ``psnr`` (dB), ``ssim``
+        and ``lpips``, ``psnr_interval`` and ``ssim_interval`` (95 %, bootstrap), ``lpips_net``, ``no_reference`` and
         ``full_reference`` (means by name; Fréchet distances of all images), ``temporal`` (means of flicker and warping
         error by name) and ``images`` (scores of each image). With videos, also ``sequences`` (means of each sequence)
-        and ``sequence_means`` (means over sequences). Scalars that were not computed are None; dictionaries of them
-        are empty.
+        and ``sequence_means`` (means over sequences). What was not computed is None, or an empty dictionary.
 
     Raises:
         DerainError: If an image cannot be read or scored; the message has its path.
     """
     per_image_metrics = [metric for metric in metrics if isinstance(metric, PyiqaMetric)]
-    lock = threading.Lock()  # one network at a time: it uses all cores by itself
+    lock = threading.Lock()  # for networks, each of which uses all cores
 
     def score_image(pair: ScoringPair) -> list[dict[str, float]]:
         """Return the scores of an image, one dictionary per protocol."""
@@ -182,7 +181,7 @@ def _read(pairs: Sequence[ScoringPair]) -> Iterator[tuple[Pixels, Pixels]]:
 
 
 def consecutive_derained_frames(pairs: Sequence[ScoringPair]) -> frozenset[int]:
-    """Return the indices of the frames whose predecessor in the video is at the previous index (no gap).
+    """Return the indices of the frames whose preceding frame in the video is at the previous index.
 
     Raises:
         DerainError: If there are no videos.
@@ -199,7 +198,7 @@ def consecutive_derained_frames(pairs: Sequence[ScoringPair]) -> frozenset[int]:
 def _compare_frames(
     pairs: Sequence[ScoringPair], consecutive: Collection[int], pool: ThreadPoolExecutor
 ) -> list[dict[str, float | None]]:
-    """Return flicker and warping error between each frame and the previous one; None for a frame that has none."""
+    """Return flicker and warping error between each frame and the one before it; None if that is not consecutive."""
 
     def compare(index: int) -> dict[str, float | None]:
         if index not in consecutive:
@@ -256,8 +255,8 @@ def results_table(results: Sequence[dict[str, Any]], *, intervals: bool) -> Tabl
     """Return a table with one row per protocol; for videos, a second row has the means over sequences.
 
     Args:
-        results: Results of ``evaluate``.
-        intervals: Whether confidence intervals are added to the means.
+        results: Results of `evaluate`.
+        intervals: Whether confidence intervals are added to the means over images.
     """
     first = results[0]
     videos = "sequences" in first
@@ -300,7 +299,7 @@ def results_table(results: Sequence[dict[str, Any]], *, intervals: bool) -> Tabl
 
 
 def image_records(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of the CSV: one per protocol and image, and with videos also one per protocol and sequence."""
+    """Return the rows of the CSV: one per protocol and image, then with videos one per protocol and sequence."""
     records = [{"protocol": result["protocol"], **image} for result in results for image in result["images"]]
     for result in results:
         for sequence in result.get("sequences", ()):

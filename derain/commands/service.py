@@ -30,19 +30,19 @@ from derain.restoration import Explanation, Restorer
 from derain.scaling import automatic_factor
 
 PREVIEW_SIDE = 2048
-"""Longest side of a photo on the page, in pixels; the download has full size."""
+"""Maximum side of a photo on the page, in pixels; the download has full size."""
 
 PAIR_SIDE = 1024
-"""Longest side of a photo on the page if several are restored together, in pixels."""
+"""Maximum side of a photo on the page if several are restored together, in pixels."""
 
 MAP_SIDE = 640
-"""Longest side of a map on the page, in pixels."""
+"""Maximum side of a map on the page, in pixels."""
 
 MAX_PHOTOS = 500
 """Maximum number of photos that are restored together."""
 
 STEM_BYTES = 200
-"""Maximum number of bytes of a file name in an archive, without suffix and number; file systems accept 255."""
+"""Maximum number of bytes of a file name in an archive, without number and suffix; file systems accept 255 in all."""
 
 RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)", re.IGNORECASE)
 """Start of the file names that Windows reserves for devices, with any suffix."""
@@ -56,10 +56,10 @@ def load_restorers(names: Sequence[str], device: str) -> dict[str, Restorer]:
         device: Device to restore on: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
 
     Returns:
-        Restorers by the label that the page shows: name and method.
+        Restorers by the label that the page shows: weights and method.
 
     Raises:
-        DerainError: If weights cannot be loaded.
+        DerainError: If weights cannot be loaded, or the device is not available.
     """
     restorers = {name: Restorer(name, device=device) for name in dict.fromkeys(names)}
     stems = {name: Path(name).stem for name in restorers}
@@ -75,12 +75,12 @@ class RestoredPhoto(NamedTuple):
     """Files and facts of a restored photo.
 
     Attributes:
-        before: JPEG of the rainy photo, shrunk to a longest side of ``PREVIEW_SIDE``.
+        before: JPEG of the rainy photo, with sides of at most ``PREVIEW_SIDE``.
         after: JPEG of the restored photo, of the same size.
-        download: PNG with the size, bit depth, transparency and colour profile of the photo.
+        download: PNG of the restored photo at full size, written by `Photo.write`.
         maps: Pictures of the removed rain and of the method's maps, by name, as `map_pictures` returns them.
-        facts: Model, size, time, what the method found in the photo, and the settings that differ from the defaults
-            (scale, strength, synthetic rain), by name.
+        facts: Model, size, time, what the method found in the photo, and settings that differ from the defaults (scale,
+            strength, synthetic rain), by name.
     """
 
     before: Path
@@ -94,11 +94,10 @@ class RestoredPhotos(NamedTuple):
     """Files and facts of several photos that were restored together.
 
     Attributes:
-        pairs: Name of each restored photo, with JPEGs before and after, shrunk to a longest side of ``PAIR_SIDE``.
+        pairs: Name of each restored photo, and JPEGs of it before and after, with sides of at most ``PAIR_SIDE``.
         errors: A message for each photo that could not be restored.
-        download: ZIP archive of the restored photos, with the names and formats of the uploaded ones; None if all
-            failed.
-        facts: Model, number of restored photos, time, and the settings that differ from the defaults, by name.
+        download: ZIP archive of the restored photos, with the names that `_archive_names` returns; None if all failed.
+        facts: Model, number of restored photos, time, and settings that differ from the defaults, by name.
     """
 
     pairs: list[tuple[str, Path, Path]]
@@ -112,11 +111,11 @@ def _never() -> bool:
 
 
 class RestorationService:
-    """Restores uploaded photos, one at a time.
+    """Restores uploaded photos; one call of `restore` or `restore_all` runs at a time.
 
     Args:
         restorers: Restorers by label.
-        folder: Folder for the results; each restoration creates a subfolder.
+        folder: Folder for the results; each call creates a subfolder.
         max_megapixels: Maximum size of a photo in megapixels.
         keep_metadata: Whether restored photos keep their EXIF metadata.
     """
@@ -162,8 +161,8 @@ class RestorationService:
             scale: Factor by which the photo is reduced to estimate the rain, ``full`` or ``auto``, as for derain
                 restore.
             strength: Share of the rain that is removed, from 0 to 1.
-            abandoned: Returns whether the client has left; if so, the restoration stops. Called before each layer of
-                the network.
+            abandoned: Returns whether the client has left. It is called before each layer of the network; if it
+                returns True, the restoration stops.
 
         Returns:
             Files in a new folder, and facts.
@@ -171,6 +170,7 @@ class RestorationService:
         Raises:
             DerainError: If there is no such model or scale; the file is not a photo, is too large or does not fit into
                 memory; or the restoration was stopped. The message is shown on the page.
+            OSError: If a result cannot be written.
         """
         name = Path(name).name
         self.check(upload, name)
@@ -211,16 +211,16 @@ class RestorationService:
         abandoned: Callable[[], bool] = _never,
         progress: Callable[[int], object] = lambda done: None,
     ) -> RestoredPhotos:
-        """Restore several photos as `derain restore` does: in batches, reading ahead and writing behind.
+        """Restore several photos by a `PhotoPipeline`, as `derain restore` does.
 
         Args:
             uploads: Name on the client of each uploaded file, by path.
             model: Label of a restorer.
             amount: Amount of synthetic rain, from 0 (none) to 100.
             seed: Seed of the synthetic rain.
-            scale: Scale at which the rain is estimated, as for `restore`.
+            scale: As for `restore`.
             strength: Share of the rain that is removed, from 0 to 1.
-            abandoned: Returns whether the client has left, as for `restore`.
+            abandoned: As for `restore`.
             progress: Called after each photo with the number of photos that were restored or have failed.
 
         Returns:
@@ -229,6 +229,7 @@ class RestorationService:
         Raises:
             DerainError: If there are more than ``MAX_PHOTOS``, there is no such model or scale, or the restoration was
                 stopped; the message is shown on the page.
+            OSError: If the disk is full or read-only.
         """
         if len(uploads) > MAX_PHOTOS:
             raise DerainError(
@@ -281,7 +282,7 @@ class RestorationService:
     def _settings(
         self, model: str, amount: float, seed: int, scale: str, strength: float
     ) -> tuple[Restorer, dict[str, Any]]:
-        """Return the restorer of a model, and facts: the settings that differ from the defaults, by name.
+        """Return the restorer of a model, and as facts the settings that differ from the defaults, by name.
 
         Raises:
             DerainError: If there is no such model or scale.
@@ -299,23 +300,23 @@ class RestorationService:
         return self.restorers[model], facts
 
     def _read(self, upload: Path, amount: float, seed: int) -> Photo:
-        """Read a photo, remove its metadata unless it is kept, and add synthetic rain."""
+        """Read a photo, remove its EXIF metadata unless ``keep_metadata``, and add synthetic rain if any."""
         photo = read_photo(upload)
         if not self.keep_metadata:
             photo = photo.without_exif()
         return photo if amount <= 0 else replace(photo, rgb=add_rain_to(photo.rgb, amount, seed))
 
     def close(self) -> None:
-        """Stop a running restoration before its next layer, wait until it has ended, and refuse further ones."""
+        """Stop a running restoration before its next layer, wait until it has ended, and refuse all later ones."""
         self._closed.set()
         with self._lock:  # held by a restoration until it has stopped
             pass
 
     def _stop_if_unwanted(self, *_: Any) -> None:
-        """Stop a restoration whose client has left, or if the page was closed; also a hook of each layer.
+        """Stop a restoration if its client has left or the page was closed; called before each layer, too.
 
         Raises:
-            DerainError: If the restoration is unwanted.
+            DerainError: If so.
         """
         if self._closed.is_set():
             raise DerainError("the page was closed")
@@ -330,7 +331,8 @@ class RestorationService:
             name: Name of the file on the client.
 
         Raises:
-            DerainError: If the file is missing, empty, not a photo, or too large; the message is shown on the page.
+            DerainError: If the file is missing, empty, not a photo, or larger than ``max_megapixels``; the message is
+                shown on the page.
         """
         if not upload.is_file():
             raise DerainError(
@@ -361,10 +363,10 @@ def _renamed(error: Exception, name: str, *paths: Path) -> DerainError:
 
 
 def _archive_names(uploads: Mapping[Path, str]) -> dict[Path, PurePath]:
-    """Return the names of files in an archive: those on the client, as Linux and Windows permit them.
+    """Return the names of files in an archive: those on the client, changed where Linux or Windows forbids them.
 
-    Other characters become ``-``, which also precedes the names of devices on Windows. Names are cut to ``STEM_BYTES``;
-    repeated names are numbered. Names without the suffix of an image format that derain writes become ``.png``.
+    Forbidden characters become ``-``, and ``-`` is put before names that Windows reserves. Long names are cut, repeated
+    names are numbered. ``.png`` is appended to names without the suffix of an image format that derain writes.
 
     Example:
         >>> uploads = {Path("x/1"): "a.jpg", Path("x/2"): "A.JPG", Path("x/3"): "../scan", Path("x/4"): "con.png"}
@@ -389,18 +391,14 @@ def _archive_names(uploads: Mapping[Path, str]) -> dict[Path, PurePath]:
 
 
 def _pair_of(target: Path) -> tuple[Path, Path]:
-    """Return the paths of the pictures of a photo before and after restoration.
-
-    Args:
-        target: Output file of the photo.
-    """
+    """Return the paths of pictures before and after restoration, given the output file of a photo."""
     return target.with_name(f"{target.stem}-before.jpg"), target.with_name(f"{target.stem}-after.jpg")
 
 
 def _write_pair(
     before: Path, after: Path, rainy: NDArray[np.float32], derained: NDArray[np.float32], longest: int
 ) -> None:
-    """Write JPEGs of a photo before and after restoration, shrunk to a longest side in pixels."""
+    """Write JPEGs of a photo before and after restoration, with sides of at most ``longest`` pixels."""
     write_image(before, shrink(rainy, longest), subsampling=0)
     write_image(after, shrink(derained, longest), subsampling=0)
 
@@ -424,7 +422,7 @@ def map_pictures(
 
 
 def add_rain_to(rgb: NDArray[np.float32], amount: float, seed: int) -> NDArray[np.float32]:
-    """Add synthetic rain to a photo; the same amount and seed give the same pixels.
+    """Add synthetic rain to a photo; amount and seed determine the result.
 
     Args:
         rgb: ``(h, w, 3)`` in [0, 1]; rounded to 8 bits before rain is added.
@@ -443,7 +441,7 @@ def rain_of_amount(amount: float, seed: int) -> Rain:
 
     Args:
         amount: Amount of rain, from 0 to 100.
-        seed: Seed of the parameters that are drawn within each preset.
+        seed: Seed of the rain that is sampled within the limits of each preset.
 
     Example:
         >>> rain_of_amount(0.0, 7).density
@@ -463,7 +461,7 @@ def rain_of_amount(amount: float, seed: int) -> Rain:
 
 
 def shrink(picture: NDArray[np.float32], longest: int) -> Pixels:
-    """Return a picture in 8 bits, shrunk so that its longest side is ``longest``; smaller pictures keep their size.
+    """Return a picture in 8 bits; if its longest side exceeds ``longest``, it is shrunk to that.
 
     Args:
         picture: ``(h, w, 3)`` in [0, 1].

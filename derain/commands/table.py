@@ -1,4 +1,4 @@
-"""Build the papers' tables, and plots, from the results of ``derain test``."""
+"""Build tables as in the papers, and plots, from the results of ``derain test``."""
 
 import csv
 import itertools
@@ -31,10 +31,10 @@ from derain.tables import Cell, Column, Format, Row, Table, Value, write_results
 log = logging.getLogger("derain")
 
 PARTIAL = "*"
-"""Mark of scores over only a part of the images of a set."""
+"""Mark of scores that were computed on a part of the images of a set only."""
 
 SEQUENCES = "sequences"
-"""Name of the group of columns with means over sequences, after that of the data set."""
+"""Word after the name of a data set, in the header above the columns with means over its sequences."""
 
 SCORE_COLUMNS: tuple[tuple[str, str, str, Literal["max", "min", None]], ...] = (
     ("psnr", "PSNR", ".2f", "max"),
@@ -43,7 +43,7 @@ SCORE_COLUMNS: tuple[tuple[str, str, str, Literal["max", "min", None]], ...] = (
     ("flicker", "flicker", ".3f", None),
     ("warping_error", "warping error", ".6f", "min"),
 )
-"""Columns of a data set: attribute of `Score`, header, format, and whether the largest or smallest value is best."""
+"""Columns of a data set: attribute of `Score`, header, format, and which value is best."""
 
 COST_SIDE = 256
 """Height and width of the image for which MACs are counted, in pixels."""
@@ -68,9 +68,9 @@ def table(
         results: Files summary.json, or folders that contain such files; optional with --paper.
         protocol: Protocol of the scores; required if the results have several.
         published: Add rows with the results that papers report on these data sets.
-        paper: Reproduce one table of a paper, with your results on its data sets: cliprpn:3, cliprpn:6, cliprpn:10,
-            cliprpn:11, daclip:1, daclip:2, plnlin:2, plnlin:4 or plnlin:6.
-        cost: Add parameters and MACs at 256×256 pixels.
+        paper: Reproduce one table of a paper, together with your results on its data sets: cliprpn:3, cliprpn:6,
+            cliprpn:10, cliprpn:11, daclip:1, daclip:2, plnlin:2, plnlin:4 or plnlin:6.
+        cost: Count parameters, and MACs at 256×256 pixels, of the methods of your results.
         method: Class of a method outside derain whose cost is to be counted, such as my_method.MyModule.
         best: Print the best value of each column in bold; scores over a part of a set are not compared.
         format: Output format; CSV and JSON have full precision.
@@ -112,7 +112,7 @@ def own_rows(results: Sequence[Path], protocol: str | None) -> tuple[list[Result
 
     Args:
         results: Files ``summary.json``, or folders that contain such files.
-        protocol: Protocol of the scores; may be None if all results have one protocol, the same.
+        protocol: Protocol of the scores; None if all results have the same one.
 
     Raises:
         DerainError: If there are no results, or they cannot be compared.
@@ -147,14 +147,14 @@ def restrict_to(rows: Sequence[ResultRow], sets: set[str]) -> list[ResultRow]:
 
 
 def _shows_best(format: Format, out: Path | None) -> bool:
-    """Return whether the output can show bold text."""
+    """Return whether an output of this format can show bold text."""
     if format == "table":
         return out is None and sys.stdout.isatty()
     return format in {"markdown", "latex"}
 
 
 def add_costs(rows: Sequence[ResultRow], methods: Sequence[str] = ()) -> list[ResultRow]:
-    """Return rows with parameters and MACs of their methods; a warning names rows whose cost cannot be counted.
+    """Return rows with the parameters and MACs of their methods; warn of rows whose cost cannot be counted.
 
     Args:
         rows: Rows of the user's results.
@@ -194,7 +194,7 @@ def set_names(rows: Sequence[ResultRow]) -> list[str]:
 
 
 def footnote_numbers(rows: Sequence[ResultRow]) -> dict[str, int]:
-    """Return the number of the footnote for each different note of published rows, from 1."""
+    """Return the number of the footnote, from 1, by note; published rows may share a note."""
     notes = dict.fromkeys(row.note for row in rows if row.note)
     return {note: number for number, note in enumerate(notes, start=1)}
 
@@ -247,7 +247,7 @@ def _score_columns(
     Args:
         group: Header above the columns.
         scores: Scores of each row, or means over sequences; None for a row without them.
-        network: Network of LPIPS, for the header; None if it is unknown.
+        network: Network of LPIPS, for the header; None if no row has one.
         best: Whether the best value of each column is marked.
     """
     for name, title, number_format, direction in SCORE_COLUMNS:
@@ -259,7 +259,7 @@ def _score_columns(
 
 
 def _mark_partial(number: float | None, score: Score | None, header: str) -> Value:
-    """Return PSNR and SSIM with a mark if only a part of the images was scored, other values unchanged."""
+    """Return a number of a column, with a mark if it is PSNR or SSIM of a part of the images only."""
     marked = number is not None and score is not None and score.partial_of and header in {"PSNR", "SSIM"}
     return Cell(number, PARTIAL) if marked else number
 
@@ -414,7 +414,7 @@ def _slug(name: str) -> str:
 
 
 def _unused(file: Path, written: Sequence[Path]) -> Path:
-    """Return the path, with a number if a written plot has this path: slugs of different names may be equal."""
+    """Return the path of a plot; a number is added if a written plot has it, since slugs of names may be equal."""
     for count in itertools.count(1):
         candidate = file if count == 1 else file.with_stem(f"{file.stem}-{count}")
         if candidate not in written:
@@ -433,7 +433,7 @@ def _read_epochs(file: Path) -> list[tuple[float, float]]:
 
 
 def _read_images(file: Path | None, protocol: str) -> list[tuple[float, float]]:
-    """Return the PSNR in dB of each rainy and derained image; empty if there is no file."""
+    """Return the PSNR in dB of each rainy image and of its derained image; empty if there is no file."""
     if file is None or not file.is_file():
         return []
     try:

@@ -40,10 +40,10 @@ log = logging.getLogger("derain")
 
 
 class SaveConfig(SaveConfigCallback):
-    """Save ``config.yaml`` and ``commit.txt`` to the folder of the run, and send both to the loggers."""
+    """Save ``config.yaml`` and ``commit.txt`` to the folder of the run; send their contents to all loggers but CSV."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Send the configuration and the commit to the loggers, and save ``commit.txt``."""
+        """Send the configuration and the commit to all loggers but CSV, and save ``commit.txt``."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):
@@ -54,18 +54,18 @@ class SaveConfig(SaveConfigCallback):
 def _model_class(config: Any) -> type[TrainableModule] | None:
     """Register and return the class that ``--model`` names; None without the option.
 
-    If its option ``network`` is a class path, that class is registered, too.
+    If ``--model.network`` is a class path, that class is registered, too.
     """
     if not config.model:
         return None
     network = (config.model.get("init_args") or {}).get("network")
-    if isinstance(network, str) and "." in network:  # class path for RegressionModule
-        use_method(network, "--model.network")  # also registers networks
+    if isinstance(network, str) and "." in network:
+        use_method(network, "--model.network")  # registers classes of networks, too
     return cast(type[TrainableModule], use_method(config.model.class_path, "model"))
 
 
 class DerainCLI(LightningCLI):
-    """LightningCLI with a folder for each run, ``runs/EXPERIMENT/COMMAND-N``; ``--ckpt_path last`` resumes a run.
+    """LightningCLI with a folder for each run: by default ``runs/EXPERIMENT/COMMAND-N``.
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
@@ -78,9 +78,9 @@ class DerainCLI(LightningCLI):
         super().__init__(**kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return only this command, since building a parser for each takes a third of a second.
+        """Return only this command, since LightningCLI would build the parsers of all commands.
 
-        The value is the set of those arguments of the trainer's method, such as ``Trainer.test``, that are not options.
+        The value contains the arguments of the trainer's method, such as ``Trainer.test``, that are not options.
         """
         return {self.command: LightningCLI.subcommands()[self.command]}
 
@@ -92,20 +92,21 @@ class DerainCLI(LightningCLI):
             default=None,
             help="Weights to load: a name from derain models list, hub:OWNER/NAME, or a file of derain or of a "
             "method's authors (PReNet: FILE:stages=N,variant=NAME). fit starts from them; validate, test and predict "
-            "evaluate their method.",
+            "run their method.",
         )
         parser.add_argument(
             "--protocol",
             type=list[str],
             default=["matlab-y"],
-            help="Evaluation protocols (derain score --help lists them); fit selects the best checkpoint by the first; "
-            "temporal, for test only, adds flicker and warping error of videos.",
+            help="Protocols of PSNR and SSIM (derain score --help lists them); fit selects the best checkpoint by PSNR "
+            "under the first; temporal, for test only, adds flicker and warping error of videos.",
         )
         parser.add_argument(
             "--lpips",
             type=Literal["auto", "alex", "vgg", "none"],
             default="auto" if parser.prog.endswith("test") else "none",
-            help="Network of LPIPS; auto is alex if its weights are on this machine, else none.",
+            help="Network of LPIPS; auto is alex if its weights are on this machine, else none; alex and vgg download "
+            "missing weights.",
         )
         parser.add_argument(
             "--sampling",
@@ -118,8 +119,8 @@ class DerainCLI(LightningCLI):
                 "--tile",
                 type=int | Literal["auto"] | None,
                 default=None,
-                help="Side of tiles in pixels, at least 64, or auto: tiles if an image exceeds the memory (default: "
-                "whole images). Tiles change scores slightly.",
+                help="Side of tiles in pixels, at least 64; or auto: tiles only if memory is short (default: whole "
+                "images). Tiles change scores slightly.",
             )
         if parser.prog.endswith("predict"):
             parser.add_argument(
@@ -150,7 +151,7 @@ class DerainCLI(LightningCLI):
         """Parse the options, and load the checkpoint of ``--ckpt_path FILE``.
 
         Raises:
-            DerainError: If an option is invalid, the checkpoint cannot be loaded, or there are no weights to evaluate.
+            DerainError: If an option is invalid, the checkpoint cannot be loaded, or no weights to evaluate are given.
         """
         self.arguments = list(args)
         try:
@@ -171,14 +172,14 @@ class DerainCLI(LightningCLI):
             check_tile(config.get("tile"))
 
     def _load_checkpoint(self, config: Any) -> None:
-        """Load the checkpoint of ``--ckpt_path`` early, so that a damaged file is reported before the run starts."""
+        """Load the method of ``--ckpt_path FILE``, to evaluate it or, for ``fit``, to report a damaged file early."""
         self.loaded = catalog.load_checkpoint(Path(config.ckpt_path), _model_class(config))
 
     def _check_evaluated_file(self, config: Any) -> None:
-        """Check that the options give either weights or the file of a checkpoint to evaluate, not both.
+        """Check that either ``--weights`` or ``--ckpt_path FILE`` is given, not both.
 
         Raises:
-            DerainError: If they do not.
+            DerainError: If neither or both are given, or ``--ckpt_path`` is ``last``.
         """
         if config.ckpt_path == "last":
             raise DerainError(
@@ -214,10 +215,10 @@ class DerainCLI(LightningCLI):
         if self.subcommand == "test":
             config.verbose = False  # TestResults prints the table
         if self.subcommand == "predict":
-            config.return_predictions = False  # SaveImages saves them; all of them may not fit into memory
+            config.return_predictions = False  # SaveImages saves the images, which may not fit into memory together
 
     def _evaluate_in_float32(self, trainer: Any) -> None:
-        """Replace a precision that a configuration sets for training; one on the command line is kept."""
+        """Evaluate in float32 unless the command line sets a precision: configurations set it for training."""
         on_command_line = any(argument.startswith("--trainer.precision") for argument in self.arguments)
         if trainer.precision in {None, 32, "32", "32-true"} or on_command_line:
             return
@@ -229,7 +230,7 @@ class DerainCLI(LightningCLI):
         trainer.precision = "32-true"
 
     def _use_one_seed(self, config: Any) -> None:
-        """Set the seed of the data module to the seed of the run."""
+        """Set the seed of the data module to that of the run; refuse another one on the command line."""
         on_command_line = any(argument.split("=")[0] == "--data.seed" for argument in self.arguments)
         if on_command_line and config.data.seed != config.seed_everything:
             raise DerainError(
@@ -239,13 +240,17 @@ class DerainCLI(LightningCLI):
         config.data.seed = config.seed_everything
 
     def _choose_folder(self, config: Any) -> None:
-        """Choose the folder of the run and the content of its ``config.yaml``; remove incomplete files of old runs."""
-        files = [file for file in config.get("config") or [] if file]  # None stands for a configuration given as text
+        """Choose the folder of the run and the content of its ``config.yaml``; remove temporary files of old runs.
+
+        Raises:
+            DerainError: If there is no run to resume.
+        """
+        files = [file for file in config.get("config") or [] if file]  # None if --config is YAML text
         experiment = Path(str(files[0])).stem if files else "derain"
         self.root = Path(config.trainer.default_root_dir or Path("runs") / experiment)
         resume_last = config.get("ckpt_path") == "last"
         self.folder = shared_folder(self.root, str(self.subcommand), resume_last, self.arguments)
-        # The saved configuration repeats the run from its start, in a new folder.
+        # With the saved configuration, a user can repeat the run from its start, in a new folder.
         config.trainer.default_root_dir = str(root_of(self.root))
         self.saved = copy.deepcopy(config)
         if resume_last:
@@ -257,10 +262,10 @@ class DerainCLI(LightningCLI):
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             remove_unfinished(self.folder)
             for run in root_of(self.root).glob(f"{self.subcommand}-*"):
-                remove_unfinished(run, age=3600.0)  # newer files may belong to a run that is still writing
+                remove_unfinished(run, age=3600.0)  # a run may be writing newer files
 
     def _choose_checkpoint(self, config: Any) -> None:
-        """Resume from ``last.ckpt`` if ``--ckpt_path`` is ``last``, or if SLURM has restarted the job.
+        """Resume from ``last.ckpt`` if ``--ckpt_path`` is ``last``, or if SLURM has restarted the job and it exists.
 
         Raises:
             DerainError: If the checkpoint is damaged, or the folder contains another run of the same SLURM job.
@@ -310,7 +315,8 @@ class DerainCLI(LightningCLI):
         """Load ``--weights`` into the configured method, unless the run resumes from a checkpoint.
 
         Raises:
-            DerainError: If the weights belong to another network, or an option of the method loads weights as well.
+            DerainError: If the weights cannot be loaded or belong to another network, or an option of the method loads
+                weights as well.
         """
         options = [f"--model.{name} {file}" for name, file in self.model.initial_weights.items()]
         if config.weights:
@@ -327,21 +333,21 @@ class DerainCLI(LightningCLI):
         log.info("%s: %s", config.weights, initial.note)
         self._start_from(initial.module, config.weights)
 
-    def _start_from(self, initial: TrainableModule, path: str) -> None:
-        """Copy the weights of another method object with the same network; log hyper-parameters that differ.
+    def _start_from(self, initial: TrainableModule, weights: str) -> None:
+        """Copy the weights of a loaded method to the configured one; log hyper-parameters that differ.
 
         Args:
-            initial: Method to copy from.
-            path: Its weights, as the user named them, for messages.
+            initial: Loaded method.
+            weights: Value of ``--weights``, for messages.
 
         Raises:
-            DerainError: If the networks differ.
+            DerainError: If the networks have different tensors.
         """
         state, own_state = initial.network.state_dict(), self.model.network.state_dict()
         shapes, own_shapes = ({name: value.shape for name, value in tensors.items()} for tensors in (state, own_state))
         if shapes != own_shapes:
             raise DerainError(
-                f"--weights {path}: {type(initial).__name__} {dict(initial.hparams)} does not fit the configured "
+                f"--weights {weights}: {type(initial).__name__} {dict(initial.hparams)} does not fit the configured "
                 f"{type(self.model).__name__}; configure the same network, or give other weights"
             )
         self.model.network.load_state_dict(state)
@@ -359,7 +365,8 @@ class DerainCLI(LightningCLI):
         """Set how the method scores, samples and explains images.
 
         Raises:
-            DerainError: If the command is ``test`` or ``predict``, but the weights' method does not restore images.
+            DerainError: If the method does not support ``--explain`` or ``--sampling``, or if the command is ``test``
+                or ``predict`` and the method does not restore images.
         """
         if isinstance(self.model, DerainModule):
             self.model.protocols, self.model.temporal = self.protocols, self.temporal
@@ -401,7 +408,7 @@ class DerainCLI(LightningCLI):
         """Run the command.
 
         Raises:
-            DerainError: If Lightning rejects an option or a callback during the run.
+            DerainError: If Lightning rejects an option or a callback during the run, or another rank has died.
             Stopped: If Ctrl-C or SIGTERM stopped the run.
         """
         try:
@@ -426,7 +433,7 @@ class DerainCLI(LightningCLI):
                 log.info("EarlyStopping: stopped in epoch %d: %s", callback.stopped_epoch, reason)
 
     def _next_step(self) -> str:
-        """Return what follows "terminated" or "interrupted" in a message: what was saved, and how to resume."""
+        """Return the end of a message about a stopped run, after words such as "terminated": what to do next."""
         if self.subcommand == "predict":
             return f"; images restored so far are in {self.folder / 'images'}"
         if self.subcommand != "fit":
@@ -443,7 +450,7 @@ class DerainCLI(LightningCLI):
 
 
 def _as_list(configured: Any) -> list[Any]:
-    """Return configured objects, given as None, one object or a list, as a list."""
+    """Return a configured object as a list: a list is unchanged, and None becomes an empty list."""
     if configured is None:
         return []
     return configured if isinstance(configured, list) else [configured]
@@ -456,7 +463,7 @@ def run(arguments: list[str]) -> int:
         arguments: The command and its options.
 
     Returns:
-        Exit code of the process.
+        The exit code 0.
 
     Raises:
         DerainError: If an option is invalid, or the run cannot start or continue.
@@ -464,14 +471,14 @@ def run(arguments: list[str]) -> int:
     """
     for path in model_class_paths(arguments):
         add_current_folder(path)
-    methods()  # imports all methods, so that --model finds them by class name
+    methods()  # imports them, so that --model finds them by class name
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # about calls in Lightning
     # Without this call, jsonargparse only warns of import paths that it denies.
     set_parsing_settings(import_path_denylist=DENIED_IMPORTS)
     filter_lightning_messages()
     yaml.SafeDumper.add_multi_representer(LightningEnum, lambda dumper, value: dumper.represent_str(value.value))
     command = arguments[0]
-    programs: dict[str, Any] = {"prog": "derain", command: {"prog": f"derain {command}"}}
+    parser_options: dict[str, Any] = {"prog": "derain", command: {"prog": f"derain {command}"}}
     DerainCLI(
         command,
         model_class=TrainableModule,
@@ -480,13 +487,13 @@ def run(arguments: list[str]) -> int:
         parser_class=OptionParser,
         save_config_callback=None,  # instantiate_trainer adds SaveConfig
         trainer_defaults={
-            "use_distributed_sampler": False,  # the data module has exact samplers of its own
+            "use_distributed_sampler": False,  # the data module has its own samplers
             "log_every_n_steps": 10,
             "enable_model_summary": False,
         },
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs=programs,
+        parser_kwargs=parser_options,
         args=arguments,
     )
     return 0

@@ -25,9 +25,9 @@ DENIED_IMPORTS = [
     "torch.utils.cpp_extension",
     "lightning.fabric.utilities.cloud_io",
 ]
-"""Import paths that a configuration must not name, in addition to jsonargparse's own list.
+"""Import paths that a configuration must not name, since they run code or load pickles.
 
-They run code or load pickles.
+jsonargparse denies further paths by default.
 """
 
 
@@ -38,11 +38,12 @@ class OptionParser(LightningArgumentParser):
         """Raise a one-line error.
 
         Raises:
-            DerainError: Always, except in a parser of a nested class, which raises jsonargparse's error.
+            DerainError: Always, except that the parser of a nested class raises jsonargparse's error: the command's
+                parser reports it with the full name of the option.
         """
         if isinstance(ex, DerainError):  # the message is complete
             raise ex
-        if not self.exit_on_error:  # a parser of a nested class; the command's parser knows the full option name
+        if not self.exit_on_error:  # the parser of a nested class
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
@@ -55,7 +56,7 @@ class OptionParser(LightningArgumentParser):
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
     ) -> Any:
-        """Add the options of a class; only ``fit`` requires ``--model``, since weights name their method."""
+        """Add the options of a class; only ``fit`` requires ``--model``, since weights files record their method."""
         required = required and (nested_key != "model" or self.prog.endswith(" fit"))
         return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
 
@@ -71,7 +72,7 @@ def _section(content: str, command: str, path: Any) -> str:
     """Return the section of a configuration for a command, or the whole configuration if it has no sections.
 
     Raises:
-        DerainError: If the configuration has sections, but none for this command, or keys outside of them.
+        DerainError: If the configuration has sections, but none for this command, or also has keys outside sections.
     """
     try:
         loaded = yaml.safe_load(content)
@@ -94,13 +95,13 @@ def _section(content: str, command: str, path: Any) -> str:
 
 
 def model_class_paths(arguments: Sequence[str]) -> list[str]:
-    """Return the class paths outside derain in ``--model`` options and configuration files, before these are parsed.
+    """Return the class paths in ``--model`` options and in ``model`` of configuration files.
 
-    These contain a module, such as ``my_method.MyModule``. Names without a dot are derain's own classes and are
-    omitted. Values that cannot be read are ignored, since the parser reports them later.
+    A class path contains a dot, such as ``my_method.MyModule``; names of classes without a module are omitted. Values
+    that cannot be read are ignored, since the parser reports them later.
 
     Args:
-        arguments: Command and options.
+        arguments: Command and options, not yet parsed.
 
     Example:
         >>> model_class_paths(["fit", "--model=my_method.MyModule", "--model", "PReNetModule"])
