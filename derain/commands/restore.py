@@ -108,7 +108,7 @@ def restore(
         seed: Seed of the solver's noise (default: 0).
         device: Device: auto, cpu, cuda, cuda:N or mps.
         precision: Precision of the network: float32, bf16 (autocast), or auto, which is float32 for photos and bf16
-            for videos. Devices without bfloat16 instructions use float32; so do methods that sample with auto.
+            for videos. Devices without bfloat16 instructions use float32; with auto, methods that sample do, too.
         compile: Compile the network, which takes up to a minute; worthwhile for hundreds of images.
         scale: Factor by which images are reduced to estimate the rain, which is subtracted at full size; auto reduces
             a shorter side of 2000 pixels or more to 1000 to 1500 pixels, full does not reduce images.
