@@ -62,6 +62,8 @@ def bench(
 ) -> int:
     """Count parameters and multiply-accumulate operations (MACs) of all methods and their variants, and time them.
 
+    Methods that cannot be counted are skipped with a warning.
+
     Args:
         size: Height and width of the image in pixels.
         weights: Names or files of weights to count as well, as for derain restore.
@@ -73,8 +75,7 @@ def bench(
         out: Output file (default: standard output).
 
     Raises:
-        DerainError: If an option is wrong, or weights cannot be loaded or counted. Variants of methods that cannot be
-            counted are skipped with a warning.
+        DerainError: If an option is wrong, or weights cannot be loaded or counted.
     """
     if size < 1:
         raise DerainError(f"--size {size}: expected at least 1 pixel")

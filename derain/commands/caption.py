@@ -63,7 +63,7 @@ def caption(
 ) -> int:
     """Caption the clean images of a data set, and write a table in DA-CLIP's format.
 
-    The table has the columns filepath and title, and a row for each rainy image. Its title is the caption of the clean
+    The table has the columns filepath and title, and a row for each rainy image. The title is the caption of the clean
     image and the word for the degradation. Run the same command again to resume an interrupted run.
 
     Args:

@@ -144,8 +144,8 @@ def fetch_set(
 ) -> int:
     """Fetch a public data set into the data root, and verify it; an interrupted download is continued.
 
-    Before a download, its source, licence and size and the free disk space are printed. The exit code is 1 if the data
-    set must be downloaded by hand, or if verification finds errors.
+    Before a download, source, licence, size and free disk space are printed. The exit code is 1 if the data set must be
+    downloaded by hand and --dry-run is not set, or if verification finds errors.
 
     Args:
         name: Name of the data set (see derain data list).

@@ -48,7 +48,7 @@ SERVED = re.compile(
     r"|/gradio_api/(info/?|app_id/?|startup-events|theme\.css|upload_progress|queue/(data|status)|file=.*)"
     r"|/gradio_api/(heartbeat|call/restore)/[\w.-]+"
 )
-"""Paths of GET and HEAD requests that the page and Gradio's clients send; those of all other paths are refused."""
+"""Paths that the page and Gradio's clients request by GET or HEAD; such requests of other paths are refused."""
 
 CALL_BYTES = 1_000_000
 """Maximum size in bytes of a JSON body."""
@@ -71,7 +71,7 @@ COOKIE = "derain-session"
 
 @dataclasses.dataclass
 class Session:
-    """Session of Gradio: that of an open page, or of a program that calls its functions.
+    """Session of Gradio, of an open page or of a program that calls the page's functions.
 
     Attributes:
         owner: Cookie of the browser that started the session; empty for programs.
@@ -199,7 +199,7 @@ class Guard:
             raise HTTPException(403, f"Origin {origin!r}: not this page; expected a request from the page itself")
 
     async def _upload(self, request: Request, send: Send) -> None:
-        """Forward an upload, and record that its files belong to the browser."""
+        """Forward an upload; the browser may use its files."""
         response = bytearray()
         succeeded = False
 
@@ -301,7 +301,7 @@ class Guard:
         """Cancel abandoned jobs; if an address still has ``MAX_CLIENT_JOBS``, cancel its oldest without a listener.
 
         Raises:
-            HTTPException: If the address has as many jobs, and all of them have listeners.
+            HTTPException: If the address has that many jobs, and all of them have listeners.
         """
         for event in self._waiting_jobs():
             if self._is_abandoned(event):
@@ -351,7 +351,7 @@ class Guard:
     async def _stream(self, request: Request, send: Send) -> None:
         """Forward a stream of events unless its session belongs to another browser.
 
-        A stream of results counts as a listener, and the files in it are recorded as belonging to the browser.
+        A stream of results of a known session counts as a listener, and the browser may use the files in it.
         """
         path, cookie = request.scope["path"], _cookie(request)
         last_part = path.rsplit("/", 1)[1]
@@ -451,7 +451,7 @@ def _with_cookie(request: Request, send: Send) -> Send:
 
 
 def _bounded(request: Request, limit: int) -> Receive:
-    """Return a receiver of a request that raises once more than ``limit`` bytes have arrived.
+    """Return a receiver of a request that raises HTTPException once more than ``limit`` bytes have arrived.
 
     Raises:
         HTTPException: If the Content-Length header is not a number or exceeds the limit.

@@ -34,7 +34,7 @@ class PageFiles:
                 self._owners.setdefault(path, set()).add(cookie)
 
     def belongs(self, path: object, cookie: str) -> bool:
-        """Return whether the browser with a cookie may use a file: `add` has allowed it."""
+        """Return whether `add` has allowed the browser with a cookie to use a file."""
         return isinstance(path, str) and cookie in self._owners.get(path, ()) and self._is_inside(path)
 
     def count(self, address: str, size: int) -> bool:

@@ -1,7 +1,7 @@
 """Ranks of a run on one machine: if one dies, the others end within 30 seconds, and one of them reports it.
 
-Under torchrun and SLURM, their own agents end the other ranks. Without these, Lightning starts the other ranks as child
-processes of rank 0. Then, rank 0 observes its children, and, except on Windows, they observe rank 0.
+Under torchrun and SLURM, their own agents end the other ranks. Otherwise, Lightning starts the other ranks as child
+processes of rank 0. Rank 0 observes its children; except on Windows, they observe rank 0.
 """
 
 import os

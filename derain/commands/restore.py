@@ -43,7 +43,10 @@ log = logging.getLogger("derain")
 
 @dataclass(frozen=True)
 class FileOptions:
-    """How photos and videos are read and written; see the arguments of `restore`."""
+    """How photos and videos are restored, read and written; see the arguments of `restore`.
+
+    ``videos_in_bf16`` is whether videos are restored in bf16 although photos are not.
+    """
 
     compare: bool = False
     explain: bool = False

@@ -13,7 +13,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from derain.errors import DerainError
 
 RUN = re.compile(r"(fit|validate|test|predict)-[\d.]+")
-"""Pattern of the names of run folders; the number may be the ID of a SLURM job, with a further number after a dot."""
+"""Pattern of the names of run folders, such as ``fit-3`` or, in SLURM jobs, ``fit-1234.1``."""
 
 
 def root_of(folder: Path) -> Path:
@@ -27,15 +27,14 @@ def root_of(folder: Path) -> Path:
 def shared_folder(root: Path, command: str, resuming: bool, arguments: Sequence[str] = ()) -> Path:
     """Return the folder of the run, the same for all its processes.
 
-    If torchrun or SLURM (with several tasks) has started the processes of a run to resume, each of them looks for the
-    folder by `run_folder`. The folder of a new run is chosen as follows:
+    The folder of a run to resume is found by `run_folder`. That of a new run is chosen as follows:
 
     - under torchrun, rank 0 chooses it and sends it to the others through torchrun's store;
     - under SLURM with several tasks, it is named after the job and, except in step 0, the step;
     - under SLURM with one task, see `job_folder`;
     - otherwise, it gets the next free number.
 
-    Processes that Lightning has started read the folder from the environment variable ``DERAIN_RUN`` instead.
+    Processes that Lightning has started read the folder from the environment variable ``DERAIN_RUN``.
 
     Args:
         root: Folder in which runs are numbered, or a run folder.

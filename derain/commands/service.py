@@ -316,7 +316,7 @@ class RestorationService:
         """Stop a restoration if its client has left or the page was closed; called before each layer, too.
 
         Raises:
-            DerainError: If so.
+            DerainError: If the client has left or the page was closed.
         """
         if self._closed.is_set():
             raise DerainError("the page was closed")

@@ -307,7 +307,7 @@ def table_notes(rows: Sequence[ResultRow], protocol: str | None) -> list[str]:
         )
     hardware = dict.fromkeys(row.hardware for row in rows if row.seconds is not None and row.hardware)
     if hardware:
-        notes.append(f"Seconds: mean per test image; on {'; '.join(hardware)}.")
+        notes.append(f"Seconds: mean per test image, averaged over the data sets; on {'; '.join(hardware)}.")
     return notes + [f"[{number}] {note}." for note, number in footnote_numbers(rows).items()]
 
 
