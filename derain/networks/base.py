@@ -68,7 +68,7 @@ class Network(nn.Module, ABC):
         Args:
             rainy: Rainy images in [0, 1], RGB.
             clean: Clean images in [0, 1], RGB.
-            outputs: Outputs for the rainy images, from `outputs`.
+            outputs: Outputs for the rainy images, from the method `outputs`.
         """
         return dict.fromkeys(outputs, clean)
 

@@ -154,7 +154,7 @@ def unpool(
 ) -> Float[Tensor, "b c h w"]:
     """Return a map with values at the indices of max pooling, and 0 elsewhere.
 
-    The result is that of `torch.nn.functional.max_unpool2d`. This function is faster, and deterministic on a GPU.
+    The result is that of `torch.nn.functional.max_unpool2d`, but deterministic on a GPU.
 
     Args:
         x: The values.

@@ -77,7 +77,7 @@ class EncoderDecoder(nn.Module):
     def __init__(self, channels: Sequence[int], repeats: Sequence[int], convolutions: int) -> None:
         super().__init__()
 
-        def chain(level: int, *, output: bool = True) -> DenseConnection:
+        def dense_blocks(level: int, *, output: bool = True) -> DenseConnection:
             width = channels[level]
             block = nn.Sequential(InnerScaleBlock(width, convolutions), KernelFusionBlock(width))
             return DenseConnection([block], width, repeats=repeats[level], output=output)
@@ -86,8 +86,8 @@ class EncoderDecoder(nn.Module):
             return nn.Conv2d(channels[source] * repeats[source], channels[target], 3, padding=1)
 
         levels = range(len(channels))
-        self.encoders = nn.ModuleList(chain(level, output=len(levels) == 1) for level in levels)
-        self.decoders = nn.ModuleList(chain(level) for level in levels[:-1])
+        self.encoders = nn.ModuleList(dense_blocks(level, output=len(levels) == 1) for level in levels)
+        self.decoders = nn.ModuleList(dense_blocks(level) for level in levels[:-1])
         self.down = nn.ModuleList(resample(level, level + 1) for level in levels[:-1])
         self.up = nn.ModuleList(resample(level + 1, level) for level in levels[:-1])
 

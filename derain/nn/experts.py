@@ -1,12 +1,12 @@
-"""Mixture-of-experts feature compensator: convolutions of several kinds, weighted by a function of the image.
+"""Mixture-of-experts feature compensator: several convolutions and a pooling, weighted by a function of the image.
 
 Suganuma et al., Attention-based Adaptive Selection of Operations for Image Restoration in the Presence of Unknown
 Combined Distortions, CVPR 2019; Chen et al., Learning A Sparse Transformer Network for Effective Image Deraining
 (DRSformer), CVPR 2023, Figure 2, "MEFC". The computation is optimised:
 
 - Tensors are ``(b, h, w, c)``: depth-wise convolutions are faster if the channels of a pixel are contiguous.
-- The last 1×1 convolution of an expert, the gate weight of the expert and the 1×1 convolution that joins the experts
-  are linear in the channels of a pixel. Their product, one matrix per image and expert, is computed first.
+- The last 1×1 convolution of an expert, its gate weight and the 1×1 convolution that joins the experts are linear in
+  the channels of a pixel. Their product, one matrix per image and expert, is computed first.
 """
 
 from typing import Any, cast
@@ -51,7 +51,7 @@ class SeparableExpert(nn.Module):
         return spatial(rectified(pointwise(spatial(x, self.depthwise), self.pointwise.weight)), self.depthwise2)
 
     def projection(self) -> Float[Tensor, "c c"]:
-        """Return the matrix (output, input channels) of the last 1×1 convolution, for `forward`'s features."""
+        """Return the matrix (output, input channels) that completes `forward`: the last 1×1 convolution."""
         matrix = self.pointwise2.weight.flatten(1)
         return matrix * self.depthwise2.weight.flatten() if self.kernel == 1 else matrix
 
