@@ -19,7 +19,7 @@ class Backbone(NamedTuple):
         name: Name of the network in messages.
         url: URL of the weights.
         megabytes: Size of the weights file in MB.
-        min_side: Shortest side of an image that LPIPS accepts with the network, in pixels.
+        min_side: Smallest height and width of the images that LPIPS accepts with the network, in pixels.
     """
 
     name: str
@@ -36,13 +36,14 @@ class Backbone(NamedTuple):
 
     @contextmanager
     def loading(self, purpose: str, *, instead: str = "") -> Iterator[None]:
-        """Return a context for loading the weights by torchvision, which downloads them if they are not in the cache.
+        """Return a context in which torchvision loads the weights; it downloads them if they are not in the cache.
 
-        Before a download, a line on standard error names size, source and file. Errors in the block become DerainError.
+        Before a download, a line on standard error names size, source and file.
 
         Args:
             purpose: What needs the weights, for messages.
-            instead: Option that downloads missing weights, for the error message; by default they are downloaded here.
+            instead: Option that downloads the weights. If it is given, missing weights are an error that names the
+                option; by default, the block downloads them.
 
         Raises:
             DerainError: If torchvision is not installed, or the weights are damaged, cannot be downloaded, or are

@@ -15,10 +15,10 @@ class PairBatch(TypedDict):
         name: Name of each pair, or in prediction of each image.
         index: ``(b,)``, index of each pair or image in its split of the data.
         caption: Text that describes each clean image; only in training and validation with ``--data.captions``.
-        degradation: Word for the degradation of each rainy image, such as ``rainy``; only with a caption.
+        degradation: Word for the degradation of each rainy image, such as ``rainy``; only with ``caption``.
         unlabelled: Rainy images without ground truth, ``(b, 3, h, w)`` in [0, 1], independent of the pairs; only in
             training with ``--data.unlabelled``, for methods that need them.
-        unlabelled_name: Name of each unlabelled image.
+        unlabelled_name: Name of each unlabelled image; only with ``unlabelled``.
     """
 
     rainy: Float[Tensor, "b 3 h w"]

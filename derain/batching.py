@@ -1,4 +1,4 @@
-"""Restoration of many images in batches, on threads and in tiles, as many at once as memory allows."""
+"""Restoration of many images in batches, on threads and in tiles."""
 
 import itertools
 import logging
@@ -30,10 +30,10 @@ SMALLEST_TILE = 64
 """Smallest side of a tile in pixels."""
 
 LARGEST_BATCH = 32
-"""Default of the largest number of images or tiles in one pass, which occupy a GPU; larger batches are no faster."""
+"""Largest number of images or tiles at once, by default; larger batches are no faster on a GPU."""
 
 SMALLEST_FOR_THREADS = 64 * 64
-"""Smallest number of pixels of an image that has its own thread: Python's global lock slows threads of smaller ones."""
+"""Images and tiles with fewer pixels do not get a thread of their own: Python's global lock would slow it."""
 
 
 def check_tile(tile: int | Literal["auto"] | None) -> None:
@@ -49,13 +49,13 @@ def check_tile(tile: int | Literal["auto"] | None) -> None:
 class Scheduler:
     """Runs a method on images in batches, threads and tiles that fit into memory.
 
-    On a GPU, images of equal size are stacked to batches. On a CPU, batches are slower than single images, and several
-    threads for one image are slower than one thread for each of several images. So each image is restored on a thread
-    of its own. If fewer images than threads remain, each image is restored by several threads. Images are restored one
-    by one if the network is compiled, runs in onnxruntime, or changes its attributes in the pass over the first image.
+    On a GPU, images of equal size are stacked to batches. On a CPU, several images are restored at once, each on its
+    own thread, and PyTorch's threads are divided among them. Images of fewer than ``SMALLEST_FOR_THREADS`` pixels are
+    restored one by one. So are all images if the network is compiled or runs in onnxruntime, or if the pass over the
+    first image changed attributes of the method.
 
-    If memory runs out, the number of images at once is halved, then the side of the tiles. Both are remembered for
-    each image size.
+    If memory runs out, the number of images at once is halved; then the side of the tiles is, unless ``tile`` is None.
+    Number and side are remembered for each image size.
 
     Args:
         method: The method, on ``device`` and in eval mode.
@@ -67,7 +67,7 @@ class Scheduler:
 
     Attributes:
         stacks: Whether images are stacked to batches: on all devices but a CPU.
-        threads: Number of threads on a CPU; None: that of PyTorch.
+        threads: Largest number of images at once on a CPU; None: PyTorch's number of threads.
         largest_batch: Largest number of images or tiles at once.
         limits: Range to which the values of restored images are clipped.
     """
@@ -105,12 +105,12 @@ class Scheduler:
         Args:
             images: Images in [0, 1], or uint8, on any device.
             forward: ``forward`` or ``explain`` of the method.
-            conditions: Result of ``encode`` for one image, used for all; by default each image is encoded once.
+            conditions: Result of ``encode`` for one image, used for all; by default each image is encoded.
 
         Returns:
-            For each image in order, the error that prevented its restoration; or ``(n, h, w)``, the ``n`` channels that
-            ``forward`` returns, in float32 on the device of the image, clipped to ``limits``, with NaN for values that
-            are not finite.
+            For each image in order, a tensor ``(n, h, w)`` with the ``n`` channels that ``forward`` returns: float32,
+            on the device of the image, clipped to ``limits``, with NaN for values that are not finite. If the image
+            cannot be restored, the DerainError instead.
         """
         results: list[Tensor | DerainError | None] = [None] * len(images)
         remaining = list(range(len(images)))
@@ -134,7 +134,7 @@ class Scheduler:
         forward: Callable[..., Tensor],
         conditions: dict[str, Any] | None = None,
     ) -> Float[Tensor, "b n h w"]:
-        """Restore images of equal size as `run` does.
+        """Restore a batch of images as `run` does.
 
         Raises:
             DerainError: If an image cannot be restored.
@@ -195,7 +195,7 @@ class Scheduler:
             self._reduce_count(height, width, count)
 
     def _threads(self, height: int, width: int) -> int:
-        """Return the number of threads that restore one image of this size each; 1 if threads are not faster."""
+        """Return the number of images of this size that are restored at once, each on a thread; 1 without threads."""
         compiled = self.method.network._compiled_call_impl is not None
         has_own_threads = next(self.method.parameters(), None) is None  # the network runs in onnxruntime
         small = height * width < SMALLEST_FOR_THREADS
@@ -208,7 +208,7 @@ class Scheduler:
     def _run_in_batches(
         self, images: Sequence[Tensor], forward: Callable[..., Tensor], conditions: dict[str, Any] | None
     ) -> "list[Tensor | DerainError]":
-        """Restore images of equal size in the largest batches that fit into memory; on a CPU one after the other."""
+        """Restore images of equal size in batches; one by one on a CPU, or if the conditions cannot be repeated."""
         results: list[Tensor | DerainError] = []
         if not images:
             return results
@@ -236,8 +236,8 @@ class Scheduler:
     ) -> "list[Tensor | DerainError]":
         """Restore a batch; if the method raises DerainError, restore its images one by one to find those that fail.
 
-        If memory runs out, it raises `_MemoryShortageError`; with ``alone``, which means that nothing else is restored
-        meanwhile, it tries smaller tiles instead.
+        ``alone`` means that nothing else is restored at the same time. If memory runs out, smaller tiles are tried if
+        ``alone`` is true; otherwise, `_MemoryShortageError` is raised.
         """
         try:
             return list(self._restore_ensemble(images, forward, conditions, alone).unbind())
@@ -301,10 +301,10 @@ class Scheduler:
     def _restore(
         self, images: Float[Tensor, "b 3 h w"], forward: Callable[..., Tensor], conditions: dict[str, Any], alone: bool
     ) -> Float[Tensor, "b n h w"]:
-        """Restore a batch in tiles; if memory runs out for an image that is restored alone, in smaller tiles.
+        """Restore a batch in tiles; if memory runs out and ``alone`` is true, in fewer at once, then in smaller ones.
 
         Raises:
-            DerainError: If memory does not suffice for the smallest tile.
+            DerainError: If memory does not suffice for the smallest tile, or for a tile of the given size.
             MemoryError, RuntimeError: If memory runs out and ``alone`` is false.
         """
         height, width = images.shape[2:]
@@ -390,7 +390,7 @@ class Scheduler:
     # Memory.
 
     def _tile_side(self, height: int, width: int) -> int:
-        """Return the side of the tiles for an image size; without tiles, it is the longest side of the image."""
+        """Return the side of the tiles for an image size; if no side of the image is longer, it is not divided."""
         if (height, width) not in self._tile_sides:
             self._tile_sides[height, width] = self._first_tile(height, width)
         return self._tile_sides[height, width]
@@ -407,7 +407,7 @@ class Scheduler:
         return tile
 
     def _count(self, height: int, width: int) -> int:
-        """Return the number of images of this size, or of their tiles, that fit into memory at once."""
+        """Return the number of images of this size, or of their tiles, at once: what fits, up to ``largest_batch``."""
         if (height, width) not in self._counts:
             tile = self._tile_side(height, width)
             pixels = min(tile, height) * min(tile, width)
@@ -448,8 +448,8 @@ def on_threads(
         function: Function of an item; it runs outside the caller's inference mode and autocast.
         items: Items.
         count: Number of threads.
-        stop: Event that is set when the iteration ends, also by an exception, until the threads have ended. A function
-            should check it and end early: items that have been started are waited for.
+        stop: Event that is set when the iteration ends, also by an exception, and cleared when the threads have ended.
+            A function should check it to end early, since the iteration ends only after all started items.
 
     Example:
         >>> list(on_threads(lambda item: item + 1, [1, 2, 3], 2))
@@ -472,8 +472,8 @@ def repeat(conditions: dict[str, Any], count: int, times: int) -> dict[str, Any]
     """Return the conditions of ``count`` images for a batch that contains these images ``times`` times.
 
     Returns:
-        The conditions, with values that are None omitted; None if another value is not a tensor or sequence with one
-        entry for each image.
+        The conditions without those that are None; or None if any other is not a tensor, list or tuple with one entry
+        for each image.
 
     Example:
         >>> repeat({"routes": [0, 2]}, 2, 2), repeat({"routes": "ab"}, 1, 2)
@@ -491,10 +491,7 @@ def repeat(conditions: dict[str, Any], count: int, times: int) -> dict[str, Any]
 
 
 def memory_for(device: torch.device) -> int:
-    """Return the bytes of memory available to a restoration: free CUDA memory; on other devices free RAM, up to 4 GiB.
-
-    On a CPU, passes that need more memory are no faster.
-    """
+    """Return the bytes of memory available to a restoration: free CUDA memory; else free RAM, up to 4 GiB."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # unused by PyTorch
         return int(torch.cuda.mem_get_info(device)[0]) + cached

@@ -67,7 +67,7 @@ def command_first(arguments: list[str]) -> list[str]:
     """Move options ``--config`` and ``-c`` from before the command to after it.
 
     Raises:
-        DerainError: If there is no command.
+        DerainError: If no command follows these options.
 
     Example:
         >>> command_first(["--config", "x.yaml", "fit", "--data.crop", "64"])
@@ -115,8 +115,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments after ``derain``; by default those of the process.
 
     Returns:
-        Exit code: that of the command; 2 after an error; 128 plus the number of the signal after an interrupt; 0 if the
-        reader of the output has ended.
+        Exit code: that of the command; 2 after a DerainError or OSError; 128 plus the number of the signal after an
+        interrupt; 0 if the reader of the output has ended.
     """
     arguments = sys.argv[1:] if argv is None else argv
     set_up_output()

@@ -40,7 +40,8 @@ MESSAGES = {
 }
 """Patterns in the text of an error, and the message for each; the first match is used.
 
-``{key}`` is the option with ``--``, ``{class_path}`` the class that the configuration names.
+``{key}`` is the option with ``--``, ``{class_path}`` the class that the configuration names; other fields are groups
+of the pattern.
 """
 
 
@@ -79,7 +80,7 @@ def explain_config_error(text: str, known: Iterable[str] = ()) -> str:
 
 
 def _option_of(text: str) -> str:
-    """Return the option that the error is about: the joined keys of nested parsers; ``--config`` if there are none."""
+    """Return the option with an error: the joined keys of nested parsers, else the first option, else ``--config``."""
     key = ""
     for part in re.findall(r'Parser key "([\w.]+)"', text):
         key = part if not key or part.startswith(f"{key}.") else f"{key}.{part}"

@@ -96,7 +96,7 @@ def tag_values(tags: ImageFileDirectory_v2, tag: int, default: int) -> tuple[int
 
 
 def decode(file: OpenFile, size: tuple[int, int], tags: ImageFileDirectory_v2 | None) -> NDArray[Any]:
-    """Decode a file with more than 8 bits per channel, which is not rotated upright.
+    """Decode a file with more than 8 bits per channel; the image is not rotated upright.
 
     Integers are scaled to [0, 1], floating-point values are not. Premultiplied colours are divided by alpha.
 
@@ -106,8 +106,8 @@ def decode(file: OpenFile, size: tuple[int, int], tags: ImageFileDirectory_v2 | 
         tags: Tags of a TIFF; None for a PNG.
 
     Returns:
-        ``(h, w, c)`` float32: grey, RGB, or RGB and alpha. A PNG with grey and an alpha channel is returned as RGB and
-        alpha, a grey PNG with a transparent colour as grey and alpha.
+        ``(h, w, c)`` float32: grey, grey and alpha, RGB, or RGB and alpha. A PNG with grey and an alpha channel is
+        returned as RGB and alpha, a grey PNG with a transparent colour as grey and alpha.
 
     Raises:
         ValueError: If the file is damaged, or OpenCV does not support its pixel format.

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 class DerainError(ValueError):
     """Error that the user can correct, such as invalid input or a missing package.
 
-    The message is one line: what is wrong, with the value; what was expected; what to do. Commands print it without a
-    traceback and exit with code 2.
+    The message says what is wrong, with the value; what was expected; what to do. It is one line, except that
+    `failed_files` adds a line for each file. Commands print it without a traceback and exit with code 2.
 
     Example:
         >>> raise DerainError("photo.jpg: not an image; use a JPEG, PNG, WebP, TIFF, BMP or AVIF file")
@@ -18,7 +18,7 @@ class DerainError(ValueError):
 
 
 class ArgumentError(DerainError):
-    """Invalid argument; the message begins with its name and value.
+    """Invalid argument; the message begins with its name.
 
     Commands print ``--`` before it, which makes it the option of the same name: ``--tile 50: …``.
 

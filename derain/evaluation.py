@@ -8,11 +8,11 @@ from lightning import Trainer
 log = logging.getLogger("derain")
 
 GPU_BATCH = 32
-"""Maximum number of images in a batch on a GPU by default."""
+"""Maximum number of images in a batch by default, on all devices but a CPU."""
 
 
 def evaluation_batch_size(option: int | Literal["auto"], split: str, trainer: Trainer | None) -> int:
-    """Return the maximum number of images in a batch: always 1 in validation, or if the number of batches is limited.
+    """Return the maximum number of images in a batch; 1 in validation, and if the number of batches is limited.
 
     Args:
         option: Value of ``--data.eval_batch_size``.

@@ -56,8 +56,8 @@ def export(method: DerainModule, path: str | Path, format: Format = "onnx") -> d
         The largest absolute difference between file and method for each image size (height, width) in ``SIZES``.
 
     Raises:
-        DerainError: If the suffix is wrong, the method cannot be exported, the results of the file differ, or a package
-            is not installed.
+        DerainError: If the suffix is wrong, the method cannot be exported, the file cannot be run or has other results,
+            or a package is not installed.
     """
     path = Path(path)
     if path.suffix.lower() != SUFFIXES[format]:
@@ -118,8 +118,8 @@ def write(graph: Graph, method: DerainModule, path: Path, format: Format) -> Non
     parameters = sum(parameter.numel() for parameter in method.network.parameters())
     metadata = json.dumps(method.metadata() | {"graph": graph.metadata(parameters)})
     with warnings.catch_warnings():
-        # PyTorch warns about its own code, and that tracing is deprecated. Its new ONNX exporter takes minutes, not
-        # seconds. Tracing is safe here, since `export` compares the graph with the method at several sizes.
+        # PyTorch warns that tracing is deprecated, but its new ONNX exporter is much slower. Tracing is safe here:
+        # `export` compares the graph with the method at several sizes.
         warnings.simplefilter("ignore")
         try:
             if format == "onnx":

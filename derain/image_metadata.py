@@ -38,14 +38,14 @@ def has_location(info: Info) -> bool:
 
 
 def copy_exif(source: ImageSource, path: Path) -> bytes | None:
-    """Return the EXIF of an image as bytes to write with the restored image; None if there is none.
+    """Return the EXIF of an image as bytes to write with the restored image; None if there is none, or it is damaged.
 
     The orientation is removed, since the restored image is upright. Of a TIFF, only ``DESCRIPTIVE_TAGS`` and the Exif
-    and GPS directories are copied. EXIF that cannot be copied is dropped with a warning.
+    and GPS directories are copied.
 
     Args:
         source: The image; its file must be open.
-        path: Name of the file in the warning.
+        path: Name of the file in the warning about EXIF that cannot be copied.
     """
     try:
         exif = source.exif if source.tags is None else _exif_of_deep_tiff(source)

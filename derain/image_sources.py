@@ -1,4 +1,4 @@
-"""Open image files, and read format, size, orientation and EXIF without decoding the pixels."""
+"""Open image files, and read their format, size, orientation and EXIF."""
 
 import ctypes
 import logging
@@ -72,7 +72,7 @@ class ImageSource:
         orientation_tag: Orientation from EXIF or a TIFF tag, valid or not; None if there is none.
         image: The image that Pillow opened; None for a TIFF with more than 8 bits per channel.
         tags: Tags of a TIFF with more than 8 bits per channel, else None.
-        deep: Whether the file has more than 8 bits per channel.
+        deep: Whether the file is a PNG or TIFF with more than 8 bits per channel, see `derain.deep_images`.
         several_frames: Whether the file has several frames or pages, of which only the first is read.
         exif: EXIF, empty if the file has none; None if it is damaged, or if ``tags`` is set.
         exif_error: Why EXIF could not be read; empty if there was no error.
@@ -152,8 +152,8 @@ def open_image(path: ImageFile) -> Iterator[ImageSource]:
     """Open an image file for a block, and read its header.
 
     Raises:
-        DerainError: If the file is missing, not an image, damaged, or larger than ``MEGAPIXELS``; also if a decoder
-            raises one of ``UNREADABLE`` within the block.
+        DerainError: If the file is missing, not an image, damaged, or larger than ``MEGAPIXELS``; also if the block
+            raises one of ``UNREADABLE``.
     """
     try:
         with path.open("rb") as file:

@@ -33,7 +33,7 @@ WITH_ALPHA = frozenset({".png", ".webp", ".tif", ".tiff", ".avif"})
 """Suffixes of formats with an alpha channel."""
 
 DARK = 0.02
-"""Fraction of white: the values of a floating-point photo whose maximum is lower probably have another scale."""
+"""Fraction of white. A floating-point photo with a lower maximum causes a warning, since white is probably lower."""
 
 log = logging.getLogger("derain")
 
@@ -132,7 +132,7 @@ class Photo:
     def write(self, path: Path, rgb: NDArray[np.float32] | None = None) -> Info:
         """Write an image with the alpha channel, bit depth and metadata of this photo, if the format supports them.
 
-        A warning names the metadata that is dropped.
+        For metadata that the format does not support, see `supported_metadata`.
 
         Args:
             path: The file; its suffix selects the format.
@@ -184,13 +184,15 @@ class Photo:
 def read_photo(path: Path, white: float | int | None = None) -> Photo:
     """Read a photo as upright RGB, with its alpha channel, bit depth and metadata.
 
+    Floating-point colours are divided by ``white``. Values outside [0, ``white``] by up to a quarter of ``white`` are
+    clipped, with a warning if they are more than rounding errors.
+
     Args:
         path: The file.
-        white: Value of white in floating-point files, for example 255; None means 1. Other files ignore it.
+        white: Value of white in floating-point files, for example 255; None means 1. It is ignored for other files.
 
     Raises:
-        DerainError: If the file cannot be read as an image, or floating-point values are not from 0 to ``white``. An
-            overshoot of up to a quarter of ``white`` is clipped, with a warning.
+        DerainError: If the file cannot be read as an image, or floating-point values are further from [0, ``white``].
     """
     with _open(path) as source:
         photo = _read_deep(source, path, white) if source.deep else _read_shallow(source)

@@ -1,8 +1,8 @@
 """Resuming of training from the exact position of a checkpoint.
 
-Lightning restores only some counters of a checkpoint. If it resumes within an epoch, it repeats or skips a validation,
-and counts a step of the loggers twice or not at all. If it resumes between two epochs and ``max_steps`` is set, it may
-skip the next epoch. The functions here correct the counters.
+Lightning restores only some counters of a checkpoint. If it resumes within an epoch, it may repeat or skip a
+validation, and count a step of the loggers twice or not at all. If it resumes between two epochs and ``max_steps`` is
+set, it may skip the next epoch. The functions here correct the counters.
 """
 
 from typing import Any, NamedTuple

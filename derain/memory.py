@@ -53,7 +53,7 @@ def memory_errors(name: str) -> Iterator[None]:
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Pause Python's garbage collector, which takes a third of the time of a block that creates many objects."""
+    """Pause Python's garbage collector, which slows a block that creates many objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -87,9 +87,9 @@ def _bytes_in(path: Path) -> int | None:
 def keep_freed_memory() -> None:
     """Let glibc reuse large blocks of freed memory, and PyTorch request large pages from the system (Linux).
 
-    Clearing new pages takes up to 40 % of a network's time on a large image, and more on the first one. The settings
-    apply to the whole process: programs should call this function, libraries should not, and before torch creates a
-    tensor. Without glibc, freed memory is returned to the system as before.
+    Otherwise, networks spend much time on clearing new pages. The settings apply to the whole process: call this
+    function in programs only, not in libraries, and before torch creates a tensor. Without glibc, only the setting of
+    PyTorch has an effect.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if platform.libc_ver()[0] == "glibc":

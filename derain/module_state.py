@@ -6,7 +6,8 @@ from torch import Tensor, nn
 class StateWatch:
     """Detects whether a forward pass changes attributes, parameters or buffers of a module or its submodules.
 
-    Of containers such as lists, only a changed length is detected.
+    Changes in place are detected for tensors that are not inference tensors, and for the length of lists, dictionaries
+    and sets.
 
     Args:
         module: The module, before the pass.

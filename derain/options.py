@@ -16,7 +16,7 @@ RENAMED = {"--output": "--out", "--json": "--format json"}
 """Options of earlier versions, and what replaces them."""
 
 REPLACEMENTS = {
-    "optimizer": "--model.learning_rate (derain fit --help METHOD lists all options of a method)",
+    "optimizer": "--model.learning_rate (derain fit --model.help METHOD lists all options of a method)",
     "lr_scheduler": "--model.milestones or --model.warm_up, depending on the method",
 }
 """Option groups of LightningCLI that derain does not have, and what to set instead."""

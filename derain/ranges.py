@@ -6,7 +6,7 @@ from typing import Any
 from derain.errors import DerainError
 
 OVERSHOOT = 0.25
-"""Accepted distance of values from [0, 1]: sharpening and bicubic resampling cause less, another range more."""
+"""Largest accepted distance of values from [0, 1], as after sharpening or bicubic resampling."""
 
 
 def extremes(values: Any) -> tuple[float, float]:

@@ -31,34 +31,34 @@ class Restorer:
         weights: Name of weights (`derain.methods.catalog.locate`), a weights file, or a method; by default the bundled
             model ``default``.
         method: For weights of a method from outside derain: its class, or the path of the class, such as
-            ``my_method.MyModule``, which is imported from installed packages or the current folder.
+            ``my_method.MyModule``. The path is imported from an installed package or the current folder.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
-        precision: ``float32``, or ``bf16`` (autocast to bfloat16; float32 with a warning if the device lacks bfloat16).
-        tile: Side of the tiles in pixels, at least 64; ``auto``: whole images if they fit into memory, otherwise the
-            largest tiles that do; None: always whole images. If memory runs out, the side of the tiles is halved,
-            except with None.
-        overlap: Minimum number of pixels that neighbouring tiles share, at most half a tile; they are blended by a
-            raised cosine.
-        ensemble: Average over the eight flips and rotations, which takes eight times as long. Improves only methods
-            trained on rotated or transposed crops; others miss rotated rain.
+        precision: ``float32``, or ``bf16`` (autocast to bfloat16; see `computes_bf16` for the devices, others use
+            float32 with a warning).
+        tile: Side of the tiles in pixels, at least 64; ``auto``: whole images if they probably fit into memory,
+            otherwise tiles; None: always whole images. If memory runs out, the side of the tiles is halved, except with
+            None.
+        overlap: Minimum number of pixels that neighbouring tiles share, reduced to half a tile if it is larger.
+        ensemble: Average over the eight flips and rotations, which takes eight times as long. Use it only for methods
+            trained on rotated or transposed crops: others miss rotated rain.
         route: Index of the route for all images, for methods with routes; by default the method chooses a route for
             each image.
         sampling: Solver, steps and seed, for methods that sample; by default those of the method.
-        compile: Compile the network, which takes up to a minute; worthwhile for a few hundred images or more.
+        compile: Compile the network with ``torch.compile``; worthwhile only for hundreds of images.
         scale: Factor by which images are reduced before the rain in them is estimated; the removed rain is enlarged and
             subtracted from the full image (`derain.scaling`). ``auto``: 1 if the shorter side is below 2000 pixels,
-            otherwise the factor that reduces it to 1000 to 1500 pixels, at which the bundled model is best.
+            otherwise the factor that reduces it to 1000 to 1500 pixels.
         strength: Share of the rain that is removed, from 0 to 1.
 
     Attributes:
         method: The method, on ``device`` and in eval mode.
         device: The device.
         note: One line that describes the weights.
-        scheduler: Restores the images, in batches, on threads and in tiles.
+        scheduler: Object that restores the images, in batches, on threads and in tiles.
 
     Raises:
-        DerainError: If the weights cannot be loaded, the device is not available, an option is out of range, or the
-            method does not support it.
+        DerainError: If the weights, or a model that the method needs, cannot be loaded; if the device is not available;
+            or if an option is out of range or not supported by the method.
 
     Example:
         >>> restorer = Restorer(device="cpu")
@@ -100,7 +100,7 @@ class Restorer:
             set_sampling(self.method, sampling)
         self.method.fetch_requirements()
         if precision == "bf16" and not computes_bf16(self.device):
-            log.warning("bf16: %s has no instructions for it, and emulation is slower: using float32", self.device)
+            log.warning("bf16: needs bfloat16 instructions of a CUDA device or x86 processor: using float32")
             precision = "float32"
         self.scheduler = Scheduler(self.method, self.device, precision, tile, overlap, ensemble)
         self.scale, self.strength = scale, strength
@@ -118,23 +118,23 @@ class Restorer:
             self.scheduler.precision = before
 
     def __call__(self, rainy: T, conditions: dict[str, Any] | None = None, *, name: str | Sequence[str] = "image") -> T:
-        """Restore one or several images, several at once: in batches of equal size, or on a CPU each on its own thread.
+        """Restore one or several images.
 
         Args:
             rainy: A PIL image, an array ``(h, w, 3)`` or ``(n, h, w, 3)``, a tensor ``(3, h, w)`` or ``(n, 3, h, w)``
                 on any device, or a list or tuple of any of these; any ``h, w >= 1``. Floats in [0, 1], or uint8.
             conditions: Result of `encode` for another image, such as the first frame of a video; by default each image
                 is encoded.
-            name: Name of the image in messages, or of each image in a list or tuple. One name for several
-                images is numbered.
+            name: Name of the image in messages; for a list or tuple, also one name for each element. If several images
+                have one name, a number is added.
 
         Returns:
             Restored images of the same kind, shape, data type and device. PIL images are returned upright, as RGB or
             RGBA, with the ICC profile of the input if its mode is RGB, RGBA or P.
 
         Raises:
-            DerainError: If the input is of another kind, floats exceed [0, 1] by more than 0.25, memory is insufficient
-                for the smallest tile, or a restored value is NaN or infinite.
+            DerainError: If the input is of another kind, floats are NaN or exceed [0, 1] by more than 0.25, there is
+                not one name for each element, memory is insufficient, or a restored value is NaN or infinite.
         """
         unpacked = _unpack(rainy, name)
         restored = []
@@ -195,12 +195,12 @@ class Restorer:
         return reduced
 
     def _combined(self, image: Tensor, reduced: Tensor, result: Tensor | DerainError) -> Tensor | DerainError:
-        """Return an image at full size without the rain that was found in the reduced image, and the enlarged maps.
+        """Subtract the rain of the reduced image, times ``strength``, from the full image, and enlarge the maps.
 
         Args:
             image: Image at full size.
             reduced: Result of `_reduced`.
-            result: Derained reduced image and maps, ``(3 + maps, h, w)``; an error is returned unchanged.
+            result: Derained reduced image and maps, ``(3 + maps, h, w)``; or an error, which is returned.
         """
         if isinstance(result, DerainError) or (reduced is image and self.strength == 1):
             return result
@@ -373,7 +373,8 @@ def _unpack(rainy: Any, name: str | Sequence[str]) -> _Unpacked:
         name: Name of the image, or of each image in a list or tuple.
 
     Raises:
-        DerainError: If the argument is none of these, or its shape, data type or range is not accepted.
+        DerainError: If the argument is none of these; if its shape, data type or range is not accepted; or if there is
+            not one name for each element.
     """
     if isinstance(rainy, list | tuple):
         names = [f"{name} {index}" for index in range(len(rainy))] if isinstance(name, str) else name

@@ -5,12 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 MIN_REDUCED_SIDE = 1000
-"""Smallest shorter side of a photo that is reduced automatically, in pixels.
-
-For the bundled model and rain that grows with the photo, the best factors are 1 for a shorter side of 1024 pixels, 2
-for 2048 and 3 for 4096. At 4096, factor 4 is 0.1 dB worse than 3, but takes about half the time
-(``benchmarks/scale.py``).
-"""
+"""Smallest shorter side of a photo after it was reduced automatically, in pixels (see ``benchmarks/scale.py``)."""
 
 
 def automatic_factor(height: int, width: int) -> int:
@@ -52,7 +47,7 @@ def subtract_rain(
 
     Args:
         rainy: Rainy image in [0, 1].
-        reduced: The same image as the method restored it: reduced, or at full size.
+        reduced: Input of the method: the same image, reduced or at full size.
         derained: Result of the method for ``reduced``.
         strength: Share of the rain that is removed, from 0 to 1.
     """

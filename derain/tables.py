@@ -67,7 +67,8 @@ class Column:
         align: Alignment of the values.
         group: Title of several neighbouring columns. Text and Markdown show a group as one column, with values
             separated by slashes.
-        best: Which number of the column is printed in bold, if it has two or more: the largest, the smallest, or none.
+        best: Which number is printed in bold if the column has two or more, besides those in a `Cell`: the largest, the
+            smallest, or none.
     """
 
     header: str

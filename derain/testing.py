@@ -81,7 +81,7 @@ def check_method(method: type[DerainModule], *, can_export: bool = True, **hyper
         **hyper_parameters: Arguments of ``method``; omitted ones have their defaults.
 
     Raises:
-        ContractError: If the method breaks the contract; the message names the part and the remedy.
+        ContractError: If the method breaks the contract.
     """
 
     def build() -> DerainModule:
@@ -146,9 +146,12 @@ def check_hyper_parameters(method: type[DerainModule], hyper_parameters: dict[st
 
 @torch.no_grad()
 def check_forward(module: DerainModule) -> None:
-    """Check ``forward`` in eval mode: shape, finite values, determinism, independence of the images in a batch.
+    """Check ``forward``: shape, finite values, determinism, independence of the images in a batch.
 
     With the conditions that ``encode`` returns, ``forward`` must return the same result as without them.
+
+    Args:
+        module: The method, in eval mode.
 
     Raises:
         ContractError: If ``forward`` breaks the contract.

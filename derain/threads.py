@@ -8,7 +8,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_CHUNK = 64
-"""Largest number of items in a task of a thread: starting a task takes as long as reading a small file."""
+"""Largest number of items in a chunk, which a thread processes in one task."""
 
 MIN_CHUNKS = 256
 """Smallest number of chunks, if there are as many items: with few chunks, some threads would end long before others."""

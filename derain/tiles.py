@@ -23,13 +23,13 @@ def blend_tiles(
     Args:
         images: Images, or other tensors with the same layout, such as states of a sampler.
         forward: Function of tiles, ``(k * b, c, min(tile, h), min(tile, w))``, that returns ``n`` channels of the same
-            height and width. The ``b`` tiles at one position are followed by those at the next position.
+            height and width on the same device. The ``b`` tiles at one position are followed by those at the next.
         tile: Side of a tile in pixels.
         overlap: Minimum overlap of neighbours in pixels, reduced to half a tile if it is larger.
-        tiles_per_pass: Maximum number of positions in one call of ``forward``; calls have ``k`` positions, up to this.
+        tiles_per_pass: Maximum of ``k``, the number of positions in one call of ``forward``.
 
     Returns:
-        ``(b, n, h, w)``, on the device of the images. If one tile covers the images, it is the result of ``forward``.
+        ``(b, n, h, w)``. If one tile covers the images, it is the result of ``forward``.
 
     Example:
         >>> images = torch.rand(2, 3, 50, 90)

@@ -1,4 +1,4 @@
-"""Callbacks: checkpoints, weights, EMA, panels, batched restoration, results, seeds, speed and memory of training.
+"""Lightning callbacks of the commands ``fit``, ``validate``, ``test`` and ``predict``.
 
 Files are saved below ``trainer.default_root_dir``, which the command line sets to the folder of the run. The property
 ``trainer.log_dir`` is not used, since it communicates between ranks: if only one rank read it, that rank would wait

@@ -25,8 +25,7 @@ class BatchedRestoration(Callback):
         ArgumentError: If a tile is too small.
 
     Attributes:
-        seconds: Seconds of restoration on this rank in the last test or prediction, including conditions such as
-            CLIP's, excluding data loading and scoring.
+        seconds: Seconds of restoration on this rank in the last test or prediction, without data loading and scoring.
         images: Number of images restored on this rank in the last test or prediction.
     """
 

@@ -21,7 +21,7 @@ class Checkpoint(ModelCheckpoint):
     """``ModelCheckpoint`` that treats manual optimisation like automatic optimisation.
 
     With manual optimisation, Lightning ignores ``train_time_interval``. It also warns that checkpoints contain the
-    state after the optimiser step, which is the state that a resumed run needs.
+    state after the optimiser step, although a resumed run needs that state.
     """
 
     def on_train_batch_end(
@@ -36,8 +36,7 @@ class BestCheckpoint(Checkpoint):
     """Save ``best.ckpt``, the checkpoint of the epoch with the highest validation score.
 
     A resumed run continues with the best score of the earlier run and a copy of its ``best.ckpt``, even in another
-    folder, if it validates the same images with the same protocols. The state in a checkpoint is separate from that of
-    a ``ModelCheckpoint`` in the configuration.
+    folder, if it validates the same images with the same protocols.
 
     Args:
         dirpath: Folder of the checkpoints.
@@ -55,7 +54,7 @@ class BestCheckpoint(Checkpoint):
         return Path(str(self.dirpath)) / "best.ckpt"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Record protocols and a fingerprint of the validation images, on rank 0."""
+        """Record the protocols and a fingerprint of the validation images, on rank 0 and for training only."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or not trainer.is_global_zero:
             return
@@ -70,7 +69,7 @@ class BestCheckpoint(Checkpoint):
         return super().state_dict() | {"scored": self._validation}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Copy the best checkpoint of the resumed run to this run; rank 0 decides whether its score is kept."""
+        """Copy the best checkpoint of the resumed run, if its score is comparable; rank 0 decides."""
         state = checkpoint["callbacks"].get(self.state_key, {})
         keep_score = False
         if trainer.is_global_zero and state.get("best_model_path"):
@@ -131,6 +130,6 @@ class BestCheckpoint(Checkpoint):
             return None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if the score is the highest; do nothing without validation, about which Lightning would warn."""
+        """Do the same as ``ModelCheckpoint``, but nothing if validation is disabled: there is no score then."""
         if trainer.enable_validation:
             super().on_train_epoch_end(trainer, pl_module)

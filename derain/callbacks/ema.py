@@ -19,9 +19,6 @@ class EMA(Callback):
     steps, so that methods with two optimisers need no other settings. In a checkpoint, ``state_dict`` contains the raw
     weights, and ``ema`` the average, which tests, restoration and weights files use.
 
-    The class does not derive from Lightning's ``WeightAveraging``, which averages the whole module (frozen parts,
-    integer buffers), counts the steps of all optimisers, and replaces the raw weights when training ends.
-
     Args:
         decay: Fraction of the old average that an update keeps, in [0, 1).
         every: Number of batches between updates, at least 1.
@@ -43,7 +40,7 @@ class EMA(Callback):
         self._swapped = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Copy the network as the initial average."""
+        """Copy the network as the initial average when training starts."""
         if self.average is None and stage == "fit":
             self.average = copy.deepcopy(_network(pl_module)).requires_grad_(False)
 

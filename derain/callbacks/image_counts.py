@@ -22,10 +22,10 @@ def image_count(evaluated: int, total: int) -> str:
 
 
 def validation_counts(trainer: Trainer) -> tuple[int, int]:
-    """Return the number of images that a validation evaluates, and that of the images in the validation set.
+    """Return the number of images that a validation evaluates, and the number of images in the validation set.
 
     The first number is computed from the options, since Lightning counts batches only when a validation starts.
-    ``val_limit`` of the data module reduces it; the second number ignores ``val_limit``.
+    ``val_limit`` of the data module reduces the first number, but not the second.
     """
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     count = len(data.pairs.get("val", ()))
@@ -34,7 +34,7 @@ def validation_counts(trainer: Trainer) -> tuple[int, int]:
 
 
 def common_batches(trainer: Trainer) -> int:
-    """Return the number of validation batches that every rank has; some ranks have one more."""
+    """Return the number of validation batches that every rank has; some ranks may have one more."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     return _limited(max(1, len(data.pairs["val"]) // trainer.world_size), trainer)
 
@@ -46,7 +46,7 @@ def _limited(batches: int, trainer: Trainer) -> int:
 
 
 class PartialEvaluationWarning(Callback):
-    """Warn if ``derain validate`` or ``derain predict`` evaluates only a part of the images."""
+    """Warn if ``derain validate`` or ``derain predict`` restores only a part of the images."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn after ``derain validate`` if images were skipped."""

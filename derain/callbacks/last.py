@@ -20,10 +20,10 @@ log = logging.getLogger("derain")
 class LastCheckpoint(Checkpoint):
     """Save ``last.ckpt`` after every epoch, and when a signal stops the training.
 
-    Batch systems send SIGTERM before they end or pre-empt a job. Under SLURM, ``sbatch --signal`` can send another
-    signal, SIGUSR1 or the ``requeue_signal`` of Lightning's ``SLURMEnvironment``, which also requeues the job. A signal
-    stops the training between two batches. Other exceptions save no checkpoint, since training cannot resume within a
-    batch.
+    Batch systems send SIGTERM before they end or pre-empt a job. Under SLURM, a job is also requeued if it receives the
+    ``requeue_signal`` of Lightning's ``SLURMEnvironment`` (SIGUSR1 by default), for example by ``sbatch --signal``, and
+    if ``auto_requeue`` is on. A signal stops the training between two batches. Exceptions for other reasons save no
+    checkpoint, since training cannot resume within a batch.
 
     Args:
         dirpath: Folder of the checkpoints.
@@ -77,7 +77,7 @@ class LastCheckpoint(Checkpoint):
         raise SIGTERMException
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save a checkpoint if a signal stopped the training; then requeue the job, which SLURM may end immediately."""
+        """Save a checkpoint if a signal stopped the training; then requeue the job if the signal asks for it."""
         self.save_on_exception = isinstance(exception, SIGTERMException) and (trainer.training or trainer.validating)
         super().on_exception(trainer, pl_module, exception)
         if self._requeueing and trainer.is_global_zero:

@@ -1,5 +1,6 @@
 """Panels that compare rainy, derained and clean images."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +23,35 @@ def to_pixels(image: Tensor, name: str) -> Pixels:
     return to_bytes(image.float().permute(1, 2, 0).cpu().numpy(), name)
 
 
-def draw_panel(batch: Any, outputs: Any) -> tuple[Image.Image, str]:
-    """Return the panel and the name of the first image of a batch.
+def draw_panels(batch: Any, outputs: Any, count: int) -> Iterator[tuple[str, Image.Image]]:
+    """Yield names and panels of the images of a batch that are among the first of their set.
 
     Args:
         batch: Batch of a `RainDataModule`.
-        outputs: Result of ``validation_step`` or ``test_step`` for the batch.
+        outputs: Result of ``validation_step`` or ``test_step`` for the batch; None yields nothing.
+        count: Number of images of the set that have a panel.
 
     Raises:
         DerainError: If a value is not finite.
     """
+    if outputs is None:
+        return
     images = {"rainy": batch["rainy"], "derained": outputs["derained"], "clean": batch["clean"]}
-    name = batch["name"][0]
-    panel = compare({label: to_pixels(image[0], f"{name}: {label} image") for label, image in images.items()})
-    return panel, name
+    for row, (index, name) in enumerate(zip(batch["index"].tolist(), batch["name"], strict=True)):
+        if index < count:
+            pixels = {kind: to_pixels(image[row], f"{name}: {kind} image") for kind, image in images.items()}
+            yield name, compare(pixels)
 
 
 class ImagePanels(Callback):
     """Save panels (rainy | derained | clean) of the first images of the validation and test sets.
 
     Panels of validation images are saved in every validation to ``panels/NAME/epoch-0000.png``, with the number of the
-    epoch from 0, and logged to W&B and TensorBoard. Panels of test images are saved to ``panels/NAME.png``.
+    epoch from 0, and logged to W&B and TensorBoard if the trainer uses them. Panels of test images are saved to
+    ``panels/NAME.png``.
 
     Args:
-        count: Number of images per set.
+        count: Number of validation images and of test images.
     """
 
     def __init__(self, count: int = 4) -> None:
@@ -60,17 +66,18 @@ class ImagePanels(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Save and log the panel of an image if it is one of the first; each rank saves those of its own images."""
-        if trainer.sanity_checking or int(batch["index"][0]) >= self.count or outputs is None:
+        """Save and log the panels of the first images; each rank saves those of its own images."""
+        if trainer.sanity_checking:
             return
-        panel, name = draw_panel(batch, outputs)
-        write_image(Path(trainer.default_root_dir) / "panels" / name / f"epoch-{trainer.current_epoch:04d}.png", panel)
-        tag = f"panels/{name}".encode(errors=ESCAPED).decode()
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image(tag, [panel], step=trainer.global_step)
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(tag, np.asarray(panel), trainer.global_step, dataformats="HWC")
+        folder = Path(trainer.default_root_dir) / "panels"
+        for name, panel in draw_panels(batch, outputs, self.count):
+            write_image(folder / name / f"epoch-{trainer.current_epoch:04d}.png", panel)
+            tag = f"panels/{name}".encode(errors=ESCAPED).decode()
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.log_image(tag, [panel], step=trainer.global_step)
+                elif isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image(tag, np.asarray(panel), trainer.global_step, dataformats="HWC")
 
     def on_test_batch_end(
         self,
@@ -81,7 +88,6 @@ class ImagePanels(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Save the panel of a test image if it is one of the first."""
-        if int(batch["index"][0]) < self.count and outputs is not None:
-            panel, name = draw_panel(batch, outputs)
+        """Save the panels of the first test images; each rank saves those of its own images."""
+        for name, panel in draw_panels(batch, outputs, self.count):
             write_image(Path(trainer.default_root_dir) / "panels" / f"{name}.png", panel)

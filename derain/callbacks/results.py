@@ -36,12 +36,12 @@ class TestResults(Callback):
     """Save ``images.csv`` and ``summary.json`` to ``trainer.default_root_dir``, and print a table.
 
     Tests of videos also save ``sequences.csv``. In the summary, ``seconds`` is the mean time of restoration per image
-    on rank 0, ``batch_size`` the maximum number of images in a batch, and ``tile`` the value of ``--tile``.
+    on rank 0, ``batch_size`` is the maximum number of images in a batch, and ``tile`` is the value of ``--tile``.
 
     Args:
         restoration: Callback that restores the images and measures the time.
         weights: Weights that are tested, as the user named them; None for a checkpoint that the trainer loads.
-        commit: Git commit of the current folder, for the summary; None outside git.
+        commit: Git commit for the summary; None outside git.
     """
 
     __test__ = False  # pytest would collect the class
@@ -194,7 +194,7 @@ def hardware(trainer: Trainer) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of a CUDA device; for other devices the name of the processor, followed by a type such as mps."""
+    """Return the name of a CUDA device or of the processor; for other devices, the processor and a type such as mps."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return cpu_name() if device.type == "cpu" else f"{cpu_name()}, {device.type}"

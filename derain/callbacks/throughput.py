@@ -11,7 +11,7 @@ class Throughput(Callback):
 
     Both are means over an epoch. If the run was resumed within the epoch, they include the part before the
     interruption. The time between two batches, in which the loop fetches the next batch, counts as waiting. Time of
-    validation is excluded. Rank 0 measures its own speed, which is multiplied by the number of devices.
+    validation is excluded. Both are measured on rank 0; its number of images is multiplied by the number of devices.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Callbacks that save memory or time in training without changing what is trained."""
+"""Callbacks that reduce the memory or time of training."""
 
 import logging
 from collections import Counter
@@ -17,7 +17,7 @@ from derain.methods.trainable import TrainableModule
 from derain.nn.blocks import repeated_blocks
 
 COMPILATIONS = 64
-"""Limit of the compilations of a class of blocks: one for each number of channels, crop size and precision.
+"""Limit of the compilations of one class of blocks; each number of channels, crop size and precision needs one.
 
 Beyond the limit, PyTorch warns and runs the blocks without compilation.
 """
@@ -61,8 +61,8 @@ def _recomputed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> An
 class GradientCheckpointing(Callback):
     """Compute the activations of repeated blocks again in the backward pass instead of storing them.
 
-    Training needs much less memory and more time. Losses, gradients and weights are the same. Blocks with batch
-    normalisation are refused, since the running statistics would be updated twice.
+    Training needs less memory and more time. Blocks with batch normalisation are refused, since their running
+    statistics would be updated twice.
 
     References:
         Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 2016.
@@ -75,7 +75,8 @@ class GradientCheckpointing(Callback):
         """Replace the ``forward`` of each block by one that is computed again in the backward pass.
 
         Raises:
-            DerainError: If the network has no repeated blocks, or they contain batch normalisation.
+            DerainError: If the module is not a `TrainableModule`, its network has no repeated blocks, or they contain
+                batch normalisation.
         """
         if stage != "fit":
             return
@@ -118,7 +119,7 @@ class CompileBlocks(Callback):
         """Find the blocks.
 
         Raises:
-            DerainError: If the network has no repeated blocks.
+            DerainError: If the module is not a `TrainableModule`, or its network has no repeated blocks.
         """
         if stage == "fit":
             self._blocks = _find_blocks(pl_module, type(self).__name__)
@@ -158,8 +159,9 @@ class CompileBlocks(Callback):
 class TensorFloat32(Callback):
     """Compute float32 matrix products in TF32 in training, on NVIDIA GPUs of compute capability 8.0 or higher.
 
-    TF32 rounds factors to 10 bits of mantissa. PyTorch computes convolutions in TF32 by default, matrix products only
-    with ``torch.set_float32_matmul_precision("high")``, which this callback calls. On other devices it has no effect.
+    TF32 rounds factors to 10 bits of mantissa. PyTorch computes convolutions in TF32 by default, but matrix products
+    only after ``torch.set_float32_matmul_precision("high")``. This callback makes the call. On other devices, it has no
+    effect.
     """
 
     def __init__(self) -> None:

@@ -27,8 +27,8 @@ class HubModel:
         kind: Name of the kind in messages.
         tokenizer: Alternative sets of tokenizer files, of which a model needs one.
         option: Command-line option that names the model.
-        naming_advice: Advice if the name is not valid, in addition to naming another model.
-        download_advice: Advice if the model cannot be fetched, in addition to fetching it on another machine.
+        naming_advice: Alternative to a directory or id, for the error about a name that is neither.
+        download_advice: Alternative to fetching the model on another machine, for the error if it cannot be fetched.
     """
 
     kind: str
@@ -66,7 +66,7 @@ class HubModel:
         """Return a SHA-256 over the names and contents of the files of weights, configuration and tokenizer.
 
         Args:
-            folder: Result of `folder`.
+            folder: Directory of the model.
         """
         digest = hashlib.sha256()
         for path in (_weights(folder), *(folder / name for name in self.files)):

@@ -19,7 +19,7 @@ SIZED = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 
 
 class _Allocations(TorchFunctionMode):
-    """Mode in which no tensor can be created that has more elements than the whole network may have.
+    """Mode in which the functions of `_new_elements` create no tensor with more elements than the network may have.
 
     Args:
         elements: Number of elements in the file, or an upper bound.
@@ -39,7 +39,7 @@ class _Allocations(TorchFunctionMode):
 
 
 def _new_elements(func: Any, args: Any, kwargs: Any) -> int | float:
-    """Return the number of elements of the tensor that a function creates; 0 for functions that are not checked."""
+    """Return the number of elements of the tensor that a function creates; 0 for functions that are not limited."""
     if func in SIZED or func is torch.full:
         size = kwargs.get("size", args[0] if args and isinstance(args[0], tuple | list) else args)
         return math.prod(size) if isinstance(size, tuple | list) else size
@@ -54,15 +54,13 @@ def _new_elements(func: Any, args: Any, kwargs: Any) -> int | float:
 def built_within(tensors: int, elements: int) -> Iterator[None]:
     """Limit the size of networks that the current thread builds in a block.
 
-    Parameters of PyTorch's layers are counted before they are initialised, so a hostile file costs little time.
-
     Args:
         tensors: Number of tensors in the file.
         elements: Number of elements in the file, or an upper bound, such as its size in bytes.
 
     Raises:
-        ValueError: If the networks have more parameter tensors, or more elements, than the file and `SPARE_TENSORS` or
-            `SPARE_ELEMENTS` together.
+        ValueError: If the networks have more than ``tensors + SPARE_TENSORS`` parameter tensors; or if their parameters
+            together, or a new tensor, have more than ``elements + SPARE_ELEMENTS`` elements.
 
     Example:
         >>> from torch import nn

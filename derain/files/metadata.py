@@ -21,7 +21,7 @@ from typing import (
 from derain.errors import DerainError
 
 MAX_CHARACTERS = 1 << 20
-"""Maximum length of metadata that are parsed, in characters; derain writes a few thousand."""
+"""Maximum length of the metadata of a file, in characters."""
 
 
 class Metadata(TypedDict):
@@ -144,8 +144,8 @@ def fits(value: object, expected: Any) -> bool:
     """Return whether a value that was read from JSON fits a type annotation.
 
     JSON has no tuples, so lists are accepted as tuples. Integers are accepted as floats. Integers must fit 64 bits, and
-    floats must be finite. Values of dictionaries are not checked, and types without a counterpart in JSON accept any
-    value.
+    floats must be finite. Values of ``dict`` are not checked; those of a TypedDict are. Types without a counterpart in
+    JSON accept any value.
 
     Example:
         >>> fits([1, 2], Sequence[int]), fits(True, int), fits(float("nan"), float), fits(None, str | None)

@@ -31,7 +31,7 @@ STATE_KEYS = ("params_ema", "params", "state_dict", "model_state_dict", "model",
 """Keys of the state dict in files of BasicSR (used by Restormer's authors), open_clip (by DA-CLIP's) and others."""
 
 PREFIXES = ("module.", "net.")
-"""Prefixes that `torch.nn.DataParallel` and Lightning modules add to all names of a state dict."""
+"""Prefixes that `torch.nn.DataParallel`, and modules with one attribute ``net``, add to all names of a state dict."""
 
 BUILD_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 """Exceptions raised when a network is built with unexpected arguments or tensors."""
@@ -125,7 +125,7 @@ def first_keys(content: Mapping[Any, Any]) -> str:
 
 
 def check_network(path: Path, network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Check that the parameters of a network that are real numbers were real numbers in the file, and are finite.
+    """Check that floating-point weights of a network were floating-point numbers in the file, and are finite.
 
     Args:
         path: The file, for messages.
@@ -133,7 +133,7 @@ def check_network(path: Path, network: nn.Module, state: Mapping[str, Tensor]) -
         state: The tensors as read from the file.
 
     Raises:
-        DerainError: If a tensor has NaN or infinity, or integers instead of real numbers.
+        DerainError: If a tensor has NaN or infinity, or integers instead of floating-point numbers.
     """
     for name, parameter in network.state_dict().items():
         if not parameter.is_floating_point():

@@ -49,6 +49,15 @@ def test_panels(tmp_path, value, hook):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_every_first_image_of_a_batch_has_a_panel(tmp_path):
+    images = torch.rand(3, 3, 24, 24)
+    names = ["scene_4", "scene_1", "scene_2"]
+    several = {"rainy": images, "clean": images, "index": torch.tensor([4, 1, 2]), "name": names}
+    method = PReNetModule(stages=1)
+    ImagePanels(count=4).on_test_batch_end(trainer(tmp_path), method, {"derained": images}, several, 0)
+    assert sorted(path.name for path in (tmp_path / "panels").iterdir()) == ["scene_1.png", "scene_2.png"]
+
+
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("stage", ["validation", "test"])
 def test_evaluation_is_refused_when_scores_are_gathered(monkeypatch, tmp_path, value, stage):
