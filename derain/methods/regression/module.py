@@ -1,4 +1,4 @@
-"""Lightning module that trains a network by losses between its outputs and the clean image, with one optimiser."""
+"""Lightning module that trains a network by losses between its outputs and their targets, with one optimiser."""
 
 import importlib
 import inspect
@@ -57,11 +57,12 @@ class RegressionModule(DerainModule):
         network_options: Arguments of the class; None: its defaults.
         loss: Name of a loss in `derain.nn.losses` for the derained image; or weights by output and loss, such as
             ``{derained: {charbonnier: 1, edge: 0.05}}``. The docstring of a network names its outputs.
-        optimizer: Class of the optimiser: a name in ``torch.optim``, such as ``Adam``, or the path of any class.
+        optimizer: Class of the optimiser: a name in ``torch.optim``, such as ``Adam``, or the path of another class.
         learning_rate: Learning rate of the optimiser.
         optimizer_options: Further arguments of the optimiser.
         schedule: Schedule of the learning rate: ``constant``; ``cosine``, stepped by optimiser step; ``milestones``,
-            stepped by epoch; a name in ``torch.optim.lr_scheduler``, such as ``StepLR``; or the path of any class.
+            stepped by epoch; a name in ``torch.optim.lr_scheduler``, such as ``StepLR``, except ``ReduceLROnPlateau``;
+            or the path of another class that derives from ``LRScheduler``.
         schedule_options: For ``cosine``: ``warm_up`` and ``hold``, fractions of the training, and ``minimum``, the
             final learning rate; all 0 by default. For ``milestones``: the epochs ``milestones`` and the factor
             ``decay``, both required. For a class: its arguments, and ``interval``, which is ``epoch`` (default) or
@@ -69,7 +70,7 @@ class RegressionModule(DerainModule):
             the length of the training.
 
     Raises:
-        DerainError: If an option is unknown or out of its range, or the network cannot be built.
+        DerainError: If an option is unknown or out of its range, or there is no such network.
     """
 
     bounded_by_file: ClassVar[bool] = True
@@ -115,11 +116,11 @@ class RegressionModule(DerainModule):
         return type(self.network).__name__
 
     def metadata(self) -> dict[str, Any]:
-        """Return what files record: the metadata of any method, and the title, which is shown in tables."""
+        """Return the metadata with the title."""
         return {**super().metadata(), "title": self.title}
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Restore images of any size in [0, 1]."""
+        """Restore images in [0, 1] of any size."""
         return cast(Tensor, self.network(rainy))
 
     @classmethod
@@ -127,7 +128,7 @@ class RegressionModule(DerainModule):
         """Build the module from a checkpoint or a weights file of derain, in eval mode.
 
         Raises:
-            DerainError: If the content does not fit, or the network is not trusted, see `check_trusted`.
+            DerainError: If the content does not fit, if weights are not finite, or if `check_trusted` refuses the file.
         """
         cls.check_trusted(path, content.metadata["hyper_parameters"])
         try:
@@ -153,7 +154,7 @@ class RegressionModule(DerainModule):
             )
 
     def required_class(self) -> str | None:
-        """Return the path of a network from outside derain, which commands require as ``--method``; None otherwise."""
+        """Return the path of a network from outside derain, which commands require as ``--method``; else None."""
         name = str(self.hparams["network"])
         return None if name in {*network_paths(), *NETWORKS} else name
 
@@ -188,7 +189,11 @@ class RegressionModule(DerainModule):
         return None
 
     def prepare_data(self) -> None:
-        """Find or download the weights that the loss needs before training starts, in one process on each node."""
+        """Find or download the weights of the perceptual loss, if training needs them.
+
+        Raises:
+            DerainError: If they are not available.
+        """
         if self.is_fitting and any("perceptual" in weights for weights in self.loss.values()):
             load_vgg()
 
@@ -233,8 +238,7 @@ class RegressionModule(DerainModule):
         """After the first batch, report parameters without a gradient.
 
         Raises:
-            DerainError: If a parameter has no gradient, and the distributed strategy waits for those of all
-                parameters.
+            DerainError: If a parameter has no gradient, and `refuse_plain_ddp` refuses the strategy.
         """
         if self.trainer.global_step or self.trainer.fit_loop.epoch_loop.total_batch_idx:
             return
@@ -254,24 +258,27 @@ class RegressionModule(DerainModule):
             clean: Clean images in [0, 1].
 
         Raises:
-            DerainError: If the loss names an output that the network does not have.
+            DerainError: If the loss names an output that does not exist or has no target.
         """
         if isinstance(self.network, Network):
             outputs = self.network.outputs(rainy)
             targets = self.network.targets(rainy, clean, outputs)
         else:
             outputs, targets = {"derained": self.network(rainy)}, {"derained": clean}
-        unknown = sorted(set(self.loss) - set(outputs))
+        expected = [name for name in outputs if name in targets]
+        unknown = sorted(set(self.loss) - set(expected))
         if unknown:
-            expected = ", ".join(outputs)
-            raise DerainError(f"--model.loss {unknown[0]}: not an output of {self.title}; expected {expected}")
+            raise DerainError(
+                f"--model.loss {unknown[0]}: {self.title} has no such output, or no target for it; expected "
+                f"{', '.join(expected)}"
+            )
         return outputs, targets
 
     def configure_optimizers(self) -> Any:
-        """Return the optimiser and the schedule of its learning rate.
+        """Return the optimiser, and the schedule of its learning rate unless that is constant.
 
         Raises:
-            DerainError: If they do not accept their options.
+            DerainError: If there is no such class, or a class does not accept its options.
         """
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         options = {"lr": self.learning_rate, **self.optimizer_options}
@@ -354,11 +361,11 @@ def find_network(name: str) -> type[nn.Module]:
 
 
 def build_network(network_class: type[nn.Module], options: Mapping[str, Any]) -> nn.Module:
-    """Build a network from the options of ``network_options``.
+    """Build a network.
 
     Args:
         network_class: Class of the network.
-        options: Arguments of the class.
+        options: Arguments of the class, as in ``network_options``.
 
     Raises:
         DerainError: If the class has no such argument, or a class of derain refuses a value.

@@ -28,11 +28,11 @@ def dark_channel(images: Float[Tensor, "b c h w"], window: int) -> Float[Tensor,
 def dark_channel_loss(images: Float[Tensor, "b c h w"], window: int) -> Float[Tensor, ""]:
     """Return the sum of the dark channel of ``(images + 1) / 2``.
 
-    The authors map images from [-1, 1] to [0, 1], although the results of their network are in [0, 1]; this halves the
-    gradient. Their loss equals this one minus the number of windows.
+    The authors map images from [-1, 1] to [0, 1], although the results of their network are in [0, 1], which halves the
+    gradient. Their loss equals this one minus the number of values of the dark channel.
 
     Args:
-        images: Images, about [0, 1].
+        images: Images in about [0, 1].
         window: Side of the windows in pixels.
 
     References:
@@ -42,7 +42,7 @@ def dark_channel_loss(images: Float[Tensor, "b c h w"], window: int) -> Float[Te
 
 
 def total_variation(images: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """Return the sum of the absolute differences of neighbouring pixels, with zeros left of and above the image.
+    """Return the sum of absolute differences of neighbouring pixels; pixels left of and above the images are zeros.
 
     References:
         The authors' code (``Loss/TVLossL1.py``), whose convolutions pad images by zeros.
@@ -53,11 +53,10 @@ def total_variation(images: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
 
 
 def divergence(synthetic: Float[Tensor, "b c h w"], real: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """Return the mean Kullback-Leibler divergence of the features of real images from those of synthetic images.
+    """Return the Kullback-Leibler divergence of the features of real images from those of synthetic images.
 
-    At each pixel, the softmax over the channels turns the features into a distribution. The divergence is the mean of
-    ``p_real (log p_real - log p_synthetic)`` over pixels and channels. The feature maps have the same shape, and pixels
-    at the same position are compared.
+    At each pixel, the softmax over the channels turns the features into a distribution. The result is the mean of
+    ``p_real (log p_real - log p_synthetic)`` over all values. Pixels at the same position are compared.
 
     Args:
         synthetic: Features of synthetic images.

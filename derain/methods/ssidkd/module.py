@@ -28,9 +28,9 @@ class SSIDKDModule(RegressionModule):
 
     It continues from the weights of the supervised stage (``--weights``), which `RegressionModule` trains. Three terms
     are added to the loss of the pairs. Dark channel and total variation, two priors of natural images, apply to the
-    results of the pairs and of the unlabelled images; both are sums over pixels, so their default weights fit only
-    crops and batches of the authors' sizes. The third term is the divergence between the features of both kinds of
-    images at the coarsest encoder; it is a mean.
+    results of the pairs and of the unlabelled images. Both are sums over pixels, so their default weights fit only
+    crops and batches of the authors' sizes: 2 crops of 128×128 pixels. The third term is the divergence between the
+    coarsest features of both kinds of images; it is a mean.
 
     Args:
         network: Class of the network: ``SSIDKD``, or the path of a class that derives from it.
@@ -58,7 +58,7 @@ class SSIDKDModule(RegressionModule):
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # `derain bench` counts the network with RegressionModule
     may_change = RegressionModule.may_change | {"dark_channel", "variation", "divergence", "window"}
     starts_from_weights: bool = False
-    """Whether training starts from the weights of a file."""
+    """Whether training starts from the weights of a file, see `start_from`."""
 
     def __init__(
         self,
@@ -107,13 +107,13 @@ class SSIDKDModule(RegressionModule):
         self.starts_from_weights = True
 
     def on_train_start(self) -> None:
-        """Warn if training starts from random weights."""
+        """Warn if a new run starts from random weights."""
         super().on_train_start()
         if not self.starts_from_weights and self.global_step == 0:
             log.warning("%s: starts from random weights; load those of the supervised stage by --weights", self.title)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the loss of the pairs, plus the priors of all results and the divergence of the features."""
+        """Return the sum of the loss of the pairs, the priors of all results and the divergence of the features."""
         outputs, targets = self.outputs_and_targets(batch["rainy"], batch["clean"])
         real = cast(Network, self.network).outputs(batch["unlabelled"])
         terms = self.loss_terms(outputs, targets)

@@ -15,7 +15,7 @@ NOISE = 1.0
 VARIANCE_WEIGHT = 0.33
 """Weight of the logarithm of the variance given the nearest examples."""
 FAR_WEIGHT = 0.33e-6
-"""Weight of the logarithm of the variance given the furthest examples; minimising the loss increases this variance."""
+"""Weight of the logarithm of the variance given the furthest examples, which is subtracted from the loss."""
 
 
 class Posterior(NamedTuple):
@@ -43,17 +43,17 @@ def posterior(latents: Float[Tensor, "b d"], examples: Float[Tensor, "b n d"], n
         noise: Variance of the noise.
 
     Returns:
-        Mean and variance; NaN for latent vectors that are not finite.
+        Mean and variance; NaN where a latent vector or its examples are not finite.
 
     References:
-        Section 3 of the paper; kernel and noise as in the authors' code (``GP.py``).
+        The authors' code (``GP.py``).
     """
     units, example_units = F.normalize(latents, dim=-1), F.normalize(examples, dim=-1)
     cross = example_units @ units[:, :, None]
     gram = example_units @ example_units.mT
     covariance = gram + noise * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, failure = torch.linalg.cholesky_ex(covariance)
-    factor = factor.where(failure[:, None, None] == 0, torch.nan)  # fails only if vectors are not finite
+    factor = factor.where(failure[:, None, None] == 0, torch.nan)  # fails only if examples are not finite
     weights = torch.cholesky_solve(cross, factor)
     mean = (weights.mT @ examples)[:, 0]
     return Posterior(mean, units.square().sum(-1) - (cross * weights).sum((1, 2)) + noise)
@@ -71,10 +71,11 @@ def gaussian_process_loss(
     Args:
         latents: Latent vectors of unlabelled images.
         labelled: Latent vectors of labelled images.
-        neighbours: Number of nearest and of furthest examples by the kernel; all if there are fewer.
+        neighbours: Number of nearest and of furthest examples by the kernel. If there are fewer labelled vectors, both
+            are all of them.
 
     References:
-        The authors' code (``GP.py``, ``version1``: according to their comment, the model of the conference paper).
+        The authors' code (``GP.py``, ``version1``; their comment says that it is the model of the conference paper).
     """
     similarity = F.normalize(latents.detach(), dim=-1) @ F.normalize(labelled, dim=-1).T
     count = min(neighbours, len(labelled))

@@ -35,7 +35,8 @@ class Syn2RealModule(RegressionModule):
     Args:
         network: Class of the network: ``Syn2Real``, or the path of a class that derives from it.
         network_options: Arguments of the class; None: its defaults, which are those of the paper.
-        loss: Loss of the pairs, see `RegressionModule`; the recipe adds 0.04 times the loss ``perceptual``.
+        loss: Loss of the pairs, see `RegressionModule`. The recipe (``experiments/methods/syn2real-gp.yaml``) adds 0.04
+            times the loss ``perceptual``.
         gp_weight: Weight of the loss of unlabelled images.
         phases: ``alternating``: the first batches of an epoch train on pairs, the last ones on unlabelled images, as in
             the authors' ``train.py``; ``joint``: every step trains on the sum of both losses, as in their later
@@ -55,7 +56,7 @@ class Syn2RealModule(RegressionModule):
         DerainError: If an option is out of its range, or the network is not a Syn2Real.
 
     References:
-        Section 3 of the paper, and the authors' code (``GP.py``, ``train.py``).
+        The authors' code (``GP.py``, ``train.py``).
     """
 
     needs_unlabelled: ClassVar[bool] = True
@@ -123,7 +124,7 @@ class Syn2RealModule(RegressionModule):
             self.refuse_plain_ddp("batches of unlabelled images do not train the decoder")
 
     def on_train_start(self) -> None:
-        """Report the length of the phases."""
+        """Log the length of the phases if they alternate."""
         super().on_train_start()
         if self.phases == "alternating":
             batches = int(self.trainer.num_training_batches)
@@ -144,7 +145,7 @@ class Syn2RealModule(RegressionModule):
         return int(batches - min(count, batches - 1))  # the first batch, of pairs, fills the bank
 
     def _share(self) -> float:
-        """Return the fraction of the batches that train on unlabelled images."""
+        """Return the fraction of batches that train on unlabelled images if the phases alternate."""
         if self.unlabelled_share is not None:
             return self.unlabelled_share
         data: Any = getattr(self.trainer, "datamodule", None)
@@ -207,7 +208,7 @@ class Syn2RealModule(RegressionModule):
         self.labelled = labelled
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the bank."""
+        """Add the bank during training."""
         super().on_save_checkpoint(checkpoint)
         if self.is_fitting and self.labelled is not None:
             checkpoint["bank"] = {"labelled": self.labelled, "position": self.position}

@@ -66,6 +66,13 @@ def test_unlabelled_images_are_required(tmp_path):
         fit(module(), RainDataModule(train="Rain800", root=str(tmp_path), workers=0, crop=SIZE), max_epochs=1)
 
 
+def test_an_output_without_a_target_cannot_have_a_loss():
+    model = RegressionModule(network="SSIDKD", network_options=NETWORK, loss={"code": {"mean": 1.0}})
+    batch = make_batch(1, SIZE, SIZE)
+    with pytest.raises(DerainError, match=r"--model\.loss code"):
+        model.outputs_and_targets(batch["rainy"], batch["clean"])
+
+
 def test_weights_rebuild_it(tmp_path):
     model = module(window=64)
     model.save_weights(tmp_path / "w.safetensors")
