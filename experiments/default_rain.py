@@ -64,7 +64,7 @@ class RainPairs:
         clean, lamps = change_light(clean, rng), None
         if rng.random() < AT_NIGHT:
             lamps = lamplight(clean.shape[:2], rng)
-            clean = clean * lamps
+            clean = np.clip(clean * lamps, 0, 1)
         elif rng.random() < 0.15:  # mist that stays
             clean = add_mist(clean, rng, rng.uniform(0.05, 0.35))
         rainy = clean if rng.random() < self.without_rain else self.add_rain(clean, rng, lamps=lamps)
@@ -312,5 +312,5 @@ def compress(image: NDArray[np.uint8], quality: int, first_row: int, first_colum
         first_column: The same for columns.
     """
     padded = cv2.copyMakeBorder(image, first_row, 0, first_column, 0, cv2.BORDER_REFLECT_101)
-    encoded = cv2.imencode(".jpg", padded, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    return cv2.imdecode(encoded, cv2.IMREAD_COLOR)[first_row:, first_column:]
+    encoded = cv2.imencode(".jpg", padded[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]  # OpenCV expects BGR
+    return cv2.imdecode(encoded, cv2.IMREAD_COLOR)[first_row:, first_column:, ::-1]
