@@ -81,8 +81,7 @@ class Scheduler:
         overlap: int,
         ensemble: bool,
     ) -> None:
-        self.method, self.device = method, device
-        self.precision: Precision = precision
+        self.method, self.device, self.precision = method, device, precision
         self.tile, self.overlap, self.ensemble = tile, overlap, ensemble
         self.stacks = device.type != "cpu"
         self.threads: int | None = None
