@@ -1,15 +1,15 @@
 """Restormer: four-level encoder-decoder of transformer blocks with channel attention and gated feed-forward networks.
 
-Zamir et al., Restormer: Efficient Transformer for High-Resolution Image Restoration, CVPR 2022. Parameters have the
-names and shapes of the authors' checkpoints. The computation is optimised:
+Zamir et al., Restormer: Efficient Transformer for High-Resolution Image Restoration, CVPR 2022. Parameters of
+`Restormer` have the names and shapes of the authors' checkpoints. The computation is optimised:
 
 - Tensors are ``(b, h, w, c)``: normalisation and convolutions are faster if the channels of a pixel are contiguous.
-- Without gradients, maps are processed in strips of rows that fit into a processor's cache.
+- Without gradients, maps are processed in strips of rows, which saves memory and fits the cache of a CPU.
 - Attention and its output projection both multiply the channels of a pixel by a matrix. The two matrices are
-  multiplied first, so that pixels are read once. Products of queries and keys are divided by the norms, instead of the
+  multiplied first, so that values are read once. Products of queries and keys are divided by the norms, instead of
   queries and keys themselves.
 - Except in exported graphs, the hidden channels of the feed-forward network are padded with zeros to a multiple of 16,
-  the width of vector instructions. Padded channels stay zero.
+  which suits vector instructions. Padded channels stay zero.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +25,7 @@ from derain.nn.graphs import compiling_or_exporting, exporting, has_no_values
 from derain.nn.padding import pad_to_multiple
 
 STRIP_BYTES = {"cpu": 8 << 20, "gpu": 256 << 20}
-"""Bytes of a strip's widest map: few enough for the cache of a CPU core, and enough to occupy a GPU."""
+"""Target size of a strip's widest map, in bytes: it fits the cache of a CPU, or is enough work for a GPU."""
 
 Interact = Callable[[int, Float[Tensor, "b h w c"]], Float[Tensor, "b h w c"]]
 """Function of a level and its features that returns features of the same shape.
@@ -59,13 +59,13 @@ def spatial(x: Float[Tensor, "b h w i"], convolution: nn.Module) -> Float[Tensor
 def strips(x: Float[Tensor, "b h w c"], width: int, halo: int = 1) -> Iterator[tuple[slice, Tensor, slice]]:
     """Split a map into strips of rows, with neighbouring rows above and below for convolution kernels.
 
-    Without gradients, the maps computed from a strip fit into a processor's cache, which is faster and saves memory.
-    With gradients, or when a graph is recorded (a compiler fuses operations itself), there is only one strip.
+    Strips save memory, and on a CPU, the maps computed from a strip fit into the cache. With gradients, or when a graph
+    is recorded, there is only one strip.
 
     Args:
         x: The map.
         width: Channels of the widest map computed from a strip.
-        halo: Number of neighbouring rows above and below a strip; fewer at the border of the map.
+        halo: Number of neighbouring rows above and below a strip, at least 1; fewer at the border of the map.
 
     Yields:
         Slice of the strip's rows in the map; the strip with its neighbouring rows; slice of its own rows in the latter.
@@ -139,7 +139,7 @@ class Attention(nn.Module):
         return torch.cat(mixed, dim=1) if len(mixed) > 1 else mixed[0]
 
     def _weighted(self, value: Float[Tensor, "b h w c"], matrix: Float[Tensor, "b c c"]) -> Float[Tensor, "b h w c"]:
-        """Return sums of the channels of each pixel, weighted by the columns of the matrix, and the bias."""
+        """Return the product of each pixel's values with the matrix, plus the bias."""
         bias = self.project_out.bias
         bias = None if bias is None else bias.to(value.dtype)
         if len(value) == 1 and not (compiling_or_exporting() or has_no_values(value)):  # a convolution is faster
@@ -153,7 +153,7 @@ class Attention(nn.Module):
         return scores.softmax(-1)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return what ``derain bench`` adds: the output projection; and the matrix products of attention."""
+        """Return two counts for ``derain bench``, see `pass_once`: the output projection; the products of attention."""
         weight = self.project_out.weight
         pixels = output.numel() // len(weight)
         projection = weight.numel() * pixels
@@ -249,11 +249,11 @@ class CrossAttention(Attention):
 
 
 class GatedFeedForward(nn.Module):
-    """Feed-forward network with depth-wise convolutions, in which half of the hidden channels gate the others ("GDFN").
+    """Feed-forward network of two depth-wise branches, one of which gates the other ("GDFN").
 
     Args:
         channels: Number of channels.
-        expansion: Hidden channels divided by ``channels``; the number of hidden channels is rounded down.
+        expansion: Hidden channels of a branch divided by ``channels``; their number is rounded down.
         bias: Whether the convolutions have biases.
 
     Shape:
@@ -264,7 +264,7 @@ class GatedFeedForward(nn.Module):
     """
 
     halo: ClassVar[int] = 1
-    """Number of rows above, and rows below, a pixel that its result depends on."""
+    """Distance in rows of the farthest pixel that a result depends on."""
 
     def __init__(self, channels: int, expansion: float, bias: bool = False) -> None:
         super().__init__()
@@ -276,7 +276,7 @@ class GatedFeedForward(nn.Module):
     def kernels(self) -> tuple[Tensor, ...]:
         """Return the weights, then the biases, of the three convolutions for `forward`.
 
-        Hidden channels are padded to a multiple of 16, except in exported graphs.
+        Except in exported graphs, hidden channels are padded to a multiple of 16.
         """
         convolutions = (self.project_in, self.dwconv, self.project_out)
         weights = [convolution.weight for convolution in convolutions]
@@ -293,7 +293,7 @@ class GatedFeedForward(nn.Module):
         return (*map(padded, weights[:2]), project_out, *map(padded, biases[:2]), *biases[2:])
 
     def forward(self, x: Float[Tensor, "b h w c"], kernels: tuple[Tensor, ...]) -> Float[Tensor, "b h w c"]:
-        """Apply the network to a map or strip; ``kernels`` is the result of `kernels`, computed once for all strips."""
+        """Apply the network to a map or strip; ``kernels`` is the result of the method `kernels`."""
         project_in, depthwise, project_out, *biases = kernels
         bias_in, bias_depthwise, bias_out = biases or (None, None, None)
         hidden = pointwise(x, project_in, bias_in).permute(0, 3, 1, 2)
@@ -326,7 +326,7 @@ class TransformerBlock(nn.Module):
     Args:
         channels: Number of channels.
         heads: Number of heads of the attention.
-        expansion: Hidden channels of the feed-forward network divided by ``channels``.
+        expansion: Expansion of the feed-forward network, see ``feed_forward``.
         attention: Class of the attention; its arguments are ``channels`` and ``heads``.
         feed_forward: Class of the feed-forward network, with the interface of `GatedFeedForward`; its arguments are
             ``channels`` and ``expansion``.
@@ -425,7 +425,8 @@ class Restormer(nn.Module):
         bias: Whether convolutions have biases, except those of blocks, downsampling and upsampling.
 
     Shape:
-        ``(b, 3, h, w)`` in [0, 1] → same, not clipped; any ``h, w >= 1``, see `pad_to_multiple` with a multiple of 8.
+        ``(b, 3, h, w)`` in [0, 1] → same, not clamped; any ``h, w >= 1``. Images are padded to multiples of 8 by
+        `pad_to_multiple`.
 
     Raises:
         DerainError: If ``blocks`` or ``heads`` does not have four numbers, or ``heads`` do not divide the channels.
@@ -479,7 +480,7 @@ class Restormer(nn.Module):
 
         Args:
             rainy: Images in [0, 1].
-            interact: Function that changes the features of levels 3, 2 and 1 before they are upsampled.
+            interact: Function that changes the features of levels 3, 2 and 1 before upsampling; level 0 is the finest.
         """
         height, width = rainy.shape[2:]
         padded = pad_to_multiple(rainy, 8).permute(0, 2, 3, 1).contiguous()
