@@ -10,7 +10,7 @@ from PIL import Image
 
 from derain import listing
 from derain.cli import main
-from derain.commands.restore import plan
+from derain.commands.output_paths import plan
 from derain.data.name_matching import find_data_set_folders
 from derain.data.pairs import find_pairs
 from derain.data.result_folders import find_scoring_pairs

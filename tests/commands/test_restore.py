@@ -13,7 +13,7 @@ from PIL import Image
 from derain import scaling
 from derain.batching import Scheduler
 from derain.cli import main
-from derain.commands.restore import plan
+from derain.commands.output_paths import plan
 from derain.errors import DerainError
 from derain.images import read_photo, read_rgb, to_bytes, write_image
 from derain.methods import CLIPRPNModule, DACLIPSDEModule, PReNetModule, catalog
