@@ -109,9 +109,10 @@ class DerainModule(TrainableModule, ABC):
 
         Override it if ``forward`` runs the network many times or encodes images by another network.
 
-        ``derain bench`` counts convolutions and linear layers. Submodules can correct the counts by a method
-        ``extra_macs(inputs, output)``. It returns two numbers to add, which may be negative: to the multiplications
-        that the package thop would count in the authors' code, and to those that thop misses, such as attention.
+        ``derain bench`` counts convolutions and linear layers. A submodule can correct the counts by a method
+        ``extra_macs(inputs, output)``, which returns two numbers of multiplications to add: those that the package thop
+        counts in the authors' code but ``derain bench`` does not, and those that thop misses, such as attention.
+        Negative numbers are subtracted.
         """
         return self(rainy)
 

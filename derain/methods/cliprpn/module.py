@@ -66,8 +66,8 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         mgca: Whether the sub-networks of the routes are mask-guided cross-attention (MGCA). If false, they are plain
             cross-attention (Table 10 without MGCA), to which the next three options do not apply; with perception
             ``none``, there are no sub-networks at all (Table 10 without both).
-        interaction: Which branch scales which by eqs. 11 and 12: ``prose`` or ``swapped``, see
-            `MaskGuidedCrossAttention`.
+        interaction: How the rainy and the rain-free branch scale each other (eqs. 11 and 12): ``prose`` or ``swapped``,
+            see `MaskGuidedCrossAttention`.
         residual: Whether mask-guided cross-attention is residual; not in the paper.
         spatial_kernel: Kernel size, an odd number, of a convolution that eq. 11 omits; 0: a mean instead, see
             `MaskGuidedCrossAttention`.

@@ -1,4 +1,4 @@
-"""Conditional U-Net of IR-SDE and DA-CLIP, which estimates the noise in a state.
+"""Conditional U-Net of IR-SDE and DA-CLIP: it estimates the noise in a state of the SDE.
 
 Parameters have the names and shapes of the authors' checkpoints; the arithmetic is arranged for speed:
 
