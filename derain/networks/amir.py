@@ -60,7 +60,7 @@ class Instruction(nn.Module):
 
 
 class ChannelRouting(nn.Module):
-    """Scale and shift of each channel, weighted by the instruction vector. They are parameters, 0 before training.
+    """Scale and shift of each channel, weighted by a function of the instruction vector; both are 0 before training.
 
     Args:
         channels: Number of channels.

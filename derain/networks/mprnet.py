@@ -189,7 +189,12 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(convolution(coarse, fine, 1) for fine, coarse in pairwise(widths))
 
     def forward(self, encoded: Features, slope: Float[Tensor, "1"]) -> list[Tensor]:
-        """Return the features of each level, finest first."""
+        """Return the features of each level, finest first.
+
+        Args:
+            encoded: Features from the encoder, finest first.
+            slope: Negative slope of the PReLUs.
+        """
         x = self.levels[-1](encoded[-1], slope)
         features = [x]
         for level in reversed(range(len(self.up))):
@@ -249,7 +254,7 @@ class OriginalResolution(nn.Module):
         self.convs = nn.ModuleList(convolution(channels, channels, 3) for _ in widths)
 
         def projections() -> nn.ModuleList:
-            """Return for each level 1×1 convolutions, from its width by the widths of finer levels to ``channels``."""
+            """Return 1×1 convolutions for each level: from its width, through those of finer levels, to `channels`."""
             levels = nn.ModuleList()
             for level in range(len(widths)):
                 path = [*reversed(widths[: level + 1]), channels]

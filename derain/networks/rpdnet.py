@@ -23,7 +23,7 @@ INPUT_SIGMA = 0.5
 """Blur that an image is assumed to have, in pixels (SIFT's value)."""
 
 INTERVALS = 3
-"""The standard deviation doubles every three levels. An octave has six levels, and so five differences."""
+"""Nominally, the standard deviation doubles every three levels. An octave has six levels, and so five differences."""
 
 
 class ScaleSpace(nn.Module):
@@ -127,7 +127,7 @@ class SummingLSTM(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "b c h w"], state: State | None) -> State:
-        """Return the next state; ``state`` is None in the first iteration, for zeros."""
+        """Return the next state; a ``state`` of None, in the first iteration, stands for zeros."""
         candidate = torch.tanh_(self._gate("candidate", x, state))
         cell = torch.sigmoid_(self._gate("input", x, state)) * candidate
         if state is not None:

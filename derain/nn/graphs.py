@@ -6,12 +6,12 @@ from torch._subclasses.fake_tensor import is_fake
 
 
 def compiling_or_exporting() -> bool:
-    """Return whether a graph is being recorded. It should process whole maps instead of strips."""
+    """Return whether a graph is being recorded. Graphs should process whole maps instead of strips."""
     return torch.compiler.is_compiling() or _is_tracing()
 
 
 def exporting() -> bool:
-    """Return whether a graph for export is being recorded. It must not depend on the size of the example image."""
+    """Return whether a graph for export is being recorded. Such a graph must not depend on the example image's size."""
     return torch.compiler.is_exporting() or _is_tracing()
 
 

@@ -39,7 +39,7 @@ class WindowBlock(SwinTransformerBlock):
         window: Side of the windows in pixels, 1 to 32.
         shifted: Whether the windows are shifted by half their side.
         expansion: Hidden channels of the MLP divided by ``channels``.
-        drop_path: Probability that training skips the attention, or the MLP, of an image (stochastic depth).
+        drop_path: Probability that training skips the attention, or the MLP, for an image (stochastic depth).
         shift_single: Whether axes with only one window are shifted, too. Swin Transformers do not shift them.
 
     Shape:
