@@ -36,7 +36,7 @@ class Backbone(NamedTuple):
 
     @contextmanager
     def loading(self, purpose: str, *, instead: str = "") -> Iterator[None]:
-        """Return a context in which torchvision loads the weights; it downloads them if they are not in the cache.
+        """Return a context in which torchvision can load the weights, and downloads them if they are not in the cache.
 
         Before a download, a line on standard error names size, source and file.
 

@@ -54,8 +54,8 @@ class Scheduler:
     restored one by one. So are all images if the network is compiled or runs in onnxruntime, or if the pass over the
     first image changed attributes of the method.
 
-    If memory runs out, the number of images at once is halved; then the side of the tiles is, unless ``tile`` is None.
-    Number and side are remembered for each image size.
+    If memory runs out, the number of images at once is halved. If it does not suffice for one image, the side of the
+    tiles is halved, unless ``tile`` is None. Number and side are remembered for each image size.
 
     Args:
         method: The method, on ``device`` and in eval mode.

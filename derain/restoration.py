@@ -33,8 +33,8 @@ class Restorer:
         method: For weights of a method from outside derain: its class, or the path of the class, such as
             ``my_method.MyModule``. The path is imported from an installed package or the current folder.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
-        precision: ``float32``, or ``bf16`` (autocast to bfloat16; see `computes_bf16` for the devices, others use
-            float32 with a warning).
+        precision: ``float32``, or ``bf16``: autocast to bfloat16, but float32 with a warning on a device for which
+            `computes_bf16` is false.
         tile: Side of the tiles in pixels, at least 64; ``auto``: whole images if they probably fit into memory,
             otherwise tiles; None: always whole images. If memory runs out, the side of the tiles is halved, except with
             None.

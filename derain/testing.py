@@ -46,7 +46,7 @@ class ContractError(AssertionError):
 def make_batch(count: int = 2, height: int = 16, width: int = 16, seed: int = 1) -> PairBatch:
     """Return a batch of random pairs, with bright spots as rain, and of random unlabelled images.
 
-    All images are ``(count, 3, height, width)`` in [0, 1].
+    Rainy, clean and unlabelled images are ``(count, 3, height, width)`` each, in [0, 1].
 
     Args:
         count: Number of pairs, and of unlabelled images.

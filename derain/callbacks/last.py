@@ -20,10 +20,10 @@ log = logging.getLogger("derain")
 class LastCheckpoint(Checkpoint):
     """Save ``last.ckpt`` after every epoch, and when a signal stops the training.
 
-    Batch systems send SIGTERM before they end or pre-empt a job. Under SLURM, a job is also requeued if it receives the
-    ``requeue_signal`` of Lightning's ``SLURMEnvironment`` (SIGUSR1 by default), for example by ``sbatch --signal``, and
-    if ``auto_requeue`` is on. A signal stops the training between two batches. Exceptions for other reasons save no
-    checkpoint, since training cannot resume within a batch.
+    Batch systems send SIGTERM before they end or pre-empt a job. Under SLURM, if Lightning's ``SLURMEnvironment`` has
+    ``auto_requeue``, its ``requeue_signal`` (SIGUSR1 by default) has the same effect and also requeues the job. A signal
+    stops the training between two batches. Exceptions for other reasons save no checkpoint, since training cannot resume
+    within a batch.
 
     Args:
         dirpath: Folder of the checkpoints.
