@@ -21,9 +21,9 @@ class LastCheckpoint(Checkpoint):
     """Save ``last.ckpt`` after every epoch, and when a signal stops the training.
 
     Batch systems send SIGTERM before they end or pre-empt a job. Under SLURM, if Lightning's ``SLURMEnvironment`` has
-    ``auto_requeue``, its ``requeue_signal`` (SIGUSR1 by default) has the same effect and also requeues the job. A signal
-    stops the training between two batches. Exceptions for other reasons save no checkpoint, since training cannot resume
-    within a batch.
+    ``auto_requeue``, its ``requeue_signal`` (SIGUSR1 by default) has the same effect and also requeues the job. A
+    signal stops the training between two batches. Exceptions for other reasons save no checkpoint, since training
+    cannot resume within a batch.
 
     Args:
         dirpath: Folder of the checkpoints.
