@@ -33,7 +33,7 @@ STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 
 
 def list_sets(*, root: Path | None = None, format: Literal["table", "markdown", "json"] = "table") -> int:
-    """List the known data sets: their sizes, where to get them, and which of them are on this machine.
+    """List the known data sets: numbers of pairs, where to get them, and which of them are on this machine.
 
     Args:
         root: Folder with data sets (default: $DERAIN_DATA).

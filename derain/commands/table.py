@@ -43,7 +43,7 @@ SCORE_COLUMNS: tuple[tuple[str, str, str, Literal["max", "min", None]], ...] = (
     ("flicker", "flicker", ".3f", None),
     ("warping_error", "warping error", ".6f", "min"),
 )
-"""Columns of a data set: attribute of `Score`, header, format, and which value is best."""
+"""Columns of a data set: attribute of `Score`, header, format, and which value is best; None: no value is."""
 
 COST_SIDE = 256
 """Height and width of the image for which MACs are counted, in pixels."""
@@ -67,12 +67,12 @@ def table(
     Args:
         results: Files summary.json, or folders that contain such files; optional with --paper.
         protocol: Protocol of the scores; required if the results have several.
-        published: Add rows with the results that papers report on these data sets.
+        published: Add rows with the results that papers report on the data sets of your results, without ablations.
         paper: Reproduce one table of a paper, together with your results on its data sets: cliprpn:3, cliprpn:6,
             cliprpn:10, cliprpn:11, daclip:1, daclip:2, plnlin:2, plnlin:4 or plnlin:6.
         cost: Count parameters, and MACs at 256×256 pixels, of the methods of your results.
         method: Class of a method outside derain whose cost is to be counted, such as my_method.MyModule.
-        best: Print the best value of each column in bold; scores over a part of a set are not compared.
+        best: Print the best PSNR, SSIM, LPIPS and warping error in bold; scores over a part of a set are not compared.
         format: Output format; CSV and JSON have full precision.
         out: Output file (default: standard output).
         plot: Folder for plots: PSNR against seconds; validation PSNR against epochs, for training runs in the result
@@ -205,7 +205,7 @@ def results_table(rows: Sequence[ResultRow], protocol: str | None, *, best: bool
     Args:
         rows: One row per method.
         protocol: Protocol of the scores; None if only a paper is shown that does not define its protocol.
-        best: Whether the best value of each column is marked.
+        best: Whether the best scores are marked.
     """
     columns = [Column("method", align="left"), Column("trained on", align="left")]
     values = [
@@ -248,7 +248,7 @@ def _score_columns(
         group: Header above the columns.
         scores: Scores of each row, or means over sequences; None for a row without them.
         network: Network of LPIPS, for the header; None if no row has one.
-        best: Whether the best value of each column is marked.
+        best: Whether the best value of a column is marked, unless it is flicker, which has no best value.
     """
     for name, title, number_format, direction in SCORE_COLUMNS:
         values = [None if score is None else getattr(score, name) for score in scores]
