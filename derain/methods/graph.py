@@ -21,7 +21,7 @@ class Graph(nn.Module):
         function: Function that receives the inputs in order and returns one image; by default ``method`` itself.
         inputs: Names of the inputs: ``rainy`` alone, or those of `derain.methods.interfaces.RunsGraph`. ``rainy`` and
             ``state`` are images, ``times`` is ``(1,)``, all others are vectors ``(1, context)``.
-        context: Length of the vectors; 0 if there are none.
+        context: Length of the vectors; ignored if there are none.
         metadata: Metadata of the graph in addition to the inputs and the number of parameters.
     """
 

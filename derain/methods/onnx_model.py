@@ -116,12 +116,12 @@ class OnnxNetwork(nn.Module):
         """If the device is another GPU than before, run the graph there from now on."""
         if device.type != "cuda" or self.gpu == device:
             return
-        self.session = self._open(*_gpu_first(device.index))
-        self.gpu = device
-        if "CUDAExecutionProvider" not in self.session.get_providers():
+        session = self._open(*_gpu_first(device.index))
+        if "CUDAExecutionProvider" not in session.get_providers():
             raise DerainError(
                 f"{self.path}: onnxruntime is installed without CUDA; add --device cpu, or pip install onnxruntime-gpu"
             )
+        self.session, self.gpu = session, device
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Refuse compilation: onnxruntime has optimised the graph already.

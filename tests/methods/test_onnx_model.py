@@ -188,6 +188,17 @@ def test_the_session_uses_the_gpu_of_the_images(written, monkeypatch):
     ]
 
 
+def test_every_image_on_a_gpu_that_onnxruntime_cannot_use_is_refused(written, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    network = OnnxNetwork(written("PReNetModule")[1])
+    for _ in range(2):
+        with pytest.raises(DerainError, match="CUDA"):
+            network._use(torch.device("cuda", 0))
+    assert network.gpu is None
+
+
 def test_running_out_of_memory_raises_memory_error(written):
     """`Restorer` then tries smaller tiles."""
     from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
