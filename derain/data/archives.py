@@ -77,7 +77,7 @@ def list_members(archive: Path) -> list[Member]:
 
     Raises:
         DamagedArchiveError: If the file is not an archive, or is damaged.
-        DerainError: If the file does not exist, or the archive has another format, is encrypted, or contains links,
+        DerainError: If the file does not exist, or the archive is a RAR or 7z archive, is encrypted, or contains links,
             devices, absolute paths or paths with ``..``.
         OSError: If the file cannot be read.
     """
@@ -102,8 +102,8 @@ def unpack(archive: Path, folder: Path, advance: Callable[[int], None]) -> None:
 
     Raises:
         DamagedArchiveError: As `list_members`.
-        DerainError: As `list_members`, or if a file exists already.
-        OSError: If a file cannot be read or written.
+        DerainError: If `list_members` refuses the format or a member, or a file exists already.
+        OSError: If the archive does not exist, or a file cannot be read or written.
     """
     with _archive_errors(archive):
         _check_format(archive)

@@ -1,8 +1,8 @@
 """Find images with the same background, even if they are cropped, flipped, rotated, resized or differ in their rain.
 
 Candidates are found by thumbnails of whole images and by local features (SIFT, Lowe, IJCV 2004) whose positions agree
-on an orientation (flip and rotation by a multiple of 90°), scale and shift. A match must also agree pixel by pixel: two
-photos of one scene, taken a step or a second apart, do not match.
+on an orientation (flip and rotation by a multiple of 90°), scale and shift. In a match, the gradients of the aligned
+images also agree pixel by pixel, which those of two photos of one scene from different places do not.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ SEARCH_VERSION = 1
 _SEARCH_SIDE = 400  # longest side at which features are detected, in pixels
 _COMPARE_SIDE = 256  # longest side at which pixels are compared
 _MAX_FEATURES = 150  # per image
-_NEIGHBOURS = 8  # most similar features that each feature is compared with
+_NEIGHBOURS = 8  # number of most similar features that are searched for each feature
 _MAX_DISTANCE = 250  # between SIFT descriptors; features of copies are closer, most others farther
 _MAX_ROTATION_ERROR = 12  # degrees between the rotation of a feature and the nearest multiple of 90
 _MAX_GROUP = 40  # matching features used to fit scale and shift
@@ -32,7 +32,7 @@ _THUMBNAIL_CORRELATION = 0.96  # above it, two whole images are compared pixel b
 _CERTAIN_SCORE = 0.998  # from here, refining the alignment would hardly raise the score
 _REFINED_SCORE = 0.2  # below it, an alignment is refined only if enough features vote for it
 _REFINED_VOTES = 6
-_MIN_COPY_SCORE = 0.99  # of a match of images without rain
+_MIN_COPY_SCORE = 0.99  # of a match of two images without rain
 _MIN_RAINY_SCORE = 0.9  # of a match if at least one image has rain
 _MIN_SHARE = 0.25  # of the area of at least one image that the other must show
 _WHOLE_SHARE = 0.97  # of the area; images that show less count as cropped
@@ -90,8 +90,8 @@ class BackgroundMatch:
         """
         changes = []
         if self.flipped_vertically:
-            flips = {0: "flipped upside down", 90: "transposed", 180: "flipped left to right", 270: "transposed"}
-            changes.append(flips[self.rotation])
+            flips = {0: "flipped upside down", 90: "transposed", 180: "flipped left to right"}
+            changes.append(flips.get(self.rotation, "transposed and rotated by 180°"))
         elif self.rotation:
             changes.append(f"rotated by {self.rotation}°")
         share = min(self.share, self.second_share)
@@ -106,7 +106,7 @@ def compute_signature(pixels: Pixels, *, rainy: bool = False, features: bool = T
     Args:
         pixels: ``(h, w, 3)`` in 0 to 255.
         rainy: Whether the image has rain; thin bright streaks are then suppressed first.
-        features: Whether to compute local features; without them, cropped images are not recognised.
+        features: Whether to compute local features; without them, only images of nearly the same area are recognised.
     """
     grey = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.uint8)
     if rainy:
@@ -151,7 +151,7 @@ def find_matches(
         first: Signatures of some images.
         second: Signatures of the images to compare them with; by default, the images in ``first`` are compared with
             each other.
-        features: Whether to compare local features too; without them, cropped images are not found.
+        features: Whether to compare local features too; without them, only images of nearly the same area are found.
 
     Returns:
         One match per pair of images, sorted by index. ``BackgroundMatch.first`` is an index in ``first``;
@@ -183,7 +183,9 @@ def find_matches(
 
 @dataclass(frozen=True)
 class _Hypothesis:
-    """Possible match: point ``xy`` of the first image, flipped and rotated, is at ``scale * xy + shift`` in the second.
+    """Possible match of two images.
+
+    After the flip and rotation of the first image, its point ``xy`` is at ``scale * xy + shift`` in the second image.
 
     Attributes:
         first: Index of the first image.
@@ -192,7 +194,7 @@ class _Hypothesis:
         quarter_turns: Clockwise quarter turns of the first image after the flip.
         scale: Scale in x and y.
         shift: Shift in x and y, in pixels of the second image.
-        votes: Number of features that agree.
+        votes: Number of features that agree; the maximum for a hypothesis from thumbnails.
     """
 
     first: int
@@ -256,7 +258,7 @@ def _whole_image_hypothesis(
     target_h, target_w = images[second].grey.shape
     scale = (target_w / w, target_h / h)
     shift = ((scale[0] - 1) / 2, (scale[1] - 1) / 2)
-    # No features vote here; the maximum number of votes ensures that an inexact alignment is refined.
+    # The maximum number of votes ensures that an inexact alignment is refined.
     return _Hypothesis(first, second, flipped_vertically, quarter_turns, scale, shift, votes=_MAX_FEATURES)
 
 
@@ -301,7 +303,7 @@ def _groups_of_equal_rows(table: NDArray[np.int64], columns: int) -> list[NDArra
 
 
 def _flipped_descriptors(descriptors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the SIFT descriptors (4 x 4 cells of 8 angles) of vertically flipped images: rows and angles reversed."""
+    """Return the SIFT descriptors (4 x 4 cells of 8 angles) of upside-down images: rows reversed, angles negated."""
     cells = descriptors.reshape(-1, 4, 4, 8)[:, ::-1][..., -np.arange(8) % 8]
     return np.ascontiguousarray(cells.reshape(-1, 128))
 
@@ -351,7 +353,8 @@ def _fit_scale_and_shift(a: Floats, b: Floats) -> tuple[tuple[float, float], tup
     """Return the scale and shift per axis that map most points ``a`` to ``b``, ``(n, 2)`` each.
 
     Returns:
-        Scale, shift, and the number of points that agree; None if fewer than three do, or the scale is at most 0.1.
+        Scale, shift, and the number of points that agree; None if there is no plausible scale, fewer than three points
+        agree, or a scale is at most 0.1.
     """
     scales, shifts = _candidates(a, b)
     if not len(scales):
@@ -444,7 +447,7 @@ def _refined(a: Grey, b: Grey, warp: Floats) -> Floats:
 def _overlap(
     a: Grey, b: Grey, warp: Floats, sigma: float
 ) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
-    """Return the mask of the pixels of ``a`` that ``b`` covers, and both images, aligned and equally blurred.
+    """Return a mask of the pixels of ``a`` well inside the area of ``b``, and both images, aligned and equally blurred.
 
     Args:
         a: Image whose pixel grid is used.

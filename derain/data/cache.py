@@ -37,7 +37,7 @@ log = logging.getLogger("derain")
 def fingerprint(pairs: Sequence[Pair]) -> str:
     """Return a hash (16 hexadecimal digits) of the names and file contents of pairs, in order.
 
-    The folders of the files do not matter.
+    The folders of the files matter only if they are part of the names.
 
     Raises:
         FileNotFoundError: If a file does not exist.
@@ -179,10 +179,9 @@ def open_cache(
     Args:
         pairs: Pairs with clean images, or without them if ``paired`` is false.
         mode: ``disk`` (memory map), ``ram`` (shared memory, or ``disk`` with a warning if ``/dev/shm`` is too
-            small), ``off``, or ``auto``: on disk if the file exists already or needs at most half of the free disk
+            small), ``off``, or ``auto``: on disk if the cache exists there or needs at most half of the free disk
             space; else in RAM if the pixels need at most half of the free memory and at most half of the free
-            ``/dev/shm``; else off. ``auto`` does not download shards behind a URL: without an existing file, the cache
-            is off.
+            ``/dev/shm``; else off. ``auto`` creates no cache of shards behind a URL.
         folder: Folder of caches, in whose subfolder ``pixels`` the memory maps are saved; ``cache_folder()`` by
             default.
         paired: Whether the pairs have clean images.

@@ -82,7 +82,7 @@ def read_captions(path: Path) -> dict[str, Caption]:
         Captions by the path of the rainy image. Paths are as written in the table.
 
     Raises:
-        DerainError: If the file does not exist, or is not such a table; the message names the line that is wrong.
+        DerainError: If the file does not exist, or a line is not one of such a table; the message names the line.
     """
     text = _read_utf8(path)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True)
@@ -275,7 +275,10 @@ class Journal:
             file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
 
     def _read_entries(self, pairs: Sequence[tuple[str, ImageFile]]) -> list[JournalEntry] | None:
-        """Return the entries in the file; None if there is no file, or its first line is incomplete."""
+        """Return the entries in the file, and remove an incomplete last line.
+
+        Returns None if there is no file, or its first line is incomplete.
+        """
         if not self.path.is_file():
             return None
         content = self.path.read_bytes()

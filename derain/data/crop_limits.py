@@ -20,8 +20,8 @@ def check_crops(stages: Sequence[CropStage], option: str, pairs: Mapping[str, Se
         pairs: Pairs by the name of their option, such as ``train``.
 
     Raises:
-        DerainError: If the side of a crop is more than twice the longest side of all images of an option, or a batch
-            needs more than the free memory.
+        DerainError: If the side of a crop is more than twice the longest side of all images of an option, an image
+            cannot be opened, or a batch needs more than the free main memory.
     """
     largest = max(stage.crop for stage in stages)
     for name, images in pairs.items():

@@ -29,7 +29,7 @@ from derain.data.sequences import consecutive_frames
 from derain.data.splitting import by_data_set, first_pairs, hold_out
 from derain.data.transforms import Augmentation, Flips
 from derain.errors import DerainError
-from derain.evaluation import evaluation_batch_size
+from derain.evaluation import evaluation_batch_size, is_limited
 from derain.images import Pixels
 from derain.loops import Position, accumulation
 from derain.memory import without_garbage_collection
@@ -40,9 +40,9 @@ log = logging.getLogger("derain")
 class RainDataModule(LightningDataModule):
     """Data module of image pairs for training and evaluation, and of rainy images for prediction.
 
-    A data set is given as a name from ``derain data list`` (looked up in ``root``), a folder (its layout is detected
-    and logged), or ``NAME:FOLDER``. A list concatenates several data sets. ``Quickstart`` is generated from photos of
-    scikit-image.
+    A data set is a name from ``derain data list`` (looked up in ``root``), ``Quickstart`` (generated from photos of
+    scikit-image), a folder (its layout is detected and logged), ``NAME:FOLDER``, or a folder or URL of shards. A list
+    concatenates several data sets.
 
     Args:
         train: Training data set, or a list.
@@ -67,26 +67,29 @@ class RainDataModule(LightningDataModule):
         captions: Table or tables of captions of the training and validation pairs, as written by ``derain caption``;
             for `DACLIPModule`.
         eval_batch_size: Maximum number of images of equal size that ``derain test`` and ``derain predict`` restore at
-            once; fewer if memory does not suffice. ``auto``: 32 on a GPU, 1 on a CPU, which is no faster in batches.
-            With a limit on batches (``trainer.limit_test_batches``), each batch has one image.
+            once; fewer if the images are large or memory does not suffice. ``auto``: 32 on a GPU, 1 on a CPU. With a
+            limit on batches, such as ``trainer.limit_test_batches``, each batch has one image.
         val_limit: Maximum number of validation pairs, by default all. With several data sets, the first pairs of each
             are used, equally many if the sets allow it.
         val_mean: With several validation sets, whether the mean that selects the best checkpoint gives equal weight to
             all ``images`` or to all ``sets``. Means of each set are logged as ``val/SET/psnr`` in both cases.
-        workers: Number of loader processes; by default 0 if pixels are cached (a cached crop takes about 0.15 ms,
-            less than its transfer between processes), else the number of cores less one, at most 8.
-        cache: Cache of the decoded images for training and validation: ``disk``, ``ram``, ``off``, or ``auto``: disk
-            if the cache exists or needs at most half of the free disk space; else RAM if it needs at most half of the
-            free memory and at most half of the free ``/dev/shm``; else off.
+        workers: Number of loader processes; by default 0 if pixels are cached, else the number of cores less one, at
+            most 8.
+        cache: Cache of the decoded images during training, including those for validation: ``disk``, ``ram``, ``off``,
+            or ``auto``: disk if the cache exists or needs at most half of the free disk space; else RAM if it needs at
+            most half of the free memory and of the free ``/dev/shm``; else off. Of shards behind a URL, ``auto``
+            creates no cache.
         split_seed: Seed of the random share for validation.
         seed: Seed of the sample order, the crops and the rain; the command line sets it to ``seed_everything``.
         rain: Rain added to the clean images during training: ``off``, a preset (``light``, ``medium``, ``heavy``;
             ``varied`` also adds lens drops, noise, blur, compression and changed exposure), ``folder:PATH`` with
-            images of streaks, or a YAML file of ranges. Then ``train`` also accepts folders of clean photos.
-        rain_share: Share of the samples of pairs with added rain; the others keep the rain of their pair.
+            images of streaks, or a YAML file of ranges. With ``rain``, ``train`` also accepts folders of clean photos.
+        rain_share: Share of the pairs' samples whose rain is replaced by added rain; the others keep their own. It
+            does not apply to clean photos.
 
     Raises:
-        DerainError: If an option is invalid.
+        DerainError: If a number is out of its range, ``train_weights`` do not match ``train``, ``schedule`` is empty,
+            or ``rain`` cannot be read.
     """
 
     def __init__(
@@ -176,7 +179,7 @@ class RainDataModule(LightningDataModule):
 
         Raises:
             DerainError: If a required data set is not given; a data set is missing, empty or damaged; captions are
-                missing; or the crop does not fit the images or the memory.
+                missing; or crop or cache do not fit.
         """
         if stage == "fit" and "train" not in self.pairs:
             self._setup_fit()
@@ -209,7 +212,7 @@ class RainDataModule(LightningDataModule):
             log.info("--data.val none: training on all %d pairs without validation", len(self.pairs["train"]))
             if self.trainer is not None:
                 self.trainer.limit_val_batches = 0  # skips the validation loop
-        if self.val_mean == "sets" and self.trainer is not None and self.trainer.limit_val_batches != 1.0:
+        elif self.val_mean == "sets" and is_limited("val", self.trainer):
             log.info("--trainer.limit_val_batches: the mean over sets ignores sets without any validated image")
         if self.schedule is not None:
             crops = " → ".join(str(stage.crop) for stage in self.schedule)
@@ -247,9 +250,7 @@ class RainDataModule(LightningDataModule):
         pairs = self.pairs["train"]
         photos = sum(pair.is_photo for pair in pairs)
         kept = f"; {1 - self.rain_share:.0%} of the pairs' samples keep their own rain" if self.rain_share < 1 else ""
-        log.info(
-            "--data.rain: %s, on %d clean images, %d of them without a rainy one%s", self.rain, len(pairs), photos, kept
-        )
+        log.info("--data.rain: %s, for %d pairs and %d clean photos%s", self.rain, len(pairs) - photos, photos, kept)
 
     def _find_train_and_val(self) -> None:
         """Find the training and validation pairs; hold out validation pairs if ``val`` is not set."""
@@ -331,7 +332,9 @@ class RainDataModule(LightningDataModule):
             DerainError: If the split has no videos.
         """
         if not any(pair.sequence for pair in self.pairs[split]):
-            raise DerainError(f"--protocol temporal: no videos in --data.{split}; give a video, or video:FOLDER")
+            raise DerainError(
+                f"--protocol temporal: no videos in --data.{split}; give a set of videos, or video:FOLDER"
+            )
         return consecutive_frames(self.pairs[split])
 
     def resume_at(self, position: Position) -> None:
@@ -374,7 +377,7 @@ class RainDataModule(LightningDataModule):
         return to_batch_stages(self.schedule, trainer.accumulate_grad_batches, self._epoch_batches())
 
     def _epoch_batches(self) -> int:
-        """Return the number of batches per epoch, at most ``trainer.limit_train_batches``."""
+        """Return the number of batches per epoch and rank, within ``trainer.limit_train_batches``."""
         size = self.batch_size if self.schedule is None else self.schedule[0].batch_size
         _, world = self._rank_and_world()
         samples = math.ceil(len(self.pairs["train"]) * self.repeat / world)
@@ -384,8 +387,7 @@ class RainDataModule(LightningDataModule):
     def _sampling_options(self, epoch: int) -> dict[str, Any]:
         """Return the options that must not change within an epoch.
 
-        They determine the pairs and the added rain of each batch, and when the optimiser steps. Flips and ``data.crop``
-        may change: the remaining batches contain the same pairs.
+        They determine the pairs and the added rain of each batch, and when the optimiser steps.
         """
         return {
             "data.train": self._summary("train", "pairs"),
@@ -421,7 +423,6 @@ class RainDataModule(LightningDataModule):
         return self._evaluation_loader("predict")
 
     def _evaluation_loader(self, split: str) -> DataLoader[dict[str, Any]]:
-        """Return a data loader of whole images."""
         pairs = self.pairs[split]
         costs, groups = evaluation_costs(pairs, split, self.trainer), rank_groups(pairs, split)
         sampler = BalancedSampler(costs, *self._rank_and_world(), groups)

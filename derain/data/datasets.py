@@ -24,13 +24,13 @@ def to_tensor(pixels: Pixels) -> torch.Tensor:
 class UnlabelledCrops:
     """Random crops of rainy images without ground truth, one for each training sample.
 
-    Each crop is from a random image, as in SSID-KD. Image, crop and flips depend only on the seed of the run and on the
-    sample, so that a resumed run draws the same crops with any number of workers.
+    Each crop is from a random image. Image, crop and flips depend only on the seed of the run and on the sample. So a
+    resumed run draws the same crops, with any number of workers.
 
     Args:
         images: Rainy images, without clean ones.
         cache: Decoded pixels of the images; if None, every sample decodes a file.
-        augmentations: Augmentation for each side of the crop that a sample may have.
+        augmentations: Augmentations by the side of their crops, for every side that a sample may have.
         seed: Seed of the run.
     """
 
@@ -55,13 +55,12 @@ class TrainingPairs(Dataset[dict[str, Any]]):
     Args:
         pairs: The pairs.
         cache: Decoded pixels of the pairs; if None, every sample decodes the files of its pair.
-        augmentations: Augmentation for each side of the crop that a sample may have.
+        augmentations: Augmentations by the side of their crops, for every side that a sample may have.
         seed: Seed of the run.
         captions: Captions in the order of ``pairs``; none by default.
         unlabelled: Crops of rainy images without ground truth, one of which is added to each item; none by default.
-        rain_share: Share of the samples to which the data module adds rain; it always adds rain to photos. Items then
-            have ``rain_added`` and ``rain_seed``, which depend only on the seed of the run and on the sample. By
-            default, no rain is added.
+        rain_share: Share of the pairs' samples to which the data module adds rain; it always adds rain to photos. Items
+            then have ``rain_added`` and ``rain_seed``. By default, no rain is added.
         mixture: Chooses the pair of each sample; by default, all pairs occur equally often.
     """
 
@@ -102,7 +101,7 @@ class TrainingPairs(Dataset[dict[str, Any]]):
 
 
 class TrainingLoader(DataLoader[dict[str, Any]]):
-    """Data loader with an empty state, without which Lightning warns when it resumes within an epoch.
+    """Data loader whose state is empty: Lightning warns of a loader without a state when it resumes within an epoch.
 
     `RainDataModule.resume_at` sets the position.
     """

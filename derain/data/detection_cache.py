@@ -12,13 +12,13 @@ from derain.data.name_matching import PairedFiles
 from derain.image_sources import ImageFile
 
 CACHED_FROM = 5000
-"""Number of images in a folder from which its pairs are cached; smaller folders take less than a second."""
+"""Number of images in a folder from which its pairs are cached."""
 
 DAMAGED = (TypeError, ValueError, KeyError, IndexError, AttributeError)
 """Exceptions that damaged content can raise."""
 
 Detection = tuple[str, str, PairedFiles]
-"""Layout, reason for it, and paired files: the result of `derain.data.pairs.detect_layout`."""
+"""Layout, reason for it (empty for a given layout), and paired files."""
 
 
 def detection_key(root: Path, split: Split, layout: str | None, files: Sequence[str]) -> list[bytes]:
@@ -80,7 +80,7 @@ def save_detection(key: Sequence[bytes], root: Path, files: Sequence[str], detec
         key: Result of `detection_key`.
         root: The folder.
         files: Relative paths of the images below it, in the same order.
-        detection: Result of `derain.data.pairs.detect_layout`.
+        detection: Layout, reason and paired files.
     """
     layout, reason, paired = detection
     if paired.clashes:

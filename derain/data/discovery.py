@@ -26,10 +26,10 @@ class DataSplit:
     """One split of a data set on disk.
 
     Attributes:
-        name: Name of the data set if its folder was found by this name, else name of the folder.
+        name: Name of the data set if its folder was found by this name, or if it is in shards; else name of the folder.
         split: ``train``, ``test`` or ``predict``.
         layout: Key of :data:`derain.data.layouts.LAYOUTS`.
-        root: Folder of the data set.
+        root: Folder of the data set or of its shards.
         files: Paired files of the split.
     """
 
@@ -57,8 +57,8 @@ def find_sets(root: Path, layout: str | None = None) -> list[DataSplit]:
         layout: Name of the layout of ``root``; detected by default.
 
     Raises:
-        DerainError: If the folder does not exist or contains no data set, or the layout is unknown or ambiguous, or
-            shards cannot be read.
+        DerainError: If the folder does not exist or contains no data set, the layout is unknown or ambiguous, shards
+            cannot be read, or ``layout`` is given for shards.
     """
     sharded = sharded_splits(root)
     if sharded:
@@ -79,7 +79,7 @@ def find_sets(root: Path, layout: str | None = None) -> list[DataSplit]:
 
 
 def find_lone_sides(root: Path, found: Sequence[DataSplit]) -> Iterator[tuple[str, list[Path]]]:
-    """Find splits of which only the rainy or only the clean files are there, in folders named after their data set.
+    """Find splits with files but no pairs in folders named after their data set, such as rainy files alone.
 
     Args:
         root: Folder of one data set or of several.
@@ -116,8 +116,8 @@ def _find_in_shards(root: Path, split: Split) -> DataSplit:
 def _find_by_folder_name(root: Path, files: Sequence[str]) -> list[DataSplit]:
     """Return the splits of all data sets after which ``root`` or a folder in it is named.
 
-    Files that match several data sets belong to the one with the outermost folder; if the folders are equally deep, to
-    the first one in ``LAYOUTS``.
+    Data sets with outer folders come first; of equally deep folders, that of the first data set in ``LAYOUTS``. A split
+    that shares a rainy file with one found before is omitted.
     """
     names = list(LAYOUTS)
     candidates = []
@@ -171,7 +171,7 @@ def _find_splits(name: str, layout: str, root: Path, files: Sequence[str]) -> li
 
 
 def _likelihood(split: DataSplit) -> tuple[bool, bool]:
-    """Return whether the split has the published number of pairs, and whether the folder is named after the split."""
+    """Return whether the split has as many pairs as the layout counts, and whether its folder is named after it."""
     pattern = SPLIT_FOLDERS.get(split.split, "predict")
     has_name = re.match(pattern, split.root.resolve().name, re.IGNORECASE) is not None
     return len(split.files.pairs) == LAYOUTS[split.layout].counts.get(split.split), has_name

@@ -75,17 +75,19 @@ class Download:
 
     @property
     def needed_bytes(self) -> int:
-        """Free disk space that the rest of the download needs; archives are counted twice, since they are unpacked."""
+        """Bytes of disk space that the rest of the download needs, and all archives once more to be unpacked."""
         return self.missing_bytes + sum(file.size or 0 for file in self.archives)
 
     def run(self) -> Path:
         """Download, check and unpack the files; return the folder of the data set.
 
         Raises:
-            DerainError: If the disk is too small, the server fails, files are damaged, or an archive is unsafe; what
-                has arrived is kept, and the next call continues. Also if the complete data set has no pairs that its
-                layout recognises; it is kept then.
-            Stopped: If the download is interrupted.
+            DerainError: If the data set exists already, another process is fetching it, an earlier call used another
+                source, the disk is too small, the server fails, a file is damaged, or an archive is unsafe. Undamaged
+                files are kept, and the next call continues. Also if the complete data set has no pairs that its layout
+                recognises; it is kept then.
+            OSError: If a file cannot be read or written for another reason than a full disk.
+            Stopped: If the download is interrupted; files are kept as well.
         """
         check_absent(self.target)
         check_space(self.target.parent, self.needed_bytes)
@@ -112,8 +114,8 @@ class Download:
         """Return the folder of the files after unpacking; delete a damaged archive.
 
         Raises:
-            DerainError: If an archive is damaged or unsafe, contains an image that is also a file of the source, or the
-                disk is too small.
+            DerainError: If an archive is damaged or unsafe, the disk is too small, or files of the source and of its
+                archives cannot be combined, see `_move_beside`.
         """
         archives = self.archives
         if not archives:
@@ -132,7 +134,7 @@ class Download:
         return folder
 
     def _move_beside(self, paths: Sequence[str], folder: Path) -> None:
-        """Move downloaded files into the folder of the unpacked archives; a file in both keeps the archive's version.
+        """Move downloaded files into the folder of the unpacked archives, except those that archives contain too.
 
         Args:
             paths: Paths of the downloaded files in their folder.
@@ -159,7 +161,7 @@ class Download:
             (self.download_folder / path).rename(folder / path)
 
     def _remove_changed_files(self) -> None:
-        """Remove files that an earlier call downloaded and that have changed on the server since.
+        """Remove files that an earlier call downloaded and that have changed on the server since; save the listing.
 
         Raises:
             DerainError: If the earlier call used another source.

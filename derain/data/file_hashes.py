@@ -99,7 +99,7 @@ def cached_numbers(computation: str, files: Sequence[ImageFile], compute: Callab
 
 
 def load_computed(key: Sequence[bytes]) -> Any:
-    """Return the JSON content that `save_computed` saved under a key; None if there is none."""
+    """Return the JSON content that `save_computed` saved under a key; None if there is none, or it is damaged."""
     try:
         return json.loads(_computed_file(*key).read_bytes())
     except UNREADABLE_CACHE:
@@ -148,7 +148,7 @@ def _state_of(path: str) -> list[int]:
 
 
 def _state(status: os.stat_result) -> list[int]:
-    """Return size, inode, mtime and ctime; one changes with the content, since programs cannot set the ctime."""
+    """Return size, inode, mtime and ctime; programs that change a file cannot set its ctime."""
     return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
@@ -188,4 +188,4 @@ def _save(path: Path, content: object) -> None:
         with write_whole(path) as temporary:
             temporary.write_text(json.dumps(content))
     except OSError as error:
-        log.warning("%s: cannot write the cache (%s); the next run reads the images again", path, error)
+        log.warning("%s: cannot write the cache (%s); the next run computes its content again", path, error)

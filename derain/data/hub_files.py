@@ -28,7 +28,7 @@ def list_repository(repository: str, revision: str = "main", patterns: Sequence[
 
     Raises:
         DerainError: If the hub cannot be reached, or the repository does not exist, requires access, or has no such
-            files.
+            revision or files.
     """
     with _hub_errors(repository):
         from huggingface_hub import HfApi

@@ -20,11 +20,11 @@ class Mixture:
     """Chooses the pair of each training sample, so that every data set has its share of each epoch.
 
     Each set has a fixed random order of its pairs, which starts again after the last pair. An epoch continues in this
-    order where the one before ended. So after each epoch, all pairs of a set have been used equally often, give or take
-    one.
+    order where the first ``count`` samples of the epoch before ended. If each epoch has ``count`` samples, all pairs of
+    a set are used equally often, give or take one.
 
-    Exceptions are epochs with more samples than ``count``, as in later stages of ``--data.schedule`` with larger
-    batches. Their additional samples are those of the next epochs, which use them again.
+    An epoch may have fewer or more samples, for example in later stages of ``--data.schedule``. Additional samples are
+    those of the next epochs, which use them again.
 
     Args:
         sizes: Number of pairs of each data set, in the order of the pairs.
@@ -76,7 +76,8 @@ def check_weights(weights: Sequence[float], names: Sequence[str]) -> None:
         names: Data sets of ``--data.train``.
 
     Raises:
-        DerainError: If not, if there are fewer than two data sets, or if a weight is not finite and above 0.
+        DerainError: If there are fewer than two data sets, or not as many as weights; if a data set is repeated; or if
+            a weight is not finite and above 0.
     """
     if len(weights) != len(names) or len(names) < 2:
         raise DerainError(

@@ -41,7 +41,7 @@ class PairedFiles:
     Attributes:
         pairs: Name, rainy file and clean file (None without clean images) of each pair, in natural order of the names.
             The name of a frame of a video is ``SEQUENCE/FRAME``.
-        unpaired: Files that match the layout but have no partner.
+        unpaired: Files that match ``variant`` but have no partner.
         clashes: Pairs of conflicting files: two clean files with the same key; two rainy files with the same key and
             version; or two clean files that different variants of the layout assign to one rainy file.
         variant: Variant of the layout that matched; has an empty pattern if none did.
@@ -65,6 +65,7 @@ def list_relative(root: Path, *, warn: bool = True) -> list[str]:
 
     Raises:
         DerainError: If the folder does not exist.
+        OSError: If the folder cannot be read.
     """
     return sorted(list_unsorted(root, warn=warn), key=natural_key)
 
@@ -287,7 +288,10 @@ def _unique_names(files: Sequence[str]) -> list[str]:
 
 
 def _frame_names(files: Sequence[str]) -> list[str]:
-    """Return the names ``SEQUENCE/FRAME`` of frames; a sequence is its folder, with its parents if folders repeat."""
+    """Return the names ``SEQUENCE/FRAME`` of frames.
+
+    A sequence has the name of its folder, or the path of its folder if several folders have the same name.
+    """
     paths = [PurePosixPath(file) for file in files]
     folders = list(dict.fromkeys(path.parent for path in paths))
     repeated = len({canonical_name(folder.name) for folder in folders}) < len(folders)
@@ -353,7 +357,7 @@ def _subfolders(root: Path, depth: int) -> Iterator[Path]:
 
 
 def describe_contents(folder: Path) -> str:
-    """Return the contents of a folder as text, such as ``100 images; folders: rainy, clean``."""
+    """Return the contents of a folder as text, such as ``100 images; folders: clean, rainy``."""
     folders = sorted((path.name for path in folder.iterdir() if path.is_dir()), key=natural_key)
     images = len(list_images(folder).files)
     parts = []

@@ -43,10 +43,11 @@ class Pair:
 
     Attributes:
         name: Name of the rainy file without suffix, or its path in the data set if names repeat; ``SEQUENCE/FRAME`` for
-            a frame of a video; ``SET/NAME`` after `merge_pairs`. Results are saved under this name.
+            a frame of a video. `merge_pairs` puts ``SET/`` before it if there are several data sets. Results are saved
+            under this name.
         rainy: File of the rainy image: a path, or an image in a shard.
-        clean: File of the clean image; ``rainy`` if both are side by side, or for a clean photo without a rainy image;
-            None if there is no clean image.
+        clean: File of the clean image; None if there is none. It equals the rainy file if that file has both images
+            side by side, and for a clean photo without a rainy image.
         clean_side: Clean half of a side-by-side file; None for separate files.
         data_set: Name of the data set, if pairs of several data sets were merged; else empty.
         sequence: Name of the video that the image is a frame of; empty for a single image.
@@ -120,7 +121,7 @@ class PairSet:
         split: ``train``, ``test`` or ``predict``.
         root: Folder of the data set or of its shards, or URL of its shards.
         pairs: The pairs, in natural order of their names.
-        notes: Notes for the user: how the layout was detected, and how many files have no partner or are excluded.
+        notes: Notes for the user, for example how the layout was detected, or how many files have no partner.
     """
 
     name: str
@@ -323,8 +324,12 @@ def _parse_spec(spec: str | Path) -> tuple[str | None, Path | None]:
 def _find_named_set(name: str, split: Split, folder: Path | None, data_root: Path | None) -> tuple[Path, PairedFiles]:
     """Return folder and files of a data set whose layout is known.
 
-    Without ``folder``, the data set is searched below ``data_root``; of several folders with pairs, the one with the
-    shortest path is returned, and it is an error if two are equally short.
+    Without ``folder``, the data set is searched below ``data_root``. Of several folders with pairs, the one with the
+    fewest parent folders is returned.
+
+    Raises:
+        DerainError: If the data set has no such split, no folder of its name or no pairs, or if two folders with pairs
+            are equally deep.
     """
     layout = LAYOUTS[name]
     if split not in layout.files and not (split == "predict" and "test" in layout.files):
@@ -410,13 +415,14 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
         Name of the layout, what it was detected by, and the paired files.
 
     Raises:
-        DerainError: If the folder does not exist, no layout fits, or several find equally many, but different pairs.
+        DerainError: If the folder does not exist, an image cannot be read, no layout fits, or several layouts find
+            equally many, but different pairs.
     """
     images = ImageNames(root, files)
     candidates: dict[str, PairedFiles] = {}
     for name, layout in LAYOUTS.items():
         paired = images.pair(name, split)
-        if not paired.pairs or name == "video":  # any folder of folders would be a video
+        if not paired.pairs or name == "video":  # pairs in subfolders of any layout would match it
             continue
         for folder in (root.absolute(), root.absolute().parent, root.resolve(), root.resolve().parent):
             if folder_alias_index(folder, name) is not None:
@@ -449,10 +455,10 @@ def detect_layout(root: Path, split: Split, files: Sequence[str] | None = None) 
 
 
 def _pair_or_load(root: Path, split: Split, name: str | None = None) -> Detection:
-    """Return layout and paired files of a folder; those of a large folder from the cache.
+    """Return layout, reason for it and paired files of a folder; those of a large folder from the cache.
 
-    The cache is used if no file was added, removed or renamed. A detected layout also depends on the pixels of some
-    files; it is then detected again if any file has changed.
+    The cache is used if no file was added, removed or renamed. To detect a layout, some images are read. So a detected
+    layout is also detected again if any file has changed.
 
     Args:
         root: The folder.

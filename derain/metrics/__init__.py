@@ -1,6 +1,6 @@
-"""Metrics of derained images and videos: PSNR and SSIM by named protocols, LPIPS, metrics of pyiqa, flicker.
+"""Metrics of derained images and videos: PSNR, SSIM, LPIPS, metrics of pyiqa, flicker and warping error.
 
-Importing this package does not import torch and torchmetrics, which would take seconds; using `ImageQuality` does.
+Importing this package does not import torch and torchmetrics; using `ImageQuality` does.
 """
 
 from typing import TYPE_CHECKING, Any

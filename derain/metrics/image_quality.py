@@ -64,8 +64,8 @@ class ImageQuality(Metric):
             names: Names of the images in messages; their indices by default.
 
         Raises:
-            DerainError: If shapes differ, or images are in half precision, out of range, or too small for a protocol or
-                LPIPS.
+            DerainError: If shapes differ, or images have another type, are out of range, or are too small for a
+                protocol or LPIPS.
         """
         for images in (derained, clean):
             if images.dtype not in {torch.uint8, torch.float32, torch.float64}:
@@ -99,7 +99,7 @@ class ImageQuality(Metric):
 
     @property
     def update_called(self) -> bool:
-        """Whether images were recorded, scored or not; otherwise torchmetrics warns in `compute`."""
+        """Whether images were recorded; torchmetrics counts calls of `update` alone, and not of `update_failed`."""
         return len(self.rows) > 0
 
     @property

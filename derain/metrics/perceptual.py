@@ -36,7 +36,7 @@ class Lpips:
         fetch: Whether to download weights that are not in the cache of ``torch.hub``, with a message on standard error.
 
     Raises:
-        DerainError: If torchvision or the weights are missing, cannot be downloaded, or are damaged.
+        DerainError: If torchvision is not installed, or the weights are missing, cannot be downloaded, or are damaged.
 
     References:
         Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual Metric, CVPR 2018.
@@ -97,7 +97,7 @@ def available_lpips(choice: str) -> Lpips | None:
 
 
 class UnknownMetricError(DerainError):
-    """pyiqa has no metric of this name; other errors mean that pyiqa or its weights are missing."""
+    """pyiqa has no metric of this name."""
 
 
 class PyiqaMetric:
@@ -127,7 +127,7 @@ class PyiqaMetric:
         Args:
             derained: ``(h, w, 3)``, RGB; uint8, or floating point in [0, 1]. Values may exceed this range by up to 1,
                 and are clipped.
-            clean: Same shape and range, for a full-reference metric; ignored by others.
+            clean: Same shape and range, for a full-reference metric; no-reference metrics ignore it.
 
         Raises:
             DerainError: If the metric needs a clean image and there is none, values are out of range, or pyiqa cannot

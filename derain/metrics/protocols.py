@@ -1,7 +1,6 @@
 """Evaluation protocols: named definitions of how PSNR and SSIM are computed.
 
-The results of deraining papers differ by over 1 dB through these choices alone, so every number is reported with its
-protocol.
+The choice of the protocol alone can change PSNR by over 1 dB.
 """
 
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ class Protocol:
         ssim: ``valid`` averages SSIM over the valid region (as in MATLAB); ``padded`` over the whole image with zero
             padding (as in PyTorch losses).
         downsample: Whether images are down-sampled for SSIM as in Wang's ssim.m: every f-th pixel of the mean over
-            f×f pixels, with symmetric borders and f = max(1, round(min(h, w) / 256)).
+            f×f pixels, with symmetric borders and f = max(1, round(min(h, w) / 256)), after ``border`` is cropped.
     """
 
     name: str
@@ -65,7 +64,7 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(
             "restormer",
             f"BT.601 luma (16 to 235) rounded to integers, of 8-bit output (rounded); {_VALID}",
-            "MPRNet, Restormer; DRSformer on Rain200",
+            "MPRNet, Restormer; DRSformer on Rain200 and SPA-Data",
             "y",
             luma_rounded=True,
         ),
@@ -145,6 +144,6 @@ def _with_downsampling(protocol: Protocol) -> Protocol:
     return replace(
         protocol,
         name=protocol.name + DOWNSAMPLE_SUFFIX,
-        definition=f"{protocol.definition}; SSIM of images down-sampled to about 256 pixels (as in ssim.m)",
+        definition=f"{protocol.definition}; SSIM at a shorter side of about 256 pixels (as in ssim.m)",
         downsample=True,
     )

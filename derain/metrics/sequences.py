@@ -31,7 +31,7 @@ def mean_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Return the mean of each score over rows; rows in which the score is None are ignored.
 
     Args:
-        rows: At least one row; all have the same keys. Scores are floats or None; other values are ignored.
+        rows: At least one row; all have the same keys. Scores are floats or None; keys with other values are ignored.
 
     Returns:
         The means; None for a score that no row has.

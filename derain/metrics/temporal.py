@@ -38,7 +38,7 @@ def split_temporal(names: list[str], *, supported: bool = True) -> tuple[list[st
 
     Args:
         names: Values of ``--protocol``.
-        supported: Whether the command computes temporal metrics.
+        supported: Whether temporal metrics can be computed.
 
     Raises:
         DerainError: If the temporal metrics are requested, but not supported, or without another protocol.
@@ -50,7 +50,7 @@ def split_temporal(names: list[str], *, supported: bool = True) -> tuple[list[st
     protocols = [name for name in names if name != TEMPORAL]
     requested = len(protocols) < len(names)
     if requested and not supported:
-        raise DerainError(f"--protocol {TEMPORAL}: only derain test and derain score compute it; omit it")
+        raise DerainError(f"--protocol {TEMPORAL}: needs derain test, or derain score with clean images; omit it")
     if requested and not protocols:
         raise DerainError(f"--protocol {TEMPORAL}: give a protocol of PSNR and SSIM as well, such as matlab-y")
     return protocols, requested
@@ -86,10 +86,14 @@ def temporal_scores(
 
 
 def temporal_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the definition of the temporal metrics, and how many frames have no warping error; empty without them.
+    """Return the definition of the temporal metrics, and the number of pairs of frames without a warping error.
 
     Args:
-        rows: Scores of the frames, with the key ``name``.
+        rows: Scores of the frames, with the keys ``name``, ``flicker`` and ``warping_error``. The last two are None for
+            a frame that was not compared with the one before it.
+
+    Returns:
+        The notes; empty if rows have no ``flicker``.
     """
     if not rows or "flicker" not in rows[0]:
         return []
@@ -99,13 +103,13 @@ def temporal_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if missing:
         notes.append(
             f"{len(missing)} of {len(compared)} pairs of frames have no pixel that is visible in both, and no warping "
-            f"error; the first is before {missing[0]['name']}"
+            f"error; the first is {missing[0]['name']} and the frame before it"
         )
     return notes
 
 
 def to_8_bit(image: NDArray[Any]) -> Frame:
-    """Return an image in 8 bits, rounded."""
+    """Return an image in 8 bits: floats are clipped to [0, 1], scaled and rounded."""
     return image if image.dtype == np.uint8 else np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 

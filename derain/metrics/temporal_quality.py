@@ -14,7 +14,7 @@ from .temporal import TEMPORAL_NAMES, temporal_scores, to_8_bit
 
 PREFIXES = ("", "rainy_", "clean_")
 COLUMNS = tuple(f"{prefix}{name}" for prefix in PREFIXES for name in TEMPORAL_NAMES)
-"""Names of the scores: those of the derained video without prefix, ``rainy_…`` and ``clean_…``."""
+"""Names of the scores: without prefix for the derained video, ``rainy_…`` and ``clean_…`` for the others."""
 
 
 class TemporalQuality(Metric):

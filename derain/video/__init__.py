@@ -1,4 +1,4 @@
-"""Restore videos: frames are changed; times, sound, subtitles, chapters and tags are copied."""
+"""Rewrite videos: frames are changed; times, sound, subtitles, chapters and tags are copied."""
 
 from .formats import SUFFIXES, output_path
 from .fusion import fuse_neighbours

@@ -106,7 +106,7 @@ def _exists(encoder: str) -> bool:
 
 
 def open_encoder(video: Any, name: str, target: object) -> None:
-    """Open an encoder; this fails early if its hardware is missing.
+    """Open an encoder before its first frame, so that missing hardware is reported early.
 
     Args:
         video: PyAV's stream, with size, pixel format and time base.

@@ -55,7 +55,7 @@ def fuse_neighbours(frames: Iterator[Pixels], reach: int) -> Iterator[Pixels]:
         The fused frames, in order; a frame is yielded once the ``reach`` frames after it have been read.
 
     Raises:
-        DerainError: If a side of the frames is shorter than 32 pixels.
+        DerainError: If ``reach`` is above 0 and a side of the frames is shorter than 32 pixels.
     """
     if reach == 0:
         yield from frames
@@ -88,7 +88,7 @@ class _Window:
         self.estimator.setVariationalRefinementIterations(10)
 
     def add(self, index: int, pixels: Pixels) -> None:
-        """Add a frame, with its flow to and from the frames before it; drop the frame that no later one needs."""
+        """Add a frame, with its flow to and from up to ``reach`` frames before it; drop the oldest frame."""
         self.frames[index] = pixels
         self.small[index] = _reduce(pixels)
         self.scenes[index] = self.scenes.get(index - 1, 0)

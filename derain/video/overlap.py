@@ -31,7 +31,7 @@ class Frame(NamedTuple):
 
     Attributes:
         packets: Packets of copied streams between the previous frame and this one.
-        pixels: ``(h, w, 3)`` uint8, upright; None in the last item, which has the packets after the last frame.
+        pixels: ``(h, w, 3)`` uint8, upright; None in a last item without a frame, whose packets follow the last frame.
         pts: Time in units of the stream's time base; None if unknown.
         duration: Duration in the same units; 0 if unknown.
         seconds: Time in seconds; None if unknown.

@@ -80,8 +80,8 @@ def read_format(path: Path) -> VideoFormat:
     """Return size, rotation and colours of a video, from its first frame.
 
     Raises:
-        DerainError: If no frame can be decoded, the rotation is not a multiple of 90°, or the colour matrix is not
-            supported.
+        DerainError: If the file is not a readable video, no frame can be decoded, the rotation is not a multiple of
+            90°, or the colour matrix is not supported.
     """
     with open_video(path) as container:
         stream, _ = select_streams(container, path)

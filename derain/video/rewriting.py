@@ -34,11 +34,13 @@ class VideoOptions:
     """How videos are encoded.
 
     Attributes:
-        crf: Quality from 0 (best) to 51 (worst), converted to the encoder's own measure of quality, so that equal
-            values give different qualities. With libx264, 0 is lossless except for the conversion of colours.
-        encoder: Name of an encoder of FFmpeg, a key of ``ENCODERS``; None for the default: libx264, in WebM libvpx-vp9.
-        metadata: Whether to copy the tags of the video, such as time and location; languages and chapters are always
-            copied.
+        crf: Quality from 0 (best) to 51 (worst), converted to the encoder's own measure of quality. So equal values
+            give different qualities with different encoders. With libx264, 0 is lossless except for the conversion of
+            colours.
+        encoder: Name of an encoder of FFmpeg, a key of ``ENCODERS``; None for the first of ``DEFAULT_ENCODERS`` that
+            the container supports: libx264, in WebM libvpx-vp9, unless FFmpeg lacks it.
+        metadata: Whether to copy the tags of the file and its streams, such as time and location; chapters and the
+            languages of streams are always copied.
 
     Raises:
         DerainError: If ``crf`` is out of range.

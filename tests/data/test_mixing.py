@@ -178,6 +178,22 @@ def test_validation_reports_each_set_and_the_mean(root, mean):
             assert logged[f"{prefix}/{key}"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("val", "limit", "reported"),
+    [
+        (["Rain100L", "Rain100H"], 1, True),  # one batch, unlike 1.0
+        (["Rain100L", "Rain100H"], 1.0, False),
+        ("none", 1.0, False),
+    ],
+)
+def test_limits_on_the_mean_over_sets_are_reported(root, caplog, val, limit, reported):
+    caplog.set_level("INFO", logger="derain")
+    module = RainDataModule(root=str(root), train=SETS, val=val, val_mean="sets", workers=0, crop=16)
+    module.trainer = lightning.Trainer(accelerator="cpu", logger=False, limit_val_batches=limit)
+    module.setup("fit")
+    assert any("--trainer.limit_val_batches" in message for message in caplog.messages) is reported
+
+
 def test_a_single_set_has_no_means_of_its_own(root):
     module = data(root)
     assert module.data_sets("val") == {}

@@ -59,7 +59,7 @@ DROPS: dict[str, Layout] = {
         source=_RAINDS_PAGE,
         citation=_QUAN,
         remarks=(
-            "the download has 150 scenes for training and 98 for tests, fewer than the paper",
+            "the download has 150 scenes for training and 98 for tests",
             "test_set/rainstreak/IMG_7435.png has no clean image: 293 test pairs instead of 294",
             "1296x728 pixels; scores of downscaled images are not comparable",
         ),

@@ -35,7 +35,7 @@ SPLIT_FOLDERS: Mapping[str, str] = {"train": "train|training", "test": "test|tes
 """Patterns of the folder that may contain a split; each file pattern is tried below this folder, then without it."""
 
 AUXILIARY = r"(?:.*/)?(?:rainregion|rainstreak|raintrainregion|rain_?mask|streak)(?:[-_/].*)?"
-"""Pattern of rain masks and streaks, which some archives contain; ignored unless ``Files.auxiliary`` is true."""
+"""Pattern of rain masks and streaks, which some archives contain; such files are ignored unless ``Files.auxiliary``."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Files:
 
 
 def _plain(pattern: str) -> str:
-    """Return a pattern in readable form: without optional parts and lookaheads, with the first of alternatives."""
+    """Return a pattern in readable form: first alternatives, no optional parts or negative lookaheads."""
     plain = pattern.replace(r"\d+", "{n}").replace("(?P=video)", "{n}").replace("[-_]?", "-")
     plain = plain.replace("[^/]+", "{name}")
     previous = ""
@@ -100,11 +100,11 @@ class Layout:
     Attributes:
         title: Description in one line.
         source: Download page; empty for general layouts.
-        citation: Paper.
+        citation: Paper; empty for general layouts.
         folders: Names of the data set's folder below the data root; empty for general layouts.
         files: Variants of the file patterns by split; the first one that matches is used.
-        counts: Published number of pairs (of images for ``predict``) in the authors' download by split, without
-            excluded pairs; a split whose number could not be confirmed is missing.
+        counts: Number of pairs (of images for ``predict``) in the authors' download by split, without excluded pairs; a
+            split whose number could not be confirmed is missing.
         excluded_test_set: Name of a test set; training pairs that show one of its backgrounds are excluded. None for
             no exclusion.
         partner: Data set with the split that this one lacks: the training pairs for a test set, or a test set for
