@@ -14,7 +14,7 @@ from derain.images import ESCAPED, Pixels, to_bytes, write_image
 from derain.pictures import compare
 
 
-def to_pixels(image: Tensor, name: str) -> Pixels:
+def to_pixels(image: Tensor, name: str = "image") -> Pixels:
     """Convert a ``(3, h, w)`` tensor in [0, 1] to ``(h, w, 3)`` pixels in 0 to 255, rounded.
 
     Raises:
