@@ -54,4 +54,4 @@ def subtract_rain(
     removed = reduced - derained
     if removed.shape != rainy.shape:
         removed = enlarge(removed, *rainy.shape[1:])
-    return (rainy - strength * removed).clamp(0, 1)
+    return removed.mul_(-strength).add_(rainy).clamp_(0, 1)  # in place, since new memory takes longer than arithmetic
