@@ -346,7 +346,7 @@ def score_records(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
                     "parameters": row.parameters,
                     "macs": row.macs,
                     "hardware": row.hardware,
-                    "weights": row.weights,
+                    "weights": row.weights_hash,
                     "file": row.file,
                     "note": row.note,
                 }
@@ -391,7 +391,7 @@ def write_plots(folder: Path, rows: Sequence[ResultRow], protocol: str, logs: It
         written.append(plots.curves(folder / "curves.png", dict(zip(runs, curves.values(), strict=True))))
     for name, row in zip(names, rows, strict=True):
         for score in row.scores:
-            images = _read_images(score.image_scores, protocol)
+            images = _read_images(score.image_scores_file, protocol)
             if images:
                 title = name + _partial_suffix(score)
                 file = _unused(folder / f"images-{_slug(title)}-{_slug(score.dataset)}.png", written)

@@ -1,9 +1,9 @@
 """Opacity of rain streaks in batches of images, on any device.
 
 The plane is divided into lanes along the direction of the rain, and each lane into cells. A cell contains at most one
-streak, with a random length, brightness and tapered ends. Its opacity is evaluated in closed form at every pixel along
-the lanes, without blurring, and interpolated linearly at the pixels of the image. So a streak has a triangular profile,
-whose width at half of the maximum is the distance between neighbouring lanes.
+streak, of random length and brightness, with tapered ends. The opacity is evaluated in closed form at every pixel along
+the lanes, without blurring, and interpolated linearly at the pixels of the image. So the profile across a streak is a
+triangle, whose width at half of the maximum is the distance between neighbouring lanes.
 """
 
 import math
@@ -23,14 +23,14 @@ from derain.images import read_rgb
 from derain.listing import image_files
 
 MEAN_FRACTION = 0.75
-"""Mean share of a cell's length that its streak covers; the share is uniform in 0.5 to 1."""
+"""Mean share of a cell's length that its streak covers; shares are uniform in 0.5 to 1."""
 TAPER = 0.25
 """Share of a streak's length at each end along which its opacity decreases to 0."""
 LENGTH_FACTOR = 61
 """Factor of a streak's random number. The number determines the brightness; the fractional part of its product with
 the factor determines the length."""
 MAX_PRESENCE = 0.95
-"""Upper limit of the probability that a cell contains a streak; it limits the coverage of a layer to 0.53."""
+"""Upper limit of the probability that a cell contains a streak; the coverage of a layer is therefore at most 0.53."""
 
 
 class StreakLayers(NamedTuple):
@@ -40,7 +40,7 @@ class StreakLayers(NamedTuple):
         angle: Angle from the vertical in radians, positive for rain that falls to the right.
         length: Mean length of the streaks in pixels.
         width: Width of the streaks in pixels.
-        coverage: Area of the streaks, divided by the image area; higher values than 0.53 have the same effect as 0.53.
+        coverage: Area of the streaks, divided by the image area; values above 0.53 have the same effect as 0.53.
     """
 
     angle: Float[Tensor, " n"]

@@ -16,7 +16,7 @@ class RemoteFile:
     """File on a server.
 
     Attributes:
-        path: Path in the repository, or name of the archive; also the path in the download folder. With ``/``.
+        path: Path in the repository, with ``/``, or name of the archive; also the path in the download folder.
         size: Size in bytes; None if the server does not state it.
         sha256: SHA-256 in hexadecimal digits; empty if unknown.
         blob_id: Git's SHA-1 of the file in hexadecimal digits; empty if unknown.
@@ -63,15 +63,16 @@ def downloaded_bytes(files: Sequence[RemoteFile], folder: Path) -> int:
     """Return how many bytes of the files are in a download folder, including those of partial files."""
     total = 0
     for file in files:
-        for path in (folder / file.path, partial_path(folder / file.path)):
-            if path.is_file():
-                total += path.stat().st_size
+        target = folder / file.path
+        for local_file in (target, partial_path(target)):
+            if local_file.is_file():
+                total += local_file.stat().st_size
     return total
 
 
-def partial_path(path: Path) -> Path:
+def partial_path(target: Path) -> Path:
     """Return the path under which a file is saved until it is complete."""
-    return path.with_name(f"{path.name}.partial")
+    return target.with_name(f"{target.name}.partial")
 
 
 def check_downloads(files: Sequence[RemoteFile], folder: Path) -> None:
@@ -94,13 +95,13 @@ def check_downloads(files: Sequence[RemoteFile], folder: Path) -> None:
         )
 
 
-def _problem(file: RemoteFile, path: Path) -> str:
-    """Return what is wrong with a downloaded file, and delete the file; return empty text if nothing is wrong."""
-    if not path.is_file():
+def _problem(file: RemoteFile, target: Path) -> str:
+    """Return what is wrong with a downloaded file, or empty text; delete a file of wrong size or checksum."""
+    if not target.is_file():
         return f"{file.path} is missing"
-    size = path.stat().st_size
+    size = target.stat().st_size
     if file.size is not None and size != file.size:
-        path.unlink()
+        target.unlink()
         return f"{file.path} has {size} bytes, expected {file.size}"
     if file.sha256:
         name, digest, expected = "SHA-256", hashlib.sha256(), file.sha256
@@ -108,15 +109,15 @@ def _problem(file: RemoteFile, path: Path) -> str:
         name, digest, expected = "Git's SHA-1", hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False), file.blob_id
     else:
         return ""
-    found = _hash(path, digest)
+    found = _hash(target, digest)
     if found == expected.lower():
         return ""
-    path.unlink()
+    target.unlink()
     return f"{file.path} has {name} {found}, expected {expected}"
 
 
-def _hash(path: Path, digest: Any) -> str:
-    with path.open("rb") as file:
-        while block := file.read(2**20):
+def _hash(target: Path, digest: Any) -> str:
+    with target.open("rb") as stream:
+        while block := stream.read(2**20):
             digest.update(block)
     return str(digest.hexdigest())

@@ -45,7 +45,7 @@ class ScoringPair:
 
     @property
     def sequence(self) -> str:
-        """Name of the video that the clean image is a frame of; empty for a single image."""
+        """Name of the video of a data set that the clean image is a frame of; empty for any other image."""
         return self.clean.sequence if isinstance(self.clean, Pair) else ""
 
     def read(self) -> tuple[Pixels, Pixels | None]:
@@ -71,7 +71,7 @@ class ScoringPair:
             derained_size, clean_size = (f"{image.shape[1]}x{image.shape[0]}" for image in (derained, clean))
             raise DerainError(
                 f"{self.derained}: is {derained_size}, but the clean image {file} is {clean_size}; "
-                "score results of the same size as the clean images"
+                "score derained images of the same size as the clean ones"
             )
         return derained, clean
 
@@ -80,7 +80,7 @@ class _Candidate(NamedTuple):
     """Clean images that the derained images may belong to.
 
     Attributes:
-        title: Data set, split and notes, separated by ``; ``; empty for a plain folder.
+        title: ``SET, SPLIT``, and the notes after ``; `` each; empty for a plain folder.
         references: Clean images by name.
     """
 
@@ -91,16 +91,17 @@ class _Candidate(NamedTuple):
 def find_scoring_pairs(derained: Path, clean: str | None) -> list[ScoringPair]:
     """Return each derained image with its clean image, found by name as in `match_names`.
 
-    Two files are a pair regardless of their names. If ``clean`` is a data set, its name and split are printed to
-    standard error.
+    If both arguments are files, they are a pair regardless of their names. If ``clean`` is a data set, name, split and
+    notes of the data set are printed to standard error.
 
     Args:
         derained: Derained image, or folder of derained images.
         clean: Clean image, folder of clean images, or data set; None for scores without reference.
 
     Raises:
-        DerainError: If a file or folder does not exist or a folder has no images, an image has no partner, or names
-            are ambiguous. A clean image may lack a partner if ``derained`` is a file.
+        DerainError: If a file or folder does not exist, a folder has no images, ``clean`` is a file and ``derained`` a
+            folder, an image has no partner, or names are ambiguous. If ``derained`` is a file, clean images may lack a
+            partner.
     """
     if derained.is_file():
         files = {derained.stem: derained}
@@ -128,7 +129,8 @@ def _best_candidate(
     """Return the candidate whose names match by the strictest rule, and the clean name of each derained name.
 
     Raises:
-        DerainError: If no candidate matches, or several match by the same rule.
+        DerainError: If no candidate matches, several match by the strictest rule, or a derained name matches several
+            clean names.
     """
     fits = []
     for candidate in candidates:
@@ -149,7 +151,8 @@ def _best_candidate(
 def _images_by_name(folder: Path) -> dict[str, Path]:
     """Return the images in a folder by name without suffix, or those in its subfolders if it contains none directly.
 
-    Names of images in subfolders are relative paths. Comparisons and explanations of other images are omitted.
+    Names of images in subfolders are relative to the deepest folder that contains all images. Comparisons and
+    explanations of other images are omitted.
 
     Raises:
         DerainError: If there are no images, or two have the same name.
@@ -177,7 +180,7 @@ def _images_by_name(folder: Path) -> dict[str, Path]:
     return {name: path for name, path in files.items() if name.rpartition("/")[2] not in companions}
 
 
-def _candidates(clean: str, derained: Path) -> list[_Candidate]:
+def _candidates(clean: str, derained_file: Path) -> list[_Candidate]:
     """Return the clean images of each split of a data set, or those of a plain folder."""
     candidates: list[_Candidate] = []
     first_error = None
@@ -188,8 +191,8 @@ def _candidates(clean: str, derained: Path) -> list[_Candidate]:
             first_error = first_error or error
             continue
         first = pair_set.pairs[0]
-        # A file with the size of a result is not two images side by side.
-        if first.clean_side and image_size(first.rainy) == image_size(derained):
+        # A file with the size of a derained image is not two images side by side.
+        if first.clean_side and image_size(first.rainy) == image_size(derained_file):
             return [_plain_folder(clean)]
         references: References = {pair.name: pair for pair in pair_set.pairs}
         if all(references != candidate.references for candidate in candidates):
@@ -220,18 +223,18 @@ def match_names(
     1. Equal names.
     2. Equal except for case, punctuation, leading zeros, words for the kind of an image, and a final scale:
        ``rain-001`` equals ``norain-1x2`` and ``1_derained``.
-    3. As rule 2, after removing a prefix and a suffix that all results share; or, unless ``allow_extra``, the final
-       number of each result (``901_1``, ``901_2``), so that several results may have the same clean image. If both
-       apply, they must agree.
+    3. As rule 2, after removing a prefix and a suffix that all derained names share; or, unless ``allow_extra``, the
+       final number of each derained name (``901_1``, ``901_2``), so that several may have the same clean name. If
+       several removals fit, they must agree.
 
     Args:
-        derained: Names of the results, without suffix; at least one.
+        derained: Names of the derained images, without suffix; at least one.
         clean: Names of the clean images, without suffix.
-        allow_extra: Allow clean images without a result.
+        allow_extra: Allow clean names without a derained name.
         labels: Names of both lists in messages.
 
     Raises:
-        DerainError: If no rule fits all names, or a result matches several clean images.
+        DerainError: If no rule fits all names, or a derained name matches several clean names.
 
     Example:
         >>> match_names(["rain-1", "rain-2"], ["norain-001", "norain-002"])
@@ -322,10 +325,10 @@ def _look_up(
     *,
     allow_repeated: bool = False,
 ) -> dict[str, list[str]] | None:
-    """Return the clean names by derained name; None if they do not fit.
+    """Return the clean names by derained name; None if the keys of the derained names do not fit.
 
-    They fit if every key is one of ``clean``, no clean image remains (unless ``allow_extra``), and no key repeats
-    (unless ``allow_repeated``).
+    Keys fit if each is a key of ``clean``, no other key of ``clean`` remains (unless ``allow_extra``), and no key
+    repeats (unless ``allow_repeated``).
     """
     distinct = set(keys)
     if not distinct <= clean.keys():

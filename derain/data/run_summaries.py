@@ -23,7 +23,7 @@ NAMES = {
 """Names of methods in papers, by class."""
 
 TEST_SETS = {"RainTrainL": "Rain100L", "RainTrainH": "Rain100H", "RainTrainH-full": "Rain100H"}
-"""Test set of each training set whose name differs from that of its test set."""
+"""Test sets by training set, where the two have different names."""
 
 MIXED = {"Rain100L", "Rain100H", "Rain800"}
 """Data sets that CLIP-RPN's authors combine as Mixed."""
@@ -40,7 +40,7 @@ class Score:
         lpips: LPIPS; None if it was not computed.
         images: Number of evaluated images. This and the following attributes are None for published scores.
         fingerprint: Hash of the images.
-        image_scores: Path of the file with the scores of each image.
+        image_scores_file: File with the scores of each image.
         seconds: Mean time per image in seconds.
         partial_of: Number of images in the data set; None if all were evaluated.
         flicker: Mean absolute difference of consecutive frames in 8-bit levels; None if it was not computed.
@@ -54,7 +54,7 @@ class Score:
     lpips: float | None = None
     images: int | None = None
     fingerprint: str | None = None
-    image_scores: Path | None = None
+    image_scores_file: Path | None = None
     seconds: float | None = None
     partial_of: int | None = None
     flicker: float | None = None
@@ -72,8 +72,8 @@ class ResultRow:
         trained_on: Names of the training sets.
         protocol: Evaluation protocol; None if a paper's is unknown.
         scores: One per data set.
-        weights: First 8 hexadecimal digits of the SHA-256 of the weights file; those of several files are separated by
-            commas; None if unknown.
+        weights_hash: First 8 hexadecimal digits of the SHA-256 of the weights file; those of several files are
+            separated by commas; None if unknown.
         file: Path of ``summary.json``, or several paths separated by commas; the source of a published row.
         metadata: Metadata of the weights, from which the method can be built; empty for a published row.
         parameters: Number of parameters of the network, as published.
@@ -88,7 +88,7 @@ class ResultRow:
     trained_on: tuple[str, ...]
     protocol: str | None
     scores: tuple[Score, ...]
-    weights: str | None
+    weights_hash: str | None
     file: str
     metadata: dict[str, Any] = field(default_factory=dict)
     parameters: float | None = None
@@ -121,7 +121,7 @@ def find_files(paths: Iterable[Path], name: str) -> list[Path]:
             for file in sorted(path.rglob(name), key=natural_key):
                 files[file.resolve()] = file
         elif not path.exists():
-            raise DerainError(f"{path}: no such file or folder; give summary.json files, or folders that contain some")
+            raise DerainError(f"{path}: no such file or folder; give {name} files, or folders that contain some")
         elif path.suffix == Path(name).suffix:
             files[path.resolve()] = path
     return list(files.values())
@@ -187,7 +187,8 @@ def select_protocol(
         if not results:
             available = ", ".join(result["protocol"] for result in summary["results"])
             raise DerainError(
-                f"{file}: no results under {protocol}, only under {available}; test again under it, or omit the file"
+                f"{file}: no results under {protocol}, only under {available}; test again under {protocol}, or omit "
+                "the file"
             )
         rows.append(_to_row(file, summary, results[0]))
     nets = {row.lpips_net for row in rows if row.lpips_net}
@@ -214,7 +215,7 @@ def _to_row(file: Path, summary: dict[str, Any], result: dict[str, Any]) -> Resu
         **_means(dataset, result),
         images=images,
         fingerprint=data["fingerprint"],
-        image_scores=file.with_name("images.csv"),
+        image_scores_file=file.with_name("images.csv"),
         seconds=summary.get("seconds"),
         partial_of=total if total > images else None,
         sequences=Score(**_means(dataset, sequences), images=sequences["count"]) if sequences else None,
@@ -225,7 +226,7 @@ def _to_row(file: Path, summary: dict[str, Any], result: dict[str, Any]) -> Resu
         trained_on=tuple(metadata.get("trained_on") or ()),
         protocol=result["protocol"],
         scores=(score,),
-        weights=weights["sha256"][:8] if weights else None,
+        weights_hash=weights["sha256"][:8] if weights else None,
         file=str(file),
         metadata=metadata,
         hardware=f"{hardware['device']}, {hardware['precision']}" if hardware else None,
@@ -261,8 +262,8 @@ def merge_rows(rows: Sequence[ResultRow]) -> list[ResultRow]:
     merged: list[ResultRow] = []
     for same_method in _group(rows, lambda row: (row.method, row.details)):
         groups: list[list[ResultRow]] = []
-        for same_weights in _group(same_method, lambda row: row.weights):
-            if same_weights[0].weights and _distinct_sets(same_weights):
+        for same_weights in _group(same_method, lambda row: row.weights_hash):
+            if same_weights[0].weights_hash and _distinct_sets(same_weights):
                 groups.append(same_weights)
             else:
                 groups += [[row] for row in same_weights]
@@ -302,14 +303,14 @@ def _group(rows: Iterable[ResultRow], key: Callable[[ResultRow], Any]) -> list[l
 def _merge(rows: list[ResultRow]) -> ResultRow:
     """Merge rows of one method into one; different training sets, weights, files and hardware are listed."""
     training_sets = dict.fromkeys(name for row in rows for name in row.trained_on)
-    weights = dict.fromkeys(row.weights for row in rows if row.weights)
+    weights_hashes = dict.fromkeys(row.weights_hash for row in rows if row.weights_hash)
     hardware = dict.fromkeys(row.hardware for row in rows if row.hardware)
     lpips_nets = [row.lpips_net for row in rows if row.lpips_net]
     return replace(
         rows[0],
         trained_on=tuple(training_sets),
         scores=tuple(score for row in rows for score in row.scores),
-        weights=", ".join(weights) or None,
+        weights_hash=", ".join(weights_hashes) or None,
         file=", ".join(row.file for row in rows),
         hardware="; ".join(hardware) or None,
         lpips_net=lpips_nets[0] if lpips_nets else None,
@@ -339,8 +340,8 @@ def published_rows(sets: set[str], protocol: str | None, paper: str | None = Non
 
     Args:
         sets: Names of the data sets.
-        protocol: Protocol of the results to compare with; the note of a row under another protocol says that it is not
-            comparable. None if there are no such results.
+        protocol: Protocol of the results to compare with; None if there are none. The note of a row under another
+            protocol says that the row is not comparable.
         paper: Id of the table; by default all tables except those of ablations.
 
     Raises:
@@ -365,7 +366,7 @@ def published_rows(sets: set[str], protocol: str | None, paper: str | None = Non
                 trained_on=(),
                 protocol=table["protocol"],
                 scores=scores,
-                weights=None,
+                weights_hash=None,
                 file=table["source"],
                 parameters=millions * 1e6 if millions else None,
                 macs=billions * 1e9 if billions else None,
@@ -389,18 +390,18 @@ def _table_note(table: dict[str, Any], protocol: str | None) -> str:
 def row_labels(rows: Sequence[ResultRow]) -> list[str]:
     """Return the labels of the rows.
 
-    The label of a published row is its method. Other labels add the details that differ between the measured rows of
-    the method. If rows with equal training sets still have equal labels, the hash of the weights is added; if that does
-    not suffice, the file is added as well.
+    The label of a published row is its method. The label of a measured row adds the details that differ between the
+    measured rows of the method. If measured rows with equal training sets still have equal labels, the hash of the
+    weights is added; if that does not suffice, the shortened path of the file is added as well.
     """
     labels = []
     for row in rows:
         details = [] if row.note is not None else _differing_details(row, rows)
         labels.append(", ".join([row.method, *details]))
     measured_indices = [index for index, row in enumerate(rows) if row.note is None]
-    weights = [rows[index].weights or "no weights" for index in measured_indices]
+    weights_hashes = [rows[index].weights_hash or "no weights" for index in measured_indices]
     files = shorten_paths([Path(rows[index].file) for index in measured_indices])
-    for suffixes in (weights, files):
+    for suffixes in (weights_hashes, files):
         counts = Counter((labels[index], rows[index].trained_on) for index in measured_indices)
         ambiguous = [counts[labels[index], rows[index].trained_on] > 1 for index in measured_indices]
         for index, suffix, is_ambiguous in zip(measured_indices, suffixes, ambiguous, strict=True):

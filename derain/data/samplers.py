@@ -19,8 +19,8 @@ class Sample(NamedTuple):
 
     Attributes:
         epoch: Index of the epoch.
-        number: Number of the sample. The first permutation of an epoch has the numbers from 0 to below the number of
-            samples per epoch; to those of the n-th further permutation, n times that number is added.
+        number: Index of the sample among those of an epoch; in the n-th further permutation of an epoch, n times the
+            number of samples per epoch is added.
         crop: Side of the crop in pixels.
     """
 
@@ -33,7 +33,7 @@ class Stage(NamedTuple):
     """Stage of a training schedule, counted in batches.
 
     Attributes:
-        start: Index of its first batch, counted from the start of training.
+        start: Index of the first batch of the stage, counted from the start of training.
         crop: Side of the crops in pixels.
         batch_size: Crops per batch and rank.
     """
@@ -84,8 +84,8 @@ def to_batch_stages(schedule: Sequence[CropStage], accumulate: int, batches: int
         batches: Batches per epoch.
 
     Raises:
-        DerainError: If there are several stages and ``batches`` is not a multiple of ``accumulate``: the number of
-            batches per step would vary.
+        DerainError: If there are several stages and ``batches`` is not a multiple of ``accumulate``, since the number
+            of batches per step would vary.
 
     Example:
         >>> to_batch_stages([CropStage(10, 128, 8), CropStage(5, 160, 5)], accumulate=2, batches=4)
@@ -106,10 +106,10 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
     The sampler shares no random number generator with other code. So the batches after `resume_at` equal those of an
     uninterrupted run, for any number of workers.
 
-    With one stage, an epoch contains every sample once over all ranks, and its last batch may be smaller. If the ranks
-    cannot share the samples equally, a second permutation provides the missing ones. With several stages, every epoch
-    has as many batches as an epoch of the first stage; it starts with a new permutation and draws further ones as
-    needed.
+    Every epoch starts with a new permutation of the samples. With one stage, an epoch contains every sample once over
+    all ranks, and the last batch may be smaller. If the ranks cannot share the samples equally, samples of a second
+    permutation fill the gap. With several stages, every epoch has as many batches as an epoch of the first stage, and
+    draws as many permutations as these batches need.
 
     Args:
         count: Samples per epoch, over all ranks.
@@ -142,12 +142,12 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Start at the first batch of an epoch; if it is the one given to `resume_at`, keep the batch given there."""
+        """Start at the first batch of an epoch; for the current epoch, keep the first batch that `resume_at` set."""
         if epoch != self.epoch:
             self.resume_at(epoch, 0)
 
     def count_from(self, epoch: int, batches_before: int) -> None:
-        """Set the number of batches trained before an epoch, if earlier epochs had other numbers of batches."""
+        """Set the number of batches trained before an epoch; needed if earlier epochs had other numbers of batches."""
         self._reference = (epoch, batches_before)
 
     def resume_at(self, epoch: int, batch: int) -> None:
@@ -182,19 +182,19 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
     def _draw_batches(self, epoch: int) -> list[list[Sample]]:
         stages = [self.stage(epoch, batch) for batch in range(len(self))]
         order = self._permutations(epoch, sum(stage.batch_size for stage in stages) * self.world)
-        own_indices = order[self.rank :: self.world]
+        own_numbers = order[self.rank :: self.world]
         if len(self.stages) == 1:
-            own_indices = own_indices[: self._samples_per_rank]
+            own_numbers = own_numbers[: self._samples_per_rank]
         batches = []
         start = 0
         for stage in stages:
-            indices = own_indices[start : start + stage.batch_size]
-            batches.append([Sample(epoch, index, stage.crop) for index in indices])
+            numbers = own_numbers[start : start + stage.batch_size]
+            batches.append([Sample(epoch, number, stage.crop) for number in numbers])
             start += stage.batch_size
         return batches
 
     def _permutations(self, epoch: int, minimum: int) -> list[int]:
-        """Return at least ``minimum`` shuffled indices; the n-th permutation (from 0) has ``n * count`` added."""
+        """Return at least ``minimum`` numbers of samples, shuffled, from as many permutations as needed."""
         generator = torch.Generator().manual_seed(self.seed + epoch)
         order: list[int] = []
         while len(order) < minimum:
@@ -203,14 +203,14 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
 
 
 class BalancedSampler(Sampler[int]):
-    """Sampler of evaluated images: each is assigned to one rank, so that the ranks have similar work.
+    """Sampler of evaluated images: each group of images is assigned to one rank, so that the ranks have similar work.
 
-    The images are assigned in order of decreasing cost, each to the rank with the least cost so far. The cost of the
-    slowest rank is then at most 4/3 of the lowest cost that is possible for the slowest rank (Graham, 1969). With equal
-    costs, rank r gets images r, r + world, ….
+    The groups are assigned in order of decreasing cost, each to the rank with the least cost so far. The cost of the
+    slowest rank is then at most 4/3 of the lowest cost that is possible for the slowest rank (Graham, 1969). If each
+    image is a group and all costs are equal, rank r gets images r, r + world, ….
 
-    With fewer images (or groups) than ranks, the remaining ranks evaluate an image again, which metrics count once.
-    Without images, they would skip the loop, and the other ranks would wait for them forever.
+    With fewer groups than ranks, each rank without a group evaluates an image of another rank again; metrics count the
+    image once. A rank without an image would skip the loop, and the other ranks would wait for it forever.
 
     Args:
         costs: Cost of each image, such as its number of pixels, above 0.
@@ -234,7 +234,7 @@ class BalancedSampler(Sampler[int]):
         group_members = list(members.values())
         group_costs = [sum(costs[index] for index in indices) for indices in group_members]
         assigned = _assign(group_costs, world)[rank]
-        self.indices = sorted(itertools.chain.from_iterable(group_members[number] for number in assigned))
+        self.indices = sorted(itertools.chain.from_iterable(group_members[group] for group in assigned))
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices)
@@ -244,7 +244,7 @@ class BalancedSampler(Sampler[int]):
 
 
 def _assign(costs: Sequence[int], world: int) -> list[list[int]]:
-    """Return the sorted indices of the groups of each rank, from the costs of the groups."""
+    """Return the sorted indices of the groups that each rank gets, given the cost of each group."""
     loads = [(0, rank) for rank in range(world)]  # a heap
     ranks: list[list[int]] = [[] for _ in range(world)]
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):

@@ -13,8 +13,8 @@ log = logging.getLogger("derain")
 def consecutive_frames(pairs: Sequence[Pair]) -> frozenset[int]:
     """Return the indices of the frames that directly follow the frame at the previous index.
 
-    Frames follow each other if their numbers differ by the usual step of the sequence; see `frame_gaps`. The numbers of
-    gaps and of sequences without frame numbers are logged.
+    Frames follow each other if their numbers differ by the usual step of the sequence; see `frame_gaps`. The count of
+    gaps, and that of sequences without frame numbers, are logged.
 
     Args:
         pairs: Frames; those of a sequence are neighbours, in the order of the sequence.
@@ -44,8 +44,8 @@ def frame_gaps(pairs: Sequence[Pair]) -> list[int]:
     """Return the indices of the frames whose number does not follow that of the previous frame of their sequence.
 
     If names have several numbers, the frame number is the one with the most different values in the sequence, and the
-    last one of those with equally many. The usual step is the smallest one above 0, and not the most frequent one:
-    in a sequence that has lost many frames, most steps may be gaps.
+    last one of those with equally many. The usual step of a sequence is its smallest step above 0, and not the most
+    frequent one: in a sequence that has lost many frames, most steps may be gaps.
 
     Args:
         pairs: Frames; those of a sequence are neighbours, in the order of the sequence.

@@ -21,9 +21,9 @@ from derain.progress import track
 def write_shards(pair_set: PairSet, out: Path, size: int, *, overwrite: bool = False) -> list[int]:
     """Write the pairs of one split of a data set to shards, and their index.
 
-    Each pair is a sample of WebDataset, such as ``000012.rainy.png`` and ``000012.clean.png``, with the bytes and the
-    suffixes of the image files. A side-by-side file is called ``000012.clean-rainy.png`` (clean left) or
-    ``000012.rainy-clean.png``. Equal pairs yield equal shards. The index is written last.
+    Each pair is a sample of WebDataset, such as ``000012.rainy.png`` and ``000012.clean.png``, with the bytes of the
+    image files, and their suffixes in lower case. A side-by-side file is called ``000012.clean-rainy.png`` (clean left)
+    or ``000012.rainy-clean.png``. Equal pairs yield equal shards. The index is written last.
 
     Args:
         pair_set: Pairs of image files.
@@ -36,7 +36,7 @@ def write_shards(pair_set: PairSet, out: Path, size: int, *, overwrite: bool = F
 
     Raises:
         DerainError: If a pair cannot be read, or its images differ in size; if the pairs are in shards already; or if
-            the folder contains shards of this split and ``overwrite`` is false.
+            the folder contains shards or an index of this split, and ``overwrite`` is false.
     """
     _prepare(out, pair_set.split, overwrite=overwrite)
     root = Path(pair_set.root)
@@ -48,10 +48,10 @@ def write_shards(pair_set: PairSet, out: Path, size: int, *, overwrite: bool = F
             dimensions = list(track(threads.map(_checked_size, pairs), f"Reading shard {len(sizes)}", len(pairs)))
             file = out / shard_name(pair_set.split, len(sizes))
             with write_whole(file) as temporary:
-                images = _write_tar(temporary, pairs, len(lines), len(sizes), root)
+                entries = _write_tar(temporary, pairs, len(lines), len(sizes), root)
                 sizes.append(temporary.stat().st_size)
-            for pair, dimension, entries in zip(pairs, dimensions, images, strict=True):
-                lines.append(index_line(pair.name, dimension, entries))
+            for pair, dimension, pair_entries in zip(pairs, dimensions, entries, strict=True):
+                lines.append(index_line(pair.name, dimension, pair_entries))
     first = pair_set.pairs[0]
     header = {
         "format": FORMAT,
@@ -73,7 +73,7 @@ def _prepare(out: Path, split: str, *, overwrite: bool) -> None:
     """Create the folder; remove the index of an earlier run before its shards, so that no index lacks its shards.
 
     Raises:
-        DerainError: If there are such files, and ``overwrite`` is false.
+        DerainError: If there are files of an earlier run, and ``overwrite`` is false.
     """
     out.mkdir(parents=True, exist_ok=True)
     shards = [path for path in out.iterdir() if re.fullmatch(rf"{split}-\d{{6}}\.tar", path.name)]
@@ -125,19 +125,21 @@ def _checked_size(pair: Pair) -> tuple[int, int]:
     return image_size(pair.rainy)
 
 
-def _write_tar(target: Path, pairs: Sequence[Pair], first: int, shard: int, root: Path) -> list[list[IndexEntry]]:
+def _write_tar(
+    target: Path, pairs: Sequence[Pair], first_number: int, shard_number: int, root: Path
+) -> list[list[IndexEntry]]:
     """Write a shard, and return the entries of the rainy and the clean image of each pair for the index.
 
     Args:
         target: File to write.
         pairs: The pairs.
-        first: Number of the first pair in the data set.
-        shard: Number of the shard.
-        root: Folder of the data set, to which paths in the index are relative.
+        first_number: Number of the first of the pairs, counted over all shards from 0.
+        shard_number: Number of the shard.
+        root: Folder of the data set; in the index, the paths of files in it are relative to it, others as they are.
     """
     hashes = []
     with tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, pair in enumerate(pairs, first):
+        for number, pair in enumerate(pairs, first_number):
             for file in _files(pair):
                 content = file.read_bytes()
                 member = tarfile.TarInfo(f"{number:06d}.{_kind(pair, file)}{file.suffix.lower()}")
@@ -146,14 +148,14 @@ def _write_tar(target: Path, pairs: Sequence[Pair], first: int, shard: int, root
                 hashes.append(hashlib.sha256(content).hexdigest())
     with tarfile.open(target) as tar:
         members = iter(zip(tar.getmembers(), hashes, strict=True))
-    images = []
+    entries = []
     for pair in pairs:
-        entries: dict[ImageFile, IndexEntry] = {}
+        entry_by_file: dict[ImageFile, IndexEntry] = {}
         for file, (member, digest) in zip(_files(pair), members, strict=False):
-            name = file.relative_to(root) if file.is_relative_to(root) else file
-            entries[file] = (shard, member.offset_data, member.size, digest, name.as_posix())
-        images.append([entries[file] for file in (pair.rainy, pair.clean) if file is not None])
-    return images
+            path = file.relative_to(root) if file.is_relative_to(root) else file
+            entry_by_file[file] = (shard_number, member.offset_data, member.size, digest, path.as_posix())
+        entries.append([entry_by_file[file] for file in (pair.rainy, pair.clean) if file is not None])
+    return entries
 
 
 def _kind(pair: Pair, file: Path) -> str:

@@ -61,8 +61,8 @@ class ShardImage:
         length: Size of the file in bytes.
         height: Height of the upright rainy file of the pair in pixels.
         width: Width of the upright rainy file of the pair in pixels.
-        checked: Whether this process has compared the file with its SHA-256. Files on a disk are compared once, files
-            behind a URL whenever they are read.
+        checked: Whether this process has compared the file on the disk with its SHA-256, so that later reads need not.
+            Files behind a URL are compared whenever they are read; for them, it stays false.
     """
 
     location: str
@@ -123,8 +123,8 @@ class ShardedSplit:
 
     Attributes:
         name: Name of the data set from which the shards were written.
-        layout: Its layout.
-        files: Its pairs; the files are of type `ShardImage`.
+        layout: Layout of the data set.
+        files: Pairs of the split; the files are of type `ShardImage`.
         note: Note for the user: numbers of pairs and shards, size and location.
     """
 
@@ -155,7 +155,7 @@ def shard_name(split: str, number: int) -> str:
 
 
 def sharded_splits(folder: Path) -> list[Split]:
-    """Return the splits of which a folder contains shards; empty for other folders."""
+    """Return the splits of which a folder contains an index of shards; empty for other folders."""
     return [split for split in get_args(Split) if (folder / index_name(split)).is_file()]
 
 
@@ -164,35 +164,35 @@ def read_split(location: str, split: Split) -> ShardedSplit:
 
     Args:
         location: Folder or URL of the shards.
-        split: Split to read; ``predict`` returns the rainy images of ``test`` if there are no shards of its own.
+        split: Split to read. For ``predict`` without an index, the rainy images of ``test`` are returned.
 
     Raises:
-        DerainError: If there is no such split, the index cannot be read, is damaged or has another version, or a shard
-            is missing or has another size.
+        DerainError: If there is no such split; if the index cannot be read, is damaged, or has another version or an
+            unknown layout; or if a shard is missing or has another size.
     """
-    path = _join(location, index_name(split))
+    address = _join(location, index_name(split))
     _opened.cache_clear()  # shards may have been written again under the same names
     try:
-        content = _read(path)
+        content = _read(address)
     except _MissingFileError as error:
         if split == "predict":
             return _without_clean(read_split(location, "test"))
         found = [] if is_url(location) else sharded_splits(Path(location))
         available = f"has only {' and '.join(found)}" if found else "has no such file"
         raise DerainError(
-            f"{path}: {location} {available}; write shards of this split: derain data shard SET OUT --split {split}"
+            f"{address}: {location} {available}; write shards of this split: derain data shard SET OUT --split {split}"
         ) from error
     try:
         lines = iter(gzip.decompress(content).decode().splitlines())
         header = json.loads(next(lines))
-        _check_version(header, path)
+        _check_version(header, address)
         files = PairedFiles(
             tuple(_pairs(lines, location, split)),
             variant=Files("", clean_side=header["clean_side"], video=header["video"]),
         )
         count, sizes = int(header["pairs"]), list(map(int, header["shard_sizes"]))
         if len(files.pairs) != count:
-            raise DerainError(f"{path}: has {len(files.pairs)} pairs instead of {count}; copy it again")
+            raise DerainError(f"{address}: has {len(files.pairs)} pairs instead of {count}; copy it again")
         if not is_url(location):
             _check_sizes(Path(location), split, sizes)
         note = (
@@ -203,18 +203,18 @@ def read_split(location: str, split: Split) -> ShardedSplit:
         raise
     except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
         reason = first_line(error) or type(error).__name__
-        raise DerainError(f"{path}: damaged index ({reason}); copy it again") from error
+        raise DerainError(f"{address}: damaged index ({reason}); copy it again") from error
 
 
-def index_line(name: str, size: tuple[int, int], images: Sequence[IndexEntry]) -> str:
+def index_line(name: str, size: tuple[int, int], entries: Sequence[IndexEntry]) -> str:
     """Return a line of an index.
 
     Args:
         name: Name of the pair.
         size: Height and width of the rainy file in pixels.
-        images: Entries of the rainy and the clean image, or of the rainy one only.
+        entries: Entries of the rainy and the clean image, or of the rainy one only.
     """
-    return json.dumps([name, *size, *images])
+    return json.dumps([name, *size, *entries])
 
 
 def _pairs(lines: Iterator[str], location: str, split: str) -> Iterator[tuple[str, ShardImage, ShardImage | None]]:
@@ -228,25 +228,25 @@ def _pairs(lines: Iterator[str], location: str, split: str) -> Iterator[tuple[st
         yield name, images[0], images[1] if len(images) > 1 else None
 
 
-def _check_version(header: Mapping[str, Any], path: str) -> None:
+def _check_version(header: Mapping[str, Any], address: str) -> None:
     if header.get("format") != FORMAT:
-        raise DerainError(f"{path}: not an index of derain; expected one written by derain data shard")
+        raise DerainError(f"{address}: not an index of derain; expected one written by derain data shard")
     if header["version"] != VERSION:
         raise DerainError(
-            f"{path}: version {header['version']} of the index; this derain reads version {VERSION}; update derain, or "
-            "write the shards again"
+            f"{address}: version {header['version']} of the index; this derain reads version {VERSION}; update derain, "
+            "or write the shards again"
         )
     if header["layout"] not in LAYOUTS:
-        raise DerainError(f"{path}: layout {header['layout']} is not known to this version of derain; update derain")
+        raise DerainError(f"{address}: layout {header['layout']} is not known to this version of derain; update derain")
 
 
 def _check_sizes(folder: Path, split: str, sizes: list[int]) -> None:
     for number, size in enumerate(sizes):
         shard = folder / shard_name(split, number)
         if not shard.is_file():
-            raise DerainError(f"{shard}: no such shard; its index has {len(sizes)}; copy all of them")
+            raise DerainError(f"{shard}: no such shard; the index lists {len(sizes)} shards; copy all of them")
         if shard.stat().st_size != size:
-            raise DerainError(f"{shard}: has {shard.stat().st_size} bytes; expected {size}; copy it again")
+            raise DerainError(f"{shard}: has {shard.stat().st_size} bytes; expected {size}; copy the shard again")
 
 
 def _without_clean(split: ShardedSplit) -> ShardedSplit:
@@ -266,25 +266,30 @@ def _join(location: str, name: str) -> str:
     return f"{location.rstrip('/')}/{name}"
 
 
-def _read(path: str, offset: int = 0, length: int | None = None) -> bytes:
+def _read(address: str, offset: int = 0, length: int | None = None) -> bytes:
     """Return the bytes of a file from an offset, at most ``length`` unless a server ignores the range.
+
+    Args:
+        address: Path or URL of the file.
+        offset: Index of the first byte.
+        length: Number of bytes; None for all bytes up to the end.
 
     Raises:
         _MissingFileError: If there is no such file.
-        DerainError: If it cannot be read.
+        DerainError: If the file cannot be read.
     """
-    if is_url(path):
-        return _download(path, offset, length)
+    if is_url(address):
+        return _download(address, offset, length)
     try:
         if length is not None and hasattr(os, "pread"):
-            return _opened(path).read(offset, length)
-        with Path(path).open("rb") as file:
+            return _opened(address).read(offset, length)
+        with Path(address).open("rb") as file:
             file.seek(offset)
             return file.read(length)
     except FileNotFoundError as error:
-        raise _MissingFileError(f"{path}: no such file; copy all files of the set") from error
+        raise _MissingFileError(f"{address}: no such file; copy all files of the set") from error
     except OSError as error:
-        raise DerainError(f"{path}: cannot be read ({error.strerror}); check the disk") from error
+        raise DerainError(f"{address}: cannot be read ({error.strerror}); check the disk") from error
 
 
 class _OpenShard:
@@ -315,7 +320,7 @@ _opened = functools.lru_cache(MAX_OPEN)(_OpenShard)
 
 
 def _download(url: str, offset: int, length: int | None) -> bytes:
-    """Return bytes of a file behind a URL, as `_read` does; try again if the connection is interrupted."""
+    """Return bytes of a file behind a URL, as `_read` does; try again after errors that may be temporary."""
     import fsspec
 
     try:

@@ -20,7 +20,7 @@ def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[tuple[Pair
 
     Args:
         pairs: Pairs and clean photos.
-        share: Share of the clean images and of the sequences of videos that are held out; at least one is held out, and
+        share: Share of the clean images and videos, counted together, that are held out; at least one is held out, and
             at least one is not.
         seed: Seed of the random choice.
 
@@ -63,7 +63,7 @@ def by_data_set(pairs: Sequence[Pair]) -> dict[str, list[int]]:
 
 
 def first_pairs(pairs: Sequence[Pair], limit: int | None) -> tuple[Pair, ...]:
-    """Return the first pairs of each data set, in the given order; of each, about equally many if it has enough pairs.
+    """Return the first pairs of each data set in the given order: about equally many of each that has enough pairs.
 
     Args:
         pairs: The pairs.

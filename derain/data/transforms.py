@@ -16,7 +16,7 @@ Flips = bool | Literal["horizontal"]
 
 
 class Augmentation:
-    """Random crop, flips and transposition, the same for the rainy and the clean image, determined by a seed.
+    """Random crop, flips and transposition, the same for the rainy and the clean image of a pair.
 
     Images smaller than the crop are padded by reflection.
 
@@ -51,7 +51,8 @@ class Augmentation:
         Args:
             rainy: ``(h, w, 3)`` in 0 to 255.
             clean: Same shape and range.
-            seed: Integers that determine the crop: the seed of the run, and epoch and number of the sample.
+            seed: Integers that determine crop, flips and transposition: the seed of the run, and epoch and number of
+                the sample.
 
         Returns:
             Rainy and clean crop, ``(crop, crop, 3)`` each.

@@ -92,7 +92,7 @@ class _CheckedImage:
 
 @dataclass(eq=False)
 class _Images:
-    """Readable images of all data sets; the lists have equal length and order."""
+    """Images whose backgrounds are compared, of all data sets; the lists have equal length and order."""
 
     files: list[str] = field(default_factory=list)
     splits: list[DataSplit] = field(default_factory=list)
@@ -113,7 +113,7 @@ def verify(
 ) -> tuple[list[DataSplit], list[Finding]]:
     """Check the data sets in a folder, and compare the backgrounds of their images, also with those in ``against``.
 
-    Of a video, only the background of the first readable frame is compared, since the others show the same scene.
+    Of a video, only the background of the first readable frame is compared, since the other frames show the same scene.
 
     Args:
         root: Folder of one data set or of several, or folder of shards.
@@ -200,7 +200,7 @@ def _group_by_clean(pairs: Sequence[Pair]) -> list[list[Pair]]:
 
 
 def _check_group(split: DataSplit, pairs: Sequence[Pair]) -> _CheckedImage:
-    """Read and check the pairs of one clean image."""
+    """Read and check the pairs of one clean image, or a rainy image without a clean one."""
     findings: list[Finding] = []
     cues = []
     background = first_rainy = None
@@ -246,7 +246,7 @@ def _check_metadata(split: DataSplit, files: tuple[ImageFile, ...]) -> Iterator[
 
 
 def _check_sides(split: DataSplit, cues: Cues) -> Iterator[Finding]:
-    """Find pairs whose rainy and clean images are swapped."""
+    """Find pairs whose rainy and clean images are swapped; yield one finding if these are most pairs of the split."""
     if not cues:
         return
     scores = rain_scores([cue for _, cue in cues])
@@ -270,8 +270,8 @@ def _check_backgrounds(checked: Sequence[DataSplit], images: _Images) -> Iterato
     """Find backgrounds that occur several times, in one split or in two of them.
 
     Args:
-        checked: The splits in ``root``; matches between two other splits are ignored.
-        images: Images of all splits.
+        checked: The splits in ``root``; matches of two images that are not in these splits are ignored.
+        images: Images of all splits, also of those in ``against``.
     """
     duplicates: dict[DataSplit, list[BackgroundMatch]] = defaultdict(list)
     leaks: dict[tuple[int, DataSplit], list[tuple[int, BackgroundMatch]]] = defaultdict(list)
@@ -292,8 +292,8 @@ def _check_backgrounds(checked: Sequence[DataSplit], images: _Images) -> Iterato
                 leaks[match.first, second].append((match.second, match))
             else:
                 leaks[match.second, first].append((match.first, match))
-    for (test_index, split), leak in leaks.items():
-        yield _leak(test_index, split, leak, images)
+    for (test_index, split), copies in leaks.items():
+        yield _leak(test_index, split, copies, images)
     for split, matches in duplicates.items():
         yield from _duplicates(split, images, matches)
     for (first, second), matches in shared.items():
@@ -304,15 +304,22 @@ def _check_backgrounds(checked: Sequence[DataSplit], images: _Images) -> Iterato
         yield Finding("shared", files, detail, "note", str(first))
 
 
-def _leak(test_index: int, split: DataSplit, leak: list[tuple[int, BackgroundMatch]], images: _Images) -> Finding:
-    """Return the finding for a test image whose background is in another split."""
+def _leak(test_index: int, split: DataSplit, copies: list[tuple[int, BackgroundMatch]], images: _Images) -> Finding:
+    """Return the finding for a test image whose background is in another split.
+
+    Args:
+        test_index: Index of the test image in ``images``.
+        split: The other split.
+        copies: Index and match of each image in the other split with the background.
+        images: Images of all splits.
+    """
     files = [images.files[test_index]]
-    copies = []
-    for index, match in leak:
+    descriptions = []
+    for index, match in copies:
         files.append(images.files[index])
         change = "" if str(match) == "unchanged" else f" ({match})"
-        copies.append(Path(images.files[index]).name + change)
-    detail = f"its background is in {split}: {', '.join(copies)}"
+        descriptions.append(Path(images.files[index]).name + change)
+    detail = f"its background is in {split}: {', '.join(descriptions)}"
     return Finding("leak", tuple(files), detail, set=str(images.splits[test_index]))
 
 
@@ -330,8 +337,8 @@ def _duplicates(split: DataSplit, images: _Images, matches: Sequence[BackgroundM
         level: Level = "error" if same_rain or split.split != "train" else "note"
         yield Finding("duplicate", tuple(images.files[index] for index in indices), detail, level, str(split))
     total = images.splits.count(split)
-    kind = "first frames of sequences" if split.files.variant.video else "images"
-    detail = f"{total} {kind} show {total - repeats} distinct backgrounds"
+    subject = "first frames of sequences" if split.files.variant.video else "images"
+    detail = f"{total} {subject} show {total - repeats} distinct backgrounds"
     yield Finding("backgrounds", (str(split.root),), detail, "note", str(split))
 
 

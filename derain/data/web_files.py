@@ -25,7 +25,7 @@ ATTEMPTS = 5
 """Number of consecutive attempts without progress after which a download fails."""
 
 PAUSE = 2.0
-"""Seconds before another attempt."""
+"""Seconds before another attempt if the server does not ask for a pause."""
 
 REFUSED = frozenset(range(400, 500)) - {408, 425, 429}
 """HTTP status codes of requests that would fail again; 408, 425 and 429 ask for another attempt later."""
@@ -87,7 +87,8 @@ def download_urls(files: Sequence[RemoteFile], folder: Path, advance: Callable[[
         advance: Called with numbers of new bytes, which are negative if a file starts again.
 
     Raises:
-        DerainError: If a server refuses, fails several times in a row, or sends a web page or a file of another size.
+        DerainError: If a server refuses, fails several times in a row, or sends a web page, an unexpected
+            Content-Encoding, or more bytes than it announced.
         OSError: If a file cannot be written.
     """
     downloader = _Downloader(folder, advance)
@@ -185,27 +186,26 @@ class _Downloader:
     def _receive(self, file: RemoteFile, partial: Path) -> bool:
         """Append the missing bytes to a partial file; return whether it is complete.
 
-        A server that does not support ranges, or has another version of the file by now, sends the whole file, which
-        then replaces the partial one.
+        If the server does not support ranges, or has another version of the file by now, the download starts again.
         """
         position = partial.stat().st_size
         if file.size is not None and position == file.size:
             return True
         unused_size = 1  # without a size, fsspec asks the server again
-        headers = _headers(file, position)
-        with self.system.open(file.url, block_size=0, size=unused_size, headers=headers) as response:
+        request_headers = _headers(file, position)
+        with self.system.open(file.url, block_size=0, size=unused_size, headers=request_headers) as response:
             self.responses.append(response.r)
-            answer = response.r.headers
-            if answer.get("Content-Type", "").startswith(WEB_PAGE):
+            headers = response.r.headers
+            if headers.get("Content-Type", "").startswith(WEB_PAGE):
                 raise _web_page(file.url)
-            encoding = answer.get("Content-Encoding", "identity")
+            encoding = headers.get("Content-Encoding", "identity")
             if encoding not in ("", "identity") and not file.path.lower().endswith(COMPRESSED):
                 raise DerainError(
                     f"{file.url}: the server sends the file compressed ({encoding}), which was not requested; "
                     "download the file in a browser, then --archive"
                 )
             continued = position > 0 and response.r.status == 206
-            if continued and not _continues(file, position, answer):
+            if continued and not _continues(file, position, headers):
                 self._restart(partial)
                 return False
             if position and not continued:
@@ -221,14 +221,14 @@ class _Downloader:
         if file.size is not None and position > file.size:
             partial.unlink()
             raise DerainError(
-                f"{file.url}: the server sends more than the {file.size} bytes that it announced; deleted; run the "
-                "same command again"
+                f"{file.url}: the server sent more than the {file.size} bytes that it announced; the partial file "
+                "was deleted; run the same command again"
             )
         return not self.stopped.is_set() and file.size in (None, position)
 
 
 def _continues(file: RemoteFile, position: int, headers: Mapping[str, str]) -> bool:
-    """Return whether the headers of a partial answer announce the bytes from a position on, of the same version."""
+    """Return whether a partial answer begins at a position, and belongs to a file of the same size and version."""
     announced = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", "").strip())
     if announced is None or int(announced[1]) != position:
         return False
