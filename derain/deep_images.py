@@ -1,4 +1,4 @@
-"""Read and write PNG and TIFF files with more than 8 bits per channel, with OpenCV: Pillow has no RGB mode for them."""
+"""Read and write PNG and TIFF files with more than 8 bits per channel, with OpenCV: Pillow's RGB modes have 8 bits."""
 
 import struct
 import zlib
@@ -102,7 +102,7 @@ def decode(file: OpenFile, size: tuple[int, int], tags: ImageFileDirectory_v2 | 
 
     Args:
         file: A PNG or TIFF.
-        size: Height and width from its header, in pixels.
+        size: Height and width from the header of the file, in pixels.
         tags: Tags of a TIFF; None for a PNG.
 
     Returns:
@@ -111,7 +111,7 @@ def decode(file: OpenFile, size: tuple[int, int], tags: ImageFileDirectory_v2 | 
 
     Raises:
         ValueError: If the file is damaged, or OpenCV does not support its pixel format.
-        KeyError, struct.error, zlib.error: If a PNG lacks a chunk, or its header or pixels are damaged.
+        KeyError, struct.error, zlib.error: If a PNG is damaged, see `_minimal_png`.
     """
     file.seek(0)
     transparent = None
@@ -162,8 +162,9 @@ def _minimal_png(data: bytes) -> bytes:
     length of a damaged chunk says.
 
     Raises:
-        ValueError: If a chunk or the header is damaged, or the number of pixels is wrong.
-        KeyError, struct.error, zlib.error: If a chunk is missing, or the header or the pixels are damaged.
+        ValueError: If the checksum of a chunk, a value in the header or the number of pixels is wrong.
+        KeyError, struct.error, zlib.error: If a chunk is missing, the header has the wrong length, or the compressed
+            pixels are damaged.
     """
     chunks = _png_chunks(data)
     header = chunks[b"IHDR"][0]
@@ -185,7 +186,10 @@ def _minimal_png(data: bytes) -> bytes:
 
 
 def _transparent_grey(png: bytes) -> int | None:
-    """Return the transparent grey level of a PNG from `_minimal_png`, which OpenCV ignores; None if there is none."""
+    """Return the transparent grey level of a PNG from `_minimal_png`; None if there is none.
+
+    OpenCV ignores transparent grey levels.
+    """
     color_type, chunk = png[25], png[PNG_HEADER_END + 4 :]
     return int.from_bytes(chunk[4:6]) if color_type == 0 and chunk.startswith(b"tRNS") else None
 
@@ -231,7 +235,7 @@ def _check_layout(tags: ImageFileDirectory_v2) -> None:
     channels = tag_values(tags, CHANNELS, 1)[0]
     photometric = tag_values(tags, PHOTOMETRIC, GREY)[0]
 
-    bit_text = "/".join(str(count) for count in sorted(bits))
+    bit_text = "/".join(map(str, sorted(bits)))
     layout = f"{channels} × {bit_text}-bit {SAMPLE_FORMATS.get(sample_format, 'unknown numbers')}"
     numbers_supported = (sample_format, bits) in [(1, {16}), (FLOATS, {32}), (FLOATS, {64})]
     channels_supported = channels in {INVERTED: {1}, GREY: {1}, RGB: {3, 4}}.get(photometric, set())
@@ -278,7 +282,7 @@ def encode(
 
 
 def _tiff_with_profile(encoded: bytes, profile: bytes) -> bytes:
-    """Add an ICC profile to a TIFF that OpenCV encoded in the byte order of this machine, without a profile.
+    """Add an ICC profile to a TIFF from OpenCV, which has the byte order of this machine and no profile.
 
     The profile and a new directory of tags are appended. TIFF requires that the directory starts at an even position.
     """

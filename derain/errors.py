@@ -18,9 +18,9 @@ class DerainError(ValueError):
 
 
 class ArgumentError(DerainError):
-    """Invalid argument; the message begins with its name.
+    """Invalid argument; the message begins with the name of the argument.
 
-    Commands print ``--`` before it, which makes it the option of the same name: ``--tile 50: …``.
+    Commands print ``--`` before the message, which then begins with the option of the same name: ``--tile 50: …``.
 
     Example:
         >>> raise ArgumentError("tile 50: must be at least 64")
@@ -57,7 +57,7 @@ class Stopped(KeyboardInterrupt):
         number: Signal number.
 
     Attributes:
-        code: Exit code that shells use for the signal, 128 plus its number.
+        code: Exit code that shells use for the signal: 128 plus the signal number.
 
     Example:
         >>> Stopped("interrupted", signal.SIGTERM).code

@@ -12,10 +12,10 @@ GPU_BATCH = 32
 
 
 def evaluation_batch_size(option: int | Literal["auto"], split: str, trainer: Trainer | None) -> int:
-    """Return the maximum number of images in a batch; 1 in validation, and if the number of batches is limited.
+    """Return the maximum number of images in a batch; always 1 in validation, and with a limit on batches.
 
     Args:
-        option: Value of ``--data.eval_batch_size``.
+        option: Value of ``--data.eval_batch_size``; ``auto``: 1 on a CPU, `GPU_BATCH` on other devices.
         split: ``val``, ``test`` or ``predict``.
         trainer: The trainer; None for a CPU and no limit on batches.
     """

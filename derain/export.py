@@ -57,7 +57,7 @@ def export(method: DerainModule, path: str | Path, format: Format = "onnx") -> d
 
     Raises:
         DerainError: If the suffix is wrong, the method cannot be exported, the file cannot be run or has other results,
-            or a package is not installed.
+            or a required package is not installed.
     """
     path = Path(path)
     if path.suffix.lower() != SUFFIXES[format]:
@@ -113,10 +113,10 @@ def write(graph: Graph, method: DerainModule, path: Path, format: Format) -> Non
     """Write a graph with the metadata of its method, in the entry ``derain`` (ONNX) or ``derain.json`` (torch.export).
 
     Raises:
-        DerainError: If the format cannot represent the graph, or a package is not installed.
+        DerainError: If the format cannot represent the graph, or a required package is not installed.
     """
-    parameters = sum(parameter.numel() for parameter in method.network.parameters())
-    metadata = json.dumps(method.metadata() | {"graph": graph.metadata(parameters)})
+    parameter_count = sum(parameter.numel() for parameter in method.network.parameters())
+    metadata = json.dumps(method.metadata() | {"graph": graph.metadata(parameter_count)})
     with warnings.catch_warnings():
         # PyTorch warns that tracing is deprecated, but its new ONNX exporter is much slower. Tracing is safe here:
         # `export` compares the graph with the method at several sizes.
@@ -171,7 +171,7 @@ def _write_program(graph: Graph, metadata: str, path: Path) -> None:
 
 
 class _Program(nn.Module):
-    """Network that runs a program of ``torch.export``; accepts inputs in order or by name, and ignores all others."""
+    """Network that runs a program of ``torch.export``: inputs are given in order or by name, and others are ignored."""
 
     def __init__(self, run: Callable[..., Tensor], inputs: list[str]) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ def _restore_by_file(method: DerainModule, graph: Graph, path: Path, format: For
     if not isinstance(method, RunsGraph):
         return network
     metadata: Mapping[str, Any] = method.metadata()
-    restored = type(method).from_graph(metadata, network, graph.inputs)
+    method_with_file = type(method).from_graph(metadata, network, graph.inputs)
     if isinstance(method, Sampled):
-        restored.set_sampling(method.sampling)
-    return cast(DerainModule, restored)
+        method_with_file.set_sampling(method.sampling)
+    return cast(DerainModule, method_with_file)

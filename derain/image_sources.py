@@ -58,7 +58,7 @@ class ImageFile(Protocol):
         """Open the file for reading."""
 
     def __hash__(self) -> int:
-        """Return a hash of the file's path."""
+        """Return a hash; equal files have equal hashes."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ WITH_ALPHA = frozenset({".png", ".webp", ".tif", ".tiff", ".avif"})
 """Suffixes of formats with an alpha channel."""
 
 DARK = 0.02
-"""Fraction of white. A floating-point photo with a lower maximum causes a warning, since white is probably lower."""
+"""Fraction of white: a lower maximum of a floating-point photo causes a warning, as the value of white may be wrong."""
 
 log = logging.getLogger("derain")
 
@@ -76,8 +76,8 @@ def exif_problem(path: ImageFile) -> str:
 def read_rgb(path: ImageFile) -> Pixels:
     """Read an image as upright 8-bit RGB.
 
-    Grey is repeated, the alpha channel is dropped, and 16-bit values are scaled. Floating-point values must be in
-    [0, 1]; a small overshoot is clipped.
+    Grey is repeated, the alpha channel is dropped, and 16-bit values are scaled. Floating-point values are clipped to
+    [0, 1].
 
     Args:
         path: The file.
@@ -86,7 +86,8 @@ def read_rgb(path: ImageFile) -> Pixels:
         ``(h, w, 3)``, 0 to 255.
 
     Raises:
-        DerainError: If the file cannot be read as an image, or floating-point values are not in [0, 1].
+        DerainError: If the file cannot be read as an image, or floating-point values are further than a quarter from
+            [0, 1].
     """
     with _open(path) as source:
         if source.deep:
@@ -185,7 +186,7 @@ def read_photo(path: Path, white: float | int | None = None) -> Photo:
     """Read a photo as upright RGB, with its alpha channel, bit depth and metadata.
 
     Floating-point colours are divided by ``white``. Values outside [0, ``white``] by up to a quarter of ``white`` are
-    clipped, with a warning if they are more than rounding errors.
+    clipped, with a warning from a thousandth of ``white`` on. For floating-point alpha, white is always 1.
 
     Args:
         path: The file.
@@ -203,7 +204,7 @@ def read_photo(path: Path, white: float | int | None = None) -> Photo:
 
 
 def _read_shallow(source: ImageSource) -> Photo:
-    """Read a photo with 8 bits per channel, without metadata."""
+    """Read a photo with at most 8 bits per channel; its metadata is not read."""
     assert source.image is not None
     source.image.load()
     has_alpha = source.image.has_transparency_data
@@ -214,7 +215,7 @@ def _read_shallow(source: ImageSource) -> Photo:
 
 
 def _read_deep(source: ImageSource, path: ImageFile, white: float | int | None) -> Photo:
-    """Read a photo with 16-bit integers or floating-point numbers, without metadata."""
+    """Read a photo with 16-bit integers or floating-point numbers; its metadata is not read."""
     if source.image is not None:
         source.image.load()  # raises if damaged; OpenCV's PNG decoder would only write to standard error
     channels = deep_images.decode(source.file, (source.height, source.width), source.tags)
@@ -297,9 +298,10 @@ def _not_encodable(path: Path, picture: Image.Image, error: Exception) -> Derain
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
-    """Yield the path of a temporary file in the folder of a file; when the block succeeds, rename it to the file.
+    """Yield a temporary path in the folder of ``path``; when the block succeeds, rename the file there to ``path``.
 
-    Missing folders are created. If the block raises, the temporary file is deleted, and an existing file is unchanged.
+    Missing folders are created. If the block raises, the temporary file is deleted, and a file at ``path`` stays as it
+    was.
 
     Example:
         >>> import tempfile

@@ -14,7 +14,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise `Stopped` at the first signal of ``SIGNALS`` within the block; ignore further ones until its end.
+    """Raise `Stopped` at the first signal of ``SIGNALS`` within the block; ignore further ones until the block ends.
 
     Signals that the process already ignores, such as SIGHUP under ``nohup``, stay ignored. Only the main thread can
     handle signals; on other threads, the block runs unchanged.

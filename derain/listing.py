@@ -65,7 +65,7 @@ class Listing(NamedTuple):
 
 
 def image_files(folder: Path, *, recursive: bool = False, suffixes: frozenset[str] = SUFFIXES) -> list[Path]:
-    """Return the image files of a folder in natural order, without hidden files; warn once about what is skipped.
+    """Return the image files of a folder in natural order, without hidden ones; warn once about what is skipped.
 
     Links to files are followed; so are links to folders if ``recursive``. Each folder is listed once, by a path without
     links if there is one.
@@ -147,10 +147,10 @@ def _in_natural_order(skipped: dict[str, list[Path]]) -> dict[str, list[Path]]:
 
 
 def _walk(top: Path, recursive: bool, skipped: dict[str, list[Path]]) -> Iterator[Path | os.DirEntry[str]]:
-    """Yield the files of a folder and its subfolders that are not hidden; each folder is entered once.
+    """Yield the files of a folder, and of its subfolders if ``recursive``, but no hidden ones; enter each folder once.
 
     Files that are not links are yielded as DirEntry, whose kind is known without a system call for each file. Links to
-    folders are followed after all other folders, so that a folder is entered by a path without links if it has one.
+    folders are followed after all other folders, so that a folder with a path without links is entered by this path.
 
     Args:
         top: Folder to list.

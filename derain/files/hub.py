@@ -82,7 +82,7 @@ class HubModel:
         return has_configuration and has_tokenizer and _weights(folder) is not None
 
     def _from_hub(self, name: str) -> Path:
-        """Return the directory of a model in the hub's cache; before fetching it, log its name, size and source."""
+        """Return the directory of a model in the hub's cache; log name, size and source before fetching the model."""
         from huggingface_hub import HfApi, constants, snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
         from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
@@ -99,13 +99,13 @@ class HubModel:
         except LocalEntryNotFoundError:
             pass
         try:
-            files = {f.rfilename: f.size or 0 for f in HfApi().model_info(name, files_metadata=True).siblings or ()}
-            weights = [file for file in WEIGHTS if file in files][:1]
-            patterns = [*weights, *(file for file in self.files if file in files)]
-            size = sum(files[file] for file in patterns) / 1e6
+            sizes = {f.rfilename: f.size or 0 for f in HfApi().model_info(name, files_metadata=True).siblings or ()}
+            weights_files = [file for file in WEIGHTS if file in sizes][:1]
+            wanted_files = [*weights_files, *(file for file in self.files if file in sizes)]
+            megabytes = sum(sizes[file] for file in wanted_files) / 1e6
             source, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
-            log.info("fetching %s %s (%.0f MB) from %s into %s", self.kind, name, size, source, cache)
-            folder = Path(snapshot_download(name, allow_patterns=patterns))
+            log.info("fetching %s %s (%.0f MB) from %s into %s", self.kind, name, megabytes, source, cache)
+            folder = Path(snapshot_download(name, allow_patterns=wanted_files))
         except (NetworkError, LocalEntryNotFoundError, OSError) as error:
             raise DerainError(
                 f"{self.kind} {name}: not in {constants.HF_HUB_CACHE} and cannot be fetched from {constants.ENDPOINT} "
@@ -155,7 +155,9 @@ def fetch_weights(
         with path.open("rb") as content:
             found = hashlib.file_digest(content, "sha256").hexdigest()
         if found != sha256:
-            raise DerainError(f"{path}: SHA-256 {found}; expected {sha256} of hub:{name}; delete it to fetch it again")
+            raise DerainError(
+                f"{path}: SHA-256 {found}; expected {sha256} of hub:{name}; delete the file, and try again"
+            )
     return path
 
 
@@ -176,8 +178,8 @@ def _find_or_fetch(
     source, cache = constants.ENDPOINT, cache_dir or constants.HF_HUB_CACHE
     try:
         info = HfApi(token=token).model_info(name, revision=revision, files_metadata=True)
-        files = {f.rfilename: f.size or 0 for f in info.siblings or ()}
-        if file not in files:
+        sizes = {f.rfilename: f.size or 0 for f in info.siblings or ()}
+        if file not in sizes:
             raise DerainError(
                 f"hub:{name}: {source} has no file {file} in this repository; use one that push_to_hub wrote"
             )
@@ -185,7 +187,7 @@ def _find_or_fetch(
             "fetching %s of %s (%.1f MB, licence: %s) from %s into %s",
             file,
             name,
-            files[file] / 1e6,
+            sizes[file] / 1e6,
             licence,
             source,
             cache,
@@ -200,7 +202,7 @@ def _find_or_fetch(
 
 @contextmanager
 def loading(kind: str, name: str) -> Iterator[None]:
-    """Silence transformers in a block that loads a model, and turn its errors into a `DerainError`.
+    """Silence transformers in a block that loads a model, and turn errors of the block into a `DerainError`.
 
     The progress bars of transformers stay disabled after the block.
 
@@ -215,7 +217,7 @@ def loading(kind: str, name: str) -> Iterator[None]:
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     before = transformers_logging.get_verbosity()
-    # At its default level it prints a table of missing and unexpected tensors; check_complete reports missing ones.
+    # By default, transformers prints a table of missing and unexpected tensors; check_complete reports missing ones.
     transformers_logging.set_verbosity(logging.ERROR)
     try:
         yield

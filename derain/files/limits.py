@@ -39,13 +39,13 @@ class _Allocations(TorchFunctionMode):
 
 
 def _new_elements(func: Any, args: Any, kwargs: Any) -> int | float:
-    """Return the number of elements of the tensor that a function creates; 0 for functions that are not limited."""
+    """Return about how many elements the tensor that a function creates has; 0 for functions that are not limited."""
     if func in SIZED or func is torch.full:
         size = kwargs.get("size", args[0] if args and isinstance(args[0], tuple | list) else args)
         return math.prod(size) if isinstance(size, tuple | list) else size
     if func is torch.linspace:
         return float(kwargs.get("steps", args[2] if len(args) > 2 else 0))
-    if func is torch.arange:  # an upper bound for steps of at least 1
+    if func is torch.arange:  # at least half of the number, for positional arguments and steps of at least 1
         return max(map(abs, args), default=0)
     return 0
 
@@ -76,13 +76,13 @@ def built_within(tensors: int, elements: int) -> Iterator[None]:
         if get_ident() != thread:
             return
         counted, size = counted + 1, size + parameter.numel()
-        for found, limit, spare, kind in (
+        for found, in_file, spare, kind in (
             (counted, tensors, SPARE_TENSORS, "tensors"),
             (size, elements, SPARE_ELEMENTS, "elements"),
         ):
-            if found > limit + spare:
+            if found > in_file + spare:
                 raise ValueError(
-                    f"a network of more than {limit + spare:,} {kind}; the file has at most {limit:,} {kind}"
+                    f"a network of more than {in_file + spare:,} {kind}; the file has at most {in_file:,} {kind}"
                 )
 
     hook = register_module_parameter_registration_hook(count)

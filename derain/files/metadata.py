@@ -47,7 +47,7 @@ def shorten(text: object, limit: int = 200) -> str:
 
     Args:
         text: Any object; its string is used.
-        limit: Largest number of characters; longer text is cut and ends in ``…``.
+        limit: Largest number of characters; longer text is cut after as many, and ``…`` is appended.
 
     Example:
         >>> shorten("conv\n  \x1b[31mweight", 11)

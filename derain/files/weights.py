@@ -208,7 +208,8 @@ def _tensors(path: Path, state: object) -> Mapping[str, Tensor]:
     """Return a state dict after checking it.
 
     Raises:
-        DerainError: If a value is not a dense tensor on the CPU, or has more elements than its memory.
+        DerainError: If the state is not a mapping; or if a value is not a dense tensor on the CPU, or has more elements
+            than its memory.
     """
     if not isinstance(state, Mapping):
         raise DerainError(f"{path}: damaged, its weights are {type(state).__name__}; {EXPECTED}")

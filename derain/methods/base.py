@@ -209,6 +209,7 @@ class DerainModule(TrainableModule, ABC):
         """Log means under ``test/``, and store the scores of every image in ``scores``.
 
         Keys are as in validation. Means without a set's name are always over all images: ``val_mean`` does not apply.
+        With ``temporal``, flicker and warping error are stored in ``temporal_scores``.
 
         Raises:
             DerainError: If a derained image is not finite.
@@ -224,11 +225,11 @@ class DerainModule(TrainableModule, ABC):
         sets = data.data_sets(stage) if hasattr(data, "data_sets") else {}
         for protocol_index, protocol in enumerate(scores["derained"]):
             prefix = stage if protocol_index == 0 else f"{stage}/{protocol}"
-            derained, rainy = scores["derained"][protocol], scores["rainy"][protocol]
+            derained_scores, rainy_scores = scores["derained"][protocol], scores["rainy"][protocol]
             if protocol_index > 0:
-                derained = dataclasses.replace(derained, lpips=None)  # does not depend on the protocol
-            means = mean_scores(derained, rainy)
-            by_set = {name: mean_scores(derained, rainy, indices) for name, indices in sets.items()}
+                derained_scores = dataclasses.replace(derained_scores, lpips=None)  # independent of the protocol
+            means = mean_scores(derained_scores, rainy_scores)
+            by_set = {name: mean_scores(derained_scores, rainy_scores, indices) for name, indices in sets.items()}
             for name, values in by_set.items():
                 self.log_dict({f"{prefix}/{name}/{key}": value for key, value in values.items()})
             if by_set and stage == "val" and data.val_mean == "sets":
@@ -259,7 +260,7 @@ class DerainModule(TrainableModule, ABC):
         raise DerainError(f"{join_names(names)}: derained image is not finite; use other weights")
 
     def _release_memory(self, shape: torch.Size) -> None:
-        """Release cached memory if the shape of the batch changed: it may not fit the new sizes."""
+        """Release cached memory if the shape of the batch changed: the cached blocks may not fit the new shape."""
         if shape != self._shape:
             release_freed_memory()
         self._shape = shape
@@ -302,7 +303,7 @@ class DerainModule(TrainableModule, ABC):
     def _restore(
         self, rainy: Tensor, forward: Callable[..., Tensor], conditions: dict[str, Any] | None = None
     ) -> Tensor:
-        """Restore a batch by ``restore_batch``, or by one call of ``forward`` if that is None."""
+        """Restore a batch by ``restore_batch``, or, if ``restore_batch`` is None, by one call of ``forward``."""
         if self.restore_batch is not None:
             return self.restore_batch(rainy, forward, conditions)
         return forward(rainy, **(conditions or {}))

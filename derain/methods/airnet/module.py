@@ -211,8 +211,8 @@ class PhasesLR(torch.optim.lr_scheduler.LambdaLR):
         DerainError: If an interval is below 1, or ``encoder_epochs`` is negative.
 
     References:
-        The authors' code. At the end of an epoch, it computes the learning rate from the index of this epoch, so each
-        change takes effect one epoch later than its index suggests.
+        The authors' code. At the end of an epoch, this code computes the learning rate of the next epoch from the index
+        of the epoch that ends. Each change therefore takes effect one epoch late.
 
     Example:
         >>> optimizer = torch.optim.Adam([torch.zeros(1)], 1e-3)
