@@ -18,7 +18,7 @@ class Backbone(NamedTuple):
     Attributes:
         name: Name of the network in messages.
         url: URL of the weights.
-        megabytes: Size of the weights file in MB.
+        megabytes: Size of the weights file in MiB, which torchvision and messages call MB.
         min_side: Smallest height and width of the images that LPIPS accepts with the network, in pixels.
     """
 
@@ -36,14 +36,14 @@ class Backbone(NamedTuple):
 
     @contextmanager
     def loading(self, purpose: str, *, instead: str = "") -> Iterator[None]:
-        """Return a context in which torchvision can load the weights, and downloads them if they are not in the cache.
+        """Return a context for loading the weights by torchvision, which downloads them if they are not in the cache.
 
-        Before a download, a line on standard error names size, source and file.
+        Before a download, a line on standard error states size, source and file.
 
         Args:
             purpose: What needs the weights, for messages.
-            instead: Option that downloads the weights. If it is given, missing weights are an error that names the
-                option; by default, the block downloads them.
+            instead: Option that downloads the weights. With such an option, missing weights are an error that
+                names the option; by default, they are downloaded.
 
         Raises:
             DerainError: If torchvision is not installed, or the weights are damaged, cannot be downloaded, or are

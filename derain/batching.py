@@ -30,10 +30,10 @@ SMALLEST_TILE = 64
 """Smallest side of a tile in pixels."""
 
 LARGEST_BATCH = 32
-"""Largest number of images or tiles at once, by default; larger batches are no faster on a GPU."""
+"""Largest number of images or tiles at once, by default."""
 
 SMALLEST_FOR_THREADS = 64 * 64
-"""Images and tiles with fewer pixels do not get a thread of their own: Python's global lock would slow it."""
+"""Smallest number of pixels of an image or tile with a thread of its own; Python's global lock slows smaller ones."""
 
 
 def check_tile(tile: int | Literal["auto"] | None) -> None:
@@ -54,8 +54,8 @@ class Scheduler:
     restored one by one. So are all images if the network is compiled or runs in onnxruntime, or if the pass over the
     first image changed attributes of the method.
 
-    If memory runs out, the number of images at once is halved. If it does not suffice for one image, the side of the
-    tiles is halved, unless ``tile`` is None. Number and side are remembered for each image size.
+    If memory runs out, the number of images or tiles at once is halved. If memory does not suffice for a single one,
+    the side of the tiles is halved, unless ``tile`` is None. Number and side are remembered for each image size.
 
     Args:
         method: The method, on ``device`` and in eval mode.
@@ -156,9 +156,11 @@ class Scheduler:
     def _run_on_threads(
         self, images: Sequence[Tensor], forward: Callable[..., Tensor], conditions: dict[str, Any] | None
     ) -> Iterator[tuple[int, Tensor | DerainError]]:
-        """Restore the images that can be restored on a thread each; yield indices and results.
+        """Restore images on a thread each; yield indices and results.
 
-        Images that are too large or too small for a thread, or run out of memory on it, are skipped.
+        Skipped are images that are too large or too small for a thread, images for which memory runs out, and a single
+        image. In the first call, the first image is restored alone; if that pass changes attributes of the method, all
+        further images are skipped.
         """
         indices = [index for index, image in enumerate(images) if self._threads(*image.shape[1:]) > 1]
         if len(indices) < 2:
@@ -181,16 +183,16 @@ class Scheduler:
                 return None
 
         count = min(self._threads(*images[index].shape[1:]) for index in indices)
-        failed = []
-        last = len(indices) // count * count
-        for part in filter(None, (indices[:last], indices[last:])):
+        failed_sizes = []
+        end_of_full_rounds = len(indices) // count * count
+        for part in filter(None, (indices[:end_of_full_rounds], indices[end_of_full_rounds:])):
             results = on_threads(restore, part, min(count, len(part)), self._stop)
             for index, result in zip(part, results, strict=True):
                 if result is None:
-                    failed.append(images[index].shape[1:])
+                    failed_sizes.append(images[index].shape[1:])
                 else:
                     yield index, result
-        for height, width in dict.fromkeys(map(tuple, failed)):
+        for height, width in dict.fromkeys(map(tuple, failed_sizes)):
             self._reduce_count(height, width, count)
 
     def _threads(self, height: int, width: int) -> int:
@@ -233,7 +235,7 @@ class Scheduler:
         *,
         alone: bool,
     ) -> "list[Tensor | DerainError]":
-        """Restore a batch; if the method raises DerainError, restore its images one by one to find those that fail.
+        """Restore a batch; if the method raises DerainError, restore the images one by one to find those that fail.
 
         ``alone`` means that nothing else is restored at the same time. If memory runs out, smaller tiles are tried if
         ``alone`` is true; otherwise, `_MemoryShortageError` is raised.
@@ -243,7 +245,7 @@ class Scheduler:
         except DerainError as error:
             if len(images) == 1:
                 error.__cause__ = error.__context__ = None
-                return [error.with_traceback(None)]  # its frames refer to the tensors of the failed pass
+                return [error.with_traceback(None)]  # the traceback refers to the tensors of the failed pass
         return [self._attempt([image], forward, conditions, alone=True)[0] for image in images]
 
     def _restore_ensemble(
@@ -300,10 +302,10 @@ class Scheduler:
     def _restore(
         self, images: Float[Tensor, "b 3 h w"], forward: Callable[..., Tensor], conditions: dict[str, Any], alone: bool
     ) -> Float[Tensor, "b n h w"]:
-        """Restore a batch in tiles; if memory runs out and ``alone`` is true, in fewer at once, then in smaller ones.
+        """Restore a batch in tiles; if memory runs out and ``alone`` is true, in fewer tiles at once or smaller tiles.
 
         Raises:
-            DerainError: If memory does not suffice for the smallest tile, or for a tile of the given size.
+            DerainError: If memory does not suffice for the smallest tile; with ``tile`` None, for the whole image.
             MemoryError, RuntimeError: If memory runs out and ``alone`` is false.
         """
         height, width = images.shape[2:]
@@ -311,7 +313,7 @@ class Scheduler:
             tile = self._tile_side(height, width)
             tiles_per_pass = self._tiles_per_pass(images, conditions, tile, alone)
             try:
-                if isinstance(self.method, Sampled):  # it tiles every step itself: all tiles share one state
+                if isinstance(self.method, Sampled):  # a sampler tiles each of its steps: all tiles share one state
                     tiled = partial(blend_tiles, tile=tile, overlap=self.overlap)
                     return self._forward(images, forward, conditions | {"tiled": tiled, "show": self._show_steps})
                 run = partial(self._forward_tiles, forward=forward, conditions=conditions, count=len(images))
@@ -382,7 +384,7 @@ class Scheduler:
             yield step
 
     def _check_running(self) -> None:
-        """Raise CancelledError on a thread that is being stopped, since its result is not used."""
+        """Raise CancelledError while threads are stopped, since their results are not used."""
         if self._stop.is_set():
             raise CancelledError
 
@@ -397,11 +399,11 @@ class Scheduler:
     def _first_tile(self, height: int, width: int) -> int:
         if isinstance(self.tile, int):
             return self.tile
-        longest, pixels = max(height, width), self._pixels_in_memory()
-        if self.tile is None or height * width <= pixels:
+        longest, fitting = max(height, width), self._pixels_in_memory()
+        if self.tile is None or height * width <= fitting:
             return longest
         multiple = self.method.tile_multiple
-        tile = max(SMALLEST_TILE, min(longest, int(pixels**0.5)) // multiple * multiple)
+        tile = max(SMALLEST_TILE, min(longest, int(fitting**0.5)) // multiple * multiple)
         log.info("%d×%d pixels: restoring in tiles of %d×%d", width, height, tile, tile)
         return tile
 

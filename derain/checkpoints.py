@@ -35,7 +35,7 @@ def remove_unfinished(folder: Path, age: float = 0.0) -> None:
 
     Args:
         folder: Folder of one or several runs.
-        age: Seconds since a file was last written; younger files are kept, as a running process may be writing them.
+        age: Minimum number of seconds since a file was last written; a running process may be writing younger files.
     """
     for path in list(folder.rglob(".*")):
         try:

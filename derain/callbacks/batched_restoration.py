@@ -22,7 +22,7 @@ class BatchedRestoration(Callback):
         tile: Side of the tiles in pixels, ``auto`` or None (whole images), as for `derain.Restorer`.
 
     Raises:
-        ArgumentError: If a tile is too small.
+        ArgumentError: If the side of the tiles is too small.
 
     Attributes:
         seconds: Seconds of restoration on this rank in the last test or prediction, without data loading and scoring.
@@ -35,7 +35,7 @@ class BatchedRestoration(Callback):
         self.seconds, self.images = 0.0, 0
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore by a scheduler that clips to [-1, 2] like ``validation_step``: each protocol clips in its own way."""
+        """Restore by a scheduler that clips to [-1, 2], as ``validation_step`` does; protocols then clip further."""
         self._start(trainer, pl_module, limits=(-1.0, 2.0))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,7 +50,7 @@ class BatchedRestoration(Callback):
         scheduler.limits = limits
         batch_size: int | str = getattr(trainer.datamodule, "eval_batch_size", "auto")  # type: ignore[attr-defined]
         if isinstance(batch_size, int):
-            scheduler.largest_batch = max(LARGEST_BATCH, batch_size)  # a smaller one does not limit the tiles at once
+            scheduler.largest_batch = max(LARGEST_BATCH, batch_size)  # also limits tiles at once
 
         def now() -> float:
             if method.device.type != "cpu":

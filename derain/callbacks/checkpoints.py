@@ -33,10 +33,11 @@ class Checkpoint(ModelCheckpoint):
 
 
 class BestCheckpoint(Checkpoint):
-    """Save ``best.ckpt``, the checkpoint of the epoch with the highest validation score.
+    """Save ``best.ckpt``, the checkpoint with the highest validation score.
 
-    A resumed run continues with the best score of the earlier run and a copy of its ``best.ckpt``, even in another
-    folder, if it validates the same images with the same protocols.
+    A resumed run, even in another folder, continues with the best score of the earlier run and a copy of that run's
+    ``best.ckpt``. It discards both if it validates other images or by other protocols, or if that file was lost or
+    overwritten.
 
     Args:
         dirpath: Folder of the checkpoints.
@@ -69,7 +70,7 @@ class BestCheckpoint(Checkpoint):
         return super().state_dict() | {"scored": self._validation}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Copy the best checkpoint of the resumed run, if its score is comparable; rank 0 decides."""
+        """Copy the best checkpoint of the resumed run if it still exists and scores are comparable; rank 0 decides."""
         state = checkpoint["callbacks"].get(self.state_key, {})
         keep_score = False
         if trainer.is_global_zero and state.get("best_model_path"):
@@ -81,7 +82,7 @@ class BestCheckpoint(Checkpoint):
         self._keep_score = trainer.strategy.broadcast(keep_score)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best score and the path of its file, if `on_load_checkpoint` has kept them."""
+        """Restore the best score, for ``best.ckpt`` of this run, if `on_load_checkpoint` has copied that file."""
         if self._keep_score:
             file, score = str(self.file), state_dict["best_model_score"]
             paths = {"best_model_path": file, "kth_best_model_path": file, "best_k_models": {file: score}}
@@ -101,16 +102,16 @@ class BestCheckpoint(Checkpoint):
             return "the validation images differ from those of the checkpoint"
         return None
 
-    def _copy(self, state: dict[str, Any], resumed: Any) -> str | None:
-        """Copy the best checkpoint to this run, even if its folder was moved; return the problem, or None.
+    def _copy(self, state: dict[str, Any], resumed_from: Any) -> str | None:
+        """Copy the best checkpoint to this run, even from a run whose folder was moved; return the problem, or None.
 
         Args:
-            state: State of this callback in the checkpoint.
-            resumed: Path of the checkpoint that is resumed.
+            state: State of this callback in the checkpoint that is resumed.
+            resumed_from: Path of that checkpoint.
         """
         saved = Path(state["best_model_path"])
         score = float(state["best_model_score"])
-        candidates = (saved, Path(str(resumed)).with_name(saved.name), self.file)
+        candidates = (saved, Path(str(resumed_from)).with_name(saved.name), self.file)
         files = [path for path in candidates if path.is_file()]
         for path in files:
             if self._score_of(path) == score:
@@ -130,6 +131,6 @@ class BestCheckpoint(Checkpoint):
             return None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do the same as ``ModelCheckpoint``, but nothing if validation is disabled: there is no score then."""
+        """Save as ``ModelCheckpoint`` does, unless validation is disabled: without a score, none is the best."""
         if trainer.enable_validation:
             super().on_train_epoch_end(trainer, pl_module)

@@ -20,7 +20,7 @@ class EMA(Callback):
     weights, and ``ema`` the average, which tests, restoration and weights files use.
 
     Args:
-        decay: Fraction of the old average that an update keeps, in [0, 1).
+        decay: Fraction of the old average that an update keeps after the warm-up, in [0, 1).
         every: Number of batches between updates, at least 1.
         evaluate: Whether to validate with the average instead of the raw weights.
 

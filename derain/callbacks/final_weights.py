@@ -19,8 +19,8 @@ log = logging.getLogger("derain")
 class FinalWeights(Callback):
     """Write ``weights.safetensors`` at the end of training; log the best validation score and the next command.
 
-    The weights are those of the best checkpoint, or of the last checkpoint if no validation ran; with `EMA`, they are
-    the averaged weights in it. The trainer needs the callbacks `BestCheckpoint` and `LastCheckpoint`.
+    The weights are those of the best checkpoint, or of the last checkpoint if no validation ran; with `EMA`, the
+    averaged weights of that checkpoint. The trainer needs the callbacks `BestCheckpoint` and `LastCheckpoint`.
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -47,19 +47,19 @@ class FinalWeights(Callback):
         target = Path(trainer.default_root_dir) / "weights.safetensors"
         load(Path(file), type(pl_module)).module.save_weights(target)
         score = float("nan") if best.best_model_score is None else float(best.best_model_score)
-        images = image_count(*validation_counts(trainer))
+        evaluated = image_count(*validation_counts(trainer))
         data: Any = getattr(trainer, "datamodule", None)
         if getattr(data, "val_mean", "images") == "sets" and (sets := data.data_sets("val")):
-            images = f"mean over {len(sets)} sets, {images}"
+            evaluated = f"mean over {len(sets)} sets, {evaluated}"
         rainy = trainer.callback_metrics.get("val/rainy_psnr")  # missing if the resumed run had no epoch left
         if not best.best_model_path:
             log.warning("no validation was run: saved the weights of the last checkpoint")
         elif isinstance(pl_module, DerainModule):
             baseline = "" if rainy is None else f"rainy {float(rainy):.2f} dB, "
             protocol = pl_module.protocols[0]
-            log.info("best validation: %sderained %.2f dB (%s, %s)", baseline, score, protocol, images)
+            log.info("best validation: %sderained %.2f dB (%s, %s)", baseline, score, protocol, evaluated)
         else:
-            log.info("best validation: %s %.4f (%s)", cast(TrainableModule, pl_module).monitor, score, images)
+            log.info("best validation: %s %.4f (%s)", cast(TrainableModule, pl_module).monitor, score, evaluated)
         module = cast(TrainableModule, pl_module)
         required = module.required_class()
         option = f"--method {required}" if required else ""

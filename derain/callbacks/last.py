@@ -18,12 +18,12 @@ log = logging.getLogger("derain")
 
 
 class LastCheckpoint(Checkpoint):
-    """Save ``last.ckpt`` after every epoch, and when a signal stops the training.
+    """Save ``last.ckpt`` after every epoch, and when SIGTERM or a signal of SLURM stops the training.
 
     Batch systems send SIGTERM before they end or pre-empt a job. Under SLURM, if Lightning's ``SLURMEnvironment`` has
-    ``auto_requeue``, its ``requeue_signal`` (SIGUSR1 by default) has the same effect and also requeues the job. A
-    signal stops the training between two batches. Exceptions for other reasons save no checkpoint, since training
-    cannot resume within a batch.
+    ``auto_requeue``, its ``requeue_signal`` (SIGUSR1 by default) has the same effect and also requeues the job. Both
+    signals stop the run between two batches of training or validation. Other exceptions save no checkpoint, since
+    training cannot resume within a batch.
 
     Args:
         dirpath: Folder of the checkpoints.
@@ -53,7 +53,7 @@ class LastCheckpoint(Checkpoint):
         """Stop all ranks before this batch if any rank has received a signal.
 
         Raises:
-            SIGTERMException: If it has.
+            SIGTERMException: If any rank has received a signal.
         """
         self._stop_if_signalled(trainer)
 

@@ -15,7 +15,7 @@ from derain.pictures import compare
 
 
 def to_pixels(image: Tensor, name: str = "image") -> Pixels:
-    """Convert a ``(3, h, w)`` tensor in [0, 1] to ``(h, w, 3)`` pixels in 0 to 255, rounded.
+    """Convert a ``(3, h, w)`` tensor, clipped to [0, 1], to ``(h, w, 3)`` pixels in 0 to 255, rounded.
 
     Raises:
         DerainError: If a value is not finite; the message contains ``name``.
@@ -24,12 +24,12 @@ def to_pixels(image: Tensor, name: str = "image") -> Pixels:
 
 
 def draw_panels(batch: Any, outputs: Any, count: int) -> Iterator[tuple[str, Image.Image]]:
-    """Yield names and panels of the images of a batch that are among the first of their set.
+    """Yield names and panels of the images of a batch that are among the first of their split.
 
     Args:
         batch: Batch of a `RainDataModule`.
         outputs: Result of ``validation_step`` or ``test_step`` for the batch; None yields nothing.
-        count: Number of images of the set that have a panel.
+        count: Number of images of the split that have a panel.
 
     Raises:
         DerainError: If a value is not finite.

@@ -58,8 +58,8 @@ class TestResults(Callback):
         folder = Path(trainer.default_root_dir)
         pairs = data.pairs["test"]
         evaluated = sorted(next(iter(module.scores["derained"].values())).index.tolist())
-        frames = [(pair.name, pair.sequence) for pair in pairs]
-        images = image_rows(module.scores, frames, module.temporal_scores)
+        names = [(pair.name, pair.sequence) for pair in pairs]
+        images = image_rows(module.scores, names, module.temporal_scores)
         sequences = {protocol: sequence_rows(rows) for protocol, rows in images.items()}
         write_rows(folder / "images.csv", images)
         file = self.weights or trainer.ckpt_path
@@ -93,15 +93,15 @@ class TestResults(Callback):
 
 def image_rows(
     scores: dict[str, dict[str, Scores]],
-    images: Sequence[tuple[str, str]],
+    names: Sequence[tuple[str, str]],
     temporal: Mapping[int, Mapping[str, float | None]] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of ``images.csv``, one per image, by protocol.
 
     Args:
         scores: Scores by kind (``rainy`` and ``derained``) and protocol.
-        images: Name and sequence (empty for an image that is not a frame of a video) of each image in the data sets, by
-            the index that the scores contain.
+        names: Name and sequence of each image in the data sets, by the index that the scores contain; the sequence is
+            empty for an image that is not a frame of a video.
         temporal: Flicker and warping error by the index of the later of two frames; None if they were not computed.
 
     Returns:
@@ -110,7 +110,7 @@ def image_rows(
     """
     rainy = scores["rainy"]
     return {
-        protocol: list(_image_rows(derained, rainy[protocol], images, temporal))
+        protocol: list(_image_rows(derained, rainy[protocol], names, temporal))
         for protocol, derained in scores["derained"].items()
     }
 
@@ -118,12 +118,12 @@ def image_rows(
 def _image_rows(
     derained: Scores,
     rainy: Scores,
-    images: Sequence[tuple[str, str]],
+    names: Sequence[tuple[str, str]],
     temporal: Mapping[int, Mapping[str, float | None]] | None,
 ) -> Iterator[dict[str, Any]]:
-    videos = any(sequence for _, sequence in images)
+    videos = any(sequence for _, sequence in names)
     for row, index in enumerate(derained.index.tolist()):
-        name, sequence = images[index]
+        name, sequence = names[index]
         values: dict[str, Any] = {"name": name, "sequence": sequence} if videos else {"name": name}
         values["psnr"] = derained.psnr[row].item()
         values["ssim"] = derained.ssim[row].item()
@@ -257,5 +257,5 @@ def _title(summary: dict[str, Any]) -> str:
 
 
 def _scores(result: dict[str, Any], prefix: str) -> list[float]:
-    """Return PSNR, SSIM and, if it was computed, LPIPS of an entry; the prefix is ``rainy_``, or empty for derained."""
+    """Return PSNR, SSIM and, if computed, LPIPS of an entry; the prefix is ``rainy_``, or empty for derained images."""
     return [result[f"{prefix}{name}"] for name in ("psnr", "ssim", "lpips") if f"{prefix}{name}" in result]

@@ -20,13 +20,13 @@ class Throughput(Callback):
 
     def _begin(self, spent: float) -> None:
         """Start the clocks of an epoch, of which ``spent`` seconds have passed already."""
-        self._free = time.perf_counter()
-        self._start = self._free - spent
+        self._last_end = time.perf_counter()
+        self._start = self._last_end - spent
         self._waited, self._images = 0.0, 0
 
     def state_dict(self) -> dict[str, float | int]:
         """Return seconds (in total and waiting) and number of images of the epoch so far."""
-        return {"spent": self._free - self._start, "waited": self._waited, "images": self._images}
+        return {"spent": self._last_end - self._start, "waited": self._waited, "images": self._images}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of an interrupted epoch for `on_train_start`, which continues from it."""
@@ -43,7 +43,7 @@ class Throughput(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure the time spent waiting for the batch."""
-        self._wait = time.perf_counter() - self._free
+        self._wait = time.perf_counter() - self._last_end
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -51,7 +51,7 @@ class Throughput(Callback):
         """Count the batch; a batch before which a signal stops the run is not counted."""
         self._waited += self._wait
         self._images += len(batch["name"])
-        self._free = time.perf_counter()
+        self._last_end = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pause the clocks."""
@@ -62,11 +62,11 @@ class Throughput(Callback):
         if not trainer.sanity_checking:
             pause = time.perf_counter() - self._paused
             self._start += pause
-            self._free += pause
+            self._last_end += pause
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the means of the epoch."""
-        busy = max(self._free - self._start, 1e-9)
+        busy = max(self._last_end - self._start, 1e-9)
         pl_module.log_dict(
             {
                 "train/images_per_second": self._images * trainer.world_size / busy,

@@ -17,7 +17,7 @@ from derain.methods.trainable import TrainableModule
 from derain.nn.blocks import repeated_blocks
 
 COMPILATIONS = 64
-"""Limit of the compilations of one class of blocks; each number of channels, crop size and precision needs one.
+"""Limit of the compilations of one class of blocks; each combination of channels, crop size and precision needs one.
 
 Beyond the limit, PyTorch warns and runs the blocks without compilation.
 """
@@ -25,22 +25,22 @@ Beyond the limit, PyTorch warns and runs the blocks without compilation.
 log = logging.getLogger("derain")
 
 
-def _find_blocks(module: LightningModule, callback: str) -> list[nn.Module]:
+def _find_blocks(module: LightningModule, callback_name: str) -> list[nn.Module]:
     """Return the repeated blocks of a method's network.
 
     Args:
         module: The method.
-        callback: Name of the callback, for messages.
+        callback_name: Class of the callback, for messages.
 
     Raises:
         DerainError: If the network has no repeated blocks, or the module is not a `TrainableModule`.
     """
     if not isinstance(module, TrainableModule):
-        raise DerainError(f"{callback}: {type(module).__name__} is not a TrainableModule; remove the callback")
+        raise DerainError(f"{callback_name}: {type(module).__name__} is not a TrainableModule; remove the callback")
     blocks = repeated_blocks(module.network)
     if not blocks:
         raise DerainError(
-            f"{callback}: {module.title} has no repeated blocks; expected several modules of one class in a "
+            f"{callback_name}: {module.title} has no repeated blocks; expected several modules of one class in a "
             "sequence or list; remove the callback"
         )
     return blocks
@@ -113,7 +113,7 @@ class CompileBlocks(Callback):
     def __init__(self, backend: str = "inductor") -> None:
         self.backend = backend
         self._blocks: list[nn.Module] = []
-        self._limit = 0
+        self._previous_limit = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the blocks.
@@ -127,8 +127,8 @@ class CompileBlocks(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Use compiled blocks from now on; a block is compiled when it is first called."""
-        self._limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(self._limit, COMPILATIONS)
+        self._previous_limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(self._previous_limit, COMPILATIONS)
         self._enable()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -151,13 +151,13 @@ class CompileBlocks(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the blocks, and the limit of compilations."""
         self._disable()
-        if self._limit:
-            torch._dynamo.config.recompile_limit = self._limit
-        self._blocks, self._limit = [], 0
+        if self._previous_limit:
+            torch._dynamo.config.recompile_limit = self._previous_limit
+        self._blocks, self._previous_limit = [], 0
 
 
 class TensorFloat32(Callback):
-    """Compute float32 matrix products in TF32 in training, on NVIDIA GPUs of compute capability 8.0 or higher.
+    """Compute float32 matrix products in TF32 in ``derain fit``, on NVIDIA GPUs of compute capability 8.0 or higher.
 
     TF32 rounds factors to 10 bits of mantissa. PyTorch computes convolutions in TF32 by default, but matrix products
     only after ``torch.set_float32_matmul_precision("high")``. This callback makes the call. On other devices, it has no
