@@ -313,7 +313,7 @@ def table_notes(rows: Sequence[ResultRow], protocol: str | None) -> list[str]:
 
 def _partial_suffix(score: Score) -> str:
     """Return text to append to a label, such as ``, 3 of 100 images``; empty if all images of the set were scored."""
-    return f", {score.images} of {score.partial_of} images" if score.partial_of else ""
+    return f", {score.count} of {score.partial_of} images" if score.partial_of else ""
 
 
 def score_records(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
@@ -337,8 +337,8 @@ def score_records(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
                     "lpips": score.lpips,
                     "flicker": score.flicker,
                     "warping_error": score.warping_error,
-                    "images": score.images,
-                    "sequences": None if sequences is None else sequences.images,
+                    "images": score.count,
+                    "sequences": None if sequences is None else sequences.count,
                     **sequence_means,
                     "partial_of": score.partial_of,
                     "fingerprint": score.fingerprint,

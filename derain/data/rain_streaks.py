@@ -55,7 +55,7 @@ class Lanes(NamedTuple):
     Attributes:
         offset: ``(n,)``: shift of the lanes across their direction, 0 to 1, in distances between neighbouring lanes.
         scale: ``(n, lanes)``: number of cells per pixel along the lanes.
-        phase: ``(n, lanes)``: position of the first pixel of the lanes in the first cell, 0 to 1.
+        phase: ``(n, lanes)``: position of the first pixel of a lane in the first cell, 0 to 1, in lengths of a cell.
         streak: ``(n, lanes, cells)``: random number in [0, 1) of each cell with a streak; negative without one.
     """
 

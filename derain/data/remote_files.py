@@ -19,9 +19,9 @@ class RemoteFile:
         path: Path in the repository, with ``/``, or name of the archive; also the path in the download folder.
         size: Size in bytes; None if the server does not state it.
         sha256: SHA-256 in hexadecimal digits; empty if unknown.
-        blob_id: Git's SHA-1 of the file in hexadecimal digits; empty if unknown.
+        blob_id: Git's SHA-1 of the file in hexadecimal digits; empty if unknown or not needed beside ``sha256``.
         url: Address; empty for files of the hub.
-        version: The server's identifier of this version of the file: ETag or date; empty if it has none.
+        version: The web server's identifier of this version of the file: ETag or date; empty if there is none.
     """
 
     path: str

@@ -31,28 +31,29 @@ MIXED = {"Rain100L", "Rain100H", "Rain800"}
 
 @dataclass(frozen=True)
 class Score:
-    """Mean scores of a method over the images of one data set.
+    """Mean scores of a method over the images, or over the sequences, of one data set.
 
     Attributes:
         dataset: Name of the data set; ``Mixed`` or ``A + B`` for several (`dataset_name`).
         psnr: PSNR in dB.
         ssim: SSIM, at most 1.
         lpips: LPIPS; None if it was not computed.
-        images: Number of evaluated images. This and the following attributes are None for published scores.
+        count: Number of evaluated images, or of their sequences. This and the following attributes are None for
+            published scores.
         fingerprint: Hash of the images.
         image_scores_file: File with the scores of each image.
         seconds: Mean time per image in seconds.
         partial_of: Number of images in the data set; None if all were evaluated.
         flicker: Mean absolute difference of consecutive frames in 8-bit levels; None if it was not computed.
         warping_error: Warping error (see `derain.metrics.temporal`); None if it was not computed.
-        sequences: Means over the sequences of videos, with their number as ``images``; None without videos.
+        sequences: Means over the sequences of videos; None without videos.
     """
 
     dataset: str
     psnr: float
     ssim: float
     lpips: float | None = None
-    images: int | None = None
+    count: int | None = None
     fingerprint: str | None = None
     image_scores_file: Path | None = None
     seconds: float | None = None
@@ -208,17 +209,17 @@ def _to_row(file: Path, summary: dict[str, Any], result: dict[str, Any]) -> Resu
     if sampling:
         details["sampling"] = f"{sampling['solver']}, steps {sampling['steps'] or 'all'}"
     total = data.get("images_in_sets", data["images"])
-    images = result.get("count", total)
+    count = result.get("count", total)
     dataset = dataset_name(data["sets"])
     sequences = result.get("sequences")
     score = Score(
         **_means(dataset, result),
-        images=images,
+        count=count,
         fingerprint=data["fingerprint"],
         image_scores_file=file.with_name("images.csv"),
         seconds=summary.get("seconds"),
-        partial_of=total if total > images else None,
-        sequences=Score(**_means(dataset, sequences), images=sequences["count"]) if sequences else None,
+        partial_of=total if total > count else None,
+        sequences=Score(**_means(dataset, sequences), count=sequences["count"]) if sequences else None,
     )
     return ResultRow(
         method=method,
@@ -355,11 +356,11 @@ def published_rows(sets: set[str], protocol: str | None, paper: str | None = Non
     rows = []
     for table in tables:
         note = _table_note(table, protocol)
-        for method, numbers in table["methods"].items():
-            scores = tuple(Score(name, *values) for name, values in numbers["results"].items() if name in sets)
+        for method, entry in table["methods"].items():
+            scores = tuple(Score(name, *values) for name, values in entry["results"].items() if name in sets)
             if not scores:
                 continue
-            millions, billions = numbers.get("cost", (None, None))
+            millions, billions = entry.get("cost", (None, None))
             row = ResultRow(
                 method=method,
                 details={},
@@ -370,7 +371,7 @@ def published_rows(sets: set[str], protocol: str | None, paper: str | None = Non
                 file=table["source"],
                 parameters=millions * 1e6 if millions else None,
                 macs=billions * 1e9 if billions else None,
-                note=f"{note}; {numbers['caveat']}" if "caveat" in numbers else note,
+                note=f"{note}; {entry['caveat']}" if "caveat" in entry else note,
             )
             rows.append(row)
     return rows

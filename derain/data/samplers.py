@@ -19,8 +19,8 @@ class Sample(NamedTuple):
 
     Attributes:
         epoch: Index of the epoch.
-        number: Index of the sample among those of an epoch; in the n-th further permutation of an epoch, n times the
-            number of samples per epoch is added.
+        number: Index of the sample; in the n-th further permutation of an epoch, n times the number of samples is
+            added.
         crop: Side of the crop in pixels.
     """
 
@@ -112,7 +112,7 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
     draws as many permutations as these batches need.
 
     Args:
-        count: Samples per epoch, over all ranks.
+        count: Number of samples in a permutation, over all ranks.
         rank: Rank of this process.
         world: Number of ranks.
         seed: Seed of the run.

@@ -15,8 +15,9 @@ log = logging.getLogger("derain")
 def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
     """Split pairs at random into training and validation pairs that share no clean image or video.
 
-    Clean photos without a rainy image are used for training only; a photo that is the clean image of a held-out pair is
-    omitted. The number of omitted photos, and the data sets without validation pairs, are logged.
+    Clean photos without a rainy image are used for training only. Photos that are clean images of held-out pairs are
+    omitted, except frames of held-out videos. The number of omitted photos, and the data sets without validation pairs,
+    are logged.
 
     Args:
         pairs: Pairs and clean photos.

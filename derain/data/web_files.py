@@ -228,7 +228,7 @@ class _Downloader:
 
 
 def _continues(file: RemoteFile, position: int, headers: Mapping[str, str]) -> bool:
-    """Return whether a partial answer begins at a position, and belongs to a file of the same size and version."""
+    """Return whether a partial answer begins at a position, and names no other size or version of the file."""
     announced = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", "").strip())
     if announced is None or int(announced[1]) != position:
         return False

@@ -52,6 +52,10 @@ class AirNetModule(RegressionModule):
         schedule_options: Options of the schedule. Their ``encoder_epochs``, for `PhasesLR`, defaults to the argument
             ``encoder_epochs``.
 
+    Attributes:
+        queued: Keys of earlier images, ``(queue, e)``; random before the first batches.
+        position: Index in ``queued`` of the oldest key, which the next batch replaces first.
+
     Raises:
         DerainError: If an option is unknown or out of its range, or ``network`` is not an AirNet.
 
