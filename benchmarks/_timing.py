@@ -15,7 +15,7 @@ Times = tuple[float, float]
 
 
 def time_alternately(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
-    """Return the median times of each variant; each round runs all variants, after a first one that warms up."""
+    """Return the median times of each variant; each round runs all variants, after a warm-up round."""
     times: dict[str, list[Times]] = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, run in variants.items():

@@ -52,7 +52,7 @@ def user(address: str, photo: bytes, number: int) -> list[tuple[str, float]]:
 
 
 def attack(address: str, secret: Path, upload: str, done: threading.Event) -> Counter[str]:
-    """Request private files, use foreign hosts and origins, and abandon jobs until ``done``; return answer counts."""
+    """Request private files, use foreign hosts and origins, and abandon jobs until ``done``; count the answers."""
     answers: Counter[str] = Counter()
     with httpx.Client(base_url=address, timeout=60) as client:
         while not done.is_set():

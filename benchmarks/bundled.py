@@ -1,9 +1,9 @@
 """The bundled models against an earlier one, a small Restormer: processor time per megapixel for a 640×480 image.
 
-``bundled.py [--rounds 5]`` restores one image with each model in turn, with one thread of PyTorch. Other models are the
-bundled ones as ONNX files, and ClearView's two small networks. Targets: ``default`` is at least 6 times, and ``fast``
-20 times as fast as the earlier model. The earlier model and ClearView have random weights, which do not change the
-time.
+``bundled.py [--rounds 5]`` restores one image with each model in turn, with one thread of PyTorch. The bundled models
+as ONNX files and ClearView's two small networks are also measured. Targets: ``default`` is at least 6 times, and
+``fast`` 20 times as fast as the earlier model. The earlier model and ClearView's networks have random weights, which
+do not change the time.
 
 ``--plot CHART.png --results default=RUN/summary.json ...`` also plots PSNR against time. ``default`` is one of the
 names that are printed, and ``RUN`` the folder of a run of `derain test`; all runs must be on the same data set.
@@ -56,7 +56,7 @@ def build_restorers(folder: Path) -> dict[str, Restorer]:
 
 
 def plot(seconds: Mapping[str, float], results: Mapping[str, str], path: Path) -> None:
-    """Plot the first PSNR of each summary against the seconds for an image of one megapixel."""
+    """Plot the PSNR by the first protocol of each summary against the seconds for an image of one megapixel."""
     points = {}
     for name, file in results.items():
         summary = json.loads(Path(file).read_text(encoding="utf-8"))

@@ -2,7 +2,7 @@
 
 ``python benchmarks/degradations.py sheet.png`` shows all kinds, ``--rows light varied drops`` only the named ones. A
 name may also be ``folder:PATH`` or a YAML file of ranges. If ``DERAIN_DATA`` is set, further rows show crops of the
-rainy images of its data sets.
+rainy images of those of Rain100L, Rain100H, Rain800 and RealPhotos that it contains.
 """
 
 import argparse

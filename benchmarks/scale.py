@@ -40,7 +40,7 @@ def enlarged(photo: Pixels, side: int, rng: np.random.Generator) -> Pixels:
 
 
 def middle(image: Pixels, side: int) -> Pixels:
-    """Return the square in the middle, at most as large as the image."""
+    """Return the middle of an image, at most ``side`` pixels wide and high."""
     top, left = (max(0, (length - side) // 2) for length in image.shape[:2])
     return image[top : top + side, left : left + side]
 

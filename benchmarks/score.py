@@ -85,9 +85,9 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         derained, clean, description = images(Path(temporary))
         folders = [str(derained), str(clean)]
-        ours = [sys.executable, "-m", "derain", "score", *folders, "--format", "json", "--lpips", "none"]
-        scipy = [sys.executable, __file__, *folders]
-        rounds = [(timed(ours), timed(scipy)) for _ in range(ROUNDS)]
+        our_command = [sys.executable, "-m", "derain", "score", *folders, "--format", "json", "--lpips", "none"]
+        scipy_command = [sys.executable, __file__, *folders]
+        rounds = [(timed(our_command), timed(scipy_command)) for _ in range(ROUNDS)]
     our_seconds = min(our_time for (our_time, _), _ in rounds)
     scipy_seconds = min(scipy_time for _, (scipy_time, _) in rounds)
     (_, our_output), (_, scipy_scores) = rounds[0]

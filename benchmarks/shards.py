@@ -74,10 +74,10 @@ def compare(options: tuple[str, str]) -> bool:
         options: Options that name the data sets of files and of shards.
     """
     modules = [data_module(option) for option in options]
-    for batch, other in zip(*(module.train_dataloader() for module in modules), strict=True):
-        assert batch["name"] == other["name"]
-        assert torch.equal(batch["rainy"], other["rainy"])
-        assert torch.equal(batch["clean"], other["clean"])
+    for file_batch, shard_batch in zip(*(module.train_dataloader() for module in modules), strict=True):
+        assert file_batch["name"] == shard_batch["name"]
+        assert torch.equal(file_batch["rainy"], shard_batch["rainy"])
+        assert torch.equal(file_batch["clean"], shard_batch["clean"])
     seconds = np.array(sample_seconds(modules))
     fresh = np.min([[first_batch(option) for option in options] for _ in range(2)], axis=0)
     speeds, (first, memory) = PAIRS / seconds, fresh.T

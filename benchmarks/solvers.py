@@ -36,7 +36,7 @@ MEAN, STD = 0.3, 0.15
 
 
 class UnitNoise:
-    """Noise whose n-th draw is 1 in the n-th image of a batch and 0 elsewhere: isolates the weight of each draw."""
+    """Noise whose n-th draw, from 1, is 1 in the image of index n, else 0: isolates the weight of each draw."""
 
     def __init__(self, images: int) -> None:
         self.images, self.draws = images, 0
@@ -52,8 +52,8 @@ class UnitNoise:
 def gaussian_error(solver: str, steps: int, max_sigma: float) -> float:
     """Return the 2-Wasserstein distance of a solver's residuals to N(MEAN, STD²), with the exact score.
 
-    Every step is affine in state and noise, so the result is Gaussian. One image of the batch gets no noise and gives
-    the mean; each other image gets one draw of noise and gives the weight of that draw.
+    Every step is affine in state and noise, so the result is Gaussian. The first image of the batch gets no noise: its
+    result is the mean. Every other image gets one draw of noise: its result minus the mean is the weight of that draw.
     """
     sde = MeanRevertingSDE(max_sigma)
     rainy = torch.zeros(steps + 2, 1, 1, 1)

@@ -82,7 +82,7 @@ def compare(name: str, size: int, rounds: int) -> bool:
 
 
 def measure_memory(name: str, part: int) -> None:
-    """Print the side of the tiles of a photo, and the peak memory of this process in GiB.
+    """Print the side of a photo's tiles, and the peak memory of restoring one tile in GiB.
 
     Args:
         name: The network.
@@ -94,7 +94,7 @@ def measure_memory(name: str, part: int) -> None:
     with patch.object(batching, "memory_for", lambda device: int(LIMIT * 2**30)):
         tile = Restorer(method, device="cpu").scheduler._tile_side(HEIGHT, WIDTH)
     image = torch.rand(3, HEIGHT, WIDTH)
-    held = torch.ones(4, HEIGHT, WIDTH)  # the sum of the tiles and of their weights
+    tile_sums = torch.ones(4, HEIGHT, WIDTH)  # the sum of the tiles and of their weights
     rows, columns = (round(min(tile, side) / part**0.5) for side in (HEIGHT, WIDTH))
     if isinstance(window := getattr(method.network, "window", None), int) and name == "NeRDRain":
         rows, columns, part = window, window + 1, 1  # restores large images in windows: measure two of them
@@ -102,7 +102,8 @@ def measure_memory(name: str, part: int) -> None:
     restorer(image[:, :64, :64])  # libraries allocate memory that they keep
     before = peak_memory()
     restorer(image[:, :rows, :columns])
-    print(tile, before + part * (peak_memory() - before), held.numel())  # the last one only keeps ``held`` in memory
+    print(tile, before + part * (peak_memory() - before))
+    del tile_sums  # needed until here, to be counted
 
 
 def peak_memory() -> float:
@@ -114,7 +115,7 @@ def memory(name: str, part: int) -> bool:
     """Measure a network in a process of its own, print its memory, and return whether that is too much."""
     command = [sys.executable, __file__, "--measure", "--part", str(part), name]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    tile, peak = output.split()[:2]
+    tile, peak = output.split()
     missed = float(peak) > LIMIT
     print(f"{name:12} tiles of {tile}: {float(peak):.2f} GiB{' MISSED' if missed else ''}", flush=True)
     return missed

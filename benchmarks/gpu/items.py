@@ -47,7 +47,7 @@ NEEDS_FILES = {
     "syn2real-gp": "VGG16",
     "transweather": "VGG16",
 }
-"""Recipes that are skipped since they need files from the internet, and the names of these files."""
+"""Recipes that are skipped, and the reason: files that they need, mostly from the internet."""
 
 TINY = {"dim": 8, "blocks": (1, 1, 1, 1), "refinement": 1}
 QUICK_TESTS = "tests/data/test_rain_operators.py"

@@ -88,7 +88,7 @@ class Work(FlopCounterMode):
         Args:
             peaks: Result of the item ``device``: ``copy`` in bytes per second; ``float32``, ``TF32`` and ``bf16`` in
                 operations per second.
-            setting: Whether float32 products are computed in TF32.
+            setting: Arithmetic; its ``tf32`` selects the rate of float32 products.
         """
         float32 = peaks["TF32" if setting.tf32 else "float32"]
         seconds = 0.0

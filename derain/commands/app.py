@@ -158,7 +158,8 @@ def listen(host: str, port: int | None) -> socket.socket:
         port: Port from 0 (any free port) to 65535; None for the first free port in ``PORTS``.
 
     Raises:
-        DerainError: If the port is in use or not permitted, or the address does not belong to this machine.
+        DerainError: If the port or all of ``PORTS`` are in use, the port is not permitted, or the address does not
+            belong to this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for number in PORTS if port is None else [port]:

@@ -1,4 +1,4 @@
-"""Count parameters and multiply-accumulate operations (MACs) of methods, and time them."""
+"""Count parameters and multiply-accumulate operations (MACs) of methods, and optionally time them."""
 
 import logging
 import statistics
@@ -60,7 +60,7 @@ def bench(
     format: Format = "table",
     out: Path | None = None,
 ) -> int:
-    """Count parameters and multiply-accumulate operations (MACs) of all methods and their variants, and time them.
+    """Count parameters and multiply-accumulate operations (MACs) of all methods and their variants; --time times them.
 
     Methods that cannot be counted are skipped with a warning.
 
@@ -104,31 +104,31 @@ def bench(
 def find_variants() -> dict[str, Callable[[], DerainModule]]:
     """Return functions that build the variants of all known methods that restore images, by the name of the variant.
 
-    A class without ``variants`` of its own has one variant, named after the class; inherited ``variants`` are those of
-    the base class. If two classes have variants of the same name, the name of the second class is appended to that of
-    its variant; if that name is in use too, the class path is appended instead.
+    A class that does not define ``variants`` itself has one variant, named after the class. If two classes have
+    variants of the same name, the second name is followed by the name of its class; if that is in use too, by the path
+    of its class.
     """
     builds: dict[str, Callable[[], DerainModule]] = {}
-    for method in methods():
-        if issubclass(method, DerainModule):
-            variants = vars(method).get("variants", {method.__name__: {}})
+    for method_class in methods():
+        if issubclass(method_class, DerainModule):
+            variants = vars(method_class).get("variants", {method_class.__name__: {}})
             for name, hyper_parameters in variants.items():
-                names = (name, f"{name} ({method.__name__})", f"{name} ({class_path(method)})")
+                names = (name, f"{name} ({method_class.__name__})", f"{name} ({class_path(method_class)})")
                 unique = next((unused for unused in names if unused not in builds), names[-1])
-                builds[unique] = partial(build_method, method, **hyper_parameters)
+                builds[unique] = partial(build_method, method_class, **hyper_parameters)
     return builds
 
 
-def build_method(method: type[DerainModule], /, **hyper_parameters: Any) -> DerainModule:
+def build_method(method_class: type[DerainModule], /, **hyper_parameters: Any) -> DerainModule:
     """Build a method from its class and hyper-parameters.
 
     Raises:
         DerainError: If the class cannot be built with these hyper-parameters.
     """
     try:
-        return method(**hyper_parameters)
+        return method_class(**hyper_parameters)
     except BUILD_ERRORS as error:
-        raise DerainError(f"{method.__name__}: cannot be built ({shorten(error)})") from error
+        raise DerainError(f"{method_class.__name__}: cannot be built ({shorten(error)})") from error
 
 
 def cost_record(name: str, method: DerainModule, size: int, device: torch.device | None) -> dict[str, Any]:
