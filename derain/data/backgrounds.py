@@ -1,8 +1,8 @@
 """Find images with the same background, even if they are cropped, flipped, rotated, resized or differ in their rain.
 
 Candidates are found by thumbnails of whole images and by local features (SIFT, Lowe, IJCV 2004) whose positions agree
-on an orientation (flip and rotation by a multiple of 90°), scale and shift. In a match, the gradients of the aligned
-images also agree pixel by pixel, which those of two photos of one scene from different places do not.
+on an orientation (flip and rotation by a multiple of 90°), scale and shift. A candidate is a match if the gradients of
+the aligned images agree pixel by pixel; those of two photos of one scene from different places do not.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ _THUMBNAIL_SIDE = 16
 _THUMBNAIL_CORRELATION = 0.96  # above it, two whole images are compared pixel by pixel
 _CERTAIN_SCORE = 0.998  # from here, refining the alignment would hardly raise the score
 _REFINED_SCORE = 0.2  # below it, an alignment is refined only if enough features vote for it
-_REFINED_VOTES = 6
+_REFINED_VOTES = 6  # features that are then enough
 _MIN_COPY_SCORE = 0.99  # of a match of two images without rain
 _MIN_RAINY_SCORE = 0.9  # of a match if at least one image has rain
 _MIN_SHARE = 0.25  # of the area of at least one image that the other must show
@@ -66,7 +66,7 @@ class BackgroundMatch:
     Attributes:
         first: Index of the first image.
         second: Index of the second image.
-        score: Correlation of their gradients where they overlap, at most 1.
+        score: Correlation of the gradients of the two images where they overlap, at most 1.
         flipped_vertically: Whether the first image must be flipped upside down to match the second.
         rotation: Clockwise rotation of the first image after the flip, in degrees: 0, 90, 180 or 270.
         share: Share of the first image's area that the second one shows, 0 to 1.
@@ -105,7 +105,7 @@ def compute_signature(pixels: Pixels, *, rainy: bool = False, features: bool = T
 
     Args:
         pixels: ``(h, w, 3)`` in 0 to 255.
-        rainy: Whether the image has rain; thin bright streaks are then suppressed first.
+        rainy: Whether the image has rain; if so, thin bright streaks are suppressed before anything else.
         features: Whether to compute local features; without them, only images of nearly the same area are recognised.
     """
     grey = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.uint8)
@@ -121,12 +121,12 @@ def compute_signature(pixels: Pixels, *, rainy: bool = False, features: bool = T
 
 def _features(grey: Grey, width: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """Return points and descriptors of the strongest features, in coordinates of an image of the given width."""
-    search = _shrunk(grey, _SEARCH_SIDE)
-    keypoints, descriptors = cv2.SIFT.create(nfeatures=_MAX_FEATURES).detectAndCompute(search, None)
+    reduced = _shrunk(grey, _SEARCH_SIDE)
+    keypoints, descriptors = cv2.SIFT.create(nfeatures=_MAX_FEATURES).detectAndCompute(reduced, None)
     if descriptors is None:
         return np.zeros((0, 3), np.float32), np.zeros((0, 128), np.uint8)
     strongest = np.argsort([-keypoint.response for keypoint in keypoints], kind="stable")[:_MAX_FEATURES]
-    scale = width / search.shape[1]
+    scale = width / reduced.shape[1]
     points = []
     for index in strongest:
         x, y = keypoints[index].pt
@@ -157,19 +157,19 @@ def find_matches(
         One match per pair of images, sorted by index. ``BackgroundMatch.first`` is an index in ``first``;
         ``BackgroundMatch.second`` is an index in ``second`` if that is given, else in ``first``.
     """
-    images = [*first, *(second or ())]
-    if len(images) < 2:
+    signatures = [*first, *(second or ())]
+    if len(signatures) < 2:
         return []
     best: dict[tuple[int, int], BackgroundMatch] = {}
     searches = [_by_thumbnail, _by_features] if features else [_by_thumbnail]
     for search in searches:
         hypotheses = []
-        for hypothesis in search(images):
+        for hypothesis in search(signatures):
             is_compared = second is None or (hypothesis.first < len(first)) != (hypothesis.second < len(first))
             if is_compared and (hypothesis.first, hypothesis.second) not in best:
                 hypotheses.append(hypothesis)
         with ThreadPoolExecutor() as threads:
-            for match in threads.map(lambda hypothesis: _confirmed(images, hypothesis), hypotheses):
+            for match in threads.map(lambda hypothesis: _confirmed(signatures, hypothesis), hypotheses):
                 if match is None:
                     continue
                 previous = best.setdefault((match.first, match.second), match)
@@ -194,7 +194,7 @@ class _Hypothesis:
         quarter_turns: Clockwise quarter turns of the first image after the flip.
         scale: Scale in x and y.
         shift: Shift in x and y, in pixels of the second image.
-        votes: Number of features that agree; the maximum for a hypothesis from thumbnails.
+        votes: Number of features that agree; `_MAX_FEATURES` for a hypothesis from thumbnails.
     """
 
     first: int
@@ -221,23 +221,25 @@ def _oriented_points(points: Floats, shape: tuple[int, ...], flipped_vertically:
     return np.stack([x, y], 1)
 
 
-def _by_thumbnail(images: Sequence[Signature]) -> list[_Hypothesis]:
+def _by_thumbnail(signatures: Sequence[Signature]) -> list[_Hypothesis]:
     """Return hypotheses for pairs of whole images with similar thumbnails, in any of the eight orientations."""
     size = (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE)
-    thumbnails = [np.asarray(cv2.resize(image.grey, size, interpolation=cv2.INTER_AREA), np.uint8) for image in images]
+    thumbnails = [
+        np.asarray(cv2.resize(signature.grey, size, interpolation=cv2.INTER_AREA), np.uint8) for signature in signatures
+    ]
     targets = _standardised(thumbnails)
     hypotheses = []
     for flipped_vertically in (False, True):
         for quarter_turns in range(4):
             oriented = [_oriented(thumbnail, flipped_vertically, quarter_turns) for thumbnail in thumbnails]
             sources = _standardised(oriented)
-            for start in range(0, len(images), 1024):  # blocks bound the memory
+            for start in range(0, len(signatures), 1024):  # blocks bound the memory
                 is_similar = sources[start : start + 1024] @ targets.T > _THUMBNAIL_CORRELATION
                 for offset, second in zip(*np.nonzero(is_similar), strict=True):
                     first = start + int(offset)
                     if first < second:
                         hypotheses.append(
-                            _whole_image_hypothesis(images, first, int(second), flipped_vertically, quarter_turns)
+                            _whole_image_hypothesis(signatures, first, int(second), flipped_vertically, quarter_turns)
                         )
     return hypotheses
 
@@ -249,42 +251,44 @@ def _standardised(thumbnails: Sequence[Grey]) -> NDArray[np.float32]:
 
 
 def _whole_image_hypothesis(
-    images: Sequence[Signature], first: int, second: int, flipped_vertically: bool, quarter_turns: int
+    signatures: Sequence[Signature], first: int, second: int, flipped_vertically: bool, quarter_turns: int
 ) -> _Hypothesis:
     """Return the hypothesis that both images show the same area."""
-    h, w = images[first].grey.shape
+    h, w = signatures[first].grey.shape
     if quarter_turns % 2:
         h, w = w, h
-    target_h, target_w = images[second].grey.shape
+    target_h, target_w = signatures[second].grey.shape
     scale = (target_w / w, target_h / h)
     shift = ((scale[0] - 1) / 2, (scale[1] - 1) / 2)
-    # The maximum number of votes ensures that an inexact alignment is refined.
+    # So many votes ensure that an inexact alignment is refined.
     return _Hypothesis(first, second, flipped_vertically, quarter_turns, scale, shift, votes=_MAX_FEATURES)
 
 
-def _by_features(images: Sequence[Signature]) -> list[_Hypothesis]:
+def _by_features(signatures: Sequence[Signature]) -> list[_Hypothesis]:
     """Return hypotheses for pairs of images whose features agree on an orientation, scale and shift."""
-    if not any(len(image.points) for image in images):
+    if not any(len(signature.points) for signature in signatures):
         return []
-    descriptors = np.concatenate([image.descriptors for image in images]).astype(np.float32)
-    points = np.concatenate([image.points for image in images]).astype(np.float64)
-    owner = np.repeat(np.arange(len(images)), [len(image.points) for image in images])
+    descriptors = np.concatenate([signature.descriptors for signature in signatures]).astype(np.float32)
+    points = np.concatenate([signature.points for signature in signatures]).astype(np.float64)
+    owner = np.repeat(np.arange(len(signatures)), [len(signature.points) for signature in signatures])
     cv2.setRNGSeed(0)
-    index = cv2.flann.Index(descriptors, {"algorithm": 1, "trees": 4})
-    votes = np.concatenate(
+    search_index = cv2.flann.Index(descriptors, {"algorithm": 1, "trees": 4})
+    feature_pairs = np.concatenate(
         [
-            _votes(index, descriptors, points[:, 2], owner, flipped_vertically=False),
-            _votes(index, _flipped_descriptors(descriptors), points[:, 2], owner, flipped_vertically=True),
+            _similar_features(search_index, descriptors, points[:, 2], owner, flipped_vertically=False),
+            _similar_features(
+                search_index, _flipped_descriptors(descriptors), points[:, 2], owner, flipped_vertically=True
+            ),
         ]
     )
     hypotheses = []
-    for group in _groups_of_equal_rows(votes, columns=4):
+    for group in _groups_of_equal_rows(feature_pairs, columns=4):
         if len(group) < 3:
             continue
         first, second, flip, quarter_turns = (int(value) for value in group[0, :4])
         flipped_vertically = bool(flip)
         closest = group[np.argsort(group[:, 6], kind="stable")[:_MAX_GROUP]]
-        shape = images[first].grey.shape
+        shape = signatures[first].grey.shape
         source = _oriented_points(points[closest[:, 4], :2], shape, flipped_vertically, quarter_turns)
         target = points[closest[:, 5], :2]
         fit = _fit_scale_and_shift(source, target)
@@ -308,8 +312,8 @@ def _flipped_descriptors(descriptors: NDArray[np.float32]) -> NDArray[np.float32
     return np.ascontiguousarray(cells.reshape(-1, 128))
 
 
-def _votes(
-    index: "cv2.flann.Index",
+def _similar_features(
+    search_index: "cv2.flann.Index",
     queries: NDArray[np.float32],
     angles: Floats,
     owner: NDArray[np.int64],
@@ -318,20 +322,20 @@ def _votes(
     """Return pairs of similar features of different images.
 
     Args:
-        index: Search index of all descriptors.
+        search_index: Search index of all descriptors.
         queries: Descriptors to search for, ``(n, 128)``; those of the flipped images if ``flipped_vertically``.
         angles: Angles of the features in degrees, ``(n,)``.
         owner: Index of the image that each feature belongs to, ``(n,)``.
         flipped_vertically: Whether the query images are flipped.
 
     Returns:
-        ``(n, 7)``: first image, second image, whether the first image is flipped vertically, its quarter turns,
-        first feature, second feature, distance.
+        ``(m, 7)``: first image, second image, whether the first image is flipped vertically, quarter turns of the
+        first image, first feature, second feature, distance.
     """
     parts = [part for part in np.array_split(queries, 8) if len(part)]
     count = min(_NEIGHBOURS, len(queries))
     with ThreadPoolExecutor() as threads:
-        results = list(threads.map(lambda part: index.knnSearch(part, count, params={"checks": 32}), parts))
+        results = list(threads.map(lambda part: search_index.knnSearch(part, count, params={"checks": 32}), parts))
     a = np.repeat(np.arange(len(queries)), count)
     b = np.concatenate([ids for ids, _ in results]).astype(np.int64).ravel()
     distance = np.sqrt(np.concatenate([squares for _, squares in results])).ravel()
@@ -389,9 +393,9 @@ def _candidates(a: Floats, b: Floats) -> tuple[Floats, Floats]:
     return scale, b[i] - scale * a[i]
 
 
-def _confirmed(images: Sequence[Signature], hypothesis: _Hypothesis) -> BackgroundMatch | None:
+def _confirmed(signatures: Sequence[Signature], hypothesis: _Hypothesis) -> BackgroundMatch | None:
     """Return the match if the pixels agree, if necessary after refining the alignment; else None."""
-    first, second = images[hypothesis.first], images[hypothesis.second]
+    first, second = signatures[hypothesis.first], signatures[hypothesis.second]
     a = _oriented(first.grey, hypothesis.flipped_vertically, hypothesis.quarter_turns)
     b = second.grey
     min_score = _MIN_RAINY_SCORE if first.rainy or second.rainy else _MIN_COPY_SCORE
@@ -420,7 +424,7 @@ def _refined(a: Grey, b: Grey, warp: Floats) -> Floats:
     """Refine an alignment to a fraction of a pixel.
 
     Gauss-Newton steps fit scale and shift per axis, brightness and contrast. Other transforms are not fitted, so that a
-    photo taken a step aside does not match.
+    photo taken from a step aside does not match.
     """
     warp = warp.copy()
     y, x = np.mgrid[: a.shape[0], : a.shape[1]].astype(np.float64)

@@ -35,7 +35,7 @@ log = logging.getLogger("derain")
 
 
 def fingerprint(pairs: Sequence[Pair]) -> str:
-    """Return a hash (16 hexadecimal digits) of the names and file contents of pairs, in order.
+    """Return a hash (16 hexadecimal digits) of the names, clean halves and file contents of pairs, in order.
 
     The folders of the files matter only if they are part of the names.
 
@@ -114,12 +114,12 @@ class PixelCache:
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, index: int) -> tuple[Pixels, Pixels]:
+    def __getitem__(self, pair_index: int) -> tuple[Pixels, Pixels]:
         """Return rainy and clean pixels, ``(h, w, 3)`` in 0 to 255 each, as views of the buffer.
 
         Without clean images, the rainy pixels are returned twice.
         """
-        offset, height, width = (int(value) for value in self.index[index])
+        offset, height, width = (int(value) for value in self.index[pair_index])
         images = 2 if self.paired else 1
         pixels = self._pixels[offset : offset + 3 * images * height * width].reshape(images, height, width, 3)
         return pixels[0], pixels[-1]
@@ -135,7 +135,7 @@ def pair_sizes(pairs: Sequence[Pair]) -> NDArray[np.int64]:
 
 
 def buffer_index(pairs: Sequence[Pair], *, paired: bool = True) -> NDArray[np.int64]:
-    """Return the position and size of each pair in the buffer, from the headers of the image files.
+    """Return the offset of each pair in the buffer and the size of its images, without decoding them.
 
     Args:
         pairs: The pairs.

@@ -24,7 +24,7 @@ DEGRADATION = "rainy"
 """DA-CLIP's word for rain."""
 
 TEMPLATE = "a photo"
-"""Caption of every clean image without a captioning model."""
+"""Caption of every clean image if no captioning model is used."""
 
 
 class Caption(NamedTuple):
@@ -71,18 +71,19 @@ def write_captions(path: Path, rows: Iterable[tuple[str, Caption]]) -> None:
     with write_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(COLUMNS)
-        for name, caption in rows:
-            writer.writerow([name, Caption(one_line(caption.text), caption.degradation).title])
+        for image_path, caption in rows:
+            writer.writerow([image_path, Caption(one_line(caption.text), caption.degradation).title])
 
 
 def read_captions(path: Path) -> dict[str, Caption]:
     """Read a table written by derain or by DA-CLIP's script.
 
     Returns:
-        Captions by the path of the rainy image. Paths are as written in the table.
+        Captions by the path of the rainy image, as written in the table.
 
     Raises:
-        DerainError: If the file does not exist, or a line is not one of such a table; the message names the line.
+        DerainError: If the file does not exist or is not UTF-8, a line has another format, or an image has two
+            captions. The message names the line.
     """
     text = _read_utf8(path)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True)
@@ -93,10 +94,10 @@ def read_captions(path: Path) -> dict[str, Caption]:
             raise DerainError(f"{path}:1: not a table of captions; expected 'filepath<TAB>title' as the first line")
         line = reader.line_num + 1
         for row in reader:
-            name, caption = _parse_row(row, f"{path}:{line}")
-            if name in captions:
-                raise DerainError(f"{path}:{line}: second caption of {name}; remove one of the lines")
-            captions[name] = caption
+            image_path, caption = _parse_row(row, f"{path}:{line}")
+            if image_path in captions:
+                raise DerainError(f"{path}:{line}: second caption of {image_path}; remove one of the lines")
+            captions[image_path] = caption
             line = reader.line_num + 1
     except csv.Error as error:
         raise DerainError(f"{path}:{line}: {error}; correct the quotation marks of the line") from error
@@ -118,11 +119,11 @@ def _read_utf8(path: Path) -> str:
 def _parse_row(row: list[str], location: str) -> tuple[str, Caption]:
     if len(row) != len(COLUMNS):
         raise DerainError(f"{location}: {len(row)} columns; expected 2, separated by a tab; correct the line")
-    name, title = row
+    image_path, title = row
     text, separator, degradation = title.rpartition(": ")
     if not separator:
         raise DerainError(f"{location}: {title[:60]!r} has no ': '; expected 'CAPTION: DEGRADATION'")
-    return name, Caption(text, degradation)
+    return image_path, Caption(text, degradation)
 
 
 def match_captions(pairs: Sequence[Pair], tables: Mapping[Path, Mapping[str, Caption]]) -> list[Caption]:
@@ -130,23 +131,23 @@ def match_captions(pairs: Sequence[Pair], tables: Mapping[Path, Mapping[str, Cap
 
     Args:
         pairs: The pairs.
-        tables: Results of :func:`read_captions` by the file of the table. Paths in a table are absolute, or relative
-            to the folder of the table.
+        tables: Results of :func:`read_captions` by the file of the table. The paths of images are absolute, or
+            relative to the folder of the table.
 
     Returns:
         Captions in the order of ``pairs``.
 
     Raises:
-        DerainError: If a pair has no caption, an image has two different ones, or images are in shards.
+        DerainError: If a pair has no caption, an image has two different captions, or images are in shards.
     """
     captions: dict[str, Caption] = {}
-    for path, table in tables.items():
-        files = _normalized([path.parent / name for name in table])
-        for (name, caption), file in zip(table.items(), files, strict=True):
+    for table, table_captions in tables.items():
+        files = _normalized([table.parent / image_path for image_path in table_captions])
+        for (image_path, caption), file in zip(table_captions.items(), files, strict=True):
             if captions.setdefault(file, caption) != caption:
                 raise DerainError(
-                    f"{path}: {name} has another caption, in another table or under another spelling of its path; "
-                    "remove one of the two"
+                    f"{table}: {image_path} has another caption, in another table or under another spelling of its "
+                    "path; remove one of the two"
                 )
     files = _normalized(_paths([pair.rainy for pair in pairs]))
     missing = [pair.rainy for pair, file in zip(pairs, files, strict=True) if file not in captions]
@@ -154,7 +155,7 @@ def match_captions(pairs: Sequence[Pair], tables: Mapping[Path, Mapping[str, Cap
         raise DerainError(
             f"{', '.join(map(str, tables))}: no caption for {len(missing)} of {len(pairs)} rainy images, first "
             f"{missing[0]}; expected paths that are absolute or relative to "
-            f"{' or '.join(str(path.parent) for path in tables)}; create a table by: derain caption DATASET OUT.tsv, "
+            f"{' or '.join(str(table.parent) for table in tables)}; create a table by: derain caption DATASET OUT.tsv, "
             "and list several tables as --data.captions '[A.tsv, B.tsv]'"
         )
     return [captions[file] for file in files]
@@ -175,15 +176,15 @@ def table_paths(images: Sequence[ImageFile], table: Path) -> list[str]:
         ['set/rain-1.png']
     """
     folder = table.parent.resolve()
-    names = []
+    image_paths = []
     for file in _absolute(_paths(images)):
-        name = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
+        image_path = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
         try:
-            name.encode()
+            image_path.encode()
         except UnicodeEncodeError as error:
-            raise DerainError(f"{name!r}: file name is not UTF-8, as tables require; rename the file") from error
-        names.append(name)
-    return names
+            raise DerainError(f"{image_path!r}: file name is not UTF-8, as tables require; rename the file") from error
+        image_paths.append(image_path)
+    return image_paths
 
 
 def _paths(images: Sequence[ImageFile]) -> list[Path]:
@@ -219,12 +220,12 @@ class JournalEntry(NamedTuple):
     """Finished caption.
 
     Attributes:
-        file: Path of the rainy image, as it will be written in the table.
+        image_path: Path of the rainy image, as it will be written in the table.
         text: The caption.
-        image_hash: :func:`file_hash` of the clean image; empty if the captioner ignores images.
+        image_hash: :func:`file_hash` of the clean image; empty if the captioner does not use images.
     """
 
-    file: str
+    image_path: str
     text: str
     image_hash: str
 
@@ -291,9 +292,9 @@ class Journal:
         entries = [self._parse(line) for line in lines]
         if len(entries) > len(pairs):
             raise self._resume_error(f"has {len(entries)} captions, but the data set has {len(pairs)} pairs")
-        for entry, (file, _) in zip(entries, pairs, strict=False):
-            if entry.file != file:
-                raise self._resume_error(f"has a caption of {entry.file} where this run expects {file}")
+        for entry, (image_path, _) in zip(entries, pairs, strict=False):
+            if entry.image_path != image_path:
+                raise self._resume_error(f"has a caption of {entry.image_path} where this run expects {image_path}")
         self._check_images(entries, [clean for _, clean in pairs])
         os.truncate(self.path, len(complete))
         return entries

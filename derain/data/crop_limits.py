@@ -11,23 +11,23 @@ BYTES_PER_CROP_PIXEL = 2 * 3 * 4
 """Bytes of a batch per pixel of a crop: rainy and clean, three channels each, float32; without unlabelled crops."""
 
 
-def check_crops(stages: Sequence[CropStage], option: str, pairs: Mapping[str, Sequence[Pair]]) -> None:
+def check_crops(stages: Sequence[CropStage], option: str, pairs_by_option: Mapping[str, Sequence[Pair]]) -> None:
     """Check that crops are not mostly padding, and that a batch fits into memory.
 
     Args:
         stages: Stages of training.
         option: Option that sets the side of the crops, for messages.
-        pairs: Pairs by the name of their option, such as ``train``.
+        pairs_by_option: Pairs by the option that names their data set, such as ``train``.
 
     Raises:
         DerainError: If the side of a crop is more than twice the longest side of all images of an option, an image
             cannot be opened, or a batch needs more than the free main memory.
     """
     largest = max(stage.crop for stage in stages)
-    for name, images in pairs.items():
+    for name, pairs in pairs_by_option.items():
         # any() reads few image headers: usually the first image is large enough.
-        if images and not any(largest <= 2 * max(pair.size()) for pair in images):
-            longest = max(max(pair.size()) for pair in images)
+        if pairs and not any(largest <= 2 * max(pair.size()) for pair in pairs):
+            longest = max(max(pair.size()) for pair in pairs)
             raise DerainError(
                 f"{option} {largest}: the longest side of the images of --data.{name} is {longest} pixels; "
                 f"use at most {2 * longest} (smaller images are padded by reflection)"

@@ -143,12 +143,12 @@ class RainDataModule(LightningDataModule):
         self.flips, self.transpose = flips, transpose
         self.val_share, self.val_limit, self.val_mean = val_share, val_limit, val_mean
         self.eval_batch_size, self.workers = eval_batch_size, workers
-        self.captions = [Path(table) for table in _as_list(captions)]
+        self.caption_tables = [Path(table) for table in _as_list(captions)]
         self._captions: dict[str, list[Caption]] = {}
         self.cache, self.split_seed, self.seed = cache, split_seed, seed
         self.pairs: dict[str, tuple[Pair, ...]] = {}
         self._counts: dict[str, int] = {}
-        self._pixels: dict[str, PixelCache | None] = {}
+        self._caches: dict[str, PixelCache | None] = {}
         self._resume_position: Position | None = None  # where the next training loader starts, if it resumes a run
         self._schedule_start: Position | None = None  # the batches of a schedule are counted from here
         self._saved_sampling_options: dict[str, Any] = {}
@@ -190,7 +190,7 @@ class RainDataModule(LightningDataModule):
                     "a random share of --data.train"
                 )
             self._find_train_and_val()
-            self._pixels["val"] = None
+            self._caches["val"] = None
             self._read_captions()
         elif stage == "test" and "test" not in self.pairs:
             self.pairs["test"] = self._find("test", "test")
@@ -206,7 +206,7 @@ class RainDataModule(LightningDataModule):
         check_crops(stages, option, {split: self.pairs.get(split, ()) for split in ("train", "unlabelled")})
         for split in ("train", "val", "unlabelled"):
             pairs = self.pairs.get(split)
-            self._pixels[split] = open_cache(pairs, self.cache, paired=split != "unlabelled") if pairs else None
+            self._caches[split] = open_cache(pairs, self.cache, paired=split != "unlabelled") if pairs else None
         self._read_captions()
         if self.sets["val"] == "none":
             log.info("--data.val none: training on all %d pairs without validation", len(self.pairs["train"]))
@@ -267,8 +267,8 @@ class RainDataModule(LightningDataModule):
         self.pairs["val"] = first_pairs(self.pairs["val"], self.val_limit)
 
     def _read_captions(self) -> None:
-        if self.captions:
-            tables = {table: read_captions(table) for table in self.captions}
+        if self.caption_tables:
+            tables = {table: read_captions(table) for table in self.caption_tables}
             splits = [split for split in ("train", "val") if self.pairs.get(split)]
             self._captions = {split: match_captions(self.pairs[split], tables) for split in splits}
 
@@ -288,7 +288,7 @@ class RainDataModule(LightningDataModule):
 
         Each is ``(h, w, 3)`` in 0 to 255.
         """
-        cache = self._pixels.get(split)
+        cache = self._caches.get(split)
         for index, pair in enumerate(self.pairs[split]):
             yield cache[index][0] if cache is not None else pair.read()[0]
 
@@ -300,13 +300,13 @@ class RainDataModule(LightningDataModule):
         augmentations = {crop: Augmentation(crop, flips=self.flips, transpose=self.transpose) for crop in crops}
         unlabelled = None
         if "unlabelled" in self.pairs:
-            unlabelled = UnlabelledCrops(self.pairs["unlabelled"], self._pixels["unlabelled"], augmentations, self.seed)
+            unlabelled = UnlabelledCrops(self.pairs["unlabelled"], self._caches["unlabelled"], augmentations, self.seed)
         captions = self._captions.get("train", ())
         rain_share = None if self.rain_ranges is None else self.rain_share
         samples = len(pairs) * self.repeat
         mixture = None if self.train_weights is None else mix(pairs, self.train_weights, samples, self.seed)
         dataset = TrainingPairs(
-            pairs, self._pixels["train"], augmentations, self.seed, captions, unlabelled, rain_share, mixture
+            pairs, self._caches["train"], augmentations, self.seed, captions, unlabelled, rain_share, mixture
         )
         sampler = TrainingBatchSampler(samples, *self._rank_and_world(), self.seed, stages)
         if self._schedule_start is not None:
@@ -368,7 +368,7 @@ class RainDataModule(LightningDataModule):
                 )
 
     def _stages(self) -> list[Stage]:
-        """Return the stages of training, in batches."""
+        """Return the stages of training, whose starts are counted in batches."""
         if self.schedule is None:
             return [Stage(0, self.crop, self.batch_size)]
         trainer = self.trainer
@@ -406,7 +406,7 @@ class RainDataModule(LightningDataModule):
         }
 
     def _summary(self, split: str, kind: str) -> str:
-        """Return the names of the data sets, the number of images, and a hash of their names."""
+        """Return the names of the data sets, the number of pairs or images, and a hash of the names of these."""
         names = [pair.name for pair in self.pairs[split]]
         return f"{' + '.join(_as_list(self.sets[split]))} ({len(names)} {kind}, {_digest(chr(0).join(names))})"
 
@@ -426,7 +426,7 @@ class RainDataModule(LightningDataModule):
         pairs = self.pairs[split]
         costs, groups = evaluation_costs(pairs, split, self.trainer), rank_groups(pairs, split)
         sampler = BalancedSampler(costs, *self._rank_and_world(), groups)
-        dataset = WholePairs(pairs, self._pixels.get(split), self._captions.get(split, ()))
+        dataset = WholePairs(pairs, self._caches.get(split), self._captions.get(split, ()))
         batch_size = evaluation_batch_size(self.eval_batch_size, split, self.trainer)
         if batch_size == 1:
             return DataLoader(dataset, batch_size=1, sampler=sampler, **self._loader_options(split))
@@ -439,7 +439,7 @@ class RainDataModule(LightningDataModule):
         workers = self.workers
         if workers is None:
             splits = [split, "unlabelled"] if split == "train" and "unlabelled" in self.pairs else [split]
-            cached = all(self._pixels.get(name) is not None for name in splits)
+            cached = all(self._caches.get(name) is not None for name in splits)
             workers = 0 if cached else min(8, (os.cpu_count() or 1) - 1)
         return {
             "num_workers": workers,
@@ -453,7 +453,7 @@ class RainDataModule(LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Convert the seed of the rain and the indices of its samples to Python numbers, without waiting for a GPU."""
+        """Convert ``rain_seed`` to a number, ``rain_added`` to indices; after the transfer, this waits for the GPU."""
         if "rain_seed" in batch:
             batch["rain_seed"] = int(batch["rain_seed"][0])
             batch["rain_added"] = batch["rain_added"].nonzero().flatten().tolist()
@@ -490,7 +490,7 @@ def _limited(count: int, limit: int | float) -> int:
 
 
 def _or_null(value: object) -> object:
-    """Return the value of an option for a message: ``null`` if it is not set, which is saved as empty text."""
+    """Return the value of an option for a message: ``null`` for the empty text of an option that is not set."""
     return "null" if value == "" else value
 
 

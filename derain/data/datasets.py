@@ -41,12 +41,12 @@ class UnlabelledCrops:
 
     def __getitem__(self, sample: Sample) -> tuple[Pixels, str]:
         """Return the crop for a sample, ``(crop, crop, 3)`` in 0 to 255, and the name of its image."""
-        # The crop of the pair has this seed; a number is appended for each draw here, to make them independent.
+        # The crop of the pair is drawn with this seed. Each draw here appends another number, for independent results.
         seed = (self.seed, sample.epoch, sample.number)
         index = int(np.random.default_rng((*seed, 1)).integers(len(self.images)))
         image = self.cache[index][0] if self.cache is not None else self.images[index].read()[0]
-        crop, _ = self.augmentations[sample.crop](image, image, (*seed, 2))
-        return crop, self.images[index].name
+        pixels, _ = self.augmentations[sample.crop](image, image, (*seed, 2))
+        return pixels, self.images[index].name
 
 
 class TrainingPairs(Dataset[dict[str, Any]]):
@@ -91,8 +91,8 @@ class TrainingPairs(Dataset[dict[str, Any]]):
         rainy, clean = self.augmentations[sample.crop](rainy, clean, seed)
         item = {"rainy": to_tensor(rainy), "clean": to_tensor(clean), "name": self.pairs[index].name, "index": index}
         if self.unlabelled is not None:
-            crop, name = self.unlabelled[sample]
-            item |= {"unlabelled": to_tensor(crop), "unlabelled_name": name}
+            pixels, name = self.unlabelled[sample]
+            item |= {"unlabelled": to_tensor(pixels), "unlabelled_name": name}
         if self.rain_share is not None:
             rng = np.random.default_rng((*seed, 3))
             added = self.pairs[index].is_photo or rng.random() < self.rain_share
@@ -101,9 +101,9 @@ class TrainingPairs(Dataset[dict[str, Any]]):
 
 
 class TrainingLoader(DataLoader[dict[str, Any]]):
-    """Data loader whose state is empty: Lightning warns of a loader without a state when it resumes within an epoch.
+    """Data loader with an empty state, without which Lightning warns when a run resumes within an epoch.
 
-    `RainDataModule.resume_at` sets the position.
+    `RainDataModule.resume_at` sets the position instead.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class WholePairs(Dataset[dict[str, Any]]):
         self.pairs, self.cache, self.captions = pairs, cache, captions
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return ``rainy`` and, if there is one, ``clean``, uint8 tensors ``(3, h, w)``; and the pair's name and index.
+        """Return ``rainy`` and, if there is one, ``clean``, uint8 tensors ``(3, h, w)``; also ``name`` and ``index``.
 
         With captions, the item also has ``caption`` and ``degradation``.
         """

@@ -24,8 +24,9 @@ Detection = tuple[str, str, PairedFiles]
 def detection_key(root: Path, split: Split, layout: str | None, files: Sequence[str]) -> list[bytes]:
     """Return everything that the paired files depend on.
 
-    This is the folder, the split, the layouts and the names of the files; for a detected layout, also the size, inode
-    and times of each file, since detection reads some images.
+    This is the folder, the split, the definitions of all layouts, and the paths of the files. For a given layout, it is
+    also the name of the layout; for a detected one, the size, inode and times of each file, since detection reads some
+    images.
 
     Args:
         root: The folder.
@@ -35,11 +36,11 @@ def detection_key(root: Path, split: Split, layout: str | None, files: Sequence[
     """
     folders = [os.fsencode(path) for path in (root, root.absolute(), root.resolve())]
     if layout is None:
-        names = states_digest(root, files)
+        files_digest = states_digest(root, files)
     else:
-        names = hashlib.sha256(os.fsencode("\0".join((layout, *files)))).digest()
+        files_digest = hashlib.sha256(os.fsencode("\0".join((layout, *files)))).digest()
     # Increment the version when a change of the code alters which files form pairs.
-    return [b"pairs, version 2", split.encode(), *folders, repr(LAYOUTS).encode(), names]
+    return [b"pairs, version 2", split.encode(), *folders, repr(LAYOUTS).encode(), files_digest]
 
 
 def load_detection(key: Sequence[bytes], root: Path, files: Sequence[str]) -> Detection | None:
@@ -48,7 +49,7 @@ def load_detection(key: Sequence[bytes], root: Path, files: Sequence[str]) -> De
     Args:
         key: Result of `detection_key`.
         root: The folder.
-        files: Relative paths of the images below it, in the same order.
+        files: Relative paths of the images below it, sorted as for `detection_key`.
     """
     content = load_computed(key)
     if content is None:
@@ -79,7 +80,7 @@ def save_detection(key: Sequence[bytes], root: Path, files: Sequence[str], detec
     Args:
         key: Result of `detection_key`.
         root: The folder.
-        files: Relative paths of the images below it, in the same order.
+        files: Relative paths of the images below it, sorted as for `detection_key`.
         detection: Layout, reason and paired files.
     """
     layout, reason, paired = detection

@@ -116,8 +116,8 @@ def _find_in_shards(root: Path, split: Split) -> DataSplit:
 def _find_by_folder_name(root: Path, files: Sequence[str]) -> list[DataSplit]:
     """Return the splits of all data sets after which ``root`` or a folder in it is named.
 
-    Data sets with outer folders come first; of equally deep folders, that of the first data set in ``LAYOUTS``. A split
-    that shares a rainy file with one found before is omitted.
+    Outer folders are searched first; of equally deep folders, that of the first data set in ``LAYOUTS``. A split that
+    shares a rainy file with one found before is omitted. The result has the order of ``LAYOUTS``.
     """
     names = list(LAYOUTS)
     candidates = []
@@ -131,11 +131,12 @@ def _find_by_folder_name(root: Path, files: Sequence[str]) -> list[DataSplit]:
     for _, _, folder, name in candidates:
         own_files = _files_below(folder.relative_to(root), files)
         own_files = own_files or list_relative(folder, warn=False)  # a link to a folder that is listed elsewhere
-        splits = [split for split in _find_splits(name, name, folder, own_files) if not assigned & split.rainy_files]
-        found += splits
-        for split in splits:
-            assigned |= split.rainy_files
-    return sorted(found, key=lambda split: names.index(split.layout))
+        data_splits = _find_splits(name, name, folder, own_files)
+        new_splits = [data_split for data_split in data_splits if not assigned & data_split.rainy_files]
+        found += new_splits
+        for data_split in new_splits:
+            assigned |= data_split.rainy_files
+    return sorted(found, key=lambda data_split: names.index(data_split.layout))
 
 
 def _files_below(folder: Path, files: Sequence[str]) -> list[str]:
@@ -159,19 +160,20 @@ def _detect_any_split(root: Path, files: Sequence[str]) -> str:
 
 def _find_splits(name: str, layout: str, root: Path, files: Sequence[str]) -> list[DataSplit]:
     """Return the splits of one data set; of several splits with the same rainy files, the most likely one."""
-    splits: dict[frozenset[ImageFile], DataSplit] = {}
-    for split_name in LAYOUTS[layout].files:
-        split = DataSplit(name, split_name, layout, root, pair_files(layout, split_name, root, files))
-        if not split.files.pairs:
+    found: dict[frozenset[ImageFile], DataSplit] = {}
+    for split in LAYOUTS[layout].files:
+        data_split = DataSplit(name, split, layout, root, pair_files(layout, split, root, files))
+        if not data_split.files.pairs:
             continue
-        previous = splits.setdefault(split.rainy_files, split)
-        if _likelihood(split) > _likelihood(previous):
-            splits[split.rainy_files] = split
-    return list(splits.values())
+        previous = found.setdefault(data_split.rainy_files, data_split)
+        if _likelihood(data_split) > _likelihood(previous):
+            found[data_split.rainy_files] = data_split
+    return list(found.values())
 
 
-def _likelihood(split: DataSplit) -> tuple[bool, bool]:
-    """Return whether the split has as many pairs as the layout counts, and whether its folder is named after it."""
-    pattern = SPLIT_FOLDERS.get(split.split, "predict")
-    has_name = re.match(pattern, split.root.resolve().name, re.IGNORECASE) is not None
-    return len(split.files.pairs) == LAYOUTS[split.layout].counts.get(split.split), has_name
+def _likelihood(data_split: DataSplit) -> tuple[bool, bool]:
+    """Return whether the number of pairs is that of the layout, and whether the folder is named after the split."""
+    pattern = SPLIT_FOLDERS.get(data_split.split, "predict")
+    has_name = re.match(pattern, data_split.root.resolve().name, re.IGNORECASE) is not None
+    expected = LAYOUTS[data_split.layout].counts.get(data_split.split)
+    return len(data_split.files.pairs) == expected, has_name

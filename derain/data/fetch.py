@@ -284,8 +284,8 @@ def _unpacked_size(members: Sequence[Member]) -> int:
 def move_to_target(name: str, folder: Path, target: Path) -> None:
     """Rename the folder that contains the pairs of a data set to the folder of the data set.
 
-    Files outside it, such as a licence, are moved into it first, except those whose name it has already; a warning
-    reports these.
+    Files outside the folder of the pairs, such as a licence, are first moved into it, unless it contains a file of the
+    same name. A warning reports files that are not moved.
 
     Args:
         name: Name of the data set.
@@ -316,8 +316,9 @@ def find_pair_folder(name: str, files: Sequence[str]) -> tuple[str, dict[Split, 
         files: Paths with ``/``.
 
     Returns:
-        Path of the folder, with ``/`` at its end, to which the patterns of the layout are relative, and the number of
-        pairs of each split. The path is empty for the folder of the list itself. Both are empty if there are no pairs.
+        Path of the folder to which the patterns of the layout are relative, with ``/`` at its end, and the number of
+        pairs of each split that has any. The path is empty for the folder of the list itself. Both are empty if there
+        are no pairs.
 
     Example:
         >>> find_pair_folder("Rain12", ["LICENSE", "Rain12/input/1.png", "Rain12/target/1.png"])

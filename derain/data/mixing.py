@@ -61,9 +61,9 @@ class Mixture:
     def pair(self, sample: Sample) -> int:
         """Return the index of the pair of a sample."""
         # An epoch with more samples than ``count`` draws several permutations of the sample numbers.
-        permutation, number = divmod(sample.number, self.count)
+        permutation_index, number = divmod(sample.number, self.count)
         data_set = bisect_right(self._starts, number) - 1
-        earlier_samples = (sample.epoch + permutation) * self.counts[data_set]
+        earlier_samples = (sample.epoch + permutation_index) * self.counts[data_set]
         position = (earlier_samples + number - self._starts[data_set]) % self.sizes[data_set]
         return self._first_pairs[data_set] + int(self._orders[data_set][position])
 

@@ -182,28 +182,28 @@ def find_pairs(spec: str | Path, split: Split, *, data_root: Path | None = None)
         return _find_in_shards(folder, split)
     notes = []
     if name is not None:
-        root, files = _find_named_set(name, split, folder, data_root)
+        root, paired = _find_named_set(name, split, folder, data_root)
     else:
         assert folder is not None
         root = folder
-        name, reason, files = _pair_or_load(root, split)
+        name, reason, paired = _pair_or_load(root, split)
         notes.append(f"layout {name}, detected by {reason}")
-    if files.clashes:
-        first, second = files.clashes[0]
+    if paired.clashes:
+        first, second = paired.clashes[0]
         raise DerainError(f"{second}: belongs to the same pair as {first}; remove or rename one of them")
-    if files.variant.note:
-        notes.append(files.variant.note)
-    for variant, count in files.unused:
+    if paired.variant.note:
+        notes.append(paired.variant.note)
+    for variant, count in paired.unused:
         notes.append(f"not used: {count} further pairs of files {variant}; to use them, move them to another folder")
-    pairs = to_pairs(files)
+    pairs = to_pairs(paired)
     layout = LAYOUTS[name]
     if layout.excluded_test_set is not None:
         total = len(pairs)
         pairs = _exclude_test_backgrounds(name, pairs, data_root or root.parent)
         excluded = total - len(pairs)
         notes.append(f"{excluded} of {total} pairs excluded: their background is in {layout.excluded_test_set}")
-    if files.unpaired:
-        notes.append(f"files without partner: {len(files.unpaired)}, first {files.unpaired[0]}")
+    if paired.unpaired:
+        notes.append(f"files without partner: {len(paired.unpaired)}, first {paired.unpaired[0]}")
     expected = layout.counts.get(split)
     if expected is not None and len(pairs) != expected:
         notes.append(f"{len(pairs)} pairs, expected {expected} for {name}; run: derain data verify {root}")
@@ -231,22 +231,22 @@ def find_pairs_or_photos(spec: str | Path, split: Split, *, data_root: Path | No
         return find_pairs(spec, split, data_root=data_root)
     except DerainError as error:
         try:
-            images = find_pairs(spec, "predict", data_root=data_root)
+            image_set = find_pairs(spec, "predict", data_root=data_root)
         except DerainError:
             raise error from None
-        if images.layout != "images":
+        if image_set.layout != "images":
             raise
-    photos = tuple(replace(pair, clean=pair.rainy) for pair in images.pairs)
+    photos = tuple(replace(pair, clean=pair.rainy) for pair in image_set.pairs)
     note = f"no rainy images: {len(photos)} images are used as clean photos, to which rain is added"
-    return replace(images, split=split, pairs=photos, notes=(note,))
+    return replace(image_set, split=split, pairs=photos, notes=(note,))
 
 
-def to_pairs(files: PairedFiles) -> tuple[Pair, ...]:
+def to_pairs(paired: PairedFiles) -> tuple[Pair, ...]:
     """Convert paired files to pairs, in the same order."""
-    side, video = files.variant.clean_side, files.variant.video
+    side, video = paired.variant.clean_side, paired.variant.video
     return tuple(
         Pair(name, rainy, clean, side, sequence=name.rpartition("/")[0] if video else "")
-        for name, rainy, clean in files.pairs
+        for name, rainy, clean in paired.pairs
     )
 
 
@@ -322,21 +322,21 @@ def _parse_spec(spec: str | Path) -> tuple[str | None, Path | None]:
 
 
 def _find_named_set(name: str, split: Split, folder: Path | None, data_root: Path | None) -> tuple[Path, PairedFiles]:
-    """Return folder and files of a data set whose layout is known.
+    """Return folder and paired files of a data set whose layout is known.
 
     Without ``folder``, the data set is searched below ``data_root``. Of several folders with pairs, the one with the
     fewest parent folders is returned.
 
     Raises:
-        DerainError: If the data set has no such split, no folder of its name or no pairs, or if two folders with pairs
-            are equally deep.
+        DerainError: If the data set has no such split, no folder of its name or no pairs, or if several folders with
+            pairs have the fewest parent folders.
     """
     layout = LAYOUTS[name]
     if split not in layout.files and not (split == "predict" and "test" in layout.files):
         partner = f"; see {layout.partner}" if layout.partner else ""
         raise DerainError(f"{name} has no {split} split, only {' and '.join(layout.files)}{partner}")
     variants = layout.files.get(split) or layout.files["test"]
-    expected = f"expected files: {' or '.join(dict.fromkeys(str(files) for files in variants))}"
+    expected = f"expected files: {' or '.join(dict.fromkeys(str(variant) for variant in variants))}"
     source = f"; get it from {layout.source}" if layout.source else ""
     if folder is not None:
         roots = [folder]
@@ -352,22 +352,22 @@ def _find_named_set(name: str, split: Split, folder: Path | None, data_root: Pat
             raise DerainError(f"{name}: no folder {aliases} below {data_root}{source}; {expected}")
     candidates = []
     for root in roots:
-        files = _pair_or_load(root, split, name)[2]
-        if files.pairs:
-            candidates.append((root, files))
+        paired = _pair_or_load(root, split, name)[2]
+        if paired.pairs:
+            candidates.append((root, paired))
     if not candidates:
         raise DerainError(
             f"{name}: no {split} pairs in {roots[0]}, which contains {describe_contents(roots[0])}; {expected}{source}"
         )
-    root, files = candidates[0]
+    root, paired = candidates[0]
     for other, _ in candidates[1:]:
         if len(other.parts) == len(root.parts):
             raise DerainError(f"{name}: found in both {root} and {other}; give one of them, for example {name}:{root}")
-    return root, files
+    return root, paired
 
 
 def _exclude_test_backgrounds(name: str, pairs: tuple[Pair, ...], data_root: Path) -> tuple[Pair, ...]:
-    """Return the pairs whose background is not in the test set that the layout excludes; the result is cached."""
+    """Return the pairs whose background is not in the layout's ``excluded_test_set``; the result is cached."""
     test_name = LAYOUTS[name].excluded_test_set
     assert test_name is not None
     try:
@@ -483,10 +483,10 @@ def _pair_or_load(root: Path, split: Split, name: str | None = None) -> Detectio
     return detection
 
 
-def _halves_show_one_scene(files: PairedFiles) -> bool:
+def _halves_show_one_scene(paired: PairedFiles) -> bool:
     """Return whether the left and right halves of most of the first five files show the same scene."""
     correlations = []
-    for _, file, _ in files.pairs[:5]:
+    for _, file, _ in paired.pairs[:5]:
         grey = cv2.cvtColor(read_rgb(file), cv2.COLOR_RGB2GRAY)
         small = cv2.resize(grey, (64, 32), interpolation=cv2.INTER_AREA)
         correlations.append(float(np.corrcoef(small[:, :32].ravel(), small[:, 32:].ravel())[0, 1]))

@@ -317,7 +317,7 @@ def image_rng(seed: int, name: str) -> np.random.Generator:
 def synthesize(
     clean: Path,
     out: Path,
-    rain: tuple[Rain, Rain] = PRESETS["medium"],
+    limits: tuple[Rain, Rain] = PRESETS["medium"],
     *,
     per_image: int = 1,
     seed: int = 0,
@@ -332,7 +332,7 @@ def synthesize(
     Args:
         clean: Folder of clean photos; for photos in subfolders, ``NAME`` includes the path of the subfolder.
         out: Folder of the data set.
-        rain: Lower and upper limits of the rain (:data:`PRESETS`); the rain of each image is sampled between them.
+        limits: Lower and upper limits of the rain (:data:`PRESETS`); the rain of each image is sampled between them.
         per_image: Number of rainy images per photo, 1 to 1000.
         seed: Seed, at least 0. The rain of an image depends on the seed, the limits, the image and its name, not on
             other images.
@@ -351,7 +351,7 @@ def synthesize(
             f"rain: {per_image} images per photo, seed {seed}; expected 1 to 1000 images and a seed of at least 0"
         )
     _check_folders(clean, out, overwrite)
-    sample_rain(*rain, np.random.default_rng())  # checks the order of the limits before any work
+    sample_rain(*limits, np.random.default_rng())  # checks the order of the limits before any work
     photos = _photos_by_stem(clean, per_image)
     folder = out.resolve()
     temporary = folder.with_name(f".{uuid.uuid4().hex[:8]}-{folder.name}")
@@ -365,7 +365,7 @@ def synthesize(
         for number in range(1, per_image + 1):
             name = stem if per_image == 1 else f"{stem}_rain{number}"
             rng = image_rng(seed, name)
-            rains[name] = sample_rain(*rain, rng)
+            rains[name] = sample_rain(*limits, rng)
             rainy = add_rain(photo, rains[name], rng)
             write_image(temporary / "input" / f"{name}.png", rainy, compress_level=3)
         write_image(temporary / "target" / f"{stem}.png", photo, compress_level=3)
@@ -380,7 +380,7 @@ def synthesize(
         rains_by_photo = {
             stem: result for stem, result in zip(photos, results, strict=True) if not isinstance(result, str)
         }
-        _write_record(temporary, rains_by_photo, rain, per_image, seed)
+        _write_record(temporary, rains_by_photo, limits, per_image, seed)
         _write_contact_sheet(temporary, {stem: next(iter(rains)) for stem, rains in rains_by_photo.items()})
         old = temporary.with_name(temporary.name + "-old")
         if folder.exists():
@@ -418,18 +418,18 @@ def _photos_by_stem(clean: Path, per_image: int) -> dict[str, Path]:
 
 
 def _write_record(
-    folder: Path, rains_by_photo: dict[str, dict[str, Rain]], rain: tuple[Rain, Rain], per_image: int, seed: int
+    folder: Path, rains_by_photo: dict[str, dict[str, Rain]], limits: tuple[Rain, Rain], per_image: int, seed: int
 ) -> None:
     images: dict[str, dict[str, Any]] = {}
     for rains in rains_by_photo.values():
-        for name, image_rain in rains.items():
-            images[name] = dataclasses.asdict(image_rain)
+        for name, rain in rains.items():
+            images[name] = dataclasses.asdict(rain)
     record = {
         "made by": f"derain {derain.__version__}",
         "seed": seed,
         "per_image": per_image,
-        "lightest": dataclasses.asdict(rain[0]),
-        "heaviest": dataclasses.asdict(rain[1]),
+        "lightest": dataclasses.asdict(limits[0]),
+        "heaviest": dataclasses.asdict(limits[1]),
         "images": images,
     }
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -31,7 +31,7 @@ def uniform(limits: Range, count: int) -> Tensor:
 
 
 def log_uniform(limits: Range, count: int) -> Tensor:
-    """Draw ``count`` numbers whose logarithm is uniform; a lower limit below 0.001 of the upper one is raised to it."""
+    """Draw ``count`` numbers with a uniform logarithm; the lower limit is raised to at least 0.001 of the upper one."""
     low, high = torch.tensor(limits).clamp(min=1e-3 * max(limits[1], 1e-9)).log().tolist()
     return uniform((low, high), count).exp()
 
@@ -85,12 +85,12 @@ class SampleOperator(IntensityAugmentationBase2D, ABC):
         if len(drawn) == 0:
             return input
         tensors = {name: value for name, value in params.items() if isinstance(value, Tensor)}  # kornia adds others
-        own = {name: value[drawn] for name, value in tensors.items() if name != "forward_input_shape"}
+        drawn_params = {name: value[drawn] for name, value in tensors.items() if name != "forward_input_shape"}
         batch = self.transform_tensor(input)
         if len(drawn) == len(batch):
-            return self.transform(batch, own)
+            return self.transform(batch, drawn_params)
         index = drawn.to(batch.device)
-        return batch.index_copy(0, index, self.transform(batch[index], own))
+        return batch.index_copy(0, index, self.transform(batch[index], drawn_params))
 
 
 def smooth_map(grid: Float[Tensor, "b 4 4"], image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h w"]:
@@ -108,8 +108,8 @@ def add_veil(image: Tensor, amount: Tensor, grid: Tensor) -> Tensor:
         grid: ``(b, 4, 4)``, at least 0: factors of the opacity in parts of the image.
     """
     light = (1.15 * brightness_quantile(image, 0.9)).clamp(0.4, 0.97)
-    share = (smooth_map(grid, image) * per_image(amount, image)).clamp_(max=1)
-    return torch.lerp(image, light.expand_as(image), share.expand_as(image))
+    opacity = (smooth_map(grid, image) * per_image(amount, image)).clamp_(max=1)
+    return torch.lerp(image, light.expand_as(image), opacity.expand_as(image))
 
 
 class RandomMist(SampleOperator):
@@ -228,8 +228,8 @@ class RandomRain(SampleOperator):
         opacity = self.opacity(image, params)[:, None]
         mean = opacity.mean((1, 2, 3), keepdim=True)
         opacity = opacity * (per_image(params["limit"], image) / mean.clamp(min=1e-6)).clamp(max=1)
-        density = (4 * opacity.mean((1, 2, 3))).clamp(max=1)  # 1 for dense streaks
-        veil = params["veil"].to(image.device) * (0.3 + 0.7 * density)
+        fullness = (4 * opacity.mean((1, 2, 3))).clamp(max=1)  # 1 for dense streaks
+        veil = params["veil"].to(image.device) * (0.3 + 0.7 * fullness)
         scene = add_veil(image, veil, params["grid"])
         return self.blend(scene, opacity, params)
 
@@ -237,11 +237,11 @@ class RandomRain(SampleOperator):
         """Return the opacity of the streaks, in [0, 1], before its mean is limited."""
         size = image.shape[2:]
         measured = params["measured"].nonzero().flatten()
-        drawn = (~params["measured"]).nonzero().flatten()
+        synthesized = (~params["measured"]).nonzero().flatten()
         opacity = image.new_zeros(len(image), *size)
-        if len(drawn):
-            opacity[drawn.to(image.device)] = _layered_opacity(
-                {name: value[drawn] for name, value in params.items()}, size, image.device
+        if len(synthesized):
+            opacity[synthesized.to(image.device)] = _layered_opacity(
+                {name: value[synthesized] for name, value in params.items()}, size, image.device
             )
         if len(measured):
             opacity[measured.to(image.device)] = measured_opacity(cast(Tensor, self.streak_images), len(measured), size)
@@ -321,15 +321,15 @@ class RandomLensDrops(SampleOperator):
         """Add the drops; where drops overlap, the one with the nearest centre (in radii) is visible."""
         height, width = image.shape[2:]
         side = min(height, width)
-        own = {name: value.to(image.device) for name, value in params.items() if name != "batch_prob"}
+        drops = {name: value.to(image.device) for name, value in params.items() if name != "batch_prob"}
         y = torch.linspace(0, height / side, height, device=image.device)[:, None]
         x = torch.linspace(0, width / side, width, device=image.device)
-        centre = own["centre"] * torch.tensor([width / side, height / side], device=image.device)
-        radius = own["radius"][:, :, None, None]
+        centre = drops["centre"] * torch.tensor([width / side, height / side], device=image.device)
+        radius = drops["radius"][:, :, None, None]
         across = (x - centre[:, :, 0, None, None]) / radius
-        down = (y - centre[:, :, 1, None, None]) / (radius * own["height"][:, :, None, None])
+        down = (y - centre[:, :, 1, None, None]) / (radius * drops["height"][:, :, None, None])
         rho = torch.hypot(across * (1 - 0.2 * down), down)  # 1 at the rim; drops are wider below than above
-        absent = torch.arange(rho.shape[1], device=image.device) >= own["count"][:, None]
+        absent = torch.arange(rho.shape[1], device=image.device) >= drops["count"][:, None]
         rho, drop = rho.masked_fill(absent[:, :, None, None], 9).min(1)  # 9 is far outside
         across, down = (part.gather(1, drop[:, None])[:, 0] for part in torch.broadcast_tensors(across, down))  # type: ignore[no-untyped-call]
         flat = drop.flatten(1)

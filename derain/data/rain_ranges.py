@@ -63,7 +63,7 @@ class RainRanges:
         added_share: Share whose streaks are added to the image, ``clean + S``.
         screened_share: Share whose streaks are blended by ``clean + S (1 - clean)``; the streaks of the others show
             the light of the sky, ``clean (1 - S) + S sky``.
-        measured_share: Share with streaks from ``streak_images``; 1 by default in a YAML file that has this key.
+        measured_share: Share with streaks from ``streak_images``; 1 by default in a YAML file with ``streak_images``.
         clear_share: Share without streaks and veil. If such a sample has no drops either, its rainy image equals the
             clean one.
         veil: Opacity of the mist of distant rain in an image of dense streaks, and less in others; it is multiplied by
@@ -148,8 +148,8 @@ class RainRanges:
 
 
 def _is_number(value: Any, limits: Range) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and limits[0] <= value <= limits[1]  # NaN compares false
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and limits[0] <= value <= limits[1]  # NaN compares false
 
 
 def _check(name: str, value: Any) -> None:
@@ -166,8 +166,8 @@ def _check(name: str, value: Any) -> None:
             raise DerainError(f"--data.rain: {name} {value}: expected a share, 0 to 1")
         return
     limits = LIMITS[name]
-    pair = isinstance(value, list | tuple) and len(value) == 2 and all(_is_number(number, limits) for number in value)
-    if not pair or value[0] > value[1]:
+    is_pair = isinstance(value, list | tuple) and len(value) == 2 and all(_is_number(bound, limits) for bound in value)
+    if not is_pair or value[0] > value[1]:
         raise DerainError(
             f"--data.rain: {name} {value}: expected two numbers of {limits[0]} to {limits[1]}, the smaller one first"
         )
@@ -241,11 +241,13 @@ def _read_file(file: Path) -> RainRanges:
     unknown = sorted(map(str, set(values) - names))
     if unknown:
         raise DerainError(f"--data.rain {file}: {unknown[0]}: unknown key; expected {', '.join(sorted(names))}")
-    images = values.get("streak_images")
-    if images is not None:
-        folder = file.parent / Path(str(images)).expanduser()
+    streak_images = values.get("streak_images")
+    if streak_images is not None:
+        folder = file.parent / Path(str(streak_images)).expanduser()
         if not folder.is_dir():
-            raise DerainError(f"--data.rain {file}: streak_images {images}: no such folder (relative to the file)")
+            raise DerainError(
+                f"--data.rain {file}: streak_images {streak_images}: no such folder (relative to the file)"
+            )
         values["streak_images"] = str(folder)
         values.setdefault("measured_share", 1)
     for name, value in values.items():

@@ -154,7 +154,7 @@ def test_starting_reads_nothing_but_the_index(tmp_path, memory, monkeypatch):
     )
     module = data(memory, cache="auto")
     assert read == ["/bucket/set/train-index.json.gz"]
-    assert module._pixels["train"] is None
+    assert module._caches["train"] is None
     assert_equal_batches(training_batches(data(location)), training_batches(module))
 
 

@@ -14,8 +14,8 @@ _RAINDS_KINDS = "(?P<version>raindrop|rainstreak|rainstreak_raindrop)"
 
 
 def _raindrop(folder: str) -> tuple[Files, ...]:
-    folder = f"(?:(?:.+/)?{folder}/)?"
-    return (Files(folder + "data/(?P<image>[^/]+)_rain", folder + "gt/(?P<image>[^/]+)_clean"),)
+    prefix = f"(?:(?:.+/)?{folder}/)?"
+    return (Files(prefix + "data/(?P<image>[^/]+)_rain", prefix + "gt/(?P<image>[^/]+)_clean"),)
 
 
 def _rainds_real(split: Split) -> tuple[Files, ...]:
@@ -70,7 +70,7 @@ DROPS: dict[str, Layout] = {
         files={"train": _rainds_syn("train"), "test": _rainds_syn("test")},
         source=_RAINDS_PAGE,
         citation=_QUAN,
-        remarks=("files with and without pie- have the same numbers, but show different scenes",),
+        remarks=("files with and without pie- in their names may have the same number, but show different scenes",),
     ),
     "UAV-Rain1k": Layout(
         title="rendered drops on photos taken by drones",

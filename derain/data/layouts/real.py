@@ -73,8 +73,8 @@ REAL: dict[str, Layout] = {
         citation="Guo et al., From Sky to the Ground: A Large-scale Benchmark and Simple Baseline Towards Real Rain "
         "Removal, ICCV 2023",
         remarks=(
-            "a full version of about 1 million pairs and a simple version; derain expects the folders input and gt, as "
-            "the authors' code does; other names could not be confirmed",
+            "the authors publish a full version, about 1 million pairs, and a simple one",
+            "derain expects the folders input and gt, as the authors' code does; other names could not be confirmed",
         ),
     ),
     "Rain-in-driving": Layout(

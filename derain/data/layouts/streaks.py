@@ -25,16 +25,16 @@ _RESTORMER_PAGE = "https://github.com/swz30/Restormer/tree/main/Deraining"
 _MPRNET = "Zamir et al., Multi-Stage Progressive Image Restoration, CVPR 2021"
 
 
-def _rain200(kind: str, weight: str) -> Layout:
+def _rain200(kind: str, density: str) -> Layout:
     def files(split: Split) -> tuple[Files, ...]:
-        yang = f"(?:rain_data_{split}_{weight}/)?"
+        yang = f"(?:rain_data_{split}_{density}/)?"
         return (
             Files(yang + "rain/(?:X2/)?(?:no)?rain-{n}(?:x2)?", yang + "norain/(?:norain|rain)-{n}"),
             FOLDERS,
         )
 
     return Layout(
-        title=f"{weight.lower()} streaks; the authors' second version of Rain100{kind}",
+        title=f"{density.lower()} streaks; the authors' second version of Rain100{kind}",
         folders=(f"Rain200{kind}",),
         files={"train": files("train"), "test": files("test")},
         counts={"train": 1800, "test": 200},

@@ -1,4 +1,4 @@
-"""Data sets with rain and fog, and with several kinds of weather."""
+"""Data sets with rain and fog, with snow, and with several kinds of weather."""
 
 from .patterns import FOLDERS, Files, Layout, Split
 
@@ -101,4 +101,4 @@ WEATHER: dict[str, Layout] = {
         partner="Outdoor-Rain-Test1",
     ),
 }
-"""Data sets with rain and fog, and with several kinds of weather."""
+"""Data sets with rain and fog, with snow, and with several kinds of weather."""
